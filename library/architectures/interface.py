@@ -1,0 +1,98 @@
+"""What a base model must offer: the parts that the trainer calls."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from library.types import Batch, Conditioning, Noised, Tokens
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """The latent space of one base model."""
+
+    channels: int
+    downscale: int  # pixels per latent, each way
+    bucket_step: int  # bucket sides are multiples of this many pixels
+    cache_suffix: str  # "_sd.npz"
+    keys_carry_size: bool  # whether cache keys end in _<height>x<width> of the latent
+
+
+class Loader(Protocol):
+    """Gives each model only when it is needed, frozen, in the training dtype, on the CPU."""
+
+    def text_encoders(self) -> list[nn.Module]: ...
+    def vae(self) -> nn.Module: ...
+    def denoiser(self) -> nn.Module: ...
+
+
+class TextPipeline(Protocol):
+    """Captions to what the denoiser is conditioned on."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a caption that reach the model; what is longer is cut."""
+        ...
+
+    def count_tokens(self, caption: str) -> int:
+        """Tokens of the caption without begin, end and padding."""
+        ...
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens: ...
+    def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning: ...
+
+
+class LatentCodec(Protocol):
+    """`encode` gives what the cache keeps, `normalize` what the denoiser sees."""
+
+    @property
+    def spec(self) -> LatentSpec: ...
+
+    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Sample the posterior of each picture with its own generator (CPU)."""
+        ...
+
+    def normalize(self, latents_BCHW: Tensor) -> Tensor: ...
+    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor: ...
+
+
+class Objective(Protocol):
+    """What the denoiser learns: which noise it sees and what it must say."""
+
+    def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator) -> Noised: ...
+    def target(self, noised: Noised) -> Tensor: ...
+
+    def loss(self, prediction_BCHW: Tensor, target_BCHW: Tensor, noised: Noised) -> Tensor:
+        """The weighted error of every latent value, float32, shape BCHW."""
+        ...
+
+
+class Predict(Protocol):
+    """One call of the denoiser."""
+
+    def __call__(self, denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor: ...
+
+
+AdapterView = Callable[[Sequence[nn.Module], nn.Module], tuple[nn.Module | list[nn.Module], nn.Module]]
+"""(text encoders, denoiser) as network modules see them: module paths are the names in files, leaves are the real layers.
+
+The first value is a single module where the base model has one text encoder, a list otherwise: LyCORIS picks its
+prefixes by that. The second carries `adapter_targets` (networks.core.targets.AdapterTargets) as an attribute.
+"""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One base model, as the parts the trainer calls."""
+
+    name: str
+    load: Loader
+    text: TextPipeline
+    codec: LatentCodec
+    objective: Objective
+    predict: Predict
+    view: AdapterView
+    metadata: Mapping[str, str]  # ss_v2, ss_base_model_version and the modelspec keys that are the model's own

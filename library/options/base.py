@@ -1,0 +1,77 @@
+"""Declare a command-line option once: its flag, its type, its default and its help are one dataclass field."""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, field, fields
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+OptionsT = TypeVar("OptionsT", bound="Options")
+
+
+def option(default: Any, help: str, **argparse_kwargs: Any) -> Any:
+    """A field of an Options class. The flag is the field's name: `max_grad_norm` is --max_grad_norm."""
+    return field(default=default, metadata={"help": help, **argparse_kwargs})
+
+
+def group(kind: type["Options"]) -> Any:
+    """A field that holds a whole group of options."""
+    return field(default_factory=kind)
+
+
+def int_or_float(text: str) -> int | float:
+    """The number in `text`: a count when it is a whole number of at least 1, otherwise a share of the run.
+
+    Raises argparse.ArgumentTypeError for anything else, 1.0 and above written as a fraction included.
+    """
+    try:
+        if "." not in text and "e" not in text.lower():
+            return int(text)
+        share = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of steps or a share of the run below 1.0")
+    return share
+
+
+def scalar_type(hint: Any) -> Any:
+    """The type of one value of an option: `list[float] | None` gives float."""
+    if get_origin(hint) is Union or type(hint).__name__ == "UnionType":
+        hint = next(kind for kind in get_args(hint) if kind is not type(None))
+    return get_args(hint)[0] if get_origin(hint) is list else hint
+
+
+class Options:
+    """Base of the frozen dataclasses that hold what the user asked for."""
+
+    @classmethod
+    def leaves(cls) -> Iterator[tuple[Field[Any], Any]]:
+        """Every option below this class with its type hint, groups opened, in the order of declaration."""
+        hints = get_type_hints(cls)
+        for f in fields(cls):  # type: ignore[arg-type]
+            kind = hints[f.name]
+            if isinstance(kind, type) and issubclass(kind, Options):
+                yield from kind.leaves()
+            else:
+                yield f, kind
+
+    @classmethod
+    def add_to(cls, parser: argparse.ArgumentParser) -> None:
+        """Declare every option of this class and of its groups on `parser`."""
+        for f, kind in cls.leaves():
+            assert f.default is not MISSING, f.name
+            if kind is bool:
+                parser.add_argument(f"--{f.name}", action="store_true", **f.metadata)
+            else:
+                parser.add_argument(f"--{f.name}", default=f.default, **{"type": scalar_type(kind), **f.metadata})
+
+    @classmethod
+    def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
+        """Collect the parsed values."""
+        hints = get_type_hints(cls)
+        values = {}
+        for f in fields(cls):  # type: ignore[arg-type]
+            kind = hints[f.name]
+            is_group = isinstance(kind, type) and issubclass(kind, Options)
+            values[f.name] = kind.from_args(args) if is_group else getattr(args, f.name)
+        return cls(**values)

@@ -1,0 +1,53 @@
+"""Every option that the training scripts share, in groups."""
+
+from dataclasses import dataclass
+
+from library.options.base import Options, group
+from library.options.caching import CachingOptions
+from library.options.config_file import ConfigFileOptions
+from library.options.console import ConsoleOptions
+from library.options.dataset import DatasetOptions
+from library.options.distributed import DistributedOptions
+from library.options.hub import HubOptions
+from library.options.loss import LossOptions
+from library.options.memory import MemoryOptions
+from library.options.metadata import MetadataOptions
+from library.options.model import ModelOptions
+from library.options.network import NetworkOptions
+from library.options.noise import NoiseOptions
+from library.options.optimizer import OptimizerOptions
+from library.options.precision import PrecisionOptions
+from library.options.preview import PreviewOptions
+from library.options.run import RunOptions
+from library.options.saving import SavingOptions
+from library.options.schedule import ScheduleOptions
+from library.options.state import StateOptions
+from library.options.trackers import TrackerOptions
+from library.options.validation import ValidationOptions
+
+
+@dataclass(frozen=True)
+class TrainOptions(Options):
+    """What the user asked for: one field per group of flags, `options.dataset.resolution` is --resolution."""
+
+    console: ConsoleOptions = group(ConsoleOptions)
+    config_file: ConfigFileOptions = group(ConfigFileOptions)
+    model: ModelOptions = group(ModelOptions)
+    dataset: DatasetOptions = group(DatasetOptions)
+    caching: CachingOptions = group(CachingOptions)
+    network: NetworkOptions = group(NetworkOptions)
+    optimizer: OptimizerOptions = group(OptimizerOptions)
+    schedule: ScheduleOptions = group(ScheduleOptions)
+    run: RunOptions = group(RunOptions)
+    precision: PrecisionOptions = group(PrecisionOptions)
+    memory: MemoryOptions = group(MemoryOptions)
+    noise: NoiseOptions = group(NoiseOptions)
+    loss: LossOptions = group(LossOptions)
+    saving: SavingOptions = group(SavingOptions)
+    state: StateOptions = group(StateOptions)
+    metadata: MetadataOptions = group(MetadataOptions)
+    hub: HubOptions = group(HubOptions)
+    trackers: TrackerOptions = group(TrackerOptions)
+    preview: PreviewOptions = group(PreviewOptions)
+    validation: ValidationOptions = group(ValidationOptions)
+    distributed: DistributedOptions = group(DistributedOptions)

@@ -1,0 +1,47 @@
+"""The values of one training step.
+
+Shapes: B samples, C channels, H height, W width, T token positions, L 77-token chunks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+Conditioning = Mapping[str, Tensor]
+"""Text features by name, first axis B; the names are the keys of the cache file."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Captions as token ids, one entry for each text encoder."""
+
+    ids_BLT: tuple[Tensor, ...]
+    weights_BLT: tuple[Tensor, ...] | None = None  # emphasis of --weighted_captions, 1.0 elsewhere
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one bucket; what was not cached is None and computed in the step."""
+
+    keys: list[str]  # the pictures' paths, for messages
+    captions: list[str]
+    pixels_BCHW: Tensor | None  # float32, -1..1
+    latents_BCHW: Tensor | None  # as the cache keeps them, before `LatentCodec.normalize`
+    conditioning: Conditioning | None
+    loss_weights_B: Tensor
+    masks_B1HW: Tensor | None  # float32, 0..1, in pixels of the bucket
+    sizes_B6: Tensor  # original height and width, crop top and left, target height and width
+    attributes: list[Mapping[str, Any]]  # custom_attributes of the subset
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Latents on their way to noise."""
+
+    latents_BCHW: Tensor
+    clean_BCHW: Tensor
+    noise_BCHW: Tensor
+    sigmas_B: Tensor  # DDPM: sqrt((1 - abar) / abar); flow: the share of noise, 0..1
+    timesteps_B: Tensor  # in the denoiser's own unit
