@@ -1,0 +1,364 @@
+"""Set up and run: `tools/start.py quickstart` trains a small LoRA, `tools/start.py test` runs the tests.
+
+Needs only Python and its standard library. The packages go into `.venv` in this folder (elsewhere: --venv PATH or the
+variable START_VENV) and are installed again only when a requirements file or the environment's Python changes.
+"""
+
+# An old Python must be able to read this file in order to refuse: the syntax is Python 3.6's, annotations are quoted.
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OLDEST_PYTHON = (3, 10)
+NEWEST_PYTHON = (3, 13)
+RUN_REQUIREMENTS = ("requirements.txt",)
+TEST_REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
+STAMP_NAME = "start-stamp.json"
+SMALLEST_INSTALL_BYTES = 3 * 1024**3  # torch's CPU build and the rest; CUDA builds take about three times as much
+MAX_QUICKSTART_THREADS = 8  # the toy model is too small to feed more
+INTERRUPTED = 130  # what a shell reports after Ctrl-C
+
+TRAINING_CONFIG = "configs/quickstart/train.toml"
+TOY_BASE = "configs/quickstart/toy_base"
+PROMPTS = "configs/quickstart/prompts.txt"
+ADAPTER = "output/quickstart/quickstart.safetensors"
+PICTURE = "output/quickstart/before_after.png"
+
+
+class StartError(Exception):
+    """Something the user can put right; the message says how."""
+
+
+# --- Python ---
+
+
+def python_problem(version: "tuple[int, int]") -> "str | None":
+    """Say why this Python cannot be used, or None if it can."""
+    if OLDEST_PYTHON <= version <= NEWEST_PYTHON:
+        return None
+    age = "too old" if version < OLDEST_PYTHON else "too new"
+    oldest, newest = (".".join(map(str, v)) for v in (OLDEST_PYTHON, NEWEST_PYTHON))
+    return f"Python {version[0]}.{version[1]} is {age}: this suite runs on Python {oldest} to {newest}"
+
+
+def supported_python_on_path() -> "str | None":
+    """Find the newest usable Python that can be started by name: `python3.13`."""
+    for minor in range(NEWEST_PYTHON[1], OLDEST_PYTHON[1] - 1, -1):
+        name = f"python3.{minor}"
+        if shutil.which(name):
+            return name
+    return None
+
+
+def check_python(version: "tuple[int, int]") -> None:
+    """Raise StartError, naming the way out, unless this Python is one that the packages support."""
+    problem = python_problem(version)
+    if problem is None:
+        return
+    other = supported_python_on_path()
+    way_out = f"run `{other} tools/start.py`" if other else "install one of these from https://www.python.org"
+    raise StartError(f"{problem}; {way_out}")
+
+
+# --- the environment ---
+
+
+def interpreter_of(venv: Path) -> Path:
+    """Return where a virtual environment keeps its Python."""
+    return venv / "Scripts" / "python.exe" if os.name == "nt" else venv / "bin" / "python"
+
+
+def version_of(python: Path) -> "tuple[int, int, int] | None":
+    """Ask an interpreter for its version; None if it is missing or does not start."""
+    try:
+        asked = subprocess.run(
+            [str(python), "-c", "import sys; print(*sys.version_info[:3])"], stdout=subprocess.PIPE, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    major, minor, micro = map(int, asked.stdout.split())
+    return major, minor, micro
+
+
+def make_venv(venv: Path) -> None:
+    """Create the virtual environment, or make it again where its Python no longer starts.
+
+    Raises StartError if the folder holds something else, if this Python lacks the modules, or if making it fails.
+    """
+    if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
+        raise StartError(f"{venv} is there but is no virtual environment; name another folder with --venv")
+    if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
+        raise StartError(
+            "this Python comes without the modules that make virtual environments (venv, ensurepip); on Debian and "
+            f"Ubuntu get them with `sudo apt install python3-venv` (or `python3.{sys.version_info[1]}-venv`), "
+            "then run this command again"
+        )
+    print(f"Making the virtual environment {venv}", flush=True)
+    if run([sys.executable, "-m", "venv", "--clear", str(venv)]) != 0:
+        raise StartError(f"making {venv} failed, see the lines above; delete that folder and run this command again")
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a text file, whatever line ends git gave it."""
+    return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
+
+
+def read_stamp(venv: Path) -> dict:
+    """Return what was installed last: {"python": version, "requirements": {file name: digest}}; {} if unknown."""
+    try:
+        stamp = json.loads((venv / STAMP_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
+
+
+def is_installed(stamp: dict, python_version: "tuple[int, int, int]", requirements: "dict[str, str]") -> bool:
+    """Tell whether the stamp covers these requirement files, unchanged, for this Python."""
+    installed = stamp.get("requirements", {})
+    same_python = stamp.get("python") == list(python_version)
+    return same_python and all(installed.get(name) == digest for name, digest in requirements.items())
+
+
+def write_stamp(venv: Path, python_version: "tuple[int, int, int]", requirements: "dict[str, str]") -> None:
+    """Record a finished installation."""
+    stamp = {"python": list(python_version), "requirements": requirements}
+    unfinished = venv / (STAMP_NAME + ".part")
+    unfinished.write_text(json.dumps(stamp, indent=2), encoding="utf-8")
+    os.replace(str(unfinished), str(venv / STAMP_NAME))
+
+
+def pip_command(python: Path, requirement_names: "list[str]") -> "list[str]":
+    """Return the command that installs requirement files."""
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+    for name in requirement_names:
+        command += ["-r", str(ROOT / name)]
+    return command
+
+
+def check_disk(venv: Path) -> None:
+    """Raise StartError if the packages cannot fit on the disk of `venv`."""
+    free_bytes = shutil.disk_usage(str(venv)).free
+    if free_bytes < SMALLEST_INSTALL_BYTES:
+        raise StartError(
+            f"{free_bytes / 1024**3:.1f} GiB are free where {venv} is, the packages need at least "
+            f"{SMALLEST_INSTALL_BYTES / 1024**3:.0f} GiB; make room or name a folder on another disk with --venv"
+        )
+
+
+def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
+    """Install the requirement files with pip, its progress on the terminal. Raises StartError with pip's last lines."""
+    check_disk(venv)
+    print("Installing " + " and ".join(requirement_names) + f" into {venv}", flush=True)
+    if sys.platform == "linux" and shutil.which("nvidia-smi") is None:
+        print(
+            "No NVIDIA card found. On Linux torch comes with CUDA by default, several GB. For the smaller CPU build stop\n"
+            "here, set PIP_EXTRA_INDEX_URL to the CPU address that https://pytorch.org/get-started names, start again.",
+            flush=True,
+        )
+    last_lines = deque(maxlen=15)
+    exit_code = run(pip_command(python, requirement_names), keep_errors_in=last_lines)
+    if exit_code != 0:
+        full = any("No space left" in line or "not enough space" in line.lower() for line in last_lines)
+        cause = "the disk is full" if full else f"pip ended with status {exit_code}"
+        raise StartError(
+            f"installing the packages failed: {cause}. Its last lines:\n\n"
+            + "".join("    " + line for line in last_lines)
+            + "\nRun the same command again to go on: what was downloaded is kept. For a fresh start delete "
+            + str(venv)
+        )
+
+
+def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
+    """Return the environment's Python once everything in the requirement files is installed.
+
+    The stamp is removed before pip starts and written after it ends, so an interrupted installation is done again.
+    """
+    python = interpreter_of(venv)
+    version = version_of(python)
+    if version is None:
+        make_venv(venv)
+        version = version_of(python)
+        if version is None:
+            raise StartError(f"{python} does not start; delete {venv} and run this command again")
+    problem = python_problem(version[:2])
+    if problem:
+        raise StartError(f"{venv}: {problem}; delete that folder or name another with --venv")
+    requirements = {name: digest_of(ROOT / name) for name in requirement_names}
+    stamp = read_stamp(venv)
+    if not is_installed(stamp, version, requirements):
+        stamp_path = venv / STAMP_NAME
+        if stamp_path.exists():
+            stamp_path.unlink()
+        if (
+            run([str(python), "-m", "pip", "--version"], quiet=True) != 0
+        ):  # venvs of uv and interrupted ones have no pip
+            run([str(python), "-m", "ensurepip", "--default-pip"])
+        install(venv, python, list(requirement_names))
+        write_stamp(venv, version, requirements)
+    return python
+
+
+# --- running ---
+
+
+def child_environment() -> "dict[str, str]":
+    """Return the environment of everything that is started here: UTF-8 output, no model hub, packages from `.venv`."""
+    settings = {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "PIP_USER": "0"}
+    return {**os.environ, **settings}
+
+
+def run(command: "list[str]", keep_errors_in: "deque | None" = None, quiet: bool = False) -> int:
+    """Run a command in the repository's folder and return its exit status.
+
+    `keep_errors_in` collects the lines of its standard error, which are shown as well. After Ctrl-C the command, which
+    hears it too, gets the time to save and end; a third Ctrl-C ends it at once. Raises KeyboardInterrupt then.
+    """
+    process = subprocess.Popen(
+        command,
+        cwd=str(ROOT),
+        env=child_environment(),
+        stdout=subprocess.DEVNULL if quiet else None,
+        stderr=subprocess.DEVNULL if quiet else subprocess.PIPE if keep_errors_in is not None else None,
+        **(
+            {"universal_newlines": True, "encoding": "utf-8", "errors": "replace"} if keep_errors_in is not None else {}
+        ),
+    )
+    num_interrupts = 0
+    while True:
+        try:
+            if keep_errors_in is not None:
+                for line in process.stderr:
+                    sys.stderr.write(line)
+                    keep_errors_in.append(line)
+            exit_code = process.wait()
+            break
+        except KeyboardInterrupt:
+            num_interrupts += 1
+            if num_interrupts >= 3:
+                process.kill()
+    if num_interrupts:
+        raise KeyboardInterrupt
+    return 128 - exit_code if exit_code < 0 else exit_code
+
+
+def num_threads() -> int:
+    """Return the number of CPU threads worth giving to the toy model."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, MAX_QUICKSTART_THREADS)
+
+
+def training_command(python: Path, threads: int) -> "list[str]":
+    """Return `accelerate launch train_network.py` for the quickstart; an accelerate config file plays no part in it."""
+    launch = [str(python), "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(threads)]
+    return [*launch, "train_network.py", "--config_file", TRAINING_CONFIG]
+
+
+def picture_command(python: Path) -> "list[str]":
+    """Return the command that draws the same prompts without and with the adapter."""
+    command = [str(python), "tools/quickstart_picture.py", "--base", TOY_BASE, "--lora", ADAPTER]
+    return [*command, "--prompts", PROMPTS, "--out", PICTURE]
+
+
+def pytest_command(python: Path, slow: bool, pytest_arguments: "list[str]") -> "list[str]":
+    """Return the command that runs the fast tier, or with `slow` everything that needs no card.
+
+    A `-m` or a path among `pytest_arguments` wins over the tier.
+    """
+    tier = "not gpu" if slow else "not slow and not gpu"
+    return [str(python), "-m", "pytest", "-m", tier, *pytest_arguments]
+
+
+def quickstart(venv: Path) -> int:
+    """Train the bundled example and draw what it learned. Returns the exit status."""
+    python = ready_python(venv, RUN_REQUIREMENTS)
+    started = time.monotonic()
+    for command in (training_command(python, num_threads()), picture_command(python)):
+        print("\n$ " + " ".join(command), flush=True)
+        exit_code = run(command)
+        if exit_code != 0:
+            return exit_code
+    missing = [name for name in (ADAPTER, PICTURE) if not (ROOT / name).exists()]
+    if missing:
+        raise StartError(f"the training ended without an error but wrote no {' and no '.join(missing)}")
+    print(
+        f"\nDone in {time.monotonic() - started:.0f} s.\n"
+        f"  the adapter:             {ROOT / ADAPTER}\n"
+        f"  a picture, before|after: {ROOT / PICTURE}\n"
+        "Training on pictures of your own: README.md",
+        flush=True,
+    )
+    return 0
+
+
+def run_tests(venv: Path, slow: bool, pytest_arguments: "list[str]") -> int:
+    """Run the tests. Returns pytest's exit status."""
+    python = ready_python(venv, TEST_REQUIREMENTS)
+    return run(pytest_command(python, slow, pytest_arguments))
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; what follows `--` is not for it."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--venv",
+        type=Path,
+        default=Path(os.environ.get("START_VENV") or ROOT / ".venv"),
+        help="folder of the virtual environment (default: START_VENV if set, else .venv in this repository)",
+    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="quickstart | test")
+    commands.required = True
+    commands.add_parser(
+        "quickstart", parents=[common], help="train a LoRA on the bundled toy model, draw before | after"
+    )
+    test = commands.add_parser(
+        "test", parents=[common], help="run the tests: `test --slow -- -k dataset` also takes arguments of pytest"
+    )
+    test.add_argument(
+        "--slow", action="store_true", help="also the tests that take minutes, whole trainings among them"
+    )
+    return parser
+
+
+def split_at_dashes(arguments: "list[str]") -> "tuple[list[str], list[str]]":
+    """Cut a command line at its first `--`."""
+    if "--" not in arguments:
+        return arguments, []
+    cut = arguments.index("--")
+    return arguments[:cut], arguments[cut + 1 :]
+
+
+def main(arguments: "list[str]") -> int:
+    """Do what the command line says and return the exit status."""
+    ours, for_pytest = split_at_dashes(arguments)
+    try:
+        check_python(sys.version_info[:2])
+        parser = setup_parser()
+        args = parser.parse_args(ours)
+        venv = Path(os.path.abspath(str(args.venv)))
+        if args.command == "test":
+            return run_tests(venv, args.slow, for_pytest)
+        if for_pytest:
+            parser.error("quickstart takes no arguments after --")
+        return quickstart(venv)
+    except StartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
