@@ -161,7 +161,7 @@ def install(venv: Path, python: Path, requirement_names: "list[str]") -> None:
     print("Installing " + " and ".join(requirement_names) + f" into {venv}", flush=True)
     if sys.platform == "linux" and shutil.which("nvidia-smi") is None:
         print(
-            "No NVIDIA card found. On Linux torch comes with CUDA by default, several GB. For the smaller CPU build stop\n"
+            "No NVIDIA card found. On Linux torch comes with CUDA, several GB. For the smaller CPU build, stop\n"
             "here, set PIP_EXTRA_INDEX_URL to the CPU address that https://pytorch.org/get-started names, start again.",
             flush=True,
         )

@@ -1,0 +1,249 @@
+"""tools/start.py: when it installs, what it starts, and what it says when it cannot."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import start
+
+PYTHON = Path("/venv/bin/python")
+
+
+@pytest.fixture
+def requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository folder that holds only two requirement files."""
+    (tmp_path / "requirements.txt").write_text("torch>=2.9\n")
+    (tmp_path / "requirements-dev.txt").write_text("pytest>=8\n")
+    monkeypatch.setattr(start, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def installs(requirements: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What would be given to pip: every installation is recorded in this list and succeeds."""
+    recorded: list[list[str]] = []
+    monkeypatch.setattr(start, "version_of", lambda python: (3, 11, 7))
+    monkeypatch.setattr(start, "run", lambda command, **how: 0)
+    monkeypatch.setattr(start, "install", lambda venv, python, names: recorded.append(names))
+    (requirements / "venv").mkdir()
+    return recorded
+
+
+def ready(root: Path, names: tuple[str, ...]) -> None:
+    start.ready_python(root / "venv", names)
+
+
+# --- when it installs ---
+
+
+def test_second_start_installs_nothing(requirements: Path, installs: list[list[str]]) -> None:
+    ready(requirements, start.RUN_REQUIREMENTS)
+    ready(requirements, start.RUN_REQUIREMENTS)
+    assert installs == [["requirements.txt"]]
+
+
+def test_tests_after_the_quickstart_add_what_they_need_and_cover_both(
+    requirements: Path, installs: list[list[str]]
+) -> None:
+    ready(requirements, start.RUN_REQUIREMENTS)
+    ready(requirements, start.TEST_REQUIREMENTS)
+    ready(requirements, start.RUN_REQUIREMENTS)
+    assert installs == [["requirements.txt"], ["requirements.txt", "requirements-dev.txt"]]
+
+
+def test_changed_requirements_are_installed_again(requirements: Path, installs: list[list[str]]) -> None:
+    ready(requirements, start.RUN_REQUIREMENTS)
+    (requirements / "requirements.txt").write_text("torch>=2.10\n")
+    ready(requirements, start.RUN_REQUIREMENTS)
+    assert len(installs) == 2
+
+
+def test_line_ends_of_a_windows_checkout_are_no_change(requirements: Path) -> None:
+    digest = start.digest_of(requirements / "requirements.txt")
+    (requirements / "requirements.txt").write_bytes(b"torch>=2.9\r\n")
+    assert start.digest_of(requirements / "requirements.txt") == digest
+
+
+def test_other_python_in_the_environment_installs_again(
+    requirements: Path, installs: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready(requirements, start.RUN_REQUIREMENTS)
+    monkeypatch.setattr(start, "version_of", lambda python: (3, 12, 1))
+    ready(requirements, start.RUN_REQUIREMENTS)
+    assert len(installs) == 2
+
+
+def test_interrupted_installation_is_done_again(
+    requirements: Path, installs: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready(requirements, start.RUN_REQUIREMENTS)
+    (requirements / "requirements.txt").write_text("torch>=2.10\n")
+
+    def stop(venv: Path, python: Path, names: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(start, "install", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ready(requirements, start.RUN_REQUIREMENTS)
+    (requirements / "requirements.txt").write_text("torch>=2.9\n")  # what the earlier stamp covered
+    ready(requirements, start.RUN_REQUIREMENTS)
+    assert len(installs) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_damaged_stamp_counts_as_nothing_installed(requirements: Path, installs: list[list[str]], content: str) -> None:
+    (requirements / "venv" / start.STAMP_NAME).write_text(content)
+    ready(requirements, start.RUN_REQUIREMENTS)
+    assert installs == [["requirements.txt"]]
+    assert json.loads((requirements / "venv" / start.STAMP_NAME).read_text())["python"] == [3, 11, 7]
+
+
+# --- what it starts ---
+
+
+def test_quickstart_trains_through_accelerate_without_its_config_file() -> None:
+    assert start.training_command(PYTHON, threads=2) == [
+        str(PYTHON), "-m", "accelerate.commands.launch",
+        "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--num_cpu_threads_per_process", "2",
+        "train_network.py", "--config_file", "configs/quickstart/train.toml",
+    ]  # fmt: skip
+
+
+def test_quickstart_draws_the_adapter_that_it_trained() -> None:
+    command = start.picture_command(PYTHON)
+    assert command[1] == "tools/quickstart_picture.py"
+    assert command[command.index("--lora") + 1] == start.ADAPTER
+    assert command[command.index("--out") + 1] == start.PICTURE
+
+
+@pytest.mark.parametrize(("slow", "tier"), [(False, "not slow and not gpu"), (True, "not gpu")])
+def test_test_command_chooses_the_tier_and_passes_arguments_on(slow: bool, tier: str) -> None:
+    command = start.pytest_command(PYTHON, slow, ["-k", "dataset"])
+    assert command == [str(PYTHON), "-m", "pytest", "-m", tier, "-k", "dataset"]
+
+
+def test_arguments_after_two_dashes_are_for_pytest() -> None:
+    assert start.split_at_dashes(["test", "--slow", "--", "-m", "gpu", "--", "x"]) == (
+        ["test", "--slow"],
+        ["-m", "gpu", "--", "x"],
+    )
+
+
+def test_pip_gets_every_requirement_file_by_its_full_path(requirements: Path) -> None:
+    command = start.pip_command(PYTHON, ["requirements.txt", "requirements-dev.txt"])
+    assert command[1:4] == ["-m", "pip", "install"]
+    assert [command[i + 1] for i, word in enumerate(command) if word == "-r"] == [
+        str(requirements / "requirements.txt"),
+        str(requirements / "requirements-dev.txt"),
+    ]
+
+
+def test_environment_comes_from_the_option_then_the_variable_then_the_repository(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("START_VENV", "/from/variable")
+    assert start.setup_parser().parse_args(["test"]).venv == Path("/from/variable")
+    assert start.setup_parser().parse_args(["test", "--venv", "/from/option"]).venv == Path("/from/option")
+    monkeypatch.delenv("START_VENV")
+    assert start.setup_parser().parse_args(["quickstart"]).venv == start.ROOT / ".venv"
+
+
+def test_exit_status_of_the_command_is_passed_through() -> None:
+    assert start.run([sys.executable, "-c", "raise SystemExit(7)"]) == 7
+
+
+def test_started_commands_run_in_the_repository_and_cannot_reach_the_hub(tmp_path: Path) -> None:
+    script = "import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(os.getcwd() + os.environ['HF_HUB_OFFLINE'])"
+    assert start.run([sys.executable, "-c", script, str(tmp_path / "seen")]) == 0
+    assert (tmp_path / "seen").read_text() == str(start.ROOT) + "1"
+
+
+# --- what it says ---
+
+
+@pytest.mark.parametrize(
+    ("version", "complaint"),
+    [((3, 9), "Python 3.9 is too old"), ((3, 14), "Python 3.14 is too new"), ((2, 7), "Python 2.7 is too old")],
+)
+def test_unsupported_python_is_told_the_supported_range(version: tuple[int, int], complaint: str) -> None:
+    with pytest.raises(start.StartError) as error:
+        start.check_python(version)
+    assert str(error.value).startswith(f"{complaint}: this suite runs on Python 3.10 to 3.13; ")
+
+
+@pytest.mark.parametrize("version", [(3, 10), (3, 11), (3, 12), (3, 13)])
+def test_supported_pythons_pass(version: tuple[int, int]) -> None:
+    start.check_python(version)
+
+
+def test_unsupported_python_is_told_of_a_supported_one_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start.shutil, "which", lambda name: "/usr/bin/" + name if name == "python3.12" else None)
+    with pytest.raises(start.StartError, match=r"run `python3\.12 tools/start\.py`"):
+        start.check_python((3, 9))
+
+
+def test_python_without_venv_is_told_the_debian_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(start.StartError, match="apt install python3-venv"):
+        start.make_venv(tmp_path / "venv")
+
+
+def test_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "holiday.png").write_bytes(b"x")
+    with pytest.raises(start.StartError, match="no virtual environment"):
+        start.make_venv(tmp_path)
+    assert (tmp_path / "holiday.png").exists()
+
+
+def test_full_disk_is_said_before_pip_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1024**3}))
+    with pytest.raises(start.StartError, match=r"1\.0 GiB are free .* need at least 3 GiB"):
+        start.check_disk(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("complaint", "cause"),
+    [
+        ("No matching distribution found for torch>=99", "pip ended with status 1"),
+        ("No space left on device", "the disk is full"),
+    ],
+)
+def test_failing_pip_shows_its_last_lines_and_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complaint: str, cause: str
+) -> None:
+    pip = [sys.executable, "-c", f"import sys; sys.stderr.write('ERROR: {complaint}\\n'); sys.exit(1)"]
+    monkeypatch.setattr(start, "pip_command", lambda python, names: pip)
+    monkeypatch.setattr(start, "check_disk", lambda venv: None)
+    with pytest.raises(start.StartError) as error:
+        start.install(tmp_path, PYTHON, ["requirements.txt"])
+    message = str(error.value)
+    assert cause in message
+    assert f"    ERROR: {complaint}\n" in message
+    assert "Run the same command again" in message
+
+
+def test_missing_command_is_a_usage_error() -> None:
+    ended = subprocess.run([sys.executable, "tools/start.py"], cwd=start.ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "quickstart" in ended.stderr
+
+
+def test_quickstart_that_wrote_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "ROOT", tmp_path)
+    monkeypatch.setattr(start, "ready_python", lambda venv, names: PYTHON)
+    monkeypatch.setattr(start, "run", lambda command: 0)
+    with pytest.raises(start.StartError, match=r"quickstart\.safetensors"):
+        start.quickstart(tmp_path / "venv")
+
+
+def test_failed_training_ends_the_quickstart_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(start, "ready_python", lambda venv, names: PYTHON)
+    monkeypatch.setattr(start, "run", lambda command: started.append(command) or 3)
+    assert start.quickstart(Path("venv")) == 3
+    assert len(started) == 1
