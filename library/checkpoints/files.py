@@ -1,0 +1,228 @@
+"""Tensors in files: read lazily and checked, written whole or not at all."""
+
+import json
+import logging
+import os
+import struct
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+LENGTH_BYTES = 8
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "C64": torch.complex64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies in a safetensors file; offsets are bytes from the start of the data."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says about itself."""
+
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+    num_bytes: int  # of the JSON text; the data starts LENGTH_BYTES later
+
+
+class TensorReader(Protocol):
+    """An open safetensors file, one tensor at a time."""
+
+    def keys(self) -> list[str]: ...
+    def get_tensor(self, name: str) -> Tensor: ...
+
+
+def read_header(path: str | Path) -> Header:
+    """Names, shapes, dtypes and metadata of a safetensors file, without its data.
+
+    Raises ValueError naming the file and what is wrong with it, when the file is cut short or is none of the format.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < LENGTH_BYTES:
+            raise _broken(path, f"it has only {size} bytes")
+        (num_bytes,) = struct.unpack("<Q", file.read(LENGTH_BYTES))
+        if num_bytes > MAX_HEADER_BYTES:
+            raise _broken(path, f"its header would be {num_bytes} bytes long; the format allows {MAX_HEADER_BYTES}")
+        if LENGTH_BYTES + num_bytes > size:
+            raise _broken(path, f"it is cut short: the header needs {num_bytes} bytes, {size - LENGTH_BYTES} are there")
+        text = file.read(num_bytes)
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise _broken(path, f"its header is not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise _broken(path, "its header is not a JSON object")
+    metadata = fields.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(path, "its metadata is not a table of texts")
+    tensors = {name: _entry(path, name, entry) for name, entry in fields.items()}
+    _check_offsets(path, tensors, size - LENGTH_BYTES - num_bytes)
+    return Header(tensors, metadata, num_bytes)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file; empty for a file of another kind, which has none."""
+    return dict(read_header(path).metadata) if is_safetensors(path) else {}
+
+
+@contextmanager
+def open_safetensors(path: str | Path, device: str | torch.device = "cpu") -> Iterator[TensorReader]:
+    """Open a safetensors file for reading single tensors; the file is checked first (see `read_header`)."""
+    from safetensors import safe_open
+
+    read_header(path)
+    with safe_open(str(path), framework="pt", device=str(device)) as reader:
+        yield reader
+
+
+def load_state_dict(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """All tensors of a .safetensors, .ckpt, .pt, .pth or .bin file, by name.
+
+    Pickled files are read with weights_only=True, so nothing inside them is executed; a table `state_dict` in them,
+    as training programs write it, is unwrapped.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"{path} does not exist" if not path.exists() else f"{path} is a folder, not a file of weights"
+        )
+    if is_safetensors(path):
+        with open_safetensors(path, device) as reader:
+            return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118, it is no mapping
+    try:
+        content: Any = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # unpickling raises whatever the broken or foreign file leads to
+        raise ValueError(
+            f"{path} cannot be read as a file of plain tensors: {error}. Files that hold other Python objects are not "
+            "opened, because that could run code; convert it to .safetensors with a program you trust"
+        ) from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a table of tensors")
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """Whether the extension says safetensors; every other one is a pickled file."""
+    return Path(path).suffix.lower() == ".safetensors"
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; it takes the place of `path` when the block ends well.
+
+    When the block fails, the temporary file is removed and an earlier file at `path` stays as it was. The temporary
+    name keeps the extension, since writers choose the format by it. Missing parent folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.stem[:100]}.{uuid4().hex[:12]}{path.suffix}"
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def save_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors and metadata to a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, dict(metadata) if metadata else None)
+
+
+def save_pickle_state_dict(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a .ckpt or .pt file that `torch.load(weights_only=True)` reads, whole or not at all. It has no metadata."""
+    with atomic_path(path) as temporary:
+        torch.save(dict(tensors), temporary)
+
+
+def _broken(path: Path, problem: str) -> ValueError:
+    return ValueError(f"{path} is not a whole safetensors file: {problem}. Download or copy it again")
+
+
+def _entry(path: Path, name: str, fields: Any) -> TensorEntry:
+    try:
+        dtype_name, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise _broken(path, f"the header's entry for {name!r} lacks dtype, shape or data_offsets") from error
+    if dtype_name not in DTYPES:
+        raise ValueError(
+            f"{path}: {name!r} has the type {dtype_name}, which is not supported; known: {', '.join(DTYPES)}"
+        )
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)):
+        raise _broken(path, f"{name!r} has the shape {shape} and the offsets {start} to {end}")
+    return TensorEntry(DTYPES[dtype_name], shape, start, end)
+
+
+def _check_offsets(path: Path, tensors: Mapping[str, TensorEntry], data_bytes: int) -> None:
+    """Every tensor lies inside the data, has the length its shape asks for, and none lies over another."""
+    position, previous = 0, "the header"
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        num_bytes = entry.dtype.itemsize
+        for n in entry.shape:
+            num_bytes *= n
+        if entry.end - entry.start != num_bytes:
+            raise _broken(path, f"{name!r} needs {num_bytes} bytes but has the offsets {entry.start} to {entry.end}")
+        if entry.start < position:
+            raise _broken(path, f"{name!r} lies over {previous!r}")
+        if entry.start > position:
+            raise _broken(path, f"there is a gap of {entry.start - position} bytes before {name!r}")
+        if entry.end > data_bytes:
+            raise _broken(
+                path, f"it is cut short: {name!r} ends at byte {entry.end} of the data, {data_bytes} are there"
+            )
+        position, previous = entry.end, name
+    if position != data_bytes:
+        raise _broken(path, f"{data_bytes - position} bytes follow the last tensor")
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the new name survive a power cut; Windows has no such call and needs none."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        logger.debug("%s: this file system does not flush folders", folder)
+    finally:
+        os.close(handle)

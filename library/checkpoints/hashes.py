@@ -1,0 +1,74 @@
+"""Hashes that programs identify models and adapters by."""
+
+import hashlib
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from library.checkpoints.files import LENGTH_BYTES
+
+LEGACY_OFFSET = 0x100000
+LEGACY_BYTES = 0x10000
+
+
+def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
+    """`sshs_model_hash` and `sshs_legacy_hash` of what is about to be written, after the cast to its final dtype.
+
+    The first is SHA-256 over the tensor data in file order, whatever the metadata. The second is the first 8 digits of
+    SHA-256 over 64 KiB at 1 MiB of a safetensors file whose metadata has only the ss_* entries.
+    """
+    from safetensors.torch import save
+
+    ours = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    image = memoryview(save({name: tensor.contiguous() for name, tensor in tensors.items()}, ours))
+    (header_bytes,) = struct.unpack("<Q", image[:LENGTH_BYTES])
+    whole = hashlib.sha256(image[LENGTH_BYTES + header_bytes :]).hexdigest()
+    return whole, _short(image[LEGACY_OFFSET : LEGACY_OFFSET + LEGACY_BYTES])
+
+
+def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata with both sshs hashes of these tensors, replacing any that were there."""
+    model_hash, legacy_hash = sshs_hashes(tensors, metadata)
+    return {**metadata, "sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
+
+
+def sshs_model_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the tensor data in file order, 64 hex digits."""
+    return sshs_hashes(tensors, {})[0]
+
+
+def sshs_legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """8 hex digits that depend on the tensors and on the length of the ss_* metadata; e3b0c442 under 1 MiB."""
+    return sshs_hashes(tensors, metadata)[1]
+
+
+def webui_hash(path: str | Path) -> str:
+    """`ss_sd_model_hash`: 8 hex digits over 64 KiB at 1 MiB of a file; NOFILE, or IsADirectory for a folder."""
+    path = Path(path)
+    if path.is_dir():
+        return "IsADirectory"
+    if not path.exists():
+        return "NOFILE"
+    with path.open("rb") as file:
+        file.seek(LEGACY_OFFSET)
+        return _short(file.read(LEGACY_BYTES))
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """`ss_new_sd_model_hash`: SHA-256 over a whole file, 64 hex digits; NOFILE, or IsADirectory for a folder."""
+    path = Path(path)
+    if path.is_dir():
+        return "IsADirectory"
+    if not path.exists():
+        return "NOFILE"
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _short(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()[:8]
