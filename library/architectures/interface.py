@@ -69,6 +69,10 @@ class Objective(Protocol):
         """The weighted error of every latent value, float32, shape BCHW."""
         ...
 
+    def at_timestep(self, timestep: int) -> "Objective":
+        """The same objective at one noise level (0..999, the share of noise in thousandths), for validation."""
+        ...
+
 
 class Predict(Protocol):
     """One call of the denoiser."""

@@ -1,0 +1,59 @@
+"""The noise that is added to latents, beyond plain white noise.
+
+Letters: B samples, C channels, H height, W width. Everything random comes from the given generator, a CPU one, so the
+numbers do not depend on the card; everything is float32, on the device of the tensors that come in.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+
+def draw_normal(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
+    """White noise, float32."""
+    return torch.randn(shape, generator=generator).to(device)
+
+
+def draw_strength(strength: float, is_random: bool, generator: torch.Generator) -> float:
+    """`strength`, or a uniform share of it; nothing is drawn for a fixed strength."""
+    return strength * torch.rand((), generator=generator).item() if is_random else strength
+
+
+def add_offset(
+    noise_BCHW: Tensor,
+    clean_BCHW: Tensor,
+    strength: float,
+    adaptive_scale: float | None,
+    generator: torch.Generator,
+) -> Tensor:
+    """Shift each channel of each sample by one random value, so that the brightness of whole pictures is learned.
+
+    The shift is `strength` times a normal value. With `adaptive_scale` the strength of a channel grows by that many
+    times the absolute mean of the clean latent's channel, and never falls below 0. Source: crosslabs.org, "Diffusion
+    with offset noise".
+    """
+    B, C = noise_BCHW.shape[:2]
+    strength_BC11 = torch.full((B, C, 1, 1), strength, device=noise_BCHW.device)
+    if adaptive_scale:
+        means_BC11 = clean_BCHW.float().mean((2, 3), keepdim=True)
+        strength_BC11 = (strength_BC11 + adaptive_scale * means_BC11.abs()).clamp(min=0)
+    return noise_BCHW + strength_BC11 * draw_normal((B, C, 1, 1), generator, noise_BCHW.device)
+
+
+def add_coarse_noise(noise_BCHW: Tensor, num_iterations: int, discount: float, generator: torch.Generator) -> Tensor:
+    """Add noise of ever coarser grain ("multi-resolution noise"), then bring each sample back to unit deviation.
+
+    Pass i adds discount**i times white noise of 1 / r**i of the size, stretched bilinearly, r uniform in [2, 4) and
+    drawn anew for each pass; the passes end early once a side is one value. The deviation is taken over one sample,
+    so what a picture gets does not depend on the others in its batch. Source: Jonathan Whitaker, "Multi-resolution
+    noise for diffusion model training".
+    """
+    B, C, H, W = noise_BCHW.shape
+    for i in range(num_iterations):
+        shrink = (2 + 2 * torch.rand((), generator=generator).item()) ** i
+        h, w = max(1, int(H / shrink)), max(1, int(W / shrink))
+        coarse_BChw = draw_normal((B, C, h, w), generator, noise_BCHW.device)
+        noise_BCHW = noise_BCHW + discount**i * interpolate(coarse_BChw, (H, W), mode="bilinear")
+        if h == 1 or w == 1:
+            break
+    return noise_BCHW / noise_BCHW.std((1, 2, 3), keepdim=True)
