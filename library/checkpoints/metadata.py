@@ -1,0 +1,220 @@
+"""What the header of a saved adapter says: `ss_*` keys about the training, `modelspec.*` keys about the model.
+
+All values are strings, `str()` of the Python value, so None is "None"; where a key holds JSON it says so below.
+Format of modelspec.*: the model metadata standard of Stability AI, version 1.0.1.
+"""
+
+import base64
+import json
+import mimetypes
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from library.checkpoints.hashes import sha256_of_file, webui_hash
+from library.options.train import TrainOptions
+
+KEPT_WITHOUT_METADATA = (
+    "ss_v2",
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+)
+
+MODELSPEC_TEXTS = (
+    "author",
+    "description",
+    "license",
+    "tags",
+    "usage_hint",
+    "trigger_phrase",
+    "preprocessor",
+    "is_negative_embedding",
+    "merged_from",
+)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is only known once the run is set up."""
+
+    session_id: int
+    started_at: float  # Unix time
+    seed: int
+    num_train_images: int  # repeats included
+    num_validation_images: int
+    num_reg_images: int
+    num_batches_per_epoch: int
+    num_epochs: int
+    max_train_steps: int
+    optimizer: str  # full class name and the arguments given
+    network_args: Mapping[str, Any]  # as handed to the network module
+    datasets: Mapping[str, Any]  # the ss_* keys that describe the data; dicts and lists become JSON
+
+
+def training_metadata(options: TrainOptions, architecture: Mapping[str, str], facts: RunFacts) -> dict[str, str]:
+    """The `ss_*` keys that stay the same in every file of a run, but for the hashes of the base files."""
+    o = options
+    text_encoder_lr = o.network.text_encoder_lr[0] if o.network.text_encoder_lr else None
+    values: dict[str, Any] = {
+        "ss_session_id": facts.session_id,
+        "ss_training_started_at": facts.started_at,
+        "ss_output_name": o.saving.output_name,
+        "ss_learning_rate": o.optimizer.learning_rate,
+        "ss_text_encoder_lr": text_encoder_lr,
+        "ss_unet_lr": o.network.unet_lr,
+        "ss_num_train_images": facts.num_train_images,
+        "ss_num_validation_images": facts.num_validation_images,
+        "ss_num_reg_images": facts.num_reg_images,
+        "ss_num_batches_per_epoch": facts.num_batches_per_epoch,
+        "ss_num_epochs": facts.num_epochs,
+        "ss_gradient_checkpointing": o.memory.gradient_checkpointing,
+        "ss_gradient_accumulation_steps": o.run.gradient_accumulation_steps,
+        "ss_max_train_steps": facts.max_train_steps,
+        "ss_lr_warmup_steps": o.schedule.lr_warmup_steps,
+        "ss_lr_scheduler": o.schedule.lr_scheduler,
+        "ss_network_module": o.network.network_module,
+        "ss_network_dim": o.network.network_dim,
+        "ss_network_alpha": o.network.network_alpha,
+        "ss_network_dropout": o.network.network_dropout,
+        "ss_mixed_precision": o.precision.mixed_precision,
+        "ss_full_fp16": o.precision.full_fp16,
+        "ss_clip_skip": o.model.clip_skip,
+        "ss_max_token_length": o.model.max_token_length,
+        "ss_cache_latents": o.caching.cache_latents,
+        "ss_seed": facts.seed,
+        "ss_lowram": o.memory.lowram,
+        "ss_noise_offset": o.noise.noise_offset,
+        "ss_multires_noise_iterations": o.noise.multires_noise_iterations,
+        "ss_multires_noise_discount": o.noise.multires_noise_discount,
+        "ss_adaptive_noise_scale": o.noise.adaptive_noise_scale,
+        "ss_zero_terminal_snr": o.noise.zero_terminal_snr,
+        "ss_training_comment": o.metadata.training_comment,
+        "ss_sd_scripts_commit_hash": commit_hash() or "(unknown)",
+        "ss_optimizer": facts.optimizer,
+        "ss_max_grad_norm": o.optimizer.max_grad_norm,
+        "ss_caption_dropout_rate": o.dataset.caption_dropout_rate,
+        "ss_caption_dropout_every_n_epochs": o.dataset.caption_dropout_every_n_epochs,
+        "ss_caption_tag_dropout_rate": o.dataset.caption_tag_dropout_rate,
+        "ss_face_crop_aug_range": _number_pair(o.dataset.face_crop_aug_range),
+        "ss_prior_loss_weight": o.dataset.prior_loss_weight,
+        "ss_min_snr_gamma": o.loss.min_snr_gamma,
+        "ss_scale_weight_norms": o.network.scale_weight_norms,
+        "ss_ip_noise_gamma": o.noise.ip_noise_gamma,
+        "ss_debiased_estimation": o.loss.debiased_estimation_loss,
+        "ss_noise_offset_random_strength": o.noise.noise_offset_random_strength,
+        "ss_ip_noise_gamma_random_strength": o.noise.ip_noise_gamma_random_strength,
+        "ss_loss_type": o.loss.loss_type,
+        "ss_huber_schedule": o.loss.huber_schedule,
+        "ss_huber_scale": o.loss.huber_scale,
+        "ss_huber_c": o.loss.huber_c,
+        "ss_fp8_base": o.precision.fp8_base,
+        "ss_fp8_base_unet": o.precision.fp8_base_unet,
+        "ss_validation_seed": o.validation.validation_seed,
+        "ss_validation_split": o.validation.validation_split,
+        "ss_max_validation_steps": o.validation.max_validation_steps,
+        "ss_validate_every_n_epochs": o.validation.validate_every_n_epochs,
+        "ss_validate_every_n_steps": o.validation.validate_every_n_steps,
+        "ss_resize_interpolation": o.dataset.resize_interpolation,
+    }
+    if o.network.network_args is not None:
+        values["ss_network_args"] = dict(facts.network_args)
+    values.update(facts.datasets)
+    values.update((key, value) for key, value in architecture.items() if key.startswith("ss_"))
+    return {key: _text(value) for key, value in values.items()}
+
+
+def base_file_metadata(options: TrainOptions) -> dict[str, str]:
+    """Names and hashes of the checkpoint and the VAE. Reads both files whole: seconds for a large checkpoint."""
+    found: dict[str, str] = {}
+    for key, path in (("sd_model", options.model.pretrained_model_name_or_path), ("vae", options.model.vae)):
+        if not path:
+            continue
+        if not Path(path).exists():
+            found[f"ss_{key}_name"] = path
+            continue
+        found[f"ss_{key}_name"] = Path(path).name
+        found[f"ss_{key}_hash"] = webui_hash(path)
+        found[f"ss_new_{key}_hash"] = sha256_of_file(path)
+    return found
+
+
+def modelspec_metadata(options: TrainOptions, architecture: Mapping[str, str], saved_at: float) -> dict[str, str]:
+    """The `modelspec.*` keys of a file saved at `saved_at` (Unix time); only those that have a value."""
+    texts = options.metadata
+    title = texts.metadata_title or options.saving.output_name or f"LoRA@{saved_at}"
+    values: dict[str, str | None] = {
+        "sai_model_spec": "1.0.1",
+        "implementation_version": f"sd-scripts/{commit_hash() or 'unknown'}",
+        "title": title,
+        "date": datetime.fromtimestamp(int(saved_at)).isoformat(),
+        "timestep_range": _timestep_range(options.noise.min_timestep, options.noise.max_timestep),
+        "encoder_layer": None if options.model.clip_skip is None else str(options.model.clip_skip),
+        "thumbnail": _thumbnail(texts.metadata_thumbnail),
+    }
+    values.update((name, getattr(texts, f"metadata_{name}")) for name in MODELSPEC_TEXTS)
+    found = {key: value for key, value in architecture.items() if key.startswith("modelspec.")}
+    if options.dataset.resolution:
+        sides = [int(side) for side in str(options.dataset.resolution).split(",")]
+        found["modelspec.resolution"] = f"{sides[0]}x{sides[-1]}"
+    found.update((f"modelspec.{name}", value) for name, value in values.items() if value)
+    return found
+
+
+def file_metadata(
+    training: Mapping[str, str], modelspec: Mapping[str, str], *, step: int, epoch: int, saved_at: float, is_full: bool
+) -> dict[str, str]:
+    """What one file's header says; `epoch` counts from 1. With `is_full` false only what readers need is kept."""
+    found = dict(training)
+    found.update(ss_training_finished_at=str(saved_at), ss_steps=str(step), ss_epoch=str(epoch))
+    if not is_full:
+        found = {key: found[key] for key in KEPT_WITHOUT_METADATA if key in found}
+    return {**found, **modelspec}
+
+
+@cache
+def commit_hash() -> str | None:
+    """The commit of this checkout, None outside git."""
+    here = Path(__file__).parents[2]
+    if not (here / ".git").exists():
+        return None
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+
+
+def _number_pair(text: str | None) -> tuple[float, ...] | None:
+    return tuple(float(number) for number in text.split(",")) if text else None
+
+
+def _timestep_range(low: int | None, high: int | None) -> str | None:
+    if low is None and high is None:
+        return None
+    return f"{0 if low is None else low},{1000 if high is None else high}"
+
+
+def _thumbnail(value: str | None) -> str | None:
+    """A picture file as a data URL; a data URL passes through.
+
+    Raises ValueError where --metadata_thumbnail is neither.
+    """
+    if not value or value.startswith("data:"):
+        return value
+    path = Path(value)
+    kind = mimetypes.guess_type(path.name)[0]
+    if not path.is_file() or kind is None or not kind.startswith("image/"):
+        raise ValueError(f"--metadata_thumbnail is {value}, which is no picture file; give a PNG, JPEG or WebP file")
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -1,0 +1,45 @@
+"""Captions to conditioning, each frozen caption encoded once."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+
+from library.types import Conditioning
+
+MEMO_BYTES = 1 << 30
+
+
+class CaptionMemo:
+    """Remembers what frozen text encoders made of a caption; the longest unused are forgotten beyond `limit_bytes`.
+
+    Every caption is encoded by itself: the result then depends on the caption alone and not on its neighbours in the
+    batch, so a run that was interrupted, and starts with an empty memo, goes on with the same numbers.
+    """
+
+    def __init__(self, encode: Callable[[Sequence[str]], Conditioning], limit_bytes: int = MEMO_BYTES) -> None:
+        self._encode = encode
+        self._limit_bytes = limit_bytes
+        self._bytes = 0
+        self._rows: OrderedDict[str, Conditioning] = OrderedDict()
+
+    def __call__(self, captions: Sequence[str]) -> Conditioning:
+        """Conditioning of a batch, first axis as long as `captions`; without gradient."""
+        rows = [self._row(caption) for caption in captions]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    def _row(self, caption: str) -> Conditioning:
+        row = self._rows.get(caption)
+        if row is None:
+            with torch.no_grad():
+                row = self._encode([caption])
+            self._rows[caption] = row
+            self._bytes += _num_bytes(row)
+            while self._bytes > self._limit_bytes and len(self._rows) > 1:
+                self._bytes -= _num_bytes(self._rows.popitem(last=False)[1])
+        self._rows.move_to_end(caption)
+        return row
+
+
+def _num_bytes(row: Conditioning) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in row.values())

@@ -1,0 +1,81 @@
+"""What a run shows while it goes on, in the words that graphical front ends read.
+
+The lines on standard output and the progress bar are an interface: see tests/contracts/test_output.py.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import fsum, isfinite
+
+from tqdm import tqdm
+
+from library.training.plan import Plan
+
+
+def announce(text: str) -> None:
+    """Write a line to standard output at once; front ends look for these lines."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding) + "\n")
+    sys.stdout.flush()
+
+
+def announce_run(plan: Plan, num_train_images: int, num_reg_images: int, batch_sizes: Sequence[int]) -> None:
+    """The block that tells the size of the run."""
+    announce("running training / 学習開始")
+    announce(f"  num train images * repeats / 学習画像の数×繰り返し回数: {num_train_images}")
+    announce("  num validation images * repeats / 学習画像の数×繰り返し回数: 0")
+    announce(f"  num reg images / 正則化画像の数: {num_reg_images}")
+    announce(f"  num batches per epoch / 1epochのバッチ数: {plan.num_batches}")
+    announce(f"  num epochs / epoch数: {plan.num_epochs}")
+    announce(f"  batch size per device / バッチサイズ: {', '.join(str(size) for size in batch_sizes)}")
+    announce(f"  gradient accumulation steps / 勾配を合計するステップ数 = {plan.accumulation}")
+    announce(f"  total optimization steps / 学習ステップ数: {plan.max_train_steps}")
+
+
+def announce_epoch(epoch: int, num_epochs: int) -> None:
+    """The line at the start of an epoch, counted from 1."""
+    announce(f"\nepoch {epoch}/{num_epochs}\n")
+
+
+def progress_bar(max_train_steps: int, finished_steps: int) -> "tqdm[None]":
+    """The bar called `steps`, on standard error."""
+    return tqdm(total=max_train_steps, initial=finished_steps, smoothing=0, desc="steps", dynamic_ncols=True)
+
+
+@dataclass
+class LossAverage:
+    """The mean of the last loss of every batch place of an epoch: over the last epoch, always up to date."""
+
+    losses: dict[int, float] = field(default_factory=dict)
+    total: float = 0.0
+
+    def add(self, place: int, loss: float) -> None:
+        """Replace the loss of batch `place` of an epoch."""
+        self.total += loss - self.losses.get(place, 0.0)
+        self.losses[place] = loss
+        if not isfinite(self.total):  # a running sum never recovers from one NaN; the average does once it is replaced
+            self.total = fsum(self.losses.values()) if isfinite(loss) else float("nan")
+
+    @property
+    def mean(self) -> float:
+        return self.total / len(self.losses)
+
+
+def rate_values(
+    rates: Sequence[float], names: Sequence[str], effective: Sequence[float] | None, first_is_text_encoder: bool
+) -> dict[str, float]:
+    """The learning rates of a step by the names that charts use.
+
+    `lr/<name>` for every group; beside it `lr/textencoder` for the first group where a text encoder may train and
+    `lr/group<i>` for the others; `lr/d*lr/<name>` where the optimizer finds the rate by itself.
+    """
+    values: dict[str, float] = {}
+    for i, rate in enumerate(rates):
+        values[f"lr/{names[i]}"] = float(rate)
+        if effective is not None:
+            values[f"lr/d*lr/{names[i]}"] = effective[i]
+    for i, rate in enumerate(rates):
+        is_text_encoder = i == 0 and first_is_text_encoder
+        values.setdefault("lr/textencoder" if is_text_encoder else f"lr/group{i}", float(rate))
+    return values

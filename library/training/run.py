@@ -1,0 +1,56 @@
+"""The parts of one run, put together once in `setup.py` and read everywhere else."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from library.architectures.interface import Architecture
+from library.data.dataset import TrainingSet
+from library.options.train import TrainOptions
+from library.training.conditioning import CaptionMemo
+from library.training.optimizers import BuiltOptimizer
+from library.training.plan import Plan
+from networks.core.protocol import AdoptedNetwork
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Models:
+    """The frozen base model, each part in the dtype and on the device it trains on."""
+
+    denoiser: nn.Module
+    text_encoders: list[nn.Module]
+    vae: nn.Module | None  # None once every latent is cached
+    network_view: tuple[nn.Module | list[nn.Module], nn.Module]  # (text encoders, denoiser) as network modules see them
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    options: TrainOptions
+    arch: Architecture
+    seed: int
+    device: torch.device
+    autocast: Autocast
+    training_set: TrainingSet
+    plan: Plan
+    models: Models
+    network: AdoptedNetwork
+    trains_text_encoder: bool
+    captions: CaptionMemo
+    optimizer: BuiltOptimizer
+    schedule: Any  # a torch learning rate schedule, or a stand-in with get_last_lr() and step()
+    scaler: torch.amp.GradScaler | None
+    group_names: list[str]
+
+    @property
+    def torch_optimizer(self) -> Optimizer:
+        """The optimizer itself."""
+        return self.optimizer.optimizer

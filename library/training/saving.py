@@ -1,0 +1,154 @@
+"""When weights are written, under which names, and which older files go."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from library.checkpoints.metadata import file_metadata, modelspec_metadata
+from library.options.saving import SavingOptions
+from library.options.train import TrainOptions
+from library.training.report import announce
+from networks.core.protocol import AdoptedNetwork
+
+logger = logging.getLogger(__name__)
+
+SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Names:
+    """File names of a run: with --output_name its own, else `epoch`, `at` and `last`."""
+
+    folder: Path
+    output_name: str | None
+    extension: str
+
+    @classmethod
+    def build(cls, options: SavingOptions) -> "Names":
+        assert options.output_dir is not None
+        return cls(Path(options.output_dir), options.output_name or None, options.save_model_as or "safetensors")
+
+    def of_epoch(self, epoch: int) -> Path:
+        return self.folder / f"{self.output_name or 'epoch'}-{epoch:06d}.{self.extension}"
+
+    def of_step(self, step: int) -> Path:
+        return self.folder / f"{self.output_name or 'at'}-step{step:08d}.{self.extension}"
+
+    def of_end(self) -> Path:
+        return self.folder / f"{self.output_name or 'last'}.{self.extension}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """After which steps and epochs to save; None is never."""
+
+    every_n_steps: int | None
+    every_n_epochs: int | None
+    keep_steps: int | None
+    keep_epochs: int | None
+    num_epochs: int
+
+    @classmethod
+    def build(cls, options: SavingOptions, num_epochs: int) -> "Schedule":
+        """--save_n_epoch_ratio R saves about R times in the run and wins over --save_every_n_epochs."""
+        every = options.save_every_n_epochs or None
+        if options.save_n_epoch_ratio is not None and options.save_n_epoch_ratio > 0:
+            every = num_epochs // options.save_n_epoch_ratio or 1
+        return cls(
+            options.save_every_n_steps or None,
+            every,
+            options.save_last_n_steps or None,
+            options.save_last_n_epochs or None,
+            num_epochs,
+        )
+
+    def saves_step(self, step: int) -> bool:
+        return self.every_n_steps is not None and step % self.every_n_steps == 0
+
+    def saves_epoch(self, epoch: int) -> bool:
+        """The last epoch has the final file instead."""
+        return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0 and epoch < self.num_epochs
+
+    def outdated_step(self, step: int) -> int | None:
+        """The step whose file goes once that of `step` is there: --save_last_n_steps is a distance in steps."""
+        if self.keep_steps is None or self.every_n_steps is None:
+            return None
+        last = step - self.keep_steps - 1
+        last -= last % self.every_n_steps
+        return last if last > 0 else None
+
+    def outdated_epoch(self, epoch: int) -> int | None:
+        """The epoch whose file goes once that of `epoch` is there: --save_last_n_epochs counts saved files."""
+        if self.keep_epochs is None or self.every_n_epochs is None:
+            return None
+        gone = epoch - self.keep_epochs * self.every_n_epochs
+        return gone if gone > 0 else None
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes the adapter."""
+
+    options: TrainOptions
+    names: Names
+    schedule: Schedule
+    network: AdoptedNetwork
+    architecture: Mapping[str, str]
+    metadata: Mapping[str, str]
+    base_files: Future[dict[str, str]]  # names and hashes of the base model, computed while training goes on
+    before_saving: Callable[[], None]  # schedule-free optimizers show their averaged weights only on demand
+    after_saving: Callable[[], None]
+
+    def save_after_step(self, step: int, epoch: int) -> None:
+        """Save if the schedule asks for it after `step`."""
+        if self.schedule.saves_step(step):
+            self.write(self.names.of_step(step), step, epoch)
+            outdated = self.schedule.outdated_step(step)
+            if outdated is not None:
+                remove(self.names.of_step(outdated))
+
+    def save_after_epoch(self, step: int, epoch: int) -> None:
+        """Save if the schedule asks for it after `epoch`."""
+        if self.schedule.saves_epoch(epoch):
+            self.write(self.names.of_epoch(epoch), step, epoch)
+            outdated = self.schedule.outdated_epoch(epoch)
+            if outdated is not None:
+                remove(self.names.of_epoch(outdated))
+
+    def write(self, path: Path, step: int, epoch: int) -> None:
+        """Write the adapter to `path`, whole or not at all."""
+        announce(f"\nsaving checkpoint: {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        saved_at = time.time()
+        self.before_saving()
+        try:
+            self.network.save_weights(path, save_dtype(self.options.saving.save_precision), self._metadata(step, epoch, saved_at))
+        finally:
+            self.after_saving()
+
+    def _metadata(self, step: int, epoch: int, saved_at: float) -> dict[str, str]:
+        training = {**self.metadata, **self.base_files.result()}
+        modelspec = modelspec_metadata(self.options, self.architecture, saved_at)
+        is_full = not self.options.metadata.no_metadata
+        return file_metadata(training, modelspec, step=step, epoch=epoch, saved_at=saved_at, is_full=is_full)
+
+
+def save_dtype(save_precision: str | None) -> torch.dtype | None:
+    """The dtype of the file; None keeps the adapter's own."""
+    if save_precision is None:
+        return None
+    if save_precision not in SAVE_DTYPES:
+        raise ValueError(f"--save_precision is {save_precision}; it must be one of {', '.join(SAVE_DTYPES)}")
+    return SAVE_DTYPES[save_precision]
+
+
+def remove(path: Path) -> None:
+    """Delete a file that rotation has outdated; nothing happens where it is gone already."""
+    if path.exists():
+        announce(f"removing old checkpoint: {path}")
+        path.unlink()

@@ -1,0 +1,73 @@
+"""What one batch of training does, from latents to the loss."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from library.randomness import generator_for
+from library.training.run import Run
+from library.types import Batch, Conditioning, Noised
+
+
+def loss_of(run: Run, batch: Batch, batch_number: int) -> Tensor:
+    """The loss of a batch, a scalar with gradient; every draw is a function of the seed and `batch_number`."""
+    clean_BCHW = run.arch.codec.normalize(latents_of(run, batch, batch_number))
+    noised = run.arch.objective.corrupt(clean_BCHW, generator_for(run.seed, "noise", batch_number))
+    with run.autocast():
+        conditioning = conditioning_of(run, batch)
+        prediction_BCHW = run.arch.predict(run.models.denoiser, noised, conditioning, batch)
+    target_BCHW = preserve_output(run, batch, noised, conditioning, run.arch.objective.target(noised))
+    loss_BCHW = run.arch.objective.loss(prediction_BCHW, target_BCHW, noised)
+    if batch.masks_B1HW is not None:
+        masks_B1HW = batch.masks_B1HW.to(loss_BCHW.device)
+        loss_BCHW = loss_BCHW * interpolate(masks_B1HW, size=loss_BCHW.shape[-2:], mode="area")
+    return (loss_BCHW.flatten(1).mean(1) * batch.loss_weights_B.to(loss_BCHW.device)).mean()
+
+
+def latents_of(run: Run, batch: Batch, batch_number: int) -> Tensor:
+    """The batch's latents, float32 on the device: from the cache, or encoded here without gradient.
+
+    Raises ValueError naming the pictures where the VAE gives NaN.
+    """
+    if batch.latents_BCHW is not None:
+        return batch.latents_BCHW.to(run.device, torch.float32)
+    assert batch.pixels_BCHW is not None and run.models.vae is not None
+    count = run.options.caching.vae_batch_size
+    parts = []
+    with torch.no_grad():
+        for first in range(0, len(batch.keys), count):
+            pixels_BCHW = batch.pixels_BCHW[first : first + count]
+            places = range(first, first + len(pixels_BCHW))
+            generators = [generator_for(run.seed, "vae", batch_number, place) for place in places]
+            parts.append(run.arch.codec.encode(run.models.vae, pixels_BCHW.to(run.device), generators))
+    latents_BCHW = torch.cat(parts).float()
+    if not latents_BCHW.isfinite().all():
+        broken = [key for key, one in zip(batch.keys, latents_BCHW, strict=True) if not one.isfinite().all()]
+        raise ValueError(f"the VAE gives NaN for {', '.join(broken)}; add --no_half_vae, or use a VAE made for fp16")
+    return latents_BCHW
+
+
+def conditioning_of(run: Run, batch: Batch) -> Conditioning:
+    """Text features of the batch, with gradient where a text encoder trains."""
+    if batch.conditioning is not None:
+        return {name: tensor.to(run.device) for name, tensor in batch.conditioning.items()}
+    if not run.trains_text_encoder:
+        return run.captions(batch.captions)
+    return run.arch.text.encode(run.models.text_encoders, run.arch.text.tokenize(batch.captions))
+
+
+def preserve_output(run: Run, batch: Batch, noised: Noised, conditioning: Conditioning, target_BCHW: Tensor) -> Tensor:
+    """Differential output preservation: marked samples are to keep the prediction of the model without its adapter."""
+    keep = [bool(attributes.get("diff_output_preservation")) for attributes in batch.attributes]
+    if not any(keep):
+        return target_BCHW
+    run.network.set_multiplier(0.0)
+    try:
+        with torch.no_grad(), run.autocast():
+            if run.trains_text_encoder:
+                conditioning = conditioning_of(run, batch)
+            base_BCHW = run.arch.predict(run.models.denoiser, noised, conditioning, batch)
+    finally:
+        run.network.set_multiplier(1.0)
+    keep_B111 = torch.tensor(keep, device=target_BCHW.device).view(-1, 1, 1, 1)
+    return torch.where(keep_B111, base_BCHW.to(target_BCHW.dtype), target_BCHW)
