@@ -317,8 +317,9 @@ def setup_parser() -> argparse.ArgumentParser:
         help="folder of the virtual environment (default: START_VENV if set, else .venv in this repository)",
     )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", metavar="quickstart | test")
+    commands = parser.add_subparsers(dest="command", metavar="quickstart | test | setup")
     commands.required = True
+    commands.add_parser("setup", parents=[common], help="only make the environment, with all that the tests need")
     commands.add_parser(
         "quickstart", parents=[common], help="train a LoRA on the bundled toy model, draw before | after"
     )
@@ -350,7 +351,10 @@ def main(arguments: "list[str]") -> int:
         if args.command == "test":
             return run_tests(venv, args.slow, for_pytest)
         if for_pytest:
-            parser.error("quickstart takes no arguments after --")
+            parser.error(f"{args.command} takes no arguments after --")
+        if args.command == "setup":
+            print(f"Ready: {ready_python(venv, TEST_REQUIREMENTS)}")
+            return 0
         return quickstart(venv)
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
