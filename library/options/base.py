@@ -19,14 +19,15 @@ def group(kind: type["Options"]) -> Any:
 
 
 def int_or_float(text: str) -> int | float:
-    """The number in `text`: a count when it is a whole number of at least 1, otherwise a share of the run.
+    """The number in `text`: steps when it is a whole number, a share of the run when it lies below 1 or ends in `%`.
 
-    Raises argparse.ArgumentTypeError for anything else, 1.0 and above written as a fraction included.
+    Raises argparse.ArgumentTypeError for anything else: for a negative number, and for 1.0 and above with a point, which
+    could be meant either way.
     """
     try:
-        if "." not in text and "e" not in text.lower():
+        if text.strip().isdigit():
             return int(text)
-        share = float(text)
+        share = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not 0 <= share < 1:

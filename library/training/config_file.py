@@ -1,0 +1,215 @@
+"""--config_file: command lines kept as TOML.
+
+A front end writes every option it knows into such a file, the empty ones too, and values with the type that its own
+form gave them. So values are read generously: what can only mean one thing is taken as that, the rest is an error.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.options.base import int_or_float
+
+SECRETS = ("wandb_api_key", "huggingface_token")
+
+
+class ConfigFileError(ValueError):
+    """The file is missing, is no TOML, or holds a value that its option cannot take."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a config file says."""
+
+    path: Path
+    values: Mapping[str, Any]  # by destination, converted to what the option holds
+    warnings: Sequence[str]
+
+
+def config_path(config_file: str) -> Path:
+    """The file that --config_file means; `.toml` may be left out."""
+    return Path(config_file if config_file.endswith(".toml") else config_file + ".toml")
+
+
+def read_config(path: Path, actions: Mapping[str, argparse.Action]) -> Config:
+    """The options in a file, by destination; `actions` are those of the parser.
+
+    Tables are opened one level and their names mean nothing. Keys that are no option are left out and named in the
+    warnings. Raises ConfigFileError.
+    """
+    values: dict[str, Any] = {}
+    unknown: list[str] = []
+    warnings: list[str] = []
+    for key, value in flatten(load_toml(path), path, warnings).items():
+        if key in ("config_file", "output_config"):
+            continue  # about the file itself; the command line has said it
+        if key not in actions:
+            unknown.append(key + nearest(key, actions))
+            continue
+        converted = convert(value, actions[key])
+        if isinstance(converted, Refused):
+            raise ConfigFileError(
+                f"{path}: {key} is {json.dumps(value, default=str)}, but --{key} takes {converted.wanted}"
+            )
+        values[key] = converted
+        if key == "max_token_length" and converted is not None:
+            values[key] = whole_chunks(converted, path, warnings)
+    if unknown:
+        warnings.append(f"{path}: ignored, no such option: {', '.join(unknown)}")
+    return Config(path, values, warnings)
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigFileError with line and column."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        return dict(tomllib.loads(text))
+    except FileNotFoundError:
+        raise ConfigFileError(f"--config_file {path} does not exist") from None
+    except OSError as error:
+        raise ConfigFileError(f"--config_file {path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigFileError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigFileError(f"{path} is not valid TOML: {error}") from error
+
+
+def flatten(tables: Mapping[str, Any], path: Path, warnings: list[str]) -> dict[str, Any]:
+    """Keys of the top level and of its tables, together. Where a key stands twice the later one counts."""
+    values: dict[str, Any] = {}
+    for name, value in tables.items():
+        section = value if isinstance(value, dict) else {name: value}
+        for key, inner in section.items():
+            if isinstance(inner, dict):
+                raise ConfigFileError(
+                    f"{path}: [{name}.{key}] is a table inside a table; options go into the top level or into [{name}]"
+                )
+            if key in values and values[key] != inner:
+                warnings.append(f"{path}: {key} is set to {values[key]!r} and again to {inner!r}; the later one counts")
+            values[key] = inner
+    return values
+
+
+def nearest(key: str, actions: Mapping[str, argparse.Action]) -> str:
+    """A hint at the option that `key` looks like, or nothing."""
+    close = difflib.get_close_matches(key, actions, n=1, cutoff=0.75)
+    return f" (nearest: {close[0]})" if close else ""
+
+
+def whole_chunks(max_token_length: int, path: Path, warnings: list[str]) -> int | None:
+    """Captions are read in chunks of 75 tokens; one chunk is what unset means."""
+    if max_token_length < 75:
+        raise ConfigFileError(f"{path}: max_token_length is {max_token_length}; use 75, 150 or 225")
+    whole = max_token_length // 75 * 75
+    if whole != max_token_length:
+        warnings.append(f"{path}: max_token_length {max_token_length} acts as {whole}: chunks have 75 tokens")
+    return whole if whole > 75 else None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A value that an option cannot take."""
+
+    wanted: str
+
+
+def convert(value: Any, action: argparse.Action) -> Any:
+    """The value of a file as what the option holds, or Refused.
+
+    `false`, an empty string and an empty list mean unset. Choices are not enforced: some files hold names that the
+    command line refuses.
+    """
+    if action.nargs == 0:
+        return convert_flag(value, action.dest)
+    if action.nargs == "*":
+        items = value if isinstance(value, list) else [] if value is False else [value]
+        converted = [convert_scalar(item, action) for item in items if item != ""]
+        return next((item for item in converted if isinstance(item, Refused)), converted or None)
+    if value == "" or (value is False and (action.default is None or isinstance(action.default, str))):
+        return action.default
+    if isinstance(value, list):
+        if action.dest == "resolution" and 1 <= len(value) <= 2 and all(type(side) is int for side in value):
+            return ",".join(str(side) for side in value)
+        if action.dest == "face_crop_aug_range" and len(value) == 2 and all(type(x) in (int, float) for x in value):
+            return ",".join(str(end) for end in value)
+        return None if value == [] and action.default is None else Refused("one value, not a list")
+    return convert_scalar(value, action)
+
+
+def convert_flag(value: Any, dest: str) -> Any:
+    """A flag: true and false, also as 1 and 0 or in words."""
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    words = {"": False, "false": False, "true": True}
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    if isinstance(value, str) and dest == "dim_from_weights":
+        return True  # front ends write the path of the weights there
+    return False if value == [] else Refused("true or false")
+
+
+def convert_scalar(value: Any, action: argparse.Action) -> Any:
+    """One value of an option that takes values."""
+    kind = action.type
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is False and kind in (int, float, int_or_float):
+        return kind(0) if kind in (int, float) else 0
+    if kind is int:
+        return int(value) if is_number and value == int_of(value) else Refused("a whole number")
+    if kind is float:
+        # Where the default is an int the metadata shows the number as it was written.
+        return (value if isinstance(action.default, int) else float(value)) if is_number else Refused("a number")
+    if kind is int_or_float:
+        # 100.0 steps were meant where a share of the run cannot be.
+        if is_number and value >= 0 and (value < 1 or value == int_of(value)):
+            return int(value) if value == int_of(value) else value
+        if isinstance(value, str):
+            try:
+                return int_or_float(value)
+            except argparse.ArgumentTypeError:
+                pass
+        return Refused("a whole number of steps or a share of the run below 1.0")
+    if isinstance(value, str) or is_number:
+        return Path(value) if kind is Path and isinstance(value, str) else str(value)
+    return Refused("text")
+
+
+def int_of(value: int | float) -> int | None:
+    """The whole part of a finite number."""
+    return int(value) if value - value == 0 else None
+
+
+def write_config(path: Path, values: Mapping[str, Any]) -> None:
+    """Write options to a file that must not exist yet, whole or not at all. Raises ConfigFileError."""
+    import toml
+
+    if path.exists():
+        raise ConfigFileError(f"--output_config does not overwrite {path}; remove it or name another --config_file")
+    encoder = toml.TomlEncoder()
+    encoder.dump_funcs[str] = basic_string
+    text = toml.dumps({k: str(v) if isinstance(v, Path) else v for k, v in values.items()}, encoder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def basic_string(text: str) -> str:
+    """A TOML string: JSON's escapes are TOML's, but for the DEL character. toml's own writer breaks `\\x` in paths."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

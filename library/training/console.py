@@ -1,0 +1,82 @@
+"""Where the log lines of a run go: the terminal, a pipe or a file."""
+
+import io
+import logging
+import os
+import sys
+from pathlib import Path
+
+from library.options.console import ConsoleOptions
+
+
+class PlainFormatter(logging.Formatter):
+    """The bare message; warnings and errors carry their level in front."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno == logging.INFO else f"{record.levelname}: {text}"
+
+
+def setup_logging(options: ConsoleOptions) -> None:
+    """Send log lines where the user wants them, line by line, and make standard output and error UTF-8.
+
+    --console_log_file wins and is emptied first; --console_log_simple gives plain lines on standard output; otherwise
+    lines go to standard error, coloured by rich on a terminal and one unwrapped line each in a pipe, where programs
+    read them. Calling it again with the same options changes nothing.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        use_utf8(stream)
+    root = logging.getLogger()
+    name = f"console of {options!r}"
+    if any(handler.name == name for handler in root.handlers):
+        return
+    for handler in [h for h in root.handlers if (h.name or "").startswith("console of ")]:
+        root.removeHandler(handler)
+        handler.close()
+    handler = build_handler(options)
+    handler.set_name(name)
+    root.addHandler(handler)
+    root.setLevel(level_of(options))
+
+
+def level_of(options: ConsoleOptions) -> int:
+    """The lowest level that is shown; unset is INFO."""
+    name = options.console_log_level or "INFO"
+    level = logging.getLevelName(name)
+    if not isinstance(level, int):
+        raise ValueError(f"--console_log_level is {name}; use DEBUG, INFO, WARNING, ERROR or CRITICAL")
+    return level
+
+
+def build_handler(options: ConsoleOptions) -> logging.Handler:
+    """The handler that writes to the file, the terminal or the pipe."""
+    handler: logging.Handler
+    lines = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%d %H:%M:%S")
+    if options.console_log_file:
+        path = Path(options.console_log_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, mode="w", encoding="utf-8", errors="backslashreplace")
+        handler.setFormatter(lines)
+        return handler
+    if options.console_log_simple:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(PlainFormatter())
+        return handler
+    if sys.stderr.isatty():
+        try:
+            from rich.console import Console
+            from rich.logging import RichHandler
+        except ImportError:
+            pass  # rich only adds colour; the lines below say the same
+        else:
+            return RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%Y-%m-%d %H:%M:%S")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(lines)
+    return handler
+
+
+def use_utf8(stream: object) -> None:
+    """Let every character through and flush after each line; PYTHONIOENCODING keeps its say on the encoding."""
+    if isinstance(stream, io.TextIOWrapper):
+        encoding = stream.encoding if "PYTHONIOENCODING" in os.environ else "utf-8"
+        stream.reconfigure(encoding=encoding, errors="backslashreplace", line_buffering=True)
