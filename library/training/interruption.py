@@ -15,8 +15,9 @@ class Interrupted(Exception):
 class Interruption:
     """Remembers that someone asked the run to stop.
 
-    Until `defer()` is called the first signal raises Interrupted at once: loading and caching leave no half-written file.
-    Afterwards the first signal only sets `is_requested`, which the loop reads after each step. The second always stops.
+    Until `defer()` is called the first signal raises Interrupted at once; loading and caching leave no half-written
+    file. Afterwards the first signal only sets `is_requested`, which the loop reads after each step. The second always
+    stops.
     A run that `accelerate launch` started also stops when its launcher is gone, since nobody else would tell it.
     """
 

@@ -58,7 +58,9 @@ def start_trackers(accelerator: Any, options: TrainOptions) -> None:
         import wandb
 
         wandb.login(key=trackers.wandb_api_key)
-    init: dict[str, Any] = read_toml(Path(trackers.log_tracker_config), "--log_tracker_config") if trackers.log_tracker_config else {}
+    init: dict[str, Any] = (
+        read_toml(Path(trackers.log_tracker_config), "--log_tracker_config") if trackers.log_tracker_config else {}
+    )
     if trackers.wandb_run_name:
         init.setdefault("wandb", {})["name"] = trackers.wandb_run_name
     config = loggable_options(options) if trackers.log_config else None

@@ -1,7 +1,7 @@
 """How many steps a run takes, and which step a batch belongs to.
 
-A step is an optimizer step. A window is the batches that one step averages: `accumulation` of them, the last window of an
-epoch may be shorter.
+A step is an optimizer step. A window is the batches that one step averages: `accumulation` of them, fewer at the end
+of an epoch where they run out.
 """
 
 from dataclasses import dataclass

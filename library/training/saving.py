@@ -127,7 +127,9 @@ class Writer:
         saved_at = time.time()
         self.before_saving()
         try:
-            self.network.save_weights(path, save_dtype(self.options.saving.save_precision), self._metadata(step, epoch, saved_at))
+            self.network.save_weights(
+                path, save_dtype(self.options.saving.save_precision), self._metadata(step, epoch, saved_at)
+            )
         finally:
             self.after_saving()
 

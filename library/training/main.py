@@ -1,0 +1,77 @@
+"""From the command line to the end of the run: what every training script calls."""
+
+import argparse
+import logging
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from library.architectures.interface import Architecture
+from library.options.train import TrainOptions
+from library.training.checks import check
+from library.training.cli import parse
+from library.training.interruption import Interrupted, Interruption
+
+logger = logging.getLogger(__name__)
+
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
+
+ROOT = Path(__file__).parents[2]
+
+
+def main(
+    parser: argparse.ArgumentParser, options_type: type[OptionsT], build: Callable[[OptionsT], Architecture]
+) -> int:
+    """Train as the command line says. Gives the exit status: 0 done, 1 stopped by an error (2 is argparse's own)."""
+    interruption = Interruption()
+    interruption.install()
+    args = parse(parser)
+    try:
+        options = options_type.from_args(args)
+        check(options)
+        train_network(options, build, interruption)
+    except Interrupted as error:
+        logger.warning("%s received before the first step: nothing was trained, nothing to save", error)
+        return 130 if str(error) == "SIGINT" else 143
+    except Exception as error:
+        report_error(error)
+        return 1
+    return 0
+
+
+def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], interruption: Interruption) -> None:
+    """Set the run up and train it."""
+    from library.data.dataset import NoDataFound
+    from library.data.debug import show_batches
+    from library.training import setup
+
+    arch = build(options)
+    seed = setup.choose_seed(options.run.seed)
+    try:
+        training_set = setup.open_training_set(options, arch, seed)
+    except NoDataFound as error:
+        logger.error("No data found: %s", error)
+        return
+    if options.dataset.debug_dataset:
+        show_batches(training_set)
+        return
+    prepared = setup.prepare(options, arch, seed, training_set)
+    from library.training.loop import train
+
+    interruption.defer()
+    try:
+        train(prepared.run, prepared.writer, prepared.charts, interruption)
+    finally:
+        prepared.charts.close()
+
+
+def report_error(error: Exception) -> None:
+    """A message of ours stands alone; anything unforeseen comes with its traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    is_ours = bool(frames) and Path(frames[-1].filename).is_relative_to(ROOT) and ".venv" not in frames[-1].filename
+    if is_ours and isinstance(error, (ValueError, OSError)):
+        logger.error("%s", error)
+        logger.debug("where it was found:", exc_info=error)
+    else:
+        logger.error("%s: %s", type(error).__name__, error, exc_info=error)

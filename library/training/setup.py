@@ -1,0 +1,258 @@
+"""Puts a run together: data, models, adapter, optimizer; each model is loaded only when it is needed."""
+
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.interface import Architecture
+from library.checkpoints.metadata import RunFacts, base_file_metadata, training_metadata
+from library.data.cache import cache_latents
+from library.data.dataset import TrainingSet
+from library.memory.devices import release_memory
+from library.options.train import TrainOptions
+from library.randomness import stream_seed
+from library.training.conditioning import CaptionMemo
+from library.training.logs import Charts, run_folder, start_trackers, tracker_kind
+from library.training.lr_schedules import build_schedule
+from library.training.network import network_keywords, open_network
+from library.training.optimizers import build_optimizer
+from library.training.plan import Plan
+from library.training.report import announce_run
+from library.training.run import Autocast, Models, Run
+from library.training.saving import Names, Schedule, Writer, save_dtype
+from library.types import Conditioning
+from networks.core.protocol import AdoptedNetwork
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start."""
+
+    run: Run
+    writer: Writer
+    charts: Charts
+
+
+def choose_seed(seed: int | None) -> int:
+    """--seed, or a random one below 2**32 that the log names so that the run can be repeated."""
+    if seed is not None:
+        return seed
+    seed = secrets.randbelow(2**32)
+    logger.info("no --seed given: using --seed %d", seed)
+    return seed
+
+
+def open_training_set(options: TrainOptions, arch: Architecture, seed: int) -> TrainingSet:
+    """Read the dataset description and the pictures' headers, and log what was found."""
+    training_set = TrainingSet.build(options, arch.codec.spec, seed, arch.text.count_tokens, arch.text.max_tokens)
+    training_set.audit(logger)
+    return training_set
+
+
+def prepare(options: TrainOptions, arch: Architecture, seed: int, training_set: TrainingSet) -> Prepared:
+    """Load the models, cache what is to be cached, build the adapter and the optimizer.
+
+    Raises ValueError for settings that only show here to be wrong, such as a network argument.
+    """
+    from accelerate import Accelerator
+
+    save_dtype(options.saving.save_precision)
+    accelerator = Accelerator(
+        mixed_precision=options.precision.mixed_precision,
+        log_with=tracker_kind(options.trackers),
+        project_dir=run_folder(options.trackers),
+    )
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"accelerate started {accelerator.num_processes} processes; training with more than one is not supported "
+            "yet; use --num_processes 1"
+        )
+    device = accelerator.device
+    dtype = DTYPES[options.precision.mixed_precision]
+    autocast: Autocast = nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)
+
+    vae = prepare_vae(options, arch, seed, training_set, device)
+    release_memory(options.memory.highvram)
+    text_encoders = [encoder.to(device) for encoder in arch.load.text_encoders()]
+    denoiser = arch.load.denoiser().to(device, memory_format=torch.channels_last)
+    models = Models(denoiser, text_encoders, vae, arch.view(text_encoders, denoiser))
+
+    torch.manual_seed(stream_seed(seed, "adapter"))
+    network = open_network(options, models, device, dtype)
+    trains_text_encoder = trains_text_encoders(options)
+    prepare_gradient_checkpointing(options, models, network, trains_text_encoder)
+
+    plan = Plan.build(options.run, training_set.num_batches)
+    groups, names = network.parameter_groups(
+        options.network.text_encoder_lr, options.network.unet_lr, options.optimizer.learning_rate
+    )
+    optimizer = build_optimizer(options.optimizer, groups)
+    schedule = build_schedule(options.schedule, optimizer, plan.max_train_steps)
+    network.prepare_gradients(*models.network_view)
+
+    run = Run(
+        options=options,
+        arch=arch,
+        seed=seed,
+        device=device,
+        autocast=autocast,
+        training_set=training_set,
+        plan=plan,
+        models=models,
+        network=network,
+        trains_text_encoder=trains_text_encoder,
+        captions=CaptionMemo(lambda captions: encode_frozen(arch, text_encoders, network, autocast, captions)),
+        optimizer=optimizer,
+        schedule=schedule,
+        scaler=gradient_scaler(options, device),
+        group_names=group_names(names, len(groups), options),
+    )
+    start_trackers(accelerator, options)
+    writer = build_writer(run)
+    announce_run(plan, training_set.num_train_images, training_set.num_reg_images, training_set.batch_sizes)
+    return Prepared(run, writer, Charts(accelerator))
+
+
+def prepare_vae(
+    options: TrainOptions, arch: Architecture, seed: int, training_set: TrainingSet, device: torch.device
+) -> nn.Module | None:
+    """The VAE on the device, or None where it has encoded every picture already and may leave memory."""
+    vae = arch.load.vae().to(device, memory_format=torch.channels_last)
+    if not options.caching.cache_latents:
+        return vae
+
+    def encode(pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        with torch.no_grad():
+            return arch.codec.encode(vae, pixels_BCHW.to(device), generators).float().cpu()
+
+    cache_latents(training_set, encode, identity_of(vae), options.caching, seed)
+    return None
+
+
+def identity_of(module: nn.Module) -> str:
+    """A hash of a module's weights, names and dtypes."""
+    digest = blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def trains_text_encoders(options: TrainOptions) -> bool:
+    """Whether the text encoders' adapters move: they exist and their learning rate is not 0."""
+    if options.network.network_train_unet_only:
+        return False
+    rates = options.network.text_encoder_lr or [options.optimizer.learning_rate]
+    return any(rate != 0 for rate in rates if rate is not None)
+
+
+def prepare_gradient_checkpointing(
+    options: TrainOptions, models: Models, network: AdoptedNetwork, trains_text_encoder: bool
+) -> None:
+    """Switch --gradient_checkpointing on where gradients flow; everything else stays in eval mode."""
+    for model in (models.denoiser, *models.text_encoders):
+        model.eval().requires_grad_(False)
+    network.module.train()
+    if not options.memory.gradient_checkpointing:
+        return
+    models.denoiser.train()
+    models.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    if trains_text_encoder:
+        for encoder in models.text_encoders:
+            encoder.train()
+            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    for model in (models.denoiser, *models.text_encoders):
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):  # train mode is for checkpointing only, not for the base model's dropout
+                module.p = 0.0
+    network.enable_gradient_checkpointing()
+
+
+def encode_frozen(
+    arch: Architecture,
+    text_encoders: Sequence[nn.Module],
+    network: AdoptedNetwork,
+    autocast: Autocast,
+    captions: Sequence[str],
+) -> Conditioning:
+    """What frozen text encoders make of captions, adapters that do not train included, their dropout off."""
+    network.module.eval()
+    try:
+        with autocast():
+            return arch.text.encode(text_encoders, arch.text.tokenize(captions))
+    finally:
+        network.module.train()
+
+
+def gradient_scaler(options: TrainOptions, device: torch.device) -> torch.amp.GradScaler | None:
+    """fp16 gradients need scaling."""
+    if options.precision.mixed_precision != "fp16":
+        return None
+    scaler = torch.amp.GradScaler(device.type)
+    if options.precision.full_fp16:
+        allow_fp16_gradients(scaler)
+    return scaler
+
+
+def allow_fp16_gradients(scaler: torch.amp.GradScaler) -> None:
+    """--full_fp16 keeps the adapter itself in fp16, which GradScaler refuses by default."""
+    unscale: Any = scaler._unscale_grads_
+    scaler._unscale_grads_ = lambda optimizer, inv_scale, found_inf, _: unscale(optimizer, inv_scale, found_inf, True)  # type: ignore[method-assign]
+
+
+def group_names(names: list[str] | None, num_groups: int, options: TrainOptions) -> list[str]:
+    """Names of the optimizer's groups for the charts; where the network module gives none they follow the order."""
+    if names is not None:
+        return names
+    trains_denoiser = not options.network.network_train_text_encoder_only
+    if num_groups == 1:
+        return ["unet" if trains_denoiser else "textencoder"]
+    if num_groups == 2 and trains_text_encoders(options) and trains_denoiser:
+        return ["textencoder", "unet"]
+    return [f"group{i}" for i in range(num_groups)]
+
+
+def build_writer(run: Run) -> Writer:
+    """What writes the checkpoints; the base files are hashed in the background meanwhile."""
+    options, training_set, plan = run.options, run.training_set, run.plan
+    facts = RunFacts(
+        session_id=secrets.randbelow(2**32),
+        started_at=time.time(),
+        seed=run.seed,
+        num_train_images=training_set.num_train_images,
+        num_validation_images=0,
+        num_reg_images=training_set.num_reg_images,
+        num_batches_per_epoch=plan.num_batches,
+        num_epochs=plan.num_epochs,
+        max_train_steps=plan.max_train_steps,
+        optimizer=run.optimizer.name,
+        network_args=network_keywords(options.network),
+        datasets=training_set.metadata(options),
+    )
+    executor = ThreadPoolExecutor(1, thread_name_prefix="hash")
+    base_files = executor.submit(base_file_metadata, options)
+    executor.shutdown(wait=False)
+    return Writer(
+        options=options,
+        names=Names.build(options.saving),
+        schedule=Schedule.build(options.saving, plan.num_epochs),
+        network=run.network,
+        architecture=run.arch.metadata,
+        metadata=training_metadata(options, run.arch.metadata, facts),
+        base_files=base_files,
+        before_saving=run.optimizer.eval,
+        after_saving=run.optimizer.train,
+    )

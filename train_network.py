@@ -1,0 +1,18 @@
+"""Train a LoRA-family adapter for Stable Diffusion 1.x."""
+
+import argparse
+
+from library.options.train import TrainOptions
+from library.training.cli import build_parser
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Every option of this script; front ends read it."""
+    return build_parser(TrainOptions)
+
+
+if __name__ == "__main__":
+    from library.architectures.sd import build
+    from library.training.main import main
+
+    raise SystemExit(main(setup_parser(), TrainOptions, build))
