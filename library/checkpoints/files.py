@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -101,8 +102,10 @@ def open_safetensors(path: str | Path, device: str | torch.device = "cpu") -> It
         yield reader
 
 
-def load_state_dict(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: bool = False) -> dict[str, Tensor]:
     """All tensors of a .safetensors, .ckpt, .pt, .pth or .bin file, by name.
+
+    `mmap` leaves the values of a pickled file on disk until they are used, where its format allows it (torch >= 1.6).
 
     Pickled files are read with weights_only=True, so nothing inside them is executed; a table `state_dict` in them,
     as training programs write it, is unwrapped.
@@ -116,7 +119,7 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu") -> dic
         with open_safetensors(path, device) as reader:
             return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118, it is no mapping
     try:
-        content: Any = torch.load(path, map_location=device, weights_only=True)
+        content: Any = torch.load(path, map_location=device, weights_only=True, mmap=mmap and is_zipfile(path))
     except Exception as error:  # unpickling raises whatever the broken or foreign file leads to
         raise ValueError(
             f"{path} cannot be read as a file of plain tensors: {error}. Files that hold other Python objects are not "
