@@ -21,8 +21,8 @@ def group(kind: type["Options"]) -> Any:
 def int_or_float(text: str) -> int | float:
     """The number in `text`: steps when it is a whole number, a share of the run when it lies below 1 or ends in `%`.
 
-    Raises argparse.ArgumentTypeError for anything else: for a negative number, and for 1.0 and above with a point, which
-    could be meant either way.
+    Raises argparse.ArgumentTypeError for anything else: for a negative number, and for 1.0 and above with a point,
+    which could be meant either way.
     """
     try:
         if text.strip().isdigit():
@@ -76,3 +76,16 @@ class Options:
             is_group = isinstance(kind, type) and issubclass(kind, Options)
             values[f.name] = kind.from_args(args) if is_group else getattr(args, f.name)
         return cls(**values)
+
+    def flat(self) -> dict[str, Any]:
+        """Every option below this group by name, groups opened."""
+        values: dict[str, Any] = {}
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            values.update(value.flat() if isinstance(value, Options) else {f.name: value})
+        return values
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """What every option below this class is when nobody sets it."""
+        return {f.name: f.default for f, _ in cls.leaves()}

@@ -1,0 +1,81 @@
+"""What this version does not do yet. A feature that arrives takes its lines out of this file."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from library.options.base import Options
+from library.options.distributed import DistributedOptions
+from library.options.hub import HubOptions
+from library.options.preview import PreviewOptions
+from library.options.state import StateOptions
+
+
+def names_of(kind: type[Options]) -> list[str]:
+    return [f.name for f in fields(kind)]  # type: ignore[arg-type]
+
+
+PREVIEWS = ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
+VALIDATION = ("validation_split", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
+DDP = ("ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph")
+DEEPSPEED = tuple(name for name in names_of(DistributedOptions) if name not in DDP)
+
+NOT_YET: Mapping[str, str] = {
+    "v2": "only Stable Diffusion 1.x is trained; leave it out for a 1.x model",
+    "dataset_class": "describe the pictures with --dataset_config or --train_data_dir",
+    **dict.fromkeys(
+        names_of(StateOptions),
+        "runs cannot be continued; keep weights with --save_every_n_epochs, start from them with --network_weights",
+    ),
+    **dict.fromkeys(names_of(HubOptions), "nothing is uploaded; upload the files of --output_dir yourself"),
+    **dict.fromkeys(PREVIEWS, "no pictures are drawn during training; draw them with the saved files"),
+    **dict.fromkeys(VALIDATION, "there is no validation; leave it out"),
+    "scale_weight_norms": "leave it out, or lower --learning_rate or --network_alpha",
+    "deepspeed": "train on one card without it",
+    "fp8_base": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",
+    "fp8_base_unet": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",
+    "cpu_offload_checkpointing": "use --gradient_checkpointing alone",
+    "torch_compile": "leave it out; the models run uncompiled",
+    "fused_backward_pass": "leave it out",
+}
+
+
+def asks(value: Any) -> bool:
+    """Whether a value asks for something: front ends also write what the user left empty, as false, 0, "" or []."""
+    return value > 0 if isinstance(value, int | float) else bool(value)
+
+
+def unsupported(options: Options) -> list[str]:
+    """A line for every option that asks for what this version cannot do."""
+    values, defaults = options.flat(), type(options).defaults()
+    lines = [f"--{name} is not supported yet: {why}" for name, why in NOT_YET.items() if asks(values[name])]
+    if values["deepspeed"]:
+        others = [name for name in DEEPSPEED if name != "deepspeed" and is_set(values[name], defaults[name])]
+        lines += [f"--{name} is not supported yet: {NOT_YET['deepspeed']}" for name in others]
+    return lines
+
+
+def without_effect(options: Options) -> list[str]:
+    """A line for every option that only adjusts a feature which is absent or off."""
+    values, defaults = options.flat(), type(options).defaults()
+    reasons = {
+        **dict.fromkeys(
+            (n for n in names_of(PreviewOptions) if n not in PREVIEWS), "no pictures are drawn during training"
+        ),
+        "validation_seed": "there is no validation",
+        **dict.fromkeys(DDP, "it concerns training in several processes"),
+        **dict.fromkeys(DEEPSPEED, "--deepspeed is off"),
+        "dynamo_backend": "--torch_compile is off",
+    }
+    return [
+        f"--{name} has no effect: {why}"
+        for name, why in reasons.items()
+        if name not in NOT_YET
+        and is_set(values[name], defaults[name])
+        and not (name in DEEPSPEED and values["deepspeed"])
+    ]
+
+
+def is_set(value: Any, default: Any) -> bool:
+    """Whether a value differs from the default and from what front ends write for nothing."""
+    return value != default and value not in (None, False, "", 0, "no", [])

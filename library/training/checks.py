@@ -1,0 +1,252 @@
+"""What can be said about the options before anything is loaded: what contradicts, is missing, or does nothing."""
+
+import logging
+from collections.abc import Iterator
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from library.options.support import asks, is_set, unsupported, without_effect
+from library.options.train import TrainOptions
+
+logger = logging.getLogger(__name__)
+
+AT_LEAST_ONE = (
+    "max_train_steps", "max_train_epochs", "train_batch_size", "gradient_accumulation_steps", "vae_batch_size",
+    "dataset_repeats", "network_dim", "clip_skip", "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio",
+    "save_last_n_epochs", "save_last_n_steps", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps",
+    "lr_scheduler_num_cycles", "lr_scheduler_timescale", "max_timestep",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "max_data_loader_n_workers", "keep_tokens", "caption_dropout_every_n_epochs", "token_warmup_min",
+    "token_warmup_step", "prior_loss_weight", "network_alpha", "unet_lr", "learning_rate", "max_grad_norm",
+    "lr_warmup_steps", "lr_decay_steps", "min_timestep", "multires_noise_iterations", "multires_noise_discount",
+    "ip_noise_gamma", "huber_c", "huber_scale", "min_snr_gamma", "lr_scheduler_min_lr_ratio",
+)  # fmt: skip
+SHARES = ("caption_dropout_rate", "caption_tag_dropout_rate", "network_dropout")
+MAX_SEED = 2**63 - 1
+ANY_CHOICE = ("max_token_length", "dynamo_backend", "sample_sampler", "zero_stage")  # names of files in use; see cli.py
+
+NEEDS = (
+    ("noise_offset_random_strength", "noise_offset"),
+    ("multires_noise_discount", "multires_noise_iterations"),
+    ("ip_noise_gamma_random_strength", "ip_noise_gamma"),
+    ("base_weights_multiplier", "base_weights"),
+    ("bucket_no_upscale", "enable_bucket"),
+    ("save_last_n_steps", "save_every_n_steps"),
+    ("log_prefix", "logging_dir"),
+    ("log_tracker_name", "logging_dir"),
+)
+"""(an option that only adjusts another, the other)"""
+
+
+def check(options: TrainOptions) -> None:
+    """Refuse what cannot work and warn about what does nothing.
+
+    Raises ValueError naming every flag that is not supported yet, else the first contradiction, with its way out.
+    """
+    missing = unsupported(options)
+    if missing:
+        raise ValueError("\n".join(missing))
+    check_ranges(options)
+    check_choices(options)
+    check_required(options)
+    check_precision(options)
+    check_optimizer(options)
+    check_network(options)
+    check_noise_and_loss(options)
+    check_trackers(options)
+    for line in (*without_effect(options), *idle(options)):
+        logger.warning("%s", line)
+
+
+def check_ranges(options: TrainOptions) -> None:
+    """Every number lies where it means something."""
+    values = options.flat()
+    for name, value in values.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not isfinite(number):
+                raise ValueError(f"--{name} is {number}; use a finite number")
+    for names, limit in ((AT_LEAST_ONE, 1), (NOT_NEGATIVE, 0)):
+        for name in names:
+            if values[name] is not None and values[name] < limit:
+                raise ValueError(f"--{name} is {values[name]}; use at least {limit}, or leave it out")
+    for name in SHARES:
+        if values[name] is not None and not 0 <= values[name] <= 1:
+            raise ValueError(f"--{name} is {values[name]}; it is a share, use 0 to 1")
+    for rate in options.network.text_encoder_lr or ():
+        if rate < 0:
+            raise ValueError(
+                f"--text_encoder_lr is {rate}; use 0 to leave the text encoder as it is, or a positive rate"
+            )
+    seed = options.run.seed
+    if seed is not None and not -MAX_SEED <= seed <= MAX_SEED:
+        raise ValueError(f"--seed is {seed}; use a number of at most {MAX_SEED}")
+    low, high = options.dataset.min_bucket_reso, options.dataset.max_bucket_reso
+    if options.dataset.enable_bucket and low > high:
+        raise ValueError(f"--min_bucket_reso is {low}, above --max_bucket_reso {high}; swap them")
+
+
+def check_choices(options: TrainOptions) -> None:
+    """Config files are not held to the choices of the command line, but what has no meaning stops here."""
+    values = options.flat()
+    for field, _ in type(options).leaves():
+        choices = field.metadata.get("choices")
+        if choices is None or field.name in ANY_CHOICE or values[field.name] in choices:
+            continue
+        if not is_set(values[field.name], field.default):
+            continue
+        known = ", ".join(str(choice) for choice in choices if choice is not None)
+        raise ValueError(f"--{field.name} is {values[field.name]!r}; use one of {known}")
+
+
+def check_required(options: TrainOptions) -> None:
+    """The model, the pictures, the adapter and the place to write to are named."""
+    dataset = options.dataset
+    if dataset.dataset_config is None:
+        if not dataset.train_data_dir:
+            raise ValueError(
+                "no pictures are named; give --dataset_config with a TOML file, or --train_data_dir with a folder"
+            )
+        if not dataset.resolution:
+            raise ValueError("--resolution is not set; give the training size with it, such as 512 or 512,768")
+    if dataset.debug_dataset:
+        return
+    if not options.model.pretrained_model_name_or_path:
+        raise ValueError("--pretrained_model_name_or_path is not set; give the base model's file, folder or hub name")
+    if not options.network.network_module:
+        raise ValueError("--network_module is not set; networks.lora trains a LoRA")
+    if not options.saving.output_dir:
+        raise ValueError("--output_dir is not set; give the folder that the trained weights go to")
+
+
+def check_precision(options: TrainOptions) -> None:
+    """Number formats fit together and exist on this machine."""
+    precision = options.precision
+    for flag, kind in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
+        if getattr(precision, flag) and precision.mixed_precision != kind:
+            raise ValueError(
+                f"--{flag} needs --mixed_precision {kind}, but that is {precision.mixed_precision}; "
+                f"set it to {kind} or leave out --{flag}"
+            )
+    if precision.mixed_precision == "fp16" and not options.dataset.debug_dataset and not has_accelerator():
+        raise ValueError(
+            "--mixed_precision fp16 needs a GPU and none is found; use --mixed_precision bf16 or no on the CPU"
+        )
+
+
+def has_accelerator() -> bool:
+    """Whether torch finds anything but the CPU."""
+    import torch
+
+    return torch.accelerator.is_available()
+
+
+def check_optimizer(options: TrainOptions) -> None:
+    """One optimizer is named, in one way."""
+    optimizer = options.optimizer
+    old = [name for name in ("use_8bit_adam", "use_lion_optimizer") if getattr(optimizer, name)]
+    if len(old) == 2:
+        raise ValueError("--use_8bit_adam and --use_lion_optimizer name two optimizers; keep one of them")
+    if old and optimizer.optimizer_type:
+        raise ValueError(
+            f"--{old[0]} and --optimizer_type {optimizer.optimizer_type} name two optimizers; keep the second"
+        )
+
+
+def check_network(options: TrainOptions) -> None:
+    """Something is trained, and the files that it starts from are there."""
+    network = options.network
+    if network.network_train_unet_only and network.network_train_text_encoder_only:
+        raise ValueError(
+            "--network_train_unet_only and --network_train_text_encoder_only together train nothing; "
+            "leave out both to train both parts"
+        )
+    if network.dim_from_weights and not network.network_weights:
+        raise ValueError("--dim_from_weights needs --network_weights, the file to read the ranks from")
+    for flag, paths in (("network_weights", [network.network_weights]), ("base_weights", network.base_weights or [])):
+        for path in paths:
+            if path and not Path(path).is_file():
+                raise ValueError(f"--{flag} {path} does not exist; give the path of an adapter file")
+    factors, files = network.base_weights_multiplier or [], network.base_weights or []
+    if files and len(factors) > len(files):
+        raise ValueError(
+            f"--base_weights_multiplier has {len(factors)} values for {len(files)} --base_weights; "
+            "give one for each file"
+        )
+
+
+def check_noise_and_loss(options: TrainOptions) -> None:
+    """Noise and weighting options that contradict each other."""
+    noise, loss, is_v = options.noise, options.loss, options.model.v_parameterization
+    if asks_number(noise.adaptive_noise_scale) and not asks_number(noise.noise_offset):
+        raise ValueError(
+            f"--adaptive_noise_scale {noise.adaptive_noise_scale} adjusts --noise_offset, which is not set; "
+            "set --noise_offset, or leave out --adaptive_noise_scale"
+        )
+    if loss.scale_v_pred_loss_like_noise_pred and not is_v:
+        raise ValueError(
+            "--scale_v_pred_loss_like_noise_pred needs --v_parameterization; "
+            "leave it out for a model that predicts noise"
+        )
+    if asks_number(loss.v_pred_like_loss) and is_v:
+        raise ValueError(
+            f"--v_pred_like_loss {loss.v_pred_like_loss} is for models that predict noise; leave it out, "
+            "or leave out --v_parameterization"
+        )
+    low, high = noise.min_timestep or 0, 1000 if noise.max_timestep is None else noise.max_timestep
+    if low >= high:
+        raise ValueError(
+            f"--min_timestep {low} is not below --max_timestep {high}; leave at least one step between them"
+        )
+    if high > 1000:
+        raise ValueError(f"--max_timestep is {high}; there are 1000 timesteps, use at most 1000")
+
+
+def asks_number(value: float | None) -> bool:
+    """Whether a strength is given and not zero."""
+    return value is not None and value != 0
+
+
+def check_trackers(options: TrainOptions) -> None:
+    """Charts have a place to go."""
+    trackers = options.trackers
+    if trackers.log_with in ("tensorboard", "all") and not trackers.logging_dir:
+        raise ValueError(f"--log_with {trackers.log_with} needs --logging_dir, the folder for the charts")
+
+
+def idle(options: TrainOptions) -> Iterator[str]:
+    """A line for every option that does nothing in this run."""
+    values, defaults = options.flat(), type(options).defaults()
+
+    def chosen(name: str) -> Any:
+        return is_set(values[name], defaults[name])
+
+    for name, needed in NEEDS:
+        if chosen(name) and not asks(values[needed]):
+            yield f"--{name} has no effect without --{needed}"
+    if (
+        chosen("save_last_n_epochs")
+        and not asks(values["save_every_n_epochs"])
+        and not asks(values["save_n_epoch_ratio"])
+    ):
+        yield "--save_last_n_epochs has no effect without --save_every_n_epochs"
+    if options.loss.loss_type not in ("huber", "smooth_l1"):
+        for name in ("huber_schedule", "huber_c", "huber_scale"):
+            if chosen(name):
+                yield f"--{name} has no effect with --loss_type {options.loss.loss_type}"
+    elif options.loss.huber_schedule == "snr" and chosen("huber_scale"):
+        yield "--huber_scale has no effect with --huber_schedule snr; use constant or exponential"
+    if options.noise.zero_terminal_snr and not options.model.v_parameterization:
+        yield (
+            "--zero_terminal_snr leaves no signal at the last timestep, where a model that predicts noise learns "
+            "nothing; it is meant for --v_parameterization"
+        )
+    if options.network.dim_from_weights:
+        for name in ("network_dim", "network_alpha"):
+            if chosen(name):
+                yield f"--{name} has no effect with --dim_from_weights: the file says it"
+    if options.network.network_train_unet_only and options.network.text_encoder_lr:
+        yield "--text_encoder_lr has no effect with --network_train_unet_only"
+    if options.network.network_train_text_encoder_only and chosen("unet_lr"):
+        yield "--unet_lr has no effect with --network_train_text_encoder_only"
