@@ -1,0 +1,142 @@
+"""What the documentation tells people to type: every command parses, every file and option in it exists."""
+
+import argparse
+import importlib
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from library.training.config_file import read_config
+from tools import start
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+FLAGS_OF_OTHERS = {"--venv", "--slow"}  # of tools/start.py
+
+
+def blocks_of(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    return [text for kind, text in FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+def commands_of(page: Path) -> list[str]:
+    """The commands of a page's bash blocks, continued lines joined."""
+    lines = "".join(blocks_of(page, "bash")).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+COMMANDS = [(page.relative_to(ROOT).as_posix(), command) for page in PAGES for command in commands_of(page)]
+
+
+def check_command(command: str) -> None:
+    """Raise AssertionError if a reader who types this would be told off. A command of unknown kind is one too."""
+    words = shlex.split(command)
+    for word in words:
+        assert not word.startswith("configs/") or (ROOT / word).exists(), f"{word} is not there"
+    match words:
+        case ["source", ".venv/bin/activate"]:
+            return
+        case ["accelerate", "launch", *arguments]:
+            check_launch(arguments)
+        case ["python3" | "python", "-m", module, *_]:
+            assert importlib.util.find_spec(module) is not None, f"the requirements bring no module {module}"
+        case ["python3" | "python", "tools/start.py", *arguments]:
+            parse(start.setup_parser(), start.split_at_dashes(arguments)[0])
+        case ["python3" | "python", script, *arguments] if script.startswith("tools/"):
+            check_tool(script, arguments)
+        case ["python3" | "python", script, *arguments]:
+            check_script(script, arguments)
+        case _:
+            raise AssertionError(f"no check for `{command}`: add one to {Path(__file__).name}")
+
+
+def check_launch(arguments: list[str]) -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    launch = parse(launch_command_parser(), arguments)
+    check_script(launch.training_script, launch.training_script_args)
+
+
+def check_script(script: str, arguments: list[str]) -> None:
+    """A training script, by its own parser. Prefixes of options do not count: a page shows the whole name."""
+    assert (ROOT / script).exists(), f"{script} is not there"
+    if arguments == ["--help"]:
+        return
+    parser = importlib.import_module(Path(script).stem).setup_parser()
+    for word in arguments:
+        flag = word.split("=")[0]
+        assert not word.startswith("--") or flag in parser._option_string_actions, f"{script} has no option {flag}"
+    args = parse(parser, arguments)
+    if args.config_file and not args.output_config:
+        actions = {action.dest: action for action in parser._actions}
+        assert read_config(ROOT / args.config_file, actions).warnings == []
+
+
+def check_tool(script: str, arguments: list[str]) -> None:
+    shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    for word in arguments:
+        assert not word.startswith("--") or word in shown.stdout, f"{script} has no option {word}"
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Parse, with argparse's exit turned into a failure."""
+    try:
+        return parser.parse_args(arguments)
+    except SystemExit as ended:
+        raise AssertionError(f"does not parse: {shlex.join(arguments)}") from ended
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_command_of_the_documentation_can_be_typed(page: str, command: str) -> None:
+    check_command(command)
+
+
+def test_readme_shows_both_commands_and_a_real_training() -> None:
+    commands = commands_of(ROOT / "README.md")
+    assert "python3 tools/start.py quickstart" in commands
+    assert "python3 tools/start.py test" in commands
+    assert any(command.startswith("accelerate launch") and "--dataset_config" in command for command in commands)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make all",
+        "python3 tools/start.py quickfinish",
+        "python3 tools/no_such_tool.py",
+        "python3 -m no_such_module",
+        "accelerate launch no_such_script.py",
+        "accelerate launch train_network.py --no_such_option 1",
+        "accelerate launch train_network.py --network_modul networks.lora",
+        "accelerate launch train_network.py --network_dim four",
+        "accelerate launch train_network.py --dataset_config configs/no_such_file.toml",
+    ],
+)
+def test_wrong_command_is_noticed(command: str) -> None:
+    with pytest.raises(AssertionError):
+        check_command(command)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_named_in_the_text_exist(page: Path) -> None:
+    known = set(importlib.import_module("train_network").setup_parser()._option_string_actions) | FLAGS_OF_OTHERS
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    code = [part for part in INLINE_CODE.findall(text) if not part.startswith(("python3 ", "ruff ", "mypy "))]
+    named = {flag for part in code for flag in FLAG.findall(part)}
+    assert named - known == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_link_only_to_what_is_there(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    missing = [t for t in targets if not t.startswith("https://") and not (page.parent / t).exists()]
+    assert missing == []

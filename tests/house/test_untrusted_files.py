@@ -1,0 +1,55 @@
+"""docs/security.md, kept by the code: files of strangers are data."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = [
+    p.relative_to(ROOT) for folder in ("library", "networks", "tools") for p in sorted((ROOT / folder).rglob("*.py"))
+]
+PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def dangers_of(source: str) -> list[str]:
+    """What in this source would run code that a file brings along, with its line."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            found += [f"{node.lineno}: imports {name}" for name in names if name.split(".")[0] in PICKLING]
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if name in ("eval", "exec"):
+            found.append(f"{node.lineno}: calls {name}")
+        if name == "torch.load" and given.get("weights_only") != "True":
+            found.append(f"{node.lineno}: calls torch.load without weights_only=True")
+        if given.get("allow_pickle", "False") != "False":
+            found.append(f"{node.lineno}: allows pickles")
+        if given.get("trust_remote_code", "False") != "False":
+            found.append(f"{node.lineno}: trusts remote code")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_file_of_a_stranger_runs_code(path: Path) -> None:
+    assert dangers_of((ROOT / path).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from joblib import load",
+        "eval(text)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "numpy.load(path, allow_pickle=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+    ],
+)
+def test_dangers_are_noticed(source: str) -> None:
+    assert len(dangers_of(source)) == 1
