@@ -9,6 +9,16 @@ from library.options.base import Options, option
 class ConsoleOptions(Options):
     """Where log lines go and how many of them."""
 
-    console_log_level: str | None = option(None, help="", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))
-    console_log_file: str | None = option(None, help="")
-    console_log_simple: bool = option(False, help="")
+    console_log_level: str | None = option(
+        None,
+        help="Least important messages to show, from DEBUG to CRITICAL. Unset shows INFO and above.",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+    )
+    console_log_file: str | None = option(
+        None,
+        help="File that takes the messages in place of the terminal; emptied at the start of each run.",
+    )
+    console_log_simple: bool = option(
+        False,
+        help="Write messages as plain lines on standard output, without colour, time or wrapping. Useful in notebooks.",
+    )

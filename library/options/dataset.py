@@ -10,44 +10,163 @@ from library.options.base import Options, option
 class DatasetOptions(Options):
     """Which pictures and captions are trained, and how they are shaped."""
 
-    dataset_config: Path | None = option(None, help="")
-    train_data_dir: str | None = option(None, help="")
-    reg_data_dir: str | None = option(None, help="")
-    in_json: str | None = option(None, help="")
-    dataset_repeats: int = option(1, help="")
-    dataset_class: str | None = option(None, help="")
-    debug_dataset: bool = option(False, help="")
-    cache_info: bool = option(False, help="")
-    shuffle_caption: bool = option(False, help="")
-    caption_separator: str = option(",", help="")
-    caption_extension: str = option(".caption", help="")
-    caption_extention: str | None = option(None, help="")
-    keep_tokens: int = option(0, help="")
-    keep_tokens_separator: str = option("", help="")
-    secondary_separator: str | None = option(None, help="")
-    enable_wildcard: bool = option(False, help="")
-    caption_prefix: str | None = option(None, help="")
-    caption_suffix: str | None = option(None, help="")
-    caption_dropout_rate: float = option(0.0, help="")
-    caption_dropout_every_n_epochs: int = option(0, help="")
-    caption_tag_dropout_rate: float = option(0.0, help="")
-    token_warmup_min: int = option(1, help="")
-    token_warmup_step: float = option(0, help="")
-    color_aug: bool = option(False, help="")
-    flip_aug: bool = option(False, help="")
-    face_crop_aug_range: str | None = option(None, help="")
-    random_crop: bool = option(False, help="")
-    alpha_mask: bool = option(False, help="")
-    conditioning_data_dir: str | None = option(None, help="")
-    masked_loss: bool = option(False, help="")
-    prior_loss_weight: float = option(1.0, help="")
-    resolution: str | None = option(None, help="")
-    enable_bucket: bool = option(False, help="")
-    min_bucket_reso: int = option(256, help="")
-    max_bucket_reso: int = option(1024, help="")
-    bucket_reso_steps: int = option(64, help="")
-    bucket_no_upscale: bool = option(False, help="")
-    resize_interpolation: str | None = option(None, help="", choices=("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"))
-    train_batch_size: int = option(1, help="")
-    max_data_loader_n_workers: int = option(8, help="")
-    persistent_data_loader_workers: bool = option(False, help="")
+    dataset_config: Path | None = option(
+        None,
+        help="TOML or JSON file that describes data sets and their folders. Takes the place of --train_data_dir, "
+        "--reg_data_dir and --in_json; other data options here are only fallbacks for what the file leaves open.",
+    )
+    train_data_dir: str | None = option(
+        None,
+        help="Folder with the training pictures, in subfolders called N_name, each shown N times per epoch. With "
+        "--in_json it is the folder that the pictures lie in.",
+    )
+    reg_data_dir: str | None = option(
+        None,
+        help="Folder with regularisation pictures, in subfolders called N_name. They remind the model of what it "
+        "already knows; see --prior_loss_weight.",
+    )
+    in_json: str | None = option(
+        None,
+        help="JSON file with captions and tags of the pictures below --train_data_dir, in place of caption files.",
+    )
+    dataset_repeats: int = option(1, help="How often each picture of --in_json is shown per epoch.")
+    dataset_class: str | None = option(
+        None,
+        help="Dotted path of a Python class that yields samples, in place of the built-in data sets.",
+    )
+    debug_dataset: bool = option(
+        False,
+        help="Show what each batch holds (pictures, captions, sizes), then end without training.",
+    )
+    cache_info: bool = option(
+        False,
+        help="Keep captions and picture sizes of each folder in a metadata_cache.json inside it, and read that file "
+        "when it is there. Starts faster on slow disks; delete the file after changing pictures or captions.",
+    )
+    shuffle_caption: bool = option(
+        False,
+        help="Put the tags of a caption into a new random order each time. --keep_tokens says how many stay in front.",
+    )
+    caption_separator: str = option(",", help="Text that separates the tags of a caption.")
+    caption_extension: str = option(
+        ".caption",
+        help="Ending of the caption files beside the pictures, such as .txt; a missing dot is added.",
+    )
+    caption_extention: str | None = option(
+        None,
+        help="Old misspelling of --caption_extension, kept for old command lines. Wins over it when set.",
+    )
+    keep_tokens: int = option(0, help="Number of tags at the front of a caption that are never shuffled or dropped.")
+    keep_tokens_separator: str = option(
+        "",
+        help="Mark inside captions: the tags before it stay fixed in place, a second one begins a fixed end. Empty "
+        "turns it off; wins over --keep_tokens.",
+    )
+    secondary_separator: str | None = option(
+        None,
+        help="Text that joins words into one tag while shuffling and dropping, and becomes --caption_separator "
+        "afterwards. Unset joins none.",
+    )
+    enable_wildcard: bool = option(
+        False,
+        help="Pick one of the words in {a|b|c} at random, and one line of a caption file with several lines, each time"
+        " a caption is used.",
+    )
+    caption_prefix: str | None = option(
+        None,
+        help="Text put before every caption, with a space between. Shuffling and tag dropout leave it alone.",
+    )
+    caption_suffix: str | None = option(
+        None,
+        help="Text put after every caption, with a space between. Shuffling and tag dropout leave it alone.",
+    )
+    caption_dropout_rate: float = option(
+        0.0,
+        help="Share of samples that are trained with an empty caption, 0 to 1. 0.05 to 0.1 helps classifier-free "
+        "guidance.",
+    )
+    caption_dropout_every_n_epochs: int = option(0, help="Train every N-th epoch with empty captions. 0 never does.")
+    caption_tag_dropout_rate: float = option(
+        0.0,
+        help="Probability of leaving out each tag of a caption, 0 to 1. Tags kept by --keep_tokens stay.",
+    )
+    token_warmup_min: int = option(
+        1,
+        help="Number of tags that captions begin with when --token_warmup_step lets them grow.",
+    )
+    token_warmup_step: float = option(
+        0,
+        help="Step at which captions have all their tags, growing from --token_warmup_min; below 1 a share of the run."
+        " 0 uses whole captions from the start.",
+    )
+    color_aug: bool = option(
+        False,
+        help="Change hue or brightness of each picture a little, at random. Excludes cached latents.",
+    )
+    flip_aug: bool = option(
+        False,
+        help="Mirror pictures at random, one half of the time. Unsuited to text and to subjects with a left and a "
+        "right.",
+    )
+    face_crop_aug_range: str | None = option(
+        None,
+        help="Smallest and largest zoom for crops around faces, such as 2.0,4.0. File names must hold the face's "
+        "position as _cx_cy_w_h. Unset crops no faces.",
+    )
+    random_crop: bool = option(
+        False,
+        help="Cut pictures at a random place in place of the centre where they do not fit their size. Excludes cached "
+        "latents.",
+    )
+    alpha_mask: bool = option(
+        False,
+        help="Use the alpha channel of pictures as a loss mask: what is transparent is not learned.",
+    )
+    conditioning_data_dir: str | None = option(
+        None,
+        help="Folder with mask pictures, named like the training pictures, for --masked_loss.",
+    )
+    masked_loss: bool = option(
+        False,
+        help="Weight the loss by mask pictures: white is learned in full, black not at all. Masks come from "
+        "conditioning_data_dir.",
+    )
+    prior_loss_weight: float = option(
+        1.0,
+        help="Factor on the loss of regularisation pictures. 1.0 weights them like training pictures.",
+    )
+    resolution: str | None = option(
+        None,
+        help="Training size in pixels, N for a square or WIDTH,HEIGHT. With --enable_bucket it is the area that other "
+        "shapes keep to.",
+    )
+    enable_bucket: bool = option(
+        False,
+        help="Train pictures in their own aspect ratio, grouped by shape, in place of cutting all to --resolution.",
+    )
+    min_bucket_reso: int = option(256, help="Shortest side of a bucket in pixels.")
+    max_bucket_reso: int = option(1024, help="Longest side of a bucket in pixels.")
+    bucket_reso_steps: int = option(64, help="Sides of buckets are multiples of this many pixels.")
+    bucket_no_upscale: bool = option(
+        False,
+        help="Never enlarge a picture to fill a bucket; small pictures get buckets of their own size.",
+    )
+    resize_interpolation: str | None = option(
+        None,
+        help="Method that resizes pictures. Unset uses area to shrink and lanczos to enlarge.",
+        choices=("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"),
+    )
+    train_batch_size: int = option(
+        1,
+        help="Samples in a batch, on each device. More is steadier and needs more memory.",
+    )
+    max_data_loader_n_workers: int = option(
+        8,
+        help="Most processes that read and prepare pictures, at most one per CPU core. 0 prepares them in the training"
+        " process.",
+    )
+    persistent_data_loader_workers: bool = option(
+        False,
+        help="Keep the reading processes alive between epochs. Saves waiting at the start of each epoch and costs "
+        "memory.",
+    )

@@ -9,15 +9,51 @@ from library.options.base import Options, option
 class DistributedOptions(Options):
     """Several processes and DeepSpeed."""
 
-    ddp_timeout: int | None = option(None, help="")
-    ddp_gradient_as_bucket_view: bool = option(False, help="")
-    ddp_static_graph: bool = option(False, help="")
-    deepspeed: bool = option(False, help="")
-    zero_stage: int = option(2, help="", choices=(0, 1, 2, 3))
-    offload_optimizer_device: str | None = option(None, help="", choices=(None, "cpu", "nvme"))
-    offload_optimizer_nvme_path: str | None = option(None, help="")
-    offload_param_device: str | None = option(None, help="", choices=(None, "cpu", "nvme"))
-    offload_param_nvme_path: str | None = option(None, help="")
-    zero3_init_flag: bool = option(False, help="")
-    zero3_save_16bit_model: bool = option(False, help="")
-    fp16_master_weights_and_gradients: bool = option(False, help="")
+    ddp_timeout: int | None = option(
+        None,
+        help="Minutes that processes of a distributed run wait for each other. Unset keeps torch's own limit.",
+    )
+    ddp_gradient_as_bucket_view: bool = option(
+        False,
+        help="Let gradients share memory with the buffers that processes exchange, in a distributed run.",
+    )
+    ddp_static_graph: bool = option(
+        False,
+        help="Tell a distributed run that the graph of the computation never changes.",
+    )
+    deepspeed: bool = option(
+        False,
+        help="Train through DeepSpeed, which spreads optimizer, gradients and weights over devices.",
+    )
+    zero_stage: int = option(
+        2,
+        help="What DeepSpeed spreads over devices: 1 optimizer states, 2 gradients too, 3 weights too, 0 nothing.",
+        choices=(0, 1, 2, 3),
+    )
+    offload_optimizer_device: str | None = option(
+        None,
+        help="Where DeepSpeed keeps the optimizer's states, cpu or nvme. Unset leaves them on the device.",
+        choices=(None, "cpu", "nvme"),
+    )
+    offload_optimizer_nvme_path: str | None = option(
+        None,
+        help="Folder on a fast disk for the optimizer's states that DeepSpeed moves to nvme.",
+    )
+    offload_param_device: str | None = option(
+        None,
+        help="Where DeepSpeed keeps the weights, cpu or nvme. Unset leaves them on the device.",
+        choices=(None, "cpu", "nvme"),
+    )
+    offload_param_nvme_path: str | None = option(
+        None,
+        help="Folder on a fast disk for the weights that DeepSpeed moves to nvme.",
+    )
+    zero3_init_flag: bool = option(False, help="Build models already spread over devices, for DeepSpeed stage 3.")
+    zero3_save_16bit_model: bool = option(
+        False,
+        help="Collect 16-bit weights from all devices when saving, for DeepSpeed stage 3.",
+    )
+    fp16_master_weights_and_gradients: bool = option(
+        False,
+        help="Keep DeepSpeed's master weights and gradients in fp16, for stage 2 with the optimizer on the CPU.",
+    )

@@ -9,11 +9,40 @@ from library.options.base import Options, option
 class LossOptions(Options):
     """How the prediction is compared and weighted."""
 
-    loss_type: str = option("l2", help="", choices=("l1", "l2", "huber", "smooth_l1"))
-    huber_schedule: str = option("snr", help="", choices=("constant", "exponential", "snr"))
-    huber_c: float = option(0.1, help="")
-    huber_scale: float = option(1.0, help="")
-    min_snr_gamma: float | None = option(None, help="")
-    scale_v_pred_loss_like_noise_pred: bool = option(False, help="")
-    v_pred_like_loss: float | None = option(None, help="")
-    debiased_estimation_loss: bool = option(False, help="")
+    loss_type: str = option(
+        "l2",
+        help="How the difference to the target is measured: l2 squares it, l1 takes its size, huber and smooth_l1 lie "
+        "between and mind outliers less.",
+        choices=("l1", "l2", "huber", "smooth_l1"),
+    )
+    huber_schedule: str = option(
+        "snr",
+        help="How the threshold of huber and smooth_l1 depends on the timestep: constant, exponential, or snr by the "
+        "share of noise.",
+        choices=("constant", "exponential", "snr"),
+    )
+    huber_c: float = option(
+        0.1,
+        help="Threshold of huber and smooth_l1 at the noisy end. Differences above it count like l1.",
+    )
+    huber_scale: float = option(
+        1.0,
+        help="Factor on the threshold of huber and smooth_l1. The snr schedule does not use it.",
+    )
+    min_snr_gamma: float | None = option(
+        None,
+        help="Limit on the weight of nearly clean timesteps (min-SNR, 5 is usual). Unset weights all timesteps alike.",
+    )
+    scale_v_pred_loss_like_noise_pred: bool = option(
+        False,
+        help="Weight timesteps of a model with --v_parameterization as predicting noise would.",
+    )
+    v_pred_like_loss: float | None = option(
+        None,
+        help="Factor for adding the loss weighted as for v prediction to that of a model that predicts noise. Unset "
+        "adds nothing.",
+    )
+    debiased_estimation_loss: bool = option(
+        False,
+        help="Weight timesteps by the inverse root of the signal-to-noise ratio, which favours noisy ones.",
+    )

@@ -9,12 +9,39 @@ from library.options.base import Options, option
 class ModelOptions(Options):
     """The base model and how its text is read."""
 
-    pretrained_model_name_or_path: str | None = option(None, help="")
-    v2: bool = option(False, help="")
-    v_parameterization: bool = option(False, help="")
-    vae: str | None = option(None, help="")
-    no_half_vae: bool = option(False, help="")
-    tokenizer_cache_dir: str | None = option(None, help="")
-    max_token_length: int | None = option(None, help="", choices=(None, 150, 225))
-    clip_skip: int | None = option(None, help="")
-    weighted_captions: bool = option(False, help="")
+    pretrained_model_name_or_path: str | None = option(
+        None,
+        help="Base model that the adapter is trained on: a checkpoint file, a folder in diffusers layout, or a Hugging"
+        " Face name.",
+    )
+    v2: bool = option(False, help="The base model is Stable Diffusion 2.x.")
+    v_parameterization: bool = option(
+        False,
+        help="The base model predicts velocity in place of noise, as Stable Diffusion 2.x at 768 pixels does.",
+    )
+    vae: str | None = option(
+        None,
+        help="VAE used in place of the base model's own: a file, a folder or a Hugging Face name.",
+    )
+    no_half_vae: bool = option(
+        False,
+        help="Run the VAE in 32 bits even with --mixed_precision. Cures black pictures and NaN latents.",
+    )
+    tokenizer_cache_dir: str | None = option(
+        None,
+        help="Folder that keeps tokenizers, for machines without internet. Unset uses those of the model or of Hugging"
+        " Face.",
+    )
+    max_token_length: int | None = option(
+        None,
+        help="Longest caption in tokens, read in chunks of 75; what is longer is cut. Unset is 75.",
+        choices=(None, 150, 225),
+    )
+    clip_skip: int | None = option(
+        None,
+        help="Take the text features from the N-th last layer of the text encoder. Unset or 1 is the last layer; many "
+        "anime models want 2.",
+    )
+    weighted_captions: bool = option(
+        False, help="Let captions stress words, as in (word:1.3), or weaken them, as in [word]."
+    )

@@ -9,17 +9,58 @@ from library.options.base import Options, option
 class NetworkOptions(Options):
     """The adapter and its learning rates."""
 
-    network_module: str | None = option(None, help="")
-    network_dim: int | None = option(None, help="")
-    network_alpha: float = option(1, help="")
-    network_dropout: float | None = option(None, help="")
-    network_args: list[str] | None = option(None, help="", nargs="*")
-    network_weights: str | None = option(None, help="")
-    dim_from_weights: bool = option(False, help="")
-    network_train_unet_only: bool = option(False, help="")
-    network_train_text_encoder_only: bool = option(False, help="")
-    base_weights: list[str] | None = option(None, help="", nargs="*")
-    base_weights_multiplier: list[float] | None = option(None, help="", nargs="*")
-    scale_weight_norms: float | None = option(None, help="")
-    unet_lr: float | None = option(None, help="")
-    text_encoder_lr: list[float] | None = option(None, help="", nargs="*")
+    network_module: str | None = option(
+        None,
+        help="Python module that makes the adapter, such as networks.lora or lycoris.kohya.",
+    )
+    network_dim: int | None = option(
+        None,
+        help="Rank of the adapter: higher learns more detail and makes a larger file. Unset leaves it to the module, 4"
+        " for networks.lora.",
+    )
+    network_alpha: float = option(
+        1,
+        help="Strength of the adapter as alpha divided by rank. Often half the rank or equal to it; 0 means equal.",
+    )
+    network_dropout: float | None = option(
+        None,
+        help="Probability of dropping each value inside the adapter during training, 0 to 1. Unset drops none.",
+    )
+    network_args: list[str] | None = option(
+        None,
+        help="Further settings of the network module as key=value, separated by spaces, such as conv_dim=4 "
+        "conv_alpha=1.",
+        nargs="*",
+    )
+    network_weights: str | None = option(None, help="Adapter file to start training from. Unset starts from scratch.")
+    dim_from_weights: bool = option(
+        False,
+        help="Take rank and alpha from the file of --network_weights in place of --network_dim and --network_alpha.",
+    )
+    network_train_unet_only: bool = option(False, help="Train the denoiser only and leave the text encoder as it is.")
+    network_train_text_encoder_only: bool = option(
+        False,
+        help="Train the text encoder only and leave the denoiser as it is.",
+    )
+    base_weights: list[str] | None = option(
+        None,
+        help="Adapter files to merge into the base model before training. They are not part of the saved file.",
+        nargs="*",
+    )
+    base_weights_multiplier: list[float] | None = option(
+        None,
+        help="Strength of each file of --base_weights, in their order. Missing ones are 1.0.",
+        nargs="*",
+    )
+    scale_weight_norms: float | None = option(
+        None,
+        help="Largest norm of each module's weight change; what grows beyond is scaled down after every step. Unset "
+        "sets no limit.",
+    )
+    unet_lr: float | None = option(None, help="Learning rate of the denoiser's adapter. Unset uses --learning_rate.")
+    text_encoder_lr: list[float] | None = option(
+        None,
+        help="Learning rate of the text encoder's adapter, several values for several encoders. Unset uses "
+        "--learning_rate.",
+        nargs="*",
+    )

@@ -9,13 +9,42 @@ from library.options.base import Options, option
 class NoiseOptions(Options):
     """How latents are noised."""
 
-    min_timestep: int | None = option(None, help="")
-    max_timestep: int | None = option(None, help="")
-    noise_offset: float | None = option(None, help="")
-    noise_offset_random_strength: bool = option(False, help="")
-    adaptive_noise_scale: float | None = option(None, help="")
-    multires_noise_iterations: int | None = option(None, help="")
-    multires_noise_discount: float = option(0.3, help="")
-    ip_noise_gamma: float | None = option(None, help="")
-    ip_noise_gamma_random_strength: bool = option(False, help="")
-    zero_terminal_snr: bool = option(False, help="")
+    min_timestep: int | None = option(None, help="Lowest timestep to train, 0 to 999: the cleaner end. Unset is 0.")
+    max_timestep: int | None = option(
+        None,
+        help="Timestep to stay below in training, 1 to 1000: the noisier end. Unset is 1000.",
+    )
+    noise_offset: float | None = option(
+        None,
+        help="Strength of noise that shifts whole colour channels, for darker darks and brighter brights; 0.05 is "
+        "usual. Unset adds none.",
+    )
+    noise_offset_random_strength: bool = option(
+        False,
+        help="Draw the strength of the noise offset anew each step, between 0 and --noise_offset.",
+    )
+    adaptive_noise_scale: float | None = option(
+        None,
+        help="Factor on the mean brightness of the latents that is added to --noise_offset. Unset adds nothing.",
+    )
+    multires_noise_iterations: int | None = option(
+        None,
+        help="Number of coarser noise layers added to the noise, 6 to 10 is usual. Unset adds none.",
+    )
+    multires_noise_discount: float = option(
+        0.3,
+        help="Factor by which each coarser noise layer is weaker than the one before, 0 to 1.",
+    )
+    ip_noise_gamma: float | None = option(
+        None,
+        help="Strength of extra noise on the model's input that the target does not contain; 0.1 is usual. Unset adds "
+        "none.",
+    )
+    ip_noise_gamma_random_strength: bool = option(
+        False,
+        help="Draw the strength of the input noise anew each step, between 0 and --ip_noise_gamma.",
+    )
+    zero_terminal_snr: bool = option(
+        False,
+        help="Change the noise schedule so that the last timestep is pure noise. For models with --v_parameterization.",
+    )

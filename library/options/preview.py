@@ -9,8 +9,35 @@ from library.options.base import Options, option
 class PreviewOptions(Options):
     """Pictures drawn during training."""
 
-    sample_every_n_steps: int | None = option(None, help="")
-    sample_at_first: bool = option(False, help="")
-    sample_every_n_epochs: int | None = option(None, help="")
-    sample_prompts: str | None = option(None, help="")
-    sample_sampler: str = option("ddim", help="", choices=("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"))
+    sample_every_n_steps: int | None = option(
+        None,
+        help="Draw pictures every N steps. Unset or 0 draws none; --sample_every_n_epochs wins.",
+    )
+    sample_at_first: bool = option(False, help="Draw pictures before the first step too, to compare with.")
+    sample_every_n_epochs: int | None = option(None, help="Draw pictures every N epochs. Unset or 0 draws none.")
+    sample_prompts: str | None = option(
+        None,
+        help="File with the prompts to draw pictures of: .txt with one a line, .toml or .json.",
+    )
+    sample_sampler: str = option(
+        "ddim",
+        help="Sampler that draws the pictures, for Stable Diffusion 1, 2 and XL.",
+        choices=(
+            "ddim",
+            "pndm",
+            "lms",
+            "euler",
+            "euler_a",
+            "heun",
+            "dpm_2",
+            "dpm_2_a",
+            "dpmsolver",
+            "dpmsolver++",
+            "dpmsingle",
+            "k_lms",
+            "k_euler",
+            "k_euler_a",
+            "k_dpm_2",
+            "k_dpm_2_a",
+        ),
+    )

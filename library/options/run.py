@@ -9,7 +9,16 @@ from library.options.base import Options, option
 class RunOptions(Options):
     """How long to train, from which seed."""
 
-    max_train_steps: int = option(1600, help="")
-    max_train_epochs: int | None = option(None, help="")
-    seed: int | None = option(None, help="")
-    gradient_accumulation_steps: int = option(1, help="")
+    max_train_steps: int = option(1600, help="Number of optimizer steps to train. --max_train_epochs wins when set.")
+    max_train_epochs: int | None = option(
+        None,
+        help="Number of passes over all pictures and their repeats. Unset goes by --max_train_steps.",
+    )
+    seed: int | None = option(
+        None,
+        help="Number that fixes everything drawn at random, so that a run can be repeated. Unset draws one.",
+    )
+    gradient_accumulation_steps: int = option(
+        1,
+        help="Batches that are averaged for one optimizer step. Acts like a larger batch without needing its memory.",
+    )

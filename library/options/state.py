@@ -9,11 +9,26 @@ from library.options.base import Options, option
 class StateOptions(Options):
     """Training states, and going on from one."""
 
-    save_state: bool = option(False, help="")
-    save_state_on_train_end: bool = option(False, help="")
-    save_last_n_epochs_state: int | None = option(None, help="")
-    save_last_n_steps_state: int | None = option(None, help="")
-    resume: str | None = option(None, help="")
-    skip_until_initial_step: bool = option(False, help="")
-    initial_epoch: int | None = option(None, help="")
-    initial_step: int | None = option(None, help="")
+    save_state: bool = option(
+        False,
+        help="Save the training state with every saved file and at the end, so that the run can be continued.",
+    )
+    save_state_on_train_end: bool = option(False, help="Save the training state at the end only.")
+    save_last_n_epochs_state: int | None = option(
+        None,
+        help="Keep only the newest N states saved after epochs. Unset goes by --save_last_n_epochs.",
+    )
+    save_last_n_steps_state: int | None = option(
+        None,
+        help="Delete states saved after steps once they are more than N steps old. Unset goes by --save_last_n_steps.",
+    )
+    resume: str | None = option(None, help="Folder of a saved training state to continue from.")
+    skip_until_initial_step: bool = option(
+        False,
+        help="Skip the data of the steps before --initial_step or before the resumed state.",
+    )
+    initial_epoch: int | None = option(
+        None,
+        help="Epoch to begin with, counted from 1. The learning rate schedule still starts at its beginning.",
+    )
+    initial_step: int | None = option(None, help="Step to begin with, counted from 0. Wins over --initial_epoch.")

@@ -9,11 +9,24 @@ from library.options.base import Options, option
 class TrackerOptions(Options):
     """Charts of the run: tensorboard, wandb."""
 
-    logging_dir: str | None = option(None, help="")
-    log_with: str | None = option(None, help="", choices=("tensorboard", "wandb", "all"))
-    log_prefix: str | None = option(None, help="")
-    log_tracker_name: str | None = option(None, help="")
-    wandb_run_name: str | None = option(None, help="")
-    log_tracker_config: str | None = option(None, help="")
-    wandb_api_key: str | None = option(None, help="")
-    log_config: bool = option(False, help="")
+    logging_dir: str | None = option(
+        None,
+        help="Folder for charts of loss and learning rates; each run makes its own folder inside. Unset draws none.",
+    )
+    log_with: str | None = option(
+        None,
+        help="Where charts go: tensorboard, wandb or all. Unset is tensorboard once --logging_dir is set.",
+        choices=("tensorboard", "wandb", "all"),
+    )
+    log_prefix: str | None = option(
+        None,
+        help="Text before the date in the name of the run's folder below --logging_dir.",
+    )
+    log_tracker_name: str | None = option(None, help="Name of the project in the charts. Unset is network_train.")
+    wandb_run_name: str | None = option(None, help="Name of the run in wandb. Unset lets wandb choose.")
+    log_tracker_config: str | None = option(
+        None,
+        help="TOML file with further settings of tensorboard and wandb, a table for each.",
+    )
+    wandb_api_key: str | None = option(None, help="Key to log in to wandb with. Unset uses the one that is logged in.")
+    log_config: bool = option(False, help="Send the options to the charts too, without passwords and folder names.")

@@ -9,8 +9,21 @@ from library.options.base import Options, option
 class ValidationOptions(Options):
     """Measuring the loss on pictures that are not trained."""
 
-    validation_seed: int | None = option(None, help="")
-    validation_split: float = option(0.0, help="")
-    validate_every_n_steps: int | None = option(None, help="")
-    validate_every_n_epochs: int | None = option(None, help="")
-    max_validation_steps: int | None = option(None, help="")
+    validation_seed: int | None = option(
+        None,
+        help="Number that fixes which pictures are set aside for validation, and the noise they are measured with. "
+        "Unset uses --seed.",
+    )
+    validation_split: float = option(
+        0.0,
+        help="Share of the pictures that is set aside to measure the loss on, 0 to 1. 0 sets none aside.",
+    )
+    validate_every_n_steps: int | None = option(None, help="Measure the validation loss every N steps.")
+    validate_every_n_epochs: int | None = option(
+        None,
+        help="Measure the validation loss every N epochs. Unset does it after every epoch.",
+    )
+    max_validation_steps: int | None = option(
+        None,
+        help="Most batches to measure the validation loss on. Unset uses all.",
+    )

@@ -20,7 +20,7 @@ ZERO_MEANS_NEVER = (
 
 def build_parser(*groups: type[Options]) -> argparse.ArgumentParser:
     """A parser with the options of all groups: no positionals, nothing required, prefixes of flags accepted."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser()
     for kind in groups:
         kind.add_to(parser)
     return parser
