@@ -345,6 +345,7 @@ def main(arguments: "list[str]") -> int:
     ours, for_pytest = split_at_dashes(arguments)
     try:
         check_python(sys.version_info[:2])
+        sys.stdout.reconfigure(errors="backslashreplace")  # a console of Windows may lack a letter of a path
         parser = setup_parser()
         args = parser.parse_args(ours)
         venv = Path(os.path.abspath(str(args.venv)))
