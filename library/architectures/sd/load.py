@@ -49,6 +49,7 @@ class Component:
 class SdLoader:
     """The three models of an SD 1.x checkpoint, each loaded when it is asked for; frozen, on the CPU."""
 
+    path: Path  # the folder or file of the checkpoint
     unet: Component
     vae_component: Component
     clip: Component
@@ -56,20 +57,18 @@ class SdLoader:
     vae_dtype: torch.dtype
     uses_xformers: bool
 
+    @property
+    def num_text_layers(self) -> int:
+        return shapes.count(self.clip.weights.shapes, r"encoder\.layers\.(\d+)\.")
+
     def text_encoders(self) -> list[nn.Module]:
         return [load_clip(self.clip, self.dtype)]
 
     def vae(self) -> nn.Module:
-        vae = load_vae(self.vae_component, self.vae_dtype)
-        if self.uses_xformers:
-            vae.enable_xformers_memory_efficient_attention()
-        return vae
+        return with_attention(load_vae(self.vae_component, self.vae_dtype), self.uses_xformers)
 
     def denoiser(self) -> nn.Module:
-        unet = load_unet(self.unet, self.dtype)
-        if self.uses_xformers:
-            unet.enable_xformers_memory_efficient_attention()
-        return unet
+        return with_attention(load_unet(self.unet, self.dtype), self.uses_xformers)
 
 
 def open_loader(options: TrainOptions) -> SdLoader:
@@ -90,6 +89,7 @@ def open_loader(options: TrainOptions) -> SdLoader:
     check_parts(path, parts)
     dtype = DTYPES[options.precision.mixed_precision]
     return SdLoader(
+        path=path,
         unet=parts["unet"],
         vae_component=parts["vae"],
         clip=parts["text_encoder"],
@@ -115,6 +115,14 @@ def wants_xformers(options: TrainOptions) -> bool:
     return memory.xformers
 
 
+def with_attention(model: Any, uses_xformers: bool) -> nn.Module:
+    """The diffusers model with its attention set; torch's scaled dot product attention is what it comes with."""
+    if uses_xformers:
+        model.enable_xformers_memory_efficient_attention()
+    module: nn.Module = model
+    return module
+
+
 def open_folder(path: Path, own_vae: bool) -> dict[str, Component]:
     """The parts of a diffusers folder, the VAE only when `own_vae`."""
     index = path / "model_index.json"
@@ -134,7 +142,10 @@ def open_folder(path: Path, own_vae: bool) -> dict[str, Component]:
 
 
 def open_single_file(path: Path, own_vae: bool) -> dict[str, Component]:
-    """The parts of a checkpoint in Stability's layout, the VAE only when `own_vae`. Other names in it are left alone."""
+    """The parts of a checkpoint in Stability's layout, the VAE only when `own_vae`.
+
+    Names outside the three parts (averages of training, schedule buffers) are left alone.
+    """
     weights = open_weights(path)
     recognise.refuse_other_model(BASE_FLAG, weights)
     unet = with_prefix(weights, UNET_PREFIX)
@@ -173,12 +184,14 @@ def open_vae(name: str) -> Component:
         component = single_vae(weights)
     channels = component.weights.shapes["decoder.conv_in.weight"][1]
     if channels != LATENT_CHANNELS:
-        raise ValueError(f"--vae {name} has {channels} latent channels, SD 1.x needs {LATENT_CHANNELS}; use an SD 1.x VAE")
+        raise ValueError(
+            f"--vae {name} has {channels} latent channels, SD 1.x needs {LATENT_CHANNELS}; use an SD 1.x VAE"
+        )
     return component
 
 
 def single_vae(weights: Weights) -> Component:
-    """A VAE from one file, names without prefix, in Stability's or diffusers' layout; training leftovers are dropped."""
+    """A VAE from one file without prefix, in Stability's or diffusers' layout. Leftovers of training are dropped."""
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     weights = selected(weights, {key: key for key in weights.shapes if key.startswith(parts)})
     if any(key.startswith("encoder.down_blocks.") for key in weights.shapes):
@@ -236,7 +249,7 @@ def vae_from_old_diffusers(key: str) -> str:
     return f"{match[1]}.{swap_stem(match[2], VAE_ATTENTION_2022) or match[2]}" if match else key
 
 
-def load_unet(component: Component, dtype: torch.dtype) -> Any:
+def load_unet(component: Component, dtype: torch.dtype) -> nn.Module:
     """diffusers' UNet2DConditionModel."""
     from diffusers import UNet2DConditionModel
 

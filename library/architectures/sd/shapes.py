@@ -56,7 +56,9 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
     stems = [f"down_blocks.{i}.attentions.0" for i in levels]
     has_attention = [f"{stem}.proj_in.weight" in shapes for stem in stems]
     stem = next((s for s, has in zip(stems, has_attention, strict=True) if has), "mid_block.attentions.0")
-    depths = tuple(max(1, count(shapes, rf"down_blocks\.{i}\.attentions\.0\.transformer_blocks\.(\d+)\.")) for i in levels)
+    depths = tuple(
+        max(1, count(shapes, rf"down_blocks\.{i}\.attentions\.0\.transformer_blocks\.(\d+)\.")) for i in levels
+    )
     heads = [heads_of(width, NUM_HEADS) for width in channels]
     return {
         "in_channels": shape_of(shapes, "conv_in.weight")[1],

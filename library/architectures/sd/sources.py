@@ -89,7 +89,9 @@ def open_part(flag: str, folder: Path, kind: str) -> tuple[dict[str, Any], Weigh
     Raises ValueError naming what is missing.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{flag} {folder.parent} is no diffusers folder of SD 1.x: {folder / 'config.json'} is missing")
+        raise ValueError(
+            f"{flag} {folder.parent} is no diffusers folder of SD 1.x: {folder / 'config.json'} is missing"
+        )
     file = find_weight_file(folder, kind)
     if file is None:
         raise ValueError(f"{flag}: {folder} has no weights; expected {WEIGHT_FILES[kind]}.safetensors in it")

@@ -1,0 +1,39 @@
+"""Pixels to the latents of Stable Diffusion 1.x, and back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.interface import LatentSpec
+
+SCALE = 0.18215  # brings the latents of Stable Diffusion's VAE to about unit variance
+SPEC = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_sd.npz", keys_carry_size=False)
+
+
+@dataclass(frozen=True)
+class SdLatents:
+    """Latents of 4 channels, 8 pixels a side; the cache keeps samples of the posterior before scaling."""
+
+    spec: LatentSpec = SPEC
+
+    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Samples of the posterior, float32, unscaled: mean + std * noise, the noise of each from its own generator."""
+        model: Any = vae
+        posterior = model.encode(pixels_BCHW.to(model.device, model.dtype)).latent_dist
+        mean_BCHW: Tensor = posterior.mean.float()
+        std_BCHW: Tensor = posterior.std.float()
+        assert len(generators) == len(pixels_BCHW)
+        noise_BCHW = torch.stack([torch.randn(mean_BCHW.shape[1:], generator=g) for g in generators])
+        return mean_BCHW + std_BCHW * noise_BCHW.to(mean_BCHW.device)
+
+    def normalize(self, latents_BCHW: Tensor) -> Tensor:
+        return latents_BCHW * SCALE
+
+    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+        """Pictures, float32, about -1..1, of latents as the denoiser sees them."""
+        model: Any = vae
+        pixels_BCHW: Tensor = model.decode((latents_BCHW / SCALE).to(model.device, model.dtype)).sample
+        return pixels_BCHW.float()

@@ -1,0 +1,13 @@
+"""One call of Stable Diffusion's U-Net."""
+
+from torch import Tensor, nn
+
+from library.types import Batch, Conditioning, Noised
+
+
+def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
+    """The predicted noise, or velocity for a v-prediction model, in the shape of the latents."""
+    prediction_BCHW: Tensor = denoiser(
+        noised.latents_BCHW, noised.timesteps_B, encoder_hidden_states=conditioning["hidden_state"]
+    ).sample
+    return prediction_BCHW

@@ -1,0 +1,23 @@
+"""Stable Diffusion 1.x as network modules see it: module paths are the names in adapter files."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from library.architectures.sd.load import clip_body
+from library.architectures.sd.targets import TARGETS
+
+
+class ClipView(nn.Module):
+    """The layers of a CLIP text encoder under "text_model.", which adapter names have and transformers 5 dropped."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.text_model = body
+
+
+def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """(text encoder, U-Net) for `create_network` and `apply_to`; every layer is the real one."""
+    (encoder,) = text_encoders
+    denoiser.adapter_targets = TARGETS  # type: ignore[assignment]  # a plain attribute beside the modules
+    return ClipView(clip_body(encoder)), denoiser

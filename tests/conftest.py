@@ -1,0 +1,21 @@
+"""Fixtures that every suite shares."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD 1.x model as a diffusers folder; read only."""
+    from tests.tiny.sd import build_tiny_sd
+
+    return build_tiny_sd(tmp_path_factory.mktemp("tiny_sd_folder"), seed=11)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of `tiny_sd_folder` as a single .safetensors file with a tokenizer/ beside it; read only."""
+    from tests.tiny.sd import build_tiny_sd
+
+    return build_tiny_sd(tmp_path_factory.mktemp("tiny_sd_file"), seed=11, layout="safetensors")
