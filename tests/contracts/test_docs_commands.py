@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from library.options.support import unsupported
+from library.options.train import TrainOptions
 from library.training.config_file import read_config
+from networks.core.arguments import parse_arguments
 from tools import start
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +69,10 @@ def check_launch(arguments: list[str]) -> None:
 
 
 def check_script(script: str, arguments: list[str]) -> None:
-    """A training script, by its own parser. Prefixes of options do not count: a page shows the whole name."""
+    """A training script, by its own parser. Prefixes of options do not count: a page shows the whole name.
+
+    Raises ValueError for a wrong network argument.
+    """
     assert (ROOT / script).exists(), f"{script} is not there"
     if arguments == ["--help"]:
         return
@@ -75,6 +81,9 @@ def check_script(script: str, arguments: list[str]) -> None:
         flag = word.split("=")[0]
         assert not word.startswith("--") or flag in parser._option_string_actions, f"{script} has no option {flag}"
     args = parse(parser, arguments)
+    assert unsupported(TrainOptions.from_args(args)) == []
+    if args.network_module and args.network_module.startswith("networks."):
+        parse_arguments(dict(item.split("=", 1) for item in args.network_args or ()), args.network_dropout)
     if args.config_file and not args.output_config:
         actions = {action.dest: action for action in parser._actions}
         assert read_config(ROOT / args.config_file, actions).warnings == []
@@ -119,10 +128,12 @@ def test_readme_shows_both_commands_and_a_real_training() -> None:
         "accelerate launch train_network.py --network_modul networks.lora",
         "accelerate launch train_network.py --network_dim four",
         "accelerate launch train_network.py --dataset_config configs/no_such_file.toml",
+        "accelerate launch train_network.py --deepspeed",
+        "accelerate launch train_network.py --network_module networks.lora --network_args conv_rank=4",
     ],
 )
 def test_wrong_command_is_noticed(command: str) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, ValueError)):
         check_command(command)
 
 
