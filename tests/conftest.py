@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.running import base_arguments, fresh_process, launch, pictures, train  # noqa: F401
+
 
 @pytest.fixture(scope="session")
 def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

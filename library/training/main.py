@@ -3,7 +3,7 @@
 import argparse
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,12 +21,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def main(
-    parser: argparse.ArgumentParser, options_type: type[OptionsT], build: Callable[[OptionsT], Architecture]
+    parser: argparse.ArgumentParser,
+    options_type: type[OptionsT],
+    build: Callable[[OptionsT], Architecture],
+    argv: Sequence[str] | None = None,
 ) -> int:
     """Train as the command line says. Gives the exit status: 0 done, 1 stopped by an error (2 is argparse's own)."""
     interruption = Interruption()
     interruption.install()
-    args = parse(parser)
+    args = parse(parser, argv)
     try:
         options = options_type.from_args(args)
         check(options)

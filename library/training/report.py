@@ -55,7 +55,7 @@ class LossAverage:
         self.total += loss - self.losses.get(place, 0.0)
         self.losses[place] = loss
         if not isfinite(self.total):  # a running sum never recovers from one NaN; the average does once it is replaced
-            self.total = fsum(self.losses.values()) if isfinite(loss) else float("nan")
+            self.total = fsum(self.losses.values())
 
     @property
     def mean(self) -> float:

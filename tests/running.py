@@ -1,0 +1,123 @@
+"""Whole runs of the training scripts on tiny models.
+
+`train` runs the script in this process, which is fast; `launch` runs it as users do, through `accelerate launch`.
+"""
+
+import importlib
+import logging
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def losses(self) -> list[float]:
+        """The average loss after every batch, three digits each, as the progress bar shows it."""
+        return [float(text) for text in re.findall(r"avr_loss=([\d.e+-]+)", self.stderr)]
+
+
+def make_pictures(folder: Path, count: int, side: int = 64, seed: int = 0) -> Path:
+    """Smooth random pictures with captions of random words."""
+    folder.mkdir(parents=True)
+    rng, words = np.random.default_rng(seed), random.Random(seed)
+    for i in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        small.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
+        tags = words.sample(["red", "blue", "cat", "dog", "sitting", "running", "grass"], 4)
+        (folder / f"{i:02}.txt").write_text(", ".join(tags))
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A --train_data_dir with six pictures, each used twice."""
+    make_pictures(tmp_path / "data" / "2_thing", 6)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def base_arguments(tiny_sd_folder: Path, pictures: Path, tmp_path: Path) -> list[str]:
+    """A command line that trains four steps on the tiny model."""
+    return [
+        "--pretrained_model_name_or_path", str(tiny_sd_folder), "--train_data_dir", str(pictures),
+        "--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "2", "--output_dir",
+        str(tmp_path / "out"), "--output_name", "mine", "--network_module", "networks.lora", "--network_dim", "4",
+        "--learning_rate", "1e-3", "--max_train_steps", "4", "--seed", "5", "--max_data_loader_n_workers", "0",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def fresh_process() -> Iterator[None]:
+    """Undo what a run leaves in the process: accelerate's state, signal handlers, log handlers."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    log_handlers, level = list(logging.getLogger().handlers), logging.getLogger().level
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    logging.getLogger().handlers[:] = log_handlers
+    logging.getLogger().setLevel(level)
+
+
+@pytest.fixture
+def train(fresh_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """Run a script in this process: `train([...])`, `train([...], script="train_network")`."""
+
+    def run(arguments: list[str], script: str = "train_network") -> Finished:
+        from accelerate.state import AcceleratorState, PartialState
+
+        from library.architectures.sd import build
+        from library.options.train import TrainOptions
+        from library.training.main import main
+
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+        capfd.readouterr()
+        parser = importlib.import_module(script).setup_parser()
+        try:
+            status = main(parser, TrainOptions, build, arguments)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        out, err = capfd.readouterr()
+        return Finished(status, out, err)
+
+    return run
+
+
+@pytest.fixture
+def launch() -> Callable[..., Finished]:
+    """Run a script as users do: `accelerate launch train_network.py …` in a process of its own."""
+
+    def run(arguments: list[str], script: str = "train_network.py", timeout: float = 300) -> Finished:
+        done = subprocess.run([*launch_command(script), *arguments], capture_output=True, timeout=timeout, cwd="/")
+        return Finished(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"))
+
+    return run
+
+
+def launch_command(script: str) -> list[str]:
+    """The start of a command line that works without an accelerate configuration and from any folder."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
+    return [*launcher, "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no", str(ROOT / script)]

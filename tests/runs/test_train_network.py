@@ -1,0 +1,281 @@
+"""train_network.py on a tiny Stable Diffusion 1.x model: what goes in, what comes out."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.running import Finished, make_pictures
+
+Train = Callable[..., Finished]
+
+
+def saved(tmp_path: Path, name: str = "mine.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(tmp_path / "out" / name)
+
+
+def files(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "out").iterdir())
+
+
+def test_a_run_trains_every_adapter_and_saves_one_file(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
+    done = train(base_arguments)
+    assert done.status == 0, done.stderr
+    weights = saved(tmp_path)
+    ups = {name: w for name, w in weights.items() if name.endswith("lora_up.weight")}
+    assert any(name.startswith("lora_te_") for name in ups) and any(name.startswith("lora_unet_") for name in ups)
+    assert all(w.isfinite().all() and w.abs().max() > 0 for w in ups.values())
+    assert files(tmp_path) == ["mine.safetensors"]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    train([*base_arguments, "--output_name", "a"])
+    train([*base_arguments, "--output_name", "b", "--max_data_loader_n_workers", "2"])
+    train([*base_arguments, "--output_name", "c", "--seed", "6"])
+    a, b, c = (saved(tmp_path, f"{name}.safetensors") for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+def test_checkpoints_follow_steps_and_epochs_and_old_ones_go(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    """Twelve draws in batches of two make six steps an epoch; two epochs."""
+    options = ["--max_train_epochs", "2", "--save_every_n_steps", "3", "--save_last_n_steps", "3"]
+    done = train([*base_arguments, *options, "--save_every_n_epochs", "1"])
+    assert done.status == 0, done.stderr
+    assert files(tmp_path) == [
+        "mine-000001.safetensors",
+        "mine-step00000009.safetensors",
+        "mine-step00000012.safetensors",
+        "mine.safetensors",
+    ]
+    with safe_open(tmp_path / "out" / "mine-step00000009.safetensors", "pt") as file:
+        assert (file.metadata()["ss_steps"], file.metadata()["ss_epoch"]) == ("9", "2")
+    with safe_open(tmp_path / "out" / "mine-000001.safetensors", "pt") as file:
+        assert (file.metadata()["ss_steps"], file.metadata()["ss_epoch"]) == ("6", "1")
+
+
+@pytest.mark.parametrize(("option", "prefix"), [("unet", "lora_unet_"), ("text_encoder", "lora_te_")])
+def test_one_part_alone(train: Train, base_arguments: list[str], tmp_path: Path, option: str, prefix: str) -> None:
+    done = train([*base_arguments, f"--network_train_{option}_only"])
+    assert done.status == 0, done.stderr
+    assert all(name.startswith(prefix) for name in saved(tmp_path))
+
+
+def test_the_text_encoder_learns_at_its_own_rate(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
+    train([*base_arguments, "--text_encoder_lr", "0", "--unet_lr", "1e-3"])
+    weights = saved(tmp_path)
+    moved = {n for n, w in weights.items() if n.endswith("lora_up.weight") and w.abs().max() > 0}
+    assert moved and all(name.startswith("lora_unet_") for name in moved)
+    assert any(name.startswith("lora_te_") for name in weights)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    train([*base_arguments, "--network_dropout", "0.3", "--output_name", "plain"])
+    done = train([*base_arguments, "--network_dropout", "0.3", "--output_name", "saving", "--gradient_checkpointing"])
+    assert done.status == 0, done.stderr
+    plain, saving = saved(tmp_path, "plain.safetensors"), saved(tmp_path, "saving.safetensors")
+    for name, weight in plain.items():
+        torch.testing.assert_close(weight, saving[name], rtol=1e-4, atol=1e-6)
+
+
+def test_latents_cached_on_disk_are_used_again_and_train_the_same(
+    train: Train, base_arguments: list[str], pictures: Path, tmp_path: Path
+) -> None:
+    train([*base_arguments, "--output_name", "memory", "--cache_latents"])
+    train([*base_arguments, "--output_name", "disk", "--cache_latents_to_disk"])
+    cached = sorted((pictures / "2_thing").glob("*_0064x0064_sd.npz"))
+    assert len(cached) == 6
+    times = [path.stat().st_mtime_ns for path in cached]
+    done = train([*base_arguments, "--output_name", "again", "--cache_latents_to_disk"])
+    assert done.status == 0, done.stderr
+    assert [path.stat().st_mtime_ns for path in cached] == times
+    memory, disk, again = (saved(tmp_path, f"{name}.safetensors") for name in ("memory", "disk", "again"))
+    for name, weight in memory.items():
+        assert torch.equal(weight, disk[name]) and torch.equal(weight, again[name])
+
+
+def test_training_goes_on_from_weights_with_their_ranks(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    train([*base_arguments, "--network_dim", "3", "--network_alpha", "2", "--output_name", "first"])
+    first = str(tmp_path / "out" / "first.safetensors")
+    done = train([*base_arguments, "--network_weights", first, "--dim_from_weights"])
+    assert done.status == 0, done.stderr
+    weights = saved(tmp_path)
+    assert {w.shape[0] for n, w in weights.items() if n.endswith("lora_down.weight")} == {3}
+    assert {float(w) for n, w in weights.items() if n.endswith(".alpha")} == {2.0}
+
+
+def test_weights_of_another_rank_are_refused_with_a_way_out(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    train([*base_arguments, "--network_dim", "3", "--output_name", "first"])
+    done = train([*base_arguments, "--network_weights", str(tmp_path / "out" / "first.safetensors")])
+    assert done.status == 1
+    assert "--dim_from_weights" in done.stderr
+
+
+def test_base_weights_change_the_base_and_stay_out_of_the_file(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    train([*base_arguments, "--output_name", "first", "--learning_rate", "0.05", "--max_train_steps", "8"])
+    first = str(tmp_path / "out" / "first.safetensors")
+    plain = train([*base_arguments, "--output_name", "plain"])
+    zero = train([*base_arguments, "--output_name", "zero", "--base_weights", first, "--base_weights_multiplier", "0"])
+    merged = train([*base_arguments, "--output_name", "merged", "--base_weights", first])
+    assert merged.status == 0, merged.stderr
+    assert plain.losses == zero.losses
+    assert plain.losses[0] != merged.losses[0]
+    assert set(saved(tmp_path, "merged.safetensors")) == set(saved(tmp_path, "plain.safetensors"))
+
+
+@pytest.mark.parametrize("options", [["--mixed_precision", "bf16"], ["--mixed_precision", "bf16", "--full_bf16"]])
+def test_bf16(train: Train, base_arguments: list[str], tmp_path: Path, options: list[str]) -> None:
+    done = train([*base_arguments, *options])
+    assert done.status == 0, done.stderr
+    expected = torch.bfloat16 if "--full_bf16" in options else torch.float32
+    weights = [w for name, w in saved(tmp_path).items() if not name.endswith(".alpha")]
+    assert {w.dtype for w in weights} == {expected}
+    assert all(w.isfinite().all() for w in weights)
+
+
+def test_the_file_has_the_precision_asked_for(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
+    train([*base_arguments, "--save_precision", "fp16"])
+    assert {w.dtype for w in saved(tmp_path).values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("extension", ["ckpt", "pt"])
+def test_pickled_files_hold_the_plain_state_dict(
+    train: Train, base_arguments: list[str], tmp_path: Path, extension: str
+) -> None:
+    train([*base_arguments, "--save_model_as", extension])
+    train([*base_arguments, "--output_name", "other"])
+    weights = torch.load(tmp_path / "out" / f"mine.{extension}", weights_only=True)
+    other = saved(tmp_path, "other.safetensors")
+    assert set(weights) == set(other) and all(torch.equal(weights[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--optimizer_type", "AdamW8bit"],
+        ["--optimizer_type", "lion"],
+        ["--optimizer_type", "prodigy", "--learning_rate", "1"],
+        ["--optimizer_type", "AdamWScheduleFree"],
+        ["--optimizer_type", "Adafactor"],
+        ["--optimizer_type", "RMSprop", "--lr_scheduler", "cosine", "--lr_warmup_steps", "0.25"],
+    ],
+    ids=lambda options: options[1],
+)
+def test_optimizers_move_the_weights(
+    train: Train, base_arguments: list[str], tmp_path: Path, options: list[str]
+) -> None:
+    done = train([*base_arguments, *options])
+    assert done.status == 0, done.stderr
+    ups = [w for name, w in saved(tmp_path).items() if name.endswith("lora_up.weight")]
+    assert all(w.isfinite().all() for w in ups) and any(w.abs().max() > 0 for w in ups)
+
+
+def test_every_noise_and_loss_option_together(train: Train, base_arguments: list[str]) -> None:
+    options = [
+        "--noise_offset", "0.1", "--noise_offset_random_strength", "--adaptive_noise_scale", "0.01",
+        "--multires_noise_iterations", "3", "--ip_noise_gamma", "0.1", "--ip_noise_gamma_random_strength",
+        "--min_timestep", "100", "--max_timestep", "900", "--loss_type", "huber", "--huber_schedule", "exponential",
+        "--min_snr_gamma", "5", "--debiased_estimation_loss", "--clip_skip", "2", "--max_token_length", "150",
+        "--weighted_captions", "--gradient_accumulation_steps", "2", "--caption_dropout_rate", "0.2",
+        "--shuffle_caption", "--keep_tokens", "1", "--caption_tag_dropout_rate", "0.2", "--flip_aug", "--random_crop",
+        "--color_aug",
+    ]  # fmt: skip
+    done = train([*base_arguments, *options])
+    assert done.status == 0, done.stderr
+    assert done.losses and all(loss > 0 for loss in done.losses)
+
+
+def test_velocity_prediction_with_zero_terminal_snr(train: Train, base_arguments: list[str]) -> None:
+    done = train(
+        [*base_arguments, "--v_parameterization", "--zero_terminal_snr", "--scale_v_pred_loss_like_noise_pred"]
+    )
+    assert done.status == 0, done.stderr
+    assert done.losses and all(loss > 0 for loss in done.losses)
+
+
+def test_regularisation_pictures_weigh_what_prior_loss_weight_says(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    """With a weight of 0 the loss of mixed batches falls below that of the same run with weight 1."""
+    make_pictures(tmp_path / "reg" / "1_class", 12, seed=9)
+    options = ["--reg_data_dir", str(tmp_path / "reg"), "--learning_rate", "0"]
+    full = train([*base_arguments, *options, "--prior_loss_weight", "1"])
+    none = train([*base_arguments, *options, "--prior_loss_weight", "0"])
+    assert none.status == 0, none.stderr
+    assert none.losses[-1] < full.losses[-1]
+
+
+def test_single_files_train_as_the_folder_does(
+    train: Train, base_arguments: list[str], tiny_sd_file: Path, tmp_path: Path
+) -> None:
+    train([*base_arguments, "--output_name", "folder"])
+    done = train([*base_arguments, "--output_name", "file", "--pretrained_model_name_or_path", str(tiny_sd_file)])
+    assert done.status == 0, done.stderr
+    folder, file = saved(tmp_path, "folder.safetensors"), saved(tmp_path, "file.safetensors")
+    assert all(torch.equal(folder[name], file[name]) for name in folder)
+
+
+def test_a_third_party_network_trains_and_saves(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
+    options = ["--network_module", "lycoris.kohya", "--network_args", "algo=lokr", "preset=attn-mlp", "factor=4"]
+    done = train([*base_arguments, *options])
+    assert done.status == 0, done.stderr
+    names = set(saved(tmp_path))
+    assert any(".lokr_w" in name and name.startswith("lora_unet_down_blocks_") for name in names)
+    assert any(".lokr_w" in name and name.startswith("lora_te_text_model_encoder_layers_") for name in names)
+
+
+def test_debug_dataset_shows_batches_and_stops(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
+    done = train([*base_arguments, "--debug_dataset", "--console_log_simple"])
+    assert done.status == 0
+    assert "00.png" in done.stdout + done.stderr
+    assert not (tmp_path / "out").exists() or not files(tmp_path)
+
+
+def test_a_folder_without_pictures_ends_quietly_with_status_0(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    done = train([*base_arguments, "--train_data_dir", str(tmp_path / "empty"), "--console_log_simple"])
+    assert done.status == 0
+    assert "No data found" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--network_args", "conv_din=4"], ["conv_din", "conv_dim"]),
+        (["--network_module", "networks.lorra"], ["networks.lorra", "networks.lora"]),
+        (["--optimizer_type", "AdamV"], ["AdamV"]),
+        (["--lr_scheduler", "cosinus"], ["cosinus"]),
+        (["--pretrained_model_name_or_path", "nowhere/model.safetensors"], ["nowhere/model.safetensors"]),
+        (["--v2"], ["--v2"]),
+        (["--sample_every_n_steps", "2"], ["--sample_every_n_steps", "not supported yet"]),
+        (["--save_state"], ["--save_state", "not supported yet"]),
+        (["--metadata_thumbnail", "nothing.png"], ["--metadata_thumbnail"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_mistakes_are_named_without_a_traceback(
+    train: Train, base_arguments: list[str], tmp_path: Path, options: list[str], words: list[str]
+) -> None:
+    done = train([*base_arguments, *options, "--console_log_simple"])
+    text = done.stdout + done.stderr
+    assert done.status == 1
+    assert all(word in text for word in words), text
+    assert "Traceback" not in text
+    assert not (tmp_path / "out").exists() or not files(tmp_path)

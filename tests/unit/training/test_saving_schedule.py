@@ -1,0 +1,69 @@
+"""Which checkpoints are written and which go."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.options.saving import SavingOptions
+from library.training.saving import Names, Schedule, save_dtype
+
+
+def schedule(num_epochs: int = 10, **saving: int) -> Schedule:
+    return Schedule.build(replace(SavingOptions(), **saving), num_epochs)
+
+
+def test_epoch_checkpoints_leave_the_last_epoch_to_the_final_file() -> None:
+    s = schedule(save_every_n_epochs=2, num_epochs=6)
+    assert [e for e in range(1, 7) if s.saves_epoch(e)] == [2, 4]
+
+
+def test_step_checkpoints_include_the_last_step() -> None:
+    s = schedule(save_every_n_steps=5)
+    assert [n for n in range(1, 16) if s.saves_step(n)] == [5, 10, 15]
+
+
+@pytest.mark.parametrize(("ratio", "epochs", "every"), [(3, 10, 3), (20, 10, 1), (1, 10, 10)])
+def test_ratio_divides_the_epochs_and_overrides_the_interval(ratio: int, epochs: int, every: int) -> None:
+    assert schedule(num_epochs=epochs, save_n_epoch_ratio=ratio, save_every_n_epochs=7).every_n_epochs == every
+
+
+def test_last_n_epochs_counts_files() -> None:
+    s = schedule(save_every_n_epochs=2, save_last_n_epochs=2)
+    assert [s.outdated_epoch(e) for e in (2, 4, 6, 8)] == [None, None, 2, 4]
+
+
+def test_last_n_steps_is_a_distance_in_steps() -> None:
+    """q - (q mod n) with q = s - k - 1: with n = 10 and k = 20 the files of the last 20 steps stay, and the newest."""
+    s = schedule(save_every_n_steps=10, save_last_n_steps=20)
+    assert [s.outdated_step(n) for n in (10, 20, 30, 40, 50)] == [None, None, None, 10, 20]
+
+
+def test_nothing_is_saved_in_between_by_default() -> None:
+    s = schedule()
+    assert not any(s.saves_step(n) or s.saves_epoch(n) for n in range(1, 100))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mine", ("mine-000003.safetensors", "mine-step00000042.safetensors", "mine.safetensors")),
+        (None, ("epoch-000003.safetensors", "at-step00000042.safetensors", "last.safetensors")),
+    ],
+)
+def test_file_names(name: str | None, expected: tuple[str, str, str]) -> None:
+    names = Names.build(replace(SavingOptions(), output_dir="out", output_name=name))
+    assert (names.of_epoch(3), names.of_step(42), names.of_end()) == tuple(Path("out") / file for file in expected)
+
+
+def test_file_type_follows_save_model_as() -> None:
+    names = Names.build(replace(SavingOptions(), output_dir="out", output_name="x", save_model_as="ckpt"))
+    assert names.of_end() == Path("out/x.ckpt")
+
+
+def test_an_unknown_precision_from_a_config_file_is_named() -> None:
+    assert save_dtype("bf16") is torch.bfloat16
+    assert save_dtype(None) is None
+    with pytest.raises(ValueError, match="--save_precision is fp8"):
+        save_dtype("fp8")
