@@ -1,0 +1,106 @@
+"""How the change of a weight is stored and applied.
+
+Letters: O output features or channels, I input features or channels, R rank, h w kernel.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Delta(Protocol):
+    """The change of one weight in fewer numbers: x goes down to R channels, then up to the layer's outputs.
+
+    The parameters belong to child modules, whose names are the names in files. Between `down` and `up` the caller
+    scales the R channels and drops some of them.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]: ...
+
+    def down(self, x: Tensor) -> Tensor:
+        """x in R channels: on the last axis for a Linear, on axis 1 for a convolution."""
+        ...
+
+    def up(self, hidden: Tensor, base: Tensor) -> Tensor:
+        """`base` plus what the R channels add to it, in the dtype of `base`."""
+        ...
+
+    def weight(self) -> Tensor:
+        """The change in the shape of the layer's weight, without alpha and multiplier."""
+        ...
+
+
+class LowRank(nn.Module):
+    """LoRA (Hu et al. 2021, arXiv:2106.09685): dW = up @ down.
+
+    `lora_down.weight` is (R, I) or (R, I, h, w) and starts kaiming uniform with a = sqrt(5); `lora_up.weight` is (O, R)
+    or (O, R, 1, 1) and starts at zero, so the change starts at zero. Both are float32.
+    """
+
+    def __init__(self, layer: nn.Module, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        if isinstance(layer, nn.Linear):
+            self.lora_down: nn.Module = nn.Linear(layer.in_features, rank, bias=False, dtype=torch.float32)
+            self.lora_up: nn.Module = nn.Linear(rank, layer.out_features, bias=False, dtype=torch.float32)
+        else:
+            assert isinstance(layer, nn.Conv2d)
+            self.lora_down = narrow_like(layer, rank)
+            self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False, dtype=torch.float32)
+        nn.init.kaiming_uniform_(factor(self.lora_down), a=math.sqrt(5))
+        nn.init.zeros_(factor(self.lora_up))
+
+    def down(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.lora_down(in_dtype_of(self.lora_down, x))
+        return hidden
+
+    def up(self, hidden: Tensor, base: Tensor) -> Tensor:
+        is_linear = isinstance(self.lora_up, nn.Linear) and base.dim() > 1
+        if is_linear and hidden.dtype == base.dtype and base.is_contiguous():
+            # One pass over the outputs instead of two: the product is added where it is made.
+            flat = torch.addmm(base.flatten(0, -2), hidden.flatten(0, -2), factor(self.lora_up).t())
+            return flat.view_as(base)
+        change: Tensor = self.lora_up(hidden)
+        return base + change.to(base.dtype)
+
+    def weight(self) -> Tensor:
+        up_OR, down_RI = factor(self.lora_up).flatten(1), factor(self.lora_down).flatten(1)
+        shape = (up_OR.shape[0], *factor(self.lora_down).shape[1:])
+        return (up_OR @ down_RI).reshape(shape)
+
+
+def narrow_like(layer: nn.Conv2d, rank: int) -> nn.Conv2d:
+    """A convolution that looks at the same pixels as `layer` and has R output channels."""
+    if layer.groups != 1 or layer.padding_mode != "zeros":
+        raise ValueError(
+            f"a convolution with groups={layer.groups} and padding_mode={layer.padding_mode!r} cannot be adapted; "
+            "give its block the rank 0"
+        )
+    return nn.Conv2d(
+        layer.in_channels,
+        rank,
+        kernel_size=layer.kernel_size,  # type: ignore[arg-type]
+        stride=layer.stride,  # type: ignore[arg-type]
+        padding=layer.padding,  # type: ignore[arg-type]
+        dilation=layer.dilation,  # type: ignore[arg-type]
+        bias=False,
+        dtype=torch.float32,
+    )
+
+
+def factor(module: nn.Module) -> Tensor:
+    """The weight of a child module."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def in_dtype_of(module: nn.Module, x: Tensor) -> Tensor:
+    """x as the module can take it: autocast casts for itself, without it x meets the factor's dtype here."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(factor(module).dtype)

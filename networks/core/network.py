@@ -1,0 +1,219 @@
+"""All adapters of one run."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from networks.core.adapter import Adapter
+from networks.core.arguments import NetworkArguments
+from networks.core.files import load_into, network_tensors, read_adapters, save_network
+from networks.core.rules import Allotment
+from networks.core.targets import AdapterTargets
+
+logger = logging.getLogger(__name__)
+
+DENOISER_LR_NAME = "unet"
+TEXT_ENCODER_LR_NAME = "textencoder"
+UP_FACTORS = "lora_up"  # of the parameters that LoRA+ trains faster
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter and where it belongs."""
+
+    adapter: Adapter
+    text_encoder: int | None  # index of the text encoder, None for the denoiser
+    allotment: Allotment
+
+
+class AdapterNetwork(nn.Module):
+    """The adapters of one base model, by the names they have in files: what `create_network` gives.
+
+    Every method is part of the network protocol (networks/core/protocol.py).
+    """
+
+    def __init__(self, members: Sequence[Member], targets: AdapterTargets, arguments: NetworkArguments) -> None:
+        super().__init__()
+        self.members = list(members)
+        self.targets = targets
+        self.arguments = arguments
+        self._untrained: list[nn.Parameter] = []  # those of groups without a learning rate
+        for member in self.members:
+            name = member.adapter.site.name
+            if name in self._modules:
+                raise ValueError(f"two modules of the base model have the name {name} in files")
+            self.add_module(name, member.adapter)
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The adapters by name, text encoders first."""
+        return {member.adapter.site.name: member.adapter for member in self.members}
+
+    def apply_to(
+        self, text_encoder: Any, unet: nn.Module, train_text_encoder: bool = True, train_unet: bool = True
+    ) -> None:
+        """Install the adapters of the sides that are trained; the other side is dropped and will not be saved."""
+        kept = [m for m in self.members if (train_unet if m.text_encoder is None else train_text_encoder)]
+        if not kept:
+            raise ValueError(
+                "the adapter has no module left to train: --network_train_unet_only and "
+                "--network_train_text_encoder_only leave out every side that has some"
+            )
+        for member in self.members:
+            if member not in kept:
+                del self._modules[member.adapter.site.name]
+        self.members = kept
+        for member in kept:
+            member.adapter.install()
+        for line in describe(kept):
+            logger.info(line)
+
+    def remove(self) -> None:
+        """Give every layer its own forward back."""
+        for member in reversed(self.members):
+            member.adapter.remove()
+
+    def merge_to(
+        self,
+        text_encoder: Any,
+        unet: nn.Module,
+        weights_sd: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Add the changes in `weights_sd` to the base weights, in float32, and keep those in `dtype`.
+
+        The products are computed on `device`. The network itself is not installed.
+        """
+        load_into(self.adapters, weights_sd, "--base_weights")
+        with torch.no_grad():
+            for member in self.members:
+                adapter = member.adapter.to(device) if device is not None else member.adapter
+                weight = adapter.site.module.weight
+                assert isinstance(weight, nn.Parameter)
+                weight.data = adapter.merged_weight().to(weight.device, dtype or weight.dtype)
+
+    def load_weights(self, file: str) -> str:
+        """Load a file; modules it lacks keep their start. Gives a sentence on what was loaded.
+
+        Raises ValueError when nothing in the file fits, or when a rank differs.
+        """
+        report = load_into(self.adapters, read_adapters(file), str(file))
+        for line in report.warnings():
+            logger.warning(line)
+        return report.summary()
+
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+        """Write the adapters whole or not at all: .safetensors with metadata and hashes, else a pickled table."""
+        save_network(file, network_tensors(self.adapters, dtype), metadata)
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """How strongly the changes act: 0 is the base model."""
+        for member in self.members:
+            member.adapter.multiplier = multiplier
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Nothing to do: adapters keep only what their layer's input already is, and R channels."""
+
+    def prepare_optimizer_params_with_multiple_te_lrs(
+        self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """Parameter groups and their names for the charts; groups without a learning rate are left out and frozen."""
+        rates = self._rates(text_encoder_lr, unet_lr, default_lr)
+        groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+        trained: set[nn.Parameter] = set()
+        for member in self.members:
+            rate = rates(member) * member.allotment.lr_factor
+            block = "" if member.allotment.block is None else f"_block{member.allotment.block}"
+            ratio = self._loraplus_ratio(member)
+            for name, parameter in member.adapter.named_parameters():
+                is_plus = ratio is not None and UP_FACTORS in name
+                lr = rate * ratio if is_plus and ratio is not None else rate
+                if lr == 0:
+                    continue
+                key = (f"{_lr_name(member)}{block}{' plus' if is_plus else ''}", lr)
+                groups.setdefault(key, []).append(parameter)
+                trained.add(parameter)
+        self._untrained = [p for p in self.parameters() if p not in trained]
+        self._freeze_untrained()
+        return [{"params": params, "lr": lr} for (_, lr), params in groups.items()], _distinct([n for n, _ in groups])
+
+    def prepare_optimizer_params(
+        self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """As above, with one learning rate for all text encoders."""
+        return self.prepare_optimizer_params_with_multiple_te_lrs(text_encoder_lr, unet_lr, default_lr)
+
+    def prepare_grad_etc(self, text_encoder: Any, unet: nn.Module) -> None:
+        """Switch gradients on for everything that has a learning rate."""
+        self.requires_grad_(True)
+        self._freeze_untrained()
+
+    def on_epoch_start(self, text_encoder: Any, unet: nn.Module) -> None:
+        """Dropout is on from here; previews and validation switch it off with eval()."""
+        self.train()
+
+    def get_trainable_params(self) -> list[nn.Parameter]:
+        """What the optimizer changes: the set whose gradient norm is limited."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def _freeze_untrained(self) -> None:
+        for parameter in self._untrained:
+            parameter.requires_grad_(False)
+
+    def _rates(
+        self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None
+    ) -> Callable[[Member], float]:
+        """The learning rate of a member; a list that is too short is continued with its last value."""
+        listed = [text_encoder_lr] if isinstance(text_encoder_lr, (int, float)) else list(text_encoder_lr or [])
+        if len(listed) > len(self.targets.text_encoders):
+            logger.warning(
+                "--text_encoder_lr has %d values, but the base model has %d text encoder(s); %s has no effect",
+                len(listed), len(self.targets.text_encoders), listed[len(self.targets.text_encoders) :],
+            )  # fmt: skip
+
+        def rate(member: Member) -> float:
+            if member.text_encoder is None:
+                return float(default_lr or 0 if unet_lr is None else unet_lr)
+            if not listed:
+                return float(default_lr or 0)
+            return float(listed[min(member.text_encoder, len(listed) - 1)])
+
+        return rate
+
+    def _loraplus_ratio(self, member: Member) -> float | None:
+        """How much faster up factors are trained; 0 and nothing both leave it to the general ratio."""
+        arguments = self.arguments
+        own = arguments.loraplus_unet_lr_ratio
+        if member.text_encoder is not None:
+            own = arguments.loraplus_text_encoder_lr_ratio
+        return own or arguments.loraplus_lr_ratio or None
+
+
+def describe(members: Sequence[Member]) -> Iterator[str]:
+    """One line per part of the base model: how many modules, which ranks and alphas, how many numbers are trained."""
+    for index in dict.fromkeys(member.text_encoder for member in members):
+        adapters = [member.adapter for member in members if member.text_encoder == index]
+        part = "denoiser" if index is None else f"text encoder {index + 1}"
+        ranks = ", ".join(str(r) for r in sorted({a.delta.rank for a in adapters}))
+        alphas = ", ".join(f"{a:g}" for a in sorted({a.alpha_value for a in adapters}))
+        num_values = sum(p.numel() for a in adapters for p in a.parameters())
+        yield f"{part}: {len(adapters)} modules adapted, rank {ranks}, alpha {alphas}, {num_values:,} parameters"
+
+
+def _lr_name(member: Member) -> str:
+    return DENOISER_LR_NAME if member.text_encoder is None else TEXT_ENCODER_LR_NAME
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Names of which none stands twice: the second of two equal ones gets a number."""
+    seen: dict[str, int] = {}
+    distinct = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        distinct.append(name if seen[name] == 1 else f"{name} {seen[name]}")
+    return distinct

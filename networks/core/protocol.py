@@ -1,0 +1,313 @@
+"""What a --network_module must offer, and how the trainer talks to any of them.
+
+A network module is a Python module with two functions (`NetworkModule`); the first gives a network (`Network`). Ours,
+lycoris.kohya and users' own files are all called in this way. `adopt` fills in what a third party leaves out.
+"""
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+TextEncoder = nn.Module | list[nn.Module] | None
+"""A single model where the base model has one text encoder, a list otherwise."""
+
+PLANNED_MODULES = (
+    "networks.lora_fa", "networks.dylora", "networks.lora_flux", "networks.lora_sd3", "networks.lora_lumina",
+    "networks.lora_hunyuan_image", "networks.lora_anima",
+)  # fmt: skip
+PACKAGES = {"lycoris": "lycoris-lora"}  # import name -> what pip installs
+
+
+class NetworkModule(Protocol):
+    """A module that --network_module names. Values of --network_args arrive as strings, by keyword."""
+
+    def create_network(
+        self,
+        multiplier: float,
+        network_dim: int | None,
+        network_alpha: float | None,
+        vae: nn.Module,
+        text_encoder: TextEncoder,
+        unet: nn.Module,
+        neuron_dropout: float | None = None,
+        **network_args: Any,
+    ) -> nn.Module:
+        """A fresh network (`Network`) that is not installed yet."""
+        ...
+
+    def create_network_from_weights(
+        self,
+        multiplier: float,
+        file: str,
+        vae: nn.Module,
+        text_encoder: TextEncoder,
+        unet: nn.Module,
+        weights_sd: Mapping[str, Tensor] | None = None,
+        for_inference: bool = False,
+        **network_args: Any,
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """A network shaped like a file, and the file's tensors, which are not loaded into it yet."""
+        ...
+
+
+class Network(Protocol):
+    """A network, which is an `nn.Module` whose parameters are the adapter's.
+
+    These methods must be there. Called where they exist: `prepare_network(args)`, `set_multiplier(x)`,
+    `prepare_optimizer_params_with_multiple_te_lrs(text_encoder_lr, unet_lr, learning_rate)`,
+    `on_step_start(text_encoder, unet)`, `apply_max_norm_regularization(limit, device) -> (count, mean, maximum)`,
+    `merge_to(text_encoder, unet, weights, dtype, device)`.
+    """
+
+    def apply_to(
+        self, text_encoder: TextEncoder, unet: nn.Module, train_text_encoder: bool, train_unet: bool
+    ) -> None: ...
+    def load_weights(self, file: str) -> Any: ...
+    def enable_gradient_checkpointing(self) -> None: ...
+    def prepare_optimizer_params(
+        self, text_encoder_lr: float | None, unet_lr: float | None, learning_rate: float
+    ) -> Any:
+        """Groups of the optimizer, or (groups, their names). May take the first two arguments only."""
+        ...
+
+    def prepare_grad_etc(self, text_encoder: TextEncoder, unet: nn.Module) -> None: ...
+    def on_epoch_start(self, text_encoder: TextEncoder, unet: nn.Module) -> None: ...
+    def get_trainable_params(self) -> Iterable[nn.Parameter]: ...
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None: ...
+
+
+@dataclass(frozen=True)
+class OpenedModule:
+    """The functions of an imported network module."""
+
+    name: str
+    create_network: Callable[..., Any]
+    create_network_from_weights: Callable[..., tuple[Any, dict[str, Tensor]]]
+
+
+def open_network_module(name: str) -> NetworkModule:
+    """Import the module that --network_module names.
+
+    Raises ValueError naming what to do when it is not there, or is no network module.
+    """
+    if name in PLANNED_MODULES and not _own_file(name).is_file():
+        raise ValueError(f"--network_module {name} is not supported yet; there are: {', '.join(_own_modules())}")
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        if not (name == missing or name.startswith(f"{missing}.")):
+            raise ValueError(f"--network_module {name} needs the package {missing}, which is not installed") from error
+        raise ValueError(f"--network_module {name}: there is no such module; {_way_out(name)}") from error
+    create = getattr(module, "create_network", None)
+    if not callable(create):
+        raise ValueError(
+            f"--network_module {name} is no network module: it lacks the function create_network "
+            "(networks/core/protocol.py says what it must offer)"
+        )
+    from_weights = getattr(module, "create_network_from_weights", None) or _cannot_read_files(name)
+    return OpenedModule(name, create, from_weights)
+
+
+def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:
+    """`key=value` items of --network_args as a table; of a key given twice the last value counts."""
+    arguments: dict[str, str] = {}
+    for item in items or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--network_args {item!r} has no '='; write key=value, such as conv_dim=8")
+        if key in arguments:
+            logger.warning("--network_args %s is given twice; %s counts, not %s", key, value, arguments[key])
+        arguments[key] = value
+    return arguments
+
+
+def adopt(network: Any) -> "AdoptedNetwork":
+    """Take a network of any origin.
+
+    Raises ValueError when it is no `nn.Module`, or lacks a method that cannot be made up for.
+    """
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"the network module gave {network!r} instead of a network; see its own messages above")
+    required = ("apply_to", "prepare_optimizer_params", "save_weights")
+    missing = [method for method in required if not callable(getattr(network, method, None))]
+    if missing:
+        raise ValueError(
+            f"{type(network).__name__} cannot be trained: it lacks {', '.join(missing)} "
+            "(networks/core/protocol.py says what a network must offer)"
+        )
+    return AdoptedNetwork(network)
+
+
+class AdoptedNetwork:
+    """Any network, with one way to do each thing the trainer needs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def apply_to(
+        self, text_encoder: TextEncoder, denoiser: nn.Module, train_text_encoder: bool, train_denoiser: bool
+    ) -> None:
+        """Install the network on the models' layers; a side that is not trained is left alone and not saved."""
+        self._method("apply_to")(text_encoder, denoiser, train_text_encoder, train_denoiser)
+
+    def load_weights(self, path: str | Path) -> None:
+        """Load an adapter file and log what the network says about it."""
+        result = self._needed("load_weights", "--network_weights")(str(path))
+        logger.info("loaded network weights: %s", result)
+
+    def merge_to(
+        self,
+        text_encoder: TextEncoder,
+        denoiser: nn.Module,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        """Add the weights of a file to the base model for good (--base_weights)."""
+        self._needed("merge_to", "--base_weights")(text_encoder, denoiser, weights, dtype, device)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Tell the network that layers are computed twice."""
+        self._optional("enable_gradient_checkpointing")
+
+    def parameter_groups(
+        self, text_encoder_lr: list[float] | None, unet_lr: float | None, learning_rate: float
+    ) -> tuple[list[dict[str, Any]], list[str] | None]:
+        """The optimizer's groups and their names, without those that have no parameters or no learning rate.
+
+        The names are None where the network gives none. Raises ValueError when nothing is left to train.
+        """
+        with_many = self._method("prepare_optimizer_params_with_multiple_te_lrs")
+        if with_many is not None:
+            result = with_many(text_encoder_lr, unet_lr, learning_rate)
+        else:
+            first_lr = text_encoder_lr[0] if text_encoder_lr else None
+            if text_encoder_lr and len(text_encoder_lr) > 1:
+                logger.warning(
+                    "--text_encoder_lr: this network module takes one value; %s is used, %s is not",
+                    first_lr, text_encoder_lr[1:],
+                )  # fmt: skip
+            result = self._one_lr_groups(first_lr, unet_lr, learning_rate)
+        groups, names = result if isinstance(result, tuple) else (result, None)
+        return _trained_groups(list(groups), None if names is None else list(names), learning_rate)
+
+    def prepare_gradients(self, text_encoder: TextEncoder, denoiser: nn.Module) -> None:
+        """Switch gradients on for what is trained."""
+        if self._method("prepare_grad_etc") is None:
+            self.module.requires_grad_(True)
+        self._optional("prepare_grad_etc", text_encoder, denoiser)
+
+    def start_epoch(self, text_encoder: TextEncoder, denoiser: nn.Module) -> None:
+        """Called before each epoch; the network is in training mode afterwards."""
+        self._optional("on_epoch_start", text_encoder, denoiser)
+        self.module.train()
+
+    def start_step(self, text_encoder: TextEncoder, denoiser: nn.Module) -> None:
+        """Called before each micro-step."""
+        self._optional("on_step_start", text_encoder, denoiser)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer changes: the set whose gradient norm is limited."""
+        method = self._method("get_trainable_params")
+        found = self.module.parameters() if method is None else method()
+        return [parameter for parameter in found if parameter.requires_grad]
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """How strongly the network acts: 0 is the base model."""
+        self._needed("set_multiplier", "differential output preservation")(multiplier)
+
+    def limit_norms(self, limit: float, device: torch.device | str) -> tuple[int, float, float]:
+        """Scale changes down to a norm of `limit` (--scale_weight_norms): how many were, mean and maximum of all."""
+        count, mean, maximum = self._needed("apply_max_norm_regularization", "--scale_weight_norms")(limit, device)
+        return int(count), float(mean), float(maximum)
+
+    def save_weights(self, path: str | Path, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
+        """Write the network whole or not at all; the extension decides the format."""
+        with atomic_path(path) as temporary:
+            self._method("save_weights")(str(temporary), dtype, metadata)
+
+    def _one_lr_groups(self, text_encoder_lr: float | None, unet_lr: float | None, learning_rate: float) -> Any:
+        """Call with three arguments, or with two where the method takes no third."""
+        method = self._method("prepare_optimizer_params")
+        try:
+            inspect.signature(method).bind(text_encoder_lr, unet_lr, learning_rate)
+        except TypeError:
+            return method(text_encoder_lr, unet_lr)
+        return method(text_encoder_lr, unet_lr, learning_rate)
+
+    def _method(self, name: str) -> Any:
+        """A method of the network, None where it has none of that name."""
+        method = getattr(self.module, name, None)
+        return method if callable(method) else None
+
+    def _optional(self, name: str, *arguments: Any) -> None:
+        if (method := self._method(name)) is not None:
+            method(*arguments)
+
+    def _needed(self, name: str, purpose: str) -> Any:
+        method = self._method(name)
+        if method is None:
+            raise ValueError(f"{purpose} does not work with this --network_module: its network has no {name}()")
+        return method
+
+
+def _trained_groups(
+    groups: list[dict[str, Any]], names: list[str] | None, learning_rate: float
+) -> tuple[list[dict[str, Any]], list[str] | None]:
+    """Groups that have parameters and a learning rate; one without its own takes the general one."""
+    kept: list[dict[str, Any]] = []
+    kept_names: list[str] = []
+    for index, group in enumerate(groups):
+        group = {**group, "params": list(group["params"])}
+        lr = group.get("lr", learning_rate)
+        if not group["params"] or not lr:
+            continue
+        kept.append(group)
+        kept_names.append(names[index] if names is not None and index < len(names) else f"group{index}")
+    if not kept:
+        raise ValueError(
+            "nothing would be trained: every part of the adapter has the learning rate 0; "
+            "set --learning_rate, --unet_lr or --text_encoder_lr"
+        )
+    return kept, kept_names if names is not None else None
+
+
+def _cannot_read_files(name: str) -> Callable[..., tuple[Any, dict[str, Tensor]]]:
+    def create_network_from_weights(*_: Any, **__: Any) -> tuple[Any, dict[str, Tensor]]:
+        raise ValueError(
+            f"--dim_from_weights and --base_weights do not work with --network_module {name}: it lacks "
+            "the function create_network_from_weights"
+        )
+
+    return create_network_from_weights
+
+
+def _own_file(name: str) -> Path:
+    return Path(__file__).parents[2].joinpath(*name.split(".")).with_suffix(".py")
+
+
+def _own_modules() -> list[str]:
+    files = Path(__file__).parents[1].glob("*.py")
+    return sorted(f"networks.{file.stem}" for file in files if file.stem.startswith(("lora", "dylora")))
+
+
+def _way_out(name: str) -> str:
+    package = PACKAGES.get(name.partition(".")[0])
+    if package is not None:
+        return f"install it with: pip install {package}"
+    known = [*_own_modules(), "lycoris.kohya"]
+    near = get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}, or a Python file of your own"
