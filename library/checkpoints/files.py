@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import stat
 import struct
 import sys
 from collections.abc import Iterator, Mapping
@@ -148,7 +149,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.stem[:100]}.{uuid4().hex[:12]}{path.suffix}"
     try:
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        temporary.chmod(mode)  # some writers make files that only their owner can read
         _flush_to_disk(temporary)
         os.replace(temporary, path)
     except BaseException:
