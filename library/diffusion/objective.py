@@ -3,7 +3,6 @@
 Letters: B samples, C channels, H height, W width, T timesteps of the schedule.
 """
 
-import logging
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,13 +11,11 @@ from torch import Tensor
 from library.diffusion.noise import add_coarse_noise, add_offset, draw_normal, draw_strength
 from library.diffusion.schedules import NUM_TIMESTEPS, ddpm_abar, sigmas_of, snr_of
 from library.diffusion.timesteps import check_timestep_range, draw_timesteps
-from library.diffusion.weighting import check_weighting, huber_threshold, pointwise_error, snr_weights
+from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error, snr_weights
 from library.options.loss import LossOptions
 from library.options.noise import NoiseOptions
 from library.options.train import TrainOptions
 from library.types import Noised
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,27 +47,25 @@ class DDPM:
             noise_BCHW = add_coarse_noise(noise_BCHW, o.multires_noise_iterations, o.multires_noise_discount, generator)
         timesteps_B = draw_timesteps(
             len(clean), self.min_timestep, self.max_timestep, generator, num_timesteps=len(self.abar_T)
-        )
+        ).to(clean.device)
         input_noise_BCHW = noise_BCHW
         if o.ip_noise_gamma:
             gamma = draw_strength(o.ip_noise_gamma, o.ip_noise_gamma_random_strength, generator)
             input_noise_BCHW = noise_BCHW + gamma * draw_normal(clean.shape, generator, clean.device)
-        abar_B = self.abar_T[timesteps_B]
-        signal_B111, noise_B111 = (scale.view(-1, 1, 1, 1) for scale in self._scales(abar_B, clean))
+        signal_B111, noise_B111 = self._scales(timesteps_B)
         return Noised(
             latents_BCHW=(signal_B111 * clean + noise_B111 * input_noise_BCHW).to(clean_BCHW.dtype),
             clean_BCHW=clean_BCHW,
             noise_BCHW=noise_BCHW.to(clean_BCHW.dtype),
-            sigmas_B=sigmas_of(abar_B).to(clean.device, torch.float32),
-            timesteps_B=timesteps_B.to(clean.device),
+            sigmas_B=look_up(sigmas_of(self.abar_T), timesteps_B),
+            timesteps_B=timesteps_B,
         )
 
     def target(self, noised: Noised) -> Tensor:
         """What the denoiser should say, float32: the noise, or sqrt(abar) * noise - sqrt(1 - abar) * latent."""
         if not self.predicts_velocity:
             return noised.noise_BCHW.float()
-        abar_B = self.abar_T[noised.timesteps_B.cpu()]
-        signal_B111, noise_B111 = (s.view(-1, 1, 1, 1) for s in self._scales(abar_B, noised.noise_BCHW))
+        signal_B111, noise_B111 = self._scales(noised.timesteps_B)
         return signal_B111 * noised.noise_BCHW.float() - noise_B111 * noised.clean_BCHW.float()
 
     def loss(self, prediction_BCHW: Tensor, target_BCHW: Tensor, noised: Noised) -> Tensor:
@@ -79,16 +74,22 @@ class DDPM:
         if self.weighting.loss_type in ("huber", "smooth_l1"):
             threshold_B = huber_threshold(self.weighting, noised.sigmas_B, noised.timesteps_B, len(self.abar_T))
         error_BCHW = pointwise_error(prediction_BCHW, target_BCHW, self.weighting.loss_type, threshold_B)
-        weights_B = snr_weights(self.weighting, self.snr_T[noised.timesteps_B.cpu()], self.predicts_velocity)
-        return error_BCHW * weights_B.to(error_BCHW.device).view(-1, 1, 1, 1)
+        weights_T = snr_weights(self.weighting, self.snr_T, self.predicts_velocity)
+        return error_BCHW * look_up(weights_T, noised.timesteps_B).view(-1, 1, 1, 1)
 
     def at_timestep(self, timestep: int) -> "DDPM":
         """The same objective at one noise level, for validation."""
         return replace(self, min_timestep=timestep, max_timestep=timestep)
 
-    def _scales(self, abar_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(abar) and sqrt(1 - abar), rounded to float32 only after the roots."""
-        return abar_B.sqrt().to(like.device, torch.float32), (1 - abar_B).sqrt().to(like.device, torch.float32)
+    def _scales(self, timesteps_B: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar) and sqrt(1 - abar), float32, shape B111."""
+        signal_B, noise_B = (look_up(t, timesteps_B) for t in (self.abar_T.sqrt(), (1 - self.abar_T).sqrt()))
+        return signal_B.view(-1, 1, 1, 1), noise_B.view(-1, 1, 1, 1)
+
+
+def look_up(table_T: Tensor, timesteps_B: Tensor) -> Tensor:
+    """The table's values at the timesteps, float32, on their device; the table moves, so that no card is waited for."""
+    return table_T.float().to(timesteps_B.device)[timesteps_B]
 
 
 def build_ddpm(options: TrainOptions) -> DDPM:
@@ -96,19 +97,14 @@ def build_ddpm(options: TrainOptions) -> DDPM:
 
     Weights use the signal-to-noise ratios of the unchanged schedule even with --zero_terminal_snr: the changed one ends
     at 0, where min-SNR and debiased weights would be 0 / 0 and 1 / 0.
-    Raises ValueError for settings that exclude each other; warns about settings that have no effect.
+    Raises ValueError for timesteps outside the schedule and for thresholds that make no loss.
     """
     noise, weighting, predicts_velocity = options.noise, options.loss, options.model.v_parameterization
     min_timestep = 0 if noise.min_timestep is None else noise.min_timestep
     max_timestep = NUM_TIMESTEPS if noise.max_timestep is None else noise.max_timestep
     check_timestep_range(min_timestep, max_timestep, NUM_TIMESTEPS)
-    check_noise(noise)
-    check_weighting(weighting, predicts_velocity, logger.warning)
-    if noise.zero_terminal_snr and not predicts_velocity:
-        logger.warning(
-            "--zero_terminal_snr without --v_parameterization: at the last timestep nothing but noise is left, "
-            "so predicting the noise teaches nothing there"
-        )
+    if weighting.loss_type in ("huber", "smooth_l1"):
+        check_huber(weighting)
     return DDPM(
         abar_T=ddpm_abar(noise.zero_terminal_snr),
         snr_T=snr_of(ddpm_abar(zero_terminal_snr=False)),
@@ -118,36 +114,3 @@ def build_ddpm(options: TrainOptions) -> DDPM:
         noise=noise,
         weighting=weighting,
     )
-
-
-def check_noise(options: NoiseOptions) -> None:
-    """Raise ValueError for --adaptive_noise_scale alone; warn about the other settings that wait for a missing one."""
-    if options.adaptive_noise_scale is not None and options.noise_offset is None:
-        raise ValueError(
-            f"--adaptive_noise_scale is {options.adaptive_noise_scale}, but it only adds to --noise_offset; "
-            "set --noise_offset as well"
-        )
-    waiting = (
-        ("--adaptive_noise_scale", options.adaptive_noise_scale, "--noise_offset", options.noise_offset),
-        (
-            "--noise_offset_random_strength",
-            options.noise_offset_random_strength,
-            "--noise_offset",
-            options.noise_offset,
-        ),
-        (
-            "--multires_noise_discount",
-            options.multires_noise_discount != NoiseOptions.multires_noise_discount,
-            "--multires_noise_iterations",
-            options.multires_noise_iterations,
-        ),
-        (
-            "--ip_noise_gamma_random_strength",
-            options.ip_noise_gamma_random_strength,
-            "--ip_noise_gamma",
-            options.ip_noise_gamma,
-        ),
-    )
-    for flag, is_set, needed_flag, needed in waiting:
-        if is_set and not needed:
-            logger.warning("%s has no effect without %s", flag, needed_flag)

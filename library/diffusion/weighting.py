@@ -1,9 +1,7 @@
 """How much each error counts: the error of one latent value, and the weight of its noise level.
 
-Letters: B samples, C channels, H height, W width; S signal-to-noise ratio.
+Letters: B samples, C channels, H height, W width, T noise levels.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -59,43 +57,20 @@ def check_huber(options: LossOptions) -> None:
         raise ValueError(f"--huber_schedule is {options.huber_schedule!r}; choose constant, exponential or snr")
 
 
-def snr_weights(options: LossOptions, snr_B: Tensor, predicts_velocity: bool) -> Tensor:
-    """The product of all weights that depend on the signal-to-noise ratio, float32, shape B.
+def snr_weights(options: LossOptions, snr_T: Tensor, predicts_velocity: bool) -> Tensor:
+    """The product of all weights that depend on the signal-to-noise ratio, one for each of the given ratios.
 
     In the order of application: --min_snr_gamma (Hang et al. 2023), --scale_v_pred_loss_like_noise_pred,
     --v_pred_like_loss, --debiased_estimation_loss (Yu et al. 2024).
     """
-    capped_B = snr_B.clamp(max=MAX_SNR)
-    weights_B = torch.ones_like(snr_B)
+    capped_T = snr_T.clamp(max=MAX_SNR)
+    weights_T = torch.ones_like(snr_T)
     if gamma := options.min_snr_gamma:
-        weights_B = weights_B * snr_B.clamp(max=gamma) / (snr_B + 1 if predicts_velocity else snr_B)
+        weights_T = weights_T * snr_T.clamp(max=gamma) / (snr_T + 1 if predicts_velocity else snr_T)
     if options.scale_v_pred_loss_like_noise_pred:
-        weights_B = weights_B * capped_B / (capped_B + 1)
+        weights_T = weights_T * capped_T / (capped_T + 1)
     if factor := options.v_pred_like_loss:
-        weights_B = weights_B * (1 + factor * (capped_B + 1) / capped_B)
+        weights_T = weights_T * (1 + factor * (capped_T + 1) / capped_T)
     if options.debiased_estimation_loss:
-        weights_B = weights_B / (capped_B + 1 if predicts_velocity else capped_B.sqrt())
-    return weights_B.float()
-
-
-def check_weighting(options: LossOptions, predicts_velocity: bool, warn: Callable[[str], None]) -> None:
-    """Raise ValueError for settings that exclude each other; name the ones without effect to `warn`."""
-    if options.scale_v_pred_loss_like_noise_pred and not predicts_velocity:
-        raise ValueError(
-            "--scale_v_pred_loss_like_noise_pred rescales the loss of v prediction; add --v_parameterization or drop it"
-        )
-    if options.v_pred_like_loss and predicts_velocity:
-        raise ValueError(
-            f"--v_pred_like_loss is {options.v_pred_like_loss}, but --v_parameterization has that loss already; "
-            "drop one of them"
-        )
-    for flag, value in (("--min_snr_gamma", options.min_snr_gamma), ("--v_pred_like_loss", options.v_pred_like_loss)):
-        if value is not None and value < 0:
-            raise ValueError(f"{flag} is {value}; it must be above 0, or unset")
-    if options.loss_type in ("huber", "smooth_l1"):
-        check_huber(options)
-        return
-    defaults = LossOptions()
-    for name in ("huber_schedule", "huber_c", "huber_scale"):
-        if getattr(options, name) != getattr(defaults, name):
-            warn(f"--{name} has no effect with --loss_type {options.loss_type}; it belongs to huber and smooth_l1")
+        weights_T = weights_T / (capped_T + 1 if predicts_velocity else capped_T.sqrt())
+    return weights_T
