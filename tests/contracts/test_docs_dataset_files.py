@@ -1,0 +1,46 @@
+"""Dataset files that the documentation shows and the repository ships are accepted, and every key is explained."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from library.data.keys import ALL_KEYS
+from library.data.schema import RunDataConfig, load_dataset_config
+from library.options.train import TrainOptions
+from tests.contracts.test_docs_commands import PAGES, ROOT, blocks_of
+from train_network import setup_parser
+
+EXAMPLES = sorted((ROOT / "configs" / "examples").glob("*.toml"))
+SHOWN = [(page.name, block) for page in PAGES for block in blocks_of(page, "toml") if "[[datasets]]" in block]
+
+
+def load(path: Path) -> RunDataConfig:
+    masked = ["--masked_loss"] if "conditioning_data_dir" in path.read_text(encoding="utf-8") else []
+    args = setup_parser().parse_args(["--dataset_config", str(path), *masked])
+    return load_dataset_config(TrainOptions.from_args(args))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_example_dataset_file_is_accepted(path: Path) -> None:
+    assert load(path).datasets
+
+
+def test_example_of_the_readme_trains_two_folders_at_512() -> None:
+    (dataset,) = load(ROOT / "configs" / "examples" / "dataset.toml").datasets
+    assert (dataset.resolution, dataset.batch_size, dataset.enable_bucket) == ((512, 512), 4, True)
+    assert [subset.num_repeats for subset in dataset.subsets] == [10, 4]
+    assert all(subset.captions.shuffle_caption and subset.captions.keep_tokens == 1 for subset in dataset.subsets)
+
+
+@pytest.mark.parametrize(("page", "block"), SHOWN)
+def test_dataset_file_of_the_documentation_is_accepted(page: str, block: str, tmp_path: Path) -> None:
+    (tmp_path / "dataset.toml").write_text(block, encoding="utf-8")
+    assert load(tmp_path / "dataset.toml").datasets
+
+
+def test_every_key_of_a_dataset_file_is_explained_once() -> None:
+    page = (ROOT / "docs" / "dataset_config.md").read_text(encoding="utf-8")
+    first_cells = [row.split("|")[1] for row in page.splitlines() if row.startswith("| `")]
+    explained = [key for cell in first_cells for key in re.findall(r"`(\w+)`", cell)]
+    assert sorted(explained) == sorted(ALL_KEYS)
