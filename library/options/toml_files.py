@@ -18,8 +18,9 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{flag} is {path}, but there is no such file")
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        tables: dict[str, Any] = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{flag} {path} is not UTF-8 text: byte {error.start} cannot be read") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{flag} {path} is not valid TOML: {error}") from None
+    return tables

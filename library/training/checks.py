@@ -8,6 +8,7 @@ from typing import Any
 
 from library.options.support import asks, is_set, unsupported, without_effect
 from library.options.train import TrainOptions
+from library.training.logs import tracker_kind
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def check(options: TrainOptions) -> None:
     check_optimizer(options)
     check_network(options)
     check_noise_and_loss(options)
-    check_trackers(options)
+    tracker_kind(options.trackers)
     for line in (*without_effect(options), *idle(options)):
         logger.warning("%s", line)
 
@@ -206,13 +207,6 @@ def check_noise_and_loss(options: TrainOptions) -> None:
 def asks_number(value: float | None) -> bool:
     """Whether a strength is given and not zero."""
     return value is not None and value != 0
-
-
-def check_trackers(options: TrainOptions) -> None:
-    """Charts have a place to go."""
-    trackers = options.trackers
-    if trackers.log_with in ("tensorboard", "all") and not trackers.logging_dir:
-        raise ValueError(f"--log_with {trackers.log_with} needs --logging_dir, the folder for the charts")
 
 
 def idle(options: TrainOptions) -> Iterator[str]:

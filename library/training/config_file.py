@@ -7,14 +7,13 @@ form gave them. So values are read generously: what can only mean one thing is t
 import argparse
 import difflib
 import json
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.options.base import int_or_float
+from library.options.toml_files import read_toml
 
 SECRETS = ("wandb_api_key", "huggingface_token")
 
@@ -66,22 +65,11 @@ def read_config(path: Path, actions: Mapping[str, argparse.Action]) -> Config:
 
 
 def load_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ConfigFileError with line and column."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+    """The tables of a TOML file. Raises ConfigFileError, naming line and column of a mistake."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        return dict(tomllib.loads(text))
-    except FileNotFoundError:
-        raise ConfigFileError(f"--config_file {path} does not exist") from None
-    except OSError as error:
-        raise ConfigFileError(f"--config_file {path} cannot be read: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigFileError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigFileError(f"{path} is not valid TOML: {error}") from error
+        return read_toml(path, "--config_file")
+    except (OSError, ValueError) as error:
+        raise ConfigFileError(str(error)) from error
 
 
 def flatten(tables: Mapping[str, Any], path: Path, warnings: list[str]) -> dict[str, Any]:
@@ -193,21 +181,15 @@ def write_config(path: Path, values: Mapping[str, Any]) -> None:
     """Write options to a file that must not exist yet, whole or not at all. Raises ConfigFileError."""
     import toml
 
+    from library.checkpoints.files import atomic_path
+
     if path.exists():
         raise ConfigFileError(f"--output_config does not overwrite {path}; remove it or name another --config_file")
     encoder = toml.TomlEncoder()
     encoder.dump_funcs[str] = basic_string
     text = toml.dumps({k: str(v) if isinstance(v, Path) else v for k, v in values.items()}, encoder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with atomic_path(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
 
 
 def basic_string(text: str) -> str:
