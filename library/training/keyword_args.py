@@ -1,0 +1,66 @@
+"""`key=value` items of the command line as Python keywords, and calls that say which keywords they know."""
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def read_keyword_args(items: Sequence[str] | None, flag: str) -> dict[str, Any]:
+    """The keywords in `items`, values read as Python literals: `betas=0.9,0.99` is a pair of numbers.
+
+    The first `=` ends the key. Raises ValueError, naming `flag` and the item, for an item without one, for a value that
+    is not a literal and for a key given twice.
+    """
+    keywords: dict[str, Any] = {}
+    for item in items or ():
+        key, equals, text = (part.strip() for part in item.partition("="))
+        if not equals or not key:
+            raise ValueError(f"{flag} {item!r} is not key=value; write for example weight_decay=0.01")
+        if key in keywords:
+            raise ValueError(f"{flag} gives {key} twice; keep one of them")
+        try:
+            keywords[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            raise ValueError(
+                f"{flag} {item!r}: {text!r} is not a Python value; numbers are written plainly, text in quotes "
+                f"({key}='...'), switches as True and False, several values as 0.9,0.99"
+            ) from None
+    return keywords
+
+
+def accepted_keywords(target: Callable[..., Any]) -> tuple[list[str], bool]:
+    """The names of the parameters of `target`, and whether it takes others as well."""
+    parameters = list(inspect.signature(target).parameters.values())
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def call_with_keywords(
+    target: Callable[..., Any],
+    positional: Sequence[Any],
+    keywords: Mapping[str, Any],
+    *,
+    flag: str,
+    set_elsewhere: Mapping[str, str],
+    ours: Mapping[str, Any] | None = None,
+) -> Any:
+    """Call `target(*positional, **ours, **keywords)`; `keywords` are the user's, from `flag`, and win over `ours`.
+
+    `set_elsewhere` maps parameters that have a flag of their own to that flag ("" where the trainer sets them).
+    Raises ValueError for an unknown keyword, naming the accepted ones, and for values that `target` refuses.
+    """
+    name = getattr(target, "__name__", str(target))
+    names, takes_others = accepted_keywords(target)
+    for key in keywords:
+        if key in set_elsewhere:
+            way_out = f"use --{set_elsewhere[key]}" if set_elsewhere[key] else "the trainer sets it; leave it out"
+            raise ValueError(f"{flag} {key} does not belong there: {way_out}")
+        if key not in names and not takes_others:
+            known = ", ".join(n for n in names[len(positional) :] if n not in set_elsewhere)
+            raise ValueError(f"{flag} {key} is unknown to {name}; it accepts {known or 'none'}")
+    try:
+        return target(*positional, **{**(ours or {}), **keywords})
+    except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in keywords.items()) or "no arguments"
+        raise ValueError(f"{name} refuses its settings ({flag}: {given}): {error}") from error
