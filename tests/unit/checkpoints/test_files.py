@@ -1,0 +1,165 @@
+"""Tensors in files: what is read is whole, what is written is whole or not there."""
+
+import json
+import os
+import stat
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from library.checkpoints.files import (
+    atomic_path,
+    load_state_dict,
+    open_safetensors,
+    read_header,
+    read_metadata,
+    save_pickle_state_dict,
+    save_safetensors,
+)
+
+TWO = {
+    "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "b": {"dtype": "F16", "shape": [4], "data_offsets": [24, 32]},
+}
+
+
+def write_raw(path: Path, header: Any, data: bytes, num_bytes: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if num_bytes is None else num_bytes) + text + data)
+    return path
+
+
+def test_a_hand_made_file_is_read_as_the_format_says(tmp_path: Path) -> None:
+    values = struct.pack("<6f", 1, 2, 3, 4, 5, 6.5) + struct.pack("<4e", -1, 0.5, 2, 1024)
+    path = write_raw(tmp_path / "x.safetensors", {"__metadata__": {"ss_steps": "7"}, **TWO}, values)
+    tensors = load_state_dict(path)
+    assert tensors["a"].tolist() == [[1, 2, 3], [4, 5, 6.5]]
+    assert tensors["b"].dtype == torch.float16 and tensors["b"].tolist() == [-1, 0.5, 2, 1024]
+    assert read_metadata(path) == {"ss_steps": "7"}
+
+
+def test_the_header_is_read_without_the_data(tmp_path: Path) -> None:
+    path = write_raw(tmp_path / "x.safetensors", TWO, bytes(32))
+    header = read_header(path)
+    assert header.tensors["b"].shape == (4,) and header.tensors["b"].dtype == torch.float16
+    assert header.metadata == {} and header.num_bytes == len(json.dumps(TWO))
+
+
+def test_single_tensors_are_read_from_an_open_file(tmp_path: Path) -> None:
+    whole = {"big": torch.randn(64, 64), "small": torch.arange(3)}
+    save_safetensors(tmp_path / "x.safetensors", whole)
+    with open_safetensors(tmp_path / "x.safetensors") as reader:
+        assert sorted(reader.keys()) == ["big", "small"]
+        assert torch.equal(reader.get_tensor("small"), whole["small"])
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    return {"a": TWO["a"], "b": {**TWO["b"], **changes}}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "num_bytes", "problem"),
+    [
+        (TWO, bytes(32), 2**60, "header would be 1152921504606846976 bytes"),
+        (TWO, b"", 5000, "cut short: the header needs 5000 bytes"),
+        (TWO, bytes(31), None, "'b' ends at byte 32"),
+        (TWO, bytes(33), None, "1 bytes follow the last tensor"),
+        (b"{nonsense", b"", None, "not JSON"),
+        (b"[1, 2]", b"", None, "not a JSON object"),
+        (entry(data_offsets=[16, 24]), bytes(24), None, "'b' lies over 'a'"),
+        (entry(data_offsets=[28, 36]), bytes(36), None, "gap of 4 bytes before 'b'"),
+        (entry(data_offsets=[24, 34]), bytes(34), None, "'b' needs 8 bytes"),
+        (entry(data_offsets=[24, -8]), bytes(32), None, "offsets 24 to -8"),
+        (entry(shape=[-4]), bytes(32), None, "shape (-4,)"),
+        (entry(dtype="F7"), bytes(32), None, "the type F7"),
+        ({"a": {"dtype": "F32"}}, b"", None, "lacks dtype, shape or data_offsets"),
+        ({"__metadata__": {"k": 3}}, b"", None, "metadata is not a table of texts"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_broken_file_is_named_with_its_problem(
+    tmp_path: Path, header: Any, data: bytes, num_bytes: int | None, problem: str
+) -> None:
+    path = write_raw(tmp_path / "broken.safetensors", header, data, num_bytes)
+    with pytest.raises(ValueError) as caught:
+        load_state_dict(path)
+    assert problem in str(caught.value) and "broken.safetensors" in str(caught.value)
+
+
+def test_a_file_of_three_bytes_is_named(tmp_path: Path) -> None:
+    (tmp_path / "short.safetensors").write_bytes(b"abc")
+    with pytest.raises(ValueError, match=r"short\.safetensors.*only 3 bytes"):
+        read_header(tmp_path / "short.safetensors")
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing\.safetensors does not exist"):
+        load_state_dict(tmp_path / "nothing.safetensors")
+    with pytest.raises(ValueError, match="is a folder"):
+        load_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize("extension", ["ckpt", "pt"])
+def test_pickled_files_come_back_as_they_were(tmp_path: Path, extension: str) -> None:
+    tensors = {"w": torch.randn(3, 5), "alpha": torch.tensor(2.0)}
+    save_pickle_state_dict(tmp_path / f"x.{extension}", tensors)
+    loaded = load_state_dict(tmp_path / f"x.{extension}")
+    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
+
+
+def test_a_state_dict_inside_a_checkpoint_is_unwrapped(tmp_path: Path) -> None:
+    weight = torch.randn(2, 2)
+    torch.save({"state_dict": {"w": weight}, "global_step": 3}, tmp_path / "model.ckpt")
+    assert torch.equal(load_state_dict(tmp_path / "model.ckpt")["w"], weight)
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("should-not-be-made",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": Payload()}, "evil.ckpt")
+    with pytest.raises(ValueError, match=r"evil\.ckpt.*plain tensors"):
+        load_state_dict("evil.ckpt")
+    assert not Path("should-not-be-made").exists()
+
+
+def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    save_safetensors(path, {"w": torch.ones(2)}, {"ss_steps": "1"})
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="No space left"):
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(before[:20])
+            raise OSError(28, "No space left on device")
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter.safetensors"]
+
+
+def test_the_temporary_file_lies_beside_the_target_and_keeps_its_extension(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "new" / "x.safetensors") as temporary:
+        assert temporary.parent == tmp_path / "new" and temporary.suffix == ".safetensors"
+        assert not (tmp_path / "new" / "x.safetensors").exists()
+        temporary.write_text("done")
+    assert (tmp_path / "new" / "x.safetensors").read_text() == "done"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
+def test_a_written_file_can_be_read_by_whom_a_plain_one_can(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    save_safetensors(tmp_path / "x.safetensors", {"w": torch.ones(2)})
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "x.safetensors")}
+    assert len(modes) == 1
+
+
+def test_tensors_that_are_views_are_written_by_value(tmp_path: Path) -> None:
+    matrix = torch.randn(4, 6)
+    save_safetensors(tmp_path / "x.safetensors", {"t": matrix.t(), "half": matrix.bfloat16()[::2]})
+    loaded = load_state_dict(tmp_path / "x.safetensors")
+    assert torch.equal(loaded["t"], matrix.t()) and torch.equal(loaded["half"], matrix.bfloat16()[::2])

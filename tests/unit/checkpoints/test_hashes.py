@@ -1,0 +1,87 @@
+"""Hashes against a recomputation from the bytes of a file put together by hand."""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.checkpoints.files import LENGTH_BYTES, read_header, save_safetensors
+from library.checkpoints.hashes import sha256_of_file, sshs_legacy_hash, sshs_model_hash, webui_hash, with_hashes
+
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
+
+
+def image_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[bytes, bytes]:
+    """(length and header, data) of a safetensors file: largest dtype first, then by name; the header padded to 8."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": metadata}
+    data = b""
+    for name in order:
+        raw = bytes(tensors[name].contiguous().reshape(-1).view(torch.uint8).tolist())
+        offsets = [len(data), len(data) + len(raw)]
+        header[name] = {
+            "dtype": NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": offsets,
+        }
+        data += raw
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, data
+
+
+def tensors_of_several_dtypes() -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    return {
+        "b.weight": torch.randn(3, 4),
+        "a.weight": torch.randn(5).bfloat16(),
+        "z.alpha": torch.tensor([4]),
+        "a.scale": torch.randn(2),
+    }
+
+
+def test_the_model_hash_covers_the_data_in_file_order() -> None:
+    tensors = tensors_of_several_dtypes()
+    assert sshs_model_hash(tensors) == hashlib.sha256(image_of(tensors, {})[1]).hexdigest()
+
+
+def test_the_model_hash_is_that_of_the_data_in_the_written_file(tmp_path: Path) -> None:
+    tensors = tensors_of_several_dtypes()
+    path = tmp_path / "x.safetensors"
+    save_safetensors(path, tensors, with_hashes(tensors, {"ss_steps": "3", "modelspec.title": "x"}))
+    header = read_header(path)
+    data = path.read_bytes()[LENGTH_BYTES + header.num_bytes :]
+    assert header.metadata["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
+
+
+def test_the_legacy_hash_takes_64_kib_at_1_mib_of_a_file_with_ss_keys_only() -> None:
+    torch.manual_seed(6)
+    tensors = {"w": torch.randn(600, 512)}
+    head, data = image_of(tensors, {"ss_steps": "3"})
+    expected = hashlib.sha256((head + data)[1048576 : 1048576 + 65536]).hexdigest()[:8]
+    assert sshs_legacy_hash(tensors, {"ss_steps": "3", "modelspec.title": "left out", "sshs_x": "too"}) == expected
+
+
+def test_the_legacy_hash_of_less_than_1_mib_is_that_of_nothing() -> None:
+    assert sshs_legacy_hash(tensors_of_several_dtypes(), {"ss_steps": "3"}) == "e3b0c442"
+
+
+def test_old_hashes_in_metadata_are_replaced() -> None:
+    tensors = tensors_of_several_dtypes()
+    fresh = with_hashes(tensors, {"ss_steps": "3"})
+    assert with_hashes(tensors, {"ss_steps": "3", "sshs_model_hash": "old", "sshs_legacy_hash": "old"}) == fresh
+
+
+def test_the_webui_hash_of_a_file_is_that_of_64_kib_at_1_mib(tmp_path: Path) -> None:
+    content = bytes(i * 7 % 251 for i in range(1048576 + 70000))
+    (tmp_path / "model.ckpt").write_bytes(content)
+    assert webui_hash(tmp_path / "model.ckpt") == hashlib.sha256(content[1048576 : 1048576 + 65536]).hexdigest()[:8]
+    assert sha256_of_file(tmp_path / "model.ckpt") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_missing_file_and_a_folder_have_words_for_hashes(tmp_path: Path) -> None:
+    assert (webui_hash(tmp_path / "no.ckpt"), sha256_of_file(tmp_path / "no.ckpt")) == ("NOFILE", "NOFILE")
+    assert (webui_hash(tmp_path), sha256_of_file(tmp_path)) == ("IsADirectory", "IsADirectory")
