@@ -1,0 +1,134 @@
+"""The command line of train_network.py is an interface: scripts, config files and front ends are written against it.
+
+`data/flags_train_network.json` is the literal list of sd-scripts' options; changing it breaks somebody.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from library.options.base import int_or_float
+from library.options.train import TrainOptions
+from train_network import setup_parser
+
+LIST = Path(__file__).parent / "data" / "flags_train_network.json"
+FLAGS: list[dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    return setup_parser()
+
+
+def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """What front ends walk, without --help."""
+    return [action for action in parser._actions if action.dest != "help"]
+
+
+def described(action: argparse.Action) -> dict[str, Any]:
+    is_flag = isinstance(action, argparse._StoreTrueAction)
+    return {
+        "flags": list(action.option_strings),
+        "dest": action.dest,
+        "action": "store_true" if is_flag else "store",
+        "type": "bool" if is_flag else action.type.__name__,
+        "default": action.default,
+        "nargs": action.nargs,
+        "choices": None if action.choices is None else list(action.choices),
+    }
+
+
+def test_list_holds_193_options() -> None:
+    assert len(FLAGS) == len({flag["dest"] for flag in FLAGS}) == 193
+
+
+@pytest.mark.parametrize("wanted", FLAGS, ids=lambda flag: flag["dest"])
+def test_option_is_declared_as_listed(parser: argparse.ArgumentParser, wanted: dict[str, Any]) -> None:
+    action = parser._option_string_actions[wanted["flags"][0]]
+    found = described(action)
+    assert found == wanted
+    assert type(found["default"]) is type(wanted["default"])
+
+
+def test_there_is_no_option_beside_the_list(parser: argparse.ArgumentParser) -> None:
+    assert {action.dest for action in actions_of(parser)} == {flag["dest"] for flag in FLAGS}
+
+
+def test_front_ends_find_a_flat_parser_with_nothing_required(parser: argparse.ArgumentParser) -> None:
+    assert not any(action.required for action in actions_of(parser))
+    assert all(action.option_strings for action in actions_of(parser))
+    assert vars(parser.parse_args([])) == {flag["dest"]: flag["default"] for flag in FLAGS}
+
+
+def test_only_flags_have_no_type(parser: argparse.ArgumentParser) -> None:
+    """A front end shows an option whose type is None as a check box."""
+    for action in actions_of(parser):
+        assert (action.type is None) == (action.nargs == 0), action.dest
+
+
+def test_each_option_tells_in_its_own_words_what_it_does(parser: argparse.ArgumentParser) -> None:
+    helps = {action.dest: action.help or "" for action in actions_of(parser)}
+    assert len(set(helps.values())) == 193
+    for dest, text in helps.items():
+        shown = text.split("/")[0]  # all that one front end shows
+        assert len(shown.split()) >= 4 and shown.endswith("."), dest
+
+
+def test_help_can_be_shown(parser: argparse.ArgumentParser) -> None:
+    assert "--network_module" in parser.format_help()
+
+
+@pytest.mark.parametrize(
+    ("short", "dest"),
+    [
+        ("--debiased_estimation", "debiased_estimation_loss"),
+        ("--pretrained_model", "pretrained_model_name_or_path"),
+        ("--gradient_check", "gradient_checkpointing"),
+        ("--min_snr", "min_snr_gamma"),
+        ("--mixed", "mixed_precision"),
+    ],
+)
+def test_unambiguous_beginning_of_a_flag_is_enough(parser: argparse.ArgumentParser, short: str, dest: str) -> None:
+    words = {None: ["5"], 0: []}[parser._option_string_actions[f"--{dest}"].nargs]
+    words = ["bf16"] if dest == "mixed_precision" else words
+    assert getattr(parser.parse_args([short, *words]), dest) not in (None, False)
+
+
+def test_equals_sign_and_space_mean_the_same(parser: argparse.ArgumentParser) -> None:
+    for words in (["--network_dim=7"], ["--network_dim", "7"]):
+        assert parser.parse_args(words).network_dim == 7
+
+
+def test_the_last_of_repeated_lists_wins(parser: argparse.ArgumentParser) -> None:
+    args = parser.parse_args(["--network_args", "conv_dim=4", "a=b=c", "--network_args", "conv_dim=8"])
+    assert args.network_args == ["conv_dim=8"]
+    assert parser.parse_args(["--text_encoder_lr", "1e-5", "2e-5"]).text_encoder_lr == [1e-5, 2e-5]
+
+
+@pytest.mark.parametrize("words", [["--no_such_option"], ["--mixed_precision", "fp32"], ["--max_token_length", "75"]])
+def test_bad_option_ends_with_status_2(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(words)
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(("text", "number"), [("0", 0), ("100", 100), ("0.1", 0.1), ("5%", 0.05), ("0.0", 0.0)])
+def test_warmup_is_steps_or_a_share(text: str, number: float) -> None:
+    assert int_or_float(text) == number
+    assert isinstance(int_or_float(text), int) == text.isdigit()
+
+
+@pytest.mark.parametrize("text", ["1.0", "100.0", "-1", "-0.1", "1e2", "100%", "nan", "ten"])
+def test_warmup_that_could_mean_either_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        int_or_float(text)
+
+
+def test_options_object_holds_what_was_typed(parser: argparse.ArgumentParser) -> None:
+    options = TrainOptions.from_args(parser.parse_args(["--unet_lr", "3e-5", "--dataset_config", "data.toml"]))
+    assert options.network.unet_lr == 3e-5
+    assert options.dataset.dataset_config == Path("data.toml")
+    assert options.flat() == {**TrainOptions.defaults(), "unet_lr": 3e-5, "dataset_config": Path("data.toml")}

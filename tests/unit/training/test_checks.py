@@ -1,0 +1,225 @@
+"""What is refused, and what is warned about, before anything is loaded."""
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from library.options.support import DDP, DEEPSPEED, NOT_YET, unsupported, without_effect
+from library.options.train import TrainOptions
+from library.training import checks
+from library.training.checks import check
+
+NEEDED = {
+    "pretrained_model_name_or_path": "model.safetensors",
+    "train_data_dir": "pictures",
+    "resolution": "512",
+    "network_module": "networks.lora",
+    "output_dir": "output",
+}
+
+
+def made(**values: Any) -> TrainOptions:
+    """Options that pass, but for `values`."""
+    unknown = values.keys() - TrainOptions.defaults().keys()
+    assert not unknown, unknown
+    return TrainOptions.from_args(Namespace(**{**TrainOptions.defaults(), **NEEDED, **values}))
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture, **values: Any) -> list[str]:
+    with caplog.at_level(logging.WARNING):
+        check(made(**values))
+    return [record.message for record in caplog.records]
+
+
+def refusal(**values: Any) -> str:
+    with pytest.raises(ValueError) as refused:
+        check(made(**values))
+    return str(refused.value)
+
+
+def test_plain_run_passes_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+def test_option_of_a_later_version_stops_the_run(name: str) -> None:
+    default = TrainOptions.defaults()[name]
+    value = {bool: True, float: 0.5}.get(type(default), 5)
+    if default is None and "str" in str(next(kind for f, kind in TrainOptions.leaves() if f.name == name)):
+        value = "text"
+    assert refusal(**{name: value}).startswith(f"--{name} is not supported yet: ")
+
+
+def test_all_options_of_later_versions_stand_in_one_message() -> None:
+    lines = refusal(v2=True, save_state=True, huggingface_repo_id="a/b").splitlines()
+    assert [line.split()[0] for line in lines] == ["--v2", "--save_state", "--huggingface_repo_id"]
+
+
+@pytest.mark.parametrize("nothing", [None, False, "", 0, 0.0])
+def test_option_of_a_later_version_left_empty_by_a_front_end_passes(nothing: Any) -> None:
+    assert unsupported(made(**dict.fromkeys(NOT_YET, nothing))) == []
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_previews_switched_off_pass(steps: int) -> None:
+    assert unsupported(made(sample_every_n_steps=steps, sample_every_n_epochs=steps)) == []
+
+
+def test_deepspeed_names_its_other_options_too() -> None:
+    assert "--offload_param_device" in refusal(deepspeed=True, offload_param_device="cpu", zero_stage=2)
+    assert "--zero_stage" not in refusal(deepspeed=True, offload_param_device="cpu", zero_stage=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sample_prompts", "prompts.txt"),
+        ("sample_sampler", "euler_a"),
+        ("validation_seed", 3),
+        ("zero_stage", 3),
+        ("zero3_init_flag", True),
+        ("ddp_timeout", 30),
+        ("ddp_static_graph", True),
+        ("dynamo_backend", "eager"),
+        ("noise_offset_random_strength", True),
+        ("multires_noise_discount", 0.5),
+        ("ip_noise_gamma_random_strength", True),
+        ("base_weights_multiplier", [0.5]),
+        ("bucket_no_upscale", True),
+        ("save_last_n_steps", 100),
+        ("save_last_n_epochs", 2),
+        ("log_prefix", "a"),
+        ("huber_c", 0.2),
+        ("huber_scale", 2.0),
+        ("huber_schedule", "constant"),
+        ("zero_terminal_snr", True),
+    ],
+)
+def test_option_that_does_nothing_warns_once(caplog: pytest.LogCaptureFixture, name: str, value: Any) -> None:
+    warnings = warnings_of(caplog, **{name: value})
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"--{name} ")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"noise_offset_random_strength": True, "noise_offset": 0.1},
+        {"huber_c": 0.2, "loss_type": "huber"},
+        {"huber_scale": 2.0, "loss_type": "smooth_l1", "huber_schedule": "exponential"},
+        {"save_last_n_epochs": 2, "save_n_epoch_ratio": 4},
+        {"save_last_n_steps": 100, "save_every_n_steps": 10},
+        {"bucket_no_upscale": True, "enable_bucket": True},
+        {"zero_terminal_snr": True, "v_parameterization": True},
+        {"dynamo_backend": "no"},
+        {"text_encoder_lr": [1e-5]},
+        {"adaptive_noise_scale": 0.0},
+        {"v_parameterization": True, "v_pred_like_loss": 0.0},
+    ],
+)
+def test_option_that_does_something_is_not_warned_about(
+    caplog: pytest.LogCaptureFixture, values: dict[str, Any]
+) -> None:
+    assert warnings_of(caplog, **values) == []
+
+
+def test_options_overridden_by_the_part_that_trains_warn(caplog: pytest.LogCaptureFixture) -> None:
+    assert "--text_encoder_lr" in warnings_of(caplog, network_train_unet_only=True, text_encoder_lr=[1e-5])[0]
+    caplog.clear()
+    assert "--unet_lr" in warnings_of(caplog, network_train_text_encoder_only=True, unet_lr=1e-5)[0]
+
+
+def test_rank_beside_dim_from_weights_warns(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    weights = tmp_path / "a.safetensors"
+    weights.touch()
+    warnings = warnings_of(caplog, dim_from_weights=True, network_weights=str(weights), network_dim=4)
+    assert len(warnings) == 1 and "--network_dim" in warnings[0]
+
+
+@pytest.mark.parametrize("name", ["pretrained_model_name_or_path", "network_module", "output_dir", "resolution"])
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_missing_setting_is_named(name: str, nothing: str | None) -> None:
+    assert refusal(**{name: nothing}).startswith(f"--{name} is not set")
+
+
+def test_run_without_pictures_is_told_how_to_name_them() -> None:
+    message = refusal(train_data_dir=None)
+    assert "--dataset_config" in message and "--train_data_dir" in message
+
+
+def test_dataset_config_needs_no_resolution() -> None:
+    check(made(train_data_dir=None, resolution=None, dataset_config=Path("data.toml")))
+
+
+def test_debug_dataset_needs_no_model_and_no_output() -> None:
+    check(made(debug_dataset=True, network_module=None, pretrained_model_name_or_path=None, output_dir=None))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"adaptive_noise_scale": 0.1},
+        {"adaptive_noise_scale": 0.1, "noise_offset": 0.0},
+        {"scale_v_pred_loss_like_noise_pred": True},
+        {"v_pred_like_loss": 0.5, "v_parameterization": True},
+        {"full_fp16": True, "mixed_precision": "bf16"},
+        {"full_bf16": True},
+        {"use_8bit_adam": True, "use_lion_optimizer": True},
+        {"use_8bit_adam": True, "optimizer_type": "AdamW"},
+        {"use_lion_optimizer": True, "optimizer_type": "Lion"},
+        {"network_train_unet_only": True, "network_train_text_encoder_only": True},
+        {"dim_from_weights": True},
+        {"network_weights": "no/such/file.safetensors"},
+        {"base_weights": ["no/such/file.safetensors"]},
+        {"min_timestep": 500, "max_timestep": 500},
+        {"min_timestep": 1000},
+        {"max_timestep": 1001},
+        {"log_with": "tensorboard"},
+        {"min_bucket_reso": 512, "max_bucket_reso": 256, "enable_bucket": True},
+        {"mixed_precision": "fp8"},
+        {"save_precision": "fp32"},
+        {"loss_type": "mse"},
+        {"log_with": "none"},
+        {"max_train_steps": 0},
+        {"max_train_epochs": -1},
+        {"train_batch_size": 0},
+        {"gradient_accumulation_steps": -2},
+        {"network_dim": 0},
+        {"network_alpha": -1},
+        {"keep_tokens": -1},
+        {"caption_dropout_rate": 1.5},
+        {"network_dropout": -0.1},
+        {"learning_rate": float("nan")},
+        {"text_encoder_lr": [-1e-5]},
+        {"text_encoder_lr": [1e-5, float("inf")]},
+        {"max_grad_norm": -1.0},
+        {"seed": 2**70},
+    ],
+    ids=str,
+)
+def test_contradiction_names_the_flag_and_its_value(values: dict[str, Any]) -> None:
+    message = refusal(**values)
+    assert any(f"--{name}" in message for name in values)
+    numbers = [value for value in values.values() if isinstance(value, int | float) and not isinstance(value, bool)]
+    assert not numbers or any(str(number) in message for number in numbers)
+
+
+def test_more_multipliers_than_files_are_refused(tmp_path: Path) -> None:
+    weights = tmp_path / "a.safetensors"
+    weights.touch()
+    assert "2 values for 1" in refusal(base_weights=[str(weights)], base_weights_multiplier=[1.0, 0.5])
+
+
+def test_fp16_without_a_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "has_accelerator", lambda: False)
+    assert "bf16" in refusal(mixed_precision="fp16")
+    monkeypatch.setattr(checks, "has_accelerator", lambda: True)
+    check(made(mixed_precision="fp16", full_fp16=True))
+
+
+def test_each_line_about_support_is_about_a_real_option() -> None:
+    assert {*NOT_YET, *DDP, *DEEPSPEED} <= TrainOptions.defaults().keys()
+    assert without_effect(made()) == []

@@ -1,0 +1,63 @@
+"""Where log lines go."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from library.options.console import ConsoleOptions
+from library.training.console import level_of
+
+ROOT = Path(__file__).parents[3]
+CODE = """
+import logging
+from library.options.console import ConsoleOptions
+from library.training.console import setup_logging
+for _ in range(2):
+    setup_logging(ConsoleOptions({level!r}, {file!r}, {simple}))
+logger = logging.getLogger("a")
+logger.debug("detail")
+logger.info("\\u5b66\\u7fd2 " + "x" * 200)
+logger.warning("careful")
+"""
+LONG = "学習 " + "x" * 200
+
+
+def run(level: str | None = None, file: str | None = None, simple: bool = False) -> tuple[list[str], list[str]]:
+    """The lines on standard output and standard error of a process whose locale knows ASCII only."""
+    code = CODE.format(level=level, file=file, simple=simple)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONIOENCODING"}
+    env |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "40"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, check=True)
+    return done.stdout.decode("utf-8").splitlines(), done.stderr.decode("utf-8").splitlines()
+
+
+def test_lines_in_a_pipe_go_to_standard_error_once_and_unwrapped() -> None:
+    out, err = run()
+    assert out == []
+    assert [line.split(maxsplit=3)[2:] for line in err] == [["INFO", LONG], ["WARNING", "careful"]]
+
+
+def test_simple_lines_go_to_standard_output() -> None:
+    assert run(simple=True) == ([LONG, "WARNING: careful"], [])
+
+
+def test_level_decides_what_is_shown() -> None:
+    assert run(level="ERROR") == ([], [])
+    assert run(level="DEBUG", simple=True)[0][0] == "DEBUG: detail"
+
+
+def test_file_takes_the_lines_and_is_emptied_first(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "run.log"
+    path.parent.mkdir()
+    path.write_text("old\n", encoding="utf-8")
+    assert run(file=str(path), simple=True) == ([], [])
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 and lines[0].endswith(LONG) and "WARNING" in lines[1]
+
+
+def test_unknown_level_of_a_config_file_is_refused() -> None:
+    with pytest.raises(ValueError, match="--console_log_level is LOUD"):
+        level_of(ConsoleOptions(console_log_level="LOUD"))
