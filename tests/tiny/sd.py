@@ -156,6 +156,9 @@ def write_tokenizer(folder: Path) -> int:
 
 
 def full_size_keys() -> dict[str, Any]:
-    """Facts of the full-size model: "checkpoint" {name: shape}, "diffusers" {module path: name}, "lora" {key: shape}."""
+    """Facts of the full-size model.
+
+    "checkpoint" {name: shape}, "diffusers" {part: {module path: name in the file}}, "lora" {key: shape at rank 4}.
+    """
     facts: dict[str, Any] = json.loads(gzip.decompress(FULL_SIZE.read_bytes()))
     return facts

@@ -4,7 +4,6 @@ A module is built without memory (on the meta device) and takes its weights stra
 is initialised twice and the peak is about the weights themselves.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ from library.architectures.sd.keys import (
     unet_from_ldm,
     vae_from_ldm,
 )
-from library.checkpoints.weights import Weights, open_weights
+from library.checkpoints.weights import Weights
 from library.options.train import TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -82,6 +81,8 @@ def open_loader(options: TrainOptions) -> SdLoader:
     if options.model.v2:
         raise ValueError("--v2 is not supported yet: only SD 1.x checkpoints are")
     path = sources.find_model(BASE_FLAG, name, ("unet", "vae", "text_encoder"))
+    if path.is_dir():
+        warn_of_other_prediction(path, options.model.v_parameterization)
     own_vae = options.model.vae is None
     parts = open_folder(path, own_vae) if path.is_dir() else open_single_file(path, own_vae)
     if options.model.vae is not None:
@@ -97,6 +98,16 @@ def open_loader(options: TrainOptions) -> SdLoader:
         vae_dtype=torch.float32 if options.model.no_half_vae else dtype,
         uses_xformers=wants_xformers(options),
     )
+
+
+def warn_of_other_prediction(path: Path, predicts_velocity: bool) -> None:
+    """Say so when a diffusers folder was trained to predict another thing than this run will teach it."""
+    learned = sources.read_json(path / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+    if predicts_velocity != (learned == "v_prediction"):
+        verb = "give" if learned == "v_prediction" else "leave out"
+        logger.warning(
+            "%s says that the model predicts %s; %s --v_parameterization to go on with that", path, learned, verb
+        )
 
 
 def wants_xformers(options: TrainOptions) -> bool:
@@ -125,10 +136,8 @@ def with_attention(model: Any, uses_xformers: bool) -> nn.Module:
 
 def open_folder(path: Path, own_vae: bool) -> dict[str, Component]:
     """The parts of a diffusers folder, the VAE only when `own_vae`."""
-    index = path / "model_index.json"
-    if index.is_file():
-        class_name = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "")
-        recognise.refuse_other_pipeline(BASE_FLAG, str(path), class_name)
+    class_name = sources.read_json(path / "model_index.json").get("_class_name", "")
+    recognise.refuse_other_pipeline(BASE_FLAG, str(path), class_name)
     if (path / "text_encoder_2").is_dir():
         raise ValueError(f"{BASE_FLAG} {path}: this is an SDXL model; use sdxl_train_network.py")
     parts = {"unet": Component(*sources.open_part(BASE_FLAG, path / "unet", "unet"))}
@@ -146,7 +155,7 @@ def open_single_file(path: Path, own_vae: bool) -> dict[str, Component]:
 
     Names outside the three parts (averages of training, schedule buffers) are left alone.
     """
-    weights = open_weights(path)
+    weights = sources.open_file(BASE_FLAG, path)
     recognise.refuse_other_model(BASE_FLAG, weights)
     unet = with_prefix(weights, UNET_PREFIX)
     layout = shapes.unet_layout(unet.shapes)
@@ -175,7 +184,7 @@ def open_vae(name: str) -> Component:
         if scale != 0.18215:
             logger.warning("--vae %s is made for latents scaled by %s, SD 1.x scales by 0.18215", name, scale)
     else:
-        weights = open_weights(path)
+        weights = sources.open_file("--vae", path)
         if any(key.startswith(VAE_PREFIX) for key in weights.shapes):
             weights = with_prefix(weights, VAE_PREFIX)
         if "decoder.conv_in.weight" not in weights.shapes:

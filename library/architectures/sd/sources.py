@@ -51,27 +51,35 @@ def fetch_model(flag: str, name: str, folders: Sequence[str]) -> Path:
     snapshot = Path()
     for patterns in WEIGHT_PATTERNS:
         wanted = ["model_index.json", *small, *(f"{stem}{pattern}" for stem in stems for pattern in patterns)]
-        snapshot = fetch_snapshot(flag, name, wanted)
+        try:
+            snapshot = fetch_snapshot(name, wanted)
+        except ConnectionError as error:
+            raise ValueError(
+                f"{flag} {name} is neither a file nor a folder here, and the hub does not give it ({error}). "
+                "Check the path; or download the model elsewhere and give the path of its folder or file"
+            ) from error
         if all(find_weight_file(snapshot / folder, folder) for folder in folders):
             break
     return snapshot
 
 
-def fetch_snapshot(flag: str, name: str, patterns: Sequence[str]) -> Path:
+def fetch_snapshot(name: str, patterns: Sequence[str]) -> Path:
     """Files of a hub repository that match `patterns`, downloaded or from the cache.
 
-    Raises ValueError when the hub cannot be reached and the cache does not have them.
+    Raises ConnectionError with the reason when the hub does not give them and the cache does not have them.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
+    refusal = ""
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), etag_timeout=HUB_TIMEOUT_S))
-    except (OSError, ValueError) as error:  # what huggingface_hub raises for no network, no such name, no permission
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ValueError(
-            f"{flag} {name} is neither a file nor a folder here, and the hub does not give it ({reason}). "
-            "Check the path; or download the model elsewhere and give the path of its folder or file"
-        ) from error
+        HfApi().repo_info(name, timeout=HUB_TIMEOUT_S)  # snapshot_download itself waits for minutes without a network
+    except Exception as error:  # each network library of the hub client raises its own kinds
+        refusal = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        logger.warning("the hub does not give %s (%s); trying what was downloaded before", name, refusal)
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=bool(refusal)))
+    except OSError as error:
+        raise ConnectionError(refusal or str(error)) from error
 
 
 def find_weight_file(folder: Path, kind: str) -> Path | None:
@@ -95,5 +103,24 @@ def open_part(flag: str, folder: Path, kind: str) -> tuple[dict[str, Any], Weigh
     file = find_weight_file(folder, kind)
     if file is None:
         raise ValueError(f"{flag}: {folder} has no weights; expected {WEIGHT_FILES[kind]}.safetensors in it")
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config, open_weights(file)
+    logger.info("%s: %s", kind, file)
+    return read_json(folder / "config.json"), open_file(flag, file)
+
+
+def open_file(flag: str, path: Path) -> Weights:
+    """Open a checkpoint; the errors name the flag that asked for it."""
+    try:
+        return open_weights(path)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a diffusers folder, {} when there is no such file. Raises ValueError naming a damaged one."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return content

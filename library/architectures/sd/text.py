@@ -112,11 +112,11 @@ def find_tokenizer(model: Path, cache_dir: str | None) -> Path:
         if folder is not None and holds_tokenizer(folder):
             return folder
     try:
-        downloaded = fetch_snapshot("the tokenizer", TOKENIZER_HUB_NAME, TOKENIZER_FILES)
-    except ValueError as error:
+        downloaded = fetch_snapshot(TOKENIZER_HUB_NAME, TOKENIZER_FILES)
+    except ConnectionError as error:
         cached_name = cached or f"<folder>/{TOKENIZER_HUB_NAME.replace('/', '_')}"
         raise ValueError(
-            f"{model} has no tokenizer, and {TOKENIZER_HUB_NAME} cannot be downloaded ({error.__cause__}). Put "
+            f"{model} has no tokenizer, and {TOKENIZER_HUB_NAME} cannot be downloaded ({error}). Put "
             f"vocab.json and merges.txt (or tokenizer.json) of {TOKENIZER_HUB_NAME} into {beside}, or into "
             f"{cached_name} {'' if cached else 'and give --tokenizer_cache_dir <folder>'}".rstrip()
         ) from error
