@@ -1,0 +1,272 @@
+"""One adapted layer: what it computes, what it learns from, what it leaves alone."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from networks.core.adapter import Adapter, Dropout
+from networks.core.delta import LowRank
+from networks.core.join import Add
+from networks.core.targets import Site, kind_of
+from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
+from tests.unit.networks.toy import randomize
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(7, 5), (2, 3, 7)),
+    "linear on rows": (lambda: nn.Linear(7, 5, bias=False), (4, 7)),
+    "linear on pixels": (lambda: nn.Linear(7, 5), (2, 3, 3, 7)),
+    "1x1": (lambda: nn.Conv2d(7, 5, 1), (2, 7, 4, 4)),
+    "1x1 stride 2": (lambda: nn.Conv2d(7, 5, 1, stride=2), (2, 7, 4, 4)),
+    "3x3": (lambda: nn.Conv2d(7, 5, 3, padding=1), (2, 7, 5, 5)),
+    "3x3 stride 2 dilation 2": (lambda: nn.Conv2d(7, 5, 3, stride=2, padding=(2, 1), dilation=2), (2, 7, 9, 8)),
+}
+
+NO_DROPOUT = Dropout()
+
+
+def adapted(layer: nn.Module, seed: int, rank: int = 3, alpha: float = 2.0, drops: Dropout = NO_DROPOUT) -> Adapter:
+    kind = kind_of(layer)
+    assert kind is not None
+    adapter = Adapter(Site("x", "x", layer, kind), LowRank(layer, rank), Add(), alpha, drops, 0.7)
+    randomize(adapter, seed)
+    return adapter
+
+
+def frozen(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return make().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_output_is_that_of_the_layer_with_the_merged_weight(name: str) -> None:
+    make, shape = LAYERS[name]
+    layer = frozen(make, 11).double()
+    merged = copy.deepcopy(layer)
+    adapter = adapted(layer, 12).double()
+    merged.weight.data = adapter.merged_weight()
+    x = torch.randn(shape, dtype=torch.float64)
+    alone = layer(x)
+    adapter.install()
+    torch.testing.assert_close(layer(x), merged(x), **FLOAT64)
+    assert (layer(x) - alone).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_are_those_of_the_merged_weight_carried_to_its_factors(name: str) -> None:
+    make, shape = LAYERS[name]
+    layer = frozen(make, 21).double()
+    adapter = adapted(layer, 22, rank=3, alpha=2.0).double()
+    up, down = adapter.get_parameter("lora_up.weight"), adapter.get_parameter("lora_down.weight")
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    merged = copy.deepcopy(layer)
+    change = 0.7 * (2.0 / 3) * (up.flatten(1) @ down.flatten(1)).view_as(layer.weight)
+    merged.weight = nn.Parameter((layer.weight + change).detach())
+    expected_y = merged(x)
+    seen_by = torch.randn_like(expected_y)
+    expected_x, grad_W = torch.autograd.grad((expected_y * seen_by).sum(), (x, merged.weight))
+    grad_OI = grad_W.flatten(1) * 0.7 * 2.0 / 3
+
+    adapter.install()
+    got_x, got_up, got_down = torch.autograd.grad((layer(x) * seen_by).sum(), (x, up, down))
+    torch.testing.assert_close(got_x, expected_x, **FLOAT64)
+    torch.testing.assert_close(got_up.flatten(1), grad_OI @ down.flatten(1).t(), **FLOAT64)
+    torch.testing.assert_close(got_down.flatten(1), up.flatten(1).t() @ grad_OI, **FLOAT64)
+
+
+def test_a_fresh_adapter_changes_nothing_and_its_down_factor_is_kaiming_uniform() -> None:
+    layer = frozen(lambda: nn.Linear(400, 5), 31)
+    torch.manual_seed(32)
+    adapter = Adapter(Site("x", "x", layer, "plain"), LowRank(layer, 50), Add(), 1.0, Dropout(), 1.0)
+    x = torch.randn(2, 400)
+    alone = layer(x)
+    adapter.install()
+    assert torch.equal(layer(x), alone)
+    down = adapter.get_parameter("lora_down.weight")
+    assert 0.049 < down.abs().max() <= 0.05  # 1 / sqrt(400)
+    assert down.std().item() == pytest.approx(0.05 / 3**0.5, rel=0.02)
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(2.0, 0.5), (0.0, 1.0), (4.0, 1.0)])
+def test_scale_is_alpha_over_rank_and_alpha_0_stands_for_the_rank(alpha: float, scale: float) -> None:
+    adapter = adapted(frozen(lambda: nn.Linear(6, 6), 41), 42, rank=4, alpha=alpha)
+    assert adapter.scale == scale
+    assert adapter.alpha.dtype == torch.float32 and adapter.alpha.shape == ()
+    assert float(adapter.alpha) == (alpha or 4)
+
+
+def test_the_layer_keeps_its_keys_and_gets_its_forward_back() -> None:
+    layer = frozen(lambda: nn.Linear(6, 6), 51)
+    keys, modules = list(layer.state_dict()), list(layer.modules())
+    x = torch.randn(2, 6)
+    alone = layer(x)
+    adapter = adapted(layer, 52)
+    adapter.install()
+    assert not torch.allclose(layer(x), alone)
+    assert list(layer.state_dict()) == keys and list(layer.modules()) == modules
+    adapter.remove()
+    assert torch.equal(layer(x), alone)
+    assert "forward" not in vars(layer)
+
+
+def test_two_adapters_on_one_layer_add_up_and_come_off_in_turn() -> None:
+    layer = frozen(lambda: nn.Linear(6, 6), 61).double()
+    first, second = adapted(layer, 62).double(), adapted(layer, 63).double()
+    x = torch.randn(2, 6, dtype=torch.float64)
+    alone = layer(x)
+    first.install()
+    with_first = layer(x)
+    second.install()
+    torch.testing.assert_close(layer(x) - with_first, nn.functional.linear(x, second.change()), **FLOAT64)
+    with pytest.raises(ValueError, match="wrapped again"):
+        first.remove()
+    second.remove()
+    assert torch.equal(layer(x), with_first)
+    first.remove()
+    assert torch.equal(layer(x), alone)
+
+
+def test_multiplier_0_is_the_layer_alone() -> None:
+    layer = frozen(lambda: nn.Linear(6, 6), 71)
+    adapter = adapted(layer, 72)
+    x = torch.randn(2, 6)
+    alone = layer(x)
+    adapter.install()
+    adapter.multiplier = 0.0
+    assert torch.equal(layer(x), alone)
+
+
+def change_of(layer: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
+    """What the adapter adds to the layer's output."""
+    alone = layer(x)
+    adapter.install()
+    change: Tensor = layer(x) - alone
+    adapter.remove()
+    return change
+
+
+@pytest.mark.parametrize("drops", [Dropout(neuron=0.5), Dropout(rank=0.5), Dropout(module=0.9)])
+def test_no_dropout_acts_in_evaluation(drops: Dropout) -> None:
+    layer = frozen(lambda: nn.Linear(6, 6), 81)
+    with_drops, without = adapted(layer, 82, drops=drops), adapted(layer, 82)
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(
+        change_of(layer, with_drops.eval(), x), change_of(layer, without, x), **FLOAT32_SAME_MATH
+    )
+
+
+def test_module_dropout_leaves_out_the_whole_change_at_its_rate() -> None:
+    layer = frozen(lambda: nn.Linear(6, 6), 91)
+    adapter, without = adapted(layer, 92, drops=Dropout(module=0.25)), adapted(layer, 92)
+    x = torch.randn(1, 6)
+    full = change_of(layer, without, x)
+    torch.manual_seed(93)
+    changes = [change_of(layer, adapter, x) for _ in range(400)]
+    dropped = [bool((change == 0).all()) for change in changes]
+    assert 0.19 < sum(dropped) / 400 < 0.31
+    kept = changes[dropped.index(False)]
+    torch.testing.assert_close(kept, full, **FLOAT32_SAME_MATH)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear on rows", "3x3"])
+def test_rank_dropout_masks_channels_per_sample_and_divides_by_the_share_kept(name: str) -> None:
+    make, shape = LAYERS[name]
+    layer = frozen(make, 101).double()
+    adapter = adapted(layer, 102, 4, 4.0, Dropout(rank=0.4)).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.manual_seed(103)
+    got = change_of(layer, adapter, x)
+    torch.manual_seed(103)
+    keep_BR = (torch.rand(shape[0], 4) > 0.4).double()
+    expected = []
+    for sample, keep_R in zip(x, keep_BR, strict=True):
+        down, up = adapter.get_parameter("lora_down.weight"), adapter.get_parameter("lora_up.weight")
+        weight = (up.flatten(1) * keep_R) @ down.flatten(1) * 0.7 / (1 - 0.4)
+        plain = copy.deepcopy(layer)
+        plain.weight.data, plain.bias = weight.view_as(layer.weight), None
+        expected.append(plain(sample[None]))
+    torch.testing.assert_close(got, torch.cat(expected), **FLOAT64)
+    assert 0 < keep_BR.mean() < 1
+
+
+def test_neuron_dropout_zeroes_single_numbers_and_scales_the_others_up() -> None:
+    layer = frozen(lambda: nn.Linear(6, 6, bias=False), 111)
+    adapter = adapted(layer, 112, rank=6, alpha=6.0, drops=Dropout(neuron=0.5))
+    with torch.no_grad():
+        adapter.get_parameter("lora_down.weight").copy_(torch.eye(6))
+        adapter.get_parameter("lora_up.weight").copy_(torch.eye(6))
+    adapter.multiplier = 1.0
+    torch.manual_seed(113)
+    change = change_of(layer, adapter, torch.ones(200, 6))
+    values = change.round(decimals=4).unique().tolist()
+    assert values == [0.0, 2.0]
+    assert change.mean().item() == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("drops", [Dropout(neuron=0.5), Dropout(rank=0.5), Dropout(module=0.5)])
+def test_a_checkpointed_layer_is_recomputed_with_the_same_dropout(drops: Dropout) -> None:
+    layer = frozen(lambda: nn.Linear(6, 6), 121)
+    adapter = adapted(layer, 122, drops=drops)
+    adapter.install()
+    down = adapter.get_parameter("lora_down.weight")
+    x = torch.randn(5, 6, requires_grad=True)
+    torch.manual_seed(124)
+    for _ in range(5):
+        state = torch.get_rng_state()
+        plain = torch.autograd.grad(layer(x).square().sum(), (x, down), allow_unused=True)
+        torch.set_rng_state(state)
+        again = torch.autograd.grad(
+            checkpoint(layer, x, use_reentrant=False).square().sum(), (x, down), allow_unused=True
+        )
+        for one, other in zip(plain, again, strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_under_autocast_output_is_bf16_and_gradients_are_float32(name: str) -> None:
+    make, shape = LAYERS[name]
+    layer = frozen(make, 131)
+    adapter = adapted(layer, 132)
+    x = torch.randn(shape)
+    adapter.install()
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.05)
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_float32_adapter_on_a_bf16_layer_gives_what_the_layer_gives(name: str) -> None:
+    make, shape = LAYERS[name]
+    layer = frozen(make, 141).bfloat16()
+    adapter = adapted(layer, 142)
+    x = torch.randn(shape).bfloat16()
+    change = change_of(layer, adapter, x)
+    assert change.dtype == torch.bfloat16
+    plain = copy.deepcopy(layer).float()
+    plain.weight.data, plain.bias = adapter.change(), None
+    torch.testing.assert_close(change.float(), plain(x.float()), rtol=0.02, atol=0.04)
+
+
+def test_loading_weights_brings_the_alpha_of_the_file_into_the_strength() -> None:
+    adapter = adapted(frozen(lambda: nn.Linear(6, 6), 151), 152, rank=4, alpha=1.0)
+    adapter.load_state_dict({**adapter.state_dict(), "alpha": torch.tensor(8)})
+    assert adapter.scale == 2.0
+
+
+def test_a_cast_to_bf16_leaves_the_strength_exact() -> None:
+    adapter = adapted(frozen(lambda: nn.Linear(6, 6), 161), 162, rank=4, alpha=0.1).to(torch.bfloat16)
+    assert adapter.scale == 0.1 / 4
+
+
+def test_grouped_convolutions_are_refused() -> None:
+    layer = nn.Conv2d(4, 4, 3, groups=2)
+    with pytest.raises(ValueError, match="groups=2"):
+        LowRank(layer, 2)
