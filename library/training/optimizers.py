@@ -55,7 +55,7 @@ PACKAGE_OF = {
 """Modules whose package on the index is called otherwise."""
 
 FINDS_ITS_RATE = ("prodigyopt.", "dadaptation.")
-ONE_RATE_ONLY = ("Prodigy", "DAdaptAdam", "DAdaptAdamPreprint", "DAdaptLion", "DAdaptSGD")
+FREEZES_AT_RATE_0 = ("Prodigy", "DAdaptAdam", "DAdaptAdamPreprint", "DAdaptSGD")  # and fail at other differences
 FUSED_DEVICES = ("cpu", "cuda")
 
 
@@ -216,22 +216,21 @@ def check_fused_backward_pass(is_adafactor: bool, wanted: str) -> None:
 
 
 def check_rates(groups: Sequence[Mapping[str, Any]], learning_rate: float, name: str) -> None:
-    """These optimizers find the learning rate; ours only scales theirs, and 1.0 is meant."""
-    rates = sorted({float(group.get("lr", learning_rate)) for group in groups})
-    if rates[-1] <= 0.1:
+    """These optimizers find one learning rate for all groups; ours only scales theirs, and 1.0 is meant."""
+    rates = [float(group.get("lr", learning_rate)) for group in groups]
+    if max(rates) <= 0.1:
         logger.warning(
             "%s finds the learning rate by itself and multiplies it by ours, which is %s; it is meant to be about 1.0",
             name,
-            rates[-1],
+            max(rates),
         )
-    if len(set(rates) - {0.0}) > 1:
-        listed = ", ".join(str(rate) for rate in rates)
-        if name in ONE_RATE_ONLY:
-            raise ValueError(
-                f"{name} finds one learning rate for all parts, but --learning_rate, --unet_lr and --text_encoder_lr "
-                f"(or block rates) give {listed}; use one value everywhere (0 freezes a part)"
-            )
-        logger.warning("%s finds one learning rate for all parts and only uses the first of %s", name, listed)
+    may_freeze = name in FREEZES_AT_RATE_0
+    if len({rate for rate in rates if rate or not may_freeze}) > 1:
+        raise ValueError(
+            f"{name} finds one learning rate for all parts, but --learning_rate, --unet_lr, --text_encoder_lr or "
+            f"--network_args give {', '.join(map(str, sorted(set(rates))))}; use one value everywhere"
+            + (" (0 leaves a part as it is)" if may_freeze else "")
+        )
 
 
 def can_fuse(groups: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> bool:

@@ -1,0 +1,335 @@
+"""Every optimizer by its name: it trains, and says what is wrong with its settings."""
+
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.options.optimizer import OptimizerOptions
+from library.training.keyword_args import read_keyword_args
+from library.training.optimizers import KNOWN, BuiltOptimizer, build_optimizer, effective_rates
+
+# A rate at which each name gets somewhere within 60 steps of the small problem below.
+RATES = {
+    "SGDNesterov": 0.02, "SGDNesterov8bit": 0.02, "SGDScheduleFree": 0.5, "Prodigy": 1.0, "DAdaptation": 1.0,
+    "DAdaptAdamPreprint": 1.0, "DAdaptAdaGrad": 1.0, "DAdaptAdam": 1.0, "DAdaptAdan": 1.0, "DAdaptAdanIP": 1.0,
+    "DAdaptLion": 1.0, "DAdaptSGD": 1.0,
+}  # fmt: skip
+
+
+def tensors(seed: int) -> tuple[nn.Parameter, nn.Parameter, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    inputs = normal(96, 64)
+    wanted = inputs @ normal(64, 80) * 0.1 + 0.5
+    return nn.Parameter(normal(64, 80) * 0.1), nn.Parameter(normal(80) * 0.1), inputs, wanted
+
+
+def train(options: OptimizerOptions, steps: int, seed: int) -> tuple[BuiltOptimizer, list[float]]:
+    """Linear regression with two groups; gives the loss before each step and after the last one."""
+    weight, bias, inputs, wanted = tensors(seed)
+    rate = options.learning_rate
+    built = build_optimizer(options, [{"params": [weight], "lr": rate}, {"params": [bias], "lr": rate}])
+    losses = []
+    for _ in range(steps):
+        loss = (inputs @ weight + bias - wanted).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        built.optimizer.step()
+        built.optimizer.zero_grad(set_to_none=True)
+    built.eval()
+    return built, [*losses, (inputs @ weight + bias - wanted).square().mean().item()]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_each_name_lowers_the_loss_in_any_case(name: str) -> None:
+    args = {"Adafactor": ["relative_step=False", "scale_parameter=False"], "DAdaptAdaGrad": ["d0=1e-2"]}.get(name)
+    for spelling in (name, name.lower()):
+        options = OptimizerOptions(spelling, learning_rate=RATES.get(name, 0.02), optimizer_args=args)
+        _, losses = train(options, steps=60, seed=11)
+        assert losses[-1] < 0.7 * losses[0], (spelling, losses[0], losses[-1])
+
+
+def test_adamw_is_the_default_fused_and_steps_like_the_paper() -> None:
+    weight, bias, inputs, wanted = tensors(seed=12)
+    built = build_optimizer(
+        OptimizerOptions(learning_rate=0.01, optimizer_args=["weight_decay=0.1", "betas=0.8,0.9"]),
+        [{"params": [weight], "lr": 0.003}, {"params": [bias]}],
+    )
+    assert built.name == "torch.optim.adamw.AdamW(weight_decay=0.1,betas=(0.8, 0.9))"
+    assert [group["lr"] for group in built.optimizer.param_groups] == [0.003, 0.01]
+    assert built.optimizer.param_groups[0]["fused"] is True
+
+    expected = weight.detach().double()
+    m = v = torch.zeros_like(expected)
+    for step in range(1, 6):
+        (inputs @ weight + bias - wanted).square().mean().backward()
+        assert weight.grad is not None
+        g = weight.grad.double()
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
+        expected = expected * (1 - 0.003 * 0.1)
+        expected = expected - 0.003 * (m / (1 - 0.8**step)) / ((v / (1 - 0.9**step)).sqrt() + 1e-8)
+        built.optimizer.step()
+        built.optimizer.zero_grad()
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("argument", ["fused=False", "foreach=True"])
+def test_a_chosen_step_is_not_replaced_by_the_fused_one(argument: str) -> None:
+    built, losses = train(OptimizerOptions("adamw", learning_rate=0.02, optimizer_args=[argument]), steps=5, seed=13)
+    assert not built.optimizer.param_groups[0]["fused"]
+    assert losses[-1] < losses[0]
+
+
+def test_the_fused_step_takes_half_precision_weights() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        parameter = nn.Parameter(torch.linspace(-1, 1, 33).to(dtype))
+        built = build_optimizer(OptimizerOptions(learning_rate=0.125), [{"params": [parameter]}])
+        parameter.grad = torch.ones_like(parameter)
+        before = parameter.detach().clone()
+        built.optimizer.step()
+        assert ((before - parameter.detach()) > 0.1).all()
+
+
+def test_names_stand_for_their_momentum_unless_it_is_given() -> None:
+    group = train(OptimizerOptions("sgdnesterov", learning_rate=0.01), 1, 14)[0].optimizer.param_groups[0]
+    assert (group["momentum"], group["nesterov"]) == (0.9, True)
+    built, _ = train(OptimizerOptions("SGDNesterov8bit", learning_rate=0.01, optimizer_args=["momentum=0.5"]), 1, 15)
+    assert built.name == "bitsandbytes.optim.sgd.SGD8bit(momentum=0.5,nesterov=True)"
+    assert built.optimizer.param_groups[0]["betas"][0] == 0.5, "where bitsandbytes keeps the momentum"
+
+
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        (OptimizerOptions(use_8bit_adam=True), "bitsandbytes.optim.adamw.AdamW8bit"),
+        (OptimizerOptions(use_lion_optimizer=True), "lion_pytorch.lion_pytorch.Lion"),
+        (OptimizerOptions("Adamax"), "torch.optim.adamax.Adamax"),
+        (OptimizerOptions("bitsandbytes.optim.AdEMAMix8bit"), "bitsandbytes.optim.ademamix.AdEMAMix8bit"),
+        (OptimizerOptions("torch.optim.RAdam"), "torch.optim.radam.RAdam"),
+    ],
+)
+def test_older_flags_torch_classes_and_dotted_paths_are_found(options: OptimizerOptions, path: str) -> None:
+    assert train(options, 1, 16)[0].name == path
+
+
+def test_eight_bit_state_is_eight_bits() -> None:
+    built, _ = train(OptimizerOptions("PagedAdamW8bit", learning_rate=0.01), 2, 17)
+    weight = built.optimizer.param_groups[0]["params"][0]
+    assert built.optimizer.state[weight]["state1"].dtype == torch.uint8
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def refusal(**options: Any) -> str:
+    with pytest.raises(ValueError) as error:
+        train(OptimizerOptions(**options), 1, 18)
+    return str(error.value)
+
+
+def test_two_names_for_the_optimizer_are_refused() -> None:
+    assert "--use_8bit_adam and --use_lion_optimizer" in refusal(use_8bit_adam=True, use_lion_optimizer=True)
+    assert "--use_8bit_adam and --optimizer_type" in refusal(use_8bit_adam=True, optimizer_type="AdamW8bit")
+
+
+def test_an_unknown_name_names_the_nearest() -> None:
+    assert "did you mean AdamW8bit?" in refusal(optimizer_type="AdamW8bits")
+    assert "did you mean SGD?" in refusal(optimizer_type="sgd")
+    assert "did you mean DAdaptAdaGrad?" in refusal(optimizer_type="DAdaptAdagrat")
+
+
+def test_a_path_to_nothing_says_what_is_missing() -> None:
+    assert "pip install prodigy-plus-schedule-free" in refusal(optimizer_type="prodigyplus.ProdigyPlusScheduleFree")
+    assert "torch.optim has no class AdamWx" in refusal(optimizer_type="torch.optim.AdamWx")
+    assert "there is no module torch.optimm" in refusal(optimizer_type="torch.optimm.AdamW")
+    assert "not an optimizer" in refusal(optimizer_type="torch.nn.Linear")
+    assert "is not a path" in refusal(optimizer_type="torch..AdamW")
+    assert "LBFGS cannot train" in refusal(optimizer_type="LBFGS")
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "package"),
+    [
+        ("AdamW8bit", "bitsandbytes", "bitsandbytes"),
+        ("Lion", "lion_pytorch", "lion-pytorch"),
+        ("DAdaptation", "dadaptation", "dadaptation"),
+        ("Prodigy", "prodigyopt", "prodigyopt"),
+        ("AdamWScheduleFree", "schedulefree", "schedulefree"),
+    ],
+)
+def test_a_missing_library_says_what_to_install(
+    name: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Missing:
+        @staticmethod
+        def find_spec(fullname: str, path: object = None, target: object = None) -> None:
+            if fullname.split(".")[0] == module:
+                raise ModuleNotFoundError(f"No module named {fullname!r}", name=module)
+
+    for loaded in [m for m in sys.modules if m.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
+    assert refusal(optimizer_type=name) == f"--optimizer_type {name} needs the library {module}: pip install {package}"
+
+
+def test_an_argument_is_split_at_its_first_equals_sign() -> None:
+    assert read_keyword_args(["mode='a=b'", " betas = (0.9, 0.99) ", "flag=True", "x=None"], "--optimizer_args") == {
+        "mode": "a=b", "betas": (0.9, 0.99), "flag": True, "x": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("weight_decay", "--optimizer_args 'weight_decay' is not key=value"),
+        ("=1", "--optimizer_args '=1' is not key=value"),
+        ("weight_decay=abc", "'abc' is not a Python value"),
+        ("weight_decay=", "'' is not a Python value"),
+        ("amsgrad=true", "True and False"),
+        ("wd=0.1", "--optimizer_args wd is unknown to AdamW; it accepts betas, eps, weight_decay"),
+        ("lr=1e-4", "use --learning_rate"),
+        ("betas=0.9,1.5", "AdamW refuses its settings (--optimizer_args: betas=(0.9, 1.5))"),
+    ],
+)
+def test_a_wrong_argument_is_named(argument: str, message: str) -> None:
+    assert message in refusal(optimizer_args=[argument])
+
+
+def test_an_argument_given_twice_is_refused() -> None:
+    assert "gives eps twice" in refusal(optimizer_args=["eps=1e-8", "eps=1e-7"])
+
+
+# --- optimizers with rates of their own -----------------------------------------------------------------------------
+
+
+def test_adafactor_sets_its_own_rates_by_default() -> None:
+    weight, bias, inputs, wanted = tensors(seed=19)
+    groups = [{"params": [weight], "lr": 0.5}, {"params": [bias], "lr": 0.25}]
+    built = build_optimizer(OptimizerOptions("adafactor", learning_rate=3.0), groups)
+    assert built.has_relative_step
+    assert built.name == "transformers.optimization.Adafactor(relative_step=True)"
+    assert [group["lr"] for group in groups] == [0.5, 0.25], "the caller's groups stay as they are"
+    assert [group["lr"] for group in built.optimizer.param_groups] == [None, None]
+    before = (inputs @ weight + bias - wanted).square().mean()
+    before.backward()
+    built.optimizer.step()
+    assert (inputs @ weight + bias - wanted).square().mean() < before
+
+
+def test_adafactor_with_warmup_init_switches_relative_step_on(caplog: pytest.LogCaptureFixture) -> None:
+    built, _ = train(OptimizerOptions("Adafactor", optimizer_args=["warmup_init=True", "relative_step=False"]), 1, 20)
+    assert built.has_relative_step
+    assert "needs relative_step=True" in caplog.text
+    assert "--unet_lr and --text_encoder_lr have no effect" in caplog.text
+
+
+def test_adafactor_without_relative_step_uses_the_rates() -> None:
+    built, _ = train(OptimizerOptions("AdaFactor", learning_rate=0.01, optimizer_args=["relative_step=False"]), 1, 21)
+    assert not built.has_relative_step
+    assert built.optimizer.param_groups[1]["lr"] == 0.01
+
+
+def test_fused_backward_pass_is_for_adafactor(caplog: pytest.LogCaptureFixture) -> None:
+    assert "works with --optimizer_type Adafactor only" in refusal(fused_backward_pass=True)
+    train(OptimizerOptions("Adafactor", fused_backward_pass=True), 1, 22)
+    assert "--fused_backward_pass has no effect" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["Prodigy", "DAdaptAdam", "DAdaptAdaGrad"])
+def test_a_small_rate_is_warned_about_where_the_optimizer_finds_it(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    train(OptimizerOptions(name, learning_rate=1.0), 1, 23)
+    assert "meant to be about 1.0" not in caplog.text
+    train(OptimizerOptions(name, learning_rate=0.1), 1, 23)
+    assert "which is 0.1; it is meant to be about 1.0" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["Prodigy", "DAdaptation", "DAdaptAdam", "DAdaptSGD"])
+def test_two_rates_are_refused_but_0_leaves_a_part_as_it_is(name: str) -> None:
+    weight, bias, _, _ = tensors(seed=24)
+    options = OptimizerOptions(name, learning_rate=1.0)
+    with pytest.raises(ValueError, match=r"one learning rate for all parts.*give 0\.5, 1\.0"):
+        build_optimizer(options, [{"params": [weight], "lr": 0.5}, {"params": [bias], "lr": 1.0}])
+    built = build_optimizer(options, [{"params": [weight], "lr": 1.0}, {"params": [bias], "lr": 0.0}])
+    weight.grad, bias.grad = torch.ones_like(weight), torch.ones_like(bias)
+    before = bias.detach().clone()
+    built.optimizer.step()
+    assert torch.equal(bias, before)
+
+
+@pytest.mark.parametrize("name", ["DAdaptLion", "DAdaptAdaGrad", "DAdaptAdan", "DAdaptAdanIP"])
+def test_rate_0_is_refused_where_the_library_would_train_the_part_all_the_same(name: str) -> None:
+    weight, bias, _, _ = tensors(seed=25)
+    with pytest.raises(ValueError, match=r"give 0\.0, 1\.0; use one value everywhere$"):
+        build_optimizer(OptimizerOptions(name, learning_rate=1.0), [{"params": [weight], "lr": 0}, {"params": [bias]}])
+
+
+@pytest.mark.parametrize("name", ["Prodigy", "DAdaptAdam", "DAdaptation"])
+def test_effective_rates_are_d_times_lr(name: str) -> None:
+    built, _ = train(OptimizerOptions(name, learning_rate=0.5), 20, 26)
+    groups = built.optimizer.param_groups
+    rates = effective_rates(built.optimizer, built.name)
+    assert rates == [float(group["d"]) * 0.5 for group in groups]
+    assert rates[0] > 1e-6 * 0.5, "d has grown from its start"
+
+
+def test_other_optimizers_have_no_effective_rate() -> None:
+    built, _ = train(OptimizerOptions("AdamW"), 1, 27)
+    assert effective_rates(built.optimizer, built.name) is None
+
+
+# --- schedule-free --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"])
+def test_schedule_free_weights_differ_between_training_and_saving(name: str) -> None:
+    weight, bias, inputs, wanted = tensors(seed=28)
+    built = build_optimizer(OptimizerOptions(name, learning_rate=0.05), [{"params": [weight, bias]}])
+    assert built.is_schedule_free
+    for _ in range(12):
+        (inputs @ weight + bias - wanted).square().mean().backward()
+        built.optimizer.step()
+        built.optimizer.zero_grad()
+    training = weight.detach().clone()
+    built.eval()
+    averaged = weight.detach().clone()
+    assert not torch.allclose(training, averaged)
+    built.train()
+    torch.testing.assert_close(weight.detach(), training, rtol=1e-4, atol=1e-5)
+
+
+def test_a_foreign_class_is_schedule_free_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OddScheduleFree(torch.optim.SGD):
+        modes: list[str]
+
+        def __init__(self, params: Any, lr: float, **others: Any) -> None:
+            self.modes = []
+            super().__init__(params, lr, **others)
+
+        def train(self) -> None:
+            self.modes.append("train")
+
+        def eval(self) -> None:
+            self.modes.append("eval")
+
+    module = types.ModuleType("odd_optimizers")
+    module.OddScheduleFree = OddScheduleFree  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "odd_optimizers", module)
+    built, _ = train(OptimizerOptions("odd_optimizers.OddScheduleFree", optimizer_args=["momentum=0.5"]), 1, 29)
+    assert built.is_schedule_free
+    assert built.optimizer.modes == ["train", "eval"]  # type: ignore[attr-defined]
+
+
+def test_train_and_eval_leave_other_optimizers_alone() -> None:
+    built, _ = train(OptimizerOptions("AdamW"), 2, 30)
+    weight = built.optimizer.param_groups[0]["params"][0]
+    before = weight.detach().clone()
+    built.eval()
+    built.train()
+    assert torch.equal(weight, before)
