@@ -38,7 +38,7 @@ def train(run: Run, writer: Writer, charts: Charts, interruption: Interruption) 
             )
             for index, batch in enumerate(batches):
                 loss = backward(run, batch, plan.batch_number(epoch, index), plan.window_size(index))
-                rates = [float(group["lr"]) for group in run.torch_optimizer.param_groups]
+                rates = [float(rate) for rate in run.schedule.get_last_lr()]
                 if plan.ends_window(index):
                     optimizer_step(run)
                     step += 1

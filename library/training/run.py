@@ -13,6 +13,7 @@ from library.architectures.interface import Architecture
 from library.data.dataset import TrainingSet
 from library.options.train import TrainOptions
 from library.training.conditioning import CaptionMemo
+from library.training.lr_schedules import Schedule
 from library.training.optimizers import BuiltOptimizer
 from library.training.plan import Plan
 from networks.core.protocol import AdoptedNetwork
@@ -46,7 +47,7 @@ class Run:
     trains_text_encoder: bool
     captions: CaptionMemo
     optimizer: BuiltOptimizer
-    schedule: Any  # a torch learning rate schedule, or a stand-in with get_last_lr() and step()
+    schedule: Schedule
     scaler: torch.amp.GradScaler | None
     group_names: list[str]
 

@@ -1,0 +1,149 @@
+"""The loss of a batch against a literal float64 recomputation from what the denoiser saw and said."""
+
+import argparse
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.architectures.sd import build
+from library.options.train import TrainOptions
+from library.training.step import loss_of
+from library.types import Batch, Noised
+
+
+def options_for(folder: Path, **noise_or_loss: Any) -> TrainOptions:
+    parser = argparse.ArgumentParser()
+    TrainOptions.add_to(parser)
+    args = parser.parse_args(["--pretrained_model_name_or_path", str(folder)])
+    for name, value in noise_or_loss.items():
+        setattr(args, name, value)
+    return TrainOptions.from_args(args)
+
+
+class Multiplier:
+    """Stands for a network: remembers what its multiplier was set to."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def set_multiplier(self, value: float) -> None:
+        self.values.append(value)
+
+
+def run_of(options: TrainOptions, seen: list[tuple[Noised, Tensor]]) -> Any:
+    arch = build(options)
+    encoders = arch.load.text_encoders()
+    network = Multiplier()
+
+    def predict(denoiser: Any, noised: Noised, conditioning: Any, batch: Batch) -> Tensor:
+        prediction_BCHW = arch.predict(denoiser, noised, conditioning, batch)
+        if network.values and network.values[-1] == 0.0:
+            prediction_BCHW = prediction_BCHW + 0.5  # what a model without its adapter would say
+        else:
+            seen.append((noised, prediction_BCHW))
+        return prediction_BCHW
+
+    return SimpleNamespace(
+        options=options,
+        arch=replace(arch, predict=predict),
+        seed=3,
+        device=torch.device("cpu"),
+        autocast=nullcontext,
+        models=SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=encoders, vae=arch.load.vae()),
+        network=network,
+        trains_text_encoder=False,
+        captions=lambda captions: arch.text.encode(encoders, arch.text.tokenize(captions)),
+    )
+
+
+def batch_of(seed: int, masks: bool = False, **fields: Any) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    batch = Batch(
+        keys=["a.png", "b.png"],
+        captions=["a cat", "two dogs"],
+        pixels_BCHW=None,
+        latents_BCHW=torch.randn(2, 4, 8, 8, generator=generator) * 5,
+        conditioning=None,
+        loss_weights_B=torch.tensor([1.0, 0.3]),
+        masks_B1HW=torch.rand(2, 1, 64, 64, generator=generator) if masks else None,
+        sizes_B6=torch.zeros(2, 6),
+        attributes=[{}, {}],
+    )
+    return replace(batch, **fields)
+
+
+def abar(timesteps_B: Tensor) -> Tensor:
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0)[timesteps_B].view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("velocity", [False, True])
+def test_noisy_input_target_masks_and_weights(tiny_sd_folder: Path, velocity: bool) -> None:
+    seen: list[tuple[Noised, Tensor]] = []
+    run = run_of(options_for(tiny_sd_folder, v_parameterization=velocity), seen)
+    batch = batch_of(seed=21, masks=True)
+    loss = loss_of(run, batch, batch_number=4)
+
+    noised, prediction_BCHW = seen[0]
+    clean_BCHW = batch.latents_BCHW.double() * 0.18215  # type: ignore[union-attr]
+    noise_BCHW, a_B111 = noised.noise_BCHW.double(), abar(noised.timesteps_B)
+    torch.testing.assert_close(
+        noised.latents_BCHW.double(),
+        a_B111.sqrt() * clean_BCHW + (1 - a_B111).sqrt() * noise_BCHW,
+        rtol=1e-6,
+        atol=1e-6,
+    )
+    target_BCHW = a_B111.sqrt() * noise_BCHW - (1 - a_B111).sqrt() * clean_BCHW if velocity else noise_BCHW
+    masks_B1HW = batch.masks_B1HW.double().view(2, 1, 8, 8, 8, 8).mean((3, 5))  # type: ignore[union-attr]
+    error_BCHW = (prediction_BCHW.double() - target_BCHW) ** 2 * masks_B1HW
+    expected = (error_BCHW.mean((1, 2, 3)) * torch.tensor([1.0, 0.3], dtype=torch.float64)).mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0.0)  # float32 sums of 512 squares
+
+
+def test_pixels_are_encoded_when_nothing_is_cached(tiny_sd_folder: Path) -> None:
+    """The latents are a sample of the posterior: mean + std * noise, so their mean over draws is the posterior's."""
+    seen: list[tuple[Noised, Tensor]] = []
+    run = run_of(options_for(tiny_sd_folder), seen)
+    pixels_BCHW = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    batch = batch_of(seed=22, latents_BCHW=None, pixels_BCHW=pixels_BCHW)
+    for number in range(40):
+        loss_of(run, batch, number)
+    drawn = torch.stack([noised.clean_BCHW for noised, _ in seen])
+    posterior = run.models.vae.encode(pixels_BCHW).latent_dist
+    standard_error = posterior.std.mean() * 0.18215 / 40**0.5
+    assert ((drawn.mean(0) - posterior.mean * 0.18215).abs().mean() < 2 * standard_error).item()
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_every_draw_is_a_function_of_the_batch_number(tiny_sd_folder: Path) -> None:
+    run = run_of(options_for(tiny_sd_folder, noise_offset=0.1, multires_noise_iterations=2), [])
+    batch = batch_of(seed=23)
+    first, other = loss_of(run, batch, 7), loss_of(run, batch, 8)
+    torch.manual_seed(99)
+    assert loss_of(run, batch, 7).item() == first.item() != other.item()
+
+
+def test_marked_samples_keep_the_output_of_the_base_model(tiny_sd_folder: Path) -> None:
+    seen: list[tuple[Noised, Tensor]] = []
+    run = run_of(options_for(tiny_sd_folder), seen)
+    attributes = [{"diff_output_preservation": True}, {}]
+    loss = loss_of(run, batch_of(seed=24, attributes=attributes), 0)
+    noised, prediction_BCHW = seen[0]
+    kept = 0.5**2  # the base model says 0.5 more everywhere
+    learned = ((prediction_BCHW[1] - noised.noise_BCHW[1]) ** 2).mean() * 0.3
+    torch.testing.assert_close(loss, (kept + learned) / 2, rtol=1e-5, atol=0.0)
+    assert run.network.values == [0.0, 1.0]
+
+
+def test_latents_that_are_not_numbers_name_the_picture(tiny_sd_folder: Path) -> None:
+    run = run_of(options_for(tiny_sd_folder), [])
+    pixels_BCHW = torch.zeros(2, 3, 64, 64)
+    pixels_BCHW[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN for b\.png; add --no_half_vae"):
+        loss_of(run, batch_of(seed=25, latents_BCHW=None, pixels_BCHW=pixels_BCHW), 0)
