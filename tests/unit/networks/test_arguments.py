@@ -1,0 +1,101 @@
+"""Network arguments: typed, and nothing is ignored in silence."""
+
+import logging
+import re
+from typing import Any
+
+import pytest
+
+from networks.core.arguments import PLANNED, SUPPORTED, LrPreset, NetworkArguments, parse_arguments, parse_bool
+
+
+def test_strings_become_typed_values() -> None:
+    got = parse_arguments(
+        {
+            "conv_dim": "8", "conv_alpha": "4.5", "block_dims": "1, 2,,3", "down_lr_weight": "0.5,1",
+            "up_lr_weight": "cosine+0.25", "rank_dropout": ".1", "module_dropout": "0.2", "loraplus_lr_ratio": "16",
+        }
+    )  # fmt: skip
+    assert got == NetworkArguments(
+        conv_dim=8, conv_alpha=4.5, block_dims=(1, 2, 0, 3), down_lr_weight=(0.5, 1.0),
+        up_lr_weight=LrPreset("cosine", 0.25), rank_dropout=0.1, module_dropout=0.2, loraplus_lr_ratio=16.0,
+    )  # fmt: skip
+
+
+def test_values_may_be_typed_already_and_none_is_not_given() -> None:
+    got = parse_arguments({"conv_dim": 8, "block_dims": [1, 2], "rank_dropout": None}, neuron_dropout=0.1)
+    assert got == NetworkArguments(conv_dim=8, block_dims=(1, 2), neuron_dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ({"conv_dims": "8"}, "no argument conv_dims; did you mean conv_dim?"),
+        ({"rank_drop_out": "0.1"}, "did you mean rank_dropout?"),
+        ({"qqq": "1"}, "known: conv_dim, conv_alpha"),
+        ({"conv_dim": "eight"}, "conv_dim=eight: expected a whole number"),
+        ({"conv_dim": "-1"}, "conv_dim=-1: expected 0 or more"),
+        ({"conv_dim": ""}, "conv_dim=: expected a whole number"),
+        ({"conv_dim": "8", "conv_alpha": "nan"}, "conv_alpha=nan: expected a number from 0"),
+        ({"rank_dropout": "1"}, "rank_dropout=1: expected a chance from 0 to below 1"),
+        ({"block_dims": "4;4"}, "block_dims=4;4: expected a whole number"),
+        ({"down_lr_weight": "cosin"}, "down_lr_weight=cosin: expected numbers with commas between them, or one of cos"),
+        ({"conv_block_dims": "4,4"}, "conv_block_dims needs block_dims"),
+        ({"dora_wd": "True"}, "dora_wd=True is not supported yet (DoRA)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_argument_is_named_with_the_way_out(items: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_arguments(items)
+
+
+def test_network_dropout_and_lycoris_name_for_it_mean_the_same() -> None:
+    assert parse_arguments({"dropout": "0.25"}).neuron_dropout == 0.25
+    assert parse_arguments({"dropout": 0.25}, neuron_dropout=0.25).neuron_dropout == 0.25
+    assert parse_arguments({"dropout": None}, neuron_dropout=0.25).neuron_dropout == 0.25
+    with pytest.raises(ValueError, match=r"--network_dropout is 0\.1 but --network_args says dropout=0\.2"):
+        parse_arguments({"dropout": "0.2"}, neuron_dropout=0.1)
+
+
+def test_a_wrong_network_dropout_is_named_by_its_flag() -> None:
+    with pytest.raises(ValueError, match=re.escape("--network_dropout=1.5: expected a chance")):
+        parse_arguments({}, neuron_dropout=1.5)
+
+
+@pytest.mark.parametrize(
+    "items",
+    [{"conv_alpha": "2"}, {"block_alphas": "1,2"}, {"conv_block_alphas": "1,2"}, {"block_lr_zero_threshold": "0.1"}],
+)
+def test_an_argument_that_needs_another_one_warns(items: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        parse_arguments(items)
+    assert f"{next(iter(items))} has no effect without" in caplog.text
+
+
+def test_arguments_that_belong_together_do_not_warn(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        parse_arguments(
+            {"conv_dim": "8", "conv_alpha": "2", "block_dims": "1", "block_alphas": "1", "conv_block_alphas": "1"}
+        )
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("word", ["True", "true", "TRUE", "1", "yes", " on "])
+def test_true_has_many_spellings(word: str) -> None:
+    assert parse_bool(word) is True
+
+
+@pytest.mark.parametrize("word", ["False", "false", "0", "no", "off"])
+def test_false_has_many_spellings(word: str) -> None:
+    assert parse_bool(word) is False
+
+
+def test_another_word_is_no_boolean() -> None:
+    with pytest.raises(ValueError, match="expected True or False"):
+        parse_bool("maybe")
+
+
+def test_no_key_is_both_there_and_planned_and_every_value_has_its_field() -> None:
+    assert not SUPPORTED.keys() & PLANNED.keys()
+    assert SUPPORTED.keys() == vars(NetworkArguments()).keys()

@@ -1,0 +1,248 @@
+"""All adapters of a run: where they go, what they learn at, what they merge to."""
+
+import copy
+import logging
+import re
+
+import pytest
+import torch
+
+from networks.lora import create_network, create_network_from_weights
+from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
+from tests.unit.networks.toy import randomize, toy_models
+
+
+def names(network: torch.nn.Module) -> list[str]:
+    return list(dict.fromkeys(key.partition(".")[0] for key in network.state_dict()))
+
+
+def test_names_are_prefix_and_path_text_encoders_first() -> None:
+    text, unet = toy_models(1)
+    network = create_network(1.0, 4, 1, None, text, unet)
+    places = ("down_0", "mid", "up_0")
+    assert names(network) == ["lora_te_layers_0_q_proj", "lora_te_layers_1_q_proj"] + [
+        f"lora_unet_{place}_attention_{layer}" for place in places for layer in ("proj_in", "to_q")
+    ]
+    leaves = {key.partition(".")[2] for key in network.state_dict()}
+    assert leaves == {"alpha", "lora_down.weight", "lora_up.weight"}
+
+
+def test_rank_defaults_to_4_and_alpha_to_1() -> None:
+    text, unet = toy_models(2)
+    network = create_network(1.0, None, None, None, text, unet)
+    state = network.state_dict()
+    assert state["lora_te_layers_0_q_proj.lora_down.weight"].shape == (4, 7)
+    assert state["lora_te_layers_0_q_proj.alpha"] == 1
+    assert all(adapter.scale == 0.25 for adapter in network.adapters.values())
+
+
+def test_conv_dim_adds_larger_kernels_and_the_plain_layers_beside_them() -> None:
+    text, unet = toy_models(3)
+    state = create_network(1.0, 4, 1, None, text, unet, conv_dim="2", conv_alpha="2").state_dict()
+    assert state["lora_unet_mid_resnet_conv1.lora_down.weight"].shape == (2, 6, 3, 3)
+    assert state["lora_unet_mid_resnet_conv1.lora_up.weight"].shape == (6, 2, 1, 1)
+    assert state["lora_unet_mid_resnet_conv1.alpha"] == 2
+    assert state["lora_unet_mid_resnet_time_emb_proj.lora_down.weight"].shape == (4, 5)
+    assert not any("conv_in" in key for key in state)
+
+
+def test_a_second_network_in_the_same_process_is_not_changed_by_the_first() -> None:
+    text, unet = toy_models(4)
+    before = names(create_network(1.0, 4, 1, None, text, unet))
+    create_network(1.0, 4, 1, None, text, unet, conv_dim="2")
+    assert names(create_network(1.0, 4, 1, None, text, unet)) == before
+
+
+@pytest.mark.parametrize(("te", "unet_too"), [(True, False), (False, True)])
+def test_the_side_that_is_not_trained_is_left_alone_and_not_saved(te: bool, unet_too: bool) -> None:
+    text, unet = toy_models(5)
+    network = create_network(1.0, 4, 1, None, text, unet)
+    randomize(network, 6)
+    x_BTC, x_BCHW = torch.randn(2, 3, 7), torch.randn(1, 6, 4, 4)
+    before = text(x_BTC), unet(x_BCHW)
+    network.apply_to(text, unet, te, unet_too)
+    assert torch.equal(text(x_BTC), before[0]) != te
+    assert torch.equal(unet(x_BCHW), before[1]) != unet_too
+    assert {name.startswith("lora_te") for name in names(network)} == {te}
+
+
+def test_leaving_out_both_sides_is_an_error() -> None:
+    text, unet = toy_models(6)
+    with pytest.raises(ValueError, match="--network_train_unet_only and --network_train_text_encoder_only"):
+        create_network(1.0, 4, 1, None, text, unet).apply_to(text, unet, False, False)
+
+
+def test_removing_gives_the_base_model_back() -> None:
+    text, unet = toy_models(7)
+    x = torch.randn(1, 6, 4, 4)
+    before, keys = unet(x), list(unet.state_dict())
+    network = create_network(1.0, 4, 1, None, text, unet)
+    randomize(network, 8)
+    network.apply_to(text, unet)
+    assert list(unet.state_dict()) == keys
+    network.remove()
+    assert torch.equal(unet(x), before)
+
+
+def test_the_multiplier_scales_every_change() -> None:
+    text, unet = toy_models(8)
+    text = text.double()
+    network = create_network(1.0, 4, 2, None, text, unet).double()
+    randomize(network, 9)
+    network.apply_to(text, unet)
+    x = torch.randn(2, 3, 7, dtype=torch.float64)
+    layer = text.layers[0]
+
+    def at(multiplier: float) -> torch.Tensor:
+        network.set_multiplier(multiplier)
+        return layer(x)
+
+    torch.testing.assert_close(at(0.5) - at(0.0), (at(1.0) - at(0.0)) / 2, **FLOAT64)
+    assert (at(1.0) - at(0.0)).abs().max() > 0.01
+
+
+def test_merging_a_file_computes_what_the_installed_network_computes() -> None:
+    text, unet = toy_models(9)
+    merged_text, merged_unet = copy.deepcopy(text), copy.deepcopy(unet)
+    network = create_network(0.6, 4, 2, None, text, unet, conv_dim="3")
+    randomize(network, 10)
+    weights = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    network.apply_to(text, unet)
+    other, tensors = create_network_from_weights(
+        0.6, "file", None, merged_text, merged_unet, weights, for_inference=True
+    )
+    other.merge_to(merged_text, merged_unet, tensors, torch.float32, "cpu")
+    x_BTC, x_BCHW = torch.randn(2, 3, 7), torch.randn(1, 6, 4, 4)
+    torch.testing.assert_close(merged_text(x_BTC), text(x_BTC), **FLOAT32_SAME_MATH)
+    torch.testing.assert_close(merged_unet(x_BCHW), unet(x_BCHW), **FLOAT32_SAME_MATH)
+
+
+def test_merging_into_bf16_adds_in_float32_and_rounds_once() -> None:
+    text, unet = toy_models(10)
+    text = text.bfloat16()
+    network = create_network(1.0, 4, 4, None, text, unet)
+    randomize(network, 11)
+    weight = text.layers[0].q_proj.weight.detach().clone()
+    state = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    up, down = (state[f"lora_te_layers_0_q_proj.lora_{side}.weight"] for side in ("up", "down"))
+    network.merge_to(text, unet, state, torch.bfloat16, "cpu")
+    assert torch.equal(text.layers[0].q_proj.weight, (weight.float() + up @ down).bfloat16())
+
+
+def groups_of(te_lr: object, unet_lr: float | None, lr: float, **args: str) -> dict[str, tuple[float, int]]:
+    """Name -> (learning rate, number of parameters)."""
+    text, unet = toy_models(12)
+    network = create_network(1.0, 4, 1, None, text, unet, **args)
+    network.apply_to(text, unet)
+    groups, found = network.prepare_optimizer_params_with_multiple_te_lrs(te_lr, unet_lr, lr)  # type: ignore[arg-type]
+    assert len(groups) == len(found) == len(set(found))
+    return {name: (group["lr"], len(group["params"])) for name, group in zip(found, groups, strict=True)}
+
+
+def test_each_side_is_a_group_and_takes_the_general_rate_where_it_has_none() -> None:
+    assert groups_of(None, None, 1e-3) == {"textencoder": (1e-3, 4), "unet": (1e-3, 12)}
+    assert groups_of([5e-5], 1e-4, 1e-3) == {"textencoder": (5e-5, 4), "unet": (1e-4, 12)}
+    assert groups_of(5e-5, None, 1e-3) == {"textencoder": (5e-5, 4), "unet": (1e-3, 12)}
+
+
+def test_a_side_with_rate_0_is_frozen_but_stays_in_the_file() -> None:
+    text, unet = toy_models(13)
+    network = create_network(1.0, 4, 1, None, text, unet)
+    network.apply_to(text, unet)
+    _, found = network.prepare_optimizer_params_with_multiple_te_lrs([0.0], 1e-4, 1e-3)
+    network.prepare_grad_etc(text, unet)
+    assert found == ["unet"]
+    assert len(network.get_trainable_params()) == 12
+    assert len(names(network)) == 8
+
+
+def test_text_encoder_rates_beyond_the_encoders_warn(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert groups_of([1e-5, 2e-5], None, 1e-3)["textencoder"] == (1e-5, 4)
+    assert "has 2 values, but the base model has 1 text encoder(s)" in caplog.text
+
+
+def test_loraplus_trains_up_factors_faster_in_groups_of_their_own() -> None:
+    got = groups_of([1e-4], 2e-4, 1e-3, loraplus_lr_ratio="4", loraplus_unet_lr_ratio="16")
+    assert got == {
+        "textencoder": (1e-4, 2), "textencoder plus": (4e-4, 2), "unet": (2e-4, 6), "unet plus": (32e-4, 6),
+    }  # fmt: skip
+
+
+def test_loraplus_for_one_side_leaves_the_other_alone() -> None:
+    got = groups_of([1e-4], 2e-4, 1e-3, loraplus_text_encoder_lr_ratio="8")
+    assert got == {"textencoder": (1e-4, 2), "textencoder plus": (8e-4, 2), "unet": (2e-4, 12)}
+
+
+def test_blocks_with_factors_are_groups_of_their_own() -> None:
+    got = groups_of([1e-4], 1e-3, 1e-3, down_lr_weight="1,0.5", mid_lr_weight="0", loraplus_unet_lr_ratio="2")
+    assert got == {
+        "textencoder": (1e-4, 4), "unet_block1": (5e-4, 2), "unet_block1 plus": (1e-3, 2),
+        "unet_block3": (1e-3, 2), "unet_block3 plus": (2e-3, 2),
+    }  # fmt: skip
+
+
+def test_a_network_from_a_file_has_its_ranks_and_alphas_and_keeps_the_dropouts() -> None:
+    text, unet = toy_models(14)
+    source = create_network(1.0, 4, 2, None, text, unet, block_dims="0,1,2,3", conv_dim="2")
+    network, tensors = create_network_from_weights(
+        1.0, "file", None, text, unet, source.state_dict(), dropout="0.1", rank_dropout="0.2", loraplus_lr_ratio="2"
+    )
+    assert tensors.keys() == source.state_dict().keys()
+    assert {k: v.shape for k, v in network.state_dict().items()} == {k: v.shape for k, v in tensors.items()}
+    for name, adapter in network.adapters.items():
+        assert (adapter.delta.rank, adapter.alpha_value) == (
+            source.adapters[name].delta.rank,
+            source.adapters[name].alpha_value,
+        )
+        assert (adapter.drops.neuron, adapter.drops.rank) == (0.1, 0.2)
+    assert network.arguments.loraplus_lr_ratio == 2.0
+
+
+def test_a_file_overrules_rank_arguments_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    text, unet = toy_models(15)
+    source = create_network(1.0, 4, 2, None, text, unet)
+    with caplog.at_level(logging.WARNING):
+        create_network_from_weights(1.0, "file", None, text, unet, source.state_dict(), conv_dim="4", conv_alpha="1")
+    assert "conv_dim, conv_alpha has no effect" in caplog.text
+
+
+def test_a_file_of_another_base_model_is_refused() -> None:
+    text, unet = toy_models(16)
+    foreign = {
+        "lora_unet_other.lora_down.weight": torch.zeros(2, 3),
+        "lora_unet_other.lora_up.weight": torch.zeros(3, 2),
+    }
+    with pytest.raises(ValueError, match="none of its 1 modules is in this base model"):
+        create_network_from_weights(1.0, "x.safetensors", None, text, unet, foreign)
+
+
+def test_a_denoiser_that_declares_nothing_is_named() -> None:
+    text, _ = toy_models(17)
+    with pytest.raises(ValueError, match="Linear says nothing about what adapters may attach to"):
+        create_network(1.0, 4, 1, None, text, torch.nn.Linear(2, 2))
+
+
+def test_rank_0_everywhere_and_negative_settings_are_errors() -> None:
+    text, unet = toy_models(18)
+    with pytest.raises(ValueError, match="nothing to train"):
+        create_network(1.0, 0, 1, None, text, unet)
+    with pytest.raises(ValueError, match=re.escape("--network_dim is -2")):
+        create_network(1.0, -2, 1, None, text, unet)
+
+
+def test_two_modules_with_one_name_are_an_error() -> None:
+    text, unet = toy_models(19)
+    unet.down_0 = copy.deepcopy(unet.down[0])
+    with pytest.raises(
+        ValueError, match="two modules of the base model have the name lora_unet_down_0_attention_proj_in"
+    ):
+        create_network(1.0, 4, 1, None, text, unet)
+
+
+def test_what_is_adapted_is_said_in_one_line_per_part(caplog: pytest.LogCaptureFixture) -> None:
+    text, unet = toy_models(20)
+    with caplog.at_level(logging.INFO):
+        create_network(1.0, 4, 1, None, text, unet, conv_dim="2").apply_to(text, unet)
+    assert "text encoder 1: 2 modules adapted, rank 4, alpha 1, 112 parameters" in caplog.text
+    assert "denoiser: 12 modules adapted, rank 2, 4, alpha 1," in caplog.text

@@ -1,0 +1,115 @@
+"""Ranks, alphas and learning rate factors by place."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from torch import nn
+
+from networks.core.arguments import LrPreset, NetworkArguments
+from networks.core.rules import Allotment, Rules, make_lr_factors, make_rules, preset_factors
+from networks.core.targets import BlockList, Site
+
+LAYOUT = BlockList(("", r"^down\.0\.", r"^down\.1\.", r"^mid\.", r"^up\.0\."), down=3, mid=1, up=1)
+
+
+def site(path: str, kind: str = "plain") -> Site:
+    return Site(path, path, nn.Identity(), kind)  # type: ignore[arg-type]
+
+
+def rules(**given: object) -> Rules:
+    return make_rules(4, 1.0, replace(NetworkArguments(), **given), LAYOUT, is_denoiser=True)
+
+
+def test_plain_layers_get_the_network_rank_and_larger_kernels_nothing() -> None:
+    assert rules().allot(site("down.0.to_q")) == Allotment(4, 1.0)
+    assert rules().allot(site("down.0.conv1", "conv")).rank == 0
+
+
+def test_conv_dim_is_for_larger_kernels_with_an_alpha_of_1() -> None:
+    assert rules(conv_dim=8).allot(site("down.0.conv1", "conv")) == Allotment(8, 1.0)
+    assert rules(conv_dim=8, conv_alpha=2.5).allot(site("down.0.conv1", "conv")) == Allotment(8, 2.5)
+    assert rules(conv_dim=8).allot(site("down.0.to_q")) == Allotment(4, 1.0)
+
+
+def test_block_dims_give_each_block_its_rank_and_text_encoders_ignore_them() -> None:
+    by_block = rules(block_dims=(1, 2, 3, 4, 5), block_alphas=(1.0, 0.5, 3.0, 4.0, 5.0))
+    assert by_block.allot(site("down.0.to_q")) == Allotment(2, 0.5)
+    assert by_block.allot(site("up.0.to_q")) == Allotment(5, 5.0)
+    assert by_block.allot(site("elsewhere.to_q")) == Allotment(4, 1.0)
+    in_text = make_rules(4, 1.0, NetworkArguments(block_dims=(1, 2, 3, 4, 5)), LAYOUT, is_denoiser=False)
+    assert in_text.allot(site("down.0.to_q")) == Allotment(4, 1.0)
+
+
+def test_unset_block_alphas_are_the_network_alpha_and_conv_ranks_are_conv_dim() -> None:
+    by_block = rules(block_dims=(1, 2, 3, 4, 5), conv_dim=6)
+    assert by_block.allot(site("mid.to_q")) == Allotment(4, 1.0)
+    assert by_block.allot(site("mid.conv1", "conv")) == Allotment(6, 1.0)
+    lists = rules(
+        block_dims=(1, 2, 3, 4, 5), conv_block_dims=(5, 4, 3, 2, 1), conv_block_alphas=(9.0, 8.0, 7.0, 6.0, 5.0)
+    )
+    assert lists.allot(site("mid.conv1", "conv")) == Allotment(2, 6.0)
+
+
+@pytest.mark.parametrize("name", ["block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"])
+def test_a_list_of_the_wrong_length_names_the_right_one_and_the_blocks(name: str) -> None:
+    given: dict[str, object] = {"block_dims": (4, 4, 4, 4, 4), name: (1, 2, 3)}
+    with pytest.raises(
+        ValueError, match=re.escape(f"{name} has 3 entries; this base model needs 5, one per block: 0: no")
+    ):
+        rules(**given)
+
+
+def test_block_arguments_need_a_base_model_with_numbered_blocks() -> None:
+    with pytest.raises(ValueError, match="block_dims, mid_lr_weight: this base model has no numbered blocks"):
+        make_rules(4, 1.0, NetworkArguments(block_dims=(1,), mid_lr_weight=(1.0,)), None, is_denoiser=True)
+
+
+def test_factors_scale_learning_rates_and_0_leaves_a_block_out() -> None:
+    by_factor = rules(down_lr_weight=(1.0, 0.0, 0.5), up_lr_weight=(2.0,))
+    assert by_factor.allot(site("down.0.to_q")) == Allotment(0, 1.0, 0.0, 1)
+    assert by_factor.allot(site("down.1.to_q")) == Allotment(4, 1.0, 0.5, 2)
+    assert by_factor.allot(site("mid.to_q")) == Allotment(4, 1.0, 1.0, 3)
+    assert by_factor.allot(site("up.0.to_q")) == Allotment(4, 1.0, 2.0, 4)
+    assert by_factor.allot(site("elsewhere")) == Allotment(4, 1.0)
+
+
+def factors(layout: BlockList = LAYOUT, **given: object) -> tuple[float, ...]:
+    found = make_lr_factors(replace(NetworkArguments(), **given), layout)
+    assert found is not None
+    return found.factors
+
+
+def test_a_short_list_goes_on_with_1_and_one_number_stands_for_the_whole_side() -> None:
+    assert factors(down_lr_weight=(0.5, 0.25)) == (0.5, 0.25, 1, 1, 1)
+    assert factors(down_lr_weight=(0.5,)) == (0.5, 0.5, 0.5, 1, 1)
+
+
+def test_factors_not_above_the_threshold_are_0() -> None:
+    assert factors(down_lr_weight=(0.1, 0.2, 0.3), block_lr_zero_threshold=0.2) == (0, 0, 0.3, 1, 1)
+
+
+def test_padding_entries_have_the_factor_1() -> None:
+    padded = BlockList(("", "a", "b", "c", ""), down=1, mid=1, up=1, padding=1)
+    assert factors(padded, mid_lr_weight=(0.0,)) == (1, 1, 0, 1, 1)
+
+
+def test_a_list_that_is_too_long_is_an_error() -> None:
+    with pytest.raises(ValueError, match="mid_lr_weight has 2 entries; there are 1"):
+        factors(mid_lr_weight=(1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cosine", [1, math.sin(math.pi / 3), 0.5, 0]),
+        ("sine", [0, 0.5, math.sin(math.pi / 3), 1]),
+        ("linear", [0, 1 / 3, 2 / 3, 1]),
+        ("reverse_linear", [1, 2 / 3, 1 / 3, 0]),
+        ("zeros", [0, 0, 0, 0]),
+    ],
+)
+def test_presets_are_quarter_waves_and_lines(name: str, expected: list[float]) -> None:
+    assert preset_factors(LrPreset(name), 4) == pytest.approx(expected, abs=1e-12)
+    assert preset_factors(LrPreset(name, 0.25), 4) == pytest.approx([value + 0.25 for value in expected])
