@@ -3,6 +3,7 @@
 import logging
 import math
 import random
+from functools import partial
 
 import torch
 
@@ -32,7 +33,7 @@ def train(run: Run, writer: Writer, charts: Charts, interruption: Interruption) 
             batches = run.training_set.batches(
                 epoch,
                 0,
-                lambda index, epoch=epoch: plan.step_of(epoch, index),
+                partial(plan.step_of, epoch),
                 dataset.max_data_loader_n_workers,
                 dataset.persistent_data_loader_workers,
             )
@@ -67,7 +68,7 @@ def backward(run: Run, batch: Batch, batch_number: int, window_size: int) -> flo
     run.network.start_step(*run.models.network_view)
     loss = loss_of(run, batch, batch_number)
     scaled = loss / window_size
-    (scaled if run.scaler is None else run.scaler.scale(scaled)).backward()
+    torch.autograd.backward(scaled if run.scaler is None else run.scaler.scale(scaled))
     return loss.item()
 
 

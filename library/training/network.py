@@ -4,7 +4,6 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
 
 from library.options.network import NetworkOptions
 from library.options.train import TrainOptions
@@ -43,7 +42,7 @@ def open_network(options: TrainOptions, models: Models, device: torch.device, dt
     return network
 
 
-def create(wanted: NetworkOptions, module: NetworkModule, models: Models) -> nn.Module:
+def create(wanted: NetworkOptions, module: NetworkModule, models: Models) -> Any:
     """A fresh network of --network_dim and --network_alpha; with --dim_from_weights of the shapes in the file."""
     text_encoder, denoiser = models.network_view
     keywords = network_keywords(wanted)

@@ -17,7 +17,7 @@ from library.architectures.interface import Architecture
 from library.checkpoints.metadata import RunFacts, base_file_metadata, training_metadata
 from library.data.cache import cache_latents
 from library.data.dataset import TrainingSet
-from library.memory.devices import release_memory
+from library.memory.devices import place, release_memory
 from library.options.train import TrainOptions
 from library.randomness import stream_seed
 from library.training.conditioning import CaptionMemo
@@ -87,7 +87,7 @@ def prepare(options: TrainOptions, arch: Architecture, seed: int, training_set: 
     vae = prepare_vae(options, arch, seed, training_set, device)
     release_memory(options.memory.highvram)
     text_encoders = [encoder.to(device) for encoder in arch.load.text_encoders()]
-    denoiser = arch.load.denoiser().to(device, memory_format=torch.channels_last)
+    denoiser = place(arch.load.denoiser(), device)
     models = Models(denoiser, text_encoders, vae, arch.view(text_encoders, denoiser))
 
     torch.manual_seed(stream_seed(seed, "adapter"))
@@ -130,7 +130,7 @@ def prepare_vae(
     options: TrainOptions, arch: Architecture, seed: int, training_set: TrainingSet, device: torch.device
 ) -> nn.Module | None:
     """The VAE on the device, or None where it has encoded every picture already and may leave memory."""
-    vae = arch.load.vae().to(device, memory_format=torch.channels_last)
+    vae = place(arch.load.vae(), device)
     if not options.caching.cache_latents:
         return vae
 
@@ -209,8 +209,9 @@ def gradient_scaler(options: TrainOptions, device: torch.device) -> torch.amp.Gr
 
 def allow_fp16_gradients(scaler: torch.amp.GradScaler) -> None:
     """--full_fp16 keeps the adapter itself in fp16, which GradScaler refuses by default."""
-    unscale: Any = scaler._unscale_grads_
-    scaler._unscale_grads_ = lambda optimizer, inv_scale, found_inf, _: unscale(optimizer, inv_scale, found_inf, True)  # type: ignore[method-assign]
+    patched: Any = scaler
+    unscale = patched._unscale_grads_
+    patched._unscale_grads_ = lambda optimizer, inv_scale, found_inf, _: unscale(optimizer, inv_scale, found_inf, True)
 
 
 def group_names(names: list[str] | None, num_groups: int, options: TrainOptions) -> list[str]:

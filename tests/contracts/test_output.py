@@ -1,4 +1,4 @@
-"""What front ends read from a run: its output, its exit status, its charts. Through `accelerate launch`, from any folder."""
+"""What front ends read from a run: its output, its exit status, its charts."""
 
 import os
 import re
@@ -119,7 +119,7 @@ def test_a_run_ends_when_its_launcher_is_gone(base_arguments: list[str], tmp_pat
 
 
 def test_a_full_disk_loses_no_earlier_file(base_arguments: list[str], tmp_path: Path) -> None:
-    """The limit on the size of files stands in for a disk that is full: the second save fails, the first stays whole."""
+    """A limit on the size of files stands in for the full disk: the second save fails, the first file stays whole."""
     command = [sys.executable, str(ROOT / "train_network.py"), *base_arguments]
     subprocess.run([*command, "--network_dim", "1"], check=True, capture_output=True)
     path = tmp_path / "out" / "mine.safetensors"
