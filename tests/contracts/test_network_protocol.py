@@ -1,0 +1,223 @@
+"""How the trainer talks to network modules, ours and those of others."""
+
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from library.checkpoints.files import load_state_dict
+from networks.core.protocol import adopt, open_network_module, parse_network_args
+from tests.unit.networks.toy import toy_models
+
+
+def test_items_are_cut_at_the_first_equals_sign_and_stay_strings() -> None:
+    assert parse_network_args(["conv_dim=8", "network_reg_dims=a=4,b=8", "empty="]) == {
+        "conv_dim": "8", "network_reg_dims": "a=4,b=8", "empty": "",
+    }  # fmt: skip
+    assert parse_network_args(None) == {}
+
+
+def test_of_a_key_given_twice_the_last_counts_and_both_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert parse_network_args(["conv_dim=8", "conv_dim=4"]) == {"conv_dim": "4"}
+    assert "conv_dim is given twice; 4 counts, not 8" in caplog.text
+
+
+@pytest.mark.parametrize("item", ["conv_dim", "=8", ""])
+def test_an_item_that_is_no_pair_is_named(item: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"--network_args {item!r} has no '='")):
+        parse_network_args([item])
+
+
+def test_networks_lora_opens_and_its_functions_take_what_the_trainer_gives() -> None:
+    module = open_network_module("networks.lora")
+    text, unet = toy_models(301)
+    network = module.create_network(1.0, 4, 1.0, None, text, unet, neuron_dropout=0.1, dropout=0.1, rank_dropout="0.2")  # type: ignore[arg-type]
+    other, tensors = module.create_network_from_weights(
+        1.0, "file", None, text, unet, weights_sd=network.state_dict(), dropout=None  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert other.state_dict().keys() == tensors.keys() == network.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("networks.lorra", "there is no such module; did you mean networks.lora?"),
+        ("my_own_file", "there are: networks.lora"),
+        ("networks.lora_flux", "not supported yet; there are: networks.lora"),
+        ("networks.core.targets", "it lacks the function create_network"),
+    ],
+)
+def test_a_module_that_cannot_be_opened_is_named_with_the_way_out(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        open_network_module(name)
+    assert f"--network_module {name}" in str(caught.value)
+
+
+@pytest.fixture
+def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path / "users_network.py"
+    sys.modules.pop("users_network", None)
+
+
+def test_a_package_that_the_module_needs_is_named(own_file: Path) -> None:
+    own_file.write_text("import a_package_nobody_has\n")
+    with pytest.raises(ValueError, match="users_network needs the package a_package_nobody_has"):
+        open_network_module("users_network")
+
+
+def test_a_module_that_only_makes_fresh_networks_says_so_when_files_are_asked_for(own_file: Path) -> None:
+    own_file.write_text("def create_network(*_, **__): ...\n")
+    module = open_network_module("users_network")
+    with pytest.raises(ValueError, match=r"--dim_from_weights and --base_weights do not work with .*users_network"):
+        module.create_network_from_weights(1.0, "x", None, None, None)  # type: ignore[arg-type]
+
+
+class Least(nn.Module):
+    """A network with only what it must have, in the oldest form: two arguments, no names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.te, self.unet, self.idle = (nn.Parameter(torch.ones(2) * i) for i in (1, 2, 3))
+        self.calls: list[Any] = []
+
+    def apply_to(self, text_encoder: Any, unet: Any, te: bool, un: bool) -> None:
+        self.calls.append(("apply_to", te, un))
+
+    def prepare_optimizer_params(self, text_encoder_lr: float | None, unet_lr: float | None) -> list[dict[str, Any]]:
+        self.calls.append(("lr", text_encoder_lr, unet_lr))
+        return [
+            {"params": [self.te], "lr": text_encoder_lr},
+            {"params": iter([self.unet])},
+            {"params": [], "lr": 1.0},
+            {"params": [self.idle], "lr": 0.0},
+        ]
+
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
+        torch.save({"te": self.te.detach().to(dtype), "unet": self.unet.detach()}, file)
+
+
+def test_the_least_network_can_be_trained() -> None:
+    least = Least()
+    network = adopt(least)
+    text, unet = toy_models(302)
+    network.apply_to(text, unet, True, False)
+    groups, names = network.parameter_groups([1e-4, 2e-4], 3e-4, 1e-3)
+    assert least.calls == [("apply_to", True, False), ("lr", 1e-4, 3e-4)]
+    assert names is None
+    assert [(g["params"][0] is p, g.get("lr")) for g, p in zip(groups, (least.te, least.unet), strict=True)] == [
+        (True, 1e-4), (True, None),
+    ]  # fmt: skip
+    network.enable_gradient_checkpointing()
+    least.requires_grad_(False).eval()
+    network.prepare_gradients(text, unet)
+    network.start_epoch(text, unet)
+    network.start_step(text, unet)
+    assert least.training and len(network.trainable_parameters()) == 3
+
+
+def test_what_the_least_network_cannot_do_is_an_error_naming_the_option() -> None:
+    network = adopt(Least())
+    for call, option in (
+        (lambda: network.load_weights("x"), "--network_weights"),
+        (lambda: network.set_multiplier(0.0), "differential output preservation"),
+        (lambda: network.limit_norms(1.0, "cpu"), "--scale_weight_norms"),
+        (lambda: network.merge_to(None, nn.Identity(), {}, torch.float32, "cpu"), "--base_weights"),
+    ):
+        with pytest.raises(ValueError, match=f"{option} does not work with this --network_module"):
+            call()
+
+
+class Named(Least):
+    """Three arguments and names."""
+
+    def prepare_optimizer_params(self, text_encoder_lr: Any, unet_lr: Any, learning_rate: Any) -> Any:  # type: ignore[override]
+        rates = (text_encoder_lr, 0, unet_lr or learning_rate)
+        groups = [{"params": [p], "lr": lr} for p, lr in zip((self.te, self.idle, self.unet), rates, strict=True)]
+        return groups, ["text", "idle", "unet"]
+
+
+def test_names_stay_with_their_groups_when_some_are_left_out() -> None:
+    groups, names = adopt(Named()).parameter_groups([1e-4], None, 1e-3)
+    assert (names, [g["lr"] for g in groups]) == (["text", "unet"], [1e-4, 1e-3])
+    groups, names = adopt(Named()).parameter_groups(None, None, 1e-3)
+    assert (names, [g["lr"] for g in groups]) == (["unet"], [1e-3])
+
+
+def test_a_type_error_inside_the_network_is_not_taken_for_a_missing_argument() -> None:
+    class Broken(Named):
+        def prepare_optimizer_params(self, text_encoder_lr: Any, unet_lr: Any, learning_rate: Any) -> Any:
+            return len(unet_lr)
+
+    with pytest.raises(TypeError, match="float"):
+        adopt(Broken()).parameter_groups([1e-4], 1e-4, 1e-3)
+
+
+def test_rates_of_0_everywhere_are_an_error() -> None:
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        adopt(Named()).parameter_groups([0.0], 0.0, 0.0)
+
+
+@pytest.mark.parametrize(("thing", "message"), [(None, "gave None"), (nn.Linear(1, 1), "it lacks apply_to")])
+def test_what_is_no_network_is_refused(thing: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        adopt(thing)
+
+
+class FullDisk(Least):
+    """Stops in the middle of writing."""
+
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
+        Path(file).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+
+def test_others_write_whole_files_too(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    adopt(Least()).save_weights(path, torch.float16, {})
+    assert load_state_dict(path)["te"].dtype == torch.float16
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="No space left"):
+        adopt(FullDisk()).save_weights(path, None, {})
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_ours_goes_through_the_whole_protocol(tmp_path: Path) -> None:
+    text, unet = toy_models(303)
+    module = open_network_module("networks.lora")
+    network = adopt(module.create_network(1.0, 2, 2.0, None, text, unet, neuron_dropout=None))  # type: ignore[arg-type]
+    network.apply_to(text, unet, True, True)
+    groups, names = network.parameter_groups([1e-3], 1e-2, 1e-1)
+    assert names == ["textencoder", "unet"]
+    optimizer = torch.optim.AdamW(groups)
+    network.enable_gradient_checkpointing()
+    network.prepare_gradients(text, unet)
+    network.start_epoch(text, unet)
+    x_BCHW, x_BTC = torch.randn(2, 6, 4, 4), torch.randn(2, 3, 7)
+    losses = []
+    for _ in range(8):
+        network.start_step(text, unet)
+        loss = unet(x_BCHW).square().mean() + text(x_BTC).sub(1).square().mean()
+        loss.backward()
+        assert len(network.trainable_parameters()) == 16
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] * 0.99
+    network.set_multiplier(0.0)
+    base = unet(x_BCHW)
+    network.set_multiplier(1.0)
+    assert not torch.equal(unet(x_BCHW), base)
+    network.save_weights(tmp_path / "x.safetensors", None, {"ss_steps": "8"})
+    again = adopt(module.create_network(1.0, 2, 2.0, None, *toy_models(304)))  # type: ignore[arg-type]
+    again.apply_to(*toy_models(304), True, True)
+    again.load_weights(tmp_path / "x.safetensors")
+    assert torch.equal(again.module.state_dict()["lora_unet_mid_attention_to_q.lora_up.weight"],
+                       network.module.state_dict()["lora_unet_mid_attention_to_q.lora_up.weight"])  # fmt: skip
