@@ -61,13 +61,20 @@ class SdLoader:
         return shapes.count(self.clip.weights.shapes, r"encoder\.layers\.(\d+)\.")
 
     def text_encoders(self) -> list[nn.Module]:
-        return [load_clip(self.clip, self.dtype)]
+        encoder: nn.Module = empty_clip(self.clip.config)
+        materialise(clip_body(encoder), self.clip.weights, self.dtype)
+        return [encoder.requires_grad_(False).eval()]
 
     def vae(self) -> nn.Module:
-        return with_attention(load_vae(self.vae_component, self.vae_dtype), self.uses_xformers)
+        return with_attention(
+            materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype),
+            self.uses_xformers,
+        )
 
     def denoiser(self) -> nn.Module:
-        return with_attention(load_unet(self.unet, self.dtype), self.uses_xformers)
+        return with_attention(
+            materialise(empty_unet(self.unet.config), self.unet.weights, self.dtype), self.uses_xformers
+        )
 
 
 def open_loader(options: TrainOptions) -> SdLoader:
@@ -80,11 +87,13 @@ def open_loader(options: TrainOptions) -> SdLoader:
         raise ValueError(f"{BASE_FLAG} is missing: give a .safetensors or .ckpt file, a diffusers folder or a hub name")
     if options.model.v2:
         raise ValueError("--v2 is not supported yet: only SD 1.x checkpoints are")
-    path = sources.find_model(BASE_FLAG, name, ("unet", "vae", "text_encoder"))
+    path = sources.find_model(BASE_FLAG, name, (("unet",), ("vae",), ("text_encoder",)))
     if path.is_dir():
         warn_of_other_prediction(path, options.model.v_parameterization)
     own_vae = options.model.vae is None
-    parts = open_folder(path, own_vae) if path.is_dir() else open_single_file(path, own_vae)
+    parts = (
+        folder_parts(path, own_vae) if path.is_dir() else single_file_parts(sources.open_file(BASE_FLAG, path), own_vae)
+    )
     if options.model.vae is not None:
         parts["vae"] = open_vae(options.model.vae)
     check_parts(path, parts)
@@ -134,7 +143,7 @@ def with_attention(model: Any, uses_xformers: bool) -> nn.Module:
     return module
 
 
-def open_folder(path: Path, own_vae: bool) -> dict[str, Component]:
+def folder_parts(path: Path, own_vae: bool) -> dict[str, Component]:
     """The parts of a diffusers folder, the VAE only when `own_vae`."""
     class_name = sources.read_json(path / "model_index.json").get("_class_name", "")
     recognise.refuse_other_pipeline(BASE_FLAG, str(path), class_name)
@@ -150,12 +159,11 @@ def open_folder(path: Path, own_vae: bool) -> dict[str, Component]:
     return parts
 
 
-def open_single_file(path: Path, own_vae: bool) -> dict[str, Component]:
+def single_file_parts(weights: Weights, own_vae: bool) -> dict[str, Component]:
     """The parts of a checkpoint in Stability's layout, the VAE only when `own_vae`.
 
     Names outside the three parts (averages of training, schedule buffers) are left alone.
     """
-    weights = sources.open_file(BASE_FLAG, path)
     recognise.refuse_other_model(BASE_FLAG, weights)
     unet = with_prefix(weights, UNET_PREFIX)
     layout = shapes.unet_layout(unet.shapes)
@@ -168,14 +176,16 @@ def open_single_file(path: Path, own_vae: bool) -> dict[str, Component]:
     if own_vae:
         vae = with_prefix(weights, VAE_PREFIX)
         if not vae.shapes:
-            raise ValueError(f"{BASE_FLAG} {path} has no VAE (nothing begins with {VAE_PREFIX!r}); give one with --vae")
+            raise ValueError(
+                f"{BASE_FLAG} {weights.origin} has no VAE (nothing begins with {VAE_PREFIX!r}); give one with --vae"
+            )
         parts["vae"] = single_vae(vae)
     return parts
 
 
 def open_vae(name: str) -> Component:
     """The VAE of --vae: a file in either layout, a diffusers folder or one that has vae/, or a hub name."""
-    path = sources.find_model("--vae", name, ("",))
+    path = sources.find_model("--vae", name, (("", "vae"),))
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / "vae"
         config, weights = sources.open_part("--vae", folder, "vae")
@@ -258,35 +268,31 @@ def vae_from_old_diffusers(key: str) -> str:
     return f"{match[1]}.{swap_stem(match[2], VAE_ATTENTION_2022) or match[2]}" if match else key
 
 
-def load_unet(component: Component, dtype: torch.dtype) -> nn.Module:
-    """diffusers' UNet2DConditionModel."""
+def empty_unet(config: Mapping[str, Any]) -> Any:
+    """diffusers' UNet2DConditionModel on the meta device."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(dict(component.config))
-    return materialise(unet, component.weights, dtype)
+        return UNet2DConditionModel.from_config(dict(config))
 
 
-def load_vae(component: Component, dtype: torch.dtype) -> Any:
-    """diffusers' AutoencoderKL."""
+def empty_vae(config: Mapping[str, Any]) -> Any:
+    """diffusers' AutoencoderKL on the meta device."""
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(dict(component.config))
-    return materialise(vae, component.weights, dtype)
+        return AutoencoderKL.from_config(dict(config))
 
 
-def load_clip(component: Component, dtype: torch.dtype) -> Any:
-    """transformers' CLIPTextModel."""
+def empty_clip(config: Mapping[str, Any]) -> Any:
+    """transformers' CLIPTextModel on the meta device, but for its position ids, which no file has."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     with torch.device("meta"):
-        clip = CLIPTextModel(CLIPTextConfig.from_dict(dict(component.config)))
-    body = clip_body(clip)
-    positions = component.weights.shapes["embeddings.position_embedding.weight"][0]
-    body.embeddings.register_buffer("position_ids", torch.arange(positions).expand((1, -1)), persistent=False)
-    materialise(body, component.weights, dtype)
-    return clip.requires_grad_(False).eval()
+        clip = CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
+    position_ids = torch.arange(clip.config.max_position_embeddings).expand((1, -1))
+    clip_body(clip).embeddings.register_buffer("position_ids", position_ids, persistent=False)
+    return clip
 
 
 def clip_body(encoder: nn.Module) -> Any:

@@ -14,25 +14,22 @@ logger = logging.getLogger(__name__)
 
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 HUB_TIMEOUT_S = 5.0
-WEIGHT_FILES = {  # in the order of preference; the first that is there is read
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
-WEIGHT_PATTERNS = (("*model.safetensors", "*model-*.safetensors"), ("*model.fp16.safetensors",), ("*model.bin",))
+WEIGHT_STEMS = {"text_encoder": ("model", "pytorch_model")}  # of .safetensors and of .bin files, by folder
+PLAIN_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model")
 
 
-def find_model(flag: str, name: str, hub_folders: Sequence[str]) -> Path:
+def find_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
     """The local file or folder of `name`, downloaded from the hub when it is the name of a repository there.
 
-    `hub_folders` are the folders of the repository that are needed, "" for its top. Raises ValueError with the way out.
+    `parts` says what is needed of a repository: for each part the folders that may hold it, "" for the top. Raises
+    ValueError with the way out.
     """
     path = Path(name).expanduser()
     if path.exists():
         return path
     if path.is_absolute() or path.suffix.lower() in WEIGHT_SUFFIXES or not re.fullmatch(HUB_NAME, name):
         raise ValueError(f"{flag} {name} does not exist{nearby(path)}")
-    return fetch_model(flag, name, hub_folders)
+    return fetch_model(flag, name, parts)
 
 
 def nearby(path: Path) -> str:
@@ -44,23 +41,28 @@ def nearby(path: Path) -> str:
     return f"; of that path only {existing} exists" if existing and existing != Path(".") else ""
 
 
-def fetch_model(flag: str, name: str, folders: Sequence[str]) -> Path:
+def fetch_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
     """Download what is needed of a diffusers repository: its configuration, and one format of the weights."""
-    stems = [f"{folder}/" if folder else "" for folder in folders]
-    small = [f"{stem}{pattern}" for stem in (*stems, "tokenizer/", "scheduler/") for pattern in ("*.json", "*.txt")]
+    folders = [folder for part in parts for folder in part]
+    small = ["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"]
+    small += [in_repository(folder, "config.json") for folder in folders]
     snapshot = Path()
-    for patterns in WEIGHT_PATTERNS:
-        wanted = ["model_index.json", *small, *(f"{stem}{pattern}" for stem in stems for pattern in patterns)]
+    for num_format in range(NUM_FORMATS):
+        weights = [in_repository(folder, file) for folder in folders for file in weight_files(folder)[num_format]]
         try:
-            snapshot = fetch_snapshot(name, wanted)
+            snapshot = fetch_snapshot(name, [*small, *weights])
         except ConnectionError as error:
             raise ValueError(
                 f"{flag} {name} is neither a file nor a folder here, and the hub does not give it ({error}). "
                 "Check the path; or download the model elsewhere and give the path of its folder or file"
             ) from error
-        if all(find_weight_file(snapshot / folder, folder) for folder in folders):
+        if all(any(find_weight_file(snapshot / folder, folder) for folder in part) for part in parts):
             break
     return snapshot
+
+
+def in_repository(folder: str, file: str) -> str:
+    return f"{folder}/{file}" if folder else file
 
 
 def fetch_snapshot(name: str, patterns: Sequence[str]) -> Path:
@@ -82,12 +84,23 @@ def fetch_snapshot(name: str, patterns: Sequence[str]) -> Path:
         raise ConnectionError(refusal or str(error)) from error
 
 
+def weight_files(kind: str) -> tuple[tuple[str, ...], ...]:
+    """File names (with * for numbered pieces) that the weights of one part may have, one tuple for each format."""
+    stem, pickled = WEIGHT_STEMS.get(kind, PLAIN_STEMS)
+    return (
+        (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*-of-*.safetensors"),
+        (f"{stem}.fp16.safetensors",),
+        (f"{pickled}.bin", f"{pickled}.bin.index.json", f"{pickled}-*-of-*.bin"),
+        (f"{pickled}.fp16.bin",),
+    )
+
+
+NUM_FORMATS = len(weight_files("unet"))
+
+
 def find_weight_file(folder: Path, kind: str) -> Path | None:
     """The file that holds the weights of one part of a diffusers folder, None when there is none."""
-    stem = WEIGHT_FILES.get(kind, "diffusion_pytorch_model")
-    pickled = "pytorch_model" if stem == "model" else stem
-    names = [f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}.fp16.safetensors"]
-    names += [f"{pickled}.bin", f"{pickled}.bin.index.json", f"{pickled}.fp16.bin"]
+    names = [name for names in weight_files(kind) for name in names if "*" not in name]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
@@ -102,7 +115,7 @@ def open_part(flag: str, folder: Path, kind: str) -> tuple[dict[str, Any], Weigh
         )
     file = find_weight_file(folder, kind)
     if file is None:
-        raise ValueError(f"{flag}: {folder} has no weights; expected {WEIGHT_FILES[kind]}.safetensors in it")
+        raise ValueError(f"{flag}: {folder} has no weights; expected {weight_files(kind)[0][0]} in it")
     logger.info("%s: %s", kind, file)
     return read_json(folder / "config.json"), open_file(flag, file)
 

@@ -1,0 +1,72 @@
+"""Adapter files of Stable Diffusion 1.x name 72 layers of the text encoder and 192 of the U-Net."""
+
+import re
+
+import pytest
+from torch import nn
+
+from library.architectures.sd import load
+from library.architectures.sd.view import view
+from networks.core.targets import Site, find_sites
+from tests.contracts.test_base_keys import parts
+from tests.tiny.sd import full_size_keys
+
+RANK = 4
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[nn.Module, nn.Module]:
+    """The view of the full-size model, on the meta device."""
+    found = parts()
+    clip, unet = load.empty_clip(found["text_encoder"].config), load.empty_unet(found["unet"].config)
+    text_view, unet_view = view([clip], unet)
+    assert isinstance(text_view, nn.Module)
+    return text_view, unet_view
+
+
+def sites_of(models: tuple[nn.Module, nn.Module], with_conv: bool = False) -> tuple[list[Site], list[Site]]:
+    text_view, unet = models
+    targets = unet.adapter_targets
+    (text,) = targets.text_encoders
+    classes = targets.denoiser.blocks + (targets.denoiser.conv_blocks if with_conv else ())
+    return find_sites(text, text_view, text.blocks), find_sites(targets.denoiser, unet, classes)
+
+
+def shapes_of(site: Site) -> dict[str, list[int]]:
+    """Names and shapes of a rank 4 LoRA on one layer."""
+    out, inner, *kernel = site.module.weight.shape
+    ones = [1] * len(kernel)
+    return {
+        f"{site.name}.alpha": [],
+        f"{site.name}.lora_down.weight": [RANK, inner, *kernel],
+        f"{site.name}.lora_up.weight": [out, RANK, *ones],
+    }
+
+
+def test_names_and_shapes_are_those_of_existing_files(models):
+    text, unet = sites_of(models)
+    assert (len(text), len(unet)) == (72, 192)
+    found = {name: shape for site in text + unet for name, shape in shapes_of(site).items()}
+    assert found == full_size_keys()["lora"]
+
+
+def test_convolutions_bring_the_unet_to_278_layers(models):
+    assert len(sites_of(models, with_conv=True)[1]) == 278
+
+
+def test_every_unet_layer_lies_in_one_of_the_25_blocks(models):
+    block_list = models[1].adapter_targets.block_list
+    assert (len(block_list.patterns), block_list.down, block_list.mid, block_list.up) == (25, 12, 1, 12)
+    counts = [0] * 25
+    for site in sites_of(models, with_conv=True)[1]:
+        matches = [i for i, p in enumerate(block_list.patterns) if p and re.search(p, site.path)]
+        assert len(matches) == 1, site.path
+        counts[matches[0]] += 1
+    down, up = [15, 15, 1, 16, 15, 1, 16, 15, 1, 3, 3], [4, 4, 5, 16, 16, 17, 16, 16, 17, 16, 16, 16]
+    assert counts == [0, *down, 18, *up]
+
+
+def test_the_layers_of_the_view_are_the_layers_of_the_model(models):
+    text_view, _ = models
+    layer = text_view.text_model.encoder.layers[3].mlp.fc1
+    assert dict(text_view.named_modules())["text_model.encoder.layers.3.mlp.fc1"] is layer

@@ -1,0 +1,110 @@
+"""The names and shapes of full-size checkpoints are a contract: 1130 of Stable Diffusion 1.5, in both layouts."""
+
+import torch
+
+from library.architectures.sd import load, shapes
+from library.architectures.sd.keys import (
+    CLIP_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    UnetLayout,
+    unet_from_ldm,
+    unet_to_ldm,
+    vae_from_ldm,
+    vae_to_ldm,
+)
+from library.checkpoints.weights import Weights
+from tests.tiny.sd import full_size_keys
+
+FACTS = full_size_keys()
+LAYOUT = UnetLayout(layers_per_block=2, has_attention=(True, True, True, False))
+
+
+def checkpoint() -> Weights:
+    """The full-size checkpoint as if it had been opened; its values are on the meta device."""
+    sizes = {name: tuple(shape) for name, shape in FACTS["checkpoint"].items()}
+    return Weights("sd15", sizes, lambda name: torch.empty(sizes[name], device="meta"))
+
+
+def parts() -> dict[str, load.Component]:
+    return load.single_file_parts(checkpoint(), own_vae=True)
+
+
+def test_the_inventory_is_whole():
+    assert len(FACTS["checkpoint"]) == 1130
+    assert {part: len(names) for part, names in FACTS["diffusers"].items()} == {
+        "unet": 686, "vae": 248, "text_encoder": 196,
+    }  # fmt: skip
+
+
+def test_every_unet_name_is_renamed_and_back():
+    for path, name in FACTS["diffusers"]["unet"].items():
+        ldm = name.removeprefix(UNET_PREFIX)
+        assert (unet_from_ldm(ldm, LAYOUT), unet_to_ldm(path, LAYOUT)) == (path, ldm)
+
+
+def test_every_vae_name_is_renamed_and_back():
+    for path, name in FACTS["diffusers"]["vae"].items():
+        ldm = name.removeprefix(VAE_PREFIX)
+        assert (vae_from_ldm(ldm, 4), vae_to_ldm(path, 4)) == (path, ldm)
+
+
+def test_every_text_encoder_name_only_loses_its_prefix():
+    for path, name in FACTS["diffusers"]["text_encoder"].items():
+        assert name == CLIP_PREFIX + path
+
+
+def test_the_layout_of_the_unet_is_read_off_its_names():
+    names = {n.removeprefix(UNET_PREFIX): s for n, s in FACTS["checkpoint"].items() if n.startswith(UNET_PREFIX)}
+    assert shapes.unet_layout(names) == LAYOUT
+
+
+def test_the_configuration_of_the_unet_is_read_off_the_shapes():
+    config = parts()["unet"].config
+    assert config == {
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "layers_per_block": 2,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "cross_attention_dim": 768,
+        "transformer_layers_per_block": 1,
+        "attention_head_dim": 8,
+        "use_linear_projection": False,
+        "norm_num_groups": 32,
+    }
+
+
+def test_the_configuration_of_the_vae_is_read_off_the_shapes():
+    config = parts()["vae"].config
+    assert config["block_out_channels"] == (128, 256, 512, 512)
+    assert (config["layers_per_block"], config["latent_channels"], config["norm_num_groups"]) == (2, 4, 32)
+    assert config["use_quant_conv"] and config["use_post_quant_conv"]
+
+
+def test_the_configuration_of_the_text_encoder_is_read_off_the_shapes():
+    config = parts()["text_encoder"].config
+    wanted = {
+        "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
+        "bos_token_id": 49406, "eos_token_id": 49407,
+    }  # fmt: skip
+    assert {key: config[key] for key in wanted} == wanted
+
+
+def test_the_modules_have_exactly_the_weights_of_the_checkpoint():
+    found = parts()
+    modules = {
+        "unet": load.empty_unet(found["unet"].config),
+        "vae": load.empty_vae(found["vae"].config),
+        "text_encoder": load.clip_body(load.empty_clip(found["text_encoder"].config)),
+    }
+    num_parameters = {}
+    for part, module in modules.items():
+        has = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        file = found[part].weights.shapes
+        assert has.keys() == file.keys()
+        assert all(load.same_matrix(file[name], has[name]) for name in has)
+        num_parameters[part] = sum(p.numel() for p in module.parameters())
+    assert num_parameters == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
