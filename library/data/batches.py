@@ -1,0 +1,253 @@
+"""One batch: a function of the seed, the epoch and its draws. This part runs in loader workers.
+
+Shapes: B samples, C channels, H height, W width.
+"""
+
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from library.data.buckets import crop_ltrb
+from library.data.captions import compose_caption
+from library.data.images import (
+    Pixels,
+    Placement,
+    centred,
+    change_colour,
+    cropped_at_face,
+    cropped_at_random,
+    face_of,
+    place,
+    read_pixels,
+)
+from library.data.latent_files import LatentFile, Latents
+from library.data.samples import Sample
+from library.data.schema import SubsetConfig
+from library.randomness import random_for
+from library.types import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOrder:
+    """What a worker is asked for."""
+
+    epoch: int
+    step: int  # optimizer step, for the warm-up of tags
+    draws: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A batch as a worker hands it over; latents that are kept in memory are added by `finish_batch`."""
+
+    batch: Batch
+    samples: list[int]
+    flips: list[bool]
+    latents: list[Tensor | None]  # CHW each
+    masks: list[Tensor | None]  # HW each, 0..1
+
+
+@dataclass
+class Orders(Sampler[BatchOrder]):
+    """The orders of one epoch, in turn. The loader keeps this object, so that workers can live longer than an epoch."""
+
+    orders: list[BatchOrder] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[BatchOrder]:
+        return iter(self.orders)
+
+    def __len__(self) -> int:
+        return len(self.orders)
+
+
+@dataclass(frozen=True)
+class BatchMaker(Dataset[Draft | str]):
+    """Everything that a worker needs, in plain values that travel to any kind of process."""
+
+    seed: int
+    samples: tuple[Sample, ...]
+    sample_of_draw: NDArray[np.int32]
+    subsets: tuple[SubsetConfig, ...]
+    has_buckets: tuple[bool, ...]  # of each dataset
+    prior_loss_weight: float
+    max_train_steps: int
+    files: Mapping[int, LatentFile]  # latents on disk, by sample
+    in_memory: frozenset[int]  # samples whose latents the main process keeps
+
+    def __getitem__(self, order: BatchOrder) -> Draft | str:
+        """The batch, or the sentence of what is wrong with a picture: exceptions lose theirs between processes."""
+        try:
+            return self.draft(order)
+        except ValueError as error:
+            return str(error)
+
+    def draft(self, order: BatchOrder) -> Draft:
+        """Read, crop and mirror the pictures of an order, or read their latents."""
+        numbers = [int(self.sample_of_draw[draw]) for draw in order.draws]
+        samples = [self.samples[number] for number in numbers]
+        subsets = [self.subsets[sample.subset] for sample in samples]
+        flips = [
+            subset.flip_aug and random_for(self.seed, "flip", order.epoch, draw).random() < 0.5
+            for subset, draw in zip(subsets, order.draws, strict=True)
+        ]
+        pixels, latents, masks = [], [], []
+        for number, draw, is_flipped in zip(numbers, order.draws, flips, strict=True):
+            if number in self.in_memory or number in self.files:
+                latent, mask = self.cached(number, is_flipped)
+                latents.append(latent)
+            else:
+                picture, mask = self.drawn(number, order.epoch, draw, is_flipped)
+                pixels.append(picture)
+            masks.append(mask)
+        if latents and pixels:
+            raise ValueError(f"only some latents are cached of {', '.join(sample.picture.path for sample in samples)}")
+        batch = Batch(
+            keys=[sample.picture.path for sample in samples],
+            captions=[
+                compose_caption(
+                    sample.picture.caption,
+                    subset.captions,
+                    random_for(self.seed, "caption", order.epoch, draw),
+                    order.epoch,
+                    order.step,
+                    self.max_train_steps,
+                )
+                for sample, subset, draw in zip(samples, subsets, order.draws, strict=True)
+            ],
+            pixels_BCHW=torch.stack([to_pixels(picture) for picture in pixels]) if pixels else None,
+            latents_BCHW=None,
+            conditioning=None,
+            loss_weights_B=torch.tensor([self.prior_loss_weight if subset.is_reg else 1.0 for subset in subsets]),
+            masks_B1HW=None,
+            sizes_B6=torch.tensor([sizes_of(s, f) for s, f in zip(samples, flips, strict=True)], dtype=torch.float32),
+            attributes=[subset.custom_attributes for subset in subsets],
+        )
+        return Draft(batch, numbers, flips, latents, masks)
+
+    def drawn(self, number: int, epoch: int, draw: int, is_flipped: bool) -> tuple[Pixels, Tensor | None]:
+        """(RGB, mask) of one draw of a picture."""
+        sample = self.samples[number]
+        subset = self.subsets[sample.subset]
+        rgb, alpha = read_pixels(sample.picture.path)
+        check_size(sample, rgb)
+        placement = self.placement(sample, epoch, draw, is_flipped)
+        picture = place(rgb, placement, subset.resize_interpolation)
+        if subset.color_aug:
+            picture = change_colour(picture, random_for(self.seed, "colour", epoch, draw))
+        if sample.picture.mask_path is not None:
+            return picture, file_mask(sample, placement, subset.resize_interpolation)
+        if subset.alpha_mask and alpha is not None:
+            return picture, to_mask(place(alpha, placement, subset.resize_interpolation))
+        return picture, None
+
+    def placement(self, sample: Sample, epoch: int, draw: int, is_flipped: bool) -> Placement:
+        """Where this draw is cut from."""
+        subset = self.subsets[sample.subset]
+        face = face_of(sample.picture.path) if subset.face_crop_aug_range else None
+        if face is not None and subset.face_crop_aug_range is not None:
+            rng = random_for(self.seed, "crop", epoch, draw)
+            zoom, target = subset.face_crop_aug_range, sample.shape.bucket
+            return cropped_at_face(sample.picture.size, target, face, zoom, subset.random_crop, rng, is_flipped)
+        if subset.random_crop:
+            return cropped_at_random(sample.shape, random_for(self.seed, "crop", epoch, draw), is_flipped)
+        return centred(sample.shape, is_flipped)
+
+    def cached(self, number: int, is_flipped: bool) -> tuple[Tensor | None, Tensor | None]:
+        """(latents, mask) of one draw; latents in memory are None here."""
+        sample = self.samples[number]
+        subset = self.subsets[sample.subset]
+        latent = mask = None
+        if number in self.files:
+            stored = self.files[number].read(subset.flip_aug, subset.alpha_mask)
+            latent, mask = pick(stored, is_flipped)
+        if sample.picture.mask_path is not None:
+            mask = file_mask(sample, centred(sample.shape, is_flipped), subset.resize_interpolation)
+        return latent, mask
+
+
+def pick(stored: Latents, is_flipped: bool) -> tuple[Tensor, Tensor | None]:
+    """(latents, mask) as drawn: the mirrored encoding and the mirrored mask, or the plain ones."""
+    mask = None if stored.alpha_HW is None else stored.alpha_HW.float() / 255
+    if not is_flipped:
+        return stored.latents_CHW, mask
+    assert stored.flipped_CHW is not None
+    return stored.flipped_CHW, None if mask is None else mask.flip(-1)
+
+
+def finish_batch(draft: Draft, memory: Mapping[int, Latents]) -> Batch:
+    """Add what is kept in memory; masks become ones where another sample of the batch has one."""
+    latents, masks = list(draft.latents), list(draft.masks)
+    for place_, (number, is_flipped) in enumerate(zip(draft.samples, draft.flips, strict=True)):
+        if number in memory:
+            latents[place_], mask = pick(memory[number], is_flipped)
+            masks[place_] = masks[place_] if masks[place_] is not None else mask
+    present = [latent for latent in latents if latent is not None]
+    return replace(
+        draft.batch,
+        latents_BCHW=torch.stack(present) if present else None,
+        masks_B1HW=stack_masks(masks),
+    )
+
+
+def stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
+    """(B, 1, H, W), ones for samples without a mask; None where none has one."""
+    shape = next((mask.shape for mask in masks if mask is not None), None)
+    if shape is None:
+        return None
+    return torch.stack([torch.ones(shape) if mask is None else mask for mask in masks])[:, None]
+
+
+def sizes_of(sample: Sample, is_flipped: bool) -> tuple[float, ...]:
+    """Original height and width, crop top and left, target height and width."""
+    width, height = sample.picture.size
+    target_width, target_height = sample.shape.bucket
+    left, top, right, _ = crop_ltrb(sample.shape.bucket, sample.picture.size)
+    return height, width, top, target_width - right if is_flipped else left, target_height, target_width
+
+
+def check_size(sample: Sample, rgb: Pixels) -> None:
+    """Raise ValueError for a picture that is not the size it was when the run started."""
+    size = (rgb.shape[1], rgb.shape[0])
+    if size != sample.picture.size:
+        raise ValueError(
+            f"{sample.picture.path} is {size[0]}x{size[1]}, but was {sample.picture.size} at the start; start again"
+        )
+
+
+def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -> Tensor:
+    """The mask file's red channel, placed like its picture; one of another size is stretched to the target."""
+    assert sample.picture.mask_path is not None
+    red = np.ascontiguousarray(read_pixels(sample.picture.mask_path)[0][..., 0])
+    if (red.shape[1], red.shape[0]) != sample.picture.size:
+        placement = Placement(placement.target, 0, 0, placement.target, placement.is_flipped)
+    return to_mask(place(red, placement, interpolation))
+
+
+def to_mask(values: Pixels) -> Tensor:
+    """0..255 as float32 0..1."""
+    return torch.from_numpy(values).float() / 255
+
+
+def to_pixels(rgb: Pixels) -> Tensor:
+    """HWC 0..255 as float32 CHW -1..1."""
+    return torch.from_numpy(rgb).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def start_worker(_: int) -> None:
+    """The main process answers interruptions; a worker ends when it is told to or its parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    import cv2
+
+    cv2.setNumThreads(0)
+
+
+def hand_over(draft: Draft | str) -> Draft | str:
+    """Workers hand over what they made, unchanged."""
+    return draft

@@ -1,0 +1,165 @@
+"""Which size each picture is trained at. Sizes are (width, height) in pixels."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a picture becomes a training picture: resized to cover the bucket, then cropped to it."""
+
+    bucket: Size
+    resized: Size
+
+
+@dataclass(frozen=True)
+class BucketRules:
+    """The bucket keys of a dataset, checked and rounded."""
+
+    resolution: Size
+    enable_bucket: bool
+    min_reso: int
+    max_reso: int
+    step: int
+    no_upscale: bool
+
+    @classmethod
+    def build(
+        cls,
+        resolution: Size,
+        enable_bucket: bool,
+        min_reso: int,
+        max_reso: int,
+        step: int,
+        no_upscale: bool,
+        needed_step: int,
+    ) -> "BucketRules":
+        """Round the limits to the step, loudly; raise ValueError where they do not fit the resolution or the model.
+
+        `needed_step` is the multiple that the base model asks of bucket sides.
+        """
+        if min(resolution) <= 0:
+            raise ValueError(f"resolution is {resolution[0]}x{resolution[1]}; both sides must be positive")
+        if not enable_bucket:
+            return cls(resolution, False, min_reso, max_reso, step, no_upscale)
+        if step <= 0 or step % needed_step:
+            raise ValueError(f"bucket_reso_steps is {step}, but this model needs a multiple of {needed_step}")
+        if no_upscale:
+            logger.warning("bucket_no_upscale: min_bucket_reso and max_bucket_reso have no effect")
+            return cls(resolution, True, min_reso, max_reso, step, True)
+        low, high = min_reso // step * step, -(-max_reso // step) * step
+        if (low, high) != (min_reso, max_reso):
+            logger.warning(
+                "bucket limits %d..%d become %d..%d, multiples of bucket_reso_steps %d",
+                min_reso,
+                max_reso,
+                low,
+                high,
+                step,
+            )
+        if low > min(resolution):
+            raise ValueError(f"min_bucket_reso is {low}, more than the shorter side of the resolution {resolution}")
+        if high < max(resolution):
+            raise ValueError(f"max_bucket_reso is {high}, less than the longer side of the resolution {resolution}")
+        return cls(resolution, True, max(low, step), high, step, False)
+
+
+def bucket_sizes(resolution: Size, low: int, high: int, step: int) -> list[Size]:
+    """Every bucket: sides from `low` to `high` in steps, as tall as the area of `resolution` allows, both ways round."""
+    area = resolution[0] * resolution[1]
+    side = math.isqrt(area) // step * step
+    sizes = {(side, side)}
+    for width in range(low, high + 1, step):
+        height = min(high, area // width // step * step)
+        if height >= low:
+            sizes |= {(width, height), (height, width)}
+    return sorted(sizes)
+
+
+def cover(picture: Size, target: Size) -> Size:
+    """The size of the picture scaled so that it just covers the target."""
+    if picture[0] / picture[1] > target[0] / target[1]:
+        scale = target[1] / picture[1]
+    else:
+        scale = target[0] / picture[0]
+    return int(picture[0] * scale + 0.5), int(picture[1] * scale + 0.5)
+
+
+def nearest_bucket(picture: Size, buckets: Sequence[Size]) -> Size:
+    """The bucket of equal size, else the one of the nearest ratio; the first in order where two are as near."""
+    if picture in buckets:
+        return picture
+    ratio = picture[0] / picture[1]
+    return min(buckets, key=lambda bucket: abs(bucket[0] / bucket[1] - ratio))
+
+
+def shape_without_upscale(picture: Size, resolution: Size, step: int) -> Shape:
+    """Shrink the picture to the area of `resolution` where it is larger, then floor both sides to the step.
+
+    A side below the step gets a bucket of one step, for which the picture is enlarged just enough.
+    """
+    width, height = picture
+    area = resolution[0] * resolution[1]
+    resized = picture
+    if width * height > area:
+        ratio = width / height
+        ideal_width = math.sqrt(area * ratio)
+        ideal_height = area / ideal_width
+        wide = int(ideal_width + 0.5) // step * step
+        by_width = (wide, int(wide / ratio + 0.5))
+        tall = int(ideal_height + 0.5) // step * step
+        by_height = (int(tall * ratio + 0.5), tall)
+        candidates = [size for size in (by_height, by_width) if min(size) > 0]
+        resized = min(candidates, key=lambda size: abs(_floored_ratio(size, step) - ratio), default=picture)
+    bucket = (max(resized[0] // step * step, step), max(resized[1] // step * step, step))
+    if resized[0] < bucket[0] or resized[1] < bucket[1]:
+        resized = cover(picture, bucket)
+    return Shape(bucket, resized)
+
+
+def _floored_ratio(size: Size, step: int) -> float:
+    return max(size[0] // step * step, step) / max(size[1] // step * step, step)
+
+
+def assign_shapes(pictures: Sequence[Size], rules: BucketRules) -> list[Shape]:
+    """The shape of every picture, in order."""
+    known: dict[Size, Shape] = {}
+    if rules.enable_bucket and not rules.no_upscale:
+        buckets = bucket_sizes(rules.resolution, rules.min_reso, rules.max_reso, rules.step)
+    for picture in pictures:
+        if picture in known:
+            continue
+        if not rules.enable_bucket:
+            known[picture] = Shape(rules.resolution, cover(picture, rules.resolution))
+        elif rules.no_upscale:
+            known[picture] = shape_without_upscale(picture, rules.resolution, rules.step)
+        else:
+            bucket = nearest_bucket(picture, buckets)
+            known[picture] = Shape(bucket, cover(picture, bucket))
+    return [known[picture] for picture in pictures]
+
+
+def crop_ltrb(bucket: Size, picture: Size) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the picture fitted *inside* the bucket.
+
+    SDXL is conditioned on these, and trained adapters depend on them, although the pixels are cut from a picture that covers
+    the bucket.
+    """
+    ratio = picture[0] / picture[1]
+    if bucket[0] / bucket[1] > ratio:
+        width, height = bucket[1] * ratio, float(bucket[1])
+    else:
+        width, height = float(bucket[0]), bucket[0] / ratio
+    left, top = (bucket[0] - width) // 2, (bucket[1] - height) // 2
+    return left, top, left + width, top + height
+
+
+def ratio_error(bucket: Size, picture: Size) -> float:
+    """How far the bucket's ratio is from the picture's."""
+    return abs(bucket[0] / bucket[1] - picture[0] / picture[1])

@@ -1,0 +1,339 @@
+"""Latents that are encoded once: in memory (--cache_latents) or in files beside the pictures (--cache_latents_to_disk)."""
+
+import logging
+import os
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from library.architectures.interface import LatentSpec
+from library.data.batches import check_size, to_pixels
+from library.data.buckets import Shape
+from library.data.dataset import TrainingSet
+from library.data.images import Pixels, centred, place, read_pixels
+from library.data.latent_files import (
+    Expected,
+    LatentFile,
+    Latents,
+    Origin,
+    content_hash,
+    fault_of,
+    is_note_missing,
+    latent_file,
+    write_entry,
+)
+from library.data.samples import Sample
+from library.data.scan import few
+from library.options.caching import CachingOptions
+from library.randomness import generator_for
+
+logger = logging.getLogger(__name__)
+
+Encode = Callable[[Tensor, Sequence[Generator]], Tensor]
+"""(pixels_BCHW from -1 to 1, one generator for each picture) to latents_BCHW."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One encoding, for every sample that shares picture, shape and filter."""
+
+    sample: Sample
+    users: tuple[int, ...]  # numbers of the samples
+    interpolation: str | None
+    needs_flipped: bool
+    needs_alpha: bool
+    file: LatentFile | None  # None keeps the latents in memory
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture ready for the VAE."""
+
+    picture: Pixels
+    alpha: Pixels | None
+    file_bytes: int
+    file_mtime_ns: int
+    file_hash: str
+
+
+def cache_latents(
+    training_set: TrainingSet, encode: Encode, vae_identity: str, options: CachingOptions, seed: int
+) -> None:
+    """Encode what is not cached yet and let the training set draw latents in place of pixels.
+
+    Each picture's posterior sample is drawn with its own generator, so it does not depend on batches or on what was cached.
+    Entries on disk that are not true any more are made again, alone; see `latent_files.fault_of`. An interrupted run finds
+    what it wrote. Raises ValueError naming a picture that cannot be read or that the VAE turns into NaN.
+    """
+    jobs = plan_jobs(training_set, options.cache_latents_to_disk)
+    files: dict[int, LatentFile] = {}
+    memory: dict[int, Latents] = {}
+    pending = [job for job in jobs if job.file is None]
+    on_disk = [job for job in jobs if job.file is not None]
+    if on_disk:
+        usable, stale = check_files(on_disk, vae_identity, options.skip_cache_check, training_set)
+        for job, file in usable:
+            files.update((user, file) for user in job.users)
+        pending += stale
+    for job, latents in encoded(pending, encode, vae_identity, options.vae_batch_size, seed, training_set):
+        if job.file is None:
+            memory.update((user, latents) for user in job.users)
+        else:
+            files.update((user, job.file) for user in job.users)
+    training_set.use_latents(files, memory)
+
+
+def plan_jobs(training_set: TrainingSet, to_disk: bool) -> list[Job]:
+    """What is to be encoded, small pictures first.
+
+    Two pictures that differ only in their ending, or one picture at two sizes where keys carry no size, claim the same entry of
+    the same file. The first one gets it, the others stay in memory.
+    """
+    groups: dict[tuple[str, Shape, str | None], list[int]] = defaultdict(list)
+    for number, sample in enumerate(training_set.samples):
+        if sample.num_draws:
+            interpolation = training_set.subset_of(sample).resize_interpolation
+            groups[os.path.abspath(sample.picture.path), sample.shape, interpolation].append(number)
+    jobs, claimed, left_out = [], set(), []
+    for (_, _, interpolation), users in groups.items():
+        subsets = [training_set.subset_of(training_set.samples[user]) for user in users]
+        sample = training_set.samples[users[0]]
+        file = file_of(sample, training_set.spec) if to_disk else None
+        if file is not None:
+            if (file.path, file.tail) in claimed:
+                left_out.append(sample.picture.path)
+                file = None
+            else:
+                claimed.add((file.path, file.tail))
+        flipped, alpha = any(s.flip_aug for s in subsets), any(s.alpha_mask for s in subsets)
+        jobs.append(Job(sample, tuple(users), interpolation, flipped, alpha, file))
+    if left_out:
+        logger.warning(
+            "latents of %d pictures stay in memory, their cache file belongs to another picture or size: %s",
+            len(left_out),
+            few(left_out),
+        )
+    return sorted(
+        jobs, key=lambda job: (job.sample.shape.bucket[0] * job.sample.shape.bucket[1], job.sample.shape.bucket)
+    )
+
+
+def file_of(sample: Sample, spec: LatentSpec) -> LatentFile:
+    return latent_file(sample.picture.path, sample.picture.size, sample.shape, spec)
+
+
+def old_file_of(file: LatentFile, picture: str) -> LatentFile:
+    """`<stem>.npz`, the name that early sd-scripts used for every base model."""
+    return replace(file, path=os.path.splitext(picture)[0] + ".npz")
+
+
+# What is true on disk
+
+
+def check_files(
+    jobs: Sequence[Job], vae_identity: str, skips_check: bool, training_set: TrainingSet
+) -> tuple[list[tuple[Job, LatentFile]], list[Job]]:
+    """(jobs that need no encoding, with their files; the others), and a line in the log about both."""
+    has_old_names = not training_set.spec.keys_carry_size
+
+    def look(job: Job) -> tuple[LatentFile | None, str]:
+        assert job.file is not None
+        picture = job.sample.picture
+        expected = Expected(job.sample.shape, job.interpolation, vae_identity, job.needs_flipped, job.needs_alpha)
+        first_fault = "is missing"
+        candidates = [job.file, old_file_of(job.file, picture.path)] if has_old_names else [job.file]
+        for file in candidates:
+            if not os.path.exists(file.path):
+                continue
+            if skips_check and os.access(file.path, os.R_OK):
+                return file, ""
+            fault = fault_of(file, picture.path, picture.size, expected)
+            if fault is None:
+                return file, "foreign" if is_note_missing(file) else ""
+            if first_fault == "is missing":
+                first_fault = fault
+        return None, first_fault
+
+    with ThreadPoolExecutor(max(1, training_set.num_workers)) as pool:
+        seen = pool.map(look, jobs)
+        verdicts = list(tqdm(seen, desc="checking latent cache", total=len(jobs), leave=False, smoothing=0))
+    usable = [(job, file) for job, (file, _) in zip(jobs, verdicts, strict=True) if file is not None]
+    stale = [job for job, (file, _) in zip(jobs, verdicts, strict=True) if file is None]
+    report_check(jobs, verdicts, skips_check)
+    return usable, stale
+
+
+def report_check(jobs: Sequence[Job], verdicts: Sequence[tuple[LatentFile | None, str]], skips_check: bool) -> None:
+    """One line that says what is used, what is missing and what is made again and why; one about foreign entries."""
+    faults: dict[str, list[str]] = defaultdict(list)
+    foreign, old_names = [], []
+    for job, (file, remark) in zip(jobs, verdicts, strict=True):
+        assert job.file is not None
+        if file is None:
+            faults[remark].append(job.file.path)
+        elif file.path != job.file.path:
+            old_names.append(file.path)
+        elif remark:
+            foreign.append(file.path)
+    missing = faults.pop("is missing", [])
+    num_stale = sum(len(paths) for paths in faults.values())
+    reasons = "; ".join(f"{len(paths)} {reason}: {few(paths, 2)}" for reason, paths in faults.items())
+    logger.log(
+        logging.WARNING if num_stale else logging.INFO,
+        "latent cache: %d entries are used%s, %d are missing, %d are made again%s",
+        len(jobs) - len(missing) - num_stale,
+        " unchecked (--skip_cache_check)" if skips_check else "",
+        len(missing),
+        num_stale,
+        f" ({reasons})" if reasons else "",
+    )
+    if foreign:
+        logger.info(
+            "%d cache entries do not say which VAE made them (%s); delete them if it was another",
+            len(foreign),
+            few(foreign, 2),
+        )
+    if old_names:
+        logger.warning(
+            "%d latents come from files with the old name without size (%s), which do not say which base model they are for; "
+            "delete them if it was another",
+            len(old_names),
+            few(old_names, 2),
+        )
+
+
+# Encoding
+
+
+def encoded(
+    jobs: Sequence[Job],
+    encode: Encode,
+    vae_identity: str,
+    vae_batch_size: int,
+    seed: int,
+    training_set: TrainingSet,
+) -> Iterator[tuple[Job, Latents]]:
+    """Every job with its latents, written to its file if it has one; pictures are decoded in threads ahead of the VAE."""
+    if not jobs:
+        return
+    logger.info("caching latents...")
+    batches = list(equal_batches(jobs, vae_batch_size))
+    with tqdm(total=len(jobs), desc="caching latents…", smoothing=0) as bar:
+        for batch, decoded in decoded_ahead(batches, max(1, training_set.num_workers)):
+            for job, picture, latents in zip(batch, decoded, encode_batch(batch, decoded, encode, seed), strict=True):
+                check_latents(job, latents, training_set.spec)
+                if job.file is not None:
+                    write_entry(job.file, latents, job.sample.picture.size, origin_of(job, picture, vae_identity))
+                yield job, latents
+            bar.update(len(batch))
+
+
+def equal_batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:
+    """Neighbouring jobs with one bucket and one need of mirrored copies, up to `count` at a time."""
+    batch: list[Job] = []
+    for job in jobs:
+        alike = (job.sample.shape.bucket, job.needs_flipped)
+        if batch and (len(batch) == count or (batch[0].sample.shape.bucket, batch[0].needs_flipped) != alike):
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
+
+
+def decoded_ahead(batches: Sequence[list[Job]], num_threads: int) -> Iterator[tuple[list[Job], list[Decoded]]]:
+    """Every batch with its pictures; two batches for each thread are read ahead, not more."""
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+    waiting: deque[tuple[list[Job], list[Future[Decoded]]]] = deque()
+    remaining = iter(batches)
+    try:
+        while True:
+            while sum(len(futures) for _, futures in waiting) < 2 * num_threads or len(waiting) < 2:
+                batch = next(remaining, None)
+                if batch is None:
+                    break
+                waiting.append((batch, [pool.submit(decode, job) for job in batch]))
+            if not waiting:
+                return
+            batch, futures = waiting.popleft()
+            yield batch, [future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def decode(job: Job) -> Decoded:
+    """Read, resize and crop the picture of a job, from one read of its file."""
+    path = job.sample.picture.path
+    try:
+        status = os.stat(path)
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    rgb, alpha = read_pixels(path, content)
+    check_size(job.sample, rgb)
+    placement = centred(job.sample.shape)
+    placed_alpha = None
+    if job.needs_alpha:
+        opaque = np.full(rgb.shape[:2], 255, dtype=np.uint8)
+        placed_alpha = place(opaque if alpha is None else alpha, placement, job.interpolation)
+    picture = place(rgb, placement, job.interpolation)
+    return Decoded(picture, placed_alpha, status.st_size, status.st_mtime_ns, content_hash(content))
+
+
+def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode, seed: int) -> list[Latents]:
+    """The latents of pictures of one bucket, and those of their mirrored copies where they are needed."""
+    pixels_BCHW = torch.stack([to_pixels(one.picture) for one in decoded])
+    plain_BCHW = encode(pixels_BCHW, [generator_of(job, seed, 0) for job in jobs])
+    flipped_BCHW = None
+    if jobs[0].needs_flipped:
+        flipped_BCHW = encode(pixels_BCHW.flip(-1), [generator_of(job, seed, 1) for job in jobs])
+    return [
+        Latents(
+            plain_BCHW[i].clone(),
+            None if flipped_BCHW is None else flipped_BCHW[i].clone(),
+            None if alpha is None else torch.from_numpy(alpha),
+        )
+        for i, alpha in enumerate(one.alpha for one in decoded)
+    ]
+
+
+def generator_of(job: Job, seed: int, is_flipped: int) -> Generator:
+    """The picture's own stream: its name and folder and its size, wherever the data set lies."""
+    folder, name = os.path.split(os.path.abspath(job.sample.picture.path))
+    width, height = job.sample.shape.bucket
+    return generator_for(seed, "vae", os.path.basename(folder), name, width, height, is_flipped)
+
+
+def check_latents(job: Job, latents: Latents, spec: LatentSpec) -> None:
+    """Raise ValueError naming the picture where the VAE gave NaN or another shape than the base model's."""
+    path = job.sample.picture.path
+    for tensor in (latents.latents_CHW, latents.flipped_CHW):
+        if tensor is None:
+            continue
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"the VAE gives NaN for {path}; add --no_half_vae, or use a VAE made for fp16")
+        wanted = file_of(job.sample, spec).latent_shape
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(f"the VAE gives latents of shape {tuple(tensor.shape)} for {path}, but {wanted} is needed")
+
+
+def origin_of(job: Job, decoded: Decoded, vae_identity: str) -> Origin:
+    """What the entry is made from."""
+    return Origin(
+        picture=os.path.basename(job.sample.picture.path),
+        picture_bytes=decoded.file_bytes,
+        picture_mtime_ns=decoded.file_mtime_ns,
+        picture_hash=decoded.file_hash,
+        bucket=list(job.sample.shape.bucket),
+        resized=list(job.sample.shape.resized),
+        interpolation=job.interpolation,
+        vae=vae_identity,
+        checksums={},
+    )

@@ -1,0 +1,141 @@
+"""Captions: from the text of a picture to the prompt of one draw."""
+
+import math
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CaptionRules:
+    """What happens to a caption each time its picture is drawn; the fields are the keys of the dataset file."""
+
+    shuffle_caption: bool = False
+    caption_separator: str = ","
+    keep_tokens: int = 0
+    keep_tokens_separator: str = ""
+    secondary_separator: str | None = None
+    enable_wildcard: bool = False
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    caption_dropout_rate: float = 0.0
+    caption_dropout_every_n_epochs: int = 0
+    caption_tag_dropout_rate: float = 0.0
+    token_warmup_min: int = 1
+    token_warmup_step: float = 0  # steps; below 1 a share of the run
+
+    @property
+    def moves_tags(self) -> bool:
+        """Whether tags are shuffled, withheld or dropped."""
+        return self.shuffle_caption or self.token_warmup_step > 0 or self.caption_tag_dropout_rate > 0
+
+
+def compose_caption(
+    text: str, rules: CaptionRules, rng: random.Random, epoch: int, step: int, max_train_steps: int
+) -> str:
+    """The prompt of one draw: dropped, or one line of `text` with prefix, suffix, wildcards and tag rules applied.
+
+    `epoch` counts from 1. `step` is the optimizer step, of `max_train_steps`: --token_warmup_step below 1 is a share of them.
+    """
+    if rules.caption_dropout_rate > 0 and rng.random() < rules.caption_dropout_rate:
+        return ""
+    if rules.caption_dropout_every_n_epochs > 0 and epoch % rules.caption_dropout_every_n_epochs == 0:
+        return ""
+    lines = caption_lines(text, rules)
+    caption = with_affixes(rng.choice(lines) if len(lines) > 1 else lines[0], rules)
+    if rules.enable_wildcard:
+        caption = replace_wildcards(caption, rng)
+    has_marker = bool(rules.keep_tokens_separator) and rules.keep_tokens_separator in caption
+    if has_marker or rules.moves_tags:
+        head, movable, tail = split_tags(caption, rules)
+        movable = withheld(movable, rules, step, max_train_steps)
+        if rules.shuffle_caption:
+            rng.shuffle(movable)
+        if rules.caption_tag_dropout_rate > 0:
+            movable = [tag for tag in movable if rng.random() >= rules.caption_tag_dropout_rate]
+        caption = ", ".join(head + movable + tail)
+    if rules.secondary_separator:
+        caption = caption.replace(rules.secondary_separator, rules.caption_separator)
+    return caption
+
+
+def caption_lines(text: str, rules: CaptionRules) -> list[str]:
+    """The lines of which one is drawn: all non-blank ones with enable_wildcard, otherwise the first. Never empty."""
+    lines = text.split("\n")
+    if not rules.enable_wildcard:
+        return lines[:1]
+    return [line for line in lines if line.strip()] or [""]
+
+
+def with_affixes(line: str, rules: CaptionRules) -> str:
+    """The line between caption_prefix and caption_suffix."""
+    if rules.caption_prefix:
+        line = f"{rules.caption_prefix} {line}"
+    if rules.caption_suffix:
+        line = f"{line} {rules.caption_suffix}"
+    return line
+
+
+_WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+
+
+def replace_wildcards(caption: str, rng: random.Random) -> str:
+    """`{a|b}` becomes one of its alternatives, `{{` and `}}` become literal braces, `{}` stays. Braces do not nest."""
+
+    def chosen(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return "{" if match[0] == "{{" else "}"
+        alternatives: list[str] = match[1].split("|")
+        return rng.choice(alternatives)
+
+    return _WILDCARD.sub(chosen, caption)
+
+
+def has_nested_wildcard(caption: str) -> bool:
+    """Whether one `{...}` stands inside another, which `replace_wildcards` does not understand."""
+    depth = 0
+    for brace in re.findall(r"\{\{|\}\}|\{|\}", caption):
+        depth += {"{": 1, "}": -1}.get(brace, 0)
+        if depth > 1:
+            return True
+        depth = max(depth, 0)
+    return False
+
+
+def split_tags(caption: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
+    """(head, movable, tail): the tags that stay in front, those that may move, those that stay at the end.
+
+    Where keep_tokens_separator occurs it marks the parts and blank tags are removed; otherwise the first keep_tokens tags are the
+    head, and blank tags stay.
+    """
+    separator, marker = rules.caption_separator, rules.keep_tokens_separator
+    if marker and marker in caption:
+        head, movable, *tail = caption.split(marker, 2)
+        rest = "".join(tail).replace(marker, separator)  # a third marker is not text either
+        parts = [[tag.strip() for tag in part.split(separator) if tag.strip()] for part in (head, movable, rest)]
+        return parts[0], parts[1], parts[2]
+    tags = [tag.strip() for tag in caption.strip().split(separator)]
+    return tags[: rules.keep_tokens], tags[rules.keep_tokens :], []
+
+
+def withheld(tags: list[str], rules: CaptionRules, step: int, max_train_steps: int) -> list[str]:
+    """The first tags only, growing from token_warmup_min at step 0 to all of them at token_warmup_step."""
+    warmup = rules.token_warmup_step
+    if 0 < warmup < 1:
+        warmup = math.floor(warmup * max_train_steps)
+    if warmup <= 0 or step >= warmup:
+        return list(tags)
+    smallest = rules.token_warmup_min
+    return tags[: math.floor(step * (len(tags) - smallest) / warmup) + smallest]
+
+
+def fullest_captions(text: str, rules: CaptionRules) -> Iterator[str]:
+    """Every line with affixes and all of its tags: what the token limit is checked against."""
+    for line in caption_lines(text, rules):
+        caption = with_affixes(line, rules)
+        if rules.keep_tokens_separator:
+            caption = caption.replace(rules.keep_tokens_separator, rules.caption_separator)
+        if rules.secondary_separator:
+            caption = caption.replace(rules.secondary_separator, rules.caption_separator)
+        yield caption

@@ -1,0 +1,231 @@
+"""The pictures of a run and the batches drawn from them."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from math import ceil
+from typing import Any, cast
+
+from torch.utils.data import DataLoader
+
+from library.architectures.interface import LatentSpec
+from library.data.audit import TokenLimit, audit_lines
+from library.data.batches import BatchMaker, BatchOrder, Draft, Orders, finish_batch, hand_over, start_worker
+from library.data.buckets import BucketRules
+from library.data.latent_files import LatentFile, Latents
+from library.data.order import epoch_batches
+from library.data.samples import Draws, Sample, build_draws, build_samples, check_pictures
+from library.data.scan import ScannedDataset, collect
+from library.data.schema import NoDataFound, RunDataConfig, SubsetConfig, load_dataset_config
+from library.data.summary import dataset_metadata
+from library.options.run import RunOptions
+from library.options.train import TrainOptions
+from library.types import Batch
+
+__all__ = ["NoDataFound", "TrainingSet"]
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingSet:
+    """What a run trains on. Batches are a function of (seed, epoch, place in the epoch)."""
+
+    def __init__(
+        self,
+        config: RunDataConfig,
+        datasets: tuple[ScannedDataset, ...],
+        rules: tuple[BucketRules, ...],
+        samples: tuple[Sample, ...],
+        draws: Draws,
+        maker: BatchMaker,
+        spec: LatentSpec,
+        token_limit: TokenLimit | None,
+        num_workers: int,
+    ) -> None:
+        self.config = config
+        self.datasets = datasets
+        self.rules = rules
+        self.samples = samples
+        self.draws = draws
+        self.spec = spec
+        self.num_workers = num_workers
+        self._maker = maker
+        self._token_limit = token_limit
+        self._memory: Mapping[int, Latents] = {}
+        self._orders = Orders()
+        self._lasting_loader: DataLoader[Draft | str] | None = None
+
+    @classmethod
+    def build(
+        cls,
+        options: TrainOptions,
+        spec: LatentSpec,
+        seed: int,
+        count_tokens: Callable[[str], int] | None,
+        max_tokens: int | None,
+    ) -> "TrainingSet":
+        """Read the description, list the pictures and sort them into buckets; no picture is decoded.
+
+        Raises NoDataFound where there is nothing to train on, ValueError for every other mistake in the description.
+        """
+        config = load_dataset_config(options)
+        check_drawing(config, options)
+        datasets = collect(config)
+        check_pictures(datasets)
+        rules = tuple(
+            BucketRules.build(
+                dataset.config.resolution,
+                dataset.config.enable_bucket,
+                dataset.config.min_bucket_reso,
+                dataset.config.max_bucket_reso,
+                dataset.config.bucket_reso_steps,
+                dataset.config.bucket_no_upscale,
+                spec.bucket_step,
+            )
+            for dataset in datasets
+        )
+        samples = build_samples(datasets, rules)
+        draws = build_draws(samples, [dataset.config for dataset in datasets])
+        maker = BatchMaker(
+            seed=seed,
+            samples=samples,
+            sample_of_draw=draws.sample_of_draw,
+            subsets=tuple(subset.config for dataset in datasets for subset in dataset.subsets),
+            has_buckets=tuple(rule.enable_bucket for rule in rules),
+            prior_loss_weight=options.dataset.prior_loss_weight,
+            max_train_steps=planned_steps(options.run, sum(bucket.num_batches for bucket in draws.buckets)),
+            files={},
+            in_memory=frozenset(),
+        )
+        limit = None if count_tokens is None or max_tokens is None else TokenLimit(count_tokens, max_tokens)
+        workers = options.dataset.max_data_loader_n_workers
+        return cls(config, datasets, rules, samples, draws, maker, spec, limit, workers)
+
+    # Counts
+
+    @property
+    def num_train_images(self) -> int:
+        """Draws of training pictures in an epoch, repeats included."""
+        return self._count(is_reg=False)
+
+    @property
+    def num_reg_images(self) -> int:
+        """Regularisation pictures times their own repeats, whether they are needed or not."""
+        return self._count(is_reg=True)
+
+    def _count(self, is_reg: bool) -> int:
+        subsets = [subset for dataset in self.datasets for subset in dataset.subsets]
+        return sum(len(s.pictures) * s.config.num_repeats for s in subsets if s.config.is_reg == is_reg)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in an epoch."""
+        return sum(bucket.num_batches for bucket in self.draws.buckets)
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """The batch size of each dataset."""
+        return [dataset.config.batch_size for dataset in self.datasets]
+
+    def subset_of(self, sample: Sample) -> SubsetConfig:
+        """The settings of a sample's subset."""
+        return self._maker.subsets[sample.subset]
+
+    def audit(self, log: logging.Logger) -> None:
+        """Log what was found and what is wrong with it."""
+        for level, line in audit_lines(self.datasets, self.rules, self.samples, self.draws, self._token_limit):
+            log.log(level, "%s", line)
+
+    def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
+        """The `ss_*` values that describe the data; tables and lists are to be written as JSON."""
+        return dataset_metadata(self.config, self.datasets, self.rules, self.samples, options, num_processes)
+
+    # Latents
+
+    def use_latents(self, files: Mapping[int, LatentFile], memory: Mapping[int, Latents]) -> None:
+        """Draw cached latents, by number of the sample, in place of pixels."""
+        self._memory = memory
+        self._maker = replace(self._maker, files=files, in_memory=frozenset(memory))
+        self.close()
+
+    # Batches
+
+    def batches(
+        self,
+        epoch: int,
+        first_batch: int,
+        step_of: Callable[[int], int],
+        num_workers: int,
+        persistent_workers: bool,
+    ) -> Iterator[Batch]:
+        """The batches of an epoch (from 1), from batch `first_batch` (from 0) on; the skipped ones are not read.
+
+        `step_of(i)` is the optimizer step that batch i belongs to. With `persistent_workers` the worker processes live until
+        `close`. Raises ValueError naming a picture that cannot be read.
+        """
+        assert epoch >= 1, epoch
+        draws = epoch_batches(self.draws.buckets, self._maker.seed, epoch)
+        orders = [BatchOrder(epoch, step_of(i), draws[i]) for i in range(first_batch, len(draws))]
+        if not self._needs_workers:
+            num_workers = 0
+        num_workers = min(num_workers, os.cpu_count() or 1, self.num_batches)
+        if num_workers == 0:
+            return (self._finished(self._maker[order]) for order in orders)
+        return self._from_workers(orders, num_workers, persistent_workers)
+
+    def close(self) -> None:
+        """End worker processes that outlive an epoch."""
+        self._lasting_loader = None
+
+    @property
+    def _needs_workers(self) -> bool:
+        # Captions alone are cheaper to make than to send.
+        return len(self._maker.in_memory) < len(self.samples) or any(s.picture.mask_path for s in self.samples)
+
+    def _finished(self, draft: Draft | str) -> Batch:
+        if isinstance(draft, str):
+            raise ValueError(draft)
+        return finish_batch(draft, self._memory)
+
+    def _from_workers(self, orders: list[BatchOrder], num_workers: int, persistent_workers: bool) -> Iterator[Batch]:
+        loader = self._lasting_loader
+        if loader is None or loader.num_workers != num_workers:
+            self._orders = Orders()
+            loader = DataLoader(
+                self._maker,
+                batch_size=None,
+                sampler=self._orders,
+                num_workers=num_workers,
+                collate_fn=cast("Any", hand_over),
+                worker_init_fn=start_worker,
+                persistent_workers=persistent_workers,
+            )
+            self._lasting_loader = loader if persistent_workers else None
+        self._orders.orders = orders
+        for draft in loader:
+            yield self._finished(draft)
+
+
+def planned_steps(options: RunOptions, num_batches: int) -> int:
+    """Optimizer steps of the run, which --token_warmup_step below 1 is a share of."""
+    if options.max_train_epochs is not None:
+        return options.max_train_epochs * ceil(num_batches / options.gradient_accumulation_steps)
+    return options.max_train_steps
+
+
+def check_drawing(config: RunDataConfig, options: TrainOptions) -> None:
+    """Raise ValueError for ways of drawing that exclude each other."""
+    is_cached = options.caching.cache_latents or options.caching.cache_latents_to_disk
+    for dataset in config.datasets:
+        for subset in dataset.subsets:
+            if subset.face_crop_aug_range is not None and dataset.enable_bucket:
+                raise ValueError(
+                    f"{subset.source}: face_crop_aug_range cannot be used with enable_bucket; leave one of them out"
+                )
+            for name in ("random_crop", "color_aug", "face_crop_aug_range"):
+                if is_cached and getattr(subset, name):
+                    raise ValueError(
+                        f"{subset.source}: --{name} draws another picture each time and --cache_latents keeps one; "
+                        "leave one of them out"
+                    )

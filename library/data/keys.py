@@ -1,0 +1,121 @@
+"""The keys of a dataset file: names, types, where each may stand, and what holds when it does not."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Style = Literal["dreambooth", "metadata", "masked"]
+Level = Literal["general", "dataset", "subset"]
+
+INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of value: what an error calls it, what fits, and the value as the program uses it."""
+
+    name: str
+    fits: Callable[[Any], bool]
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+def _is_pair(value: Any, of: type) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(item, of) for item in value)
+
+
+# A bool is an int in Python and counts as one in dataset files of sd-scripts.
+INT = Kind("an int", lambda v: isinstance(v, int), int)
+FLOAT = Kind("a float (with a decimal point)", lambda v: isinstance(v, float))
+NUMBER = Kind("a number", lambda v: isinstance(v, (int, float)), float)
+TEXT = Kind("a string", lambda v: isinstance(v, str))
+BOOL = Kind("true or false", lambda v: isinstance(v, bool))
+TABLE = Kind("a table", lambda v: isinstance(v, dict))
+FLOAT_PAIR = Kind("two floats, [1.0, 3.0]", lambda v: _is_pair(v, float), tuple)
+SIZE = Kind(
+    "an int or [width, height]",
+    lambda v: (isinstance(v, int) and not isinstance(v, bool)) or _is_pair(v, int),
+    lambda v: (int(v[0]), int(v[1])) if isinstance(v, (list, tuple)) else (int(v), int(v)),
+)
+SHARE = Kind("a float from 0.0 to 1.0", lambda v: isinstance(v, float) and 0 <= v <= 1)
+FILTER = Kind(f"one of {', '.join(INTERPOLATIONS)}", lambda v: v in INTERPOLATIONS)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the dataset file."""
+
+    name: str
+    kind: Kind
+    default: Any
+    levels: tuple[Level, ...]
+    styles: tuple[Style, ...] = ("dreambooth", "metadata", "masked")
+    flag: str | None = None  # the option that holds when the file is silent
+
+
+G, D, S = "general", "dataset", "subset"
+GD: tuple[Level, ...] = ("general", "dataset")
+GDS: tuple[Level, ...] = ("general", "dataset", "subset")
+ONLY_S: tuple[Level, ...] = ("subset",)
+
+
+def _key(name: str, kind: Kind, default: Any, levels: tuple[Level, ...], *, flag: str | None = "") -> Key:
+    return Key(name, kind, default, levels, flag=name if flag == "" else flag)
+
+
+DATASET_KEYS = (
+    _key("batch_size", INT, 1, GD, flag="train_batch_size"),
+    _key("resolution", SIZE, None, GD),
+    _key("enable_bucket", BOOL, False, GD),
+    _key("min_bucket_reso", INT, 256, GD),
+    _key("max_bucket_reso", INT, 1024, GD),
+    _key("bucket_reso_steps", INT, 64, GD),
+    _key("bucket_no_upscale", BOOL, False, GD),
+    _key("network_multiplier", FLOAT, 1.0, GD, flag=None),
+)
+
+SUBSET_KEYS = (
+    _key("num_repeats", INT, 1, GDS, flag="dataset_repeats"),
+    _key("shuffle_caption", BOOL, False, GDS),
+    _key("caption_separator", TEXT, ",", GDS),
+    _key("keep_tokens", INT, 0, GDS),
+    _key("keep_tokens_separator", TEXT, "", GDS),
+    _key("secondary_separator", TEXT, None, GDS),
+    _key("enable_wildcard", BOOL, False, GDS),
+    _key("caption_prefix", TEXT, None, GDS),
+    _key("caption_suffix", TEXT, None, GDS),
+    _key("caption_dropout_rate", NUMBER, 0.0, GDS),
+    _key("caption_dropout_every_n_epochs", INT, 0, GDS),
+    _key("caption_tag_dropout_rate", NUMBER, 0.0, GDS),
+    _key("token_warmup_min", INT, 1, GDS),
+    _key("token_warmup_step", NUMBER, 0.0, GDS),
+    _key("color_aug", BOOL, False, GDS),
+    _key("flip_aug", BOOL, False, GDS),
+    _key("random_crop", BOOL, False, GDS),
+    _key("face_crop_aug_range", FLOAT_PAIR, None, GDS),
+    _key("resize_interpolation", FILTER, None, GDS),
+    _key("custom_attributes", TABLE, {}, GDS, flag=None),
+    # The documents of sd-scripts show these two in subsets, so they may stand there.
+    _key("validation_split", SHARE, 0.0, GDS),
+    _key("validation_seed", INT, None, GDS),
+    Key("image_dir", TEXT, None, ONLY_S),
+    Key("class_tokens", TEXT, None, GDS, ("dreambooth",)),
+    Key("is_reg", BOOL, False, ONLY_S, ("dreambooth",)),
+    Key("alpha_mask", BOOL, False, ONLY_S, ("dreambooth", "metadata"), "alpha_mask"),
+    Key("caption_extension", TEXT, ".caption", GDS, ("dreambooth", "masked"), "caption_extension"),
+    Key("cache_info", BOOL, False, GDS, ("dreambooth", "masked"), "cache_info"),
+    Key("metadata_file", TEXT, None, ONLY_S, ("metadata",)),
+    Key("conditioning_data_dir", TEXT, None, ONLY_S, ("masked",)),
+)
+
+ALL_KEYS = {key.name: key for key in (*DATASET_KEYS, *SUBSET_KEYS)}
+
+REQUIRED: dict[Style, tuple[str, ...]] = {
+    "dreambooth": ("image_dir",),
+    "metadata": ("metadata_file",),
+    "masked": ("image_dir", "conditioning_data_dir"),
+}
+
+
+def stands_at(key: Key, level: Level, style: Style | None) -> bool:
+    """Whether the key may stand at this level; [general] serves datasets of every style."""
+    return level in key.levels and (style is None or style in key.styles)

@@ -1,0 +1,130 @@
+"""From what was found to what is drawn: the shape of every picture, its repeats, and the buckets."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from library.data.buckets import BucketRules, Shape, Size, assign_shapes, cover
+from library.data.images import read_size
+from library.data.order import Bucket, regularisation_repeats
+from library.data.scan import Picture, ScannedDataset, few
+from library.data.schema import DatasetConfig, NoDataFound, SubsetConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One picture as a dataset trains it; the same picture in two datasets is two samples."""
+
+    picture: Picture
+    dataset: int
+    subset: int  # counted through all datasets
+    shape: Shape
+    num_draws: int  # in an epoch; 0 for a regularisation picture that is not needed
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Every draw of an epoch by number, and the buckets they lie in."""
+
+    sample_of_draw: NDArray[np.int32]
+    buckets: tuple[Bucket, ...]
+
+
+def check_pictures(datasets: Sequence[ScannedDataset]) -> None:
+    """Raise NoDataFound where there is nothing to train on, ValueError where a subset alone is empty or masks do not fit."""
+    subsets = [subset for dataset in datasets for subset in dataset.subsets]
+    if not any(subset.pictures and not subset.config.is_reg for subset in subsets):
+        sources = [subset.config.source for subset in subsets if not subset.config.is_reg]
+        raise NoDataFound(f"no training pictures in {few(sources)}" if sources else "no subset is left to train on")
+    for subset in subsets:
+        if not subset.pictures:
+            reasons = few([f"{path}: {reason}" for path, reason in subset.dropped], 3)
+            raise ValueError(
+                f"there are no pictures in {subset.config.source}"
+                + (f" that can be used ({reasons})" if reasons else "")
+                + "; name another folder or leave the subset out"
+            )
+    for dataset in datasets:
+        if dataset.config.style == "masked" and dataset.config.enable_bucket:
+            check_mask_sizes([picture for subset in dataset.subsets for picture in subset.pictures])
+
+
+def check_mask_sizes(pictures: Sequence[Picture]) -> None:
+    """With buckets a mask is scaled and cropped like its picture, so it must have its size; ValueError names those that have not."""
+    with ThreadPoolExecutor(16) as pool:
+        sizes = list(pool.map(lambda picture: read_size(picture.mask_path or ""), pictures))
+    wrong = [
+        f"{picture.mask_path} is {size[0]}x{size[1]}, its picture {picture.size[0]}x{picture.size[1]}"
+        for picture, size in zip(pictures, sizes, strict=True)
+        if size != picture.size
+    ]
+    if wrong:
+        raise ValueError(f"{len(wrong)} masks do not have the size of their picture: {few(wrong, 3)}")
+
+
+def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRules]) -> tuple[Sample, ...]:
+    """Every picture with its shape and its number of draws."""
+    samples: list[Sample] = []
+    first_subset = 0
+    for number, (dataset, rule) in enumerate(zip(datasets, rules, strict=True)):
+        placed = [(index, picture) for index, subset in enumerate(dataset.subsets) for picture in subset.pictures]
+        shapes = assign_shapes([picture.size for _, picture in placed], rule)
+        draws = draws_of_dataset(dataset)
+        for (index, picture), shape, num_draws in zip(placed, shapes, draws, strict=True):
+            shape = (
+                shape
+                if rule.enable_bucket
+                else fixed_shape(picture.size, rule.resolution, dataset.subsets[index].config)
+            )
+            samples.append(Sample(picture, number, first_subset + index, shape, num_draws))
+        first_subset += len(dataset.subsets)
+    return tuple(samples)
+
+
+def fixed_shape(picture: Size, target: Size, subset: SubsetConfig) -> Shape:
+    """The shape without buckets: covering the target; random_crop cuts from the picture's own size where that is enough."""
+    if subset.random_crop and picture[0] >= target[0] and picture[1] >= target[1]:
+        return Shape(target, picture)
+    return Shape(target, cover(picture, target))
+
+
+def draws_of_dataset(dataset: ScannedDataset) -> list[int]:
+    """The number of draws of every picture, in order of the subsets: repeats, balanced for regularisation pictures."""
+    configs = [subset.config for subset in dataset.subsets for _ in subset.pictures]
+    num_train_draws = sum(config.num_repeats for config in configs if not config.is_reg)
+    balanced = iter(regularisation_repeats(num_train_draws, [c.num_repeats for c in configs if c.is_reg]))
+    return [next(balanced) if config.is_reg else config.num_repeats for config in configs]
+
+
+def build_draws(samples: Sequence[Sample], configs: Sequence[DatasetConfig]) -> Draws:
+    """Number the draws and sort them into buckets, ordered by dataset and size."""
+    counts = np.array([sample.num_draws for sample in samples], dtype=np.int64)
+    sample_of_draw = np.repeat(np.arange(len(samples), dtype=np.int32), counts)
+    members: dict[tuple[int, Size], list[int]] = defaultdict(list)
+    first = 0
+    for sample in samples:
+        members[sample.dataset, sample.shape.bucket] += range(first, first + sample.num_draws)
+        first += sample.num_draws
+    buckets = tuple(
+        Bucket(dataset, size, configs[dataset].batch_size, tuple(draws))
+        for (dataset, size), draws in sorted(members.items())
+        if draws
+    )
+    return Draws(sample_of_draw, buckets)
+
+
+def duplicated_stems(datasets: Sequence[ScannedDataset]) -> Iterator[tuple[str, str]]:
+    """Pairs of pictures of one subset that share caption file and cache names, because only their endings differ."""
+    for dataset in datasets:
+        for subset in dataset.subsets:
+            seen: dict[str, str] = {}
+            for picture in subset.pictures:
+                stem = os.path.splitext(picture.path)[0]
+                if stem in seen and seen[stem] != picture.path:
+                    yield seen[stem], picture.path
+                seen[stem] = picture.path
