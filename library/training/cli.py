@@ -7,7 +7,7 @@ from typing import Any
 
 from library.options.base import Options
 from library.options.console import ConsoleOptions
-from library.training.config_file import SECRETS, ConfigFileError, config_path, read_config, write_config
+from library.training.config_file import SECRETS, ConfigFileError, config_path, nearest, read_config, write_config
 from library.training.console import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     Sets up logging, so that what there is to say about the file goes where the user wants it. Ends the process with
     status 2 for a bad option, 1 for a bad config file, and 0 once --output_config has written one.
     """
-    typed = parser.parse_args(argv)
+    typed = parse_words(parser, argv)
     if typed.output_config and not typed.config_file:
         parser.error("--output_config needs --config_file with the path of the file to write")
     if not typed.config_file:
@@ -51,12 +51,24 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         logger.error("%s", error)
         parser.exit(1)
     # argparse fills in defaults only where the namespace has nothing, so what was typed wins over the file.
-    args = parser.parse_args(argv, argparse.Namespace(**config.values))
+    args = parse_words(parser, argv, argparse.Namespace(**config.values))
     setup_logging(ConsoleOptions.from_args(args))
     logger.info("options are read from %s", path)
     for warning in config.warnings:
         logger.warning("%s", warning)
     return normalize(unset_empty(args, parser))
+
+
+def parse_words(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, beneath: argparse.Namespace | None = None
+) -> argparse.Namespace:
+    """What `argv` says above the values of `beneath`. An unknown option ends with status 2, naming the nearest."""
+    args, unknown = parser.parse_known_args(argv, beneath)
+    if unknown:
+        names = {action.dest: action for action in parser._actions}
+        hints = [word + nearest(word[2:].split("=")[0], names) if word.startswith("--") else word for word in unknown]
+        parser.error(f"unrecognized arguments: {' '.join(hints)}")
+    return args
 
 
 def unset_empty(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:

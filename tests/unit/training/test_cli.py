@@ -244,6 +244,14 @@ def test_any_text_survives_writing_and_reading(tmp_path_factory: pytest.TempPath
     assert read_toml(path, "") == {"output_name": text, "network_args": [text]}
 
 
+def test_unknown_option_names_the_nearest_and_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(PARSER, ["--netwrk_dim=4", "--zzz", "1"])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert "unrecognized arguments: --netwrk_dim=4 (nearest: network_dim) --zzz 1" in message
+
+
 def test_empty_value_on_the_command_line_is_unset() -> None:
     args = parse(PARSER, ["--vae=", "--resume", "", "--network_args", "--caption_separator="])
     assert (args.vae, args.resume, args.network_args, args.caption_separator) == (None, None, None, "")
