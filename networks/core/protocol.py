@@ -118,7 +118,7 @@ def open_network_module(name: str) -> NetworkModule:
             "(networks/core/protocol.py says what it must offer)"
         )
     from_weights = getattr(module, "create_network_from_weights", None) or _cannot_read_files(name)
-    return OpenedModule(name, create, from_weights)
+    return OpenedModule(name, _explained(name, create), from_weights)
 
 
 def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:
@@ -283,6 +283,21 @@ def _trained_groups(
             "set --learning_rate, --unet_lr or --text_encoder_lr"
         )
     return kept, kept_names if names is not None else None
+
+
+def _explained(name: str, create: Callable[..., Any]) -> Callable[..., Any]:
+    """`create_network` whose failed assertions, which are how others refuse settings, name the module and a way out."""
+
+    def create_network(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            return create(*arguments, **keywords)
+        except AssertionError as error:
+            hint = "check --network_dim and --network_args against the documentation of that module"
+            if name.startswith("lycoris.") and "duplicated lora name" in str(error):
+                hint = 'its preset names a layer of this base model twice; add --network_args "preset=attn-mlp"'
+            raise ValueError(f"--network_module {name} cannot make a network ({error}): {hint}") from error
+
+    return create_network
 
 
 def _cannot_read_files(name: str) -> Callable[..., tuple[Any, dict[str, Tensor]]]:

@@ -1,0 +1,101 @@
+"""LyCORIS as a third-party network module: what the trainer needs of it works on the view of a U-Net."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from library.architectures.sd.view import view
+from library.checkpoints.files import load_state_dict, read_metadata
+from networks.core.protocol import AdoptedNetwork, adopt, open_network_module
+from tests.parity.test_lora_merge import tiny_clip, tiny_unet
+from tests.tolerances import FLOAT32_DEEP
+
+pytest.importorskip("lycoris")
+
+LOKR = {"algo": "lokr", "preset": "attn-mlp", "factor": "4", "dropout": None}
+
+
+@pytest.fixture
+def models() -> tuple[UNet2DConditionModel, tuple[nn.Module | list[nn.Module], nn.Module]]:
+    unet = tiny_unet(501, torch.float32)
+    return unet, view([tiny_clip(502, torch.float32)], unet)
+
+
+def lokr(viewed: tuple[Any, nn.Module], seed: int) -> AdoptedNetwork:
+    torch.manual_seed(seed)
+    module = open_network_module("lycoris.kohya")
+    network = adopt(module.create_network(1.0, 2, 1.0, None, *viewed, neuron_dropout=None, **LOKR))  # type: ignore[arg-type]
+    network.apply_to(*viewed, True, True)
+    return network
+
+
+def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(503)
+    yield torch.randn(2, 4, 8, 8), torch.tensor([3, 777]), torch.randn(2, 5, 32)
+
+
+def test_lokr_trains_and_its_file_gives_the_trained_model_back(models: Any, tmp_path: Path) -> None:
+    unet, viewed = models
+    batch = next(batches())
+    base = unet(*batch).sample
+    network = lokr(viewed, 504)
+    groups, names = network.parameter_groups([1e-2], None, 1e-2)
+    assert len(groups) >= 2 and (names is None or len(names) == len(groups))
+    optimizer = torch.optim.AdamW(groups)
+    network.prepare_gradients(*viewed)
+    losses = []
+    for _ in range(5):
+        network.start_epoch(*viewed)
+        network.start_step(*viewed)
+        loss = unet(*batch).sample.sub(1).square().mean()
+        loss.backward()
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in network.trainable_parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    network.module.eval()
+    trained = unet(*batch).sample
+    assert (trained - base).abs().max() > 1e-3
+
+    path = tmp_path / "lokr.safetensors"
+    network.save_weights(path, None, {"ss_steps": "5"})
+    assert [p.name for p in tmp_path.iterdir()] == ["lokr.safetensors"]
+    assert read_metadata(path)["ss_steps"] == "5"
+    keys = load_state_dict(path)
+    assert any(key.startswith("lora_te_text_model_encoder_layers_0_self_attn_q_proj.lokr_") for key in keys)
+    assert any(
+        key.startswith("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lokr_") for key in keys
+    )
+
+    fresh = tiny_unet(501, torch.float32)
+    again = lokr(view([tiny_clip(502, torch.float32)], fresh), 505)
+    assert not torch.allclose(fresh(*batch).sample, trained, atol=1e-4)
+    again.load_weights(path)
+    again.module.eval()
+    torch.testing.assert_close(fresh(*batch).sample, trained, **FLOAT32_DEEP)
+
+
+def test_the_multiplier_switches_lokr_off(models: Any) -> None:
+    unet, viewed = models
+    batch = next(batches())
+    base = unet(*batch).sample
+    network = lokr(viewed, 506)
+    with torch.no_grad():
+        for parameter in network.module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    assert not torch.allclose(unet(*batch).sample, base, atol=1e-4)
+    network.set_multiplier(0.0)
+    torch.testing.assert_close(unet(*batch).sample, base, **FLOAT32_DEEP)
+
+
+def test_a_preset_that_does_not_fit_the_model_says_which_does() -> None:
+    module = open_network_module("lycoris.kohya")
+    unet = tiny_unet(507, torch.float32)
+    with pytest.raises(ValueError, match=r"lycoris\.kohya cannot make a network .*preset=attn-mlp"):
+        module.create_network(1.0, 2, 1.0, None, None, unet, algo="lokr", preset="full")  # type: ignore[arg-type]
