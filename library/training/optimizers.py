@@ -252,6 +252,7 @@ def effective_rates(optimizer: Optimizer, name: str) -> list[float] | None:
     `name` is `BuiltOptimizer.name`.
     """
     class_name = name.partition("(")[0].rpartition(".")[2].lower()
-    if not class_name.startswith(("dadapt", "prodigy")):
+    estimates_d = class_name.startswith(("dadapt", "prodigy"))
+    if not estimates_d or any("d" not in group for group in optimizer.param_groups):
         return None
     return [float(group["d"]) * float(group["lr"]) for group in optimizer.param_groups]

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from io import BytesIO
 from typing import Any
 
 import pytest
@@ -54,6 +55,48 @@ def test_each_name_lowers_the_loss_in_any_case(name: str) -> None:
         options = OptimizerOptions(spelling, learning_rate=RATES.get(name, 0.02), optimizer_args=args)
         _, losses = train(options, steps=60, seed=11)
         assert losses[-1] < 0.7 * losses[0], (spelling, losses[0], losses[-1])
+
+
+def advance(built: BuiltOptimizer, weight: Tensor, bias: Tensor, inputs: Tensor, wanted: Tensor, steps: int) -> None:
+    for _ in range(steps):
+        (inputs @ weight + bias - wanted).square().mean().backward()
+        built.optimizer.step()
+        built.optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_each_optimizer_goes_on_from_its_saved_state_bit_for_bit(name: str) -> None:
+    options = OptimizerOptions(name, learning_rate=RATES.get(name, 0.02))
+    weight, bias, inputs, wanted = tensors(seed=31)
+    built = build_optimizer(options, [{"params": [weight]}, {"params": [bias]}])
+    advance(built, weight, bias, inputs, wanted, 4)
+    file = BytesIO()
+    torch.save(built.optimizer.state_dict(), file)
+    resumed = [nn.Parameter(p.detach().clone()) for p in (weight, bias)]
+    advance(built, weight, bias, inputs, wanted, 4)
+
+    again = build_optimizer(options, [{"params": [p]} for p in resumed])
+    file.seek(0)
+    again.optimizer.load_state_dict(torch.load(file, weights_only=True))
+    advance(again, *resumed, inputs, wanted, 4)
+    assert torch.equal(resumed[0], weight)
+    assert torch.equal(resumed[1], bias)
+
+
+def test_the_fused_step_works_with_a_gradient_scaler() -> None:
+    parameter = nn.Parameter(torch.linspace(-1, 1, 20))
+    built = build_optimizer(OptimizerOptions(learning_rate=0.125), [{"params": [parameter]}])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # type: ignore[attr-defined]
+    for factor, moves in ((3.0, True), (torch.inf, False)):
+        before = parameter.detach().clone()
+        scaler.scale((parameter * factor).sum()).backward()
+        scaler.unscale_(built.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_([parameter], 1e9)
+        assert norm.item() == pytest.approx(factor * 20**0.5)
+        scaler.step(built.optimizer)
+        scaler.update()
+        built.optimizer.zero_grad()
+        assert torch.equal(before, parameter) is not moves
 
 
 def test_adamw_is_the_default_fused_and_steps_like_the_paper() -> None:
@@ -282,6 +325,7 @@ def test_effective_rates_are_d_times_lr(name: str) -> None:
 def test_other_optimizers_have_no_effective_rate() -> None:
     built, _ = train(OptimizerOptions("AdamW"), 1, 27)
     assert effective_rates(built.optimizer, built.name) is None
+    assert effective_rates(built.optimizer, "elsewhere.ProdigyOfAnotherKind(x=1)") is None, "its groups hold no d"
 
 
 # --- schedule-free --------------------------------------------------------------------------------------------------
