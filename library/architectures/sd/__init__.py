@@ -40,7 +40,7 @@ def build_text(options: TrainOptions, loader: SdLoader) -> ClipText:
             f"--clip_skip is {model.clip_skip}, the text encoder has {num_layers} layers; use 1 to {num_layers}"
         )
     return ClipText(
-        tokenizer=load_tokenizer(loader.path, model.tokenizer_cache_dir),
+        tokenizer=load_tokenizer(loader.path, model.tokenizer_cache_dir, loader.num_words),
         num_chunks=(model.max_token_length or CHUNK_TOKENS) // CHUNK_TOKENS,
         clip_skip=model.clip_skip or 1,
         reads_emphasis=model.weighted_captions,

@@ -57,6 +57,11 @@ class SdLoader:
     uses_xformers: bool
 
     @property
+    def num_words(self) -> int:
+        """Size of the text encoder's vocabulary."""
+        return shapes.shape_of(self.clip.weights.shapes, "embeddings.token_embedding.weight")[0]
+
+    @property
     def num_text_layers(self) -> int:
         return shapes.count(self.clip.weights.shapes, r"encoder\.layers\.(\d+)\.")
 

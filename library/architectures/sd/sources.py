@@ -110,9 +110,9 @@ def open_part(flag: str, folder: Path, kind: str) -> tuple[dict[str, Any], Weigh
     Raises ValueError naming what is missing.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{flag} {folder.parent} is no diffusers folder of SD 1.x: {folder / 'config.json'} is missing"
-        )
+        files = sorted(file.name for file in folder.parent.glob("*") if file.suffix.lower() in WEIGHT_SUFFIXES)
+        hint = f"; to use {files[0]} in it, give the path of that file" if files else ""
+        raise ValueError(f"{flag} {folder.parent} is no diffusers folder: {folder / 'config.json'} is missing{hint}")
     file = find_weight_file(folder, kind)
     if file is None:
         raise ValueError(f"{flag}: {folder} has no weights; expected {weight_files(kind)[0][0]} in it")

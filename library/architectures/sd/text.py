@@ -91,8 +91,8 @@ def join_chunks(hidden_BLTW: Tensor) -> Tensor:
     return torch.cat([first_B1W, hidden_BLTW[:, :, 1:-1].flatten(1, 2), last_B1W], dim=1)
 
 
-def load_tokenizer(model: Path, cache_dir: str | None) -> Any:
-    """CLIP's tokenizer for the checkpoint at `model`, a folder or a single file.
+def load_tokenizer(model: Path, cache_dir: str | None, num_words: int) -> Any:
+    """CLIP's tokenizer for the checkpoint at `model`, a folder or a single file; its text encoder knows `num_words`.
 
     Looked for in tokenizer/ of the folder or beside the file, then in --tokenizer_cache_dir, then on the hub, from
     where it is saved into --tokenizer_cache_dir. Raises ValueError saying what to put where.
@@ -101,7 +101,14 @@ def load_tokenizer(model: Path, cache_dir: str | None) -> Any:
 
     folder = find_tokenizer(model, cache_dir)
     logger.info("tokenizer: %s", folder)
-    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= num_words:
+        raise ValueError(
+            f"the tokenizer in {folder} has ids up to {largest}, the text encoder knows {num_words} words: "
+            f"it belongs to another model than {model}; put the right one into its place"
+        )
+    return tokenizer
 
 
 def find_tokenizer(model: Path, cache_dir: str | None) -> Path:

@@ -1,0 +1,31 @@
+"""What the tests of this package share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from library.architectures.interface import Architecture
+from library.architectures.sd import build
+from library.options.memory import MemoryOptions
+from library.options.model import ModelOptions
+from library.options.precision import PrecisionOptions
+from library.options.train import TrainOptions
+
+Open = Callable[..., Architecture]
+
+
+@pytest.fixture
+def open_sd() -> Open:
+    """open_sd(path, vae=..., mixed_precision=..., xformers=True): the architecture of a checkpoint."""
+
+    def opened(path: Path | str | None, mixed_precision: str = "no", xformers: bool = False, **model: object):
+        return build(
+            TrainOptions(
+                model=ModelOptions(pretrained_model_name_or_path=None if path is None else str(path), **model),
+                precision=PrecisionOptions(mixed_precision=mixed_precision),
+                memory=MemoryOptions(xformers=xformers),
+            )
+        )
+
+    return opened

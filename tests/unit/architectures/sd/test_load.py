@@ -1,0 +1,267 @@
+"""Checkpoints to modules: the same weights whatever the file, in the training dtype, without a detour."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from library.architectures.interface import Architecture
+from library.types import Noised
+from tests.tiny.sd import build_tiny_sd
+from tests.tolerances import FLOAT32_DEEP
+
+
+def outputs(arch: Architecture) -> dict[str, Tensor]:
+    """What each of the three models says to fixed inputs."""
+    generator = torch.Generator().manual_seed(31)
+    pixels_BCHW = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
+    latents_BCHW = torch.randn(2, 4, 8, 8, generator=generator)
+    conditioning = arch.text.encode(arch.load.text_encoders(), arch.text.tokenize(["a red cat", "and a dog, (dry)"]))
+    vae = arch.load.vae()
+    noised = Noised(latents_BCHW, latents_BCHW, latents_BCHW, torch.ones(2), torch.tensor([17, 801]))
+    with torch.no_grad():
+        return {
+            **conditioning,
+            "encoded": arch.codec.encode(vae, pixels_BCHW, [torch.Generator().manual_seed(i) for i in (5, 6)]),
+            "decoded": arch.codec.decode(vae, latents_BCHW),
+            "prediction": arch.predict(arch.load.denoiser(), noised, conditioning, None),
+        }
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_a_single_file_says_bit_for_bit_what_the_folder_says(open_sd, tiny_sd_folder, tiny_sd_file):
+    assert_same(outputs(open_sd(tiny_sd_file)), outputs(open_sd(tiny_sd_folder)))
+
+
+def test_a_ckpt_says_bit_for_bit_what_the_folder_says(open_sd, tiny_sd_folder, tmp_path):
+    assert_same(outputs(open_sd(build_tiny_sd(tmp_path, 11, "ckpt"))), outputs(open_sd(tiny_sd_folder)))
+
+
+def test_a_ckpt_of_torch_before_1_6_is_read(open_sd, tiny_sd_file, tmp_path):
+    shutil.copytree(tiny_sd_file.parent / "tokenizer", tmp_path / "tokenizer")
+    torch.save(load_file(tiny_sd_file), tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    assert_same(outputs(open_sd(tmp_path / "old.ckpt")), outputs(open_sd(tiny_sd_file)))
+
+
+def test_a_prediction_is_of_the_size_of_its_target(open_sd, tiny_sd_folder):
+    found = outputs(open_sd(tiny_sd_folder))
+    assert 0.2 < found["prediction"].std() < 3
+    assert found["hidden_state"].shape == (2, 77, 32)
+    assert found["encoded"].shape == (2, 4, 8, 8)
+    assert found["decoded"].shape == (2, 3, 64, 64)
+
+
+@pytest.mark.parametrize("variant", ["fp16.safetensors", "bin", "sharded"])
+def test_a_folder_is_read_in_every_format_of_its_weights(open_sd, tiny_sd_folder, tmp_path, variant):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sd_folder, folder)
+    for part, stem, pickled in (
+        ("unet", "diffusion_pytorch_model", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model", "diffusion_pytorch_model"),
+        ("text_encoder", "model", "pytorch_model"),
+    ):
+        file = folder / part / f"{stem}.safetensors"
+        tensors = load_file(file)
+        file.unlink()
+        if variant == "bin":
+            torch.save(tensors, folder / part / f"{pickled}.bin")
+        elif variant == "sharded":
+            names = sorted(tensors)
+            halves = {f"{stem}-{i + 1:05}-of-00002.safetensors": names[i::2] for i in range(2)}
+            for shard, keys in halves.items():
+                save_file({key: tensors[key] for key in keys}, folder / part / shard)
+            weight_map = {key: shard for shard, keys in halves.items() for key in keys}
+            (folder / part / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        else:
+            save_file(tensors, folder / part / f"{stem}.{variant}")
+    assert_same(outputs(open_sd(folder)), outputs(open_sd(tiny_sd_folder)))
+
+
+def test_text_encoder_names_may_lack_text_model(open_sd, tiny_sd_file, tmp_path):
+    shutil.copytree(tiny_sd_file.parent / "tokenizer", tmp_path / "tokenizer")
+    tensors = {k.replace("transformer.text_model.", "transformer."): v for k, v in load_file(tiny_sd_file).items()}
+    save_file(tensors, tmp_path / "short.safetensors")
+    assert_same(outputs(open_sd(tmp_path / "short.safetensors")), outputs(open_sd(tiny_sd_file)))
+
+
+def test_averages_buffers_and_flat_vae_attention_change_nothing(open_sd, tiny_sd_file, tmp_path, caplog):
+    """Names that real checkpoints also have: EMA weights, the noise schedule, position ids, 2-D attention weights."""
+    shutil.copytree(tiny_sd_file.parent / "tokenizer", tmp_path / "tokenizer")
+    tensors = load_file(tiny_sd_file)
+    tensors = {k: v.squeeze() if ".attn_1." in k and v.ndim == 4 else v for k, v in tensors.items()}
+    tensors["model_ema.diffusion_modelinput_blocks00weight"] = torch.randn(3)
+    tensors["betas"] = torch.randn(1000)
+    tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None] + 5
+    save_file(tensors, tmp_path / "extra.safetensors")
+    with caplog.at_level(logging.WARNING):
+        assert_same(outputs(open_sd(tmp_path / "extra.safetensors")), outputs(open_sd(tiny_sd_file)))
+    assert [r.message for r in caplog.records if "library" in r.name] == []
+
+
+def test_unknown_unet_weights_are_named(open_sd, tiny_sd_file, tmp_path, caplog):
+    shutil.copytree(tiny_sd_file.parent / "tokenizer", tmp_path / "tokenizer")
+    save_file(
+        {**load_file(tiny_sd_file), "model.diffusion_model.new_gate.weight": torch.randn(2)}, tmp_path / "m.safetensors"
+    )
+    with caplog.at_level(logging.WARNING):
+        open_sd(tmp_path / "m.safetensors").load.denoiser()
+    assert "new_gate.weight" in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["ldm", "prefixed", "diffusers", "folder", "diffusers before 0.12"])
+def test_another_vae_replaces_the_own_one(open_sd, tiny_sd_folder, tmp_path, layout):
+    """The VAE of a model with another seed, in each form that --vae takes."""
+    other = build_tiny_sd(tmp_path / "folder", 12)
+    single = {k: v for k, v in load_file(build_tiny_sd(tmp_path / "file", 12, "safetensors")).items()}
+    prefix = "first_stage_model."
+    vae = {k.removeprefix(prefix): v for k, v in single.items() if k.startswith(prefix)}
+    path = tmp_path / "vae.safetensors"
+    if layout == "ldm":
+        save_file({**vae, "loss.discriminator.main.0.weight": torch.randn(2)}, path)
+    elif layout == "prefixed":
+        save_file({prefix + k: v for k, v in vae.items()}, path)
+    elif layout == "folder":
+        path = other / "vae"
+    else:
+        tensors = load_file(other / "vae" / "diffusion_pytorch_model.safetensors")
+        old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        if layout != "diffusers":
+            for new, name in old.items():
+                tensors = {k.replace(f".{new}.", f".{name}."): v for k, v in tensors.items()}
+            assert any(".proj_attn." in k for k in tensors)
+        save_file(tensors, path)
+    found = open_sd(tiny_sd_folder, vae=str(path)).load.vae().state_dict()
+    wanted = open_sd(other).load.vae().state_dict()
+    own = open_sd(tiny_sd_folder).load.vae().state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert not torch.equal(found["decoder.conv_in.weight"], own["decoder.conv_in.weight"])
+
+
+@pytest.mark.parametrize(
+    ("mixed_precision", "no_half_vae", "dtype", "vae_dtype"),
+    [
+        ("no", False, torch.float32, torch.float32),
+        ("fp16", False, torch.float16, torch.float16),
+        ("bf16", False, torch.bfloat16, torch.bfloat16),
+        ("bf16", True, torch.bfloat16, torch.float32),
+    ],
+)
+def test_models_come_frozen_in_the_training_dtype(
+    open_sd, tiny_sd_file, mixed_precision, no_half_vae, dtype, vae_dtype
+):
+    load = open_sd(tiny_sd_file, mixed_precision, no_half_vae=no_half_vae).load
+    for model, wanted in ((load.denoiser(), dtype), (load.text_encoders()[0], dtype), (load.vae(), vae_dtype)):
+        assert {p.dtype for p in model.parameters()} == {wanted}
+        assert not any(p.requires_grad for p in model.parameters())
+        assert not any(m.training for m in model.modules())
+        assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"cpu"}
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes that operations make on the CPU, and the draws of random numbers there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+        self.num_draws = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if isinstance(out, Tensor) and out.device.type == "cpu":
+            self.num_draws += name in ("normal_", "uniform_", "randn", "rand")
+            if name in ("empty", "empty_strided", "zeros", "ones", "clone", "_to_copy", "new_empty"):
+                self.num_bytes += out.numel() * out.element_size()
+        return out
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_loading_makes_each_weight_once_and_initialises_none(open_sd, tiny_sd_file, mixed_precision):
+    load = open_sd(tiny_sd_file, mixed_precision).load
+    for get in (load.denoiser, load.vae, lambda: load.text_encoders()[0]):
+        with Allocations() as made:
+            model = get()
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        assert made.num_draws == 0
+        assert weights <= made.num_bytes <= weights + 2048  # position ids and the like
+
+
+def test_a_model_is_read_without_the_others(open_sd, tiny_sd_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sd_folder, folder)
+    load = open_sd(folder).load
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    (folder / "text_encoder" / "model.safetensors").write_bytes(b"")
+    assert load.denoiser() is not None
+
+
+def test_the_file_may_be_replaced_after_loading(open_sd, tmp_path):
+    """Weights are copies: a checkpoint that is overwritten during the run changes nothing."""
+    path = build_tiny_sd(tmp_path, 13, "safetensors")
+    unet = open_sd(path).load.denoiser()
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\xff" * 4096)
+    assert all(torch.equal(before[name], tensor) for name, tensor in unet.state_dict().items())
+
+
+def test_text_positions_are_right_although_no_file_has_them(open_sd, tiny_sd_folder):
+    (encoder,) = open_sd(tiny_sd_folder).load.text_encoders()
+    assert torch.equal(encoder.embeddings.position_ids, torch.arange(77)[None])
+
+
+def test_the_unet_gives_the_same_in_channels_last(open_sd, tiny_sd_folder):
+    arch = open_sd(tiny_sd_folder)
+    unet = arch.load.denoiser()
+    latents_BCHW = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(32))
+    noised = Noised(latents_BCHW, latents_BCHW, latents_BCHW, torch.ones(1), torch.tensor([400]))
+    conditioning = {"hidden_state": torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(33))}
+    plain = arch.predict(unet, noised, conditioning, None)
+    last = arch.predict(unet.to(memory_format=torch.channels_last), noised, conditioning, None)
+    torch.testing.assert_close(plain, last, **FLOAT32_DEEP)
+
+
+def test_a_velocity_model_without_the_flag_is_pointed_out(open_sd, tiny_sd_folder, tmp_path, caplog):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sd_folder, folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+    with caplog.at_level(logging.WARNING):
+        open_sd(folder)
+    assert "give --v_parameterization" in caplog.text
+
+
+def test_metadata_names_the_model(open_sd, tiny_sd_folder):
+    plain, velocity = open_sd(tiny_sd_folder).metadata, open_sd(tiny_sd_folder, v_parameterization=True).metadata
+    assert (plain["ss_base_model_version"], velocity["ss_base_model_version"]) == ("sd_v1", "sd_v1_v")
+    assert (plain["modelspec.prediction_type"], velocity["modelspec.prediction_type"]) == ("epsilon", "v")
+
+
+def test_mem_eff_attn_says_what_is_used(tiny_sd_folder, caplog):
+    from library.architectures.sd.load import wants_xformers
+    from library.options.memory import MemoryOptions
+    from library.options.train import TrainOptions
+
+    with caplog.at_level(logging.INFO):
+        assert not wants_xformers(TrainOptions(memory=MemoryOptions(mem_eff_attn=True)))
+    assert "sdpa" in caplog.text
+
+
+def test_every_attention_runs_in_torchs_own_kernel(open_sd, tiny_sd_folder):
+    unet = open_sd(tiny_sd_folder).load.denoiser()
+    assert {type(p).__name__ for p in unet.attn_processors.values()} == {"AttnProcessor2_0"}
+
+
+def test_the_tiny_model_is_small(tiny_sd_folder: Path, tiny_sd_file: Path):
+    assert sum(f.stat().st_size for f in tiny_sd_folder.rglob("*") if f.is_file()) < 2_000_000
+    assert tiny_sd_file.stat().st_size < 2_000_000

@@ -1,0 +1,209 @@
+"""What is no SD 1.x checkpoint is refused with what it is and what to do."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.tiny.sd import build_tiny_sd
+
+OTHER_FILES = {
+    "sdxl": (["conditioner.embedders.0.transformer.x", "model.diffusion_model.input_blocks.0.0.weight"],
+             "this is an SDXL checkpoint; use sdxl_train_network.py"),
+    "sd3": (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "use sd3_train_network.py"),
+    "flux": (["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"], "use flux_train_network.py"),
+    "hunyuan": (["byt5_in.fc1.weight", "double_blocks.0.img_attn_qkv.weight"], "use hunyuan_image_train_network.py"),
+    "lumina": (["cap_embedder.0.weight", "layers.0.attention.qkv.weight"], "use lumina_train_network.py"),
+    "anima": (["net.llm_adapter.embed.weight", "net.blocks.0.x"], "use anima_train_network.py"),
+    "sd2": (["cond_stage_model.model.ln_final.weight", "model.diffusion_model.out.0.weight"],
+            "--v2 is not supported yet"),
+    "lora": (["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"], "an adapter (LoRA), not a base model"),
+    "vae": (["encoder.down.0.block.0.norm1.weight", "decoder.conv_in.weight"], "this is a VAE, not a base model"),
+    "unet": (["down_blocks.0.resnets.0.conv1.weight"], "the U-Net of a diffusers folder alone"),
+    "text": (["text_model.encoder.layers.0.mlp.fc1.weight"], "a text encoder alone"),
+    "embedding": (["emb_params"], "a textual inversion embedding"),
+    "none": (["thing.weight"], "no Stable Diffusion checkpoint (first names: thing.weight)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER_FILES)
+def test_other_files_are_called_what_they_are(open_sd, tmp_path, kind):
+    names, message = OTHER_FILES[kind]
+    save_file({name: torch.randn(2, 2) for name in names}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        open_sd(tmp_path / "model.safetensors")
+    assert "--pretrained_model_name_or_path" in str(error.value) and "model.safetensors" in str(error.value)
+
+
+def changed(tiny_sd_file: Path, folder: Path, **changes: torch.Tensor | None) -> Path:
+    tensors = {**load_file(tiny_sd_file), **changes}
+    shutil.copytree(tiny_sd_file.parent / "tokenizer", folder / "tokenizer")
+    save_file({k: v for k, v in tensors.items() if v is not None}, folder / "changed.safetensors")
+    return folder / "changed.safetensors"
+
+
+def test_a_unet_for_wider_text_is_sd2(open_sd, tiny_sd_file, tmp_path):
+    name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    with pytest.raises(ValueError, match=r"SD 2.x checkpoint; --v2 is not supported yet"):
+        open_sd(changed(tiny_sd_file, tmp_path, **{name: torch.randn(16, 1024)}))
+
+
+def test_v2_is_not_supported_yet(open_sd, tiny_sd_file):
+    with pytest.raises(ValueError, match="--v2 is not supported yet"):
+        open_sd(tiny_sd_file, v2=True)
+
+
+def test_an_inpainting_model_is_refused(open_sd, tiny_sd_file, tmp_path):
+    path = changed(
+        tiny_sd_file, tmp_path, **{"model.diffusion_model.input_blocks.0.0.weight": torch.randn(16, 9, 3, 3)}
+    )
+    with pytest.raises(ValueError, match="takes 9 input channels, training feeds 4"):
+        open_sd(path)
+
+
+def test_missing_weights_are_counted_and_named(open_sd, tiny_sd_file, tmp_path):
+    gone = [
+        "model.diffusion_model.middle_block.0.in_layers.2.bias",
+        "model.diffusion_model.out.2.bias",
+        "model.diffusion_model.time_embed.2.weight",
+    ]
+    load = open_sd(changed(tiny_sd_file, tmp_path, **dict.fromkeys(gone))).load
+    with pytest.raises(ValueError, match=r"incomplete: 3 of the \d+ weights of UNet2DConditionModel are missing") as e:
+        load.denoiser()
+    assert all(name in str(e.value) for name in ("time_embedding.linear_2.weight", "conv_out.bias"))
+
+
+def test_a_weight_of_another_shape_is_named_with_both_shapes(open_sd, tiny_sd_file, tmp_path):
+    load = open_sd(changed(tiny_sd_file, tmp_path, **{"model.diffusion_model.out.0.bias": torch.randn(5)})).load
+    with pytest.raises(ValueError, match=r"conv_norm_out.bias: it has the shape \(5,\), the model needs \(16,\)"):
+        load.denoiser()
+
+
+def test_a_checkpoint_without_vae_asks_for_one(open_sd, tiny_sd_file, tiny_sd_folder, tmp_path):
+    gone = {name: None for name in load_file(tiny_sd_file) if name.startswith("first_stage_model.")}
+    path = changed(tiny_sd_file, tmp_path, **gone)
+    with pytest.raises(ValueError, match=r"has no VAE .*; give one with --vae"):
+        open_sd(path)
+    assert open_sd(path, vae=str(tiny_sd_folder)).load.vae() is not None
+
+
+def test_a_checkpoint_without_text_encoder_is_refused(open_sd, tiny_sd_file, tmp_path):
+    gone = {name: None for name in load_file(tiny_sd_file) if name.startswith("cond_stage_model.")}
+    with pytest.raises(ValueError, match="has a U-Net but no text encoder"):
+        open_sd(changed(tiny_sd_file, tmp_path, **gone))
+
+
+def test_a_truncated_file_is_named(open_sd, tiny_sd_file, tmp_path):
+    path = tmp_path / "half.safetensors"
+    path.write_bytes(tiny_sd_file.read_bytes()[:500_000])
+    with pytest.raises(ValueError, match=r"half.safetensors is not a whole safetensors file: it is cut short"):
+        open_sd(path)
+
+
+def test_a_truncated_ckpt_is_named(open_sd, tmp_path):
+    path = build_tiny_sd(tmp_path, 14, "ckpt")
+    path.write_bytes(path.read_bytes()[:400_000])
+    with pytest.raises(ValueError, match=r"--pretrained_model_name_or_path: .*tiny_sd.ckpt"):
+        open_sd(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a shopping list: apples, pears and plums\n", "is a text file, not a checkpoint; it begins with 'a shopping"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+        (b"<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
+        (b"", "is empty"),
+        (b"PK\x03\x04" + bytes(range(200)), "is a PyTorch pickle under the name of a safetensors file"),
+    ],
+)
+def test_what_downloads_leave_behind_is_recognised(open_sd, tmp_path, content, message):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_sd(tmp_path / "model.safetensors")
+
+
+class Mischief:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(open_sd, tmp_path):
+    torch.save({"state_dict": {}, "callback": Mischief(tmp_path / "ran")}, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match=r"could run code; convert it to .safetensors"):
+        open_sd(tmp_path / "evil.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("StableDiffusionXLPipeline", "this is an SDXL model; use sdxl_train_network.py"),
+        ("FluxPipeline", "this is a FLUX model; use flux_train_network.py"),
+        ("StableDiffusion3Pipeline", "this is an SD3 model; use sd3_train_network.py"),
+    ],
+)
+def test_folders_of_other_models_are_called_what_they_are(open_sd, tiny_sd_folder, tmp_path, index, message):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": index}))
+    with pytest.raises(ValueError, match=message):
+        open_sd(tmp_path)
+
+
+def test_a_folder_that_only_holds_checkpoints_points_at_the_file(open_sd, tmp_path):
+    (tmp_path / "anything.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is no diffusers folder: .* to use anything.safetensors in it, give"):
+        open_sd(tmp_path)
+
+
+def test_a_folder_without_weights_says_which_file_it_expects(open_sd, tiny_sd_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sd_folder, folder)
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"text_encoder has no weights; expected model.safetensors in it"):
+        open_sd(folder)
+
+
+def test_a_mistyped_path_gets_the_nearest_name(open_sd, tiny_sd_file):
+    with pytest.raises(ValueError, match=r"does not exist; did you mean .*tiny_sd.safetensors\?"):
+        open_sd(tiny_sd_file.with_name("tinysd.safetensors"))
+
+
+def test_no_model_at_all_names_the_flag(open_sd):
+    with pytest.raises(ValueError, match="--pretrained_model_name_or_path is missing"):
+        open_sd(None)
+
+
+def test_a_vae_with_16_channels_is_refused(open_sd, tiny_sd_file, tmp_path):
+    prefix = "first_stage_model."
+    vae = {k: v for k, v in load_file(tiny_sd_file).items() if k.startswith(prefix)}
+    vae[f"{prefix}decoder.conv_in.weight"] = torch.randn(16, 16, 3, 3)
+    save_file(vae, tmp_path / "ae.safetensors")
+    with pytest.raises(ValueError, match=r"--vae .* has 16 latent channels, SD 1.x needs 4"):
+        open_sd(tiny_sd_file, vae=str(tmp_path / "ae.safetensors"))
+
+
+def test_a_file_without_decoder_is_no_vae(open_sd, tiny_sd_file, tmp_path):
+    save_file({"thing": torch.randn(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"--vae .* is no VAE: .*first names: thing"):
+        open_sd(tiny_sd_file, vae=str(tmp_path / "x.safetensors"))
+
+
+def test_xformers_that_is_not_installed_is_named(open_sd, tiny_sd_file, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--xformers needs the package xformers.*give --sdpa"):
+        open_sd(tiny_sd_file, xformers=True)
+
+
+@pytest.mark.parametrize("clip_skip", [0, 3])
+def test_clip_skip_beyond_the_layers_is_refused(open_sd, tiny_sd_file, clip_skip):
+    with pytest.raises(ValueError, match=f"--clip_skip is {clip_skip}, the text encoder has 2 layers; use 1 to 2"):
+        open_sd(tiny_sd_file, clip_skip=clip_skip)
