@@ -1,0 +1,52 @@
+"""The quickstart does what it says: a trained base model that cannot draw a star can, after minutes of training.
+
+The pictures are judged by their pixels (tools/toy_world.py), and the adapter is merged by code that shares nothing with
+networks/, so training, saving and the file's format are tested from end to end.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tools import start
+from tools.quickstart_picture import draw_before_and_after
+from tools.toy_sampling import load_pipeline, merge_lora, read_prompts, sample
+
+pytestmark = pytest.mark.slow
+
+TOY_BASE, PROMPTS = start.ROOT / start.TOY_BASE, start.ROOT / start.PROMPTS
+MOST_BEFORE = 0.15
+LEAST_AFTER = 0.6
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapter that the quickstart's own command trains, in another folder."""
+    out = tmp_path_factory.mktemp("quickstart")
+    command = [*start.training_command(Path(sys.executable), start.num_threads()), "--output_dir", str(out)]
+    done = subprocess.run(command, cwd=start.ROOT, env=start.child_environment(), capture_output=True, timeout=900)
+    assert done.returncode == 0, done.stderr.decode("utf-8", "replace")[-4000:]
+    return out / Path(start.ADAPTER).name
+
+
+def test_quickstart_teaches_the_model_what_it_has_never_seen(adapter: Path, tmp_path: Path) -> None:
+    before, after = draw_before_and_after(TOY_BASE, adapter, PROMPTS, tmp_path / "before_after.png")
+    assert before <= MOST_BEFORE
+    assert after >= LEAST_AFTER
+    assert (tmp_path / "before_after.png").stat().st_size > 10_000
+
+
+def test_diffusers_reads_the_quickstarts_adapter_as_it_was_trained(adapter: Path) -> None:
+    from safetensors.torch import load_file
+
+    prompts = read_prompts(PROMPTS)[:4]
+    merged, loaded = load_pipeline(TOY_BASE), load_pipeline(TOY_BASE)
+    untouched = sample(loaded, prompts)
+    merge_lora(merged, load_file(adapter))
+    loaded.load_lora_weights(str(adapter.parent), weight_name=adapter.name)
+    expected, actual = np.stack(sample(merged, prompts)), np.stack(sample(loaded, prompts))
+    assert np.abs(expected.astype(int) - actual).max() <= 2  # of 255: the same sums in another order, for 20 steps
+    assert np.abs(expected.astype(int) - np.stack(untouched)).max() > 50
