@@ -100,8 +100,7 @@ def network_module(make_delta: MakeDelta) -> tuple[CreateNetwork, CreateFromWeig
         factors = make_lr_factors(arguments, targets.block_list)
         members = []
         for place in places(targets, text_encoder, unet):
-            classes = (*place.part.blocks, *place.part.conv_blocks, *sum(place.part.extra_blocks.values(), ()))
-            for site in find_sites(place.part, place.root, classes):
+            for site in find_sites(place.part, place.root, place.part.blocks + place.part.conv_blocks):
                 if site.name in groups:
                     rank, alpha = rank_and_alpha(groups[site.name])
                     is_in_denoiser = place.text_encoder is None

@@ -5,8 +5,8 @@ those of the model as network modules see it; with dots turned into underscores 
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
@@ -21,9 +21,7 @@ class Part:
     prefix: str  # of every weight name saved for this part: "lora_unet", "lora_te1"
     blocks: tuple[str, ...]  # class names; every Linear and Conv2d below them is a candidate
     conv_blocks: tuple[str, ...] = ()  # searched too when kernels larger than 1x1 are adapted
-    extra_blocks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # network_args flag -> more class names
-    exclude: tuple[str, ...] = ()  # patterns of whole paths left out unless include_patterns readmits them
-    needs: str | None = None  # network_args flag that must be true for this part to be adapted at all
+    exclude: tuple[str, ...] = ()  # patterns of whole paths that are left out
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,6 @@ class AdapterTargets:
 
     denoiser: Part
     text_encoders: tuple[Part, ...] = ()
-    ranks: Mapping[str, str] = field(default_factory=dict)  # "img_attn_dim" -> pattern of the paths it sets
-    embedders: tuple[str, ...] = ()  # patterns of modules outside the blocks, ranked in this order by `embedder_arg`
-    embedder_arg: str = ""
-    block_ranges: Mapping[str, str] = field(default_factory=dict)  # "train_block_indices" -> pattern with one (\d+)
-    subsets: Mapping[str, str] = field(default_factory=dict)  # value of train_blocks -> pattern of the paths kept
     block_list: BlockList | None = None  # None: block_dims and the *_lr_weight lists do not exist for this model
 
 
