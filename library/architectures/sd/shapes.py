@@ -55,9 +55,11 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
     channels = tuple(shape_of(shapes, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in levels)
     stems = [f"down_blocks.{i}.attentions.0" for i in levels]
     has_attention = [f"{stem}.proj_in.weight" in shapes for stem in stems]
-    stem = next((s for s, has in zip(stems, has_attention, strict=True) if has), "mid_block.attentions.0")
+    sample = next((stem for stem, has in zip(stems, has_attention, strict=True) if has), "mid_block.attentions.0")
+    # A level without attention has the middle's depth: diffusers builds the middle like the coarsest level.
     depths = tuple(
-        max(1, count(shapes, rf"down_blocks\.{i}\.attentions\.0\.transformer_blocks\.(\d+)\.")) for i in levels
+        num_transformers(shapes, stem if has else "mid_block.attentions.0")
+        for stem, has in zip(stems, has_attention, strict=True)
     )
     heads = [heads_of(width, NUM_HEADS) for width in channels]
     return {
@@ -67,12 +69,17 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
         "layers_per_block": count(shapes, r"down_blocks\.0\.resnets\.(\d+)\."),
         "down_block_types": tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in has_attention),
         "up_block_types": tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(has_attention)),
-        "cross_attention_dim": shape_of(shapes, f"{stem}.transformer_blocks.0.attn2.to_k.weight")[1],
+        "cross_attention_dim": shape_of(shapes, f"{sample}.transformer_blocks.0.attn2.to_k.weight")[1],
         "transformer_layers_per_block": depths[0] if len(set(depths)) == 1 else depths,
         "attention_head_dim": heads[0] if len(set(heads)) == 1 else tuple(heads),  # diffusers means their number
-        "use_linear_projection": len(shape_of(shapes, f"{stem}.proj_in.weight")) == 2,
+        "use_linear_projection": len(shape_of(shapes, f"{sample}.proj_in.weight")) == 2,
         "norm_num_groups": norm_groups(*channels),
     }
+
+
+def num_transformers(shapes: Shapes, stem: str) -> int:
+    """Transformer blocks in the attention at `stem`."""
+    return count(shapes, rf"{re.escape(stem)}\.transformer_blocks\.(\d+)\.")
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:

@@ -1,0 +1,117 @@
+"""Models by the name of a hub repository, with a stand-in for the hub."""
+
+import fnmatch
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from library.architectures.sd.sources import find_model
+
+
+class Hub:
+    """A repository: what is asked for is copied from `folder` into `snapshot`."""
+
+    def __init__(self, folder: Path, snapshot: Path) -> None:
+        self.folder, self.snapshot = folder, snapshot
+        self.got: set[str] = set()
+
+    def download(self, name: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        for file in self.folder.rglob("*"):
+            path = file.relative_to(self.folder).as_posix()
+            if file.is_file() and any(fnmatch.fnmatch(path, pattern) for pattern in allow_patterns):
+                (self.snapshot / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, self.snapshot / path)
+                self.got.add(path)
+        return str(self.snapshot)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, tiny_sd_folder) -> Hub:
+    shutil.copytree(tiny_sd_folder, tmp_path / "repository")
+    made = Hub(tmp_path / "repository", tmp_path / "snapshot")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", made.download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda self, name, timeout: None)
+    return made
+
+
+def test_a_repository_loads_like_its_folder(hub, open_sd):
+    arch = open_sd("someone/tiny-sd")
+    assert arch.load.path == hub.snapshot
+    assert arch.load.denoiser() is not None and arch.load.vae() is not None
+    assert arch.text.tokenize(["a cat"]).ids_BLT[0].shape == (1, 1, 77)
+
+
+def test_only_one_format_of_the_weights_is_downloaded(hub, open_sd):
+    for name in ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"):
+        (hub.folder / "unet" / name).write_bytes(b"another format")
+    (hub.folder / "safety_checker").mkdir()
+    (hub.folder / "safety_checker" / "model.safetensors").write_bytes(b"not needed")
+    (hub.folder / "v1-5-pruned.safetensors").write_bytes(b"all of it again")
+    open_sd("someone/tiny-sd")
+    assert {path for path in hub.got if not path.endswith((".json", ".txt"))} == {
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+    }
+
+
+def test_a_repository_that_has_only_half_precision_is_taken(hub, open_sd):
+    for part, stem in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        (hub.folder / part / f"{stem}.safetensors").rename(hub.folder / part / f"{stem}.fp16.safetensors")
+    assert open_sd("someone/tiny-sd").load.denoiser() is not None
+
+
+@pytest.mark.parametrize("has_subfolder", [True, False])
+def test_a_vae_by_name_needs_nothing_else_of_its_repository(hub, open_sd, tiny_sd_folder, has_subfolder):
+    if not has_subfolder:
+        for file in (hub.folder / "vae").iterdir():
+            shutil.copy(file, hub.folder / file.name)
+        shutil.rmtree(hub.folder / "vae")
+    assert open_sd(tiny_sd_folder, vae="someone/vae").load.vae() is not None
+    assert not any(path.startswith(("unet/", "text_encoder/")) for path in hub.got)
+
+
+def test_a_hub_that_refuses_names_the_flag_and_the_way_out(monkeypatch, tmp_path):
+    def refuse(self, name, timeout):
+        raise OSError("no route to host")
+
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", refuse)
+    with pytest.raises(ValueError, match=r"--vae someone/never is neither .*no route to host.*give the path"):
+        find_model("--vae", "someone/never", (("",),))
+
+
+def test_a_hub_that_never_answers_is_given_up_in_seconds(tmp_path):
+    """In a fresh process, since the hub's client reads its address when it is imported."""
+    import subprocess
+    import sys
+
+    code = (
+        "from library.architectures.sd.sources import find_model\n"
+        "try: find_model('--vae', 'someone/never', (('',),))\n"
+        "except ValueError as error: print(error)"
+    )
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(20)
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        started = time.monotonic()
+        ran = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parents[4],
+            env={**os.environ, "HF_ENDPOINT": address, "NO_PROXY": "127.0.0.1", "HF_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert "--vae someone/never is neither a file nor a folder here" in ran.stdout, ran.stderr
+    assert time.monotonic() - started < 45
