@@ -64,41 +64,28 @@ def describe_size(rule: BucketRules) -> str:
 
 def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iterator[Line]:
     """Counts of one subset, and what is missing in it."""
-    config = subset.config
+    config, source = subset.config, f"  {subset.config.source}:"
     kind = "regularisation pictures" if config.is_reg else "pictures"
     counts = f"{len(subset.pictures)} {kind} x {config.num_repeats} repeats, {num_draws} draws per epoch"
-    yield logging.INFO, f"  {config.source}: {counts}"
+    yield logging.INFO, f"{source} {counts}"
     if num_unused:
-        yield (
-            logging.WARNING,
-            f"  {config.source}: {num_unused} regularisation pictures are more than needed and unused",
-        )
+        yield logging.WARNING, f"{source} {num_unused} {kind} are more than needed and unused"
     if subset.dropped:
         reasons = few([f"{path} {reason}" for path, reason in subset.dropped])
-        yield logging.WARNING, f"  {config.source}: {len(subset.dropped)} pictures are left out: {reasons}"
+        yield logging.WARNING, f"{source} {len(subset.dropped)} pictures are left out: {reasons}"
     if subset.without_caption:
-        yield (
-            logging.WARNING,
-            (
-                f"  {config.source}: {len(subset.without_caption)} pictures have no caption and no class_tokens, "
-                f"their caption is empty: {few(subset.without_caption)}"
-            ),
-        )
+        level = logging.INFO if config.class_tokens else logging.WARNING
+        stand_in = f"'{config.class_tokens}' stands in" if config.class_tokens else "they are empty"
+        missing = subset.without_caption
+        yield level, f"{source} {len(missing)} captions are missing, {stand_in}: {few(missing)}"
     if subset.empty_caption:
-        yield (
-            logging.WARNING,
-            (f"  {config.source}: {len(subset.empty_caption)} captions are empty: {few(subset.empty_caption)}"),
-        )
+        empty = subset.empty_caption
+        yield logging.WARNING, f"{source} {len(empty)} captions are empty: {few(empty)}"
     if config.captions.enable_wildcard:
         nested = [picture.path for picture in subset.pictures if has_nested_wildcard(picture.caption)]
         if nested:
-            yield (
-                logging.WARNING,
-                (
-                    f"  {config.source}: {len(nested)} captions have braces inside braces, of which only the inner ones are "
-                    f"alternatives: {few(nested)}"
-                ),
-            )
+            effect = "have braces inside braces, of which only the inner ones are alternatives"
+            yield logging.WARNING, f"{source} {len(nested)} captions {effect}: {few(nested)}"
 
 
 def resized_lines(samples: Sequence[Sample], rule: BucketRules) -> Iterator[Line]:
@@ -106,13 +93,8 @@ def resized_lines(samples: Sequence[Sample], rule: BucketRules) -> Iterator[Line
     other = [sample.picture.path for sample in samples if sample.picture.size != rule.resolution]
     if other:
         size = f"{rule.resolution[0]}x{rule.resolution[1]}"
-        yield (
-            logging.WARNING,
-            (
-                f"  {len(other)} pictures are not {size} and are scaled to cover it and cropped, because enable_bucket is "
-                f"off: {few(other)}"
-            ),
-        )
+        effect = f"are not {size}, so they are scaled and cropped to it, as enable_bucket is off"
+        yield logging.WARNING, f"  {len(other)} pictures {effect}: {few(other)}"
 
 
 def pair_lines(datasets: Sequence[ScannedDataset]) -> Iterator[Line]:

@@ -74,7 +74,6 @@ class BatchMaker(Dataset[Draft | str]):
     samples: tuple[Sample, ...]
     sample_of_draw: NDArray[np.int32]
     subsets: tuple[SubsetConfig, ...]
-    has_buckets: tuple[bool, ...]  # of each dataset
     prior_loss_weight: float
     max_train_steps: int
     files: Mapping[int, LatentFile]  # latents on disk, by sample

@@ -71,7 +71,7 @@ class BucketRules:
 
 
 def bucket_sizes(resolution: Size, low: int, high: int, step: int) -> list[Size]:
-    """Every bucket: sides from `low` to `high` in steps, as tall as the area of `resolution` allows, both ways round."""
+    """Every bucket: sides from `low` to `high` in steps, as tall as the area of `resolution` allows, either way."""
     area = resolution[0] * resolution[1]
     side = math.isqrt(area) // step * step
     sizes = {(side, side)}
@@ -148,8 +148,8 @@ def assign_shapes(pictures: Sequence[Size], rules: BucketRules) -> list[Shape]:
 def crop_ltrb(bucket: Size, picture: Size) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) of the picture fitted *inside* the bucket.
 
-    SDXL is conditioned on these, and trained adapters depend on them, although the pixels are cut from a picture that covers
-    the bucket.
+    SDXL is conditioned on these, and trained adapters depend on them, although the pixels are cut from a picture that
+    covers the bucket.
     """
     ratio = picture[0] / picture[1]
     if bucket[0] / bucket[1] > ratio:

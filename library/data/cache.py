@@ -1,4 +1,4 @@
-"""Latents that are encoded once: in memory (--cache_latents) or in files beside the pictures (--cache_latents_to_disk)."""
+"""Latents that are encoded once: kept in memory (--cache_latents) or beside the pictures (--cache_latents_to_disk)."""
 
 import logging
 import os
@@ -18,13 +18,14 @@ from library.data.buckets import Shape
 from library.data.dataset import TrainingSet
 from library.data.images import Pixels, centred, place, read_pixels
 from library.data.latent_files import (
+    MISSING,
     Expected,
     LatentFile,
     Latents,
     Origin,
+    Verdict,
     content_hash,
-    fault_of,
-    is_note_missing,
+    judge,
     latent_file,
     write_entry,
 )
@@ -62,14 +63,22 @@ class Decoded:
     file_hash: str
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What lies on disk for a job; no file where it must be encoded."""
+
+    file: LatentFile | None
+    verdict: Verdict
+
+
 def cache_latents(
     training_set: TrainingSet, encode: Encode, vae_identity: str, options: CachingOptions, seed: int
 ) -> None:
     """Encode what is not cached yet and let the training set draw latents in place of pixels.
 
-    Each picture's posterior sample is drawn with its own generator, so it does not depend on batches or on what was cached.
-    Entries on disk that are not true any more are made again, alone; see `latent_files.fault_of`. An interrupted run finds
-    what it wrote. Raises ValueError naming a picture that cannot be read or that the VAE turns into NaN.
+    Each picture's posterior sample is drawn with its own generator, so it does not depend on batches or on what was
+    cached. Entries on disk that are not true any more are made again, alone; see `latent_files.judge`. An interrupted
+    run finds what it wrote. Raises ValueError naming a picture that cannot be read or that the VAE turns into NaN.
     """
     jobs = plan_jobs(training_set, options.cache_latents_to_disk)
     files: dict[int, LatentFile] = {}
@@ -92,8 +101,8 @@ def cache_latents(
 def plan_jobs(training_set: TrainingSet, to_disk: bool) -> list[Job]:
     """What is to be encoded, small pictures first.
 
-    Two pictures that differ only in their ending, or one picture at two sizes where keys carry no size, claim the same entry of
-    the same file. The first one gets it, the others stay in memory.
+    Two pictures that differ only in their ending, or one picture at two sizes where keys carry no size, claim the same
+    entry of the same file. The first one gets it, the others stay in memory.
     """
     groups: dict[tuple[str, Shape, str | None], list[int]] = defaultdict(list)
     for number, sample in enumerate(training_set.samples):
@@ -142,46 +151,45 @@ def check_files(
     """(jobs that need no encoding, with their files; the others), and a line in the log about both."""
     has_old_names = not training_set.spec.keys_carry_size
 
-    def look(job: Job) -> tuple[LatentFile | None, str]:
+    def look(job: Job) -> Found:
         assert job.file is not None
         picture = job.sample.picture
         expected = Expected(job.sample.shape, job.interpolation, vae_identity, job.needs_flipped, job.needs_alpha)
-        first_fault = "is missing"
-        candidates = [job.file, old_file_of(job.file, picture.path)] if has_old_names else [job.file]
-        for file in candidates:
+        verdict = Verdict(MISSING)
+        for file in (job.file, old_file_of(job.file, picture.path)) if has_old_names else (job.file,):
             if not os.path.exists(file.path):
                 continue
             if skips_check and os.access(file.path, os.R_OK):
-                return file, ""
-            fault = fault_of(file, picture.path, picture.size, expected)
-            if fault is None:
-                return file, "foreign" if is_note_missing(file) else ""
-            if first_fault == "is missing":
-                first_fault = fault
-        return None, first_fault
+                return Found(file, Verdict(None))
+            found = judge(file, picture.path, picture.size, expected)
+            if found.fault is None:
+                return Found(file, found)
+            if verdict.fault == MISSING:
+                verdict = found
+        return Found(None, verdict)
 
     with ThreadPoolExecutor(max(1, training_set.num_workers)) as pool:
-        seen = pool.map(look, jobs)
-        verdicts = list(tqdm(seen, desc="checking latent cache", total=len(jobs), leave=False, smoothing=0))
-    usable = [(job, file) for job, (file, _) in zip(jobs, verdicts, strict=True) if file is not None]
-    stale = [job for job, (file, _) in zip(jobs, verdicts, strict=True) if file is None]
-    report_check(jobs, verdicts, skips_check)
+        bar = tqdm(pool.map(look, jobs), desc="checking latent cache", total=len(jobs), leave=False, smoothing=0)
+        finds = list(bar)
+    usable = [(job, find.file) for job, find in zip(jobs, finds, strict=True) if find.file is not None]
+    stale = [job for job, find in zip(jobs, finds, strict=True) if find.file is None]
+    report_check(jobs, finds, skips_check)
     return usable, stale
 
 
-def report_check(jobs: Sequence[Job], verdicts: Sequence[tuple[LatentFile | None, str]], skips_check: bool) -> None:
-    """One line that says what is used, what is missing and what is made again and why; one about foreign entries."""
+def report_check(jobs: Sequence[Job], finds: Sequence[Found], skips_check: bool) -> None:
+    """One line that says what is used, what is missing, what is made again and why; others about doubtful entries."""
     faults: dict[str, list[str]] = defaultdict(list)
     foreign, old_names = [], []
-    for job, (file, remark) in zip(jobs, verdicts, strict=True):
+    for job, find in zip(jobs, finds, strict=True):
         assert job.file is not None
-        if file is None:
-            faults[remark].append(job.file.path)
-        elif file.path != job.file.path:
-            old_names.append(file.path)
-        elif remark:
-            foreign.append(file.path)
-    missing = faults.pop("is missing", [])
+        if find.verdict.fault is not None:
+            faults[find.verdict.fault].append(job.file.path)
+        elif find.file is not None and find.file.path != job.file.path:
+            old_names.append(find.file.path)
+        elif find.verdict.is_foreign:
+            foreign.append(job.file.path)
+    missing = faults.pop(MISSING, [])
     num_stale = sum(len(paths) for paths in faults.values())
     reasons = "; ".join(f"{len(paths)} {reason}: {few(paths, 2)}" for reason, paths in faults.items())
     logger.log(
@@ -195,14 +203,14 @@ def report_check(jobs: Sequence[Job], verdicts: Sequence[tuple[LatentFile | None
     )
     if foreign:
         logger.info(
-            "%d cache entries do not say which VAE made them (%s); delete them if it was another",
+            "%d cache entries do not say which VAE made them; delete them if it was another: %s",
             len(foreign),
             few(foreign, 2),
         )
     if old_names:
         logger.warning(
-            "%d latents come from files with the old name without size (%s), which do not say which base model they are for; "
-            "delete them if it was another",
+            "%d latents come from files with the old name without a size, which do not say which base model they are "
+            "for; delete them if it was another: %s",
             len(old_names),
             few(old_names, 2),
         )
@@ -219,7 +227,7 @@ def encoded(
     seed: int,
     training_set: TrainingSet,
 ) -> Iterator[tuple[Job, Latents]]:
-    """Every job with its latents, written to its file if it has one; pictures are decoded in threads ahead of the VAE."""
+    """Every job with its latents, written to its file if it has one; threads decode pictures ahead of the VAE."""
     if not jobs:
         return
     logger.info("caching latents...")
@@ -308,7 +316,8 @@ def generator_of(job: Job, seed: int, is_flipped: int) -> Generator:
     """The picture's own stream: its name and folder and its size, wherever the data set lies."""
     folder, name = os.path.split(os.path.abspath(job.sample.picture.path))
     width, height = job.sample.shape.bucket
-    return generator_for(seed, "vae", os.path.basename(folder), name, width, height, is_flipped)
+    # ascii: a file name may hold bytes that are no text
+    return generator_for(seed, "vae", ascii(os.path.basename(folder)), ascii(name), width, height, is_flipped)
 
 
 def check_latents(job: Job, latents: Latents, spec: LatentSpec) -> None:

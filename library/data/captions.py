@@ -36,7 +36,8 @@ def compose_caption(
 ) -> str:
     """The prompt of one draw: dropped, or one line of `text` with prefix, suffix, wildcards and tag rules applied.
 
-    `epoch` counts from 1. `step` is the optimizer step, of `max_train_steps`: --token_warmup_step below 1 is a share of them.
+    `epoch` counts from 1. `step` is the optimizer step, of `max_train_steps`, of which --token_warmup_step below 1 is a
+    share.
     """
     if rules.caption_dropout_rate > 0 and rng.random() < rules.caption_dropout_rate:
         return ""
@@ -106,8 +107,8 @@ def has_nested_wildcard(caption: str) -> bool:
 def split_tags(caption: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
     """(head, movable, tail): the tags that stay in front, those that may move, those that stay at the end.
 
-    Where keep_tokens_separator occurs it marks the parts and blank tags are removed; otherwise the first keep_tokens tags are the
-    head, and blank tags stay.
+    Where keep_tokens_separator occurs it marks the parts and blank tags are removed; otherwise the first keep_tokens
+    tags are the head, and blank tags stay.
     """
     separator, marker = rules.caption_separator, rules.keep_tokens_separator
     if marker and marker in caption:

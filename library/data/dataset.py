@@ -92,7 +92,6 @@ class TrainingSet:
             samples=samples,
             sample_of_draw=draws.sample_of_draw,
             subsets=tuple(subset.config for dataset in datasets for subset in dataset.subsets),
-            has_buckets=tuple(rule.enable_bucket for rule in rules),
             prior_loss_weight=options.dataset.prior_loss_weight,
             max_train_steps=planned_steps(options.run, sum(bucket.num_batches for bucket in draws.buckets)),
             files={},
@@ -161,8 +160,8 @@ class TrainingSet:
     ) -> Iterator[Batch]:
         """The batches of an epoch (from 1), from batch `first_batch` (from 0) on; the skipped ones are not read.
 
-        `step_of(i)` is the optimizer step that batch i belongs to. With `persistent_workers` the worker processes live until
-        `close`. Raises ValueError naming a picture that cannot be read.
+        `step_of(i)` is the optimizer step that batch i belongs to. With `persistent_workers` the worker processes live
+        until `close`. Raises ValueError naming a picture that cannot be read.
         """
         assert epoch >= 1, epoch
         draws = epoch_batches(self.draws.buckets, self._maker.seed, epoch)
@@ -181,7 +180,11 @@ class TrainingSet:
     @property
     def _needs_workers(self) -> bool:
         # Captions alone are cheaper to make than to send.
-        return len(self._maker.in_memory) < len(self.samples) or any(s.picture.mask_path for s in self.samples)
+        return any(
+            number not in self._maker.in_memory or sample.picture.mask_path
+            for number, sample in enumerate(self.samples)
+            if sample.num_draws
+        )
 
     def _finished(self, draft: Draft | str) -> Batch:
         if isinstance(draft, str):

@@ -1,7 +1,7 @@
 """metadata_cache.json: captions and sizes of a folder, so that a slow disk is not read again (cache_info).
 
-The file is sd-scripts' own, `{path: {"caption": str, "resolution": [w, h]}}`, with one more field that says what each entry
-was read from. Entries without it, or whose picture or caption file has changed, are read again.
+The file is sd-scripts' own, `{path: {"caption": str, "resolution": [w, h]}}`, with one more field that says what each
+entry was read from. Entries without it, or whose picture or caption file has changed, are read again.
 """
 
 import json
@@ -56,10 +56,13 @@ class FolderCache:
         source = {"picture": picture_print, "caption": caption_print, "is_multiline": self.is_multiline}
         if not isinstance(entry, dict) or entry.get("read_from") != source:
             return None
-        width, height = entry["resolution"]
-        return entry["caption"], (width, height)
+        try:
+            width, height = entry["resolution"]
+            return str(entry["caption"]), (int(width), int(height))
+        except (KeyError, TypeError, ValueError):
+            return None
 
-    def write(self, found: Iterable[tuple[str, str, Any, Size | None, Fingerprint | None, Fingerprint | None]]) -> None:
+    def write(self, found: Iterable[tuple[str, str, Size | None, Fingerprint | None, Fingerprint | None]]) -> None:
         """Keep what was read, if anything is new; a folder that cannot be written is only worth a warning."""
         entries = {
             path: {
@@ -67,13 +70,13 @@ class FolderCache:
                 "resolution": list(size or ()),
                 "read_from": {"picture": picture_print, "caption": caption_print, "is_multiline": self.is_multiline},
             }
-            for path, caption, _, size, picture_print, caption_print in found
+            for path, caption, size, picture_print, caption_print in found
         }
         if entries == self.entries:
             return
         temporary = self.path.with_name(f".{FILE_NAME}.{os.getpid()}.tmp")
         try:
-            temporary.write_text(json.dumps(entries, ensure_ascii=False, indent=2), encoding="utf-8")
+            temporary.write_text(json.dumps(entries, indent=2), encoding="utf-8")
             os.replace(temporary, self.path)
         except OSError as error:
             logger.warning("%s cannot be written: %s", self.path, error.strerror)

@@ -1,4 +1,7 @@
-"""Pictures as arrays: reading, resizing, cropping, mirroring, colour. Arrays are uint8, HWC or HW; sizes are (width, height)."""
+"""Pictures as arrays: reading, resizing, cropping, mirroring, colour.
+
+Arrays are uint8, HWC or HW; sizes are (width, height).
+"""
 
 import io
 import os
@@ -10,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from library.data.buckets import Shape, Size, cover
+from library.data.buckets import Shape, Size
 
 Pixels = NDArray[np.uint8]
 
@@ -49,7 +52,7 @@ def load_plugin(extension: str) -> bool:
 
 
 def open_picture(path: str, content: bytes | None = None) -> Image.Image:
-    """The picture with its header read; ValueError names a file that is none. `content` saves reading the file again."""
+    """The picture with its header read; ValueError names a file that is none. `content` is the file, if read."""
     load_plugin(os.path.splitext(path)[1][1:].lower())
     try:
         return Image.open(path if content is None else io.BytesIO(content))
@@ -149,9 +152,10 @@ def face_of(path: str) -> Face | None:
     if len(parts) < 5:
         return None
     try:
-        return Face(*(int(part) for part in parts[-4:]))
+        face = Face(*(int(part) for part in parts[-4:]))
     except ValueError:
         return None
+    return face if face.width > 0 and face.height > 0 else None
 
 
 def cropped_at_face(
@@ -241,7 +245,7 @@ def turn_hue(rgb: Pixels, half_degrees: float) -> Pixels:
     import cv2
 
     hsv = np.asarray(cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV))
-    hue = (hsv[..., 0].astype(np.float32) + half_degrees) % 180
+    hue = np.rint(hsv[..., 0].astype(np.float32) + half_degrees) % 180
     hsv[..., 0] = hue.astype(np.uint8)
     return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), dtype=np.uint8)
 
@@ -250,8 +254,3 @@ def apply_gamma(rgb: Pixels, gamma: float) -> Pixels:
     """The power of values from 0 to 1, so black stays black and white stays white."""
     table = np.rint(255 * (np.arange(256) / 255) ** gamma).astype(np.uint8)
     return table[rgb]
-
-
-def covering_shape(picture: Size, target: Size) -> Shape:
-    """The picture scaled to cover the target."""
-    return Shape(target, cover(picture, target))

@@ -29,8 +29,11 @@ from library.data.buckets import Shape, Size, crop_ltrb
 DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
+MISSING, DAMAGED = "missing", "damaged"
+
+
 class EntryError(ValueError):
-    """An entry of a cache file that cannot be used; the message is the reason."""
+    """An entry of a cache file that cannot be used; the message is the reason, to be read after "is"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +65,12 @@ class LatentFile:
         except EntryError as error:
             reason = str(error)
         except FileNotFoundError:
-            reason = "is missing"
+            reason = MISSING
         except DAMAGE as error:
-            reason = f"is damaged: {error}"
-        raise ValueError(f"the latent cache {self.path} {reason}; delete it, or run without --skip_cache_check")
+            reason = f"{DAMAGED}: {error}"
+        raise ValueError(
+            f"the latent cache {self.path} is {reason}; run again without --skip_cache_check to make it anew"
+        )
 
 
 @dataclass(frozen=True)
@@ -93,17 +98,19 @@ def latent_file(picture: str, size: Size, shape: Shape, spec: LatentSpec) -> Lat
 
 def latents_in(archive: Mapping[str, Any], file: LatentFile, needs_flipped: bool, needs_alpha: bool) -> Latents:
     """The arrays of an entry as tensors; EntryError says what does not fit."""
-    latents = _encoding(archive, f"latents{file.tail}", file, "has no latents of this size")
+    latents = _encoding(archive, f"latents{file.tail}", file, "without latents of this size")
     flipped = alpha = None
     if needs_flipped:
-        flipped = _encoding(archive, f"latents_flipped{file.tail}", file, "has no mirrored copy")
+        flipped = _encoding(archive, f"latents_flipped{file.tail}", file, "without a mirrored copy")
     if needs_alpha:
         key = f"alpha_mask{file.tail}"
         if key not in archive:
-            raise EntryError("has no mask")
+            raise EntryError("without a mask")
         values = np.asarray(archive[key])
         if values.shape != (file.bucket[1], file.bucket[0]):
-            raise EntryError(f"holds a mask of shape {values.shape} for a bucket of {file.bucket[0]}x{file.bucket[1]}")
+            raise EntryError(
+                f"holding a mask of shape {values.shape} for a bucket of {file.bucket[0]}x{file.bucket[1]}"
+            )
         alpha = torch.from_numpy(np.rint(values * 255).astype(np.uint8))
     return Latents(latents, flipped, alpha)
 
@@ -115,9 +122,9 @@ def _encoding(archive: Mapping[str, Any], key: str, file: LatentFile, absent: st
     if values.ndim == 4 and values.shape[1] == 1:
         values = values[:, 0]  # files of video autoencoders keep an axis of one frame
     if values.shape != file.latent_shape:
-        raise EntryError(f"holds latents of shape {values.shape} where {file.latent_shape} is needed")
+        raise EntryError(f"holding latents of shape {values.shape} where {file.latent_shape} is needed")
     if not np.isfinite(values).all():
-        raise EntryError("holds NaN")
+        raise EntryError("holding NaN")
     return torch.from_numpy(values.astype(np.float32, copy=False))
 
 
@@ -144,28 +151,6 @@ def content_hash(content: bytes) -> str:
     return blake2b(content, digest_size=16).hexdigest()
 
 
-def fault_of(file: LatentFile, picture: str, size: Size, expected: "Expected") -> str | None:
-    """Why the entry cannot stand for the picture, or None where it can.
-
-    An entry with our note must come from this picture (same name, and same size and time, or same content), the same
-    crop and filter, and the same VAE. One without is sd-scripts': it is accepted if its shape fits the bucket, its crop
-    and original size are those of the picture, and the file is not older than the picture; its VAE cannot be known.
-    """
-    try:
-        with np.load(file.path, allow_pickle=False) as archive:
-            latents_in(archive, file, expected.needs_flipped, expected.needs_alpha)
-            origin = origin_in(archive, file.tail)
-            if origin is not None:
-                return origin_fault(origin, picture, expected)
-            return foreign_fault(archive, file, picture, size)
-    except EntryError as error:
-        return str(error)
-    except FileNotFoundError:
-        return "is missing"
-    except DAMAGE as error:
-        return f"is damaged ({error})"
-
-
 @dataclass(frozen=True)
 class Expected:
     """What an entry must be."""
@@ -177,21 +162,51 @@ class Expected:
     needs_alpha: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether an entry is still true."""
+
+    fault: str | None  # what is wrong, to be read after "is"
+    is_foreign: bool = False  # written by another program
+
+
+def judge(file: LatentFile, picture: str, size: Size, expected: Expected) -> Verdict:
+    """Whether the entry can stand for the picture.
+
+    An entry with our note must come from this picture (same name, and same size and time, or same content), the same
+    crop and filter, and the same VAE. One without is sd-scripts': it is accepted if its shape fits the bucket, its crop
+    and original size are those of the picture, and the file is not older than the picture; its VAE cannot be known.
+    """
+    try:
+        with np.load(file.path, allow_pickle=False) as archive:
+            latents_in(archive, file, expected.needs_flipped, expected.needs_alpha)
+            origin = origin_in(archive, file.tail)
+            if origin is not None:
+                return Verdict(origin_fault(origin, picture, expected))
+            return Verdict(foreign_fault(archive, file, picture, size), is_foreign=True)
+    except EntryError as error:
+        return Verdict(str(error))
+    except FileNotFoundError:
+        return Verdict(MISSING)
+    except DAMAGE:
+        return Verdict(DAMAGED)
+
+
 def origin_fault(origin: Origin, picture: str, expected: Expected) -> str | None:
     """What has changed since an entry was written."""
     if origin.vae != expected.vae:
-        return "was made with another VAE"
+        return "made with another VAE"
     if origin.bucket != list(expected.shape.bucket) or origin.resized != list(expected.shape.resized):
-        return "was made for another size or crop"
+        return "made for another size or crop"
     if origin.interpolation != expected.interpolation:
-        return "was made with another resize_interpolation"
+        return "made with another resize_interpolation"
     status = os.stat(picture)
     if origin.picture != os.path.basename(picture) or origin.picture_bytes != status.st_size:
-        return "was made from another picture"
+        return "made from another picture"
     if origin.picture_mtime_ns != status.st_mtime_ns:
         with open(picture, "rb") as content:
             if content_hash(content.read()) != origin.picture_hash:
-                return "was made from another picture"
+                return "made from another picture"
     return None
 
 
@@ -201,16 +216,10 @@ def foreign_fault(archive: Mapping[str, Any], file: LatentFile, picture: str, si
         key = f"{name}{file.tail}"
         values = np.asarray(archive[key], dtype=np.float64) if key in archive else np.empty(0)
         if values.shape != (len(wanted),) or not np.allclose(values, wanted, rtol=0, atol=0.01):
-            return "was made for another size or crop"
+            return "made for another size or crop"
     if os.stat(file.path).st_mtime_ns < os.stat(picture).st_mtime_ns:
-        return "is older than the picture"
+        return "older than the picture"
     return None
-
-
-def is_note_missing(file: LatentFile) -> bool:
-    """Whether an entry was written by another program."""
-    with np.load(file.path, allow_pickle=False) as archive:
-        return origin_in(archive, file.tail) is None
 
 
 def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) -> None:

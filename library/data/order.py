@@ -21,7 +21,7 @@ class Bucket:
 
 
 def epoch_batches(buckets: Sequence[Bucket], seed: int, epoch: int) -> list[tuple[int, ...]]:
-    """The batches of an epoch (from 1), each a tuple of draws: every draw once, shuffled in its bucket, batches shuffled."""
+    """The batches of an epoch (from 1), tuples of draws: every draw once, shuffled in its bucket, batches shuffled."""
     batches: list[tuple[int, ...]] = []
     for number, bucket in enumerate(buckets):
         draws = list(bucket.draws)
@@ -34,8 +34,8 @@ def epoch_batches(buckets: Sequence[Bucket], seed: int, epoch: int) -> list[tupl
 def regularisation_repeats(num_train_draws: int, repeats: Sequence[int]) -> list[int]:
     """How often each regularisation picture is drawn so that all together reach the number of training draws.
 
-    One after another they count with their own `repeats` until the sum is reached; if they run out first, further rounds add one to
-    each until it is. Pictures that are not needed get 0.
+    One after another they count with their own `repeats` until the sum is reached; if they run out first, further
+    rounds add one to each until it is. Pictures that are not needed get 0.
     """
     used = [0] * len(repeats)
     total = 0

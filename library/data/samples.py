@@ -36,7 +36,7 @@ class Draws:
 
 
 def check_pictures(datasets: Sequence[ScannedDataset]) -> None:
-    """Raise NoDataFound where there is nothing to train on, ValueError where a subset alone is empty or masks do not fit."""
+    """Raise NoDataFound where there is nothing to train on, ValueError where a subset is empty or masks do not fit."""
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     if not any(subset.pictures and not subset.config.is_reg for subset in subsets):
         sources = [subset.config.source for subset in subsets if not subset.config.is_reg]
@@ -55,7 +55,7 @@ def check_pictures(datasets: Sequence[ScannedDataset]) -> None:
 
 
 def check_mask_sizes(pictures: Sequence[Picture]) -> None:
-    """With buckets a mask is scaled and cropped like its picture, so it must have its size; ValueError names those that have not."""
+    """With buckets a mask is scaled and cropped like its picture, so it must have its size; ValueError names others."""
     with ThreadPoolExecutor(16) as pool:
         sizes = list(pool.map(lambda picture: read_size(picture.mask_path or ""), pictures))
     wrong = [
@@ -76,18 +76,15 @@ def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRule
         shapes = assign_shapes([picture.size for _, picture in placed], rule)
         draws = draws_of_dataset(dataset)
         for (index, picture), shape, num_draws in zip(placed, shapes, draws, strict=True):
-            shape = (
-                shape
-                if rule.enable_bucket
-                else fixed_shape(picture.size, rule.resolution, dataset.subsets[index].config)
-            )
+            if not rule.enable_bucket:
+                shape = fixed_shape(picture.size, rule.resolution, dataset.subsets[index].config)
             samples.append(Sample(picture, number, first_subset + index, shape, num_draws))
         first_subset += len(dataset.subsets)
     return tuple(samples)
 
 
 def fixed_shape(picture: Size, target: Size, subset: SubsetConfig) -> Shape:
-    """The shape without buckets: covering the target; random_crop cuts from the picture's own size where that is enough."""
+    """The shape without buckets: just covering the target; random_crop cuts from a larger picture as it is."""
     if subset.random_crop and picture[0] >= target[0] and picture[1] >= target[1]:
         return Shape(target, picture)
     return Shape(target, cover(picture, target))

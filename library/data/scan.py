@@ -117,11 +117,7 @@ def collect_subset(config: SubsetConfig, num_threads: int) -> ScannedSubset:
         else:
             kept.append(Picture(found.path, found.caption, found.size, found.mask_path, found.tags))
     if cache is not None:
-        cache.write(
-            (f.path, f.caption, f.caption_path, f.size, f.picture_print, f.caption_print)
-            for f in listing.found
-            if f.size
-        )
+        cache.write((f.path, f.caption, f.size, f.picture_print, f.caption_print) for f in listing.found if f.size)
     return ScannedSubset(
         config, tuple(kept), tuple(listing.dropped), tuple(listing.without_caption), tuple(listing.empty_caption)
     )
@@ -131,7 +127,7 @@ def collect_subset(config: SubsetConfig, num_threads: int) -> ScannedSubset:
 
 
 def list_pictures(folder: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """(paths of the pictures directly in the folder, sorted; what has a picture's name but is no file, with the reason)."""
+    """(paths of the pictures directly in the folder, sorted; what has a picture's name but is no file, with why)."""
     extensions = picture_extensions()
     paths, dropped = [], []
     with os.scandir(folder) as entries:
@@ -167,8 +163,7 @@ def list_folder(config: SubsetConfig, cache: FolderCache | None, num_threads: in
             raise ValueError(problem)
         if found.caption_path is None:
             found.caption = config.class_tokens or ""
-            if config.class_tokens is None:
-                listing.without_caption.append(found.path)
+            listing.without_caption.append(found.path)
         elif not found.caption:
             listing.empty_caption.append(found.path)
     return listing
@@ -260,7 +255,7 @@ def list_metadata(config: SubsetConfig) -> _Listing:
 
 
 def find_picture(key: str, image_dir: str | None, listings: dict[str, dict[str, str]]) -> str | None:
-    """The file of a metadata key: a path with or without ending, absolute or below image_dir (else the working folder)."""
+    """A metadata key's file: a path with or without ending, absolute or below image_dir (else the working folder)."""
     path = key if os.path.isabs(key) else os.path.join(image_dir or "", key)
     if os.path.isfile(path):
         return path

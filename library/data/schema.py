@@ -1,4 +1,4 @@
-"""The dataset file and its fallbacks, as frozen values: subset, else dataset, else general, else option, else default."""
+"""The dataset file and its fallbacks as frozen values: subset, else dataset, general, option, default."""
 
 import difflib
 import json
@@ -234,7 +234,7 @@ def where_it_belongs(key: Key, level: Level) -> str:
 
 
 def option_values(options: TrainOptions) -> dict[str, Any]:
-    """The command line's value of every key that an option stands in for, checked like the file's; None means not given."""
+    """The option's value of every key that has one, checked like the file's; None means not given."""
     values: dict[str, Any] = {
         key.name: getattr(options.dataset, key.flag) for key in ALL_KEYS.values() if key.flag and is_option(key.flag)
     }
@@ -362,7 +362,8 @@ def folder_dataset(data: DatasetOptions, fallbacks: Table) -> DatasetConfig:
             subsets += numbered_folders("--reg_data_dir", data.reg_data_dir, is_reg=True)
         if not any(not subset["is_reg"] for subset in subsets):
             raise NoDataFound(
-                f"--train_data_dir {data.train_data_dir} must be the parent of folders called N_name with pictures, such as 10_cat"
+                f"--train_data_dir {data.train_data_dir} must be the parent of folders with pictures, "
+                "called N_name, such as 10_cat"
             )
     return build_dataset({"subsets": subsets}, {}, fallbacks, style, "command line")
 
@@ -372,7 +373,7 @@ def numbered_folders(flag: str, parent: str, is_reg: bool) -> list[Table]:
     if not os.path.isdir(parent):
         raise NoDataFound(f"{flag} {parent} is not a folder")
     subsets: list[Table] = []
-    for name in sorted(entry.name for entry in os.scandir(parent) if entry.is_dir()):
+    for name in sorted(entry.name for entry in os.scandir(parent) if os.path.isdir(entry.path)):
         number, _, class_tokens = name.partition("_")
         try:
             num_repeats = int(number)

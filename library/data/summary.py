@@ -21,7 +21,7 @@ def dataset_metadata(
     options: TrainOptions,
     num_processes: int,
 ) -> dict[str, Any]:
-    """The `ss_*` values that describe the data: one list of datasets for --dataset_config, single keys for folder arguments."""
+    """The `ss_*` values that describe the data: a list of datasets for --dataset_config, else single keys."""
     frequencies = [tag_frequency(dataset) for dataset in datasets]
     infos = [
         bucket_info(rule, [sample for sample in samples if sample.dataset == number])
@@ -115,7 +115,7 @@ def describe_subset(subset: ScannedSubset) -> dict[str, Any]:
 
 
 def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
-    """How many pictures carry each tag, by folder: parts of the caption between commas, or the tags of a metadata file."""
+    """How many pictures carry each tag, by folder; tags stand between commas, in captions or in a metadata file."""
     frequency: dict[str, Counter[str]] = {}
     for subset in dataset.subsets:
         counts = frequency.setdefault(subset.config.base_name, Counter())

@@ -1,0 +1,82 @@
+"""Small data sets on disk and the options that read them."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+
+from library.architectures.interface import LatentSpec
+from library.data.dataset import TrainingSet
+from library.options.train import TrainOptions
+from library.types import Batch
+
+SPEC = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_sd.npz", keys_carry_size=False)
+SIZED_SPEC = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_flux.npz", keys_carry_size=True)
+
+
+def options_of(arguments: str = "", *more: str) -> TrainOptions:
+    """The options that a command line gives; `more` holds arguments with spaces in them."""
+    parser = argparse.ArgumentParser()
+    TrainOptions.add_to(parser)
+    return TrainOptions.from_args(parser.parse_args([*arguments.split(), *more]))
+
+
+def write_picture(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0, mode: str = "RGB") -> Path:
+    """A picture of noise; `size` is (width, height)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    channels = {"RGB": 3, "RGBA": 4}[mode]
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+    Image.fromarray(pixels, mode=mode).save(path)
+    return path
+
+
+def write_folder(
+    folder: Path, count: int, size: tuple[int, int] = (64, 64), caption: str | None = "a tag", seed: int = 0
+) -> Path:
+    """Pictures p0.png, p1.png, ... with captions in .txt files."""
+    for i in range(count):
+        path = write_picture(folder / f"p{i}.png", size, seed=100 * seed + i)
+        if caption is not None:
+            path.with_suffix(".txt").write_text(f"{caption} {i}", encoding="utf-8")
+    return folder
+
+
+def write_config(path: Path, text: str) -> TrainOptions:
+    """The options of a run with this dataset file; {here} in it is the file's folder."""
+    path.write_text(text.replace("{here}", path.parent.as_posix()), encoding="utf-8")
+    return options_of("--dataset_config", str(path))
+
+
+def open_set(options: TrainOptions, seed: int = 1, spec: LatentSpec = SPEC) -> TrainingSet:
+    return TrainingSet.build(options, spec, seed, None, None)
+
+
+def batches_of(
+    training_set: TrainingSet, epoch: int = 1, first: int = 0, workers: int = 0, persistent: bool = False
+) -> list[Batch]:
+    """The batches of an epoch, one optimizer step each."""
+    return list(training_set.batches(epoch, first, lambda i: (epoch - 1) * 100 + i, workers, persistent))
+
+
+def content_of(batch: Batch) -> tuple[object, ...]:
+    """What must be equal for two batches to be the same, bit for bit."""
+    tensors = (batch.pixels_BCHW, batch.latents_BCHW, batch.masks_B1HW, batch.loss_weights_B, batch.sizes_B6)
+    return (batch.keys, batch.captions, batch.attributes, *(None if t is None else t.tolist() for t in tensors))
+
+
+def averaging_vae(calls: list[int] | None = None) -> Callable[[Tensor, Sequence[Generator]], Tensor]:
+    """Eight by eight means as latents, with a little posterior noise from each picture's generator."""
+
+    def encode(pixels_BCHW: Tensor, generators: Sequence[Generator]) -> Tensor:
+        if calls is not None:
+            calls.append(len(pixels_BCHW))
+        means_BCHW = torch.nn.functional.avg_pool2d(pixels_BCHW, 8)
+        latents_BCHW = torch.cat([means_BCHW, means_BCHW[:, :1]], 1)
+        noise = [torch.randn(latents_BCHW.shape[1:], generator=g) for g in generators]
+        return latents_BCHW + 0.01 * torch.stack(noise)
+
+    return encode

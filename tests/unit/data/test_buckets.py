@@ -1,0 +1,137 @@
+"""Bucket sizes, and which one a picture gets."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from library.data.buckets import BucketRules, assign_shapes, bucket_sizes, crop_ltrb
+
+
+def sizes(text: str) -> list[tuple[int, int]]:
+    return [(int(w), int(h)) for w, h in (size.split("x") for size in text.split())]
+
+
+def rules(no_upscale: bool = False, resolution: tuple[int, int] = (512, 512)) -> BucketRules:
+    return BucketRules.build(resolution, True, 256, 1024, 64, no_upscale, 64)
+
+
+LISTS = [
+    (
+        ((512, 512), 256, 1024, 64),
+        "256x832 256x896 256x960 256x1024 320x704 320x768 384x640 448x576 512x512 576x448 640x384 704x320 768x320 "
+        "832x256 896x256 960x256 1024x256",
+    ),
+    (
+        ((768, 512), 256, 1024, 64),
+        "256x1024 320x1024 384x896 384x960 384x1024 448x832 512x704 512x768 576x576 576x640 640x576 704x512 768x512 "
+        "832x448 896x384 960x384 1024x256 1024x320 1024x384",
+    ),
+    (((512, 512), 320, 960, 64), "320x704 320x768 384x640 448x576 512x512 576x448 640x384 704x320 768x320"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), LISTS)
+def test_bucket_lists(arguments, expected):
+    assert bucket_sizes(*arguments) == sizes(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"), [(((1024, 1024), 256, 2048, 64), 41), (((1024, 1024), 512, 2048, 32), 65)]
+)
+def test_number_of_buckets_at_1024(arguments, count):
+    assert len(bucket_sizes(*arguments)) == count
+
+
+ASSIGNED = [  # picture, (bucket, resized), the same without upscaling
+    ("512x512", "512x512 512x512", "512x512 512x512"),
+    ("1000x1000", "512x512 512x512", "512x512 512x512"),
+    ("300x200", "640x384 640x427", "256x192 300x200"),
+    ("1920x1080", "640x384 683x384", "640x384 683x384"),
+    ("832x1216", "384x640 438x640", "384x576 394x576"),
+    ("100x1000", "256x1024 256x2560", "64x960 100x1000"),
+    ("640x384", "640x384 640x384", "640x384 640x384"),
+    ("513x512", "512x512 513x512", "512x512 513x512"),
+]
+
+
+@pytest.mark.parametrize(("picture", "default", "no_upscale"), ASSIGNED)
+def test_assignment_at_512(picture, default, no_upscale):
+    for no_upscaling, expected in ((False, default), (True, no_upscale)):
+        (shape,) = assign_shapes(sizes(picture), rules(no_upscaling))
+        assert [shape.bucket, shape.resized] == sizes(expected)
+
+
+def test_a_small_picture_keeps_its_size_without_upscaling():
+    (shape,) = assign_shapes([(70, 70)], rules(no_upscale=True))
+    assert (shape.bucket, shape.resized) == ((64, 64), (70, 70))
+
+
+def test_a_side_below_the_step_gets_a_bucket_of_one_step():
+    (shape,) = assign_shapes([(63, 300)], rules(no_upscale=True))
+    assert (shape.bucket, shape.resized) == ((64, 256), (64, 305))
+
+
+@pytest.mark.parametrize(
+    ("bucket", "picture", "expected"),
+    [
+        ((512, 512), (1000, 800), (0, 51, 512, 460.6)),
+        ((640, 384), (1920, 1080), (0, 12, 640, 372)),
+        ((384, 640), (800, 1200), (0, 32, 384, 608)),
+    ],
+)
+def test_crop_of_size_conditioning(bucket, picture, expected):
+    assert crop_ltrb(bucket, picture) == pytest.approx(expected, abs=1e-9)
+
+
+side = st.integers(1, 4000)
+
+
+@given(
+    st.lists(st.tuples(side, side), min_size=1, max_size=20), st.booleans(), st.sampled_from([(512, 512), (768, 512)])
+)
+def test_every_picture_covers_its_bucket_on_at_least_one_side_exactly_or_is_not_enlarged(
+    pictures, no_upscale, resolution
+):
+    rule = rules(no_upscale, resolution)
+    for picture, shape in zip(pictures, assign_shapes(pictures, rule), strict=True):
+        assert min(shape.bucket) >= 64 and all(side % 64 == 0 for side in shape.bucket)
+        assert shape.resized[0] >= shape.bucket[0] and shape.resized[1] >= shape.bucket[1]
+        if no_upscale:
+            grown = shape.resized[0] > picture[0] or shape.resized[1] > picture[1]
+            assert not grown or min(shape.bucket) == 64
+        else:
+            assert shape.resized[0] == shape.bucket[0] or shape.resized[1] == shape.bucket[1]
+            assert math.prod(shape.bucket) <= math.prod(resolution)
+
+
+def test_without_buckets_every_picture_is_cut_to_the_resolution():
+    rule = BucketRules.build((320, 192), False, 256, 1024, 64, False, 64)
+    shapes = assign_shapes([(320, 192), (1000, 300), (20, 60)], rule)
+    assert {shape.bucket for shape in shapes} == {(320, 192)}
+    assert [shape.resized for shape in shapes] == [(320, 192), (640, 192), (320, 960)]
+
+
+def test_limits_are_rounded_to_the_step_and_said_so(caplog):
+    rule = BucketRules.build((512, 512), True, 300, 1000, 64, False, 64)
+    assert (rule.min_reso, rule.max_reso) == (256, 1024)
+    assert "300..1000 become 256..1024" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (((512, 512), True, 576, 1024, 64, False, 64), "min_bucket_reso is 576"),
+        (((512, 512), True, 256, 448, 64, False, 64), "max_bucket_reso is 448"),
+        (((512, 512), True, 256, 1024, 32, False, 64), "bucket_reso_steps is 32.*multiple of 64"),
+        (((0, 512), False, 256, 1024, 64, False, 64), "both sides must be positive"),
+    ],
+)
+def test_limits_that_do_not_fit_are_named(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        BucketRules.build(*arguments)
+
+
+def test_the_step_is_only_checked_with_buckets():
+    assert not BucketRules.build((512, 512), False, 256, 1024, 17, False, 64).enable_bucket

@@ -1,0 +1,287 @@
+"""What is found in folders and metadata files."""
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from library.data.images import read_size
+from library.data.scan import ScannedSubset, collect
+from library.data.schema import NoDataFound, load_dataset_config
+from tests.unit.data.builders import open_set, options_of, write_config, write_folder, write_picture
+
+
+def scan(tmp_path: Path, subset: str, dataset: str = "", arguments: str = "") -> ScannedSubset:
+    text = f"[[datasets]]\nresolution = 64\n{dataset}\n[[datasets.subsets]]\n{subset}\n"
+    path = tmp_path / "data.toml"
+    path.write_text(text.replace("{here}", tmp_path.as_posix()), encoding="utf-8")
+    (found,) = collect(load_dataset_config(options_of(arguments, "--dataset_config", str(path))))
+    return found.subsets[0]
+
+
+FOLDER = 'image_dir = "{here}/pictures"\ncaption_extension = ".txt"\n'
+
+
+def names(found: ScannedSubset) -> list[str]:
+    return [os.path.basename(picture.path) for picture in found.pictures]
+
+
+def test_pictures_of_one_folder_are_sorted_and_not_searched_for_below(tmp_path):
+    folder = tmp_path / "pictures"
+    for name in ("b.png", "a.JPG", "C.webp", "d.bmp", "e.Png", "below/f.png"):
+        write_picture(folder / name)
+    (folder / "notes.txt").write_text("x")
+    assert names(scan(tmp_path, FOLDER)) == ["C.webp", "a.JPG", "b.png", "d.bmp"]
+
+
+def test_names_with_spaces_brackets_and_other_letters(tmp_path):
+    folder = tmp_path / "pictures"
+    for name in ("a b.png", "[x] (1).png", "ねこ.png", "ünï{c}.png", "*?.png"):
+        write_picture(folder / name).with_suffix(".txt").write_text(f"caption of {name}", encoding="utf-8")
+    found = scan(tmp_path, FOLDER)
+    assert [picture.caption for picture in found.pictures] == [f"caption of {name}" for name in names(found)]
+    assert len(found.pictures) == 5
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_links_are_followed_and_loops_do_no_harm(tmp_path):
+    folder = write_folder(tmp_path / "pictures", 1)
+    (folder / "link.png").symlink_to(folder / "p0.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "gone.png").symlink_to(folder / "nothing.png")
+    (folder / "folder.png").symlink_to(folder)
+    found = scan(tmp_path, FOLDER)
+    assert names(found) == ["link.png", "p0.png"]
+    assert sorted(os.path.basename(path) for path, _ in found.dropped) == ["gone.png", "loop.png"]
+
+
+def test_captions_come_from_files_then_class_tokens_then_are_empty(tmp_path):
+    folder = tmp_path / "pictures"
+    write_picture(folder / "a.png").with_suffix(".txt").write_bytes(b"\xef\xbb\xbf  first line \r\nsecond\r\n")
+    write_picture(folder / "b.png")
+    write_picture(folder / "c.png").with_suffix(".txt").write_text("")
+    found = scan(tmp_path, FOLDER + 'class_tokens = "cat"')
+    assert [picture.caption for picture in found.pictures] == ["first line", "cat", ""]
+    assert [os.path.basename(p) for p in found.without_caption] == ["b.png"]
+    assert [os.path.basename(p) for p in found.empty_caption] == ["c.png"]
+    assert scan(tmp_path, FOLDER).pictures[1].caption == ""
+
+
+def test_with_wildcards_all_lines_that_are_not_blank_are_kept(tmp_path):
+    write_picture(tmp_path / "pictures/a.png").with_suffix(".txt").write_text(" one \n\n two\n")
+    assert scan(tmp_path, FOLDER + "enable_wildcard = true").pictures[0].caption == "one\ntwo"
+
+
+def test_cuttings_of_faces_share_the_caption_of_their_picture(tmp_path):
+    folder = tmp_path / "pictures"
+    write_picture(folder / "me_10_20_30_40.png")
+    write_picture(folder / "you_10_20_30_40.png").with_suffix(".txt").write_text("own")
+    (folder / "me.txt").write_text("shared")
+    (folder / "you.txt").write_text("not this")
+    assert [picture.caption for picture in scan(tmp_path, FOLDER).pictures] == ["shared", "own"]
+
+
+def test_captions_in_another_encoding_are_named(tmp_path):
+    write_picture(tmp_path / "pictures/a.png").with_suffix(".txt").write_bytes("grün".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
+        scan(tmp_path, FOLDER)
+
+
+def test_pictures_that_cannot_be_read_are_left_out_and_named(tmp_path):
+    folder = write_folder(tmp_path / "pictures", 1)
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("this is no picture")
+    (folder / "cut.png").write_bytes((folder / "p0.png").read_bytes()[:20])
+    found = scan(tmp_path, FOLDER)
+    reasons = {os.path.basename(path): reason for path, reason in found.dropped}
+    assert names(found) == ["p0.png"] and reasons.keys() == {"empty.png", "text.png", "cut.png"}
+    assert reasons["empty.png"] == "is empty" and "not a picture" in reasons["text.png"]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sizes_are_those_of_the_upright_picture(tmp_path, orientation):
+    image = Image.new("RGB", (30, 20))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("a.jpg", "a.webp", "a.png"):
+        image.save(tmp_path / name, exif=exif)
+        assert read_size(str(tmp_path / name)) == ((30, 20) if orientation < 5 else (20, 30))
+
+
+def test_tags_of_a_picture_that_are_damaged_do_not_lose_it(tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00II*\x00" + struct.pack("<I", 9999))
+    assert read_size(str(tmp_path / "a.jpg")) == (30, 20)
+
+
+def test_a_folder_named_twice_in_one_dataset_counts_once(tmp_path, caplog):
+    write_folder(tmp_path / "pictures", 2)
+    options = write_config(
+        tmp_path / "data.toml",
+        f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{FOLDER}[[datasets.subsets]]\n{FOLDER}num_repeats = 3\n",
+    )
+    assert open_set(options).num_train_images == 2
+    assert "stands twice in one dataset" in caplog.text
+
+
+def test_a_folder_named_in_two_datasets_counts_twice(tmp_path):
+    write_folder(tmp_path / "pictures", 2)
+    one = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{FOLDER}"
+    assert open_set(write_config(tmp_path / "data.toml", one + one + "num_repeats = 3\n")).num_train_images == 8
+
+
+def test_a_subset_without_pictures_is_an_error_and_none_at_all_is_no_data(tmp_path):
+    write_folder(tmp_path / "pictures", 1)
+    (tmp_path / "nothing").mkdir()
+    empty = '[[datasets.subsets]]\nimage_dir = "{here}/nothing"\n'
+    text = "[[datasets]]\nresolution = 64\n"
+    with pytest.raises(ValueError, match=r"there are no pictures in .*nothing"):
+        open_set(write_config(tmp_path / "data.toml", f"{text}[[datasets.subsets]]\n{FOLDER}{empty}"))
+    for only in (
+        text + empty,
+        text + empty.replace("nothing", "missing"),
+        "[[datasets]]\nresolution = 64\nsubsets = []\n",
+    ):
+        with pytest.raises(NoDataFound):
+            open_set(write_config(tmp_path / "data.toml", only))
+
+
+# cache_info
+
+
+def test_the_folder_cache_has_the_layout_of_sd_scripts_and_is_used(tmp_path, monkeypatch):
+    write_folder(tmp_path / "pictures", 2, caption="x")
+    first = scan(tmp_path, FOLDER + "cache_info = true")
+    entries = json.loads((tmp_path / "pictures/metadata_cache.json").read_text())
+    assert {path: (entry["caption"], entry["resolution"]) for path, entry in entries.items()} == {
+        f"{tmp_path.as_posix()}/pictures/p{i}.png": (f"x {i}", [64, 64]) for i in range(2)
+    }
+    monkeypatch.setattr("library.data.scan.read_size", lambda path: pytest.fail(f"{path} was opened"))
+    assert scan(tmp_path, FOLDER + "cache_info = true").pictures == first.pictures
+
+
+def test_what_changed_since_the_folder_cache_was_written_is_read_again(tmp_path):
+    folder = write_folder(tmp_path / "pictures", 3, caption="x")
+    scan(tmp_path, FOLDER + "cache_info = true")
+    (folder / "p0.txt").write_text("edited")
+    write_picture(folder / "p1.png", (80, 40))
+    (folder / "p2.png").unlink()
+    write_picture(folder / "p9.png")
+    found = scan(tmp_path, FOLDER + 'cache_info = true\nclass_tokens = "c"')
+    assert [(p.caption, p.size) for p in found.pictures] == [("edited", (64, 64)), ("x 1", (80, 40)), ("c", (64, 64))]
+
+
+def test_an_entry_without_our_note_is_not_trusted(tmp_path):
+    folder = write_folder(tmp_path / "pictures", 1, caption="x")
+    path = f"{tmp_path.as_posix()}/pictures/p0.png"
+    (folder / "metadata_cache.json").write_text(json.dumps({path: {"caption": "old", "resolution": [1, 1]}}))
+    assert scan(tmp_path, FOLDER + "cache_info = true").pictures[0].size == (64, 64)
+
+
+def test_a_damaged_folder_cache_is_made_again(tmp_path, caplog):
+    folder = write_folder(tmp_path / "pictures", 1, caption="x")
+    (folder / "metadata_cache.json").write_text("{cut")
+    assert len(scan(tmp_path, FOLDER + "cache_info = true").pictures) == 1
+    assert "is made again" in caplog.text
+    assert json.loads((folder / "metadata_cache.json").read_text())
+
+
+# Metadata files
+
+METADATA = 'image_dir = "{here}/pictures"\nmetadata_file = "{here}/meta.json"\n'
+
+
+def write_metadata(tmp_path: Path, table: object) -> None:
+    (tmp_path / "meta.json").write_text(json.dumps(table), encoding="utf-8")
+
+
+def test_metadata_keys_are_paths_with_or_without_ending(tmp_path):
+    folder = write_folder(tmp_path / "pictures", 3, size=(48, 32), caption=None)
+    keys = [str(folder / "p0.png"), "p1.png", "p2"]
+    write_metadata(tmp_path, {key: {"caption": f"c{i}", "image_size": [9, 9]} for i, key in enumerate(keys)})
+    found = scan(tmp_path, METADATA)
+    assert [(os.path.basename(p.path), p.caption, p.size) for p in found.pictures] == [
+        (f"p{i}.png", f"c{i}", (48, 32)) for i in range(3)
+    ]
+
+
+def test_a_stem_does_not_match_the_beginning_of_another_name(tmp_path):
+    write_picture(tmp_path / "pictures/cat10.png")
+    write_metadata(tmp_path, {"cat1": {"caption": "x"}, "cat10": {"caption": "y"}})
+    found = scan(tmp_path, METADATA)
+    assert names(found) == ["cat10.png"] and [path for path, _ in found.dropped] == ["cat1"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "plain", "wildcard"),
+    [
+        ({"caption": "a b", "tags": "x, y"}, "a b,x, y", "a b,x, y"),
+        ({"caption": "a\n\nb", "tags": "x\ny"}, "a,x,y", "a,x,y\nb,x,y"),
+        ({"tags": "x, y"}, "x, y", "x, y"),
+        ({"caption": "a"}, "a", "a"),
+        ({}, "", ""),
+    ],
+)
+def test_caption_and_tags_are_combined(tmp_path, entry, plain, wildcard):
+    write_picture(tmp_path / "pictures/p.png")
+    write_metadata(tmp_path, {"p": entry})
+    assert scan(tmp_path, METADATA).pictures[0].caption == plain
+    assert scan(tmp_path, METADATA + "enable_wildcard = true").pictures[0].caption == wildcard
+
+
+def test_json_lines(tmp_path):
+    folder = write_folder(tmp_path / "pictures", 2, caption=None)
+    lines = [
+        {"image_path": str(folder / "p0.png"), "caption": "x"},
+        {"image_path": "p1.png", "caption": "y", "tags": "z"},
+    ]
+    (tmp_path / "meta.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))
+    found = scan(tmp_path, METADATA.replace(".json", ".jsonl"))
+    assert [picture.caption for picture in found.pictures] == ["x", "y,z"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("meta.json", "{", "meta.json is not valid JSON: .*line 1"),
+        ("meta.json", "[]", "must hold a table"),
+        ("meta.json", '{"p": 3}', "meta.json: p must be a table"),
+        ("meta.json", '{"p": {"tags": ["x"]}}', "p: tags is"),
+        ("meta.jsonl", '{"caption": "x"}', "line 1: image_path is missing"),
+    ],
+)
+def test_mistakes_in_metadata_files_are_named(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        scan(tmp_path, METADATA.replace("meta.json", name))
+
+
+def test_a_missing_metadata_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"meta\.json: there is no such file"):
+        scan(tmp_path, METADATA)
+
+
+# Masks
+
+MASKED = FOLDER + 'conditioning_data_dir = "{here}/masks"\n'
+
+
+def test_masks_are_found_by_stem(tmp_path):
+    write_folder(tmp_path / "pictures", 2)
+    for i in range(2):
+        write_picture(tmp_path / f"masks/p{i}.jpg")
+    found = scan(tmp_path, MASKED, arguments="--masked_loss")
+    assert [os.path.basename(picture.mask_path or "") for picture in found.pictures] == ["p0.jpg", "p1.jpg"]
+
+
+def test_missing_and_surplus_masks_are_named(tmp_path):
+    write_folder(tmp_path / "pictures", 2)
+    write_picture(tmp_path / "masks/p0.png")
+    with pytest.raises(ValueError, match=r"1 pictures have no mask.*p1\.png"):
+        scan(tmp_path, MASKED, arguments="--masked_loss")
+    write_picture(tmp_path / "masks/p1.png")
+    write_picture(tmp_path / "masks/other.png")
+    with pytest.raises(ValueError, match=r"1 masks .* belong to no picture.*other\.png"):
+        scan(tmp_path, MASKED, arguments="--masked_loss")

@@ -1,0 +1,259 @@
+"""The dataset file: what it may say, and which value holds."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from library.data.captions import CaptionRules
+from library.data.schema import NoDataFound, SubsetConfig, load_dataset_config
+from library.options.train import TrainOptions
+from tests.unit.data.builders import options_of, write_config
+
+SUBSET = '[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = "a"\n'
+
+
+def load(tmp_path: Path, text: str, arguments: str = "", name: str = "data.toml") -> tuple:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return load_dataset_config(options_of(arguments, "--dataset_config", str(path))).datasets
+
+
+def mistakes(tmp_path: Path, text: str, arguments: str = "", name: str = "data.toml") -> str:
+    with pytest.raises(ValueError) as error:
+        load(tmp_path, text, arguments, name)
+    return str(error.value)
+
+
+def test_defaults_are_those_of_sd_scripts(tmp_path):
+    (dataset,) = load(tmp_path, SUBSET)
+    (subset,) = dataset.subsets
+    assert (dataset.resolution, dataset.batch_size, dataset.enable_bucket) == ((512, 512), 1, False)
+    assert (dataset.min_bucket_reso, dataset.max_bucket_reso, dataset.bucket_reso_steps) == (256, 1024, 64)
+    assert subset.captions == CaptionRules()
+    assert (subset.num_repeats, subset.caption_extension, subset.is_reg, subset.class_tokens) == (
+        1,
+        ".caption",
+        False,
+        None,
+    )
+
+
+LEVELS = {
+    "subset": (
+        "[general]\n{g}\n[[datasets]]\nresolution = 8\n{d}\n[[datasets.subsets]]\nimage_dir='a'\n{s}",
+        "g d s c",
+    ),
+    "dataset": ("[general]\n{g}\n[[datasets]]\nresolution = 8\n{d}\n[[datasets.subsets]]\nimage_dir='a'\n", "g d c"),
+    "general": ("[general]\n{g}\n[[datasets]]\nresolution = 8\n[[datasets.subsets]]\nimage_dir='a'\n", "g c"),
+    "option": ("[[datasets]]\nresolution = 8\n[[datasets.subsets]]\nimage_dir='a'\n", "c"),
+}
+
+
+@pytest.mark.parametrize(("winner", "value"), [("subset", 3), ("dataset", 2), ("general", 1), ("option", 9)])
+def test_the_closest_value_wins(tmp_path, winner, value):
+    text = LEVELS[winner][0].format(g="keep_tokens = 1", d="keep_tokens = 2", s="keep_tokens = 3")
+    (dataset,) = load(tmp_path, text, "--keep_tokens 9")
+    assert dataset.subsets[0].captions.keep_tokens == value
+
+
+def test_false_zero_and_empty_text_in_the_file_win_over_options(tmp_path):
+    text = SUBSET + 'shuffle_caption = false\nkeep_tokens = 0\nkeep_tokens_separator = ""\n'
+    (dataset,) = load(tmp_path, text, "--shuffle_caption --keep_tokens 4 --keep_tokens_separator |||")
+    rules = dataset.subsets[0].captions
+    assert (rules.shuffle_caption, rules.keep_tokens, rules.keep_tokens_separator) == (False, 0, "")
+
+
+def test_options_of_other_names_stand_in_for_batch_size_and_repeats(tmp_path):
+    (dataset,) = load(tmp_path, SUBSET, "--train_batch_size 3 --dataset_repeats 5 --caption_extention txt")
+    assert (dataset.batch_size, dataset.subsets[0].num_repeats) == (3, 5)
+    assert dataset.subsets[0].caption_extension == ".txt"
+
+
+@pytest.mark.parametrize(("text", "size"), [("512", (512, 512)), ("768,512", (768, 512)), ("768, 512", (768, 512))])
+def test_resolution_on_the_command_line(tmp_path, text, size):
+    path = tmp_path / "data.toml"
+    path.write_text(SUBSET.replace("resolution = 512", ""))
+    options = options_of("", "--dataset_config", str(path), "--resolution", text)
+    assert load_dataset_config(options).datasets[0].resolution == size
+
+
+def test_json_says_the_same_as_toml(tmp_path):
+    text = '{"general": {"batch_size": 2}, "datasets": [{"resolution": [64, 32], "subsets": [{"image_dir": "a"}]}]}'
+    toml = "[general]\nbatch_size=2\n[[datasets]]\nresolution=[64,32]\n[[datasets.subsets]]\nimage_dir='a'\n"
+    assert load(tmp_path, text, name="data.JSON") == load(tmp_path, toml)
+
+
+MISTAKES = [
+    (
+        SUBSET + "num_repeat = 2",
+        r"data['datasets'][0]['subsets'][0]['num_repeat'] is not a key; did you mean num_repeats?",
+    ),
+    (
+        SUBSET + "batch_size = 2",
+        "['subsets'][0]['batch_size'] may not stand here; it belongs into [general] or [[datasets]]",
+    ),
+    (
+        "[general]\nalpha_mask = true\n" + SUBSET,
+        "data['general']['alpha_mask'] may not stand here; it belongs into [[datasets.sub",
+    ),
+    ("[genral]\n" + SUBSET, "data['genral'] is not a key; did you mean general?"),
+    (SUBSET + "num_repeats = '2'", "['num_repeats'] is '2', but must be an int"),
+    (SUBSET + "flip_aug = 1", "['flip_aug'] is 1, but must be true or false"),
+    (SUBSET + "face_crop_aug_range = [1, 3]", "['face_crop_aug_range'] is [1, 3], but must be two floats"),
+    (SUBSET + "validation_split = 0", "['validation_split'] is 0, but must be a float"),
+    (SUBSET + "resize_interpolation = 'best'", "['resize_interpolation'] is 'best', but must be one of lanczos"),
+    (
+        SUBSET.replace("512", "'512'"),
+        "data['datasets'][0]['resolution'] is '512', but must be an int or [width, height]",
+    ),
+    ("[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nnum_repeats = 1", "['image_dir'] is missing"),
+    ("[[datasets]]\nresolution = 512", "['subsets'] must be an array of tables"),
+    ("datasets = 3", "data['datasets'] must be an array of tables"),
+    (SUBSET + "conditioning_data_dir = 'm'", "conditioning_data_dir needs --masked_loss"),
+    (SUBSET + "[[datasets.subsets]]\nmetadata_file = 'm.json'", "some subsets have metadata_file and some do not"),
+    (SUBSET + "caption_separator = ''", "caption_separator is empty"),
+    (SUBSET + "caption_dropout_rate = 1.5", "caption_dropout_rate is 1.5, but must lie between 0 and 1"),
+    (SUBSET + "validation_split = 0.1", "validation_split is not supported yet"),
+    (SUBSET.replace("resolution = 512", ""), "['resolution'] is missing"),
+    (SUBSET.replace("resolution = 512", "resolution = 512\nbatch_size = 0"), "['batch_size'] is 0"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), MISTAKES, ids=[words for _, words in MISTAKES])
+def test_mistakes_are_named_with_their_place(tmp_path, text, words):
+    assert words in mistakes(tmp_path, text)
+
+
+def test_all_mistakes_are_named_at_once(tmp_path):
+    message = mistakes(tmp_path, "[general]\nshufle_caption = true\n" + SUBSET + "num_repeats = 1.5\n")
+    assert "did you mean shuffle_caption?" in message and "['num_repeats'] is 1.5" in message
+
+
+def test_keys_of_another_style_are_named(tmp_path):
+    text = "[[datasets]]\nresolution = 8\n[[datasets.subsets]]\nmetadata_file = 'm.json'\nclass_tokens = 'x'\n"
+    assert "['class_tokens'] may not stand here; it is only for subsets of style dreambooth" in mistakes(tmp_path, text)
+    assert (
+        load(tmp_path, "[general]\nclass_tokens = 'x'\n" + text.replace("class_tokens = 'x'\n", ""))[0].style
+        == "metadata"
+    )
+
+
+def test_syntax_mistakes_name_file_line_and_column(tmp_path):
+    message = mistakes(tmp_path, "[general]\nbatch_size = = 2\n")
+    assert "data.toml is not valid TOML" in message and "line 2, column 14" in message
+    assert "line 1 column 2" in mistakes(tmp_path, "{bad", name="data.json")
+
+
+def test_files_of_another_kind_or_missing_are_named(tmp_path):
+    assert "must end in .toml or .json" in mistakes(tmp_path, "", name="data.yaml")
+    with pytest.raises(ValueError, match="there is no such file"):
+        load_dataset_config(options_of("", "--dataset_config", str(tmp_path / "none.toml")))
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    (tmp_path / "data.toml").write_bytes(b"\xef\xbb\xbf" + SUBSET.encode())
+    assert load_dataset_config(options_of("", "--dataset_config", str(tmp_path / "data.toml"))).datasets
+
+
+def test_validation_keys_may_stand_in_a_subset(tmp_path):
+    (dataset,) = load(tmp_path, SUBSET + "validation_split = 0.0\nvalidation_seed = 3\n")
+    assert len(dataset.subsets) == 1
+
+
+def test_masks_make_a_masked_dataset_and_refuse_random_crops(tmp_path):
+    text = SUBSET + "conditioning_data_dir = 'm'\n"
+    assert load(tmp_path, text, "--masked_loss")[0].style == "masked"
+    assert "random_crop cannot be used" in mistakes(tmp_path, text + "random_crop = true\n", "--masked_loss")
+
+
+def test_a_subset_without_repeats_is_left_out_and_said_so(tmp_path, caplog):
+    (dataset,) = load(tmp_path, SUBSET + "num_repeats = 0\n")
+    assert dataset.subsets == ()
+    assert "a is left out: num_repeats is 0" in caplog.text
+
+
+def test_a_network_multiplier_that_does_nothing_is_said_so(tmp_path, caplog):
+    load(tmp_path, SUBSET.replace("512", "512\nnetwork_multiplier = 0.5"))
+    assert "['network_multiplier'] has no effect" in caplog.text
+
+
+def test_folder_arguments_beside_a_file_are_ignored_and_said_so(tmp_path, caplog):
+    load(tmp_path, SUBSET, "--train_data_dir elsewhere")
+    assert "--train_data_dir is ignored" in caplog.text
+
+
+def folder_options(tmp_path: Path, *names: str, arguments: str = "") -> TrainOptions:
+    for name in names:
+        (tmp_path / "train" / name).mkdir(parents=True)
+    return options_of(f"--resolution 64 {arguments}", "--train_data_dir", str(tmp_path / "train"))
+
+
+def test_folders_are_sorted_and_give_repeats_and_class(tmp_path):
+    options = folder_options(tmp_path, "3_big_cat", "10_a", "2_b", "0_no", "dog", "-1_no")
+    (dataset,) = load_dataset_config(options).datasets
+    found = [(subset.base_name, subset.num_repeats, subset.class_tokens) for subset in dataset.subsets]
+    assert found == [("10_a", 10, "a"), ("2_b", 2, "b"), ("3_big_cat", 3, "big_cat")]
+
+
+def test_folders_without_a_number_are_named(tmp_path, caplog):
+    load_dataset_config(folder_options(tmp_path, "1_a", "dog"))
+    assert "folder dog is left out" in caplog.text
+
+
+def test_regularisation_folders(tmp_path):
+    (tmp_path / "reg" / "4_cat").mkdir(parents=True)
+    options = folder_options(tmp_path, "1_a", arguments=f"--reg_data_dir {tmp_path / 'reg'}")
+    (dataset,) = load_dataset_config(options).datasets
+    assert [(subset.base_name, subset.is_reg) for subset in dataset.subsets] == [("1_a", False), ("4_cat", True)]
+
+
+@pytest.mark.parametrize("names", [(), ("dog",)])
+def test_a_parent_without_numbered_folders_holds_no_data(tmp_path, names):
+    (tmp_path / "train").mkdir(exist_ok=True)
+    with pytest.raises(NoDataFound, match="called N_name"):
+        load_dataset_config(folder_options(tmp_path, *names))
+
+
+def test_in_json_makes_one_subset(tmp_path):
+    options = options_of("--resolution 64 --in_json m.json --train_data_dir pictures --dataset_repeats 2")
+    (dataset,) = load_dataset_config(options).datasets
+    (subset,) = dataset.subsets
+    assert (dataset.style, subset.metadata_file, subset.image_dir, subset.num_repeats) == (
+        "metadata",
+        "m.json",
+        "pictures",
+        2,
+    )
+
+
+def test_conditioning_data_dir_on_the_command_line_gives_masks():
+    options = options_of("--resolution 64 --train_data_dir a --conditioning_data_dir m --masked_loss")
+    (dataset,) = load_dataset_config(options).datasets
+    assert (dataset.style, dataset.subsets[0].conditioning_data_dir) == ("masked", "m")
+
+
+def test_own_dataset_classes_are_not_there_yet():
+    with pytest.raises(ValueError, match=r"--dataset_class my.Set: own dataset classes are not supported yet"):
+        load_dataset_config(options_of("--dataset_class my.Set"))
+
+
+@pytest.mark.parametrize("arguments", ["--resolution 1,2,3", "--resolution big", "--face_crop_aug_range 1"])
+def test_options_that_cannot_be_read_are_named(arguments):
+    with pytest.raises(ValueError, match=arguments.split()[0]):
+        load_dataset_config(options_of("--train_data_dir a " + arguments))
+
+
+def test_whole_floats_of_front_ends_are_ints(tmp_path):
+    options = folder_options(tmp_path, "1_a")
+    data = dataclasses.replace(options.dataset, train_batch_size=2.0, face_crop_aug_range="1,3")  # type: ignore[arg-type]
+    (dataset,) = load_dataset_config(dataclasses.replace(options, dataset=data)).datasets
+    assert (dataset.batch_size, dataset.subsets[0].face_crop_aug_range) == (2, (1.0, 3.0))
+
+
+def test_configurations_cannot_be_changed(tmp_path):
+    (dataset,) = load(tmp_path, SUBSET)
+    subset: SubsetConfig = dataset.subsets[0]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        subset.num_repeats = 2  # type: ignore[misc]
+    assert write_config(tmp_path / "x.toml", SUBSET).dataset.dataset_config == tmp_path / "x.toml"
