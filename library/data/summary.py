@@ -121,7 +121,7 @@ def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
         counts = frequency.setdefault(subset.config.base_name, Counter())
         for picture in subset.pictures:
             text = picture.tags or "" if subset.config.style == "metadata" else picture.caption
-            tags = (tag.strip().lower() for tag in text.replace("\n", ",").split(","))
+            tags = dict.fromkeys(tag.strip().lower() for tag in text.replace("\n", ",").split(","))
             counts.update(tag for tag in tags if tag)
     return {name: dict(counts) for name, counts in frequency.items()}
 

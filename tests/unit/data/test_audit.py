@@ -1,0 +1,190 @@
+"""What is said about the data before any model is loaded."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from library.data.dataset import TrainingSet
+from tests.unit.data.builders import SPEC, options_of, write_config, write_folder, write_picture
+
+
+def audited(options, caplog, count_tokens=None, max_tokens=None) -> str:
+    training_set = TrainingSet.build(options, SPEC, 1, count_tokens, max_tokens)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        training_set.audit(logging.getLogger("audit"))
+    return caplog.text
+
+
+def config(tmp_path: Path, subset: str, dataset: str = "", more: str = ""):
+    head = f"[[datasets]]\nresolution = 64\nbatch_size = 2\n{dataset}\n[[datasets.subsets]]\nimage_dir = '{{here}}/a'\n"
+    return write_config(tmp_path / "data.toml", f"{head}caption_extension = '.txt'\n{subset}\n{more}")
+
+
+def test_pictures_repeats_draws_and_buckets_are_counted(tmp_path, caplog):
+    write_folder(tmp_path / "a", 2, (64, 64))
+    write_picture(tmp_path / "a/wide.png", (140, 30))
+    text = audited(
+        config(tmp_path, "num_repeats = 3", "enable_bucket = true\nmin_bucket_reso = 32\nbucket_reso_steps = 64"),
+        caplog,
+    )
+    assert "dataset 1: area of 64x64 in buckets of 64 to 1024 by 64, batch size 2" in text
+    assert "3 pictures x 3 repeats, 9 draws per epoch" in text
+    assert "bucket 64x64: 9 draws, 5 batches" in text
+
+
+def test_missing_and_empty_captions_are_counted_with_examples(tmp_path, caplog):
+    write_folder(tmp_path / "a", 7, caption=None)
+    (tmp_path / "a/p0.txt").write_text("")
+    text = audited(config(tmp_path, ""), caplog)
+    assert "6 captions are missing, they are empty: " in text and "p5.png and 1 more" in text
+    assert "1 captions are empty: " in text and text.count("WARNING") == 2
+
+
+def test_captions_that_class_tokens_stand_in_for_are_no_warning(tmp_path, caplog):
+    write_folder(tmp_path / "a", 2, caption=None)
+    text = audited(config(tmp_path, "class_tokens = 'a cat'"), caplog)
+    assert "2 captions are missing, 'a cat' stands in" in text and "WARNING" not in text
+
+
+def test_pictures_left_out_are_named_with_the_reason(tmp_path, caplog):
+    write_folder(tmp_path / "a", 1)
+    (tmp_path / "a/bad.png").write_bytes(b"")
+    assert "1 pictures are left out: " in audited(config(tmp_path, ""), caplog)
+    assert "bad.png is empty" in caplog.text
+
+
+def test_captions_beyond_the_token_limit_are_counted_in_their_fullest_form(tmp_path, caplog):
+    write_folder(tmp_path / "a", 2, caption="x" * 90)
+    (tmp_path / "a/p1.txt").write_text("one two three four")
+    options = config(tmp_path, "caption_prefix = 'zero'\nkeep_tokens_separator = '|||'")
+
+    def words(caption: str) -> int:
+        return len(caption.split())
+
+    text = audited(options, caplog, words, 4)
+    assert "1 captions are longer than the 4 tokens" in text and "p1.png (5)" in text
+    assert "longer" not in audited(options, caplog, words, 5)
+
+
+def test_pictures_of_one_stem_are_named(tmp_path, caplog):
+    write_folder(tmp_path / "a", 1)
+    write_picture(tmp_path / "a/p0.bmp")
+    text = audited(config(tmp_path, ""), caplog)
+    assert "1 pictures share their caption with one of the same name: " in text and "p0.bmp and " in text
+
+
+def test_without_buckets_pictures_of_another_size_are_named(tmp_path, caplog):
+    write_folder(tmp_path / "a", 1, (80, 64))
+    assert "1 pictures are not 64x64, so they are scaled and cropped" in audited(config(tmp_path, ""), caplog)
+
+
+def test_braces_in_braces_are_named(tmp_path, caplog):
+    write_folder(tmp_path / "a", 1, caption="{a|{b|c}}")
+    assert "1 captions have braces inside braces" in audited(config(tmp_path, "enable_wildcard = true"), caplog)
+
+
+def test_regularisation_pictures_that_are_too_many_are_counted(tmp_path, caplog):
+    write_folder(tmp_path / "a", 1)
+    write_folder(tmp_path / "r", 3)
+    more = "[[datasets.subsets]]\nimage_dir = '{here}/r'\nis_reg = true\nclass_tokens = 'x'\n"
+    assert "2 regularisation pictures are more than needed and unused" in audited(
+        config(tmp_path, "", more=more), caplog
+    )
+
+
+# What the saved file says
+
+
+def test_metadata_of_folders(tmp_path):
+    write_folder(tmp_path / "train/3_cat", 2, (64, 64), "a cat, Grass")
+    write_folder(tmp_path / "reg/1_animal", 1, (64, 64), None)
+    arguments = "--resolution 64 --enable_bucket --min_bucket_reso 64 --max_bucket_reso 128 --caption_extension .txt"
+    options = options_of(
+        f"{arguments} --train_batch_size 2 --gradient_accumulation_steps 3 --keep_tokens 1",
+        "--train_data_dir", f"{tmp_path}/train", "--reg_data_dir", f"{tmp_path}/reg",
+    )  # fmt: skip
+    found = TrainingSet.build(options, SPEC, 1, None, None).metadata(options, num_processes=2)
+    assert found == {
+        "ss_batch_size_per_device": 2,
+        "ss_total_batch_size": 12,
+        "ss_resolution": "(64, 64)",
+        "ss_color_aug": False,
+        "ss_flip_aug": False,
+        "ss_random_crop": False,
+        "ss_shuffle_caption": False,
+        "ss_enable_bucket": True,
+        "ss_bucket_no_upscale": False,
+        "ss_min_bucket_reso": 64,
+        "ss_max_bucket_reso": 128,
+        "ss_keep_tokens": 1,
+        "ss_dataset_dirs": {"3_cat": {"n_repeats": 3, "img_count": 2}},
+        "ss_reg_dataset_dirs": {"1_animal": {"n_repeats": 1, "img_count": 1}},
+        "ss_tag_frequency": {"3_cat": {"a cat": 2, "grass 0": 1, "grass 1": 1}, "1_animal": {"animal": 1}},
+        "ss_bucket_info": {"buckets": {"0": {"resolution": [64, 64], "count": 12}}, "mean_img_ar_error": 0.0},
+    }
+
+
+@pytest.mark.parametrize("has_buckets", [True, False])
+def test_metadata_of_a_dataset_file(tmp_path, has_buckets):
+    write_folder(tmp_path / "a", 2, (96, 64), "x, y")
+    bucket = "enable_bucket = true\nmin_bucket_reso = 64\nmax_bucket_reso = 128\n" if has_buckets else ""
+    subset = "[[datasets.subsets]]\nimage_dir = '{here}/a/'\ncaption_extension = '.txt'\n"
+    one = f"[[datasets]]\nresolution = 64\n{bucket}{subset}"
+    options = write_config(
+        tmp_path / "data.toml", one + "num_repeats = 2\nclass_tokens = 'c'\n" + one.replace("64", "128", 1)
+    )
+    found = TrainingSet.build(options, SPEC, 1, None, None).metadata(options)
+    assert found.keys() == {"ss_datasets", "ss_tag_frequency", "ss_dataset_dirs"}
+    assert found["ss_tag_frequency"] == {"a": {"x": 2, "y 0": 1, "y 1": 1}}
+    assert found["ss_dataset_dirs"] == {
+        "a": {"n_repeats": 2, "img_count": 2},
+        "a (2)": {"n_repeats": 1, "img_count": 2},
+    }
+    first, second = found["ss_datasets"]
+    info = {"buckets": {"0": {"resolution": [64, 64], "count": 4}}, "mean_img_ar_error": 0.5} if has_buckets else None
+    assert first == {
+        "is_dreambooth": True,
+        "batch_size_per_device": 1,
+        "num_train_images": 4,
+        "num_reg_images": 0,
+        "resolution": [64, 64],
+        "enable_bucket": has_buckets,
+        "min_bucket_reso": 64 if has_buckets else None,
+        "max_bucket_reso": 128 if has_buckets else None,
+        "tag_frequency": {"a": {"x": 2, "y 0": 1, "y 1": 1}},
+        "bucket_info": info,
+        "resize_interpolation": None,
+        "subsets": [
+            {
+                "img_count": 2,
+                "num_repeats": 2,
+                "color_aug": False,
+                "flip_aug": False,
+                "random_crop": False,
+                "shuffle_caption": False,
+                "keep_tokens": 0,
+                "keep_tokens_separator": "",
+                "secondary_separator": None,
+                "enable_wildcard": False,
+                "caption_prefix": None,
+                "caption_suffix": None,
+                "resize_interpolation": None,
+                "image_dir": "a",
+                "class_tokens": "c",
+                "is_reg": False,
+            }
+        ],
+    }
+    assert second["resolution"] == [128, 128] and second["subsets"][0]["class_tokens"] is None
+
+
+def test_tags_of_metadata_files_are_counted_without_captions(tmp_path):
+    write_folder(tmp_path / "a", 1)
+    (tmp_path / "meta.json").write_text('{"p0": {"caption": "words", "tags": "x, Y, x"}}')
+    options = options_of("--resolution 64", "--train_data_dir", f"{tmp_path}/a", "--in_json", f"{tmp_path}/meta.json")
+    found = TrainingSet.build(options, SPEC, 1, None, None).metadata(options)
+    assert found["ss_tag_frequency"] == {"meta.json": {"x": 1, "y": 1}}
+    assert found["ss_dataset_dirs"] == {"meta.json": {"n_repeats": 1, "img_count": 1}}
+    assert found["ss_bucket_info"] is None

@@ -1,0 +1,452 @@
+"""Cached latents: shared with sd-scripts, and never stale."""
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from library.architectures.interface import LatentSpec
+from library.data.cache import cache_latents
+from library.data.dataset import TrainingSet
+from library.options.caching import CachingOptions
+from tests.unit.data.builders import (
+    SIZED_SPEC,
+    SPEC,
+    averaging_vae,
+    batches_of,
+    content_of,
+    open_set,
+    options_of,
+    write_config,
+    write_picture,
+)
+
+DISK = CachingOptions(cache_latents=True, cache_latents_to_disk=True, vae_batch_size=2)
+MEMORY = CachingOptions(cache_latents=True, vae_batch_size=2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for i, size in enumerate([(64, 64), (80, 64), (64, 70)]):
+        write_picture(tmp_path / f"2_a/p{i}.png", size, seed=20 + i)
+    return tmp_path
+
+
+def open_folder(folder: Path, arguments: str = "", spec: LatentSpec = SPEC) -> TrainingSet:
+    return open_set(options_of(f"--resolution 64 {arguments}", "--train_data_dir", str(folder)), spec=spec)
+
+
+def cache(
+    folder: Path,
+    arguments: str = "",
+    options: CachingOptions = DISK,
+    vae: str = "vae",
+    spec: LatentSpec = SPEC,
+    seed: int = 1,
+) -> tuple[TrainingSet, int]:
+    """A training set with cached latents, and how many pictures (and mirrored copies) were encoded for it."""
+    calls: list[int] = []
+    training_set = open_folder(folder, arguments, spec)
+    cache_latents(training_set, averaging_vae(calls), vae, options, seed)
+    return training_set, sum(calls)
+
+
+def file_of(folder: Path, name: str = "p0_0064x0064_sd.npz") -> Path:
+    return folder / "2_a" / name
+
+
+def latents_by_key(training_set: TrainingSet) -> dict[str, list]:
+    found = {}
+    for batch in batches_of(training_set):
+        assert batch.pixels_BCHW is None and batch.latents_BCHW is not None
+        found.update(zip(batch.keys, batch.latents_BCHW.tolist(), strict=True))
+    return found
+
+
+def rewrite(path: Path, keeps_origin: bool = False, **changes: np.ndarray | None) -> None:
+    """Write the file again as another program would: some arrays changed or (None) left out."""
+    with np.load(path) as archive:
+        arrays = {key: archive[key] for key in archive.files}
+    if not keeps_origin:
+        arrays = {key: value for key, value in arrays.items() if key != "origin"}
+    arrays.update({key: value for key, value in changes.items() if value is not None})
+    for key, value in changes.items():
+        if value is None:
+            arrays.pop(key, None)
+    np.savez(path, **arrays)
+
+
+# Names and layout
+
+
+def test_files_have_the_names_and_the_layout_of_sd_scripts(folder):
+    cache(folder)
+    names = sorted(path.name for path in (folder / "2_a").glob("*.npz"))
+    assert names == ["p0_0064x0064_sd.npz", "p1_0080x0064_sd.npz", "p2_0064x0070_sd.npz"]
+    with np.load(file_of(folder, names[1])) as archive:
+        assert {key: (archive[key].shape, archive[key].dtype.name) for key in archive.files if key != "origin"} == {
+            "latents": ((4, 8, 8), "float32"),
+            "original_size": ((2,), "int64"),
+            "crop_ltrb": ((4,), "float64"),
+        }
+        assert archive["original_size"].tolist() == [80, 64]
+        assert archive["crop_ltrb"].tolist() == pytest.approx([0, 6, 64, 57.2])
+        assert archive["origin"].dtype == np.uint8 and json.loads(archive["origin"].tobytes())["vae"] == "vae"
+
+
+def test_keys_carry_the_size_where_the_base_model_has_it_and_other_sizes_stay(folder):
+    cache(folder, spec=SIZED_SPEC)
+    calls: list[int] = []
+    larger = open_set(options_of("--resolution 128,64", "--train_data_dir", str(folder)), spec=SIZED_SPEC)
+    cache_latents(larger, averaging_vae(calls), "vae", DISK, 1)
+    with np.load(file_of(folder, "p0_0064x0064_flux.npz")) as archive:
+        assert archive["latents_8x8"].shape == (4, 8, 8) and archive["latents_8x16"].shape == (4, 8, 16)
+        assert {"origin_8x8", "origin_8x16", "crop_ltrb_8x8", "original_size_8x16"} <= set(archive.files)
+    assert (sum(calls), cache(folder, spec=SIZED_SPEC)[1]) == (3, 0)
+
+
+def test_mirrored_copies_are_encodings_of_the_mirrored_picture_and_are_drawn(folder):
+    training_set, num_encoded = cache(folder, "--flip_aug")
+    assert num_encoded == 6
+    pixels = torch.from_numpy(np.array(Image.open(folder / "2_a/p0.png"))).permute(2, 0, 1)[None] / 127.5 - 1
+    means = torch.nn.functional.avg_pool2d(pixels, 8)[0]
+    with np.load(file_of(folder)) as archive:
+        assert np.abs(archive["latents"][:3] - means.numpy()).max() < 0.06
+        assert np.abs(archive["latents_flipped"][:3] - means.flip(-1).numpy()).max() < 0.06
+        plain, flipped = archive["latents"].tolist(), archive["latents_flipped"].tolist()
+    drawn = []
+    for epoch in range(1, 12):
+        for batch in batches_of(training_set, epoch):
+            drawn += [
+                latent for key, latent in zip(batch.keys, batch.latents_BCHW.tolist(), strict=True) if "p0" in key
+            ]
+    assert all(latent in (plain, flipped) for latent in drawn) and plain in drawn and flipped in drawn
+
+
+def test_masks_are_kept_in_the_file_and_mirrored_with_the_draw(folder):
+    path = write_picture(folder / "2_a/q.png", (64, 64), seed=30, mode="RGBA")
+    alpha = np.array(Image.open(path))[..., 3].astype(np.float32) / 255
+    for options in (DISK, MEMORY):
+        training_set, _ = cache(folder, "--alpha_mask --flip_aug --train_batch_size 4", options)
+        seen = set()
+        for epoch in range(1, 8):
+            for batch in batches_of(training_set, epoch):
+                assert batch.masks_B1HW is not None
+                for key, mask in zip(batch.keys, batch.masks_B1HW[:, 0].numpy(), strict=True):
+                    if key.endswith("q.png"):
+                        seen.add("mirrored" if np.allclose(mask, alpha[:, ::-1], atol=1e-6) else "plain")
+                        assert np.allclose(mask, alpha, atol=1e-6) or np.allclose(mask, alpha[:, ::-1], atol=1e-6)
+                    else:
+                        assert (mask == 1).all()
+        assert seen == {"plain", "mirrored"}
+    with np.load(file_of(folder, "q_0064x0064_sd.npz")) as archive:
+        assert archive["alpha_mask"].dtype == np.float32 and np.abs(archive["alpha_mask"] - alpha).max() < 1e-6
+
+
+def test_a_mask_in_the_file_is_not_used_when_it_is_not_asked_for(folder):
+    write_picture(folder / "2_a/q.png", (64, 64), seed=31, mode="RGBA")
+    cache(folder, "--alpha_mask")
+    training_set, num_encoded = cache(folder)
+    assert num_encoded == 0 and all(batch.masks_B1HW is None for batch in batches_of(training_set))
+
+
+# The numbers do not depend on how they came about
+
+
+def test_memory_disk_and_batching_give_the_same_latents(folder):
+    expected = latents_by_key(cache(folder)[0])
+    assert latents_by_key(cache(folder, options=MEMORY)[0]) == expected
+    for path in (folder / "2_a").glob("*.npz"):
+        path.unlink()
+    assert (
+        latents_by_key(cache(folder, options=CachingOptions(cache_latents_to_disk=True, vae_batch_size=1))[0])
+        == expected
+    )
+    assert latents_by_key(cache(folder)[0]) == expected
+
+
+def test_another_seed_samples_the_posterior_otherwise(folder):
+    first = latents_by_key(cache(folder, options=MEMORY)[0])
+    second = latents_by_key(cache(folder, options=MEMORY, seed=2)[0])
+    assert all(first[key] != second[key] for key in first)
+
+
+def test_batches_of_latents_do_not_depend_on_workers(folder):
+    for options in (DISK, MEMORY):
+        training_set, _ = cache(folder, "--flip_aug", options)
+        alone = [content_of(batch) for batch in batches_of(training_set)]
+        assert [content_of(batch) for batch in batches_of(training_set, workers=2)] == alone
+
+
+def test_one_picture_in_two_datasets_is_encoded_once_at_one_size_and_apart_at_two(tmp_path, caplog):
+    write_picture(tmp_path / "a/p.png", (64, 64))
+    one = "[[datasets]]\nresolution = {}\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
+    for sizes, num_encoded in (((64, 64), 1), ((64, 128), 2)):
+        text = "".join(one.replace("{}", str(size)) for size in sizes)
+        training_set = open_set(write_config(tmp_path / "data.toml", text))
+        calls: list[int] = []
+        cache_latents(training_set, averaging_vae(calls), f"vae of {sizes}", DISK, 1)
+        shapes = sorted(tuple(batch.latents_BCHW.shape) for batch in batches_of(training_set))
+        assert sum(calls) == num_encoded
+        assert shapes == [(1, 4, size // 8, size // 8) for size in sizes]
+    assert "latents of 1 pictures stay in memory" in caplog.text
+
+
+def test_pictures_that_share_a_file_name_do_not_share_latents(tmp_path):
+    write_picture(tmp_path / "2_a/p.png", seed=40)
+    write_picture(tmp_path / "2_a/p.bmp", seed=41)
+    found = latents_by_key(cache(tmp_path)[0])
+    assert found == latents_by_key(cache(tmp_path, options=MEMORY)[0])
+    assert len(found) == 2 and len({str(latent) for latent in found.values()}) == 2
+
+
+# What makes an entry stale
+
+
+def edit_picture(folder: Path) -> None:
+    write_picture(folder / "2_a/p0.png", seed=99)
+
+
+def truncate(folder: Path) -> None:
+    file_of(folder).write_bytes(file_of(folder).read_bytes()[:700])
+
+
+def flip_bits(folder: Path) -> None:
+    content = bytearray(file_of(folder).read_bytes())
+    content[400:404] = bytes(255 - byte for byte in content[400:404])
+    file_of(folder).write_bytes(bytes(content))
+
+
+def put_nan(folder: Path) -> None:
+    rewrite(file_of(folder), latents=np.full((4, 8, 8), np.nan, np.float32))
+
+
+def put_other_shape(folder: Path) -> None:
+    rewrite(file_of(folder), latents=np.zeros((4, 8, 16), np.float32))
+
+
+def put_other_crop(folder: Path) -> None:
+    rewrite(file_of(folder), crop_ltrb=np.array([1.0, 0, 64, 64]))
+
+
+def put_other_size(folder: Path) -> None:
+    rewrite(file_of(folder), original_size=np.array([64, 65]))
+
+
+def lose_latents(folder: Path) -> None:
+    rewrite(file_of(folder), keeps_origin=True, latents=None)
+
+
+def make_it_older_than_the_picture(folder: Path) -> None:
+    rewrite(file_of(folder))
+    os.utime(file_of(folder), (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (edit_picture, "1 made from another picture"),
+        (truncate, "1 damaged"),
+        (flip_bits, "1 damaged"),
+        (put_nan, "1 holding NaN"),
+        (put_other_shape, r"1 holding latents of shape \(4, 8, 16\)"),
+        (put_other_crop, "1 made for another size or crop"),
+        (put_other_size, "1 made for another size or crop"),
+        (lose_latents, "1 without latents of this size"),
+        (make_it_older_than_the_picture, "1 older than the picture"),
+    ],
+)
+def test_an_entry_that_is_not_true_is_made_again_alone_and_said_so(folder, caplog, spoil, reason):
+    before = {key: value for key, value in latents_by_key(cache(folder)[0]).items() if "p0" not in key}
+    spoil(folder)
+    caplog.clear()
+    training_set, num_encoded = cache(folder)
+    assert num_encoded == 1
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "latent cache: 2 entries are used, 0 are missing, 1 are made again" in line
+    assert re.search(reason, line)
+    assert "p0_0064x0064_sd.npz" in line
+    found = latents_by_key(training_set)
+    assert {key: value for key, value in found.items() if "p0" not in key} == before
+    assert found == latents_by_key(cache(folder, options=MEMORY)[0])
+    assert cache(folder)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "vae"),
+    [("", "another vae"), ("--resize_interpolation bicubic", "vae"), ("--flip_aug", "vae"), ("--alpha_mask", "vae")],
+)
+def test_other_settings_make_every_entry_again(folder, arguments, vae):
+    cache(folder)
+    assert cache(folder, arguments, vae=vae)[1] == (6 if arguments == "--flip_aug" else 3)
+    assert cache(folder, arguments, vae=vae)[1] == 0
+
+
+def test_another_bucket_of_the_same_shape_of_picture_is_noticed(folder):
+    cache(folder)
+    training_set = open_set(options_of("--resolution 128", "--train_data_dir", str(folder)))
+    calls: list[int] = []
+    cache_latents(training_set, averaging_vae(calls), "vae", DISK, 1)
+    assert sum(calls) == 3
+
+
+def test_a_stale_mirrored_copy_does_not_survive_its_entry(folder):
+    cache(folder, "--flip_aug")
+    cache(folder, vae="other")
+    with np.load(file_of(folder)) as archive:
+        assert "latents_flipped" not in archive.files
+
+
+def test_a_picture_that_was_only_touched_is_not_encoded_again(folder):
+    cache(folder)
+    os.utime(folder / "2_a/p0.png", (4_000_000_000, 4_000_000_000))
+    assert cache(folder)[1] == 0
+
+
+def test_entries_of_sd_scripts_are_used_and_their_unknown_vae_is_said(folder, caplog):
+    cache(folder)
+    for path in (folder / "2_a").glob("*.npz"):
+        rewrite(path)
+    with caplog.at_level(logging.INFO):
+        assert cache(folder, vae="another vae")[1] == 0
+    assert "3 cache entries do not say which VAE made them" in caplog.text
+
+
+def test_a_note_does_not_vouch_for_latents_that_another_program_wrote(folder, caplog):
+    cache(folder)
+    latents = np.ones((4, 8, 8), np.float32)
+    rewrite(file_of(folder), keeps_origin=True, latents=latents)
+    with caplog.at_level(logging.INFO):
+        training_set, num_encoded = cache(folder)
+    assert num_encoded == 0 and "1 cache entries do not say" in caplog.text
+    assert latents.tolist() in latents_by_key(training_set).values()
+
+
+def test_the_old_name_without_a_size_is_used_where_no_other_is_and_said_so(folder, caplog):
+    cache(folder)
+    rewrite(file_of(folder))
+    os.rename(file_of(folder), file_of(folder, "p0.npz"))
+    training_set, num_encoded = cache(folder)
+    assert num_encoded == 0 and "1 latents come from files with the old name" in caplog.text
+    assert not file_of(folder).exists() and len(latents_by_key(training_set)) == 3
+
+
+def test_an_old_name_of_another_shape_is_left_alone_and_not_used(folder):
+    np.savez(file_of(folder, "p0.npz"), latents=np.zeros((4, 9, 9), np.float32))
+    assert cache(folder)[1] == 3
+    with np.load(file_of(folder, "p0.npz")) as archive:
+        assert archive["latents"].shape == (4, 9, 9)
+
+
+# Without a check
+
+
+def test_skipping_the_check_demands_only_that_the_file_is_there(folder, caplog):
+    cache(folder)
+    skipping = CachingOptions(cache_latents=True, cache_latents_to_disk=True, skip_cache_check=True)
+    file_of(folder).unlink()
+    with caplog.at_level(logging.INFO):
+        assert cache(folder, options=skipping, vae="another vae")[1] == 1
+    assert "2 entries are used unchecked (--skip_cache_check), 1 are missing" in caplog.text
+
+
+@pytest.mark.parametrize(("spoil", "words"), [(put_other_shape, "holding latents of shape"), (truncate, "damaged")])
+def test_what_skipping_lets_through_stops_the_run_by_name(folder, spoil, words):
+    cache(folder)
+    spoil(folder)
+    skipping = CachingOptions(cache_latents=True, cache_latents_to_disk=True, skip_cache_check=True)
+    training_set, _ = cache(folder, options=skipping)
+    with pytest.raises(ValueError, match=rf"p0_0064x0064_sd\.npz is {words}"):
+        batches_of(training_set)
+
+
+# Interruption and failure
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped_and_leaves_nothing_half_done(folder):
+    encode, calls = averaging_vae(), []
+
+    def interrupted(pixels, generators):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return encode(pixels, generators)
+
+    with pytest.raises(KeyboardInterrupt):
+        cache_latents(open_folder(folder), interrupted, "vae", DISK, 1)
+    assert sorted(path.suffix for path in (folder / "2_a").iterdir()) == [".npz", ".npz", ".png", ".png", ".png"]
+    training_set, num_encoded = cache(folder)
+    assert num_encoded == 1
+    assert latents_by_key(training_set) == latents_by_key(cache(folder, options=MEMORY)[0])
+
+
+def test_a_write_that_fails_keeps_the_old_file_and_names_the_way_out(folder, monkeypatch):
+    cache(folder)
+    before = file_of(folder).read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\); .*--cache_latents alone"):
+        cache(folder, vae="another vae")
+    assert file_of(folder).read_bytes() == before
+    assert not list((folder / "2_a").glob(".*"))
+
+
+def test_nan_from_the_vae_names_the_picture_and_the_way_out(folder):
+    encode = averaging_vae()
+
+    def broken(pixels, generators):
+        latents = encode(pixels, generators)
+        latents[-1, 0, 0, 0] = float("nan")
+        return latents
+
+    with pytest.raises(ValueError, match=r"the VAE gives NaN for .*p1\.png; add --no_half_vae"):
+        cache_latents(open_folder(folder), broken, "vae", MEMORY, 1)
+
+
+def test_latents_of_another_shape_than_the_base_models_are_refused(folder):
+    with pytest.raises(ValueError, match=r"shape \(4, 8, 8\) for .*, but \(16, 8, 8\) is needed"):
+        cache(folder, spec=LatentSpec(16, 8, 64, "_x.npz", False))
+
+
+@pytest.mark.parametrize("options", [DISK, MEMORY])
+def test_a_damaged_picture_is_named(folder, options):
+    path = folder / "2_a/p2.png"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"p2\.png is damaged"):
+        cache(folder, options=options)
+
+
+def test_regularisation_pictures_that_are_not_needed_are_not_encoded(tmp_path):
+    write_picture(tmp_path / "train/1_a/p.png")
+    for i in range(3):
+        write_picture(tmp_path / f"reg/1_b/r{i}.png", seed=50 + i)
+    training_set = open_set(
+        options_of("--resolution 64", "--train_data_dir", f"{tmp_path}/train", "--reg_data_dir", f"{tmp_path}/reg")
+    )
+    calls: list[int] = []
+    cache_latents(training_set, averaging_vae(calls), "vae", MEMORY, 1)
+    assert sum(calls) == 2
+    assert len(latents_by_key(training_set)) == 2
+
+
+def test_masks_of_files_are_drawn_with_cached_latents(tmp_path):
+    write_picture(tmp_path / "a/p.png", (64, 64))
+    mask = write_picture(tmp_path / "m/p.png", (64, 64), seed=60)
+    config = tmp_path / "data.toml"
+    config.write_text(
+        f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{tmp_path.as_posix()}/a'\n"
+        f"conditioning_data_dir = '{tmp_path.as_posix()}/m'\n"
+    )
+    training_set = open_set(options_of("--masked_loss", "--dataset_config", str(config)))
+    cache_latents(training_set, averaging_vae(), "vae", MEMORY, 1)
+    (batch,) = batches_of(training_set)
+    assert np.abs(batch.masks_B1HW[0, 0].numpy() - np.array(Image.open(mask))[..., 0] / 255).max() < 1e-6

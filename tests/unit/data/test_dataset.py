@@ -1,0 +1,357 @@
+"""Batches: a function of seed, epoch and place."""
+
+import dataclasses
+import logging
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from library.data.batches import BatchMaker, BatchOrder, Draft
+from library.data.debug import show_batches
+from tests.unit.data.builders import (
+    batches_of,
+    content_of,
+    open_set,
+    options_of,
+    write_config,
+    write_folder,
+    write_picture,
+)
+
+RICH = """
+[general]
+enable_bucket = true
+min_bucket_reso = 64
+max_bucket_reso = 192
+caption_extension = ".txt"
+shuffle_caption = true
+caption_dropout_rate = 0.2
+token_warmup_step = 50
+flip_aug = true
+[[datasets]]
+resolution = 128
+batch_size = 2
+  [[datasets.subsets]]
+  image_dir = "{here}/wide"
+  num_repeats = 2
+  random_crop = true
+  color_aug = true
+  [[datasets.subsets]]
+  image_dir = "{here}/tall"
+  custom_attributes = {diff_output_preservation = true}
+  [[datasets.subsets]]
+  image_dir = "{here}/reg"
+  is_reg = true
+[[datasets]]
+resolution = 64
+batch_size = 3
+  [[datasets.subsets]]
+  image_dir = "{here}/wide"
+"""
+
+
+@pytest.fixture
+def rich(tmp_path: Path):
+    write_folder(tmp_path / "wide", 3, (100, 70), "a, b, c, d", seed=1)
+    write_folder(tmp_path / "tall", 2, (60, 130), "e, f, g", seed=2)
+    write_folder(tmp_path / "reg", 2, (70, 70), "h", seed=3)
+    options = write_config(tmp_path / "data.toml", RICH)
+    data = dataclasses.replace(options.dataset, prior_loss_weight=0.25)
+    return dataclasses.replace(options, dataset=data)
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(rich):
+    training_set = open_set(rich)
+    alone = [content_of(batch) for batch in batches_of(training_set, epoch=2)]
+    for workers in (1, 2):
+        assert [content_of(batch) for batch in batches_of(training_set, epoch=2, workers=workers)] == alone
+
+
+def test_an_epoch_can_begin_in_the_middle_without_reading_what_was_before(rich, monkeypatch):
+    training_set = open_set(rich)
+    whole = [content_of(batch) for batch in batches_of(training_set, epoch=3)]
+    read = []
+    original = BatchMaker.draft
+    monkeypatch.setattr(BatchMaker, "draft", lambda self, order: read.append(order) or original(self, order))
+    assert [content_of(batch) for batch in batches_of(training_set, epoch=3, first=4)] == whole[4:]
+    assert len(read) == len(whole) - 4
+    assert batches_of(training_set, epoch=3, first=len(whole)) == []
+
+
+def test_workers_that_live_on_give_every_epoch_right_even_after_one_was_left_early(rich):
+    training_set = open_set(rich)
+    plain = {epoch: [content_of(batch) for batch in batches_of(training_set, epoch)] for epoch in (1, 2)}
+    early = iter(training_set.batches(1, 0, lambda i: i, 2, True))
+    assert content_of(next(early)) == plain[1][0]
+    children = {child.pid for child in multiprocessing.active_children()}
+    early.close()
+    lasting = [content_of(b) for b in batches_of(training_set, 2, workers=2, persistent=True)]
+    assert lasting == plain[2]
+    assert len(children) == 2 and {child.pid for child in multiprocessing.active_children()} == children
+    training_set.close()
+    assert wait_for(lambda: not multiprocessing.active_children())
+
+
+def wait_for(condition, seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_no_worker_is_left_when_an_epoch_is_broken_off(rich):
+    batches = iter(open_set(rich).batches(1, 0, lambda i: i, 2, False))
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert wait_for(lambda: not multiprocessing.active_children())
+
+
+def test_what_workers_need_travels_to_fresh_processes(rich):
+    training_set = open_set(rich)
+    maker = pickle.loads(pickle.dumps(training_set._maker))
+    order = BatchOrder(2, 7, (0, 1))
+    draft, expected = maker[order], training_set._maker[order]
+    assert isinstance(draft, Draft) and content_of(draft.batch) == content_of(expected.batch)
+
+
+def test_workers_import_nothing_heavy():
+    code = (
+        "import sys, library.data.batches; print([m for m in ('transformers', 'diffusers', 'cv2') if m in sys.modules])"
+    )
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_draw_comes_once_in_an_epoch_and_other_epochs_draw_otherwise(rich):
+    training_set = open_set(rich)
+    epochs = [batches_of(training_set, epoch) for epoch in (1, 2)]
+    counts = [Counter(os.path.basename(os.path.dirname(k)) for b in batches for k in b.keys) for batches in epochs]
+    # Eight training draws in the first dataset, so two regularisation pictures are drawn eight times.
+    assert counts[0] == counts[1] == {"wide": 3 * 2 + 3, "tall": 2, "reg": 8}
+    assert [content_of(b) for b in epochs[0]] != [content_of(b) for b in epochs[1]]
+    assert training_set.num_batches == len(epochs[0])
+    assert (training_set.num_train_images, training_set.num_reg_images) == (11, 2)
+
+
+def test_batches_hold_one_size_of_one_dataset(rich):
+    sizes = Counter()
+    for batch in batches_of(open_set(rich)):
+        assert batch.pixels_BCHW is not None
+        count, _, height, width = batch.pixels_BCHW.shape
+        assert {tuple(row[4:]) for row in batch.sizes_B6.tolist()} == {(height, width)}
+        assert count <= (3 if (height, width) == (64, 64) else 2)
+        sizes[width, height] += count
+    assert sum(sizes.values()) == 19 and sizes[64, 64] == 3
+
+
+def test_regularisation_pictures_carry_the_prior_weight_and_attributes_stay_with_their_subset(rich):
+    seen = set()
+    for batch in batches_of(open_set(rich)):
+        for key, weight, attributes in zip(batch.keys, batch.loss_weights_B.tolist(), batch.attributes, strict=True):
+            folder = os.path.basename(os.path.dirname(key))
+            assert weight == (0.25 if folder == "reg" else 1.0)
+            assert dict(attributes) == ({"diff_output_preservation": True} if folder == "tall" else {})
+            seen.add(folder)
+    assert seen == {"wide", "tall", "reg"}
+
+
+def test_another_seed_draws_other_batches(rich):
+    assert [content_of(b) for b in batches_of(open_set(rich, 1))] != [
+        content_of(b) for b in batches_of(open_set(rich, 2))
+    ]
+
+
+def test_the_warm_up_of_tags_follows_the_step(tmp_path):
+    write_folder(tmp_path / "a", 1, caption="a,b,c,d,e")
+    options = options_of("--caption_extension .txt --resolution 64 --token_warmup_step 0.5 --max_train_steps 16")
+    options = with_folders(options, tmp_path, "a")
+    training_set = open_set(options)
+    for step, count in ((0, 1), (4, 3), (8, 5)):
+        (batch,) = training_set.batches(1, 0, lambda i, step=step: step, 0, False)
+        assert batch.captions[0].count(",") == count - 1
+
+
+def test_a_share_of_warm_up_follows_the_epochs(tmp_path):
+    write_folder(tmp_path / "a", 4, caption="a,b,c,d,e")
+    options = with_folders(
+        options_of("--resolution 64 --max_train_epochs 3 --gradient_accumulation_steps 3"), tmp_path, "a"
+    )
+    assert open_set(options)._maker.max_train_steps == 6
+
+
+def with_folders(options, tmp_path: Path, *names: str):
+    """Options that train the folders below tmp_path, each once."""
+    for name in names:
+        (tmp_path / "train").mkdir(exist_ok=True)
+        os.rename(tmp_path / name, tmp_path / "train" / f"1_{name}")
+    data = dataclasses.replace(options.dataset, train_data_dir=str(tmp_path / "train"))
+    return dataclasses.replace(options, dataset=data)
+
+
+def folder_set(tmp_path: Path, arguments: str):
+    return open_set(options_of(f"--resolution 64 {arguments}", "--train_data_dir", str(tmp_path)))
+
+
+def test_pixels_lie_between_minus_one_and_one_and_are_the_pictures(tmp_path):
+    path = write_picture(tmp_path / "1_a/p.png", seed=8)
+    (batch,) = batches_of(folder_set(tmp_path, ""))
+    expected = np.asarray(Image.open(path)).astype(np.float64).transpose(2, 0, 1) / 255 * 2 - 1
+    assert batch.pixels_BCHW is not None and batch.pixels_BCHW.dtype == torch.float32
+    assert np.abs(batch.pixels_BCHW[0].numpy() - expected).max() < 1e-6
+
+
+def test_half_of_the_draws_are_mirrored_and_say_so_in_their_crop(tmp_path):
+    path = write_picture(tmp_path / "200_a/p.png", (64, 96), seed=9)
+    pixels = torch.from_numpy(np.array(Image.open(path))[16:80]).permute(2, 0, 1) / 127.5 - 1
+    count = 0
+    for batch in batches_of(folder_set(tmp_path, "--flip_aug --train_batch_size 50")):
+        for picture in batch.pixels_BCHW:
+            is_plain, is_mirrored = torch.allclose(picture, pixels), torch.allclose(picture, pixels.flip(-1))
+            assert is_plain != is_mirrored
+            count += is_mirrored
+    assert 70 < count < 130
+
+
+def test_sizes_are_original_crop_and_target_height_first_and_mirrored_with_the_picture(tmp_path):
+    write_picture(tmp_path / "8_a/p.png", (101, 70))
+    rows = {tuple(row) for b in batches_of(folder_set(tmp_path, "--flip_aug")) for row in b.sizes_B6.tolist()}
+    # 101x70 fitted inside 64x64 is 64 wide and 44.356 high: top 9, left 0, right 64.
+    assert rows == {(70.0, 101.0, 9.0, 0.0, 64.0, 64.0)}
+    write_picture(tmp_path / "8_a/p.png", (70, 101))
+    rows = {
+        tuple(round(v, 3) for v in r)
+        for b in batches_of(folder_set(tmp_path, "--flip_aug"))
+        for r in b.sizes_B6.tolist()
+    }
+    # Fitted it is 44.356 wide: left 9, right 53.356, mirrored left 10.644.
+    assert rows == {(101, 70, 0, 9, 64, 64), (101, 70, 0, 10.644, 64, 64)}
+
+
+def test_random_crops_without_buckets_cut_from_the_picture_as_it_is(tmp_path):
+    (tmp_path / "20_a").mkdir()
+    ys, xs = np.mgrid[0:80, 0:90].astype(np.uint8)
+    Image.fromarray(np.stack([xs, ys, xs], 2)).save(tmp_path / "20_a/p.png")
+    corners = set()
+    for batch in batches_of(folder_set(tmp_path, "--random_crop")):
+        lefts_HW, tops_HW, _ = (batch.pixels_BCHW[0] + 1) * 127.5
+        left, top = round(lefts_HW[0, 0].item()), round(tops_HW[0, 0].item())
+        assert torch.allclose(lefts_HW[5], torch.arange(left, left + 64.0), atol=1e-3)
+        assert torch.allclose(tops_HW[:, 7], torch.arange(top, top + 64.0), atol=1e-3)
+        corners.add((left, top))
+    assert len(corners) > 10
+
+
+def test_face_crops_follow_the_name_of_the_file(tmp_path):
+    pixels = np.zeros((200, 200, 3), dtype=np.uint8)
+    pixels[140:160, 30:50] = 255
+    (tmp_path / "1_a").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "1_a/p_40_150_20_20.png")
+    (batch,) = batches_of(folder_set(tmp_path, "--face_crop_aug_range 2.0,2.0"))
+    bright = (batch.pixels_BCHW[0, 0] > 0).nonzero().float().mean(0)
+    # A picture is not enlarged beyond its size, so the face stays 20 wide, in the middle.
+    assert torch.allclose(bright, torch.tensor([31.5, 31.5]), atol=1.5)
+
+
+# Masks
+
+
+def test_alpha_masks_follow_the_crop_and_the_mirror_and_others_get_ones(tmp_path):
+    path = write_picture(tmp_path / "10_a/p.png", (96, 64), seed=11, mode="RGBA")
+    write_picture(tmp_path / "10_a/q.png", (96, 64), seed=12)
+    expected = torch.from_numpy(np.array(Image.open(path))[:, 16:80, 3]) / 255
+    mirrored = set()
+    for batch in batches_of(folder_set(tmp_path, "--alpha_mask --flip_aug --train_batch_size 20")):
+        assert batch.masks_B1HW is not None and batch.masks_B1HW.shape == (20, 1, 64, 64)
+        for key, mask in zip(batch.keys, batch.masks_B1HW[:, 0], strict=True):
+            if key.endswith("q.png"):
+                assert torch.equal(mask, torch.ones(64, 64))
+            else:
+                is_mirrored = torch.allclose(mask, expected.flip(-1))
+                assert is_mirrored or torch.allclose(mask, expected)
+                mirrored.add(is_mirrored)
+    assert mirrored == {True, False}
+
+
+def test_without_alpha_mask_transparency_is_no_mask(tmp_path):
+    write_picture(tmp_path / "1_a/p.png", mode="RGBA")
+    (batch,) = batches_of(folder_set(tmp_path, ""))
+    assert batch.masks_B1HW is None
+
+
+def masked_set(tmp_path: Path, keys: str = ""):
+    path = tmp_path / "data.toml"
+    path.write_text(
+        f"[[datasets]]\nresolution = 64\n{keys}\n[[datasets.subsets]]\nimage_dir = '{tmp_path.as_posix()}/a'\n"
+        f"conditioning_data_dir = '{tmp_path.as_posix()}/m'\n"
+    )
+    return open_set(options_of("--masked_loss", "--dataset_config", str(path)))
+
+
+def test_masks_are_the_red_channel_cropped_like_the_picture(tmp_path):
+    write_picture(tmp_path / "a/p.png", (96, 64))
+    mask = write_picture(tmp_path / "m/p.png", (96, 64), seed=13)
+    (batch,) = batches_of(masked_set(tmp_path, "enable_bucket = true\nmin_bucket_reso = 64\nbucket_no_upscale = true"))
+    assert batch.masks_B1HW is not None and batch.masks_B1HW.shape == (1, 1, 64, 64)
+    assert torch.allclose(batch.masks_B1HW[0, 0], torch.from_numpy(np.array(Image.open(mask))[:, 16:80, 0]) / 255)
+
+
+def test_with_buckets_a_mask_of_another_size_is_named_and_without_it_is_stretched(tmp_path):
+    write_picture(tmp_path / "a/p.png", (96, 64))
+    write_picture(tmp_path / "m/p.png", (32, 32), seed=14)
+    with pytest.raises(ValueError, match=r"p\.png is 32x32, its picture 96x64"):
+        masked_set(tmp_path, "enable_bucket = true\nmin_bucket_reso = 64")
+    (batch,) = batches_of(masked_set(tmp_path))
+    assert batch.masks_B1HW is not None and batch.masks_B1HW.shape == (1, 1, 64, 64)
+
+
+# What stops a run
+
+
+def test_a_damaged_picture_is_named_with_and_without_workers(tmp_path):
+    path = write_picture(tmp_path / "1_a/p.png", (90, 90))
+    path.write_bytes(path.read_bytes()[:9000])
+    training_set = folder_set(tmp_path, "")
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=r"^\S*p\.png is damaged: [^\n]*$"):
+            batches_of(training_set, workers=workers)
+
+
+def test_a_picture_that_changed_its_size_during_the_run_is_named(tmp_path):
+    path = write_picture(tmp_path / "1_a/p.png")
+    training_set = folder_set(tmp_path, "")
+    write_picture(path, (70, 70))
+    with pytest.raises(ValueError, match=r"p\.png is 70x70, but was"):
+        batches_of(training_set)
+
+
+@pytest.mark.parametrize("flag", ["--random_crop", "--color_aug", "--face_crop_aug_range 1,2"])
+@pytest.mark.parametrize("cache", ["--cache_latents", "--cache_latents_to_disk"])
+def test_pictures_that_change_cannot_be_cached(tmp_path, flag, cache):
+    write_picture(tmp_path / "1_a/p.png")
+    with pytest.raises(ValueError, match=rf"{flag.split()[0]} .*--cache_latents"):
+        folder_set(tmp_path, f"{flag} {cache}")
+
+
+def test_face_crops_and_buckets_exclude_each_other(tmp_path):
+    write_picture(tmp_path / "1_a/p.png")
+    with pytest.raises(ValueError, match="face_crop_aug_range cannot be used with enable_bucket"):
+        folder_set(tmp_path, "--face_crop_aug_range 1,2 --enable_bucket")
+
+
+def test_debugging_shows_every_picture_caption_and_shape(rich, caplog):
+    with caplog.at_level(logging.INFO):
+        show_batches(open_set(rich))
+    assert caplog.text.count("loss weight") == 19
+    assert "pixels (3, 3, 64, 64)" in caplog.text and "loss weight 0.25" in caplog.text

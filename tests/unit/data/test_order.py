@@ -1,0 +1,52 @@
+"""Order of draws, and how often regularisation pictures are drawn."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from library.data.order import Bucket, epoch_batches, regularisation_repeats
+
+BUCKETS = (
+    Bucket(0, (64, 64), 4, tuple(range(10))),
+    Bucket(0, (64, 128), 4, tuple(range(10, 15))),
+    Bucket(1, (64, 64), 3, (15, 16, 17)),
+)
+
+
+def test_every_epoch_has_every_draw_once_in_batches_of_one_bucket():
+    for epoch in (1, 2, 3):
+        batches = epoch_batches(BUCKETS, seed=4, epoch=epoch)
+        assert Counter(draw for batch in batches for draw in batch) == Counter(range(18))
+        assert sorted(len(batch) for batch in batches) == [1, 2, 3, 4, 4, 4]
+        assert all(any(set(batch) <= set(bucket.draws) for bucket in BUCKETS) for batch in batches)
+
+
+def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
+    first = epoch_batches(BUCKETS, seed=4, epoch=2)
+    epoch_batches(BUCKETS, seed=4, epoch=7)
+    assert epoch_batches(BUCKETS, seed=4, epoch=2) == first
+    assert epoch_batches(BUCKETS, seed=4, epoch=3) != first != epoch_batches(BUCKETS, seed=5, epoch=2)
+
+
+@pytest.mark.parametrize(
+    ("num_train_draws", "repeats", "expected"),
+    [
+        (4, [1], [4]),
+        (10, [1, 1, 1], [4, 3, 3]),
+        (5, [2, 2, 2, 2], [2, 2, 2, 0]),  # the third one passes the sum
+        (3, [1, 1, 1, 1], [1, 1, 1, 0]),
+        (0, [3, 1], [0, 0]),
+        (7, [], []),
+    ],
+)
+def test_regularisation_pictures_are_repeated_until_there_are_enough(num_train_draws, repeats, expected):
+    assert regularisation_repeats(num_train_draws, repeats) == expected
+
+
+@given(st.integers(0, 60), st.lists(st.integers(1, 5), min_size=1, max_size=8))
+def test_regularisation_reaches_the_sum_and_passes_it_by_less_than_one_picture(num_train_draws, repeats):
+    used = regularisation_repeats(num_train_draws, repeats)
+    assert sum(used) >= num_train_draws
+    assert sum(used) - num_train_draws < max(repeats)
