@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from library.options.support import unsupported
+from library.options.support import NOT_YET, unsupported
 from library.options.train import TrainOptions
 from library.training.config_file import read_config
 from networks.core.arguments import parse_arguments
@@ -151,3 +151,30 @@ def test_pages_link_only_to_what_is_there(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
     missing = [t for t in targets if not t.startswith("https://") and not (page.parent / t).exists()]
     assert missing == []
+
+
+def table_rows(page: Path) -> list[list[str]]:
+    """The cells of every row of every table of a page."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+
+
+def test_readme_says_of_every_script_whether_it_is_there() -> None:
+    rows = [row for row in table_rows(ROOT / "README.md") if row[0].strip("`").endswith("train_network.py")]
+    works = {row[0].strip("`") for row in rows if row[2] == "works"}
+    assert len({row[0] for row in rows}) == 7
+    assert works == {row[0].strip("`") for row in rows if (ROOT / row[0].strip("`")).exists()}
+
+
+def test_readme_says_of_every_network_module_whether_it_is_there() -> None:
+    rows = [row for row in table_rows(ROOT / "README.md") if row[0].startswith("`networks.")]
+    works = {row[0].strip("`") for row in rows if row[2] == "works"}
+    assert len(rows) == 8
+    assert works == {row[0].strip("`") for row in rows if importlib.util.find_spec(row[0].strip("`"))}
+
+
+def test_options_that_the_page_calls_unsupported_are_refused() -> None:
+    page = (ROOT / "docs" / "train_network.md").read_text(encoding="utf-8")
+    named = set(FLAG.findall(page.split("## Not supported yet")[1]))
+    assert len(named) > 5
+    assert named <= {f"--{name}" for name in NOT_YET}
