@@ -1,14 +1,16 @@
 """A checkpoint to load a model from: names and shapes at hand, values read one by one when they are asked for."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
-from library.checkpoints.files import is_safetensors, load_state_dict, read_header
+from library.checkpoints.files import LENGTH_BYTES, is_safetensors, load_state_dict, read_header
 
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -19,7 +21,7 @@ class Weights:
 
     origin: str  # the path, for messages
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]  # may share memory with the file: copy what is kept
+    read: Callable[[str], Tensor]  # in memory of its own
 
 
 def open_weights(path: Path) -> Weights:
@@ -35,23 +37,40 @@ def open_weights(path: Path) -> Weights:
     if is_safetensors(path):
         return open_safetensors(path)
     tensors = load_state_dict(path, mmap=True)
-    return Weights(str(path), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
+    return Weights(
+        str(path), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, lambda name: tensors[name].clone()
+    )
 
 
 def open_safetensors(path: Path) -> Weights:
-    """Open one safetensors file; only its header is read before the first tensor is asked for."""
-    from safetensors import safe_open
+    """Open one safetensors file; only its header is read before the first tensor is asked for.
 
-    shapes = {name: entry.shape for name, entry in read_header(path).tensors.items()}
-    opened: list[Any] = []
+    Tensors are read into memory of their own, not mapped: the peak is one copy, and the file may change afterwards.
+    """
+    opened = path.stat()
+    header = read_header(path)
 
     def read(name: str) -> Tensor:
-        if not opened:
-            opened.append(safe_open(str(path), framework="pt", device="cpu"))
-        tensor: Tensor = opened[0].get_tensor(name)
-        return tensor
+        entry = header.tensors[name]
+        raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+        with path.open("rb", buffering=0) as file:
+            stat = os.fstat(file.fileno())
+            if (stat.st_size, stat.st_mtime_ns) != (opened.st_size, opened.st_mtime_ns):
+                raise ValueError(f"{path} was changed while it was being read; start again")
+            file.seek(LENGTH_BYTES + header.num_bytes + entry.start)
+            read_into(file, raw.numpy().data, path)
+        return raw.view(entry.dtype).reshape(entry.shape)
 
-    return Weights(str(path), shapes, read)
+    return Weights(str(path), {name: entry.shape for name, entry in header.tensors.items()}, read)
+
+
+def read_into(file: RawIOBase, buffer: memoryview, path: Path) -> None:
+    """Fill `buffer`; one call of the system reads at most about 2 GiB."""
+    while buffer:
+        num_bytes = file.readinto(buffer)
+        if not num_bytes:
+            raise ValueError(f"{path} ended while it was being read; download or copy it again")
+        buffer = buffer[num_bytes:]
 
 
 def open_sharded(index: Path) -> Weights:

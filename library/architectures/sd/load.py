@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 BASE_FLAG = "--pretrained_model_name_or_path"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LATENT_CHANNELS = 4
+ConfigT = TypeVar("ConfigT")
 NUM_NAMES_SHOWN = 5
 
 
@@ -171,7 +172,7 @@ def single_file_parts(weights: Weights, own_vae: bool) -> dict[str, Component]:
     """
     recognise.refuse_other_model(BASE_FLAG, weights)
     unet = with_prefix(weights, UNET_PREFIX)
-    layout = shapes.unet_layout(unet.shapes)
+    layout = configure(unet, shapes.unet_layout)
     unet = renamed(unet, lambda key: unet_from_ldm(key, layout))
     clip = renamed(with_prefix(weights, CLIP_PREFIX), clip_from_any)
     parts = {
@@ -236,8 +237,8 @@ def check_parts(path: Path, parts: Mapping[str, Component]) -> None:
         )
 
 
-def configure(weights: Weights, read_config: Callable[[shapes.Shapes], dict[str, Any]]) -> dict[str, Any]:
-    """The configuration read off the shapes; its errors name the file."""
+def configure(weights: Weights, read_config: Callable[[shapes.Shapes], ConfigT]) -> ConfigT:
+    """What `read_config` reads off the shapes; its errors name the file."""
     try:
         return read_config(weights.shapes)
     except ValueError as error:
@@ -308,8 +309,7 @@ def clip_body(encoder: nn.Module) -> Any:
 def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype) -> nn.Module:
     """Give a module on the meta device its weights in `dtype`; frozen, in evaluation mode.
 
-    The values are copied: the file may be replaced while the run goes on, and how they lie in memory does not depend
-    on it. Raises ValueError naming missing weights and wrong shapes; names that the model does not know are warned of.
+    Raises ValueError naming missing weights and wrong shapes; names that the model does not know are warned of.
     """
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in weights.shapes]
@@ -331,9 +331,7 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype) -> nn.Mo
             f"{weights.origin}: {len(wrong)} weights do not fit {type(model).__name__}, the first is {wrong[0]}: "
             f"it has the shape {has}, the model needs {needs}"
         )
-    values = {}
-    for name, tensor in wanted.items():
-        values[name] = torch.empty(tensor.shape, dtype=dtype).copy_(weights.read(name).reshape(tensor.shape))
+    values = {name: weights.read(name).reshape(tensor.shape).to(dtype) for name, tensor in wanted.items()}
     model.load_state_dict(values, assign=True)
     return model.requires_grad_(False).eval()
 

@@ -1,6 +1,6 @@
 """Tell a user what a file is when it is not a Stable Diffusion 1.x checkpoint."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 from library.architectures.sd.keys import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
 from library.checkpoints.weights import Weights
@@ -8,9 +8,7 @@ from library.checkpoints.weights import Weights
 SD2_TEXT_WIDTH = 1024
 
 # (what a name contains, what such a file is and what to do with it); the first that fits is told
-STRANGERS = (
-    ((".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lokr_w", ".hada_w", "lora_unet_", "lora_te_"),
-     "an adapter (LoRA), not a base model; go on training it with --network_weights"),
+OTHER_MODELS = (
     (("conditioner.embedders.", "diffusion_model.label_emb.", "add_embedding.linear_1"),
      "an SDXL checkpoint; use sdxl_train_network.py"),
     (("joint_blocks.",), "an SD3 checkpoint; use sd3_train_network.py"),
@@ -20,8 +18,17 @@ STRANGERS = (
     (("cap_embedder.", "context_refiner."), "a Lumina checkpoint; use lumina_train_network.py"),
     (("llm_adapter.",), "an Anima checkpoint; use anima_train_network.py"),
     (("cond_stage_model.model.",), "an SD 2.x checkpoint; --v2 is not supported yet"),
-    (("control_model.", "controlnet_cond_embedding"), "a ControlNet, not a base model"),
+)  # fmt: skip
+NO_MODELS = (  # told only when there is no U-Net: old checkpoints may carry such names beside it
+    ((".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lokr_w", ".hada_w", "lora_unet_", "lora_te_"),
+     "an adapter (LoRA), not a base model; go on training it with --network_weights"),
+    (("control_model.", "controlnet_"), "a ControlNet, not a base model"),
     (("emb_params", "string_to_param"), "a textual inversion embedding, not a base model"),
+    (("down_blocks.", "up_blocks.", "mid_block."),
+     "the U-Net of a diffusers folder alone; give the folder that has unet/, vae/ and text_encoder/"),
+    ((VAE_PREFIX, "encoder.down.", "encoder.down_blocks.", "decoder.conv_in."),
+     "a VAE, not a base model; use it with --vae"),
+    (("encoder.layers.", "token_embedding"), "a text encoder alone, not a base model"),
 )  # fmt: skip
 
 PIPELINES = {
@@ -35,14 +42,17 @@ PIPELINES = {
 
 def refuse_other_model(flag: str, weights: Weights) -> None:
     """Raise ValueError when a single file is no SD 1.x checkpoint, naming what it is."""
-    names = weights.shapes
-    for marks, what in STRANGERS:
-        if any(mark in name for name in names for mark in marks):
-            raise ValueError(f"{flag} {weights.origin}: this is {what}")
-    if not any(name.startswith(UNET_PREFIX) for name in names):
-        raise ValueError(f"{flag} {weights.origin}: {describe_part(names)}")
-    missing = [prefix for prefix in (CLIP_PREFIX, VAE_PREFIX) if not any(name.startswith(prefix) for name in names)]
-    if CLIP_PREFIX in missing:
+    names = list(weights.shapes)
+    has_unet = any(name.startswith(UNET_PREFIX) for name in names)
+    what = first_fit(names, OTHER_MODELS if has_unet else OTHER_MODELS + NO_MODELS)
+    if what:
+        raise ValueError(f"{flag} {weights.origin}: this is {what}")
+    if not has_unet:
+        raise ValueError(
+            f"{flag} {weights.origin}: nothing in it begins with {UNET_PREFIX!r}, so it is no Stable Diffusion "
+            f"checkpoint (first names: {', '.join(names[:3]) or 'none'})"
+        )
+    if not any(name.startswith(CLIP_PREFIX) for name in names):
         raise ValueError(
             f"{flag} {weights.origin} has a U-Net but no text encoder (nothing begins with {CLIP_PREFIX!r}); "
             "use a full checkpoint"
@@ -50,17 +60,9 @@ def refuse_other_model(flag: str, weights: Weights) -> None:
     refuse_sd2(flag, weights.origin, weights.shapes)
 
 
-def describe_part(names: Iterable[str]) -> str:
-    """What a file without "model.diffusion_model." seems to be."""
-    names = list(names)
-    if any(name.startswith(("down_blocks.", "up_blocks.", "mid_block.")) for name in names):
-        return "this is the U-Net of a diffusers folder alone; give the folder that has unet/, vae/ and text_encoder/"
-    if any(name.startswith((VAE_PREFIX, "encoder.down", "decoder.")) for name in names):
-        return "this is a VAE, not a base model; use it with --vae"
-    if any("encoder.layers." in name or "token_embedding" in name for name in names):
-        return "this is a text encoder alone, not a base model"
-    first = ", ".join(names[:3]) or "none"
-    return f"nothing in it begins with {UNET_PREFIX!r}, so it is no Stable Diffusion checkpoint (first names: {first})"
+def first_fit(names: Sequence[str], kinds: Sequence[tuple[tuple[str, ...], str]]) -> str | None:
+    """What the first kind is that a name fits, None when none fits."""
+    return next((what for marks, what in kinds if any(mark in name for name in names for mark in marks)), None)
 
 
 def refuse_sd2(flag: str, origin: str, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -185,15 +185,16 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_loading_makes_each_weight_once_and_initialises_none(open_sd, tiny_sd_file, mixed_precision):
+@pytest.mark.parametrize(("mixed_precision", "bytes_made"), [("no", 4), ("bf16", 4 + 2)])
+def test_loading_makes_each_weight_once_and_initialises_none(open_sd, tiny_sd_file, mixed_precision, bytes_made):
+    """Of a float32 file: each weight is read into place, or read and cast."""
     load = open_sd(tiny_sd_file, mixed_precision).load
     for get in (load.denoiser, load.vae, lambda: load.text_encoders()[0]):
         with Allocations() as made:
             model = get()
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        wanted = bytes_made * sum(p.numel() for p in model.parameters())
         assert made.num_draws == 0
-        assert weights <= made.num_bytes <= weights + 2048  # position ids and the like
+        assert wanted <= made.num_bytes <= wanted + 2048  # position ids and the like
 
 
 def test_a_model_is_read_without_the_others(open_sd, tiny_sd_folder, tmp_path):
@@ -214,6 +215,15 @@ def test_the_file_may_be_replaced_after_loading(open_sd, tmp_path):
         file.seek(path.stat().st_size // 2)
         file.write(b"\xff" * 4096)
     assert all(torch.equal(before[name], tensor) for name, tensor in unet.state_dict().items())
+
+
+def test_a_file_that_changes_before_it_is_read_is_named(open_sd, tmp_path):
+    """Weights are read hours after the header, when latents were cached in between."""
+    path = build_tiny_sd(tmp_path, 13, "safetensors")
+    load = open_sd(path).load
+    build_tiny_sd(tmp_path, 14, "safetensors")
+    with pytest.raises(ValueError, match=r"tiny_sd.safetensors was changed while it was being read"):
+        load.denoiser()
 
 
 def test_text_positions_are_right_although_no_file_has_them(open_sd, tiny_sd_folder):

@@ -1,0 +1,75 @@
+"""Checkpoints read tensor by tensor."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from library.checkpoints.weights import open_weights
+
+GENERATOR = torch.Generator().manual_seed(71)
+TENSORS = {
+    "float": torch.randn(3, 5, generator=GENERATOR),
+    "half": torch.randn(7, generator=GENERATOR).half(),
+    "bf16": torch.randn(2, 3, 4, generator=GENERATOR).bfloat16(),
+    "fp8": torch.randn(9, generator=GENERATOR).to(torch.float8_e4m3fn),
+    "scalar": torch.randn((), generator=GENERATOR),
+    "empty": torch.zeros(0, 4),
+    "ids": torch.arange(6)[None],
+    "flag": torch.tensor([True, False, True]),
+}
+
+
+def assert_holds_all(weights, tensors=TENSORS):
+    assert dict(weights.shapes) == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        found = weights.read(name)
+        assert found.dtype == tensor.dtype
+        assert found.view(torch.uint8).equal(tensor.view(torch.uint8)) if tensor.ndim else found == tensor
+
+
+def test_every_type_of_a_safetensors_file_is_read(tmp_path):
+    save_file(TENSORS, tmp_path / "a.safetensors", {"note": "metadata is no tensor"})
+    assert_holds_all(open_weights(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "pt", "pth", "bin"])
+def test_every_type_of_a_pickle_is_read(tmp_path, suffix):
+    torch.save({"state_dict": TENSORS, "epoch": 3}, tmp_path / f"a.{suffix}")
+    assert_holds_all(open_weights(tmp_path / f"a.{suffix}"))
+
+
+def test_a_pickle_of_torch_before_1_6_is_read(tmp_path):
+    """It cannot be mapped into memory, and has no 8-bit floats."""
+    tensors = {name: tensor for name, tensor in TENSORS.items() if name != "fp8"}
+    torch.save(tensors, tmp_path / "a.ckpt", _use_new_zipfile_serialization=False)
+    assert_holds_all(open_weights(tmp_path / "a.ckpt"), tensors)
+
+
+def test_what_is_read_is_not_the_file(tmp_path):
+    """Writing into a tensor changes neither the file nor what is read next."""
+    for name in ("a.safetensors", "a.ckpt"):
+        save_file(TENSORS, tmp_path / name) if name.endswith("s") else torch.save(TENSORS, tmp_path / name)
+        weights = open_weights(tmp_path / name)
+        weights.read("float").zero_()
+        assert torch.equal(weights.read("float"), TENSORS["float"])
+
+
+def test_files_of_an_index_are_one_checkpoint(tmp_path):
+    names = sorted(TENSORS)
+    halves = {"m-00001-of-00002.safetensors": names[:3], "m-00002-of-00002.safetensors": names[3:]}
+    for file, keys in halves.items():
+        save_file({key: TENSORS[key] for key in keys}, tmp_path / file)
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {key: file for file, keys in halves.items() for key in keys}}))
+    assert_holds_all(open_weights(index))
+    (tmp_path / "m-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lists files that are not beside it: m-00002-of-00002.safetensors"):
+        open_weights(index)
+
+
+def test_another_kind_of_file_is_refused_by_its_name(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"a.gguf is no checkpoint: its name must end in one of .safetensors, .ckpt"):
+        open_weights(tmp_path / "a.gguf")
