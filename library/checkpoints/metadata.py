@@ -54,6 +54,7 @@ class RunFacts:
     num_epochs: int
     max_train_steps: int
     optimizer: str  # full class name and the arguments given
+    has_relative_step: bool  # Adafactor that sets its own learning rates
     network_args: Mapping[str, Any]  # as handed to the network module
     datasets: Mapping[str, Any]  # the ss_* keys that describe the data; dicts and lists become JSON
 
@@ -123,6 +124,9 @@ def training_metadata(options: TrainOptions, architecture: Mapping[str, str], fa
         "ss_validate_every_n_steps": o.validation.validate_every_n_steps,
         "ss_resize_interpolation": o.dataset.resize_interpolation,
     }
+    if facts.has_relative_step:
+        values.update(ss_learning_rate=None, ss_text_encoder_lr=None, ss_unet_lr=None)
+        values["ss_lr_scheduler"] = f"adafactor:{o.optimizer.learning_rate}"
     if o.network.network_args is not None:
         values["ss_network_args"] = dict(facts.network_args)
     values.update(facts.datasets)

@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from math import ceil
 from typing import Any, cast
 
 from torch.utils.data import DataLoader
@@ -19,7 +18,6 @@ from library.data.samples import Draws, Sample, build_draws, build_samples, chec
 from library.data.scan import ScannedDataset, collect
 from library.data.schema import NoDataFound, RunDataConfig, SubsetConfig, load_dataset_config
 from library.data.summary import dataset_metadata
-from library.options.run import RunOptions
 from library.options.train import TrainOptions
 from library.types import Batch
 
@@ -93,7 +91,7 @@ class TrainingSet:
             sample_of_draw=draws.sample_of_draw,
             subsets=tuple(subset.config for dataset in datasets for subset in dataset.subsets),
             prior_loss_weight=options.dataset.prior_loss_weight,
-            max_train_steps=planned_steps(options.run, sum(bucket.num_batches for bucket in draws.buckets)),
+            max_train_steps=options.run.planned_steps(sum(bucket.num_batches for bucket in draws.buckets)),
             files={},
             in_memory=frozenset(),
         )
@@ -208,13 +206,6 @@ class TrainingSet:
         self._orders.orders = orders
         for draft in loader:
             yield self._finished(draft)
-
-
-def planned_steps(options: RunOptions, num_batches: int) -> int:
-    """Optimizer steps of the run, which --token_warmup_step below 1 is a share of."""
-    if options.max_train_epochs is not None:
-        return options.max_train_epochs * ceil(num_batches / options.gradient_accumulation_steps)
-    return options.max_train_steps
 
 
 def check_drawing(config: RunDataConfig, options: TrainOptions) -> None:

@@ -1,6 +1,7 @@
 """How long to train, from which seed."""
 
 from dataclasses import dataclass
+from math import ceil
 
 from library.options.base import Options, option
 
@@ -22,3 +23,9 @@ class RunOptions(Options):
         1,
         help="Batches that are averaged for one optimizer step. Acts like a larger batch without needing its memory.",
     )
+
+    def planned_steps(self, num_batches: int) -> int:
+        """Optimizer steps of a run whose epochs have `num_batches`; --max_train_epochs wins over --max_train_steps."""
+        if self.max_train_epochs is None:
+            return self.max_train_steps
+        return self.max_train_epochs * ceil(num_batches / self.gradient_accumulation_steps)

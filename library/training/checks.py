@@ -196,9 +196,9 @@ def check_noise_and_loss(options: TrainOptions) -> None:
             "or leave out --v_parameterization"
         )
     low, high = noise.min_timestep or 0, 1000 if noise.max_timestep is None else noise.max_timestep
-    if low >= high:
+    if low > high:
         raise ValueError(
-            f"--min_timestep {low} is not below --max_timestep {high}; leave at least one step between them"
+            f"--min_timestep {low} is above --max_timestep {high}; the same value for both trains one level"
         )
     if high > 1000:
         raise ValueError(f"--max_timestep is {high}; there are 1000 timesteps, use at most 1000")
@@ -229,8 +229,6 @@ def idle(options: TrainOptions) -> Iterator[str]:
         for name in ("huber_schedule", "huber_c", "huber_scale"):
             if chosen(name):
                 yield f"--{name} has no effect with --loss_type {options.loss.loss_type}"
-    elif options.loss.huber_schedule == "snr" and chosen("huber_scale"):
-        yield "--huber_scale has no effect with --huber_schedule snr; use constant or exponential"
     if options.noise.zero_terminal_snr and not options.model.v_parameterization:
         yield (
             "--zero_terminal_snr leaves no signal at the last timestep, where a model that predicts noise learns "

@@ -100,6 +100,8 @@ def step_values(run: Run, loss: float, average: float, rates: list[float]) -> di
     effective = effective_rates(run.torch_optimizer, run.optimizer.name)
     is_first_text_encoder = not run.options.network.network_train_unet_only
     values = rate_values(rates, run.group_names, effective, is_first_text_encoder)
+    if effective is not None and "prodigyplus" in run.optimizer.name.lower():
+        values["lr/d*lr"] = effective[0]
     return {"loss/current": loss, "loss/average": average, **values}
 
 

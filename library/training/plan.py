@@ -20,12 +20,8 @@ class Plan:
 
     @classmethod
     def build(cls, options: RunOptions, num_batches: int) -> "Plan":
-        """--max_train_epochs counts in epochs and wins over --max_train_steps."""
-        accumulation = options.gradient_accumulation_steps
-        steps = options.max_train_steps
-        if options.max_train_epochs is not None:
-            steps = options.max_train_epochs * ceil(num_batches / accumulation)
-        return cls(num_batches, accumulation, steps)
+        """The plan of a run whose epochs have `num_batches`."""
+        return cls(num_batches, options.gradient_accumulation_steps, options.planned_steps(num_batches))
 
     @property
     def steps_per_epoch(self) -> int:

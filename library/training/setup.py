@@ -240,6 +240,7 @@ def build_writer(run: Run) -> Writer:
         num_epochs=plan.num_epochs,
         max_train_steps=plan.max_train_steps,
         optimizer=run.optimizer.name,
+        has_relative_step=run.optimizer.has_relative_step,
         network_args=network_keywords(options.network),
         datasets=training_set.metadata(options),
     )
