@@ -33,8 +33,9 @@ logger = logging.getLogger(__name__)
 BASE_FLAG = "--pretrained_model_name_or_path"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LATENT_CHANNELS = 4
-ConfigT = TypeVar("ConfigT")
 NUM_NAMES_SHOWN = 5
+
+ConfigT = TypeVar("ConfigT")
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,7 @@ def open_vae(name: str) -> Component:
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / "vae"
         config, weights = sources.open_part("--vae", folder, "vae")
+        refuse_no_vae(name, weights)
         component = Component(config, renamed(weights, vae_from_old_diffusers))
         scale = config.get("scaling_factor", 0.18215)
         if scale != 0.18215:
@@ -203,9 +205,7 @@ def open_vae(name: str) -> Component:
         weights = sources.open_file("--vae", path)
         if any(key.startswith(VAE_PREFIX) for key in weights.shapes):
             weights = with_prefix(weights, VAE_PREFIX)
-        if "decoder.conv_in.weight" not in weights.shapes:
-            first = ", ".join(list(weights.shapes)[:3]) or "none"
-            raise ValueError(f"--vae {name} is no VAE: it has no decoder.conv_in.weight (first names: {first})")
+        refuse_no_vae(name, weights)
         component = single_vae(weights)
     channels = component.weights.shapes["decoder.conv_in.weight"][1]
     if channels != LATENT_CHANNELS:
@@ -213,6 +213,15 @@ def open_vae(name: str) -> Component:
             f"--vae {name} has {channels} latent channels, SD 1.x needs {LATENT_CHANNELS}; use an SD 1.x VAE"
         )
     return component
+
+
+def refuse_no_vae(name: str, weights: Weights) -> None:
+    """Raise ValueError when --vae names something else."""
+    if "decoder.conv_in.weight" not in weights.shapes:
+        first = ", ".join(list(weights.shapes)[:3]) or "none"
+        raise ValueError(
+            f"--vae {name} is no VAE of this kind: it has no decoder.conv_in.weight (first names: {first})"
+        )
 
 
 def single_vae(weights: Weights) -> Component:

@@ -191,7 +191,7 @@ def test_a_vae_with_16_channels_is_refused(open_sd, tiny_sd_file, tmp_path):
 
 def test_a_file_without_decoder_is_no_vae(open_sd, tiny_sd_file, tmp_path):
     save_file({"thing": torch.randn(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"--vae .* is no VAE: .*first names: thing"):
+    with pytest.raises(ValueError, match=r"--vae .* is no VAE of this kind: .*first names: thing"):
         open_sd(tiny_sd_file, vae=str(tmp_path / "x.safetensors"))
 
 
