@@ -36,6 +36,8 @@ from library.randomness import generator_for
 
 logger = logging.getLogger(__name__)
 
+MAX_WAITING_WRITES = 64
+
 Encode = Callable[[Tensor, Sequence[Generator]], Tensor]
 """(pixels_BCHW from -1 to 1, one generator for each picture) to latents_BCHW."""
 
@@ -232,14 +234,24 @@ def encoded(
         return
     logger.info("caching latents...")
     batches = list(equal_batches(jobs, vae_batch_size))
-    with tqdm(total=len(jobs), desc="caching latents…", smoothing=0) as bar:
+    # One thread: entries of two sizes may share a file. What is encoded is written even if the run is interrupted.
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
+        tqdm(total=len(jobs), desc="caching latents…", smoothing=0) as bar,
+    ):
+        writes: deque[Future[None]] = deque()
         for batch, decoded in decoded_ahead(batches, max(1, training_set.num_workers)):
             for job, picture, latents in zip(batch, decoded, encode_batch(batch, decoded, encode, seed), strict=True):
                 check_latents(job, latents, training_set.spec)
                 if job.file is not None:
-                    write_entry(job.file, latents, job.sample.picture.size, origin_of(job, picture, vae_identity))
+                    origin = origin_of(job, picture, vae_identity)
+                    writes.append(writer.submit(write_entry, job.file, latents, job.sample.picture.size, origin))
                 yield job, latents
             bar.update(len(batch))
+            while len(writes) > MAX_WAITING_WRITES:
+                writes.popleft().result()
+        for write in writes:
+            write.result()
 
 
 def equal_batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:

@@ -102,7 +102,7 @@ def read_pixels(path: str, content: bytes | None = None) -> tuple[Pixels, Pixels
         if has_alpha:
             rgba = np.asarray(upright.convert("RGBA"))
             return np.ascontiguousarray(rgba[..., :3]), np.ascontiguousarray(rgba[..., 3])
-        return np.array(upright.convert("RGB")), None
+        return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB")), None
 
 
 def _from_16_bits(image: Image.Image) -> Pixels:
@@ -198,7 +198,7 @@ def place(pixels: Pixels, placement: Placement, interpolation: str | None) -> Pi
     resized = resize(pixels, placement.resized, interpolation)
     width, height = placement.target
     cut = resized[placement.top : placement.top + height, placement.left : placement.left + width]
-    return np.ascontiguousarray(cut[:, ::-1] if placement.is_flipped else cut)
+    return np.array(cut[:, ::-1] if placement.is_flipped else cut, order="C")
 
 
 def chosen_filter(size: Size, target: Size, interpolation: str | None) -> str:
