@@ -46,7 +46,7 @@ def audit_lines(
                 size = f"{bucket.size[0]}x{bucket.size[1]}"
                 yield logging.INFO, f"  bucket {size}: {len(bucket.draws)} draws, {bucket.num_batches} batches"
         if not rule.enable_bucket:
-            yield from resized_lines([sample for sample in samples if sample.dataset == number], rule)
+            yield from cut_lines([sample for sample in samples if sample.dataset == number], rule)
     yield from pair_lines(datasets)
     if limit is not None:
         yield from length_lines(datasets, limit)
@@ -88,12 +88,12 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
             yield logging.WARNING, f"{source} {len(nested)} captions {effect}: {few(nested)}"
 
 
-def resized_lines(samples: Sequence[Sample], rule: BucketRules) -> Iterator[Line]:
-    """Without buckets, pictures of another size are scaled and cropped, which may not be meant."""
+def cut_lines(samples: Sequence[Sample], rule: BucketRules) -> Iterator[Line]:
+    """Without buckets, pictures of another size are cut, which may not be meant."""
     other = [sample.picture.path for sample in samples if sample.picture.size != rule.resolution]
     if other:
         size = f"{rule.resolution[0]}x{rule.resolution[1]}"
-        effect = f"are not {size}, so they are scaled and cropped to it, as enable_bucket is off"
+        effect = f"are not {size} and are scaled or cut to it, as enable_bucket is off"
         yield logging.WARNING, f"  {len(other)} pictures {effect}: {few(other)}"
 
 

@@ -52,51 +52,51 @@ class Key:
     flag: str | None = None  # the option that holds when the file is silent
 
 
-G, D, S = "general", "dataset", "subset"
 GD: tuple[Level, ...] = ("general", "dataset")
 GDS: tuple[Level, ...] = ("general", "dataset", "subset")
 ONLY_S: tuple[Level, ...] = ("subset",)
 
 
-def _key(name: str, kind: Kind, default: Any, levels: tuple[Level, ...], *, flag: str | None = "") -> Key:
-    return Key(name, kind, default, levels, flag=name if flag == "" else flag)
+def _with_option(name: str, kind: Kind, default: Any, levels: tuple[Level, ...], flag: str | None = None) -> Key:
+    """A key of every style that an option stands in for, of the same name unless told otherwise."""
+    return Key(name, kind, default, levels, flag=flag or name)
 
 
 DATASET_KEYS = (
-    _key("batch_size", INT, 1, GD, flag="train_batch_size"),
-    _key("resolution", SIZE, None, GD),
-    _key("enable_bucket", BOOL, False, GD),
-    _key("min_bucket_reso", INT, 256, GD),
-    _key("max_bucket_reso", INT, 1024, GD),
-    _key("bucket_reso_steps", INT, 64, GD),
-    _key("bucket_no_upscale", BOOL, False, GD),
-    _key("network_multiplier", FLOAT, 1.0, GD, flag=None),
+    _with_option("batch_size", INT, 1, GD, flag="train_batch_size"),
+    _with_option("resolution", SIZE, None, GD),
+    _with_option("enable_bucket", BOOL, False, GD),
+    _with_option("min_bucket_reso", INT, 256, GD),
+    _with_option("max_bucket_reso", INT, 1024, GD),
+    _with_option("bucket_reso_steps", INT, 64, GD),
+    _with_option("bucket_no_upscale", BOOL, False, GD),
+    Key("network_multiplier", FLOAT, 1.0, GD),
 )
 
 SUBSET_KEYS = (
-    _key("num_repeats", INT, 1, GDS, flag="dataset_repeats"),
-    _key("shuffle_caption", BOOL, False, GDS),
-    _key("caption_separator", TEXT, ",", GDS),
-    _key("keep_tokens", INT, 0, GDS),
-    _key("keep_tokens_separator", TEXT, "", GDS),
-    _key("secondary_separator", TEXT, None, GDS),
-    _key("enable_wildcard", BOOL, False, GDS),
-    _key("caption_prefix", TEXT, None, GDS),
-    _key("caption_suffix", TEXT, None, GDS),
-    _key("caption_dropout_rate", NUMBER, 0.0, GDS),
-    _key("caption_dropout_every_n_epochs", INT, 0, GDS),
-    _key("caption_tag_dropout_rate", NUMBER, 0.0, GDS),
-    _key("token_warmup_min", INT, 1, GDS),
-    _key("token_warmup_step", NUMBER, 0.0, GDS),
-    _key("color_aug", BOOL, False, GDS),
-    _key("flip_aug", BOOL, False, GDS),
-    _key("random_crop", BOOL, False, GDS),
-    _key("face_crop_aug_range", FLOAT_PAIR, None, GDS),
-    _key("resize_interpolation", FILTER, None, GDS),
-    _key("custom_attributes", TABLE, {}, GDS, flag=None),
+    _with_option("num_repeats", INT, 1, GDS, flag="dataset_repeats"),
+    _with_option("shuffle_caption", BOOL, False, GDS),
+    _with_option("caption_separator", TEXT, ",", GDS),
+    _with_option("keep_tokens", INT, 0, GDS),
+    _with_option("keep_tokens_separator", TEXT, "", GDS),
+    _with_option("secondary_separator", TEXT, None, GDS),
+    _with_option("enable_wildcard", BOOL, False, GDS),
+    _with_option("caption_prefix", TEXT, None, GDS),
+    _with_option("caption_suffix", TEXT, None, GDS),
+    _with_option("caption_dropout_rate", NUMBER, 0.0, GDS),
+    _with_option("caption_dropout_every_n_epochs", INT, 0, GDS),
+    _with_option("caption_tag_dropout_rate", NUMBER, 0.0, GDS),
+    _with_option("token_warmup_min", INT, 1, GDS),
+    _with_option("token_warmup_step", NUMBER, 0.0, GDS),
+    _with_option("color_aug", BOOL, False, GDS),
+    _with_option("flip_aug", BOOL, False, GDS),
+    _with_option("random_crop", BOOL, False, GDS),
+    _with_option("face_crop_aug_range", FLOAT_PAIR, None, GDS),
+    _with_option("resize_interpolation", FILTER, None, GDS),
+    Key("custom_attributes", TABLE, {}, GDS),
     # The documents of sd-scripts show these two in subsets, so they may stand there.
-    _key("validation_split", SHARE, 0.0, GDS),
-    _key("validation_seed", INT, None, GDS),
+    _with_option("validation_split", SHARE, 0.0, GDS),
+    _with_option("validation_seed", INT, None, GDS),
     Key("image_dir", TEXT, None, ONLY_S),
     Key("class_tokens", TEXT, None, GDS, ("dreambooth",)),
     Key("is_reg", BOOL, False, ONLY_S, ("dreambooth",)),

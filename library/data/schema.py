@@ -4,7 +4,6 @@ import difflib
 import json
 import logging
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,12 +12,8 @@ from typing import Any
 from library.data.captions import CaptionRules
 from library.data.keys import ALL_KEYS, DATASET_KEYS, REQUIRED, SUBSET_KEYS, Key, Level, Style, stands_at
 from library.options.dataset import DatasetOptions
+from library.options.toml_files import read_toml
 from library.options.train import TrainOptions
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 logger = logging.getLogger(__name__)
 
@@ -122,22 +117,23 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
 
 
 def read_description(path: str) -> dict[str, Any]:
-    """The content of a .toml or .json file; ValueError names the file, the line and the column of a mistake."""
+    """The content of a .toml or .json file.
+
+    Raises FileNotFoundError where there is none, ValueError naming the file, the line and the column of a mistake.
+    """
     extension = os.path.splitext(path)[1].lower()
     if extension not in (".toml", ".json"):
         raise ValueError(f"--dataset_config {path}: the file must end in .toml or .json")
+    if extension == ".toml":
+        return read_toml(Path(path), "--dataset_config")
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ValueError(f"--dataset_config {path}: there is no such file") from None
-    except OSError as error:
-        raise ValueError(f"--dataset_config {path}: the file cannot be read ({error.strerror})") from None
+        raise FileNotFoundError(f"--dataset_config is {path}, but there is no such file") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"--dataset_config {path}: the file is not UTF-8 ({error})") from None
-    try:
-        content = tomllib.loads(text) if extension == ".toml" else json.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"--dataset_config {path} is not valid {extension[1:].upper()}: {error}") from None
+        raise ValueError(f"--dataset_config {path} is not UTF-8 text: byte {error.start} cannot be read") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--dataset_config {path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(
             f"--dataset_config {path}: expected a table with general and datasets, got {type(content).__name__}"
@@ -235,11 +231,8 @@ def where_it_belongs(key: Key, level: Level) -> str:
 
 def option_values(options: TrainOptions) -> dict[str, Any]:
     """The option's value of every key that has one, checked like the file's; None means not given."""
-    values: dict[str, Any] = {
-        key.name: getattr(options.dataset, key.flag) for key in ALL_KEYS.values() if key.flag and is_option(key.flag)
-    }
-    values["validation_split"] = float(options.validation.validation_split)
-    values["validation_seed"] = options.validation.validation_seed
+    flat = options.flat()
+    values = {key.name: flat[key.flag] for key in ALL_KEYS.values() if key.flag}
     values["caption_extension"] = options.dataset.caption_extention or options.dataset.caption_extension
     if isinstance(values["resolution"], str):
         values["resolution"] = parse_numbers("--resolution", values["resolution"], int, (1, 2), "512 or 768,512")
@@ -258,10 +251,6 @@ def option_values(options: TrainOptions) -> dict[str, Any]:
         if values[name] is not None and not key.kind.fits(values[name]):
             raise ValueError(f"--{key.flag} is {value!r}, but must be {key.kind.name}")
     return values
-
-
-def is_option(flag: str) -> bool:
-    return any(field.name == flag for field in fields(DatasetOptions))
 
 
 def parse_numbers(flag: str, text: str, kind: type, counts: tuple[int, ...], example: str) -> list[Any]:
@@ -371,7 +360,7 @@ def folder_dataset(data: DatasetOptions, fallbacks: Table) -> DatasetConfig:
 def numbered_folders(flag: str, parent: str, is_reg: bool) -> list[Table]:
     """The folders `N_name` below `parent`, in the order of their names: N repeats, `name` is the class."""
     if not os.path.isdir(parent):
-        raise NoDataFound(f"{flag} {parent} is not a folder")
+        raise (ValueError if is_reg else NoDataFound)(f"{flag} {parent} is not a folder")
     subsets: list[Table] = []
     for name in sorted(entry.name for entry in os.scandir(parent) if os.path.isdir(entry.path)):
         number, _, class_tokens = name.partition("_")

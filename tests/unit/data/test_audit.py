@@ -77,7 +77,7 @@ def test_pictures_of_one_stem_are_named(tmp_path, caplog):
 
 def test_without_buckets_pictures_of_another_size_are_named(tmp_path, caplog):
     write_folder(tmp_path / "a", 1, (80, 64))
-    assert "1 pictures are not 64x64, so they are scaled and cropped" in audited(config(tmp_path, ""), caplog)
+    assert "1 pictures are not 64x64 and are scaled or cut to it" in audited(config(tmp_path, ""), caplog)
 
 
 def test_braces_in_braces_are_named(tmp_path, caplog):

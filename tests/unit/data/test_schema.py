@@ -147,8 +147,9 @@ def test_syntax_mistakes_name_file_line_and_column(tmp_path):
 
 def test_files_of_another_kind_or_missing_are_named(tmp_path):
     assert "must end in .toml or .json" in mistakes(tmp_path, "", name="data.yaml")
-    with pytest.raises(ValueError, match="there is no such file"):
-        load_dataset_config(options_of("", "--dataset_config", str(tmp_path / "none.toml")))
+    for name in ("none.toml", "none.json"):
+        with pytest.raises(FileNotFoundError, match="there is no such file"):
+            load_dataset_config(options_of("", "--dataset_config", str(tmp_path / name)))
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path):
@@ -213,6 +214,12 @@ def test_a_parent_without_numbered_folders_holds_no_data(tmp_path, names):
     (tmp_path / "train").mkdir(exist_ok=True)
     with pytest.raises(NoDataFound, match="called N_name"):
         load_dataset_config(folder_options(tmp_path, *names))
+
+
+def test_a_regularisation_folder_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"--reg_data_dir .* is not a folder") as error:
+        load_dataset_config(folder_options(tmp_path, "1_a", arguments=f"--reg_data_dir {tmp_path / 'none'}"))
+    assert not isinstance(error.value, NoDataFound)
 
 
 def test_in_json_makes_one_subset(tmp_path):
