@@ -1,0 +1,145 @@
+"""The names that modules of a base model have in adapter files, and the base model that a file's keys speak of.
+
+Three namings are in use: `kohya` (`lora_unet_down_blocks_0_...`), `generic` (the module paths of the original
+checkpoint below `diffusion_model.` and `text_encoders.`) and `diffusers` (its module paths below `unet.` or
+`transformer.`). A base model declares its modules as `BaseNames` in library/architectures/<model>/adapter_names.py.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+FileNaming = Literal["kohya", "generic", "diffusers"]
+NAMINGS: tuple[FileNaming, ...] = ("kohya", "generic", "diffusers")
+
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class ModuleNames:
+    """One module of a base model in every naming, without the end of the key (`.lora_down.weight`)."""
+
+    kohya: str
+    generic: str
+    diffusers: str
+    aliases: tuple[str, ...] = ()  # that other trainers use
+
+    def in_naming(self, naming: FileNaming) -> str:
+        return {"kohya": self.kohya, "generic": self.generic, "diffusers": self.diffusers}[naming]
+
+
+@dataclass(frozen=True)
+class BaseNames:
+    """The modules of one base model that adapters may change."""
+
+    base: str  # as `recognise_base` says it
+    modules: tuple[ModuleNames, ...]
+
+    @cached_property
+    def index(self) -> Mapping[str, ModuleNames]:
+        """Every spelling of a module name, with underscores for dots."""
+        return {
+            underscored(name): module
+            for module in self.modules
+            for name in (module.kohya, module.generic, module.diffusers, *module.aliases)
+        }
+
+    def find(self, name: str) -> ModuleNames | None:
+        """The module that a file calls `name`, None for one that this base model lacks."""
+        return self.index.get(underscored(name))
+
+
+def underscored(name: str) -> str:
+    """The form in which names of all namings can be compared."""
+    name = name.removeprefix(PEFT_PREFIX)
+    return name.removeprefix("model.").replace(".", "_") if name.startswith("model.diff") else name.replace(".", "_")
+
+
+# --- which base model a file is for ---
+
+BASES: Mapping[str, str] = {
+    "sd1": "Stable Diffusion 1.x",
+    "sd2": "Stable Diffusion 2.x",
+    "sdxl": "Stable Diffusion XL",
+    "sd3": "Stable Diffusion 3",
+    "flux": "FLUX.1",
+    "lumina": "Lumina Image 2.0",
+    "hunyuan_image": "HunyuanImage 2.1",
+    "anima": "Anima",
+}
+
+SD2_TEXT_WIDTH = 1024
+SDXL_TEXT_WIDTH = 2048
+SD1_TEXT_WIDTH = 768
+FLUX_WIDTH = 3072
+HUNYUAN_WIDTH = 3584
+
+UNET_MARK = r"_(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)_"
+NAME_MARKS: tuple[tuple[str, str], ...] = (  # the first that is found in an underscored key decides
+    (r"_blocks_\d+_(img|txt)_(mod_linear|mlp_fc[12])|_single_blocks_\d+_modulation_linear", "hunyuan_image"),
+    (r"_single_transformer_blocks_", "flux"),
+    (r"_joint_blocks_", "sd3"),
+    (r"_(noise_refiner|context_refiner)_|(unet|diffusion_model|transformer)_layers_\d+_", "lumina"),
+    (r"_llm_adapter_|(unet|diffusion_model)_blocks_\d+_(self_attn|cross_attn|mlp)_", "anima"),
+    (r"^transformer_transformer_blocks_\d+_attn[12]_", "anima"),
+)
+CLIP_MARK = r"(lora_te|text_encoder|text_encoders_clip_[lh]_transformer)_text_model_"
+SDXL_MARK = r"^(lora_te2_|text_encoder_2_|text_encoders_clip_g_)" + rf"|{UNET_MARK}.*_transformer_blocks_[1-9]"
+
+
+def recognise_base(shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """The base model (a key of BASES) whose modules the keys of an adapter file name, None where they do not tell.
+
+    `shapes` has every key of the file. Sizes decide where names are shared: SD 1 and 2, FLUX.1 and HunyuanImage.
+    """
+    widths = {underscored(key): shape[1] for key, shape in shapes.items() if _is_down(key) and len(shape) > 1}
+    keys = [underscored(key) for key in shapes]
+    for mark, base in NAME_MARKS:
+        if any(re.search(mark, key) for key in keys):
+            return base
+    if any(re.search(r"_(double|single)_blocks_\d+_", key) for key in keys):
+        return "hunyuan_image" if HUNYUAN_WIDTH in widths.values() else "flux"
+    if any(key.startswith("transformer_transformer_blocks_") for key in keys):
+        return "flux" if _width(widths, r"_attn_to_q_") == FLUX_WIDTH else "sd3"
+    return _recognise_unet(keys, widths)
+
+
+def _recognise_unet(keys: Sequence[str], widths: Mapping[str, int]) -> str | None:
+    text_width = _width(widths, rf"{UNET_MARK}.*attn2_to_[kv]_")
+    clip_width = _width(
+        widths, r"^(lora_te|text_encoder|text_encoders_clip_[lh]_transformer)_text_model_.*_[qkv]_proj_"
+    )
+    names_are_sdxl = any(re.search(SDXL_MARK, key) for key in keys)
+    has_original_paths = any(re.match(r"lora_unet_(input|middle|output)_block", key) for key in keys)
+    if text_width == SDXL_TEXT_WIDTH or (names_are_sdxl and not any(key.startswith("lora_te3_") for key in keys)):
+        return "sdxl"
+    if has_original_paths and text_width != SD1_TEXT_WIDTH:
+        return "sdxl"
+    if not any(re.search(UNET_MARK, key) or re.match(CLIP_MARK, key) for key in keys):
+        return None
+    if text_width == SD2_TEXT_WIDTH or clip_width == SD2_TEXT_WIDTH:
+        return "sd2"
+    return "sd1"
+
+
+def _is_down(key: str) -> bool:
+    """Whether a key is that of a down factor, whose second dimension is the width of the module's input."""
+    return re.search(r"\.(lora_down|lora_A|lora\.down|lora_linear_layer\.down)(\.[\w-]+)?\.?weight$", key) is not None
+
+
+def _width(widths: Mapping[str, int], pattern: str) -> int | None:
+    return next((width for key, width in widths.items() if re.search(pattern, key)), None)
+
+
+def names_of_base(base: str | None, tables: Iterable[BaseNames], origin: str) -> BaseNames:
+    """The names of a recognised base model. Raises ValueError naming what there is when it has no table."""
+    tables = tuple(tables)
+    known = ", ".join(BASES.get(table.base, table.base) for table in tables)
+    if base is None:
+        raise ValueError(f"{origin}: its keys do not tell which base model it is for; supported: {known}")
+    found = next((table for table in tables if table.base == base), None)
+    if found is None:
+        raise ValueError(f"{origin} is for {BASES[base]}, which is not supported yet; supported: {known}")
+    return found
