@@ -1,0 +1,256 @@
+"""Adapter files by any trainer, read into modules and written back under the names they had.
+
+    file = read_adapter_file(path)          # AdapterFile
+    for name, module in file.modules.items():   # ModuleWeights, in file order
+        module.form, module.rank, module.alpha, module.is_dora, module.change()
+    save_adapter_file(path, file, dtype)    # same keys and metadata, hashes of its own
+
+Names that are understood, M being the module: `M.lora_down.weight` and `M.alpha` (kohya, LyCORIS, most programs),
+`M.lora_A.weight` and `M.lora_A.<adapter>.weight` (PEFT and what follows it), `M.lora.down.weight`,
+`M.lora_linear_layer.down.weight` and `attn.processor.to_q_lora.down.weight` (diffusers, the newest first). Module names
+stay as in the file; `flat_name` is their common form for look-ups. Where nothing records alpha it is the rank.
+"""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from library.checkpoints.files import is_safetensors, load_state_dict, read_metadata
+from networks.core.files import ALPHA, DOWN, UP, save_network
+from networks.core.module_weights import B_NORM, DORA_SCALE, MID, W_NORM, Form, ModuleWeights
+
+logger = logging.getLogger(__name__)
+
+Naming = Literal["kohya", "generic", "diffusers", "peft", "unknown"]
+
+LEAVES: tuple[tuple[str, str], ...] = (  # (pattern of the end of a key, the leaf of this format)
+    (r"lora_down\.weight|lora_A(?:\.[\w-]+)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight", DOWN),
+    (r"lora_up\.weight|lora_B(?:\.[\w-]+)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight", UP),
+    (r"lora_mid\.weight", MID),
+    (r"alpha", ALPHA),
+    (r"dora_scale|lora_magnitude_vector(?:(?:\.[\w-]+)?\.weight)?", DORA_SCALE),
+    (r"w_norm", W_NORM),
+    (r"b_norm", B_NORM),
+)
+OTHER_LEAVES = (  # of kinds of adapters that are only recognised
+    r"hada_\w+|lokr_\w+|scalar|scale|diff|diff_b|bias_\w+|oft_\w+|oft_blocks|on_input|weight|bias|a[12]\.weight|b[12]\.weight"
+)
+PROCESSOR_KEY = re.compile(r"(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
+KEY_PATTERNS = tuple((re.compile(rf"(.+?)\.(?:{pattern})"), leaf) for pattern, leaf in LEAVES)
+OTHER_KEY = re.compile(rf"([^.]+)\.({OTHER_LEAVES})")
+PEFT_PREFIX = "base_model.model."
+PREFIXES: tuple[tuple[str, Naming], ...] = (
+    (PEFT_PREFIX, "peft"),
+    ("lora_", "kohya"),
+    ("lycoris_", "kohya"),
+    ("diffusion_model.", "generic"),
+    ("model.diffusion_model.", "generic"),
+    ("text_encoders.", "generic"),
+    ("unet.", "diffusers"),
+    ("transformer.", "diffusers"),
+    ("text_encoder.", "diffusers"),
+    ("text_encoder_2.", "diffusers"),
+    ("text_encoder_3.", "diffusers"),
+)
+DIFFUSERS_SETTINGS = "lora_adapter_metadata"  # JSON in the metadata of files by diffusers, alpha among it
+PEFT_SETTINGS = "adapter_config.json"  # beside files by PEFT
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """The content of one adapter file."""
+
+    origin: str  # the path, for messages
+    modules: Mapping[str, ModuleWeights]  # in file order
+    metadata: Mapping[str, str]
+    unknown: Mapping[str, Tensor]  # by key: what belongs to no kind of adapter that is recognised
+
+    @property
+    def namings(self) -> tuple[Naming, ...]:
+        """Those that occur in module names, the commonest first."""
+        counts: dict[Naming, int] = {}
+        for name in self.modules:
+            counts[naming_of(name)] = counts.get(naming_of(name), 0) + 1
+        return tuple(sorted(counts, key=lambda naming: -counts[naming]))
+
+    def with_modules(self, modules: Iterable[ModuleWeights], metadata: Mapping[str, str]) -> "AdapterFile":
+        """Other modules and metadata; keys that were not understood are kept.
+
+        Settings that diffusers keeps in the metadata are dropped, since ranks and alphas in them would be wrong; where
+        they recorded an alpha, modules made by `ModuleWeights.with_factors` have it in their factors.
+        """
+        kept = {key: value for key, value in metadata.items() if key != DIFFUSERS_SETTINGS}
+        return replace(self, modules={module.name: module for module in modules}, metadata=kept)
+
+
+def read_adapter_file(path: str | Path, flag: str = "") -> AdapterFile:
+    """Read an adapter file of any naming. Raises ValueError naming `flag` when it cannot be read or has no adapter."""
+    where = f"{flag} {path}".strip()
+    try:
+        tensors, metadata = load_state_dict(path), read_metadata(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{flag}: {error}" if flag else str(error)) from error
+    file = parse_adapter(tensors, metadata, where)
+    settings = peft_settings(Path(path))
+    if settings is not None:
+        file = replace(file, modules={n: with_alpha(m, settings) for n, m in file.modules.items()})
+    return file
+
+
+def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str) -> AdapterFile:
+    """Sort the tensors of an adapter file by module.
+
+    Raises ValueError when there is no adapter among them, or when the factors of a module do not belong together.
+    """
+    leaves: dict[str, dict[str, Tensor]] = {}
+    keys: dict[str, dict[str, str]] = {}
+    unknown: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        found = split_key(key)
+        if found is None:
+            unknown[key] = tensor
+            continue
+        name, leaf = found
+        if leaf in keys.get(name, {}):
+            raise ValueError(f"{origin} has two tensors for the same thing: {keys[name][leaf]} and {key}")
+        leaves.setdefault(name, {})[leaf] = tensor
+        keys.setdefault(name, {})[leaf] = key
+    settings = diffusers_settings(metadata)
+    modules = {}
+    for name, group in leaves.items():
+        modules[name] = with_alpha(ModuleWeights(name, group, keys[name]), settings)
+        modules[name].check(origin)
+    if not modules:
+        first = ", ".join(list(tensors)[:3]) or "none"
+        raise ValueError(f"{origin} has no weights of an adapter (first keys: {first}); give a LoRA file")
+    return AdapterFile(origin, modules, dict(metadata), unknown)
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """(module, leaf of this format) of a key in a file, None for a key of no kind of adapter."""
+    match = PROCESSOR_KEY.fullmatch(key)
+    if match:
+        layer = "to_out.0" if match[2] == "to_out" else match[2]
+        return f"{match[1]}.{layer}", DOWN if match[3] == "down" else UP
+    for pattern, leaf in KEY_PATTERNS:
+        match = pattern.fullmatch(key)
+        if match:
+            return match[1], leaf
+    match = OTHER_KEY.fullmatch(key) if naming_of(key) == "kohya" else None
+    return (match[1], match[2]) if match else None
+
+
+def naming_of(name: str) -> Naming:
+    """Which program's names a module name or key follows."""
+    return next((naming for prefix, naming in PREFIXES if name.startswith(prefix)), "unknown")
+
+
+def flat_name(name: str) -> str:
+    """A module name with underscores for dots and without PEFT's prefix: the form in which namings can be compared."""
+    return name.removeprefix(PEFT_PREFIX).replace(".", "_")
+
+
+def adapter_tensors(file: AdapterFile, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors by the keys they have in the file, in `dtype` or as they are."""
+    tensors = {}
+    for module in file.modules.values():
+        for leaf, tensor in module.tensors.items():
+            tensors[module.keys.get(leaf, f"{module.name}.{leaf}")] = tensor
+    tensors.update(file.unknown)
+    return {
+        key: tensor.detach().to("cpu", dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous()
+        for key, tensor in tensors.items()
+    }
+
+
+def save_adapter_file(path: str | Path, file: AdapterFile, dtype: torch.dtype | None = None) -> None:
+    """Write an adapter file whole or not at all, .safetensors with its metadata and the hashes of what is written.
+
+    Other extensions give a pickled table of tensors, which has no metadata.
+    """
+    if not is_safetensors(path) and file.metadata:
+        logger.warning("%s: this format has no metadata; use .safetensors to keep it", path)
+    save_network(path, adapter_tensors(file, dtype), file.metadata)
+
+
+def require_forms(file: AdapterFile, forms: Collection[Form], purpose: str) -> None:
+    """Raise ValueError unless every module is stored in one of `forms` and every key was understood."""
+    other = {m.name: m.form for m in file.modules.values() if m.form not in forms}
+    if other:
+        name, form = next(iter(other.items()))
+        raise ValueError(
+            f"{file.origin}: {len(other)} modules cannot be {purpose}, the first is {name} ({describe_form(form)})"
+        )
+    if file.unknown:
+        raise ValueError(
+            f"{file.origin} has {len(file.unknown)} keys that are not understood, so it cannot be {purpose}; the first "
+            f"is {next(iter(file.unknown))}"
+        )
+
+
+def describe_form(form: Form) -> str:
+    """The kind of adapter in a user's words."""
+    return {
+        "low_rank": "LoRA",
+        "conv": "LoRA of a convolution",
+        "tucker": "LoRA with a Tucker core",
+        "norm": "norm weights",
+        "loha": "LoHa",
+        "lokr": "LoKr",
+        "other": "another kind of adapter",
+    }[form]
+
+
+# --- alpha that is recorded beside the tensors ---
+
+
+def diffusers_settings(metadata: Mapping[str, str]) -> Mapping[str, Mapping[str, Any]]:
+    """PEFT's settings by part ("unet", "text_encoder") from the metadata of a file by diffusers; {} for others."""
+    if DIFFUSERS_SETTINGS not in metadata:
+        return {}
+    try:
+        flat = dict(json.loads(metadata[DIFFUSERS_SETTINGS]))
+    except (ValueError, TypeError):
+        logger.warning("the metadata %s is not JSON; alpha is taken to be the rank", DIFFUSERS_SETTINGS)
+        return {}
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        part, _, setting = str(key).partition(".")
+        parts.setdefault(part, {})[setting] = value
+    return parts
+
+
+def peft_settings(path: Path) -> Mapping[str, Mapping[str, Any]] | None:
+    """PEFT's settings for a file that it saved, from the adapter_config.json beside it."""
+    beside = path.parent / PEFT_SETTINGS
+    if path.stem != "adapter_model" or not beside.is_file():
+        return None
+    try:
+        return {"": dict(json.loads(beside.read_text(encoding="utf-8")))}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{beside} is damaged: {error}") from error
+
+
+def with_alpha(module: ModuleWeights, settings: Mapping[str, Mapping[str, Any]]) -> ModuleWeights:
+    """The module with the alpha that the settings of its part record; alpha_pattern goes before lora_alpha."""
+    if not settings or not module.is_low_rank or ALPHA in module.tensors:
+        return module
+    name = module.name.removeprefix(PEFT_PREFIX)
+    part, _, path = name.partition(".")
+    own = settings.get(part)
+    if own is None:
+        own, path = settings.get("", {}), name
+    patterns = own.get("alpha_pattern") or {}
+    alpha = next((v for p, v in patterns.items() if re.fullmatch(rf"(?:.*\.)?{p}", path)), own.get("lora_alpha"))
+    if alpha is None:
+        return module
+    factor = math.sqrt(module.rank) if own.get("use_rslora") else 1.0  # rank-stabilised: alpha / sqrt(rank)
+    return replace(module, alpha_elsewhere=float(alpha) * factor)
