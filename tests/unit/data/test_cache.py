@@ -184,6 +184,22 @@ def test_batches_of_latents_do_not_depend_on_workers(folder):
         assert [content_of(batch) for batch in batches_of(training_set, workers=2)] == alone
 
 
+@pytest.mark.parametrize("options", [DISK, MEMORY])
+def test_only_subsets_that_mirror_get_mirrored_copies(tmp_path, options):
+    for name in "ab":
+        write_picture(tmp_path / f"{name}/p.png", seed=70 + ord(name))
+    subset = "[[datasets.subsets]]\nimage_dir = '{here}/%s'\nflip_aug = %s\n"
+    text = "[[datasets]]\nresolution = 64\n" + subset % ("a", "true") + subset % ("b", "false")
+    training_set = open_set(write_config(tmp_path / "data.toml", text))
+    calls: list[int] = []
+    cache_latents(training_set, averaging_vae(calls), "vae", options, 1)
+    assert sum(calls) == 3
+    drawn = {
+        (b.keys[0][-7], str(b.latents_BCHW.tolist())) for epoch in range(1, 12) for b in batches_of(training_set, epoch)
+    }
+    assert sorted(name for name, _ in drawn) == ["a", "a", "b"]
+
+
 def test_one_picture_in_two_datasets_is_encoded_once_at_one_size_and_apart_at_two(tmp_path, caplog):
     write_picture(tmp_path / "a/p.png", (64, 64))
     one = "[[datasets]]\nresolution = {}\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"

@@ -167,6 +167,17 @@ def test_regularisation_pictures_carry_the_prior_weight_and_attributes_stay_with
     assert seen == {"wide", "tall", "reg"}
 
 
+def test_draws_of_one_epoch_do_not_share_their_chances(tmp_path):
+    write_folder(tmp_path / "60_a", 2, caption="a, b, c, d, e, f")
+    options = "--caption_extension .txt --shuffle_caption --caption_dropout_rate 0.5 --flip_aug --train_batch_size 8"
+    batches = batches_of(folder_set(tmp_path, options))
+    captions = [caption for batch in batches for caption in batch.captions]
+    dropped = captions.count("")
+    assert 40 < dropped < 80 and len(set(captions)) > 0.9 * (len(captions) - dropped)
+    corners = {corner for batch in batches for corner in batch.pixels_BCHW[:, :, 0, 0].sum(1).tolist()}
+    assert len(corners) == 4  # two pictures, each plain and mirrored
+
+
 def test_another_seed_draws_other_batches(rich):
     assert [content_of(b) for b in batches_of(open_set(rich, 1))] != [
         content_of(b) for b in batches_of(open_set(rich, 2))
