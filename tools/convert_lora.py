@@ -1,0 +1,99 @@
+"""Rename the keys of an adapter file for another program: kohya's, generic or diffusers' names, same effect.
+
+Reads files of any trainer. In the generic and the diffusers naming alpha is multiplied into lora_B: exactly in the
+file's own dtype where alpha / rank is a power of two, else both factors of the module are written as float32.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import logging
+import pkgutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import library.architectures
+from library.checkpoints.adapter_names import NAMINGS, BaseNames, FileNaming, names_of_base, recognise_base
+from networks.core.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
+from networks.core.renaming import Renamed, rename, some_keys
+
+logger = logging.getLogger(__name__)
+
+EPILOG = """examples:
+  python tools/convert_lora.py --model my_cat.safetensors --save_to my_cat_diffusers.safetensors --to diffusers
+  python tools/convert_lora.py --model from_peft.safetensors --save_to for_comfyui.safetensors --to kohya
+"""
+
+
+def all_tables() -> list[BaseNames]:
+    """The names of every base model that declares them."""
+    tables = []
+    for package in pkgutil.iter_modules(library.architectures.__path__, "library.architectures."):
+        if package.ispkg and importlib.util.find_spec(f"{package.name}.adapter_names"):
+            tables.append(importlib.import_module(f"{package.name}.adapter_names").NAMES)
+    return tables
+
+
+def base_of(file: AdapterFile) -> str | None:
+    """The base model that a file's keys name."""
+    return recognise_base(
+        {module.keys[leaf]: t.shape for module in file.modules.values() for leaf, t in module.tensors.items()}
+    )
+
+
+def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) -> Renamed:
+    """Write `model` to `save_to` in another naming. Raises ValueError saying why that is not possible."""
+    file = read_adapter_file(model, "--model")
+    renamed = rename(file, names_of_base(base_of(file), all_tables(), f"--model {model}"), to, drop_unsupported)
+    if renamed.dropped:
+        logger.warning("left out, the %s naming has no place for them: %s", to, some_keys(renamed.dropped))
+    if renamed.widened:
+        logger.info(
+            "%d modules are written as float32: their alpha / rank cannot be multiplied into the file's dtype exactly",
+            len(renamed.widened),
+        )
+    save_adapter_file(save_to, renamed.file)
+    return renamed
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Return the command's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True, help="the adapter file to read")
+    parser.add_argument(
+        "--save_to", type=Path, required=True, help="the file to write, .safetensors keeps the metadata"
+    )
+    parser.add_argument(
+        "--to",
+        choices=NAMINGS,
+        required=True,
+        help="kohya: most programs, and the only one that holds everything; generic: original module paths, for "
+        "ComfyUI; diffusers: diffusers' module paths",
+    )
+    parser.add_argument(
+        "--drop_unsupported", action="store_true", help="leave out what the naming cannot hold instead of refusing"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    args = setup_parser().parse_args(arguments)
+    try:
+        renamed = convert(args.model, args.save_to, args.to, args.drop_unsupported)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.save_to}: {len(renamed.file.modules)} modules in the {args.to} naming")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
