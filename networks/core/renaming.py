@@ -1,7 +1,7 @@
 """Adapter files from one naming to another, computing the same.
 
-The generic and the diffusers naming have no alpha: the scale alpha / rank is multiplied into lora_B there. Read back, such
-a file has the rank for alpha, so its scale is 1.
+The generic and the diffusers naming have no alpha: the scale alpha / rank is multiplied into lora_B there. Read back,
+such a file has the rank for alpha, so its scale is 1.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,0 +1,332 @@
+"""What programs that make pictures will do with an adapter file, by its keys and shapes alone.
+
+The rules were found by giving files of every form to each program's own loading code: ComfyUI 0.29, diffusers 0.42,
+Forge and stable-diffusion.cpp in 2026; "A1111-style" are the loaders in the manner of AUTOMATIC1111's web UI.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from library.checkpoints.adapter_names import BASES, PEFT_PREFIX, FileNaming, recognise_base, underscored
+
+Program = Literal["ComfyUI", "Forge", "A1111-style", "diffusers", "stable-diffusion.cpp"]
+PROGRAMS: tuple[Program, ...] = ("ComfyUI", "Forge", "A1111-style", "diffusers", "stable-diffusion.cpp")
+Part = Literal["denoiser", "text"]
+Amount = Literal["all", "some", "none"]
+
+FORGE_MAX_UNKNOWN_KEYS = 12
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of an adapter file."""
+
+    text: str
+    module: str  # without the leaf, underscores for dots
+    leaf: str
+    shape: tuple[int, ...]
+    naming: FileNaming | None  # None: of no program
+    part: Part
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one program does with a file."""
+
+    program: Program
+    num_keys: int
+    unused: tuple[str, ...]  # keys that change nothing there
+    inexact: tuple[str, ...]  # keys that are applied, but not as they were trained
+    reasons: tuple[str, ...]  # why, one sentence each
+
+    @property
+    def num_used(self) -> int:
+        """Keys that act as trained."""
+        return self.num_keys - len(self.unused) - len(self.inexact)
+
+    @property
+    def amount(self) -> Amount:
+        """How much of the file acts as trained."""
+        if self.num_used == self.num_keys:
+            return "all"
+        return "some" if self.num_used else "none"
+
+
+# --- which naming is read where ---
+
+UNET_BASES = frozenset(("sd1", "sd2", "sdxl"))
+ALL: frozenset[FileNaming] = frozenset(("kohya", "generic", "diffusers"))
+KOHYA: frozenset[FileNaming] = frozenset(("kohya",))
+GENERIC: frozenset[FileNaming] = frozenset(("generic",))
+DIFFUSERS: frozenset[FileNaming] = frozenset(("diffusers",))
+NONE: frozenset[FileNaming] = frozenset()
+
+Accepted = tuple[frozenset[FileNaming], frozenset[FileNaming]]  # of the denoiser, of the text encoders
+
+_UNET: Mapping[Program, Accepted] = {
+    "ComfyUI": (ALL, ALL),
+    "Forge": (KOHYA | GENERIC, KOHYA),
+    "A1111-style": (KOHYA, KOHYA),
+    "diffusers": (KOHYA | DIFFUSERS, KOHYA | DIFFUSERS),
+    "stable-diffusion.cpp": (ALL, KOHYA),
+}
+ACCEPTED: Mapping[str, Mapping[Program, Accepted]] = {  # a program that is not listed takes no adapters of it
+    "sd1": _UNET,
+    "sd2": _UNET,
+    "sdxl": _UNET,
+    "flux": {
+        "ComfyUI": (ALL, ALL),
+        "Forge": (ALL, KOHYA | DIFFUSERS),
+        "diffusers": (KOHYA | DIFFUSERS, KOHYA | DIFFUSERS),
+        "stable-diffusion.cpp": (ALL, KOHYA | GENERIC),
+    },
+    "sd3": {
+        "ComfyUI": (ALL, ALL),
+        "Forge": (KOHYA | GENERIC, KOHYA),
+        "diffusers": (DIFFUSERS, DIFFUSERS),
+        "stable-diffusion.cpp": (GENERIC | DIFFUSERS, GENERIC),
+    },
+    "lumina": {"ComfyUI": (KOHYA | GENERIC, KOHYA | GENERIC), "diffusers": (GENERIC | DIFFUSERS, NONE)},
+    "hunyuan_image": {"ComfyUI": (KOHYA | GENERIC, NONE)},
+    "anima": {
+        "ComfyUI": (KOHYA | GENERIC, KOHYA | GENERIC),
+        "diffusers": (GENERIC | DIFFUSERS, NONE),
+        "stable-diffusion.cpp": (ALL - DIFFUSERS, NONE),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Modules that a program does not look for, although it reads their naming."""
+
+    program: Program
+    bases: frozenset[str]
+    namings: frozenset[FileNaming]
+    modules: str  # pattern of underscored names
+    reason: str
+
+
+GAPS: tuple[Gap, ...] = (
+    Gap(
+        "ComfyUI", UNET_BASES, DIFFUSERS, r"unet_.*_to_(q|k|v|out_0)$",
+        "it looks for attention layers of the U-Net under other names than these diffusers names",
+    ),
+    Gap(
+        "ComfyUI", frozenset(("hunyuan_image",)), KOHYA,
+        r".*_((img|txt)_mlp_fc[12]|(img|txt)_mod_linear|modulation_linear)$",
+        "it expects mlp_0, mlp_2, mod_lin, modulation_lin in place of mlp_fc1, mlp_fc2, mod_linear, modulation_linear",
+    ),
+    Gap(
+        "diffusers", frozenset(("flux",)), ALL, r"(lora_te3|text_encoder_2|text_encoders_t5xxl)_.*",
+        "it has no place for LoRA of FLUX.1's T5",
+    ),
+    Gap(
+        "diffusers", frozenset(("flux",)), KOHYA, r"lora_unet_(img|txt|time|vector|guidance)_in(_.*)?",
+        "it has no place for LoRA of FLUX.1's input layers",
+    ),
+    Gap(
+        "stable-diffusion.cpp", frozenset(("sd1",)), ALL, r".*_(conv_in|conv_out|time_embedding_linear_[12])",
+        "it does not look for conv_in, conv_out and time_embedding",
+    ),
+    Gap(
+        "stable-diffusion.cpp", frozenset(("sd2",)), KOHYA, r"lora_te_.*_self_attn_[qkv]_proj",
+        "q, k and v of SD 2's text encoder are one matrix in the checkpoint",
+    ),
+    Gap(
+        "stable-diffusion.cpp", frozenset(("anima",)), KOHYA, r".*_(cross_attn_.*|self_attn_output_proj)",
+        "it does not find cross_attn and output_proj under kohya's names",
+    ),
+)  # fmt: skip
+
+
+# --- which kinds of weights are read where ---
+
+LOW_RANK = frozenset(("lora_down.weight", "lora_up.weight", "lora_A.weight", "lora_B.weight", "alpha"))
+NORM = frozenset(("w_norm", "b_norm"))
+LEAF = re.compile(
+    r"(.+?)\.(lora_(?:down|up|mid|A|B)\.weight|alpha|dora_scale|w_norm|b_norm|hada_(?:w[12]_[ab]|t[12])"
+    r"|lokr_(?:w[12](?:_[ab])?|t2))"
+)
+DIFFUSERS_LEAVES = LOW_RANK | {"dora_scale"}
+
+
+def readings(shapes: Mapping[str, Sequence[int]]) -> tuple[Reading, ...]:
+    """What each program does with an adapter file that has these keys; empty where the base model cannot be told."""
+    base = recognise_base(shapes)
+    if base is None:
+        return ()
+    content = Content(base, tuple(parse(text, tuple(shape)) for text, shape in shapes.items()))
+    return tuple(read_by(program, content) for program in PROGRAMS)
+
+
+def parse(text: str, shape: tuple[int, ...]) -> Key:
+    """Take a key apart; one without a known leaf or prefix keeps its text and has no naming."""
+    match = LEAF.fullmatch(text)
+    module, leaf = (match[1], match[2]) if match else (text, "")
+    naming = naming_of(module) if match else None
+    is_text = re.match(r"(lora_te|text_encoder)", module) is not None
+    return Key(text, underscored(module), leaf, shape, naming, "text" if is_text else "denoiser")
+
+
+def naming_of(module: str) -> FileNaming | None:
+    """The naming that a module's name follows."""
+    if module.startswith(("lora_unet_", "lora_te")) and "." not in module:
+        return "kohya"
+    if module.startswith(("diffusion_model.", "text_encoders.")):
+        return "generic"
+    is_of_diffusers = re.match(r"(unet|transformer|text_encoder(_[23])?)\.", module.removeprefix(PEFT_PREFIX))
+    return "diffusers" if is_of_diffusers and not module.startswith(PEFT_PREFIX) else None
+
+
+@dataclass(frozen=True)
+class Content:
+    """A file as the rules see it."""
+
+    base: str
+    keys: tuple[Key, ...]
+
+    @cached_property
+    def leaves(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        """Module -> leaf -> shape."""
+        found: dict[str, dict[str, tuple[int, ...]]] = {}
+        for key in self.keys:
+            found.setdefault(key.module, {})[key.leaf] = key.shape
+        return found
+
+
+def read_by(program: Program, content: Content) -> Reading:
+    """Apply the rules of one program to a file."""
+    keys = content.keys
+    accepted = ACCEPTED[content.base].get(program)
+    if accepted is None:
+        reason = f"it takes no adapters of {BASES[content.base]}"
+        return Reading(program, len(keys), tuple(key.text for key in keys), (), (reason,))
+    unused: dict[str, str] = {}
+    for key in keys:
+        reason_unused = why_unused(program, content, key, accepted)
+        if reason_unused is not None:
+            unused[key.text] = reason_unused
+    refusal = why_refused(program, content, len(unused))
+    if refusal is not None:
+        return Reading(program, len(keys), tuple(key.text for key in keys), (), (refusal,))
+    inexact = {
+        key.text: why
+        for key in keys
+        if key.text not in unused and (why := why_inexact(program, content, key)) is not None
+    }
+    reasons = tuple(dict.fromkeys([*unused.values(), *inexact.values()]))
+    return Reading(program, len(keys), tuple(unused), tuple(inexact), reasons)
+
+
+def why_unused(program: Program, content: Content, key: Key, accepted: Accepted) -> str | None:
+    """Why a key changes nothing in a program, None when it acts."""
+    if key.naming is None:
+        return f"it is not known to read keys such as {key.text}"
+    if key.naming not in accepted[0 if key.part == "denoiser" else 1]:
+        what = "text encoder keys in " if key.part == "text" else "keys in "
+        return f"it does not read {what}the {key.naming} naming"
+    for gap in GAPS:
+        applies = gap.program == program and content.base in gap.bases and key.naming in gap.namings
+        if applies and re.fullmatch(gap.modules, key.module):
+            return gap.reason
+    return why_leaf_unused(program, content, key)
+
+
+def why_leaf_unused(program: Program, content: Content, key: Key) -> str | None:
+    """The same, for the kind of weight."""
+    if program == "stable-diffusion.cpp" and key.leaf in NORM | {"dora_scale"}:
+        return "it has no norm weights and no DoRA: what is left acts as plain LoRA"
+    if program == "diffusers" and key.leaf == "dora_scale":
+        return "it drops dora_scale: what is left acts as plain LoRA"
+    if program == "ComfyUI" and key.leaf in NORM and key.part == "text":
+        return "it does not look for norms of text encoders"
+    if program == "A1111-style" and key.leaf in NORM and not content.leaves[key.module].keys() >= NORM:
+        return "it needs w_norm and b_norm of a module together"
+    return None
+
+
+def why_inexact(program: Program, content: Content, key: Key) -> str | None:
+    """Why a key that acts does not act as it was trained, None when it does."""
+    leaves = content.leaves[key.module]
+    if program in ("ComfyUI", "Forge", "A1111-style") and is_dora_per_output(leaves):
+        return "DoRA with one magnitude per output acts differently there than in training"
+    if program == "stable-diffusion.cpp" and leaves.keys() & {"lora_mid.weight", "hada_t1", "hada_t2"}:
+        return "it multiplies Tucker cores the wrong way round"
+    return None
+
+
+def is_dora_per_output(leaves: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the magnitudes are of output rows, in the way programs tell: by the length of the first axis."""
+    up = leaves.get("lora_up.weight") or leaves.get("lora_B.weight")
+    scale = leaves.get("dora_scale")
+    return up[:1] == scale[:1] if up and scale else False
+
+
+# --- files that a program refuses as a whole ---
+
+
+def why_refused(program: Program, content: Content, num_unknown: int) -> str | None:
+    """Why a program takes nothing from a file, None when it reads it."""
+    if program == "Forge" and num_unknown > FORGE_MAX_UNKNOWN_KEYS:
+        return f"it refuses a file with more than {FORGE_MAX_UNKNOWN_KEYS} keys that it does not know"
+    if program == "diffusers":
+        return next(filter(None, (rule(content) for rule in DIFFUSERS_REFUSALS)), None)
+    return None
+
+
+def mixes_namings(content: Content) -> str | None:
+    namings = {key.naming for key in content.keys if key.naming is not None}
+    if "kohya" in namings and len(namings) > 1:
+        return "it refuses a file that mixes kohya's names with others"
+    return None
+
+
+def has_foreign_leaves(content: Content) -> str | None:
+    foreign = sorted({key.leaf or key.text for key in content.keys if key.leaf not in DIFFUSERS_LEAVES})
+    return f"it takes nothing from a file with {', '.join(foreign[:3])}" if foreign else None
+
+
+def has_keys_without_lora(content: Content) -> str | None:
+    """Outside kohya's naming every key must have "lora" in it."""
+    odd = [key.text for key in content.keys if key.naming != "kohya" and "lora" not in key.text and key.leaf == "alpha"]
+    return "it refuses .alpha beside lora_A and lora_B" if odd else None
+
+
+def has_final_layer(content: Content) -> str | None:
+    is_there = any(key.naming == "generic" and "_final_layer_" in key.module for key in content.keys)
+    return "it refuses final_layer of Lumina 2 in the generic naming" if content.base == "lumina" and is_there else None
+
+
+DIFFUSERS_REFUSALS: tuple[Callable[[Content], str | None], ...] = (
+    mixes_namings,
+    has_foreign_leaves,
+    has_keys_without_lora,
+    has_final_layer,
+)
+
+
+# --- in words ---
+
+
+def describe(found: Sequence[Reading]) -> str:
+    """One line: which programs use all, some or none of the keys."""
+    if not found:
+        return "its keys do not tell which base model they are for"
+    return ", ".join(f"{reading.program} {describe_amount(reading)}" for reading in found)
+
+
+def describe_amount(reading: Reading) -> str:
+    if reading.amount == "some":
+        return f"some ({reading.num_used} of {reading.num_keys})"
+    return reading.amount
+
+
+def problems(found: Sequence[Reading]) -> Iterator[str]:
+    """One sentence for each program and reason."""
+    for reading in found:
+        for reason in reading.reasons:
+            yield f"{reading.program}: {reason}"
