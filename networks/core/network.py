@@ -95,7 +95,11 @@ class AdapterNetwork(nn.Module):
                 adapter = member.adapter.to(device) if device is not None else member.adapter
                 weight = adapter.site.module.weight
                 assert isinstance(weight, nn.Parameter)
-                weight.data = adapter.merged_weight().to(weight.device, dtype or weight.dtype)
+                merged = adapter.merged_weight().to(weight.device, dtype or weight.dtype)
+                if merged.dtype == weight.dtype:
+                    weight.copy_(merged)  # in place: the memory format stays, and with it the order of the sums
+                else:
+                    weight.data = merged
 
     def load_weights(self, file: str) -> str:
         """Load a file; modules it lacks keep their start. Gives a sentence on what was loaded.

@@ -129,6 +129,18 @@ def test_merging_into_bf16_adds_in_float32_and_rounds_once() -> None:
     assert torch.equal(text.layers[0].q_proj.weight, (weight.float() + up @ down).bfloat16())
 
 
+def test_merging_nothing_leaves_every_weight_as_it_lies_in_memory() -> None:
+    text, unet = toy_models(21)
+    unet = unet.to(memory_format=torch.channels_last)
+    weight = unet.mid.resnet.conv1.weight
+    before, strides, address = weight.clone(), weight.stride(), weight.data_ptr()
+    network = create_network(0.0, 4, 1, None, text, unet, conv_dim="2")
+    randomize(network, 22)
+    network.merge_to(text, unet, network.state_dict(), torch.float32, "cpu")
+    assert torch.equal(weight, before)
+    assert (weight.stride(), weight.data_ptr()) == (strides, address)
+
+
 def groups_of(te_lr: object, unet_lr: float | None, lr: float, **args: str) -> dict[str, tuple[float, int]]:
     """Name -> (learning rate, number of parameters)."""
     text, unet = toy_models(12)
