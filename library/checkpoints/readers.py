@@ -316,13 +316,12 @@ def describe(found: Sequence[Reading]) -> str:
     """One line: which programs use all, some or none of the keys."""
     if not found:
         return "its keys do not tell which base model they are for"
-    return ", ".join(f"{reading.program} {describe_amount(reading)}" for reading in found)
-
-
-def describe_amount(reading: Reading) -> str:
-    if reading.amount == "some":
-        return f"some ({reading.num_used} of {reading.num_keys})"
-    return reading.amount
+    groups = (
+        ("all used by", [r.program for r in found if r.amount == "all"]),
+        ("some by", [f"{r.program} ({r.num_used} of {r.num_keys})" for r in found if r.amount == "some"]),
+        ("none by", [r.program for r in found if r.amount == "none"]),
+    )
+    return "; ".join(f"{what} {', '.join(programs)}" for what, programs in groups if programs)
 
 
 def problems(found: Sequence[Reading]) -> Iterator[str]:

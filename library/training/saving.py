@@ -4,12 +4,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from library.checkpoints.files import is_safetensors, read_header
 from library.checkpoints.metadata import file_metadata, modelspec_metadata
+from library.checkpoints.readers import describe, readings
 from library.options.saving import SavingOptions
 from library.options.train import TrainOptions
 from library.training.report import announce
@@ -103,6 +105,7 @@ class Writer:
     base_files: Future[dict[str, str]]  # names and hashes of the base model, computed while training goes on
     before_saving: Callable[[], None]  # schedule-free optimizers show their averaged weights only on demand
     after_saving: Callable[[], None]
+    told: set[str] = field(default_factory=set)  # what was said about readers, so that it is said once
 
     def save_after_step(self, step: int, epoch: int) -> None:
         """Save if the schedule asks for it after `step`."""
@@ -132,12 +135,32 @@ class Writer:
             )
         finally:
             self.after_saving()
+        self._tell_readers(path)
+
+    def _tell_readers(self, path: Path) -> None:
+        """Log which programs use the keys of a file; in later files of a run only if something has changed."""
+        line = readers_line(path)
+        if line is not None and line not in self.told:
+            self.told.add(line)
+            logger.info("%s: %s", path.name, line)
 
     def _metadata(self, step: int, epoch: int, saved_at: float) -> dict[str, str]:
         training = {**self.metadata, **self.base_files.result()}
         modelspec = modelspec_metadata(self.options, self.architecture, saved_at)
         is_full = not self.options.metadata.no_metadata
         return file_metadata(training, modelspec, step=step, epoch=epoch, saved_at=saved_at, is_full=is_full)
+
+
+def readers_line(path: Path) -> str | None:
+    """How many keys a file has and which programs use them; None where that is not known."""
+    if not is_safetensors(path):
+        return None
+    try:
+        shapes = {key: entry.shape for key, entry in read_header(path).tensors.items()}
+    except (OSError, ValueError) as error:  # a network of a third party may write what it likes
+        return f"its keys cannot be read back: {error}"
+    found = readings(shapes)
+    return f"{len(shapes)} keys, {describe(found)}" if found else None
 
 
 def save_dtype(save_precision: str | None) -> torch.dtype | None:
