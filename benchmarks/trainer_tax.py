@@ -2,7 +2,7 @@
 
 The baseline is a minimal PyTorch loop doing the same mathematics the plain way: text encoder on every step, adapters as
 three separate operations, torch's default AdamW, contiguous tensors. Both train on the same weights and pictures, turn
-by turn, so that a busy machine slows both. Start-up and peak memory are those of the real script in a process of its own.
+by turn, so that a busy machine slows both. Start-up and peak memory are those of the real script in its own process.
 
     python benchmarks/trainer_tax.py --model tiny
     python benchmarks/trainer_tax.py --model sd15 --precision bf16 --steps 3 --rounds 3

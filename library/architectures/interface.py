@@ -81,7 +81,7 @@ class Predict(Protocol):
 
 
 AdapterView = Callable[[Sequence[nn.Module], nn.Module], tuple[nn.Module | list[nn.Module], nn.Module]]
-"""(text encoders, denoiser) as network modules see them: module paths are the names in files, leaves are the real layers.
+"""(text encoders, denoiser) as network modules see them: paths are the names in files, leaves are the real layers.
 
 The first value is a single module where the base model has one text encoder, a list otherwise: LyCORIS picks its
 prefixes by that. The second carries `adapter_targets` (networks.core.targets.AdapterTargets) as an attribute.

@@ -14,6 +14,6 @@ def release_memory(keep_cache: bool = False) -> None:
 
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:
-    """Move a frozen model to `device`, convolution weights in channels_last order, which CPUs and tensor cores prefer."""
+    """Move a frozen model to `device`, convolution weights channels last, which CPUs and tensor cores prefer."""
     moved: nn.Module = module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return moved
