@@ -1,0 +1,156 @@
+"""What an adapter file contains: ranks, alphas and norms by block, and what is wrong with it."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from library.checkpoints.adapter_names import underscored
+from networks.core.adapter_file import split_key
+from networks.core.files import ALPHA, DOWN, UP
+from networks.core.module_weights import B_NORM, W_NORM, ModuleWeights
+
+PREFIX = re.compile(
+    r"^(lora_unet|lora_te\d?|lycoris|diffusion_model|unet|transformer|text_encoder(_\d)?|text_encoders_.*?transformer)_"
+)
+BLOCK = re.compile(r"(?:^|_)((?:[a-z]+_)?(?:blocks?|layers|refiner)(?:_\d+)?)(?=_|$)")
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """One module; norms are Frobenius norms in float64."""
+
+    name: str
+    part: str  # "denoiser" or "text encoder ..."
+    block: str
+    kind: str
+    rank: int | None
+    alpha: float | None
+    down_norm: float | None
+    up_norm: float | None
+    update_norm: float | None  # of alpha / rank * up @ down, or of the norm weights; None where it is not computed
+
+
+@dataclass(frozen=True)
+class BlockFacts:
+    """All modules of one block together: a norm is the root of the sum of squares."""
+
+    part: str
+    block: str
+    num_modules: int
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    down_norm: float
+    up_norm: float
+    update_norm: float
+
+
+def group_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, ModuleWeights], list[str]]:
+    """The modules of a file, broken ones included, and the keys that belong to none."""
+    leaves: dict[str, dict[str, Tensor]] = {}
+    keys: dict[str, dict[str, str]] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        found = split_key(key)
+        if found is None:
+            unknown.append(key)
+            continue
+        leaves.setdefault(found[0], {})[found[1]] = tensor
+        keys.setdefault(found[0], {})[found[1]] = key
+    return {name: ModuleWeights(name, leaves[name], keys[name]) for name in leaves}, unknown
+
+
+def structure_problem(module: ModuleWeights) -> str | None:
+    """Why the tensors of a module do not belong together, None when they do."""
+    if not module.tensors.keys() - {ALPHA}:
+        return f"{module.keys[ALPHA]} is an alpha without weights"
+    try:
+        module.check("the file")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def value_problems(module: ModuleWeights) -> Iterator[str]:
+    """The tensors of a module that hold infinity or NaN, one sentence each."""
+    for leaf, tensor in module.tensors.items():
+        num_bad = int((~torch.isfinite(tensor.float())).sum()) if tensor.is_floating_point() else 0
+        if num_bad:
+            yield f"{module.keys[leaf]} has {num_bad} of {tensor.numel()} values that are not finite"
+
+
+def module_facts(module: ModuleWeights) -> ModuleFacts:
+    """Size and strength of a module whose tensors belong together."""
+    part, block = place_of(module.name)
+    rank = alpha = down = up = update = None
+    if module.is_low_rank:
+        rank, alpha = module.rank, module.alpha
+        down, up = norm(module.tensors[DOWN]), norm(module.tensors[UP])
+        update = abs(module.scale) * product_norm(*module.factors(torch.float64))
+    elif module.form == "norm":
+        update = math.hypot(*(norm(module.tensors[leaf]) for leaf in (W_NORM, B_NORM) if leaf in module.tensors))
+    kind = "DoRA" if module.is_dora else module.form
+    return ModuleFacts(module.name, part, block, kind, rank, alpha, down, up, update)
+
+
+def product_norm(up_OR: Tensor, down_RN: Tensor) -> float:
+    """|up @ down| from two R x R matrices: its square is the sum of (upᵀ up) * (down downᵀ)."""
+    square = float(((up_OR.T @ up_OR) * (down_RN @ down_RN.T)).sum())
+    return math.nan if math.isnan(square) else math.sqrt(max(square, 0.0))
+
+
+def norm(tensor: Tensor) -> float:
+    return float(tensor.double().norm())
+
+
+def place_of(name: str) -> tuple[str, str]:
+    """(part, block) of a module by its name in any naming."""
+    flat = underscored(name)
+    prefix = PREFIX.match(flat)
+    path = flat[prefix.end() :] if prefix else flat
+    match = BLOCK.search(path)
+    return part_of(flat), match[1] if match else "outside blocks"
+
+
+def part_of(flat: str) -> str:
+    """Which model a module lies in; text encoders keep what their names tell."""
+    match = re.match(r"(lora_te\d?|text_encoders_.*?(?=_transformer)|text_encoder(_\d)?)_", flat)
+    return f"text encoder ({match[1]})" if match else "denoiser"
+
+
+def by_block(modules: Sequence[ModuleFacts]) -> list[BlockFacts]:
+    """One entry per part and block; parts in the order of the file, blocks by name and number."""
+    groups: dict[tuple[str, str], list[ModuleFacts]] = {}
+    for module in modules:
+        groups.setdefault((module.part, module.block), []).append(module)
+    parts = list(dict.fromkeys(module.part for module in modules))
+    return [
+        BlockFacts(
+            part=part,
+            block=block,
+            num_modules=len(group),
+            ranks=tuple(sorted({m.rank for m in group if m.rank is not None})),
+            alphas=tuple(sorted({m.alpha for m in group if m.alpha is not None})),
+            down_norm=math.hypot(*(m.down_norm for m in group if m.down_norm is not None)),
+            up_norm=math.hypot(*(m.up_norm for m in group if m.up_norm is not None)),
+            update_norm=math.hypot(*(m.update_norm for m in group if m.update_norm is not None)),
+        )
+        for (part, block), group in sorted(
+            groups.items(), key=lambda item: (parts.index(item[0][0]), order(item[0][1]))
+        )
+    ]
+
+
+def order(block: str) -> list[tuple[str, int]]:
+    """A key that sorts blocks by name and number: layers_2 before layers_10."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D+)(\d*)", block)]
+
+
+def count_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """dtype -> number of tensors, the commonest first."""
+    counts = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    return dict(counts.most_common())

@@ -1,0 +1,209 @@
+"""Look into an adapter file: ranks, alphas and norms by block, what is wrong with it, which programs will use it.
+
+The norms are those of the factors and of the change they make, alpha / rank * up @ down. The exit status is 0 for a
+file that can be used and 1 for one that cannot: broken off, values that are not finite, halves of pairs missing.
+"""
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.checkpoints.adapter_names import BASES, BaseNames, recognise_base
+from library.checkpoints.files import load_state_dict
+from library.checkpoints.readers import Reading, describe, problems, readings
+from networks.core.inspection import (
+    BlockFacts,
+    ModuleFacts,
+    by_block,
+    count_dtypes,
+    group_tensors,
+    module_facts,
+    structure_problem,
+    value_problems,
+)
+from networks.core.module_weights import ModuleWeights
+from networks.core.renaming import some_keys
+from tools.convert_lora import all_tables
+
+logger = logging.getLogger(__name__)
+
+EPILOG = """examples:
+  python tools/check_lora_weights.py --model my_cat.safetensors
+  python tools/check_lora_weights.py --model my_cat.safetensors --json > report.json
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is known about a file."""
+
+    origin: str
+    base: str | None
+    dtypes: dict[str, int]
+    modules: list[ModuleFacts]
+    blocks: list[BlockFacts]
+    programs: tuple[Reading, ...]
+    problems: list[str]  # the file cannot be used
+    warnings: list[str]  # it can, but something is odd
+
+
+def check(path: Path) -> Report:
+    """Read a file and judge it. Raises ValueError when it cannot be read."""
+    return judge(load_state_dict(path), str(path))
+
+
+def judge(tensors: dict[str, Tensor], origin: str) -> Report:
+    """Judge the tensors of an adapter file."""
+    modules, unknown = group_tensors(tensors)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    base = recognise_base(shapes)
+    found: list[str] = []
+    facts: list[ModuleFacts] = []
+    for module in tqdm(modules.values(), desc="modules", disable=None, leave=False):
+        found += value_problems(module)
+        wrong = structure_problem(module)
+        if wrong is None:
+            facts.append(module_facts(module))
+        else:
+            found.append(wrong)
+    if not modules:
+        found.append(f"there are no weights of an adapter (first keys: {', '.join(list(tensors)[:3]) or 'none'})")
+    warnings = list(oddities(list(modules.values()), facts, unknown, base))
+    return Report(origin, base, count_dtypes(tensors), facts, by_block(facts), readings(shapes), found, warnings)
+
+
+def oddities(
+    modules: Sequence[ModuleWeights], facts: Sequence[ModuleFacts], unknown: Sequence[str], base: str | None
+) -> Iterator[str]:
+    """What a user should know about a usable file."""
+    if unknown:
+        yield f"keys that belong to no adapter: {some_keys(unknown)}"
+    if base is None:
+        yield "the keys do not tell which base model the file is for"
+    table = table_of(base)
+    if table is not None:
+        strangers = [module.name for module in modules if table.find(module.name) is None]
+        if strangers:
+            yield f"{BASES[table.base]} has no modules of these names: {some_keys(strangers)}"
+    still = [module.name for module in facts if module.update_norm == 0]
+    if still:
+        yield f"change nothing, all zeros: {some_keys(still)}"
+
+
+def table_of(base: str | None) -> BaseNames | None:
+    return next((table for table in all_tables() if table.base == base), None)
+
+
+def as_json(report: Report) -> str:
+    """The report as JSON; numbers that are not finite are null."""
+    content = asdict(report)
+    content["programs"] = [
+        {
+            "program": reading.program,
+            "amount": reading.amount,
+            "num_used": reading.num_used,
+            "num_keys": reading.num_keys,
+            "unused": reading.unused,
+            "inexact": reading.inexact,
+            "reasons": reading.reasons,
+        }
+        for reading in report.programs
+    ]
+    content["is_usable"] = not report.problems
+    return json.dumps(finite(content), indent=2, ensure_ascii=False)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON lacks."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def as_text(report: Report) -> Iterator[str]:
+    """The report in lines."""
+    base = "unknown base model" if report.base is None else BASES[report.base]
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report.dtypes.items())
+    yield f"{report.origin}: {sum(report.dtypes.values())} keys ({dtypes}), {len(report.modules)} modules, {base}"
+    yield from block_table(report.blocks)
+    yield describe(report.programs)
+    yield from (f"  {reason}" for reason in problems(report.programs))
+    yield from (f"warning: {text}" for text in report.warnings)
+    yield from (f"problem: {text}" for text in report.problems)
+
+
+def block_table(blocks: Sequence[BlockFacts]) -> Iterator[str]:
+    """One line per block under one heading per part."""
+    width = max((len(block.block) for block in blocks), default=0)
+    for part in dict.fromkeys(block.part for block in blocks):
+        yield f"{part}:"
+        norms = f"{'|down|':>10} {'|up|':>10} {'|change|':>10}"
+        yield f"  {'block':{width}} {'modules':>7}  {'rank':10} {'alpha':10} {norms}"
+        for block in (b for b in blocks if b.part == part):
+            yield (
+                f"  {block.block:{width}} {block.num_modules:7}  {listed(block.ranks):10} {listed(block.alphas):10} "
+                f"{block.down_norm:10.4g} {block.up_norm:10.4g} {block.update_norm:10.4g}"
+            )
+
+
+def listed(numbers: Sequence[float]) -> str:
+    return ",".join(f"{number:g}" for number in numbers) or "-"
+
+
+def list_keys(path: Path) -> Iterator[str]:
+    """Every key with its dtype, shape and norm."""
+    for key, tensor in load_state_dict(path).items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        yield f"{key} {dtype} {list(tensor.shape)} norm {float(tensor.double().norm()):.4g}"
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Return the command's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", type=Path, help="the adapter file")
+    which.add_argument("file", type=Path, nargs="?", help="the same, without the option's name")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, single modules included")
+    parser.add_argument("--show_all_keys", action="store_true", help="also list every key: dtype, shape, norm")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    parser = setup_parser()
+    args = parser.parse_args(arguments)
+    if args.json and args.show_all_keys:
+        parser.error("--show_all_keys has no place in --json; give one of them")
+    path = args.model or args.file
+    try:
+        report = check(path)
+    except ValueError as error:
+        print(f"error: --model {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(as_json(report))
+    else:
+        for line in [*as_text(report), *(list_keys(path) if args.show_all_keys else ())]:
+            print(line)
+    return 1 if report.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

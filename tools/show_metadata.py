@@ -1,0 +1,148 @@
+"""Show what the header of a .safetensors file says: how it was trained, the model's card, the commonest tags.
+
+The texts are only shown: nothing in them is run. JSON among them is laid out, everything else is printed as it is.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.checkpoints.files import is_safetensors, read_header
+
+TAG_KEY = "ss_tag_frequency"
+TIME_KEYS = ("ss_training_started_at", "ss_training_finished_at")
+LONGEST_TEXT = 2000  # characters that are shown of one value; pictures are longer
+SECTIONS = (("modelspec.", "model"), ("ss_", "training"), ("sshs_", "hashes"))
+
+EPILOG = """examples:
+  python tools/show_metadata.py --model my_cat.safetensors
+  python tools/show_metadata.py --model my_cat.safetensors --key ss_network_args
+  python tools/show_metadata.py --model my_cat.safetensors --json > metadata.json
+"""
+
+
+def parsed(text: str) -> Any:
+    """A JSON object or list as Python values, any other text as it is."""
+    if not text.startswith(("{", "[")):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def as_text(metadata: Mapping[str, str], num_tags: int) -> Iterator[str]:
+    """All keys in sections, one line each where they are short."""
+    if not metadata:
+        yield "the file has no metadata"
+    shown = set()
+    for prefix, title in (*SECTIONS, ("", "other")):
+        keys = sorted(key for key in metadata if key.startswith(prefix) and key not in shown)
+        shown.update(keys)
+        if keys:
+            yield f"{title}:"
+            for key in keys:
+                yield from entry(key, metadata[key], num_tags)
+
+
+def entry(key: str, text: str, num_tags: int) -> Iterator[str]:
+    """One key, its JSON indented below it."""
+    value = parsed(text)
+    if key == TAG_KEY and isinstance(value, dict):
+        yield f"  {printable(key)}:"
+        yield from (f"    {line}" for line in tag_lines(value, num_tags))
+    elif isinstance(value, (dict, list)) and value:
+        yield f"  {printable(key)}:"
+        yield from (f"    {printable(line)}" for line in json.dumps(value, indent=2, ensure_ascii=False).split("\n"))
+    else:
+        yield f"  {printable(key)}: {printable(shortened(text))}{time_of(key, text)}"
+
+
+def tag_lines(frequencies: Mapping[str, Any], num_tags: int) -> Iterator[str]:
+    """The commonest tags over all folders, then how many there are."""
+    counts: Counter[str] = Counter()
+    for tags in frequencies.values():
+        if isinstance(tags, dict):
+            counts.update({str(tag): count for tag, count in tags.items() if isinstance(count, int)})
+    yield from (f"{count:6} {printable(tag)}" for tag, count in counts.most_common(num_tags))
+    if len(counts) > num_tags:
+        yield f"and {len(counts) - num_tags} more; --num_tags {len(counts)} shows all"
+
+
+def time_of(key: str, text: str) -> str:
+    """A date beside Unix times."""
+    if key not in TIME_KEYS:
+        return ""
+    try:
+        return f" ({datetime.fromtimestamp(float(text), timezone.utc):%Y-%m-%d %H:%M:%S} UTC)"
+    except (ValueError, OverflowError, OSError):
+        return ""
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else f"{text[:80]}... ({len(text)} characters)"
+
+
+def printable(text: str) -> str:
+    """A text that cannot steer a terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Return the command's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", type=Path, help="a .safetensors file")
+    which.add_argument("file", type=Path, nargs="?", help="the same, without the option's name")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON, JSON inside of it unpacked")
+    parser.add_argument("--key", help="print only this value, as it is in the file")
+    parser.add_argument("--num_tags", type=int, default=20, help="tags to list")
+    return parser
+
+
+def show(path: Path, key: str | None, is_json: bool, num_tags: int) -> Iterator[str]:
+    """The lines to print. Raises ValueError for a file or key that cannot be shown."""
+    if not is_safetensors(path):
+        raise ValueError(f"--model {path}: only .safetensors files have metadata")
+    if not path.is_file():
+        raise ValueError(f"--model {path} does not exist")
+    metadata = read_header(path).metadata
+    if key is not None:
+        if key not in metadata:
+            raise ValueError(f"--key {key}: the file has no such key; it has {', '.join(sorted(metadata)) or 'none'}")
+        metadata = {key: metadata[key]}
+    if is_json:
+        yield json.dumps({k: parsed(text) for k, text in metadata.items()}, indent=2, ensure_ascii=False)
+    elif key is not None:
+        yield metadata[key]
+    else:
+        yield from as_text(metadata, num_tags)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    args = setup_parser().parse_args(arguments)
+    if isinstance(sys.stdout.encoding, str) and sys.stdout.encoding.lower() != "utf-8":
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        for line in show(args.model or args.file, args.key, args.json, args.num_tags):
+            print(line)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
