@@ -83,5 +83,5 @@ def merge_base_weights(
         network, weights = module.create_network_from_weights(
             multiplier, file, models.vae, text_encoder, denoiser, for_inference=True
         )
-        network.merge_to(text_encoder, denoiser, weights, dtype, device)
+        adopt(network).merge_to(text_encoder, denoiser, weights, dtype, device)
         announce(f"merged {file} into the base model with multiplier {multiplier}")
