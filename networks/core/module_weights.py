@@ -116,7 +116,7 @@ class ModuleWeights:
         kept[DOWN] = down_RN.reshape(rank, *shape[1:]).to(dtype).contiguous()
         kept[UP] = up_OR.reshape(shape[0], rank, *(1,) * (len(shape) - 2)).to(dtype).contiguous()
         if ALPHA in kept:
-            kept[ALPHA] = torch.tensor(scale * rank, dtype=torch.float32)
+            kept[ALPHA] = alpha_tensor(scale * rank, like=kept[ALPHA])
         keys = {leaf: key for leaf, key in self.keys.items() if leaf in kept}
         return replace(self, tensors=kept, keys=keys, alpha_elsewhere=None)
 
@@ -140,3 +140,10 @@ class ModuleWeights:
                 f"{origin}: the factors of {self.name} do not fit together: up is {list(up.shape)}, down is "
                 f"{list(down.shape)}" + (f", mid is {list(leaves[MID].shape)}" if MID in leaves else "")
             )
+
+
+def alpha_tensor(alpha: float, like: Tensor) -> Tensor:
+    """An alpha in the dtype of another where that holds it exactly, else in float32."""
+    exact = torch.tensor(alpha, dtype=torch.float32)
+    rounded = exact.to(like.dtype)
+    return rounded if like.is_floating_point() and float(rounded) == float(exact) else exact

@@ -1,0 +1,54 @@
+"""Arithmetic on products of two small matrices that never builds the product.
+
+Letters: O rows of the product, N its columns, R rank of the factors, K = min(O, N, R) singular values.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MIN_SINGULAR_VALUE = 1e-6  # of a module whose change is taken to be nothing
+
+
+def svd_of_product(up_OR: Tensor, down_RN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(U_OK, S_K, V_KN) with up @ down = U * S @ V, S descending: the exact decomposition, from QR of both factors.
+
+    Costs O(R^2 (O + N)) instead of the O(O N min(O, N)) of decomposing the product.
+    """
+    left_OK, upper_KR = torch.linalg.qr(up_OR)
+    right_NK, lower_KR = torch.linalg.qr(down_RN.T)
+    u, s, v = torch.linalg.svd(upper_KR @ lower_KR.T, full_matrices=False)
+    return left_OK @ u, s, v @ right_NK.T
+
+
+def balanced(u_OK: Tensor, s_K: Tensor, v_KN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(up_Or, down_rN), the best product of rank r, both factors of equal size: half precision suits both."""
+    root_r = s_K[:rank].clamp(min=0).sqrt()
+    return u_OK[:, :rank] * root_r, root_r[:, None] * v_KN[:rank]
+
+
+def concatenated(factors: Sequence[tuple[Tensor, Tensor]], strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """(up_OR, down_RN) whose product is the sum of strength * up @ down; the ranks add."""
+    ups = [strength * up_OR for (up_OR, _), strength in zip(factors, strengths, strict=True)]
+    return torch.cat(ups, 1), torch.cat([down_RN for _, down_RN in factors], 0)
+
+
+def rank_by_ratio(s_K: Tensor, most: float) -> int:
+    """How many singular values are larger than the largest divided by `most`."""
+    return max(int((s_K > s_K[0] / most).sum()), 1)
+
+
+def rank_by_sum(s_K: Tensor, share: float) -> int:
+    """The smallest rank whose singular values make up `share` of the sum of all."""
+    return _first_reaching(s_K, share)
+
+
+def rank_by_norm(s_K: Tensor, share: float) -> int:
+    """The smallest rank that keeps `share` of the Frobenius norm."""
+    return _first_reaching(s_K**2, share**2)
+
+
+def _first_reaching(values_K: Tensor, share: float) -> int:
+    sums_K = values_K.double().cumsum(0)
+    return min(int((sums_K < share * sums_K[-1]).sum()) + 1, len(values_K))

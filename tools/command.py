@@ -1,0 +1,75 @@
+"""What the commands for adapter files share: options, dtypes, and how they start and fail."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SUFFIXES = (".safetensors", ".ckpt", ".pt")
+
+
+def run(
+    parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
+) -> int:
+    """Parse, act, and give the exit status: 0 done, 1 for what the user can put right, 130 when interrupted."""
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        action(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; nothing was written half", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
+    """A parser whose help ends with examples."""
+    return argparse.ArgumentParser(
+        description=description, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_save_precision(parser: argparse.ArgumentParser, unset: str) -> None:
+    """--save_precision; `unset` says what happens without it."""
+    parser.add_argument("--save_precision", choices=tuple(PRECISIONS), help=f"precision of the file; unset: {unset}")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument("--device", default="cpu", help="device to compute on, for example cuda (default: cpu)")
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype of a precision on the command line."""
+    return None if name is None else PRECISIONS[name]
+
+
+def check_output(flag: str, path: Path) -> None:
+    """Raise ValueError unless the extension says how to write the file."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{flag} {path}: the name must end in one of {', '.join(SUFFIXES)}, which chooses the format")
+
+
+def device_of(name: str) -> torch.device:
+    """The device to compute on. Raises ValueError when it cannot be used."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used ({reason}); use cpu, or cuda where there is a card") from None
+    return device
+
+
+def with_comment(old: str | None, comment: str) -> str:
+    """`ss_training_comment` with what a tool did in front."""
+    return f"{comment}; {old}" if old and old != "None" else comment

@@ -1,0 +1,226 @@
+"""Cut plain LoRA files of smaller ranks out of a file trained with networks.dylora.
+
+DyLoRA trains the first k rows of lora_down and columns of lora_up to be an adapter of rank k of their own. Training
+at rank k computes (alpha / R) * up[:, :k] @ down[:k], R being the full rank: one scale for every rank. A file cut at
+rank r therefore gets the alpha alpha * r / R, so that its alpha / r is the same and its strength is what was trained.
+Modules of another rank than the rest (convolutions with conv_dim) are cut in proportion: R' becomes R' * r / R.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from networks.core.adapter_file import AdapterFile, read_adapter_file, require_forms, save_adapter_file
+from networks.core.files import DOWN, UP
+from networks.core.module_weights import ModuleWeights
+from tools.command import check_output, make_parser, run, with_comment
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = """\
+  python tools/extract_lora_from_dylora.py --model cat.safetensors --save_to cat_cut.safetensors --unit 4
+      cat_cut-0004.safetensors, cat_cut-0008.safetensors, ... up to the full rank
+  python tools/extract_lora_from_dylora.py --model cat.safetensors --save_to cat_cut.safetensors --rank 8 16
+  python tools/extract_lora_from_dylora.py --model cat.safetensors --unit 4 --report
+      only print how far each rank is from the full one"""
+
+
+@dataclass(frozen=True)
+class Nested:
+    """A DyLoRA file and what is known about its ranks."""
+
+    file: AdapterFile
+    full_rank: int  # of the Linear layers; of the convolutions where there is nothing else
+    unit: int | None  # the block size it was trained with, None where the file does not say
+
+    @property
+    def possible_ranks(self) -> list[int]:
+        """Every rank that was trained as one, in ascending order."""
+        unit = self.unit or 1
+        return list(range(unit, self.full_rank + 1, unit))
+
+
+def open_nested(path: Path) -> Nested:
+    """Read a DyLoRA file. Raises ValueError for a file that cannot be cut."""
+    file = read_adapter_file(path, "--model")
+    require_forms(file, ("low_rank", "conv", "norm"), "cut to a smaller rank")
+    dora = [module.name for module in file.modules.values() if module.is_dora]
+    if dora:
+        raise ValueError(
+            f"{file.origin}: {dora[0]} is DoRA; its magnitudes belong to the full rank, so it cannot be cut. "
+            "tools/resize_lora.py reduces the rank of such files"
+        )
+    modules = [module for module in file.modules.values() if module.is_low_rank]
+    if not modules:
+        raise ValueError(f"{file.origin} has norm weights only, nothing in it has a rank")
+    ranks = [m.rank for m in modules if m.form == "low_rank"] or [m.rank for m in modules]
+    return Nested(file, max(ranks), trained_unit(file.metadata, max(ranks)))
+
+
+def trained_unit(metadata: Mapping[str, str], full_rank: int) -> int | None:
+    """The block size that `ss_network_args` records, None where it does not or where it makes no sense."""
+    try:
+        arguments = json.loads(metadata.get("ss_network_args", "{}"))
+        unit = int(arguments.get("unit") or arguments.get("dyloRA") or arguments["dylora"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return unit if unit > 0 and full_rank % unit == 0 else None
+
+
+def choose_ranks(nested: Nested, unit: int | None, ranks: Sequence[int] | None) -> list[int]:
+    """The ranks to cut at. Raises ValueError saying which are possible."""
+    possible = nested.possible_ranks
+    trained = f", trained in units of {nested.unit}" if nested.unit else ""
+    if ranks:
+        wrong = [rank for rank in ranks if rank not in possible]
+        if wrong:
+            raise ValueError(
+                f"--rank {wrong[0]}: the file has rank {nested.full_rank}{trained}; possible are {listed(possible)}"
+            )
+        return sorted(set(ranks))
+    unit = unit if unit is not None else nested.unit
+    if unit is None:
+        raise ValueError(
+            f"give --unit N for the ranks N, 2N, ... or --rank R [R ...]: the file has rank {nested.full_rank} and "
+            "does not say in which units it was trained"
+        )
+    smallest = nested.unit or 1
+    if unit < 1 or nested.full_rank % unit or unit % smallest:
+        units = [n for n in possible if nested.full_rank % n == 0]
+        raise ValueError(f"--unit {unit}: the file has rank {nested.full_rank}{trained}; possible are {listed(units)}")
+    return list(range(unit, nested.full_rank + 1, unit))
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """Numbers in a sentence: all of a few, the two ends of many."""
+    if len(numbers) > 16:
+        step = numbers[1] - numbers[0]
+        return f"{numbers[0]}, {numbers[1]}, ... {numbers[-1]}" if step > 1 else f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
+
+
+def rank_at(module: ModuleWeights, rank: int, full_rank: int) -> int:
+    """What a module's rank becomes when the file is cut at `rank`: the same share of it, at least 1."""
+    return max(1, (2 * module.rank * rank + full_rank) // (2 * full_rank))
+
+
+def cut_module(module: ModuleWeights, rank: int, full_rank: int) -> ModuleWeights:
+    """The first ranks of a module, at the same scale; norm weights stay, they have no rank."""
+    if not module.is_low_rank:
+        return module
+    own = rank_at(module, rank, full_rank)
+    up_OR, down_RN = module.tensors[UP].flatten(1), module.tensors[DOWN].flatten(1)
+    return module.with_factors(up_OR[:, :own], down_RN[:own], module.scale)
+
+
+def cut_file(nested: Nested, rank: int) -> AdapterFile:
+    """The plain LoRA of one rank, with metadata that says so."""
+    modules = [cut_module(module, rank, nested.full_rank) for module in nested.file.modules.values()]
+    alphas = {module.alpha for module in modules if module.is_low_rank and module.form == "low_rank"} or {
+        module.alpha for module in modules if module.is_low_rank
+    }
+    metadata = dict(nested.file.metadata)
+    metadata["ss_network_dim"] = str(rank)
+    metadata["ss_network_alpha"] = str(alphas.pop()) if len(alphas) == 1 else "Dynamic"
+    comment = f"cut from DyLoRA of rank {nested.full_rank} at rank {rank}"
+    metadata["ss_training_comment"] = with_comment(metadata.get("ss_training_comment"), comment)
+    convs = {(module.rank, module.alpha) for module in modules if module.form == "conv"}
+    arguments = with_conv_rank(metadata.get("ss_network_args"), convs)
+    if arguments is not None:
+        metadata["ss_network_args"] = arguments
+    return nested.file.with_modules(modules, metadata)
+
+
+def with_conv_rank(arguments: str | None, convs: set[tuple[int, float]]) -> str | None:
+    """`ss_network_args` with the rank and alpha that the convolutions have, None where it does not record them."""
+    try:
+        recorded = dict(json.loads(arguments or "{}"))
+    except (ValueError, TypeError):
+        return None
+    if "conv_dim" not in recorded or len(convs) != 1:
+        return None
+    ((rank, alpha),) = convs
+    return json.dumps({**recorded, "conv_dim": str(rank), "conv_alpha": str(alpha)})
+
+
+def path_at(save_to: Path, rank: int) -> Path:
+    """`<base>-<rank as 4 digits><ext>`."""
+    return save_to.with_name(f"{save_to.stem}-{rank:04d}{save_to.suffix}")
+
+
+def differences(nested: Nested, ranks: Sequence[int]) -> Iterator[tuple[int, float]]:
+    """(rank, |full - cut| / |full|), Frobenius norms over all modules, in float64 and without building any matrix.
+
+    full - cut is scale * up[:, r:] @ down[r:], and |up @ down|^2 is the sum of (up^T up) * (down down^T).
+    """
+    grams = []
+    for module in nested.file.modules.values():
+        if module.is_low_rank:
+            up_OR, down_RN = module.factors(torch.float64)
+            grams.append((module, module.scale**2 * (up_OR.T @ up_OR) * (down_RN @ down_RN.T)))
+    full = sum(float(gram_RR.sum()) for _, gram_RR in grams)
+    for rank in ranks:
+        left = 0.0
+        for module, gram_RR in grams:
+            own = rank_at(module, rank, nested.full_rank)
+            left += float(gram_RR[own:, own:].sum())
+        yield rank, (max(left, 0.0) / full) ** 0.5 if full > 0 else 0.0
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument("--model", type=Path, required=True, help="the file trained with networks.dylora")
+    parser.add_argument(
+        "--save_to", type=Path, help="base name of the files, to which the rank is added: cat.safetensors, cat.ckpt"
+    )
+    parser.add_argument(
+        "--unit", type=int, help="cut at every multiple of this, the full rank included; unset: as the file was trained"
+    )
+    parser.add_argument("--rank", type=int, nargs="+", help="cut at just these ranks")
+    parser.add_argument(
+        "--report", action="store_true", help="print for each rank how far its change is from that of the full rank"
+    )
+    return parser
+
+
+def extract(args: argparse.Namespace) -> None:
+    """Write the files and print the report, as asked."""
+    if args.unit is not None and args.rank is not None:
+        raise ValueError(
+            "--unit and --rank exclude each other: --unit cuts at every multiple, --rank at those you name"
+        )
+    if args.save_to is None and not args.report:
+        raise ValueError("--save_to is missing: give the base name of the files, or --report to see the ranks only")
+    if args.save_to is not None:
+        check_output("--save_to", args.save_to)
+    nested = open_nested(args.model)
+    ranks = choose_ranks(nested, args.unit, args.rank)
+    if args.save_to is not None:
+        for rank in tqdm(ranks, desc="cutting", unit="file"):
+            save_adapter_file(path_at(args.save_to, rank), cut_file(nested, rank))
+    if args.report:
+        print("rank  relative difference to the full update")
+        for rank, difference in differences(nested, ranks):
+            print(f"{rank:4d}  {difference:.4f}")
+    if args.save_to is not None:
+        print(f"{len(ranks)} files: {path_at(args.save_to, ranks[0])} to {path_at(args.save_to, ranks[-1]).name}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run(setup_parser(), extract, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

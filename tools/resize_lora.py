@@ -1,0 +1,196 @@
+"""Reduce the rank of a LoRA file: to a fixed one, or for each module to what a measure of its singular values asks for.
+
+The change of a module is decomposed exactly from its small factors. What is kept is the best approximation of that
+rank, at the same alpha / rank as before. Modules with a Tucker core become plain convolutions of the same effect; DoRA
+magnitudes and norm weights are kept.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from networks.core.adapter_file import AdapterFile, read_adapter_file, require_forms, save_adapter_file
+from networks.core.low_rank import (
+    MIN_SINGULAR_VALUE,
+    balanced,
+    rank_by_norm,
+    rank_by_ratio,
+    rank_by_sum,
+    svd_of_product,
+)
+from networks.core.module_weights import ModuleWeights
+from tools.command import (
+    add_device,
+    add_save_precision,
+    check_output,
+    device_of,
+    dtype_of,
+    make_parser,
+    run,
+    with_comment,
+)
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = """\
+  python tools/resize_lora.py --model cat.safetensors --save_to cat_8.safetensors --new_rank 8
+  python tools/resize_lora.py --model cat.safetensors --save_to cat_small.safetensors --new_rank 32 \\
+      --dynamic_method sv_fro --dynamic_param 0.9 --verbose"""
+
+METHODS: Mapping[str, Callable[[Tensor, float], int]] = {
+    "sv_ratio": rank_by_ratio,
+    "sv_fro": rank_by_norm,
+    "sv_cumulative": rank_by_sum,
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How the rank of a module is chosen: a fixed one, or what `method` asks for up to it."""
+
+    new_rank: int
+    new_conv_rank: int
+    method: str | None
+    param: float
+
+    def rank_of(self, module: ModuleWeights, s_K: Tensor) -> int:
+        most = self.new_conv_rank if module.form in ("conv", "tucker") else self.new_rank
+        if self.method is None:
+            return min(most, len(s_K))
+        if float(s_K[0]) <= MIN_SINGULAR_VALUE:
+            return 1
+        return min(METHODS[self.method](s_K, self.param), most)
+
+
+@dataclass(frozen=True)
+class Resized:
+    """One module and what its new rank keeps of it."""
+
+    module: ModuleWeights
+    old_rank: int
+    kept_sum: float  # share of the sum of singular values
+    kept_norm: float  # share of the Frobenius norm
+    ratio: float  # the largest singular value over the smallest that is kept
+
+
+def resize_module(module: ModuleWeights, measure: Measure, device: torch.device) -> Resized:
+    """The module at its new rank, computed in float32 on `device`."""
+    up_OR, down_RN = module.factors()
+    u, s_K, v = svd_of_product(up_OR.to(device), down_RN.to(device))
+    rank = measure.rank_of(module, s_K)
+    up, down = balanced(u, s_K, v, rank)
+    s_K, kept = s_K.double(), s_K[:rank].double()
+    total, norm = float(s_K.sum()), float(s_K.norm())
+    return Resized(
+        module=module.with_factors(up.cpu(), down.cpu(), module.scale),
+        old_rank=module.rank,
+        kept_sum=float(kept.sum()) / total if total > 0 else 1.0,
+        kept_norm=float(kept.norm()) / norm if norm > 0 else 1.0,
+        ratio=float(s_K[0] / kept[-1].clamp(min=1e-30)),
+    )
+
+
+def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbose: bool = False) -> AdapterFile:
+    """Every module at its new rank, and metadata that says so. Raises ValueError for kinds that have no rank."""
+    require_forms(file, ("low_rank", "conv", "tucker", "norm"), "resized")
+    modules = []
+    kept_norms = []
+    for module in tqdm(file.modules.values(), desc="resizing", unit="module"):
+        if not module.is_low_rank:
+            modules.append(module)
+            continue
+        resized = resize_module(module, measure, device)
+        modules.append(resized.module)
+        kept_norms.append(resized.kept_norm)
+        if verbose:
+            tqdm.write(
+                f"{module.name}: rank {resized.old_rank} to {resized.module.rank}, keeps {resized.kept_sum:.1%} of the "
+                f"sum of singular values and {resized.kept_norm:.1%} of the norm, largest / smallest {resized.ratio:.1f}"
+            )
+    if not kept_norms:
+        raise ValueError(f"{file.origin} has norm weights only, nothing in it has a rank")
+    mean = sum(kept_norms) / len(kept_norms)
+    logger.info("%d modules, on average %.1f%% of the Frobenius norm is kept", len(kept_norms), 100 * mean)
+    return file.with_modules(modules, resized_metadata(file, modules, measure))
+
+
+def resized_metadata(file: AdapterFile, modules: Sequence[ModuleWeights], measure: Measure) -> dict[str, str]:
+    """The file's metadata with the new rank and alpha; "Dynamic" where the modules have different ones."""
+    metadata = dict(file.metadata)
+    main = [m for m in modules if m.form == "low_rank"] or [m for m in modules if m.is_low_rank]
+    ranks, alphas = {module.rank for module in main}, {module.alpha for module in main}
+    old = max(module.rank for module in file.modules.values() if module.is_low_rank)
+    dynamic = measure.method is not None
+    metadata["ss_network_dim"] = "Dynamic" if dynamic else str(measure.new_rank if len(ranks) > 1 else ranks.pop())
+    metadata["ss_network_alpha"] = "Dynamic" if dynamic or len(alphas) > 1 else str(alphas.pop())
+    by = f"by {measure.method} {measure.param:g} " if dynamic else ""
+    comment = f"resized {by}from rank {old} to {'at most ' if dynamic else ''}{measure.new_rank}"
+    metadata["ss_training_comment"] = with_comment(metadata.get("ss_training_comment"), comment)
+    return metadata
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument("--model", type=Path, required=True, help="the LoRA file to read, of any trainer")
+    parser.add_argument("--save_to", type=Path, required=True, help="the file to write: .safetensors, .ckpt or .pt")
+    parser.add_argument(
+        "--new_rank", type=int, default=4, help="rank of Linear layers and 1x1 convolutions; the largest with a method"
+    )
+    parser.add_argument("--new_conv_rank", type=int, help="the same for larger kernels; unset: --new_rank")
+    parser.add_argument(
+        "--dynamic_method",
+        choices=tuple(METHODS),
+        help="choose each module's rank by its singular values: sv_ratio keeps those above the largest / PARAM, sv_fro "
+        "keeps the share PARAM of the Frobenius norm, sv_cumulative the share PARAM of their sum",
+    )
+    parser.add_argument("--dynamic_param", type=float, help="PARAM of the method: above 1 for sv_ratio, else 0 to 1")
+    parser.add_argument("--verbose", action="store_true", help="show for each module what its new rank keeps")
+    add_save_precision(parser, "as in the file that is read")
+    add_device(parser)
+    return parser
+
+
+def measure_of(args: argparse.Namespace) -> Measure:
+    """The measure that the options ask for. Raises ValueError for values that make no sense."""
+    conv = args.new_rank if args.new_conv_rank is None else args.new_conv_rank
+    for flag, rank in (("--new_rank", args.new_rank), ("--new_conv_rank", conv)):
+        if rank < 1:
+            raise ValueError(f"{flag} is {rank}; it must be at least 1")
+    method, param = args.dynamic_method, args.dynamic_param
+    if (method is None) != (param is None):
+        raise ValueError("--dynamic_method and --dynamic_param belong together, for example sv_fro and 0.9")
+    if method == "sv_ratio" and param < 1:
+        raise ValueError(f"--dynamic_param is {param:g}; sv_ratio needs at least 1, for example 10")
+    if method in ("sv_fro", "sv_cumulative") and not 0 < param <= 1:
+        raise ValueError(f"--dynamic_param is {param:g}; {method} needs a share above 0 and up to 1, for example 0.9")
+    return Measure(args.new_rank, conv, method, param or 0.0)
+
+
+def resize(args: argparse.Namespace) -> None:
+    """Read, resize and write."""
+    measure = measure_of(args)
+    check_output("--save_to", args.save_to)
+    file = read_adapter_file(args.model, "--model")
+    resized = resize_file(file, measure, device_of(args.device), args.verbose)
+    save_adapter_file(args.save_to, resized, dtype_of(args.save_precision))
+    print(f"{args.save_to}: {len(resized.modules)} modules, rank {resized.metadata['ss_network_dim']}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run(setup_parser(), resize, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
