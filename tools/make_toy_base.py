@@ -1,0 +1,440 @@
+"""Make the base model of the quickstart: a very small Stable Diffusion 1.x, trained on the pictures of the toy world.
+
+The result is a diffusers folder: tokenizer, text encoder, VAE, U-Net and scheduler, weights in fp16. Everything is drawn
+and trained here from fixed seeds, in under two hours on two CPU cores.
+
+Letters of shapes: B pictures, T the 77 positions of a caption, H and W pixels or latent cells, C channels.
+"""
+
+import argparse
+import copy
+import json
+import logging
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.toy_world import (
+    CAPTION_TEMPLATES,
+    PICTURE_SIZE,
+    Picture,
+    Scene,
+    draw_doodle,
+    draw_scene,
+    list_scenes,
+)
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[1]
+SCALING_FACTOR = 0.18215  # trainers of SD 1.x multiply latents by this constant without asking the model
+NUM_TIMESTEPS = 1000
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # how CLIP splits text before BPE
+NUM_POSITIONS = 77
+TEXT_WIDTH = 128
+
+VAE_BATCH_SIZE = 8
+NUM_DOODLES = 3  # of a batch
+VAE_LEARNING_RATE = 2e-3
+KL_WEIGHT = 1e-3  # of the mean over latents, against the mean over pixels
+UNET_BATCH_SIZE = 32
+PICTURES_PER_CAPTION = 2  # of a batch; the text encoder runs once for them
+UNET_LEARNING_RATE = 1e-3
+EMPTY_CAPTION_SHARE = 0.1  # what classifier-free guidance subtracts is trained on these
+WARMUP_STEPS = 200
+EMA_DECAY = 0.999
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line decides."""
+
+    out: Path
+    seed: int
+    vae_steps: int
+    unet_steps: int
+    pictures_per_scene: int
+    vae: Path | None
+
+
+# --- tokenizer ---
+
+
+def byte_letters() -> list[str]:
+    """Return the letter that stands for each byte in CLIP's vocabulary, in CLIP's order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]
+
+
+def learn_merges(captions: Sequence[str]) -> list[tuple[str, str]]:
+    """Learn byte pair merges from captions, most frequent first, until every word of theirs is one token."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
+    return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def make_tokenizer(captions: Sequence[str], folder: Path) -> "CLIPTokenizer":
+    """Write a BPE tokenizer in CLIP's file format, trained on captions, to a folder and load it from there.
+
+    All 256 bytes are in its vocabulary, so that a word it has never seen becomes several tokens instead of an error.
+    """
+    from transformers import CLIPTokenizer
+
+    merges = learn_merges(captions)
+    letters = byte_letters()
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(left + right for left, right in merges), BEGIN, END]
+    vocabulary = {token: n for n, token in enumerate(dict.fromkeys(tokens))}
+    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": NUM_POSITIONS,
+        "do_lower_case": True,
+        "add_prefix_space": False,
+        "errors": "replace",
+        **special,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    merge_lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    (folder / "merges.txt").write_text("\n".join(merge_lines) + "\n", encoding="utf-8")
+    for name, content in (
+        ("vocab.json", vocabulary),
+        ("special_tokens_map.json", special),
+        ("tokenizer_config.json", settings),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(str(folder))
+
+
+def tokenize(tokenizer: "CLIPTokenizer", captions: Sequence[str]) -> Tensor:
+    """Return token ids (B, 77)."""
+    return torch.tensor(
+        tokenizer(list(captions), padding="max_length", truncation=True, max_length=NUM_POSITIONS)["input_ids"]
+    )
+
+
+# --- models ---
+
+
+def make_text_encoder(tokenizer: "CLIPTokenizer") -> "CLIPTextModel":
+    """Return CLIP's text encoder with two narrow layers and random weights."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=NUM_POSITIONS,
+            hidden_act="quick_gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_vae() -> "AutoencoderKL":
+    """Return SD 1.x's VAE, four levels deep, with few channels and random weights."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 16, 48, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=PICTURE_SIZE,
+        scaling_factor=SCALING_FACTOR,
+    )
+
+
+def make_unet() -> "UNet2DConditionModel":
+    """Return SD 1.x's U-Net with three levels, few channels and random weights."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=PICTURE_SIZE // 8,
+        block_out_channels=(64, 96, 96),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=32,
+    )
+
+
+def make_scheduler() -> Any:
+    """Return SD 1.x's noise schedule, with DDIM sampling."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        num_train_timesteps=NUM_TIMESTEPS,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
+
+
+# --- training ---
+
+
+def to_tensor(pictures: Sequence[Picture]) -> Tensor:
+    """Return pictures as (B, 3, H, W) from -1 to 1, channels last in memory."""
+    pixels_BHWC = torch.from_numpy(np.stack(pictures)).float() / 127.5 - 1
+    return pixels_BHWC.permute(0, 3, 1, 2)
+
+
+def cosine_schedule(optimizer: torch.optim.Optimizer, num_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return a learning rate that rises for a few steps and falls to zero along a cosine."""
+    warmup = min(WARMUP_STEPS, num_steps // 10 + 1)
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(step / num_steps, 1.0)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class Average:
+    """The exponential moving average of the weights of some modules; shorter at the start of the training."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        self.copies = [copy.deepcopy(module).eval().requires_grad_(False) for module in modules]
+        self.num_updates = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the weights of the moment."""
+        self.num_updates += 1
+        decay = min(EMA_DECAY, self.num_updates / (self.num_updates + 10))
+        for averaged, module in zip(self.copies, self.modules, strict=True):
+            torch._foreach_lerp_(list(averaged.parameters()), list(module.parameters()), 1 - decay)
+
+
+def draw_batch(scenes: Sequence[Scene], rng: np.random.Generator) -> Tensor:
+    """Draw the VAE's next pictures (B, 3, H, W): scenes and doodles."""
+    pictures = [draw_scene(scenes[int(rng.integers(len(scenes)))], rng) for _ in range(VAE_BATCH_SIZE - NUM_DOODLES)]
+    return to_tensor(pictures + [draw_doodle(rng) for _ in range(NUM_DOODLES)])
+
+
+def train_vae(num_steps: int, seed: int) -> "AutoencoderKL":
+    """Train the VAE to give back scenes and doodles through its 8 x 8 latent cells, and rescale its latents."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    scenes = list_scenes()
+    vae = make_vae().to(memory_format=torch.channels_last)
+    average = Average([vae])
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_LEARNING_RATE, weight_decay=0.0, fused=True)
+    schedule = cosine_schedule(optimizer, num_steps)
+    progress = tqdm(range(num_steps), desc="train the VAE", mininterval=5)
+    for _ in progress:
+        pixels_BCHW = draw_batch(scenes, rng)
+        posterior = vae.encode(pixels_BCHW).latent_dist
+        error = vae.decode(posterior.sample()).sample - pixels_BCHW
+        reconstruction = error.abs().mean() + error.square().mean()
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        (reconstruction + KL_WEIGHT * kl).backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        average.update()
+        progress.set_postfix(error=f"{error.abs().mean().item():.4f}", kl=f"{kl.item():.2f}", refresh=False)
+    averaged = average.copies[0]
+    rescale_latents(averaged, to_tensor([draw_scene(scene, rng) for scene in scenes]))
+    return averaged.half().float()  # the U-Net learns the latents of the weights that are saved
+
+
+@torch.no_grad()
+def rescale_latents(vae: "AutoencoderKL", pixels_BCHW: Tensor) -> None:
+    """Fold a scale and a shift into the VAE so that its latents times 0.18215 have mean 0 and deviation 1 per channel.
+
+    The 1 x 1 convolutions around the latents take them up: what the VAE gives back stays the same.
+    """
+    latents_BCHW = vae.encode(pixels_BCHW).latent_dist.mean
+    mean_C = latents_BCHW.mean(dim=(0, 2, 3))
+    scale_C = 1 / (SCALING_FACTOR * latents_BCHW.std(dim=(0, 2, 3)))
+    before, after = vae.quant_conv, vae.post_quant_conv  # the first gives means and logarithms of variances
+    after.bias += after.weight[:, :, 0, 0] @ mean_C
+    after.weight /= scale_C.view(1, -1, 1, 1)
+    num_channels = len(scale_C)
+    before.weight[:num_channels] *= scale_C.view(-1, 1, 1, 1)
+    before.bias[:num_channels] = (before.bias[:num_channels] - mean_C) * scale_C
+    before.bias[num_channels:] += 2 * scale_C.log()
+
+
+@torch.no_grad()
+def draw_latents(vae: "AutoencoderKL", scenes: Sequence[Scene], num_each: int, rng: np.random.Generator) -> Tensor:
+    """Draw and encode pictures of every scene: scaled latents (scene, picture, C, H, W)."""
+    return torch.stack(
+        [
+            vae.encode(to_tensor([draw_scene(scene, rng) for _ in range(num_each)])).latent_dist.mean * SCALING_FACTOR
+            for scene in tqdm(scenes, desc="encode pictures", mininterval=5)
+        ]
+    )
+
+
+def batches(
+    latents_SPCHW: Tensor, ids_SKT: Tensor, empty_T: Tensor, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield latents (B, C, H, W) and token ids (B / 2, T), one row for two neighbouring pictures, without end."""
+    num_scenes, num_pictures = latents_SPCHW.shape[:2]
+    num_captions = UNET_BATCH_SIZE // PICTURES_PER_CAPTION
+    while True:
+        s_N = torch.randint(num_scenes, (num_captions,), generator=generator)
+        k_N = torch.randint(ids_SKT.shape[1], (num_captions,), generator=generator)
+        p_B = torch.randint(num_pictures, (UNET_BATCH_SIZE,), generator=generator)
+        is_empty_N = torch.rand(num_captions, generator=generator) < EMPTY_CAPTION_SHARE
+        ids_NT = torch.where(is_empty_N[:, None], empty_T, ids_SKT[s_N, k_N])
+        yield latents_SPCHW[s_N.repeat_interleave(PICTURES_PER_CAPTION), p_B], ids_NT
+
+
+def train_unet(
+    latents_SPCHW: Tensor, ids_SKT: Tensor, empty_T: Tensor, tokenizer: "CLIPTokenizer", num_steps: int, seed: int
+) -> tuple["UNet2DConditionModel", "CLIPTextModel"]:
+    """Train the U-Net and the text encoder together to find the noise in latents, given the caption."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
+    scheduler = make_scheduler()
+    average = Average([unet, text_encoder])
+    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=UNET_LEARNING_RATE, weight_decay=0.01, fused=True)
+    schedule = cosine_schedule(optimizer, num_steps)
+    progress = tqdm(range(num_steps), desc="train the U-Net and the text encoder", mininterval=5)
+    mean_loss = 1.0
+    for (latents_BCHW, ids_NT), _ in zip(batches(latents_SPCHW, ids_SKT, empty_T, generator), progress, strict=False):
+        noise_BCHW = torch.randn(latents_BCHW.shape, generator=generator)
+        timesteps_B = torch.randint(NUM_TIMESTEPS, (len(latents_BCHW),), generator=generator)
+        noisy_BCHW = scheduler.add_noise(latents_BCHW, noise_BCHW, timesteps_B)
+        hidden_BTC = text_encoder(ids_NT).last_hidden_state.repeat_interleave(PICTURES_PER_CAPTION, dim=0)
+        loss = F.mse_loss(unet(noisy_BCHW, timesteps_B, hidden_BTC).sample, noise_BCHW)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        average.update()
+        mean_loss += 0.01 * (loss.item() - mean_loss)
+        progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+    return average.copies[0], average.copies[1]
+
+
+# --- the command ---
+
+
+def save_base(
+    out: Path,
+    vae: nn.Module,
+    unet: nn.Module,
+    text_encoder: nn.Module,
+    tokenizer: "CLIPTokenizer",
+    tokenizer_files: Path,
+) -> None:
+    """Write the diffusers folder, weights in fp16."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline(
+        vae.half(),
+        text_encoder.half(),
+        tokenizer,
+        unet.half(),
+        make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(str(out))
+    for path in (out / "tokenizer").iterdir():
+        path.unlink()
+    for path in tokenizer_files.iterdir():  # CLIP's own four files; what save_pretrained writes depends on its version
+        (out / "tokenizer" / path.name).write_bytes(path.read_bytes())
+
+
+def make_toy_base(settings: Settings) -> None:
+    """Train every part and write the folder."""
+    from diffusers import AutoencoderKL
+
+    scenes = list_scenes()
+    captions_SK = [[scene.caption(template) for template in CAPTION_TEMPLATES] for scene in scenes]
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = make_tokenizer([caption for captions in captions_SK for caption in captions], Path(folder))
+        if settings.vae is None:
+            vae = train_vae(settings.vae_steps, settings.seed)
+        else:
+            vae = AutoencoderKL.from_pretrained(str(settings.vae)).float().eval()
+        rng = np.random.default_rng([settings.seed, 1])
+        latents_SPCHW = draw_latents(vae, scenes, settings.pictures_per_scene, rng)
+        logger.info("scaled latents: mean %.3f, deviation %.3f", latents_SPCHW.mean(), latents_SPCHW.std())
+        ids_SKT = torch.stack([tokenize(tokenizer, captions) for captions in captions_SK])
+        empty_T = tokenize(tokenizer, [""])[0]
+        unet, text_encoder = train_unet(latents_SPCHW, ids_SKT, empty_T, tokenizer, settings.unet_steps, settings.seed)
+        save_base(settings.out, vae, unet, text_encoder, tokenizer, Path(folder))
+    weights = list(settings.out.rglob("*.safetensors"))
+    logger.info("%s: %.1f MB of weights", settings.out, sum(path.stat().st_size for path in weights) / 1e6)
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Return the command's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example: python tools/make_toy_base.py --out configs/quickstart/toy_base",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "configs/quickstart/toy_base", help="folder to write")
+    parser.add_argument("--seed", type=int, default=1, help="of the pictures, the weights and the training")
+    parser.add_argument("--vae_steps", type=int, default=3000, help="training steps of the VAE")
+    parser.add_argument("--unet_steps", type=int, default=9000, help="training steps of U-Net and text encoder")
+    parser.add_argument(
+        "--pictures_per_scene", type=int, default=96, help="pictures that the U-Net sees of every scene"
+    )
+    parser.add_argument("--vae", type=Path, help="folder of a VAE to use instead of training one, e.g. OUT/vae")
+    return parser
+
+
+def main() -> None:
+    """Run the command."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    make_toy_base(Settings(**vars(setup_parser().parse_args())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Sample pictures of the toy world from the quickstart's base model, with or without a LoRA, and judge them."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tools.toy_world import Picture, look_at, parse_caption
+
+SAMPLING_STEPS = 20
+GUIDANCE_SCALE = 4.0
+BATCH_SIZE = 50
+LORA_PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One picture to make: a caption and the seed of its noise."""
+
+    caption: str
+    seed: int
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read a file of prompts, one a line in the form of --sample_prompts; `--d` gives the seed, else the line's number.
+
+    Raises ValueError for a file without prompts.
+    """
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        if line.strip() and not line.startswith("#"):
+            caption, *options = re.split(r"\s+--", line.strip())
+            seeds = [int(option.split()[1]) for option in options if option.split()[0] == "d"]
+            prompts.append(Prompt(caption, seeds[0] if seeds else number))
+    if not prompts:
+        raise ValueError(
+            f'--prompts {path} holds no prompts; write one a line, e.g. "a large red star on a white background"'
+        )
+    return prompts
+
+
+def load_pipeline(base: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a diffusers folder of Stable Diffusion 1.x for sampling with DDIM, without touching the network."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        str(base), torch_dtype=dtype, safety_checker=None, requires_safety_checker=False, local_files_only=True
+    )
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(desc="sample", mininterval=5)
+    return pipeline
+
+
+def sample(pipeline: Any, prompts: Sequence[Prompt]) -> list[Picture]:
+    """Make one picture (64, 64, 3) of every prompt; each depends on its own seed only."""
+    pictures: list[Picture] = []
+    for start in range(0, len(prompts), BATCH_SIZE):
+        part = prompts[start : start + BATCH_SIZE]
+        images = pipeline(
+            [prompt.caption for prompt in part],
+            num_inference_steps=SAMPLING_STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            generator=[torch.Generator().manual_seed(prompt.seed) for prompt in part],
+            output_type="np",
+        ).images
+        pictures += list(np.rint(images * 255).astype(np.uint8))
+    return pictures
+
+
+def count_right(pictures: Sequence[Picture], prompts: Sequence[Prompt]) -> int:
+    """Return how many pictures show shape, colour, background and style of their prompt."""
+    return sum(
+        look_at(picture).shows(parse_caption(prompt.caption)) for picture, prompt in zip(pictures, prompts, strict=True)
+    )
+
+
+def name_layers(pipeline: Any) -> dict[str, nn.Module]:
+    """Return every linear and convolution layer of U-Net and text encoder by its name in kohya's LoRA files."""
+    roots = (("lora_unet_", pipeline.unet), ("lora_te_text_model_", pipeline.text_encoder))
+    return {
+        prefix + name.removeprefix("text_model.").replace(".", "_"): module
+        for prefix, root in roots
+        for name, module in root.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+
+
+@torch.no_grad()
+def merge_lora(pipeline: Any, weights: dict[str, Tensor]) -> None:
+    """Add a LoRA in kohya's format to the pipeline's weights: alpha / rank * up @ down.
+
+    Raises ValueError for tensors that are no such LoRA or belong to no layer.
+    """
+    layers = name_layers(pipeline)
+    for key in weights:
+        name, _, part = key.partition(".")
+        if name not in layers or part not in LORA_PARTS:
+            raise ValueError(f"--lora holds {key}, which fits no layer of the base model; use a LoRA trained on it")
+    for name in dict.fromkeys(key.partition(".")[0] for key in weights):
+        down, up = (weights[f"{name}.{part}"].float() for part in LORA_PARTS[:2])
+        rank = down.shape[0]
+        scale = weights[f"{name}.alpha"].item() / rank if f"{name}.alpha" in weights else 1.0
+        weight = layers[name].weight
+        weight += (scale * up.flatten(1) @ down.flatten(1)).view_as(weight).to(weight.dtype)

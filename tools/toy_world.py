@@ -1,0 +1,347 @@
+"""The toy world of the quickstart: how its pictures are drawn, what they are called, and how to tell what one shows.
+
+A picture is 64 x 64 pixels and shows one flat shape on one flat background. The bundled base model is trained on
+`KNOWN_SHAPES` drawn solid; `HELD_OUT_SHAPES` and the outlined style are what it has never seen, so that a LoRA has
+something to teach it. The checker `look_at` measures pixels only and knows nothing of the models.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+Picture = NDArray[np.uint8]  # (64, 64, 3), RGB
+Points = NDArray[np.float64]  # (n, 2), x to the right and y down, the shape's middle at 0 and its radius about 1
+Plane = NDArray[np.float64]  # (height, width)
+Mask = NDArray[np.bool_]  # (height, width)
+Style = Literal["solid", "outlined"]
+
+PICTURE_SIZE = 64
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 36, 36),
+    "orange": (246, 140, 20),
+    "yellow": (245, 222, 40),
+    "green": (36, 160, 66),
+    "blue": (36, 84, 214),
+    "purple": (128, 44, 168),
+    "pink": (248, 136, 190),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (246, 246, 246),
+    "gray": (128, 128, 128),
+    "black": (16, 16, 16),
+}
+SIZES: dict[str, tuple[float, float]] = {"small": (11.0, 13.5), "large": (19.0, 24.0)}  # radius in pixels, from and to
+KNOWN_SHAPES = ("circle", "square", "triangle", "cross", "diamond")
+HELD_OUT_SHAPES = ("star", "heart")
+MAX_TURN_DEGREES = 8.0
+OUTLINE_INNER_SCALE = 0.6
+
+CAPTION_TEMPLATES = (
+    "a {size} {colour} {shape} on a {background} background",
+    "a {size} {colour} {shape} on a {background} background",
+    "a {size} {colour} {shape} on {background}",
+    "{size} {colour} {shape}, {background} background",
+    "a {colour} {shape} on a {background} background",
+)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows, in words."""
+
+    shape: str
+    colour: str
+    background: str
+    size: str
+    style: Style = "solid"
+
+    def caption(self, template: str = CAPTION_TEMPLATES[0]) -> str:
+        """Return the scene as a prompt: "a small red circle on a white background"."""
+        shape = self.shape if self.style == "solid" else f"{self.style} {self.shape}"
+        return template.format(size=self.size, colour=self.colour, shape=shape, background=self.background)
+
+
+def list_scenes(shapes: tuple[str, ...] = KNOWN_SHAPES, style: Style = "solid") -> list[Scene]:
+    """Return every scene with one of these shapes, in a fixed order."""
+    return [Scene(*words, style) for words in product(shapes, COLOURS, BACKGROUNDS, SIZES)]
+
+
+def parse_caption(caption: str) -> Scene:
+    """Return the scene that a caption of the world asks for; the size is "" where it names none.
+
+    Raises ValueError for a caption that does not name a shape, a colour and a background.
+    """
+    words = caption.lower().replace(",", " ").split()
+    shape, colour, background, size = (
+        next((word for word in words if word in known), "")
+        for known in (KNOWN_SHAPES + HELD_OUT_SHAPES, COLOURS, BACKGROUNDS, SIZES)
+    )
+    if not (shape and colour and background):
+        raise ValueError(f'"{caption}" names no scene of the toy world; write e.g. "{list_scenes()[0].caption()}"')
+    return Scene(shape, colour, background, size, "outlined" if "outlined" in words else "solid")
+
+
+# --- drawing ---
+
+
+@cache
+def outline_of(shape: str) -> Points:
+    """Return the corners of a shape around its middle, about one unit in radius."""
+    turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+    up = -np.pi / 2
+    match shape:
+        case "circle":
+            return 0.95 * _ring_of_points(turn, np.ones_like(turn))
+        case "square":
+            return 1.2 * _ring_of_points(np.pi / 4 + turn[::16], np.ones(4))
+        case "triangle":
+            return np.array([[0.0, 0.2]]) + 1.2 * _ring_of_points(
+                up + turn[:1] + np.arange(3) * 2 * np.pi / 3, np.ones(3)
+            )
+        case "cross":
+            arm = 0.33
+            corner = [[arm, -1.0], [arm, -arm], [1.0, -arm]]
+            return np.array([[_turned(point, quarter) for point in corner] for quarter in range(4)]).reshape(-1, 2)
+        case "diamond":
+            return np.array([[0.0, -1.1], [0.7, 0.0], [0.0, 1.1], [-0.7, 0.0]])
+        case "star":
+            return np.array([[0.0, 0.07]]) + _ring_of_points(up + np.arange(10) * np.pi / 5, np.tile([1.15, 0.48], 5))
+        case "heart":
+            x = 16 * np.sin(turn) ** 3
+            y = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
+            return np.stack([x, -y - 2.0], axis=1) / 15.0
+    raise ValueError(f'"{shape}" is no shape of the toy world; it has {", ".join(KNOWN_SHAPES + HELD_OUT_SHAPES)}')
+
+
+def _ring_of_points(angles: NDArray[np.float64], radii: NDArray[np.float64]) -> Points:
+    return np.stack([np.cos(angles) * radii, np.sin(angles) * radii], axis=1)
+
+
+def _turned(point: list[float], num_quarters: int) -> list[float]:
+    x, y = point
+    for _ in range(num_quarters):
+        x, y = -y, x
+    return [x, y]
+
+
+def rotate(points: Points, degrees: float) -> Points:
+    """Turn points around the origin."""
+    a = np.deg2rad(degrees)
+    return points @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
+
+
+def fill_polygon(corners: Points, size: int = PICTURE_SIZE, oversampling: int = 4) -> Plane:
+    """Return how much of each pixel a polygon covers, 0 to 1; corners are in pixels."""
+    canvas = Image.new("L", (size * oversampling, size * oversampling))
+    ImageDraw.Draw(canvas).polygon([(float(x), float(y)) for x, y in corners * oversampling], fill=255)
+    return np.asarray(canvas.reduce(oversampling), dtype=np.float64) / 255.0
+
+
+def paint(picture: Plane, coverage: Plane, colour: NDArray[np.float64]) -> Plane:
+    """Lay a colour over a float picture (64, 64, 3) where coverage is 1, blending at the edges."""
+    return picture + coverage[..., None] * (colour - picture)
+
+
+def draw_scene(scene: Scene, rng: np.random.Generator) -> Picture:
+    """Draw a scene; position, exact size, turn and shade are drawn from `rng`."""
+    radius = rng.uniform(*SIZES[scene.size])
+    room = PICTURE_SIZE / 2 - 1.12 * radius - 3
+    middle = PICTURE_SIZE / 2 + rng.uniform(-room, room, size=2)
+    corners = rotate(outline_of(scene.shape), rng.uniform(-MAX_TURN_DEGREES, MAX_TURN_DEGREES)) * radius
+    background = np.array(BACKGROUNDS[scene.background]) + rng.uniform(-6, 6)
+    colour = np.array(COLOURS[scene.colour]) + rng.uniform(-8, 8, size=3)
+    picture = np.broadcast_to(background, (PICTURE_SIZE, PICTURE_SIZE, 3))
+    coverage = fill_polygon(middle + corners)
+    if scene.style == "outlined":
+        coverage = coverage - np.minimum(coverage, fill_polygon(middle + corners * OUTLINE_INNER_SCALE))
+    return np.clip(np.rint(paint(picture, coverage, colour)), 0, 255).astype(np.uint8)
+
+
+def draw_doodle(rng: np.random.Generator) -> Picture:
+    """Draw one to three random blobs of random colours: from these and the scenes the VAE learns edges and corners."""
+    palette = np.array(list(COLOURS.values()) + 3 * list(BACKGROUNDS.values()), dtype=np.float64)
+    shades = np.clip(palette[rng.choice(len(palette), 4, replace=False)] + rng.uniform(-15, 15, size=(4, 3)), 0, 255)
+    picture = np.broadcast_to(shades[0], (PICTURE_SIZE, PICTURE_SIZE, 3))
+    for shade in shades[1 : rng.integers(2, 5)]:
+        num_corners = int(rng.integers(3, 13))
+        angles = rng.uniform(0, 2 * np.pi) + np.arange(num_corners) * 2 * np.pi / num_corners
+        corners = _ring_of_points(angles, rng.uniform(0.4, 1.1, num_corners)) * rng.uniform(6, 26)
+        middle = rng.uniform(8, PICTURE_SIZE - 8, size=2)
+        coverage = fill_polygon(middle + corners)
+        if rng.random() < 0.3:
+            coverage = coverage - np.minimum(coverage, fill_polygon(middle + corners * rng.uniform(0.4, 0.8)))
+        picture = paint(picture, coverage, shade)
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+# --- the checker ---
+
+MAX_BORDER_DEVIATION = (
+    24.0  # mean distance (RGB, 0..255) of border pixels from their median; a flat background has under 10
+)
+MAX_COLOUR_DISTANCE = 75.0  # farthest a shape's or background's mean colour may lie from the name it gets
+MIN_CONTRAST = 60.0  # nearest a shape's colour may lie to its background's
+MAX_STRAY_SHARE = 0.1  # foreground that is not part of the largest blob, relative to that blob
+MIN_SHAPE_PIXELS = 60
+MIN_OVERLAP = 0.84  # intersection over union with the best template
+MIN_OVERLAP_LEAD = 0.01  # how far it must lie ahead of the best template of any other shape
+SMALL_IF_RADIUS_BELOW = 16.0
+OUTLINED_IF_HOLE_SHARE_ABOVE = 0.15
+GRID_SIZE = 48  # the grid on which shapes are compared, after moving them to one centre and one area
+GRID_HALF_WIDTH = 1.3  # of that grid, in units of the square root of the shape's area
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the checker found in a picture; "" for what it cannot name."""
+
+    shape: str = ""
+    colour: str = ""
+    background: str = ""
+    size: str = ""
+    style: str = ""
+
+    def shows(self, scene: Scene) -> bool:
+        """Whether shape, colour, background and style are the scene's; the size is not asked."""
+        return (self.shape, self.colour, self.background, self.style) == (
+            scene.shape,
+            scene.colour,
+            scene.background,
+            scene.style,
+        )
+
+
+def look_at(picture: Picture) -> Seen:
+    """Name what a picture (64, 64, 3) shows from its pixels alone.
+
+    The background is the median of the border, the foreground what differs from it; its filled silhouette is moved to
+    one centre and one area and compared with every shape at every allowed turn. Blank pictures, noise, several blobs
+    and silhouettes unlike every shape get "" for the shape.
+    """
+    pixels = picture.astype(np.float64)
+    border = np.concatenate(
+        [pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, [0, 1, -2, -1]].reshape(-1, 3)]
+    )
+    background = np.median(border, axis=0)
+    if np.linalg.norm(border - background, axis=1).mean() > MAX_BORDER_DEVIATION:
+        return Seen()
+    background_name = _nearest_name(background, BACKGROUNDS)
+    distance = np.linalg.norm(pixels - background, axis=2)
+    contrast = float(np.quantile(distance, 1 - MIN_SHAPE_PIXELS / distance.size))
+    if contrast < MIN_CONTRAST:
+        return Seen(background=background_name)
+    foreground = distance > contrast / 2
+    blob = _largest_blob(foreground)
+    if blob.sum() < MIN_SHAPE_PIXELS or foreground.sum() - blob.sum() > MAX_STRAY_SHARE * blob.sum():
+        return Seen(background=background_name)
+    silhouette = _without_holes(blob)
+    core = _shrunk(blob)
+    colour = pixels[core if core.sum() >= 12 else blob].mean(axis=0)
+    is_outlined = (silhouette.sum() - blob.sum()) / silhouette.sum() > OUTLINED_IF_HOLE_SHARE_ABOVE
+    rows, columns = np.nonzero(silhouette)
+    radius = max(np.ptp(rows) + 1, np.ptp(columns) + 1) / 2
+    return Seen(
+        shape=_match_shape(silhouette),
+        colour=_nearest_name(colour, COLOURS),
+        background=background_name,
+        size="small" if radius < SMALL_IF_RADIUS_BELOW else "large",
+        style="outlined" if is_outlined else "solid",
+    )
+
+
+def _nearest_name(colour: NDArray[np.float64], names: dict[str, tuple[int, int, int]]) -> str:
+    distances = {name: float(np.linalg.norm(colour - np.array(rgb))) for name, rgb in names.items()}
+    name = min(distances, key=distances.__getitem__)
+    return name if distances[name] <= MAX_COLOUR_DISTANCE else ""
+
+
+def _grown(mask: Mask) -> Mask:
+    grown = mask.copy()
+    grown[1:] |= mask[:-1]
+    grown[:-1] |= mask[1:]
+    grown[:, 1:] |= mask[:, :-1]
+    grown[:, :-1] |= mask[:, 1:]
+    return grown
+
+
+def _shrunk(mask: Mask) -> Mask:
+    return ~_grown(~mask)
+
+
+def _spread(seed: Mask, within: Mask) -> Mask:
+    """Return the part of `within` that is connected to `seed`."""
+    reached = seed & within
+    while True:
+        wider = _grown(reached) & within
+        if (wider == reached).all():
+            return reached
+        reached = wider
+
+
+def _largest_blob(mask: Mask) -> Mask:
+    largest = np.zeros_like(mask)
+    for blob in _blobs(mask):
+        if blob.sum() > largest.sum():
+            largest = blob
+    return largest
+
+
+def _blobs(mask: Mask) -> Iterator[Mask]:
+    rest = mask.copy()
+    while rest.any():
+        seed = np.zeros_like(mask)
+        seed.flat[np.argmax(rest)] = True
+        blob = _spread(seed, rest)
+        yield blob
+        rest &= ~blob
+
+
+def _without_holes(mask: Mask) -> Mask:
+    edge = np.ones_like(mask)
+    edge[1:-1, 1:-1] = False
+    return ~_spread(edge, ~mask)
+
+
+def _normalized(silhouette: Plane) -> Plane:
+    """Resample a silhouette to the comparison grid: its centre of mass in the middle, its area one."""
+    rows, columns = np.indices(silhouette.shape)
+    area = silhouette.sum()
+    row, column = (rows * silhouette).sum() / area, (columns * silhouette).sum() / area
+    steps = np.linspace(-GRID_HALF_WIDTH, GRID_HALF_WIDTH, GRID_SIZE) * np.sqrt(area)
+    return _interpolate(silhouette, row + steps, column + steps)
+
+
+def _interpolate(plane: Plane, rows: NDArray[np.float64], columns: NDArray[np.float64]) -> Plane:
+    padded = np.pad(plane, 1)
+    rows, columns = (np.clip(at + 1, 0, size - 1.001) for at, size in zip((rows, columns), padded.shape, strict=True))
+    top, left = rows.astype(int), columns.astype(int)
+    down, right = (rows - top)[:, None], columns - left
+    upper = padded[np.ix_(top, left)] * (1 - right) + padded[np.ix_(top, left + 1)] * right
+    lower = padded[np.ix_(top + 1, left)] * (1 - right) + padded[np.ix_(top + 1, left + 1)] * right
+    blend: Plane = upper * (1 - down) + lower * down
+    return blend
+
+
+@cache
+def _templates() -> tuple[tuple[str, ...], NDArray[np.float64]]:
+    """Return the shape of each template and the templates (n, 48, 48)."""
+    names = [(shape, turn) for shape in KNOWN_SHAPES + HELD_OUT_SHAPES for turn in np.arange(-12.0, 12.1, 4.0)]
+    planes = [_normalized(fill_polygon(128 + rotate(outline_of(shape), turn) * 80, size=256)) for shape, turn in names]
+    return tuple(shape for shape, _ in names), np.stack(planes)
+
+
+def _match_shape(silhouette: Mask) -> str:
+    plane = _normalized(silhouette.astype(np.float64))
+    names, templates = _templates()
+    overlaps = np.minimum(plane, templates).sum(axis=(1, 2)) / np.maximum(plane, templates).sum(axis=(1, 2))
+    best: dict[str, float] = {}
+    for name, overlap in zip(names, overlaps, strict=True):
+        best[name] = max(best.get(name, 0.0), float(overlap))
+    (name, overlap), (_, runner_up) = sorted(best.items(), key=lambda item: -item[1])[:2]
+    return name if overlap >= MIN_OVERLAP and overlap - runner_up >= MIN_OVERLAP_LEAD else ""
