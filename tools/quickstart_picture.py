@@ -1,6 +1,6 @@
 """Draw what a LoRA has taught the quickstart's base model: the same prompts and seeds before and after it.
 
-Writes one picture, `before | after`, and prints in how many samples of either half the checker finds what was asked for.
+Writes one picture, `before | after`, and prints in how many samples of either half the checker finds what was asked.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
@@ -41,11 +40,9 @@ def arrange(before: Sequence[Picture], after: Sequence[Picture], titles: tuple[s
         for n, picture in enumerate(pictures):
             image = Image.fromarray(picture).resize((cell - GAP, cell - GAP), Image.Resampling.NEAREST)
             page.paste(image, (left + n % NUM_COLUMNS * cell, TITLE_HEIGHT + n // NUM_COLUMNS * cell))
-            pen.rectangle(
-                (left + n % NUM_COLUMNS * cell - 1, TITLE_HEIGHT + n // NUM_COLUMNS * cell - 1)
-                + (left + n % NUM_COLUMNS * cell + cell - GAP, TITLE_HEIGHT + n // NUM_COLUMNS * cell + cell - GAP),
-                outline=(200, 200, 200),
-            )
+            left_edge, top = left + n % NUM_COLUMNS * cell - 1, TITLE_HEIGHT + n // NUM_COLUMNS * cell - 1
+            box = (left_edge, top, left_edge + cell - GAP + 1, top + cell - GAP + 1)
+            pen.rectangle(box, outline=(200, 200, 200))
     pen.line([(half_width, 0), (half_width, page.height)], fill=INK)
     return page
 

@@ -115,7 +115,7 @@ def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbo
         if verbose:
             tqdm.write(
                 f"{module.name}: rank {resized.old_rank} to {resized.module.rank}, keeps {resized.kept_sum:.1%} of the "
-                f"sum of singular values and {resized.kept_norm:.1%} of the norm, largest / smallest {resized.ratio:.1f}"
+                f"sum of singular values, {resized.kept_norm:.1%} of the norm, largest / smallest {resized.ratio:.1f}"
             )
     if not kept_norms:
         raise ValueError(f"{file.origin} has norm weights only, nothing in it has a rank")
