@@ -1,0 +1,78 @@
+"""Adapter names of Stable Diffusion 1.x against those of the full-size checkpoint and of known adapter files."""
+
+import re
+
+import pytest
+
+from library.architectures.sd.adapter_names import NAMES
+from library.checkpoints.adapter_names import recognise_base
+from tests.tiny.sd import full_size_keys
+
+FACTS = full_size_keys()
+
+
+def stems(names: dict[str, str]) -> dict[str, str]:
+    """Module path -> its name in the checkpoint, without .weight and .bias."""
+    return {path.rpartition(".")[0]: name.rpartition(".")[0] for path, name in names.items()}
+
+
+def test_unet_has_every_module_with_weights_and_its_original_path() -> None:
+    expected = {
+        f"unet.{path}": name.replace("model.diffusion_model.", "diffusion_model.")
+        for path, name in stems(FACTS["diffusers"]["unet"]).items()
+    }
+    ours = {m.diffusers: m.generic for m in NAMES.modules if m.kohya.startswith("lora_unet_")}
+    assert ours == expected
+
+
+def test_text_encoder_has_every_module_but_the_embeddings() -> None:
+    expected = {
+        f"text_encoder.{path}": name.replace("cond_stage_model.transformer.", "text_encoders.clip_l.transformer.")
+        for path, name in stems(FACTS["diffusers"]["text_encoder"]).items()
+        if ".embeddings." not in path
+    }
+    ours = {m.diffusers: m.generic for m in NAMES.modules if m.kohya.startswith("lora_te_")}
+    assert ours == expected
+
+
+def test_kohya_names_are_those_of_known_files() -> None:
+    in_files = {key.partition(".")[0] for key in FACTS["lora"]}
+    assert len(in_files) == 264
+    assert in_files <= {module.kohya for module in NAMES.modules}
+
+
+@pytest.mark.parametrize("naming", ["kohya", "generic", "diffusers"])
+def test_every_spelling_finds_its_own_module(naming: str) -> None:
+    for module in NAMES.modules:
+        name = getattr(module, naming)
+        assert NAMES.find(name) is module
+        assert NAMES.find(name.replace(".", "_")) is module
+
+
+def test_no_two_modules_share_a_spelling() -> None:
+    spellings = [re.sub(r"\.", "_", name) for m in NAMES.modules for name in {m.kohya, m.generic, m.diffusers}]
+    assert len(spellings) == len(set(spellings)) == 3 * len(NAMES.modules)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_q",
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_q",
+        "base_model.model.unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q",
+    ],
+)
+def test_spellings_of_other_trainers_are_found(name: str) -> None:
+    found = NAMES.find(name)
+    assert found is not None
+    assert found.kohya == "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_q"
+
+
+def test_a_text_encoder_path_without_text_model_is_found() -> None:
+    found = NAMES.find("text_encoder.encoder.layers.11.mlp.fc2")
+    assert found is not None and found.kohya == "lora_te_text_model_encoder_layers_11_mlp_fc2"
+
+
+def test_the_full_size_file_is_recognised() -> None:
+    assert recognise_base(FACTS["lora"]) == "sd1"
+    assert recognise_base({k: s for k, s in FACTS["lora"].items() if k.startswith("lora_te_")}) == "sd1"

@@ -1,0 +1,55 @@
+"""Which base model an adapter file is for, from a few of its keys."""
+
+import pytest
+
+from library.architectures.sd.adapter_names import NAMES
+from library.checkpoints.adapter_names import names_of_base, recognise_base
+
+ATTN2 = "transformer_blocks_0_attn2_to_k.lora_down.weight"
+
+CASES = [
+    ("sd1", "lora_unet_down_blocks_0_attentions_0_" + ATTN2, (4, 768)),
+    ("sd1", "lora_unet_input_blocks_1_1_" + ATTN2, (4, 768)),
+    ("sd1", "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight", (4, 768)),
+    ("sd1", "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.lora_A.weight", (4, 768)),
+    ("sd1", "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight", (4, 768)),
+    ("sd1", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", (4, 768)),
+    ("sd2", "lora_unet_down_blocks_0_attentions_0_" + ATTN2, (4, 1024)),
+    ("sd2", "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight", (4, 1024)),
+    ("sd2", "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora.down.weight", (4, 1024)),
+    ("sdxl", "lora_unet_input_blocks_4_1_" + ATTN2, (4, 2048)),
+    ("sdxl", "lora_unet_middle_block_1_transformer_blocks_9_attn1_to_q.lora_down.weight", (4, 1280)),
+    ("sdxl", "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", (4, 1280)),
+    ("sdxl", "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q.lora_A.weight", (4, 640)),
+    ("sdxl", "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", (4, 1280)),
+    ("flux", "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", (4, 3072)),
+    ("flux", "lora_unet_double_blocks_0_img_mod_lin.lora_down.weight", (4, 3072)),
+    ("flux", "diffusion_model.single_blocks.0.linear1.lora_A.weight", (4, 3072)),
+    ("flux", "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", (4, 3072)),
+    ("flux", "transformer.transformer_blocks.0.attn.to_q.lora_A.weight", (4, 3072)),
+    ("sd3", "transformer.transformer_blocks.0.attn.to_q.lora_A.weight", (4, 1536)),
+    ("sd3", "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", (4, 1536)),
+    ("lumina", "lora_unet_layers_0_attention_qkv.lora_down.weight", (4, 2304)),
+    ("lumina", "diffusion_model.noise_refiner.0.attention.qkv.lora_A.weight", (4, 2304)),
+    ("hunyuan_image", "lora_unet_double_blocks_0_img_mlp_fc1.lora_down.weight", (4, 3584)),
+    ("hunyuan_image", "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", (4, 3584)),
+    ("anima", "lora_unet_blocks_0_cross_attn_q_proj.lora_down.weight", (4, 2048)),
+    ("anima", "diffusion_model.llm_adapter.blocks.0.self_attn.q_proj.lora_A.weight", (4, 1024)),
+    (None, "lora_te_layers_0_self_attn_q_proj.lora_down.weight", (4, 1024)),
+    (None, "something.else", (4, 4)),
+]
+
+
+@pytest.mark.parametrize(("base", "key", "shape"), CASES, ids=[f"{base}: {key}" for base, key, _ in CASES])
+def test_one_key_tells_the_base_model(base: str | None, key: str, shape: tuple[int, ...]) -> None:
+    assert recognise_base({key: shape}) == base
+
+
+def test_another_base_model_is_refused_by_its_name() -> None:
+    with pytest.raises(ValueError, match=r"x\.safetensors is for FLUX\.1, which is not supported yet.*1\.x"):
+        names_of_base("flux", [NAMES], "x.safetensors")
+
+
+def test_an_unknown_base_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"x\.safetensors: its keys do not tell.*Stable Diffusion 1\.x"):
+        names_of_base(None, [NAMES], "x.safetensors")

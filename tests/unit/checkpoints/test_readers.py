@@ -1,0 +1,187 @@
+"""Every rule about what programs do with adapter files, one case each."""
+
+from collections.abc import Callable
+
+import pytest
+
+from library.checkpoints.readers import Reading, describe, problems, readings
+
+Shapes = dict[str, tuple[int, ...]]
+
+SD1_UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+SD1_FF = "unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"
+SD1_ORIGINAL = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k"
+CLIP = "text_model.encoder.layers.{}.self_attn.q_proj"
+
+
+def kohya(path: str, width: int = 768, num_outputs: int = 320) -> Shapes:
+    name = path.replace("text_encoder.", "lora_te.").replace("unet.", "lora_unet.").replace(".", "_")
+    down, up = (4, width), (num_outputs, 4)
+    return {f"{name}.alpha": (), f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+
+
+def ab(path: str, width: int = 768, num_outputs: int = 320) -> Shapes:
+    return {f"{path}.lora_A.weight": (4, width), f"{path}.lora_B.weight": (num_outputs, 4)}
+
+
+def clips(make: Callable[[str, int], Shapes], prefix: str, width: int = 768) -> Shapes:
+    """Seven modules of a text encoder."""
+    found: Shapes = {}
+    for layer in range(7):
+        found |= make(prefix + CLIP.format(layer), width)
+    return found
+
+
+def amounts(shapes: Shapes) -> str:
+    """One letter per program: A all, S some, N none."""
+    return "".join(reading.amount[0].upper() for reading in readings(shapes))
+
+
+def by(program: str, shapes: Shapes) -> Reading:
+    return next(reading for reading in readings(shapes) if reading.program == program)
+
+
+NAMINGS = [  # ComfyUI, Forge, A1111-style, diffusers, stable-diffusion.cpp
+    ("kohya", "AAAAA", kohya(SD1_UNET) | clips(kohya, "text_encoder.")),
+    ("generic", "ANNNS", ab(SD1_ORIGINAL) | clips(ab, "text_encoders.clip_l.transformer.")),
+    ("generic without text encoder", "AANNA", ab(SD1_ORIGINAL)),
+    ("mixed: generic U-Net, kohya text encoder", "AASNA", ab(SD1_ORIGINAL) | clips(kohya, "text_encoder.")),
+    ("diffusers", "SNNAS", ab(SD1_UNET) | ab(SD1_FF) | clips(ab, "text_encoder.")),
+    ("sd2 kohya", "AAAAS", kohya(SD1_UNET, 1024) | clips(kohya, "text_encoder.", 1024)),
+    ("sd2 diffusers", "SNNAS", ab(SD1_UNET, 1024) | clips(ab, "text_encoder.", 1024)),
+    ("sdxl kohya", "AAAAA", kohya("unet.input_blocks.4.1.transformer_blocks.0.attn2.to_k", 2048)),
+    ("flux kohya", "AANAA", kohya("unet.double_blocks.0.img_attn_qkv", 3072)),
+    ("flux generic", "AANNA", ab("diffusion_model.double_blocks.0.img_attn.qkv", 3072)),
+    ("flux diffusers", "AANAA", ab("transformer.single_transformer_blocks.0.attn.to_q", 3072)),
+    ("sd3 kohya", "AANNN", kohya("unet.joint_blocks.0.x_block_attn_qkv", 1536)),
+    ("sd3 generic", "AANNA", ab("diffusion_model.joint_blocks.0.x_block.attn.qkv", 1536)),
+    ("sd3 diffusers", "ANNAA", ab("transformer.transformer_blocks.0.attn.to_q", 1536)),
+    ("lumina kohya", "ANNNN", kohya("unet.layers.0.attention.qkv", 2304)),
+    ("lumina generic", "ANNAN", ab("diffusion_model.layers.0.attention.qkv", 2304)),
+    ("lumina diffusers", "NNNAN", ab("transformer.noise_refiner.0.attn.to_q", 2304)),
+    ("hunyuan, the module paths", "NNNNN", kohya("unet.double_blocks.0.img_mlp.fc1", 3584)),
+    ("hunyuan, ComfyUI's names", "ANNNN", kohya("unet.double_blocks.0.img_mlp.0", 3584)),
+    ("hunyuan generic", "ANNNN", ab("diffusion_model.double_blocks.0.img_attn.qkv", 3584)),
+    ("anima kohya, self attention", "ANNNA", kohya("unet.blocks.0.self_attn.q_proj", 2048)),
+    ("anima kohya, cross attention", "ANNNN", kohya("unet.blocks.0.cross_attn.q_proj", 2048)),
+    ("anima kohya, output", "ANNNN", kohya("unet.blocks.0.self_attn.output_proj", 2048)),
+    ("anima generic", "ANNAA", ab("diffusion_model.blocks.0.cross_attn.q_proj", 2048)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("expected", "shapes"), [case[1:] for case in NAMINGS], ids=[case[0] for case in NAMINGS])
+def test_naming(expected: str, shapes: Shapes) -> None:
+    assert amounts(shapes) == expected
+
+
+NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+LORA = kohya(SD1_UNET)
+KINDS = [
+    ("3x3 convolution", "AAAAA", {"lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight": (4, 320, 3, 3),
+                                  "lora_unet_down_blocks_0_resnets_0_conv1.lora_up.weight": (320, 4, 1, 1)}),
+    ("Tucker", "AAANS", LORA | {"lora_unet_mid_block_resnets_0_conv1.lora_mid.weight": (4, 4, 3, 3)}),
+    ("DoRA per input", "AAASS", LORA | {f"{NAME}.dora_scale": (1, 768)}),
+    ("DoRA per output", "NNNSS", LORA | {f"{NAME}.dora_scale": (320, 1)}),
+    ("norms", "AAANS", LORA | {"lora_unet_conv_norm_out.w_norm": (320,), "lora_unet_conv_norm_out.b_norm": (320,)}),
+    ("half a norm", "AASNS", LORA | {"lora_unet_conv_norm_out.w_norm": (320,)}),
+    ("norms of CLIP", "SAANS", LORA | {"lora_te_text_model_final_layer_norm.w_norm": (768,),
+                                       "lora_te_text_model_final_layer_norm.b_norm": (768,)}),
+    ("LoHa", "AAANA", {f"{NAME}.alpha": (), **{f"{NAME}.hada_w{i}_{x}": (4, 4) for i in (1, 2) for x in "ab"}}),
+    ("LoHa with Tucker", "AAANN", {f"{NAME}.hada_t1": (4, 4, 3, 3), f"{NAME}.hada_w1_a": (4, 4)}),
+    ("LoKr", "AAANA", {f"{NAME}.lokr_w1": (4, 4), f"{NAME}.lokr_w2_a": (4, 4), f"{NAME}.lokr_w2_b": (4, 4)}),
+    ("scalar", "SSSNS", LORA | {f"{NAME}.scalar": ()}),
+    ("conv_in", "AAAAS", LORA | kohya("unet.conv_in")),
+    ("time embedding", "AAAAS", LORA | kohya("unet.time_embedding.linear_1")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("expected", "shapes"), [case[1:] for case in KINDS], ids=[case[0] for case in KINDS])
+def test_kind_of_weights(expected: str, shapes: Shapes) -> None:
+    assert amounts(shapes) == expected
+
+
+def test_comfyui_loses_the_attention_layers_of_diffusers_names_and_nothing_else() -> None:
+    reading = by("ComfyUI", ab(SD1_UNET) | ab(SD1_FF) | ab("text_encoder." + CLIP.format(0)))
+    assert reading.unused == tuple(ab(SD1_UNET)) and reading.inexact == ()
+
+
+def test_stable_diffusion_cpp_applies_a_tucker_core_wrongly() -> None:
+    reading = by("stable-diffusion.cpp", LORA | {f"{NAME}.lora_mid.weight": (4, 4, 3, 3)})
+    assert reading.unused == () and len(reading.inexact) == 4 and "Tucker" in reading.reasons[0]
+
+
+def test_dora_per_output_is_applied_but_not_as_trained() -> None:
+    reading = by("Forge", LORA | {f"{NAME}.dora_scale": (320, 1)})
+    assert reading.unused == () and len(reading.inexact) == 4 and "per output" in reading.reasons[0]
+
+
+@pytest.mark.parametrize(("num_unknown", "amount"), [(12, "some"), (13, "none")])
+def test_forge_refuses_more_than_12_unknown_keys(num_unknown: int, amount: str) -> None:
+    extra = {f"{NAME}.extra_{i}": (1,) for i in range(num_unknown)}
+    assert by("Forge", LORA | extra).amount == amount
+
+
+def test_diffusers_refuses_alpha_in_its_own_naming() -> None:
+    reading = by("diffusers", ab(SD1_UNET) | {f"{SD1_UNET}.alpha": ()})
+    assert reading.amount == "none" and reading.reasons == ("it refuses .alpha beside lora_A and lora_B",)
+
+
+def test_diffusers_refuses_a_mix_of_namings() -> None:
+    reading = by("diffusers", ab(SD1_UNET) | clips(kohya, "text_encoder."))
+    assert reading.amount == "none" and "mixes" in reading.reasons[0]
+
+
+def test_diffusers_refuses_the_final_layer_of_lumina_in_the_generic_naming() -> None:
+    body, last = ab("diffusion_model.layers.0.attention.qkv", 2304), ab("diffusion_model.final_layer.linear", 2304)
+    assert by("diffusers", body).amount == "all"
+    assert by("diffusers", body | last).amount == "none"
+
+
+@pytest.mark.parametrize("path", ["unet.img_in", "unet.time_in.in_layer", "unet.guidance_in.out_layer"])
+def test_diffusers_ignores_the_input_layers_of_flux(path: str) -> None:
+    reading = by("diffusers", kohya("unet.double_blocks.0.img_attn_qkv", 3072) | kohya(path, 3072))
+    assert reading.unused == tuple(kohya(path, 3072))
+
+
+def test_diffusers_takes_clip_but_not_t5_of_flux() -> None:
+    clip = {k.replace("lora_te_", "lora_te1_"): s for k, s in kohya("text_encoder." + CLIP.format(0)).items()}
+    t5 = {
+        k.replace("lora_te_", "lora_te3_"): s for k, s in kohya("text_encoder.encoder.block.0.layer.0.q", 4096).items()
+    }
+    reading = by("diffusers", kohya("unet.double_blocks.0.img_attn_qkv", 3072) | clip | t5)
+    assert reading.unused == tuple(t5) and len(t5) == 3
+
+
+def test_stable_diffusion_cpp_loses_q_k_v_of_the_text_encoder_of_sd2() -> None:
+    out = "text_encoder.text_model.encoder.layers.0.self_attn.out_proj"
+    reading = by(
+        "stable-diffusion.cpp", kohya(SD1_UNET, 1024) | kohya("text_encoder." + CLIP.format(0), 1024) | kohya(out)
+    )
+    assert reading.unused == tuple(kohya("text_encoder." + CLIP.format(0)))
+
+
+def test_a_program_without_the_base_model_says_so() -> None:
+    reading = by("Forge", ab("diffusion_model.layers.0.attention.qkv", 2304))
+    assert reading.reasons == ("it takes no adapters of Lumina Image 2.0",)
+
+
+def test_peft_names_are_read_by_none() -> None:
+    assert amounts(ab(f"base_model.model.{SD1_UNET}")) == "NNNNN"
+
+
+def test_the_line_groups_programs_by_what_they_use() -> None:
+    line = describe(readings(ab(SD1_UNET) | ab(SD1_FF)))
+    assert line == "all used by diffusers, stable-diffusion.cpp; some by ComfyUI (2 of 4); none by Forge, A1111-style"
+
+
+def test_the_line_for_an_unknown_base_model() -> None:
+    assert readings({"x.lora_A.weight": (4, 4)}) == ()
+    assert describe(()) == "its keys do not tell which base model they are for"
+
+
+def test_reasons_are_given_once_and_name_the_program() -> None:
+    found = readings(LORA | {f"{NAME}.dora_scale": (1, 768)})
+    assert list(problems(found)) == [
+        "diffusers: it drops dora_scale: what is left acts as plain LoRA",
+        "stable-diffusion.cpp: it has no norm weights and no DoRA: what is left acts as plain LoRA",
+    ]
