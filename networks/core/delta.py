@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
 
 
 class Delta(Protocol):
@@ -61,13 +62,7 @@ class LowRank(nn.Module):
         return hidden
 
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
-        is_linear = isinstance(self.lora_up, nn.Linear) and base.dim() > 1
-        if is_linear and hidden.dtype == base.dtype and base.is_contiguous():
-            # One pass over the outputs instead of two: the product is added where it is made.
-            flat = torch.addmm(base.flatten(0, -2), hidden.flatten(0, -2), factor(self.lora_up).t())
-            return flat.view_as(base)
-        change: Tensor = self.lora_up(hidden)
-        return base + change.to(base.dtype)
+        return add_product(base, hidden, factor(self.lora_up))
 
     def weight(self) -> Tensor:
         up_OR, down_RI = factor(self.lora_up).flatten(1), factor(self.lora_down).flatten(1)
@@ -92,6 +87,16 @@ def narrow_like(layer: nn.Conv2d, rank: int) -> nn.Conv2d:
         bias=False,
         dtype=torch.float32,
     )
+
+
+def add_product(base: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
+    """`base` plus what an up factor of (O, R) or (O, R, 1, 1) makes of the R channels, in the dtype of `base`."""
+    if up.dim() == 4:
+        return base + conv2d(hidden, up).to(base.dtype)
+    if base.dim() > 1 and hidden.dtype == base.dtype and base.is_contiguous():
+        # One pass over the outputs instead of two: the product is added where it is made.
+        return torch.addmm(base.flatten(0, -2), hidden.flatten(0, -2), up.t()).view_as(base)
+    return base + linear(hidden, up).to(base.dtype)
 
 
 def factor(module: nn.Module) -> Tensor:
