@@ -102,6 +102,37 @@ class ModuleWeights:
         up_OR, down_RN = self.factors(dtype)
         return (self.scale * (up_OR @ down_RN)).reshape(self.shape)
 
+    def merged_weight(self, base: Tensor, strength: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The layer's weight that computes the same without the adapter, in the shape of `base` and in `dtype`.
+
+        DoRA: base + strength * (m * (base + change) / |base + change| - base), as inference programs do; the norm is
+        taken per column of inputs or per row of outputs, as the shape of the magnitudes m says. Raises ValueError when
+        the change has another size than `base`.
+        """
+        base = base.to(dtype)
+        change = self.change(dtype)
+        if change.shape[:2] != base.shape[:2] or change.numel() != base.numel():
+            raise ValueError(
+                f"{self.name} changes a weight of the shape {list(change.shape)}, but the base model's is "
+                f"{list(base.shape)}; the adapter was made for another base model"
+            )
+        change = change.to(base.device).reshape(base.shape)
+        if not self.is_dora:
+            return base + strength * change
+        whole = base + change
+        magnitude = self.tensors[DORA_SCALE].to(base.device, dtype)
+        axis = 1 if magnitude.dim() > 1 and magnitude.shape[:2] == (1, base.shape[1]) else 0
+        others = [dim for dim in range(base.dim()) if dim != axis]
+        norm: Tensor = torch.linalg.vector_norm(whole, dim=others, keepdim=True) + torch.finfo(torch.float32).eps
+        return base + strength * (whole * (magnitude.reshape(norm.shape) / norm) - base)
+
+    def merged_norm(self, leaf: str, base: Tensor, strength: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`base`, the weight (`leaf` "w_norm") or bias ("b_norm") of a norm layer, with its change."""
+        change = self.tensors[leaf].to(base.device, dtype)
+        if change.shape != base.shape:
+            raise ValueError(f"{self.name}.{leaf} has {change.numel()} values, the base model's layer {base.numel()}")
+        return base.to(dtype) + strength * change
+
     def with_factors(self, up_OR: Tensor, down_RN: Tensor, scale: float) -> "ModuleWeights":
         """The same module with other factors, of which the change is scale * up @ down, without a Tucker core.
 

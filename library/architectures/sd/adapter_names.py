@@ -54,8 +54,8 @@ def clip_paths() -> Iterator[str]:
     yield "final_layer_norm"
 
 
-def unet_module(path: str) -> ModuleNames:
-    original = unet_to_ldm(f"{path}.weight", LAYOUT).removesuffix(".weight")
+def unet_module(path: str, layout: UnetLayout = LAYOUT) -> ModuleNames:
+    original = unet_to_ldm(f"{path}.weight", layout).removesuffix(".weight")
     return ModuleNames(
         kohya=f"lora_unet_{path.replace('.', '_')}",
         generic=f"diffusion_model.{original}",

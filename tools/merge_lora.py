@@ -1,0 +1,410 @@
+"""Merge LoRA files into a checkpoint, or several LoRA files into one.
+
+With --sd_model the changes are added to the weights of a Stable Diffusion 1.x checkpoint: a single file gives a single
+file, a diffusers folder a folder; what the adapters do not touch is copied as it is. Without it the files become one
+LoRA whose change is the sum of ratio * change: exactly with --concat (the ranks add), else as the best approximation
+(SVD) at --new_rank, by default the largest rank among the files. LoRA, convolutions, Tucker cores and norm weights can
+be merged either way, DoRA only into a checkpoint.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from math import prod
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.architectures.sd import sources
+from library.architectures.sd.base_model import open_base_model
+from library.checkpoints.adapter_names import names_of_base
+from library.checkpoints.base_model import BaseModel, WeightFile
+from library.checkpoints.files import is_safetensors, read_metadata, save_pickle_state_dict, save_safetensors
+from networks.core.adapter_file import (
+    AdapterFile,
+    naming_of,
+    read_adapter_file,
+    require_forms,
+    save_adapter_file,
+)
+from networks.core.files import ALPHA, DOWN, UP
+from networks.core.low_rank import balanced, concatenated, svd_of_product
+from networks.core.module_weights import B_NORM, LOW_RANK_FORMS, W_NORM, ModuleWeights
+from networks.core.renaming import rename
+from tools.command import (
+    PRECISIONS,
+    add_device,
+    add_save_precision,
+    check_output,
+    device_of,
+    dtype_of,
+    make_parser,
+    run,
+)
+from tools.convert_lora import all_tables, base_of
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = """\
+  python tools/merge_lora.py --sd_model sd15.safetensors --models cat.safetensors --ratios 0.8 \\
+      --save_to sd15_cat.safetensors
+  python tools/merge_lora.py --models cat.safetensors style.safetensors --ratios 1.0 0.5 --concat \\
+      --save_to cat_in_style.safetensors
+  python tools/merge_lora.py --models cat.safetensors style.safetensors --ratios 1.0 0.5 --new_rank 16 \\
+      --save_to cat_in_style_16.safetensors"""
+
+LEAF_OF_NORM = {"weight": W_NORM, "bias": B_NORM}
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """An adapter file and how much of it is merged."""
+
+    file: AdapterFile
+    ratio: float
+
+
+# --- into a checkpoint ---
+
+
+def merge_into_checkpoint(
+    base: BaseModel,
+    adapters: Sequence[Weighted],
+    save_to: Path,
+    dtype: torch.dtype,
+    save_dtype: torch.dtype | None,
+    device: torch.device,
+    with_metadata: bool,
+) -> int:
+    """Write the checkpoint with the changes in it; gives the number of modules that changed.
+
+    Sums are computed in `dtype`. `save_dtype` None leaves every tensor the dtype it has.
+    """
+    changes = changes_by_module(base, adapters)
+    progress = tqdm(total=sum(len(file.weights.shapes) for file in base.files), desc="merging", unit="tensor")
+    metadata = checkpoint_metadata(base, adapters, save_to) if with_metadata else {}
+    with progress:
+        if not base.is_folder:
+            write(save_to, merged_tensors(base.files[0], changes, dtype, save_dtype, device, progress), metadata)
+        else:
+            write_folder(base, changes, save_to, dtype, save_dtype, device, progress)
+    return len(changes)
+
+
+def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str, list[tuple[ModuleWeights, float]]]:
+    """kohya's name of a module -> its changes in the order of the files, with their ratios.
+
+    Raises ValueError for modules that the checkpoint lacks: nothing is left out in silence.
+    """
+    here = {module for file in base.files for module in file.stems}
+    changes: dict[str, list[tuple[ModuleWeights, float]]] = {}
+    for adapter in adapters:
+        require_forms(adapter.file, (*LOW_RANK_FORMS, "norm"), "merged")
+        names = {name: base.names.find(name) for name in adapter.file.modules}
+        missing = [name for name, found in names.items() if found is None or found.kohya not in here]
+        if missing:
+            raise ValueError(
+                f"{adapter.file.origin}: {len(missing)} of its {len(names)} modules are not in --sd_model {base.path}, "
+                f"the first is {missing[0]}; was it made for another base model?"
+            )
+        for name, found in names.items():
+            assert found is not None
+            changes.setdefault(found.kohya, []).append((adapter.file.modules[name], adapter.ratio))
+    return changes
+
+
+def merged_tensors(
+    file: WeightFile,
+    changes: Mapping[str, Sequence[tuple[ModuleWeights, float]]],
+    dtype: torch.dtype,
+    save_dtype: torch.dtype | None,
+    device: torch.device,
+    progress: "tqdm[None]",
+) -> dict[str, Tensor]:
+    """Every tensor of one file, changed where an adapter says so."""
+    modules = {stem: module for module, stem in file.stems.items()}
+    tensors = {}
+    for key in file.weights.shapes:
+        old = file.weights.read(key)
+        stem, _, leaf = key.rpartition(".")
+        own = changes.get(modules.get(stem, ""), ())
+        new = old.to(device) if own else old
+        for module, ratio in own:
+            if module.is_low_rank and leaf == "weight":
+                new = module.merged_weight(new, ratio, dtype)
+            elif LEAF_OF_NORM.get(leaf, "") in module.tensors:
+                new = module.merged_norm(LEAF_OF_NORM[leaf], new, ratio, dtype)
+        is_number = old.is_floating_point()
+        tensors[key] = new.to("cpu", save_dtype if save_dtype is not None and is_number else old.dtype)
+        progress.update()
+    return tensors
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one file of weights, whole or not at all."""
+    if is_safetensors(path):
+        save_safetensors(path, tensors, metadata)
+    else:
+        save_pickle_state_dict(path, tensors)
+
+
+def write_folder(
+    base: BaseModel,
+    changes: Mapping[str, Sequence[tuple[ModuleWeights, float]]],
+    save_to: Path,
+    dtype: torch.dtype,
+    save_dtype: torch.dtype | None,
+    device: torch.device,
+    progress: "tqdm[None]",
+) -> None:
+    """A copy of the diffusers folder with other weights; it appears under its name when it is complete."""
+    temporary = save_to.parent / f".{save_to.name}.{uuid4().hex[:12]}"
+    parts = {file.part: file for file in base.files}
+
+    def replaced(folder: str, names: list[str]) -> list[str]:
+        """The weight files, in every precision and format, that the merged ones take the place of."""
+        is_part = Path(folder).parent == base.path and Path(folder).name in parts
+        return [name for name in names if is_part and name != "config.json"]
+
+    try:
+        shutil.copytree(base.path, temporary, ignore=replaced)
+        for part, file in parts.items():
+            name = sources.weight_files(part)[0][0]
+            tensors = merged_tensors(file, changes, dtype, save_dtype, device, progress)
+            save_safetensors(temporary / part / name, tensors, {"format": "pt"})
+        temporary.rename(save_to)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def checkpoint_metadata(base: BaseModel, adapters: Sequence[Weighted], save_to: Path) -> dict[str, str]:
+    """The metadata of the merged checkpoint: that of the old one, but for what is no longer true of it."""
+    old = {} if base.is_folder else read_metadata(base.path)
+    kept = {key: value for key, value in old.items() if "hash" not in key}
+    return {
+        **kept,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": old.get("modelspec.architecture", "stable-diffusion-v1"),
+        **modelspec(save_to, [base.path, *(path_of(adapter.file) for adapter in adapters)]),
+    }
+
+
+def modelspec(save_to: Path, sources_: Sequence[Path]) -> dict[str, str]:
+    """Title, date and origin of a merged file."""
+    return {
+        "modelspec.title": save_to.stem,
+        "modelspec.date": datetime.now().isoformat(timespec="seconds"),
+        "modelspec.merged_from": ", ".join(path.stem for path in sources_),
+    }
+
+
+# --- several adapters into one ---
+
+
+def merge_adapters(
+    adapters: Sequence[Weighted],
+    ranks: tuple[int, int] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[ModuleWeights]:
+    """The modules of one LoRA in kohya's names whose change is the sum of ratio * change, in `dtype`.
+
+    `ranks` are those of Linear layers and 1x1 convolutions, and of larger kernels; None joins the factors, so the
+    result is exact and the ranks add. Raises ValueError for kinds that cannot be added.
+    """
+    sums: dict[str, list[tuple[ModuleWeights, float]]] = {}
+    for adapter in adapters:
+        file = in_kohya_names(adapter.file)
+        require_forms(file, (*LOW_RANK_FORMS, "norm"), "merged")
+        for name, module in file.modules.items():
+            if module.is_dora:
+                raise ValueError(
+                    f"{file.origin}: {name} is DoRA, whose change depends on the base weight, so it cannot be added to "
+                    "another LoRA; merge it into a checkpoint with --sd_model"
+                )
+            sums.setdefault(name, []).append((module, adapter.ratio))
+    return [
+        add_norms(name, terms) if terms[0][0].form == "norm" else add_factors(name, terms, ranks, dtype, device)
+        for name, terms in tqdm(sums.items(), desc="merging", unit="module")
+    ]
+
+
+def in_kohya_names(file: AdapterFile) -> AdapterFile:
+    """The file with kohya's names of modules."""
+    if all(naming_of(name) == "kohya" for name in file.modules):
+        return file
+    return rename(file, names_of_base(base_of(file), all_tables(), file.origin), "kohya").file
+
+
+def add_factors(
+    name: str,
+    terms: Sequence[tuple[ModuleWeights, float]],
+    ranks: tuple[int, int] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ModuleWeights:
+    """The sum of low-rank changes of one module."""
+    shape = terms[0][0].shape
+    for module, _ in terms:
+        if not module.is_low_rank or module.shape[:2] != shape[:2] or prod(module.shape) != prod(shape):
+            raise ValueError(f"{name} has different shapes in --models; they were made for different base models")
+    factors = [tuple(factor.to(device) for factor in module.factors(dtype)) for module, _ in terms]
+    up_OR, down_RN = concatenated(factors, [ratio * module.scale for module, ratio in terms])  # type: ignore[arg-type]
+    if ranks is not None:
+        rank = ranks[1] if len(shape) == 4 and shape[2:] != (1, 1) else ranks[0]
+        up_OR, down_RN = balanced(*svd_of_product(up_OR, down_RN), rank)
+    rank = down_RN.shape[0]
+    tensors = {
+        DOWN: down_RN.reshape(rank, *shape[1:]).cpu().contiguous(),
+        UP: up_OR.reshape(shape[0], rank, *(1,) * (len(shape) - 2)).cpu().contiguous(),
+        ALPHA: torch.tensor(float(rank)),
+    }
+    return ModuleWeights(name, tensors, {})
+
+
+def add_norms(name: str, terms: Sequence[tuple[ModuleWeights, float]]) -> ModuleWeights:
+    """The sum of norm changes of one module."""
+    total: dict[str, Tensor] = {}
+    for module, ratio in terms:
+        for leaf, tensor in module.tensors.items():
+            total[leaf] = total.get(leaf, 0) + ratio * tensor.float()  # type: ignore[assignment]
+    return ModuleWeights(name, total, {})
+
+
+def merged_metadata(
+    adapters: Sequence[Weighted], modules: Sequence[ModuleWeights], save_to: Path, with_modelspec: bool
+) -> dict[str, str]:
+    """What the header of the one LoRA says: what it is for, its ranks, what it was made of."""
+    plain = {m.rank for m in modules if m.form == "low_rank"}
+    conv = {m.rank for m in modules if m.form == "conv"}
+    metadata = {"ss_network_module": "networks.lora"}
+    for key in ("ss_v2", "ss_base_model_version"):
+        values = list(dict.fromkeys(a.file.metadata[key] for a in adapters if key in a.file.metadata))
+        if len(values) > 1:
+            logger.warning("--models were made for different base models: %s is %s", key, " and ".join(values))
+        if values:
+            metadata[key] = values[0]
+    main = plain or conv
+    if main:
+        dim = str(main.copy().pop()) if len(main) == 1 else "Dynamic"
+        metadata.update(ss_network_dim=dim, ss_network_alpha=f"{dim}.0" if len(main) == 1 else dim)
+    if plain and len(conv) == 1:
+        rank = str(conv.pop())
+        metadata["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": f"{rank}.0"})
+    files = [adapter.file for adapter in adapters]
+    if with_modelspec:
+        first = next((f.metadata for f in files if "modelspec.architecture" in f.metadata), {})
+        metadata["modelspec.sai_model_spec"] = "1.0.1"
+        kept = (
+            "modelspec.architecture",
+            "modelspec.implementation",
+            "modelspec.prediction_type",
+            "modelspec.resolution",
+        )
+        metadata.update({key: first[key] for key in kept if key in first})
+        metadata.update(modelspec(save_to, [path_of(file) for file in files]))
+    return metadata
+
+
+def path_of(file: AdapterFile) -> Path:
+    """The path of a file that --models names."""
+    return Path(file.origin.removeprefix("--models "))
+
+
+# --- the command ---
+
+
+def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
+    """The command's options; `new_rank` is the default of --new_rank."""
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument("--sd_model", type=Path, help="checkpoint to merge into: a single file or a diffusers folder")
+    parser.add_argument("--save_to", type=Path, required=True, help="the file or, for a folder, the folder to write")
+    parser.add_argument("--models", type=Path, nargs="+", required=True, help="LoRA files of any trainer")
+    parser.add_argument("--ratios", type=float, nargs="+", help="strength of each file; unset: 1 for all")
+    parser.add_argument("--concat", action="store_true", help="without --sd_model: exact, the ranks add")
+    parser.add_argument(
+        "--new_rank", type=int, default=new_rank, help="without --sd_model: rank of the result; unset: the largest one"
+    )
+    parser.add_argument("--new_conv_rank", type=int, help="the same for kernels larger than 1x1; unset: --new_rank")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="float", help="precision of the arithmetic")
+    add_save_precision(parser, "that of each tensor in a checkpoint, --precision in a LoRA")
+    add_device(parser)
+    parser.add_argument("--no_metadata", action="store_true", help="write no modelspec.* metadata")
+    return parser
+
+
+def ranks_of(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tuple[int, int] | None:
+    """(rank, rank of larger kernels) of the one LoRA, None for --concat."""
+    if args.concat:
+        return None
+    modules = [module for adapter in adapters for module in adapter.file.modules.values() if module.is_low_rank]
+    plain = [module.rank for module in modules if module.form == "low_rank"]
+    conv = [module.rank for module in modules if module.form != "low_rank"]
+    new_rank = args.new_rank or max(plain or conv or [1])
+    new_conv_rank = args.new_conv_rank or (args.new_rank or max(conv or plain or [1]))
+    return new_rank, new_conv_rank
+
+
+def check(args: argparse.Namespace) -> list[float]:
+    """The ratios. Raises ValueError for options that do not go together."""
+    ratios = args.ratios or [1.0] * len(args.models)
+    if len(ratios) != len(args.models):
+        raise ValueError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; give one for each file")
+    if args.sd_model is not None and args.concat:
+        raise ValueError("--concat makes one LoRA of several; it has no meaning with --sd_model, leave one of them out")
+    for flag in ("new_rank", "new_conv_rank"):
+        rank = getattr(args, flag)
+        if rank is None:
+            continue
+        if rank < 1:
+            raise ValueError(f"--{flag} is {rank}; it must be at least 1")
+        if args.concat:
+            raise ValueError(f"--{flag} and --concat exclude each other: joined factors have the sum of the ranks")
+        if args.sd_model is not None:
+            raise ValueError(f"--{flag} is the rank of one LoRA made of several; it has no meaning with --sd_model")
+    if args.sd_model is not None and args.sd_model.is_dir():
+        if args.save_to.exists():
+            raise ValueError(f"--save_to {args.save_to} exists already; name a folder that does not")
+        args.save_to.parent.mkdir(parents=True, exist_ok=True)
+    else:
+        check_output("--save_to", args.save_to)
+    return ratios
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Read, merge and write."""
+    ratios = check(args)
+    device, save_dtype, dtype = device_of(args.device), dtype_of(args.save_precision), PRECISIONS[args.precision]
+    files = [read_adapter_file(path, "--models") for path in args.models]
+    adapters = [Weighted(file, ratio) for file, ratio in zip(files, ratios, strict=True)]
+    if args.sd_model is not None:
+        base = open_base_model("--sd_model", args.sd_model)
+        num = merge_into_checkpoint(base, adapters, args.save_to, dtype, save_dtype, device, not args.no_metadata)
+        print(f"{args.save_to}: {len(adapters)} adapters merged into {num} modules")
+        return
+    modules = merge_adapters(adapters, ranks_of(args, adapters), dtype, device)
+    metadata = merged_metadata(adapters, modules, args.save_to, not args.no_metadata)
+    file = AdapterFile(str(args.save_to), {module.name: module for module in modules}, metadata, {})
+    save_adapter_file(args.save_to, file, save_dtype or dtype)
+    print(f"{args.save_to}: {len(modules)} modules, rank {metadata.get('ss_network_dim', 'none')}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run(setup_parser(), merge, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
