@@ -17,7 +17,7 @@ from networks.core.module_weights import B_NORM, W_NORM, ModuleWeights
 PREFIX = re.compile(
     r"^(lora_unet|lora_te\d?|lycoris|diffusion_model|unet|transformer|text_encoder(_\d)?|text_encoders_.*?transformer)_"
 )
-BLOCK = re.compile(r"(?:^|_)((?:[a-z]+_)?(?:blocks?|layers|refiner)(?:_\d+)?)(?=_|$)")
+BLOCK = re.compile(r"(?:^|_)((?:single_)?(?:[a-z]+_)?(?:blocks?|layers|refiner)(?:_\d+)?)(?=_|$)")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""tools/check_lora_weights.py as it is typed."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from library.checkpoints.files import save_safetensors
+from tests.unit.tools.adapter_files import CONV, LINEAR, tensors, write
+from tools.check_lora_weights import judge, main
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_a_clean_file_ends_with_0_and_says_what_is_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a.safetensors", 950)
+    assert main(["--model", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "9 keys (9 float32), 3 modules, Stable Diffusion 1.x" in said
+    assert "all used by ComfyUI, Forge, A1111-style, diffusers, stable-diffusion.cpp" in said
+    rows = {line.split()[0]: line.split()[1:4] for line in said.splitlines() if line.startswith("  ")}
+    assert rows["down_blocks_0"] == rows["up_blocks_2"] == rows["encoder_layers_3"] == ["1", "4", "2"]
+
+
+def test_json_has_the_norms_of_the_whole_matrices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a.safetensors", 951)
+    assert main(["--model", str(path), "--json"]) == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    content = tensors(951)
+    up, down = content[f"{CONV}.lora_up.weight"].flatten(1), content[f"{CONV}.lora_down.weight"].flatten(1)
+    (block,) = [b for b in report["blocks"] if b["block"] == "up_blocks_2"]
+    assert block["update_norm"] == pytest.approx(float((0.5 * up.double() @ down.double()).norm()), rel=1e-10)
+    assert report["is_usable"] and report["base"] == "sd1" and report["dtypes"] == {"float32": 9}
+    assert [p["amount"] for p in report["programs"]] == ["all"] * 5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_end_with_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    broken = tensors(952)[f"{LINEAR}.lora_up.weight"]
+    broken[1, 2] = value
+    path = write(tmp_path / "a.safetensors", 952, {f"{LINEAR}.lora_up.weight": broken})
+    assert main([str(path)]) == 1
+    assert f"problem: {LINEAR}.lora_up.weight has 1 of 28 values that are not finite" in capsys.readouterr().out
+    assert main([str(path), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["is_usable"] is False
+
+
+def test_half_a_pair_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = tensors(953)
+    del content[f"{CONV}.lora_down.weight"]
+    save_safetensors(tmp_path / "a.safetensors", content)
+    assert main(["--model", str(tmp_path / "a.safetensors")]) == 1
+    assert f"{CONV}.lora_up.weight without its down factor" in capsys.readouterr().out
+
+
+def test_a_file_without_an_adapter_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_safetensors(tmp_path / "a.safetensors", {"something": torch.ones(2)})
+    assert main(["--model", str(tmp_path / "a.safetensors")]) == 1
+    assert "no weights of an adapter (first keys: something)" in capsys.readouterr().out
+
+
+def test_a_file_cut_short_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a.safetensors", 954)
+    path.write_bytes(path.read_bytes()[:-8])
+    assert main(["--model", str(path)]) == 1
+    assert "it is cut short" in capsys.readouterr().err
+
+
+def test_odd_but_usable_things_are_warnings() -> None:
+    content = tensors(955) | {
+        "bundle_emb.x": torch.ones(1),
+        "lora_unet_down_blocks_7_conv.lora_down.weight": torch.ones(1, 2),
+        "lora_unet_down_blocks_7_conv.lora_up.weight": torch.zeros(2, 1),
+    }
+    report = judge(content, "x")
+    assert report.problems == []
+    assert report.warnings == [
+        "keys that belong to no adapter: bundle_emb.x",
+        "Stable Diffusion 1.x has no modules of these names: lora_unet_down_blocks_7_conv",
+        "change nothing, all zeros: lora_unet_down_blocks_7_conv",
+    ]
+
+
+def test_show_all_keys_lists_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(write(tmp_path / "a.safetensors", 956)), "--show_all_keys"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{key} float32 {list(t.shape)} norm {float(t.norm()):.4g}" in said for key, t in tensors(956).items())
+
+
+def test_the_old_path_is_the_same_command(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", 957)
+    done = subprocess.run(
+        [sys.executable, "networks/check_lora_weights.py", str(path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 modules, Stable Diffusion 1.x" in done.stdout

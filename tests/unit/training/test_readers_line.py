@@ -1,0 +1,63 @@
+"""What is said about a file after it has been saved."""
+
+import logging
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.checkpoints.files import save_safetensors
+from library.options.train import TrainOptions
+from library.training.saving import Names, Schedule, Writer, readers_line
+from networks.core.protocol import AdoptedNetwork
+
+NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+LOKR = {f"{NAME}.lokr_w1": torch.ones(2, 2), f"{NAME}.lokr_w2": torch.ones(3, 4), f"{NAME}.alpha": torch.ones(())}
+
+
+def test_a_lokr_of_a_third_party(tmp_path: Path) -> None:
+    save_safetensors(tmp_path / "x.safetensors", LOKR)
+    assert readers_line(tmp_path / "x.safetensors") == (
+        "3 keys, all used by ComfyUI, Forge, A1111-style, stable-diffusion.cpp; none by diffusers"
+    )
+
+
+def test_other_formats_and_unknown_keys_are_passed_over(tmp_path: Path) -> None:
+    save_safetensors(tmp_path / "x.safetensors", {"anything": torch.ones(2)})
+    assert readers_line(tmp_path / "x.safetensors") is None
+    assert readers_line(tmp_path / "x.ckpt") is None
+
+
+def test_a_file_that_cannot_be_read_back_does_not_stop_the_run(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"none")
+    assert "cannot be read back" in (readers_line(tmp_path / "x.safetensors") or "")
+    assert "cannot be read back" in (readers_line(tmp_path / "absent.safetensors") or "")
+
+
+class Lokr(torch.nn.Module):
+    """A network that writes a file and nothing else."""
+
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+        save_safetensors(file, LOKR, metadata)
+
+
+def test_the_line_is_logged_once_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    done: Future[dict[str, str]] = Future()
+    done.set_result({})
+    writer = Writer(
+        options=TrainOptions(),
+        names=Names(tmp_path, "x", "safetensors"),
+        schedule=Schedule(None, None, None, None, 1),
+        network=AdoptedNetwork(Lokr()),
+        architecture={},
+        metadata={},
+        base_files=done,
+        before_saving=lambda: None,
+        after_saving=lambda: None,
+    )
+    with caplog.at_level(logging.INFO, logger="library.training.saving"):
+        writer.write(tmp_path / "one.safetensors", 1, 1)
+        writer.write(tmp_path / "two.safetensors", 2, 1)
+    lines = [record.getMessage() for record in caplog.records if "keys" in record.getMessage()]
+    assert len(lines) == 1 and lines[0].startswith("one.safetensors: 3 keys, all used by ComfyUI")
