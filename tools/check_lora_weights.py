@@ -6,7 +6,6 @@ file that can be used and 1 for one that cannot: broken off, values that are not
 
 import argparse
 import json
-import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,14 +34,12 @@ from networks.core.inspection import (
 )
 from networks.core.module_weights import ModuleWeights
 from networks.core.renaming import some_keys
+from tools.command import make_parser, run
 from tools.convert_lora import all_tables
 
-logger = logging.getLogger(__name__)
-
-EPILOG = """examples:
+EXAMPLES = """\
   python tools/check_lora_weights.py --model my_cat.safetensors
-  python tools/check_lora_weights.py --model my_cat.safetensors --json > report.json
-"""
+  python tools/check_lora_weights.py --model my_cat.safetensors --json > report.json"""
 
 
 @dataclass(frozen=True)
@@ -173,36 +170,33 @@ def list_keys(path: Path) -> Iterator[str]:
 
 def setup_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EXAMPLES)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", type=Path, help="the adapter file")
     which.add_argument("file", type=Path, nargs="?", help="the same, without the option's name")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON, single modules included")
-    parser.add_argument("--show_all_keys", action="store_true", help="also list every key: dtype, shape, norm")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print everything as JSON, single modules included")
+    how.add_argument("--show_all_keys", action="store_true", help="also list every key: dtype, shape, norm")
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    parser = setup_parser()
-    args = parser.parse_args(arguments)
-    if args.json and args.show_all_keys:
-        parser.error("--show_all_keys has no place in --json; give one of them")
+def print_report(args: argparse.Namespace) -> list[str]:
+    """Print what was found and return the problems."""
     path = args.model or args.file
-    try:
-        report = check(path)
-    except ValueError as error:
-        print(f"error: --model {error}", file=sys.stderr)
-        return 1
+    report = check(path)
     if args.json:
         print(as_json(report))
     else:
         for line in [*as_text(report), *(list_keys(path) if args.show_all_keys else ())]:
             print(line)
-    return 1 if report.problems else 0
+    return report.problems
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    found: list[str] = []
+    status = run(setup_parser(), lambda args: found.extend(print_report(args)), argv)
+    return status or int(bool(found))
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ import library.architectures
 from library.checkpoints.adapter_names import NAMINGS, BaseNames, FileNaming, names_of_base, recognise_base
 from networks.core.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
 from networks.core.renaming import Renamed, rename, some_keys
+from tools.command import check_output, make_parser, run
 
 logger = logging.getLogger(__name__)
 
-EPILOG = """examples:
+EXAMPLES = """\
   python tools/convert_lora.py --model my_cat.safetensors --save_to my_cat_diffusers.safetensors --to diffusers
-  python tools/convert_lora.py --model from_peft.safetensors --save_to for_comfyui.safetensors --to kohya
-"""
+  python tools/convert_lora.py --model from_peft.safetensors --save_to for_comfyui.safetensors --to kohya"""
 
 
 def all_tables() -> list[BaseNames]:
@@ -62,9 +62,7 @@ def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) 
 
 def setup_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--model", type=Path, required=True, help="the adapter file to read")
     parser.add_argument(
         "--save_to", type=Path, required=True, help="the file to write, .safetensors keeps the metadata"
@@ -82,17 +80,15 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    args = setup_parser().parse_args(arguments)
-    try:
-        renamed = convert(args.model, args.save_to, args.to, args.drop_unsupported)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def convert_and_tell(args: argparse.Namespace) -> None:
+    check_output("--save_to", args.save_to)
+    renamed = convert(args.model, args.save_to, args.to, args.drop_unsupported)
     print(f"{args.save_to}: {len(renamed.file.modules)} modules in the {args.to} naming")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run(setup_parser(), convert_and_tell, argv)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The texts are only shown: nothing in them is run. JSON among them is laid out, e
 """
 
 import argparse
+import io
 import json
 import re
 import sys
@@ -17,17 +18,17 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.checkpoints.files import is_safetensors, read_header
+from tools.command import make_parser, run
 
 TAG_KEY = "ss_tag_frequency"
 TIME_KEYS = ("ss_training_started_at", "ss_training_finished_at")
 LONGEST_TEXT = 2000  # characters that are shown of one value; pictures are longer
 SECTIONS = (("modelspec.", "model"), ("ss_", "training"), ("sshs_", "hashes"))
 
-EPILOG = """examples:
+EXAMPLES = """\
   python tools/show_metadata.py --model my_cat.safetensors
   python tools/show_metadata.py --model my_cat.safetensors --key ss_network_args
-  python tools/show_metadata.py --model my_cat.safetensors --json > metadata.json
-"""
+  python tools/show_metadata.py --model my_cat.safetensors --json > metadata.json"""
 
 
 def parsed(text: str) -> Any:
@@ -99,9 +100,7 @@ def printable(text: str) -> str:
 
 def setup_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EXAMPLES)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", type=Path, help="a .safetensors file")
     which.add_argument("file", type=Path, nargs="?", help="the same, without the option's name")
@@ -130,18 +129,16 @@ def show(path: Path, key: str | None, is_json: bool, num_tags: int) -> Iterator[
         yield from as_text(metadata, num_tags)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def print_metadata(args: argparse.Namespace) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a console of Windows may lack a letter
+        sys.stdout.reconfigure(errors="backslashreplace")
+    for line in show(args.model or args.file, args.key, args.json, args.num_tags):
+        print(line)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    args = setup_parser().parse_args(arguments)
-    if isinstance(sys.stdout.encoding, str) and sys.stdout.encoding.lower() != "utf-8":
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    try:
-        for line in show(args.model or args.file, args.key, args.json, args.num_tags):
-            print(line)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run(setup_parser(), print_metadata, argv)
 
 
 if __name__ == "__main__":
