@@ -38,7 +38,7 @@ def train(run: Run, writer: Writer, charts: Charts, interruption: Interruption) 
                 dataset.persistent_data_loader_workers,
             )
             for index, batch in enumerate(batches):
-                loss = backward(run, batch, plan.batch_number(epoch, index), plan.window_size(index))
+                loss = backward(run, batch, plan.batch_number(epoch, index), plan.window_size(index), step)
                 rates = [float(rate) for rate in run.schedule.get_last_lr()]
                 if plan.ends_window(index):
                     optimizer_step(run)
@@ -60,12 +60,13 @@ def train(run: Run, writer: Writer, charts: Charts, interruption: Interruption) 
     finish(writer, step, epoch, is_complete=step >= plan.max_train_steps)
 
 
-def backward(run: Run, batch: Batch, batch_number: int, window_size: int) -> float:
+def backward(run: Run, batch: Batch, batch_number: int, window_size: int, step: int) -> float:
     """Add the gradient of one batch; gives its loss. Dropout inside the models draws from a stream of the batch."""
     seed = stream_seed(run.seed, "step", batch_number)
     torch.manual_seed(seed)
     random.seed(seed)
     run.network.start_step(*run.models.network_view)
+    run.network.start_optimizer_step(run.seed, step)
     loss = loss_of(run, batch, batch_number)
     scaled = loss / window_size
     torch.autograd.backward(scaled if run.scaler is None else run.scaler.scale(scaled))

@@ -44,6 +44,9 @@ class NetworkArguments:
     loraplus_lr_ratio: float | None = None
     loraplus_unet_lr_ratio: float | None = None
     loraplus_text_encoder_lr_ratio: float | None = None
+    unit: int = 1  # networks.dylora: ranks are trained in blocks of so many; `dyloRA` is the same
+    conv_unit: int = 1  # the same for convolutions larger than 1x1
+    train_all_ranks: bool = True
 
 
 def parse_bool(text: str) -> bool:
@@ -65,6 +68,13 @@ def parse_rank(text: str) -> int:
     if rank < 0:
         raise ValueError("expected 0 or more")
     return rank
+
+
+def parse_unit(text: str) -> int:
+    """A block size: a whole number from 1."""
+    if (unit := parse_rank(text)) == 0:
+        raise ValueError("expected 1 or more")
+    return unit
 
 
 def parse_number(text: str) -> float:
@@ -126,16 +136,18 @@ SUPPORTED: Mapping[str, Parse] = {
     "loraplus_lr_ratio": parse_number,
     "loraplus_unet_lr_ratio": parse_number,
     "loraplus_text_encoder_lr_ratio": parse_number,
+    "unit": parse_unit,
+    "conv_unit": parse_unit,
+    "train_all_ranks": parse_bool,
 }
+
+SYNONYMS: Mapping[str, str] = {"dyloRA": "unit"}  # another spelling -> the argument
 
 PLANNED: Mapping[str, str] = {  # key -> what it belongs to
     "use_tucker": "Tucker decomposition of convolutions",
     "use_scalar": "a trained strength per module",
     "train_norm": "training of normalisation layers",
     "dora_wd": "DoRA",
-    "unit": "networks.dylora",
-    "dyloRA": "networks.dylora",
-    "train_all_ranks": "networks.dylora",
     "split_qkv": "separate adapters for q, k and v",
     "train_t5xxl": "the T5 text encoder",
     "network_reg_dims": "ranks by regular expression",
@@ -189,7 +201,7 @@ def parse_arguments(items: Mapping[str, Any], neuron_dropout: float | None = Non
         )
     if (chosen := neuron_dropout if neuron_dropout is not None else dropout) is not None:
         given["neuron_dropout"] = chosen
-    arguments = NetworkArguments(**{key: _parse(key, value) for key, value in given.items()})
+    arguments = NetworkArguments(**_merge_synonyms({key: _parse(key, value) for key, value in given.items()}))
     _check_together(arguments)
     return arguments
 
@@ -197,16 +209,29 @@ def parse_arguments(items: Mapping[str, Any], neuron_dropout: float | None = Non
 def _parse(key: str, value: Any) -> Any:
     if key in PLANNED:
         raise ValueError(f"--network_args {key}={value} is not supported yet ({PLANNED[key]}); leave {key} out")
-    if key not in SUPPORTED:
-        near = get_close_matches(key, [*SUPPORTED, *PLANNED], n=1, cutoff=0.5)
+    name = SYNONYMS.get(key, key)
+    if name not in SUPPORTED:
+        near = get_close_matches(key, [*SUPPORTED, *SYNONYMS, *PLANNED], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SUPPORTED)}"
         raise ValueError(f"--network_args {key}={value}: there is no argument {key}; {hint}")
     text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     try:
-        return SUPPORTED[key](text)
+        return SUPPORTED[name](text)
     except ValueError as error:
-        name = "--network_dropout" if key == "neuron_dropout" else f"--network_args {key}"
-        raise ValueError(f"{name}={text}: {error}") from None
+        flag = "--network_dropout" if key == "neuron_dropout" else f"--network_args {key}"
+        raise ValueError(f"{flag}={text}: {error}") from None
+
+
+def _merge_synonyms(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with every argument under one name. Raises ValueError where two spellings contradict each other."""
+    merged = {key: value for key, value in values.items() if key not in SYNONYMS}
+    for key, name in SYNONYMS.items():
+        if key in values and merged.setdefault(name, values[key]) != values[key]:
+            raise ValueError(
+                f"--network_args {key}={values[key]} and {name}={values[name]} mean the same and differ; "
+                "give one of them"
+            )
+    return merged
 
 
 def _check_together(arguments: NetworkArguments) -> None:
@@ -225,6 +250,7 @@ def _check_together(arguments: NetworkArguments) -> None:
         ("block_alphas", "block_dims or one of the *_lr_weight lists", in_blocks),
         ("conv_block_alphas", "block_dims with conv_block_dims or conv_dim", in_blocks and adapts_conv),
         ("block_lr_zero_threshold", "one of the *_lr_weight lists", has_factors),
+        ("conv_unit", "conv_dim", adapts_conv),
     ):
         if not is_there and getattr(arguments, name) != _default(name):
             logger.warning("--network_args %s has no effect without %s", name, needs)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from networks.core.arguments import NetworkArguments, parse_arguments
 from networks.core.delta import Delta
 from networks.core.files import group_by_module, rank_and_alpha, read_adapters
 from networks.core.join import Add
-from networks.core.network import AdapterNetwork, Member
+from networks.core.network import AdapterNetwork, Member, StartStep
 from networks.core.rules import Allotment, make_lr_factors, make_rules
 from networks.core.targets import AdapterTargets, Part, Site, find_sites
 
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
 RANK_ARGUMENTS = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+NESTED_ARGUMENTS = ("unit", "conv_unit", "train_all_ranks")
 
 MakeDelta = Callable[[nn.Module, int], Delta]
 """(the layer, its rank) -> the change of its weight."""
@@ -33,6 +34,16 @@ CreateFromWeights = Callable[..., tuple[AdapterNetwork, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What is particular to the adapters of one door."""
+
+    make_delta: MakeDelta
+    check: Callable[[AdapterNetwork], None] | None = None  # raises ValueError for settings it cannot work with
+    start_step: StartStep | None = None  # called before each batch of an optimizer step
+    refuses: Mapping[str, str] = field(default_factory=dict)  # network argument -> why it cannot meet this kind
+
+
+@dataclass(frozen=True)
 class Place:
     """One part of the base model that adapters search."""
 
@@ -41,7 +52,7 @@ class Place:
     text_encoder: int | None  # index of the text encoder, None for the denoiser
 
 
-def network_module(make_delta: MakeDelta) -> tuple[CreateNetwork, CreateFromWeights]:
+def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
     """`create_network` and `create_network_from_weights` of one kind of adapter; a door gives them these names."""
 
     def create_network(
@@ -60,6 +71,7 @@ def network_module(make_delta: MakeDelta) -> tuple[CreateNetwork, CreateFromWeig
         network arguments.
         """
         arguments = parse_arguments(network_args, neuron_dropout)
+        check_arguments(kind, arguments)
         rank = DEFAULT_RANK if network_dim is None else network_dim
         alpha = DEFAULT_ALPHA if network_alpha is None else float(network_alpha)
         if rank < 0 or alpha < 0:
@@ -71,10 +83,10 @@ def network_module(make_delta: MakeDelta) -> tuple[CreateNetwork, CreateFromWeig
             for site in find_sites(place.part, place.root, rules.classes(place.part)):
                 allotment = rules.allot(site)
                 if allotment.rank:
-                    members.append(make_member(make_delta, place, site, allotment, arguments, multiplier))
+                    members.append(make_member(kind, place, site, allotment, arguments, multiplier))
         if not members:
             raise ValueError(f"--network_dim {rank}: every module has rank 0, so there is nothing to train")
-        return AdapterNetwork(members, targets, arguments)
+        return complete(kind, members, targets, arguments)
 
     def create_network_from_weights(
         multiplier: float,
@@ -93,6 +105,7 @@ def network_module(make_delta: MakeDelta) -> tuple[CreateNetwork, CreateFromWeig
         *_lr_weight lists count. Raises ValueError when the file cannot be used.
         """
         arguments = parse_arguments(network_args, neuron_dropout)
+        check_arguments(kind, arguments)
         warn_of_ranks(arguments)
         weights = dict(read_adapters(file) if weights_sd is None else weights_sd)
         groups = group_by_module(weights, str(file))
@@ -106,16 +119,37 @@ def network_module(make_delta: MakeDelta) -> tuple[CreateNetwork, CreateFromWeig
                     is_in_denoiser = place.text_encoder is None
                     lr = factors.of(site.path) if factors is not None and is_in_denoiser else (1.0, None)
                     allotment = Allotment(rank, alpha, *lr)
-                    members.append(make_member(make_delta, place, site, allotment, arguments, multiplier))
+                    members.append(make_member(kind, place, site, allotment, arguments, multiplier))
         if not members:
             raise ValueError(
                 f"{file}: none of its {len(groups)} modules is in this base model; was it made for another?"
             )
-        network = AdapterNetwork(members, targets, arguments)
+        network = complete(kind, members, targets, arguments)
         network.train(not for_inference)
         return network, weights
 
     return create_network, create_network_from_weights
+
+
+def complete(
+    kind: Kind, members: Sequence[Member], targets: AdapterTargets, arguments: NetworkArguments
+) -> AdapterNetwork:
+    """The network of these adapters. Raises ValueError where the kind cannot work with them."""
+    network = AdapterNetwork(members, targets, arguments, kind.start_step)
+    if kind.check is not None:
+        kind.check(network)
+    return network
+
+
+def check_arguments(kind: Kind, arguments: NetworkArguments) -> None:
+    """Raise ValueError for an argument that this kind of adapter cannot meet, warn of those that belong to another."""
+    for name, reason in kind.refuses.items():
+        if getattr(arguments, name, False):
+            raise ValueError(f"--network_args {name} does not work with this --network_module: {reason}")
+    if kind.start_step is None:
+        given = [name for name in NESTED_ARGUMENTS if getattr(arguments, name) != getattr(NetworkArguments, name)]
+        if given:
+            logger.warning("--network_args %s has no effect; it belongs to networks.dylora", ", ".join(given))
 
 
 def warn_of_ranks(arguments: NetworkArguments) -> None:
@@ -148,7 +182,7 @@ def places(targets: AdapterTargets, text_encoder: TextEncoder, denoiser: nn.Modu
 
 
 def make_member(
-    make_delta: MakeDelta,
+    kind: Kind,
     place: Place,
     site: Site,
     allotment: Allotment,
@@ -157,5 +191,5 @@ def make_member(
 ) -> Member:
     """One adapter, not installed yet."""
     dropout = Dropout(arguments.neuron_dropout, arguments.rank_dropout, arguments.module_dropout)
-    delta = make_delta(site.module, allotment.rank)
+    delta = kind.make_delta(site.module, allotment.rank)
     return Member(Adapter(site, delta, Add(), allotment.alpha, dropout, multiplier), place.text_encoder, allotment)

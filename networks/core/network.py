@@ -30,17 +30,28 @@ class Member:
     allotment: Allotment
 
 
+StartStep = Callable[["AdapterNetwork", int, int], None]
+"""(network, seed, step) -> the network as it is in that optimizer step."""
+
+
 class AdapterNetwork(nn.Module):
     """The adapters of one base model, by the names they have in files: what `create_network` gives.
 
     Every method is part of the network protocol (networks/core/protocol.py).
     """
 
-    def __init__(self, members: Sequence[Member], targets: AdapterTargets, arguments: NetworkArguments) -> None:
+    def __init__(
+        self,
+        members: Sequence[Member],
+        targets: AdapterTargets,
+        arguments: NetworkArguments,
+        start_step: StartStep | None = None,
+    ) -> None:
         super().__init__()
         self.members = list(members)
         self.targets = targets
         self.arguments = arguments
+        self.start_step = start_step
         self._untrained: list[nn.Parameter] = []  # those of groups without a learning rate
         for member in self.members:
             name = member.adapter.site.name
@@ -160,6 +171,11 @@ class AdapterNetwork(nn.Module):
     def on_epoch_start(self, text_encoder: Any, unet: nn.Module) -> None:
         """Dropout is on from here; previews and validation switch it off with eval()."""
         self.train()
+
+    def on_optimizer_step_start(self, seed: int, step: int) -> None:
+        """Take up optimizer step `step` (from 0) of the run with this seed; called before each of its batches."""
+        if self.start_step is not None:
+            self.start_step(self, seed, step)
 
     def get_trainable_params(self) -> list[nn.Parameter]:
         """What the optimizer changes: the set whose gradient norm is limited."""

@@ -24,8 +24,8 @@ TextEncoder = nn.Module | list[nn.Module] | None
 """A single model where the base model has one text encoder, a list otherwise."""
 
 PLANNED_MODULES = (
-    "networks.lora_fa", "networks.dylora", "networks.lora_flux", "networks.lora_sd3", "networks.lora_lumina",
-    "networks.lora_hunyuan_image", "networks.lora_anima",
+    "networks.lora_flux", "networks.lora_sd3", "networks.lora_lumina", "networks.lora_hunyuan_image",
+    "networks.lora_anima",
 )  # fmt: skip
 PACKAGES = {"lycoris": "lycoris-lora"}  # import name -> what pip installs
 
@@ -67,7 +67,10 @@ class Network(Protocol):
 
     These methods must be there. Called where they exist: `prepare_network(args)`, `set_multiplier(x)`,
     `prepare_optimizer_params_with_multiple_te_lrs(text_encoder_lr, unet_lr, learning_rate)`,
-    `on_step_start(text_encoder, unet)`, `apply_max_norm_regularization(limit, device) -> (count, mean, maximum)`,
+    `on_step_start(text_encoder, unet)` before each batch,
+    `on_optimizer_step_start(seed, step)` before each batch too, with the run's seed and the number of optimizer steps
+    that are finished: the same for all batches of one step, so what a network draws from it is drawn once per step,
+    `apply_max_norm_regularization(limit, device) -> (count, mean, maximum)`,
     `merge_to(text_encoder, unet, weights, dtype, device)`.
     """
 
@@ -218,6 +221,10 @@ class AdoptedNetwork:
     def start_step(self, text_encoder: TextEncoder, denoiser: nn.Module) -> None:
         """Called before each micro-step."""
         self._optional("on_step_start", text_encoder, denoiser)
+
+    def start_optimizer_step(self, seed: int, step: int) -> None:
+        """Called before each micro-step with the seed of the run and the number of finished optimizer steps."""
+        self._optional("on_optimizer_step_start", seed, step)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimizer changes: the set whose gradient norm is limited."""

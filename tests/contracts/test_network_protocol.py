@@ -49,8 +49,8 @@ def test_networks_lora_opens_and_its_functions_take_what_the_trainer_gives() -> 
     ("name", "message"),
     [
         ("networks.lorra", "there is no such module; did you mean networks.lora?"),
-        ("my_own_file", "there are: networks.lora"),
-        ("networks.lora_flux", "not supported yet; there are: networks.lora"),
+        ("my_own_file", "there are: networks.dylora, networks.lora, networks.lora_fa"),
+        ("networks.lora_flux", "not supported yet; there are: networks.dylora, networks.lora"),
         ("networks.core.targets", "it lacks the function create_network"),
     ],
 )

@@ -1,0 +1,38 @@
+"""LoRA-FA: the down factor is frozen, so the layer's input need not be kept for the backward pass."""
+
+import logging
+from math import sqrt
+
+from torch import nn
+
+from networks.core.delta import Delta, LowRank, factor
+from networks.core.network import AdapterNetwork
+
+logger = logging.getLogger(__name__)
+
+LORAPLUS_RATIOS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
+
+
+def frozen_down(layer: nn.Module, rank: int) -> Delta:
+    """LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): dW = up @ down, where only up trains.
+
+    Stored as `LowRank` is. `lora_down.weight` starts normal with the deviation sqrt(2 / (I + R)), I being the input
+    features or channels. It is a buffer: in files, but no parameter, so neither the optimizer, nor the limit on the
+    gradient's norm, nor autograd ever meets it. The backward pass keeps the R channels instead of the layer's input.
+    """
+    delta = LowRank(layer, rank)
+    weight = factor(delta.lora_down).detach()
+    nn.init.normal_(weight, std=sqrt(2 / (weight.shape[1] + rank)))
+    del delta.lora_down.weight
+    delta.lora_down.register_buffer("weight", weight)
+    return delta
+
+
+def warn_of_ratios(network: AdapterNetwork) -> None:
+    """Say what LoRA+ comes to where there is no down factor to compare with."""
+    given = [name for name in LORAPLUS_RATIOS if getattr(network.arguments, name)]
+    if given:
+        logger.warning(
+            "--network_args %s: networks.lora_fa trains up factors only, so this just multiplies their learning rate",
+            ", ".join(given),
+        )

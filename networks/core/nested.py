@@ -1,0 +1,142 @@
+"""DyLoRA: one adapter whose first k ranks are an adapter of rank k, for every k that is a multiple of a unit.
+
+Letters: O output features or channels, I input features or channels, R rank, K the ranks of this step, h w kernel.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
+
+from library.randomness import random_for
+from networks.core.arguments import NetworkArguments
+from networks.core.delta import LowRank, add_product, factor, in_dtype_of
+from networks.core.network import AdapterNetwork
+from networks.core.targets import Site
+
+STREAM = "dylora rank"
+UNITS = {  # how a module is adapted -> (the argument with its block size, the settings of its rank)
+    "plain": ("unit", "--network_dim (or block_dims)"),
+    "conv": ("conv_unit", "conv_dim (or conv_block_dims)"),
+}
+
+
+def nested_rank(rank: int, step_rank: int, full_rank: int, unit: int = 1) -> int:
+    """The ranks that a module of `rank` has when the network, whose full rank is `full_rank`, is at `step_rank`.
+
+    The same share of its own rank, to the nearest multiple of `unit` and at least one unit; `rank` is a multiple of
+    `unit`. The module whose rank is the full one has `step_rank` exactly.
+    """
+    num_units = (2 * rank * step_rank + full_rank * unit) // (2 * full_rank * unit)
+    return unit * max(1, num_units)
+
+
+class NestedRank(nn.Module):
+    """DyLoRA (Valipour et al. 2022, arXiv:2210.07558): dW = up[:, :K] @ down[:K], K drawn anew for every step.
+
+    Stored as `LowRank` is. While training, only the first K rows of `lora_down` and columns of `lora_up` are
+    multiplied, so what learns is what a file cut at K contains; in evaluation it is all R. The strength is that of the
+    full rank at every K: a column means the same whichever rank is drawn, and a file cut at K has alpha * K / R.
+    """
+
+    def __init__(self, layer: nn.Module, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        full = LowRank(layer, rank)
+        self.lora_down, self.lora_up = full.lora_down, full.lora_up
+        self._rows: tuple[int, int] | None = None  # of this step: the first that learns, the end of those multiplied
+
+    def use_rows(self, first_learning: int, end: int) -> None:
+        """Multiply rows and columns 0 to `end` in the steps that follow; those before `first_learning` stay as is."""
+        assert 0 <= first_learning < end <= self.rank
+        self._rows = (first_learning, end)
+
+    def down(self, x: Tensor) -> Tensor:
+        first, end = self._rows_of_this_call()
+        weight = part(factor(self.lora_down), 0, first, end)
+        x = in_dtype_of(self.lora_down, x)
+        if isinstance(self.lora_down, nn.Conv2d):
+            layer = self.lora_down
+            return conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
+        return linear(x, weight)
+
+    def up(self, hidden: Tensor, base: Tensor) -> Tensor:
+        return add_product(base, hidden, part(factor(self.lora_up), 1, *self._rows_of_this_call()))
+
+    def weight(self) -> Tensor:
+        up_OR, down_RI = factor(self.lora_up).flatten(1), factor(self.lora_down).flatten(1)
+        return (up_OR @ down_RI).reshape(up_OR.shape[0], *factor(self.lora_down).shape[1:])
+
+    def _rows_of_this_call(self) -> tuple[int, int]:
+        """All rows in evaluation, which reaches the factors as part of the network; else those of the step."""
+        if not self.lora_down.training:
+            return 0, self.rank
+        if self._rows is None:
+            raise RuntimeError(
+                "networks.dylora draws a rank for each optimizer step, but nobody said which step this is: call "
+                "on_optimizer_step_start(seed, step) of the network before each step, or its eval() for the full rank"
+            )
+        return self._rows
+
+
+def part(weight: Tensor, axis: int, first: int, end: int) -> Tensor:
+    """`weight` up to `end` of an axis, where only what lies from `first` on has a gradient."""
+    if first == 0:
+        return weight.narrow(axis, 0, end)
+    return torch.cat([weight.detach().narrow(axis, 0, first), weight.narrow(axis, first, end - first)], axis)
+
+
+def draw_rank(network: AdapterNetwork, seed: int, step: int) -> None:
+    """Choose the rank of optimizer step `step` (from 0), one for all modules, every multiple of the unit equally often.
+
+    It is a function of seed and step, so it is the same in every process, in every batch of an accumulation window, in
+    a recomputed block and after a resume. With `train_all_ranks` (the default) all rows up to it learn; without, as in
+    the paper's frozen variant, only those that the next smaller rank lacks.
+    """
+    modules = nested_modules(network)
+    full_rank, unit = measure_of(network)
+    ranks = range(unit, full_rank + 1, unit)
+    drawn = random_for(seed, STREAM, step).randrange(len(ranks))
+    rows: dict[tuple[int, int], tuple[int, int]] = {}  # by (rank, unit): networks have few of them
+    for site, delta in modules:
+        key = (delta.rank, unit_of(site, network.arguments))
+        if key not in rows:
+            ladder = [nested_rank(key[0], rank, full_rank, key[1]) for rank in ranks[: drawn + 1]]
+            below = max((rank for rank in ladder if rank < ladder[-1]), default=0)
+            rows[key] = (0 if network.arguments.train_all_ranks else below, ladder[-1])
+        delta.use_rows(*rows[key])
+
+
+def check_units(network: AdapterNetwork) -> None:
+    """Raise ValueError where a rank is no multiple of its unit, naming the nearest that are."""
+    for site, delta in nested_modules(network):
+        unit = unit_of(site, network.arguments)
+        if delta.rank % unit:
+            argument, setting = UNITS[site.kind]
+            lower = delta.rank - delta.rank % unit
+            nearest = f"{lower} or {lower + unit}" if lower else str(unit)
+            raise ValueError(
+                f"--network_args {argument}={unit}: {site.name} has rank {delta.rank}, which is no multiple of it; "
+                f"set {setting} to {nearest}, or choose another {argument}"
+            )
+
+
+def measure_of(network: AdapterNetwork) -> tuple[int, int]:
+    """(full rank, unit) of the network: the largest rank of its plain layers; of its convolutions if that is all."""
+    modules = nested_modules(network)
+    plain = [(delta.rank, unit_of(site, network.arguments)) for site, delta in modules if site.kind == "plain"]
+    return max(plain or [(delta.rank, unit_of(site, network.arguments)) for site, delta in modules])
+
+
+def unit_of(site: Site, arguments: NetworkArguments) -> int:
+    """The block size of one module's rank."""
+    return arguments.unit if site.kind == "plain" else arguments.conv_unit
+
+
+def nested_modules(network: AdapterNetwork) -> list[tuple[Site, NestedRank]]:
+    """The modules that have a rank; trained norms have none."""
+    found = []
+    for member in network.members:
+        delta = member.adapter.delta
+        if isinstance(delta, NestedRank):
+            found.append((member.adapter.site, delta))
+    return found
