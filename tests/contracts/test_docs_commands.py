@@ -23,6 +23,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 FLAGS_OF_OTHERS = {"--venv", "--slow"}  # of tools/start.py
+TOOLS = ("convert_lora", "check_lora_weights", "show_metadata")  # whose options pages speak of
 
 
 def blocks_of(page: Path, language: str) -> list[str]:
@@ -139,7 +140,9 @@ def test_wrong_command_is_noticed(command: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_named_in_the_text_exist(page: Path) -> None:
-    known = set(importlib.import_module("train_network").setup_parser()._option_string_actions) | FLAGS_OF_OTHERS
+    known = set(FLAGS_OF_OTHERS)
+    for module in ("train_network", *(f"tools.{name}" for name in TOOLS)):
+        known |= set(importlib.import_module(module).setup_parser()._option_string_actions)
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     code = [part for part in INLINE_CODE.findall(text) if not part.startswith(("python3 ", "ruff ", "mypy "))]
     named = {flag for part in code for flag in FLAG.findall(part)}
