@@ -54,6 +54,7 @@ TEXT_WIDTH = 128
 VAE_BATCH_SIZE = 8
 NUM_DOODLES = 3  # of a batch
 VAE_LEARNING_RATE = 2e-3
+DECODER_LEARNING_RATE = 1e-3
 KL_WEIGHT = 1e-4  # of the mean over latents, against the mean over pixels
 FIRST_LOG_VARIANCE = -6.0  # of the posterior: noise as large as the latents would hide them from the decoder at first
 UNET_BATCH_SIZE = 32
