@@ -1,0 +1,85 @@
+"""The small decisions of putting a run together."""
+
+import argparse
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from library.options.train import TrainOptions
+from library.training.setup import allow_fp16_gradients, choose_seed, group_names, identity_of, trains_text_encoders
+
+
+def options_of(**values: Any) -> TrainOptions:
+    parser = argparse.ArgumentParser()
+    TrainOptions.add_to(parser)
+    args = parser.parse_args([])
+    for name, value in values.items():
+        setattr(args, name, value)
+    return TrainOptions.from_args(args)
+
+
+def test_identity_follows_the_weights_and_not_their_memory_order() -> None:
+    torch.manual_seed(31)
+    vae = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 1, 1), nn.Linear(3, 3, dtype=torch.bfloat16))
+    identity = identity_of(vae)
+    assert identity_of(vae.to(memory_format=torch.channels_last)) == identity  # type: ignore[call-overload]
+    with torch.no_grad():
+        vae[1].weight[0, 3] += 1e-3
+    assert identity_of(vae) != identity
+
+
+def test_another_precision_of_the_same_weights_is_another_identity() -> None:
+    layer = nn.Linear(2, 2)
+    nn.init.constant_(layer.weight, 0.5)  # exact in both
+    nn.init.zeros_(layer.bias)
+    assert identity_of(layer) != identity_of(layer.half())
+
+
+def test_full_fp16_unscales_gradients_that_are_fp16_themselves() -> None:
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.float16))
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    allow_fp16_gradients(scaler)
+    scaler.scale((parameter.float() * torch.tensor([1.0, 2.0, 3.0])).sum()).backward()
+    scaler.unscale_(optimizer)
+    assert parameter.grad is not None
+    assert parameter.grad.tolist() == [1, 2, 3]
+    scaler.step(optimizer)
+    assert parameter.tolist() == [0.5, 0, -0.5]
+
+
+def test_a_given_seed_is_kept_and_a_missing_one_fits_numpy() -> None:
+    assert choose_seed(0) == 0
+    assert all(0 <= choose_seed(None) < 2**32 for _ in range(20))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, True),
+        ({"network_train_unet_only": True}, False),
+        ({"text_encoder_lr": [0.0]}, False),
+        ({"text_encoder_lr": [0.0, 1e-4]}, True),
+        ({"learning_rate": 0.0}, False),
+        ({"learning_rate": 0.0, "text_encoder_lr": [1e-5]}, True),
+    ],
+)
+def test_text_encoders_train_when_something_of_theirs_moves(values: dict[str, Any], expected: bool) -> None:
+    assert trains_text_encoders(options_of(**values)) is expected
+
+
+@pytest.mark.parametrize(
+    ("values", "num_groups", "expected"),
+    [
+        ({}, 2, ["textencoder", "unet"]),
+        ({}, 3, ["group0", "group1", "group2"]),
+        ({"network_train_unet_only": True}, 1, ["unet"]),
+        ({"network_train_text_encoder_only": True}, 1, ["textencoder"]),
+        ({"network_train_unet_only": True}, 2, ["group0", "group1"]),
+    ],
+)
+def test_groups_without_names_get_different_ones(values: dict[str, Any], num_groups: int, expected: list[str]) -> None:
+    assert group_names(None, num_groups, options_of(**values)) == expected
+    assert group_names(["a"] * num_groups, num_groups, options_of(**values)) == ["a"] * num_groups
