@@ -3,7 +3,8 @@
 DyLoRA trains the first k rows of lora_down and columns of lora_up to be an adapter of rank k of their own. Training
 at rank k computes (alpha / R) * up[:, :k] @ down[:k], R being the full rank: one scale for every rank. A file cut at
 rank r therefore gets the alpha alpha * r / R, so that its alpha / r is the same and its strength is what was trained.
-Modules of another rank than the rest (convolutions with conv_dim) are cut in proportion: R' becomes R' * r / R.
+Modules of another rank than the rest (convolutions with conv_dim) are cut in proportion, as they were trained: R'
+becomes R' * r / R, rounded to their own unit where the file records one.
 """
 
 import argparse
@@ -23,6 +24,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from networks.core.adapter_file import AdapterFile, read_adapter_file, require_forms, save_adapter_file
 from networks.core.files import DOWN, UP
 from networks.core.module_weights import ModuleWeights
+from networks.core.nested import nested_rank
 from tools.command import check_output, make_parser, run, with_comment
 
 logger = logging.getLogger(__name__)
@@ -42,12 +44,20 @@ class Nested:
     file: AdapterFile
     full_rank: int  # of the Linear layers; of the convolutions where there is nothing else
     unit: int | None  # the block size it was trained with, None where the file does not say
+    conv_unit: int  # the same for larger kernels, 1 where the file does not say
 
     @property
     def possible_ranks(self) -> list[int]:
         """Every rank that was trained as one, in ascending order."""
         unit = self.unit or 1
         return list(range(unit, self.full_rank + 1, unit))
+
+    def rank_of(self, module: ModuleWeights, rank: int) -> int:
+        """What a module's rank becomes when the file is cut at `rank`: what it was in training at that rank."""
+        own_unit = self.conv_unit if module.form == "conv" else self.unit or 1
+        if module.rank % own_unit:  # not what it was trained with
+            own_unit = 1
+        return nested_rank(module.rank, rank, self.full_rank, own_unit)
 
 
 def open_nested(path: Path) -> Nested:
@@ -64,17 +74,32 @@ def open_nested(path: Path) -> Nested:
     if not modules:
         raise ValueError(f"{file.origin} has norm weights only, nothing in it has a rank")
     ranks = [m.rank for m in modules if m.form == "low_rank"] or [m.rank for m in modules]
-    return Nested(file, max(ranks), trained_unit(file.metadata, max(ranks)))
+    arguments = network_arguments(file.metadata)
+    unit = trained_unit(arguments, ("unit", "dyloRA", "dylora"))
+    return Nested(
+        file=file,
+        full_rank=max(ranks),
+        unit=unit if unit and max(ranks) % unit == 0 else None,
+        conv_unit=trained_unit(arguments, ("conv_unit",)) or 1,
+    )
 
 
-def trained_unit(metadata: Mapping[str, str], full_rank: int) -> int | None:
-    """The block size that `ss_network_args` records, None where it does not or where it makes no sense."""
+def network_arguments(metadata: Mapping[str, str]) -> Mapping[str, object]:
+    """What `ss_network_args` records; nothing where it is not there or cannot be read."""
     try:
         arguments = json.loads(metadata.get("ss_network_args", "{}"))
-        unit = int(arguments.get("unit") or arguments.get("dyloRA") or arguments["dylora"])
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return None
-    return unit if unit > 0 and full_rank % unit == 0 else None
+    except ValueError:
+        return {}
+    return arguments if isinstance(arguments, dict) else {}
+
+
+def trained_unit(arguments: Mapping[str, object], names: Sequence[str]) -> int | None:
+    """The block size recorded under one of these names, None where there is none that makes sense."""
+    for name in names:
+        text = str(arguments.get(name, ""))
+        if text.isdecimal() and int(text) > 0:
+            return int(text)
+    return None
 
 
 def choose_ranks(nested: Nested, unit: int | None, ranks: Sequence[int] | None) -> list[int]:
@@ -109,23 +134,18 @@ def listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def rank_at(module: ModuleWeights, rank: int, full_rank: int) -> int:
-    """What a module's rank becomes when the file is cut at `rank`: the same share of it, at least 1."""
-    return max(1, (2 * module.rank * rank + full_rank) // (2 * full_rank))
-
-
-def cut_module(module: ModuleWeights, rank: int, full_rank: int) -> ModuleWeights:
+def cut_module(nested: Nested, module: ModuleWeights, rank: int) -> ModuleWeights:
     """The first ranks of a module, at the same scale; norm weights stay, they have no rank."""
     if not module.is_low_rank:
         return module
-    own = rank_at(module, rank, full_rank)
+    own = nested.rank_of(module, rank)
     up_OR, down_RN = module.tensors[UP].flatten(1), module.tensors[DOWN].flatten(1)
     return module.with_factors(up_OR[:, :own], down_RN[:own], module.scale)
 
 
 def cut_file(nested: Nested, rank: int) -> AdapterFile:
     """The plain LoRA of one rank, with metadata that says so."""
-    modules = [cut_module(module, rank, nested.full_rank) for module in nested.file.modules.values()]
+    modules = [cut_module(nested, module, rank) for module in nested.file.modules.values()]
     alphas = {module.alpha for module in modules if module.is_low_rank and module.form == "low_rank"} or {
         module.alpha for module in modules if module.is_low_rank
     }
@@ -172,7 +192,7 @@ def differences(nested: Nested, ranks: Sequence[int]) -> Iterator[tuple[int, flo
     for rank in ranks:
         left = 0.0
         for module, gram_RR in grams:
-            own = rank_at(module, rank, nested.full_rank)
+            own = nested.rank_of(module, rank)
             left += float(gram_RR[own:, own:].sum())
         yield rank, (max(left, 0.0) / full) ** 0.5 if full > 0 else 0.0
 
