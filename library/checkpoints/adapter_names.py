@@ -18,16 +18,37 @@ PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
+class Piece:
+    """One of the modules that diffusers has where the original checkpoint has one with their rows below each other."""
+
+    diffusers: str
+    share: int  # of the rows, in units that all pieces of a module have in common
+
+
+@dataclass(frozen=True)
 class ModuleNames:
     """One module of a base model in every naming, without the end of the key (`.lora_down.weight`)."""
 
     kohya: str
     generic: str
-    diffusers: str
+    diffusers: str | tuple[Piece, ...]
     aliases: tuple[str, ...] = ()  # that other trainers use
 
-    def in_naming(self, naming: FileNaming) -> str:
-        return {"kohya": self.kohya, "generic": self.generic, "diffusers": self.diffusers}[naming]
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """diffusers' modules for this one where they are several, in the order of the rows."""
+        return () if isinstance(self.diffusers, str) else self.diffusers
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """Every name that leads to this module."""
+        whole = (self.diffusers,) if isinstance(self.diffusers, str) else tuple(p.diffusers for p in self.diffusers)
+        return (self.kohya, self.generic, *whole, *self.aliases)
+
+    def piece_of(self, name: str) -> int | None:
+        """Which piece a file calls `name`, None for a name of the whole module."""
+        flat = underscored(name)
+        return next((i for i, piece in enumerate(self.pieces) if underscored(piece.diffusers) == flat), None)
 
 
 @dataclass(frozen=True)
@@ -40,14 +61,10 @@ class BaseNames:
     @cached_property
     def index(self) -> Mapping[str, ModuleNames]:
         """Every spelling of a module name, with underscores for dots."""
-        return {
-            underscored(name): module
-            for module in self.modules
-            for name in (module.kohya, module.generic, module.diffusers, *module.aliases)
-        }
+        return {underscored(name): module for module in self.modules for name in module.spellings}
 
     def find(self, name: str) -> ModuleNames | None:
-        """The module that a file calls `name`, None for one that this base model lacks."""
+        """The module that `name` in a file is or is a piece of, None for one that this base model lacks."""
         return self.index.get(underscored(name))
 
 

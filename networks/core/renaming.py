@@ -4,16 +4,16 @@ The generic and the diffusers naming have no alpha: the scale alpha / rank is mu
 such a file has the rank for alpha, so its scale is 1.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from library.checkpoints.adapter_names import BaseNames, FileNaming
+from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames
 from networks.core.adapter_file import AdapterFile
-from networks.core.files import ALPHA, DOWN, UP
-from networks.core.module_weights import B_NORM, DORA_SCALE, W_NORM, ModuleWeights
+from networks.core.files import ALPHA, B_NORM, DORA_SCALE, DOWN, UP, W_NORM
+from networks.core.module_weights import ModuleWeights
 
 LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
 HELD: Mapping[FileNaming, frozenset[str] | None] = {  # leaves that a naming has a place for; None: all
@@ -47,40 +47,72 @@ def rename(file: AdapterFile, names: BaseNames, to: FileNaming, drop_unsupported
         )
     modules: dict[str, ModuleWeights] = {}
     widened = []
-    for module in file.modules.values():
-        found = names.find(module.name)
-        kept = {leaf: tensor for leaf, tensor in module.tensors.items() if module.keys[leaf] not in lost}
-        if found is None or not kept:
-            continue
-        name = found.in_naming(to)
-        if name in modules:
-            raise ValueError(f"{file.origin} has the module {name} twice, under different names; remove one of them")
-        tensors = with_alpha_tensor(module, kept) if to == "kohya" else without_alpha(module, kept)
-        modules[name] = ModuleWeights(name, tensors, {leaf: f"{name}.{ending(leaf, to)}" for leaf in tensors})
-        if DOWN in kept and tensors[DOWN].dtype != kept[DOWN].dtype:
-            widened.append(name)
+    for found, members in group_by_place(file, names, frozenset(lost)).items():
+        dtypes = {member.tensors[DOWN].dtype for member in members if DOWN in member.tensors}
+        for name, tensors in in_naming(found, members, to, file.origin):
+            modules[name] = ModuleWeights(name, tensors, {leaf: f"{name}.{ending(leaf, to)}" for leaf in tensors})
+            if DOWN in tensors and tensors[DOWN].dtype not in dtypes:
+                widened.append(name)
     if not modules:
         raise ValueError(f"{file.origin}: the {to} naming can hold none of its {len(file.modules)} modules")
     renamed = file.with_modules(modules.values(), file.metadata)
     return Renamed(AdapterFile(file.origin, renamed.modules, renamed.metadata, {}), tuple(lost), tuple(widened))
 
 
+def group_by_place(file: AdapterFile, names: BaseNames, lost: frozenset[str]) -> dict[ModuleNames, list[ModuleWeights]]:
+    """The modules of a file, less what is lost, by the module of the base model that they are or are a piece of."""
+    groups: dict[ModuleNames, list[ModuleWeights]] = {}
+    for module in file.modules.values():
+        found = names.find(module.name)
+        kept = {leaf: tensor for leaf, tensor in module.tensors.items() if module.keys[leaf] not in lost}
+        if found is not None and kept:
+            groups.setdefault(found, []).append(replace(module, tensors=kept))
+    return groups
+
+
+def in_naming(
+    found: ModuleNames, members: Sequence[ModuleWeights], to: FileNaming, origin: str
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name, tensors) of one module of the base model, which can be several where diffusers has pieces of it."""
+    pieces = {found.piece_of(member.name): member for member in members}
+    if len(pieces) < len(members) or (len(members) > 1 and None in pieces):
+        raise ValueError(f"{origin} has the module {found.kohya} twice, under different names; remove one of them")
+    if None not in pieces and to == "diffusers":
+        for i, piece in enumerate(found.pieces):
+            if i in pieces:
+                yield piece.diffusers, without_alpha(pieces[i])
+        return
+    whole = pieces[None] if None in pieces else join_pieces(found, pieces, origin)
+    if to == "kohya":
+        yield found.kohya, with_alpha_tensor(whole)
+    elif to == "generic":
+        yield found.generic, without_alpha(whole)
+    elif isinstance(found.diffusers, str):
+        yield found.diffusers, without_alpha(whole)
+    else:
+        yield from split_rows(found, without_alpha(whole), origin)
+
+
 def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming) -> Iterator[str]:
     """The keys that a naming has no place for: whole modules that make no sense without one, and single tensors."""
-    held = HELD[to]
     for module in file.modules.values():
-        if names.find(module.name) is None:
+        found = names.find(module.name)
+        if found is None:
             yield from module.keys.values()
             continue
+        held = HELD[to]
+        if found.piece_of(module.name) is not None:
+            held = HELD["diffusers"]  # what is joined from pieces has nothing else
         foreign = [leaf for leaf in module.tensors if held is not None and leaf not in held]
-        loses_all = any(leaf not in SEPARABLE for leaf in foreign)
+        is_empty = held is not None and module.tensors.keys() == {ALPHA}
+        loses_all = is_empty or any(leaf not in SEPARABLE for leaf in foreign)
         yield from (key for leaf, key in module.keys.items() if loses_all or leaf in foreign)
     yield from file.unknown
 
 
-def with_alpha_tensor(module: ModuleWeights, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_alpha_tensor(module: ModuleWeights) -> dict[str, Tensor]:
     """The tensors with an alpha of their own and the magnitudes of DoRA in the dimensions of the weight."""
-    tensors = dict(kept)
+    tensors = dict(module.tensors)
     if module.is_low_rank and ALPHA not in tensors:
         tensors[ALPHA] = torch.tensor(module.alpha, dtype=torch.float32)
     if DORA_SCALE in tensors and DOWN in tensors and tensors[DORA_SCALE].dim() == 1:  # PEFT: one number per output
@@ -88,12 +120,56 @@ def with_alpha_tensor(module: ModuleWeights, kept: Mapping[str, Tensor]) -> dict
     return tensors
 
 
-def without_alpha(module: ModuleWeights, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_alpha(module: ModuleWeights) -> dict[str, Tensor]:
     """The tensors with the scale multiplied into lora_up."""
-    tensors = {leaf: tensor for leaf, tensor in kept.items() if leaf != ALPHA}
+    tensors = {leaf: tensor for leaf, tensor in module.tensors.items() if leaf != ALPHA}
     if module.is_low_rank:
         tensors[UP], tensors[DOWN] = fold_scale(tensors[UP], tensors[DOWN], module.scale)
     return tensors
+
+
+def split_rows(
+    found: ModuleNames, tensors: Mapping[str, Tensor], origin: str
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """One LoRA per piece: each has its rows of lora_up and the same lora_down."""
+    up, down = tensors[UP], tensors[DOWN]
+    num_shares = sum(piece.share for piece in found.pieces)
+    if up.shape[0] % num_shares:
+        raise ValueError(f"{origin}: {found.kohya} has {up.shape[0]} outputs, which is no multiple of {num_shares}")
+    for piece, rows in zip(found.pieces, rows_of_pieces(found, up.shape[0] // num_shares), strict=True):
+        yield piece.diffusers, {DOWN: down.clone(), UP: up[rows].clone()}
+
+
+def rows_of_pieces(found: ModuleNames, unit: int) -> Iterator[slice]:
+    """Where the rows of each piece lie, `unit` for every share."""
+    first = 0
+    for piece in found.pieces:
+        yield slice(first, first + piece.share * unit)
+        first += piece.share * unit
+
+
+def join_pieces(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights], origin: str) -> ModuleWeights:
+    """One LoRA for all pieces: exact at the same rank where they share lora_down, else at the sum of their ranks.
+
+    The rows of a piece that the file lacks are zero.
+    """
+    folded = {i: without_alpha(module) for i, module in pieces.items()}
+    units = {folded[i][UP].shape[0] / piece.share for i, piece in enumerate(found.pieces) if i in folded}
+    if len(units) > 1 or not next(iter(units)).is_integer():
+        raise ValueError(f"{origin}: the sizes of the pieces of {found.kohya} do not fit together")
+    downs = [tensors[DOWN] for tensors in folded.values()]
+    ups = [tensors[UP] for tensors in folded.values()]
+    is_shared = all(torch.equal(down, downs[0]) for down in downs)
+    down = downs[0] if is_shared else torch.cat(downs)
+    dtype = torch.float32 if any(up.dtype == torch.float32 for up in ups) else down.dtype
+    rows = list(rows_of_pieces(found, int(next(iter(units)))))
+    up = torch.zeros(rows[-1].stop, down.shape[0], dtype=dtype)
+    for n, i in enumerate(folded):
+        assert i is not None
+        first = 0 if is_shared else sum(down.shape[0] for down in downs[:n])
+        up[rows[i], first : first + ups[n].shape[1]] = ups[n].to(dtype)
+    tensors = {DOWN: down.to(dtype), UP: up}
+    return ModuleWeights(found.kohya, tensors, {leaf: f"{found.kohya}.{leaf}" for leaf in tensors})
 
 
 def fold_scale(up: Tensor, down: Tensor, scale: float) -> tuple[Tensor, Tensor]:

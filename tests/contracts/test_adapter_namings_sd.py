@@ -50,7 +50,7 @@ def test_every_spelling_finds_its_own_module(naming: str) -> None:
 
 
 def test_no_two_modules_share_a_spelling() -> None:
-    spellings = [re.sub(r"\.", "_", name) for m in NAMES.modules for name in {m.kohya, m.generic, m.diffusers}]
+    spellings = [re.sub(r"\.", "_", name) for m in NAMES.modules for name in (m.kohya, m.generic, str(m.diffusers))]
     assert len(spellings) == len(set(spellings)) == 3 * len(NAMES.modules)
 
 

@@ -164,6 +164,7 @@ EXTRAS = {
     "b_norm": (f"{NORM}.b_norm", torch.ones(7)),
     "a stranger": ("bundle_emb.cat.string_to_param", torch.ones(2)),
     "a module that SD 1.x lacks": ("lora_unet_down_blocks_9_conv.alpha", torch.ones(())),
+    "an alpha alone": (f"{NORM}.alpha", torch.ones(())),
     "hada": (f"{NORM}.hada_w1_a", torch.ones(3, 3)),
     "lokr": (f"{NORM}.lokr_w1", torch.ones(3, 3)),
 }
@@ -225,7 +226,7 @@ def test_a_module_under_two_names_is_an_error() -> None:
     tensors = four_modules(4, 2.0, torch.float32, 907)
     tensors["unet.mid_block.attentions.0.proj_in.lora_A.weight"] = torch.ones(4, 5, 1, 1)
     tensors["unet.mid_block.attentions.0.proj_in.lora_B.weight"] = torch.ones(7, 4, 1, 1)
-    with pytest.raises(ValueError, match=r"module diffusion_model\.middle_block\.1\.proj_in twice"):
+    with pytest.raises(ValueError, match=r"module lora_unet_mid_block_attentions_0_proj_in twice"):
         renamed(tensors, "generic")
 
 
