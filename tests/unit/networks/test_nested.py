@@ -1,0 +1,378 @@
+"""DyLoRA: every prefix of the ranks is an adapter, and each step trains one of them."""
+
+import copy
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from networks import dylora, lora
+from networks.core.adapter import Adapter, Dropout
+from networks.core.join import Add
+from networks.core.nested import NestedRank, nested_rank
+from networks.core.network import AdapterNetwork
+from networks.core.targets import Site
+from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
+from tests.unit.networks.toy import randomize, toy_models
+from tools.extract_lora_from_dylora import main as extract
+
+CONV = {"conv_dim": "6", "conv_alpha": "3"}
+
+
+def network_on(
+    models: tuple[nn.Module, nn.Module], seed: int, rank: int = 12, alpha: float = 5.0, **arguments: str
+) -> AdapterNetwork:
+    """Installed, with weights as after training."""
+    network = dylora.create_network(1.0, rank, alpha, None, *models, **arguments)
+    randomize(network, seed)
+    network.apply_to(*models)
+    return network
+
+
+def ranks_of(network: AdapterNetwork) -> dict[str, int]:
+    """The ranks that the present step multiplies, by module."""
+    ranks = {}
+    for name, adapter in network.adapters.items():
+        assert isinstance(adapter.delta, NestedRank) and adapter.delta._rows is not None
+        ranks[name] = adapter.delta._rows[1]
+    return ranks
+
+
+def steps_by_rank(network: AdapterNetwork, seed: int, name: str, num_steps: int = 300) -> dict[int, int]:
+    """Rank of one module -> a step in which the network has it; the network is in the last of the steps afterwards."""
+    steps = {}
+    for step in range(num_steps):
+        network.on_optimizer_step_start(seed, step)
+        steps[ranks_of(network)[name]] = step
+    return dict(sorted(steps.items()))
+
+
+def outputs(models: tuple[nn.Module, nn.Module], seed: int) -> tuple[Tensor, Tensor]:
+    text, unet = models
+    dtype = next(unet.parameters()).dtype
+    generator = torch.Generator().manual_seed(seed)
+    x_BTC = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64).to(dtype)
+    x_BCHW = torch.randn(2, 6, 4, 4, generator=generator, dtype=torch.float64).to(dtype)
+    return text(x_BTC), unet(x_BCHW)
+
+
+@pytest.mark.parametrize(
+    ("unit", "ranks"), [("1", range(1, 13)), ("3", [3, 6, 9, 12]), ("12", [12])], ids=["unit 1", "unit 3", "unit 12"]
+)
+def test_the_file_cut_at_a_rank_computes_what_training_at_that_rank_computed(
+    tmp_path: Path, unit: str, ranks: list[int]
+) -> None:
+    models = toy_models(1)
+    bare = copy.deepcopy(models)
+    network = network_on(models, 2, unit=unit, **CONV)
+    steps = steps_by_rank(network, 3, "lora_unet_mid_attention_to_q")
+    assert list(steps) == list(ranks)
+
+    path = tmp_path / "all.safetensors"
+    network.save_weights(str(path), None, {})
+    assert extract(["--model", str(path), "--save_to", str(path), "--unit", unit]) == 0
+    alone = outputs(bare, 4)
+    for rank, step in steps.items():
+        network.on_optimizer_step_start(3, step)
+        trained = outputs(models, 4)
+        cut_models = copy.deepcopy(bare)
+        file = str(tmp_path / f"all-{rank:04d}.safetensors")
+        cut, _ = lora.create_network_from_weights(1.0, file, None, *cut_models)
+        cut.apply_to(*cut_models)
+        cut.load_weights(file)
+        assert {a.delta.rank for name, a in cut.adapters.items() if "conv1" not in name} == {rank}
+        assert {a.delta.rank for name, a in cut.adapters.items() if "conv1" in name} == {(rank + 1) // 2}
+        for got, expected, without in zip(outputs(cut_models, 4), trained, alone, strict=True):
+            torch.testing.assert_close(got, expected, **FLOAT32_SAME_MATH)
+            assert (got - without).abs().max() > 0.01
+
+
+def test_units_of_convolutions_are_cut_as_they_were_trained(tmp_path: Path) -> None:
+    """Rank 8 in units of 1, convolutions of 6 in units of 3: they have 3 up to the share 6/8."""
+    models = toy_models(5)
+    bare = copy.deepcopy(models)
+    network = network_on(models, 6, rank=8, conv_dim="6", conv_unit="3")
+    path = tmp_path / "all.safetensors"
+    network.save_weights(str(path), None, {"ss_network_args": '{"conv_dim": "6", "conv_unit": "3"}'})
+    assert extract(["--model", str(path), "--save_to", str(path), "--unit", "1"]) == 0
+    conv_ranks = {}
+    for rank, step in steps_by_rank(network, 7, "lora_unet_mid_attention_to_q").items():
+        network.on_optimizer_step_start(7, step)
+        conv_ranks[rank] = ranks_of(network)["lora_unet_mid_resnet_conv1"]
+        cut_models = copy.deepcopy(bare)
+        file = str(tmp_path / f"all-{rank:04d}.safetensors")
+        cut, _ = lora.create_network_from_weights(1.0, file, None, *cut_models)
+        cut.apply_to(*cut_models)
+        cut.load_weights(file)
+        torch.testing.assert_close(outputs(cut_models, 8)[1], outputs(models, 8)[1], **FLOAT32_SAME_MATH)
+    assert conv_ranks == {1: 3, 2: 3, 3: 3, 4: 3, 5: 3, 6: 6, 7: 6, 8: 6}
+
+
+def test_a_step_has_one_rank_for_the_whole_network() -> None:
+    network = network_on(toy_models(9), 10, unit="2")
+    for step in range(20):
+        network.on_optimizer_step_start(11, step)
+        assert len(set(ranks_of(network).values())) == 1
+
+
+def test_every_batch_of_a_step_and_every_process_and_a_resumed_run_have_its_rank() -> None:
+    network, other = network_on(toy_models(12), 13), network_on(toy_models(14), 15)
+    drawn = []
+    for step in range(10):
+        network.on_optimizer_step_start(16, step)
+        first = ranks_of(network)
+        torch.rand(3)
+        random.random()
+        network.on_optimizer_step_start(16, step)
+        assert ranks_of(network) == first
+        drawn.append(first)
+    for step in reversed(range(10)):
+        other.on_optimizer_step_start(16, step)
+        assert ranks_of(other) == drawn[step]
+    assert len({next(iter(ranks.values())) for ranks in drawn}) > 3
+
+
+def test_every_rank_is_as_likely_as_the_others_and_another_seed_draws_others() -> None:
+    network = network_on(toy_models(19), 20, rank=16, unit="2")
+
+    def drawn(seed: int, num_steps: int) -> list[int]:
+        ranks = []
+        for step in range(num_steps):
+            network.on_optimizer_step_start(seed, step)
+            ranks.append(ranks_of(network)["lora_unet_mid_attention_to_q"])
+        return ranks
+
+    ranks = drawn(21, 1600)
+    counts = Counter(ranks)
+    assert sorted(counts) == [2, 4, 6, 8, 10, 12, 14, 16]
+    chi_square = sum((count - 200) ** 2 / 200 for count in counts.values())
+    assert chi_square < 24.3  # 7 degrees of freedom: exceeded once in 1000 seeds
+    pairs = Counter(pairwise(ranks))
+    assert sum((pairs[a, b] - 25) ** 2 / 25 for a in counts for b in counts) < 103.4  # 63 degrees, once in 1000
+    assert drawn(22, 40) != ranks[:40]
+
+
+def test_evaluation_uses_the_full_rank_whatever_the_step() -> None:
+    models = toy_models(23)
+    bare = copy.deepcopy(models)
+    network = network_on(models, 24, **CONV)
+    plain = lora.create_network(1.0, 12, 5.0, None, *bare, **CONV)
+    plain.load_state_dict(network.state_dict())
+    plain.apply_to(*bare)
+    expected = outputs(bare, 25)
+    assert steps_by_rank(network, 26, "lora_unet_mid_attention_to_q", 40)
+    for trains in (True, False):
+        network.train(trains)
+        for got, full in zip(outputs(models, 25), expected, strict=True):
+            if trains:
+                assert (got - full).abs().max() > 1e-3
+            else:
+                torch.testing.assert_close(got, full, **FLOAT32_SAME_MATH)
+
+
+def test_training_without_knowing_the_step_is_an_error_that_says_what_to_call() -> None:
+    models = toy_models(27)
+    network = network_on(models, 28)
+    with pytest.raises(RuntimeError, match="on_optimizer_step_start"):
+        outputs(models, 29)
+    network.eval()
+    assert all(y.isfinite().all() for y in outputs(models, 29))
+
+
+def gradients(network: AdapterNetwork, models: tuple[nn.Module, nn.Module]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, gradient of up (O, R), gradient of down (R, N)) of every module."""
+    network.zero_grad()
+    sum(y.square().sum() for y in outputs(models, 30)).backward()  # type: ignore[union-attr]
+    for name, adapter in network.adapters.items():
+        up, down = adapter.get_parameter("lora_up.weight").grad, adapter.get_parameter("lora_down.weight").grad
+        assert up is not None and down is not None
+        yield name, up.flatten(1), down.flatten(1)
+
+
+@pytest.mark.parametrize("trains_all", [True, False])
+def test_rows_that_learn_are_all_up_to_the_rank_or_only_its_newest_block(trains_all: bool) -> None:
+    models = toy_models(31)
+    network = network_on(models, 32, unit="4", train_all_ranks=str(trains_all), **CONV)
+    expected_conv = {4: (0, 2), 8: (2, 4), 12: (4, 6)}
+    for rank, step in steps_by_rank(network, 33, "lora_unet_mid_attention_to_q").items():
+        network.on_optimizer_step_start(33, step)
+        for name, grad_OR, grad_RN in gradients(network, models):
+            first, end = expected_conv[rank] if "conv1" in name else (rank - 4, rank)
+            first = 0 if trains_all else first
+            learns = [first <= row < end for row in range(grad_OR.shape[1])]
+            assert grad_OR.ne(0).any(0).tolist() == learns, (name, rank)
+            assert grad_RN.ne(0).any(1).tolist() == learns, (name, rank)
+
+
+def test_the_gradient_of_the_newest_block_is_that_part_of_the_whole_gradient() -> None:
+    found = {}
+    for trains_all in ("True", "False"):
+        own = toy_models(34)
+        network = network_on(own, 35, unit="4", train_all_ranks=trains_all)
+        step = steps_by_rank(network, 36, "lora_unet_mid_attention_to_q")[8]
+        network.on_optimizer_step_start(36, step)
+        found[trains_all] = list(gradients(network, own))
+    for (_, up, down), (_, newest_up, newest_down) in zip(found["True"], found["False"], strict=True):
+        torch.testing.assert_close(newest_up[:, 4:8], up[:, 4:8], **FLOAT32_SAME_MATH)
+        torch.testing.assert_close(newest_down[4:8], down[4:8], **FLOAT32_SAME_MATH)
+
+
+def test_the_gradient_is_that_of_the_plain_adapter_of_the_first_rows() -> None:
+    models = toy_models(37)
+    bare = copy.deepcopy(models)
+    network = network_on(models, 38, **CONV)
+    network.on_optimizer_step_start(39, steps_by_rank(network, 39, "lora_unet_mid_attention_to_q")[6])
+    ranks = ranks_of(network)
+    cut = {}
+    for key, tensor in network.state_dict().items():
+        rank = ranks[key.partition(".")[0]]
+        full = 6 if "conv1" in key else 12
+        own = {"lora_down": tensor[:rank], "lora_up": tensor[:, :rank]} if tensor.dim() else {}
+        cut[key] = own[key.split(".")[1]] if own else tensor * rank / full
+    plain, _ = lora.create_network_from_weights(1.0, "cut", None, *bare, cut)
+    plain.apply_to(*bare)
+    plain.load_state_dict(cut)
+    for (name, up, down), (_, plain_up, plain_down) in zip(
+        gradients(network, models), gradients(plain, bare), strict=True
+    ):
+        torch.testing.assert_close(up[:, : ranks[name]], plain_up, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(down[: ranks[name]], plain_down, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("drop", [{}, {"rank_dropout": "0.4"}, {"module_dropout": "0.4"}, {"dropout": "0.4"}])
+def test_a_checkpointed_block_is_recomputed_at_the_same_rank(drop: dict[str, str]) -> None:
+    models = toy_models(40)
+    network = network_on(models, 41, **CONV, **drop)
+    unet = models[1].double()
+    network.double()
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64, requires_grad=True)
+    parameters = [p for name, p in network.named_parameters() if "_unet_" in name]
+    for step in range(4):
+        network.on_optimizer_step_start(42, step)
+        torch.manual_seed(43 + step)
+        plain = torch.autograd.grad(unet(x).square().sum(), (x, *parameters), allow_unused=True)
+        torch.manual_seed(43 + step)
+        again = torch.autograd.grad(
+            checkpoint(unet, x, use_reentrant=False).square().sum(), (x, *parameters), allow_unused=True
+        )
+        for one, other in zip(plain, again, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                torch.testing.assert_close(one, other, **FLOAT64)
+
+
+def test_rank_dropout_masks_the_ranks_of_the_step_and_divides_by_the_share_kept() -> None:
+    layer = nn.Linear(7, 5, bias=False).requires_grad_(False)
+    delta = NestedRank(layer, 6)
+    x = torch.randn(400, 7)
+    adapter = Adapter(Site("x", "x", layer, "plain"), delta, Add(), 6.0, Dropout(rank=0.5), 1.0)
+    randomize(adapter, 44)
+    delta.use_rows(0, 2)
+    alone = layer(x)
+    adapter.install()
+    change = layer(x) - alone
+    ups = adapter.get_parameter("lora_up.weight")[:, :2]
+    hidden = torch.linalg.lstsq(ups, change.t()).solution.t() / (x @ adapter.get_parameter("lora_down.weight")[:2].t())
+    kept = hidden.round(decimals=2)
+    assert set(kept.unique().tolist()) == {0.0, 2.0}
+    assert 0.4 < (kept > 0).float().mean().item() < 0.6
+
+
+def test_loraplus_and_names_of_groups_are_those_of_networks_lora() -> None:
+    found = []
+    for module in (lora, dylora):
+        models = toy_models(45)
+        network = module.create_network(1.0, 4, 1, None, *models, loraplus_lr_ratio="4", down_lr_weight="1,0.5")
+        network.apply_to(*models)
+        groups, names = network.prepare_optimizer_params_with_multiple_te_lrs([1e-4], 1e-3, 1e-3)
+        found.append(
+            [(name, g["lr"], [tuple(p.shape) for p in g["params"]]) for name, g in zip(names, groups, strict=True)]
+        )
+    assert found[0] == found[1]
+
+
+def test_block_ranks_are_trained_at_the_same_share() -> None:
+    network = network_on(toy_models(46), 47, rank=4, block_dims="0,2,4,8")
+    steps = steps_by_rank(network, 48, "lora_unet_up_0_attention_to_q")
+    assert list(steps) == [1, 2, 3, 4, 5, 6, 7, 8]
+    network.on_optimizer_step_start(48, steps[6])
+    ranks = ranks_of(network)
+    assert (ranks["lora_unet_down_0_attention_to_q"], ranks["lora_unet_mid_attention_to_q"]) == (2, 3)
+    assert ranks["lora_te_layers_0_q_proj"] == 3
+
+
+@pytest.mark.parametrize("full", [1, 5, 12, 64])
+@pytest.mark.parametrize(("rank", "unit"), [(1, 1), (4, 1), (6, 3), (16, 4), (64, 1)])
+def test_shares_of_a_rank_grow_from_a_unit_to_the_whole(full: int, rank: int, unit: int) -> None:
+    ladder = [nested_rank(rank, step_rank, full, unit) for step_rank in range(1, full + 1)]
+    assert ladder == sorted(ladder) and ladder[-1] == rank
+    assert all(unit <= own <= rank and own % unit == 0 for own in ladder)
+    for step_rank, own in enumerate(ladder, 1):
+        assert own == unit or abs(own - rank * step_rank / full) <= unit / 2
+    assert [nested_rank(full, step_rank, full) for step_rank in range(1, full + 1)] == list(range(1, full + 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"unit": "5"}, "unit=5: lora_te_layers_0_q_proj has rank 12, which is no multiple of it; "),
+        ({"unit": "5"}, r"set --network_dim \(or block_dims\) to 10 or 15"),
+        ({"dyloRA": "24"}, r"set --network_dim \(or block_dims\) to 24,"),
+        ({"conv_dim": "7", "conv_unit": "2"}, r"conv1 has rank 7.*set conv_dim \(or conv_block_dims\) to 6 or 8"),
+        ({"unit": "4", "dyloRA": "3"}, "dyloRA=3 and unit=4 mean the same and differ"),
+        ({"unit": "0"}, "unit=0: expected 1 or more"),
+        ({"dyloRA": "four"}, "dyloRA=four: expected a whole number"),
+        ({"dylora": "4"}, "did you mean dyloRA?"),
+    ],
+)
+def test_units_that_do_not_fit_are_errors_with_a_way_out(arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dylora.create_network(1.0, 12, 1, None, *toy_models(49), **arguments)
+
+
+def test_dylora_is_another_name_of_unit() -> None:
+    for arguments in ({"dyloRA": "4"}, {"unit": "4"}, {"unit": "4", "dyloRA": "4"}):
+        network = dylora.create_network(1.0, 12, 1, None, *toy_models(50), **arguments)
+        assert network.arguments.unit == 4
+
+
+@pytest.mark.parametrize("argument", ["dora_wd", "use_tucker"])
+def test_what_cannot_be_nested_is_refused(argument: str) -> None:
+    with pytest.raises(ValueError, match=argument):
+        dylora.create_network(1.0, 12, 1, None, *toy_models(51), conv_dim="4", **{argument: "True"})
+
+
+def test_arguments_of_dylora_warn_in_other_modules(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        lora.create_network(1.0, 12, 1, None, *toy_models(52), dyloRA="4", train_all_ranks="False")
+    assert "unit, train_all_ranks has no effect; it belongs to networks.dylora" in caplog.text
+
+
+def test_a_file_of_dylora_merges_and_reloads_as_a_plain_one() -> None:
+    models = toy_models(53)
+    network = network_on(models, 54, unit="3", **CONV)
+    network.eval()
+    weights = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    expected = outputs(models, 55)
+    for module in (lora, dylora):
+        merged_models = toy_models(53)
+        other, tensors = module.create_network_from_weights(1.0, "x", None, *merged_models, weights, for_inference=True)
+        other.merge_to(*merged_models, tensors, torch.float32, "cpu")
+        for got, full in zip(outputs(merged_models, 55), expected, strict=True):
+            torch.testing.assert_close(got, full, **FLOAT32_SAME_MATH)
+
+
+def test_ranks_of_a_file_must_be_multiples_of_the_unit_too() -> None:
+    models = toy_models(56)
+    weights = network_on(models, 57, rank=6).state_dict()
+    network, _ = dylora.create_network_from_weights(1.0, "x", None, *toy_models(56), weights, unit="3")
+    assert {adapter.delta.rank for adapter in network.adapters.values()} == {6}
+    with pytest.raises(ValueError, match="unit=4: lora_te_layers_0_q_proj has rank 6"):
+        dylora.create_network_from_weights(1.0, "x", None, *toy_models(56), weights, unit="4")
