@@ -38,9 +38,9 @@ from networks.core.adapter_file import (
     require_forms,
     save_adapter_file,
 )
-from networks.core.files import ALPHA, DOWN, UP
+from networks.core.files import ALPHA, B_NORM, DOWN, UP, W_NORM
 from networks.core.low_rank import balanced, concatenated, svd_of_product
-from networks.core.module_weights import B_NORM, LOW_RANK_FORMS, W_NORM, ModuleWeights
+from networks.core.module_weights import LOW_RANK_FORMS, ModuleWeights
 from networks.core.renaming import rename
 from tools.command import (
     PRECISIONS,

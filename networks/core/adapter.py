@@ -1,6 +1,7 @@
 """One adapted module."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from networks.core.delta import Delta
-from networks.core.join import Join
+from networks.core.delta import Delta, down_by_columns, factor, factors_of
+from networks.core.join import Join, scale_columns
 from networks.core.targets import Site
 
 
@@ -28,11 +29,28 @@ class Adapter(nn.Module):
     It borrows the layer's forward while installed, so the base model's module tree, keys and hooks stay as they were.
     `alpha` and the factors are named as in files: the delta's child modules are children here. Random numbers come
     from torch's default generators, so recomputing a checkpointed block repeats them.
+
+    `scalar` (use_scalar) is a trained number that multiplies the change; files have it multiplied into `lora_up`. It
+    starts at 0, and the up factor then as the down factor does, so the change still starts at zero. `dora_scale` (1, I)
+    or (1, I, 1, 1) are the magnitudes of a join that has some: every input column of the changed weight is brought to
+    its magnitude, which is done to the input instead, so that no weight is built. Dropout acts on the low-rank path;
+    the norms are those of the whole change.
     """
 
     alpha: Tensor
+    scalar: nn.Parameter | None
+    dora_scale: nn.Parameter | None
 
-    def __init__(self, site: Site, delta: Delta, join: Join, alpha: float, drops: Dropout, multiplier: float) -> None:
+    def __init__(
+        self,
+        site: Site,
+        delta: Delta,
+        join: Join,
+        alpha: float,
+        drops: Dropout,
+        multiplier: float,
+        has_scalar: bool = False,
+    ) -> None:
         super().__init__()
         self.site = site
         self.join = join
@@ -44,6 +62,11 @@ class Adapter(nn.Module):
             self.add_module(name, child)
         object.__setattr__(self, "delta", delta)  # registered above by its children: names in files have no such level
         self.delta: Delta
+        magnitudes = join.magnitudes()
+        self.register_parameter("dora_scale", None if magnitudes is None else nn.Parameter(magnitudes))
+        self.register_parameter("scalar", nn.Parameter(torch.tensor(0.0)) if has_scalar else None)
+        if has_scalar:
+            nn.init.kaiming_uniform_(factor(dict(delta.named_children())["lora_up"]), a=math.sqrt(5))
         self._base_forward: Callable[[Tensor], Tensor] | None = None
         self.register_load_state_dict_post_hook(_read_alpha)  # type: ignore[no-untyped-call]
 
@@ -77,22 +100,80 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What the layer computes with the change; shapes and dtype are those of the layer alone."""
         assert self._base_forward is not None
-        base = self._base_forward(x)
         if self.multiplier == 0 or self._skips_this_call():
-            return base
-        return self.delta.up(self._drop_and_scale(self.delta.down(x)), base)
+            return self._base_forward(x)
+        if self.dora_scale is None:
+            base = self._base_forward(x)
+            return self.delta.up(self._drop_and_scale(self.delta.down(x)), base)
+        columns = self.join.columns(self._base_weight, self.dora_scale, *factors_of(self.delta), self._unit_strength)
+        whole = columns if self.multiplier == 1 else 1 + self.multiplier * (columns - 1)
+        base = self._base_forward(scale_columns(x, whole))
+        return self.delta.up(self._drop_and_scale(down_by_columns(self.delta, x, columns)), base)
 
     def change(self) -> Tensor:
-        """The change of the weight at this multiplier, in the layer's shape and at least in float32."""
-        weight = self.delta.weight()
-        return weight.to(torch.promote_types(weight.dtype, torch.float32)) * (self.multiplier * self.scale)
+        """What is added to the weight at this multiplier, before magnitudes, in its shape and at least in float32."""
+        return self._unit_change() * self.multiplier
 
     def merged_weight(self) -> Tensor:
         """The weight that computes the same without an adapter, at least in float32."""
-        base = self.site.module.weight
-        assert isinstance(base, Tensor)
-        change = self.change().to(base.device)
-        return self.join.merge(base.to(torch.promote_types(base.dtype, change.dtype)), change)
+        base, change = self._base_weight, self._unit_change().to(self._base_weight.device)
+        return self.join.merge(
+            base.to(torch.promote_types(base.dtype, change.dtype)), change, self.multiplier, self.dora_scale
+        )
+
+    def merged(self) -> Mapping[str, Tensor]:
+        """What the layer's parameters become when the adapter is merged into them, by name."""
+        return {"weight": self.merged_weight()}
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """The Frobenius norm of the change at multiplier 1, before magnitudes, from the small factors alone."""
+        up_OR, down_RN = (part.float() for part in factors_of(self.delta))
+        square = ((up_OR.t() @ up_OR) * (down_RN @ down_RN.t())).sum()
+        strength = torch.as_tensor(self._unit_strength, device=square.device)
+        return square.clamp_min(0).sqrt() * strength.abs()
+
+    @torch.no_grad()
+    def shrink(self, ratio: Tensor) -> None:
+        """Multiply the change by a number, shared out evenly to the factors that train."""
+        factors = [factor(module) for _, module in self.delta.named_children()]
+        trained = [weight for weight in factors if weight.requires_grad] or factors
+        for weight in trained:
+            weight.mul_(ratio.to(weight) ** (1 / len(trained)))
+
+    @torch.no_grad()
+    def restart_magnitudes(self) -> None:
+        """Set the magnitudes to the norms of the weight with the change: together they compute what the sum does."""
+        assert self.dora_scale is not None
+        ones = torch.ones_like(self.dora_scale)
+        columns = self.join.columns(self._base_weight, ones, *factors_of(self.delta), self._unit_strength)
+        self.dora_scale.copy_(ones / columns)
+
+    @property
+    def _base_weight(self) -> Tensor:
+        weight = self.site.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def _unit_strength(self) -> Tensor | float:
+        """What the product of the factors is multiplied by at multiplier 1."""
+        if self.scalar is None:
+            return self.scale
+        strength: Tensor = self.scale * self.scalar
+        return strength
+
+    def _unit_change(self) -> Tensor:
+        weight = self.delta.weight()
+        return weight.to(torch.promote_types(weight.dtype, torch.float32)) * self._unit_strength
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
+        """Move or cast. Magnitudes are never rounded to 16 bits: they would change the base model's own columns."""
+        exact = None if self.dora_scale is None else self.dora_scale.detach()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.dora_scale is not None and exact is not None and self.dora_scale.dtype.itemsize == 2:
+            self.dora_scale.data = exact.to(self.dora_scale.device)
+        return self
 
     def _skips_this_call(self) -> bool:
         return self.training and self.drops.module > 0 and float(torch.rand(())) < self.drops.module
@@ -105,6 +186,8 @@ class Adapter(nn.Module):
             if self.drops.rank > 0:
                 hidden = hidden * self._rank_mask(hidden)
                 strength /= 1 - self.drops.rank
+        if self.scalar is not None:
+            hidden = hidden * self.scalar
         return hidden if strength == 1 else hidden * strength
 
     def _rank_mask(self, hidden: Tensor) -> Tensor:

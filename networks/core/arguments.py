@@ -41,6 +41,11 @@ class NetworkArguments:
     neuron_dropout: float = 0.0  # --network_dropout; LyCORIS calls it `dropout`
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
+    use_tucker: bool = False
+    use_scalar: bool = False
+    train_norm: bool = False
+    dora_wd: bool = False
+    dora_constant_norm: bool = False  # the norm of DoRA is left out of the backward pass
     loraplus_lr_ratio: float | None = None
     loraplus_unet_lr_ratio: float | None = None
     loraplus_text_encoder_lr_ratio: float | None = None
@@ -133,6 +138,11 @@ SUPPORTED: Mapping[str, Parse] = {
     "neuron_dropout": parse_probability,
     "rank_dropout": parse_probability,
     "module_dropout": parse_probability,
+    "use_tucker": parse_bool,
+    "use_scalar": parse_bool,
+    "train_norm": parse_bool,
+    "dora_wd": parse_bool,
+    "dora_constant_norm": parse_bool,
     "loraplus_lr_ratio": parse_number,
     "loraplus_unet_lr_ratio": parse_number,
     "loraplus_text_encoder_lr_ratio": parse_number,
@@ -144,10 +154,6 @@ SUPPORTED: Mapping[str, Parse] = {
 SYNONYMS: Mapping[str, str] = {"dyloRA": "unit"}  # another spelling -> the argument
 
 PLANNED: Mapping[str, str] = {  # key -> what it belongs to
-    "use_tucker": "Tucker decomposition of convolutions",
-    "use_scalar": "a trained strength per module",
-    "train_norm": "training of normalisation layers",
-    "dora_wd": "DoRA",
     "split_qkv": "separate adapters for q, k and v",
     "train_t5xxl": "the T5 text encoder",
     "network_reg_dims": "ranks by regular expression",
@@ -251,6 +257,8 @@ def _check_together(arguments: NetworkArguments) -> None:
         ("conv_block_alphas", "block_dims with conv_block_dims or conv_dim", in_blocks and adapts_conv),
         ("block_lr_zero_threshold", "one of the *_lr_weight lists", has_factors),
         ("conv_unit", "conv_dim", adapts_conv),
+        ("use_tucker", "conv_dim or conv_block_dims: it is for kernels larger than 1x1", adapts_conv),
+        ("dora_constant_norm", "dora_wd", arguments.dora_wd),
     ):
         if not is_there and getattr(arguments, name) != _default(name):
             logger.warning("--network_args %s has no effect without %s", name, needs)

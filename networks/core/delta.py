@@ -70,15 +70,69 @@ class LowRank(nn.Module):
         return (up_OR @ down_RI).reshape(shape)
 
 
-def narrow_like(layer: nn.Conv2d, rank: int) -> nn.Conv2d:
-    """A convolution that looks at the same pixels as `layer` and has R output channels."""
+class Tucker(nn.Module):
+    """LoRA of a larger kernel in Tucker form: dW[o,i,h,w] = sum over p and q of up[o,p] mid[p,q,h,w] down[q,i].
+
+    `lora_down.weight` is (R, I, 1, 1), `lora_mid.weight` (R, R, h, w) with the layer's stride and padding,
+    `lora_up.weight` (O, R, 1, 1). Down and mid start kaiming uniform with a = sqrt(5), up at zero. All are float32.
+    """
+
+    def __init__(self, layer: nn.Module, rank: int) -> None:
+        super().__init__()
+        assert isinstance(layer, nn.Conv2d)
+        self.rank = rank
+        self.lora_down = nn.Conv2d(layer.in_channels, rank, 1, bias=False, dtype=torch.float32)
+        self.lora_mid = narrow_like(layer, rank, in_channels=rank)
+        self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False, dtype=torch.float32)
+        for module in (self.lora_down, self.lora_mid):
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_up.weight)
+
+    def down(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.lora_mid(self.lora_down(in_dtype_of(self.lora_down, x)))
+        return hidden
+
+    def up(self, hidden: Tensor, base: Tensor) -> Tensor:
+        return add_product(base, hidden, self.lora_up.weight)
+
+    def weight(self) -> Tensor:
+        up_OR, down_RN = factors_of(self)
+        return (up_OR @ down_RN).reshape(-1, self.lora_down.in_channels, *self.lora_mid.weight.shape[2:])
+
+
+def factors_of(delta: Delta) -> tuple[Tensor, Tensor]:
+    """(up_OR, down_RN) of which the change is the product, N = I * h * w; a Tucker core is multiplied into down."""
+    children = dict(delta.named_children())
+    up_OR, down = factor(children["lora_up"]).flatten(1), factor(children["lora_down"])
+    if "lora_mid" in children:
+        mid_RRhw = factor(children["lora_mid"])
+        return up_OR, torch.einsum("pqhw,qi->pihw", mid_RRhw, down.flatten(1)).flatten(1)
+    return up_OR, down.flatten(1)
+
+
+def down_by_columns(delta: Delta, x: Tensor, columns: Tensor) -> Tensor:
+    """What `delta.down` makes of x when input column i is multiplied by `columns` (1, I) or (1, I, 1, 1).
+
+    The factor is scaled in place of x, so that autograd keeps x itself, which others keep too.
+    """
+    children = dict(delta.named_children())
+    layer = children["lora_down"]
+    x, weight = in_dtype_of(layer, x), factor(layer) * columns.to(factor(layer).dtype)
+    if not isinstance(layer, nn.Conv2d):
+        return linear(x, weight)
+    hidden = conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
+    return children["lora_mid"](hidden) if "lora_mid" in children else hidden
+
+
+def narrow_like(layer: nn.Conv2d, rank: int, in_channels: int | None = None) -> nn.Conv2d:
+    """A convolution that looks at the same pixels as `layer` and has R output channels, and as many inputs if unset."""
     if layer.groups != 1 or layer.padding_mode != "zeros":
         raise ValueError(
             f"a convolution with groups={layer.groups} and padding_mode={layer.padding_mode!r} cannot be adapted; "
             "give its block the rank 0"
         )
     return nn.Conv2d(
-        layer.in_channels,
+        layer.in_channels if in_channels is None else in_channels,
         rank,
         kernel_size=layer.kernel_size,  # type: ignore[arg-type]
         stride=layer.stride,  # type: ignore[arg-type]

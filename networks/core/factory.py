@@ -9,18 +9,20 @@ from torch import Tensor, nn
 
 from networks.core.adapter import Adapter, Dropout
 from networks.core.arguments import NetworkArguments, parse_arguments
-from networks.core.delta import Delta
-from networks.core.files import group_by_module, rank_and_alpha, read_adapters
-from networks.core.join import Add
+from networks.core.delta import Delta, Tucker
+from networks.core.files import DORA_SCALE, MID, W_NORM, group_by_module, rank_and_alpha, read_adapters
+from networks.core.join import Add, Decompose
 from networks.core.network import AdapterNetwork, Member, StartStep
+from networks.core.norms import NormAdapter
 from networks.core.rules import Allotment, make_lr_factors, make_rules
-from networks.core.targets import AdapterTargets, Part, Site, find_sites
+from networks.core.targets import AdapterTargets, Part, Site, find_norms, find_sites
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
 RANK_ARGUMENTS = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+FORM_ARGUMENTS = ("use_tucker", "train_norm")
 NESTED_ARGUMENTS = ("unit", "conv_unit", "train_all_ranks")
 
 MakeDelta = Callable[[nn.Module, int], Delta]
@@ -41,6 +43,14 @@ class Kind:
     check: Callable[[AdapterNetwork], None] | None = None  # raises ValueError for settings it cannot work with
     start_step: StartStep | None = None  # called before each batch of an optimizer step
     refuses: Mapping[str, str] = field(default_factory=dict)  # network argument -> why it cannot meet this kind
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the change of one module is stored and joined, beside what its kind says."""
+
+    is_tucker: bool
+    is_decomposed: bool
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,13 @@ def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
             for site in find_sites(place.part, place.root, rules.classes(place.part)):
                 allotment = rules.allot(site)
                 if allotment.rank:
-                    members.append(make_member(kind, place, site, allotment, arguments, multiplier))
+                    is_tucker = arguments.use_tucker and site.kind == "conv"
+                    form = Form(is_tucker, arguments.dora_wd)
+                    members.append(make_member(kind, place, site, allotment, arguments, multiplier, form))
+            if arguments.train_norm:
+                for site in find_norms(place.part, place.root, rules.classes(place.part)):
+                    if (norm_allotment := rules.allot_norm(site)) is not None:
+                        members.append(Member(NormAdapter(site, multiplier), place.text_encoder, norm_allotment))
         if not members:
             raise ValueError(f"--network_dim {rank}: every module has rank 0, so there is nothing to train")
         return complete(kind, members, targets, arguments)
@@ -101,8 +117,9 @@ def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
     ) -> tuple[AdapterNetwork, dict[str, Tensor]]:
         """Adapters on the modules that a file names, with its ranks and alphas, and the file's tensors.
 
-        The weights themselves are not loaded. Of the network arguments the dropouts, the LoRA+ ratios and the
-        *_lr_weight lists count. Raises ValueError when the file cannot be used.
+        The weights themselves are not loaded. Tucker cores, magnitudes and norms are there where the file has them. Of
+        the network arguments the dropouts, the LoRA+ ratios, use_scalar, dora_wd and the *_lr_weight lists count.
+        Raises ValueError when the file cannot be used.
         """
         arguments = parse_arguments(network_args, neuron_dropout)
         check_arguments(kind, arguments)
@@ -113,13 +130,20 @@ def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
         factors = make_lr_factors(arguments, targets.block_list)
         members = []
         for place in places(targets, text_encoder, unet):
-            for site in find_sites(place.part, place.root, place.part.blocks + place.part.conv_blocks):
-                if site.name in groups:
-                    rank, alpha = rank_and_alpha(groups[site.name])
-                    is_in_denoiser = place.text_encoder is None
-                    lr = factors.of(site.path) if factors is not None and is_in_denoiser else (1.0, None)
-                    allotment = Allotment(rank, alpha, *lr)
-                    members.append(make_member(kind, place, site, allotment, arguments, multiplier))
+            classes = place.part.blocks + place.part.conv_blocks
+            for site in (*find_sites(place.part, place.root, classes), *find_norms(place.part, place.root, classes)):
+                group = groups.get(site.name)
+                if group is None or (W_NORM in group) != (site.kind == "norm"):
+                    continue
+                is_in_denoiser = place.text_encoder is None
+                lr = factors.of(site.path) if factors is not None and is_in_denoiser else (1.0, None)
+                if site.kind == "norm":
+                    allotment = Allotment(0, 0.0, *lr)
+                    members.append(Member(NormAdapter(site, multiplier), place.text_encoder, allotment))
+                else:
+                    allotment = Allotment(*rank_and_alpha(group), *lr)
+                    form = Form(MID in group, DORA_SCALE in group or arguments.dora_wd)
+                    members.append(make_member(kind, place, site, allotment, arguments, multiplier, form))
         if not members:
             raise ValueError(
                 f"{file}: none of its {len(groups)} modules is in this base model; was it made for another?"
@@ -155,8 +179,11 @@ def check_arguments(kind: Kind, arguments: NetworkArguments) -> None:
 def warn_of_ranks(arguments: NetworkArguments) -> None:
     """Say which arguments a file overrules."""
     given = [name for name in RANK_ARGUMENTS if getattr(arguments, name) is not None]
+    given += [name for name in FORM_ARGUMENTS if getattr(arguments, name)]
     if given:
-        logger.warning("--dim_from_weights takes ranks and alphas from the file: %s has no effect", ", ".join(given))
+        logger.warning(
+            "--dim_from_weights takes ranks, alphas and forms from the file: %s has no effect", ", ".join(given)
+        )
 
 
 def targets_of(denoiser: nn.Module) -> AdapterTargets:
@@ -188,8 +215,13 @@ def make_member(
     allotment: Allotment,
     arguments: NetworkArguments,
     multiplier: float,
+    form: Form,
 ) -> Member:
     """One adapter, not installed yet."""
     dropout = Dropout(arguments.neuron_dropout, arguments.rank_dropout, arguments.module_dropout)
-    delta = kind.make_delta(site.module, allotment.rank)
-    return Member(Adapter(site, delta, Add(), allotment.alpha, dropout, multiplier), place.text_encoder, allotment)
+    delta = (Tucker if form.is_tucker else kind.make_delta)(site.module, allotment.rank)
+    weight = site.module.weight
+    assert isinstance(weight, Tensor)
+    join = Decompose(weight, arguments.dora_constant_norm) if form.is_decomposed else Add()
+    adapter = Adapter(site, delta, join, allotment.alpha, dropout, multiplier, arguments.use_scalar)
+    return Member(adapter, place.text_encoder, allotment)

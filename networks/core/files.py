@@ -1,4 +1,8 @@
-"""Adapters to and from files: `<module>.lora_down.weight`, `<module>.lora_up.weight`, `<module>.alpha`."""
+"""Adapters to and from files.
+
+`<module>.lora_down.weight`, `<module>.lora_up.weight` and `<module>.alpha`; with them `<module>.lora_mid.weight` for a
+Tucker core and `<module>.dora_scale` for DoRA; `<module>.w_norm` and `<module>.b_norm` for a normalisation layer.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +14,19 @@ from torch import Tensor
 from library.checkpoints.files import is_safetensors, load_state_dict, save_pickle_state_dict, save_safetensors
 from library.checkpoints.hashes import with_hashes
 from networks.core.adapter import Adapter
+from networks.core.norms import NormAdapter
 
 ALPHA = "alpha"
 DOWN = "lora_down.weight"
 UP = "lora_up.weight"
-KNOWN = (ALPHA, DOWN, UP)
+MID = "lora_mid.weight"
+DORA_SCALE = "dora_scale"
+W_NORM = "w_norm"
+B_NORM = "b_norm"
+KNOWN = (ALPHA, DOWN, UP, MID, DORA_SCALE, W_NORM, B_NORM)
+SCALAR = "scalar"  # of adapters in memory only: files have it multiplied into the up factor
+
+AnyAdapter = Adapter | NormAdapter
 
 
 @dataclass(frozen=True)
@@ -56,13 +68,15 @@ def group_by_module(tensors: Mapping[str, Tensor], source: str) -> dict[str, dic
     foreign = sorted({leaf for group in groups.values() for leaf in group} - set(KNOWN))
     if foreign:
         raise ValueError(
-            f"{source} has keys such as *.{foreign[0]} that this network module cannot use; it reads *.{DOWN}, *.{UP} "
-            f"and *.{ALPHA}. For files made by LyCORIS use --network_module lycoris.kohya"
+            f"{source} has keys such as *.{foreign[0]} that this network module cannot use; it reads "
+            f"{', '.join(f'*.{leaf}' for leaf in KNOWN)}. For files made by LyCORIS use --network_module lycoris.kohya"
         )
     for module, group in groups.items():
         if (DOWN in group) != (UP in group):
             raise ValueError(f"{source}: {module} has {' and '.join(group)}, but lora_down and lora_up belong together")
-    return {module: group for module, group in groups.items() if DOWN in group}
+        if (B_NORM in group and W_NORM not in group) or (DOWN not in group and (MID in group or DORA_SCALE in group)):
+            raise ValueError(f"{source}: {module} has {' and '.join(group)} alone; the file is incomplete")
+    return {module: group for module, group in groups.items() if DOWN in group or W_NORM in group}
 
 
 def rank_and_alpha(group: Mapping[str, Tensor]) -> tuple[int, float]:
@@ -72,10 +86,12 @@ def rank_and_alpha(group: Mapping[str, Tensor]) -> tuple[int, float]:
     return rank, float(rank if alpha is None else alpha)
 
 
-def load_into(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], source: str) -> LoadReport:
+def load_into(adapters: Mapping[str, AnyAdapter], tensors: Mapping[str, Tensor], source: str) -> LoadReport:
     """Copy weights into the adapters of the same name.
 
-    Raises ValueError when no name fits, or when a shape differs: then nothing has been changed.
+    A trained strength becomes 1, as the file has it in its factors. Magnitudes that the file lacks are set so that the
+    module computes what the file does. Raises ValueError when no name fits, or when a shape differs: then nothing has
+    been changed.
     """
     groups = group_by_module(tensors, source)
     fitting = [name for name in adapters if name in groups]
@@ -89,10 +105,18 @@ def load_into(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], so
     changed = []
     for name in fitting:
         adapter, group = adapters[name], groups[name]
+        if isinstance(adapter, NormAdapter):
+            adapter.load_state_dict({**adapter.state_dict(), **group})
+            continue
         alpha = torch.tensor(rank_and_alpha(group)[1], dtype=torch.float32)
         if float(alpha) != adapter.alpha_value:
             changed.append(f"alpha is {float(alpha):g} as in the file, not {adapter.alpha_value:g}")
-        adapter.load_state_dict({**group, ALPHA: alpha})
+        defaults = {SCALAR: torch.ones(())} if adapter.scalar is not None else {}
+        if adapter.dora_scale is not None:
+            defaults[DORA_SCALE] = adapter.dora_scale
+        adapter.load_state_dict({**defaults, **group, ALPHA: alpha})
+        if adapter.dora_scale is not None and DORA_SCALE not in group:
+            adapter.restart_magnitudes()
     return LoadReport(
         source=source,
         num_loaded=len(fitting),
@@ -102,31 +126,72 @@ def load_into(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], so
     )
 
 
-def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], source: str) -> None:
+def check_shapes(name: str, adapter: AnyAdapter, group: Mapping[str, Tensor], source: str) -> None:
     """Raise ValueError where weights of a file do not fit an adapter."""
     own = adapter.state_dict()
-    rank = group[DOWN].shape[0]
-    if rank != adapter.delta.rank:
-        raise ValueError(
-            f"{name} has rank {rank} in {source}, but the settings (--network_dim, --network_args) give it rank "
-            f"{adapter.delta.rank}; add --dim_from_weights to take the ranks from the file, or set --network_dim={rank}"
-        )
-    for leaf in (DOWN, UP):
-        if group[leaf].shape != own[leaf].shape:
+    if isinstance(adapter, Adapter):
+        check_kind(name, adapter, group, source)
+        rank = group[DOWN].shape[0]
+        if rank != adapter.delta.rank:
             raise ValueError(
-                f"{name}.{leaf} has the shape {list(group[leaf].shape)} in {source}, but the base model needs "
-                f"{list(own[leaf].shape)}; the file was made for another base model"
+                f"{name} has rank {rank} in {source}, but the settings (--network_dim, --network_args) give it rank "
+                f"{adapter.delta.rank}; add --dim_from_weights to take the ranks from the file, or set "
+                f"--network_dim={rank}"
+            )
+    for leaf in group:
+        if leaf != ALPHA and (leaf not in own or group[leaf].shape != own[leaf].shape):
+            needed = f"needs {list(own[leaf].shape)}" if leaf in own else "has none"
+            raise ValueError(
+                f"{name}.{leaf} has the shape {list(group[leaf].shape)} in {source}, but the base model {needed}; the "
+                "file was made for another base model"
             )
 
 
-def network_tensors(adapters: Mapping[str, Adapter], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The weights by key as they are saved: on the CPU, in `dtype` or as they are."""
+def check_kind(name: str, adapter: Adapter, group: Mapping[str, Tensor], source: str) -> None:
+    """Raise ValueError where the file has the module in another form than the settings ask for."""
+    if (MID in group) != (MID in adapter.state_dict()):
+        has, wanted = ("a Tucker core", "True") if MID in group else ("no Tucker core", "False")
+        raise ValueError(
+            f"{name} has {has} in {source}; set --network_args use_tucker={wanted}, or add --dim_from_weights to take "
+            "the form from the file"
+        )
+    if DORA_SCALE not in group:
+        return
+    if group[DORA_SCALE].shape[:1] != (1,) and group[DORA_SCALE].numel() != 1:
+        raise ValueError(
+            f"{name}.{DORA_SCALE} has the shape {list(group[DORA_SCALE].shape)} in {source}: one magnitude for each "
+            "output (PEFT, LyCORIS with wd_on_output=True). Here there is one for each input, (1, inputs), which is "
+            "what inference programs apply exactly; the one cannot be turned into the other"
+        )
+    if adapter.dora_scale is None:
+        raise ValueError(
+            f"{name} has magnitudes (DoRA) in {source}; set --network_args dora_wd=True, or add --dim_from_weights to "
+            "take the form from the file"
+        )
+
+
+def network_tensors(adapters: Mapping[str, AnyAdapter], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The weights by key as they are saved: on the CPU, in `dtype` or as they are, magnitudes always as they are.
+
+    Half precision would move every column of the base model by its rounding, which is as much as some changes.
+    """
     tensors = {}
     for name, adapter in adapters.items():
-        for leaf, tensor in adapter.state_dict().items():
-            if leaf == ALPHA and not tensor.is_meta:
-                tensor = torch.tensor(adapter.alpha_value, dtype=torch.float32)
-            tensors[f"{name}.{leaf}"] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        for leaf, tensor in file_tensors(adapter).items():
+            wanted = tensor.dtype if dtype is None or leaf == DORA_SCALE else dtype
+            tensors[f"{name}.{leaf}"] = tensor.detach().to("cpu", wanted).contiguous()
+    return tensors
+
+
+def file_tensors(adapter: AnyAdapter) -> dict[str, Tensor]:
+    """The tensors of one adapter by their names in files; a trained strength is multiplied into the up factor."""
+    tensors = dict(adapter.state_dict())
+    if isinstance(adapter, NormAdapter):
+        return tensors
+    if not tensors[ALPHA].is_meta:
+        tensors[ALPHA] = torch.tensor(adapter.alpha_value, dtype=torch.float32)
+    if SCALAR in tensors:
+        tensors[UP] = tensors[UP] * tensors.pop(SCALAR)
     return tensors
 
 

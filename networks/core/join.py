@@ -1,20 +1,177 @@
-"""How a change meets the base weight."""
+"""How a change meets the base weight.
 
-from typing import Protocol
+Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
+"""
 
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
 from torch import Tensor
+
+EPS = 1.1920929e-07  # of float32: what readers of dora_scale add to the norm
+CANCELLED = 1e-3  # of |W0|^2: below it the expansion of the norm has lost digits, and the column is summed directly
+MAX_DIRECT_COLUMNS = 64
+LOST = 1e-7  # of |W0|^2: what lies below it is noise of the expansion
+TINY = 1e-30  # squared norm of an empty column, whose root has a gradient
+CHUNK_VALUES = 2**22  # values of the base weight that are copied at once
 
 
 class Join(Protocol):
     """The rule that makes one weight out of the base weight and its change."""
 
-    def merge(self, base: Tensor, change: Tensor) -> Tensor:
-        """The weight that computes what base and change compute together."""
+    def magnitudes(self) -> Tensor | None:
+        """What this rule trains beside the change, as it starts; None where there is nothing."""
+        ...
+
+    def columns(
+        self, weight: Tensor, magnitudes: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float
+    ) -> Tensor:
+        """The factor of every input column of W0 + strength * up @ down, at least in float32; with magnitudes only."""
+        ...
+
+    def merge(self, base: Tensor, change: Tensor, multiplier: float, magnitudes: Tensor | None) -> Tensor:
+        """The weight that computes what the base and `multiplier` times the change compute together."""
         ...
 
 
 class Add:
     """W = W0 + dW."""
 
-    def merge(self, base: Tensor, change: Tensor) -> Tensor:
-        return base + change
+    def magnitudes(self) -> Tensor | None:
+        return None
+
+    def columns(
+        self, weight: Tensor, magnitudes: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float
+    ) -> Tensor:
+        raise AssertionError("a sum has no magnitudes")
+
+    def merge(self, base: Tensor, change: Tensor, multiplier: float, magnitudes: Tensor | None) -> Tensor:
+        return base + multiplier * change
+
+
+class Decompose:
+    """DoRA (Liu et al. 2024, arXiv:2402.09353): W = m (W0 + dW) / |W0 + dW|, m and the norm one number per column.
+
+    A column is everything that meets one input channel: the norm runs over outputs and kernel positions. m starts as
+    the norm of W0, which is kept from then on. At multiplier s the weight is W0 + s (W - W0).
+
+    The norm costs no matrix of the size of W0: with dW = s B A,
+    |W0 + dW|^2 = |W0|^2 + 2 s <B'W0, A> + s^2 <(B'B) A, A>, column by column.
+    """
+
+    def __init__(self, weight: Tensor, has_constant_norm: bool = False) -> None:
+        """`weight` (O, I) or (O, I, h, w) is W0; `has_constant_norm` leaves the norm out of the backward pass."""
+        self.has_constant_norm = has_constant_norm
+        self._squares_I = squared_columns(weight)
+        self._shape = (1, -1, *(1,) * (weight.dim() - 2))
+
+    def magnitudes(self) -> Tensor:
+        return (self._squares_I.clamp_min(TINY).sqrt() + EPS).view(self._shape)
+
+    def columns(
+        self, weight: Tensor, magnitudes: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float
+    ) -> Tensor:
+        dtype = torch.promote_types(up_OR.dtype, torch.float32)
+        with torch.autocast(weight.device.type, enabled=False):
+            up_OR, down_RN = up_OR.to(dtype), down_RN.to(dtype)
+            strength = strength.to(dtype) if isinstance(strength, Tensor) else strength
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.has_constant_norm):
+                norms_I = self._squared_norms(weight, up_OR, down_RN, strength).clamp_min(TINY).sqrt()
+            columns: Tensor = magnitudes.to(dtype) / (norms_I + EPS).view(self._shape)
+        return columns
+
+    def merge(self, base: Tensor, change: Tensor, multiplier: float, magnitudes: Tensor | None) -> Tensor:
+        assert magnitudes is not None
+        whole = base + change
+        norms = torch.linalg.vector_norm(whole, dim=[d for d in range(whole.dim()) if d != 1], keepdim=True)
+        merged: Tensor = whole * (magnitudes.to(whole) / (norms + EPS))
+        return merged if multiplier == 1 else base + multiplier * (merged - base)
+
+    def _squared_norms(self, weight: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float) -> Tensor:
+        """|W0 + strength * up @ down|^2 of every column."""
+        if self._squares_I.device != weight.device or self._squares_I.dtype != up_OR.dtype:
+            self._squares_I = self._squares_I.to(weight.device, up_OR.dtype)
+        squares_I, num_columns = self._squares_I, weight.shape[1]
+        crossed_RN = _Project.apply(up_OR, weight)  # type: ignore[no-untyped-call]
+        cross_N = (crossed_RN * down_RN).sum(0)
+        product_N = ((up_OR.t() @ up_OR @ down_RN) * down_RN).sum(0)
+        changes_I = (2 * strength * cross_N + strength**2 * product_N).view(num_columns, -1).sum(1)
+        norms_I = torch.maximum(squares_I + changes_I, LOST * squares_I)
+        return self._direct_where_cancelled(norms_I, weight, up_OR, down_RN, strength)
+
+    def _direct_where_cancelled(
+        self, norms_I: Tensor, weight: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float
+    ) -> Tensor:
+        """The same with the columns that the change cancels almost wholly, up to a number of them, summed directly.
+
+        That number is fixed, so that a graphics card never waits for the answer how many there are.
+        """
+        shares_I = norms_I.detach() / self._squares_I.clamp_min(TINY)
+        if weight.device.type == "cpu" and bool((shares_I >= CANCELLED).all()):
+            return norms_I
+        shares, places = torch.topk(shares_I, min(MAX_DIRECT_COLUMNS, len(shares_I)), largest=False)
+        base = weight[:, places].to(up_OR.dtype).flatten(1)
+        down_chosen = down_RN.view(len(down_RN), weight.shape[1], -1)[:, places].flatten(1)
+        whole = base + strength * (up_OR @ down_chosen)
+        direct = whole.square().sum(0).view(len(places), -1).sum(1)
+        return norms_I.index_put((places,), torch.where(shares < CANCELLED, direct, norms_I[places]))
+
+
+class _Project(torch.autograd.Function):
+    """up' @ W0 for a frozen W0 of any dtype and memory format, in the dtype of `up` and without a copy of W0."""
+
+    @staticmethod
+    def forward(ctx: Any, up_OR: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        projected_RN = up_OR.new_zeros(up_OR.shape[1], weight[0].numel())
+        for rows, part_ON in _row_parts(weight, up_OR.dtype):
+            projected_RN.addmm_(up_OR[rows].t(), part_ON)
+        return projected_RN
+
+    @staticmethod
+    def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        with torch.autocast(grad_RN.device.type, enabled=False):
+            return torch.cat([part_ON @ grad_RN.t() for _, part_ON in _row_parts(weight, grad_RN.dtype)]), None
+
+
+class _ScaleColumns(torch.autograd.Function):
+    """x times a number per column, computed in float32 and rounded once: a factor of 1.001 is none in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(x, columns)
+        return torch.mul(x, columns, out=torch.empty_like(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, columns = ctx.saved_tensors
+        grad_x = torch.mul(grad, columns, out=torch.empty_like(grad)) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None
+        axes = [axis for axis in range(x.dim()) if columns.shape[axis] == 1]
+        return grad_x, (grad * x).sum(axes, keepdim=True, dtype=columns.dtype).view_as(columns)
+
+
+def scale_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """x with input channel i multiplied by `columns` (1, I) on the last axis, or (1, I, 1, 1) on axis 1 of 4."""
+    per_axis = columns if columns.dim() == x.dim() else columns.view(*(1,) * (x.dim() - 1), -1)
+    scaled: Tensor = _ScaleColumns.apply(x, per_axis)  # type: ignore[no-untyped-call]
+    return scaled
+
+
+def squared_columns(weight: Tensor) -> Tensor:
+    """The squared norm of every column of (O, I) or (O, I, h, w), at least in float32."""
+    with torch.no_grad():
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        sums_N = [part_ON.square().sum(0) for _, part_ON in _row_parts(weight, dtype)]
+        return torch.stack(sums_N).sum(0).view(weight.shape[1], -1).sum(1)
+
+
+def _row_parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a weight as matrices in `dtype`: all at once where that is a view, else a copy of a few at a time."""
+    is_view = weight.dtype == dtype and weight.is_contiguous()
+    step = len(weight) if is_view else max(1, CHUNK_VALUES // weight[0].numel())
+    for first in range(0, len(weight), step):
+        yield slice(first, first + step), weight[first : first + step].to(dtype).flatten(1)

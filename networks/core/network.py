@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.core.adapter import Adapter
 from networks.core.arguments import NetworkArguments
-from networks.core.files import load_into, network_tensors, read_adapters, save_network
+from networks.core.files import AnyAdapter, load_into, network_tensors, read_adapters, save_network
+from networks.core.norms import NormAdapter
 from networks.core.rules import Allotment
+from networks.core.summary import describe_part, describe_rates
 from networks.core.targets import AdapterTargets
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ UP_FACTORS = "lora_up"  # of the parameters that LoRA+ trains faster
 class Member:
     """One adapter and where it belongs."""
 
-    adapter: Adapter
+    adapter: AnyAdapter
     text_encoder: int | None  # index of the text encoder, None for the denoiser
     allotment: Allotment
 
@@ -60,7 +61,7 @@ class AdapterNetwork(nn.Module):
             self.add_module(name, member.adapter)
 
     @property
-    def adapters(self) -> Mapping[str, Adapter]:
+    def adapters(self) -> Mapping[str, AnyAdapter]:
         """The adapters by name, text encoders first."""
         return {member.adapter.site.name: member.adapter for member in self.members}
 
@@ -80,7 +81,7 @@ class AdapterNetwork(nn.Module):
         self.members = kept
         for member in kept:
             member.adapter.install()
-        for line in describe(kept):
+        for line in describe(kept, self.targets):
             logger.info(line)
 
     def remove(self) -> None:
@@ -104,13 +105,14 @@ class AdapterNetwork(nn.Module):
         with torch.no_grad():
             for member in self.members:
                 adapter = member.adapter.to(device) if device is not None else member.adapter
-                weight = adapter.site.module.weight
-                assert isinstance(weight, nn.Parameter)
-                merged = adapter.merged_weight().to(weight.device, dtype or weight.dtype)
-                if merged.dtype == weight.dtype:
-                    weight.copy_(merged)  # in place: the memory format stays, and with it the order of the sums
-                else:
-                    weight.data = merged
+                for name, value in adapter.merged().items():
+                    weight = getattr(adapter.site.module, name)
+                    assert isinstance(weight, nn.Parameter)
+                    merged = value.to(weight.device, dtype or weight.dtype)
+                    if merged.dtype == weight.dtype:
+                        weight.copy_(merged)  # in place: the memory format stays, and with it the order of the sums
+                    else:
+                        weight.data = merged
 
     def load_weights(self, file: str) -> str:
         """Load a file; modules it lacks keep their start. Gives a sentence on what was loaded.
@@ -155,7 +157,11 @@ class AdapterNetwork(nn.Module):
                 trained.add(parameter)
         self._untrained = [p for p in self.parameters() if p not in trained]
         self._freeze_untrained()
-        return [{"params": params, "lr": lr} for (_, lr), params in groups.items()], _distinct([n for n, _ in groups])
+        made = [{"params": params, "lr": lr} for (_, lr), params in groups.items()]
+        names = _distinct([name for name, _ in groups])
+        if made:
+            logger.info(describe_rates(made, names))
+        return made, names
 
     def prepare_optimizer_params(
         self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None
@@ -180,6 +186,23 @@ class AdapterNetwork(nn.Module):
     def get_trainable_params(self) -> list[nn.Parameter]:
         """What the optimizer changes: the set whose gradient norm is limited."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def apply_max_norm_regularization(self, limit: float, device: torch.device | str) -> tuple[int, float, float]:
+        """Scale changes whose Frobenius norm is above `limit` down to it (--scale_weight_norms).
+
+        Gives how many were scaled, and mean and maximum of the norms that all have afterwards. Norms of changes are at
+        multiplier 1, before DoRA's magnitudes; trained normalisation layers have none.
+        """
+        adapters = [m.adapter for m in self.members if not isinstance(m.adapter, NormAdapter)]
+        if not adapters:
+            return 0, 0.0, 0.0
+        norms = torch.stack([adapter.norm() for adapter in adapters])
+        ratios = (limit / norms).clamp(max=1.0)
+        for adapter, ratio in zip(adapters, ratios, strict=True):
+            adapter.shrink(ratio)
+        after = norms * ratios
+        return int((ratios < 1).sum()), float(after.mean()), float(after.max())
 
     def _freeze_untrained(self) -> None:
         for parameter in self._untrained:
@@ -214,15 +237,12 @@ class AdapterNetwork(nn.Module):
         return own or arguments.loraplus_lr_ratio or None
 
 
-def describe(members: Sequence[Member]) -> Iterator[str]:
-    """One line per part of the base model: how many modules, which ranks and alphas, how many numbers are trained."""
+def describe(members: Sequence[Member], targets: AdapterTargets) -> Iterator[str]:
+    """Lines for each part of the base model: modules, ranks, alphas and how many numbers are trained."""
     for index in dict.fromkeys(member.text_encoder for member in members):
         adapters = [member.adapter for member in members if member.text_encoder == index]
         part = "denoiser" if index is None else f"text encoder {index + 1}"
-        ranks = ", ".join(str(r) for r in sorted({a.delta.rank for a in adapters}))
-        alphas = ", ".join(f"{a:g}" for a in sorted({a.alpha_value for a in adapters}))
-        num_values = sum(p.numel() for a in adapters for p in a.parameters())
-        yield f"{part}: {len(adapters)} modules adapted, rank {ranks}, alpha {alphas}, {num_values:,} parameters"
+        yield from describe_part(part, adapters, targets.block_list if index is None else None)
 
 
 def _lr_name(member: Member) -> str:

@@ -68,6 +68,14 @@ class Rules:
         factor, block = self.lr_factors.of(site.path)
         return Allotment(rank if factor else 0, alpha, factor, block)
 
+    def allot_norm(self, site: Site) -> Allotment | None:
+        """What a normalisation layer gets: a learning rate factor, None where its block is left alone."""
+        block = self.layout.index_of(site.path) if self.layout else None
+        if self.blocks is not None and block is not None and not self.blocks.ranks[block]:
+            return None
+        factor, number = (1.0, None) if self.lr_factors is None else self.lr_factors.of(site.path)
+        return Allotment(0, 0.0, factor, number) if factor else None
+
     def _rank_and_alpha(self, site: Site) -> tuple[int, float]:
         block = self.layout.index_of(site.path) if self.layout and self.blocks else None
         if self.blocks is None or block is None:

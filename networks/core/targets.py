@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import nn
 
-Kind = Literal["plain", "conv"]
+Kind = Literal["plain", "conv", "norm"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Site:
     name: str  # "lora_unet_double_blocks_0_img_attn_qkv"
     path: str  # "double_blocks.0.img_attn.qkv"
     module: nn.Module
-    kind: Kind  # plain: Linear and 1x1 convolution; conv: larger kernels
+    kind: Kind  # plain: Linear and 1x1 convolution; conv: larger kernels; norm: a normalisation layer
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -83,6 +83,17 @@ def find_sites(part: Part, root: nn.Module, classes: Sequence[str]) -> list[Site
         Site(site_name(part, path), path, module, kind)
         for path, module in _walk(root, classes)
         if (kind := kind_of(module)) is not None and not any(re.fullmatch(p, path) for p in part.exclude)
+    ]
+
+
+def find_norms(part: Part, root: nn.Module, classes: Sequence[str]) -> list[Site]:
+    """Every LayerNorm and GroupNorm with a learnable weight below a block of the given classes, once each."""
+    return [
+        Site(site_name(part, path), path, module, "norm")
+        for path, module in _walk(root, classes)
+        if type(module) in (nn.LayerNorm, nn.GroupNorm)
+        and module.weight is not None
+        and not any(re.fullmatch(p, path) for p in part.exclude)
     ]
 
 

@@ -41,7 +41,7 @@ def test_values_may_be_typed_already_and_none_is_not_given() -> None:
         ({"block_dims": "4;4"}, "block_dims=4;4: expected a whole number"),
         ({"down_lr_weight": "cosin"}, "down_lr_weight=cosin: expected numbers with commas between them, or one of cos"),
         ({"conv_block_dims": "4,4"}, "conv_block_dims needs block_dims"),
-        ({"dora_wd": "True"}, "dora_wd=True is not supported yet (DoRA)"),
+        ({"split_qkv": "True"}, "split_qkv=True is not supported yet (separate adapters for q, k and v)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
