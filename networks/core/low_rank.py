@@ -52,3 +52,27 @@ def rank_by_norm(s_K: Tensor, share: float) -> int:
 def _first_reaching(values_K: Tensor, share: float) -> int:
     sums_K = values_K.double().cumsum(0)
     return min(int((sums_K < share * sums_K[-1]).sum()) + 1, len(values_K))
+
+
+def best_factors(matrix_ON: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(up_Or, down_rN), the best product of rank r = min(rank, O, N) for a whole matrix, both factors of equal size.
+
+    The singular vectors of the shorter side come from its Gram matrix, the other side is the projection onto them: a
+    fraction of the time of a singular value decomposition. Give float64 for float32 results.
+    """
+    if matrix_ON.shape[0] > matrix_ON.shape[1]:
+        down_rN, up_Or = best_factors(matrix_ON.T, rank)
+        return up_Or.T, down_rN.T
+    _, vectors_OO = torch.linalg.eigh(matrix_ON @ matrix_ON.T)
+    u_Or = vectors_OO.flip(1)[:, :rank]
+    projected_rN = u_Or.T @ matrix_ON
+    s_r = torch.linalg.vector_norm(projected_rN, dim=1)
+    root_r = s_r.sqrt()
+    return u_Or * root_r, projected_rN * torch.where(s_r > 0, 1 / root_r, 0)[:, None]
+
+
+def clamped(up: Tensor, down: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
+    """Both factors with values beyond the given quantile of all their values (and its negative) drawn in to it."""
+    values = torch.cat([up.flatten(), down.flatten()])
+    limit = float(values.kthvalue(max(round(quantile * len(values)), 1)).values)
+    return up.clamp(-limit, limit), down.clamp(-limit, limit)

@@ -1,0 +1,202 @@
+"""Make a LoRA of the difference between two Stable Diffusion 1.x checkpoints.
+
+Every layer that networks.lora adapts gets the best approximation of its difference at --dim, and with --conv_dim also
+the larger kernels. Text encoder layers are left out when none of them differs by more than --min_diff. Biases, norm
+weights and layers that LoRA does not adapt are not part of the result.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.architectures.sd import metadata as base_metadata
+from library.architectures.sd.base_model import adapter_sites, open_base_model
+from library.checkpoints.base_model import BaseModel
+from networks.core.adapter_file import AdapterFile, save_adapter_file
+from networks.core.files import ALPHA, DOWN, UP
+from networks.core.low_rank import best_factors, clamped
+from networks.core.module_weights import ModuleWeights
+from networks.core.targets import Site
+from tools.command import add_device, add_save_precision, check_output, device_of, dtype_of, make_parser, run
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = """\
+  python tools/extract_lora_from_models.py --model_org sd15.safetensors --model_tuned tuned.safetensors \\
+      --save_to tuned_lora.safetensors --dim 32
+  python tools/extract_lora_from_models.py --model_org sd15.safetensors --model_tuned tuned.safetensors \\
+      --save_to tuned_locon.safetensors --dim 32 --conv_dim 16 --save_precision fp16"""
+
+
+def differences(org: BaseModel, tuned: BaseModel, sites: Sequence[Site]) -> dict[str, float]:
+    """The largest change of a value in each layer, by name."""
+    return {
+        site.name: float((tuned.read(site.name).double() - org.read(site.name).double()).abs().max())
+        for site in tqdm(sites, desc="comparing text encoders", unit="layer")
+    }
+
+
+def extract_module(
+    site: Site, difference: Tensor, rank: int, quantile: float, device: torch.device
+) -> tuple[ModuleWeights, float, float]:
+    """(module, squared norm that it misses, squared norm of the difference). Computed in float64 where there is any."""
+    weight = site.module.weight
+    assert isinstance(weight, Tensor)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    matrix_ON = difference.to(device, dtype).flatten(1)
+    up_OR, down_RN = best_factors(matrix_ON, rank)
+    if quantile < 1:
+        up_OR, down_RN = clamped(up_OR, down_RN, quantile)
+    missed = float((matrix_ON - up_OR @ down_RN).square().sum())
+    shape, own_rank = tuple(weight.shape), down_RN.shape[0]
+    tensors = {
+        DOWN: down_RN.reshape(own_rank, *shape[1:]).to("cpu", torch.float32).contiguous(),
+        UP: up_OR.reshape(shape[0], own_rank, *(1,) * (len(shape) - 2)).to("cpu", torch.float32).contiguous(),
+        ALPHA: torch.tensor(float(own_rank)),
+    }
+    return ModuleWeights(site.name, tensors, {}), missed, float(matrix_ON.square().sum())
+
+
+def extract_modules(
+    org: BaseModel, tuned: BaseModel, args: argparse.Namespace, device: torch.device
+) -> list[ModuleWeights]:
+    """The modules of the LoRA. Raises ValueError when the checkpoints do not fit each other or are the same."""
+    encoder_sites, unet_sites = adapter_sites(org, with_convolutions=args.conv_dim is not None)
+    check_same_layers(org, tuned, [*encoder_sites, *unet_sites])
+    if max(differences(org, tuned, encoder_sites).values(), default=0.0) <= args.min_diff:
+        logger.info("the text encoders differ by no more than --min_diff %g; they are left out", args.min_diff)
+        encoder_sites = []
+    modules, missed, total = [], 0.0, 0.0
+    for site in tqdm([*encoder_sites, *unet_sites], desc="extracting", unit="layer"):
+        rank = args.conv_dim if site.kind == "conv" else args.dim
+        if rank is None:
+            continue
+        difference = tuned.read(site.name).double() - org.read(site.name).double()
+        module, module_missed, module_total = extract_module(site, difference, rank, args.clamp_quantile, device)
+        modules.append(module)
+        missed, total = missed + module_missed, total + module_total
+    if total == 0:
+        raise ValueError(
+            "--model_tuned is the same as --model_org in every layer that a LoRA adapts; nothing to extract"
+        )
+    logger.info(
+        "%d layers; the LoRA misses %.1f%% of their difference (norm)", len(modules), 100 * (missed / total) ** 0.5
+    )
+    return modules
+
+
+def check_same_layers(org: BaseModel, tuned: BaseModel, sites: Sequence[Site]) -> None:
+    """Raise ValueError unless both checkpoints have every layer in the same size."""
+    shapes = [shapes_of(base) for base in (org, tuned)]
+    for site in sites:
+        a, b = (of_model.get(site.name) for of_model in shapes)
+        if a != b:
+            raise ValueError(
+                f"--model_tuned {tuned.path} is not a tuned --model_org {org.path}: {site.name} has the shape "
+                f"{b or 'nothing'}, there {a or 'nothing'}"
+            )
+
+
+def shapes_of(base: BaseModel) -> dict[str, tuple[int, ...]]:
+    """The shape of every module's weight, a 1x1 convolution counting as the matrix it is."""
+    found = {}
+    for file in base.files:
+        for module, stem in file.stems.items():
+            shape = file.weights.shapes[f"{stem}.weight"]
+            found[module] = shape[:2] if set(shape[2:]) == {1} else shape
+    return found
+
+
+def extracted_metadata(args: argparse.Namespace) -> dict[str, str]:
+    """What the header says: what the LoRA is for and its ranks."""
+    metadata = {
+        **base_metadata(predicts_velocity=False),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(args.dim),
+        "ss_network_alpha": str(float(args.dim)),
+    }
+    if args.conv_dim is not None:
+        arguments = {"conv_dim": str(args.conv_dim), "conv_alpha": str(float(args.conv_dim))}
+        metadata["ss_network_args"] = json.dumps(arguments)
+    if args.no_metadata:
+        return {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    metadata["modelspec.sai_model_spec"] = "1.0.1"
+    metadata["modelspec.title"] = args.save_to.stem
+    metadata["modelspec.date"] = datetime.now().isoformat(timespec="seconds")
+    return metadata
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument(
+        "--model_org", type=Path, required=True, help="the original checkpoint: file or diffusers folder"
+    )
+    parser.add_argument(
+        "--model_tuned", type=Path, required=True, help="the tuned checkpoint: file or diffusers folder"
+    )
+    parser.add_argument("--save_to", type=Path, required=True, help="the LoRA to write: .safetensors, .ckpt or .pt")
+    parser.add_argument("--dim", type=int, default=4, help="rank of Linear layers and 1x1 convolutions (default: 4)")
+    parser.add_argument("--conv_dim", type=int, help="rank of larger kernels; unset: they are left out")
+    parser.add_argument(
+        "--clamp_quantile",
+        type=float,
+        default=1.0,
+        help="draw values of the factors beyond this quantile in to it, as 0.99 does in sd-scripts; costs accuracy "
+        "(default: 1, leave them)",
+    )
+    parser.add_argument(
+        "--min_diff", type=float, default=0.01, help="how far the text encoders must differ to count (default: 0.01)"
+    )
+    parser.add_argument("--v2", action="store_true", help="Stable Diffusion 2.x: not supported yet")
+    add_save_precision(parser, "float")
+    add_device(parser)
+    parser.add_argument("--no_metadata", action="store_true", help="write no modelspec.* metadata")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for values that make no sense."""
+    if args.v2:
+        raise ValueError("--v2 is not supported yet: only Stable Diffusion 1.x checkpoints are")
+    for flag in ("dim", "conv_dim"):
+        rank = getattr(args, flag)
+        if rank is not None and rank < 1:
+            raise ValueError(f"--{flag} is {rank}; it must be at least 1")
+    if not 0.5 < args.clamp_quantile <= 1:
+        raise ValueError(
+            f"--clamp_quantile is {args.clamp_quantile:g}; give a value above 0.5 and up to 1, which is off"
+        )
+    check_output("--save_to", args.save_to)
+
+
+def extract(args: argparse.Namespace) -> None:
+    """Read both checkpoints and write their difference."""
+    check(args)
+    device = device_of(args.device)
+    org = open_base_model("--model_org", args.model_org)
+    tuned = open_base_model("--model_tuned", args.model_tuned)
+    modules = extract_modules(org, tuned, args, device)
+    file = AdapterFile(str(args.save_to), {m.name: m for m in modules}, extracted_metadata(args), {})
+    save_adapter_file(args.save_to, file, dtype_of(args.save_precision))
+    print(f"{args.save_to}: {len(modules)} modules, rank {args.dim}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run(setup_parser(), extract, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
