@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from library.architectures.sd.view import view
+from library.checkpoints.files import save_safetensors
+from library.checkpoints.readers import readings
 from networks.core.network import AdapterNetwork
 from networks.lora import create_network
 from tests.tolerances import FLOAT32_DEEP
@@ -67,3 +69,34 @@ def test_prediction(tiny_sd_folder: Path, tmp_path: Path, naming: Any, kind: str
     pipeline.load_lora_weights(tmp_path, weight_name="theirs.safetensors")
     assert num_adapted(pipeline) == len(network.adapters)
     torch.testing.assert_close(predict(pipeline, seed), ours, **FLOAT32_DEEP)
+
+
+UNET = "lora_unet_down_blocks_0_attentions_0_proj_in"
+NORM = "lora_unet_conv_norm_out"
+OWN = "unet.down_blocks.0.attentions.0.proj_in"
+GENERIC = "diffusion_model.input_blocks.1.1.proj_in"
+LORA = {f"{UNET}.lora_down.weight": torch.ones(2, 16, 1, 1), f"{UNET}.lora_up.weight": torch.ones(16, 2, 1, 1)}
+LORA_AB = {f"{OWN}.lora_A.weight": torch.ones(2, 16, 1, 1), f"{OWN}.lora_B.weight": torch.ones(16, 2, 1, 1)}
+ODD_FILES: dict[str, dict[str, Tensor]] = {
+    "Tucker": {**LORA, f"{UNET}.lora_mid.weight": torch.ones(2, 2, 1, 1)},
+    "norms": {**LORA, f"{NORM}.w_norm": torch.ones(16), f"{NORM}.b_norm": torch.ones(16)},
+    "LoKr": {f"{UNET}.lokr_w1": torch.ones(4, 4), f"{UNET}.lokr_w2": torch.ones(4, 4), f"{UNET}.alpha": torch.ones(())},
+    "alpha in its own naming": {**LORA_AB, f"{OWN}.alpha": torch.ones(())},
+    "two namings": {**LORA, **{key.replace(OWN, GENERIC): tensor for key, tensor in LORA_AB.items()}},
+    "DoRA": {**LORA, f"{UNET}.dora_scale": torch.ones(1, 16, 1, 1)},
+    "LoRA": LORA,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ODD_FILES)
+def test_what_we_say_of_diffusers_is_what_it_does(tiny_sd_folder: Path, tmp_path: Path, what: str) -> None:
+    tensors = ODD_FILES[what]
+    save_safetensors(tmp_path / "odd.safetensors", tensors)
+    (said,) = (r for r in readings({key: t.shape for key, t in tensors.items()}) if r.program == "diffusers")
+    pipeline = load_pipeline(tiny_sd_folder)
+    try:
+        pipeline.load_lora_weights(tmp_path, weight_name="odd.safetensors")
+    except ValueError:
+        assert said.amount == "none"
+    assert num_adapted(pipeline) == (0 if said.amount == "none" else 1)
+    assert said.amount == {"LoRA": "all", "DoRA": "some"}.get(what, "none")
