@@ -30,7 +30,6 @@ NOT_YET: Mapping[str, str] = {
     **dict.fromkeys(names_of(HubOptions), "nothing is uploaded; upload the files of --output_dir yourself"),
     **dict.fromkeys(PREVIEWS, "no pictures are drawn during training; draw them with the saved files"),
     **dict.fromkeys(VALIDATION, "there is no validation; leave it out"),
-    "scale_weight_norms": "leave it out, or lower --learning_rate or --network_alpha",
     "deepspeed": "train on one card without it",
     "fp8_base": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",
     "fp8_base_unet": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",

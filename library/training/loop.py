@@ -11,7 +11,15 @@ from library.randomness import stream_seed
 from library.training.interruption import Interruption
 from library.training.logs import Charts
 from library.training.optimizers import effective_rates
-from library.training.report import LossAverage, announce, announce_epoch, progress_bar, rate_values
+from library.training.report import (
+    LimitedNorms,
+    LossAverage,
+    announce,
+    announce_epoch,
+    bar_values,
+    progress_bar,
+    rate_values,
+)
 from library.training.run import Run
 from library.training.saving import Writer
 from library.training.step import loss_of
@@ -25,6 +33,7 @@ def train(run: Run, writer: Writer, charts: Charts, interruption: Interruption) 
     plan, text_encoder_view, denoiser_view = run.plan, *run.models.network_view
     dataset = run.options.dataset
     average = LossAverage()
+    norm_limit = wanted_norm_limit(run)
     step = 0
     with progress_bar(plan.max_train_steps, step) as bar:
         for epoch in range(1, plan.num_epochs + 1):
@@ -44,10 +53,11 @@ def train(run: Run, writer: Writer, charts: Charts, interruption: Interruption) 
                     optimizer_step(run)
                     step += 1
                     bar.update(1)
+                norms = None if norm_limit is None else LimitedNorms(*run.network.limit_norms(norm_limit, run.device))
                 average.add(index, watched(loss, step, batch))
-                bar.set_postfix(avr_loss=average.mean)
+                bar.set_postfix(bar_values(average.mean, norms))
                 if charts.are_on:
-                    charts.log_step(step_values(run, loss, average.mean, rates), step, epoch)
+                    charts.log_step(step_values(run, loss, average.mean, rates, norms), step, epoch)
                 if plan.ends_window(index):
                     writer.save_after_step(step, epoch)
                     if step >= plan.max_train_steps or interruption.is_requested:
@@ -89,6 +99,25 @@ def optimizer_step(run: Run) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
+def wanted_norm_limit(run: Run) -> float | None:
+    """--scale_weight_norms; None where it is not wanted, or where this network cannot do it, which is warned of.
+
+    Raises ValueError for a negative limit.
+    """
+    limit = run.options.network.scale_weight_norms
+    if not limit:
+        return None
+    if limit < 0:
+        raise ValueError(f"--scale_weight_norms is {limit:g}; a norm is at least 0, and 0 sets no limit")
+    if not run.network.can_limit_norms:
+        logger.warning(
+            "--scale_weight_norms has no effect: the network of %s has no apply_max_norm_regularization()",
+            run.options.network.network_module,
+        )
+        return None
+    return limit
+
+
 def watched(loss: float, step: int, batch: Batch) -> float:
     """The loss unchanged; one that is not a number is reported with the pictures that gave it."""
     if not math.isfinite(loss):
@@ -96,14 +125,17 @@ def watched(loss: float, step: int, batch: Batch) -> float:
     return loss
 
 
-def step_values(run: Run, loss: float, average: float, rates: list[float]) -> dict[str, float]:
+def step_values(
+    run: Run, loss: float, average: float, rates: list[float], norms: LimitedNorms | None
+) -> dict[str, float]:
     """What the charts show of a batch."""
     effective = effective_rates(run.torch_optimizer, run.optimizer.name)
     is_first_text_encoder = not run.options.network.network_train_unet_only
     values = rate_values(rates, run.group_names, effective, is_first_text_encoder)
     if effective is not None and "prodigyplus" in run.optimizer.name.lower():
         values["lr/d*lr"] = effective[0]
-    return {"loss/current": loss, "loss/average": average, **values}
+    limited = {} if norms is None else norms.chart_values()
+    return {**limited, "loss/current": loss, "loss/average": average, **values}
 
 
 def finish(writer: Writer, step: int, epoch: int, is_complete: bool) -> None:

@@ -43,6 +43,29 @@ def progress_bar(max_train_steps: int, finished_steps: int) -> "tqdm[None]":
     return tqdm(total=max_train_steps, initial=finished_steps, smoothing=0, desc="steps", dynamic_ncols=True)
 
 
+@dataclass(frozen=True)
+class LimitedNorms:
+    """What --scale_weight_norms did after a batch."""
+
+    num_scaled: int
+    mean: float
+    maximum: float
+
+    def chart_values(self) -> dict[str, float]:
+        """By the names that charts use."""
+        return {
+            "max_norm/keys_scaled": self.num_scaled,
+            "max_norm/max_key_norm": self.maximum,
+            "norm/avg_key_norm": self.mean,
+        }
+
+
+def bar_values(average_loss: float, norms: LimitedNorms | None) -> dict[str, float]:
+    """What stands behind the progress bar, in this order."""
+    limited = {} if norms is None else {"Keys Scaled": norms.num_scaled, "Average key norm": norms.mean}
+    return {**limited, "avr_loss": average_loss}
+
+
 @dataclass
 class LossAverage:
     """The mean of the last loss of every batch place of an epoch: over the last epoch, always up to date."""

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 DENOISER_LR_NAME = "unet"
 TEXT_ENCODER_LR_NAME = "textencoder"
+ROUNDING = 1e-6  # a norm that was scaled to the limit is not above it
 UP_FACTORS = "lora_up"  # of the parameters that LoRA+ trains faster
 
 
@@ -198,7 +199,7 @@ class AdapterNetwork(nn.Module):
         if not adapters:
             return 0, 0.0, 0.0
         norms = torch.stack([adapter.norm() for adapter in adapters])
-        ratios = (limit / norms).clamp(max=1.0)
+        ratios = torch.where(norms > limit * (1 + ROUNDING), limit / norms, 1.0)
         for adapter, ratio in zip(adapters, ratios, strict=True):
             adapter.shrink(ratio)
         after = norms * ratios

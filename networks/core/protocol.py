@@ -236,6 +236,11 @@ class AdoptedNetwork:
         """How strongly the network acts: 0 is the base model."""
         self._needed("set_multiplier", "differential output preservation")(multiplier)
 
+    @property
+    def can_limit_norms(self) -> bool:
+        """Whether --scale_weight_norms works with this network."""
+        return self._method("apply_max_norm_regularization") is not None
+
     def limit_norms(self, limit: float, device: torch.device | str) -> tuple[int, float, float]:
         """Scale changes down to a norm of `limit` (--scale_weight_norms): how many were, mean and maximum of all."""
         count, mean, maximum = self._needed("apply_max_norm_regularization", "--scale_weight_norms")(limit, device)
