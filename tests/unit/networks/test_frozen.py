@@ -1,0 +1,177 @@
+"""LoRA-FA: the down factor never moves and never costs memory for its layer's input."""
+
+import logging
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from networks import lora, lora_fa
+from networks.core.adapter import Adapter, Dropout
+from networks.core.delta import Delta, LowRank, factor
+from networks.core.frozen import frozen_down
+from networks.core.join import Add
+from networks.core.targets import Site, kind_of
+from tests.tolerances import FLOAT32_SAME_MATH
+from tests.unit.networks.toy import randomize, toy_models
+
+CONV = {"conv_dim": "3", "conv_alpha": "2"}
+
+
+def outputs(models: tuple[nn.Module, nn.Module], seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((2, 3, 7), (2, 6, 4, 4))
+    return [model(torch.randn(shape, generator=generator)) for model, shape in zip(models, shapes, strict=True)]
+
+
+@pytest.mark.parametrize("options", [{}, {"rank_dropout": "0.2", "module_dropout": "0.2", "dropout": "0.2"}])
+def test_training_moves_up_factors_and_leaves_every_down_factor_as_it_is(options: dict[str, str]) -> None:
+    models = toy_models(1)
+    network = lora_fa.create_network(1.0, 4, 2, None, *models, **CONV, **options)
+    network.apply_to(*models)
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    groups, names = network.prepare_optimizer_params_with_multiple_te_lrs([1e-2], 1e-2, 1e-2)
+    network.prepare_grad_etc(*models)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+    for step in range(8):
+        sum(y.square().mean() for y in outputs(models, step)).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+    assert names == ["textencoder", "unet"]
+    for key, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[key]) != key.endswith("lora_up.weight"), key
+    assert all(factor(adapter.get_submodule("lora_down")).grad is None for adapter in network.adapters.values())
+
+
+def test_only_up_factors_are_parameters_of_optimizer_and_gradient_limit() -> None:
+    models = toy_models(2)
+    network = lora_fa.create_network(1.0, 4, 2, None, *models, **CONV)
+    network.apply_to(*models)
+    groups, _ = network.prepare_optimizer_params_with_multiple_te_lrs(None, None, 1e-3)
+    network.prepare_grad_etc(*models)
+    ups = {id(adapter.get_parameter("lora_up.weight")) for adapter in network.adapters.values()}
+    assert {id(p) for p in network.get_trainable_params()} == ups
+    assert {id(p) for group in groups for p in group["params"]} == ups
+    assert {name.rpartition("lora_")[2] for name, _ in network.named_parameters()} == {"up.weight"}
+    assert len(ups) == len(network.adapters) == 14
+
+
+def test_down_starts_normal_with_the_deviation_of_its_sizes_and_up_at_zero() -> None:
+    torch.manual_seed(3)
+    linear = frozen_down(nn.Linear(600, 5), 200)
+    conv = frozen_down(nn.Conv2d(72, 5, 3), 128)
+    for delta, deviation in ((linear, (2 / 800) ** 0.5), (conv, 0.1)):
+        children = dict(delta.named_children())
+        down = factor(children["lora_down"])
+        assert down.std().item() == pytest.approx(deviation, rel=0.02)
+        assert down.mean().item() == pytest.approx(0, abs=deviation / 100)
+        assert 0.675 < (down.abs() < deviation).float().mean() < 0.69  # as in a normal distribution: 0.683
+        assert factor(children["lora_up"]).count_nonzero() == 0
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(64, 48), (2, 50, 64)),
+    "1x1": (lambda: nn.Conv2d(64, 48, 1), (2, 64, 8, 8)),
+    "3x3": (lambda: nn.Conv2d(64, 48, 3, padding=1), (2, 64, 8, 8)),
+}
+
+
+def kept(
+    name: str, make_delta: Callable[[nn.Module, int], Delta] | None, autocast: bool = False
+) -> dict[int, tuple[int, ...]]:
+    """What autograd keeps of one layer for the backward pass, weights left out: address -> shape, each tensor once."""
+    torch.manual_seed(4)
+    make, shape = LAYERS[name]
+    layer = make().requires_grad_(False)
+    adapter: nn.Module = nn.Identity()
+    if make_delta is not None:
+        kind = kind_of(layer)
+        assert kind is not None
+        installed = Adapter(Site("x", "x", layer, kind), make_delta(layer, 4), Add(), 2.0, Dropout(), 1.0)
+        randomize(installed, 5)
+        installed.install()
+        adapter = installed
+    weights = {t.data_ptr() for module in (layer, adapter) for t in module.state_dict().values()}
+    tensors: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)  # held, so that no address is used twice
+        return tensor
+
+    x = torch.randn(shape, requires_grad=True)
+    with saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    y.float().sum().backward()
+    return {t.data_ptr(): tuple(t.shape) for t in tensors if t.data_ptr() not in weights}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+def test_autograd_keeps_the_rank_wide_hidden_and_not_the_input_of_a_linear_layer(autocast: bool) -> None:
+    """Two samples of 50 tokens with 64 features: 6400 values, and 400 at rank 4. Autocast adds copies of weights."""
+    copies = {64 * 48, 64 * 4, 48 * 4} if autocast else set()
+    sizes = [
+        {torch.Size(shape).numel() for shape in kept("linear", make, autocast).values()}
+        for make in (LowRank, frozen_down)
+    ]
+    assert sizes[0] - copies == {6400, 400}
+    assert sizes[1] - copies == {400}
+
+
+@pytest.mark.parametrize("name", ["1x1", "3x3"])
+def test_a_convolution_keeps_its_input_anyway_and_the_adapter_adds_the_hidden_alone(name: str) -> None:
+    pixels = 2 * 8 * 8
+    sizes = [sorted(torch.Size(s).numel() for s in kept(name, make).values()) for make in (None, frozen_down)]
+    assert sizes == [[pixels * 64], [pixels * 4, pixels * 64]]
+
+
+@pytest.mark.parametrize("module", [lora, lora_fa])
+def test_a_file_of_either_kind_goes_into_the_other_and_computes_the_same(module: ModuleType) -> None:
+    models, others = toy_models(6), toy_models(6)
+    network = lora_fa.create_network(1.0, 4, 2, None, *models, **CONV)
+    randomize(network, 7)
+    network.apply_to(*models)
+    weights = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    other, tensors = module.create_network_from_weights(1.0, "x", None, *others, weights)
+    other.apply_to(*others)
+    other.load_state_dict(tensors)
+    for got, expected in zip(outputs(others, 8), outputs(models, 8), strict=True):
+        torch.testing.assert_close(got, expected, **FLOAT32_SAME_MATH)
+    other.remove()
+    merged, tensors = module.create_network_from_weights(1.0, "x", None, *others, weights, for_inference=True)
+    merged.merge_to(*others, tensors, torch.float32, "cpu")
+    for got, expected in zip(outputs(others, 8), outputs(models, 8), strict=True):
+        torch.testing.assert_close(got, expected, **FLOAT32_SAME_MATH)
+
+
+def test_going_on_from_a_file_keeps_its_down_factors() -> None:
+    models = toy_models(9)
+    source = lora.create_network(1.0, 4, 2, None, *models)
+    randomize(source, 10)
+    network, weights = lora_fa.create_network_from_weights(1.0, "x", None, *models, source.state_dict())
+    network.load_state_dict(weights)
+    for key, tensor in source.state_dict().items():
+        assert torch.equal(network.state_dict()[key], tensor)
+
+
+def test_a_loraplus_ratio_just_multiplies_the_rate_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    models = toy_models(11)
+    with caplog.at_level(logging.WARNING):
+        network = lora_fa.create_network(1.0, 4, 2, None, *models, loraplus_unet_lr_ratio="8")
+    network.apply_to(*models)
+    groups, names = network.prepare_optimizer_params_with_multiple_te_lrs([1e-4], 1e-3, 1e-3)
+    assert dict(zip(names, (group["lr"] for group in groups), strict=True)) == {"textencoder": 1e-4, "unet plus": 8e-3}
+    assert "loraplus_unet_lr_ratio: networks.lora_fa trains up factors only" in caplog.text
+
+
+def test_a_cast_to_bf16_takes_the_frozen_factor_along() -> None:
+    network = lora_fa.create_network(1.0, 4, 2, None, *toy_models(12)).to(torch.bfloat16)
+    dtypes = {key.rpartition("lora_")[2]: t.dtype for key, t in network.state_dict().items() if "lora_" in key[9:]}
+    assert dtypes["down.weight"] == dtypes["up.weight"] == torch.bfloat16
+
+
+def test_tucker_is_refused() -> None:
+    with pytest.raises(ValueError, match="use_tucker"):
+        lora_fa.create_network(1.0, 4, 2, None, *toy_models(13), **CONV, use_tucker="True")
