@@ -453,7 +453,7 @@ def setup_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "configs/quickstart/toy_base", help="folder to write")
     parser.add_argument("--seed", type=int, default=1, help="of the pictures, the weights and the training")
-    parser.add_argument("--vae_steps", type=int, default=3000, help="training steps of the VAE")
+    parser.add_argument("--vae_steps", type=int, default=4000, help="training steps of the VAE")
     parser.add_argument("--decoder_steps", type=int, default=4000, help="more training steps of the VAE's decoder")
     parser.add_argument("--unet_steps", type=int, default=5000, help="training steps of U-Net and text encoder")
     parser.add_argument(
