@@ -196,7 +196,10 @@ def ending(leaf: str, naming: FileNaming) -> str:
 
 
 def some_keys(keys: Iterable[str], most: int = 6) -> str:
-    """Keys in a sentence, the first few of many."""
+    """Keys in a sentence; of many a few, with one of each kind before the second of any."""
     keys = list(keys)
-    shown = ", ".join(keys[:most])
-    return shown if len(keys) <= most else f"{len(keys)} keys: {shown} and {len(keys) - most} more"
+    if len(keys) <= most:
+        return ", ".join(keys)
+    first_of_kind = {key.removesuffix(".weight").rpartition(".")[2]: key for key in reversed(keys)}
+    ordered = [*reversed(first_of_kind.values()), *(key for key in keys if key not in first_of_kind.values())]
+    return f"{len(keys)} keys: {', '.join(ordered[:most])} and {len(keys) - most} more"
