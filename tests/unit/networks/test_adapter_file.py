@@ -1,0 +1,161 @@
+"""Adapter files of every naming, read into modules and written back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
+from library.checkpoints.hashes import sshs_hashes
+from networks.core.adapter_file import (
+    adapter_tensors,
+    parse_adapter,
+    read_adapter_file,
+    require_forms,
+    save_adapter_file,
+)
+from networks.core.module_weights import ModuleWeights
+from tests.tolerances import EXACT, FLOAT64
+
+PAIRS = {  # how one module is spelled: (lora_down's key, lora_up's key) -> its name
+    ("lora_unet_a_b.lora_down.weight", "lora_unet_a_b.lora_up.weight"): "lora_unet_a_b",
+    ("diffusion_model.a.b.lora_A.weight", "diffusion_model.a.b.lora_B.weight"): "diffusion_model.a.b",
+    ("base_model.model.a.b.lora_A.weight", "base_model.model.a.b.lora_B.weight"): "base_model.model.a.b",
+    ("unet.a.b.lora_A.my_cat.weight", "unet.a.b.lora_B.my_cat.weight"): "unet.a.b",
+    ("unet.a.b.lora.down.weight", "unet.a.b.lora.up.weight"): "unet.a.b",
+    ("text_encoder.a.q_proj.lora_linear_layer.down.weight", "text_encoder.a.q_proj.lora_linear_layer.up.weight"):
+        "text_encoder.a.q_proj",
+    ("unet.a.attn1.processor.to_out_lora.down.weight", "unet.a.attn1.processor.to_out_lora.up.weight"):
+        "unet.a.attn1.to_out.0",
+}  # fmt: skip
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("keys", "name"), PAIRS.items(), ids=lambda x: x if isinstance(x, str) else x[0])
+def test_every_spelling_is_one_module_and_is_written_back_as_it_was(keys: tuple[str, str], name: str) -> None:
+    down, up = randn(1, 3, 5), randn(2, 4, 3)
+    tensors = {keys[0]: down, keys[1]: up}
+    file = parse_adapter(tensors, {}, "cat.safetensors")
+    (module,) = file.modules.values()
+    assert (module.name, module.form, module.rank, module.shape) == (name, "low_rank", 3, (4, 5))
+    torch.testing.assert_close(module.change(torch.float64), up.double() @ down.double(), **FLOAT64)
+    written = adapter_tensors(file)
+    assert written.keys() == tensors.keys()
+    assert torch.equal(written[keys[0]], down)
+
+
+def test_alpha_of_6_at_rank_3_doubles_the_product_and_no_alpha_leaves_it() -> None:
+    tensors = {"lora_unet_x.lora_down.weight": randn(3, 3, 5), "lora_unet_x.lora_up.weight": randn(4, 2, 3)}
+    without = parse_adapter(tensors, {}, "").modules["lora_unet_x"]
+    doubled = parse_adapter({**tensors, "lora_unet_x.alpha": torch.tensor(6)}, {}, "").modules["lora_unet_x"]
+    assert (without.alpha, doubled.scale) == (3.0, 2.0)
+    torch.testing.assert_close(doubled.change(), 2 * without.change(), **EXACT)
+
+
+def test_tucker_core_is_the_sum_over_both_ranks() -> None:
+    up, mid, down = randn(5, 6, 2, 1, 1), randn(6, 2, 2, 3, 3), randn(7, 2, 4, 1, 1)
+    name = "lora_unet_x"
+    tensors = {f"{name}.lora_up.weight": up, f"{name}.lora_mid.weight": mid, f"{name}.lora_down.weight": down}
+    module = parse_adapter(tensors, {}, "").modules[name]
+    expected = torch.einsum("op,pqhw,qi->oihw", up[:, :, 0, 0].double(), mid.double(), down[:, :, 0, 0].double())
+    assert module.form == "tucker"
+    torch.testing.assert_close(module.change(torch.float64), expected, **FLOAT64)
+
+
+def test_alpha_that_diffusers_records_in_the_metadata_counts() -> None:
+    tensors = {"unet.a.to_q.lora_A.weight": randn(8, 4, 5), "unet.a.to_q.lora_B.weight": randn(9, 5, 4)}
+    recorded = {"unet.lora_alpha": 8, "unet.r": 4, "unet.alpha_pattern": {"b.to_q": 2}}
+    metadata = {"lora_adapter_metadata": json.dumps(recorded)}
+    assert parse_adapter(tensors, metadata, "").modules["unet.a.to_q"].scale == 2
+
+
+def test_rank_stabilised_alpha_of_pefts_settings_is_divided_by_the_root_of_the_rank(tmp_path: Path) -> None:
+    tensors = {"base_model.model.q.lora_A.weight": randn(10, 4, 5), "base_model.model.q.lora_B.weight": randn(11, 5, 4)}
+    save_safetensors(tmp_path / "adapter_model.safetensors", tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 6, "use_rslora": True}))
+    assert read_adapter_file(tmp_path / "adapter_model.safetensors").modules["base_model.model.q"].scale == 3
+
+
+@pytest.mark.parametrize(
+    ("leaves", "form"),
+    [
+        (("w_norm", "b_norm"), "norm"),
+        (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"), "loha"),
+        (("lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha"), "lokr"),
+        (("diff",), "other"),
+    ],
+)
+def test_kinds_without_low_rank_factors_are_recognised(leaves: tuple[str, ...], form: str) -> None:
+    file = parse_adapter({f"lora_unet_x.{leaf}": torch.tensor(1.0) for leaf in leaves}, {}, "cat.safetensors")
+    assert file.modules["lora_unet_x"].form == form
+    with pytest.raises(ValueError, match=r"cat.safetensors: 1 modules cannot be merged, the first is lora_unet_x"):
+        require_forms(file, ("low_rank",), "merged")
+
+
+def test_files_that_cannot_be_used_say_why() -> None:
+    down, up = {"lora_unet_x.lora_down.weight": randn(12, 2, 5)}, {"lora_unet_x.lora_up.weight": randn(13, 4, 3)}
+    with pytest.raises(ValueError, match=r"lora_down.weight without its up factor"):
+        parse_adapter(down, {}, "half.safetensors")
+    with pytest.raises(ValueError, match=r"up is \[4, 3\], down is \[2, 5\]"):
+        parse_adapter({**down, **up}, {}, "odd.safetensors")
+    with pytest.raises(ValueError, match="no weights of an adapter"):
+        parse_adapter({"model.diffusion_model.out.2.weight": up.popitem()[1]}, {}, "base.safetensors")
+    with pytest.raises(ValueError, match=r"--model: no_such.safetensors does not exist"):
+        read_adapter_file("no_such.safetensors", "--model")
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_dora_merges_to_the_magnitudes_along_its_axis(axis: int) -> None:
+    base, up, down = randn(14, 4, 3, 3, 3), randn(15, 4, 2, 1, 1), randn(16, 2, 3, 3, 3)
+    magnitude = randn(17, *((4, 1, 1, 1) if axis == 0 else (1, 3, 1, 1))).abs()
+    tensors = {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": magnitude}
+    module = ModuleWeights("x", tensors, {})
+    merged = module.merged_weight(base, 1.0)
+    norms = merged.transpose(0, axis).flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, magnitude.flatten(), rtol=1e-5, atol=1e-6)
+    directions = torch.nn.functional.cosine_similarity(
+        merged.transpose(0, axis).flatten(1), (base + module.change()).transpose(0, axis).flatten(1)
+    )
+    torch.testing.assert_close(directions, torch.ones_like(directions), rtol=1e-5, atol=1e-6)
+    half = module.merged_weight(base, 0.5)
+    torch.testing.assert_close(half, (base + merged) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_saved_file_has_the_hashes_of_its_own_tensors(tmp_path: Path) -> None:
+    tensors = {"lora_unet_x.lora_down.weight": randn(18, 2, 5), "lora_unet_x.lora_up.weight": randn(19, 4, 2)}
+    file = parse_adapter(tensors, {"ss_network_dim": "2", "sshs_model_hash": "old"}, "")
+    save_adapter_file(tmp_path / "a.safetensors", file, torch.float16)
+    metadata = read_metadata(tmp_path / "a.safetensors")
+    hashes = sshs_hashes(load_state_dict(tmp_path / "a.safetensors"), metadata)
+    assert (metadata["sshs_model_hash"], metadata["sshs_legacy_hash"]) == hashes
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rank=st.integers(1, 5), alpha=st.floats(0.125, 64), scale=st.floats(0.01, 8), is_conv=st.booleans(),
+    has_alpha=st.booleans(), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_other_factors_give_the_change_they_are_made_of(
+    rank: int, alpha: float, scale: float, is_conv: bool, has_alpha: bool, seed: int
+) -> None:
+    """Whether the file records alpha or not."""
+    kernel = (3, 3) if is_conv else ()
+    tensors = {
+        "lora_down.weight": randn(seed, 2, 3, *kernel).double(),
+        "lora_up.weight": randn(seed + 1, 4, 2, *(1,) * len(kernel)).double(),
+    }
+    if has_alpha:
+        tensors["alpha"] = torch.tensor(alpha, dtype=torch.float64)
+    up_OR, down_RN = randn(seed + 2, 4, rank).double(), randn(seed + 3, rank, 27 if is_conv else 3).double()
+    module = ModuleWeights("x", tensors, {}).with_factors(up_OR, down_RN, scale)
+    assert module.rank == rank
+    assert ("alpha" in module.tensors) == has_alpha
+    expected = (scale * up_OR @ down_RN).reshape(4, 3, *kernel)
+    torch.testing.assert_close(module.change(torch.float64), expected, rtol=1e-6, atol=1e-7)  # alpha is float32
