@@ -1,0 +1,325 @@
+"""DoRA: magnitudes per input column, whose norms are computed without the matrix."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from networks.core.adapter import Adapter, Dropout
+from networks.core.delta import LowRank, Tucker
+from networks.core.join import CANCELLED, EPS, Add, Decompose, scale_columns
+from networks.core.targets import Site, kind_of
+from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
+from tests.unit.networks.test_adapter import LAYERS
+
+NO_DROPOUT = Dropout()
+KERNELS_3X3 = [name for name in LAYERS if name.startswith("3x3")]
+CASES = [(name, LowRank) for name in LAYERS] + [(name, Tucker) for name in KERNELS_3X3]
+
+
+def frozen(make: Callable[[], nn.Module], seed: int, dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(seed)
+    return make().requires_grad_(False).to(dtype)
+
+
+def decomposed(
+    layer: Any,
+    seed: int,
+    delta: type = LowRank,
+    drops: Dropout = NO_DROPOUT,
+    multiplier: float = 1.0,
+    has_scalar: bool = False,
+    is_constant: bool = False,
+) -> Adapter:
+    """A trained adapter of rank 3 and alpha 2 in the dtype of the layer."""
+    kind = kind_of(layer)
+    assert kind is not None
+    join = Decompose(layer.weight, is_constant)
+    adapter = Adapter(Site("x", "x", layer, kind), delta(layer, 3), join, 2.0, drops, multiplier, has_scalar)
+    adapter.to(layer.weight.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return adapter
+
+
+def with_weight(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        return linear(x, weight, layer.bias)
+    return conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation)
+
+
+def product_of(adapter: Adapter) -> Tensor:
+    """up @ down by einsum over the factors' own axes."""
+    up, down = adapter.get_parameter("lora_up.weight"), adapter.get_parameter("lora_down.weight")
+    if down.dim() == 2:
+        return torch.einsum("or,ri->oi", up, down)
+    if "lora_mid.weight" in dict(adapter.named_parameters()):
+        mid = adapter.get_parameter("lora_mid.weight")
+        return torch.einsum("op,pqhw,qi->oihw", up.flatten(1), mid, down.flatten(1))
+    return torch.einsum("or,rihw->oihw", up.flatten(1), down)
+
+
+def formula(layer: Any, adapter: Adapter, multiplier: float, is_constant: bool = False) -> Tensor:
+    """W0 + s (m (W0 + dW) / |W0 + dW| - W0), from whole matrices."""
+    scalar = 1.0 if adapter.scalar is None else adapter.scalar
+    whole = layer.weight + product_of(adapter) * scalar * 2.0 / 3
+    axes = [0, 2, 3][: whole.dim() - 1]
+    norm = whole.square().sum(axes, keepdim=True).sqrt() + EPS
+    norm = norm.detach() if is_constant else norm
+    assert adapter.dora_scale is not None
+    return layer.weight + multiplier * (adapter.dora_scale * whole / norm - layer.weight)
+
+
+@pytest.mark.parametrize("is_constant", [False, True])
+@pytest.mark.parametrize("has_scalar", [False, True])
+@pytest.mark.parametrize("multiplier", [1.0, 0.7])
+@pytest.mark.parametrize(("name", "delta"), CASES)
+def test_output_gradients_and_merged_weight_are_those_of_the_formula(
+    name: str, delta: type, multiplier: float, has_scalar: bool, is_constant: bool
+) -> None:
+    make, shape = LAYERS[name]
+    layer = frozen(make, 1201)
+    adapter = decomposed(layer, 1202, delta, NO_DROPOUT, multiplier, has_scalar, is_constant)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    wanted = formula(layer, adapter, multiplier, is_constant)
+    torch.testing.assert_close(adapter.merged_weight(), wanted, **FLOAT64)
+    expected = with_weight(layer, x, wanted)
+    seen_by = torch.randn_like(expected)
+    learned = (x, *adapter.parameters())
+    expected_grads = torch.autograd.grad((expected * seen_by).sum(), learned)
+    adapter.install()
+    y = layer(x)
+    torch.testing.assert_close(y, expected, **FLOAT64)
+    for one, other in zip(torch.autograd.grad((y * seen_by).sum(), learned), expected_grads, strict=True):
+        torch.testing.assert_close(one, other, **FLOAT64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_at_the_start_nothing_changes_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    make, shape = LAYERS[name]
+    layer = frozen(make, 1211, dtype)
+    kind = kind_of(layer)
+    assert kind is not None
+    adapter = Adapter(Site("x", "x", layer, kind), LowRank(layer, 3), Decompose(layer.weight), 2.0, NO_DROPOUT, 1.0)
+    x = torch.randn(shape).to(dtype)
+    alone = layer(x)
+    adapter.install()
+    assert torch.equal(layer(x), alone)
+
+
+def test_magnitudes_have_the_shape_that_readers_know_and_start_as_column_norms() -> None:
+    for name, shape in (("linear", (1, 7)), ("3x3", (1, 7, 1, 1))):
+        layer = frozen(LAYERS[name][0], 1221)
+        magnitudes = Decompose(layer.weight).magnitudes()
+        assert magnitudes.shape == shape
+        columns = layer.weight.transpose(0, 1).flatten(1)
+        torch.testing.assert_close(magnitudes.flatten(), columns.norm(dim=1) + EPS, **FLOAT64)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [t for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)]
+        if not func.is_view and not str(func).startswith(("aten.t.", "aten.detach", "aten.view", "aten.transpose")):
+            self.num_values = max([self.num_values, *(t.numel() for t in made)])
+        return result
+
+
+def test_neither_pass_makes_a_tensor_of_the_size_of_the_weight() -> None:
+    layer = frozen(lambda: nn.Linear(96, 128), 1231, torch.float32)
+    adapter = decomposed(layer, 1232)
+    adapter.install()
+    x = torch.randn(2, 96, requires_grad=True)
+    with Largest() as largest:
+        layer(x).square().sum().backward()
+    assert 0 < largest.num_values <= 3 * 128  # rank times outputs
+    with Largest() as largest:
+        adapter.merged_weight()
+    assert largest.num_values == 96 * 128
+
+
+@pytest.mark.parametrize("delta", [LowRank, Tucker])
+def test_a_16_bit_weight_in_any_memory_format_has_the_norms_of_float64(
+    delta: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("networks.core.join.CHUNK_VALUES", 200)  # rows in several parts
+    layer = frozen(lambda: nn.Conv2d(7, 20, 3, padding=1), 1241, torch.float32).to(torch.bfloat16)
+    layer.to(memory_format=torch.channels_last)
+    adapter = decomposed(layer, 1242, delta).float()
+    assert adapter.dora_scale is not None
+    wide = frozen(lambda: nn.Conv2d(7, 20, 3, padding=1), 1241)
+    wide.weight.data = layer.weight.double()
+    exact = decomposed(wide, 1243, delta)
+    exact.load_state_dict(adapter.state_dict())
+    learned = [name for name, _ in adapter.named_parameters()]
+    torch.testing.assert_close(adapter.merged_weight().double(), formula(wide, exact, 1.0), **FLOAT32_SAME_MATH)
+    columns = columns_of(adapter)
+    torch.testing.assert_close(columns.double(), columns_of(exact), **FLOAT32_SAME_MATH)
+    got = torch.autograd.grad(columns.sum(), list(adapter.parameters()), allow_unused=True)
+    expected = torch.autograd.grad(columns_of(exact).sum(), list(exact.parameters()), allow_unused=True)
+    for name, one, other in zip(learned, got, expected, strict=True):
+        assert one is not None and other is not None, name
+        torch.testing.assert_close(one.double(), other, **FLOAT32_SAME_MATH)
+
+
+def columns_of(adapter: Adapter) -> Tensor:
+    from networks.core.delta import factors_of
+
+    assert adapter.dora_scale is not None
+    weight = adapter.site.module.weight
+    assert isinstance(weight, Tensor)
+    return adapter.join.columns(weight, adapter.dora_scale, *factors_of(adapter.delta), adapter.scale)
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-3, 1e-5])
+def test_columns_that_the_change_cancels_almost_wholly_keep_their_digits(share: float) -> None:
+    """Three of nine columns are left with `share` of their norm; the square of that is below float32 at the least."""
+    torch.manual_seed(1251)
+    layer = nn.Linear(9, 40, bias=False).requires_grad_(False)
+    adapter = decomposed(layer, 1252)
+    with torch.no_grad():
+        product = torch.zeros(40, 9)
+        product[:, 2:5] = layer.weight[:, 2:5] * (share - 1)
+        u, s, v = torch.linalg.svd(product.double())
+        adapter.get_parameter("lora_up.weight").copy_((u[:, :3] * s[:3]) * 1.5)  # alpha / rank is 2 / 3
+        adapter.get_parameter("lora_down.weight").copy_(v[:3])
+    whole = layer.weight.double() + product_of(adapter).double() * 2 / 3
+    norms = whole.norm(dim=0)
+    assert ((norms / layer.weight.double().norm(dim=0)) ** 2 < CANCELLED).sum() == (3 if share < 0.03 else 0)
+    assert adapter.dora_scale is not None
+    expected = adapter.dora_scale.double().flatten() / (norms + EPS)
+    got = columns_of(adapter).double().flatten()
+    # What is left of a column is the difference of two float32 numbers near |W0|: it has no more digits than that.
+    torch.testing.assert_close(got, expected, rtol=1e-6 / share, atol=1e-6)
+    grads = torch.autograd.grad(columns_of(adapter).sum(), list(adapter.parameters()))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_the_expansion_alone_loses_what_the_direct_sum_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1261)
+    layer = nn.Linear(9, 4000, bias=False).requires_grad_(False)
+    adapter = decomposed(layer, 1262)
+    with torch.no_grad():
+        adapter.get_parameter("lora_up.weight").copy_(layer.weight[:, 2:5] * -1.5 * (1 - 2e-3))
+        adapter.get_parameter("lora_down.weight").copy_(torch.eye(9)[2:5])
+    norms = (layer.weight.double() + product_of(adapter).double() * 2 / 3).norm(dim=0)
+    assert adapter.dora_scale is not None
+    expected = adapter.dora_scale.double().flatten() / (norms + EPS)
+
+    def worst() -> float:
+        return ((columns_of(adapter).flatten() - expected) / expected).abs().max().item()
+
+    guarded = worst()
+    monkeypatch.setattr("networks.core.join.CANCELLED", 0.0)
+    assert guarded < 1e-4 < 1e-3 < worst()
+
+
+def test_empty_columns_stay_finite() -> None:
+    layer = frozen(lambda: nn.Linear(7, 5), 1271, torch.float32)
+    layer.weight[:, 3] = 0
+    adapter = decomposed(layer, 1272)
+    with torch.no_grad():
+        adapter.get_parameter("lora_down.weight")[:, 3] = 0
+    adapter.install()
+    x = torch.randn(4, 7)
+    y = layer(x)
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter.parameters())
+
+
+def test_columns_are_scaled_in_float32_and_rounded_once() -> None:
+    torch.manual_seed(1281)
+    x = torch.randn(400, 3).bfloat16()
+    columns = torch.tensor([[1.0, 1.013, 0.9935]])
+    scaled = scale_columns(x, columns)
+    assert scaled.dtype == torch.bfloat16
+    assert torch.equal(scaled, (x.float() * columns).bfloat16())
+    assert not torch.equal(scaled, x * columns.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["linear", "3x3"])
+def test_under_autocast_output_is_bf16_and_gradients_are_float32(name: str) -> None:
+    make, shape = LAYERS[name]
+    layer = frozen(make, 1291, torch.float32)
+    adapter = decomposed(layer, 1292, Tucker if name == "3x3" else LowRank)
+    x = torch.randn(shape)
+    adapter.install()
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.08)
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("drops", [Dropout(neuron=0.5), Dropout(rank=0.5), Dropout(module=0.5)])
+def test_a_checkpointed_layer_gives_the_same_gradients(drops: Dropout) -> None:
+    layer = frozen(LAYERS["3x3"][0], 1301)
+    adapter = decomposed(layer, 1302, Tucker, drops, has_scalar=True)
+    adapter.install()
+    x = torch.randn(LAYERS["3x3"][1], dtype=torch.float64, requires_grad=True)
+    learned = (x, *adapter.parameters())
+    torch.manual_seed(1303)
+    seen = set()
+    for _ in range(4):
+        state = torch.get_rng_state()
+        plain = torch.autograd.grad(layer(x).square().sum(), learned, allow_unused=True)
+        torch.set_rng_state(state)
+        again = torch.autograd.grad(
+            checkpoint(layer, x, use_reentrant=False).square().sum(), learned, allow_unused=True
+        )
+        for one, other in zip(plain, again, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                torch.testing.assert_close(one, other, **FLOAT64)
+        seen.add(plain[1] is None)
+    assert seen == ({True, False} if drops.module else {False})
+
+
+def test_rank_dropout_acts_on_the_low_rank_path_and_leaves_the_norm_whole() -> None:
+    layer = frozen(LAYERS["linear"][0], 1311)
+    adapter = decomposed(layer, 1312, drops=Dropout(rank=0.4))
+    x = torch.randn(2, 3, 7, dtype=torch.float64)
+    columns = columns_of(adapter)
+    adapter.install()
+    torch.manual_seed(1313)
+    y = layer(x)
+    torch.manual_seed(1313)
+    keep_BR = (torch.rand(2, 3) > 0.4).double()
+    up, down = adapter.get_parameter("lora_up.weight"), adapter.get_parameter("lora_down.weight")
+    adapter.remove()
+    for sample, keep_R, got in zip(x, keep_BR, y, strict=True):
+        weight = layer.weight + (up * keep_R) @ down * (2.0 / 3) / (1 - 0.4)
+        torch.testing.assert_close(got, linear(sample * columns, weight, layer.bias), **FLOAT64)
+    assert 0 < keep_BR.mean() < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_network_keeps_its_magnitudes_in_float32(dtype: torch.dtype) -> None:
+    layer = frozen(LAYERS["linear"][0], 1321, torch.float32)
+    adapter = decomposed(layer, 1322)
+    assert adapter.dora_scale is not None
+    before = adapter.dora_scale.detach().clone()
+    adapter.to(dtype)
+    assert adapter.get_parameter("lora_up.weight").dtype == dtype
+    assert torch.equal(adapter.dora_scale, before)
+
+
+def test_a_sum_has_no_magnitudes() -> None:
+    assert Add().magnitudes() is None
