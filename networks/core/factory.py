@@ -102,7 +102,10 @@ def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
                         members.append(Member(NormAdapter(site, multiplier), place.text_encoder, norm_allotment))
         if not members:
             raise ValueError(f"--network_dim {rank}: every module has rank 0, so there is nothing to train")
-        return complete(kind, members, targets, arguments)
+        network = AdapterNetwork(members, targets, arguments, kind.start_step)
+        if kind.check is not None:
+            kind.check(network)
+        return network
 
     def create_network_from_weights(
         multiplier: float,
@@ -148,32 +151,36 @@ def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
             raise ValueError(
                 f"{file}: none of its {len(groups)} modules is in this base model; was it made for another?"
             )
-        network = complete(kind, members, targets, arguments)
+        network = AdapterNetwork(members, targets, arguments, kind.start_step)
+        if not for_inference:
+            check_forms(kind, groups, str(file))
+            if kind.check is not None:
+                kind.check(network)
         network.train(not for_inference)
         return network, weights
 
     return create_network, create_network_from_weights
 
 
-def complete(
-    kind: Kind, members: Sequence[Member], targets: AdapterTargets, arguments: NetworkArguments
-) -> AdapterNetwork:
-    """The network of these adapters. Raises ValueError where the kind cannot work with them."""
-    network = AdapterNetwork(members, targets, arguments, kind.start_step)
-    if kind.check is not None:
-        kind.check(network)
-    return network
-
-
 def check_arguments(kind: Kind, arguments: NetworkArguments) -> None:
     """Raise ValueError for an argument that this kind of adapter cannot meet, warn of those that belong to another."""
     for name, reason in kind.refuses.items():
-        if getattr(arguments, name, False):
+        if getattr(arguments, name):
             raise ValueError(f"--network_args {name} does not work with this --network_module: {reason}")
     if kind.start_step is None:
         given = [name for name in NESTED_ARGUMENTS if getattr(arguments, name) != getattr(NetworkArguments, name)]
         if given:
             logger.warning("--network_args %s has no effect; it belongs to networks.dylora", ", ".join(given))
+
+
+def check_forms(kind: Kind, groups: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
+    """Raise ValueError where a file that is to be trained further has what this kind of adapter cannot meet."""
+    for leaf, name in ((MID, "use_tucker"), (DORA_SCALE, "dora_wd")):
+        if name in kind.refuses and any(leaf in group for group in groups.values()):
+            raise ValueError(
+                f"{source} was trained with {name}, which does not work with this --network_module: "
+                f"{kind.refuses[name]}"
+            )
 
 
 def warn_of_ranks(arguments: NetworkArguments) -> None:

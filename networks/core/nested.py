@@ -93,6 +93,8 @@ def draw_rank(network: AdapterNetwork, seed: int, step: int) -> None:
     the paper's frozen variant, only those that the next smaller rank lacks.
     """
     modules = nested_modules(network)
+    if not modules:  # norms alone
+        return
     full_rank, unit = measure_of(network)
     ranks = range(unit, full_rank + 1, unit)
     drawn = random_for(seed, STREAM, step).randrange(len(ranks))

@@ -27,7 +27,17 @@ def outputs(models: tuple[nn.Module, nn.Module], seed: int) -> list[Tensor]:
     return [model(torch.randn(shape, generator=generator)) for model, shape in zip(models, shapes, strict=True)]
 
 
-@pytest.mark.parametrize("options", [{}, {"rank_dropout": "0.2", "module_dropout": "0.2", "dropout": "0.2"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rank_dropout": "0.2", "module_dropout": "0.2", "dropout": "0.2"},
+        {"use_scalar": "True"},
+        {"dora_wd": "True"},
+        {"train_norm": "True"},
+    ],
+    ids=lambda options: "+".join(options) or "plain",
+)
 def test_training_moves_up_factors_and_leaves_every_down_factor_as_it_is(options: dict[str, str]) -> None:
     models = toy_models(1)
     network = lora_fa.create_network(1.0, 4, 2, None, *models, **CONV, **options)
@@ -42,8 +52,12 @@ def test_training_moves_up_factors_and_leaves_every_down_factor_as_it_is(options
         optimizer.zero_grad()
     assert names == ["textencoder", "unet"]
     for key, tensor in network.state_dict().items():
-        assert torch.equal(tensor, before[key]) != key.endswith("lora_up.weight"), key
-    assert all(factor(adapter.get_submodule("lora_down")).grad is None for adapter in network.adapters.values())
+        is_fixed = key.endswith(("lora_down.weight", "alpha"))
+        assert torch.equal(tensor, before[key]) == is_fixed, key
+        assert tensor.isfinite().all()
+    frozen = [module for name, module in network.named_modules() if name.endswith("lora_down")]
+    assert len(frozen) == 14
+    assert all(factor(module).grad is None and not factor(module).requires_grad for module in frozen)
 
 
 def test_only_up_factors_are_parameters_of_optimizer_and_gradient_limit() -> None:
@@ -172,6 +186,19 @@ def test_a_cast_to_bf16_takes_the_frozen_factor_along() -> None:
     assert dtypes["down.weight"] == dtypes["up.weight"] == torch.bfloat16
 
 
-def test_tucker_is_refused() -> None:
-    with pytest.raises(ValueError, match="use_tucker"):
+def test_limiting_the_norm_of_a_change_shrinks_its_up_factor_alone() -> None:
+    network = lora_fa.create_network(1.0, 4, 2, None, *toy_models(15), **CONV)
+    randomize(network, 16)
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    network.apply_max_norm_regularization(0.5, "cpu")
+    for name, adapter in network.adapters.items():
+        assert torch.equal(network.state_dict()[f"{name}.lora_down.weight"], before[f"{name}.lora_down.weight"])
+        assert adapter.change().norm() <= 0.5 * 1.0001
+
+
+def test_tucker_is_refused_as_an_argument_and_in_a_file() -> None:
+    with pytest.raises(ValueError, match="use_tucker does not work with this --network_module"):
         lora_fa.create_network(1.0, 4, 2, None, *toy_models(13), **CONV, use_tucker="True")
+    weights = lora.create_network(1.0, 4, 2, None, *toy_models(13), **CONV, use_tucker="True").state_dict()
+    with pytest.raises(ValueError, match="was trained with use_tucker"):
+        lora_fa.create_network_from_weights(1.0, "x", None, *toy_models(13), weights)

@@ -40,8 +40,9 @@ def ranks_of(network: AdapterNetwork) -> dict[str, int]:
     """The ranks that the present step multiplies, by module."""
     ranks = {}
     for name, adapter in network.adapters.items():
-        assert isinstance(adapter.delta, NestedRank) and adapter.delta._rows is not None
-        ranks[name] = adapter.delta._rows[1]
+        if isinstance(adapter.delta, NestedRank):
+            assert adapter.delta._rows is not None
+            ranks[name] = adapter.delta._rows[1]
     return ranks
 
 
@@ -343,10 +344,39 @@ def test_dylora_is_another_name_of_unit() -> None:
         assert network.arguments.unit == 4
 
 
-@pytest.mark.parametrize("argument", ["dora_wd", "use_tucker"])
-def test_what_cannot_be_nested_is_refused(argument: str) -> None:
-    with pytest.raises(ValueError, match=argument):
-        dylora.create_network(1.0, 12, 1, None, *toy_models(51), conv_dim="4", **{argument: "True"})
+@pytest.mark.parametrize(("argument", "reason"), [("dora_wd", "belong to one rank"), ("use_tucker", "mixes all ranks")])
+def test_what_cannot_be_nested_is_refused_as_an_argument_and_in_a_file(argument: str, reason: str) -> None:
+    arguments = {"conv_dim": "4", argument: "True"}
+    with pytest.raises(ValueError, match=f"{argument} does not work with this --network_module: .*{reason}"):
+        dylora.create_network(1.0, 12, 1, None, *toy_models(51), **arguments)
+    weights = lora.create_network(1.0, 12, 1, None, *toy_models(51), **arguments).state_dict()
+    with pytest.raises(ValueError, match=f"my.safetensors was trained with {argument}, .*{reason}"):
+        dylora.create_network_from_weights(1.0, "my.safetensors", None, *toy_models(51), weights)
+    dylora.create_network_from_weights(1.0, "my.safetensors", None, *toy_models(51), weights, for_inference=True)
+
+
+def test_trained_strengths_and_norms_belong_to_every_rank(tmp_path: Path) -> None:
+    models = toy_models(61)
+    bare = copy.deepcopy(models)
+    network = network_on(models, 62, unit="4", use_scalar="True", train_norm="True")
+    path = tmp_path / "all.safetensors"
+    network.save_weights(str(path), None, {})
+    assert extract(["--model", str(path), "--save_to", str(path), "--unit", "4"]) == 0
+    for rank, step in steps_by_rank(network, 63, "lora_unet_mid_attention_to_q").items():
+        network.on_optimizer_step_start(63, step)
+        cut_models = copy.deepcopy(bare)
+        file = str(tmp_path / f"all-{rank:04d}.safetensors")
+        cut, _ = lora.create_network_from_weights(1.0, file, None, *cut_models)
+        cut.apply_to(*cut_models)
+        cut.load_weights(file)
+        for got, expected in zip(outputs(cut_models, 64), outputs(models, 64), strict=True):
+            torch.testing.assert_close(got, expected, **FLOAT32_SAME_MATH)
+
+
+def test_norms_alone_have_no_rank_to_draw() -> None:
+    network = dylora.create_network(1.0, 0, 1, None, *toy_models(65), train_norm="True")
+    network.on_optimizer_step_start(66, 0)
+    assert all(adapter.delta is None for adapter in network.adapters.values())
 
 
 def test_arguments_of_dylora_warn_in_other_modules(caplog: pytest.LogCaptureFixture) -> None:
