@@ -1,4 +1,4 @@
-"""The quickstart does what it says: a trained base model that cannot draw a star can, after minutes of training.
+"""The quickstart does what it says: a trained base model that cannot draw a heart can, after minutes of training.
 
 The pictures are judged by their pixels (tools/toy_world.py), and the adapter is merged by code that shares nothing with
 networks/, so training, saving and the file's format are tested from end to end.
