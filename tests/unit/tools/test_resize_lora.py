@@ -1,0 +1,144 @@
+"""tools/resize_lora.py as it is typed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
+from library.checkpoints.hashes import sshs_hashes
+from networks.core.adapter_file import parse_adapter, read_adapter_file
+from tests.unit.tools.adapter_files import CLIP, CONV, LINEAR, write
+from tools.resize_lora import Measure, main, resize_file
+
+CPU = torch.device("cpu")
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def test_full_rank_changes_nothing(tmp_path: Path) -> None:
+    model = write(tmp_path / "a.safetensors", 60)
+    assert main(["--model", str(model), "--save_to", str(tmp_path / "b.safetensors"), "--new_rank", "4"]) == 0
+    old, new = read_adapter_file(model).modules, read_adapter_file(tmp_path / "b.safetensors").modules
+    assert old.keys() == new.keys()
+    for name in old:
+        assert (new[name].rank, new[name].alpha) == (4, 2.0)
+        assert relative(new[name].change(), old[name].change()) < 1e-5
+
+
+@pytest.mark.parametrize(("rank", "conv_rank"), [(1, 3), (3, 1)])
+def test_lower_rank_is_the_truncated_decomposition_of_the_whole_matrix(
+    tmp_path: Path, rank: int, conv_rank: int
+) -> None:
+    model = write(tmp_path / "a.safetensors", 61)
+    arguments = ["--new_rank", str(rank), "--new_conv_rank", str(conv_rank)]
+    assert main(["--model", str(model), "--save_to", str(tmp_path / "b.safetensors"), *arguments]) == 0
+    old, new = read_adapter_file(model).modules, read_adapter_file(tmp_path / "b.safetensors").modules
+    for name, own in ((LINEAR, rank), (CLIP, rank), (CONV, conv_rank)):
+        u, s, v = torch.linalg.svd(old[name].change(torch.float64).flatten(1), full_matrices=False)
+        expected = (u[:, :own] * s[:own] @ v[:own]).reshape(old[name].shape)
+        assert relative(new[name].change(), expected) < 1e-5
+        assert (new[name].rank, new[name].scale) == (own, 0.5)
+
+
+def dense_rank(s: Tensor, method: str, param: float, most: int) -> int:
+    """The rank by the definition of each method, from the singular values of the whole matrix."""
+    if method == "sv_ratio":
+        rank = sum(value > s[0] / param for value in s.tolist())
+    else:
+        values = (s if method == "sv_cumulative" else s**2).tolist()
+        wanted = (param if method == "sv_cumulative" else param**2) * sum(values)
+        rank = next(k for k in range(1, len(values) + 1) if sum(values[:k]) >= wanted)
+    return min(max(rank, 1), most)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    method=st.sampled_from(["sv_ratio", "sv_fro", "sv_cumulative"]), share=st.floats(0.2, 0.97),
+    most=st.integers(1, 6), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_methods_choose_the_rank_that_whole_matrices_ask_for(method: str, share: float, most: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, kernel in (("lora_unet_a", ()), ("lora_unet_b", (3, 3))):
+        tensors[f"{name}.lora_down.weight"] = torch.randn(6, 7, *kernel, generator=generator)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(9, 6, *(1,) * len(kernel), generator=generator)
+        tensors[f"{name}.alpha"] = torch.tensor(3.0)
+    file = parse_adapter(tensors, {}, "")
+    param = 1 / share**3 if method == "sv_ratio" else share
+    resized = resize_file(file, Measure(most, most, method, param), CPU)
+    for name, module in file.modules.items():
+        s = torch.linalg.svdvals(module.change(torch.float64).flatten(1))[:6] / module.scale
+        assert resized.modules[name].rank == dense_rank(s, method, param, most)
+    assert resized.metadata["ss_network_dim"] == resized.metadata["ss_network_alpha"] == "Dynamic"
+
+
+def test_metadata_says_what_was_done_and_hashes_are_those_of_the_new_file(tmp_path: Path) -> None:
+    model, out = write(tmp_path / "a.safetensors", 62), tmp_path / "b.safetensors"
+    arguments = ["--new_rank", "2", "--save_precision", "fp16"]
+    assert main(["--model", str(model), "--save_to", str(out), *arguments]) == 0
+    metadata, tensors = read_metadata(out), load_state_dict(out)
+    assert tensors[f"{LINEAR}.lora_up.weight"].dtype == torch.float16
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("2", "1.0")
+    assert metadata["ss_training_comment"] == "resized from rank 4 to 2"
+    assert (metadata["sshs_model_hash"], metadata["sshs_legacy_hash"]) == sshs_hashes(tensors, metadata)
+    assert metadata["modelspec.title"] == "my cat"
+
+
+def test_tucker_cores_become_plain_kernels_and_dora_and_norms_are_kept(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(63)
+    tensors = {
+        "lora_unet_t.lora_down.weight": torch.randn(3, 5, 1, 1, generator=generator),
+        "lora_unet_t.lora_mid.weight": torch.randn(3, 3, 3, 3, generator=generator),
+        "lora_unet_t.lora_up.weight": torch.randn(6, 3, 1, 1, generator=generator),
+        "lora_unet_n.w_norm": torch.randn(4, generator=generator),
+        "lora_unet_d.lora_A.weight": torch.randn(3, 5, generator=generator),
+        "lora_unet_d.lora_B.weight": torch.randn(6, 3, generator=generator),
+        "lora_unet_d.dora_scale": torch.randn(1, 5, generator=generator),
+    }
+    save_safetensors(tmp_path / "a.safetensors", tensors)
+    out = tmp_path / "b.safetensors"
+    assert main(["--model", str(tmp_path / "a.safetensors"), "--save_to", str(out), "--new_rank", "3"]) == 0
+    old, new = read_adapter_file(tmp_path / "a.safetensors").modules, read_adapter_file(out).modules
+    assert new["lora_unet_t"].form == "conv"
+    assert relative(new["lora_unet_t"].change(), old["lora_unet_t"].change()) < 1e-5
+    kept = load_state_dict(out)
+    for key in ("lora_unet_n.w_norm", "lora_unet_d.dora_scale"):
+        assert torch.equal(kept[key], tensors[key])
+    assert "lora_unet_d.lora_A.weight" in kept
+    assert not any(key.endswith("alpha") for key in kept)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--new_rank", "0"], "--new_rank is 0"),
+        (["--dynamic_method", "sv_fro"], "--dynamic_param belong together"),
+        (["--dynamic_method", "sv_fro", "--dynamic_param", "1.5"], "--dynamic_param is 1.5"),
+        (["--dynamic_method", "sv_ratio", "--dynamic_param", "0.5"], "--dynamic_param is 0.5"),
+        (["--device", "no_such"], "--device no_such"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(
+    tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write(tmp_path / "a.safetensors", 64)
+    assert main(["--model", str(model), "--save_to", str(tmp_path / "b.safetensors"), *arguments]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_other_kinds_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write(tmp_path / "a.safetensors", 65, {"lora_unet_k.lokr_w1": torch.ones(2, 2)})
+    assert main(["--model", str(model), "--save_to", str(tmp_path / "b.safetensors")]) == 1
+    assert "lora_unet_k (LoKr)" in capsys.readouterr().err
+
+
+def test_unknown_extension_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write(tmp_path / "a.safetensors", 66)
+    assert main(["--model", str(model), "--save_to", str(tmp_path / "b.bin")]) == 1
+    assert "must end in one of .safetensors, .ckpt, .pt" in capsys.readouterr().err
