@@ -139,8 +139,8 @@ class _Project(torch.autograd.Function):
 class _ScaleColumns(torch.autograd.Function):
     """x times a number per column, computed in float32 and rounded once to the dtype of x.
 
-    The number itself would lose more: bf16 has nothing between 1 and 1.0078. What is left is the rounding of x alone, of
-    which a 16-bit x near a factor of 1 still shows little; an x in float32, as norms give it under autocast, shows all.
+    The number itself would lose more: bf16 has nothing between 1 and 1.0078. A 16-bit x still shows little of a factor
+    very near 1; an x in float32, as normalisation layers give it under autocast, shows all of it.
     """
 
     @staticmethod
