@@ -57,14 +57,15 @@ class NormAdapter(nn.Module):
             return self._base_forward(x)
         layer, merged = self.site.module, self.merged()
         weight, bias = merged["weight"], merged.get("bias")
-        is_autocast = torch.is_autocast_enabled(x.device.type)  # it computes norms in float32 and keeps them so
-        given = x if is_autocast else x.to(weight.dtype)
+        given = x.to(weight.dtype)
         if isinstance(layer, nn.GroupNorm):
             y = group_norm(given, layer.num_groups, weight, bias, layer.eps)
         else:
             assert isinstance(layer, nn.LayerNorm)
             y = layer_norm(given, layer.normalized_shape, weight, bias, layer.eps)
-        return y if is_autocast else y.to(x.dtype)
+        # Autocast has norms compute and answer in float32, but not on the CPU.
+        gives_float32 = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
+        return y if gives_float32 else y.to(x.dtype)
 
     def merged(self) -> Mapping[str, Tensor]:
         """What the layer's parameters become when the adapter is merged into them, by name, at least in float32."""
