@@ -1,0 +1,371 @@
+"""tools/merge_lora.py and tools/extract_lora_from_models.py as they are typed, on a tiny Stable Diffusion."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from library.architectures.sd.base_model import adapter_sites, open_base_model
+from library.architectures.sd.load import SdLoader, open_loader
+from library.architectures.sd.view import view
+from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
+from library.checkpoints.hashes import sshs_hashes
+from library.options.model import ModelOptions
+from library.options.train import TrainOptions
+from networks import lora
+from networks.core.adapter_file import AdapterFile, parse_adapter, read_adapter_file
+from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAME_MATH
+from tools import extract_lora_from_models, merge_lora
+from tools.merge_lora import Weighted, merge_adapters
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+RESNET, ATTENTION = "lora_unet_down_blocks_0_resnets_0", "lora_unet_down_blocks_0_attentions_0"
+
+
+def randn(generator: torch.Generator, *shape: int) -> Tensor:
+    return 0.1 * torch.randn(shape, generator=generator)
+
+
+def write_adapter(path: Path, base: Path, seed: int, rank: int = 2, alpha: float = 3.0) -> Path:
+    """A LoRA on every layer that conv_dim adapts."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for site in (site for sites in adapter_sites(open_base_model("--sd_model", base), True) for site in sites):
+        shape = tuple(site.module.weight.shape)  # type: ignore[union-attr]
+        tensors[f"{site.name}.lora_down.weight"] = randn(generator, rank, *shape[1:])
+        tensors[f"{site.name}.lora_up.weight"] = randn(generator, shape[0], rank, *(1,) * (len(shape) - 2))
+        tensors[f"{site.name}.alpha"] = torch.tensor(alpha)
+    metadata = {
+        "ss_base_model_version": "sd_v1",
+        "ss_v2": "False",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+    }
+    save_safetensors(path, tensors, metadata)
+    return path
+
+
+def merge(*arguments: object) -> int:
+    return merge_lora.main([str(argument) for argument in arguments])
+
+
+def extract(*arguments: object) -> int:
+    return extract_lora_from_models.main([str(argument) for argument in arguments])
+
+
+def loader(path: Path) -> SdLoader:
+    return open_loader(TrainOptions(model=ModelOptions(pretrained_model_name_or_path=str(path))))
+
+
+def outputs(path: Path, adapter: Path | None = None, multiplier: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What the text encoder and the U-Net compute, with an adapter installed if there is one."""
+    models = loader(path)
+    encoders, unet = models.text_encoders(), models.denoiser()
+    if adapter is not None:
+        seen = view(encoders, unet)
+        network, _ = lora.create_network_from_weights(multiplier, str(adapter), None, *seen, for_inference=True)
+        network.apply_to(*seen)
+        network.load_weights(str(adapter))
+    generator = torch.Generator().manual_seed(70)
+    latents = torch.randn(1, 4, 8, 8, generator=generator)
+    tokens = torch.randint(0, 500, (1, 77), generator=generator)
+    with torch.no_grad():
+        states = encoders[0](tokens).last_hidden_state
+        return states, unet(latents, 500, states).sample
+
+
+@pytest.mark.parametrize("layout", ["file", "folder"])
+def test_merged_checkpoint_computes_what_the_installed_adapter_computes(
+    tmp_path: Path, tiny_sd_file: Path, tiny_sd_folder: Path, layout: str
+) -> None:
+    base = tiny_sd_file if layout == "file" else tiny_sd_folder
+    save_to = tmp_path / ("merged.safetensors" if layout == "file" else "merged")
+    adapter = write_adapter(tmp_path / "a.safetensors", base, 71)
+    assert merge("--sd_model", base, "--models", adapter, "--ratios", 0.7, "--save_to", save_to) == 0
+    plain, installed, merged = outputs(base), outputs(base, adapter, 0.7), outputs(save_to)
+    for before, expected, value in zip(plain, installed, merged, strict=True):
+        assert not torch.allclose(before, expected, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(value, expected, **FLOAT32_DEEP)
+
+
+def test_what_no_adapter_touches_is_copied_bit_for_bit_in_its_dtype(tmp_path: Path, tiny_sd_file: Path) -> None:
+    old = {key: value.half() for key, value in load_state_dict(tiny_sd_file).items()}
+    old["model_ema.num_updates"] = torch.tensor(7)
+    save_safetensors(tmp_path / "base.safetensors", old, {"modelspec.hash_sha256": "0xabc", "note": "kept"})
+    adapter = write_adapter(tmp_path / "a.safetensors", tmp_path / "base.safetensors", 72)
+    kept = {k: v for k, v in load_state_dict(adapter).items() if k.startswith(f"{ATTENTION}_proj_in.")}
+    save_safetensors(adapter, kept)
+    out = tmp_path / "merged.safetensors"
+    assert merge("--sd_model", tmp_path / "base.safetensors", "--models", adapter, "--save_to", out) == 0
+    new = load_state_dict(out)
+    assert new.keys() == old.keys()
+    assert all(new[key].dtype == old[key].dtype for key in old)
+    changed = [key for key in old if not torch.equal(new[key], old[key])]
+    assert changed == ["model.diffusion_model.input_blocks.1.1.proj_in.weight"]
+    metadata = read_metadata(out)
+    assert metadata["modelspec.merged_from"] == "base, a"
+    assert metadata["note"] == "kept" and "modelspec.hash_sha256" not in metadata
+
+
+def test_save_precision_casts_every_number_of_a_checkpoint(tmp_path: Path, tiny_sd_file: Path) -> None:
+    adapter = write_adapter(tmp_path / "a.safetensors", tiny_sd_file, 73)
+    out = tmp_path / "m.ckpt"
+    arguments = ("--sd_model", tiny_sd_file, "--models", adapter, "--save_to", out, "--save_precision", "bf16")
+    assert merge(*arguments) == 0
+    assert {tensor.dtype for tensor in load_state_dict(out).values() if tensor.is_floating_point()} == {torch.bfloat16}
+
+
+def test_names_of_other_trainers_and_all_kinds_are_merged(tmp_path: Path, tiny_sd_file: Path) -> None:
+    generator = torch.Generator().manual_seed(74)
+    base = load_state_dict(tiny_sd_file)
+    stem = "model.diffusion_model.input_blocks.1."
+    to_k, conv = base[f"{stem}1.transformer_blocks.0.attn2.to_k.weight"], base[f"{stem}0.in_layers.2.weight"]
+    tensors = {
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": randn(generator, 3, 32),
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_B.weight": randn(generator, 16, 3),
+        f"diffusion_{stem[len('model.diffusion_') :]}0.in_layers.2.lora_down.weight": randn(generator, 2, 16, 1, 1),
+        f"diffusion_{stem[len('model.diffusion_') :]}0.in_layers.2.lora_mid.weight": randn(generator, 2, 2, 3, 3),
+        f"diffusion_{stem[len('model.diffusion_') :]}0.in_layers.2.lora_up.weight": randn(generator, 16, 2, 1, 1),
+        f"{RESNET}_norm1.w_norm": randn(generator, 16),
+        f"{RESNET}_norm1.b_norm": randn(generator, 16),
+        f"{ATTENTION}_transformer_blocks_0_attn2_to_q.lora_down.weight": randn(generator, 2, 16),
+        f"{ATTENTION}_transformer_blocks_0_attn2_to_q.lora_up.weight": randn(generator, 16, 2),
+        f"{ATTENTION}_transformer_blocks_0_attn2_to_q.dora_scale": 1 + randn(generator, 1, 16),
+    }
+    save_safetensors(tmp_path / "a.safetensors", tensors)
+    out = tmp_path / "m.safetensors"
+    assert merge("--sd_model", tiny_sd_file, "--models", tmp_path / "a.safetensors", "--save_to", out) == 0
+    new = load_state_dict(out)
+    modules = read_adapter_file(tmp_path / "a.safetensors").modules.values()
+    (linear,) = (m for m in modules if m.form == "low_rank" and not m.is_dora)
+    (tucker,) = (m for m in modules if m.form == "tucker")
+    (dora,) = (m for m in modules if m.is_dora)
+    key = f"{stem}1.transformer_blocks.0.attn2.to_k.weight"
+    torch.testing.assert_close(new[key], to_k + linear.change(), **FLOAT32_SAME_MATH)
+    torch.testing.assert_close(new[f"{stem}0.in_layers.2.weight"], conv + tucker.change(), **FLOAT32_SAME_MATH)
+    for leaf, name in (("weight", "w_norm"), ("bias", "b_norm")):
+        expected = base[f"{stem}0.in_layers.0.{leaf}"] + tensors[f"{RESNET}_norm1.{name}"]
+        torch.testing.assert_close(new[f"{stem}0.in_layers.0.{leaf}"], expected, **FLOAT32_SAME_MATH)
+    columns = new[f"{stem}1.transformer_blocks.0.attn2.to_q.weight"].norm(dim=0)
+    torch.testing.assert_close(columns, dora.tensors["dora_scale"][0], **FLOAT32_SAME_MATH)
+
+
+def test_modules_that_the_checkpoint_lacks_are_named(
+    tmp_path: Path, tiny_sd_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "lora_unet_down_blocks_7_attentions_0_proj_in"
+    generator = torch.Generator().manual_seed(75)
+    tensors = {f"{name}.lora_down.weight": randn(generator, 2, 8), f"{name}.lora_up.weight": randn(generator, 8, 2)}
+    save_safetensors(tmp_path / "a.safetensors", tensors)
+    out = tmp_path / "m.safetensors"
+    assert merge("--sd_model", tiny_sd_file, "--models", tmp_path / "a.safetensors", "--save_to", out) == 1
+    assert name in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ratios", "1", "0.5"], "--ratios has 2 values, but --models 1"),
+        (["--concat", "--new_rank", "3"], "--new_rank and --concat exclude each other"),
+        (["--new_conv_rank", "0"], "--new_conv_rank is 0"),
+        (["--sd_model", "no_such.safetensors"], "--sd_model no_such.safetensors does not exist"),
+        (["--sd_model", "a.safetensors", "--concat"], "--concat makes one LoRA of several"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = torch.Generator().manual_seed(76)
+    tensors = {
+        "lora_unet_x.lora_down.weight": randn(generator, 2, 8),
+        "lora_unet_x.lora_up.weight": randn(generator, 8, 2),
+    }
+    save_safetensors(tmp_path / "a.safetensors", tensors)
+    out = tmp_path / "m.safetensors"
+    assert merge("--models", tmp_path / "a.safetensors", "--save_to", out, *arguments) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_existing_folder_is_not_written_into(
+    tmp_path: Path, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert merge("--sd_model", tiny_sd_folder, "--models", "a.safetensors", "--save_to", tmp_path) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+# --- several adapters into one ---
+
+
+def small_file(seed: int, rank: int, alpha: float, dtype: torch.dtype = torch.float64) -> AdapterFile:
+    """A Linear, a 3x3 convolution, and a norm."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {"lora_unet_n.w_norm": randn(generator, 5).to(dtype)}
+    for name, kernel in (("lora_unet_a", ()), ("lora_unet_c", (3, 3))):
+        tensors[f"{name}.lora_down.weight"] = randn(generator, rank, 6, *kernel).to(dtype)
+        tensors[f"{name}.lora_up.weight"] = randn(generator, 7, rank, *(1,) * len(kernel)).to(dtype)
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    return parse_adapter(tensors, {}, f"file {seed}")
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    ranks=st.lists(st.integers(1, 4), min_size=1, max_size=3), alpha=st.floats(0.25, 8), ratio=st.floats(-2, 2),
+    seed=st.integers(0, 2**30),
+)  # fmt: skip
+def test_concatenation_is_the_sum_of_the_changes(ranks: list[int], alpha: float, ratio: float, seed: int) -> None:
+    adapters = [Weighted(small_file(seed + i, rank, alpha), ratio + i) for i, rank in enumerate(ranks)]
+    merged = {module.name: module for module in merge_adapters(adapters, None, torch.float64, CPU)}
+    for name in ("lora_unet_a", "lora_unet_c"):
+        total = sum(a.ratio * a.file.modules[name].change(torch.float64) for a in adapters)
+        assert isinstance(total, Tensor)
+        assert merged[name].rank == sum(ranks) == merged[name].alpha
+        torch.testing.assert_close(merged[name].change(torch.float64), total, rtol=1e-12, atol=1e-14)
+    norm = sum(a.ratio * a.file.modules["lora_unet_n"].tensors["w_norm"].double() for a in adapters)
+    assert isinstance(norm, Tensor)
+    torch.testing.assert_close(merged["lora_unet_n"].tensors["w_norm"].double(), norm, rtol=1e-5, atol=1e-6)
+
+
+def test_svd_merge_is_the_truncated_decomposition_of_the_sum() -> None:
+    adapters = [Weighted(small_file(77, 3, 2.0), 1.0), Weighted(small_file(78, 2, 1.0), -0.5)]
+    merged = {module.name: module for module in merge_adapters(adapters, (2, 3), torch.float64, CPU)}
+    for name, rank in (("lora_unet_a", 2), ("lora_unet_c", 3)):
+        total = sum(a.ratio * a.file.modules[name].change(torch.float64) for a in adapters)
+        assert isinstance(total, Tensor)
+        u, s, v = torch.linalg.svd(total.flatten(1), full_matrices=False)
+        expected = (u[:, :rank] * s[:rank] @ v[:rank]).reshape(total.shape)
+        assert merged[name].rank == rank
+        torch.testing.assert_close(merged[name].change(torch.float64), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_merged_file_has_metadata_and_hashes_of_what_is_written(tmp_path: Path, tiny_sd_file: Path) -> None:
+    a, b = (write_adapter(tmp_path / f"{n}.safetensors", tiny_sd_file, 79, rank=r) for n, r in (("a", 2), ("b", 3)))
+    out = tmp_path / "m.safetensors"
+    assert merge("--models", a, b, "--ratios", 1, 0.5, "--concat", "--save_to", out, "--save_precision", "fp16") == 0
+    metadata, tensors = read_metadata(out), load_state_dict(out)
+    assert (metadata["ss_network_module"], metadata["ss_network_dim"]) == ("networks.lora", "5")
+    assert metadata["ss_network_alpha"] == "5.0"
+    assert metadata["ss_base_model_version"] == "sd_v1"
+    assert metadata["modelspec.merged_from"] == "a, b"
+    assert (metadata["sshs_model_hash"], metadata["sshs_legacy_hash"]) == sshs_hashes(tensors, metadata)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+def test_files_in_different_namings_are_added_module_by_module(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(80)
+    down, up = randn(generator, 2, 8), randn(generator, 6, 2)
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    kohya = f"lora_unet_{path.replace('.', '_')}"
+    save_safetensors(tmp_path / "a.safetensors", {f"{kohya}.lora_down.weight": down, f"{kohya}.lora_up.weight": up})
+    peft = {f"unet.{path}.lora_A.weight": down, f"unet.{path}.lora_B.weight": up}
+    save_safetensors(tmp_path / "b.safetensors", peft)
+    out = tmp_path / "m.safetensors"
+    assert merge("--models", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--save_to", out) == 0
+    (module,) = read_adapter_file(out).modules.values()
+    assert (module.name, module.rank) == (kohya, 2)
+    torch.testing.assert_close(module.change(), 2 * up @ down, **FLOAT32_SAME_MATH)
+
+
+def test_dora_cannot_be_added_to_another_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = torch.Generator().manual_seed(81)
+    tensors = {
+        "lora_unet_x.lora_down.weight": randn(generator, 2, 8), "lora_unet_x.lora_up.weight": randn(generator, 6, 2),
+        "lora_unet_x.dora_scale": torch.ones(1, 8),
+    }  # fmt: skip
+    save_safetensors(tmp_path / "a.safetensors", tensors)
+    assert merge("--models", tmp_path / "a.safetensors", "--save_to", tmp_path / "m.safetensors") == 1
+    said = capsys.readouterr().err
+    assert "lora_unet_x is DoRA" in said and "--sd_model" in said
+
+
+# --- the difference of two checkpoints ---
+
+
+def test_merging_then_extracting_gives_back_every_change(
+    tmp_path: Path, tiny_sd_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, merged = write_adapter(tmp_path / "a.safetensors", tiny_sd_file, 82), tmp_path / "m.safetensors"
+    assert merge("--sd_model", tiny_sd_file, "--models", adapter, "--save_to", merged) == 0
+    out = tmp_path / "x.safetensors"
+    arguments = ("--dim", 2, "--conv_dim", 2, "--min_diff", 1e-4)
+    assert extract("--model_org", tiny_sd_file, "--model_tuned", merged, "--save_to", out, *arguments) == 0
+    old, new = read_adapter_file(adapter).modules, read_adapter_file(out).modules
+    assert old.keys() == new.keys()
+    for name in old:
+        missed = (new[name].change() - old[name].change()).norm() / old[name].change().norm()
+        assert float(missed) < 1e-5
+    metadata = read_metadata(out)
+    assert (metadata["ss_network_dim"], metadata["ss_base_model_version"]) == ("2", "sd_v1")
+    hashes = sshs_hashes(load_state_dict(out), metadata)
+    assert (metadata["sshs_model_hash"], metadata["sshs_legacy_hash"]) == hashes
+
+
+def test_text_encoder_is_left_out_below_min_diff_and_kernels_without_conv_dim(
+    tmp_path: Path, tiny_sd_file: Path, tiny_sd_folder: Path
+) -> None:
+    adapter, merged = write_adapter(tmp_path / "a.safetensors", tiny_sd_file, 83), tmp_path / "m.safetensors"
+    assert merge("--sd_model", tiny_sd_file, "--models", adapter, "--save_to", merged) == 0
+    out = tmp_path / "x.safetensors"
+    arguments = ("--dim", 3, "--min_diff", 10)
+    assert extract("--model_org", tiny_sd_folder, "--model_tuned", merged, "--save_to", out, *arguments) == 0
+    modules = read_adapter_file(out).modules
+    unet_sites = adapter_sites(open_base_model("--sd_model", tiny_sd_file), False)[1]
+    assert modules.keys() == {site.name for site in unet_sites}
+    assert {module.form for module in modules.values()} == {"low_rank"}
+
+
+def test_same_checkpoint_twice_is_refused(
+    tmp_path: Path, tiny_sd_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.safetensors"
+    assert extract("--model_org", tiny_sd_file, "--model_tuned", tiny_sd_file, "--save_to", out) == 1
+    assert "nothing to extract" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--v2"], "--v2 is not supported yet"),
+        (["--dim", "0"], "--dim is 0"),
+        (["--clamp_quantile", "2"], "--clamp_quantile is 2"),
+        (["--model_tuned", "no_such.ckpt"], "--model_tuned no_such.ckpt does not exist"),
+    ],
+)
+def test_extracting_refuses_what_it_cannot_do(
+    tmp_path: Path, tiny_sd_file: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ("--model_org", tiny_sd_file, "--model_tuned", tiny_sd_file, "--save_to", tmp_path / "x.safetensors")
+    assert extract(*base, *arguments) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_adapter_given_as_checkpoint_is_told_from_one(
+    tmp_path: Path, tiny_sd_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = write_adapter(tmp_path / "a.safetensors", tiny_sd_file, 84)
+    assert merge("--sd_model", adapter, "--models", adapter, "--save_to", tmp_path / "m.safetensors") == 1
+    assert "--sd_model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["merge_lora.py", "svd_merge_lora.py", "resize_lora.py", "extract_lora_from_models.py"],
+)
+def test_paths_that_other_programs_start_show_the_help_with_examples(script: str) -> None:
+    command = [sys.executable, f"networks/{script}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "examples:\n  python tools/" in done.stdout
+
+
+def test_sdxl_is_refused_with_the_way_out() -> None:
+    command = [sys.executable, "networks/sdxl_merge_lora.py", "--models", "a.safetensors"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "tools/merge_lora.py" in done.stderr
