@@ -1,20 +1,31 @@
-"""networks.dylora and networks.lora_fa through the training script: train, save, go on from the file, merge it."""
+"""networks.dylora and networks.lora_fa through the training script: train, save, cut, go on from the file, merge it."""
 
+import importlib
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from networks.core.nested import STREAM
 from tests.running import Finished
+from tools.extract_lora_from_dylora import main as extract
 
 Train = Callable[..., Finished]
 CONV = ["conv_dim=4", "conv_alpha=2"]
+DYLORA = ["--network_module", "networks.dylora", "--network_dim", "8", "--network_alpha", "4"]
+
+
+def path_of(tmp_path: Path, name: str) -> Path:
+    return tmp_path / "out" / f"{name}.safetensors"
 
 
 def saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(tmp_path / "out" / f"{name}.safetensors")
+    return load_file(path_of(tmp_path, name))
 
 
 @pytest.mark.parametrize("module", ["networks.dylora", "networks.lora_fa"])
@@ -31,3 +42,124 @@ def test_a_run_saves_what_networks_lora_saves_and_the_same_seed_gives_the_same_b
     assert all(torch.equal(a[key], b[key]) for key in a)
     ups = [w for key, w in a.items() if key.endswith("lora_up.weight")]
     assert all(w.isfinite().all() and w.abs().max() > 0 for w in ups)
+
+
+@pytest.mark.parametrize("module", ["networks.dylora", "networks.lora_fa"])
+def test_checkpointing_and_dropouts_change_nothing_but_memory(
+    train: Train, base_arguments: list[str], tmp_path: Path, module: str
+) -> None:
+    drops = ["rank_dropout=0.2", "module_dropout=0.2"]
+    arguments = [*base_arguments, "--network_module", module, "--network_dropout", "0.2", "--network_args", *drops]
+    train([*arguments, "--output_name", "plain"])
+    done = train([*arguments, "--output_name", "saving", "--gradient_checkpointing"])
+    assert done.status == 0, done.stderr
+    plain, saving = saved(tmp_path, "plain"), saved(tmp_path, "saving")
+    for name, weight in plain.items():
+        torch.testing.assert_close(weight, saving[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_trained_file_is_cut_and_every_cut_trains_on_and_merges(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    done = train([*base_arguments, *DYLORA, "--network_args", "dyloRA=4", *CONV])
+    assert done.status == 0, done.stderr
+    whole = path_of(tmp_path, "mine")
+    assert extract(["--model", str(whole), "--save_to", str(whole)]) == 0  # the unit comes from the metadata
+    assert sorted(p.name for p in whole.parent.iterdir()) == [
+        "mine-0004.safetensors",
+        "mine-0008.safetensors",
+        "mine.safetensors",
+    ]
+    full, half = saved(tmp_path, "mine-0008"), saved(tmp_path, "mine-0004")
+    assert all(torch.equal(weight, full[key]) for key, weight in saved(tmp_path, "mine").items())
+    ranks = {key: w.shape[0] for key, w in half.items() if key.endswith("lora_down.weight")}
+    assert {rank for key, rank in ranks.items() if full[key].shape[0] == 8} == {4}
+    assert {rank for key, rank in ranks.items() if full[key].shape[0] == 4} == {2}
+    assert {float(w) for key, w in half.items() if key.endswith("alpha")} == {2.0, 1.0}
+    with safe_open(path_of(tmp_path, "mine-0004"), "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_network_dim"] == "4"
+    assert json.loads(metadata["ss_network_args"])["dyloRA"] == "4"
+
+    cut = str(path_of(tmp_path, "mine-0004"))
+    options = [*base_arguments, "--max_train_steps", "1"]
+    goes_on = train([*options, "--output_name", "on", "--network_weights", cut, "--dim_from_weights"])
+    assert goes_on.status == 0, goes_on.stderr
+    assert {key: w.shape for key, w in saved(tmp_path, "on").items()} == {key: w.shape for key, w in half.items()}
+    merged = train([*options, *DYLORA, "--output_name", "merged", "--base_weights", str(whole)])
+    assert merged.status == 0, merged.stderr
+
+
+def test_training_goes_on_from_a_nested_file_in_its_units(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    first = [*base_arguments, *DYLORA, "--output_name", "first"]
+    train([*first, "--network_args", "unit=2"])
+    file = ["--network_weights", str(path_of(tmp_path, "first")), "--network_module", "networks.dylora"]
+    more = ["--output_name", "more", "--max_train_steps", "3"]
+    by_dim = train([*base_arguments, *DYLORA, *file, *more, "--network_args", "unit=2"])
+    assert by_dim.status == 0, by_dim.stderr
+    expected = saved(tmp_path, "more")
+    by_file = train([*base_arguments, *file, *more, "--dim_from_weights", "--network_args", "unit=2"])
+    assert by_file.status == 0, by_file.stderr
+    assert all(torch.equal(weight, expected[key]) for key, weight in saved(tmp_path, "more").items())
+    wrong = train([*base_arguments, *file, *more, "--dim_from_weights", "--network_args", "unit=3"])
+    assert wrong.status == 1
+    assert "has rank 8, which is no multiple of it" in wrong.stderr
+
+
+def test_every_batch_of_an_accumulation_window_has_the_rank_of_its_step(
+    train: Train, base_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six batches an epoch in windows of four: steps of 4, 2, 4 and 2 batches."""
+    (tmp_path / "recording_network.py").write_text(
+        "from networks import dylora\n"
+        "calls = []\n"
+        "def create_network(*arguments, **keywords):\n"
+        "    network = dylora.create_network(*arguments, **keywords)\n"
+        "    draw = network.start_step\n"
+        "    def record(network, seed, step):\n"
+        "        draw(network, seed, step)\n"
+        "        calls.append((seed, step, {a.delta._rows for a in network.adapters.values()}))\n"
+        "    network.start_step = record\n"
+        "    return network\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    done = train(
+        [*base_arguments, *DYLORA, "--network_module", "recording_network", "--gradient_accumulation_steps", "4"]
+    )
+    assert done.status == 0, done.stderr
+    calls = importlib.import_module("recording_network").calls
+    del sys.modules["recording_network"]
+    assert [(seed, step) for seed, step, _ in calls] == [(5, s) for s in (0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3)]
+    ranks: dict[int, set[tuple[int, int]]] = {}
+    for _, step, rows in calls:
+        assert len(rows) == 1
+        ranks.setdefault(step, set()).update(rows)
+    assert all(len(drawn) == 1 for drawn in ranks.values())
+    assert STREAM == "dylora rank"  # another name is another draw for a seed that people have noted
+
+
+def test_down_factors_of_lora_fa_end_as_they_began(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
+    arguments = [*base_arguments, "--network_module", "networks.lora_fa", "--network_args", *CONV]
+    options = ["--learning_rate", "0.01", "--save_every_n_steps", "1", "--optimizer_args", "weight_decay=0.5"]
+    done = train([*arguments, *options, "--max_grad_norm", "0.1"])
+    assert done.status == 0, done.stderr
+    first, last = saved(tmp_path, "mine-step00000001"), saved(tmp_path, "mine")
+    downs = [key for key in last if key.endswith("lora_down.weight")]
+    ups = [key for key in last if key.endswith("lora_up.weight")]
+    assert all(torch.equal(first[key], last[key]) for key in downs)
+    assert not any(torch.equal(first[key], last[key]) for key in ups)
+    again = train([*arguments, "--output_name", "more", "--network_weights", str(path_of(tmp_path, "mine"))])
+    assert again.status == 0, again.stderr
+    more = saved(tmp_path, "more")
+    assert all(torch.equal(more[key], last[key]) for key in downs)
+
+
+@pytest.mark.parametrize("module", ["networks.dylora", "networks.lora_fa"])
+def test_both_train_in_bf16_altogether(train: Train, base_arguments: list[str], tmp_path: Path, module: str) -> None:
+    done = train([*base_arguments, "--network_module", module, "--mixed_precision", "bf16", "--full_bf16"])
+    assert done.status == 0, done.stderr
+    weights = [w for name, w in saved(tmp_path, "mine").items() if not name.endswith(".alpha")]
+    assert {w.dtype for w in weights} == {torch.bfloat16}
+    assert all(w.isfinite().all() for w in weights)
