@@ -120,6 +120,7 @@ def test_the_least_network_can_be_trained() -> None:
     network.prepare_gradients(text, unet)
     network.start_epoch(text, unet)
     network.start_step(text, unet)
+    network.start_optimizer_step(7, 0)
     assert least.training and len(network.trainable_parameters()) == 3
 
 
@@ -133,6 +134,18 @@ def test_what_the_least_network_cannot_do_is_an_error_naming_the_option() -> Non
     ):
         with pytest.raises(ValueError, match=f"{option} does not work with this --network_module"):
             call()
+
+
+def test_a_network_that_asks_is_told_the_seed_and_the_step_before_each_batch() -> None:
+    class Asking(Least):
+        def on_optimizer_step_start(self, seed: int, step: int) -> None:
+            self.calls.append((seed, step))
+
+    asking = Asking()
+    network = adopt(asking)
+    for step in (0, 0, 1):
+        network.start_optimizer_step(7, step)
+    assert asking.calls == [(7, 0), (7, 0), (7, 1)]
 
 
 class Named(Least):
