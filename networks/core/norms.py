@@ -59,6 +59,8 @@ class NormAdapter(nn.Module):
         weight, bias = merged["weight"], merged.get("bias")
         given = x.to(weight.dtype)
         if isinstance(layer, nn.GroupNorm):
+            if x.device.type == "cpu" and not x.requires_grad:
+                given = given.contiguous()  # torch crashes in the backward pass of channels-last groups without one
             y = group_norm(given, layer.num_groups, weight, bias, layer.eps)
         else:
             assert isinstance(layer, nn.LayerNorm)

@@ -25,16 +25,15 @@ def describe_part(part: str, adapters: Sequence[AnyAdapter], layout: BlockList |
         f"{part}: {len(modules)} modules adapted, {_ranks(modules)}, {num_values:,} parameters"
         + "".join(f"; {form}" for form in forms)
     )
-    if layout is None or len(adapters) == 0:
+    if layout is None:
         return
     blocks: dict[int, list[Adapter]] = {}
     for module in modules:
         if (block := layout.index_of(module.site.path)) is not None:
             blocks.setdefault(block, []).append(module)
-    lines = {block: _ranks(modules) for block, modules in sorted(blocks.items())}
-    if len(set(lines.values())) > 1:
-        for block, ranks in lines.items():
-            yield f"  block {block}: {len(blocks[block])} modules, {ranks}"
+    if any(len({_measure(module) for module in modules if module.site.kind == kind}) > 1 for kind in ("plain", "conv")):
+        for block, inside in sorted(blocks.items()):
+            yield f"  block {block}: {len(inside)} modules, {_ranks(inside)}"
 
 
 def describe_rates(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
@@ -44,6 +43,10 @@ def describe_rates(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
         for group, name in zip(groups, names, strict=True)
     ]
     return "learning rates: " + ", ".join(parts)
+
+
+def _measure(module: Adapter) -> tuple[int, float]:
+    return module.delta.rank, module.alpha_value
 
 
 def _ranks(modules: Sequence[Adapter]) -> str:

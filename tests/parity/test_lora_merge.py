@@ -82,13 +82,20 @@ def test_text_encoder(dtype: torch.dtype) -> None:
     assert (with_adapter - alone).abs().mean() > 0.1 * alone.abs().mean()
 
 
-def test_the_gradients_are_the_same_with_gradient_checkpointing_and_dropout() -> None:
+EVERY_FORM = {"conv_dim": "3", "use_tucker": "1", "use_scalar": "1", "train_norm": "1", "dora_wd": "1"}
+
+
+@pytest.mark.parametrize("form", [{}, EVERY_FORM], ids=["plain", "every form"])
+def test_the_gradients_are_the_same_with_gradient_checkpointing_and_dropout(form: dict[str, str]) -> None:
     unet, clip = tiny_unet(421, torch.float64), tiny_clip(422, torch.float64)
     network = create_network(
-        1.0, 4, 2.0, None, *view([clip], unet), neuron_dropout=0.2, rank_dropout="0.2", module_dropout="0.2"
+        1.0, 4, 2.0, None, *view([clip], unet), neuron_dropout=0.2, rank_dropout="0.2", module_dropout="0.2",
+        **form,
     ).double()  # fmt: skip
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(423))
+    generator = torch.Generator().manual_seed(423)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
     network.apply_to(*view([clip], unet), train_text_encoder=False)
     unet.train()
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64)

@@ -296,6 +296,22 @@ def test_a_small_change_of_a_16_bit_norm_is_not_rounded_away(name: str) -> None:
     assert adapter.w_norm.grad is not None and adapter.w_norm.grad.dtype == torch.float32
 
 
+def test_a_norm_learns_from_channels_last_pixels_that_need_no_gradient() -> None:
+    torch.manual_seed(1665)
+    layer = nn.GroupNorm(2, 8).requires_grad_(False)
+    x = torch.randn(2, 8, 4, 4)
+    grads = []
+    for pixels in (x, x.contiguous(memory_format=torch.channels_last), x.clone().requires_grad_()):
+        adapter = NormAdapter(Site("x", "x", layer, "norm"), 1.0)
+        adapter.install()
+        layer(pixels).pow(3).sum().backward()
+        adapter.remove()
+        assert adapter.w_norm.grad is not None
+        grads.append(adapter.w_norm.grad)
+    torch.testing.assert_close(grads[1], grads[0], **FLOAT32_SAME_MATH)
+    torch.testing.assert_close(grads[2], grads[0], **FLOAT32_SAME_MATH)
+
+
 class Transformer2DModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
