@@ -40,7 +40,7 @@ class Kind:
     """What is particular to the adapters of one door."""
 
     make_delta: MakeDelta
-    check: Callable[[AdapterNetwork], None] | None = None  # raises ValueError for settings it cannot work with
+    check: Callable[[AdapterNetwork], None] | None = None  # tells what comes of the settings, or raises ValueError
     start_step: StartStep | None = None  # called before each batch of an optimizer step
     refuses: Mapping[str, str] = field(default_factory=dict)  # network argument -> why it cannot meet this kind
 

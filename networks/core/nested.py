@@ -3,6 +3,8 @@
 Letters: O output features or channels, I input features or channels, R rank, K the ranks of this step, h w kernel.
 """
 
+import logging
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
@@ -12,6 +14,8 @@ from networks.core.arguments import NetworkArguments
 from networks.core.delta import LowRank, add_product, factor, in_dtype_of
 from networks.core.network import AdapterNetwork
 from networks.core.targets import Site
+
+logger = logging.getLogger(__name__)
 
 STREAM = "dylora rank"
 UNITS = {  # how a module is adapted -> (the argument with its block size, the settings of its rank)
@@ -109,7 +113,7 @@ def draw_rank(network: AdapterNetwork, seed: int, step: int) -> None:
 
 
 def check_units(network: AdapterNetwork) -> None:
-    """Raise ValueError where a rank is no multiple of its unit, naming the nearest that are."""
+    """Log which ranks are trained. Raises ValueError naming the nearest multiples where a rank is none of its unit."""
     for site, delta in nested_modules(network):
         unit = unit_of(site, network.arguments)
         if delta.rank % unit:
@@ -120,6 +124,13 @@ def check_units(network: AdapterNetwork) -> None:
                 f"--network_args {argument}={unit}: {site.name} has rank {delta.rank}, which is no multiple of it; "
                 f"set {setting} to {nearest}, or choose another {argument}"
             )
+    if nested_modules(network):
+        full_rank, unit = measure_of(network)
+        logger.info(
+            "DyLoRA: each step trains one rank from %d to %d in units of %d; %s",
+            unit, full_rank, unit,
+            "all rows up to it learn" if network.arguments.train_all_ranks else "its newest block learns",
+        )  # fmt: skip
 
 
 def measure_of(network: AdapterNetwork) -> tuple[int, int]:

@@ -300,6 +300,13 @@ def test_loraplus_and_names_of_groups_are_those_of_networks_lora() -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize(("trains_all", "what"), [("True", "all rows up to it learn"), ("False", "its newest block")])
+def test_the_log_says_which_ranks_are_trained(caplog: pytest.LogCaptureFixture, trains_all: str, what: str) -> None:
+    with caplog.at_level(logging.INFO):
+        dylora.create_network(1.0, 12, 1, None, *toy_models(67), conv_dim="16", unit="3", train_all_ranks=trains_all)
+    assert f"DyLoRA: each step trains one rank from 3 to 12 in units of 3; {what}" in caplog.text
+
+
 def test_block_ranks_are_trained_at_the_same_share() -> None:
     network = network_on(toy_models(46), 47, rank=4, block_dims="0,2,4,8")
     steps = steps_by_rank(network, 48, "lora_unet_up_0_attention_to_q")
