@@ -1,0 +1,242 @@
+"""What each kind of adapter costs, forward and backward, as ratios to the frozen layer alone in the same run.
+
+Beside ours stand the plain ways: LoRA as three separate operations, and DoRA that builds the changed weight. All ways
+of a layer are timed turn by turn, so that a busy machine slows all of them; the middle of the rounds counts. Memory is
+the highest sum of what one forward and backward pass allocates, weights not counted.
+
+    python benchmarks/adapters.py
+    python benchmarks/adapters.py --shapes sd15 flux --rank 16 --device cuda --dtype bf16
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn.functional import conv2d, linear  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
+
+from networks.core.adapter import Adapter, Dropout  # noqa: E402
+from networks.core.delta import Delta, LowRank, Tucker  # noqa: E402
+from networks.core.frozen import frozen_down  # noqa: E402
+from networks.core.join import EPS, Add, Decompose  # noqa: E402
+from networks.core.nested import NestedRank  # noqa: E402
+from networks.core.targets import Site, kind_of  # noqa: E402
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer and the input it gets in training."""
+
+    name: str
+    make: Callable[[], Any]
+    input_shape: tuple[int, ...]
+
+
+def of_linear(outputs: int, inputs: int, tokens: int) -> Shape:
+    name = f"linear {outputs}x{inputs}, {tokens} tokens"
+    return Shape(name, lambda: nn.Linear(inputs, outputs), (1, tokens, inputs))
+
+
+def of_conv(channels: int, side: int) -> Shape:
+    name = f"conv 3x3 {channels}, {side}x{side} pixels"
+    return Shape(name, lambda: nn.Conv2d(channels, channels, 3, padding=1), (1, channels, side, side))
+
+
+SHAPES: Mapping[str, list[Shape]] = {
+    "quick": [of_linear(320, 320, 1024), of_linear(768, 768, 77), of_conv(64, 32)],
+    "sd15": [
+        of_linear(320, 320, 4096), of_linear(2560, 320, 4096), of_linear(1280, 1280, 256), of_linear(768, 768, 77),
+        of_conv(320, 64), of_conv(1280, 16),
+    ],
+    "flux": [of_linear(3072, 3072, 4608), of_linear(3072, 12288, 4608), of_linear(21504, 3072, 4608)],
+}  # fmt: skip
+
+
+class NaiveLora(nn.Module):
+    """base(x) + up(down(x)) * scale, each an operation of its own."""
+
+    def __init__(self, layer: Any, delta: LowRank, scale: float) -> None:
+        super().__init__()
+        self.base = layer.forward
+        self.lora_down, self.lora_up, self.scale = delta.lora_down, delta.lora_up, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        base: Tensor = self.base(x)
+        return base + self.lora_up(self.lora_down(x)) * self.scale
+
+
+class MaterialisedDora(nn.Module):
+    """The layer with the weight m (W0 + dW) / |W0 + dW|, which every call builds."""
+
+    def __init__(self, layer: Any, delta: LowRank, scale: float) -> None:
+        super().__init__()
+        self.layer, self.lora_down, self.lora_up, self.scale = [layer], delta.lora_down, delta.lora_up, scale
+        self.dora_scale = nn.Parameter(Decompose(layer.weight).magnitudes())
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer[0]
+        up, down = self.lora_up.weight.flatten(1), self.lora_down.weight.flatten(1)
+        whole = layer.weight + (up @ down).view(layer.weight.shape) * self.scale
+        norm = torch.linalg.vector_norm(whole, dim=[d for d in range(whole.dim()) if d != 1], keepdim=True)
+        weight = self.dora_scale * whole / (norm + EPS)
+        if isinstance(layer, nn.Linear):
+            return linear(x, weight, layer.bias)
+        return conv2d(x, weight, layer.bias, layer.stride, layer.padding)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute the layer."""
+
+    name: str
+    forward: Callable[[Tensor], Tensor]
+    parameters: list[nn.Parameter]
+
+
+def ours(name: str, layer: Any, delta: Delta, join: Any = None, has_scalar: bool = False) -> Way:
+    """An adapter of this project, not installed, so that every way keeps its own."""
+    kind = kind_of(layer)
+    assert kind is not None
+    rank = float(delta.rank)
+    adapter = Adapter(Site("x", "x", layer, kind), delta, join or Add(), rank, Dropout(), 1.0, has_scalar)
+    adapter.to(layer.weight.device).install()
+    adapter.remove()
+    adapter._base_forward = layer.forward
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 1e-3)
+    return Way(name, adapter.forward, list(adapter.parameters()))
+
+
+def ways(layer: Any, rank: int) -> list[Way]:
+    """The layer alone first, then every kind."""
+    device = layer.weight.device
+
+    def low_rank() -> LowRank:
+        return LowRank(layer, rank).to(device)
+
+    naive, built = NaiveLora(layer, low_rank(), 1.0), MaterialisedDora(layer, low_rank(), 1.0)
+    nested = NestedRank(layer, rank).to(device)
+    nested.use_rows(0, max(rank // 2, 1))
+    found = [
+        Way("layer alone", layer.forward, []),
+        Way("LoRA, three operations", naive, list(naive.parameters())),
+        ours("LoRA", layer, low_rank()),
+        ours("LoRA with a strength", layer, low_rank(), has_scalar=True),
+        ours("LoRA-FA", layer, frozen_down(layer, rank)),
+        ours("DyLoRA at half rank", layer, nested),
+        Way("DoRA, weight built", built, list(built.parameters())),
+        ours("DoRA", layer, low_rank(), Decompose(layer.weight)),
+        ours("DoRA, constant norm", layer, low_rank(), Decompose(layer.weight, has_constant_norm=True)),
+    ]
+    if kind_of(layer) == "conv":
+        found.append(ours("Tucker", layer, Tucker(layer, rank).to(device)))
+        found.append(ours("Tucker with DoRA", layer, Tucker(layer, rank).to(device), Decompose(layer.weight)))
+    return found
+
+
+def one_pass(way: Way, x: Tensor, gradient: Tensor, autocast: Callable[[], Any]) -> None:
+    """Forward and backward, to the input and everything that trains."""
+    with autocast():
+        y = way.forward(x)
+    torch.autograd.grad(y, [x, *way.parameters], gradient.to(y.dtype))
+
+
+def seconds_of(call: Callable[[], None], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(call: Callable[[], None], device: torch.device) -> int:
+    """The highest sum of what a call allocates."""
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    now = peak = 0
+    for _, change in changes:
+        now += change
+        peak = max(peak, now)
+    return peak
+
+
+def measure(shape: Shape, args: argparse.Namespace) -> list[str]:
+    """A table of one layer."""
+    torch.manual_seed(1)
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    layer = shape.make().requires_grad_(False).to(device, dtype)
+    x = torch.randn(shape.input_shape, device=device, dtype=dtype, requires_grad=True)
+    with torch.no_grad():
+        gradient = torch.randn_like(layer(x))
+
+    def autocast() -> Any:
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    calls = {way.name: (lambda way=way: one_pass(way, x, gradient, autocast)) for way in ways(layer, args.rank)}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(args.rounds):
+        for name, call in calls.items():
+            times[name].append(seconds_of(call, device))
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    memory = {name: peak_bytes(call, device) for name, call in calls.items()}
+    alone, lora = middle["layer alone"], middle["LoRA"]
+    lines = [
+        f"{shape.name}, rank {args.rank}, {args.dtype} on {device.type}: the layer alone takes {alone * 1e3:.2f} ms"
+    ]
+    for name in calls:
+        lines.append(
+            f"  {name:24} time {middle[name] / alone:5.2f} of the layer, {middle[name] / lora:5.2f} of LoRA; "
+            f"memory {memory[name] / 2**20:8.2f} MiB, {memory[name] / memory['layer alone']:5.2f} of the layer"
+        )
+    return lines
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Time and memory of adapters as ratios to the layer alone.")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["quick"], help="which layers")
+    parser.add_argument("--rank", type=int, default=16, help="rank of every adapter")
+    parser.add_argument("--rounds", type=int, default=15, help="how often each way is timed")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the layer and its input")
+    return parser
+
+
+def main() -> None:
+    args = setup_parser().parse_args()
+    for name in args.shapes:
+        for shape in SHAPES[name]:
+            sys.stdout.write("\n".join(measure(shape, args)) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
