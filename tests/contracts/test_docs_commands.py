@@ -23,7 +23,14 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 FLAGS_OF_OTHERS = {"--venv", "--slow"}  # of tools/start.py
-TOOLS = ("convert_lora", "check_lora_weights", "show_metadata", "merge_lora")  # whose options pages speak of
+TOOLS = (
+    "convert_lora",
+    "check_lora_weights",
+    "show_metadata",
+    "extract_lora_from_dylora",
+    "extract_lora_from_models",
+    "merge_lora",
+)  # whose options pages speak of
 
 
 def blocks_of(page: Path, language: str) -> list[str]:
