@@ -145,9 +145,12 @@ class Adapter(nn.Module):
     def restart_magnitudes(self) -> None:
         """Set the magnitudes to the norms of the weight with the change: together they compute what the sum does."""
         assert self.dora_scale is not None
-        ones = torch.ones_like(self.dora_scale)
-        columns = self.join.columns(self._base_weight, ones, *factors_of(self.delta), self._unit_strength)
-        self.dora_scale.copy_(ones / columns)
+        weight = self._base_weight
+        up_OR, down_RN = (part.to(weight.device) for part in factors_of(self.delta))
+        strength = self._unit_strength
+        strength = strength.to(weight.device) if isinstance(strength, Tensor) else strength
+        ones = torch.ones_like(self.dora_scale, device=weight.device)
+        self.dora_scale.copy_(ones / self.join.columns(weight, ones, up_OR, down_RN, strength))
 
     @property
     def _base_weight(self) -> Tensor:

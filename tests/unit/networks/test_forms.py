@@ -361,6 +361,25 @@ def test_other_kinds_train_strengths_and_norms(door: Any, tmp_path: Path) -> Non
     assert_same(outputs(text, unet, 1693), expected)
 
 
+@pytest.mark.parametrize(
+    ("door", "form", "argument"),
+    [(dylora, "dora", "dora_wd"), (dylora, "tucker", "use_tucker"), (lora_fa, "tucker", "use_tucker")],
+)
+def test_a_file_in_a_form_that_a_kind_cannot_train_is_refused_but_can_be_merged(
+    door: Any, form: str, argument: str, tmp_path: Path
+) -> None:
+    network, text, unet = trained(1695, **FORMS[form])
+    expected = outputs(text, unet, 1696)
+    path = str(tmp_path / "x.safetensors")
+    network.save_weights(path, None, {})
+    network.remove()
+    with pytest.raises(ValueError, match=rf"x\.safetensors was trained with {argument}, "):
+        door.create_network_from_weights(1.0, path, None, text, unet)
+    other, weights = door.create_network_from_weights(1.0, path, None, text, unet, for_inference=True)
+    other.merge_to(text, unet, weights, torch.float32, "cpu")
+    assert_same(outputs(text, unet, 1696), expected)
+
+
 def test_dora_with_a_frozen_down_factor_trains_up_and_magnitudes() -> None:
     text, unet = toy_models(1701)
     network = lora_fa.create_network(1.0, 4, 2.0, None, text, unet, dora_wd="True")
