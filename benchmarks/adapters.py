@@ -9,6 +9,7 @@ the highest sum of what one forward and backward pass allocates, weights not cou
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of every start and stop
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
