@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_TRAINED_PROMPTS = 14
-PROMPT_OPTIONS = "--w 64 --h 64 --s 20 --l 4"
+PROMPT_OPTIONS = "--w 64 --h 64 --s 20 --l 2"
 
 
 def make_dataset(out: Path, prompts: Path, shape: str, num_pictures: int, seed: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tools.toy_world import Picture, look_at, parse_caption
 
 SAMPLING_STEPS = 20
-GUIDANCE_SCALE = 4.0
+GUIDANCE_SCALE = 2.0
 BATCH_SIZE = 50
 LORA_PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
 
