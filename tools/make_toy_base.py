@@ -54,9 +54,7 @@ TEXT_WIDTH = 128
 VAE_BATCH_SIZE = 8
 NUM_DOODLES = 3  # of a batch
 VAE_LEARNING_RATE = 2e-3
-DECODER_LEARNING_RATE = 1e-3
-KL_WEIGHT = 1e-4  # of the mean over latents, against the mean over pixels
-FIRST_LOG_VARIANCE = -6.0  # of the posterior: noise as large as the latents would hide them from the decoder at first
+KL_WEIGHT = 1e-3  # of the mean over latents, against the mean over pixels
 UNET_BATCH_SIZE = 32
 PICTURES_PER_CAPTION = 2  # of a batch; the text encoder runs once for them
 UNET_LEARNING_RATE = 1e-3
@@ -72,7 +70,6 @@ class Settings:
     out: Path
     seed: int
     vae_steps: int
-    decoder_steps: int
     unet_steps: int
     pictures_per_scene: int
     vae: Path | None
@@ -264,7 +261,6 @@ def train_vae(num_steps: int, seed: int) -> "AutoencoderKL":
     rng = np.random.default_rng(seed)
     scenes = list_scenes()
     vae = make_vae().to(memory_format=torch.channels_last)
-    nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], FIRST_LOG_VARIANCE)
     average = Average([vae])
     optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_LEARNING_RATE, weight_decay=0.0, fused=True)
     schedule = cosine_schedule(optimizer, num_steps)
@@ -285,33 +281,6 @@ def train_vae(num_steps: int, seed: int) -> "AutoencoderKL":
     averaged = average.copies[0]
     rescale_latents(averaged, to_tensor([draw_scene(scene, rng) for scene in scenes]))
     return averaged.half().float()  # the U-Net learns the latents of the weights that are saved
-
-
-def refine_decoder(vae: "AutoencoderKL", num_steps: int, seed: int) -> "AutoencoderKL":
-    """Train the decoder on, for sharper edges; the latents, and so the U-Net, stay as they are."""
-    torch.manual_seed(seed + 2)
-    rng = np.random.default_rng([seed, 2])
-    scenes = list_scenes()
-    vae = vae.to(memory_format=torch.channels_last).train()
-    parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
-    average = Average([vae])
-    optimizer = torch.optim.AdamW(parameters, lr=DECODER_LEARNING_RATE, weight_decay=0.0, fused=True)
-    schedule = cosine_schedule(optimizer, num_steps)
-    progress = tqdm(range(num_steps), desc="train the decoder on", mininterval=5)
-    for _ in progress:
-        pixels_BCHW = draw_batch(scenes, rng)
-        with torch.no_grad():
-            posterior = vae.encode(pixels_BCHW).latent_dist
-        latents_BCHW = posterior.mean + 0.5 * posterior.std * torch.randn_like(posterior.mean)
-        error = vae.decode(latents_BCHW).sample - pixels_BCHW
-        (error.abs().mean() + error.square().mean()).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        average.update()
-        progress.set_postfix(error=f"{error.abs().mean().item():.4f}", refresh=False)
-    return average.copies[0]
 
 
 @torch.no_grad()
@@ -438,7 +407,6 @@ def make_toy_base(settings: Settings) -> None:
         ids_SKT = torch.stack([tokenize(tokenizer, captions) for captions in captions_SK])
         empty_T = tokenize(tokenizer, [""])[0]
         unet, text_encoder = train_unet(latents_SPCHW, ids_SKT, empty_T, tokenizer, settings.unet_steps, settings.seed)
-        vae = refine_decoder(vae, settings.decoder_steps, settings.seed)
         save_base(settings.out, vae, unet, text_encoder, tokenizer, Path(folder))
     weights = list(settings.out.rglob("*.safetensors"))
     logger.info("%s: %.1f MB of weights", settings.out, sum(path.stat().st_size for path in weights) / 1e6)
@@ -453,8 +421,7 @@ def setup_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "configs/quickstart/toy_base", help="folder to write")
     parser.add_argument("--seed", type=int, default=1, help="of the pictures, the weights and the training")
-    parser.add_argument("--vae_steps", type=int, default=4000, help="training steps of the VAE")
-    parser.add_argument("--decoder_steps", type=int, default=4000, help="more training steps of the VAE's decoder")
+    parser.add_argument("--vae_steps", type=int, default=3000, help="training steps of the VAE")
     parser.add_argument("--unet_steps", type=int, default=5000, help="training steps of U-Net and text encoder")
     parser.add_argument(
         "--pictures_per_scene", type=int, default=96, help="pictures that the U-Net sees of every scene"
