@@ -31,8 +31,12 @@ class Finished:
 
     @property
     def losses(self) -> list[float]:
-        """The average loss after every batch, three digits each, as the progress bar shows it."""
-        return [float(text) for text in re.findall(r"avr_loss=([\d.e+-]+)", self.stderr)]
+        """The average loss after every step, three digits each, as the progress bar shows it.
+
+        How often the bar is drawn depends on the time; what it shows last for a step does not.
+        """
+        shown = re.findall(r"steps:[^\r\n]*?(\d+)/\d+ \[[^\]\r\n]*avr_loss=([\d.e+-]+)", self.stderr)
+        return list({int(step): float(loss) for step, loss in shown}.values())
 
 
 def make_pictures(folder: Path, count: int, side: int = 64, seed: int = 0) -> Path:
