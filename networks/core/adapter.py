@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from networks.core.borrowing import Forward, give_forward_back, take_forward
 from networks.core.delta import Delta, down_by_columns, factor, factors_of
 from networks.core.join import Join, scale_columns
 from networks.core.targets import Site
@@ -67,7 +68,7 @@ class Adapter(nn.Module):
         self.register_parameter("scalar", nn.Parameter(torch.tensor(0.0)) if has_scalar else None)
         if has_scalar:
             nn.init.kaiming_uniform_(factor(dict(delta.named_children())["lora_up"]), a=math.sqrt(5))
-        self._base_forward: Callable[[Tensor], Tensor] | None = None
+        self._base_forward: Forward | None = None
         self.register_load_state_dict_post_hook(_read_alpha)  # type: ignore[no-untyped-call]
 
     @property
@@ -82,19 +83,13 @@ class Adapter(nn.Module):
     def install(self) -> None:
         """Take the layer's forward."""
         assert not self.is_installed
-        self._base_forward = self.site.module.forward
-        self.site.module.forward = self.forward
+        self._base_forward = take_forward(self.site.module, self.forward)
 
     def remove(self) -> None:
         """Give the layer's forward back; what was installed later must be removed first."""
-        if not self.is_installed:
+        if self._base_forward is None:
             return
-        layer = self.site.module
-        if layer.__dict__.get("forward") != self.forward:
-            raise ValueError(f"{self.site.path} was wrapped again after this adapter; remove the later wrapping first")
-        del layer.__dict__["forward"]
-        if self._base_forward != layer.forward:  # it was wrapped before us
-            layer.forward = self._base_forward  # type: ignore[assignment]
+        give_forward_back(self.site.module, self.forward, self._base_forward, self.site.path)
         self._base_forward = None
 
     def forward(self, x: Tensor) -> Tensor:

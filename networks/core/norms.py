@@ -1,11 +1,12 @@
 """Training of normalisation layers (train_norm)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 
+from networks.core.borrowing import Forward, give_forward_back, take_forward
 from networks.core.targets import Site
 
 
@@ -28,7 +29,7 @@ class NormAdapter(nn.Module):
         self.w_norm = nn.Parameter(torch.zeros(weight.shape, dtype=torch.float32))
         has_bias = site.module.bias is not None
         self.register_parameter("b_norm", nn.Parameter(torch.zeros_like(self.w_norm)) if has_bias else None)
-        self._base_forward: Callable[[Tensor], Tensor] | None = None
+        self._base_forward: Forward | None = None
 
     @property
     def is_installed(self) -> bool:
@@ -37,17 +38,13 @@ class NormAdapter(nn.Module):
     def install(self) -> None:
         """Take the layer's forward."""
         assert not self.is_installed
-        self._base_forward = self.site.module.forward
-        self.site.module.forward = self.forward
+        self._base_forward = take_forward(self.site.module, self.forward)
 
     def remove(self) -> None:
         """Give the layer's forward back; what was installed later must be removed first."""
-        if not self.is_installed:
+        if self._base_forward is None:
             return
-        layer = self.site.module
-        if layer.__dict__.get("forward") != self.forward:
-            raise ValueError(f"{self.site.path} was wrapped again after this adapter; remove the later wrapping first")
-        del layer.__dict__["forward"]
+        give_forward_back(self.site.module, self.forward, self._base_forward, self.site.path)
         self._base_forward = None
 
     def forward(self, x: Tensor) -> Tensor:
