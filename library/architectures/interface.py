@@ -1,12 +1,13 @@
 """What a base model must offer: the parts that the trainer calls."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from library.options.text_caching import TextCachingOptions
 from library.types import Batch, Conditioning, Noised, Tokens
 
 
@@ -43,6 +44,23 @@ class TextPipeline(Protocol):
 
     def tokenize(self, captions: Sequence[str]) -> Tokens: ...
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning: ...
+
+
+@dataclass(frozen=True)
+class TextCacheSpec:
+    """How a base model's text features are kept; `keys` are names of its `Conditioning` and of entries in the files."""
+
+    options: TextCachingOptions
+    suffix: str  # "_te_outputs.npz"
+    keys: tuple[str, ...]
+    identity: Callable[[], str]
+    """A digest of all that decides the values besides the caption: the encoders' weights (`weights.fingerprint`), their
+    dtype, token limits, masks. It is asked for before any encoder is loaded."""
+    constants: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # entries of sd-scripts' files that no caption changes
+    padding: Mapping[str, float] = field(default_factory=dict)
+    """Keys whose second axis (the first without B) differs between captions, and what fills shorter ones in a batch."""
 
 
 class LatentCodec(Protocol):
@@ -100,3 +118,4 @@ class Architecture:
     predict: Predict
     view: AdapterView
     metadata: Mapping[str, str]  # ss_v2, ss_base_model_version and the modelspec keys that are the model's own
+    text_cache: TextCacheSpec | None = None  # None where text encoder outputs cannot be cached

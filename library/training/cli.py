@@ -80,12 +80,13 @@ def unset_empty(args: argparse.Namespace, parser: argparse.ArgumentParser) -> ar
 def normalize(args: argparse.Namespace) -> argparse.Namespace:
     """The options with what one implies for another made plain; normalizing twice changes nothing.
 
-    --cache_latents_to_disk implies --cache_latents, the old spelling --caption_extention wins, and 0 is unset for
-    counts that mean "never" or "not at all" then.
+    Caching to disk implies caching, the old spelling --caption_extention wins, and 0 is unset for counts that mean
+    "never" or "not at all" then.
     """
     values: dict[str, Any] = dict(vars(args))
-    if values.get("cache_latents_to_disk"):
-        values["cache_latents"] = True
+    for name in ("cache_latents", "cache_text_encoder_outputs"):
+        if values.get(f"{name}_to_disk"):
+            values[name] = True
     if values.get("caption_extention"):
         values["caption_extension"] = values["caption_extention"]
     for name in ZERO_MEANS_NEVER:

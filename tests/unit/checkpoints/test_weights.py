@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from library.checkpoints.weights import open_weights
+from library.checkpoints.weights import fingerprint, open_weights
 
 GENERATOR = torch.Generator().manual_seed(71)
 TENSORS = {
@@ -73,3 +73,22 @@ def test_another_kind_of_file_is_refused_by_its_name(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"a.gguf is no checkpoint: its name must end in one of .safetensors, .ckpt"):
         open_weights(tmp_path / "a.gguf")
+
+
+def test_a_fingerprint_is_of_the_tensors_and_not_of_the_file(tmp_path):
+    """One value, one bit of it, a dtype, a name or the order of the parts make another one; the container does not."""
+    save_file(TENSORS, tmp_path / "a.safetensors")
+    torch.save(dict(reversed(TENSORS.items())), tmp_path / "b.ckpt")
+    whole = fingerprint(open_weights(tmp_path / "a.safetensors"))
+    assert fingerprint(open_weights(tmp_path / "b.ckpt")) == whole
+
+    flipped = TENSORS["float"].clone()
+    flipped.view(torch.int32).view(-1)[-1] ^= 1
+    changes = [{"float": flipped}, {"float": TENSORS["float"].double()}, {"ids": TENSORS["ids"][0]}]
+    renamed = {("other" if name == "flag" else name): tensor for name, tensor in TENSORS.items()}
+    seen = {whole}
+    for tensors in [*({**TENSORS, **change} for change in changes), renamed]:
+        save_file(tensors, tmp_path / "c.safetensors")
+        seen.add(fingerprint(open_weights(tmp_path / "c.safetensors")))
+    a, c = open_weights(tmp_path / "a.safetensors"), open_weights(tmp_path / "c.safetensors")
+    assert len(seen | {fingerprint(a, c), fingerprint(c, a)}) == 7
