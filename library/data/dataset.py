@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -62,6 +62,7 @@ class TrainingSet:
         seed: int,
         count_tokens: Callable[[str], int] | None,
         max_tokens: int | None,
+        num_processes: int = 1,
     ) -> "TrainingSet":
         """Read the description, list the pictures and sort them into buckets; no picture is decoded.
 
@@ -91,7 +92,7 @@ class TrainingSet:
             sample_of_draw=draws.sample_of_draw,
             subsets=tuple(subset.config for dataset in datasets for subset in dataset.subsets),
             prior_loss_weight=options.dataset.prior_loss_weight,
-            max_train_steps=options.run.planned_steps(sum(bucket.num_batches for bucket in draws.buckets)),
+            max_train_steps=options.run.planned_steps(sum(b.num_batches for b in draws.buckets), num_processes),
             files={},
             in_memory=frozenset(),
         )
@@ -151,19 +152,19 @@ class TrainingSet:
     def batches(
         self,
         epoch: int,
-        first_batch: int,
+        places: Sequence[int],
         step_of: Callable[[int], int],
         num_workers: int,
         persistent_workers: bool,
     ) -> Iterator[Batch]:
-        """The batches of an epoch (from 1), from batch `first_batch` (from 0) on; the skipped ones are not read.
+        """The batches of an epoch (from 1) at `places` (from 0), in their order; the others are not read.
 
         `step_of(i)` is the optimizer step that batch i belongs to. With `persistent_workers` the worker processes live
         until `close`. Raises ValueError naming a picture that cannot be read.
         """
         assert epoch >= 1, epoch
         draws = epoch_batches(self.draws.buckets, self._maker.seed, epoch)
-        orders = [BatchOrder(epoch, step_of(i), draws[i]) for i in range(first_batch, len(draws))]
+        orders = [BatchOrder(epoch, step_of(place), draws[place]) for place in places]
         if not self._needs_workers:
             num_workers = 0
         num_workers = min(num_workers, os.cpu_count() or 1, self.num_batches)

@@ -9,7 +9,9 @@ logger = logging.getLogger(__name__)
 
 def show_batches(training_set: TrainingSet) -> None:
     """Log every batch of the first epoch: pictures, captions, sizes, loss weights, shapes of the tensors."""
-    for number, batch in enumerate(training_set.batches(1, 0, lambda index: index, 0, False)):
+    for number, batch in enumerate(
+        training_set.batches(1, range(training_set.num_batches), lambda index: index, 0, False)
+    ):
         tensors = {
             "pixels": batch.pixels_BCHW,
             "latents": batch.latents_BCHW,

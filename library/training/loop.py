@@ -1,19 +1,22 @@
 """The training loop."""
 
 import logging
-import math
 import random
+from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from library.randomness import stream_seed
 from library.training.interruption import Interruption
 from library.training.logs import Charts
 from library.training.optimizers import effective_rates
+from library.training.plan import Window
+from library.training.progress import Progress
 from library.training.report import (
     LimitedNorms,
-    LossAverage,
     announce,
     announce_epoch,
     bar_values,
@@ -28,59 +31,100 @@ from library.types import Batch
 logger = logging.getLogger(__name__)
 
 
-def train(run: Run, writer: Writer, charts: Charts, interruption: Interruption) -> None:
-    """Train to the last step, or to the step in which the user interrupts; either way the adapter is saved."""
-    plan, text_encoder_view, denoiser_view = run.plan, *run.models.network_view
-    dataset = run.options.dataset
-    average = LossAverage()
+def train(run: Run, progress: Progress, writer: Writer, charts: Charts, interruption: Interruption) -> None:
+    """Train from where `progress` stands to the last step, or to the step in which the user interrupts.
+
+    Either way the adapter is saved.
+    """
+    plan, average, is_main = run.plan, progress.average, run.processes.is_main
     norm_limit = wanted_norm_limit(run)
-    step = 0
-    with progress_bar(plan.max_train_steps, step) as bar:
-        for epoch in range(1, plan.num_epochs + 1):
+    stops = False
+    epoch = plan.epoch_of(progress.step)
+    with progress_bar(plan.max_train_steps, progress.step, is_main) as bar:
+        for epoch in plan.epochs(progress.step):
             announce_epoch(epoch, plan.num_epochs)
-            run.network.start_epoch(text_encoder_view, denoiser_view)
-            batches = run.training_set.batches(
-                epoch,
-                0,
-                partial(plan.step_of, epoch),
-                dataset.max_data_loader_n_workers,
-                dataset.persistent_data_loader_workers,
-            )
-            for index, batch in enumerate(batches):
-                loss = backward(run, batch, plan.batch_number(epoch, index), plan.window_size(index), step)
+            run.network.start_epoch(*run.models.network_view)
+            batches = batches_of(run, epoch, progress.step)
+            for window in plan.windows(epoch, progress.step):
+                own_losses = accumulate_gradient(run, window, batches)
+                losses, stops = run.processes.exchange(
+                    run.network.trainable_parameters(), own_losses, len(window.places), interruption.is_requested
+                )
                 rates = [float(rate) for rate in run.schedule.get_last_lr()]
-                if plan.ends_window(index):
-                    optimizer_step(run)
-                    step += 1
-                    bar.update(1)
+                optimizer_step(run)
+                progress.step += 1
                 norms = None if norm_limit is None else LimitedNorms(*run.network.limit_norms(norm_limit, run.device))
-                average.add(index, watched(loss, step, batch))
+                report_window(run, progress, window, losses.tolist(), rates, norms, charts)
+                bar.update(1)
                 bar.set_postfix(bar_values(average.mean, norms))
-                if charts.are_on:
-                    charts.log_step(step_values(run, loss, average.mean, rates, norms), step, epoch)
-                if plan.ends_window(index):
-                    writer.save_after_step(step, epoch)
-                    if step >= plan.max_train_steps or interruption.is_requested:
-                        break
+                writer.save_after_step(progress.step, epoch)
+                if stops:
+                    break
             if charts.are_on:
-                charts.log_epoch({"loss/epoch_average": average.mean}, step, epoch)
-            if interruption.is_requested:
+                charts.log_epoch({"loss/epoch_average": average.mean}, progress.step, epoch)
+            if stops:
                 break
-            writer.save_after_epoch(step, epoch)
-    finish(writer, step, epoch, is_complete=step >= plan.max_train_steps)
+            writer.save_after_epoch(progress.step, epoch)
+    finish(writer, progress.step, epoch, is_complete=progress.step >= plan.max_train_steps)
 
 
-def backward(run: Run, batch: Batch, batch_number: int, window_size: int, step: int) -> float:
+def batches_of(run: Run, epoch: int, first_step: int) -> Iterator[Batch]:
+    """This process's batches of an epoch, in order, from the one after `first_step` on; no other is read."""
+    processes, dataset = run.processes, run.options.dataset
+    windows = run.plan.windows(epoch, first_step)
+    places = [place for window in windows for place in window.share(processes.rank, processes.count)]
+    return run.training_set.batches(
+        epoch,
+        places,
+        partial(run.plan.step_of, epoch),
+        dataset.max_data_loader_n_workers,
+        dataset.persistent_data_loader_workers,
+    )
+
+
+def accumulate_gradient(run: Run, window: Window, batches: Iterator[Batch]) -> Tensor:
+    """Add the gradients of this process's share of a window; gives the losses of its batches."""
+    losses = []
+    for place in window.share(run.processes.rank, run.processes.count):
+        batch = next(batches)
+        loss = backward(run, batch, run.plan.batch_number(window.epoch, place), len(window.places), window.step)
+        losses.append(watched(loss, window.step, batch))
+    return torch.stack(losses) if losses else torch.zeros(0)
+
+
+def backward(run: Run, batch: Batch, batch_number: int, window_size: int, step: int) -> Tensor:
     """Add the gradient of one batch; gives its loss. Dropout inside the models draws from a stream of the batch."""
-    seed = stream_seed(run.seed, "step", batch_number)
-    torch.manual_seed(seed)
-    random.seed(seed)
+    seed_everything(stream_seed(run.seed, "step", batch_number))
     run.network.start_step(*run.models.network_view)
     run.network.start_optimizer_step(run.seed, step)
     loss = loss_of(run, batch, batch_number)
     scaled = loss / window_size
     torch.autograd.backward(scaled if run.scaler is None else run.scaler.scale(scaled))
-    return loss.item()
+    return loss.detach().float()
+
+
+def seed_everything(seed: int) -> None:
+    """Set the generators that parts of others, such as dropout, draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def report_window(
+    run: Run,
+    progress: Progress,
+    window: Window,
+    losses: list[float],
+    rates: list[float],
+    norms: LimitedNorms | None,
+    charts: Charts,
+) -> None:
+    """Put the losses of a window into the running average and the charts: one point for each batch."""
+    for place, loss in zip(window.places, losses, strict=True):
+        progress.average.add(place, loss)
+        if charts.are_on:
+            step = progress.step if place == window.places[-1] else window.step
+            charts.log_step(step_values(run, loss, progress.average.mean, rates, norms), step, window.epoch)
 
 
 def optimizer_step(run: Run) -> None:
@@ -118,10 +162,10 @@ def wanted_norm_limit(run: Run) -> float | None:
     return limit
 
 
-def watched(loss: float, step: int, batch: Batch) -> float:
+def watched(loss: Tensor, step: int, batch: Batch) -> Tensor:
     """The loss unchanged; one that is not a number is reported with the pictures that gave it."""
-    if not math.isfinite(loss):
-        logger.error("the loss of step %d is %s; pictures: %s", step, loss, ", ".join(batch.keys))
+    if not torch.isfinite(loss):
+        logger.error("the loss of step %d is %s; pictures: %s", step + 1, float(loss), ", ".join(batch.keys))
     return loss
 
 

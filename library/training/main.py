@@ -48,23 +48,26 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     from library.data.dataset import NoDataFound
     from library.data.debug import show_batches
     from library.training import setup
+    from library.training.processes import of_accelerator
 
     arch = build(options)
-    seed = setup.choose_seed(options.run.seed)
+    accelerator = setup.open_accelerator(options)
+    processes = of_accelerator(accelerator)
+    seed = setup.choose_seed(options.run.seed, processes)
     try:
-        training_set = setup.open_training_set(options, arch, seed)
+        training_set = setup.open_training_set(options, arch, seed, processes.count)
     except NoDataFound as error:
         logger.error("No data found: %s", error)
         return
     if options.dataset.debug_dataset:
         show_batches(training_set)
         return
-    prepared = setup.prepare(options, arch, seed, training_set)
+    prepared = setup.prepare(options, arch, seed, training_set, accelerator, processes)
     from library.training.loop import train
 
     interruption.defer()
     try:
-        train(prepared.run, prepared.writer, prepared.charts, interruption)
+        train(prepared.run, prepared.progress, prepared.writer, prepared.charts, interruption)
     finally:
         prepared.charts.close()
 

@@ -1,9 +1,10 @@
-"""How many steps a run takes, and which step a batch belongs to.
+"""How many steps a run takes, and which batches each step averages.
 
-A step is an optimizer step. A window is the batches that one step averages: `accumulation` of them, fewer at the end
-of an epoch where they run out.
+A step is an optimizer step. A window is the batches that one step averages over all processes: `accumulation` of them,
+fewer at the end of an epoch where they run out. Two processes with two batches each are one process with four.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -11,17 +12,32 @@ from library.options.run import RunOptions
 
 
 @dataclass(frozen=True)
+class Window:
+    """The batches of one optimizer step."""
+
+    step: int  # steps finished before this one
+    epoch: int  # from 1
+    places: range  # of its batches in the epoch, from 0
+    ends_epoch: bool
+
+    def share(self, rank: int, num_processes: int) -> range:
+        """The places that one process computes; none where the last window of an epoch is shorter than the group."""
+        return self.places[rank::num_processes]
+
+
+@dataclass(frozen=True)
 class Plan:
     """The shape of a run."""
 
     num_batches: int  # in an epoch
-    accumulation: int  # batches of one full window
+    accumulation: int  # batches of one full window, over all processes
     max_train_steps: int
 
     @classmethod
-    def build(cls, options: RunOptions, num_batches: int) -> "Plan":
-        """The plan of a run whose epochs have `num_batches`."""
-        return cls(num_batches, options.gradient_accumulation_steps, options.planned_steps(num_batches))
+    def build(cls, options: RunOptions, num_batches: int, num_processes: int = 1) -> "Plan":
+        """The plan of a run whose epochs have `num_batches` for all processes together."""
+        accumulation = options.gradient_accumulation_steps * num_processes
+        return cls(num_batches, accumulation, options.planned_steps(num_batches, num_processes))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -31,19 +47,26 @@ class Plan:
     def num_epochs(self) -> int:
         return ceil(self.max_train_steps / self.steps_per_epoch)
 
-    def step_of(self, epoch: int, index: int) -> int:
-        """Steps finished before batch `index` (from 0) of `epoch` (from 1) is used."""
-        return (epoch - 1) * self.steps_per_epoch + index // self.accumulation
+    def epoch_of(self, step: int) -> int:
+        """The epoch, from 1, in which the step after `step` finished ones lies."""
+        return step // self.steps_per_epoch + 1
 
-    def batch_number(self, epoch: int, index: int) -> int:
-        """The place of a batch in the whole run, from 0."""
-        return (epoch - 1) * self.num_batches + index
+    def epochs(self, first_step: int) -> range:
+        """The epochs of a run that begins after `first_step` finished steps."""
+        return range(self.epoch_of(first_step), self.num_epochs + 1)
 
-    def window_size(self, index: int) -> int:
-        """Batches of the window that batch `index` of an epoch belongs to."""
-        first = index - index % self.accumulation
-        return min(self.accumulation, self.num_batches - first)
+    def windows(self, epoch: int, first_step: int) -> Iterator[Window]:
+        """The windows of an epoch that lie after `first_step` finished steps and before the end of the run."""
+        before = (epoch - 1) * self.steps_per_epoch
+        for step in range(max(before, first_step), min(before + self.steps_per_epoch, self.max_train_steps)):
+            first = (step - before) * self.accumulation
+            last = min(first + self.accumulation, self.num_batches)
+            yield Window(step, epoch, range(first, last), last == self.num_batches)
 
-    def ends_window(self, index: int) -> bool:
-        """Whether an optimizer step follows batch `index` of an epoch."""
-        return (index + 1) % self.accumulation == 0 or index + 1 == self.num_batches
+    def step_of(self, epoch: int, place: int) -> int:
+        """Steps finished before batch `place` (from 0) of `epoch` (from 1) is used."""
+        return (epoch - 1) * self.steps_per_epoch + place // self.accumulation
+
+    def batch_number(self, epoch: int, place: int) -> int:
+        """The number of a batch in the whole run, from 0."""
+        return (epoch - 1) * self.num_batches + place

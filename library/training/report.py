@@ -5,8 +5,7 @@ The lines on standard output and the progress bar are an interface: see tests/co
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import fsum, isfinite
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
@@ -38,9 +37,16 @@ def announce_epoch(epoch: int, num_epochs: int) -> None:
     announce(f"\nepoch {epoch}/{num_epochs}\n")
 
 
-def progress_bar(max_train_steps: int, finished_steps: int) -> "tqdm[None]":
+def progress_bar(max_train_steps: int, finished_steps: int, is_shown: bool) -> "tqdm[None]":
     """The bar called `steps`, on standard error."""
-    return tqdm(total=max_train_steps, initial=finished_steps, smoothing=0, desc="steps", dynamic_ncols=True)
+    return tqdm(
+        total=max_train_steps,
+        initial=finished_steps,
+        smoothing=0,
+        desc="steps",
+        dynamic_ncols=True,
+        disable=not is_shown,
+    )
 
 
 @dataclass(frozen=True)
@@ -64,25 +70,6 @@ def bar_values(average_loss: float, norms: LimitedNorms | None) -> dict[str, flo
     """What stands behind the progress bar, in this order."""
     limited = {} if norms is None else {"Keys Scaled": norms.num_scaled, "Average key norm": norms.mean}
     return {**limited, "avr_loss": average_loss}
-
-
-@dataclass
-class LossAverage:
-    """The mean of the last loss of every batch place of an epoch: over the last epoch, always up to date."""
-
-    losses: dict[int, float] = field(default_factory=dict)
-    total: float = 0.0
-
-    def add(self, place: int, loss: float) -> None:
-        """Replace the loss of batch `place` of an epoch."""
-        self.total += loss - self.losses.get(place, 0.0)
-        self.losses[place] = loss
-        if not isfinite(self.total):  # a running sum never recovers from one NaN; the average does once it is replaced
-            self.total = fsum(self.losses.values())
-
-    @property
-    def mean(self) -> float:
-        return self.total / len(self.losses)
 
 
 def rate_values(

@@ -16,6 +16,7 @@ from library.training.conditioning import CaptionMemo
 from library.training.lr_schedules import Schedule
 from library.training.optimizers import BuiltOptimizer
 from library.training.plan import Plan
+from library.training.processes import Processes
 from networks.core.protocol import AdoptedNetwork
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -40,6 +41,7 @@ class Run:
     seed: int
     device: torch.device
     autocast: Autocast
+    processes: Processes
     training_set: TrainingSet
     plan: Plan
     models: Models

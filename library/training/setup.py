@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from hashlib import blake2b
 from typing import Any
 
@@ -26,6 +27,8 @@ from library.training.lr_schedules import build_schedule
 from library.training.network import network_keywords, open_network
 from library.training.optimizers import build_optimizer
 from library.training.plan import Plan
+from library.training.processes import Processes
+from library.training.progress import Progress
 from library.training.report import announce_run
 from library.training.run import Autocast, Models, Run
 from library.training.saving import Names, Schedule, Writer, save_dtype
@@ -42,44 +45,55 @@ class Prepared:
     """A run that is ready to start."""
 
     run: Run
+    progress: Progress
     writer: Writer
     charts: Charts
 
 
-def choose_seed(seed: int | None) -> int:
-    """--seed, or a random one below 2**32 that the log names so that the run can be repeated."""
+def choose_seed(seed: int | None, processes: Processes) -> int:
+    """--seed, or a random one below 2**32 for all processes, which the log names so that the run can be repeated."""
     if seed is not None:
         return seed
-    seed = secrets.randbelow(2**32)
+    seed = processes.share_seed(secrets.randbelow(2**32))
     logger.info("no --seed given: using --seed %d", seed)
     return seed
 
 
-def open_training_set(options: TrainOptions, arch: Architecture, seed: int) -> TrainingSet:
+def open_training_set(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> TrainingSet:
     """Read the dataset description and the pictures' headers, and log what was found."""
-    training_set = TrainingSet.build(options, arch.codec.spec, seed, arch.text.count_tokens, arch.text.max_tokens)
+    text = arch.text
+    training_set = TrainingSet.build(options, arch.codec.spec, seed, text.count_tokens, text.max_tokens, num_processes)
     training_set.audit(logger)
     return training_set
 
 
-def prepare(options: TrainOptions, arch: Architecture, seed: int, training_set: TrainingSet) -> Prepared:
+def open_accelerator(options: TrainOptions) -> Any:
+    """accelerate's view of the device, the processes and the trackers."""
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    minutes = options.distributed.ddp_timeout
+    limits = [InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))] if minutes else []
+    return Accelerator(
+        mixed_precision=options.precision.mixed_precision,
+        log_with=tracker_kind(options.trackers),
+        project_dir=run_folder(options.trackers),
+        kwargs_handlers=limits,
+    )
+
+
+def prepare(
+    options: TrainOptions,
+    arch: Architecture,
+    seed: int,
+    training_set: TrainingSet,
+    accelerator: Any,
+    processes: Processes,
+) -> Prepared:
     """Load the models, cache what is to be cached, build the adapter and the optimizer.
 
     Raises ValueError for settings that only show here to be wrong, such as a network argument.
     """
-    from accelerate import Accelerator
-
     save_dtype(options.saving.save_precision)
-    accelerator = Accelerator(
-        mixed_precision=options.precision.mixed_precision,
-        log_with=tracker_kind(options.trackers),
-        project_dir=run_folder(options.trackers),
-    )
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"accelerate started {accelerator.num_processes} processes; training with more than one is not supported "
-            "yet; use --num_processes 1"
-        )
     device = accelerator.device
     dtype = DTYPES[options.precision.mixed_precision]
     autocast: Autocast = nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)
@@ -95,7 +109,7 @@ def prepare(options: TrainOptions, arch: Architecture, seed: int, training_set: 
     trains_text_encoder = trains_text_encoders(options)
     prepare_gradient_checkpointing(options, models, network, trains_text_encoder)
 
-    plan = Plan.build(options.run, training_set.num_batches)
+    plan = Plan.build(options.run, training_set.num_batches, processes.count)
     groups, names = network.parameter_groups(
         options.network.text_encoder_lr, options.network.unet_lr, options.optimizer.learning_rate
     )
@@ -109,6 +123,7 @@ def prepare(options: TrainOptions, arch: Architecture, seed: int, training_set: 
         seed=seed,
         device=device,
         autocast=autocast,
+        processes=processes,
         training_set=training_set,
         plan=plan,
         models=models,
@@ -120,10 +135,11 @@ def prepare(options: TrainOptions, arch: Architecture, seed: int, training_set: 
         scaler=gradient_scaler(options, device),
         group_names=group_names(names, len(groups), options),
     )
-    start_trackers(accelerator, options)
+    if processes.is_main:
+        start_trackers(accelerator, options)
     writer = build_writer(run)
     announce_run(plan, training_set.num_train_images, training_set.num_reg_images, training_set.batch_sizes)
-    return Prepared(run, writer, Charts(accelerator))
+    return Prepared(run, Progress(), writer, Charts(accelerator))
 
 
 def prepare_vae(

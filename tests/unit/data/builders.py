@@ -59,7 +59,8 @@ def batches_of(
     training_set: TrainingSet, epoch: int = 1, first: int = 0, workers: int = 0, persistent: bool = False
 ) -> list[Batch]:
     """The batches of an epoch, one optimizer step each."""
-    return list(training_set.batches(epoch, first, lambda i: (epoch - 1) * 100 + i, workers, persistent))
+    places = range(first, training_set.num_batches)
+    return list(training_set.batches(epoch, places, lambda i: (epoch - 1) * 100 + i, workers, persistent))
 
 
 def content_of(batch: Batch) -> tuple[object, ...]:

@@ -91,7 +91,7 @@ def test_an_epoch_can_begin_in_the_middle_without_reading_what_was_before(rich, 
 def test_workers_that_live_on_give_every_epoch_right_even_after_one_was_left_early(rich):
     training_set = open_set(rich)
     plain = {epoch: [content_of(batch) for batch in batches_of(training_set, epoch)] for epoch in (1, 2)}
-    early = iter(training_set.batches(1, 0, lambda i: i, 2, True))
+    early = iter(training_set.batches(1, range(training_set.num_batches), lambda i: i, 2, True))
     assert content_of(next(early)) == plain[1][0]
     children = {child.pid for child in multiprocessing.active_children()}
     early.close()
@@ -110,7 +110,8 @@ def wait_for(condition, seconds: float = 10) -> bool:
 
 
 def test_no_worker_is_left_when_an_epoch_is_broken_off(rich):
-    batches = iter(open_set(rich).batches(1, 0, lambda i: i, 2, False))
+    training_set = open_set(rich)
+    batches = iter(training_set.batches(1, range(training_set.num_batches), lambda i: i, 2, False))
     next(batches)
     assert len(multiprocessing.active_children()) == 2
     batches.close()
@@ -190,7 +191,7 @@ def test_the_warm_up_of_tags_follows_the_step(tmp_path):
     options = with_folders(options, tmp_path, "a")
     training_set = open_set(options)
     for step, count in ((0, 1), (4, 3), (8, 5)):
-        (batch,) = training_set.batches(1, 0, lambda i, step=step: step, 0, False)
+        (batch,) = training_set.batches(1, [0], lambda i, step=step: step, 0, False)
         assert batch.captions[0].count(",") == count - 1
 
 

@@ -26,13 +26,32 @@ def test_the_default_is_1600_steps_spread_over_whole_epochs() -> None:
 def test_every_batch_of_an_epoch_is_in_one_window_and_windows_never_cross_epochs(
     num_batches: int, accumulation: int
 ) -> None:
-    p = plan(num_batches, accumulation)
-    ends = [i for i in range(num_batches) if p.ends_window(i)]
-    assert len(ends) == p.steps_per_epoch
-    assert ends[-1] == num_batches - 1
-    sizes = [p.window_size(i) for i in ends]
-    assert sum(sizes) == num_batches
-    assert all(size == accumulation for size in sizes[:-1])
+    p = plan(num_batches, accumulation, max_train_epochs=2)
+    for epoch in (1, 2):
+        windows = list(p.windows(epoch, 0))
+        assert [place for window in windows for place in window.places] == list(range(num_batches))
+        assert [window.step for window in windows] == [(epoch - 1) * p.steps_per_epoch + i for i in range(len(windows))]
+        assert all(len(window.places) == accumulation for window in windows[:-1])
+        assert [window.ends_epoch for window in windows] == [False] * (len(windows) - 1) + [True]
+
+
+def test_a_run_that_goes_on_has_the_windows_that_were_left() -> None:
+    p = plan(7, accumulation=3, max_train_steps=8)
+    every = [window for epoch in p.epochs(0) for window in p.windows(epoch, 0)]
+    assert [window.step for window in every] == list(range(8))
+    for step in range(8):
+        assert [window for epoch in p.epochs(step) for window in p.windows(epoch, step)] == every[step:]
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 5])
+def test_processes_share_the_batches_of_one_process_that_accumulates_more(num_processes: int) -> None:
+    shared = Plan.build(replace(RunOptions(), gradient_accumulation_steps=2, max_train_epochs=1), 11, num_processes)
+    alone = plan(11, accumulation=2 * num_processes, max_train_epochs=1)
+    assert shared == alone
+    for window in shared.windows(1, 0):
+        shares = [list(window.share(rank, num_processes)) for rank in range(num_processes)]
+        assert sorted(place for share in shares for place in share) == list(window.places)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_batch_knows_its_step_and_its_number() -> None:

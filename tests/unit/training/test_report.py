@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from library.training.report import LossAverage, rate_values
+from library.training.progress import LossAverage
+from library.training.report import rate_values
 
 
 def test_average_keeps_the_last_loss_of_each_place_of_an_epoch() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from library.options.train import TrainOptions
+from library.training.processes import Processes
 from library.training.setup import allow_fp16_gradients, choose_seed, group_names, identity_of, trains_text_encoders
 
 
@@ -51,8 +52,8 @@ def test_full_fp16_unscales_gradients_that_are_fp16_themselves() -> None:
 
 
 def test_a_given_seed_is_kept_and_a_missing_one_fits_numpy() -> None:
-    assert choose_seed(0) == 0
-    assert all(0 <= choose_seed(None) < 2**32 for _ in range(20))
+    assert choose_seed(0, Processes()) == 0
+    assert all(0 <= choose_seed(None, Processes()) < 2**32 for _ in range(20))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,146 @@
+"""The processes of a run: who computes what, and how their gradients become one.
+
+`accelerate launch --num_processes N` starts N of them. Every step averages a window of batches (see plan.py); each
+process computes its share of the window, and the gradients are added up in one flat buffer. So N processes are one
+process that accumulates N times as many batches: the same batches, noise, steps and learning rates.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.1
+SAY_AFTER_SECONDS = 60.0
+PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_XPU", "MULTI_HPU")
+
+
+class Store(Protocol):
+    """The key-value store through which processes find each other; torch.distributed.Store is one."""
+
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def check(self, keys: list[str]) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0  # among those of this machine
+    local_count: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    store: Store | None = None  # None where there is only one process
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def machine(self) -> int:
+        """The number of this machine, where each runs equally many processes."""
+        return self.rank // self.local_count
+
+    def share_seed(self, seed: int) -> int:
+        """The main process's seed, for all."""
+        if self.store is None:
+            return seed
+        if self.is_main:
+            self.store.set("seed", str(seed))
+        return int(self.store.get("seed"))
+
+    def share_folder(self, folder: str | None) -> str:
+        """A folder that one process of this machine made, for all processes of the machine."""
+        if self.store is None:
+            assert folder is not None
+            return folder
+        if folder is not None:
+            self.store.set(f"folder/{self.machine}", folder)
+        return self.store.get(f"folder/{self.machine}").decode()
+
+    def wait_for_all(self, what: str) -> None:
+        """Return once every process has come to `what`, each of which has its own name.
+
+        No collective runs meanwhile, so there is no time limit: one process may have hours of work more than another.
+        """
+        if self.store is None:
+            return
+        self.store.set(f"{what}/{self.rank}", "1")
+        missing = [f"{what}/{rank}" for rank in range(self.count)]
+        said_at = time.monotonic()
+        while missing := [key for key in missing if not self.store.check([key])]:
+            time.sleep(POLL_SECONDS)
+            if time.monotonic() - said_at > SAY_AFTER_SECONDS:
+                said_at = time.monotonic()
+                logger.info("%s: waiting for %d of %d processes", what, len(missing), self.count)
+
+    def exchange(
+        self, parameters: Sequence[nn.Parameter], losses: Tensor, num_losses: int, stops: bool
+    ) -> tuple[Tensor, bool]:
+        """Add up the gradients of all processes; gives the losses of all, and whether one wants to stop.
+
+        `losses` are those of this process's share of `num_losses` batches, in order; the result has all of them in
+        order. One buffer and one reduction carry everything, in float32. A gradient that no process has stays None.
+        """
+        if self.count == 1:
+            return losses, stops
+        shared = torch.zeros(num_losses, device=self.device)
+        shared[self.rank :: self.count] = losses.to(self.device, torch.float32)
+        has_gradient = [p.grad is not None for p in parameters]
+        flags = torch.tensor([*has_gradient, stops], dtype=torch.float32, device=self.device)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([g.reshape(-1).to(self.device, torch.float32) for g in gradients] + [flags, shared])
+        torch.distributed.all_reduce(flat)
+        sizes = [p.numel() for p in parameters]
+        *sums, flags, shared = torch.split(flat, [*sizes, len(flags), num_losses])
+        is_there = (flags > 0).tolist()
+        for parameter, total, is_used in zip(parameters, sums, is_there, strict=False):
+            parameter.grad = total.view_as(parameter).to(parameter.dtype) if is_used else None
+        return shared.clone(), is_there[-1]
+
+
+def of_accelerator(accelerator: Any) -> Processes:
+    """The processes that accelerate set up.
+
+    Raises ValueError for its configurations that this suite does not train with.
+    """
+    kind = accelerator.distributed_type.name
+    if kind not in PLAIN:
+        raise ValueError(
+            f"accelerate is configured for {kind}, which spreads a model over processes; the base model is frozen here "
+            "and the adapter is small, so plain data-parallel training is what works: run `accelerate config` again "
+            f"without {kind}, or give --multi_gpu to accelerate launch"
+        )
+    if accelerator.num_processes == 1:
+        return Processes(device=accelerator.device)
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed.rendezvous import rendezvous
+
+    state = accelerator.state
+    store, rank, count = next(iter(rendezvous("env://")))
+    store.set_timeout(timedelta(days=7))
+    return Processes(
+        rank=rank,
+        count=count,
+        local_rank=state.local_process_index,
+        local_count=local_count(count),
+        device=accelerator.device,
+        store=PrefixStore("lora", store),
+    )
+
+
+def local_count(count: int) -> int:
+    """Processes on this machine, as the launcher says."""
+    from accelerate.utils import get_int_from_env
+
+    return int(get_int_from_env(["LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"], count))

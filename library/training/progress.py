@@ -1,0 +1,31 @@
+"""How far a run has come: what a state must hold besides weights and optimizer."""
+
+from dataclasses import dataclass, field
+from math import fsum, isfinite
+
+
+@dataclass
+class LossAverage:
+    """The mean of the last loss of every batch place of an epoch: over the last epoch, always up to date."""
+
+    losses: dict[int, float] = field(default_factory=dict)
+    total: float = 0.0
+
+    def add(self, place: int, loss: float) -> None:
+        """Replace the loss of batch `place` of an epoch."""
+        self.total += loss - self.losses.get(place, 0.0)
+        self.losses[place] = loss
+        if not isfinite(self.total):  # a running sum never recovers from one NaN; the average does once it is replaced
+            self.total = fsum(self.losses.values())
+
+    @property
+    def mean(self) -> float:
+        return self.total / len(self.losses)
+
+
+@dataclass
+class Progress:
+    """The place of a run: the one counter of optimizer steps, and the running average of the loss."""
+
+    step: int = 0  # optimizer steps that are finished
+    average: LossAverage = field(default_factory=LossAverage)
