@@ -13,6 +13,12 @@ def option(default: Any, help: str, **argparse_kwargs: Any) -> Any:
     return field(default=default, metadata={"help": help, **argparse_kwargs})
 
 
+def redeclared(kind: type["Options"], name: str, default: Any, **argparse_kwargs: Any) -> Any:
+    """The option `name` of another class with a default, or choices, of its own."""
+    (original,) = (f for f in fields(kind) if f.name == name)  # type: ignore[arg-type]
+    return field(default=default, metadata={**original.metadata, **argparse_kwargs})
+
+
 def group(kind: type["Options"]) -> Any:
     """A field that holds a whole group of options."""
     return field(default_factory=kind)

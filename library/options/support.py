@@ -47,7 +47,7 @@ def asks(value: Any) -> bool:
 def unsupported(options: Options) -> list[str]:
     """A line for every option that asks for what this version cannot do."""
     values, defaults = options.flat(), type(options).defaults()
-    lines = [f"--{name} is not supported yet: {why}" for name, why in NOT_YET.items() if asks(values[name])]
+    lines = [f"--{name} is not supported yet: {why}" for name, why in NOT_YET.items() if asks(values.get(name))]
     if values["deepspeed"]:
         others = [name for name in DEEPSPEED if name != "deepspeed" and is_set(values[name], defaults[name])]
         lines += [f"--{name} is not supported yet: {NOT_YET['deepspeed']}" for name in others]

@@ -1,0 +1,211 @@
+"""What transformer denoisers learn: the straight flow between a latent and noise (rectified flow, Liu et al. 2022).
+
+The noisy latent is x = (1 - sigma) * latent + sigma * noise, and the way from the latent to the noise is the velocity
+noise - latent. Letters: B samples, C channels, H height, W width.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from library.diffusion.flow_levels import LevelSampler, sampled, scheme_weights
+from library.diffusion.noise import draw_normal, draw_strength
+from library.diffusion.timesteps import check_timestep_range
+from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error
+from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
+from library.options.loss import LossOptions
+from library.options.noise import NoiseOptions
+from library.options.train import TrainOptions
+from library.types import Noised
+
+logger = logging.getLogger(__name__)
+
+NUM_TIMESTEPS = 1000
+Target = Literal["noise - latent", "latent - noise", "latent"]
+
+DDPM_ONLY = (
+    "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale", "multires_noise_iterations",
+    "zero_terminal_snr", "min_snr_gamma", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss",
+    "debiased_estimation_loss",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class FlowMatching:
+    """Predict the flow at a noise level between 0 and 1.
+
+    `corrupt` draws from its generator in this order, and only what is switched on: noise; strength and values of the
+    extra input noise; levels. The strength is one number for the batch. --min_timestep and --max_timestep stretch what
+    is drawn over the range between them.
+    """
+
+    draw_levels: LevelSampler
+    target_kind: Target
+    prediction_type: str  # of --model_prediction_type
+    loss_scheme: str  # the --weighting_scheme that weights the loss; "none" for no weights
+    min_timestep: int
+    max_timestep: int
+    has_whole_timesteps: bool  # levels are thousandths, 0 to 999
+    noise: NoiseOptions
+    weighting: LossOptions
+
+    def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator) -> Noised:
+        """Noise latents to levels of their own; tensors in the latents' dtype and device, arithmetic in float32.
+
+        `timesteps_B` is a thousand times the share of noise, float32.
+        """
+        clean = clean_BCHW.float()
+        noise_BCHW = draw_normal(clean.shape, generator, clean.device)
+        input_noise_BCHW = noise_BCHW
+        if self.noise.ip_noise_gamma:
+            gamma = draw_strength(self.noise.ip_noise_gamma, self.noise.ip_noise_gamma_random_strength, generator)
+            input_noise_BCHW = noise_BCHW + gamma * draw_normal(clean.shape, generator, clean.device)
+        B, _, H, W = clean.shape
+        timesteps_B = self._draw_timesteps(B, H, W, generator).to(clean.device)
+        sigmas_B = timesteps_B / NUM_TIMESTEPS
+        sigmas_B111 = sigmas_B.view(-1, 1, 1, 1)
+        return Noised(
+            latents_BCHW=((1 - sigmas_B111) * clean + sigmas_B111 * input_noise_BCHW).to(clean_BCHW.dtype),
+            clean_BCHW=clean_BCHW,
+            noise_BCHW=noise_BCHW.to(clean_BCHW.dtype),
+            sigmas_B=sigmas_B,
+            timesteps_B=timesteps_B,
+        )
+
+    def _draw_timesteps(self, B: int, H: int, W: int, generator: torch.Generator) -> Tensor:
+        """Thousandths of noise, float32, on the CPU; where the limits leave no room every sample gets the upper one."""
+        if self.min_timestep >= self.max_timestep:
+            return torch.full((B,), float(self.max_timestep))
+        room = self.max_timestep - self.min_timestep
+        timesteps_B = self.draw_levels(B, H, W, generator) * room + self.min_timestep
+        return timesteps_B.floor().clamp(max=self.max_timestep - 1) if self.has_whole_timesteps else timesteps_B
+
+    def estimate(self, output_BCHW: Tensor, noised: Noised) -> Tensor:
+        """What the denoiser's output is compared as, float32: with the noisy latent x and the output p, `raw` is p,
+        `additive` p + x, `sigma_scaled` x - sigma p."""
+        output_BCHW, x_BCHW = output_BCHW.float(), noised.latents_BCHW.float()
+        if self.prediction_type == "additive":
+            return output_BCHW + x_BCHW
+        if self.prediction_type == "sigma_scaled":
+            return x_BCHW - noised.sigmas_B.view(-1, 1, 1, 1) * output_BCHW
+        return output_BCHW
+
+    def target(self, noised: Noised) -> Tensor:
+        """What `estimate` should give, float32."""
+        clean_BCHW, noise_BCHW = noised.clean_BCHW.float(), noised.noise_BCHW.float()
+        if self.target_kind == "latent":
+            return clean_BCHW
+        return noise_BCHW - clean_BCHW if self.target_kind == "noise - latent" else clean_BCHW - noise_BCHW
+
+    def loss(self, prediction_BCHW: Tensor, target_BCHW: Tensor, noised: Noised) -> Tensor:
+        """The error of every latent value times the weight of its noise level, float32, shape BCHW."""
+        threshold_B = None
+        if self.weighting.loss_type in ("huber", "smooth_l1"):
+            noise_per_signal_B = noised.sigmas_B / (1 - noised.sigmas_B)
+            threshold_B = huber_threshold(self.weighting, noise_per_signal_B, noised.timesteps_B, NUM_TIMESTEPS)
+        error_BCHW = pointwise_error(prediction_BCHW, target_BCHW, self.weighting.loss_type, threshold_B)
+        return error_BCHW * scheme_weights(self.loss_scheme, noised.sigmas_B).view(-1, 1, 1, 1)
+
+    def at_timestep(self, timestep: int) -> "FlowMatching":
+        """The same objective at one noise level, for validation."""
+        return replace(self, min_timestep=timestep, max_timestep=timestep)
+
+
+def build_flow(
+    options: TrainOptions,
+    draw_levels: LevelSampler,
+    target_kind: Target,
+    prediction_type: str,
+    loss_scheme: str,
+    *,
+    has_whole_timesteps: bool = False,
+) -> FlowMatching:
+    """The objective of a flow matching model whose levels and target are its own.
+
+    Options that only shape DDPM's noise and weights are warned of. Raises ValueError for timesteps outside 0..1000 and
+    for thresholds that make no loss.
+    """
+    noise, weighting = options.noise, options.loss
+    min_timestep = 0 if noise.min_timestep is None else noise.min_timestep
+    max_timestep = NUM_TIMESTEPS if noise.max_timestep is None else noise.max_timestep
+    check_timestep_range(min_timestep, max_timestep, NUM_TIMESTEPS)
+    if weighting.loss_type in ("huber", "smooth_l1"):
+        check_huber(weighting)
+    values = options.flat()
+    for name in DDPM_ONLY:
+        if values[name] not in (None, False, 0):
+            logger.warning("--%s has no effect: it belongs to the DDPM models (SD 1, SD 2, SDXL)", name)
+    return FlowMatching(
+        draw_levels=draw_levels,
+        target_kind=target_kind,
+        prediction_type=prediction_type,
+        loss_scheme=loss_scheme,
+        min_timestep=min_timestep,
+        max_timestep=max_timestep,
+        has_whole_timesteps=has_whole_timesteps,
+        noise=noise,
+        weighting=weighting,
+    )
+
+
+def build_sampled_flow(
+    options: TrainOptions,
+    sampling: FlowSamplingOptions,
+    weighting: FlowWeightingOptions,
+    *,
+    prediction_type: str = "raw",
+    target_kind: Target = "noise - latent",
+    always_weights_loss: bool = False,
+) -> FlowMatching:
+    """The objective of the models that have --timestep_sampling.
+
+    --weighting_scheme weights the loss where the prediction is an estimate of the latent (sigma_scaled), or always.
+    Raises ValueError for a setting that makes no levels; settings without effect are warned of.
+    """
+    weights_loss = always_weights_loss or prediction_type == "sigma_scaled"
+    for line in (*idle_settings(sampling, weighting, weights_loss), *odd_target(prediction_type, target_kind)):
+        logger.warning("%s", line)
+    return build_flow(
+        options,
+        sampled(sampling, weighting),
+        target_kind,
+        prediction_type,
+        weighting.weighting_scheme if weights_loss else "none",
+    )
+
+
+def idle_settings(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions, weights_loss: bool) -> Iterator[str]:
+    """A line for every setting that does nothing with the others."""
+    kind, scheme = sampling.timestep_sampling, weighting.weighting_scheme
+    if scheme in ("logit_normal", "mode") and kind != "sigma":
+        yield f"--weighting_scheme {scheme} has no effect with --timestep_sampling {kind}; it shapes the draws of sigma"
+    if scheme in ("sigma_sqrt", "cosmap") and not weights_loss:
+        yield f"--weighting_scheme {scheme} has no effect: it weights the loss of --model_prediction_type sigma_scaled"
+    yield from idle_scheme_settings(weighting)
+    defaults = type(sampling)()
+    if sampling.sigmoid_scale != defaults.sigmoid_scale and kind not in ("sigmoid", "shift", "flux_shift"):
+        yield f"--sigmoid_scale has no effect with --timestep_sampling {kind}"
+    if sampling.discrete_flow_shift != defaults.discrete_flow_shift and kind not in ("sigma", "shift"):
+        yield f"--discrete_flow_shift has no effect with --timestep_sampling {kind}"
+
+
+def idle_scheme_settings(weighting: FlowWeightingOptions) -> Iterator[str]:
+    """A line for every setting of another --weighting_scheme than the chosen one."""
+    defaults = FlowWeightingOptions()
+    for name, scheme in (("logit_mean", "logit_normal"), ("logit_std", "logit_normal"), ("mode_scale", "mode")):
+        if getattr(weighting, name) != getattr(defaults, name) and weighting.weighting_scheme != scheme:
+            yield f"--{name} has no effect without --weighting_scheme {scheme}"
+
+
+def odd_target(prediction_type: str, target_kind: Target) -> Iterator[str]:
+    """A line where the output is turned into something that the target is not."""
+    if prediction_type != "raw" and target_kind != "latent":
+        yield (
+            f"--model_prediction_type {prediction_type} turns the output into something else than the target "
+            f"({target_kind}), so the model unlearns what it knows; it is kept because sd-scripts trains so, "
+            "give --model_prediction_type raw to train what the model was made for"
+        )

@@ -1,0 +1,114 @@
+"""Which noise levels flow matching models train, as shares of noise between 0 (the latent) and 1 (pure noise).
+
+Letters: B samples, z standard normal, s a shift, m its logarithm. Everything is float32 on the CPU and drawn from the
+given generator.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
+
+LevelSampler = Callable[[int, int, int, torch.Generator], Tensor]
+"""(samples, latent height, latent width, generator) -> shares of noise, shape B."""
+
+TABLE_SIZE = 1000
+PATCH = 2  # latents a side that transformers read as one token
+FLUX_SHIFT_ENDS = ((256, 0.5), (4096, 1.15))  # (tokens, m): FLUX.1 was trained between these two sizes
+MODE_SCALE_LIMITS = (-1.0, 2 / (math.pi - 2))  # outside, the mode scheme leaves 0..1
+SMALLEST_DRAW = 1e-7  # NextDiT's draws stay this far above no noise
+FINEST_LEVEL = 1 / TABLE_SIZE  # levels below it weigh as it does: sigma ** -2 has no value at 0
+
+
+def shift_sigmas(sigmas_B: Tensor, shift: float) -> Tensor:
+    """Push noise levels toward pure noise: 1 leaves them alone, SD3 draws at 3 (Esser et al. 2024, eq. 23)."""
+    return shift * sigmas_B / (1 + (shift - 1) * sigmas_B)
+
+
+def resolution_shift(latent_height: int, latent_width: int) -> float:
+    """FLUX's shift e^m for a picture, m linear in its number of tokens; large pictures need more noise."""
+    (few, low), (many, high) = FLUX_SHIFT_ENDS
+    num_tokens = (latent_height // PATCH) * (latent_width // PATCH)
+    return math.exp(low + (high - low) * (num_tokens - few) / (many - few))
+
+
+def draw_scheme(options: FlowWeightingOptions, num_samples: int, generator: torch.Generator) -> Tensor:
+    """Draws in 0..1 whose density is that of --weighting_scheme, uniform for those that only weight the loss.
+
+    logit_normal is the sigmoid of a normal value; mode is 1 - u - c (cos(pi u / 2)^2 - 1 + u), c = --mode_scale
+    (Esser et al. 2024, section 3.1).
+    """
+    if options.weighting_scheme == "logit_normal":
+        z_B = torch.randn(num_samples, generator=generator)
+        return torch.sigmoid(options.logit_mean + options.logit_std * z_B)
+    u_B = torch.rand(num_samples, generator=generator)
+    if options.weighting_scheme == "mode":
+        c = options.mode_scale
+        return (1 - u_B - c * ((math.pi / 2 * u_B).cos().square() - 1 + u_B)).clamp(0, 1)
+    return u_B
+
+
+def scheme_weights(scheme: str, sigmas_B: Tensor) -> Tensor:
+    """How much the error at each level counts, float32: sigma^-2, 2 / (pi (1 - 2 sigma + 2 sigma^2)), or 1."""
+    sigmas_B = sigmas_B.float()
+    if scheme == "sigma_sqrt":
+        return sigmas_B.clamp(min=FINEST_LEVEL) ** -2
+    if scheme == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigmas_B + 2 * sigmas_B.square()))
+    return torch.ones_like(sigmas_B)
+
+
+def shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSampler:
+    """SD3's levels: draws of --weighting_scheme, shifted. Raises ValueError for a value that makes no levels."""
+    check_scheme(options)
+    check_shift("--training_shift", shift)
+    return lambda num_samples, _h, _w, generator: shift_sigmas(draw_scheme(options, num_samples, generator), shift)
+
+
+def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions) -> LevelSampler:
+    """The levels that --timestep_sampling names. Raises ValueError for a value that makes no levels.
+
+    `sigma` takes entry int(1000 u) of a table that descends from pure noise, u drawn by --weighting_scheme; `uniform`
+    is uniform; `sigmoid` is q = sigmoid(k z), k = --sigmoid_scale; `shift` pushes q by --discrete_flow_shift,
+    `flux_shift` by a shift that grows with the picture, `nextdit_shift` does so with a uniform q.
+    """
+    check_scheme(weighting)
+    check_shift("--discrete_flow_shift", sampling.discrete_flow_shift)
+    if sampling.sigmoid_scale < 0:
+        raise ValueError(f"--sigmoid_scale is {sampling.sigmoid_scale}; use 0 or more, 1 is usual")
+    k, shift = sampling.sigmoid_scale, sampling.discrete_flow_shift
+
+    def draw(num_samples: int, latent_height: int, latent_width: int, generator: torch.Generator) -> Tensor:
+        kind = sampling.timestep_sampling
+        if kind == "sigma":
+            places_B = (draw_scheme(weighting, num_samples, generator) * TABLE_SIZE).long().clamp(max=TABLE_SIZE - 1)
+            return shift_sigmas((TABLE_SIZE - places_B) / TABLE_SIZE, shift)
+        if kind in ("uniform", "nextdit_shift"):
+            q_B = torch.rand(num_samples, generator=generator)
+        else:
+            q_B = torch.sigmoid(k * torch.randn(num_samples, generator=generator))
+        if kind == "shift":
+            return shift_sigmas(q_B, shift)
+        if kind == "nextdit_shift":
+            q_B = q_B.clamp(min=SMALLEST_DRAW)
+        return shift_sigmas(q_B, resolution_shift(latent_height, latent_width)) if kind.endswith("_shift") else q_B
+
+    return draw
+
+
+def check_scheme(options: FlowWeightingOptions) -> None:
+    """Raise ValueError for settings of --weighting_scheme that make no levels."""
+    if options.weighting_scheme == "logit_normal" and options.logit_std < 0:
+        raise ValueError(f"--logit_std is {options.logit_std}; a standard deviation cannot be negative, 1 is usual")
+    low, high = MODE_SCALE_LIMITS
+    if options.weighting_scheme == "mode" and not low <= options.mode_scale <= high:
+        raise ValueError(f"--mode_scale is {options.mode_scale}; noise levels stay in 0..1 for {low:g} to {high:.2f}")
+
+
+def check_shift(flag: str, shift: float) -> None:
+    """Raise ValueError for a shift that is no number above 0."""
+    if not shift > 0:
+        raise ValueError(f"{flag} is {shift}; use a number above 0, 1 leaves noise levels alone")

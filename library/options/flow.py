@@ -1,0 +1,62 @@
+"""Which noise levels flow matching models train, and what their prediction is compared as."""
+
+from dataclasses import dataclass
+
+from library.options.base import Options, option
+
+WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
+TIMESTEP_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
+PREDICTION_TYPES = ("raw", "additive", "sigma_scaled")
+
+
+@dataclass(frozen=True)
+class FlowWeightingOptions(Options):
+    """How often noise levels are drawn and how much they count, in the words of the SD3 paper (Esser et al. 2024)."""
+
+    weighting_scheme: str = option(
+        "uniform",
+        help="Which noise levels are drawn more often (logit_normal, mode) or count more (sigma_sqrt, cosmap). uniform "
+        "and none treat all alike.",
+        choices=WEIGHTING_SCHEMES,
+    )
+    logit_mean: float = option(0.0, help="Mean of the normal distribution behind --weighting_scheme logit_normal.")
+    logit_std: float = option(
+        1.0, help="Standard deviation of the normal distribution behind --weighting_scheme logit_normal."
+    )
+    mode_scale: float = option(
+        1.29,
+        help="How strongly --weighting_scheme mode prefers middle noise levels, -1 to 1.75. 0 treats all alike.",
+    )
+
+
+@dataclass(frozen=True)
+class FlowSamplingOptions(Options):
+    """How noise levels are drawn; a base model with other defaults declares them with `redeclared`."""
+
+    timestep_sampling: str = option(
+        "sigma",
+        help="How noise levels are drawn: sigma from a table by --weighting_scheme, uniform, sigmoid of a normal draw, "
+        "shift as sigmoid with --discrete_flow_shift, flux_shift with a shift that grows with the picture.",
+        choices=TIMESTEP_SAMPLINGS,
+    )
+    sigmoid_scale: float = option(
+        1.0,
+        help="Factor on the normal draw of --timestep_sampling sigmoid, shift and flux_shift. Above 1 trains more very "
+        "clean and very noisy levels.",
+    )
+    discrete_flow_shift: float = option(
+        3.0,
+        help="How far --timestep_sampling sigma and shift push noise levels toward pure noise. 1 leaves them alone.",
+    )
+
+
+@dataclass(frozen=True)
+class FlowPredictionOptions(Options):
+    """What the output of the denoiser is compared as."""
+
+    model_prediction_type: str = option(
+        "raw",
+        help="What is compared with the target: raw is the output itself, additive adds the noisy latent to it, "
+        "sigma_scaled estimates the clean latent from it. Only raw fits what the model was made for.",
+        choices=PREDICTION_TYPES,
+    )

@@ -1,0 +1,263 @@
+"""The flow matching objective against a literal float64 recomputation that replays its draws."""
+
+import logging
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.architectures.interface import Objective
+from library.diffusion.flow import FlowMatching, Target, build_flow, build_sampled_flow
+from library.diffusion.flow_levels import shifted_scheme
+from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
+from library.options.train import TrainOptions
+from library.types import Noised
+
+B, C, H, W = 6, 16, 10, 7
+
+
+def options_of(**flags: Any) -> TrainOptions:
+    options = TrainOptions()
+    groups = {}
+    for group in ("noise", "loss"):
+        values = getattr(options, group)
+        known = {name: flags.pop(name) for name in list(flags) if name in vars(values)}
+        groups[group] = replace(values, **known)
+    assert not flags, flags
+    return replace(options, **groups)
+
+
+def latents(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (0.8 * torch.randn(B, C, H, W, generator=torch.Generator().manual_seed(seed)) + 0.3).to(dtype)
+
+
+def flow(
+    target: Target = "noise - latent", prediction: str = "raw", scheme: str = "none", **flags: Any
+) -> FlowMatching:
+    has_whole_timesteps = flags.pop("has_whole_timesteps", False)
+    levels = shifted_scheme(FlowWeightingOptions(), 1.0)
+    return build_flow(options_of(**flags), levels, target, prediction, scheme, has_whole_timesteps=has_whole_timesteps)
+
+
+def corrupt(objective: FlowMatching, clean: Tensor, seed: int = 3) -> Noised:
+    return objective.corrupt(clean, torch.Generator().manual_seed(seed))
+
+
+def column(values_B: Tensor) -> Tensor:
+    return values_B.double().view(-1, 1, 1, 1)
+
+
+def test_it_is_an_objective() -> None:
+    objective: Objective = flow()
+    assert isinstance(objective.at_timestep(500), FlowMatching)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latents_lie_on_the_line_between_clean_and_noise(dtype: torch.dtype) -> None:
+    clean = latents(1, dtype)
+    noised = corrupt(flow(), clean)
+    g = torch.Generator().manual_seed(3)
+    noise, sigmas = torch.randn(B, C, H, W, generator=g), torch.rand(B, generator=g)
+    exact = (1 - column(sigmas)) * clean.double() + column(sigmas) * noise.double()
+    assert noised.latents_BCHW.dtype == dtype
+    torch.testing.assert_close(
+        noised.latents_BCHW.double(), exact.to(dtype).double(), rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-6
+    )
+    assert torch.equal(noised.noise_BCHW, noise.to(dtype))
+    torch.testing.assert_close(noised.sigmas_B, sigmas)
+
+
+def test_levels_are_float32_whatever_the_latents_are() -> None:
+    noised = corrupt(flow(), latents(1, torch.bfloat16))
+    assert noised.sigmas_B.dtype == noised.timesteps_B.dtype == torch.float32
+    assert not torch.equal(noised.timesteps_B, noised.timesteps_B.bfloat16().float()), "nothing is rounded to bf16"
+    torch.testing.assert_close(noised.timesteps_B, 1000 * noised.sigmas_B)
+
+
+@pytest.mark.parametrize("target", ["noise - latent", "latent - noise", "latent"])
+@pytest.mark.parametrize("prediction", ["raw", "additive", "sigma_scaled"])
+def test_estimate_and_target(target: Target, prediction: str) -> None:
+    objective = flow(target, prediction)
+    noised = corrupt(objective, latents(2))
+    output = latents(4)
+    x, sigma = noised.latents_BCHW.double(), column(noised.sigmas_B)
+    estimates = {"raw": output.double(), "additive": output.double() + x, "sigma_scaled": x - sigma * output.double()}
+    velocity = noised.noise_BCHW.double() - noised.clean_BCHW.double()
+    targets = {"noise - latent": velocity, "latent - noise": -velocity, "latent": noised.clean_BCHW.double()}
+    torch.testing.assert_close(objective.estimate(output, noised).double(), estimates[prediction], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(objective.target(noised).double(), targets[target], rtol=1e-5, atol=1e-6)
+
+
+def test_the_true_velocity_estimates_the_latent_exactly() -> None:
+    objective = flow("latent", "sigma_scaled")
+    noised = corrupt(objective, latents(2))
+    velocity = noised.noise_BCHW - noised.clean_BCHW
+    torch.testing.assert_close(objective.estimate(velocity, noised), objective.target(noised), rtol=0, atol=1e-5)
+
+
+def test_estimates_are_float32_under_autocast() -> None:
+    objective = flow("latent", "sigma_scaled")
+    noised = corrupt(objective, latents(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert objective.estimate(latents(4, torch.bfloat16), noised).dtype == torch.float32
+
+
+@pytest.mark.parametrize("scheme", ["none", "uniform", "sigma_sqrt", "cosmap"])
+@pytest.mark.parametrize("loss_type", ["l2", "l1", "huber", "smooth_l1"])
+def test_loss_in_float64(scheme: str, loss_type: str) -> None:
+    objective = flow(scheme=scheme, loss_type=loss_type, huber_c=0.2)
+    noised, prediction, target = corrupt(objective, latents(2)), latents(5), latents(6)
+    sigma, d = column(noised.sigmas_B), prediction.double() - target.double()
+    c = (1 - 0.2) * (1 - sigma) ** 2 + 0.2  # 1 / (1 + noise per signal) is the share of the latent
+    arc = (d**2 + c**2).sqrt() - c
+    error = {"l2": d**2, "l1": d.abs(), "huber": 2 * c * arc, "smooth_l1": 2 * arc}[loss_type]
+    weight = {"sigma_sqrt": sigma**-2, "cosmap": 2 / (math.pi * ((1 - sigma) ** 2 + sigma**2))}.get(scheme, 1.0)
+    found = objective.loss(prediction, target, noised)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), error * weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("schedule", "threshold"), [("constant", 0.3), ("exponential", math.exp(math.log(0.3) * 0.8))])
+def test_other_huber_schedules(schedule: str, threshold: float) -> None:
+    objective = flow(loss_type="huber", huber_schedule=schedule, huber_c=0.3).at_timestep(800)
+    noised, prediction, target = corrupt(objective, latents(2)), latents(5), latents(6)
+    d = prediction.double() - target.double()
+    expected = 2 * threshold * ((d**2 + threshold**2).sqrt() - threshold)
+    torch.testing.assert_close(objective.loss(prediction, target, noised).double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_loss_is_finite_at_both_ends() -> None:
+    clean = latents(2)
+    for timestep in (0, 999, 1000):
+        objective = replace(
+            flow("latent", "sigma_scaled", "sigma_sqrt", loss_type="huber"),
+            min_timestep=timestep,
+            max_timestep=timestep,
+        )
+        noised = corrupt(objective, clean)
+        output = latents(7).requires_grad_()
+        loss = objective.loss(objective.estimate(output, noised), objective.target(noised), noised)
+        loss.sum().backward()
+        assert loss.isfinite().all() and output.grad is not None and output.grad.isfinite().all(), timestep
+
+
+def test_without_noise_there_is_nothing_to_learn() -> None:
+    objective = flow("latent", "sigma_scaled", "sigma_sqrt").at_timestep(0)
+    noised = corrupt(objective, latents(2))
+    assert objective.loss(objective.estimate(latents(7), noised), objective.target(noised), noised).eq(0).all()
+
+
+def test_ip_noise_gamma_reaches_the_input_only() -> None:
+    clean = latents(2)
+    noised = corrupt(flow(ip_noise_gamma=0.25), clean)
+    g = torch.Generator().manual_seed(3)
+    noise, extra, sigmas = (
+        torch.randn(B, C, H, W, generator=g),
+        torch.randn(B, C, H, W, generator=g),
+        torch.rand(B, generator=g),
+    )
+    exact = (1 - column(sigmas)) * clean.double() + column(sigmas) * (noise.double() + 0.25 * extra.double())
+    torch.testing.assert_close(noised.latents_BCHW.double(), exact, rtol=1e-5, atol=1e-6)
+    assert torch.equal(flow().target(noised), noise - clean)
+
+
+def test_random_ip_noise_is_one_share_for_the_batch() -> None:
+    clean = torch.zeros(B, C, H, W)
+    objective = replace(
+        flow(ip_noise_gamma=0.8, ip_noise_gamma_random_strength=True), min_timestep=1000, max_timestep=1000
+    )
+    noised = corrupt(objective, clean)
+    g = torch.Generator().manual_seed(3)
+    noise, strength, extra = (
+        torch.randn(B, C, H, W, generator=g),
+        torch.rand((), generator=g),
+        torch.randn(B, C, H, W, generator=g),
+    )
+    torch.testing.assert_close(noised.latents_BCHW, noise + 0.8 * strength * extra)
+
+
+def test_limits_stretch_the_levels_over_their_range() -> None:
+    clean = torch.zeros(50_000, 1, 1, 1)
+    noised = corrupt(flow(min_timestep=200, max_timestep=700), clean)
+    inside = (noised.timesteps_B.double() - 200) / 500
+    steps = torch.arange(50_000).double() / 50_000
+    assert inside.min() >= 0 and inside.max() <= 1
+    assert (inside.sort().values - steps).abs().max() < 1.95 / 50_000**0.5
+
+
+def test_whole_timesteps_stay_below_the_upper_limit() -> None:
+    noised = corrupt(flow(min_timestep=3, max_timestep=7, has_whole_timesteps=True), torch.zeros(4000, 1, 1, 1))
+    assert noised.timesteps_B.unique().tolist() == [3, 4, 5, 6]
+    counts = noised.timesteps_B.long().bincount()[3:].double()
+    assert ((counts - 1000) ** 2 / 1000).sum() < 16.3, "the 99.9 % point of chi-square with 3 degrees of freedom"
+    assert corrupt(flow(has_whole_timesteps=True), torch.zeros(4000, 1, 1, 1)).timesteps_B.max() <= 999
+
+
+def test_one_level_for_validation() -> None:
+    for whole in (True, False):
+        noised = corrupt(flow(has_whole_timesteps=whole).at_timestep(400), latents(2))
+        assert noised.timesteps_B.tolist() == [400.0] * B
+        assert noised.sigmas_B.tolist() == pytest.approx([0.4] * B)
+
+
+def test_limits_outside_the_schedule_are_refused() -> None:
+    with pytest.raises(ValueError, match="--max_timestep is 1001"):
+        flow(max_timestep=1001)
+    with pytest.raises(ValueError, match=r"--huber_c is 0\.0"):
+        flow(loss_type="huber", huber_c=0.0)
+
+
+def sampled_flow(
+    caplog: pytest.LogCaptureFixture, prediction: str = "raw", **settings: Any
+) -> tuple[FlowMatching, str]:
+    weighting = {k: settings.pop(k) for k in list(settings) if k in vars(FlowWeightingOptions())}
+    with caplog.at_level(logging.WARNING):
+        objective = build_sampled_flow(
+            TrainOptions(),
+            FlowSamplingOptions(**settings),
+            FlowWeightingOptions(**weighting),
+            prediction_type=prediction,
+        )
+    return objective, caplog.text
+
+
+def test_sigma_scaled_is_kept_and_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    objective, warned = sampled_flow(caplog, "sigma_scaled", weighting_scheme="cosmap")
+    assert "--model_prediction_type sigma_scaled turns the output" in warned and "raw" in warned
+    assert (objective.prediction_type, objective.target_kind) == ("sigma_scaled", "noise - latent")
+    assert objective.loss_scheme == "cosmap"
+
+
+def test_raw_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    objective, warned = sampled_flow(caplog, "raw")
+    assert not warned and objective.loss_scheme == "none"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weighting_scheme": "mode", "timestep_sampling": "sigmoid"}, "--weighting_scheme mode has no effect with"),
+        ({"weighting_scheme": "cosmap"}, "--weighting_scheme cosmap has no effect: it weights the loss of"),
+        ({"logit_mean": 0.5}, "--logit_mean has no effect without --weighting_scheme logit_normal"),
+        ({"sigmoid_scale": 2.0, "timestep_sampling": "uniform"}, "--sigmoid_scale has no effect with"),
+        ({"discrete_flow_shift": 2.0, "timestep_sampling": "flux_shift"}, "--discrete_flow_shift has no effect with"),
+    ],
+)
+def test_settings_without_effect_are_told(
+    caplog: pytest.LogCaptureFixture, settings: dict[str, Any], message: str
+) -> None:
+    assert message in sampled_flow(caplog, **settings)[1]
+
+
+def test_options_of_ddpm_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        flow()
+        assert not caplog.text
+    noise, loss = replace(TrainOptions().noise, noise_offset=0.1), replace(TrainOptions().loss, min_snr_gamma=5.0)
+    options = replace(TrainOptions(), noise=noise, loss=loss)
+    with caplog.at_level(logging.WARNING):
+        build_flow(options, shifted_scheme(FlowWeightingOptions(), 1.0), "latent", "raw", "none")
+    assert "--noise_offset has no effect" in caplog.text and "--min_snr_gamma has no effect" in caplog.text

@@ -1,0 +1,178 @@
+"""The noise levels of flow matching models have the distributions that their names say."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.diffusion.flow_levels import (
+    draw_scheme,
+    resolution_shift,
+    sampled,
+    scheme_weights,
+    shift_sigmas,
+    shifted_scheme,
+)
+from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
+
+N = 200_000
+KS_LIMIT = 1.95 / N**0.5  # Kolmogorov-Smirnov's 99.9 % point
+Cdf = Callable[[Tensor], Tensor]
+
+
+def distance(drawn: Tensor, cdf: Cdf) -> float:
+    """Kolmogorov-Smirnov: the largest distance of the distribution of a sample from `cdf`."""
+    values = drawn.double().sort().values
+    below = torch.arange(len(values), dtype=torch.float64) / len(values)
+    exact = cdf(values)
+    return max((exact - below).abs().max().item(), (below + 1 / len(values) - exact).abs().max().item())
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+def sampling(**settings: Any) -> Tensor:
+    weighting = {k: settings.pop(k) for k in list(settings) if k in vars(FlowWeightingOptions())}
+    size = settings.pop("size", (64, 64))
+    draw = sampled(FlowSamplingOptions(**settings), FlowWeightingOptions(**weighting))
+    return draw(N, *size, generator())
+
+
+def logit_normal(mean: float, deviation: float) -> Cdf:
+    return lambda x: 0.5 * (1 + torch.erf((torch.logit(x) - mean) / (deviation * math.sqrt(2))))
+
+
+def unshifted(shift: float, cdf: Cdf) -> Cdf:
+    """The distribution before s q / (1 + (s - 1) q), which grows with q."""
+    return lambda x: cdf(x / (shift - (shift - 1) * x))
+
+
+def uniform(x: Tensor) -> Tensor:
+    return x.clamp(0, 1)
+
+
+def test_the_test_tells_distributions_apart() -> None:
+    assert distance(sampling(timestep_sampling="uniform"), logit_normal(0, 1)) > 20 * KS_LIMIT
+    assert distance(sampling(timestep_sampling="sigmoid", sigmoid_scale=1.05), logit_normal(0, 1)) > 2 * KS_LIMIT
+
+
+def test_uniform() -> None:
+    assert distance(sampling(timestep_sampling="uniform", discrete_flow_shift=9.0), uniform) < KS_LIMIT
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.5])
+def test_sigmoid(scale: float) -> None:
+    assert distance(sampling(timestep_sampling="sigmoid", sigmoid_scale=scale), logit_normal(0, scale)) < KS_LIMIT
+
+
+@pytest.mark.parametrize("shift", [0.6, 3.0, 6.0])
+def test_shift(shift: float) -> None:
+    drawn = sampling(timestep_sampling="shift", discrete_flow_shift=shift, sigmoid_scale=1.3)
+    assert distance(drawn, logit_normal(math.log(shift), 1.3)) < KS_LIMIT, "a shift moves the logit by its logarithm"
+
+
+@pytest.mark.parametrize(("size", "m"), [((32, 32), 0.5), ((128, 128), 1.15), ((64, 128), 0.5 + 0.65 * 1792 / 3840)])
+def test_flux_shift_grows_with_the_picture(size: tuple[int, int], m: float) -> None:
+    assert resolution_shift(*size) == pytest.approx(math.exp(m))
+    assert resolution_shift(size[0] + 1, size[1] + 1) == pytest.approx(math.exp(m)), "half a token does not count"
+    assert distance(sampling(timestep_sampling="flux_shift", size=size), logit_normal(m, 1)) < KS_LIMIT
+
+
+def test_nextdit_shift_pushes_uniform_draws() -> None:
+    drawn = sampling(timestep_sampling="nextdit_shift", size=(32, 32))
+    assert distance(drawn, unshifted(math.exp(0.5), uniform)) < KS_LIMIT
+    assert drawn.min() > 0
+
+
+def test_sigma_takes_entries_of_a_shifted_table() -> None:
+    drawn = sampling(timestep_sampling="sigma", discrete_flow_shift=3.0)
+    table = [3 * (i / 1000) / (1 + 2 * i / 1000) for i in range(1, 1001)]
+    torch.testing.assert_close(drawn.unique(), torch.tensor(table), rtol=1e-6, atol=0)
+    assert distance(drawn, unshifted(3.0, uniform)) < KS_LIMIT + 1 / 1000, "a table of 1000 steps is that coarse"
+
+
+def test_sigma_descends_from_pure_noise_as_the_draw_grows() -> None:
+    drawn = sampling(
+        timestep_sampling="sigma", discrete_flow_shift=1.0, weighting_scheme="logit_normal", logit_mean=1.0
+    )
+    assert distance(drawn, logit_normal(-1.0, 1.0)) < KS_LIMIT + 1 / 1000
+
+
+def mode_cdf(scale: float) -> Cdf:
+    """By bisection of the draw, which falls as u grows."""
+
+    def cdf(x: Tensor) -> Tensor:
+        low, high = torch.zeros_like(x), torch.ones_like(x)
+        for _ in range(60):
+            u = (low + high) / 2
+            is_above = 1 - u - scale * ((math.pi * u / 2).cos() ** 2 - 1 + u) > x
+            low, high = torch.where(is_above, u, low), torch.where(is_above, high, u)
+        return 1 - low
+
+    return cdf
+
+
+@pytest.mark.parametrize("scale", [-0.8, 0.0, 1.29, 1.75])
+def test_mode(scale: float) -> None:
+    drawn = draw_scheme(FlowWeightingOptions("mode", mode_scale=scale), N, generator())
+    assert drawn.min() >= 0 and drawn.max() <= 1
+    assert distance(drawn, mode_cdf(scale)) < KS_LIMIT
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (-0.7, 0.4)])
+def test_logit_normal(mean: float, deviation: float) -> None:
+    options = FlowWeightingOptions("logit_normal", logit_mean=mean, logit_std=deviation)
+    assert distance(draw_scheme(options, N, generator()), logit_normal(mean, deviation)) < KS_LIMIT
+
+
+@pytest.mark.parametrize("scheme", ["uniform", "none", "sigma_sqrt", "cosmap"])
+def test_schemes_that_weight_the_loss_draw_uniformly(scheme: str) -> None:
+    assert distance(draw_scheme(FlowWeightingOptions(scheme), N, generator()), uniform) < KS_LIMIT
+
+
+def test_training_shift_of_sd3() -> None:
+    draw = shifted_scheme(FlowWeightingOptions("logit_normal", logit_mean=0.2), 3.0)
+    assert distance(draw(N, 64, 64, generator()), logit_normal(0.2 + math.log(3), 1.0)) < KS_LIMIT
+
+
+def test_shift_in_float64() -> None:
+    sigmas = torch.linspace(0, 1, 101)
+    expected = [4.5 * s / (1 + 3.5 * s) for s in sigmas.double().tolist()]
+    torch.testing.assert_close(shift_sigmas(sigmas, 4.5).double(), torch.tensor(expected).double(), rtol=1e-6, atol=0)
+    assert torch.equal(shift_sigmas(sigmas, 1.0), sigmas)
+
+
+def test_weights_in_float64() -> None:
+    sigmas = [0.001, 0.1, 0.5, 0.93, 1.0]
+    found = {s: scheme_weights(s, torch.tensor(sigmas)).tolist() for s in ("sigma_sqrt", "cosmap", "mode", "uniform")}
+    assert found["sigma_sqrt"] == pytest.approx([s**-2 for s in sigmas])
+    assert found["cosmap"] == pytest.approx([2 / (math.pi * ((1 - s) ** 2 + s**2)) for s in sigmas])
+    assert found["mode"] == found["uniform"] == [1.0] * 5
+
+
+def test_a_level_without_noise_has_a_weight() -> None:
+    assert scheme_weights("sigma_sqrt", torch.tensor([0.0, 1e-5])).tolist() == pytest.approx([1e6, 1e6])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sigmoid_scale": -1.0}, "--sigmoid_scale is -1.0"),
+        ({"discrete_flow_shift": 0.0}, "--discrete_flow_shift is 0.0"),
+        ({"weighting_scheme": "logit_normal", "logit_std": -0.1}, "--logit_std is -0.1"),
+        ({"weighting_scheme": "mode", "mode_scale": 2.0}, "--mode_scale is 2.0"),
+    ],
+)
+def test_settings_that_make_no_levels_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sampling(**settings)
+
+
+def test_training_shift_must_be_positive() -> None:
+    with pytest.raises(ValueError, match=r"--training_shift is -3\.0"):
+        shifted_scheme(replace(FlowWeightingOptions()), -3.0)
