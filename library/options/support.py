@@ -33,6 +33,7 @@ NOT_YET: Mapping[str, str] = {
     "deepspeed": "train on one card without it",
     "fp8_base": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",
     "fp8_base_unet": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",
+    "blocks_to_swap": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",
     "cpu_offload_checkpointing": "use --gradient_checkpointing alone",
     "torch_compile": "leave it out; the models run uncompiled",
     "fused_backward_pass": "leave it out",
