@@ -2,12 +2,15 @@
 
 import logging
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from library.options.base import group
 from library.options.support import DDP, DEEPSPEED, NOT_YET, unsupported, without_effect
+from library.options.swapping import SwappingOptions
 from library.options.train import TrainOptions
 from library.training import checks
 from library.training.checks import check
@@ -21,11 +24,18 @@ NEEDED = {
 }
 
 
+@dataclass(frozen=True)
+class AllOptions(TrainOptions):
+    """With the groups that only some of the scripts have."""
+
+    swapping: SwappingOptions = group(SwappingOptions)
+
+
 def made(**values: Any) -> TrainOptions:
     """Options that pass, but for `values`."""
-    unknown = values.keys() - TrainOptions.defaults().keys()
+    unknown = values.keys() - AllOptions.defaults().keys()
     assert not unknown, unknown
-    return TrainOptions.from_args(Namespace(**{**TrainOptions.defaults(), **NEEDED, **values}))
+    return AllOptions.from_args(Namespace(**{**AllOptions.defaults(), **NEEDED, **values}))
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture, **values: Any) -> list[str]:
@@ -46,9 +56,9 @@ def test_plain_run_passes_in_silence(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("name", NOT_YET)
 def test_option_of_a_later_version_stops_the_run(name: str) -> None:
-    default = TrainOptions.defaults()[name]
+    default = AllOptions.defaults()[name]
     value = {bool: True, float: 0.5}.get(type(default), 5)
-    if default is None and "str" in str(next(kind for f, kind in TrainOptions.leaves() if f.name == name)):
+    if default is None and "str" in str(next(kind for f, kind in AllOptions.leaves() if f.name == name)):
         value = "text"
     assert refusal(**{name: value}).startswith(f"--{name} is not supported yet: ")
 
@@ -221,5 +231,5 @@ def test_fp16_without_a_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_each_line_about_support_is_about_a_real_option() -> None:
-    assert {*NOT_YET, *DDP, *DEEPSPEED} <= TrainOptions.defaults().keys()
+    assert {*NOT_YET, *DDP, *DEEPSPEED} <= AllOptions.defaults().keys()
     assert without_effect(made()) == []
