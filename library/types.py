@@ -45,3 +45,21 @@ class Noised:
     noise_BCHW: Tensor
     sigmas_B: Tensor  # DDPM: sqrt((1 - abar) / abar); flow: the share of noise, 0..1
     timesteps_B: Tensor  # in the denoiser's own unit
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One picture to draw during training, every setting filled in; None where the base model has no such setting."""
+
+    text: str
+    negative: str
+    width: int
+    height: int
+    seed: int | None  # None: a stream of the run's own seed
+    num_steps: int
+    scale: float  # of classifier-free guidance; 1 and below are without
+    sampler: str | None  # a name of library.diffusion.samplers.SAMPLERS
+    guidance_scale: float | None  # what a guidance-distilled model is told
+    cfg_trunc_ratio: float | None  # the share of the steps, counted from the first, that have classifier-free guidance
+    renorm_cfg: float | None  # how many times as long as the unguided prediction the guided one may be; 0 is no limit
+    flow_shift: float | None  # how far the noise levels of a flow model lie toward pure noise

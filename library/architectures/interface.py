@@ -7,8 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from library.diffusion.samplers import Sampler
 from library.options.text_caching import TextCachingOptions
-from library.types import Batch, Conditioning, Noised, Tokens
+from library.types import Batch, Conditioning, Noised, Prompt, Tokens
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,38 @@ class Predict(Protocol):
     def __call__(self, denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class PromptDefaults:
+    """What a prompt that says nothing gets; None where the base model has no such setting."""
+
+    num_steps: int
+    width: int
+    height: int
+    scale: float  # of classifier-free guidance; 1 is without
+    size_step: int  # sides are rounded down to multiples of this many pixels
+    sampler: str | None = None
+    guidance_scale: float | None = None
+    cfg_trunc_ratio: float | None = None
+    renorm_cfg: float | None = None
+    flow_shift: float | None = None
+
+
+@dataclass(frozen=True)
+class Preview:
+    """How pictures are drawn while a base model trains.
+
+    `predict(prompt)` gives the call of the denoiser for a prompt, with what the prompt says about its guidance. It
+    gets `Noised` with latents, sigmas and the sampler's timesteps (clean latents and noise are NaN), conditioning of
+    one prompt, and a `Batch` with one caption and its size.
+    `sampler(prompt)` gives a fresh way from noise to latents: `build_ddpm_sampler`, or `FlowSampler`.
+    """
+
+    defaults: PromptDefaults
+    text: TextPipeline  # where prompts are read as captions are, the architecture's own
+    predict: Callable[[Prompt], Predict]
+    sampler: Callable[[Prompt], Sampler]
+
+
 AdapterView = Callable[[Sequence[nn.Module], nn.Module], tuple[nn.Module | list[nn.Module], nn.Module]]
 """(text encoders, denoiser) as network modules see them: paths are the names in files, leaves are the real layers.
 
@@ -117,5 +150,6 @@ class Architecture:
     objective: Objective
     predict: Predict
     view: AdapterView
+    preview: Preview
     metadata: Mapping[str, str]  # ss_v2, ss_base_model_version and the modelspec keys that are the model's own
     text_cache: TextCacheSpec | None = None  # None where text encoder outputs cannot be cached

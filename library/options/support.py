@@ -7,7 +7,6 @@ from typing import Any
 from library.options.base import Options
 from library.options.distributed import DistributedOptions
 from library.options.hub import HubOptions
-from library.options.preview import PreviewOptions
 from library.options.state import StateOptions
 
 
@@ -15,7 +14,6 @@ def names_of(kind: type[Options]) -> list[str]:
     return [f.name for f in fields(kind)]  # type: ignore[arg-type]
 
 
-PREVIEWS = ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
 VALIDATION = ("validation_split", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
 DDP = ("ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph")
 DEEPSPEED = tuple(name for name in names_of(DistributedOptions) if name not in DDP)
@@ -28,7 +26,6 @@ NOT_YET: Mapping[str, str] = {
         "runs cannot be continued; keep weights with --save_every_n_epochs, start from them with --network_weights",
     ),
     **dict.fromkeys(names_of(HubOptions), "nothing is uploaded; upload the files of --output_dir yourself"),
-    **dict.fromkeys(PREVIEWS, "no pictures are drawn during training; draw them with the saved files"),
     **dict.fromkeys(VALIDATION, "there is no validation; leave it out"),
     "deepspeed": "train on one card without it",
     "fp8_base": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",
@@ -59,9 +56,6 @@ def without_effect(options: Options) -> list[str]:
     """A line for every option that only adjusts a feature which is absent or off."""
     values, defaults = options.flat(), type(options).defaults()
     reasons = {
-        **dict.fromkeys(
-            (n for n in names_of(PreviewOptions) if n not in PREVIEWS), "no pictures are drawn during training"
-        ),
         "validation_seed": "there is no validation",
         **dict.fromkeys(DDP, "it concerns training in several processes"),
         **dict.fromkeys(DEEPSPEED, "--deepspeed is off"),

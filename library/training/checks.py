@@ -9,6 +9,8 @@ from typing import Any
 from library.options.support import asks, is_set, unsupported, without_effect
 from library.options.train import TrainOptions
 from library.training.logs import tracker_kind
+from library.training.preview import Timetable
+from library.training.prompts import check_sampler, read_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ def check(options: TrainOptions) -> None:
     check_optimizer(options)
     check_network(options)
     check_noise_and_loss(options)
+    check_previews(options)
     tracker_kind(options.trackers)
     for line in (*without_effect(options), *idle(options)):
         logger.warning("%s", line)
@@ -204,6 +207,28 @@ def check_noise_and_loss(options: TrainOptions) -> None:
         raise ValueError(f"--max_timestep is {high}; there are 1000 timesteps, use at most 1000")
 
 
+def check_previews(options: TrainOptions) -> None:
+    """The prompts can be read and the sampler exists, where pictures are to be drawn."""
+    preview = options.preview
+    if not Timetable.build(preview).is_empty and preview.sample_prompts:
+        check_sampler(preview.sample_sampler, "--sample_sampler")
+        read_prompts(Path(preview.sample_prompts))
+
+
+def idle_previews(options: TrainOptions) -> Iterator[str]:
+    """A line for every option of previews that does nothing in this run."""
+    preview, timetable = options.preview, Timetable.build(options.preview)
+    times = "--sample_every_n_epochs, --sample_every_n_steps or --sample_at_first"
+    if timetable.is_empty:
+        for name in ("sample_prompts", "sample_sampler"):
+            if is_set(getattr(preview, name), type(preview).defaults()[name]):
+                yield f"--{name} has no effect: no pictures are drawn without {times}"
+    elif not preview.sample_prompts:
+        yield f"no pictures are drawn: {times} need --sample_prompts, the file with the prompts"
+    if timetable.every_n_epochs and (preview.sample_every_n_steps or 0) > 0:
+        yield "--sample_every_n_steps has no effect with --sample_every_n_epochs"
+
+
 def asks_number(value: float | None) -> bool:
     """Whether a strength is given and not zero."""
     return value is not None and value != 0
@@ -238,6 +263,7 @@ def idle(options: TrainOptions) -> Iterator[str]:
         for name in ("network_dim", "network_alpha"):
             if chosen(name):
                 yield f"--{name} has no effect with --dim_from_weights: the file says it"
+    yield from idle_previews(options)
     if options.network.network_train_unet_only and options.network.text_encoder_lr:
         yield "--text_encoder_lr has no effect with --network_train_unet_only"
     if options.network.network_train_text_encoder_only and chosen("unet_lr"):

@@ -2,15 +2,18 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from library.options.toml_files import read_toml
 from library.options.trackers import TrackerOptions
 from library.options.train import TrainOptions
+from library.training.pictures import Drawn
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +106,18 @@ class Charts:
                 tracker.log({**values, "global_step": step, "epoch": epoch})
             else:
                 tracker.log(dict(values), step=x)
+
+    def log_pictures(self, pictures: Sequence[Drawn], step: int, epoch: int) -> None:
+        """Pictures as `sample_<index>` on the axis of steps; wandb shows the prompt beneath."""
+        for tracker in self._accelerator.trackers if pictures else ():
+            if tracker.name == "wandb":
+                import wandb
+
+                images = {f"sample_{one.index}": wandb.Image(one.image, caption=one.prompt.text) for one in pictures}
+                tracker.log({**images, "global_step": step, "epoch": epoch})
+            else:
+                images = {f"sample_{one.index}": np.asarray(one.image)[None] for one in pictures}
+                tracker.log_images(images, step=step, dataformats="NHWC")
 
     def close(self) -> None:
         """Write what is still buffered."""

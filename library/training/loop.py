@@ -14,6 +14,7 @@ from library.training.interruption import Interruption
 from library.training.logs import Charts
 from library.training.optimizers import effective_rates
 from library.training.plan import Window
+from library.training.preview import Previews
 from library.training.progress import Progress
 from library.training.report import (
     LimitedNorms,
@@ -31,7 +32,9 @@ from library.types import Batch
 logger = logging.getLogger(__name__)
 
 
-def train(run: Run, progress: Progress, writer: Writer, charts: Charts, interruption: Interruption) -> None:
+def train(
+    run: Run, progress: Progress, writer: Writer, charts: Charts, previews: Previews, interruption: Interruption
+) -> None:
     """Train from where `progress` stands to the last step, or to the step in which the user interrupts.
 
     Either way the adapter is saved.
@@ -40,6 +43,8 @@ def train(run: Run, progress: Progress, writer: Writer, charts: Charts, interrup
     norm_limit = wanted_norm_limit(run)
     stops = False
     epoch = plan.epoch_of(progress.step)
+    if progress.step == 0:
+        previews.before_training(interruption)
     with progress_bar(plan.max_train_steps, progress.step, is_main) as bar:
         for epoch in plan.epochs(progress.step):
             announce_epoch(epoch, plan.num_epochs)
@@ -57,6 +62,7 @@ def train(run: Run, progress: Progress, writer: Writer, charts: Charts, interrup
                 report_window(run, progress, window, losses.tolist(), rates, norms, charts)
                 bar.update(1)
                 bar.set_postfix(bar_values(average.mean, norms))
+                previews.after_step(progress.step, epoch, interruption)
                 writer.save_after_step(progress.step, epoch)
                 if stops:
                     break
@@ -65,6 +71,7 @@ def train(run: Run, progress: Progress, writer: Writer, charts: Charts, interrup
             if stops:
                 break
             writer.save_after_epoch(progress.step, epoch)
+            previews.after_epoch(progress.step, epoch, interruption)
     finish(writer, progress.step, epoch, is_complete=progress.step >= plan.max_train_steps)
 
 

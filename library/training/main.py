@@ -67,7 +67,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
 
     interruption.defer()
     try:
-        train(prepared.run, prepared.progress, prepared.writer, prepared.charts, interruption)
+        train(prepared.run, prepared.progress, prepared.writer, prepared.charts, prepared.previews, interruption)
     finally:
         prepared.charts.close()
 

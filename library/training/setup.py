@@ -27,6 +27,7 @@ from library.training.lr_schedules import build_schedule
 from library.training.network import network_keywords, open_network
 from library.training.optimizers import build_optimizer
 from library.training.plan import Plan
+from library.training.preview import Previews
 from library.training.processes import Processes
 from library.training.progress import Progress
 from library.training.report import announce_run
@@ -48,6 +49,7 @@ class Prepared:
     progress: Progress
     writer: Writer
     charts: Charts
+    previews: Previews
 
 
 def choose_seed(seed: int | None, processes: Processes) -> int:
@@ -139,7 +141,8 @@ def prepare(
         start_trackers(accelerator, options)
     writer = build_writer(run)
     announce_run(plan, training_set.num_train_images, training_set.num_reg_images, training_set.batch_sizes)
-    return Prepared(run, Progress(), writer, Charts(accelerator))
+    charts = Charts(accelerator)
+    return Prepared(run, Progress(), writer, charts, Previews.build(run, charts))
 
 
 def prepare_vae(

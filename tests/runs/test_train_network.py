@@ -264,7 +264,7 @@ def test_a_folder_without_pictures_ends_quietly_with_status_0(
         (["--lr_scheduler", "cosinus"], ["cosinus"]),
         (["--pretrained_model_name_or_path", "nowhere/model.safetensors"], ["nowhere/model.safetensors"]),
         (["--v2"], ["--v2"]),
-        (["--sample_every_n_steps", "2"], ["--sample_every_n_steps", "not supported yet"]),
+        (["--sample_every_n_steps", "2", "--sample_prompts", "nothing.txt"], ["--sample_prompts", "nothing.txt"]),
         (["--save_state"], ["--save_state", "not supported yet"]),
         (["--metadata_thumbnail", "nothing.png"], ["--metadata_thumbnail"]),
     ],

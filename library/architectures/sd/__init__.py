@@ -3,14 +3,18 @@
 The assembly, and the table of contents of this package.
 """
 
-from library.architectures.interface import Architecture
+from dataclasses import replace
+
+from library.architectures.interface import Architecture, Preview, PromptDefaults
 from library.architectures.sd.latents import SdLatents
 from library.architectures.sd.load import SdLoader, open_loader
 from library.architectures.sd.predict import predict
 from library.architectures.sd.text import CHUNK_TOKENS, ClipText, load_tokenizer
 from library.architectures.sd.view import view
 from library.diffusion.objective import build_ddpm
+from library.diffusion.samplers import Sampler, build_ddpm_sampler
 from library.options.train import TrainOptions
+from library.types import Prompt
 
 
 def build(options: TrainOptions) -> Architecture:
@@ -19,14 +23,16 @@ def build(options: TrainOptions) -> Architecture:
     Raises ValueError naming the flag for a checkpoint or a setting that does not fit SD 1.x.
     """
     loader = open_loader(options)
+    text = build_text(options, loader)
     return Architecture(
         name="sd",
         load=loader,
-        text=build_text(options, loader),
+        text=text,
         codec=SdLatents(),
         objective=build_ddpm(options),
         predict=predict,
         view=view,
+        preview=build_preview(options, text),
         metadata=metadata(options.model.v_parameterization),
     )
 
@@ -44,6 +50,28 @@ def build_text(options: TrainOptions, loader: SdLoader) -> ClipText:
         num_chunks=(model.max_token_length or CHUNK_TOKENS) // CHUNK_TOKENS,
         clip_skip=model.clip_skip or 1,
         reads_emphasis=model.weighted_captions,
+    )
+
+
+def build_preview(options: TrainOptions, text: ClipText) -> Preview:
+    """Pictures as diffusers' pipeline draws them; prompts have emphasis."""
+
+    def sampler(prompt: Prompt) -> Sampler:
+        assert prompt.sampler is not None
+        return build_ddpm_sampler(
+            prompt.sampler,
+            prompt.num_steps,
+            predicts_velocity=options.model.v_parameterization,
+            zero_terminal_snr=options.noise.zero_terminal_snr,
+        )
+
+    return Preview(
+        defaults=PromptDefaults(
+            num_steps=30, width=512, height=512, scale=7.5, size_step=8, sampler=options.preview.sample_sampler
+        ),
+        text=replace(text, reads_emphasis=True),
+        predict=lambda prompt: predict,
+        sampler=sampler,
     )
 
 

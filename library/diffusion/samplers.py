@@ -1,0 +1,188 @@
+"""From noise to a picture's latents: diffusers' schedulers behind one face.
+
+Letters: B samples, C channels, H height, W width, T timesteps of the schedule, N noise levels of a picture.
+"""
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from library.diffusion.schedules import BETA_END, BETA_START, NUM_TIMESTEPS, ddpm_abar, sigmas_of
+
+
+class Level(NamedTuple):
+    """Where one call of the denoiser stands."""
+
+    timestep: float  # 0..999, or 0..1000 for flow models
+    sigma: float  # DDPM: sqrt((1 - abar) / abar); flow: the share of noise, 0..1
+
+
+class Sampler(Protocol):
+    """The way of one picture; made anew for each, since multi-step methods remember what came before."""
+
+    @property
+    def levels(self) -> Sequence[Level]:
+        """One for each call of the denoiser; methods of second order call it twice a step."""
+        ...
+
+    def start(self, noise_BCHW: Tensor) -> Tensor:
+        """What sampling begins with, given noise of unit variance."""
+        ...
+
+    def denoiser_input(self, latents_BCHW: Tensor, index: int) -> Tensor:
+        """What the denoiser is shown at level `index`."""
+        ...
+
+    def step(self, prediction_BCHW: Tensor, latents_BCHW: Tensor, index: int, generator: torch.Generator) -> Tensor:
+        """The latents after level `index`, float32; ancestral methods draw noise from `generator` (CPU)."""
+        ...
+
+
+SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    # What a choice means follows the scheduler files that come with Stable Diffusion checkpoints: predictions of the
+    # clean latents are not clipped to -1..1, since latents are larger, and sampling ends at the first noise level.
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm_2": ("KDPM2DiscreteScheduler", {}),
+    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmsingle": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
+    "lms": ("EulerDiscreteScheduler", {}),  # the noise levels; the steps are `MultistepSampler`'s
+}
+"""--sample_sampler -> (class of diffusers, what it is built with beside the noise schedule)"""
+
+ALIASES = {f"k_{name}": name for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
+
+
+def build_ddpm_sampler(name: str, num_steps: int, *, predicts_velocity: bool, zero_terminal_snr: bool) -> Sampler:
+    """The sampler called `name` (a key of SAMPLERS or ALIASES) for SD 1, 2 and XL.
+
+    A schedule that ends without any signal is walked from its very last timestep (Lin et al. 2024); its last abar is
+    2^-24 rather than 0, where most methods divide by it.
+    """
+    import diffusers
+
+    name = ALIASES.get(name, name)
+    class_name, keywords = SAMPLERS[name]
+    kind = getattr(diffusers, class_name)
+    schedule: dict[str, Any] = {
+        "num_train_timesteps": NUM_TIMESTEPS,
+        "prediction_type": "v_prediction" if predicts_velocity else "epsilon",
+    }
+    if zero_terminal_snr:
+        schedule["trained_betas"] = betas_of(ddpm_abar(zero_terminal_snr=True).clamp(min=2.0**-24)).tolist()
+        if "timestep_spacing" in inspect.signature(kind.__init__).parameters:
+            schedule["timestep_spacing"] = "trailing"
+    else:
+        schedule |= {"beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "scaled_linear"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of "dpmsolver", which diffusers means to drop
+        scheduler = kind(**schedule, **keywords)
+    scheduler.set_timesteps(num_steps)
+    return (MultistepSampler if name == "lms" else DdpmSampler)(scheduler, zero_terminal_snr)
+
+
+def betas_of(abar_T: Tensor) -> Tensor:
+    """The betas whose running product of 1 - beta is `abar_T`."""
+    return 1 - abar_T / torch.cat([torch.ones(1, dtype=abar_T.dtype), abar_T[:-1]])
+
+
+class DdpmSampler:
+    """A scheduler of diffusers for models that predict noise or velocity."""
+
+    def __init__(self, scheduler: Any, zero_terminal_snr: bool) -> None:
+        self.scheduler = scheduler
+        sigmas_T = sigmas_of(ddpm_abar(zero_terminal_snr)).numpy()
+        timesteps_N = scheduler.timesteps.double().numpy()
+        sigmas_N = np.interp(timesteps_N, np.arange(len(sigmas_T)), sigmas_T)
+        self.levels = [Level(float(t), float(sigma)) for t, sigma in zip(timesteps_N, sigmas_N, strict=True)]
+        self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+
+    def start(self, noise_BCHW: Tensor) -> Tensor:
+        return noise_BCHW * float(self.scheduler.init_noise_sigma)
+
+    def denoiser_input(self, latents_BCHW: Tensor, index: int) -> Tensor:
+        scaled: Tensor = self.scheduler.scale_model_input(latents_BCHW, self.scheduler.timesteps[index])
+        return scaled
+
+    def step(self, prediction_BCHW: Tensor, latents_BCHW: Tensor, index: int, generator: torch.Generator) -> Tensor:
+        keywords = {"generator": generator} if self._takes_generator else {}
+        timestep = self.scheduler.timesteps[index]
+        stepped: Tensor = self.scheduler.step(prediction_BCHW, timestep, latents_BCHW, **keywords).prev_sample
+        return stepped.float()
+
+
+class MultistepSampler(DdpmSampler):
+    """The linear multistep method of k-diffusion: Adams-Bashforth of order 4 on the schedule's own noise levels.
+
+    diffusers has it too, but integrates numerically with scipy what is a polynomial of degree 3.
+    """
+
+    def __init__(self, scheduler: Any, zero_terminal_snr: bool, order: int = 4) -> None:
+        super().__init__(scheduler, zero_terminal_snr)
+        self._order = order
+        self._slopes: list[Tensor] = []
+
+    def step(self, prediction_BCHW: Tensor, latents_BCHW: Tensor, index: int, generator: torch.Generator) -> Tensor:
+        sigmas = self.scheduler.sigmas.double().numpy()
+        stepped = super().step(prediction_BCHW, latents_BCHW, index, generator)  # Euler: latents + width * slope
+        slope_BCHW = (stepped - latents_BCHW) / (sigmas[index + 1] - sigmas[index])
+        self._slopes = [slope_BCHW, *self._slopes][: self._order]
+        weights = adams_bashforth(sigmas, index, len(self._slopes))
+        parts = [float(weight) * slope for weight, slope in zip(weights, self._slopes, strict=True)]
+        return latents_BCHW + torch.stack(parts).sum(0)
+
+
+def adams_bashforth(positions: Any, index: int, order: int) -> list[float]:
+    """What each of the last `order` slopes, the newest first, adds to the step from position `index` to the next.
+
+    The integral over the step of the Lagrange polynomials through those positions.
+    """
+    origin = positions[index]
+    nodes = [positions[index - back] - origin for back in range(order)]
+    end = positions[index + 1] - origin
+    weights = []
+    for j, node in enumerate(nodes):
+        others = [other for k, other in enumerate(nodes) if k != j]
+        basis = np.atleast_1d(np.poly(others)) / np.prod([node - other for other in others])
+        weights.append(float(np.polyval(np.polyint(basis), end)))
+    return weights
+
+
+class FlowSampler:
+    """Euler steps of a flow model along `sigmas_N`, falling shares of noise; the step after the last ends at 0.
+
+    The denoiser predicts the velocity, noise - clean.
+    """
+
+    def __init__(self, sigmas_N: Tensor) -> None:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        self.scheduler: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS, shift=1.0)
+        self.scheduler.set_timesteps(sigmas=sigmas_N.double().tolist())
+        self.levels = [Level(sigma * NUM_TIMESTEPS, sigma) for sigma in sigmas_N.double().tolist()]
+
+    def start(self, noise_BCHW: Tensor) -> Tensor:
+        return noise_BCHW
+
+    def denoiser_input(self, latents_BCHW: Tensor, index: int) -> Tensor:
+        return latents_BCHW
+
+    def step(self, prediction_BCHW: Tensor, latents_BCHW: Tensor, index: int, generator: torch.Generator) -> Tensor:
+        timestep = self.scheduler.timesteps[index]
+        stepped: Tensor = self.scheduler.step(prediction_BCHW, timestep, latents_BCHW, generator=generator).prev_sample
+        return stepped.float()
+
+
+def even_sigmas(num_steps: int) -> Tensor:
+    """Shares of noise from 1 down to 1 / num_steps in equal steps, float64, shape N."""
+    return torch.linspace(1.0, 1.0 / num_steps, num_steps, dtype=torch.float64)

@@ -1,0 +1,65 @@
+"""Looking at the model in the middle of training without a trace: previews and validation."""
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from library.training.run import Run
+
+
+@contextmanager
+def evaluating(run: Run) -> Iterator[None]:
+    """The weights that would be saved, dropout off, no gradients; afterwards everything is as it was, bit for bit.
+
+    Adapters use all they have (DyLoRA its full rank). The random streams of torch and Python are put back.
+    """
+    modules = [run.models.denoiser, *run.models.text_encoders, run.network.module]
+    with torch.no_grad(), random_streams_kept(run.device), eval_mode(modules), averaged_weights(run):
+        yield
+
+
+@contextmanager
+def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Evaluation mode, and then for every part the mode it had."""
+    roots = list(modules)
+    modes = [(module, module.training) for root in roots for module in root.modules()]
+    for root in roots:
+        root.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def averaged_weights(run: Run) -> Iterator[None]:
+    """What a schedule-free optimizer has averaged. Its way there and back rounds, so the trained weights are kept."""
+    if not run.optimizer.is_schedule_free:
+        yield
+        return
+    parameters = [parameter for group in run.torch_optimizer.param_groups for parameter in group["params"]]
+    kept = [parameter.detach().clone() for parameter in parameters]
+    run.optimizer.eval()
+    try:
+        yield
+    finally:
+        run.optimizer.train()
+        with torch.no_grad():
+            for parameter, weights in zip(parameters, kept, strict=True):
+                parameter.copy_(weights)
+
+
+@contextmanager
+def random_streams_kept(device: torch.device) -> Iterator[None]:
+    """The generators of torch, on the CPU and on a card, and Python's are afterwards where they were."""
+    state = random.getstate()
+    cards = [device.index or 0] if device.type in ("cuda", "xpu") else []
+    try:
+        with torch.random.fork_rng(devices=cards, device_type=device.type if cards else "cuda"):
+            yield
+    finally:
+        random.setstate(state)

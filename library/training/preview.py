@@ -1,0 +1,269 @@
+"""Pictures drawn while training: when, of what, and what becomes of them. How is the base model's `Preview`."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from library.architectures.interface import Architecture
+from library.diffusion.guidance import guided, needs_negative
+from library.diffusion.samplers import Level
+from library.memory.devices import place, release_memory
+from library.options.preview import PreviewOptions
+from library.options.train import TrainOptions
+from library.randomness import generator_for
+from library.training.evaluation import evaluating
+from library.training.interruption import Interrupted, Interruption
+from library.training.logs import Charts
+from library.training.pictures import Drawn, picture_path, to_image, write_picture
+from library.training.prompts import read_prompts, settle
+from library.training.report import announce
+from library.training.run import Autocast, Run
+from library.types import Batch, Conditioning, Noised, Prompt
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """When pictures are drawn; None is never."""
+
+    at_first: bool
+    every_n_steps: int | None
+    every_n_epochs: int | None
+
+    @classmethod
+    def build(cls, options: PreviewOptions) -> "Timetable":
+        """Numbers of 0 and below are never; --sample_every_n_epochs wins over --sample_every_n_steps."""
+        steps, epochs = (max(n or 0, 0) or None for n in (options.sample_every_n_steps, options.sample_every_n_epochs))
+        return cls(options.sample_at_first, steps if epochs is None else None, epochs)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.at_first or self.every_n_steps or self.every_n_epochs)
+
+    def holds_step(self, step: int) -> bool:
+        return self.every_n_steps is not None and step % self.every_n_steps == 0
+
+    def holds_epoch(self, epoch: int) -> bool:
+        return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0
+
+
+def wanted_prompts(options: TrainOptions, arch: Architecture) -> list[Prompt]:
+    """The pictures that the run is to draw; none where no time or no file is named, or the file is empty."""
+    path = options.preview.sample_prompts
+    if Timetable.build(options.preview).is_empty or not path:
+        return []
+    wishes = read_prompts(Path(path))
+    if not wishes:
+        logger.warning("--sample_prompts %s holds no prompts: no pictures are drawn", path)
+    defaults = arch.preview.defaults
+    num_unsized = sum(wish.width is None or wish.height is None for wish in wishes)
+    if num_unsized:
+        logger.info(
+            "%d of %d preview prompts leave their size to the default, %d x %d; --w and --h in the prompt file set it",
+            num_unsized, len(wishes), defaults.width, defaults.height,
+        )  # fmt: skip
+    prompts = [settle(wish, defaults) for wish in wishes]
+    for text in texts_of(prompts):
+        if (num_tokens := arch.preview.text.count_tokens(text)) > arch.preview.text.max_tokens:
+            logger.warning(
+                "preview prompt of %d tokens: only the first %d are used: %s",
+                num_tokens, arch.preview.text.max_tokens, text,
+            )  # fmt: skip
+    return prompts
+
+
+def texts_of(prompts: Sequence[Prompt]) -> list[str]:
+    """Every text that drawing the prompts takes, each once."""
+    texts = [text for p in prompts for text in ([p.text, p.negative] if needs_negative(p) else [p.text])]
+    return list(dict.fromkeys(texts))
+
+
+def encode_prompts(
+    arch: Architecture, text_encoders: Sequence[nn.Module], autocast: Autocast, prompts: Sequence[Prompt]
+) -> dict[str, Conditioning]:
+    """Conditioning of every text of the prompts, on the CPU; each is encoded by itself, without gradient."""
+    encoded: dict[str, Conditioning] = {}
+    with torch.no_grad(), autocast():
+        for text in texts_of(prompts):
+            features = arch.preview.text.encode(text_encoders, arch.preview.text.tokenize([text]))
+            encoded[text] = {name: tensor.cpu() for name, tensor in features.items()}
+    return encoded
+
+
+class Previews:
+    """Draws the pictures of a run when they are due. What goes wrong is logged, and training goes on."""
+
+    def __init__(
+        self, run: Run, charts: Charts, prompts: Sequence[Prompt], encoded: Mapping[str, Conditioning] | None
+    ) -> None:
+        """`encoded` is what `encode_prompts` gave; None where text encoders train, so that it changes."""
+        self._run, self._charts, self._prompts, self._encoded = run, charts, prompts, encoded
+        self._timetable = Timetable.build(run.options.preview)
+
+    @classmethod
+    def build(cls, run: Run, charts: Charts, encoded: Mapping[str, Conditioning] | None = None) -> "Previews":
+        """The previews that the options ask for. Prompts that frozen text encoders read are encoded here, once.
+
+        `encoded` is given where the text encoders have left memory.
+        """
+        prompts = wanted_prompts(run.options, run.arch) if run.processes.is_main else []
+        if encoded is None and prompts and not run.trains_text_encoder:
+            with evaluating(run):
+                encoded = encode_prompts(run.arch, run.models.text_encoders, run.autocast, prompts)
+        return cls(run, charts, prompts, encoded)
+
+    def before_training(self, interruption: Interruption) -> None:
+        """Draw if --sample_at_first asks for it."""
+        if self._timetable.at_first:
+            self._draw_all("e000000", 0, 0, interruption)
+
+    def after_step(self, step: int, epoch: int, interruption: Interruption) -> None:
+        """Draw if pictures are due after `step`, which is in `epoch`."""
+        if self._timetable.holds_step(step):
+            self._draw_all(f"{step:06d}", step, epoch, interruption)
+
+    def after_epoch(self, step: int, epoch: int, interruption: Interruption) -> None:
+        """Draw if pictures are due after `epoch`, whose last step is `step`."""
+        if self._timetable.holds_epoch(epoch):
+            self._draw_all(f"e{epoch:06d}", step, epoch, interruption)
+
+    def _draw_all(self, event: str, step: int, epoch: int, interruption: Interruption) -> None:
+        if not self._prompts:
+            return
+        run, drawn = self._run, []
+        announce(f"\ngenerating sample images at step / サンプル画像生成 ステップ: {step}")
+        try:
+            release_memory(run.options.memory.highvram)
+            with evaluating(run):
+                vae = place(run.arch.load.vae(), run.device) if run.models.vae is None else run.models.vae
+                num_calls = sum(len(run.arch.preview.sampler(prompt).levels) for prompt in self._prompts)
+                with tqdm(total=num_calls, desc="previews", leave=False, dynamic_ncols=True) as bar:
+
+                    def goes_on() -> bool:
+                        bar.update(1)
+                        return not interruption.is_requested
+
+                    for index in range(len(self._prompts)):
+                        if not interruption.is_requested:
+                            drawn += self._draw_one(event, index, vae, goes_on)
+                del vae
+            self._charts.log_pictures(drawn, step, epoch)
+        except Exception as error:
+            give_up("the previews", error)
+        finally:
+            release_memory(run.options.memory.highvram)
+
+    def _draw_one(self, event: str, index: int, vae: nn.Module, goes_on: Callable[[], bool]) -> list[Drawn]:
+        """Draw and write one picture; gives nothing where that fails or the run is to end."""
+        run, prompt = self._run, self._prompts[index]
+        try:
+            encoded = self._encoded
+            if encoded is None:
+                encoded = encode_prompts(run.arch, run.models.text_encoders, run.autocast, [prompt])
+            generator = generator_of(prompt, run.seed, index)
+            latents_BCHW = draw_latents(run, prompt, encoded, generator, goes_on)
+            if latents_BCHW is None:
+                return []
+            drawn = Drawn(index, prompt, decode(run, vae, latents_BCHW))
+            path = picture_path(run.options.saving, event, index, prompt.seed)
+            write_picture(path, drawn)
+            with tqdm.external_write_mode():
+                logger.info("preview %d: %s", index, path)
+            return [drawn]
+        except Exception as error:
+            give_up(f"preview {index} ({prompt.text})", error)
+            return []
+
+
+def give_up(what: str, error: Exception) -> None:
+    """Log why something was not drawn; a wish to end the run is passed on."""
+    if isinstance(error, Interrupted):
+        raise error
+    with tqdm.external_write_mode():
+        logger.error("%s failed, training goes on: %s: %s", what, type(error).__name__, error)
+    logger.debug("where it failed:", exc_info=error)
+
+
+def generator_of(prompt: Prompt, run_seed: int, index: int) -> torch.Generator:
+    """The generator of a picture (CPU): its own seed, or a stream of the run's that is the same at every event."""
+    if prompt.seed is None:
+        return generator_for(run_seed, "preview", index)
+    return torch.Generator().manual_seed(prompt.seed)
+
+
+def draw_latents(
+    run: Run,
+    prompt: Prompt,
+    encoded: Mapping[str, Conditioning],
+    generator: torch.Generator,
+    goes_on: Callable[[], bool] = lambda: True,
+) -> Tensor | None:
+    """Latents of one picture as `LatentCodec.decode` takes them, float32; None where `goes_on` broke off.
+
+    `goes_on` is asked after every call of the denoiser. The first draw of `generator` is the initial noise, so that
+    pictures compare to those of other programs.
+    Raises ValueError where the denoiser gives what is not a number.
+    """
+    spec, preview = run.arch.codec.spec, run.arch.preview
+    shape = (1, spec.channels, prompt.height // spec.downscale, prompt.width // spec.downscale)
+    sampler, predict, batch = preview.sampler(prompt), preview.predict(prompt), batch_of(prompt)
+    positive, negative = (on_device(encoded.get(text), run.device) for text in (prompt.text, prompt.negative))
+    assert positive is not None
+    latents_BCHW = sampler.start(torch.randn(shape, generator=generator).to(run.device))
+    for n, level in enumerate(sampler.levels):
+        noised = noised_at(level, sampler.denoiser_input(latents_BCHW, n))
+
+        def ask(conditioning: Conditioning, noised: Noised = noised) -> Tensor:
+            with run.autocast():
+                return predict(run.models.denoiser, noised, conditioning, batch)
+
+        prediction_BCHW = guided(ask, positive, negative, prompt, (n + 1) / len(sampler.levels))
+        latents_BCHW = sampler.step(prediction_BCHW, latents_BCHW, n, generator)
+        if not goes_on():
+            return None
+    if not latents_BCHW.isfinite().all():
+        raise ValueError("the latents are not a number: the denoiser overflows, or the adapter has diverged")
+    return latents_BCHW
+
+
+def decode(run: Run, vae: nn.Module, latents_BCHW: Tensor) -> Image.Image:
+    """The picture of the latents. Raises ValueError where the VAE gives what is not a number."""
+    pixels_BCHW = run.arch.codec.decode(vae, latents_BCHW)
+    if not pixels_BCHW.isfinite().all():
+        raise ValueError("the VAE gives NaN; add --no_half_vae, or use a VAE made for fp16")
+    return to_image(pixels_BCHW[0])
+
+
+def on_device(conditioning: Conditioning | None, device: torch.device) -> Conditioning | None:
+    return None if conditioning is None else {name: tensor.to(device) for name, tensor in conditioning.items()}
+
+
+def noised_at(level: Level, latents_BCHW: Tensor) -> Noised:
+    """The latents as the denoiser gets them; what is unknown while sampling, clean latents and noise, is NaN."""
+    unknown_BCHW = torch.full_like(latents_BCHW, torch.nan)
+    sigma_B, timestep_B = (torch.tensor([value], device=latents_BCHW.device) for value in (level.sigma, level.timestep))
+    return Noised(latents_BCHW, unknown_BCHW, unknown_BCHW, sigma_B, timestep_B)
+
+
+def batch_of(prompt: Prompt) -> Batch:
+    """A prompt as the one sample of a batch: the whole picture at its own size."""
+    size: list[Any] = [prompt.height, prompt.width]
+    return Batch(
+        keys=["preview"],
+        captions=[prompt.text],
+        pixels_BCHW=None,
+        latents_BCHW=None,
+        conditioning=None,
+        loss_weights_B=torch.ones(1),
+        masks_B1HW=None,
+        sizes_B6=torch.tensor([[*size, 0, 0, *size]]),
+        attributes=[{}],
+    )
