@@ -10,6 +10,7 @@ create_network, create_network_from_weights = network_module(
         start_step=draw_rank,
         refuses={
             "dora_wd": "the magnitudes of DoRA belong to one rank, so a file cut at another computes something else",
+            "split_qkv": "a file cut at a smaller rank would hold the first projections only",
             "use_tucker": "the core between the factors mixes all ranks, so the first of them are no adapter alone",
         },
     )

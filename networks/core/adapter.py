@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from networks.core.borrowing import Forward, give_forward_back, take_forward
-from networks.core.delta import Delta, down_by_columns, factor, factors_of
+from networks.core.delta import Delta, down_by_columns, factor
 from networks.core.join import Join, scale_columns
 from networks.core.targets import Site
 
@@ -100,7 +100,7 @@ class Adapter(nn.Module):
         if self.dora_scale is None:
             base = self._base_forward(x)
             return self.delta.up(self._drop_and_scale(self.delta.down(x)), base)
-        columns = self.join.columns(self._base_weight, self.dora_scale, *factors_of(self.delta), self._unit_strength)
+        columns = self.join.columns(self._base_weight, self.dora_scale, *self.delta.factors(), self._unit_strength)
         whole = columns if self.multiplier == 1 else 1 + self.multiplier * (columns - 1)
         base = self._base_forward(scale_columns(x, whole))
         return self.delta.up(self._drop_and_scale(down_by_columns(self.delta, x, columns)), base)
@@ -123,7 +123,7 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def norm(self) -> Tensor:
         """The Frobenius norm of the change at multiplier 1, before magnitudes, from the small factors alone."""
-        up_OR, down_RN = (part.float() for part in factors_of(self.delta))
+        up_OR, down_RN = (part.float() for part in self.delta.factors())
         square = ((up_OR.t() @ up_OR) * (down_RN @ down_RN.t())).sum()
         strength = torch.as_tensor(self._unit_strength, device=square.device)
         return square.clamp_min(0).sqrt() * strength.abs()
@@ -141,7 +141,7 @@ class Adapter(nn.Module):
         """Set the magnitudes to the norms of the weight with the change: together they compute what the sum does."""
         assert self.dora_scale is not None
         weight = self._base_weight
-        up_OR, down_RN = (part.to(weight.device) for part in factors_of(self.delta))
+        up_OR, down_RN = (part.to(weight.device) for part in self.delta.factors())
         strength = self._unit_strength
         strength = strength.to(weight.device) if isinstance(strength, Tensor) else strength
         ones = torch.ones_like(self.dora_scale, device=weight.device)

@@ -2,26 +2,28 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
+from networks.core.argument_values import (
+    LrWeights,
+    parse_bool,
+    parse_embedder_ranks,
+    parse_expression_ranks,
+    parse_expression_rates,
+    parse_lr_weights,
+    parse_number,
+    parse_numbers,
+    parse_patterns,
+    parse_probability,
+    parse_rank,
+    parse_ranks,
+    parse_selection,
+    parse_unit,
+)
+
 logger = logging.getLogger(__name__)
-
-TRUE_WORDS = ("true", "1", "yes", "on")
-FALSE_WORDS = ("false", "0", "no", "off")
-LR_PRESETS = ("cosine", "sine", "linear", "reverse_linear", "zeros")
-
-
-@dataclass(frozen=True)
-class LrPreset:
-    """A named curve of learning rate factors over the blocks of one side, raised by `offset`."""
-
-    name: str
-    offset: float = 0.0
-
-
-LrWeights = tuple[float, ...] | LrPreset
 
 
 @dataclass(frozen=True)
@@ -52,74 +54,13 @@ class NetworkArguments:
     unit: int = 1  # networks.dylora: ranks are trained in blocks of so many; `dyloRA` is the same
     conv_unit: int = 1  # the same for convolutions larger than 1x1
     train_all_ranks: bool = True
-
-
-def parse_bool(text: str) -> bool:
-    """True or False from any usual spelling."""
-    word = text.strip().lower()
-    if word in TRUE_WORDS:
-        return True
-    if word in FALSE_WORDS:
-        return False
-    raise ValueError(f"expected True or False, one of {', '.join(TRUE_WORDS + FALSE_WORDS)}")
-
-
-def parse_rank(text: str) -> int:
-    """A rank: a whole number from 0, where 0 leaves the module alone."""
-    try:
-        rank = int(text)
-    except ValueError:
-        raise ValueError("expected a whole number") from None
-    if rank < 0:
-        raise ValueError("expected 0 or more")
-    return rank
-
-
-def parse_unit(text: str) -> int:
-    """A block size: a whole number from 1."""
-    if (unit := parse_rank(text)) == 0:
-        raise ValueError("expected 1 or more")
-    return unit
-
-
-def parse_number(text: str) -> float:
-    """A finite number that is not negative."""
-    try:
-        number = float(text)
-    except ValueError:
-        raise ValueError("expected a number") from None
-    if not 0 <= number < float("inf"):
-        raise ValueError("expected a number from 0")
-    return number
-
-
-def parse_probability(text: str) -> float:
-    """A chance from 0 up to, but without, 1: at 1 nothing would be trained."""
-    number = parse_number(text)
-    if number >= 1:
-        raise ValueError("expected a chance from 0 to below 1")
-    return number
-
-
-def parse_ranks(text: str) -> tuple[int, ...]:
-    """Ranks with commas between them; an empty place is 0."""
-    return tuple(parse_rank(item or "0") for item in text.replace(" ", "").split(","))
-
-
-def parse_numbers(text: str) -> tuple[float, ...]:
-    """Numbers with commas between them; an empty place is 0."""
-    return tuple(parse_number(item or "0") for item in text.replace(" ", "").split(","))
-
-
-def parse_lr_weights(text: str) -> LrWeights:
-    """Learning rate factors with commas between them, or a curve such as `cosine` or `sine+0.25`."""
-    name, plus, offset = text.replace(" ", "").partition("+")
-    if name in LR_PRESETS:
-        return LrPreset(name, parse_number(offset) if plus else 0.0)
-    try:
-        return parse_numbers(text)
-    except ValueError:
-        raise ValueError(f"expected numbers with commas between them, or one of {', '.join(LR_PRESETS)}") from None
+    split_qkv: bool = False  # q, k and v, which some base models have in one layer, are adapted apart
+    network_reg_dims: tuple[tuple[str, int], ...] | None = None  # (regular expression, rank); the first that fits
+    network_reg_lrs: tuple[tuple[str, float], ...] | None = None  # (regular expression, learning rate)
+    exclude_patterns: tuple[str, ...] = ()  # of whole module paths that are left alone
+    include_patterns: tuple[str, ...] = ()  # of whole module paths that are adapted although they are excluded
+    verbose: bool = False  # list the modules at start
+    of_model: Mapping[str, Any] = field(default_factory=dict)  # those that AdapterTargets give a meaning to, if given
 
 
 Parse = Callable[[str], Any]
@@ -149,46 +90,36 @@ SUPPORTED: Mapping[str, Parse] = {
     "unit": parse_unit,
     "conv_unit": parse_unit,
     "train_all_ranks": parse_bool,
+    "split_qkv": parse_bool,
+    "network_reg_dims": parse_expression_ranks,
+    "network_reg_lrs": parse_expression_rates,
+    "exclude_patterns": parse_patterns,
+    "include_patterns": parse_patterns,
+    "verbose": parse_bool,
+}
+
+RANKS_BY_TYPE = (
+    *("img_attn_dim", "txt_attn_dim", "img_mlp_dim", "txt_mlp_dim", "img_mod_dim", "txt_mod_dim"),
+    *("single_dim", "single_mod_dim"),
+    *("context_attn_dim", "context_mlp_dim", "context_mod_dim", "x_attn_dim", "x_mlp_dim", "x_mod_dim"),
+    *("attn_dim", "mlp_dim", "mod_dim", "refiner_dim"),
+)
+OF_MODELS: Mapping[str, Parse] = {  # what they mean stands in the AdapterTargets of each base model that has them
+    **dict.fromkeys(RANKS_BY_TYPE, parse_rank),
+    **dict.fromkeys(("in_dims", "emb_dims", "embedder_dims"), parse_embedder_ranks),
+    **dict.fromkeys(
+        ("train_block_indices", "train_double_block_indices", "train_single_block_indices"), parse_selection
+    ),
+    "train_blocks": str,
+    "train_t5xxl": parse_bool,
+    "train_llm_adapter": parse_bool,
 }
 
 SYNONYMS: Mapping[str, str] = {"dyloRA": "unit"}  # another spelling -> the argument
 
 PLANNED: Mapping[str, str] = {  # key -> what it belongs to
-    "split_qkv": "separate adapters for q, k and v",
-    "train_t5xxl": "the T5 text encoder",
-    "network_reg_dims": "ranks by regular expression",
-    "network_reg_lrs": "learning rates by regular expression",
     "ggpo_sigma": "GGPO",
     "ggpo_beta": "GGPO",
-    "verbose": "lists of modules at start",
-    "include_patterns": "patterns of modules",
-    "exclude_patterns": "patterns of modules",
-    "train_llm_adapter": "Anima",
-    "train_blocks": "choice of blocks",
-    "train_block_indices": "choice of blocks",
-    "train_double_block_indices": "FLUX.1",
-    "train_single_block_indices": "FLUX.1",
-    "in_dims": "FLUX.1",
-    "img_attn_dim": "FLUX.1",
-    "txt_attn_dim": "FLUX.1",
-    "img_mlp_dim": "FLUX.1",
-    "txt_mlp_dim": "FLUX.1",
-    "img_mod_dim": "FLUX.1",
-    "txt_mod_dim": "FLUX.1",
-    "single_dim": "FLUX.1",
-    "single_mod_dim": "FLUX.1",
-    "emb_dims": "Stable Diffusion 3",
-    "context_attn_dim": "Stable Diffusion 3",
-    "context_mlp_dim": "Stable Diffusion 3",
-    "context_mod_dim": "Stable Diffusion 3",
-    "x_attn_dim": "Stable Diffusion 3",
-    "x_mlp_dim": "Stable Diffusion 3",
-    "x_mod_dim": "Stable Diffusion 3",
-    "attn_dim": "Lumina Image 2.0",
-    "mlp_dim": "Lumina Image 2.0",
-    "mod_dim": "Lumina Image 2.0",
-    "refiner_dim": "Lumina Image 2.0",
-    "embedder_dims": "Lumina Image 2.0",
 }
 
 
@@ -207,7 +138,10 @@ def parse_arguments(items: Mapping[str, Any], neuron_dropout: float | None = Non
         )
     if (chosen := neuron_dropout if neuron_dropout is not None else dropout) is not None:
         given["neuron_dropout"] = chosen
-    arguments = NetworkArguments(**_merge_synonyms({key: _parse(key, value) for key, value in given.items()}))
+    parsed = {key: _parse(key, value) for key, value in given.items()}
+    of_model = {key: value for key, value in parsed.items() if key in OF_MODELS}
+    own = {key: value for key, value in parsed.items() if key not in OF_MODELS}
+    arguments = NetworkArguments(**_merge_synonyms(own), of_model=of_model)
     _check_together(arguments)
     return arguments
 
@@ -216,13 +150,14 @@ def _parse(key: str, value: Any) -> Any:
     if key in PLANNED:
         raise ValueError(f"--network_args {key}={value} is not supported yet ({PLANNED[key]}); leave {key} out")
     name = SYNONYMS.get(key, key)
-    if name not in SUPPORTED:
-        near = get_close_matches(key, [*SUPPORTED, *SYNONYMS, *PLANNED], n=1, cutoff=0.5)
+    if name not in SUPPORTED and name not in OF_MODELS:
+        near = get_close_matches(key, [*SUPPORTED, *OF_MODELS, *SYNONYMS, *PLANNED], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SUPPORTED)}"
         raise ValueError(f"--network_args {key}={value}: there is no argument {key}; {hint}")
-    text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    is_list = isinstance(value, (list, tuple)) and not name.endswith("_patterns")
+    text = ",".join(map(str, value)) if is_list else str(value)
     try:
-        return SUPPORTED[name](text)
+        return SUPPORTED[name](text) if name in SUPPORTED else OF_MODELS[name](text)
     except ValueError as error:
         flag = "--network_dropout" if key == "neuron_dropout" else f"--network_args {key}"
         raise ValueError(f"{flag}={text}: {error}") from None
@@ -265,4 +200,4 @@ def _check_together(arguments: NetworkArguments) -> None:
 
 
 def _default(name: str) -> Any:
-    return next(field.default for field in fields(NetworkArguments) if field.name == name)
+    return next(one.default for one in fields(NetworkArguments) if one.name == name)

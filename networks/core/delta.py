@@ -32,6 +32,10 @@ class Delta(Protocol):
         """`base` plus what the R channels add to it, in the dtype of `base`."""
         ...
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(up_OR, down_RN) of which the change is the product, N = I * h * w."""
+        ...
+
     def weight(self) -> Tensor:
         """The change in the shape of the layer's weight, without alpha and multiplier."""
         ...
@@ -64,6 +68,9 @@ class LowRank(nn.Module):
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
         return add_product(base, hidden, factor(self.lora_up))
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return factors_of(self)
+
     def weight(self) -> Tensor:
         up_OR, down_RI = factor(self.lora_up).flatten(1), factor(self.lora_down).flatten(1)
         shape = (up_OR.shape[0], *factor(self.lora_down).shape[1:])
@@ -95,12 +102,15 @@ class Tucker(nn.Module):
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
         return add_product(base, hidden, self.lora_up.weight)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return factors_of(self)
+
     def weight(self) -> Tensor:
-        up_OR, down_RN = factors_of(self)
+        up_OR, down_RN = self.factors()
         return (up_OR @ down_RN).reshape(-1, self.lora_down.in_channels, *self.lora_mid.weight.shape[2:])
 
 
-def factors_of(delta: Delta) -> tuple[Tensor, Tensor]:
+def factors_of(delta: nn.Module) -> tuple[Tensor, Tensor]:
     """(up_OR, down_RN) of which the change is the product, N = I * h * w; a Tucker core is multiplied into down."""
     children = dict(delta.named_children())
     up_OR, down = factor(children["lora_up"]).flatten(1), factor(children["lora_down"])

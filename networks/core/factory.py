@@ -1,65 +1,34 @@
 """The two functions that --network_module must offer, made for one kind of adapter."""
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from networks.core.adapter import Adapter, Dropout
 from networks.core.arguments import NetworkArguments, parse_arguments
-from networks.core.delta import Delta, Tucker
-from networks.core.files import DORA_SCALE, MID, W_NORM, group_by_module, rank_and_alpha, read_adapters
-from networks.core.join import Add, Decompose
-from networks.core.network import AdapterNetwork, Member, StartStep
-from networks.core.norms import NormAdapter
-from networks.core.rules import Allotment, make_lr_factors, make_rules
-from networks.core.targets import AdapterTargets, Part, Site, find_norms, find_sites
+from networks.core.choices import check_choices
+from networks.core.files import DORA_SCALE, MID, group_by_module, read_adapters
+from networks.core.members import Kind as Kind
+from networks.core.members import Place, fresh_members, members_of_file, rates_alone
+from networks.core.network import AdapterNetwork, Member
+from networks.core.rules import make_rules
+from networks.core.targets import AdapterTargets
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
 RANK_ARGUMENTS = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
-FORM_ARGUMENTS = ("use_tucker", "train_norm")
+FORM_ARGUMENTS = ("use_tucker", "train_norm", "network_reg_dims", "exclude_patterns", "include_patterns")
 NESTED_ARGUMENTS = ("unit", "conv_unit", "train_all_ranks")
-
-MakeDelta = Callable[[nn.Module, int], Delta]
-"""(the layer, its rank) -> the change of its weight."""
 
 TextEncoder = nn.Module | Sequence[nn.Module | None] | None
 """One model, a list where the base model has several, None where text encoders are not loaded."""
 
 CreateNetwork = Callable[..., AdapterNetwork]
 CreateFromWeights = Callable[..., tuple[AdapterNetwork, dict[str, Tensor]]]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What is particular to the adapters of one door."""
-
-    make_delta: MakeDelta
-    check: Callable[[AdapterNetwork], None] | None = None  # tells what comes of the settings, or raises ValueError
-    start_step: StartStep | None = None  # called before each batch of an optimizer step
-    refuses: Mapping[str, str] = field(default_factory=dict)  # network argument -> why it cannot meet this kind
-
-
-@dataclass(frozen=True)
-class Form:
-    """How the change of one module is stored and joined, beside what its kind says."""
-
-    is_tucker: bool
-    is_decomposed: bool
-
-
-@dataclass(frozen=True)
-class Place:
-    """One part of the base model that adapters search."""
-
-    part: Part
-    root: nn.Module
-    text_encoder: int | None  # index of the text encoder, None for the denoiser
 
 
 def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
@@ -87,21 +56,17 @@ def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
         if rank < 0 or alpha < 0:
             raise ValueError(f"--network_dim is {rank} and --network_alpha {alpha:g}; neither can be negative")
         targets = targets_of(unet)
-        members = []
+        check_choices(targets, arguments, unet)
+        members: list[Member] = []
         for place in places(targets, text_encoder, unet):
-            rules = make_rules(rank, alpha, arguments, targets.block_list, is_denoiser=place.text_encoder is None)
-            for site in find_sites(place.part, place.root, rules.classes(place.part)):
-                allotment = rules.allot(site)
-                if allotment.rank:
-                    is_tucker = arguments.use_tucker and site.kind == "conv"
-                    form = Form(is_tucker, arguments.dora_wd)
-                    members.append(make_member(kind, place, site, allotment, arguments, multiplier, form))
-            if arguments.train_norm:
-                for site in find_norms(place.part, place.root, rules.classes(place.part)):
-                    if (norm_allotment := rules.allot_norm(site)) is not None:
-                        members.append(Member(NormAdapter(site, multiplier), place.text_encoder, norm_allotment))
+            if not place.part.needs or arguments.of_model.get(place.part.needs):
+                rules = make_rules(rank, alpha, arguments, targets, is_denoiser=place.text_encoder is None)
+                members += fresh_members(kind, targets, place, rules, arguments, multiplier)
         if not members:
-            raise ValueError(f"--network_dim {rank}: every module has rank 0, so there is nothing to train")
+            raise ValueError(
+                f"nothing to train: with --network_dim {rank} and these --network_args every module has the rank 0"
+            )
+        warn_without_effect(arguments, members)
         network = AdapterNetwork(members, targets, arguments, kind.start_step)
         if kind.check is not None:
             kind.check(network)
@@ -121,8 +86,8 @@ def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
         """Adapters on the modules that a file names, with its ranks and alphas, and the file's tensors.
 
         The weights themselves are not loaded. Tucker cores, magnitudes and norms are there where the file has them. Of
-        the network arguments the dropouts, the LoRA+ ratios, use_scalar, dora_wd and the *_lr_weight lists count.
-        Raises ValueError when the file cannot be used.
+        the network arguments the dropouts, the LoRA+ ratios, use_scalar, dora_wd, split_qkv, network_reg_lrs and the
+        *_lr_weight lists count. Raises ValueError when the file cannot be used.
         """
         arguments = parse_arguments(network_args, neuron_dropout)
         check_arguments(kind, arguments)
@@ -130,23 +95,10 @@ def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
         weights = dict(read_adapters(file) if weights_sd is None else weights_sd)
         groups = group_by_module(weights, str(file))
         targets = targets_of(unet)
-        factors = make_lr_factors(arguments, targets.block_list)
-        members = []
+        members: list[Member] = []
         for place in places(targets, text_encoder, unet):
-            classes = place.part.blocks + place.part.conv_blocks
-            for site in (*find_sites(place.part, place.root, classes), *find_norms(place.part, place.root, classes)):
-                group = groups.get(site.name)
-                if group is None or (W_NORM in group) != (site.kind == "norm"):
-                    continue
-                is_in_denoiser = place.text_encoder is None
-                lr = factors.of(site.path) if factors is not None and is_in_denoiser else (1.0, None)
-                if site.kind == "norm":
-                    allotment = Allotment(0, 0.0, *lr)
-                    members.append(Member(NormAdapter(site, multiplier), place.text_encoder, allotment))
-                else:
-                    allotment = Allotment(*rank_and_alpha(group), *lr)
-                    form = Form(MID in group, DORA_SCALE in group or arguments.dora_wd)
-                    members.append(make_member(kind, place, site, allotment, arguments, multiplier, form))
+            rules = rates_alone(arguments, targets, is_denoiser=place.text_encoder is None)
+            members += members_of_file(kind, targets, place, rules, arguments, multiplier, groups, str(file))
         if not members:
             raise ValueError(
                 f"{file}: none of its {len(groups)} modules is in this base model; was it made for another?"
@@ -160,6 +112,25 @@ def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
         return network, weights
 
     return create_network, create_network_from_weights
+
+
+def warn_without_effect(arguments: NetworkArguments, members: Sequence[Member]) -> None:
+    """Say which arguments concern a kind of layer that is not adapted, and list the modules with `verbose`."""
+    sites = [member.adapter.site for member in members]
+    if arguments.conv_dim is not None and not any(site.kind == "conv" for site in sites):
+        logger.warning("--network_args conv_dim has no effect: no convolution larger than 1x1 is adapted here")
+    if arguments.train_norm and not any(site.kind == "norm" for site in sites):
+        logger.warning("--network_args train_norm has no effect: the adapted blocks have no norms with weights")
+    for name in ("network_reg_dims", "network_reg_lrs"):
+        entries = getattr(arguments, name) or ()
+        unused = [
+            e for e, value in entries if value and not any(re.search(e, s.name) or re.search(e, s.path) for s in sites)
+        ]
+        if unused:
+            logger.warning("--network_args %s: nothing is adapted that %s fits", name, " or ".join(unused))
+    if arguments.verbose:
+        for member in members:
+            logger.info("%s: rank %d", member.adapter.site.name, member.allotment.rank)
 
 
 def check_arguments(kind: Kind, arguments: NetworkArguments) -> None:
@@ -187,6 +158,7 @@ def warn_of_ranks(arguments: NetworkArguments) -> None:
     """Say which arguments a file overrules."""
     given = [name for name in RANK_ARGUMENTS if getattr(arguments, name) is not None]
     given += [name for name in FORM_ARGUMENTS if getattr(arguments, name)]
+    given += [name for name, value in arguments.of_model.items() if value]
     if given:
         logger.warning(
             "--dim_from_weights takes ranks, alphas and forms from the file: %s has no effect", ", ".join(given)
@@ -213,22 +185,3 @@ def places(targets: AdapterTargets, text_encoder: TextEncoder, denoiser: nn.Modu
         if encoder is not None
     ]
     return [*found, Place(targets.denoiser, denoiser, None)]
-
-
-def make_member(
-    kind: Kind,
-    place: Place,
-    site: Site,
-    allotment: Allotment,
-    arguments: NetworkArguments,
-    multiplier: float,
-    form: Form,
-) -> Member:
-    """One adapter, not installed yet."""
-    dropout = Dropout(arguments.neuron_dropout, arguments.rank_dropout, arguments.module_dropout)
-    delta = (Tucker if form.is_tucker else kind.make_delta)(site.module, allotment.rank)
-    weight = site.module.weight
-    assert isinstance(weight, Tensor)
-    join = Decompose(weight, arguments.dora_constant_norm) if form.is_decomposed else Add()
-    adapter = Adapter(site, delta, join, allotment.alpha, dropout, multiplier, arguments.use_scalar)
-    return Member(adapter, place.text_encoder, allotment)

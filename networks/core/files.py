@@ -15,6 +15,7 @@ from library.checkpoints.files import is_safetensors, load_state_dict, save_pick
 from library.checkpoints.hashes import with_hashes
 from networks.core.adapter import Adapter
 from networks.core.norms import NormAdapter
+from networks.core.split import SplitRank, expand, fold
 
 ALPHA = "alpha"
 DOWN = "lora_down.weight"
@@ -93,7 +94,10 @@ def load_into(adapters: Mapping[str, AnyAdapter], tensors: Mapping[str, Tensor],
     module computes what the file does. Raises ValueError when no name fits, or when a shape differs: then nothing has
     been changed.
     """
-    groups = group_by_module(tensors, source)
+    groups = {
+        name: in_own_form(name, adapters[name], group, source) if name in adapters else group
+        for name, group in group_by_module(tensors, source).items()
+    }
     fitting = [name for name in adapters if name in groups]
     if not fitting:
         raise ValueError(
@@ -126,12 +130,30 @@ def load_into(adapters: Mapping[str, AnyAdapter], tensors: Mapping[str, Tensor],
     )
 
 
+def in_own_form(name: str, adapter: AnyAdapter, group: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
+    """One module of a file as the adapter has it in memory: with split_qkv the blocks of the up factor alone.
+
+    Raises ValueError where the file has more than those blocks.
+    """
+    if not isinstance(adapter, Adapter) or not isinstance(adapter.delta, SplitRank) or DOWN not in group:
+        return group
+    widths = adapter.delta.widths
+    folded = fold(group[UP], widths)
+    if folded is None:
+        raise ValueError(
+            f"{name} is one adapter for all {len(widths)} projections of its layer in {source}; split_qkv trains one "
+            "for each. Set --network_args split_qkv=False to train it further as it is"
+        )
+    alpha = rank_and_alpha(group)[1]
+    return {**group, UP: folded, ALPHA: torch.tensor(alpha / len(widths), dtype=torch.float32)}
+
+
 def check_shapes(name: str, adapter: AnyAdapter, group: Mapping[str, Tensor], source: str) -> None:
     """Raise ValueError where weights of a file do not fit an adapter."""
     own = adapter.state_dict()
     if isinstance(adapter, Adapter):
         check_kind(name, adapter, group, source)
-        rank = group[DOWN].shape[0]
+        rank = group[UP].shape[1]
         if rank != adapter.delta.rank:
             raise ValueError(
                 f"{name} has rank {rank} in {source}, but the settings (--network_dim, --network_args) give it rank "
@@ -192,6 +214,9 @@ def file_tensors(adapter: AnyAdapter) -> dict[str, Tensor]:
         tensors[ALPHA] = torch.tensor(adapter.alpha_value, dtype=torch.float32)
     if SCALAR in tensors:
         tensors[UP] = tensors[UP] * tensors.pop(SCALAR)
+    if isinstance(adapter.delta, SplitRank):
+        tensors[UP] = expand(tensors[UP], adapter.delta.widths)
+        tensors[ALPHA] = tensors[ALPHA] * len(adapter.delta.widths)
     return tensors
 
 

@@ -1,12 +1,14 @@
 """LoRA-FA: the down factor is frozen, so the layer's input need not be kept for the backward pass."""
 
 import logging
+from collections.abc import Sequence
 from math import sqrt
 
 from torch import nn
 
 from networks.core.delta import Delta, LowRank, factor
 from networks.core.network import AdapterNetwork
+from networks.core.split import SplitRank
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +23,23 @@ def frozen_down(layer: nn.Module, rank: int) -> Delta:
     gradient's norm, nor autograd ever meets it. The backward pass keeps the R channels instead of the layer's input.
     """
     delta = LowRank(layer, rank)
-    weight = factor(delta.lora_down).detach()
-    nn.init.normal_(weight, std=sqrt(2 / (weight.shape[1] + rank)))
-    del delta.lora_down.weight
-    delta.lora_down.register_buffer("weight", weight)
+    freeze(delta.lora_down, rank)
     return delta
+
+
+def frozen_split(layer: nn.Linear, rank: int, widths: Sequence[int]) -> Delta:
+    """The same for each projection of a fused layer."""
+    delta = SplitRank(layer, rank, widths)
+    freeze(delta.lora_down, rank)
+    return delta
+
+
+def freeze(down: nn.Module, rank: int) -> None:
+    """Draw the weight of a down factor and make it a buffer."""
+    weight = factor(down).detach()
+    nn.init.normal_(weight, std=sqrt(2 / (weight.shape[1] + rank)))
+    del down.weight
+    down.register_buffer("weight", weight)
 
 
 def warn_of_ratios(network: AdapterNetwork) -> None:

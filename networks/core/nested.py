@@ -11,7 +11,7 @@ from torch.nn.functional import conv2d, linear
 
 from library.randomness import random_for
 from networks.core.arguments import NetworkArguments
-from networks.core.delta import LowRank, add_product, factor, in_dtype_of
+from networks.core.delta import LowRank, add_product, factor, factors_of, in_dtype_of
 from networks.core.network import AdapterNetwork
 from networks.core.targets import Site
 
@@ -65,6 +65,9 @@ class NestedRank(nn.Module):
 
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
         return add_product(base, hidden, part(factor(self.lora_up), 1, *self._rows_of_this_call()))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return factors_of(self)
 
     def weight(self) -> Tensor:
         up_OR, down_RI = factor(self.lora_up).flatten(1), factor(self.lora_down).flatten(1)

@@ -145,8 +145,10 @@ class AdapterNetwork(nn.Module):
         groups: dict[tuple[str, float], list[nn.Parameter]] = {}
         trained: set[nn.Parameter] = set()
         for member in self.members:
-            rate = rates(member) * member.allotment.lr_factor
-            block = "" if member.allotment.block is None else f"_block{member.allotment.block}"
+            allotment = member.allotment
+            rate = (rates(member) if allotment.lr is None else allotment.lr) * allotment.lr_factor
+            block = "" if allotment.block is None else f"_block{allotment.block}"
+            block += "" if allotment.expression is None else f" reg_lr_{allotment.expression}"
             ratio = self._loraplus_ratio(member)
             for name, parameter in member.adapter.named_parameters():
                 is_plus = ratio is not None and UP_FACTORS in name

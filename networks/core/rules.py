@@ -1,13 +1,17 @@
-"""Rank, alpha and learning rate factor of one module, from the network arguments and the place of the module."""
+"""Rank, alpha and learning rate of one module, from the network arguments and the place of the module."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from networks.core.arguments import LrPreset, LrWeights, NetworkArguments
-from networks.core.targets import BlockList, Part, Site
+from networks.core.argument_values import LrPreset, LrWeights
+from networks.core.arguments import NetworkArguments
+from networks.core.choices import Choices, Expressions
+from networks.core.targets import AdapterTargets, BlockList, Part, Site
 
 DEFAULT_CONV_ALPHA = 1.0
+NO_RANKS: Expressions[int] = Expressions()
+NO_RATES: Expressions[float] = Expressions()
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,8 @@ class Allotment:
     alpha: float
     lr_factor: float = 1.0
     block: int | None = None  # set where blocks have learning rates of their own
+    lr: float | None = None  # of network_reg_lrs: it stands for the rate of the part
+    expression: int | None = None  # which entry of network_reg_lrs gave it
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,9 @@ class Rules:
     layout: BlockList | None = None
     blocks: BlockTable | None = None
     lr_factors: LrFactors | None = None
+    choices: Choices | None = None
+    ranks_by_expression: Expressions[int] = NO_RANKS
+    rates_by_expression: Expressions[float] = NO_RATES
 
     def classes(self, part: Part) -> tuple[str, ...]:
         """The class names of the blocks that are searched."""
@@ -62,21 +71,32 @@ class Rules:
 
     def allot(self, site: Site) -> Allotment:
         """What one module gets. A block whose learning rate factor is 0 gets no adapters."""
-        rank, alpha = self._rank_and_alpha(site)
-        if self.lr_factors is None:
-            return Allotment(rank, alpha)
-        factor, block = self.lr_factors.of(site.path)
-        return Allotment(rank if factor else 0, alpha, factor, block)
+        return self.with_rate(site, *self._rank_and_alpha(site))
+
+    def with_rate(self, site: Site, rank: int, alpha: float) -> Allotment:
+        """What a module of known rank and alpha gets."""
+        expression, lr = self.rates_by_expression.find(site) or (None, None)
+        factor, block = (1.0, None) if self.lr_factors is None else self.lr_factors.of(site.path)
+        return Allotment(rank if factor else 0, alpha, factor, block, lr, expression)
 
     def allot_norm(self, site: Site) -> Allotment | None:
         """What a normalisation layer gets: a learning rate factor, None where its block is left alone."""
         block = self.layout.index_of(site.path) if self.layout else None
         if self.blocks is not None and block is not None and not self.blocks.ranks[block]:
             return None
-        factor, number = (1.0, None) if self.lr_factors is None else self.lr_factors.of(site.path)
-        return Allotment(0, 0.0, factor, number) if factor else None
+        allotment = self.with_rate(site, 0, 0.0)
+        return allotment if allotment.lr_factor else None
 
     def _rank_and_alpha(self, site: Site) -> tuple[int, float]:
+        if (matched := self.ranks_by_expression.find(site)) is not None:
+            return matched[1], self.alpha
+        rank, alpha = self._by_size_and_block(site)
+        if self.choices is None:
+            return rank, alpha
+        chosen = self.choices.rank_of(site, rank)
+        return chosen, alpha if chosen == rank else self.alpha
+
+    def _by_size_and_block(self, site: Site) -> tuple[int, float]:
         block = self.layout.index_of(site.path) if self.layout and self.blocks else None
         if self.blocks is None or block is None:
             return (self.rank, self.alpha) if site.kind == "plain" else (self.conv_rank, self.conv_alpha)
@@ -86,12 +106,13 @@ class Rules:
 
 
 def make_rules(
-    rank: int, alpha: float, arguments: NetworkArguments, layout: BlockList | None, is_denoiser: bool
+    rank: int, alpha: float, arguments: NetworkArguments, targets: AdapterTargets, is_denoiser: bool
 ) -> Rules:
-    """The rules of the denoiser or of a text encoder; lists of blocks act on the denoiser only.
+    """The rules of the denoiser or of a text encoder; what speaks of blocks acts on the denoiser only.
 
     Raises ValueError where a list does not fit the blocks of the base model.
     """
+    layout = targets.block_list
     conv_alpha = DEFAULT_CONV_ALPHA if arguments.conv_alpha is None else arguments.conv_alpha
     return Rules(
         rank=rank,
@@ -102,6 +123,9 @@ def make_rules(
         layout=layout if is_denoiser else None,
         blocks=make_block_table(rank, alpha, conv_alpha, arguments, layout) if is_denoiser else None,
         lr_factors=make_lr_factors(arguments, layout) if is_denoiser else None,
+        choices=Choices(targets, arguments) if is_denoiser else None,
+        ranks_by_expression=Expressions(arguments.network_reg_dims or (), targets.expressions),
+        rates_by_expression=Expressions(arguments.network_reg_lrs or (), targets.expressions),
     )
 
 

@@ -5,8 +5,8 @@ those of the model as network modules see it; with dots turned into underscores 
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
@@ -21,7 +21,9 @@ class Part:
     prefix: str  # of every weight name saved for this part: "lora_unet", "lora_te1"
     blocks: tuple[str, ...]  # class names; every Linear and Conv2d below them is a candidate
     conv_blocks: tuple[str, ...] = ()  # searched too when kernels larger than 1x1 are adapted
-    exclude: tuple[str, ...] = ()  # patterns of whole paths that are left out
+    exclude: tuple[str, ...] = ()  # patterns of whole paths that are left out, unless include_patterns readmits them
+    needs: str = ""  # the network argument, such as train_t5xxl, without which this part is left alone
+    extra_blocks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # argument that asks for more -> classes
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,69 @@ class BlockList:
 
 
 @dataclass(frozen=True)
+class Embedders:
+    """Layers outside the blocks, adapted only when one argument gives them ranks.
+
+    Entry i of the argument is the rank of what lies at or below paths that begin with entry i of `patterns`.
+    """
+
+    argument: str  # "in_dims"
+    patterns: tuple[str, ...]
+
+    def index_of(self, path: str) -> int | None:
+        """The entry that a path belongs to, None for a path of none."""
+        return next((i for i, p in enumerate(self.patterns) if re.match(rf"(?:{p})(?:\.|$)", path)), None)
+
+
+Widths = Callable[[int, int], tuple[int, ...]]
+"""(input features, output features) of a fused layer -> the outputs of each of its projections, in order."""
+
+
+def thirds(num_inputs: int, num_outputs: int) -> tuple[int, ...]:
+    """q, k and v of equal width."""
+    return (num_outputs // 3,) * 3
+
+
+def qkv_and_rest(num_inputs: int, num_outputs: int) -> tuple[int, ...]:
+    """q, k and v as wide as the input, and what remains."""
+    return (*(num_inputs,) * 3, num_outputs - 3 * num_inputs)
+
+
+@dataclass(frozen=True)
 class AdapterTargets:
-    """Everything the adapter core must know about one base model."""
+    """Everything the adapter core must know about one base model.
+
+    All patterns are regular expressions; unless said otherwise they are searched for in the path of a module.
+    """
 
     denoiser: Part
     text_encoders: tuple[Part, ...] = ()
     block_list: BlockList | None = None  # None: block_dims and the *_lr_weight lists do not exist for this model
+    ranks: Mapping[str, str] = field(default_factory=dict)  # argument -> pattern; the first given one that fits decides
+    embedders: Embedders | None = None
+    block_choices: Mapping[str, str] = field(default_factory=dict)  # argument -> pattern with the number as its group
+    subsets: Mapping[str, str] = field(
+        default_factory=dict
+    )  # value of train_blocks beside "all" -> pattern of the rest
+    fused: Mapping[str, Widths] = field(default_factory=dict)  # pattern of what split_qkv splits -> how
+    expressions: Literal["name", "path"] = "name"  # network_reg_*: searched for in the name, or must fit the whole path
+
+    @property
+    def arguments(self) -> frozenset[str]:
+        """The network arguments that this declaration gives a meaning to."""
+        parts = (self.denoiser, *self.text_encoders)
+        names = {*self.ranks, *self.block_choices, *(part.needs for part in parts)}
+        names |= {name for part in parts for name in part.extra_blocks}
+        names |= {self.embedders.argument} if self.embedders else set()
+        names |= {"train_blocks"} if self.subsets else set()
+        return frozenset(names - {""})
+
+    def widths_of(self, path: str, module: nn.Module) -> tuple[int, ...] | None:
+        """The outputs of each projection of a fused layer, None for a layer that is none."""
+        split = next((split for pattern, split in self.fused.items() if re.search(pattern, path)), None)
+        if split is None or not isinstance(module, nn.Linear):
+            return None
+        return split(module.in_features, module.out_features)
 
 
 @dataclass(frozen=True)
@@ -61,6 +120,21 @@ class Site:
     path: str  # "double_blocks.0.img_attn.qkv"
     module: nn.Module
     kind: Kind  # plain: Linear and 1x1 convolution; conv: larger kernels; norm: a normalisation layer
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What a user leaves out of the search, beside what each part excludes, and what is readmitted: whole paths."""
+
+    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+
+    def leave_out(self, part: Part, path: str) -> bool:
+        is_excluded = any(re.fullmatch(p, path) for p in (*part.exclude, *self.exclude))
+        return is_excluded and not any(re.fullmatch(p, path) for p in self.include)
+
+
+UNFILTERED = Filters()
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -77,23 +151,39 @@ def site_name(part: Part, path: str) -> str:
     return f"{part.prefix}.{path}".replace(".", "_")
 
 
-def find_sites(part: Part, root: nn.Module, classes: Sequence[str]) -> list[Site]:
+def find_sites(part: Part, root: nn.Module, classes: Sequence[str], filters: Filters = UNFILTERED) -> list[Site]:
     """Every Linear and Conv2d below a block of the given classes, once each, in the order the modules are declared."""
     return [
         Site(site_name(part, path), path, module, kind)
         for path, module in _walk(root, classes)
-        if (kind := kind_of(module)) is not None and not any(re.fullmatch(p, path) for p in part.exclude)
+        if (kind := kind_of(module)) is not None and not filters.leave_out(part, path)
     ]
 
 
-def find_norms(part: Part, root: nn.Module, classes: Sequence[str]) -> list[Site]:
+def find_embedders(part: Part, root: nn.Module, embedders: Embedders, blocks: Sequence[Site]) -> list[Site]:
+    """Every Linear and Conv2d of the embedders, in the order they are declared, without those found in blocks."""
+    taken = {site.path for site in blocks}
+    return [
+        Site(site_name(part, path), path, module, kind)
+        for path, module in root.named_modules()
+        if (kind := kind_of(module)) is not None and path not in taken and embedders.index_of(path) is not None
+    ]
+
+
+def count_blocks(root: nn.Module, pattern: str) -> int:
+    """How many blocks a model has whose number is the group of a pattern."""
+    found = (re.search(pattern, path) for path, _ in root.named_modules())
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def find_norms(part: Part, root: nn.Module, classes: Sequence[str], filters: Filters = UNFILTERED) -> list[Site]:
     """Every LayerNorm and GroupNorm with a learnable weight below a block of the given classes, once each."""
     return [
         Site(site_name(part, path), path, module, "norm")
         for path, module in _walk(root, classes)
         if type(module) in (nn.LayerNorm, nn.GroupNorm)
         and module.weight is not None
-        and not any(re.fullmatch(p, path) for p in part.exclude)
+        and not filters.leave_out(part, path)
     ]
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from networks.core.arguments import PLANNED, SUPPORTED, LrPreset, NetworkArguments, parse_arguments, parse_bool
+from networks.core.argument_values import LrPreset, Selection, parse_bool
+from networks.core.arguments import OF_MODELS, PLANNED, SUPPORTED, NetworkArguments, parse_arguments
 
 
 def test_strings_become_typed_values() -> None:
@@ -41,7 +42,16 @@ def test_values_may_be_typed_already_and_none_is_not_given() -> None:
         ({"block_dims": "4;4"}, "block_dims=4;4: expected a whole number"),
         ({"down_lr_weight": "cosin"}, "down_lr_weight=cosin: expected numbers with commas between them, or one of cos"),
         ({"conv_block_dims": "4,4"}, "conv_block_dims needs block_dims"),
-        ({"split_qkv": "True"}, "split_qkv=True is not supported yet (separate adapters for q, k and v)"),
+        ({"ggpo_sigma": "0.1"}, "ggpo_sigma=0.1 is not supported yet (GGPO)"),
+        ({"img_attn_dims": "4"}, "did you mean img_attn_dim?"),
+        ({"img_attn_dim": "-4"}, "img_attn_dim=-4: expected 0 or more"),
+        ({"in_dims": "[4,x]"}, "in_dims=[4,x]: expected a whole number"),
+        ({"train_double_block_indices": "3-1"}, "the range 3-1 runs backwards"),
+        ({"train_double_block_indices": "1;2"}, "numbers and ranges such as 0-3,7; '1;2' is none"),
+        ({"network_reg_dims": "img_attn"}, "'img_attn' has no '='"),
+        ({"network_reg_dims": "img_(attn=4"}, "'img_(attn' is no regular expression"),
+        ({"network_reg_lrs": "img=fast"}, "network_reg_lrs=img=fast: expected a number"),
+        ({"exclude_patterns": "[3]"}, "expected regular expressions"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -98,4 +108,29 @@ def test_another_word_is_no_boolean() -> None:
 
 def test_no_key_is_both_there_and_planned_and_every_value_has_its_field() -> None:
     assert not SUPPORTED.keys() & PLANNED.keys()
-    assert SUPPORTED.keys() == vars(NetworkArguments()).keys()
+    assert not SUPPORTED.keys() & OF_MODELS.keys()
+    assert SUPPORTED.keys() == vars(NetworkArguments()).keys() - {"of_model"}
+
+
+def test_arguments_of_base_models_are_typed_too() -> None:
+    got = parse_arguments(
+        {
+            "img_attn_dim": "8", "in_dims": "[1, 2,,4,5]", "train_t5xxl": "true", "train_blocks": "single",
+            "train_double_block_indices": "0-2, 5", "train_single_block_indices": "none", "train_block_indices": "all",
+        }
+    ).of_model  # fmt: skip
+    assert got == {
+        "img_attn_dim": 8, "in_dims": (1, 2, 0, 4, 5), "train_t5xxl": True, "train_blocks": "single",
+        "train_double_block_indices": Selection(frozenset({0, 1, 2, 5})),
+        "train_single_block_indices": Selection(frozenset()), "train_block_indices": Selection(),
+    }  # fmt: skip
+
+
+def test_expressions_and_patterns_keep_their_order() -> None:
+    got = parse_arguments(
+        {"network_reg_dims": "a=b=4,.*_0_=0", "network_reg_lrs": "x=1e-3", "exclude_patterns": "['.*mlp.*', '.*q']"}
+    )
+    assert got.network_reg_dims == (("a=b", 4), (".*_0_", 0))
+    assert got.network_reg_lrs == (("x", 1e-3),)
+    assert got.exclude_patterns == (".*mlp.*", ".*q")
+    assert parse_arguments({"include_patterns": ".*[kv]"}).include_patterns == (".*[kv]",)

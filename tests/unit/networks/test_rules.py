@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
-from networks.core.arguments import LrPreset, NetworkArguments
+from networks.core.argument_values import LrPreset
+from networks.core.arguments import NetworkArguments
 from networks.core.rules import Allotment, Rules, make_lr_factors, make_rules, preset_factors
-from networks.core.targets import BlockList, Site
+from networks.core.targets import AdapterTargets, BlockList, Part, Site
 
 LAYOUT = BlockList(("", r"^down\.0\.", r"^down\.1\.", r"^mid\.", r"^up\.0\."), down=3, mid=1, up=1)
+TARGETS = AdapterTargets(Part("lora_unet", ()), block_list=LAYOUT)
 
 
 def site(path: str, kind: str = "plain") -> Site:
@@ -19,7 +21,7 @@ def site(path: str, kind: str = "plain") -> Site:
 
 
 def rules(**given: object) -> Rules:
-    return make_rules(4, 1.0, replace(NetworkArguments(), **given), LAYOUT, is_denoiser=True)
+    return make_rules(4, 1.0, replace(NetworkArguments(), **given), TARGETS, is_denoiser=True)
 
 
 def test_plain_layers_get_the_network_rank_and_larger_kernels_nothing() -> None:
@@ -38,7 +40,7 @@ def test_block_dims_give_each_block_its_rank_and_text_encoders_ignore_them() -> 
     assert by_block.allot(site("down.0.to_q")) == Allotment(2, 0.5)
     assert by_block.allot(site("up.0.to_q")) == Allotment(5, 5.0)
     assert by_block.allot(site("elsewhere.to_q")) == Allotment(4, 1.0)
-    in_text = make_rules(4, 1.0, NetworkArguments(block_dims=(1, 2, 3, 4, 5)), LAYOUT, is_denoiser=False)
+    in_text = make_rules(4, 1.0, NetworkArguments(block_dims=(1, 2, 3, 4, 5)), TARGETS, is_denoiser=False)
     assert in_text.allot(site("down.0.to_q")) == Allotment(4, 1.0)
 
 
@@ -63,7 +65,8 @@ def test_a_list_of_the_wrong_length_names_the_right_one_and_the_blocks(name: str
 
 def test_block_arguments_need_a_base_model_with_numbered_blocks() -> None:
     with pytest.raises(ValueError, match="block_dims, mid_lr_weight: this base model has no numbered blocks"):
-        make_rules(4, 1.0, NetworkArguments(block_dims=(1,), mid_lr_weight=(1.0,)), None, is_denoiser=True)
+        without = replace(TARGETS, block_list=None)
+        make_rules(4, 1.0, NetworkArguments(block_dims=(1,), mid_lr_weight=(1.0,)), without, is_denoiser=True)
 
 
 def test_factors_scale_learning_rates_and_0_leaves_a_block_out() -> None:
