@@ -23,6 +23,11 @@ class StateOptions(Options):
         help="Delete states saved after steps once they are more than N steps old. Unset goes by --save_last_n_steps.",
     )
     resume: str | None = option(None, help="Folder of a saved training state to continue from.")
+    autoresume: bool = option(
+        False,
+        help="Continue from the newest whole training state in --output_dir, or start at the beginning where there is "
+        "none, so that the same command can be given again after any stop.",
+    )
     skip_until_initial_step: bool = option(
         False,
         help="Skip the data of the steps before --initial_step or before the resumed state.",

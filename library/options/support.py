@@ -6,8 +6,6 @@ from typing import Any
 
 from library.options.base import Options
 from library.options.distributed import DistributedOptions
-from library.options.hub import HubOptions
-from library.options.state import StateOptions
 
 
 def names_of(kind: type[Options]) -> list[str]:
@@ -21,11 +19,6 @@ DEEPSPEED = tuple(name for name in names_of(DistributedOptions) if name not in D
 NOT_YET: Mapping[str, str] = {
     "v2": "only Stable Diffusion 1.x is trained; leave it out for a 1.x model",
     "dataset_class": "describe the pictures with --dataset_config or --train_data_dir",
-    **dict.fromkeys(
-        names_of(StateOptions),
-        "runs cannot be continued; keep weights with --save_every_n_epochs, start from them with --network_weights",
-    ),
-    **dict.fromkeys(names_of(HubOptions), "nothing is uploaded; upload the files of --output_dir yourself"),
     **dict.fromkeys(VALIDATION, "there is no validation; leave it out"),
     "deepspeed": "train on one card without it",
     "fp8_base": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",
@@ -57,7 +50,7 @@ def without_effect(options: Options) -> list[str]:
     values, defaults = options.flat(), type(options).defaults()
     reasons = {
         "validation_seed": "there is no validation",
-        **dict.fromkeys(DDP, "it concerns training in several processes"),
+        **dict.fromkeys(DDP[1:], "processes exchange gradients in one flat buffer, without torch's DDP"),
         **dict.fromkeys(DEEPSPEED, "--deepspeed is off"),
         "dynamo_backend": "--torch_compile is off",
     }

@@ -18,7 +18,6 @@ from library.training.preview import Previews
 from library.training.progress import Progress
 from library.training.report import (
     LimitedNorms,
-    announce,
     announce_epoch,
     bar_values,
     progress_bar,
@@ -72,7 +71,10 @@ def train(
                 break
             writer.save_after_epoch(progress.step, epoch)
             previews.after_epoch(progress.step, epoch, interruption)
-    finish(writer, progress.step, epoch, is_complete=progress.step >= plan.max_train_steps)
+    if progress.step >= plan.max_train_steps:
+        writer.save_end(progress.step, epoch)
+    else:
+        writer.save_interrupted(progress.step, epoch)
 
 
 def batches_of(run: Run, epoch: int, first_step: int) -> Iterator[Batch]:
@@ -187,14 +189,3 @@ def step_values(
         values["lr/d*lr"] = effective[0]
     limited = {} if norms is None else norms.chart_values()
     return {**limited, "loss/current": loss, "loss/average": average, **values}
-
-
-def finish(writer: Writer, step: int, epoch: int, is_complete: bool) -> None:
-    """Save the end of the run: under the final name, or under the step's name where it was interrupted."""
-    if is_complete:
-        writer.write(writer.names.of_end(), step, epoch)
-        announce("model saved.")
-        return
-    path = writer.names.of_step(step)
-    writer.write(path, step, epoch)
-    announce(f"training was interrupted after step {step}; to go on from these weights: --network_weights {path}")

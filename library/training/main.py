@@ -12,6 +12,7 @@ from library.options.train import TrainOptions
 from library.training.checks import check
 from library.training.cli import parse
 from library.training.interruption import Interrupted, Interruption
+from library.training.resume import AlreadyComplete
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ def main(
         options = options_type.from_args(args)
         check(options)
         train_network(options, build, interruption)
+    except AlreadyComplete as error:
+        logger.info("%s", error)
     except Interrupted as error:
         logger.warning("%s received before the first step: nothing was trained, nothing to save", error)
         return 130 if str(error) == "SIGINT" else 143
@@ -49,11 +52,13 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     from library.data.debug import show_batches
     from library.training import setup
     from library.training.processes import of_accelerator
+    from library.training.resume import find_state
 
     arch = build(options)
     accelerator = setup.open_accelerator(options)
     processes = of_accelerator(accelerator)
-    seed = setup.choose_seed(options.run.seed, processes)
+    facts = find_state(options, processes.is_main)
+    seed = setup.choose_seed(options.run.seed, processes, facts)
     try:
         training_set = setup.open_training_set(options, arch, seed, processes.count)
     except NoDataFound as error:
@@ -62,7 +67,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     if options.dataset.debug_dataset:
         show_batches(training_set)
         return
-    prepared = setup.prepare(options, arch, seed, training_set, accelerator, processes)
+    prepared = setup.prepare(options, arch, seed, training_set, accelerator, processes, facts)
     from library.training.loop import train
 
     interruption.defer()

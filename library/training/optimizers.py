@@ -4,7 +4,7 @@ import importlib
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
@@ -67,16 +67,30 @@ class BuiltOptimizer:
     name: str  # for `ss_optimizer`: the class path, then "(key=value,...)" of the arguments if there are any
     is_schedule_free: bool  # it has no learning rate schedule, and averaged weights that `eval` shows
     has_relative_step: bool  # Adafactor that sets its own learning rates
+    _trained: list[torch.Tensor] = field(default_factory=list)  # the weights of training while others are in place
 
     def train(self) -> None:
-        """Put the weights in place that training goes on from."""
+        """Put the weights in place that training goes on from, bit for bit those that `eval` took away.
+
+        The optimizer itself computes them back from the averaged ones, which rounds; a run would then depend on how
+        often it saves.
+        """
         if self.is_schedule_free:
             self.optimizer.train()  # type: ignore[attr-defined]
+            for parameter, value in zip(self._parameters if self._trained else (), self._trained, strict=True):
+                parameter.data.copy_(value)
+            self._trained.clear()
 
     def eval(self) -> None:
         """Put the weights in place that are saved, sampled and validated."""
         if self.is_schedule_free:
+            if not self._trained:
+                self._trained.extend(parameter.detach().clone() for parameter in self._parameters)
             self.optimizer.eval()  # type: ignore[attr-defined]
+
+    @property
+    def _parameters(self) -> list[torch.Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
 def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any]]) -> BuiltOptimizer:

@@ -1,7 +1,9 @@
 """How far a run has come: what a state must hold besides weights and optimizer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import fsum, isfinite
+from typing import Any
 
 
 @dataclass
@@ -29,3 +31,12 @@ class Progress:
 
     step: int = 0  # optimizer steps that are finished
     average: LossAverage = field(default_factory=LossAverage)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values; JSON gives every float back as it was."""
+        return {"step": self.step, "losses": dict(self.average.losses), "total": self.average.total}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Stand where `state_dict` was taken."""
+        self.step = int(state_dict["step"])
+        self.average = LossAverage(dict(state_dict["losses"]), float(state_dict["total"]))

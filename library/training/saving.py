@@ -4,16 +4,19 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from library.checkpoints.files import is_safetensors, read_header
+from library.checkpoints.folders import remove_folder
 from library.checkpoints.metadata import file_metadata, modelspec_metadata
 from library.checkpoints.readers import describe, readings
 from library.options.saving import SavingOptions
+from library.options.state import StateOptions
 from library.options.train import TrainOptions
+from library.training.hub import Uploads
 from library.training.report import announce
 from networks.core.protocol import AdoptedNetwork
 
@@ -43,6 +46,16 @@ class Names:
 
     def of_end(self) -> Path:
         return self.folder / f"{self.output_name or 'last'}.{self.extension}"
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """What the names of this run begin with."""
+        return (self.output_name,) if self.output_name else ("epoch", "at", "last")
+
+
+def state_of(weights: Path) -> Path:
+    """The folder of the state that belongs to a file of weights."""
+    return weights.with_name(f"{weights.stem}-state")
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,14 @@ class Schedule:
         """The last epoch has the final file instead."""
         return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0 and epoch < self.num_epochs
 
+    def for_states(self, options: StateOptions) -> "Schedule":
+        """The same for training states, which may be kept longer or shorter than the weights."""
+        return replace(
+            self,
+            keep_steps=options.save_last_n_steps_state or self.keep_steps,
+            keep_epochs=options.save_last_n_epochs_state or self.keep_epochs,
+        )
+
     def outdated_step(self, step: int) -> int | None:
         """The step whose file goes once that of `step` is there: --save_last_n_steps is a distance in steps."""
         if self.keep_steps is None or self.every_n_steps is None:
@@ -94,9 +115,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes the adapter."""
+    """Writes the adapter and the training states; only the main process does."""
 
     options: TrainOptions
+    is_main: bool
     names: Names
     schedule: Schedule
     network: AdoptedNetwork
@@ -105,25 +127,45 @@ class Writer:
     base_files: Future[dict[str, str]]  # names and hashes of the base model, computed while training goes on
     before_saving: Callable[[], None]  # schedule-free optimizers show their averaged weights only on demand
     after_saving: Callable[[], None]
+    write_state: Callable[[Path, int, int], None]  # (folder, step, epoch)
+    uploads: Uploads
     told: set[str] = field(default_factory=set)  # what was said about readers, so that it is said once
 
     def save_after_step(self, step: int, epoch: int) -> None:
         """Save if the schedule asks for it after `step`."""
-        if self.schedule.saves_step(step):
-            self.write(self.names.of_step(step), step, epoch)
-            outdated = self.schedule.outdated_step(step)
-            if outdated is not None:
-                remove(self.names.of_step(outdated))
+        if self.is_main and self.schedule.saves_step(step):
+            self._save(self.names.of_step(step), step, epoch)
+            self._rotate(self.names.of_step, self.schedule.outdated_step(step), self._states.outdated_step(step))
 
     def save_after_epoch(self, step: int, epoch: int) -> None:
         """Save if the schedule asks for it after `epoch`."""
-        if self.schedule.saves_epoch(epoch):
-            self.write(self.names.of_epoch(epoch), step, epoch)
-            outdated = self.schedule.outdated_epoch(epoch)
-            if outdated is not None:
-                remove(self.names.of_epoch(outdated))
+        if self.is_main and self.schedule.saves_epoch(epoch):
+            self._save(self.names.of_epoch(epoch), step, epoch)
+            self._rotate(self.names.of_epoch, self.schedule.outdated_epoch(epoch), self._states.outdated_epoch(epoch))
 
-    def write(self, path: Path, step: int, epoch: int) -> None:
+    def save_end(self, step: int, epoch: int) -> None:
+        """Save a run that is complete."""
+        if not self.is_main:
+            return
+        path = self.names.of_end()
+        self.write(path, step, epoch, is_last=True)
+        if self.options.state.save_state or self.options.state.save_state_on_train_end:
+            self._save_state(path, step, epoch, is_last=True)
+        announce("model saved.")
+
+    def save_interrupted(self, step: int, epoch: int) -> None:
+        """Save a run that was told to stop: its weights and, asked for or not, its state."""
+        if not self.is_main:
+            return
+        path = self.names.of_step(step)
+        self.write(path, step, epoch, is_last=True)
+        self._save_state(path, step, epoch, is_last=True)
+        announce(
+            f"training was interrupted after step {step}; to go on, give the same command with --resume "
+            f"{state_of(path)} or --autoresume"
+        )
+
+    def write(self, path: Path, step: int, epoch: int, is_last: bool = False) -> None:
         """Write the adapter to `path`, whole or not at all."""
         announce(f"\nsaving checkpoint: {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +178,29 @@ class Writer:
         finally:
             self.after_saving()
         self._tell_readers(path)
+        self.uploads.send(path, is_last)
+
+    @property
+    def _states(self) -> Schedule:
+        return self.schedule.for_states(self.options.state)
+
+    def _save(self, path: Path, step: int, epoch: int) -> None:
+        self.write(path, step, epoch)
+        if self.options.state.save_state:
+            self._save_state(path, step, epoch)
+
+    def _save_state(self, path: Path, step: int, epoch: int, is_last: bool = False) -> None:
+        folder = state_of(path)
+        announce(f"\nsaving state: {folder}")
+        self.write_state(folder, step, epoch)
+        if self.options.hub.save_state_to_huggingface:
+            self.uploads.send(folder, is_last)
+
+    def _rotate(self, name_of: Callable[[int], Path], outdated: int | None, outdated_state: int | None) -> None:
+        if outdated is not None:
+            remove(name_of(outdated))
+        if outdated_state is not None and self.options.state.save_state:
+            remove_state(state_of(name_of(outdated_state)))
 
     def _tell_readers(self, path: Path) -> None:
         """Log which programs use the keys of a file; in later files of a run only if something has changed."""
@@ -177,3 +242,10 @@ def remove(path: Path) -> None:
     if path.exists():
         announce(f"removing old checkpoint: {path}")
         path.unlink()
+
+
+def remove_state(folder: Path) -> None:
+    """Delete a state that rotation has outdated; nothing happens where it is gone already."""
+    if folder.is_dir():
+        announce(f"removing old state: {folder}")
+        remove_folder(folder)

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from library.architectures.interface import Architecture
 from library.checkpoints.metadata import RunFacts, base_file_metadata, training_metadata
 from library.data.cache import cache_latents
 from library.data.dataset import TrainingSet
+from library.data.identity import dataset_identity
 from library.memory.devices import place, release_memory
 from library.options.train import TrainOptions
 from library.randomness import stream_seed
 from library.training.conditioning import CaptionMemo
+from library.training.hub import Uploads
 from library.training.logs import Charts, run_folder, start_trackers, tracker_kind
 from library.training.lr_schedules import build_schedule
 from library.training.network import network_keywords, open_network
@@ -31,8 +34,10 @@ from library.training.preview import Previews
 from library.training.processes import Processes
 from library.training.progress import Progress
 from library.training.report import announce_run
+from library.training.resume import recorded_options, report_differences, starting_step
 from library.training.run import Autocast, Models, Run
 from library.training.saving import Names, Schedule, Writer, save_dtype
+from library.training.state import Facts, Keeper, OptimizerKeeper, restore, save_state
 from library.types import Conditioning
 from networks.core.protocol import AdoptedNetwork
 
@@ -52,8 +57,16 @@ class Prepared:
     previews: Previews
 
 
-def choose_seed(seed: int | None, processes: Processes) -> int:
-    """--seed, or a random one below 2**32 for all processes, which the log names so that the run can be repeated."""
+def choose_seed(seed: int | None, processes: Processes, facts: Facts | None) -> int:
+    """--seed, else that of the resumed state, else a random one below 2**32, which the log names, for all processes."""
+    if facts is not None:
+        if seed not in (None, facts.seed):
+            logger.warning(
+                "--seed was %d in the state and is %d: the run goes on, but not as the uninterrupted one would have",
+                facts.seed,
+                seed,
+            )
+        return facts.seed if seed is None else seed
     if seed is not None:
         return seed
     seed = processes.share_seed(secrets.randbelow(2**32))
@@ -90,6 +103,7 @@ def prepare(
     training_set: TrainingSet,
     accelerator: Any,
     processes: Processes,
+    facts: Facts | None,
 ) -> Prepared:
     """Load the models, cache what is to be cached, build the adapter and the optimizer.
 
@@ -137,12 +151,40 @@ def prepare(
         scaler=gradient_scaler(options, device),
         group_names=group_names(names, len(groups), options),
     )
+    progress = Progress()
+    writer = build_writer(run, progress)
+    progress.step = starting_step(options, plan, facts)
+    if facts is not None:
+        go_on(run, progress, facts)
     if processes.is_main:
         start_trackers(accelerator, options)
-    writer = build_writer(run)
-    announce_run(plan, training_set.num_train_images, training_set.num_reg_images, training_set.batch_sizes)
+        announce_run(plan, training_set.num_train_images, training_set.num_reg_images, training_set.batch_sizes)
     charts = Charts(accelerator)
-    return Prepared(run, Progress(), writer, charts, Previews.build(run, charts))
+    return Prepared(run, progress, writer, charts, Previews.build(run, charts))
+
+
+def keepers_of(run: Run, progress: Progress) -> dict[str, Keeper]:
+    """Everything besides the adapter that has a memory, by the name it has in a state."""
+    keepers: dict[str, Keeper] = {
+        "optimizer": OptimizerKeeper(run.torch_optimizer, run.optimizer.name),
+        "schedule": run.schedule,
+        "progress": progress,
+    }
+    return keepers if run.scaler is None else {**keepers, "scaler": run.scaler}
+
+
+def go_on(run: Run, progress: Progress, facts: Facts) -> None:
+    """Put the run where the state left it, at the step that --initial_step or --initial_epoch may have moved."""
+    first_step = progress.step
+    report_differences(facts, run.options, dataset_of(run.training_set), run.processes.count)
+    restore(facts, run.network.module, keepers_of(run, progress))
+    progress.step = first_step
+    logger.info("going on from %s at step %d of %d", facts.path, first_step, run.plan.max_train_steps)
+
+
+def dataset_of(training_set: TrainingSet) -> dict[str, Any]:
+    """What a state says about the data."""
+    return dataset_identity(training_set.config, training_set.samples, training_set.num_batches)
 
 
 def prepare_vae(
@@ -245,7 +287,7 @@ def group_names(names: list[str] | None, num_groups: int, options: TrainOptions)
     return [f"group{i}" for i in range(num_groups)]
 
 
-def build_writer(run: Run) -> Writer:
+def build_writer(run: Run, progress: Progress) -> Writer:
     """What writes the checkpoints; the base files are hashed in the background meanwhile."""
     options, training_set, plan = run.options, run.training_set, run.plan
     facts = RunFacts(
@@ -266,8 +308,23 @@ def build_writer(run: Run) -> Writer:
     executor = ThreadPoolExecutor(1, thread_name_prefix="hash")
     base_files = executor.submit(base_file_metadata, options)
     executor.shutdown(wait=False)
+
+    def write_state(folder: Path, step: int, epoch: int) -> None:
+        save_state(
+            folder,
+            step=step,
+            epoch=epoch,
+            seed=run.seed,
+            num_processes=run.processes.count,
+            options=recorded_options(options),
+            dataset=dataset_of(training_set),
+            network=run.network.module,
+            keepers=keepers_of(run, progress),
+        )
+
     return Writer(
         options=options,
+        is_main=run.processes.is_main,
         names=Names.build(options.saving),
         schedule=Schedule.build(options.saving, plan.num_epochs),
         network=run.network,
@@ -276,4 +333,6 @@ def build_writer(run: Run) -> Writer:
         base_files=base_files,
         before_saving=run.optimizer.eval,
         after_saving=run.optimizer.train,
+        write_state=write_state,
+        uploads=Uploads(options.hub),
     )

@@ -52,8 +52,8 @@ def test_full_fp16_unscales_gradients_that_are_fp16_themselves() -> None:
 
 
 def test_a_given_seed_is_kept_and_a_missing_one_fits_numpy() -> None:
-    assert choose_seed(0, Processes()) == 0
-    assert all(0 <= choose_seed(None, Processes()) < 2**32 for _ in range(20))
+    assert choose_seed(0, Processes(), None) == 0
+    assert all(0 <= choose_seed(None, Processes(), None) < 2**32 for _ in range(20))
 
 
 @pytest.mark.parametrize(

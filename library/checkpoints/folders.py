@@ -1,0 +1,64 @@
+"""Folders that are written whole or not at all."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from library.checkpoints.files import flush_folder
+
+UNFINISHED, REPLACED = "unfinished", "replaced"
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path` to fill; it takes the place of `path` when the block ends well.
+
+    When the block fails, it is removed and an earlier folder at `path` stays as it was. A process that is killed in
+    between leaves what `tidy` clears up.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid4().hex[:12]
+    temporary = path.parent / f".{path.name}.{mark}.{UNFINISHED}"
+    replaced = path.parent / f".{path.name}.{mark}.{REPLACED}"
+    try:
+        temporary.mkdir()
+        yield temporary
+        flush_folder(temporary)
+        if path.exists():
+            os.rename(path, replaced)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not path.exists():
+            os.rename(replaced, path)
+        raise
+    flush_folder(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that no half of it is ever taken for the whole."""
+    gone = path.parent / f".{path.name}.{uuid4().hex[:12]}.{UNFINISHED}"
+    os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def tidy(parent: Path, start: str) -> None:
+    """Clear up after a process that was killed while it wrote folders whose names begin with `start`.
+
+    What it had not finished goes; a folder that it had moved out of the way, and not yet replaced, comes back.
+    """
+    pattern = re.compile(rf"\.({re.escape(start)}.*)\.[0-9a-f]{{12}}\.({UNFINISHED}|{REPLACED})")
+    for entry in sorted(parent.iterdir()) if parent.is_dir() else ():
+        match = pattern.fullmatch(entry.name)
+        if match is None:
+            continue
+        path = parent / match[1]
+        if match[2] == REPLACED and not path.exists():
+            os.rename(entry, path)
+        else:
+            shutil.rmtree(entry, ignore_errors=True)

@@ -1,0 +1,51 @@
+"""Nested values with tensors, such as an optimizer's state, as plain JSON beside a table of tensors.
+
+Nothing is pickled, so reading runs no code, and every number comes back bit for bit.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+TENSOR, LIST, TUPLE, TABLE = "tensor", "list", "tuple", "table"
+
+
+def take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON; the tensors in it are put into `tensors` under names that begin with `name`.
+
+    Knows None, bool, int, float, str, tensors, numpy numbers, lists, tuples and tables with plain keys; raises
+    ValueError naming anything else.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {TENSOR: name}
+    if isinstance(value, Mapping):
+        if bad := [key for key in value if type(key) not in (int, str)]:
+            raise ValueError(f"{name} has the key {bad[0]!r}, which cannot be written")
+        return {TABLE: [[key, take_apart(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
+    if type(value) in (list, tuple):
+        items = [take_apart(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+        return {LIST if type(value) is list else TUPLE: items}
+    raise ValueError(f"{name} is a {type(value).__name__}, which cannot be written without pickle")
+
+
+def put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The value that `take_apart` took apart. Raises ValueError for what it has not written."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, dict) and len(value) == 1:
+        ((kind, content),) = value.items()
+        if kind == TENSOR and content in tensors:
+            return tensors[content]
+        if kind == TABLE:
+            return {key: put_together(item, tensors) for key, item in content}
+        if kind in (LIST, TUPLE):
+            items = [put_together(item, tensors) for item in content]
+            return items if kind == LIST else tuple(items)
+    raise ValueError(f"{value!r} is no part of a nested value")

@@ -1,0 +1,111 @@
+"""Uploads to a Hugging Face repository, and states that are fetched from one.
+
+An upload that fails is logged and training goes on: the files are still on disk.
+"""
+
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from library.options.hub import HubOptions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Uploads:
+    """Sends files and folders to --huggingface_repo_id; does nothing where that is not set."""
+
+    options: HubOptions
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="upload"))
+    waiting: list["Future[None]"] = field(default_factory=list)
+
+    def send(self, path: Path, is_last: bool) -> None:
+        """Upload a file or a folder; with --async_upload in the background, but the last one is waited for."""
+        if not self.options.huggingface_repo_id:
+            return
+        self.waiting.append(self.pool.submit(self._upload, path))
+        if is_last or not self.options.async_upload:
+            for upload in self.waiting:
+                upload.result()
+            self.waiting.clear()
+
+    def _upload(self, path: Path) -> None:
+        options = self.options
+        repo = options.huggingface_repo_id
+        assert repo is not None
+        place = f"{options.huggingface_path_in_repo}/{path.name}" if options.huggingface_path_in_repo else path.name
+        kind = {"repo_id": repo, "repo_type": options.huggingface_repo_type}
+        try:
+            api = client(options)
+            make_repository(api, options)
+            if path.is_dir():
+                api.upload_folder(folder_path=str(path), path_in_repo=place, **kind)
+            else:
+                api.upload_file(path_or_fileobj=str(path), path_in_repo=place, **kind)
+        except Exception as error:  # whatever network and server may raise; the file on disk is safe
+            logger.error("%s could not be uploaded to %s: %s: %s", path, repo, type(error).__name__, error)
+        else:
+            logger.info("uploaded %s to %s as %s", path, repo, place)
+
+
+def client(options: HubOptions) -> Any:
+    """huggingface_hub's client with the user's token."""
+    from huggingface_hub import HfApi
+
+    return HfApi(token=options.huggingface_token)
+
+
+def make_repository(api: Any, options: HubOptions) -> None:
+    """Create the repository where it is missing: private unless --huggingface_repo_visibility is public."""
+    kind = {"repo_id": options.huggingface_repo_id, "repo_type": options.huggingface_repo_type}
+    if not api.repo_exists(**kind):
+        api.create_repo(**kind, private=options.huggingface_repo_visibility != "public", exist_ok=True)
+
+
+def check_repository(options: HubOptions) -> None:
+    """Reach the repository before training begins. Raises ValueError where that fails."""
+    if not options.huggingface_repo_id:
+        return
+    try:
+        make_repository(client(options), options)
+    except Exception as error:
+        raise ValueError(
+            f"--huggingface_repo_id {options.huggingface_repo_id} cannot be reached or made ({type(error).__name__}: "
+            f"{error}); check the name, --huggingface_token and the network, or leave it out"
+        ) from error
+
+
+def fetch_state(name: str, options: HubOptions) -> Path:
+    """Download the state that --resume names with --resume_from_huggingface: owner/repo/path[:revision[:type]].
+
+    Raises ValueError for a name of another form, and where nothing is found there.
+    """
+    place, _, rest = name.partition(":")
+    revision, _, kind = rest.partition(":")
+    owner, _, tail = place.partition("/")
+    repo, _, folder = tail.partition("/")
+    if not (owner and repo and folder):
+        raise ValueError(
+            f"--resume {name} does not name a state on Hugging Face; write owner/repository/path, and :revision and "
+            ":type behind it if needed"
+        )
+    folder = folder.strip("/")
+    try:
+        root = client(options).snapshot_download(
+            repo_id=f"{owner}/{repo}",
+            revision=revision or None,
+            repo_type=kind or options.huggingface_repo_type,
+            allow_patterns=[f"{folder}/*"],
+        )
+    except Exception as error:
+        raise ValueError(
+            f"--resume {name} cannot be fetched from Hugging Face ({type(error).__name__}: {error}); check the name, "
+            "--huggingface_token and the network"
+        ) from error
+    path = Path(root) / folder
+    if not path.is_dir():
+        raise ValueError(f"--resume {name}: {owner}/{repo} has no folder {folder}")
+    return path

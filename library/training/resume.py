@@ -1,0 +1,156 @@
+"""Going on from a state: which one, from which step, and what is not as it was."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from library.checkpoints.folders import tidy
+from library.options.train import TrainOptions
+from library.training.config_file import SECRETS
+from library.training.hub import fetch_state
+from library.training.plan import Plan
+from library.training.saving import Names
+from library.training.state import Facts, newest_state, read_facts
+
+logger = logging.getLogger(__name__)
+
+GROUPS_WITHOUT_EFFECT = (
+    "console", "config_file", "saving", "state", "metadata", "hub", "trackers", "preview", "validation", "distributed",
+)  # fmt: skip
+WITHOUT_EFFECT = (
+    "seed", "max_data_loader_n_workers", "persistent_data_loader_workers", "skip_cache_check", "tokenizer_cache_dir",
+    "train_data_dir", "reg_data_dir", "in_json", "dataset_config", "conditioning_data_dir", "cache_info",
+    "network_weights", "lowram", "highvram", "cache_latents_to_disk",
+)  # fmt: skip
+OF_THE_STATE = ("learning_rate", "unet_lr", "text_encoder_lr", "optimizer_args")
+LENGTH = ("max_train_steps", "max_train_epochs")
+
+
+class AlreadyComplete(Exception):
+    """--autoresume found the state of a run that has nothing left to do."""
+
+
+def find_state(options: TrainOptions, is_main: bool) -> Facts | None:
+    """The state that --resume names or --autoresume finds; None for a run that starts at the beginning.
+
+    Raises ValueError where the named folder is no whole state.
+    """
+    wanted = options.state
+    if wanted.resume:
+        is_remote = options.hub.resume_from_huggingface
+        return read_facts(fetch_state(wanted.resume, options.hub) if is_remote else Path(wanted.resume))
+    if not options.saving.output_dir:
+        return None
+    names = Names.build(options.saving)
+    if is_main:
+        for start in names.starts:
+            tidy(names.folder, start)
+    if not wanted.autoresume:
+        return None
+    facts = newest_state(names.folder, names.starts)
+    if facts is None:
+        logger.info("--autoresume: there is no state in %s; starting at the beginning", names.folder)
+    return facts
+
+
+def starting_step(options: TrainOptions, plan: Plan, facts: Facts | None) -> int:
+    """Finished steps at the start: of --initial_step, else --initial_epoch, else the state, else 0.
+
+    Without --skip_until_initial_step a run that --initial_step puts inside an epoch begins with the whole epoch.
+    Raises AlreadyComplete or ValueError where no step is left.
+    """
+    wanted = options.state
+    step, source = (0, "") if facts is None else (facts.step, f"the state {facts.path}")
+    if wanted.initial_step is not None or wanted.initial_epoch is not None:
+        if wanted.initial_step is not None:
+            step, source = wanted.initial_step, f"--initial_step {wanted.initial_step}"
+        else:
+            assert wanted.initial_epoch is not None
+            step = (wanted.initial_epoch - 1) * plan.steps_per_epoch
+            source = f"--initial_epoch {wanted.initial_epoch}"
+        inside = step % plan.steps_per_epoch
+        if inside and not wanted.skip_until_initial_step:
+            step -= inside
+            logger.info(
+                "%s lies inside epoch %d, which is trained as a whole from step %d on; --skip_until_initial_step "
+                "begins inside it", source, plan.epoch_of(step), step,
+            )  # fmt: skip
+        if facts is None and step:
+            logger.info("%s without --resume: the learning rate schedule starts at its beginning", source)
+    if step and step >= plan.max_train_steps:
+        message = f"{source} is at step {step} of {plan.max_train_steps}: nothing is left to train"
+        if wanted.autoresume and facts is not None and not wanted.resume:
+            raise AlreadyComplete(message)
+        raise ValueError(f"{message}; raise --max_train_steps or --max_train_epochs to train longer")
+    return step
+
+
+def recorded_options(options: TrainOptions) -> dict[str, Any]:
+    """The options as a state keeps them: plain values without passwords."""
+    values = {name: value for name, value in options.flat().items() if name not in SECRETS}
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain
+
+
+def report_differences(facts: Facts, options: TrainOptions, dataset: Mapping[str, Any], num_processes: int) -> None:
+    """Warn of everything that keeps this run from going on as the uninterrupted one would have."""
+    for level, line in (
+        *option_differences(facts, options),
+        *dataset_differences(facts.dataset, dataset),
+        *process_differences(facts, options, num_processes),
+    ):
+        logger.log(level, "%s", line)
+
+
+def option_differences(facts: Facts, options: TrainOptions) -> Iterator[tuple[int, str]]:
+    """A line for every option that changed and matters."""
+    now, defaults = recorded_options(options), type(options).defaults()
+    idle = {name for group in GROUPS_WITHOUT_EFFECT for name in getattr(options, group).flat()} | set(WITHOUT_EFFECT)
+    for name in now.keys() - idle:
+        before = facts.options.get(name, json.loads(json.dumps(defaults[name], default=str)))
+        if before == now[name]:
+            continue
+        change = f"--{name} was {before} in the state and is {now[name]}"
+        if name in OF_THE_STATE:
+            yield (
+                logging.WARNING,
+                (
+                    f"{change}: the optimizer goes on as the state has it; to change it, start from the weights with "
+                    "--network_weights instead"
+                ),
+            )
+        elif name in LENGTH:
+            yield logging.INFO, f"{change}: learning rates that depend on the length of the run follow the new length"
+        else:
+            yield logging.WARNING, f"{change}: the run goes on, but not as the uninterrupted one would have"
+
+
+def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    """A line where the data is not what it was."""
+    changed = [name for name in ("pictures", "captions", "settings") if before.get(name) != now[name]]
+    if not changed:
+        return
+    counts = f"{before.get('num_pictures')} pictures in {before.get('num_batches')} batches then"
+    yield (
+        logging.WARNING,
+        (
+            f"the dataset is not the one of the state (its {' and '.join(changed)} differ; {counts}, "
+            f"{now['num_pictures']} in {now['num_batches']} now): the run goes on, but not as the uninterrupted one "
+            "would have"
+        ),
+    )
+
+
+def process_differences(facts: Facts, options: TrainOptions, num_processes: int) -> Iterator[tuple[int, str]]:
+    """A line where other numbers of batches make a step."""
+    accumulation = options.run.gradient_accumulation_steps
+    before = facts.num_processes * int(facts.options.get("gradient_accumulation_steps", accumulation))
+    if facts.num_processes != num_processes:
+        is_same = before == num_processes * accumulation
+        effect = "a step averages as many batches as before" if is_same else "a step averages other batches than before"
+        yield (
+            logging.INFO if is_same else logging.WARNING,
+            (f"the state comes from {facts.num_processes} processes and this run has {num_processes}: {effect}"),
+        )

@@ -1,0 +1,136 @@
+"""A run that is cut anywhere and goes on repeats the uninterrupted run bit for bit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.checkpoints.files import load_state_dict
+from tests.running import Finished, make_pictures
+
+Train = Callable[..., Finished]
+
+ALL_RANDOM = [
+    "--shuffle_caption", "--caption_dropout_rate", "0.2", "--caption_tag_dropout_rate", "0.2", "--random_crop",
+    "--flip_aug", "--color_aug", "--network_dropout", "0.1", "--noise_offset", "0.1", "--multires_noise_iterations",
+    "3", "--ip_noise_gamma", "0.1", "--gradient_accumulation_steps", "2", "--token_warmup_step", "4",
+    "--network_args", "rank_dropout=0.1", "module_dropout=0.1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def arguments(base_arguments: list[str], tmp_path: Path) -> list[str]:
+    """Nine batches an epoch: five steps when two are accumulated, the last one of a single batch."""
+    make_pictures(tmp_path / "data" / "1_more", 6, seed=1)
+    return [*base_arguments, "--max_train_steps", "8"]
+
+
+def saved(folder: Path, name: str = "mine.safetensors") -> dict[str, torch.Tensor]:
+    return load_state_dict(folder / name)
+
+
+def assert_equal_states(one: Path, other: Path) -> None:
+    for name in ("network.safetensors", "training.safetensors"):
+        first, second = load_state_dict(one / name), load_state_dict(other / name)
+        assert first.keys() == second.keys()
+        different = [key for key in first if not torch.equal(first[key], second[key])]
+        assert not different
+    facts = [json.loads((folder / "train_state.json").read_text()) for folder in (one, other)]
+    assert facts[0]["parts"] == facts[1]["parts"]
+    assert facts[0]["current_step"] == facts[1]["current_step"]
+
+
+def cut_and_go_on(train: Train, arguments: list[str], folder: Path, cuts: list[int], **changes: list[str]) -> None:
+    """The whole run in `folder/whole`; in `folder/parts` one that stops after every step of `cuts` and goes on."""
+    whole = train([*arguments, "--save_state_on_train_end", "--output_dir", str(folder / "whole")])
+    assert whole.status == 0, whole.stderr
+    parts = [*arguments, "--save_state", "--save_every_n_steps", "1", "--output_dir", str(folder / "parts")]
+    first = train(parts)
+    assert first.status == 0, first.stderr
+    for number, cut in enumerate(cuts):
+        for path in (folder / "parts").iterdir():
+            if path.name != f"mine-step{cut:08d}-state":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        resumed = [*parts, "--resume", str(folder / "parts" / f"mine-step{cut:08d}-state")]
+        done = train([*resumed, *changes.get(f"after_{number}", [])])
+        assert done.status == 0, done.stderr
+        assert "uninterrupted" not in done.stderr
+        assert whole.losses[-1] == done.losses[-1]
+    assert_equal_states(folder / "whole" / "mine-state", folder / "parts" / "mine-state")
+    one, other = saved(folder / "whole"), saved(folder / "parts")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert one.keys() == other.keys()
+
+
+def test_with_everything_random_on_after_any_step_and_a_second_time(
+    train: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    cut_and_go_on(train, [*arguments, *ALL_RANDOM], tmp_path, cuts=[2, 5, 6])
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [["AdamW8bit"], ["Prodigy", "--learning_rate", "1"], ["AdamWScheduleFree"], ["Adafactor"], ["Lion"]],
+    ids=lambda words: words[0],
+)
+def test_with_every_kind_of_optimizer(train: Train, arguments: list[str], tmp_path: Path, optimizer: list[str]) -> None:
+    cut_and_go_on(train, [*arguments, "--optimizer_type", *optimizer], tmp_path, cuts=[3])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        ["constant_with_warmup", "--lr_warmup_steps", "3"],
+        ["cosine", "--lr_warmup_steps", "2"],
+        ["cosine_with_restarts", "--lr_scheduler_num_cycles", "2"],
+        ["linear"],
+        ["polynomial"],
+        ["inverse_sqrt", "--lr_warmup_steps", "2"],
+        ["cosine_with_min_lr", "--lr_scheduler_min_lr_ratio", "0.1"],
+        ["warmup_stable_decay", "--lr_warmup_steps", "2", "--lr_decay_steps", "3"],
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.slow
+def test_with_every_schedule(train: Train, arguments: list[str], tmp_path: Path, schedule: list[str]) -> None:
+    cut_and_go_on(train, [*arguments, "--lr_scheduler", *schedule], tmp_path, cuts=[3])
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--network_module", "networks.dylora", "--network_args", "unit=2"],
+        ["--network_module", "networks.lora_fa"],
+        ["--network_args", "dora_wd=True", "use_scalar=True", "conv_dim=2", "train_norm=True"],
+        ["--network_module", "lycoris.kohya", "--network_args", "algo=lokr", "preset=attn-mlp"],
+        ["--network_train_unet_only", "--cache_latents"],
+        ["--mixed_precision", "bf16", "--full_bf16"],
+        ["--scale_weight_norms", "0.1"],
+    ],
+    ids=lambda words: words[-1],
+)
+def test_with_every_kind_of_network(train: Train, arguments: list[str], tmp_path: Path, extra: list[str]) -> None:
+    cut_and_go_on(train, [*arguments, *extra], tmp_path, cuts=[3])
+
+
+def test_the_number_of_loader_workers_may_change(train: Train, arguments: list[str], tmp_path: Path) -> None:
+    workers = ["--max_data_loader_n_workers", "4"]
+    cut_and_go_on(train, [*arguments, *ALL_RANDOM], tmp_path, cuts=[2, 4], after_0=workers)
+
+
+def test_no_batch_before_the_state_is_read(
+    train: Train, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from library.data.batches import BatchMaker
+
+    asked: list[tuple[int, ...]] = []
+    plain = BatchMaker.draft
+    monkeypatch.setattr(BatchMaker, "draft", lambda self, order: asked.append(order.draws) or plain(self, order))
+    train([*arguments, "--save_state", "--save_every_n_steps", "5"])
+    in_one_go = list(asked)
+    asked.clear()
+    train([*arguments, "--resume", str(tmp_path / "out" / "mine-step00000005-state")])
+    assert asked == in_one_go[5:]
