@@ -17,6 +17,10 @@ from train_network import setup_parser
 LIST = Path(__file__).parent / "data" / "flags_train_network.json"
 FLAGS: list[dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
 
+OURS = {  # options that sd-scripts does not have, with their defaults; one a line
+    "autoresume": False,
+}
+
 
 @pytest.fixture(scope="module")
 def parser() -> argparse.ArgumentParser:
@@ -54,13 +58,13 @@ def test_option_is_declared_as_listed(parser: argparse.ArgumentParser, wanted: d
 
 
 def test_there_is_no_option_beside_the_list(parser: argparse.ArgumentParser) -> None:
-    assert {action.dest for action in actions_of(parser)} == {flag["dest"] for flag in FLAGS}
+    assert {action.dest for action in actions_of(parser)} == {flag["dest"] for flag in FLAGS} | OURS.keys()
 
 
 def test_front_ends_find_a_flat_parser_with_nothing_required(parser: argparse.ArgumentParser) -> None:
     assert not any(action.required for action in actions_of(parser))
     assert all(action.option_strings for action in actions_of(parser))
-    assert vars(parser.parse_args([])) == {flag["dest"]: flag["default"] for flag in FLAGS}
+    assert vars(parser.parse_args([])) == {flag["dest"]: flag["default"] for flag in FLAGS} | OURS
 
 
 def test_only_flags_have_no_type(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +75,7 @@ def test_only_flags_have_no_type(parser: argparse.ArgumentParser) -> None:
 
 def test_each_option_tells_in_its_own_words_what_it_does(parser: argparse.ArgumentParser) -> None:
     helps = {action.dest: action.help or "" for action in actions_of(parser)}
-    assert len(set(helps.values())) == 193
+    assert len(set(helps.values())) == 193 + len(OURS)
     for dest, text in helps.items():
         shown = text.split("/")[0]  # all that one front end shows
         assert len(shown.split()) >= 4 and shown.endswith("."), dest

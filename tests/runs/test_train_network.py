@@ -265,7 +265,7 @@ def test_a_folder_without_pictures_ends_quietly_with_status_0(
         (["--pretrained_model_name_or_path", "nowhere/model.safetensors"], ["nowhere/model.safetensors"]),
         (["--v2"], ["--v2"]),
         (["--sample_every_n_steps", "2", "--sample_prompts", "nothing.txt"], ["--sample_prompts", "nothing.txt"]),
-        (["--save_state"], ["--save_state", "not supported yet"]),
+        (["--torch_compile"], ["--torch_compile", "not supported yet"]),
         (["--metadata_thumbnail", "nothing.png"], ["--metadata_thumbnail"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,

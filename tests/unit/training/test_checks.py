@@ -64,8 +64,8 @@ def test_option_of_a_later_version_stops_the_run(name: str) -> None:
 
 
 def test_all_options_of_later_versions_stand_in_one_message() -> None:
-    lines = refusal(v2=True, save_state=True, huggingface_repo_id="a/b").splitlines()
-    assert [line.split()[0] for line in lines] == ["--v2", "--save_state", "--huggingface_repo_id"]
+    lines = refusal(torch_compile=True, fp8_base=True, deepspeed=True).splitlines()
+    assert [line.split()[0] for line in lines] == ["--deepspeed", "--fp8_base", "--torch_compile"]
 
 
 @pytest.mark.parametrize("nothing", [None, False, "", 0, 0.0])
@@ -91,7 +91,7 @@ def test_deepspeed_names_its_other_options_too() -> None:
         ("validation_seed", 3),
         ("zero_stage", 3),
         ("zero3_init_flag", True),
-        ("ddp_timeout", 30),
+        ("ddp_static_graph", True),
         ("ddp_static_graph", True),
         ("dynamo_backend", "eager"),
         ("noise_offset_random_strength", True),

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from library.checkpoints.files import save_safetensors
+from library.options.hub import HubOptions
 from library.options.train import TrainOptions
+from library.training.hub import Uploads
 from library.training.saving import Names, Schedule, Writer, readers_line
 from networks.core.protocol import AdoptedNetwork
 
@@ -47,6 +49,7 @@ def test_the_line_is_logged_once_a_run(tmp_path: Path, caplog: pytest.LogCapture
     done.set_result({})
     writer = Writer(
         options=TrainOptions(),
+        is_main=True,
         names=Names(tmp_path, "x", "safetensors"),
         schedule=Schedule(None, None, None, None, 1),
         network=AdoptedNetwork(Lokr()),
@@ -55,6 +58,8 @@ def test_the_line_is_logged_once_a_run(tmp_path: Path, caplog: pytest.LogCapture
         base_files=done,
         before_saving=lambda: None,
         after_saving=lambda: None,
+        write_state=lambda folder, step, epoch: None,
+        uploads=Uploads(HubOptions()),
     )
     with caplog.at_level(logging.INFO, logger="library.training.saving"):
         writer.write(tmp_path / "one.safetensors", 1, 1)
