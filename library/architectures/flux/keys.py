@@ -1,0 +1,113 @@
+"""Names of the denoiser's weights: the original layout, which is ours, against the one of diffusers.
+
+A weight of ours is made of several of diffusers', one below the other; `sources` lists them.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from library.checkpoints.weights import Weights
+
+DIFFUSERS_MARK = "x_embedder.weight"
+SWAPPED = "final_layer.adaLN_modulation.1."  # shift and scale stand in the other order in diffusers
+
+TOP = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+DOUBLE: Mapping[str, tuple[str, ...]] = {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+SINGLE: Mapping[str, tuple[str, ...]] = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
+STACKS = (("double_blocks", "transformer_blocks", DOUBLE), ("single_blocks", "single_transformer_blocks", SINGLE))
+
+
+def sources(path: str) -> tuple[str, ...]:
+    """diffusers' paths of the layers that one of ours is made of; raises KeyError for a path of no layer."""
+    for ours, theirs, layers in STACKS:
+        if path.startswith(f"{ours}."):
+            _, number, layer = path.split(".", 2)
+            return tuple(f"{theirs}.{number}.{name}" for name in layers[layer])
+    return (TOP[path],)
+
+
+def source_keys(key: str) -> tuple[str, ...]:
+    """diffusers' names of the weights that one of ours is made of."""
+    path, _, leaf = key.rpartition(".")
+    return tuple(f"{name}.{'weight' if leaf == 'scale' else leaf}" for name in sources(path))
+
+
+def our_keys(names: Iterable[str]) -> list[str]:
+    """Our names of the weights of a model in diffusers' layout."""
+    names = list(names)
+    has = set(names)
+    keys = [f"{path}.{leaf}" for path in TOP for leaf in ("weight", "bias")]
+    for ours, theirs, layers in STACKS:
+        numbers = sorted({int(name.split(".")[1]) for name in names if name.startswith(f"{theirs}.")})
+        for number in numbers:
+            for layer in layers:
+                leaves = ("scale",) if layer.endswith("_norm") else ("weight", "bias")
+                keys += [f"{ours}.{number}.{layer}.{leaf}" for leaf in leaves]
+    return [key for key in keys if any(source in has for source in source_keys(key))]
+
+
+def from_diffusers(weights: Weights) -> Weights:
+    """A model in diffusers' layout under our names, each tensor joined when it is read.
+
+    Raises ValueError naming what is missing of a layer whose other parts are there.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    known: set[str] = set()
+    for key in our_keys(weights.shapes):
+        parts = source_keys(key)
+        missing = [part for part in parts if part not in weights.shapes]
+        if missing:
+            raise ValueError(f"{weights.origin} is incomplete: {', '.join(missing)} is missing")
+        known |= set(parts)
+        first = weights.shapes[parts[0]]
+        shapes[key] = (sum(weights.shapes[part][0] for part in parts), *first[1:])
+    strangers = {name: shape for name, shape in weights.shapes.items() if name not in known}
+
+    def read(key: str) -> Tensor:
+        if key in strangers:
+            return weights.read(key)
+        tensors = [weights.read(part) for part in source_keys(key)]
+        if key.startswith(SWAPPED):
+            return swap_halves(tensors[0])
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    return Weights(weights.origin, {**shapes, **strangers}, read)
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    first, second = tensor.chunk(2)
+    return torch.cat([second, first])

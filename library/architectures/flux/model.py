@@ -1,0 +1,347 @@
+"""The denoiser of FLUX.1 (Black Forest Labs 2024), in the layout of the original checkpoints.
+
+Module paths are the keys of the checkpoint and the names of adapters. Letters: B samples, C channels, H and W sides of
+the latent, h and w sides in patches, L text tokens, T all tokens (text first, then the picture row by row), N heads,
+D head width, M model width, F features of a patch.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
+from torch.utils.checkpoint import checkpoint
+
+from library.architectures.flux.targets import TARGETS
+
+FREQUENCIES = 256
+MAX_PERIOD = 10_000
+ROPE_BASE = 10_000
+EPS = 1e-6
+PATCH = 2
+ROPE_STEP = 32  # head widths are multiples of it: the angles of a head are shared out 1 : 3.5 : 3.5 in pairs
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """The hyper-parameters, as the shapes of a checkpoint tell them."""
+
+    in_features: int  # of a patch: four times the channels of the latent
+    width: int
+    head_width: int
+    mlp_width: int
+    text_width: int
+    pooled_width: int
+    num_double: int
+    num_single: int
+    has_guidance: bool  # dev has it, schnell has not
+
+    @property
+    def rope_axes(self) -> tuple[int, int, int]:
+        """Values of a head that turn with (text, row, column): 16, 56 and 56 of 128."""
+        first = self.head_width // 8
+        return (first, (self.head_width - first) // 2, (self.head_width - first) // 2)
+
+
+def read_config(shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
+    """The configuration of a checkpoint from names and shapes, names without prefix. Raises ValueError for a name that
+    is missing and for sizes that make no model."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in shapes:
+            raise ValueError(f"no FLUX.1 model: {name} is missing")
+        return shapes[name]
+
+    def count(stem: str) -> int:
+        numbers = {int(match[1]) for name in shapes if (match := re.match(rf"{stem}\.(\d+)\.", name))}
+        if not numbers or numbers != set(range(len(numbers))):
+            raise ValueError(f"no FLUX.1 model: its {stem} are numbered {sorted(numbers)}")
+        return len(numbers)
+
+    width, in_features = shape("img_in.weight")
+    head_width = shape("double_blocks.0.img_attn.norm.query_norm.scale")[0]
+    if width % head_width or head_width % ROPE_STEP:
+        raise ValueError(f"no FLUX.1 model: width {width} with heads of {head_width}, multiples of {ROPE_STEP} work")
+    return FluxConfig(
+        in_features=in_features,
+        width=width,
+        head_width=head_width,
+        mlp_width=shape("double_blocks.0.img_mlp.0.weight")[0],
+        text_width=shape("txt_in.weight")[1],
+        pooled_width=shape("vector_in.in_layer.weight")[1],
+        num_double=count("double_blocks"),
+        num_single=count("single_blocks"),
+        has_guidance="guidance_in.in_layer.weight" in shapes,
+    )
+
+
+class Flux(nn.Module):
+    """Noisy latents, noise level and text to the velocity noise - latent."""
+
+    adapter_targets = TARGETS
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        c = config
+        self.img_in = nn.Linear(c.in_features, c.width)
+        self.time_in = MLPEmbedder(FREQUENCIES, c.width)
+        self.vector_in = MLPEmbedder(c.pooled_width, c.width)
+        if c.has_guidance:
+            self.guidance_in = MLPEmbedder(FREQUENCIES, c.width)
+        self.txt_in = nn.Linear(c.text_width, c.width)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(c) for _ in range(c.num_double))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(c) for _ in range(c.num_single))
+        self.final_layer = LastLayer(c.width, c.in_features)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the activations of each block again in the backward pass."""
+        self.gradient_checkpointing = True
+
+    def forward(
+        self,
+        latents_BCHW: Tensor,
+        sigmas_B: Tensor,
+        text_BLE: Tensor,
+        pooled_BV: Tensor,
+        guidance_B: Tensor | None = None,
+        text_mask_BL: Tensor | None = None,
+    ) -> Tensor:
+        """The velocity, shape BCHW.
+
+        `sigmas_B` are shares of noise, 0..1. `guidance_B` is the strength of the guidance that a distilled model
+        imitates; a model without that input ignores it. `text_mask_BL` is true for the tokens that may be attended to,
+        None for all.
+        """
+        h, w = (side // PATCH for side in latents_BCHW.shape[-2:])
+        dtype = self.img_in.weight.dtype
+        img_BTM = self.img_in(patchify(latents_BCHW).to(dtype))
+        txt_BLM = self.txt_in(text_BLE.to(dtype))
+        vec_BM = self.time_in(sinusoids(sigmas_B).to(dtype)) + self.vector_in(pooled_BV.to(dtype))
+        if self.config.has_guidance:
+            assert guidance_B is not None
+            vec_BM = vec_BM + self.guidance_in(sinusoids(guidance_B).to(dtype))
+        rope = rotary(self.config.rope_axes, txt_BLM.shape[1], h, w, img_BTM.device)
+        mask = None if text_mask_BL is None else key_mask(text_mask_BL, h * w)
+        for block in self.double_blocks:
+            img_BTM, txt_BLM = self._run(block, img_BTM, txt_BLM, vec_BM, rope, mask)
+        x_BTM = torch.cat([txt_BLM, img_BTM], dim=1)
+        for block in self.single_blocks:
+            x_BTM = self._run(block, x_BTM, vec_BM, rope, mask)
+        return unpatchify(self.final_layer(x_BTM[:, txt_BLM.shape[1] :], vec_BM), h, w)
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Any:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of the angles that each pair of values of a head turns by, float32, shape (T, D / 2)."""
+
+
+def patchify(latents_BCHW: Tensor) -> Tensor:
+    """Each square of 2 x 2 latents as a token of 4 C values, channels first; shape (B, h w, F)."""
+    B, C, H, W = latents_BCHW.shape
+    grid = latents_BCHW.view(B, C, H // PATCH, PATCH, W // PATCH, PATCH)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // PATCH) * (W // PATCH), C * PATCH**2)
+
+
+def unpatchify(tokens_BTF: Tensor, h: int, w: int) -> Tensor:
+    """The inverse of `patchify`, shape BCHW."""
+    B, _, F = tokens_BTF.shape
+    grid = tokens_BTF.view(B, h, w, F // PATCH**2, PATCH, PATCH)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(B, F // PATCH**2, h * PATCH, w * PATCH)
+
+
+def sinusoids(values_B: Tensor) -> Tensor:
+    """A thousand times each value as cosines, then sines, of falling frequencies, float32, shape (B, 256)."""
+    half = FREQUENCIES // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=values_B.device) / half
+    angles = 1000 * values_B.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotary(axes: tuple[int, int, int], num_text: int, h: int, w: int, device: torch.device) -> Rope:
+    """Rotary positions (Su et al. 2021): text lies at (0, 0, 0), the picture's row y and column x at (0, y, x)."""
+    ids_T3 = torch.zeros(num_text + h * w, 3, dtype=torch.float64, device=device)
+    ids_T3[num_text:, 1] = torch.arange(h, device=device).repeat_interleave(w)
+    ids_T3[num_text:, 2] = torch.arange(w, device=device).repeat(h)
+    angles = []
+    for axis, width in enumerate(axes):
+        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=device) / width
+        angles.append(ids_T3[:, axis, None] * ROPE_BASE**-exponents)
+    angles_TD = torch.cat(angles, dim=-1)
+    return angles_TD.cos().float(), angles_TD.sin().float()
+
+
+def turn(x_BNTD: Tensor, rope: Rope) -> Tensor:
+    """Turn each pair of neighbouring values of a head by its angle."""
+    cos_TD, sin_TD = rope
+    even, odd = x_BNTD.float().unflatten(-1, (-1, 2)).unbind(-1)  # type: ignore[no-untyped-call]
+    turned = torch.stack([cos_TD * even - sin_TD * odd, sin_TD * even + cos_TD * odd], dim=-1)
+    return turned.flatten(-2).to(x_BNTD.dtype)
+
+
+def key_mask(text_mask_BL: Tensor, num_patches: int) -> Tensor:
+    """Which tokens may be attended to: the text's as given, the whole picture; shape (B, 1, 1, T)."""
+    picture = text_mask_BL.new_ones((len(text_mask_BL), num_patches), dtype=torch.bool)
+    return torch.cat([text_mask_BL.bool(), picture], dim=1)[:, None, None]
+
+
+def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+    """Shape BTM."""
+    attended = scaled_dot_product_attention(turn(q_BNTD, rope), turn(k_BNTD, rope), v_BNTD, attn_mask=mask)
+    return attended.transpose(1, 2).flatten(2)
+
+
+class MLPEmbedder(nn.Module):
+    def __init__(self, in_features: int, width: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_features, width)
+        self.out_layer = nn.Linear(width, width)
+
+    def forward(self, x_BF: Tensor) -> Tensor:
+        y_BM: Tensor = self.out_layer(silu(self.in_layer(x_BF)))
+        return y_BM
+
+
+class RMSNorm(nn.Module):
+    """The name of its weight is the checkpoint's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype) * self.scale.to(x.dtype)
+
+
+class QKNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(width)
+        self.key_norm = RMSNorm(width)
+
+
+def heads(qkv_BTM: Tensor, norm: QKNorm, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values that lie one after another on the last axis, the first two normed; each BNTD."""
+    q, k, v = qkv_BTM.unflatten(-1, (3, -1, head_width)).permute(2, 0, 3, 1, 4)  # type: ignore[no-untyped-call]
+    return norm.query_norm(q), norm.key_norm(k), v
+
+
+class SelfAttention(nn.Module):
+    """The projections of one stream; attention itself runs over both streams."""
+
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+        self.head_width = head_width
+        self.qkv = nn.Linear(width, 3 * width)
+        self.norm = QKNorm(head_width)
+        self.proj = nn.Linear(width, width)
+
+    def queries_keys_values(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return heads(self.qkv(x_BTM), self.norm, self.head_width)
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate for each of some parts of a block."""
+
+    def __init__(self, width: int, num_parts: int) -> None:
+        super().__init__()
+        self.num_parts = num_parts
+        self.lin = nn.Linear(width, 3 * num_parts * width)
+
+    def forward(self, vec_BM: Tensor) -> tuple[Tensor, ...]:
+        """3 times the number of parts, each (B, 1, M)."""
+        parts: tuple[Tensor, ...] = self.lin(silu(vec_BM))[:, None].chunk(3 * self.num_parts, dim=-1)
+        return parts
+
+
+def modulate(x_BTM: Tensor, shift_B1M: Tensor, scale_B1M: Tensor) -> Tensor:
+    return x_BTM * (1 + scale_B1M) + shift_B1M
+
+
+def make_mlp(width: int, mlp_width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, mlp_width), nn.GELU(approximate="tanh"), nn.Linear(mlp_width, width))
+
+
+def make_norm(width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, elementwise_affine=False, eps=EPS)
+
+
+class DoubleStreamBlock(nn.Module):
+    """Picture and text, each with weights of its own, attending to both. The class name is an interface: network
+    modules find the layers by it."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.img_mod = Modulation(width, 2)
+        self.img_norm1 = make_norm(width)
+        self.img_attn = SelfAttention(width, config.head_width)
+        self.img_norm2 = make_norm(width)
+        self.img_mlp = make_mlp(width, config.mlp_width)
+        self.txt_mod = Modulation(width, 2)
+        self.txt_norm1 = make_norm(width)
+        self.txt_attn = SelfAttention(width, config.head_width)
+        self.txt_norm2 = make_norm(width)
+        self.txt_mlp = make_mlp(width, config.mlp_width)
+
+    def forward(
+        self, img_BTM: Tensor, txt_BLM: Tensor, vec_BM: Tensor, rope: Rope, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        img_mod, txt_mod = self.img_mod(vec_BM), self.txt_mod(vec_BM)
+        img_qkv = self.img_attn.queries_keys_values(modulate(self.img_norm1(img_BTM), *img_mod[:2]))
+        txt_qkv = self.txt_attn.queries_keys_values(modulate(self.txt_norm1(txt_BLM), *txt_mod[:2]))
+        q, k, v = (torch.cat(both, dim=2) for both in zip(txt_qkv, img_qkv, strict=True))
+        attended_BTM = attend(q, k, v, rope, mask)
+        num_text = txt_BLM.shape[1]
+        img_BTM = img_BTM + img_mod[2] * self.img_attn.proj(attended_BTM[:, num_text:])
+        img_BTM = img_BTM + img_mod[5] * self.img_mlp(modulate(self.img_norm2(img_BTM), *img_mod[3:5]))
+        txt_BLM = txt_BLM + txt_mod[2] * self.txt_attn.proj(attended_BTM[:, :num_text])
+        txt_BLM = txt_BLM + txt_mod[5] * self.txt_mlp(modulate(self.txt_norm2(txt_BLM), *txt_mod[3:5]))
+        return img_BTM, txt_BLM
+
+
+class SingleStreamBlock(nn.Module):
+    """Attention and MLP side by side over all tokens. The class name is an interface: network modules find the layers
+    by it."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.widths = [3 * config.width, config.mlp_width]
+        self.head_width = config.head_width
+        self.linear1 = nn.Linear(config.width, sum(self.widths))
+        self.linear2 = nn.Linear(config.width + config.mlp_width, config.width)
+        self.norm = QKNorm(config.head_width)
+        self.pre_norm = make_norm(config.width)
+        self.modulation = Modulation(config.width, 1)
+
+    def forward(self, x_BTM: Tensor, vec_BM: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+        shift, scale, gate = self.modulation(vec_BM)
+        qkv, mlp = self.linear1(modulate(self.pre_norm(x_BTM), shift, scale)).split(self.widths, dim=-1)
+        attended_BTM = attend(*heads(qkv, self.norm, self.head_width), rope, mask)
+        y_BTM: Tensor = self.linear2(torch.cat([attended_BTM, gelu(mlp, approximate="tanh")], dim=-1))
+        after_BTM: Tensor = x_BTM + gate * y_BTM
+        return after_BTM
+
+
+class LastLayer(nn.Module):
+    """Tokens to patches of the velocity."""
+
+    def __init__(self, width: int, out_features: int) -> None:
+        super().__init__()
+        self.norm_final = make_norm(width)
+        self.linear = nn.Linear(width, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x_BTM: Tensor, vec_BM: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec_BM)[:, None].chunk(2, dim=-1)
+        patches_BTF: Tensor = self.linear(modulate(self.norm_final(x_BTM), shift, scale))
+        return patches_BTF
