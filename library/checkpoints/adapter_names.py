@@ -33,6 +33,11 @@ class ModuleNames:
     generic: str
     diffusers: str | tuple[Piece, ...]
     aliases: tuple[str, ...] = ()  # that other trainers use
+    swaps_pair: bool = False  # where its rows are two parts, as many each as it has inputs, diffusers swaps these
+
+    def is_in_diffusers(self, name: str) -> bool:
+        """Whether a file calls the whole module by its name in diffusers."""
+        return isinstance(self.diffusers, str) and underscored(name) == underscored(self.diffusers)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:

@@ -83,6 +83,8 @@ def in_naming(
                 yield piece.diffusers, without_alpha(pieces[i])
         return
     whole = pieces[None] if None in pieces else join_pieces(found, pieces, origin)
+    if found.swaps_pair and found.is_in_diffusers(whole.name) != (to == "diffusers"):
+        whole = replace(whole, tensors=swap_pair(whole.tensors))
     if to == "kohya":
         yield found.kohya, with_alpha_tensor(whole)
     elif to == "generic":
@@ -138,6 +140,14 @@ def split_rows(
         raise ValueError(f"{origin}: {found.kohya} has {up.shape[0]} outputs, which is no multiple of {num_shares}")
     for piece, rows in zip(found.pieces, rows_of_pieces(found, up.shape[0] // num_shares), strict=True):
         yield piece.diffusers, {DOWN: down.clone(), UP: up[rows].clone()}
+
+
+def swap_pair(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the halves of the rows exchanged, where there are twice as many rows as inputs."""
+    swapped = dict(tensors)
+    if UP in tensors and DOWN in tensors and tensors[UP].shape[0] == 2 * tensors[DOWN].shape[1]:
+        swapped[UP] = tensors[UP].roll(tensors[UP].shape[0] // 2, 0)
+    return swapped
 
 
 def rows_of_pieces(found: ModuleNames, unit: int) -> Iterator[slice]:

@@ -1,0 +1,1 @@
+"""Stable Diffusion 3 and 3.5: our own MMDiT, two CLIP text encoders and T5, 16-channel latents."""

@@ -1,0 +1,92 @@
+"""The modules of Stable Diffusion 3 and 3.5, all sizes together, under the three names that adapter files give them."""
+
+from collections.abc import Iterator
+
+from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
+
+MAX_DEPTH = 38  # of SD3.5 large; the others have 24 blocks
+NUM_CLIP_LAYERS = {"clip_l": 12, "clip_g": 32}
+NUM_T5_LAYERS = 24
+CLIP_LAYER = (
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+    *("mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2"),
+)
+EMBEDDERS = {
+    "context_embedder": "context_embedder",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "x_embedder.proj": "pos_embed.proj",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+STREAMS = {  # stream -> (its names in a block of diffusers: q, k, v, output, modulation, MLP in, MLP out)
+    "x_block": ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "norm1.linear", "ff.net.0.proj", "ff.net.2"),
+    "context_block": (
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *("norm1_context.linear", "ff_context.net.0.proj", "ff_context.net.2"),
+    ),
+}
+
+
+def denoiser_module(path: str, diffusers: str | tuple[str, ...]) -> ModuleNames:
+    """One module, by the path in the original checkpoint and by one name, or one for each third, in diffusers.
+
+    Modulations of two parts have the shift first here and the scale first in diffusers.
+    """
+    fused = () if isinstance(diffusers, str) else diffusers
+    return ModuleNames(
+        kohya=f"lora_unet_{path.replace('.', '_')}",
+        generic=f"diffusion_model.{path}",
+        diffusers=tuple(Piece(f"transformer.{name}", 1) for name in fused) or f"transformer.{diffusers}",
+        swaps_pair=path.endswith("adaLN_modulation.1") and ".x_block." not in path,
+    )
+
+
+def block_modules(number: int) -> Iterator[ModuleNames]:
+    for stream, (q, k, v, output, modulation, mlp_in, mlp_out) in STREAMS.items():
+        here, there = f"joint_blocks.{number}.{stream}", f"transformer_blocks.{number}"
+        yield denoiser_module(f"{here}.attn.qkv", tuple(f"{there}.{name}" for name in (q, k, v)))
+        yield denoiser_module(f"{here}.attn.proj", f"{there}.{output}")
+        yield denoiser_module(f"{here}.mlp.fc1", f"{there}.{mlp_in}")
+        yield denoiser_module(f"{here}.mlp.fc2", f"{there}.{mlp_out}")
+        yield denoiser_module(f"{here}.adaLN_modulation.1", f"{there}.{modulation}")
+    second, there = f"joint_blocks.{number}.x_block.attn2", f"transformer_blocks.{number}.attn2"
+    yield denoiser_module(f"{second}.qkv", tuple(f"{there}.to_{name}" for name in "qkv"))
+    yield denoiser_module(f"{second}.proj", f"{there}.to_out.0")
+
+
+def clip_modules(encoder: str, kohya: str, diffusers: str) -> Iterator[ModuleNames]:
+    paths = [f"encoder.layers.{n}.{name}" for n in range(NUM_CLIP_LAYERS[encoder]) for name in CLIP_LAYER]
+    for path in (*paths, "final_layer_norm"):
+        yield ModuleNames(
+            kohya=f"{kohya}_text_model_{path.replace('.', '_')}",
+            generic=f"text_encoders.{encoder}.transformer.text_model.{path}",
+            diffusers=f"{diffusers}.text_model.{path}",
+            aliases=(f"{diffusers}.{path}",),
+        )
+
+
+def t5_modules() -> Iterator[ModuleNames]:
+    for layer in range(NUM_T5_LAYERS):
+        attention = [f"layer.0.SelfAttention.{name}" for name in ("q", "k", "v", "o")]
+        dense = [f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")]
+        for path in (f"encoder.block.{layer}.{name}" for name in (*attention, *dense)):
+            yield ModuleNames(
+                kohya=f"lora_te3_{path.replace('.', '_')}",
+                generic=f"text_encoders.t5xxl.transformer.{path}",
+                diffusers=f"text_encoder_3.{path}",
+            )
+
+
+NAMES = BaseNames(
+    "sd3",
+    (
+        *(denoiser_module(path, name) for path, name in EMBEDDERS.items()),
+        *(module for number in range(MAX_DEPTH) for module in block_modules(number)),
+        *clip_modules("clip_l", "lora_te1", "text_encoder"),
+        *clip_modules("clip_g", "lora_te2", "text_encoder_2"),
+        *t5_modules(),
+    ),
+)

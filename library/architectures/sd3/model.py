@@ -1,0 +1,310 @@
+"""The denoiser of Stable Diffusion 3 and 3.5 (MMDiT, Esser et al. 2024), in the layout of the original checkpoints.
+
+Module paths are the keys of the checkpoint and the names of adapters. Letters: B samples, C channels, H and W sides of
+the latent, h and w sides in patches, P patch side, T tokens, N heads, D head width, M model width, V pooled width.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from library.architectures.sd3.targets import TARGETS
+
+FREQUENCIES = 256
+MAX_PERIOD = 10_000
+EPS = 1e-6
+HEAD_WIDTH = 64  # of the models without normed queries, whose shapes do not tell it
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """The hyper-parameters, as the shapes of a checkpoint tell them."""
+
+    width: int
+    depth: int
+    head_width: int
+    mlp_width: int
+    patch: int
+    in_channels: int
+    context_width: int
+    pooled_width: int
+    positions_side: int  # the table holds positions_side ** 2 places
+    norms_queries: bool
+    dual_attention: frozenset[int]  # blocks whose picture stream attends to itself once more
+
+
+def read_config(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTConfig:
+    """The configuration of a checkpoint from names and shapes, names without prefix. Raises ValueError for a name that
+    is missing and for sizes that make no model."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in shapes:
+            raise ValueError(f"no SD3 model: {name} is missing")
+        return shapes[name]
+
+    width, in_channels, patch, _ = shape("x_embedder.proj.weight")
+    blocks = {int(match[1]) for name in shapes if (match := re.match(r"joint_blocks\.(\d+)\.", name))}
+    if blocks != set(range(len(blocks))) or not blocks:
+        raise ValueError(f"no SD3 model: its joint_blocks are numbered {sorted(blocks)}")
+    norm = "joint_blocks.0.x_block.attn.ln_q.weight"
+    head_width = shapes[norm][0] if norm in shapes else min(HEAD_WIDTH, width)
+    num_positions = shape("pos_embed")[-2]
+    side = math.isqrt(num_positions)
+    if width % head_width or side**2 != num_positions:
+        raise ValueError(f"no SD3 model: width {width} with heads of {head_width}, {num_positions} positions")
+    return MMDiTConfig(
+        width=width,
+        depth=len(blocks),
+        head_width=head_width,
+        mlp_width=shape("joint_blocks.0.x_block.mlp.fc1.weight")[0],
+        patch=patch,
+        in_channels=in_channels,
+        context_width=shape("context_embedder.weight")[1],
+        pooled_width=shape("y_embedder.mlp.0.weight")[1],
+        positions_side=side,
+        norms_queries=norm in shapes,
+        dual_attention=frozenset(i for i in blocks if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes),
+    )
+
+
+class MMDiT(nn.Module):
+    """Noisy latents, noise level and text to the velocity noise - latent."""
+
+    adapter_targets = TARGETS
+    pos_embed: Tensor
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.gradient_checkpointing = False
+        self.x_embedder = PatchEmbed(c.in_channels, c.width, c.patch)
+        self.register_buffer("pos_embed", torch.zeros(1, c.positions_side**2, c.width))
+        self.t_embedder = TimestepEmbedder(c.width)
+        self.y_embedder = VectorEmbedder(c.pooled_width, c.width)
+        self.context_embedder = nn.Linear(c.context_width, c.width)
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(c, is_last=i == c.depth - 1, has_dual_attention=i in c.dual_attention) for i in range(c.depth)
+        )
+        self.final_layer = FinalLayer(c.width, c.patch**2 * c.in_channels)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the activations of each block again in the backward pass."""
+        self.gradient_checkpointing = True
+
+    def forward(
+        self,
+        latents_BCHW: Tensor,
+        timesteps_B: Tensor,
+        context_BTM: Tensor,
+        pooled_BV: Tensor,
+        corner: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """The velocity, shape BCHW. `timesteps_B` is a thousand times the share of noise; `corner` (top, left) is where
+        the picture lies in the table of positions, its middle where None."""
+        P = self.config.patch
+        h, w = (side // P for side in latents_BCHW.shape[-2:])
+        x_BTM = self.x_embedder(latents_BCHW)
+        x_BTM = x_BTM + self.positions(h, w, corner).to(x_BTM.dtype)
+        c_BM = self.t_embedder(timesteps_B, x_BTM.dtype) + self.y_embedder(pooled_BV)
+        context_BTM = self.context_embedder(context_BTM)
+        for block in self.joint_blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                context_BTM, x_BTM = checkpoint(block, context_BTM, x_BTM, c_BM, use_reentrant=False)
+            else:
+                context_BTM, x_BTM = block(context_BTM, x_BTM, c_BM)
+        return unpatchify(self.final_layer(x_BTM, c_BM), h, w, P)
+
+    def positions(self, h: int, w: int, corner: tuple[int, int] | None) -> Tensor:
+        """The part of the table that a picture of h x w patches lies on, shape (1, h w, M).
+
+        Raises ValueError for a picture larger than the table.
+        """
+        side = self.config.positions_side
+        if h > side or w > side:
+            pixels = side * self.config.patch * 8
+            raise ValueError(
+                f"a picture of {w * self.config.patch * 8}x{h * self.config.patch * 8} pixels does not fit this model, "
+                f"which knows {pixels}x{pixels}; lower --resolution or --max_bucket_reso"
+            )
+        top, left = ((side - h) // 2, (side - w) // 2) if corner is None else corner
+        table_1yxM = self.pos_embed.view(1, side, side, -1)
+        return table_1yxM[:, top : top + h, left : left + w].flatten(1, 2)
+
+
+class PatchEmbed(nn.Module):
+    """Each patch of P x P latents to a token."""
+
+    def __init__(self, in_channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, patch, stride=patch)
+
+    def forward(self, latents_BCHW: Tensor) -> Tensor:
+        tokens_BTM: Tensor = self.proj(latents_BCHW.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        return tokens_BTM
+
+
+class TimestepEmbedder(nn.Module):
+    """The noise level as cosines and sines of falling frequencies, then two layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, timesteps_B: Tensor, dtype: torch.dtype) -> Tensor:
+        half = FREQUENCIES // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=timesteps_B.device) / half
+        angles = timesteps_B.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
+        embedding_BM: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+        return embedding_BM
+
+
+class VectorEmbedder(nn.Module):
+    """The pooled text features through two layers."""
+
+    def __init__(self, pooled_width: int, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(pooled_width, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, pooled_BV: Tensor) -> Tensor:
+        embedding_BM: Tensor = self.mlp(pooled_BV)
+        return embedding_BM
+
+
+class SelfAttention(nn.Module):
+    """The projections of one stream; attention itself runs over what the streams bring together."""
+
+    def __init__(self, config: MMDiTConfig, has_output: bool = True) -> None:
+        super().__init__()
+        self.head_width = config.head_width
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        if config.norms_queries:
+            self.ln_q: nn.Module = nn.RMSNorm(config.head_width, eps=EPS)
+            self.ln_k: nn.Module = nn.RMSNorm(config.head_width, eps=EPS)
+        else:
+            self.ln_q = self.ln_k = nn.Identity()
+        if has_output:
+            self.proj = nn.Linear(config.width, config.width)
+
+    def queries_keys_values(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Three tensors of shape BNTD."""
+        q, k, v = self.qkv(x_BTM).unflatten(-1, (3, -1, self.head_width)).permute(2, 0, 3, 1, 4)
+        return self.ln_q(q).to(v.dtype), self.ln_k(k).to(v.dtype), v
+
+
+def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor) -> Tensor:
+    """Shape BTM."""
+    return scaled_dot_product_attention(q_BNTD, k_BNTD, v_BNTD).transpose(1, 2).flatten(2)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x_BTM: Tensor) -> Tensor:
+        y_BTM: Tensor = self.fc2(self.act(self.fc1(x_BTM)))
+        return y_BTM
+
+
+def modulate(x_BTM: Tensor, shift_BM: Tensor, scale_BM: Tensor) -> Tensor:
+    return x_BTM * (1 + scale_BM[:, None]) + shift_BM[:, None]
+
+
+def make_modulation(width: int, num_parts: int) -> nn.Sequential:
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, num_parts * width))
+
+
+class SingleDiTBlock(nn.Module):
+    """One stream of a joint block. The class name is an interface: network modules find the layers by it.
+
+    The last block's text stream only lends its queries, keys and values, so it has no output of its own.
+    """
+
+    def __init__(self, config: MMDiTConfig, only_lends: bool = False, has_dual_attention: bool = False) -> None:
+        super().__init__()
+        self.only_lends = only_lends
+        self.has_dual_attention = has_dual_attention
+        self.norm1 = nn.LayerNorm(config.width, elementwise_affine=False, eps=EPS)
+        self.attn = SelfAttention(config, has_output=not only_lends)
+        if has_dual_attention:
+            self.attn2 = SelfAttention(config)
+        if not only_lends:
+            self.norm2 = nn.LayerNorm(config.width, elementwise_affine=False, eps=EPS)
+            self.mlp = Mlp(config.width, config.mlp_width)
+        self.num_parts = 2 if only_lends else 9 if has_dual_attention else 6
+        self.adaLN_modulation = make_modulation(config.width, self.num_parts)
+
+    def modulation(self, c_BM: Tensor) -> tuple[Tensor, ...]:
+        """Shift and scale of attention; then its gate, shift, scale and gate of the MLP; then shift, scale and gate of
+        the second attention. Each of shape BM."""
+        parts: tuple[Tensor, ...] = self.adaLN_modulation(c_BM).chunk(self.num_parts, dim=-1)
+        return parts
+
+    def finish(self, x_BTM: Tensor, attended_BTM: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        """The stream after both attentions and the MLP."""
+        shift_mlp_BM, scale_mlp_BM = parts[3:5]
+        after_BTM: Tensor = x_BTM + parts[2][:, None] * self.attn.proj(attended_BTM)
+        if self.has_dual_attention:
+            shift_BM, scale_BM, gate_BM = parts[6:]
+            own = self.attn2.queries_keys_values(modulate(self.norm1(x_BTM), shift_BM, scale_BM))
+            after_BTM = after_BTM + gate_BM[:, None] * self.attn2.proj(attend(*own))
+        mlp_BTM: Tensor = self.mlp(modulate(self.norm2(after_BTM), shift_mlp_BM, scale_mlp_BM))
+        return after_BTM + parts[5][:, None] * mlp_BTM
+
+
+class JointBlock(nn.Module):
+    """Text and picture, each with weights of its own, attending to both."""
+
+    def __init__(self, config: MMDiTConfig, is_last: bool, has_dual_attention: bool) -> None:
+        super().__init__()
+        self.context_block = SingleDiTBlock(config, only_lends=is_last)
+        self.x_block = SingleDiTBlock(config, has_dual_attention=has_dual_attention)
+
+    def forward(self, context_BTM: Tensor, x_BTM: Tensor, c_BM: Tensor) -> tuple[Tensor, Tensor]:
+        """Both streams; the text one is left as it is by the last block, after which nothing reads it."""
+        streams = ((self.context_block, context_BTM), (self.x_block, x_BTM))
+        parts = [block.modulation(c_BM) for block, _ in streams]
+        projected = [
+            block.attn.queries_keys_values(modulate(block.norm1(tokens), *part[:2]))
+            for (block, tokens), part in zip(streams, parts, strict=True)
+        ]
+        q, k, v = (torch.cat(both, dim=2) for both in zip(*projected, strict=True))
+        num_context = context_BTM.shape[1]
+        if self.context_block.only_lends:
+            return context_BTM, self.x_block.finish(x_BTM, attend(q[:, :, num_context:], k, v), parts[1])
+        attended_BTM = attend(q, k, v)
+        return (
+            self.context_block.finish(context_BTM, attended_BTM[:, :num_context], parts[0]),
+            self.x_block.finish(x_BTM, attended_BTM[:, num_context:], parts[1]),
+        )
+
+
+class FinalLayer(nn.Module):
+    """Tokens to patches of the velocity."""
+
+    def __init__(self, width: int, num_outputs: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=EPS)
+        self.linear = nn.Linear(width, num_outputs)
+        self.adaLN_modulation = make_modulation(width, 2)
+
+    def forward(self, x_BTM: Tensor, c_BM: Tensor) -> Tensor:
+        shift_BM, scale_BM = self.adaLN_modulation(c_BM).chunk(2, dim=-1)
+        patches: Tensor = self.linear(modulate(self.norm_final(x_BTM), shift_BM, scale_BM))
+        return patches
+
+
+def unpatchify(patches_BTF: Tensor, h: int, w: int, patch: int) -> Tensor:
+    """Tokens of P P C values, row by row, as latents of shape BCHW."""
+    B, _, F = patches_BTF.shape
+    grid = patches_BTF.view(B, h, w, patch, patch, F // patch**2)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, h * patch, w * patch)

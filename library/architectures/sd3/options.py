@@ -1,0 +1,73 @@
+"""The options that only Stable Diffusion 3 has."""
+
+from dataclasses import dataclass
+
+from library.options.base import Options, group, option
+from library.options.flow import FlowWeightingOptions
+from library.options.reading import ReadingOptions
+from library.options.swapping import SwappingOptions
+from library.options.text_caching import TextCachingOptions
+from library.options.train import TrainOptions
+
+
+@dataclass(frozen=True)
+class Sd3TextOptions(Options):
+    """The text encoders and what reaches the denoiser of them."""
+
+    clip_l: str | None = option(None, help="File or folder of the text encoder CLIP-L. Unset takes it from the base.")
+    clip_g: str | None = option(None, help="File or folder of the text encoder CLIP-G. Unset takes it from the base.")
+    t5xxl: str | None = option(
+        None,
+        help="File or folder of the text encoder T5-XXL. Unset takes it from the base model, and trains without T5 "
+        "where that has none.",
+    )
+    save_clip: bool = option(False, help="Has no effect: adapter files hold no text encoders.")
+    save_t5xxl: bool = option(False, help="Has no effect: files of adapters hold nothing of T5-XXL but its adapters.")
+    t5xxl_device: str | None = option(None, help="Has no effect: T5-XXL runs where everything else does.")
+    t5xxl_dtype: str | None = option(None, help="Has no effect: T5-XXL runs in the precision of --mixed_precision.")
+    t5xxl_max_token_length: int = option(256, help="Longest caption in T5's tokens; what is longer is cut.")
+    apply_lg_attn_mask: bool = option(
+        False, help="Keep both CLIP encoders from attending to the padding behind a caption."
+    )
+    apply_t5_attn_mask: bool = option(False, help="Keep T5 from attending to the padding behind a caption.")
+    clip_l_dropout_rate: float = option(
+        0.0, help="Share of samples that are trained with zeros in place of CLIP-L's features, 0 to 1."
+    )
+    clip_g_dropout_rate: float = option(
+        0.0, help="Share of samples that are trained with zeros in place of CLIP-G's features, 0 to 1."
+    )
+    t5_dropout_rate: float = option(
+        0.0, help="Share of samples that are trained with zeros in place of T5's features, 0 to 1."
+    )
+
+
+@dataclass(frozen=True)
+class Sd3TrainingOptions(Options):
+    """Positions and noise levels."""
+
+    pos_emb_random_crop_rate: float = option(
+        0.0,
+        help="Share of batches whose pictures lie at a random place of the table of positions in place of its middle, "
+        "0 to 1. For SD3.5 medium.",
+    )
+    enable_scaled_pos_embed: bool = option(
+        False,
+        help="Stretch the table of positions to each resolution of the data set, for SD3.5 medium.",
+    )
+    training_shift: float = option(
+        1.0,
+        help="How far the drawn noise levels are pushed toward pure noise. 1 leaves them alone, 3 is what SD3 draws "
+        "pictures with.",
+    )
+
+
+@dataclass(frozen=True)
+class Sd3Options(TrainOptions):
+    """All options of sd3_train_network.py."""
+
+    text: Sd3TextOptions = group(Sd3TextOptions)
+    text_caching: TextCachingOptions = group(TextCachingOptions)
+    sd3: Sd3TrainingOptions = group(Sd3TrainingOptions)
+    flow: FlowWeightingOptions = group(FlowWeightingOptions)
+    reading: ReadingOptions = group(ReadingOptions)
+    swapping: SwappingOptions = group(SwappingOptions)

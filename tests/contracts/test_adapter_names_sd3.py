@@ -1,0 +1,73 @@
+"""Adapter names of Stable Diffusion 3 against full-size checkpoints, known adapter files and diffusers' own reader."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.architectures.sd3.adapter_names import NAMES
+from library.architectures.sd3.model import MMDiTConfig
+from library.checkpoints.adapter_names import ModuleNames, recognise_base
+from tests.tiny.sd3 import CONFIGS, full_size_keys, mmdit_weights
+
+FACTS = full_size_keys()
+BY_GENERIC = {module.generic: module for module in NAMES.modules}
+
+
+@pytest.mark.parametrize("name", FACTS["mmdit"])
+def test_every_layer_of_the_denoiser_has_a_name(name: str) -> None:
+    layers = {key.removesuffix(".weight") for key, shape in FACTS["mmdit"][name].items() if key.endswith(".weight")}
+    norms = {layer for layer in layers if layer.endswith((".ln_q", ".ln_k"))}
+    assert {f"diffusion_model.{layer}" for layer in layers - norms} <= BY_GENERIC.keys()
+
+
+@pytest.mark.parametrize("name", FACTS["lora"])
+def test_every_module_of_known_files_is_found_and_recognised(name: str) -> None:
+    facts = FACTS["lora"][name]
+    keys = dict(facts["default"])
+    for variant in facts["variants"].values():
+        keys |= variant["added"]
+    for stem in {key.partition(".")[0] for key in keys}:
+        found = NAMES.find(stem)
+        assert found is not None and found.kohya == stem
+    assert recognise_base(keys) == "sd3"
+
+
+@pytest.mark.parametrize("naming", ["kohya", "generic"])
+def test_every_spelling_finds_its_own_module(naming: str) -> None:
+    for module in NAMES.modules:
+        assert NAMES.find(getattr(module, naming)) is module
+
+
+def test_no_two_modules_share_a_spelling() -> None:
+    spellings = [name.replace(".", "_") for module in NAMES.modules for name in module.spellings]
+    assert len(spellings) == len(set(spellings))
+
+
+def in_diffusers(module: ModuleNames, weight: Tensor) -> dict[str, Tensor]:
+    """What becomes of a whole weight there."""
+    if module.pieces:
+        parts = weight.chunk(len(module.pieces))
+        return {piece.diffusers: part for piece, part in zip(module.pieces, parts, strict=True)}
+    assert isinstance(module.diffusers, str)
+    is_pair = module.swaps_pair and weight.shape[0] == 2 * weight.shape[1]
+    return {module.diffusers: weight.roll(weight.shape[0] // 2, 0) if is_pair else weight}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_layers_go_where_diffusers_takes_them(config: MMDiTConfig) -> None:
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    weights = mmdit_weights(config, 77)
+    theirs = convert_sd3_transformer_checkpoint_to_diffusers(dict(weights))
+    ours: dict[str, Tensor] = {}
+    for key, weight in weights.items():
+        stem = key.removesuffix(".weight")
+        if f"diffusion_model.{stem}" in BY_GENERIC and key.endswith(".weight"):
+            ours |= in_diffusers(BY_GENERIC[f"diffusion_model.{stem}"], weight)
+    expected = {
+        f"transformer.{key.removesuffix('.weight')}": tensor
+        for key, tensor in theirs.items()
+        if key.endswith(".weight") and ".norm_" not in key.replace(".norm_out", "")
+    }
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)

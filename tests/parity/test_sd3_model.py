@@ -1,0 +1,148 @@
+"""Our denoiser of Stable Diffusion 3 against diffusers' SD3Transformer2DModel with the same weights.
+
+The weights travel through diffusers' own reader of original checkpoints.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.architectures.sd3.model import MMDiT, MMDiTConfig
+from tests.tiny.sd3 import CONFIGS, DUAL, PLAIN, mmdit_weights, tiny_mmdit
+
+SEED = 41
+SIZES = ((16, 16), (24, 12), (10, 30))
+
+
+def diffusers_model(config: MMDiTConfig, weights: dict[str, Tensor]) -> Any:
+    from diffusers import SD3Transformer2DModel
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    model = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=config.patch,
+        in_channels=config.in_channels,
+        num_layers=config.depth,
+        attention_head_dim=config.head_width,
+        num_attention_heads=config.width // config.head_width,
+        joint_attention_dim=config.context_width,
+        caption_projection_dim=config.width,
+        pooled_projection_dim=config.pooled_width,
+        out_channels=config.in_channels,
+        pos_embed_max_size=config.positions_side,
+        dual_attention_layers=tuple(config.dual_attention),
+        qk_norm="rms_norm" if config.norms_queries else None,
+    )
+    hidden = config.mlp_width
+    for block in model.transformer_blocks:  # diffusers fixes the inner width at four times the outer
+        for ff in (block.ff, block.ff_context):
+            if ff is not None:
+                ff.net[0].proj = torch.nn.Linear(config.width, hidden)
+                ff.net[2] = torch.nn.Linear(hidden, config.width)
+    prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in weights.items()}
+    model.load_state_dict(convert_sd3_transformer_checkpoint_to_diffusers(prefixed))
+    return model.requires_grad_(False).eval()
+
+
+def inputs(config: MMDiTConfig, size: tuple[int, int], seed: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "latents": torch.randn(2, config.in_channels, *size, generator=g).requires_grad_(),
+        "timesteps": torch.tensor([37.0, 912.0]),
+        "context": torch.randn(2, 9, config.context_width, generator=g).requires_grad_(),
+        "pooled": torch.randn(2, config.pooled_width, generator=g).requires_grad_(),
+    }
+
+
+def run_ours(model: MMDiT, values: dict[str, Tensor]) -> Tensor:
+    velocity: Tensor = model(values["latents"], values["timesteps"], values["context"], values["pooled"])
+    return velocity
+
+
+def run_theirs(model: Any, values: dict[str, Tensor]) -> Tensor:
+    velocity: Tensor = model(
+        hidden_states=values["latents"],
+        timestep=values["timesteps"],
+        encoder_hidden_states=values["context"],
+        pooled_projections=values["pooled"],
+    ).sample
+    return velocity
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_velocity_and_gradients_equal_diffusers(name: str, size: tuple[int, int]) -> None:
+    config = CONFIGS[name]
+    ours, theirs = tiny_mmdit(config, SEED), diffusers_model(config, mmdit_weights(config, SEED))
+    probe = torch.randn(2, config.in_channels, *size, generator=torch.Generator().manual_seed(5))
+    gradients = []
+    velocities = []
+    for run, model in ((run_ours, ours), (run_theirs, theirs)):
+        values = inputs(config, size, seed=6)
+        velocities.append(run(model, values))
+        wanted = [values[key] for key in ("latents", "context", "pooled")]
+        gradients.append(torch.autograd.grad((velocities[-1] * probe).sum(), wanted))
+    assert velocities[0].shape == (2, config.in_channels, *size)
+    assert relative(velocities[0], velocities[1]) < 1e-4
+    for found, expected in zip(*gradients, strict=True):
+        assert relative(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_weight_matters(name: str) -> None:
+    """A weight that changes nothing would hide a wrong name."""
+    config = CONFIGS[name]
+    model = tiny_mmdit(config, SEED).requires_grad_()
+    values = inputs(config, (16, 16), seed=6)
+    run_ours(model, values).square().sum().backward()
+    dead = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-7}
+    # Nothing reads what the text of the last block asks for.
+    last = f"joint_blocks.{config.depth - 1}.context_block.attn.ln_q.weight"
+    assert dead == ({last} if config.norms_queries else set())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_checkpointing_changes_no_gradient(name: str) -> None:
+    config = CONFIGS[name]
+    plain, saving = tiny_mmdit(config, SEED), tiny_mmdit(config, SEED)
+    saving.enable_gradient_checkpointing()
+    gradients = []
+    for model in (plain, saving):
+        model.requires_grad_()
+        run_ours(model, inputs(config, (10, 12), seed=6)).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_picture_may_lie_elsewhere_in_the_table() -> None:
+    model = tiny_mmdit(DUAL, SEED)
+    side = DUAL.positions_side
+    numbered = torch.arange(side**2, dtype=torch.float32).view(1, -1, 1).expand(-1, -1, DUAL.width)
+    model.pos_embed = numbered.contiguous()
+    found = model.positions(2, 3, (5, 7))[0, :, 0].tolist()
+    assert found == [5 * side + 7, 5 * side + 8, 5 * side + 9, 6 * side + 7, 6 * side + 8, 6 * side + 9]
+    assert model.positions(2, 2, None)[0, 0, 0] == (side // 2 - 1) * side + side // 2 - 1
+
+
+def test_a_picture_larger_than_the_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="a picture of 784x64 pixels does not fit this model, which knows 384x384"):
+        run_ours(tiny_mmdit(PLAIN, SEED), inputs(PLAIN, (8, 98), seed=6))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_blocks_compile_without_graph_breaks(name: str) -> None:
+    config = CONFIGS[name]
+    model = tiny_mmdit(config, SEED)
+    for block in model.joint_blocks:
+        g = torch.Generator().manual_seed(1)
+        values = [
+            torch.randn(2, *shape, generator=g) for shape in ((9, config.width), (12, config.width), (config.width,))
+        ]
+        explained = torch._dynamo.explain(block)(*values)
+        assert explained.graph_break_count == 0, explained.break_reasons

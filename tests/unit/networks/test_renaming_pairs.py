@@ -1,0 +1,41 @@
+"""Layers of which diffusers has the two halves the other way round."""
+
+import pytest
+import torch
+
+from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames
+from networks.core.adapter_file import AdapterFile
+from networks.core.files import ALPHA, DOWN, UP
+from networks.core.module_weights import ModuleWeights
+from networks.core.renaming import rename
+
+PAIR = ModuleNames("lora_unet_mod", "diffusion_model.mod", "transformer.norm.linear", swaps_pair=True)
+NAMES = BaseNames("toy", (PAIR,))
+
+
+def file(num_outputs: int) -> AdapterFile:
+    g = torch.Generator().manual_seed(3)
+    up, down = torch.randn(num_outputs, 2, generator=g), torch.randn(2, 5, generator=g)
+    tensors = {UP: up, DOWN: down, ALPHA: torch.tensor(2.0)}
+    module = ModuleWeights(PAIR.kohya, tensors, {leaf: f"{PAIR.kohya}.{leaf}" for leaf in tensors})
+    return AdapterFile("a.safetensors", {PAIR.kohya: module}, {}, {})
+
+
+def up_of(file: AdapterFile) -> torch.Tensor:
+    (module,) = file.modules.values()
+    return module.tensors[UP]
+
+
+@pytest.mark.parametrize("naming", ["kohya", "generic"])
+def test_only_diffusers_swaps_the_halves(naming: FileNaming) -> None:
+    before = file(10)
+    assert torch.equal(up_of(rename(before, NAMES, naming).file), up_of(before))
+    there = rename(before, NAMES, "diffusers").file
+    assert torch.equal(up_of(there), torch.cat([up_of(before)[5:], up_of(before)[:5]]))
+    assert torch.equal(up_of(rename(there, NAMES, "diffusers").file), up_of(there)), "they are swapped already"
+    assert torch.equal(up_of(rename(there, NAMES, naming).file), up_of(before))
+
+
+def test_a_layer_of_more_parts_keeps_its_order() -> None:
+    before = file(30)
+    assert torch.equal(up_of(rename(before, NAMES, "diffusers").file), up_of(before))
