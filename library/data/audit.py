@@ -1,9 +1,10 @@
 """What is said about the data before any model is loaded."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from library.data.buckets import BucketRules
 from library.data.captions import fullest_captions, has_nested_wildcard
@@ -30,11 +31,11 @@ def audit_lines(
     limit: TokenLimit | None,
 ) -> Iterator[Line]:
     """The report, one line at a time."""
-    num_draws: Counter[int] = Counter()
-    unused: Counter[int] = Counter()
-    for sample in samples:
-        num_draws[sample.subset] += sample.num_draws
-        unused[sample.subset] += sample.num_draws == 0
+    num_subsets = sum(len(dataset.subsets) for dataset in datasets)
+    subset_of_sample = np.array([sample.subset for sample in samples], dtype=np.int64)
+    draws_of_sample = np.array([sample.num_draws for sample in samples], dtype=np.int64)
+    num_draws = np.bincount(subset_of_sample, draws_of_sample, num_subsets).astype(int).tolist()
+    unused = np.bincount(subset_of_sample, draws_of_sample == 0, num_subsets).astype(int).tolist()
     first_subset = 0
     for number, (dataset, rule) in enumerate(zip(datasets, rules, strict=True)):
         yield logging.INFO, f"dataset {number + 1}: {describe_size(rule)}, batch size {dataset.config.batch_size}"

@@ -1,8 +1,10 @@
 """The pictures of a run and the batches drawn from them."""
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -68,6 +70,18 @@ class TrainingSet:
 
         Raises NoDataFound where there is nothing to train on, ValueError for every other mistake in the description.
         """
+        with without_collection():
+            return cls._build(options, spec, seed, count_tokens, max_tokens)
+
+    @classmethod
+    def _build(
+        cls,
+        options: TrainOptions,
+        spec: LatentSpec,
+        seed: int,
+        count_tokens: Callable[[str], int] | None,
+        max_tokens: int | None,
+    ) -> "TrainingSet":
         config = load_dataset_config(options)
         check_drawing(config, options)
         datasets = collect(config)
@@ -207,6 +221,18 @@ class TrainingSet:
         self._orders.orders = orders
         for draft in loader:
             yield self._finished(draft)
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Keep Python's garbage collector off: it would walk all pictures again and again, and none of them is garbage."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def check_drawing(config: RunDataConfig, options: TrainOptions) -> None:

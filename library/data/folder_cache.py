@@ -18,6 +18,8 @@ from library.data.schema import SubsetConfig
 logger = logging.getLogger(__name__)
 
 Fingerprint = list[int]  # bytes, nanoseconds of the last change
+CacheRow = tuple[str, str, Size | str, Fingerprint, Fingerprint | None]
+"""path, caption, size (or why there is none), what picture and caption were read from"""
 FILE_NAME = "metadata_cache.json"
 
 
@@ -62,12 +64,12 @@ class FolderCache:
         except (KeyError, TypeError, ValueError):
             return None
 
-    def write(self, found: Iterable[tuple[str, str, Size | None, Fingerprint | None, Fingerprint | None]]) -> None:
+    def write(self, found: Iterable[CacheRow]) -> None:
         """Keep what was read, if anything is new; a folder that cannot be written is only worth a warning."""
         entries = {
             path: {
                 "caption": caption,
-                "resolution": list(size or ()),
+                "resolution": list(size),
                 "read_from": {"picture": picture_print, "caption": caption_print, "is_multiline": self.is_multiline},
             }
             for path, caption, size, picture_print, caption_print in found

@@ -3,17 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from library.randomness import random_for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bucket:
     """The draws that share a size and a dataset; a draw is a number, one for each repeat of each picture."""
 
     dataset: int
     size: tuple[int, int]  # width, height
     batch_size: int
-    draws: tuple[int, ...]
+    draws: Sequence[int] | NDArray[np.int32]
 
     @property
     def num_batches(self) -> int:
@@ -24,7 +27,7 @@ def epoch_batches(buckets: Sequence[Bucket], seed: int, epoch: int) -> list[tupl
     """The batches of an epoch (from 1), tuples of draws: every draw once, shuffled in its bucket, batches shuffled."""
     batches: list[tuple[int, ...]] = []
     for number, bucket in enumerate(buckets):
-        draws = list(bucket.draws)
+        draws = np.asarray(bucket.draws).tolist()
         random_for(seed, "draw order", epoch, number).shuffle(draws)
         batches += [tuple(draws[i : i + bucket.batch_size]) for i in range(0, len(draws), bucket.batch_size)]
     random_for(seed, "batch order", epoch).shuffle(batches)

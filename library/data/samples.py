@@ -1,10 +1,11 @@
 """From what was found to what is drawn: the shape of every picture, its repeats, and the buckets."""
 
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice, repeat
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +17,7 @@ from library.data.scan import Picture, ScannedDataset, few
 from library.data.schema import DatasetConfig, NoDataFound, SubsetConfig
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """One picture as a dataset trains it; the same picture in two datasets is two samples."""
 
     picture: Picture
@@ -72,13 +72,16 @@ def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRule
     samples: list[Sample] = []
     first_subset = 0
     for number, (dataset, rule) in enumerate(zip(datasets, rules, strict=True)):
-        placed = [(index, picture) for index, subset in enumerate(dataset.subsets) for picture in subset.pictures]
-        shapes = assign_shapes([picture.size for _, picture in placed], rule)
-        draws = draws_of_dataset(dataset)
-        for (index, picture), shape, num_draws in zip(placed, shapes, draws, strict=True):
-            if not rule.enable_bucket:
-                shape = fixed_shape(picture.size, rule.resolution, dataset.subsets[index].config)
-            samples.append(Sample(picture, number, first_subset + index, shape, num_draws))
+        draws = iter(draws_of_dataset(dataset))
+        for index, subset in enumerate(dataset.subsets, first_subset):
+            sizes = [picture.size for picture in subset.pictures]
+            if rule.enable_bucket:
+                shapes = assign_shapes(sizes, rule)
+            else:
+                shapes = [fixed_shape(size, rule.resolution, subset.config) for size in sizes]
+            # `draws` goes on with the next subset, so it stands where the others have ended.
+            rows = zip(subset.pictures, repeat(number), repeat(index), shapes, draws, strict=False)
+            samples += map(Sample._make, rows)
         first_subset += len(dataset.subsets)
     return tuple(samples)
 
@@ -92,25 +95,28 @@ def fixed_shape(picture: Size, target: Size, subset: SubsetConfig) -> Shape:
 
 def draws_of_dataset(dataset: ScannedDataset) -> list[int]:
     """The number of draws of every picture, in order of the subsets: repeats, balanced for regularisation pictures."""
-    configs = [subset.config for subset in dataset.subsets for _ in subset.pictures]
-    num_train_draws = sum(config.num_repeats for config in configs if not config.is_reg)
-    balanced = iter(regularisation_repeats(num_train_draws, [c.num_repeats for c in configs if c.is_reg]))
-    return [next(balanced) if config.is_reg else config.num_repeats for config in configs]
+    repeats = [(subset.config, subset.config.num_repeats, len(subset.pictures)) for subset in dataset.subsets]
+    num_train_draws = sum(count * pictures for config, count, pictures in repeats if not config.is_reg)
+    reg = [n for config, count, pictures in repeats if config.is_reg for n in [count] * pictures]
+    balanced = iter(regularisation_repeats(num_train_draws, reg))
+    draws: list[int] = []
+    for config, count, pictures in repeats:
+        draws += islice(balanced, pictures) if config.is_reg else [count] * pictures
+    return draws
 
 
 def build_draws(samples: Sequence[Sample], configs: Sequence[DatasetConfig]) -> Draws:
     """Number the draws and sort them into buckets, ordered by dataset and size."""
     counts = np.array([sample.num_draws for sample in samples], dtype=np.int64)
     sample_of_draw = np.repeat(np.arange(len(samples), dtype=np.int32), counts)
-    members: dict[tuple[int, Size], list[int]] = defaultdict(list)
-    first = 0
-    for sample in samples:
-        members[sample.dataset, sample.shape.bucket] += range(first, first + sample.num_draws)
-        first += sample.num_draws
+    keys = [(sample.dataset, sample.shape.bucket) for sample in samples]
+    places = {key: place for place, key in enumerate(sorted(set(keys)))}
+    place_of_draw = np.repeat(np.array([places[key] for key in keys], dtype=np.int32), counts)
+    members = np.split(np.argsort(place_of_draw, kind="stable").astype(np.int32), np.cumsum(np.bincount(place_of_draw)))
     buckets = tuple(
-        Bucket(dataset, size, configs[dataset].batch_size, tuple(draws))
-        for (dataset, size), draws in sorted(members.items())
-        if draws
+        Bucket(dataset, size, configs[dataset].batch_size, draws)
+        for (dataset, size), draws in zip(places, members, strict=False)
+        if len(draws)
     )
     return Draws(sample_of_draw, buckets)
 
@@ -119,6 +125,9 @@ def duplicated_stems(datasets: Sequence[ScannedDataset]) -> Iterator[tuple[str, 
     """Pairs of pictures of one subset that share caption file and cache names, because only their endings differ."""
     for dataset in datasets:
         for subset in dataset.subsets:
+            stems = {picture.path.rpartition(".")[0] for picture in subset.pictures}
+            if subset.config.style != "metadata" and len(stems) == len(subset.pictures):
+                continue  # every name has an ending and there is no pair, which is soon seen
             seen: dict[str, str] = {}
             for picture in subset.pictures:
                 stem = os.path.splitext(picture.path)[0]

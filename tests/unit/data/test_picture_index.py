@@ -1,0 +1,265 @@
+"""The index of a folder saves reading, and never says anything but what reading would say."""
+
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from library.data import picture_index, scan
+from library.data.dataset import TrainingSet
+from library.data.scan import ScannedSubset
+from library.data.threads import BLOCK, in_blocks
+from tests.unit.data.builders import open_set, write_config, write_folder, write_picture
+
+LONG_AGO = 1_500_000_000
+
+CONFIG = """
+[[datasets]]
+resolution = 64
+batch_size = 2
+enable_bucket = true
+min_bucket_reso = 64
+max_bucket_reso = 128
+[[datasets.subsets]]
+image_dir = "{here}/pictures"
+caption_extension = ".txt"
+num_repeats = 2
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Five pictures and captions whose last edit is long ago, in a folder that counts as large."""
+    monkeypatch.setattr(picture_index, "MIN_FILES", 1)
+    folder = write_folder(tmp_path / "pictures", 4, caption="a tag")
+    write_picture(folder / "wide.png", (128, 64))
+    (folder / "p3.txt").write_text("\ufefffirst\r\n\r\nsecond ねこ\n", encoding="utf-8")
+    age(folder)
+    return folder
+
+
+def age(folder: Path) -> None:
+    for path in folder.iterdir():
+        os.utime(path, (LONG_AGO, LONG_AGO))
+
+
+def build(folder: Path, subset: str = "") -> TrainingSet:
+    return open_set(write_config(folder.parent / "data.toml", CONFIG + subset))
+
+
+def fields_of(built: TrainingSet) -> tuple[object, ...]:
+    """All that a build finds, as plain values."""
+    buckets = [(b.dataset, b.size, b.batch_size, list(b.draws)) for b in built.draws.buckets]
+    return (built.datasets, built.rules, built.samples, built.draws.sample_of_draw.tolist(), buckets)
+
+
+def from_scratch(folder: Path, subset: str = "") -> TrainingSet:
+    """A build of a copy without an index, put in the folder's place for the time."""
+    kept = folder.with_name("kept")
+    folder.rename(kept)
+    shutil.copytree(kept, folder, ignore=shutil.ignore_patterns(picture_index.FILE_NAME))
+    try:
+        return build(folder, subset)
+    finally:
+        shutil.rmtree(folder)
+        kept.rename(folder)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of files that are read."""
+    names: list[str] = []
+    read_stamped = scan.read_stamped
+
+    def reading(path: str, num_bytes: int | None = None) -> tuple[os.stat_result, bytes]:
+        names.append(os.path.basename(path))
+        return read_stamped(path, num_bytes)
+
+    monkeypatch.setattr(scan, "read_stamped", reading)
+    return names
+
+
+@pytest.mark.parametrize("subset", ["", 'enable_wildcard = true\nclass_tokens = "cat"\n'])
+def test_a_build_from_the_index_equals_one_from_scratch_and_reads_nothing(folder, opened, subset):
+    first = fields_of(build(folder, subset))
+    assert (folder / picture_index.FILE_NAME).is_file() and len(opened) == 9
+    opened.clear()
+    assert fields_of(build(folder, subset)) == first
+    assert opened == []
+    assert fields_of(from_scratch(folder, subset)) == first
+
+
+def test_one_index_serves_wildcards_and_first_lines(folder, opened):
+    plain = build(folder).samples[3].picture.caption
+    opened.clear()
+    assert (plain, build(folder, "enable_wildcard = true\n").samples[3].picture.caption) == (
+        "first",
+        "first\nsecond ねこ",
+    )
+    assert opened == []
+
+
+def test_captions_with_other_endings_have_their_own_table(folder, opened):
+    (folder / "p0.note").write_text("another")
+    age(folder)
+    other = CONFIG.replace(".txt", ".note")
+    for _ in range(2):
+        opened.clear()
+        build(folder)
+        noted = open_set(write_config(folder.parent / "note.toml", other))
+        assert [sample.picture.caption for sample in noted.samples][:2] == ["another", ""]
+    assert opened == []
+
+
+def keep_times(path: Path, change: object) -> None:
+    before = path.stat()
+    assert callable(change)
+    change()
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+EDITS = {
+    "caption of the same size": lambda f: (f / "p0.txt").write_text("b tag 0"),
+    "caption of another size, its time put back": lambda f: keep_times(
+        f / "p0.txt", lambda: (f / "p0.txt").write_text("longer than before")
+    ),
+    "caption of the same size, its time put back": lambda f: keep_times(
+        f / "p0.txt", lambda: (f / "p0.txt").write_text("c tag 0")
+    ),
+    "caption removed": lambda f: (f / "p1.txt").unlink(),
+    "caption added": lambda f: (f / "wide.txt").write_text("new"),
+    "picture replaced": lambda f: write_picture(f / "p1.png", (64, 128)),
+    "picture replaced, its time put back": lambda f: keep_times(
+        f / "p1.png", lambda: write_picture(f / "p1.png", (64, 128))
+    ),
+    "picture replaced by an older one": lambda f: (
+        os.utime(write_picture(f.parent / "old.png", (64, 128)), (LONG_AGO - 9, LONG_AGO - 9)),
+        os.replace(f.parent / "old.png", f / "p1.png"),
+    ),
+    "picture renamed": lambda f: (f / "p2.png").rename(f / "zz.png"),
+    "two pictures swapped": lambda f: (
+        (f / "p2.png").rename(f / "x"),
+        (f / "wide.png").rename(f / "p2.png"),
+        (f / "x").rename(f / "wide.png"),
+    ),
+    "picture deleted": lambda f: (f / "p2.png").unlink(),
+    "picture added": lambda f: write_picture(f / "p9.png", (128, 64)),
+    "picture damaged": lambda f: (f / "p2.png").write_bytes(b""),
+    "everything touched": lambda f: [path.touch() for path in f.glob("p*")],
+    "index cut short": lambda f: spoil(f, lambda content: content[: len(content) // 2]),
+    "index with one bit turned": lambda f: spoil(f, lambda c: c[:700] + bytes([c[700] ^ 1]) + c[701:]),
+    "index of garbage": lambda f: spoil(f, lambda content: b"\x80garbage" * 99),
+    "index empty": lambda f: spoil(f, lambda content: b""),
+    "index gone": lambda f: (f / picture_index.FILE_NAME).unlink(),
+}
+
+
+if os.name == "nt":  # where a file has no time of its last change of any kind
+    EDITS = {name: edit for name, edit in EDITS.items() if "time put back" not in name or "another size" in name}
+
+
+def spoil(folder: Path, change: object) -> None:
+    path = folder / picture_index.FILE_NAME
+    assert callable(change)
+    path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=list(EDITS))
+def test_every_kind_of_edit_is_noticed(folder, edit):
+    before = fields_of(build(folder))
+    edit(folder)
+    after = fields_of(build(folder))
+    assert after == fields_of(from_scratch(folder))
+    assert fields_of(build(folder)) == after
+    if edit not in (EDITS["everything touched"], *(EDITS[name] for name in EDITS if name.startswith("index"))):
+        assert after != before
+
+
+def test_only_what_was_edited_is_read_again(folder, opened):
+    build(folder)
+    opened.clear()
+    (folder / "p0.txt").write_text("edited")
+    build(folder)
+    assert opened == ["p0.txt"]
+
+
+def test_a_file_that_was_edited_a_moment_ago_is_read_again(folder, opened):
+    (folder / "p0.txt").touch()  # a second edit within the tick of the clock would leave size and time as they are
+    build(folder)
+    opened.clear()
+    build(folder)
+    assert opened == ["p0.txt"]
+
+
+def test_a_damaged_index_is_made_again_and_said_so(folder, caplog, opened):
+    build(folder)
+    spoil(folder, lambda content: content[:100])
+    build(folder)
+    assert "cannot be used and is made again" in caplog.text
+    opened.clear()
+    build(folder)
+    assert opened == []
+
+
+def test_an_index_of_another_version_is_made_again(folder, monkeypatch, opened):
+    monkeypatch.setattr(picture_index, "VERSION", 0)
+    build(folder)
+    monkeypatch.undo()
+    monkeypatch.setattr(picture_index, "MIN_FILES", 1)
+    build(folder)
+    assert picture_index.open_index(str(folder), 5).sizes.names
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be read-only there")
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_has_no_index_and_no_error(folder):
+    folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        build(folder)
+    finally:
+        folder.chmod(stat.S_IRWXU)
+    assert not (folder / picture_index.FILE_NAME).exists()
+
+
+def test_an_index_that_cannot_be_written_is_no_error(folder, monkeypatch, caplog):
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(picture_index, "atomic_path", refuse)
+    assert len(build(folder).samples) == 5
+    assert not (folder / picture_index.FILE_NAME).exists() and caplog.text.count("WARNING") == 0
+
+
+def test_small_folders_get_no_index(tmp_path):
+    build(write_folder(tmp_path / "pictures", 3))
+    assert not list((tmp_path / "pictures").glob(".*"))
+
+
+def test_pictures_that_a_metadata_file_names_are_remembered_too(folder, opened):
+    (folder.parent / "meta.json").write_text('{"p1": {"caption": "x"}, "wide": {"caption": "y"}}')
+    config = CONFIG.replace('caption_extension = ".txt"', 'metadata_file = "{here}/meta.json"')
+
+    def read() -> ScannedSubset:
+        return open_set(write_config(folder.parent / "meta.toml", config)).datasets[0].subsets[0]
+
+    first = read()
+    assert [picture.size for picture in first.pictures] == [(64, 64), (128, 64)] and opened == ["p1.png", "wide.png"]
+    assert read() == first and len(opened) == 2
+    Image.new("RGB", (96, 64)).save(folder / "wide.png")
+    assert read().pictures[1].size == (96, 64)
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_blocks_keep_the_order_and_the_first_mistake(monkeypatch, is_slow):
+    monkeypatch.setattr("library.data.threads.SLOW_READ_S", -1 if is_slow else 60)
+    items = list(range(3 * BLOCK + 7))
+    assert in_blocks(lambda block: [2 * n for n in block], items, 4) == [2 * n for n in items]
+
+    def fail(block):
+        raise ValueError(block[0])
+
+    with pytest.raises(ValueError, match=r"^0$"):
+        in_blocks(fail, items, 4)
