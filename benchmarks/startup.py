@@ -96,7 +96,7 @@ def ready(options: object) -> object:
     spec = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_sd.npz", keys_carry_size=False)
     training_set = TrainingSet.build(options, spec, 1, None, None)  # type: ignore[arg-type]
     training_set.audit(logging.getLogger("audit"))
-    return training_set, training_set.batches(1, 0, lambda i: i, 0, False)
+    return training_set, training_set.batches(1, range(training_set.num_batches), lambda i: i, 0, False)
 
 
 def resident_bytes() -> int:

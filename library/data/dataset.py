@@ -28,6 +28,18 @@ __all__ = ["NoDataFound", "TrainingSet"]
 logger = logging.getLogger(__name__)
 
 
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Keep Python's garbage collector off: it would walk all pictures again and again, and none of them is garbage."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 class TrainingSet:
     """What a run trains on. Batches are a function of (seed, epoch, place in the epoch)."""
 
@@ -57,6 +69,7 @@ class TrainingSet:
         self._lasting_loader: DataLoader[Draft | str] | None = None
 
     @classmethod
+    @without_collection()
     def build(
         cls,
         options: TrainOptions,
@@ -70,18 +83,6 @@ class TrainingSet:
 
         Raises NoDataFound where there is nothing to train on, ValueError for every other mistake in the description.
         """
-        with without_collection():
-            return cls._build(options, spec, seed, count_tokens, max_tokens)
-
-    @classmethod
-    def _build(
-        cls,
-        options: TrainOptions,
-        spec: LatentSpec,
-        seed: int,
-        count_tokens: Callable[[str], int] | None,
-        max_tokens: int | None,
-    ) -> "TrainingSet":
         config = load_dataset_config(options)
         check_drawing(config, options)
         datasets = collect(config)
@@ -221,18 +222,6 @@ class TrainingSet:
         self._orders.orders = orders
         for draft in loader:
             yield self._finished(draft)
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Keep Python's garbage collector off: it would walk all pictures again and again, and none of them is garbage."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def check_drawing(config: RunDataConfig, options: TrainOptions) -> None:

@@ -1,0 +1,137 @@
+"""What caching latents costs over the VAE's own time, and what a later start costs that finds them.
+
+The baseline encodes the same pictures as tensors that lie in memory, in the same batches. Both take turns, the VAE has
+one thread, weights are random; the best of `--rounds` counts, since a busy machine only ever adds.
+
+    python benchmarks/latent_caching.py --side 256 --count 64
+"""
+
+import argparse
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import Generator, Tensor  # noqa: E402
+
+CHANNELS = {"tiny": (8, 8, 16, 16), "medium": (32, 64, 128, 128), "sd15": (128, 256, 512, 512)}
+
+
+def build_vae(name: str) -> Any:
+    """An encoder with the layout of Stable Diffusion's."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=CHANNELS[name],
+        layers_per_block=2,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=8,
+    )
+    return vae.eval().requires_grad_(False)
+
+
+def build_pictures(folder: Path, side: int, count: int) -> None:
+    """JPEGs of one and a half times the side, so that each is scaled as photographs are."""
+    folder.mkdir()
+    rng = np.random.default_rng(3)
+    for i in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        small.resize((side * 3 // 2, side * 3 // 2), Image.Resampling.BICUBIC).save(folder / f"{i:04}.jpg", quality=92)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall seconds."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def forget(folder: Path) -> None:
+    """Remove cached latents and what is known about them."""
+    for path in [*folder.glob("*.npz"), *folder.glob(".*")]:
+        path.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae", choices=list(CHANNELS), default="medium")
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--vae_batch_size", type=int, default=4)
+    parser.add_argument(
+        "--workers", type=int, default=8, help="--max_data_loader_n_workers, threads that read pictures"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    from library.architectures.sd.latents import SdLatents
+    from library.data.batches import to_pixels
+    from library.data.cache import cache_latents, decode, plan_jobs
+    from library.data.dataset import TrainingSet
+    from library.options.train import TrainOptions
+
+    codec, vae = SdLatents(), build_vae(args.vae)
+
+    def encode(pixels_BCHW: Tensor, generators: Sequence[Generator]) -> Tensor:
+        with torch.no_grad():
+            return codec.encode(vae, pixels_BCHW, generators)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "1_x"
+        build_pictures(folder, args.side, args.count)
+
+        def opened(flag: str) -> tuple[TrainingSet, TrainOptions]:
+            options = argparse.ArgumentParser()
+            TrainOptions.add_to(options)
+            given = ["--train_data_dir", temporary, "--resolution", str(args.side), flag]
+            given += ["--vae_batch_size", str(args.vae_batch_size), "--max_data_loader_n_workers", str(args.workers)]
+            chosen = TrainOptions.from_args(options.parse_args(given))
+            return TrainingSet.build(chosen, codec.spec, 1, None, None), chosen
+
+        def caching(flag: str) -> float:
+            training_set, options = opened(flag)
+            return seconds_of(lambda: cache_latents(training_set, encode, "a vae", options.caching, 1))
+
+        training_set, _ = opened("--cache_latents")
+        pictures = [to_pixels(decode(job).picture) for job in plan_jobs(training_set, False)]
+        batches = [
+            torch.stack(pictures[i : i + args.vae_batch_size]) for i in range(0, len(pictures), args.vae_batch_size)
+        ]
+        generators = [Generator().manual_seed(1)] * args.vae_batch_size
+
+        def bare() -> float:
+            return seconds_of(lambda: [encode(batch, generators[: len(batch)]) for batch in batches])
+
+        bare()
+        found: dict[str, list[float]] = {"bare": [], "memory": [], "disk": [], "check": []}
+        for _ in range(args.rounds):
+            found["bare"].append(bare())
+            found["memory"].append(caching("--cache_latents"))
+            forget(folder)
+            found["disk"].append(caching("--cache_latents_to_disk"))
+            found["check"].append(caching("--cache_latents_to_disk"))
+        best = {name: min(times) for name, times in found.items()}
+        each = {name: 1000 * seconds / args.count for name, seconds in best.items()}
+        print(
+            f"{args.vae} VAE, {args.count} pictures of {args.side}: {each['bare']:.2f} ms each bare, "
+            f"in memory {each['memory']:.2f} ({best['memory'] / best['bare']:.2f} x), "
+            f"to disk {each['disk']:.2f} ({best['disk'] / best['bare']:.2f} x); "
+            f"a start that finds them {each['check']:.2f} ms each"
+        )
+
+
+if __name__ == "__main__":
+    main()
