@@ -1,7 +1,9 @@
 """Preview pictures as files: their names, their bytes, and what is written into them."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from library.options.saving import SavingOptions
 from library.types import Prompt
 
 FOLDER = "sample"  # in --output_dir; front ends look there
+GRID_FOLDER = "grid"  # in that, apart from what front ends take for a prompt's picture
+GRID_GAP = 4  # pixels
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,36 @@ def picture_path(options: SavingOptions, event: str, index: int, seed: int | Non
     return Path(options.output_dir) / FOLDER / f"{name}{event}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}{ending}.png"
 
 
+def grid_path(options: SavingOptions, event: str) -> Path:
+    """`sample/grid/<name>_<event>_<YYYYmmddHHMMSS>.png`."""
+    assert options.output_dir is not None
+    name = f"{options.output_name}_" if options.output_name else ""
+    return Path(options.output_dir) / FOLDER / GRID_FOLDER / f"{name}{event}_{time.strftime('%Y%m%d%H%M%S')}.png"
+
+
 def to_image(pixels_CHW: Tensor) -> Image.Image:
     """The picture of values around -1..1; what lies beyond is cut."""
     values = ((pixels_CHW.float() / 2 + 0.5).clamp(0, 1) * 255).round()
     return Image.fromarray(values.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
+
+
+def to_grid(images: Sequence[Image.Image]) -> Image.Image:
+    """All pictures in one, row by row in about a square; smaller ones stand in the middle of their cell."""
+    num_columns = ceil(sqrt(len(images)))
+    width, height = (max(image.size[axis] for image in images) + GRID_GAP for axis in (0, 1))
+    num_rows = ceil(len(images) / num_columns)
+    grid = Image.new("RGB", (num_columns * width - GRID_GAP, num_rows * height - GRID_GAP))
+    for n, image in enumerate(images):
+        row, column = divmod(n, num_columns)
+        middle = [(side - GRID_GAP - own) // 2 for side, own in zip((width, height), image.size, strict=True)]
+        grid.paste(image, (column * width + middle[0], row * height + middle[1]))
+    return grid
+
+
+def write_grid(path: Path, drawn: Sequence[Drawn]) -> None:
+    """Write the pictures of one event as one, whole or not at all."""
+    with atomic_path(path) as temporary:
+        to_grid([one.image for one in drawn]).save(temporary, format="PNG")
 
 
 def write_picture(path: Path, drawn: Drawn) -> None:

@@ -21,7 +21,7 @@ from library.randomness import generator_for
 from library.training.evaluation import evaluating
 from library.training.interruption import Interrupted, Interruption
 from library.training.logs import Charts
-from library.training.pictures import Drawn, picture_path, to_image, write_picture
+from library.training.pictures import Drawn, grid_path, picture_path, to_image, write_grid, write_picture
 from library.training.prompts import read_prompts, settle
 from library.training.report import announce
 from library.training.run import Autocast, Run
@@ -155,6 +155,8 @@ class Previews:
                         if not interruption.is_requested:
                             drawn += self._draw_one(event, index, vae, goes_on)
                 del vae
+            if len(drawn) > 1:
+                write_grid(grid_path(run.options.saving, event), drawn)
             self._charts.log_pictures(drawn, step, epoch)
         except Exception as error:
             give_up("the previews", error)

@@ -233,3 +233,33 @@ def test_fp16_without_a_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 def test_each_line_about_support_is_about_a_real_option() -> None:
     assert {*NOT_YET, *DDP, *DEEPSPEED} <= AllOptions.defaults().keys()
     assert without_effect(made()) == []
+
+
+def test_previews_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat --w wide")
+    previews = {"sample_at_first": True, "sample_prompts": str(path)}
+    assert f"{path}, line 1: width (--w) is 'wide'" in refusal(**previews)
+    path.write_text("a cat")
+    check(made(**previews))
+    assert "--sample_sampler is 'eular'; did you mean euler?" in refusal(**previews, sample_sampler="eular")
+    with pytest.raises(OSError, match=r"none\.txt, but there is no such file"):
+        check(made(sample_every_n_steps=2, sample_prompts="none.txt"))
+
+
+@pytest.mark.parametrize(
+    "times", [{"sample_every_n_steps": 5}, {"sample_every_n_epochs": 1}, {"sample_at_first": True}]
+)
+@pytest.mark.parametrize("prompts", [None, ""])
+def test_previews_without_prompts_are_warned_of(
+    caplog: pytest.LogCaptureFixture, times: dict[str, Any], prompts: str | None
+) -> None:
+    (warning,) = warnings_of(caplog, **times, sample_prompts=prompts)
+    assert "--sample_prompts" in warning
+
+
+def test_previews_by_epochs_and_by_steps_say_which_counts(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat")
+    warnings = warnings_of(caplog, sample_every_n_steps=5, sample_every_n_epochs=1, sample_prompts=str(path))
+    assert warnings == ["--sample_every_n_steps has no effect with --sample_every_n_epochs"]

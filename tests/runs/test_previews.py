@@ -1,0 +1,155 @@
+"""Pictures drawn in the middle of a training, and a training that does not notice."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.running import Finished
+
+Train = Callable[..., Finished]
+PROMPTS = """# two pictures
+a (red:1.3) cat --w 64 --h 64 --d 3 --s 3 --l 4 --n dog
+a dog --w 64 --h 72 --s 3 --l 1 --ss euler_a
+"""
+EVENTS = ["--sample_at_first", "--sample_every_n_steps", "2"]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> list[str]:
+    """The option that names a file of two prompts."""
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    return ["--sample_prompts", str(tmp_path / "prompts.txt")]
+
+
+def pictures(tmp_path: Path) -> dict[str, Path]:
+    """Files of the sample folder by name, the time left out."""
+    return {re.sub(r"_\d{14}", "", path.name): path for path in sorted((tmp_path / "out" / "sample").glob("*.png"))}
+
+
+def pixels(path: Path) -> Any:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_pictures_show_how_the_training_goes(
+    train: Train, base_arguments: list[str], prompts: list[str], tmp_path: Path
+) -> None:
+    done = train([*base_arguments, *prompts, *EVENTS, "--learning_rate", "0.05"])
+    assert done.status == 0, done.stderr
+    found = pictures(tmp_path)
+    events = ["000002", "000004", "e000000"]
+    assert list(found) == [f"mine_{event}_{end}.png" for event in events for end in ("00_3", "01")]
+    assert pixels(found["mine_000004_01.png"]).shape == (72, 64, 3)
+    first, second, last = (pixels(found[f"mine_{event}_00_3.png"]) for event in ("e000000", "000002", "000004"))
+    assert np.abs(first - second).max() > 0 and np.abs(second - last).max() > 0
+    grids = sorted(path.name for path in (tmp_path / "out" / "sample" / "grid").iterdir())
+    assert [re.sub(r"_\d{14}", "", name) for name in grids] == [f"mine_{event}.png" for event in events]
+    assert "generating sample images at step / サンプル画像生成 ステップ: 2" in done.stdout
+
+
+def test_epochs_win_over_steps(train: Train, base_arguments: list[str], prompts: list[str], tmp_path: Path) -> None:
+    done = train(
+        [
+            *base_arguments,
+            *prompts,
+            "--max_train_epochs",
+            "2",
+            "--sample_every_n_epochs",
+            "2",
+            *EVENTS[1:],
+            "--cache_latents",
+        ]
+    )
+    assert done.status == 0, done.stderr
+    assert list(pictures(tmp_path)) == ["mine_e000002_00_3.png", "mine_e000002_01.png"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--network_dropout", "0.3", "--network_args", "rank_dropout=0.2", "module_dropout=0.2"],
+        ["--network_module", "networks.dylora", "--network_args", "unit=2", "--text_encoder_lr", "0"],
+        ["--optimizer_type", "AdamWScheduleFree", "--gradient_checkpointing"],
+        ["--network_module", "lycoris.kohya", "--network_args", "algo=loha", "preset=attn-mlp", "rank_dropout=0.3"],
+    ],
+    ids=["dropout", "dylora", "schedule_free", "lycoris"],
+)
+def test_a_training_with_previews_is_the_training_without(
+    train: Train, base_arguments: list[str], prompts: list[str], tmp_path: Path, options: list[str]
+) -> None:
+    """Every bit of the adapter."""
+    drawing = train([*base_arguments, *options, *prompts, *EVENTS, "--output_name", "drawing"])
+    plain = train([*base_arguments, *options, "--output_name", "plain"])
+    assert drawing.status == 0 and len(pictures(tmp_path)) == 6, drawing.stderr
+    assert drawing.losses == plain.losses
+    a, b = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("drawing", "plain"))
+    assert all(torch.equal(a[name], b[name]) for name in b) and a.keys() == b.keys()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--network_dropout", "0.5", "--network_args", "rank_dropout=0.5", "module_dropout=0.5"],
+        ["--network_module", "networks.dylora", "--network_args", "unit=1"],
+        ["--optimizer_type", "AdamWScheduleFree"],
+    ],
+    ids=["dropout", "dylora", "schedule_free"],
+)
+def test_a_picture_is_what_diffusers_draws_with_the_saved_file(
+    train: Train, base_arguments: list[str], tiny_sd_folder: Path, tmp_path: Path, options: list[str]
+) -> None:
+    """Dropout off, all ranks, averaged weights; the picture before training is another."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    (tmp_path / "prompts.json").write_text(
+        '[{"prompt": "a red cat", "negative_prompt": "dog", "width": 64, "height": 64, "seed": 3, "sample_steps": 5}]'
+    )
+    previews = ["--sample_prompts", str(tmp_path / "prompts.json"), "--sample_at_first", "--sample_every_n_steps", "4"]
+    done = train([*base_arguments, *options, *previews, "--learning_rate", "0.05"])
+    assert done.status == 0, done.stderr
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        str(tiny_sd_folder), safety_checker=None, requires_safety_checker=False, local_files_only=True
+    )
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(load_file(tmp_path / "out" / "mine.safetensors"))
+    image = pipeline(
+        "a red cat", negative_prompt="dog", width=64, height=64, num_inference_steps=5, guidance_scale=7.5,
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]  # fmt: skip
+    found = pictures(tmp_path)
+    assert np.abs(pixels(found["mine_000004_00_3.png"]) - np.asarray(image).astype(int)).max() <= 2
+    assert np.abs(pixels(found["mine_e000000_00_3.png"]) - np.asarray(image).astype(int)).max() > 10
+
+
+def test_a_failing_preview_leaves_the_run_alive(
+    train: Train, base_arguments: list[str], prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file stands where the folder of the pictures should be."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sample").write_text("in the way")
+    done = train([*base_arguments, *prompts, *EVENTS])
+    assert done.status == 0
+    assert "preview 0 (a (red:1.3) cat) failed, training goes on: FileExistsError" in done.stderr
+    assert (tmp_path / "out" / "mine.safetensors").exists()
+
+
+def test_tensorboard_gets_the_pictures(
+    train: Train, base_arguments: list[str], prompts: list[str], tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = train([*base_arguments, *prompts, *EVENTS, "--logging_dir", str(tmp_path / "logs")])
+    assert done.status == 0, done.stderr
+    (folder,) = (tmp_path / "logs").iterdir()
+    events = EventAccumulator(str(folder / "network_train")).Reload()
+    assert events.Tags()["images"] == ["sample_0", "sample_1"]
+    assert [(event.step, event.width, event.height) for event in events.Images("sample_1")] == [
+        (0, 64, 72), (2, 64, 72), (4, 64, 72),
+    ]  # fmt: skip

@@ -1,0 +1,119 @@
+"""From noise to latents: what every sampler has in common, and the parts that are ours."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.diffusion.samplers import (
+    ALIASES,
+    SAMPLERS,
+    FlowSampler,
+    Sampler,
+    adams_bashforth,
+    betas_of,
+    build_ddpm_sampler,
+    even_sigmas,
+)
+from library.diffusion.schedules import abar_of, ddpm_abar, scaled_linear_betas
+from library.options.preview import PreviewOptions
+from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
+
+
+def walk(sampler: Sampler, clean_BCHW: Tensor, seed: int = 0) -> Tensor:
+    """Sample with a denoiser that knows the clean latents: it names the noise in what it is shown."""
+    generator = torch.Generator().manual_seed(seed)
+    x_BCHW = sampler.start(torch.randn(clean_BCHW.shape, generator=generator))
+    for n, level in enumerate(sampler.levels):
+        shown_BCHW = sampler.denoiser_input(x_BCHW, n)
+        scale = (level.sigma**2 + 1) ** 0.5  # shown = (clean + sigma * noise) / scale
+        noise_BCHW = (shown_BCHW * scale - clean_BCHW) / level.sigma
+        x_BCHW = sampler.step(noise_BCHW, x_BCHW, n, generator)
+    return x_BCHW
+
+
+def test_every_name_of_the_option_has_a_sampler() -> None:
+    choices = {f.name: f for f, _ in PreviewOptions.leaves()}["sample_sampler"].metadata["choices"]
+    assert set(choices) == {*SAMPLERS, *ALIASES}
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 5, 20])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_perfect_denoiser_is_followed_to_the_clean_latents(name: str, num_steps: int) -> None:
+    """What stays is the noise of the level that a method ends on: sigma is 0.04 at timestep 1, 0.03 at 0."""
+    clean_BCHW = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(1))
+    sampler = build_ddpm_sampler(name, num_steps, predicts_velocity=False, zero_terminal_snr=False)
+    error_BCHW = walk(sampler, clean_BCHW) - clean_BCHW
+    ends_at_noise = name in ("ddim", "pndm", "dpmsolver")
+    assert error_BCHW.std() < (0.05 if ends_at_noise else 1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("ddim", "pndm")])
+def test_one_step_is_enough_for_a_perfect_denoiser(name: str) -> None:
+    """But for the two that count timesteps from the clean end, as their papers do: one step of theirs is timestep 1."""
+    clean_BCHW = torch.ones(1, 4, 2, 2)
+    sampler = build_ddpm_sampler(name, 1, predicts_velocity=False, zero_terminal_snr=False)
+    assert (walk(sampler, clean_BCHW) - clean_BCHW).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_schedule_that_ends_in_noise_alone_is_walked_from_its_end(name: str) -> None:
+    sampler = build_ddpm_sampler(name, 8, predicts_velocity=True, zero_terminal_snr=True)
+    assert sampler.levels[0].timestep == 999
+    x_BCHW = sampler.start(torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(2)))
+    for n in range(len(sampler.levels)):
+        velocity_BCHW = 0.1 * sampler.denoiser_input(x_BCHW, n)
+        x_BCHW = sampler.step(velocity_BCHW, x_BCHW, n, torch.Generator().manual_seed(n))
+    assert x_BCHW.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["euler_a", "dpm_2_a"])
+def test_ancestral_noise_comes_from_the_generator_of_the_picture(name: str) -> None:
+    clean_BCHW = torch.zeros(1, 4, 4, 4)
+    one, same, other = (
+        walk(build_ddpm_sampler(name, 3, predicts_velocity=False, zero_terminal_snr=False), clean_BCHW, seed)
+        for seed in (3, 3, 4)
+    )
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_multistep_weights_are_those_of_the_textbook_on_even_steps() -> None:
+    """Adams-Bashforth of order 4: (55, -59, 37, -9) / 24 of the step."""
+    weights = adams_bashforth([0.0, 0.5, 1.0, 1.5, 2.0], 3, 4)
+    torch.testing.assert_close(
+        torch.tensor(weights, dtype=torch.float64),
+        0.5 * torch.tensor([55, -59, 37, -9], dtype=torch.float64) / 24,
+        **FLOAT64,
+    )
+
+
+def test_multistep_integrates_a_cubic_slope_exactly_on_uneven_steps() -> None:
+    positions = [4.0, 3.1, 2.5, 1.2, 0.7]
+    weights = adams_bashforth(positions, 3, 4)
+    total = sum(w * (x**3 - 2 * x) for w, x in zip(weights, positions[3::-1], strict=True))
+    exact = [x**4 / 4 - x**2 for x in positions]
+    assert total == pytest.approx(exact[4] - exact[3], rel=1e-12)
+
+
+def test_betas_give_back_their_running_product() -> None:
+    torch.testing.assert_close(betas_of(abar_of(scaled_linear_betas())), scaled_linear_betas(), **FLOAT64)
+    assert betas_of(ddpm_abar(zero_terminal_snr=True))[-1] == 1
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 20])
+def test_a_straight_flow_ends_at_its_clean_latents(num_steps: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    clean_BCHW, noise_BCHW = torch.randn(2, 1, 4, 4, 4, generator=generator)
+    sampler = FlowSampler(even_sigmas(num_steps))
+    x_BCHW = sampler.start(noise_BCHW)
+    for n, level in enumerate(sampler.levels):
+        expected_BCHW = (1 - level.sigma) * clean_BCHW + level.sigma * noise_BCHW
+        torch.testing.assert_close(sampler.denoiser_input(x_BCHW, n), expected_BCHW, **FLOAT32_SAME_MATH)
+        x_BCHW = sampler.step(noise_BCHW - clean_BCHW, x_BCHW, n, generator)
+    torch.testing.assert_close(x_BCHW, clean_BCHW, **FLOAT32_SAME_MATH)
+
+
+def test_levels_of_a_flow_are_the_ones_given() -> None:
+    sigmas_N = 3 * even_sigmas(4) / (1 + 2 * even_sigmas(4))
+    levels = FlowSampler(sigmas_N).levels
+    assert [level.sigma for level in levels] == pytest.approx([1.0, 0.9, 0.75, 0.5])
+    assert [level.timestep for level in levels] == pytest.approx([1000, 900, 750, 500])

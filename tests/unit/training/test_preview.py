@@ -1,0 +1,254 @@
+"""When pictures are drawn, what their files are called, and what happens where drawing fails."""
+
+import logging
+import random
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from library.architectures.sd import build
+from library.options.preview import PreviewOptions
+from library.options.saving import SavingOptions
+from library.training.evaluation import evaluating
+from library.training.interruption import Interrupted, Interruption
+from library.training.pictures import Drawn, parameters_of, picture_path, write_grid, write_picture
+from library.training.preview import Previews, Timetable, decode, draw_latents, encode_prompts, texts_of, wanted_prompts
+from library.types import Prompt
+from tests.parity.test_preview import prompt_of
+from tests.parity.test_step_loss import options_for
+
+
+@pytest.mark.parametrize("nothing", [None, 0, -1])
+def test_numbers_that_are_not_positive_are_never(nothing: int | None) -> None:
+    times = Timetable.build(PreviewOptions(sample_every_n_steps=nothing, sample_every_n_epochs=nothing))
+    assert times.is_empty
+    assert not any(times.holds_step(n) or times.holds_epoch(n) for n in range(1, 10))
+
+
+def test_steps_and_epochs_that_are_multiples_are_due() -> None:
+    steps = Timetable.build(PreviewOptions(sample_every_n_steps=3, sample_every_n_epochs=0))
+    assert [n for n in range(1, 10) if steps.holds_step(n)] == [3, 6, 9]
+    epochs = Timetable.build(PreviewOptions(sample_every_n_steps=3, sample_every_n_epochs=2))
+    assert [n for n in range(1, 6) if epochs.holds_epoch(n)] == [2, 4]
+    assert not any(epochs.holds_step(n) for n in range(1, 10))
+    assert not Timetable.build(PreviewOptions(sample_at_first=True)).is_empty
+
+
+@pytest.mark.parametrize(
+    ("output_name", "event", "seed", "name"),
+    [
+        ("my cat", "e000003", 42, r"my cat_e000003_07_\d{14}_42\.png"),
+        ("cat", "000150", None, r"cat_000150_07_\d{14}\.png"),
+        (None, "e000000", 0, r"e000000_07_\d{14}_0\.png"),
+    ],
+)
+def test_files_have_the_names_that_front_ends_look_for(
+    output_name: str | None, event: str, seed: int | None, name: str
+) -> None:
+    path = picture_path(SavingOptions(output_dir="out", output_name=output_name), event, 7, seed)
+    assert path.parent == Path("out") / "sample"
+    assert re.fullmatch(name, path.name)
+
+
+def test_a_picture_carries_its_prompt(tmp_path: Path) -> None:
+    prompt = prompt_of(text="a café 猫", num_steps=4)
+    path = tmp_path / "sample" / "a.png"
+    write_picture(path, Drawn(0, prompt, Image.new("RGB", (8, 8), (1, 2, 3))))
+    with Image.open(path) as image:
+        assert image.info["parameters"] == parameters_of(prompt)
+        assert image.getpixel((0, 0)) == (1, 2, 3)
+    assert parameters_of(prompt) == (
+        "a café 猫\nNegative prompt: dog\nSteps: 4, Sampler: ddim, CFG scale: 3.0, Seed: 7, Size: 64x96"
+    )
+    assert [file.name for file in path.parent.iterdir()] == ["a.png"]
+
+
+def test_a_grid_shows_the_pictures_row_by_row(tmp_path: Path) -> None:
+    colours = [(10, 0, 0), (0, 20, 0), (0, 0, 30)]
+    sizes = [(8, 6), (4, 6), (8, 2)]
+    drawn = [Drawn(n, prompt_of(), Image.new("RGB", sizes[n], colours[n])) for n in range(3)]
+    write_grid(tmp_path / "grid.png", drawn)
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (8 + 4 + 8, 6 + 4 + 6)
+        assert [grid.getpixel(place) for place in ((0, 0), (14, 0), (0, 12))] == colours
+        assert [grid.getpixel(place) for place in ((9, 0), (13, 0), (0, 11), (19, 15))] == [(0, 0, 0)] * 4
+
+
+def test_texts_that_are_needed_are_listed_once() -> None:
+    prompts = [prompt_of(), prompt_of(text="b"), prompt_of(text="c", negative="unused", scale=1.0)]
+    assert texts_of(prompts) == ["a red cat", "dog", "b", "c"]
+
+
+class Charts:
+    """Keeps what would be sent."""
+
+    def __init__(self) -> None:
+        self.pictures: list[tuple[int, int, list[int]]] = []
+
+    def log_pictures(self, pictures: list[Drawn], step: int, epoch: int) -> None:
+        self.pictures.append((step, epoch, [one.index for one in pictures]))
+
+
+@pytest.fixture
+def run(tiny_sd_folder: Path, tmp_path: Path) -> Any:
+    """As much of a run as drawing takes; its network does nothing."""
+    options = options_for(tiny_sd_folder, output_dir=str(tmp_path / "out"), sample_every_n_steps=2)
+    arch = build(options)
+    models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders(), vae=None)
+    return SimpleNamespace(
+        options=options,
+        arch=arch,
+        seed=5,
+        device=torch.device("cpu"),
+        autocast=nullcontext,
+        models=models,
+        network=SimpleNamespace(module=nn.Dropout(0.5)),
+        trains_text_encoder=False,
+        optimizer=SimpleNamespace(is_schedule_free=False),
+    )
+
+
+def previews_of(run: Any, *prompts: Prompt) -> tuple[Previews, Charts]:
+    charts: Any = Charts()
+    encoded = encode_prompts(run.arch, run.models.text_encoders, nullcontext, prompts)
+    return Previews(run, charts, prompts, encoded), charts
+
+
+def names(run: Any) -> list[str]:
+    folder = Path(run.options.saving.output_dir) / "sample"
+    return sorted(re.sub(r"\d{14}", "TIME", path.name) for path in folder.glob("*.png"))
+
+
+SMALL = prompt_of(num_steps=2, height=64)
+
+
+def test_pictures_are_drawn_when_due_and_sent_to_the_charts(run: Any) -> None:
+    previews, charts = previews_of(run, SMALL, prompt_of(num_steps=1, height=64, seed=None))
+    for step in (1, 2, 3):
+        previews.after_step(step, 1, Interruption())
+    assert names(run) == ["000002_00_TIME_7.png", "000002_01_TIME.png"]
+    assert charts.pictures == [(2, 1, [0, 1])]
+
+
+def test_one_picture_that_fails_is_reported_and_the_others_are_drawn(
+    run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    previews, charts = previews_of(run, prompt_of(text="too large", width=1 << 22, height=1 << 22), SMALL)
+    with caplog.at_level(logging.ERROR):
+        previews.after_step(2, 1, Interruption())
+    assert names(run) == ["000002_01_TIME_7.png"]
+    assert charts.pictures == [(2, 1, [1])]
+    (record,) = caplog.records
+    assert "preview 0 (too large) failed, training goes on" in record.message
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("out of memory")])
+def test_whatever_fails_is_logged(
+    run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    previews, _ = previews_of(run, SMALL)
+    monkeypatch.setattr("library.training.preview.place", fail)
+    with caplog.at_level(logging.ERROR):
+        previews.after_step(2, 1, Interruption())
+    assert str(error) in caplog.text and "training goes on" in caplog.text
+    assert run.network.module.training
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("SIGINT")])
+def test_the_wish_to_stop_is_passed_on(run: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def stop(*_: Any) -> None:
+        raise error
+
+    previews, _ = previews_of(run, SMALL)
+    monkeypatch.setattr("library.training.preview.decode", stop)
+    with pytest.raises(type(error)):
+        previews.after_step(2, 1, Interruption())
+
+
+def test_a_signal_is_noticed_between_two_calls_of_the_denoiser(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    interruption, num_calls = Interruption(), 0
+    forward = run.models.denoiser.forward
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 3:
+            monkeypatch.setattr(interruption, "_signal", 15)
+        return forward(*arguments, **keywords)
+
+    monkeypatch.setattr(run.models.denoiser, "forward", counted)
+    previews, _ = previews_of(run, prompt_of(num_steps=10, scale=1.0), SMALL)
+    previews.after_step(2, 1, interruption)
+    assert num_calls == 3
+    assert names(run) == []
+
+
+def test_latents_that_are_no_number_are_an_error(run: Any) -> None:
+    nn.init.constant_(run.models.denoiser.conv_out.bias, torch.inf)
+    encoded = encode_prompts(run.arch, run.models.text_encoders, nullcontext, [SMALL])
+    with torch.no_grad(), pytest.raises(ValueError, match="diverged"):
+        draw_latents(run, SMALL, encoded, torch.Generator())
+
+
+def test_a_picture_that_is_no_number_is_an_error_naming_the_way_out(run: Any) -> None:
+    vae: Any = run.arch.load.vae()
+    nn.init.constant_(vae.decoder.conv_out.bias, torch.nan)
+    with torch.no_grad(), pytest.raises(ValueError, match="--no_half_vae"):
+        decode(run, vae, torch.zeros(1, 4, 8, 8))
+
+
+def test_a_prompt_without_a_seed_has_the_same_noise_at_every_event(run: Any) -> None:
+    previews, _ = previews_of(run, prompt_of(num_steps=1, height=64, seed=None))
+    previews.before_training(Interruption())
+    previews.after_step(2, 1, Interruption())
+    previews.after_step(4, 1, Interruption())
+    first, second = sorted((Path(run.options.saving.output_dir) / "sample").glob("*.png"))
+    with Image.open(first) as a, Image.open(second) as b:
+        assert a.tobytes() == b.tobytes()
+
+
+def test_evaluation_leaves_no_trace(run: Any) -> None:
+    run.models.denoiser.train()
+    frozen = run.models.denoiser.down_blocks[0].eval()
+    before = torch.random.get_rng_state(), random.getstate()
+    with evaluating(run):
+        assert not torch.is_grad_enabled()
+        assert not any(module.training for module in (*run.models.denoiser.modules(), run.network.module))
+        torch.rand(3), random.random()
+        torch.manual_seed(3)
+    assert torch.equal(torch.random.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert run.models.denoiser.training and run.network.module.training and not frozen.training
+    assert not run.models.text_encoders[0].training
+
+
+def test_prompts_of_an_empty_file_draw_nothing(run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("# nothing\n")
+    options = options_for(
+        Path(run.options.model.pretrained_model_name_or_path), sample_every_n_steps=1, sample_prompts=str(path)
+    )
+    assert wanted_prompts(options, run.arch) == []
+    assert f"{path} holds no prompts" in caplog.text
+
+
+def test_a_size_left_to_the_default_and_a_prompt_that_is_cut_are_told(
+    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text(f"a --w 64 --h 64\n{'cat ' * 80}--w 64\n")
+    folder = Path(run.options.model.pretrained_model_name_or_path)
+    options = options_for(folder, sample_at_first=True, sample_prompts=str(path))
+    with caplog.at_level(logging.INFO):
+        assert [(p.width, p.height) for p in wanted_prompts(options, run.arch)] == [(64, 64), (64, 512)]
+    assert "1 of 2 preview prompts leave their size to the default, 512 x 512" in caplog.text
+    assert "only the first 75 are used" in caplog.text

@@ -1,0 +1,196 @@
+"""Prompt files: what they may say, and what is said about mistakes in them."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from library.architectures.interface import PromptDefaults
+from library.training.prompts import LINE_OPTIONS, Wish, parse_line, read_prompts, settle
+
+SD = PromptDefaults(num_steps=30, width=512, height=512, scale=7.5, size_step=8, sampler="ddim")
+FLOW = PromptDefaults(num_steps=20, width=512, height=512, scale=1.0, size_step=16, guidance_scale=3.5, flow_shift=3.0)
+
+
+def written(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises((ValueError, OSError)) as refused:
+        read_prompts(path)
+    return str(refused.value)
+
+
+def test_a_line_has_its_prompt_and_its_options() -> None:
+    line = (
+        "a cat, on a mat --w 768 --H 512 --d 7 --s 25 --L 5.5 --g 3 --n blurry, a dog --ss k_euler --ctr 0.3 --rcfg 1 "
+    )
+    assert parse_line(line + "--fs 2.5", "p") == Wish(
+        "p", "a cat, on a mat", "blurry, a dog", 768, 512, 7, 25, 5.5, 3.0, "k_euler", 0.3, 1.0, 2.5
+    )
+
+
+def test_a_bare_prompt_leaves_everything_to_the_model() -> None:
+    assert parse_line("  a cat\n", "p") == Wish("p", "a cat")
+
+
+@pytest.mark.parametrize("text", ["n dogs", "w 5", "s 3 cats", "a--n x", "d 1--w 3", "l"])
+def test_text_that_looks_like_an_option_is_text(text: str) -> None:
+    assert parse_line(text, "p") == Wish("p", text)
+
+
+def test_a_line_of_options_alone_is_an_empty_prompt() -> None:
+    assert parse_line("--w 64", "p") == Wish("p", "", width=64)
+
+
+def test_an_empty_negative_prompt_is_no_mistake() -> None:
+    assert parse_line("a --n ", "p").negative_prompt == "" == parse_line("a --n", "p").negative_prompt
+
+
+def test_a_seed_of_minus_one_is_no_seed() -> None:
+    assert parse_line("a --d -1", "p").seed is None
+    assert parse_line("a --d 0", "p").seed == 0
+
+
+def test_text_files_have_comments_blank_and_indented_lines(tmp_path: Path) -> None:
+    path = written(tmp_path, "p.txt", "\ufeff# a comment\n\n   a cat --d 1\r\n#\n\ta dog\n  # another\nкот 猫")
+    assert [(w.prompt, w.place) for w in read_prompts(path)] == [
+        ("a cat", f"{path}, line 3"), ("a dog", f"{path}, line 5"), ("кот 猫", f"{path}, line 7"),
+    ]  # fmt: skip
+
+
+def test_toml_has_shared_settings_and_a_table_for_each_picture(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        "p.TOML",
+        '[prompt]\nwidth = 768\nscale = 5\nnegative_prompt = "dog"\n'
+        '[[prompt.subset]]\nprompt = "a -- cat --w 3"\n[[prompt.subset]]\nprompt = "b"\nwidth = 64.0\nseed = 9\n',
+    )
+    first, second = read_prompts(path)
+    assert (first.prompt, first.width, first.scale, first.negative_prompt) == ("a -- cat --w 3", 768, 5.0, "dog")
+    assert (second.width, second.seed, second.scale) == (64, 9, 5.0)
+    assert isinstance(second.width, int) and isinstance(second.scale, float)
+
+
+def test_json_is_a_list_of_lines_and_objects(tmp_path: Path) -> None:
+    path = written(tmp_path, "p.json", json.dumps(["a cat --w 64", {"prompt": "b", "sample_steps": 4, "seed": None}]))
+    first, second = read_prompts(path)
+    assert (first.prompt, first.width) == ("a cat", 64)
+    assert (second.prompt, second.sample_steps, second.seed) == ("b", 4, None)
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.toml", "p.json"])
+def test_an_empty_file_holds_no_prompts(tmp_path: Path, name: str) -> None:
+    assert read_prompts(written(tmp_path, name, "\n")) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a --q 3", ["--q", "--w"]),
+        ("a --steps 3", ["--steps", "--s"]),
+        ("a --w512", ["--w512", "space before its value"]),
+        ("a -- b", ["--", ".toml or .json"]),
+        ("a --w wide", ["width (--w)", "'wide'", "whole number"]),
+        ("a --w", ["width (--w)", "''"]),
+        ("a --w 64.5", ["width (--w)", "whole number"]),
+        ("a --w 0", ["width (--w)", "0", "1 to"]),
+        ("a --w 9999999", ["width (--w)", "9999999"]),
+        ("a --s 0", ["sample_steps (--s)", "1 to 1000"]),
+        ("a --s 1001", ["sample_steps (--s)", "1 to 1000"]),
+        ("a --d -2", ["seed (--d)", "-2"]),
+        ("a --d 99999999999999999999", ["seed (--d)"]),
+        ("a --l 7,5", ["scale (--l)", "'7,5'"]),
+        ("a --l nan", ["scale (--l)", "nan"]),
+        ("a --l inf", ["scale (--l)", "inf"]),
+        ("a --fs 0", ["flow_shift (--fs)"]),
+        ("a --ctr 1.5", ["cfg_trunc_ratio (--ctr)", "0 to 1"]),
+        ("a --ss euler_b", ["sample_sampler (--ss)", "euler_b", "did you mean euler"]),
+        ("a --cn pose.png", ["controlnet_image (--cn)", "not supported", "leave it out"]),
+        ("a --w 64 --W 64", ["--W", "twice"]),
+    ],
+)
+def test_mistakes_in_a_line_name_it(tmp_path: Path, line: str, words: list[str]) -> None:
+    path = written(tmp_path, "p.txt", f"a good one --w 64\n\n{line}\n")
+    message = refusal(path)
+    assert message.startswith(f"--sample_prompts {path}, line 3")
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.json", '[{"prompt": "a", "hight": 3}]', ["entry 1", "'hight'", "did you mean height"]),
+        ("p.json", '["a", {"width": 3}]', ["entry 2", '"prompt"']),
+        ("p.json", '[{"prompt": "a", "width": true}]', ["entry 1", "width", "True"]),
+        ("p.json", '[{"prompt": "a", "scale": "7"}]', ["entry 1", "scale", "'7'"]),
+        ("p.json", '[{"prompt": ["a"]}]', ["entry 1", "prompt", "text"]),
+        ("p.json", '[{"prompt": "a", "sample_sampler": 3}]', ["entry 1", "sample_sampler"]),
+        ("p.json", '[{"prompt": "a", "sample_sampler": ["ddim"]}]', ["entry 1", "sample_sampler"]),
+        ("p.json", "[3]", ["entry 1", "3"]),
+        ("p.json", '{"prompt": "a"}', ["must be a list"]),
+        ("p.json", '["a",\n oops]', ["not valid JSON", "line 2"]),
+        ("p.json", "[" * 100000, ["not valid JSON"]),
+        ("p.toml", 'prompt = "a"', ["[prompt]", "[[prompt.subset]]"]),
+        ("p.toml", "[promt]\n", ["[prompt]", "[[prompt.subset]]"]),
+        ("p.toml", '[prompt]\nprompt = "a"\n', ["[[prompt.subset]]"]),
+        ("p.toml", "[prompt]\nsubset = [3]\n", ["number 1", "3"]),
+        ("p.toml", "[prompt]\nwidth = \n", ["not valid TOML", "line 2"]),
+        ("p.toml", '[prompt]\n[[prompt.subset]]\nprompt = "a"\nwith = 3\n', ["number 1", "'with'", "width"]),
+        ("p.txt", b"caf\xe9", ["not UTF-8", "byte 3"]),
+        ("p.csv", "a", [".txt"]),
+        ("p", "a", [".txt"]),
+    ],
+)
+def test_mistakes_in_a_file_name_it(tmp_path: Path, name: str, content: str | bytes, words: list[str]) -> None:
+    path = written(tmp_path, name, content)
+    message = refusal(path)
+    assert message.startswith("--sample_prompts") and str(path) in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.toml", "p.json"])
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    assert str(tmp_path / name) in refusal(tmp_path / name)
+    (tmp_path / name).mkdir()
+    assert str(tmp_path / name) in refusal(tmp_path / name)
+
+
+def test_what_a_prompt_leaves_open_comes_from_the_model() -> None:
+    prompt = settle(Wish("p", "a", seed=3), SD)
+    assert (prompt.text, prompt.negative, prompt.seed, prompt.sampler) == ("a", "", 3, "ddim")
+    assert (prompt.width, prompt.height, prompt.num_steps, prompt.scale) == (512, 512, 30, 7.5)
+    assert prompt.guidance_scale is None
+    flow = settle(Wish("p", "a", guidance_scale=0.0, scale=0.0), FLOW)
+    assert (flow.guidance_scale, flow.scale, flow.flow_shift, flow.sampler) == (0.0, 0.0, 3.0, None)
+
+
+@pytest.mark.parametrize(("wanted", "sd", "flow"), [(64, 64, 64), (1, 64, 64), (509, 504, 496), (1024, 1024, 1024)])
+def test_sides_are_rounded_down_to_what_the_model_draws(wanted: int, sd: int, flow: int) -> None:
+    assert settle(Wish("p", "a", width=wanted), SD).width == sd
+    assert settle(Wish("p", "a", height=wanted), FLOW).height == flow
+
+
+@pytest.mark.parametrize(
+    ("line", "defaults", "flag"), [("a --g 3", SD, "--g"), ("a --fs 3", SD, "--fs"), ("a --ss euler", FLOW, "--ss")]
+)
+def test_a_setting_that_the_model_lacks_is_named(
+    caplog: pytest.LogCaptureFixture, line: str, defaults: PromptDefaults, flag: str
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        settle(parse_line(line, "p.txt, line 4"), defaults)
+    (record,) = caplog.records
+    assert "p.txt, line 4" in record.message and flag in record.message and "no effect" in record.message
+
+
+def test_every_option_of_a_line_is_a_key_too(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"negative_prompt": "x", "sample_sampler": "ddim", "cfg_trunc_ratio": 0.5}
+    keys = [key for key in LINE_OPTIONS.values() if key != "controlnet_image"]
+    path = written(tmp_path, "p.json", json.dumps([{"prompt": "a", **{key: values.get(key, 8) for key in keys}}]))
+    (wish,) = read_prompts(path)
+    assert all(getattr(wish, key) == values.get(key, 8) for key in keys)
