@@ -8,6 +8,7 @@ from library.options.config_file import ConfigFileOptions
 from library.options.console import ConsoleOptions
 from library.options.dataset import DatasetOptions
 from library.options.distributed import DistributedOptions
+from library.options.faults import FaultOptions
 from library.options.hub import HubOptions
 from library.options.loss import LossOptions
 from library.options.memory import MemoryOptions
@@ -51,3 +52,4 @@ class TrainOptions(Options):
     preview: PreviewOptions = group(PreviewOptions)
     validation: ValidationOptions = group(ValidationOptions)
     distributed: DistributedOptions = group(DistributedOptions)
+    faults: FaultOptions = group(FaultOptions)

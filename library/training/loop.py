@@ -1,17 +1,16 @@
 """The training loop."""
 
 import logging
-import random
+import math
 from collections.abc import Iterator
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from library.randomness import stream_seed
 from library.training.interruption import Interruption
 from library.training.logs import Charts
+from library.training.nonfinite import NonFiniteGuard
 from library.training.optimizers import effective_rates
 from library.training.plan import Window
 from library.training.preview import Previews
@@ -25,7 +24,7 @@ from library.training.report import (
 )
 from library.training.run import Run
 from library.training.saving import Writer
-from library.training.step import loss_of
+from library.training.step import loss_of, start_batch
 from library.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -40,6 +39,7 @@ def train(
     """
     plan, average, is_main = run.plan, progress.average, run.processes.is_main
     norm_limit = wanted_norm_limit(run)
+    guard = NonFiniteGuard(run)
     stops = False
     epoch = plan.epoch_of(progress.step)
     if progress.step == 0:
@@ -55,10 +55,10 @@ def train(
                     run.network.trainable_parameters(), own_losses, len(window.places), interruption.is_requested
                 )
                 rates = [float(rate) for rate in run.schedule.get_last_lr()]
-                optimizer_step(run)
+                values = optimizer_step(run, guard, window, losses)
                 progress.step += 1
                 norms = None if norm_limit is None else LimitedNorms(*run.network.limit_norms(norm_limit, run.device))
-                report_window(run, progress, window, losses.tolist(), rates, norms, charts)
+                report_window(run, progress, window, values, rates, norms, charts)
                 bar.update(1)
                 bar.set_postfix(bar_values(average.mean, norms))
                 previews.after_step(progress.step, epoch, interruption)
@@ -71,6 +71,7 @@ def train(
                 break
             writer.save_after_epoch(progress.step, epoch)
             previews.after_epoch(progress.step, epoch, interruption)
+    guard.report(progress.step)
     if progress.step >= plan.max_train_steps:
         writer.save_end(progress.step, epoch)
     else:
@@ -97,26 +98,17 @@ def accumulate_gradient(run: Run, window: Window, batches: Iterator[Batch]) -> T
     for place in window.share(run.processes.rank, run.processes.count):
         batch = next(batches)
         loss = backward(run, batch, run.plan.batch_number(window.epoch, place), len(window.places), window.step)
-        losses.append(watched(loss, window.step, batch))
+        losses.append(loss)
     return torch.stack(losses) if losses else torch.zeros(0)
 
 
 def backward(run: Run, batch: Batch, batch_number: int, window_size: int, step: int) -> Tensor:
-    """Add the gradient of one batch; gives its loss. Dropout inside the models draws from a stream of the batch."""
-    seed_everything(stream_seed(run.seed, "step", batch_number))
-    run.network.start_step(*run.models.network_view)
-    run.network.start_optimizer_step(run.seed, step)
+    """Add the gradient of one batch; gives its loss."""
+    start_batch(run, batch_number, step)
     loss = loss_of(run, batch, batch_number)
     scaled = loss / window_size
     torch.autograd.backward(scaled if run.scaler is None else run.scaler.scale(scaled))
     return loss.detach().float()
-
-
-def seed_everything(seed: int) -> None:
-    """Set the generators that parts of others, such as dropout, draw from."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
 
 
 def report_window(
@@ -128,28 +120,41 @@ def report_window(
     norms: LimitedNorms | None,
     charts: Charts,
 ) -> None:
-    """Put the losses of a window into the running average and the charts: one point for each batch."""
+    """Put the losses of a window into the running average and the charts: one point for each batch.
+
+    The average leaves out losses that are not finite: the step that they belong to moved nothing.
+    """
     for place, loss in zip(window.places, losses, strict=True):
-        progress.average.add(place, loss)
+        if math.isfinite(loss):
+            progress.average.add(place, loss)
         if charts.are_on:
             step = progress.step if place == window.places[-1] else window.step
             charts.log_step(step_values(run, loss, progress.average.mean, rates, norms), step, window.epoch)
 
 
-def optimizer_step(run: Run) -> None:
-    """Clip, move the weights, move the learning rate, forget the gradients."""
-    optimizer, max_norm = run.torch_optimizer, run.options.optimizer.max_grad_norm
-    if run.scaler is not None:
-        run.scaler.unscale_(optimizer)
-    if max_norm != 0:
-        torch.nn.utils.clip_grad_norm_(run.network.trainable_parameters(), max_norm)
-    if run.scaler is not None:
-        run.scaler.step(optimizer)
-        run.scaler.update()
-    else:
-        optimizer.step()
-    run.schedule.step()
+def optimizer_step(run: Run, guard: NonFiniteGuard, window: Window, losses: Tensor) -> list[float]:
+    """Clip, move the weights, move the learning rate, forget the gradients; gives the losses as numbers.
+
+    A step that is not finite is left out: neither weights nor optimizer nor learning rate move.
+    """
+    optimizer, scaler, max_norm = run.torch_optimizer, run.scaler, run.options.optimizer.max_grad_norm
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    parameters = run.network.trainable_parameters()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    *values, norm_value = torch.cat([losses.to(norm.device), norm.float().view(1)]).tolist()
+    if guard.allows_step(window, values, norm_value):
+        if max_norm != 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        if scaler is not None:
+            scaler.step(optimizer)
+        else:
+            optimizer.step()
+        run.schedule.step()
+    if scaler is not None:
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    return values
 
 
 def wanted_norm_limit(run: Run) -> float | None:
@@ -169,13 +174,6 @@ def wanted_norm_limit(run: Run) -> float | None:
         )
         return None
     return limit
-
-
-def watched(loss: Tensor, step: int, batch: Batch) -> Tensor:
-    """The loss unchanged; one that is not a number is reported with the pictures that gave it."""
-    if not torch.isfinite(loss):
-        logger.error("the loss of step %d is %s; pictures: %s", step + 1, float(loss), ", ".join(batch.keys))
-    return loss
 
 
 def step_values(

@@ -69,10 +69,12 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
         return
     prepared = setup.prepare(options, arch, seed, training_set, accelerator, processes, facts)
     from library.training.loop import train
+    from library.training.nonfinite import last_good_saved
 
     interruption.defer()
     try:
-        train(prepared.run, prepared.progress, prepared.writer, prepared.charts, prepared.previews, interruption)
+        with last_good_saved(prepared.writer):
+            train(prepared.run, prepared.progress, prepared.writer, prepared.charts, prepared.previews, interruption)
     finally:
         prepared.charts.close()
 

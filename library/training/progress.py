@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import fsum, isfinite
+from math import fsum, isfinite, nan
 from typing import Any
 
 
@@ -22,7 +22,7 @@ class LossAverage:
 
     @property
     def mean(self) -> float:
-        return self.total / len(self.losses)
+        return self.total / len(self.losses) if self.losses else nan
 
 
 @dataclass

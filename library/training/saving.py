@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from library.checkpoints.files import is_safetensors, read_header
 from library.checkpoints.folders import remove_folder
@@ -23,6 +24,10 @@ from networks.core.protocol import AdoptedNetwork
 logger = logging.getLogger(__name__)
 
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class NonFiniteWeights(ValueError):
+    """The adapter's weights are NaN or infinite, so they are not written."""
 
 
 @dataclass(frozen=True)
@@ -166,12 +171,20 @@ class Writer:
         )
 
     def write(self, path: Path, step: int, epoch: int, is_last: bool = False) -> None:
-        """Write the adapter to `path`, whole or not at all."""
+        """Write the adapter to `path`, whole or not at all.
+
+        Raises NonFiniteWeights, and leaves an earlier file as it is, where the weights are damaged.
+        """
         announce(f"\nsaving checkpoint: {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
         saved_at = time.time()
         self.before_saving()
         try:
+            if not weights_are_finite(self.network.module):
+                raise NonFiniteWeights(
+                    f"the adapter has weights that are NaN or infinite after step {step}, so {path} is not written; "
+                    "files saved before stay"
+                )
             self.network.save_weights(
                 path, save_dtype(self.options.saving.save_precision), self._metadata(step, epoch, saved_at)
             )
@@ -226,6 +239,12 @@ def readers_line(path: Path) -> str | None:
         return f"its keys cannot be read back: {error}"
     found = readings(shapes)
     return f"{len(shapes)} keys, {describe(found)}" if found else None
+
+
+def weights_are_finite(module: nn.Module) -> bool:
+    """Whether no weight is NaN or infinite; one read from the device for all of them."""
+    found = [parameter.detach().isfinite().all() for parameter in module.parameters()]
+    return not found or bool(torch.stack([one.to(found[0].device) for one in found]).all())
 
 
 def save_dtype(save_precision: str | None) -> torch.dtype | None:

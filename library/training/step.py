@@ -1,18 +1,43 @@
 """What one batch of training does, from latents to the loss."""
 
+import random
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from library.randomness import generator_for
+from library.randomness import generator_for, stream_seed
 from library.training.run import Run
 from library.types import Batch, Conditioning, Noised
 
 
+def start_batch(run: Run, batch_number: int, step: int) -> None:
+    """Before the loss of a batch: dropout inside the models draws from a stream of the batch, adapters hear of it.
+
+    `step` counts the finished optimizer steps.
+    """
+    seed_everything(stream_seed(run.seed, "step", batch_number))
+    run.network.start_step(*run.models.network_view)
+    run.network.start_optimizer_step(run.seed, step)
+
+
+def seed_everything(seed: int) -> None:
+    """Set the generators that parts of others, such as dropout, draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def noised_of(run: Run, batch: Batch, batch_number: int) -> Noised:
+    """The batch's latents with their noise and noise levels."""
+    clean_BCHW = run.arch.codec.normalize(latents_of(run, batch, batch_number))
+    return run.arch.objective.corrupt(clean_BCHW, generator_for(run.seed, "noise", batch_number))
+
+
 def loss_of(run: Run, batch: Batch, batch_number: int) -> Tensor:
     """The loss of a batch, a scalar with gradient; every draw is a function of the seed and `batch_number`."""
-    clean_BCHW = run.arch.codec.normalize(latents_of(run, batch, batch_number))
-    noised = run.arch.objective.corrupt(clean_BCHW, generator_for(run.seed, "noise", batch_number))
+    noised = noised_of(run, batch, batch_number)
     with run.autocast():
         conditioning = conditioning_of(run, batch)
         prediction_BCHW = run.arch.predict(run.models.denoiser, noised, conditioning, batch)

@@ -19,6 +19,8 @@ FLAGS: list[dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
 
 OURS = {  # options that sd-scripts does not have, with their defaults; one a line
     "autoresume": False,
+    "on_nonfinite": "skip",
+    "trace_nonfinite": False,
 }
 
 
