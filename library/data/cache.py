@@ -25,12 +25,13 @@ from library.data.latent_files import (
     Origin,
     Verdict,
     content_hash,
-    judge,
     latent_file,
     write_entry,
 )
+from library.data.latent_index import VerifiedEntries
 from library.data.samples import Sample
 from library.data.scan import few
+from library.data.threads import in_blocks
 from library.options.caching import CachingOptions
 from library.randomness import generator_for
 
@@ -87,16 +88,18 @@ def cache_latents(
     memory: dict[int, Latents] = {}
     pending = [job for job in jobs if job.file is None]
     on_disk = [job for job in jobs if job.file is not None]
+    entries = VerifiedEntries.open(job.file for job in on_disk if job.file is not None)
     if on_disk:
-        usable, stale = check_files(on_disk, vae_identity, options.skip_cache_check, training_set)
+        usable, stale = check_files(on_disk, vae_identity, options.skip_cache_check, training_set, entries)
         for job, file in usable:
             files.update((user, file) for user in job.users)
         pending += stale
-    for job, latents in encoded(pending, encode, vae_identity, options.vae_batch_size, seed, training_set):
+    for job, latents in encoded(pending, encode, vae_identity, options.vae_batch_size, seed, training_set, entries):
         if job.file is None:
             memory.update((user, latents) for user in job.users)
         else:
             files.update((user, job.file) for user in job.users)
+    entries.write()
     training_set.use_latents(files, memory)
 
 
@@ -148,7 +151,7 @@ def old_file_of(file: LatentFile, picture: str) -> LatentFile:
 
 
 def check_files(
-    jobs: Sequence[Job], vae_identity: str, skips_check: bool, training_set: TrainingSet
+    jobs: Sequence[Job], vae_identity: str, skips_check: bool, training_set: TrainingSet, entries: VerifiedEntries
 ) -> tuple[list[tuple[Job, LatentFile]], list[Job]]:
     """(jobs that need no encoding, with their files; the others), and a line in the log about both."""
     has_old_names = not training_set.spec.keys_carry_size
@@ -159,20 +162,19 @@ def check_files(
         expected = Expected(job.sample.shape, job.interpolation, vae_identity, job.needs_flipped, job.needs_alpha)
         verdict = Verdict(MISSING)
         for file in (job.file, old_file_of(job.file, picture.path)) if has_old_names else (job.file,):
-            if not os.path.exists(file.path):
-                continue
             if skips_check and os.access(file.path, os.R_OK):
                 return Found(file, Verdict(None))
-            found = judge(file, picture.path, picture.size, expected)
+            found = entries.verdict(file, picture, expected)
             if found.fault is None:
                 return Found(file, found)
             if verdict.fault == MISSING:
                 verdict = found
         return Found(None, verdict)
 
-    with ThreadPoolExecutor(max(1, training_set.num_workers)) as pool:
-        bar = tqdm(pool.map(look, jobs), desc="checking latent cache", total=len(jobs), leave=False, smoothing=0)
-        finds = list(bar)
+    def look_at_block(block: Sequence[Job]) -> list[Found]:
+        return [look(job) for job in block]
+
+    finds = in_blocks(look_at_block, jobs, max(1, training_set.num_workers), "checking latent cache")
     usable = [(job, find.file) for job, find in zip(jobs, finds, strict=True) if find.file is not None]
     stale = [job for job, find in zip(jobs, finds, strict=True) if find.file is None]
     report_check(jobs, finds, skips_check)
@@ -228,6 +230,7 @@ def encoded(
     vae_batch_size: int,
     seed: int,
     training_set: TrainingSet,
+    entries: VerifiedEntries,
 ) -> Iterator[tuple[Job, Latents]]:
     """Every job with its latents, written to its file if it has one; threads decode pictures ahead of the VAE."""
     if not jobs:
@@ -245,13 +248,20 @@ def encoded(
                 check_latents(job, latents, training_set.spec)
                 if job.file is not None:
                     origin = origin_of(job, picture, vae_identity)
-                    writes.append(writer.submit(write_entry, job.file, latents, job.sample.picture.size, origin))
+                    writes.append(writer.submit(write_job, job, latents, origin, entries))
                 yield job, latents
             bar.update(len(batch))
             while len(writes) > MAX_WAITING_WRITES:
                 writes.popleft().result()
         for write in writes:
             write.result()
+
+
+def write_job(job: Job, latents: Latents, origin: Origin, entries: VerifiedEntries) -> None:
+    """Write an entry and remember that it is true."""
+    assert job.file is not None
+    write_entry(job.file, latents, job.sample.picture.size, origin)
+    entries.note_written(job.file)
 
 
 def equal_batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:

@@ -38,14 +38,14 @@ Read = Callable[[str], tuple[int, Value]]
 """path to (stamp, value)"""
 
 
-def stamp_of(status: os.stat_result, now_ns: int) -> int:
-    """One number for size, time of the last edit and time of the last change of any kind.
-
-    UNSETTLED where the last edit is so recent that another one could leave the same time behind.
-    """
-    if status.st_mtime_ns > now_ns - SETTLED_NS:
-        return UNSETTLED
+def content_stamp(status: os.stat_result) -> int:
+    """One number for size, time of the last edit and time of the last change of any kind."""
     return hash((status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+
+
+def stamp_of(status: os.stat_result, now_ns: int) -> int:
+    """The same, or UNSETTLED where the last edit is so recent that another one could leave the same time behind."""
+    return UNSETTLED if status.st_mtime_ns > now_ns - SETTLED_NS else content_stamp(status)
 
 
 def read_stamped(path: str, num_bytes: int | None = None) -> tuple[os.stat_result, bytes]:
