@@ -1,6 +1,9 @@
 """What is said about the data before any model is loaded."""
 
+import itertools
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +13,9 @@ from library.data.buckets import BucketRules
 from library.data.captions import fullest_captions, has_nested_wildcard
 from library.data.samples import Draws, Sample, duplicated_stems
 from library.data.scan import ScannedDataset, ScannedSubset, few
+
+MOST_COUNTED_AT_START = 2000  # captions; a fifth of a second of tokenizing
+COUNTED_AT_ONCE = 16
 
 Line = tuple[int, str]
 """(level of logging, text)"""
@@ -103,6 +109,24 @@ def pair_lines(datasets: Sequence[ScannedDataset]) -> Iterator[Line]:
     pairs = [f"{first} and {second}" for first, second in duplicated_stems(datasets)]
     if pairs:
         yield logging.WARNING, f"{len(pairs)} pictures share their caption with one of the same name: {few(pairs)}"
+
+
+def log_lengths_later(datasets: Sequence[ScannedDataset], limit: TokenLimit, log: logging.Logger) -> None:
+    """Count the tokens of very many captions beside the run, which goes on; what is too long is logged in the end."""
+
+    def count(caption: str) -> int:
+        # Others get most of the interpreter's time: without it, loading models would take turns of 5 ms with this.
+        if next(counted) % COUNTED_AT_ONCE == 0:
+            time.sleep(0.004)
+        return limit.count(caption)
+
+    def work() -> None:
+        for level, line in length_lines(datasets, TokenLimit(count, limit.max_tokens)):
+            log.log(level, "%s", line)
+
+    counted = itertools.count()
+    log.info("captions beyond the %d tokens that reach the model are looked for meanwhile", limit.max_tokens)
+    threading.Thread(target=work, name="count tokens", daemon=True).start()
 
 
 def length_lines(datasets: Sequence[ScannedDataset], limit: TokenLimit) -> Iterator[Line]:

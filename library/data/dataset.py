@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch.utils.data import DataLoader
 
 from library.architectures.interface import LatentSpec
-from library.data.audit import TokenLimit, audit_lines
+from library.data.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, log_lengths_later
 from library.data.batches import BatchMaker, BatchOrder, Draft, Orders, finish_batch, hand_over, start_worker
 from library.data.buckets import BucketRules
 from library.data.latent_files import LatentFile, Latents
@@ -146,9 +146,13 @@ class TrainingSet:
         return self._maker.subsets[sample.subset]
 
     def audit(self, log: logging.Logger) -> None:
-        """Log what was found and what is wrong with it."""
-        for level, line in audit_lines(self.datasets, self.rules, self.samples, self.draws, self._token_limit):
+        """Log what was found and what is wrong with it; in large sets, captions that are too long follow later."""
+        counts_at_once = len(self.samples) <= MOST_COUNTED_AT_START
+        limit = self._token_limit if counts_at_once else None
+        for level, line in audit_lines(self.datasets, self.rules, self.samples, self.draws, limit):
             log.log(level, "%s", line)
+        if self._token_limit is not None and not counts_at_once:
+            log_lengths_later(self.datasets, self._token_limit, log)
 
     def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
         """The `ss_*` values that describe the data; tables and lists are to be written as JSON."""

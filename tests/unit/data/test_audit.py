@@ -1,6 +1,7 @@
 """What is said about the data before any model is loaded."""
 
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,24 @@ def test_captions_beyond_the_token_limit_are_counted_in_their_fullest_form(tmp_p
     text = audited(options, caplog, words, 4)
     assert "1 captions are longer than the 4 tokens" in text and "p1.png (5)" in text
     assert "longer" not in audited(options, caplog, words, 5)
+
+
+def test_very_many_captions_are_counted_beside_the_run(tmp_path, caplog, monkeypatch):
+    write_folder(tmp_path / "a", 40, caption="one two three four")
+    may_go, threads = threading.Event(), []
+
+    def words(caption: str) -> int:
+        assert may_go.wait(60)
+        threads.append(threading.current_thread().name)
+        return len(caption.split())
+
+    monkeypatch.setattr("library.data.dataset.MOST_COUNTED_AT_START", 39)
+    text = audited(config(tmp_path, ""), caplog, words, 4)
+    assert "40 pictures" in text and "looked for meanwhile" in text and "longer" not in text
+    (counting,) = (thread for thread in threading.enumerate() if thread.name == "count tokens")
+    may_go.set()
+    counting.join(60)
+    assert "40 captions are longer than the 4 tokens" in caplog.text and set(threads) == {"count tokens"}
 
 
 def test_pictures_of_one_stem_are_named(tmp_path, caplog):
