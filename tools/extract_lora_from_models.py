@@ -121,7 +121,7 @@ def shapes_of(base: BaseModel) -> dict[str, tuple[int, ...]]:
 def extracted_metadata(args: argparse.Namespace) -> dict[str, str]:
     """What the header says: what the LoRA is for and its ranks."""
     metadata = {
-        **base_metadata(predicts_velocity=False),
+        **base_metadata(is_v2=False, predicts_velocity=False),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(args.dim),
         "ss_network_alpha": str(float(args.dim)),

@@ -4,15 +4,18 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from io import RawIOBase
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from library.checkpoints.files import LENGTH_BYTES, is_safetensors, load_state_dict, read_header
+
+ConfigT = TypeVar("ConfigT")
 
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -121,3 +124,29 @@ def refuse_stranger(path: Path) -> None:
         raise ValueError(f"{path} is a PyTorch pickle under the name of a safetensors file; name it .ckpt")
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
         raise ValueError(f"{path} is a text file, not a checkpoint; it begins with {start[:40].decode('ascii')!r}")
+
+
+def selected(weights: Weights, old_names: Mapping[str, str]) -> Weights:
+    """The tensors `old_names` lists, under their new names."""
+    return replace(
+        weights,
+        shapes={new: weights.shapes[old] for new, old in old_names.items()},
+        read=lambda name: weights.read(old_names[name]),
+    )
+
+
+def renamed(weights: Weights, rename: Callable[[str], str]) -> Weights:
+    return selected(weights, {rename(key): key for key in weights.shapes})
+
+
+def with_prefix(weights: Weights, prefix: str) -> Weights:
+    """Only the tensors whose names begin with `prefix`, without it."""
+    return selected(weights, {key[len(prefix) :]: key for key in weights.shapes if key.startswith(prefix)})
+
+
+def configure(weights: Weights, read_config: Callable[[Mapping[str, tuple[int, ...]]], ConfigT]) -> ConfigT:
+    """What `read_config` reads off the shapes; its errors name the file."""
+    try:
+        return read_config(weights.shapes)
+    except ValueError as error:
+        raise ValueError(f"{weights.origin}: {error}") from None

@@ -17,7 +17,6 @@ DDP = ("ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph")
 DEEPSPEED = tuple(name for name in names_of(DistributedOptions) if name not in DDP)
 
 NOT_YET: Mapping[str, str] = {
-    "v2": "only Stable Diffusion 1.x is trained; leave it out for a 1.x model",
     "dataset_class": "describe the pictures with --dataset_config or --train_data_dir",
     **dict.fromkeys(VALIDATION, "there is no validation; leave it out"),
     "deepspeed": "train on one card without it",

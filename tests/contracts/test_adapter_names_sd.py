@@ -5,8 +5,9 @@ import re
 import pytest
 from torch import nn
 
-from library.architectures.sd import load
 from library.architectures.sd.view import view
+from library.models.clip import empty_clip
+from library.models.unet import empty_unet
 from networks.core.targets import Site, find_sites
 from tests.contracts.test_base_keys import parts
 from tests.tiny.sd import full_size_keys
@@ -18,7 +19,7 @@ RANK = 4
 def models() -> tuple[nn.Module, nn.Module]:
     """The view of the full-size model, on the meta device."""
     found = parts()
-    clip, unet = load.empty_clip(found["text_encoder"].config), load.empty_unet(found["unet"].config)
+    clip, unet = empty_clip(found["text_encoder"].config), empty_unet(found["unet"].config)
     text_view, unet_view = view([clip], unet)
     assert isinstance(text_view, nn.Module)
     return text_view, unet_view

@@ -2,18 +2,14 @@
 
 import torch
 
-from library.architectures.sd import load, shapes
-from library.architectures.sd.keys import (
-    CLIP_PREFIX,
-    UNET_PREFIX,
-    VAE_PREFIX,
-    UnetLayout,
-    unet_from_ldm,
-    unet_to_ldm,
-    vae_from_ldm,
-    vae_to_ldm,
-)
+from library.architectures.sd.load import BASE_FLAG, CLIP_PREFIXES, single_file_parts
 from library.checkpoints.weights import Weights
+from library.models.clip import clip_body, empty_clip
+from library.models.loading import Component, same_matrix
+from library.models.unet import empty_unet, unet_layout
+from library.models.unet_keys import UNET_PREFIX, UnetLayout, unet_from_ldm, unet_to_ldm
+from library.models.vae import empty_vae
+from library.models.vae_keys import VAE_PREFIX, vae_from_ldm, vae_to_ldm
 from tests.tiny.sd import full_size_keys
 
 FACTS = full_size_keys()
@@ -26,8 +22,8 @@ def checkpoint() -> Weights:
     return Weights("sd15", sizes, lambda name: torch.empty(sizes[name], device="meta"))
 
 
-def parts() -> dict[str, load.Component]:
-    return load.single_file_parts(checkpoint(), own_vae=True)
+def parts() -> dict[str, Component]:
+    return single_file_parts(BASE_FLAG, checkpoint(), "sd1", own_vae=True)
 
 
 def test_the_inventory_is_whole():
@@ -51,12 +47,12 @@ def test_every_vae_name_is_renamed_and_back():
 
 def test_every_text_encoder_name_only_loses_its_prefix():
     for path, name in FACTS["diffusers"]["text_encoder"].items():
-        assert name == CLIP_PREFIX + path
+        assert name == CLIP_PREFIXES["sd1"] + path
 
 
 def test_the_layout_of_the_unet_is_read_off_its_names():
     names = {n.removeprefix(UNET_PREFIX): s for n, s in FACTS["checkpoint"].items() if n.startswith(UNET_PREFIX)}
-    assert shapes.unet_layout(names) == LAYOUT
+    assert unet_layout(names) == LAYOUT
 
 
 def test_the_configuration_of_the_unet_is_read_off_the_shapes():
@@ -96,15 +92,15 @@ def test_the_configuration_of_the_text_encoder_is_read_off_the_shapes():
 def test_the_modules_have_exactly_the_weights_of_the_checkpoint():
     found = parts()
     modules = {
-        "unet": load.empty_unet(found["unet"].config),
-        "vae": load.empty_vae(found["vae"].config),
-        "text_encoder": load.clip_body(load.empty_clip(found["text_encoder"].config)),
+        "unet": empty_unet(found["unet"].config),
+        "vae": empty_vae(found["vae"].config),
+        "text_encoder": clip_body(empty_clip(found["text_encoder"].config)),
     }
     num_parameters = {}
     for part, module in modules.items():
         has = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         file = found[part].weights.shapes
         assert has.keys() == file.keys()
-        assert all(load.same_matrix(file[name], has[name]) for name in has)
+        assert all(same_matrix(file[name], has[name]) for name in has)
         num_parameters[part] = sum(p.numel() for p in module.parameters())
     assert num_parameters == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}

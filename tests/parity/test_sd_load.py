@@ -7,9 +7,12 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
-from library.architectures.sd import build, load
-from library.architectures.sd.keys import UNET_PREFIX, VAE_PREFIX, UnetLayout, unet_from_ldm, unet_to_ldm, vae_to_ldm
-from library.architectures.sd.shapes import unet_config, unet_layout, vae_config
+from library.architectures.sd import build
+from library.checkpoints.weights import Weights
+from library.models.unet import empty_unet, unet_config, unet_layout
+from library.models.unet_keys import UNET_PREFIX, UnetLayout, unet_from_ldm, unet_to_ldm
+from library.models.vae import empty_vae, single_vae, vae_config
+from library.models.vae_keys import VAE_PREFIX, vae_to_ldm
 from library.options.model import ModelOptions
 from library.options.train import TrainOptions
 from tests.tolerances import EXACT
@@ -83,7 +86,7 @@ def test_a_unet_of_any_size_is_rebuilt_from_its_shapes(kind):
     layout = UnetLayout(spec["layers"], spec["attention"])
     found = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
     assert unet_layout({unet_to_ldm(name, layout): shape for name, shape in found.items()}) == layout
-    rebuilt = load.empty_unet(unet_config(found))
+    rebuilt = empty_unet(unet_config(found))
     assert {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()} == found
 
 
@@ -102,12 +105,10 @@ def test_a_vae_of_any_size_is_renamed_as_diffusers_does_and_rebuilt(channels, la
     found = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
     ldm = {VAE_PREFIX + vae_to_ldm(name, num_levels): torch.empty(shape) for name, shape in found.items()}
     ours = {name.removeprefix(VAE_PREFIX): name for name in ldm}
-    back = load.single_vae(
-        load.Weights("vae", {k: tuple(ldm[n].shape) for k, n in ours.items()}, lambda k: ldm[ours[k]])
-    )
+    back = single_vae(Weights("vae", {k: tuple(ldm[n].shape) for k, n in ours.items()}, lambda k: ldm[ours[k]]))
     theirs = convert_ldm_vae_checkpoint(ldm, dict(vae.config))
     assert {name: id(tensor) for name, tensor in theirs.items()} == {
         name: id(back.weights.read(name)) for name in back.weights.shapes
     }
-    rebuilt = load.empty_vae(vae_config(found))
+    rebuilt = empty_vae(vae_config(found))
     assert {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()} == found

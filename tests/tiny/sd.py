@@ -8,14 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from library.architectures.sd.keys import (
-    CLIP_PREFIX,
-    UNET_PREFIX,
-    VAE_PREFIX,
-    UnetLayout,
-    unet_to_ldm,
-    vae_to_ldm,
-)
+from library.architectures.sd.load import CLIP_PREFIXES
+from library.models.unet_keys import UNET_PREFIX, UnetLayout, unet_to_ldm
+from library.models.vae_keys import VAE_PREFIX, vae_to_ldm
 from tests.tiny.init import fixed_init
 
 Layout = Literal["diffusers", "safetensors", "ckpt"]
@@ -128,7 +123,7 @@ def write_folder(folder: Path, parts: dict[str, tuple[dict[str, Any], dict[str, 
 def ldm_tensors(states: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """The three state dicts in the single-file layout, where the VAE's attention is made of 1x1 convolutions."""
     unet = {UNET_PREFIX + unet_to_ldm(name, UNET_LAYOUT): tensor for name, tensor in states["unet"].items()}
-    clip = {CLIP_PREFIX + name: tensor for name, tensor in states["text_encoder"].items()}
+    clip = {CLIP_PREFIXES["sd1"] + name: tensor for name, tensor in states["text_encoder"].items()}
     vae = {}
     for name, tensor in states["vae"].items():
         is_projection = ".attentions." in name and tensor.ndim == 2

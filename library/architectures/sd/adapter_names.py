@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from library.architectures.sd.keys import UnetLayout, unet_to_ldm
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
+from library.models.unet_keys import UnetLayout, unet_to_ldm
 
 LAYOUT = UnetLayout(layers_per_block=2, has_attention=(True, True, True, False))
 WIDENING_LEVELS = (1, 2)  # their first residual block has more output than input channels

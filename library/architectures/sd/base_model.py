@@ -3,16 +3,21 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from library.architectures.sd import recognise, shapes, sources
 from library.architectures.sd.adapter_names import clip_module, unet_module
-from library.architectures.sd.keys import CLIP_PREFIX, UNET_PREFIX, UnetLayout, unet_from_ldm
-from library.architectures.sd.load import clip_from_any, configure, empty_clip, empty_unet, renamed, with_prefix
+from library.architectures.sd.load import CLIP_PREFIXES
 from library.architectures.sd.targets import TARGETS
 from library.architectures.sd.view import view
+from library.checkpoints import sources
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.base_model import BaseModel, WeightFile
-from library.checkpoints.weights import Weights
+from library.checkpoints.weights import Weights, configure, renamed, with_prefix
+from library.models.clip import clip_config, clip_from_any, empty_clip
+from library.models.recognise import base_of_folder, refuse_other_file, refuse_other_folder
+from library.models.unet import empty_unet, unet_config, unet_layout
+from library.models.unet_keys import UNET_PREFIX, UnetLayout, unet_from_ldm
 from networks.core.targets import Site, find_sites
+
+CLIP_PREFIX = CLIP_PREFIXES["sd1"]
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
@@ -25,27 +30,25 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
         return open_folder(flag, path) if path.is_dir() else open_single(flag, path)
     except ValueError as error:
         message = str(error)
-        if "_train_network.py" in message:  # written for training
-            message = f"{message.split('; use ')[0]}; only Stable Diffusion 1.x is supported yet"
+        if "train_network.py" in message or "--v2" in message:  # written for training
+            message = f"{message.split('; use ')[0].split('; add ')[0]}; only Stable Diffusion 1.x is supported yet"
         raise ValueError(message) from None
 
 
 def open_single(flag: str, path: Path) -> BaseModel:
     weights = sources.open_file(flag, path)
-    recognise.refuse_other_model(flag, weights)
-    layout = configure(with_prefix(weights, UNET_PREFIX), shapes.unet_layout)
+    refuse_other_file(flag, weights, "sd1", (CLIP_PREFIX,))
+    layout = configure(with_prefix(weights, UNET_PREFIX), unet_layout)
     unet = stems(weights, UNET_PREFIX, lambda key: unet_module(unet_from_ldm(f"{key}.", layout)[:-1], layout))
     clip = stems(weights, CLIP_PREFIX, lambda key: clip_module(clip_from_any(key)))
     return model(path, [("", weights, {**unet, **clip})])
 
 
 def open_folder(flag: str, path: Path) -> BaseModel:
-    recognise.refuse_other_pipeline(
-        flag, str(path), sources.read_json(path / "model_index.json").get("_class_name", "")
-    )
+    class_name = sources.read_json(path / "model_index.json").get("_class_name", "")
     config, unet = sources.open_part(flag, path / "unet", "unet")
     _, clip = sources.open_part(flag, path / "text_encoder", "text_encoder")
-    recognise.refuse_sd2(flag, str(path), unet.shapes)
+    refuse_other_folder(flag, str(path), base_of_folder(class_name, unet.shapes), "sd1")
     attends = tuple(kind.startswith("CrossAttn") for kind in config.get("down_block_types", ()))
     layout = UnetLayout(int(config.get("layers_per_block", 2)), attends)
     return model(
@@ -74,9 +77,7 @@ def model(path: Path, parts: list[tuple[str, Weights, Mapping[str, ModuleNames]]
 def adapter_sites(base: BaseModel, with_convolutions: bool) -> tuple[list[Site], list[Site]]:
     """(text encoder, denoiser): the modules that networks.lora adapts, with conv_dim or not; on the meta device."""
     unet, clip = diffusers_parts(base)
-    encoder, denoiser = view(
-        [empty_clip(configure(clip, shapes.clip_config))], empty_unet(configure(unet, shapes.unet_config))
-    )
+    encoder, denoiser = view([empty_clip(configure(clip, clip_config))], empty_unet(configure(unet, unet_config)))
     classes = TARGETS.denoiser.blocks + (TARGETS.denoiser.conv_blocks if with_convolutions else ())
     (part,) = TARGETS.text_encoders
     return find_sites(part, encoder, part.blocks), find_sites(TARGETS.denoiser, denoiser, classes)
@@ -89,7 +90,7 @@ def diffusers_parts(base: BaseModel) -> tuple[Weights, Weights]:
         return unet, renamed(clip, clip_from_any)
     weights = base.files[0].weights
     unet = with_prefix(weights, UNET_PREFIX)
-    layout = configure(unet, shapes.unet_layout)
+    layout = configure(unet, unet_layout)
     return renamed(unet, lambda key: unet_from_ldm(key, layout)), renamed(
         with_prefix(weights, CLIP_PREFIX), clip_from_any
     )

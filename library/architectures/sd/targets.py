@@ -1,4 +1,4 @@
-"""What adapters may attach to in Stable Diffusion 1.x; module paths are diffusers' and transformers'."""
+"""What adapters may attach to in Stable Diffusion 1.x and 2.x; module paths are diffusers' and transformers'."""
 
 from networks.core.targets import AdapterTargets, BlockList, Part
 

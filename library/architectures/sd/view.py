@@ -1,11 +1,11 @@
-"""Stable Diffusion 1.x as network modules see it: module paths are the names in adapter files."""
+"""Stable Diffusion 1.x and 2.x as network modules see it: module paths are the names in adapter files."""
 
 from collections.abc import Sequence
 
 from torch import nn
 
-from library.architectures.sd.load import clip_body
 from library.architectures.sd.targets import TARGETS
+from library.models.clip import clip_body
 
 
 class ClipView(nn.Module):

@@ -20,7 +20,7 @@ OTHER_FILES = {
     "lumina": (["cap_embedder.0.weight", "layers.0.attention.qkv.weight"], "use lumina_train_network.py"),
     "anima": (["net.llm_adapter.embed.weight", "net.blocks.0.x"], "use anima_train_network.py"),
     "sd2": (["cond_stage_model.model.ln_final.weight", "model.diffusion_model.out.0.weight"],
-            "--v2 is not supported yet"),
+            "this is an SD 2.x checkpoint; add --v2"),
     "lora": (["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"], "an adapter (LoRA), not a base model"),
     "vae": (["encoder.down.0.block.0.norm1.weight", "decoder.conv_in.weight"], "this is a VAE, not a base model"),
     "unet": (["down_blocks.0.resnets.0.conv1.weight"], "the U-Net of a diffusers folder alone"),
@@ -48,13 +48,15 @@ def changed(tiny_sd_file: Path, folder: Path, **changes: torch.Tensor | None) ->
 
 def test_a_unet_for_wider_text_is_sd2(open_sd, tiny_sd_file, tmp_path):
     name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    with pytest.raises(ValueError, match=r"SD 2.x checkpoint; --v2 is not supported yet"):
+    with pytest.raises(ValueError, match=r"SD 2.x checkpoint; add --v2"):
         open_sd(changed(tiny_sd_file, tmp_path, **{name: torch.randn(16, 1024)}))
 
 
-def test_v2_is_not_supported_yet(open_sd, tiny_sd_file):
-    with pytest.raises(ValueError, match="--v2 is not supported yet"):
+def test_v2_for_an_older_checkpoint_is_to_be_left_out(open_sd, tiny_sd_file, tiny_sd_folder):
+    with pytest.raises(ValueError, match=r"this is an SD 1.x checkpoint; leave out --v2"):
         open_sd(tiny_sd_file, v2=True)
+    with pytest.raises(ValueError, match=r"this is an SD 1.x model; leave out --v2"):
+        open_sd(tiny_sd_folder, v2=True)
 
 
 def test_an_inpainting_model_is_refused(open_sd, tiny_sd_file, tmp_path):

@@ -1,4 +1,4 @@
-"""Names of weights: Stability's single-file layout ("ldm") against the module paths of diffusers and transformers.
+"""Names of U-Net weights: Stability's single-file layout ("ldm") against the module paths of diffusers.
 
 Every function here is pure text, valid for any number of levels and layers, and has an inverse.
 """
@@ -7,13 +7,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from library.models.names import inverse, swap_stem
+
 UNET_PREFIX = "model.diffusion_model."
-VAE_PREFIX = "first_stage_model."
-CLIP_PREFIX = "cond_stage_model.transformer."
 
 UNET_STEMS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
@@ -29,9 +31,6 @@ UNET_RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-VAE_MID = {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"}
-VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-VAE_ATTENTION_2022 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.12
 
 
 @dataclass(frozen=True)
@@ -44,18 +43,6 @@ class UnetLayout:
     @property
     def num_levels(self) -> int:
         return len(self.has_attention)
-
-
-def inverse(names: Mapping[str, str]) -> dict[str, str]:
-    return {new: old for old, new in names.items()}
-
-
-def swap_stem(key: str, stems: Mapping[str, str]) -> str | None:
-    """`key` with its first dotted names replaced as `stems` says, or None when it begins with none of them."""
-    for old, new in stems.items():
-        if key == old or key.startswith(old + "."):
-            return new + key[len(old) :]
-    return None
 
 
 def swap_resnet(tail: str, names: Mapping[str, str]) -> str:
@@ -109,43 +96,3 @@ def rename_mid(key: str, names: Mapping[str, str]) -> str:
     """Rename inside the residual blocks of the U-Net's middle, whose path is in diffusers' form."""
     match = re.fullmatch(r"(mid_block\.resnets\.\d+)\.(.+)", key)
     return f"{match[1]}.{swap_resnet(match[2], names)}" if match else key
-
-
-def vae_from_ldm(key: str, num_levels: int) -> str:
-    """diffusers' name of a VAE weight; `key` without "first_stage_model."."""
-    match = re.fullmatch(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2)\.(.+)", key)
-    if match:
-        tail = swap_resnet(match[3], VAE_ATTENTION) if match[2] == "attn_1" else match[3]
-        return f"{match[1]}.mid_block.{VAE_MID[match[2]]}.{tail.replace('nin_shortcut', 'conv_shortcut')}"
-    match = re.fullmatch(r"(encoder|decoder)\.norm_out\.(.+)", key)
-    if match:
-        return f"{match[1]}.conv_norm_out.{match[2]}"
-    match = re.fullmatch(r"(?:encoder\.(down)|decoder\.(up))\.(\d+)\.(block\.(\d+)|downsample|upsample)\.(.+)", key)
-    if match is None:
-        return key
-    down, level, kind, layer, tail = match[1], int(match[3]), match[4], match[5], match[6]
-    stem = f"encoder.down_blocks.{level}" if down else f"decoder.up_blocks.{num_levels - 1 - level}"
-    if layer is None:
-        return f"{stem}.{kind}rs.0.{tail}"
-    return f"{stem}.resnets.{layer}.{tail.replace('nin_shortcut', 'conv_shortcut')}"
-
-
-def vae_to_ldm(key: str, num_levels: int) -> str:
-    """The inverse of `vae_from_ldm`."""
-    match = re.fullmatch(r"(encoder|decoder)\.mid_block\.((?:resnets|attentions)\.\d+)\.(.+)", key)
-    if match:
-        kind = inverse(VAE_MID)[match[2]]
-        tail = swap_resnet(match[3], inverse(VAE_ATTENTION)) if kind == "attn_1" else match[3]
-        return f"{match[1]}.mid.{kind}.{tail.replace('conv_shortcut', 'nin_shortcut')}"
-    match = re.fullmatch(r"(encoder|decoder)\.conv_norm_out\.(.+)", key)
-    if match:
-        return f"{match[1]}.norm_out.{match[2]}"
-    pattern = r"(?:encoder\.(down)_blocks|decoder\.(up)_blocks)\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)"
-    match = re.fullmatch(pattern, key)
-    if match is None:
-        return key
-    down, level, kind, layer, tail = match[1], int(match[3]), match[4], match[5], match[6]
-    stem = f"encoder.down.{level}" if down else f"decoder.up.{num_levels - 1 - level}"
-    if kind == "resnets":
-        return f"{stem}.block.{layer}.{tail.replace('conv_shortcut', 'nin_shortcut')}"
-    return f"{stem}.{kind.removesuffix('rs')}.{tail}"

@@ -1,4 +1,4 @@
-"""Pixels to the latents of Stable Diffusion 1.x, and back."""
+"""Pixels to the latents of a VAE, and back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,15 +9,14 @@ from torch import Tensor, nn
 
 from library.architectures.interface import LatentSpec
 
-SCALE = 0.18215  # brings the latents of Stable Diffusion's VAE to about unit variance
-SPEC = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_sd.npz", keys_carry_size=False)
-
 
 @dataclass(frozen=True)
-class SdLatents:
-    """Latents of 4 channels, 8 pixels a side; the cache keeps samples of the posterior before scaling."""
+class KlLatents:
+    """Latents of diffusers' AutoencoderKL; the cache keeps samples of the posterior before shift and scale."""
 
-    spec: LatentSpec = SPEC
+    spec: LatentSpec
+    scale: float  # brings latents to about unit variance
+    shift: float = 0.0  # is taken off before
 
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Samples of the posterior, float32, unscaled: mean + std * noise, the noise of each from its own generator."""
@@ -30,10 +29,11 @@ class SdLatents:
         return mean_BCHW + std_BCHW * noise_BCHW.to(mean_BCHW.device)
 
     def normalize(self, latents_BCHW: Tensor) -> Tensor:
-        return latents_BCHW * SCALE
+        return (latents_BCHW - self.shift) * self.scale
 
     def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
         """Pictures, float32, about -1..1, of latents as the denoiser sees them."""
         model: Any = vae
-        pixels_BCHW: Tensor = model.decode((latents_BCHW / SCALE).to(model.device, model.dtype)).sample
+        latents_BCHW = latents_BCHW / self.scale + self.shift
+        pixels_BCHW: Tensor = model.decode(latents_BCHW.to(model.device, model.dtype)).sample
         return pixels_BCHW.float()

@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 HUB_TIMEOUT_S = 5.0
-WEIGHT_STEMS = {"text_encoder": ("model", "pytorch_model")}  # of .safetensors and of .bin files, by folder
+TEXT_STEMS = ("model", "pytorch_model")  # of .safetensors and of .bin files
+WEIGHT_STEMS = {"text_encoder": TEXT_STEMS, "text_encoder_2": TEXT_STEMS, "text_encoder_3": TEXT_STEMS}  # by folder
 PLAIN_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model")
 
 
@@ -105,7 +106,7 @@ def find_weight_file(folder: Path, kind: str) -> Path | None:
 
 
 def open_part(flag: str, folder: Path, kind: str) -> tuple[dict[str, Any], Weights]:
-    """Configuration and weights of the part `kind` of a diffusers folder: "unet", "vae" or "text_encoder".
+    """Configuration and weights of the part `kind` of a diffusers folder: "unet", "vae", "text_encoder", ...
 
     Raises ValueError naming what is missing.
     """

@@ -1,0 +1,185 @@
+"""CLIP text encoders, OpenAI's and OpenCLIP's: transformers' models, from files in either's layout.
+
+A `Component` of such an encoder has the module paths of transformers 5 below the text model ("encoder.layers.0...",
+"final_layer_norm.weight") and, where it projects, "text_projection.weight".
+
+Letters: N sequences, T the 77 positions, W the width, P the width of the projection.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints.weights import Weights, configure, renamed, selected
+from library.models.loading import Component, materialise
+from library.models.names import swap_stem
+from library.models.shapes import Shapes, count, heads_of, shape_of
+
+HEAD_WIDTH = 64
+PROJECTION = "text_projection.weight"
+OPEN_CLIP_STEMS = {
+    "token_embedding": "embeddings.token_embedding",
+    "ln_final": "final_layer_norm",
+    "text_projection": "text_projection",
+}
+OPEN_CLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+THIRDS = ("q_proj", "k_proj", "v_proj")  # of OpenCLIP's in_proj, one below the other
+OPEN_CLIP_LEFT_OUT = ("logit_scale", "attn_mask")  # nothing of the text encoder is computed from them
+
+
+def clip_component(
+    weights: Weights, activation: str, *, projects: bool = False, num_layers: int | None = None
+) -> Component:
+    """A text encoder from a file without prefix, in transformers' layout or OpenCLIP's.
+
+    `activation` is what the shapes do not tell: "quick_gelu" for OpenAI's weights, "gelu" for OpenCLIP's. `projects`
+    keeps the text projection, which the file must have then. `num_layers` leaves out later layers. Raises ValueError
+    naming the file.
+    """
+    if any(key.startswith("transformer.resblocks.") for key in weights.shapes):
+        weights = from_open_clip(weights)
+    else:
+        weights = renamed(weights, clip_from_any)
+    if num_layers is not None:
+        weights = without_layers_from(weights, num_layers)
+    if not projects:
+        weights = selected(weights, {key: key for key in weights.shapes if not key.startswith("text_projection")})
+    config = configure(weights, lambda shapes: clip_config(shapes, activation))
+    if projects:
+        config["projection_dim"] = configure(weights, lambda shapes: shape_of(shapes, PROJECTION))[0]
+    return Component(config, weights)
+
+
+def clip_of_folder(config: Mapping[str, Any], weights: Weights, *, projects: bool = False) -> Component:
+    """A text encoder of a diffusers folder; with `projects` it has the text projection."""
+    weights = renamed(weights, clip_from_any)
+    if not projects:
+        weights = selected(weights, {key: key for key in weights.shapes if not key.startswith("text_projection")})
+    return Component(config, weights)
+
+
+def clip_from_any(key: str) -> str:
+    """transformers 5 has no "text_model." in the paths of CLIPTextModel, files have it or not."""
+    return key.removeprefix("text_model.")
+
+
+def from_open_clip(weights: Weights) -> Weights:
+    """OpenCLIP's text encoder under transformers' names: in_proj cut into q, k and v, the projection transposed.
+
+    OpenCLIP multiplies by `text_projection` from the right, torch's Linear by the transposed weight. A key
+    "text_projection.weight" is that of a Linear already.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, tuple[str, str | int | None]] = {}  # new name -> (old name, third of the rows or "transposed")
+    for key, shape in weights.shapes.items():
+        packed = re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", key)
+        if packed:
+            for third, name in enumerate(THIRDS):
+                new = f"encoder.layers.{packed[1]}.self_attn.{name}.{packed[2]}"
+                places[new], shapes[new] = (key, third), (shape[0] // 3, *shape[1:])
+        elif key == "text_projection":
+            places[PROJECTION], shapes[PROJECTION] = (key, "transposed"), shape[::-1]
+        elif key not in OPEN_CLIP_LEFT_OUT:
+            new = open_clip_name(key)
+            places[new], shapes[new] = (key, None), shape
+
+    def read(name: str) -> Tensor:
+        old, part = places[name]
+        tensor = weights.read(old)
+        if isinstance(part, int):
+            return tensor.chunk(3)[part].clone()
+        return tensor.t().contiguous() if part == "transposed" else tensor
+
+    return Weights(weights.origin, shapes, read)
+
+
+def open_clip_name(key: str) -> str:
+    """transformers' name of a weight that both have whole. A name of no known form stays."""
+    if key == "positional_embedding":
+        return "embeddings.position_embedding.weight"
+    layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", key)
+    if layer:
+        return f"encoder.layers.{layer[1]}.{swap_stem(layer[2], OPEN_CLIP_LAYER) or layer[2]}"
+    return swap_stem(key, OPEN_CLIP_STEMS) or key
+
+
+def without_layers_from(weights: Weights, first: int) -> Weights:
+    """The weights less those of layer `first` and all later ones."""
+
+    def stays(key: str) -> bool:
+        layer = re.match(r"encoder\.layers\.(\d+)\.", key)
+        return layer is None or int(layer[1]) < first
+
+    return selected(weights, {key: key for key in weights.shapes if stays(key)})
+
+
+def clip_config(shapes: Shapes, activation: str = "quick_gelu") -> dict[str, Any]:
+    """Arguments of transformers' CLIPTextConfig, names without "text_model."."""
+    vocab, width = shape_of(shapes, "embeddings.token_embedding.weight")
+    return {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": shape_of(shapes, "encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": count(shapes, r"encoder\.layers\.(\d+)\."),
+        "num_attention_heads": heads_of(width, width // HEAD_WIDTH),
+        "max_position_embeddings": shape_of(shapes, "embeddings.position_embedding.weight")[0],
+        "hidden_act": activation,
+        "bos_token_id": vocab - 2,
+        "eos_token_id": vocab - 1,
+        "pad_token_id": vocab - 1,
+    }
+
+
+def empty_clip(config: Mapping[str, Any], projects: bool = False) -> Any:
+    """transformers' CLIPTextModel or, with `projects`, CLIPTextModelWithProjection, on the meta device.
+
+    Only its position ids, which no file has, are real.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kind = CLIPTextModelWithProjection if projects else CLIPTextModel
+    with torch.device("meta"):
+        clip = kind(CLIPTextConfig.from_dict(dict(config)))
+    position_ids = torch.arange(clip.config.max_position_embeddings).expand((1, -1))
+    clip_body(clip).embeddings.register_buffer("position_ids", position_ids, persistent=False)
+    return clip
+
+
+def clip_body(encoder: nn.Module) -> Any:
+    """The module that has `embeddings`, `encoder` and `final_layer_norm`: in transformers 5 the model itself."""
+    return getattr(encoder, "text_model", encoder)
+
+
+def load_clip(component: Component, dtype: torch.dtype) -> nn.Module:
+    """The encoder with its weights in `dtype`, frozen, on the CPU; with a projection where the component has one."""
+    projects = PROJECTION in component.weights.shapes
+    encoder: nn.Module = empty_clip(component.config, projects)
+    body = selected(component.weights, {key: key for key in component.weights.shapes if key != PROJECTION})
+    materialise(clip_body(encoder), body, dtype)
+    if projects:
+        weight = selected(component.weights, {"weight": PROJECTION})
+        materialise(encoder.text_projection, weight, dtype)  # type: ignore[arg-type]
+    return encoder.requires_grad_(False).eval()
+
+
+def hidden_states(encoder: nn.Module, ids_NT: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(the states before the first layer and after each, NTW; the last one after the final norm, NTW)."""
+    body = clip_body(encoder)
+    states = body(ids_NT.to(body.final_layer_norm.weight.device), output_hidden_states=True)
+    return states.hidden_states, states.last_hidden_state
+
+
+def pool_at_end(normed_NTW: Tensor, ids_NT: Tensor, end_id: int, projection: nn.Module) -> Tensor:
+    """The projected state at the first end-of-text token, NP."""
+    end_N = (ids_NT == end_id).int().argmax(dim=1).to(normed_NTW.device)
+    pooled_NP: Tensor = projection(normed_NTW[torch.arange(len(end_N), device=normed_NTW.device), end_N])
+    return pooled_NP

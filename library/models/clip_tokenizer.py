@@ -1,0 +1,62 @@
+"""CLIP's tokenizer: found beside the model, in a folder of its own, or on the hub."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from library.checkpoints.sources import fetch_snapshot
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_HUB_NAME = "openai/clip-vit-large-patch14"
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+
+
+def load_tokenizer(model: Path, cache_dir: str | None, num_words: int) -> Any:
+    """CLIP's tokenizer for the checkpoint at `model`, a folder or a single file; its text encoder knows `num_words`.
+
+    Looked for in tokenizer/ of the folder or beside the file, then in --tokenizer_cache_dir, then on the hub, from
+    where it is saved into --tokenizer_cache_dir. Raises ValueError saying what to put where.
+    """
+    from transformers import CLIPTokenizer
+
+    folder = find_tokenizer(model, cache_dir)
+    logger.info("tokenizer: %s", folder)
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= num_words:
+        raise ValueError(
+            f"the tokenizer in {folder} has ids up to {largest}, the text encoder knows {num_words} words: "
+            f"it belongs to another model than {model}; put the right one into its place"
+        )
+    return tokenizer
+
+
+def find_tokenizer(model: Path, cache_dir: str | None) -> Path:
+    """The folder of the tokenizer, downloaded if need be."""
+    beside = (model if model.is_dir() else model.parent) / "tokenizer"
+    cached = Path(cache_dir).expanduser() / TOKENIZER_HUB_NAME.replace("/", "_") if cache_dir else None
+    for folder in (beside, cached):
+        if folder is not None and holds_tokenizer(folder):
+            return folder
+    try:
+        downloaded = fetch_snapshot(TOKENIZER_HUB_NAME, TOKENIZER_FILES)
+    except ConnectionError as error:
+        cached_name = cached or f"<folder>/{TOKENIZER_HUB_NAME.replace('/', '_')}"
+        raise ValueError(
+            f"{model} has no tokenizer, and {TOKENIZER_HUB_NAME} cannot be downloaded ({error}). Put "
+            f"vocab.json and merges.txt (or tokenizer.json) of {TOKENIZER_HUB_NAME} into {beside}, or into "
+            f"{cached_name} {'' if cached else 'and give --tokenizer_cache_dir <folder>'}".rstrip()
+        ) from error
+    if cached is not None:
+        cached.mkdir(parents=True, exist_ok=True)
+        for file in downloaded.iterdir():
+            shutil.copyfile(file, cached / file.name)
+    return downloaded
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether CLIP's tokenizer can be made from the files of a folder."""
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    return "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names

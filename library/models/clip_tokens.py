@@ -1,0 +1,71 @@
+"""Captions to CLIP's token ids, in chunks of 75 where a caption is longer.
+
+Shapes: B captions, L chunks, T the 77 positions of a chunk, W the width of a text encoder.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.models.emphasis import parse_emphasis
+
+CHUNK_TOKENS = 75  # of a caption in one chunk; with begin and end these are CLIP's 77 positions
+OPEN_CLIP_PAD = 0  # what OpenCLIP's models were trained with after the end token; OpenAI's repeat the end token
+
+
+@dataclass(frozen=True)
+class ClipTokens:
+    """How captions are cut into ids."""
+
+    tokenizer: Any  # transformers' CLIPTokenizer
+    num_chunks: int = 1
+    reads_emphasis: bool = False
+
+    @property
+    def max_tokens(self) -> int:
+        return CHUNK_TOKENS * self.num_chunks
+
+    @property
+    def end_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    def weigh_tokens(self, caption: str) -> tuple[list[int], list[float]]:
+        """All token ids of a caption, without begin, end and padding, and the emphasis of each."""
+        pieces = parse_emphasis(caption) if self.reads_emphasis else [(caption, 1.0)]
+        ids: list[int] = []
+        weights: list[float] = []
+        for text, weight in pieces:
+            piece = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += piece
+            weights += [weight] * len(piece)
+        return ids, weights
+
+    def tokenize(self, captions: Sequence[str], pad_id: int | None = None) -> tuple[Tensor, Tensor]:
+        """(ids, emphasis) of shape (B, L, 77): begin, up to 75 tokens, end, then padding (None: more end tokens)."""
+        shape = (len(captions), self.num_chunks, CHUNK_TOKENS + 2)
+        ids_BLT = torch.full(shape, self.end_id if pad_id is None else pad_id, dtype=torch.int64)
+        ids_BLT[:, :, 0] = self.tokenizer.bos_token_id
+        weights_BLT = torch.ones(shape)
+        for b, caption in enumerate(captions):
+            ids, weights = self.weigh_tokens(caption)
+            for n in range(self.num_chunks):
+                part = slice(n * CHUNK_TOKENS, (n + 1) * CHUNK_TOKENS)
+                end = 1 + len(ids[part])
+                ids_BLT[b, n, 1:end] = torch.tensor(ids[part], dtype=torch.int64)
+                ids_BLT[b, n, end] = self.end_id
+                weights_BLT[b, n, 1:end] = torch.tensor(weights[part])
+        return ids_BLT, weights_BLT
+
+
+def join_chunks(hidden_BLTW: Tensor) -> Tensor:
+    """(B, L, 77, W) to (B, 75 L + 2, W): the first begin, every chunk's tokens, the last end."""
+    first_B1W, last_B1W = hidden_BLTW[:, 0, :1], hidden_BLTW[:, -1, -1:]
+    return torch.cat([first_B1W, hidden_BLTW[:, :, 1:-1].flatten(1, 2), last_B1W], dim=1)
+
+
+def emphasize(hidden_BLTW: Tensor, weights_BLT: Tensor | None) -> Tensor:
+    """Every position times its emphasis, unchanged where captions have none."""
+    return hidden_BLTW if weights_BLT is None else hidden_BLTW * weights_BLT.to(hidden_BLTW).unsqueeze(-1)

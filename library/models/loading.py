@@ -1,0 +1,69 @@
+"""Weights into modules.
+
+A module is built without memory (on the meta device) and takes its weights straight in the training dtype, so nothing
+is initialised twice and the peak is about the weights themselves.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.checkpoints.weights import Weights
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
+NUM_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Component:
+    """One model that is not loaded yet: its configuration, and weights under its module paths."""
+
+    config: Mapping[str, Any]
+    weights: Weights
+
+
+def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype) -> nn.Module:
+    """Give a module on the meta device its weights in `dtype`; frozen, in evaluation mode.
+
+    Raises ValueError naming missing weights and wrong shapes; names that the model does not know are warned of.
+    """
+    wanted = model.state_dict()
+    missing = [name for name in wanted if name not in weights.shapes]
+    if missing:
+        raise ValueError(
+            f"{weights.origin} is incomplete: {len(missing)} of the {len(wanted)} weights of "
+            f"{type(model).__name__} are missing: {first_names(missing)}"
+        )
+    unknown = [name for name in weights.shapes if name not in wanted and not name.endswith("position_ids")]
+    if unknown:
+        logger.warning(
+            "%s has %d weights that %s does not know, they are not used: %s",
+            weights.origin, len(unknown), type(model).__name__, first_names(unknown),
+        )  # fmt: skip
+    wrong = [name for name, tensor in wanted.items() if not same_matrix(weights.shapes[name], tuple(tensor.shape))]
+    if wrong:
+        has, needs = weights.shapes[wrong[0]], tuple(wanted[wrong[0]].shape)
+        raise ValueError(
+            f"{weights.origin}: {len(wrong)} weights do not fit {type(model).__name__}, the first is {wrong[0]}: "
+            f"it has the shape {has}, the model needs {needs}"
+        )
+    values = {name: weights.read(name).reshape(tensor.shape).to(dtype) for name, tensor in wanted.items()}
+    model.load_state_dict(values, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def same_matrix(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Equal shapes, a 1x1 convolution counting as the matrix it is."""
+    return a == b or (prod(a) == prod(b) and a[:2] == b[:2] and len(a) != len(b) and set(a[2:] + b[2:]) == {1})
+
+
+def first_names(names: list[str]) -> str:
+    more = len(names) - NUM_NAMES_SHOWN
+    return ", ".join(names[:NUM_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,34 @@
+"""What the shapes of weights say about a model, so that tiny and pruned models load from a single file.
+
+`shapes` maps the module paths of diffusers and transformers to shapes.
+"""
+
+import re
+from collections.abc import Mapping
+from math import gcd
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+NORM_GROUPS = 32
+
+
+def shape_of(shapes: Shapes, name: str) -> tuple[int, ...]:
+    """Raises ValueError where the name is missing."""
+    if name not in shapes:
+        raise ValueError(f"{name} is not there; the checkpoint is incomplete or of another kind")
+    return shapes[name]
+
+
+def count(shapes: Shapes, pattern: str) -> int:
+    """How many different numbers the one group of `pattern` takes at the beginning of the names."""
+    return len({match[1] for match in (re.match(pattern, name) for name in shapes) if match})
+
+
+def norm_groups(*channels: int) -> int:
+    """32, or for narrow models the largest divisor of 32 that divides every width."""
+    return gcd(NORM_GROUPS, *channels)
+
+
+def heads_of(width: int, wanted: int) -> int:
+    """`wanted` heads, or the largest smaller number that divides `width`."""
+    return next(heads for heads in range(max(wanted, 1), 0, -1) if width % heads == 0)

@@ -1,0 +1,90 @@
+"""The U-Net of Stable Diffusion 1, 2 and XL: diffusers' UNet2DConditionModel, its configuration read off the shapes."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from library.checkpoints.weights import Weights, configure, renamed
+from library.models.loading import Component
+from library.models.shapes import Shapes, count, heads_of, norm_groups, shape_of
+from library.models.unet_keys import UnetLayout, unet_from_ldm
+
+NUM_HEADS = 8  # of every level of SD 1.x
+HEAD_WIDTH = 64  # of every level of SD 2.x and SDXL, which have more heads where channels are more
+NUM_SIZES = 6  # numbers that SDXL is conditioned on beside the text
+
+
+def unet_component(ldm: Weights, head_width: int | None = None) -> Component:
+    """The U-Net of a single file, names without prefix. `head_width` None stands for 8 heads in every level."""
+    layout = configure(ldm, unet_layout)
+    weights = renamed(ldm, lambda key: unet_from_ldm(key, layout))
+    return Component(configure(weights, lambda shapes: unet_config(shapes, head_width)), weights)
+
+
+def unet_layout(ldm_shapes: Shapes) -> UnetLayout:
+    """Layers per block and attention levels of a U-Net in the single-file layout, names without prefix."""
+    num_blocks = count(ldm_shapes, r"input_blocks\.(\d+)\.")
+    ends = [n for n in range(num_blocks) if f"input_blocks.{n}.0.op.weight" in ldm_shapes]
+    per_level = ends[0] if ends else num_blocks
+    if ends != [per_level * (level + 1) for level in range(len(ends))]:
+        raise ValueError(f"the U-Net's levels have different numbers of layers (downsampling at input blocks {ends})")
+    firsts = [level * per_level + 1 for level in range(len(ends) + 1)]
+    return UnetLayout(per_level - 1, tuple(f"input_blocks.{n}.1.proj_in.weight" in ldm_shapes for n in firsts))
+
+
+def unet_config(shapes: Shapes, head_width: int | None = None) -> dict[str, Any]:
+    """Arguments of diffusers' UNet2DConditionModel."""
+    levels = range(count(shapes, r"down_blocks\.(\d+)\."))
+    channels = tuple(shape_of(shapes, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in levels)
+    stems = [f"down_blocks.{i}.attentions.0" for i in levels]
+    has_attention = [f"{stem}.proj_in.weight" in shapes for stem in stems]
+    sample = next((stem for stem, has in zip(stems, has_attention, strict=True) if has), "mid_block.attentions.0")
+    # A level without attention has the middle's depth: diffusers builds the middle like the coarsest level.
+    depths = tuple(
+        num_transformers(shapes, stem if has else "mid_block.attentions.0")
+        for stem, has in zip(stems, has_attention, strict=True)
+    )
+    heads = [heads_of(width, width // head_width if head_width else NUM_HEADS) for width in channels]
+    return {
+        "in_channels": shape_of(shapes, "conv_in.weight")[1],
+        "out_channels": shape_of(shapes, "conv_out.weight")[0],
+        "block_out_channels": channels,
+        "layers_per_block": count(shapes, r"down_blocks\.0\.resnets\.(\d+)\."),
+        "down_block_types": tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in has_attention),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(has_attention)),
+        "cross_attention_dim": shape_of(shapes, f"{sample}.transformer_blocks.0.attn2.to_k.weight")[1],
+        "transformer_layers_per_block": depths[0] if len(set(depths)) == 1 else depths,
+        "attention_head_dim": heads[0] if len(set(heads)) == 1 else tuple(heads),  # diffusers means their number
+        "use_linear_projection": len(shape_of(shapes, f"{sample}.proj_in.weight")) == 2,
+        "norm_num_groups": norm_groups(*channels),
+    }
+
+
+def size_embedding_config(shapes: Shapes, pooled_width: int) -> dict[str, Any]:
+    """Further arguments for a U-Net that is conditioned on a pooled text vector and six sizes, as SDXL is."""
+    width = shape_of(shapes, "add_embedding.linear_1.weight")[1]
+    if width <= pooled_width or (width - pooled_width) % (2 * NUM_SIZES):
+        raise ValueError(
+            f"add_embedding.linear_1.weight takes {width} numbers; {pooled_width} of the text encoder and "
+            f"{NUM_SIZES} sizes do not make that, so U-Net and text encoder are of different models"
+        )
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": (width - pooled_width) // NUM_SIZES,
+        "projection_class_embeddings_input_dim": width,
+    }
+
+
+def num_transformers(shapes: Shapes, stem: str) -> int:
+    """Transformer blocks in the attention at `stem`."""
+    return count(shapes, rf"{re.escape(stem)}\.transformer_blocks\.(\d+)\.")
+
+
+def empty_unet(config: Mapping[str, Any]) -> Any:
+    """diffusers' UNet2DConditionModel on the meta device."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(dict(config))

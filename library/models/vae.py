@@ -1,0 +1,114 @@
+"""The VAE of the Stable Diffusion family: diffusers' AutoencoderKL, from a file in either layout or from a folder."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from library.checkpoints import sources
+from library.checkpoints.weights import Weights, configure, renamed, selected, with_prefix
+from library.models.loading import Component
+from library.models.shapes import Shapes, count, norm_groups, shape_of
+from library.models.vae_keys import VAE_PREFIX, vae_from_ldm, vae_from_old_diffusers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class VaeNeeds:
+    """What a base model needs of a VAE."""
+
+    base: str  # "SD 1.x", for messages
+    channels: int  # of the latents
+    scale: float  # that brings latents to about unit variance
+
+
+def vae_config(shapes: Shapes) -> dict[str, Any]:
+    """Arguments of diffusers' AutoencoderKL."""
+    levels = range(count(shapes, r"encoder\.down_blocks\.(\d+)\."))
+    channels = tuple(shape_of(shapes, f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in levels)
+    return {
+        "in_channels": shape_of(shapes, "encoder.conv_in.weight")[1],
+        "out_channels": shape_of(shapes, "decoder.conv_out.weight")[0],
+        "latent_channels": shape_of(shapes, "decoder.conv_in.weight")[1],
+        "block_out_channels": channels,
+        "layers_per_block": count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+        "norm_num_groups": norm_groups(*channels),
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+    }
+
+
+def empty_vae(config: Mapping[str, Any]) -> Any:
+    """diffusers' AutoencoderKL on the meta device."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(dict(config))
+
+
+def vae_of_checkpoint(flag: str, weights: Weights) -> Component:
+    """The VAE that lies in a whole checkpoint. Raises ValueError naming `flag` when there is none."""
+    vae = with_prefix(weights, VAE_PREFIX)
+    if not vae.shapes:
+        raise ValueError(
+            f"{flag} {weights.origin} has no VAE (nothing begins with {VAE_PREFIX!r}); give one with --vae"
+        )
+    return single_vae(vae)
+
+
+def vae_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
+    """The VAE of a diffusers folder."""
+    return Component(config, renamed(weights, vae_from_old_diffusers))
+
+
+def open_vae(name: str, needs: VaeNeeds) -> Component:
+    """The VAE of --vae: a file in either layout, a diffusers folder or one that has vae/, or a hub name."""
+    path = sources.find_model("--vae", name, (("", "vae"),))
+    if path.is_dir():
+        folder = path if (path / "config.json").is_file() else path / "vae"
+        config, weights = sources.open_part("--vae", folder, "vae")
+        refuse_no_vae(name, weights)
+        component = vae_of_folder(config, weights)
+        scale = config.get("scaling_factor", 0.18215)
+        if scale != needs.scale:
+            logger.warning(
+                "--vae %s is made for latents scaled by %s, %s scales by %s", name, scale, needs.base, needs.scale
+            )
+    else:
+        weights = sources.open_file("--vae", path)
+        if any(key.startswith(VAE_PREFIX) for key in weights.shapes):
+            weights = with_prefix(weights, VAE_PREFIX)
+        refuse_no_vae(name, weights)
+        component = single_vae(weights)
+    channels = component.weights.shapes["decoder.conv_in.weight"][1]
+    if channels != needs.channels:
+        raise ValueError(
+            f"--vae {name} has {channels} latent channels, {needs.base} needs {needs.channels}; use an {needs.base} VAE"
+        )
+    return component
+
+
+def refuse_no_vae(name: str, weights: Weights) -> None:
+    """Raise ValueError when --vae names something else."""
+    if "decoder.conv_in.weight" not in weights.shapes:
+        first = ", ".join(list(weights.shapes)[:3]) or "none"
+        raise ValueError(
+            f"--vae {name} is no VAE of this kind: it has no decoder.conv_in.weight (first names: {first})"
+        )
+
+
+def single_vae(weights: Weights) -> Component:
+    """A VAE from one file without prefix, in Stability's or diffusers' layout. Leftovers of training are dropped."""
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    weights = selected(weights, {key: key for key in weights.shapes if key.startswith(parts)})
+    if any(key.startswith("encoder.down_blocks.") for key in weights.shapes):
+        weights = renamed(weights, vae_from_old_diffusers)
+    else:
+        num_levels = count(weights.shapes, r"decoder\.up\.(\d+)\.")
+        weights = renamed(weights, lambda key: vae_from_ldm(key, num_levels))
+    return Component(configure(weights, vae_config), weights)
