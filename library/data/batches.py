@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from library.data.buckets import crop_ltrb
-from library.data.captions import compose_caption
+from library.data.captions import arrange_caption, caption_variant, is_dropped
 from library.data.images import (
     Pixels,
     Placement,
@@ -29,6 +29,7 @@ from library.data.images import (
 from library.data.latent_files import LatentFile, Latents
 from library.data.samples import Sample
 from library.data.schema import SubsetConfig
+from library.data.text_files import Row, TextFile, stack_rows
 from library.randomness import random_for
 from library.types import Batch
 
@@ -44,13 +45,14 @@ class BatchOrder:
 
 @dataclass(frozen=True)
 class Draft:
-    """A batch as a worker hands it over; latents that are kept in memory are added by `finish_batch`."""
+    """A batch as a worker hands it over; what is kept in memory is added by `finish_batch`."""
 
     batch: Batch
     samples: list[int]
     flips: list[bool]
     latents: list[Tensor | None]  # CHW each
     masks: list[Tensor | None]  # HW each, 0..1
+    texts: list[Row | None]
 
 
 @dataclass
@@ -78,6 +80,8 @@ class BatchMaker(Dataset[Draft | str]):
     max_train_steps: int
     files: Mapping[int, LatentFile]  # latents on disk, by sample
     in_memory: frozenset[int]  # samples whose latents the main process keeps
+    num_variants: int = 0  # versions that a caption is drawn from; 0 makes it anew for every draw
+    text_files: Mapping[int, TextFile] = field(default_factory=dict)  # text features on disk, by sample
 
     def __getitem__(self, order: BatchOrder) -> Draft | str:
         """The batch, or the sentence of what is wrong with a picture: exceptions lose theirs between processes."""
@@ -106,19 +110,10 @@ class BatchMaker(Dataset[Draft | str]):
             masks.append(mask)
         if latents and pixels:
             raise ValueError(f"only some latents are cached of {', '.join(sample.picture.path for sample in samples)}")
+        captions = [self.caption(s, order, draw) for s, draw in zip(samples, order.draws, strict=True)]
         batch = Batch(
             keys=[sample.picture.path for sample in samples],
-            captions=[
-                compose_caption(
-                    sample.picture.caption,
-                    subset.captions,
-                    random_for(self.seed, "caption", order.epoch, draw),
-                    order.epoch,
-                    order.step,
-                    self.max_train_steps,
-                )
-                for sample, subset, draw in zip(samples, subsets, order.draws, strict=True)
-            ],
+            captions=captions,
             pixels_BCHW=torch.stack([to_pixels(picture) for picture in pixels]) if pixels else None,
             latents_BCHW=None,
             conditioning=None,
@@ -127,7 +122,21 @@ class BatchMaker(Dataset[Draft | str]):
             sizes_B6=torch.tensor([sizes_of(s, f) for s, f in zip(samples, flips, strict=True)], dtype=torch.float32),
             attributes=[subset.custom_attributes for subset in subsets],
         )
-        return Draft(batch, numbers, flips, latents, masks)
+        texts = [
+            self.text_files[number].read(caption) if caption and number in self.text_files else None
+            for number, caption in zip(numbers, captions, strict=True)
+        ]
+        return Draft(batch, numbers, flips, latents, masks, texts)
+
+    def caption(self, sample: Sample, order: BatchOrder, draw: int) -> str:
+        """The prompt of one draw."""
+        rules, text = self.subsets[sample.subset].captions, sample.picture.caption
+        rng = random_for(self.seed, "caption", order.epoch, draw)
+        if is_dropped(rules, rng, order.epoch):
+            return ""
+        if self.num_variants:
+            return caption_variant(sample.picture.path, text, rules, rng.randrange(self.num_variants))
+        return arrange_caption(text, rules, rng, order.step, self.max_train_steps)
 
     def drawn(self, number: int, epoch: int, draw: int, is_flipped: bool) -> tuple[Pixels, Tensor | None]:
         """(RGB, mask) of one draw of a picture."""
@@ -179,17 +188,28 @@ def pick(stored: Latents, is_flipped: bool) -> tuple[Tensor, Tensor | None]:
     return stored.flipped_CHW, None if mask is None else mask.flip(-1)
 
 
-def finish_batch(draft: Draft, memory: Mapping[int, Latents]) -> Batch:
-    """Add what is kept in memory; masks become ones where another sample of the batch has one."""
+def finish_batch(
+    draft: Draft, memory: Mapping[int, Latents], texts: Mapping[str, Row], text_padding: Mapping[str, float]
+) -> Batch:
+    """Add what is kept in memory; masks become ones where another sample of the batch has one.
+
+    Where text features are cached, every caption that no file was read for is one of `texts`.
+    """
     latents, masks = list(draft.latents), list(draft.masks)
     for place_, (number, is_flipped) in enumerate(zip(draft.samples, draft.flips, strict=True)):
         if number in memory:
             latents[place_], mask = pick(memory[number], is_flipped)
             masks[place_] = masks[place_] if masks[place_] is not None else mask
     present = [latent for latent in latents if latent is not None]
+    rows = (
+        [texts[c] if row is None else row for c, row in zip(draft.batch.captions, draft.texts, strict=True)]
+        if texts
+        else []
+    )
     return replace(
         draft.batch,
         latents_BCHW=torch.stack(present) if present else None,
+        conditioning=stack_rows(rows, text_padding) if rows else None,
         masks_B1HW=stack_masks(masks),
     )
 

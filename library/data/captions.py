@@ -1,10 +1,13 @@
 """Captions: from the text of a picture to the prompt of one draw."""
 
 import math
+import os
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from library.randomness import random_for
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,18 @@ def compose_caption(
     `epoch` counts from 1. `step` is the optimizer step, of `max_train_steps`, of which --token_warmup_step below 1 is a
     share.
     """
+    return "" if is_dropped(rules, rng, epoch) else arrange_caption(text, rules, rng, step, max_train_steps)
+
+
+def is_dropped(rules: CaptionRules, rng: random.Random, epoch: int) -> bool:
+    """Whether a draw has the empty prompt in place of its caption."""
     if rules.caption_dropout_rate > 0 and rng.random() < rules.caption_dropout_rate:
-        return ""
-    if rules.caption_dropout_every_n_epochs > 0 and epoch % rules.caption_dropout_every_n_epochs == 0:
-        return ""
+        return True
+    return rules.caption_dropout_every_n_epochs > 0 and epoch % rules.caption_dropout_every_n_epochs == 0
+
+
+def arrange_caption(text: str, rules: CaptionRules, rng: random.Random, step: int, max_train_steps: int) -> str:
+    """One line of `text` with prefix, suffix, wildcards and tag rules applied, not dropped."""
     lines = caption_lines(text, rules)
     caption = with_affixes(rng.choice(lines) if len(lines) > 1 else lines[0], rules)
     if rules.enable_wildcard:
@@ -59,6 +70,20 @@ def compose_caption(
     if rules.secondary_separator:
         caption = caption.replace(rules.secondary_separator, rules.caption_separator)
     return caption
+
+
+def caption_variant(picture: str, text: str, rules: CaptionRules, variant: int) -> str:
+    """One of the versions of a caption that are encoded ahead: a function of the picture's name and folder.
+
+    It does not depend on the seed of the run, so that what was encoded for one run serves the next; which version a
+    draw takes does. Tag warm-up has no place here: it makes another caption in every step.
+    """
+    folder, name = os.path.split(os.path.abspath(picture))
+    place = (
+        ascii(os.path.basename(folder)),
+        ascii(os.path.splitext(name)[0]),
+    )  # a name may hold bytes that are no text
+    return arrange_caption(text, rules, random_for(0, "caption variant", *place, variant), 0, 0)
 
 
 def caption_lines(text: str, rules: CaptionRules) -> list[str]:

@@ -14,12 +14,14 @@ from library.architectures.interface import LatentSpec
 from library.data.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, log_lengths_later
 from library.data.batches import BatchMaker, BatchOrder, Draft, Orders, finish_batch, hand_over, start_worker
 from library.data.buckets import BucketRules
+from library.data.captions import caption_variant
 from library.data.latent_files import LatentFile, Latents
 from library.data.order import epoch_batches
 from library.data.samples import Draws, Sample, build_draws, build_samples, check_pictures
 from library.data.scan import ScannedDataset, collect
 from library.data.schema import NoDataFound, RunDataConfig, SubsetConfig, load_dataset_config
 from library.data.summary import dataset_metadata
+from library.data.text_files import Row, TextFile
 from library.options.train import TrainOptions
 from library.types import Batch
 
@@ -65,6 +67,8 @@ class TrainingSet:
         self._maker = maker
         self._token_limit = token_limit
         self._memory: Mapping[int, Latents] = {}
+        self._texts: Mapping[str, Row] = {}
+        self._text_padding: Mapping[str, float] = {}
         self._orders = Orders()
         self._lasting_loader: DataLoader[Draft | str] | None = None
 
@@ -166,6 +170,38 @@ class TrainingSet:
         self._maker = replace(self._maker, files=files, in_memory=frozenset(memory))
         self.close()
 
+    # Captions
+
+    def fix_captions(self, num_variants: int) -> None:
+        """Draw each caption from `num_variants` versions of it, which `caption_texts` lists, and the empty prompt.
+
+        Raises ValueError for a subset whose captions are other ones in every step.
+        """
+        for subset in self._maker.subsets:
+            if subset.captions.token_warmup_step > 0:
+                raise ValueError(
+                    f"{subset.source}: --token_warmup_step makes other captions in every step, and "
+                    "--cache_text_encoder_outputs keeps a few of each picture; leave one of them out"
+                )
+        self._maker = replace(self._maker, num_variants=num_variants)
+        self.close()
+
+    def caption_texts(self) -> Iterator[tuple[str, ...]]:
+        """For each sample the versions of its caption, without repetition; none for one that is not drawn."""
+        for sample in self.samples:
+            if not sample.num_draws:
+                yield ()
+                continue
+            picture, rules = sample.picture, self.subset_of(sample).captions
+            variants = range(self._maker.num_variants)
+            yield tuple(dict.fromkeys(caption_variant(picture.path, picture.caption, rules, v) for v in variants))
+
+    def use_texts(self, files: Mapping[int, TextFile], memory: Mapping[str, Row], padding: Mapping[str, float]) -> None:
+        """Draw cached text features, from the file of the sample or else from `memory`, which is by caption."""
+        self._texts, self._text_padding = memory, padding
+        self._maker = replace(self._maker, text_files=files)
+        self.close()
+
     # Batches
 
     def batches(
@@ -199,7 +235,7 @@ class TrainingSet:
     def _needs_workers(self) -> bool:
         # Captions alone are cheaper to make than to send.
         return any(
-            number not in self._maker.in_memory or sample.picture.mask_path
+            number not in self._maker.in_memory or sample.picture.mask_path or number in self._maker.text_files
             for number, sample in enumerate(self.samples)
             if sample.num_draws
         )
@@ -207,7 +243,7 @@ class TrainingSet:
     def _finished(self, draft: Draft | str) -> Batch:
         if isinstance(draft, str):
             raise ValueError(draft)
-        return finish_batch(draft, self._memory)
+        return finish_batch(draft, self._memory, self._texts, self._text_padding)
 
     def _from_workers(self, orders: list[BatchOrder], num_workers: int, persistent_workers: bool) -> Iterator[Batch]:
         loader = self._lasting_loader

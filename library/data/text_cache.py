@@ -1,0 +1,232 @@
+"""Captions that are encoded once: kept in memory (--cache_text_encoder_outputs) or beside the pictures (…_to_disk).
+
+What a draw may show is a fixed set of captions: the versions of its picture's caption (`captions.caption_variant`) and
+the empty prompt. All of them are encoded before training, so shuffling, wildcards and dropout go on.
+"""
+
+import logging
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from library.architectures.interface import TextCacheSpec
+from library.data.dataset import TrainingSet
+from library.data.scan import few
+from library.data.text_files import MISSING, Row, TextFile, Verdict, judge, text_path, write_texts
+from library.types import Conditioning
+
+logger = logging.getLogger(__name__)
+
+MAX_REPEATED = 64  # captions of several files, such as class tokens, that are kept while files are written
+
+Encode = Callable[[Sequence[str]], Conditioning]
+"""Captions to their conditioning, first axis B, without gradient."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The captions of one file."""
+
+    file: TextFile
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """How captions become rows."""
+
+    spec: TextCacheSpec
+    open_encoders: Callable[[], Encode]  # loads the text encoders; called once, and only if something is to be encoded
+    dtype: str  # that the encoders run in
+
+    def identity(self) -> str:
+        """A digest of all that decides what a caption becomes."""
+        told = blake2b(f"{self.spec.identity()} {self.dtype} {self.spec.keys}".encode(), digest_size=16)
+        for name, tensor in sorted(self.spec.constants.items()):
+            told.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.tolist()}".encode())
+        return told.hexdigest()
+
+
+def cache_texts(
+    training_set: TrainingSet, encoding: TextEncoding, shared: Sequence[str], skips_check: bool
+) -> Mapping[str, Row]:
+    """Encode what is not cached yet and let the training set draw text features; gives those kept in memory.
+
+    `shared` are captions that no picture has, such as prompts of previews; the empty prompt is always among them.
+    Files that are not true any more are made again, and of those only the captions that are new are encoded. Raises
+    ValueError naming a caption that becomes NaN, or a folder that cannot be written.
+    """
+    spec = encoding.spec
+    shared = tuple(dict.fromkeys(["", *shared]))
+    open_encoders = cache(encoding.open_encoders)
+    files: dict[int, TextFile] = {}
+    if spec.options.cache_text_encoder_outputs_to_disk:
+        jobs, files = plan_jobs(training_set, spec)
+        store = [Job(TextFile(shared_path(training_set, spec), spec.keys), shared), *jobs]
+        identity = cache(encoding.identity)
+        write_missing(store, open_encoders, encoding, identity, skips_check, training_set.num_workers)
+        memory = {text: store[0].file.read(text) for text in shared}
+    else:
+        texts = list(dict.fromkeys([*shared, *(text for texts in training_set.caption_texts() for text in texts)]))
+        logger.info("caching text encoder outputs of %d captions in memory", len(texts))
+        with tqdm(total=len(texts), desc="caching text encoder outputs", smoothing=0) as bar:
+            memory = encode_rows(texts, open_encoders, spec, bar)
+        logger.info("text encoder outputs take %.2f GB of memory", sum(map(row_bytes, memory.values())) / 1e9)
+    training_set.use_texts(files, memory, spec.padding)
+    return memory
+
+
+def plan_jobs(training_set: TrainingSet, spec: TextCacheSpec) -> tuple[list[Job], dict[int, TextFile]]:
+    """(what each file is to hold, the file of each sample).
+
+    Samples that share a picture, or pictures that differ only in their endings, share a file: it holds the captions of
+    all of them.
+    """
+    texts_of: dict[str, dict[str, None]] = defaultdict(dict)
+    files: dict[int, TextFile] = {}
+    for number, texts in enumerate(training_set.caption_texts()):
+        wanted = [text for text in texts if text]
+        if wanted:
+            path = text_path(os.path.abspath(training_set.samples[number].picture.path), spec.suffix)
+            files[number] = TextFile(path, spec.keys)
+            texts_of[path].update(dict.fromkeys(wanted))
+    return [Job(TextFile(path, spec.keys), tuple(texts)) for path, texts in texts_of.items()], files
+
+
+def shared_path(training_set: TrainingSet, spec: TextCacheSpec) -> str:
+    """The file of captions that no picture has: hidden, in the folder of the first picture."""
+    first = min(os.path.dirname(os.path.abspath(sample.picture.path)) for sample in training_set.samples)
+    return os.path.join(first, f".prompts{spec.suffix}")
+
+
+# What is true on disk
+
+
+def write_missing(
+    jobs: Sequence[Job],
+    open_encoders: Callable[[], Encode],
+    encoding: TextEncoding,
+    identity: Callable[[], str],
+    skips_check: bool,
+    num_threads: int,
+) -> None:
+    """Bring every file up to date."""
+    verdicts = check_files(jobs, identity, skips_check, num_threads)
+    missing = [(job, verdict) for job, verdict in zip(jobs, verdicts, strict=True) if verdict.fault is not None]
+    count = sum(len(job.texts) - len(verdict.texts) for job, verdict in missing)
+    if not missing:
+        return
+    spec = encoding.spec
+    logger.info("caching text encoder outputs of %d captions on disk", count)
+    uses = Counter(text for job, verdict in missing for text in job.texts if text not in verdict.texts)
+    rows: dict[str, Row] = {}
+    with tqdm(total=count, desc="caching text encoder outputs", smoothing=0) as bar:
+        for group in grouped(missing, spec.options.text_encoder_batch_size or 1):
+            needed = [text for job, verdict in group for text in job.texts if text not in verdict.texts]
+            new = [text for text in dict.fromkeys(needed) if text not in rows]
+            rows.update(encode_rows(new, open_encoders, spec, bar))
+            bar.update(len(needed) - len(new))
+            for job, verdict in group:
+                kept = {text: job.file.read(text) if text in verdict.texts else rows[text] for text in job.texts}
+                write_texts(job.file.path, kept, spec.keys, spec.constants, identity())
+            rows = dict(islice(((text, row) for text, row in rows.items() if uses[text] > 1), MAX_REPEATED))
+
+
+def check_files(jobs: Sequence[Job], identity: Callable[[], str], skips_check: bool, num_threads: int) -> list[Verdict]:
+    """What of each job lies on disk, and a line in the log about it."""
+
+    def look(job: Job) -> Verdict:
+        if not os.path.exists(job.file.path):
+            return Verdict(frozenset(), MISSING)
+        if skips_check:
+            return Verdict(frozenset(job.texts))
+        return judge(job.file, job.texts, identity())
+
+    if not skips_check and any(os.path.exists(job.file.path) for job in jobs):
+        identity()  # once, before the threads ask for it
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
+        checks = tqdm(pool.map(look, jobs), desc="checking text cache", total=len(jobs), leave=False, smoothing=0)
+        verdicts = list(checks)
+    report_check(jobs, verdicts, skips_check)
+    return verdicts
+
+
+def report_check(jobs: Sequence[Job], verdicts: Sequence[Verdict], skips_check: bool) -> None:
+    """One line that says what is used, what is missing, what is made again and why."""
+    faults: dict[str, list[str]] = defaultdict(list)
+    for job, verdict in zip(jobs, verdicts, strict=True):
+        if verdict.fault is not None:
+            faults[verdict.fault].append(job.file.path)
+    missing = faults.pop(MISSING, [])
+    num_stale = sum(len(paths) for paths in faults.values())
+    reasons = "; ".join(f"{len(paths)} {reason}: {few(paths, 2)}" for reason, paths in faults.items())
+    logger.log(
+        logging.WARNING if num_stale else logging.INFO,
+        "text cache: %d files are used%s, %d are missing, %d are made again%s",
+        len(jobs) - len(missing) - num_stale,
+        " unchecked (--skip_cache_check)" if skips_check else "",
+        len(missing),
+        num_stale,
+        f" ({reasons})" if reasons else "",
+    )
+
+
+# Encoding
+
+
+def grouped(missing: Sequence[tuple[Job, Verdict]], batch_size: int) -> Iterator[list[tuple[Job, Verdict]]]:
+    """Neighbouring files that together have a batch of captions to encode."""
+    group: list[tuple[Job, Verdict]] = []
+    count = 0
+    for job, verdict in missing:
+        group.append((job, verdict))
+        count += len(job.texts) - len(verdict.texts)
+        if count >= batch_size:
+            yield group
+            group, count = [], 0
+    if group:
+        yield group
+
+
+def encode_rows(
+    texts: Sequence[str], open_encoders: Callable[[], Encode], spec: TextCacheSpec, bar: Any
+) -> dict[str, Row]:
+    """The features of captions, on the CPU, --text_encoder_batch_size of them at a time."""
+    rows: dict[str, Row] = {}
+    count = spec.options.text_encoder_batch_size or 1
+    for first in range(0, len(texts), count):
+        batch = texts[first : first + count]
+        encoded = {name: tensor.detach().cpu() for name, tensor in open_encoders()(batch).items()}
+        assert set(encoded) == set(spec.keys), (set(encoded), spec.keys)
+        for place, text in enumerate(batch):
+            rows[text] = {name: encoded[name][place].clone() for name in spec.keys}
+            check_row(text, rows[text])
+        bar.update(len(batch))
+    return rows
+
+
+def check_row(text: str, row: Row) -> None:
+    """Raise ValueError naming the caption where the text encoders gave NaN."""
+    for name, tensor in row.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise ValueError(
+                f"the text encoders give NaN ({name}) for the caption {text!r}; use --mixed_precision bf16 or no, or "
+                "text encoder weights in another precision"
+            )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def row_bytes(row: Row) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in row.values())
