@@ -41,11 +41,19 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Encoders:
+    """Text encoders in memory. Prompts of previews may be read in another way than captions."""
+
+    captions: Encode
+    prompts: Encode
+
+
+@dataclass(frozen=True)
 class TextEncoding:
     """How captions become rows."""
 
     spec: TextCacheSpec
-    open_encoders: Callable[[], Encode]  # loads the text encoders; called once, and only if something is to be encoded
+    open_encoders: Callable[[], Encoders]  # loads them; called once, and only if something is to be encoded
     dtype: str  # that the encoders run in
 
     def identity(self) -> str:
@@ -56,33 +64,46 @@ class TextEncoding:
         return told.hexdigest()
 
 
+@dataclass(frozen=True)
+class KeptTexts:
+    """Text features that stay in memory, by text."""
+
+    captions: Mapping[str, Row]
+    prompts: Mapping[str, Row]
+
+
 def cache_texts(
-    training_set: TrainingSet, encoding: TextEncoding, shared: Sequence[str], skips_check: bool
-) -> Mapping[str, Row]:
+    training_set: TrainingSet, encoding: TextEncoding, prompts: Sequence[str], skips_check: bool
+) -> KeptTexts:
     """Encode what is not cached yet and let the training set draw text features; gives those kept in memory.
 
-    `shared` are captions that no picture has, such as prompts of previews; the empty prompt is always among them.
-    Files that are not true any more are made again, and of those only the captions that are new are encoded. Raises
-    ValueError naming a caption that becomes NaN, or a folder that cannot be written.
+    `prompts` are those of previews. Files that are not true any more are made again, and only their new captions are
+    encoded. Raises ValueError naming a caption that becomes NaN, or a folder that cannot be written.
     """
     spec = encoding.spec
-    shared = tuple(dict.fromkeys(["", *shared]))
     open_encoders = cache(encoding.open_encoders)
-    files: dict[int, TextFile] = {}
     if spec.options.cache_text_encoder_outputs_to_disk:
         jobs, files = plan_jobs(training_set, spec)
-        store = [Job(TextFile(shared_path(training_set, spec), spec.keys), shared), *jobs]
+        empty = shared_job(training_set, spec, "empty_prompt", [""])
+        shown = shared_job(training_set, spec, "preview_prompts", prompts)
         identity = cache(encoding.identity)
-        write_missing(store, open_encoders, encoding, identity, skips_check, training_set.num_workers)
-        memory = {text: store[0].file.read(text) for text in shared}
-    else:
-        texts = list(dict.fromkeys([*shared, *(text for texts in training_set.caption_texts() for text in texts)]))
-        logger.info("caching text encoder outputs of %d captions in memory", len(texts))
-        with tqdm(total=len(texts), desc="caching text encoder outputs", smoothing=0) as bar:
-            memory = encode_rows(texts, open_encoders, spec, bar)
-        logger.info("text encoder outputs take %.2f GB of memory", sum(map(row_bytes, memory.values())) / 1e9)
-    training_set.use_texts(files, memory, spec.padding)
-    return memory
+        threads = training_set.num_workers
+        write_missing([empty, *jobs], lambda: open_encoders().captions, spec, identity, skips_check, threads)
+        if prompts:
+            write_missing([shown], lambda: open_encoders().prompts, spec, identity, skips_check, threads)
+        kept = KeptTexts({"": empty.file.read("")}, {text: shown.file.read(text) for text in prompts})
+        training_set.use_texts(files, kept.captions, spec.padding)
+        return kept
+    texts = list(dict.fromkeys(["", *(text for texts in training_set.caption_texts() for text in texts)]))
+    logger.info("caching text encoder outputs of %d captions in memory", len(texts) + len(prompts))
+    with tqdm(total=len(texts) + len(prompts), desc="caching text encoder outputs", smoothing=0) as bar:
+        kept = KeptTexts(
+            encode_rows(texts, lambda: open_encoders().captions, spec, bar),
+            encode_rows(prompts, lambda: open_encoders().prompts, spec, bar),
+        )
+    logger.info("they take %.2f GB", sum(map(row_bytes, (*kept.captions.values(), *kept.prompts.values()))) / 1e9)
+    training_set.use_texts({}, kept.captions, spec.padding)
+    return kept
 
 
 def plan_jobs(training_set: TrainingSet, spec: TextCacheSpec) -> tuple[list[Job], dict[int, TextFile]]:
@@ -102,10 +123,10 @@ def plan_jobs(training_set: TrainingSet, spec: TextCacheSpec) -> tuple[list[Job]
     return [Job(TextFile(path, spec.keys), tuple(texts)) for path, texts in texts_of.items()], files
 
 
-def shared_path(training_set: TrainingSet, spec: TextCacheSpec) -> str:
-    """The file of captions that no picture has: hidden, in the folder of the first picture."""
+def shared_job(training_set: TrainingSet, spec: TextCacheSpec, name: str, texts: Sequence[str]) -> Job:
+    """What no picture has, in a hidden file in the first folder of pictures."""
     first = min(os.path.dirname(os.path.abspath(sample.picture.path)) for sample in training_set.samples)
-    return os.path.join(first, f".prompts{spec.suffix}")
+    return Job(TextFile(os.path.join(first, f".{name}{spec.suffix}"), spec.keys), tuple(texts))
 
 
 # What is true on disk
@@ -113,8 +134,8 @@ def shared_path(training_set: TrainingSet, spec: TextCacheSpec) -> str:
 
 def write_missing(
     jobs: Sequence[Job],
-    open_encoders: Callable[[], Encode],
-    encoding: TextEncoding,
+    encode: Callable[[], Encode],
+    spec: TextCacheSpec,
     identity: Callable[[], str],
     skips_check: bool,
     num_threads: int,
@@ -125,7 +146,6 @@ def write_missing(
     count = sum(len(job.texts) - len(verdict.texts) for job, verdict in missing)
     if not missing:
         return
-    spec = encoding.spec
     logger.info("caching text encoder outputs of %d captions on disk", count)
     uses = Counter(text for job, verdict in missing for text in job.texts if text not in verdict.texts)
     rows: dict[str, Row] = {}
@@ -133,7 +153,7 @@ def write_missing(
         for group in grouped(missing, spec.options.text_encoder_batch_size or 1):
             needed = [text for job, verdict in group for text in job.texts if text not in verdict.texts]
             new = [text for text in dict.fromkeys(needed) if text not in rows]
-            rows.update(encode_rows(new, open_encoders, spec, bar))
+            rows.update(encode_rows(new, encode, spec, bar))
             bar.update(len(needed) - len(new))
             for job, verdict in group:
                 kept = {text: job.file.read(text) if text in verdict.texts else rows[text] for text in job.texts}
@@ -197,15 +217,13 @@ def grouped(missing: Sequence[tuple[Job, Verdict]], batch_size: int) -> Iterator
         yield group
 
 
-def encode_rows(
-    texts: Sequence[str], open_encoders: Callable[[], Encode], spec: TextCacheSpec, bar: Any
-) -> dict[str, Row]:
+def encode_rows(texts: Sequence[str], encode: Callable[[], Encode], spec: TextCacheSpec, bar: Any) -> dict[str, Row]:
     """The features of captions, on the CPU, --text_encoder_batch_size of them at a time."""
     rows: dict[str, Row] = {}
     count = spec.options.text_encoder_batch_size or 1
     for first in range(0, len(texts), count):
         batch = texts[first : first + count]
-        encoded = {name: tensor.detach().cpu() for name, tensor in open_encoders()(batch).items()}
+        encoded = {name: tensor.detach().cpu() for name, tensor in encode()(batch).items()}
         assert set(encoded) == set(spec.keys), (set(encoded), spec.keys)
         for place, text in enumerate(batch):
             rows[text] = {name: encoded[name][place].clone() for name in spec.keys}

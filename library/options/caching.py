@@ -25,6 +25,6 @@ class CachingOptions(Options):
     )
     skip_cache_check: bool = option(
         False,
-        help="Trust latent files that are already there by their name, without opening them. Starts faster on large "
+        help="Trust cache files that are already there by their name, without opening them. Starts faster on large "
         "data sets, but does not notice an outdated file.",
     )

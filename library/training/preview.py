@@ -109,12 +109,13 @@ class Previews:
         self._timetable = Timetable.build(run.options.preview)
 
     @classmethod
-    def build(cls, run: Run, charts: Charts, encoded: Mapping[str, Conditioning] | None = None) -> "Previews":
-        """The previews that the options ask for. Prompts that frozen text encoders read are encoded here, once.
+    def build(
+        cls, run: Run, charts: Charts, prompts: Sequence[Prompt], encoded: Mapping[str, Conditioning] | None = None
+    ) -> "Previews":
+        """The previews of `prompts`, see `wanted_prompts`. Those that frozen text encoders read are encoded here, once.
 
         `encoded` is given where the text encoders have left memory.
         """
-        prompts = wanted_prompts(run.options, run.arch) if run.processes.is_main else []
         if encoded is None and prompts and not run.trains_text_encoder:
             with evaluating(run):
                 encoded = encode_prompts(run.arch, run.models.text_encoders, run.autocast, prompts)

@@ -30,7 +30,7 @@ from library.training.lr_schedules import build_schedule
 from library.training.network import network_keywords, open_network
 from library.training.optimizers import build_optimizer
 from library.training.plan import Plan
-from library.training.preview import Previews
+from library.training.preview import Previews, texts_of, wanted_prompts
 from library.training.processes import Processes
 from library.training.progress import Progress
 from library.training.report import announce_run
@@ -38,6 +38,7 @@ from library.training.resume import recorded_options, report_differences, starti
 from library.training.run import Autocast, Models, Run
 from library.training.saving import Names, Schedule, Writer, save_dtype
 from library.training.state import Facts, Keeper, OptimizerKeeper, restore, save_state
+from library.training.text_caching import cached_text, check_text_caching, prepare_text
 from library.types import Conditioning
 from networks.core.protocol import AdoptedNetwork
 
@@ -76,8 +77,11 @@ def choose_seed(seed: int | None, processes: Processes, facts: Facts | None) -> 
 
 def open_training_set(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> TrainingSet:
     """Read the dataset description and the pictures' headers, and log what was found."""
-    text = arch.text
+    text, cached = arch.text, cached_text(arch.text_cache)
+    check_text_caching(options, arch.text_cache)
     training_set = TrainingSet.build(options, arch.codec.spec, seed, text.count_tokens, text.max_tokens, num_processes)
+    if cached is not None:
+        training_set.fix_captions(cached.options.text_cache_variants)
     training_set.audit(logger)
     return training_set
 
@@ -114,9 +118,12 @@ def prepare(
     dtype = DTYPES[options.precision.mixed_precision]
     autocast: Autocast = nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)
 
+    prompts = wanted_prompts(options, arch) if processes.is_main else []
     vae = prepare_vae(options, arch, seed, training_set, device)
     release_memory(options.memory.highvram)
-    text_encoders = [encoder.to(device) for encoder in arch.load.text_encoders()]
+    text = prepare_text(options, arch, training_set, device, autocast, texts_of(prompts), processes)
+    release_memory(options.memory.highvram)
+    text_encoders = text.encoders
     denoiser = place(arch.load.denoiser(), device)
     models = Models(denoiser, text_encoders, vae, arch.view(text_encoders, denoiser))
 
@@ -145,7 +152,10 @@ def prepare(
         models=models,
         network=network,
         trains_text_encoder=trains_text_encoder,
-        captions=CaptionMemo(lambda captions: encode_frozen(arch, text_encoders, network, autocast, captions)),
+        captions=CaptionMemo(
+            lambda captions: encode_frozen(arch, text_encoders, network, autocast, captions),
+            arch.text_cache.padding if arch.text_cache else {},
+        ),
         optimizer=optimizer,
         schedule=schedule,
         scaler=gradient_scaler(options, device),
@@ -160,7 +170,7 @@ def prepare(
         start_trackers(accelerator, options)
         announce_run(plan, training_set.num_train_images, training_set.num_reg_images, training_set.batch_sizes)
     charts = Charts(accelerator)
-    return Prepared(run, progress, writer, charts, Previews.build(run, charts))
+    return Prepared(run, progress, writer, charts, Previews.build(run, charts, prompts, text.prompts))
 
 
 def keepers_of(run: Run, progress: Progress) -> dict[str, Keeper]:

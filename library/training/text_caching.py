@@ -1,0 +1,115 @@
+"""The text encoders of a run: on the device, or gone once every caption is encoded."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library.architectures.interface import Architecture, TextCacheSpec, TextPipeline
+from library.checkpoints.weights import open_weights
+from library.data.dataset import TrainingSet
+from library.data.text_cache import Encode, Encoders, KeptTexts, TextEncoding, cache_texts
+from library.data.text_files import stack_rows
+from library.options.text_caching import TextCachingOptions
+from library.options.train import TrainOptions
+from library.training.processes import Processes
+from library.training.run import Autocast
+from library.types import Conditioning
+
+logger = logging.getLogger(__name__)
+
+TEXT_PREFIXES = ("lora_te", "text_encoder", "text_model")
+
+
+@dataclass(frozen=True)
+class RunText:
+    """The text encoders on the device, or none and what they made of captions and prompts."""
+
+    encoders: list[nn.Module]
+    kept: KeptTexts | None
+
+    @property
+    def prompts(self) -> Mapping[str, Conditioning] | None:
+        """Conditioning of each prompt of the previews, by text; None while the encoders are there."""
+        return None if self.kept is None else {text: stack_rows([row], {}) for text, row in self.kept.prompts.items()}
+
+
+def cached_text(spec: TextCacheSpec | None) -> TextCacheSpec | None:
+    """The spec where outputs of text encoders are to be cached, else None."""
+    return spec if spec is not None and spec.options.cache_text_encoder_outputs else None
+
+
+def check_text_caching(options: TrainOptions, spec: TextCacheSpec | None) -> None:
+    """Raise ValueError where cached outputs would not be what the run trains with; warn of options without effect."""
+    if spec is None:
+        return
+    wanted = spec.options
+    for name in ("text_cache_variants", "text_encoder_batch_size"):
+        value = getattr(wanted, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; use at least 1, or leave it out")
+        if not wanted.cache_text_encoder_outputs and value != TextCachingOptions.defaults()[name]:
+            logger.warning("--%s has no effect without --cache_text_encoder_outputs", name)
+    if not wanted.cache_text_encoder_outputs:
+        return
+    if not options.network.network_train_unet_only:
+        raise ValueError(
+            "--cache_text_encoder_outputs encodes the captions once and frees the text encoders, so these cannot get "
+            "an adapter; add --network_train_unet_only, or leave out --cache_text_encoder_outputs"
+        )
+    for file in options.network.base_weights or ():
+        changed = [name for name in open_weights(Path(file)).shapes if name.startswith(TEXT_PREFIXES)]
+        if changed:
+            raise ValueError(
+                f"--base_weights {file} changes the text encoder ({changed[0]} and others), whose outputs "
+                "--cache_text_encoder_outputs takes before anything is merged; merge the file into the base model with "
+                "tools/merge_lora.py first, or leave out --cache_text_encoder_outputs"
+            )
+
+
+def prepare_text(
+    options: TrainOptions,
+    arch: Architecture,
+    training_set: TrainingSet,
+    device: torch.device,
+    autocast: Autocast,
+    prompts: Sequence[str],
+    processes: Processes,
+) -> RunText:
+    """Load the text encoders, or cache what they make of every caption and prompt.
+
+    They are not loaded at all where everything is on disk already.
+    """
+    spec = cached_text(arch.text_cache)
+    if spec is None:
+        return RunText([encoder.to(device) for encoder in arch.load.text_encoders()], None)
+
+    def open_encoders() -> Encoders:
+        encoders = [encoder.to(device).eval() for encoder in arch.load.text_encoders()]
+        return Encoders(
+            frozen_encode(arch.text, encoders, autocast), frozen_encode(arch.preview.text, encoders, autocast)
+        )
+
+    encoding = TextEncoding(spec, open_encoders, options.precision.mixed_precision)
+    skips_check = options.caching.skip_cache_check
+    if not spec.options.cache_text_encoder_outputs_to_disk:  # each process keeps its own
+        return RunText([], cache_texts(training_set, encoding, prompts, skips_check))
+    if not processes.is_main:
+        processes.wait_for_all("caching text encoder outputs")
+    kept = cache_texts(training_set, encoding, prompts, skips_check)
+    if processes.is_main:
+        processes.wait_for_all("caching text encoder outputs")
+    return RunText([], kept)
+
+
+def frozen_encode(pipeline: TextPipeline, encoders: Sequence[nn.Module], autocast: Autocast) -> Encode:
+    """What the encoders make of captions, without gradient."""
+
+    def encode(captions: Sequence[str]) -> Conditioning:
+        with torch.no_grad(), autocast():
+            return pipeline.encode(encoders, pipeline.tokenize(captions))
+
+    return encode

@@ -1,0 +1,208 @@
+"""Runs whose text encoders leave memory before the denoiser comes."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from library.architectures.interface import Architecture, TextCacheSpec
+from library.architectures.sd import build as build_sd
+from library.architectures.sd.load import SdLoader
+from library.checkpoints.weights import fingerprint
+from library.options.base import group
+from library.options.text_caching import TextCachingOptions
+from library.options.train import TrainOptions
+from library.training.cli import build_parser
+from library.training.loop import loss_of
+from library.training.main import main
+from tests.running import Finished
+
+Run = Callable[[list[str]], tuple[Finished, list[float], int]]
+"""Train; gives what the run left behind, the loss of every batch, and how often text encoders were loaded."""
+
+CACHED = ["--network_train_unet_only", "--cache_text_encoder_outputs"]
+ON_DISK = ["--network_train_unet_only", "--cache_text_encoder_outputs_to_disk"]
+
+
+@dataclass(frozen=True)
+class CachingOptions(TrainOptions):
+    """Stable Diffusion 1.x with the options of models that can cache."""
+
+    text_caching: TextCachingOptions = group(TextCachingOptions)
+
+
+@dataclass(frozen=True)
+class CountingLoader:
+    """A loader that notes when text encoders are loaded."""
+
+    loader: SdLoader
+    loads: list[int]
+
+    def text_encoders(self) -> list[nn.Module]:
+        self.loads.append(1)
+        return self.loader.text_encoders()
+
+    def vae(self) -> nn.Module:
+        return self.loader.vae()
+
+    def denoiser(self) -> nn.Module:
+        return self.loader.denoiser()
+
+
+def build_with(loads: list[int]) -> Callable[[CachingOptions], Architecture]:
+    def build(options: CachingOptions) -> Architecture:
+        arch = build_sd(options)
+        loader = arch.load
+        assert isinstance(loader, SdLoader)
+
+        def view(
+            text_encoders: Sequence[nn.Module], denoiser: nn.Module
+        ) -> tuple[nn.Module | list[nn.Module], nn.Module]:
+            real, seen = arch.view(text_encoders or loader.text_encoders(), denoiser)
+            return (real if text_encoders else []), seen
+
+        spec = TextCacheSpec(
+            options.text_caching, "_tiny_te.npz", ("hidden_state",), lambda: fingerprint(loader.clip.weights)
+        )
+        return dataclasses.replace(arch, load=CountingLoader(loader, loads), view=view, text_cache=spec)
+
+    return build
+
+
+@pytest.fixture
+def run(
+    fresh_process: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Run:
+    def start(arguments: list[str]) -> tuple[Finished, list[float], int]:
+        from accelerate.state import AcceleratorState, PartialState
+
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+        capfd.readouterr()
+        losses: list[float] = []
+        loads: list[int] = []
+
+        def noted(*args: object) -> torch.Tensor:
+            loss = loss_of(*args)  # type: ignore[arg-type]
+            losses.append(loss.item())
+            return loss
+
+        monkeypatch.setattr("library.training.loop.loss_of", noted)
+        status = main(build_parser(CachingOptions), CachingOptions, build_with(loads), arguments)
+        out, err = capfd.readouterr()
+        return Finished(status, out, err), losses, len(loads)
+
+    return start
+
+
+def weights_of(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(tmp_path / "out" / f"{name}.safetensors")
+
+
+def assert_equal_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_memory_disk_and_no_cache_train_the_same_bit_for_bit(run: Run, base_arguments: list[str], tmp_path: Path, pictures: Path, precision: str) -> None:
+    """Captions that do not vary, but for being dropped; all runs start from the same weights."""
+    run([*base_arguments, "--output_name", "start", "--network_train_unet_only", "--max_train_steps", "1"])
+    start = ["--network_weights", str(tmp_path / "out" / "start.safetensors")]
+    common = [*base_arguments, *start, "--mixed_precision", precision, "--caption_dropout_rate", "0.3"]
+    plain, losses, _ = run([*common, "--output_name", "plain", "--network_train_unet_only"])
+    assert plain.status == 0, plain.stderr
+    for name, options, loads in (("memory", CACHED, 1), ("disk", ON_DISK, 1), ("again", ON_DISK, 0)):
+        done, cached_losses, num_loads = run([*common, "--output_name", name, *options])
+        assert done.status == 0, done.stderr
+        assert cached_losses == losses and num_loads == loads
+        assert_equal_weights(weights_of(tmp_path, name), weights_of(tmp_path, "plain"))
+    assert len(losses) == 4 and len(list((pictures / "2_thing").glob("0*_tiny_te.npz"))) == 6
+
+
+def test_captions_go_on_varying_and_workers_change_nothing(run: Run, base_arguments: list[str], tmp_path: Path) -> None:
+    common = [*base_arguments, "--shuffle_caption", "--keep_tokens", "1", "--max_train_steps", "8"]
+    _, fixed, _ = run([*base_arguments, *CACHED, "--max_train_steps", "8"])
+    done, losses, _ = run([*common, *CACHED, "--output_name", "memory"])
+    assert done.status == 0, done.stderr
+    assert losses != fixed
+    _, from_disk, _ = run([*common, *ON_DISK, "--output_name", "disk", "--max_data_loader_n_workers", "2"])
+    assert from_disk == losses
+    assert_equal_weights(weights_of(tmp_path, "memory"), weights_of(tmp_path, "disk"))
+
+
+def test_a_changed_text_encoder_is_noticed(run: Run, base_arguments: list[str], tiny_sd_folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    for file in tiny_sd_folder.rglob("*"):
+        if file.is_file():
+            (model / file.relative_to(tiny_sd_folder)).parent.mkdir(parents=True, exist_ok=True)
+            (model / file.relative_to(tiny_sd_folder)).write_bytes(file.read_bytes())
+    arguments = [*base_arguments, *ON_DISK, "--pretrained_model_name_or_path", str(model)]
+    _, losses, _ = run(arguments)
+    file = model / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["text_model.final_layer_norm.weight"][3] *= 1.5
+    save_file(tensors, file, {"format": "pt"})
+    done, other, num_loads = run(arguments)
+    assert num_loads == 1 and other != losses
+    assert "7 made with other text encoders or settings" in done.stderr
+
+
+def test_previews_are_drawn_without_text_encoders(run: Run, base_arguments: list[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat --n grass --l 3 --w 64 --h 64 --s 2 --d 1\n")
+    previews = ["--sample_prompts", str(prompts), "--sample_every_n_steps", "4"]
+    pixels = []
+    for options, loads in ((CACHED, 1), (ON_DISK, 1), (ON_DISK, 0)):
+        done, _, num_loads = run([*base_arguments, *previews, *options])
+        assert done.status == 0 and num_loads == loads, done.stderr
+        (picture,) = (tmp_path / "out" / "sample").glob("*.png")
+        pixels.append(picture.read_bytes())
+        picture.unlink()
+    assert len(set(pixels)) == 1
+
+
+def refused(run: Run, arguments: list[str]) -> str:
+    done, losses, num_loads = run(arguments)
+    assert (done.status, losses, num_loads) == (1, [], 0)
+    return done.stderr
+
+
+def test_text_encoders_that_get_an_adapter_are_not_cached(run: Run, base_arguments: list[str]) -> None:
+    assert "add --network_train_unet_only" in refused(run, [*base_arguments, "--cache_text_encoder_outputs"])
+    both = [*base_arguments, "--cache_text_encoder_outputs", "--text_encoder_lr", "0"]
+    assert "add --network_train_unet_only" in refused(run, both)
+
+
+def test_weights_that_would_be_merged_into_the_text_encoder_are_refused(run: Run, base_arguments: list[str], tmp_path: Path) -> None:
+    run([*base_arguments, "--output_name", "both"])
+    message = refused(run, [*base_arguments, *CACHED, "--base_weights", str(tmp_path / "out" / "both.safetensors")])
+    assert "both.safetensors changes the text encoder (lora_te_" in message and "merge_lora" in message
+    run([*base_arguments, "--output_name", "unet", "--network_train_unet_only"])
+    done, _, _ = run([*base_arguments, *CACHED, "--base_weights", str(tmp_path / "out" / "unet.safetensors")])
+    assert done.status == 0, done.stderr
+
+
+@pytest.mark.parametrize("option", ["text_cache_variants", "text_encoder_batch_size"])
+def test_counts_below_one_are_refused_and_unused_ones_warned_of(run: Run, base_arguments: list[str], option: str) -> None:
+    assert f"--{option} is 0; use at least 1" in refused(run, [*base_arguments, *CACHED, f"--{option}", "0"])
+    done, _, _ = run([*base_arguments, f"--{option}", "3"])
+    assert f"--{option} has no effect without --cache_text_encoder_outputs" in done.stderr
+
+
+def test_token_warm_up_is_refused(run: Run, base_arguments: list[str]) -> None:
+    message = refused(run, [*base_arguments, *CACHED, "--token_warmup_step", "3"])
+    assert "--token_warmup_step makes other captions in every step" in message
+
+
+def test_other_networks_find_no_text_encoder(run: Run, base_arguments: list[str], tmp_path: Path) -> None:
+    module = ["--network_module", "lycoris.kohya", "--network_args", "algo=lora", "preset=attn-mlp"]
+    done, _, _ = run([*base_arguments, *CACHED, *module])
+    assert done.status == 0, done.stderr
+    assert all(name.startswith("lora_unet_") for name in weights_of(tmp_path, "mine"))

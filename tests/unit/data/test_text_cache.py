@@ -1,0 +1,390 @@
+"""Cached text features: the captions that draws may have, files that sd-scripts reads, and nothing stale."""
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from library.architectures.interface import TextCacheSpec
+from library.data.captions import CaptionRules, caption_variant
+from library.data.dataset import TrainingSet
+from library.data.text_cache import Encoders, KeptTexts, TextEncoding, cache_texts
+from library.data.text_files import TextFile, stack_rows
+from library.options.text_caching import TextCachingOptions
+from library.types import Conditioning
+from tests.unit.data.builders import batches_of, open_set, options_of, write_folder, write_picture
+
+KEYS = ("hidden", "pooled", "mask")
+MEMORY = TextCachingOptions(cache_text_encoder_outputs=True)
+DISK = TextCachingOptions(cache_text_encoder_outputs=True, cache_text_encoder_outputs_to_disk=True)
+SHUFFLED = "--shuffle_caption --caption_dropout_rate 0.3"
+
+
+def features(caption: str, is_prompt: bool = False) -> dict[str, Tensor]:
+    """What the tests' encoder makes of a caption: numbers that no other caption has, the first in bfloat16."""
+    generator = torch.Generator().manual_seed(int.from_bytes(caption.encode()[-7:], "big") + is_prompt)
+    return {
+        "hidden": torch.randn(5, 3, generator=generator).bfloat16(),
+        "pooled": torch.randn(4, generator=generator),
+        "mask": torch.arange(5) < len(caption) % 5,
+    }
+
+
+def pipeline(calls: list[list[str]], is_prompt: bool = False) -> Callable[[Sequence[str]], Conditioning]:
+    def encode(captions: Sequence[str]) -> Conditioning:
+        calls.append(list(captions))
+        rows = [features(caption, is_prompt) for caption in captions]
+        return {key: torch.stack([row[key] for row in rows]) for key in KEYS}
+
+    return encode
+
+
+def write_data(
+    folder: Path, caption: str = "one, two, three, four, five, six, seven, eight, nine", count: int = 3
+) -> Path:
+    write_folder(folder / "2_a", count, caption=caption)
+    return folder
+
+
+@dataclasses.dataclass
+class Cached:
+    training_set: TrainingSet
+    kept: KeptTexts
+    calls: list[list[str]]
+    num_loads: int
+
+    @property
+    def encoded(self) -> list[str]:
+        return [text for call in self.calls for text in call]
+
+
+def cache(
+    folder: Path,
+    arguments: str = "",
+    options: TextCachingOptions = DISK,
+    prompts: Sequence[str] = (),
+    identity: str = "encoders",
+    constants: Mapping[str, Tensor] | None = None,
+    seed: int = 1,
+    skips_check: bool = False,
+    dtype: str = "bf16",
+    encode: Callable[[Sequence[str]], Conditioning] | None = None,
+) -> Cached:
+    words = f"--resolution 64 --train_batch_size 2 --caption_extension .txt {arguments}"
+    training_set = open_set(options_of(words, "--train_data_dir", str(folder)), seed=seed)
+    training_set.fix_captions(options.text_cache_variants)
+    calls: list[list[str]] = []
+    loads: list[int] = []
+    spec = TextCacheSpec(options, "_tiny_te.npz", KEYS, lambda: identity, constants or {"applies": torch.tensor(True)})
+
+    def load() -> Encoders:
+        loads.append(1)
+        return Encoders(encode or pipeline(calls), pipeline(calls, is_prompt=True))
+
+    kept = cache_texts(training_set, TextEncoding(spec, load, dtype), prompts, skips_check)
+    return Cached(training_set, kept, calls, len(loads))
+
+
+def draws_of(training_set: TrainingSet, epochs: int = 1, workers: int = 0) -> list[tuple[str, str, dict[str, Tensor]]]:
+    """(picture, caption, features) of every draw."""
+    found = []
+    for epoch in range(1, epochs + 1):
+        for batch in batches_of(training_set, epoch, workers=workers):
+            assert batch.conditioning is not None
+            for place, (key, caption) in enumerate(zip(batch.keys, batch.captions, strict=True)):
+                found.append((key, caption, {name: tensor[place] for name, tensor in batch.conditioning.items()}))
+    return found
+
+
+def assert_same(row: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    for name in KEYS:
+        assert row[name].dtype == wanted[name].dtype and torch.equal(row[name], wanted[name]), name
+
+
+def file_of(folder: Path, name: str = "p0") -> Path:
+    return folder / "2_a" / f"{name}_tiny_te.npz"
+
+
+# Which captions
+
+
+def test_a_version_of_a_caption_depends_on_names_and_number_alone():
+    rules = CaptionRules(shuffle_caption=True)
+    text = ", ".join("abcdefgh")
+    versions = [caption_variant("/x/cats/p.png", text, rules, v) for v in range(8)]
+    assert len(set(versions)) > 4 and {tuple(sorted(version)) for version in versions} == {tuple(sorted(text))}
+    assert versions == [caption_variant("/elsewhere/cats/p.jpg", text, rules, v) for v in range(8)]
+    assert versions != [caption_variant("/x/cats/q.png", text, rules, v) for v in range(8)]
+
+
+def test_draws_take_every_version_and_the_empty_prompt_and_nothing_else(tmp_path):
+    cached = cache(write_data(tmp_path), SHUFFLED, MEMORY)
+    allowed = dict(
+        zip((s.picture.path for s in cached.training_set.samples), cached.training_set.caption_texts(), strict=True)
+    )
+    drawn: dict[str, set[str]] = {path: set() for path in allowed}
+    for key, caption, row in draws_of(cached.training_set, epochs=40):
+        drawn[key].add(caption)
+        assert_same(row, features(caption))
+    for path, texts in allowed.items():
+        assert len(texts) == 8 and drawn[path] == {*texts, ""}
+    num_empty = sum(caption == "" for _, caption, _ in draws_of(cached.training_set, epochs=40))
+    assert abs(num_empty / 240 - 0.3) < 0.09  # three standard deviations of 240 draws
+
+
+def test_a_caption_that_never_changes_is_drawn_as_without_caching(tmp_path):
+    """The same prompts, dropped in the same draws, and one encoding each."""
+    words = "--caption_dropout_rate 0.4 --caption_dropout_every_n_epochs 3"
+    cached = cache(write_data(tmp_path), words, MEMORY)
+    plain = open_set(
+        options_of(
+            f"--resolution 64 --train_batch_size 2 --caption_extension .txt {words}", "--train_data_dir", str(tmp_path)
+        )
+    )
+    for epoch in range(1, 4):
+        with_cache = [batch.captions for batch in batches_of(cached.training_set, epoch)]
+        assert with_cache == [batch.captions for batch in batches_of(plain, epoch)]
+    assert all(caption == "" for captions in with_cache for caption in captions)
+    assert len(cached.encoded) == len(set(cached.encoded)) == 4
+
+
+def test_wildcards_prefix_and_tag_dropout_are_part_of_the_versions(tmp_path):
+    folder = write_data(tmp_path, caption="{red|blue} cat, x, y")
+    cached = cache(folder, "--enable_wildcard --caption_tag_dropout_rate 0.5 --caption_prefix photo", MEMORY)
+    texts = [text for texts in cached.training_set.caption_texts() for text in texts]
+    assert {"photo red cat" in text for text in texts} == {True, False}
+    assert not any("{" in text for text in texts) and len(set(texts)) > 6
+
+
+def test_the_seed_decides_which_version_is_drawn_and_not_what_is_cached(tmp_path):
+    folder = write_data(tmp_path)
+    first = cache(folder, SHUFFLED, seed=1)
+    second = cache(folder, SHUFFLED, seed=2)
+    assert second.num_loads == 0
+    draws = [[caption for _, caption, _ in draws_of(one.training_set)] for one in (first, second)]
+    assert sorted(draws[0]) != sorted(draws[1])
+
+
+@pytest.mark.parametrize("options", [MEMORY, DISK], ids=["memory", "disk"])
+def test_workers_and_places_change_nothing(tmp_path, options):
+    cached = cache(write_data(tmp_path), SHUFFLED, options)
+    alone, shared = draws_of(cached.training_set, 2), draws_of(cached.training_set, 2, workers=2)
+    for (key, caption, row), (key2, caption2, row2) in zip(alone, shared, strict=True):
+        assert (key, caption) == (key2, caption2)
+        assert_same(row, row2)
+        assert_same(row, features(caption))
+
+
+def test_tag_warm_up_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"2_a.*--token_warmup_step makes other captions in every step.*leave one"):
+        cache(write_data(tmp_path), "--token_warmup_step 10")
+
+
+# What lies on disk
+
+
+def test_files_have_the_layout_of_sd_scripts_and_more_versions_beside_it(tmp_path):
+    folder = write_data(tmp_path)
+    cached = cache(folder, SHUFFLED)
+    first, *others = next(cached.training_set.caption_texts())
+    with np.load(file_of(folder), allow_pickle=False) as archive:
+        assert archive["hidden"].dtype == np.float32 and archive["hidden"].shape == (5, 3)
+        assert archive["mask"].dtype == bool and archive["applies"].shape == () and bool(archive["applies"])
+        np.testing.assert_array_equal(archive["hidden"], features(first)["hidden"].float().numpy())
+        np.testing.assert_array_equal(archive["pooled"], features(first)["pooled"].numpy())
+        assert archive["hidden_variant1"].dtype == np.uint16
+        np.testing.assert_array_equal(archive["pooled_variant7"], features(others[6])["pooled"].numpy())
+    assert sorted(path.name for path in (folder / "2_a").glob("*.npz")) == [
+        ".empty_prompt_tiny_te.npz",
+        *(f"p{i}_tiny_te.npz" for i in range(3)),
+    ]
+
+
+def test_every_caption_comes_back_bit_for_bit(tmp_path):
+    folder = write_data(tmp_path)
+    cached = cache(folder, SHUFFLED, prompts=["a prompt", "no"])
+    texts = next(cached.training_set.caption_texts())
+    for text in texts:
+        assert_same(TextFile(str(file_of(folder)), KEYS).read(text), features(text))
+    assert list(cached.kept.captions) == [""] and list(cached.kept.prompts) == ["a prompt", "no"]
+    assert_same(cached.kept.captions[""], features(""))
+    assert_same(cached.kept.prompts["no"], features("no", is_prompt=True))
+
+
+def test_a_second_run_loads_no_encoders(tmp_path):
+    folder = write_data(tmp_path)
+    first = cache(folder, SHUFFLED, prompts=["a prompt"])
+    again = cache(folder, SHUFFLED, prompts=["a prompt"])
+    assert (first.num_loads, again.num_loads) == (1, 0)
+    assert len(first.encoded) == 3 * 8 + 2
+    for (_, caption, row), (_, caption2, row2) in zip(
+        draws_of(first.training_set), draws_of(again.training_set), strict=True
+    ):
+        assert caption == caption2
+        assert_same(row, row2)
+    assert list(again.kept.prompts) == ["a prompt"]
+
+
+def test_only_the_captions_that_changed_are_encoded_again(tmp_path, caplog):
+    folder = write_data(tmp_path)
+    cache(folder)
+    (folder / "2_a/p1.txt").write_text("another")
+    with caplog.at_level(logging.WARNING):
+        again = cache(folder)
+    assert again.encoded == ["another"]
+    assert "text cache: 3 files are used, 0 are missing, 1 are made again (1 made for other captions:" in caplog.text
+    assert "p1_tiny_te.npz" in caplog.text
+    for key, caption, row in draws_of(again.training_set):
+        assert (caption == "another") == key.endswith("p1.png")
+        assert_same(row, features(caption))
+
+
+def test_more_versions_are_added_to_those_that_are_there(tmp_path):
+    folder = write_data(tmp_path)
+    few = cache(folder, "--shuffle_caption", dataclasses.replace(DISK, text_cache_variants=3))
+    more = cache(folder, "--shuffle_caption", dataclasses.replace(DISK, text_cache_variants=5))
+    assert len(few.encoded) == 3 * 3 + 1 and len(more.encoded) == 3 * 2
+    fewer = cache(folder, "--shuffle_caption", dataclasses.replace(DISK, text_cache_variants=2))
+    assert fewer.encoded == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"identity": "others"}, {"dtype": "no"}, {"constants": {"applies": torch.tensor(False)}}],
+    ids=["encoders", "dtype", "settings"],
+)
+def test_other_encoders_or_settings_make_everything_anew(tmp_path, caplog, change: dict[str, Any]):
+    folder = write_data(tmp_path)
+    cache(folder)
+    with caplog.at_level(logging.WARNING):
+        again = cache(folder, **change)
+    assert len(again.encoded) == 4 and "4 made with other text encoders or settings" in caplog.text
+    assert cache(folder, **change).num_loads == 0
+
+
+def rewrite(path: Path, leaves_note: bool, **changes: np.ndarray) -> None:
+    """Write the file again as another program would."""
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files if leaves_note or name != "captions"}
+    np.savez(path, **{**arrays, **changes})
+
+
+@pytest.mark.parametrize("leaves_note", [True, False])
+def test_a_file_of_another_program_is_made_anew(tmp_path, caplog, leaves_note):
+    """It does not say for which caption it was made; also where it kept our note beside its own numbers."""
+    folder = write_data(tmp_path)
+    cache(folder)
+    rewrite(file_of(folder), leaves_note, pooled=np.zeros(4, dtype=np.float32))
+    with caplog.at_level(logging.WARNING):
+        again = cache(folder)
+    assert len(again.encoded) == 1 and "1 by another program" in caplog.text
+    assert_same(TextFile(str(file_of(folder)), KEYS).read(again.encoded[0]), features(again.encoded[0]))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "note"])
+def test_a_damaged_file_is_made_anew(tmp_path, damage):
+    folder = write_data(tmp_path)
+    cache(folder)
+    path = file_of(folder)
+    content = path.read_bytes()
+    if damage == "note":
+        rewrite(path, True, captions=np.frombuffer(json.dumps([1, "x"]).encode(), dtype=np.uint8))
+    else:
+        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"no archive"}[damage])
+    again = cache(folder)
+    assert len(again.encoded) == 1
+    assert len(draws_of(again.training_set)) == 6
+
+
+def test_flipped_bits_are_found_when_they_are_read(tmp_path):
+    folder = write_data(tmp_path)
+    cached = cache(folder)
+    content = bytearray(file_of(folder).read_bytes())
+    place = content.index(features(next(cached.training_set.caption_texts())[0])["pooled"].numpy().tobytes())
+    content[place] ^= 1
+    file_of(folder).write_bytes(content)
+    with pytest.raises(ValueError, match=r"p0_tiny_te.npz is damaged.*run again without --skip_cache_check"):
+        draws_of(cached.training_set)
+
+
+def test_skipping_the_check_trusts_files_by_name(tmp_path):
+    folder = write_data(tmp_path)
+    cache(folder)
+    rewrite(file_of(folder), False, pooled=np.full(4, 7, dtype=np.float32))
+    trusted = cache(folder, identity="others", skips_check=True)
+    assert trusted.num_loads == 0
+    pooled = {os.path.basename(key): row["pooled"].tolist() for key, _, row in draws_of(trusted.training_set)}
+    assert pooled["p0.png"] == [7, 7, 7, 7] and pooled["p1.png"] != [7, 7, 7, 7]
+
+
+def test_skipping_the_check_does_not_train_another_caption(tmp_path):
+    folder = write_data(tmp_path)
+    cache(folder)
+    (folder / "2_a/p1.txt").write_text("another")
+    with pytest.raises(ValueError, match=r"p1_tiny_te.npz is without the caption 'another'; run again without --skip"):
+        draws_of(cache(folder, skips_check=True).training_set)
+
+
+def test_pictures_that_differ_in_their_endings_share_a_file(tmp_path):
+    folder = write_data(tmp_path, count=1)
+    write_picture(folder / "2_a/p0.webp", seed=5)
+    write_picture(folder / "3_b/p0.png", seed=6)
+    cached = cache(folder, SHUFFLED)
+    assert len(cached.encoded) == len(set(cached.encoded)) == 8 + 2  # the empty prompt, and b's class word
+    for _, caption, row in draws_of(cached.training_set, 3):
+        assert_same(row, features(caption))
+
+
+def test_captions_of_several_pictures_are_encoded_once(tmp_path):
+    for i in range(5):
+        write_picture(tmp_path / f"1_dog/p{i}.png", seed=i)
+    cached = cache(tmp_path)
+    assert sorted(cached.encoded) == ["", "dog"]
+
+
+def test_batches_of_captions_are_as_large_as_wished(tmp_path):
+    options = dataclasses.replace(DISK, text_encoder_batch_size=5)
+    cached = cache(write_data(tmp_path), "--shuffle_caption", options)
+    assert {len(call) for call in cached.calls} <= {1, 2, 3, 4, 5} and max(map(len, cached.calls)) == 5
+    for _, caption, row in draws_of(cached.training_set):
+        assert_same(row, features(caption))
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(tmp_path):
+    folder = write_data(tmp_path)
+    file_of(folder).mkdir()  # nobody can replace a folder by a file, not even root
+    with pytest.raises(ValueError, match=r"p0_tiny_te.npz cannot be written.*--cache_text_encoder_outputs alone keeps"):
+        cache(folder)
+
+
+@pytest.mark.parametrize("options", [MEMORY, DISK], ids=["memory", "disk"])
+def test_nan_is_an_error_that_names_the_caption(tmp_path, options):
+    def broken(captions: Sequence[str]) -> Conditioning:
+        rows = [features(caption) for caption in captions]
+        values = {key: torch.stack([row[key] for row in rows]) for key in KEYS}
+        values["pooled"][["five" in caption for caption in captions]] = torch.nan
+        return values
+
+    with pytest.raises(ValueError, match=r"NaN \(pooled\) for the caption '.*five.*--mixed_precision"):
+        cache(write_data(tmp_path), options=options, encode=broken)
+    assert not file_of(tmp_path).exists()
+
+
+# Batches
+
+
+def test_shorter_features_are_filled_up_in_a_batch():
+    rows = [{"a": torch.ones(2, 3), "m": torch.ones(2)}, {"a": torch.ones(4, 3), "m": torch.ones(4)}]
+    stacked = stack_rows(rows, {"a": 0.0, "m": -1.0})
+    assert stacked["a"].shape == (2, 4, 3) and stacked["a"][0, 2:].abs().sum() == 0
+    assert stacked["m"].tolist() == [[1, 1, -1, -1], [1, 1, 1, 1]]
+    with pytest.raises(RuntimeError):
+        stack_rows(rows, {"a": 0.0})
