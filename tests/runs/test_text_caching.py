@@ -75,9 +75,7 @@ def build_with(loads: list[int]) -> Callable[[CachingOptions], Architecture]:
 
 
 @pytest.fixture
-def run(
-    fresh_process: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Run:
+def run(fresh_process: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     def start(arguments: list[str]) -> tuple[Finished, list[float], int]:
         from accelerate.state import AcceleratorState, PartialState
 
@@ -111,7 +109,9 @@ def assert_equal_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Te
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_memory_disk_and_no_cache_train_the_same_bit_for_bit(run: Run, base_arguments: list[str], tmp_path: Path, pictures: Path, precision: str) -> None:
+def test_memory_disk_and_no_cache_train_the_same_bit_for_bit(
+    run: Run, base_arguments: list[str], tmp_path: Path, pictures: Path, precision: str
+) -> None:
     """Captions that do not vary, but for being dropped; all runs start from the same weights."""
     run([*base_arguments, "--output_name", "start", "--network_train_unet_only", "--max_train_steps", "1"])
     start = ["--network_weights", str(tmp_path / "out" / "start.safetensors")]
@@ -137,7 +137,19 @@ def test_captions_go_on_varying_and_workers_change_nothing(run: Run, base_argume
     assert_equal_weights(weights_of(tmp_path, "memory"), weights_of(tmp_path, "disk"))
 
 
-def test_a_changed_text_encoder_is_noticed(run: Run, base_arguments: list[str], tiny_sd_folder: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_repeats_the_uninterrupted_one(run: Run, base_arguments: list[str], tmp_path: Path) -> None:
+    common = [*base_arguments, *CACHED, "--shuffle_caption", "--caption_tag_dropout_rate", "0.3"]
+    _, losses, _ = run([*common, "--max_train_steps", "7", "--save_state", "--save_every_n_steps", "3"])
+    state = str(tmp_path / "out" / "mine-step00000003-state")
+    done, resumed, _ = run([*common, "--max_train_steps", "7", "--resume", state, "--output_name", "resumed"])
+    assert done.status == 0, done.stderr
+    assert resumed == losses[3:]
+    assert_equal_weights(weights_of(tmp_path, "resumed"), weights_of(tmp_path, "mine"))
+
+
+def test_a_changed_text_encoder_is_noticed(
+    run: Run, base_arguments: list[str], tiny_sd_folder: Path, tmp_path: Path
+) -> None:
     model = tmp_path / "model"
     for file in tiny_sd_folder.rglob("*"):
         if file.is_file():
@@ -180,7 +192,9 @@ def test_text_encoders_that_get_an_adapter_are_not_cached(run: Run, base_argumen
     assert "add --network_train_unet_only" in refused(run, both)
 
 
-def test_weights_that_would_be_merged_into_the_text_encoder_are_refused(run: Run, base_arguments: list[str], tmp_path: Path) -> None:
+def test_weights_that_would_be_merged_into_the_text_encoder_are_refused(
+    run: Run, base_arguments: list[str], tmp_path: Path
+) -> None:
     run([*base_arguments, "--output_name", "both"])
     message = refused(run, [*base_arguments, *CACHED, "--base_weights", str(tmp_path / "out" / "both.safetensors")])
     assert "both.safetensors changes the text encoder (lora_te_" in message and "merge_lora" in message
@@ -190,7 +204,9 @@ def test_weights_that_would_be_merged_into_the_text_encoder_are_refused(run: Run
 
 
 @pytest.mark.parametrize("option", ["text_cache_variants", "text_encoder_batch_size"])
-def test_counts_below_one_are_refused_and_unused_ones_warned_of(run: Run, base_arguments: list[str], option: str) -> None:
+def test_counts_below_one_are_refused_and_unused_ones_warned_of(
+    run: Run, base_arguments: list[str], option: str
+) -> None:
     assert f"--{option} is 0; use at least 1" in refused(run, [*base_arguments, *CACHED, f"--{option}", "0"])
     done, _, _ = run([*base_arguments, f"--{option}", "3"])
     assert f"--{option} has no effect without --cache_text_encoder_outputs" in done.stderr
