@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,6 +89,8 @@ class TrainingSet:
         Raises NoDataFound where there is nothing to train on, ValueError for every other mistake in the description.
         """
         config = load_dataset_config(options)
+        if options.faults.dry_run:
+            config = config.without_index()
         check_drawing(config, options)
         datasets = collect(config)
         check_pictures(datasets)
@@ -161,6 +164,23 @@ class TrainingSet:
     def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
         """The `ss_*` values that describe the data; tables and lists are to be written as JSON."""
         return dataset_metadata(self.config, self.datasets, self.rules, self.samples, options, num_processes)
+
+    def limit_to_largest_batch(self) -> int:
+        """Forget the draws of all other pictures, so that only these are cached; gives its place in the first epoch.
+
+        The numbers of batches and pictures stay. Largest are the most pixels together.
+        """
+        batches = epoch_batches(self.draws.buckets, self._maker.seed, 1)
+        numbers = [[int(self.draws.sample_of_draw[draw]) for draw in draws] for draws in batches]
+
+        def num_pixels(place: int) -> int:
+            return sum(math.prod(self.samples[number].shape.bucket) for number in numbers[place])
+
+        largest = max(range(len(batches)), key=num_pixels)
+        kept = set(numbers[largest])
+        self.samples = tuple(s if i in kept else s._replace(num_draws=0) for i, s in enumerate(self.samples))
+        self._maker = replace(self._maker, samples=self.samples)
+        return largest
 
     # Latents
 

@@ -10,7 +10,7 @@ from typing import Any
 from library.data.samples import Sample
 from library.data.schema import RunDataConfig
 
-WHERE = ("image_dir", "metadata_file", "conditioning_data_dir", "cache_info")
+WHERE = ("keeps_index", "image_dir", "metadata_file", "conditioning_data_dir", "cache_info")
 
 
 def dataset_identity(config: RunDataConfig, samples: Sequence[Sample], num_batches: int) -> dict[str, Any]:

@@ -211,7 +211,8 @@ def read_with_index(
     captions = renewed(known_captions, folder, names, read_caption, num_threads, None)
     title = f"reading sizes of {config.base_name}"
     sizes = renewed(index.sizes, folder, pictures, size_of, num_threads, title)
-    index.replace_with(sizes, index.captions | {config.caption_extension: captions})
+    if config.keeps_index:
+        index.replace_with(sizes, index.captions | {config.caption_extension: captions})
     listing.sizes = sizes.values
     if len(names) == len(files):
         return captions.values
@@ -228,7 +229,8 @@ def read_with_cache(listing: _Listing, files: Sequence[str | None], num_threads:
         return [cached_or_read(cache, listing, place, files[place]) for place in block]
 
     rows = in_blocks(read, range(len(listing.paths)), num_threads, f"reading sizes of {config.base_name}")
-    cache.write(row for row in rows if not isinstance(row[2], str))
+    if config.keeps_index:
+        cache.write(row for row in rows if not isinstance(row[2], str))
     listing.sizes = [row[2] for row in rows]
     return [row[1] for row in rows]
 
@@ -330,11 +332,13 @@ def list_metadata(config: SubsetConfig, num_threads: int) -> _Listing:
         listing.captions.append(caption)
         tags.append(entry.tags)
     listing.tags = tags
-    listing.sizes = sizes_anywhere(listing.paths, num_threads, f"reading sizes of {config.base_name}")
+    listing.sizes = sizes_anywhere(
+        listing.paths, num_threads, f"reading sizes of {config.base_name}", config.keeps_index
+    )
     return listing
 
 
-def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str) -> list[Size | str]:
+def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_index: bool) -> list[Size | str]:
     """The sizes of pictures that may lie in several folders, from the indices of those with many."""
     by_folder: dict[str, list[str]] = defaultdict(list)
     for path in dict.fromkeys(paths):
@@ -344,7 +348,8 @@ def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str) -> list[S
         names.sort()
         index = open_index(folder or ".", len(names))
         table = renewed(index.sizes, folder or ".", names, size_of, num_threads, title)
-        index.replace_with(table, index.captions)
+        if keeps_index:
+            index.replace_with(table, index.captions)
         sizes.update((os.path.join(folder, name), size) for name, size in zip(names, table.values, strict=True))
     return [sizes[os.path.join(*os.path.split(path))] for path in paths]
 

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class SubsetConfig:
     resize_interpolation: str | None
     custom_attributes: Mapping[str, Any]
     captions: CaptionRules
+    keeps_index: bool = True  # whether what was read of the pictures may be written down for the next start
 
     @property
     def source(self) -> str:
@@ -79,6 +80,13 @@ class RunDataConfig:
 
     datasets: tuple[DatasetConfig, ...]
     is_from_file: bool  # described by --dataset_config, not by folder arguments
+
+    def without_index(self) -> "RunDataConfig":
+        """The same, but nothing is written beside the pictures."""
+        datasets = [
+            replace(d, subsets=tuple(replace(subset, keeps_index=False) for subset in d.subsets)) for d in self.datasets
+        ]
+        return replace(self, datasets=tuple(datasets))
 
 
 def load_dataset_config(options: TrainOptions) -> RunDataConfig:

@@ -1,8 +1,8 @@
 """Declare a command-line option once: its flag, its type, its default and its help are one dataclass field."""
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, field, fields, replace
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 OptionsT = TypeVar("OptionsT", bound="Options")
@@ -90,6 +90,17 @@ class Options:
             value = getattr(self, f.name)
             values.update(value.flat() if isinstance(value, Options) else {f.name: value})
         return values
+
+    def with_values(self: OptionsT, values: Mapping[str, Any]) -> OptionsT:
+        """The same with other values for some options, by name; names that this class does not have are left out."""
+        changed: dict[str, Any] = {}
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if isinstance(value, Options):
+                changed[f.name] = value.with_values(values)
+            elif f.name in values:
+                changed[f.name] = values[f.name]
+        return replace(self, **changed)  # type: ignore[type-var]
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:

@@ -20,3 +20,8 @@ class FaultOptions(Options):
         help="Compute the first step whose loss or gradient is NaN or infinite once more and name the module that the "
         "damage comes from. Costs nothing before that step.",
     )
+    dry_run: bool = option(
+        False,
+        help="Load and check everything, train the largest batch for one step, show memory, parameters and steps, and "
+        "stop without writing a file.",
+    )

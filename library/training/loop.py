@@ -12,6 +12,7 @@ from library.training.interruption import Interruption
 from library.training.logs import Charts
 from library.training.nonfinite import NonFiniteGuard
 from library.training.optimizers import effective_rates
+from library.training.out_of_memory import explained, sizes_of
 from library.training.plan import Window
 from library.training.preview import Previews
 from library.training.progress import Progress
@@ -24,7 +25,7 @@ from library.training.report import (
 )
 from library.training.run import Run
 from library.training.saving import Writer
-from library.training.step import loss_of, start_batch
+from library.training.step import describe_shape, loss_of, start_batch
 from library.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ def train(
                     run.network.trainable_parameters(), own_losses, len(window.places), interruption.is_requested
                 )
                 rates = [float(rate) for rate in run.schedule.get_last_lr()]
-                values = optimizer_step(run, guard, window, losses)
+                with explained("the optimizer moved the weights", run.options, run.device, "", lambda: sizes_of(run)):
+                    values = optimizer_step(run, guard, window, losses)
                 progress.step += 1
                 norms = None if norm_limit is None else LimitedNorms(*run.network.limit_norms(norm_limit, run.device))
                 report_window(run, progress, window, values, rates, norms, charts)
@@ -97,7 +99,9 @@ def accumulate_gradient(run: Run, window: Window, batches: Iterator[Batch]) -> T
     losses = []
     for place in window.share(run.processes.rank, run.processes.count):
         batch = next(batches)
-        loss = backward(run, batch, run.plan.batch_number(window.epoch, place), len(window.places), window.step)
+        doing = f"computing step {window.step + 1}, forward and backward"
+        with explained(doing, run.options, run.device, describe_shape(batch), lambda: sizes_of(run)):
+            loss = backward(run, batch, run.plan.batch_number(window.epoch, place), len(window.places), window.step)
         losses.append(loss)
     return torch.stack(losses) if losses else torch.zeros(0)
 

@@ -51,9 +51,13 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     from library.data.dataset import NoDataFound
     from library.data.debug import show_batches
     from library.training import setup
+    from library.training.dry_run import try_largest_batch, without_writing
+    from library.training.out_of_memory import explained
     from library.training.processes import of_accelerator
     from library.training.resume import find_state
 
+    if options.faults.dry_run:
+        options = without_writing(options)
     arch = build(options)
     accelerator = setup.open_accelerator(options)
     processes = of_accelerator(accelerator)
@@ -67,7 +71,12 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     if options.dataset.debug_dataset:
         show_batches(training_set)
         return
-    prepared = setup.prepare(options, arch, seed, training_set, accelerator, processes, facts)
+    largest = training_set.limit_to_largest_batch() if options.faults.dry_run else None
+    with explained("loading the models and caching", options, accelerator.device, ""):
+        prepared = setup.prepare(options, arch, seed, training_set, accelerator, processes, facts)
+    if largest is not None:
+        try_largest_batch(prepared.run, prepared.writer, largest)
+        return
     from library.training.loop import train
     from library.training.nonfinite import last_good_saved
 

@@ -49,6 +49,12 @@ def loss_of(run: Run, batch: Batch, batch_number: int) -> Tensor:
     return (loss_BCHW.flatten(1).mean(1) * batch.loss_weights_B.to(loss_BCHW.device)).mean()
 
 
+def describe_shape(batch: Batch) -> str:
+    """How many pictures of which size, for messages."""
+    height, width = (int(side) for side in batch.sizes_B6[0, 4:].tolist())
+    return f"{len(batch.keys)} pictures of {width}x{height}"
+
+
 def latents_of(run: Run, batch: Batch, batch_number: int) -> Tensor:
     """The batch's latents, float32 on the device: from the cache, or encoded here without gradient.
 

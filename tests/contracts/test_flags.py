@@ -19,6 +19,7 @@ FLAGS: list[dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
 
 OURS = {  # options that sd-scripts does not have, with their defaults; one a line
     "autoresume": False,
+    "dry_run": False,
     "on_nonfinite": "skip",
     "trace_nonfinite": False,
 }

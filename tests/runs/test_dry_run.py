@@ -1,0 +1,80 @@
+"""--dry_run, and runs that end because memory runs out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from library.data import cache, picture_index
+from library.training import loop
+from tests.running import Finished, make_pictures
+
+Train = Callable[..., Finished]
+
+
+def everything_below(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("options", [[], ["--cache_latents_to_disk"]], ids=["plain", "cached"])
+def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(
+    train: Train,
+    base_arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+) -> None:
+    """Pictures of 96x64 make the largest bucket; folders of any size would get an index in a real run."""
+    monkeypatch.setattr(picture_index, "MIN_FILES", 1)
+    make_pictures(tmp_path / "data" / "1_small", 3, side=64)
+    make_pictures(tmp_path / "data" / "1_large", 2, side=128)
+    before = everything_below(tmp_path)
+    encoded: list[int] = []
+    honest = cache.encode_batch
+    monkeypatch.setattr(cache, "encode_batch", lambda jobs, *rest: encoded.append(len(jobs)) or honest(jobs, *rest))
+    buckets = ["--enable_bucket", "--bucket_no_upscale", "--min_bucket_reso", "64", "--resolution", "128"]
+    logs = ["--logging_dir", str(tmp_path / "logs")]
+    done = train([*base_arguments, *buckets, *logs, *options, "--dry_run", "--max_train_steps", "50"])
+    assert done.status == 0, done.stderr
+    assert everything_below(tmp_path) == before
+    assert "the largest batch has 2 pictures of 128x128" in done.stderr
+    assert "27904 parameters are trained" in done.stderr
+    assert "dry run: 50 steps in " in done.stderr and "memory of a step: peak" in done.stderr
+    assert sum(encoded) == (2 if options else 0)
+
+
+def test_a_dry_run_finds_mistakes(train: Train, base_arguments: list[str]) -> None:
+    done = train([*base_arguments, "--dry_run", "--network_args", "conv_din=4"])
+    assert done.status == 1 and "conv_dim" in done.stderr
+
+
+def test_memory_that_runs_out_in_a_step_is_explained(
+    train: Train, base_arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = loop.loss_of
+
+    def loss_of(run: Any, batch: Any, batch_number: int) -> Any:
+        if batch_number == 2:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return honest(run, batch, batch_number)
+
+    monkeypatch.setattr(loop, "loss_of", loss_of)
+    done = train(base_arguments)
+    assert done.status == 1 and "Traceback" not in done.stderr
+    assert "out of memory while computing step 3, forward and backward, 2 pictures of 64x64" in done.stderr
+    assert "memory: peak" in done.stderr and "--gradient_checkpointing" in done.stderr
+
+
+def test_memory_that_runs_out_while_caching_is_explained(
+    train: Train, base_arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode_batch(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+
+    monkeypatch.setattr(cache, "encode_batch", encode_batch)
+    done = train([*base_arguments, "--cache_latents", "--vae_batch_size", "2"])
+    assert done.status == 1 and "Traceback" not in done.stderr
+    assert "out of memory while loading the models and caching" in done.stderr
+    assert "--vae_batch_size 1" in done.stderr

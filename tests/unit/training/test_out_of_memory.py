@@ -1,0 +1,57 @@
+"""What is said when memory runs out."""
+
+import pytest
+import torch
+from torch import nn
+
+from library.training.out_of_memory import OutOfMemoryError, Sizes, bytes_of, explained, is_out_of_memory, savings
+from tests.unit.training.test_checks import made
+
+CPU = torch.device("cpu")
+
+
+def allocate_too_much() -> None:
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def test_an_impossible_allocation_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as failed:
+        allocate_too_much()
+    assert is_out_of_memory(failed.value)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_errors_of_cards_and_of_python_are_recognised(error: Exception) -> None:
+    assert is_out_of_memory(error)
+
+
+def test_another_error_passes_unchanged() -> None:
+    with pytest.raises(RuntimeError, match=r"^shapes do not fit$"), explained("training", made(), CPU, "a batch"):
+        raise RuntimeError("shapes do not fit")
+
+
+def test_the_message_says_what_was_done_with_which_batch() -> None:
+    doing = explained("computing step 3", made(), CPU, "4 pictures of 768x512")
+    with pytest.raises(OutOfMemoryError, match="out of memory while computing step 3, 4 pictures of 768x512"), doing:
+        allocate_too_much()
+
+
+def test_options_in_use_are_not_advised() -> None:
+    """Bytes: 2 of 4 MB for half precision, all of the VAE, 6 of the 8 bytes that AdamW keeps for a parameter."""
+    sizes = Sizes(denoiser=2_000_000, text_encoders=1_000_000, vae=1_000_000, num_trained=500_000)
+    lines = "\n".join(savings(made(train_batch_size=4), sizes, CPU))
+    assert "--mixed_precision bf16 halves models and activations: 2.0 MB less" in lines
+    assert "--cache_latents lets the VAE leave before training: 1.0 MB less" in lines
+    assert "AdamW8bit keeps the optimizer's memory in 8 bits: 3.0 MB less" in lines
+    assert "--train_batch_size 2 needs 50% of the activations" in lines
+    used = made(
+        gradient_checkpointing=True, cache_latents=True, mixed_precision="bf16", optimizer_type="AdamW8bit",
+        network_train_unet_only=True,
+    )  # fmt: skip
+    lines = "\n".join(savings(used, sizes, CPU))
+    for option in ("--gradient_checkpointing", "--cache_latents", "--mixed_precision", "--optimizer_type", "--train"):
+        assert option not in lines
+
+
+def test_bytes_of_a_model_are_those_of_its_weights() -> None:
+    assert bytes_of(nn.Linear(10, 10).to(torch.bfloat16)) == 110 * 2
