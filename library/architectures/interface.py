@@ -131,6 +131,9 @@ class Preview:
     sampler: Callable[[Prompt], Sampler]
 
 
+Vary = Callable[[Conditioning, torch.Generator], Conditioning]
+"""What changes in the conditioning of a batch from one training step to the next; not in validation and previews."""
+
 AdapterView = Callable[[Sequence[nn.Module], nn.Module], tuple[nn.Module | list[nn.Module], nn.Module]]
 """(text encoders, denoiser) as network modules see them: paths are the names in files, leaves are the real layers.
 
@@ -153,3 +156,4 @@ class Architecture:
     preview: Preview
     metadata: Mapping[str, str]  # ss_v2, ss_base_model_version and the modelspec keys that are the model's own
     text_cache: TextCacheSpec | None = None  # None where text encoder outputs cannot be cached
+    vary: Vary | None = None  # None where conditioning is used as it is

@@ -39,9 +39,9 @@ def loss_of(run: Run, batch: Batch, batch_number: int) -> Tensor:
     """The loss of a batch, a scalar with gradient; every draw is a function of the seed and `batch_number`."""
     noised = noised_of(run, batch, batch_number)
     with run.autocast():
-        conditioning = conditioning_of(run, batch)
+        conditioning = varied_conditioning_of(run, batch, batch_number)
         prediction_BCHW = run.arch.predict(run.models.denoiser, noised, conditioning, batch)
-    target_BCHW = preserve_output(run, batch, noised, conditioning, run.arch.objective.target(noised))
+    target_BCHW = preserve_output(run, batch, batch_number, noised, conditioning)
     loss_BCHW = run.arch.objective.loss(prediction_BCHW, target_BCHW, noised)
     if batch.masks_B1HW is not None:
         masks_B1HW = batch.masks_B1HW.to(loss_BCHW.device)
@@ -87,8 +87,18 @@ def conditioning_of(run: Run, batch: Batch) -> Conditioning:
     return run.arch.text.encode(run.models.text_encoders, run.arch.text.tokenize(batch.captions))
 
 
-def preserve_output(run: Run, batch: Batch, noised: Noised, conditioning: Conditioning, target_BCHW: Tensor) -> Tensor:
-    """Differential output preservation: marked samples are to keep the prediction of the model without its adapter."""
+def varied_conditioning_of(run: Run, batch: Batch, batch_number: int) -> Conditioning:
+    """The same with what the base model varies from step to step in training, such as a text encoder left out."""
+    conditioning = conditioning_of(run, batch)
+    if run.arch.vary is None:
+        return conditioning
+    return run.arch.vary(conditioning, generator_for(run.seed, "conditioning", batch_number))
+
+
+def preserve_output(run: Run, batch: Batch, batch_number: int, noised: Noised, conditioning: Conditioning) -> Tensor:
+    """The target, but that marked samples are to keep the prediction of the model without its adapter (differential
+    output preservation)."""
+    target_BCHW = run.arch.objective.target(noised)
     keep = [bool(attributes.get("diff_output_preservation")) for attributes in batch.attributes]
     if not any(keep):
         return target_BCHW
@@ -96,7 +106,7 @@ def preserve_output(run: Run, batch: Batch, noised: Noised, conditioning: Condit
     try:
         with torch.no_grad(), run.autocast():
             if run.trains_text_encoder:
-                conditioning = conditioning_of(run, batch)
+                conditioning = varied_conditioning_of(run, batch, batch_number)
             base_BCHW = run.arch.predict(run.models.denoiser, noised, conditioning, batch)
     finally:
         run.network.set_multiplier(1.0)
