@@ -33,6 +33,11 @@ class CaptionRules:
         """Whether tags are shuffled, withheld or dropped."""
         return self.shuffle_caption or self.token_warmup_step > 0 or self.caption_tag_dropout_rate > 0
 
+    @property
+    def varies(self) -> bool:
+        """Whether draws of a picture can have other captions than one and the empty prompt."""
+        return self.moves_tags or self.enable_wildcard
+
 
 def compose_caption(
     text: str, rules: CaptionRules, rng: random.Random, epoch: int, step: int, max_train_steps: int

@@ -213,7 +213,7 @@ class TrainingSet:
                 yield ()
                 continue
             picture, rules = sample.picture, self.subset_of(sample).captions
-            variants = range(self._maker.num_variants)
+            variants = range(self._maker.num_variants if rules.varies else 1)
             yield tuple(dict.fromkeys(caption_variant(picture.path, picture.caption, rules, v) for v in variants))
 
     def use_texts(self, files: Mapping[int, TextFile], memory: Mapping[str, Row], padding: Mapping[str, float]) -> None:

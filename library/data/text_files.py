@@ -105,8 +105,8 @@ def judge(file: TextFile, texts: Sequence[str], identity: str) -> Verdict:
     try:
         with zipfile.ZipFile(file.path) as archive:
             found = {info.filename.removesuffix(".npy"): info.CRC for info in archive.infolist()}
-        with np.load(file.path, allow_pickle=False) as opened:
-            note = Note.read(opened)
+            notes = {NOTE: npy_array(archive.read(f"{NOTE}.npy"))} if NOTE in found else {}
+        note = Note.read(notes)
     except FileNotFoundError:
         return Verdict(nothing, MISSING)
     except DAMAGE:
@@ -181,6 +181,12 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, allow_pickle=False)
     return buffer.getvalue()
+
+
+def npy_array(content: bytes) -> NDArray[Any]:
+    """The array in one entry of an archive."""
+    array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    return array
 
 
 def stack_rows(rows: Sequence[Row], padding: Mapping[str, float]) -> Conditioning:
