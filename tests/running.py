@@ -19,6 +19,10 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+SCRIPTS = {  # script -> (the architecture's package, the module and class of its options)
+    "train_network": ("sd", "library.options.train", "TrainOptions"),
+    "flux_train_network": ("flux", "library.architectures.flux.options", "FluxOptions"),
+}
 
 
 @dataclass(frozen=True)
@@ -92,16 +96,17 @@ def train(fresh_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..
     def run(arguments: list[str], script: str = "train_network") -> Finished:
         from accelerate.state import AcceleratorState, PartialState
 
-        from library.architectures.sd import build
-        from library.options.train import TrainOptions
         from library.training.main import main
 
         AcceleratorState._reset_state()
         PartialState._reset_state()
         capfd.readouterr()
+        package, options_module, options_class = SCRIPTS[script]
+        build = importlib.import_module(f"library.architectures.{package}").build
+        options_type = getattr(importlib.import_module(options_module), options_class)
         parser = importlib.import_module(script).setup_parser()
         try:
-            status = main(parser, TrainOptions, build, arguments)
+            status = main(parser, options_type, build, arguments)
         except SystemExit as end:
             status = int(end.code or 0)
         out, err = capfd.readouterr()

@@ -1,17 +1,22 @@
-"""A tiny but complete FLUX.1 model: the four files of the original release, or a diffusers folder."""
+"""A tiny but complete FLUX.1 model: the four files of the original release, one file of all, or a diffusers folder."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from library.architectures.flux.keys import SWAPPED, source_keys, swap_halves
 from library.architectures.flux.model import Flux, FluxConfig
+from library.models.vae_keys import vae_to_ldm
 from tests.tiny.init import fixed_init
+from tests.tiny.sd import CLIP, write_tokenizer
+from tests.tiny.sd import VAE as SD_VAE
 
-FULL_SIZE = Path(__file__).parents[1] / "contracts" / "data"
+Layout = Literal["files", "whole", "diffusers"]
+
 CONFIG = FluxConfig(
     in_features=64,
     width=64,
@@ -23,6 +28,131 @@ CONFIG = FluxConfig(
     num_single=2,
     has_guidance=True,
 )
+VAE = {
+    **SD_VAE,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+}
+T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_num_buckets": 8,
+}
+T5_WORDS = (
+    "a",
+    "c",
+    "t",
+    "d",
+    "o",
+    "g",
+    "r",
+    "e",
+    "cat",
+    "dog",
+    "red",
+    "\u2581cat",
+    "\u2581dog",
+    "\u2581red",
+    "\u2581a",
+)
+
+
+def build_tiny_flux(folder: Path, seed: int, layout: Layout = "files", has_guidance: bool = True) -> list[str]:
+    """Write a tiny model into `folder` and return the arguments that name it. One seed has the same weights in every
+    layout but for CLIP's activation, which single files have as the exact GELU."""
+    from safetensors.torch import save_file
+
+    num_clip_words = write_tokenizer(folder / "tokenizer")
+    num_t5_words = write_t5_tokenizer(folder / "tokenizer_2")
+    parts = tiny_parts(seed, num_clip_words, num_t5_words, has_guidance)
+    if layout == "diffusers":
+        return ["--pretrained_model_name_or_path", str(write_folder(folder, parts))]
+    flux, vae = parts["transformer"][1], ldm_vae(parts["vae"][1])
+    clip, t5 = parts["text_encoder"][1], parts["text_encoder_2"][1]
+    if layout == "whole":
+        everything = {f"model.diffusion_model.{key}": tensor for key, tensor in flux.items()}
+        everything |= {f"vae.{key}": tensor for key, tensor in vae.items()}
+        everything |= {f"text_encoders.clip_l.transformer.{key}": tensor for key, tensor in clip.items()}
+        everything |= {f"text_encoders.t5xxl.transformer.{key}": tensor for key, tensor in t5.items()}
+        save_file(everything, folder / "flux_all_in_one.safetensors")
+        return ["--pretrained_model_name_or_path", str(folder / "flux_all_in_one.safetensors")]
+    arguments = []
+    for flag, stem, state in (
+        ("pretrained_model_name_or_path", "flux1", flux),
+        ("ae", "ae", vae),
+        ("clip_l", "clip_l", clip),
+        ("t5xxl", "t5xxl", t5),
+    ):
+        save_file(state, folder / f"{stem}.safetensors")
+        arguments += [f"--{flag}", str(folder / f"{stem}.safetensors")]
+    return arguments
+
+
+Parts = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
+
+
+def tiny_parts(seed: int, num_clip_words: int, num_t5_words: int, has_guidance: bool) -> Parts:
+    """(config.json, weights) by diffusers' folder names; the denoiser's names are ours, CLIP's begin with
+    "text_model."."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    ids = {"bos_token_id": num_clip_words - 2, "eos_token_id": num_clip_words - 1, "pad_token_id": num_clip_words - 1}
+    clip_config = {**CLIP, **ids, "vocab_size": num_clip_words, "hidden_act": "gelu"}
+    t5_config = {**T5, "vocab_size": num_t5_words}
+    flux = tiny_flux(seed, has_guidance)
+    with torch.device("meta"):
+        vae = AutoencoderKL(**VAE)
+        clip = CLIPTextModel(CLIPTextConfig(**clip_config))
+        t5 = T5EncoderModel(T5Config(**t5_config))
+    clip_state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in fixed_init(clip, seed + 2).items()}
+    t5_state = {k: v for k, v in fixed_init(t5, seed + 3).items() if k != "encoder.embed_tokens.weight"}
+    return {
+        "transformer": (diffusers_config(flux.config), flux.state_dict()),
+        "vae": (json.loads(vae.to_json_string()), fixed_init(vae, seed + 1)),
+        "text_encoder": ({**clip_config, "architectures": ["CLIPTextModel"]}, clip_state),
+        "text_encoder_2": ({**t5_config, "architectures": ["T5EncoderModel"]}, t5_state),
+    }
+
+
+def write_folder(folder: Path, parts: Parts) -> Path:
+    from safetensors.torch import save_file
+
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    for name, (config, state) in parts.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+        weights = diffusers_state(state) if name == "transformer" else state
+        save_file(weights, folder / name / f"{stem}.safetensors", {"format": "pt"})
+    return folder
+
+
+def ldm_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The VAE in the layout of ae.safetensors, where attention is made of 1x1 convolutions."""
+    found = {}
+    for name, tensor in state.items():
+        is_projection = ".attentions." in name and tensor.ndim == 2
+        found[vae_to_ldm(name, len(VAE["block_out_channels"]))] = tensor[:, :, None, None] if is_projection else tensor
+    return found
+
+
+def write_t5_tokenizer(folder: Path) -> int:
+    """T5's tokenizer with a few letters and words; returns the size of its vocabulary."""
+    from transformers import T5TokenizerFast
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("\u2581", -3.0)]
+    pieces += [(word, -2.0 - 1 / len(word)) for word in T5_WORDS]
+    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0)
+    tokenizer.save_pretrained(str(folder))
+    return len(tokenizer.get_vocab())
 
 
 def tiny_flux(seed: int, has_guidance: bool = True) -> Flux:

@@ -1,0 +1,18 @@
+"""Train a LoRA-family adapter for FLUX.1 dev and schnell."""
+
+import argparse
+
+from library.architectures.flux.options import FluxOptions
+from library.training.cli import build_parser
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Every option of this script; front ends read it."""
+    return build_parser(FluxOptions)
+
+
+if __name__ == "__main__":
+    from library.architectures.flux import build
+    from library.training.main import main
+
+    raise SystemExit(main(setup_parser(), FluxOptions, build))

@@ -1,0 +1,228 @@
+"""Checkpoints of FLUX.1 to modules: the four files of the original release, one file of all, or a diffusers folder."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library.architectures.flux.keys import DIFFUSERS_MARK, from_diffusers
+from library.architectures.flux.latents import SPEC, VAE_LATENTS
+from library.architectures.flux.model import PATCH, Flux, FluxConfig, read_config
+from library.architectures.flux.options import FluxOptions
+from library.checkpoints import sources
+from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.models.clip import clip_component, clip_of_folder, load_clip
+from library.models.loading import DTYPES, Component, materialise
+from library.models.recognise import WORDS, base_of_file, base_of_folder
+from library.models.shapes import shape_of
+from library.models.t5 import load_t5, t5_component, t5_of_folder
+from library.models.vae import empty_vae, single_vae, vae_of_folder
+
+logger = logging.getLogger(__name__)
+
+BASE_FLAG = "--pretrained_model_name_or_path"
+DENOISER_PREFIXES = ("model.diffusion_model.", "")
+CLIP_PREFIXES = ("text_encoders.clip_l.transformer.", "")
+VAE_PREFIXES = ("vae.", "first_stage_model.", "")
+T5_MARK = "text_encoders.t5xxl.transformer."
+CHROMA_MARK = "distilled_guidance_layer."
+FOLDERS = {"denoiser": "transformer", "clip_l": "text_encoder", "t5xxl": "text_encoder_2", "ae": "vae"}
+
+
+@dataclass(frozen=True)
+class FluxLoader:
+    """The four models, each loaded when it is asked for; frozen, on the CPU."""
+
+    path: Path  # the folder or file of the denoiser
+    config: FluxConfig
+    denoiser_weights: Weights
+    clip: Component
+    t5: Component
+    ae: Component
+    dtype: torch.dtype
+    vae_dtype: torch.dtype
+
+    @property
+    def num_clip_words(self) -> int:
+        return shape_of(self.clip.weights.shapes, "embeddings.token_embedding.weight")[0]
+
+    @property
+    def num_t5_words(self) -> int:
+        return shape_of(self.t5.weights.shapes, "shared.weight")[0]
+
+    @property
+    def is_schnell(self) -> bool:
+        """The step-distilled model, which has no input for guidance."""
+        return not self.config.has_guidance
+
+    def text_encoders(self) -> list[nn.Module]:
+        return [load_clip(self.clip, self.dtype), load_t5(self.t5, self.dtype)]
+
+    def vae(self) -> nn.Module:
+        return materialise(empty_vae(self.ae.config), self.ae.weights, self.vae_dtype)
+
+    def denoiser(self) -> nn.Module:
+        return materialise(empty_flux(self.config), self.denoiser_weights, self.dtype)
+
+
+def open_loader(options: FluxOptions) -> FluxLoader:
+    """Open the files that the options name; only headers are read.
+
+    Raises ValueError naming the flag when a file is missing, broken, incomplete or of another model.
+    """
+    name = options.model.pretrained_model_name_or_path
+    if not name:
+        raise ValueError(f"{BASE_FLAG} is missing: give the file of FLUX.1's transformer, or a diffusers folder")
+    wanted = {"clip_l": options.flux.clip_l, "t5xxl": options.flux.t5xxl, "ae": options.flux.ae}
+    needed = [FOLDERS[part] for part in FOLDERS if wanted.get(part) is None]
+    path = sources.find_model(BASE_FLAG, name, [(folder,) for folder in needed])
+    whole = None if path.is_dir() else sources.open_file(BASE_FLAG, path)
+    weights = denoiser_of(path, whole)
+    config = configure(weights, read_config)
+    loader = FluxLoader(
+        path=path,
+        config=config,
+        denoiser_weights=weights,
+        clip=open_clip(wanted["clip_l"], path, whole),
+        t5=open_t5(wanted["t5xxl"], path, whole),
+        ae=open_ae(wanted["ae"], path, whole),
+        dtype=DTYPES[options.precision.mixed_precision],
+        vae_dtype=torch.float32 if options.model.no_half_vae else DTYPES[options.precision.mixed_precision],
+    )
+    check_fit(loader)
+    return loader
+
+
+def empty_flux(config: FluxConfig) -> Flux:
+    """The denoiser on the meta device."""
+    with torch.device("meta"):
+        return Flux(config)
+
+
+def denoiser_of(path: Path, whole: Weights | None) -> Weights:
+    """The denoiser's weights under our names. Raises ValueError saying which model it is where it is another."""
+    if whole is None:
+        found = sources.read_json(path / "model_index.json").get("_class_name", "")
+        refuse_other(str(path), base_of_folder(found, {}) if found and not found.startswith("Flux") else None)
+        _, weights = sources.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
+    else:
+        prefix = next(p for p in DENOISER_PREFIXES if any(key.startswith(p) for key in whole.shapes))
+        weights = with_prefix(whole, prefix)
+    if any(key.startswith(CHROMA_MARK) for key in weights.shapes):
+        raise ValueError(f"{BASE_FLAG} {path}: this is a Chroma model, which is not supported yet; use FLUX.1")
+    if DIFFUSERS_MARK in weights.shapes:
+        return from_diffusers(weights)
+    if "double_blocks.0.img_attn.qkv.weight" not in weights.shapes:
+        names = list(weights.shapes)
+        refuse_other(str(path), base_of_file(list(whole.shapes) if whole else names, weights.shapes))
+        raise ValueError(
+            f"{BASE_FLAG} {path}: nothing in it is called double_blocks.0..., so it is no FLUX.1 transformer (first "
+            f"names: {', '.join(names[:3]) or 'none'})"
+        )
+    return weights
+
+
+def refuse_other(origin: str, found: str | None) -> None:
+    """Raise ValueError for a model of another kind that was recognised."""
+    if found is not None and found != "flux":
+        what, script = WORDS[found]
+        raise ValueError(f"{BASE_FLAG} {origin}: this is {what} model; use {script}")
+
+
+def open_clip(name: str | None, base: Path, whole: Weights | None) -> Component:
+    """CLIP-L from --clip_l, or from the base model. FLUX.1 was trained with the exact GELU in it."""
+    found = open_text_encoder("--clip_l", name, base, whole, FOLDERS["clip_l"], CLIP_PREFIXES)
+    if isinstance(found, Component):
+        return clip_of_folder(found.config, found.weights)
+    kept = {key: key for key in found.shapes if key != "logit_scale"}
+    return clip_component(selected(found, kept), "gelu")
+
+
+def open_t5(name: str | None, base: Path, whole: Weights | None) -> Component:
+    """T5-XXL from --t5xxl, or from the base model."""
+    found = open_text_encoder("--t5xxl", name, base, whole, FOLDERS["t5xxl"], (T5_MARK, ""))
+    return t5_of_folder(found.config, found.weights) if isinstance(found, Component) else t5_component(found)
+
+
+def open_text_encoder(
+    flag: str, name: str | None, base: Path, whole: Weights | None, folder: str, prefixes: tuple[str, ...]
+) -> Component | Weights:
+    """A `Component` from a folder, `Weights` without prefix from a file."""
+    if name is None:
+        if whole is None:
+            return Component(*sources.open_part(BASE_FLAG, base / folder, folder))
+        if not any(key.startswith(prefixes[0]) for key in whole.shapes):
+            raise ValueError(f"{flag} is missing: {base} has no such text encoder in it")
+        return with_prefix(whole, prefixes[0])
+    path = sources.find_model(flag, name, (("", folder),))
+    if path.is_dir():
+        inside = path if (path / "config.json").is_file() else path / folder
+        return Component(*sources.open_part(flag, inside, folder))
+    weights = sources.open_file(flag, path)
+    return with_prefix(weights, next(p for p in prefixes if not p or any(k.startswith(p) for k in weights.shapes)))
+
+
+def open_ae(name: str | None, base: Path, whole: Weights | None) -> Component:
+    """The VAE from --ae, or from the base model, in the original layout or diffusers'."""
+    if name is None and whole is None:
+        config, weights = sources.open_part(BASE_FLAG, base / FOLDERS["ae"], FOLDERS["ae"])
+        return checked_ae(BASE_FLAG, vae_of_folder(config, weights))
+    if name is None:
+        assert whole is not None
+        weights = whole
+    else:
+        path = sources.find_model("--ae", name, (("", FOLDERS["ae"]),))
+        if path.is_dir():
+            inside = path if (path / "config.json").is_file() else path / FOLDERS["ae"]
+            return checked_ae("--ae", vae_of_folder(*sources.open_part("--ae", inside, FOLDERS["ae"])))
+        weights = sources.open_file("--ae", path)
+    prefixes = VAE_PREFIXES if name is not None else VAE_PREFIXES[:-1]
+    prefix = next((p for p in prefixes if f"{p}decoder.conv_in.weight" in weights.shapes), None)
+    if prefix is None:
+        if name is None:
+            raise ValueError(f"--ae is missing: {base} has no VAE in it; give ae.safetensors")
+        first = ", ".join(list(weights.shapes)[:3]) or "none"
+        raise ValueError(f"--ae {name} is no VAE: it has no decoder.conv_in.weight (first names: {first})")
+    return checked_ae("--ae", single_vae(with_prefix(weights, prefix)))
+
+
+def checked_ae(flag: str, component: Component) -> Component:
+    """Raise ValueError where a VAE makes other latents than FLUX.1's."""
+    channels = shape_of(component.weights.shapes, "decoder.conv_in.weight")[1]
+    if channels != SPEC.channels:
+        raise ValueError(
+            f"{flag} {component.weights.origin} has {channels} latent channels, FLUX.1 needs {SPEC.channels}; use its "
+            "ae.safetensors"
+        )
+    config: Mapping[str, object] = component.config
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+    if (scale or VAE_LATENTS.scale, shift or VAE_LATENTS.shift) != (VAE_LATENTS.scale, VAE_LATENTS.shift):
+        logger.warning(
+            "%s %s is made for latents less %s, times %s; FLUX.1 takes %s and %s",
+            flag, component.weights.origin, shift, scale, VAE_LATENTS.shift, VAE_LATENTS.scale,
+        )  # fmt: skip
+    return component
+
+
+def check_fit(loader: FluxLoader) -> None:
+    """Raise ValueError where the parts do not fit together."""
+    config = loader.config
+    if config.in_features != SPEC.channels * PATCH**2:
+        raise ValueError(
+            f"{BASE_FLAG} {loader.path}: the transformer takes {config.in_features} values a patch, training feeds "
+            f"{SPEC.channels * PATCH**2}; FLUX.1 Fill, Canny, Depth and other conditioned variants are not supported"
+        )
+    for flag, component, width in (
+        ("--clip_l", loader.clip, config.pooled_width),
+        ("--t5xxl", loader.t5, config.text_width),
+    ):
+        name = "embeddings.token_embedding.weight" if flag == "--clip_l" else "shared.weight"
+        found = shape_of(component.weights.shapes, name)[1]
+        if found != width:
+            raise ValueError(
+                f"{flag} {component.weights.origin} is {found} wide, the transformer listens to {width}; it is another "
+                "encoder than FLUX.1's"
+            )

@@ -1,0 +1,56 @@
+"""The options that only FLUX.1 has."""
+
+from dataclasses import dataclass
+
+from library.options.base import Options, group, option, redeclared
+from library.options.flow import FlowPredictionOptions, FlowSamplingOptions, FlowWeightingOptions
+from library.options.reading import ReadingOptions
+from library.options.swapping import SwappingOptions
+from library.options.text_caching import TextCachingOptions
+from library.options.train import TrainOptions
+
+
+@dataclass(frozen=True)
+class FluxModelOptions(Options):
+    """The parts of the base model and what reaches the denoiser of a caption."""
+
+    clip_l: str | None = option(None, help="File or folder of the text encoder CLIP-L. Unset takes it from the base.")
+    t5xxl: str | None = option(None, help="File or folder of the text encoder T5-XXL. Unset takes it from the base.")
+    ae: str | None = option(None, help="File or folder of the VAE. Unset takes it from the base.")
+    controlnet_model_name_or_path: str | None = option(None, help="Has no effect: adapters are trained without one.")
+    t5xxl_max_token_length: int | None = option(
+        None,
+        help="Longest caption in T5's tokens; what is longer is cut. Unset is 256 for schnell and 512 otherwise.",
+    )
+    apply_t5_attn_mask: bool = option(
+        False, help="Keep T5 and the denoiser from attending to the padding behind a caption."
+    )
+    guidance_scale: float = option(
+        3.5,
+        help="Strength of guidance that the denoiser is told while it trains; schnell has no such input. 1 is what "
+        "most recipes train with.",
+    )
+    model_type: str = option(
+        "flux", help="Which model the base is. Chroma is not supported yet.", choices=("flux", "chroma")
+    )
+    split_mode: bool = option(False, help="An old name for --blocks_to_swap 18.")
+
+
+@dataclass(frozen=True)
+class FluxPredictionOptions(FlowPredictionOptions):
+    """What the output of the denoiser is compared as."""
+
+    model_prediction_type: str = redeclared(FlowPredictionOptions, "model_prediction_type", "sigma_scaled")
+
+
+@dataclass(frozen=True)
+class FluxOptions(TrainOptions):
+    """All options of flux_train_network.py."""
+
+    flux: FluxModelOptions = group(FluxModelOptions)
+    text_caching: TextCachingOptions = group(TextCachingOptions)
+    flow_sampling: FlowSamplingOptions = group(FlowSamplingOptions)
+    flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
+    flow_prediction: FluxPredictionOptions = group(FluxPredictionOptions)
+    reading: ReadingOptions = group(ReadingOptions)
+    swapping: SwappingOptions = group(SwappingOptions)

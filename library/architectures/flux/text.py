@@ -1,0 +1,48 @@
+"""Captions to the conditioning of FLUX.1: CLIP-L's pooled state, and T5-XXL's states.
+
+Letters: B captions, T T5's tokens, W width of an encoder.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from library.models.clip_tokens import ClipTokens
+from library.models.t5 import count_t5_tokens, encode_t5, tokenize_t5
+from library.types import Conditioning, Tokens
+
+
+@dataclass(frozen=True)
+class FluxText:
+    """Both encoders read the same caption; T5 reads more of it, so it is what counts how long a caption may be."""
+
+    clip: ClipTokens
+    t5_tokenizer: Any  # transformers' T5TokenizerFast
+    num_t5_tokens: int
+    masks_padding: bool  # whether T5 leaves the padding behind a caption out
+
+    @property
+    def max_tokens(self) -> int:
+        return self.num_t5_tokens - 1  # the end token is one of them
+
+    def count_tokens(self, caption: str) -> int:
+        return count_t5_tokens(self.t5_tokenizer, caption)
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """CLIP's ids (B, 1, 77), T5's ids (B, 1, T) and which of those are no padding (B, 1, T)."""
+        ids_BT, mask_BT = tokenize_t5(self.t5_tokenizer, captions, self.num_t5_tokens)
+        return Tokens((self.clip.tokenize(captions)[0], ids_BT[:, None], mask_BT[:, None]))
+
+    def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
+        """{"l_pooled": (B, W), "t5_out": (B, T, W), "t5_attn_mask": (B, T)}. Gradients flow."""
+        clip, t5 = encoders
+        clip_ids, t5_ids, mask = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
+        device = next(clip.parameters()).device
+        t5_out = encode_t5(t5, t5_ids, mask if self.masks_padding else None)
+        return {
+            "l_pooled": clip(clip_ids.to(device)).pooler_output,
+            "t5_out": t5_out,
+            "t5_attn_mask": mask.to(t5_out.device),
+        }

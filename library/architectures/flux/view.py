@@ -1,0 +1,23 @@
+"""FLUX.1 as network modules see it: module paths are the names in adapter files."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from library.models.clip import clip_body
+
+
+class ClipView(nn.Module):
+    """The layers of a CLIP text encoder under "text_model.", which adapter names have and transformers 5 dropped."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.text_model = body
+
+
+def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
+    """([CLIP-L, T5], denoiser) for `create_network` and `apply_to`; the denoiser's own paths are those of files."""
+    if not text_encoders:
+        return [], denoiser
+    clip, t5 = text_encoders
+    return [ClipView(clip_body(clip)), t5], denoiser

@@ -1,0 +1,173 @@
+"""T5 text encoders (v1.1, gated): transformers' T5EncoderModel, from files in its layout or from a folder.
+
+A `Component` of such an encoder has the module paths of transformers, the word embedding as "shared.weight" alone.
+
+Letters: B captions, T tokens, W width.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints.sources import fetch_snapshot
+from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.models.loading import Component, materialise
+from library.models.shapes import Shapes, count, shape_of
+
+logger = logging.getLogger(__name__)
+
+HUB_NAME = "google/t5-v1_1-xxl"
+TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+PREFIXES = ("text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "")  # that names may carry in files
+WORDS = ("shared.weight", "encoder.embed_tokens.weight")  # two names of one tensor; files have either or both
+DISTANCE = 128  # beyond which all positions count as equally far
+SCALE_SUFFIXES = (".scale_weight", ".weight_scale")  # of weights that were stored in fp8 with a factor each
+FP8_MARKS = ("scaled_fp8", ".scale_input", ".input_scale", *SCALE_SUFFIXES)
+
+
+def t5_component(weights: Weights) -> Component:
+    """A text encoder from a single file. Raises ValueError naming the file when it holds something else."""
+    prefix = next(p for p in PREFIXES if not p or any(key.startswith(p) for key in weights.shapes))
+    weights = unscaled(with_prefix(weights, prefix))
+    if not any(name in weights.shapes for name in WORDS) or "encoder.final_layer_norm.weight" not in weights.shapes:
+        first = ", ".join(list(weights.shapes)[:3]) or "none"
+        raise ValueError(f"{weights.origin} is no T5 encoder: it has no {WORDS[0]} or no final norm (first: {first})")
+    weights = with_one_embedding(weights)
+    return Component(configure(weights, t5_config), weights)
+
+
+def t5_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
+    """A text encoder of a diffusers folder."""
+    return Component(config, with_one_embedding(unscaled(weights)))
+
+
+def with_one_embedding(weights: Weights) -> Weights:
+    """The encoder's weights with the word embedding under one name; a decoder that is there is left out."""
+    words = next((name for name in WORDS if name in weights.shapes), None)
+    names = {key: key for key in weights.shapes if key.startswith("encoder.") and key not in WORDS}
+    return selected(weights, names if words is None else {WORDS[0]: words, **names})
+
+
+def unscaled(weights: Weights) -> Weights:
+    """Weights that were stored in fp8 with a factor each, multiplied out when they are read; others as they are."""
+    scales = {
+        key.removesuffix(suffix) + ".weight": key
+        for key in weights.shapes
+        for suffix in SCALE_SUFFIXES
+        if key.endswith(suffix)
+    }
+    shapes = {key: shape for key, shape in weights.shapes.items() if not key.endswith(FP8_MARKS)}
+
+    def read(name: str) -> Tensor:
+        tensor = weights.read(name)
+        return tensor.float() * weights.read(scales[name]).float() if name in scales else tensor
+
+    return Weights(weights.origin, shapes, read)
+
+
+def t5_config(shapes: Shapes) -> dict[str, Any]:
+    """Arguments of transformers' T5Config. Its own dropout is off: it would act wherever a module is in train mode."""
+    vocab, width = shape_of(shapes, WORDS[0])
+    buckets, num_heads = shape_of(shapes, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
+    is_gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in shapes
+    return {
+        "vocab_size": vocab,
+        "d_model": width,
+        "d_kv": shape_of(shapes, "encoder.block.0.layer.0.SelfAttention.q.weight")[0] // num_heads,
+        "d_ff": shape_of(shapes, "encoder.block.0.layer.1.DenseReluDense.wo.weight")[1],
+        "num_layers": count(shapes, r"encoder\.block\.(\d+)\."),
+        "num_heads": num_heads,
+        "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": DISTANCE,
+        "feed_forward_proj": "gated-gelu" if is_gated else "relu",
+        "layer_norm_epsilon": 1e-6,
+    }
+
+
+def empty_t5(config: Mapping[str, Any]) -> Any:
+    """transformers' T5EncoderModel on the meta device, without dropout; both names of the embedding are one module."""
+    from transformers import T5Config, T5EncoderModel
+
+    with torch.device("meta"):
+        model = T5EncoderModel(T5Config.from_dict({**config, "dropout_rate": 0.0}))
+    model.encoder.embed_tokens = model.shared  # transformers 5 makes two, and both would take memory
+    return model
+
+
+def load_t5(component: Component, dtype: torch.dtype) -> nn.Module:
+    """The encoder with its weights in `dtype`, frozen, on the CPU."""
+    model: Any = empty_t5(component.config)
+    names = {WORDS[1]: WORDS[0]} | {key: key for key in component.weights.shapes}
+    return materialise(model, selected(component.weights, names), dtype)
+
+
+def encode_t5(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """The last hidden state after the final norm, BTW; tokens where the mask is 0 are not attended to."""
+    device = next(encoder.parameters()).device
+    mask = None if mask_BT is None else mask_BT.to(device)
+    hidden_BTW: Tensor = encoder(ids_BT.to(device), attention_mask=mask).last_hidden_state
+    return hidden_BTW
+
+
+def tokenize_t5(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """(ids, mask) of shape (B, length): a caption's tokens, the end token, padding; the mask is 0 for padding."""
+    found = tokenizer(list(captions), max_length=length, padding="max_length", truncation=True, return_tensors="pt")
+    return found["input_ids"], found["attention_mask"]
+
+
+def count_t5_tokens(tokenizer: Any, caption: str) -> int:
+    """Tokens of a caption, the end token left out."""
+    return len(tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def load_t5_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int) -> Any:
+    """T5's tokenizer for an encoder that knows `num_words`.
+
+    Looked for in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
+    --tokenizer_cache_dir. Raises ValueError saying what to put where.
+    """
+    from transformers import T5TokenizerFast
+
+    folder = find_t5_tokenizer(folders, cache_dir)
+    logger.info("T5 tokenizer: %s", folder)
+    tokenizer = T5TokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= num_words:
+        raise ValueError(
+            f"the tokenizer in {folder} has ids up to {largest}, T5 knows {num_words} words: it belongs to another "
+            "model; put the right one into its place"
+        )
+    return tokenizer
+
+
+def find_t5_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path:
+    """The folder of the tokenizer, downloaded if need be."""
+    cached = Path(cache_dir).expanduser() / HUB_NAME.replace("/", "_") if cache_dir else None
+    for folder in (*folders, *([cached] if cached else [])):
+        if holds_t5_tokenizer(folder):
+            return folder
+    try:
+        downloaded = fetch_snapshot(HUB_NAME, TOKENIZER_FILES)
+    except ConnectionError as error:
+        place = cached or f"<folder>/{HUB_NAME.replace('/', '_')}"
+        raise ValueError(
+            f"T5's tokenizer is in none of {', '.join(map(str, folders))}, and {HUB_NAME} cannot be downloaded "
+            f"({error}). Put tokenizer.json (or spiece.model) of {HUB_NAME} into one of them, or into {place}"
+            f"{'' if cached else ' and give --tokenizer_cache_dir <folder>'}"
+        ) from error
+    if cached is not None:
+        cached.mkdir(parents=True, exist_ok=True)
+        for file in downloaded.iterdir():
+            shutil.copyfile(file, cached / file.name)
+    return downloaded
+
+
+def holds_t5_tokenizer(folder: Path) -> bool:
+    """Whether T5's tokenizer can be made from the files of a folder."""
+    is_t5 = (folder / "spiece.model").is_file()
+    return is_t5 or ((folder / "tokenizer.json").is_file() and not (folder / "merges.txt").is_file())

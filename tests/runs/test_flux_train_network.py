@@ -1,0 +1,152 @@
+"""flux_train_network.py on a tiny FLUX.1 model: every kind of adapter trains, saves and goes on."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.running import Finished
+from tests.tiny.flux import build_tiny_flux
+
+Train = Callable[..., Finished]
+
+
+@pytest.fixture(scope="session")
+def tiny_flux_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build_tiny_flux(tmp_path_factory.mktemp("tiny_flux"), seed=21)
+
+
+@pytest.fixture
+def arguments(tiny_flux_arguments: list[str], pictures: Path, tmp_path: Path) -> list[str]:
+    """A command line that trains three steps."""
+    return [
+        *tiny_flux_arguments, "--train_data_dir", str(pictures), "--caption_extension", ".txt", "--resolution", "64",
+        "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
+        "networks.lora_flux", "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "3", "--seed", "5",
+        "--max_data_loader_n_workers", "0", "--t5xxl_max_token_length", "32", "--model_prediction_type", "raw",
+        "--guidance_scale", "1",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def train_flux(train: Train) -> Train:
+    return partial(train, script="flux_train_network")
+
+
+def saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
+    return load_file(tmp_path / "out" / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("module", "network_args"),
+    [
+        ("networks.lora_flux", []),
+        ("networks.lora_flux", ["split_qkv=True", "rank_dropout=0.1"]),
+        ("networks.lora_flux", ["dora_wd=True", "in_dims=[2,2,2,2,2]"]),
+        ("networks.lora_flux", ["train_t5xxl=True", "use_scalar=True", "loraplus_lr_ratio=4"]),
+        ("networks.lora", ["img_mod_dim=0", "single_dim=2", "train_double_block_indices=1"]),
+        ("networks.lora_fa", ["split_qkv=True"]),
+        ("networks.dylora", ["unit=2"]),
+    ],
+    ids=str,
+)
+def test_every_kind_of_adapter_trains_and_the_same_seed_gives_the_same_bytes(
+    train_flux: Train, arguments: list[str], tmp_path: Path, module: str, network_args: list[str]
+) -> None:
+    extra = ["--network_module", module, *(["--network_args", *network_args] if network_args else [])]
+    for name in ("a", "b"):
+        done = train_flux([*arguments, *extra, "--output_name", name])
+        assert done.status == 0, done.stderr
+    a, b = saved(tmp_path, "a"), saved(tmp_path, "b")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    ups = {key: weight for key, weight in a.items() if key.endswith("lora_up.weight")}
+    assert {key.split("_")[1] for key in ups} == {"te1", "unet"} | (
+        {"te3"} if "train_t5xxl=True" in network_args else set()
+    )
+    assert all(weight.isfinite().all() and weight.abs().max() > 0 for weight in ups.values())
+
+
+def test_memory_modes_and_caches_change_nothing_but_memory(
+    train_flux: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    alone = [*arguments, "--network_train_unet_only", "--cache_latents"]
+    assert train_flux([*alone, "--output_name", "plain"]).status == 0
+    done = train_flux([*alone, "--output_name", "other", "--gradient_checkpointing", "--cache_latents_to_disk"])
+    assert done.status == 0, done.stderr
+    plain, other = saved(tmp_path, "plain"), saved(tmp_path, "other")
+    for key, weight in plain.items():
+        torch.testing.assert_close(other[key], weight, rtol=1e-4, atol=1e-6)
+    assert any((tmp_path / "data" / "2_thing").glob("*_0064x0064_flux.npz"))
+
+
+def test_schnell_trains_without_guidance_and_masks_reach_both_models(
+    train_flux: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    schnell = build_tiny_flux(tmp_path / "schnell", seed=22, layout="whole", has_guidance=False)
+    own = arguments[arguments.index("--train_data_dir") :]
+    for name, flags in (("plain", []), ("masked", ["--apply_t5_attn_mask"])):
+        done = train_flux([*schnell, *own, "--output_name", name, *flags])
+        assert done.status == 0, done.stderr
+        assert "--guidance_scale has no effect" in done.stderr
+    plain, masked = saved(tmp_path, "plain"), saved(tmp_path, "masked")
+    assert any(not torch.equal(weight, masked[key]) for key, weight in plain.items())
+    with safe_open(tmp_path / "out" / "masked.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_base_model_version"] == "flux1"
+    assert metadata["modelspec.architecture"] == "flux-1-schnell/lora"
+    assert "modelspec.prediction_type" not in metadata
+    assert metadata["ss_apply_t5_attn_mask"] == "True"
+
+
+def test_training_goes_on_from_a_split_file(train_flux: Train, arguments: list[str], tmp_path: Path) -> None:
+    split = ["--network_args", "split_qkv=True"]
+    assert train_flux([*arguments, *split]).status == 0
+    first = saved(tmp_path)
+    assert first["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"].shape == (12, 64)
+    assert float(first["lora_unet_double_blocks_0_img_attn_qkv.alpha"]) == 3
+    weights = ["--network_weights", str(tmp_path / "out" / "mine.safetensors"), "--dim_from_weights"]
+    done = train_flux([*arguments, *split, *weights, "--output_name", "more"])
+    assert done.status == 0, done.stderr
+    more = saved(tmp_path, "more")
+    assert {key: weight.shape for key, weight in more.items()} == {key: weight.shape for key, weight in first.items()}
+
+
+def test_a_preview_is_drawn(train_flux: Train, arguments: list[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat --w 64 --h 48 --s 2 --g 2.5 --d 1\n")
+    done = train_flux([*arguments, "--sample_prompts", str(prompts), "--sample_at_first"])
+    assert done.status == 0, done.stderr
+    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--model_type", "chroma"], "--model_type chroma is not supported yet"),
+        (["--blocks_to_swap", "4"], "--blocks_to_swap is not supported yet"),
+        (["--weighted_captions"], "T5 knows no weighted words"),
+        (["--network_args", "train_double_block_indices=2"], "names block 2, but the base model has 2 of them: 0 to 1"),
+        (["--clip_l", "nowhere.safetensors"], "--clip_l nowhere.safetensors does not exist"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_said_by_name(
+    train_flux: Train, arguments: list[str], extra: list[str], message: str
+) -> None:
+    done = train_flux([*arguments, *extra])
+    assert done.status == 1
+    assert message in done.stderr
+
+
+def test_another_base_model_is_recognised(
+    train_flux: Train, train: Train, arguments: list[str], tiny_sd_file: Path
+) -> None:
+    done = train_flux([*arguments, "--pretrained_model_name_or_path", str(tiny_sd_file)])
+    assert done.status == 1 and "this is an SD 1.x model; use train_network.py" in done.stderr
+    flux = arguments[1]
+    done = train([*arguments[8:26], "--pretrained_model_name_or_path", flux])
+    assert done.status == 1 and "flux_train_network.py" in done.stderr
