@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 HUB_NAME = "google/t5-v1_1-xxl"
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-PREFIXES = ("text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "")  # that names may carry in files
+T5_XXL_NAMES = ("text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "")  # that names may carry in files
 WORDS = ("shared.weight", "encoder.embed_tokens.weight")  # two names of one tensor; files have either or both
 DISTANCE = 128  # beyond which all positions count as equally far
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")  # of weights that were stored in fp8 with a factor each
@@ -32,7 +32,7 @@ FP8_MARKS = ("scaled_fp8", ".scale_input", ".input_scale", *SCALE_SUFFIXES)
 
 def t5_component(weights: Weights) -> Component:
     """A text encoder from a single file. Raises ValueError naming the file when it holds something else."""
-    prefix = next(p for p in PREFIXES if not p or any(key.startswith(p) for key in weights.shapes))
+    prefix = next(p for p in T5_XXL_NAMES if not p or any(key.startswith(p) for key in weights.shapes))
     weights = unscaled(with_prefix(weights, prefix))
     if not any(name in weights.shapes for name in WORDS) or "encoder.final_layer_norm.weight" not in weights.shapes:
         first = ", ".join(list(weights.shapes)[:3]) or "none"

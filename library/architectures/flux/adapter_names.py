@@ -1,0 +1,65 @@
+"""The modules of FLUX.1 under the three names that adapter files give them."""
+
+from collections.abc import Iterator
+
+from library.architectures.flux.keys import STACKS, TOP, sources
+from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
+
+NUM_BLOCKS = {"double_blocks": 19, "single_blocks": 38}
+QKV_SHARES = (1, 1, 1)
+LINEAR1_SHARES = (1, 1, 1, 4)  # the MLP is four times as wide as the model
+NUM_CLIP_LAYERS, NUM_T5_BLOCKS = 12, 24
+CLIP_LAYER = (*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
+T5_BLOCK = (
+    *(f"layer.0.SelfAttention.{name}" for name in ("q", "k", "v", "o")),
+    *(f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")),
+)
+
+
+def denoiser_paths() -> Iterator[str]:
+    """Path of every Linear layer, in the order of the checkpoint."""
+    yield from TOP
+    for stack, _, layers in STACKS:
+        for number in range(NUM_BLOCKS[stack]):
+            yield from (f"{stack}.{number}.{layer}" for layer in layers if not layer.endswith("_norm"))
+
+
+def denoiser_module(path: str) -> ModuleNames:
+    found = sources(path)
+    shares = LINEAR1_SHARES if path.endswith(".linear1") else QKV_SHARES
+    whole = f"transformer.{found[0]}"
+    pieces = tuple(Piece(f"transformer.{name}", share) for name, share in zip(found, shares, strict=False))
+    return ModuleNames(
+        kohya=f"lora_unet_{path.replace('.', '_')}",
+        generic=f"diffusion_model.{path}",
+        diffusers=whole if len(found) == 1 else pieces,
+    )
+
+
+def clip_module(path: str) -> ModuleNames:
+    """diffusers writes and reads "text_model." in files, whether the loaded model has that level or not."""
+    return ModuleNames(
+        kohya=f"lora_te1_text_model_{path.replace('.', '_')}",
+        generic=f"text_encoders.clip_l.transformer.text_model.{path}",
+        diffusers=f"text_encoder.text_model.{path}",
+        aliases=(f"text_encoder.{path}",),
+    )
+
+
+def t5_module(path: str) -> ModuleNames:
+    return ModuleNames(
+        kohya=f"lora_te3_{path.replace('.', '_')}",
+        generic=f"text_encoders.t5xxl.transformer.{path}",
+        diffusers=f"text_encoder_2.{path}",
+        aliases=(f"lora_te2_{path.replace('.', '_')}",),
+    )
+
+
+NAMES = BaseNames(
+    "flux",
+    (
+        *map(denoiser_module, denoiser_paths()),
+        *(clip_module(f"encoder.layers.{n}.{name}") for n in range(NUM_CLIP_LAYERS) for name in CLIP_LAYER),
+        *(t5_module(f"encoder.block.{n}.{name}") for n in range(NUM_T5_BLOCKS) for name in T5_BLOCK),
+    ),
+)

@@ -1,0 +1,125 @@
+"""Names and shapes of full-size FLUX.1 files are a contract: the four files, in every layout they come in."""
+
+import gzip
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from library.architectures.flux.keys import from_diffusers, our_keys, source_keys
+from library.architectures.flux.load import CLIP_PREFIXES, checked_ae, denoiser_of, empty_flux
+from library.architectures.flux.model import read_config
+from library.checkpoints.weights import Weights, with_prefix
+from library.models.clip import clip_component, empty_clip
+from library.models.t5 import T5_XXL_NAMES, empty_t5, t5_component
+from library.models.vae import empty_vae, single_vae
+
+FACTS: Mapping[str, Any] = json.loads(gzip.decompress((Path(__file__).parent / "data" / "flux1.json.gz").read_bytes()))
+COUNTS = {"dit": 780, "ae": 244, "clip_l": 196, "t5xxl": 220}
+
+
+def shapes_of(part: str) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape) for name, shape in FACTS["components"][part].items()}
+
+
+def opened(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
+    """A checkpoint as if it had been opened; its values are on the meta device."""
+    return Weights("file", shapes, lambda name: torch.empty(shapes[name], device="meta"))
+
+
+def flux_shapes(config_of: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    model = empty_flux(read_config(config_of))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def test_the_inventory_is_whole() -> None:
+    assert {part: len(names) for part, names in FACTS["components"].items()} == COUNTS
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("kind", ["dev", "schnell"])
+def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str, kind: str) -> None:
+    expected = shapes_of("dit")
+    if kind == "schnell":
+        expected = {name: shape for name, shape in expected.items() if not name.startswith("guidance_in.")}
+    weights = denoiser_of(Path("file"), opened({prefix + name: shape for name, shape in expected.items()}))
+    assert flux_shapes(weights.shapes) == expected == dict(weights.shapes)
+    num_values = sum(torch.Size(shape).numel() for shape in expected.values())
+    assert num_values == {"dev": 11_901_408_320, "schnell": 11_891_178_560}[kind]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["denoiser first", "other parts first"])
+def test_a_file_of_all_parts_gives_its_denoiser(first: bool) -> None:
+    dit = {f"model.diffusion_model.{name}": shape for name, shape in shapes_of("dit").items()}
+    other = {f"vae.{name}": shape for name, shape in shapes_of("ae").items()}
+    weights = denoiser_of(Path("file"), opened({**dit, **other} if first else {**other, **dit}))
+    assert dict(weights.shapes) == shapes_of("dit")
+
+
+def test_pruned_models_load() -> None:
+    shapes = {
+        name: shape
+        for name, shape in shapes_of("dit").items()
+        if not name.startswith("double_blocks") or int(name.split(".")[1]) < 5
+    }
+    assert flux_shapes(shapes) == shapes
+
+
+def test_diffusers_names_are_those_of_the_map_piece_by_piece() -> None:
+    pieces: dict[str, dict[int, str]] = {}
+    for theirs, (ours, piece) in FACTS["diffusers"].items():
+        pieces.setdefault(ours, {})[piece] = theirs
+    assert len(pieces) == COUNTS["dit"]
+    for ours, found in pieces.items():
+        assert source_keys(ours) == tuple(found[piece] for piece in sorted(found)), ours
+    assert set(our_keys(FACTS["diffusers"])) == set(pieces)
+
+
+def test_the_diffusers_layout_gives_our_shapes() -> None:
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        theirs = FluxTransformer2DModel(guidance_embeds=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    assert dict(from_diffusers(opened(shapes)).shapes) == shapes_of("dit")
+
+
+@pytest.mark.parametrize("prefix", ["", CLIP_PREFIXES[0]])
+@pytest.mark.parametrize(
+    "extra", [{}, {"text_projection.weight": (768, 768), "text_model.embeddings.position_ids": (1, 77)}]
+)
+def test_clip_l_loads_with_every_prefix(prefix: str, extra: dict[str, tuple[int, ...]]) -> None:
+    shapes = {prefix + name: shape for name, shape in {**shapes_of("clip_l"), **extra}.items()}
+    component = clip_component(with_prefix(opened(shapes), prefix), "gelu")
+    model = empty_clip(component.config)
+    wanted = {
+        f"text_model.{name.removeprefix('text_model.')}": tuple(t.shape) for name, t in model.state_dict().items()
+    }
+    assert wanted == shapes_of("clip_l")
+    assert (component.config["hidden_act"], component.config["num_attention_heads"]) == ("gelu", 12)
+
+
+@pytest.mark.parametrize("prefix", T5_XXL_NAMES)
+@pytest.mark.parametrize("words", ["both", "shared.weight", "encoder.embed_tokens.weight"])
+def test_t5_loads_with_either_name_of_its_embedding_and_every_prefix(prefix: str, words: str) -> None:
+    kept = {
+        name: shape
+        for name, shape in shapes_of("t5xxl").items()
+        if words == "both" or name == words or name not in ("shared.weight", "encoder.embed_tokens.weight")
+    }
+    component = t5_component(opened({prefix + name: shape for name, shape in kept.items()}))
+    model = empty_t5(component.config)
+    assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == shapes_of("t5xxl")
+    assert component.config["num_heads"] == component.config["d_kv"] == 64
+    assert model.encoder.embed_tokens is model.shared
+
+
+def test_the_vae_of_ae_safetensors_is_diffusers_without_quant_convs() -> None:
+    component = checked_ae("--ae", single_vae(opened(shapes_of("ae"))))
+    model = empty_vae(component.config)
+    assert len(model.state_dict()) == COUNTS["ae"]
+    for name, tensor in model.state_dict().items():
+        assert tensor.numel() == torch.Size(component.weights.shapes[name]).numel(), name

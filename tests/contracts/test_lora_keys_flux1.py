@@ -1,0 +1,120 @@
+"""Keys and shapes of FLUX.1 adapter files, which other programs rely on, at full size."""
+
+import gzip
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from library.architectures.flux.load import empty_flux
+from library.architectures.flux.model import FluxConfig
+from library.architectures.flux.view import view
+from library.models.clip import empty_clip
+from library.models.t5 import empty_t5
+from networks.core.files import file_tensors
+from networks.core.protocol import adopt
+from networks.lora_flux import create_network, create_network_from_weights
+
+FACTS: Mapping[str, Any] = json.loads(
+    gzip.decompress((Path(__file__).parent / "data" / "lora_keys_flux1.json.gz").read_bytes())
+)
+DEV = FluxConfig(64, 3072, 128, 12288, 4096, 768, 19, 38, has_guidance=True)
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+T5_XXL = {
+    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+Models = tuple[list[nn.Module], nn.Module]
+
+
+def full_size(config: FluxConfig) -> Models:
+    """Text encoders and denoiser as network modules see them, without weights."""
+    return view([empty_clip(CLIP_L), empty_t5(T5_XXL)], empty_flux(config))
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    return full_size(DEV)
+
+
+def shapes_of(models: Models, text: bool = True, unet: bool = True, **args: str) -> dict[str, list[int]]:
+    """Of what is saved."""
+    with torch.device("meta"):
+        network = create_network(1.0, 4, 1, None, *models, **args)
+        adopt(network).apply_to(*models, text, unet)
+        network.remove()
+        return {key: list(tensor.shape) for key, tensor in tensors_of(network).items()}
+
+
+def tensors_of(network: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{leaf}": tensor
+        for name, adapter in network.adapters.items()
+        for leaf, tensor in file_tensors(adapter).items()
+    }
+
+
+def test_the_default_has_1128_keys(models: Models) -> None:
+    assert shapes_of(models) == FACTS["default"]
+    assert len(FACTS["default"]) == 1128
+
+
+@pytest.mark.parametrize("name", FACTS["variants"])
+def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(models: Models, name: str) -> None:
+    variant = FACTS["variants"][name]
+    kept = {key: shape for key, shape in FACTS["default"].items() if key not in variant["removed"]}
+    expected = {**kept, **variant["changed"], **variant["added"]}
+    got = shapes_of(models, variant["train_text_encoder"], variant["train_unet"], **variant["network_args"])
+    assert got == expected
+    assert len(got) == variant["num_keys"]
+
+
+def test_schnell_has_no_guidance_to_adapt() -> None:
+    schnell = full_size(replace(DEV, has_guidance=False))
+    assert shapes_of(schnell) == FACTS["default"]
+    variant = FACTS["schnell_in_dims"]
+    assert shapes_of(schnell, **variant["network_args"]) == {**FACTS["default"], **variant["added"]}
+
+
+def test_split_double_blocks_are_plain_files_of_three_times_the_rank(models: Models) -> None:
+    """sd-scripts cannot build them; the shapes follow from those that it can."""
+    single = FACTS["variants"]["split_qkv=True train_blocks=single"]["changed"]
+    expected = {**FACTS["default"], **single}
+    for key, shape in FACTS["default"].items():
+        if "attn_qkv.lora_down" in key:
+            expected[key] = [12, shape[1]]
+        elif "attn_qkv.lora_up" in key:
+            expected[key] = [shape[0], 12]
+    assert shapes_of(models, split_qkv="true") == expected
+
+
+def test_a_network_from_a_file_has_the_keys_of_the_file(models: Models) -> None:
+    t5 = FACTS["variants"]["train_t5xxl=True"]
+    embedders = FACTS["variants"]["in_dims=[5,6,7,8,9]"]
+    for shapes in ({**FACTS["default"], **t5["added"]}, {**FACTS["default"], **embedders["added"]}):
+        file = {key: torch.ones(()) if not s else torch.empty(s, device="meta") for key, s in shapes.items()}
+        with torch.device("meta"):
+            network, _ = create_network_from_weights(1.0, "file", None, *models, file)
+        assert {key: list(tensor.shape) for key, tensor in tensors_of(network).items()} == shapes
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            {"in_dims": "[4,4,4,4]"},
+            "in_dims has 4 entries; it needs 5: img_in, time_in, vector_in, guidance_in, txt_in",
+        ),
+        ({"train_double_block_indices": "19"}, "names block 19, but the base model has 19 of them: 0 to 18"),
+        ({"train_single_block_indices": "0-38"}, "names block 38, but the base model has 38 of them"),
+    ],
+)
+def test_what_flux_does_not_have_is_an_error(models: Models, args: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        shapes_of(models, **args)
+    assert message in str(error.value)

@@ -1,0 +1,109 @@
+"""Saved FLUX.1 adapters in diffusers' own transformer and pipeline format, on the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.architectures.flux.adapter_names import NAMES
+from library.architectures.flux.model import patchify
+from networks import dylora, lora, lora_fa, lora_flux
+from networks.core.adapter_file import adapter_tensors, parse_adapter, read_adapter_file
+from networks.core.renaming import rename
+from tests.contracts.test_lora_keys_flux1 import FACTS
+from tests.parity.test_flux_model import inputs, oracle, oracle_output
+from tests.tiny.flux import tiny_flux
+from tests.tolerances import FLOAT32_DEEP
+from tests.unit.networks.toy import randomize
+
+DOORS = {"lora_flux": lora_flux, "lora": lora, "lora_fa": lora_fa, "dylora": dylora}
+
+
+def trained_file(door: Any, path: Path, arguments: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """Save an adapter with random weights; gives the prediction without and with it."""
+    model = tiny_flux(7)
+    values = [value.detach() for value in inputs(6, 10)]
+    base = model(*values)
+    network = door.create_network(1.0, 4, 2, None, [], model, **arguments)
+    randomize(network, 3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(0.3)
+    network.apply_to([], model, False, True)
+    network.eval()
+    network.save_weights(str(path), None, {})
+    return patchify(base), patchify(model(*values))
+
+
+@pytest.mark.parametrize(
+    ("door", "arguments"),
+    [
+        ("lora_flux", {}),
+        ("lora_flux", {"split_qkv": "True"}),
+        ("lora", {"train_blocks": "single", "use_scalar": "True"}),
+        ("lora_fa", {"split_qkv": "True"}),
+        ("dylora", {"unit": "2"}),
+    ],
+    ids=str,
+)
+def test_diffusers_loads_our_file_and_predicts_the_same(door: str, arguments: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "ours.safetensors"
+    base, expected = trained_file(DOORS[door], path, arguments)
+    assert (expected - base).abs().max() > 0.01
+    theirs = oracle(tiny_flux(7))
+    renamed = rename(read_adapter_file(path), NAMES, "diffusers").file  # diffusers' own renaming knows 3072 alone
+    theirs.load_lora_adapter(adapter_tensors(renamed), prefix="transformer")
+    values = [value.detach() for value in inputs(6, 10)]
+    torch.testing.assert_close(oracle_output(theirs, *values), expected, **FLOAT32_DEEP)
+
+
+def test_our_diffusers_names_are_what_diffusers_makes_of_our_file(tmp_path: Path) -> None:
+    """At full size, at rank 1: every module, key by key and value by value."""
+    from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+
+    generator = torch.Generator().manual_seed(1)
+    tensors: dict[str, Tensor] = {}
+    for key, shape in FACTS["default"].items():
+        if key.startswith("lora_unet"):
+            tensors[key] = torch.full((), 2.0) if not shape else torch.randn(shape, generator=generator)
+    theirs = _convert_kohya_flux_lora_to_diffusers(dict(tensors))
+    ours = adapter_tensors(rename(parse_adapter(tensors, {}, "file"), NAMES, "diffusers").file)
+    assert ours.keys() == {key for key in theirs if key.startswith("transformer.")}
+    for path in {key.rpartition(".lora_")[0] for key in ours}:
+        product = ours[f"{path}.lora_B.weight"][:64] @ ours[f"{path}.lora_A.weight"]
+        their_product = theirs[f"{path}.lora_B.weight"][:64] @ theirs[f"{path}.lora_A.weight"]
+        torch.testing.assert_close(product, their_product, **FLOAT32_DEEP)
+
+
+def test_merged_weights_predict_what_the_adapter_did(tmp_path: Path) -> None:
+    """DoRA and adapted embedders, which diffusers does not load, against weights that are added up."""
+    path = tmp_path / "ours.safetensors"
+    _, expected = trained_file(lora_flux, path, {"dora_wd": "True", "in_dims": "[2,2,2,2,2]", "split_qkv": "True"})
+    model = tiny_flux(7)
+    network, weights = lora_flux.create_network_from_weights(1.0, str(path), None, [], model, for_inference=True)
+    network.merge_to([], model, weights, torch.float32, "cpu")
+    values = [value.detach() for value in inputs(6, 10)]
+    torch.testing.assert_close(patchify(model(*values)), expected, **FLOAT32_DEEP)
+
+
+def test_blocks_with_adapters_compile_without_a_break_in_the_graph() -> None:
+    model = tiny_flux(7)
+    network = lora_flux.create_network(1.0, 4, 2, None, [], model)
+    randomize(network, 3)
+    network.apply_to([], model, False, True)
+    network.eval()
+    values = [value.detach() for value in inputs(6, 10)]
+    expected = model(*values)
+    for block in (*model.double_blocks, *model.single_blocks):
+        block.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(model(*values), expected, **FLOAT32_DEEP)
+
+
+def test_lycoris_finds_the_blocks_by_their_class_names() -> None:
+    lycoris = pytest.importorskip("lycoris.kohya")
+    model = tiny_flux(7)
+    network: Any = lycoris.create_network(1.0, 4, 2, None, [], model, algo="lora", preset="attn-mlp")
+    ours = lora_flux.create_network(1.0, 4, 2, None, [], model)
+    assert {module.lora_name for module in network.unet_loras} == set(ours.adapters)
