@@ -23,6 +23,7 @@ NOT_YET: Mapping[str, str] = {
     "fp8_base": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",
     "fp8_base_unet": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",
     "blocks_to_swap": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",
+    "split_mode": "it is an old name for --blocks_to_swap 18; leave it out",
     "cpu_offload_checkpointing": "use --gradient_checkpointing alone",
     "torch_compile": "leave it out; the models run uncompiled",
     "fused_backward_pass": "leave it out",

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from library.options.support import NOT_YET, unsupported
-from library.options.text_caching import TextCachingOptions
 from library.options.train import TrainOptions
 from library.training.config_file import read_config
 from library.training.prompts import LINE_OPTIONS
@@ -150,8 +149,7 @@ def test_wrong_command_is_noticed(command: str) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_named_in_the_text_exist(page: Path) -> None:
     known = {*FLAGS_OF_OTHERS, *(f"--{letters}" for letters in LINE_OPTIONS)}
-    known |= {f"--{name}" for name in TextCachingOptions.defaults()}  # of models that can cache text
-    for module in ("train_network", *(f"tools.{name}" for name in TOOLS)):
+    for module in ("train_network", "flux_train_network", *(f"tools.{name}" for name in TOOLS)):
         known |= set(importlib.import_module(module).setup_parser()._option_string_actions)
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     code = [part for part in INLINE_CODE.findall(text) if not part.startswith(("python3 ", "ruff ", "mypy "))]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from library.architectures.flux.options import FluxModelOptions
 from library.options.base import group
 from library.options.support import DDP, DEEPSPEED, NOT_YET, unsupported, without_effect
 from library.options.swapping import SwappingOptions
@@ -29,6 +30,7 @@ class AllOptions(TrainOptions):
     """With the groups that only some of the scripts have."""
 
     swapping: SwappingOptions = group(SwappingOptions)
+    flux: FluxModelOptions = group(FluxModelOptions)
 
 
 def made(**values: Any) -> TrainOptions:
