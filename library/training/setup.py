@@ -260,6 +260,7 @@ def encode_frozen(
     captions: Sequence[str],
 ) -> Conditioning:
     """What frozen text encoders make of captions, adapters that do not train included, their dropout off."""
+    assert text_encoders, "the text encoders have left memory, batches carry their cached outputs"
     network.module.eval()
     try:
         with autocast():
