@@ -33,6 +33,7 @@ from library.data.samples import Sample
 from library.data.scan import few
 from library.data.threads import in_blocks
 from library.options.caching import CachingOptions
+from library.processes import ALONE, Processes, launched_rank
 from library.randomness import generator_for
 
 logger = logging.getLogger(__name__)
@@ -75,15 +76,23 @@ class Found:
 
 
 def cache_latents(
-    training_set: TrainingSet, encode: Encode, vae_identity: str, options: CachingOptions, seed: int
+    training_set: TrainingSet,
+    encode: Encode,
+    vae_identity: str,
+    options: CachingOptions,
+    seed: int,
+    processes: Processes = ALONE,
 ) -> None:
     """Encode what is not cached yet and let the training set draw latents in place of pixels.
 
     Each picture's posterior sample is drawn with its own generator, so it does not depend on batches or on what was
     cached. Entries on disk that are not true any more are made again, alone; see `latent_files.judge`. An interrupted
-    run finds what it wrote. Raises ValueError naming a picture that cannot be read or that the VAE turns into NaN.
+    run finds what it wrote. Several processes share the work out, and pass latents that are to stay in memory on in a
+    temporary folder. Raises ValueError naming a picture that cannot be read or that the VAE turns into NaN.
     """
     jobs = plan_jobs(training_set, options.cache_latents_to_disk)
+    if processes.count > 1:
+        jobs = passed_on(jobs, processes.shared_folder("latents"), training_set.spec)
     files: dict[int, LatentFile] = {}
     memory: dict[int, Latents] = {}
     pending = [job for job in jobs if job.file is None]
@@ -94,13 +103,26 @@ def cache_latents(
         for job, file in usable:
             files.update((user, file) for user in job.users)
         pending += stale
-    for job, latents in encoded(pending, encode, vae_identity, options.vae_batch_size, seed, training_set, entries):
+        processes.wait_for_all("checking the latent cache")  # so that all share out the same list
+    share = pending[processes.rank :: processes.count]
+    for job, latents in encoded(share, encode, vae_identity, options.vae_batch_size, seed, training_set, entries):
         if job.file is None:
             memory.update((user, latents) for user in job.users)
-        else:
-            files.update((user, job.file) for user in job.users)
+    files.update((user, job.file) for job in pending if job.file is not None for user in job.users)
     entries.write()
+    processes.wait_for_all("caching latents")
     training_set.use_latents(files, memory)
+
+
+def passed_on(jobs: Sequence[Job], folder: str, spec: LatentSpec) -> list[Job]:
+    """The jobs, those whose latents would stay in memory with files in `folder`."""
+    passed = []
+    for number, job in enumerate(jobs):
+        if job.file is None:
+            file = file_of(job.sample, spec)
+            job = replace(job, file=replace(file, path=os.path.join(folder, f"{number}{spec.cache_suffix}")))
+        passed.append(job)
+    return passed
 
 
 def plan_jobs(training_set: TrainingSet, to_disk: bool) -> list[Job]:
@@ -240,7 +262,7 @@ def encoded(
     # One thread: entries of two sizes may share a file. What is encoded is written even if the run is interrupted.
     with (
         ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
-        tqdm(total=len(jobs), desc="caching latents…", smoothing=0) as bar,
+        tqdm(total=len(jobs), desc="caching latents…", smoothing=0, disable=launched_rank() != 0) as bar,
     ):
         writes: deque[Future[None]] = deque()
         for batch, decoded in decoded_ahead(batches, max(1, training_set.num_workers)):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from library.options.console import ConsoleOptions
+from library.processes import launched_rank
 
 
 class PlainFormatter(logging.Formatter):
@@ -36,7 +37,7 @@ def setup_logging(options: ConsoleOptions) -> None:
     handler = build_handler(options)
     handler.set_name(name)
     root.addHandler(handler)
-    root.setLevel(level_of(options))
+    root.setLevel(level_of(options) if launched_rank() == 0 else max(level_of(options), logging.ERROR))
 
 
 def level_of(options: ConsoleOptions) -> int:
@@ -52,6 +53,10 @@ def build_handler(options: ConsoleOptions) -> logging.Handler:
     """The handler that writes to the file, the terminal or the pipe."""
     handler: logging.Handler
     lines = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%d %H:%M:%S")
+    if launched_rank() != 0:  # the main process says what all would say; of the others only errors are news
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(f"process {launched_rank()}: %(levelname)s %(message)s"))
+        return handler
     if options.console_log_file:
         path = Path(options.console_log_file)
         path.parent.mkdir(parents=True, exist_ok=True)

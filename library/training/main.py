@@ -50,10 +50,11 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     """Set the run up and train it."""
     from library.data.dataset import NoDataFound
     from library.data.debug import show_batches
+    from library.processes import of_accelerator
     from library.training import setup
     from library.training.dry_run import try_largest_batch, without_writing
+    from library.training.hub import check_repository
     from library.training.out_of_memory import explained
-    from library.training.processes import of_accelerator
     from library.training.resume import find_state
 
     if options.faults.dry_run:
@@ -62,6 +63,8 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     accelerator = setup.open_accelerator(options)
     processes = of_accelerator(accelerator)
     facts = find_state(options, processes.is_main)
+    if processes.is_main:
+        check_repository(options.hub)
     seed = setup.choose_seed(options.run.seed, processes, facts)
     try:
         training_set = setup.open_training_set(options, arch, seed, processes.count)

@@ -9,17 +9,22 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from library.processes import launched_rank
 from library.training.plan import Plan
 
 
 def announce(text: str) -> None:
-    """Write a line to standard output at once; front ends look for these lines."""
+    """Write a line to standard output at once; front ends look for these lines. Only the main process writes."""
+    if launched_rank() != 0:
+        return
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding) + "\n")
     sys.stdout.flush()
 
 
-def announce_run(plan: Plan, num_train_images: int, num_reg_images: int, batch_sizes: Sequence[int]) -> None:
+def announce_run(
+    plan: Plan, num_train_images: int, num_reg_images: int, batch_sizes: Sequence[int], accumulation: int
+) -> None:
     """The block that tells the size of the run."""
     announce("running training / 学習開始")
     announce(f"  num train images * repeats / 学習画像の数×繰り返し回数: {num_train_images}")
@@ -28,7 +33,7 @@ def announce_run(plan: Plan, num_train_images: int, num_reg_images: int, batch_s
     announce(f"  num batches per epoch / 1epochのバッチ数: {plan.num_batches}")
     announce(f"  num epochs / epoch数: {plan.num_epochs}")
     announce(f"  batch size per device / バッチサイズ: {', '.join(str(size) for size in batch_sizes)}")
-    announce(f"  gradient accumulation steps / 勾配を合計するステップ数 = {plan.accumulation}")
+    announce(f"  gradient accumulation steps / 勾配を合計するステップ数 = {accumulation}")
     announce(f"  total optimization steps / 学習ステップ数: {plan.max_train_steps}")
 
 

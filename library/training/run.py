@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from library.architectures.interface import Architecture
 from library.data.dataset import TrainingSet
 from library.options.train import TrainOptions
+from library.processes import Processes
 from library.training.conditioning import CaptionMemo
 from library.training.lr_schedules import Schedule
 from library.training.optimizers import BuiltOptimizer
 from library.training.plan import Plan
-from library.training.processes import Processes
 from networks.core.protocol import AdoptedNetwork
 
 Autocast = Callable[[], AbstractContextManager[Any]]

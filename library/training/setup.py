@@ -22,6 +22,7 @@ from library.data.dataset import TrainingSet
 from library.data.identity import dataset_identity
 from library.memory.devices import place, release_memory
 from library.options.train import TrainOptions
+from library.processes import Processes
 from library.randomness import stream_seed
 from library.training.conditioning import CaptionMemo
 from library.training.hub import Uploads
@@ -31,7 +32,6 @@ from library.training.network import network_keywords, open_network
 from library.training.optimizers import build_optimizer
 from library.training.plan import Plan
 from library.training.preview import Previews, texts_of, wanted_prompts
-from library.training.processes import Processes
 from library.training.progress import Progress
 from library.training.report import announce_run
 from library.training.resume import recorded_options, report_differences, starting_step
@@ -114,12 +114,15 @@ def prepare(
     Raises ValueError for settings that only show here to be wrong, such as a network argument.
     """
     save_dtype(options.saving.save_precision)
-    device = accelerator.device
+    device = processes.device
     dtype = DTYPES[options.precision.mixed_precision]
     autocast: Autocast = nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)
 
+    plan = Plan.build(options.run, training_set.num_batches, processes.count)
+    progress = Progress(starting_step(options, plan, facts))
     prompts = wanted_prompts(options, arch) if processes.is_main else []
-    vae = prepare_vae(options, arch, seed, training_set, device)
+
+    vae = prepare_vae(options, arch, seed, training_set, processes)
     release_memory(options.memory.highvram)
     text = prepare_text(options, arch, training_set, device, autocast, texts_of(prompts), processes)
     release_memory(options.memory.highvram)
@@ -132,7 +135,6 @@ def prepare(
     trains_text_encoder = trains_text_encoders(options)
     prepare_gradient_checkpointing(options, models, network, trains_text_encoder)
 
-    plan = Plan.build(options.run, training_set.num_batches, processes.count)
     groups, names = network.parameter_groups(
         options.network.text_encoder_lr, options.network.unet_lr, options.optimizer.learning_rate
     )
@@ -161,14 +163,18 @@ def prepare(
         scaler=gradient_scaler(options, device),
         group_names=group_names(names, len(groups), options),
     )
-    progress = Progress()
     writer = build_writer(run, progress)
-    progress.step = starting_step(options, plan, facts)
     if facts is not None:
         go_on(run, progress, facts)
     if processes.is_main:
         start_trackers(accelerator, options)
-        announce_run(plan, training_set.num_train_images, training_set.num_reg_images, training_set.batch_sizes)
+        announce_run(
+            plan,
+            training_set.num_train_images,
+            training_set.num_reg_images,
+            training_set.batch_sizes,
+            options.run.gradient_accumulation_steps,
+        )
     charts = Charts(accelerator)
     return Prepared(run, progress, writer, charts, Previews.build(run, charts, prompts, text.prompts))
 
@@ -198,9 +204,10 @@ def dataset_of(training_set: TrainingSet) -> dict[str, Any]:
 
 
 def prepare_vae(
-    options: TrainOptions, arch: Architecture, seed: int, training_set: TrainingSet, device: torch.device
+    options: TrainOptions, arch: Architecture, seed: int, training_set: TrainingSet, processes: Processes
 ) -> nn.Module | None:
     """The VAE on the device, or None where it has encoded every picture already and may leave memory."""
+    device = processes.device
     vae = place(arch.load.vae(), device)
     if not options.caching.cache_latents:
         return vae
@@ -209,7 +216,7 @@ def prepare_vae(
         with torch.no_grad():
             return arch.codec.encode(vae, pixels_BCHW.to(device), generators).float().cpu()
 
-    cache_latents(training_set, encode, identity_of(vae), options.caching, seed)
+    cache_latents(training_set, encode, identity_of(vae), options.caching, seed, processes)
     return None
 
 
@@ -314,7 +321,7 @@ def build_writer(run: Run, progress: Progress) -> Writer:
         optimizer=run.optimizer.name,
         has_relative_step=run.optimizer.has_relative_step,
         network_args=network_keywords(options.network),
-        datasets=training_set.metadata(options),
+        datasets=training_set.metadata(options, run.processes.count),
     )
     executor = ThreadPoolExecutor(1, thread_name_prefix="hash")
     base_files = executor.submit(base_file_metadata, options)

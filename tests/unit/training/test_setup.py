@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from library.options.train import TrainOptions
-from library.training.processes import Processes
+from library.processes import Processes
 from library.training.setup import allow_fp16_gradients, choose_seed, group_names, identity_of, trains_text_encoders
 
 

@@ -5,7 +5,11 @@ process computes its share of the window, and the gradients are added up in one 
 process that accumulates N times as many batches: the same batches, noise, steps and learning rates.
 """
 
+import atexit
 import logging
+import os
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,6 +51,11 @@ class Processes:
         return self.rank == 0
 
     @property
+    def is_local_main(self) -> bool:
+        """Whether this is the first process of its machine."""
+        return self.local_rank == 0
+
+    @property
     def machine(self) -> int:
         """The number of this machine, where each runs equally many processes."""
         return self.rank // self.local_count
@@ -59,14 +68,17 @@ class Processes:
             self.store.set("seed", str(seed))
         return int(self.store.get("seed"))
 
-    def share_folder(self, folder: str | None) -> str:
-        """A folder that one process of this machine made, for all processes of the machine."""
-        if self.store is None:
-            assert folder is not None
-            return folder
-        if folder is not None:
-            self.store.set(f"folder/{self.machine}", folder)
-        return self.store.get(f"folder/{self.machine}").decode()
+    def shared_folder(self, what: str) -> str:
+        """A temporary folder for all processes of this machine, gone when the run ends."""
+        key = f"folder/{what}/{self.machine}"
+        if self.is_local_main:
+            folder = tempfile.mkdtemp(prefix=f"{what}-")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            if self.store is None:
+                return folder
+            self.store.set(key, folder)
+        assert self.store is not None
+        return self.store.get(key).decode()
 
     def wait_for_all(self, what: str) -> None:
         """Return once every process has come to `what`, each of which has its own name.
@@ -107,6 +119,14 @@ class Processes:
         for parameter, total, is_used in zip(parameters, sums, is_there, strict=False):
             parameter.grad = total.view_as(parameter).to(parameter.dtype) if is_used else None
         return shared.clone(), is_there[-1]
+
+
+ALONE = Processes()
+
+
+def launched_rank() -> int:
+    """The number of this process as its launcher says, before anything is set up; 0 for the main one."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def of_accelerator(accelerator: Any) -> Processes:

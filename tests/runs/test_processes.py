@@ -1,0 +1,114 @@
+"""Several processes train as one process that accumulates as many batches more."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.checkpoints.files import load_state_dict, read_metadata
+from tests.running import ROOT, Finished, make_pictures
+
+Train = Callable[..., Finished]
+
+
+def launch_two(arguments: list[str], count: int = 2) -> Finished:
+    """`accelerate launch --multi_gpu --num_processes 2` on the CPU, where gloo carries the gradients."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count),
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        str(ROOT / "train_network.py"), *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, timeout=300, env=environment)
+    return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@pytest.fixture
+def arguments(base_arguments: list[str], tmp_path: Path) -> list[str]:
+    """Nine batches an epoch, so that the last window has one batch for two processes."""
+    make_pictures(tmp_path / "data" / "1_more", 6, seed=1)
+    return [*base_arguments, "--max_train_epochs", "2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_doubled_accumulation(train: Train, arguments: list[str], tmp_path: Path) -> None:
+    """Sums of float32 gradients in another order: weights agree to 1e-6 of the largest after ten steps."""
+    random = ["--shuffle_caption", "--flip_aug", "--network_dropout", "0.1", "--network_args", "module_dropout=0.2"]
+    words = [*arguments, *random, "--cache_latents"]
+    words.remove("--flip_aug")
+    two = launch_two([*words, "--save_state", "--logging_dir", str(tmp_path / "logs")])
+    assert two.status == 0, two.stderr
+    one = train([*words, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")])
+    assert one.status == 0, one.stderr
+    first = load_state_dict(tmp_path / "out" / "mine.safetensors")
+    second = load_state_dict(tmp_path / "one" / "mine.safetensors")
+    assert first.keys() == second.keys()
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-6 * float(second[key].abs().max()) + 1e-9)
+    assert two.losses == one.losses
+    assert "steps: 100%" in two.stderr and "10/10" in two.stderr
+    assert two.stdout.count("running training") == 1
+    metadata = read_metadata(tmp_path / "out" / "mine.safetensors")
+    assert metadata["ss_max_train_steps"] == "10" and metadata["ss_total_batch_size"] == "4"
+    assert rates(tmp_path / "logs") == pytest.approx(
+        [1e-3 * factor for factor in cosine_with_warmup(2, 10)], rel=1e-6
+    )  # one curve, not one that runs twice as fast
+
+
+def rates(folder: Path) -> list[float]:
+    """The learning rate of each step, from tensorboard's file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = [path for path in folder.rglob("events.out*")]
+    events = EventAccumulator(str(file.parent))
+    events.Reload()
+    by_step = {event.step: event.value for event in events.Scalars("lr/unet")}
+    return [by_step[step] for step in sorted(by_step)][-10:]
+
+
+def cosine_with_warmup(warmup: int, length: int) -> list[float]:
+    """The factors of the cosine schedule in its closed form, before each step."""
+    from math import cos, pi
+
+    return [
+        step / warmup if step < warmup else 0.5 * (1 + cos(pi * (step - warmup) / (length - warmup)))
+        for step in range(length)
+    ]
+
+
+@pytest.mark.slow
+def test_a_state_of_two_processes_goes_on_with_one(train: Train, arguments: list[str], tmp_path: Path) -> None:
+    done = launch_two([*arguments, "--save_state", "--save_every_n_steps", "4"])
+    assert done.status == 0, done.stderr
+    state = tmp_path / "out" / "mine-step00000004-state"
+    resumed = train([
+        *arguments, "--gradient_accumulation_steps", "2", "--resume", str(state), "--output_dir", str(tmp_path / "one")
+    ])  # fmt: skip
+    assert resumed.status == 0, resumed.stderr
+    assert "a step averages as many batches as before" in resumed.stderr
+    first = load_state_dict(tmp_path / "out" / "mine.safetensors")
+    second = load_state_dict(tmp_path / "one" / "mine.safetensors")
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-6 * float(second[key].abs().max()) + 1e-9)
+
+
+@pytest.mark.slow
+def test_latents_on_disk_are_made_once_between_them(arguments: list[str], tmp_path: Path) -> None:
+    done = launch_two([*arguments, "--cache_latents_to_disk", "--max_train_epochs", "1"])
+    assert done.status == 0, done.stderr
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*_sd.npz")}
+    assert len(files) == 12
+    again = launch_two([*arguments, "--cache_latents_to_disk", "--max_train_epochs", "1"])
+    assert again.status == 0, again.stderr
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*_sd.npz")}
+
+
+@pytest.mark.slow
+def test_an_error_of_the_setup_is_said_and_ends_all(arguments: list[str]) -> None:
+    done = launch_two([*arguments, "--network_args", "conv_rank=4"])
+    assert done.status != 0
+    assert "conv_rank" in done.stderr

@@ -1,0 +1,219 @@
+"""What is in a state, which folder is one, and where a run begins."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints.nested import put_together, take_apart
+from library.options.run import RunOptions
+from library.options.saving import SavingOptions
+from library.options.state import StateOptions
+from library.options.train import TrainOptions
+from library.training.plan import Plan
+from library.training.resume import AlreadyComplete, find_state, recorded_options, report_differences, starting_step
+from library.training.state import Facts, OptimizerKeeper, read_facts, restore, save_state
+
+DATASET = {"num_pictures": 6, "num_batches": 3, "pictures": "a", "captions": "b", "settings": "c"}
+
+
+def written(folder: Path, step: int = 7, options: TrainOptions | None = None, network: nn.Module | None = None) -> Path:
+    save_state(
+        folder,
+        step=step,
+        epoch=2,
+        seed=11,
+        num_processes=1,
+        options=recorded_options(options or TrainOptions()),
+        dataset=DATASET,
+        network=network or nn.Linear(3, 2),
+        keepers={},
+    )
+    return folder
+
+
+def test_nested_values_come_back_as_they_were() -> None:
+    value: dict[Any, Any] = {
+        "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(2, 3, dtype=torch.bfloat16)}},
+        "groups": [{"betas": (0.9, 0.1 + 0.2), "lr": 1e-3, "name": None, "params": [0, 1], "is": True}],
+        "limit": float("inf"),
+    }
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(take_apart(value, "x", tensors))
+    again = put_together(json.loads(text), tensors)
+    assert repr(again) == repr(value)
+    assert again["groups"][0]["betas"] == (0.9, 0.1 + 0.2)
+    assert again["state"][0]["exp_avg"].dtype == torch.bfloat16
+
+
+def test_what_only_pickle_could_write_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.state is a Linear"):
+        take_apart({"state": nn.Linear(1, 1)}, "optimizer", {})
+
+
+def test_a_state_says_where_it_stands(tmp_path: Path) -> None:
+    facts = read_facts(written(tmp_path / "x-state"))
+    assert (facts.step, facts.seed, facts.dataset) == (7, 11, DATASET)
+    content = json.loads((tmp_path / "x-state" / "train_state.json").read_text())
+    assert (content["current_epoch"], content["current_step"]) == (2, 7)
+
+
+def test_a_state_takes_the_place_of_an_older_one_whole(tmp_path: Path) -> None:
+    written(tmp_path / "x-state", step=3)
+    written(tmp_path / "x-state", step=4)
+    assert read_facts(tmp_path / "x-state").step == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["x-state"]
+
+
+@pytest.mark.parametrize("name", ["network.safetensors", "training.safetensors"])
+def test_a_state_that_was_cut_later_is_refused(tmp_path: Path, name: str) -> None:
+    folder = written(tmp_path / "x-state")
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=f"is not whole: {name}"):
+        read_facts(folder)
+
+
+def test_a_state_of_sd_scripts_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "train_state.json").write_text('{"current_epoch": 1, "current_step": 5}')
+    (tmp_path / "optimizer.bin").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match=r"is a state of sd-scripts.*--network_weights"):
+        read_facts(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"version": 99}', '{"version": 1}'])
+def test_damaged_facts_are_refused_with_a_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "train_state.json").write_text(text)
+    with pytest.raises(ValueError, match="--resume"):
+        read_facts(tmp_path)
+
+
+def test_another_network_is_refused(tmp_path: Path) -> None:
+    folder = written(tmp_path / "x-state", network=nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"holds another network.*--network_dim"):
+        restore(read_facts(folder), nn.Linear(4, 2), {})
+
+
+def test_the_memory_of_another_optimizer_is_refused() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    keeper = OptimizerKeeper(torch.optim.AdamW([weight]), "torch.optim.AdamW(lr=1)")
+    saved = OptimizerKeeper(torch.optim.SGD([weight]), "torch.optim.SGD").state_dict()
+    with pytest.raises(ValueError, match=r"torch\.optim\.SGD, but this run uses torch\.optim\.AdamW"):
+        keeper.load_state_dict(saved)
+
+
+def test_a_float32_memory_of_bfloat16_weights_is_not_rounded() -> None:
+    weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer.state[weight]["average"] = torch.tensor([1 / 3, 2 / 3, 1e-3])
+    saved = OptimizerKeeper(optimizer, "x").state_dict()
+    again = torch.optim.SGD([weight], lr=0.1)
+    OptimizerKeeper(again, "x").load_state_dict(saved)
+    assert torch.equal(again.state[weight]["average"], torch.tensor([1 / 3, 2 / 3, 1e-3]))
+
+
+# Which state
+
+
+def options_with(folder: Path | None = None, max_train_steps: int = 100, **state: Any) -> TrainOptions:
+    return replace(
+        TrainOptions(),
+        saving=replace(SavingOptions(), output_dir=str(folder) if folder else None, output_name="x"),
+        state=replace(StateOptions(), **state),
+        run=replace(RunOptions(), max_train_steps=max_train_steps),
+    )
+
+
+def test_autoresume_takes_the_whole_state_that_has_come_furthest(tmp_path: Path) -> None:
+    for name, step in (("x-step00000009-state", 9), ("x-000002-state", 12), ("x-step00000020-state", 20)):
+        written(tmp_path / name, step=step)
+    (tmp_path / "x-step00000020-state" / "network.safetensors").unlink()
+    written(tmp_path / "y-step00000050-state", step=50)
+    facts = find_state(options_with(tmp_path, autoresume=True), is_main=True)
+    assert facts is not None and facts.step == 12
+
+
+def test_autoresume_starts_where_there_is_no_state(tmp_path: Path) -> None:
+    assert find_state(options_with(tmp_path / "new", autoresume=True), is_main=True) is None
+
+
+def test_what_a_killed_process_left_is_cleared_up(tmp_path: Path) -> None:
+    written(tmp_path / "x-state", step=5)
+    (tmp_path / "x-state").rename(tmp_path / ".x-state.0123456789ab.replaced")
+    (tmp_path / ".x-step00000009-state.0123456789ab.unfinished").mkdir()
+    (tmp_path / ".y-state.0123456789ab.unfinished").mkdir()
+    facts = find_state(options_with(tmp_path, autoresume=True), is_main=True)
+    assert facts is not None and facts.step == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".y-state.0123456789ab.unfinished", "x-state"]
+
+
+# From which step
+
+PLAN = Plan(num_batches=10, accumulation=1, max_train_steps=100)
+
+
+def at_step(step: int) -> Facts:
+    return Facts(Path("s"), step, 0, 1, {}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("saved", "state", "expected"),
+    [
+        (None, {}, 0),
+        (37, {}, 37),
+        (37, {"skip_until_initial_step": True}, 37),
+        (37, {"initial_epoch": 3}, 20),
+        (37, {"initial_step": 25, "skip_until_initial_step": True}, 25),
+        (37, {"initial_step": 25}, 20),
+        (None, {"initial_step": 25, "skip_until_initial_step": True}, 25),
+        (None, {"initial_epoch": 2, "initial_step": 40}, 40),
+        (None, {"initial_epoch": 1}, 0),
+    ],
+)
+def test_where_a_run_begins(saved: int | None, state: dict[str, Any], expected: int) -> None:
+    assert starting_step(options_with(**state), PLAN, None if saved is None else at_step(saved)) == expected
+
+
+def test_a_run_with_nothing_left_is_refused_or_complete() -> None:
+    with pytest.raises(ValueError, match="nothing is left to train; raise --max_train_steps"):
+        starting_step(options_with(resume="s"), PLAN, at_step(100))
+    with pytest.raises(AlreadyComplete):
+        starting_step(options_with(autoresume=True), PLAN, at_step(100))
+
+
+def differences(before: TrainOptions, now: TrainOptions, caplog: pytest.LogCaptureFixture, **changes: Any) -> str:
+    facts = Facts(Path("s"), 1, 0, 1, recorded_options(before), DATASET, {})
+    with caplog.at_level(logging.INFO):
+        report_differences(facts, now, {**DATASET, **changes}, num_processes=1)
+    return caplog.text
+
+
+def test_the_same_run_elsewhere_is_silent(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    assert differences(options_with(tmp_path), options_with(tmp_path / "b", resume="s"), caplog) == ""
+
+
+def test_changes_say_what_they_mean(caplog: pytest.LogCaptureFixture) -> None:
+    base = TrainOptions()
+    now = replace(
+        base,
+        optimizer=replace(base.optimizer, learning_rate=5e-5),
+        loss=replace(base.loss, min_snr_gamma=5.0),
+        run=replace(base.run, max_train_steps=2000),
+    )
+    text = differences(base, now, caplog, pictures="other", num_pictures=7)
+    assert "--learning_rate was 2e-06 in the state and is 5e-05: the optimizer goes on as the state has it" in text
+    assert "--min_snr_gamma was None in the state and is 5.0: the run goes on, but not as the uninterrupted" in text
+    assert "--max_train_steps was 1600 in the state and is 2000: learning rates that depend on the length" in text
+    assert "its pictures differ; 6 pictures in 3 batches then, 7 in 3 now" in text
+
+
+def test_passwords_are_not_written(tmp_path: Path) -> None:
+    base = TrainOptions()
+    options = replace(base, hub=replace(base.hub, huggingface_token="hf_secret"))
+    folder = written(tmp_path / "x-state", options=options)
+    assert "hf_secret" not in (folder / "train_state.json").read_text()
