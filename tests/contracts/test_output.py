@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from library.training.state import read_facts
 from tests.running import ROOT, Finished, launch_command
 
 HEADER = """running training / 学習開始
@@ -95,9 +96,10 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_status_0(
     out, _ = process.communicate(timeout=60)
     text = out.decode()
     assert process.returncode == 0, text
-    (path,) = (tmp_path / "out").iterdir()
+    state, path = sorted((tmp_path / "out").iterdir())
     assert re.fullmatch(r"mine-step\d{8}\.safetensors", path.name)
-    assert f"--network_weights {path}" in text
+    assert state == path.with_name(f"{path.stem}-state") and read_facts(state).step == int(path.stem[-8:])
+    assert f"--resume {state} or --autoresume" in text
     assert all(tensor.isfinite().all() for tensor in load_file(path).values())
 
 
@@ -115,7 +117,7 @@ def test_a_run_ends_when_its_launcher_is_gone(base_arguments: list[str], tmp_pat
     while os.read(process.stderr.fileno(), 4096):  # the pipe closes when the last process of the run is gone
         pass
     process.wait()
-    assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".safetensors"]
+    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == ["", ".safetensors"]
 
 
 def test_a_full_disk_loses_no_earlier_file(base_arguments: list[str], tmp_path: Path) -> None:

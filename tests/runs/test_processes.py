@@ -66,8 +66,7 @@ def rates(folder: Path) -> list[float]:
     (file,) = [path for path in folder.rglob("events.out*")]
     events = EventAccumulator(str(file.parent))
     events.Reload()
-    by_step = {event.step: event.value for event in events.Scalars("lr/unet")}
-    return [by_step[step] for step in sorted(by_step)][-10:]
+    return list(dict.fromkeys(event.value for event in events.Scalars("lr/unet")))  # one value a step, in order
 
 
 def cosine_with_warmup(warmup: int, length: int) -> list[float]:
