@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from library.processes import launched_rank
+
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
@@ -24,7 +26,8 @@ def in_blocks(
     """
     values: list[Value] = []
     blocks = (items[start : start + BLOCK] for start in range(0, len(items), BLOCK))
-    with tqdm(total=len(items), desc=title, disable=title is None, leave=False, smoothing=0) as bar:
+    is_hidden = title is None or launched_rank() != 0
+    with tqdm(total=len(items), desc=title, disable=is_hidden, leave=False, smoothing=0) as bar:
         for found in _found(function, blocks, num_threads):
             values += found
             bar.update(len(found))
