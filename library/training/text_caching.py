@@ -15,7 +15,7 @@ from library.data.text_cache import Encode, Encoders, KeptTexts, TextEncoding, c
 from library.data.text_files import stack_rows
 from library.options.text_caching import TextCachingOptions
 from library.options.train import TrainOptions
-from library.training.processes import Processes
+from library.processes import Processes
 from library.training.run import Autocast
 from library.types import Conditioning
 
