@@ -13,7 +13,7 @@ from torch import nn
 
 from library.architectures.interface import TextCacheSpec
 from library.options.text_caching import TextCachingOptions
-from library.training.processes import Processes
+from library.processes import Processes
 from library.training.text_caching import RunText, prepare_text
 from library.types import Conditioning
 from tests.unit.data.builders import batches_of, open_set, options_of, write_folder
