@@ -17,12 +17,14 @@ from library.data.batches import BatchMaker, BatchOrder, Draft, Orders, finish_b
 from library.data.buckets import BucketRules
 from library.data.captions import caption_variant
 from library.data.latent_files import LatentFile, Latents
-from library.data.order import epoch_batches
+from library.data.order import epoch_batches, plain_batches
 from library.data.samples import Draws, Sample, build_draws, build_samples, check_pictures
-from library.data.scan import ScannedDataset, collect
-from library.data.schema import NoDataFound, RunDataConfig, SubsetConfig, load_dataset_config
+from library.data.scan import collect
+from library.data.schema import DatasetConfig, NoDataFound, RunDataConfig, SubsetConfig, load_dataset_config
+from library.data.split import Split, split_datasets
 from library.data.summary import dataset_metadata
 from library.data.text_files import Row, TextFile
+from library.data.validation_set import ValidationSet
 from library.options.train import TrainOptions
 from library.types import Batch
 
@@ -49,20 +51,25 @@ class TrainingSet:
     def __init__(
         self,
         config: RunDataConfig,
-        datasets: tuple[ScannedDataset, ...],
+        split: Split,
         rules: tuple[BucketRules, ...],
         samples: tuple[Sample, ...],
         draws: Draws,
+        validation_draws: Draws,
+        validation_seed: int,
         maker: BatchMaker,
         spec: LatentSpec,
         token_limit: TokenLimit | None,
         num_workers: int,
     ) -> None:
         self.config = config
-        self.datasets = datasets
-        self.rules = rules
+        self.datasets = split.trained
+        self.rules = rules[: len(split.trained)]
+        self.split = split
         self.samples = samples
         self.draws = draws
+        self._validation_draws = validation_draws
+        self._validation_seed = validation_seed
         self.spec = spec
         self.num_workers = num_workers
         self._maker = maker
@@ -92,22 +99,17 @@ class TrainingSet:
         if options.faults.dry_run:
             config = config.without_index()
         check_drawing(config, options)
-        datasets = collect(config)
-        check_pictures(datasets)
-        rules = tuple(
-            BucketRules.build(
-                dataset.config.resolution,
-                dataset.config.enable_bucket,
-                dataset.config.min_bucket_reso,
-                dataset.config.max_bucket_reso,
-                dataset.config.bucket_reso_steps,
-                dataset.config.bucket_no_upscale,
-                spec.bucket_step,
-            )
-            for dataset in datasets
-        )
+        found = collect(config)
+        check_pictures(found)
+        split = split_datasets(found, seed)
+        datasets = (*split.trained, *split.set_aside)
+        num_trained = len(split.trained)
+        rules = tuple(bucket_rules(dataset.config, spec) for dataset in datasets)
         samples = build_samples(datasets, rules)
-        draws = build_draws(samples, [dataset.config for dataset in datasets])
+        configs = [dataset.config for dataset in datasets]
+        draws = build_draws(samples, configs, range(num_trained))
+        validation_draws = build_draws(samples if split.set_aside else (), configs, range(num_trained, len(datasets)))
+        validation_seed = options.validation.validation_seed
         maker = BatchMaker(
             seed=seed,
             samples=samples,
@@ -120,7 +122,26 @@ class TrainingSet:
         )
         limit = None if count_tokens is None or max_tokens is None else TokenLimit(count_tokens, max_tokens)
         workers = options.dataset.max_data_loader_n_workers
-        return cls(config, datasets, rules, samples, draws, maker, spec, limit, workers)
+        return cls(
+            config,
+            split,
+            rules,
+            samples,
+            draws,
+            validation_draws,
+            seed if validation_seed is None else validation_seed,
+            maker,
+            spec,
+            limit,
+            workers,
+        )
+
+    @property
+    def validation(self) -> ValidationSet:
+        """The pictures that are set aside, with the latents that are cached by now."""
+        draws = self._validation_draws
+        maker = replace(self._maker, seed=self._validation_seed, sample_of_draw=draws.sample_of_draw)
+        return ValidationSet(maker, self._memory, plain_batches(draws.buckets))
 
     # Counts
 
@@ -160,6 +181,8 @@ class TrainingSet:
             log.log(level, "%s", line)
         if self._token_limit is not None and not counts_at_once:
             log_lengths_later(self.datasets, self._token_limit, log)
+        for level, line in self.split.lines:
+            log.log(level, "%s", line)
 
     def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
         """The `ss_*` values that describe the data; tables and lists are to be written as JSON."""
@@ -282,6 +305,19 @@ class TrainingSet:
         self._orders.orders = orders
         for draft in loader:
             yield self._finished(draft)
+
+
+def bucket_rules(config: DatasetConfig, spec: LatentSpec) -> BucketRules:
+    """The shapes that a dataset's pictures get."""
+    return BucketRules.build(
+        config.resolution,
+        config.enable_bucket,
+        config.min_bucket_reso,
+        config.max_bucket_reso,
+        config.bucket_reso_steps,
+        config.bucket_no_upscale,
+        spec.bucket_step,
+    )
 
 
 def check_drawing(config: RunDataConfig, options: TrainOptions) -> None:

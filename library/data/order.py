@@ -34,6 +34,15 @@ def epoch_batches(buckets: Sequence[Bucket], seed: int, epoch: int) -> list[tupl
     return batches
 
 
+def plain_batches(buckets: Sequence[Bucket]) -> tuple[tuple[int, ...], ...]:
+    """The same batches unshuffled: buckets and draws in their order."""
+    return tuple(
+        tuple(np.asarray(bucket.draws[i : i + bucket.batch_size]).tolist())
+        for bucket in buckets
+        for i in range(0, len(bucket.draws), bucket.batch_size)
+    )
+
+
 def regularisation_repeats(num_train_draws: int, repeats: Sequence[int]) -> list[int]:
     """How often each regularisation picture is drawn so that all together reach the number of training draws.
 

@@ -1,7 +1,7 @@
 """From what was found to what is drawn: the shape of every picture, its repeats, and the buckets."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, repeat
@@ -105,9 +105,9 @@ def draws_of_dataset(dataset: ScannedDataset) -> list[int]:
     return draws
 
 
-def build_draws(samples: Sequence[Sample], configs: Sequence[DatasetConfig]) -> Draws:
-    """Number the draws and sort them into buckets, ordered by dataset and size."""
-    counts = np.array([sample.num_draws for sample in samples], dtype=np.int64)
+def build_draws(samples: Sequence[Sample], configs: Sequence[DatasetConfig], chosen: Container[int]) -> Draws:
+    """Number the draws and sort them into buckets, ordered by dataset and size; only those of `chosen` datasets."""
+    counts = np.array([s.num_draws if s.dataset in chosen else 0 for s in samples], dtype=np.int64)
     sample_of_draw = np.repeat(np.arange(len(samples), dtype=np.int32), counts)
     keys = [(sample.dataset, sample.shape.bucket) for sample in samples]
     places = {key: place for place, key in enumerate(sorted(set(keys)))}

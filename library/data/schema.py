@@ -44,6 +44,8 @@ class SubsetConfig:
     face_crop_aug_range: tuple[float, float] | None
     resize_interpolation: str | None
     custom_attributes: Mapping[str, Any]
+    validation_split: float
+    validation_seed: int | None
     captions: CaptionRules
     keeps_index: bool = True  # whether what was read of the pictures may be written down for the next start
 
@@ -305,9 +307,6 @@ def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style
 def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str) -> SubsetConfig:
     """One subset; keys that its style does not know keep their defaults."""
     values = {key.name: value_of(key, (subset, *outer)) if style in key.styles else key.default for key in SUBSET_KEYS}
-    if values.pop("validation_split") > 0:
-        raise ValueError(f"{place}: validation_split is not supported yet; leave it out or set it to 0.0")
-    values.pop("validation_seed")
     rules = CaptionRules(**{field.name: values.pop(field.name) for field in fields(CaptionRules)})
     extension = values["caption_extension"]
     if not extension.startswith("."):

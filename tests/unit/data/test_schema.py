@@ -114,7 +114,7 @@ MISTAKES = [
     (SUBSET + "[[datasets.subsets]]\nmetadata_file = 'm.json'", "some subsets have metadata_file and some do not"),
     (SUBSET + "caption_separator = ''", "caption_separator is empty"),
     (SUBSET + "caption_dropout_rate = 1.5", "caption_dropout_rate is 1.5, but must lie between 0 and 1"),
-    (SUBSET + "validation_split = 0.1", "validation_split is not supported yet"),
+    (SUBSET + "validation_split = 1.5", "['validation_split'] is 1.5, but must be a float from 0.0 to 1.0"),
     (SUBSET.replace("resolution = 512", ""), "['resolution'] is missing"),
     (SUBSET.replace("resolution = 512", "resolution = 512\nbatch_size = 0"), "['batch_size'] is 0"),
 ]
@@ -158,8 +158,12 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path):
 
 
 def test_validation_keys_may_stand_in_a_subset(tmp_path):
-    (dataset,) = load(tmp_path, SUBSET + "validation_split = 0.0\nvalidation_seed = 3\n")
-    assert len(dataset.subsets) == 1
+    text = "[general]\nvalidation_seed = 4\n" + SUBSET.replace("resolution", "validation_split = 0.5\nresolution")
+    text += "[[datasets.subsets]]\nimage_dir = 'b'\nvalidation_split = 0.25\nvalidation_seed = 3\n"
+    (dataset,) = load(tmp_path, text, "--validation_split 0.125 --validation_seed 9")
+    assert [(s.validation_split, s.validation_seed) for s in dataset.subsets] == [(0.5, 4), (0.25, 3)]
+    (dataset,) = load(tmp_path, SUBSET, "--validation_split 0.125 --validation_seed 9")
+    assert [(s.validation_split, s.validation_seed) for s in dataset.subsets] == [(0.125, 9)]
 
 
 def test_masks_make_a_masked_dataset_and_refuse_random_crops(tmp_path):

@@ -1,0 +1,234 @@
+"""What is trained and what is set aside: never the same picture."""
+
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from library.data.dataset import TrainingSet
+from library.data.split import Wish, choose, identity_of
+from tests.unit.data.builders import batches_of, open_set, options_of, write_config, write_folder, write_picture
+
+
+def names(paths) -> set[str]:
+    return {f"{os.path.basename(os.path.dirname(path))}/{os.path.basename(path)}" for path in paths}
+
+
+def trained(training_set: TrainingSet) -> set[str]:
+    return names(key for batch in batches_of(training_set) for key in batch.keys)
+
+
+def set_aside(training_set: TrainingSet) -> list[str]:
+    pictures = training_set.validation
+    return [key for batch in pictures.batches(pictures.places_of(None), 0) for key in batch.keys]
+
+
+# Which pictures
+
+
+WISHES = st.lists(
+    st.builds(
+        Wish,
+        st.lists(st.sampled_from("abcdefghijklmnop"), min_size=1, max_size=12),
+        st.floats(0.01, 1.0),
+        st.integers(-(2**63), 2**63),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(WISHES, st.sets(st.sampled_from("abcdefghijklmnop"), max_size=3))
+def test_whatever_is_asked_for_no_picture_is_on_both_sides(wishes, always_trained):
+    aside = choose(wishes, always_trained)
+    assert not aside & always_trained
+    assert aside <= {identity for wish in wishes for identity in wish.identities}
+    for wish in wishes:
+        num_aside = sum(identity in aside for identity in wish.identities)
+        if wish.share == 1:  # larger shares choose first, so nothing but regularisation is in the way
+            assert num_aside == sum(identity not in always_trained for identity in wish.identities)
+
+
+@given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(-5, 2**64))
+def test_a_subset_by_itself_gets_its_share_to_the_nearest_picture(count, share, seed):
+    identities = [f"picture {i}" for i in range(count)]
+    aside = choose([Wish(identities, share, seed)], set())
+    assert len(aside) == min(round(count * share), count - 1)
+    assert choose([Wish(identities[::-1], share, seed)], set()) == aside  # order does not matter
+
+
+def test_seeds_choose_differently_and_every_picture_alike():
+    identities = [str(i) for i in range(20)]
+    chosen = [frozenset(choose([Wish(identities, 0.25, seed)], set())) for seed in range(400)]
+    assert len(set(chosen)) > 350
+    counts = Counter(identity for aside in chosen for identity in aside)
+    # Binomial(400, 0.25): mean 100, deviation 8.7; five deviations either way.
+    assert set(counts) == set(identities) and all(57 < count < 143 for count in counts.values())
+
+
+def test_what_is_set_aside_stays_when_the_share_grows():
+    identities = [str(i) for i in range(30)]
+    small, large = (choose([Wish(identities, share, 7)], set()) for share in (0.1, 0.5))
+    assert small < large
+
+
+def test_subsets_with_other_seeds_agree_about_pictures_they_share():
+    shared = [str(i) for i in range(10)]
+    aside = choose([Wish(shared, 0.3, 1), Wish(shared, 0.3, 2)], set())
+    assert len(aside) == 3
+
+
+# From files
+
+
+def test_both_sides_of_a_folder_make_the_whole(tmp_path):
+    write_folder(tmp_path / "3_a", 10)
+    arguments = ["--train_data_dir", str(tmp_path), "--caption_extension", ".txt", "--validation_split", "0.3"]
+    training_set = open_set(options_of("--resolution 64 --train_batch_size 2", *arguments))
+    aside = set_aside(training_set)
+    assert len(aside) == 3 == training_set.validation.num_pictures  # repeats do not count
+    assert training_set.num_train_images == 7 * 3 == len(batches_of(training_set)) * 2 - 1
+    assert trained(training_set) | names(aside) == {f"3_a/p{i}.png" for i in range(10)}
+    assert not trained(training_set) & names(aside)
+    other = open_set(options_of("--resolution 64", *arguments), seed=2)
+    assert set_aside(other) != aside
+    fixed = [open_set(options_of("--resolution 64 --validation_seed 3", *arguments), seed=seed) for seed in (1, 2)]
+    assert set_aside(fixed[0]) == set_aside(fixed[1])
+
+
+def test_the_choice_does_not_depend_on_where_the_data_lies(tmp_path):
+    write_folder(tmp_path / "here/1_a", 12)
+    shutil.copytree(tmp_path / "here/1_a", tmp_path / "there/5_b")
+    arguments = "--resolution 64 --validation_split 0.25"
+    here, there = (open_set(options_of(arguments, "--train_data_dir", str(tmp_path / n))) for n in ("here", "there"))
+    assert [os.path.basename(p) for p in set_aside(here)] == [os.path.basename(p) for p in set_aside(there)]
+
+
+COPIES = """
+[general]
+resolution = 64
+[[datasets]]
+validation_split = 0.4
+validation_seed = 1
+  [[datasets.subsets]]
+  image_dir = "{here}/a"
+[[datasets]]
+  [[datasets.subsets]]
+  image_dir = "{here}/b"
+  validation_split = 0.2
+  validation_seed = 2
+  [[datasets.subsets]]
+  image_dir = "{here}/c"
+[[datasets]]
+  [[datasets.subsets]]
+  image_dir = "{here}/reg"
+  is_reg = true
+  [[datasets.subsets]]
+  image_dir = "{here}/d"
+"""
+
+
+@pytest.fixture
+def copies(tmp_path: Path) -> TrainingSet:
+    """Three folders with the same ten pictures under other names; two of them also serve regularisation."""
+    write_folder(tmp_path / "a", 10)
+    for folder in ("b", "c"):
+        (tmp_path / folder).mkdir()
+        for i in range(10):
+            shutil.copy(tmp_path / f"a/p{i}.png", tmp_path / folder / f"{folder}{9 - i}.png")
+    (tmp_path / "reg").mkdir()
+    for i in (3, 4):
+        shutil.copy(tmp_path / f"a/p{i}.png", tmp_path / f"reg/r{i}.png")
+    write_folder(tmp_path / "d", 2, seed=5)
+    return open_set(write_config(tmp_path / "data.toml", COPIES))
+
+
+def test_copies_under_other_names_are_on_the_same_side(copies, tmp_path):
+    pictures = names(sample.picture.path for sample in copies.samples)
+    assert len(pictures) == 34 - 4  # c asks for none, so what is set aside elsewhere is left out of it
+    aside, kept = names(set_aside(copies)), trained(copies)
+    contents = [{(tmp_path / name).read_bytes() for name in side} for side in (aside, kept)]
+    assert not contents[0] & contents[1]
+    assert len(contents[0]) == 4 and len(aside) == 8
+    assert {"reg/r3.png", "reg/r4.png", "a/p3.png", "a/p4.png"} <= kept
+
+
+def test_the_log_says_what_is_set_aside_and_what_is_left_out(copies, caplog):
+    with caplog.at_level(logging.INFO):
+        copies.audit(logging.getLogger("audit"))
+    assert "a: 4 of 10 pictures are set aside for validation" in caplog.text
+    assert "b: 4 of 10 pictures are set aside for validation" in caplog.text
+    assert "c: 4 of 10 pictures are left out of training: another subset sets them aside" in caplog.text
+
+
+def test_a_share_that_sets_nothing_aside_says_so(tmp_path, caplog):
+    write_folder(tmp_path / "1_a", 4)
+    training_set = open_set(options_of("--resolution 64 --validation_split 0.1", "--train_data_dir", str(tmp_path)))
+    training_set.audit(logging.getLogger("audit"))
+    assert "validation_split 0.1 sets no picture aside: 0.1 of 4 pictures rounds to none" in caplog.text
+    assert training_set.validation.num_batches == 0 and training_set.num_train_images == 4
+
+
+def test_a_subset_can_be_set_aside_whole_but_not_everything(tmp_path):
+    write_folder(tmp_path / "1_a", 2)
+    write_folder(tmp_path / "1_b", 3, seed=1)
+    text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/1_a'\n[[datasets]]\n"
+    text += "resolution = 128\nvalidation_split = 1.0\n[[datasets.subsets]]\nimage_dir = '{here}/1_b'\n"
+    training_set = open_set(write_config(tmp_path / "data.toml", text))
+    assert names(set_aside(training_set)) == {f"1_b/p{i}.png" for i in range(3)}
+    assert training_set.batch_sizes == [1] and training_set.num_batches == 2
+    with pytest.raises(ValueError, match=r"every picture aside, nothing is left to train on; use less than 1\.0"):
+        open_set(options_of("--resolution 64 --validation_split 1.0", "--train_data_dir", str(tmp_path)))
+
+
+def test_metadata_files_and_masks_are_split_too(tmp_path):
+    write_folder(tmp_path / "a", 8, caption=None)
+    (tmp_path / "m.json").write_text(json.dumps({f"p{i}": {"caption": f"picture {i}"} for i in range(8)}))
+    text = "[[datasets]]\nresolution = 64\nvalidation_split = 0.25\n[[datasets.subsets]]\n"
+    text += "image_dir = '{here}/a'\nmetadata_file = '{here}/m.json'\nnum_repeats = 3\n"
+    training_set = open_set(write_config(tmp_path / "data.toml", text))
+    assert len(set_aside(training_set)) == 2 and training_set.num_train_images == 18
+    assert not names(set_aside(training_set)) & trained(training_set)
+
+    for i in range(8):
+        write_picture(tmp_path / f"masks/p{i}.png", seed=50 + i)
+    text = text.replace("metadata_file = '{here}/m.json'", "conditioning_data_dir = '{here}/masks'")
+    write_config(tmp_path / "masked.toml", text)
+    masked = open_set(options_of("--masked_loss", "--dataset_config", str(tmp_path / "masked.toml")))
+    batches = list(masked.validation.batches([0, 1], 0))
+    assert all(batch.masks_B1HW is not None for batch in batches)
+
+
+def test_a_cache_of_captions_and_sizes_holds_both_sides(tmp_path):
+    write_folder(tmp_path / "1_a", 6)
+    arguments = "--resolution 64 --validation_split 0.5 --cache_info --caption_extension .txt"
+    first, second = (open_set(options_of(arguments, "--train_data_dir", str(tmp_path))) for _ in range(2))
+    assert len(json.loads((tmp_path / "1_a/metadata_cache.json").read_text())) == 6
+    captions = [
+        {
+            key: caption
+            for batch in s.validation.batches(range(3), 0)
+            for key, caption in zip(batch.keys, batch.captions, strict=True)
+        }
+        for s in (first, second)
+    ]
+    assert captions[0] == captions[1]
+    assert all(caption == f"a tag {os.path.basename(key)[1]}" for key, caption in captions[0].items())
+
+
+def test_files_are_the_same_only_where_their_content_is(tmp_path):
+    one = write_picture(tmp_path / "one.png", (200, 200), seed=1)
+    two = write_picture(tmp_path / "two.png", (200, 200), seed=2)
+    copy = Path(shutil.copy(one, tmp_path / "copy.png"))
+    assert identity_of(str(one)) == identity_of(str(copy)) != identity_of(str(two))
+    copy.write_bytes(one.read_bytes() + b"\0")
+    assert identity_of(str(one)) != identity_of(str(copy))
+    with pytest.raises(ValueError, match=r"none\.png cannot be read"):
+        identity_of(str(tmp_path / "none.png"))

@@ -1,0 +1,144 @@
+"""The second view of the data: the same every time."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.data.cache import cache_latents
+from library.data.dataset import TrainingSet
+from library.data.samples import Sample
+from library.options.caching import CachingOptions
+from tests.unit.data.builders import averaging_vae, batches_of, content_of, open_set, write_config, write_folder
+
+CHANGING = """
+[general]
+enable_bucket = true
+min_bucket_reso = 64
+caption_extension = ".txt"
+shuffle_caption = true
+caption_dropout_rate = 0.5
+caption_tag_dropout_rate = 0.3
+caption_dropout_every_n_epochs = 1
+token_warmup_step = 50
+flip_aug = true
+[[datasets]]
+resolution = 96
+batch_size = 2
+validation_split = 0.5
+  [[datasets.subsets]]
+  image_dir = "{here}/wide"
+  num_repeats = 4
+  random_crop = CROP
+  color_aug = CROP
+  caption_prefix = "photo,"
+  [[datasets.subsets]]
+  image_dir = "{here}/tall"
+"""
+
+
+def changing(tmp_path: Path, crop: bool = True) -> TrainingSet:
+    write_folder(tmp_path / "wide", 6, (130, 64), "a, b, c, d", seed=1)
+    write_folder(tmp_path / "tall", 6, (64, 130), "{e|f|g|h}, i", seed=2)
+    return open_set(write_config(tmp_path / "data.toml", CHANGING.replace("CROP", str(crop).lower())))
+
+
+def contents(training_set: TrainingSet, num_threads: int = 0) -> list[tuple[object, ...]]:
+    pictures = training_set.validation
+    return [content_of(batch) for batch in pictures.batches(pictures.places_of(None), num_threads)]
+
+
+def test_nothing_is_shuffled_dropped_cropped_at_random_or_mirrored(tmp_path):
+    training_set = changing(tmp_path)
+    batches = list(training_set.validation.batches(training_set.validation.places_of(None), 0))
+    keys = [key for batch in batches for key in batch.keys]
+    assert len(keys) == 6 and Counter(os.path.basename(os.path.dirname(key)) for key in keys) == {"wide": 3, "tall": 3}
+    for batch in batches:
+        for key, caption in zip(batch.keys, batch.captions, strict=True):
+            number = os.path.basename(key)[1]
+            expected = f"photo, a, b, c, d {number}" if "wide" in key else f"{{e|f|g|h}}, i {number}"
+            assert caption == expected
+        assert batch.loss_weights_B.tolist() == [1.0] * len(batch.keys)
+    plain = changing_nothing(tmp_path)
+    assert contents(training_set) == plain == contents(training_set)
+
+
+def changing_nothing(tmp_path: Path) -> list[tuple[object, ...]]:
+    """The same pictures from a file in which nothing changes."""
+    text = CHANGING[CHANGING.index("[[datasets]]") :].replace("CROP", "false")
+    head = '[general]\nenable_bucket = true\nmin_bucket_reso = 64\ncaption_extension = ".txt"\n'
+    return contents(open_set(write_config(tmp_path / "plain.toml", head + text)))
+
+
+def test_alternatives_of_a_caption_are_drawn_once_for_all_by_the_seed_of_validation(tmp_path):
+    write_folder(tmp_path / "a", 20, caption="{e|f|g|h}")
+    text = "[[datasets]]\nresolution = 64\nvalidation_split = 0.9\nenable_wildcard = true\ncaption_extension = '.txt'\n"
+    options = write_config(tmp_path / "data.toml", text + "[[datasets.subsets]]\nimage_dir = '{here}/a'\n")
+    training_set = open_set(options)
+
+    def captions(training_set: TrainingSet) -> list[str]:
+        return [batch.captions[0] for batch in training_set.validation.batches(range(18), 0)]
+
+    drawn = captions(training_set)
+    list(batches_of(training_set))
+    assert captions(training_set) == drawn and len({caption[0] for caption in drawn}) == 4
+
+
+def test_threads_read_the_same_batches(tmp_path):
+    training_set = changing(tmp_path)
+    alone = contents(training_set)
+    assert len(alone) == 4
+    for num_threads in (1, 3):
+        assert contents(training_set, num_threads) == alone
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_a_damaged_picture_is_named(tmp_path, num_threads):
+    training_set = changing(tmp_path)
+    path = Path(next(iter(training_set.validation.batches([0], 0))).keys[0])
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=path.name):
+        contents(training_set, num_threads)
+
+
+def test_a_limit_on_batches_spreads_over_all_of_them(tmp_path):
+    pictures = changing(tmp_path).validation
+    assert pictures.places_of(None) == pictures.places_of(9) == [0, 1, 2, 3]
+    assert pictures.places_of(2) == [0, 2] and pictures.places_of(1) == [0]
+
+
+def test_pictures_are_named_by_folder_file_and_size(tmp_path):
+    training_set = changing(tmp_path)
+    pictures = training_set.validation
+    found = [name for place in pictures.places_of(None) for name in pictures.names(place)]
+    assert len(set(found)) == 6
+    assert {name[0] for name in found} == {"'wide'", "'tall'"}
+    sizes = {(name[0], *(s.shape.bucket)) for name in found for s in training_set.samples if ascii_folder(s) == name[0]}
+    assert {(name[0], *name[2:]) for name in found} == sizes
+
+
+def ascii_folder(sample: Sample) -> str:
+    return ascii(os.path.basename(os.path.dirname(sample.picture.path)))
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_cached_latents_serve_both_sides(tmp_path, to_disk):
+    training_set = changing(tmp_path, crop=False)
+    calls: list[int] = []
+    options = CachingOptions(cache_latents=True, cache_latents_to_disk=to_disk)
+    cache_latents(training_set, averaging_vae(calls), "vae", options, 1)
+    assert sum(calls) == 6 * 2 + 6  # mirrored copies of what is trained only
+    batches = list(training_set.validation.batches(training_set.validation.places_of(None), 2))
+    assert all(batch.latents_BCHW is not None and batch.pixels_BCHW is None for batch in batches)
+    again = changing_again(tmp_path)
+    cache_latents(again, averaging_vae(calls), "vae", options, 1)
+    assert sum(calls) == 18 * (1 if to_disk else 2)
+    for batch, other in zip(batches, again.validation.batches(again.validation.places_of(None), 0), strict=True):
+        assert batch.latents_BCHW is not None and other.latents_BCHW is not None
+        assert torch.equal(batch.latents_BCHW, other.latents_BCHW)
+
+
+def changing_again(tmp_path: Path) -> TrainingSet:
+    return open_set(write_config(tmp_path / "data.toml", CHANGING.replace("CROP", "false")))
