@@ -120,6 +120,14 @@ class Processes:
             parameter.grad = total.view_as(parameter).to(parameter.dtype) if is_used else None
         return shared.clone(), is_there[-1]
 
+    def add_up(self, values: Tensor) -> Tensor:
+        """The sum of the tensors of all processes, each of which must call it; on the CPU."""
+        if self.count == 1:
+            return values
+        total = values.to(self.device)
+        torch.distributed.all_reduce(total)
+        return total.cpu()
+
 
 ALONE = Processes()
 

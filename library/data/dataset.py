@@ -138,10 +138,10 @@ class TrainingSet:
 
     @property
     def validation(self) -> ValidationSet:
-        """The pictures that are set aside, with the latents that are cached by now."""
+        """The pictures that are set aside, with what is cached by now."""
         draws = self._validation_draws
         maker = replace(self._maker, seed=self._validation_seed, sample_of_draw=draws.sample_of_draw)
-        return ValidationSet(maker, self._memory, plain_batches(draws.buckets))
+        return ValidationSet(maker, self._finished, plain_batches(draws.buckets))
 
     # Counts
 

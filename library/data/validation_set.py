@@ -2,12 +2,11 @@
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from library.data.batches import BatchMaker, BatchOrder, Draft, finish_batch
-from library.data.latent_files import Latents
+from library.data.batches import BatchMaker, BatchOrder, Draft
 from library.types import Batch
 
 
@@ -16,7 +15,7 @@ class ValidationSet:
     """Every picture once, in the order of subsets and paths, one bucket after another; nothing is left to chance."""
 
     maker: BatchMaker  # its seed is that of validation: wildcards of captions are drawn from it, once for all
-    memory: Mapping[int, Latents]
+    finish: Callable[[Draft | str], Batch]  # adds what is kept in memory
     draws: tuple[tuple[int, ...], ...]  # of each batch
 
     @property
@@ -51,7 +50,7 @@ class ValidationSet:
         """
         if num_threads == 0 or all(sample in self.maker.in_memory for sample in self._samples_of(places)):
             for place in places:
-                yield self._finished(self.maker[self._order(place)])
+                yield self.finish(self.maker[self._order(place)])
             return
         pool = ThreadPoolExecutor(num_threads, thread_name_prefix="validation")
         try:
@@ -59,9 +58,9 @@ class ValidationSet:
             for place in places:
                 waiting.append(pool.submit(self.maker.__getitem__, self._order(place)))
                 if len(waiting) > num_threads:
-                    yield self._finished(waiting.popleft().result())
+                    yield self.finish(waiting.popleft().result())
             while waiting:
-                yield self._finished(waiting.popleft().result())
+                yield self.finish(waiting.popleft().result())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -70,8 +69,3 @@ class ValidationSet:
 
     def _order(self, place: int) -> BatchOrder:
         return BatchOrder(epoch=1, step=0, draws=self.draws[place])
-
-    def _finished(self, draft: Draft | str) -> Batch:
-        if isinstance(draft, str):
-            raise ValueError(draft)
-        return finish_batch(draft, self.memory)

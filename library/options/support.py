@@ -12,13 +12,11 @@ def names_of(kind: type[Options]) -> list[str]:
     return [f.name for f in fields(kind)]  # type: ignore[arg-type]
 
 
-VALIDATION = ("validation_split", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
 DDP = ("ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph")
 DEEPSPEED = tuple(name for name in names_of(DistributedOptions) if name not in DDP)
 
 NOT_YET: Mapping[str, str] = {
     "dataset_class": "describe the pictures with --dataset_config or --train_data_dir",
-    **dict.fromkeys(VALIDATION, "there is no validation; leave it out"),
     "deepspeed": "train on one card without it",
     "fp8_base": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",
     "fp8_base_unet": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",
@@ -49,7 +47,6 @@ def without_effect(options: Options) -> list[str]:
     """A line for every option that only adjusts a feature which is absent or off."""
     values, defaults = options.flat(), type(options).defaults()
     reasons = {
-        "validation_seed": "there is no validation",
         **dict.fromkeys(DDP[1:], "processes exchange gradients in one flat buffer, without torch's DDP"),
         **dict.fromkeys(DEEPSPEED, "--deepspeed is off"),
         "dynamo_backend": "--torch_compile is off",

@@ -23,7 +23,15 @@ class ValidationOptions(Options):
         None,
         help="Measure the validation loss every N epochs. Unset does it after every epoch.",
     )
+    validate_at_first: bool = option(
+        False,
+        help="Measure the validation loss before the first step too, to compare the others with.",
+    )
     max_validation_steps: int | None = option(
         None,
         help="Most batches to measure the validation loss on. Unset uses all.",
+    )
+    keep_best_checkpoint: bool = option(
+        False,
+        help="Keep the weights with the lowest validation loss so far in a file of their own, <name>-best.",
     )

@@ -19,6 +19,7 @@ AT_LEAST_ONE = (
     "dataset_repeats", "network_dim", "clip_skip", "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio",
     "save_last_n_epochs", "save_last_n_steps", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps",
     "lr_scheduler_num_cycles", "lr_scheduler_timescale", "max_timestep",
+    "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "max_data_loader_n_workers", "keep_tokens", "caption_dropout_every_n_epochs", "token_warmup_min",

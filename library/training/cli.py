@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 
 ZERO_MEANS_NEVER = (
     "max_train_epochs", "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio", "save_last_n_epochs",
-    "save_last_n_steps", "save_last_n_epochs_state", "save_last_n_steps_state", "clip_skip",
+    "save_last_n_steps", "save_last_n_epochs_state", "save_last_n_steps_state", "clip_skip", "validate_every_n_steps",
+    "validate_every_n_epochs", "max_validation_steps",
 )  # fmt: skip
 
 

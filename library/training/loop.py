@@ -26,13 +26,20 @@ from library.training.report import (
 from library.training.run import Run
 from library.training.saving import Writer
 from library.training.step import describe_shape, loss_of, start_batch
+from library.training.validation import Validation
 from library.types import Batch
 
 logger = logging.getLogger(__name__)
 
 
 def train(
-    run: Run, progress: Progress, writer: Writer, charts: Charts, previews: Previews, interruption: Interruption
+    run: Run,
+    progress: Progress,
+    writer: Writer,
+    charts: Charts,
+    previews: Previews,
+    validation: Validation,
+    interruption: Interruption,
 ) -> None:
     """Train from where `progress` stands to the last step, or to the step in which the user interrupts.
 
@@ -45,6 +52,8 @@ def train(
     epoch = plan.epoch_of(progress.step)
     if progress.step == 0:
         previews.before_training(interruption)
+    if validation.before_training(progress):
+        writer.save_best(progress.step, epoch)
     with progress_bar(plan.max_train_steps, progress.step, is_main) as bar:
         for epoch in plan.epochs(progress.step):
             announce_epoch(epoch, plan.num_epochs)
@@ -63,6 +72,11 @@ def train(
                 report_window(run, progress, window, values, rates, norms, charts)
                 bar.update(1)
                 bar.set_postfix(bar_values(average.mean, norms))
+                is_last = progress.step >= plan.max_train_steps
+                if not stops and validation.after_step(
+                    progress.step, epoch, window.ends_epoch or is_last, average.mean
+                ):
+                    writer.save_best(progress.step, epoch)
                 previews.after_step(progress.step, epoch, interruption)
                 writer.save_after_step(progress.step, epoch)
                 if stops:

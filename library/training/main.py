@@ -86,7 +86,15 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     interruption.defer()
     try:
         with last_good_saved(prepared.writer):
-            train(prepared.run, prepared.progress, prepared.writer, prepared.charts, prepared.previews, interruption)
+            train(
+                prepared.run,
+                prepared.progress,
+                prepared.writer,
+                prepared.charts,
+                prepared.previews,
+                prepared.validation,
+                interruption,
+            )
     finally:
         prepared.charts.close()
 

@@ -22,14 +22,21 @@ def announce(text: str) -> None:
     sys.stdout.flush()
 
 
-def announce_run(
-    plan: Plan, num_train_images: int, num_reg_images: int, batch_sizes: Sequence[int], accumulation: int
-) -> None:
+@dataclass(frozen=True)
+class PictureCounts:
+    """Pictures of a run, times their repeats."""
+
+    train: int
+    validation: int
+    reg: int
+
+
+def announce_run(plan: Plan, counts: PictureCounts, batch_sizes: Sequence[int], accumulation: int) -> None:
     """The block that tells the size of the run."""
     announce("running training / 学習開始")
-    announce(f"  num train images * repeats / 学習画像の数×繰り返し回数: {num_train_images}")
-    announce("  num validation images * repeats / 学習画像の数×繰り返し回数: 0")
-    announce(f"  num reg images / 正則化画像の数: {num_reg_images}")
+    announce(f"  num train images * repeats / 学習画像の数×繰り返し回数: {counts.train}")
+    announce(f"  num validation images * repeats / 学習画像の数×繰り返し回数: {counts.validation}")
+    announce(f"  num reg images / 正則化画像の数: {counts.reg}")
     announce(f"  num batches per epoch / 1epochのバッチ数: {plan.num_batches}")
     announce(f"  num epochs / epoch数: {plan.num_epochs}")
     announce(f"  batch size per device / バッチサイズ: {', '.join(str(size) for size in batch_sizes)}")

@@ -52,6 +52,9 @@ class Names:
     def of_end(self) -> Path:
         return self.folder / f"{self.output_name or 'last'}.{self.extension}"
 
+    def of_best(self) -> Path:
+        return self.folder / f"{f'{self.output_name}-' if self.output_name else ''}best.{self.extension}"
+
     @property
     def starts(self) -> tuple[str, ...]:
         """What the names of this run begin with."""
@@ -147,6 +150,11 @@ class Writer:
         if self.is_main and self.schedule.saves_epoch(epoch):
             self._save(self.names.of_epoch(epoch), step, epoch)
             self._rotate(self.names.of_epoch, self.schedule.outdated_epoch(epoch), self._states.outdated_epoch(epoch))
+
+    def save_best(self, step: int, epoch: int) -> None:
+        """Replace the file of the best weights, if --keep_best_checkpoint asks for one."""
+        if self.is_main and self.options.validation.keep_best_checkpoint:
+            self.write(self.names.of_best(), step, epoch)
 
     def save_end(self, step: int, epoch: int) -> None:
         """Save a run that is complete."""

@@ -25,6 +25,7 @@ from library.options.train import TrainOptions
 from library.processes import Processes
 from library.randomness import stream_seed
 from library.training.conditioning import CaptionMemo
+from library.training.evaluation import eval_mode
 from library.training.hub import Uploads
 from library.training.logs import Charts, run_folder, start_trackers, tracker_kind
 from library.training.lr_schedules import build_schedule
@@ -33,12 +34,13 @@ from library.training.optimizers import build_optimizer
 from library.training.plan import Plan
 from library.training.preview import Previews, texts_of, wanted_prompts
 from library.training.progress import Progress
-from library.training.report import announce_run
+from library.training.report import PictureCounts, announce_run
 from library.training.resume import recorded_options, report_differences, starting_step
 from library.training.run import Autocast, Models, Run
 from library.training.saving import Names, Schedule, Writer, save_dtype
 from library.training.state import Facts, Keeper, OptimizerKeeper, restore, save_state
 from library.training.text_caching import cached_text, check_text_caching, prepare_text
+from library.training.validation import Validation
 from library.types import Conditioning
 from networks.core.protocol import AdoptedNetwork
 
@@ -56,6 +58,7 @@ class Prepared:
     writer: Writer
     charts: Charts
     previews: Previews
+    validation: Validation
 
 
 def choose_seed(seed: int | None, processes: Processes, facts: Facts | None) -> int:
@@ -163,37 +166,35 @@ def prepare(
         scaler=gradient_scaler(options, device),
         group_names=group_names(names, len(groups), options),
     )
-    writer = build_writer(run, progress)
+    charts = Charts(accelerator)
+    validation = Validation(run, charts)
+    writer = build_writer(run, progress, validation)
     if facts is not None:
-        go_on(run, progress, facts)
+        go_on(run, progress, validation, facts)
     if processes.is_main:
         start_trackers(accelerator, options)
-        announce_run(
-            plan,
-            training_set.num_train_images,
-            training_set.num_reg_images,
-            training_set.batch_sizes,
-            options.run.gradient_accumulation_steps,
-        )
-    charts = Charts(accelerator)
-    return Prepared(run, progress, writer, charts, Previews.build(run, charts, prompts, text.prompts))
+        counts = PictureCounts(training_set.num_train_images, validation.num_pictures, training_set.num_reg_images)
+        announce_run(plan, counts, training_set.batch_sizes, options.run.gradient_accumulation_steps)
+    return Prepared(run, progress, writer, charts, Previews.build(run, charts, prompts, text.prompts), validation)
 
 
-def keepers_of(run: Run, progress: Progress) -> dict[str, Keeper]:
+def keepers_of(run: Run, progress: Progress, validation: Validation) -> dict[str, Keeper]:
     """Everything besides the adapter that has a memory, by the name it has in a state."""
     keepers: dict[str, Keeper] = {
         "optimizer": OptimizerKeeper(run.torch_optimizer, run.optimizer.name),
         "schedule": run.schedule,
         "progress": progress,
     }
+    if validation.is_on:
+        keepers["validation"] = validation
     return keepers if run.scaler is None else {**keepers, "scaler": run.scaler}
 
 
-def go_on(run: Run, progress: Progress, facts: Facts) -> None:
+def go_on(run: Run, progress: Progress, validation: Validation, facts: Facts) -> None:
     """Put the run where the state left it, at the step that --initial_step or --initial_epoch may have moved."""
     first_step = progress.step
     report_differences(facts, run.options, dataset_of(run.training_set), run.processes.count)
-    restore(facts, run.network.module, keepers_of(run, progress))
+    restore(facts, run.network.module, keepers_of(run, progress, validation))
     progress.step = first_step
     logger.info("going on from %s at step %d of %d", facts.path, first_step, run.plan.max_train_steps)
 
@@ -268,12 +269,8 @@ def encode_frozen(
 ) -> Conditioning:
     """What frozen text encoders make of captions, adapters that do not train included, their dropout off."""
     assert text_encoders, "the text encoders have left memory, batches carry their cached outputs"
-    network.module.eval()
-    try:
-        with autocast():
-            return arch.text.encode(text_encoders, arch.text.tokenize(captions))
-    finally:
-        network.module.train()
+    with eval_mode([network.module]), autocast():
+        return arch.text.encode(text_encoders, arch.text.tokenize(captions))
 
 
 def gradient_scaler(options: TrainOptions, device: torch.device) -> torch.amp.GradScaler | None:
@@ -305,7 +302,7 @@ def group_names(names: list[str] | None, num_groups: int, options: TrainOptions)
     return [f"group{i}" for i in range(num_groups)]
 
 
-def build_writer(run: Run, progress: Progress) -> Writer:
+def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer:
     """What writes the checkpoints; the base files are hashed in the background meanwhile."""
     options, training_set, plan = run.options, run.training_set, run.plan
     facts = RunFacts(
@@ -313,7 +310,7 @@ def build_writer(run: Run, progress: Progress) -> Writer:
         started_at=time.time(),
         seed=run.seed,
         num_train_images=training_set.num_train_images,
-        num_validation_images=0,
+        num_validation_images=validation.num_pictures,
         num_reg_images=training_set.num_reg_images,
         num_batches_per_epoch=plan.num_batches,
         num_epochs=plan.num_epochs,
@@ -337,7 +334,7 @@ def build_writer(run: Run, progress: Progress) -> Writer:
             options=recorded_options(options),
             dataset=dataset_of(training_set),
             network=run.network.module,
-            keepers=keepers_of(run, progress),
+            keepers=keepers_of(run, progress, validation),
         )
 
     return Writer(

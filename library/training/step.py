@@ -1,12 +1,15 @@
 """What one batch of training does, from latents to the loss."""
 
 import random
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from library.architectures.interface import Objective
 from library.randomness import generator_for, stream_seed
 from library.training.run import Run
 from library.types import Batch, Conditioning, Noised
@@ -31,22 +34,32 @@ def seed_everything(seed: int) -> None:
 
 def noised_of(run: Run, batch: Batch, batch_number: int) -> Noised:
     """The batch's latents with their noise and noise levels."""
-    clean_BCHW = run.arch.codec.normalize(latents_of(run, batch, batch_number))
+    latents_BCHW = latents_of(run, batch, lambda place: generator_for(run.seed, "vae", batch_number, place))
+    clean_BCHW = run.arch.codec.normalize(latents_BCHW)
     return run.arch.objective.corrupt(clean_BCHW, generator_for(run.seed, "noise", batch_number))
 
 
 def loss_of(run: Run, batch: Batch, batch_number: int) -> Tensor:
     """The loss of a batch, a scalar with gradient; every draw is a function of the seed and `batch_number`."""
     noised = noised_of(run, batch, batch_number)
+    condition = partial(varied_conditioning_of, run, batch, batch_number)
+    losses_B = losses_of(run, run.arch.objective, batch, noised, condition)
+    return (losses_B * batch.loss_weights_B.to(losses_B.device)).mean()
+
+
+def losses_of(
+    run: Run, objective: Objective, batch: Batch, noised: Noised, condition: Callable[[], Conditioning]
+) -> Tensor:
+    """The loss of each sample, masked but without the weights of subsets, shape B; `condition` gives text features."""
     with run.autocast():
-        conditioning = varied_conditioning_of(run, batch, batch_number)
+        conditioning = condition()
         prediction_BCHW = run.arch.predict(run.models.denoiser, noised, conditioning, batch)
-    target_BCHW = preserve_output(run, batch, batch_number, noised, conditioning)
-    loss_BCHW = run.arch.objective.loss(prediction_BCHW, target_BCHW, noised)
+    target_BCHW = preserve_output(run, batch, noised, condition, conditioning, objective.target(noised))
+    loss_BCHW = objective.loss(prediction_BCHW, target_BCHW, noised)
     if batch.masks_B1HW is not None:
         masks_B1HW = batch.masks_B1HW.to(loss_BCHW.device)
         loss_BCHW = loss_BCHW * interpolate(masks_B1HW, size=loss_BCHW.shape[-2:], mode="area")
-    return (loss_BCHW.flatten(1).mean(1) * batch.loss_weights_B.to(loss_BCHW.device)).mean()
+    return loss_BCHW.flatten(1).mean(1)
 
 
 def describe_shape(batch: Batch) -> str:
@@ -55,9 +68,10 @@ def describe_shape(batch: Batch) -> str:
     return f"{len(batch.keys)} pictures of {width}x{height}"
 
 
-def latents_of(run: Run, batch: Batch, batch_number: int) -> Tensor:
+def latents_of(run: Run, batch: Batch, generator_of: Callable[[int], torch.Generator]) -> Tensor:
     """The batch's latents, float32 on the device: from the cache, or encoded here without gradient.
 
+    `generator_of(place)` draws the posterior's sample of the picture at that place of the batch.
     Raises ValueError naming the pictures where the VAE gives NaN.
     """
     if batch.latents_BCHW is not None:
@@ -69,7 +83,7 @@ def latents_of(run: Run, batch: Batch, batch_number: int) -> Tensor:
         for first in range(0, len(batch.keys), count):
             pixels_BCHW = batch.pixels_BCHW[first : first + count]
             places = range(first, first + len(pixels_BCHW))
-            generators = [generator_for(run.seed, "vae", batch_number, place) for place in places]
+            generators = [generator_of(place) for place in places]
             parts.append(run.arch.codec.encode(run.models.vae, pixels_BCHW.to(run.device), generators))
     latents_BCHW = torch.cat(parts).float()
     if not latents_BCHW.isfinite().all():
@@ -95,10 +109,16 @@ def varied_conditioning_of(run: Run, batch: Batch, batch_number: int) -> Conditi
     return run.arch.vary(conditioning, generator_for(run.seed, "conditioning", batch_number))
 
 
-def preserve_output(run: Run, batch: Batch, batch_number: int, noised: Noised, conditioning: Conditioning) -> Tensor:
+def preserve_output(
+    run: Run,
+    batch: Batch,
+    noised: Noised,
+    condition: Callable[[], Conditioning],
+    conditioning: Conditioning,
+    target_BCHW: Tensor,
+) -> Tensor:
     """The target, but that marked samples are to keep the prediction of the model without its adapter (differential
     output preservation)."""
-    target_BCHW = run.arch.objective.target(noised)
     keep = [bool(attributes.get("diff_output_preservation")) for attributes in batch.attributes]
     if not any(keep):
         return target_BCHW
@@ -106,7 +126,7 @@ def preserve_output(run: Run, batch: Batch, batch_number: int, noised: Noised, c
     try:
         with torch.no_grad(), run.autocast():
             if run.trains_text_encoder:
-                conditioning = varied_conditioning_of(run, batch, batch_number)
+                conditioning = condition()
             base_BCHW = run.arch.predict(run.models.denoiser, noised, conditioning, batch)
     finally:
         run.network.set_multiplier(1.0)

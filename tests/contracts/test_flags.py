@@ -22,6 +22,8 @@ OURS = {  # options that sd-scripts does not have, with their defaults; one a li
     "dry_run": False,
     "on_nonfinite": "skip",
     "trace_nonfinite": False,
+    "keep_best_checkpoint": False,
+    "validate_at_first": False,
 }
 
 

@@ -90,7 +90,6 @@ def test_deepspeed_names_its_other_options_too() -> None:
     [
         ("sample_prompts", "prompts.txt"),
         ("sample_sampler", "euler_a"),
-        ("validation_seed", 3),
         ("zero_stage", 3),
         ("zero3_init_flag", True),
         ("ddp_static_graph", True),

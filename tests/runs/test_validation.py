@@ -1,0 +1,183 @@
+"""Validation in whole runs: it measures what is not trained, and training does not notice."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.running import Finished
+
+Train = Callable[..., Finished]
+
+
+@pytest.fixture
+def split_arguments(base_arguments: list[str]) -> list[str]:
+    """Four of six pictures are trained twice an epoch, two are set aside; two epochs of four steps."""
+    return [*base_arguments, "--validation_split", "0.34", "--max_train_epochs", "2", "--console_log_simple"]
+
+
+def charts(folder: Path) -> EventAccumulator:
+    (run,) = folder.iterdir()
+    return EventAccumulator(str(run / "network_train")).Reload()
+
+
+def scalars(events: EventAccumulator, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+CHANCE = [
+    "--network_dropout", "0.3", "--network_args", "rank_dropout=0.3", "--flip_aug", "--shuffle_caption",
+    "--caption_dropout_rate", "0.2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [*CHANCE, "--cache_latents"],
+        [*CHANCE, "--random_crop", "--optimizer_type", "AdamWScheduleFree", "--max_data_loader_n_workers", "1"],
+        ["--network_train_unet_only", "--gradient_checkpointing", "--mixed_precision", "bf16"],
+        ["--network_module", "networks.dylora", "--network_args", "unit=2"],
+    ],
+    ids=["dropout", "schedule-free", "frozen-text", "dylora"],
+)
+def test_training_is_the_same_bit_for_bit_with_and_without_it(
+    train: Train, split_arguments: list[str], tmp_path: Path, options: list[str]
+) -> None:
+    results = {}
+    for name, when in {
+        "often": ["--validate_every_n_steps", "1", "--validate_at_first", "--keep_best_checkpoint"],
+        "never": ["--validate_every_n_epochs", "100"],
+    }.items():
+        out, logs = tmp_path / name, tmp_path / f"{name} logs"
+        done = train([*split_arguments, *options, *when, "--output_dir", str(out), "--logging_dir", str(logs)])
+        assert done.status == 0, done.stderr + done.stdout
+        events = charts(logs)
+        has_validation = any("validation" in tag for tag in events.Tags()["scalars"])
+        assert has_validation == (name == "often")
+        results[name] = scalars(events, "loss/current"), load_file(out / "mine.safetensors")
+    assert results["often"][0] == results["never"][0] and len(results["never"][0]) == 8
+    often, never = results["often"][1], results["never"][1]
+    assert often.keys() == never.keys() and all(torch.equal(often[key], never[key]) for key in never)
+
+
+def test_training_is_that_of_a_folder_without_the_pictures_that_are_set_aside(
+    train: Train, split_arguments: list[str], pictures: Path, tmp_path: Path
+) -> None:
+    train([*split_arguments, "--validation_seed", "3", "--cache_latents_to_disk", "--output_dir", str(tmp_path / "a")])
+    from library.data.dataset import TrainingSet
+    from tests.unit.data.builders import SPEC, options_of
+
+    arguments = ["--train_data_dir", str(pictures), "--validation_split", "0.34"]
+    training_set = TrainingSet.build(options_of("--resolution 64 --validation_seed 3", *arguments), SPEC, 1, None, None)
+    aside = [key for batch in training_set.validation.batches([0, 1], 0) for key in batch.keys]
+    assert len(aside) == 2
+    for path in aside:
+        Path(path).unlink()
+    arguments = [word for word in split_arguments if word not in ("--validation_split", "0.34")]
+    train([*arguments, "--cache_latents_to_disk", "--output_dir", str(tmp_path / "b")])
+    first, second = (load_file(tmp_path / name / "mine.safetensors") for name in "ab")
+    assert all(torch.equal(first[key], second[key]) for key in first | second)
+
+
+def test_charts_metadata_and_words(train: Train, split_arguments: list[str], tmp_path: Path) -> None:
+    options = ["--logging_dir", str(tmp_path / "logs"), "--validate_every_n_steps", "3", "--validate_at_first"]
+    done = train([*split_arguments, *options, "--max_validation_steps", "2", "--validation_seed", "3"])
+    assert done.status == 0, done.stderr
+    assert "num train images * repeats / 学習画像の数×繰り返し回数: 8\n" in done.stdout
+    assert "num validation images * repeats / 学習画像の数×繰り返し回数: 2\n" in done.stdout
+    assert not re.search(r"^[^\r\n]*validation steps.*avr_loss=", done.stderr, re.MULTILINE)
+    assert "validation steps" in done.stderr and "epoch validation steps" in done.stderr
+
+    events = charts(tmp_path / "logs")
+    steps, epochs = (scalars(events, f"loss/validation/{kind}_average") for kind in ("step", "epoch"))
+    assert [step for step, _ in steps] == [0, 3, 6] and [epoch for epoch, _ in epochs] == [1, 2]
+    levels = [dict(scalars(events, f"loss/validation/level_{level}")) for level in (200, 400, 600, 800)]
+    assert all(list(level) == [0, 3, 4, 6, 8] for level in levels)
+    averages = dict(steps) | {epoch * 4: value for epoch, value in epochs}
+    for step, average in averages.items():
+        assert average == pytest.approx(sum(level[step] for level in levels) / 4, rel=1e-6)  # float32 charts
+    difference = dict(scalars(events, "loss/validation/difference"))
+    assert list(difference) == [3, 4, 6, 8]
+    for step, value in difference.items():
+        assert value == pytest.approx(averages[step] - averages[0], rel=1e-5, abs=1e-6)
+    training = dict(scalars(events, "loss/average"))
+    for step, value in scalars(events, "loss/validation/step_divergence"):
+        assert value == pytest.approx(averages[step] - training[step], rel=1e-5, abs=1e-6)
+
+    lines = re.findall(r"validation (?:after|before).*", done.stdout)
+    assert len(lines) == 5
+    assert (
+        lines[0].startswith("validation before the first step: loss ")
+        and "on 2 pictures (noise level 200: " in lines[0]
+    )
+    assert all(re.search(r"; \d\.\d{4} ± \d\.\d{4} (below|above) that after step 0", line) for line in lines[1:])
+
+    with safe_open(tmp_path / "out" / "mine.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_num_train_images"] == "8" and metadata["ss_num_validation_images"] == "2"
+    assert metadata["ss_validation_split"] == "0.34" and metadata["ss_validation_seed"] == "3"
+    assert metadata["ss_validate_every_n_steps"] == "3" and metadata["ss_validate_every_n_epochs"] == "None"
+    assert metadata["ss_max_validation_steps"] == "2"
+    assert json.loads(metadata["ss_dataset_dirs"]) == {"2_thing": {"n_repeats": 2, "img_count": 4}}
+
+
+def test_weights_that_do_not_change_are_measured_the_same(
+    train: Train, split_arguments: list[str], tmp_path: Path
+) -> None:
+    """Everything has a learning rate of 1e-45, which is 0 in float32 arithmetic; pixels are encoded anew each time."""
+    options = ["--logging_dir", str(tmp_path / "logs"), "--validate_every_n_steps", "1", "--optimizer_type", "SGD"]
+    options = [*options, "--optimizer_args", "momentum=0", "--learning_rate", "1e-45", *CHANCE]
+    done = train([*split_arguments, *options])
+    assert done.status == 0, done.stdout
+    values = scalars(charts(tmp_path / "logs"), "loss/validation/step_average")
+    assert len(values) == 8 and len({value for _, value in values}) == 1
+    assert set(scalars(charts(tmp_path / "logs"), "loss/validation/difference")) == {
+        (step, 0.0) for step in range(2, 9)
+    }
+
+
+def test_the_best_weights_are_kept_and_are_those_of_their_step(
+    train: Train, split_arguments: list[str], tmp_path: Path
+) -> None:
+    options = ["--validate_every_n_steps", "1", "--keep_best_checkpoint", "--save_every_n_steps", "1"]
+    done = train([*split_arguments, *options, "--learning_rate", "0.1"])
+    assert done.status == 0
+    lines = re.findall(r"validation after step (\d+): loss (\d+\.\d+)", done.stdout)
+    best = min(lines, key=lambda line: float(line[1]))[0]
+    kept = load_file(tmp_path / "out" / "mine-best.safetensors")
+    path = tmp_path / "out" / f"mine-step{int(best):08d}.safetensors"
+    assert all(torch.equal(tensor, kept[key]) for key, tensor in load_file(path).items())
+    with safe_open(tmp_path / "out" / "mine-best.safetensors", "pt") as file:
+        assert file.metadata()["ss_steps"] == best
+    assert int(best) < 8  # so large a rate overshoots, otherwise the last file would do
+
+
+def test_a_resumed_run_goes_on_measuring_as_if_it_had_not_stopped(
+    train: Train, split_arguments: list[str], tmp_path: Path
+) -> None:
+    when = ["--validate_every_n_steps", "2", "--validate_at_first", "--save_state", "--save_every_n_steps", "2"]
+    whole = train([*split_arguments, *when, "--output_dir", str(tmp_path / "whole")])
+    train([*split_arguments, *when, "--output_dir", str(tmp_path / "cut")])
+    state = tmp_path / "cut" / "mine-step00000004-state"
+    resumed = train([*split_arguments, *when, "--output_dir", str(tmp_path / "cut"), "--resume", str(state)])
+    assert resumed.status == 0, resumed.stdout
+    expected, found = (re.findall(r"validation (?:after|before).*", run.stdout) for run in (whole, resumed))
+    assert len(expected) == 5 and found == expected[3:]  # before the first step, 2, 4, 6, 8
+
+    other = train([*split_arguments, *when, "--resume", str(state), "--min_timestep", "100"])
+    assert "validation measures other pictures, noise levels or noise than in the state" in other.stdout
+
+
+def test_options_without_pictures_to_measure_are_warned_of(train: Train, base_arguments: list[str]) -> None:
+    done = train([*base_arguments, "--console_log_simple", "--validate_every_n_steps", "5", "--keep_best_checkpoint"])
+    assert done.status == 0
+    for flag in ("--validate_every_n_steps", "--keep_best_checkpoint"):
+        assert f"{flag} has no effect: no picture is set aside; --validation_split does that" in done.stdout
+    assert "--max_validation_steps" not in done.stdout
