@@ -1,6 +1,7 @@
 """Runs whose text encoders leave memory before the denoiser comes."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,17 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(run: Run, base_arguments: l
     assert done.status == 0, done.stderr
     assert resumed == losses[3:]
     assert_equal_weights(weights_of(tmp_path, "resumed"), weights_of(tmp_path, "mine"))
+
+
+def test_pictures_that_are_set_aside_are_measured_from_the_cache(run: Run, base_arguments: list[str]) -> None:
+    measured = []
+    for options in (CACHED, ON_DISK):
+        split = ["--validation_split", "0.4", "--validate_every_n_steps", "2"]
+        done, _, _ = run([*base_arguments, *options, *split, "--shuffle_caption"])
+        assert done.status == 0, done.stderr
+        measured.append(re.findall(r"validation after step \d+: (?:loss )?[\d.]+", done.stderr + done.stdout))
+    assert measured[0] == measured[1]
+    assert len(measured[0]) == 2
 
 
 def test_a_changed_text_encoder_is_noticed(
