@@ -1,0 +1,93 @@
+"""Noise levels, noise of each picture, and the standard error of a paired difference."""
+
+from dataclasses import replace
+from math import isnan
+
+import numpy as np
+import pytest
+import torch
+
+from library.diffusion.flow import build_flow
+from library.diffusion.flow_levels import LevelSampler
+from library.diffusion.objective import build_ddpm
+from library.options.noise import NoiseOptions
+from library.randomness import generator_for
+from library.training.measuring import Difference, corrupt_each, noise_levels, paired_difference
+from library.training.validation import Timetable
+from tests.unit.data.builders import options_of
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "levels"),
+    [
+        (None, None, (200, 400, 600, 800)),
+        (0, 1000, (200, 400, 600, 800)),
+        (100, 333, (146, 193, 239, 286)),
+        (500, 502, (500, 501)),
+        (999, 1000, (999,)),
+    ],
+)
+def test_levels_divide_the_range_as_numpy_does(low, high, levels):
+    options = replace(NoiseOptions(), min_timestep=low, max_timestep=high)
+    expected = np.linspace(low or 0, 1000 if high is None else high, 6)[1:-1].astype(int)
+    assert noise_levels(options) == levels == tuple(dict.fromkeys(expected.tolist()))
+
+
+def test_the_error_of_a_difference_is_that_of_a_paired_t_test():
+    rng = np.random.default_rng(1)
+    before, now = rng.normal(size=(2, 9, 4))
+    found = paired_difference(torch.tensor(now), torch.tensor(before), [f"picture {i}" for i in range(9)])
+    differences = (now - before).mean(1)
+    assert found.mean == pytest.approx(differences.mean(), rel=1e-12)
+    assert found.standard_error == pytest.approx(differences.std(ddof=1) / np.sqrt(9), rel=1e-12)  # float64 both
+
+
+def test_rows_of_one_picture_are_one_observation():
+    """Two equal rows a picture carry no more than one: only (G / (G - 1)) stays what it was."""
+    rng = np.random.default_rng(2)
+    before, now = (torch.tensor(values) for values in rng.normal(size=(2, 6, 4)))
+    once = paired_difference(now, before, range(6))
+    twice = paired_difference(now.repeat(2, 1), before.repeat(2, 1), [*range(6), *range(6)])
+    assert twice.mean == pytest.approx(once.mean, rel=1e-12)
+    assert twice.standard_error == pytest.approx(once.standard_error, rel=1e-12)
+    assert paired_difference(now.repeat(2, 1), before.repeat(2, 1), range(12)).standard_error < once.standard_error
+
+
+def test_one_picture_has_no_error_and_equal_weights_no_difference():
+    losses = torch.rand(1, 4, dtype=torch.float64)
+    alone = paired_difference(losses, losses + 1, ["a"])
+    assert alone.mean == pytest.approx(-1) and isnan(alone.standard_error) and not alone.is_clear
+    same = paired_difference(losses.repeat(3, 1), losses.repeat(3, 1), "abc")
+    assert (same.mean, same.standard_error) == (0.0, 0.0) and not same.is_clear
+    assert Difference(-0.3, 0.1).is_clear and not Difference(0.1, 0.1).is_clear
+
+
+def uniform() -> LevelSampler:
+    return lambda B, H, W, generator: torch.rand(B, generator=generator)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "flow"])
+def test_noise_and_level_of_a_picture_do_not_depend_on_its_neighbours(kind):
+    options = options_of("--multires_noise_iterations 2 --ip_noise_gamma 0.1" if kind == "ddpm" else "")
+    objective = (
+        build_ddpm(options) if kind == "ddpm" else build_flow(options, uniform(), "noise - latent", "raw", "none")
+    ).at_timestep(600)
+    clean_BCHW = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def noised(places):
+        return corrupt_each(objective, clean_BCHW[list(places)], [generator_for(1, "test", place) for place in places])
+
+    together, apart = noised([0, 1, 2]), noised([2])
+    assert together.timesteps_B.tolist() == [600] * 3
+    assert torch.equal(together.latents_BCHW[2:], apart.latents_BCHW)
+    assert torch.equal(together.noise_BCHW[2:], apart.noise_BCHW)
+    assert not torch.equal(together.noise_BCHW[0], together.noise_BCHW[1])
+
+
+def test_what_is_due_follows_steps_and_ends_of_epochs():
+    options = options_of("--validate_every_n_steps 3 --validate_every_n_epochs 2").validation
+    timetable = Timetable.build(options)
+    assert list(timetable.due(3, None)) == ["step"] and list(timetable.due(4, 1)) == []
+    assert list(timetable.due(6, 2)) == ["step", "epoch"]
+    always = Timetable.build(options_of("").validation)
+    assert list(always.due(3, None)) == [] and list(always.due(4, 1)) == ["epoch"]
