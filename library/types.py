@@ -34,6 +34,7 @@ class Batch:
     masks_B1HW: Tensor | None  # float32, 0..1, in pixels of the bucket
     sizes_B6: Tensor  # original height and width, crop top and left, target height and width
     attributes: list[Mapping[str, Any]]  # custom_attributes of the subset
+    crops_B2: Tensor | None = None  # where the pictures were really cut from the resized ones: top and left
 
 
 @dataclass(frozen=True)

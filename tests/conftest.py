@@ -21,3 +21,35 @@ def tiny_sd_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny.sd import build_tiny_sd
 
     return build_tiny_sd(tmp_path_factory.mktemp("tiny_sd_file"), seed=11, layout="safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD 2.x model as a diffusers folder; read only."""
+    from tests.tiny.sd import build_tiny_sd
+
+    return build_tiny_sd(tmp_path_factory.mktemp("tiny_sd2_folder"), seed=21, is_v2=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of `tiny_sd2_folder` as a single .safetensors file with a tokenizer/ beside it; read only."""
+    from tests.tiny.sd import build_tiny_sd
+
+    return build_tiny_sd(tmp_path_factory.mktemp("tiny_sd2_file"), seed=21, layout="safetensors", is_v2=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL model as a diffusers folder; read only."""
+    from tests.tiny.sdxl import build_tiny_sdxl
+
+    return build_tiny_sdxl(tmp_path_factory.mktemp("tiny_sdxl_folder"), seed=31)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of `tiny_sdxl_folder` as a single .safetensors file with a tokenizer/ beside it; read only."""
+    from tests.tiny.sdxl import build_tiny_sdxl
+
+    return build_tiny_sdxl(tmp_path_factory.mktemp("tiny_sdxl_file"), seed=31, layout="safetensors")

@@ -121,6 +121,13 @@ class BatchMaker(Dataset[Draft | str]):
             masks_B1HW=None,
             sizes_B6=torch.tensor([sizes_of(s, f) for s, f in zip(samples, flips, strict=True)], dtype=torch.float32),
             attributes=[subset.custom_attributes for subset in subsets],
+            crops_B2=torch.tensor(
+                [
+                    corner_of(self.placement(sample, order.epoch, draw, is_flipped))
+                    for sample, draw, is_flipped in zip(samples, order.draws, flips, strict=True)
+                ],
+                dtype=torch.float32,
+            ),
         )
         texts = [
             self.text_files[number].read(caption) if caption and number in self.text_files else None
@@ -228,6 +235,13 @@ def sizes_of(sample: Sample, is_flipped: bool) -> tuple[float, ...]:
     target_width, target_height = sample.shape.bucket
     left, top, right, _ = crop_ltrb(sample.shape.bucket, sample.picture.size)
     return height, width, top, target_width - right if is_flipped else left, target_height, target_width
+
+
+def corner_of(placement: Placement) -> tuple[int, int]:
+    """Top and left of what is cut from the resized picture; of a mirrored one in the mirrored picture."""
+    if not placement.is_flipped:
+        return placement.top, placement.left
+    return placement.top, placement.resized[0] - placement.target[0] - placement.left
 
 
 def check_size(sample: Sample, rgb: Pixels) -> None:

@@ -204,13 +204,16 @@ def _needed(layout: BlockList | None, arguments: NetworkArguments) -> BlockList:
 
 
 def _side(name: str, weights: LrWeights | None, num_blocks: int) -> tuple[float, ...]:
-    """The factors of one side: one number stands for all its blocks, a list that is too short goes on with 1."""
+    """The factors of one side: a list that is too short goes on with 1.
+
+    One number stands for all blocks of down and up, where sd-scripts takes none; for the middle it is a short list.
+    """
     if weights is None:
         return (1.0,) * num_blocks
     if isinstance(weights, LrPreset):
         return preset_factors(weights, num_blocks)
     if len(weights) > num_blocks:
         raise ValueError(f"--network_args {name} has {len(weights)} entries; there are {num_blocks} such blocks here")
-    if len(weights) == 1:
+    if len(weights) == 1 and name != "mid_lr_weight":
         return weights * num_blocks
     return weights + (1.0,) * (num_blocks - len(weights))

@@ -1,4 +1,4 @@
-"""A tiny but complete Stable Diffusion 1.x model, as a diffusers folder or a single file."""
+"""A tiny but complete Stable Diffusion 1.x or 2.x model, as a diffusers folder or a single file."""
 
 import gzip
 import json
@@ -12,6 +12,7 @@ from library.architectures.sd.load import CLIP_PREFIXES
 from library.models.unet_keys import UNET_PREFIX, UnetLayout, unet_to_ldm
 from library.models.vae_keys import VAE_PREFIX, vae_to_ldm
 from tests.tiny.init import fixed_init
+from tests.tiny.open_clip import to_open_clip
 
 Layout = Literal["diffusers", "safetensors", "ckpt"]
 FULL_SIZE = Path(__file__).parents[1] / "contracts" / "data" / "sd15.json.gz"
@@ -44,6 +45,8 @@ CLIP = {
     "max_position_embeddings": 77,
     "hidden_act": "quick_gelu",
 }
+UNET_V2 = {**UNET, "attention_head_dim": 1, "use_linear_projection": True}  # diffusers means the number of heads
+CLIP_V2 = {**CLIP, "hidden_act": "gelu"}
 MERGES = ("c a", "ca t</w>", "d o", "do g</w>", "a n", "an d</w>", "r e", "re d</w>")
 PIPELINE = {
     "_class_name": "StableDiffusionPipeline",
@@ -66,18 +69,18 @@ SCHEDULER = {
 }
 
 
-def build_tiny_sd(folder: Path, seed: int, layout: Layout = "diffusers") -> Path:
+def build_tiny_sd(folder: Path, seed: int, layout: Layout = "diffusers", is_v2: bool = False) -> Path:
     """Write a tiny model into `folder` and return what --pretrained_model_name_or_path takes.
 
     Pictures of 64 px have 8x8 latents. A single file has its tokenizer/ beside it. One seed has the same weights in
     every layout.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    vocab = write_tokenizer(folder / "tokenizer")
-    parts = tiny_parts(seed, vocab)
+    vocab = write_tokenizer(folder / "tokenizer", pad="!" if is_v2 else "<|endoftext|>")
+    parts = tiny_parts(seed, vocab, is_v2)
     if layout == "diffusers":
         return write_folder(folder, parts)
-    tensors = ldm_tensors({name: state for name, (_, state) in parts.items()})
+    tensors = ldm_tensors({name: state for name, (_, state) in parts.items()}, is_v2)
     path = folder / f"tiny_sd.{layout}"
     if layout == "ckpt":
         torch.save({"state_dict": tensors, "global_step": 7}, path)
@@ -88,17 +91,18 @@ def build_tiny_sd(folder: Path, seed: int, layout: Layout = "diffusers") -> Path
     return path
 
 
-def tiny_parts(seed: int, vocab: int) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+def tiny_parts(seed: int, vocab: int, is_v2: bool = False) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
     """(config.json, weights) of unet, vae and text_encoder; the text encoder's names begin with "text_model."."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     ids = {"vocab_size": vocab, "bos_token_id": vocab - 2, "eos_token_id": vocab - 1, "pad_token_id": vocab - 1}
+    unet_config, clip_config = (UNET_V2, CLIP_V2) if is_v2 else (UNET, CLIP)
     with torch.device("meta"):
-        unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
-        clip = CLIPTextModel(CLIPTextConfig(**CLIP, **ids))
+        unet, vae = UNet2DConditionModel(**unet_config), AutoencoderKL(**VAE)
+        clip = CLIPTextModel(CLIPTextConfig(**clip_config, **ids))
     clip_state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in fixed_init(clip, seed + 2).items()}
-    clip_json = {**CLIP, **ids, "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+    clip_json = {**clip_config, **ids, "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
     return {
         "unet": (json.loads(unet.to_json_string()), fixed_init(unet, seed)),
         "vae": (json.loads(vae.to_json_string()), fixed_init(vae, seed + 1)),
@@ -120,19 +124,25 @@ def write_folder(folder: Path, parts: dict[str, tuple[dict[str, Any], dict[str, 
     return folder
 
 
-def ldm_tensors(states: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The three state dicts in the single-file layout, where the VAE's attention is made of 1x1 convolutions."""
+def ldm_tensors(states: dict[str, dict[str, Tensor]], is_v2: bool = False) -> dict[str, Tensor]:
+    """The three state dicts in the single-file layout."""
     unet = {UNET_PREFIX + unet_to_ldm(name, UNET_LAYOUT): tensor for name, tensor in states["unet"].items()}
-    clip = {CLIP_PREFIXES["sd1"] + name: tensor for name, tensor in states["text_encoder"].items()}
+    text = to_open_clip(states["text_encoder"]) if is_v2 else states["text_encoder"]
+    clip = {CLIP_PREFIXES["sd2" if is_v2 else "sd1"] + name: tensor for name, tensor in text.items()}
+    return unet | clip | vae_tensors(states["vae"])
+
+
+def vae_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The VAE in the single-file layout, where its attention is made of 1x1 convolutions."""
     vae = {}
-    for name, tensor in states["vae"].items():
+    for name, tensor in state.items():
         is_projection = ".attentions." in name and tensor.ndim == 2
         key = VAE_PREFIX + vae_to_ldm(name, len(VAE["block_out_channels"]))  # type: ignore[arg-type]
         vae[key] = tensor[:, :, None, None] if is_projection else tensor
-    return unet | clip | vae
+    return vae
 
 
-def write_tokenizer(folder: Path) -> int:
+def write_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> int:
     """CLIP's tokenizer with all bytes and a few words, so any caption encodes; returns the size of its vocabulary."""
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -140,7 +150,7 @@ def write_tokenizer(folder: Path) -> int:
     words = [*symbols, *(f"{s}</w>" for s in symbols), *(merge.replace(" ", "") for merge in MERGES)]
     vocab = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    special["pad_token"] = "<|endoftext|>"
+    special["pad_token"] = pad
     config = {**special, "model_max_length": 77, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")

@@ -6,14 +6,7 @@ from torch import nn
 
 from library.architectures.sd.targets import TARGETS
 from library.models.clip import clip_body
-
-
-class ClipView(nn.Module):
-    """The layers of a CLIP text encoder under "text_model.", which adapter names have and transformers 5 dropped."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.text_model = body
+from library.models.clip_view import ClipView
 
 
 def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[nn.Module, nn.Module]:

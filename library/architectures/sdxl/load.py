@@ -1,0 +1,157 @@
+"""Checkpoints of Stable Diffusion XL to modules."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library.checkpoints import sources
+from library.checkpoints.weights import Weights, configure, with_prefix
+from library.models.attention import wants_xformers, with_attention
+from library.models.clip import PROJECTION, clip_component, clip_of_folder, load_clip
+from library.models.loading import DTYPES, Component, materialise
+from library.models.recognise import (
+    base_of_folder,
+    pipeline_base,
+    refuse_other_file,
+    refuse_other_folder,
+    warn_of_other_prediction,
+)
+from library.models.shapes import shape_of
+from library.models.unet import HEAD_WIDTH, empty_unet, size_embedding_config, unet_component
+from library.models.unet_keys import UNET_PREFIX, UnetLayout
+from library.models.vae import VaeNeeds, empty_vae, open_vae, vae_of_checkpoint, vae_of_folder
+from library.options.train import TrainOptions
+
+BASE_FLAG = "--pretrained_model_name_or_path"
+LATENT_CHANNELS = 4
+LATENT_SCALE = 0.13025  # brings the latents of SDXL's VAE to about unit variance
+CLIP_L_PREFIX = "conditioner.embedders.0.transformer."
+CLIP_G_PREFIX = "conditioner.embedders.1.model."
+
+
+@dataclass(frozen=True)
+class SdxlLoader:
+    """The four models of an SDXL checkpoint, each loaded when it is asked for; frozen, on the CPU."""
+
+    path: Path  # the folder or file of the checkpoint
+    unet: Component
+    vae_component: Component
+    clip_l: Component
+    clip_g: Component
+    dtype: torch.dtype
+    vae_dtype: torch.dtype
+    uses_xformers: bool
+
+    @property
+    def layout(self) -> UnetLayout:
+        """What the block numbers of the single-file layout depend on; adapters are named after them."""
+        kinds = self.unet.config["down_block_types"]
+        attends = tuple(kind.startswith("CrossAttn") for kind in kinds)
+        return UnetLayout(int(self.unet.config.get("layers_per_block", 2)), attends)
+
+    @property
+    def num_words(self) -> int:
+        """Size of the vocabulary that both text encoders know."""
+        return min(
+            shape_of(clip.weights.shapes, "embeddings.token_embedding.weight")[0] for clip in (self.clip_l, self.clip_g)
+        )
+
+    def text_encoders(self) -> list[nn.Module]:
+        """CLIP-L and OpenCLIP's bigG, the second with its projection."""
+        return [load_clip(self.clip_l, self.dtype), load_clip(self.clip_g, self.dtype)]
+
+    def vae(self) -> nn.Module:
+        return with_attention(
+            materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype),
+            self.uses_xformers,
+        )
+
+    def denoiser(self) -> nn.Module:
+        return with_attention(
+            materialise(empty_unet(self.unet.config), self.unet.weights, self.dtype), self.uses_xformers
+        )
+
+
+def open_loader(options: TrainOptions) -> SdxlLoader:
+    """Open the checkpoint that the options name; of the files only headers are read.
+
+    Raises ValueError naming the flag when a file is missing, broken, incomplete or another kind of model.
+    """
+    name = options.model.pretrained_model_name_or_path
+    if not name:
+        raise ValueError(f"{BASE_FLAG} is missing: give a .safetensors or .ckpt file, a diffusers folder or a hub name")
+    parts_of_folder = (("unet",), ("vae",), ("text_encoder",), ("text_encoder_2",))
+    path = sources.find_model(BASE_FLAG, name, parts_of_folder)
+    if path.is_dir():
+        warn_of_other_prediction(path, options.model.v_parameterization)
+    parts = open_parts(BASE_FLAG, path, own_vae=options.model.vae is None)
+    if options.model.vae is not None:
+        parts["vae"] = open_vae(options.model.vae, VaeNeeds("SDXL", LATENT_CHANNELS, LATENT_SCALE))
+    check_channels(path, parts["unet"])
+    dtype = DTYPES[options.precision.mixed_precision]
+    return SdxlLoader(
+        path=path,
+        unet=parts["unet"],
+        vae_component=parts["vae"],
+        clip_l=parts["text_encoder"],
+        clip_g=parts["text_encoder_2"],
+        dtype=dtype,
+        vae_dtype=torch.float32 if options.model.no_half_vae else dtype,
+        uses_xformers=wants_xformers(options.memory),
+    )
+
+
+def open_parts(flag: str, path: Path, own_vae: bool) -> dict[str, Component]:
+    """unet, text_encoder, text_encoder_2 and, when `own_vae`, vae of a folder or a single file."""
+    if path.is_dir():
+        return folder_parts(flag, path, own_vae)
+    return single_file_parts(flag, sources.open_file(flag, path), own_vae)
+
+
+def folder_parts(flag: str, path: Path, own_vae: bool) -> dict[str, Component]:
+    """The parts of a diffusers folder, the VAE only when `own_vae`."""
+    class_name = sources.read_json(path / "model_index.json").get("_class_name", "")
+    refuse_other_folder(flag, str(path), pipeline_base(class_name), "sdxl")
+    parts = {"unet": Component(*sources.open_part(flag, path / "unet", "unet"))}
+    refuse_other_folder(flag, str(path), base_of_folder(class_name, parts["unet"].weights.shapes), "sdxl")
+    if not (path / "text_encoder").is_dir() and (path / "text_encoder_2").is_dir():
+        raise ValueError(f"{flag} {path}: this is the SDXL refiner; only the base model is trained")
+    parts["text_encoder"] = clip_of_folder(*sources.open_part(flag, path / "text_encoder", "text_encoder"))
+    second = sources.open_part(flag, path / "text_encoder_2", "text_encoder_2")
+    parts["text_encoder_2"] = clip_of_folder(*second, projects=True)
+    configure(parts["text_encoder_2"].weights, lambda shapes: shape_of(shapes, PROJECTION))
+    if own_vae:
+        parts["vae"] = vae_of_folder(*sources.open_part(flag, path / "vae", "vae"))
+    return parts
+
+
+def single_file_parts(flag: str, weights: Weights, own_vae: bool) -> dict[str, Component]:
+    """The parts of a checkpoint in Stability's layout, the VAE only when `own_vae`.
+
+    Names outside the four parts (averages of training, schedule buffers) are left alone.
+    """
+    refuse_other_file(flag, weights, "sdxl", (CLIP_L_PREFIX, CLIP_G_PREFIX))
+    clip_g = clip_component(with_prefix(weights, CLIP_G_PREFIX), "gelu", projects=True)
+    unet = unet_component(with_prefix(weights, UNET_PREFIX), HEAD_WIDTH)
+    pooled_width = clip_g.config["projection_dim"]
+    sizes = configure(unet.weights, lambda shapes: size_embedding_config(shapes, pooled_width))
+    parts = {
+        "unet": Component({**unet.config, **sizes}, unet.weights),
+        "text_encoder": clip_component(with_prefix(weights, CLIP_L_PREFIX), "quick_gelu"),
+        "text_encoder_2": clip_g,
+    }
+    if own_vae:
+        parts["vae"] = vae_of_checkpoint(flag, weights)
+    return parts
+
+
+def check_channels(path: Path, unet: Component) -> None:
+    """Raise ValueError where the U-Net does not fit what training feeds it."""
+    channels = unet.config.get("in_channels", LATENT_CHANNELS)
+    if channels != LATENT_CHANNELS:
+        raise ValueError(
+            f"{BASE_FLAG} {path}: the U-Net takes {channels} input channels, training feeds {LATENT_CHANNELS}; "
+            "inpainting and other conditioned variants of SDXL are not supported"
+        )

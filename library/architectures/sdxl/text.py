@@ -1,0 +1,72 @@
+"""Captions to the conditioning of Stable Diffusion XL.
+
+Shapes: B captions, L chunks, T the 77 positions of a chunk, N = B L, W the width of a text encoder, P of the
+projection.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from library.models.clip import hidden_states, pool_at_end
+from library.models.clip_tokens import OPEN_CLIP_PAD, ClipTokens, emphasize, join_chunks
+from library.types import Conditioning, Tokens
+
+CACHE_KEYS = ("hidden_state1", "hidden_state2", "pool2")
+
+
+@dataclass(frozen=True)
+class SdxlText:
+    """CLIP-L and OpenCLIP's bigG, one vocabulary; captions longer than 75 tokens are encoded in chunks and joined."""
+
+    tokens: ClipTokens
+
+    @property
+    def tokenizer(self) -> Any:
+        """transformers' CLIPTokenizer."""
+        return self.tokens.tokenizer
+
+    def reading_emphasis(self) -> "SdxlText":
+        """The same text pipeline for prompts, which have emphasis whatever captions have."""
+        return replace(self, tokens=replace(self.tokens, reads_emphasis=True))
+
+    @property
+    def max_tokens(self) -> int:
+        return self.tokens.max_tokens
+
+    def count_tokens(self, caption: str) -> int:
+        return len(self.tokens.weigh_tokens(caption)[0])
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Token ids of shape (B, L, 77) for each encoder: the first is padded with the end token, the second with 0."""
+        ids1_BLT, weights_BLT = self.tokens.tokenize(captions)
+        ids2_BLT, _ = self.tokens.tokenize(captions, OPEN_CLIP_PAD)
+        return Tokens((ids1_BLT, ids2_BLT), (weights_BLT,) * 2 if self.tokens.reads_emphasis else None)
+
+    def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
+        """hidden_state1 (B, 77, W1), hidden_state2 (B, 77, W2), pool2 (B, P); gradients flow.
+
+        Both states are those of the last layer but one, without a final norm. The pooled vector is of the first chunk,
+        and emphasis does not change it. With two or three chunks there are 152 or 227 positions.
+        """
+        encoder1, encoder2 = encoders
+        ids1_BLT, ids2_BLT = tokens.ids_BLT
+        weights1_BLT, weights2_BLT = tokens.weights_BLT or (None, None)
+        states1, _ = hidden_states(encoder1, ids1_BLT.flatten(0, 1))
+        states2, normed_NTW = hidden_states(encoder2, ids2_BLT.flatten(0, 1))
+        projection = encoder2.text_projection
+        assert isinstance(projection, nn.Module)
+        first_BTW = normed_NTW[:: ids2_BLT.shape[1]]
+        return {
+            "hidden_state1": joined(states1[-2], ids1_BLT, weights1_BLT),
+            "hidden_state2": joined(states2[-2], ids2_BLT, weights2_BLT),
+            "pool2": pool_at_end(first_BTW, ids2_BLT[:, 0], self.tokens.end_id, projection),
+        }
+
+
+def joined(hidden_NTW: Tensor, ids_BLT: Tensor, weights_BLT: Tensor | None) -> Tensor:
+    """The chunks of each caption as one sequence, weighted by its emphasis."""
+    hidden_BLTW = hidden_NTW.reshape(*ids_BLT.shape[:2], *hidden_NTW.shape[1:])
+    return join_chunks(emphasize(hidden_BLTW, weights_BLT))

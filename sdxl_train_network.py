@@ -1,0 +1,18 @@
+"""Train a LoRA-family adapter for Stable Diffusion XL."""
+
+import argparse
+
+from library.architectures.sdxl.options import SdxlOptions
+from library.training.cli import build_parser
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Every option of this script; front ends read it."""
+    return build_parser(SdxlOptions)
+
+
+if __name__ == "__main__":
+    from library.architectures.sdxl import build
+    from library.training.main import main
+
+    raise SystemExit(main(setup_parser(), SdxlOptions, build))

@@ -1,0 +1,54 @@
+"""Full-size checkpoints of which only names and shapes are known, and the models that are made of them."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.architectures.sd import load as sd
+from library.architectures.sd.view import view as sd_view
+from library.architectures.sdxl import load as sdxl
+from library.architectures.sdxl.view import build_view
+from library.checkpoints.weights import Weights
+from library.models.clip import PROJECTION, empty_clip
+from library.models.loading import Component
+from library.models.unet import empty_unet
+from library.models.unet_keys import UnetLayout
+
+DATA = Path(__file__).parent / "data"
+SDXL_LAYOUT = UnetLayout(layers_per_block=2, has_attention=(False, True, True))
+
+
+def facts(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
+    return found
+
+
+def checkpoint(model: str) -> Weights:
+    """The checkpoint as if it had been opened; its values are on the meta device."""
+    sizes = {name: tuple(shape) for name, shape in facts(model)["checkpoint"].items()}
+    return Weights(model, sizes, lambda name: torch.empty(sizes[name], device="meta"))
+
+
+def parts(model: str) -> dict[str, Component]:
+    """The parts of the checkpoint of "sd21" or "sdxl" under the paths of diffusers and transformers."""
+    if model == "sdxl":
+        return sdxl.single_file_parts("--flag", checkpoint(model), own_vae=True)
+    return sd.single_file_parts("--flag", checkpoint(model), "sd2", own_vae=True)
+
+
+def empty_encoders(found: dict[str, Component]) -> list[nn.Module]:
+    """The text encoders without weights."""
+    clips = [component for part, component in found.items() if part.startswith("text_encoder")]
+    return [empty_clip(clip.config, projects=PROJECTION in clip.weights.shapes) for clip in clips]
+
+
+def seen_by_networks(model: str) -> tuple[Any, nn.Module]:
+    """Text encoder(s) and U-Net as network modules see them, without weights."""
+    found = parts(model)
+    view = build_view(SDXL_LAYOUT) if model == "sdxl" else sd_view
+    with torch.device("meta"):
+        return view(empty_encoders(found), empty_unet(found["unet"].config))

@@ -1,0 +1,103 @@
+"""sdxl_train_network.py, and train_network.py --v2, on tiny models: what goes in, what comes out."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.running import Finished
+
+Train = Callable[..., Finished]
+SDXL = "sdxl_train_network"
+
+
+@pytest.fixture
+def sdxl_arguments(tiny_sdxl_folder: Path, pictures: Path, tmp_path: Path) -> list[str]:
+    """A command line that trains two steps on the tiny model."""
+    return [
+        "--pretrained_model_name_or_path", str(tiny_sdxl_folder), "--train_data_dir", str(pictures),
+        "--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "2", "--output_dir",
+        str(tmp_path / "out"), "--output_name", "mine", "--network_module", "networks.lora", "--network_dim", "4",
+        "--learning_rate", "1e-3", "--max_train_steps", "2", "--seed", "5", "--max_data_loader_n_workers", "0",
+    ]  # fmt: skip
+
+
+def up_factors(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in load_file(path).items() if name.endswith("lora_up.weight")}
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())
+
+
+def test_a_run_trains_both_text_encoders_and_the_unet(train: Train, sdxl_arguments: list[str], tmp_path: Path) -> None:
+    done = train(sdxl_arguments, script=SDXL)
+    assert done.status == 0, done.stderr
+    ups = up_factors(tmp_path / "out" / "mine.safetensors")
+    for prefix in ("lora_te1_", "lora_unet_input_blocks_", "lora_unet_middle_block_1_", "lora_unet_output_blocks_"):
+        assert any(name.startswith(prefix) for name in ups)
+    # SDXL takes the state before the last layer and, of the second encoder, the pooled vector behind it
+    idle = [name for name, up in ups.items() if not up.abs().max() > 0]
+    assert all(name.startswith("lora_te1_text_model_encoder_layers_1_") for name in idle)
+    found = metadata(tmp_path / "out" / "mine.safetensors")
+    assert found["ss_base_model_version"] == "sdxl_base_v1-0" and found["ss_v2"] == "False"
+    assert found["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert found["modelspec.implementation"] == "https://github.com/Stability-AI/generative-models"
+
+
+def test_each_text_encoder_has_the_learning_rate_given_for_it(
+    train: Train, sdxl_arguments: list[str], tmp_path: Path
+) -> None:
+    done = train([*sdxl_arguments, "--text_encoder_lr", "0", "1e-3"], script=SDXL)
+    assert done.status == 0, done.stderr
+    ups = up_factors(tmp_path / "out" / "mine.safetensors")
+    moved = {name.split("_")[1] for name, up in ups.items() if up.abs().max() > 0}
+    assert moved == {"te2", "unet"}
+
+
+def test_latents_are_cached_under_sdxls_name(train: Train, sdxl_arguments: list[str], pictures: Path) -> None:
+    done = train([*sdxl_arguments, "--cache_latents_to_disk", "--network_train_unet_only"], script=SDXL)
+    assert done.status == 0, done.stderr
+    assert len(list(pictures.rglob("*_0064x0064_sdxl.npz"))) == 6
+
+
+def test_a_velocity_model_with_zero_terminal_snr(train: Train, sdxl_arguments: list[str], tmp_path: Path) -> None:
+    options = ["--v_parameterization", "--zero_terminal_snr", "--min_snr_gamma", "5", "--network_train_unet_only"]
+    done = train([*sdxl_arguments, *options], script=SDXL)
+    assert done.status == 0, done.stderr
+    assert all(loss == loss and loss < 100 for loss in done.losses)
+    assert metadata(tmp_path / "out" / "mine.safetensors")["modelspec.prediction_type"] == "v"
+
+
+def test_a_checkpoint_of_another_script_is_sent_there(
+    train: Train, sdxl_arguments: list[str], base_arguments: list[str], tiny_sd_file: Path, tiny_sdxl_file: Path
+) -> None:
+    wrong = train([*sdxl_arguments, "--pretrained_model_name_or_path", str(tiny_sd_file)], script=SDXL)
+    assert wrong.status == 1 and "this is an SD 1.x checkpoint; use train_network.py" in wrong.stderr
+    wrong = train([*base_arguments, "--pretrained_model_name_or_path", str(tiny_sdxl_file)])
+    assert wrong.status == 1 and "this is an SDXL checkpoint; use sdxl_train_network.py" in wrong.stderr
+
+
+def test_v2_belongs_to_the_other_script_and_clip_skip_does_nothing(train: Train, sdxl_arguments: list[str]) -> None:
+    wrong = train([*sdxl_arguments, "--v2"], script=SDXL)
+    assert wrong.status == 1 and "--v2 is for Stable Diffusion 2.x" in wrong.stderr
+    warned = train([*sdxl_arguments, "--clip_skip", "2", "--network_train_unet_only"], script=SDXL)
+    assert warned.status == 0 and "--clip_skip 2 has no effect" in warned.stderr
+
+
+@pytest.mark.parametrize("model", ["tiny_sd2_folder", "tiny_sd2_file"])
+def test_sd2_with_velocity(
+    train: Train, base_arguments: list[str], tmp_path: Path, model: str, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(model)
+    options = ["--pretrained_model_name_or_path", str(path), "--v2", "--v_parameterization", "--max_train_steps", "2"]
+    done = train([*base_arguments, *options])
+    assert done.status == 0, done.stderr
+    found = metadata(tmp_path / "out" / "mine.safetensors")
+    assert (found["ss_v2"], found["ss_base_model_version"]) == ("True", "sd_v2_v")
+    assert found["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+    assert all(up.abs().max() > 0 for up in up_factors(tmp_path / "out" / "mine.safetensors").values())

@@ -1,0 +1,114 @@
+"""A tiny but complete Stable Diffusion XL model, as a diffusers folder or a single file."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from library.architectures.sdxl.load import CLIP_G_PREFIX, CLIP_L_PREFIX
+from library.models.unet_keys import UNET_PREFIX, UnetLayout, unet_to_ldm
+from tests.tiny.init import fixed_init
+from tests.tiny.open_clip import to_open_clip
+from tests.tiny.sd import CLIP, SCHEDULER, VAE, vae_tensors, write_tokenizer
+
+Layout = Literal["diffusers", "safetensors"]
+
+UNET_LAYOUT = UnetLayout(layers_per_block=2, has_attention=(False, True, True))
+WIDTH1, WIDTH2 = 32, 48  # of the text encoders
+UNET = {
+    "block_out_channels": (16, 32, 32),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1, 2),
+    "cross_attention_dim": WIDTH1 + WIDTH2,
+    "attention_head_dim": 1,  # diffusers means the number of heads
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": WIDTH2 + 6 * 8,
+    "norm_num_groups": 16,
+    "sample_size": 8,
+}
+CLIP_G = {
+    **CLIP,
+    "hidden_size": WIDTH2,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "projection_dim": WIDTH2,
+    "hidden_act": "gelu",
+}
+PIPELINE = {
+    "_class_name": "StableDiffusionXLPipeline",
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+}
+
+
+def build_tiny_sdxl(folder: Path, seed: int, layout: Layout = "diffusers") -> Path:
+    """Write a tiny model into `folder` and return what --pretrained_model_name_or_path takes.
+
+    Pictures of 64 px have 8x8 latents. A single file has its tokenizer/ beside it. One seed has the same weights in
+    every layout.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = write_tokenizer(folder / "tokenizer")
+    parts = tiny_parts(seed, vocab)
+    if layout == "diffusers":
+        write_tokenizer(folder / "tokenizer_2", pad="!")
+        return write_folder(folder, parts)
+    from safetensors.torch import save_file
+
+    path = folder / "tiny_sdxl.safetensors"
+    save_file(ldm_tensors({name: state for name, (_, state) in parts.items()}), path)
+    return path
+
+
+def tiny_parts(seed: int, vocab: int) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+    """(config.json, weights) of unet, vae and both text encoders; the text encoders' names begin with "text_model."."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    ids = {"vocab_size": vocab, "bos_token_id": vocab - 2, "eos_token_id": vocab - 1, "pad_token_id": vocab - 1}
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE, scaling_factor=0.13025)
+        clip_l = CLIPTextModel(CLIPTextConfig(**CLIP, **ids))
+        clip_g = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G, **ids))
+    first = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in fixed_init(clip_l, seed + 2).items()}
+    config1 = {**CLIP, **ids, "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+    config2 = {**CLIP_G, **ids, "architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model"}
+    return {
+        "unet": (json.loads(unet.to_json_string()), fixed_init(unet, seed)),
+        "vae": (json.loads(vae.to_json_string()), fixed_init(vae, seed + 1)),
+        "text_encoder": (config1, first),
+        "text_encoder_2": (config2, fixed_init(clip_g, seed + 3)),
+    }
+
+
+def write_folder(folder: Path, parts: dict[str, tuple[dict[str, Any], dict[str, Tensor]]]) -> Path:
+    from safetensors.torch import save_file
+
+    (folder / "scheduler").mkdir()
+    (folder / "model_index.json").write_text(json.dumps(PIPELINE))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    for name, (config, state) in parts.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+        save_file(state, folder / name / f"{stem}.safetensors", {"format": "pt"})
+    return folder
+
+
+def ldm_tensors(states: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The four state dicts in the single-file layout."""
+    unet = {UNET_PREFIX + unet_to_ldm(name, UNET_LAYOUT): tensor for name, tensor in states["unet"].items()}
+    clip_l = {CLIP_L_PREFIX + name: tensor for name, tensor in states["text_encoder"].items()}
+    clip_g = {CLIP_G_PREFIX + name: tensor for name, tensor in to_open_clip(states["text_encoder_2"]).items()}
+    return unet | clip_l | clip_g | vae_tensors(states["vae"])
