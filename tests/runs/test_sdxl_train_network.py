@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -63,6 +64,32 @@ def test_latents_are_cached_under_sdxls_name(train: Train, sdxl_arguments: list[
     done = train([*sdxl_arguments, "--cache_latents_to_disk", "--network_train_unet_only"], script=SDXL)
     assert done.status == 0, done.stderr
     assert len(list(pictures.rglob("*_0064x0064_sdxl.npz"))) == 6
+
+
+def test_cached_text_trains_the_same_and_its_files_have_sd_scripts_names(
+    train: Train, sdxl_arguments: list[str], pictures: Path, tmp_path: Path
+) -> None:
+    options = [*sdxl_arguments, "--network_train_unet_only"]
+    assert train(options, script=SDXL).status == 0
+    plain = load_file(tmp_path / "out" / "mine.safetensors")
+    cache = [*options, "--cache_text_encoder_outputs_to_disk", "--output_name", "cached"]
+    done = train(cache, script=SDXL)
+    assert done.status == 0, done.stderr
+    cached = load_file(tmp_path / "out" / "cached.safetensors")
+    assert all(torch.equal(plain[name], cached[name]) for name in plain)
+    files = sorted(pictures.rglob("*_te_outputs.npz"))
+    assert [file.name for file in files][:2] == ["00_te_outputs.npz", "01_te_outputs.npz"] and len(files) == 6
+    with np.load(files[0]) as stored:
+        shapes = {name: stored[name].shape for name in ("hidden_state1", "hidden_state2", "pool2")}
+    assert shapes == {"hidden_state1": (77, 32), "hidden_state2": (77, 48), "pool2": (48,)}
+
+
+def test_previews_are_drawn(train: Train, sdxl_arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red cat --w 64 --h 64 --s 2 --d 1\n")
+    options = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_at_first", "--network_train_unet_only"]
+    done = train([*sdxl_arguments, *options], script=SDXL)
+    assert done.status == 0, done.stderr
+    assert list((tmp_path / "out" / "sample").glob("*.png"))
 
 
 def test_a_velocity_model_with_zero_terminal_snr(train: Train, sdxl_arguments: list[str], tmp_path: Path) -> None:
