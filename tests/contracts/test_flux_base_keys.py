@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from library.architectures.flux.keys import from_diffusers, our_keys, source_keys
-from library.architectures.flux.load import CLIP_PREFIXES, checked_ae, denoiser_of, empty_flux
+from library.architectures.flux.load import CLIP_PREFIXES, denoiser_of, empty_flux
 from library.architectures.flux.model import read_config
 from library.checkpoints.weights import Weights, with_prefix
 from library.models.clip import clip_component, empty_clip
 from library.models.t5 import T5_XXL_NAMES, empty_t5, t5_component
 from library.models.vae import empty_vae, single_vae
+from library.models.vae16 import checked_ae
 
 FACTS: Mapping[str, Any] = json.loads(gzip.decompress((Path(__file__).parent / "data" / "flux1.json.gz").read_bytes()))
 COUNTS = {"dit": 780, "ae": 244, "clip_l": 196, "t5xxl": 220}
@@ -118,7 +119,7 @@ def test_t5_loads_with_either_name_of_its_embedding_and_every_prefix(prefix: str
 
 
 def test_the_vae_of_ae_safetensors_is_diffusers_without_quant_convs() -> None:
-    component = checked_ae("--ae", single_vae(opened(shapes_of("ae"))))
+    component = checked_ae("FLUX.1", "--ae", single_vae(opened(shapes_of("ae"))))
     model = empty_vae(component.config)
     assert len(model.state_dict()) == COUNTS["ae"]
     for name, tensor in model.state_dict().items():

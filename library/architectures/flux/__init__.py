@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from library.architectures.flux.latents import FluxLatents
 from library.architectures.flux.load import FluxLoader, open_loader
 from library.architectures.flux.options import FluxOptions
 from library.architectures.flux.predict import FluxPredict, preview_sampler
@@ -20,6 +19,7 @@ from library.diffusion.flow import FlowMatching, build_sampled_flow
 from library.models.clip_tokenizer import load_tokenizer
 from library.models.clip_tokens import ClipTokens
 from library.models.t5 import load_t5_tokenizer
+from library.models.vae16 import mapped_latents
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def build(options: FluxOptions) -> Architecture:
         name="flux",
         load=loader,
         text=text,
-        codec=FluxLatents(),
+        codec=mapped_latents("_flux.npz"),
         objective=objective,
         predict=FluxPredict(options.flux.guidance_scale, masks_text, objective),
         view=view,

@@ -1,7 +1,5 @@
 """Checkpoints of FLUX.1 to modules: the four files of the original release, one file of all, or a diffusers folder."""
 
-import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +7,6 @@ import torch
 from torch import nn
 
 from library.architectures.flux.keys import DIFFUSERS_MARK, from_diffusers
-from library.architectures.flux.latents import SPEC, VAE_LATENTS
 from library.architectures.flux.model import PATCH, Flux, FluxConfig, read_config
 from library.architectures.flux.options import FluxOptions
 from library.checkpoints import sources
@@ -19,14 +16,12 @@ from library.models.loading import DTYPES, Component, materialise
 from library.models.recognise import WORDS, base_of_file, base_of_folder
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component, t5_of_folder
-from library.models.vae import empty_vae, single_vae, vae_of_folder
-
-logger = logging.getLogger(__name__)
+from library.models.vae import empty_vae
+from library.models.vae16 import CHANNELS, open_ae
 
 BASE_FLAG = "--pretrained_model_name_or_path"
 DENOISER_PREFIXES = ("model.diffusion_model.", "")
 CLIP_PREFIXES = ("text_encoders.clip_l.transformer.", "")
-VAE_PREFIXES = ("vae.", "first_stage_model.", "")
 T5_MARK = "text_encoders.t5xxl.transformer."
 CHROMA_MARK = "distilled_guidance_layer."
 FOLDERS = {"denoiser": "transformer", "clip_l": "text_encoder", "t5xxl": "text_encoder_2", "ae": "vae"}
@@ -88,7 +83,7 @@ def open_loader(options: FluxOptions) -> FluxLoader:
         denoiser_weights=weights,
         clip=open_clip(wanted["clip_l"], path, whole),
         t5=open_t5(wanted["t5xxl"], path, whole),
-        ae=open_ae(wanted["ae"], path, whole),
+        ae=open_ae("FLUX.1", BASE_FLAG, wanted["ae"], path, whole),
         dtype=DTYPES[options.precision.mixed_precision],
         vae_dtype=torch.float32 if options.model.no_half_vae else DTYPES[options.precision.mixed_precision],
     )
@@ -165,55 +160,13 @@ def open_text_encoder(
     return with_prefix(weights, next(p for p in prefixes if not p or any(k.startswith(p) for k in weights.shapes)))
 
 
-def open_ae(name: str | None, base: Path, whole: Weights | None) -> Component:
-    """The VAE from --ae, or from the base model, in the original layout or diffusers'."""
-    if name is None and whole is None:
-        config, weights = sources.open_part(BASE_FLAG, base / FOLDERS["ae"], FOLDERS["ae"])
-        return checked_ae(BASE_FLAG, vae_of_folder(config, weights))
-    if name is None:
-        assert whole is not None
-        weights = whole
-    else:
-        path = sources.find_model("--ae", name, (("", FOLDERS["ae"]),))
-        if path.is_dir():
-            inside = path if (path / "config.json").is_file() else path / FOLDERS["ae"]
-            return checked_ae("--ae", vae_of_folder(*sources.open_part("--ae", inside, FOLDERS["ae"])))
-        weights = sources.open_file("--ae", path)
-    prefixes = VAE_PREFIXES if name is not None else VAE_PREFIXES[:-1]
-    prefix = next((p for p in prefixes if f"{p}decoder.conv_in.weight" in weights.shapes), None)
-    if prefix is None:
-        if name is None:
-            raise ValueError(f"--ae is missing: {base} has no VAE in it; give ae.safetensors")
-        first = ", ".join(list(weights.shapes)[:3]) or "none"
-        raise ValueError(f"--ae {name} is no VAE: it has no decoder.conv_in.weight (first names: {first})")
-    return checked_ae("--ae", single_vae(with_prefix(weights, prefix)))
-
-
-def checked_ae(flag: str, component: Component) -> Component:
-    """Raise ValueError where a VAE makes other latents than FLUX.1's."""
-    channels = shape_of(component.weights.shapes, "decoder.conv_in.weight")[1]
-    if channels != SPEC.channels:
-        raise ValueError(
-            f"{flag} {component.weights.origin} has {channels} latent channels, FLUX.1 needs {SPEC.channels}; use its "
-            "ae.safetensors"
-        )
-    config: Mapping[str, object] = component.config
-    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
-    if (scale or VAE_LATENTS.scale, shift or VAE_LATENTS.shift) != (VAE_LATENTS.scale, VAE_LATENTS.shift):
-        logger.warning(
-            "%s %s is made for latents less %s, times %s; FLUX.1 takes %s and %s",
-            flag, component.weights.origin, shift, scale, VAE_LATENTS.shift, VAE_LATENTS.scale,
-        )  # fmt: skip
-    return component
-
-
 def check_fit(loader: FluxLoader) -> None:
     """Raise ValueError where the parts do not fit together."""
     config = loader.config
-    if config.in_features != SPEC.channels * PATCH**2:
+    if config.in_features != CHANNELS * PATCH**2:
         raise ValueError(
             f"{BASE_FLAG} {loader.path}: the transformer takes {config.in_features} values a patch, training feeds "
-            f"{SPEC.channels * PATCH**2}; FLUX.1 Fill, Canny, Depth and other conditioned variants are not supported"
+            f"{CHANNELS * PATCH**2}; FLUX.1 Fill, Canny, Depth and other conditioned variants are not supported"
         )
     for flag, component, width in (
         ("--clip_l", loader.clip, config.pooled_width),

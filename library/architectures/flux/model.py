@@ -17,10 +17,10 @@ from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, si
 from torch.utils.checkpoint import checkpoint
 
 from library.architectures.flux.targets import TARGETS
+from library.models.rotary import Rope, rope_of, turn
 
 FREQUENCIES = 256
 MAX_PERIOD = 10_000
-ROPE_BASE = 10_000
 EPS = 1e-6
 PATCH = 2
 ROPE_STEP = 32  # head widths are multiples of it: the angles of a head are shared out 1 : 3.5 : 3.5 in pairs
@@ -141,10 +141,6 @@ class Flux(nn.Module):
         return block(*inputs)
 
 
-Rope = tuple[Tensor, Tensor]
-"""Cosines and sines of the angles that each pair of values of a head turns by, float32, shape (T, D / 2)."""
-
-
 def patchify(latents_BCHW: Tensor) -> Tensor:
     """Each square of 2 x 2 latents as a token of 4 C values, channels first; shape (B, h w, F)."""
     B, C, H, W = latents_BCHW.shape
@@ -168,24 +164,11 @@ def sinusoids(values_B: Tensor) -> Tensor:
 
 
 def rotary(axes: tuple[int, int, int], num_text: int, h: int, w: int, device: torch.device) -> Rope:
-    """Rotary positions (Su et al. 2021): text lies at (0, 0, 0), the picture's row y and column x at (0, y, x)."""
+    """Rotary positions: text lies at (0, 0, 0), the picture's row y and column x at (0, y, x)."""
     ids_T3 = torch.zeros(num_text + h * w, 3, dtype=torch.float64, device=device)
     ids_T3[num_text:, 1] = torch.arange(h, device=device).repeat_interleave(w)
     ids_T3[num_text:, 2] = torch.arange(w, device=device).repeat(h)
-    angles = []
-    for axis, width in enumerate(axes):
-        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=device) / width
-        angles.append(ids_T3[:, axis, None] * ROPE_BASE**-exponents)
-    angles_TD = torch.cat(angles, dim=-1)
-    return angles_TD.cos().float(), angles_TD.sin().float()
-
-
-def turn(x_BNTD: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair of neighbouring values of a head by its angle."""
-    cos_TD, sin_TD = rope
-    even, odd = x_BNTD.float().unflatten(-1, (-1, 2)).unbind(-1)  # type: ignore[no-untyped-call]
-    turned = torch.stack([cos_TD * even - sin_TD * odd, sin_TD * even + cos_TD * odd], dim=-1)
-    return turned.flatten(-2).to(x_BNTD.dtype)
+    return rope_of(ids_T3, axes)
 
 
 def key_mask(text_mask_BL: Tensor, num_patches: int) -> Tensor:
