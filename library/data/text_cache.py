@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from library.architectures.interface import TextCacheSpec
+from library.checkpoints.files import load_state_dict, save_safetensors
 from library.data.dataset import TrainingSet
 from library.data.scan import few
 from library.data.text_files import MISSING, Row, TextFile, Verdict, judge, text_path, write_texts
+from library.processes import ALONE, Processes, launched_rank
 from library.types import Conditioning
 
 logger = logging.getLogger(__name__)
@@ -73,12 +76,18 @@ class KeptTexts:
 
 
 def cache_texts(
-    training_set: TrainingSet, encoding: TextEncoding, prompts: Sequence[str], skips_check: bool
+    training_set: TrainingSet,
+    encoding: TextEncoding,
+    prompts: Sequence[str],
+    skips_check: bool,
+    processes: Processes = ALONE,
 ) -> KeptTexts:
     """Encode what is not cached yet and let the training set draw text features; gives those kept in memory.
 
-    `prompts` are those of previews. Files that are not true any more are made again, and only their new captions are
-    encoded. Raises ValueError naming a caption that becomes NaN, or a folder that cannot be written.
+    `prompts` are those of previews, which only the main process has. Several processes share the captions out, and pass
+    those that are to stay in memory on in a temporary folder. Files that are not true any more are made again, and only
+    their new captions are encoded. Raises ValueError naming a caption that becomes NaN, or a folder that cannot be
+    written.
     """
     spec = encoding.spec
     open_encoders = cache(encoding.open_encoders)
@@ -88,22 +97,44 @@ def cache_texts(
         shown = shared_job(training_set, spec, "preview_prompts", prompts)
         identity = cache(encoding.identity)
         threads = training_set.num_workers
-        write_missing([empty, *jobs], lambda: open_encoders().captions, spec, identity, skips_check, threads)
+        write_missing([empty, *jobs], lambda: open_encoders().captions, spec, identity, skips_check, threads, processes)
         if prompts:
-            write_missing([shown], lambda: open_encoders().prompts, spec, identity, skips_check, threads)
+            write_missing([shown], lambda: open_encoders().prompts, spec, identity, skips_check, threads, ALONE)
         kept = KeptTexts({"": empty.file.read("")}, {text: shown.file.read(text) for text in prompts})
         training_set.use_texts(files, kept.captions, spec.padding)
         return kept
     texts = list(dict.fromkeys(["", *(text for texts in training_set.caption_texts() for text in texts)]))
     logger.info("caching text encoder outputs of %d captions in memory", len(texts) + len(prompts))
-    with tqdm(total=len(texts) + len(prompts), desc="caching text encoder outputs", smoothing=0) as bar:
-        kept = KeptTexts(
-            encode_rows(texts, lambda: open_encoders().captions, spec, bar),
-            encode_rows(prompts, lambda: open_encoders().prompts, spec, bar),
-        )
+    share = texts[processes.local_rank :: processes.local_count]
+    with progress_bar(len(share) + len(prompts)) as bar:
+        rows = encode_rows(share, lambda: open_encoders().captions, spec, bar)
+        prompt_rows = encode_rows(prompts, lambda: open_encoders().prompts, spec, bar)
+    kept = KeptTexts(passed_on(rows, texts, processes), prompt_rows)
     logger.info("they take %.2f GB", sum(map(row_bytes, (*kept.captions.values(), *kept.prompts.values()))) / 1e9)
     training_set.use_texts({}, kept.captions, spec.padding)
     return kept
+
+
+def passed_on(rows: Mapping[str, Row], texts: Sequence[str], processes: Processes) -> Mapping[str, Row]:
+    """The rows of all `texts`: each process of this machine writes its own for the others."""
+    if processes.count == 1:
+        return rows
+    folder = Path(processes.shared_folder("texts"))
+    numbers = {text: number for number, text in enumerate(texts)}
+    own = {f"{numbers[text]}/{name}": tensor for text, row in rows.items() for name, tensor in row.items()}
+    save_safetensors(folder / f"{processes.local_rank}.safetensors", own)
+    processes.wait_for_all("caching text encoder outputs")
+    found: dict[str, dict[str, Tensor]] = {}
+    for rank in range(processes.local_count):
+        for key, tensor in load_state_dict(folder / f"{rank}.safetensors").items():
+            number, _, name = key.partition("/")
+            found.setdefault(texts[int(number)], {})[name] = tensor
+    return dict(found)
+
+
+def progress_bar(count: int) -> Any:
+    """The bar of the main process."""
+    return tqdm(total=count, desc="caching text encoder outputs", smoothing=0, disable=launched_rank() != 0)
 
 
 def plan_jobs(training_set: TrainingSet, spec: TextCacheSpec) -> tuple[list[Job], dict[int, TextFile]]:
@@ -139,17 +170,31 @@ def write_missing(
     identity: Callable[[], str],
     skips_check: bool,
     num_threads: int,
+    processes: Processes,
 ) -> None:
-    """Bring every file up to date."""
+    """Bring every file up to date, each process its share of them."""
     verdicts = check_files(jobs, identity, skips_check, num_threads)
+    processes.wait_for_all("checking text encoder outputs")  # so that all share out the same list
     missing = [(job, verdict) for job, verdict in zip(jobs, verdicts, strict=True) if verdict.fault is not None]
+    missing = missing[processes.rank :: processes.count]
     count = sum(len(job.texts) - len(verdict.texts) for job, verdict in missing)
-    if not missing:
-        return
-    logger.info("caching text encoder outputs of %d captions on disk", count)
+    if missing:
+        logger.info("caching text encoder outputs of %d captions on disk", count)
+        write_files(missing, count, encode, spec, identity)
+    processes.wait_for_all("caching text encoder outputs")
+
+
+def write_files(
+    missing: Sequence[tuple[Job, Verdict]],
+    count: int,
+    encode: Callable[[], Encode],
+    spec: TextCacheSpec,
+    identity: Callable[[], str],
+) -> None:
+    """Encode the `count` captions that files lack, and write the files."""
     uses = Counter(text for job, verdict in missing for text in job.texts if text not in verdict.texts)
     rows: dict[str, Row] = {}
-    with tqdm(total=count, desc="caching text encoder outputs", smoothing=0) as bar:
+    with progress_bar(count) as bar:
         for group in grouped(missing, spec.options.text_encoder_batch_size or 1):
             needed = [text for job, verdict in group for text in job.texts if text not in verdict.texts]
             new = [text for text in dict.fromkeys(needed) if text not in rows]

@@ -95,14 +95,7 @@ def prepare_text(
 
     encoding = TextEncoding(spec, open_encoders, options.precision.mixed_precision)
     skips_check = options.caching.skip_cache_check
-    if not spec.options.cache_text_encoder_outputs_to_disk:  # each process keeps its own
-        return RunText([], cache_texts(training_set, encoding, prompts, skips_check))
-    if not processes.is_main:
-        processes.wait_for_all("caching text encoder outputs")
-    kept = cache_texts(training_set, encoding, prompts, skips_check)
-    if processes.is_main:
-        processes.wait_for_all("caching text encoder outputs")
-    return RunText([], kept)
+    return RunText([], cache_texts(training_set, encoding, prompts, skips_check, processes))
 
 
 def frozen_encode(pipeline: TextPipeline, encoders: Sequence[nn.Module], autocast: Autocast) -> Encode:
