@@ -157,3 +157,4 @@ class Architecture:
     metadata: Mapping[str, str]  # ss_v2, ss_base_model_version and the modelspec keys that are the model's own
     text_cache: TextCacheSpec | None = None  # None where text encoder outputs cannot be cached
     vary: Vary | None = None  # None where conditioning is used as it is
+    vae_overflows_in_fp16: bool = False  # whether the VAE that comes with it gives NaN in fp16, as SDXL's does

@@ -1,6 +1,7 @@
 """What can be said about the options before anything is loaded: what contradicts, is missing, or does nothing."""
 
 import logging
+import os
 from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 from library.options.support import asks, is_set, unsupported, without_effect
 from library.options.train import TrainOptions
 from library.training.logs import tracker_kind
+from library.training.optimizers import class_path, wanted_type
 from library.training.preview import Timetable
 from library.training.prompts import check_sampler, read_prompts
+from library.training.saving import Names
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,11 @@ NOT_NEGATIVE = (
     "token_warmup_step", "prior_loss_weight", "network_alpha", "unet_lr", "learning_rate", "max_grad_norm",
     "lr_warmup_steps", "lr_decay_steps", "min_timestep", "multires_noise_iterations", "multires_noise_discount",
     "ip_noise_gamma", "huber_c", "huber_scale", "min_snr_gamma", "lr_scheduler_min_lr_ratio",
+)  # fmt: skip
+MAX_NAME_BYTES = 255 - len("-step00000000-state")  # what file systems allow, less what a run appends
+SQUARES_IN_DTYPE_OF_WEIGHTS = (
+    "torch.optim.Adam", "torch.optim.NAdam", "torch.optim.RAdam", "torch.optim.RMSprop", "prodigyopt.",
+    "schedulefree.AdamW", "schedulefree.RAdam",
 )  # fmt: skip
 SHARES = ("caption_dropout_rate", "caption_tag_dropout_rate", "network_dropout")
 MAX_SEED = 2**63 - 1
@@ -55,6 +63,7 @@ def check(options: TrainOptions) -> None:
     check_ranges(options)
     check_choices(options)
     check_required(options)
+    check_output(options)
     check_precision(options)
     check_optimizer(options)
     check_network(options)
@@ -125,6 +134,39 @@ def check_required(options: TrainOptions) -> None:
         raise ValueError("--output_dir is not set; give the folder that the trained weights go to")
 
 
+def check_output(options: TrainOptions) -> None:
+    """What is written at the end can be written: the folders can be made and the name fits."""
+    saving = options.saving
+    if options.dataset.debug_dataset:
+        return
+    for flag, folder in (("output_dir", saving.output_dir), ("logging_dir", options.trackers.logging_dir)):
+        if folder:
+            check_folder(flag, Path(folder))
+    path = Names.build(saving).of_end()
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+        raise ValueError(
+            f"--output_name {saving.output_name} is too long: files of the run would have names of more than "
+            f"{MAX_NAME_BYTES} bytes; use a shorter one"
+        )
+    if path.is_dir():
+        raise ValueError(f"--output_name: {path} is a folder, but the adapter is saved under that name; use another")
+    if path.exists() and not (options.state.resume or options.state.autoresume):
+        logger.warning("%s is there already and will be replaced when the run ends", path)
+
+
+def check_folder(flag: str, folder: Path) -> None:
+    """Raise ValueError where a folder is a file, or cannot be made or written to."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"--{flag} {folder}: {there} is a file, not a folder; name another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"--{flag} {folder}: nothing can be written in {there}; change its rights or name another place"
+        )
+
+
 def check_precision(options: TrainOptions) -> None:
     """Number formats fit together and exist on this machine."""
     precision = options.precision
@@ -137,6 +179,34 @@ def check_precision(options: TrainOptions) -> None:
     if precision.mixed_precision == "fp16" and not options.dataset.debug_dataset and not has_accelerator():
         raise ValueError(
             "--mixed_precision fp16 needs a GPU and none is found; use --mixed_precision bf16 or no on the CPU"
+        )
+    check_full_fp16(options)
+
+
+def check_full_fp16(options: TrainOptions) -> None:
+    """fp16 holds no number below 6e-8: optimizers that keep squared gradients in it divide by zero."""
+    if not options.precision.full_fp16:
+        return
+    wanted = wanted_type(options.optimizer)
+    path, _ = class_path(wanted)
+    if path.startswith(SQUARES_IN_DTYPE_OF_WEIGHTS):
+        raise ValueError(
+            f"--full_fp16 makes {wanted} keep squared gradients in fp16, where they vanish: weights become NaN or "
+            "jump; leave out --full_fp16, or use --optimizer_type AdamW8bit or Lion"
+        )
+    if path == "transformers.optimization.Adafactor":
+        logger.warning(
+            "--full_fp16 rounds the weights after each step, and the steps of Adafactor are so small that many are "
+            "lost; leave out --full_fp16"
+        )
+
+
+def check_vae_precision(options: TrainOptions, overflows_in_fp16: bool) -> None:
+    """Warn of a VAE that is known to overflow in fp16, which only the NaN would show otherwise."""
+    if overflows_in_fp16 and options.precision.mixed_precision == "fp16" and not options.model.no_half_vae:
+        logger.warning(
+            "the VAE of this base model is known to give NaN in fp16; add --no_half_vae unless --vae or the checkpoint "
+            "holds one that was made for fp16"
         )
 
 

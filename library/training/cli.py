@@ -37,27 +37,37 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     if typed.output_config and not typed.config_file:
         parser.error("--output_config needs --config_file with the path of the file to write")
     if not typed.config_file:
-        setup_logging(ConsoleOptions.from_args(typed))
+        start_logging(parser, typed)
         return normalize(unset_empty(typed, parser))
     path = config_path(typed.config_file)
     try:
         if typed.output_config:
-            setup_logging(ConsoleOptions.from_args(typed))
+            start_logging(parser, typed)
             write_config(path, chosen(typed, parser))
             logger.info("wrote the options to %s", path)
             parser.exit(0)
         config = read_config(path, {action.dest: action for action in parser._actions if action.dest != "help"})
     except ConfigFileError as error:
-        setup_logging(ConsoleOptions.from_args(typed))
+        start_logging(parser, typed)
         logger.error("%s", error)
         parser.exit(1)
     # argparse fills in defaults only where the namespace has nothing, so what was typed wins over the file.
     args = parse_words(parser, argv, argparse.Namespace(**config.values))
-    setup_logging(ConsoleOptions.from_args(args))
+    start_logging(parser, args)
     logger.info("options are read from %s", path)
     for warning in config.warnings:
         logger.warning("%s", warning)
     return normalize(unset_empty(args, parser))
+
+
+def start_logging(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Send messages where the options say; ends with status 1 where they cannot go there."""
+    try:
+        setup_logging(ConsoleOptions.from_args(args))
+    except ValueError as error:
+        setup_logging(ConsoleOptions())
+        logger.error("%s", error)
+        parser.exit(1)
 
 
 def parse_words(

@@ -50,7 +50,7 @@ def level_of(options: ConsoleOptions) -> int:
 
 
 def build_handler(options: ConsoleOptions) -> logging.Handler:
-    """The handler that writes to the file, the terminal or the pipe."""
+    """The handler that writes to the file, the terminal or the pipe. Raises ValueError for a file that cannot be."""
     handler: logging.Handler
     lines = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%d %H:%M:%S")
     if launched_rank() != 0:  # the main process says what all would say; of the others only errors are news
@@ -59,8 +59,11 @@ def build_handler(options: ConsoleOptions) -> logging.Handler:
         return handler
     if options.console_log_file:
         path = Path(options.console_log_file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, mode="w", encoding="utf-8", errors="backslashreplace")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(path, mode="w", encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise ValueError(f"--console_log_file {path} cannot be written: {error.strerror}") from error
         handler.setFormatter(lines)
         return handler
     if options.console_log_simple:

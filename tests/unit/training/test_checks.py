@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from library.architectures.flux.options import FluxModelOptions
 from library.options.base import group
@@ -14,7 +15,8 @@ from library.options.support import DDP, DEEPSPEED, NOT_YET, unsupported, withou
 from library.options.swapping import SwappingOptions
 from library.options.train import TrainOptions
 from library.training import checks
-from library.training.checks import check
+from library.training.checks import check, check_vae_precision
+from library.training.optimizers import build_optimizer
 
 NEEDED = {
     "pretrained_model_name_or_path": "model.safetensors",
@@ -228,7 +230,7 @@ def test_fp16_without_a_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(checks, "has_accelerator", lambda: False)
     assert "bf16" in refusal(mixed_precision="fp16")
     monkeypatch.setattr(checks, "has_accelerator", lambda: True)
-    check(made(mixed_precision="fp16", full_fp16=True))
+    check(made(mixed_precision="fp16", full_fp16=True, optimizer_type="AdamW8bit"))
 
 
 def test_each_line_about_support_is_about_a_real_option() -> None:
@@ -264,3 +266,80 @@ def test_previews_by_epochs_and_by_steps_say_which_counts(caplog: pytest.LogCapt
     path.write_text("a cat")
     warnings = warnings_of(caplog, sample_every_n_steps=5, sample_every_n_epochs=1, sample_prompts=str(path))
     assert warnings == ["--sample_every_n_steps has no effect with --sample_every_n_epochs"]
+
+
+def moved(optimizer_type: str, dtype: torch.dtype) -> torch.Tensor:
+    """Where 20 steps along gradients of about 1e-4 take weights that start at 0."""
+    rate = 1.0 if optimizer_type == "Prodigy" else 1e-4
+    weight = torch.nn.Parameter(torch.zeros(64, 4, dtype=dtype))
+    options = made(optimizer_type=optimizer_type, learning_rate=rate).optimizer
+    optimizer = build_optimizer(options, [{"params": [weight], "lr": rate}]).optimizer
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        weight.grad = (1e-4 * torch.randn(64, 4, generator=generator)).to(dtype)
+        optimizer.step()
+    return weight.detach().float()
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "NAdam", "RAdam", "RMSprop", "AdamWScheduleFree", "Prodigy"])
+def test_optimizers_that_full_fp16_breaks_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """They end at NaN, far away from where float32 takes them, or do not move."""
+    monkeypatch.setattr(checks, "has_accelerator", lambda: True)
+    message = refusal(full_fp16=True, mixed_precision="fp16", optimizer_type=name)
+    assert "--full_fp16" in message and name in message and "AdamW8bit" in message
+    half, single = moved(name, torch.float16), moved(name, torch.float32)
+    is_broken = not half.isfinite().all() or half.norm() > 5 * single.norm() or half.norm() < 0.2 * single.norm()
+    assert is_broken
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion"])
+def test_optimizers_that_are_advised_for_full_fp16_work(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """They go as far as in float32. Lion goes by signs, which rounding turns near 0, so lengths are compared."""
+    monkeypatch.setattr(checks, "has_accelerator", lambda: True)
+    check(made(full_fp16=True, mixed_precision="fp16", optimizer_type=name))
+    assert float(moved(name, torch.float16).norm()) == pytest.approx(float(moved(name, torch.float32).norm()), rel=0.05)
+
+
+def test_adafactor_with_full_fp16_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(checks, "has_accelerator", lambda: True)
+    (line,) = warnings_of(caplog, full_fp16=True, mixed_precision="fp16", optimizer_type="Adafactor")
+    assert "--full_fp16" in line and "Adafactor" in line
+
+
+def test_a_vae_that_overflows_in_fp16_is_warned_of_unless_it_runs_in_float32(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    check_vae_precision(made(mixed_precision="fp16"), overflows_in_fp16=True)
+    assert "--no_half_vae" in caplog.text
+    caplog.clear()
+    check_vae_precision(made(mixed_precision="fp16", no_half_vae=True), overflows_in_fp16=True)
+    check_vae_precision(made(mixed_precision="bf16"), overflows_in_fp16=True)
+    check_vae_precision(made(mixed_precision="fp16"), overflows_in_fp16=False)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "logging_dir"])
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path, flag: str) -> None:
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path / 'file'} is a file" in refusal(**{flag: str(tmp_path / "file" / "out")})
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    monkeypatch.setattr(checks.os, "access", lambda path, mode: Path(path) != folder)  # root may write anywhere
+    assert f"nothing can be written in {folder}" in refusal(output_dir=str(folder / "a" / "b"))
+
+
+def test_names_that_clash_with_what_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "mine.safetensors").mkdir()
+    assert "is a folder" in refusal(output_dir=str(tmp_path), output_name="mine")
+    (tmp_path / "old.safetensors").write_text("")
+    (line,) = warnings_of(caplog, output_dir=str(tmp_path), output_name="old")
+    assert "will be replaced" in line
+
+
+def test_a_name_that_no_file_system_takes_is_refused() -> None:
+    assert "too long" in refusal(output_name="ä" * 120)

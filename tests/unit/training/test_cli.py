@@ -288,3 +288,22 @@ def test_parsing_loads_no_heavy_library() -> None:
         "assert not {'torch', 'transformers', 'diffusers', 'accelerate'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('console_log_level = "LOUD"', ["--console_log_level", "LOUD", "WARNING"]),
+        ('console_log_file = "/dev/null/log.txt"', ["--console_log_file", "/dev/null/log.txt"]),
+    ],
+)
+def test_a_config_file_whose_log_cannot_be_opened_ends_with_status_1(
+    tmp_path: Path, line: str, words: list[str]
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(line)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_network.py"), "--config_file", str(path)], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert all(word in done.stderr for word in words)
