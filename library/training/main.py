@@ -102,10 +102,15 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
 
 def report_error(error: Exception) -> None:
     """A message of ours stands alone; anything unforeseen comes with its traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
-    is_ours = bool(frames) and Path(frames[-1].filename).is_relative_to(ROOT) and ".venv" not in frames[-1].filename
-    if is_ours and isinstance(error, (ValueError, OSError)):
+    if is_foreseen(error):
         logger.error("%s", error)
         logger.debug("where it was found:", exc_info=error)
     else:
         logger.error("%s: %s", type(error).__name__, error, exc_info=error)
+
+
+def is_foreseen(error: BaseException) -> bool:
+    """Whether this is an error that our own code raises with a message for the user."""
+    frames = traceback.extract_tb(error.__traceback__)
+    is_ours = bool(frames) and Path(frames[-1].filename).is_relative_to(ROOT) and ".venv" not in frames[-1].filename
+    return is_ours and isinstance(error, (ValueError, OSError))
