@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 LENGTH_BYTES = 8
+MAX_DIMENSIONS = 64  # of a tensor in torch
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -76,7 +77,7 @@ def read_header(path: str | Path) -> Header:
         text = file.read(num_bytes)
     try:
         fields = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _broken(path, f"its header is not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise _broken(path, "its header is not a JSON object")
@@ -186,12 +187,12 @@ def _entry(path: Path, name: str, fields: Any) -> TensorEntry:
         dtype_name, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise _broken(path, f"the header's entry for {name!r} lacks dtype, shape or data_offsets") from error
-    if dtype_name not in DTYPES:
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise ValueError(
             f"{path}: {name!r} has the type {dtype_name}, which is not supported; known: {', '.join(DTYPES)}"
         )
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)):
-        raise _broken(path, f"{name!r} has the shape {shape} and the offsets {start} to {end}")
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)) or len(shape) > MAX_DIMENSIONS:
+        raise _broken(path, f"{name!r} has the shape {str(shape)[:80]} and the offsets {start} to {end}")
     return TensorEntry(DTYPES[dtype_name], shape, start, end)
 
 

@@ -101,13 +101,33 @@ def read_into(file: RawIOBase, buffer: memoryview, path: Path) -> None:
 
 def open_sharded(index: Path) -> Weights:
     """Open the files that an `*.index.json` lists as one checkpoint."""
-    weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    weight_map = read_weight_map(index)
     missing = sorted(name for name in set(weight_map.values()) if not (index.parent / name).is_file())
     if missing:
         raise ValueError(f"{index} lists files that are not beside it: {', '.join(missing)}; download them too")
     files = {name: open_weights(index.parent / name) for name in sorted(set(weight_map.values()))}
+    absent = sorted(name for name, file in weight_map.items() if name not in files[file].shapes)
+    if absent:
+        raise ValueError(
+            f"{index} lists weights that its files do not hold: {', '.join(absent[:3])}; download it again"
+        )
     shapes = {name: files[file].shapes[name] for name, file in weight_map.items()}
     return Weights(str(index), shapes, lambda name: files[weight_map[name]].read(name))
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Names of tensors -> names of the files beside the index. Raises ValueError for anything else, paths included."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{index} is not valid JSON: {error}; download it again") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index} has no table weight_map with names of files; download it again")
+    outside = sorted(file for file in set(weight_map.values()) if Path(file).name != file)
+    if outside:
+        raise ValueError(f"{index} names files outside its folder: {', '.join(outside[:3])}; they are not opened")
+    return dict(weight_map)
 
 
 def refuse_stranger(path: Path) -> None:

@@ -45,7 +45,7 @@ class FolderCache:
             entries = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             entries = {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             logger.warning("%s cannot be read and is made again: %s", path, error)
             entries = {}
         return cls(path, entries if isinstance(entries, dict) else {}, config.captions.enable_wildcard)

@@ -26,7 +26,17 @@ from torch import Tensor
 from library.architectures.interface import LatentSpec
 from library.data.buckets import Shape, Size, crop_ltrb
 
-DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    MemoryError,
+    RecursionError,
+)
 
 
 MISSING, DAMAGED = "missing", "damaged"

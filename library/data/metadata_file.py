@@ -32,7 +32,7 @@ def read_metadata(path: str) -> Iterator[tuple[str, MetadataEntry]]:
 def _json_table(path: str, text: str) -> Iterator[tuple[str, MetadataEntry]]:
     try:
         table = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"metadata_file {path} is not valid JSON: {error}") from None
     if not isinstance(table, dict):
         raise ValueError(f"metadata_file {path} must hold a table of pictures, not {type(table).__name__}")
@@ -46,7 +46,7 @@ def _json_lines(path: str, lines: Iterator[str] | Any) -> Iterator[tuple[str, Me
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"metadata_file {path}, line {number} is not valid JSON: {error}") from None
         if not isinstance(value, dict) or not isinstance(value.get("image_path"), str):
             raise ValueError(f"metadata_file {path}, line {number}: image_path is missing")

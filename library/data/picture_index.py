@@ -31,7 +31,17 @@ SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use, FAT's
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 UNSETTLED = 0  # the stamp of files that may change again without a change of their time
 
-DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, NotImplementedError)
+DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    zipfile.BadZipFile,
+    NotImplementedError,
+    MemoryError,
+    RecursionError,
+)
 
 Value = TypeVar("Value")
 Read = Callable[[str], tuple[int, Value]]

@@ -4,7 +4,8 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import NamedTuple
@@ -126,7 +127,7 @@ def look_into(folder: str, caption_extension: str | None = None) -> Folder:
     """List a folder without opening anything in it."""
     endings = {extension[1:] for extension in picture_extensions()}
     found = Folder([], [], [])
-    with os.scandir(folder) as entries:
+    with opened_folder(folder) as entries:
         for entry in entries:
             name = entry.name
             is_picture = name.rpartition(".")[2] in endings and "." in name
@@ -145,6 +146,14 @@ def look_into(folder: str, caption_extension: str | None = None) -> Folder:
     found.pictures.sort()
     found.dropped.sort()
     return found
+
+
+def opened_folder(folder: str) -> AbstractContextManager[Iterator[os.DirEntry[str]]]:
+    """os.scandir, whose error says what to do."""
+    try:
+        return os.scandir(folder)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read: {error.strerror}; change its rights, or leave it out") from error
 
 
 def list_folder(config: SubsetConfig, num_threads: int) -> _Listing:

@@ -142,7 +142,7 @@ def read_description(path: str) -> dict[str, Any]:
         raise FileNotFoundError(f"--dataset_config is {path}, but there is no such file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"--dataset_config {path} is not UTF-8 text: byte {error.start} cannot be read") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"--dataset_config {path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(

@@ -25,7 +25,17 @@ from torch import Tensor
 from library.checkpoints.files import atomic_path
 from library.types import Conditioning
 
-DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    MemoryError,
+    RecursionError,
+)
 
 MISSING, DAMAGED = "missing", "damaged"
 FOREIGN = "by another program, which does not say for which caption and text encoder"

@@ -21,6 +21,6 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
         tables: dict[str, Any] = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{flag} {path} is not UTF-8 text: byte {error.start} cannot be read") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{flag} {path} is not valid TOML: {error}") from None
     return tables

@@ -97,7 +97,7 @@ def read_facts(folder: Path) -> Facts:
         content = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         content = {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--resume {folder}: its {FACTS_FILE} cannot be read ({error}); use another state") from None
     version = content.get("version") if isinstance(content, dict) else None
     if version is None:

@@ -1,0 +1,110 @@
+"""Pictures and caches made to do harm: left out or refused by name, before memory is taken for what they claim."""
+
+import errno
+import io
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from library.data.images import read_pixels, read_size
+from tests.unit.data.builders import open_set, options_of, write_config, write_folder, write_picture
+from tests.unit.data.test_cache import cache, file_of, latents_by_key
+
+
+def png(width: int, height: int) -> bytes:
+    """A whole PNG file that claims a size and holds a few bytes."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_a_picture_that_claims_a_hundred_thousand_pixels_a_side_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png(100_000, 100_000))
+    for read in (read_size, read_pixels):
+        with pytest.raises(ValueError, match=r"bomb\.png cannot be read: .*exceeds limit"):
+            read(str(path))
+
+
+def test_it_is_left_out_of_the_training_set_by_name(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data" / "1_thing", 2)
+    (folder / "bomb.png").write_bytes(png(100_000, 100_000))
+    training_set = open_set(options_of(f"--train_data_dir {tmp_path / 'data'} --resolution 64"))
+    (subset,) = training_set.datasets[0].subsets
+    ((path, reason),) = subset.dropped
+    assert path.endswith("bomb.png") and "exceeds limit" in reason
+    assert training_set.num_train_images == 2
+
+
+def test_an_animated_picture_gives_its_first_frame(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    path = tmp_path / "moving.webp"
+    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+    rgb, _ = read_pixels(str(path))
+    assert rgb.shape == (8, 8, 3) and (rgb == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"not a picture at all"])
+def test_an_empty_or_foreign_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "odd name (1) [ä].png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"odd name \(1\) \[ä\]\.png"):
+        read_size(str(path))
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".webp"])
+def test_every_truncation_is_named_or_still_a_whole_picture(tmp_path: Path, ending: str) -> None:
+    """Cut after every 97 bytes: never another error than ours, never another size."""
+    whole = write_picture(tmp_path / f"whole{ending}", (40, 24)).read_bytes()
+    path = tmp_path / f"cut{ending}"
+    num_refused = 0
+    for length in range(0, len(whole), 97):
+        path.write_bytes(whole[:length])
+        try:
+            assert read_pixels(str(path))[0].shape == (24, 40, 3)
+        except ValueError as error:
+            num_refused += 1
+            assert path.name in str(error)
+    assert num_refused > 0
+
+
+def test_a_latent_file_that_claims_terabytes_is_made_again(tmp_path: Path) -> None:
+    write_folder(tmp_path / "2_a", 1)
+    first, _ = cache(tmp_path)
+    path = file_of(tmp_path)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (2**40, 8, 8)})
+    with np.load(path) as archive:
+        names = archive.files
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(f"{name}.npy", header.getvalue() + bytes(64))
+    again, num_encoded = cache(tmp_path)
+    assert num_encoded == 1
+    assert latents_by_key(first) == latents_by_key(again)
+
+
+def test_a_folder_without_rights_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's answer is given by hand: root, who may run this test, is never refused."""
+
+    def refuse(folder: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", folder)
+
+    folder = write_folder(tmp_path / "data" / "1_thing", 1)
+    options = write_config(
+        tmp_path / "d.toml", f"[[datasets]]\nresolution=64\n[[datasets.subsets]]\nimage_dir='{folder}'"
+    )
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match="1_thing cannot be read: Permission denied; change its rights"):
+        open_set(options)
