@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -150,3 +151,49 @@ def test_another_base_model_is_recognised(
     flux = arguments[1]
     done = train([*arguments[8:26], "--pretrained_model_name_or_path", flux])
     assert done.status == 1 and "flux_train_network.py" in done.stderr
+
+
+def test_cached_captions_train_the_same_and_are_in_files_that_sd_scripts_reads(
+    train_flux: Train, arguments: list[str], pictures: Path, tmp_path: Path
+) -> None:
+    assert train_flux([*arguments, "--network_train_unet_only", "--output_name", "start"]).status == 0
+    start = str(tmp_path / "out" / "start.safetensors")
+    alone = [*arguments, "--network_train_unet_only", "--network_weights", start]
+    assert train_flux([*alone, "--output_name", "plain"]).status == 0
+    for name in ("first", "again"):
+        done = train_flux([*alone, "--cache_text_encoder_outputs_to_disk", "--output_name", name])
+        assert done.status == 0, done.stderr
+    plain, first, again = (saved(tmp_path, name) for name in ("plain", "first", "again"))
+    for key, weight in plain.items():
+        torch.testing.assert_close(first[key], weight, rtol=1e-4, atol=1e-6)
+        assert torch.equal(first[key], again[key])
+    with np.load(pictures / "2_thing" / "00_flux_te.npz") as file:
+        shapes = {key: file[key].shape for key in ("l_pooled", "t5_out", "txt_ids", "t5_attn_mask")}
+        assert shapes == {"l_pooled": (32,), "t5_out": (32, 32), "txt_ids": (32, 3), "t5_attn_mask": (32,)}
+        assert not file["apply_t5_attn_mask"]
+
+
+def test_a_run_that_goes_on_repeats_the_uninterrupted_one(
+    train_flux: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    whole = [*arguments, "--max_train_steps", "4", "--network_args", "split_qkv=True"]
+    assert train_flux([*whole, "--output_name", "whole"]).status == 0
+    half = [*whole, "--output_name", "half", "--save_state", "--save_every_n_steps", "2"]
+    assert train_flux(half).status == 0
+    state = str(tmp_path / "out" / "half-step00000002-state")
+    done = train_flux([*whole, "--output_name", "resumed", "--resume", state])
+    assert done.status == 0, done.stderr
+    expected, resumed = saved(tmp_path, "whole"), saved(tmp_path, "resumed")
+    assert all(torch.equal(weight, resumed[key]) for key, weight in expected.items())
+
+
+def test_recomputing_activations_of_trained_text_encoders_changes_nothing(
+    train_flux: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    both = [*arguments, "--network_args", "train_t5xxl=True", "--text_encoder_lr", "1e-3", "5e-4"]
+    assert train_flux([*both, "--output_name", "plain"]).status == 0
+    done = train_flux([*both, "--output_name", "saving", "--gradient_checkpointing"])
+    assert done.status == 0, done.stderr
+    plain, saving = saved(tmp_path, "plain"), saved(tmp_path, "saving")
+    for key, weight in plain.items():
+        torch.testing.assert_close(saving[key], weight, rtol=1e-4, atol=1e-6)
