@@ -18,8 +18,6 @@ DEEPSPEED = tuple(name for name in names_of(DistributedOptions) if name not in D
 NOT_YET: Mapping[str, str] = {
     "dataset_class": "describe the pictures with --dataset_config or --train_data_dir",
     "deepspeed": "train on one card without it",
-    "fp8_base": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",
-    "fp8_base_unet": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",
     "blocks_to_swap": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",
     "split_mode": "it is an old name for --blocks_to_swap 18; leave it out",
     "cpu_offload_checkpointing": "use --gradient_checkpointing alone",

@@ -176,6 +176,12 @@ def check_precision(options: TrainOptions) -> None:
                 f"--{flag} needs --mixed_precision {kind}, but that is {precision.mixed_precision}; "
                 f"set it to {kind} or leave out --{flag}"
             )
+    for flag in ("fp8_base", "fp8_base_unet"):
+        if getattr(precision, flag) and precision.mixed_precision == "no":
+            raise ValueError(
+                f"--{flag} needs --mixed_precision bf16 or fp16, which the 8-bit weights are computed with; set one of "
+                f"them, or leave out --{flag}"
+            )
     if precision.mixed_precision == "fp16" and not options.dataset.debug_dataset and not has_accelerator():
         raise ValueError(
             "--mixed_precision fp16 needs a GPU and none is found; use --mixed_precision bf16 or no on the CPU"

@@ -5,7 +5,10 @@ from typing import Any
 
 import torch
 
+from library.memory.devices import place
+from library.memory.fp8 import keep_in_fp8
 from library.options.network import NetworkOptions
+from library.options.precision import PrecisionOptions
 from library.options.train import TrainOptions
 from library.training.report import announce
 from library.training.run import Models
@@ -20,7 +23,7 @@ def network_keywords(options: NetworkOptions) -> dict[str, Any]:
 
 
 def open_network(options: TrainOptions, models: Models, device: torch.device, dtype: torch.dtype) -> AdoptedNetwork:
-    """The adapter, installed, with its starting weights, on the device.
+    """The adapter, installed, with its starting weights; it and the denoiser are on the device afterwards.
 
     Raises ValueError where the module cannot be imported, an argument is wrong, or a file does not fit.
     """
@@ -29,6 +32,8 @@ def open_network(options: TrainOptions, models: Models, device: torch.device, dt
     announce(f"import network module: {wanted.network_module}")
     module = open_network_module(wanted.network_module)
     merge_base_weights(wanted, module, models, device, dtype)
+    shrink_base(options.precision, models)
+    place(models.denoiser, device)
     network = adopt(create(wanted, module, models))
     network.apply_to(
         *models.network_view,
@@ -40,6 +45,14 @@ def open_network(options: TrainOptions, models: Models, device: torch.device, dt
     is_full = options.precision.full_fp16 or options.precision.full_bf16
     network.module.to(device, dtype if is_full else None)
     return network
+
+
+def shrink_base(precision: PrecisionOptions, models: Models) -> None:
+    """Keep the frozen models in 8 bits where --fp8_base or --fp8_base_unet asks for it; merging came before."""
+    if precision.fp8_base or precision.fp8_base_unet:
+        logger.info("denoiser: %d layers in 8 bits", keep_in_fp8(models.denoiser))
+    if precision.fp8_base and models.text_encoders:
+        logger.info("text encoders: %d layers in 8 bits", sum(keep_in_fp8(model) for model in models.text_encoders))
 
 
 def create(wanted: NetworkOptions, module: NetworkModule, models: Models) -> Any:

@@ -130,7 +130,8 @@ def prepare(
     text = prepare_text(options, arch, training_set, device, autocast, texts_of(prompts), processes)
     release_memory(options.memory.highvram)
     text_encoders = text.encoders
-    denoiser = place(arch.load.denoiser(), device)
+    shrinks = options.precision.fp8_base or options.precision.fp8_base_unet
+    denoiser = arch.load.denoiser() if shrinks else place(arch.load.denoiser(), device)
     models = Models(denoiser, text_encoders, vae, arch.view(text_encoders, denoiser))
 
     torch.manual_seed(stream_seed(seed, "adapter"))

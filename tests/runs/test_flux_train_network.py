@@ -197,3 +197,24 @@ def test_recomputing_activations_of_trained_text_encoders_changes_nothing(
     plain, saving = saved(tmp_path, "plain"), saved(tmp_path, "saving")
     for key, weight in plain.items():
         torch.testing.assert_close(saving[key], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_base_model_in_8_bits_trains_nearly_as_in_16(train_flux: Train, arguments: list[str], tmp_path: Path) -> None:
+    half = [*arguments, "--mixed_precision", "bf16", "--max_train_steps", "2"]
+    losses = {}
+    for name, flags in (
+        ("bf16", []),
+        ("fp8", ["--fp8_base"]),
+        ("checkpointed", ["--fp8_base", "--gradient_checkpointing"]),
+    ):
+        done = train_flux([*half, *flags, "--output_name", name])
+        assert done.status == 0, done.stderr
+        losses[name] = done.losses[-1]
+    assert losses["fp8"] == pytest.approx(losses["bf16"], rel=0.05)
+    assert losses["checkpointed"] == pytest.approx(losses["fp8"], rel=0.02)
+    weights = ["--base_weights", str(tmp_path / "out" / "fp8.safetensors")]
+    done = train_flux([*half, "--fp8_base_unet", *weights, "--network_args", "dora_wd=True", "--output_name", "dora"])
+    assert done.status == 0, done.stderr
+    assert all(weight.isfinite().all() for weight in saved(tmp_path, "dora").values())
+    done = train_flux([*arguments, "--fp8_base"])
+    assert done.status == 1 and "--fp8_base needs --mixed_precision bf16 or fp16" in done.stderr
