@@ -271,12 +271,18 @@ def picture_command(python: Path) -> "list[str]":
 
 
 def pytest_command(python: Path, slow: bool, pytest_arguments: "list[str]") -> "list[str]":
-    """Return the command that runs the fast tier, or with `slow` everything that needs no card.
+    """Return the command that runs the fast tier, or with `slow` everything that needs no card, on every core.
 
     A `-m` or a path among `pytest_arguments` wins over the tier.
     """
     tier = "not gpu" if slow else "not slow and not gpu"
-    return [str(python), "-m", "pytest", "-m", tier, *pytest_arguments]
+    in_parallel = [
+        "-n",
+        str(num_threads()),
+        "--dist",
+        "loadfile",
+    ]  # a file's tests share models that are costly to make
+    return [str(python), "-m", "pytest", "-m", tier, *in_parallel, *pytest_arguments]
 
 
 def quickstart(venv: Path) -> int:
@@ -304,6 +310,7 @@ def quickstart(venv: Path) -> int:
 def run_tests(venv: Path, slow: bool, pytest_arguments: "list[str]") -> int:
     """Run the tests. Returns pytest's exit status."""
     python = ready_python(venv, TEST_REQUIREMENTS)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores run the tests
     return run(pytest_command(python, slow, pytest_arguments))
 
 

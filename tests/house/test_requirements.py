@@ -18,7 +18,7 @@ MODULE_OF = {
     "pre-commit": "pre_commit",
 }
 NAMED_WHEN_MISSING = {"dadaptation", "lion_pytorch", "prodigyopt", "schedulefree", "wandb", "xformers"}
-COMMANDS = {"mypy", "pre_commit", "ruff"}  # used from the command line
+COMMANDS = {"mypy", "pre_commit", "pytest-xdist", "ruff"}  # used from the command line
 
 
 def modules_required(file_name: str) -> set[str]:

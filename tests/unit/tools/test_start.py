@@ -122,9 +122,14 @@ def test_quickstart_draws_the_adapter_that_it_trained() -> None:
 
 
 @pytest.mark.parametrize(("slow", "tier"), [(False, "not slow and not gpu"), (True, "not gpu")])
-def test_test_command_chooses_the_tier_and_passes_arguments_on(slow: bool, tier: str) -> None:
+def test_test_command_chooses_the_tier_and_passes_arguments_on(
+    slow: bool, tier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "num_threads", lambda: 3)
     command = start.pytest_command(PYTHON, slow, ["-k", "dataset"])
-    assert command == [str(PYTHON), "-m", "pytest", "-m", tier, "-k", "dataset"]
+    assert command == [
+        str(PYTHON), "-m", "pytest", "-m", tier, "-n", "3", "--dist", "loadfile", "-k", "dataset"
+    ]  # fmt: skip
 
 
 def test_arguments_after_two_dashes_are_for_pytest() -> None:
