@@ -77,8 +77,8 @@ def train(
                     progress.step, epoch, window.ends_epoch or is_last, average.mean
                 ):
                     writer.save_best(progress.step, epoch)
-                previews.after_step(progress.step, epoch, interruption)
                 writer.save_after_step(progress.step, epoch)
+                previews.after_step(progress.step, epoch, interruption)
                 if stops:
                     break
             if charts.are_on:

@@ -137,7 +137,7 @@ class Previews:
             self._draw_all(f"e{epoch:06d}", step, epoch, interruption)
 
     def _draw_all(self, event: str, step: int, epoch: int, interruption: Interruption) -> None:
-        if not self._prompts:
+        if not self._prompts or interruption.is_requested:
             return
         run, drawn = self._run, []
         announce(f"\ngenerating sample images at step / サンプル画像生成 ステップ: {step}")

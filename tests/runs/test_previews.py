@@ -1,6 +1,7 @@
 """Pictures drawn in the middle of a training, and a training that does not notice."""
 
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.running import Finished
+from tests.running import Finished, launch_command
 
 Train = Callable[..., Finished]
 PROMPTS = """# two pictures
@@ -153,3 +154,20 @@ def test_tensorboard_gets_the_pictures(
     assert [(event.step, event.width, event.height) for event in events.Images("sample_1")] == [
         (0, 64, 72), (2, 64, 72), (4, 64, 72),
     ]  # fmt: skip
+
+
+def test_of_two_processes_one_draws_and_neither_notices(
+    base_arguments: list[str], prompts: list[str], tmp_path: Path
+) -> None:
+    command = launch_command("train_network.py")
+    command[command.index("--num_processes") + 1] = "2"
+    for name, previews in (("drawing", [*prompts, *EVENTS]), ("plain", [])):
+        arguments = [*base_arguments, "--max_train_steps", "2", "--network_dropout", "0.3", "--output_name", name]
+        launched = [*command[:3], "--cpu", *command[3:]]
+        done = subprocess.run([*launched, *arguments, *previews], capture_output=True, timeout=300, cwd="/")
+        assert done.returncode == 0, done.stderr.decode()
+    assert [name.removeprefix("drawing_") for name in pictures(tmp_path)] == [
+        "000002_00_3.png", "000002_01.png", "e000000_00_3.png", "e000000_01.png",
+    ]  # fmt: skip
+    a, b = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("drawing", "plain"))
+    assert all(torch.equal(a[name], b[name]) for name in b)
