@@ -34,7 +34,8 @@ def all_tables() -> list[BaseNames]:
     tables = []
     for package in pkgutil.iter_modules(library.architectures.__path__, "library.architectures."):
         if package.ispkg and importlib.util.find_spec(f"{package.name}.adapter_names"):
-            tables.append(importlib.import_module(f"{package.name}.adapter_names").NAMES)
+            declared = vars(importlib.import_module(f"{package.name}.adapter_names")).values()
+            tables += [table for table in declared if isinstance(table, BaseNames)]
     return tables
 
 

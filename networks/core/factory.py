@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from networks.core.arguments import NetworkArguments, parse_arguments
 from networks.core.choices import check_choices
 from networks.core.files import DORA_SCALE, MID, group_by_module, read_adapters
+from networks.core.foreign_names import in_own_names
 from networks.core.members import Kind as Kind
 from networks.core.members import Place, fresh_members, members_of_file, rates_alone
 from networks.core.network import AdapterNetwork, Member
@@ -92,9 +93,9 @@ def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
         arguments = parse_arguments(network_args, neuron_dropout)
         check_arguments(kind, arguments)
         warn_of_ranks(arguments)
-        weights = dict(read_adapters(file) if weights_sd is None else weights_sd)
-        groups = group_by_module(weights, str(file))
         targets = targets_of(unet)
+        weights = dict(in_own_names(read_adapters(file) if weights_sd is None else weights_sd, targets.names, file))
+        groups = group_by_module(weights, str(file))
         members: list[Member] = []
         for place in places(targets, text_encoder, unet):
             rules = rates_alone(arguments, targets, is_denoiser=place.text_encoder is None)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from networks.core.arguments import NetworkArguments
 from networks.core.files import AnyAdapter, load_into, network_tensors, read_adapters, save_network
+from networks.core.foreign_names import in_own_names
 from networks.core.norms import NormAdapter
 from networks.core.rules import Allotment
 from networks.core.summary import describe_part, describe_rates
@@ -120,7 +121,7 @@ class AdapterNetwork(nn.Module):
 
         Raises ValueError when nothing in the file fits, or when a rank differs.
         """
-        report = load_into(self.adapters, read_adapters(file), str(file))
+        report = load_into(self.adapters, in_own_names(read_adapters(file), self.targets.names, file), str(file))
         for line in report.warnings():
             logger.warning(line)
         return report.summary()

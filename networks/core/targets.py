@@ -11,6 +11,8 @@ from typing import Literal
 
 from torch import nn
 
+from library.checkpoints.adapter_names import BaseNames
+
 Kind = Literal["plain", "conv", "norm"]
 
 
@@ -92,6 +94,7 @@ class AdapterTargets:
         default_factory=dict
     )  # value of train_blocks beside "all" -> pattern of the rest
     fused: Mapping[str, Widths] = field(default_factory=dict)  # pattern of what split_qkv splits -> how
+    names: BaseNames | None = None  # what other programs call the modules, so that their files can be trained further
     expressions: Literal["name", "path"] = "name"  # network_reg_*: searched for in the name, or must fit the whole path
 
     @property

@@ -1,5 +1,7 @@
 """What adapters may attach to in Stable Diffusion 1.x and 2.x; module paths are diffusers' and transformers'."""
 
+from library.architectures.sd.adapter_names import NAMES, SD2_NAMES
+from library.checkpoints.adapter_names import BaseNames
 from networks.core.targets import AdapterTargets, BlockList, Part
 
 
@@ -29,4 +31,5 @@ TARGETS = AdapterTargets(
     ),
     text_encoders=(Part("lora_te", blocks=("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")),),
     block_list=unet_block_list(),
+    names=BaseNames("sd", (*NAMES.modules, *SD2_NAMES.modules)),  # they share the U-Net and kohya's names
 )

@@ -1,5 +1,6 @@
 """What adapters may attach to in Stable Diffusion XL; module paths are those of its single-file layout."""
 
+from library.architectures.sdxl.adapter_names import NAMES
 from networks.core.targets import AdapterTargets, BlockList, Part
 
 CLIP_BLOCKS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
@@ -32,4 +33,5 @@ TARGETS = AdapterTargets(
     ),
     text_encoders=(Part("lora_te1", blocks=CLIP_BLOCKS), Part("lora_te2", blocks=CLIP_BLOCKS)),
     block_list=unet_block_list(),
+    names=NAMES,
 )
