@@ -64,11 +64,11 @@ def test_widening_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_another_base_model_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = "lora_unet_double_blocks_0_img_attn_qkv"
-    content = {f"{name}.lora_down.weight": torch.ones(2, 3072), f"{name}.lora_up.weight": torch.ones(9, 2)}
+    name = "lora_unet_noise_refiner_0_attention_qkv"
+    content = {f"{name}.lora_down.weight": torch.ones(2, 2304), f"{name}.lora_up.weight": torch.ones(9, 2)}
     save_safetensors(tmp_path / "a.safetensors", content)
     assert run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "generic") == 1
-    assert "is for FLUX.1, which is not supported yet; supported: Stable Diffusion 1.x" in capsys.readouterr().err
+    assert "is for Lumina Image 2.0, which is not supported yet; supported: " in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,59 @@
+"""The tables of module names of Stable Diffusion 2.x and XL against the models themselves, at full size."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from library.architectures.sd.adapter_names import SD2_NAMES
+from library.architectures.sdxl.adapter_names import NAMES
+from library.checkpoints.adapter_names import recognise_base
+from library.models.clip import clip_from_any
+from library.models.unet_keys import UNET_PREFIX
+from tests.contracts.full_size import facts, parts
+
+DATA = Path(__file__).parent / "data"
+TABLES = {"sd21": SD2_NAMES, "sdxl": NAMES}
+
+
+def stems(model: str, part: str) -> set[str]:
+    """Paths in diffusers and transformers of the modules with a weight, embeddings and projections left out."""
+    names = {clip_from_any(name) for name in parts(model)[part].weights.shapes}
+    left_out = ("embeddings.", "text_projection")
+    return {n.removesuffix(".weight") for n in names if n.endswith(".weight") and not n.startswith(left_out)}
+
+
+@pytest.mark.parametrize("model", TABLES)
+def test_the_table_has_every_module_of_the_unet_and_no_other(model: str) -> None:
+    paths = {n.diffusers for n in TABLES[model].modules if isinstance(n.diffusers, str)}
+    assert {p.removeprefix("unet.") for p in paths if p.startswith("unet.")} == stems(model, "unet")
+
+
+@pytest.mark.parametrize("model", TABLES)
+def test_the_table_has_every_module_of_the_text_encoders_and_no_other(model: str) -> None:
+    for part in (p for p in parts(model) if p.startswith("text_encoder")):
+        start = f"{part}.text_model."
+        found = {n.diffusers.removeprefix(start) for n in TABLES[model].modules if str(n.diffusers).startswith(start)}
+        assert found == stems(model, part)
+
+
+@pytest.mark.parametrize("model", TABLES)
+def test_generic_names_are_the_checkpoints_own(model: str) -> None:
+    """As ComfyUI reads them: "diffusion_model." and the path in the checkpoint."""
+    ldm = {name.removeprefix(UNET_PREFIX) for name in facts(model)["checkpoint"] if name.startswith(UNET_PREFIX)}
+    generic = {
+        n.generic.removeprefix("diffusion_model.") for n in TABLES[model].modules if ".text_model." not in n.generic
+    }
+    assert generic == {name.removesuffix(".weight") for name in ldm if name.endswith(".weight")}
+
+
+@pytest.mark.parametrize(("model", "base"), [("sd21", "sd2"), ("sdxl", "sdxl")])
+def test_every_key_of_a_kohya_file_is_found_and_tells_its_base(model: str, base: str) -> None:
+    content = json.loads(gzip.decompress((DATA / f"lora_keys_{model}.json.gz").read_bytes()))["networks.lora"]
+    keys = {**content["default"], **content["variants"]["conv_dim=8"]["added"]}
+    for key in keys:
+        module = key.partition(".")[0]
+        found = TABLES[model].find(module)
+        assert found is not None and found.kohya == module
+    assert recognise_base(keys) == base
