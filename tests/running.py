@@ -23,6 +23,7 @@ SCRIPTS = {  # script -> (the architecture's package, the module and class of it
     "train_network": ("sd", "library.options.train", "TrainOptions"),
     "flux_train_network": ("flux", "library.architectures.flux.options", "FluxOptions"),
     "sdxl_train_network": ("sdxl", "library.architectures.sdxl.options", "SdxlOptions"),
+    "sd3_train_network": ("sd3", "library.architectures.sd3.options", "Sd3Options"),
 }
 
 

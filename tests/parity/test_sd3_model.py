@@ -1,7 +1,4 @@
-"""Our denoiser of Stable Diffusion 3 against diffusers' SD3Transformer2DModel with the same weights.
-
-The weights travel through diffusers' own reader of original checkpoints.
-"""
+"""Our denoiser of Stable Diffusion 3 against diffusers' SD3Transformer2DModel with the same weights."""
 
 from typing import Any
 
@@ -10,40 +7,10 @@ import torch
 from torch import Tensor
 
 from library.architectures.sd3.model import MMDiT, MMDiTConfig
-from tests.tiny.sd3 import CONFIGS, DUAL, PLAIN, mmdit_weights, tiny_mmdit
+from tests.tiny.sd3 import CONFIGS, DUAL, PLAIN, diffusers_mmdit, mmdit_weights, tiny_mmdit
 
 SEED = 41
 SIZES = ((16, 16), (24, 12), (10, 30))
-
-
-def diffusers_model(config: MMDiTConfig, weights: dict[str, Tensor]) -> Any:
-    from diffusers import SD3Transformer2DModel
-    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
-
-    model = SD3Transformer2DModel(
-        sample_size=16,
-        patch_size=config.patch,
-        in_channels=config.in_channels,
-        num_layers=config.depth,
-        attention_head_dim=config.head_width,
-        num_attention_heads=config.width // config.head_width,
-        joint_attention_dim=config.context_width,
-        caption_projection_dim=config.width,
-        pooled_projection_dim=config.pooled_width,
-        out_channels=config.in_channels,
-        pos_embed_max_size=config.positions_side,
-        dual_attention_layers=tuple(config.dual_attention),
-        qk_norm="rms_norm" if config.norms_queries else None,
-    )
-    hidden = config.mlp_width
-    for block in model.transformer_blocks:  # diffusers fixes the inner width at four times the outer
-        for ff in (block.ff, block.ff_context):
-            if ff is not None:
-                ff.net[0].proj = torch.nn.Linear(config.width, hidden)
-                ff.net[2] = torch.nn.Linear(hidden, config.width)
-    prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in weights.items()}
-    model.load_state_dict(convert_sd3_transformer_checkpoint_to_diffusers(prefixed))
-    return model.requires_grad_(False).eval()
 
 
 def inputs(config: MMDiTConfig, size: tuple[int, int], seed: int) -> dict[str, Tensor]:
@@ -79,7 +46,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_velocity_and_gradients_equal_diffusers(name: str, size: tuple[int, int]) -> None:
     config = CONFIGS[name]
-    ours, theirs = tiny_mmdit(config, SEED), diffusers_model(config, mmdit_weights(config, SEED))
+    ours, theirs = tiny_mmdit(config, SEED), diffusers_mmdit(config, mmdit_weights(config, SEED))
     probe = torch.randn(2, config.in_channels, *size, generator=torch.Generator().manual_seed(5))
     gradients = []
     velocities = []

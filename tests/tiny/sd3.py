@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from library.architectures.sd3.load import DENOISER_PREFIX, TEXT_PREFIXES
 from library.architectures.sd3.model import MMDiT, MMDiTConfig
+from library.models.vae_keys import VAE_PREFIX, vae_to_ldm
+from tests.tiny.flux import write_t5_tokenizer
 from tests.tiny.init import fixed_init
+from tests.tiny.sd import write_tokenizer
 
 FULL_SIZE = Path(__file__).parents[1] / "contracts" / "data" / "sd3.json.gz"
 
@@ -17,7 +21,7 @@ PLAIN = MMDiTConfig(
     width=64,
     depth=2,
     head_width=64,
-    mlp_width=96,
+    mlp_width=256,
     patch=2,
     in_channels=16,
     context_width=96,
@@ -47,6 +51,34 @@ def mmdit_weights(config: MMDiTConfig, seed: int) -> dict[str, Tensor]:
     return weights
 
 
+def diffusers_mmdit(config: MMDiTConfig, weights: dict[str, Tensor]) -> Any:
+    """diffusers' SD3Transformer2DModel with our weights, which travel through its own reader of original checkpoints.
+
+    Its MLP is always four times as wide as the model.
+    """
+    from diffusers import SD3Transformer2DModel
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    model = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=config.patch,
+        in_channels=config.in_channels,
+        num_layers=config.depth,
+        attention_head_dim=config.head_width,
+        num_attention_heads=config.width // config.head_width,
+        joint_attention_dim=config.context_width,
+        caption_projection_dim=config.width,
+        pooled_projection_dim=config.pooled_width,
+        out_channels=config.in_channels,
+        pos_embed_max_size=config.positions_side,
+        dual_attention_layers=tuple(config.dual_attention),
+        qk_norm="rms_norm" if config.norms_queries else None,
+    )
+    prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in weights.items()}
+    model.load_state_dict(convert_sd3_transformer_checkpoint_to_diffusers(prefixed))
+    return model.requires_grad_(False).eval()
+
+
 def tiny_mmdit(config: MMDiTConfig, seed: int) -> MMDiT:
     """A frozen denoiser in float32."""
     with torch.device("meta"):
@@ -63,3 +95,89 @@ def full_size_keys() -> dict[str, Any]:
     """
     facts: dict[str, Any] = json.loads(gzip.decompress(FULL_SIZE.read_bytes()))
     return facts
+
+
+CLIPS = {
+    "clip_l": {"hidden_size": 16, "num_hidden_layers": 3, "hidden_act": "quick_gelu", "projection_dim": 16},
+    "clip_g": {"hidden_size": 32, "num_hidden_layers": 4, "hidden_act": "gelu", "projection_dim": 32},
+}
+T5 = {
+    "d_model": 96,
+    "d_kv": 16,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_num_buckets": 8,
+}
+VAE = {
+    "block_out_channels": (8, 8, 16, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "latent_channels": 16,
+    "norm_num_groups": 8,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
+
+def build_tiny_sd3(folder: Path, seed: int, name: str = "sd3-medium", with_text: bool = True) -> Path:
+    """Write a tiny model of the size `name` of CONFIGS as a combined single file, and return its path.
+
+    Beside it lie tokenizer/ and tokenizer_3/ (T5's) and, as files of their own, clip_l, clip_g, t5xxl and vae;
+    `with_text` puts the text encoders into the single file too. Pictures of 64 px have 8x8 latents.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = text_modules(write_tokenizer(folder / "tokenizer"), write_t5_tokenizer(folder / "tokenizer_3"))
+    parts = {part: module_weights(module, seed + 1 + i) for i, (part, module) in enumerate(modules.items())}
+    parts["vae"] = ldm_vae(seed + 9)
+    for part, state in parts.items():
+        save_file(state, folder / f"{part}.safetensors")
+    tensors = {DENOISER_PREFIX + key: tensor for key, tensor in mmdit_weights(CONFIGS[name], seed).items()}
+    tensors |= {VAE_PREFIX + key: tensor for key, tensor in parts["vae"].items()}
+    if with_text:
+        for part, prefix in TEXT_PREFIXES.items():
+            tensors |= {prefix + key: tensor for key, tensor in parts[part].items()}
+    path = folder / f"tiny_{name}.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+def text_modules(vocab: int, t5_vocab: int) -> dict[str, nn.Module]:
+    """clip_l, clip_g and t5xxl on the meta device."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    ids = {"vocab_size": vocab, "bos_token_id": vocab - 2, "eos_token_id": vocab - 1, "pad_token_id": vocab - 1}
+    with torch.device("meta"):
+        found: dict[str, nn.Module] = {
+            name: CLIPTextModelWithProjection(
+                CLIPTextConfig(**ids, **sizes, num_attention_heads=1, intermediate_size=2 * sizes["hidden_size"])
+            )
+            for name, sizes in CLIPS.items()
+        }
+        found["t5xxl"] = T5EncoderModel(T5Config(vocab_size=t5_vocab, **T5))
+    return found
+
+
+def module_weights(module: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Weights under the names of published files: CLIP's begin with "text_model.", T5's words stand once."""
+    weights = fixed_init(module, seed)
+    if "shared.weight" in weights:
+        return {name: tensor for name, tensor in weights.items() if name != "encoder.embed_tokens.weight"}
+    return {name if name.startswith("text_") else f"text_model.{name}": tensor for name, tensor in weights.items()}
+
+
+def ldm_vae(seed: int) -> dict[str, Tensor]:
+    """The VAE in Stability's layout, where its attention is made of 1x1 convolutions."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(**VAE)
+    tensors = {}
+    for name, tensor in fixed_init(vae, seed).items():
+        is_projection = ".attentions." in name and tensor.ndim == 2
+        tensors[vae_to_ldm(name, 4)] = tensor[:, :, None, None] if is_projection else tensor
+    return tensors

@@ -5,14 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from library.models.clip import clip_body
-
-
-class ClipView(nn.Module):
-    """The layers of a CLIP text encoder under "text_model.", which adapter names have and transformers 5 dropped."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.text_model = body
+from library.models.clip_view import ClipView
 
 
 def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:

@@ -1,0 +1,198 @@
+"""Checkpoints of Stable Diffusion 3 and 3.5 to modules."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library.architectures.sd3.model import MMDiT, MMDiTConfig, read_config
+from library.architectures.sd3.options import Sd3Options, Sd3TextOptions
+from library.checkpoints import sources
+from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.models.clip import PROJECTION, clip_component, load_clip
+from library.models.loading import DTYPES, Component, materialise
+from library.models.recognise import WORDS, base_of_file, pipeline_base
+from library.models.shapes import shape_of
+from library.models.t5 import load_t5, t5_component
+from library.models.vae import VaeNeeds, empty_vae, open_vae, vae_of_checkpoint
+
+logger = logging.getLogger(__name__)
+
+BASE_FLAG = "--pretrained_model_name_or_path"
+LATENT_CHANNELS = 16
+LATENT_SCALE = 1.5305
+LATENT_SHIFT = 0.0609
+DENOISER_PREFIX = "model.diffusion_model."
+TEXT_PREFIXES = {name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl")}
+ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
+
+
+@dataclass(frozen=True)
+class Sd3Loader:
+    """The models of an SD3 checkpoint, each loaded when it is asked for; frozen, on the CPU."""
+
+    path: Path
+    mmdit: Weights
+    config: MMDiTConfig
+    vae_component: Component
+    clips: tuple[Component, Component]  # CLIP-L, CLIP-G
+    t5: Component | None
+    dtype: torch.dtype
+    vae_dtype: torch.dtype
+
+    @property
+    def num_clip_words(self) -> int:
+        """Size of the vocabulary that both CLIPs have."""
+        return shape_of(self.clips[0].weights.shapes, "embeddings.token_embedding.weight")[0]
+
+    def text_encoders(self) -> list[nn.Module]:
+        clips = [load_clip(component, self.dtype) for component in self.clips]
+        return clips if self.t5 is None else [*clips, load_t5(self.t5, self.dtype)]
+
+    def vae(self) -> nn.Module:
+        return materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
+
+    def denoiser(self) -> nn.Module:
+        with torch.device("meta"):
+            model = MMDiT(self.config)
+        return materialise(model, self.mmdit, self.dtype)
+
+
+def open_loader(options: Sd3Options) -> Sd3Loader:
+    """Open the files that the options name; only headers are read.
+
+    Raises ValueError naming the flag when a file is missing, broken, incomplete or another kind of model.
+    """
+    path, base = open_base(options.model.pretrained_model_name_or_path)
+    mmdit = with_prefix(base, DENOISER_PREFIX if any(k.startswith(DENOISER_PREFIX) for k in base.shapes) else "")
+    mmdit = of_denoiser(mmdit)
+    config = configure(mmdit, read_config)
+    if options.model.vae is None:
+        vae = vae_of_checkpoint(BASE_FLAG, base)
+    else:
+        vae = open_vae(options.model.vae, VaeNeeds("SD3", LATENT_CHANNELS, LATENT_SCALE))
+    clips = (open_clip("clip_l", options.text, base), open_clip("clip_g", options.text, base))
+    t5 = open_t5(options.text, base)
+    check_widths(config, clips, t5)
+    dtype = DTYPES[options.precision.mixed_precision]
+    return Sd3Loader(
+        path=path,
+        mmdit=mmdit,
+        config=config,
+        vae_component=vae,
+        clips=clips,
+        t5=t5,
+        dtype=dtype,
+        vae_dtype=torch.float32 if options.model.no_half_vae else dtype,
+    )
+
+
+def open_base(name: str | None) -> tuple[Path, Weights]:
+    """The single file that has the denoiser. Raises ValueError when it is something else, naming what."""
+    if not name:
+        raise ValueError(f"{BASE_FLAG} is missing: give the .safetensors file of an SD3 or SD3.5 model")
+    path = existing(BASE_FLAG, name)
+    if path.is_dir():
+        found = pipeline_base(sources.read_json(path / "model_index.json").get("_class_name", ""))
+        if found not in (None, "sd3"):
+            raise ValueError(f"{BASE_FLAG} {path}: this is {WORDS[found][0]} model; use {WORDS[found][1]}")
+        raise ValueError(
+            f"{BASE_FLAG} {path} is a folder; SD3 is read from a single file, such as the sd3_medium.safetensors or "
+            "sd3.5_large.safetensors that lies beside the diffusers folders of the same repository"
+        )
+    weights = sources.open_file(BASE_FLAG, path)
+    found = base_of_file(list(weights.shapes), weights.shapes)
+    if found not in (None, "sd3"):
+        raise ValueError(f"{BASE_FLAG} {path}: this is {WORDS[found][0]} checkpoint; use {WORDS[found][1]}")
+    if found is None:
+        first = ", ".join(list(weights.shapes)[:3]) or "none"
+        raise ValueError(
+            f"{BASE_FLAG} {path}: it has no joint_blocks, so it is no SD3 checkpoint (first names: {first})"
+        )
+    return path, weights
+
+
+def existing(flag: str, name: str) -> Path:
+    """The path of a file or folder. Raises ValueError naming the nearest where there is none."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise ValueError(f"{flag} {name} does not exist{sources.nearby(path)}")
+    return path
+
+
+def of_denoiser(weights: Weights) -> Weights:
+    """Without what lies beside the denoiser in a file whose names have no prefix."""
+    parts = ("joint_blocks.", "x_embedder.", "t_embedder.", "y_embedder.", "context_embedder.", "final_layer.")
+    names = [name for name in weights.shapes if name.startswith(parts) or name == "pos_embed"]
+    return selected(weights, {name: name for name in names})
+
+
+def open_clip(name: str, options: Sd3TextOptions, base: Weights) -> Component:
+    """CLIP-L or CLIP-G, from its own file or folder or from the base. Raises ValueError where neither has it."""
+    weights = text_weights(name, options, base)
+    if weights is None:
+        raise ValueError(
+            f"{BASE_FLAG} {base.origin} has no text encoder {name} (nothing begins with {TEXT_PREFIXES[name]!r}); "
+            f"give it with --{name}"
+        )
+    if name == "clip_l":
+        weights = with_projection(weights)
+    return clip_component(weights, ACTIVATIONS[name], projects=True)
+
+
+def open_t5(options: Sd3TextOptions, base: Weights) -> Component | None:
+    """T5, None where neither --t5xxl nor the base has it: SD3 can do without."""
+    weights = text_weights("t5xxl", options, base)
+    if weights is None:
+        logger.warning(
+            "no T5: %s has none and --t5xxl is not given; the model is shown zeros in its place, and long captions "
+            "are cut at CLIP's 75 tokens",
+            base.origin,
+        )
+        return None
+    return t5_component(weights)
+
+
+def text_weights(name: str, options: Sd3TextOptions, base: Weights) -> Weights | None:
+    """The weights of a text encoder without prefix: of --clip_l, --clip_g or --t5xxl, else of the base."""
+    given: str | None = getattr(options, name)
+    prefix = TEXT_PREFIXES[name]
+    if given is None:
+        weights = with_prefix(base, prefix)
+        return weights if weights.shapes else None
+    flag = f"--{name}"
+    path = existing(flag, given)
+    weights = sources.open_part(flag, path, "text_encoder")[1] if path.is_dir() else sources.open_file(flag, path)
+    return with_prefix(weights, prefix) if any(key.startswith(prefix) for key in weights.shapes) else weights
+
+
+def with_projection(weights: Weights) -> Weights:
+    """CLIP-L with the identity for a projection where the file has none: OpenAI's weights without it do so."""
+    embedding = next((shape for key, shape in weights.shapes.items() if key.endswith("token_embedding.weight")), None)
+    if embedding is None or any(key.startswith("text_projection") for key in weights.shapes):
+        return weights
+    width = embedding[1]
+    return Weights(
+        weights.origin,
+        {**weights.shapes, PROJECTION: (width, width)},
+        lambda name: torch.eye(width) if name == PROJECTION else weights.read(name),
+    )
+
+
+def check_widths(config: MMDiTConfig, clips: Sequence[Component], t5: Component | None) -> None:
+    """Raise ValueError where the text encoders do not fit the denoiser."""
+    pooled = [clip.weights.shapes[PROJECTION][0] for clip in clips]
+    if sum(pooled) != config.pooled_width:
+        raise ValueError(
+            f"--clip_l and --clip_g give {pooled[0]} and {pooled[1]} pooled features ({clips[0].weights.origin}, "
+            f"{clips[1].weights.origin}), the model takes {config.pooled_width} together; are they swapped, or of "
+            "another model?"
+        )
+    if t5 is not None and t5.config["d_model"] != config.context_width:
+        raise ValueError(
+            f"--t5xxl {t5.weights.origin} gives {t5.config['d_model']} features, the model takes "
+            f"{config.context_width}; use T5-XXL v1.1"
+        )

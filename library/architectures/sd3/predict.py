@@ -1,0 +1,55 @@
+"""One call of Stable Diffusion 3's denoiser.
+
+Letters: B samples, C channels, H and W sides of the latent, T text positions, E width of the text features.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from library.architectures.interface import Predict
+from library.architectures.sd3.text import CLIP_PLACES
+from library.diffusion.flow import FlowMatching
+from library.types import Batch, Conditioning, Noised
+
+
+def velocity(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
+    """What the denoiser says: noise - latent, in the shape of the latents."""
+    model: Any = denoiser
+    context_BTE = join_context(conditioning, model.config.context_width)
+    corner = None
+    if (shares_B2 := conditioning.get("position")) is not None:
+        corner = corner_of(shares_B2, noised.latents_BCHW, model.config.patch, model.config.positions_side)
+    velocity_BCHW: Tensor = model(
+        noised.latents_BCHW, noised.timesteps_B, context_BTE, conditioning["lg_pooled"], corner
+    )
+    return velocity_BCHW
+
+
+def join_context(conditioning: Conditioning, width: int) -> Tensor:
+    """Both CLIPs' features side by side, filled up with zeros to the width of T5, then T5's; without T5 as many zeros
+    as CLIP has places."""
+    lg_BTE = conditioning["lg_out"]
+    lg_BTE = pad(lg_BTE, (0, width - lg_BTE.shape[-1]))
+    t5_BTE = conditioning.get("t5_out")
+    if t5_BTE is None:
+        t5_BTE = lg_BTE.new_zeros(len(lg_BTE), CLIP_PLACES, width)
+    return torch.cat([lg_BTE, t5_BTE.to(lg_BTE.dtype)], dim=1)
+
+
+def corner_of(shares_B2: Tensor, latents_BCHW: Tensor, patch: int, side: int) -> tuple[int, int]:
+    """Top and left of the batch's place in the table of positions; `shares_B2` are shares of the room, equal rows."""
+    top, left = shares_B2[0].tolist()
+    H, W = latents_BCHW.shape[-2:]
+    return int(top * (side - H // patch + 1)), int(left * (side - W // patch + 1))
+
+
+def build_predict(objective: FlowMatching) -> Predict:
+    """The call whose result the objective's target is compared with: an estimate of the clean latent."""
+
+    def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
+        return objective.estimate(velocity(denoiser, noised, conditioning, batch), noised)
+
+    return predict

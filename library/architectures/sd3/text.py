@@ -1,0 +1,87 @@
+"""Captions to the conditioning of Stable Diffusion 3.
+
+Letters: B captions, T positions, W width of one text encoder, P width of its pooled features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.models.clip import clip_body
+from library.models.clip_tokens import OPEN_CLIP_PAD, ClipTokens
+from library.models.t5 import count_t5_tokens, encode_t5, tokenize_t5
+from library.types import Conditioning, Tokens
+
+CLIP_PLACES = 77
+
+
+@dataclass(frozen=True)
+class Sd3Text:
+    """CLIP-L, CLIP-G and, where it has a tokenizer, T5; longer captions are cut, each encoder at its own length."""
+
+    clip: ClipTokens
+    t5_tokenizer: Any  # transformers' T5TokenizerFast, None where there is no T5
+    num_t5_tokens: int
+    masks_clip: bool = False  # keep padding out of attention
+    masks_t5: bool = False
+
+    @property
+    def max_tokens(self) -> int:
+        """Of the encoder that reads most; the end token is one of T5's."""
+        return self.clip.max_tokens if self.t5_tokenizer is None else max(self.clip.max_tokens, self.num_t5_tokens - 1)
+
+    def count_tokens(self, caption: str) -> int:
+        if self.t5_tokenizer is None or self.num_t5_tokens - 1 < self.clip.max_tokens:
+            return len(self.clip.weigh_tokens(caption)[0])
+        return count_t5_tokens(self.t5_tokenizer, caption)
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Token ids of shape (B, 1, 77) for CLIP-L and CLIP-G; (B, 1, T) for T5, and 1 where they are no padding."""
+        large, _ = self.clip.tokenize(captions)
+        giant, _ = self.clip.tokenize(captions, OPEN_CLIP_PAD)
+        if self.t5_tokenizer is None:
+            return Tokens((large, giant))
+        ids_BT, mask_BT = tokenize_t5(self.t5_tokenizer, captions, self.num_t5_tokens)
+        return Tokens((large, giant, ids_BT[:, None], mask_BT[:, None]))
+
+    def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
+        """Features under the names of the cache; gradients flow.
+
+        "lg_out" (B, 77, W of both) are the states before the last layer side by side, without the last norm,
+        "lg_pooled" (B, P of both) the projected states of the end token, "t5_out" (B, T, W) T5's last states. The masks
+        are 1 where a token is.
+        """
+        ids = [ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT]
+        masks = [up_to_end(ids_BT, self.clip.end_id) for ids_BT in ids[:2]]
+        clips = [
+            encode_clip(encoder, ids_BT, mask_BT if self.masks_clip else None)
+            for encoder, ids_BT, mask_BT in zip(encoders[:2], ids[:2], masks, strict=True)
+        ]
+        found = {
+            "lg_out": torch.cat([states for states, _ in clips], dim=-1),
+            "lg_pooled": torch.cat([pooled for _, pooled in clips], dim=-1),
+            "clip_l_attn_mask": masks[0].to(clips[0][0].device),
+            "clip_g_attn_mask": masks[1].to(clips[1][0].device),
+        }
+        if self.t5_tokenizer is not None:
+            found["t5_out"] = encode_t5(encoders[2], ids[2], ids[3] if self.masks_t5 else None)
+            found["t5_attn_mask"] = ids[3].to(found["t5_out"].device)
+        return found
+
+
+def up_to_end(ids_BT: Tensor, end_id: int) -> Tensor:
+    """1 up to and with the first end token, 0 in the padding behind it."""
+    is_end_BT = (ids_BT == end_id).int()
+    return ((is_end_BT.cumsum(dim=1) - is_end_BT) == 0).long()
+
+
+def encode_clip(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(states before the last layer BTW, pooled BP)."""
+    model: Any = encoder
+    device = clip_body(encoder).final_layer_norm.weight.device
+    mask_BT = None if mask_BT is None else mask_BT.to(device)
+    found = model(ids_BT.to(device), attention_mask=mask_BT, output_hidden_states=True)
+    return found.hidden_states[-2], found.text_embeds

@@ -1,0 +1,62 @@
+"""What changes in the conditioning from one draw to the next: text encoders left out, pictures at another place.
+
+Letters: B samples, T text positions, E width of the text features.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from library.types import Conditioning
+
+Parts = Mapping[str, tuple[int, int | None]]  # name in the conditioning -> the channels that are an encoder's
+
+
+@dataclass(frozen=True)
+class Variation:
+    """The rates of --clip_l_dropout_rate, --clip_g_dropout_rate, --t5_dropout_rate and --pos_emb_random_crop_rate.
+
+    Draws in this order, one number for each sample: CLIP-L, CLIP-G, T5; then whether the batch lies elsewhere, and
+    where. Everything is drawn in every call, so that one rate does not move the draws of another.
+    """
+
+    clip_l: float
+    clip_g: float
+    t5: float
+    position: float
+    clip_l_width: int
+    clip_l_pooled_width: int
+
+    def __call__(self, conditioning: Conditioning, generator: torch.Generator) -> Conditioning:
+        """The conditioning of one training step; what is left out is zero."""
+        B = len(conditioning["lg_out"])
+        drops_EB = torch.rand(3, B, generator=generator) < torch.tensor([self.clip_l, self.clip_g, self.t5])[:, None]
+        is_elsewhere = torch.rand((), generator=generator).item() < self.position
+        place_2 = torch.rand(2, generator=generator)
+        changed = dict(conditioning)
+        for parts, drops_B in zip(self._parts(), drops_EB, strict=True):
+            for name, channels in parts.items():
+                if name in changed and drops_B.any():
+                    changed[name] = without(changed[name], channels, drops_B)
+        if is_elsewhere:
+            changed["position"] = place_2.expand(B, 2)
+        return changed
+
+    def _parts(self) -> tuple[Parts, Parts, Parts]:
+        """What each encoder gives."""
+        out, pooled = self.clip_l_width, self.clip_l_pooled_width
+        return (
+            {"lg_out": (0, out), "lg_pooled": (0, pooled), "clip_l_attn_mask": (0, None)},
+            {"lg_out": (out, None), "lg_pooled": (pooled, None), "clip_g_attn_mask": (0, None)},
+            {"t5_out": (0, None), "t5_attn_mask": (0, None)},
+        )
+
+
+def without(features: Tensor, channels: tuple[int, int | None], drops_B: Tensor) -> Tensor:
+    """The features with the given last-axis range zero in the samples that are dropped."""
+    is_there = torch.ones(features.shape[-1], dtype=torch.bool)
+    is_there[slice(*channels)] = False
+    keeps = is_there | ~drops_B.view(-1, *(1,) * (features.dim() - 1))
+    return features * keeps.to(features.device, features.dtype)

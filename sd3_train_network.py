@@ -1,0 +1,18 @@
+"""Train a LoRA-family adapter for Stable Diffusion 3 and 3.5."""
+
+import argparse
+
+from library.architectures.sd3.options import Sd3Options
+from library.training.cli import build_parser
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Every option of this script; front ends read it."""
+    return build_parser(Sd3Options)
+
+
+if __name__ == "__main__":
+    from library.architectures.sd3 import build
+    from library.training.main import main
+
+    raise SystemExit(main(setup_parser(), Sd3Options, build))

@@ -1,0 +1,98 @@
+"""Keys and shapes of adapter files of Stable Diffusion 3 and 3.5, which other programs rely on, at full size."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from library.architectures.sd3.model import MMDiT, read_config
+from library.architectures.sd3.view import view
+from networks.core.files import file_tensors
+from networks.core.protocol import adopt
+from networks.lora_sd3 import create_network
+from tests.tiny.sd3 import full_size_keys
+
+FACTS = full_size_keys()
+MODELS = list(FACTS["lora"])
+REFUSED = ("train_block_indices beyond depth",)
+"""sd-scripts trains less than was asked for, in silence; here it is an error."""
+UNLIKE = ("network_reg_dims (ignored)",)
+"""sd-scripts knows them for FLUX only; here they act on every base model."""
+VARIANTS = [name for name in FACTS["lora"]["sd3-medium"]["variants"] if name not in (*REFUSED, *UNLIKE)]
+
+
+@pytest.fixture(scope="module")
+def encoders() -> list[nn.Module]:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    large = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    giant = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+    t5 = T5Config(
+        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+    )
+    with torch.device("meta"):
+        clips = [CLIPTextModelWithProjection(CLIPTextConfig(**sizes)) for sizes in (large, giant)]
+        return [*clips, T5EncoderModel(t5)]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, encoders: list[nn.Module]) -> tuple[str, Any]:
+    """Name and view of a full-size model, without weights."""
+    keys = {key: tuple(shape) for key, shape in FACTS["mmdit"][request.param].items()}
+    with torch.device("meta"):
+        denoiser = MMDiT(read_config(keys))
+    return request.param, view(encoders, denoiser)
+
+
+def shapes_of(views: Any, apply_te: bool = True, apply_unet: bool = True, **args: str) -> dict[str, list[int]]:
+    """Of what is saved."""
+    with torch.device("meta"):
+        network = create_network(1.0, 4, 1, None, *views, **args)
+        adopt(network).apply_to(*views, apply_te, apply_unet)
+        network.remove()
+        return {
+            f"{name}.{leaf}": list(tensor.shape)
+            for name, adapter in network.adapters.items()
+            for leaf, tensor in file_tensors(adapter).items()
+        }
+
+
+def expected_keys(name: str, variant: str) -> dict[str, list[int]]:
+    facts = FACTS["lora"][name]
+    found = facts["variants"][variant]
+    kept = {key: shape for key, shape in facts["default"].items() if key not in found["removed"]}
+    expected = {**kept, **found["changed"], **found["added"]}
+    assert len(expected) == found["num_keys"]
+    return expected
+
+
+def test_default_keys(model: tuple[str, Any]) -> None:
+    name, views = model
+    assert shapes_of(views) == FACTS["lora"][name]["default"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(model: tuple[str, Any], variant: str) -> None:
+    name, views = model
+    facts = FACTS["lora"][name]["variants"][variant]
+    assert shapes_of(views, **facts["call"], **facts["network_args"]) == expected_keys(name, variant)
+
+
+def test_expressions_give_ranks(model: tuple[str, Any]) -> None:
+    name, views = model
+    shapes = shapes_of(views, network_reg_dims="x_block=8")
+    default = FACTS["lora"][name]["default"]
+    assert shapes.keys() == default.keys()
+    changed = {key for key in shapes if shapes[key] != default[key]}
+    assert changed == {key for key in default if "x_block" in key and not key.endswith(".alpha")}
+
+
+def test_blocks_that_are_not_there_are_refused(model: tuple[str, Any]) -> None:
+    with pytest.raises(ValueError, match="train_block_indices names block 500"):
+        shapes_of(model[1], train_block_indices="0,500")
+
+
+def test_embedders_need_six_ranks(model: tuple[str, Any]) -> None:
+    with pytest.raises(ValueError, match="emb_dims has 2 entries; it needs 6"):
+        shapes_of(model[1], emb_dims="[4,4]")

@@ -1,0 +1,131 @@
+"""sd3_train_network.py from pictures to adapter files, on tiny models."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.running import Finished, make_pictures
+from tests.tiny.sd3 import build_tiny_sd3
+
+Train = Callable[..., Finished]
+OUTPUT = "mine.safetensors"
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> Callable[..., list[str]]:
+    """A command line that trains two steps on a tiny model of the given size."""
+    make_pictures(tmp_path / "data" / "2_thing", 3)
+
+    def build(size: str, module: str, *more: str) -> list[str]:
+        model = build_tiny_sd3(tmp_path / "model", 11, size)
+        return [
+            "--pretrained_model_name_or_path", str(model), "--train_data_dir", str(tmp_path / "data"),
+            "--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "2", "--output_dir",
+            str(tmp_path / "out"), "--output_name", "mine", "--network_module", module, "--network_dim", "4",
+            "--learning_rate", "1e-2", "--max_train_steps", "2", "--seed", "5", "--max_data_loader_n_workers", "0",
+            "--t5xxl_max_token_length", "16", *more,
+        ]  # fmt: skip
+
+    return build
+
+
+def run(train: Train, arguments: list[str]) -> Finished:
+    done = train(arguments, script="sd3_train_network")
+    assert done.status == 0, done.stderr
+    return done
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        found: dict[str, str] = file.metadata()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("size", "module", "version"),
+    [
+        ("sd3-medium", "networks.lora_sd3", "medium"),
+        ("sd3.5-medium", "networks.lora_fa", "5-medium"),
+        ("sd3.5-large", "networks.dylora", "5-large"),
+    ],
+)
+def test_every_kind_of_adapter_trains_on_every_size(
+    train: Train, arguments: Callable[..., list[str]], tmp_path: Path, size: str, module: str, version: str
+) -> None:
+    done = run(train, arguments(size, module))
+    assert len(done.losses) == 2
+    weights = load_file(tmp_path / "out" / OUTPUT)
+    assert {key.split("_")[1] for key in weights} == {"te1", "te2", "unet"}
+    learned = [key for key, tensor in weights.items() if "lora_up" in key and tensor.abs().max() > 0]
+    assert any("joint_blocks" in key for key in learned) and any("lora_te2" in key for key in learned)
+    metadata = metadata_of(tmp_path / "out" / OUTPUT)
+    assert metadata["ss_base_model_version"] == version
+    assert metadata["ss_weighting_scheme"] == "uniform"
+    assert metadata["modelspec.architecture"] == f"stable-diffusion-3-{version}/lora"
+
+
+def test_all_that_is_particular_to_sd3_at_once(
+    train: Train, arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    more = [
+        "--network_train_unet_only", "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk",
+        "--gradient_checkpointing", "--weighting_scheme", "logit_normal", "--logit_mean", "0.3", "--loss_type", "huber",
+        "--training_shift", "3", "--clip_l_dropout_rate", "0.3", "--t5_dropout_rate", "0.5",
+        "--pos_emb_random_crop_rate", "0.5", "--apply_t5_attn_mask", "--apply_lg_attn_mask", "--min_timestep", "100",
+        "--mixed_precision", "bf16", "--network_args", "split_qkv=True", "emb_dims=[2,2,2,2,2,2]",
+        "train_block_indices=0-1", "context_mod_dim=0",
+    ]  # fmt: skip
+    first = run(train, arguments("sd3.5-medium", "networks.lora_sd3", *more))
+    weights = load_file(tmp_path / "out" / OUTPUT)
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert weights["lora_unet_joint_blocks_0_x_block_attn2_qkv.lora_down.weight"].shape[0] == 12
+    assert "lora_unet_final_layer_linear.alpha" in weights
+    assert not any("joint_blocks_2" in key or "context_block_adaLN" in key or "lora_te" in key for key in weights)
+    cached = sorted(path.name for path in (tmp_path / "data" / "2_thing").glob("0*.npz"))
+    assert cached == sorted(f"0{i}{end}" for i in range(3) for end in ("_0064x0064_sd3.npz", "_sd3_te.npz"))
+    again = run(train, arguments("sd3.5-medium", "networks.lora_sd3", *more))
+    assert again.losses == first.losses, "from the caches, with the same draws"
+
+
+def test_pictures_are_drawn(train: Train, arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat --w 64 --h 96 --s 3 --d 7\n")
+    more = ["--sample_prompts", str(prompts), "--sample_every_n_steps", "2", "--network_train_unet_only"]
+    run(train, arguments("sd3-medium", "networks.lora_sd3", *more))
+    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
+
+
+def test_a_text_encoder_that_is_left_out_changes_the_loss(train: Train, arguments: Callable[..., list[str]]) -> None:
+    more = ("--network_train_unet_only", "--max_train_steps", "1", "--train_batch_size", "1")
+    losses = [
+        run(train, arguments("sd3-medium", "networks.lora", *more, *flags)).losses
+        for flags in ([], ["--clip_l_dropout_rate", "1"], ["--t5_dropout_rate", "1"])
+    ]
+    assert len({tuple(loss) for loss in losses}) == 3
+
+
+def test_another_model_is_refused_before_anything_is_loaded(
+    train: Train, arguments: Callable[..., list[str]], tiny_sd_file: Path
+) -> None:
+    line = arguments("sd3-medium", "networks.lora_sd3")
+    done = train([*line, "--pretrained_model_name_or_path", str(tiny_sd_file)], script="sd3_train_network")
+    assert done.status == 1 and "this is an SD 1.x checkpoint; use train_network.py" in done.stderr
+    done = train([*line, "--blocks_to_swap", "4", "--enable_scaled_pos_embed"], script="sd3_train_network")
+    assert done.status == 1
+    assert "--blocks_to_swap is not supported yet" in done.stderr
+    assert "--enable_scaled_pos_embed is not supported yet" in done.stderr
+
+
+def test_the_file_continues_training(train: Train, arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    line = arguments("sd3-medium", "networks.lora_sd3", "--network_args", "split_qkv=True")
+    run(train, line)
+    before = load_file(tmp_path / "out" / OUTPUT)
+    run(train, [*line, "--network_weights", str(tmp_path / "out" / OUTPUT), "--learning_rate", "1e-12"])
+    after = load_file(tmp_path / "out" / OUTPUT)
+    assert before.keys() == after.keys()
+    for key in before:
+        torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-9)
