@@ -1,0 +1,118 @@
+"""Files that make no FLUX.1 model are refused with what they are and what to do."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flux_train_network import setup_parser
+from library.architectures.flux.load import FluxLoader, open_loader
+from library.architectures.flux.options import FluxOptions
+from tests.tiny.flux import build_tiny_flux
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build_tiny_flux(tmp_path_factory.mktemp("flux"), 3)
+
+
+def opened(arguments: list[str]) -> FluxLoader:
+    return open_loader(FluxOptions.from_args(setup_parser().parse_args(arguments)))
+
+
+def with_changes(arguments: list[str], flag: str, folder: Path, changes: dict[str, torch.Tensor | None]) -> list[str]:
+    """The arguments with the file of one flag replaced by a changed copy."""
+    place = arguments.index(flag) + 1
+    tensors = {**load_file(arguments[place]), **changes}
+    path = folder / Path(arguments[place]).name
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+    return [*arguments[:place], str(path), *arguments[place + 1 :]]
+
+
+def without(arguments: list[str], flag: str) -> list[str]:
+    place = arguments.index(flag)
+    return arguments[:place] + arguments[place + 2 :]
+
+
+BASE = "--pretrained_model_name_or_path"
+
+
+@pytest.mark.parametrize(
+    ("flag", "changes", "message"),
+    [
+        (BASE, {"distilled_guidance_layer.in_proj.weight": torch.ones(2, 2)}, "this is a Chroma model, which is not"),
+        (BASE, {"img_in.weight": torch.ones(64, 384)}, "takes 384 values a patch, training feeds 64; FLUX.1 Fill"),
+        (BASE, {"txt_in.weight": torch.ones(64, 48)}, "is 32 wide, the transformer listens to 48"),
+        (BASE, {"txt_in.weight": None}, "flux1.safetensors: no FLUX.1 model: txt_in.weight is missing"),
+        ("--ae", {"decoder.conv_in.weight": torch.ones(16, 4, 3, 3)}, "has 4 latent channels, FLUX.1 needs 16"),
+        ("--ae", {"decoder.conv_in.weight": None}, "is no VAE: it has no decoder.conv_in.weight"),
+        ("--t5xxl", {"shared.weight": None}, "t5xxl.safetensors is no T5 encoder"),
+        (
+            "--clip_l",
+            {"text_model.embeddings.token_embedding.weight": None},
+            "clip_l.safetensors: embeddings.token_embedding.weight is not there",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_does_not_fit_is_named(
+    tiny: list[str], tmp_path: Path, flag: str, changes: dict[str, torch.Tensor | None], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        opened(with_changes(tiny, flag, tmp_path, changes))
+
+
+@pytest.mark.parametrize("flag", ["--ae", "--clip_l", "--t5xxl"])
+def test_a_missing_part_is_asked_for_by_its_flag(tiny: list[str], flag: str) -> None:
+    with pytest.raises(ValueError, match=f"{flag} is missing"):
+        opened(without(tiny, flag))
+
+
+def test_a_weight_that_lacks_is_noticed_when_the_model_is_loaded(tiny: list[str], tmp_path: Path) -> None:
+    loader = opened(with_changes(tiny, BASE, tmp_path, {"double_blocks.1.img_mlp.2.bias": None}))
+    with pytest.raises(
+        ValueError, match=r"flux1.safetensors is incomplete: 1 of the .* double_blocks.1.img_mlp.2.bias"
+    ):
+        loader.denoiser()
+
+
+@pytest.mark.parametrize("prefix", ["vae.", "first_stage_model."])
+def test_a_vae_with_a_prefix_loads_the_same(tiny: list[str], tmp_path: Path, prefix: str) -> None:
+    place = tiny.index("--ae") + 1
+    path = tmp_path / "ae.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(tiny[place]).items()}, path)
+    found = opened([*tiny[:place], str(path), *tiny[place + 1 :]]).vae().state_dict()
+    expected = opened(tiny).vae().state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_every_layout_gives_the_same_models(tiny: list[str], tmp_path: Path) -> None:
+    expected = opened(tiny)
+    for layout in ("whole", "diffusers"):
+        found = opened(build_tiny_flux(tmp_path / layout, 3, layout))  # type: ignore[arg-type]
+        for theirs, ours in (
+            (expected.denoiser(), found.denoiser()),
+            (expected.vae(), found.vae()),
+            *zip(expected.text_encoders(), found.text_encoders(), strict=True),
+        ):
+            state = ours.state_dict()
+            assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+def test_parts_of_a_folder_can_be_replaced_by_files(tiny: list[str], tmp_path: Path) -> None:
+    folder = build_tiny_flux(tmp_path / "folder", 4, "diffusers")
+    shutil.rmtree(tmp_path / "folder" / "vae")
+    place = tiny.index("--ae")
+    loader = opened([*folder, *tiny[place : place + 2]])
+    expected = opened(tiny).vae().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loader.vae().state_dict().items())
+
+
+def test_models_come_in_the_precision_of_the_run_and_frozen(tiny: list[str]) -> None:
+    loader = opened([*tiny, "--mixed_precision", "bf16", "--no_half_vae"])
+    assert {p.dtype for p in loader.denoiser().parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in loader.vae().parameters()} == {torch.float32}
+    assert not any(p.requires_grad for model in loader.text_encoders() for p in model.parameters())
