@@ -37,20 +37,12 @@ def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def averaged_weights(run: Run) -> Iterator[None]:
-    """What a schedule-free optimizer has averaged. Its way there and back rounds, so the trained weights are kept."""
-    if not run.optimizer.is_schedule_free:
-        yield
-        return
-    parameters = [parameter for group in run.torch_optimizer.param_groups for parameter in group["params"]]
-    kept = [parameter.detach().clone() for parameter in parameters]
+    """What a schedule-free optimizer has averaged, and afterwards the weights of training, bit for bit."""
     run.optimizer.eval()
     try:
         yield
     finally:
         run.optimizer.train()
-        with torch.no_grad():
-            for parameter, weights in zip(parameters, kept, strict=True):
-                parameter.copy_(weights)
 
 
 @contextmanager

@@ -83,10 +83,12 @@ def train(
                     break
             if charts.are_on:
                 charts.log_epoch({"loss/epoch_average": average.mean}, progress.step, epoch)
-            if stops:
+            if stops and progress.step % plan.steps_per_epoch != 0:
                 break
             writer.save_after_epoch(progress.step, epoch)
             previews.after_epoch(progress.step, epoch, interruption)
+            if stops:
+                break
     guard.report(progress.step)
     if progress.step >= plan.max_train_steps:
         writer.save_end(progress.step, epoch)

@@ -134,3 +134,37 @@ def test_no_batch_before_the_state_is_read(
     asked.clear()
     train([*arguments, "--resume", str(tmp_path / "out" / "mine-step00000005-state")])
     assert asked == in_one_go[5:]
+
+
+def test_charts_go_on_with_the_same_steps_and_values(train: Train, arguments: list[str], tmp_path: Path) -> None:
+    words = [*arguments, *ALL_RANDOM, "--save_state", "--save_every_n_steps", "3"]
+    assert train([*words, "--logging_dir", str(tmp_path / "whole")]).status == 0
+    resumed = [*words, "--resume", str(tmp_path / "out" / "mine-step00000003-state")]
+    assert train([*resumed, "--logging_dir", str(tmp_path / "rest")]).status == 0
+    whole, rest = points(tmp_path / "whole"), points(tmp_path / "rest")
+    assert whole.keys() == rest.keys() and len(rest["loss/current"]) == 9
+    for name in whole:
+        assert rest[name] == whole[name][-len(rest[name]) :]
+
+
+def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every chart of a run as (step, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = folder.rglob("events.out*")
+    events = EventAccumulator(str(file.parent))
+    events.Reload()
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_an_interruption_at_the_end_of_an_epoch_still_saves_the_epoch(
+    train: Train, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from library.training.interruption import Interruption
+
+    asked = iter([False] * 8 + [True] * 9)
+    monkeypatch.setattr(Interruption, "is_requested", property(lambda _: next(asked)))
+    done = train([*arguments, "--max_train_steps", "18", "--save_every_n_epochs", "1"])
+    assert done.status == 0, done.stderr
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"mine-000001.safetensors", "mine-step00000009.safetensors", "mine-step00000009-state"}

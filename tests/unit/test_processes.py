@@ -1,0 +1,63 @@
+"""Which of accelerate's configurations train, and how processes find each other."""
+
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from library.processes import PLAIN, Processes, of_accelerator
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in DistributedType if kind.name not in PLAIN], ids=lambda kind: kind.name
+)
+def test_a_configuration_that_spreads_a_model_is_refused_with_the_reason(kind: DistributedType) -> None:
+    accelerator = SimpleNamespace(distributed_type=kind, num_processes=2, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=f"configured for {kind.name}.*the base model is frozen"):
+        of_accelerator(accelerator)
+
+
+def test_fsdp_and_deepspeed_are_among_the_refused() -> None:
+    assert not {"FSDP", "DEEPSPEED", "MEGATRON_LM"} & set(PLAIN)
+
+
+def test_one_process_needs_no_store() -> None:
+    accelerator = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, device=torch.device("cpu"))
+    processes = of_accelerator(accelerator)
+    assert processes.is_main and processes.store is None
+    processes.wait_for_all("nothing")
+    assert processes.share_seed(7) == 7
+    assert torch.equal(processes.exchange([], torch.ones(2), 2, True)[0], torch.ones(2))
+
+
+class Board(dict[str, str]):
+    """torch's store, among threads."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def get(self, key: str) -> bytes:  # type: ignore[override]
+        while key not in self:
+            pass
+        return self[key].encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+def test_all_use_the_seed_of_the_main_process_and_the_folder_of_their_machine() -> None:
+    board = Board()
+
+    def seen(rank: int) -> tuple[int, str]:
+        processes = Processes(rank, 4, rank % 2, 2, store=board)
+        found = processes.share_seed(100 + rank), processes.shared_folder("latents")
+        processes.wait_for_all("the end")
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(seen, (3, 2, 1, 0)))
+    assert {seed for seed, _ in found} == {100}
+    folders = [folder for _, folder in found]
+    assert folders[0] == folders[1] != folders[2] == folders[3]
