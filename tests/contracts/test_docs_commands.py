@@ -149,7 +149,8 @@ def test_wrong_command_is_noticed(command: str) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_named_in_the_text_exist(page: Path) -> None:
     known = {*FLAGS_OF_OTHERS, *(f"--{letters}" for letters in LINE_OPTIONS)}
-    for module in ("train_network", "flux_train_network", "sd3_train_network", *(f"tools.{name}" for name in TOOLS)):
+    scripts = (path.stem for path in ROOT.glob("*train_network.py"))
+    for module in (*scripts, *(f"tools.{name}" for name in TOOLS)):
         known |= set(importlib.import_module(module).setup_parser()._option_string_actions)
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     code = [part for part in INLINE_CODE.findall(text) if not part.startswith(("python3 ", "ruff ", "mypy "))]
