@@ -91,11 +91,17 @@ def test_all_that_is_particular_to_sd3_at_once(
     assert again.losses == first.losses, "from the caches, with the same draws"
 
 
-def test_pictures_are_drawn(train: Train, arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_pictures_are_drawn_and_others_measured(
+    train: Train, arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat --w 64 --h 96 --s 3 --d 7\n")
-    more = ["--sample_prompts", str(prompts), "--sample_every_n_steps", "2", "--network_train_unet_only"]
-    run(train, arguments("sd3-medium", "networks.lora_sd3", *more))
+    more = [
+        "--sample_prompts", str(prompts), "--sample_every_n_steps", "2", "--network_train_unet_only",
+        "--validation_split", "0.34", "--validate_every_n_steps", "1", "--clip_l_dropout_rate", "1",
+    ]  # fmt: skip
+    done = run(train, arguments("sd3-medium", "networks.lora_sd3", *more))
+    assert "num validation images * repeats / 学習画像の数×繰り返し回数: 1" in done.stdout
     assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
 
 
@@ -129,3 +135,22 @@ def test_the_file_continues_training(train: Train, arguments: Callable[..., list
     assert before.keys() == after.keys()
     for key in before:
         torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-9)
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(
+    train: Train, arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Encoders that are left out and places that are drawn follow the batch, not what was drawn before."""
+    more = [
+        "--network_train_unet_only", "--clip_g_dropout_rate", "0.4", "--t5_dropout_rate", "0.4",
+        "--pos_emb_random_crop_rate", "0.5", "--max_train_steps", "4",
+    ]  # fmt: skip
+    line = arguments("sd3.5-medium", "networks.lora_sd3", *more)
+    run(train, [*line, "--save_state", "--save_every_n_steps", "2"])
+    whole = load_file(tmp_path / "out" / OUTPUT)
+    state = tmp_path / "out" / "mine-step00000002-state"
+    run(train, [*line, "--resume", str(state), "--output_dir", str(tmp_path / "resumed")])
+    resumed = load_file(tmp_path / "resumed" / OUTPUT)
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    assert any("lora_up" in key and tensor.abs().max() > 0 for key, tensor in whole.items())
