@@ -1,0 +1,50 @@
+"""The modules of Anima under the three names that adapter files give them."""
+
+from collections.abc import Iterator
+
+from library.architectures.anima.keys import BLOCK, TOP, diffusers_path
+from library.checkpoints.adapter_names import BaseNames, ModuleNames
+
+NUM_BLOCKS, NUM_ADAPTER_BLOCKS, NUM_TEXT_LAYERS = 28, 6, 28
+ADAPTER_BLOCK = (
+    *(f"{layer}.{name}_proj" for layer in ("self_attn", "cross_attn") for name in ("q", "k", "v", "o")),
+    *("mlp.0", "mlp.2"),
+)
+TEXT_LAYER = (
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+
+
+def denoiser_paths() -> Iterator[str]:
+    """Path of every Linear layer that an adapter may be on."""
+    yield from (path for path in TOP if not path.endswith("_norm"))
+    for number in range(NUM_BLOCKS):
+        yield from (f"blocks.{number}.{layer}" for layer in BLOCK if not layer.endswith("_norm"))
+    for number in range(NUM_ADAPTER_BLOCKS):
+        yield from (f"llm_adapter.blocks.{number}.{layer}" for layer in ADAPTER_BLOCK)
+
+
+def denoiser_module(path: str) -> ModuleNames:
+    return ModuleNames(
+        kohya=f"lora_unet_{path.replace('.', '_')}",
+        generic=f"diffusion_model.{path}",
+        diffusers=diffusers_path(path),
+    )
+
+
+def text_module(path: str) -> ModuleNames:
+    return ModuleNames(
+        kohya=f"lora_te_{path.replace('.', '_')}",
+        generic=f"text_encoders.qwen3_06b.transformer.model.{path}",
+        diffusers=f"text_encoder.{path}",
+    )
+
+
+NAMES = BaseNames(
+    "anima",
+    (
+        *map(denoiser_module, denoiser_paths()),
+        *(text_module(f"layers.{n}.{name}") for n in range(NUM_TEXT_LAYERS) for name in TEXT_LAYER),
+    ),
+)

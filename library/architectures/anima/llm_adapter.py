@@ -1,0 +1,121 @@
+"""The part of Anima's checkpoint that makes the denoiser's text: T5's words, filled with what Qwen3 says of them.
+
+Module paths are the keys of the checkpoint below "llm_adapter". Letters: B samples, L T5 tokens, S Qwen3 tokens,
+E width, N heads, D head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from library.architectures.anima.positions import Angles, text_angles, turn
+
+EPS = 1e-6
+MIN_TOKENS = 512  # the denoiser attends to so many; what a shorter caption leaves over is zero
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The hyper-parameters of the adapter, as the shapes of a checkpoint tell them."""
+
+    num_words: int
+    width: int
+    source_width: int  # of Qwen3's states
+    head_width: int
+    mlp_width: int
+    num_blocks: int
+
+
+class AdapterAttention(nn.Module):
+    """Attention with normed queries and keys that know their places."""
+
+    def __init__(self, width: int, source_width: int, head_width: int) -> None:
+        super().__init__()
+        self.head_width = head_width
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.q_norm = nn.RMSNorm(head_width, eps=EPS)
+        self.k_proj = nn.Linear(source_width, width, bias=False)
+        self.k_norm = nn.RMSNorm(head_width, eps=EPS)
+        self.v_proj = nn.Linear(source_width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, x_BLE: Tensor, source_BSE: Tensor, mask_B11S: Tensor, angles: Angles, source_angles: Angles
+    ) -> Tensor:
+        heads = (-1, self.head_width)
+        q_BNLD = self.q_norm(self.q_proj(x_BLE).unflatten(-1, heads)).transpose(1, 2)
+        k_BNSD = self.k_norm(self.k_proj(source_BSE).unflatten(-1, heads)).transpose(1, 2)
+        v_BNSD = self.v_proj(source_BSE).unflatten(-1, heads).transpose(1, 2)
+        attended = scaled_dot_product_attention(
+            turn(q_BNLD, angles), turn(k_BNSD, source_angles), v_BNSD, attn_mask=mask_B11S
+        )
+        y_BLE: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
+        return y_BLE
+
+
+class LLMAdapterTransformerBlock(nn.Module):
+    """T5's words look at each other, then at Qwen3's states. The class name is an interface: network modules find the
+    layers by it."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        c = config
+        self.norm_self_attn = nn.RMSNorm(c.width, eps=EPS)
+        self.self_attn = AdapterAttention(c.width, c.width, c.head_width)
+        self.norm_cross_attn = nn.RMSNorm(c.width, eps=EPS)
+        self.cross_attn = AdapterAttention(c.width, c.source_width, c.head_width)
+        self.norm_mlp = nn.RMSNorm(c.width, eps=EPS)
+        self.mlp = nn.Sequential(nn.Linear(c.width, c.mlp_width), nn.GELU(), nn.Linear(c.mlp_width, c.width))
+
+    def forward(
+        self,
+        x_BLE: Tensor,
+        source_BSE: Tensor,
+        mask_B11L: Tensor,
+        source_mask_B11S: Tensor,
+        angles: Angles,
+        source_angles: Angles,
+    ) -> Tensor:
+        y_BLE = self.norm_self_attn(x_BLE)
+        x_BLE = x_BLE + self.self_attn(y_BLE, y_BLE, mask_B11L, angles, angles)
+        x_BLE = x_BLE + self.cross_attn(
+            self.norm_cross_attn(x_BLE), source_BSE, source_mask_B11S, angles, source_angles
+        )
+        after_BLE: Tensor = x_BLE + self.mlp(self.norm_mlp(x_BLE))
+        return after_BLE
+
+
+class LLMAdapter(nn.Module):
+    """Qwen3's states and T5's ids to what the denoiser attends to."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.num_words, config.width)
+        self.blocks = nn.ModuleList(LLMAdapterTransformerBlock(config) for _ in range(config.num_blocks))
+        self.out_proj = nn.Linear(config.width, config.width)
+        self.norm = nn.RMSNorm(config.width, eps=EPS)
+
+    def forward(self, source_BSE: Tensor, source_mask_BS: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """Shape (B, max(L, 512), E); zero where `mask_BL` is 0. `source_BSE` must be zero where its mask is 0."""
+        x_BLE = self.embed(ids_BL)
+        head_width, device = self.config.head_width, x_BLE.device
+        angles = text_angles(head_width, ids_BL.shape[1], device)
+        source_angles = text_angles(head_width, source_BSE.shape[1], device)
+        mask, source_mask = key_mask(mask_BL), key_mask(source_mask_BS)
+        for block in self.blocks:
+            x_BLE = block(x_BLE, source_BSE, mask, source_mask, angles, source_angles)
+        x_BLE = self.norm(self.out_proj(x_BLE)) * mask_BL[..., None].to(x_BLE.dtype)
+        return pad(x_BLE, (0, 0, 0, max(MIN_TOKENS - x_BLE.shape[1], 0)))
+
+
+def key_mask(mask_BT: Tensor) -> Tensor:
+    """Which tokens may be attended to, shape (B, 1, 1, T).
+
+    A caption without any token may attend to all of its padding: Qwen3's states are zero there and give nothing, while
+    a softmax over no token at all is not a number.
+    """
+    is_token = mask_BT.bool()
+    return torch.where(is_token.any(dim=-1, keepdim=True), is_token, True)[:, None, None]

@@ -1,0 +1,294 @@
+"""The denoiser of Anima: the transformer of Cosmos-Predict2 (NVIDIA 2025) for single pictures, with an adapter that
+makes its text, in the layout of the original checkpoints.
+
+Module paths are the keys of the checkpoint (after "net.") and the names of adapters. Letters: B samples, C channels, H
+and W sides of the latent, h and w sides in patches, T patches, L text tokens, E width of the text, N heads, D head
+width, M model width, F features of a patch.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention, silu
+from torch.utils.checkpoint import checkpoint
+
+from library.architectures.anima.llm_adapter import EPS, AdapterConfig, LLMAdapter
+from library.architectures.anima.positions import Angles, picture_angles, turn
+from library.architectures.anima.targets import TARGETS
+
+PATCH = 2
+MASK_CHANNELS = 1  # of what is shown beside the latent: where the picture is padded, which it never is
+MAX_PERIOD = 10_000
+MIN_HEAD_WIDTH = 12  # a head has values for frames, rows and columns, two of each at least
+
+
+@dataclass(frozen=True)
+class AnimaConfig:
+    """The hyper-parameters, as the shapes of a checkpoint tell them."""
+
+    channels: int  # of the latent
+    width: int
+    head_width: int
+    mlp_width: int
+    text_width: int
+    modulation_rank: int
+    num_blocks: int
+    adapter: AdapterConfig
+
+
+def read_config(shapes: Mapping[str, tuple[int, ...]]) -> AnimaConfig:
+    """The configuration of a checkpoint from names and shapes, names without prefix. Raises ValueError for a name that
+    is missing and for sizes that make no model."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in shapes:
+            raise ValueError(f"no Anima model: {name} is missing")
+        return shapes[name]
+
+    def count(stem: str) -> int:
+        numbers = {int(match[1]) for name in shapes if (match := re.match(rf"{stem}\.(\d+)\.", name))}
+        if not numbers or numbers != set(range(len(numbers))):
+            raise ValueError(f"no Anima model: its {stem} are numbered {sorted(numbers)}")
+        return len(numbers)
+
+    width, in_features = shape("x_embedder.proj.1.weight")
+    head_width = shape("blocks.0.self_attn.q_norm.weight")[0]
+    adapter_width = shape("llm_adapter.embed.weight")[1]
+    adapter_head = shape("llm_adapter.blocks.0.self_attn.q_norm.weight")[0]
+    for name, whole, head, least in (
+        ("width", width, head_width, MIN_HEAD_WIDTH),
+        ("llm_adapter width", adapter_width, adapter_head, 2),
+    ):
+        if whole % head or head % 2 or head < least:
+            raise ValueError(f"no Anima model: {name} {whole} with heads of {head}")
+    adapter = AdapterConfig(
+        num_words=shape("llm_adapter.embed.weight")[0],
+        width=adapter_width,
+        source_width=shape("llm_adapter.blocks.0.cross_attn.k_proj.weight")[1],
+        head_width=adapter_head,
+        mlp_width=shape("llm_adapter.blocks.0.mlp.0.weight")[0],
+        num_blocks=count(r"llm_adapter\.blocks"),
+    )
+    return AnimaConfig(
+        channels=in_features // PATCH**2 - MASK_CHANNELS,
+        width=width,
+        head_width=head_width,
+        mlp_width=shape("blocks.0.mlp.layer1.weight")[0],
+        text_width=shape("blocks.0.cross_attn.k_proj.weight")[1],
+        modulation_rank=shape("blocks.0.adaln_modulation_mlp.1.weight")[0],
+        num_blocks=count("blocks"),
+        adapter=adapter,
+    )
+
+
+class Anima(nn.Module):
+    """Noisy latents, noise level and text to the velocity noise - latent."""
+
+    adapter_targets = TARGETS
+
+    def __init__(self, config: AnimaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        c = config
+        self.x_embedder = PatchEmbed((c.channels + MASK_CHANNELS) * PATCH**2, c.width)
+        self.t_embedder = nn.Sequential(Sinusoids(c.width), TimestepEmbedding(c.width))
+        self.t_embedding_norm = nn.RMSNorm(c.width, eps=EPS)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_blocks))
+        self.final_layer = FinalLayer(c.width, c.modulation_rank, c.channels * PATCH**2)
+        self.llm_adapter = LLMAdapter(c.adapter)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the activations of each block again in the backward pass."""
+        self.gradient_checkpointing = True
+
+    def forward(
+        self,
+        latents_BCHW: Tensor,
+        sigmas_B: Tensor,
+        source_BSE: Tensor,
+        source_mask_BS: Tensor,
+        ids_BL: Tensor,
+        mask_BL: Tensor,
+    ) -> Tensor:
+        """The velocity, shape BCHW, of the latents' dtype or float32.
+
+        `sigmas_B` are shares of noise, 0..1. `source_BSE` are Qwen3's states, zero where `source_mask_BS` is 0;
+        `ids_BL` and `mask_BL` are the same captions as T5 tokens.
+        """
+        dtype = self.llm_adapter.embed.weight.dtype
+        h, w = (side // PATCH for side in latents_BCHW.shape[-2:])
+        text_BLE = self.llm_adapter(source_BSE.to(dtype), source_mask_BS, ids_BL, mask_BL)
+        waves_BM = self.t_embedder[0](sigmas_B).to(dtype)
+        time = self.t_embedding_norm(waves_BM), self.t_embedder[1](waves_BM)  # (B, M) and (B, 3 M)
+        x_BTM = self.x_embedder(patchify(with_mask(latents_BCHW)).to(dtype))
+        x_BTM = x_BTM.float() if dtype == torch.float16 else x_BTM  # the sum of all blocks is too large for float16
+        angles = picture_angles(self.config.head_width, h, w, x_BTM.device)
+        for block in self.blocks:
+            x_BTM = self._run(block, x_BTM, text_BLE, *time, angles)
+        return unpatchify(self.final_layer(x_BTM, *time), h, w)
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Any:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+def with_mask(latents_BCHW: Tensor) -> Tensor:
+    """The latents and a last channel that says that nothing is padded."""
+    return torch.cat([latents_BCHW, torch.zeros_like(latents_BCHW[:, :MASK_CHANNELS])], dim=1)
+
+
+def patchify(latents_BCHW: Tensor) -> Tensor:
+    """Each square of 2 x 2 latents as a token of 4 C values, channels first; shape (B, h w, F)."""
+    B, C, H, W = latents_BCHW.shape
+    grid = latents_BCHW.view(B, C, H // PATCH, PATCH, W // PATCH, PATCH)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * PATCH**2)
+
+
+def unpatchify(tokens_BTF: Tensor, h: int, w: int) -> Tensor:
+    """Tokens of 4 C values, channels last, which is not how they came in; shape BCHW."""
+    B, _, F = tokens_BTF.shape
+    grid = tokens_BTF.view(B, h, w, PATCH, PATCH, F // PATCH**2)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(B, F // PATCH**2, h * PATCH, w * PATCH)
+
+
+class PatchEmbed(nn.Module):
+    """The class name is an interface: network modules find the layers by it."""
+
+    def __init__(self, in_features: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(nn.Identity(), nn.Linear(in_features, width, bias=False))
+
+    def forward(self, patches_BTF: Tensor) -> Tensor:
+        x_BTM: Tensor = self.proj(patches_BTF)
+        return x_BTM
+
+
+class Sinusoids(nn.Module):
+    """Values as cosines, then sines, of falling frequencies, float32, shape (B, M)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, values_B: Tensor) -> Tensor:
+        half = self.width // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=values_B.device) / half
+        angles = values_B.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Shift, scale and gate that every layer begins from. The class name is an interface: network modules find the
+    layers by it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, width, bias=False)
+        self.linear_2 = nn.Linear(width, 3 * width, bias=False)
+
+    def forward(self, waves_BM: Tensor) -> Tensor:
+        shared_B3M: Tensor = self.linear_2(silu(self.linear_1(waves_BM)))
+        return shared_B3M
+
+
+class Attention(nn.Module):
+    """Attention to the picture itself or to the text, with normed queries and keys."""
+
+    def __init__(self, width: int, context_width: int, head_width: int) -> None:
+        super().__init__()
+        self.head_width = head_width
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.q_norm = nn.RMSNorm(head_width, eps=EPS)
+        self.k_proj = nn.Linear(context_width, width, bias=False)
+        self.k_norm = nn.RMSNorm(head_width, eps=EPS)
+        self.v_proj = nn.Linear(context_width, width, bias=False)
+        self.output_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x_BTM: Tensor, context: Tensor, angles: Angles | None) -> Tensor:
+        heads = (-1, self.head_width)
+        q_BNTD = self.q_norm(self.q_proj(x_BTM).unflatten(-1, heads)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(context).unflatten(-1, heads)).transpose(1, 2)
+        v = self.v_proj(context).unflatten(-1, heads).transpose(1, 2)
+        if angles is not None:
+            q_BNTD, k = turn(q_BNTD, angles), turn(k, angles)
+        attended = scaled_dot_product_attention(q_BNTD, k, v)
+        y_BTM: Tensor = self.output_proj(attended.transpose(1, 2).flatten(2))
+        return y_BTM
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, mlp_width: int) -> None:
+        super().__init__()
+        self.layer1 = nn.Linear(width, mlp_width, bias=False)
+        self.layer2 = nn.Linear(mlp_width, width, bias=False)
+
+    def forward(self, x_BTM: Tensor) -> Tensor:
+        y_BTM: Tensor = self.layer2(gelu(self.layer1(x_BTM)))
+        return y_BTM
+
+
+def make_norm(width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, elementwise_affine=False, eps=EPS)
+
+
+def make_modulation(width: int, rank: int, num_values: int) -> nn.Sequential:
+    """What a layer adds to the shift, scale and gate that all share, through a narrow place."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, rank, bias=False), nn.Linear(rank, num_values * width, bias=False))
+
+
+def modulate(norm: nn.Module, x_BTM: Tensor, shift_BM: Tensor, scale_BM: Tensor) -> Tensor:
+    """Normed tokens, scaled and shifted, in the dtype of the weights."""
+    y_BTM: Tensor = norm(x_BTM) * (1 + scale_BM[:, None]) + shift_BM[:, None]
+    return y_BTM.to(shift_BM.dtype)
+
+
+class Block(nn.Module):
+    """Attention to the picture, attention to the text, MLP. The class name is an interface: network modules find the
+    layers by it."""
+
+    def __init__(self, config: AnimaConfig) -> None:
+        super().__init__()
+        c = config
+        self.layer_norm_self_attn = make_norm(c.width)
+        self.self_attn = Attention(c.width, c.width, c.head_width)
+        self.layer_norm_cross_attn = make_norm(c.width)
+        self.cross_attn = Attention(c.width, c.text_width, c.head_width)
+        self.layer_norm_mlp = make_norm(c.width)
+        self.mlp = FeedForward(c.width, c.mlp_width)
+        self.adaln_modulation_self_attn = make_modulation(c.width, c.modulation_rank, 3)
+        self.adaln_modulation_cross_attn = make_modulation(c.width, c.modulation_rank, 3)
+        self.adaln_modulation_mlp = make_modulation(c.width, c.modulation_rank, 3)
+
+    def forward(self, x_BTM: Tensor, text_BLE: Tensor, waves_BM: Tensor, shared_B3M: Tensor, angles: Angles) -> Tensor:
+        shift, scale, gate = (self.adaln_modulation_self_attn(waves_BM) + shared_B3M).chunk(3, dim=-1)
+        y_BTM = modulate(self.layer_norm_self_attn, x_BTM, shift, scale)
+        x_BTM = x_BTM + gate[:, None] * self.self_attn(y_BTM, y_BTM, angles)
+        shift, scale, gate = (self.adaln_modulation_cross_attn(waves_BM) + shared_B3M).chunk(3, dim=-1)
+        y_BTM = modulate(self.layer_norm_cross_attn, x_BTM, shift, scale)
+        x_BTM = x_BTM + gate[:, None] * self.cross_attn(y_BTM, text_BLE, None)
+        shift, scale, gate = (self.adaln_modulation_mlp(waves_BM) + shared_B3M).chunk(3, dim=-1)
+        after_BTM: Tensor = x_BTM + gate[:, None] * self.mlp(modulate(self.layer_norm_mlp, x_BTM, shift, scale))
+        return after_BTM
+
+
+class FinalLayer(nn.Module):
+    """Tokens to patches of the velocity. The class name is an interface: network modules find the layers by it."""
+
+    def __init__(self, width: int, rank: int, out_features: int) -> None:
+        super().__init__()
+        self.layer_norm = make_norm(width)
+        self.linear = nn.Linear(width, out_features, bias=False)
+        self.adaln_modulation = make_modulation(width, rank, 2)
+
+    def forward(self, x_BTM: Tensor, waves_BM: Tensor, shared_B3M: Tensor) -> Tensor:
+        shared_B2M = shared_B3M[:, : 2 * x_BTM.shape[-1]]
+        shift, scale = (self.adaln_modulation(waves_BM) + shared_B2M).chunk(2, dim=-1)
+        patches_BTF: Tensor = self.linear(modulate(self.layer_norm, x_BTM, shift, scale))
+        return patches_BTF

@@ -1,0 +1,55 @@
+"""Rotary positions as Cosmos has them: value i of a head is paired with value i + D / 2.
+
+Letters: T tokens, D head width, N heads, B samples, h and w sides in patches.
+"""
+
+import torch
+from torch import Tensor
+
+BASE = 10_000
+STRETCH = 4.0  # rows and columns are told apart over four times the distance that Cosmos was first made for
+
+Angles = tuple[Tensor, Tensor]
+"""Cosines and sines of the angle of each pair, float32, shape (T, D / 2)."""
+
+
+def axes_of(head_width: int) -> tuple[int, int, int]:
+    """How many values of a head turn with (frame, row, column): 44, 42 and 42 of 128."""
+    side = head_width // 6 * 2
+    return head_width - 2 * side, side, side
+
+
+def stretched_base(width: int) -> float:
+    """The base with which `width` values reach `STRETCH` times as far (NTK-aware scaling)."""
+    return float(BASE * STRETCH ** (width / (width - 2)))
+
+
+def frequencies(width: int, base: float, device: torch.device) -> Tensor:
+    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=device) / width
+    return base**-exponents
+
+
+def picture_angles(head_width: int, h: int, w: int, device: torch.device) -> Angles:
+    """The angles of a picture's patches, row by row; it is the first frame, which turns nothing."""
+    first, side, _ = axes_of(head_width)
+    per_step = frequencies(side, stretched_base(side), device)
+    rows = torch.arange(h, dtype=torch.float64, device=device).repeat_interleave(w)
+    columns = torch.arange(w, dtype=torch.float64, device=device).repeat(h)
+    still = torch.zeros(h * w, first // 2, dtype=torch.float64, device=device)
+    angles_TD = torch.cat([still, rows[:, None] * per_step, columns[:, None] * per_step], dim=-1)
+    return angles_TD.cos().float(), angles_TD.sin().float()
+
+
+def text_angles(head_width: int, num_tokens: int, device: torch.device) -> Angles:
+    """The angles of tokens in a row."""
+    places = torch.arange(num_tokens, dtype=torch.float64, device=device)
+    angles_TD = places[:, None] * frequencies(head_width, BASE, device)
+    return angles_TD.cos().float(), angles_TD.sin().float()
+
+
+def turn(x_BNTD: Tensor, angles: Angles) -> Tensor:
+    """Turn each pair of values of a head by its angle."""
+    cos, sin = angles
+    first, second = x_BNTD.float().chunk(2, dim=-1)
+    turned = torch.cat([cos * first - sin * second, sin * first + cos * second], dim=-1)
+    return turned.to(x_BNTD.dtype)

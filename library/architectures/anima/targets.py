@@ -1,0 +1,22 @@
+"""What adapters may attach to in Anima; module paths are those of the original checkpoint."""
+
+from networks.core.targets import AdapterTargets, Part
+
+LEFT_OUT = (r".*(_modulation|_norm|_embedder|final_layer).*",)  # unless include_patterns readmits it
+
+TARGETS = AdapterTargets(
+    denoiser=Part(
+        "lora_unet",
+        blocks=("Block", "PatchEmbed", "TimestepEmbedding", "FinalLayer"),
+        exclude=LEFT_OUT,
+        extra_blocks={"train_llm_adapter": ("LLMAdapterTransformerBlock",)},
+    ),
+    text_encoders=(
+        Part(
+            "lora_te",
+            blocks=("Qwen3Attention", "Qwen3MLP", "Qwen3SdpaAttention", "Qwen3FlashAttention2"),
+            exclude=LEFT_OUT,
+        ),
+    ),
+    expressions="path",
+)

@@ -1,0 +1,106 @@
+"""Keys and shapes of Anima adapter files, which other programs rely on, at full size."""
+
+import gzip
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from library.architectures.anima.adapter_names import NAMES
+from library.architectures.anima.model import Anima, read_config
+from library.checkpoints.adapter_names import recognise_base
+from networks.core.files import file_tensors
+from networks.core.protocol import adopt
+from networks.lora_anima import create_network, create_network_from_weights
+
+DATA = Path(__file__).parent / "data"
+FACTS: Mapping[str, Any] = json.loads(gzip.decompress((DATA / "lora_keys_anima.json.gz").read_bytes()))
+BASE: Mapping[str, Any] = json.loads(gzip.decompress((DATA / "anima.json.gz").read_bytes()))
+QWEN3 = {
+    "vocab_size": 64, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+}  # fmt: skip
+Models = tuple[nn.Module, nn.Module]
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    """Text encoder and denoiser, without weights."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    shapes = {name: tuple(shape) for name, shape in BASE["components"]["dit"].items()}
+    with torch.device("meta"):
+        return Qwen3Model(Qwen3Config(**QWEN3)), Anima(read_config(shapes))
+
+
+def shapes_of(models: Models, text: bool = True, unet: bool = True, **args: str) -> dict[str, list[int]]:
+    """Of what is saved."""
+    with torch.device("meta"):
+        network = create_network(1.0, 4, 1, None, *models, **args)
+        adopt(network).apply_to(*models, text, unet)
+        network.remove()
+        return {key: list(tensor.shape) for key, tensor in tensors_of(network).items()}
+
+
+def tensors_of(network: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{leaf}": tensor
+        for name, adapter in network.adapters.items()
+        for leaf, tensor in file_tensors(adapter).items()
+    }
+
+
+def test_the_default_has_1428_keys(models: Models) -> None:
+    assert shapes_of(models) == FACTS["default"]
+    assert len(FACTS["default"]) == 1428
+
+
+@pytest.mark.parametrize("name", FACTS["variants"])
+def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(models: Models, name: str) -> None:
+    variant = FACTS["variants"][name]
+    kept = {key: shape for key, shape in FACTS["default"].items() if key not in variant["removed"]}
+    expected = {**kept, **variant["changed"], **variant["added"]}
+    got = shapes_of(models, variant["train_text_encoder"], variant["train_unet"], **variant["network_args"])
+    assert got == expected
+    assert len(got) == variant["num_keys"]
+
+
+def test_patterns_need_no_quotes(models: Models) -> None:
+    quoted = FACTS["variants"]["exclude_patterns single string"]["network_args"]["exclude_patterns"]
+    assert shapes_of(models, exclude_patterns=quoted.strip("'")) == shapes_of(models, exclude_patterns=quoted)
+
+
+def test_a_network_from_a_file_has_the_keys_of_the_file(models: Models) -> None:
+    everything = FACTS["variants"]["include_patterns everything + train_llm_adapter"]["added"]
+    shapes = {**FACTS["default"], **everything}
+    file = {key: torch.ones(()) if not s else torch.empty(s, device="meta") for key, s in shapes.items()}
+    with torch.device("meta"):
+        network, _ = create_network_from_weights(1.0, "file", None, *models, file)
+    assert {key: list(tensor.shape) for key, tensor in tensors_of(network).items()} == shapes
+
+
+def test_generic_names_are_those_of_the_comfyui_converter_but_for_its_misspellings() -> None:
+    for kohya, generic in FACTS["converted"].items():
+        wanted = FACTS["misnamed"].get(kohya, {"module_path": generic})["module_path"]
+        module = NAMES.find(kohya)
+        assert module is not None
+        assert (module.kohya, module.generic) == (kohya, wanted)
+        assert NAMES.find(generic) is module  # misspelt ones are read too
+    assert {module.kohya for module in NAMES.modules} == FACTS["converted"].keys()
+
+
+def test_files_are_recognised() -> None:
+    assert recognise_base(FACTS["default"]) == "anima"
+
+
+def test_diffusers_names_are_what_its_reader_makes_of_the_generic_ones() -> None:
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_anima_lora_to_diffusers
+
+    for module in NAMES.modules:
+        if module.generic.startswith("diffusion_model."):
+            read = _convert_non_diffusers_anima_lora_to_diffusers({f"{module.generic}.lora_A.weight": 0})
+            assert list(read) == [f"{module.diffusers}.lora_A.weight"]

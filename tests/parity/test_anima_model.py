@@ -1,0 +1,129 @@
+"""Anima's denoiser against diffusers' CosmosTransformer3DModel and AnimaTextConditioner with the same weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.architectures.anima.model import Anima
+from tests.tiny.anima import (
+    CONFIG,
+    NUM_T5_WORDS,
+    conditioner_config,
+    diffusers_state,
+    tiny_anima,
+    transformer_config,
+)
+from tests.tolerances import FLOAT32_DEEP
+
+SIZES = [(8, 8), (4, 14), (18, 6)]  # of the latent
+NUM_SOURCE, NUM_WORDS = 9, 7
+Values = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def inputs(H: int, W: int, seed: int = 0) -> Values:
+    """Latents, noise levels, Qwen3's states and their mask, T5's ids and their mask; captions differ in length."""
+    g = torch.Generator().manual_seed(seed)
+    latents = torch.randn(2, 16, H, W, generator=g).requires_grad_()
+    source_mask = torch.ones(2, NUM_SOURCE)
+    source_mask[0, 5:] = 0
+    source = (torch.randn(2, NUM_SOURCE, CONFIG.adapter.source_width, generator=g) * source_mask[..., None]).detach()
+    ids = torch.randint(NUM_T5_WORDS, (2, NUM_WORDS), generator=g)
+    mask = torch.ones(2, NUM_WORDS, dtype=torch.int64)
+    mask[1, 4:] = 0
+    return latents, torch.tensor([0.125, 0.875]), source.requires_grad_(), source_mask, ids, mask
+
+
+def oracle(model: Anima) -> Callable[..., Tensor]:
+    from diffusers import AnimaTextConditioner, CosmosTransformer3DModel
+
+    state = diffusers_state(model.state_dict())
+    transformer: Any = CosmosTransformer3DModel(**transformer_config(model.config))
+    transformer.load_state_dict(state["transformer"])
+    conditioner: Any = AnimaTextConditioner(**conditioner_config(model.config.adapter))
+    conditioner.load_state_dict(state["text_conditioner"])
+    for part in (transformer, conditioner):
+        part.requires_grad_(False).eval()
+    for block in transformer.transformer_blocks:
+        for attention in (block.attn1, block.attn2):  # NVIDIA's code has 1e-6 here, diffusers 1e-5
+            attention.norm_q.eps = attention.norm_k.eps = 1e-6
+
+    def run(latents: Tensor, sigmas: Tensor, source: Tensor, source_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        text = conditioner(source, ids, target_attention_mask=mask, source_attention_mask=source_mask)
+        padding = torch.zeros_like(latents[:, :1])  # given as a channel: the model's own way needs torchvision
+        frames = torch.cat([latents, padding], dim=1)[:, :, None]
+        output = transformer(hidden_states=frames, timestep=sigmas, encoder_hidden_states=text)
+        sample: Tensor = output.sample[:, :, 0]
+        return sample
+
+    return run
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int]) -> None:
+    ours = tiny_anima(1)
+    results = []
+    for run in (ours, oracle(ours)):
+        values = inputs(*size)
+        output = run(*values)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(5))
+        gradients = torch.autograd.grad((output * weights).sum(), (values[0], values[2]))
+        results.append((output, gradients[0], 10 * gradients[1]))  # few of the 512 places are words
+    for ours_value, theirs_value in zip(*results, strict=True):
+        assert theirs_value.abs().max() > 0.1
+        torch.testing.assert_close(ours_value, theirs_value, **FLOAT32_DEEP)
+
+
+def test_a_caption_without_a_word_is_as_in_diffusers() -> None:
+    ours = tiny_anima(2)
+    latents, sigmas, source, source_mask, ids, mask = (value.detach() for value in inputs(8, 6))
+    empty = source * 0, source_mask * 0
+    got = ours(latents, sigmas, *empty, ids, mask)
+    torch.testing.assert_close(got, oracle(ours)(latents, sigmas, *empty, ids, mask), **FLOAT32_DEEP)
+    assert got.isfinite().all()
+    assert not torch.allclose(got, ours(latents, sigmas, source, source_mask, ids, mask), rtol=1e-2)
+
+
+def test_padding_behind_a_caption_changes_nothing() -> None:
+    ours = tiny_anima(3)
+    latents, sigmas, source, source_mask, ids, mask = (value.detach() for value in inputs(8, 6))
+    short = ours(latents[:1], sigmas[:1], source[:1, :5], source_mask[:1, :5], ids[:1], mask[:1])
+    torch.testing.assert_close(
+        ours(latents[:1], sigmas[:1], source[:1], source_mask[:1], ids[:1], mask[:1]), short, **FLOAT32_DEEP
+    )
+    short = ours(latents[1:], sigmas[1:], source[1:], source_mask[1:], ids[1:, :4], mask[1:, :4])
+    torch.testing.assert_close(
+        ours(latents[1:], sigmas[1:], source[1:], source_mask[1:], ids[1:], mask[1:]), short, **FLOAT32_DEEP
+    )
+
+
+def test_recomputing_blocks_changes_no_gradient() -> None:
+    model = tiny_anima(4)
+    gradients = []
+    for _ in range(2):
+        values = inputs(8, 6)
+        gradients.append(torch.autograd.grad(model(*values).square().sum(), values[0])[0])
+        model.enable_gradient_checkpointing()
+    assert torch.equal(*gradients)
+
+
+def test_blocks_compile_without_a_break_in_the_graph() -> None:
+    model = tiny_anima(5)
+    expected = model(*inputs(8, 6))
+    for blocks in (model.blocks, model.llm_adapter.blocks):
+        for block in blocks:
+            block.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(model(*inputs(8, 6)), expected, **FLOAT32_DEEP)
+
+
+def test_the_sum_of_the_blocks_is_kept_in_float32_where_weights_are_float16() -> None:
+    model = tiny_anima(6).half()
+    kinds = []
+    model.blocks[1].register_forward_hook(lambda module, args, output: kinds.append((args[0].dtype, output.dtype)))
+    values = [value.detach().half() if value.is_floating_point() else value for value in inputs(8, 6)]
+    output = model(*values)
+    assert kinds == [(torch.float32, torch.float32)]
+    assert output.dtype == torch.float16
+    assert output.isfinite().all()
