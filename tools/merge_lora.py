@@ -1,10 +1,10 @@
 """Merge LoRA files into a checkpoint, or several LoRA files into one.
 
-With --sd_model the changes are added to the weights of a Stable Diffusion 1.x checkpoint: a single file gives a single
-file, a diffusers folder a folder; what the adapters do not touch is copied as it is. Without it the files become one
-LoRA whose change is the sum of ratio * change: exactly with --concat (the ranks add), else as the best approximation
-(SVD) at --new_rank, by default the largest rank among the files. LoRA, convolutions, Tucker cores and norm weights can
-be merged either way, DoRA only into a checkpoint.
+With --sd_model the changes are added to the weights of a checkpoint of Stable Diffusion 1.x, or of FLUX.1 in the
+original layout: a single file gives a single file, a diffusers folder a folder; what the adapters do not touch is
+copied as it is. Without it the files become one LoRA whose change is the sum of ratio * change: exactly with --concat
+(the ranks add), else as the best approximation (SVD) at --new_rank, by default the largest rank among the files. LoRA,
+convolutions, Tucker cores and norm weights can be merged either way, DoRA only into a checkpoint.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.architectures.sd.base_model import open_base_model
 from library.checkpoints import sources
 from library.checkpoints.adapter_names import names_of_base
 from library.checkpoints.base_model import BaseModel, WeightFile
@@ -42,6 +41,7 @@ from networks.core.files import ALPHA, B_NORM, DOWN, UP, W_NORM
 from networks.core.low_rank import balanced, concatenated, svd_of_product
 from networks.core.module_weights import LOW_RANK_FORMS, ModuleWeights
 from networks.core.renaming import rename
+from tools.base_models import open_base_model
 from tools.command import (
     PRECISIONS,
     add_device,
@@ -196,7 +196,7 @@ def checkpoint_metadata(base: BaseModel, adapters: Sequence[Weighted], save_to: 
     return {
         **kept,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": old.get("modelspec.architecture", "stable-diffusion-v1"),
+        "modelspec.architecture": old.get("modelspec.architecture", base.architecture),
         **modelspec(save_to, [base.path, *(path_of(adapter.file) for adapter in adapters)]),
     }
 
@@ -391,6 +391,8 @@ def merge(args: argparse.Namespace) -> None:
     adapters = [Weighted(file, ratio) for file, ratio in zip(files, ratios, strict=True)]
     if args.sd_model is not None:
         base = open_base_model("--sd_model", args.sd_model)
+        if any(module.pieces for module in base.names.modules):  # diffusers has several modules for one of the base
+            adapters = [Weighted(rename(a.file, base.names, "kohya").file, a.ratio) for a in adapters]
         num = merge_into_checkpoint(base, adapters, args.save_to, dtype, save_dtype, device, not args.no_metadata)
         print(f"{args.save_to}: {len(adapters)} adapters merged into {num} modules")
         return

@@ -26,6 +26,7 @@ class BaseModel:
     path: Path
     files: tuple[WeightFile, ...]
     names: BaseNames
+    architecture: str = "stable-diffusion-v1"  # modelspec.architecture of a merged file
 
     @property
     def is_folder(self) -> bool:
