@@ -45,6 +45,7 @@ def build(options: SdxlOptions) -> Architecture:
         preview=build_unet_preview(options, text.reading_emphasis(), predict),
         metadata=metadata(options.model.v_parameterization),
         text_cache=build_text_cache(options, loader),
+        vae_overflows_in_fp16=True,
     )
 
 
