@@ -14,12 +14,12 @@ Rope = tuple[Tensor, Tensor]
 """Cosines and sines of the angles that each pair of neighbouring values of a head turns by, float32 (..., T, D / 2)."""
 
 
-def rope_of(positions: Tensor, widths: Sequence[int]) -> Rope:
+def rope_of(positions: Tensor, widths: Sequence[int], base: int = ROPE_BASE) -> Rope:
     """The angles of tokens at `positions` (..., T, A); axis a turns `widths[a]` values of a head, an even number."""
     angles = []
     for axis, width in enumerate(widths):
         exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
-        angles.append(positions[..., axis, None].double() * ROPE_BASE**-exponents)
+        angles.append(positions[..., axis, None].double() * base**-exponents)
     angles_TD = torch.cat(angles, dim=-1)
     return angles_TD.cos().float(), angles_TD.sin().float()
 

@@ -3,7 +3,7 @@
 import logging
 import re
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 from torch import nn
 
@@ -21,14 +21,21 @@ class Expressions(Generic[Value]):
     """(regular expression, value) of network_reg_dims or network_reg_lrs; the first that fits a module decides."""
 
     entries: tuple[tuple[str, Value], ...] = ()
-    fits: Literal["name", "path"] = "name"  # searched for in the name, or must be the whole path
+    targets: AdapterTargets | None = None  # says whether they are searched for in names or must be whole paths
 
     def find(self, site: Site) -> tuple[int, Value] | None:
         """(number of the entry, its value), None where no expression fits."""
         for number, (expression, value) in enumerate(self.entries):
-            if re.fullmatch(expression, site.path) if self.fits == "path" else re.search(expression, site.name):
+            if self._fits(expression, site):
                 return number, value
         return None
+
+    def _fits(self, expression: str, site: Site) -> bool:
+        if self.targets is None:
+            return re.search(expression, site.name) is not None
+        if self.targets.expressions == "path":
+            return re.fullmatch(expression, site.path) is not None
+        return any(re.search(expression, name) for name in self.targets.spelled(site.name))
 
 
 @dataclass(frozen=True)

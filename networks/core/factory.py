@@ -67,7 +67,7 @@ def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
             raise ValueError(
                 f"nothing to train: with --network_dim {rank} and these --network_args every module has the rank 0"
             )
-        warn_without_effect(arguments, members)
+        warn_without_effect(targets, arguments, members)
         network = AdapterNetwork(members, targets, arguments, kind.start_step)
         if kind.check is not None:
             kind.check(network)
@@ -115,18 +115,17 @@ def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
     return create_network, create_network_from_weights
 
 
-def warn_without_effect(arguments: NetworkArguments, members: Sequence[Member]) -> None:
+def warn_without_effect(targets: AdapterTargets, arguments: NetworkArguments, members: Sequence[Member]) -> None:
     """Say which arguments concern a kind of layer that is not adapted, and list the modules with `verbose`."""
     sites = [member.adapter.site for member in members]
     if arguments.conv_dim is not None and not any(site.kind == "conv" for site in sites):
         logger.warning("--network_args conv_dim has no effect: no convolution larger than 1x1 is adapted here")
     if arguments.train_norm and not any(site.kind == "norm" for site in sites):
         logger.warning("--network_args train_norm has no effect: the adapted blocks have no norms with weights")
+    places = [place for site in sites for place in (*targets.spelled(site.name), site.path)]
     for name in ("network_reg_dims", "network_reg_lrs"):
         entries = getattr(arguments, name) or ()
-        unused = [
-            e for e, value in entries if value and not any(re.search(e, s.name) or re.search(e, s.path) for s in sites)
-        ]
+        unused = [e for e, value in entries if value and not any(re.search(e, place) for place in places)]
         if unused:
             logger.warning("--network_args %s: nothing is adapted that %s fits", name, " or ".join(unused))
     if arguments.verbose:

@@ -124,8 +124,8 @@ def make_rules(
         blocks=make_block_table(rank, alpha, conv_alpha, arguments, layout) if is_denoiser else None,
         lr_factors=make_lr_factors(arguments, layout) if is_denoiser else None,
         choices=Choices(targets, arguments) if is_denoiser else None,
-        ranks_by_expression=Expressions(arguments.network_reg_dims or (), targets.expressions),
-        rates_by_expression=Expressions(arguments.network_reg_lrs or (), targets.expressions),
+        ranks_by_expression=Expressions(arguments.network_reg_dims or (), targets),
+        rates_by_expression=Expressions(arguments.network_reg_lrs or (), targets),
     )
 
 

@@ -107,6 +107,12 @@ class AdapterTargets:
         names |= {"train_blocks"} if self.subsets else set()
         return frozenset(names - {""})
 
+    def spelled(self, name: str) -> tuple[str, ...]:
+        """A module's name in files, and what other programs of kohya's naming call it."""
+        module = self.names.find(name) if self.names else None
+        prefixes = tuple(f"{part.prefix}_" for part in (self.denoiser, *self.text_encoders))
+        return (name, *(other for other in (module.aliases if module else ()) if other.startswith(prefixes)))
+
     def widths_of(self, path: str, module: nn.Module) -> tuple[int, ...] | None:
         """The outputs of each projection of a fused layer, None for a layer that is none."""
         split = next((split for pattern, split in self.fused.items() if re.search(pattern, path)), None)

@@ -1,0 +1,137 @@
+"""Keys and shapes of HunyuanImage 2.1 adapter files at full size: those of sd-scripts, in the names ComfyUI reads."""
+
+import gzip
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.architectures.hunyuan_image.model import HunyuanImage, read_config
+from library.architectures.hunyuan_image.view import view
+from library.checkpoints.files import load_state_dict, save_safetensors
+from networks.core.files import file_tensors
+from networks.core.protocol import adopt
+from networks.lora_hunyuan_image import create_network, create_network_from_weights
+from tests.tiny.hunyuan_image import tiny_hunyuan_image
+
+DATA = Path(__file__).parent / "data"
+FACTS: Mapping[str, Any] = json.loads(gzip.decompress((DATA / "lora_keys_hunyuan_image.json.gz").read_bytes()))
+BASE: Mapping[str, Any] = json.loads(gzip.decompress((DATA / "hunyuan_image.json.gz").read_bytes()))
+COMFY: Mapping[str, str] = FACTS["comfy_names"]  # sd-scripts' name of a module -> what its converter for ComfyUI says
+DENOISER = {name: tuple(shape) for name, shape in BASE["components"]["dit"].items()}
+
+
+def in_comfy(shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    renamed = {}
+    for key, shape in shapes.items():
+        module, _, leaf = key.partition(".")
+        renamed[f"{COMFY.get(module, module)}.{leaf}"] = shape
+    return renamed
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> nn.Module:
+    with torch.device("meta"):
+        model = HunyuanImage(read_config(DENOISER))
+    return view([], model)[1]
+
+
+def shapes_of(denoiser: nn.Module, **args: str) -> dict[str, list[int]]:
+    """Of what is saved."""
+    with torch.device("meta"):
+        network = create_network(1.0, 4, 1, None, [], denoiser, **args)
+        adopt(network).apply_to([], denoiser, True, True)
+        network.remove()
+        return {key: list(tensor.shape) for key, tensor in tensors_of(network).items()}
+
+
+def tensors_of(network: Any) -> dict[str, Tensor]:
+    return {
+        f"{name}.{leaf}": tensor
+        for name, adapter in network.adapters.items()
+        for leaf, tensor in file_tensors(adapter).items()
+    }
+
+
+def test_the_denoiser_has_the_names_and_shapes_of_the_file() -> None:
+    with torch.device("meta"):
+        model = HunyuanImage(read_config(DENOISER))
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == DENOISER
+    assert len(DENOISER) == 856
+    assert sum(tensor.numel() for tensor in model.state_dict().values()) == 17_425_795_520
+
+
+def test_the_default_has_960_keys_of_which_ComfyUI_reads_all(denoiser: nn.Module) -> None:
+    assert shapes_of(denoiser) == in_comfy(FACTS["default"])
+    assert len(FACTS["default"]) == 960
+    assert len(COMFY) == 160 and all(f"{name}.alpha" in FACTS["default"] for name in COMFY)
+
+
+@pytest.mark.parametrize("name", FACTS["variants"])
+def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(denoiser: nn.Module, name: str) -> None:
+    variant = FACTS["variants"][name]
+    kept = {key: shape for key, shape in FACTS["default"].items() if key not in variant["removed"]}
+    got = shapes_of(denoiser, **variant["network_args"])
+    assert got == in_comfy({**kept, **variant["changed"], **variant["added"]})
+    assert len(got) == variant["num_keys"]
+
+
+@pytest.mark.parametrize(
+    ("expression", "end"), [("img_mlp_fc1", "img_mlp_0"), ("txt_mlp_2", "txt_mlp_2"), ("_mod_linear", "_mod_lin")]
+)
+def test_expressions_may_speak_of_either_name(denoiser: nn.Module, expression: str, end: str) -> None:
+    shapes = shapes_of(denoiser, network_reg_dims=f"{expression}=9")
+    wide = {
+        key.partition(".")[0] for key, shape in shapes.items() if key.endswith("lora_down.weight") and shape[0] == 9
+    }
+    assert wide == {key.partition(".")[0] for key in shapes if key.partition(".")[0].endswith(end)} and wide
+
+
+def random_file(path: Path, denoiser: nn.Module, theirs: bool) -> dict[str, Tensor]:
+    """An adapter of rank 3 with alpha 2; gives its tensors under the names of our files."""
+    generator = torch.Generator().manual_seed(11)
+    network = create_network(1.0, 3, 2.0, None, [], denoiser)
+    tensors = {key: torch.randn(t.shape, generator=generator) for key, t in sorted(tensors_of(network).items())}
+    tensors |= {key: torch.tensor(2.0) for key in tensors if key.endswith(".alpha")}
+    back = {new: old for old, new in COMFY.items()}
+    saved = {
+        back.get(key.partition(".")[0], key.partition(".")[0]) + key[key.index(".") :]: tensors[key] for key in tensors
+    }
+    save_safetensors(path, saved if theirs else tensors, {})
+    return tensors
+
+
+def test_files_of_sd_scripts_load_as_ours_do(tmp_path: Path) -> None:
+    denoiser = view([], tiny_hunyuan_image(1))[1]
+    file = tmp_path / "theirs.safetensors"
+    tensors = random_file(file, denoiser, theirs=True)
+    assert any("mlp_fc1" in key for key in load_state_dict(file))
+    loaded = create_network(1.0, 3, 2.0, None, [], denoiser)
+    loaded.load_weights(str(file))
+    taken, weights = create_network_from_weights(1.0, str(file), None, [], denoiser)
+    taken.load_weights(str(file))
+    for network in (loaded, taken):
+        found = tensors_of(network)
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+    assert weights.keys() == tensors.keys()
+
+
+def test_files_of_sd_scripts_merge_into_the_base_model_as_ours_do(tmp_path: Path) -> None:
+    merged = []
+    for theirs in (True, False):
+        model = tiny_hunyuan_image(1)
+        denoiser = view([], model)[1]
+        file = tmp_path / f"{theirs}.safetensors"
+        random_file(file, denoiser, theirs)
+        network, weights = create_network_from_weights(0.5, str(file), None, [], denoiser, for_inference=True)
+        network.merge_to([], denoiser, weights)
+        merged.append(model.state_dict())
+    before = tiny_hunyuan_image(1).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], merged[0][name])}
+    assert all(torch.equal(merged[0][name], merged[1][name]) for name in before)
+    assert len(changed) == 2 * 10 + 2 * 3  # every Linear weight of the blocks

@@ -1,0 +1,97 @@
+"""HunyuanImage 2.1's denoiser against diffusers' HunyuanImageTransformer2DModel with the same weights."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.architectures.hunyuan_image.model import HunyuanImage
+from tests.tiny.hunyuan_image import CONFIG, diffusers_config, diffusers_state, tiny_hunyuan_image
+from tests.tolerances import FLOAT32_DEEP
+
+SIZES = [(4, 4), (2, 7), (9, 3)]  # of the latent
+NUM_TEXT, NUM_GLYPHS = 7, 5
+TEXT_MASK = [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]]
+GLYPH_MASKS = {
+    "some": [[1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
+    "none": [[0] * NUM_GLYPHS] * 3,
+}
+
+
+def inputs(H: int, W: int, glyphs: str = "some", seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "latents": torch.randn(3, CONFIG.channels, H, W, generator=g).requires_grad_(),
+        "timesteps": torch.tensor([125.0, 875.0, 501.0]),
+        "text": torch.randn(3, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_(),
+        "text_mask": torch.tensor(TEXT_MASK),
+        "glyphs": torch.randn(3, NUM_GLYPHS, CONFIG.glyph_width, generator=g).requires_grad_(),
+        "glyph_mask": torch.tensor(GLYPH_MASKS[glyphs]),
+    }
+
+
+def oracle(model: HunyuanImage) -> Any:
+    from diffusers import HunyuanImageTransformer2DModel
+
+    theirs = HunyuanImageTransformer2DModel(**diffusers_config(model.config))
+    theirs.load_state_dict(diffusers_state(model.state_dict()))
+    return theirs.requires_grad_(False).eval()
+
+
+def oracle_output(theirs: Any, values: dict[str, Tensor]) -> Tensor:
+    return theirs(  # type: ignore[no-any-return]
+        values["latents"],
+        values["timesteps"],
+        encoder_hidden_states=values["text"],
+        encoder_attention_mask=values["text_mask"],
+        encoder_hidden_states_2=values["glyphs"],
+        encoder_attention_mask_2=values["glyph_mask"],
+    ).sample
+
+
+@pytest.mark.parametrize("glyphs", list(GLYPH_MASKS))
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], glyphs: str) -> None:
+    """Of text and glyphs too, where masked tokens have no gradient."""
+    ours = tiny_hunyuan_image(1)
+    theirs = oracle(ours)
+    results = []
+    for run in (lambda values: ours(*values.values()), lambda values: oracle_output(theirs, values)):
+        values = inputs(*size, glyphs)
+        output = run(values)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(5))
+        wanted = [values["latents"], values["text"], values["glyphs"]]
+        results.append((output, *torch.autograd.grad((output * weights).sum(), wanted)))
+    for ours_value, theirs_value in zip(*results, strict=True):
+        torch.testing.assert_close(ours_value, theirs_value, **FLOAT32_DEEP)
+    output, latents, text, glyph_gradient = results[0]
+    assert min(output.abs().max(), latents.abs().max(), text.abs().max()) > 0.1
+    masks = torch.tensor(GLYPH_MASKS[glyphs])
+    assert bool((glyph_gradient.abs().sum(-1) > 0).eq(masks > 0).all())
+
+
+def test_padding_changes_nothing() -> None:
+    model = tiny_hunyuan_image(2)
+    values = {name: value.detach() for name, value in inputs(4, 3).items()}
+    output = model(*values.values())
+    torch.testing.assert_close(
+        model(*{**values, "text": values["text"] * values["text_mask"][..., None]}.values()), output, **FLOAT32_DEEP
+    )
+    short = {name: value[1:2] for name, value in values.items()} | {
+        "text": values["text"][1:2, :4],
+        "text_mask": values["text_mask"][1:2, :4],
+        "glyphs": values["glyphs"][1:2, :0],
+        "glyph_mask": values["glyph_mask"][1:2, :0],
+    }
+    torch.testing.assert_close(model(*short.values()), output[1:2], **FLOAT32_DEEP)
+
+
+def test_recomputing_blocks_changes_no_gradient() -> None:
+    model = tiny_hunyuan_image(3)
+    gradients = []
+    for _ in range(2):
+        values = inputs(4, 3)
+        gradients.append(torch.autograd.grad(model(*values.values()).square().sum(), values["latents"])[0])
+        model.enable_gradient_checkpointing()
+    assert torch.equal(*gradients)
