@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.running import Finished
+from tests.runs.test_validation import charts, scalars
 from tests.tiny.flux import build_tiny_flux
 
 Train = Callable[..., Finished]
@@ -218,3 +219,38 @@ def test_a_base_model_in_8_bits_trains_nearly_as_in_16(train_flux: Train, argume
     assert all(weight.isfinite().all() for weight in saved(tmp_path, "dora").values())
     done = train_flux([*arguments, "--fp8_base"])
     assert done.status == 1 and "--fp8_base needs --mixed_precision bf16 or fp16" in done.stderr
+
+
+def test_validation_measures_the_same_noise_levels_every_time(
+    train_flux: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    """With a learning rate of nearly nothing both measurements are of the same model."""
+    checked = ["--validation_split", "0.34", "--validation_seed", "1", "--validate_every_n_steps", "1"]
+    done = train_flux(
+        [
+            *arguments,
+            *checked,
+            "--learning_rate",
+            "1e-12",
+            "--max_train_steps",
+            "2",
+            "--logging_dir",
+            str(tmp_path / "logs"),
+        ]
+    )
+    assert done.status == 0, done.stderr
+    values = [value for _, value in scalars(charts(tmp_path / "logs"), "loss/validation/step_average")]
+    assert len(values) >= 2
+    assert values == pytest.approx([values[0]] * len(values), rel=1e-6)
+
+
+def test_lycoris_trains_under_the_names_that_our_adapters_have(
+    train_flux: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("lycoris.kohya")
+    assert train_flux([*arguments, "--output_name", "ours"]).status == 0
+    other = ["--network_module", "lycoris.kohya", "--network_args", "algo=lora", "preset=attn-mlp"]
+    done = train_flux([*arguments, *other, "--output_name", "theirs"])
+    assert done.status == 0, done.stderr
+    ours, theirs = ({key.split(".")[0] for key in saved(tmp_path, name)} for name in ("ours", "theirs"))
+    assert ours == theirs
