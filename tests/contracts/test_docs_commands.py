@@ -148,7 +148,10 @@ def test_wrong_command_is_noticed(command: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_named_in_the_text_exist(page: Path) -> None:
+    from accelerate.commands.launch import launch_command_parser
+
     known = {*FLAGS_OF_OTHERS, *(f"--{letters}" for letters in LINE_OPTIONS)}
+    known |= set(launch_command_parser()._option_string_actions)
     scripts = (path.stem for path in ROOT.glob("*train_network.py"))
     for module in (*scripts, *(f"tools.{name}" for name in TOOLS)):
         known |= set(importlib.import_module(module).setup_parser()._option_string_actions)
