@@ -1,0 +1,40 @@
+"""Every base model that is trained, as the suites that run through all of them need it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.tiny.flux import build_tiny_flux
+from tests.tiny.sd import build_tiny_sd
+from tests.tiny.sd3 import build_tiny_sd3
+from tests.tiny.sdxl import build_tiny_sdxl
+
+
+@dataclass(frozen=True)
+class Base:
+    """A script, a tiny model for it, and the network module that is named after it."""
+
+    script: str
+    module: str
+    build: Callable[[Path], list[str]]  # writes the model into a folder; gives the arguments that name it
+
+
+def named(path: Path, *more: str) -> list[str]:
+    return ["--pretrained_model_name_or_path", str(path), *more]
+
+
+BASES: Mapping[str, Base] = {
+    "sd": Base("train_network", "networks.lora", lambda folder: named(build_tiny_sd(folder, 51))),
+    "sd2": Base("train_network", "networks.lora", lambda f: named(build_tiny_sd(f, 52, is_v2=True), "--v2")),
+    "sdxl": Base("sdxl_train_network", "networks.lora", lambda folder: named(build_tiny_sdxl(folder, 53))),
+    "flux": Base(
+        "flux_train_network",
+        "networks.lora_flux",
+        lambda folder: [*build_tiny_flux(folder, 54), "--t5xxl_max_token_length", "32"],
+    ),
+    "sd3": Base(
+        "sd3_train_network",
+        "networks.lora_sd3",
+        lambda folder: named(build_tiny_sd3(folder, 55), "--t5xxl_max_token_length", "16"),
+    ),
+}

@@ -1,0 +1,114 @@
+"""What every script does alike: going on, validating, drawing, and files that the tools read."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.checkpoints.files import load_state_dict, read_metadata
+from tests.running import ROOT, Finished, make_pictures
+from tests.runs.bases import BASES, Base
+
+Train = Callable[..., Finished]
+
+EVERYTHING = [
+    "--shuffle_caption", "--caption_dropout_rate", "0.2", "--caption_tag_dropout_rate", "0.2", "--random_crop",
+    "--flip_aug", "--network_dropout", "0.1", "--gradient_accumulation_steps", "2", "--validation_split", "0.3",
+    "--lr_scheduler", "cosine", "--lr_warmup_steps", "1", "--sample_every_n_steps", "3", "--save_state",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=BASES)
+def base(request: pytest.FixtureRequest) -> Base:
+    return BASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return base.build(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def run(train: Train, base: Base, model: list[str], tmp_path: Path) -> Callable[..., Finished]:
+    """`run(folder, ...)` trains into a folder of `tmp_path`."""
+    make_pictures(tmp_path / "data" / "1_thing", 7, seed=61)
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
+    arguments = [
+        *model, "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "64",
+        "--train_batch_size", "2", "--output_name", "mine", "--network_dim", "4", "--network_alpha", "2",
+        "--learning_rate", "1e-3", "--seed", "5", "--max_data_loader_n_workers", "0", "--sample_prompts",
+        str(tmp_path / "prompts.txt"),
+    ]  # fmt: skip
+
+    def start(folder: str, *more: str) -> Finished:
+        words = [*arguments, "--network_module", base.module, "--output_dir", str(tmp_path / folder), *more]
+        done = train(words, script=base.script)
+        assert done.status == 0, done.stderr
+        return done
+
+    return start
+
+
+def test_a_run_with_everything_on_that_is_cut_and_goes_on_is_the_uninterrupted_one(
+    run: Callable[..., Finished], tmp_path: Path
+) -> None:
+    steps = [*EVERYTHING, "--max_train_steps", "5"]
+    whole = run("whole", *steps)
+    run("parts", *steps, "--save_every_n_steps", "2")
+    state = tmp_path / "kept"
+    shutil.move(tmp_path / "parts" / "mine-step00000002-state", state)
+    rest = run("rest", *steps, "--resume", str(state))
+    assert "uninterrupted" not in rest.stderr
+    assert rest.losses == whole.losses[2:]
+    one, other = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("whole", "rest"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert any(float(tensor.abs().max()) > 0 for key, tensor in one.items() if "lora_up" in key)
+    lines = [[line.split("validation after")[1] for line in done.stderr.splitlines() if "validation after" in line]
+             for done in (whole, rest)]  # fmt: skip
+    assert len(lines[0]) > 1 and lines[1] == lines[0][-len(lines[1]) :]
+    pictures = [sorted(path.read_bytes() for path in (tmp_path / name / "sample").glob("*.png"))
+                for name in ("whole", "rest")]  # fmt: skip
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 1
+
+
+def tool(name: str, *words: str) -> str:
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *words]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+@pytest.mark.slow
+def test_the_tools_work_on_its_files(run: Callable[..., Finished], tmp_path: Path) -> None:
+    run("one", "--max_train_steps", "2")
+    run("two", "--max_train_steps", "2", "--seed", "6")
+    one, two = (str(tmp_path / name / "mine.safetensors") for name in ("one", "two"))
+    assert "ss_network_module" in tool("show_metadata", one)
+    assert tool("check_lora_weights", one)
+    small, merged = str(tmp_path / "small.safetensors"), str(tmp_path / "merged.safetensors")
+    tool("resize_lora", "--model", one, "--save_to", small, "--new_rank", "2", "--save_precision", "float")
+    tool("merge_lora", "--models", one, two, "--ratios", "0.5", "0.5", "--save_to", merged, "--save_precision", "float")
+    ranks = {t.shape[0] for key, t in load_state_dict(small).items() if "lora_down" in key}
+    assert ranks == {2}
+    assert {key.split(".")[0] for key in load_state_dict(merged)} == {key.split(".")[0] for key in load_state_dict(one)}
+    assert read_metadata(small)["sshs_model_hash"] != read_metadata(one)["sshs_model_hash"]
+
+
+@pytest.mark.slow
+def test_a_rank_cut_out_of_a_dylora_file_is_a_lora_file(run: Callable[..., Finished], tmp_path: Path) -> None:
+    run("one", "--max_train_steps", "2", "--network_module", "networks.dylora", "--network_args", "unit=2")
+    path = tmp_path / "one" / "mine.safetensors"
+    tool(
+        "extract_lora_from_dylora", "--model", str(path), "--save_to", str(tmp_path / "cut.safetensors"), "--unit", "2"
+    )
+    whole = load_state_dict(path)
+    cut = load_state_dict(tmp_path / "cut-0002.safetensors")
+    assert whole.keys() == cut.keys()
+    for key, tensor in cut.items():
+        if "lora_down" in key:
+            assert torch.equal(tensor, whole[key][:2])
