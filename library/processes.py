@@ -7,7 +7,6 @@ process that accumulates N times as many batches: the same batches, noise, steps
 
 import atexit
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -130,11 +129,6 @@ class Processes:
 
 
 ALONE = Processes()
-
-
-def launched_rank() -> int:
-    """The number of this process as its launcher says, before anything is set up; 0 for the main one."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def of_accelerator(accelerator: Any) -> Processes:

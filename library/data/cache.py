@@ -32,8 +32,9 @@ from library.data.latent_index import VerifiedEntries
 from library.data.samples import Sample
 from library.data.scan import few
 from library.data.threads import in_blocks
+from library.launcher import launched_rank
 from library.options.caching import CachingOptions
-from library.processes import ALONE, Processes, launched_rank
+from library.processes import ALONE, Processes
 from library.randomness import generator_for
 
 logger = logging.getLogger(__name__)

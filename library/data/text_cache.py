@@ -24,7 +24,8 @@ from library.checkpoints.files import load_state_dict, save_safetensors
 from library.data.dataset import TrainingSet
 from library.data.scan import few
 from library.data.text_files import MISSING, Row, TextFile, Verdict, judge, text_path, write_texts
-from library.processes import ALONE, Processes, launched_rank
+from library.launcher import launched_rank
+from library.processes import ALONE, Processes
 from library.types import Conditioning
 
 logger = logging.getLogger(__name__)

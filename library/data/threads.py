@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from library.processes import launched_rank
+from library.launcher import launched_rank
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")

@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from library.launcher import launched_rank
 from library.options.console import ConsoleOptions
-from library.processes import launched_rank
 
 
 class PlainFormatter(logging.Formatter):

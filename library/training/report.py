@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from library.processes import launched_rank
+from library.launcher import launched_rank
 from library.training.plan import Plan
 
 
