@@ -1,11 +1,14 @@
-"""The path under which other programs merge LoRAs for SDXL, which is not supported yet."""
+"""The path under which other programs start tools/merge_lora.py for SDXL."""
 
 import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.merge_lora import main, setup_parser
+
+__all__ = ["main", "setup_parser"]
 
 if __name__ == "__main__":
-    print(
-        "error: merging into SDXL checkpoints is not supported yet; several LoRA files of any base model are merged "
-        "into one by tools/merge_lora.py without --sd_model",
-        file=sys.stderr,
-    )
-    sys.exit(1)
+    sys.exit(main())

@@ -1,15 +1,20 @@
-"""Checkpoints of every base model that adapters can be merged into, opened by what they are."""
+"""The checkpoints that adapters are merged into and extracted from, opened by what they are."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from library.architectures.flux import base_model as flux
 from library.architectures.sd import base_model as sd
+from library.architectures.sdxl import base_model as sdxl
 from library.checkpoints import sources
+from library.checkpoints.adapter_names import BASES
 from library.checkpoints.base_model import BaseModel
-from library.models.recognise import base_of_file, pipeline_base
+from library.models.base_checkpoint import base_of_checkpoint, open_checkpoint
+from networks.core.targets import AdapterTargets, Site, find_sites
 
 OPENERS: Mapping[str, Callable[[str, Path], BaseModel]] = {"flux": flux.open_base_model}
+LAYOUTS = {**sd.LAYOUTS, **sdxl.LAYOUTS}
+SEEN = {base: package.seen_by_networks for package in (sd, sdxl) for base in package.LAYOUTS}
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
@@ -17,10 +22,32 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
 
     Raises ValueError naming `flag` when it is missing, broken or of a kind that nothing is merged into.
     """
-    base = None
-    if path.is_dir():
-        base = pipeline_base(sources.read_json(path / "model_index.json").get("_class_name", ""))
-    elif path.is_file():
-        weights = sources.open_file(flag, path)
-        base = base_of_file(list(weights.shapes), weights.shapes)
-    return OPENERS.get(base or "", sd.open_base_model)(flag, path)
+    path = sources.find_model(flag, str(path), (("unet",), ("text_encoder",)))
+    base = base_of_checkpoint(flag, path)
+    if base in OPENERS:
+        return OPENERS[base](flag, path)
+    if base is not None and base not in LAYOUTS:
+        known = ", ".join(BASES[other] for other in (*LAYOUTS, *OPENERS))
+        raise ValueError(f"{flag} {path} is of {BASES[base]}, which is not supported here yet; supported: {known}")
+    return open_checkpoint(flag, path, LAYOUTS[base or "sd1"])
+
+
+def adapter_sites(base: BaseModel, with_convolutions: bool) -> tuple[list[Site], list[Site]]:
+    """(text encoders, denoiser): the modules that networks.lora adapts, with conv_dim or not; on the meta device.
+
+    Raises ValueError for a base model from which nothing is extracted yet.
+    """
+    kind = base.names.base
+    if kind not in SEEN:
+        known = ", ".join(BASES[other] for other in SEEN)
+        raise ValueError(f"{base.path} is of {BASES[kind]}; only from {known} a LoRA is extracted yet")
+    encoders, denoiser = SEEN[kind](base.path, kind)
+    targets = denoiser.adapter_targets
+    assert isinstance(targets, AdapterTargets)
+    classes = targets.denoiser.blocks + (targets.denoiser.conv_blocks if with_convolutions else ())
+    text = [
+        site
+        for part, encoder in zip(targets.text_encoders, encoders, strict=True)
+        for site in find_sites(part, encoder, part.blocks)
+    ]
+    return text, find_sites(targets.denoiser, denoiser, classes)

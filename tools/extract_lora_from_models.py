@@ -1,4 +1,4 @@
-"""Make a LoRA of the difference between two Stable Diffusion 1.x checkpoints.
+"""Make a LoRA of the difference between two checkpoints of Stable Diffusion 1.x, 2.x or XL.
 
 Every layer that networks.lora adapts gets the best approximation of its difference at --dim, and with --conv_dim also
 the larger kernels. Text encoder layers are left out when none of them differs by more than --min_diff. Biases, norm
@@ -20,14 +20,16 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.architectures.sd import metadata as base_metadata
-from library.architectures.sd.base_model import adapter_sites, open_base_model
+from library.architectures.sd import metadata as sd_metadata
+from library.architectures.sdxl import metadata as sdxl_metadata
+from library.checkpoints.adapter_names import BASES
 from library.checkpoints.base_model import BaseModel
 from networks.core.adapter_file import AdapterFile, save_adapter_file
 from networks.core.files import ALPHA, DOWN, UP
 from networks.core.low_rank import best_factors, clamped
 from networks.core.module_weights import ModuleWeights
 from networks.core.targets import Site
+from tools.base_models import adapter_sites, open_base_model
 from tools.command import add_device, add_save_precision, check_output, device_of, dtype_of, make_parser, run
 
 logger = logging.getLogger(__name__)
@@ -112,16 +114,17 @@ def shapes_of(base: BaseModel) -> dict[str, tuple[int, ...]]:
     """The shape of every module's weight, a 1x1 convolution counting as the matrix it is."""
     found = {}
     for file in base.files:
-        for module, stem in file.stems.items():
-            shape = file.weights.shapes[f"{stem}.weight"]
+        for module in file.modules:
+            shape = file.shape(module)
             found[module] = shape[:2] if set(shape[2:]) == {1} else shape
     return found
 
 
-def extracted_metadata(args: argparse.Namespace) -> dict[str, str]:
+def extracted_metadata(args: argparse.Namespace, base: str) -> dict[str, str]:
     """What the header says: what the LoRA is for and its ranks."""
+    velocity = args.v_parameterization
     metadata = {
-        **base_metadata(is_v2=False, predicts_velocity=False),
+        **(sdxl_metadata(velocity) if base == "sdxl" else sd_metadata(base == "sd2", velocity)),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(args.dim),
         "ss_network_alpha": str(float(args.dim)),
@@ -159,7 +162,13 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--min_diff", type=float, default=0.01, help="how far the text encoders must differ to count (default: 0.01)"
     )
-    parser.add_argument("--v2", action="store_true", help="Stable Diffusion 2.x: not supported yet")
+    parser.add_argument(
+        "--v2", action="store_true", help="insist on Stable Diffusion 2.x; the files tell it themselves"
+    )
+    parser.add_argument("--sdxl", action="store_true", help="insist on SDXL; the files tell it themselves")
+    parser.add_argument(
+        "--v_parameterization", action="store_true", help="say in the LoRA that the model predicts velocity"
+    )
     add_save_precision(parser, "float")
     add_device(parser)
     parser.add_argument("--no_metadata", action="store_true", help="write no modelspec.* metadata")
@@ -168,8 +177,6 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for values that make no sense."""
-    if args.v2:
-        raise ValueError("--v2 is not supported yet: only Stable Diffusion 1.x checkpoints are")
     for flag in ("dim", "conv_dim"):
         rank = getattr(args, flag)
         if rank is not None and rank < 1:
@@ -181,14 +188,25 @@ def check(args: argparse.Namespace) -> None:
     check_output("--save_to", args.save_to)
 
 
+def check_bases(args: argparse.Namespace, org: BaseModel, tuned: BaseModel) -> None:
+    """Raise ValueError unless both checkpoints are of one base model, the one that the options insist on."""
+    found, other = org.names.base, tuned.names.base
+    if found != other:
+        raise ValueError(f"--model_org is of {BASES[found]}, --model_tuned of {BASES[other]}; give two of one kind")
+    for flag, base in (("v2", "sd2"), ("sdxl", "sdxl")):
+        if getattr(args, flag) and found != base:
+            raise ValueError(f"--{flag}: --model_org {org.path} is of {BASES[found]}; leave --{flag} out")
+
+
 def extract(args: argparse.Namespace) -> None:
     """Read both checkpoints and write their difference."""
     check(args)
     device = device_of(args.device)
     org = open_base_model("--model_org", args.model_org)
     tuned = open_base_model("--model_tuned", args.model_tuned)
+    check_bases(args, org, tuned)
     modules = extract_modules(org, tuned, args, device)
-    file = AdapterFile(str(args.save_to), {m.name: m for m in modules}, extracted_metadata(args), {})
+    file = AdapterFile(str(args.save_to), {m.name: m for m in modules}, extracted_metadata(args, org.names.base), {})
     save_adapter_file(args.save_to, file, dtype_of(args.save_precision))
     print(f"{args.save_to}: {len(modules)} modules, rank {args.dim}")
 

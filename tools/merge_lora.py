@@ -1,7 +1,7 @@
 """Merge LoRA files into a checkpoint, or several LoRA files into one.
 
-With --sd_model the changes are added to the weights of a checkpoint of Stable Diffusion 1.x, or of FLUX.1 in the
-original layout: a single file gives a single file, a diffusers folder a folder; what the adapters do not touch is
+With --sd_model the changes are added to the weights of a checkpoint of Stable Diffusion 1.x, 2.x or XL, or of FLUX.1 in
+the original layout: a single file gives a single file, a diffusers folder a folder; what the adapters do not touch is
 copied as it is. Without it the files become one LoRA whose change is the sum of ratio * change: exactly with --concat
 (the ranks add), else as the best approximation (SVD) at --new_rank, by default the largest rank among the files. LoRA,
 convolutions, Tucker cores and norm weights can be merged either way, DoRA only into a checkpoint.
@@ -107,7 +107,7 @@ def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str
 
     Raises ValueError for modules that the checkpoint lacks: nothing is left out in silence.
     """
-    here = {module for file in base.files for module in file.stems}
+    here = {module for file in base.files for module in file.modules}
     changes: dict[str, list[tuple[ModuleWeights, float]]] = {}
     for adapter in adapters:
         require_forms(adapter.file, (*LOW_RANK_FORMS, "norm"), "merged")
@@ -139,7 +139,7 @@ def merged_tensors(
         old = file.weights.read(key)
         stem, _, leaf = key.rpartition(".")
         own = changes.get(modules.get(stem, ""), ())
-        new = old.to(device) if own else old
+        new = old.to(device) if own else merged_thirds(file, key, old, changes, dtype, device)
         for module, ratio in own:
             if module.is_low_rank and leaf == "weight":
                 new = module.merged_weight(new, ratio, dtype)
@@ -149,6 +149,27 @@ def merged_tensors(
         tensors[key] = new.to("cpu", save_dtype if save_dtype is not None and is_number else old.dtype)
         progress.update()
     return tensors
+
+
+def merged_thirds(
+    file: WeightFile,
+    key: str,
+    old: Tensor,
+    changes: Mapping[str, Sequence[tuple[ModuleWeights, float]]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """A tensor with the rows changed of those modules that lie in it as thirds; itself where none is changed."""
+    changed = [(m, third) for m, third in file.thirds.items() if third.key == key and m in changes]
+    if not changed:
+        return old
+    new = old.to(device, copy=True)
+    for name, third in changed:
+        rows = third.of(new)
+        for module, ratio in changes[name]:
+            if module.is_low_rank:
+                rows.copy_(module.merged_weight(rows, ratio, dtype))
+    return new
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

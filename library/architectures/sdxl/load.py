@@ -47,9 +47,7 @@ class SdxlLoader:
     @property
     def layout(self) -> UnetLayout:
         """What the block numbers of the single-file layout depend on; adapters are named after them."""
-        kinds = self.unet.config["down_block_types"]
-        attends = tuple(kind.startswith("CrossAttn") for kind in kinds)
-        return UnetLayout(int(self.unet.config.get("layers_per_block", 2)), attends)
+        return unet_layout_of(self.unet)
 
     @property
     def num_words(self) -> int:
@@ -72,6 +70,12 @@ class SdxlLoader:
         return with_attention(
             materialise(empty_unet(self.unet.config), self.unet.weights, self.dtype), self.uses_xformers
         )
+
+
+def unet_layout_of(unet: Component) -> UnetLayout:
+    """The layout of a U-Net by its configuration."""
+    attends = tuple(kind.startswith("CrossAttn") for kind in unet.config["down_block_types"])
+    return UnetLayout(int(unet.config.get("layers_per_block", 2)), attends)
 
 
 def open_loader(options: TrainOptions) -> SdxlLoader:

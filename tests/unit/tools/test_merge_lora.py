@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from library.architectures.sd.base_model import adapter_sites, open_base_model
 from library.architectures.sd.load import SdLoader, open_loader
 from library.architectures.sd.view import view
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
@@ -21,6 +20,7 @@ from networks import lora
 from networks.core.adapter_file import AdapterFile, parse_adapter, read_adapter_file
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAME_MATH
 from tools import extract_lora_from_models, merge_lora
+from tools.base_models import adapter_sites, open_base_model
 from tools.merge_lora import Weighted, merge_adapters
 
 ROOT = Path(__file__).parents[3]
@@ -331,7 +331,8 @@ def test_same_checkpoint_twice_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--v2"], "--v2 is not supported yet"),
+        (["--v2"], "is of Stable Diffusion 1.x; leave --v2 out"),
+        (["--sdxl"], "is of Stable Diffusion 1.x; leave --sdxl out"),
         (["--dim", "0"], "--dim is 0"),
         (["--clamp_quantile", "2"], "--clamp_quantile is 2"),
         (["--model_tuned", "no_such.ckpt"], "--model_tuned no_such.ckpt does not exist"),
@@ -355,17 +356,10 @@ def test_adapter_given_as_checkpoint_is_told_from_one(
 
 @pytest.mark.parametrize(
     "script",
-    ["merge_lora.py", "svd_merge_lora.py", "resize_lora.py", "extract_lora_from_models.py"],
+    ["merge_lora.py", "sdxl_merge_lora.py", "svd_merge_lora.py", "resize_lora.py", "extract_lora_from_models.py"],
 )
 def test_paths_that_other_programs_start_show_the_help_with_examples(script: str) -> None:
     command = [sys.executable, f"networks/{script}", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "examples:\n  python tools/" in done.stdout
-
-
-def test_sdxl_is_refused_with_the_way_out() -> None:
-    command = [sys.executable, "networks/sdxl_merge_lora.py", "--models", "a.safetensors"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "tools/merge_lora.py" in done.stderr

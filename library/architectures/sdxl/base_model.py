@@ -1,0 +1,34 @@
+"""Stable Diffusion XL checkpoints for merging adapters into them and extracting adapters from them."""
+
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from library.architectures.sdxl.adapter_names import clip_module, unet_module
+from library.architectures.sdxl.load import CLIP_G_PREFIX, CLIP_L_PREFIX, open_parts, unet_layout_of
+from library.architectures.sdxl.view import build_view
+from library.models.base_checkpoint import CheckpointLayout, EncoderPlace
+from library.models.clip import empty_clip
+from library.models.unet import empty_unet
+
+LAYOUTS = {
+    "sdxl": CheckpointLayout(
+        "sdxl",
+        "stable-diffusion-xl-v1-base",
+        unet_module,
+        (
+            EncoderPlace("text_encoder", CLIP_L_PREFIX, partial(clip_module, encoder=0)),
+            EncoderPlace("text_encoder_2", CLIP_G_PREFIX, partial(clip_module, encoder=1)),
+        ),
+    )
+}
+
+
+def seen_by_networks(path: Path, base: str) -> tuple[list[nn.Module], nn.Module]:
+    """(both text encoders, U-Net) of a checkpoint as network modules see them, on the meta device."""
+    parts = open_parts("the checkpoint", path, own_vae=False)
+    encoders = [empty_clip(parts["text_encoder"].config), empty_clip(parts["text_encoder_2"].config, projects=True)]
+    seen, unet = build_view(unet_layout_of(parts["unet"]))(encoders, empty_unet(parts["unet"].config))
+    assert isinstance(seen, list)
+    return seen, unet

@@ -1,0 +1,116 @@
+"""Checkpoints of the U-Net models for merging adapters into them and extracting adapters from them."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.checkpoints import sources
+from library.checkpoints.adapter_names import BaseNames, ModuleNames
+from library.checkpoints.base_model import BaseModel, Third, WeightFile
+from library.checkpoints.weights import Weights, configure, with_prefix
+from library.models.clip import THIRDS, clip_from_any, open_clip_name
+from library.models.recognise import base_of_file, base_of_folder, refuse_other_file, refuse_other_folder
+from library.models.unet import unet_layout
+from library.models.unet_keys import UNET_PREFIX, UnetLayout, unet_from_ldm
+
+Placed = tuple[ModuleNames, str | Third]
+"""A module, and where a file has its weight: the name before ".weight", or a third of the rows of a key."""
+
+
+@dataclass(frozen=True)
+class EncoderPlace:
+    """One text encoder: its folder in diffusers' layout, its prefix in a single file, and its modules' names."""
+
+    folder: str
+    prefix: str
+    names: Callable[[str], ModuleNames]  # by transformers' path
+
+
+@dataclass(frozen=True)
+class CheckpointLayout:
+    """Where a base model's checkpoints have what adapters change."""
+
+    base: str  # a key of BASES
+    architecture: str  # modelspec.architecture of a merged file
+    unet_names: Callable[[str, UnetLayout], ModuleNames]  # by diffusers' path
+    encoders: tuple[EncoderPlace, ...]
+
+
+def base_of_checkpoint(flag: str, path: Path) -> str | None:
+    """The base model of a file or folder as its names tell it, None where they do not."""
+    if not path.is_dir():
+        weights = sources.open_file(flag, path)
+        return base_of_file(list(weights.shapes), weights.shapes)
+    class_name = sources.read_json(path / "model_index.json").get("_class_name", "")
+    return base_of_folder(class_name, sources.open_part(flag, path / "unet", "unet")[1].shapes)
+
+
+def open_checkpoint(flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
+    """Open a single file or a diffusers folder; of the files only headers are read.
+
+    Raises ValueError naming `flag` when it is broken or another kind of model.
+    """
+    return open_folder(flag, path, layout) if path.is_dir() else open_single(flag, path, layout)
+
+
+def open_single(flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
+    weights = sources.open_file(flag, path)
+    refuse_other_file(flag, weights, layout.base, [encoder.prefix for encoder in layout.encoders])
+    numbers = configure(with_prefix(weights, UNET_PREFIX), unet_layout)
+    placed: list[Placed] = [
+        (layout.unet_names(unet_from_ldm(f"{stem}.", numbers)[:-1], numbers), UNET_PREFIX + stem)
+        for stem in stems(weights, UNET_PREFIX)
+    ]
+    for encoder in layout.encoders:
+        placed += encoder_places(weights, encoder.prefix, encoder.names)
+    return assemble(path, layout, [("", weights, placed)])
+
+
+def open_folder(flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
+    class_name = sources.read_json(path / "model_index.json").get("_class_name", "")
+    config, unet = sources.open_part(flag, path / "unet", "unet")
+    refuse_other_folder(flag, str(path), base_of_folder(class_name, unet.shapes), layout.base)
+    attends = tuple(kind.startswith("CrossAttn") for kind in config.get("down_block_types", ()))
+    numbers = UnetLayout(int(config.get("layers_per_block", 2)), attends)
+    parts: list[tuple[str, Weights, list[Placed]]] = [
+        ("unet", unet, [(layout.unet_names(stem, numbers), stem) for stem in stems(unet, "")])
+    ]
+    for encoder in layout.encoders:
+        _, weights = sources.open_part(flag, path / encoder.folder, encoder.folder)
+        parts.append((encoder.folder, weights, list(encoder_places(weights, "", encoder.names))))
+    return assemble(path, layout, parts)
+
+
+def stems(weights: Weights, prefix: str) -> Iterator[str]:
+    """The names of every module with a `weight` below `prefix`, without it."""
+    for key in weights.shapes:
+        if key.startswith(prefix) and key.endswith(".weight"):
+            yield key[len(prefix) :].removesuffix(".weight")
+
+
+def encoder_places(weights: Weights, prefix: str, names: Callable[[str], ModuleNames]) -> Iterator[Placed]:
+    """The modules of a text encoder; OpenCLIP has q, k and v as the thirds of one matrix."""
+    for stem in stems(weights, prefix):
+        yield names(clip_from_any(open_clip_name(f"{stem}.")[:-1])), prefix + stem
+    for key in weights.shapes:
+        packed = re.fullmatch(re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.attn\.in_proj_weight", key)
+        if packed:
+            for number, name in enumerate(THIRDS):
+                yield names(f"encoder.layers.{packed[1]}.self_attn.{name}"), Third(key, number)
+
+
+def assemble(path: Path, layout: CheckpointLayout, parts: Sequence[tuple[str, Weights, Sequence[Placed]]]) -> BaseModel:
+    files = tuple(
+        WeightFile(part, weights, whole_modules(placed), packed_modules(placed)) for part, weights, placed in parts
+    )
+    names = tuple(names for *_, placed in parts for names, _ in placed)
+    return BaseModel(path, files, BaseNames(layout.base, names), layout.architecture)
+
+
+def whole_modules(placed: Sequence[Placed]) -> Mapping[str, str]:
+    return {names.kohya: place for names, place in placed if isinstance(place, str)}
+
+
+def packed_modules(placed: Sequence[Placed]) -> Mapping[str, Third]:
+    return {names.kohya: place for names, place in placed if isinstance(place, Third)}

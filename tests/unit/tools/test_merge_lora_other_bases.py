@@ -1,0 +1,125 @@
+"""Merging into, and extracting from, checkpoints of Stable Diffusion 2.x and XL: files and folders."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from library.architectures.sd import build as build_sd
+from library.architectures.sdxl import build as build_sdxl
+from library.architectures.sdxl.options import SdxlOptions
+from library.checkpoints.files import read_metadata
+from library.options.model import ModelOptions
+from library.options.train import TrainOptions
+from networks.lora import create_network, create_network_from_weights
+from tests.tolerances import FLOAT32_SAME_MATH
+from tools.extract_lora_from_models import main as extract
+from tools.merge_lora import main as merge
+
+CHECKPOINTS = ("tiny_sd2_folder", "tiny_sd2_file", "tiny_sdxl_folder", "tiny_sdxl_file")
+
+
+def models_of(path: Path, is_sdxl: bool) -> tuple[list[nn.Module], nn.Module, Any]:
+    """(text encoders, U-Net, both as network modules see them)."""
+    model = ModelOptions(pretrained_model_name_or_path=str(path), v2=not is_sdxl)
+    arch = build_sdxl(SdxlOptions(model=model)) if is_sdxl else build_sd(TrainOptions(model=model))
+    encoders, unet = arch.load.text_encoders(), arch.load.denoiser()
+    return encoders, unet, arch.view(encoders, unet)
+
+
+def weights_of(path: Path, is_sdxl: bool) -> dict[str, Tensor]:
+    encoders, unet, _ = models_of(path, is_sdxl)
+    parts = {f"te{i}": encoder for i, encoder in enumerate(encoders)} | {"unet": unet}
+    return {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
+
+
+def random_lora(path: Path, is_sdxl: bool, to: Path, rank: int = 4) -> Path:
+    seen = models_of(path, is_sdxl)[2]
+    network = create_network(1.0, rank, 2.0, None, *seen, conv_dim=str(rank))
+    generator = torch.Generator().manual_seed(91)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    network.save_weights(str(to), None, {})
+    return to
+
+
+def beside(path: Path, folder: Path, name: str) -> Path:
+    """Where a changed copy goes: a folder for a folder, a file with the tokenizer beside it for a file."""
+    if path.is_dir():
+        return folder / name
+    (folder / name).mkdir()
+    (folder / name / "tokenizer").symlink_to(path.parent / "tokenizer")
+    return folder / name / "model.safetensors"
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_merged_checkpoint_is_the_model_with_its_adapter_merged(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base, is_sdxl = request.getfixturevalue(name), "sdxl" in name
+    lora = random_lora(base, is_sdxl, tmp_path / "lora.safetensors")
+    to = beside(base, tmp_path, "merged")
+    arguments = ["--sd_model", str(base), "--models", str(lora), "--ratios", "0.5", "--save_to", str(to)]
+    assert merge(arguments) == 0
+    encoders, unet, seen = models_of(base, is_sdxl)
+    network, weights = create_network_from_weights(0.5, str(lora), None, *seen, for_inference=True)
+    network.merge_to(*seen, weights)
+    parts = {f"te{i}": encoder for i, encoder in enumerate(encoders)} | {"unet": unet}
+    wanted = {f"{part}.{key}": t for part, module in parts.items() for key, t in module.state_dict().items()}
+    found, start = weights_of(to, is_sdxl), weights_of(base, is_sdxl)
+    changed = {key.rpartition(".")[0] for key in start if not torch.equal(found[key], start[key])}
+    assert len(changed) == len(network.adapters)
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(found[key], tensor, **FLOAT32_SAME_MATH)
+    if to.is_file():
+        architecture = read_metadata(to)["modelspec.architecture"]
+        assert architecture == ("stable-diffusion-xl-v1-base" if is_sdxl else "stable-diffusion-v2-512")
+        assert load_file(to).keys() == load_file(base).keys()
+
+
+@pytest.mark.parametrize("name", ["tiny_sd2_file", "tiny_sdxl_file", "tiny_sdxl_folder"])
+def test_what_was_merged_is_extracted_again(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    base, is_sdxl = request.getfixturevalue(name), "sdxl" in name
+    lora = random_lora(base, is_sdxl, tmp_path / "lora.safetensors", rank=2)
+    tuned = beside(base, tmp_path, "merged")
+    assert merge(["--sd_model", str(base), "--models", str(lora), "--save_to", str(tuned)]) == 0
+    out = tmp_path / "out.safetensors"
+    arguments = ["--model_org", str(base), "--model_tuned", str(tuned), "--save_to", str(out)]
+    assert extract([*arguments, "--dim", "4", "--conv_dim", "4", "--sdxl" if is_sdxl else "--v2"]) == 0
+    given, found = load_file(lora), load_file(out)
+    assert given.keys() == found.keys()
+    for key in (key for key in given if key.endswith("lora_up.weight")):
+        stem = key.removesuffix(".lora_up.weight")
+        rank = given[f"{stem}.lora_down.weight"].shape[0]
+        wanted = float(given[f"{stem}.alpha"]) / rank * product(given, stem)
+        # the merged weights are rounded to float32: differences of 1e-7 of weights of size 1
+        torch.testing.assert_close(product(found, stem), wanted, rtol=1e-3, atol=1e-5)
+    version = read_metadata(out)["ss_base_model_version"]
+    assert version == ("sdxl_base_v1-0" if is_sdxl else "sd_v2")
+
+
+def product(tensors: dict[str, Tensor], stem: str) -> Tensor:
+    return tensors[f"{stem}.lora_up.weight"].flatten(1) @ tensors[f"{stem}.lora_down.weight"].flatten(1)
+
+
+def test_two_kinds_of_checkpoints_have_no_difference(
+    tmp_path: Path, tiny_sd2_file: Path, tiny_sdxl_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model_org", str(tiny_sd2_file), "--model_tuned", str(tiny_sdxl_file)]
+    assert extract([*arguments, "--save_to", str(tmp_path / "x.safetensors")]) == 1
+    said = capsys.readouterr().err
+    assert "--model_org is of Stable Diffusion 2.x, --model_tuned of Stable Diffusion XL; give two of one kind" in said
+
+
+def test_a_lora_for_another_base_model_is_not_merged(
+    tmp_path: Path, tiny_sd2_file: Path, tiny_sdxl_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = random_lora(tiny_sdxl_file, True, tmp_path / "lora.safetensors")
+    arguments = ["--sd_model", str(tiny_sd2_file), "--models", str(lora)]
+    assert merge([*arguments, "--save_to", str(tmp_path / "x.safetensors")]) == 1
+    assert "was it made for another base model?" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
