@@ -24,7 +24,7 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     """
     path = sources.find_model(flag, str(path), (("unet",), ("text_encoder",)))
     base = base_of_checkpoint(flag, path)
-    if base in OPENERS:
+    if base is not None and base in OPENERS:
         return OPENERS[base](flag, path)
     if base is not None and base not in LAYOUTS:
         known = ", ".join(BASES[other] for other in (*LAYOUTS, *OPENERS))

@@ -10,7 +10,7 @@ from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.base_model import BaseModel, Third, WeightFile
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.models.clip import THIRDS, clip_from_any, open_clip_name
-from library.models.recognise import base_of_file, base_of_folder, refuse_other_file, refuse_other_folder
+from library.models.recognise import base_of_file, base_of_folder, pipeline_base, refuse_other_file, refuse_other_folder
 from library.models.unet import unet_layout
 from library.models.unet_keys import UNET_PREFIX, UnetLayout, unet_from_ldm
 
@@ -43,7 +43,8 @@ def base_of_checkpoint(flag: str, path: Path) -> str | None:
         weights = sources.open_file(flag, path)
         return base_of_file(list(weights.shapes), weights.shapes)
     class_name = sources.read_json(path / "model_index.json").get("_class_name", "")
-    return base_of_folder(class_name, sources.open_part(flag, path / "unet", "unet")[1].shapes)
+    found = pipeline_base(class_name)
+    return found or base_of_folder(class_name, sources.open_part(flag, path / "unet", "unet")[1].shapes)
 
 
 def open_checkpoint(flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
