@@ -5,6 +5,7 @@ from pathlib import Path
 
 from library.architectures.flux import base_model as flux
 from library.architectures.sd import base_model as sd
+from library.architectures.sd3 import base_model as sd3
 from library.architectures.sdxl import base_model as sdxl
 from library.checkpoints import sources
 from library.checkpoints.adapter_names import BASES
@@ -12,7 +13,10 @@ from library.checkpoints.base_model import BaseModel
 from library.models.base_checkpoint import base_of_checkpoint, open_checkpoint
 from networks.core.targets import AdapterTargets, Site, find_sites
 
-OPENERS: Mapping[str, Callable[[str, Path], BaseModel]] = {"flux": flux.open_base_model}
+OPENERS: Mapping[str, Callable[[str, Path], BaseModel]] = {
+    "flux": flux.open_base_model,
+    "sd3": sd3.open_base_model,
+}
 LAYOUTS = {**sd.LAYOUTS, **sdxl.LAYOUTS}
 SEEN = {base: package.seen_by_networks for package in (sd, sdxl) for base in package.LAYOUTS}
 

@@ -10,7 +10,7 @@ import torch
 
 from library.architectures.interface import Architecture, LatentSpec, Preview, PromptDefaults, TextCacheSpec
 from library.architectures.sd3.load import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHIFT, Sd3Loader, open_loader
-from library.architectures.sd3.model import MMDiTConfig
+from library.architectures.sd3.model import MMDiTConfig, version_of
 from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.predict import build_predict, velocity
 from library.architectures.sd3.text import Sd3Text
@@ -168,7 +168,7 @@ def sampling_sigmas(num_steps: int, shift: float) -> torch.Tensor:
 
 def metadata(options: Sd3Options, config: MMDiTConfig) -> dict[str, str]:
     """What files trained on this base model say about it."""
-    version = "medium" if not config.norms_queries else "5-medium" if config.dual_attention else "5-large"
+    version = version_of(config)
     flow, text = options.flow, options.text
     extra = {
         "apply_lg_attn_mask": text.apply_lg_attn_mask,

@@ -73,6 +73,13 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTConfig:
     )
 
 
+def version_of(config: MMDiTConfig) -> str:
+    """Which of the published models a configuration is like: "medium", "5-medium" or "5-large"."""
+    if not config.norms_queries:
+        return "medium"
+    return "5-medium" if config.dual_attention else "5-large"
+
+
 class MMDiT(nn.Module):
     """Noisy latents, noise level and text to the velocity noise - latent."""
 
