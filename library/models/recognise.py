@@ -99,9 +99,7 @@ def refuse_other_file(flag: str, weights: Weights, wanted: str, text_prefixes: S
     """Raise ValueError when a single file is no whole checkpoint of a U-Net model `wanted`, naming what it is."""
     names = list(weights.shapes)
     if any(name.startswith(REFINER_MARK) for name in names):
-        raise ValueError(
-            f"{flag} {weights.origin}: this is the SDXL refiner, which cannot be trained; use the base model"
-        )
+        raise ValueError(f"{flag} {weights.origin}: this is the SDXL refiner; only the base model is trained")
     found = base_of_file(names, weights.shapes)
     if found is not None and found != wanted:
         raise ValueError(f"{flag} {weights.origin}: this is {WORDS[found][0]} checkpoint; {way_out(found, wanted)}")

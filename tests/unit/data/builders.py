@@ -65,7 +65,8 @@ def batches_of(
 
 def content_of(batch: Batch) -> tuple[object, ...]:
     """What must be equal for two batches to be the same, bit for bit."""
-    tensors = (batch.pixels_BCHW, batch.latents_BCHW, batch.masks_B1HW, batch.loss_weights_B, batch.sizes_B6)
+    images = (batch.pixels_BCHW, batch.latents_BCHW, batch.masks_B1HW)
+    tensors = (*images, batch.loss_weights_B, batch.sizes_B6, batch.crops_B2)
     return (batch.keys, batch.captions, batch.attributes, *(None if t is None else t.tolist() for t in tensors))
 
 

@@ -251,6 +251,30 @@ def test_sizes_are_original_crop_and_target_height_first_and_mirrored_with_the_p
     assert rows == {(101, 70, 0, 9, 64, 64), (101, 70, 0, 10.644, 64, 64)}
 
 
+def test_real_crops_are_where_the_pixels_come_from_random_and_mirrored_ones_too(tmp_path):
+    """The red of each pixel is its column in the picture, the green its row."""
+    width, height = 101, 90
+    columns, rows = np.meshgrid(np.arange(width, dtype=np.uint8), np.arange(height, dtype=np.uint8))
+    (tmp_path / "40_a").mkdir()
+    Image.fromarray(np.stack([columns, rows, rows], -1)).save(tmp_path / "40_a" / "p.png")
+    seen = set()
+    for batch in batches_of(folder_set(tmp_path, "--flip_aug --random_crop --train_batch_size 8")):
+        for picture, (top, left) in zip(batch.pixels_BCHW, batch.crops_B2.tolist(), strict=True):
+            first, last, row = ((picture[c, 0, x] + 1) * 127.5 for c, x in ((0, 0), (0, -1), (1, 0)))
+            is_mirrored = first > last
+            assert left == round(float(width - 1 - first if is_mirrored else first))
+            assert top == round(float(row))
+            seen.add((bool(is_mirrored), left, top))
+    assert len(seen) > 20 and {is_mirrored for is_mirrored, *_ in seen} == {True, False}
+
+
+def test_real_crops_of_resized_pictures_lie_in_the_resized_picture(tmp_path):
+    write_picture(tmp_path / "8_a/p.png", (101, 70))
+    rows = {tuple(row) for b in batches_of(folder_set(tmp_path, "")) for row in b.crops_B2.tolist()}
+    # Covering 64x64 the picture is 64 high and 92.34 wide, so 92: (92 - 64) // 2 columns are cut off at the left.
+    assert rows == {(0.0, 14.0)}
+
+
 def test_random_crops_without_buckets_cut_from_the_picture_as_it_is(tmp_path):
     (tmp_path / "20_a").mkdir()
     ys, xs = np.mgrid[0:80, 0:90].astype(np.uint8)
