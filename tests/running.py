@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = {  # script -> (the architecture's package, the module and class of its options)
     "train_network": ("sd", "library.options.train", "TrainOptions"),
     "flux_train_network": ("flux", "library.architectures.flux.options", "FluxOptions"),
+    "lumina_train_network": ("lumina", "library.architectures.lumina.options", "LuminaOptions"),
     "sdxl_train_network": ("sdxl", "library.architectures.sdxl.options", "SdxlOptions"),
     "sd3_train_network": ("sd3", "library.architectures.sd3.options", "Sd3Options"),
 }

@@ -129,6 +129,7 @@ class Preview:
     text: TextPipeline  # where prompts are read as captions are, the architecture's own
     predict: Callable[[Prompt], Predict]
     sampler: Callable[[Prompt], Sampler]
+    worded: Callable[[str], str] = str  # what `text` reads for a prompt; a negative prompt is read as it is
 
 
 Vary = Callable[[Conditioning, torch.Generator], Conditioning]

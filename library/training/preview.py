@@ -71,7 +71,7 @@ def wanted_prompts(options: TrainOptions, arch: Architecture) -> list[Prompt]:
             num_unsized, len(wishes), defaults.width, defaults.height,
         )  # fmt: skip
     prompts = [settle(wish, defaults) for wish in wishes]
-    for text in texts_of(prompts):
+    for text in texts_of(prompts, arch.preview.worded):
         if (num_tokens := arch.preview.text.count_tokens(text)) > arch.preview.text.max_tokens:
             logger.warning(
                 "preview prompt of %d tokens: only the first %d are used: %s",
@@ -80,19 +80,19 @@ def wanted_prompts(options: TrainOptions, arch: Architecture) -> list[Prompt]:
     return prompts
 
 
-def texts_of(prompts: Sequence[Prompt]) -> list[str]:
-    """Every text that drawing the prompts takes, each once."""
-    texts = [text for p in prompts for text in ([p.text, p.negative] if needs_negative(p) else [p.text])]
+def texts_of(prompts: Sequence[Prompt], worded: Callable[[str], str] = str) -> list[str]:
+    """Every text that drawing the prompts takes, each once; `worded` is `Preview.worded`."""
+    texts = [text for p in prompts for text in (worded(p.text), *([p.negative] if needs_negative(p) else []))]
     return list(dict.fromkeys(texts))
 
 
 def encode_prompts(
     arch: Architecture, text_encoders: Sequence[nn.Module], autocast: Autocast, prompts: Sequence[Prompt]
 ) -> dict[str, Conditioning]:
-    """Conditioning of every text of the prompts, on the CPU; each is encoded by itself, without gradient."""
+    """Conditioning of `texts_of` the prompts, on the CPU; each is encoded by itself, without gradient."""
     encoded: dict[str, Conditioning] = {}
     with torch.no_grad(), autocast():
-        for text in texts_of(prompts):
+        for text in texts_of(prompts, arch.preview.worded):
             features = arch.preview.text.encode(text_encoders, arch.preview.text.tokenize([text]))
             encoded[text] = {name: tensor.cpu() for name, tensor in features.items()}
     return encoded
@@ -218,7 +218,8 @@ def draw_latents(
     spec, preview = run.arch.codec.spec, run.arch.preview
     shape = (1, spec.channels, prompt.height // spec.downscale, prompt.width // spec.downscale)
     sampler, predict, batch = preview.sampler(prompt), preview.predict(prompt), batch_of(prompt)
-    positive, negative = (on_device(encoded.get(text), run.device) for text in (prompt.text, prompt.negative))
+    texts = (preview.worded(prompt.text), prompt.negative)
+    positive, negative = (on_device(encoded.get(text), run.device) for text in texts)
     assert positive is not None
     latents_BCHW = sampler.start(torch.randn(shape, generator=generator).to(run.device))
     for n, level in enumerate(sampler.levels):

@@ -1,0 +1,128 @@
+"""The text encoder of Lumina Image 2.0: transformers' Gemma2Model, from a file in its layout or from a folder.
+
+Letters: B captions, T tokens, E width.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from library.checkpoints.sources import fetch_snapshot
+from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.models.loading import Component, materialise
+from library.models.shapes import Shapes, count, shape_of
+
+logger = logging.getLogger(__name__)
+
+HUB_NAME = "Alpha-VLLM/Lumina-Image-2.0"  # Google's own repository gives files only to those who signed its terms
+TOKENIZER_FILE = "tokenizer.json"
+GEMMA_PREFIXES = ("text_encoders.gemma2_2b.transformer.model.", "model.", "")
+PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the head that predicts words, or a tokenizer
+HEAD_WIDTH = 256
+BEGIN, PADDING = "<bos>", "<pad>"
+
+
+def gemma_component(weights: Weights) -> Component:
+    """The encoder from a single file, bare or in a whole checkpoint. Raises ValueError when it holds something else."""
+    prefix = next((p for p in GEMMA_PREFIXES if f"{p}embed_tokens.weight" in weights.shapes), None)
+    if prefix is None or f"{prefix}layers.0.pre_feedforward_layernorm.weight" not in weights.shapes:
+        first = ", ".join(list(weights.shapes)[:3]) or "none"
+        raise ValueError(f"{weights.origin} is no Gemma 2 text encoder (first names: {first})")
+    weights = gemma_part(weights, prefix)
+    return Component(configure(weights, gemma_config), weights)
+
+
+def gemma_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
+    """The encoder of a diffusers or transformers folder."""
+    if config.get("model_type") != "gemma2":
+        raise ValueError(f"{weights.origin} is a {config.get('model_type', 'nameless')} model, no Gemma 2 text encoder")
+    prefix = next((p for p in GEMMA_PREFIXES if f"{p}embed_tokens.weight" in weights.shapes), "")
+    return Component(config, gemma_part(weights, prefix))
+
+
+def gemma_part(weights: Weights, prefix: str) -> Weights:
+    bare = with_prefix(weights, prefix)
+    return selected(bare, {key: key for key in bare.shapes if key.startswith(PARTS)})
+
+
+def gemma_config(shapes: Shapes) -> dict[str, Any]:
+    """Arguments of transformers' Gemma2Config."""
+    vocab, width = shape_of(shapes, "embed_tokens.weight")
+    num_keys = shape_of(shapes, "layers.0.self_attn.k_proj.weight")[0]
+    head_width = min(HEAD_WIDTH, num_keys)
+    return {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": shape_of(shapes, "layers.0.mlp.gate_proj.weight")[0],
+        "num_hidden_layers": count(shapes, r"layers\.(\d+)\."),
+        "num_attention_heads": shape_of(shapes, "layers.0.self_attn.q_proj.weight")[0] // head_width,
+        "num_key_value_heads": num_keys // head_width,
+        "head_dim": head_width,
+        "query_pre_attn_scalar": head_width,
+    }
+
+
+def empty_gemma(config: Mapping[str, Any]) -> Any:
+    """transformers' Gemma2Model, its weights on the meta device; what no file has, such as positions, is real."""
+    from accelerate import init_empty_weights
+    from transformers import Gemma2Config, Gemma2Model
+
+    with init_empty_weights(include_buffers=False):
+        return Gemma2Model(Gemma2Config.from_dict({**config, "use_cache": False}))
+
+
+def load_gemma(component: Component, dtype: Any) -> nn.Module:
+    """The encoder with its weights in `dtype`, frozen, on the CPU."""
+    return materialise(empty_gemma(component.config), component.weights, dtype)
+
+
+def encode_gemma(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """The states before the last layer, BTE; padding, where the mask is 0, is not attended to. Gradients flow."""
+    device = next(encoder.parameters()).device
+    found = encoder(ids_BT.to(device), attention_mask=mask_BT.to(device), output_hidden_states=True)
+    states_BTE: Tensor = found.hidden_states[-2]
+    return states_BTE
+
+
+def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int) -> Any:
+    """Gemma's tokenizer for an encoder that knows `num_words`.
+
+    Looked for in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
+    --tokenizer_cache_dir. Raises ValueError saying what to put where.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    file = find_gemma_tokenizer(folders, cache_dir)
+    logger.info("Gemma tokenizer: %s", file)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    words = tokenizer.get_vocab()
+    lacks = [word for word in (BEGIN, PADDING) if word not in words]
+    if lacks or max(words.values()) >= num_words:
+        why = f"does not know {lacks[0]}" if lacks else f"has ids up to {max(words.values())}, Gemma knows {num_words}"
+        raise ValueError(f"the tokenizer {file} {why}: it belongs to another model; put the right one into its place")
+    return tokenizer
+
+
+def find_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path:
+    """The file of the tokenizer, downloaded if need be."""
+    cached = Path(cache_dir).expanduser() / HUB_NAME.replace("/", "_") if cache_dir else None
+    for folder in (*folders, *([cached] if cached else [])):
+        if (folder / TOKENIZER_FILE).is_file():
+            return folder / TOKENIZER_FILE
+    try:
+        downloaded = fetch_snapshot(HUB_NAME, [f"tokenizer/{TOKENIZER_FILE}"]) / "tokenizer" / TOKENIZER_FILE
+    except ConnectionError as error:
+        place = cached or f"<folder>/{HUB_NAME.replace('/', '_')}"
+        raise ValueError(
+            f"Gemma's tokenizer is in none of {', '.join(map(str, folders))}, and {HUB_NAME} cannot be downloaded "
+            f"({error}). Put {TOKENIZER_FILE} of Gemma 2 into one of them, or into {place}"
+            f"{'' if cached else ' and give --tokenizer_cache_dir <folder>'}"
+        ) from error
+    if cached is not None:
+        cached.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(downloaded, cached / TOKENIZER_FILE)
+    return downloaded

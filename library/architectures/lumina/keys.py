@@ -1,0 +1,91 @@
+"""Names of the denoiser's weights: the original layout, which is ours, against the one of diffusers.
+
+A weight of ours is made of several of diffusers', one below the other; `sources` lists them.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from library.architectures.lumina.model import STACKS
+from library.checkpoints.weights import Weights
+
+DIFFUSERS_MARK = "time_caption_embed.caption_embedder.1.weight"
+
+TOP = {
+    "x_embedder": "x_embedder",
+    "t_embedder.mlp.0": "time_caption_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_caption_embed.timestep_embedder.linear_2",
+    "cap_embedder.0": "time_caption_embed.caption_embedder.0",
+    "cap_embedder.1": "time_caption_embed.caption_embedder.1",
+    "final_layer.adaLN_modulation.1": "norm_out.linear_1",
+    "final_layer.linear": "norm_out.linear_2",
+}
+BLOCK: Mapping[str, tuple[str, ...]] = {
+    "attention.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attention.out": ("attn.to_out.0",),
+    "attention.q_norm": ("attn.norm_q",),
+    "attention.k_norm": ("attn.norm_k",),
+    "feed_forward.w1": ("feed_forward.linear_1",),
+    "feed_forward.w2": ("feed_forward.linear_2",),
+    "feed_forward.w3": ("feed_forward.linear_3",),
+    "attention_norm1": ("norm1.norm",),
+    "ffn_norm1": ("ffn_norm1",),
+    "attention_norm2": ("norm2",),
+    "ffn_norm2": ("ffn_norm2",),
+    "adaLN_modulation.1": ("norm1.linear",),
+}
+UNMODULATED = {**BLOCK, "attention_norm1": ("norm1",)}  # where diffusers has a plain norm
+
+
+def sources(path: str) -> tuple[str, ...]:
+    """diffusers' paths of the layers that one of ours is made of; raises KeyError for a path of no layer."""
+    stack, _, rest = path.partition(".")
+    if stack not in STACKS:
+        return (TOP[path],)
+    number, _, layer = rest.partition(".")
+    names = (UNMODULATED if stack == "context_refiner" else BLOCK)[layer]
+    return tuple(f"{stack}.{number}.{name}" for name in names)
+
+
+def source_keys(key: str) -> tuple[str, ...]:
+    """diffusers' names of the weights that one of ours is made of."""
+    path, _, leaf = key.rpartition(".")
+    return tuple(f"{name}.{leaf}" for name in sources(path))
+
+
+def candidates(names: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Our names of the weights that a model in diffusers' layout may have."""
+    paths = list(TOP)
+    for stack in STACKS:
+        numbers = sorted({int(name.split(".")[1]) for name in names if name.startswith(f"{stack}.")})
+        paths += [f"{stack}.{number}.{layer}" for number in numbers for layer in BLOCK]
+    yield from (f"{path}.{leaf}" for path in paths for leaf in ("weight", "bias"))
+
+
+def from_diffusers(weights: Weights) -> Weights:
+    """A model in diffusers' layout under our names, each tensor joined when it is read.
+
+    Raises ValueError naming what is missing of a layer whose other parts are there.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    known: set[str] = set()
+    for key in candidates(weights.shapes):
+        parts = source_keys(key)
+        missing = [part for part in parts if part not in weights.shapes]
+        if len(missing) == len(parts):
+            continue
+        if missing:
+            raise ValueError(f"{weights.origin} is incomplete: {', '.join(missing)} is missing")
+        known |= set(parts)
+        shapes[key] = (sum(weights.shapes[part][0] for part in parts), *weights.shapes[parts[0]][1:])
+    strangers = {name: shape for name, shape in weights.shapes.items() if name not in known}
+
+    def read(key: str) -> Tensor:
+        if key in strangers:
+            return weights.read(key)
+        tensors = [weights.read(part) for part in source_keys(key)]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    return Weights(weights.origin, {**shapes, **strangers}, read)

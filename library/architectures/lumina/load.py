@@ -1,0 +1,151 @@
+"""Checkpoints of Lumina Image 2.0 to modules: three files, one file of all, or a diffusers folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library.architectures.lumina.gemma import gemma_component, gemma_of_folder, load_gemma
+from library.architectures.lumina.keys import DIFFUSERS_MARK, from_diffusers
+from library.architectures.lumina.model import PATCH, LuminaConfig, NextDiT, read_config
+from library.architectures.lumina.options import LuminaOptions
+from library.checkpoints import sources
+from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.models.loading import DTYPES, Component, materialise
+from library.models.recognise import WORDS, base_of_file, pipeline_base
+from library.models.shapes import shape_of
+from library.models.vae import empty_vae
+from library.models.vae16 import CHANNELS, open_ae
+
+MODEL = "Lumina Image 2.0"
+BASE_FLAG, GEMMA_FLAG = "--pretrained_model_name_or_path", "--gemma2"
+DENOISER_PREFIXES = ("model.diffusion_model.", "")
+GEMMA_MARK = "text_encoders.gemma2_2b."
+MARK = "layers.0.attention.qkv.weight"
+UNUSED = "norm_final.weight"  # checkpoints have it, the model has no use for it
+FOLDERS = {"denoiser": "transformer", "gemma2": "text_encoder", "ae": "vae"}
+
+
+@dataclass(frozen=True)
+class LuminaLoader:
+    """The three models, each loaded when it is asked for; frozen, on the CPU."""
+
+    path: Path  # the folder or file of the denoiser
+    config: LuminaConfig
+    denoiser_weights: Weights
+    gemma: Component
+    ae: Component
+    dtype: torch.dtype
+    vae_dtype: torch.dtype
+
+    @property
+    def num_words(self) -> int:
+        return shape_of(self.gemma.weights.shapes, "embed_tokens.weight")[0]
+
+    def text_encoders(self) -> list[nn.Module]:
+        return [load_gemma(self.gemma, self.dtype)]
+
+    def vae(self) -> nn.Module:
+        return materialise(empty_vae(self.ae.config), self.ae.weights, self.vae_dtype)
+
+    def denoiser(self) -> nn.Module:
+        return materialise(empty_lumina(self.config), self.denoiser_weights, self.dtype)
+
+
+def open_loader(options: LuminaOptions) -> LuminaLoader:
+    """Open the files that the options name; only headers are read.
+
+    Raises ValueError naming the flag when a file is missing, broken, incomplete or of another model.
+    """
+    name = options.model.pretrained_model_name_or_path
+    if not name:
+        raise ValueError(f"{BASE_FLAG} is missing: give the file of Lumina's transformer, or a diffusers folder")
+    wanted = {"gemma2": options.lumina.gemma2, "ae": options.lumina.ae}
+    needed = [FOLDERS[part] for part in FOLDERS if wanted.get(part) is None]
+    path = sources.find_model(BASE_FLAG, name, [(folder,) for folder in needed])
+    whole = None if path.is_dir() else sources.open_file(BASE_FLAG, path)
+    weights = denoiser_of(path, whole)
+    dtype = DTYPES[options.precision.mixed_precision]
+    loader = LuminaLoader(
+        path=path,
+        config=configure(weights, read_config),
+        denoiser_weights=weights,
+        gemma=open_gemma(wanted["gemma2"], path, whole),
+        ae=open_ae(MODEL, BASE_FLAG, wanted["ae"], path, whole),
+        dtype=dtype,
+        vae_dtype=torch.float32 if options.model.no_half_vae else dtype,
+    )
+    check_fit(loader)
+    return loader
+
+
+def empty_lumina(config: LuminaConfig) -> NextDiT:
+    """The denoiser on the meta device."""
+    with torch.device("meta"):
+        return NextDiT(config)
+
+
+def denoiser_of(path: Path, whole: Weights | None) -> Weights:
+    """The denoiser's weights under our names. Raises ValueError saying which model it is where it is another."""
+    if whole is None:
+        class_name = sources.read_json(path / "model_index.json").get("_class_name", "")
+        refuse_other(str(path), pipeline_base(class_name))
+        _, weights = sources.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
+    else:
+        prefix = next(p for p in DENOISER_PREFIXES if any(key.startswith(p) for key in whole.shapes))
+        weights = with_prefix(whole, prefix)
+    if DIFFUSERS_MARK in weights.shapes:
+        weights = from_diffusers(weights)
+    if MARK not in weights.shapes:
+        names = list(whole.shapes if whole else weights.shapes)
+        refuse_other(str(path), base_of_file(names, weights.shapes))
+        raise ValueError(
+            f"{BASE_FLAG} {path}: nothing in it is called {MARK}, so it is no Lumina Image 2.0 transformer (first "
+            f"names: {', '.join(names[:3]) or 'none'})"
+        )
+    return selected(weights, {key: key for key in weights.shapes if key != UNUSED})
+
+
+def refuse_other(origin: str, found: str | None) -> None:
+    """Raise ValueError for a model of another kind that was recognised."""
+    if found is not None and found != "lumina":
+        what, script = WORDS[found]
+        raise ValueError(f"{BASE_FLAG} {origin}: this is {what} model; use {script}")
+
+
+def open_gemma(name: str | None, base: Path, whole: Weights | None) -> Component:
+    """Gemma 2 from --gemma2, or from the base model."""
+    folder = FOLDERS["gemma2"]
+    if name is None and whole is None:
+        return gemma_of_folder(*sources.open_part(BASE_FLAG, base / folder, folder))
+    if name is None:
+        assert whole is not None
+        if not any(key.startswith(GEMMA_MARK) for key in whole.shapes):
+            raise ValueError(f"{GEMMA_FLAG} is missing: {base} has no such text encoder in it")
+        return gemma_component(whole)
+    path = sources.find_model(GEMMA_FLAG, name, (("", folder),))
+    try:
+        if path.is_dir():
+            inside = path if (path / "config.json").is_file() else path / folder
+            return gemma_of_folder(*sources.open_part(GEMMA_FLAG, inside, folder))
+        return gemma_component(sources.open_file(GEMMA_FLAG, path))
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(GEMMA_FLAG) else f"{GEMMA_FLAG} {text}") from error
+
+
+def check_fit(loader: LuminaLoader) -> None:
+    """Raise ValueError where the parts do not fit together."""
+    config = loader.config
+    if config.in_features != CHANNELS * PATCH**2:
+        raise ValueError(
+            f"{BASE_FLAG} {loader.path}: the transformer takes {config.in_features} values a patch, training feeds "
+            f"{CHANNELS * PATCH**2}; use a checkpoint of Lumina Image 2.0"
+        )
+    found = shape_of(loader.gemma.weights.shapes, "embed_tokens.weight")[1]
+    if found != config.text_width:
+        raise ValueError(
+            f"{GEMMA_FLAG} {loader.gemma.weights.origin} is {found} wide, the transformer listens to "
+            f"{config.text_width}; it is another encoder than Lumina's, which is Gemma 2 2B"
+        )

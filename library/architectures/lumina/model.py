@@ -1,0 +1,272 @@
+"""The denoiser of Lumina Image 2.0 (NextDiT, Qin et al. 2025), in the layout of the original checkpoints.
+
+Module paths are the keys of the checkpoint and the names of adapters. Letters: B samples, C channels, H and W sides of
+the latent, h and w sides in patches, L text tokens, I picture tokens, T tokens, N heads, K heads of keys and values, D
+head width, M model width, E text width, V width of the noise level's embedding, F features of a patch.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.utils.checkpoint import checkpoint
+
+from library.architectures.lumina.targets import TARGETS
+from library.models.rotary import Rope, rope_of, turn
+
+FREQUENCIES = 256
+MAX_PERIOD = 10_000
+EPS, FINAL_EPS = 1e-5, 1e-6
+PATCH = 2
+ROPE_STEP = 6  # head widths are multiples of it: three axes share the pairs of a head
+STACKS = ("context_refiner", "noise_refiner", "layers")
+
+
+@dataclass(frozen=True)
+class LuminaConfig:
+    """The hyper-parameters, as the shapes of a checkpoint tell them."""
+
+    in_features: int  # of a patch: four times the channels of the latent
+    width: int
+    head_width: int
+    num_kv_heads: int
+    mlp_width: int
+    text_width: int
+    time_width: int
+    num_context_refiners: int
+    num_noise_refiners: int
+    num_layers: int
+
+    @property
+    def num_heads(self) -> int:
+        return self.width // self.head_width
+
+    @property
+    def rope_axes(self) -> tuple[int, int, int]:
+        """Values of a head that turn with (text, row, column): 32 of 96 each."""
+        return (self.head_width // 3,) * 3
+
+
+def read_config(shapes: Mapping[str, tuple[int, ...]]) -> LuminaConfig:
+    """The configuration of a checkpoint from names and shapes, names without prefix. Raises ValueError for a name that
+    is missing and for sizes that make no model."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in shapes:
+            raise ValueError(f"no Lumina Image 2.0 model: {name} is missing")
+        return shapes[name]
+
+    def count(stem: str) -> int:
+        numbers = {int(match[1]) for name in shapes if (match := re.match(rf"{stem}\.(\d+)\.", name))}
+        if not numbers or numbers != set(range(len(numbers))):
+            raise ValueError(f"no Lumina Image 2.0 model: its {stem} are numbered {sorted(numbers)}")
+        return len(numbers)
+
+    width, in_features = shape("x_embedder.weight")
+    (head_width,) = shape("layers.0.attention.q_norm.weight")
+    num_outputs = shape("layers.0.attention.qkv.weight")[0]
+    num_kv_heads, rest = divmod(num_outputs - width, 2 * head_width)
+    num_heads = width // head_width
+    if width % head_width or head_width % ROPE_STEP or rest or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"no Lumina Image 2.0 model: width {width}, heads of {head_width}, {num_outputs} queries, keys and values"
+        )
+    return LuminaConfig(
+        in_features=in_features,
+        width=width,
+        head_width=head_width,
+        num_kv_heads=num_kv_heads,
+        mlp_width=shape("layers.0.feed_forward.w1.weight")[0],
+        text_width=shape("cap_embedder.1.weight")[1],
+        time_width=shape("t_embedder.mlp.2.weight")[0],
+        num_context_refiners=count("context_refiner"),
+        num_noise_refiners=count("noise_refiner"),
+        num_layers=count("layers"),
+    )
+
+
+class NextDiT(nn.Module):
+    """Noisy latents, noise level and text to the velocity latent - noise: time runs from noise to the picture."""
+
+    adapter_targets = TARGETS
+
+    def __init__(self, config: LuminaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        c = config
+        self.t_embedder = TimestepEmbedder(c.time_width)
+        self.cap_embedder = nn.Sequential(nn.RMSNorm(c.text_width, eps=EPS), nn.Linear(c.text_width, c.width))
+        self.context_refiner = nn.ModuleList(
+            JointTransformerBlock(c, is_modulated=False) for _ in range(c.num_context_refiners)
+        )
+        self.x_embedder = nn.Linear(c.in_features, c.width)
+        self.noise_refiner = nn.ModuleList(JointTransformerBlock(c) for _ in range(c.num_noise_refiners))
+        self.layers = nn.ModuleList(JointTransformerBlock(c) for _ in range(c.num_layers))
+        self.final_layer = FinalLayer(c.width, c.time_width, c.in_features)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the activations of each block again in the backward pass."""
+        self.gradient_checkpointing = True
+
+    def forward(self, latents_BCHW: Tensor, times_B: Tensor, text_BLE: Tensor, text_mask_BL: Tensor) -> Tensor:
+        """The velocity, shape BCHW.
+
+        `times_B` are 1 less the share of noise: 0 is noise, 1 the picture. `text_mask_BL` is true for the tokens of the
+        caption, which come before its padding; padding has no part in anything.
+        """
+        h, w = (side // PATCH for side in latents_BCHW.shape[-2:])
+        dtype = self.x_embedder.weight.dtype
+        img_BIM = self.x_embedder(patchify(latents_BCHW).to(dtype))
+        txt_BLM = self.cap_embedder(text_BLE.to(dtype))
+        time_BV = self.t_embedder(times_B, dtype)
+        is_text_BL = text_mask_BL.bool()
+        L = is_text_BL.shape[1]
+        cos_B1TD, sin_B1TD = rope_of(positions(is_text_BL, h, w)[:, None], self.config.rope_axes)
+        text_rope, picture_rope = (cos_B1TD[:, :, :L], sin_B1TD[:, :, :L]), (cos_B1TD[:, :, L:], sin_B1TD[:, :, L:])
+        for block in self.context_refiner:
+            txt_BLM = self._run(block, txt_BLM, None, text_rope, is_text_BL[:, None, None])
+        for block in self.noise_refiner:
+            img_BIM = self._run(block, img_BIM, time_BV, picture_rope, None)
+        x_BTM = torch.cat([txt_BLM, img_BIM], dim=1)
+        mask_B11T = torch.cat([is_text_BL, is_text_BL.new_ones(len(is_text_BL), h * w)], dim=1)[:, None, None]
+        for block in self.layers:
+            x_BTM = self._run(block, x_BTM, time_BV, (cos_B1TD, sin_B1TD), mask_B11T)
+        return unpatchify(self.final_layer(x_BTM[:, L:], time_BV), h, w)
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Any:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+def patchify(latents_BCHW: Tensor) -> Tensor:
+    """Each square of 2 x 2 latents as a token of 4 C values, channels last; shape (B, h w, F)."""
+    B, C, H, W = latents_BCHW.shape
+    grid = latents_BCHW.view(B, C, H // PATCH, PATCH, W // PATCH, PATCH)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // PATCH) * (W // PATCH), PATCH**2 * C)
+
+
+def unpatchify(tokens_BIF: Tensor, h: int, w: int) -> Tensor:
+    """The inverse of `patchify`, shape BCHW."""
+    B, _, F = tokens_BIF.shape
+    grid = tokens_BIF.view(B, h, w, PATCH, PATCH, F // PATCH**2)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(B, F // PATCH**2, h * PATCH, w * PATCH)
+
+
+def positions(is_text_BL: Tensor, h: int, w: int) -> Tensor:
+    """Where tokens lie, shape (B, T, 3): token i of a caption at (i, 0, 0), the picture's row y and column x at
+    (n, y, x), n being the tokens of its caption. Padding lies anywhere."""
+    B, L = is_text_BL.shape
+    device = is_text_BL.device
+    text_BL3 = torch.zeros(B, L, 3, device=device)
+    text_BL3[..., 0] = torch.arange(L, device=device)
+    picture_BI3 = torch.zeros(B, h * w, 3, device=device)
+    picture_BI3[..., 0] = is_text_BL.sum(1, keepdim=True)
+    picture_BI3[..., 1] = torch.arange(h, device=device).repeat_interleave(w)
+    picture_BI3[..., 2] = torch.arange(w, device=device).repeat(h)
+    return torch.cat([text_BL3, picture_BI3], dim=1)
+
+
+class TimestepEmbedder(nn.Module):
+    """The time as cosines and sines of falling frequencies, then two layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, times_B: Tensor, dtype: torch.dtype) -> Tensor:
+        half = FREQUENCIES // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=times_B.device) / half
+        angles = times_B.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
+        embedding_BV: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+        return embedding_BV
+
+
+class JointAttention(nn.Module):
+    """Attention whose keys and values are shared by several queries (Ainslie et al. 2023)."""
+
+    def __init__(self, config: LuminaConfig) -> None:
+        super().__init__()
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.head_width = config.head_width
+        self.qkv = nn.Linear(config.width, sum(self.heads) * config.head_width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_width, eps=EPS)
+        self.k_norm = nn.RMSNorm(config.head_width, eps=EPS)
+
+    def forward(self, x_BTM: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+        q, k, v = self.qkv(x_BTM).unflatten(-1, (-1, self.head_width)).transpose(1, 2).split(self.heads, dim=1)
+        q, k = (turn(norm(part), rope).to(v.dtype) for norm, part in ((self.q_norm, q), (self.k_norm, k)))
+        repeats = self.heads[0] // self.heads[1]
+        k_BNTD, v_BNTD = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
+        attended = scaled_dot_product_attention(q, k_BNTD, v_BNTD, attn_mask=mask)
+        y_BTM: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return y_BTM
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x_BTM: Tensor) -> Tensor:
+        y_BTM: Tensor = self.w2(silu(self.w1(x_BTM)) * self.w3(x_BTM))
+        return y_BTM
+
+
+class JointTransformerBlock(nn.Module):
+    """Attention and feed-forward layer, each between two norms. The class name is an interface: network modules find
+    the layers by it.
+
+    Where it is modulated, the noise level scales what goes in and gates what comes out.
+    """
+
+    def __init__(self, config: LuminaConfig, is_modulated: bool = True) -> None:
+        super().__init__()
+        self.is_modulated = is_modulated
+        self.attention = JointAttention(config)
+        self.feed_forward = FeedForward(config.width, config.mlp_width)
+        self.attention_norm1 = nn.RMSNorm(config.width, eps=EPS)
+        self.ffn_norm1 = nn.RMSNorm(config.width, eps=EPS)
+        self.attention_norm2 = nn.RMSNorm(config.width, eps=EPS)
+        self.ffn_norm2 = nn.RMSNorm(config.width, eps=EPS)
+        if is_modulated:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_width, 4 * config.width))
+
+    def forward(self, x_BTM: Tensor, time_BV: Tensor | None, rope: Rope, mask: Tensor | None) -> Tensor:
+        scale_attention, gate_attention, scale_mlp, gate_mlp = self.modulation(time_BV)
+        attended = self.attention(self.attention_norm1(x_BTM) * scale_attention, rope, mask)
+        x_BTM = x_BTM + gate_attention * self.attention_norm2(attended)
+        fed = self.feed_forward(self.ffn_norm1(x_BTM) * scale_mlp)
+        after_BTM: Tensor = x_BTM + gate_mlp * self.ffn_norm2(fed)
+        return after_BTM
+
+    def modulation(self, time_BV: Tensor | None) -> tuple[Tensor | float, ...]:
+        """Scale and gate of attention, then of the feed-forward layer, each (B, 1, M), 1 where there is none."""
+        if not self.is_modulated:
+            return (1.0,) * 4
+        scale_1, gate_1, scale_2, gate_2 = self.adaLN_modulation(time_BV)[:, None].chunk(4, dim=-1)
+        return 1 + scale_1, gate_1.tanh(), 1 + scale_2, gate_2.tanh()
+
+
+class FinalLayer(nn.Module):
+    """Tokens to patches of the velocity. The class name is an interface."""
+
+    def __init__(self, width: int, time_width: int, out_features: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=FINAL_EPS)
+        self.linear = nn.Linear(width, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(time_width, width))
+
+    def forward(self, x_BIM: Tensor, time_BV: Tensor) -> Tensor:
+        scale_B1M = self.adaLN_modulation(time_BV)[:, None]
+        patches_BIF: Tensor = self.linear(self.norm_final(x_BIM) * (1 + scale_B1M))
+        return patches_BIF

@@ -1,0 +1,18 @@
+"""Train a LoRA-family adapter for Lumina Image 2.0."""
+
+import argparse
+
+from library.architectures.lumina.options import LuminaOptions
+from library.training.cli import build_parser
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Every option of this script; front ends read it."""
+    return build_parser(LuminaOptions)
+
+
+if __name__ == "__main__":
+    from library.architectures.lumina import build
+    from library.training.main import main
+
+    raise SystemExit(main(setup_parser(), LuminaOptions, build))

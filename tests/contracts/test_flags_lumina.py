@@ -1,0 +1,43 @@
+"""The options that lumina_train_network.py adds to those of train_network.py are an interface."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from library.architectures.lumina.options import LuminaOptions
+from library.options.train import TrainOptions
+from lumina_train_network import setup_parser
+from tests.contracts.test_flags import actions_of, described
+
+DATA = Path(__file__).parent / "data"
+ADDED: list[dict[str, Any]] = json.loads((DATA / "flags_lumina_train_network.json").read_text(encoding="utf-8"))
+OURS = {"text_cache_variants"}  # what sd-scripts does not have
+
+
+@pytest.mark.parametrize("wanted", ADDED, ids=lambda flag: flag["dest"])
+def test_option_is_declared_as_listed(wanted: dict[str, Any]) -> None:
+    assert described(setup_parser()._option_string_actions[wanted["flags"][0]]) == wanted
+
+
+def test_there_is_no_option_beside_the_lists() -> None:
+    names = {action.dest for action in actions_of(setup_parser())}
+    assert names - set(TrainOptions.defaults()) == {flag["dest"] for flag in ADDED} | OURS
+    assert names >= set(TrainOptions.defaults())
+    assert len(ADDED) == 20
+
+
+def test_each_option_tells_in_its_own_words_what_it_does() -> None:
+    actions = actions_of(setup_parser())
+    assert len({action.help for action in actions}) == len(actions)
+    for action in actions:
+        shown = (action.help or "").split("/")[0]  # all that one front end shows
+        assert len(shown.split()) >= 4 and shown.endswith("."), action.dest
+
+
+def test_the_parser_gives_the_options() -> None:
+    options = LuminaOptions.from_args(setup_parser().parse_args(["--system_prompt", "be good", "--gemma2", "g"]))
+    assert (options.lumina.system_prompt, options.lumina.gemma2) == ("be good", "g")
+    assert (options.flow_sampling.timestep_sampling, options.flow_sampling.discrete_flow_shift) == ("shift", 6.0)
+    assert options.flow_prediction.model_prediction_type == "raw"

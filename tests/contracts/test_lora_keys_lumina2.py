@@ -1,0 +1,208 @@
+"""Names and shapes of full-size Lumina Image 2.0 files, which other programs rely on: checkpoints and adapters."""
+
+import gzip
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from library.architectures.lumina.adapter_names import NAMES
+from library.architectures.lumina.gemma import GEMMA_PREFIXES, empty_gemma, gemma_component
+from library.architectures.lumina.keys import from_diffusers, source_keys
+from library.architectures.lumina.load import denoiser_of, empty_lumina
+from library.architectures.lumina.model import read_config
+from library.architectures.lumina.view import view
+from library.checkpoints.adapter_names import recognise_base
+from library.checkpoints.weights import Weights
+from networks.core.files import file_tensors
+from networks.core.protocol import adopt
+from networks.lora_lumina import create_network, create_network_from_weights
+
+FACTS: Mapping[str, Any] = json.loads(gzip.decompress((Path(__file__).parent / "data" / "lumina2.json.gz").read_bytes()))
+LORA = FACTS["lora"]
+SAME = [name for name in LORA["variants"] if "mlp_dim" not in name and "train_block_indices" not in name]
+Models = tuple[nn.Module | list[nn.Module], nn.Module]
+
+
+def part(name: str, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    return {prefix + key: tuple(shape) for key, shape in FACTS["components"][name].items()}
+
+
+def opened(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
+    """A checkpoint as if it had been opened; its values are on the meta device."""
+    return Weights("file", shapes, lambda name: torch.empty(shapes[name], device="meta"))
+
+
+def shapes_of_model(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str) -> None:
+    """Checkpoints have one weight more, which the reference model does not use either."""
+    expected = part("dit")
+    assert len(expected) == 400 and sum(torch.Size(shape).numel() for shape in expected.values()) == 2_609_771_456
+    del expected["norm_final.weight"]
+    weights = denoiser_of(Path("file"), opened(part("dit", prefix)))
+    assert dict(weights.shapes) == expected == shapes_of_model(empty_lumina(read_config(weights.shapes)))
+
+
+def test_hyper_parameters_are_read_off_the_shapes() -> None:
+    config = read_config(part("dit"))
+    assert (config.width, config.num_heads, config.num_kv_heads, config.head_width) == (2304, 24, 8, 96)
+    assert (config.num_layers, config.num_noise_refiners, config.num_context_refiners) == (26, 2, 2)
+    assert (config.mlp_width, config.time_width, config.text_width, config.rope_axes) == (9216, 1024, 2304, (32,) * 3)
+
+
+def test_a_checkpoint_without_a_part_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"no Lumina Image 2\.0 model: cap_embedder\.1\.weight is missing"):
+        read_config({key: shape for key, shape in part("dit").items() if "cap_embedder" not in key})
+    with pytest.raises(ValueError, match=r"its layers are numbered \[0, 2, 3"):
+        read_config({key: shape for key, shape in part("dit").items() if not key.startswith("layers.1.")})
+
+
+def test_the_diffusers_layout_gives_our_shapes_and_names() -> None:
+    from diffusers import Lumina2Transformer2DModel
+    from diffusers.loaders.single_file_utils import convert_lumina2_to_diffusers
+
+    with torch.device("meta"):
+        theirs = Lumina2Transformer2DModel(cap_feat_dim=2304)
+    expected = part("dit")
+    del expected["norm_final.weight"]
+    assert dict(from_diffusers(opened(shapes_of_model(theirs))).shapes) == expected
+    for key, shape in expected.items():
+        found = list(convert_lumina2_to_diffusers({key: torch.empty(shape, device="meta")}))
+        assert found == list(source_keys(key)), key
+
+
+@pytest.mark.parametrize("prefix", GEMMA_PREFIXES)
+def test_gemma_loads_with_every_prefix_and_beside_what_is_not_it(prefix: str) -> None:
+    others = {"text_encoders.gemma2_2b.logit_scale": (), "spiece_model": (4,), "model.diffusion_model.x": (1,)}
+    component = gemma_component(opened({**others, **part("gemma2", prefix), "lm_head.weight": (256000, 2304)}))
+    model = empty_gemma(component.config)
+    assert shapes_of_model(model) == part("gemma2") == dict(component.weights.shapes)
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim) == (8, 4, 256)
+    assert (model.config.query_pre_attn_scalar, model.config.attn_logit_softcapping) == (256, 50.0)
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    """Gemma and the denoiser as network modules see them, without weights."""
+    gemma = empty_gemma(gemma_component(opened(part("gemma2"))).config)
+    return view([gemma], empty_lumina(read_config(part("dit"))))
+
+
+def shapes_of(models: Models, text: bool = True, unet: bool = True, **args: str) -> dict[str, list[int]]:
+    """Of what is saved."""
+    with torch.device("meta"):
+        network = create_network(1.0, 4, 1, None, *models, **args)
+        adopt(network).apply_to(*models, text, unet)
+        network.remove()
+        return {key: list(tensor.shape) for key, tensor in tensors_of(network).items()}
+
+
+def tensors_of(network: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{leaf}": tensor
+        for name, adapter in network.adapters.items()
+        for leaf, tensor in file_tensors(adapter).items()
+    }
+
+
+def ranks(shapes: Mapping[str, list[int]]) -> dict[str, int]:
+    return {key.partition(".")[0]: shape[0] for key, shape in shapes.items() if key.endswith("lora_down.weight")}
+
+
+def variant(name: str) -> dict[str, list[int]]:
+    """The keys of sd-scripts."""
+    facts = LORA["variants"][name]
+    kept = {key: shape for key, shape in LORA["default"].items() if key not in facts["removed"]}
+    return {**kept, **facts["changed"], **facts["added"]}
+
+
+def test_the_default_has_1086_keys(models: Models) -> None:
+    assert shapes_of(models) == LORA["default"]
+    assert len(LORA["default"]) == 1086
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(models: Models, name: str) -> None:
+    facts = LORA["variants"][name]
+    got = shapes_of(models, facts["train_text_encoder"], facts["train_unet"], **facts["network_args"])
+    assert got == variant(name)
+    assert len(got) == facts["num_keys"]
+
+
+def test_mlp_dim_reaches_the_feed_forward_layers_and_nothing_else(models: Models) -> None:
+    """In sd-scripts it reaches the embedder of the noise level alone, which has a rank of its own."""
+    default = ranks(LORA["default"])
+    expected = {name: 8 if "_feed_forward_" in name else rank for name, rank in default.items()}
+    assert ranks(shapes_of(models, mlp_dim="8")) == expected
+    embedders = ranks(variant("embedder_dims=[5,6,7]"))
+    assert ranks(shapes_of(models, mlp_dim="8", embedder_dims="[5,6,7]")) == {**embedders, **expected}
+
+
+def test_refiner_dim_goes_before_mlp_dim_and_after_the_others(models: Models) -> None:
+    name = "attn_dim=5 mlp_dim=6 mod_dim=7 refiner_dim=8"
+    theirs = ranks(variant(name))
+    expected = {
+        key: 6 if "_layers_" in key and "_feed_forward_" in key and "lora_unet" in key else rank
+        for key, rank in theirs.items()
+    }
+    assert ranks(shapes_of(models, **LORA["variants"][name]["network_args"])) == expected
+
+
+def test_blocks_are_chosen_by_their_numbers(models: Models) -> None:
+    """sd-scripts does not read the argument. Refiners and the final layer are no numbered blocks."""
+    got = shapes_of(models, train_block_indices="0,24-25")
+    left_out = {f"lora_unet_layers_{n}" for n in range(1, 24)}
+    expected = {
+        key: s for key, s in LORA["default"].items() if not any(key.startswith(f"{stem}_") for stem in left_out)
+    }
+    assert got == expected
+    with pytest.raises(ValueError, match="names block 26, but the base model has 26 of them: 0 to 25"):
+        shapes_of(models, train_block_indices="26")
+
+
+def test_split_attention_is_a_plain_file_of_three_times_the_rank(models: Models) -> None:
+    """sd-scripts builds such a network and cannot save it."""
+    got = shapes_of(models, split_qkv="True")
+    expected = dict(LORA["default"])
+    for key, shape in LORA["default"].items():
+        if "attention_qkv.lora_down" in key:
+            expected[key] = [12, shape[1]]
+        elif "attention_qkv.lora_up" in key:
+            expected[key] = [shape[0], 12]
+    assert got == expected
+
+
+def test_a_list_of_another_length_is_an_error(models: Models) -> None:
+    with pytest.raises(ValueError, match="embedder_dims has 2 entries; it needs 3: x_embedder, t_embedder, cap_emb"):
+        shapes_of(models, embedder_dims="[4,4]")
+
+
+def test_a_network_from_a_file_has_the_keys_of_the_file(models: Models) -> None:
+    shapes = variant("embedder_dims=[5,6,7]")
+    file = {key: torch.ones(()) if not s else torch.empty(s, device="meta") for key, s in shapes.items()}
+    with torch.device("meta"):
+        network, _ = create_network_from_weights(1.0, "file", None, *models, file)
+    assert {key: list(tensor.shape) for key, tensor in tensors_of(network).items()} == shapes
+
+
+def test_every_module_of_known_files_is_found_and_recognised() -> None:
+    keys = variant("embedder_dims=[5,6,7]")
+    found = {NAMES.find(key.partition(".")[0]) for key in keys}
+    assert found == set(NAMES.modules)
+    assert recognise_base(keys) == "lumina"
+
+
+@pytest.mark.parametrize("naming", ["kohya", "generic"])
+def test_every_spelling_finds_its_own_module(naming: str) -> None:
+    for module in NAMES.modules:
+        assert NAMES.find(getattr(module, naming)) is module
+    spellings = [name.replace(".", "_") for module in NAMES.modules for name in module.spellings]
+    assert len(spellings) == len(set(spellings))

@@ -1,0 +1,80 @@
+"""Lumina Image 2.0's denoiser against diffusers' Lumina2Transformer2DModel with the same weights."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.architectures.lumina.model import NextDiT
+from tests.tiny.lumina import CONFIG, diffusers_config, diffusers_state, tiny_lumina
+from tests.tolerances import FLOAT32_DEEP
+
+SIZES = [(8, 8), (4, 14), (18, 6)]  # of the latent
+NUM_TEXT = 7
+MASKS = {"whole": (NUM_TEXT, NUM_TEXT), "even": (4, 4), "uneven": (5, 2)}  # tokens of each caption
+
+
+def inputs(H: int, W: int, tokens: tuple[int, int] = MASKS["whole"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents, times, text, which of it is the caption."""
+    g = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 16, H, W, generator=g).requires_grad_()
+    text = torch.randn(2, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_()
+    mask = torch.tensor([[1] * n + [0] * (NUM_TEXT - n) for n in tokens])
+    return latents, torch.tensor([0.125, 0.875]), text, mask
+
+
+def oracle(model: NextDiT) -> Any:
+    from diffusers import Lumina2Transformer2DModel
+
+    theirs = Lumina2Transformer2DModel(**diffusers_config(model.config))
+    theirs.load_state_dict(diffusers_state(model.state_dict()))
+    return theirs.requires_grad_(False).eval()
+
+
+def oracle_output(theirs: Any, latents: Tensor, times: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    return theirs(latents, times, text, mask, return_dict=False)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("tokens", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int], tokens: tuple[int, int]) -> None:
+    ours = tiny_lumina(1)
+    theirs = oracle(ours)
+    results = []
+    for run in (ours, lambda *values: oracle_output(theirs, *values)):
+        values = inputs(*size, tokens)
+        output = run(*values)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(5))
+        gradients = torch.autograd.grad((output * weights).sum(), (values[0], values[2]))
+        results.append((output, *gradients))
+    for ours_value, theirs_value in zip(*results, strict=True):
+        assert theirs_value.abs().max() > 0.1
+        torch.testing.assert_close(ours_value, theirs_value, **FLOAT32_DEEP)
+
+
+def test_padding_has_no_part_in_anything() -> None:
+    model = tiny_lumina(2)
+    latents, times, text, mask = (value.detach() for value in inputs(8, 6, (5, 2)))
+    expected = model(latents, times, text, mask)
+    other = torch.where(mask.bool()[..., None], text, 100.0)
+    torch.testing.assert_close(model(latents, times, other, mask), expected, **FLOAT32_DEEP)
+    assert not torch.allclose(model(latents, times, text, torch.ones_like(mask)), expected, rtol=1e-2)
+
+
+def test_recomputing_blocks_changes_no_gradient() -> None:
+    model = tiny_lumina(3)
+    gradients = []
+    for _ in range(2):
+        values = inputs(8, 6)
+        gradients.append(torch.autograd.grad(model(*values).square().sum(), values[0])[0])
+        model.enable_gradient_checkpointing()
+    assert torch.equal(*gradients)
+
+
+def test_blocks_compile_without_a_break_in_the_graph() -> None:
+    model = tiny_lumina(4)
+    expected = model(*inputs(8, 6))
+    for block in (*model.context_refiner, *model.noise_refiner, *model.layers):
+        block.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(model(*inputs(8, 6)), expected, **FLOAT32_DEEP)

@@ -1,0 +1,208 @@
+"""lumina_train_network.py on a tiny Lumina Image 2.0 model: every kind of adapter trains, saves and goes on."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.running import Finished
+from tests.tiny.flux import build_tiny_flux
+from tests.tiny.lumina import build_tiny_lumina
+
+Train = Callable[..., Finished]
+SYSTEM = "be a good red dog"
+CACHED = ["--network_train_unet_only", "--cache_text_encoder_outputs"]
+ON_DISK = ["--network_train_unet_only", "--cache_text_encoder_outputs_to_disk"]
+
+
+@pytest.fixture(scope="session")
+def tiny_lumina_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build_tiny_lumina(tmp_path_factory.mktemp("tiny_lumina"), seed=31)
+
+
+@pytest.fixture
+def arguments(tiny_lumina_arguments: list[str], pictures: Path, tmp_path: Path) -> list[str]:
+    """A command line that trains three steps."""
+    return [
+        *tiny_lumina_arguments, "--train_data_dir", str(pictures), "--caption_extension", ".txt", "--resolution", "64",
+        "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
+        "networks.lora_lumina", "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "3", "--seed",
+        "5", "--max_data_loader_n_workers", "0", "--gemma2_max_token_length", "60", "--system_prompt", SYSTEM,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def train_lumina(train: Train) -> Train:
+    return partial(train, script="lumina_train_network")
+
+
+def saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
+    return load_file(tmp_path / "out" / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("module", "network_args"),
+    [
+        ("networks.lora_lumina", []),
+        ("networks.lora_lumina", ["split_qkv=True", "rank_dropout=0.1"]),
+        ("networks.lora_lumina", ["dora_wd=True", "embedder_dims=[2,2,2]"]),
+        ("networks.lora", ["mod_dim=0", "refiner_dim=2", "train_block_indices=1", "loraplus_lr_ratio=4"]),
+        ("networks.lora_fa", ["split_qkv=True"]),
+        ("networks.dylora", ["unit=2"]),
+    ],
+    ids=str,
+)
+def test_every_kind_of_adapter_trains_and_the_same_seed_gives_the_same_bytes(
+    train_lumina: Train, arguments: list[str], tmp_path: Path, module: str, network_args: list[str]
+) -> None:
+    extra = ["--network_module", module, *(["--network_args", *network_args] if network_args else [])]
+    for name in ("a", "b"):
+        done = train_lumina([*arguments, *extra, "--output_name", name])
+        assert done.status == 0, done.stderr
+    a, b = saved(tmp_path, "a"), saved(tmp_path, "b")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    ups = {key: weight for key, weight in a.items() if key.endswith("lora_up.weight")}
+    assert {key.split("_")[1] for key in ups} == {"te", "unet"}
+    for key, weight in ups.items():
+        is_reached = not key.startswith("lora_te_layers_2_")  # what Gemma's last layer gives is not read
+        assert weight.isfinite().all() and bool(weight.abs().max() > 0) == is_reached, key
+
+
+def test_layouts_of_one_model_train_the_same(train_lumina: Train, arguments: list[str], tmp_path: Path) -> None:
+    own = arguments[arguments.index("--train_data_dir") :]
+    assert train_lumina(arguments).status == 0
+    first = saved(tmp_path)
+    for layout in ("whole", "diffusers"):
+        model = build_tiny_lumina(tmp_path / layout, seed=31, layout=layout)  # type: ignore[arg-type]
+        done = train_lumina([*model, *own, "--output_name", layout])
+        assert done.status == 0, done.stderr
+        assert "does not know" not in done.stderr
+        other = saved(tmp_path, layout)
+        assert other.keys() == first.keys() and all(torch.equal(other[key], first[key]) for key in first)
+    with safe_open(tmp_path / "out" / "mine.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_base_model_version"] == "lumina2"
+    assert metadata["modelspec.architecture"] == "lumina-2/lora"
+    assert (metadata["ss_timestep_sampling"], metadata["ss_discrete_flow_shift"]) == ("shift", "6.0")
+    assert "ss_guidance_scale" not in metadata
+
+
+def test_memory_modes_and_caches_change_nothing_but_memory(
+    train_lumina: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    alone = [*arguments, "--network_train_unet_only", "--cache_latents"]
+    assert train_lumina([*alone, "--output_name", "plain"]).status == 0
+    done = train_lumina([*alone, "--output_name", "other", "--gradient_checkpointing", "--cache_latents_to_disk"])
+    assert done.status == 0, done.stderr
+    plain, other = saved(tmp_path, "plain"), saved(tmp_path, "other")
+    for key, weight in plain.items():
+        torch.testing.assert_close(other[key], weight, rtol=1e-4, atol=1e-6)
+    assert any((tmp_path / "data" / "2_thing").glob("*_0064x0064_lumina.npz"))
+
+
+def test_text_that_was_encoded_ahead_trains_the_same_bit_for_bit(
+    train_lumina: Train, arguments: list[str], tmp_path: Path, pictures: Path
+) -> None:
+    """All runs start from the same weights: without text encoders other numbers are drawn for new ones."""
+    train_lumina([*arguments, "--network_train_unet_only", "--max_train_steps", "1", "--output_name", "start"])
+    start = ["--network_weights", str(tmp_path / "out" / "start.safetensors")]
+    common = [*arguments, *start, "--caption_dropout_rate", "0.3"]
+    runs = {"plain": ["--network_train_unet_only"], "memory": CACHED, "disk": ON_DISK, "again": ON_DISK}
+    for name, options in runs.items():
+        done = train_lumina([*common, *options, "--output_name", name])
+        assert done.status == 0, done.stderr
+    plain = saved(tmp_path, "plain")
+    assert any(not torch.equal(weight, saved(tmp_path, "start")[key]) for key, weight in plain.items())
+    for name in ("memory", "disk", "again"):
+        found = saved(tmp_path, name)
+        assert found.keys() == plain.keys() and all(torch.equal(found[key], plain[key]) for key in plain)
+    assert "text cache: 7 files are used, 0 are missing, 0 are made again" in done.stderr
+    with np.load(pictures / "2_thing" / "00_lumina_te.npz") as archive:
+        entries = {n: (archive[n].dtype.name, archive[n].shape) for n in archive.files if n != "captions"}
+    assert entries == {
+        "hidden_state": ("float32", (64, 32)),
+        "attention_mask": ("int64", (64,)),
+        "input_ids": ("int64", (64,)),
+    }
+    done = train_lumina([*common, *ON_DISK, "--system_prompt", "be bad"])
+    assert done.status == 0 and "7 are made again" in done.stderr
+
+
+def test_training_goes_on_from_a_split_file(train_lumina: Train, arguments: list[str], tmp_path: Path) -> None:
+    split = ["--network_args", "split_qkv=True"]
+    assert train_lumina([*arguments, *split]).status == 0
+    first = saved(tmp_path)
+    assert first["lora_unet_layers_0_attention_qkv.lora_down.weight"].shape == (12, 48)
+    assert float(first["lora_unet_layers_0_attention_qkv.alpha"]) == 3
+    weights = ["--network_weights", str(tmp_path / "out" / "mine.safetensors"), "--dim_from_weights"]
+    done = train_lumina([*arguments, *split, *weights, "--output_name", "more"])
+    assert done.status == 0, done.stderr
+    more = saved(tmp_path, "more")
+    assert {key: weight.shape for key, weight in more.items()} == {key: weight.shape for key, weight in first.items()}
+
+
+def test_previews_are_drawn_with_and_without_cached_text(
+    train_lumina: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat --n a dog --w 64 --h 48 --s 4 --l 4 --d 1 --ctr 0.5 --rcfg 0.8 --fs 3\n")
+    pictures = []
+    for number, extra in enumerate((["--network_train_unet_only"], CACHED)):
+        out = tmp_path / f"out{number}"
+        done = train_lumina(
+            [*arguments, *extra, "--sample_prompts", str(prompts), "--sample_at_first", "--output_dir", str(out)]
+        )
+        assert done.status == 0, done.stderr
+        (picture,) = (out / "sample").glob("*.png")
+        pictures.append(picture.read_bytes())
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--weighted_captions"], "Gemma knows no weighted words"),
+        (["--network_args", "train_block_indices=2"], "names block 2, but the base model has 2 of them: 0 to 1"),
+        (["--gemma2", "nowhere.safetensors"], "--gemma2 nowhere.safetensors does not exist"),
+        (["--gemma2_max_token_length", "1"], "--gemma2_max_token_length is 1; use 2 or more, 256 is usual"),
+        (["--gemma2_max_token_length", "9"], "leaves no room for a caption in the 9 of --gemma2_max_token_length"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_said_by_name(
+    train_lumina: Train, arguments: list[str], extra: list[str], message: str
+) -> None:
+    done = train_lumina([*arguments, *extra])
+    assert done.status == 1
+    assert message in done.stderr
+
+
+def test_what_does_nothing_is_said(train_lumina: Train, arguments: list[str]) -> None:
+    idle = ["--use_flash_attn", "--use_sage_attn", "--sample_batch_size", "2", "--clip_skip", "2"]
+    done = train_lumina([*arguments, *idle, "--max_train_steps", "1"])
+    assert done.status == 0, done.stderr
+    for flag in idle:
+        assert not flag.startswith("--") or f"{flag} has no effect" in done.stderr
+
+
+def test_another_base_model_is_recognised(
+    train_lumina: Train, train: Train, arguments: list[str], tiny_sd_file: Path, tmp_path: Path
+) -> None:
+    flux = build_tiny_flux(tmp_path / "flux", seed=1)
+    base = "--pretrained_model_name_or_path"
+    for file, message in (
+        (str(tiny_sd_file), "this is an SD 1.x model; use train_network.py"),
+        (flux[1], "this is a FLUX model; use flux_train_network.py"),
+    ):
+        done = train_lumina([*arguments, base, file])
+        assert done.status == 1 and message in done.stderr
+    done = train_lumina([*arguments, "--gemma2", flux[7]])
+    assert done.status == 1 and f"--gemma2 {flux[7]} is no Gemma 2 text encoder" in done.stderr
+    own = arguments[6 : arguments.index("--gemma2_max_token_length")]
+    done = train([*own, base, arguments[1]])
+    assert done.status == 1 and "lumina_train_network.py" in done.stderr

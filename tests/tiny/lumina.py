@@ -1,0 +1,152 @@
+"""A tiny but complete Lumina Image 2.0 model: three files, one file of all, or a diffusers folder."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from library.architectures.lumina.keys import source_keys
+from library.architectures.lumina.model import LuminaConfig, NextDiT
+from tests.tiny.flux import VAE, ldm_vae
+from tests.tiny.init import fixed_init
+
+Layout = Literal["files", "whole", "diffusers"]
+
+CONFIG = LuminaConfig(
+    in_features=64,
+    width=48,
+    head_width=12,
+    num_kv_heads=2,
+    mlp_width=192,
+    text_width=32,
+    time_width=48,
+    num_context_refiners=2,
+    num_noise_refiners=2,
+    num_layers=2,
+)
+GEMMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+}
+SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+LETTERS = "\u2581abcdefghijklmnopqrstuvwxyzPS<>,."
+MERGES = (("c", "a"), ("ca", "t"), ("d", "o"), ("do", "g"), ("r", "e"), ("re", "d"))
+
+
+def build_tiny_lumina(folder: Path, seed: int, layout: Layout = "files") -> list[str]:
+    """Write a tiny model into `folder` and return the arguments that name it. One seed has the same weights in every
+    layout."""
+    from safetensors.torch import save_file
+
+    parts = tiny_parts(seed, write_gemma_tokenizer(folder / "tokenizer"))
+    if layout == "diffusers":
+        return ["--pretrained_model_name_or_path", str(write_folder(folder, parts))]
+    lumina = {**parts["transformer"][1], "norm_final.weight": torch.ones(CONFIG.width)}
+    gemma, vae = parts["text_encoder"][1], ldm_vae(parts["vae"][1])
+    if layout == "whole":
+        everything = {f"model.diffusion_model.{key}": tensor for key, tensor in lumina.items()}
+        everything |= {f"vae.{key}": tensor for key, tensor in vae.items()}
+        everything |= {f"text_encoders.gemma2_2b.transformer.model.{key}": tensor for key, tensor in gemma.items()}
+        everything["text_encoders.gemma2_2b.logit_scale"] = torch.ones(())
+        save_file(everything, folder / "lumina_2.safetensors")
+        return ["--pretrained_model_name_or_path", str(folder / "lumina_2.safetensors")]
+    arguments = []
+    for flag, stem, state in (
+        ("pretrained_model_name_or_path", "lumina-image-2", lumina),
+        ("ae", "ae", vae),
+        ("gemma2", "gemma_2_2b", {f"model.{key}": tensor for key, tensor in gemma.items()}),
+    ):
+        save_file(state, folder / f"{stem}.safetensors")
+        arguments += [f"--{flag}", str(folder / f"{stem}.safetensors")]
+    return arguments
+
+
+Parts = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
+
+
+def tiny_parts(seed: int, num_words: int) -> Parts:
+    """(config.json, weights) by diffusers' folder names; the denoiser's names are ours."""
+    from diffusers import AutoencoderKL
+
+    gemma = tiny_gemma(num_words)
+    lumina = tiny_lumina(seed)
+    with torch.device("meta"):
+        vae = AutoencoderKL(**VAE)
+    config = {**GEMMA, "vocab_size": num_words, "model_type": "gemma2", "architectures": ["Gemma2Model"]}
+    return {
+        "transformer": (diffusers_config(lumina.config), lumina.state_dict()),
+        "vae": (json.loads(vae.to_json_string()), fixed_init(vae, seed + 1)),
+        "text_encoder": (config, fixed_init(gemma, seed + 2)),
+    }
+
+
+def tiny_gemma(num_words: int) -> Any:
+    """The text encoder as transformers makes it, its weights of no account."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(Gemma2Config(**GEMMA, vocab_size=num_words)).eval()
+
+
+def write_folder(folder: Path, parts: Parts) -> Path:
+    from safetensors.torch import save_file
+
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "Lumina2Pipeline"}))
+    for name, (config, state) in parts.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+        weights = diffusers_state(state) if name == "transformer" else state
+        save_file(weights, folder / name / f"{stem}.safetensors", {"format": "pt"})
+    return folder
+
+
+def write_gemma_tokenizer(folder: Path) -> int:
+    """Gemma's tokenizer with letters and a few words; returns the size of its vocabulary."""
+    from transformers import GemmaTokenizer
+
+    words = [*SPECIAL, *LETTERS, *("".join(pair) for pair in MERGES)]
+    tokenizer = GemmaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=list(MERGES))
+    tokenizer.save_pretrained(str(folder))
+    return len(words)
+
+
+def tiny_lumina(seed: int) -> NextDiT:
+    """The denoiser alone, its weights random."""
+    with torch.device("meta"):
+        model = NextDiT(CONFIG)
+    model.load_state_dict(fixed_init(model, seed), assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def diffusers_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the denoiser under diffusers' names."""
+    found = {}
+    kv_width = CONFIG.num_kv_heads * CONFIG.head_width
+    for key, tensor in state.items():
+        names = source_keys(key)
+        parts = tensor.split([CONFIG.width, kv_width, kv_width]) if len(names) > 1 else (tensor,)
+        found |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
+    return found
+
+
+def diffusers_config(config: LuminaConfig = CONFIG) -> dict[str, Any]:
+    """Arguments of diffusers' Lumina2Transformer2DModel, whose noise level is as wide as the model up to 1024."""
+    assert config.mlp_width == 4 * config.width and config.time_width == min(config.width, 1024)
+    return {
+        "in_channels": config.in_features // 4,
+        "hidden_size": config.width,
+        "num_layers": config.num_layers,
+        "num_refiner_layers": config.num_noise_refiners,
+        "num_attention_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "multiple_of": 1,
+        "axes_dim_rope": list(config.rope_axes),
+        "cap_feat_dim": config.text_width,
+    }
