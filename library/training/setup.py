@@ -127,7 +127,9 @@ def prepare(
 
     vae = prepare_vae(options, arch, seed, training_set, processes)
     release_memory(options.memory.highvram)
-    text = prepare_text(options, arch, training_set, device, autocast, texts_of(prompts, arch.preview.worded), processes)
+    text = prepare_text(
+        options, arch, training_set, device, autocast, texts_of(prompts, arch.preview.worded), processes
+    )
     release_memory(options.memory.highvram)
     text_encoders = text.encoders
     shrinks = options.precision.fp8_base or options.precision.fp8_base_unet

@@ -22,7 +22,9 @@ from networks.core.files import file_tensors
 from networks.core.protocol import adopt
 from networks.lora_lumina import create_network, create_network_from_weights
 
-FACTS: Mapping[str, Any] = json.loads(gzip.decompress((Path(__file__).parent / "data" / "lumina2.json.gz").read_bytes()))
+FACTS: Mapping[str, Any] = json.loads(
+    gzip.decompress((Path(__file__).parent / "data" / "lumina2.json.gz").read_bytes())
+)
 LORA = FACTS["lora"]
 SAME = [name for name in LORA["variants"] if "mlp_dim" not in name and "train_block_indices" not in name]
 Models = tuple[nn.Module | list[nn.Module], nn.Module]

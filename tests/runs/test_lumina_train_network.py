@@ -89,7 +89,7 @@ def test_layouts_of_one_model_train_the_same(train_lumina: Train, arguments: lis
     assert metadata["ss_base_model_version"] == "lumina2"
     assert metadata["modelspec.architecture"] == "lumina-2/lora"
     assert (metadata["ss_timestep_sampling"], metadata["ss_discrete_flow_shift"]) == ("shift", "6.0")
-    assert "ss_guidance_scale" not in metadata
+    assert "ss_guidance_scale" not in metadata and "modelspec.prediction_type" not in metadata
 
 
 def test_memory_modes_and_caches_change_nothing_but_memory(

@@ -146,6 +146,5 @@ def metadata(options: LuminaOptions) -> dict[str, str]:
         **{f"ss_{name}": str(values[name]) for name in TOLD},
         "modelspec.architecture": "lumina-2/lora",
         "modelspec.implementation": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
-        "modelspec.prediction_type": "epsilon",
         "modelspec.resolution": "1024x1024",
     }
