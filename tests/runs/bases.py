@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.tiny.flux import build_tiny_flux
+from tests.tiny.lumina import build_tiny_lumina
 from tests.tiny.sd import build_tiny_sd
 from tests.tiny.sd3 import build_tiny_sd3
 from tests.tiny.sdxl import build_tiny_sdxl
@@ -36,5 +37,10 @@ BASES: Mapping[str, Base] = {
         "sd3_train_network",
         "networks.lora_sd3",
         lambda folder: named(build_tiny_sd3(folder, 55), "--t5xxl_max_token_length", "16"),
+    ),
+    "lumina": Base(
+        "lumina_train_network",
+        "networks.lora_lumina",
+        lambda folder: [*build_tiny_lumina(folder, 56), "--gemma2_max_token_length", "32"],
     ),
 }
