@@ -1,0 +1,16 @@
+"""LyCORIS finds the layers of Stable Diffusion 2.1 and XL in our views, at full size, and names them as files do."""
+
+import pytest
+import torch
+
+from tests.contracts.full_size import facts, seen_by_networks
+
+kohya = pytest.importorskip("lycoris.kohya")
+
+
+@pytest.mark.parametrize("model", ["sd21", "sdxl"])
+def test_its_modules_have_the_names_of_a_plain_lora(model: str) -> None:
+    with torch.device("meta"):
+        network = kohya.create_network(1.0, 4, 1, None, *seen_by_networks(model), algo="lora", preset="attn-mlp")
+    wanted = {key.partition(".")[0] for key in facts(f"lora_keys_{model}")["networks.lora"]["default"]}
+    assert {module.lora_name for module in network.loras} == wanted
