@@ -137,7 +137,7 @@ def test_training_goes_on_from_a_split_file(train_lumina: Train, arguments: list
     split = ["--network_args", "split_qkv=True"]
     assert train_lumina([*arguments, *split]).status == 0
     first = saved(tmp_path)
-    assert first["lora_unet_layers_0_attention_qkv.lora_down.weight"].shape == (12, 48)
+    assert first["lora_unet_layers_0_attention_qkv.lora_down.weight"].shape == (12, 72)
     assert float(first["lora_unet_layers_0_attention_qkv.alpha"]) == 3
     weights = ["--network_weights", str(tmp_path / "out" / "mine.safetensors"), "--dim_from_weights"]
     done = train_lumina([*arguments, *split, *weights, "--output_name", "more"])

@@ -16,12 +16,12 @@ Layout = Literal["files", "whole", "diffusers"]
 
 CONFIG = LuminaConfig(
     in_features=64,
-    width=48,
+    width=72,
     head_width=12,
     num_kv_heads=2,
-    mlp_width=192,
+    mlp_width=288,
     text_width=32,
-    time_width=48,
+    time_width=72,
     num_context_refiners=2,
     num_noise_refiners=2,
     num_layers=2,
