@@ -105,6 +105,23 @@ def test_memory_modes_and_caches_change_nothing_but_memory(
     assert any((tmp_path / "data" / "2_thing").glob("*_0064x0064_lumina.npz"))
 
 
+def test_a_trained_text_encoder_is_computed_again(train_lumina: Train, arguments: list[str], tmp_path: Path) -> None:
+    for name, extra in (("kept", []), ("again", ["--gradient_checkpointing"])):
+        assert train_lumina([*arguments, *extra, "--output_name", name]).status == 0
+    kept, again = saved(tmp_path, "kept"), saved(tmp_path, "again")
+    for key, weight in kept.items():
+        torch.testing.assert_close(again[key], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_half_precision_and_weights_of_8_bits_train(train_lumina: Train, arguments: list[str], tmp_path: Path) -> None:
+    half = ["--mixed_precision", "bf16", "--save_precision", "bf16"]
+    for name, extra in (("half", []), ("cached", ON_DISK), ("eighth", ["--fp8_base", "--full_bf16"])):
+        done = train_lumina([*arguments, *half, *extra, "--output_name", name])
+        assert done.status == 0, done.stderr
+        ups = [weight for key, weight in saved(tmp_path, name).items() if "unet" in key and "lora_up" in key]
+        assert all(weight.isfinite().all() and weight.abs().max() > 0 for weight in ups)
+
+
 def test_text_that_was_encoded_ahead_trains_the_same_bit_for_bit(
     train_lumina: Train, arguments: list[str], tmp_path: Path, pictures: Path
 ) -> None:

@@ -118,25 +118,29 @@ class NextDiT(nn.Module):
         """The velocity, shape BCHW.
 
         `times_B` are 1 less the share of noise: 0 is noise, 1 the picture. `text_mask_BL` is true for the tokens of the
-        caption, which come before its padding; padding has no part in anything.
+        caption, which come before its padding; padding has no part in anything, and what is behind the longest caption
+        is not computed.
         """
         h, w = (side // PATCH for side in latents_BCHW.shape[-2:])
         dtype = self.x_embedder.weight.dtype
+        num_text_B = text_mask_BL.sum(1).tolist()
+        L = max(num_text_B)
+        is_text_BL = text_mask_BL[:, :L].bool()
         img_BIM = self.x_embedder(patchify(latents_BCHW).to(dtype))
-        txt_BLM = self.cap_embedder(text_BLE.to(dtype))
+        txt_BLM = self.cap_embedder(text_BLE[:, :L].to(dtype))
         time_BV = self.t_embedder(times_B, dtype)
-        is_text_BL = text_mask_BL.bool()
-        L = is_text_BL.shape[1]
         cos_B1TD, sin_B1TD = rope_of(positions(is_text_BL, h, w)[:, None], self.config.rope_axes)
         text_rope, picture_rope = (cos_B1TD[:, :, :L], sin_B1TD[:, :, :L]), (cos_B1TD[:, :, L:], sin_B1TD[:, :, L:])
+        text_mask = mask = None  # without one, attention has faster kernels
+        if min(num_text_B) < L:
+            text_mask, mask = is_text_BL[:, None, None], key_mask(is_text_BL, h * w)
         for block in self.context_refiner:
-            txt_BLM = self._run(block, txt_BLM, None, text_rope, is_text_BL[:, None, None])
+            txt_BLM = self._run(block, txt_BLM, None, text_rope, text_mask)
         for block in self.noise_refiner:
             img_BIM = self._run(block, img_BIM, time_BV, picture_rope, None)
         x_BTM = torch.cat([txt_BLM, img_BIM], dim=1)
-        mask_B11T = torch.cat([is_text_BL, is_text_BL.new_ones(len(is_text_BL), h * w)], dim=1)[:, None, None]
         for block in self.layers:
-            x_BTM = self._run(block, x_BTM, time_BV, (cos_B1TD, sin_B1TD), mask_B11T)
+            x_BTM = self._run(block, x_BTM, time_BV, (cos_B1TD, sin_B1TD), mask)
         return unpatchify(self.final_layer(x_BTM[:, L:], time_BV), h, w)
 
     def _run(self, block: nn.Module, *inputs: Any) -> Any:
@@ -157,6 +161,12 @@ def unpatchify(tokens_BIF: Tensor, h: int, w: int) -> Tensor:
     B, _, F = tokens_BIF.shape
     grid = tokens_BIF.view(B, h, w, PATCH, PATCH, F // PATCH**2)
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(B, F // PATCH**2, h * PATCH, w * PATCH)
+
+
+def key_mask(is_text_BL: Tensor, num_patches: int) -> Tensor:
+    """Which tokens may be attended to: the text's as given, the whole picture; shape (B, 1, 1, T)."""
+    picture_BI = is_text_BL.new_ones((len(is_text_BL), num_patches))
+    return torch.cat([is_text_BL, picture_BI], dim=1)[:, None, None]
 
 
 def positions(is_text_BL: Tensor, h: int, w: int) -> Tensor:

@@ -1,0 +1,131 @@
+"""Files that make no Lumina Image 2.0 model are refused with what they are and what to do."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from library.architectures.lumina.gemma import load_gemma_tokenizer
+from library.architectures.lumina.load import LuminaLoader, open_loader
+from library.architectures.lumina.options import LuminaOptions
+from lumina_train_network import setup_parser
+from tests.tiny.lumina import build_tiny_lumina
+
+BASE = "--pretrained_model_name_or_path"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build_tiny_lumina(tmp_path_factory.mktemp("lumina"), 3)
+
+
+def opened(arguments: list[str]) -> LuminaLoader:
+    return open_loader(LuminaOptions.from_args(setup_parser().parse_args(arguments)))
+
+
+def with_changes(arguments: list[str], flag: str, folder: Path, changes: dict[str, torch.Tensor | None]) -> list[str]:
+    """The arguments with the file of one flag replaced by a changed copy."""
+    place = arguments.index(flag) + 1
+    tensors = {**load_file(arguments[place]), **changes}
+    path = folder / Path(arguments[place]).name
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+    return [*arguments[:place], str(path), *arguments[place + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("flag", "changes", "message"),
+    [
+        (BASE, {"x_embedder.weight": torch.ones(72, 16)}, "takes 16 values a patch, training feeds 64"),
+        (BASE, {"cap_embedder.1.weight": torch.ones(72, 48)}, "is 32 wide, the transformer listens to 48"),
+        (BASE, {"t_embedder.mlp.2.weight": None}, "no Lumina Image 2.0 model: t_embedder.mlp.2.weight is missing"),
+        (BASE, {"layers.0.attention.qkv.weight": torch.ones(80, 72)}, "heads of 12, 80 queries, keys and values"),
+        (BASE, {"layers.0.attention.qkv.weight": None}, "nothing in it is called layers.0.attention.qkv.weight"),
+        ("--ae", {"decoder.conv_in.weight": torch.ones(16, 4, 3, 3)}, "has 4 latent channels, Lumina Image 2.0 needs"),
+        ("--ae", {"decoder.conv_in.weight": None}, "is no VAE: it has no decoder.conv_in.weight"),
+        ("--gemma2", {"model.embed_tokens.weight": None}, "gemma_2_2b.safetensors is no Gemma 2 text encoder"),
+        ("--gemma2", {"model.layers.0.pre_feedforward_layernorm.weight": None}, "is no Gemma 2 text encoder"),
+        (
+            "--gemma2",
+            {"model.layers.0.self_attn.k_proj.weight": None},
+            "gemma_2_2b.safetensors: layers.0.self_attn.k_proj.weight is not there",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_does_not_fit_is_named(
+    tiny: list[str], tmp_path: Path, flag: str, changes: dict[str, torch.Tensor | None], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        opened(with_changes(tiny, flag, tmp_path, changes))
+
+
+@pytest.mark.parametrize("flag", ["--ae", "--gemma2"])
+def test_a_missing_part_is_asked_for_by_its_flag(tiny: list[str], flag: str) -> None:
+    place = tiny.index(flag)
+    with pytest.raises(ValueError, match=f"{flag} is missing"):
+        opened(tiny[:place] + tiny[place + 2 :])
+
+
+@pytest.mark.parametrize("part", ["denoiser", "text_encoders"])
+def test_a_weight_that_lacks_is_noticed_when_the_model_is_loaded(tiny: list[str], tmp_path: Path, part: str) -> None:
+    flag, name = {
+        "denoiser": (BASE, "layers.1.feed_forward.w2.weight"),
+        "text_encoders": ("--gemma2", "model.layers.1.mlp.up_proj.weight"),
+    }[part]
+    loader = opened(with_changes(tiny, flag, tmp_path, {name: None}))
+    with pytest.raises(ValueError, match=f"is incomplete: 1 of the .* {name.removeprefix('model.')}"):
+        getattr(loader, part)()
+
+
+def test_every_layout_gives_the_same_models(tiny: list[str], tmp_path: Path) -> None:
+    expected = opened(tiny)
+    for layout in ("whole", "diffusers"):
+        found = opened(build_tiny_lumina(tmp_path / layout, 3, layout))  # type: ignore[arg-type]
+        for theirs, ours in (
+            (expected.denoiser(), found.denoiser()),
+            (expected.vae(), found.vae()),
+            *zip(expected.text_encoders(), found.text_encoders(), strict=True),
+        ):
+            state = ours.state_dict()
+            assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+def test_parts_of_a_folder_can_be_replaced_by_files(tiny: list[str], tmp_path: Path) -> None:
+    folder = build_tiny_lumina(tmp_path / "folder", 4, "diffusers")
+    for name in ("vae", "text_encoder"):
+        shutil.rmtree(tmp_path / "folder" / name)
+    loader = opened([*folder, *tiny[tiny.index("--ae") :]])
+    expected = opened(tiny).text_encoders()[0].state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loader.text_encoders()[0].state_dict().items())
+
+
+def test_a_folder_of_another_encoder_is_refused(tiny: list[str], tmp_path: Path) -> None:
+    build_tiny_lumina(tmp_path / "folder", 4, "diffusers")
+    config = tmp_path / "folder" / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "gemma3_text"}))
+    place = tiny.index("--gemma2") + 1
+    with pytest.raises(ValueError, match=r"^--gemma2 .* is a gemma3_text model, no Gemma 2 text encoder"):
+        opened([*tiny[:place], str(config.parent)])
+
+
+def test_models_come_in_the_precision_of_the_run_and_frozen(tiny: list[str]) -> None:
+    loader = opened([*tiny, "--mixed_precision", "bf16", "--no_half_vae"])
+    assert {p.dtype for p in loader.denoiser().parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in loader.vae().parameters()} == {torch.float32}
+    (gemma,) = loader.text_encoders()
+    assert not any(p.requires_grad for p in gemma.parameters())
+    assert not any(buffer.is_meta for buffer in gemma.buffers())
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny: list[str], tmp_path: Path) -> None:
+    folder = Path(tiny[1]).parent / "tokenizer"
+    with pytest.raises(ValueError, match=r"has ids up to \d+, Gemma knows 7: it belongs to another model"):
+        load_gemma_tokenizer([folder], None, num_words=7)
+    text = (folder / "tokenizer.json").read_text().replace("<bos>", "<cls>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="does not know <bos>: it belongs to another model"):
+        load_gemma_tokenizer([tmp_path], None, num_words=1000)
