@@ -25,6 +25,11 @@ SCRIPTS = {  # script -> (the architecture's package, the module and class of it
     "lumina_train_network": ("lumina", "library.architectures.lumina.options", "LuminaOptions"),
     "sdxl_train_network": ("sdxl", "library.architectures.sdxl.options", "SdxlOptions"),
     "sd3_train_network": ("sd3", "library.architectures.sd3.options", "Sd3Options"),
+    "hunyuan_image_train_network": (
+        "hunyuan_image",
+        "library.architectures.hunyuan_image.options",
+        "HunyuanImageOptions",
+    ),
 }
 
 

@@ -30,3 +30,8 @@ class PrecisionOptions(Options):
         False,
         help="Keep the frozen denoiser in 8 bits and the text encoders in the format of --mixed_precision.",
     )
+
+    @property
+    def shrinks_denoiser(self) -> bool:
+        """Whether the denoiser is to be kept in 8 bits."""
+        return self.fp8_base or self.fp8_base_unet

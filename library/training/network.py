@@ -48,8 +48,8 @@ def open_network(options: TrainOptions, models: Models, device: torch.device, dt
 
 
 def shrink_base(precision: PrecisionOptions, models: Models) -> None:
-    """Keep the frozen models in 8 bits where --fp8_base or --fp8_base_unet asks for it; merging came before."""
-    if precision.fp8_base or precision.fp8_base_unet:
+    """Keep the frozen models in 8 bits where --fp8_base or the like asks for it; merging came before."""
+    if precision.shrinks_denoiser:
         logger.info("denoiser: %d layers in 8 bits", keep_in_fp8(models.denoiser))
     if precision.fp8_base and models.text_encoders:
         logger.info("text encoders: %d layers in 8 bits", sum(keep_in_fp8(model) for model in models.text_encoders))

@@ -132,8 +132,7 @@ def prepare(
     )
     release_memory(options.memory.highvram)
     text_encoders = text.encoders
-    shrinks = options.precision.fp8_base or options.precision.fp8_base_unet
-    denoiser = arch.load.denoiser() if shrinks else place(arch.load.denoiser(), device)
+    denoiser = arch.load.denoiser() if options.precision.shrinks_denoiser else place(arch.load.denoiser(), device)
     models = Models(denoiser, text_encoders, vae, arch.view(text_encoders, denoiser))
 
     torch.manual_seed(stream_seed(seed, "adapter"))

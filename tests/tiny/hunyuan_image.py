@@ -1,13 +1,19 @@
-"""A tiny HunyuanImage 2.1."""
+"""A tiny but complete HunyuanImage 2.1 model: the four files of the original release, or a diffusers folder."""
 
-from typing import Any
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from library.architectures.hunyuan_image.keys import SWAPPED, source_keys, swap_halves
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig
+from library.architectures.hunyuan_image.qwen import TEMPLATE, qwen_config
 from tests.tiny.init import fixed_init
+
+Layout = Literal["files", "diffusers"]
 
 CONFIG = HunyuanImageConfig(
     channels=64,
@@ -22,6 +28,138 @@ CONFIG = HunyuanImageConfig(
     num_refiners=2,
     refiner_mlp_width=256,
 )
+VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 64,
+    "block_out_channels": [32, 32, 32, 32, 64, 128],
+    "layers_per_block": 1,
+    "spatial_compression_ratio": 32,
+    "sample_size": 384,
+    "scaling_factor": 0.75289,
+}
+NUM_QWEN_LAYERS = 4
+QWEN_SHAPES = {  # those that its configuration is read off
+    "embed_tokens.weight": (0, CONFIG.text_width),
+    "layers.0.self_attn.k_proj.weight": (CONFIG.text_width, CONFIG.text_width),
+    "layers.0.mlp.gate_proj.weight": (96, CONFIG.text_width),
+    **{f"layers.{number}.": () for number in range(NUM_QWEN_LAYERS)},
+}
+BYT5 = {
+    "vocab_size": 400,
+    "d_model": CONFIG.glyph_width,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_num_buckets": 8,
+}
+CAPTION_WORDS = "a photo of a red blue cat dog sitting running in the grass, with words on it"
+
+
+def build_tiny_hunyuan_image(folder: Path, seed: int, layout: Layout = "files") -> list[str]:
+    """Write a tiny model into `folder` and return the arguments that name it. One seed has the same weights in every
+    layout."""
+    from safetensors.torch import save_file
+
+    num_words = write_qwen_tokenizer(folder / "tokenizer")
+    parts = tiny_parts(seed, num_words)
+    if layout == "diffusers":
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": "HunyuanImagePipeline"}))
+        for name, (config, state) in parts.items():
+            (folder / name).mkdir()
+            (folder / name / "config.json").write_text(json.dumps(config))
+            stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+            weights = diffusers_state(state) if name == "transformer" else state
+            save_file(weights, folder / name / f"{stem}.safetensors", {"format": "pt"})
+        return ["--pretrained_model_name_or_path", str(folder)]
+    qwen = {name.replace("model.language_model.", "model."): t for name, t in parts["text_encoder"][1].items()}
+    arguments = []
+    for flag, stem, state in (
+        ("pretrained_model_name_or_path", "hunyuanimage2.1", parts["transformer"][1]),
+        ("vae", "hunyuan_image_2.1_vae", original_vae(parts["vae"][1])),
+        ("text_encoder", "qwen_2.5_vl", qwen),
+        ("byt5", "byt5_small_glyphxl", parts["text_encoder_2"][1]),
+    ):
+        save_file(state, folder / f"{stem}.safetensors")
+        arguments += [f"--{flag}", str(folder / f"{stem}.safetensors")]
+    return arguments
+
+
+Parts = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
+
+
+def tiny_parts(seed: int, num_words: int) -> Parts:
+    """(config.json, weights) by diffusers' folder names; the denoiser's and the VAE's names are ours and diffusers'."""
+    from diffusers import AutoencoderKLHunyuanImage
+    from transformers import T5Config, T5EncoderModel
+
+    with torch.device("meta"):
+        vae = AutoencoderKLHunyuanImage(**VAE)
+        byt5 = T5EncoderModel(T5Config(**BYT5))
+    qwen = fixed_init(whole_qwen(num_words), seed + 2)
+    qwen_state = {f"model.language_model.{name}": tensor for name, tensor in qwen.items()}
+    qwen_state |= {"lm_head.weight": torch.zeros(2, 3), "model.visual.patch_embed.proj.weight": torch.zeros(2, 3)}
+    byt5_state = {k: v for k, v in fixed_init(byt5, seed + 3).items() if k != "encoder.embed_tokens.weight"}
+    qwen_folder = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "text_config": {"num_attention_heads": 1}}
+    return {
+        "transformer": (diffusers_config(), tiny_hunyuan_image(seed).state_dict()),
+        "vae": (json.loads(vae.to_json_string()), fixed_init(vae, seed + 1)),
+        "text_encoder": (qwen_folder, qwen_state),
+        "text_encoder_2": ({**BYT5, "architectures": ["T5EncoderModel"]}, byt5_state),
+    }
+
+
+def whole_qwen(num_words: int) -> Any:
+    """transformers' model with all its layers and its last norm, on the meta device."""
+    from accelerate import init_empty_weights
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+    config = qwen_config({**QWEN_SHAPES, "embed_tokens.weight": (num_words, CONFIG.text_width)}, {})
+    with init_empty_weights(include_buffers=False):
+        return Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**config))
+
+
+def original_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The VAE in the layout of the original single file."""
+    return {original_vae_key(name): tensor for name, tensor in state.items()}
+
+
+def original_vae_key(name: str) -> str:
+    for theirs, ours in (
+        ("mid_block.resnets.0", "mid.block_1"),
+        ("mid_block.resnets.1", "mid.block_2"),
+        ("mid_block.attentions.0.proj", "mid.attn_1.proj_out"),
+        ("mid_block.attentions.0.to_", "mid.attn_1."),
+        ("mid_block.attentions.0", "mid.attn_1"),
+    ):
+        name = name.replace(theirs, ours)
+    match = re.fullmatch(r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(.+)", name)
+    if match is None:
+        return name
+    num_blocks = 1 if match[1] == "encoder" else 2
+    level, place = divmod(int(match[3]), num_blocks + 1)
+    block = f"block.{place}" if place < num_blocks else f"{match[2]}sample"
+    return f"{match[1]}.{match[2]}.{level}.{block}.{match[4]}"
+
+
+def write_qwen_tokenizer(folder: Path) -> int:
+    """A tokenizer of Qwen's kind that knows the words of the template and a few more; returns how many ids it has."""
+    from tokenizers import trainers
+    from transformers import Qwen2Tokenizer
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    text = re.sub(r"<\|\w+\|>", "", TEMPLATE.replace("{}", "")) + "\n" + CAPTION_WORDS
+    backend = Qwen2Tokenizer().backend_tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=5000, min_frequency=1, show_progress=False, special_tokens=special)
+    backend.train_from_iterator([text], trainer)
+    model = json.loads(backend.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, additional_special_tokens=special[1:])
+    tokenizer.save_pretrained(str(folder))
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def tiny_hunyuan_image(seed: int) -> HunyuanImage:

@@ -1,0 +1,18 @@
+"""Train a LoRA-family adapter for HunyuanImage 2.1."""
+
+import argparse
+
+from library.architectures.hunyuan_image.options import HunyuanImageOptions
+from library.training.cli import build_parser
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Every option of this script; front ends read it."""
+    return build_parser(HunyuanImageOptions)
+
+
+if __name__ == "__main__":
+    from library.architectures.hunyuan_image import build
+    from library.training.main import main
+
+    raise SystemExit(main(setup_parser(), HunyuanImageOptions, build))

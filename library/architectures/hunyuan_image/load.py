@@ -1,0 +1,194 @@
+"""Checkpoints of HunyuanImage 2.1 to modules: the four files of the original release, or a diffusers folder."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library.architectures.hunyuan_image.keys import DIFFUSERS_MARK, from_diffusers
+from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig, read_config
+from library.architectures.hunyuan_image.options import HunyuanImageOptions
+from library.architectures.hunyuan_image.qwen import WORDS as QWEN_WORDS
+from library.architectures.hunyuan_image.qwen import load_qwen, qwen_component
+from library.architectures.hunyuan_image.vae import MARK, SCALE, empty_vae, vae_component
+from library.architectures.interface import LatentSpec
+from library.checkpoints import sources
+from library.checkpoints.weights import Weights, configure, renamed, with_prefix
+from library.memory.fp8 import keep_in_fp8
+from library.models.loading import DTYPES, Component, materialise
+from library.models.recognise import WORDS, base_of_file, pipeline_base
+from library.models.shapes import shape_of
+from library.models.t5 import load_t5, t5_component, t5_of_folder, unscaled
+
+logger = logging.getLogger(__name__)
+
+BASE_FLAG = "--pretrained_model_name_or_path"
+DENOISER_PREFIXES = ("model.diffusion_model.", "")
+GLYPH_MARK = "byt5_in.fc1.weight"
+FOLDERS = {"denoiser": "transformer", "vae": "vae", "text_encoder": "text_encoder", "byt5": "text_encoder_2"}
+GLYPH_WORDS = "shared.weight"
+NUM_BYTE_IDS = 259  # three special tokens and 256 bytes
+SPEC = LatentSpec(channels=64, downscale=32, bucket_step=32, cache_suffix="_hi.npz", keys_carry_size=True)
+
+
+@dataclass(frozen=True)
+class HunyuanImageLoader:
+    """The four models, each loaded when it is asked for; frozen, on the CPU."""
+
+    path: Path  # the folder or file of the denoiser
+    config: HunyuanImageConfig
+    denoiser_weights: Weights
+    vae_component: Component
+    qwen: Component
+    byt5: Component
+    dtype: torch.dtype
+    text_dtype: torch.dtype
+    vae_dtype: torch.dtype
+    shrinks_qwen: bool
+
+    @property
+    def num_qwen_words(self) -> int:
+        return shape_of(self.qwen.weights.shapes, QWEN_WORDS)[0]
+
+    def text_encoders(self) -> list[nn.Module]:
+        qwen = load_qwen(self.qwen, self.text_dtype)
+        if self.shrinks_qwen:
+            logger.info("Qwen2.5-VL: %d layers in 8 bits", keep_in_fp8(qwen))
+        return [qwen, load_t5(self.byt5, self.text_dtype)]
+
+    def vae(self) -> nn.Module:
+        return materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
+
+    def denoiser(self) -> nn.Module:
+        with torch.device("meta"):
+            model = HunyuanImage(self.config)
+        return materialise(model, self.denoiser_weights, self.dtype)
+
+
+def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
+    """Open the files that the options name; only headers are read.
+
+    Raises ValueError naming the flag when a file is missing, broken, incomplete or of another model.
+    """
+    name = options.model.pretrained_model_name_or_path
+    if not name:
+        raise ValueError(f"{BASE_FLAG} is missing: give hunyuanimage2.1.safetensors, or a diffusers folder")
+    wanted = {
+        "vae": options.model.vae,
+        "text_encoder": options.hunyuan_image.text_encoder,
+        "byt5": options.hunyuan_image.byt5,
+    }
+    needed = [folder for part, folder in FOLDERS.items() if wanted.get(part) is None]
+    path = sources.find_model(BASE_FLAG, name, [(folder,) for folder in needed])
+    weights = denoiser_of(path, None if path.is_dir() else sources.open_file(BASE_FLAG, path))
+    dtype = DTYPES[options.precision.mixed_precision]
+    loader = HunyuanImageLoader(
+        path=path,
+        config=configure(weights, read_config),
+        denoiser_weights=weights,
+        vae_component=checked_vae(open_component("vae", wanted["vae"], path)),
+        qwen=open_component("text_encoder", wanted["text_encoder"], path),
+        byt5=open_component("byt5", wanted["byt5"], path),
+        dtype=dtype,
+        text_dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # Qwen's states do not fit float16
+        vae_dtype=torch.float32 if options.model.no_half_vae or dtype == torch.float32 else torch.float16,
+        shrinks_qwen=options.hunyuan_image.fp8_vl,
+    )
+    check_fit(loader)
+    return loader
+
+
+def denoiser_of(path: Path, whole: Weights | None) -> Weights:
+    """The denoiser's weights under our names. Raises ValueError saying which model it is where it is another."""
+    if whole is None:
+        refuse_other(str(path), pipeline_base(sources.read_json(path / "model_index.json").get("_class_name", "")))
+        _, weights = sources.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
+    else:
+        prefix = next(p for p in DENOISER_PREFIXES if not p or any(key.startswith(p) for key in whole.shapes))
+        weights = with_prefix(whole, prefix)
+    weights = unscaled(weights)
+    if DIFFUSERS_MARK in weights.shapes:
+        return from_diffusers(weights)
+    if GLYPH_MARK not in weights.shapes:
+        names = list(weights.shapes)
+        refuse_other(str(path), base_of_file(names if whole is None else list(whole.shapes), weights.shapes))
+        raise ValueError(
+            f"{BASE_FLAG} {path}: it has no {GLYPH_MARK}, so it is no transformer of HunyuanImage 2.1 (first names: "
+            f"{', '.join(names[:3]) or 'none'})"
+        )
+    return weights
+
+
+def refuse_other(origin: str, found: str | None) -> None:
+    """Raise ValueError for a model of another kind that was recognised."""
+    if found not in (None, "hunyuan_image"):
+        assert found is not None
+        what, script = WORDS[found]
+        raise ValueError(f"{BASE_FLAG} {origin}: this is {what} model; use {script}")
+
+
+def open_component(part: str, name: str | None, base: Path) -> Component:
+    """One of the other models, from the file or folder of its flag or from the diffusers folder of the base."""
+    flag, folder = f"--{part}", FOLDERS[part]
+    if name is None and not base.is_dir():
+        raise ValueError(f"{flag} is missing: {base} is the transformer alone")
+    path = base if name is None else sources.find_model(flag, name, (("", folder),))
+    try:
+        if not path.is_dir():
+            return component_of_file(part, sources.open_file(flag, path))
+        inside = path if name is not None and (path / "config.json").is_file() else path / folder
+        config, weights = sources.open_part(BASE_FLAG if name is None else flag, inside, folder)
+        if part == "vae":
+            return Component(config, weights)
+        return qwen_component(weights, config) if part == "text_encoder" else t5_of_folder(config, weights)
+    except ValueError as error:
+        raise error if flag in str(error) or BASE_FLAG in str(error) else ValueError(f"{flag}: {error}") from error
+
+
+def component_of_file(part: str, weights: Weights) -> Component:
+    if part == "vae":
+        return vae_component(weights)
+    if part == "text_encoder":
+        return qwen_component(weights)
+    if any(key.startswith("block.") for key in weights.shapes):  # an encoder that was saved by itself
+        weights = renamed(weights, lambda key: key if key == GLYPH_WORDS else f"encoder.{key}")
+    return t5_component(weights)
+
+
+def checked_vae(component: Component) -> Component:
+    """Raise ValueError where a VAE makes other latents than HunyuanImage 2.1's."""
+    origin, config = component.weights.origin, component.config
+    found = (config.get("latent_channels"), config.get("spatial_compression_ratio"))
+    if MARK not in component.weights.shapes or found != (SPEC.channels, SPEC.downscale):
+        raise ValueError(
+            f"--vae {origin} makes {found[0]} channels of every {found[1]} pixels, HunyuanImage 2.1 needs "
+            f"{SPEC.channels} of every {SPEC.downscale}; use hunyuan_image_2.1_vae_fp16.safetensors"
+        )
+    scale = config.get("scaling_factor") or SCALE
+    if scale != SCALE:
+        logger.warning("--vae %s is made for latents times %s; HunyuanImage 2.1 takes %s", origin, scale, SCALE)
+    return component
+
+
+def check_fit(loader: HunyuanImageLoader) -> None:
+    """Raise ValueError where the parts do not fit together."""
+    config = loader.config
+    if config.channels != SPEC.channels:
+        raise ValueError(
+            f"{BASE_FLAG} {loader.path}: the transformer takes {config.channels} channels, training feeds "
+            f"{SPEC.channels}"
+        )
+    for flag, component, words, width in (
+        ("--text_encoder", loader.qwen, QWEN_WORDS, config.text_width),
+        ("--byt5", loader.byt5, GLYPH_WORDS, config.glyph_width),
+    ):
+        num_words, found = shape_of(component.weights.shapes, words)
+        if found != width:
+            raise ValueError(
+                f"{flag} {component.weights.origin} is {found} wide, the transformer listens to {width}; it is another "
+                "encoder than HunyuanImage 2.1's"
+            )
+        if flag == "--byt5" and num_words < NUM_BYTE_IDS:
+            raise ValueError(f"{flag} {component.weights.origin} knows {num_words} words; ByT5 has more than 258")

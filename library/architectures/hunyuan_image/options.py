@@ -1,0 +1,82 @@
+"""The options that only HunyuanImage 2.1 has."""
+
+import argparse
+from dataclasses import dataclass
+from typing import TypeVar
+
+from library.options.base import Options, group, option, redeclared
+from library.options.flow import FlowPredictionOptions, FlowSamplingOptions, FlowWeightingOptions
+from library.options.precision import PrecisionOptions
+from library.options.reading import ReadingOptions
+from library.options.swapping import SwappingOptions
+from library.options.text_caching import TextCachingOptions
+from library.options.train import TrainOptions
+
+OptionsT = TypeVar("OptionsT", bound="HunyuanImageOptions")
+
+ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")
+
+
+@dataclass(frozen=True)
+class HunyuanImageModelOptions(Options):
+    """The parts of the base model and how they run."""
+
+    text_encoder: str | None = option(
+        None, help="File or folder of the text encoder Qwen2.5-VL. Unset takes it from a base in diffusers' layout."
+    )
+    byt5: str | None = option(
+        None,
+        help="File or folder of ByT5, which reads what is to be written in a picture. Unset takes it from a base in "
+        "diffusers' layout.",
+    )
+    fp8_vl: bool = option(False, help="Keep the text encoder Qwen2.5-VL in 8 bits.")
+    text_encoder_cpu: bool = option(False, help="Run the text encoders on the processor instead of the card.")
+    vae_chunk_size: int | None = option(
+        None, help="Compute the convolutions of the VAE in pieces of this size, which saves the card's memory."
+    )
+    attn_mode: str | None = option(
+        None,
+        help="Which implementation of attention runs. Only torch and sdpa, which are the same, are used here.",
+        choices=ATTENTION_MODES,
+    )
+    split_attn: bool = option(False, help="Has no effect: the samples of a batch share one call of attention.")
+
+
+@dataclass(frozen=True)
+class HunyuanImageSamplingOptions(FlowSamplingOptions):
+    """How noise levels are drawn."""
+
+    discrete_flow_shift: float = redeclared(FlowSamplingOptions, "discrete_flow_shift", 5.0)
+
+
+@dataclass(frozen=True)
+class HunyuanImagePrecisionOptions(PrecisionOptions):
+    """Number formats of weights and arithmetic."""
+
+    fp8_scaled: bool = option(
+        False, help="Keep the frozen denoiser in 8 bits with a factor for each row, in any --mixed_precision."
+    )
+
+    @property
+    def shrinks_denoiser(self) -> bool:
+        return self.fp8_scaled or self.fp8_base or self.fp8_base_unet
+
+
+@dataclass(frozen=True)
+class HunyuanImageOptions(TrainOptions):
+    """All options of hunyuan_image_train_network.py."""
+
+    precision: HunyuanImagePrecisionOptions = group(HunyuanImagePrecisionOptions)
+    hunyuan_image: HunyuanImageModelOptions = group(HunyuanImageModelOptions)
+    text_caching: TextCachingOptions = group(TextCachingOptions)
+    flow_sampling: HunyuanImageSamplingOptions = group(HunyuanImageSamplingOptions)
+    flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
+    flow_prediction: FlowPredictionOptions = group(FlowPredictionOptions)
+    reading: ReadingOptions = group(ReadingOptions)
+    swapping: SwappingOptions = group(SwappingOptions)
+
+    @classmethod
+    def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
+        """Collect the parsed values. The text encoders have no adapters, so only the denoiser is ever trained."""
+        options = super().from_args(args)
+        return options.with_values({"network_train_unet_only": not options.network.network_train_text_encoder_only})

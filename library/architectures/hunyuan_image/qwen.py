@@ -1,0 +1,167 @@
+"""The text encoder of HunyuanImage 2.1: the language half of Qwen2.5-VL, as transformers has it, from a file or folder.
+
+What is read is the state before the last two layers, so these and the last norm are not loaded.
+
+Letters: B captions, T tokens, E width.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints.sources import fetch_snapshot
+from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.models.loading import Component, materialise
+from library.models.shapes import Shapes, count, shape_of
+from library.models.t5 import unscaled
+
+logger = logging.getLogger(__name__)
+
+HUB_NAME = "Qwen/Qwen2.5-VL-7B-Instruct"
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
+WORDS = "embed_tokens.weight"
+HEAD_WIDTH = 128
+ROPE_BASE = 1_000_000
+EPS = 1e-6
+NUM_UNUSED_LAYERS = 2
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>"
+)
+NUM_TEMPLATE_TOKENS = 34  # before the caption
+
+
+def qwen_component(weights: Weights, config: Mapping[str, Any] | None = None) -> Component:
+    """The language half under the module paths of transformers' Qwen2_5_VLTextModel; `config` is that of a folder.
+
+    Raises ValueError naming the file when it holds something else.
+    """
+    weights = unscaled(weights)
+    prefix = next((p for p in PREFIXES if f"{p}{WORDS}" in weights.shapes), None)
+    if prefix is None or f"{prefix}layers.0.self_attn.q_proj.bias" not in weights.shapes:
+        first = ", ".join(list(weights.shapes)[:3]) or "none"
+        raise ValueError(f"{weights.origin} is no Qwen2.5-VL text encoder (first names: {first})")
+    weights = with_prefix(weights, prefix)
+    num_layers = count(weights.shapes, r"layers\.(\d+)\.") - NUM_UNUSED_LAYERS
+    if num_layers < 1:
+        raise ValueError(f"{weights.origin} has {num_layers + NUM_UNUSED_LAYERS} layers; Qwen2.5-VL 7B has 28")
+    kept = [key for key in weights.shapes if key == WORDS or is_used(key, num_layers)]
+    weights = selected(weights, {key: key for key in kept})
+    given = dict(config or {})
+    return Component(configure(weights, lambda shapes: qwen_config(shapes, given.get("text_config", given))), weights)
+
+
+def is_used(key: str, num_layers: int) -> bool:
+    return key.startswith("layers.") and int(key.split(".")[1]) < num_layers
+
+
+def qwen_config(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of transformers' Qwen2_5_VLTextConfig; `given` is what a folder says of it."""
+    vocab, width = shape_of(shapes, WORDS)
+    num_keys = shape_of(shapes, "layers.0.self_attn.k_proj.weight")[0]
+    num_heads = given.get("num_attention_heads") or max(width // HEAD_WIDTH, 1)
+    head_width = width // num_heads
+    if num_heads * head_width != width or num_keys % head_width:
+        raise ValueError(f"width {width} with {num_heads} heads and keys of {num_keys}; Qwen2.5-VL has heads of 128")
+    rest = head_width // 2 - head_width // 8
+    return {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": shape_of(shapes, "layers.0.mlp.gate_proj.weight")[0],
+        "num_hidden_layers": count(shapes, r"layers\.(\d+)\."),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_keys // head_width,
+        "rms_norm_eps": EPS,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": ROPE_BASE,
+            "mrope_section": [head_width // 8, rest // 2, rest - rest // 2],  # all the same where there is no picture
+        },
+        "use_cache": False,
+        "bos_token_id": None,  # of writing text
+        "eos_token_id": None,
+    }
+
+
+def empty_qwen(config: Mapping[str, Any]) -> Any:
+    """transformers' Qwen2_5_VLTextModel without its last norm, its weights on the meta device; what no file has, such
+    as the angles of positions, is real."""
+    from accelerate import init_empty_weights
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+    with init_empty_weights(include_buffers=False):
+        model = Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**config))
+        model.norm = nn.Identity()
+    return model
+
+
+def load_qwen(component: Component, dtype: torch.dtype) -> nn.Module:
+    """The encoder with its weights in `dtype`, frozen, on the CPU."""
+    return materialise(empty_qwen(component.config), component.weights, dtype)
+
+
+def encode_qwen(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """The states after the last layer that is loaded, template tokens cut off, (B, T - 34, E)."""
+    device = next(encoder.parameters()).device
+    states_BTE: Tensor = encoder(ids_BT.to(device), attention_mask=mask_BT.to(device)).last_hidden_state
+    return states_BTE[:, NUM_TEMPLATE_TOKENS:]
+
+
+def tokenize_qwen(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+    """(ids, mask) of captions in the template, both (B, T), padded behind to the longest; the mask is 0 for padding."""
+    texts = [TEMPLATE.replace("{}", caption) for caption in captions]
+    length = max_tokens + NUM_TEMPLATE_TOKENS
+    found = tokenizer(texts, max_length=length, padding="longest", truncation=True, return_tensors="pt")
+    return found["input_ids"], found["attention_mask"]
+
+
+def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int) -> Any:
+    """Qwen2.5-VL's tokenizer for an encoder that knows `num_words`.
+
+    Looked for in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
+    --tokenizer_cache_dir. Raises ValueError saying what to put where.
+    """
+    from transformers import Qwen2Tokenizer
+
+    folder = find_qwen_tokenizer(folders, cache_dir)
+    logger.info("Qwen tokenizer: %s", folder)
+    tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True, padding_side="right")
+    num_tokens = len(tokenizer(TEMPLATE.partition("{}")[0])["input_ids"])
+    largest = max(tokenizer.get_vocab().values())
+    if num_tokens != NUM_TEMPLATE_TOKENS or largest >= num_words:
+        raise ValueError(
+            f"the tokenizer in {folder} makes {num_tokens} tokens of the system prompt, Qwen2.5-VL's makes "
+            f"{NUM_TEMPLATE_TOKENS}, and has ids up to {largest} for {num_words} words: it belongs to another model; "
+            f"put the one of {HUB_NAME} into its place"
+        )
+    return tokenizer
+
+
+def find_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path:
+    """The folder of the tokenizer, downloaded if need be."""
+    cached = Path(cache_dir).expanduser() / HUB_NAME.replace("/", "_") if cache_dir else None
+    for folder in (*folders, *([cached] if cached else [])):
+        names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+        if "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names:
+            return folder
+    try:
+        downloaded = fetch_snapshot(HUB_NAME, TOKENIZER_FILES)
+    except ConnectionError as error:
+        place = cached or f"<folder>/{HUB_NAME.replace('/', '_')}"
+        raise ValueError(
+            f"Qwen2.5-VL's tokenizer is in none of {', '.join(map(str, folders))}, and {HUB_NAME} cannot be downloaded "
+            f"({error}). Put tokenizer.json and tokenizer_config.json of {HUB_NAME} into one of them, or into {place}"
+            f"{'' if cached else ' and give --tokenizer_cache_dir <folder>'}"
+        ) from error
+    if cached is not None:
+        cached.mkdir(parents=True, exist_ok=True)
+        for file in downloaded.iterdir():
+            shutil.copyfile(file, cached / file.name)
+    return downloaded

@@ -1,0 +1,73 @@
+"""The VAE of HunyuanImage 2.1: diffusers' AutoencoderKLHunyuanImage, from the original single file or a folder."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from library.checkpoints.weights import Weights, configure, renamed, with_prefix
+from library.models.loading import Component
+from library.models.shapes import Shapes, count, shape_of
+
+SCALE = 0.75289
+SAMPLE_SIZE = 384  # of tiles, which are off
+PREFIXES = ("vae.", "first_stage_model.", "")
+MARK = "decoder.conv_in.weight"
+MID = {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"}
+ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "proj"}
+
+
+def vae_component(weights: Weights) -> Component:
+    """The VAE from a single file. Raises ValueError naming the file when it holds something else."""
+    prefix = next((p for p in PREFIXES if f"{p}{MARK}" in weights.shapes), None)
+    if prefix is None:
+        first = ", ".join(list(weights.shapes)[:3]) or "none"
+        raise ValueError(f"{weights.origin} is no VAE: it has no {MARK} (first names: {first})")
+    weights = with_prefix(weights, prefix)
+    if "encoder.down.0.block.0.conv1.weight" not in weights.shapes:
+        raise ValueError(
+            f"{weights.origin} is no VAE of HunyuanImage 2.1 in the original layout; give "
+            "hunyuan_image_2.1_vae_fp16.safetensors, or the folder vae/ of a diffusers model"
+        )
+    config = configure(weights, vae_config)
+    return Component(config, renamed(weights, lambda key: vae_from_original(key, config["layers_per_block"])))
+
+
+def vae_config(shapes: Shapes) -> dict[str, Any]:
+    """Arguments of diffusers' AutoencoderKLHunyuanImage, from names of the original layout."""
+    levels = range(count(shapes, r"encoder\.down\.(\d+)\."))
+    num_halvings = sum(f"encoder.down.{level}.downsample.conv.weight" in shapes for level in levels)
+    return {
+        "in_channels": shape_of(shapes, "encoder.conv_in.weight")[1],
+        "out_channels": shape_of(shapes, "decoder.conv_out.weight")[0],
+        "latent_channels": shape_of(shapes, MARK)[1],
+        "block_out_channels": [shape_of(shapes, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in levels],
+        "layers_per_block": count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        "spatial_compression_ratio": 2**num_halvings,
+        "sample_size": SAMPLE_SIZE,
+        "scaling_factor": SCALE,
+    }
+
+
+def vae_from_original(key: str, layers_per_block: int) -> str:
+    """diffusers' name of a weight: it has the blocks of all levels in one list, each level's change of size last."""
+    match = re.fullmatch(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2)\.(\w+)\.(.+)", key)
+    if match:
+        part, block, layer, leaf = match.groups()
+        return f"{part}.mid_block.{MID[block]}.{ATTENTION.get(layer, layer)}.{leaf}"
+    match = re.fullmatch(r"(encoder\.down|decoder\.up)\.(\d+)\.(?:block\.(\d+)|downsample|upsample)\.(.+)", key)
+    if match is None:
+        return key
+    stack, level, block, leaf = match.groups()
+    num_blocks = layers_per_block + (stack == "decoder.up")
+    place = int(level) * (num_blocks + 1) + (num_blocks if block is None else int(block))
+    return f"{stack}_blocks.{place}.{leaf.replace('nin_shortcut', 'conv_shortcut')}"
+
+
+def empty_vae(config: Mapping[str, Any]) -> Any:
+    """diffusers' AutoencoderKLHunyuanImage on the meta device."""
+    from diffusers import AutoencoderKLHunyuanImage
+
+    with torch.device("meta"):
+        return AutoencoderKLHunyuanImage.from_config(dict(config))

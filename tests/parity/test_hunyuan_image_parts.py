@@ -1,0 +1,158 @@
+"""HunyuanImage 2.1's text encoders, VAE and prompts against transformers' whole models and diffusers' pipeline."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hunyuan_image_train_network import setup_parser
+from library.architectures.hunyuan_image import build
+from library.architectures.hunyuan_image.options import HunyuanImageOptions
+from library.architectures.hunyuan_image.predict import preview_sampler, velocity
+from library.architectures.hunyuan_image.qwen import TEMPLATE
+from library.architectures.hunyuan_image.text import glyph_text
+from library.architectures.interface import Architecture
+from library.diffusion.guidance import guided
+from library.training.preview import batch_of, noised_at
+from library.types import Prompt
+from tests.parity.test_hunyuan_image_model import oracle
+from tests.tiny.hunyuan_image import VAE, build_tiny_hunyuan_image, tiny_hunyuan_image, tiny_parts, whole_qwen
+from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAMPLED
+
+SEED = 5
+CAPTIONS = ["a red cat", 'a blue dog with "words" on it, and \u201cmore words\u201d', ""]
+QUOTED = ['a "b" c \u2018d e\u2019', "a \u201cb\u201d", "it isn't that it's quoted", "nothing"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny_hunyuan_image")
+
+
+@pytest.fixture(scope="module")
+def arch(folder: Path) -> Architecture:
+    return build(HunyuanImageOptions.from_args(setup_parser().parse_args(build_tiny_hunyuan_image(folder, SEED))))
+
+
+@pytest.fixture(scope="module")
+def pipeline(arch: Architecture, folder: Path) -> Any:
+    """diffusers' pipeline of transformers' whole text encoders and diffusers' own models, with the same weights."""
+    from diffusers import AutoencoderKLHunyuanImage, FlowMatchEulerDiscreteScheduler, HunyuanImagePipeline
+    from transformers import ByT5Tokenizer, Qwen2Tokenizer, T5Config, T5EncoderModel
+
+    tokenizer = Qwen2Tokenizer.from_pretrained(str(folder / "tokenizer"))
+    num_words = max(tokenizer.get_vocab().values()) + 1
+    parts = tiny_parts(SEED, num_words)
+    qwen = whole_qwen(num_words)
+    prefix = "model.language_model."
+    own = {name.removeprefix(prefix): t for name, t in parts["text_encoder"][1].items() if name.startswith(prefix)}
+    qwen.load_state_dict(own, assign=True)
+    byt5 = T5EncoderModel(T5Config(**parts["text_encoder_2"][0]))
+    byt5.load_state_dict(
+        {**parts["text_encoder_2"][1], "encoder.embed_tokens.weight": parts["text_encoder_2"][1]["shared.weight"]}
+    )
+    vae = AutoencoderKLHunyuanImage(**VAE)
+    vae.load_state_dict(parts["vae"][1])
+    return HunyuanImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=vae.eval(),
+        text_encoder=qwen.eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=byt5.eval(),
+        tokenizer_2=ByT5Tokenizer(),
+        transformer=oracle(tiny_hunyuan_image(SEED)),
+    )
+
+
+def test_the_template_is_that_of_diffusers(pipeline: Any) -> None:
+    assert pipeline.prompt_template_encode == TEMPLATE
+    assert pipeline.prompt_template_encode_start_idx == 34
+
+
+@torch.no_grad()
+def test_conditioning_is_that_of_diffusers(arch: Architecture, pipeline: Any) -> None:
+    """diffusers pads captions to 1000 tokens and runs all layers; what is no padding is compared."""
+    ours = arch.text.encode(arch.load.text_encoders(), arch.text.tokenize(CAPTIONS))
+    states, mask, glyphs, glyph_mask = pipeline.encode_prompt(CAPTIONS, batch_size=len(CAPTIONS))
+    T = ours["vlm_mask"].shape[1]
+    assert torch.equal(ours["vlm_mask"], mask[:, :T]) and not mask[:, T:].any()
+    assert ours["vlm_mask"].sum(1).tolist() == [len(arch.text.qwen_tokenizer(c)["input_ids"]) + 1 for c in CAPTIONS]
+    kept = ours["vlm_mask"].bool()
+    torch.testing.assert_close(ours["vlm_embed"][kept], states[:, :T][kept], **FLOAT32_DEEP)
+    assert torch.equal(ours["byt5_mask"], glyph_mask)
+    torch.testing.assert_close(ours["byt5_embed"], glyphs, **FLOAT32_DEEP)
+    assert ours["ocr_mask"].tolist() == [False, True, False]
+
+
+@torch.no_grad()
+def test_a_caption_does_not_depend_on_its_neighbours(arch: Architecture) -> None:
+    encoders = arch.load.text_encoders()
+    together = arch.text.encode(encoders, arch.text.tokenize(CAPTIONS))
+    alone = arch.text.encode(encoders, arch.text.tokenize(CAPTIONS[:1]))
+    T = alone["vlm_mask"].shape[1]
+    torch.testing.assert_close(together["vlm_embed"][:1, :T], alone["vlm_embed"], **FLOAT32_DEEP)
+    assert not together["vlm_mask"][0, T:].any()
+
+
+def test_quoted_text_is_that_of_diffusers_but_for_apostrophes() -> None:
+    from diffusers.pipelines.hunyuan_image.pipeline_hunyuanimage import extract_glyph_text
+
+    assert [glyph_text(caption) for caption in QUOTED] == ['Text "b". Text "d e". ', 'Text "b". ', None, None]
+    for caption in (QUOTED[1], QUOTED[3], 'a "b" "c"'):
+        assert glyph_text(caption) == extract_glyph_text(caption)
+    assert extract_glyph_text(QUOTED[2]) == 'Text "t that it". '  # what is avoided here
+
+
+@torch.no_grad()
+def test_the_original_vae_file_makes_the_latents_of_diffusers(arch: Architecture, pipeline: Any) -> None:
+    pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latents = arch.codec.encode(arch.load.vae(), pixels, [torch.Generator().manual_seed(2)])
+    expected = pipeline.vae.encode(pixels).latent_dist
+    noise = torch.randn(expected.mean.shape[1:], generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(latents[0], expected.mean[0] + expected.std[0] * noise, **FLOAT32_DEEP)
+    assert latents.shape == (1, 64, 2, 3)
+    decoded = arch.codec.decode(arch.load.vae(), arch.codec.normalize(latents))
+    torch.testing.assert_close(decoded, pipeline.vae.decode(latents).sample, **FLOAT32_DEEP)
+
+
+@torch.no_grad()
+def test_a_preview_is_the_picture_of_diffusers_pipeline(arch: Architecture, pipeline: Any) -> None:
+    """With plain classifier-free guidance, which diffusers' own guider is asked for; four steps of a wide picture."""
+    from diffusers.guiders import ClassifierFreeGuidance
+
+    prompt = Prompt(CAPTIONS[1], "a cat", 128, 64, 1, 4, 3.5, None, None, None, None, 5.0)
+    encoders = arch.load.text_encoders()
+    positive, negative = (arch.text.encode(encoders, arch.text.tokenize([t])) for t in (prompt.text, prompt.negative))
+    noise = torch.randn(1, 64, 2, 4, generator=torch.Generator().manual_seed(1))
+    sampler, denoiser, latents = preview_sampler(prompt), arch.load.denoiser(), noise
+    for n, level in enumerate(sampler.levels):
+        noised = noised_at(level, sampler.denoiser_input(latents, n))
+        predicted = guided(
+            lambda c, noised=noised: velocity(denoiser, noised, c, batch_of(prompt)), positive, negative, prompt, 0.5
+        )
+        latents = sampler.step(predicted, latents, n, torch.Generator())
+    pipeline.guider = ClassifierFreeGuidance(guidance_scale=prompt.scale)
+    pipeline.set_progress_bar_config(disable=True)
+    shown = pipeline(
+        prompt=prompt.text, negative_prompt=prompt.negative, width=128, height=64, num_inference_steps=4,
+        latents=noise, output_type="latent",
+    ).images  # fmt: skip
+    assert (shown - noise).abs().max() > 0.1
+    torch.testing.assert_close(latents, shown, **FLOAT32_SAMPLED)
+
+
+def test_both_layouts_have_the_same_weights(arch: Architecture, tmp_path: Path) -> None:
+    arguments = build_tiny_hunyuan_image(tmp_path, SEED, "diffusers")
+    other = build(HunyuanImageOptions.from_args(setup_parser().parse_args(arguments)))
+    for part in ("denoiser", "vae"):
+        ours, theirs = (getattr(a.load, part)().state_dict() for a in (arch, other))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for mine, yours in zip(arch.load.text_encoders(), other.load.text_encoders(), strict=True):
+        ours, theirs = mine.state_dict(), yours.state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_two_layers_and_the_last_norm_are_not_loaded(arch: Architecture) -> None:
+    qwen = arch.load.text_encoders()[0]
+    assert len(qwen.layers) == 2 and not list(qwen.norm.parameters())  # type: ignore[arg-type,union-attr]

@@ -1,0 +1,150 @@
+"""hunyuan_image_train_network.py on a tiny HunyuanImage 2.1 model: it trains, saves what ComfyUI reads and goes on."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from library.architectures.hunyuan_image.adapter_names import NAMES
+from tests.running import Finished
+from tests.tiny.hunyuan_image import build_tiny_hunyuan_image
+
+Train = Callable[..., Finished]
+
+
+@pytest.fixture(scope="session")
+def tiny_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build_tiny_hunyuan_image(tmp_path_factory.mktemp("tiny_hunyuan_image"), seed=31)
+
+
+@pytest.fixture
+def arguments(tiny_arguments: list[str], pictures: Path, tmp_path: Path) -> list[str]:
+    """A command line that trains three steps."""
+    (pictures / "2_thing" / "00.txt").write_text('a red cat with "words" on it')
+    return [
+        *tiny_arguments, "--train_data_dir", str(pictures), "--caption_extension", ".txt", "--resolution", "64",
+        "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
+        "networks.lora_hunyuan_image", "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "3",
+        "--seed", "5", "--max_data_loader_n_workers", "0",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def train_hunyuan(train: Train) -> Train:
+    return partial(train, script="hunyuan_image_train_network")
+
+
+def saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
+    return load_file(tmp_path / "out" / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("module", "network_args"),
+    [
+        ("networks.lora_hunyuan_image", ["network_reg_dims=img_mlp_fc1=8,_mod_=0", "split_qkv=True"]),
+        ("networks.lora", ["dora_wd=True", "rank_dropout=0.1"]),
+        ("networks.lora_fa", []),
+        ("networks.dylora", ["unit=2"]),
+    ],
+    ids=str,
+)
+def test_every_kind_of_adapter_trains_under_the_names_ComfyUI_reads(
+    train_hunyuan: Train, arguments: list[str], tmp_path: Path, module: str, network_args: list[str]
+) -> None:
+    extra = ["--network_module", module, *(["--network_args", *network_args] if network_args else [])]
+    done = train_hunyuan([*arguments, *extra])
+    assert done.status == 0, done.stderr
+    weights = saved(tmp_path)
+    names = {key.partition(".")[0] for key in weights}
+    assert all((found := NAMES.find(name)) is not None and found.kohya == name for name in names)
+    ups = {key: weight for key, weight in weights.items() if key.endswith("lora_up.weight")}
+    assert all(weight.isfinite().all() and weight.abs().max() > 0 for weight in ups.values())
+    if "split_qkv=True" in network_args:
+        assert weights["lora_unet_double_blocks_0_img_mlp_0.lora_down.weight"].shape == (8, 64)
+        assert weights["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"].shape == (12, 64)
+        assert len(ups) == 2 * (10 - 2) + 2 * 3
+    else:
+        assert len(ups) == 2 * 10 + 2 * 3
+
+
+def test_caches_and_recomputed_blocks_change_nothing_but_memory(
+    train_hunyuan: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    done = train_hunyuan([*arguments, "--cache_latents", "--output_name", "plain"])
+    assert done.status == 0, done.stderr
+    disk = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--gradient_checkpointing"]
+    done = train_hunyuan([*arguments, *disk, "--output_name", "other"])
+    assert done.status == 0, done.stderr
+    plain, other = saved(tmp_path, "plain"), saved(tmp_path, "other")
+    for key, weight in plain.items():
+        torch.testing.assert_close(other[key], weight, rtol=1e-4, atol=1e-6)
+    assert any((tmp_path / "data" / "2_thing").glob("*_0064x0064_hi.npz"))
+    assert (tmp_path / "data" / "2_thing" / "00_hi_te.npz").exists()
+    with safe_open(tmp_path / "out" / "other.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_base_model_version"] == "hunyuan-image-2.1"
+    assert metadata["modelspec.architecture"] == "hunyuan-image-2.1/lora"
+    assert metadata["ss_discrete_flow_shift"] == "5.0"
+    assert "modelspec.prediction_type" not in metadata
+
+
+def test_training_goes_on_from_a_file_with_the_names_of_sd_scripts(
+    train_hunyuan: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    assert train_hunyuan(arguments).status == 0
+    first, theirs = saved(tmp_path), tmp_path / "theirs.safetensors"
+    spelled = {found.kohya: found.aliases[0] for found in NAMES.modules if found.aliases}
+    split = {key: key.partition(".") for key in first}
+    save_file({spelled.get(name, name) + "." + leaf: first[key] for key, (name, _, leaf) in split.items()}, theirs)
+    go_on = ["--network_weights", str(theirs), "--learning_rate", "1e-9", "--output_name", "more"]
+    done = train_hunyuan([*arguments, *go_on])
+    assert done.status == 0, done.stderr
+    assert "26 modules loaded" in done.stderr
+    more = saved(tmp_path, "more")
+    assert more.keys() == first.keys()
+    for key, weight in first.items():
+        torch.testing.assert_close(more[key], weight, rtol=1e-3, atol=1e-6)
+    merged = ["--base_weights", str(theirs), "--fp8_scaled", "--fp8_vl", "--output_name", "merged"]
+    done = train_hunyuan([*arguments, *merged])
+    assert done.status == 0, done.stderr
+    assert "layers in 8 bits" in done.stderr and f"merged {theirs}" in done.stdout + done.stderr
+
+
+def test_a_preview_is_drawn(train_hunyuan: Train, arguments: list[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text('a red cat with "words" --w 64 --h 96 --s 2 --l 2 --fs 3 --d 1\n')
+    done = train_hunyuan([*arguments, "--sample_prompts", str(prompts), "--sample_at_first", "--max_train_steps", "1"])
+    assert done.status == 0, done.stderr
+    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--blocks_to_swap", "4"], "--blocks_to_swap is not supported yet"),
+        (["--weighted_captions"], "Qwen2.5-VL knows no weighted words"),
+        (["--network_train_text_encoder_only"], "the text encoders of HunyuanImage 2.1 have no adapters"),
+        (["--text_encoder", "nowhere.safetensors"], "--text_encoder nowhere.safetensors does not exist"),
+        (["--vae", "BYT5"], "is no VAE: it has no decoder.conv_in.weight"),
+        (["--byt5", "VAE"], "is no T5 encoder"),
+        (["--text_encoder", "BYT5"], "is no Qwen2.5-VL text encoder"),
+        (["--pretrained_model_name_or_path", "VAE"], "it has no byt5_in.fc1.weight"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_said_by_name(
+    train_hunyuan: Train, arguments: list[str], extra: list[str], message: str
+) -> None:
+    files = {"VAE": arguments[3], "BYT5": arguments[7]}
+    done = train_hunyuan([*arguments, *(files.get(word, word) for word in extra)])
+    assert done.status == 1
+    assert message in done.stderr and extra[0] in done.stderr.replace("weighted_captions", extra[0].strip("-"))
+
+
+def test_another_base_model_is_recognised(train_hunyuan: Train, arguments: list[str], tiny_sd_file: Path) -> None:
+    done = train_hunyuan([*arguments, "--pretrained_model_name_or_path", str(tiny_sd_file)])
+    assert done.status == 1 and "this is an SD 1.x model; use train_network.py" in done.stderr
