@@ -112,3 +112,38 @@ def test_a_rank_cut_out_of_a_dylora_file_is_a_lora_file(run: Callable[..., Finis
     for key, tensor in cut.items():
         if "lora_down" in key:
             assert torch.equal(tensor, whole[key][:2])
+
+
+@pytest.mark.slow
+def test_memory_modes_change_memory_and_hardly_the_loss(run: Callable[..., Finished]) -> None:
+    """Recomputed activations change nothing; 8-bit weights (3 bits of mantissa) move the loss by a few percent."""
+    one_step = ["--max_train_steps", "1", "--network_train_unet_only", "--mixed_precision", "bf16"]
+    plain = run("plain", *one_step).losses
+    assert run("again", *one_step, "--gradient_checkpointing").losses == plain
+    assert run("small", *one_step, "--fp8_base").losses == pytest.approx(plain, rel=0.1)
+
+
+KINDS = {
+    "dora": ["networks.lora", "dora_wd=True", "use_scalar=True", "rank_dropout=0.1", "module_dropout=0.1",
+             "loraplus_lr_ratio=4"],
+    "lora_fa": ["networks.lora_fa", "rank_dropout=0.1"],
+    "dylora": ["networks.dylora", "unit=2"],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_trains_and_its_file_is_trained_further(
+    run: Callable[..., Finished], tmp_path: Path, kind: str
+) -> None:
+    module, *arguments = KINDS[kind]
+    words = ["--network_module", module, "--network_args", *arguments]
+    run("one", *words, "--max_train_steps", "2")
+    first = load_state_dict(tmp_path / "one" / "mine.safetensors")
+    moved = [key for key, tensor in first.items() if "lora_up" in key and float(tensor.abs().max()) > 0]
+    assert any(key.startswith("lora_unet") for key in moved) and any(key.startswith("lora_te") for key in moved)
+    path = str(tmp_path / "one" / "mine.safetensors")
+    run("two", *words, "--max_train_steps", "1", "--network_weights", path, "--dim_from_weights")
+    second = load_state_dict(tmp_path / "two" / "mine.safetensors")
+    assert {key: tensor.shape for key, tensor in first.items()} == {key: t.shape for key, t in second.items()}
+    assert any(not torch.equal(first[key], second[key]) for key in moved)
