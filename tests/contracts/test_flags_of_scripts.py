@@ -1,0 +1,116 @@
+"""The options that each other script adds to those of train_network.py are an interface too.
+
+`data/flags_<script>.json` are the literal lists of sd-scripts' options.
+"""
+
+import argparse
+import importlib
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+
+from library.options.train import TrainOptions
+from tests.contracts.test_flags import LIST, OURS, actions_of, described
+
+SCRIPTS = sorted(path.stem.removeprefix("flags_") for path in LIST.parent.glob("flags_*.json") if path != LIST)
+ADDED: dict[str, list[dict[str, Any]]] = {
+    script: json.loads((LIST.parent / f"flags_{script}.json").read_text(encoding="utf-8")) for script in SCRIPTS
+}
+OURS_HERE = {"sdxl_train_network": {"text_encoder_batch_size", "correct_crop_coordinates"}}
+"""Options that sd-scripts' script of that name does not have, besides `OURS` and text_cache_variants."""
+NUMBER_OF_OPTIONS = {
+    "flux_train_network": 22,
+    "hunyuan_image_train_network": 21,
+    "lumina_train_network": 20,
+    "sd3_train_network": 25,
+    "sdxl_train_network": 3,
+}
+
+
+@cache
+def parser_of(script: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = importlib.import_module(script).setup_parser()
+    return parser
+
+
+def parsed(script: str, *words: str) -> argparse.Namespace:
+    return parser_of(script).parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("script", "wanted"),
+    [(script, flag) for script in SCRIPTS for flag in ADDED[script]],
+    ids=lambda value: value if isinstance(value, str) else value["dest"],
+)
+def test_option_is_declared_as_listed(script: str, wanted: dict[str, Any]) -> None:
+    found = described(parser_of(script)._option_string_actions[wanted["flags"][0]])
+    assert found == wanted
+    assert type(found["default"]) is type(wanted["default"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_there_is_no_option_beside_the_lists(script: str) -> None:
+    names = {action.dest for action in actions_of(parser_of(script))}
+    added = {flag["dest"] for flag in ADDED[script]}
+    assert names == TrainOptions.defaults().keys() | added | {"text_cache_variants"} | OURS_HERE.get(script, set())
+    assert names >= OURS.keys()
+    assert len(added) == NUMBER_OF_OPTIONS[script]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_option_tells_in_its_own_words_what_it_does(script: str) -> None:
+    actions = actions_of(parser_of(script))
+    assert len({action.help for action in actions}) == len(actions)
+    for action in actions:
+        shown = (action.help or "").split("/")[0]  # all that one front end shows
+        assert len(shown.split()) >= 4 and shown.endswith("."), action.dest
+
+
+# What the options become
+
+
+def test_flux() -> None:
+    from library.architectures.flux.options import FluxOptions
+
+    options = FluxOptions.from_args(parsed("flux_train_network", "--guidance_scale", "1", "--ae", "ae.safetensors"))
+    assert (options.flux.guidance_scale, options.flux.ae) == (1.0, "ae.safetensors")
+    assert options.flow_prediction.model_prediction_type == "sigma_scaled"
+    assert options.flow_sampling.discrete_flow_shift == 3.0
+
+
+def test_lumina() -> None:
+    from library.architectures.lumina.options import LuminaOptions
+
+    options = LuminaOptions.from_args(parsed("lumina_train_network", "--system_prompt", "be good", "--gemma2", "g"))
+    assert (options.lumina.system_prompt, options.lumina.gemma2) == ("be good", "g")
+    assert (options.flow_sampling.timestep_sampling, options.flow_sampling.discrete_flow_shift) == ("shift", 6.0)
+    assert options.flow_prediction.model_prediction_type == "raw"
+
+
+def test_sdxl() -> None:
+    from library.architectures.sdxl.options import SdxlOptions
+
+    words = ["--correct_crop_coordinates", "--v_parameterization"]
+    options = SdxlOptions.from_args(parsed("sdxl_train_network", *words))
+    assert options.sizes.correct_crop_coordinates and options.model.v_parameterization
+    assert not options.text_caching.cache_text_encoder_outputs
+
+
+def test_hunyuan_image_trains_only_the_denoiser_whatever_is_asked() -> None:
+    from library.architectures.hunyuan_image.options import HunyuanImageOptions
+
+    for flags in ([], ["--network_train_unet_only"]):
+        options = HunyuanImageOptions.from_args(parsed("hunyuan_image_train_network", *flags))
+        assert options.network.network_train_unet_only
+    assert options.flow_sampling.discrete_flow_shift == 5.0
+
+
+@pytest.mark.parametrize("flag", ["fp8_scaled", "fp8_base", "fp8_base_unet"])
+def test_each_of_three_options_keeps_hunyuan_images_denoiser_in_8_bits(flag: str) -> None:
+    from library.architectures.hunyuan_image.options import HunyuanImageOptions
+
+    options = HunyuanImageOptions.from_args(parsed("hunyuan_image_train_network", f"--{flag}"))
+    assert options.precision.shrinks_denoiser
+    assert not HunyuanImageOptions().precision.shrinks_denoiser
