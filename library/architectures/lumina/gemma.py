@@ -18,8 +18,12 @@ from library.models.shapes import Shapes, count, shape_of
 
 logger = logging.getLogger(__name__)
 
-HUB_NAME = "Alpha-VLLM/Lumina-Image-2.0"  # Google's own repository gives files only to those who signed its terms
 TOKENIZER_FILE = "tokenizer.json"
+HUB: Mapping[str, str] = {  # repository -> the tokenizer in it
+    "Alpha-VLLM/Lumina-Image-2.0": f"tokenizer/{TOKENIZER_FILE}",
+    "google/gemma-2-2b": TOKENIZER_FILE,  # gives files only to those who signed its terms
+}
+HUB_CACHE = "models--google--gemma-2-2b/snapshots/*"  # what sd-scripts leaves in --tokenizer_cache_dir
 GEMMA_PREFIXES = ("text_encoders.gemma2_2b.transformer.model.", "model.", "")
 PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the head that predicts words, or a tokenizer
 HEAD_WIDTH = 256
@@ -109,20 +113,37 @@ def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
 
 def find_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path:
     """The file of the tokenizer, downloaded if need be."""
-    cached = Path(cache_dir).expanduser() / HUB_NAME.replace("/", "_") if cache_dir else None
-    for folder in (*folders, *([cached] if cached else [])):
+    cache = Path(cache_dir).expanduser() if cache_dir else None
+    own = None if cache is None else cache / next(iter(HUB)).replace("/", "_")
+    cached = [] if cache is None or own is None else [own, *sorted(cache.glob(HUB_CACHE))]
+    for folder in (*folders, *cached):
         if (folder / TOKENIZER_FILE).is_file():
             return folder / TOKENIZER_FILE
     try:
-        downloaded = fetch_snapshot(HUB_NAME, [f"tokenizer/{TOKENIZER_FILE}"]) / "tokenizer" / TOKENIZER_FILE
+        downloaded = download_tokenizer()
     except ConnectionError as error:
-        place = cached or f"<folder>/{HUB_NAME.replace('/', '_')}"
+        place = own or f"<folder>/{next(iter(HUB)).replace('/', '_')}"
         raise ValueError(
-            f"Gemma's tokenizer is in none of {', '.join(map(str, folders))}, and {HUB_NAME} cannot be downloaded "
-            f"({error}). Put {TOKENIZER_FILE} of Gemma 2 into one of them, or into {place}"
-            f"{'' if cached else ' and give --tokenizer_cache_dir <folder>'}"
+            f"Gemma's tokenizer is in none of {', '.join(map(str, folders))}, and the hub does not give it ({error}). "
+            f"Put {TOKENIZER_FILE} of Gemma 2 into one of them, or into {place}"
+            f"{'' if own else ' and give --tokenizer_cache_dir <folder>'}"
         ) from error
-    if cached is not None:
-        cached.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(downloaded, cached / TOKENIZER_FILE)
+    if own is not None:
+        own.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(downloaded, own / TOKENIZER_FILE)
     return downloaded
+
+
+def download_tokenizer() -> Path:
+    """The tokenizer from the first repository that gives it. Raises ConnectionError with the reason of each."""
+    refusals = []
+    for repository, file in HUB.items():
+        try:
+            downloaded = fetch_snapshot(repository, [file]) / file
+        except ConnectionError as error:
+            refusals.append(f"{repository}: {error}")
+            continue
+        if downloaded.is_file():
+            return downloaded
+        refusals.append(f"{repository}: it has no {file}")
+    raise ConnectionError("; ".join(refusals))

@@ -1,0 +1,106 @@
+"""Captions of Lumina Image 2.0: what Gemma reads, and which of its states the denoiser listens to."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.architectures.lumina import gemma
+from library.architectures.lumina.gemma import find_gemma_tokenizer, load_gemma_tokenizer
+from library.architectures.lumina.text import LuminaText
+from tests.tiny.lumina import build_tiny_lumina
+from tests.tolerances import EXACT, FLOAT32_SAME_MATH
+from tests.unit.architectures.lumina.test_load import opened
+
+BEGIN, PADDING = 2, 0
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build_tiny_lumina(tmp_path_factory.mktemp("lumina"), 3)
+
+
+@pytest.fixture(scope="module")
+def text(tiny: list[str]) -> LuminaText:
+    tokenizer = load_gemma_tokenizer([Path(tiny[1]).parent / "tokenizer"], None, 1000)
+    return LuminaText(tokenizer, num_tokens=20)
+
+
+def test_a_caption_stands_behind_the_begin_token_and_before_padding(text: LuminaText) -> None:
+    ids, mask = (tensor[:, 0] for tensor in text.tokenize(["red cat", "", "dog" * 40]).ids_BLT)
+    assert ids.shape == mask.shape == (3, 24)  # a multiple of 8; the caption ends at 20
+    words = text.ids_of("red cat")
+    assert ids[0].tolist() == [BEGIN, *words, *[PADDING] * (23 - len(words))]
+    assert mask.sum(1).tolist() == [1 + len(words), 1, 20]
+    assert text.count_tokens("red cat") == len(words)
+    assert ids[2, :20].tolist() == [BEGIN, *text.ids_of("dog" * 40)[:19]] and not mask[2, 20:].any()
+
+
+def test_the_instruction_stands_before_captions_that_say_something(text: LuminaText) -> None:
+    told = replace(text, system_prompt="be good", num_tokens=64)
+    assert told.worded("a cat") == "be good <Prompt Start> a cat"
+    assert told.worded("") == ""
+    (ids, _), (plain, _) = told.tokenize(["a cat"]).ids_BLT, replace(text, num_tokens=64).tokenize(["a cat"]).ids_BLT
+    assert not torch.equal(ids, plain)
+    assert told.count_tokens("a cat") == text.count_tokens("be good <Prompt Start> a cat")
+    for one, other in zip(
+        told.tokenize([""]).ids_BLT, replace(text, num_tokens=64).tokenize([""]).ids_BLT, strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_the_denoiser_gets_what_goes_into_the_last_layer(tiny: list[str], text: LuminaText) -> None:
+    (encoder,) = opened(tiny).text_encoders()
+    seen: list[torch.Tensor] = []
+    last = encoder.layers[-1]  # type: ignore[index]
+    handle = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    found = text.encode([encoder], text.tokenize(["red cat", "a dog"]))
+    handle.remove()
+    torch.testing.assert_close(found["hidden_state"], seen[0], **EXACT)
+    assert found["hidden_state"].shape == (2, 24, 32)
+
+
+def test_padding_does_not_change_the_states_of_a_caption(tiny: list[str], text: LuminaText) -> None:
+    (encoder,) = opened(tiny).text_encoders()
+    few, many = replace(text, num_tokens=8), replace(text, num_tokens=40)
+    short, long = (kind.encode([encoder], kind.tokenize(["red cat"])) for kind in (few, many))
+    num = int(short["attention_mask"].sum())
+    torch.testing.assert_close(short["hidden_state"][:, :num], long["hidden_state"][:, :num], **FLOAT32_SAME_MATH)
+
+
+def test_the_tokenizer_is_found_where_sd_scripts_keeps_it(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(name: str, patterns: Sequence[str]) -> Path:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(gemma, "fetch_snapshot", no_network)
+    with pytest.raises(ValueError, match=r"no network.*Put tokenizer\.json of Gemma 2 into one of them, or into"):
+        find_gemma_tokenizer([tmp_path / "tokenizer"], str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"and give --tokenizer_cache_dir <folder>$"):
+        find_gemma_tokenizer([tmp_path / "tokenizer"], None)
+    place = tmp_path / "cache" / "models--google--gemma-2-2b" / "snapshots" / "0123"
+    place.mkdir(parents=True)
+    (place / "tokenizer.json").write_text("{}")
+    assert find_gemma_tokenizer([tmp_path / "tokenizer"], str(tmp_path / "cache")) == place / "tokenizer.json"
+
+
+def test_a_downloaded_tokenizer_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def second_gives(name: str, patterns: Sequence[str]) -> Path:
+        asked.append(name)
+        if name != "google/gemma-2-2b":
+            raise ConnectionError("gone")
+        (tmp_path / "hub").mkdir(exist_ok=True)
+        (tmp_path / "hub" / "tokenizer.json").write_text("{}")
+        return tmp_path / "hub"
+
+    monkeypatch.setattr(gemma, "fetch_snapshot", second_gives)
+    cache = tmp_path / "cache"
+    assert find_gemma_tokenizer([tmp_path / "none"], str(cache)) == tmp_path / "hub" / "tokenizer.json"
+    assert asked == ["Alpha-VLLM/Lumina-Image-2.0", "google/gemma-2-2b"]
+    kept = find_gemma_tokenizer([tmp_path / "none"], str(cache))
+    assert kept == cache / "Alpha-VLLM_Lumina-Image-2.0" / "tokenizer.json" and len(asked) == 2
