@@ -111,7 +111,7 @@ def run(tiny_sd_folder: Path, tmp_path: Path) -> Any:
         models=models,
         network=SimpleNamespace(module=nn.Dropout(0.5)),
         trains_text_encoder=False,
-        optimizer=SimpleNamespace(is_schedule_free=False),
+        optimizer=SimpleNamespace(eval=lambda: None, train=lambda: None),
     )
 
 
