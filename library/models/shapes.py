@@ -5,6 +5,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import gcd
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -22,6 +23,27 @@ def shape_of(shapes: Shapes, name: str) -> tuple[int, ...]:
 def count(shapes: Shapes, pattern: str) -> int:
     """How many different numbers the one group of `pattern` takes at the beginning of the names."""
     return len({match[1] for match in (re.match(pattern, name) for name in shapes) if match})
+
+
+@dataclass(frozen=True)
+class ShapeReader:
+    """The sizes in a checkpoint of our own denoisers, names without prefix; errors call the model by its name."""
+
+    model: str  # "FLUX.1"
+    shapes: Shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises ValueError where the name is missing."""
+        if name not in self.shapes:
+            raise ValueError(f"no {self.model} model: {name} is missing")
+        return self.shapes[name]
+
+    def count(self, stem: str) -> int:
+        """The number of blocks `<stem>.0`, `<stem>.1`, …. Raises ValueError where there are none, or one is missing."""
+        numbers = {int(match[1]) for name in self.shapes if (match := re.match(rf"{re.escape(stem)}\.(\d+)\.", name))}
+        if not numbers or numbers != set(range(len(numbers))):
+            raise ValueError(f"no {self.model} model: its {stem} are numbered {sorted(numbers)}")
+        return len(numbers)
 
 
 def norm_groups(*channels: int) -> int:

@@ -7,7 +7,6 @@ width, M model width, F features of a patch.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from library.architectures.anima.llm_adapter import EPS, AdapterConfig, LLMAdapter
 from library.architectures.anima.positions import Angles, picture_angles, turn
 from library.architectures.anima.targets import TARGETS
+from library.models.shapes import ShapeReader
 
 PATCH = 2
 MASK_CHANNELS = 1  # of what is shown beside the latent: where the picture is padded, which it never is
@@ -44,18 +44,8 @@ class AnimaConfig:
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> AnimaConfig:
     """The configuration of a checkpoint from names and shapes, names without prefix. Raises ValueError for a name that
     is missing and for sizes that make no model."""
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in shapes:
-            raise ValueError(f"no Anima model: {name} is missing")
-        return shapes[name]
-
-    def count(stem: str) -> int:
-        numbers = {int(match[1]) for name in shapes if (match := re.match(rf"{stem}\.(\d+)\.", name))}
-        if not numbers or numbers != set(range(len(numbers))):
-            raise ValueError(f"no Anima model: its {stem} are numbered {sorted(numbers)}")
-        return len(numbers)
-
+    read = ShapeReader("Anima", shapes)
+    shape, count = read.shape, read.count
     width, in_features = shape("x_embedder.proj.1.weight")
     head_width = shape("blocks.0.self_attn.q_norm.weight")[0]
     adapter_width = shape("llm_adapter.embed.weight")[1]

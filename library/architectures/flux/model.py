@@ -6,7 +6,6 @@ D head width, M model width, F features of a patch.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from library.architectures.flux.targets import TARGETS
 from library.models.rotary import Rope, rope_of, turn
+from library.models.shapes import ShapeReader
 
 FREQUENCIES = 256
 MAX_PERIOD = 10_000
@@ -50,18 +50,8 @@ class FluxConfig:
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
     """The configuration of a checkpoint from names and shapes, names without prefix. Raises ValueError for a name that
     is missing and for sizes that make no model."""
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in shapes:
-            raise ValueError(f"no FLUX.1 model: {name} is missing")
-        return shapes[name]
-
-    def count(stem: str) -> int:
-        numbers = {int(match[1]) for name in shapes if (match := re.match(rf"{stem}\.(\d+)\.", name))}
-        if not numbers or numbers != set(range(len(numbers))):
-            raise ValueError(f"no FLUX.1 model: its {stem} are numbered {sorted(numbers)}")
-        return len(numbers)
-
+    read = ShapeReader("FLUX.1", shapes)
+    shape, count = read.shape, read.count
     width, in_features = shape("img_in.weight")
     head_width = shape("double_blocks.0.img_attn.norm.query_norm.scale")[0]
     if width % head_width or head_width % ROPE_STEP:

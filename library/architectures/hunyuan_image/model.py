@@ -6,7 +6,6 @@ D head width, M model width, E width of the text encoder, F frequencies.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from library.architectures.hunyuan_image.targets import TARGETS
 from library.models.rotary import Rope, rope_of, turn
+from library.models.shapes import ShapeReader
 
 FREQUENCIES = 256
 MAX_PERIOD = 10_000
@@ -46,18 +46,8 @@ class HunyuanImageConfig:
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> HunyuanImageConfig:
     """The configuration of a checkpoint from names and shapes, names without prefix. Raises ValueError for a name that
     is missing, for sizes that make no model and for the variants that are not trained."""
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in shapes:
-            raise ValueError(f"no HunyuanImage 2.1 model: {name} is missing")
-        return shapes[name]
-
-    def count(stem: str) -> int:
-        numbers = {int(match[1]) for name in shapes if (match := re.match(rf"{re.escape(stem)}\.(\d+)\.", name))}
-        if not numbers or numbers != set(range(len(numbers))):
-            raise ValueError(f"no HunyuanImage 2.1 model: its {stem} are numbered {sorted(numbers)}")
-        return len(numbers)
-
+    read = ShapeReader("HunyuanImage 2.1", shapes)
+    shape, count = read.shape, read.count
     refuse_variants(shapes)
     width, channels = shape("img_in.proj.weight")[:2]
     head_width = shape("double_blocks.0.img_attn_q_norm.weight")[0]

@@ -6,7 +6,6 @@ head width, M model width, E text width, V width of the noise level's embedding,
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from library.architectures.lumina.targets import TARGETS
 from library.models.rotary import Rope, rope_of, turn
+from library.models.shapes import ShapeReader
 
 FREQUENCIES = 256
 MAX_PERIOD = 10_000
@@ -55,18 +55,8 @@ class LuminaConfig:
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> LuminaConfig:
     """The configuration of a checkpoint from names and shapes, names without prefix. Raises ValueError for a name that
     is missing and for sizes that make no model."""
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in shapes:
-            raise ValueError(f"no Lumina Image 2.0 model: {name} is missing")
-        return shapes[name]
-
-    def count(stem: str) -> int:
-        numbers = {int(match[1]) for name in shapes if (match := re.match(rf"{stem}\.(\d+)\.", name))}
-        if not numbers or numbers != set(range(len(numbers))):
-            raise ValueError(f"no Lumina Image 2.0 model: its {stem} are numbered {sorted(numbers)}")
-        return len(numbers)
-
+    read = ShapeReader("Lumina Image 2.0", shapes)
+    shape, count = read.shape, read.count
     width, in_features = shape("x_embedder.weight")
     (head_width,) = shape("layers.0.attention.q_norm.weight")
     num_outputs = shape("layers.0.attention.qkv.weight")[0]

@@ -5,7 +5,6 @@ the latent, h and w sides in patches, P patch side, T tokens, N heads, D head wi
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from library.architectures.sd3.targets import TARGETS
+from library.models.shapes import ShapeReader
 
 FREQUENCIES = 256
 MAX_PERIOD = 10_000
@@ -42,16 +42,9 @@ class MMDiTConfig:
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTConfig:
     """The configuration of a checkpoint from names and shapes, names without prefix. Raises ValueError for a name that
     is missing and for sizes that make no model."""
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in shapes:
-            raise ValueError(f"no SD3 model: {name} is missing")
-        return shapes[name]
-
+    read = ShapeReader("SD3", shapes)
+    shape, depth = read.shape, read.count("joint_blocks")
     width, in_channels, patch, _ = shape("x_embedder.proj.weight")
-    blocks = {int(match[1]) for name in shapes if (match := re.match(r"joint_blocks\.(\d+)\.", name))}
-    if blocks != set(range(len(blocks))) or not blocks:
-        raise ValueError(f"no SD3 model: its joint_blocks are numbered {sorted(blocks)}")
     norm = "joint_blocks.0.x_block.attn.ln_q.weight"
     head_width = shapes[norm][0] if norm in shapes else min(HEAD_WIDTH, width)
     num_positions = shape("pos_embed")[-2]
@@ -60,7 +53,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTConfig:
         raise ValueError(f"no SD3 model: width {width} with heads of {head_width}, {num_positions} positions")
     return MMDiTConfig(
         width=width,
-        depth=len(blocks),
+        depth=depth,
         head_width=head_width,
         mlp_width=shape("joint_blocks.0.x_block.mlp.fc1.weight")[0],
         patch=patch,
@@ -69,7 +62,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTConfig:
         pooled_width=shape("y_embedder.mlp.0.weight")[1],
         positions_side=side,
         norms_queries=norm in shapes,
-        dual_attention=frozenset(i for i in blocks if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes),
+        dual_attention=frozenset(i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes),
     )
 
 
