@@ -24,6 +24,7 @@ SCRIPTS = {  # script -> (the architecture's package, the module and class of it
     "flux_train_network": ("flux", "library.architectures.flux.options", "FluxOptions"),
     "lumina_train_network": ("lumina", "library.architectures.lumina.options", "LuminaOptions"),
     "sdxl_train_network": ("sdxl", "library.architectures.sdxl.options", "SdxlOptions"),
+    "anima_train_network": ("anima", "library.architectures.anima.options", "AnimaOptions"),
     "sd3_train_network": ("sd3", "library.architectures.sd3.options", "Sd3Options"),
     "hunyuan_image_train_network": (
         "hunyuan_image",

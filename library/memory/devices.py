@@ -14,6 +14,11 @@ def release_memory(keep_cache: bool = False) -> None:
 
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:
-    """Move a frozen model to `device`, convolution weights channels last, which CPUs and tensor cores prefer."""
-    moved: nn.Module = module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    """Move a frozen model to `device`, convolution weights channels last, which CPUs and tensor cores prefer.
+
+    A model with convolutions over frames keeps its layout: torch's switch knows one number of dimensions at a time.
+    """
+    moved = module.to(device)
+    if all(weight.ndim <= 4 for weight in moved.parameters()):
+        moved = moved.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return moved

@@ -6,10 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from library.architectures.anima.keys import diffusers_key
+from library.architectures.anima.load import PREFIXES, denoiser_of
 from library.architectures.anima.model import Anima, read_config
+from library.architectures.anima.qwen3 import PREFIXES as QWEN3_PREFIXES
+from library.architectures.anima.qwen3 import empty_qwen3, qwen3_component
+from library.architectures.anima.vae import empty_vae, from_original, vae_component
+from library.checkpoints.weights import Weights
 
 FACTS: Mapping[str, Any] = json.loads(gzip.decompress((Path(__file__).parent / "data" / "anima.json.gz").read_bytes()))
 COUNTS = {"dit": 685, "qwen3_0.6b": 310, "vae": 194, "vae_alternative_naming": 194}
@@ -17,6 +23,11 @@ COUNTS = {"dit": 685, "qwen3_0.6b": 310, "vae": 194, "vae_alternative_naming": 1
 
 def shapes_of(part: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for name, shape in FACTS["components"][part].items()}
+
+
+def opened(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
+    """A checkpoint as if it had been opened; its values are on the meta device."""
+    return Weights("file", shapes, lambda name: torch.empty(shapes[name], device="meta"))
 
 
 def anima_shapes(config_of: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -29,9 +40,11 @@ def test_the_inventory_is_whole() -> None:
     assert {part: len(names) for part, names in FACTS["components"].items()} == COUNTS
 
 
-def test_the_denoiser_has_the_names_and_shapes_of_the_file() -> None:
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str) -> None:
     expected = shapes_of("dit")
-    assert anima_shapes(expected) == expected
+    weights = denoiser_of(Path("file"), opened({prefix + name: shape for name, shape in expected.items()}))
+    assert anima_shapes(weights.shapes) == expected == dict(weights.shapes)
     assert sum(torch.Size(shape).numel() for shape in expected.values()) == 2_091_068_928
 
 
@@ -60,3 +73,39 @@ def test_diffusers_has_every_weight_under_the_name_of_the_map() -> None:
         for name, tensor in model.state_dict().items()
     }
     assert {diffusers_key(name): shape for name, shape in shapes_of("dit").items()} == theirs
+
+
+@pytest.mark.parametrize("prefix", QWEN3_PREFIXES)
+@pytest.mark.parametrize("extra", [{}, {"lm_head.weight": (151936, 1024)}], ids=["bare", "with head"])
+def test_qwen3_loads_with_every_prefix(prefix: str, extra: dict[str, tuple[int, ...]]) -> None:
+    expected = shapes_of("qwen3_0.6b")
+    component = qwen3_component(opened({**{prefix + name: shape for name, shape in expected.items()}, **extra}))
+    model = empty_qwen3(component.config)
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == expected
+    assert dict(component.weights.shapes) == expected
+    assert sum(torch.Size(shape).numel() for shape in expected.values()) == 596_049_920
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 28}
+    assert heads.items() <= component.config.items()
+
+
+@pytest.mark.parametrize("part", ["vae", "vae_alternative_naming"])
+def test_the_vae_loads_from_both_layouts(part: str) -> None:
+    component = vae_component(opened(shapes_of(part)))
+    assert component.config == {
+        "base_dim": 96,
+        "z_dim": 16,
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "temperal_downsample": [False, True, True],
+        "input_channels": 3,
+    }
+    model = empty_vae(component.config)
+    assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == dict(component.weights.shapes)
+    assert dict(component.weights.shapes) == shapes_of("vae_alternative_naming")
+
+
+def test_the_names_of_the_vae_are_those_that_diffusers_gives_the_vae_of_wan() -> None:
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    for name in shapes_of("vae"):
+        assert list(convert_wan_vae_to_diffusers({name: 0})) == [from_original(name, 3)]

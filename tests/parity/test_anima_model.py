@@ -36,7 +36,8 @@ def inputs(H: int, W: int, seed: int = 0) -> Values:
     return latents, torch.tensor([0.125, 0.875]), source.requires_grad_(), source_mask, ids, mask
 
 
-def oracle(model: Anima) -> Callable[..., Tensor]:
+def oracle_models(model: Anima) -> tuple[Any, Any]:
+    """diffusers' transformer and text conditioner with the weights of ours."""
     from diffusers import AnimaTextConditioner, CosmosTransformer3DModel
 
     state = diffusers_state(model.state_dict())
@@ -49,16 +50,28 @@ def oracle(model: Anima) -> Callable[..., Tensor]:
     for block in transformer.transformer_blocks:
         for attention in (block.attn1, block.attn2):  # NVIDIA's code has 1e-6 here, diffusers 1e-5
             attention.norm_q.eps = attention.norm_k.eps = 1e-6
+    return transformer, conditioner
+
+
+def oracle_velocity(transformer: Any, latents: Tensor, sigmas: Tensor, text: Tensor) -> Tensor:
+    padding = torch.zeros_like(latents[:, :1])  # given as a channel: the model's own way needs torchvision
+    frames = torch.cat([latents, padding], dim=1)[:, :, None]
+    sample: Tensor = transformer(hidden_states=frames, timestep=sigmas, encoder_hidden_states=text).sample[:, :, 0]
+    return sample
+
+
+def oracle_of(transformer: Any, conditioner: Any) -> Callable[..., Tensor]:
+    """Both models in one, called as ours is."""
 
     def run(latents: Tensor, sigmas: Tensor, source: Tensor, source_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         text = conditioner(source, ids, target_attention_mask=mask, source_attention_mask=source_mask)
-        padding = torch.zeros_like(latents[:, :1])  # given as a channel: the model's own way needs torchvision
-        frames = torch.cat([latents, padding], dim=1)[:, :, None]
-        output = transformer(hidden_states=frames, timestep=sigmas, encoder_hidden_states=text)
-        sample: Tensor = output.sample[:, :, 0]
-        return sample
+        return oracle_velocity(transformer, latents, sigmas, text)
 
     return run
+
+
+def oracle(model: Anima) -> Callable[..., Tensor]:
+    return oracle_of(*oracle_models(model))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -1,0 +1,18 @@
+"""Train a LoRA-family adapter for Anima."""
+
+import argparse
+
+from library.architectures.anima.options import AnimaOptions
+from library.training.cli import build_parser
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Every option of this script; front ends read it."""
+    return build_parser(AnimaOptions)
+
+
+if __name__ == "__main__":
+    from library.architectures.anima import build
+    from library.training.main import main
+
+    raise SystemExit(main(setup_parser(), AnimaOptions, build))

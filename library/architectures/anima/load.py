@@ -1,0 +1,164 @@
+"""Checkpoints of Anima to modules: the three files of its release (transformer with text adapter, Qwen3, VAE)."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library.architectures.anima import qwen3
+from library.architectures.anima.keys import ADAPTER
+from library.architectures.anima.model import Anima, AnimaConfig, read_config
+from library.architectures.anima.options import AnimaOptions
+from library.architectures.anima.vae import SPEC, empty_vae, open_vae
+from library.checkpoints import sources
+from library.checkpoints.weights import Weights, configure, with_prefix
+from library.models.loading import DTYPES, Component, materialise
+from library.models.recognise import WORDS, base_of_file, pipeline_base
+from library.models.shapes import shape_of
+
+logger = logging.getLogger(__name__)
+
+BASE_FLAG, ADAPTER_FLAG = "--pretrained_model_name_or_path", "--llm_adapter_path"
+MARK = "blocks.0.adaln_modulation_self_attn.1.weight"
+ADAPTER_MARK = "blocks.0.norm_self_attn.weight"
+PREFIXES = ("net.", "model.diffusion_model.", "")
+
+
+@dataclass(frozen=True)
+class AnimaLoader:
+    """The three models, each loaded when it is asked for; frozen, on the CPU."""
+
+    path: Path  # the file of the denoiser
+    config: AnimaConfig
+    denoiser_weights: Weights
+    text: Component
+    vae_component: Component
+    dtype: torch.dtype
+    vae_dtype: torch.dtype
+
+    @property
+    def num_qwen3_words(self) -> int:
+        return shape_of(self.text.weights.shapes, qwen3.WORDS)[0]
+
+    def text_encoders(self) -> list[nn.Module]:
+        return [qwen3.load_qwen3(self.text, self.dtype)]
+
+    def vae(self) -> nn.Module:
+        return materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
+
+    def denoiser(self) -> nn.Module:
+        return materialise(empty_anima(self.config), self.denoiser_weights, self.dtype)
+
+
+def open_loader(options: AnimaOptions) -> AnimaLoader:
+    """Open the files that the options name; only headers are read.
+
+    Raises ValueError naming the flag when a file is missing, broken, incomplete or of another model.
+    """
+    path, weights = open_base(options.model.pretrained_model_name_or_path)
+    if options.text.llm_adapter_path:
+        weights = with_adapter(weights, open_adapter(options.text.llm_adapter_path))
+    elif f"{ADAPTER}{ADAPTER_MARK}" not in weights.shapes:
+        raise ValueError(
+            f"{BASE_FLAG} {path} has no text adapter (nothing begins with {ADAPTER!r}), so it is a Cosmos model or "
+            f"only a part of Anima; use anima-preview.safetensors or another whole one, or give {ADAPTER_FLAG}"
+        )
+    dtype = DTYPES[options.precision.mixed_precision]
+    loader = AnimaLoader(
+        path=path,
+        config=configure(weights, read_config),
+        denoiser_weights=weights,
+        text=qwen3.open_qwen3(options.text.qwen3),
+        vae_component=open_vae(options.model.vae),
+        dtype=dtype,
+        vae_dtype=torch.float32 if options.model.no_half_vae else dtype,
+    )
+    check_fit(loader)
+    return loader
+
+
+def empty_anima(config: AnimaConfig) -> Anima:
+    """The denoiser on the meta device."""
+    with torch.device("meta"):
+        return Anima(config)
+
+
+def open_base(name: str | None) -> tuple[Path, Weights]:
+    """The file of the denoiser, names without prefix. Raises ValueError for another model, saying which."""
+    if not name:
+        raise ValueError(f"{BASE_FLAG} is missing: give the .safetensors file of Anima's transformer")
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise ValueError(f"{BASE_FLAG} {name} does not exist{sources.nearby(path)}")
+    if path.is_dir():
+        refuse_other(path, pipeline_base(sources.read_json(path / "model_index.json").get("_class_name", "")))
+        raise ValueError(f"{BASE_FLAG} {path} is a folder; Anima is read from the file of its transformer")
+    return path, denoiser_of(path, sources.open_file(BASE_FLAG, path))
+
+
+def denoiser_of(path: Path, whole: Weights) -> Weights:
+    """The denoiser's weights under our names. Raises ValueError for another model, saying which where it is known."""
+    prefix = next((p for p in PREFIXES if f"{p}{MARK}" in whole.shapes), None)
+    if prefix is None:
+        names = list(whole.shapes)
+        refuse_other(path, base_of_file(names, whole.shapes))
+        raise ValueError(
+            f"{BASE_FLAG} {path}: nothing in it is called {MARK}, so it is no Anima transformer (first names: "
+            f"{', '.join(names[:3]) or 'none'})"
+        )
+    return with_prefix(whole, prefix)
+
+
+def refuse_other(path: Path, found: str | None) -> None:
+    """Raise ValueError for a model of another kind that was recognised."""
+    if found is not None and found != "anima":
+        what, script = WORDS[found]
+        raise ValueError(f"{BASE_FLAG} {path}: this is {what} model; use {script}")
+
+
+def open_adapter(name: str) -> Weights:
+    """The text adapter of --llm_adapter_path, names without prefix."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"{ADAPTER_FLAG} {name} is no file{sources.nearby(path)}")
+    weights = sources.open_file(ADAPTER_FLAG, path)
+    prefixes = (*(f"{p}{ADAPTER}" for p in PREFIXES), "")
+    prefix = next((p for p in prefixes if f"{p}{ADAPTER_MARK}" in weights.shapes), None)
+    if prefix is None:
+        first = ", ".join(list(weights.shapes)[:3]) or "none"
+        raise ValueError(f"{ADAPTER_FLAG} {name} is no text adapter: it has no {ADAPTER_MARK} (first names: {first})")
+    return with_prefix(weights, prefix)
+
+
+def with_adapter(base: Weights, adapter: Weights) -> Weights:
+    """The denoiser with another text adapter in place of its own."""
+    own = {name: shape for name, shape in base.shapes.items() if not name.startswith(ADAPTER)}
+    given = {f"{ADAPTER}{name}": shape for name, shape in adapter.shapes.items()}
+
+    def read(name: str) -> torch.Tensor:
+        return adapter.read(name.removeprefix(ADAPTER)) if name in given else base.read(name)
+
+    return Weights(base.origin, {**own, **given}, read)
+
+
+def check_fit(loader: AnimaLoader) -> None:
+    """Raise ValueError where the parts do not fit together."""
+    config = loader.config
+    if config.channels != SPEC.channels:
+        raise ValueError(
+            f"{BASE_FLAG} {loader.path}: the transformer takes {config.channels} channels, the VAE makes "
+            f"{SPEC.channels}; it is no Anima"
+        )
+    if config.adapter.width != config.text_width:
+        raise ValueError(
+            f"{BASE_FLAG} {loader.path}: its text adapter gives {config.adapter.width} features, the transformer "
+            f"listens to {config.text_width}"
+        )
+    width = loader.text.config["hidden_size"]
+    if width != config.adapter.source_width:
+        raise ValueError(
+            f"{qwen3.FLAG} {loader.text.weights.origin} is {width} wide, Anima's text adapter listens to "
+            f"{config.adapter.source_width}; use {qwen3.HUB_NAME}"
+        )

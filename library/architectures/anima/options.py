@@ -1,0 +1,85 @@
+"""The options that only Anima has."""
+
+from dataclasses import dataclass
+
+from library.options.base import Options, group, option, redeclared
+from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
+from library.options.reading import ReadingOptions
+from library.options.swapping import SwappingOptions
+from library.options.text_caching import TextCachingOptions
+from library.options.train import TrainOptions
+
+ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")
+FINE_TUNING_ONLY = "Has no effect: it is for training the model itself; adapters take network_reg_lrs."
+
+
+@dataclass(frozen=True)
+class AnimaTextOptions(Options):
+    """The text encoder and what reaches the denoiser of a caption."""
+
+    qwen3: str | None = option(None, help="File or folder of the text encoder Qwen3 0.6B.")
+    llm_adapter_path: str | None = option(
+        None, help="File with a text adapter (llm_adapter) that stands in for the one of the base model."
+    )
+    t5_tokenizer_path: str | None = option(
+        None, help="Folder of T5's tokenizer. Unset looks beside the base model, then on the hub."
+    )
+    qwen3_max_token_length: int = option(512, help="Longest caption in Qwen3's tokens; what is longer is cut.")
+    t5_max_token_length: int = option(512, help="Longest caption in T5's tokens; what is longer is cut.")
+
+
+@dataclass(frozen=True)
+class AnimaRateOptions(Options):
+    """Learning rates of parts of the model, which only full training has."""
+
+    llm_adapter_lr: float | None = option(None, help=f"{FINE_TUNING_ONLY} Here: of the text adapter.")
+    self_attn_lr: float | None = option(None, help=f"{FINE_TUNING_ONLY} Here: of attention to the picture.")
+    cross_attn_lr: float | None = option(None, help=f"{FINE_TUNING_ONLY} Here: of attention to the text.")
+    mlp_lr: float | None = option(None, help=f"{FINE_TUNING_ONLY} Here: of the MLPs.")
+    mod_lr: float | None = option(None, help=f"{FINE_TUNING_ONLY} Here: of the modulation.")
+
+
+@dataclass(frozen=True)
+class AnimaMemoryOptions(Options):
+    """How the models compute."""
+
+    attn_mode: str | None = option(
+        None,
+        help="Which attention the denoiser computes with. It is always PyTorch's own, torch and sdpa name it; the "
+        "others are warned of.",
+        choices=ATTENTION_MODES,
+    )
+    split_attn: bool = option(
+        False, help="Attend to one picture at a time. Has no effect: PyTorch's attention needs no more memory for many."
+    )
+    vae_chunk_size: int | None = option(
+        None, help="Pixels that the VAE takes at a time. Has no effect: it takes pictures whole."
+    )
+    vae_disable_cache: bool = option(
+        False, help="Let the VAE keep nothing of earlier frames. Has no effect: a picture has one frame."
+    )
+    unsloth_offload_checkpointing: bool = option(
+        False, help="Keep what gradient checkpointing stores in main memory. Not supported yet."
+    )
+
+
+@dataclass(frozen=True)
+class AnimaSamplingOptions(FlowSamplingOptions):
+    """How noise levels are drawn."""
+
+    timestep_sampling: str = redeclared(FlowSamplingOptions, "timestep_sampling", "sigmoid")
+    discrete_flow_shift: float = redeclared(FlowSamplingOptions, "discrete_flow_shift", 1.0)
+
+
+@dataclass(frozen=True)
+class AnimaOptions(TrainOptions):
+    """All options of anima_train_network.py."""
+
+    text: AnimaTextOptions = group(AnimaTextOptions)
+    text_caching: TextCachingOptions = group(TextCachingOptions)
+    rates: AnimaRateOptions = group(AnimaRateOptions)
+    flow_sampling: AnimaSamplingOptions = group(AnimaSamplingOptions)
+    flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
+    computing: AnimaMemoryOptions = group(AnimaMemoryOptions)
+    reading: ReadingOptions = group(ReadingOptions)
+    swapping: SwappingOptions = group(SwappingOptions)

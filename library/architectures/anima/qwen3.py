@@ -1,0 +1,142 @@
+"""The text encoder of Anima: transformers' Qwen3Model, from a file in its layout or from a folder, and its tokenizer.
+
+Letters: B captions, S tokens, E width.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints import sources
+from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.models.loading import Component, materialise
+from library.models.shapes import Shapes, count, shape_of
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--qwen3"
+HUB_NAME = "Qwen/Qwen3-0.6B"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+PREFIXES = ("text_encoders.qwen3_06b.transformer.model.", "model.", "")  # that names may carry in files
+PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the head that predicts words
+WORDS = "embed_tokens.weight"
+ROPE_BASE = 1_000_000.0
+EPS = 1e-6
+FOLDER = "text_encoder"  # of a diffusers folder
+
+
+def open_qwen3(name: str | None) -> Component:
+    """The encoder from a file or a folder. Raises ValueError naming the flag when it is something else."""
+    if not name:
+        raise ValueError(f"{FLAG} is missing: give the file or folder of {HUB_NAME}")
+    path = sources.find_model(FLAG, name, (("", FOLDER),))
+    if not path.is_dir():
+        return qwen3_component(sources.open_file(FLAG, path))
+    inside = path if (path / "config.json").is_file() else path / FOLDER
+    return qwen3_component(sources.open_part(FLAG, inside, FOLDER)[1])
+
+
+def qwen3_component(weights: Weights) -> Component:
+    """The encoder with everything read off the shapes. Raises ValueError when the weights are of something else."""
+    prefix = next((p for p in PREFIXES if f"{p}{WORDS}" in weights.shapes), None)
+    if prefix is None or f"{prefix}layers.0.self_attn.q_norm.weight" not in weights.shapes:
+        first = ", ".join(list(weights.shapes)[:3]) or "none"
+        raise ValueError(f"{FLAG} {weights.origin} is no Qwen3 text encoder (first names: {first})")
+    bare = with_prefix(weights, prefix)
+    weights = selected(bare, {key: key for key in bare.shapes if key.startswith(PARTS)})
+    return Component(configure(weights, qwen3_config), weights)
+
+
+def qwen3_config(shapes: Shapes) -> dict[str, Any]:
+    """Arguments of transformers' Qwen3Config."""
+    vocab, width = shape_of(shapes, WORDS)
+    head_width = shape_of(shapes, "layers.0.self_attn.q_norm.weight")[0]
+    return {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": shape_of(shapes, "layers.0.mlp.gate_proj.weight")[0],
+        "num_hidden_layers": count(shapes, r"layers\.(\d+)\."),
+        "num_attention_heads": shape_of(shapes, "layers.0.self_attn.q_proj.weight")[0] // head_width,
+        "num_key_value_heads": shape_of(shapes, "layers.0.self_attn.k_proj.weight")[0] // head_width,
+        "head_dim": head_width,
+        "rope_theta": ROPE_BASE,
+        "rms_norm_eps": EPS,
+    }
+
+
+def empty_qwen3(config: Mapping[str, Any]) -> Any:
+    """transformers' Qwen3Model, its weights on the meta device; what no file has, such as positions, is real."""
+    from accelerate import init_empty_weights
+    from transformers import Qwen3Config, Qwen3Model
+
+    with init_empty_weights(include_buffers=False):
+        return Qwen3Model(Qwen3Config.from_dict({**config, "use_cache": False}))
+
+
+def load_qwen3(component: Component, dtype: torch.dtype) -> nn.Module:
+    """The encoder with its weights in `dtype`, frozen, on the CPU."""
+    return materialise(empty_qwen3(component.config), component.weights, dtype)
+
+
+def encode_qwen3(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    """The last states after the final norm, BSE, zero where the mask is 0. Gradients flow.
+
+    No token attends to what comes after it, and all padding does, so the encoder itself needs no mask.
+    """
+    device = next(encoder.parameters()).device
+    states_BSE: Tensor = encoder(ids_BS.to(device)).last_hidden_state
+    return torch.where(mask_BS[..., None].to(device).bool(), states_BSE, 0)
+
+
+def load_qwen3_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int) -> Any:
+    """Qwen3's tokenizer for an encoder that knows `num_words`; padding goes behind the caption.
+
+    Looked for in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
+    --tokenizer_cache_dir. Raises ValueError saying what to put where.
+    """
+    from transformers import Qwen2Tokenizer
+
+    folder = find_qwen3_tokenizer(folders, cache_dir)
+    logger.info("Qwen3 tokenizer: %s", folder)
+    tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True, padding_side="right")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= num_words:
+        raise ValueError(
+            f"the tokenizer in {folder} has ids up to {largest}, Qwen3 knows {num_words} words: it belongs to another "
+            "model; put the right one into its place"
+        )
+    return tokenizer
+
+
+def find_qwen3_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path:
+    """The folder of the tokenizer, downloaded if need be."""
+    cached = Path(cache_dir).expanduser() / HUB_NAME.replace("/", "_") if cache_dir else None
+    for folder in (*folders, *([cached] if cached else [])):
+        if holds_qwen3_tokenizer(folder):
+            return folder
+    try:
+        downloaded = sources.fetch_snapshot(HUB_NAME, TOKENIZER_FILES)
+    except ConnectionError as error:
+        place = cached or f"<folder>/{HUB_NAME.replace('/', '_')}"
+        raise ValueError(
+            f"Qwen3's tokenizer is in none of {', '.join(map(str, folders))}, and {HUB_NAME} cannot be downloaded "
+            f"({error}). Put tokenizer.json (or vocab.json and merges.txt) of {HUB_NAME} into one of them, or into "
+            f"{place}{'' if cached else ' and give --tokenizer_cache_dir <folder>'}"
+        ) from error
+    if cached is not None:
+        cached.mkdir(parents=True, exist_ok=True)
+        for name in TOKENIZER_FILES:
+            if (downloaded / name).is_file():
+                shutil.copyfile(downloaded / name, cached / name)
+    return downloaded
+
+
+def holds_qwen3_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer of byte pairs can be made from the files of a folder; T5's and CLIP's cannot pass for one."""
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    return "spiece.model" not in names and ("tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names)

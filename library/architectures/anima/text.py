@@ -1,0 +1,67 @@
+"""Captions to the conditioning of Anima: Qwen3's states, and T5's ids, from which the denoiser makes its text.
+
+Letters: B captions, S Qwen3 tokens, L T5 tokens, E width of Qwen3.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.architectures.anima.qwen3 import encode_qwen3
+from library.models.t5 import count_t5_tokens, tokenize_t5
+from library.types import Conditioning, Tokens
+
+
+@dataclass(frozen=True)
+class AnimaText:
+    """Both tokenizers read the same caption."""
+
+    qwen3_tokenizer: Any  # transformers' Qwen2Tokenizer, which pads on the right
+    t5_tokenizer: Any  # transformers' T5TokenizerFast
+    num_qwen3_tokens: int
+    num_t5_tokens: int
+
+    @property
+    def max_tokens(self) -> int:
+        return min(self.num_qwen3_tokens, self.num_t5_tokens - 1)  # the end token is one of T5's
+
+    def count_tokens(self, caption: str) -> int:
+        """Of the tokenizer that needs more."""
+        return max(count_t5_tokens(tokenizer, caption) for tokenizer in (self.qwen3_tokenizer, self.t5_tokenizer))
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Qwen3's ids and mask (B, 1, S), then T5's (B, 1, L); a mask is 0 for padding."""
+        found = self.qwen3_tokenizer(
+            list(captions),
+            max_length=self.num_qwen3_tokens,
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+        )
+        ids_BS, mask_BS = found["input_ids"].long(), found["attention_mask"]
+        ids_BL, mask_BL = tokenize_t5(self.t5_tokenizer, captions, self.num_t5_tokens)
+        return Tokens(tuple(tokens[:, None] for tokens in (ids_BS, mask_BS, ids_BL, mask_BL)))
+
+    def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
+        """{"prompt_embeds": (B, S, E), "attn_mask": (B, S), "t5_input_ids": (B, L), "t5_attn_mask": (B, L)}."""
+        ids_BS, mask_BS, ids_BL, mask_BL = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
+        states_BSE = encode_qwen3(encoders[0], ids_BS, mask_BS)
+        device = states_BSE.device
+        return {
+            "prompt_embeds": states_BSE,
+            "attn_mask": mask_BS.to(device),
+            "t5_input_ids": ids_BL.to(device, torch.int32),
+            "t5_attn_mask": mask_BL.to(device, torch.int32),
+        }
+
+    @property
+    def identity(self) -> str:
+        """A digest of what decides the ids of a caption."""
+        digest = blake2b(digest_size=16)
+        for tokenizer in (self.qwen3_tokenizer, self.t5_tokenizer):
+            digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
+        return f"{digest.hexdigest()} {self.num_qwen3_tokens} {self.num_t5_tokens}"

@@ -1,0 +1,155 @@
+"""The VAE of Qwen-Image: diffusers' AutoencoderKLQwenImage, from its original single file (in the layout of Wan, which
+it grew out of) or from one in diffusers' layout. It is made for video; pictures are its first frame.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.interface import LatentSpec
+from library.checkpoints import sources
+from library.checkpoints.weights import Weights, configure, renamed
+from library.models.loading import Component
+from library.models.shapes import Shapes, shape_of
+
+FLAG = "--vae"
+FOLDER = "vae"
+SPEC = LatentSpec(channels=16, downscale=8, bucket_step=16, cache_suffix="_anima.npz", keys_carry_size=True)
+MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+ENDS = {"conv1": "conv_in", "head.0": "norm_out", "head.2": "conv_out"}
+MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
+RESIDUAL = {
+    "residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
+    "shortcut": "conv_shortcut",
+}  # fmt: skip
+QUANT = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
+ORIGINAL_MARK, DIFFUSERS_MARK = "decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"
+
+
+@dataclass(frozen=True)
+class QwenImageLatents:
+    """Latents of 16 channels, 8 pixels a side; the cache keeps them as the denoiser sees them."""
+
+    spec: LatentSpec = SPEC
+
+    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """The middle of the posterior, less the mean and over the deviation of its channel, float32; nothing is
+        drawn."""
+        model: Any = vae
+        frames = pixels_BCHW[:, :, None].to(model.device, model.dtype)
+        latents_BCHW: Tensor = model.encode(frames).latent_dist.mode()[:, :, 0].float()
+        mean, std = statistics(latents_BCHW.device)
+        return (latents_BCHW - mean) / std
+
+    def normalize(self, latents_BCHW: Tensor) -> Tensor:
+        return latents_BCHW
+
+    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+        """Pictures, float32, -1..1, of latents as the denoiser sees them."""
+        model: Any = vae
+        mean, std = statistics(latents_BCHW.device)
+        frames = (latents_BCHW.float() * std + mean)[:, :, None]
+        pixels_BCHW: Tensor = model.decode(frames.to(model.device, model.dtype)).sample[:, :, 0]
+        return pixels_BCHW.float()
+
+
+def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel, shape (1, C, 1, 1)."""
+    return tuple(torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (MEAN, STD))  # type: ignore[return-value]
+
+
+def open_vae(name: str | None) -> Component:
+    """The VAE of --vae. Raises ValueError naming the flag when it is missing or something else."""
+    if not name:
+        raise ValueError(f"{FLAG} is missing: give qwen_image_vae.safetensors, or a folder in diffusers' layout")
+    path = sources.find_model(FLAG, name, (("", FOLDER),))
+    if path.is_dir():
+        inside = path if (path / "config.json").is_file() else path / FOLDER
+        return vae_component(sources.open_part(FLAG, inside, FOLDER)[1])
+    return vae_component(sources.open_file(FLAG, path))
+
+
+def vae_component(weights: Weights) -> Component:
+    """The VAE with everything read off the shapes. Raises ValueError when the weights are of something else."""
+    if ORIGINAL_MARK in weights.shapes:
+        num_blocks = first_resample(weights.shapes)
+        weights = renamed(weights, lambda key: from_original(key, num_blocks))
+    elif DIFFUSERS_MARK not in weights.shapes:
+        first = ", ".join(list(weights.shapes)[:3]) or "none"
+        raise ValueError(f"{FLAG} {weights.origin} is not the VAE of Qwen-Image (first names: {first})")
+    component = Component(configure(weights, vae_config), weights)
+    channels = component.config["z_dim"]
+    if channels != SPEC.channels:
+        raise ValueError(
+            f"{FLAG} {weights.origin} has {channels} latent channels, Anima needs {SPEC.channels}; use "
+            "qwen_image_vae.safetensors"
+        )
+    return component
+
+
+def first_resample(shapes: Shapes) -> int:
+    """How many residual blocks a level of the decoder has."""
+    numbers = [int(m[1]) for key in shapes if (m := re.match(r"decoder\.upsamples\.(\d+)\.resample\.", key))]
+    return min(numbers, default=len(shapes))
+
+
+def from_original(key: str, num_blocks: int) -> str:
+    """diffusers' name of a weight of the original layout, whose decoder has `num_blocks` residual blocks a level.
+
+    The layers of all levels are counted through there: blocks, then what resamples, then the next level.
+    """
+    if match := re.fullmatch(r"(conv[12])\.(\w+)", key):
+        return f"{QUANT[match[1]]}.{match[2]}"
+    if match := re.fullmatch(r"(encoder|decoder)\.(conv1|head\.[02])\.(\w+)", key):
+        return f"{match[1]}.{ENDS[match[2]]}.{match[3]}"
+    if match := re.fullmatch(r"(encoder|decoder)\.middle\.([012])\.(.+)", key):
+        return f"{match[1]}.mid_block.{MIDDLE[match[2]]}.{in_block(match[3])}"
+    if match := re.fullmatch(r"encoder\.downsamples\.(\d+)\.(.+)", key):
+        return f"encoder.down_blocks.{match[1]}.{in_block(match[2])}"
+    if match := re.fullmatch(r"decoder\.upsamples\.(\d+)\.(.+)", key):
+        level, place = divmod(int(match[1]), num_blocks + 1)
+        inside = "upsamplers.0" if place == num_blocks else f"resnets.{place}"
+        return f"decoder.up_blocks.{level}.{inside}.{in_block(match[2])}"
+    return key
+
+
+def in_block(tail: str) -> str:
+    """diffusers' name of a weight inside a residual block; attention and what resamples are called the same."""
+    stem, _, leaf = tail.rpartition(".")
+    return f"{RESIDUAL.get(stem, stem)}.{leaf}"
+
+
+def vae_config(shapes: Shapes) -> dict[str, Any]:
+    """Arguments of diffusers' AutoencoderKLQwenImage, from names in its layout."""
+    base = shape_of(shapes, "encoder.conv_in.weight")[0]
+    layers = sorted({int(m[1]) for key in shapes if (m := re.match(r"encoder\.down_blocks\.(\d+)\.", key))})
+    resampling = [n for n in layers if f"encoder.down_blocks.{n}.resample.1.weight" in shapes]
+    last = [n - 1 for n in resampling] + layers[-1:]  # the last residual block of each level
+    return {
+        "base_dim": base,
+        "z_dim": shape_of(shapes, "decoder.conv_in.weight")[1],
+        "dim_mult": [shape_of(shapes, f"encoder.down_blocks.{n}.conv1.weight")[0] // base for n in last],
+        "num_res_blocks": resampling[0] if resampling else len(layers),
+        "temperal_downsample": [f"encoder.down_blocks.{n}.time_conv.weight" in shapes for n in resampling],
+        "input_channels": shape_of(shapes, "encoder.conv_in.weight")[1],
+    }
+
+
+def empty_vae(config: Mapping[str, Any]) -> Any:
+    """diffusers' AutoencoderKLQwenImage on the meta device."""
+    from diffusers import AutoencoderKLQwenImage
+
+    with torch.device("meta"):
+        return AutoencoderKLQwenImage.from_config(dict(config))

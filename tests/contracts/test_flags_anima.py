@@ -1,0 +1,42 @@
+"""The options that anima_train_network.py adds to those of train_network.py are an interface."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anima_train_network import setup_parser
+from library.architectures.anima.options import AnimaOptions
+from library.options.train import TrainOptions
+from tests.contracts.test_flags import actions_of, described
+
+DATA = Path(__file__).parent / "data"
+ADDED: list[dict[str, Any]] = json.loads((DATA / "flags_anima_train_network.json").read_text(encoding="utf-8"))
+OURS = {"text_cache_variants"}  # what sd-scripts does not have
+
+
+@pytest.mark.parametrize("wanted", ADDED, ids=lambda flag: flag["dest"])
+def test_option_is_declared_as_listed(wanted: dict[str, Any]) -> None:
+    assert described(setup_parser()._option_string_actions[wanted["flags"][0]]) == wanted
+
+
+def test_there_is_no_option_beside_the_lists() -> None:
+    names = {action.dest for action in actions_of(setup_parser())}
+    assert names - set(TrainOptions.defaults()) == {flag["dest"] for flag in ADDED} | OURS
+    assert names >= set(TrainOptions.defaults())
+    assert len(ADDED) == 27
+
+
+def test_each_option_tells_in_its_own_words_what_it_does() -> None:
+    actions = actions_of(setup_parser())
+    assert len({action.help for action in actions}) == len(actions)
+    for action in actions:
+        shown = (action.help or "").split("/")[0]  # all that one front end shows
+        assert len(shown.split()) >= 4 and shown.endswith("."), action.dest
+
+
+def test_the_parser_gives_the_options() -> None:
+    options = AnimaOptions.from_args(setup_parser().parse_args(["--qwen3", "q.safetensors", "--attn_mode", "sdpa"]))
+    assert (options.text.qwen3, options.computing.attn_mode) == ("q.safetensors", "sdpa")
+    assert (options.flow_sampling.timestep_sampling, options.flow_sampling.discrete_flow_shift) == ("sigmoid", 1.0)

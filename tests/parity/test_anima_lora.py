@@ -1,0 +1,84 @@
+"""Saved Anima adapters in diffusers' own loader and models, on the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.architectures.anima.adapter_names import NAMES
+from library.checkpoints.adapter_names import FileNaming
+from networks import dylora, lora, lora_anima, lora_fa
+from networks.core.adapter_file import adapter_tensors, read_adapter_file
+from networks.core.renaming import rename
+from tests.parity.test_anima_model import inputs, oracle_models, oracle_of
+from tests.tiny.anima import tiny_anima
+from tests.tolerances import FLOAT32_DEEP
+from tests.unit.networks.toy import randomize
+
+DOORS = {"lora_anima": lora_anima, "lora": lora, "lora_fa": lora_fa, "dylora": dylora}
+
+
+def trained_file(door: Any, path: Path, arguments: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """Save an adapter with random weights; gives the prediction without and with it."""
+    model = tiny_anima(7)
+    values = [value.detach() for value in inputs(6, 10)]
+    base = model(*values)
+    network = door.create_network(1.0, 4, 2, None, [], model, **arguments)
+    randomize(network, 3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(0.3)
+    network.apply_to([], model, False, True)
+    network.eval()
+    network.save_weights(str(path), None, {})
+    return base, model(*values)
+
+
+def loaded_by_diffusers(tensors: dict[str, Tensor]) -> Tensor:
+    """What diffusers' models predict with the file that its reader for Anima took."""
+    from diffusers.loaders.lora_pipeline import AnimaLoraLoaderMixin
+
+    reader: Any = AnimaLoraLoaderMixin
+    transformer, conditioner = oracle_models(tiny_anima(7))
+    state = reader.lora_state_dict(tensors)
+    assert all("lora" in key for key in state)
+    for part, model in (("transformer", transformer), ("text_conditioner", conditioner)):
+        own = {key: tensor for key, tensor in state.items() if key.startswith(f"{part}.")}
+        if own:
+            model.load_lora_adapter(own, prefix=part)
+    return oracle_of(transformer, conditioner)(*(value.detach() for value in inputs(6, 10)))
+
+
+@pytest.mark.parametrize("naming", ["generic", "diffusers"])
+@pytest.mark.parametrize(
+    ("door", "arguments"),
+    [
+        ("lora_anima", {"train_llm_adapter": "True"}),
+        ("lora", {"include_patterns": ".*", "use_scalar": "True"}),
+        ("lora_fa", {}),
+        ("dylora", {"unit": "2"}),
+    ],
+    ids=str,
+)
+def test_diffusers_loads_our_converted_file_and_predicts_the_same(
+    door: str, arguments: dict[str, str], naming: FileNaming, tmp_path: Path
+) -> None:
+    path = tmp_path / "ours.safetensors"
+    base, expected = trained_file(DOORS[door], path, arguments)
+    assert (expected - base).abs().max() > 0.01
+    renamed = adapter_tensors(rename(read_adapter_file(path), NAMES, naming).file)
+    torch.testing.assert_close(loaded_by_diffusers(renamed), expected, **FLOAT32_DEEP)
+
+
+def test_merged_weights_predict_what_the_adapter_did(tmp_path: Path) -> None:
+    """DoRA, which diffusers does not load, against weights that are added up."""
+    path = tmp_path / "ours.safetensors"
+    arguments = {"dora_wd": "True", "train_llm_adapter": "True", "include_patterns": "['.*']"}
+    _, expected = trained_file(lora_anima, path, arguments)
+    model = tiny_anima(7)
+    network, weights = lora_anima.create_network_from_weights(1.0, str(path), None, [], model, for_inference=True)
+    network.merge_to([], model, weights, torch.float32, "cpu")
+    values = [value.detach() for value in inputs(6, 10)]
+    torch.testing.assert_close(model(*values), expected, **FLOAT32_DEEP)

@@ -1,0 +1,189 @@
+"""anima_train_network.py on a tiny Anima model: every kind of adapter trains, saves and goes on."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.running import Finished
+from tests.tiny.anima import QWEN_WIDTH, build_tiny_anima
+
+Train = Callable[..., Finished]
+
+
+@pytest.fixture(scope="session")
+def tiny_anima_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build_tiny_anima(tmp_path_factory.mktemp("tiny_anima"), seed=41)
+
+
+@pytest.fixture
+def own_arguments(pictures: Path, tmp_path: Path) -> list[str]:
+    """A command line that trains two steps, without the base model."""
+    return [
+        "--train_data_dir", str(pictures), "--caption_extension", ".txt", "--resolution", "64",
+        "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--network_module",
+        "networks.lora_anima", "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "2", "--seed", "5",
+        "--max_data_loader_n_workers", "0", "--qwen3_max_token_length", "32", "--t5_max_token_length", "32",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def arguments(tiny_anima_arguments: list[str], own_arguments: list[str]) -> list[str]:
+    return [*tiny_anima_arguments, *own_arguments]
+
+
+@pytest.fixture
+def train_anima(train: Train) -> Train:
+    return partial(train, script="anima_train_network")
+
+
+def saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
+    return load_file(tmp_path / "out" / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("module", "network_args"),
+    [
+        ("networks.lora_anima", []),
+        ("networks.lora_anima", ["train_llm_adapter=true", "rank_dropout=0.1", "network_reg_dims=blocks\\.0\\..*=2"]),
+        ("networks.lora", ["dora_wd=True", "include_patterns=.*", "loraplus_lr_ratio=4"]),
+        ("networks.lora_fa", ["exclude_patterns=['.*mlp.*', '.*cross_attn.*']"]),
+        ("networks.dylora", ["unit=2"]),
+    ],
+    ids=str,
+)
+def test_every_kind_of_adapter_trains_and_moves_every_module(
+    train_anima: Train, arguments: list[str], tmp_path: Path, module: str, network_args: list[str]
+) -> None:
+    extra = ["--network_module", module, *(["--network_args", *network_args] if network_args else [])]
+    done = train_anima([*arguments, *extra])
+    assert done.status == 0, done.stderr
+    weights = saved(tmp_path)
+    ups = {key: weight for key, weight in weights.items() if key.endswith("lora_up.weight")}
+    assert {key.split("_")[1] for key in ups} == {"te", "unet"}
+    assert any("_llm_adapter_" in key for key in ups) == ("train_llm_adapter=true" in network_args)
+    assert all(weight.isfinite().all() and weight.abs().max() > 0 for weight in ups.values())
+    downs = {key: weight.shape[0] for key, weight in weights.items() if key.endswith("lora_down.weight")}
+    small = {key for key, rank in downs.items() if rank == 2}
+    assert small == ({key for key in downs if "unet_blocks_0_" in key} if "rank_dropout=0.1" in network_args else set())
+
+
+def test_memory_modes_caches_and_layouts_of_the_base_change_nothing(
+    train_anima: Train, arguments: list[str], own_arguments: list[str], pictures: Path, tmp_path: Path
+) -> None:
+    alone = ["--network_train_unet_only", "--cache_latents", "--network_args", "train_llm_adapter=True"]
+    assert train_anima([*arguments, *alone, "--max_train_steps", "1", "--output_name", "start"]).status == 0
+    alone += ["--network_weights", str(tmp_path / "out" / "start.safetensors")]
+    assert train_anima([*arguments, *alone, "--output_name", "plain"]).status == 0
+    folders = build_tiny_anima(tmp_path, seed=41, prefix="", has_folders=True)
+    caching = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--gradient_checkpointing"]
+    for name in ("first", "again"):
+        done = train_anima([*folders, *own_arguments, *alone, *caching, "--output_name", name])
+        assert done.status == 0, done.stderr
+    plain, first, again = (saved(tmp_path, name) for name in ("plain", "first", "again"))
+    for key, weight in plain.items():
+        torch.testing.assert_close(first[key], weight, rtol=1e-4, atol=1e-6)
+        assert torch.equal(first[key], again[key])
+    with np.load(pictures / "2_thing" / "00_anima_te.npz") as file:
+        found = {key: (file[key].shape, str(file[key].dtype)) for key in file.files if not key.startswith("captions")}
+    assert found == {
+        "prompt_embeds": ((32, QWEN_WIDTH), "float32"),
+        "attn_mask": ((32,), "int64"),
+        "t5_input_ids": ((32,), "int32"),
+        "t5_attn_mask": ((32,), "int32"),
+        "caption_dropout_rate": ((), "float32"),
+    }
+    with np.load(pictures / "2_thing" / "00_0064x0064_anima.npz") as file:
+        assert file["latents_8x8"].shape == (16, 8, 8)
+    with safe_open(tmp_path / "out" / "plain.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["ss_base_model_version"] == "anima"
+    assert metadata["ss_timestep_sampling"] == "sigmoid"
+    assert metadata["modelspec.architecture"] == "anima-preview/lora"
+
+
+def test_another_text_adapter_takes_the_place_of_the_models_own(
+    train_anima: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    build_tiny_anima(tmp_path, seed=43)
+    other = ["--llm_adapter_path", str(tmp_path / "anima.safetensors")]
+    losses = []
+    for flags in ([], other):
+        done = train_anima([*arguments, "--network_train_unet_only", *flags])
+        assert done.status == 0, done.stderr
+        losses.append(done.losses)
+    assert losses[0] != losses[1]
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_and_previews_are_drawn(
+    train_anima: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat --w 64 --h 48 --s 2 --l 3 --fs 2 --d 1\n")
+    whole = [*arguments, "--max_train_steps", "4"]
+    assert train_anima([*whole, "--output_name", "whole"]).status == 0
+    drawing = ["--sample_prompts", str(prompts), "--sample_every_n_steps", "2"]
+    half = [*whole, *drawing, "--output_name", "half", "--save_state", "--save_every_n_steps", "2"]
+    done = train_anima(half)
+    assert done.status == 0, done.stderr
+    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 2
+    state = str(tmp_path / "out" / "half-step00000002-state")
+    done = train_anima([*whole, "--output_name", "resumed", "--resume", state])
+    assert done.status == 0, done.stderr
+    expected, resumed = saved(tmp_path, "whole"), saved(tmp_path, "resumed")
+    assert all(torch.equal(weight, resumed[key]) for key, weight in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--weighted_captions"], "Qwen3 knows no weighted words"),
+        (["--unsloth_offload_checkpointing"], "--unsloth_offload_checkpointing is not supported yet"),
+        (["--qwen3", "nowhere.safetensors"], "--qwen3 nowhere.safetensors does not exist"),
+        (["--qwen3", ""], "--qwen3 is missing"),
+        (["--vae", ""], "--vae is missing"),
+        (["--t5_max_token_length", "1"], "--t5_max_token_length is 1; use 2 or more"),
+        (["--t5_tokenizer_path", "nowhere"], "--t5_tokenizer_path nowhere has no tokenizer.json"),
+        (["--llm_adapter_path", "nowhere.safetensors"], "--llm_adapter_path nowhere.safetensors is no file"),
+        (["--cache_text_encoder_outputs"], "add --network_train_unet_only"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_said_by_name(
+    train_anima: Train, arguments: list[str], extra: list[str], message: str
+) -> None:
+    done = train_anima([*arguments, *extra])
+    assert done.status == 1
+    assert message in done.stderr
+
+
+def test_files_in_each_others_places_are_recognised(
+    train_anima: Train, train: Train, arguments: list[str], tiny_sd_file: Path
+) -> None:
+    base, qwen3, vae = arguments[1], arguments[3], arguments[5]
+    for flags, message in (
+        (["--pretrained_model_name_or_path", str(tiny_sd_file)], "this is an SD 1.x model; use train_network.py"),
+        (["--pretrained_model_name_or_path", vae], "so it is no Anima transformer"),
+        (["--qwen3", vae], "is no Qwen3 text encoder"),
+        (["--vae", qwen3], "is not the VAE of Qwen-Image"),
+        (["--llm_adapter_path", qwen3], "is no text adapter"),
+    ):
+        done = train_anima([*arguments, *flags])
+        assert done.status == 1
+        assert message in done.stderr
+    own = [word for word in arguments[6:] if word not in ("--qwen3_max_token_length", "--t5_max_token_length", "32")]
+    done = train([*own, "--pretrained_model_name_or_path", base])
+    assert done.status == 1 and "anima_train_network.py" in done.stderr
+
+
+def test_settings_without_effect_are_said(train_anima: Train, arguments: list[str]) -> None:
+    idle = ["--attn_mode", "flash", "--split_attn", "--vae_chunk_size", "64", "--mlp_lr", "1e-5"]
+    done = train_anima([*arguments, *idle, "--max_train_steps", "1"])
+    assert done.status == 0, done.stderr
+    for name in ("attn_mode flash", "split_attn", "vae_chunk_size", "mlp_lr"):
+        assert f"--{name} has no effect" in done.stderr
