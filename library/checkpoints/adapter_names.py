@@ -105,7 +105,7 @@ NAME_MARKS: tuple[tuple[str, str], ...] = (  # the first that is found in an und
     (r"_joint_blocks_", "sd3"),
     (r"_(noise_refiner|context_refiner)_|(unet|diffusion_model|transformer)_layers_\d+_", "lumina"),
     (r"_llm_adapter_|(unet|diffusion_model)_blocks_\d+_(self_attn|cross_attn|mlp)_", "anima"),
-    (r"^transformer_transformer_blocks_\d+_attn[12]_", "anima"),
+    (r"^(transformer_transformer_blocks_\d+_attn1_|text_conditioner_)", "anima"),  # SD3.5 has attn2 too
 )
 CLIP_MARK = r"(lora_te|text_encoder|text_encoders_clip_[lh]_transformer)_text_model_"
 SDXL_MARK = r"^(lora_te2_|text_encoder_2_|text_encoders_clip_g_)" + rf"|{UNET_MARK}.*_transformer_blocks_[1-9]"

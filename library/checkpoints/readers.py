@@ -178,7 +178,9 @@ def naming_of(module: str) -> FileNaming | None:
         return "kohya"
     if module.startswith(("diffusion_model.", "text_encoders.")):
         return "generic"
-    is_of_diffusers = re.match(r"(unet|transformer|text_encoder(_[23])?)\.", module.removeprefix(PEFT_PREFIX))
+    is_of_diffusers = re.match(
+        r"(unet|transformer|text_conditioner|text_encoder(_[23])?)\.", module.removeprefix(PEFT_PREFIX)
+    )
     return "diffusers" if is_of_diffusers and not module.startswith(PEFT_PREFIX) else None
 
 

@@ -54,6 +54,7 @@ PIPELINES: Mapping[str, str] = {  # how the class names of diffusers' pipelines 
     "Flux": "flux",
     "Lumina": "lumina",
     "HunyuanImage": "hunyuan_image",
+    "Anima": "anima",
 }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.tiny.anima import build_tiny_anima
 from tests.tiny.flux import build_tiny_flux
 from tests.tiny.lumina import build_tiny_lumina
 from tests.tiny.sd import build_tiny_sd
@@ -42,5 +43,10 @@ BASES: Mapping[str, Base] = {
         "lumina_train_network",
         "networks.lora_lumina",
         lambda folder: [*build_tiny_lumina(folder, 56), "--gemma2_max_token_length", "32"],
+    ),
+    "anima": Base(
+        "anima_train_network",
+        "networks.lora_anima",
+        lambda f: [*build_tiny_anima(f, 57), "--qwen3_max_token_length", "32", "--t5_max_token_length", "32"],
     ),
 }

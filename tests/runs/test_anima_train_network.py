@@ -187,3 +187,16 @@ def test_settings_without_effect_are_said(train_anima: Train, arguments: list[st
     assert done.status == 0, done.stderr
     for name in ("attn_mode flash", "split_attn", "vae_chunk_size", "mlp_lr"):
         assert f"--{name} has no effect" in done.stderr
+
+
+def test_cached_captions_are_measured_and_a_base_in_8_bits_trains_nearly_as_in_16(
+    train_anima: Train, arguments: list[str]
+) -> None:
+    half = [*arguments, "--mixed_precision", "bf16", "--network_train_unet_only", "--cache_text_encoder_outputs"]
+    losses = []
+    for flags in ([], ["--fp8_base"]):
+        done = train_anima([*half, "--validation_split", "0.3", "--validate_every_n_steps", "1", *flags])
+        assert done.status == 0, done.stderr
+        assert done.stderr.count("validation after") >= 2
+        losses.append(done.losses[-1])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)

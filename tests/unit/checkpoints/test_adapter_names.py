@@ -35,6 +35,9 @@ CASES = [
     ("hunyuan_image", "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", (4, 3584)),
     ("anima", "lora_unet_blocks_0_cross_attn_q_proj.lora_down.weight", (4, 2048)),
     ("anima", "diffusion_model.llm_adapter.blocks.0.self_attn.q_proj.lora_A.weight", (4, 1024)),
+    ("anima", "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", (4, 2048)),
+    ("anima", "text_conditioner.blocks.0.self_attn.q_proj.lora_A.weight", (4, 1024)),
+    ("sd3", "transformer.transformer_blocks.0.attn2.to_q.lora_A.weight", (4, 1536)),
     (None, "lora_te_layers_0_self_attn_q_proj.lora_down.weight", (4, 1024)),
     (None, "something.else", (4, 4)),
 ]
