@@ -62,7 +62,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> AnimaConfig:
         source_width=shape("llm_adapter.blocks.0.cross_attn.k_proj.weight")[1],
         head_width=adapter_head,
         mlp_width=shape("llm_adapter.blocks.0.mlp.0.weight")[0],
-        num_blocks=count(r"llm_adapter\.blocks"),
+        num_blocks=count("llm_adapter.blocks"),
     )
     return AnimaConfig(
         channels=in_features // PATCH**2 - MASK_CHANNELS,

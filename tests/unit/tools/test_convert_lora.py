@@ -8,6 +8,7 @@ import torch
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
 from library.checkpoints.hashes import sshs_hashes
 from tests.unit.tools.adapter_files import LINEAR, METADATA, tensors, write
+from tools import convert_lora
 from tools.convert_lora import main
 
 
@@ -63,7 +64,11 @@ def test_widening_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     assert len(wide) == 2 and all("attn2.to_k.lora_" in key for key in wide)
 
 
-def test_another_base_model_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_model_without_a_table_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [table for table in convert_lora.all_tables() if table.base != "lumina"]
+    monkeypatch.setattr(convert_lora, "all_tables", lambda: others)
     name = "lora_unet_noise_refiner_0_attention_qkv"
     content = {f"{name}.lora_down.weight": torch.ones(2, 2304), f"{name}.lora_up.weight": torch.ones(9, 2)}
     save_safetensors(tmp_path / "a.safetensors", content)
