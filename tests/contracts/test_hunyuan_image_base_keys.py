@@ -1,14 +1,20 @@
-"""Names of HunyuanImage 2.1's denoiser in diffusers, and the relatives of the model that are refused."""
+"""Names and shapes of full-size HunyuanImage 2.1 files are a contract: four files, in every layout they come in."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from library.architectures.hunyuan_image.keys import from_diffusers
+from library.architectures.hunyuan_image.load import checked_vae, component_of_file, denoiser_of
 from library.architectures.hunyuan_image.model import read_config
+from library.architectures.hunyuan_image.qwen import empty_qwen, qwen_component
+from library.architectures.hunyuan_image.vae import empty_vae, vae_component
 from library.checkpoints.weights import Weights
-from tests.contracts.test_lora_keys_hunyuan_image import DENOISER
+from library.models.loading import Component
+from library.models.t5 import empty_t5
+from tests.contracts.test_lora_keys_hunyuan_image import BASE, DENOISER
 
 
 def test_the_diffusers_layout_gives_our_shapes() -> None:
@@ -52,3 +58,69 @@ def test_pruned_models_load() -> None:
     assert read_config(shapes).num_single == 7
     with pytest.raises(ValueError, match=r"its single_blocks are numbered \[1, 2"):
         read_config({n: s for n, s in shapes.items() if not n.startswith("single_blocks.0.")})
+
+
+def shapes_of(part: str) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape) for name, shape in BASE["components"][part].items()}
+
+
+def opened(shapes: dict[str, tuple[int, ...]]) -> Weights:
+    """A checkpoint as if it had been opened; its values are on the meta device."""
+    return Weights("file", shapes, lambda name: torch.empty(shapes[name], device="meta"))
+
+
+def test_the_inventory_is_whole() -> None:
+    assert {part: len(names) for part, names in BASE["components"].items()} == {
+        "dit": 856, "qwen2_5_vl": 729, "byt5": 111, "vae": 324,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model.language_model.", "language_model.model.", ""])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "language alone"])
+def test_qwen_loads_under_its_older_and_newer_names(prefix: str, whole: bool) -> None:
+    names = shapes_of("qwen2_5_vl")
+    language = {name.removeprefix("model."): shape for name, shape in names.items() if name.startswith("model.")}
+    rest = {name: shape for name, shape in names.items() if not name.startswith("model.")} if whole else {}
+    component = qwen_component(opened({**rest, **{prefix + name: shape for name, shape in language.items()}}))
+    wanted = {n: s for n, s in language.items() if not n.startswith(("layers.26.", "layers.27.", "norm."))}
+    assert {name: tuple(t.shape) for name, t in empty_qwen(component.config).state_dict().items()} == wanted
+    assert dict(component.weights.shapes) == wanted
+    config = component.config
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (28, 4)
+    assert config["rope_parameters"]["mrope_section"] == [16, 24, 24]
+
+
+@pytest.mark.parametrize("prefix", ["encoder.", ""])
+def test_byt5_loads_with_and_without_the_prefix(prefix: str) -> None:
+    names = {n: s for n, s in shapes_of("byt5").items() if n != "shared.weight"}
+    assert all(name.startswith("encoder.") for name in names)
+    shapes = {prefix + name.removeprefix("encoder."): shape for name, shape in names.items()}
+    component = component_of_file("byt5", opened({**shapes, "shared.weight": (1510, 1472)}))
+    found = {name: tuple(t.shape) for name, t in empty_t5(component.config).state_dict().items()}
+    assert found == {**names, "shared.weight": (1510, 1472), "encoder.embed_tokens.weight": (1510, 1472)}
+    assert (component.config["num_heads"], component.config["d_kv"], component.config["num_layers"]) == (6, 64, 12)
+
+
+@pytest.mark.parametrize("prefix", ["", "vae."])
+def test_the_vae_is_that_of_diffusers(prefix: str) -> None:
+    component = checked_vae(vae_component(opened({prefix + n: s for n, s in shapes_of("vae").items()})))
+    wanted = {name: tuple(t.shape) for name, t in empty_vae(component.config).state_dict().items()}
+    assert dict(component.weights.shapes) == wanted
+    assert sum(torch.Size(shape).numel() for shape in wanted.values()) == 405_575_491
+    assert component.config["block_out_channels"] == [128, 256, 512, 512, 1024, 1024]
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("scales", [False, True], ids=["plain", "fp8 with scales"])
+def test_the_denoiser_is_found_with_and_without_prefix(prefix: str, scales: bool) -> None:
+    extra = {"double_blocks.0.img_attn_qkv.scale_weight": (1,), "scaled_fp8": (0,)} if scales else {}
+    weights = denoiser_of(Path("file"), opened({prefix + n: s for n, s in {**DENOISER, **extra}.items()}))
+    assert dict(weights.shapes) == DENOISER
+
+
+def test_other_models_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"this is a FLUX model; use flux_train_network\.py"):
+        denoiser_of(Path("file"), opened({"double_blocks.0.img_attn.qkv.weight": (9216, 3072)}))
+    with pytest.raises(ValueError, match=r"--vae file makes 16 channels of every 8 pixels, HunyuanImage 2\.1 needs 64"):
+        shapes = {"decoder.conv_in.weight": (512, 16, 3, 3)}
+        checked_vae(Component({"latent_channels": 16, "spatial_compression_ratio": 8}, opened(shapes)))

@@ -1,0 +1,106 @@
+"""Saved HunyuanImage 2.1 adapters in diffusers' own transformer, on the same weights; merged and compiled ones too."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.architectures.hunyuan_image.adapter_names import NAMES
+from library.architectures.hunyuan_image.view import view
+from networks import dylora, lora, lora_fa, lora_hunyuan_image
+from networks.core.adapter_file import adapter_tensors, read_adapter_file
+from networks.core.renaming import rename
+from tests.parity.test_hunyuan_image_model import inputs, oracle, oracle_output
+from tests.tiny.hunyuan_image import tiny_hunyuan_image
+from tests.tolerances import FLOAT32_DEEP
+from tests.unit.networks.toy import randomize
+
+DOORS = {"lora_hunyuan_image": lora_hunyuan_image, "lora": lora, "lora_fa": lora_fa, "dylora": dylora}
+
+
+def detached() -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in inputs(3, 5).items()}
+
+
+def trained_file(door: Any, path: Path, arguments: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """Save an adapter with random weights; gives the prediction without and with it."""
+    model = tiny_hunyuan_image(7)
+    base = model(*detached().values())
+    _, seen = view([], model)
+    network = door.create_network(1.0, 4, 2, None, [], seen, **arguments)
+    randomize(network, 3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(0.3)
+    network.apply_to([], seen, False, True)
+    network.eval()
+    network.save_weights(str(path), None, {})
+    return base, model(*detached().values())
+
+
+@pytest.mark.parametrize(
+    ("door", "arguments"),
+    [
+        ("lora_hunyuan_image", {}),
+        ("lora_hunyuan_image", {"split_qkv": "True"}),
+        ("lora", {"use_scalar": "True", "network_reg_dims": "_mod_=0"}),
+        ("lora_fa", {}),
+        ("dylora", {"unit": "2"}),
+    ],
+    ids=str,
+)
+def test_diffusers_loads_our_file_and_predicts_the_same(door: str, arguments: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "ours.safetensors"
+    base, expected = trained_file(DOORS[door], path, arguments)
+    assert (expected - base).abs().max() > 0.01
+    theirs = oracle(tiny_hunyuan_image(7))
+    renamed = rename(read_adapter_file(path), NAMES, "diffusers").file
+    theirs.load_lora_adapter(adapter_tensors(renamed), prefix="transformer")
+    torch.testing.assert_close(oracle_output(theirs, detached()), expected, **FLOAT32_DEEP)
+
+
+@pytest.mark.parametrize("to", ["generic", "diffusers"])
+def test_a_file_in_another_naming_merges_as_the_adapter_predicted(tmp_path: Path, to: Any) -> None:
+    path = tmp_path / "ours.safetensors"
+    _, expected = trained_file(lora_hunyuan_image, path, {"split_qkv": "True"})
+    tensors = adapter_tensors(rename(read_adapter_file(path), NAMES, to).file)
+    model = tiny_hunyuan_image(7)
+    _, seen = view([], model)
+    network, weights = lora.create_network_from_weights(1.0, "file", None, [], seen, tensors, for_inference=True)
+    network.merge_to([], seen, weights, torch.float32, "cpu")
+    torch.testing.assert_close(model(*detached().values()), expected, **FLOAT32_DEEP)
+
+
+def test_merged_magnitudes_predict_what_the_adapter_did(tmp_path: Path) -> None:
+    """DoRA, which diffusers does not load, against weights that are added up."""
+    path = tmp_path / "ours.safetensors"
+    _, expected = trained_file(lora, path, {"dora_wd": "True"})
+    model = tiny_hunyuan_image(7)
+    _, seen = view([], model)
+    network, weights = lora.create_network_from_weights(1.0, str(path), None, [], seen, for_inference=True)
+    network.merge_to([], seen, weights, torch.float32, "cpu")
+    torch.testing.assert_close(model(*detached().values()), expected, **FLOAT32_DEEP)
+
+
+def test_blocks_with_adapters_compile_without_a_break_in_the_graph() -> None:
+    model = tiny_hunyuan_image(7)
+    _, seen = view([], model)
+    network = lora.create_network(1.0, 4, 2, None, [], seen)
+    randomize(network, 3)
+    network.apply_to([], seen, False, True)
+    network.eval()
+    expected = model(*detached().values())
+    for block in (*model.double_blocks, *model.single_blocks):
+        block.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(model(*detached().values()), expected, **FLOAT32_DEEP)
+
+
+def test_lycoris_names_the_layers_as_ComfyUI_does() -> None:
+    lycoris = pytest.importorskip("lycoris.kohya")
+    _, seen = view([], tiny_hunyuan_image(7))
+    lycoris.LycorisNetworkKohya.apply_preset({"unet_target_module": ["MMDoubleStreamBlock", "MMSingleStreamBlock"]})
+    network: Any = lycoris.create_network(1.0, 4, 2, None, [], seen, algo="lora")
+    ours = lora_hunyuan_image.create_network(1.0, 4, 2, None, [], seen)
+    assert set(ours.adapters) <= {module.lora_name for module in network.unet_loras}
