@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from library.architectures.flux import base_model as flux
+from library.architectures.hunyuan_image import base_model as hunyuan_image
 from library.architectures.lumina import base_model as lumina
 from library.architectures.sd import base_model as sd
 from library.architectures.sd3 import base_model as sd3
@@ -16,6 +17,7 @@ from networks.core.targets import AdapterTargets, Site, find_sites
 
 OPENERS: Mapping[str, Callable[[str, Path], BaseModel]] = {
     "flux": flux.open_base_model,
+    "hunyuan_image": hunyuan_image.open_base_model,
     "lumina": lumina.open_base_model,
     "sd3": sd3.open_base_model,
 }

@@ -100,7 +100,6 @@ def test_blocks_with_adapters_compile_without_a_break_in_the_graph() -> None:
 def test_lycoris_names_the_layers_as_ComfyUI_does() -> None:
     lycoris = pytest.importorskip("lycoris.kohya")
     _, seen = view([], tiny_hunyuan_image(7))
-    lycoris.LycorisNetworkKohya.apply_preset({"unet_target_module": ["MMDoubleStreamBlock", "MMSingleStreamBlock"]})
-    network: Any = lycoris.create_network(1.0, 4, 2, None, [], seen, algo="lora")
+    network: Any = lycoris.create_network(1.0, 4, 2, None, [], seen, algo="lora", preset="attn-mlp")
     ours = lora_hunyuan_image.create_network(1.0, 4, 2, None, [], seen)
     assert set(ours.adapters) <= {module.lora_name for module in network.unet_loras}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tests.tiny.anima import build_tiny_anima
 from tests.tiny.flux import build_tiny_flux
+from tests.tiny.hunyuan_image import build_tiny_hunyuan_image
 from tests.tiny.lumina import build_tiny_lumina
 from tests.tiny.sd import build_tiny_sd
 from tests.tiny.sd3 import build_tiny_sd3
@@ -19,6 +20,7 @@ class Base:
     script: str
     module: str
     build: Callable[[Path], list[str]]  # writes the model into a folder; gives the arguments that name it
+    adapts_text_encoders: bool = True
 
 
 def named(path: Path, *more: str) -> list[str]:
@@ -48,5 +50,11 @@ BASES: Mapping[str, Base] = {
         "anima_train_network",
         "networks.lora_anima",
         lambda f: [*build_tiny_anima(f, 57), "--qwen3_max_token_length", "32", "--t5_max_token_length", "32"],
+    ),
+    "hunyuan_image": Base(
+        "hunyuan_image_train_network",
+        "networks.lora_hunyuan_image",
+        lambda folder: build_tiny_hunyuan_image(folder, 58),
+        adapts_text_encoders=False,
     ),
 }

@@ -1,0 +1,69 @@
+"""tools/merge_lora.py on HunyuanImage 2.1: the merged checkpoint predicts what the adapter did, in every naming."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from library.architectures.hunyuan_image.adapter_names import NAMES
+from library.architectures.hunyuan_image.model import HunyuanImage
+from library.architectures.hunyuan_image.view import view
+from library.checkpoints.files import read_metadata
+from networks import lora_hunyuan_image
+from networks.core.adapter_file import read_adapter_file, save_adapter_file
+from networks.core.renaming import rename
+from tests.parity.test_hunyuan_image_model import inputs
+from tests.tiny.hunyuan_image import build_tiny_hunyuan_image, tiny_hunyuan_image
+from tests.tolerances import FLOAT32_DEEP
+from tests.unit.networks.toy import randomize
+from tools import merge_lora
+
+SEED = 31
+
+
+def adapter(path: Path, **arguments: str) -> torch.Tensor:
+    """Save an adapter with random weights; gives the prediction with it."""
+    model = tiny_hunyuan_image(SEED)
+    _, seen = view([], model)
+    network = lora_hunyuan_image.create_network(1.0, 4, 2, None, [], seen, **arguments)
+    randomize(network, 3)
+    network.apply_to([], seen, False, True)
+    network.eval()
+    network.save_weights(str(path), None, {})
+    return prediction(model)
+
+
+def prediction(model: HunyuanImage) -> torch.Tensor:
+    output: torch.Tensor = model(*(value.detach() for value in inputs(3, 5).values()))
+    return output
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("naming", ["kohya", "generic", "diffusers", "sd-scripts"])
+def test_the_merged_transformer_predicts_what_the_adapter_did(tmp_path: Path, naming: str, prefix: str) -> None:
+    base = Path(build_tiny_hunyuan_image(tmp_path, SEED)[1])
+    if prefix:
+        save_file({prefix + key: tensor for key, tensor in load_file(base).items()}, base)
+    lora, save_to = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
+    expected = adapter(lora, split_qkv="True")
+    if naming == "sd-scripts":
+        theirs = {found.kohya: found.aliases[0] for found in NAMES.modules if found.aliases}
+        split = {key: key.partition(".") for key in load_file(lora)}
+        renamed = {f"{theirs.get(name, name)}.{leaf}": load_file(lora)[key] for key, (name, _, leaf) in split.items()}
+        save_file(renamed, lora)
+    else:
+        save_adapter_file(lora, rename(read_adapter_file(lora), NAMES, naming).file)  # type: ignore[arg-type]
+    assert merge_lora.main(["--sd_model", str(base), "--models", str(lora), "--save_to", str(save_to)]) == 0
+    model = tiny_hunyuan_image(SEED)
+    model.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in load_file(save_to).items()})
+    torch.testing.assert_close(prediction(model), expected, **FLOAT32_DEEP)
+    assert read_metadata(save_to)["modelspec.architecture"] == "hunyuan-image-2.1"
+
+
+def test_what_cannot_be_merged_into_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter(tmp_path / "lora.safetensors")
+    build_tiny_hunyuan_image(tmp_path / "folder", SEED, "diffusers")
+    arguments = ["--models", str(tmp_path / "lora.safetensors"), "--save_to", str(tmp_path / "out")]
+    assert merge_lora.main(["--sd_model", str(tmp_path / "folder"), *arguments]) == 1
+    assert "only files in the original layout are merged into" in capsys.readouterr().err
