@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from library.architectures.anima import base_model as anima
 from library.architectures.flux import base_model as flux
 from library.architectures.hunyuan_image import base_model as hunyuan_image
 from library.architectures.lumina import base_model as lumina
@@ -16,6 +17,7 @@ from library.models.base_checkpoint import base_of_checkpoint, open_checkpoint
 from networks.core.targets import AdapterTargets, Site, find_sites
 
 OPENERS: Mapping[str, Callable[[str, Path], BaseModel]] = {
+    "anima": anima.open_base_model,
     "flux": flux.open_base_model,
     "hunyuan_image": hunyuan_image.open_base_model,
     "lumina": lumina.open_base_model,

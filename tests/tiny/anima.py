@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +56,9 @@ def build_tiny_anima(folder: Path, seed: int, prefix: str = "net.", has_folders:
     form; `has_folders` gives Qwen3 and the VAE as folders, as transformers and diffusers have them."""
     from safetensors.torch import save_file
 
-    num_t5_words = write_t5_tokenizer(folder / "t5_tokenizer")
+    assert write_t5_tokenizer(folder / "t5_tokenizer") < NUM_T5_WORDS  # as in the real model, which has spare words
     num_words = write_qwen3_tokenizer(folder / "tokenizer")
-    denoiser = {prefix + key: tensor for key, tensor in tiny_anima(seed, num_t5_words).state_dict().items()}
+    denoiser = {prefix + key: tensor for key, tensor in tiny_anima(seed).state_dict().items()}
     save_file(denoiser, folder / "anima.safetensors")
     qwen3, vae = qwen3_state(seed + 1, num_words), vae_state(seed + 2)
     if has_folders:
@@ -131,11 +130,10 @@ def write_qwen3_tokenizer(folder: Path) -> int:
     return len(words)
 
 
-def tiny_anima(seed: int, num_words: int = NUM_T5_WORDS) -> Anima:
+def tiny_anima(seed: int) -> Anima:
     """The denoiser alone, its weights random."""
-    config = replace(CONFIG, adapter=replace(CONFIG.adapter, num_words=num_words))
     with torch.device("meta"):
-        model = Anima(config)
+        model = Anima(CONFIG)
     model.load_state_dict(fixed_init(model, seed), assign=True)
     return model.requires_grad_(False).eval()
 
