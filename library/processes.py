@@ -59,6 +59,11 @@ class Processes:
         """The number of this machine, where each runs equally many processes."""
         return self.rank // self.local_count
 
+    @property
+    def num_machines(self) -> int:
+        """Machines of the run."""
+        return -(-self.count // self.local_count)
+
     def share_seed(self, seed: int) -> int:
         """The main process's seed, for all."""
         if self.store is None:

@@ -92,27 +92,47 @@ def cache_latents(
     temporary folder. Raises ValueError naming a picture that cannot be read or that the VAE turns into NaN.
     """
     jobs = plan_jobs(training_set, options.cache_latents_to_disk)
-    if processes.count > 1:
-        jobs = passed_on(jobs, processes.shared_folder("latents"), training_set.spec)
+    on_disk = [job for job in jobs if job.file is not None]
+    kept = [job for job in jobs if job.file is None]
+    if kept and processes.count > 1:
+        kept = passed_on(kept, processes.shared_folder("latents"), training_set.spec)
     files: dict[int, LatentFile] = {}
     memory: dict[int, Latents] = {}
-    pending = [job for job in jobs if job.file is None]
-    on_disk = [job for job in jobs if job.file is not None]
     entries = VerifiedEntries.open(job.file for job in on_disk if job.file is not None)
-    if on_disk:
-        usable, stale = check_files(on_disk, vae_identity, options.skip_cache_check, training_set, entries)
+
+    def encode_jobs(share: Sequence[Job]) -> None:
+        for job, latents in encoded(share, encode, vae_identity, options.vae_batch_size, seed, training_set, entries):
+            if job.file is None:
+                memory.update((user, latents) for user in job.users)
+
+    def stale_ones(candidates: Sequence[Job], when: str) -> list[Job]:
+        usable, stale = check_files(candidates, vae_identity, options.skip_cache_check, training_set, entries)
         for job, file in usable:
             files.update((user, file) for user in job.users)
-        pending += stale
-        processes.wait_for_all("checking the latent cache")  # so that all share out the same list
-    share = pending[processes.rank :: processes.count]
-    for job, latents in encoded(share, encode, vae_identity, options.vae_batch_size, seed, training_set, entries):
-        if job.file is None:
-            memory.update((user, latents) for user in job.users)
-    files.update((user, job.file) for job in pending if job.file is not None for user in job.users)
+        processes.wait_for_all(f"checking the latent cache{when}")  # so that all share out the same list
+        return stale
+
+    encode_jobs(shared_out(kept, processes.local_rank, processes.local_count))
+    stale = stale_ones(on_disk, "") if on_disk else []
+    encode_jobs(shared_out(stale, processes.rank, processes.count))
     entries.write()
     processes.wait_for_all("caching latents")
+    if on_disk and processes.num_machines > 1:  # what another machine wrote on a disk of its own is missing here
+        stale = stale_ones(stale, " again")
+        encode_jobs(shared_out(stale, processes.local_rank, processes.local_count))
+        processes.wait_for_all("caching latents again")
+    files.update((user, job.file) for job in (*kept, *stale) if job.file is not None for user in job.users)
     training_set.use_latents(files, memory)
+
+
+def shared_out(jobs: Sequence[Job], rank: int, count: int) -> list[Job]:
+    """One process's share of the jobs. Entries of one file go to one process, since each rewrites the whole file."""
+    numbers: dict[str | int, int] = {}
+    return [
+        job
+        for place, job in enumerate(jobs)
+        if numbers.setdefault(place if job.file is None else job.file.path, len(numbers)) % count == rank
+    ]
 
 
 def passed_on(jobs: Sequence[Job], folder: str, spec: LatentSpec) -> list[Job]:

@@ -174,15 +174,24 @@ def write_missing(
     processes: Processes,
 ) -> None:
     """Bring every file up to date, each process its share of them."""
-    verdicts = check_files(jobs, identity, skips_check, num_threads)
-    processes.wait_for_all("checking text encoder outputs")  # so that all share out the same list
-    missing = [(job, verdict) for job, verdict in zip(jobs, verdicts, strict=True) if verdict.fault is not None]
-    missing = missing[processes.rank :: processes.count]
-    count = sum(len(job.texts) - len(verdict.texts) for job, verdict in missing)
-    if missing:
-        logger.info("caching text encoder outputs of %d captions on disk", count)
-        write_files(missing, count, encode, spec, identity)
-    processes.wait_for_all("caching text encoder outputs")
+
+    def missing_ones(candidates: Sequence[Job], when: str) -> list[tuple[Job, Verdict]]:
+        verdicts = check_files(candidates, identity, skips_check, num_threads)
+        processes.wait_for_all(f"checking text encoder outputs{when}")  # so that all share out the same list
+        return [(job, verdict) for job, verdict in zip(candidates, verdicts, strict=True) if verdict.fault is not None]
+
+    def write_share(share: Sequence[tuple[Job, Verdict]], when: str) -> None:
+        count = sum(len(job.texts) - len(verdict.texts) for job, verdict in share)
+        if share:
+            logger.info("caching text encoder outputs of %d captions on disk", count)
+            write_files(share, count, encode, spec, identity)
+        processes.wait_for_all(f"caching text encoder outputs{when}")
+
+    missing = missing_ones(jobs, "")
+    write_share(missing[processes.rank :: processes.count], "")
+    if processes.num_machines > 1:  # what another machine wrote on a disk of its own is missing here
+        missing = missing_ones([job for job, _ in missing], " again")
+        write_share(missing[processes.local_rank :: processes.local_count], " again")
 
 
 def write_files(

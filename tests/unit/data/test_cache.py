@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,10 @@ import torch
 from PIL import Image
 
 from library.architectures.interface import LatentSpec
-from library.data.cache import cache_latents
+from library.data.cache import cache_latents, plan_jobs, shared_out
 from library.data.dataset import TrainingSet
 from library.options.caching import CachingOptions
+from library.processes import Processes
 from tests.unit.data.builders import (
     SIZED_SPEC,
     SPEC,
@@ -26,6 +29,7 @@ from tests.unit.data.builders import (
     write_config,
     write_picture,
 )
+from tests.unit.test_processes import Board
 
 DISK = CachingOptions(cache_latents=True, cache_latents_to_disk=True, vae_batch_size=2)
 MEMORY = CachingOptions(cache_latents=True, vae_batch_size=2)
@@ -466,3 +470,58 @@ def test_masks_of_files_are_drawn_with_cached_latents(tmp_path):
     cache_latents(training_set, averaging_vae(), "vae", MEMORY, 1)
     (batch,) = batches_of(training_set)
     assert np.abs(batch.masks_B1HW[0, 0].numpy() - np.array(Image.open(mask))[..., 0] / 255).max() < 1e-6
+
+
+# Several processes
+
+
+def cache_on_machines(folders: list[Path], options: CachingOptions) -> list[tuple[dict[str, list], int]]:
+    """The latents that each of several machines of one process draws by the picture's name, and how many it encoded."""
+    board = Board()
+
+    def run(rank: int) -> tuple[dict[str, list], int]:
+        calls: list[int] = []
+        training_set = open_folder(folders[rank])
+        processes = Processes(rank, len(folders), local_rank=0, local_count=1, store=board)
+        cache_latents(training_set, averaging_vae(calls), "vae", options, 1, processes)
+        return {Path(key).name: value for key, value in latents_by_key(training_set).items()}, sum(calls)
+
+    with ThreadPoolExecutor(len(folders)) as pool:
+        return list(pool.map(run, range(len(folders))))
+
+
+@pytest.mark.parametrize("options", [DISK, MEMORY], ids=["disk", "memory"])
+def test_machines_with_disks_of_their_own_each_have_every_latent(folder, tmp_path_factory, options):
+    other = tmp_path_factory.mktemp("machine") / "data"
+    shutil.copytree(folder, other)
+    first, second = cache_on_machines([folder, other], options)
+    alone, _ = cache(folder, options=MEMORY)
+    wanted = {Path(key).name: value for key, value in latents_by_key(alone).items()}
+    assert first[0] == second[0] == wanted
+
+
+def test_machines_with_a_common_disk_share_the_work_out(folder):
+    first, second = cache_on_machines([folder, folder], DISK)
+    assert first[0] == second[0] and first[1] + second[1] == 3
+
+
+def test_a_file_is_written_by_one_process_only(folder):
+    """Two processes that add an entry to one file at once would each write it without the other's."""
+    text = "".join(
+        f"[[datasets]]\nresolution = [{width}, 64]\n[[datasets.subsets]]\nimage_dir = '{{here}}/2_a'\n"
+        for width in (64, 128)
+    )
+    training_set = open_set(write_config(folder / "data.toml", text), spec=SIZED_SPEC)
+    jobs = plan_jobs(training_set, to_disk=True)
+    shares = [shared_out(jobs, rank, 2) for rank in range(2)]
+    assert sorted(len(share) for share in shares) == [2, 4] and len({id(job) for s in shares for job in s}) == len(jobs)
+    paths = [{job.file.path for job in share} for share in shares]
+    assert paths[0] and paths[1] and not paths[0] & paths[1]
+
+
+def test_latents_in_memory_do_not_come_from_old_files_beside_the_pictures(folder):
+    cache(folder)
+    for path in (folder / "2_a").glob("*_sd.npz"):
+        path.rename(path.with_name(path.name.partition("_")[0] + ".npz"))
+    encoded = cache_on_machines([folder, folder], MEMORY)
+    assert [count for _, count in encoded] == [3, 3]

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from library.data.dataset import TrainingSet
 from library.data.text_cache import Encoders, KeptTexts, TextEncoding, cache_texts
 from library.data.text_files import TextFile, stack_rows
 from library.options.text_caching import TextCachingOptions
+from library.processes import ALONE, Processes
 from library.types import Conditioning
 from tests.unit.data.builders import batches_of, open_set, options_of, write_folder, write_picture
+from tests.unit.test_processes import Board
 
 KEYS = ("hidden", "pooled", "mask")
 MEMORY = TextCachingOptions(cache_text_encoder_outputs=True)
@@ -77,6 +81,7 @@ def cache(
     skips_check: bool = False,
     dtype: str = "bf16",
     encode: Callable[[Sequence[str]], Conditioning] | None = None,
+    processes: Processes = ALONE,
 ) -> Cached:
     words = f"--resolution 64 --train_batch_size 2 --caption_extension .txt {arguments}"
     training_set = open_set(options_of(words, "--train_data_dir", str(folder)), seed=seed)
@@ -89,7 +94,7 @@ def cache(
         loads.append(1)
         return Encoders(encode or pipeline(calls), pipeline(calls, is_prompt=True))
 
-    kept = cache_texts(training_set, TextEncoding(spec, load, dtype), prompts, skips_check)
+    kept = cache_texts(training_set, TextEncoding(spec, load, dtype), prompts, skips_check, processes)
     return Cached(training_set, kept, calls, len(loads))
 
 
@@ -388,3 +393,35 @@ def test_shorter_features_are_filled_up_in_a_batch():
     assert stacked["m"].tolist() == [[1, 1, -1, -1], [1, 1, 1, 1]]
     with pytest.raises(RuntimeError):
         stack_rows(rows, {"a": 0.0})
+
+
+# Several machines
+
+
+def cache_on_machines(folders: Sequence[Path], options: TextCachingOptions) -> list[Cached]:
+    """What each of several machines of one process caches."""
+    board = Board()
+
+    def run(rank: int) -> Cached:
+        processes = Processes(rank, len(folders), local_rank=0, local_count=1, store=board)
+        return cache(folders[rank], SHUFFLED, options, processes=processes)
+
+    with ThreadPoolExecutor(len(folders)) as pool:
+        return list(pool.map(run, range(len(folders))))
+
+
+@pytest.mark.parametrize("options", [DISK, MEMORY], ids=["disk", "memory"])
+def test_machines_with_disks_of_their_own_each_have_every_caption(tmp_path, options):
+    write_data(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for cached in cache_on_machines([tmp_path / "one", tmp_path / "two"], options):
+        for _, caption, row in draws_of(cached.training_set, epochs=3):
+            assert_same(row, features(caption))
+
+
+def test_machines_with_a_common_disk_share_the_captions_out(tmp_path):
+    write_data(tmp_path)
+    found = cache_on_machines([tmp_path, tmp_path], DISK)
+    alone = cache(write_data(tmp_path / "alone"), SHUFFLED)
+    assert sum(len(cached.encoded) for cached in found) == len(alone.encoded)
+    assert all(cached.encoded for cached in found)
