@@ -64,13 +64,26 @@ class Processes:
         """Machines of the run."""
         return -(-self.count // self.local_count)
 
+    def share(self, what: str, text: str) -> str:
+        """The main process's text, for all; the others wait until it is there."""
+        if self.store is None:
+            return text
+        if self.is_main:
+            self.store.set(what, text)
+        return self.store.get(what).decode()
+
     def share_seed(self, seed: int) -> int:
         """The main process's seed, for all."""
-        if self.store is None:
-            return seed
-        if self.is_main:
-            self.store.set("seed", str(seed))
-        return int(self.store.get("seed"))
+        return int(self.share("seed", str(seed)))
+
+    def require_same(self, what: str, own: str) -> None:
+        """Raise ValueError where this process has another `what` than the main one, both described in words."""
+        main = self.share(f"same {what}", own)
+        if own != main:
+            raise ValueError(
+                f"{what} of process {self.rank} is not that of the main process: {own} here, {main} there; every "
+                "machine needs the same"
+            )
 
     def shared_folder(self, what: str) -> str:
         """A temporary folder for all processes of this machine, gone when the run ends."""

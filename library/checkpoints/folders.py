@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -11,6 +11,7 @@ from uuid import uuid4
 from library.checkpoints.files import flush_folder
 
 UNFINISHED, REPLACED = "unfinished", "replaced"
+MOVED = re.compile(rf"\.(.+)\.[0-9a-f]{{12}}\.({UNFINISHED}|{REPLACED})")
 
 
 @contextmanager
@@ -47,15 +48,14 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def tidy(parent: Path, start: str) -> None:
-    """Clear up after a process that was killed while it wrote folders whose names begin with `start`.
+def tidy(parent: Path, is_wanted: Callable[[str], bool]) -> None:
+    """Clear up after a process that was killed while it wrote folders, those whose names are wanted.
 
     What it had not finished goes; a folder that it had moved out of the way, and not yet replaced, comes back.
     """
-    pattern = re.compile(rf"\.({re.escape(start)}.*)\.[0-9a-f]{{12}}\.({UNFINISHED}|{REPLACED})")
     for entry in sorted(parent.iterdir()) if parent.is_dir() else ():
-        match = pattern.fullmatch(entry.name)
-        if match is None:
+        match = MOVED.fullmatch(entry.name)
+        if match is None or not is_wanted(match[1]):
             continue
         path = parent / match[1]
         if match[2] == REPLACED and not path.exists():

@@ -78,8 +78,9 @@ class LatentFile:
             reason = MISSING
         except DAMAGE as error:
             reason = f"{DAMAGED}: {error}"
+        delete = "delete it and " if reason.startswith(DAMAGED) else ""  # a start does not read all of every file
         raise ValueError(
-            f"the latent cache {self.path} is {reason}; run again without --skip_cache_check to make it anew"
+            f"the latent cache {self.path} is {reason}; {delete}run again without --skip_cache_check to make it anew"
         )
 
 

@@ -22,13 +22,14 @@ AT_LEAST_ONE = (
     "dataset_repeats", "network_dim", "clip_skip", "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio",
     "save_last_n_epochs", "save_last_n_steps", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps",
     "lr_scheduler_num_cycles", "lr_scheduler_timescale", "max_timestep",
-    "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps",
+    "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "initial_epoch",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "max_data_loader_n_workers", "keep_tokens", "caption_dropout_every_n_epochs", "token_warmup_min",
     "token_warmup_step", "prior_loss_weight", "network_alpha", "unet_lr", "learning_rate", "max_grad_norm",
     "lr_warmup_steps", "lr_decay_steps", "min_timestep", "multires_noise_iterations", "multires_noise_discount",
     "ip_noise_gamma", "huber_c", "huber_scale", "min_snr_gamma", "lr_scheduler_min_lr_ratio",
+    "initial_step", "save_last_n_epochs_state", "save_last_n_steps_state",
 )  # fmt: skip
 MAX_NAME_BYTES = 255 - len("-step00000000-state")  # what file systems allow, less what a run appends
 SQUARES_IN_DTYPE_OF_WEIGHTS = (
@@ -39,6 +40,8 @@ SHARES = ("caption_dropout_rate", "caption_tag_dropout_rate", "network_dropout")
 MAX_SEED = 2**63 - 1
 ANY_CHOICE = ("max_token_length", "dynamo_backend", "sample_sampler", "zero_stage")  # names of files in use; see cli.py
 
+DISK_CACHES = ("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk")
+
 NEEDS = (
     ("noise_offset_random_strength", "noise_offset"),
     ("multires_noise_discount", "multires_noise_iterations"),
@@ -46,6 +49,13 @@ NEEDS = (
     ("base_weights_multiplier", "base_weights"),
     ("bucket_no_upscale", "enable_bucket"),
     ("save_last_n_steps", "save_every_n_steps"),
+    ("save_last_n_steps_state", "save_state"),
+    ("save_last_n_epochs_state", "save_state"),
+    ("save_state_to_huggingface", "huggingface_repo_id"),
+    ("async_upload", "huggingface_repo_id"),
+    ("huggingface_path_in_repo", "huggingface_repo_id"),
+    ("huggingface_repo_visibility", "huggingface_repo_id"),
+    ("resume_from_huggingface", "resume"),
     ("log_prefix", "logging_dir"),
     ("log_tracker_name", "logging_dir"),
 )
@@ -327,6 +337,12 @@ def idle(options: TrainOptions) -> Iterator[str]:
         and not asks(values["save_n_epoch_ratio"])
     ):
         yield "--save_last_n_epochs has no effect without --save_every_n_epochs"
+    if chosen("skip_cache_check") and not any(asks(values.get(name)) for name in DISK_CACHES):
+        yield "--skip_cache_check has no effect: nothing is cached on disk"
+    if chosen("initial_epoch") and options.state.initial_step is not None:
+        yield "--initial_epoch has no effect with --initial_step"
+    if options.state.autoresume and options.state.resume:
+        yield "--autoresume has no effect with --resume, which names the state"
     if options.loss.loss_type not in ("huber", "smooth_l1"):
         for name in ("huber_schedule", "huber_c", "huber_scale"):
             if chosen(name):

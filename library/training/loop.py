@@ -81,10 +81,10 @@ def train(
                 previews.after_step(progress.step, epoch, interruption)
                 if stops:
                     break
-            if charts.are_on:
-                charts.log_epoch({"loss/epoch_average": average.mean}, progress.step, epoch)
             if stops and progress.step % plan.steps_per_epoch != 0:
                 break
+            if charts.are_on:
+                charts.log_epoch({"loss/epoch_average": average.mean}, progress.step, epoch)
             writer.save_after_epoch(progress.step, epoch)
             previews.after_epoch(progress.step, epoch, interruption)
             if stops:

@@ -63,7 +63,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     check_vae_precision(options, arch.vae_overflows_in_fp16)
     accelerator = setup.open_accelerator(options)
     processes = of_accelerator(accelerator)
-    facts = find_state(options, processes.is_main)
+    facts = find_state(options, processes)
     if processes.is_main:
         check_repository(options.hub)
     seed = setup.choose_seed(options.run.seed, processes, facts)

@@ -3,16 +3,19 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from library.checkpoints.folders import tidy
 from library.options.train import TrainOptions
+from library.processes import Processes
 from library.training.config_file import SECRETS
 from library.training.hub import fetch_state
 from library.training.plan import Plan
 from library.training.saving import Names
-from library.training.state import Facts, newest_state, read_facts
+from library.training.state import FACTS_FILE, Facts, is_state_name, newest_state, read_facts
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +25,8 @@ GROUPS_WITHOUT_EFFECT = (
 WITHOUT_EFFECT = (
     "seed", "max_data_loader_n_workers", "persistent_data_loader_workers", "skip_cache_check", "tokenizer_cache_dir",
     "train_data_dir", "reg_data_dir", "in_json", "dataset_config", "conditioning_data_dir", "cache_info",
-    "network_weights", "lowram", "highvram", "cache_latents_to_disk",
+    "network_weights", "lowram", "highvram", "cache_latents_to_disk", "trace_nonfinite",
+    "dry_run",
 )  # fmt: skip
 OF_THE_STATE = ("learning_rate", "unet_lr", "text_encoder_lr", "optimizer_args")
 LENGTH = ("max_train_steps", "max_train_epochs")
@@ -32,27 +36,54 @@ class AlreadyComplete(Exception):
     """--autoresume found the state of a run that has nothing left to do."""
 
 
-def find_state(options: TrainOptions, is_main: bool) -> Facts | None:
+def find_state(options: TrainOptions, processes: Processes) -> Facts | None:
     """The state that --resume names or --autoresume finds; None for a run that starts at the beginning.
 
-    Raises ValueError where the named folder is no whole state.
+    Raises ValueError where the named folder is no whole state, or where a process has another state than the main one.
     """
+    facts = None
+    if processes.is_main:
+        clear_up(options)
+        facts = named_or_newest(options)
+    path = processes.share("state", "" if facts is None else str(facts.path))
+    if path and not processes.is_main:
+        facts = named_or_newest(options) if options.state.resume else state_of_main(path)
+    if path and facts is not None:
+        digest = blake2b((facts.path / FACTS_FILE).read_bytes(), digest_size=8).hexdigest()
+        processes.require_same("the state", f"step {facts.step} with digest {digest}")
+    return facts
+
+
+def clear_up(options: TrainOptions) -> None:
+    """Clear up after a run of this name that was killed while it wrote a state; a run that only looks leaves it."""
+    if options.saving.output_dir and not (options.faults.dry_run or options.dataset.debug_dataset):
+        names = Names.build(options.saving)
+        tidy(names.folder, partial(is_state_name, names=names.starts))
+
+
+def named_or_newest(options: TrainOptions) -> Facts | None:
+    """The state as this process finds it."""
     wanted = options.state
     if wanted.resume:
         is_remote = options.hub.resume_from_huggingface
         return read_facts(fetch_state(wanted.resume, options.hub) if is_remote else Path(wanted.resume))
-    if not options.saving.output_dir:
+    if not wanted.autoresume or not options.saving.output_dir:
         return None
     names = Names.build(options.saving)
-    if is_main:
-        for start in names.starts:
-            tidy(names.folder, start)
-    if not wanted.autoresume:
-        return None
     facts = newest_state(names.folder, names.starts)
     if facts is None:
         logger.info("--autoresume: there is no state in %s; starting at the beginning", names.folder)
     return facts
+
+
+def state_of_main(path: str) -> Facts:
+    """The state that --autoresume found in the main process. Raises ValueError where it is not on this machine."""
+    if not Path(path).is_dir():
+        raise ValueError(
+            f"--autoresume: the main process goes on from {path}, which is not on this machine; copy it here, or use "
+            "an --output_dir that all machines share"
+        )
+    return read_facts(Path(path))
 
 
 def starting_step(options: TrainOptions, plan: Plan, facts: Facts | None) -> int:
@@ -97,18 +128,20 @@ def recorded_options(options: TrainOptions) -> dict[str, Any]:
 def report_differences(facts: Facts, options: TrainOptions, dataset: Mapping[str, Any], num_processes: int) -> None:
     """Warn of everything that keeps this run from going on as the uninterrupted one would have."""
     for level, line in (
-        *option_differences(facts, options),
+        *option_differences(facts, options, num_processes),
         *dataset_differences(facts.dataset, dataset),
         *process_differences(facts, options, num_processes),
     ):
         logger.log(level, "%s", line)
 
 
-def option_differences(facts: Facts, options: TrainOptions) -> Iterator[tuple[int, str]]:
+def option_differences(facts: Facts, options: TrainOptions, num_processes: int) -> Iterator[tuple[int, str]]:
     """A line for every option that changed and matters."""
     now, defaults = recorded_options(options), type(options).defaults()
     idle = {name for group in GROUPS_WITHOUT_EFFECT for name in getattr(options, group).flat()} | set(WITHOUT_EFFECT)
-    for name in now.keys() - idle:
+    if facts.num_processes != num_processes:
+        idle.add("gradient_accumulation_steps")  # what both together do is said by `process_differences`
+    for name in sorted(now.keys() - idle):
         before = facts.options.get(name, json.loads(json.dumps(defaults[name], default=str)))
         if before == now[name]:
             continue

@@ -117,6 +117,10 @@ def prepare(
     Raises ValueError for settings that only show here to be wrong, such as a network argument.
     """
     save_dtype(options.saving.save_precision)
+    if processes.count > 1:
+        data = dataset_of(training_set)
+        size = f"{data['num_pictures']} pictures in {data['num_batches']} batches"
+        processes.require_same("the dataset", f"{size} ({data['pictures']}, {data['captions']}, {data['settings']})")
     device = processes.device
     dtype = DTYPES[options.precision.mixed_precision]
     autocast: Autocast = nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)

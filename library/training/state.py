@@ -215,12 +215,17 @@ def write_text(path: Path, text: str) -> None:
 STATE_NAME = re.compile(r"(?P<start>.+?)(-step(?P<step>\d+)|-(?P<epoch>\d{6,}))?-state")
 
 
+def is_state_name(folder: str, names: tuple[str, ...]) -> bool:
+    """Whether a folder is called as a state of a run with one of `names` is."""
+    match = STATE_NAME.fullmatch(folder)
+    return match is not None and match["start"] in names
+
+
 def newest_state(folder: Path, names: tuple[str, ...]) -> Facts | None:
     """The whole state in `folder` that has come furthest, of a run with one of `names`; None where there is none."""
     found = []
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
-        match = STATE_NAME.fullmatch(entry.name)
-        if match is None or match["start"] not in names or not entry.is_dir():
+        if not is_state_name(entry.name, names) or not entry.is_dir():
             continue
         try:
             facts = read_facts(entry)

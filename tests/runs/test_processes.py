@@ -37,7 +37,10 @@ def arguments(base_arguments: list[str], tmp_path: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_doubled_accumulation(train: Train, arguments: list[str], tmp_path: Path) -> None:
-    """Sums of float32 gradients in another order: weights agree to 1e-6 of the largest after ten steps."""
+    """Sums of float32 gradients in another order: weights agree to 1e-5 of the largest after ten steps.
+
+    Adam divides a gradient by its own size, so the rounding of a small one counts as much as that of a large one.
+    """
     random = ["--shuffle_caption", "--flip_aug", "--network_dropout", "0.1", "--network_args", "module_dropout=0.2"]
     words = [*arguments, *random, "--cache_latents"]
     words.remove("--flip_aug")
@@ -49,7 +52,7 @@ def test_two_processes_equal_one_with_doubled_accumulation(train: Train, argumen
     second = load_state_dict(tmp_path / "one" / "mine.safetensors")
     assert first.keys() == second.keys()
     for key in first:
-        torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-6 * float(second[key].abs().max()) + 1e-9)
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-5 * float(second[key].abs().max()) + 1e-9)
     assert two.losses == one.losses
     assert "steps: 100%" in two.stderr and "10/10" in two.stderr
     assert two.stdout.count("running training") == 1
@@ -94,7 +97,7 @@ def test_a_state_of_two_processes_goes_on_with_one(train: Train, arguments: list
     first = load_state_dict(tmp_path / "out" / "mine.safetensors")
     second = load_state_dict(tmp_path / "one" / "mine.safetensors")
     for key in first:
-        torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-6 * float(second[key].abs().max()) + 1e-9)
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-5 * float(second[key].abs().max()) + 1e-9)
 
 
 @pytest.mark.slow

@@ -168,3 +168,16 @@ def test_an_interruption_at_the_end_of_an_epoch_still_saves_the_epoch(
     assert done.status == 0, done.stderr
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"mine-000001.safetensors", "mine-step00000009.safetensors", "mine-step00000009-state"}
+
+
+def test_an_interruption_inside_an_epoch_puts_no_average_of_it_into_the_charts(
+    train: Train, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from library.training.interruption import Interruption
+
+    asked = iter([False, True])
+    monkeypatch.setattr(Interruption, "is_requested", property(lambda _: next(asked)))
+    done = train([*arguments, "--logging_dir", str(tmp_path / "logs")])
+    assert done.status == 0, done.stderr
+    charts = points(tmp_path / "logs")
+    assert "loss/current" in charts and "loss/epoch_average" not in charts

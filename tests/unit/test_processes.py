@@ -61,3 +61,11 @@ def test_all_use_the_seed_of_the_main_process_and_the_folder_of_their_machine() 
     assert {seed for seed, _ in found} == {100}
     folders = [folder for _, folder in found]
     assert folders[0] == folders[1] != folders[2] == folders[3]
+
+
+def test_a_process_with_other_data_than_the_main_one_says_so() -> None:
+    board = Board()
+    Processes(0, 2, store=board).require_same("the dataset", "3 pictures")
+    Processes(1, 2, store=board).require_same("the dataset", "3 pictures")
+    with pytest.raises(ValueError, match=r"the dataset of process 1 is not.*4 pictures here, 3 pictures there"):
+        Processes(1, 2, store=board).require_same("the dataset", "4 pictures")

@@ -316,7 +316,7 @@ def test_flipped_bits_are_found_when_they_are_read(tmp_path):
     place = content.index(features(next(cached.training_set.caption_texts())[0])["pooled"].numpy().tobytes())
     content[place] ^= 1
     file_of(folder).write_bytes(content)
-    with pytest.raises(ValueError, match=r"p0_tiny_te.npz is damaged.*run again without --skip_cache_check"):
+    with pytest.raises(ValueError, match=r"p0_tiny_te.npz is damaged.*delete it and run again"):
         draws_of(cached.training_set)
 
 

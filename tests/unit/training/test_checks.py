@@ -108,6 +108,13 @@ def test_deepspeed_names_its_other_options_too() -> None:
         ("bucket_no_upscale", True),
         ("save_last_n_steps", 100),
         ("save_last_n_epochs", 2),
+        ("save_last_n_steps_state", 100),
+        ("save_last_n_epochs_state", 2),
+        ("save_state_to_huggingface", True),
+        ("async_upload", True),
+        ("huggingface_path_in_repo", "loras"),
+        ("resume_from_huggingface", True),
+        ("skip_cache_check", True),
         ("log_prefix", "a"),
         ("huber_c", 0.2),
         ("huber_scale", 2.0),
@@ -129,6 +136,9 @@ def test_option_that_does_nothing_warns_once(caplog: pytest.LogCaptureFixture, n
         {"huber_scale": 2.0, "loss_type": "smooth_l1", "huber_schedule": "exponential"},
         {"save_last_n_epochs": 2, "save_n_epoch_ratio": 4},
         {"save_last_n_steps": 100, "save_every_n_steps": 10},
+        {"save_last_n_steps_state": 100, "save_state": True, "save_every_n_steps": 10},
+        {"skip_cache_check": True, "cache_latents": True, "cache_latents_to_disk": True},
+        {"initial_step": 0},
         {"bucket_no_upscale": True, "enable_bucket": True},
         {"zero_terminal_snr": True, "v_parameterization": True},
         {"dynamo_backend": "no"},
@@ -147,6 +157,12 @@ def test_options_overridden_by_the_part_that_trains_warn(caplog: pytest.LogCaptu
     assert "--text_encoder_lr" in warnings_of(caplog, network_train_unet_only=True, text_encoder_lr=[1e-5])[0]
     caplog.clear()
     assert "--unet_lr" in warnings_of(caplog, network_train_text_encoder_only=True, unet_lr=1e-5)[0]
+
+
+def test_what_names_the_start_twice_warns(caplog: pytest.LogCaptureFixture) -> None:
+    assert "--initial_epoch" in warnings_of(caplog, initial_epoch=2, initial_step=10)[0]
+    caplog.clear()
+    assert "--autoresume" in warnings_of(caplog, autoresume=True, resume="a-state")[0]
 
 
 def test_rank_beside_dim_from_weights_warns(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
@@ -214,6 +230,9 @@ def test_debug_dataset_needs_no_model_and_no_output() -> None:
         {"text_encoder_lr": [1e-5, float("inf")]},
         {"max_grad_norm": -1.0},
         {"seed": 2**70},
+        {"initial_epoch": 0},
+        {"initial_step": -1},
+        {"save_last_n_steps_state": -1},
     ],
     ids=str,
 )

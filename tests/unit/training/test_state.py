@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from library.options.run import RunOptions
 from library.options.saving import SavingOptions
 from library.options.state import StateOptions
 from library.options.train import TrainOptions
+from library.processes import ALONE, Processes
 from library.training.plan import Plan
 from library.training.resume import AlreadyComplete, find_state, recorded_options, report_differences, starting_step
 from library.training.state import Facts, OptimizerKeeper, read_facts, restore, save_state
+from tests.unit.test_processes import Board
 
 DATASET = {"num_pictures": 6, "num_batches": 3, "pictures": "a", "captions": "b", "settings": "c"}
 
@@ -134,22 +138,69 @@ def test_autoresume_takes_the_whole_state_that_has_come_furthest(tmp_path: Path)
         written(tmp_path / name, step=step)
     (tmp_path / "x-step00000020-state" / "network.safetensors").unlink()
     written(tmp_path / "y-step00000050-state", step=50)
-    facts = find_state(options_with(tmp_path, autoresume=True), is_main=True)
+    facts = find_state(options_with(tmp_path, autoresume=True), ALONE)
     assert facts is not None and facts.step == 12
 
 
 def test_autoresume_starts_where_there_is_no_state(tmp_path: Path) -> None:
-    assert find_state(options_with(tmp_path / "new", autoresume=True), is_main=True) is None
+    assert find_state(options_with(tmp_path / "new", autoresume=True), ALONE) is None
 
 
 def test_what_a_killed_process_left_is_cleared_up(tmp_path: Path) -> None:
     written(tmp_path / "x-state", step=5)
     (tmp_path / "x-state").rename(tmp_path / ".x-state.0123456789ab.replaced")
     (tmp_path / ".x-step00000009-state.0123456789ab.unfinished").mkdir()
-    (tmp_path / ".y-state.0123456789ab.unfinished").mkdir()
-    facts = find_state(options_with(tmp_path, autoresume=True), is_main=True)
+    of_others = [".xy-000001-state.0123456789ab.unfinished", ".y-state.0123456789ab.unfinished"]
+    for name in of_others:
+        (tmp_path / name).mkdir()
+    facts = find_state(options_with(tmp_path, autoresume=True), ALONE)
     assert facts is not None and facts.step == 5
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".y-state.0123456789ab.unfinished", "x-state"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*of_others, "x-state"]
+
+
+def test_a_state_that_resume_names_comes_back_where_a_killed_process_had_moved_it(tmp_path: Path) -> None:
+    written(tmp_path / "x-state", step=5).rename(tmp_path / ".x-state.0123456789ab.replaced")
+    facts = find_state(options_with(tmp_path, resume=str(tmp_path / "x-state")), ALONE)
+    assert facts is not None and facts.step == 5
+
+
+def test_a_dry_run_leaves_the_state_that_another_run_is_writing(tmp_path: Path) -> None:
+    unfinished = tmp_path / ".x-state.0123456789ab.unfinished"
+    unfinished.mkdir()
+    options = options_with(tmp_path)
+    assert find_state(replace(options, faults=replace(options.faults, dry_run=True)), ALONE) is None
+    assert unfinished.is_dir()
+
+
+def find_in_two(main: TrainOptions, other: TrainOptions) -> list[Facts | None]:
+    """What each of two processes goes on from."""
+    board = Board()
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(find_state, o, Processes(r, 2, store=board)) for r, o in enumerate((main, other))]
+        return [one.result() for one in found]
+
+
+def test_all_processes_go_on_from_what_the_main_one_finds(tmp_path: Path) -> None:
+    written(tmp_path / "x-000001-state", step=5)
+    options = options_with(tmp_path, autoresume=True)
+    elsewhere = options_with(tmp_path / "empty", autoresume=True)
+    assert [facts and facts.step for facts in find_in_two(options, elsewhere)] == [5, 5]
+    assert find_in_two(elsewhere, options) == [None, None]
+
+
+def test_copies_of_a_state_are_the_same_state(tmp_path: Path) -> None:
+    one = written(tmp_path / "one" / "x-state", step=5)
+    shutil.copytree(one, tmp_path / "two" / "x-state")
+    found = find_in_two(*(options_with(resume=str(tmp_path / name / "x-state")) for name in ("one", "two")))
+    assert [facts and facts.step for facts in found] == [5, 5]
+
+
+def test_processes_with_other_states_are_refused(tmp_path: Path) -> None:
+    for name, step in (("one", 5), ("two", 7)):
+        written(tmp_path / name / "x-state", step=step)
+    one, two = (options_with(resume=str(tmp_path / name / "x-state")) for name in ("one", "two"))
+    with pytest.raises(ValueError, match=r"the state of process 1 is not.*step 7.*step 5"):
+        find_in_two(one, two)
 
 
 # From which step
@@ -210,6 +261,22 @@ def test_changes_say_what_they_mean(caplog: pytest.LogCaptureFixture) -> None:
     assert "--min_snr_gamma was None in the state and is 5.0: the run goes on, but not as the uninterrupted" in text
     assert "--max_train_steps was 1600 in the state and is 2000: learning rates that depend on the length" in text
     assert "its pictures differ; 6 pictures in 3 batches then, 7 in 3 now" in text
+
+
+def test_what_only_explains_or_averages_the_same_is_no_other_run(caplog: pytest.LogCaptureFixture) -> None:
+    base = TrainOptions()
+    traced = replace(base, faults=replace(base.faults, trace_nonfinite=True))
+    assert differences(base, traced, caplog) == ""
+    two = Facts(Path("s"), 1, 0, 2, recorded_options(base), DATASET, {})
+    doubled = replace(base, run=replace(base.run, gradient_accumulation_steps=2))
+    with caplog.at_level(logging.INFO):
+        report_differences(two, doubled, DATASET, num_processes=1)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert "a step averages as many batches as before" in caplog.text
+    caplog.clear()
+    assert "--gradient_accumulation_steps was 1 in the state and is 2: the run goes on, but" in differences(
+        base, doubled, caplog
+    )
 
 
 def test_passwords_are_not_written(tmp_path: Path) -> None:
