@@ -158,4 +158,5 @@ class Architecture:
     metadata: Mapping[str, str]  # ss_v2, ss_base_model_version and the modelspec keys that are the model's own
     text_cache: TextCacheSpec | None = None  # None where text encoder outputs cannot be cached
     vary: Vary | None = None  # None where conditioning is used as it is
+    encodes_on_cpu: bool = False  # whether the text encoders stay off the card
     vae_overflows_in_fp16: bool = False  # whether the VAE that comes with it gives NaN in fp16, as SDXL's does

@@ -94,10 +94,9 @@ def latents_of(run: Run, batch: Batch, generator_of: Callable[[int], torch.Gener
 
 def conditioning_of(run: Run, batch: Batch) -> Conditioning:
     """Text features of the batch, with gradient where a text encoder trains."""
-    if batch.conditioning is not None:
-        return {name: tensor.to(run.device) for name, tensor in batch.conditioning.items()}
-    if not run.trains_text_encoder:
-        return run.captions(batch.captions)
+    if batch.conditioning is not None or not run.trains_text_encoder:
+        found = run.captions(batch.captions) if batch.conditioning is None else batch.conditioning
+        return {name: tensor.to(run.device) for name, tensor in found.items()}
     return run.arch.text.encode(run.models.text_encoders, run.arch.text.tokenize(batch.captions))
 
 

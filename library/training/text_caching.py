@@ -84,6 +84,7 @@ def prepare_text(
     They are not loaded at all where everything is on disk already.
     """
     spec = cached_text(arch.text_cache)
+    device = torch.device("cpu") if arch.encodes_on_cpu else device
     if spec is None:
         return RunText([encoder.to(device) for encoder in arch.load.text_encoders()], None)
 

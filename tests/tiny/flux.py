@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from library.architectures.flux.keys import SWAPPED, source_keys, swap_halves
+from library.architectures.flux.keys import SWAPPED, source_keys
 from library.architectures.flux.model import Flux, FluxConfig
+from library.checkpoints.joined import swap_halves
 from library.models.vae_keys import vae_to_ldm
 from tests.tiny.init import fixed_init
 from tests.tiny.sd import CLIP, write_tokenizer

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from library.architectures.hunyuan_image.keys import SWAPPED, source_keys, swap_halves
+from library.architectures.hunyuan_image.keys import SWAPPED, source_keys
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig
 from library.architectures.hunyuan_image.qwen import TEMPLATE, qwen_config
+from library.checkpoints.joined import swap_halves
 from tests.tiny.init import fixed_init
 
 Layout = Literal["files", "diffusers"]

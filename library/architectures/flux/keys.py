@@ -5,9 +5,7 @@ A weight of ours is made of several of diffusers', one below the other; `sources
 
 from collections.abc import Iterable, Mapping
 
-import torch
-from torch import Tensor
-
+from library.checkpoints.joined import joined
 from library.checkpoints.weights import Weights
 
 DIFFUSERS_MARK = "x_embedder.weight"
@@ -85,29 +83,4 @@ def from_diffusers(weights: Weights) -> Weights:
 
     Raises ValueError naming what is missing of a layer whose other parts are there.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    known: set[str] = set()
-    for key in our_keys(weights.shapes):
-        parts = source_keys(key)
-        missing = [part for part in parts if part not in weights.shapes]
-        if missing:
-            raise ValueError(f"{weights.origin} is incomplete: {', '.join(missing)} is missing")
-        known |= set(parts)
-        first = weights.shapes[parts[0]]
-        shapes[key] = (sum(weights.shapes[part][0] for part in parts), *first[1:])
-    strangers = {name: shape for name, shape in weights.shapes.items() if name not in known}
-
-    def read(key: str) -> Tensor:
-        if key in strangers:
-            return weights.read(key)
-        tensors = [weights.read(part) for part in source_keys(key)]
-        if key.startswith(SWAPPED):
-            return swap_halves(tensors[0])
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-    return Weights(weights.origin, {**shapes, **strangers}, read)
-
-
-def swap_halves(tensor: Tensor) -> Tensor:
-    first, second = tensor.chunk(2)
-    return torch.cat([second, first])
+    return joined(weights, {key: source_keys(key) for key in our_keys(weights.shapes)}, SWAPPED)

@@ -56,6 +56,7 @@ def build(options: HunyuanImageOptions) -> Architecture:
         preview=build_preview(text),
         metadata=metadata(options),
         text_cache=build_text_cache(options, loader),
+        encodes_on_cpu=options.hunyuan_image.text_encoder_cpu,
     )
 
 

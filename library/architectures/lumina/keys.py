@@ -5,10 +5,8 @@ A weight of ours is made of several of diffusers', one below the other; `sources
 
 from collections.abc import Iterator, Mapping
 
-import torch
-from torch import Tensor
-
 from library.architectures.lumina.model import STACKS
+from library.checkpoints.joined import joined
 from library.checkpoints.weights import Weights
 
 DIFFUSERS_MARK = "time_caption_embed.caption_embedder.1.weight"
@@ -69,23 +67,4 @@ def from_diffusers(weights: Weights) -> Weights:
 
     Raises ValueError naming what is missing of a layer whose other parts are there.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    known: set[str] = set()
-    for key in candidates(weights.shapes):
-        parts = source_keys(key)
-        missing = [part for part in parts if part not in weights.shapes]
-        if len(missing) == len(parts):
-            continue
-        if missing:
-            raise ValueError(f"{weights.origin} is incomplete: {', '.join(missing)} is missing")
-        known |= set(parts)
-        shapes[key] = (sum(weights.shapes[part][0] for part in parts), *weights.shapes[parts[0]][1:])
-    strangers = {name: shape for name, shape in weights.shapes.items() if name not in known}
-
-    def read(key: str) -> Tensor:
-        if key in strangers:
-            return weights.read(key)
-        tensors = [weights.read(part) for part in source_keys(key)]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-    return Weights(weights.origin, {**shapes, **strangers}, read)
+    return joined(weights, {key: source_keys(key) for key in candidates(weights.shapes)})

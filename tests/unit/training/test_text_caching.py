@@ -69,6 +69,7 @@ def prepare(folder: Path, to_disk: bool, processes: Processes, encoded: list[str
         preview=SimpleNamespace(text=Words(encoded)),
         text_cache=spec,
         load=SimpleNamespace(text_encoders=load),
+        encodes_on_cpu=False,
     )
     arch: Any = parts
     text = prepare_text(options, arch, training_set, torch.device("cpu"), nullcontext, [], processes)
@@ -92,3 +93,14 @@ def test_each_caption_is_encoded_by_one_process_and_used_by_all(tmp_path: Path, 
     for captions, lengths in found[0][1]:
         assert lengths == [[len(caption)] for caption in captions]
     assert bool(list(tmp_path.rglob("*.npz"))) == to_disk
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_encoders_that_are_to_stay_off_the_card_do(tmp_path: Path, stays: bool) -> None:
+    """The card is the meta device here, which takes a module as any other does."""
+    write_folder(tmp_path / "1_a", 1)
+    options = options_of("--resolution 64 --caption_extension .txt", "--train_data_dir", str(tmp_path))
+    load = SimpleNamespace(text_encoders=lambda: [nn.Linear(2, 2)])
+    arch: Any = SimpleNamespace(text_cache=None, load=load, encodes_on_cpu=stays)
+    text = prepare_text(options, arch, open_set(options), torch.device("meta"), nullcontext, [], Processes())
+    assert {p.device.type for p in text.encoders[0].parameters()} == {"cpu" if stays else "meta"}
