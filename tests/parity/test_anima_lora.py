@@ -10,7 +10,7 @@ from torch import Tensor
 from library.architectures.anima.adapter_names import NAMES
 from library.checkpoints.adapter_names import FileNaming
 from networks import dylora, lora, lora_anima, lora_fa
-from networks.core.adapter_file import adapter_tensors, read_adapter_file
+from networks.core.adapter_file import adapter_tensors, read_adapter_file, save_adapter_file
 from networks.core.renaming import rename
 from tests.parity.test_anima_model import inputs, oracle_models, oracle_of
 from tests.tiny.anima import tiny_anima
@@ -82,3 +82,25 @@ def test_merged_weights_predict_what_the_adapter_did(tmp_path: Path) -> None:
     network.merge_to([], model, weights, torch.float32, "cpu")
     values = [value.detach() for value in inputs(6, 10)]
     torch.testing.assert_close(model(*values), expected, **FLOAT32_DEEP)
+
+
+@pytest.mark.parametrize("naming", ["generic", "diffusers"])
+def test_files_in_other_programs_names_are_trained_further(naming: FileNaming, tmp_path: Path) -> None:
+    path, other = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    _, expected = trained_file(lora_anima, path, {"train_llm_adapter": "True"})
+    save_adapter_file(other, rename(read_adapter_file(path), NAMES, naming).file)
+    model = tiny_anima(7)
+    network, weights = lora_anima.create_network_from_weights(1.0, str(other), None, [], model)
+    network.apply_to([], model, False, True)
+    network.load_state_dict(weights, strict=False)
+    network.eval()
+    values = [value.detach() for value in inputs(6, 10)]
+    torch.testing.assert_close(model(*values), expected, **FLOAT32_DEEP)
+
+
+def test_lycoris_finds_the_blocks_and_names_their_layers_alike() -> None:
+    lycoris = pytest.importorskip("lycoris.kohya")
+    model = tiny_anima(7)
+    theirs: Any = lycoris.create_network(1.0, 4, 2, None, [], model, algo="lora", preset="full")
+    ours = lora_anima.create_network(1.0, 4, 2, None, [], model, include_patterns=".*")
+    assert {module.lora_name for module in theirs.unet_loras} >= set(ours.adapters)
