@@ -24,7 +24,6 @@ NOT_YET: Mapping[str, str] = {
     "cpu_offload_checkpointing": "use --gradient_checkpointing alone",
     "torch_compile": "leave it out; the models run uncompiled",
     "fused_backward_pass": "leave it out",
-    "vae_chunk_size": "leave it out; --vae_batch_size 1 with --cache_latents needs the least memory",
 }
 
 

@@ -12,6 +12,7 @@ from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.architectures.hunyuan_image.predict import preview_sampler, velocity
 from library.architectures.hunyuan_image.qwen import TEMPLATE
 from library.architectures.hunyuan_image.text import glyph_text
+from library.architectures.hunyuan_image.vae import ChunkedConv2d, compute_in_chunks
 from library.architectures.interface import Architecture
 from library.diffusion.guidance import guided
 from library.training.preview import batch_of, noised_at
@@ -156,3 +157,15 @@ def test_both_layouts_have_the_same_weights(arch: Architecture, tmp_path: Path) 
 def test_two_layers_and_the_last_norm_are_not_loaded(arch: Architecture) -> None:
     qwen = arch.load.text_encoders()[0]
     assert len(qwen.layers) == 2 and not list(qwen.norm.parameters())  # type: ignore[arg-type,union-attr]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_rows", [1, 5, 64])
+def test_convolutions_in_pieces_make_the_same_latents_and_pictures(arch: Architecture, num_rows: int) -> None:
+    pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    whole, pieces = arch.load.vae(), compute_in_chunks(arch.load.vae(), num_rows)
+    assert sum(isinstance(layer, ChunkedConv2d) for layer in pieces.modules()) > 20
+    latents = [arch.codec.encode(vae, pixels, [torch.Generator().manual_seed(2)]) for vae in (whole, pieces)]
+    torch.testing.assert_close(latents[1], latents[0], **FLOAT32_DEEP)
+    pictures = [arch.codec.decode(vae, latents[0]) for vae in (whole, pieces)]
+    torch.testing.assert_close(pictures[1], pictures[0], **FLOAT32_DEEP)

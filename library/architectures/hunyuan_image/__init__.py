@@ -70,6 +70,9 @@ def refuse_settings(options: HunyuanImageOptions) -> None:
         raise ValueError(
             "--network_train_text_encoder_only: the text encoders of HunyuanImage 2.1 have no adapters; leave it out"
         )
+    rows = options.hunyuan_image.vae_chunk_size
+    if rows is not None and rows < 0:
+        raise ValueError(f"--vae_chunk_size is {rows}; use at least 1, or leave it out")
     values = options.flat()
     for name, why in FOREIGN.items():
         if values[name]:

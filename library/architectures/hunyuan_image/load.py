@@ -12,7 +12,7 @@ from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImage
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.architectures.hunyuan_image.qwen import WORDS as QWEN_WORDS
 from library.architectures.hunyuan_image.qwen import load_qwen, qwen_component
-from library.architectures.hunyuan_image.vae import MARK, SCALE, empty_vae, vae_component
+from library.architectures.hunyuan_image.vae import MARK, SCALE, compute_in_chunks, empty_vae, vae_component
 from library.architectures.interface import LatentSpec
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, renamed, with_prefix
@@ -47,6 +47,7 @@ class HunyuanImageLoader:
     text_dtype: torch.dtype
     vae_dtype: torch.dtype
     shrinks_qwen: bool
+    vae_chunk_rows: int | None = None  # of each convolution that are computed at a time; None for all
 
     @property
     def num_qwen_words(self) -> int:
@@ -59,7 +60,8 @@ class HunyuanImageLoader:
         return [qwen, load_t5(self.byt5, self.text_dtype)]
 
     def vae(self) -> nn.Module:
-        return materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
+        vae = materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
+        return vae if self.vae_chunk_rows is None else compute_in_chunks(vae, self.vae_chunk_rows)
 
     def denoiser(self) -> nn.Module:
         with torch.device("meta"):
@@ -95,6 +97,7 @@ def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
         text_dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # Qwen's states do not fit float16
         vae_dtype=torch.float32 if options.model.no_half_vae or dtype == torch.float32 else torch.float16,
         shrinks_qwen=options.hunyuan_image.fp8_vl,
+        vae_chunk_rows=options.hunyuan_image.vae_chunk_size or None,
     )
     check_fit(loader)
     return loader

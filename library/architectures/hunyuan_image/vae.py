@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, pad
 
 from library.checkpoints.weights import Weights, configure, renamed, with_prefix
 from library.models.loading import Component
@@ -71,3 +73,34 @@ def empty_vae(config: Mapping[str, Any]) -> Any:
 
     with torch.device("meta"):
         return AutoencoderKLHunyuanImage.from_config(dict(config))
+
+
+class ChunkedConv2d(nn.Conv2d):
+    """A convolution that is computed for some rows of its output at a time, with the same result in less memory."""
+
+    num_rows: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        height, border = input.shape[-2], int(self.padding[0])
+        if height <= self.num_rows:
+            return super().forward(input)
+        framed = pad(input, (0, 0, border, border))
+        pieces = [
+            conv2d(
+                framed[..., first : min(first + self.num_rows, height) + 2 * border, :],
+                self.weight,
+                self.bias,
+                padding=(0, int(self.padding[1])),
+            )
+            for first in range(0, height, self.num_rows)
+        ]
+        return torch.cat(pieces, dim=-2)
+
+
+def compute_in_chunks(vae: nn.Module, num_rows: int) -> nn.Module:
+    """The VAE, whose convolutions all have stride 1, with `num_rows` rows computed at a time."""
+    for layer in vae.modules():
+        if type(layer) is nn.Conv2d:
+            layer.__class__ = ChunkedConv2d
+            layer.num_rows = num_rows  # type: ignore[assignment]
+    return vae

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from library.architectures.flux.options import FluxModelOptions
-from library.architectures.hunyuan_image.options import HunyuanImageModelOptions
 from library.architectures.sd3.options import Sd3TrainingOptions
 from library.options.base import group
 from library.options.support import DDP, DEEPSPEED, NOT_YET, unsupported, without_effect
@@ -36,7 +35,6 @@ class AllOptions(TrainOptions):
     swapping: SwappingOptions = group(SwappingOptions)
     flux: FluxModelOptions = group(FluxModelOptions)
     sd3: Sd3TrainingOptions = group(Sd3TrainingOptions)
-    hunyuan_image: HunyuanImageModelOptions = group(HunyuanImageModelOptions)
 
 
 def made(**values: Any) -> TrainOptions:
