@@ -4,6 +4,7 @@ An upload that fails is logged and training goes on: the files are still on disk
 """
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,13 @@ class Uploads:
             for upload in self.waiting:
                 upload.result()
             self.waiting.clear()
+
+    def afterwards(self, action: Callable[[], None]) -> None:
+        """Do what must not come before an upload, such as deleting: now, or behind those in the background."""
+        if all(upload.done() for upload in self.waiting):
+            action()
+        else:
+            self.waiting.append(self.pool.submit(action))
 
     def _upload(self, path: Path) -> None:
         options = self.options

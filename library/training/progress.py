@@ -20,6 +20,12 @@ class LossAverage:
         if not isfinite(self.total):  # a running sum never recovers from one NaN; the average does once it is replaced
             self.total = fsum(self.losses.values())
 
+    def keep_places_below(self, num_batches: int) -> None:
+        """Forget losses of places that an epoch of `num_batches` does not have; else nothing changes."""
+        if any(place >= num_batches for place in self.losses):
+            self.losses = {place: loss for place, loss in self.losses.items() if place < num_batches}
+            self.total = fsum(self.losses.values())
+
     @property
     def mean(self) -> float:
         return self.total / len(self.losses) if self.losses else nan

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -219,9 +220,9 @@ class Writer:
 
     def _rotate(self, name_of: Callable[[int], Path], outdated: int | None, outdated_state: int | None) -> None:
         if outdated is not None:
-            remove(name_of(outdated))
+            self.uploads.afterwards(partial(remove, name_of(outdated)))
         if outdated_state is not None and self.options.state.save_state:
-            remove_state(state_of(name_of(outdated_state)))
+            self.uploads.afterwards(partial(remove_state, state_of(name_of(outdated_state))))
 
     def _tell_readers(self, path: Path) -> None:
         """Log which programs use the keys of a file; in later files of a run only if something has changed."""

@@ -202,6 +202,7 @@ def go_on(run: Run, progress: Progress, validation: Validation, facts: Facts) ->
     report_differences(facts, run.options, dataset_of(run.training_set), run.processes.count)
     restore(facts, run.network.module, keepers_of(run, progress, validation))
     progress.step = first_step
+    progress.average.keep_places_below(run.plan.num_batches)  # pictures may have gone since
     logger.info("going on from %s at step %d of %d", facts.path, first_step, run.plan.max_train_steps)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,29 @@ def test_a_state_is_fetched_by_its_place(hub: type[FolderHub]) -> None:
 def test_a_name_of_another_form_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"write owner/repository/path"):
         fetch_state(name, OPTIONS)
+
+
+def test_a_file_is_not_deleted_before_it_is_uploaded(
+    hub: type[FolderHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, last = tmp_path / "a.safetensors", tmp_path / "last.safetensors"
+    for file in (path, last):
+        file.write_bytes(b"weights")
+    network_is_back = threading.Event()
+    upload = FolderHub.upload_file
+
+    def slow(self: FolderHub, **words: Any) -> None:
+        assert network_is_back.wait(10)
+        upload(self, **words)
+
+    monkeypatch.setattr(hub, "upload_file", slow)
+    uploads = Uploads(replace(OPTIONS, async_upload=True))
+    uploads.send(path, is_last=False)
+    uploads.afterwards(path.unlink)
+    assert path.exists()
+    network_is_back.set()
+    uploads.send(last, is_last=True)
+    assert {file.name for file in (tmp_path / "hub" / "me" / "cats").iterdir()} == {path.name, last.name}
+    assert not path.exists()
+    uploads.afterwards(last.unlink)
+    assert not last.exists()
