@@ -21,6 +21,7 @@ ADDED: dict[str, list[dict[str, Any]]] = {
 OURS_HERE = {"sdxl_train_network": {"text_encoder_batch_size", "correct_crop_coordinates"}}
 """Options that sd-scripts' script of that name does not have, besides `OURS` and text_cache_variants."""
 NUMBER_OF_OPTIONS = {
+    "anima_train_network": 27,
     "flux_train_network": 22,
     "hunyuan_image_train_network": 21,
     "lumina_train_network": 20,
