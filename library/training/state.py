@@ -149,10 +149,9 @@ def restore(facts: Facts, network: nn.Module, keepers: Mapping[str, Keeper]) -> 
         if name not in facts.parts:
             logger.warning("--resume %s holds nothing about the %s, which starts afresh", facts.path, name)
             continue
-        saved = put_together(facts.parts[name], tensors)
         try:
-            keeper.load_state_dict(saved)
-        except (ValueError, KeyError, RuntimeError, TypeError) as error:
+            keeper.load_state_dict(put_together(facts.parts[name], tensors))
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"--resume {facts.path} does not fit the {name} of this run: {shortened(str(error))}. Give the options "
                 "that it was trained with"

@@ -111,6 +111,15 @@ def test_the_memory_of_another_optimizer_is_refused() -> None:
         keeper.load_state_dict(saved)
 
 
+@pytest.mark.parametrize("part", [{"table": 5}, {"tensor": "absent"}, [], {"list": None}])
+def test_a_state_that_somebody_changed_by_hand_is_refused_with_a_sentence(tmp_path: Path, part: Any) -> None:
+    facts = read_facts(written(tmp_path / "x-state"))
+    weight = nn.Parameter(torch.ones(2))
+    keeper = OptimizerKeeper(torch.optim.SGD([weight], lr=0.1), "x")
+    with pytest.raises(ValueError, match="does not fit the optimizer of this run"):
+        restore(replace(facts, parts={"optimizer": part}), nn.Linear(3, 2), {"optimizer": keeper})
+
+
 def test_a_float32_memory_of_bfloat16_weights_is_not_rounded() -> None:
     weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD([weight], lr=0.1)
