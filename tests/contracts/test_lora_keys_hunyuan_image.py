@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from library.architectures.hunyuan_image.adapter_names import NAMES
 from library.architectures.hunyuan_image.model import HunyuanImage, read_config
 from library.architectures.hunyuan_image.view import view
 from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.readers import readings
 from networks.core.files import file_tensors
 from networks.core.protocol import adopt
 from networks.lora_hunyuan_image import create_network, create_network_from_weights
@@ -135,3 +137,19 @@ def test_files_of_sd_scripts_merge_into_the_base_model_as_ours_do(tmp_path: Path
     changed = {name for name in before if not torch.equal(before[name], merged[0][name])}
     assert all(torch.equal(merged[0][name], merged[1][name]) for name in before)
     assert len(changed) == 2 * 10 + 2 * 3  # every Linear weight of the blocks
+
+
+def test_ComfyUI_is_known_to_read_all_of_our_file_and_some_of_that_of_sd_scripts(denoiser: nn.Module) -> None:
+    amounts = []
+    for shapes in (shapes_of(denoiser), FACTS["default"]):
+        found = readings({key: tuple(shape) for key, shape in shapes.items()})
+        amounts += [reading.amount for reading in found if reading.program == "ComfyUI"]
+    assert amounts == ["all", "some"]
+
+
+def test_the_generic_names_are_the_paths_of_ComfyUIs_model() -> None:
+    generic = {found.kohya: found.generic for found in NAMES.modules}
+    assert len(generic) == 320
+    assert generic["lora_unet_double_blocks_3_img_attn_qkv"] == "diffusion_model.double_blocks.3.img_attn.qkv"
+    assert generic["lora_unet_double_blocks_3_txt_mlp_2"] == "diffusion_model.double_blocks.3.txt_mlp.2"
+    assert generic["lora_unet_single_blocks_39_modulation_lin"] == "diffusion_model.single_blocks.39.modulation.lin"
