@@ -23,10 +23,6 @@ logger = logging.getLogger(__name__)
 TextEncoder = nn.Module | list[nn.Module] | None
 """A single model where the base model has one text encoder, a list otherwise."""
 
-PLANNED_MODULES = (
-    "networks.lora_flux", "networks.lora_sd3", "networks.lora_lumina", "networks.lora_hunyuan_image",
-    "networks.lora_anima",
-)  # fmt: skip
 PACKAGES = {"lycoris": "lycoris-lora"}  # import name -> what pip installs
 
 
@@ -105,8 +101,6 @@ def open_network_module(name: str) -> NetworkModule:
 
     Raises ValueError naming what to do when it is not there, or is no network module.
     """
-    if name in PLANNED_MODULES and not _own_file(name).is_file():
-        raise ValueError(f"--network_module {name} is not supported yet; there are: {', '.join(_own_modules())}")
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

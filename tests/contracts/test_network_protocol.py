@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from library.checkpoints.files import load_state_dict
-from networks.core import protocol
 from networks.core.protocol import adopt, open_network_module, parse_network_args
 from tests.unit.networks.toy import toy_models
 
@@ -51,14 +50,10 @@ def test_networks_lora_opens_and_its_functions_take_what_the_trainer_gives() -> 
     [
         ("networks.lorra", "there is no such module; did you mean networks.lora?"),
         ("my_own_file", "there are: networks.dylora, networks.lora"),
-        ("networks.lora_next", "not supported yet; there are: networks.dylora, networks.lora"),
         ("networks.core.targets", "it lacks the function create_network"),
     ],
 )
-def test_a_module_that_cannot_be_opened_is_named_with_the_way_out(
-    name: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(protocol, "PLANNED_MODULES", ("networks.lora_next",))
+def test_a_module_that_cannot_be_opened_is_named_with_the_way_out(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         open_network_module(name)
     assert f"--network_module {name}" in str(caught.value)
