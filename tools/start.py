@@ -271,11 +271,11 @@ def picture_command(python: Path) -> "list[str]":
 
 
 def pytest_command(python: Path, slow: bool, pytest_arguments: "list[str]") -> "list[str]":
-    """Return the command that runs the fast tier, or with `slow` everything that needs no card, on every core.
+    """Return the command that runs the fast tier, or with `slow` what CI runs, on every core.
 
     A `-m` or a path among `pytest_arguments` wins over the tier.
     """
-    tier = "not gpu" if slow else "not slow and not gpu"
+    tier = "not gpu and not nightly" if slow else "not slow and not gpu and not nightly"
     in_parallel = [
         "-n",
         str(num_threads()),

@@ -1,6 +1,5 @@
 """What every script does alike: going on, validating, drawing, and files that the tools read."""
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,15 +52,13 @@ def run(train: Train, base: Base, model: list[str], tmp_path: Path) -> Callable[
     return start
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_on_that_is_cut_and_goes_on_is_the_uninterrupted_one(
     run: Callable[..., Finished], tmp_path: Path
 ) -> None:
     steps = [*EVERYTHING, "--max_train_steps", "5"]
-    whole = run("whole", *steps)
-    run("parts", *steps, "--save_every_n_steps", "2")
-    state = tmp_path / "kept"
-    shutil.move(tmp_path / "parts" / "mine-step00000002-state", state)
-    rest = run("rest", *steps, "--resume", str(state))
+    whole = run("whole", *steps, "--save_every_n_steps", "2")
+    rest = run("rest", *steps, "--resume", str(tmp_path / "whole" / "mine-step00000002-state"))
     assert "uninterrupted" not in rest.stderr
     assert rest.losses == whole.losses[2:]
     one, other = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("whole", "rest"))
@@ -83,7 +80,7 @@ def tool(name: str, *words: str) -> str:
     return done.stdout.decode()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_tools_work_on_its_files(run: Callable[..., Finished], tmp_path: Path) -> None:
     run("one", "--max_train_steps", "2")
     run("two", "--max_train_steps", "2", "--seed", "6")
@@ -99,7 +96,7 @@ def test_the_tools_work_on_its_files(run: Callable[..., Finished], tmp_path: Pat
     assert read_metadata(small)["sshs_model_hash"] != read_metadata(one)["sshs_model_hash"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_rank_cut_out_of_a_dylora_file_is_a_lora_file(run: Callable[..., Finished], tmp_path: Path) -> None:
     run("one", "--max_train_steps", "2", "--network_module", "networks.dylora", "--network_args", "unit=2")
     path = tmp_path / "one" / "mine.safetensors"
@@ -114,7 +111,7 @@ def test_a_rank_cut_out_of_a_dylora_file_is_a_lora_file(run: Callable[..., Finis
             assert torch.equal(tensor, whole[key][:2])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_modes_change_memory_and_hardly_the_loss(run: Callable[..., Finished]) -> None:
     """Recomputed activations change nothing; 8-bit weights (3 bits of mantissa) move the loss by a few percent."""
     one_step = ["--max_train_steps", "1", "--network_train_unet_only", "--mixed_precision", "bf16"]
@@ -131,7 +128,7 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_adapter_trains_and_its_file_is_trained_further(
     run: Callable[..., Finished], base: Base, tmp_path: Path, kind: str

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from library.checkpoints.files import load_state_dict
 from tests.running import Finished, make_pictures
 
 Train = Callable[..., Finished]
+NIGHTLY = partial(pytest.param, marks=pytest.mark.nightly)
 
 ALL_RANDOM = [
     "--shuffle_caption", "--caption_dropout_rate", "0.2", "--caption_tag_dropout_rate", "0.2", "--random_crop",
@@ -71,6 +73,7 @@ def test_with_everything_random_on_after_any_step_and_a_second_time(
     cut_and_go_on(train, [*arguments, *ALL_RANDOM], tmp_path, cuts=[2, 5, 6])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     [["AdamW8bit"], ["Prodigy", "--learning_rate", "1"], ["AdamWScheduleFree"], ["Adafactor"], ["Lion"]],
@@ -94,21 +97,22 @@ def test_with_every_kind_of_optimizer(train: Train, arguments: list[str], tmp_pa
     ],
     ids=lambda words: words[0],
 )
-@pytest.mark.slow
+@pytest.mark.nightly  # every schedule's own state is tested beside it
 def test_with_every_schedule(train: Train, arguments: list[str], tmp_path: Path, schedule: list[str]) -> None:
     cut_and_go_on(train, [*arguments, "--lr_scheduler", *schedule], tmp_path, cuts=[3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
     [
         ["--network_module", "networks.dylora", "--network_args", "unit=2"],
         ["--network_module", "networks.lora_fa"],
-        ["--network_args", "dora_wd=True", "use_scalar=True", "conv_dim=2", "train_norm=True"],
-        ["--network_module", "lycoris.kohya", "--network_args", "algo=lokr", "preset=attn-mlp"],
-        ["--network_train_unet_only", "--cache_latents"],
         ["--mixed_precision", "bf16", "--full_bf16"],
-        ["--scale_weight_norms", "0.1"],
+        NIGHTLY(["--network_args", "dora_wd=True", "use_scalar=True", "conv_dim=2", "train_norm=True"]),
+        NIGHTLY(["--network_module", "lycoris.kohya", "--network_args", "algo=lokr", "preset=attn-mlp"]),
+        NIGHTLY(["--network_train_unet_only", "--cache_latents"]),
+        NIGHTLY(["--scale_weight_norms", "0.1"]),
     ],
     ids=lambda words: words[-1],
 )
@@ -116,6 +120,7 @@ def test_with_every_kind_of_network(train: Train, arguments: list[str], tmp_path
     cut_and_go_on(train, [*arguments, *extra], tmp_path, cuts=[3])
 
 
+@pytest.mark.slow
 def test_the_number_of_loader_workers_may_change(train: Train, arguments: list[str], tmp_path: Path) -> None:
     workers = ["--max_data_loader_n_workers", "4"]
     cut_and_go_on(train, [*arguments, *ALL_RANDOM], tmp_path, cuts=[2, 4], after_0=workers)

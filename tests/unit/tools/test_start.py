@@ -121,7 +121,9 @@ def test_quickstart_draws_the_adapter_that_it_trained() -> None:
     assert command[command.index("--out") + 1] == start.PICTURE
 
 
-@pytest.mark.parametrize(("slow", "tier"), [(False, "not slow and not gpu"), (True, "not gpu")])
+@pytest.mark.parametrize(
+    ("slow", "tier"), [(False, "not slow and not gpu and not nightly"), (True, "not gpu and not nightly")]
+)
 def test_test_command_chooses_the_tier_and_passes_arguments_on(
     slow: bool, tier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
