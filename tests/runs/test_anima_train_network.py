@@ -46,6 +46,7 @@ def saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
     return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("module", "network_args"),
     [
@@ -73,6 +74,7 @@ def test_every_kind_of_adapter_trains_and_moves_every_module(
     assert small == ({key for key in downs if "unet_blocks_0_" in key} if "rank_dropout=0.1" in network_args else set())
 
 
+@pytest.mark.nightly
 def test_memory_modes_caches_and_layouts_of_the_base_change_nothing(
     train_anima: Train, arguments: list[str], own_arguments: list[str], pictures: Path, tmp_path: Path
 ) -> None:
@@ -120,6 +122,7 @@ def test_another_text_adapter_takes_the_place_of_the_models_own(
     assert losses[0] != losses[1]
 
 
+@pytest.mark.nightly
 def test_a_resumed_run_repeats_the_uninterrupted_one_and_previews_are_drawn(
     train_anima: Train, arguments: list[str], tmp_path: Path
 ) -> None:
@@ -189,6 +192,7 @@ def test_settings_without_effect_are_said(train_anima: Train, arguments: list[st
         assert f"--{name} has no effect" in done.stderr
 
 
+@pytest.mark.nightly
 def test_cached_captions_are_measured_and_a_base_in_8_bits_trains_nearly_as_in_16(
     train_anima: Train, arguments: list[str]
 ) -> None:

@@ -72,6 +72,7 @@ def test_every_kind_of_adapter_trains_and_the_same_seed_gives_the_same_bytes(
     assert all(weight.isfinite().all() and weight.abs().max() > 0 for weight in ups.values())
 
 
+@pytest.mark.nightly
 def test_memory_modes_and_caches_change_nothing_but_memory(
     train_flux: Train, arguments: list[str], tmp_path: Path
 ) -> None:
@@ -154,6 +155,7 @@ def test_another_base_model_is_recognised(
     assert done.status == 1 and "flux_train_network.py" in done.stderr
 
 
+@pytest.mark.nightly
 def test_cached_captions_train_the_same_and_are_in_files_that_sd_scripts_reads(
     train_flux: Train, arguments: list[str], pictures: Path, tmp_path: Path
 ) -> None:
@@ -174,6 +176,7 @@ def test_cached_captions_train_the_same_and_are_in_files_that_sd_scripts_reads(
         assert not file["apply_t5_attn_mask"]
 
 
+@pytest.mark.nightly
 def test_a_run_that_goes_on_repeats_the_uninterrupted_one(
     train_flux: Train, arguments: list[str], tmp_path: Path
 ) -> None:
@@ -188,6 +191,7 @@ def test_a_run_that_goes_on_repeats_the_uninterrupted_one(
     assert all(torch.equal(weight, resumed[key]) for key, weight in expected.items())
 
 
+@pytest.mark.nightly
 def test_recomputing_activations_of_trained_text_encoders_changes_nothing(
     train_flux: Train, arguments: list[str], tmp_path: Path
 ) -> None:
@@ -200,6 +204,7 @@ def test_recomputing_activations_of_trained_text_encoders_changes_nothing(
         torch.testing.assert_close(saving[key], weight, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_a_base_model_in_8_bits_trains_nearly_as_in_16(train_flux: Train, arguments: list[str], tmp_path: Path) -> None:
     half = [*arguments, "--mixed_precision", "bf16", "--max_train_steps", "2"]
     losses = {}
@@ -244,6 +249,7 @@ def test_validation_measures_the_same_noise_levels_every_time(
     assert values == pytest.approx([values[0]] * len(values), rel=1e-6)
 
 
+@pytest.mark.nightly
 def test_lycoris_trains_under_the_names_that_our_adapters_have(
     train_flux: Train, arguments: list[str], tmp_path: Path
 ) -> None:

@@ -71,6 +71,7 @@ def test_every_kind_of_adapter_trains_under_the_names_ComfyUI_reads(
         assert len(ups) == 2 * 10 + 2 * 3
 
 
+@pytest.mark.nightly
 def test_caches_and_recomputed_blocks_change_nothing_but_memory(
     train_hunyuan: Train, arguments: list[str], tmp_path: Path
 ) -> None:

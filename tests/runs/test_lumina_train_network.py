@@ -45,6 +45,7 @@ def saved(tmp_path: Path, name: str = "mine") -> dict[str, torch.Tensor]:
     return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("module", "network_args"),
     [
@@ -73,6 +74,7 @@ def test_every_kind_of_adapter_trains_and_the_same_seed_gives_the_same_bytes(
         assert weight.isfinite().all() and bool(weight.abs().max() > 0) == is_reached, key
 
 
+@pytest.mark.nightly
 def test_layouts_of_one_model_train_the_same(train_lumina: Train, arguments: list[str], tmp_path: Path) -> None:
     own = arguments[arguments.index("--train_data_dir") :]
     assert train_lumina(arguments).status == 0
@@ -92,6 +94,7 @@ def test_layouts_of_one_model_train_the_same(train_lumina: Train, arguments: lis
     assert "ss_guidance_scale" not in metadata and "modelspec.prediction_type" not in metadata
 
 
+@pytest.mark.nightly
 def test_memory_modes_and_caches_change_nothing_but_memory(
     train_lumina: Train, arguments: list[str], tmp_path: Path
 ) -> None:
@@ -105,6 +108,7 @@ def test_memory_modes_and_caches_change_nothing_but_memory(
     assert any((tmp_path / "data" / "2_thing").glob("*_0064x0064_lumina.npz"))
 
 
+@pytest.mark.nightly
 def test_a_trained_text_encoder_is_computed_again(train_lumina: Train, arguments: list[str], tmp_path: Path) -> None:
     for name, extra in (("kept", []), ("again", ["--gradient_checkpointing"])):
         assert train_lumina([*arguments, *extra, "--output_name", name]).status == 0
@@ -113,6 +117,7 @@ def test_a_trained_text_encoder_is_computed_again(train_lumina: Train, arguments
         torch.testing.assert_close(again[key], weight, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_half_precision_and_weights_of_8_bits_train(train_lumina: Train, arguments: list[str], tmp_path: Path) -> None:
     half = ["--mixed_precision", "bf16", "--save_precision", "bf16"]
     for name, extra in (("half", []), ("cached", ON_DISK), ("eighth", ["--fp8_base", "--full_bf16"])):
@@ -122,6 +127,7 @@ def test_half_precision_and_weights_of_8_bits_train(train_lumina: Train, argumen
         assert all(weight.isfinite().all() and weight.abs().max() > 0 for weight in ups)
 
 
+@pytest.mark.nightly
 def test_text_that_was_encoded_ahead_trains_the_same_bit_for_bit(
     train_lumina: Train, arguments: list[str], tmp_path: Path, pictures: Path
 ) -> None:

@@ -45,6 +45,7 @@ def metadata_of(path: Path) -> dict[str, str]:
     return found
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("size", "module", "version"),
     [
@@ -137,6 +138,7 @@ def test_the_file_continues_training(train: Train, arguments: Callable[..., list
         torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-9)
 
 
+@pytest.mark.nightly
 def test_a_resumed_run_repeats_the_uninterrupted_one(
     train: Train, arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
