@@ -76,7 +76,13 @@ def test_with_everything_random_on_after_any_step_and_a_second_time(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
-    [["AdamW8bit"], ["Prodigy", "--learning_rate", "1"], ["AdamWScheduleFree"], ["Adafactor"], ["Lion"]],
+    [
+        ["AdamW8bit"],
+        ["Prodigy", "--learning_rate", "1"],
+        ["AdamWScheduleFree"],
+        NIGHTLY(["Adafactor"]),
+        NIGHTLY(["Lion"]),
+    ],
     ids=lambda words: words[0],
 )
 def test_with_every_kind_of_optimizer(train: Train, arguments: list[str], tmp_path: Path, optimizer: list[str]) -> None:
@@ -108,7 +114,7 @@ def test_with_every_schedule(train: Train, arguments: list[str], tmp_path: Path,
     [
         ["--network_module", "networks.dylora", "--network_args", "unit=2"],
         ["--network_module", "networks.lora_fa"],
-        ["--mixed_precision", "bf16", "--full_bf16"],
+        NIGHTLY(["--mixed_precision", "bf16", "--full_bf16"]),
         NIGHTLY(["--network_args", "dora_wd=True", "use_scalar=True", "conv_dim=2", "train_norm=True"]),
         NIGHTLY(["--network_module", "lycoris.kohya", "--network_args", "algo=lokr", "preset=attn-mlp"]),
         NIGHTLY(["--network_train_unet_only", "--cache_latents"]),
