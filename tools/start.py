@@ -271,7 +271,7 @@ def picture_command(python: Path) -> "list[str]":
 
 
 def pytest_command(python: Path, slow: bool, pytest_arguments: "list[str]") -> "list[str]":
-    """Return the command that runs the fast tier, or with `slow` what CI runs, on every core.
+    """Return the command that runs the fast tier, or with `slow` whole trainings too, on every core.
 
     A `-m` or a path among `pytest_arguments` wins over the tier.
     """
