@@ -1,16 +1,19 @@
 """CLIP's tokenizer: found beside the model, in a folder of its own, or on the hub."""
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
-from library.checkpoints.sources import fetch_snapshot
+from library.models.tokenizer_files import TokenizerFiles, holds_byte_pairs
 
 logger = logging.getLogger(__name__)
 
 TOKENIZER_HUB_NAME = "openai/clip-vit-large-patch14"
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+TOKENIZER = TokenizerFiles(
+    TOKENIZER_HUB_NAME,
+    ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"),
+    holds_byte_pairs,
+)
 
 
 def load_tokenizer(model: Path, cache_dir: str | None, num_words: int) -> Any:
@@ -36,27 +39,11 @@ def load_tokenizer(model: Path, cache_dir: str | None, num_words: int) -> Any:
 def find_tokenizer(model: Path, cache_dir: str | None) -> Path:
     """The folder of the tokenizer, downloaded if need be."""
     beside = (model if model.is_dir() else model.parent) / "tokenizer"
-    cached = Path(cache_dir).expanduser() / TOKENIZER_HUB_NAME.replace("/", "_") if cache_dir else None
-    for folder in (beside, cached):
-        if folder is not None and holds_tokenizer(folder):
-            return folder
     try:
-        downloaded = fetch_snapshot(TOKENIZER_HUB_NAME, TOKENIZER_FILES)
+        return TOKENIZER.find([beside], cache_dir)
     except ConnectionError as error:
-        cached_name = cached or f"<folder>/{TOKENIZER_HUB_NAME.replace('/', '_')}"
         raise ValueError(
             f"{model} has no tokenizer, and {TOKENIZER_HUB_NAME} cannot be downloaded ({error}). Put "
             f"vocab.json and merges.txt (or tokenizer.json) of {TOKENIZER_HUB_NAME} into {beside}, or into "
-            f"{cached_name} {'' if cached else 'and give --tokenizer_cache_dir <folder>'}".rstrip()
+            f"{TOKENIZER.cache_place(cache_dir)}"
         ) from error
-    if cached is not None:
-        cached.mkdir(parents=True, exist_ok=True)
-        for file in downloaded.iterdir():
-            shutil.copyfile(file, cached / file.name)
-    return downloaded
-
-
-def holds_tokenizer(folder: Path) -> bool:
-    """Whether CLIP's tokenizer can be made from the files of a folder."""
-    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    return "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names

@@ -6,7 +6,6 @@ Letters: B captions, T tokens, W width.
 """
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.sources import fetch_snapshot
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.models.loading import Component, materialise
 from library.models.shapes import Shapes, count, shape_of
+from library.models.tokenizer_files import TokenizerFiles, check_ids
 
 logger = logging.getLogger(__name__)
 
-HUB_NAME = "google/t5-v1_1-xxl"
-TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 T5_XXL_NAMES = ("text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "")  # that names may carry in files
 WORDS = ("shared.weight", "encoder.embed_tokens.weight")  # two names of one tensor; files have either or both
 DISTANCE = 128  # beyond which all positions count as equally far
@@ -133,41 +130,21 @@ def load_t5_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words:
     """
     from transformers import T5TokenizerFast
 
-    folder = find_t5_tokenizer(folders, cache_dir)
+    folder = TOKENIZER.find_or_explain("T5", "tokenizer.json (or spiece.model)", folders, cache_dir)
     logger.info("T5 tokenizer: %s", folder)
     tokenizer = T5TokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= num_words:
-        raise ValueError(
-            f"the tokenizer in {folder} has ids up to {largest}, T5 knows {num_words} words: it belongs to another "
-            "model; put the right one into its place"
-        )
+    check_ids("T5", tokenizer, folder, num_words)
     return tokenizer
-
-
-def find_t5_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path:
-    """The folder of the tokenizer, downloaded if need be."""
-    cached = Path(cache_dir).expanduser() / HUB_NAME.replace("/", "_") if cache_dir else None
-    for folder in (*folders, *([cached] if cached else [])):
-        if holds_t5_tokenizer(folder):
-            return folder
-    try:
-        downloaded = fetch_snapshot(HUB_NAME, TOKENIZER_FILES)
-    except ConnectionError as error:
-        place = cached or f"<folder>/{HUB_NAME.replace('/', '_')}"
-        raise ValueError(
-            f"T5's tokenizer is in none of {', '.join(map(str, folders))}, and {HUB_NAME} cannot be downloaded "
-            f"({error}). Put tokenizer.json (or spiece.model) of {HUB_NAME} into one of them, or into {place}"
-            f"{'' if cached else ' and give --tokenizer_cache_dir <folder>'}"
-        ) from error
-    if cached is not None:
-        cached.mkdir(parents=True, exist_ok=True)
-        for file in downloaded.iterdir():
-            shutil.copyfile(file, cached / file.name)
-    return downloaded
 
 
 def holds_t5_tokenizer(folder: Path) -> bool:
     """Whether T5's tokenizer can be made from the files of a folder."""
     is_t5 = (folder / "spiece.model").is_file()
     return is_t5 or ((folder / "tokenizer.json").is_file() and not (folder / "merges.txt").is_file())
+
+
+TOKENIZER = TokenizerFiles(
+    "google/t5-v1_1-xxl",
+    ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    holds_t5_tokenizer,
+)

@@ -4,7 +4,6 @@ Letters: B captions, S tokens, E width.
 """
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.models.loading import Component, materialise
 from library.models.shapes import Shapes, count, shape_of
+from library.models.tokenizer_files import TokenizerFiles, check_ids, holds_byte_pairs
 
 logger = logging.getLogger(__name__)
 
 FLAG = "--qwen3"
 HUB_NAME = "Qwen/Qwen3-0.6B"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 PREFIXES = ("text_encoders.qwen3_06b.transformer.model.", "model.", "")  # that names may carry in files
 PARTS = ("embed_tokens.", "layers.", "norm.")  # the rest of a file is the head that predicts words
 WORDS = "embed_tokens.weight"
@@ -101,42 +100,18 @@ def load_qwen3_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
     """
     from transformers import Qwen2Tokenizer
 
-    folder = find_qwen3_tokenizer(folders, cache_dir)
+    folder = TOKENIZER.find_or_explain("Qwen3", "tokenizer.json (or vocab.json and merges.txt)", folders, cache_dir)
     logger.info("Qwen3 tokenizer: %s", folder)
     tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True, padding_side="right")
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= num_words:
-        raise ValueError(
-            f"the tokenizer in {folder} has ids up to {largest}, Qwen3 knows {num_words} words: it belongs to another "
-            "model; put the right one into its place"
-        )
+    check_ids("Qwen3", tokenizer, folder, num_words)
     return tokenizer
 
 
-def find_qwen3_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path:
-    """The folder of the tokenizer, downloaded if need be."""
-    cached = Path(cache_dir).expanduser() / HUB_NAME.replace("/", "_") if cache_dir else None
-    for folder in (*folders, *([cached] if cached else [])):
-        if holds_qwen3_tokenizer(folder):
-            return folder
-    try:
-        downloaded = sources.fetch_snapshot(HUB_NAME, TOKENIZER_FILES)
-    except ConnectionError as error:
-        place = cached or f"<folder>/{HUB_NAME.replace('/', '_')}"
-        raise ValueError(
-            f"Qwen3's tokenizer is in none of {', '.join(map(str, folders))}, and {HUB_NAME} cannot be downloaded "
-            f"({error}). Put tokenizer.json (or vocab.json and merges.txt) of {HUB_NAME} into one of them, or into "
-            f"{place}{'' if cached else ' and give --tokenizer_cache_dir <folder>'}"
-        ) from error
-    if cached is not None:
-        cached.mkdir(parents=True, exist_ok=True)
-        for name in TOKENIZER_FILES:
-            if (downloaded / name).is_file():
-                shutil.copyfile(downloaded / name, cached / name)
-    return downloaded
-
-
 def holds_qwen3_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer of byte pairs can be made from the files of a folder; T5's and CLIP's cannot pass for one."""
-    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    return "spiece.model" not in names and ("tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names)
+    """Whether Qwen3's tokenizer can be made from the files of a folder; T5's cannot pass for it."""
+    return holds_byte_pairs(folder) and not (folder / "spiece.model").exists()
+
+
+TOKENIZER = TokenizerFiles(
+    HUB_NAME, ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"), holds_qwen3_tokenizer
+)

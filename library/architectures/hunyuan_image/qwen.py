@@ -6,7 +6,6 @@ Letters: B captions, T tokens, E width.
 """
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.sources import fetch_snapshot
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.models.loading import Component, materialise
 from library.models.shapes import Shapes, count, shape_of
 from library.models.t5 import unscaled
+from library.models.tokenizer_files import TokenizerFiles, holds_byte_pairs
 
 logger = logging.getLogger(__name__)
 
 HUB_NAME = "Qwen/Qwen2.5-VL-7B-Instruct"
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+TOKENIZER = TokenizerFiles(
+    HUB_NAME, ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"), holds_byte_pairs
+)
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 WORDS = "embed_tokens.weight"
 HEAD_WIDTH = 128
@@ -130,7 +131,8 @@ def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_word
     """
     from transformers import Qwen2Tokenizer
 
-    folder = find_qwen_tokenizer(folders, cache_dir)
+    needed = "tokenizer.json and tokenizer_config.json"
+    folder = TOKENIZER.find_or_explain("Qwen2.5-VL", needed, folders, cache_dir)
     logger.info("Qwen tokenizer: %s", folder)
     tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True, padding_side="right")
     num_tokens = len(tokenizer(TEMPLATE.partition("{}")[0])["input_ids"])
@@ -142,26 +144,3 @@ def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_word
             f"put the one of {HUB_NAME} into its place"
         )
     return tokenizer
-
-
-def find_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path:
-    """The folder of the tokenizer, downloaded if need be."""
-    cached = Path(cache_dir).expanduser() / HUB_NAME.replace("/", "_") if cache_dir else None
-    for folder in (*folders, *([cached] if cached else [])):
-        names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-        if "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names:
-            return folder
-    try:
-        downloaded = fetch_snapshot(HUB_NAME, TOKENIZER_FILES)
-    except ConnectionError as error:
-        place = cached or f"<folder>/{HUB_NAME.replace('/', '_')}"
-        raise ValueError(
-            f"Qwen2.5-VL's tokenizer is in none of {', '.join(map(str, folders))}, and {HUB_NAME} cannot be downloaded "
-            f"({error}). Put tokenizer.json and tokenizer_config.json of {HUB_NAME} into one of them, or into {place}"
-            f"{'' if cached else ' and give --tokenizer_cache_dir <folder>'}"
-        ) from error
-    if cached is not None:
-        cached.mkdir(parents=True, exist_ok=True)
-        for file in downloaded.iterdir():
-            shutil.copyfile(file, cached / file.name)
-    return downloaded

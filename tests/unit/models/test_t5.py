@@ -11,8 +11,8 @@ from torch import Tensor
 
 from library.checkpoints.weights import open_weights
 from library.models.t5 import (
+    TOKENIZER,
     encode_t5,
-    find_t5_tokenizer,
     load_t5,
     load_t5_tokenizer,
     t5_component,
@@ -121,7 +121,7 @@ def test_a_tokenizer_is_taken_from_the_first_place_that_has_one(tmp_path: Path) 
     for name in ("tokenizer.json", "merges.txt"):  # CLIP's
         (tmp_path / "clip" / name).write_text(json.dumps({}))
     folders = [tmp_path / "nothing", tmp_path / "clip"]
-    assert find_t5_tokenizer(folders, str(tmp_path / "cache")) == tmp_path / "cache" / "google_t5-v1_1-xxl"
+    assert TOKENIZER.find(folders, str(tmp_path / "cache")) == tmp_path / "cache" / "google_t5-v1_1-xxl"
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:

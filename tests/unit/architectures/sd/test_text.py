@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from library.models import clip_tokenizer
+from library.models import tokenizer_files
 from library.models.clip_tokenizer import TOKENIZER_HUB_NAME, find_tokenizer, load_tokenizer
 
 
@@ -89,7 +89,7 @@ def test_a_download_is_kept_in_the_cache_folder(tiny_sd_file, tmp_path, monkeypa
         asked.append(name)
         return tiny_sd_file.parent / "tokenizer"
 
-    monkeypatch.setattr(clip_tokenizer, "fetch_snapshot", fetch)
+    monkeypatch.setattr(tokenizer_files, "fetch_snapshot", fetch)
     for _ in range(2):
         load_tokenizer(tmp_path / "alone.safetensors", str(tmp_path / "cache"), 522)
     assert asked == [TOKENIZER_HUB_NAME]
@@ -99,7 +99,7 @@ def test_without_any_tokenizer_the_error_says_what_to_put_where(tmp_path, monkey
     def fetch(name, patterns):
         raise ConnectionError("timed out")
 
-    monkeypatch.setattr(clip_tokenizer, "fetch_snapshot", fetch)
+    monkeypatch.setattr(tokenizer_files, "fetch_snapshot", fetch)
     with pytest.raises(ValueError, match=r"Put vocab.json and merges.txt") as error:
         load_tokenizer(tmp_path / "alone.safetensors", None, 522)
     message = str(error.value)
