@@ -1,12 +1,13 @@
 """A base model's checkpoint as merging and extracting see it: files of weights, and the module each weight is of."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from library.checkpoints.adapter_names import BaseNames
+from library.checkpoints import sources
+from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.weights import Weights
 
 
@@ -71,3 +72,35 @@ class BaseModel:
             if module in file.modules:
                 return file.read(module)
         raise ValueError(f"{self.path} has no module {module}")
+
+
+def open_original(
+    flag: str, path: Path, model: str, prefixes: Sequence[str], diffusers_mark: str
+) -> tuple[Weights, str]:
+    """(weights of a single file, the first of `prefixes` that its names carry); only its header is read.
+
+    Raises ValueError naming `flag` for a folder, for a file that cannot be read, and for one in diffusers' layout,
+    which `diffusers_mark` gives away.
+    """
+    if path.is_dir():
+        raise ValueError(
+            f"{flag} {path}: of {model} only files in the original layout are merged into; give such a file"
+        )
+    weights = sources.open_file(flag, path)
+    prefix = next(p for p in prefixes if any(key.startswith(p) for key in weights.shapes))
+    if prefix + diffusers_mark in weights.shapes:
+        raise ValueError(
+            f"{flag} {path}: this is a transformer in diffusers' layout; give a file in the original layout, which is "
+            "what programs load"
+        )
+    return weights, prefix
+
+
+def of_single_file(
+    path: Path, weights: Weights, names_of: Callable[[str], ModuleNames | None], base: str, architecture: str
+) -> BaseModel:
+    """The checkpoint in a single file; `names_of` gives the names of the layer that a weight `<stem>.weight` is of."""
+    stems = sorted(key.removesuffix(".weight") for key in weights.shapes if key.endswith(".weight"))
+    found = {stem: names for stem in stems if (names := names_of(stem)) is not None}
+    file = WeightFile("", weights, {names.kohya: stem for stem, names in found.items()})
+    return BaseModel(path, (file,), BaseNames(base, tuple(found.values())), architecture)

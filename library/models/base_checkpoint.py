@@ -10,7 +10,7 @@ from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.base_model import BaseModel, Third, WeightFile
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.models.clip import THIRDS, clip_from_any, open_clip_name
-from library.models.recognise import base_of_file, base_of_folder, pipeline_base, refuse_other_file, refuse_other_folder
+from library.models.recognise import base_of_file, base_of_folder, pipeline_base, refuse_other, refuse_other_file
 from library.models.unet import unet_layout
 from library.models.unet_keys import UNET_PREFIX, UnetLayout, unet_from_ldm
 
@@ -71,7 +71,7 @@ def open_single(flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
 def open_folder(flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
     class_name = sources.read_json(path / "model_index.json").get("_class_name", "")
     config, unet = sources.open_part(flag, path / "unet", "unet")
-    refuse_other_folder(flag, str(path), base_of_folder(class_name, unet.shapes), layout.base)
+    refuse_other(flag, str(path), base_of_folder(class_name, unet.shapes), layout.base)
     attends = tuple(kind.startswith("CrossAttn") for kind in config.get("down_block_types", ()))
     numbers = UnetLayout(int(config.get("layers_per_block", 2)), attends)
     parts: list[tuple[str, Weights, list[Placed]]] = [

@@ -74,6 +74,11 @@ def base_of_folder(class_name: str, unet_shapes: Mapping[str, tuple[int, ...]]) 
     return found or unet_generation(unet_shapes)
 
 
+def folder_base(folder: Path) -> str | None:
+    """The base model of a diffusers folder by its pipeline's class name; None where that does not tell."""
+    return pipeline_base(read_json(folder / "model_index.json").get("_class_name", ""))
+
+
 def pipeline_base(class_name: str) -> str | None:
     return next((base for start, base in PIPELINES.items() if class_name.startswith(start)), None)
 
@@ -101,9 +106,7 @@ def refuse_other_file(flag: str, weights: Weights, wanted: str, text_prefixes: S
     names = list(weights.shapes)
     if any(name.startswith(REFINER_MARK) for name in names):
         raise ValueError(f"{flag} {weights.origin}: this is the SDXL refiner; only the base model is trained")
-    found = base_of_file(names, weights.shapes)
-    if found is not None and found != wanted:
-        raise ValueError(f"{flag} {weights.origin}: this is {WORDS[found][0]} checkpoint; {way_out(found, wanted)}")
+    refuse_other(flag, weights.origin, base_of_file(names, weights.shapes), wanted, "checkpoint")
     if not any(name.startswith(UNET_PREFIX) for name in names):
         what = next((what for marks, what in NO_MODELS if any(m in name for name in names for m in marks)), None)
         if what:
@@ -120,10 +123,10 @@ def refuse_other_file(flag: str, weights: Weights, wanted: str, text_prefixes: S
             )
 
 
-def refuse_other_folder(flag: str, origin: str, found: str | None, wanted: str) -> None:
-    """Raise ValueError when a diffusers folder holds another base model."""
+def refuse_other(flag: str, origin: str, found: str | None, wanted: str, kind: str = "model") -> None:
+    """Raise ValueError for a folder or file in which another base model was recognised; None is none."""
     if found is not None and found != wanted:
-        raise ValueError(f"{flag} {origin}: this is {WORDS[found][0]} model; {way_out(found, wanted)}")
+        raise ValueError(f"{flag} {origin}: this is {WORDS[found][0]} {kind}; {way_out(found, wanted)}")
 
 
 def warn_of_other_prediction(path: Path, predicts_velocity: bool) -> None:

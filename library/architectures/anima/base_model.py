@@ -1,5 +1,6 @@
 """Anima checkpoints for merging adapters into them: the transformer's file, whose text adapter is part of it."""
 
+from functools import partial
 from pathlib import Path
 
 from library.architectures.anima.adapter_names import ADAPTER_BLOCK, TEXT_LAYER, denoiser_module, text_module
@@ -7,8 +8,8 @@ from library.architectures.anima.keys import BLOCK, TOP
 from library.architectures.anima.load import ADAPTER_MARK, MARK, PREFIXES
 from library.architectures.anima.qwen3 import PREFIXES as QWEN3_PREFIXES
 from library.checkpoints import sources
-from library.checkpoints.adapter_names import BaseNames, ModuleNames
-from library.checkpoints.base_model import BaseModel, WeightFile
+from library.checkpoints.adapter_names import ModuleNames
+from library.checkpoints.base_model import BaseModel, of_single_file
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
@@ -23,14 +24,7 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     prefix = next((p for p in PREFIXES if any(p + mark in weights.shapes for mark in marks)), None)
     if prefix is None:
         raise ValueError(f"{flag} {path} has no layer of Anima's transformer")
-    stems = sorted(key.removesuffix(".weight") for key in weights.shapes if key.endswith(".weight"))
-    found = {stem: names for stem in stems if (names := names_of(stem, prefix)) is not None}
-    return BaseModel(
-        path,
-        (WeightFile("", weights, {names.kohya: stem for stem, names in found.items()}),),
-        BaseNames("anima", tuple(found.values())),
-        "anima-preview",
-    )
+    return of_single_file(path, weights, partial(names_of, prefix=prefix), "anima", "anima-preview")
 
 
 def names_of(stem: str, prefix: str) -> ModuleNames | None:

@@ -15,7 +15,7 @@ from library.architectures.anima.vae import SPEC, empty_vae, open_vae
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.models.loading import DTYPES, Component, materialise
-from library.models.recognise import WORDS, base_of_file, pipeline_base
+from library.models.recognise import base_of_file, folder_base, refuse_other
 from library.models.shapes import shape_of
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,12 @@ def open_base(name: str | None) -> tuple[Path, Weights]:
     if not path.exists():
         raise ValueError(f"{BASE_FLAG} {name} does not exist{sources.nearby(path)}")
     if path.is_dir():
-        refuse_other(path, pipeline_base(sources.read_json(path / "model_index.json").get("_class_name", "")))
+        refuse_other(
+            BASE_FLAG,
+            str(path),
+            folder_base(path),
+            "anima",
+        )
         raise ValueError(f"{BASE_FLAG} {path} is a folder; Anima is read from the file of its transformer")
     return path, denoiser_of(path, sources.open_file(BASE_FLAG, path))
 
@@ -103,19 +108,12 @@ def denoiser_of(path: Path, whole: Weights) -> Weights:
     prefix = next((p for p in PREFIXES if f"{p}{MARK}" in whole.shapes), None)
     if prefix is None:
         names = list(whole.shapes)
-        refuse_other(path, base_of_file(names, whole.shapes))
+        refuse_other(BASE_FLAG, str(path), base_of_file(names, whole.shapes), "anima")
         raise ValueError(
             f"{BASE_FLAG} {path}: nothing in it is called {MARK}, so it is no Anima transformer (first names: "
             f"{', '.join(names[:3]) or 'none'})"
         )
     return with_prefix(whole, prefix)
-
-
-def refuse_other(path: Path, found: str | None) -> None:
-    """Raise ValueError for a model of another kind that was recognised."""
-    if found is not None and found != "anima":
-        what, script = WORDS[found]
-        raise ValueError(f"{BASE_FLAG} {path}: this is {what} model; use {script}")
 
 
 def open_adapter(name: str) -> Weights:

@@ -13,7 +13,7 @@ from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.models.clip import clip_component, clip_of_folder, load_clip
 from library.models.loading import DTYPES, Component, materialise
-from library.models.recognise import WORDS, base_of_file, base_of_folder
+from library.models.recognise import base_of_file, base_of_folder, refuse_other
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component, t5_of_folder
 from library.models.vae import empty_vae
@@ -101,7 +101,8 @@ def denoiser_of(path: Path, whole: Weights | None) -> Weights:
     """The denoiser's weights under our names. Raises ValueError saying which model it is where it is another."""
     if whole is None:
         found = sources.read_json(path / "model_index.json").get("_class_name", "")
-        refuse_other(str(path), base_of_folder(found, {}) if found and not found.startswith("Flux") else None)
+        other = base_of_folder(found, {}) if found and not found.startswith("Flux") else None
+        refuse_other(BASE_FLAG, str(path), other, "flux")
         _, weights = sources.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
     else:
         prefix = next(p for p in DENOISER_PREFIXES if any(key.startswith(p) for key in whole.shapes))
@@ -112,19 +113,12 @@ def denoiser_of(path: Path, whole: Weights | None) -> Weights:
         return from_diffusers(weights)
     if "double_blocks.0.img_attn.qkv.weight" not in weights.shapes:
         names = list(weights.shapes)
-        refuse_other(str(path), base_of_file(list(whole.shapes) if whole else names, weights.shapes))
+        refuse_other(BASE_FLAG, str(path), base_of_file(list(whole.shapes) if whole else names, weights.shapes), "flux")
         raise ValueError(
             f"{BASE_FLAG} {path}: nothing in it is called double_blocks.0..., so it is no FLUX.1 transformer (first "
             f"names: {', '.join(names[:3]) or 'none'})"
         )
     return weights
-
-
-def refuse_other(origin: str, found: str | None) -> None:
-    """Raise ValueError for a model of another kind that was recognised."""
-    if found is not None and found != "flux":
-        what, script = WORDS[found]
-        raise ValueError(f"{BASE_FLAG} {origin}: this is {what} model; use {script}")
 
 
 def open_clip(name: str | None, base: Path, whole: Weights | None) -> Component:

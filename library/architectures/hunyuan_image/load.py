@@ -18,7 +18,7 @@ from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, renamed, with_prefix
 from library.memory.fp8 import keep_in_fp8
 from library.models.loading import DTYPES, Component, materialise
-from library.models.recognise import WORDS, base_of_file, pipeline_base
+from library.models.recognise import base_of_file, folder_base, refuse_other
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component, t5_of_folder, unscaled
 
@@ -106,7 +106,7 @@ def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
 def denoiser_of(path: Path, whole: Weights | None) -> Weights:
     """The denoiser's weights under our names. Raises ValueError saying which model it is where it is another."""
     if whole is None:
-        refuse_other(str(path), pipeline_base(sources.read_json(path / "model_index.json").get("_class_name", "")))
+        refuse_other(BASE_FLAG, str(path), folder_base(path), "hunyuan_image")
         _, weights = sources.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
     else:
         prefix = next(p for p in DENOISER_PREFIXES if not p or any(key.startswith(p) for key in whole.shapes))
@@ -116,20 +116,17 @@ def denoiser_of(path: Path, whole: Weights | None) -> Weights:
         return from_diffusers(weights)
     if GLYPH_MARK not in weights.shapes:
         names = list(weights.shapes)
-        refuse_other(str(path), base_of_file(names if whole is None else list(whole.shapes), weights.shapes))
+        refuse_other(
+            BASE_FLAG,
+            str(path),
+            base_of_file(names if whole is None else list(whole.shapes), weights.shapes),
+            "hunyuan_image",
+        )
         raise ValueError(
             f"{BASE_FLAG} {path}: it has no {GLYPH_MARK}, so it is no transformer of HunyuanImage 2.1 (first names: "
             f"{', '.join(names[:3]) or 'none'})"
         )
     return weights
-
-
-def refuse_other(origin: str, found: str | None) -> None:
-    """Raise ValueError for a model of another kind that was recognised."""
-    if found not in (None, "hunyuan_image"):
-        assert found is not None
-        what, script = WORDS[found]
-        raise ValueError(f"{BASE_FLAG} {origin}: this is {what} model; use {script}")
 
 
 def open_component(part: str, name: str | None, base: Path) -> Component:

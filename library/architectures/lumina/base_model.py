@@ -1,5 +1,6 @@
 """Lumina Image 2.0 checkpoints for merging adapters into them: the transformer's file, or one file of all parts."""
 
+from functools import partial
 from pathlib import Path
 
 from library.architectures.lumina.adapter_names import GEMMA_LAYER, denoiser_module, gemma_module
@@ -7,9 +8,8 @@ from library.architectures.lumina.gemma import GEMMA_PREFIXES
 from library.architectures.lumina.keys import BLOCK, DIFFUSERS_MARK, TOP
 from library.architectures.lumina.load import DENOISER_PREFIXES, MARK
 from library.architectures.lumina.model import STACKS
-from library.checkpoints import sources
-from library.checkpoints.adapter_names import BaseNames, ModuleNames
-from library.checkpoints.base_model import BaseModel, WeightFile
+from library.checkpoints.adapter_names import ModuleNames
+from library.checkpoints.base_model import BaseModel, of_single_file, open_original
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
@@ -17,27 +17,10 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
 
     Raises ValueError naming `flag` when it is missing, broken or of another kind.
     """
-    if path.is_dir():
-        raise ValueError(
-            f"{flag} {path}: of Lumina only files in the original layout are merged into; give such a file"
-        )
-    weights = sources.open_file(flag, path)
-    prefix = next(p for p in DENOISER_PREFIXES if any(key.startswith(p) for key in weights.shapes))
-    if prefix + DIFFUSERS_MARK in weights.shapes:
-        raise ValueError(
-            f"{flag} {path}: this is a transformer in diffusers' layout; give a file in the original layout, which is "
-            "what programs load"
-        )
+    weights, prefix = open_original(flag, path, "Lumina", DENOISER_PREFIXES, DIFFUSERS_MARK)
     if prefix + MARK not in weights.shapes:
         raise ValueError(f"{flag} {path} has no layer of Lumina Image 2.0's transformer")
-    stems = sorted(key.removesuffix(".weight") for key in weights.shapes if key.endswith(".weight"))
-    found = {stem: names for stem in stems if (names := names_of(stem, prefix)) is not None}
-    return BaseModel(
-        path,
-        (WeightFile("", weights, {names.kohya: stem for stem, names in found.items()}),),
-        BaseNames("lumina", tuple(found.values())),
-        "lumina-2",
-    )
+    return of_single_file(path, weights, partial(names_of, prefix=prefix), "lumina", "lumina-2")
 
 
 def names_of(stem: str, prefix: str) -> ModuleNames | None:

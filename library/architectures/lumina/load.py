@@ -13,7 +13,7 @@ from library.architectures.lumina.options import LuminaOptions
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.models.loading import DTYPES, Component, materialise
-from library.models.recognise import WORDS, base_of_file, pipeline_base
+from library.models.recognise import base_of_file, folder_base, refuse_other
 from library.models.shapes import shape_of
 from library.models.vae import empty_vae
 from library.models.vae16 import CHANNELS, open_ae
@@ -89,8 +89,7 @@ def empty_lumina(config: LuminaConfig) -> NextDiT:
 def denoiser_of(path: Path, whole: Weights | None) -> Weights:
     """The denoiser's weights under our names. Raises ValueError saying which model it is where it is another."""
     if whole is None:
-        class_name = sources.read_json(path / "model_index.json").get("_class_name", "")
-        refuse_other(str(path), pipeline_base(class_name))
+        refuse_other(BASE_FLAG, str(path), folder_base(path), "lumina")
         _, weights = sources.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
     else:
         prefix = next(p for p in DENOISER_PREFIXES if any(key.startswith(p) for key in whole.shapes))
@@ -99,19 +98,12 @@ def denoiser_of(path: Path, whole: Weights | None) -> Weights:
         weights = from_diffusers(weights)
     if MARK not in weights.shapes:
         names = list(whole.shapes if whole else weights.shapes)
-        refuse_other(str(path), base_of_file(names, weights.shapes))
+        refuse_other(BASE_FLAG, str(path), base_of_file(names, weights.shapes), "lumina")
         raise ValueError(
             f"{BASE_FLAG} {path}: nothing in it is called {MARK}, so it is no Lumina Image 2.0 transformer (first "
             f"names: {', '.join(names[:3]) or 'none'})"
         )
     return selected(weights, {key: key for key in weights.shapes if key != UNUSED})
-
-
-def refuse_other(origin: str, found: str | None) -> None:
-    """Raise ValueError for a model of another kind that was recognised."""
-    if found is not None and found != "lumina":
-        what, script = WORDS[found]
-        raise ValueError(f"{BASE_FLAG} {origin}: this is {what} model; use {script}")
 
 
 def open_gemma(name: str | None, base: Path, whole: Weights | None) -> Component:

@@ -15,8 +15,8 @@ from library.models.recognise import (
     WORDS,
     base_of_folder,
     pipeline_base,
+    refuse_other,
     refuse_other_file,
-    refuse_other_folder,
     warn_of_other_prediction,
 )
 from library.models.shapes import count, shape_of
@@ -107,11 +107,11 @@ def open_parts(flag: str, path: Path, base: str, own_vae: bool) -> dict[str, Com
 def folder_parts(flag: str, path: Path, base: str, own_vae: bool) -> dict[str, Component]:
     """The parts of a diffusers folder, the VAE only when `own_vae`."""
     class_name = sources.read_json(path / "model_index.json").get("_class_name", "")
-    refuse_other_folder(flag, str(path), pipeline_base(class_name), base)
+    refuse_other(flag, str(path), pipeline_base(class_name), base)
     if (path / "text_encoder_2").is_dir():
-        refuse_other_folder(flag, str(path), "sdxl", base)
+        refuse_other(flag, str(path), "sdxl", base)
     parts = {"unet": Component(*sources.open_part(flag, path / "unet", "unet"))}
-    refuse_other_folder(flag, str(path), base_of_folder(class_name, parts["unet"].weights.shapes), base)
+    refuse_other(flag, str(path), base_of_folder(class_name, parts["unet"].weights.shapes), base)
     parts["text_encoder"] = clip_of_folder(*sources.open_part(flag, path / "text_encoder", "text_encoder"))
     if own_vae:
         parts["vae"] = vae_of_folder(*sources.open_part(flag, path / "vae", "vae"))

@@ -6,8 +6,8 @@ from library.architectures.sd3.adapter_names import NAMES
 from library.architectures.sd3.load import DENOISER_PREFIX, of_denoiser
 from library.architectures.sd3.model import read_config, version_of
 from library.checkpoints import sources
-from library.checkpoints.adapter_names import BaseNames
-from library.checkpoints.base_model import BaseModel, WeightFile
+from library.checkpoints.adapter_names import ModuleNames
+from library.checkpoints.base_model import BaseModel, of_single_file
 from library.checkpoints.weights import configure, with_prefix
 
 
@@ -21,17 +21,10 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     weights = sources.open_file(flag, path)
     prefix = DENOISER_PREFIX if any(key.startswith(DENOISER_PREFIX) for key in weights.shapes) else ""
     config = configure(of_denoiser(with_prefix(weights, prefix)), read_config)
-    stems = sorted(key.removesuffix(".weight") for key in weights.shapes if key.endswith(".weight"))
-    outside = {stem: NAMES.find(stem) for stem in stems if stem.startswith("text_encoders.")}
-    inside = {
-        stem: NAMES.find(f"diffusion_model.{stem.removeprefix(prefix)}")
-        for stem in stems
-        if stem.startswith(prefix) and stem not in outside
-    }
-    found = {stem: names for stem, names in (outside | inside).items() if names is not None}
-    return BaseModel(
-        path,
-        (WeightFile("", weights, {names.kohya: stem for stem, names in found.items()}),),
-        BaseNames("sd3", tuple(found.values())),
-        f"stable-diffusion-3-{version_of(config)}",
-    )
+
+    def names_of(stem: str) -> ModuleNames | None:
+        if stem.startswith("text_encoders."):
+            return NAMES.find(stem)
+        return NAMES.find(f"diffusion_model.{stem.removeprefix(prefix)}") if stem.startswith(prefix) else None
+
+    return of_single_file(path, weights, names_of, "sd3", f"stable-diffusion-3-{version_of(config)}")

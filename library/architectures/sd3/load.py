@@ -14,7 +14,7 @@ from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.models.clip import PROJECTION, clip_component, load_clip
 from library.models.loading import DTYPES, Component, materialise
-from library.models.recognise import WORDS, base_of_file, pipeline_base
+from library.models.recognise import base_of_file, folder_base, refuse_other
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component
 from library.models.vae import VaeNeeds, empty_vae, open_vae, vae_of_checkpoint
@@ -96,17 +96,14 @@ def open_base(name: str | None) -> tuple[Path, Weights]:
         raise ValueError(f"{BASE_FLAG} is missing: give the .safetensors file of an SD3 or SD3.5 model")
     path = existing(BASE_FLAG, name)
     if path.is_dir():
-        found = pipeline_base(sources.read_json(path / "model_index.json").get("_class_name", ""))
-        if found not in (None, "sd3"):
-            raise ValueError(f"{BASE_FLAG} {path}: this is {WORDS[found][0]} model; use {WORDS[found][1]}")
+        refuse_other(BASE_FLAG, str(path), folder_base(path), "sd3")
         raise ValueError(
             f"{BASE_FLAG} {path} is a folder; SD3 is read from a single file, such as the sd3_medium.safetensors or "
             "sd3.5_large.safetensors that lies beside the diffusers folders of the same repository"
         )
     weights = sources.open_file(BASE_FLAG, path)
     found = base_of_file(list(weights.shapes), weights.shapes)
-    if found not in (None, "sd3"):
-        raise ValueError(f"{BASE_FLAG} {path}: this is {WORDS[found][0]} checkpoint; use {WORDS[found][1]}")
+    refuse_other(BASE_FLAG, str(path), found, "sd3", "checkpoint")
     if found is None:
         first = ", ".join(list(weights.shapes)[:3]) or "none"
         raise ValueError(

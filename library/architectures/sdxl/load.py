@@ -14,8 +14,8 @@ from library.models.loading import DTYPES, Component, materialise
 from library.models.recognise import (
     base_of_folder,
     pipeline_base,
+    refuse_other,
     refuse_other_file,
-    refuse_other_folder,
     warn_of_other_prediction,
 )
 from library.models.shapes import shape_of
@@ -117,9 +117,9 @@ def open_parts(flag: str, path: Path, own_vae: bool) -> dict[str, Component]:
 def folder_parts(flag: str, path: Path, own_vae: bool) -> dict[str, Component]:
     """The parts of a diffusers folder, the VAE only when `own_vae`."""
     class_name = sources.read_json(path / "model_index.json").get("_class_name", "")
-    refuse_other_folder(flag, str(path), pipeline_base(class_name), "sdxl")
+    refuse_other(flag, str(path), pipeline_base(class_name), "sdxl")
     parts = {"unet": Component(*sources.open_part(flag, path / "unet", "unet"))}
-    refuse_other_folder(flag, str(path), base_of_folder(class_name, parts["unet"].weights.shapes), "sdxl")
+    refuse_other(flag, str(path), base_of_folder(class_name, parts["unet"].weights.shapes), "sdxl")
     if not (path / "text_encoder").is_dir() and (path / "text_encoder_2").is_dir():
         raise ValueError(f"{flag} {path}: this is the SDXL refiner; only the base model is trained")
     parts["text_encoder"] = clip_of_folder(*sources.open_part(flag, path / "text_encoder", "text_encoder"))
