@@ -105,6 +105,18 @@ def find_weight_file(folder: Path, kind: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
+def open_model(flag: str, name: str, kind: str) -> tuple[dict[str, Any] | None, Weights]:
+    """Configuration and weights of one model: of a file, whose configuration is None, of its own folder, or of a
+    diffusers folder that has it in `kind`/.
+
+    Raises ValueError naming `flag` and what is missing.
+    """
+    path = find_model(flag, name, (("", kind),))
+    if not path.is_dir():
+        return None, open_file(flag, path)
+    return open_part(flag, path if (path / "config.json").is_file() else path / kind, kind)
+
+
 def open_part(flag: str, folder: Path, kind: str) -> tuple[dict[str, Any], Weights]:
     """Configuration and weights of the part `kind` of a diffusers folder: "unet", "vae", "text_encoder", ...
 

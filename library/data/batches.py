@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from library.data.buckets import crop_ltrb
-from library.data.captions import arrange_caption, caption_variant, is_dropped
+from library.data.captions import caption_variant, compose_caption, is_dropped
 from library.data.images import (
     Pixels,
     Placement,
@@ -139,11 +139,11 @@ class BatchMaker(Dataset[Draft | str]):
         """The prompt of one draw."""
         rules, text = self.subsets[sample.subset].captions, sample.picture.caption
         rng = random_for(self.seed, "caption", order.epoch, draw)
+        if not self.num_variants:
+            return compose_caption(text, rules, rng, order.epoch, order.step, self.max_train_steps)
         if is_dropped(rules, rng, order.epoch):
             return ""
-        if self.num_variants:
-            return caption_variant(sample.picture.path, text, rules, rng.randrange(self.num_variants))
-        return arrange_caption(text, rules, rng, order.step, self.max_train_steps)
+        return caption_variant(sample.picture.path, text, rules, rng.randrange(self.num_variants))
 
     def drawn(self, number: int, epoch: int, draw: int, is_flipped: bool) -> tuple[Pixels, Tensor | None]:
         """(RGB, mask) of one draw of a picture."""

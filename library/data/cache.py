@@ -13,12 +13,12 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from library.architectures.interface import LatentSpec
+from library.data.archives import MISSING
 from library.data.batches import check_size, to_pixels
 from library.data.buckets import Shape
 from library.data.dataset import TrainingSet
 from library.data.images import Pixels, centred, place, read_pixels
 from library.data.latent_files import (
-    MISSING,
     Expected,
     LatentFile,
     Latents,

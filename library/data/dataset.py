@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, cast
 
 from torch.utils.data import DataLoader
@@ -16,6 +17,7 @@ from library.data.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, l
 from library.data.batches import BatchMaker, BatchOrder, Draft, Orders, finish_batch, hand_over, start_worker
 from library.data.buckets import BucketRules
 from library.data.captions import caption_variant
+from library.data.identity import dataset_identity
 from library.data.latent_files import LatentFile, Latents
 from library.data.order import epoch_batches, plain_batches
 from library.data.samples import Draws, Sample, build_draws, build_samples, check_pictures
@@ -142,6 +144,11 @@ class TrainingSet:
         draws = self._validation_draws
         maker = replace(self._maker, seed=self._validation_seed, sample_of_draw=draws.sample_of_draw)
         return ValidationSet(maker, self._finished, plain_batches(draws.buckets))
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the data is, in a few words that two runs can compare."""
+        return dataset_identity(self.config, self.samples, self.num_batches)
 
     # Counts
 

@@ -12,7 +12,6 @@ A file is a numpy archive beside the picture, `<stem>_<width>x<height><suffix>` 
 
 import json
 import os
-import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -24,22 +23,8 @@ import torch
 from torch import Tensor
 
 from library.architectures.interface import LatentSpec
+from library.data.archives import DAMAGE, DAMAGED, MISSING
 from library.data.buckets import Shape, Size, crop_ltrb
-
-DAMAGE = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    zipfile.BadZipFile,
-    zlib.error,
-    NotImplementedError,
-    MemoryError,
-    RecursionError,
-)
-
-
-MISSING, DAMAGED = "missing", "damaged"
 
 
 class EntryError(ValueError):

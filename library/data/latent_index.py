@@ -17,7 +17,8 @@ import numpy as np
 
 from library.checkpoints.files import atomic_path
 from library.data import picture_index
-from library.data.latent_files import MISSING, Expected, LatentFile, Verdict, judge
+from library.data.archives import MISSING
+from library.data.latent_files import Expected, LatentFile, Verdict, judge
 from library.data.picture_index import DAMAGE, UNSETTLED, content_stamp, stamp_of
 from library.data.scan import Picture
 

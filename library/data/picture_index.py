@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from library.checkpoints.files import atomic_path
+from library.data import archives
 from library.data.buckets import Size
 from library.data.threads import in_blocks
 
@@ -31,17 +31,7 @@ SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use, FAT's
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 UNSETTLED = 0  # the stamp of files that may change again without a change of their time
 
-DAMAGE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    EOFError,
-    zipfile.BadZipFile,
-    NotImplementedError,
-    MemoryError,
-    RecursionError,
-)
+DAMAGE = (*archives.DAMAGE, TypeError)  # a table may hold another kind of value
 
 Value = TypeVar("Value")
 Read = Callable[[str], tuple[int, Value]]

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from library.architectures.interface import TextCacheSpec
 from library.checkpoints.files import load_state_dict, save_safetensors
+from library.data.archives import MISSING
 from library.data.dataset import TrainingSet
 from library.data.scan import few
-from library.data.text_files import MISSING, Row, TextFile, Verdict, judge, text_path, write_texts
+from library.data.text_files import Row, TextFile, Verdict, judge, text_path, write_texts
 from library.launcher import launched_rank
 from library.processes import ALONE, Processes
 from library.types import Conditioning

@@ -23,21 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from library.checkpoints.files import atomic_path
+from library.data.archives import DAMAGE, DAMAGED, MISSING
 from library.types import Conditioning
 
-DAMAGE = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    zipfile.BadZipFile,
-    zlib.error,
-    NotImplementedError,
-    MemoryError,
-    RecursionError,
-)
-
-MISSING, DAMAGED = "missing", "damaged"
 FOREIGN = "by another program, which does not say for which caption and text encoder"
 NOTE = "captions"
 DTYPES = {

@@ -1,9 +1,11 @@
-"""Giving memory back between the stages of a run."""
+"""Number formats and devices, and giving memory back between the stages of a run."""
 
 import gc
 
 import torch
 from torch import nn
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
 
 
 def release_memory(keep_cache: bool = False) -> None:

@@ -17,7 +17,6 @@ from library.checkpoints.weights import Weights
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
 NUM_NAMES_SHOWN = 5
 
 

@@ -68,10 +68,8 @@ def vae_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
 
 def open_vae(name: str, needs: VaeNeeds) -> Component:
     """The VAE of --vae: a file in either layout, a diffusers folder or one that has vae/, or a hub name."""
-    path = sources.find_model("--vae", name, (("", "vae"),))
-    if path.is_dir():
-        folder = path if (path / "config.json").is_file() else path / "vae"
-        config, weights = sources.open_part("--vae", folder, "vae")
+    config, weights = sources.open_model("--vae", name, "vae")
+    if config is not None:
         refuse_no_vae(name, weights)
         component = vae_of_folder(config, weights)
         scale = config.get("scaling_factor", 0.18215)
@@ -80,7 +78,6 @@ def open_vae(name: str, needs: VaeNeeds) -> Component:
                 "--vae %s is made for latents scaled by %s, %s scales by %s", name, scale, needs.base, needs.scale
             )
     else:
-        weights = sources.open_file("--vae", path)
         if any(key.startswith(VAE_PREFIX) for key in weights.shapes):
             weights = with_prefix(weights, VAE_PREFIX)
         refuse_no_vae(name, weights)

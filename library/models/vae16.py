@@ -59,11 +59,9 @@ def open_ae(model: str, base_flag: str, name: str | None, base: Path, whole: Wei
         assert whole is not None
         weights = whole
     else:
-        path = sources.find_model("--ae", name, (("", FOLDER),))
-        if path.is_dir():
-            inside = path if (path / "config.json").is_file() else path / FOLDER
-            return checked_ae(model, "--ae", vae_of_folder(*sources.open_part("--ae", inside, FOLDER)))
-        weights = sources.open_file("--ae", path)
+        vae_config, weights = sources.open_model("--ae", name, FOLDER)
+        if vae_config is not None:
+            return checked_ae(model, "--ae", vae_of_folder(vae_config, weights))
     prefixes = VAE_PREFIXES if name is not None else VAE_PREFIXES[:-1]
     prefix = next((p for p in prefixes if f"{p}decoder.conv_in.weight" in weights.shapes), None)
     if prefix is None:

@@ -19,8 +19,7 @@ from library.architectures.interface import Architecture
 from library.checkpoints.metadata import RunFacts, base_file_metadata, training_metadata
 from library.data.cache import cache_latents
 from library.data.dataset import TrainingSet
-from library.data.identity import dataset_identity
-from library.memory.devices import place, release_memory
+from library.memory.devices import DTYPES, place, release_memory
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.randomness import stream_seed
@@ -45,8 +44,6 @@ from library.types import Conditioning
 from networks.core.protocol import AdoptedNetwork
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ def prepare(
     """
     save_dtype(options.saving.save_precision)
     if processes.count > 1:
-        data = dataset_of(training_set)
+        data = training_set.identity
         size = f"{data['num_pictures']} pictures in {data['num_batches']} batches"
         processes.require_same("the dataset", f"{size} ({data['pictures']}, {data['captions']}, {data['settings']})")
     device = processes.device
@@ -199,16 +196,11 @@ def keepers_of(run: Run, progress: Progress, validation: Validation) -> dict[str
 def go_on(run: Run, progress: Progress, validation: Validation, facts: Facts) -> None:
     """Put the run where the state left it, at the step that --initial_step or --initial_epoch may have moved."""
     first_step = progress.step
-    report_differences(facts, run.options, dataset_of(run.training_set), run.processes.count)
+    report_differences(facts, run.options, run.training_set.identity, run.processes.count)
     restore(facts, run.network.module, keepers_of(run, progress, validation))
     progress.step = first_step
     progress.average.keep_places_below(run.plan.num_batches)  # pictures may have gone since
     logger.info("going on from %s at step %d of %d", facts.path, first_step, run.plan.max_train_steps)
-
-
-def dataset_of(training_set: TrainingSet) -> dict[str, Any]:
-    """What a state says about the data."""
-    return dataset_identity(training_set.config, training_set.samples, training_set.num_batches)
 
 
 def prepare_vae(
@@ -339,7 +331,7 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
             seed=run.seed,
             num_processes=run.processes.count,
             options=recorded_options(options),
-            dataset=dataset_of(training_set),
+            dataset=training_set.identity,
             network=run.network.module,
             keepers=keepers_of(run, progress, validation),
         )

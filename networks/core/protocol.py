@@ -316,10 +316,6 @@ def _cannot_read_files(name: str) -> Callable[..., tuple[Any, dict[str, Tensor]]
     return create_network_from_weights
 
 
-def _own_file(name: str) -> Path:
-    return Path(__file__).parents[2].joinpath(*name.split(".")).with_suffix(".py")
-
-
 def _own_modules() -> list[str]:
     files = Path(__file__).parents[1].glob("*.py")
     return sorted(f"networks.{file.stem}" for file in files if file.stem.startswith(("lora", "dylora")))

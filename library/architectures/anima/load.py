@@ -14,7 +14,8 @@ from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.vae import SPEC, empty_vae, open_vae
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, with_prefix
-from library.models.loading import DTYPES, Component, materialise
+from library.memory.devices import DTYPES
+from library.models.loading import Component, materialise
 from library.models.recognise import base_of_file, folder_base, refuse_other
 from library.models.shapes import shape_of
 

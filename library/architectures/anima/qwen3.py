@@ -33,11 +33,7 @@ def open_qwen3(name: str | None) -> Component:
     """The encoder from a file or a folder. Raises ValueError naming the flag when it is something else."""
     if not name:
         raise ValueError(f"{FLAG} is missing: give the file or folder of {HUB_NAME}")
-    path = sources.find_model(FLAG, name, (("", FOLDER),))
-    if not path.is_dir():
-        return qwen3_component(sources.open_file(FLAG, path))
-    inside = path if (path / "config.json").is_file() else path / FOLDER
-    return qwen3_component(sources.open_part(FLAG, inside, FOLDER)[1])
+    return qwen3_component(sources.open_model(FLAG, name, FOLDER)[1])
 
 
 def qwen3_component(weights: Weights) -> Component:

@@ -74,11 +74,7 @@ def open_vae(name: str | None) -> Component:
     """The VAE of --vae. Raises ValueError naming the flag when it is missing or something else."""
     if not name:
         raise ValueError(f"{FLAG} is missing: give qwen_image_vae.safetensors, or a folder in diffusers' layout")
-    path = sources.find_model(FLAG, name, (("", FOLDER),))
-    if path.is_dir():
-        inside = path if (path / "config.json").is_file() else path / FOLDER
-        return vae_component(sources.open_part(FLAG, inside, FOLDER)[1])
-    return vae_component(sources.open_file(FLAG, path))
+    return vae_component(sources.open_model(FLAG, name, FOLDER)[1])
 
 
 def vae_component(weights: Weights) -> Component:

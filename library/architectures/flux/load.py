@@ -11,8 +11,9 @@ from library.architectures.flux.model import PATCH, Flux, FluxConfig, read_confi
 from library.architectures.flux.options import FluxOptions
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.memory.devices import DTYPES
 from library.models.clip import clip_component, clip_of_folder, load_clip
-from library.models.loading import DTYPES, Component, materialise
+from library.models.loading import Component, materialise
 from library.models.recognise import base_of_file, base_of_folder, refuse_other
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component, t5_of_folder
@@ -146,11 +147,9 @@ def open_text_encoder(
         if not any(key.startswith(prefixes[0]) for key in whole.shapes):
             raise ValueError(f"{flag} is missing: {base} has no such text encoder in it")
         return with_prefix(whole, prefixes[0])
-    path = sources.find_model(flag, name, (("", folder),))
-    if path.is_dir():
-        inside = path if (path / "config.json").is_file() else path / folder
-        return Component(*sources.open_part(flag, inside, folder))
-    weights = sources.open_file(flag, path)
+    config, weights = sources.open_model(flag, name, folder)
+    if config is not None:
+        return Component(config, weights)
     return with_prefix(weights, next(p for p in prefixes if not p or any(k.startswith(p) for k in weights.shapes)))
 
 

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +17,9 @@ from library.architectures.hunyuan_image.vae import MARK, SCALE, compute_in_chun
 from library.architectures.interface import LatentSpec
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, renamed, with_prefix
+from library.memory.devices import DTYPES
 from library.memory.fp8 import keep_in_fp8
-from library.models.loading import DTYPES, Component, materialise
+from library.models.loading import Component, materialise
 from library.models.recognise import base_of_file, folder_base, refuse_other
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component, t5_of_folder, unscaled
@@ -134,17 +136,19 @@ def open_component(part: str, name: str | None, base: Path) -> Component:
     flag, folder = f"--{part}", FOLDERS[part]
     if name is None and not base.is_dir():
         raise ValueError(f"{flag} is missing: {base} is the transformer alone")
-    path = base if name is None else sources.find_model(flag, name, (("", folder),))
+    if name is None:
+        opened: tuple[dict[str, Any] | None, Weights] = sources.open_part(BASE_FLAG, base / folder, folder)
+    else:
+        opened = sources.open_model(flag, name, folder)
+    config, weights = opened
     try:
-        if not path.is_dir():
-            return component_of_file(part, sources.open_file(flag, path))
-        inside = path if name is not None and (path / "config.json").is_file() else path / folder
-        config, weights = sources.open_part(BASE_FLAG if name is None else flag, inside, folder)
+        if config is None:
+            return component_of_file(part, weights)
         if part == "vae":
             return Component(config, weights)
         return qwen_component(weights, config) if part == "text_encoder" else t5_of_folder(config, weights)
     except ValueError as error:
-        raise error if flag in str(error) or BASE_FLAG in str(error) else ValueError(f"{flag}: {error}") from error
+        raise error if flag in str(error) else ValueError(f"{flag}: {error}") from error
 
 
 def component_of_file(part: str, weights: Weights) -> Component:

@@ -12,7 +12,8 @@ from library.architectures.lumina.model import PATCH, LuminaConfig, NextDiT, rea
 from library.architectures.lumina.options import LuminaOptions
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
-from library.models.loading import DTYPES, Component, materialise
+from library.memory.devices import DTYPES
+from library.models.loading import Component, materialise
 from library.models.recognise import base_of_file, folder_base, refuse_other
 from library.models.shapes import shape_of
 from library.models.vae import empty_vae
@@ -116,15 +117,11 @@ def open_gemma(name: str | None, base: Path, whole: Weights | None) -> Component
         if not any(key.startswith(GEMMA_MARK) for key in whole.shapes):
             raise ValueError(f"{GEMMA_FLAG} is missing: {base} has no such text encoder in it")
         return gemma_component(whole)
-    path = sources.find_model(GEMMA_FLAG, name, (("", folder),))
+    config, weights = sources.open_model(GEMMA_FLAG, name, folder)
     try:
-        if path.is_dir():
-            inside = path if (path / "config.json").is_file() else path / folder
-            return gemma_of_folder(*sources.open_part(GEMMA_FLAG, inside, folder))
-        return gemma_component(sources.open_file(GEMMA_FLAG, path))
+        return gemma_component(weights) if config is None else gemma_of_folder(config, weights)
     except ValueError as error:
-        text = str(error)
-        raise ValueError(text if text.startswith(GEMMA_FLAG) else f"{GEMMA_FLAG} {text}") from error
+        raise ValueError(f"{GEMMA_FLAG} {error}") from error
 
 
 def check_fit(loader: LuminaLoader) -> None:

@@ -12,8 +12,9 @@ from library.architectures.sd3.model import MMDiT, MMDiTConfig, read_config
 from library.architectures.sd3.options import Sd3Options, Sd3TextOptions
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.memory.devices import DTYPES
 from library.models.clip import PROJECTION, clip_component, load_clip
-from library.models.loading import DTYPES, Component, materialise
+from library.models.loading import Component, materialise
 from library.models.recognise import base_of_file, folder_base, refuse_other
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component

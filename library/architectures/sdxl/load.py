@@ -8,9 +8,10 @@ from torch import nn
 
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, with_prefix
+from library.memory.devices import DTYPES
 from library.models.attention import wants_xformers, with_attention
 from library.models.clip import PROJECTION, clip_component, clip_of_folder, load_clip
-from library.models.loading import DTYPES, Component, materialise
+from library.models.loading import Component, materialise
 from library.models.recognise import (
     base_of_folder,
     pipeline_base,
