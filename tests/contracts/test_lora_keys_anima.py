@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import nn
 from library.architectures.anima.adapter_names import NAMES
 from library.architectures.anima.model import Anima, read_config
 from library.checkpoints.adapter_names import recognise_base
-from networks.core.files import file_tensors
-from networks.core.protocol import adopt
 from networks.lora_anima import create_network, create_network_from_weights
+from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
+
+shapes_of = partial(saved_shapes, create_network)
 
 DATA = Path(__file__).parent / "data"
 FACTS: Mapping[str, Any] = json.loads(gzip.decompress((DATA / "lora_keys_anima.json.gz").read_bytes()))
@@ -37,23 +39,6 @@ def models() -> Models:
         return Qwen3Model(Qwen3Config(**QWEN3)), Anima(read_config(shapes))
 
 
-def shapes_of(models: Models, text: bool = True, unet: bool = True, **args: str) -> dict[str, list[int]]:
-    """Of what is saved."""
-    with torch.device("meta"):
-        network = create_network(1.0, 4, 1, None, *models, **args)
-        adopt(network).apply_to(*models, text, unet)
-        network.remove()
-        return {key: list(tensor.shape) for key, tensor in tensors_of(network).items()}
-
-
-def tensors_of(network: Any) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{leaf}": tensor
-        for name, adapter in network.adapters.items()
-        for leaf, tensor in file_tensors(adapter).items()
-    }
-
-
 def test_the_default_has_1428_keys(models: Models) -> None:
     assert shapes_of(models) == FACTS["default"]
     assert len(FACTS["default"]) == 1428
@@ -62,10 +47,8 @@ def test_the_default_has_1428_keys(models: Models) -> None:
 @pytest.mark.parametrize("name", FACTS["variants"])
 def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(models: Models, name: str) -> None:
     variant = FACTS["variants"][name]
-    kept = {key: shape for key, shape in FACTS["default"].items() if key not in variant["removed"]}
-    expected = {**kept, **variant["changed"], **variant["added"]}
     got = shapes_of(models, variant["train_text_encoder"], variant["train_unet"], **variant["network_args"])
-    assert got == expected
+    assert got == listed_shapes(FACTS, name)
     assert len(got) == variant["num_keys"]
 
 
@@ -80,7 +63,7 @@ def test_a_network_from_a_file_has_the_keys_of_the_file(models: Models) -> None:
     file = {key: torch.ones(()) if not s else torch.empty(s, device="meta") for key, s in shapes.items()}
     with torch.device("meta"):
         network, _ = create_network_from_weights(1.0, "file", None, *models, file)
-    assert {key: list(tensor.shape) for key, tensor in tensors_of(network).items()} == shapes
+    assert {key: list(tensor.shape) for key, tensor in saved_tensors(network).items()} == shapes
 
 
 def test_generic_names_are_those_of_the_comfyui_converter_but_for_its_misspellings() -> None:

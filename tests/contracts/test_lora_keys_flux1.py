@@ -4,6 +4,7 @@ import gzip
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from library.architectures.flux.model import FluxConfig
 from library.architectures.flux.view import view
 from library.models.clip import empty_clip
 from library.models.t5 import empty_t5
-from networks.core.files import file_tensors
-from networks.core.protocol import adopt
 from networks.lora_flux import create_network, create_network_from_weights
+from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
+
+shapes_of = partial(saved_shapes, create_network)
 
 FACTS: Mapping[str, Any] = json.loads(
     gzip.decompress((Path(__file__).parent / "data" / "lora_keys_flux1.json.gz").read_bytes())
@@ -42,23 +44,6 @@ def models() -> Models:
     return full_size(DEV)
 
 
-def shapes_of(models: Models, text: bool = True, unet: bool = True, **args: str) -> dict[str, list[int]]:
-    """Of what is saved."""
-    with torch.device("meta"):
-        network = create_network(1.0, 4, 1, None, *models, **args)
-        adopt(network).apply_to(*models, text, unet)
-        network.remove()
-        return {key: list(tensor.shape) for key, tensor in tensors_of(network).items()}
-
-
-def tensors_of(network: Any) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{leaf}": tensor
-        for name, adapter in network.adapters.items()
-        for leaf, tensor in file_tensors(adapter).items()
-    }
-
-
 def test_the_default_has_1128_keys(models: Models) -> None:
     assert shapes_of(models) == FACTS["default"]
     assert len(FACTS["default"]) == 1128
@@ -67,10 +52,8 @@ def test_the_default_has_1128_keys(models: Models) -> None:
 @pytest.mark.parametrize("name", FACTS["variants"])
 def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(models: Models, name: str) -> None:
     variant = FACTS["variants"][name]
-    kept = {key: shape for key, shape in FACTS["default"].items() if key not in variant["removed"]}
-    expected = {**kept, **variant["changed"], **variant["added"]}
     got = shapes_of(models, variant["train_text_encoder"], variant["train_unet"], **variant["network_args"])
-    assert got == expected
+    assert got == listed_shapes(FACTS, name)
     assert len(got) == variant["num_keys"]
 
 
@@ -100,7 +83,7 @@ def test_a_network_from_a_file_has_the_keys_of_the_file(models: Models) -> None:
         file = {key: torch.ones(()) if not s else torch.empty(s, device="meta") for key, s in shapes.items()}
         with torch.device("meta"):
             network, _ = create_network_from_weights(1.0, "file", None, *models, file)
-        assert {key: list(tensor.shape) for key, tensor in tensors_of(network).items()} == shapes
+        assert {key: list(tensor.shape) for key, tensor in saved_tensors(network).items()} == shapes
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,8 @@ from library.architectures.hunyuan_image.model import HunyuanImage, read_config
 from library.architectures.hunyuan_image.view import view
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.checkpoints.readers import readings
-from networks.core.files import file_tensors
-from networks.core.protocol import adopt
 from networks.lora_hunyuan_image import create_network, create_network_from_weights
+from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
 from tests.tiny.hunyuan_image import tiny_hunyuan_image
 
 DATA = Path(__file__).parent / "data"
@@ -43,20 +42,7 @@ def denoiser() -> nn.Module:
 
 
 def shapes_of(denoiser: nn.Module, **args: str) -> dict[str, list[int]]:
-    """Of what is saved."""
-    with torch.device("meta"):
-        network = create_network(1.0, 4, 1, None, [], denoiser, **args)
-        adopt(network).apply_to([], denoiser, True, True)
-        network.remove()
-        return {key: list(tensor.shape) for key, tensor in tensors_of(network).items()}
-
-
-def tensors_of(network: Any) -> dict[str, Tensor]:
-    return {
-        f"{name}.{leaf}": tensor
-        for name, adapter in network.adapters.items()
-        for leaf, tensor in file_tensors(adapter).items()
-    }
+    return saved_shapes(create_network, ([], denoiser), **args)
 
 
 def test_the_denoiser_has_the_names_and_shapes_of_the_file() -> None:
@@ -76,9 +62,8 @@ def test_the_default_has_960_keys_of_which_ComfyUI_reads_all(denoiser: nn.Module
 @pytest.mark.parametrize("name", FACTS["variants"])
 def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(denoiser: nn.Module, name: str) -> None:
     variant = FACTS["variants"][name]
-    kept = {key: shape for key, shape in FACTS["default"].items() if key not in variant["removed"]}
     got = shapes_of(denoiser, **variant["network_args"])
-    assert got == in_comfy({**kept, **variant["changed"], **variant["added"]})
+    assert got == in_comfy(listed_shapes(FACTS, name))
     assert len(got) == variant["num_keys"]
 
 
@@ -97,7 +82,7 @@ def random_file(path: Path, denoiser: nn.Module, theirs: bool) -> dict[str, Tens
     """An adapter of rank 3 with alpha 2; gives its tensors under the names of our files."""
     generator = torch.Generator().manual_seed(11)
     network = create_network(1.0, 3, 2.0, None, [], denoiser)
-    tensors = {key: torch.randn(t.shape, generator=generator) for key, t in sorted(tensors_of(network).items())}
+    tensors = {key: torch.randn(t.shape, generator=generator) for key, t in sorted(saved_tensors(network).items())}
     tensors |= {key: torch.tensor(2.0) for key in tensors if key.endswith(".alpha")}
     back = {new: old for old, new in COMFY.items()}
     saved = {
@@ -117,7 +102,7 @@ def test_files_of_sd_scripts_load_as_ours_do(tmp_path: Path) -> None:
     taken, weights = create_network_from_weights(1.0, str(file), None, [], denoiser)
     taken.load_weights(str(file))
     for network in (loaded, taken):
-        found = tensors_of(network)
+        found = saved_tensors(network)
         assert found.keys() == tensors.keys()
         assert all(torch.equal(found[key], tensors[key]) for key in tensors)
     assert weights.keys() == tensors.keys()

@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from library.architectures.lumina.model import read_config
 from library.architectures.lumina.view import view
 from library.checkpoints.adapter_names import recognise_base
 from library.checkpoints.weights import Weights
-from networks.core.files import file_tensors
-from networks.core.protocol import adopt
 from networks.lora_lumina import create_network, create_network_from_weights
+from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
+
+shapes_of = partial(saved_shapes, create_network)
 
 FACTS: Mapping[str, Any] = json.loads(
     gzip.decompress((Path(__file__).parent / "data" / "lumina2.json.gz").read_bytes())
@@ -98,32 +100,8 @@ def models() -> Models:
     return view([gemma], empty_lumina(read_config(part("dit"))))
 
 
-def shapes_of(models: Models, text: bool = True, unet: bool = True, **args: str) -> dict[str, list[int]]:
-    """Of what is saved."""
-    with torch.device("meta"):
-        network = create_network(1.0, 4, 1, None, *models, **args)
-        adopt(network).apply_to(*models, text, unet)
-        network.remove()
-        return {key: list(tensor.shape) for key, tensor in tensors_of(network).items()}
-
-
-def tensors_of(network: Any) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{leaf}": tensor
-        for name, adapter in network.adapters.items()
-        for leaf, tensor in file_tensors(adapter).items()
-    }
-
-
 def ranks(shapes: Mapping[str, list[int]]) -> dict[str, int]:
     return {key.partition(".")[0]: shape[0] for key, shape in shapes.items() if key.endswith("lora_down.weight")}
-
-
-def variant(name: str) -> dict[str, list[int]]:
-    """The keys of sd-scripts."""
-    facts = LORA["variants"][name]
-    kept = {key: shape for key, shape in LORA["default"].items() if key not in facts["removed"]}
-    return {**kept, **facts["changed"], **facts["added"]}
 
 
 def test_the_default_has_1086_keys(models: Models) -> None:
@@ -135,7 +113,7 @@ def test_the_default_has_1086_keys(models: Models) -> None:
 def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(models: Models, name: str) -> None:
     facts = LORA["variants"][name]
     got = shapes_of(models, facts["train_text_encoder"], facts["train_unet"], **facts["network_args"])
-    assert got == variant(name)
+    assert got == listed_shapes(LORA, name)
     assert len(got) == facts["num_keys"]
 
 
@@ -144,13 +122,16 @@ def test_mlp_dim_reaches_the_feed_forward_layers_and_nothing_else(models: Models
     default = ranks(LORA["default"])
     expected = {name: 8 if "_feed_forward_" in name else rank for name, rank in default.items()}
     assert ranks(shapes_of(models, mlp_dim="8")) == expected
-    embedders = ranks(variant("embedder_dims=[5,6,7]"))
-    assert ranks(shapes_of(models, mlp_dim="8", embedder_dims="[5,6,7]")) == {**embedders, **expected}
+    embedders = ranks(listed_shapes(LORA, "embedder_dims=[5,6,7]"))
+    assert ranks(shapes_of(models, mlp_dim="8", embedder_dims="[5,6,7]")) == {
+        **embedders,
+        **expected,
+    }
 
 
 def test_refiner_dim_goes_before_mlp_dim_and_after_the_others(models: Models) -> None:
     name = "attn_dim=5 mlp_dim=6 mod_dim=7 refiner_dim=8"
-    theirs = ranks(variant(name))
+    theirs = ranks(listed_shapes(LORA, name))
     expected = {
         key: 6 if "_layers_" in key and "_feed_forward_" in key and "lora_unet" in key else rank
         for key, rank in theirs.items()
@@ -188,15 +169,15 @@ def test_a_list_of_another_length_is_an_error(models: Models) -> None:
 
 
 def test_a_network_from_a_file_has_the_keys_of_the_file(models: Models) -> None:
-    shapes = variant("embedder_dims=[5,6,7]")
+    shapes = listed_shapes(LORA, "embedder_dims=[5,6,7]")
     file = {key: torch.ones(()) if not s else torch.empty(s, device="meta") for key, s in shapes.items()}
     with torch.device("meta"):
         network, _ = create_network_from_weights(1.0, "file", None, *models, file)
-    assert {key: list(tensor.shape) for key, tensor in tensors_of(network).items()} == shapes
+    assert {key: list(tensor.shape) for key, tensor in saved_tensors(network).items()} == shapes
 
 
 def test_every_module_of_known_files_is_found_and_recognised() -> None:
-    keys = variant("embedder_dims=[5,6,7]")
+    keys = listed_shapes(LORA, "embedder_dims=[5,6,7]")
     found = {NAMES.find(key.partition(".")[0]) for key in keys}
     assert found == set(NAMES.modules)
     assert recognise_base(keys) == "lumina"

@@ -13,6 +13,7 @@ from torch import nn
 from library.architectures.sd.view import view
 from networks.core.protocol import adopt
 from networks.lora import create_network, create_network_from_weights
+from tests.contracts.saved import listed_shapes
 
 FACTS: Mapping[str, Any] = json.loads(
     gzip.decompress((Path(__file__).parent / "data" / "lora_keys_sd15.json.gz").read_bytes())
@@ -50,10 +51,8 @@ def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(
     models: tuple[nn.Module, nn.Module], name: str
 ) -> None:
     variant = FACTS["variants"][name]
-    kept = {key: shape for key, shape in FACTS["default"].items() if key not in variant["removed"]}
-    expected = {**kept, **variant["changed"], **variant["added"]}
     got = shapes_of(models, variant["train_text_encoder"], variant["train_unet"], **variant["network_args"])
-    assert got == expected
+    assert got == listed_shapes(FACTS, name)
     assert len(got) == variant["num_keys"]
 
 

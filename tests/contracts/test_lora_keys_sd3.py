@@ -1,5 +1,6 @@
 """Keys and shapes of adapter files of Stable Diffusion 3 and 3.5, which other programs rely on, at full size."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,10 +9,11 @@ from torch import nn
 
 from library.architectures.sd3.model import MMDiT, read_config
 from library.architectures.sd3.view import view
-from networks.core.files import file_tensors
-from networks.core.protocol import adopt
 from networks.lora_sd3 import create_network
+from tests.contracts.saved import listed_shapes, saved_shapes
 from tests.tiny.sd3 import full_size_keys
+
+shapes_of = partial(saved_shapes, create_network)
 
 FACTS = full_size_keys()
 MODELS = list(FACTS["lora"])
@@ -45,25 +47,10 @@ def model(request: pytest.FixtureRequest, encoders: list[nn.Module]) -> tuple[st
     return request.param, view(encoders, denoiser)
 
 
-def shapes_of(views: Any, apply_te: bool = True, apply_unet: bool = True, **args: str) -> dict[str, list[int]]:
-    """Of what is saved."""
-    with torch.device("meta"):
-        network = create_network(1.0, 4, 1, None, *views, **args)
-        adopt(network).apply_to(*views, apply_te, apply_unet)
-        network.remove()
-        return {
-            f"{name}.{leaf}": list(tensor.shape)
-            for name, adapter in network.adapters.items()
-            for leaf, tensor in file_tensors(adapter).items()
-        }
-
-
 def expected_keys(name: str, variant: str) -> dict[str, list[int]]:
     facts = FACTS["lora"][name]
-    found = facts["variants"][variant]
-    kept = {key: shape for key, shape in facts["default"].items() if key not in found["removed"]}
-    expected = {**kept, **found["changed"], **found["added"]}
-    assert len(expected) == found["num_keys"]
+    expected = listed_shapes(facts, variant)
+    assert len(expected) == facts["variants"][variant]["num_keys"]
     return expected
 
 

@@ -1,0 +1,37 @@
+"""What a network would save, and what the lists of known files say it should."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from networks.core.files import file_tensors
+from networks.core.protocol import adopt
+
+
+def saved_tensors(network: Any) -> dict[str, Tensor]:
+    """By key of the file."""
+    return {
+        f"{name}.{leaf}": tensor
+        for name, adapter in network.adapters.items()
+        for leaf, tensor in file_tensors(adapter).items()
+    }
+
+
+def saved_shapes(
+    create_network: Callable[..., Any], models: Any, apply_te: bool = True, apply_unet: bool = True, **args: str
+) -> dict[str, list[int]]:
+    """Of a network of rank 4 on `models`, (text encoders, denoiser) without weights; nothing stays installed."""
+    with torch.device("meta"):
+        network = create_network(1.0, 4, 1, None, *models, **args)
+        adopt(network).apply_to(*models, apply_te, apply_unet)
+        network.remove()
+        return {key: list(tensor.shape) for key, tensor in saved_tensors(network).items()}
+
+
+def listed_shapes(facts: Mapping[str, Any], variant: str) -> dict[str, list[int]]:
+    """The shapes that a list gives for one of its variants, which it tells as the difference to its default."""
+    found = facts["variants"][variant]
+    kept = {key: shape for key, shape in facts["default"].items() if key not in found["removed"]}
+    return {**kept, **found["changed"], **found["added"]}
