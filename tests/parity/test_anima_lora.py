@@ -12,10 +12,10 @@ from library.checkpoints.adapter_names import FileNaming
 from networks import dylora, lora, lora_anima, lora_fa
 from networks.core.adapter_file import adapter_tensors, read_adapter_file, save_adapter_file
 from networks.core.renaming import rename
+from tests.parity.denoisers import save_trained
 from tests.parity.test_anima_model import inputs, oracle_models, oracle_of
 from tests.tiny.anima import tiny_anima
 from tests.tolerances import FLOAT32_DEEP
-from tests.unit.networks.toy import randomize
 
 DOORS = {"lora_anima": lora_anima, "lora": lora, "lora_fa": lora_fa, "dylora": dylora}
 
@@ -24,16 +24,7 @@ def trained_file(door: Any, path: Path, arguments: dict[str, str]) -> tuple[Tens
     """Save an adapter with random weights; gives the prediction without and with it."""
     model = tiny_anima(7)
     values = [value.detach() for value in inputs(6, 10)]
-    base = model(*values)
-    network = door.create_network(1.0, 4, 2, None, [], model, **arguments)
-    randomize(network, 3)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(0.3)
-    network.apply_to([], model, False, True)
-    network.eval()
-    network.save_weights(str(path), None, {})
-    return base, model(*values)
+    return save_trained(door, path, arguments, model, lambda: model(*values))
 
 
 def loaded_by_diffusers(tensors: dict[str, Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from networks import dylora, lora, lora_fa, lora_flux
 from networks.core.adapter_file import adapter_tensors, parse_adapter, read_adapter_file
 from networks.core.renaming import rename
 from tests.contracts.test_lora_keys_flux1 import FACTS
+from tests.parity.denoisers import save_trained
 from tests.parity.test_flux_model import inputs, oracle, oracle_output
 from tests.tiny.flux import tiny_flux
 from tests.tolerances import FLOAT32_DEEP
@@ -25,16 +26,7 @@ def trained_file(door: Any, path: Path, arguments: dict[str, str]) -> tuple[Tens
     """Save an adapter with random weights; gives the prediction without and with it."""
     model = tiny_flux(7)
     values = [value.detach() for value in inputs(6, 10)]
-    base = model(*values)
-    network = door.create_network(1.0, 4, 2, None, [], model, **arguments)
-    randomize(network, 3)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(0.3)
-    network.apply_to([], model, False, True)
-    network.eval()
-    network.save_weights(str(path), None, {})
-    return patchify(base), patchify(model(*values))
+    return save_trained(door, path, arguments, model, lambda: patchify(model(*values)))
 
 
 @pytest.mark.parametrize(

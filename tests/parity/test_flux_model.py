@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.flux.model import Flux, patchify
+from tests.parity.denoisers import assert_recomputing_changes_no_gradient
 from tests.tiny.flux import CONFIG, diffusers_config, diffusers_state, tiny_flux
 from tests.tolerances import FLOAT32_DEEP
 
@@ -90,13 +91,7 @@ def test_masked_tokens_are_as_if_they_were_not_there() -> None:
 
 
 def test_recomputing_blocks_changes_no_gradient() -> None:
-    model = tiny_flux(3)
-    gradients = []
-    for _ in range(2):
-        values = inputs(8, 6)
-        gradients.append(torch.autograd.grad(model(*values).square().sum(), values[0])[0])
-        model.enable_gradient_checkpointing()
-    assert torch.equal(*gradients)
+    assert_recomputing_changes_no_gradient(tiny_flux(3), lambda: inputs(8, 6))
 
 
 def test_blocks_compile_without_a_break_in_the_graph() -> None:

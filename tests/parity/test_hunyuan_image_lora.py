@@ -12,6 +12,7 @@ from library.architectures.hunyuan_image.view import view
 from networks import dylora, lora, lora_fa, lora_hunyuan_image
 from networks.core.adapter_file import adapter_tensors, read_adapter_file
 from networks.core.renaming import rename
+from tests.parity.denoisers import save_trained
 from tests.parity.test_hunyuan_image_model import inputs, oracle, oracle_output
 from tests.tiny.hunyuan_image import tiny_hunyuan_image
 from tests.tolerances import FLOAT32_DEEP
@@ -27,17 +28,8 @@ def detached() -> dict[str, Tensor]:
 def trained_file(door: Any, path: Path, arguments: dict[str, str]) -> tuple[Tensor, Tensor]:
     """Save an adapter with random weights; gives the prediction without and with it."""
     model = tiny_hunyuan_image(7)
-    base = model(*detached().values())
     _, seen = view([], model)
-    network = door.create_network(1.0, 4, 2, None, [], seen, **arguments)
-    randomize(network, 3)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(0.3)
-    network.apply_to([], seen, False, True)
-    network.eval()
-    network.save_weights(str(path), None, {})
-    return base, model(*detached().values())
+    return save_trained(door, path, arguments, seen, lambda: model(*detached().values()))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from flux_train_network import setup_parser
 from library.architectures.flux.load import FluxLoader, open_loader
 from library.architectures.flux.options import FluxOptions
+from tests.tiny.changes import with_changes, without
 from tests.tiny.flux import build_tiny_flux
 
 
@@ -21,20 +22,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def opened(arguments: list[str]) -> FluxLoader:
     return open_loader(FluxOptions.from_args(setup_parser().parse_args(arguments)))
-
-
-def with_changes(arguments: list[str], flag: str, folder: Path, changes: dict[str, torch.Tensor | None]) -> list[str]:
-    """The arguments with the file of one flag replaced by a changed copy."""
-    place = arguments.index(flag) + 1
-    tensors = {**load_file(arguments[place]), **changes}
-    path = folder / Path(arguments[place]).name
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
-    return [*arguments[:place], str(path), *arguments[place + 1 :]]
-
-
-def without(arguments: list[str], flag: str) -> list[str]:
-    place = arguments.index(flag)
-    return arguments[:place] + arguments[place + 2 :]
 
 
 BASE = "--pretrained_model_name_or_path"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from library.architectures.lumina.gemma import load_gemma_tokenizer
 from library.architectures.lumina.load import LuminaLoader, open_loader
 from library.architectures.lumina.options import LuminaOptions
 from lumina_train_network import setup_parser
+from tests.tiny.changes import with_changes
 from tests.tiny.lumina import build_tiny_lumina
 
 BASE = "--pretrained_model_name_or_path"
@@ -25,15 +25,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def opened(arguments: list[str]) -> LuminaLoader:
     return open_loader(LuminaOptions.from_args(setup_parser().parse_args(arguments)))
-
-
-def with_changes(arguments: list[str], flag: str, folder: Path, changes: dict[str, torch.Tensor | None]) -> list[str]:
-    """The arguments with the file of one flag replaced by a changed copy."""
-    place = arguments.index(flag) + 1
-    tensors = {**load_file(arguments[place]), **changes}
-    path = folder / Path(arguments[place]).name
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
-    return [*arguments[:place], str(path), *arguments[place + 1 :]]
 
 
 @pytest.mark.parametrize(
