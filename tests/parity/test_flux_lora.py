@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from library.architectures.flux.adapter_names import NAMES
-from library.architectures.flux.model import patchify
+from library.architectures.flux.model import PATCH
+from library.models.patches import patchify
 from networks import dylora, lora, lora_fa, lora_flux
 from networks.core.adapter_file import adapter_tensors, parse_adapter, read_adapter_file
 from networks.core.renaming import rename
@@ -26,7 +27,7 @@ def trained_file(door: Any, path: Path, arguments: dict[str, str]) -> tuple[Tens
     """Save an adapter with random weights; gives the prediction without and with it."""
     model = tiny_flux(7)
     values = [value.detach() for value in inputs(6, 10)]
-    return save_trained(door, path, arguments, model, lambda: patchify(model(*values)))
+    return save_trained(door, path, arguments, model, lambda: patchify(model(*values), PATCH))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_merged_weights_predict_what_the_adapter_did(tmp_path: Path) -> None:
     network, weights = lora_flux.create_network_from_weights(1.0, str(path), None, [], model, for_inference=True)
     network.merge_to([], model, weights, torch.float32, "cpu")
     values = [value.detach() for value in inputs(6, 10)]
-    torch.testing.assert_close(patchify(model(*values)), expected, **FLOAT32_DEEP)
+    torch.testing.assert_close(patchify(model(*values), PATCH), expected, **FLOAT32_DEEP)
 
 
 def test_blocks_with_adapters_compile_without_a_break_in_the_graph() -> None:

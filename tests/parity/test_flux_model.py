@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.flux.model import Flux, patchify
+from library.architectures.flux.model import PATCH, Flux
+from library.models.patches import patchify
 from tests.parity.denoisers import assert_recomputing_changes_no_gradient
 from tests.tiny.flux import CONFIG, diffusers_config, diffusers_state, tiny_flux
 from tests.tolerances import FLOAT32_DEEP
@@ -59,7 +60,7 @@ def test_outputs_and_input_gradients_are_those_of_diffusers(size: tuple[int, int
     theirs = oracle(ours)
     results = []
     for run in (
-        lambda lat, sig, txt, pool, gui: patchify(ours(lat, sig, txt, pool, gui if has_guidance else None)),
+        lambda lat, sig, txt, pool, gui: patchify(ours(lat, sig, txt, pool, gui if has_guidance else None), PATCH),
         lambda lat, sig, txt, pool, gui: oracle_output(theirs, lat, sig, txt, pool, gui if has_guidance else None),
     ):
         values = inputs(*size)
@@ -81,7 +82,7 @@ def test_masked_tokens_are_as_if_they_were_not_there() -> None:
     mask[:, 4:] = 0
     masked = ours(latents, sigmas, text, pooled, guidance, mask)
     short = oracle_output(theirs, latents, sigmas, text[:, :4], pooled, guidance)
-    torch.testing.assert_close(patchify(masked), short, **FLOAT32_DEEP)
+    torch.testing.assert_close(patchify(masked, PATCH), short, **FLOAT32_DEEP)
     assert not torch.allclose(masked, ours(latents, sigmas, text, pooled, guidance), rtol=1e-2)
     uneven = mask.clone()
     uneven[1, 4:] = 1  # each sample has a mask of its own

@@ -10,8 +10,9 @@ import torch
 
 from flux_train_network import setup_parser
 from library.architectures.flux import build
-from library.architectures.flux.model import patchify
+from library.architectures.flux.model import PATCH
 from library.architectures.flux.options import FluxOptions
+from library.models.patches import patchify
 from library.types import Prompt
 from tests.parity.test_preview import ours
 from tests.tiny.flux import build_tiny_flux
@@ -60,4 +61,4 @@ def test_latents_equal_those_of_the_pipeline(tmp_path: Path, has_guidance: bool,
         height=prompt.height, num_inference_steps=prompt.num_steps, guidance_scale=2.0,
         generator=torch.Generator().manual_seed(7), max_sequence_length=NUM_TOKENS, output_type="latent",
     ).images  # fmt: skip
-    torch.testing.assert_close(patchify(ours(run_of(arguments), prompt)), expected, **FLOAT32_SAMPLED)
+    torch.testing.assert_close(patchify(ours(run_of(arguments), prompt), PATCH), expected, **FLOAT32_SAMPLED)

@@ -6,24 +6,23 @@ and W sides of the latent, h and w sides in patches, T patches, L text tokens, E
 width, M model width, F features of a patch.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
-from torch.utils.checkpoint import checkpoint
 
 from library.architectures.anima.llm_adapter import EPS, AdapterConfig, LLMAdapter
 from library.architectures.anima.positions import Angles, picture_angles, turn
 from library.architectures.anima.targets import TARGETS
+from library.memory.recomputing import run_block
+from library.models.patches import patchify, unpatchify
 from library.models.shapes import ShapeReader
+from library.models.sinusoids import sinusoids
 
 PATCH = 2
 MASK_CHANNELS = 1  # of what is shown beside the latent: where the picture is padded, which it never is
-MAX_PERIOD = 10_000
 MIN_HEAD_WIDTH = 12  # a head has values for frames, rows and columns, two of each at least
 
 
@@ -116,36 +115,18 @@ class Anima(nn.Module):
         text_BLE = self.llm_adapter(source_BSE.to(dtype), source_mask_BS, ids_BL, mask_BL)
         waves_BM = self.t_embedder[0](sigmas_B).to(dtype)
         time = self.t_embedding_norm(waves_BM), self.t_embedder[1](waves_BM)  # (B, M) and (B, 3 M)
-        x_BTM = self.x_embedder(patchify(with_mask(latents_BCHW)).to(dtype))
+        x_BTM = self.x_embedder(patchify(with_mask(latents_BCHW), PATCH).to(dtype))
         x_BTM = x_BTM.float() if dtype == torch.float16 else x_BTM  # the sum of all blocks is too large for float16
         angles = picture_angles(self.config.head_width, h, w, x_BTM.device)
         for block in self.blocks:
-            x_BTM = self._run(block, x_BTM, text_BLE, *time, angles)
-        return unpatchify(self.final_layer(x_BTM, *time), h, w)
-
-    def _run(self, block: nn.Module, *inputs: Any) -> Any:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+            x_BTM = run_block(self.gradient_checkpointing, block, x_BTM, text_BLE, *time, angles)
+        # channels come out last, which is not how they went in
+        return unpatchify(self.final_layer(x_BTM, *time), h, w, PATCH, channels_last=True)
 
 
 def with_mask(latents_BCHW: Tensor) -> Tensor:
     """The latents and a last channel that says that nothing is padded."""
     return torch.cat([latents_BCHW, torch.zeros_like(latents_BCHW[:, :MASK_CHANNELS])], dim=1)
-
-
-def patchify(latents_BCHW: Tensor) -> Tensor:
-    """Each square of 2 x 2 latents as a token of 4 C values, channels first; shape (B, h w, F)."""
-    B, C, H, W = latents_BCHW.shape
-    grid = latents_BCHW.view(B, C, H // PATCH, PATCH, W // PATCH, PATCH)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * PATCH**2)
-
-
-def unpatchify(tokens_BTF: Tensor, h: int, w: int) -> Tensor:
-    """Tokens of 4 C values, channels last, which is not how they came in; shape BCHW."""
-    B, _, F = tokens_BTF.shape
-    grid = tokens_BTF.view(B, h, w, PATCH, PATCH, F // PATCH**2)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(B, F // PATCH**2, h * PATCH, w * PATCH)
 
 
 class PatchEmbed(nn.Module):
@@ -168,10 +149,7 @@ class Sinusoids(nn.Module):
         self.width = width
 
     def forward(self, values_B: Tensor) -> Tensor:
-        half = self.width // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=values_B.device) / half
-        angles = values_B.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return sinusoids(values_B, self.width)
 
 
 class TimestepEmbedding(nn.Module):

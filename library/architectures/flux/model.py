@@ -5,22 +5,20 @@ the latent, h and w sides in patches, L text tokens, T all tokens (text first, t
 D head width, M model width, F features of a patch.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
-from torch.utils.checkpoint import checkpoint
 
 from library.architectures.flux.targets import TARGETS
+from library.memory.recomputing import run_block
+from library.models.patches import patchify, unpatchify
 from library.models.rotary import Rope, rope_of, turn
 from library.models.shapes import ShapeReader
+from library.models.sinusoids import FREQUENCIES, sinusoids
 
-FREQUENCIES = 256
-MAX_PERIOD = 10_000
 EPS = 1e-6
 PATCH = 2
 ROPE_STEP = 32  # head widths are multiples of it: the angles of a head are shared out 1 : 3.5 : 3.5 in pairs
@@ -110,47 +108,20 @@ class Flux(nn.Module):
         """
         h, w = (side // PATCH for side in latents_BCHW.shape[-2:])
         dtype = self.img_in.weight.dtype
-        img_BTM = self.img_in(patchify(latents_BCHW).to(dtype))
+        img_BTM = self.img_in(patchify(latents_BCHW, PATCH).to(dtype))
         txt_BLM = self.txt_in(text_BLE.to(dtype))
-        vec_BM = self.time_in(sinusoids(sigmas_B).to(dtype)) + self.vector_in(pooled_BV.to(dtype))
+        vec_BM = self.time_in(sinusoids(1000 * sigmas_B.float()).to(dtype)) + self.vector_in(pooled_BV.to(dtype))
         if self.config.has_guidance:
             assert guidance_B is not None
-            vec_BM = vec_BM + self.guidance_in(sinusoids(guidance_B).to(dtype))
+            vec_BM = vec_BM + self.guidance_in(sinusoids(1000 * guidance_B.float()).to(dtype))
         rope = rotary(self.config.rope_axes, txt_BLM.shape[1], h, w, img_BTM.device)
         mask = None if text_mask_BL is None else key_mask(text_mask_BL, h * w)
         for block in self.double_blocks:
-            img_BTM, txt_BLM = self._run(block, img_BTM, txt_BLM, vec_BM, rope, mask)
+            img_BTM, txt_BLM = run_block(self.gradient_checkpointing, block, img_BTM, txt_BLM, vec_BM, rope, mask)
         x_BTM = torch.cat([txt_BLM, img_BTM], dim=1)
         for block in self.single_blocks:
-            x_BTM = self._run(block, x_BTM, vec_BM, rope, mask)
-        return unpatchify(self.final_layer(x_BTM[:, txt_BLM.shape[1] :], vec_BM), h, w)
-
-    def _run(self, block: nn.Module, *inputs: Any) -> Any:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
-
-
-def patchify(latents_BCHW: Tensor) -> Tensor:
-    """Each square of 2 x 2 latents as a token of 4 C values, channels first; shape (B, h w, F)."""
-    B, C, H, W = latents_BCHW.shape
-    grid = latents_BCHW.view(B, C, H // PATCH, PATCH, W // PATCH, PATCH)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // PATCH) * (W // PATCH), C * PATCH**2)
-
-
-def unpatchify(tokens_BTF: Tensor, h: int, w: int) -> Tensor:
-    """The inverse of `patchify`, shape BCHW."""
-    B, _, F = tokens_BTF.shape
-    grid = tokens_BTF.view(B, h, w, F // PATCH**2, PATCH, PATCH)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(B, F // PATCH**2, h * PATCH, w * PATCH)
-
-
-def sinusoids(values_B: Tensor) -> Tensor:
-    """A thousand times each value as cosines, then sines, of falling frequencies, float32, shape (B, 256)."""
-    half = FREQUENCIES // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=values_B.device) / half
-    angles = 1000 * values_B.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+            x_BTM = run_block(self.gradient_checkpointing, block, x_BTM, vec_BM, rope, mask)
+        return unpatchify(self.final_layer(x_BTM[:, txt_BLM.shape[1] :], vec_BM), h, w, PATCH)
 
 
 def rotary(axes: tuple[int, int, int], num_text: int, h: int, w: int, device: torch.device) -> Rope:

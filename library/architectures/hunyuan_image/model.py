@@ -5,22 +5,19 @@ one latent pixel), L text tokens, G glyph tokens, T all tokens (the picture row 
 D head width, M model width, E width of the text encoder, F frequencies.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
-from torch.utils.checkpoint import checkpoint
 
 from library.architectures.hunyuan_image.targets import TARGETS
+from library.memory.recomputing import run_block
 from library.models.rotary import Rope, rope_of, turn
 from library.models.shapes import ShapeReader
+from library.models.sinusoids import FREQUENCIES, sinusoids
 
-FREQUENCIES = 256
-MAX_PERIOD = 10_000
 ROPE_BASE = 256
 EPS = 1e-6
 NUM_AXES = 2  # rows and columns share the pairs of a head
@@ -126,25 +123,12 @@ class HunyuanImage(nn.Module):
         rope = rotary(self.config.head_width, H, W, img_BTM.device)
         mask = key_mask(torch.cat([glyph_mask_BG, text_mask_BL], dim=1), H * W)
         for block in self.double_blocks:
-            img_BTM, txt_BLM = self._run(block, img_BTM, txt_BLM, vec_BM, rope, mask)
+            img_BTM, txt_BLM = run_block(self.gradient_checkpointing, block, img_BTM, txt_BLM, vec_BM, rope, mask)
         x_BTM = torch.cat([img_BTM, txt_BLM], dim=1)
         for block in self.single_blocks:
-            x_BTM = self._run(block, x_BTM, vec_BM, rope, mask)
+            x_BTM = run_block(self.gradient_checkpointing, block, x_BTM, vec_BM, rope, mask)
         out_BTC: Tensor = self.final_layer(x_BTM[:, : H * W], vec_BM)
         return out_BTC.transpose(1, 2).unflatten(2, (H, W))  # type: ignore[no-untyped-call,no-any-return]
-
-    def _run(self, block: nn.Module, *inputs: Any) -> Any:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
-
-
-def sinusoids(timesteps_B: Tensor) -> Tensor:
-    """Each value as cosines, then sines, of falling frequencies, float32, shape (B, F)."""
-    half = FREQUENCIES // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=timesteps_B.device) / half
-    angles = timesteps_B.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def rotary(head_width: int, H: int, W: int, device: torch.device) -> Rope:

@@ -5,22 +5,20 @@ the latent, h and w sides in patches, L text tokens, I picture tokens, T tokens,
 head width, M model width, E text width, V width of the noise level's embedding, F features of a patch.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
-from torch.utils.checkpoint import checkpoint
 
 from library.architectures.lumina.targets import TARGETS
+from library.memory.recomputing import run_block
+from library.models.patches import patchify, unpatchify
 from library.models.rotary import Rope, rope_of, turn
 from library.models.shapes import ShapeReader
+from library.models.sinusoids import FREQUENCIES, sinusoids
 
-FREQUENCIES = 256
-MAX_PERIOD = 10_000
 EPS, FINAL_EPS = 1e-5, 1e-6
 PATCH = 2
 ROPE_STEP = 6  # head widths are multiples of it: three axes share the pairs of a head
@@ -116,7 +114,7 @@ class NextDiT(nn.Module):
         num_text_B = text_mask_BL.sum(1).tolist()
         L = max(num_text_B)
         is_text_BL = text_mask_BL[:, :L].bool()
-        img_BIM = self.x_embedder(patchify(latents_BCHW).to(dtype))
+        img_BIM = self.x_embedder(patchify(latents_BCHW, PATCH, channels_last=True).to(dtype))
         txt_BLM = self.cap_embedder(text_BLE[:, :L].to(dtype))
         time_BV = self.t_embedder(times_B, dtype)
         cos_B1TD, sin_B1TD = rope_of(positions(is_text_BL, h, w)[:, None], self.config.rope_axes)
@@ -125,32 +123,13 @@ class NextDiT(nn.Module):
         if min(num_text_B) < L:
             text_mask, mask = is_text_BL[:, None, None], key_mask(is_text_BL, h * w)
         for block in self.context_refiner:
-            txt_BLM = self._run(block, txt_BLM, None, text_rope, text_mask)
+            txt_BLM = run_block(self.gradient_checkpointing, block, txt_BLM, None, text_rope, text_mask)
         for block in self.noise_refiner:
-            img_BIM = self._run(block, img_BIM, time_BV, picture_rope, None)
+            img_BIM = run_block(self.gradient_checkpointing, block, img_BIM, time_BV, picture_rope, None)
         x_BTM = torch.cat([txt_BLM, img_BIM], dim=1)
         for block in self.layers:
-            x_BTM = self._run(block, x_BTM, time_BV, (cos_B1TD, sin_B1TD), mask)
-        return unpatchify(self.final_layer(x_BTM[:, L:], time_BV), h, w)
-
-    def _run(self, block: nn.Module, *inputs: Any) -> Any:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
-
-
-def patchify(latents_BCHW: Tensor) -> Tensor:
-    """Each square of 2 x 2 latents as a token of 4 C values, channels last; shape (B, h w, F)."""
-    B, C, H, W = latents_BCHW.shape
-    grid = latents_BCHW.view(B, C, H // PATCH, PATCH, W // PATCH, PATCH)
-    return grid.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // PATCH) * (W // PATCH), PATCH**2 * C)
-
-
-def unpatchify(tokens_BIF: Tensor, h: int, w: int) -> Tensor:
-    """The inverse of `patchify`, shape BCHW."""
-    B, _, F = tokens_BIF.shape
-    grid = tokens_BIF.view(B, h, w, PATCH, PATCH, F // PATCH**2)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(B, F // PATCH**2, h * PATCH, w * PATCH)
+            x_BTM = run_block(self.gradient_checkpointing, block, x_BTM, time_BV, (cos_B1TD, sin_B1TD), mask)
+        return unpatchify(self.final_layer(x_BTM[:, L:], time_BV), h, w, PATCH, channels_last=True)
 
 
 def key_mask(is_text_BL: Tensor, num_patches: int) -> Tensor:
@@ -181,10 +160,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, times_B: Tensor, dtype: torch.dtype) -> Tensor:
-        half = FREQUENCIES // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=times_B.device) / half
-        angles = times_B.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
-        embedding_BV: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+        embedding_BV: Tensor = self.mlp(sinusoids(times_B).to(dtype))
         return embedding_BV
 
 

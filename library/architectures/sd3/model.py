@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 
 from library.architectures.sd3.targets import TARGETS
+from library.memory.recomputing import run_block
+from library.models.patches import unpatchify
 from library.models.shapes import ShapeReader
+from library.models.sinusoids import FREQUENCIES, sinusoids
 
-FREQUENCIES = 256
-MAX_PERIOD = 10_000
 EPS = 1e-6
 HEAD_WIDTH = 64  # of the models without normed queries, whose shapes do not tell it
 
@@ -115,11 +115,8 @@ class MMDiT(nn.Module):
         c_BM = self.t_embedder(timesteps_B, x_BTM.dtype) + self.y_embedder(pooled_BV)
         context_BTM = self.context_embedder(context_BTM)
         for block in self.joint_blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                context_BTM, x_BTM = checkpoint(block, context_BTM, x_BTM, c_BM, use_reentrant=False)
-            else:
-                context_BTM, x_BTM = block(context_BTM, x_BTM, c_BM)
-        return unpatchify(self.final_layer(x_BTM, c_BM), h, w, P)
+            context_BTM, x_BTM = run_block(self.gradient_checkpointing, block, context_BTM, x_BTM, c_BM)
+        return unpatchify(self.final_layer(x_BTM, c_BM), h, w, P, channels_last=True)
 
     def positions(self, h: int, w: int, corner: tuple[int, int] | None) -> Tensor:
         """The part of the table that a picture of h x w patches lies on, shape (1, h w, M).
@@ -158,10 +155,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps_B: Tensor, dtype: torch.dtype) -> Tensor:
-        half = FREQUENCIES // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=timesteps_B.device) / half
-        angles = timesteps_B.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
-        embedding_BM: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+        embedding_BM: Tensor = self.mlp(sinusoids(timesteps_B).to(dtype))
         return embedding_BM
 
 
@@ -301,10 +295,3 @@ class FinalLayer(nn.Module):
         shift_BM, scale_BM = self.adaLN_modulation(c_BM).chunk(2, dim=-1)
         patches: Tensor = self.linear(modulate(self.norm_final(x_BTM), shift_BM, scale_BM))
         return patches
-
-
-def unpatchify(patches_BTF: Tensor, h: int, w: int, patch: int) -> Tensor:
-    """Tokens of P P C values, row by row, as latents of shape BCHW."""
-    B, _, F = patches_BTF.shape
-    grid = patches_BTF.view(B, h, w, patch, patch, F // patch**2)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, h * patch, w * patch)

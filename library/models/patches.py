@@ -1,0 +1,25 @@
+"""Latents as tokens, P x P of them each.
+
+Letters: B samples, C channels, H and W sides of the latent, h and w sides in patches, F features, P P C, of a token.
+"""
+
+from torch import Tensor
+
+
+def patchify(latents_BCHW: Tensor, patch: int, channels_last: bool = False) -> Tensor:
+    """Each square of P x P latents as a token, row by row, its channels outside or inside; shape (B, h w, F)."""
+    B, C, H, W = latents_BCHW.shape
+    grid = latents_BCHW.view(B, C, H // patch, patch, W // patch, patch)
+    order = (0, 2, 4, 3, 5, 1) if channels_last else (0, 2, 4, 1, 3, 5)
+    return grid.permute(*order).reshape(B, (H // patch) * (W // patch), C * patch**2)
+
+
+def unpatchify(tokens_BTF: Tensor, h: int, w: int, patch: int, channels_last: bool = False) -> Tensor:
+    """The inverse of `patchify`, shape BCHW."""
+    B, _, F = tokens_BTF.shape
+    C = F // patch**2
+    if channels_last:
+        grid = tokens_BTF.view(B, h, w, patch, patch, C).permute(0, 5, 1, 3, 2, 4)
+    else:
+        grid = tokens_BTF.view(B, h, w, C, patch, patch).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(B, C, h * patch, w * patch)
