@@ -12,7 +12,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    from library.architectures.sd3 import build
+    from library.architectures.sd3.assembly import build
     from library.training.main import main
 
     raise SystemExit(main(setup_parser(), Sd3Options, build))

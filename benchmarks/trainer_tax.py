@@ -138,7 +138,7 @@ class Turnstile:
 def our_steps(folder: Path, args: argparse.Namespace, overheads: list[float]) -> Iterator[float]:
     """Steps of the real loop; `overheads` gets the seconds of each outside forward, backward and the optimizer."""
     import train_network
-    from library.architectures.sd import build
+    from library.architectures.sd.assembly import build
     from library.options.train import TrainOptions
     from library.training import loop, setup
     from library.training.cli import parse

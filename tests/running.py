@@ -111,7 +111,7 @@ def train(fresh_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..
         PartialState._reset_state()
         capfd.readouterr()
         package, options_module, options_class = SCRIPTS[script]
-        build = importlib.import_module(f"library.architectures.{package}").build
+        build = importlib.import_module(f"library.architectures.{package}.assembly").build
         options_type = getattr(importlib.import_module(options_module), options_class)
         parser = importlib.import_module(script).setup_parser()
         try:

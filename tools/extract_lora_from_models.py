@@ -20,8 +20,8 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.architectures.sd import metadata as sd_metadata
-from library.architectures.sdxl import metadata as sdxl_metadata
+from library.architectures.sd.assembly import metadata as sd_metadata
+from library.architectures.sdxl.assembly import metadata as sdxl_metadata
 from library.checkpoints.adapter_names import BASES
 from library.checkpoints.base_model import BaseModel
 from networks.core.adapter_file import AdapterFile, save_adapter_file

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anima_train_network import setup_parser
-from library.architectures.anima import build
+from library.architectures.anima.assembly import build
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.vae import MEAN, STD
 from library.types import Prompt

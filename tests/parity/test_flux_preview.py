@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flux_train_network import setup_parser
-from library.architectures.flux import build
+from library.architectures.flux.assembly import build
 from library.architectures.flux.model import PATCH
 from library.architectures.flux.options import FluxOptions
 from library.models.patches import patchify

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.architectures.sdxl import build
+from library.architectures.sdxl.assembly import build
 from library.architectures.sdxl.options import SdxlOptions
 from library.options.model import ModelOptions
 from networks.lora import create_network, create_network_from_weights

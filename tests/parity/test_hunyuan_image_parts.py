@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hunyuan_image_train_network import setup_parser
-from library.architectures.hunyuan_image import build
+from library.architectures.hunyuan_image.assembly import build
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.architectures.hunyuan_image.predict import preview_sampler, velocity
 from library.architectures.hunyuan_image.qwen import TEMPLATE

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.architectures.lumina import build
+from library.architectures.lumina.assembly import build
 from library.architectures.lumina.options import LuminaOptions
 from library.types import Prompt
 from lumina_train_network import setup_parser

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from library.architectures.sd import build
+from library.architectures.sd.assembly import build
 from library.training.pictures import to_image
 from library.training.preview import decode, draw_latents, encode_prompts, generator_of
 from library.types import Prompt

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.architectures.interface import Architecture
-from library.architectures.sd import build as build_sd
-from library.architectures.sdxl import build as build_sdxl
+from library.architectures.sd.assembly import build as build_sd
+from library.architectures.sdxl.assembly import build as build_sdxl
 from library.architectures.sdxl.load import CLIP_G_PREFIX
 from library.architectures.sdxl.options import SdxlOptions, SdxlSizeOptions
 from library.options.model import ModelOptions

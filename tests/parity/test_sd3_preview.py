@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.architectures.sd3 import build
+from library.architectures.sd3.assembly import build
 from library.types import Prompt
 from tests.parity.test_preview import ours
 from tests.tiny.sd3 import CONFIGS, build_tiny_sd3, diffusers_mmdit

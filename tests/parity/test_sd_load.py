@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
-from library.architectures.sd import build
+from library.architectures.sd.assembly import build
 from library.checkpoints.weights import Weights
 from library.models.unet import empty_unet, unet_config, unet_layout
 from library.models.unet_keys import UNET_PREFIX, UnetLayout, unet_from_ldm, unet_to_ldm

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from library.architectures.sd import build
+from library.architectures.sd.assembly import build
 from library.options.model import ModelOptions
 from library.options.train import TrainOptions
 from tests.tolerances import EXACT, FLOAT32_DEEP

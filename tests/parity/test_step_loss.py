@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.sd import build
+from library.architectures.sd.assembly import build
 from library.options.train import TrainOptions
 from library.training.step import loss_of
 from library.types import Batch, Noised

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from library.architectures.interface import Architecture, TextCacheSpec
-from library.architectures.sd import build as build_sd
+from library.architectures.sd.assembly import build as build_sd
 from library.architectures.sd.load import SdLoader
 from library.checkpoints.weights import fingerprint
 from library.options.base import group

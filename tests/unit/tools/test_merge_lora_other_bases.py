@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from library.architectures.sd import build as build_sd
-from library.architectures.sdxl import build as build_sdxl
+from library.architectures.sd.assembly import build as build_sd
+from library.architectures.sdxl.assembly import build as build_sdxl
 from library.architectures.sdxl.options import SdxlOptions
 from library.checkpoints.files import read_metadata
 from library.options.model import ModelOptions

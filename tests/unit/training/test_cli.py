@@ -281,9 +281,10 @@ def test_file_with_every_default_of_a_front_end_changes_nothing(tmp_path: Path) 
         assert TrainOptions.from_args(Namespace(**{**vars(args), "config_file": None})) == TrainOptions()
 
 
-def test_parsing_loads_no_heavy_library() -> None:
+@pytest.mark.parametrize("script", sorted(path.stem for path in ROOT.glob("*train_network.py")))
+def test_parsing_loads_no_heavy_library(script: str) -> None:
     code = (
-        "import sys; from train_network import setup_parser; from library.training.cli import parse;"
+        f"import sys; from {script} import setup_parser; from library.training.cli import parse;"
         "parse(setup_parser(), ['--seed', '1']);"
         "assert not {'torch', 'transformers', 'diffusers', 'accelerate'} & set(sys.modules)"
     )

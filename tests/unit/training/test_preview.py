@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from library.architectures.sd import build
+from library.architectures.sd.assembly import build
 from library.options.preview import PreviewOptions
 from library.options.saving import SavingOptions
 from library.training.evaluation import evaluating

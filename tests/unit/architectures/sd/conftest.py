@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from library.architectures.interface import Architecture
-from library.architectures.sd import build
+from library.architectures.sd.assembly import build
 from library.options.memory import MemoryOptions
 from library.options.model import ModelOptions
 from library.options.precision import PrecisionOptions

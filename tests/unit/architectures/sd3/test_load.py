@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from library.architectures.sd3 import build, metadata
+from library.architectures.sd3.assembly import build, metadata
 from library.architectures.sd3.load import DENOISER_PREFIX, TEXT_PREFIXES, Sd3Loader, open_loader
 from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.view import view

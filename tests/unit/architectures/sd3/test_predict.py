@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.architectures.sd3 import build_objective, sampling_sigmas
+from library.architectures.sd3.assembly import build_objective, sampling_sigmas
 from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.predict import build_predict, corner_of, join_context, velocity
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.architectures.sd3 import build
+from library.architectures.sd3.assembly import build
 from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.text import Sd3Text, up_to_end
 from library.types import Conditioning

@@ -1,0 +1,147 @@
+"""Anima: the transformer of Cosmos-Predict2, a text adapter that reads Qwen3 through T5's words, Qwen-Image's VAE.
+
+The assembly, and the table of contents of this package.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from library.architectures.anima.load import AnimaLoader, open_loader
+from library.architectures.anima.options import AnimaOptions
+from library.architectures.anima.predict import predict, preview_sampler
+from library.architectures.anima.qwen3 import load_qwen3_tokenizer
+from library.architectures.anima.text import AnimaText
+from library.architectures.anima.vae import QwenImageLatents
+from library.architectures.anima.view import view
+from library.architectures.interface import Architecture, Preview, PromptDefaults, TextCacheSpec
+from library.checkpoints.weights import fingerprint
+from library.diffusion.flow import build_sampled_flow
+from library.models.t5 import holds_t5_tokenizer, load_t5_tokenizer
+
+logger = logging.getLogger(__name__)
+
+QWEN3_TOKENIZER, T5_TOKENIZER = "tokenizer", "t5_tokenizer"  # folders beside the files, as in diffusers' folders
+FOREIGN = {  # option -> why it does nothing here
+    "v2": "it is for Stable Diffusion 2",
+    "v_parameterization": "Anima predicts the velocity of a flow",
+    "clip_skip": "Anima takes Qwen3's last states",
+    "max_token_length": "use --qwen3_max_token_length and --t5_max_token_length",
+    "xformers": "attention is torch's scaled dot product",
+    "mem_eff_attn": "attention is torch's scaled dot product, which needs as little memory",
+    "split_attn": "torch's attention needs no more memory for several pictures",
+    "vae_chunk_size": "the VAE takes pictures whole",
+    "vae_disable_cache": "a picture has one frame, of which the VAE keeps nothing",
+    **dict.fromkeys(
+        ("llm_adapter_lr", "self_attn_lr", "cross_attn_lr", "mlp_lr", "mod_lr"),
+        "it is for training the model itself; give adapters rates with --network_args network_reg_lrs",
+    ),
+}
+TOLD = (  # options that files tell as ss_*
+    "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
+    "discrete_flow_shift",
+)  # fmt: skip
+
+
+def build(options: AnimaOptions) -> Architecture:
+    """The parts of the Anima model that the options name; none is loaded yet.
+
+    Raises ValueError naming the flag for a file or a setting that does not fit Anima.
+    """
+    refuse_settings(options)
+    loader = open_loader(options)
+    text = build_text(options, loader)
+    return Architecture(
+        name="anima",
+        load=loader,
+        text=text,
+        codec=QwenImageLatents(),
+        objective=build_sampled_flow(options, options.flow_sampling, options.flow_weighting, always_weights_loss=True),
+        predict=predict,
+        view=view,
+        preview=build_preview(text),
+        metadata=metadata(options),
+        text_cache=build_text_cache(options, loader, text),
+    )
+
+
+def refuse_settings(options: AnimaOptions) -> None:
+    """Raise ValueError for what would train something else than is asked for; warn of what only does nothing."""
+    if options.model.weighted_captions:
+        raise ValueError("--weighted_captions does not work with Anima: Qwen3 knows no weighted words; leave it out")
+    if options.computing.unsloth_offload_checkpointing:
+        raise ValueError(
+            "--unsloth_offload_checkpointing is not supported yet: use --gradient_checkpointing, which computes "
+            "activations again"
+        )
+    values = options.flat()
+    for name, why in FOREIGN.items():
+        if values[name]:
+            logger.warning("--%s has no effect: %s", name, why)
+    if options.computing.attn_mode not in (None, "torch", "sdpa"):
+        logger.warning(
+            "--attn_mode %s has no effect: attention is torch's scaled dot product", options.computing.attn_mode
+        )
+
+
+def build_text(options: AnimaOptions, loader: AnimaLoader) -> AnimaText:
+    """Both tokenizers: Qwen3's is looked for beside the text encoder and the base model, T5's beside both too."""
+    text, cache_dir = options.text, options.model.tokenizer_cache_dir
+    for name, length, least in (
+        ("qwen3_max_token_length", text.qwen3_max_token_length, 1),
+        ("t5_max_token_length", text.t5_max_token_length, 2),
+    ):
+        if length < least:
+            raise ValueError(f"--{name} is {length}; use {least} or more, 512 is usual")
+    encoder = Path(text.qwen3 or "").expanduser()
+    folders = [encoder if encoder.is_dir() else encoder.parent, loader.path.parent]
+    qwen3_folders = [folders[0], *(folder / QWEN3_TOKENIZER for folder in folders)]
+    t5_folders = [folder / T5_TOKENIZER for folder in folders]
+    if text.t5_tokenizer_path:
+        t5_folders = [Path(text.t5_tokenizer_path).expanduser()]
+        if not holds_t5_tokenizer(t5_folders[0]):
+            raise ValueError(f"--t5_tokenizer_path {text.t5_tokenizer_path} has no tokenizer.json and no spiece.model")
+    return AnimaText(
+        qwen3_tokenizer=load_qwen3_tokenizer(qwen3_folders, cache_dir, loader.num_qwen3_words),
+        t5_tokenizer=load_t5_tokenizer(t5_folders, cache_dir, loader.config.adapter.num_words),
+        num_qwen3_tokens=text.qwen3_max_token_length,
+        num_t5_tokens=text.t5_max_token_length,
+    )
+
+
+def build_text_cache(options: AnimaOptions, loader: AnimaLoader, text: AnimaText) -> TextCacheSpec:
+    """Files that hold what sd-scripts' do. Their rate of dropped captions is 0: a dropped caption is one of its own."""
+
+    def identity() -> str:
+        return f"{fingerprint(loader.text.weights)} {loader.dtype} {text.identity}"
+
+    return TextCacheSpec(
+        options=options.text_caching,
+        suffix="_anima_te.npz",
+        keys=("prompt_embeds", "attn_mask", "t5_input_ids", "t5_attn_mask"),
+        identity=identity,
+        constants={"caption_dropout_rate": torch.tensor(0.0)},
+    )
+
+
+def build_preview(text: AnimaText) -> Preview:
+    return Preview(
+        defaults=PromptDefaults(num_steps=30, width=512, height=512, scale=7.5, size_step=16, flow_shift=3.0),
+        text=text,
+        predict=lambda prompt: predict,
+        sampler=preview_sampler,
+    )
+
+
+def metadata(options: AnimaOptions) -> dict[str, str]:
+    """What files trained on this base model say about it."""
+    values = options.flat()
+    return {
+        "ss_v2": "False",
+        "ss_base_model_version": "anima",
+        **{f"ss_{name}": str(values[name]) for name in TOLD},
+        "modelspec.architecture": "anima-preview/lora",
+        "modelspec.implementation": "https://huggingface.co/circlestone-labs/Anima",
+        "modelspec.resolution": "1024x1024",
+    }

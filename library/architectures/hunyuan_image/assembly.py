@@ -1,0 +1,147 @@
+"""HunyuanImage 2.1: a transformer of double and single streams, Qwen2.5-VL and ByT5, 64-channel latents of 32 pixels.
+
+The assembly, and the table of contents of this package.
+"""
+
+import logging
+from pathlib import Path
+
+from library.architectures.hunyuan_image.load import SPEC, HunyuanImageLoader, open_loader
+from library.architectures.hunyuan_image.options import HunyuanImageOptions
+from library.architectures.hunyuan_image.predict import build_predict, preview_sampler, velocity
+from library.architectures.hunyuan_image.qwen import load_qwen_tokenizer
+from library.architectures.hunyuan_image.text import HunyuanImageText
+from library.architectures.hunyuan_image.vae import SCALE
+from library.architectures.hunyuan_image.view import view
+from library.architectures.interface import Architecture, Preview, PromptDefaults, TextCacheSpec
+from library.checkpoints.weights import fingerprint
+from library.diffusion.flow import FlowMatching, build_sampled_flow
+from library.models.latents import KlLatents
+
+logger = logging.getLogger(__name__)
+
+SAMPLING_SHIFT = 5.0  # that the model draws pictures with
+FOREIGN = {  # option -> why it does nothing here
+    "v_parameterization": "HunyuanImage 2.1 predicts the velocity of a flow",
+    "clip_skip": "it has no CLIP",
+    "max_token_length": "its text encoder reads 1024 tokens",
+    "xformers": "attention is torch's scaled dot product",
+    "mem_eff_attn": "attention is torch's scaled dot product, which needs as little memory",
+    "split_attn": "the samples of a batch share one call of attention",
+}
+OUR_ATTENTION = (None, "torch", "sdpa")
+TOLD = (  # options that files tell as ss_*
+    "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type",
+    "discrete_flow_shift",
+)  # fmt: skip
+
+
+def build(options: HunyuanImageOptions) -> Architecture:
+    """The parts of the HunyuanImage 2.1 model that the options name; none is loaded yet.
+
+    Raises ValueError naming the flag for a file or a setting that does not fit HunyuanImage 2.1.
+    """
+    refuse_settings(options)
+    loader = open_loader(options)
+    text = build_text(options, loader)
+    objective = build_objective(options)
+    return Architecture(
+        name="hunyuan_image",
+        load=loader,
+        text=text,
+        codec=KlLatents(SPEC, SCALE),
+        objective=objective,
+        predict=build_predict(objective),
+        view=view,
+        preview=build_preview(text),
+        metadata=metadata(options),
+        text_cache=build_text_cache(options, loader),
+        encodes_on_cpu=options.hunyuan_image.text_encoder_cpu,
+    )
+
+
+def refuse_settings(options: HunyuanImageOptions) -> None:
+    """Raise ValueError for settings of other models; warn of those that only do nothing."""
+    if options.model.weighted_captions:
+        raise ValueError(
+            "--weighted_captions does not work with HunyuanImage 2.1: Qwen2.5-VL knows no weighted words; leave it out"
+        )
+    if options.network.network_train_text_encoder_only:
+        raise ValueError(
+            "--network_train_text_encoder_only: the text encoders of HunyuanImage 2.1 have no adapters; leave it out"
+        )
+    rows = options.hunyuan_image.vae_chunk_size
+    if rows is not None and rows < 0:
+        raise ValueError(f"--vae_chunk_size is {rows}; use at least 1, or leave it out")
+    values = options.flat()
+    for name, why in FOREIGN.items():
+        if values[name]:
+            logger.warning("--%s has no effect: %s", name, why)
+    if options.hunyuan_image.attn_mode not in OUR_ATTENTION:
+        logger.warning(
+            "--attn_mode %s has no effect: attention is torch's scaled dot product", options.hunyuan_image.attn_mode
+        )
+
+
+def build_objective(options: HunyuanImageOptions) -> FlowMatching:
+    return build_sampled_flow(
+        options,
+        options.flow_sampling,
+        options.flow_weighting,
+        prediction_type=options.flow_prediction.model_prediction_type,
+    )
+
+
+def build_text(options: HunyuanImageOptions, loader: HunyuanImageLoader) -> HunyuanImageText:
+    """Qwen's tokenizer is looked for beside the base model and beside the text encoder; ByT5's has no files."""
+    from transformers import ByT5Tokenizer
+
+    named = options.hunyuan_image.text_encoder
+    beside = [loader.path, *([Path(named).expanduser()] if named else [])]
+    folders = [(path if path.is_dir() else path.parent) / "tokenizer" for path in beside]
+    if named and beside[1].is_dir():
+        folders.append(beside[1])
+    cache_dir = options.model.tokenizer_cache_dir
+    return HunyuanImageText(load_qwen_tokenizer(folders, cache_dir, loader.num_qwen_words), ByT5Tokenizer())
+
+
+def build_text_cache(options: HunyuanImageOptions, loader: HunyuanImageLoader) -> TextCacheSpec:
+    """Files that hold what sd-scripts' do."""
+
+    def identity() -> str:
+        encoders = fingerprint(loader.qwen.weights, loader.byt5.weights)
+        heads = loader.qwen.config["num_attention_heads"]
+        return f"{encoders} {heads} {loader.text_dtype} {loader.shrinks_qwen}"
+
+    return TextCacheSpec(
+        options=options.text_caching,
+        suffix="_hi_te.npz",
+        keys=("vlm_embed", "vlm_mask", "byt5_embed", "byt5_mask", "ocr_mask"),
+        identity=identity,
+        padding={"vlm_embed": 0.0, "vlm_mask": 0.0},
+    )
+
+
+def build_preview(text: HunyuanImageText) -> Preview:
+    """Plain classifier-free guidance; --fs of a prompt shifts the noise levels."""
+    return Preview(
+        defaults=PromptDefaults(
+            num_steps=20, width=512, height=512, scale=3.5, size_step=32, flow_shift=SAMPLING_SHIFT
+        ),
+        text=text,
+        predict=lambda prompt: velocity,
+        sampler=preview_sampler,
+    )
+
+
+def metadata(options: HunyuanImageOptions) -> dict[str, str]:
+    """What files trained on this base model say about it."""
+    values = options.flat()
+    return {
+        "ss_v2": "False",
+        "ss_base_model_version": "hunyuan-image-2.1",
+        **{f"ss_{name}": str(values[name]) for name in TOLD},
+        "modelspec.architecture": "hunyuan-image-2.1/lora",
+        "modelspec.implementation": "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
+        "modelspec.resolution": "2048x2048",
+    }

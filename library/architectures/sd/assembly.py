@@ -1,0 +1,83 @@
+"""Stable Diffusion 1.x and 2.x: U-Net of diffusers, one CLIP text encoder, 4-channel latents.
+
+The assembly, and the table of contents of this package.
+"""
+
+import logging
+
+from library.architectures.interface import Architecture, LatentSpec
+from library.architectures.sd.load import LATENT_CHANNELS, LATENT_SCALE, SdLoader, open_loader
+from library.architectures.sd.predict import predict
+from library.architectures.sd.text import ClipText
+from library.architectures.sd.view import view
+from library.diffusion.objective import build_ddpm
+from library.models.clip_tokenizer import load_tokenizer
+from library.models.clip_tokens import CHUNK_TOKENS, OPEN_CLIP_PAD, ClipTokens
+from library.models.latents import KlLatents
+from library.models.unet_preview import build_unet_preview
+from library.options.train import TrainOptions
+
+logger = logging.getLogger(__name__)
+
+LATENTS = LatentSpec(
+    channels=LATENT_CHANNELS, downscale=8, bucket_step=64, cache_suffix="_sd.npz", keys_carry_size=False
+)
+
+
+def build(options: TrainOptions) -> Architecture:
+    """The parts of the SD 1.x or, with --v2, 2.x checkpoint that the options name; no model is loaded yet.
+
+    Raises ValueError naming the flag for a checkpoint or a setting that does not fit.
+    """
+    loader = open_loader(options)
+    text = build_text(options, loader)
+    return Architecture(
+        name="sd",
+        load=loader,
+        text=text,
+        codec=KlLatents(LATENTS, LATENT_SCALE),
+        objective=build_ddpm(options),
+        predict=predict,
+        view=view,
+        preview=build_unet_preview(options, text.reading_emphasis(), predict),
+        metadata=metadata(options.model.v2, options.model.v_parameterization),
+    )
+
+
+def build_text(options: TrainOptions, loader: SdLoader) -> ClipText:
+    """The text pipeline that --v2, --max_token_length, --clip_skip and --weighted_captions ask for."""
+    model = options.model
+    num_layers = loader.num_text_layers
+    if model.clip_skip is not None and not 1 <= model.clip_skip <= num_layers:
+        raise ValueError(
+            f"--clip_skip is {model.clip_skip}, the text encoder has {num_layers} layers; use 1 to {num_layers}"
+        )
+    if model.v2 and (model.clip_skip or 1) > 1:
+        logger.warning(
+            "--clip_skip %d: SD 2.x was trained without its last layer, which is left out already; programs that make "
+            "pictures seldom skip more",
+            model.clip_skip,
+        )
+    tokenizer = load_tokenizer(loader.path, model.tokenizer_cache_dir, loader.num_words)
+    num_chunks = (model.max_token_length or CHUNK_TOKENS) // CHUNK_TOKENS
+    return ClipText(
+        tokens=ClipTokens(tokenizer, num_chunks, model.weighted_captions),
+        clip_skip=model.clip_skip or 1,
+        pad_id=OPEN_CLIP_PAD if model.v2 else None,
+    )
+
+
+def metadata(is_v2: bool, predicts_velocity: bool) -> dict[str, str]:
+    """What files trained on this base model say about it."""
+    version = "sd_v2" if is_v2 else "sd_v1"
+    architecture = "stable-diffusion-v1"
+    if is_v2:
+        architecture = "stable-diffusion-v2-768-v" if predicts_velocity else "stable-diffusion-v2-512"
+    return {
+        "ss_v2": str(is_v2),
+        "ss_base_model_version": f"{version}_v" if predicts_velocity else version,
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.prediction_type": "v" if predicts_velocity else "epsilon",
+        "modelspec.resolution": "768x768" if is_v2 and predicts_velocity else "512x512",
+    }
