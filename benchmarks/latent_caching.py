@@ -78,14 +78,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    from library.architectures.sd.latents import SdLatents
+    from library.architectures.sd.assembly import LATENT_SCALE, LATENTS
     from library.data.batches import to_pixels
     from library.data.cache import cache_latents, decode, plan_jobs
     from library.data.dataset import TrainingSet
     from library.data.picture_index import SETTLED_NS
+    from library.models.latents import KlLatents
     from library.options.train import TrainOptions
 
-    codec, vae = SdLatents(), build_vae(args.vae)
+    codec, vae = KlLatents(LATENTS, LATENT_SCALE), build_vae(args.vae)
 
     def encode(pixels_BCHW: Tensor, generators: Sequence[Generator]) -> Tensor:
         with torch.no_grad():
