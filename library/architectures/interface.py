@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from library.diffusion.samplers import Sampler
+from library.memory.blocks import BlockRunner, run_blocks_with
 from library.options.text_caching import TextCachingOptions
 from library.types import Batch, Conditioning, Noised, Prompt, Tokens
 
@@ -159,4 +160,5 @@ class Architecture:
     text_cache: TextCacheSpec | None = None  # None where text encoder outputs cannot be cached
     vary: Vary | None = None  # None where conditioning is used as it is
     encodes_on_cpu: bool = False  # whether the text encoders stay off the card
+    run_blocks_with: Callable[[nn.Module, BlockRunner], None] = run_blocks_with  # gives the denoiser its runner
     vae_overflows_in_fp16: bool = False  # whether the VAE that comes with it gives NaN in fp16, as SDXL's does

@@ -61,3 +61,14 @@ def run_library_blocks_with(blocks: Iterable[nn.Module], runner: BlockRunner) ->
     """
     for block in blocks:
         block.forward = partial(runner, BlockBody(block))
+
+
+def run_encoder_layers_with(encoder: nn.Module, runner: BlockRunner) -> None:
+    """Lead the layers of a text encoder of transformers through `runner`.
+
+    Its own switch for recomputing works in train mode only, which also turns the base model's dropout on.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in encoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    run_library_blocks_with(layers, runner)

@@ -19,6 +19,7 @@ from library.architectures.interface import Architecture
 from library.checkpoints.metadata import RunFacts, base_file_metadata, training_metadata
 from library.data.cache import cache_latents
 from library.data.dataset import TrainingSet
+from library.memory.blocks import plain, recompute, run_encoder_layers_with
 from library.memory.devices import DTYPES, place, release_memory
 from library.options.train import TrainOptions
 from library.processes import Processes
@@ -139,7 +140,7 @@ def prepare(
     torch.manual_seed(stream_seed(seed, "adapter"))
     network = open_network(options, models, device, dtype)
     trains_text_encoder = trains_text_encoders(options)
-    prepare_gradient_checkpointing(options, models, network, trains_text_encoder)
+    choose_block_runner(options, arch, models, network, trains_text_encoder)
 
     groups, names = network.parameter_groups(
         options.network.text_encoder_lr, options.network.unet_lr, options.optimizer.learning_rate
@@ -237,26 +238,19 @@ def trains_text_encoders(options: TrainOptions) -> bool:
     return any(rate != 0 for rate in rates if rate is not None)
 
 
-def prepare_gradient_checkpointing(
-    options: TrainOptions, models: Models, network: AdoptedNetwork, trains_text_encoder: bool
+def choose_block_runner(
+    options: TrainOptions, arch: Architecture, models: Models, network: AdoptedNetwork, trains_text_encoder: bool
 ) -> None:
-    """Switch --gradient_checkpointing on where gradients flow; everything else stays in eval mode."""
+    """Say how blocks run: --gradient_checkpointing where gradients flow; everything else stays in eval mode."""
     for model in (models.denoiser, *models.text_encoders):
         model.eval().requires_grad_(False)
     network.module.train()
-    if not options.memory.gradient_checkpointing:
-        return
-    models.denoiser.train()
-    models.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-    if trains_text_encoder:
-        for encoder in models.text_encoders:
-            encoder.train()
-            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    for model in (models.denoiser, *models.text_encoders):
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):  # train mode is for checkpointing only, not for the base model's dropout
-                module.p = 0.0
-    network.enable_gradient_checkpointing()
+    runner = recompute if options.memory.gradient_checkpointing else plain
+    arch.run_blocks_with(models.denoiser, runner)
+    for encoder in models.text_encoders if trains_text_encoder else []:
+        run_encoder_layers_with(encoder, runner)
+    if options.memory.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
 
 
 def encode_frozen(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from library.architectures.lumina.targets import TARGETS
-from library.memory.recomputing import run_block
+from library.memory.blocks import BlockRunner, plain
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import Rope, rope_of, turn
 from library.models.shapes import ShapeReader
@@ -86,7 +86,7 @@ class NextDiT(nn.Module):
     def __init__(self, config: LuminaConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.runner: BlockRunner = plain
         c = config
         self.t_embedder = TimestepEmbedder(c.time_width)
         self.cap_embedder = nn.Sequential(nn.RMSNorm(c.text_width, eps=EPS), nn.Linear(c.text_width, c.width))
@@ -97,10 +97,6 @@ class NextDiT(nn.Module):
         self.noise_refiner = nn.ModuleList(JointTransformerBlock(c) for _ in range(c.num_noise_refiners))
         self.layers = nn.ModuleList(JointTransformerBlock(c) for _ in range(c.num_layers))
         self.final_layer = FinalLayer(c.width, c.time_width, c.in_features)
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Compute the activations of each block again in the backward pass."""
-        self.gradient_checkpointing = True
 
     def forward(self, latents_BCHW: Tensor, times_B: Tensor, text_BLE: Tensor, text_mask_BL: Tensor) -> Tensor:
         """The velocity, shape BCHW.
@@ -123,12 +119,12 @@ class NextDiT(nn.Module):
         if min(num_text_B) < L:
             text_mask, mask = is_text_BL[:, None, None], key_mask(is_text_BL, h * w)
         for block in self.context_refiner:
-            txt_BLM = run_block(self.gradient_checkpointing, block, txt_BLM, None, text_rope, text_mask)
+            txt_BLM = self.runner(block, txt_BLM, None, text_rope, text_mask)
         for block in self.noise_refiner:
-            img_BIM = run_block(self.gradient_checkpointing, block, img_BIM, time_BV, picture_rope, None)
+            img_BIM = self.runner(block, img_BIM, time_BV, picture_rope, None)
         x_BTM = torch.cat([txt_BLM, img_BIM], dim=1)
         for block in self.layers:
-            x_BTM = run_block(self.gradient_checkpointing, block, x_BTM, time_BV, (cos_B1TD, sin_B1TD), mask)
+            x_BTM = self.runner(block, x_BTM, time_BV, (cos_B1TD, sin_B1TD), mask)
         return unpatchify(self.final_layer(x_BTM[:, L:], time_BV), h, w, PATCH, channels_last=True)
 
 

@@ -16,6 +16,7 @@ from library.diffusion.objective import build_ddpm
 from library.models.clip_tokenizer import load_tokenizer
 from library.models.clip_tokens import CHUNK_TOKENS, ClipTokens
 from library.models.latents import KlLatents
+from library.models.unet import run_unet_blocks_with
 from library.models.unet_preview import build_unet_preview
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def build(options: SdxlOptions) -> Architecture:
         preview=build_unet_preview(options, text.reading_emphasis(), predict),
         metadata=metadata(options.model.v_parameterization),
         text_cache=build_text_cache(options, loader),
+        run_blocks_with=run_unet_blocks_with,
         vae_overflows_in_fp16=True,
     )
 
