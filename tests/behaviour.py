@@ -285,10 +285,8 @@ def lines_of(text: str, folder: Path) -> list[str]:
     text = re.sub(r"\x1b\[[A-Z]", "", text.replace(str(folder.parent), "FOLDER").replace(str(ROOT), "ROOT"))
     lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
     kept = [line for line in lines if line and not re.search(r"\d+%\||it/s|s/it", line)]
-    return [
-        re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|\d+(\.\d+)? ?(s|ms|min)\b|\d{8,}|0x[0-9a-f]+", "#", line)
-        for line in kept
-    ]
+    varying = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|\d+(\.\d+)? ?(s|ms|min)\b|\d{14}|\b[0-9a-f]{40}\b"
+    return [re.sub(varying, "#", line) for line in kept]
 
 
 if __name__ == "__main__":
