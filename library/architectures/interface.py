@@ -83,7 +83,13 @@ class Objective(Protocol):
     """What the denoiser learns: which noise it sees and what it must say."""
 
     def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator) -> Noised: ...
-    def target(self, noised: Noised) -> Tensor: ...
+    def estimate(self, output_BCHW: Tensor, noised: Noised) -> Tensor:
+        """What the denoiser said, in the terms of the target."""
+        ...
+
+    def target(self, noised: Noised) -> Tensor:
+        """What `estimate` should give, float32."""
+        ...
 
     def loss(self, prediction_BCHW: Tensor, target_BCHW: Tensor, noised: Noised) -> Tensor:
         """The weighted error of every latent value, float32, shape BCHW."""
@@ -95,7 +101,7 @@ class Objective(Protocol):
 
 
 class Predict(Protocol):
-    """One call of the denoiser."""
+    """One call of the denoiser, in training, validation and previews alike: its output as it is."""
 
     def __call__(self, denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor: ...
 

@@ -50,13 +50,14 @@ class FlowMatching:
     min_timestep: int
     max_timestep: int
     has_whole_timesteps: bool  # levels are thousandths, 0 to 999
+    tells_whole_timesteps: bool  # the denoiser is told thousandths rounded down, whatever the exact level
     noise: NoiseOptions
     weighting: LossOptions
 
     def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator) -> Noised:
         """Noise latents to levels of their own; tensors in the latents' dtype and device, arithmetic in float32.
 
-        `timesteps_B` is a thousand times the share of noise, float32.
+        `timesteps_B` is a thousand times the share of noise, float32, rounded down where the denoiser is told so.
         """
         clean = clean_BCHW.float()
         noise_BCHW = draw_normal(clean.shape, generator, clean.device)
@@ -73,7 +74,7 @@ class FlowMatching:
             clean_BCHW=clean_BCHW,
             noise_BCHW=noise_BCHW.to(clean_BCHW.dtype),
             sigmas_B=sigmas_B,
-            timesteps_B=timesteps_B,
+            timesteps_B=timesteps_B.floor() if self.tells_whole_timesteps else timesteps_B,
         )
 
     def _draw_timesteps(self, B: int, H: int, W: int, generator: torch.Generator) -> Tensor:
@@ -123,6 +124,7 @@ def build_flow(
     loss_scheme: str,
     *,
     has_whole_timesteps: bool = False,
+    tells_whole_timesteps: bool = False,
 ) -> FlowMatching:
     """The objective of a flow matching model whose levels and target are its own.
 
@@ -147,6 +149,7 @@ def build_flow(
         min_timestep=min_timestep,
         max_timestep=max_timestep,
         has_whole_timesteps=has_whole_timesteps,
+        tells_whole_timesteps=tells_whole_timesteps,
         noise=noise,
         weighting=weighting,
     )
@@ -160,6 +163,7 @@ def build_sampled_flow(
     prediction_type: str = "raw",
     target_kind: Target = "noise - latent",
     always_weights_loss: bool = False,
+    tells_whole_timesteps: bool = False,
 ) -> FlowMatching:
     """The objective of the models that have --timestep_sampling.
 
@@ -175,6 +179,7 @@ def build_sampled_flow(
         target_kind,
         prediction_type,
         weighting.weighting_scheme if weights_loss else "none",
+        tells_whole_timesteps=tells_whole_timesteps,
     )
 
 

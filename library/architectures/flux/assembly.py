@@ -4,13 +4,14 @@ The assembly, and the table of contents of this package.
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from library.architectures.flux.load import FluxLoader, open_loader
 from library.architectures.flux.options import FluxOptions
-from library.architectures.flux.predict import FluxPredict, preview_sampler
+from library.architectures.flux.predict import predict, preview_sampler
 from library.architectures.flux.text import FluxText
 from library.architectures.flux.view import view
 from library.architectures.interface import Architecture, Preview, PromptDefaults, TextCacheSpec
@@ -48,7 +49,6 @@ def build(options: FluxOptions) -> Architecture:
     refuse_settings(options)
     loader = open_loader(options)
     text = build_text(options, loader)
-    objective = build_objective(options)
     masks_text = options.flux.apply_t5_attn_mask
     if loader.is_schnell and options.flux.guidance_scale != type(options.flux)().guidance_scale:
         logger.warning("--guidance_scale has no effect: FLUX.1 schnell has no input for it")
@@ -57,8 +57,8 @@ def build(options: FluxOptions) -> Architecture:
         load=loader,
         text=text,
         codec=mapped_latents("_flux.npz"),
-        objective=objective,
-        predict=FluxPredict(options.flux.guidance_scale, masks_text, objective),
+        objective=build_objective(options),
+        predict=partial(predict, guidance=options.flux.guidance_scale, masks_text=masks_text),
         view=view,
         preview=build_preview(text, loader, masks_text),
         metadata=metadata(options, loader.is_schnell),
@@ -130,7 +130,7 @@ def build_preview(text: FluxText, loader: FluxLoader, masks_text: bool) -> Previ
     return Preview(
         defaults=guidance,
         text=text,
-        predict=lambda prompt: FluxPredict(prompt.guidance_scale or 0.0, masks_text),
+        predict=lambda prompt: partial(predict, guidance=prompt.guidance_scale or 0.0, masks_text=masks_text),
         sampler=lambda prompt: preview_sampler(prompt, is_shifted=not loader.is_schnell),
     )
 

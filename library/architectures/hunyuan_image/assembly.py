@@ -8,7 +8,7 @@ from pathlib import Path
 
 from library.architectures.hunyuan_image.load import SPEC, HunyuanImageLoader, open_loader
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
-from library.architectures.hunyuan_image.predict import build_predict, preview_sampler, velocity
+from library.architectures.hunyuan_image.predict import predict, preview_sampler
 from library.architectures.hunyuan_image.qwen import load_qwen_tokenizer
 from library.architectures.hunyuan_image.text import HunyuanImageText
 from library.architectures.hunyuan_image.vae import SCALE
@@ -44,14 +44,13 @@ def build(options: HunyuanImageOptions) -> Architecture:
     refuse_settings(options)
     loader = open_loader(options)
     text = build_text(options, loader)
-    objective = build_objective(options)
     return Architecture(
         name="hunyuan_image",
         load=loader,
         text=text,
         codec=KlLatents(SPEC, SCALE),
-        objective=objective,
-        predict=build_predict(objective),
+        objective=build_objective(options),
+        predict=predict,
         view=view,
         preview=build_preview(text),
         metadata=metadata(options),
@@ -89,6 +88,7 @@ def build_objective(options: HunyuanImageOptions) -> FlowMatching:
         options.flow_sampling,
         options.flow_weighting,
         prediction_type=options.flow_prediction.model_prediction_type,
+        tells_whole_timesteps=True,  # as sd-scripts trains it; pictures are drawn with the exact levels
     )
 
 
@@ -129,7 +129,7 @@ def build_preview(text: HunyuanImageText) -> Preview:
             num_steps=20, width=512, height=512, scale=3.5, size_step=32, flow_shift=SAMPLING_SHIFT
         ),
         text=text,
-        predict=lambda prompt: velocity,
+        predict=lambda prompt: predict,
         sampler=preview_sampler,
     )
 

@@ -11,7 +11,7 @@ from library.architectures.interface import Architecture, Preview, PromptDefault
 from library.architectures.lumina.gemma import load_gemma_tokenizer
 from library.architectures.lumina.load import LuminaLoader, open_loader
 from library.architectures.lumina.options import LuminaOptions
-from library.architectures.lumina.predict import LuminaPredict, predict_for_preview, preview_sampler
+from library.architectures.lumina.predict import predict, preview_sampler
 from library.architectures.lumina.text import LuminaText
 from library.architectures.lumina.view import view
 from library.checkpoints.weights import fingerprint
@@ -47,14 +47,13 @@ def build(options: LuminaOptions) -> Architecture:
     refuse_settings(options)
     loader = open_loader(options)
     text = build_text(options, loader)
-    objective = build_objective(options)
     return Architecture(
         name="lumina",
         load=loader,
         text=text,
         codec=mapped_latents("_lumina.npz"),
-        objective=objective,
-        predict=LuminaPredict(objective),
+        objective=build_objective(options),
+        predict=predict,
         view=view,
         preview=build_preview(text),
         metadata=metadata(options),
@@ -131,7 +130,7 @@ def build_preview(text: LuminaText) -> Preview:
             flow_shift=6.0,
         ),
         text=replace(text, system_prompt=""),
-        predict=lambda prompt: predict_for_preview,
+        predict=lambda prompt: predict,
         sampler=preview_sampler,
         worded=text.worded,
     )

@@ -12,7 +12,7 @@ from library.architectures.interface import Architecture, LatentSpec, Preview, P
 from library.architectures.sd3.load import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHIFT, Sd3Loader, open_loader
 from library.architectures.sd3.model import MMDiTConfig, version_of
 from library.architectures.sd3.options import Sd3Options
-from library.architectures.sd3.predict import build_predict, velocity
+from library.architectures.sd3.predict import predict
 from library.architectures.sd3.text import Sd3Text
 from library.architectures.sd3.variation import Variation
 from library.architectures.sd3.view import view
@@ -46,14 +46,13 @@ def build(options: Sd3Options) -> Architecture:
     warn_of_idle_options(options)
     loader = open_loader(options)
     text = build_text(options, loader)
-    objective = build_objective(options)
     return Architecture(
         name="sd3",
         load=loader,
         text=text,
         codec=KlLatents(LATENTS, LATENT_SCALE, LATENT_SHIFT),
-        objective=objective,
-        predict=build_predict(objective),
+        objective=build_objective(options),
+        predict=predict,
         view=view,
         preview=build_preview(text),
         metadata=metadata(options, loader.config),
@@ -154,7 +153,7 @@ def build_preview(text: Sd3Text) -> Preview:
             num_steps=30, width=512, height=512, scale=7.5, size_step=16, flow_shift=SAMPLING_SHIFT
         ),
         text=text,
-        predict=lambda prompt: velocity,
+        predict=lambda prompt: predict,
         sampler=sampler,
     )
 

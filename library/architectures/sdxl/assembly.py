@@ -4,11 +4,12 @@ The assembly, and the table of contents of this package.
 """
 
 import logging
+from functools import partial
 
 from library.architectures.interface import Architecture, LatentSpec, TextCacheSpec
 from library.architectures.sdxl.load import LATENT_CHANNELS, LATENT_SCALE, SdxlLoader, open_loader
 from library.architectures.sdxl.options import SdxlOptions
-from library.architectures.sdxl.predict import SdxlPredict
+from library.architectures.sdxl.predict import predict
 from library.architectures.sdxl.text import CACHE_KEYS, SdxlText
 from library.architectures.sdxl.view import build_view
 from library.checkpoints.weights import fingerprint
@@ -34,16 +35,16 @@ def build(options: SdxlOptions) -> Architecture:
     check(options)
     loader = open_loader(options)
     text = build_text(options, loader)
-    predict = SdxlPredict(options.sizes.correct_crop_coordinates)
+    call = partial(predict, tells_real_crops=options.sizes.correct_crop_coordinates)
     return Architecture(
         name="sdxl",
         load=loader,
         text=text,
         codec=KlLatents(LATENTS, LATENT_SCALE),
         objective=build_ddpm(options),
-        predict=predict,
+        predict=call,
         view=build_view(loader.layout),
-        preview=build_unet_preview(options, text.reading_emphasis(), predict),
+        preview=build_unet_preview(options, text.reading_emphasis(), call),
         metadata=metadata(options.model.v_parameterization),
         text_cache=build_text_cache(options, loader),
         run_blocks_with=run_unet_blocks_with,

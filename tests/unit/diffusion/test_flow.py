@@ -37,9 +37,9 @@ def latents(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def flow(
     target: Target = "noise - latent", prediction: str = "raw", scheme: str = "none", **flags: Any
 ) -> FlowMatching:
-    has_whole_timesteps = flags.pop("has_whole_timesteps", False)
+    whole = {name: flags.pop(name, False) for name in ("has_whole_timesteps", "tells_whole_timesteps")}
     levels = shifted_scheme(FlowWeightingOptions(), 1.0)
-    return build_flow(options_of(**flags), levels, target, prediction, scheme, has_whole_timesteps=has_whole_timesteps)
+    return build_flow(options_of(**flags), levels, target, prediction, scheme, **whole)
 
 
 def corrupt(objective: FlowMatching, clean: Tensor, seed: int = 3) -> Noised:
@@ -186,6 +186,14 @@ def test_limits_stretch_the_levels_over_their_range() -> None:
     steps = torch.arange(50_000).double() / 50_000
     assert inside.min() >= 0 and inside.max() <= 1
     assert (inside.sort().values - steps).abs().max() < 1.95 / 50_000**0.5
+
+
+def test_a_denoiser_that_is_told_whole_timesteps_sees_noise_at_the_exact_level() -> None:
+    exact, told = (corrupt(flow(tells_whole_timesteps=whole), torch.zeros(500, 1, 1, 1)) for whole in (False, True))
+    assert torch.equal(told.sigmas_B, exact.sigmas_B) and torch.equal(told.latents_BCHW, exact.latents_BCHW)
+    assert torch.equal(told.timesteps_B, exact.timesteps_B.floor()) and not torch.equal(
+        told.timesteps_B, exact.timesteps_B
+    )
 
 
 def test_whole_timesteps_stay_below_the_upper_limit() -> None:
