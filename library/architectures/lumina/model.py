@@ -22,7 +22,6 @@ from library.models.sinusoids import FREQUENCIES, sinusoids
 EPS, FINAL_EPS = 1e-5, 1e-6
 PATCH = 2
 ROPE_STEP = 6  # head widths are multiples of it: three axes share the pairs of a head
-STACKS = ("context_refiner", "noise_refiner", "layers")
 
 
 @dataclass(frozen=True)
