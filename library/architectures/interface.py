@@ -49,6 +49,16 @@ class TextPipeline(Protocol):
 
 
 @dataclass(frozen=True)
+class LiveText:
+    """The text encoders that stay in memory to be trained while the outputs of the others are cached."""
+
+    load: Callable[[], list[nn.Module]]  # the first of those that `Loader.text_encoders` gives, in its order
+    keys: tuple[str, ...]  # the features that they give; these take the place of the cached ones
+    encode: Callable[[Sequence[nn.Module], Tokens], Conditioning]  # gives exactly `keys`; gradients flow
+    excluded_by: str | None = None  # a network argument that trains an encoder whose outputs would be cached
+
+
+@dataclass(frozen=True)
 class TextCacheSpec:
     """How a base model's text features are kept; `keys` are names of its `Conditioning` and of entries in the files."""
 
@@ -63,6 +73,8 @@ class TextCacheSpec:
     )  # entries of sd-scripts' files that no caption changes
     padding: Mapping[str, float] = field(default_factory=dict)
     """Keys whose second axis (the first without B) differs between captions, and what fills shorter ones in a batch."""
+    live: LiveText | None = None  # None where the encoders are trained with nothing cached, or not at all
+    can_train: bool = True  # whether the encoders can have adapters
 
 
 class LatentCodec(Protocol):

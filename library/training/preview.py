@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from library.architectures.interface import Architecture
+from library.architectures.interface import Architecture, LiveText
 from library.diffusion.guidance import guided, needs_negative
 from library.diffusion.samplers import Level
 from library.memory.devices import place, release_memory
@@ -87,39 +87,68 @@ def texts_of(prompts: Sequence[Prompt], worded: Callable[[str], str] = str) -> l
 
 
 def encode_prompts(
-    arch: Architecture, text_encoders: Sequence[nn.Module], autocast: Autocast, prompts: Sequence[Prompt]
+    arch: Architecture,
+    text_encoders: Sequence[nn.Module],
+    autocast: Autocast,
+    prompts: Sequence[Prompt],
+    live: LiveText | None = None,
+    cached: Mapping[str, Conditioning] | None = None,
 ) -> dict[str, Conditioning]:
-    """Conditioning of `texts_of` the prompts, on the CPU; each is encoded by itself, without gradient."""
+    """Conditioning of `texts_of` the prompts, on the CPU; each is encoded by itself, without gradient.
+
+    Where only the encoders of `live` are in memory, `cached` has the features of the others, by text.
+    """
+    encode = arch.preview.text.encode if live is None else live.encode
     encoded: dict[str, Conditioning] = {}
     with torch.no_grad(), autocast():
         for text in texts_of(prompts, arch.preview.worded):
-            features = arch.preview.text.encode(text_encoders, arch.preview.text.tokenize([text]))
-            encoded[text] = {name: tensor.cpu() for name, tensor in features.items()}
+            features = encode(text_encoders, arch.preview.text.tokenize([text]))
+            kept = {} if cached is None else cached[text]
+            encoded[text] = {**kept, **{name: tensor.cpu() for name, tensor in features.items()}}
     return encoded
+
+
+def encoded_now(
+    run: Run, prompts: Sequence[Prompt], cached: Mapping[str, Conditioning] | None
+) -> dict[str, Conditioning]:
+    """What the text encoders in memory make of the prompts, beside what is cached of the others."""
+    return encode_prompts(run.arch, run.models.text_encoders, run.autocast, prompts, run.live_text, cached)
 
 
 class Previews:
     """Draws the pictures of a run when they are due. What goes wrong is logged, and training goes on."""
 
     def __init__(
-        self, run: Run, charts: Charts, prompts: Sequence[Prompt], encoded: Mapping[str, Conditioning] | None
+        self,
+        run: Run,
+        charts: Charts,
+        prompts: Sequence[Prompt],
+        encoded: Mapping[str, Conditioning] | None,
+        cached: Mapping[str, Conditioning] | None = None,
     ) -> None:
-        """`encoded` is what `encode_prompts` gave; None where text encoders train, so that it changes."""
-        self._run, self._charts, self._prompts, self._encoded = run, charts, prompts, encoded
+        """`encoded` is what `encode_prompts` gave; None where text encoders train, so that it changes.
+
+        `cached` has the features of encoders that have left memory.
+        """
+        self._run, self._charts, self._prompts = run, charts, prompts
+        self._encoded, self._cached = encoded, cached
         self._timetable = Timetable.build(run.options.preview)
 
     @classmethod
     def build(
-        cls, run: Run, charts: Charts, prompts: Sequence[Prompt], encoded: Mapping[str, Conditioning] | None = None
+        cls, run: Run, charts: Charts, prompts: Sequence[Prompt], cached: Mapping[str, Conditioning] | None = None
     ) -> "Previews":
         """The previews of `prompts`, see `wanted_prompts`. Those that frozen text encoders read are encoded here, once.
 
-        `encoded` is given where the text encoders have left memory.
+        `cached` is given where text encoders have left memory.
         """
-        if encoded is None and prompts and not run.trains_text_encoder:
+        if not run.models.text_encoders:
+            return cls(run, charts, prompts, cached)
+        encoded = None
+        if prompts and not run.trains_text_encoder:
             with evaluating(run):
-                encoded = encode_prompts(run.arch, run.models.text_encoders, run.autocast, prompts)
-        return cls(run, charts, prompts, encoded)
+                encoded = encoded_now(run, prompts, cached)
+        return cls(run, charts, prompts, encoded, cached)
 
     def before_training(self, interruption: Interruption) -> None:
         """Draw if --sample_at_first asks for it."""
@@ -170,7 +199,7 @@ class Previews:
         try:
             encoded = self._encoded
             if encoded is None:
-                encoded = encode_prompts(run.arch, run.models.text_encoders, run.autocast, [prompt])
+                encoded = encoded_now(run, [prompt], self._cached)
             generator = generator_of(prompt, run.seed, index)
             latents_BCHW = draw_latents(run, prompt, encoded, generator, goes_on)
             if latents_BCHW is None:

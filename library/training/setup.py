@@ -3,7 +3,7 @@
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -39,9 +39,9 @@ from library.training.resume import recorded_options, report_differences, starti
 from library.training.run import Autocast, Models, Run
 from library.training.saving import Names, Schedule, Writer, save_dtype
 from library.training.state import Facts, Keeper, OptimizerKeeper, restore, save_state
-from library.training.text_caching import cached_text, check_text_caching, prepare_text
+from library.training.text_caching import cached_text, check_text_caching, live_text, prepare_text
 from library.training.validation import Validation
-from library.types import Conditioning
+from library.types import Conditioning, Tokens
 from networks.core.protocol import AdoptedNetwork
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def choose_seed(seed: int | None, processes: Processes, facts: Facts | None) -> 
 
 def open_training_set(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> TrainingSet:
     """Read the dataset description and the pictures' headers, and log what was found."""
-    text, cached = arch.text, cached_text(arch.text_cache)
+    text, cached = arch.text, cached_text(options, arch.text_cache)
     check_text_caching(options, arch.text_cache)
     training_set = TrainingSet.build(options, arch.codec.spec, seed, text.count_tokens, text.max_tokens, num_processes)
     if cached is not None:
@@ -133,7 +133,8 @@ def prepare(
         options, arch, training_set, device, autocast, texts_of(prompts, arch.preview.worded), processes
     )
     release_memory(options.memory.highvram)
-    text_encoders = text.encoders
+    text_encoders, live = text.encoders, live_text(options, arch.text_cache)
+    encode = arch.text.encode if live is None else live.encode
     denoiser = arch.load.denoiser() if options.precision.shrinks_denoiser else place(arch.load.denoiser(), device)
     models = Models(denoiser, text_encoders, vae, arch.view(text_encoders, denoiser))
 
@@ -161,8 +162,9 @@ def prepare(
         models=models,
         network=network,
         trains_text_encoder=trains_text_encoder,
+        live_text=live,
         captions=CaptionMemo(
-            lambda captions: encode_frozen(arch, text_encoders, network, autocast, captions),
+            lambda captions: encode_frozen(encode, text_encoders, network, autocast, arch.text.tokenize(captions)),
             arch.text_cache.padding if arch.text_cache else {},
         ),
         optimizer=optimizer,
@@ -254,16 +256,16 @@ def choose_block_runner(
 
 
 def encode_frozen(
-    arch: Architecture,
+    encode: Callable[[Sequence[nn.Module], Tokens], Conditioning],
     text_encoders: Sequence[nn.Module],
     network: AdoptedNetwork,
     autocast: Autocast,
-    captions: Sequence[str],
+    tokens: Tokens,
 ) -> Conditioning:
     """What frozen text encoders make of captions, adapters that do not train included, their dropout off."""
     assert text_encoders, "the text encoders have left memory, batches carry their cached outputs"
     with eval_mode([network.module]), autocast():
-        return arch.text.encode(text_encoders, arch.text.tokenize(captions))
+        return encode(text_encoders, tokens)
 
 
 def gradient_scaler(options: TrainOptions, device: torch.device) -> torch.amp.GradScaler | None:

@@ -95,10 +95,16 @@ def latents_of(run: Run, batch: Batch, generator_of: Callable[[int], torch.Gener
 
 def conditioning_of(run: Run, batch: Batch) -> Conditioning:
     """Text features of the batch, with gradient where a text encoder trains."""
-    if batch.conditioning is not None or not run.trains_text_encoder:
-        found = run.captions(batch.captions) if batch.conditioning is None else batch.conditioning
-        return {name: tensor.to(run.device) for name, tensor in found.items()}
-    return run.arch.text.encode(run.models.text_encoders, run.arch.text.tokenize(batch.captions))
+    found = dict(batch.conditioning or {})
+    if run.models.text_encoders:  # what they give takes the place of what they gave before training
+        found |= live_conditioning_of(run, batch) if run.trains_text_encoder else run.captions(batch.captions)
+    return {name: tensor.to(run.device) for name, tensor in found.items()}
+
+
+def live_conditioning_of(run: Run, batch: Batch) -> Conditioning:
+    """The text features of the encoders in memory, with gradient."""
+    encode = run.arch.text.encode if run.live_text is None else run.live_text.encode
+    return encode(run.models.text_encoders, run.arch.text.tokenize(batch.captions))
 
 
 def varied_conditioning_of(run: Run, batch: Batch, batch_number: int) -> Conditioning:

@@ -178,7 +178,7 @@ class Validation:
             batches = self._pictures.batches([self._places[i] for i in numbers], num_threads)
             for i, batch in zip(bar, batches, strict=True):
                 losses_BL = batch_losses(run, batch, self._names[i], self._levels, self._seed)
-                losses_NL[firsts[i] : firsts[i] + len(batch.keys)] = losses_BL.cpu()
+                losses_NL[firsts[i] : firsts[i] + len(batch.keys)] = losses_BL
         return processes.add_up(losses_NL)
 
     def _difference(self) -> Difference | None:

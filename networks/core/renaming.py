@@ -144,10 +144,11 @@ def split_rows(
 
 def swap_pair(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors with the halves of the rows exchanged, where there are twice as many rows as inputs."""
-    swapped = dict(tensors)
-    if UP in tensors and DOWN in tensors and tensors[UP].shape[0] == 2 * tensors[DOWN].shape[1]:
-        swapped[UP] = tensors[UP].roll(tensors[UP].shape[0] // 2, 0)
-    return swapped
+    if UP not in tensors or DOWN not in tensors or tensors[UP].shape[0] != 2 * tensors[DOWN].shape[1]:
+        return dict(tensors)
+    num_rows = tensors[UP].shape[0]
+    by_row = [leaf for leaf in (UP, DORA_SCALE) if leaf in tensors and tensors[leaf].shape[0] == num_rows]
+    return {**tensors, **{leaf: tensors[leaf].roll(num_rows // 2, 0) for leaf in by_row}}
 
 
 def rows_of_pieces(found: ModuleNames, unit: int) -> Iterator[slice]:

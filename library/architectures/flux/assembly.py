@@ -14,7 +14,7 @@ from library.architectures.flux.options import FluxOptions
 from library.architectures.flux.predict import predict, preview_sampler
 from library.architectures.flux.text import FluxText
 from library.architectures.flux.view import view
-from library.architectures.interface import Architecture, Preview, PromptDefaults, TextCacheSpec
+from library.architectures.interface import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import FlowMatching, build_sampled_flow
 from library.models.clip_tokenizer import load_tokenizer
@@ -119,6 +119,7 @@ def build_text_cache(options: FluxOptions, loader: FluxLoader, text: FluxText) -
         keys=("l_pooled", "t5_out", "t5_attn_mask"),
         identity=identity,
         constants={"txt_ids": torch.zeros(text.num_t5_tokens, 3), "apply_t5_attn_mask": torch.tensor(masks)},
+        live=LiveText(lambda: [loader.clip_l()], ("l_pooled",), text.encode_clip, excluded_by="train_t5xxl"),
     )
 
 

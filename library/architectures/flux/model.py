@@ -122,10 +122,10 @@ class Flux(nn.Module):
 
 def rotary(axes: tuple[int, int, int], num_text: int, h: int, w: int, device: torch.device) -> Rope:
     """Rotary positions: text lies at (0, 0, 0), the picture's row y and column x at (0, y, x)."""
-    ids_T3 = torch.zeros(num_text + h * w, 3, dtype=torch.float64, device=device)
+    ids_T3 = torch.zeros(num_text + h * w, 3, dtype=torch.long, device=device)
     ids_T3[num_text:, 1] = torch.arange(h, device=device).repeat_interleave(w)
     ids_T3[num_text:, 2] = torch.arange(w, device=device).repeat(h)
-    return rope_of(ids_T3, axes)
+    return rope_of(ids_T3, axes, (1, h, w))
 
 
 def key_mask(text_mask_BL: Tensor, num_patches: int) -> Tensor:

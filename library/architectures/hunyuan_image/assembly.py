@@ -119,6 +119,7 @@ def build_text_cache(options: HunyuanImageOptions, loader: HunyuanImageLoader) -
         keys=("vlm_embed", "vlm_mask", "byt5_embed", "byt5_mask", "ocr_mask"),
         identity=identity,
         padding={"vlm_embed": 0.0, "vlm_mask": 0.0},
+        can_train=False,
     )
 
 

@@ -131,7 +131,8 @@ def rotary(head_width: int, H: int, W: int, device: torch.device) -> Rope:
     """Rotary positions (Su et al. 2021) of the picture: half of a head turns with the row, half with the column."""
     rows = torch.arange(H, device=device).repeat_interleave(W)
     columns = torch.arange(W, device=device).repeat(H)
-    return rope_of(torch.stack([rows, columns], dim=-1), [head_width // NUM_AXES] * NUM_AXES, ROPE_BASE)
+    places = torch.stack([rows, columns], dim=-1)
+    return rope_of(places, [head_width // NUM_AXES] * NUM_AXES, (H, W), ROPE_BASE)
 
 
 def turn_picture(x_BNTD: Tensor, rope: Rope) -> Tensor:

@@ -7,7 +7,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from library.architectures.interface import Architecture, Preview, PromptDefaults, TextCacheSpec
+from library.architectures.interface import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 from library.architectures.lumina.gemma import load_gemma_tokenizer
 from library.architectures.lumina.load import LuminaLoader, open_loader
 from library.architectures.lumina.options import LuminaOptions
@@ -108,11 +108,13 @@ def build_text_cache(options: LuminaOptions, loader: LuminaLoader, text: LuminaT
         settings = (loader.dtype, text.num_tokens, text.system_prompt)
         return f"{fingerprint(loader.gemma.weights)} {' '.join(map(str, settings))}"
 
+    keys = ("hidden_state", "attention_mask", "input_ids")
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_lumina_te.npz",
-        keys=("hidden_state", "attention_mask", "input_ids"),
+        keys=keys,
         identity=identity,
+        live=LiveText(loader.text_encoders, keys, text.encode),
     )
 
 

@@ -22,7 +22,6 @@ from library.models.sinusoids import FREQUENCIES, sinusoids
 EPS, FINAL_EPS = 1e-5, 1e-6
 PATCH = 2
 ROPE_STEP = 6  # head widths are multiples of it: three axes share the pairs of a head
-STACKS = ("context_refiner", "noise_refiner", "layers")
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class NextDiT(nn.Module):
         img_BIM = self.x_embedder(patchify(latents_BCHW, PATCH, channels_last=True).to(dtype))
         txt_BLM = self.cap_embedder(text_BLE[:, :L].to(dtype))
         time_BV = self.t_embedder(times_B, dtype)
-        cos_B1TD, sin_B1TD = rope_of(positions(is_text_BL, h, w)[:, None], self.config.rope_axes)
+        cos_B1TD, sin_B1TD = rope_of(positions(is_text_BL, h, w)[:, None], self.config.rope_axes, (L + 1, h, w))
         text_rope, picture_rope = (cos_B1TD[:, :, :L], sin_B1TD[:, :, :L]), (cos_B1TD[:, :, L:], sin_B1TD[:, :, L:])
         text_mask = mask = None  # without one, attention has faster kernels
         if min(num_text_B) < L:
@@ -139,9 +138,9 @@ def positions(is_text_BL: Tensor, h: int, w: int) -> Tensor:
     (n, y, x), n being the tokens of its caption. Padding lies anywhere."""
     B, L = is_text_BL.shape
     device = is_text_BL.device
-    text_BL3 = torch.zeros(B, L, 3, device=device)
+    text_BL3 = torch.zeros(B, L, 3, dtype=torch.long, device=device)
     text_BL3[..., 0] = torch.arange(L, device=device)
-    picture_BI3 = torch.zeros(B, h * w, 3, device=device)
+    picture_BI3 = torch.zeros(B, h * w, 3, dtype=torch.long, device=device)
     picture_BI3[..., 0] = is_text_BL.sum(1, keepdim=True)
     picture_BI3[..., 1] = torch.arange(h, device=device).repeat_interleave(w)
     picture_BI3[..., 2] = torch.arange(w, device=device).repeat(h)

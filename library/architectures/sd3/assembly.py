@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from library.architectures.interface import Architecture, LatentSpec, Preview, PromptDefaults, TextCacheSpec
+from library.architectures.interface import Architecture, LatentSpec, LiveText, Preview, PromptDefaults, TextCacheSpec
 from library.architectures.sd3.load import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHIFT, Sd3Loader, open_loader
 from library.architectures.sd3.model import MMDiTConfig, version_of
 from library.architectures.sd3.options import Sd3Options
@@ -56,7 +56,7 @@ def build(options: Sd3Options) -> Architecture:
         view=view,
         preview=build_preview(text),
         metadata=metadata(options, loader.config),
-        text_cache=build_text_cache(options, loader),
+        text_cache=build_text_cache(options, loader, text),
         vary=build_variation(options, loader),
     )
 
@@ -88,23 +88,24 @@ def build_text(options: Sd3Options, loader: Sd3Loader) -> Sd3Text:
     return Sd3Text(ClipTokens(clip), t5, length, text.apply_lg_attn_mask, text.apply_t5_attn_mask)
 
 
-def build_text_cache(options: Sd3Options, loader: Sd3Loader) -> TextCacheSpec:
+def build_text_cache(options: Sd3Options, loader: Sd3Loader, text: Sd3Text) -> TextCacheSpec:
     """Files that hold what sd-scripts' do; without T5 they hold nothing of it."""
-    text = options.text
-    masks_clip, masks_t5 = text.apply_lg_attn_mask, text.apply_t5_attn_mask
+    masks_clip, masks_t5 = text.masks_clip, text.masks_t5
+    clip_keys = ("lg_out", "lg_pooled", "clip_l_attn_mask", "clip_g_attn_mask")
     t5_keys = () if loader.t5 is None else ("t5_out", "t5_attn_mask")
 
     def identity() -> str:
         parts = (*loader.clips, *([] if loader.t5 is None else [loader.t5]))
         encoders = fingerprint(*(part.weights for part in parts))
-        return f"{encoders} {loader.dtype} {text.t5xxl_max_token_length} {masks_clip} {masks_t5}"
+        return f"{encoders} {loader.dtype} {text.num_t5_tokens} {masks_clip} {masks_t5}"
 
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_sd3_te.npz",
-        keys=("lg_out", "lg_pooled", "clip_l_attn_mask", "clip_g_attn_mask", *t5_keys),
+        keys=(*clip_keys, *t5_keys),
         identity=identity,
         constants={"apply_lg_attn_mask": torch.tensor(masks_clip), "apply_t5_attn_mask": torch.tensor(masks_t5)},
+        live=LiveText(loader.clip_encoders, clip_keys, text.encode_clips, excluded_by="train_t5xxl"),
     )
 
 
