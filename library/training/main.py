@@ -95,6 +95,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
                 prepared.previews,
                 prepared.validation,
                 interruption,
+                prepared.resumed,
             )
     finally:
         prepared.charts.close()

@@ -1,8 +1,9 @@
 """When weights are written, under which names, and which older files go."""
 
 import logging
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,11 +20,13 @@ from library.options.saving import SavingOptions
 from library.options.state import StateOptions
 from library.options.train import TrainOptions
 from library.training.hub import Uploads
+from library.training.progress import Part, Progress
 from library.training.report import announce
 from networks.core.protocol import AdoptedNetwork
 
 logger = logging.getLogger(__name__)
 
+STEM = re.compile(r"(?P<start>.+?)(-step\d+|-\d{6,}|-best)?")
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -55,6 +58,11 @@ class Names:
 
     def of_best(self) -> Path:
         return self.folder / f"{f'{self.output_name}-' if self.output_name else ''}best.{self.extension}"
+
+    def has_stem(self, stem: str) -> bool:
+        """Whether a file of weights of this run may have that name, without its ending."""
+        match = STEM.fullmatch(stem)
+        return match is not None and (match["start"] in self.starts or stem == self.of_best().stem)
 
     @property
     def starts(self) -> tuple[str, ...]:
@@ -136,20 +144,21 @@ class Writer:
     base_files: Future[dict[str, str]]  # names and hashes of the base model, computed while training goes on
     before_saving: Callable[[], None]  # schedule-free optimizers show their averaged weights only on demand
     after_saving: Callable[[], None]
-    write_state: Callable[[Path, int, int], None]  # (folder, step, epoch)
+    write_state: Callable[[Path, int, int, Collection[Part]], None]  # (folder, step, epoch, what is done of the step)
     uploads: Uploads
     told: set[str] = field(default_factory=set)  # what was said about readers, so that it is said once
 
-    def save_after_step(self, step: int, epoch: int) -> None:
-        """Save if the schedule asks for it after `step`."""
+    def save_after_step(self, progress: Progress, epoch: int) -> None:
+        """Save if the schedule asks for it after the step and it is not done, and delete what that outdates."""
+        step = progress.step
         if self.is_main and self.schedule.saves_step(step):
-            self._save(self.names.of_step(step), step, epoch)
+            self._save(self.names.of_step(step), progress, epoch, "step")
             self._rotate(self.names.of_step, self.schedule.outdated_step(step), self._states.outdated_step(step))
 
-    def save_after_epoch(self, step: int, epoch: int) -> None:
-        """Save if the schedule asks for it after `epoch`."""
+    def save_after_epoch(self, progress: Progress, epoch: int) -> None:
+        """Save if the schedule asks for it after `epoch` and it is not done, and delete what that outdates."""
         if self.is_main and self.schedule.saves_epoch(epoch):
-            self._save(self.names.of_epoch(epoch), step, epoch)
+            self._save(self.names.of_epoch(epoch), progress, epoch, "epoch")
             self._rotate(self.names.of_epoch, self.schedule.outdated_epoch(epoch), self._states.outdated_epoch(epoch))
 
     def save_best(self, step: int, epoch: int) -> None:
@@ -157,25 +166,25 @@ class Writer:
         if self.is_main and self.options.validation.keep_best_checkpoint:
             self.write(self.names.of_best(), step, epoch)
 
-    def save_end(self, step: int, epoch: int) -> None:
-        """Save a run that is complete."""
+    def save_end(self, progress: Progress, epoch: int) -> None:
+        """Save a run that is complete; with --autoresume its state too, by which the next start knows that."""
         if not self.is_main:
             return
-        path = self.names.of_end()
-        self.write(path, step, epoch, is_last=True)
-        if self.options.state.save_state or self.options.state.save_state_on_train_end:
-            self._save_state(path, step, epoch, is_last=True)
+        path, wanted = self.names.of_end(), self.options.state
+        self.write(path, progress.step, epoch, is_last=True)
+        if wanted.save_state or wanted.save_state_on_train_end or wanted.autoresume:
+            self._save_state(path, progress.step, epoch, {*progress.done, "end"}, is_last=True)
         announce("model saved.")
 
-    def save_interrupted(self, step: int, epoch: int) -> None:
+    def save_interrupted(self, progress: Progress, epoch: int) -> None:
         """Save a run that was told to stop: its weights and, asked for or not, its state."""
         if not self.is_main:
             return
-        path = self.names.of_step(step)
-        self.write(path, step, epoch, is_last=True)
-        self._save_state(path, step, epoch, is_last=True)
+        path = self.names.of_step(progress.step)
+        self.write(path, progress.step, epoch, is_last=True)
+        self._save_state(path, progress.step, epoch, progress.done, is_last=True)
         announce(
-            f"training was interrupted after step {step}; to go on, give the same command with --resume "
+            f"training was interrupted after step {progress.step}; to go on, give the same command with --resume "
             f"{state_of(path)} or --autoresume"
         )
 
@@ -206,15 +215,19 @@ class Writer:
     def _states(self) -> Schedule:
         return self.schedule.for_states(self.options.state)
 
-    def _save(self, path: Path, step: int, epoch: int) -> None:
-        self.write(path, step, epoch)
+    def _save(self, path: Path, progress: Progress, epoch: int, part: Part) -> None:
+        """Write the weights and, if wanted, the state; nothing where the run goes on from that state."""
+        if part in progress.done:
+            return
+        self.write(path, progress.step, epoch)
         if self.options.state.save_state:
-            self._save_state(path, step, epoch)
+            self._save_state(path, progress.step, epoch, {*progress.done, part})
+        progress.done.add(part)
 
-    def _save_state(self, path: Path, step: int, epoch: int, is_last: bool = False) -> None:
-        folder = state_of(path)
+    def _save_state(self, weights: Path, step: int, epoch: int, done: Collection[Part], is_last: bool = False) -> None:
+        folder = state_of(weights)
         announce(f"\nsaving state: {folder}")
-        self.write_state(folder, step, epoch)
+        self.write_state(folder, step, epoch, done)
         if self.options.hub.save_state_to_huggingface:
             self.uploads.send(folder, is_last)
 

@@ -3,7 +3,7 @@
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from library.training.network import network_keywords, open_network
 from library.training.optimizers import build_optimizer
 from library.training.plan import Plan
 from library.training.preview import Previews, texts_of, wanted_prompts
-from library.training.progress import Progress
+from library.training.progress import Part, Progress
 from library.training.report import PictureCounts, announce_run
 from library.training.resume import recorded_options, report_differences, starting_step
 from library.training.run import Autocast, Models, Run
@@ -56,6 +56,7 @@ class Prepared:
     charts: Charts
     previews: Previews
     validation: Validation
+    resumed: Facts | None  # the state, if the run goes on at its step
 
 
 def choose_seed(seed: int | None, processes: Processes, facts: Facts | None) -> int:
@@ -178,7 +179,9 @@ def prepare(
         start_trackers(accelerator, options)
         counts = PictureCounts(training_set.num_train_images, validation.num_pictures, training_set.num_reg_images)
         announce_run(plan, counts, training_set.batch_sizes, options.run.gradient_accumulation_steps)
-    return Prepared(run, progress, writer, charts, Previews.build(run, charts, prompts, text.prompts), validation)
+    previews = Previews.build(run, charts, prompts, text.prompts)
+    resumed = facts if facts is not None and facts.step == progress.step else None
+    return Prepared(run, progress, writer, charts, previews, validation, resumed)
 
 
 def keepers_of(run: Run, progress: Progress, validation: Validation) -> dict[str, Keeper]:
@@ -199,6 +202,8 @@ def go_on(run: Run, progress: Progress, validation: Validation, facts: Facts) ->
     report_differences(facts, run.options, run.training_set.identity, run.processes.count)
     restore(facts, run.network.module, keepers_of(run, progress, validation))
     progress.step = first_step
+    if first_step == facts.step:
+        progress.done = set(facts.done)
     progress.average.keep_places_below(run.plan.num_batches)  # pictures may have gone since
     logger.info("going on from %s at step %d of %d", facts.path, first_step, run.plan.max_train_steps)
 
@@ -323,7 +328,7 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
     base_files = executor.submit(base_file_metadata, options)
     executor.shutdown(wait=False)
 
-    def write_state(folder: Path, step: int, epoch: int) -> None:
+    def write_state(folder: Path, step: int, epoch: int, done: Collection[Part]) -> None:
         save_state(
             folder,
             step=step,
@@ -334,6 +339,7 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
             dataset=training_set.identity,
             network=run.network.module,
             keepers=keepers_of(run, progress, validation),
+            done=done,
         )
 
     return Writer(
