@@ -40,11 +40,13 @@ class Progress:
 
     step: int = 0  # optimizer steps that are finished
     average: LossAverage = field(default_factory=LossAverage)
+    is_moving: bool = False  # while the optimizer moves the weights, which then belong to no step
     done: set[Part] = field(default_factory=set)  # of what is due after `step`
 
     def advance(self) -> None:
         """Count a step; nothing of what is due after it is done."""
         self.step += 1
+        self.is_moving = False
         self.done.clear()
 
     def state_dict(self) -> dict[str, Any]:

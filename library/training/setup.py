@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from library.training.plan import Plan
 from library.training.preview import Previews, texts_of, wanted_prompts
 from library.training.progress import Part, Progress
 from library.training.report import PictureCounts, announce_run
+from library.training.rescue import bytes_of_tensors
 from library.training.resume import recorded_options, report_differences, starting_step
 from library.training.run import Autocast, Models, Run
 from library.training.saving import Names, Schedule, Writer, save_dtype
@@ -173,6 +175,8 @@ def prepare(
     charts = Charts(accelerator)
     validation = Validation(run, charts)
     writer = build_writer(run, progress, validation)
+    if not options.faults.dry_run:
+        writer.check_space()
     if facts is not None:
         go_on(run, progress, validation, facts)
     if processes.is_main:
@@ -306,6 +310,14 @@ def group_names(names: list[str] | None, num_groups: int, options: TrainOptions)
     return [f"group{i}" for i in range(num_groups)]
 
 
+def bytes_of_state(run: Run) -> int:
+    """About what a state takes: weights, buffers and the optimizer's memory, two tensors a weight before it has any."""
+    memory = [value for state in run.torch_optimizer.state.values() for value in state.values()]
+    tensors = [value for value in memory if isinstance(value, Tensor)]
+    expected = () if tensors else 2 * run.network.trainable_parameters()
+    return bytes_of_tensors([*run.network.module.state_dict().values(), *tensors, *expected])
+
+
 def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer:
     """What writes the checkpoints; the base files are hashed in the background meanwhile."""
     options, training_set, plan = run.options, run.training_set, run.plan
@@ -355,4 +367,5 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
         after_saving=run.optimizer.train,
         write_state=write_state,
         uploads=Uploads(options.hub),
+        state_bytes=partial(bytes_of_state, run),
     )
