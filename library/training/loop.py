@@ -70,6 +70,7 @@ def train(
                     run.network.trainable_parameters(), own_losses, len(window.places), interruption.is_requested
                 )
                 rates = [float(rate) for rate in run.schedule.get_last_lr()]
+                progress.is_moving = True
                 with explained("the optimizer moved the weights", run.options, run.device, "", lambda: sizes_of(run)):
                     values = optimizer_step(run, guard, window, losses)
                 progress.advance()
