@@ -94,6 +94,7 @@ def train(
             if stops:
                 break
     guard.report(progress.step)
+    run.training_set.report_skipped(logger)
     if progress.step >= plan.max_train_steps:
         writer.save_end(progress, plan.num_epochs)
     else:
