@@ -6,11 +6,12 @@ process that accumulates N times as many batches: the same batches, noise, steps
 """
 
 import atexit
+import json
 import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
@@ -71,6 +72,17 @@ class Processes:
         if self.is_main:
             self.store.set(what, text)
         return self.store.get(what).decode()
+
+    def merged(self, what: str, own: Mapping[int, str]) -> dict[int, str]:
+        """The tables of all processes in one, for all; each is to be called for `what` once."""
+        if self.store is None:
+            return dict(own)
+        self.store.set(f"{what} {self.rank}", json.dumps(list(own.items())))
+        return {
+            int(number): str(text)
+            for rank in range(self.count)
+            for number, text in json.loads(self.store.get(f"{what} {rank}"))
+        }
 
     def share_seed(self, seed: int) -> int:
         """The main process's seed, for all."""

@@ -3,10 +3,11 @@
 import json
 import logging
 import os
+import re
 import stat
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ LENGTH_BYTES = 8
 MAX_DIMENSIONS = 64  # of a tensor in torch
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02")  # torch's zip archives, and what torch before 1.6 wrote
+TEMPORARY = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{12}")  # the stem that `atomic_path` gives a file until it is whole
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -180,6 +182,19 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def remove_temporary(folder: Path, is_wanted: Callable[[str], bool]) -> None:
+    """Clear up after a process that was killed inside `atomic_path`, for the files whose stems are wanted.
+
+    To be called only while no other process writes such files.
+    """
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        stem = entry.stem
+        while match := TEMPORARY.fullmatch(stem):  # a writer that is atomic itself makes a second one beside the first
+            stem = match["stem"]
+        if stem != entry.stem and entry.is_file() and is_wanted(stem):
+            entry.unlink()
 
 
 def save_safetensors(

@@ -4,6 +4,7 @@ import gc
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -80,6 +81,7 @@ class TrainingSet:
         self._texts: Mapping[str, Row] = {}
         self._text_padding: Mapping[str, float] = {}
         self._orders = Orders()
+        self._skipped: Counter[str] = Counter()  # what is said of damaged pictures, and how often they were drawn
         self._lasting_loader: DataLoader[Draft | str] | None = None
 
     @classmethod
@@ -214,10 +216,17 @@ class TrainingSet:
 
     # Latents
 
-    def use_latents(self, files: Mapping[int, LatentFile], memory: Mapping[int, Latents]) -> None:
-        """Draw cached latents, by number of the sample, in place of pixels."""
+    def use_latents(
+        self, files: Mapping[int, LatentFile], memory: Mapping[int, Latents], damaged: frozenset[int] = frozenset()
+    ) -> None:
+        """Draw cached latents, by number of the sample, in place of pixels; others stand in for `damaged` samples.
+
+        Raises ValueError where no other can.
+        """
         self._memory = memory
-        self._maker = replace(self._maker, files=files, in_memory=frozenset(memory))
+        self._maker = replace(self._maker, files=files, in_memory=frozenset(memory), damaged=damaged)
+        for number in damaged:
+            self._maker.stand_in(number, damaged)
         self.close()
 
     # Captions
@@ -287,12 +296,25 @@ class TrainingSet:
         return any(
             number not in self._maker.in_memory or sample.picture.mask_path or number in self._maker.text_files
             for number, sample in enumerate(self.samples)
-            if sample.num_draws
+            if sample.num_draws and number not in self._maker.damaged
         )
+
+    def report_skipped(self, log: logging.Logger) -> None:
+        """Say how often damaged pictures were left out, if there were any."""
+        if self._skipped:
+            log.warning(
+                "%d damaged pictures were left out %d times in all, others of their size took their place",
+                len(self._skipped),
+                self._skipped.total(),
+            )
 
     def _finished(self, draft: Draft | str) -> Batch:
         if isinstance(draft, str):
             raise ValueError(draft)
+        for told in draft.skipped:
+            if told not in self._skipped:
+                logger.warning("%s; it is left out, another picture of its size takes its place", told)
+            self._skipped[told] += 1
         return finish_batch(draft, self._memory, self._texts, self._text_padding)
 
     def _from_workers(self, orders: list[BatchOrder], num_workers: int, persistent_workers: bool) -> Iterator[Batch]:

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from math import isfinite
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from library.options.support import asks, is_set, unsupported, without_effect
@@ -152,6 +152,7 @@ def check_output(options: TrainOptions) -> None:
     for flag, folder in (("output_dir", saving.output_dir), ("logging_dir", options.trackers.logging_dir)):
         if folder:
             check_folder(flag, Path(folder))
+    check_output_name(saving.output_name or "")
     path = Names.build(saving).of_end()
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
         raise ValueError(
@@ -162,6 +163,15 @@ def check_output(options: TrainOptions) -> None:
         raise ValueError(f"--output_name: {path} is a folder, but the adapter is saved under that name; use another")
     if path.exists() and not (options.state.resume or options.state.autoresume):
         logger.warning("%s is there already and will be replaced when the run ends", path)
+
+
+def check_output_name(name: str) -> None:
+    """Raise ValueError for a name with folders in it: files would lie where neither --autoresume nor rotation looks."""
+    if "/" in name or "\\" in name or PureWindowsPath(name).drive:
+        raise ValueError(
+            f"--output_name {name} holds a path, but all files of a run lie in --output_dir itself; put the folder "
+            f"into --output_dir and give only a name, such as {PureWindowsPath(name).name or 'my_cat'}"
+        )
 
 
 def check_folder(flag: str, folder: Path) -> None:

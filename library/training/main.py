@@ -81,12 +81,16 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     if largest is not None:
         try_largest_batch(prepared.run, prepared.writer, largest)
         return
+    from library.training.failure import saved_on_error
     from library.training.loop import train
     from library.training.nonfinite import last_good_saved
 
     interruption.defer()
     try:
-        with last_good_saved(prepared.writer):
+        with (
+            last_good_saved(prepared.writer),
+            saved_on_error(prepared.writer, prepared.progress, prepared.run.plan),
+        ):
             train(
                 prepared.run,
                 prepared.progress,
@@ -95,14 +99,20 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
                 prepared.previews,
                 prepared.validation,
                 interruption,
+                prepared.resumed,
             )
     finally:
         prepared.charts.close()
 
 
 def report_error(error: Exception) -> None:
-    """A message of ours stands alone; anything unforeseen comes with its traceback."""
-    if is_foreseen(error):
+    """A message of ours stands alone; anything unforeseen comes with its traceback. What was saved is told last."""
+    from library.training.failure import StoppedByError
+
+    if isinstance(error, StoppedByError) and isinstance(error.__cause__, Exception):
+        report_error(error.__cause__)
+        logger.error("%s", error)
+    elif is_foreseen(error):
         logger.error("%s", error)
         logger.debug("where it was found:", exc_info=error)
     else:

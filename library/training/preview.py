@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from library.randomness import generator_for
 from library.training.evaluation import evaluating
 from library.training.interruption import Interrupted, Interruption
 from library.training.logs import Charts
-from library.training.pictures import Drawn, grid_path, picture_path, to_image, write_grid, write_picture
+from library.training.pictures import (
+    Drawn,
+    grid_path,
+    is_written,
+    picture_path,
+    to_image,
+    write_grid,
+    write_picture,
+)
 from library.training.prompts import read_prompts, settle
 from library.training.report import announce
 from library.training.run import Autocast, Run
@@ -153,21 +162,28 @@ class Previews:
     def before_training(self, interruption: Interruption) -> None:
         """Draw if --sample_at_first asks for it."""
         if self._timetable.at_first:
-            self._draw_all("e000000", 0, 0, interruption)
+            self._draw_all(epoch_event(0), 0, 0, interruption)
 
-    def after_step(self, step: int, epoch: int, interruption: Interruption) -> None:
-        """Draw if pictures are due after `step`, which is in `epoch`."""
-        if self._timetable.holds_step(step):
-            self._draw_all(f"{step:06d}", step, epoch, interruption)
+    def after_step(self, step: int, epoch: int, interruption: Interruption) -> bool:
+        """Draw if pictures are due after `step`, which is in `epoch`; False where an interruption broke that off."""
+        return not self._timetable.holds_step(step) or self._draw_all(step_event(step), step, epoch, interruption)
 
-    def after_epoch(self, step: int, epoch: int, interruption: Interruption) -> None:
-        """Draw if pictures are due after `epoch`, whose last step is `step`."""
-        if self._timetable.holds_epoch(epoch):
-            self._draw_all(f"e{epoch:06d}", step, epoch, interruption)
+    def after_epoch(self, step: int, epoch: int, interruption: Interruption) -> bool:
+        """Draw if pictures are due after `epoch`, whose last step is `step`; False as in `after_step`."""
+        return not self._timetable.holds_epoch(epoch) or self._draw_all(epoch_event(epoch), step, epoch, interruption)
 
-    def _draw_all(self, event: str, step: int, epoch: int, interruption: Interruption) -> None:
-        if not self._prompts or interruption.is_requested:
-            return
+    def are_drawn(self, event: str, since: float) -> bool:
+        """Whether all pictures of an event lie on disk, each written at `since` (seconds since 1970) or later."""
+        options = self._run.options.saving
+        paths = [partial(picture_path, options, event, i, prompt.seed) for i, prompt in enumerate(self._prompts)]
+        grids = [partial(grid_path, options, event)] if len(paths) > 1 else []
+        return all(is_written(path_of, since) for path_of in (*paths, *grids))
+
+    def _draw_all(self, event: str, step: int, epoch: int, interruption: Interruption) -> bool:
+        if not self._prompts:
+            return True
+        if interruption.is_requested:
+            return False
         run, drawn = self._run, []
         announce(f"\ngenerating sample images at step / サンプル画像生成 ステップ: {step}")
         try:
@@ -192,6 +208,7 @@ class Previews:
             give_up("the previews", error)
         finally:
             release_memory(run.options.memory.highvram)
+        return not interruption.is_requested
 
     def _draw_one(self, event: str, index: int, vae: nn.Module, goes_on: Callable[[], bool]) -> list[Drawn]:
         """Draw and write one picture; gives nothing where that fails or the run is to end."""
@@ -213,6 +230,16 @@ class Previews:
         except Exception as error:
             give_up(f"preview {index} ({prompt.text})", error)
             return []
+
+
+def step_event(step: int) -> str:
+    """What pictures of a step have in their names."""
+    return f"{step:06d}"
+
+
+def epoch_event(epoch: int) -> str:
+    """What pictures of an epoch have in their names; epoch 0 is before training."""
+    return f"e{epoch:06d}"
 
 
 def give_up(what: str, error: Exception) -> None:

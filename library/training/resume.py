@@ -8,11 +8,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from library.checkpoints.files import remove_temporary
 from library.checkpoints.folders import tidy
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.config_file import SECRETS
 from library.training.hub import fetch_state
+from library.training.pictures import is_preview_stem, preview_folders
 from library.training.plan import Plan
 from library.training.saving import Names
 from library.training.state import FACTS_FILE, Facts, is_state_name, newest_state, read_facts
@@ -55,10 +57,13 @@ def find_state(options: TrainOptions, processes: Processes) -> Facts | None:
 
 
 def clear_up(options: TrainOptions) -> None:
-    """Clear up after a run of this name that was killed while it wrote a state; a run that only looks leaves it."""
+    """Clear up after a run of this name that was killed while it wrote; a run that only looks leaves everything."""
     if options.saving.output_dir and not (options.faults.dry_run or options.dataset.debug_dataset):
         names = Names.build(options.saving)
         tidy(names.folder, partial(is_state_name, names=names.starts))
+        remove_temporary(names.folder, names.has_stem)
+        for folder in preview_folders(options.saving):
+            remove_temporary(folder, partial(is_preview_stem, options.saving))
 
 
 def named_or_newest(options: TrainOptions) -> Facts | None:
@@ -110,12 +115,20 @@ def starting_step(options: TrainOptions, plan: Plan, facts: Facts | None) -> int
             )  # fmt: skip
         if facts is None and step:
             logger.info("%s without --resume: the learning rate schedule starts at its beginning", source)
+    if facts is not None and step == facts.step == plan.max_train_steps and is_unfinished(facts, options):
+        logger.info("%s is at the last step: what is left is to write the files of the end", source)
+        return step
     if step and step >= plan.max_train_steps:
         message = f"{source} is at step {step} of {plan.max_train_steps}: nothing is left to train"
         if wanted.autoresume and facts is not None and not wanted.resume:
             raise AlreadyComplete(message)
         raise ValueError(f"{message}; raise --max_train_steps or --max_train_epochs to train longer")
     return step
+
+
+def is_unfinished(facts: Facts, options: TrainOptions) -> bool:
+    """Whether the last file is still to be written once the last step of a run is taken."""
+    return "end" not in facts.done or not Names.build(options.saving).of_end().exists()
 
 
 def recorded_options(options: TrainOptions) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,9 @@ from library.training.network import network_keywords, open_network
 from library.training.optimizers import build_optimizer
 from library.training.plan import Plan
 from library.training.preview import Previews, texts_of, wanted_prompts
-from library.training.progress import Progress
+from library.training.progress import Part, Progress
 from library.training.report import PictureCounts, announce_run
+from library.training.rescue import bytes_of_tensors
 from library.training.resume import recorded_options, report_differences, starting_step
 from library.training.run import Autocast, Models, Run
 from library.training.saving import Names, Schedule, Writer, save_dtype
@@ -57,6 +59,7 @@ class Prepared:
     charts: Charts
     previews: Previews
     validation: Validation
+    resumed: Facts | None  # the state, if the run goes on at its step
 
 
 def choose_seed(seed: int | None, processes: Processes, facts: Facts | None) -> int:
@@ -175,13 +178,17 @@ def prepare(
     charts = Charts(accelerator)
     validation = Validation(run, charts)
     writer = build_writer(run, progress, validation)
+    if not options.faults.dry_run:
+        writer.check_space()
     if facts is not None:
         go_on(run, progress, validation, facts)
     if processes.is_main:
         start_trackers(accelerator, options)
         counts = PictureCounts(training_set.num_train_images, validation.num_pictures, training_set.num_reg_images)
         announce_run(plan, counts, training_set.batch_sizes, options.run.gradient_accumulation_steps)
-    return Prepared(run, progress, writer, charts, Previews.build(run, charts, prompts, text.prompts), validation)
+    previews = Previews.build(run, charts, prompts, text.prompts)
+    resumed = facts if facts is not None and facts.step == progress.step else None
+    return Prepared(run, progress, writer, charts, previews, validation, resumed)
 
 
 def keepers_of(run: Run, progress: Progress, validation: Validation) -> dict[str, Keeper]:
@@ -202,6 +209,8 @@ def go_on(run: Run, progress: Progress, validation: Validation, facts: Facts) ->
     report_differences(facts, run.options, run.training_set.identity, run.processes.count)
     restore(facts, run.network.module, keepers_of(run, progress, validation))
     progress.step = first_step
+    if first_step == facts.step:
+        progress.done = set(facts.done)
     progress.average.keep_places_below(run.plan.num_batches)  # pictures may have gone since
     logger.info("going on from %s at step %d of %d", facts.path, first_step, run.plan.max_train_steps)
 
@@ -297,6 +306,14 @@ def group_names(names: list[str] | None, num_groups: int, options: TrainOptions)
     return [f"group{i}" for i in range(num_groups)]
 
 
+def bytes_of_state(run: Run) -> int:
+    """About what a state takes: weights, buffers and the optimizer's memory, two tensors a weight before it has any."""
+    memory = [value for state in run.torch_optimizer.state.values() for value in state.values()]
+    tensors = [value for value in memory if isinstance(value, Tensor)]
+    expected = () if tensors else 2 * run.network.trainable_parameters()
+    return bytes_of_tensors([*run.network.module.state_dict().values(), *tensors, *expected])
+
+
 def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer:
     """What writes the checkpoints; the base files are hashed in the background meanwhile."""
     options, training_set, plan = run.options, run.training_set, run.plan
@@ -319,7 +336,7 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
     base_files = executor.submit(base_file_metadata, options)
     executor.shutdown(wait=False)
 
-    def write_state(folder: Path, step: int, epoch: int) -> None:
+    def write_state(folder: Path, step: int, epoch: int, done: Collection[Part]) -> None:
         save_state(
             folder,
             step=step,
@@ -330,6 +347,7 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
             dataset=training_set.identity,
             network=run.network.module,
             keepers=keepers_of(run, progress, validation),
+            done=done,
         )
 
     return Writer(
@@ -345,4 +363,5 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
         after_saving=run.optimizer.train,
         write_state=write_state,
         uploads=Uploads(options.hub),
+        state_bytes=partial(bytes_of_state, run),
     )

@@ -13,7 +13,7 @@ generators to keep. Nothing is pickled.
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.checkpoints.folders import atomic_folder
 from library.checkpoints.nested import put_together, take_apart
+from library.training.progress import Part
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,12 @@ class Facts:
     options: Mapping[str, Any]
     dataset: Mapping[str, Any]
     parts: Mapping[str, Any]  # nested values of the keepers, taken apart
+    done: frozenset[Part] = frozenset()  # what was due after `step` and was done, the file beside the state included
+
+    @property
+    def written_at(self) -> float:
+        """Seconds since 1970."""
+        return (self.path / FACTS_FILE).stat().st_mtime
 
 
 def save_state(
@@ -63,6 +70,7 @@ def save_state(
     dataset: Mapping[str, Any],
     network: nn.Module,
     keepers: Mapping[str, Keeper],
+    done: Iterable[Part] = (),
 ) -> None:
     """Write a state, whole or not at all.
 
@@ -78,6 +86,7 @@ def save_state(
         facts = {
             "current_epoch": epoch,
             "current_step": step,
+            "done": sorted(done),
             "version": VERSION,
             "seed": seed,
             "num_processes": num_processes,
@@ -116,6 +125,7 @@ def read_facts(folder: Path) -> Facts:
             options=content["options"],
             dataset=content["dataset"],
             parts=content["parts"],
+            done=frozenset(content.get("done", ())),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--resume {folder}: its {FACTS_FILE} lacks {error}; use another state") from None
@@ -221,7 +231,10 @@ def is_state_name(folder: str, names: tuple[str, ...]) -> bool:
 
 
 def newest_state(folder: Path, names: tuple[str, ...]) -> Facts | None:
-    """The whole state in `folder` that has come furthest, of a run with one of `names`; None where there is none."""
+    """The whole state in `folder` that has come furthest, of a run with one of `names`; None where there is none.
+
+    Of two states of one step the one after which less is left to do.
+    """
     found = []
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not is_state_name(entry.name, names) or not entry.is_dir():
@@ -231,5 +244,5 @@ def newest_state(folder: Path, names: tuple[str, ...]) -> Facts | None:
         except ValueError as error:
             logger.warning("%s is left out: %s", entry.name, error)
             continue
-        found.append((facts.step, entry.stat().st_mtime, facts))
-    return max(found, key=lambda item: item[:2])[2] if found else None
+        found.append((facts.step, len(facts.done), entry.stat().st_mtime, facts))
+    return max(found, key=lambda item: item[:3])[3] if found else None

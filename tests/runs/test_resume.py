@@ -147,6 +147,17 @@ def test_no_batch_before_the_state_is_read(
     assert asked == in_one_go[5:]
 
 
+def test_the_same_command_with_autoresume_is_complete_the_second_time(
+    train: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    first = train([*arguments, "--max_train_steps", "2", "--autoresume"])
+    written = (tmp_path / "out" / "mine.safetensors").stat().st_mtime_ns
+    second = train([*arguments, "--max_train_steps", "2", "--autoresume"])
+    assert first.status == second.status == 0
+    assert "nothing is left to train" in second.stderr and "saving checkpoint" not in second.stdout
+    assert (tmp_path / "out" / "mine.safetensors").stat().st_mtime_ns == written
+
+
 def test_charts_go_on_with_the_same_steps_and_values(train: Train, arguments: list[str], tmp_path: Path) -> None:
     words = [*arguments, *ALL_RANDOM, "--save_state", "--save_every_n_steps", "3"]
     assert train([*words, "--logging_dir", str(tmp_path / "whole")]).status == 0

@@ -69,3 +69,12 @@ def test_a_process_with_other_data_than_the_main_one_says_so() -> None:
     Processes(1, 2, store=board).require_same("the dataset", "3 pictures")
     with pytest.raises(ValueError, match=r"the dataset of process 1 is not.*4 pictures here, 3 pictures there"):
         Processes(1, 2, store=board).require_same("the dataset", "4 pictures")
+
+
+def test_tables_of_all_processes_become_one() -> None:
+    board = Board()
+    with ThreadPoolExecutor(2) as pool:
+        own = ({3: "three"}, {7: "seven", 3: "three"})
+        found = [pool.submit(Processes(rank, 2, store=board).merged, "pictures", own[rank]) for rank in (0, 1)]
+        assert [one.result() for one in found] == [{3: "three", 7: "seven"}] * 2
+    assert Processes().merged("pictures", {1: "one"}) == {1: "one"}

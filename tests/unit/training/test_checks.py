@@ -364,3 +364,14 @@ def test_names_that_clash_with_what_is_there(tmp_path: Path, caplog: pytest.LogC
 
 def test_a_name_that_no_file_system_takes_is_refused() -> None:
     assert "too long" in refusal(output_name="ä" * 120)
+
+
+@pytest.mark.parametrize("name", ["cat/m", "../m", "/tmp/m", "cat\\m", "C:m", "C:\\out\\m", "m/", "cat/../m"])
+def test_a_name_with_a_folder_in_it_is_refused(name: str) -> None:
+    told = refusal(output_name=name)
+    assert told.startswith(f"--output_name {name} holds a path") and "--output_dir" in told
+
+
+@pytest.mark.parametrize("name", ["m", "my cat.v2", "学習", ".hidden", "m-000001", None, ""])
+def test_a_plain_name_is_taken(name: str | None) -> None:
+    check(made(output_name=name))

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import re
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from library.options.state import StateOptions
 from library.options.train import TrainOptions
 from library.processes import ALONE, Processes
 from library.training.plan import Plan
+from library.training.progress import Part
 from library.training.resume import AlreadyComplete, find_state, recorded_options, report_differences, starting_step
 from library.training.state import Facts, OptimizerKeeper, read_facts, restore, save_state
 from tests.unit.test_processes import Board
@@ -26,7 +29,13 @@ from tests.unit.test_processes import Board
 DATASET = {"num_pictures": 6, "num_batches": 3, "pictures": "a", "captions": "b", "settings": "c"}
 
 
-def written(folder: Path, step: int = 7, options: TrainOptions | None = None, network: nn.Module | None = None) -> Path:
+def written(
+    folder: Path,
+    step: int = 7,
+    options: TrainOptions | None = None,
+    network: nn.Module | None = None,
+    done: Sequence[Part] = (),
+) -> Path:
     save_state(
         folder,
         step=step,
@@ -37,6 +46,7 @@ def written(folder: Path, step: int = 7, options: TrainOptions | None = None, ne
         dataset=DATASET,
         network=network or nn.Linear(3, 2),
         keepers={},
+        done=done,
     )
     return folder
 
@@ -151,6 +161,32 @@ def test_autoresume_takes_the_whole_state_that_has_come_furthest(tmp_path: Path)
     assert facts is not None and facts.step == 12
 
 
+def test_of_two_states_of_a_step_the_one_with_less_left_to_do_is_taken(tmp_path: Path) -> None:
+    for name, done in (("x-000002-state", ("epoch", "step")), ("x-step00000009-state", ("step",))):
+        written(tmp_path / name, step=9, done=done)
+    facts = find_state(options_with(tmp_path, autoresume=True), ALONE)
+    assert facts is not None and facts.path.name == "x-000002-state" and facts.done == {"step", "epoch"}
+
+
+def test_files_that_a_killed_process_had_not_finished_are_removed(tmp_path: Path) -> None:
+    own = [
+        "x.safetensors", "x-best.ckpt", "x-000001.safetensors", "x-step00000009.safetensors",
+        "sample/x_000002_00_20270115080000_1.png", "sample/grid/x_e000002_20270115080000.png",
+    ]  # fmt: skip
+    of_others = ["xy.safetensors", "x-y.safetensors", "sample/xy_000002_00_20270115080000.png", "sample/x_a.png"]
+    (tmp_path / "sample" / "grid").mkdir(parents=True)
+    for name in (*own, *of_others):
+        path = tmp_path / name
+        path.touch()
+        path.with_name(f".{path.stem}.0123456789ab{path.suffix}").touch()
+        path.with_name(f"..{path.stem}.0123456789ab.9876543210fe{path.suffix}").touch()
+    find_state(options_with(tmp_path), ALONE)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {name for name in left if "/." not in f"/{name}"} == {*own, *of_others}
+    hidden = {re.sub(r"(?<=/)\.+|\.[0-9a-f]{12}", "", f"/{name}")[1:] for name in left if "/." in f"/{name}"}
+    assert hidden == {*of_others}
+
+
 def test_autoresume_starts_where_there_is_no_state(tmp_path: Path) -> None:
     assert find_state(options_with(tmp_path / "new", autoresume=True), ALONE) is None
 
@@ -217,8 +253,8 @@ def test_processes_with_other_states_are_refused(tmp_path: Path) -> None:
 PLAN = Plan(num_batches=10, accumulation=1, max_train_steps=100)
 
 
-def at_step(step: int) -> Facts:
-    return Facts(Path("s"), step, 0, 1, {}, {}, {})
+def at_step(step: int, *done: Part) -> Facts:
+    return Facts(Path("s"), step, 0, 1, {}, {}, {}, frozenset(done))
 
 
 @pytest.mark.parametrize(
@@ -239,11 +275,24 @@ def test_where_a_run_begins(saved: int | None, state: dict[str, Any], expected: 
     assert starting_step(options_with(**state), PLAN, None if saved is None else at_step(saved)) == expected
 
 
-def test_a_run_with_nothing_left_is_refused_or_complete() -> None:
+def test_a_run_with_nothing_left_is_refused_or_complete(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").touch()
     with pytest.raises(ValueError, match="nothing is left to train; raise --max_train_steps"):
-        starting_step(options_with(resume="s"), PLAN, at_step(100))
+        starting_step(options_with(tmp_path, resume="s"), PLAN, at_step(100, "step", "end"))
     with pytest.raises(AlreadyComplete):
-        starting_step(options_with(autoresume=True), PLAN, at_step(100))
+        starting_step(options_with(tmp_path, autoresume=True), PLAN, at_step(100, "end"))
+    with pytest.raises(AlreadyComplete):
+        starting_step(options_with(tmp_path, autoresume=True), PLAN, at_step(101, "step"))
+
+
+def test_a_run_whose_last_file_is_not_written_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for wanted in ({"resume": "s"}, {"autoresume": True}):
+        with caplog.at_level(logging.INFO):
+            assert starting_step(options_with(tmp_path, **wanted), PLAN, at_step(100, "end")) == 100  # it has gone
+        (tmp_path / "x.safetensors").touch()  # of another run
+        assert starting_step(options_with(tmp_path, **wanted), PLAN, at_step(100, "step")) == 100
+        (tmp_path / "x.safetensors").unlink()
+    assert "the state s is at the last step: what is left is to write the files of the end" in caplog.text
 
 
 def differences(before: TrainOptions, now: TrainOptions, caplog: pytest.LogCaptureFixture, **changes: Any) -> str:
