@@ -32,7 +32,7 @@ from networks.core.delta import Delta, LowRank, Tucker  # noqa: E402
 from networks.core.frozen import frozen_down  # noqa: E402
 from networks.core.join import EPS, Add, Decompose  # noqa: E402
 from networks.core.nested import NestedRank  # noqa: E402
-from networks.core.targets import Site, kind_of  # noqa: E402
+from networks.core.sites.targets import Site, kind_of  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -12,7 +12,7 @@ from torch.nn.functional import dropout
 from networks.core.borrowing import Forward, give_forward_back, take_forward
 from networks.core.delta import Delta, down_by_columns, factor
 from networks.core.join import Join, scale_columns
-from networks.core.targets import Site
+from networks.core.sites.targets import Site
 
 
 @dataclass(frozen=True)

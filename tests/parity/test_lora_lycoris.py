@@ -10,7 +10,7 @@ from networks.core.adapter import Adapter, Dropout
 from networks.core.delta import LowRank, Tucker
 from networks.core.files import file_tensors
 from networks.core.join import Add, Decompose
-from networks.core.targets import Site, kind_of
+from networks.core.sites.targets import Site, kind_of
 
 locon: Any = pytest.importorskip("lycoris.modules.locon")
 

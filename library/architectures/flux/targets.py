@@ -1,6 +1,6 @@
 """What adapters may attach to in FLUX.1; module paths are those of the original checkpoint."""
 
-from networks.core.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
+from networks.core.sites.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
 
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("DoubleStreamBlock", "SingleStreamBlock")),

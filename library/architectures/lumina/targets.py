@@ -1,6 +1,6 @@
 """What adapters may attach to in Lumina Image 2.0; module paths are those of the original checkpoint."""
 
-from networks.core.targets import AdapterTargets, Embedders, Part
+from networks.core.sites.targets import AdapterTargets, Embedders, Part
 
 
 def grouped_qkv(num_inputs: int, num_outputs: int) -> tuple[int, ...]:

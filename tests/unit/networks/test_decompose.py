@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from networks.core.adapter import Adapter, Dropout
 from networks.core.delta import LowRank, Tucker
 from networks.core.join import CANCELLED, EPS, Add, Decompose, scale_columns
-from networks.core.targets import Site, kind_of
+from networks.core.sites.targets import Site, kind_of
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.test_adapter import LAYERS
 

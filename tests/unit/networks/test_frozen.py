@@ -14,7 +14,7 @@ from networks.core.adapter import Adapter, Dropout
 from networks.core.delta import Delta, LowRank, factor
 from networks.core.frozen import frozen_down
 from networks.core.join import Add
-from networks.core.targets import Site, kind_of
+from networks.core.sites.targets import Site, kind_of
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.unit.networks.toy import randomize, toy_models
 
