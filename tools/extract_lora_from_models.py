@@ -26,7 +26,7 @@ from library.checkpoints.adapter_names import BASES
 from library.checkpoints.base_model import BaseModel
 from networks.core.adapter_file import AdapterFile, save_adapter_file
 from networks.core.files import ALPHA, DOWN, UP
-from networks.core.low_rank import best_factors, clamped
+from networks.core.kinds.svd import best_factors, clamped
 from networks.core.module_weights import ModuleWeights
 from networks.core.sites.targets import Site
 from tools.base_models import adapter_sites, open_base_model

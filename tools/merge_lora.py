@@ -38,7 +38,7 @@ from networks.core.adapter_file import (
     save_adapter_file,
 )
 from networks.core.files import ALPHA, B_NORM, DOWN, UP, W_NORM
-from networks.core.low_rank import balanced, concatenated, svd_of_product
+from networks.core.kinds.svd import balanced, concatenated, svd_of_product
 from networks.core.module_weights import LOW_RANK_FORMS, ModuleWeights
 from networks.core.renaming import rename
 from tools.base_models import open_base_model

@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from networks.core.adapter_file import AdapterFile, read_adapter_file, require_forms, save_adapter_file
-from networks.core.low_rank import (
+from networks.core.kinds.svd import (
     MIN_SINGULAR_VALUE,
     balanced,
     rank_by_norm,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from networks.core.arguments import NetworkArguments
 from networks.core.files import AnyAdapter, load_into, network_tensors, read_adapters, save_network
 from networks.core.foreign_names import in_own_names
-from networks.core.norms import NormAdapter
+from networks.core.kinds.norm import NormAdapter
 from networks.core.sites.rules import Allotment
 from networks.core.sites.targets import AdapterTargets
 from networks.core.summary import describe_part, describe_rates

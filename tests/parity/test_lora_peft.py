@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from networks.core.adapter import Adapter, Dropout
-from networks.core.delta import LowRank
-from networks.core.join import Add
+from networks.core.kinds.joins import Add
+from networks.core.kinds.lora import LowRank
 from networks.core.sites.targets import Site, kind_of
 from tests.tolerances import FLOAT64
 

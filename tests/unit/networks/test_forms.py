@@ -15,8 +15,8 @@ from library.checkpoints.files import load_state_dict
 from networks import dylora, lora_fa
 from networks.core.adapter import Adapter
 from networks.core.files import file_tensors
+from networks.core.kinds.norm import NormAdapter
 from networks.core.network import AdapterNetwork
-from networks.core.norms import NormAdapter
 from networks.core.protocol import adopt
 from networks.core.sites.targets import Part, Site, find_norms
 from networks.lora import create_network, create_network_from_weights
