@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from networks.core.adapter import Adapter, Dropout
 from networks.core.arguments import NetworkArguments
-from networks.core.files import DORA_SCALE, MID, UP, W_NORM, rank_and_alpha
+from networks.core.files.reading_writing import DORA_SCALE, MID, UP, W_NORM, rank_and_alpha
 from networks.core.kinds.joins import Add, Decompose
 from networks.core.kinds.lora import Delta, Tucker
 from networks.core.kinds.norm import NormAdapter

@@ -14,7 +14,7 @@ from torch.nn.functional import group_norm, layer_norm
 from library.checkpoints.files import load_state_dict
 from networks import dylora, lora_fa
 from networks.core.adapter import Adapter
-from networks.core.files import file_tensors
+from networks.core.files.reading_writing import file_tensors
 from networks.core.kinds.norm import NormAdapter
 from networks.core.network import AdapterNetwork
 from networks.core.protocol import adopt
