@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from networks.core.arguments import NetworkArguments, parse_arguments
+from networks.core.build_adapters import Kind as Kind
+from networks.core.build_adapters import Place, fresh_members, members_of_file, rates_alone
 from networks.core.files.foreign_names import in_own_names
 from networks.core.files.reading_writing import DORA_SCALE, MID, group_by_module, read_adapters
-from networks.core.members import Kind as Kind
-from networks.core.members import Place, fresh_members, members_of_file, rates_alone
 from networks.core.network import AdapterNetwork, Member
 from networks.core.sites.rules import make_rules
 from networks.core.sites.site_selection import check_choices
