@@ -28,11 +28,11 @@ from torch.nn.functional import conv2d, linear  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from networks.core.adapter import Adapter, Dropout  # noqa: E402
-from networks.core.delta import Delta, LowRank, Tucker  # noqa: E402
-from networks.core.frozen import frozen_down  # noqa: E402
-from networks.core.join import EPS, Add, Decompose  # noqa: E402
-from networks.core.nested import NestedRank  # noqa: E402
-from networks.core.targets import Site, kind_of  # noqa: E402
+from networks.core.kinds.dylora import NestedRank  # noqa: E402
+from networks.core.kinds.joins import EPS, Add, Decompose  # noqa: E402
+from networks.core.kinds.lora import Delta, LowRank, Tucker  # noqa: E402
+from networks.core.kinds.lora_fa import frozen_down  # noqa: E402
+from networks.core.sites.targets import Site, kind_of  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

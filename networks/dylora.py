@@ -1,7 +1,7 @@
 """--network_module networks.dylora: DyLoRA, an adapter that can be cut to a smaller rank after training."""
 
 from networks.core.factory import Kind, network_module
-from networks.core.nested import NestedRank, check_units, draw_rank
+from networks.core.kinds.dylora import NestedRank, check_units, draw_rank
 
 create_network, create_network_from_weights = network_module(
     Kind(

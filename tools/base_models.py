@@ -14,7 +14,7 @@ from library.checkpoints import sources
 from library.checkpoints.adapter_names import BASES
 from library.checkpoints.base_model import BaseModel
 from library.models.base_checkpoint import base_of_checkpoint, open_checkpoint
-from networks.core.targets import AdapterTargets, Site, find_sites
+from networks.core.sites.targets import AdapterTargets, Site, find_sites
 
 OPENERS: Mapping[str, Callable[[str, Path], BaseModel]] = {
     "anima": anima.open_base_model,

@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.checkpoints.adapter_names import BASES, BaseNames, recognise_base
 from library.checkpoints.files import load_state_dict
 from library.checkpoints.readers import Reading, describe, problems, readings
-from networks.core.inspection import (
+from networks.core.files.inspection import (
     BlockFacts,
     ModuleFacts,
     by_block,
@@ -32,8 +32,8 @@ from networks.core.inspection import (
     structure_problem,
     value_problems,
 )
-from networks.core.module_weights import ModuleWeights
-from networks.core.renaming import some_keys
+from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.renaming import some_keys
 from tools.command import make_parser, run
 from tools.convert_lora import all_tables
 

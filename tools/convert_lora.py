@@ -18,8 +18,8 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 import library.architectures
 from library.checkpoints.adapter_names import NAMINGS, BaseNames, FileNaming, names_of_base, recognise_base
-from networks.core.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
-from networks.core.renaming import Renamed, rename, some_keys
+from networks.core.files.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
+from networks.core.files.renaming import Renamed, rename, some_keys
 from tools.command import check_output, make_parser, run
 
 logger = logging.getLogger(__name__)

@@ -21,10 +21,10 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from networks.core.adapter_file import AdapterFile, read_adapter_file, require_forms, save_adapter_file
-from networks.core.files import DOWN, UP
-from networks.core.module_weights import ModuleWeights
-from networks.core.nested import nested_rank
+from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_forms, save_adapter_file
+from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.reading_writing import DOWN, UP
+from networks.core.kinds.dylora import nested_rank
 from tools.command import check_output, make_parser, run, with_comment
 
 logger = logging.getLogger(__name__)

@@ -24,11 +24,11 @@ from library.architectures.sd.assembly import metadata as sd_metadata
 from library.architectures.sdxl.assembly import metadata as sdxl_metadata
 from library.checkpoints.adapter_names import BASES
 from library.checkpoints.base_model import BaseModel
-from networks.core.adapter_file import AdapterFile, save_adapter_file
-from networks.core.files import ALPHA, DOWN, UP
-from networks.core.low_rank import best_factors, clamped
-from networks.core.module_weights import ModuleWeights
-from networks.core.targets import Site
+from networks.core.files.adapter_file import AdapterFile, save_adapter_file
+from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.reading_writing import ALPHA, DOWN, UP
+from networks.core.kinds.svd import best_factors, clamped
+from networks.core.sites.targets import Site
 from tools.base_models import adapter_sites, open_base_model
 from tools.command import add_device, add_save_precision, check_output, device_of, dtype_of, make_parser, run
 

@@ -30,17 +30,17 @@ from library.checkpoints import sources
 from library.checkpoints.adapter_names import names_of_base
 from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.files import is_safetensors, read_metadata, save_pickle_state_dict, save_safetensors
-from networks.core.adapter_file import (
+from networks.core.files.adapter_file import (
     AdapterFile,
     naming_of,
     read_adapter_file,
     require_forms,
     save_adapter_file,
 )
-from networks.core.files import ALPHA, B_NORM, DOWN, UP, W_NORM
-from networks.core.low_rank import balanced, concatenated, svd_of_product
-from networks.core.module_weights import LOW_RANK_FORMS, ModuleWeights
-from networks.core.renaming import rename
+from networks.core.files.module_weights import LOW_RANK_FORMS, ModuleWeights
+from networks.core.files.reading_writing import ALPHA, B_NORM, DOWN, UP, W_NORM
+from networks.core.files.renaming import rename
+from networks.core.kinds.svd import balanced, concatenated, svd_of_product
 from tools.base_models import open_base_model
 from tools.command import (
     PRECISIONS,

@@ -19,8 +19,9 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from networks.core.adapter_file import AdapterFile, read_adapter_file, require_forms, save_adapter_file
-from networks.core.low_rank import (
+from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_forms, save_adapter_file
+from networks.core.files.module_weights import ModuleWeights
+from networks.core.kinds.svd import (
     MIN_SINGULAR_VALUE,
     balanced,
     rank_by_norm,
@@ -28,7 +29,6 @@ from networks.core.low_rank import (
     rank_by_sum,
     svd_of_product,
 )
-from networks.core.module_weights import ModuleWeights
 from tools.command import (
     add_device,
     add_save_precision,

@@ -158,7 +158,7 @@ AdapterView = Callable[[Sequence[nn.Module], nn.Module], tuple[nn.Module | list[
 """(text encoders, denoiser) as network modules see them: paths are the names in files, leaves are the real layers.
 
 The first value is a single module where the base model has one text encoder, a list otherwise: LyCORIS picks its
-prefixes by that. The second carries `adapter_targets` (networks.core.targets.AdapterTargets) as an attribute.
+prefixes by that. The second carries `adapter_targets` (networks.core.sites.targets.AdapterTargets) as an attribute.
 """
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from networks.core.borrowing import Forward, give_forward_back, take_forward
-from networks.core.delta import Delta, down_by_columns, factor
-from networks.core.join import Join, scale_columns
-from networks.core.targets import Site
+from networks.core.forward_patch import Forward, give_forward_back, take_forward
+from networks.core.kinds.joins import Join, scale_columns
+from networks.core.kinds.lora import Delta, down_by_columns, factor
+from networks.core.sites.targets import Site
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from networks.core.arguments import NetworkArguments, parse_arguments
-from networks.core.choices import check_choices
-from networks.core.files import DORA_SCALE, MID, group_by_module, read_adapters
-from networks.core.foreign_names import in_own_names
-from networks.core.members import Kind as Kind
-from networks.core.members import Place, fresh_members, members_of_file, rates_alone
+from networks.core.build_adapters import Kind as Kind
+from networks.core.build_adapters import Place, fresh_members, members_of_file, rates_alone
+from networks.core.files.foreign_names import in_own_names
+from networks.core.files.reading_writing import DORA_SCALE, MID, group_by_module, read_adapters
 from networks.core.network import AdapterNetwork, Member
-from networks.core.rules import make_rules
-from networks.core.targets import AdapterTargets
+from networks.core.sites.rules import make_rules
+from networks.core.sites.site_selection import check_choices
+from networks.core.sites.targets import AdapterTargets
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,8 @@ def targets_of(denoiser: nn.Module) -> AdapterTargets:
     if not isinstance(targets, AdapterTargets):
         raise ValueError(
             f"{type(denoiser).__name__} says nothing about what adapters may attach to: its attribute "
-            "`adapter_targets` must be a networks.core.targets.AdapterTargets, as the view of each architecture has it"
+            "`adapter_targets` must be a networks.core.sites.targets.AdapterTargets, as the view of each "
+            "architecture has it"
         )
     return targets
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from networks.core.arguments import NetworkArguments
-from networks.core.files import AnyAdapter, load_into, network_tensors, read_adapters, save_network
-from networks.core.foreign_names import in_own_names
-from networks.core.norms import NormAdapter
-from networks.core.rules import Allotment
+from networks.core.files.foreign_names import in_own_names
+from networks.core.files.reading_writing import AnyAdapter, load_into, network_tensors, read_adapters, save_network
+from networks.core.kinds.norm import NormAdapter
+from networks.core.sites.rules import Allotment
+from networks.core.sites.targets import AdapterTargets
 from networks.core.summary import describe_part, describe_rates
-from networks.core.targets import AdapterTargets
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from networks.core.adapter import Adapter
-from networks.core.files import DORA_SCALE, MID, SCALAR, AnyAdapter
-from networks.core.targets import BlockList
+from networks.core.files.reading_writing import DORA_SCALE, MID, SCALAR, AnyAdapter
+from networks.core.sites.targets import BlockList
 
 FORMS = {DORA_SCALE: "DoRA", MID: "a Tucker core", SCALAR: "a trained strength"}  # state -> in a user's words
 

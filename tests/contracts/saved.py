@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from networks.core.files import file_tensors
+from networks.core.files.reading_writing import file_tensors
 from networks.core.protocol import adopt
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from library.architectures.sd.view import view
 from library.models.clip import empty_clip
 from library.models.unet import empty_unet
-from networks.core.targets import Site, find_sites
+from networks.core.sites.targets import Site, find_sites
 from tests.contracts.test_base_keys import parts
 from tests.tiny.sd import full_size_keys
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from library.architectures.anima.adapter_names import NAMES
 from library.checkpoints.adapter_names import FileNaming
 from networks import dylora, lora, lora_anima, lora_fa
-from networks.core.adapter_file import adapter_tensors, read_adapter_file, save_adapter_file
-from networks.core.renaming import rename
+from networks.core.files.adapter_file import adapter_tensors, read_adapter_file, save_adapter_file
+from networks.core.files.renaming import rename
 from tests.parity.denoisers import save_trained
 from tests.parity.test_anima_model import inputs, oracle_models, oracle_of
 from tests.tiny.anima import tiny_anima

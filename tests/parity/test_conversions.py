@@ -29,8 +29,8 @@ from library.checkpoints.adapter_names import BaseNames, FileNaming
 from library.checkpoints.files import save_safetensors
 from library.models.unet_keys import UnetLayout
 from networks import lora
-from networks.core.adapter_file import adapter_tensors, parse_adapter
-from networks.core.renaming import rename
+from networks.core.files.adapter_file import adapter_tensors, parse_adapter
+from networks.core.files.renaming import rename
 from tests.parity import test_anima_model, test_flux_model, test_hunyuan_image_model, test_lumina_model, test_sd3_model
 from tests.tiny import sd, sdxl
 from tests.tiny.anima import tiny_anima

@@ -11,8 +11,8 @@ from library.architectures.flux.adapter_names import NAMES
 from library.architectures.flux.model import PATCH
 from library.models.patches import patchify
 from networks import dylora, lora, lora_fa, lora_flux
-from networks.core.adapter_file import adapter_tensors, parse_adapter, read_adapter_file
-from networks.core.renaming import rename
+from networks.core.files.adapter_file import adapter_tensors, parse_adapter, read_adapter_file
+from networks.core.files.renaming import rename
 from tests.contracts.test_lora_keys_flux1 import FACTS
 from tests.parity.denoisers import save_trained
 from tests.parity.test_flux_model import inputs, oracle, oracle_output

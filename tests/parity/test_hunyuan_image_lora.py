@@ -10,8 +10,8 @@ from torch import Tensor
 from library.architectures.hunyuan_image.adapter_names import NAMES
 from library.architectures.hunyuan_image.view import view
 from networks import dylora, lora, lora_fa, lora_hunyuan_image
-from networks.core.adapter_file import adapter_tensors, read_adapter_file
-from networks.core.renaming import rename
+from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
+from networks.core.files.renaming import rename
 from tests.parity.denoisers import save_trained
 from tests.parity.test_hunyuan_image_model import inputs, oracle, oracle_output
 from tests.tiny.hunyuan_image import tiny_hunyuan_image

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from networks.core.adapter import Adapter, Dropout
-from networks.core.delta import LowRank, Tucker
-from networks.core.files import file_tensors
-from networks.core.join import Add, Decompose
-from networks.core.targets import Site, kind_of
+from networks.core.files.reading_writing import file_tensors
+from networks.core.kinds.joins import Add, Decompose
+from networks.core.kinds.lora import LowRank, Tucker
+from networks.core.sites.targets import Site, kind_of
 
 locon: Any = pytest.importorskip("lycoris.modules.locon")
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from networks.core.adapter import Adapter, Dropout
-from networks.core.delta import LowRank
-from networks.core.join import Add
-from networks.core.targets import Site, kind_of
+from networks.core.kinds.joins import Add
+from networks.core.kinds.lora import LowRank
+from networks.core.sites.targets import Site, kind_of
 from tests.tolerances import FLOAT64
 
 peft = pytest.importorskip("peft")

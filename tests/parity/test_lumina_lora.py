@@ -9,8 +9,8 @@ from torch import Tensor
 
 from library.architectures.lumina.adapter_names import NAMES
 from networks import dylora, lora, lora_fa, lora_lumina
-from networks.core.adapter_file import adapter_tensors, parse_adapter, read_adapter_file
-from networks.core.renaming import rename
+from networks.core.files.adapter_file import adapter_tensors, parse_adapter, read_adapter_file
+from networks.core.files.renaming import rename
 from tests.contracts.test_lora_keys_lumina2 import LORA
 from tests.parity.denoisers import save_trained
 from tests.parity.test_lumina_model import inputs, oracle, oracle_output

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from networks.core.nested import STREAM
+from networks.core.kinds.dylora import STREAM
 from tests.running import Finished
 from tools.extract_lora_from_dylora import main as extract
 

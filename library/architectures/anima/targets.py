@@ -1,7 +1,7 @@
 """What adapters may attach to in Anima; module paths are those of the original checkpoint."""
 
 from library.architectures.anima.adapter_names import NAMES
-from networks.core.targets import AdapterTargets, Part
+from networks.core.sites.targets import AdapterTargets, Part
 
 LEFT_OUT = (r".*(_modulation|_norm|_embedder|final_layer).*",)  # unless include_patterns readmits it
 

@@ -1,7 +1,7 @@
 """What adapters may attach to in FLUX.1; module paths are those of the original checkpoint."""
 
 from library.architectures.flux.adapter_names import NAMES
-from networks.core.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
+from networks.core.sites.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
 
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("DoubleStreamBlock", "SingleStreamBlock")),

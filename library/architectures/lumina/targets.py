@@ -1,7 +1,7 @@
 """What adapters may attach to in Lumina Image 2.0; module paths are those of the original checkpoint."""
 
 from library.architectures.lumina.adapter_names import NAMES
-from networks.core.targets import AdapterTargets, Embedders, Part
+from networks.core.sites.targets import AdapterTargets, Embedders, Part
 
 
 def grouped_qkv(num_inputs: int, num_outputs: int) -> tuple[int, ...]:

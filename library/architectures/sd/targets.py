@@ -2,7 +2,7 @@
 
 from library.architectures.sd.adapter_names import NAMES, SD2_NAMES
 from library.checkpoints.adapter_names import BaseNames
-from networks.core.targets import AdapterTargets, BlockList, Part
+from networks.core.sites.targets import AdapterTargets, BlockList, Part
 
 
 def unet_block_list() -> BlockList:

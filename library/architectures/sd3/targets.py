@@ -1,7 +1,7 @@
 """What adapters may attach to in Stable Diffusion 3; module paths are those of the original checkpoint."""
 
 from library.architectures.sd3.adapter_names import NAMES
-from networks.core.targets import AdapterTargets, Embedders, Part, thirds
+from networks.core.sites.targets import AdapterTargets, Embedders, Part, thirds
 
 CLIP_BLOCKS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
 T5_BLOCKS = ("T5Attention", "T5DenseGatedActDense")

@@ -1,7 +1,7 @@
 """What adapters may attach to in Stable Diffusion XL; module paths are those of its single-file layout."""
 
 from library.architectures.sdxl.adapter_names import NAMES
-from networks.core.targets import AdapterTargets, BlockList, Part
+from networks.core.sites.targets import AdapterTargets, BlockList, Part
 
 CLIP_BLOCKS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
 NUM_SIDE_BLOCKS = 9  # input blocks, and output blocks

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks.core.adapter import Adapter, Dropout
-from networks.core.delta import LowRank
-from networks.core.join import Add
-from networks.core.targets import Site, kind_of
+from networks.core.kinds.joins import Add
+from networks.core.kinds.lora import LowRank
+from networks.core.sites.targets import Site, kind_of
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.toy import randomize
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
 from library.checkpoints.hashes import sshs_hashes
-from networks.core.adapter_file import (
+from networks.core.files.adapter_file import (
     adapter_tensors,
     parse_adapter,
     read_adapter_file,
     require_forms,
     save_adapter_file,
 )
-from networks.core.module_weights import ModuleWeights
+from networks.core.files.module_weights import ModuleWeights
 from tests.tolerances import EXACT, FLOAT64
 
 PAIRS = {  # how one module is spelled: (lora_down's key, lora_up's key) -> its name

@@ -14,11 +14,11 @@ from torch.nn.functional import group_norm, layer_norm
 from library.checkpoints.files import load_state_dict
 from networks import dylora, lora_fa
 from networks.core.adapter import Adapter
-from networks.core.files import file_tensors
+from networks.core.files.reading_writing import file_tensors
+from networks.core.kinds.norm import NormAdapter
 from networks.core.network import AdapterNetwork
-from networks.core.norms import NormAdapter
 from networks.core.protocol import adopt
-from networks.core.targets import Part, Site, find_norms
+from networks.core.sites.targets import Part, Site, find_norms
 from networks.lora import create_network, create_network_from_weights
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.toy import toy_models

@@ -11,10 +11,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from networks import lora, lora_fa
 from networks.core.adapter import Adapter, Dropout
-from networks.core.delta import Delta, LowRank, factor
-from networks.core.frozen import frozen_down
-from networks.core.join import Add
-from networks.core.targets import Site, kind_of
+from networks.core.kinds.joins import Add
+from networks.core.kinds.lora import Delta, LowRank, factor
+from networks.core.kinds.lora_fa import frozen_down
+from networks.core.sites.targets import Site, kind_of
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.unit.networks.toy import randomize, toy_models
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames, Piece
-from networks.core.adapter_file import adapter_tensors, parse_adapter
-from networks.core.renaming import rename
+from networks.core.files.adapter_file import adapter_tensors, parse_adapter
+from networks.core.files.renaming import rename
 
 FUSED = ModuleNames(
     "lora_unet_blocks_0_linear1",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from networks.core.inspection import (
+from networks.core.files.inspection import (
     by_block,
     group_tensors,
     module_facts,

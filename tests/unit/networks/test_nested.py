@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from library.randomness import random_for
 from networks import dylora, lora
 from networks.core.adapter import Adapter, Dropout
-from networks.core.join import Add
-from networks.core.nested import STREAM, NestedRank, nested_rank
+from networks.core.kinds.dylora import STREAM, NestedRank, nested_rank
+from networks.core.kinds.joins import Add
 from networks.core.network import AdapterNetwork
-from networks.core.targets import Site
+from networks.core.sites.targets import Site
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.toy import randomize, toy_models
 from tools.extract_lora_from_dylora import main as extract

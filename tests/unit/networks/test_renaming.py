@@ -10,8 +10,8 @@ from torch import Tensor
 
 from library.architectures.sd.adapter_names import NAMES
 from library.checkpoints.adapter_names import FileNaming
-from networks.core.adapter_file import adapter_tensors, parse_adapter
-from networks.core.renaming import Renamed, fold_scale, rename, some_keys
+from networks.core.files.adapter_file import adapter_tensors, parse_adapter
+from networks.core.files.renaming import Renamed, fold_scale, rename, some_keys
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 POINT = "lora_unet_mid_block_attentions_0_proj_in"

@@ -9,8 +9,8 @@ from torch import nn
 
 from networks.core.argument_values import LrPreset
 from networks.core.arguments import NetworkArguments
-from networks.core.rules import Allotment, Rules, make_lr_factors, make_rules, preset_factors
-from networks.core.targets import AdapterTargets, BlockList, Part, Site
+from networks.core.sites.rules import Allotment, Rules, make_lr_factors, make_rules, preset_factors
+from networks.core.sites.targets import AdapterTargets, BlockList, Part, Site
 
 LAYOUT = BlockList(("", r"^down\.0\.", r"^down\.1\.", r"^mid\.", r"^up\.0\."), down=3, mid=1, up=1)
 TARGETS = AdapterTargets(Part("lora_unet", ()), block_list=LAYOUT)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, read_metadata, save_pickle_state_dict, save_safetensors
 from library.checkpoints.hashes import sshs_hashes
-from networks.core.adapter_file import read_adapter_file
+from networks.core.files.adapter_file import read_adapter_file
 from tests.tolerances import EXACT, FLOAT32_SAME_MATH
 from tools.extract_lora_from_dylora import main, open_nested
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from library.architectures.anima.adapter_names import NAMES
 from library.checkpoints.files import read_metadata
 from networks import lora_anima
-from networks.core.adapter_file import read_adapter_file, save_adapter_file
-from networks.core.renaming import rename
+from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
+from networks.core.files.renaming import rename
 from tests.parity.test_anima_model import inputs
 from tests.tiny.anima import build_tiny_anima
 from tests.tolerances import FLOAT32_DEEP

@@ -10,8 +10,8 @@ from library.architectures.flux.adapter_names import NAMES
 from library.architectures.flux.model import Flux
 from library.checkpoints.files import read_metadata
 from networks import lora_flux
-from networks.core.adapter_file import read_adapter_file, save_adapter_file
-from networks.core.renaming import rename
+from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
+from networks.core.files.renaming import rename
 from tests.parity.test_flux_model import inputs
 from tests.tiny.flux import build_tiny_flux, tiny_flux
 from tests.tolerances import FLOAT32_DEEP

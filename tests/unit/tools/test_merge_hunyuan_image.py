@@ -11,8 +11,8 @@ from library.architectures.hunyuan_image.model import HunyuanImage
 from library.architectures.hunyuan_image.view import view
 from library.checkpoints.files import read_metadata
 from networks import lora_hunyuan_image
-from networks.core.adapter_file import read_adapter_file, save_adapter_file
-from networks.core.renaming import rename
+from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
+from networks.core.files.renaming import rename
 from tests.parity.test_hunyuan_image_model import inputs
 from tests.tiny.hunyuan_image import build_tiny_hunyuan_image, tiny_hunyuan_image
 from tests.tolerances import FLOAT32_DEEP

@@ -17,7 +17,7 @@ from library.checkpoints.hashes import sshs_hashes
 from library.options.model import ModelOptions
 from library.options.train import TrainOptions
 from networks import lora
-from networks.core.adapter_file import AdapterFile, parse_adapter, read_adapter_file
+from networks.core.files.adapter_file import AdapterFile, parse_adapter, read_adapter_file
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAME_MATH
 from tools import extract_lora_from_models, merge_lora
 from tools.base_models import adapter_sites, open_base_model

@@ -13,8 +13,8 @@ from library.architectures.lumina.gemma import encode_gemma
 from library.architectures.lumina.view import view
 from library.checkpoints.files import read_metadata
 from networks import lora_lumina
-from networks.core.adapter_file import read_adapter_file, save_adapter_file
-from networks.core.renaming import rename
+from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
+from networks.core.files.renaming import rename
 from tests.parity.test_lumina_model import inputs
 from tests.tiny.lumina import build_tiny_lumina
 from tests.tolerances import FLOAT32_DEEP

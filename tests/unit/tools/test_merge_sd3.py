@@ -13,8 +13,8 @@ from library.architectures.sd3.load import DENOISER_PREFIX, TEXT_PREFIXES, open_
 from library.architectures.sd3.view import view
 from library.checkpoints.files import read_metadata
 from networks import lora_sd3
-from networks.core.adapter_file import read_adapter_file, save_adapter_file
-from networks.core.renaming import rename
+from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
+from networks.core.files.renaming import rename
 from tests.parity.test_sd3_adapters_in_diffusers import answers, inputs
 from tests.tiny.sd3 import build_tiny_sd3
 from tests.unit.architectures.sd3.test_load import options_of

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
 from library.checkpoints.hashes import sshs_hashes
-from networks.core.adapter_file import parse_adapter, read_adapter_file
+from networks.core.files.adapter_file import parse_adapter, read_adapter_file
 from tests.device_standin import device_without_float64
 from tests.unit.tools.adapter_files import CLIP, CONV, LINEAR, write
 from tools.resize_lora import Measure, main, resize_file, resize_module

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from networks.core.argument_values import LrPreset, LrWeights
 from networks.core.arguments import NetworkArguments
-from networks.core.choices import Choices, Expressions
-from networks.core.targets import AdapterTargets, BlockList, Part, Site
+from networks.core.sites.site_selection import Choices, Expressions
+from networks.core.sites.targets import AdapterTargets, BlockList, Part, Site
 
 DEFAULT_CONV_ALPHA = 1.0
 NO_RANKS: Expressions[int] = Expressions()

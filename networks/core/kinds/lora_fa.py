@@ -6,9 +6,9 @@ from math import sqrt
 
 from torch import nn
 
-from networks.core.delta import Delta, LowRank, factor
+from networks.core.kinds.lora import Delta, LowRank, factor
+from networks.core.kinds.split import SplitRank
 from networks.core.network import AdapterNetwork
-from networks.core.split import SplitRank
 
 logger = logging.getLogger(__name__)
 

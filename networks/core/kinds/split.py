@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from networks.core.delta import factor, in_dtype_of
+from networks.core.kinds.lora import factor, in_dtype_of
 
 
 class SplitRank(nn.Module):

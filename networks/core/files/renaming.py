@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames
-from networks.core.adapter_file import AdapterFile
-from networks.core.files import ALPHA, B_NORM, DORA_SCALE, DOWN, UP, W_NORM
-from networks.core.module_weights import ModuleWeights
+from networks.core.files.adapter_file import AdapterFile
+from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.reading_writing import ALPHA, B_NORM, DORA_SCALE, DOWN, UP, W_NORM
 
 LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
 HELD: Mapping[FileNaming, frozenset[str] | None] = {  # leaves that a naming has a place for; None: all

@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from networks.core.adapter import Adapter, Dropout
 from networks.core.arguments import NetworkArguments
-from networks.core.choices import all_sites, chosen_sites, extra_classes
-from networks.core.delta import Delta, Tucker
-from networks.core.files import DORA_SCALE, MID, UP, W_NORM, rank_and_alpha
-from networks.core.join import Add, Decompose
+from networks.core.files.reading_writing import DORA_SCALE, MID, UP, W_NORM, rank_and_alpha
+from networks.core.kinds.joins import Add, Decompose
+from networks.core.kinds.lora import Delta, Tucker
+from networks.core.kinds.norm import NormAdapter
+from networks.core.kinds.split import SplitRank, fold
 from networks.core.network import AdapterNetwork, Member, StartStep
-from networks.core.norms import NormAdapter
-from networks.core.rules import Allotment, Rules, make_rules
-from networks.core.split import SplitRank, fold
-from networks.core.targets import AdapterTargets, Filters, Part, Site, find_norms
+from networks.core.sites.rules import Allotment, Rules, make_rules
+from networks.core.sites.site_selection import all_sites, chosen_sites, extra_classes
+from networks.core.sites.targets import AdapterTargets, Filters, Part, Site, find_norms
 
 MakeDelta = Callable[[nn.Module, int], Delta]
 """(the layer, its rank) -> the change of its weight."""

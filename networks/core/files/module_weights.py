@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from networks.core.files import ALPHA, B_NORM, DORA_SCALE, DOWN, MID, UP, W_NORM
+from networks.core.files.reading_writing import ALPHA, B_NORM, DORA_SCALE, DOWN, MID, UP, W_NORM
 
 Form = Literal["low_rank", "conv", "tucker", "norm", "loha", "lokr", "other"]
 LOW_RANK_FORMS: tuple[Form, ...] = ("low_rank", "conv", "tucker")  # those that are up @ down

@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from library.checkpoints.adapter_names import BaseNames
-from networks.core.adapter_file import adapter_tensors, parse_adapter, read_adapter_file, split_key
-from networks.core.renaming import rename
+from networks.core.files.adapter_file import adapter_tensors, parse_adapter, read_adapter_file, split_key
+from networks.core.files.renaming import rename
 
 
 def in_own_names(tensors: Mapping[str, Tensor], names: BaseNames | None, file: str | Path) -> Mapping[str, Tensor]:

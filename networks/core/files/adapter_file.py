@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.files import is_safetensors, load_state_dict, read_metadata
-from networks.core.files import ALPHA, B_NORM, DORA_SCALE, DOWN, MID, UP, W_NORM, save_network
-from networks.core.module_weights import Form, ModuleWeights
+from networks.core.files.module_weights import Form, ModuleWeights
+from networks.core.files.reading_writing import ALPHA, B_NORM, DORA_SCALE, DOWN, MID, UP, W_NORM, save_network
 
 logger = logging.getLogger(__name__)
 

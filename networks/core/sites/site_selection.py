@@ -9,7 +9,7 @@ from torch import nn
 
 from networks.core.argument_values import Selection
 from networks.core.arguments import NetworkArguments
-from networks.core.targets import AdapterTargets, Filters, Part, Site, count_blocks, find_embedders, find_sites
+from networks.core.sites.targets import AdapterTargets, Filters, Part, Site, count_blocks, find_embedders, find_sites
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 
-from networks.core.borrowing import Forward, give_forward_back, take_forward
-from networks.core.targets import Site
+from networks.core.forward_patch import Forward, give_forward_back, take_forward
+from networks.core.sites.targets import Site
 
 
 class NormAdapter(nn.Module):

@@ -11,9 +11,9 @@ from torch.nn.functional import conv2d, linear
 
 from library.randomness import random_for
 from networks.core.arguments import NetworkArguments
-from networks.core.delta import LowRank, add_product, factor, factors_of, in_dtype_of
+from networks.core.kinds.lora import LowRank, add_product, factor, factors_of, in_dtype_of
 from networks.core.network import AdapterNetwork
-from networks.core.targets import Site
+from networks.core.sites.targets import Site
 
 logger = logging.getLogger(__name__)
 

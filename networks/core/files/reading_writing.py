@@ -14,8 +14,8 @@ from torch import Tensor
 from library.checkpoints.files import is_safetensors, load_state_dict, save_pickle_state_dict, save_safetensors
 from library.checkpoints.hashes import with_hashes
 from networks.core.adapter import Adapter
-from networks.core.norms import NormAdapter
-from networks.core.split import SplitRank, expand, fold
+from networks.core.kinds.norm import NormAdapter
+from networks.core.kinds.split import SplitRank, expand, fold
 
 ALPHA = "alpha"
 DOWN = "lora_down.weight"

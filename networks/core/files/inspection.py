@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.adapter_names import underscored
-from networks.core.adapter_file import split_key
-from networks.core.files import ALPHA, B_NORM, DOWN, UP, W_NORM
-from networks.core.module_weights import ModuleWeights
+from networks.core.files.adapter_file import split_key
+from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.reading_writing import ALPHA, B_NORM, DOWN, UP, W_NORM
 
 PREFIX = re.compile(
     r"^(lora_unet|lora_te\d?|lycoris|diffusion_model|unet|transformer|text_encoder(_\d)?|text_encoders_.*?transformer)_"
