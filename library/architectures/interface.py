@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,7 @@ class TextCacheSpec:
     identity: Callable[[], str]
     """A digest of all that decides the values besides the caption: the encoders' weights (`weights.fingerprint`), their
     dtype, token limits, masks. It is asked for before any encoder is loaded."""
+    tokenizers: tuple[Any, ...]  # of transformers; another one makes other features of the same caption
     constants: Mapping[str, Tensor] = field(
         default_factory=dict
     )  # entries of sd-scripts' files that no caption changes
@@ -175,6 +176,7 @@ class Architecture:
     view: AdapterView
     preview: Preview
     metadata: Mapping[str, str]  # ss_v2, ss_base_model_version and the modelspec keys that are the model's own
+    ignores: Mapping[str, str] = field(default_factory=dict)  # option that does nothing here -> why
     text_cache: TextCacheSpec | None = None  # None where text encoder outputs cannot be cached
     vary: Vary | None = None  # None where conditioning is used as it is
     encodes_on_cpu: bool = False  # whether the text encoders stay off the card

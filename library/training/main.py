@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from library.architectures.interface import Architecture
 from library.options.train import TrainOptions
-from library.training.checks import check, check_vae_precision
+from library.training.checks import check, check_vae_precision, report_unused
 from library.training.cli import parse
 from library.training.interruption import Interrupted, Interruption
 from library.training.resume import AlreadyComplete
@@ -60,6 +60,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     if options.faults.dry_run:
         options = without_writing(options)
     arch = build(options)
+    report_unused(options, arch.ignores)
     check_vae_precision(options, arch.vae_overflows_in_fp16)
     accelerator = setup.open_accelerator(options)
     processes = of_accelerator(accelerator)

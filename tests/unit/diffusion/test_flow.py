@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from library.architectures.anima.options import AnimaOptions
 from library.architectures.interface import Objective
-from library.diffusion.flow import FlowMatching, Target, build_flow, build_sampled_flow
+from library.diffusion.flow import IGNORES, FlowMatching, Target, build_flow, build_sampled_flow
 from library.diffusion.flow_levels import shifted_scheme
 from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
+from library.options.rules import unused
 from library.options.train import TrainOptions
 from library.types import Noised
 
@@ -249,9 +251,6 @@ def test_raw_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     [
         ({"weighting_scheme": "mode", "timestep_sampling": "sigmoid"}, "--weighting_scheme mode has no effect with"),
         ({"weighting_scheme": "cosmap"}, "--weighting_scheme cosmap has no effect: it weights the loss of"),
-        ({"logit_mean": 0.5}, "--logit_mean has no effect without --weighting_scheme logit_normal"),
-        ({"sigmoid_scale": 2.0, "timestep_sampling": "uniform"}, "--sigmoid_scale has no effect with"),
-        ({"discrete_flow_shift": 2.0, "timestep_sampling": "flux_shift"}, "--discrete_flow_shift has no effect with"),
     ],
 )
 def test_settings_without_effect_are_told(
@@ -260,12 +259,17 @@ def test_settings_without_effect_are_told(
     assert message in sampled_flow(caplog, **settings)[1]
 
 
-def test_options_of_ddpm_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        flow()
-        assert not caplog.text
-    noise, loss = replace(TrainOptions().noise, noise_offset=0.1), replace(TrainOptions().loss, min_snr_gamma=5.0)
-    options = replace(TrainOptions(), noise=noise, loss=loss)
-    with caplog.at_level(logging.WARNING):
-        build_flow(options, shifted_scheme(FlowWeightingOptions(), 1.0), "latent", "raw", "none")
-    assert "--noise_offset has no effect" in caplog.text and "--min_snr_gamma has no effect" in caplog.text
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"logit_mean": 0.5}, "--logit_mean has no effect with --weighting_scheme uniform; it is for logit_normal"),
+        ({"sigmoid_scale": 2.0, "timestep_sampling": "uniform"}, "--sigmoid_scale has no effect with"),
+        ({"discrete_flow_shift": 2.0, "timestep_sampling": "flux_shift"}, "--discrete_flow_shift has no effect with"),
+        ({"noise_offset": 0.1}, "--noise_offset has no effect: it belongs to the DDPM models"),
+        ({"min_snr_gamma": 5.0}, "--min_snr_gamma has no effect: it belongs to the DDPM models"),
+    ],
+)
+def test_settings_of_another_kind_are_told(settings: dict[str, Any], message: str) -> None:
+    assert list(unused(AnimaOptions(), IGNORES)) == []
+    (line,) = unused(AnimaOptions().with_values(settings), IGNORES)
+    assert line.startswith(message)
