@@ -8,6 +8,18 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def launched_count() -> int:
+    """How many processes were started, as the launcher says; 1 without one.
+
+    Clusters set WORLD_SIZE for whole machines, where a script may well be started alone: torch's launcher sets
+    LOCAL_RANK beside it.
+    """
+    names = ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]  # of MPI
+    if "LOCAL_RANK" in os.environ:
+        names.append("WORLD_SIZE")
+    return max(int(os.environ.get(name, "1")) for name in names)
+
+
 def let_idle_threads_sleep() -> None:
     """Make OpenMP's threads sleep while they wait, unless OMP_WAIT_POLICY says otherwise; to be called before torch is
     imported.
