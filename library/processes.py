@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from library.launcher import launched_count
+
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
@@ -173,6 +175,7 @@ def of_accelerator(accelerator: Any) -> Processes:
             "and the adapter is small, so plain data-parallel training is what works: run `accelerate config` again "
             f"without {kind}, or give --multi_gpu to accelerate launch"
         )
+    check_count(launched_count(), accelerator.num_processes)
     if accelerator.num_processes == 1:
         return Processes(device=accelerator.device)
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
@@ -188,6 +191,23 @@ def of_accelerator(accelerator: Any) -> Processes:
         local_count=local_count(count),
         device=accelerator.device,
         store=PrefixStore("lora", store),
+    )
+
+
+def check_count(launched: int, count: int) -> None:
+    """Raise ValueError where the launcher started other processes than accelerate brings together."""
+    if launched == count:
+        return
+    if count == 1 and not torch.accelerator.is_available():
+        why = "torch sees no graphics card here, so they do not find each other"
+        way_out = "look what `nvidia-smi` says and whether this is torch's build for the card, or start one process"
+    else:
+        why = "its configuration says otherwise"
+        way_out = "run `accelerate config` again, or start one process"
+    raise ValueError(
+        f"the launcher started {launched} processes, but for accelerate {count} of them belong together: {why}. Each "
+        f"would train the whole run and write the same files; {way_out}: python3 instead of accelerate launch, or "
+        "--num_processes 1"
     )
 
 

@@ -389,10 +389,12 @@ def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode
     if not jobs:
         return []
     pixels_BCHW = torch.stack([to_pixels(one.picture) for one in decoded])
-    plain_BCHW = encode(pixels_BCHW, [generator_of(job, seed, 0) for job in jobs])
+    plain_BCHW = encode(pixels_BCHW, [generator_of(*pair, seed, 0) for pair in zip(jobs, decoded, strict=True)])
     flipped_BCHW = None
     if jobs[0].needs_flipped:
-        flipped_BCHW = encode(pixels_BCHW.flip(-1), [generator_of(job, seed, 1) for job in jobs])
+        flipped_BCHW = encode(
+            pixels_BCHW.flip(-1), [generator_of(*pair, seed, 1) for pair in zip(jobs, decoded, strict=True)]
+        )
     return [
         Latents(
             plain_BCHW[i].clone(),
@@ -403,12 +405,10 @@ def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode
     ]
 
 
-def generator_of(job: Job, seed: int, is_flipped: int) -> Generator:
-    """The picture's own stream: its name and folder and its size, wherever the data set lies."""
-    folder, name = os.path.split(os.path.abspath(job.sample.picture.path))
+def generator_of(job: Job, decoded: Decoded, seed: int, is_flipped: int) -> Generator:
+    """The picture's own stream: of its file's content and its size, whatever it is called and wherever it lies."""
     width, height = job.sample.shape.bucket
-    # ascii: a file name may hold bytes that are no text
-    return generator_for(seed, "vae", ascii(os.path.basename(folder)), ascii(name), width, height, is_flipped)
+    return generator_for(seed, "vae", decoded.file_hash, width, height, is_flipped)
 
 
 def check_latents(job: Job, latents: Latents, spec: LatentSpec) -> None:

@@ -20,14 +20,14 @@ from library.data.buckets import BucketRules
 from library.data.captions import caption_variant
 from library.data.identity import dataset_identity
 from library.data.latent_files import LatentFile, Latents
-from library.data.order import epoch_batches, plain_batches
+from library.data.order import epoch_batches
 from library.data.samples import Draws, Sample, build_draws, build_samples, check_pictures
 from library.data.scan import collect
 from library.data.schema import DatasetConfig, NoDataFound, RunDataConfig, SubsetConfig, load_dataset_config
 from library.data.split import Split, split_datasets
 from library.data.summary import dataset_metadata
 from library.data.text_files import Row, TextFile
-from library.data.validation_set import ValidationSet
+from library.data.validation_set import ValidationSet, open_validation_set
 from library.options.train import TrainOptions
 from library.types import Batch
 
@@ -144,8 +144,8 @@ class TrainingSet:
     def validation(self) -> ValidationSet:
         """The pictures that are set aside, with what is cached by now."""
         draws = self._validation_draws
-        maker = replace(self._maker, seed=self._validation_seed, sample_of_draw=draws.sample_of_draw)
-        return ValidationSet(maker, self._finished, plain_batches(draws.buckets))
+        maker = replace(self._maker, seed=self._validation_seed)
+        return open_validation_set(maker, self._finished, draws, self.split.identities)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from library.training.checks import check, check_vae_precision, report_unused
 from library.training.cli import parse
 from library.training.interruption import Interrupted, Interruption
 from library.training.resume import AlreadyComplete
+from library.training.run_lock import run_lock
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ def main(
     try:
         options = options_type.from_args(args)
         check(options)
-        train_network(options, build, interruption)
+        with run_lock(options):
+            train_network(options, build, interruption)
     except AlreadyComplete as error:
         logger.info("%s", error)
     except Interrupted as error:
