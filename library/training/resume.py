@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from library.checkpoints.files import remove_temporary
 from library.checkpoints.folders import tidy
+from library.data.scan import few
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.config_file import SECRETS
@@ -17,7 +18,7 @@ from library.training.hub import fetch_state
 from library.training.pictures import is_preview_stem, preview_folders
 from library.training.plan import Plan
 from library.training.saving import Names
-from library.training.state import FACTS_FILE, Facts, is_state_name, newest_state, read_facts
+from library.training.state import FACTS_FILE, Facts, is_state_name, newest_state, read_facts, require_undamaged
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,9 @@ def named_or_newest(options: TrainOptions) -> Facts | None:
     wanted = options.state
     if wanted.resume:
         is_remote = options.hub.resume_from_huggingface
-        return read_facts(fetch_state(wanted.resume, options.hub) if is_remote else Path(wanted.resume))
+        named = read_facts(fetch_state(wanted.resume, options.hub) if is_remote else Path(wanted.resume))
+        require_undamaged(named)
+        return named
     if not wanted.autoresume or not options.saving.output_dir:
         return None
     names = Names.build(options.saving)
@@ -138,11 +141,17 @@ def recorded_options(options: TrainOptions) -> dict[str, Any]:
     return plain
 
 
-def report_differences(facts: Facts, options: TrainOptions, dataset: Mapping[str, Any], num_processes: int) -> None:
-    """Warn of everything that keeps this run from going on as the uninterrupted one would have."""
+def report_differences(
+    facts: Facts, options: TrainOptions, dataset: Mapping[str, Any], num_processes: int, paths: Sequence[str] = ()
+) -> None:
+    """Warn of everything that keeps this run from going on as the uninterrupted one would have.
+
+    `paths` are those of the pictures whose `contents` the dataset has.
+    """
     for level, line in (
         *option_differences(facts, options, num_processes),
         *dataset_differences(facts.dataset, dataset),
+        *content_differences(facts.dataset, dataset, paths),
         *process_differences(facts, options, num_processes),
     ):
         logger.log(level, "%s", line)
@@ -187,6 +196,24 @@ def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> It
             "would have"
         ),
     )
+
+
+def content_differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], paths: Sequence[str]
+) -> Iterator[tuple[int, str]]:
+    """A line that names pictures whose files have changed; only where they are the same pictures otherwise."""
+    digests, others = now.get("contents"), before.get("contents")
+    if not digests or not others or before.get("pictures") != now["pictures"]:
+        return
+    changed = [path for path, digest, other in zip(paths, digests, others, strict=True) if digest != other]
+    if changed:
+        yield (
+            logging.WARNING,
+            (
+                f"{len(changed)} pictures are not the ones of the state, their files have changed since: "
+                f"{few(changed)}: the run goes on, but not as the uninterrupted one would have"
+            ),
+        )
 
 
 def process_differences(facts: Facts, options: TrainOptions, num_processes: int) -> Iterator[tuple[int, str]]:

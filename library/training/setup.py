@@ -203,7 +203,8 @@ def keepers_of(run: Run, progress: Progress, validation: Validation) -> dict[str
 def go_on(run: Run, progress: Progress, validation: Validation, facts: Facts) -> None:
     """Put the run where the state left it, at the step that --initial_step or --initial_epoch may have moved."""
     first_step = progress.step
-    report_differences(facts, run.options, run.training_set.identity, run.processes.count)
+    data = run.training_set
+    report_differences(facts, run.options, data.identity_with_contents, run.processes.count, data.picture_paths)
     restore(facts, run.network.module, keepers_of(run, progress, validation))
     progress.step = first_step
     if first_step == facts.step:
@@ -348,7 +349,7 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
             seed=run.seed,
             num_processes=run.processes.count,
             options=recorded_options(options),
-            dataset=training_set.identity,
+            dataset=training_set.identity_with_contents,
             network=run.network.module,
             keepers=keepers_of(run, progress, validation),
             done=done,
