@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from library.checkpoints.files import remove_temporary
 from library.checkpoints.folders import tidy
@@ -31,12 +31,31 @@ WITHOUT_EFFECT = (
     "network_weights", "lowram", "highvram", "cache_latents_to_disk", "trace_nonfinite",
     "dry_run",
 )  # fmt: skip
-OF_THE_STATE = ("learning_rate", "unet_lr", "text_encoder_lr", "optimizer_args")
+OF_THE_STATE = ("optimizer_args",)
+RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
 LENGTH = ("max_train_steps", "max_train_epochs")
+
+
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 
 class AlreadyComplete(Exception):
     """--autoresume found the state of a run that has nothing left to do."""
+
+
+def with_rates_of_state(options: OptionsT, facts: Facts | None) -> OptionsT:
+    """The options with the learning rates of the state where this run names none, that is, has the default."""
+    if facts is None:
+        return options
+    values, defaults = options.flat(), type(options).defaults()
+    kept = {
+        name: facts.options[name]
+        for name in RATES
+        if values[name] == defaults[name] and facts.options.get(name, values[name]) != values[name]
+    }
+    for name, value in kept.items():
+        logger.info("--%s is not given: that of the state stays, %s", name, value)
+    return options.with_values(kept)
 
 
 def find_state(options: TrainOptions, processes: Processes) -> Facts | None:
@@ -176,8 +195,17 @@ def option_differences(facts: Facts, options: TrainOptions, num_processes: int) 
                     "--network_weights instead"
                 ),
             )
+        elif name in RATES:
+            effect = "which takes effect from here on: the run is not the uninterrupted one any more"
+            yield logging.WARNING, f"{change}, {effect}"
         elif name in LENGTH:
-            yield logging.INFO, f"{change}: learning rates that depend on the length of the run follow the new length"
+            yield (
+                logging.INFO,
+                (
+                    f"{change}: learning rates that depend on the length of the run follow the new length from here "
+                    "on, and then it is not the uninterrupted one any more"
+                ),
+            )
         else:
             yield logging.WARNING, f"{change}: the run goes on, but not as the uninterrupted one would have"
 

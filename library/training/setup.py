@@ -28,7 +28,7 @@ from library.training.conditioning import CaptionMemo
 from library.training.evaluation import eval_mode
 from library.training.hub import Uploads
 from library.training.logs import Charts, run_folder, start_trackers, tracker_kind
-from library.training.lr_schedules import build_schedule
+from library.training.lr_schedules import base_rates, build_schedule, follow_rates
 from library.training.network import network_keywords, open_network
 from library.training.optimizers import build_optimizer
 from library.training.plan import Plan
@@ -205,7 +205,9 @@ def go_on(run: Run, progress: Progress, validation: Validation, facts: Facts) ->
     first_step = progress.step
     data = run.training_set
     report_differences(facts, run.options, data.identity_with_contents, run.processes.count, data.picture_paths)
+    rates = base_rates(run.torch_optimizer)
     restore(facts, run.network.module, keepers_of(run, progress, validation))
+    follow_rates(run.schedule, run.torch_optimizer, rates)
     progress.step = first_step
     if first_step == facts.step:
         progress.done = set(facts.done)

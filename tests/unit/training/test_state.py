@@ -23,7 +23,14 @@ from library.options.train import TrainOptions
 from library.processes import ALONE, Processes
 from library.training.plan import Plan
 from library.training.progress import Part
-from library.training.resume import AlreadyComplete, find_state, recorded_options, report_differences, starting_step
+from library.training.resume import (
+    AlreadyComplete,
+    find_state,
+    recorded_options,
+    report_differences,
+    starting_step,
+    with_rates_of_state,
+)
 from library.training.state import Facts, OptimizerKeeper, read_facts, restore, save_state
 from tests.unit.test_processes import Board
 
@@ -361,10 +368,20 @@ def test_changes_say_what_they_mean(caplog: pytest.LogCaptureFixture) -> None:
         run=replace(base.run, max_train_steps=2000),
     )
     text = differences(base, now, caplog, pictures="other", num_pictures=7)
-    assert "--learning_rate was 2e-06 in the state and is 5e-05: the optimizer goes on as the state has it" in text
+    assert "--learning_rate was 2e-06 in the state and is 5e-05, which takes effect from here on: the" in text
     assert "--min_snr_gamma was None in the state and is 5.0: the run goes on, but not as the uninterrupted" in text
     assert "--max_train_steps was 1600 in the state and is 2000: learning rates that depend on the length" in text
     assert "its pictures differ; 6 pictures in 3 batches then, 7 in 3 now" in text
+
+
+def test_rates_that_are_not_given_are_those_of_the_state(caplog: pytest.LogCaptureFixture) -> None:
+    before = TrainOptions().with_values({"learning_rate": 1e-4, "unet_lr": 2e-4, "text_encoder_lr": [5e-5]})
+    facts = Facts(Path("s"), 1, 0, 1, recorded_options(before), DATASET, {})
+    with caplog.at_level(logging.INFO):
+        now = with_rates_of_state(TrainOptions().with_values({"unet_lr": 3e-4}), facts)
+    assert (now.optimizer.learning_rate, now.network.unet_lr, now.network.text_encoder_lr) == (1e-4, 3e-4, [5e-5])
+    assert "--learning_rate is not given: that of the state stays, 0.0001" in caplog.text
+    assert with_rates_of_state(before, None) is before
 
 
 def test_pictures_whose_files_have_changed_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
