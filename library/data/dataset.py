@@ -18,7 +18,7 @@ from library.data.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, l
 from library.data.batches import BatchMaker, BatchOrder, Draft, Orders, finish_batch, hand_over, start_worker
 from library.data.buckets import BucketRules
 from library.data.captions import caption_variant
-from library.data.identity import dataset_identity
+from library.data.identity import content_digests, dataset_identity
 from library.data.latent_files import LatentFile, Latents
 from library.data.order import epoch_batches
 from library.data.samples import Draws, Sample, build_draws, build_samples, check_pictures
@@ -151,6 +151,16 @@ class TrainingSet:
     def identity(self) -> dict[str, Any]:
         """What the data is, in a few words that two runs can compare."""
         return dataset_identity(self.config, self.samples, self.num_batches)
+
+    @property
+    def picture_paths(self) -> list[str]:
+        """The files of all pictures, one for each sample."""
+        return [sample.picture.path for sample in self.samples]
+
+    @cached_property
+    def identity_with_contents(self) -> dict[str, Any]:
+        """The identity, and a digest of each picture's file as it is when this is first asked for."""
+        return {**self.identity, "contents": content_digests(self.picture_paths, max(1, self.num_workers))}
 
     # Counts
 

@@ -57,7 +57,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     from library.training.dry_run import try_largest_batch, without_writing
     from library.training.hub import check_repository
     from library.training.out_of_memory import explained
-    from library.training.resume import find_state
+    from library.training.resume import find_state, with_rates_of_state
 
     if options.faults.dry_run:
         options = without_writing(options)
@@ -67,6 +67,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     accelerator = setup.open_accelerator(options)
     processes = of_accelerator(accelerator)
     facts = find_state(options, processes)
+    options = with_rates_of_state(options, facts)
     if processes.is_main:
         check_repository(options.hub)
     seed = setup.choose_seed(options.run.seed, processes, facts)

@@ -273,10 +273,12 @@ class Writer:
 
         Raises ValueError where not even the last file fits; warns where not all of them do.
         """
+        if not self.is_main:
+            return
         folder = self.names.folder
         folder.mkdir(parents=True, exist_ok=True)
         free = free_bytes(folder)
-        if not self.is_main or free is None:
+        if free is None:
             return
         wanted, dtype = self.options.state, save_dtype(self.options.saving.save_precision)
         one_file, one_state = bytes_in_file(self.network.module, dtype), self.state_bytes()

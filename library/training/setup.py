@@ -29,7 +29,7 @@ from library.training.conditioning import CaptionMemo
 from library.training.evaluation import eval_mode
 from library.training.hub import Uploads
 from library.training.logs import Charts, run_folder, start_trackers, tracker_kind
-from library.training.lr_schedules import build_schedule
+from library.training.lr_schedules import base_rates, build_schedule, follow_rates
 from library.training.network import network_keywords, open_network
 from library.training.optimizers import build_optimizer
 from library.training.plan import Plan
@@ -206,8 +206,11 @@ def keepers_of(run: Run, progress: Progress, validation: Validation) -> dict[str
 def go_on(run: Run, progress: Progress, validation: Validation, facts: Facts) -> None:
     """Put the run where the state left it, at the step that --initial_step or --initial_epoch may have moved."""
     first_step = progress.step
-    report_differences(facts, run.options, run.training_set.identity, run.processes.count)
+    data = run.training_set
+    report_differences(facts, run.options, data.identity_with_contents, run.processes.count, data.picture_paths)
+    rates = base_rates(run.torch_optimizer)
     restore(facts, run.network.module, keepers_of(run, progress, validation))
+    follow_rates(run.schedule, run.torch_optimizer, rates)
     progress.step = first_step
     if first_step == facts.step:
         progress.done = set(facts.done)
@@ -344,7 +347,7 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
             seed=run.seed,
             num_processes=run.processes.count,
             options=recorded_options(options),
-            dataset=training_set.identity,
+            dataset=training_set.identity_with_contents,
             network=run.network.module,
             keepers=keepers_of(run, progress, validation),
             done=done,

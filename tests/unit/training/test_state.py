@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.nested import put_together, take_apart
+from library.data.identity import content_digests
 from library.options.run import RunOptions
 from library.options.saving import SavingOptions
 from library.options.state import StateOptions
@@ -22,7 +23,14 @@ from library.options.train import TrainOptions
 from library.processes import ALONE, Processes
 from library.training.plan import Plan
 from library.training.progress import Part
-from library.training.resume import AlreadyComplete, find_state, recorded_options, report_differences, starting_step
+from library.training.resume import (
+    AlreadyComplete,
+    find_state,
+    recorded_options,
+    report_differences,
+    starting_step,
+    with_rates_of_state,
+)
 from library.training.state import Facts, OptimizerKeeper, read_facts, restore, save_state
 from tests.unit.test_processes import Board
 
@@ -91,6 +99,51 @@ def test_a_state_that_was_cut_later_is_refused(tmp_path: Path, name: str) -> Non
     (folder / name).write_bytes(content[:-1])
     with pytest.raises(ValueError, match=f"is not whole: {name}"):
         read_facts(folder)
+
+
+def flip_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["network.safetensors", "training.safetensors"])
+@pytest.mark.parametrize("place", [-1, 12, 0])
+def test_a_state_with_one_flipped_bit_is_refused(tmp_path: Path, name: str, place: int) -> None:
+    folder = written(tmp_path / "x-state")
+    flip_bit(folder / name, place)
+    with pytest.raises(ValueError, match=f"x-state is damaged: {name} is not as it was written; copy it again or use"):
+        find_state(options_with(tmp_path, resume=str(folder)), ALONE)
+
+
+def test_a_flipped_bit_in_the_plain_values_is_noticed(tmp_path: Path) -> None:
+    folder = written(tmp_path / "x-state", step=7)
+    text = (folder / "train_state.json").read_text()
+    (folder / "train_state.json").write_text(text.replace('"current_step": 7', '"current_step": 5'))
+    with pytest.raises(ValueError, match=r"x-state is damaged: train_state\.json is not as it was written"):
+        read_facts(folder)
+
+
+def test_autoresume_falls_back_to_the_older_whole_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, step in (("x-step00000004-state", 4), ("x-step00000008-state", 8), ("x-step00000009-state", 9)):
+        written(tmp_path / name, step=step)
+    flip_bit(tmp_path / "x-step00000009-state" / "network.safetensors", -1)
+    flip_bit(tmp_path / "x-step00000008-state" / "train_state.json", 20)
+    facts = find_state(options_with(tmp_path, autoresume=True), ALONE)
+    assert facts is not None and facts.step == 4
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("x-step00000009-state is left out" in line and "is damaged" in line for line in warnings)
+    assert any("x-step00000008-state is left out" in line for line in warnings)
+
+
+def test_a_state_without_digests_is_read(tmp_path: Path) -> None:
+    folder = written(tmp_path / "x-state", step=7)
+    content = json.loads((folder / "train_state.json").read_text())
+    for name in ("digest", "digests", "done"):
+        del content[name]
+    (folder / "train_state.json").write_text(json.dumps(content))
+    facts = find_state(options_with(tmp_path, resume=str(folder)), ALONE)
+    assert facts is not None and facts.step == 7 and not facts.done
 
 
 def test_a_state_of_sd_scripts_is_explained(tmp_path: Path) -> None:
@@ -315,10 +368,36 @@ def test_changes_say_what_they_mean(caplog: pytest.LogCaptureFixture) -> None:
         run=replace(base.run, max_train_steps=2000),
     )
     text = differences(base, now, caplog, pictures="other", num_pictures=7)
-    assert "--learning_rate was 2e-06 in the state and is 5e-05: the optimizer goes on as the state has it" in text
+    assert "--learning_rate was 2e-06 in the state and is 5e-05, which takes effect from here on: the" in text
     assert "--min_snr_gamma was None in the state and is 5.0: the run goes on, but not as the uninterrupted" in text
     assert "--max_train_steps was 1600 in the state and is 2000: learning rates that depend on the length" in text
     assert "its pictures differ; 6 pictures in 3 batches then, 7 in 3 now" in text
+
+
+def test_rates_that_are_not_given_are_those_of_the_state(caplog: pytest.LogCaptureFixture) -> None:
+    before = TrainOptions().with_values({"learning_rate": 1e-4, "unet_lr": 2e-4, "text_encoder_lr": [5e-5]})
+    facts = Facts(Path("s"), 1, 0, 1, recorded_options(before), DATASET, {})
+    with caplog.at_level(logging.INFO):
+        now = with_rates_of_state(TrainOptions().with_values({"unet_lr": 3e-4}), facts)
+    assert (now.optimizer.learning_rate, now.network.unet_lr, now.network.text_encoder_lr) == (1e-4, 3e-4, [5e-5])
+    assert "--learning_rate is not given: that of the state stays, 0.0001" in caplog.text
+    assert with_rates_of_state(before, None) is before
+
+
+def test_pictures_whose_files_have_changed_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = [str(tmp_path / f"{name}.png") for name in "abcd"]
+    for path in paths[:3]:
+        Path(path).write_bytes(path.encode() * 30_000)
+    before = content_digests(paths, 1)
+    Path(paths[1]).touch()
+    content = bytearray(Path(paths[2]).read_bytes())
+    content[len(content) // 2] ^= 1
+    Path(paths[2]).write_bytes(content)
+    now = content_digests(paths, 2)
+    facts = Facts(Path("s"), 1, 0, 1, recorded_options(TrainOptions()), {**DATASET, "contents": before}, {})
+    report_differences(facts, TrainOptions(), {**DATASET, "contents": now}, 1, paths)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"1 pictures are not the ones of the state, their files have changed since: {paths[2]}: the")
 
 
 def test_what_only_explains_or_averages_the_same_is_no_other_run(caplog: pytest.LogCaptureFixture) -> None:
