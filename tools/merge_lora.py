@@ -31,15 +31,16 @@ from library.checkpoints.adapter_names import names_of_base
 from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.files import is_safetensors, read_metadata, save_pickle_state_dict, save_safetensors
 from networks.core.files.adapter_file import (
+    COMPUTED,
     AdapterFile,
     naming_of,
     read_adapter_file,
-    require_forms,
+    require_kinds,
     save_adapter_file,
 )
-from networks.core.files.module_weights import LOW_RANK_FORMS, ModuleWeights
-from networks.core.files.reading_writing import ALPHA, B_NORM, DOWN, UP, W_NORM
+from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
+from networks.core.kinds import lora, norm
 from networks.core.kinds.svd import balanced, concatenated, svd_of_product
 from tools.base_models import open_base_model
 from tools.command import (
@@ -63,8 +64,6 @@ EXAMPLES = """\
       --save_to cat_in_style.safetensors
   python tools/merge_lora.py --models cat.safetensors style.safetensors --ratios 1.0 0.5 --new_rank 16 \\
       --save_to cat_in_style_16.safetensors"""
-
-LEAF_OF_NORM = {"weight": W_NORM, "bias": B_NORM}
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str
     here = {module for file in base.files for module in file.modules}
     changes: dict[str, list[tuple[ModuleWeights, float]]] = {}
     for adapter in adapters:
-        require_forms(adapter.file, (*LOW_RANK_FORMS, "norm"), "merged")
+        require_kinds(adapter.file, COMPUTED, "merged")
         names = {name: base.names.find(name) for name in adapter.file.modules}
         missing = [name for name, found in names.items() if found is None or found.kohya not in here]
         if missing:
@@ -141,10 +140,8 @@ def merged_tensors(
         own = changes.get(modules.get(stem, ""), ())
         new = old.to(device) if own else merged_thirds(file, key, old, changes, dtype, device)
         for module, ratio in own:
-            if module.is_low_rank and leaf == "weight":
-                new = module.merged_weight(new, ratio, dtype)
-            elif LEAF_OF_NORM.get(leaf, "") in module.tensors:
-                new = module.merged_norm(LEAF_OF_NORM[leaf], new, ratio, dtype)
+            if module.changes(leaf):
+                new = module.merged(new, ratio, dtype, leaf)
         is_number = old.is_floating_point()
         tensors[key] = new.to("cpu", save_dtype if save_dtype is not None and is_number else old.dtype)
         progress.update()
@@ -167,8 +164,8 @@ def merged_thirds(
     for name, third in changed:
         rows = third.of(new)
         for module, ratio in changes[name]:
-            if module.is_low_rank:
-                rows.copy_(module.merged_weight(rows, ratio, dtype))
+            if module.kind is not norm.KIND:
+                rows.copy_(module.merged(rows, ratio, dtype))
     return new
 
 
@@ -248,7 +245,7 @@ def merge_adapters(
     sums: dict[str, list[tuple[ModuleWeights, float]]] = {}
     for adapter in adapters:
         file = in_kohya_names(adapter.file)
-        require_forms(file, (*LOW_RANK_FORMS, "norm"), "merged")
+        require_kinds(file, COMPUTED, "merged")
         for name, module in file.modules.items():
             if module.is_dora:
                 raise ValueError(
@@ -257,7 +254,7 @@ def merge_adapters(
                 )
             sums.setdefault(name, []).append((module, adapter.ratio))
     return [
-        add_norms(name, terms) if terms[0][0].form == "norm" else add_factors(name, terms, ranks, dtype, device)
+        add_norms(name, terms) if terms[0][0].kind is norm.KIND else add_factors(name, terms, ranks, dtype, device)
         for name, terms in tqdm(sums.items(), desc="merging", unit="module")
     ]
 
@@ -287,12 +284,7 @@ def add_factors(
         rank = ranks[1] if len(shape) == 4 and shape[2:] != (1, 1) else ranks[0]
         up_OR, down_RN = balanced(*svd_of_product(up_OR, down_RN), rank)
     rank = down_RN.shape[0]
-    tensors = {
-        DOWN: down_RN.reshape(rank, *shape[1:]).cpu().contiguous(),
-        UP: up_OR.reshape(shape[0], rank, *(1,) * (len(shape) - 2)).cpu().contiguous(),
-        ALPHA: torch.tensor(float(rank)),
-    }
-    return ModuleWeights(name, tensors, {})
+    return ModuleWeights(name, lora.leaves_of(up_OR.cpu(), down_RN.cpu(), shape, torch.tensor(float(rank))), {})
 
 
 def add_norms(name: str, terms: Sequence[tuple[ModuleWeights, float]]) -> ModuleWeights:

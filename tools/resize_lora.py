@@ -19,7 +19,7 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_forms, save_adapter_file
+from networks.core.files.adapter_file import COMPUTED, AdapterFile, read_adapter_file, require_kinds, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds.svd import (
     MIN_SINGULAR_VALUE,
@@ -64,7 +64,7 @@ class Measure:
     param: float
 
     def rank_of(self, module: ModuleWeights, s_K: Tensor) -> int:
-        most = self.new_conv_rank if module.form in ("conv", "tucker") else self.new_rank
+        most = self.new_conv_rank if module.is_larger_kernel else self.new_rank
         if self.method is None:
             return min(most, len(s_K))
         if float(s_K[0]) <= MIN_SINGULAR_VALUE:
@@ -102,7 +102,7 @@ def resize_module(module: ModuleWeights, measure: Measure, device: torch.device)
 
 def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbose: bool = False) -> AdapterFile:
     """Every module at its new rank, and metadata that says so. Raises ValueError for kinds that have no rank."""
-    require_forms(file, ("low_rank", "conv", "tucker", "norm"), "resized")
+    require_kinds(file, COMPUTED, "resized")
     modules = []
     kept_norms = []
     for module in tqdm(file.modules.values(), desc="resizing", unit="module"):

@@ -2,7 +2,7 @@
 
     file = read_adapter_file(path)          # AdapterFile
     for name, module in file.modules.items():   # ModuleWeights, in file order
-        module.form, module.rank, module.alpha, module.is_dora, module.change()
+        module.form, module.rank, module.alpha, module.is_dora, module.weight()
     save_adapter_file(path, file, dtype)    # same keys and metadata, hashes of its own
 
 Names that are understood, M being the module: `M.lora_down.weight` and `M.alpha` (kohya, LyCORIS, most programs),
@@ -24,8 +24,14 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.files import is_safetensors, load_state_dict, read_metadata
-from networks.core.files.module_weights import Form, ModuleWeights
-from networks.core.files.reading_writing import ALPHA, B_NORM, DORA_SCALE, DOWN, MID, UP, W_NORM, save_network
+from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.reading_writing import save_network
+from networks.core.kinds import norm
+from networks.core.kinds.kind import Kind
+from networks.core.kinds.leaves import ALPHA, DORA_SCALE, DOWN, UP
+from networks.core.kinds.norm import B_NORM, W_NORM
+from networks.core.kinds.table import KINDS
+from networks.core.kinds.tucker import MID
 
 logger = logging.getLogger(__name__)
 
@@ -181,32 +187,23 @@ def save_adapter_file(path: str | Path, file: AdapterFile, dtype: torch.dtype | 
     save_network(path, adapter_tensors(file, dtype), file.metadata)
 
 
-def require_forms(file: AdapterFile, forms: Collection[Form], purpose: str) -> None:
-    """Raise ValueError unless every module is stored in one of `forms` and every key was understood."""
-    other = {m.name: m.form for m in file.modules.values() if m.form not in forms}
+COMPUTED: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind.read is not None)
+LOW_RANK: tuple[Kind, ...] = (*(kind for kind in COMPUTED if kind.is_low_rank), norm.KIND)
+
+
+def require_kinds(file: AdapterFile, kinds: Collection[Kind], purpose: str) -> None:
+    """Raise ValueError unless every module is of one of `kinds` and every key was understood."""
+    other = {module.name: module for module in file.modules.values() if module.kind not in kinds}
     if other:
-        name, form = next(iter(other.items()))
+        name, module = next(iter(other.items()))
         raise ValueError(
-            f"{file.origin}: {len(other)} modules cannot be {purpose}, the first is {name} ({describe_form(form)})"
+            f"{file.origin}: {len(other)} modules cannot be {purpose}, the first is {name} ({module.kind.words})"
         )
     if file.unknown:
         raise ValueError(
             f"{file.origin} has {len(file.unknown)} keys that are not understood, so it cannot be {purpose}; the first "
             f"is {next(iter(file.unknown))}"
         )
-
-
-def describe_form(form: Form) -> str:
-    """The kind of adapter in a user's words."""
-    return {
-        "low_rank": "LoRA",
-        "conv": "LoRA of a convolution",
-        "tucker": "LoRA with a Tucker core",
-        "norm": "norm weights",
-        "loha": "LoHa",
-        "lokr": "LoKr",
-        "other": "another kind of adapter",
-    }[form]
 
 
 # --- alpha that is recorded beside the tensors ---
@@ -241,7 +238,7 @@ def peft_settings(path: Path) -> Mapping[str, Mapping[str, Any]] | None:
 
 def with_alpha(module: ModuleWeights, settings: Mapping[str, Mapping[str, Any]]) -> ModuleWeights:
     """The module with the alpha that the settings of its part record; alpha_pattern goes before lora_alpha."""
-    if not settings or not module.is_low_rank or ALPHA in module.tensors:
+    if not settings or module.kind.rank_of is None or ALPHA in module.tensors:
         return module
     name = module.name.removeprefix(PEFT_PREFIX)
     part, _, path = name.partition(".")
