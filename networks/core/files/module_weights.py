@@ -76,7 +76,7 @@ class ModuleWeights:
         """Of the layer's weight: (O, I), or (O, I, h, w) for a convolution."""
         shape_of = self.kind.shape_of
         assert shape_of is not None
-        return shape_of(self.tensors)
+        return shape_of(self.name, self.tensors)
 
     def change(self, dtype: torch.dtype | None = torch.float32) -> Change:
         """What the module does to its layer, computed in `dtype` or in that of the file.
@@ -139,10 +139,14 @@ class ModuleWeights:
 
     def check(self, origin: str) -> None:
         """Raise ValueError where the tensors do not belong together."""
-        fault = self.kind.fault
-        wrong = fault(self.name, self.tensors, self.keys) if fault is not None else None
+        kind = self.kind
+        wrong = kind.fault(self.name, self.tensors, self.keys) if kind.fault is not None else None
         if wrong is not None:
             raise ValueError(f"{origin}{'' if wrong.startswith(':') else ' '}{wrong}")
+        missing = [leaf for leaf in kind.needs if leaf not in self.tensors] if kind.rank_of is not None else []
+        if missing:
+            there = next(self.keys[leaf] for leaf in (*kind.needs, *kind.core) if leaf in self.tensors)
+            raise ValueError(f"{origin} has {there} without its {missing[0]}; the file is incomplete")
 
     def _describe(self, misfit: Misfit) -> str:
         if misfit.leaf:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 Forward = Callable[[Tensor], Tensor]
 
+Leaves = Mapping[str, Tensor]
+"""The tensors of one module by the end of their keys."""
+
 
 class Change(Protocol):
     """The change of one layer. Implementations are modules whose parameters are named as in files.
@@ -98,12 +101,11 @@ class Delta(Protocol):
         """Draw what starts at zero: a trained strength of 0 holds the change at zero instead (use_scalar)."""
         ...
 
-    def down(self, x: Tensor) -> Tensor:
-        """x in few channels: on the last axis for a Linear, on axis 1 for a convolution."""
-        ...
+    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        """x in few channels: on the last axis for a Linear, on axis 1 for a convolution.
 
-    def down_by_columns(self, x: Tensor, columns: Tensor) -> Tensor:
-        """The same for x whose channel i is multiplied by `columns` (1, I) or (1, I, 1, 1)."""
+        With `columns` (1, I) or (1, I, 1, 1) channel i of x is multiplied by column i first.
+        """
         ...
 
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
@@ -153,5 +155,9 @@ def stand_in(shape: tuple[int, ...]) -> nn.Module:
 def fill(delta: nn.Module, leaves: Mapping[str, Tensor]) -> None:
     """Give a delta on the meta device the tensors of a file, in the dtypes they have there."""
     own = delta.state_dict()
+    for name, tensor in own.items():
+        if name not in leaves or leaves[name].shape != tensor.shape:
+            given = list(leaves[name].shape) if name in leaves else "missing"
+            raise ValueError(f"{name} is {given}, but {list(tensor.shape)} fits the rest")
     delta.load_state_dict({name: leaves[name] for name in own}, assign=True)
     delta.requires_grad_(False)

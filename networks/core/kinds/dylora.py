@@ -7,13 +7,12 @@ import logging
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, linear
 
 from library.randomness import random_for
 from networks.core.arguments import NetworkArguments
-from networks.core.kinds.change import factor, in_dtype_of
+from networks.core.kinds.change import factor
 from networks.core.kinds.leaves import UP
-from networks.core.kinds.lora import LowRank, add_product, start_up_moving
+from networks.core.kinds.lora import LowRank, add_product, run_like, start_up_moving
 from networks.core.kinds.scaled import ScaledDelta
 from networks.core.network import AdapterNetwork
 from networks.core.sites.targets import Site
@@ -63,12 +62,9 @@ class NestedRank(nn.Module):
     def start_moving(self) -> None:
         start_up_moving(self.lora_up)
 
-    def down(self, x: Tensor) -> Tensor:
-        return self._down(x, part(factor(self.lora_down), 0, *self._rows_of_this_call()))
-
-    def down_by_columns(self, x: Tensor, columns: Tensor) -> Tensor:
+    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
         weight = part(factor(self.lora_down), 0, *self._rows_of_this_call())
-        return self._down(x, weight * columns.to(weight.dtype))
+        return run_like(self.lora_down, x, weight, columns)
 
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
         return add_product(base, hidden, part(factor(self.lora_up), 1, *self._rows_of_this_call()))
@@ -79,13 +75,6 @@ class NestedRank(nn.Module):
     def weight(self) -> Tensor:
         up_OR, down_RN = self.factors()
         return (up_OR @ down_RN).reshape(up_OR.shape[0], *factor(self.lora_down).shape[1:])
-
-    def _down(self, x: Tensor, weight: Tensor) -> Tensor:
-        x = in_dtype_of(weight, x)
-        if isinstance(self.lora_down, nn.Conv2d):
-            layer = self.lora_down
-            return conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
-        return linear(x, weight)
 
     def _rows_of_this_call(self) -> tuple[int, int]:
         """All rows in evaluation, which reaches the factors as part of the network; else those of the step."""

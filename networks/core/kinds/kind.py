@@ -4,14 +4,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from library.checkpoints.adapter_names import FileNaming
-from networks.core.kinds.change import Change, Delta, MakeDelta
+from networks.core.kinds.change import Change, Delta, Leaves, MakeDelta
 from networks.core.kinds.leaves import ALPHA, DORA_SCALE
-
-Leaves = Mapping[str, Tensor]
-"""The tensors of one module by the end of their keys."""
 
 MakeSplit = Callable[[nn.Linear, int, tuple[int, ...]], Delta]
 """(a fused layer, the rank of each projection, the outputs of each) -> the change of its weight."""
@@ -32,7 +29,7 @@ class Kind:
     core: tuple[str, ...] = ()  # leaves of a Tucker core
     may_have: tuple[str, ...] = (ALPHA, DORA_SCALE)
     rank_of: Callable[[Leaves], int] | None = None  # None where there is no rank
-    shape_of: Callable[[Leaves], tuple[int, ...]] | None = None  # of the layer's weight
+    shape_of: Callable[[str, Leaves], tuple[int, ...]] | None = None  # of the weight, from the module's name too
     is_low_rank: bool = False  # the change is scale * up @ down, and cheap to give as such
     ends: tuple[str, str] | None = None  # the leaves next to the input and to the output, whose norms reports show
     scaled: str = ""  # the leaf that takes the scale where a naming has no alpha, "" where there is none

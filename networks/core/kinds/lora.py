@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from networks.core.kinds.change import Change, factor, fill, in_dtype_of, stand_in
-from networks.core.kinds.kind import Kind, Leaves
+from networks.core.kinds.change import Leaves, factor, in_dtype_of
+from networks.core.kinds.kind import Kind
 from networks.core.kinds.leaves import ALPHA, DOWN, UP
-from networks.core.kinds.scaled import ScaledDelta
+from networks.core.kinds.scaled import read_with
 
 
 class LowRank(nn.Module):
@@ -42,12 +42,8 @@ class LowRank(nn.Module):
     def start_moving(self) -> None:
         start_up_moving(self.lora_up)
 
-    def down(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.lora_down(in_dtype_of(factor(self.lora_down), x))
-        return hidden
-
-    def down_by_columns(self, x: Tensor, columns: Tensor) -> Tensor:
-        return down_by_columns(self.lora_down, x, columns)
+    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        return run_down(self.lora_down, x, columns)
 
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
         return add_product(base, hidden, factor(self.lora_up))
@@ -65,24 +61,40 @@ def start_up_moving(up: nn.Module) -> None:
     nn.init.kaiming_uniform_(factor(up), a=math.sqrt(5))
 
 
-def down_by_columns(layer: nn.Module, x: Tensor, columns: Tensor) -> Tensor:
-    """What a down factor makes of x when input column i is multiplied by `columns` (1, I) or (1, I, 1, 1).
+def run_down(layer: nn.Module, x: Tensor, columns: Tensor | None) -> Tensor:
+    """What a down factor makes of x, whose channels are multiplied by `columns` if there are some."""
+    if columns is not None:
+        return run_like(layer, x, factor(layer), columns)
+    hidden: Tensor = layer(in_dtype_of(factor(layer), x))
+    return hidden
 
-    The factor is scaled in place of x, so that autograd keeps x itself, which others keep too.
+
+def run_like(layer: nn.Module, x: Tensor, weight: Tensor, columns: Tensor | None = None) -> Tensor:
+    """x through `weight` in place of the layer's own; input column i multiplied by `columns` (1, I) or (1, I, 1, 1).
+
+    The weight is scaled in place of x, so that autograd keeps x itself, which others keep too.
     """
-    x, weight = in_dtype_of(factor(layer), x), factor(layer) * columns.to(factor(layer).dtype)
+    if columns is not None:
+        weight = weight * columns.to(weight.dtype)
+    x = in_dtype_of(weight, x)
     if not isinstance(layer, nn.Conv2d):
         return linear(x, weight)
     return conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
 
 
-def narrow_like(layer: nn.Conv2d, rank: int, in_channels: int | None = None) -> nn.Conv2d:
-    """A convolution that looks at the same pixels as `layer` and has R output channels, and as many inputs if unset."""
-    if layer.groups != 1 or layer.padding_mode != "zeros":
+def check_kernel(layer: nn.Module) -> nn.Module:
+    """The layer. Raises ValueError for a convolution that cannot be adapted."""
+    if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
         raise ValueError(
             f"a convolution with groups={layer.groups} and padding_mode={layer.padding_mode!r} cannot be adapted; "
             "give its block the rank 0"
         )
+    return layer
+
+
+def narrow_like(layer: nn.Conv2d, rank: int, in_channels: int | None = None) -> nn.Conv2d:
+    """A convolution that looks at the same pixels as `layer` and has R output channels, and as many inputs if unset."""
+    check_kernel(layer)
     return nn.Conv2d(
         layer.in_channels if in_channels is None else in_channels,
         rank,
@@ -118,20 +130,12 @@ def leaves_of(up_OR: Tensor, down_RN: Tensor, shape: tuple[int, ...], alpha: Ten
     return leaves if alpha is None else {**leaves, ALPHA: alpha}
 
 
-def read(leaves: Leaves, layer: nn.Module | None) -> Change:
-    """The change of a module in a file."""
-    with torch.device("meta"):
-        delta = LowRank(layer or stand_in(shape_of(leaves)), rank_of(leaves))
-    fill(delta, leaves)
-    return ScaledDelta.from_leaves(delta, leaves, layer)
-
-
 def rank_of(leaves: Leaves) -> int:
     """R, the number of columns of lora_up."""
     return leaves[UP].shape[1]
 
 
-def shape_of(leaves: Leaves) -> tuple[int, ...]:
+def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
     """Of the weight: (O, I), or (O, I, h, w) for a convolution."""
     return (leaves[UP].shape[0], *leaves[DOWN].shape[1:])
 
@@ -167,7 +171,7 @@ KIND = Kind(
     name="low_rank",
     words="LoRA",
     needs=(DOWN, UP),
-    read=read,
+    read=read_with(LowRank, rank_of, shape_of),
     rank_of=rank_of,
     shape_of=shape_of,
     is_low_rank=True,

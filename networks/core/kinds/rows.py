@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from networks.core.kinds.kind import Leaves
+from networks.core.kinds.change import Leaves
 from networks.core.kinds.leaves import DOWN, UP
 
 SPELLED_ELSEWHERE = {DOWN: "lora_A.weight", UP: "lora_B.weight"}  # in the namings that keep no alpha

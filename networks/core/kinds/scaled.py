@@ -1,13 +1,13 @@
 """A delta at its strength: alpha, a trained strength, dropout, and the join with the base weight."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from networks.core.kinds.change import Delta, Forward, Misfit, parts_of
+from networks.core.kinds.change import Delta, Forward, Leaves, MakeDelta, Misfit, fill, parts_of, stand_in
 from networks.core.kinds.joins import Add, Decompose, Join, scale_columns
 from networks.core.kinds.leaves import ALPHA, DORA_SCALE
 from networks.core.kinds.split import SplitRank
@@ -118,7 +118,7 @@ class ScaledDelta(nn.Module):
         columns = self._columns(self.dora_scale)
         whole = columns if strength == 1 else 1 + strength * (columns - 1)
         out = base(scale_columns(x, whole))
-        return self.delta.up(self._drop_and_scale(self.delta.down_by_columns(x, columns), strength), out)
+        return self.delta.up(self._drop_and_scale(self.delta.down(x, columns), strength), out)
 
     def weight(self) -> Tensor:
         return self.delta.weight() * self._unit_strength
@@ -129,7 +129,8 @@ class ScaledDelta(nn.Module):
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
         change = self.weight()
-        if change.shape[:2] != base.shape[:2] or change.numel() != base.numel():
+        axes = 1 if change.dim() == 2 else 2  # a matrix can be a convolution whose kernel the file does not tell
+        if change.shape[:axes] != base.shape[:axes] or change.numel() != base.numel():
             raise Misfit("", tuple(change.shape), tuple(base.shape))
         change = change.to(base.device).reshape(base.shape)
         base = base.to(torch.promote_types(base.dtype, change.dtype))
@@ -239,6 +240,26 @@ class ScaledDelta(nn.Module):
         keep_BR = torch.rand(num_samples, rank, device=hidden.device) > self.drops.rank
         shape = (num_samples, rank, 1, 1) if is_conv else (num_samples, *(1,) * (hidden.dim() - 2), rank)
         return keep_BR.to(hidden.dtype).view(shape)
+
+
+def read_with(
+    make_delta: MakeDelta,
+    rank_of: Callable[[Leaves], int],
+    shape_of: Callable[[str, Leaves], tuple[int, ...]],
+    make_core: MakeDelta | None = None,
+    core: Sequence[str] = (),
+) -> Callable[[Leaves, nn.Module | None], ScaledDelta]:
+    """A function that reads the change of a module from a file: `Kind.read`. `make_core` where it has leaves of one."""
+
+    def read(leaves: Leaves, layer: nn.Module | None) -> ScaledDelta:
+        make = make_core if make_core is not None and any(leaf in leaves for leaf in core) else make_delta
+        with torch.device("meta"):
+            delta = make(layer or stand_in(shape_of("", leaves)), rank_of(leaves))
+        assert isinstance(delta, nn.Module)
+        fill(delta, leaves)
+        return ScaledDelta.from_leaves(delta, leaves, layer)
+
+    return read
 
 
 def _read_alpha(change: nn.Module, _: object) -> None:

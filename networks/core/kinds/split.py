@@ -38,13 +38,10 @@ class SplitRank(nn.Module):
     def start_moving(self) -> None:
         nn.init.kaiming_uniform_(self.lora_up.weight, a=math.sqrt(5))
 
-    def down(self, x: Tensor) -> Tensor:
-        hidden: Tensor = linear(in_dtype_of(factor(self.lora_down), x), factor(self.lora_down))
-        return hidden
-
-    def down_by_columns(self, x: Tensor, columns: Tensor) -> Tensor:
+    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
         weight = factor(self.lora_down)
-        return linear(in_dtype_of(weight, x), weight * columns.to(weight.dtype))
+        x = in_dtype_of(weight, x)
+        return linear(x, weight if columns is None else weight * columns.to(weight.dtype))
 
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
         parts = hidden.chunk(len(self.widths), dim=-1)

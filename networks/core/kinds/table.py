@@ -5,9 +5,9 @@ from collections.abc import Collection
 from torch import nn
 
 from library.checkpoints.adapter_names import FileNaming
-from networks.core.kinds import lora, norm, tucker
-from networks.core.kinds.change import Change
-from networks.core.kinds.kind import Kind, Leaves
+from networks.core.kinds import loha, lora, norm, tucker
+from networks.core.kinds.change import Change, Leaves
+from networks.core.kinds.kind import Kind
 from networks.core.kinds.leaves import ALPHA, DORA_SCALE
 
 LOKR = Kind(
@@ -20,14 +20,8 @@ LOKR = Kind(
         DORA_SCALE,
     ),
 )
-LOHA = Kind(
-    name="loha",
-    words="LoHa",
-    needs=("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
-    core=("hada_t1", "hada_t2"),
-)
 OTHER = Kind(name="other", words="another kind of adapter", needs=())
-KINDS: tuple[Kind, ...] = (tucker.KIND, lora.KIND, norm.KIND, LOHA, LOKR)  # the first that is complete decides
+KINDS: tuple[Kind, ...] = (tucker.KIND, lora.KIND, norm.KIND, loha.KIND, LOKR)  # the first that is complete decides
 SHARED = frozenset((ALPHA, DORA_SCALE))
 
 

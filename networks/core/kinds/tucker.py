@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from networks.core.kinds import lora
-from networks.core.kinds.change import Change, fill, in_dtype_of, stand_in
-from networks.core.kinds.kind import Kind, Leaves
+from networks.core.kinds.change import Leaves
+from networks.core.kinds.kind import Kind
 from networks.core.kinds.leaves import DOWN, UP
-from networks.core.kinds.lora import add_product, down_by_columns, narrow_like, start_up_moving
-from networks.core.kinds.scaled import ScaledDelta
+from networks.core.kinds.lora import add_product, narrow_like, run_down, start_up_moving
+from networks.core.kinds.scaled import read_with
 
 MID = "lora_mid.weight"
 
@@ -43,12 +43,8 @@ class Tucker(nn.Module):
     def start_moving(self) -> None:
         start_up_moving(self.lora_up)
 
-    def down(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.lora_mid(self.lora_down(in_dtype_of(self.lora_down.weight, x)))
-        return hidden
-
-    def down_by_columns(self, x: Tensor, columns: Tensor) -> Tensor:
-        hidden: Tensor = self.lora_mid(down_by_columns(self.lora_down, x, columns))
+    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        hidden: Tensor = self.lora_mid(run_down(self.lora_down, x, columns))
         return hidden
 
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
@@ -67,15 +63,7 @@ class Tucker(nn.Module):
 # --- in files ---
 
 
-def read(leaves: Leaves, layer: nn.Module | None) -> Change:
-    """The change of a module in a file."""
-    with torch.device("meta"):
-        delta = Tucker(layer or stand_in(shape_of(leaves)), lora.rank_of(leaves))
-    fill(delta, leaves)
-    return ScaledDelta.from_leaves(delta, leaves, layer)
-
-
-def shape_of(leaves: Leaves) -> tuple[int, ...]:
+def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
     """(O, I, h, w)."""
     return (leaves[UP].shape[0], leaves[DOWN].shape[1], *leaves[MID].shape[2:])
 
@@ -98,7 +86,7 @@ KIND = Kind(
     name="tucker",
     words="LoRA with a Tucker core",
     needs=(DOWN, MID, UP),
-    read=read,
+    read=read_with(Tucker, lora.rank_of, shape_of),
     core=(MID,),
     rank_of=lora.rank_of,
     shape_of=shape_of,
