@@ -1,8 +1,8 @@
 """Reduce the rank of a LoRA file: to a fixed one, or for each module to what a measure of its singular values asks for.
 
 The change of a module is decomposed exactly from its small factors. What is kept is the best approximation of that
-rank, at the same alpha / rank as before. Modules with a Tucker core become plain convolutions of the same effect; DoRA
-magnitudes and norm weights are kept.
+rank, at the same alpha / rank as before. Modules with a Tucker core become plain convolutions of the same effect, LoHa
+becomes LoRA; DoRA magnitudes and norm weights are kept.
 """
 
 import argparse
@@ -21,6 +21,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, read_adapter_file, require_kinds, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
+from networks.core.kinds import lora
 from networks.core.kinds.svd import (
     MIN_SINGULAR_VALUE,
     balanced,
@@ -130,6 +131,9 @@ def resized_metadata(file: AdapterFile, modules: Sequence[ModuleWeights], measur
     main = [m for m in modules if m.form == "low_rank"] or [m for m in modules if m.is_low_rank]
     ranks, alphas = {module.rank for module in main}, {module.alpha for module in main}
     old = max(module.rank for module in file.modules.values() if module.is_low_rank)
+    if any(module.kind is not old_module.kind and not old_module.kind.ends
+           for module, old_module in zip(modules, file.modules.values(), strict=True)):  # fmt: skip
+        metadata["ss_network_module"] = lora.KIND.door
     dynamic = measure.method is not None
     metadata["ss_network_dim"] = "Dynamic" if dynamic else str(measure.new_rank if len(ranks) > 1 else ranks.pop())
     metadata["ss_network_alpha"] = "Dynamic" if dynamic or len(alphas) > 1 else str(alphas.pop())

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from library.checkpoints.adapter_names import underscored
-from networks.core.files.adapter_file import split_key
+from library.checkpoints.adapter_keys import AdapterKey, underscored
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds.leaves import ALPHA
 
@@ -55,12 +54,12 @@ def group_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, ModuleWeight
     keys: dict[str, dict[str, str]] = {}
     unknown = []
     for key, tensor in tensors.items():
-        found = split_key(key)
+        found = AdapterKey.parse(key)
         if found is None:
             unknown.append(key)
             continue
-        leaves.setdefault(found[0], {})[found[1]] = tensor
-        keys.setdefault(found[0], {})[found[1]] = key
+        leaves.setdefault(found.module, {})[found.leaf] = tensor
+        keys.setdefault(found.module, {})[found.leaf] = key
     return {name: ModuleWeights(name, leaves[name], keys[name]) for name in leaves}, unknown
 
 

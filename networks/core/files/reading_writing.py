@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from library.checkpoints.adapter_keys import AdapterKey
 from library.checkpoints.files import is_safetensors, load_state_dict, save_pickle_state_dict, save_safetensors
 from library.checkpoints.hashes import with_hashes
 from networks.core.adapter import Adapter
@@ -59,6 +60,8 @@ def group_by_module(
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         module, _, leaf = key.partition(".")
+        if (found := AdapterKey.parse(key)) is not None:
+            module, leaf = found.module, found.ending  # other spellings are brought to these before they come here
         groups.setdefault(module, {})[leaf] = tensor
     known = leaves_of(kinds)
     foreign = sorted({leaf for group in groups.values() for leaf in group} - set(known))
@@ -72,6 +75,13 @@ def group_by_module(
     for module, group in groups.items():
         check_complete(module, group, source)
     return {module: group for module, group in groups.items() if group.keys() - SHARED}
+
+
+def kinds_of(adapters: Mapping[str, Adapter]) -> tuple[Kind, ...]:
+    """What files may hold for a network: the kinds of its door, and norms."""
+    changes = [adapter.change for adapter in adapters.values()]
+    doors = {kind_of(change.state_dict()).door for change in changes if isinstance(change, ScaledDelta)}
+    return tuple(kind for kind in KINDS if kind is norm.KIND or kind.door in doors)
 
 
 def leaves_of(kinds: Sequence[Kind]) -> tuple[str, ...]:
@@ -109,7 +119,7 @@ def load_into(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], so
     """
     groups = {
         name: in_own_form(name, adapters[name], group, source) if name in adapters else group
-        for name, group in group_by_module(tensors, source).items()
+        for name, group in group_by_module(tensors, source, kinds_of(adapters)).items()
     }
     fitting = [name for name in adapters if name in groups]
     if not fitting:
@@ -142,10 +152,11 @@ def in_own_form(name: str, adapter: Adapter, group: Mapping[str, Tensor], source
     Raises ValueError where the file has more than those blocks.
     """
     change = adapter.change
-    if not isinstance(change, ScaledDelta) or not isinstance(change.delta, SplitRank):
+    if not isinstance(change, ScaledDelta) or not kind_of(group).is_low_rank:
         return group
-    if not kind_of(group).is_low_rank:
-        return group
+    if not isinstance(change.delta, SplitRank):
+        own = change.state_dict()  # a matrix stands for a 1x1 convolution: LoHa and what is made of it know no kernel
+        return {k: t.view_as(own[k]) if k in own and (*t.shape, 1, 1) == own[k].shape else t for k, t in group.items()}
     apart = change.delta.apart(group)
     if apart is None:
         raise ValueError(
