@@ -27,12 +27,14 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn.functional import conv2d, linear  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-from networks.core.adapter import Adapter, Dropout  # noqa: E402
+from networks.core.kinds.change import Delta  # noqa: E402
 from networks.core.kinds.dylora import NestedRank  # noqa: E402
 from networks.core.kinds.joins import EPS, Add, Decompose  # noqa: E402
-from networks.core.kinds.lora import Delta, LowRank, Tucker  # noqa: E402
+from networks.core.kinds.lora import LowRank  # noqa: E402
 from networks.core.kinds.lora_fa import frozen_down  # noqa: E402
-from networks.core.sites.targets import Site, kind_of  # noqa: E402
+from networks.core.kinds.scaled import ScaledDelta  # noqa: E402
+from networks.core.kinds.tucker import Tucker  # noqa: E402
+from networks.core.sites.targets import kind_of  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -109,17 +111,12 @@ class Way:
 
 def ours(name: str, layer: Any, delta: Delta, join: Any = None, has_scalar: bool = False) -> Way:
     """An adapter of this project, not installed, so that every way keeps its own."""
-    kind = kind_of(layer)
-    assert kind is not None
-    rank = float(delta.rank)
-    adapter = Adapter(Site("x", "x", layer, kind), delta, join or Add(), rank, Dropout(), 1.0, has_scalar)
-    adapter.to(layer.weight.device).install()
-    adapter.remove()
-    adapter._base_forward = layer.forward
+    change = ScaledDelta(layer, delta, join or Add(), float(delta.rank), has_scalar=has_scalar).to(layer.weight.device)
     with torch.no_grad():
-        for parameter in adapter.parameters():
+        for parameter in change.parameters():
             parameter.add_(torch.randn_like(parameter) * 1e-3)
-    return Way(name, adapter.forward, list(adapter.parameters()))
+    base = layer.forward
+    return Way(name, lambda x: change.forward(x, base, 1.0), list(change.parameters()))
 
 
 def ways(layer: Any, rank: int) -> list[Way]:

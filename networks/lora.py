@@ -1,6 +1,10 @@
 """--network_module networks.lora: LoRA on the Linear and convolution layers of any base model."""
 
-from networks.core.factory import Kind, network_module
-from networks.core.kinds.lora import LowRank
+from networks.core.factory import network_module
+from networks.core.kinds import lora, tucker
+from networks.core.kinds.kind import Door
+from networks.core.kinds.split import SplitRank
 
-create_network, create_network_from_weights = network_module(Kind(LowRank))
+create_network, create_network_from_weights = network_module(
+    Door(lora.LowRank, make_core=tucker.Tucker, make_split=SplitRank, kinds=(lora.KIND, tucker.KIND))
+)

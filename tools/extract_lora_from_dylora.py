@@ -21,9 +21,9 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_forms, save_adapter_file
+from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_kinds, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.files.reading_writing import DOWN, UP
+from networks.core.kinds import lora, norm
 from networks.core.kinds.dylora import nested_rank
 from tools.command import check_output, make_parser, run, with_comment
 
@@ -63,7 +63,7 @@ class Nested:
 def open_nested(path: Path) -> Nested:
     """Read a DyLoRA file. Raises ValueError for a file that cannot be cut."""
     file = read_adapter_file(path, "--model")
-    require_forms(file, ("low_rank", "conv", "norm"), "cut to a smaller rank")
+    require_kinds(file, (lora.KIND, norm.KIND), "cut to a smaller rank")
     dora = [module.name for module in file.modules.values() if module.is_dora]
     if dora:
         raise ValueError(
@@ -139,7 +139,7 @@ def cut_module(nested: Nested, module: ModuleWeights, rank: int) -> ModuleWeight
     if not module.is_low_rank:
         return module
     own = nested.rank_of(module, rank)
-    up_OR, down_RN = module.tensors[UP].flatten(1), module.tensors[DOWN].flatten(1)
+    up_OR, down_RN = module.factors(dtype=None)
     return module.with_factors(up_OR[:, :own], down_RN[:own], module.scale)
 
 

@@ -27,7 +27,7 @@ from library.checkpoints.adapter_names import BASES
 from library.checkpoints.base_model import BaseModel
 from networks.core.files.adapter_file import AdapterFile, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.files.reading_writing import ALPHA, DOWN, UP
+from networks.core.kinds import lora
 from networks.core.kinds.svd import best_factors, clamped
 from networks.core.sites.targets import Site
 from tools.base_models import adapter_sites, open_base_model
@@ -62,13 +62,10 @@ def extract_module(
     if quantile < 1:
         up_OR, down_RN = clamped(up_OR, down_RN, quantile)
     missed = float((matrix_ON - up_OR @ down_RN).square().sum())
-    shape, own_rank = tuple(weight.shape), down_RN.shape[0]
-    tensors = {
-        DOWN: down_RN.reshape(own_rank, *shape[1:]).to("cpu", torch.float32).contiguous(),
-        UP: up_OR.reshape(shape[0], own_rank, *(1,) * (len(shape) - 2)).to("cpu", torch.float32).contiguous(),
-        ALPHA: torch.tensor(float(own_rank)),
-    }
-    return ModuleWeights(site.name, tensors, {}), missed, float(matrix_ON.square().sum())
+    alpha = torch.tensor(float(down_RN.shape[0]))
+    up, down = (factor.to("cpu", torch.float32) for factor in (up_OR, down_RN))
+    module = ModuleWeights(site.name, lora.leaves_of(up, down, tuple(weight.shape), alpha), {})
+    return module, missed, float(matrix_ON.square().sum())
 
 
 def extract_modules(

@@ -4,7 +4,8 @@ With --sd_model the changes are added to the weights of a checkpoint of Stable D
 the original layout: a single file gives a single file, a diffusers folder a folder; what the adapters do not touch is
 copied as it is. Without it the files become one LoRA whose change is the sum of ratio * change: exactly with --concat
 (the ranks add), else as the best approximation (SVD) at --new_rank, by default the largest rank among the files. LoRA,
-convolutions, Tucker cores and norm weights can be merged either way, DoRA only into a checkpoint.
+convolutions, Tucker cores, LoHa and norm weights can be merged either way, DoRA only into a checkpoint. The change of a
+LoHa of rank r has the rank r * r: --concat gives it as many, else the log says how much the one LoRA misses.
 """
 
 import argparse
@@ -27,19 +28,20 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.checkpoints import sources
+from library.checkpoints.adapter_keys import naming_of
 from library.checkpoints.adapter_names import names_of_base
 from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.files import is_safetensors, read_metadata, save_pickle_state_dict, save_safetensors
 from networks.core.files.adapter_file import (
+    COMPUTED,
     AdapterFile,
-    naming_of,
     read_adapter_file,
-    require_forms,
+    require_kinds,
     save_adapter_file,
 )
-from networks.core.files.module_weights import LOW_RANK_FORMS, ModuleWeights
-from networks.core.files.reading_writing import ALPHA, B_NORM, DOWN, UP, W_NORM
+from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
+from networks.core.kinds import lora, norm
 from networks.core.kinds.svd import balanced, concatenated, svd_of_product
 from tools.base_models import open_base_model
 from tools.command import (
@@ -63,8 +65,6 @@ EXAMPLES = """\
       --save_to cat_in_style.safetensors
   python tools/merge_lora.py --models cat.safetensors style.safetensors --ratios 1.0 0.5 --new_rank 16 \\
       --save_to cat_in_style_16.safetensors"""
-
-LEAF_OF_NORM = {"weight": W_NORM, "bias": B_NORM}
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str
     here = {module for file in base.files for module in file.modules}
     changes: dict[str, list[tuple[ModuleWeights, float]]] = {}
     for adapter in adapters:
-        require_forms(adapter.file, (*LOW_RANK_FORMS, "norm"), "merged")
+        require_kinds(adapter.file, COMPUTED, "merged")
         names = {name: base.names.find(name) for name in adapter.file.modules}
         missing = [name for name, found in names.items() if found is None or found.kohya not in here]
         if missing:
@@ -141,10 +141,8 @@ def merged_tensors(
         own = changes.get(modules.get(stem, ""), ())
         new = old.to(device) if own else merged_thirds(file, key, old, changes, dtype, device)
         for module, ratio in own:
-            if module.is_low_rank and leaf == "weight":
-                new = module.merged_weight(new, ratio, dtype)
-            elif LEAF_OF_NORM.get(leaf, "") in module.tensors:
-                new = module.merged_norm(LEAF_OF_NORM[leaf], new, ratio, dtype)
+            if module.changes(leaf):
+                new = module.merged(new, ratio, dtype, leaf)
         is_number = old.is_floating_point()
         tensors[key] = new.to("cpu", save_dtype if save_dtype is not None and is_number else old.dtype)
         progress.update()
@@ -167,8 +165,8 @@ def merged_thirds(
     for name, third in changed:
         rows = third.of(new)
         for module, ratio in changes[name]:
-            if module.is_low_rank:
-                rows.copy_(module.merged_weight(rows, ratio, dtype))
+            if module.kind is not norm.KIND:
+                rows.copy_(module.merged(rows, ratio, dtype))
     return new
 
 
@@ -248,7 +246,7 @@ def merge_adapters(
     sums: dict[str, list[tuple[ModuleWeights, float]]] = {}
     for adapter in adapters:
         file = in_kohya_names(adapter.file)
-        require_forms(file, (*LOW_RANK_FORMS, "norm"), "merged")
+        require_kinds(file, COMPUTED, "merged")
         for name, module in file.modules.items():
             if module.is_dora:
                 raise ValueError(
@@ -256,10 +254,22 @@ def merge_adapters(
                     "another LoRA; merge it into a checkpoint with --sd_model"
                 )
             sums.setdefault(name, []).append((module, adapter.ratio))
-    return [
-        add_norms(name, terms) if terms[0][0].form == "norm" else add_factors(name, terms, ranks, dtype, device)
-        for name, terms in tqdm(sums.items(), desc="merging", unit="module")
-    ]
+    modules, missed, total = [], 0.0, 0.0
+    for name, terms in tqdm(sums.items(), desc="merging", unit="module"):
+        if terms[0][0].kind is norm.KIND:
+            modules.append(add_norms(name, terms))
+            continue
+        module, module_missed, module_total = add_factors(name, terms, ranks, dtype, device)
+        modules.append(module)
+        missed, total = missed + module_missed, total + module_total
+    if ranks is not None and any(has_more_ranks(module) for terms in sums.values() for module, _ in terms):
+        logger.info("the LoRA misses %.1f%% of the sum of the changes (norm)", 100 * (missed / (total or 1.0)) ** 0.5)
+    return modules
+
+
+def has_more_ranks(module: ModuleWeights) -> bool:
+    """Whether the change of a module has a higher rank than the factors that it is made of: LoHa."""
+    return module.is_low_rank and module.kind.ends is None
 
 
 def in_kohya_names(file: AdapterFile) -> AdapterFile:
@@ -275,24 +285,23 @@ def add_factors(
     ranks: tuple[int, int] | None,
     dtype: torch.dtype,
     device: torch.device,
-) -> ModuleWeights:
-    """The sum of low-rank changes of one module."""
-    shape = terms[0][0].shape
+) -> tuple[ModuleWeights, float, float]:
+    """(the sum of low-rank changes of one module, the squared norm that it misses, the squared norm of the sum)."""
+    shape = max((module.shape for module, _ in terms), key=len)  # a LoHa does not tell 1x1 convolutions from matrices
     for module, _ in terms:
         if not module.is_low_rank or module.shape[:2] != shape[:2] or prod(module.shape) != prod(shape):
             raise ValueError(f"{name} has different shapes in --models; they were made for different base models")
     factors = [tuple(factor.to(device) for factor in module.factors(dtype)) for module, _ in terms]
     up_OR, down_RN = concatenated(factors, [ratio * module.scale for module, ratio in terms])  # type: ignore[arg-type]
+    missed = total = 0.0
     if ranks is not None:
         rank = ranks[1] if len(shape) == 4 and shape[2:] != (1, 1) else ranks[0]
-        up_OR, down_RN = balanced(*svd_of_product(up_OR, down_RN), rank)
+        u_OK, s_K, v_KN = svd_of_product(up_OR, down_RN)
+        up_OR, down_RN = balanced(u_OK, s_K, v_KN, rank)
+        missed, total = float(s_K[rank:].double().square().sum()), float(s_K.double().square().sum())
     rank = down_RN.shape[0]
-    tensors = {
-        DOWN: down_RN.reshape(rank, *shape[1:]).cpu().contiguous(),
-        UP: up_OR.reshape(shape[0], rank, *(1,) * (len(shape) - 2)).cpu().contiguous(),
-        ALPHA: torch.tensor(float(rank)),
-    }
-    return ModuleWeights(name, tensors, {})
+    leaves = lora.leaves_of(up_OR.cpu(), down_RN.cpu(), shape, torch.tensor(float(rank)))
+    return ModuleWeights(name, leaves, {}), missed, total
 
 
 def add_norms(name: str, terms: Sequence[tuple[ModuleWeights, float]]) -> ModuleWeights:
@@ -371,8 +380,8 @@ def ranks_of(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tuple[in
     if args.concat:
         return None
     modules = [module for adapter in adapters for module in adapter.file.modules.values() if module.is_low_rank]
-    plain = [module.rank for module in modules if module.form == "low_rank"]
-    conv = [module.rank for module in modules if module.form != "low_rank"]
+    plain = [module.rank for module in modules if not module.is_larger_kernel]
+    conv = [module.rank for module in modules if module.is_larger_kernel]
     new_rank = args.new_rank or max(plain or conv or [1])
     new_conv_rank = args.new_conv_rank or (args.new_rank or max(conv or plain or [1]))
     return new_rank, new_conv_rank

@@ -1,8 +1,8 @@
 """Reduce the rank of a LoRA file: to a fixed one, or for each module to what a measure of its singular values asks for.
 
 The change of a module is decomposed exactly from its small factors. What is kept is the best approximation of that
-rank, at the same alpha / rank as before. Modules with a Tucker core become plain convolutions of the same effect; DoRA
-magnitudes and norm weights are kept.
+rank, at the same alpha / rank as before. Modules with a Tucker core become plain convolutions of the same effect, LoHa
+becomes LoRA; DoRA magnitudes and norm weights are kept.
 """
 
 import argparse
@@ -19,8 +19,9 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_forms, save_adapter_file
+from networks.core.files.adapter_file import COMPUTED, AdapterFile, read_adapter_file, require_kinds, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
+from networks.core.kinds import lora
 from networks.core.kinds.svd import (
     MIN_SINGULAR_VALUE,
     balanced,
@@ -64,7 +65,7 @@ class Measure:
     param: float
 
     def rank_of(self, module: ModuleWeights, s_K: Tensor) -> int:
-        most = self.new_conv_rank if module.form in ("conv", "tucker") else self.new_rank
+        most = self.new_conv_rank if module.is_larger_kernel else self.new_rank
         if self.method is None:
             return min(most, len(s_K))
         if float(s_K[0]) <= MIN_SINGULAR_VALUE:
@@ -103,7 +104,7 @@ def resize_module(module: ModuleWeights, measure: Measure, device: torch.device)
 
 def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbose: bool = False) -> AdapterFile:
     """Every module at its new rank, and metadata that says so. Raises ValueError for kinds that have no rank."""
-    require_forms(file, ("low_rank", "conv", "tucker", "norm"), "resized")
+    require_kinds(file, COMPUTED, "resized")
     modules = []
     kept_norms = []
     for module in tqdm(file.modules.values(), desc="resizing", unit="module"):
@@ -131,6 +132,9 @@ def resized_metadata(file: AdapterFile, modules: Sequence[ModuleWeights], measur
     main = [m for m in modules if m.form == "low_rank"] or [m for m in modules if m.is_low_rank]
     ranks, alphas = {module.rank for module in main}, {module.alpha for module in main}
     old = max(module.rank for module in file.modules.values() if module.is_low_rank)
+    if any(module.kind is not old_module.kind and not old_module.kind.ends
+           for module, old_module in zip(modules, file.modules.values(), strict=True)):  # fmt: skip
+        metadata["ss_network_module"] = lora.KIND.door
     dynamic = measure.method is not None
     metadata["ss_network_dim"] = "Dynamic" if dynamic else str(measure.new_rank if len(ranks) > 1 else ranks.pop())
     metadata["ss_network_alpha"] = "Dynamic" if dynamic or len(alphas) > 1 else str(alphas.pop())

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from networks.core.files.adapter_file import COMPUTED, parse_adapter, require_kinds
 from tools.toy_world import Picture, look_at, parse_caption
 
 SAMPLING_STEPS = 20
 GUIDANCE_SCALE = 2.0
 BATCH_SIZE = 50
-LORA_PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
 
 
 @dataclass(frozen=True)
@@ -80,30 +80,32 @@ def count_right(pictures: Sequence[Picture], prompts: Sequence[Prompt]) -> int:
 
 
 def name_layers(pipeline: Any) -> dict[str, nn.Module]:
-    """Return every linear and convolution layer of U-Net and text encoder by its name in kohya's LoRA files."""
+    """Return every layer of U-Net and text encoder that adapters change by its name in kohya's files."""
     roots = (("lora_unet_", pipeline.unet), ("lora_te_text_model_", pipeline.text_encoder))
     return {
         prefix + name.removeprefix("text_model.").replace(".", "_"): module
         for prefix, root in roots
         for name, module in root.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm)
     }
 
 
 @torch.no_grad()
 def merge_lora(pipeline: Any, weights: dict[str, Tensor]) -> None:
-    """Add a LoRA in kohya's format to the pipeline's weights: alpha / rank * up @ down.
+    """Merge an adapter file of any kind, in kohya's names, into the pipeline's weights.
 
-    Raises ValueError for tensors that are no such LoRA or belong to no layer.
+    Raises ValueError for tensors that are no adapter of this base model.
     """
     layers = name_layers(pipeline)
-    for key in weights:
-        name, _, part = key.partition(".")
-        if name not in layers or part not in LORA_PARTS:
-            raise ValueError(f"--lora holds {key}, which fits no layer of the base model; use a LoRA trained on it")
-    for name in dict.fromkeys(key.partition(".")[0] for key in weights):
-        down, up = (weights[f"{name}.{part}"].float() for part in LORA_PARTS[:2])
-        rank = down.shape[0]
-        scale = weights[f"{name}.alpha"].item() / rank if f"{name}.alpha" in weights else 1.0
-        weight = layers[name].weight
-        weight += (scale * up.flatten(1) @ down.flatten(1)).view_as(weight).to(weight.dtype)
+    file = parse_adapter(weights, {}, "--lora")
+    strangers = [*(module.keys[leaf] for module in file.modules.values() for leaf in module.keys
+                   if module.name not in layers), *file.unknown]  # fmt: skip
+    if strangers:
+        raise ValueError(
+            f"--lora holds {strangers[0]}, which fits no layer of the base model; use an adapter trained on it"
+        )
+    require_kinds(file, COMPUTED, "merged")
+    for name, module in file.modules.items():
+        for parameter, base in layers[name].named_parameters(recurse=False):
+            if module.changes(parameter):
+                base.copy_(module.merged(base, 1.0, torch.float32, parameter))

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from library.checkpoints.adapter_keys import WIDE_LEAVES, AdapterKey, underscored
+
 FileNaming = Literal["kohya", "generic", "diffusers"]
 NAMINGS: tuple[FileNaming, ...] = ("kohya", "generic", "diffusers")
-
-PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,6 @@ class BaseNames:
         return self.index.get(underscored(name))
 
 
-def underscored(name: str) -> str:
-    """The form in which names of all namings can be compared."""
-    name = name.removeprefix(PEFT_PREFIX)
-    return name.removeprefix("model.").replace(".", "_") if name.startswith("model.diff") else name.replace(".", "_")
-
-
 # --- which base model a file is for ---
 
 BASES: Mapping[str, str] = {
@@ -116,7 +110,7 @@ def recognise_base(shapes: Mapping[str, Sequence[int]]) -> str | None:
 
     `shapes` has every key of the file. Sizes decide where names are shared: SD 1 and 2, FLUX.1 and HunyuanImage.
     """
-    widths = {underscored(key): shape[1] for key, shape in shapes.items() if _is_down(key) and len(shape) > 1}
+    widths = {underscored(key): shape[1] for key, shape in shapes.items() if _tells_width(key) and len(shape) > 1}
     keys = [underscored(key) for key in shapes]
     for mark, base in NAME_MARKS:
         if any(re.search(mark, key) for key in keys):
@@ -146,9 +140,10 @@ def _recognise_unet(keys: Sequence[str], widths: Mapping[str, int]) -> str | Non
     return "sd1"
 
 
-def _is_down(key: str) -> bool:
-    """Whether a key is that of a down factor, whose second dimension is the width of the module's input."""
-    return re.search(r"\.(lora_down|lora_A|lora\.down|lora_linear_layer\.down)(\.[\w-]+)?\.?weight$", key) is not None
+def _tells_width(key: str) -> bool:
+    """Whether the second dimension of a key's tensor is the width of the module's input."""
+    found = AdapterKey.parse(key)
+    return found is not None and found.leaf in WIDE_LEAVES
 
 
 def _width(widths: Mapping[str, int], pattern: str) -> int | None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from library.checkpoints.adapter_names import BASES, PEFT_PREFIX, FileNaming, recognise_base, underscored
+from library.checkpoints.adapter_keys import AdapterKey, underscored
+from library.checkpoints.adapter_names import BASES, NAMINGS, FileNaming, recognise_base
 
 Program = Literal["ComfyUI", "Forge", "A1111-style", "diffusers", "stable-diffusion.cpp"]
 PROGRAMS: tuple[Program, ...] = ("ComfyUI", "Forge", "A1111-style", "diffusers", "stable-diffusion.cpp")
@@ -147,9 +148,9 @@ GAPS: tuple[Gap, ...] = (
 
 LOW_RANK = frozenset(("lora_down.weight", "lora_up.weight", "lora_A.weight", "lora_B.weight", "alpha"))
 NORM = frozenset(("w_norm", "b_norm"))
-LEAF = re.compile(
-    r"(.+?)\.(lora_(?:down|up|mid|A|B)\.weight|alpha|dora_scale|w_norm|b_norm|hada_(?:w[12]_[ab]|t[12])"
-    r"|lokr_(?:w[12](?:_[ab])?|t2))"
+READ = re.compile(  # endings that programs look for
+    r"lora_(?:down|up|mid|A|B)\.weight|alpha|dora_scale|w_norm|b_norm|hada_(?:w[12]_[ab]|t[12])"
+    r"|lokr_(?:w[12](?:_[ab])?|t2)"
 )
 DIFFUSERS_LEAVES = LOW_RANK | {"dora_scale"}
 
@@ -164,24 +165,18 @@ def readings(shapes: Mapping[str, Sequence[int]]) -> tuple[Reading, ...]:
 
 
 def parse(text: str, shape: tuple[int, ...]) -> Key:
-    """Take a key apart; one without a known leaf or prefix keeps its text and has no naming."""
-    match = LEAF.fullmatch(text)
-    module, leaf = (match[1], match[2]) if match else (text, "")
-    naming = naming_of(module) if match else None
-    is_text = re.match(r"(lora_te|text_encoder)", module) is not None
-    return Key(text, underscored(module), leaf, shape, naming, "text" if is_text else "denoiser")
+    """Take a key apart; one whose ending or prefix no program knows keeps its text and has no naming."""
+    found = AdapterKey.parse(text)
+    if found is None or READ.fullmatch(found.ending) is None:
+        return Key(text, underscored(text), "", shape, None, part_of(text))
+    naming = next((naming for naming in NAMINGS if naming == found.naming), None)
+    if re.match(r"lycoris_|model\.diffusion_model\.", found.module) or (naming == "kohya" and "." in found.module):
+        naming = None  # names that LyCORIS gives without a preset, or of a whole checkpoint
+    return Key(text, underscored(found.module), found.ending, shape, naming, part_of(found.module))
 
 
-def naming_of(module: str) -> FileNaming | None:
-    """The naming that a module's name follows."""
-    if module.startswith(("lora_unet_", "lora_te")) and "." not in module:
-        return "kohya"
-    if module.startswith(("diffusion_model.", "text_encoders.")):
-        return "generic"
-    is_of_diffusers = re.match(
-        r"(unet|transformer|text_conditioner|text_encoder(_[23])?)\.", module.removeprefix(PEFT_PREFIX)
-    )
-    return "diffusers" if is_of_diffusers and not module.startswith(PEFT_PREFIX) else None
+def part_of(module: str) -> Part:
+    return "text" if re.match(r"(lora_te|text_encoder)", module) is not None else "denoiser"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from library.options.train import TrainOptions
 
 logger = logging.getLogger(__name__)
 
-HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # by another process
+LOCKED_ERRORS = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # by another process
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # by the file system
 FAR_BYTE = 1 << 30  # Windows forbids others to read what is locked, so the lock lies behind the text
 
@@ -72,7 +72,7 @@ def acquire(path: Path) -> IO[str] | None:
                 path.unlink(missing_ok=True)
                 logger.warning("%s: this file system has no locks; make sure that no second run writes there", path)
                 return None
-            if error.errno not in HELD:
+            if error.errno not in LOCKED_ERRORS:
                 raise
             raise ValueError(
                 f"another run writes the files of this name ({holder}, says {path}): wait for its end, stop it, or "

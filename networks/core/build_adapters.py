@@ -1,45 +1,30 @@
 """The adapters of one part of the base model: fresh ones, or those that a file has weights for."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from networks.core.adapter import Adapter, Dropout
+from networks.core.adapter import Adapter
 from networks.core.arguments import NetworkArguments
-from networks.core.files.reading_writing import DORA_SCALE, MID, UP, W_NORM, rank_and_alpha
+from networks.core.kinds import norm
 from networks.core.kinds.joins import Add, Decompose
-from networks.core.kinds.lora import Delta, Tucker
-from networks.core.kinds.norm import NormAdapter
-from networks.core.kinds.split import SplitRank, fold
-from networks.core.network import AdapterNetwork, Member, StartStep
+from networks.core.kinds.kind import Door
+from networks.core.kinds.leaves import ALPHA, DORA_SCALE
+from networks.core.kinds.scaled import Dropout, ScaledDelta
+from networks.core.kinds.split import are_apart
+from networks.core.kinds.table import change_of, kind_of
+from networks.core.network import Member
 from networks.core.sites.rules import Allotment, Rules, make_rules
 from networks.core.sites.site_selection import all_sites, chosen_sites, extra_classes
 from networks.core.sites.targets import AdapterTargets, Filters, Part, Site, find_norms
-
-MakeDelta = Callable[[nn.Module, int], Delta]
-"""(the layer, its rank) -> the change of its weight."""
-
-MakeSplit = Callable[[nn.Linear, int, tuple[int, ...]], Delta]
-"""(a fused layer, the rank of each projection, the outputs of each) -> the change of its weight."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What is particular to the adapters of one door."""
-
-    make_delta: MakeDelta
-    make_split: MakeSplit = SplitRank  # with split_qkv
-    check: Callable[[AdapterNetwork], None] | None = None  # tells what comes of the settings, or raises ValueError
-    start_step: StartStep | None = None  # called before each batch of an optimizer step
-    refuses: Mapping[str, str] = field(default_factory=dict)  # network argument -> why it cannot meet this kind
 
 
 @dataclass(frozen=True)
 class Form:
     """How the change of one module is stored and joined, beside what its kind says."""
 
-    is_tucker: bool = False
+    has_core: bool = False
     is_decomposed: bool = False
     widths: tuple[int, ...] | None = None  # outputs of each projection that is adapted apart
 
@@ -54,7 +39,7 @@ class Place:
 
 
 def fresh_members(
-    kind: Kind, targets: AdapterTargets, place: Place, rules: Rules, arguments: NetworkArguments, multiplier: float
+    door: Door, targets: AdapterTargets, place: Place, rules: Rules, arguments: NetworkArguments, multiplier: float
 ) -> Iterator[Member]:
     """The adapters of one part of the base model that the arguments ask for."""
     classes = rules.classes(place.part)
@@ -62,21 +47,21 @@ def fresh_members(
         allotment = rules.allot(site)
         if allotment.rank:
             form = Form(
-                is_tucker=arguments.use_tucker and site.kind == "conv",
+                has_core=arguments.use_tucker and site.kind == "conv",
                 is_decomposed=arguments.dora_wd,
                 widths=split_widths(targets, place, site, arguments),
             )
-            yield make_member(kind, place, site, allotment, arguments, multiplier, form)
+            yield make_member(door, place, site, allotment, arguments, multiplier, form)
     if arguments.train_norm:
         filters = Filters(arguments.exclude_patterns, arguments.include_patterns)
         classes += extra_classes(place.part, arguments)
         for site in find_norms(place.part, place.root, classes, filters):
             if (norm_allotment := rules.allot_norm(site)) is not None:
-                yield Member(NormAdapter(site, multiplier), place.text_encoder, norm_allotment)
+                yield norm_member(place, site, norm_allotment, multiplier)
 
 
 def members_of_file(
-    kind: Kind,
+    door: Door,
     targets: AdapterTargets,
     place: Place,
     rules: Rules,
@@ -85,27 +70,36 @@ def members_of_file(
     groups: Mapping[str, Mapping[str, Tensor]],
     source: str,
 ) -> Iterator[Member]:
-    """The adapters of one part of the base model that a file has weights for."""
+    """The adapters of one part of the base model that a file has weights for.
+
+    Modules of a kind that the door does not train are read as they are.
+    """
     part = place.part
     norms = find_norms(part, place.root, part.blocks + part.conv_blocks, Filters(include=(".*",)))
     for site in (*all_sites(part, place.root, targets), *norms):
         group = groups.get(site.name)
-        if group is None or (W_NORM in group) != (site.kind == "norm"):
+        if group is None or ((kind := kind_of(group)) is norm.KIND) != (site.kind == "norm"):
             continue
         if site.kind == "norm":
-            yield Member(NormAdapter(site, multiplier), place.text_encoder, rules.with_rate(site, 0, 0.0))
+            yield norm_member(place, site, rules.with_rate(site, 0, 0.0), multiplier)
             continue
-        rank, alpha = rank_and_alpha(group)
+        assert kind.rank_of is not None
+        rank = kind.rank_of(group)
+        alpha = float(group[ALPHA]) if ALPHA in group else float(rank)
+        if kind not in door.kinds:
+            adapter = Adapter(site, change_of(group, site.module), multiplier)
+            yield Member(adapter, place.text_encoder, rules.with_rate(site, rank, alpha))
+            continue
         widths = split_widths(targets, place, site, arguments)
         if widths is not None:
-            if fold(group[UP], widths) is None:
+            if not are_apart(group, widths):
                 raise ValueError(
                     f"--network_args split_qkv: {site.name} is one adapter for all projections of its layer in "
                     f"{source}; leave split_qkv out to train it further as it is"
                 )
             rank, alpha = rank // len(widths), alpha / len(widths)
-        form = Form(MID in group, DORA_SCALE in group or arguments.dora_wd, widths)
-        yield make_member(kind, place, site, rules.with_rate(site, rank, alpha), arguments, multiplier, form)
+        form = Form(kind.has_core(group), DORA_SCALE in group or arguments.dora_wd, widths)
+        yield make_member(door, place, site, rules.with_rate(site, rank, alpha), arguments, multiplier, form)
 
 
 def rates_alone(arguments: NetworkArguments, targets: AdapterTargets, is_denoiser: bool) -> Rules:
@@ -124,7 +118,7 @@ def split_widths(
 
 
 def make_member(
-    kind: Kind,
+    door: Door,
     place: Place,
     site: Site,
     allotment: Allotment,
@@ -133,14 +127,19 @@ def make_member(
     form: Form,
 ) -> Member:
     """One adapter, not installed yet."""
-    dropout = Dropout(arguments.neuron_dropout, arguments.rank_dropout, arguments.module_dropout)
+    drops = Dropout(arguments.neuron_dropout, arguments.rank_dropout, arguments.module_dropout)
     if form.widths is not None:
-        assert isinstance(site.module, nn.Linear)
-        delta = kind.make_split(site.module, allotment.rank, form.widths)
+        assert isinstance(site.module, nn.Linear) and door.make_split is not None
+        delta = door.make_split(site.module, allotment.rank, form.widths)
     else:
-        delta = (Tucker if form.is_tucker else kind.make_delta)(site.module, allotment.rank)
+        delta = (door.make_core if form.has_core else door.make_delta)(site.module, allotment.rank)
     weight = site.module.weight
     assert isinstance(weight, Tensor)
     join = Decompose(weight, arguments.dora_constant_norm) if form.is_decomposed else Add()
-    adapter = Adapter(site, delta, join, allotment.alpha, dropout, multiplier, arguments.use_scalar)
-    return Member(adapter, place.text_encoder, allotment)
+    change = ScaledDelta(site.module, delta, join, allotment.alpha, drops, arguments.use_scalar)
+    return Member(Adapter(site, change, multiplier), place.text_encoder, allotment)
+
+
+def norm_member(place: Place, site: Site, allotment: Allotment, multiplier: float) -> Member:
+    """One trained normalisation layer, not installed yet."""
+    return Member(Adapter(site, norm.fresh_norm(site.module), multiplier), place.text_encoder, allotment)

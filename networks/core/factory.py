@@ -1,4 +1,4 @@
-"""The two functions that --network_module must offer, made for one kind of adapter."""
+"""The two functions that --network_module must offer, made for one door."""
 
 import logging
 import re
@@ -8,10 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from networks.core.arguments import NetworkArguments, parse_arguments
-from networks.core.build_adapters import Kind as Kind
 from networks.core.build_adapters import Place, fresh_members, members_of_file, rates_alone
 from networks.core.files.foreign_names import in_own_names
-from networks.core.files.reading_writing import DORA_SCALE, MID, group_by_module, read_adapters
+from networks.core.files.reading_writing import group_by_module, read_adapters
+from networks.core.kinds import norm
+from networks.core.kinds.kind import Door
+from networks.core.kinds.leaves import DORA_SCALE
+from networks.core.kinds.table import KINDS, kind_of
 from networks.core.network import AdapterNetwork, Member
 from networks.core.sites.rules import make_rules
 from networks.core.sites.site_selection import check_choices
@@ -32,8 +35,8 @@ CreateNetwork = Callable[..., AdapterNetwork]
 CreateFromWeights = Callable[..., tuple[AdapterNetwork, dict[str, Tensor]]]
 
 
-def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
-    """`create_network` and `create_network_from_weights` of one kind of adapter; a door gives them these names."""
+def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
+    """`create_network` and `create_network_from_weights` of one door, which gives them these names."""
 
     def create_network(
         multiplier: float,
@@ -51,7 +54,7 @@ def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
         network arguments.
         """
         arguments = parse_arguments(network_args, neuron_dropout)
-        check_arguments(kind, arguments)
+        check_arguments(door, arguments)
         rank = DEFAULT_RANK if network_dim is None else network_dim
         alpha = DEFAULT_ALPHA if network_alpha is None else float(network_alpha)
         if rank < 0 or alpha < 0:
@@ -62,15 +65,15 @@ def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
         for place in places(targets, text_encoder, unet):
             if not place.part.needs or arguments.of_model.get(place.part.needs):
                 rules = make_rules(rank, alpha, arguments, targets, is_denoiser=place.text_encoder is None)
-                members += fresh_members(kind, targets, place, rules, arguments, multiplier)
+                members += fresh_members(door, targets, place, rules, arguments, multiplier)
         if not members:
             raise ValueError(
                 f"nothing to train: with --network_dim {rank} and these --network_args every module has the rank 0"
             )
         warn_without_effect(targets, arguments, members)
-        network = AdapterNetwork(members, targets, arguments, kind.start_step)
-        if kind.check is not None:
-            kind.check(network)
+        network = AdapterNetwork(members, targets, arguments, door.start_step)
+        if door.check is not None:
+            door.check(network)
         return network
 
     def create_network_from_weights(
@@ -91,24 +94,24 @@ def network_module(kind: Kind) -> tuple[CreateNetwork, CreateFromWeights]:
         *_lr_weight lists count. Raises ValueError when the file cannot be used.
         """
         arguments = parse_arguments(network_args, neuron_dropout)
-        check_arguments(kind, arguments)
+        check_arguments(door, arguments)
         warn_of_ranks(arguments)
         targets = targets_of(unet)
         weights = dict(in_own_names(read_adapters(file) if weights_sd is None else weights_sd, targets.names, file))
-        groups = group_by_module(weights, str(file))
+        groups = group_by_module(weights, str(file), KINDS if for_inference else (*door.kinds, norm.KIND))
         members: list[Member] = []
         for place in places(targets, text_encoder, unet):
             rules = rates_alone(arguments, targets, is_denoiser=place.text_encoder is None)
-            members += members_of_file(kind, targets, place, rules, arguments, multiplier, groups, str(file))
+            members += members_of_file(door, targets, place, rules, arguments, multiplier, groups, str(file))
         if not members:
             raise ValueError(
                 f"{file}: none of its {len(groups)} modules is in this base model; was it made for another?"
             )
-        network = AdapterNetwork(members, targets, arguments, kind.start_step)
+        network = AdapterNetwork(members, targets, arguments, door.start_step)
         if not for_inference:
-            check_forms(kind, groups, str(file))
-            if kind.check is not None:
-                kind.check(network)
+            check_forms(door, groups, str(file))
+            if door.check is not None:
+                door.check(network)
         network.train(not for_inference)
         return network, weights
 
@@ -133,24 +136,28 @@ def warn_without_effect(targets: AdapterTargets, arguments: NetworkArguments, me
             logger.info("%s: rank %d", member.adapter.site.name, member.allotment.rank)
 
 
-def check_arguments(kind: Kind, arguments: NetworkArguments) -> None:
-    """Raise ValueError for an argument that this kind of adapter cannot meet, warn of those that belong to another."""
-    for name, reason in kind.refuses.items():
+def check_arguments(door: Door, arguments: NetworkArguments) -> None:
+    """Raise ValueError for an argument that this kind does not support, warn of those that belong to another."""
+    for name, reason in door.refuses.items():
         if getattr(arguments, name):
             raise ValueError(f"--network_args {name} does not work with this --network_module: {reason}")
-    if kind.start_step is None:
+    if door.start_step is None:
         given = [name for name in NESTED_ARGUMENTS if getattr(arguments, name) != getattr(NetworkArguments, name)]
         if given:
             logger.warning("--network_args %s has no effect; it belongs to networks.dylora", ", ".join(given))
 
 
-def check_forms(kind: Kind, groups: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
-    """Raise ValueError where a file that is to be trained further has what this kind of adapter cannot meet."""
-    for leaf, name in ((MID, "use_tucker"), (DORA_SCALE, "dora_wd")):
-        if name in kind.refuses and any(leaf in group for group in groups.values()):
+def check_forms(door: Door, groups: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
+    """Raise ValueError where a file that is to be trained further has what this kind does not support."""
+    found = {
+        "use_tucker": any(kind_of(group).has_core(group) for group in groups.values()),
+        "dora_wd": any(DORA_SCALE in group for group in groups.values()),
+    }
+    for name, is_there in found.items():
+        if is_there and name in door.refuses:
             raise ValueError(
                 f"{source} was trained with {name}, which does not work with this --network_module: "
-                f"{kind.refuses[name]}"
+                f"{door.refuses[name]}"
             )
 
 

@@ -1,10 +1,8 @@
 """Taking a layer's forward and giving it back: how an adapter acts without changing the base model's module tree."""
 
-from collections.abc import Callable
+from torch import nn
 
-from torch import Tensor, nn
-
-Forward = Callable[[Tensor], Tensor]
+from networks.core.kinds.change import Forward
 
 
 def take_forward(layer: nn.Module, forward: Forward) -> Forward:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from networks.core.adapter import Adapter
 from networks.core.arguments import NetworkArguments
 from networks.core.files.foreign_names import in_own_names
-from networks.core.files.reading_writing import AnyAdapter, load_into, network_tensors, read_adapters, save_network
-from networks.core.kinds.norm import NormAdapter
+from networks.core.files.reading_writing import load_into, network_tensors, read_adapters, save_network
 from networks.core.sites.rules import Allotment
 from networks.core.sites.targets import AdapterTargets
 from networks.core.summary import describe_part, describe_rates
@@ -21,14 +21,13 @@ logger = logging.getLogger(__name__)
 DENOISER_LR_NAME = "unet"
 TEXT_ENCODER_LR_NAME = "textencoder"
 ROUNDING = 1e-6  # a norm that was scaled to the limit is not above it
-UP_FACTORS = "lora_up"  # of the parameters that LoRA+ trains faster
 
 
 @dataclass(frozen=True)
 class Member:
     """One adapter and where it belongs."""
 
-    adapter: AnyAdapter
+    adapter: Adapter
     text_encoder: int | None  # index of the text encoder, None for the denoiser
     allotment: Allotment
 
@@ -60,10 +59,10 @@ class AdapterNetwork(nn.Module):
             name = member.adapter.site.name
             if name in self._modules:
                 raise ValueError(f"two modules of the base model have the name {name} in files")
-            self.add_module(name, member.adapter)
+            self.add_module(name, module_of(member.adapter))
 
     @property
-    def adapters(self) -> Mapping[str, AnyAdapter]:
+    def adapters(self) -> Mapping[str, Adapter]:
         """The adapters by name, text encoders first."""
         return {member.adapter.site.name: member.adapter for member in self.members}
 
@@ -107,9 +106,10 @@ class AdapterNetwork(nn.Module):
             logger.warning(line)
         with torch.no_grad():
             for member in self.members:
-                adapter = member.adapter.to(device) if device is not None else member.adapter
-                for name, value in adapter.merged().items():
-                    weight = getattr(adapter.site.module, name)
+                if device is not None:
+                    module_of(member.adapter).to(device)
+                for name, value in member.adapter.merged().items():
+                    weight = getattr(member.adapter.site.module, name)
                     assert isinstance(weight, nn.Parameter)
                     merged = value.to(weight.device, dtype or weight.dtype)
                     if merged.dtype == weight.dtype:
@@ -152,8 +152,8 @@ class AdapterNetwork(nn.Module):
             block = "" if allotment.block is None else f"_block{allotment.block}"
             block += "" if allotment.expression is None else f" reg_lr_{allotment.expression}"
             ratio = self._loraplus_ratio(member)
-            for name, parameter in member.adapter.named_parameters():
-                is_plus = ratio is not None and UP_FACTORS in name
+            for name, parameter in module_of(member.adapter).named_parameters():
+                is_plus = ratio is not None and name == member.adapter.change.fast_leaf
                 lr = rate * ratio if is_plus and ratio is not None else rate
                 if lr == 0:
                     continue
@@ -199,13 +199,13 @@ class AdapterNetwork(nn.Module):
         Gives how many were scaled, and mean and maximum of the norms that all have afterwards. Norms of changes are at
         multiplier 1, before DoRA's magnitudes; trained normalisation layers have none.
         """
-        adapters = [m.adapter for m in self.members if not isinstance(m.adapter, NormAdapter)]
-        if not adapters:
+        changes = [m.adapter.change for m in self.members if m.adapter.site.kind != "norm"]
+        if not changes:
             return 0, 0.0, 0.0
-        norms = torch.stack([adapter.norm() for adapter in adapters])
+        norms = torch.stack([change.norm() for change in changes])
         ratios = torch.where(norms > limit * (1 + ROUNDING), limit / norms, 1.0)
-        for adapter, ratio in zip(adapters, ratios, strict=True):
-            adapter.shrink(ratio)
+        for change, ratio in zip(changes, ratios, strict=True):
+            change.scale_(ratio)
         after = norms * ratios
         return int((ratios < 1).sum()), float(after.mean()), float(after.max())
 
@@ -240,6 +240,12 @@ class AdapterNetwork(nn.Module):
         if member.text_encoder is not None:
             own = arguments.loraplus_text_encoder_lr_ratio
         return own or arguments.loraplus_lr_ratio or None
+
+
+def module_of(adapter: Adapter) -> nn.Module:
+    """The change as the module that it is."""
+    assert isinstance(adapter.change, nn.Module)
+    return adapter.change
 
 
 def describe(members: Sequence[Member], targets: AdapterTargets) -> Iterator[str]:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from networks.core.files.reading_writing import file_tensors
 from networks.core.protocol import adopt
 
 
@@ -15,7 +14,7 @@ def saved_tensors(network: Any) -> dict[str, Tensor]:
     return {
         f"{name}.{leaf}": tensor
         for name, adapter in network.adapters.items()
-        for leaf, tensor in file_tensors(adapter).items()
+        for leaf, tensor in adapter.change.leaves().items()
     }
 
 

@@ -237,7 +237,7 @@ def added(layers: Mapping[str, nn.Module], tensors: Tensors) -> None:
     for name, module in parse_adapter(tensors, {}, "a.safetensors").modules.items():
         weight = layers[name].weight
         assert isinstance(weight, Tensor)
-        weight += module.change().reshape(weight.shape)
+        weight += module.weight().reshape(weight.shape)
 
 
 def loaded_by_diffusers(pair: Pair, tensors: Tensors) -> Tensor:

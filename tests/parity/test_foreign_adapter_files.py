@@ -64,8 +64,8 @@ def test_they_load_into_a_network(models: Models, kohya_file: Path, tmp_path: Pa
         strength = float(wanted[f"{name}.alpha"]) / 4
         up, down = (wanted[f"{name}.{leaf}.weight"].flatten(1) for leaf in ("lora_up", "lora_down"))
         change = strength * (up @ down)
-        state = adapter.state_dict()
-        scale = adapter.alpha_value / 4  # type: ignore[union-attr]
+        state = adapter.change.state_dict()
+        scale = adapter.change.alpha_value / 4  # type: ignore[union-attr]
         found = scale * (state["lora_up.weight"].flatten(1) @ state["lora_down.weight"].flatten(1))
         torch.testing.assert_close(found, change, **EXACT)  # scales are powers of two
 

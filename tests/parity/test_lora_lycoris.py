@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks.core.adapter import Adapter, Dropout
-from networks.core.files.reading_writing import file_tensors
+from networks.core.adapter import Adapter
 from networks.core.kinds.joins import Add, Decompose
-from networks.core.kinds.lora import LowRank, Tucker
-from networks.core.sites.targets import Site, kind_of
+from networks.core.kinds.lora import LowRank
+from networks.core.kinds.tucker import Tucker
+from networks.core.sites.targets import kind_of
+from tests.unit.networks.one_layer import adapter_on
 
 locon: Any = pytest.importorskip("lycoris.modules.locon")
 
@@ -38,16 +39,16 @@ def pair(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> tuple[A
     assert kind is not None
     delta = (Tucker if is_tucker else LowRank)(layer, 4)
     join = Decompose(layer.weight) if is_dora else Add()
-    ours = Adapter(Site("x", "x", layer, kind), delta, join, 3.0, Dropout(), 1.0, has_scalar)
+    ours = adapter_on(layer, delta, 3.0, join, has_scalar=has_scalar)
     theirs = locon.LoConModule(
         "x", layer, 1.0, 4, 3.0, use_tucker=is_tucker, use_scalar=has_scalar, weight_decompose=is_dora, wd_on_out=False
     )
     with torch.no_grad():
-        for parameter in ours.parameters():
+        for parameter in ours.change.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
         for key, parameter in theirs.named_parameters():
-            parameter.copy_(ours.get_parameter(key))
-    assert {k for k, _ in ours.named_parameters()} == {k for k, _ in theirs.named_parameters() if "org" not in k}
+            parameter.copy_(ours.change.get_parameter(key))
+    assert {k for k, _ in ours.change.named_parameters()} == {k for k, _ in theirs.named_parameters() if "org" not in k}
     return ours, theirs, layer
 
 
@@ -55,7 +56,7 @@ def pair(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> tuple[A
 def test_layer(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> None:
     ours, theirs, layer = pair(name, is_tucker, is_dora, has_scalar)
     x = torch.randn(LAYERS[name][1], requires_grad=True)
-    keys = [key for key, _ in ours.named_parameters()]
+    keys = [key for key, _ in ours.change.named_parameters()]
 
     def run(module: nn.Module) -> tuple[Tensor, tuple[Tensor, ...]]:
         y = layer(x)
@@ -64,7 +65,7 @@ def test_layer(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> N
 
     alone = layer(x)
     ours.install()
-    y, grads = run(ours)
+    y, grads = run(ours.change)
     ours.remove()
     theirs.apply_to()
     their_y, their_grads = run(theirs)
@@ -73,13 +74,13 @@ def test_layer(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> N
     assert (y - alone).abs().max() > 0.01
     for one, other in zip(grads, their_grads, strict=True):
         torch.testing.assert_close(one, other, **CLOSE)
-    torch.testing.assert_close(ours.merged_weight(), theirs.get_merged_weight()[0], **CLOSE)
+    torch.testing.assert_close(ours.merged()["weight"], theirs.get_merged_weight()[0], **CLOSE)
 
 
 @pytest.mark.parametrize(("name", "is_tucker", "is_dora", "has_scalar"), CASES)
 def test_file(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> None:
     ours, theirs, _ = pair(name, is_tucker, is_dora, has_scalar)
-    mine, other = file_tensors(ours), theirs.custom_state_dict()
+    mine, other = ours.change.leaves(), theirs.custom_state_dict()
     assert {key: tensor.shape for key, tensor in mine.items()} == {key: tensor.shape for key, tensor in other.items()}
     for key in mine:
         torch.testing.assert_close(mine[key], other[key].float(), rtol=0, atol=0)
@@ -88,7 +89,7 @@ def test_file(name: str, is_tucker: bool, is_dora: bool, has_scalar: bool) -> No
 @pytest.mark.parametrize(("name", "is_tucker"), [("linear", False), ("3x3", False), ("3x3", True)])
 def test_norm_of_the_change(name: str, is_tucker: bool) -> None:
     ours, theirs, _ = pair(name, is_tucker, False, True)
-    torch.testing.assert_close(ours.norm(), theirs.get_diff_weight()[0].norm(), **CLOSE)
+    torch.testing.assert_close(ours.change.norm(), theirs.get_diff_weight()[0].norm(), **CLOSE)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -98,10 +99,10 @@ def test_the_start_of_a_trained_strength_is_theirs(name: str) -> None:
     layer: Any = LAYERS[name][0]()
     kind = kind_of(layer)
     assert kind is not None
-    ours = Adapter(Site("x", "x", layer, kind), LowRank(layer, 500), Add(), 1.0, Dropout(), 1.0, True)
+    ours = adapter_on(layer, LowRank(layer, 500), 1.0, has_scalar=True)
     theirs = locon.LoConModule("x", layer, 1.0, 500, 1.0, use_scalar=True)
-    assert ours.scalar is not None and ours.scalar.item() == theirs.scalar.item() == 0.0
+    assert ours.change.scalar is not None and ours.change.scalar.item() == theirs.scalar.item() == 0.0
     for key in ("lora_up.weight", "lora_down.weight"):
-        mine, other = ours.get_parameter(key), theirs.get_parameter(key)
+        mine, other = ours.change.get_parameter(key), theirs.get_parameter(key)
         assert mine.abs().max().item() == pytest.approx(other.abs().max().item(), rel=0.01)
         assert mine.std().item() == pytest.approx(other.std().item(), rel=0.05)

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from networks.core.adapter import Adapter, Dropout
-from networks.core.kinds.joins import Add
 from networks.core.kinds.lora import LowRank
-from networks.core.sites.targets import Site, kind_of
+from networks.core.sites.targets import kind_of
 from tests.tolerances import FLOAT64
+from tests.unit.networks.one_layer import adapter_on, double
 
 peft = pytest.importorskip("peft")
 
@@ -31,13 +30,15 @@ def test_outputs_and_gradients_equal_those_of_peft(name: str) -> None:
 
     kind = kind_of(layer)
     assert kind is not None
-    ours = Adapter(Site("x", "x", layer, kind), LowRank(layer, 4), Add(), 3.0, Dropout(), 1.0).double()
-    ours.load_state_dict({"alpha": ours.alpha, "lora_down.weight": their_down, "lora_up.weight": their_up})
+    ours = double(adapter_on(layer, LowRank(layer, 4), 3.0))
+    ours.change.load_state_dict(
+        {"alpha": ours.change.alpha, "lora_down.weight": their_down, "lora_up.weight": their_up}
+    )
     ours.install()
     x = torch.randn(shape, dtype=torch.float64)
     torch.testing.assert_close(layer(x), theirs(x), **FLOAT64)
     layer(x).square().sum().backward()
     theirs(x).square().sum().backward()
-    torch.testing.assert_close(ours.get_parameter("lora_down.weight").grad, their_down.grad, **FLOAT64)
-    torch.testing.assert_close(ours.get_parameter("lora_up.weight").grad, their_up.grad, **FLOAT64)
+    torch.testing.assert_close(ours.change.get_parameter("lora_down.weight").grad, their_down.grad, **FLOAT64)
+    torch.testing.assert_close(ours.change.get_parameter("lora_up.weight").grad, their_up.grad, **FLOAT64)
     assert their_down.grad.abs().max() > 0.01

@@ -125,6 +125,7 @@ KINDS = {
              "loraplus_lr_ratio=4"],
     "lora_fa": ["networks.lora_fa", "rank_dropout=0.1"],
     "dylora": ["networks.dylora", "unit=2"],
+    "loha": ["networks.loha", "dora_wd=True", "rank_dropout=0.1", "loraplus_lr_ratio=4"],
 }  # fmt: skip
 
 
@@ -137,7 +138,8 @@ def test_every_kind_of_adapter_trains_and_its_file_is_trained_further(
     words = ["--network_module", module, "--network_args", *arguments]
     run("one", *words, "--max_train_steps", "2")
     first = load_state_dict(tmp_path / "one" / "mine.safetensors")
-    moved = [key for key, tensor in first.items() if "lora_up" in key and float(tensor.abs().max()) > 0]
+    from_zero = ("lora_up.weight", "hada_w2_a")
+    moved = [key for key, tensor in first.items() if key.endswith(from_zero) and float(tensor.abs().max()) > 0]
     assert any(key.startswith("lora_unet") for key in moved)
     assert any(key.startswith("lora_te") for key in moved) == base.adapts_text_encoders
     path = str(tmp_path / "one" / "mine.safetensors")

@@ -120,7 +120,7 @@ def test_every_batch_of_an_accumulation_window_has_the_rank_of_its_step(
         "    draw = network.start_step\n"
         "    def record(network, seed, step):\n"
         "        draw(network, seed, step)\n"
-        "        calls.append((seed, step, {a.delta._rows for a in network.adapters.values()}))\n"
+        "        calls.append((seed, step, {a.change.delta._rows for a in network.adapters.values()}))\n"
         "    network.start_step = record\n"
         "    return network\n"
     )

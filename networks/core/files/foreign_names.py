@@ -5,8 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from library.checkpoints.adapter_keys import AdapterKey
 from library.checkpoints.adapter_names import BaseNames
-from networks.core.files.adapter_file import adapter_tensors, parse_adapter, read_adapter_file, split_key
+from networks.core.files.adapter_file import adapter_tensors, parse_adapter, read_adapter_file
 from networks.core.files.renaming import rename
 
 
@@ -25,6 +26,6 @@ def in_own_names(tensors: Mapping[str, Tensor], names: BaseNames | None, file: s
 
 def is_foreign(key: str, names: BaseNames) -> bool:
     """Whether a key is of a module of this base model under another name than kohya's."""
-    found = split_key(key)
-    module = names.find(found[0]) if found else None
-    return module is not None and found is not None and module.kohya != found[0]
+    found = AdapterKey.parse(key)
+    module = names.find(found.module) if found else None
+    return module is not None and found is not None and module.kohya != found.module

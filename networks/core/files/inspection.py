@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from library.checkpoints.adapter_names import underscored
-from networks.core.files.adapter_file import split_key
+from library.checkpoints.adapter_keys import AdapterKey, underscored
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.files.reading_writing import ALPHA, B_NORM, DOWN, UP, W_NORM
+from networks.core.kinds.leaves import ALPHA
 
 PREFIX = re.compile(
     r"^(lora_unet|lora_te\d?|lycoris|diffusion_model|unet|transformer|text_encoder(_\d)?|text_encoders_.*?transformer)_"
@@ -32,7 +31,7 @@ class ModuleFacts:
     alpha: float | None
     down_norm: float | None
     up_norm: float | None
-    update_norm: float | None  # of alpha / rank * up @ down, or of the norm weights; None where it is not computed
+    update_norm: float | None  # of the change at strength 1; None for kinds that are only recognised
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,12 @@ def group_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, ModuleWeight
     keys: dict[str, dict[str, str]] = {}
     unknown = []
     for key, tensor in tensors.items():
-        found = split_key(key)
+        found = AdapterKey.parse(key)
         if found is None:
             unknown.append(key)
             continue
-        leaves.setdefault(found[0], {})[found[1]] = tensor
-        keys.setdefault(found[0], {})[found[1]] = key
+        leaves.setdefault(found.module, {})[found.leaf] = tensor
+        keys.setdefault(found.module, {})[found.leaf] = key
     return {name: ModuleWeights(name, leaves[name], keys[name]) for name in leaves}, unknown
 
 
@@ -86,21 +85,20 @@ def value_problems(module: ModuleWeights) -> Iterator[str]:
 def module_facts(module: ModuleWeights) -> ModuleFacts:
     """Size and strength of a module whose tensors belong together."""
     part, block = place_of(module.name)
-    rank = alpha = down = up = update = None
-    if module.is_low_rank:
-        rank, alpha = module.rank, module.alpha
-        down, up = norm(module.tensors[DOWN]), norm(module.tensors[UP])
-        update = abs(module.scale) * product_norm(*module.factors(torch.float64))
-    elif module.form == "norm":
-        update = math.hypot(*(norm(module.tensors[leaf]) for leaf in (W_NORM, B_NORM) if leaf in module.tensors))
-    kind = "DoRA" if module.is_dora else module.form
-    return ModuleFacts(module.name, part, block, kind, rank, alpha, down, up, update)
-
-
-def product_norm(up_OR: Tensor, down_RN: Tensor) -> float:
-    """|up @ down| from two R x R matrices: its square is the sum of (upᵀ up) * (down downᵀ)."""
-    square = float(((up_OR.T @ up_OR) * (down_RN @ down_RN.T)).sum())
-    return math.nan if math.isnan(square) else math.sqrt(max(square, 0.0))
+    kind = module.kind
+    has_rank = kind.rank_of is not None
+    down, up = (norm(module.tensors[leaf]) for leaf in kind.ends) if kind.ends else (None, None)
+    return ModuleFacts(
+        name=module.name,
+        part=part,
+        block=block,
+        kind="DoRA" if module.is_dora else module.form,
+        rank=module.rank if has_rank else None,
+        alpha=module.alpha if has_rank else None,
+        down_norm=down,
+        up_norm=up,
+        update_norm=None if kind.read is None else float(module.change(torch.float64).norm()),
+    )
 
 
 def norm(tensor: Tensor) -> float:

@@ -1,29 +1,26 @@
-"""The weights that an adapter file has for one module, whatever trainer wrote them.
-
-Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
-"""
+"""The weights that an adapter file has for one module, whatever trainer wrote them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from math import prod
 
 import torch
 from torch import Tensor
 
-from networks.core.files.reading_writing import ALPHA, B_NORM, DORA_SCALE, DOWN, MID, UP, W_NORM
-
-Form = Literal["low_rank", "conv", "tucker", "norm", "loha", "lokr", "other"]
-LOW_RANK_FORMS: tuple[Form, ...] = ("low_rank", "conv", "tucker")  # those that are up @ down
+from networks.core.kinds import lora
+from networks.core.kinds.change import AdditiveChange, Change, LowRankChange, Misfit
+from networks.core.kinds.kind import Kind
+from networks.core.kinds.leaves import ALPHA, DORA_SCALE
+from networks.core.kinds.table import change_of, kind_of
 
 
 @dataclass(frozen=True)
 class ModuleWeights:
     """One module of an adapter file.
 
-    `tensors` are as in the file, by the leaf that this format has for them, whatever they are called there:
-    "lora_down.weight" (R, I) or (R, I, h, w), "lora_up.weight" (O, R) or (O, R, 1, 1), "lora_mid.weight" (R, R, h, w),
-    "alpha" (), "dora_scale" (1, I) or (O, 1) or (O,), "w_norm" and "b_norm" (O,). Leaves of other kinds of adapters
-    keep their names. `keys` has the key in the file for each leaf.
+    `tensors` are as in the file, by the leaf that this format has for them, whatever they are called there (`needs`,
+    `core` and `may_have` of each kind say which). Leaves of kinds that are only recognised keep their names. `keys` has
+    the key in the file for each leaf.
     """
 
     name: str  # as in the file, without the leaf: "lora_unet_mid_block_..." or "unet.mid_block...."
@@ -32,38 +29,35 @@ class ModuleWeights:
     alpha_elsewhere: float | None = None  # recorded beside the tensors: in the metadata or in adapter_config.json
 
     @property
-    def form(self) -> Form:
+    def kind(self) -> Kind:
         """How the change is stored."""
-        leaves = self.tensors.keys()
-        if DOWN in leaves and UP in leaves:
-            if MID in leaves:
-                return "tucker"
-            down = self.tensors[DOWN]
-            return "conv" if down.dim() == 4 and down.shape[2:] != (1, 1) else "low_rank"
-        if W_NORM in leaves or B_NORM in leaves:
-            return "norm"
-        if any(leaf.startswith("hada_") for leaf in leaves):
-            return "loha"
-        return "lokr" if any(leaf.startswith("lokr_") for leaf in leaves) else "other"
+        return kind_of(self.tensors)
+
+    @property
+    def form(self) -> str:
+        """The kind as reports name it: LoRA of kernels larger than 1x1 is "conv"."""
+        kind = self.kind
+        return "conv" if kind is lora.KIND and prod(self.shape[2:]) > 1 else kind.name
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether the change is a product of lora_up and lora_down."""
-        return self.form in LOW_RANK_FORMS
+        """Whether the change is scale * up @ down."""
+        return self.kind.is_low_rank
 
     @property
     def is_dora(self) -> bool:
         return DORA_SCALE in self.tensors
 
     @property
-    def is_convolution(self) -> bool:
-        """Whether the factors have four dimensions, those of 1x1 convolutions included."""
-        return self.is_low_rank and self.tensors[DOWN].dim() == 4
+    def is_larger_kernel(self) -> bool:
+        """Whether it changes a convolution that is larger than 1x1."""
+        return prod(self.shape[2:]) > 1
 
     @property
     def rank(self) -> int:
-        """R, the number of columns of lora_up."""
-        return self.tensors[UP].shape[1]
+        rank_of = self.kind.rank_of
+        assert rank_of is not None
+        return rank_of(self.tensors)
 
     @property
     def alpha(self) -> float:
@@ -74,98 +68,94 @@ class ModuleWeights:
 
     @property
     def scale(self) -> float:
-        """alpha / rank, what the product of the factors is multiplied by."""
+        """alpha / rank."""
         return self.alpha / self.rank
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the change: (O, I), or (O, I, h, w) for a convolution."""
-        up, down = self.tensors[UP], self.tensors[DOWN]
-        kernel = self.tensors[MID].shape[2:] if MID in self.tensors else down.shape[2:]
-        return (up.shape[0], down.shape[1], *kernel)
+        """Of the layer's weight: (O, I), or (O, I, h, w) for a convolution."""
+        shape_of = self.kind.shape_of
+        assert shape_of is not None
+        return shape_of(self.name, self.tensors)
 
-    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """(up_OR, down_RN) of which the change is scale * up @ down; a Tucker core is multiplied into down."""
-        up_OR, down = self.tensors[UP].to(dtype).flatten(1), self.tensors[DOWN].to(dtype)
-        if MID in self.tensors:
-            mid_RRhw = self.tensors[MID].to(dtype)
-            return up_OR, torch.einsum("pqhw,qi->pihw", mid_RRhw, down.flatten(1)).flatten(1)
-        return up_OR, down.flatten(1)
+    def change(self, dtype: torch.dtype | None = torch.float32) -> Change:
+        """What the module does to its layer, computed in `dtype` or in that of the file.
 
-    def change(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """scale * up @ down in the shape of the layer's weight, for DoRA what it adds before the magnitudes."""
-        up_OR, down_RN = self.factors(dtype)
-        return (self.scale * (up_OR @ down_RN)).reshape(self.shape)
-
-    def merged_weight(self, base: Tensor, strength: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The layer's weight that computes the same without the adapter, in the shape of `base` and in `dtype`.
-
-        DoRA: base + strength * (m * (base + change) / |base + change| - base), as inference programs do; the norm is
-        taken per column of inputs or per row of outputs, as the shape of the magnitudes m says. Raises ValueError when
-        the change has another size than `base`.
+        Raises ValueError for kinds that are only recognised.
         """
-        base = base.to(dtype)
-        change = self.change(dtype)
-        if change.shape[:2] != base.shape[:2] or change.numel() != base.numel():
-            raise ValueError(
-                f"{self.name} changes a weight of the shape {list(change.shape)}, but the base model's is "
-                f"{list(base.shape)}; the adapter was made for another base model"
-            )
-        change = change.to(base.device).reshape(base.shape)
-        if not self.is_dora:
-            return base + strength * change
-        whole = base + change
-        magnitude = self.tensors[DORA_SCALE].to(base.device, dtype)
-        axis = 1 if magnitude.dim() > 1 and magnitude.shape[:2] == (1, base.shape[1]) else 0
-        others = [dim for dim in range(base.dim()) if dim != axis]
-        norm: Tensor = torch.linalg.vector_norm(whole, dim=others, keepdim=True) + torch.finfo(torch.float32).eps
-        return base + strength * (whole * (magnitude.reshape(norm.shape) / norm) - base)
+        leaves = {leaf: tensor.to(dtype or tensor.dtype) for leaf, tensor in self.tensors.items() if leaf != ALPHA}
+        if self.kind.rank_of is not None:
+            leaves[ALPHA] = torch.tensor(self.alpha, dtype=torch.float64)
+        try:
+            return change_of(leaves)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
 
-    def merged_norm(self, leaf: str, base: Tensor, strength: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        """`base`, the weight (`leaf` "w_norm") or bias ("b_norm") of a norm layer, with its change."""
-        change = self.tensors[leaf].to(base.device, dtype)
-        if change.shape != base.shape:
-            raise ValueError(f"{self.name}.{leaf} has {change.numel()} values, the base model's layer {base.numel()}")
-        return base.to(dtype) + strength * change
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What is added to the layer's weight, in its shape; for DoRA before the magnitudes."""
+        change: AdditiveChange = self.change(dtype)  # type: ignore[assignment]
+        return change.weight()
+
+    def factors(self, dtype: torch.dtype | None = torch.float32) -> tuple[Tensor, Tensor]:
+        """(up_OR, down_RN) of which the change is scale * up @ down; of low-rank kinds only."""
+        change: LowRankChange = self.change(dtype)  # type: ignore[assignment]
+        return change.factors()
+
+    def changes(self, parameter: str) -> bool:
+        """Whether a parameter of the layer, "weight" or "bias", is another with this module."""
+        return parameter in self.change().changed_parameters
+
+    def merged(
+        self, base: Tensor, strength: float, dtype: torch.dtype = torch.float32, parameter: str = "weight"
+    ) -> Tensor:
+        """`base`, a parameter of the layer, as it computes the same without the adapter, in `dtype`.
+
+        Raises ValueError when the change has another size than `base`.
+        """
+        try:
+            return self.change(dtype).merged(base.to(dtype), strength, parameter)
+        except Misfit as misfit:
+            raise ValueError(self._describe(misfit)) from None
 
     def with_factors(self, up_OR: Tensor, down_RN: Tensor, scale: float) -> "ModuleWeights":
-        """The same module with other factors, of which the change is scale * up @ down, without a Tucker core.
+        """The same module as a plain LoRA with these factors, of which the change is scale * up @ down.
 
-        A file that records no alpha gets none: the scale is then multiplied into lora_up. Both factors are stored in
-        the dtype of the old ones; everything else of the module stays.
+        A file that records no alpha gets none: the scale is then multiplied into the up factor. Both factors are stored
+        in the dtype of the old tensors; magnitudes stay.
         """
-        dtype, rank = self.tensors[DOWN].dtype, down_RN.shape[0]
+        kind, dtype = self.kind, self.tensors[self.kind.needs[0]].dtype
         if ALPHA not in self.tensors:
             up_OR = up_OR * scale
-        shape = self.shape
-        kept = {leaf: tensor for leaf, tensor in self.tensors.items() if leaf != MID}
-        kept[DOWN] = down_RN.reshape(rank, *shape[1:]).to(dtype).contiguous()
-        kept[UP] = up_OR.reshape(shape[0], rank, *(1,) * (len(shape) - 2)).to(dtype).contiguous()
-        if ALPHA in kept:
-            kept[ALPHA] = alpha_tensor(scale * rank, like=kept[ALPHA])
-        keys = {leaf: key for leaf, key in self.keys.items() if leaf in kept}
-        return replace(self, tensors=kept, keys=keys, alpha_elsewhere=None)
+        replaced = {*kind.needs, *kind.core}
+        kept = {leaf: tensor for leaf, tensor in self.tensors.items() if leaf not in replaced}
+        made = {leaf: t.to(dtype) for leaf, t in lora.leaves_of(up_OR, down_RN, self.shape).items()}
+        # What the old factors are called stays in place, so that keys come out in the order they had.
+        order = [leaf for leaf in self.tensors if leaf in kept or leaf in made]
+        tensors = {leaf: {**kept, **made}[leaf] for leaf in dict.fromkeys((*order, *made))}
+        if ALPHA in tensors:
+            tensors[ALPHA] = alpha_tensor(scale * down_RN.shape[0], like=tensors[ALPHA])
+        keys = {leaf: key for leaf, key in self.keys.items() if leaf in tensors}
+        return replace(self, tensors=tensors, keys=keys, alpha_elsewhere=None)
 
     def check(self, origin: str) -> None:
         """Raise ValueError where the tensors do not belong together."""
-        leaves = self.tensors
-        if (DOWN in leaves) != (UP in leaves):
-            there, missing = (self.keys[DOWN], "up") if DOWN in leaves else (self.keys[UP], "down")
-            raise ValueError(f"{origin} has {there} without its {missing} factor; the file is incomplete")
-        if not self.is_low_rank:
-            return
-        up, down = leaves[UP], leaves[DOWN]
-        if up.dim() not in (2, 4) or up.dim() != down.dim():
-            raise ValueError(
-                f"{origin}: the factors of {self.name} have the shapes {list(up.shape)} and {list(down.shape)}; both "
-                "must have 2 dimensions, or 4 for a convolution"
-            )
-        outer_ranks = leaves[MID].shape[:2] if MID in leaves else (down.shape[0],) * 2
-        if outer_ranks != (up.shape[1], down.shape[0]):
-            raise ValueError(
-                f"{origin}: the factors of {self.name} do not fit together: up is {list(up.shape)}, down is "
-                f"{list(down.shape)}" + (f", mid is {list(leaves[MID].shape)}" if MID in leaves else "")
-            )
+        kind = self.kind
+        wrong = kind.fault(self.name, self.tensors, self.keys) if kind.fault is not None else None
+        if wrong is not None:
+            raise ValueError(f"{origin}{'' if wrong.startswith(':') else ' '}{wrong}")
+        missing = [leaf for leaf in kind.needs if leaf not in self.tensors] if kind.rank_of is not None else []
+        if missing:
+            there = next(self.keys[leaf] for leaf in (*kind.needs, *kind.core) if leaf in self.tensors)
+            raise ValueError(f"{origin} has {there} without its {missing[0]}; the file is incomplete")
+
+    def _describe(self, misfit: Misfit) -> str:
+        if misfit.leaf:
+            sizes = prod(misfit.change), prod(misfit.base)
+            return f"{self.name}.{misfit.leaf} has {sizes[0]} values, the base model's layer {sizes[1]}"
+        return (
+            f"{self.name} changes a weight of the shape {list(misfit.change)}, but the base model's is "
+            f"{list(misfit.base)}; the adapter was made for another base model"
+        )
 
 
 def alpha_tensor(alpha: float, like: Tensor) -> Tensor:

@@ -9,25 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from library.checkpoints.adapter_keys import AdapterKey
 from library.checkpoints.files import is_safetensors, load_state_dict, save_pickle_state_dict, save_safetensors
 from library.checkpoints.hashes import with_hashes
 from networks.core.adapter import Adapter
-from networks.core.kinds.norm import NormAdapter
-from networks.core.kinds.split import SplitRank, expand, fold
-
-ALPHA = "alpha"
-DOWN = "lora_down.weight"
-UP = "lora_up.weight"
-MID = "lora_mid.weight"
-DORA_SCALE = "dora_scale"
-W_NORM = "w_norm"
-B_NORM = "b_norm"
-KNOWN = (ALPHA, DOWN, UP, MID, DORA_SCALE, W_NORM, B_NORM)
-SCALAR = "scalar"  # of adapters in memory only: files have it multiplied into the up factor
-
-AnyAdapter = Adapter | NormAdapter
+from networks.core.kinds import norm
+from networks.core.kinds.kind import Kind
+from networks.core.kinds.leaves import ALPHA, DORA_SCALE
+from networks.core.kinds.scaled import ScaledDelta
+from networks.core.kinds.split import SplitRank
+from networks.core.kinds.table import KINDS, SHARED, kind_of
 
 
 @dataclass(frozen=True)
@@ -57,37 +50,67 @@ def read_adapters(path: str | Path) -> dict[str, Tensor]:
     return load_state_dict(path)
 
 
-def group_by_module(tensors: Mapping[str, Tensor], source: str) -> dict[str, dict[str, Tensor]]:
+def group_by_module(
+    tensors: Mapping[str, Tensor], source: str, kinds: Sequence[Kind] = KINDS
+) -> dict[str, dict[str, Tensor]]:
     """Module name -> the rest of the key -> tensor.
 
-    Raises ValueError for a file of another kind of adapter or with other names, saying what to do.
+    Raises ValueError for a file of another kind than `kinds` or with other names, saying what to do.
     """
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         module, _, leaf = key.partition(".")
+        if (found := AdapterKey.parse(key)) is not None:
+            module, leaf = found.module, found.ending  # other spellings are brought to these before they come here
         groups.setdefault(module, {})[leaf] = tensor
-    foreign = sorted({leaf for group in groups.values() for leaf in group} - set(KNOWN))
+    known = leaves_of(kinds)
+    foreign = sorted({leaf for group in groups.values() for leaf in group} - set(known))
     if foreign:
+        door = next((kind.door for kind in KINDS if kind.door and foreign[0] in kind.leaves), "")
+        way_out = "For files made by LyCORIS use --network_module lycoris.kohya"
         raise ValueError(
             f"{source} has keys such as *.{foreign[0]} that this network module cannot use; it reads "
-            f"{', '.join(f'*.{leaf}' for leaf in KNOWN)}. For files made by LyCORIS use --network_module lycoris.kohya"
+            f"{', '.join(f'*.{leaf}' for leaf in known)}. " + (f"Use --network_module {door}" if door else way_out)
         )
     for module, group in groups.items():
-        if (DOWN in group) != (UP in group):
-            raise ValueError(f"{source}: {module} has {' and '.join(group)}, but lora_down and lora_up belong together")
-        if (B_NORM in group and W_NORM not in group) or (DOWN not in group and (MID in group or DORA_SCALE in group)):
-            raise ValueError(f"{source}: {module} has {' and '.join(group)} alone; the file is incomplete")
-    return {module: group for module, group in groups.items() if DOWN in group or W_NORM in group}
+        check_complete(module, group, source)
+    return {module: group for module, group in groups.items() if group.keys() - SHARED}
+
+
+def kinds_of(adapters: Mapping[str, Adapter]) -> tuple[Kind, ...]:
+    """What files may hold for a network: the kinds of its door, and norms."""
+    changes = [adapter.change for adapter in adapters.values()]
+    doors = {kind_of(change.state_dict()).door for change in changes if isinstance(change, ScaledDelta)}
+    return tuple(kind for kind in KINDS if kind is norm.KIND or kind.door in doors)
+
+
+def leaves_of(kinds: Sequence[Kind]) -> tuple[str, ...]:
+    """Every leaf of some kinds, those they share at the two ends of the first."""
+    own = [kind for kind in kinds if kind is not norm.KIND]
+    first = (leaf for kind in own for leaf in (*kind.needs, *kind.core) if kind.read is not None)
+    return tuple(dict.fromkeys((ALPHA, *first, DORA_SCALE, *norm.KIND.needs, *norm.KIND.may_have)))
+
+
+def check_complete(module: str, group: Mapping[str, Tensor], source: str) -> None:
+    """Raise ValueError where a module lacks what its kind needs."""
+    kind = kind_of(group)
+    if all(leaf in group for leaf in kind.needs) and (kind.needs or group.keys() <= {ALPHA}):
+        return
+    has = f"{source}: {module} has {' and '.join(group)}"
+    if kind.together and any(leaf in group for leaf in kind.ends or kind.needs):
+        raise ValueError(f"{has}, but {kind.together} belong together")
+    raise ValueError(f"{has} alone; the file is incomplete")
 
 
 def rank_and_alpha(group: Mapping[str, Tensor]) -> tuple[int, float]:
     """The rank of one module's weights, and its alpha: the rank where the file has none."""
-    rank = group[DOWN].shape[0]
-    alpha = group.get(ALPHA)
-    return rank, float(rank if alpha is None else alpha)
+    rank_of = kind_of(group).rank_of
+    assert rank_of is not None
+    rank = rank_of(group)
+    return rank, float(group[ALPHA]) if ALPHA in group else float(rank)
 
 
-def load_into(adapters: Mapping[str, AnyAdapter], tensors: Mapping[str, Tensor], source: str) -> LoadReport:
+def load_into(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], source: str) -> LoadReport:
     """Copy weights into the adapters of the same name.
 
     A trained strength becomes 1, as the file has it in its factors. Magnitudes that the file lacks are set so that the
@@ -96,7 +119,7 @@ def load_into(adapters: Mapping[str, AnyAdapter], tensors: Mapping[str, Tensor],
     """
     groups = {
         name: in_own_form(name, adapters[name], group, source) if name in adapters else group
-        for name, group in group_by_module(tensors, source).items()
+        for name, group in group_by_module(tensors, source, kinds_of(adapters)).items()
     }
     fitting = [name for name in adapters if name in groups]
     if not fitting:
@@ -108,19 +131,12 @@ def load_into(adapters: Mapping[str, AnyAdapter], tensors: Mapping[str, Tensor],
         check_shapes(name, adapters[name], groups[name], source)
     changed = []
     for name in fitting:
-        adapter, group = adapters[name], groups[name]
-        if isinstance(adapter, NormAdapter):
-            adapter.load_state_dict({**adapter.state_dict(), **group})
-            continue
-        alpha = torch.tensor(rank_and_alpha(group)[1], dtype=torch.float32)
-        if float(alpha) != adapter.alpha_value:
-            changed.append(f"alpha is {float(alpha):g} as in the file, not {adapter.alpha_value:g}")
-        defaults = {SCALAR: torch.ones(())} if adapter.scalar is not None else {}
-        if adapter.dora_scale is not None:
-            defaults[DORA_SCALE] = adapter.dora_scale
-        adapter.load_state_dict({**defaults, **group, ALPHA: alpha})
-        if adapter.dora_scale is not None and DORA_SCALE not in group:
-            adapter.restart_magnitudes()
+        change, group = adapters[name].change, groups[name]
+        if isinstance(change, ScaledDelta):
+            alpha = float(torch.tensor(rank_and_alpha(group)[1], dtype=torch.float32))
+            if alpha != change.alpha_value:
+                changed.append(f"alpha is {alpha:g} as in the file, not {change.alpha_value:g}")
+        change.load(group)
     return LoadReport(
         source=source,
         num_loaded=len(fitting),
@@ -130,34 +146,38 @@ def load_into(adapters: Mapping[str, AnyAdapter], tensors: Mapping[str, Tensor],
     )
 
 
-def in_own_form(name: str, adapter: AnyAdapter, group: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
+def in_own_form(name: str, adapter: Adapter, group: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
     """One module of a file as the adapter has it in memory: with split_qkv the blocks of the up factor alone.
 
     Raises ValueError where the file has more than those blocks.
     """
-    if not isinstance(adapter, Adapter) or not isinstance(adapter.delta, SplitRank) or DOWN not in group:
+    change = adapter.change
+    if not isinstance(change, ScaledDelta) or not kind_of(group).is_low_rank:
         return group
-    widths = adapter.delta.widths
-    folded = fold(group[UP], widths)
-    if folded is None:
+    if not isinstance(change.delta, SplitRank):
+        own = change.state_dict()  # a matrix stands for a 1x1 convolution: LoHa and what is made of it know no kernel
+        return {k: t.view_as(own[k]) if k in own and (*t.shape, 1, 1) == own[k].shape else t for k, t in group.items()}
+    apart = change.delta.apart(group)
+    if apart is None:
         raise ValueError(
-            f"{name} is one adapter for all {len(widths)} projections of its layer in {source}; split_qkv trains one "
-            "for each. Set --network_args split_qkv=False to train it further as it is"
+            f"{name} is one adapter for all {len(change.delta.widths)} projections of its layer in {source}; split_qkv "
+            "trains one for each. Set --network_args split_qkv=False to train it further as it is"
         )
-    alpha = rank_and_alpha(group)[1]
-    return {**group, UP: folded, ALPHA: torch.tensor(alpha / len(widths), dtype=torch.float32)}
+    return apart
 
 
-def check_shapes(name: str, adapter: AnyAdapter, group: Mapping[str, Tensor], source: str) -> None:
+def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], source: str) -> None:
     """Raise ValueError where weights of a file do not fit an adapter."""
-    own = adapter.state_dict()
-    if isinstance(adapter, Adapter):
-        check_kind(name, adapter, group, source)
-        rank = group[UP].shape[1]
-        if rank != adapter.delta.rank:
+    change = adapter.change
+    assert isinstance(change, nn.Module)
+    own = change.state_dict()
+    if isinstance(change, ScaledDelta):
+        check_kind(name, change, group, source)
+        rank = rank_and_alpha(group)[0]
+        if rank != change.delta.rank:
             raise ValueError(
                 f"{name} has rank {rank} in {source}, but the settings (--network_dim, --network_args) give it rank "
-                f"{adapter.delta.rank}; add --dim_from_weights to take the ranks from the file, or set "
+                f"{change.delta.rank}; add --dim_from_weights to take the ranks from the file, or set "
                 f"--network_dim={rank}"
             )
     for leaf in group:
@@ -169,10 +189,16 @@ def check_shapes(name: str, adapter: AnyAdapter, group: Mapping[str, Tensor], so
             )
 
 
-def check_kind(name: str, adapter: Adapter, group: Mapping[str, Tensor], source: str) -> None:
+def check_kind(name: str, change: ScaledDelta, group: Mapping[str, Tensor], source: str) -> None:
     """Raise ValueError where the file has the module in another form than the settings ask for."""
-    if (MID in group) != (MID in adapter.state_dict()):
-        has, wanted = ("a Tucker core", "True") if MID in group else ("no Tucker core", "False")
+    kind, own = kind_of(group), kind_of(change.state_dict())
+    if kind.door != own.door:
+        raise ValueError(
+            f"{name} is {kind.words} in {source}, but --network_module makes it {own.words}"
+            + (f"; use --network_module {kind.door}" if kind.door else "")
+        )
+    if kind.has_core(group) != change.delta.has_core:
+        has, wanted = ("a Tucker core", "True") if kind.has_core(group) else ("no Tucker core", "False")
         raise ValueError(
             f"{name} has {has} in {source}; set --network_args use_tucker={wanted}, or add --dim_from_weights to take "
             "the form from the file"
@@ -185,38 +211,23 @@ def check_kind(name: str, adapter: Adapter, group: Mapping[str, Tensor], source:
             "output (PEFT, LyCORIS with wd_on_output=True). Here there is one for each input, (1, inputs), which is "
             "what inference programs apply exactly; the one cannot be turned into the other"
         )
-    if adapter.dora_scale is None:
+    if change.dora_scale is None:
         raise ValueError(
             f"{name} has magnitudes (DoRA) in {source}; set --network_args dora_wd=True, or add --dim_from_weights to "
             "take the form from the file"
         )
 
 
-def network_tensors(adapters: Mapping[str, AnyAdapter], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def network_tensors(adapters: Mapping[str, Adapter], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The weights by key as they are saved: on the CPU, in `dtype` or as they are, magnitudes always as they are.
 
     Half precision would move every column of the base model by its rounding, which is as much as some changes.
     """
     tensors = {}
     for name, adapter in adapters.items():
-        for leaf, tensor in file_tensors(adapter).items():
+        for leaf, tensor in adapter.change.leaves().items():
             wanted = tensor.dtype if dtype is None or leaf == DORA_SCALE else dtype
             tensors[f"{name}.{leaf}"] = tensor.detach().to("cpu", wanted).contiguous()
-    return tensors
-
-
-def file_tensors(adapter: AnyAdapter) -> dict[str, Tensor]:
-    """The tensors of one adapter by their names in files; a trained strength is multiplied into the up factor."""
-    tensors = dict(adapter.state_dict())
-    if isinstance(adapter, NormAdapter):
-        return tensors
-    if not tensors[ALPHA].is_meta:
-        tensors[ALPHA] = torch.tensor(adapter.alpha_value, dtype=torch.float32)
-    if SCALAR in tensors:
-        tensors[UP] = tensors[UP] * tensors.pop(SCALAR)
-    if isinstance(adapter.delta, SplitRank):
-        tensors[UP] = expand(tensors[UP], adapter.delta.widths)
-        tensors[ALPHA] = tensors[ALPHA] * len(adapter.delta.widths)
     return tensors
 
 

@@ -13,15 +13,11 @@ from torch import Tensor
 from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames
 from networks.core.files.adapter_file import AdapterFile
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.files.reading_writing import ALPHA, B_NORM, DORA_SCALE, DOWN, UP, W_NORM
+from networks.core.kinds import norm, rows
+from networks.core.kinds.leaves import ALPHA, DORA_SCALE
+from networks.core.kinds.table import held_leaves
 
-LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
-HELD: Mapping[FileNaming, frozenset[str] | None] = {  # leaves that a naming has a place for; None: all
-    "kohya": None,
-    "generic": frozenset((DOWN, UP, ALPHA, DORA_SCALE, W_NORM, B_NORM)),
-    "diffusers": frozenset((DOWN, UP, ALPHA)),
-}
-SEPARABLE = frozenset((DORA_SCALE, W_NORM, B_NORM))  # without these the rest of a module still is an adapter
+SEPARABLE = frozenset((DORA_SCALE, *norm.KIND.leaves))  # without these the rest of a module still is an adapter
 
 
 @dataclass(frozen=True)
@@ -48,10 +44,10 @@ def rename(file: AdapterFile, names: BaseNames, to: FileNaming, drop_unsupported
     modules: dict[str, ModuleWeights] = {}
     widened = []
     for found, members in group_by_place(file, names, frozenset(lost)).items():
-        dtypes = {member.tensors[DOWN].dtype for member in members if DOWN in member.tensors}
+        dtypes = {dtype for member in members for dtype in rows.dtypes_of(member.tensors)}
         for name, tensors in in_naming(found, members, to, file.origin):
             modules[name] = ModuleWeights(name, tensors, {leaf: f"{name}.{ending(leaf, to)}" for leaf in tensors})
-            if DOWN in tensors and tensors[DOWN].dtype not in dtypes:
+            if not dtypes >= rows.dtypes_of(tensors):
                 widened.append(name)
     if not modules:
         raise ValueError(f"{file.origin}: the {to} naming can hold none of its {len(file.modules)} modules")
@@ -84,7 +80,7 @@ def in_naming(
         return
     whole = pieces[None] if None in pieces else join_pieces(found, pieces, origin)
     if found.swaps_pair and found.is_in_diffusers(whole.name) != (to == "diffusers"):
-        whole = replace(whole, tensors=swap_pair(whole.tensors))
+        whole = replace(whole, tensors=rows.swap_halves(whole.tensors))
     if to == "kohya":
         yield found.kohya, with_alpha_tensor(whole)
     elif to == "generic":
@@ -102,9 +98,8 @@ def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming) -> Ite
         if found is None:
             yield from module.keys.values()
             continue
-        held = HELD[to]
-        if found.piece_of(module.name) is not None:
-            held = HELD["diffusers"]  # what is joined from pieces has nothing else
+        # What is joined from pieces has no more than diffusers has.
+        held = held_leaves("diffusers" if found.piece_of(module.name) is not None else to)
         foreign = [leaf for leaf in module.tensors if held is not None and leaf not in held]
         is_empty = held is not None and module.tensors.keys() == {ALPHA}
         loses_all = is_empty or any(leaf not in SEPARABLE for leaf in foreign)
@@ -115,40 +110,28 @@ def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming) -> Ite
 def with_alpha_tensor(module: ModuleWeights) -> dict[str, Tensor]:
     """The tensors with an alpha of their own and the magnitudes of DoRA in the dimensions of the weight."""
     tensors = dict(module.tensors)
-    if module.is_low_rank and ALPHA not in tensors:
+    if module.kind.rank_of is not None and ALPHA not in tensors:
         tensors[ALPHA] = torch.tensor(module.alpha, dtype=torch.float32)
-    if DORA_SCALE in tensors and DOWN in tensors and tensors[DORA_SCALE].dim() == 1:  # PEFT: one number per output
-        tensors[DORA_SCALE] = tensors[DORA_SCALE].view(-1, *(1,) * (tensors[DOWN].dim() - 1))
+    if DORA_SCALE in tensors:
+        tensors[DORA_SCALE] = rows.magnitudes_like(tensors, tensors[DORA_SCALE])
     return tensors
 
 
 def without_alpha(module: ModuleWeights) -> dict[str, Tensor]:
-    """The tensors with the scale multiplied into lora_up."""
+    """The tensors with the scale multiplied into one of them."""
     tensors = {leaf: tensor for leaf, tensor in module.tensors.items() if leaf != ALPHA}
-    if module.is_low_rank:
-        tensors[UP], tensors[DOWN] = fold_scale(tensors[UP], tensors[DOWN], module.scale)
-    return tensors
+    return fold_scale(tensors, module.kind.scaled, module.scale) if module.kind.scaled else tensors
 
 
 def split_rows(
     found: ModuleNames, tensors: Mapping[str, Tensor], origin: str
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """One LoRA per piece: each has its rows of lora_up and the same lora_down."""
-    up, down = tensors[UP], tensors[DOWN]
-    num_shares = sum(piece.share for piece in found.pieces)
-    if up.shape[0] % num_shares:
-        raise ValueError(f"{origin}: {found.kohya} has {up.shape[0]} outputs, which is no multiple of {num_shares}")
-    for piece, rows in zip(found.pieces, rows_of_pieces(found, up.shape[0] // num_shares), strict=True):
-        yield piece.diffusers, {DOWN: down.clone(), UP: up[rows].clone()}
-
-
-def swap_pair(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with the halves of the rows exchanged, where there are twice as many rows as inputs."""
-    if UP not in tensors or DOWN not in tensors or tensors[UP].shape[0] != 2 * tensors[DOWN].shape[1]:
-        return dict(tensors)
-    num_rows = tensors[UP].shape[0]
-    by_row = [leaf for leaf in (UP, DORA_SCALE) if leaf in tensors and tensors[leaf].shape[0] == num_rows]
-    return {**tensors, **{leaf: tensors[leaf].roll(num_rows // 2, 0) for leaf in by_row}}
+    """One LoRA per piece."""
+    num_rows, num_shares = rows.num_rows(tensors), sum(piece.share for piece in found.pieces)
+    if num_rows % num_shares:
+        raise ValueError(f"{origin}: {found.kohya} has {num_rows} outputs, which is no multiple of {num_shares}")
+    for piece, of_piece in zip(found.pieces, rows_of_pieces(found, num_rows // num_shares), strict=True):
+        yield piece.diffusers, rows.take_rows(tensors, of_piece)
 
 
 def rows_of_pieces(found: ModuleNames, unit: int) -> Iterator[slice]:
@@ -160,50 +143,35 @@ def rows_of_pieces(found: ModuleNames, unit: int) -> Iterator[slice]:
 
 
 def join_pieces(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights], origin: str) -> ModuleWeights:
-    """One LoRA for all pieces: exact at the same rank where they share lora_down, else at the sum of their ranks.
-
-    The rows of a piece that the file lacks are zero.
-    """
-    folded = {i: without_alpha(module) for i, module in pieces.items()}
-    units = {folded[i][UP].shape[0] / piece.share for i, piece in enumerate(found.pieces) if i in folded}
+    """One LoRA for all pieces; the rows of a piece that the file lacks are zero."""
+    folded = {i: without_alpha(module) for i, module in pieces.items() if i is not None}
+    units = {rows.num_rows(folded[i]) / piece.share for i, piece in enumerate(found.pieces) if i in folded}
     if len(units) > 1 or not next(iter(units)).is_integer():
         raise ValueError(f"{origin}: the sizes of the pieces of {found.kohya} do not fit together")
-    downs = [tensors[DOWN] for tensors in folded.values()]
-    ups = [tensors[UP] for tensors in folded.values()]
-    is_shared = all(torch.equal(down, downs[0]) for down in downs)
-    down = downs[0] if is_shared else torch.cat(downs)
-    dtype = torch.float32 if any(up.dtype == torch.float32 for up in ups) else down.dtype
-    rows = list(rows_of_pieces(found, int(next(iter(units)))))
-    up = torch.zeros(rows[-1].stop, down.shape[0], dtype=dtype)
-    for n, i in enumerate(folded):
-        assert i is not None
-        first = 0 if is_shared else sum(down.shape[0] for down in downs[:n])
-        up[rows[i], first : first + ups[n].shape[1]] = ups[n].to(dtype)
-    tensors = {DOWN: down.to(dtype), UP: up}
+    tensors = rows.join_rows(folded, list(rows_of_pieces(found, int(next(iter(units))))))
     return ModuleWeights(found.kohya, tensors, {leaf: f"{found.kohya}.{leaf}" for leaf in tensors})
 
 
-def fold_scale(up: Tensor, down: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(scale * up, down), in their dtype where that is exact and in float32 where it is not.
+def fold_scale(tensors: Mapping[str, Tensor], scaled: str, scale: float) -> dict[str, Tensor]:
+    """The tensors with `scale` multiplied into one, in its dtype where that is exact and in float32 where it is not.
 
     A power of two is exact in every dtype unless the product becomes too small for it. In float32 every product of a
-    float16 or bfloat16 number and a scale of up to 13 binary digits is exact, others are rounded to 24 digits. Both
-    factors get the same dtype, since PEFT multiplies them as they are.
+    float16 or bfloat16 number and a scale of up to 13 binary digits is exact, others are rounded to 24 digits. All but
+    magnitudes get the same dtype, since PEFT multiplies them as they are.
     """
     if scale == 1:
-        return up, down
-    exact = up.double() * scale
-    for dtype in (up.dtype, torch.float32):
-        folded = exact.to(dtype)
-        if dtype == torch.float32 or torch.equal(folded.double(), exact):
-            break
-    is_wider = folded.dtype != up.dtype
-    return (folded, down.float()) if is_wider else (folded, down)
+        return dict(tensors)
+    exact = tensors[scaled].double() * scale
+    folded = exact.to(tensors[scaled].dtype)
+    if torch.equal(folded.double(), exact):
+        return {**tensors, scaled: folded}
+    wide = {leaf: tensor if leaf == DORA_SCALE else tensor.float() for leaf, tensor in tensors.items()}
+    return {**wide, scaled: exact.float()}
 
 
 def ending(leaf: str, naming: FileNaming) -> str:
     """The end of a key."""
-    return leaf if naming == "kohya" else {DOWN: LORA_A, UP: LORA_B}.get(leaf, leaf)
+    return leaf if naming == "kohya" else rows.SPELLED_ELSEWHERE.get(leaf, leaf)
 
 
 def some_keys(keys: Iterable[str], most: int = 6) -> str:

@@ -7,11 +7,13 @@ import logging
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, linear
 
 from library.randomness import random_for
 from networks.core.arguments import NetworkArguments
-from networks.core.kinds.lora import LowRank, add_product, factor, factors_of, in_dtype_of
+from networks.core.kinds.change import factor
+from networks.core.kinds.leaves import UP
+from networks.core.kinds.lora import LowRank, add_product, run_like, start_up_moving
+from networks.core.kinds.scaled import ScaledDelta
 from networks.core.network import AdapterNetwork
 from networks.core.sites.targets import Site
 
@@ -42,6 +44,9 @@ class NestedRank(nn.Module):
     full rank at every K: a column means the same whichever rank is drawn, and a file cut at K has alpha * K / R.
     """
 
+    has_core = False
+    fast_leaf = UP
+
     def __init__(self, layer: nn.Module, rank: int) -> None:
         super().__init__()
         self.rank = rank
@@ -54,24 +59,22 @@ class NestedRank(nn.Module):
         assert 0 <= first_learning < end <= self.rank
         self._rows = (first_learning, end)
 
-    def down(self, x: Tensor) -> Tensor:
-        first, end = self._rows_of_this_call()
-        weight = part(factor(self.lora_down), 0, first, end)
-        x = in_dtype_of(self.lora_down, x)
-        if isinstance(self.lora_down, nn.Conv2d):
-            layer = self.lora_down
-            return conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
-        return linear(x, weight)
+    def start_moving(self) -> None:
+        start_up_moving(self.lora_up)
+
+    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        weight = part(factor(self.lora_down), 0, *self._rows_of_this_call())
+        return run_like(self.lora_down, x, weight, columns)
 
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
         return add_product(base, hidden, part(factor(self.lora_up), 1, *self._rows_of_this_call()))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return factors_of(self)
+        return factor(self.lora_up).flatten(1), factor(self.lora_down).flatten(1)
 
     def weight(self) -> Tensor:
-        up_OR, down_RI = factor(self.lora_up).flatten(1), factor(self.lora_down).flatten(1)
-        return (up_OR @ down_RI).reshape(up_OR.shape[0], *factor(self.lora_down).shape[1:])
+        up_OR, down_RN = self.factors()
+        return (up_OR @ down_RN).reshape(up_OR.shape[0], *factor(self.lora_down).shape[1:])
 
     def _rows_of_this_call(self) -> tuple[int, int]:
         """All rows in evaluation, which reaches the factors as part of the network; else those of the step."""
@@ -152,7 +155,7 @@ def nested_modules(network: AdapterNetwork) -> list[tuple[Site, NestedRank]]:
     """The modules that have a rank; trained norms have none."""
     found = []
     for member in network.members:
-        delta = member.adapter.delta
-        if isinstance(delta, NestedRank):
-            found.append((member.adapter.site, delta))
+        change = member.adapter.change
+        if isinstance(change, ScaledDelta) and isinstance(change.delta, NestedRank):
+            found.append((member.adapter.site, change.delta))
     return found

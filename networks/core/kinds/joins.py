@@ -30,8 +30,8 @@ class Join(Protocol):
         """The factor of every input column of W0 + strength * up @ down, at least in float32; with magnitudes only."""
         ...
 
-    def merge(self, base: Tensor, change: Tensor, multiplier: float, magnitudes: Tensor | None) -> Tensor:
-        """The weight that computes what the base and `multiplier` times the change compute together."""
+    def merge(self, base: Tensor, change: Tensor, strength: float, magnitudes: Tensor | None) -> Tensor:
+        """The weight that computes what the base and `strength` times the change compute together."""
         ...
 
 
@@ -46,25 +46,29 @@ class Add:
     ) -> Tensor:
         raise AssertionError("a sum has no magnitudes")
 
-    def merge(self, base: Tensor, change: Tensor, multiplier: float, magnitudes: Tensor | None) -> Tensor:
-        return base + multiplier * change
+    def merge(self, base: Tensor, change: Tensor, strength: float, magnitudes: Tensor | None) -> Tensor:
+        return base + strength * change
 
 
 class Decompose:
     """DoRA (Liu et al. 2024, arXiv:2402.09353): W = m (W0 + dW) / |W0 + dW|, m and the norm one number per column.
 
     A column is everything that meets one input channel: the norm runs over outputs and kernel positions. m starts as
-    the norm of W0, which is kept from then on. At multiplier s the weight is W0 + s (W - W0).
+    the norm of W0, which is kept from then on. At strength s the weight is W0 + s (W - W0).
 
     The norm costs no matrix of the size of W0: with dW = s B A,
     |W0 + dW|^2 = |W0|^2 + 2 s <B'W0, A> + s^2 <(B'B) A, A>, column by column.
     """
 
-    def __init__(self, weight: Tensor, has_constant_norm: bool = False) -> None:
-        """`weight` (O, I) or (O, I, h, w) is W0; `has_constant_norm` leaves the norm out of the backward pass."""
+    def __init__(self, weight: Tensor | None, has_constant_norm: bool = False) -> None:
+        """`weight` (O, I) or (O, I, h, w) is W0; `has_constant_norm` leaves the norm out of the backward pass.
+
+        Without W0, as tools have it, this merges and nothing else.
+        """
         self.has_constant_norm = has_constant_norm
-        self._squares_I = squared_columns(weight)
-        self._shape = (1, -1, *(1,) * (weight.dim() - 2))
+        if weight is not None:
+            self._squares_I = squared_columns(weight)
+            self._shape = (1, -1, *(1,) * (weight.dim() - 2))
 
     def magnitudes(self) -> Tensor:
         return (self._squares_I.clamp_min(TINY).sqrt() + EPS).view(self._shape)
@@ -81,12 +85,15 @@ class Decompose:
             columns: Tensor = magnitudes.to(dtype) / (norms_I + EPS).view(self._shape)
         return columns
 
-    def merge(self, base: Tensor, change: Tensor, multiplier: float, magnitudes: Tensor | None) -> Tensor:
+    def merge(self, base: Tensor, change: Tensor, strength: float, magnitudes: Tensor | None) -> Tensor:
+        """Magnitudes of other programs can be per output, (O, 1, ...) or (O,): the norm then runs over inputs."""
         assert magnitudes is not None
+        magnitudes = magnitudes.to(base)
+        axis = 1 if magnitudes.dim() > 1 and magnitudes.shape[:2] == (1, base.shape[1]) else 0
         whole = base + change
-        norms = torch.linalg.vector_norm(whole, dim=[d for d in range(whole.dim()) if d != 1], keepdim=True)
-        merged: Tensor = whole * (magnitudes.to(whole) / (norms + EPS))
-        return merged if multiplier == 1 else base + multiplier * (merged - base)
+        norms = torch.linalg.vector_norm(whole, dim=[d for d in range(whole.dim()) if d != axis], keepdim=True)
+        merged: Tensor = whole * (magnitudes.reshape(norms.shape) / (norms + EPS))
+        return merged if strength == 1 else base + strength * (merged - base)
 
     def _squared_norms(self, weight: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float) -> Tensor:
         """|W0 + strength * up @ down|^2 of every column."""

@@ -1,44 +1,19 @@
-"""How the change of a weight is stored and applied.
+"""LoRA: the change of a weight as the product of two small factors.
 
-Letters: O output features or channels, I input features or channels, R rank, h w kernel.
+Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-
-class Delta(Protocol):
-    """The change of one weight in fewer numbers: x goes down to R channels, then up to the layer's outputs.
-
-    The parameters belong to child modules, whose names are the names in files. Between `down` and `up` the caller
-    scales the R channels and drops some of them.
-    """
-
-    @property
-    def rank(self) -> int: ...
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]: ...
-
-    def down(self, x: Tensor) -> Tensor:
-        """x in R channels: on the last axis for a Linear, on axis 1 for a convolution."""
-        ...
-
-    def up(self, hidden: Tensor, base: Tensor) -> Tensor:
-        """`base` plus what the R channels add to it, in the dtype of `base`."""
-        ...
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(up_OR, down_RN) of which the change is the product, N = I * h * w."""
-        ...
-
-    def weight(self) -> Tensor:
-        """The change in the shape of the layer's weight, without alpha and multiplier."""
-        ...
+from networks.core.kinds.change import Leaves, factor, in_dtype_of
+from networks.core.kinds.kind import Kind
+from networks.core.kinds.leaves import ALPHA, DOWN, UP
+from networks.core.kinds.scaled import read_with
 
 
 class LowRank(nn.Module):
@@ -47,6 +22,9 @@ class LowRank(nn.Module):
     `lora_down.weight` is (R, I) or (R, I, h, w) and starts kaiming uniform with a = sqrt(5); `lora_up.weight` is (O, R)
     or (O, R, 1, 1) and starts at zero, so the change starts at zero. Both are float32.
     """
+
+    has_core = False
+    fast_leaf = UP
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
         super().__init__()
@@ -61,86 +39,62 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(factor(self.lora_down), a=math.sqrt(5))
         nn.init.zeros_(factor(self.lora_up))
 
-    def down(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.lora_down(in_dtype_of(self.lora_down, x))
-        return hidden
+    def start_moving(self) -> None:
+        start_up_moving(self.lora_up)
+
+    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        return run_down(self.lora_down, x, columns)
 
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
         return add_product(base, hidden, factor(self.lora_up))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return factors_of(self)
-
-    def weight(self) -> Tensor:
-        up_OR, down_RI = factor(self.lora_up).flatten(1), factor(self.lora_down).flatten(1)
-        shape = (up_OR.shape[0], *factor(self.lora_down).shape[1:])
-        return (up_OR @ down_RI).reshape(shape)
-
-
-class Tucker(nn.Module):
-    """LoRA of a larger kernel in Tucker form: dW[o,i,h,w] = sum over p and q of up[o,p] mid[p,q,h,w] down[q,i].
-
-    `lora_down.weight` is (R, I, 1, 1), `lora_mid.weight` (R, R, h, w) with the layer's stride and padding,
-    `lora_up.weight` (O, R, 1, 1). Down and mid start kaiming uniform with a = sqrt(5), up at zero. All are float32.
-    """
-
-    def __init__(self, layer: nn.Module, rank: int) -> None:
-        super().__init__()
-        assert isinstance(layer, nn.Conv2d)
-        self.rank = rank
-        self.lora_down = nn.Conv2d(layer.in_channels, rank, 1, bias=False, dtype=torch.float32)
-        self.lora_mid = narrow_like(layer, rank, in_channels=rank)
-        self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False, dtype=torch.float32)
-        for module in (self.lora_down, self.lora_mid):
-            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_up.weight)
-
-    def down(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.lora_mid(self.lora_down(in_dtype_of(self.lora_down, x)))
-        return hidden
-
-    def up(self, hidden: Tensor, base: Tensor) -> Tensor:
-        return add_product(base, hidden, self.lora_up.weight)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return factors_of(self)
+        return factor(self.lora_up).flatten(1), factor(self.lora_down).flatten(1)
 
     def weight(self) -> Tensor:
         up_OR, down_RN = self.factors()
-        return (up_OR @ down_RN).reshape(-1, self.lora_down.in_channels, *self.lora_mid.weight.shape[2:])
+        return (up_OR @ down_RN).reshape(up_OR.shape[0], *factor(self.lora_down).shape[1:])
 
 
-def factors_of(delta: nn.Module) -> tuple[Tensor, Tensor]:
-    """(up_OR, down_RN) of which the change is the product, N = I * h * w; a Tucker core is multiplied into down."""
-    children = dict(delta.named_children())
-    up_OR, down = factor(children["lora_up"]).flatten(1), factor(children["lora_down"])
-    if "lora_mid" in children:
-        mid_RRhw = factor(children["lora_mid"])
-        return up_OR, torch.einsum("pqhw,qi->pihw", mid_RRhw, down.flatten(1)).flatten(1)
-    return up_OR, down.flatten(1)
+def start_up_moving(up: nn.Module) -> None:
+    """Draw an up factor as down factors are drawn."""
+    nn.init.kaiming_uniform_(factor(up), a=math.sqrt(5))
 
 
-def down_by_columns(delta: Delta, x: Tensor, columns: Tensor) -> Tensor:
-    """What `delta.down` makes of x when input column i is multiplied by `columns` (1, I) or (1, I, 1, 1).
+def run_down(layer: nn.Module, x: Tensor, columns: Tensor | None) -> Tensor:
+    """What a down factor makes of x, whose channels are multiplied by `columns` if there are some."""
+    if columns is not None:
+        return run_like(layer, x, factor(layer), columns)
+    hidden: Tensor = layer(in_dtype_of(factor(layer), x))
+    return hidden
 
-    The factor is scaled in place of x, so that autograd keeps x itself, which others keep too.
+
+def run_like(layer: nn.Module, x: Tensor, weight: Tensor, columns: Tensor | None = None) -> Tensor:
+    """x through `weight` in place of the layer's own; input column i multiplied by `columns` (1, I) or (1, I, 1, 1).
+
+    The weight is scaled in place of x, so that autograd keeps x itself, which others keep too.
     """
-    children = dict(delta.named_children())
-    layer = children["lora_down"]
-    x, weight = in_dtype_of(layer, x), factor(layer) * columns.to(factor(layer).dtype)
+    if columns is not None:
+        weight = weight * columns.to(weight.dtype)
+    x = in_dtype_of(weight, x)
     if not isinstance(layer, nn.Conv2d):
         return linear(x, weight)
-    hidden = conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
-    return children["lora_mid"](hidden) if "lora_mid" in children else hidden
+    return conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
 
 
-def narrow_like(layer: nn.Conv2d, rank: int, in_channels: int | None = None) -> nn.Conv2d:
-    """A convolution that looks at the same pixels as `layer` and has R output channels, and as many inputs if unset."""
-    if layer.groups != 1 or layer.padding_mode != "zeros":
+def check_kernel(layer: nn.Module) -> nn.Module:
+    """The layer. Raises ValueError for a convolution that cannot be adapted."""
+    if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
         raise ValueError(
             f"a convolution with groups={layer.groups} and padding_mode={layer.padding_mode!r} cannot be adapted; "
             "give its block the rank 0"
         )
+    return layer
+
+
+def narrow_like(layer: nn.Conv2d, rank: int, in_channels: int | None = None) -> nn.Conv2d:
+    """A convolution that looks at the same pixels as `layer` and has R output channels, and as many inputs if unset."""
+    check_kernel(layer)
     return nn.Conv2d(
         layer.in_channels if in_channels is None else in_channels,
         rank,
@@ -163,13 +117,68 @@ def add_product(base: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
     return base + linear(hidden, up).to(base.dtype)
 
 
-def factor(module: nn.Module) -> Tensor:
-    """The weight of a child module."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
+# --- in files ---
 
 
-def in_dtype_of(module: nn.Module, x: Tensor) -> Tensor:
-    """x as the module can take it: autocast casts for itself, without it x meets the factor's dtype here."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(factor(module).dtype)
+def leaves_of(up_OR: Tensor, down_RN: Tensor, shape: tuple[int, ...], alpha: Tensor | None = None) -> dict[str, Tensor]:
+    """The leaves of a LoRA of a weight of `shape`, (O, I) or (O, I, h, w), from factors that are matrices."""
+    rank = down_RN.shape[0]
+    leaves = {
+        DOWN: down_RN.reshape(rank, *shape[1:]).contiguous(),
+        UP: up_OR.reshape(shape[0], rank, *(1,) * (len(shape) - 2)).contiguous(),
+    }
+    return leaves if alpha is None else {**leaves, ALPHA: alpha}
+
+
+def rank_of(leaves: Leaves) -> int:
+    """R, the number of columns of lora_up."""
+    return leaves[UP].shape[1]
+
+
+def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
+    """Of the weight: (O, I), or (O, I, h, w) for a convolution."""
+    return (leaves[UP].shape[0], *leaves[DOWN].shape[1:])
+
+
+def fault_of_pair(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
+    """Why two factors do not belong together, None where they do."""
+    if (DOWN in leaves) != (UP in leaves):
+        there, missing = (keys[DOWN], "up") if DOWN in leaves else (keys[UP], "down")
+        return f"has {there} without its {missing} factor; the file is incomplete"
+    if DOWN not in leaves:
+        return None
+    up, down = leaves[UP], leaves[DOWN]
+    if up.dim() not in (2, 4) or up.dim() != down.dim():
+        return (
+            f": the factors of {name} have the shapes {list(up.shape)} and {list(down.shape)}; both "
+            "must have 2 dimensions, or 4 for a convolution"
+        )
+    return None
+
+
+def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
+    """Why the tensors of a module do not belong together, None where they do."""
+    wrong = fault_of_pair(name, leaves, keys)
+    if wrong is not None or UP not in leaves:
+        return wrong
+    up, down = leaves[UP], leaves[DOWN]
+    if up.shape[1] == down.shape[0]:
+        return None
+    return f": the factors of {name} do not fit together: up is {list(up.shape)}, down is {list(down.shape)}"
+
+
+KIND = Kind(
+    name="low_rank",
+    words="LoRA",
+    needs=(DOWN, UP),
+    read=read_with(LowRank, rank_of, shape_of),
+    rank_of=rank_of,
+    shape_of=shape_of,
+    is_low_rank=True,
+    ends=(DOWN, UP),
+    scaled=UP,
+    namings=frozenset(("kohya", "generic", "diffusers")),
+    together="lora_down and lora_up",
+    fault=fault,
+    door="networks.lora",
+)

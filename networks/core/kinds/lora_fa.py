@@ -6,7 +6,8 @@ from math import sqrt
 
 from torch import nn
 
-from networks.core.kinds.lora import Delta, LowRank, factor
+from networks.core.kinds.change import Delta, factor
+from networks.core.kinds.lora import LowRank
 from networks.core.kinds.split import SplitRank
 from networks.core.network import AdapterNetwork
 

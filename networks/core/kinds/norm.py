@@ -1,58 +1,47 @@
 """Training of normalisation layers (train_norm)."""
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 
-from networks.core.forward_patch import Forward, give_forward_back, take_forward
-from networks.core.sites.targets import Site
+from networks.core.kinds.change import Change, Forward, Leaves, Misfit
+from networks.core.kinds.kind import Kind
+
+W_NORM = "w_norm"
+B_NORM = "b_norm"
+LEAF_OF = {"weight": W_NORM, "bias": B_NORM}  # parameter of the layer -> the leaf of its change
 
 
-class NormAdapter(nn.Module):
-    """Changes of the weight and bias of one LayerNorm or GroupNorm, multiplied by `multiplier`; they start at zero.
+class Norm(nn.Module):
+    """Changes of the weight and bias of one LayerNorm or GroupNorm; they start at zero.
 
-    `w_norm` (C) and `b_norm` (C) are float32 and named as in files; a norm without bias has no `b_norm`. They have no
-    alpha and no rank, and no dropout acts on them. The layer's forward is borrowed while installed.
+    `w_norm` (C) and `b_norm` (C) are float32 and named as in files; a norm without bias has no `b_norm`, and files of
+    other programs can have `b_norm` alone. They have no alpha and no rank, and no dropout acts on them.
     """
 
-    delta = None  # it has no factors
+    fast_leaf = ""
+    w_norm: nn.Parameter | None
     b_norm: nn.Parameter | None
 
-    def __init__(self, site: Site, multiplier: float) -> None:
+    def __init__(self, layer: nn.Module | None, w_norm: Tensor | None, b_norm: Tensor | None) -> None:
         super().__init__()
-        self.site = site
-        self.multiplier = multiplier
-        weight = site.module.weight
-        assert isinstance(weight, Tensor)
-        self.w_norm = nn.Parameter(torch.zeros(weight.shape, dtype=torch.float32))
-        has_bias = site.module.bias is not None
-        self.register_parameter("b_norm", nn.Parameter(torch.zeros_like(self.w_norm)) if has_bias else None)
-        self._base_forward: Forward | None = None
+        for name, change in ((W_NORM, w_norm), (B_NORM, b_norm)):
+            self.register_parameter(name, None if change is None else nn.Parameter(change, change.is_floating_point()))
+        object.__setattr__(self, "layer", layer)  # the base model's own, which is no part of the adapter
+        self.layer: nn.Module | None
 
     @property
-    def is_installed(self) -> bool:
-        return self._base_forward is not None
+    def changed_parameters(self) -> tuple[str, ...]:
+        return tuple(name for name, leaf in LEAF_OF.items() if getattr(self, leaf) is not None)
 
-    def install(self) -> None:
-        """Take the layer's forward."""
-        assert not self.is_installed
-        self._base_forward = take_forward(self.site.module, self.forward)
-
-    def remove(self) -> None:
-        """Give the layer's forward back; what was installed later must be removed first."""
-        if self._base_forward is None:
-            return
-        give_forward_back(self.site.module, self.forward, self._base_forward, self.site.path)
-        self._base_forward = None
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
         """What the layer computes with the changes; shapes and dtype are those of the layer alone."""
-        assert self._base_forward is not None
-        if self.multiplier == 0:
-            return self._base_forward(x)
-        layer, merged = self.site.module, self.merged()
+        layer = self.layer
+        assert layer is not None
+        merged = {name: self.merged(getattr(layer, name), strength, name) for name in self.changed_parameters}
         weight, bias = merged["weight"], merged.get("bias")
         given = x.to(weight.dtype)
         if isinstance(layer, nn.GroupNorm):
@@ -66,11 +55,49 @@ class NormAdapter(nn.Module):
         gives_float32 = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
         return y if gives_float32 else y.to(x.dtype)
 
-    def merged(self) -> Mapping[str, Tensor]:
-        """What the layer's parameters become when the adapter is merged into them, by name, at least in float32."""
-        layer, merged = self.site.module, {}
-        for name, change in (("weight", self.w_norm), ("bias", self.b_norm)):
-            if change is not None:
-                base = getattr(layer, name)
-                merged[name] = base + self.multiplier * change.to(base.device)
-        return merged
+    def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
+        leaf = LEAF_OF[parameter]
+        change = getattr(self, leaf)
+        assert isinstance(change, Tensor)
+        if change.shape != base.shape:
+            raise Misfit(leaf, tuple(change.shape), tuple(base.shape))
+        return base + strength * change.to(base.device)
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        norms = [float(change.double().norm()) for change in self.parameters()]
+        return torch.tensor(math.hypot(*norms), dtype=torch.float64)
+
+    @torch.no_grad()
+    def scale_(self, ratio: Tensor) -> None:
+        for change in self.parameters():
+            change.mul_(ratio.to(change))
+
+    def leaves(self) -> Mapping[str, Tensor]:
+        return self.state_dict()
+
+    def load(self, leaves: Mapping[str, Tensor]) -> None:
+        self.load_state_dict({**self.state_dict(), **leaves})
+
+
+def fresh_norm(layer: nn.Module) -> Norm:
+    """The change of a normalisation layer before training."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    zeros = torch.zeros(weight.shape, dtype=torch.float32)
+    return Norm(layer, zeros, None if layer.bias is None else torch.zeros_like(zeros))
+
+
+def read(leaves: Leaves, layer: nn.Module | None) -> Change:
+    """The change of a module in a file."""
+    return Norm(layer, leaves.get(W_NORM), leaves.get(B_NORM)).requires_grad_(False)
+
+
+KIND = Kind(
+    name="norm",
+    words="norm weights",
+    needs=(W_NORM,),
+    read=read,
+    may_have=(B_NORM,),
+    namings=frozenset(("kohya", "generic")),
+)

@@ -4,13 +4,14 @@ Letters: O output features, I input features, R rank of one projection, N projec
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from networks.core.kinds.lora import factor, in_dtype_of
+from networks.core.kinds.change import factor, in_dtype_of
+from networks.core.kinds.leaves import ALPHA, DOWN, UP
 
 
 class SplitRank(nn.Module):
@@ -20,6 +21,9 @@ class SplitRank(nn.Module):
     factor is (O, N R) with zeros outside the blocks, and alpha is N times as large: a plain LoRA of rank N R that every
     program applies at the strength it was trained with. Both start as those of `LowRank` do.
     """
+
+    has_core = False
+    fast_leaf = UP
 
     def __init__(self, layer: nn.Linear, rank: int, widths: Sequence[int]) -> None:
         super().__init__()
@@ -31,9 +35,13 @@ class SplitRank(nn.Module):
         nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_up.weight)
 
-    def down(self, x: Tensor) -> Tensor:
-        hidden: Tensor = linear(in_dtype_of(self.lora_down, x), factor(self.lora_down))
-        return hidden
+    def start_moving(self) -> None:
+        nn.init.kaiming_uniform_(self.lora_up.weight, a=math.sqrt(5))
+
+    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        weight = factor(self.lora_down)
+        x = in_dtype_of(weight, x)
+        return linear(x, weight if columns is None else weight * columns.to(weight.dtype))
 
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
         parts = hidden.chunk(len(self.widths), dim=-1)
@@ -46,6 +54,25 @@ class SplitRank(nn.Module):
     def weight(self) -> Tensor:
         up_ON, down_NI = self.factors()
         return up_ON @ down_NI
+
+    def as_one(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The leaves in memory as one LoRA of all projections, which is what files hold."""
+        up_ON, alpha = expand(leaves[UP], self.widths), leaves[ALPHA] * len(self.widths)
+        return {**leaves, UP: up_ON, ALPHA: alpha}
+
+    def apart(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The leaves of a file as they are in memory; None where its up factor has more than one block a projection."""
+        folded = fold(leaves[UP], self.widths)
+        if folded is None:
+            return None
+        num_channels = leaves[DOWN].shape[0]
+        alpha = float(leaves[ALPHA]) if ALPHA in leaves else float(num_channels)
+        return {**leaves, UP: folded, ALPHA: torch.tensor(alpha / len(self.widths), dtype=torch.float32)}
+
+
+def are_apart(leaves: Mapping[str, Tensor], widths: Sequence[int]) -> bool:
+    """Whether the LoRA of a file is one for each projection."""
+    return fold(leaves[UP], widths) is not None
 
 
 def expand(up_OR: Tensor, widths: Sequence[int]) -> Tensor:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from networks.core.adapter import Adapter, Dropout
-from networks.core.kinds.joins import Add
+from networks.core.adapter import Adapter
 from networks.core.kinds.lora import LowRank
-from networks.core.sites.targets import Site, kind_of
+from networks.core.kinds.scaled import Dropout
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
+from tests.unit.networks.one_layer import adapter_on, double, module_of
 from tests.unit.networks.toy import randomize
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -29,10 +29,8 @@ NO_DROPOUT = Dropout()
 
 
 def adapted(layer: nn.Module, seed: int, rank: int = 3, alpha: float = 2.0, drops: Dropout = NO_DROPOUT) -> Adapter:
-    kind = kind_of(layer)
-    assert kind is not None
-    adapter = Adapter(Site("x", "x", layer, kind), LowRank(layer, rank), Add(), alpha, drops, 0.7)
-    randomize(adapter, seed)
+    adapter = adapter_on(layer, LowRank(layer, rank), alpha, drops=drops, multiplier=0.7)
+    randomize(module_of(adapter), seed)
     return adapter
 
 
@@ -46,8 +44,8 @@ def test_output_is_that_of_the_layer_with_the_merged_weight(name: str) -> None:
     make, shape = LAYERS[name]
     layer = frozen(make, 11).double()
     merged = copy.deepcopy(layer)
-    adapter = adapted(layer, 12).double()
-    merged.weight.data = adapter.merged_weight()
+    adapter = double(adapted(layer, 12))
+    merged.weight.data = adapter.merged()["weight"]
     x = torch.randn(shape, dtype=torch.float64)
     alone = layer(x)
     adapter.install()
@@ -59,8 +57,8 @@ def test_output_is_that_of_the_layer_with_the_merged_weight(name: str) -> None:
 def test_gradients_are_those_of_the_merged_weight_carried_to_its_factors(name: str) -> None:
     make, shape = LAYERS[name]
     layer = frozen(make, 21).double()
-    adapter = adapted(layer, 22, rank=3, alpha=2.0).double()
-    up, down = adapter.get_parameter("lora_up.weight"), adapter.get_parameter("lora_down.weight")
+    adapter = double(adapted(layer, 22, rank=3, alpha=2.0))
+    up, down = adapter.change.get_parameter("lora_up.weight"), adapter.change.get_parameter("lora_down.weight")
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
     merged = copy.deepcopy(layer)
@@ -81,12 +79,12 @@ def test_gradients_are_those_of_the_merged_weight_carried_to_its_factors(name: s
 def test_a_fresh_adapter_changes_nothing_and_its_down_factor_is_kaiming_uniform() -> None:
     layer = frozen(lambda: nn.Linear(400, 5), 31)
     torch.manual_seed(32)
-    adapter = Adapter(Site("x", "x", layer, "plain"), LowRank(layer, 50), Add(), 1.0, Dropout(), 1.0)
+    adapter = adapter_on(layer, LowRank(layer, 50), 1.0)
     x = torch.randn(2, 400)
     alone = layer(x)
     adapter.install()
     assert torch.equal(layer(x), alone)
-    down = adapter.get_parameter("lora_down.weight")
+    down = adapter.change.get_parameter("lora_down.weight")
     assert 0.049 < down.abs().max() <= 0.05  # 1 / sqrt(400)
     assert down.std().item() == pytest.approx(0.05 / 3**0.5, rel=0.02)
 
@@ -94,9 +92,9 @@ def test_a_fresh_adapter_changes_nothing_and_its_down_factor_is_kaiming_uniform(
 @pytest.mark.parametrize(("alpha", "scale"), [(2.0, 0.5), (0.0, 1.0), (4.0, 1.0)])
 def test_scale_is_alpha_over_rank_and_alpha_0_stands_for_the_rank(alpha: float, scale: float) -> None:
     adapter = adapted(frozen(lambda: nn.Linear(6, 6), 41), 42, rank=4, alpha=alpha)
-    assert adapter.scale == scale
-    assert adapter.alpha.dtype == torch.float32 and adapter.alpha.shape == ()
-    assert float(adapter.alpha) == (alpha or 4)
+    assert adapter.change.scale == scale
+    assert adapter.change.alpha.dtype == torch.float32 and adapter.change.alpha.shape == ()
+    assert float(adapter.change.alpha) == (alpha or 4)
 
 
 def test_the_layer_keeps_its_keys_and_gets_its_forward_back() -> None:
@@ -115,13 +113,15 @@ def test_the_layer_keeps_its_keys_and_gets_its_forward_back() -> None:
 
 def test_two_adapters_on_one_layer_add_up_and_come_off_in_turn() -> None:
     layer = frozen(lambda: nn.Linear(6, 6), 61).double()
-    first, second = adapted(layer, 62).double(), adapted(layer, 63).double()
+    first, second = double(adapted(layer, 62)), double(adapted(layer, 63))
     x = torch.randn(2, 6, dtype=torch.float64)
     alone = layer(x)
     first.install()
     with_first = layer(x)
     second.install()
-    torch.testing.assert_close(layer(x) - with_first, nn.functional.linear(x, second.change()), **FLOAT64)
+    torch.testing.assert_close(
+        layer(x) - with_first, nn.functional.linear(x, second.multiplier * second.change.weight()), **FLOAT64
+    )
     with pytest.raises(ValueError, match="wrapped again"):
         first.remove()
     second.remove()
@@ -154,9 +154,8 @@ def test_no_dropout_acts_in_evaluation(drops: Dropout) -> None:
     layer = frozen(lambda: nn.Linear(6, 6), 81)
     with_drops, without = adapted(layer, 82, drops=drops), adapted(layer, 82)
     x = torch.randn(4, 6)
-    torch.testing.assert_close(
-        change_of(layer, with_drops.eval(), x), change_of(layer, without, x), **FLOAT32_SAME_MATH
-    )
+    module_of(with_drops).eval()
+    torch.testing.assert_close(change_of(layer, with_drops, x), change_of(layer, without, x), **FLOAT32_SAME_MATH)
 
 
 def test_module_dropout_leaves_out_the_whole_change_at_its_rate() -> None:
@@ -176,7 +175,7 @@ def test_module_dropout_leaves_out_the_whole_change_at_its_rate() -> None:
 def test_rank_dropout_masks_channels_per_sample_and_divides_by_the_share_kept(name: str) -> None:
     make, shape = LAYERS[name]
     layer = frozen(make, 101).double()
-    adapter = adapted(layer, 102, 4, 4.0, Dropout(rank=0.4)).double()
+    adapter = double(adapted(layer, 102, 4, 4.0, Dropout(rank=0.4)))
     x = torch.randn(shape, dtype=torch.float64)
     torch.manual_seed(103)
     got = change_of(layer, adapter, x)
@@ -184,7 +183,7 @@ def test_rank_dropout_masks_channels_per_sample_and_divides_by_the_share_kept(na
     keep_BR = (torch.rand(shape[0], 4) > 0.4).double()
     expected = []
     for sample, keep_R in zip(x, keep_BR, strict=True):
-        down, up = adapter.get_parameter("lora_down.weight"), adapter.get_parameter("lora_up.weight")
+        down, up = adapter.change.get_parameter("lora_down.weight"), adapter.change.get_parameter("lora_up.weight")
         weight = (up.flatten(1) * keep_R) @ down.flatten(1) * 0.7 / (1 - 0.4)
         plain = copy.deepcopy(layer)
         plain.weight.data, plain.bias = weight.view_as(layer.weight), None
@@ -197,8 +196,8 @@ def test_neuron_dropout_zeroes_single_numbers_and_scales_the_others_up() -> None
     layer = frozen(lambda: nn.Linear(6, 6, bias=False), 111)
     adapter = adapted(layer, 112, rank=6, alpha=6.0, drops=Dropout(neuron=0.5))
     with torch.no_grad():
-        adapter.get_parameter("lora_down.weight").copy_(torch.eye(6))
-        adapter.get_parameter("lora_up.weight").copy_(torch.eye(6))
+        adapter.change.get_parameter("lora_down.weight").copy_(torch.eye(6))
+        adapter.change.get_parameter("lora_up.weight").copy_(torch.eye(6))
     adapter.multiplier = 1.0
     torch.manual_seed(113)
     change = change_of(layer, adapter, torch.ones(200, 6))
@@ -212,7 +211,7 @@ def test_a_checkpointed_layer_is_recomputed_with_the_same_dropout(drops: Dropout
     layer = frozen(lambda: nn.Linear(6, 6), 121)
     adapter = adapted(layer, 122, drops=drops)
     adapter.install()
-    down = adapter.get_parameter("lora_down.weight")
+    down = adapter.change.get_parameter("lora_down.weight")
     x = torch.randn(5, 6, requires_grad=True)
     torch.manual_seed(124)
     for _ in range(5):
@@ -239,7 +238,7 @@ def test_under_autocast_output_is_bf16_and_gradients_are_float32(name: str) -> N
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.05)
     y.float().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.change.parameters())
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -251,19 +250,20 @@ def test_a_float32_adapter_on_a_bf16_layer_gives_what_the_layer_gives(name: str)
     change = change_of(layer, adapter, x)
     assert change.dtype == torch.bfloat16
     plain = copy.deepcopy(layer).float()
-    plain.weight.data, plain.bias = adapter.change(), None
+    plain.weight.data, plain.bias = adapter.multiplier * adapter.change.weight(), None
     torch.testing.assert_close(change.float(), plain(x.float()), rtol=0.02, atol=0.04)
 
 
 def test_loading_weights_brings_the_alpha_of_the_file_into_the_strength() -> None:
     adapter = adapted(frozen(lambda: nn.Linear(6, 6), 151), 152, rank=4, alpha=1.0)
-    adapter.load_state_dict({**adapter.state_dict(), "alpha": torch.tensor(8)})
-    assert adapter.scale == 2.0
+    adapter.change.load_state_dict({**adapter.change.state_dict(), "alpha": torch.tensor(8)})
+    assert adapter.change.scale == 2.0
 
 
 def test_a_cast_to_bf16_leaves_the_strength_exact() -> None:
-    adapter = adapted(frozen(lambda: nn.Linear(6, 6), 161), 162, rank=4, alpha=0.1).to(torch.bfloat16)
-    assert adapter.scale == 0.1 / 4
+    adapter = adapted(frozen(lambda: nn.Linear(6, 6), 161), 162, rank=4, alpha=0.1)
+    module_of(adapter).to(torch.bfloat16)
+    assert adapter.change.scale == 0.1 / 4
 
 
 def test_grouped_convolutions_are_refused() -> None:

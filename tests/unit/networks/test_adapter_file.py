@@ -15,10 +15,11 @@ from networks.core.files.adapter_file import (
     adapter_tensors,
     parse_adapter,
     read_adapter_file,
-    require_forms,
+    require_kinds,
     save_adapter_file,
 )
 from networks.core.files.module_weights import ModuleWeights
+from networks.core.kinds import lora
 from tests.tolerances import EXACT, FLOAT64
 
 PAIRS = {  # how one module is spelled: (lora_down's key, lora_up's key) -> its name
@@ -45,7 +46,7 @@ def test_every_spelling_is_one_module_and_is_written_back_as_it_was(keys: tuple[
     file = parse_adapter(tensors, {}, "cat.safetensors")
     (module,) = file.modules.values()
     assert (module.name, module.form, module.rank, module.shape) == (name, "low_rank", 3, (4, 5))
-    torch.testing.assert_close(module.change(torch.float64), up.double() @ down.double(), **FLOAT64)
+    torch.testing.assert_close(module.weight(torch.float64), up.double() @ down.double(), **FLOAT64)
     written = adapter_tensors(file)
     assert written.keys() == tensors.keys()
     assert torch.equal(written[keys[0]], down)
@@ -56,7 +57,7 @@ def test_alpha_of_6_at_rank_3_doubles_the_product_and_no_alpha_leaves_it() -> No
     without = parse_adapter(tensors, {}, "").modules["lora_unet_x"]
     doubled = parse_adapter({**tensors, "lora_unet_x.alpha": torch.tensor(6)}, {}, "").modules["lora_unet_x"]
     assert (without.alpha, doubled.scale) == (3.0, 2.0)
-    torch.testing.assert_close(doubled.change(), 2 * without.change(), **EXACT)
+    torch.testing.assert_close(doubled.weight(), 2 * without.weight(), **EXACT)
 
 
 def test_tucker_core_is_the_sum_over_both_ranks() -> None:
@@ -66,7 +67,7 @@ def test_tucker_core_is_the_sum_over_both_ranks() -> None:
     module = parse_adapter(tensors, {}, "").modules[name]
     expected = torch.einsum("op,pqhw,qi->oihw", up[:, :, 0, 0].double(), mid.double(), down[:, :, 0, 0].double())
     assert module.form == "tucker"
-    torch.testing.assert_close(module.change(torch.float64), expected, **FLOAT64)
+    torch.testing.assert_close(module.weight(torch.float64), expected, **FLOAT64)
 
 
 def test_alpha_that_diffusers_records_in_the_metadata_counts() -> None:
@@ -96,7 +97,7 @@ def test_kinds_without_low_rank_factors_are_recognised(leaves: tuple[str, ...], 
     file = parse_adapter({f"lora_unet_x.{leaf}": torch.tensor(1.0) for leaf in leaves}, {}, "cat.safetensors")
     assert file.modules["lora_unet_x"].form == form
     with pytest.raises(ValueError, match=r"cat.safetensors: 1 modules cannot be merged, the first is lora_unet_x"):
-        require_forms(file, ("low_rank",), "merged")
+        require_kinds(file, (lora.KIND,), "merged")
 
 
 def test_files_that_cannot_be_used_say_why() -> None:
@@ -117,14 +118,14 @@ def test_dora_merges_to_the_magnitudes_along_its_axis(axis: int) -> None:
     magnitude = randn(17, *((4, 1, 1, 1) if axis == 0 else (1, 3, 1, 1))).abs()
     tensors = {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": magnitude}
     module = ModuleWeights("x", tensors, {})
-    merged = module.merged_weight(base, 1.0)
+    merged = module.merged(base, 1.0)
     norms = merged.transpose(0, axis).flatten(1).norm(dim=1)
     torch.testing.assert_close(norms, magnitude.flatten(), rtol=1e-5, atol=1e-6)
     directions = torch.nn.functional.cosine_similarity(
-        merged.transpose(0, axis).flatten(1), (base + module.change()).transpose(0, axis).flatten(1)
+        merged.transpose(0, axis).flatten(1), (base + module.weight()).transpose(0, axis).flatten(1)
     )
     torch.testing.assert_close(directions, torch.ones_like(directions), rtol=1e-5, atol=1e-6)
-    half = module.merged_weight(base, 0.5)
+    half = module.merged(base, 0.5)
     torch.testing.assert_close(half, (base + merged) / 2, rtol=1e-5, atol=1e-6)
 
 
@@ -158,4 +159,4 @@ def test_other_factors_give_the_change_they_are_made_of(
     assert module.rank == rank
     assert ("alpha" in module.tensors) == has_alpha
     expected = (scale * up_OR @ down_RN).reshape(4, 3, *kernel)
-    torch.testing.assert_close(module.change(torch.float64), expected, rtol=1e-6, atol=1e-7)  # alpha is float32
+    torch.testing.assert_close(module.weight(torch.float64), expected, rtol=1e-6, atol=1e-7)  # alpha is float32

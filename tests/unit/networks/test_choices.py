@@ -14,7 +14,7 @@ ALL = 2 * 2 + 3 * 2  # blocks without what is excluded
 def ranks(model: ToyTransformer | None = None, dim: int = 4, **arguments: str) -> dict[str, int]:
     encoders = [TextEncoder(), TextEncoder()]
     network = lora.create_network(1.0, dim, 1, None, encoders, model or toy_transformer(0), **arguments)
-    return {name: adapter.delta.rank for name, adapter in network.adapters.items()}  # type: ignore[union-attr]
+    return {name: adapter.change.delta.rank for name, adapter in network.adapters.items()}  # type: ignore[union-attr]
 
 
 def denoiser_ranks(**arguments: str) -> dict[str, int]:

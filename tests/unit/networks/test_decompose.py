@@ -10,11 +10,13 @@ from torch.nn.functional import conv2d, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from networks.core.adapter import Adapter, Dropout
+from networks.core.adapter import Adapter
 from networks.core.kinds.joins import CANCELLED, EPS, Add, Decompose, scale_columns
-from networks.core.kinds.lora import LowRank, Tucker
-from networks.core.sites.targets import Site, kind_of
+from networks.core.kinds.lora import LowRank
+from networks.core.kinds.scaled import Dropout
+from networks.core.kinds.tucker import Tucker
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
+from tests.unit.networks.one_layer import adapter_on, module_of
 from tests.unit.networks.test_adapter import LAYERS
 
 NO_DROPOUT = Dropout()
@@ -37,14 +39,12 @@ def decomposed(
     is_constant: bool = False,
 ) -> Adapter:
     """A trained adapter of rank 3 and alpha 2 in the dtype of the layer."""
-    kind = kind_of(layer)
-    assert kind is not None
     join = Decompose(layer.weight, is_constant)
-    adapter = Adapter(Site("x", "x", layer, kind), delta(layer, 3), join, 2.0, drops, multiplier, has_scalar)
-    adapter.to(layer.weight.dtype)
+    adapter = adapter_on(layer, delta(layer, 3), 2.0, join, drops, multiplier, has_scalar)
+    adapter.change.to(layer.weight.dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in adapter.parameters():
+        for parameter in adapter.change.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return adapter
 
@@ -57,24 +57,24 @@ def with_weight(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 def product_of(adapter: Adapter) -> Tensor:
     """up @ down by einsum over the factors' own axes."""
-    up, down = adapter.get_parameter("lora_up.weight"), adapter.get_parameter("lora_down.weight")
+    up, down = adapter.change.get_parameter("lora_up.weight"), adapter.change.get_parameter("lora_down.weight")
     if down.dim() == 2:
         return torch.einsum("or,ri->oi", up, down)
-    if "lora_mid.weight" in dict(adapter.named_parameters()):
-        mid = adapter.get_parameter("lora_mid.weight")
+    if "lora_mid.weight" in dict(adapter.change.named_parameters()):
+        mid = adapter.change.get_parameter("lora_mid.weight")
         return torch.einsum("op,pqhw,qi->oihw", up.flatten(1), mid, down.flatten(1))
     return torch.einsum("or,rihw->oihw", up.flatten(1), down)
 
 
 def formula(layer: Any, adapter: Adapter, multiplier: float, is_constant: bool = False) -> Tensor:
     """W0 + s (m (W0 + dW) / |W0 + dW| - W0), from whole matrices."""
-    scalar = 1.0 if adapter.scalar is None else adapter.scalar
+    scalar = 1.0 if adapter.change.scalar is None else adapter.change.scalar
     whole = layer.weight + product_of(adapter) * scalar * 2.0 / 3
     axes = [0, 2, 3][: whole.dim() - 1]
     norm = whole.square().sum(axes, keepdim=True).sqrt() + EPS
     norm = norm.detach() if is_constant else norm
-    assert adapter.dora_scale is not None
-    return layer.weight + multiplier * (adapter.dora_scale * whole / norm - layer.weight)
+    assert adapter.change.dora_scale is not None
+    return layer.weight + multiplier * (adapter.change.dora_scale * whole / norm - layer.weight)
 
 
 @pytest.mark.parametrize("is_constant", [False, True])
@@ -89,10 +89,10 @@ def test_output_gradients_and_merged_weight_are_those_of_the_formula(
     adapter = decomposed(layer, 1202, delta, NO_DROPOUT, multiplier, has_scalar, is_constant)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     wanted = formula(layer, adapter, multiplier, is_constant)
-    torch.testing.assert_close(adapter.merged_weight(), wanted, **FLOAT64)
+    torch.testing.assert_close(adapter.merged()["weight"], wanted, **FLOAT64)
     expected = with_weight(layer, x, wanted)
     seen_by = torch.randn_like(expected)
-    learned = (x, *adapter.parameters())
+    learned = (x, *adapter.change.parameters())
     expected_grads = torch.autograd.grad((expected * seen_by).sum(), learned)
     adapter.install()
     y = layer(x)
@@ -106,9 +106,7 @@ def test_output_gradients_and_merged_weight_are_those_of_the_formula(
 def test_at_the_start_nothing_changes_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     make, shape = LAYERS[name]
     layer = frozen(make, 1211, dtype)
-    kind = kind_of(layer)
-    assert kind is not None
-    adapter = Adapter(Site("x", "x", layer, kind), LowRank(layer, 3), Decompose(layer.weight), 2.0, NO_DROPOUT, 1.0)
+    adapter = adapter_on(layer, LowRank(layer, 3), 2.0, Decompose(layer.weight))
     x = torch.randn(shape).to(dtype)
     alone = layer(x)
     adapter.install()
@@ -148,7 +146,7 @@ def test_neither_pass_makes_a_tensor_of_the_size_of_the_weight() -> None:
         layer(x).square().sum().backward()
     assert 0 < largest.num_values <= 3 * 128  # rank times outputs
     with Largest() as largest:
-        adapter.merged_weight()
+        adapter.merged()["weight"]
     assert largest.num_values == 96 * 128
 
 
@@ -159,30 +157,31 @@ def test_a_16_bit_weight_in_any_memory_format_has_the_norms_of_float64(
     monkeypatch.setattr("networks.core.kinds.joins.CHUNK_VALUES", 200)  # rows in several parts
     layer = frozen(lambda: nn.Conv2d(7, 20, 3, padding=1), 1241, torch.float32).to(torch.bfloat16)
     layer.to(memory_format=torch.channels_last)
-    adapter = decomposed(layer, 1242, delta).float()
-    assert adapter.dora_scale is not None
+    adapter = decomposed(layer, 1242, delta)
+    module_of(adapter).float()
+    assert adapter.change.dora_scale is not None
     wide = frozen(lambda: nn.Conv2d(7, 20, 3, padding=1), 1241)
     wide.weight.data = layer.weight.double()
     exact = decomposed(wide, 1243, delta)
-    exact.load_state_dict(adapter.state_dict())
-    learned = [name for name, _ in adapter.named_parameters()]
-    torch.testing.assert_close(adapter.merged_weight().double(), formula(wide, exact, 1.0), **FLOAT32_SAME_MATH)
+    exact.change.load_state_dict(adapter.change.state_dict())
+    learned = [name for name, _ in adapter.change.named_parameters()]
+    torch.testing.assert_close(adapter.merged()["weight"].double(), formula(wide, exact, 1.0), **FLOAT32_SAME_MATH)
     columns = columns_of(adapter)
     torch.testing.assert_close(columns.double(), columns_of(exact), **FLOAT32_SAME_MATH)
-    got = torch.autograd.grad(columns.sum(), list(adapter.parameters()), allow_unused=True)
-    expected = torch.autograd.grad(columns_of(exact).sum(), list(exact.parameters()), allow_unused=True)
+    got = torch.autograd.grad(columns.sum(), list(adapter.change.parameters()), allow_unused=True)
+    expected = torch.autograd.grad(columns_of(exact).sum(), list(exact.change.parameters()), allow_unused=True)
     for name, one, other in zip(learned, got, expected, strict=True):
         assert one is not None and other is not None, name
         torch.testing.assert_close(one.double(), other, **FLOAT32_SAME_MATH)
 
 
 def columns_of(adapter: Adapter) -> Tensor:
-    from networks.core.kinds.lora import factors_of
-
-    assert adapter.dora_scale is not None
+    assert adapter.change.dora_scale is not None
     weight = adapter.site.module.weight
     assert isinstance(weight, Tensor)
-    return adapter.join.columns(weight, adapter.dora_scale, *factors_of(adapter.delta), adapter.scale)
+    return adapter.change.join.columns(
+        weight, adapter.change.dora_scale, *adapter.change.factors(), adapter.change.scale
+    )
 
 
 @pytest.mark.parametrize("share", [1e-2, 1e-3, 1e-5])
@@ -195,17 +194,17 @@ def test_columns_that_the_change_cancels_almost_wholly_keep_their_digits(share: 
         product = torch.zeros(40, 9)
         product[:, 2:5] = layer.weight[:, 2:5] * (share - 1)
         u, s, v = torch.linalg.svd(product.double())
-        adapter.get_parameter("lora_up.weight").copy_((u[:, :3] * s[:3]) * 1.5)  # alpha / rank is 2 / 3
-        adapter.get_parameter("lora_down.weight").copy_(v[:3])
+        adapter.change.get_parameter("lora_up.weight").copy_((u[:, :3] * s[:3]) * 1.5)  # alpha / rank is 2 / 3
+        adapter.change.get_parameter("lora_down.weight").copy_(v[:3])
     whole = layer.weight.double() + product_of(adapter).double() * 2 / 3
     norms = whole.norm(dim=0)
     assert ((norms / layer.weight.double().norm(dim=0)) ** 2 < CANCELLED).sum() == (3 if share < 0.03 else 0)
-    assert adapter.dora_scale is not None
-    expected = adapter.dora_scale.double().flatten() / (norms + EPS)
+    assert adapter.change.dora_scale is not None
+    expected = adapter.change.dora_scale.double().flatten() / (norms + EPS)
     got = columns_of(adapter).double().flatten()
     # What is left of a column is the difference of two float32 numbers near |W0|: it has no more digits than that.
     torch.testing.assert_close(got, expected, rtol=1e-6 / share, atol=1e-6)
-    grads = torch.autograd.grad(columns_of(adapter).sum(), list(adapter.parameters()))
+    grads = torch.autograd.grad(columns_of(adapter).sum(), list(adapter.change.parameters()))
     assert all(grad.isfinite().all() for grad in grads)
 
 
@@ -214,11 +213,11 @@ def test_the_expansion_alone_loses_what_the_direct_sum_keeps(monkeypatch: pytest
     layer = nn.Linear(9, 4000, bias=False).requires_grad_(False)
     adapter = decomposed(layer, 1262)
     with torch.no_grad():
-        adapter.get_parameter("lora_up.weight").copy_(layer.weight[:, 2:5] * -1.5 * (1 - 2e-3))
-        adapter.get_parameter("lora_down.weight").copy_(torch.eye(9)[2:5])
+        adapter.change.get_parameter("lora_up.weight").copy_(layer.weight[:, 2:5] * -1.5 * (1 - 2e-3))
+        adapter.change.get_parameter("lora_down.weight").copy_(torch.eye(9)[2:5])
     norms = (layer.weight.double() + product_of(adapter).double() * 2 / 3).norm(dim=0)
-    assert adapter.dora_scale is not None
-    expected = adapter.dora_scale.double().flatten() / (norms + EPS)
+    assert adapter.change.dora_scale is not None
+    expected = adapter.change.dora_scale.double().flatten() / (norms + EPS)
 
     def worst() -> float:
         return ((columns_of(adapter).flatten() - expected) / expected).abs().max().item()
@@ -233,13 +232,13 @@ def test_empty_columns_stay_finite() -> None:
     layer.weight[:, 3] = 0
     adapter = decomposed(layer, 1272)
     with torch.no_grad():
-        adapter.get_parameter("lora_down.weight")[:, 3] = 0
+        adapter.change.get_parameter("lora_down.weight")[:, 3] = 0
     adapter.install()
     x = torch.randn(4, 7)
     y = layer(x)
     y.sum().backward()
     assert y.isfinite().all()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter.change.parameters())
 
 
 def test_columns_are_scaled_in_float32_and_rounded_once() -> None:
@@ -265,7 +264,7 @@ def test_under_autocast_output_is_bf16_and_gradients_are_float32(name: str) -> N
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.08)
     y.float().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.change.parameters())
 
 
 @pytest.mark.parametrize("drops", [Dropout(neuron=0.5), Dropout(rank=0.5), Dropout(module=0.5)])
@@ -274,7 +273,7 @@ def test_a_checkpointed_layer_gives_the_same_gradients(drops: Dropout) -> None:
     adapter = decomposed(layer, 1302, Tucker, drops, has_scalar=True)
     adapter.install()
     x = torch.randn(LAYERS["3x3"][1], dtype=torch.float64, requires_grad=True)
-    learned = (x, *adapter.parameters())
+    learned = (x, *adapter.change.parameters())
     torch.manual_seed(1303)
     seen = set()
     for _ in range(4):
@@ -302,7 +301,7 @@ def test_rank_dropout_acts_on_the_low_rank_path_and_leaves_the_norm_whole() -> N
     y = layer(x)
     torch.manual_seed(1313)
     keep_BR = (torch.rand(2, 3) > 0.4).double()
-    up, down = adapter.get_parameter("lora_up.weight"), adapter.get_parameter("lora_down.weight")
+    up, down = adapter.change.get_parameter("lora_up.weight"), adapter.change.get_parameter("lora_down.weight")
     adapter.remove()
     for sample, keep_R, got in zip(x, keep_BR, y, strict=True):
         weight = layer.weight + (up * keep_R) @ down * (2.0 / 3) / (1 - 0.4)
@@ -314,11 +313,11 @@ def test_rank_dropout_acts_on_the_low_rank_path_and_leaves_the_norm_whole() -> N
 def test_a_cast_network_keeps_its_magnitudes_in_float32(dtype: torch.dtype) -> None:
     layer = frozen(LAYERS["linear"][0], 1321, torch.float32)
     adapter = decomposed(layer, 1322)
-    assert adapter.dora_scale is not None
-    before = adapter.dora_scale.detach().clone()
-    adapter.to(dtype)
-    assert adapter.get_parameter("lora_up.weight").dtype == dtype
-    assert torch.equal(adapter.dora_scale, before)
+    assert adapter.change.dora_scale is not None
+    before = adapter.change.dora_scale.detach().clone()
+    adapter.change.to(dtype)
+    assert adapter.change.get_parameter("lora_up.weight").dtype == dtype
+    assert torch.equal(adapter.change.dora_scale, before)
 
 
 def test_a_sum_has_no_magnitudes() -> None:

@@ -85,7 +85,7 @@ def test_the_alpha_of_the_file_is_used_and_saved_again(tmp_path: Path) -> None:
     network = trained(207, alpha=1.0)
     said = network.load_weights(str(tmp_path / "x.safetensors"))
     assert "alpha is 8 as in the file, not 1" in said
-    assert {adapter.scale for adapter in network.adapters.values()} == {2.0}
+    assert {adapter.change.scale for adapter in network.adapters.values()} == {2.0}
     network.save_weights(str(tmp_path / "y.safetensors"), None, {})
     assert load_state_dict(tmp_path / "y.safetensors")["lora_te_layers_0_q_proj.alpha"] == 8
 
@@ -98,9 +98,9 @@ def test_a_file_without_alpha_has_the_rank_for_alpha(tmp_path: Path) -> None:
     torch.save(without_alpha(trained(208)), tmp_path / "x.pt")
     network = trained(209, alpha=1.0)
     network.load_weights(str(tmp_path / "x.pt"))
-    assert {adapter.scale for adapter in network.adapters.values()} == {1.0}
+    assert {adapter.change.scale for adapter in network.adapters.values()} == {1.0}
     other, _ = create_network_from_weights(1.0, str(tmp_path / "x.pt"), None, *toy_models(210))
-    assert {adapter.alpha_value for adapter in other.adapters.values()} == {4.0}
+    assert {adapter.change.alpha_value for adapter in other.adapters.values()} == {4.0}
 
 
 def test_what_does_not_fit_is_said_and_the_rest_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,13 +14,14 @@ from torch.nn.functional import group_norm, layer_norm
 from library.checkpoints.files import load_state_dict
 from networks import dylora, lora_fa
 from networks.core.adapter import Adapter
-from networks.core.files.reading_writing import file_tensors
-from networks.core.kinds.norm import NormAdapter
+from networks.core.kinds.norm import Norm, fresh_norm
+from networks.core.kinds.scaled import ScaledDelta
 from networks.core.network import AdapterNetwork
 from networks.core.protocol import adopt
 from networks.core.sites.targets import Part, Site, find_norms
 from networks.lora import create_network, create_network_from_weights
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
+from tests.unit.networks.one_layer import double, module_of
 from tests.unit.networks.toy import toy_models
 
 EVERYTHING = {
@@ -67,7 +68,7 @@ def assert_same(got: list[Tensor], expected: list[Tensor], **tolerance: float) -
 
 
 def file_keys(network: AdapterNetwork, module: str) -> dict[str, list[int]]:
-    return {leaf: list(tensor.shape) for leaf, tensor in file_tensors(network.adapters[module]).items()}
+    return {leaf: list(tensor.shape) for leaf, tensor in network.adapters[module].change.leaves().items()}
 
 
 def test_keys_and_shapes_of_everything_together() -> None:
@@ -82,7 +83,7 @@ def test_keys_and_shapes_of_everything_together() -> None:
     assert file_keys(network, NORM) == {"w_norm": [6], "b_norm": [6]}
     proj_in = file_keys(network, "lora_unet_mid_attention_proj_in")
     assert "lora_mid.weight" not in proj_in and proj_in["dora_scale"] == [1, 6, 1, 1]
-    assert sum(isinstance(adapter, NormAdapter) for adapter in network.adapters.values()) == 3
+    assert sum(isinstance(adapter.change, Norm) for adapter in network.adapters.values()) == 3
     assert "lora_te_norm" not in network.adapters  # it lies in no searched block
 
 
@@ -123,7 +124,7 @@ def test_merging_at_another_strength_is_the_installed_network_at_it(form: str) -
     network, text, unet = trained(1531, **FORMS[form])
     merged_text, merged_unet = copy.deepcopy(toy_models(1531))
     network.set_multiplier(0.6)
-    weights = {f"{n}.{leaf}": t for n, a in network.adapters.items() for leaf, t in file_tensors(a).items()}
+    weights = {f"{n}.{leaf}": t for n, a in network.adapters.items() for leaf, t in a.change.leaves().items()}
     other, _ = create_network_from_weights(0.6, "file", None, merged_text, merged_unet, weights, for_inference=True)
     other.merge_to(merged_text, merged_unet, weights, torch.float32, "cpu")
     assert_same(outputs(merged_text, merged_unet, 1532), outputs(text, unet, 1532))
@@ -134,14 +135,14 @@ def test_merging_at_another_strength_is_the_installed_network_at_it(form: str) -
 def test_the_strength_is_multiplied_into_the_file_and_comes_back_as_1(tmp_path: Path) -> None:
     network, _, _ = trained(1541, use_scalar="True")
     adapter = network.adapters[LINEAR]
-    assert isinstance(adapter, Adapter) and adapter.scalar is not None
-    adapter.scalar.data.fill_(-0.25)
+    assert isinstance(adapter, Adapter) and adapter.change.scalar is not None
+    adapter.change.scalar.data.fill_(-0.25)
     network.save_weights(str(tmp_path / "x.safetensors"), None, {})
     tensors = load_state_dict(tmp_path / "x.safetensors")
-    assert torch.equal(tensors[f"{LINEAR}.lora_up.weight"], -0.25 * adapter.get_parameter("lora_up.weight"))
+    assert torch.equal(tensors[f"{LINEAR}.lora_up.weight"], -0.25 * adapter.change.get_parameter("lora_up.weight"))
     assert not any("scalar" in key for key in tensors)
     network.load_weights(str(tmp_path / "x.safetensors"))
-    assert adapter.scalar.item() == 1.0
+    assert adapter.change.scalar.item() == 1.0
 
 
 def test_the_strength_learns_from_the_first_step_and_up_and_down_from_the_second() -> None:
@@ -150,7 +151,7 @@ def test_the_strength_learns_from_the_first_step_and_up_and_down_from_the_second
     network.apply_to(text, unet)
     outputs(text, unet, 1552)[1].square().sum().backward()
     adapter = network.adapters[LINEAR]
-    grads = {name: parameter.grad for name, parameter in adapter.named_parameters()}
+    grads = {name: parameter.grad for name, parameter in adapter.change.named_parameters()}
     assert all(grad is not None for grad in grads.values())
     assert {name for name, grad in grads.items() if grad is not None and grad.abs().max() > 0} == {"scalar"}
 
@@ -173,7 +174,7 @@ def test_a_plain_lora_goes_on_as_dora_from_what_it_computes(tmp_path: Path) -> N
     second, _ = create_network_from_weights(1.0, str(tmp_path / "x.safetensors"), None, text, unet, dora_wd="True")
     second.apply_to(text, unet)
     second.load_weights(str(tmp_path / "x.safetensors"))
-    assert "dora_scale" in dict(second.adapters[LINEAR].named_parameters())
+    assert "dora_scale" in dict(second.adapters[LINEAR].change.named_parameters())
     assert_same(outputs(text, unet, 1572), expected)
 
 
@@ -232,12 +233,12 @@ def test_norms_follow_the_learning_rate_of_their_block_and_rank_0_leaves_them_al
     network = create_network(
         1.0, 4, 2.0, None, text, unet, train_norm="1", down_lr_weight="0.5,1", mid_lr_weight="0", up_lr_weight="2"
     )
-    norms = {m.adapter.site.path: m.allotment for m in network.members if isinstance(m.adapter, NormAdapter)}
+    norms = {m.adapter.site.path: m.allotment for m in network.members if isinstance(m.adapter.change, Norm)}
     assert {path: allotment.lr_factor for path, allotment in norms.items()} == {
         "down.0.attention.norm": 1.0, "up.0.attention.norm": 2.0,
     }  # fmt: skip
     network = create_network(1.0, 4, 2.0, None, text, unet, train_norm="1", block_dims="0,4,0,4")
-    found = [m.adapter.site.path for m in network.members if isinstance(m.adapter, NormAdapter)]
+    found = [m.adapter.site.path for m in network.members if isinstance(m.adapter.change, Norm)]
     assert found == ["down.0.attention.norm", "up.0.attention.norm"]
 
 
@@ -262,12 +263,12 @@ def test_a_norm_computes_with_the_sums_of_its_parameters(name: str) -> None:
     layer = make().double().requires_grad_(False)
     for parameter in layer.parameters():
         parameter.copy_(torch.randn_like(parameter))
-    adapter = NormAdapter(Site("x", "x", layer, "norm"), 0.6).double()
-    assert (adapter.b_norm is None) == (layer.bias is None)
-    perturb(adapter, 1652)
+    adapter = double(Adapter(Site("x", "x", layer, "norm"), fresh_norm(layer), 0.6))
+    assert (adapter.change.b_norm is None) == (layer.bias is None)
+    perturb(module_of(adapter), 1652)
     x = torch.randn(shape, dtype=torch.float64)
-    weight = layer.weight + 0.6 * adapter.w_norm
-    bias = None if adapter.b_norm is None else layer.bias + 0.6 * adapter.b_norm
+    weight = layer.weight + 0.6 * adapter.change.w_norm
+    bias = None if adapter.change.b_norm is None else layer.bias + 0.6 * adapter.change.b_norm
     expected = group_norm(x, 3, weight, bias) if name == "group" else layer_norm(x, (6,), weight, bias)
     alone = layer(x)
     adapter.install()
@@ -282,8 +283,8 @@ def test_a_small_change_of_a_16_bit_norm_is_not_rounded_away(name: str) -> None:
     make, shape = NORM_LAYERS[name]
     torch.manual_seed(1661)
     layer = make().requires_grad_(False).bfloat16()
-    adapter = NormAdapter(Site("x", "x", layer, "norm"), 1.0)
-    adapter.w_norm.data.fill_(1e-3)  # bf16 has nothing between 1 and 1.0078
+    adapter = Adapter(Site("x", "x", layer, "norm"), fresh_norm(layer), 1.0)
+    adapter.change.w_norm.data.fill_(1e-3)  # bf16 has nothing between 1 and 1.0078
     x = torch.randn(shape).bfloat16()
     alone = layer(x)
     adapter.install()
@@ -293,7 +294,7 @@ def test_a_small_change_of_a_16_bit_norm_is_not_rounded_away(name: str) -> None:
         under_autocast = layer(x)
     assert under_autocast.dtype == torch.bfloat16 and torch.equal(under_autocast, y)
     y.float().sum().backward()
-    assert adapter.w_norm.grad is not None and adapter.w_norm.grad.dtype == torch.float32
+    assert adapter.change.w_norm.grad is not None and adapter.change.w_norm.grad.dtype == torch.float32
 
 
 def test_a_norm_learns_from_channels_last_pixels_that_need_no_gradient() -> None:
@@ -302,12 +303,12 @@ def test_a_norm_learns_from_channels_last_pixels_that_need_no_gradient() -> None
     x = torch.randn(2, 8, 4, 4)
     grads = []
     for pixels in (x, x.contiguous(memory_format=torch.channels_last), x.clone().requires_grad_()):
-        adapter = NormAdapter(Site("x", "x", layer, "norm"), 1.0)
+        adapter = Adapter(Site("x", "x", layer, "norm"), fresh_norm(layer), 1.0)
         adapter.install()
         layer(pixels).pow(3).sum().backward()
         adapter.remove()
-        assert adapter.w_norm.grad is not None
-        grads.append(adapter.w_norm.grad)
+        assert adapter.change.w_norm.grad is not None
+        grads.append(adapter.change.w_norm.grad)
     torch.testing.assert_close(grads[1], grads[0], **FLOAT32_SAME_MATH)
     torch.testing.assert_close(grads[2], grads[0], **FLOAT32_SAME_MATH)
 
@@ -386,19 +387,21 @@ def test_dora_with_a_frozen_down_factor_trains_up_and_magnitudes() -> None:
     perturb(network, 1702)
     network.apply_to(text, unet)
     outputs(text, unet, 1703)[1].square().sum().backward()
-    grads = {name for name, parameter in network.adapters[LINEAR].named_parameters() if parameter.grad is not None}
+    grads = {
+        name for name, parameter in network.adapters[LINEAR].change.named_parameters() if parameter.grad is not None
+    }
     assert grads == {"lora_up.weight", "dora_scale"}
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_norms_of_changes_are_limited_to_the_given_one(form: str) -> None:
     network, _, _ = trained(1711, **FORMS[form])
-    modules = [a for a in network.adapters.values() if isinstance(a, Adapter)]
-    before = [adapter.change().norm().item() for adapter in modules]
+    modules = [a for a in network.adapters.values() if isinstance(a.change, ScaledDelta)]
+    before = [adapter.change.weight().norm().item() for adapter in modules]
     kept = {n: p.clone() for n, p in network.named_parameters() if "norm" in n or n.endswith(("dora_scale", "scalar"))}
     limit = sorted(before)[len(before) // 2] * 1.0001
     count, mean, maximum = adopt(network).limit_norms(limit, "cpu")
-    after = [adapter.change().norm().item() for adapter in modules]
+    after = [adapter.change.weight().norm().item() for adapter in modules]
     assert count == sum(norm > limit for norm in before) > 0
     assert after == pytest.approx([min(norm, limit) for norm in before], rel=1e-5)
     assert (mean, maximum) == (pytest.approx(sum(after) / len(after)), pytest.approx(limit))
@@ -411,10 +414,10 @@ def test_a_limit_on_norms_leaves_a_frozen_factor_alone() -> None:
     perturb(network, 1722)
     adapter = network.adapters[LINEAR]
     assert isinstance(adapter, Adapter)
-    down = adapter.state_dict()["lora_down.weight"].clone()
+    down = adapter.change.state_dict()["lora_down.weight"].clone()
     network.apply_max_norm_regularization(0.01, "cpu")
-    assert torch.equal(adapter.state_dict()["lora_down.weight"], down)
-    assert adapter.change().norm().item() == pytest.approx(0.01, rel=1e-5)
+    assert torch.equal(adapter.change.state_dict()["lora_down.weight"], down)
+    assert adapter.change.weight().norm().item() == pytest.approx(0.01, rel=1e-5)
 
 
 def test_the_log_tells_what_each_argument_came_to(caplog: pytest.LogCaptureFixture) -> None:

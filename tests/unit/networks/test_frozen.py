@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from networks import lora, lora_fa
-from networks.core.adapter import Adapter, Dropout
-from networks.core.kinds.joins import Add
-from networks.core.kinds.lora import Delta, LowRank, factor
+from networks.core.kinds.change import Delta, factor
+from networks.core.kinds.lora import LowRank
 from networks.core.kinds.lora_fa import frozen_down
-from networks.core.sites.targets import Site, kind_of
+from networks.core.sites.targets import kind_of
 from tests.tolerances import FLOAT32_SAME_MATH
+from tests.unit.networks.one_layer import adapter_on, module_of
 from tests.unit.networks.toy import randomize, toy_models
 
 CONV = {"conv_dim": "3", "conv_alpha": "2"}
@@ -66,7 +66,7 @@ def test_only_up_factors_are_parameters_of_optimizer_and_gradient_limit() -> Non
     network.apply_to(*models)
     groups, _ = network.prepare_optimizer_params_with_multiple_te_lrs(None, None, 1e-3)
     network.prepare_grad_etc(*models)
-    ups = {id(adapter.get_parameter("lora_up.weight")) for adapter in network.adapters.values()}
+    ups = {id(adapter.change.get_parameter("lora_up.weight")) for adapter in network.adapters.values()}
     assert {id(p) for p in network.get_trainable_params()} == ups
     assert {id(p) for group in groups for p in group["params"]} == ups
     assert {name.rpartition("lora_")[2] for name, _ in network.named_parameters()} == {"up.weight"}
@@ -104,10 +104,10 @@ def kept(
     if make_delta is not None:
         kind = kind_of(layer)
         assert kind is not None
-        installed = Adapter(Site("x", "x", layer, kind), make_delta(layer, 4), Add(), 2.0, Dropout(), 1.0)
-        randomize(installed, 5)
+        installed = adapter_on(layer, make_delta(layer, 4), 2.0)
+        randomize(module_of(installed), 5)
         installed.install()
-        adapter = installed
+        adapter = module_of(installed)
     weights = {t.data_ptr() for module in (layer, adapter) for t in module.state_dict().values()}
     tensors: list[Tensor] = []
 
@@ -193,7 +193,7 @@ def test_limiting_the_norm_of_a_change_shrinks_its_up_factor_alone() -> None:
     network.apply_max_norm_regularization(0.5, "cpu")
     for name, adapter in network.adapters.items():
         assert torch.equal(network.state_dict()[f"{name}.lora_down.weight"], before[f"{name}.lora_down.weight"])
-        assert adapter.change().norm() <= 0.5 * 1.0001
+        assert adapter.change.weight().norm() <= 0.5 * 1.0001
 
 
 def test_tucker_is_refused_as_an_argument_and_in_a_file() -> None:

@@ -32,7 +32,7 @@ def renamed(tensors: dict[str, Tensor], to: FileNaming) -> dict[str, Tensor]:
 
 def change(tensors: dict[str, Tensor]) -> Tensor:
     (module,) = parse_adapter(tensors, {}, "x").modules.values()
-    return module.change(torch.float64)
+    return module.weight(torch.float64)
 
 
 def test_each_piece_gets_its_rows() -> None:
@@ -69,7 +69,7 @@ def test_pieces_of_their_own_are_joined_at_the_sum_of_their_ranks(to: FileNaming
     (module,) = parse_adapter(joined, {}, "x").modules.values()
     assert (module.rank, module.scale) == (5, 1.0)
     expected = torch.cat([change(q), torch.zeros(3, 5, dtype=torch.float64), change(mlp)])
-    torch.testing.assert_close(module.change(torch.float64), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(module.weight(torch.float64), expected, rtol=0, atol=1e-12)
 
 
 def test_pieces_stay_pieces_in_the_diffusers_naming() -> None:

@@ -15,12 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from library.randomness import random_for
 from networks import dylora, lora
-from networks.core.adapter import Adapter, Dropout
 from networks.core.kinds.dylora import STREAM, NestedRank, nested_rank
-from networks.core.kinds.joins import Add
+from networks.core.kinds.scaled import Dropout, ScaledDelta
 from networks.core.network import AdapterNetwork
-from networks.core.sites.targets import Site
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
+from tests.unit.networks.one_layer import adapter_on, module_of
 from tests.unit.networks.toy import randomize, toy_models
 from tools.extract_lora_from_dylora import main as extract
 
@@ -41,9 +40,9 @@ def ranks_of(network: AdapterNetwork) -> dict[str, int]:
     """The ranks that the present step multiplies, by module."""
     ranks = {}
     for name, adapter in network.adapters.items():
-        if isinstance(adapter.delta, NestedRank):
-            assert adapter.delta._rows is not None
-            ranks[name] = adapter.delta._rows[1]
+        if isinstance(adapter.change, ScaledDelta) and isinstance(adapter.change.delta, NestedRank):
+            assert adapter.change.delta._rows is not None
+            ranks[name] = adapter.change.delta._rows[1]
     return ranks
 
 
@@ -89,8 +88,8 @@ def test_the_file_cut_at_a_rank_computes_what_training_at_that_rank_computed(
         cut, _ = lora.create_network_from_weights(1.0, file, None, *cut_models)
         cut.apply_to(*cut_models)
         cut.load_weights(file)
-        assert {a.delta.rank for name, a in cut.adapters.items() if "conv1" not in name} == {rank}
-        assert {a.delta.rank for name, a in cut.adapters.items() if "conv1" in name} == {(rank + 1) // 2}
+        assert {a.change.delta.rank for name, a in cut.adapters.items() if "conv1" not in name} == {rank}
+        assert {a.change.delta.rank for name, a in cut.adapters.items() if "conv1" in name} == {(rank + 1) // 2}
         for got, expected, without in zip(outputs(cut_models, 4), trained, alone, strict=True):
             torch.testing.assert_close(got, expected, **FLOAT32_SAME_MATH)
             assert (got - without).abs().max() > 0.01
@@ -193,7 +192,10 @@ def gradients(network: AdapterNetwork, models: tuple[nn.Module, nn.Module]) -> I
     network.zero_grad()
     sum(y.square().sum() for y in outputs(models, 30)).backward()  # type: ignore[union-attr]
     for name, adapter in network.adapters.items():
-        up, down = adapter.get_parameter("lora_up.weight").grad, adapter.get_parameter("lora_down.weight").grad
+        up, down = (
+            adapter.change.get_parameter("lora_up.weight").grad,
+            adapter.change.get_parameter("lora_down.weight").grad,
+        )
         assert up is not None and down is not None
         yield name, up.flatten(1), down.flatten(1)
 
@@ -274,14 +276,16 @@ def test_rank_dropout_masks_the_ranks_of_the_step_and_divides_by_the_share_kept(
     layer = nn.Linear(7, 5, bias=False).requires_grad_(False)
     delta = NestedRank(layer, 6)
     x = torch.randn(400, 7)
-    adapter = Adapter(Site("x", "x", layer, "plain"), delta, Add(), 6.0, Dropout(rank=0.5), 1.0)
-    randomize(adapter, 44)
+    adapter = adapter_on(layer, delta, 6.0, drops=Dropout(rank=0.5))
+    randomize(module_of(adapter), 44)
     delta.use_rows(0, 2)
     alone = layer(x)
     adapter.install()
     change = layer(x) - alone
-    ups = adapter.get_parameter("lora_up.weight")[:, :2]
-    hidden = torch.linalg.lstsq(ups, change.t()).solution.t() / (x @ adapter.get_parameter("lora_down.weight")[:2].t())
+    ups = adapter.change.get_parameter("lora_up.weight")[:, :2]
+    hidden = torch.linalg.lstsq(ups, change.t()).solution.t() / (
+        x @ adapter.change.get_parameter("lora_down.weight")[:2].t()
+    )
     kept = hidden.round(decimals=2)
     assert set(kept.unique().tolist()) == {0.0, 2.0}
     assert 0.4 < (kept > 0).float().mean().item() < 0.6
@@ -384,7 +388,7 @@ def test_trained_strengths_and_norms_belong_to_every_rank(tmp_path: Path) -> Non
 def test_norms_alone_have_no_rank_to_draw() -> None:
     network = dylora.create_network(1.0, 0, 1, None, *toy_models(65), train_norm="True")
     network.on_optimizer_step_start(66, 0)
-    assert all(adapter.delta is None for adapter in network.adapters.values())
+    assert all(adapter.site.kind == "norm" for adapter in network.adapters.values())
 
 
 def test_arguments_of_dylora_warn_in_other_modules(caplog: pytest.LogCaptureFixture) -> None:
@@ -411,7 +415,7 @@ def test_ranks_of_a_file_must_be_multiples_of_the_unit_too() -> None:
     models = toy_models(56)
     weights = network_on(models, 57, rank=6).state_dict()
     network, _ = dylora.create_network_from_weights(1.0, "x", None, *toy_models(56), weights, unit="3")
-    assert {adapter.delta.rank for adapter in network.adapters.values()} == {6}
+    assert {adapter.change.delta.rank for adapter in network.adapters.values()} == {6}
     with pytest.raises(ValueError, match="unit=4: lora_te_layers_0_q_proj has rank 6"):
         dylora.create_network_from_weights(1.0, "x", None, *toy_models(56), weights, unit="4")
 
@@ -426,16 +430,16 @@ def test_every_rank_comes_near_the_best_of_its_size_where_a_plain_adapter_cut_la
         layer = nn.Linear(32, 32, bias=False).requires_grad_(False)
         layer.weight.zero_()
         delta = NestedRank(layer, 8)
-        adapter = Adapter(Site("x", "x", layer, "plain"), delta, Add(), 8.0, Dropout(), 1.0)
+        adapter = adapter_on(layer, delta, 8.0)
         adapter.install()
-        optimizer = torch.optim.Adam(adapter.parameters(), lr=0.01)
+        optimizer = torch.optim.Adam(adapter.change.parameters(), lr=0.01)
         for step in range(600):
             delta.use_rows(0, random_for(72, STREAM, step).randrange(1, 9) if is_nested else 8)
             x = torch.randn(32, 32)
             (layer(x) - x @ wanted.t()).square().sum(-1).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        up, down = adapter.get_parameter("lora_up.weight"), adapter.get_parameter("lora_down.weight")
+        up, down = adapter.change.get_parameter("lora_up.weight"), adapter.change.get_parameter("lora_down.weight")
         errors = [(wanted - up[:, :r] @ down[:r]).norm() / wanted.norm() for r in (1, 2, 4, 8)]
         left[is_nested] = torch.stack(errors).detach()
     best = 0.7 ** torch.tensor([1.0, 2.0, 4.0, 8.0])

@@ -33,7 +33,7 @@ def test_rank_defaults_to_4_and_alpha_to_1() -> None:
     state = network.state_dict()
     assert state["lora_te_layers_0_q_proj.lora_down.weight"].shape == (4, 7)
     assert state["lora_te_layers_0_q_proj.alpha"] == 1
-    assert all(adapter.scale == 0.25 for adapter in network.adapters.values())
+    assert all(adapter.change.scale == 0.25 for adapter in network.adapters.values())
 
 
 def test_conv_dim_adds_larger_kernels_and_the_plain_layers_beside_them() -> None:
@@ -203,11 +203,11 @@ def test_a_network_from_a_file_has_its_ranks_and_alphas_and_keeps_the_dropouts()
     assert tensors.keys() == source.state_dict().keys()
     assert {k: v.shape for k, v in network.state_dict().items()} == {k: v.shape for k, v in tensors.items()}
     for name, adapter in network.adapters.items():
-        assert (adapter.delta.rank, adapter.alpha_value) == (
-            source.adapters[name].delta.rank,
-            source.adapters[name].alpha_value,
+        assert (adapter.change.delta.rank, adapter.change.alpha_value) == (
+            source.adapters[name].change.delta.rank,
+            source.adapters[name].change.alpha_value,
         )
-        assert (adapter.drops.neuron, adapter.drops.rank) == (0.1, 0.2)
+        assert (adapter.change.drops.neuron, adapter.change.drops.rank) == (0.1, 0.2)
     assert network.arguments.loraplus_lr_ratio == 2.0
 
 

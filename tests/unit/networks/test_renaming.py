@@ -62,7 +62,7 @@ def changes(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     file = parse_adapter(tensors, {}, "x")
     modules = {names.kohya: m for m in file.modules.values() if (names := NAMES.find(m.name)) is not None}
     assert len(modules) == len(file.modules)
-    return [modules[name].change(torch.float64) for name in sorted(modules)]
+    return [modules[name].weight(torch.float64) for name in sorted(modules)]
 
 
 @pytest.mark.parametrize("to", ["kohya", "generic", "diffusers"])
@@ -119,20 +119,20 @@ def test_a_power_of_two_is_folded_in_the_dtype_of_the_file(dtype: torch.dtype) -
 
 def test_a_scale_that_float16_would_round_is_folded_in_float32_exactly() -> None:
     up, down = torch.randn(7, 4).half(), torch.randn(4, 5).half()
-    folded, same = fold_scale(up, down, 3 / 4)
+    folded, same = fold_scale({"up": up, "down": down}, "up", 3 / 4).values()
     assert folded.dtype == same.dtype == torch.float32
     assert torch.equal(folded.double(), up.double() * 0.75) and torch.equal(same, down.float())
 
 
 def test_a_power_of_two_that_float16_cannot_hold_is_folded_in_float32() -> None:
     up = torch.tensor([[6.1035e-05]]).half()  # the smallest normal number: a 1024th of it has lost its digits
-    folded, _ = fold_scale(up * 1.5, torch.ones(1, 1).half(), 2.0**-12)
+    folded, _ = fold_scale({"up": up * 1.5, "down": torch.ones(1, 1).half()}, "up", 2.0**-12).values()
     assert folded.dtype == torch.float32 and float(folded) == float(up) * 1.5 * 2.0**-12
 
 
 def test_scale_one_leaves_the_factors_alone() -> None:
     up, down = torch.randn(7, 4).half(), torch.randn(4, 5).half()
-    assert fold_scale(up, down, 1.0) == (up, down)
+    assert fold_scale({"up": up, "down": down}, "up", 1.0) == {"up": up, "down": down}
 
 
 def test_kohya_to_kohya_changes_no_bit() -> None:
@@ -175,6 +175,8 @@ def with_extra(what: str) -> tuple[dict[str, Tensor], str]:
     tensors = {**four_modules(4, 2.0, torch.float32, 906), key: tensor}
     if what == "lora_mid.weight":
         tensors[f"{CONV}.lora_down.weight"] = torch.ones(4, 5, 1, 1)
+    if what == "hada":
+        tensors |= {f"{NORM}.hada_{leaf}": torch.ones(3, 3) for leaf in ("w1_b", "w2_a", "w2_b")}
     return tensors, key
 
 

@@ -40,9 +40,9 @@ def test_expanding_puts_each_projection_on_its_own_columns_and_folding_takes_the
 def test_q_k_v_and_the_rest_are_split_and_other_layers_are_not() -> None:
     network = trained(lora, toy_transformer(0))
     widths = {
-        name: adapter.delta.widths
+        name: adapter.change.delta.widths
         for name, adapter in network.adapters.items()
-        if isinstance(adapter.delta, SplitRank)  # type: ignore[union-attr]
+        if isinstance(adapter.change.delta, SplitRank)  # type: ignore[union-attr]
     }
     assert set(widths) == {
         *(f"lora_unet_doubles_{n}_attn_qkv" for n in range(2)),
@@ -103,7 +103,7 @@ def test_gradients_are_those_of_separate_layers() -> None:
     model = toy_transformer(0)
     network = trained(lora, model)
     name = "lora_unet_doubles_0_attn_qkv"
-    delta = network.adapters[name].delta  # type: ignore[union-attr]
+    delta = network.adapters[name].change.delta  # type: ignore[union-attr]
     ups: list[Tensor] = [part.detach().requires_grad_() for part in delta.lora_up.weight.split(12)]
     downs: list[Tensor] = [part.detach().requires_grad_() for part in delta.lora_down.weight.split(3)]
     layer = model.doubles[0].attn_qkv
@@ -118,7 +118,7 @@ def test_the_norm_limit_acts_on_split_modules() -> None:
     model = toy_transformer(0)
     network = trained(lora, model)
     network.apply_max_norm_regularization(0.01, "cpu")
-    change = network.adapters["lora_unet_doubles_0_attn_qkv"].change().detach()  # type: ignore[union-attr]
+    change = network.adapters["lora_unet_doubles_0_attn_qkv"].change.weight().detach()  # type: ignore[union-attr]
     assert float(change.norm()) == pytest.approx(0.01, rel=1e-4)
 
 

@@ -52,12 +52,12 @@ def test_every_rank_computes_the_first_ranks_at_the_scale_of_the_full_one(nested
         modules = read_adapter_file(nested.parent / f"cut-000{rank}.safetensors").modules
         up, down = old[f"{LINEAR}.lora_up.weight"], old[f"{LINEAR}.lora_down.weight"]
         assert (modules[LINEAR].rank, modules[LINEAR].alpha) == (rank, rank / 2)
-        torch.testing.assert_close(modules[LINEAR].change(), 0.5 * (up[:, :rank] @ down[:rank]), **FLOAT32_SAME_MATH)
+        torch.testing.assert_close(modules[LINEAR].weight(), 0.5 * (up[:, :rank] @ down[:rank]), **FLOAT32_SAME_MATH)
         own = rank // 2
         up, down = old[f"{CONV}.lora_up.weight"].flatten(1), old[f"{CONV}.lora_down.weight"].flatten(1)
         assert (modules[CONV].rank, modules[CONV].alpha) == (own, 0.75 * own)
         change = 0.75 * (up[:, :own] @ down[:own]).reshape(12, 10, 3, 3)
-        torch.testing.assert_close(modules[CONV].change(), change, **FLOAT32_SAME_MATH)
+        torch.testing.assert_close(modules[CONV].weight(), change, **FLOAT32_SAME_MATH)
 
 
 def test_full_rank_is_the_file_itself(nested: Path) -> None:
@@ -113,7 +113,7 @@ def test_report_is_the_distance_of_the_dense_changes(nested: Path, capsys: pytes
     assert main(["--model", str(nested), "--report"]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     full = read_adapter_file(nested).modules
-    norm = sum(float(module.change().square().sum()) for module in full.values())
+    norm = sum(float(module.weight().square().sum()) for module in full.values())
     for line, rank in zip(lines, (2, 4, 6, 8), strict=True):
         missed = 0.0
         for name, own in ((LINEAR, rank), (CONV, rank // 2)):

@@ -146,8 +146,8 @@ def test_names_of_other_trainers_and_all_kinds_are_merged(tmp_path: Path, tiny_s
     (tucker,) = (m for m in modules if m.form == "tucker")
     (dora,) = (m for m in modules if m.is_dora)
     key = f"{stem}1.transformer_blocks.0.attn2.to_k.weight"
-    torch.testing.assert_close(new[key], to_k + linear.change(), **FLOAT32_SAME_MATH)
-    torch.testing.assert_close(new[f"{stem}0.in_layers.2.weight"], conv + tucker.change(), **FLOAT32_SAME_MATH)
+    torch.testing.assert_close(new[key], to_k + linear.weight(), **FLOAT32_SAME_MATH)
+    torch.testing.assert_close(new[f"{stem}0.in_layers.2.weight"], conv + tucker.weight(), **FLOAT32_SAME_MATH)
     for leaf, name in (("weight", "w_norm"), ("bias", "b_norm")):
         expected = base[f"{stem}0.in_layers.0.{leaf}"] + tensors[f"{RESNET}_norm1.{name}"]
         torch.testing.assert_close(new[f"{stem}0.in_layers.0.{leaf}"], expected, **FLOAT32_SAME_MATH)
@@ -222,10 +222,10 @@ def test_concatenation_is_the_sum_of_the_changes(ranks: list[int], alpha: float,
     adapters = [Weighted(small_file(seed + i, rank, alpha), ratio + i) for i, rank in enumerate(ranks)]
     merged = {module.name: module for module in merge_adapters(adapters, None, torch.float64, CPU)}
     for name in ("lora_unet_a", "lora_unet_c"):
-        total = sum(a.ratio * a.file.modules[name].change(torch.float64) for a in adapters)
+        total = sum(a.ratio * a.file.modules[name].weight(torch.float64) for a in adapters)
         assert isinstance(total, Tensor)
         assert merged[name].rank == sum(ranks) == merged[name].alpha
-        torch.testing.assert_close(merged[name].change(torch.float64), total, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(merged[name].weight(torch.float64), total, rtol=1e-12, atol=1e-14)
     norm = sum(a.ratio * a.file.modules["lora_unet_n"].tensors["w_norm"].double() for a in adapters)
     assert isinstance(norm, Tensor)
     torch.testing.assert_close(merged["lora_unet_n"].tensors["w_norm"].double(), norm, rtol=1e-5, atol=1e-6)
@@ -235,12 +235,12 @@ def test_svd_merge_is_the_truncated_decomposition_of_the_sum() -> None:
     adapters = [Weighted(small_file(77, 3, 2.0), 1.0), Weighted(small_file(78, 2, 1.0), -0.5)]
     merged = {module.name: module for module in merge_adapters(adapters, (2, 3), torch.float64, CPU)}
     for name, rank in (("lora_unet_a", 2), ("lora_unet_c", 3)):
-        total = sum(a.ratio * a.file.modules[name].change(torch.float64) for a in adapters)
+        total = sum(a.ratio * a.file.modules[name].weight(torch.float64) for a in adapters)
         assert isinstance(total, Tensor)
         u, s, v = torch.linalg.svd(total.flatten(1), full_matrices=False)
         expected = (u[:, :rank] * s[:rank] @ v[:rank]).reshape(total.shape)
         assert merged[name].rank == rank
-        torch.testing.assert_close(merged[name].change(torch.float64), expected, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(merged[name].weight(torch.float64), expected, rtol=1e-8, atol=1e-10)
 
 
 def test_merged_file_has_metadata_and_hashes_of_what_is_written(tmp_path: Path, tiny_sd_file: Path) -> None:
@@ -268,7 +268,7 @@ def test_files_in_different_namings_are_added_module_by_module(tmp_path: Path) -
     assert merge("--models", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--save_to", out) == 0
     (module,) = read_adapter_file(out).modules.values()
     assert (module.name, module.rank) == (kohya, 2)
-    torch.testing.assert_close(module.change(), 2 * up @ down, **FLOAT32_SAME_MATH)
+    torch.testing.assert_close(module.weight(), 2 * up @ down, **FLOAT32_SAME_MATH)
 
 
 def test_dora_cannot_be_added_to_another_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,7 +297,7 @@ def test_merging_then_extracting_gives_back_every_change(
     old, new = read_adapter_file(adapter).modules, read_adapter_file(out).modules
     assert old.keys() == new.keys()
     for name in old:
-        missed = (new[name].change() - old[name].change()).norm() / old[name].change().norm()
+        missed = (new[name].weight() - old[name].weight()).norm() / old[name].weight().norm()
         assert float(missed) < 1e-5
     metadata = read_metadata(out)
     assert (metadata["ss_network_dim"], metadata["ss_base_model_version"]) == ("2", "sd_v1")

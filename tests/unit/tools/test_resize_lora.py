@@ -29,7 +29,7 @@ def test_full_rank_changes_nothing(tmp_path: Path) -> None:
     assert old.keys() == new.keys()
     for name in old:
         assert (new[name].rank, new[name].alpha) == (4, 2.0)
-        assert relative(new[name].change(), old[name].change()) < 1e-5
+        assert relative(new[name].weight(), old[name].weight()) < 1e-5
 
 
 @pytest.mark.parametrize(("rank", "conv_rank"), [(1, 3), (3, 1)])
@@ -41,9 +41,9 @@ def test_lower_rank_is_the_truncated_decomposition_of_the_whole_matrix(
     assert main(["--model", str(model), "--save_to", str(tmp_path / "b.safetensors"), *arguments]) == 0
     old, new = read_adapter_file(model).modules, read_adapter_file(tmp_path / "b.safetensors").modules
     for name, own in ((LINEAR, rank), (CLIP, rank), (CONV, conv_rank)):
-        u, s, v = torch.linalg.svd(old[name].change(torch.float64).flatten(1), full_matrices=False)
+        u, s, v = torch.linalg.svd(old[name].weight(torch.float64).flatten(1), full_matrices=False)
         expected = (u[:, :own] * s[:own] @ v[:own]).reshape(old[name].shape)
-        assert relative(new[name].change(), expected) < 1e-5
+        assert relative(new[name].weight(), expected) < 1e-5
         assert (new[name].rank, new[name].scale) == (own, 0.5)
 
 
@@ -55,7 +55,7 @@ def test_a_device_without_float64_is_enough(tmp_path: Path, method: str) -> None
         expected = resize_module(module, measure, CPU)
         with device_without_float64() as device:
             resized = resize_module(module, measure, device)
-        assert torch.equal(resized.module.change(), expected.module.change())
+        assert torch.equal(resized.module.weight(), expected.module.change().weight())
         assert resized.kept_norm == expected.kept_norm
 
 
@@ -86,7 +86,7 @@ def test_methods_choose_the_rank_that_whole_matrices_ask_for(method: str, share:
     param = 1 / share**3 if method == "sv_ratio" else share
     resized = resize_file(file, Measure(most, most, method, param), CPU)
     for name, module in file.modules.items():
-        s = torch.linalg.svdvals(module.change(torch.float64).flatten(1))[:6] / module.scale
+        s = torch.linalg.svdvals(module.weight(torch.float64).flatten(1))[:6] / module.scale
         assert resized.modules[name].rank == dense_rank(s, method, param, most)
     assert resized.metadata["ss_network_dim"] == resized.metadata["ss_network_alpha"] == "Dynamic"
 
@@ -119,7 +119,7 @@ def test_tucker_cores_become_plain_kernels_and_dora_and_norms_are_kept(tmp_path:
     assert main(["--model", str(tmp_path / "a.safetensors"), "--save_to", str(out), "--new_rank", "3"]) == 0
     old, new = read_adapter_file(tmp_path / "a.safetensors").modules, read_adapter_file(out).modules
     assert new["lora_unet_t"].form == "conv"
-    assert relative(new["lora_unet_t"].change(), old["lora_unet_t"].change()) < 1e-5
+    assert relative(new["lora_unet_t"].weight(), old["lora_unet_t"].weight()) < 1e-5
     kept = load_state_dict(out)
     for key in ("lora_unet_n.w_norm", "lora_unet_d.dora_scale"):
         assert torch.equal(kept[key], tensors[key])

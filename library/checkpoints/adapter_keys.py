@@ -1,0 +1,85 @@
+"""The keys of adapter files: the one grammar for the names that all programs give.
+
+A key is the name of a module and an ending: `lora_unet_mid_block_attentions_0_proj_in.lora_down.weight` of kohya and
+LyCORIS, `diffusion_model.middle_block.1.proj_in.lora_A.weight` after the modules of the original checkpoint,
+`unet.mid_block.attentions.0.proj_in.lora_A.weight` of diffusers, `base_model.model.q_proj.lora_A.x.weight` of PEFT.
+It lies here and not beside the networks, since what programs read and which base model a file is for are told by keys
+alone, also where no network is loaded.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Naming = Literal["kohya", "generic", "diffusers", "peft", "unknown"]
+
+PEFT_PREFIX = "base_model.model."
+PREFIXES: tuple[tuple[str, Naming], ...] = (
+    (PEFT_PREFIX, "peft"),
+    ("lora_", "kohya"),
+    ("lycoris_", "kohya"),
+    ("diffusion_model.", "generic"),
+    ("model.diffusion_model.", "generic"),
+    ("text_encoders.", "generic"),
+    ("unet.", "diffusers"),
+    ("transformer.", "diffusers"),
+    ("text_conditioner.", "diffusers"),
+    ("text_encoder.", "diffusers"),
+    ("text_encoder_2.", "diffusers"),
+    ("text_encoder_3.", "diffusers"),
+)
+
+DOWN, UP = "lora_down.weight", "lora_up.weight"
+ENDINGS: tuple[tuple[str, str], ...] = (  # (pattern, the leaf that kohya's format has for it; "" for itself)
+    (r"lora_down\.weight|lora_A(?:\.[\w-]+)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight", DOWN),
+    (r"lora_up\.weight|lora_B(?:\.[\w-]+)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight", UP),
+    (r"dora_scale|lora_magnitude_vector(?:(?:\.[\w-]+)?\.weight)?", "dora_scale"),
+    (r"lora_mid\.weight|alpha|w_norm|b_norm|hada_\w+|lokr_\w+", ""),
+)
+KEY_PATTERNS = tuple((re.compile(rf"(.+?)\.({pattern})"), leaf) for pattern, leaf in ENDINGS)
+PROCESSOR_KEY = re.compile(r"(.+)\.processor\.((to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight)")  # of old diffusers
+# Words that are too common to end a dotted name, but are leaves after kohya's names, which have no dots.
+KOHYA_KEY = re.compile(
+    r"([^.]+)\.(scalar|scale|diff|diff_b|bias_\w+|oft_\w+|oft_blocks|on_input|weight|bias|a[12]\.weight|b[12]\.weight)"
+)
+WIDE_LEAVES = frozenset((DOWN, "hada_w1_b"))  # of Linear layers: as wide as the module's input
+
+
+@dataclass(frozen=True)
+class AdapterKey:
+    """One key, taken apart."""
+
+    module: str  # as in the file
+    ending: str  # as in the file
+    leaf: str  # the ending by the name that kohya's format has for it
+    naming: Naming
+
+    @classmethod
+    def parse(cls, text: str) -> "AdapterKey | None":
+        """Take a key apart; None for one that belongs to no kind of adapter."""
+        if match := PROCESSOR_KEY.fullmatch(text):
+            layer = "to_out.0" if match[3] == "to_out" else match[3]
+            module = f"{match[1]}.{layer}"
+            return cls(module, match[2], DOWN if match[4] == "down" else UP, naming_of(module))
+        for pattern, leaf in KEY_PATTERNS:
+            if match := pattern.fullmatch(text):
+                return cls(match[1], match[2], leaf or match[2], naming_of(match[1]))
+        if naming_of(text) == "kohya" and (match := KOHYA_KEY.fullmatch(text)):
+            return cls(match[1], match[2], match[2], "kohya")
+        return None
+
+
+def naming_of(name: str) -> Naming:
+    """Which program's names the name of a module follows."""
+    return next((naming for prefix, naming in PREFIXES if name.startswith(prefix)), "unknown")
+
+
+def without_peft_prefix(name: str) -> str:
+    """What PEFT's wrapper calls a module inside of it; other names as they are."""
+    return name.removeprefix(PEFT_PREFIX)
+
+
+def underscored(name: str) -> str:
+    """The form in which names of all namings can be compared."""
+    name = without_peft_prefix(name)
+    return name.removeprefix("model.").replace(".", "_") if name.startswith("model.diff") else name.replace(".", "_")

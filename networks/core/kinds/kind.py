@@ -1,0 +1,60 @@
+"""A kind of adapter as files have it, and the door through which it is trained."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from library.checkpoints.adapter_names import FileNaming
+from networks.core.kinds.change import Change, Delta, Leaves, MakeDelta
+from networks.core.kinds.leaves import ALPHA, DORA_SCALE
+
+MakeSplit = Callable[[nn.Linear, int, tuple[int, ...]], Delta]
+"""(a fused layer, the rank of each projection, the outputs of each) -> the change of its weight."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the change of one module lies in a file.
+
+    `read` makes the change of a module's tensors, for a layer or, without one, for its weight alone; it raises
+    ValueError where they do not fit together. None for kinds that are recognised and kept, but not computed.
+    """
+
+    name: str  # in reports
+    words: str  # in a user's words
+    needs: tuple[str, ...]  # the leaves without which a module is incomplete, or is of another kind
+    read: Callable[[Leaves, nn.Module | None], Change] | None = None
+    core: tuple[str, ...] = ()  # leaves of a Tucker core
+    may_have: tuple[str, ...] = (ALPHA, DORA_SCALE)
+    rank_of: Callable[[Leaves], int] | None = None  # None where there is no rank
+    shape_of: Callable[[str, Leaves], tuple[int, ...]] | None = None  # of the weight, from the module's name too
+    is_low_rank: bool = False  # the change is scale * up @ down, and cheap to give as such
+    ends: tuple[str, str] | None = None  # the leaves next to the input and to the output, whose norms reports show
+    scaled: str = ""  # the leaf that takes the scale where a naming has no alpha, "" where there is none
+    namings: frozenset[FileNaming] = frozenset(("kohya",))  # those whose programs read it
+    together: str = ""  # how `needs` are called in a sentence
+    fault: Callable[[str, Leaves, Mapping[str, str]], str | None] | None = None  # (name, leaves, keys) -> what is wrong
+    door: str = ""  # the --network_module that trains it further
+
+    @property
+    def leaves(self) -> frozenset[str]:
+        """Every leaf that a module of this kind can have."""
+        return frozenset((*self.needs, *self.core, *self.may_have))
+
+    def has_core(self, leaves: Collection[str]) -> bool:
+        return any(leaf in leaves for leaf in self.core)
+
+
+@dataclass(frozen=True)
+class Door:
+    """What a --network_module makes of the arguments, for one kind of adapter."""
+
+    make_delta: MakeDelta
+    make_core: MakeDelta  # with use_tucker, for kernels larger than 1x1
+    make_split: MakeSplit | None = None  # with split_qkv
+    kinds: tuple[Kind, ...] = ()  # what files may hold that it trains further, beside norms
+    check: Callable[[Any], None] | None = None  # tells what comes of the settings, or raises ValueError
+    start_step: Callable[[Any, int, int], None] | None = None  # called before each batch of an optimizer step
+    refuses: Mapping[str, str] = field(default_factory=dict)  # network argument -> why it does not work with this kind

@@ -1,0 +1,99 @@
+"""LoHa: the change of a weight as the product, number by number, of two products of small factors.
+
+Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
+"""
+
+import re
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from networks.core.kinds import products
+from networks.core.kinds.change import Leaves
+from networks.core.kinds.kind import Door, Kind
+from networks.core.kinds.lora import add_product, check_kernel, run_like
+from networks.core.kinds.scaled import read_with
+
+NEEDS = W1_A, W1_B, W2_A, W2_B = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
+CORE = "hada_t1", "hada_t2"
+# Files have no kernel size. Only the U-Nets of SD have kernels larger than 1x1: 3x3, under these names.
+IS_3X3 = re.compile(r".*[_.](conv[12]?|conv_in|conv_out|op|in_layers[_.]2|out_layers[_.]3|input_blocks[_.]0[_.]0)")
+
+
+class LoHa(nn.Module):
+    """LoHa (Hyeon-Woo et al. 2022, arXiv:2108.06098): dW = (w1_a w1_b) * (w2_a w2_b), of rank R^2.
+
+    `hada_w1_a` and `hada_w2_a` are (O, R), `hada_w1_b` and `hada_w2_b` (R, N); with a Tucker core (R, O) and (R, I),
+    with `hada_t1` and `hada_t2` (R, R, h, w) between. All are float32 and normal: w*_b with the deviation 1, the others
+    with 0.1, but w2_a starts at zero. Names, shapes and start are those of LyCORIS.
+
+    dW is also the product of the R^2 products of columns and of rows, so a layer is run as with LoRA. Where that would
+    be more work than the whole matrix is, the matrix is made, of which only the factors are kept for its gradient.
+    """
+
+    fast_leaf = W2_A
+
+    def __init__(self, layer: nn.Module, rank: int, has_core: bool = False) -> None:
+        super().__init__()
+        assert isinstance(layer.weight, Tensor)
+        self.rank, self.has_core, self.shape = rank, has_core, tuple(layer.weight.shape)
+        self.layer: nn.Module
+        object.__setattr__(self, "layer", check_kernel(layer))  # the base model's own, no part of the adapter
+        num_outputs, num_columns = self.shape[0], prod(self.shape[1:])
+        self.is_narrow = rank**2 * (num_outputs + num_columns) < num_outputs * num_columns
+        a, b = ((rank, num_outputs), (rank, self.shape[1])) if has_core else ((num_outputs, rank), (rank, num_columns))
+        cores = dict.fromkeys(CORE if has_core else (), (rank, rank, *self.shape[2:]))
+        for name, shape in {W1_A: a, W1_B: b, W2_A: a, W2_B: b, **cores}.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=torch.float32)))
+        for name, std in (*((core, 0.1) for core in cores), (W1_B, 1.0), (W1_A, 0.1), (W2_B, 1.0)):
+            nn.init.normal_(self.get_parameter(name), std=std)
+
+    def start_moving(self) -> None:
+        nn.init.normal_(self.get_parameter(W2_A), std=0.1)
+
+    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        weight = self.factors()[1].view(-1, *self.shape[1:]) if self.is_narrow else self.weight()
+        return run_like(self.layer, x, weight, columns)
+
+    def up(self, hidden: Tensor, base: Tensor) -> Tensor:
+        if not self.is_narrow:
+            return base + hidden.to(base.dtype)
+        up_OR = self.factors()[0]
+        return add_product(base, hidden, up_OR.view(*up_OR.shape, *(1,) * (len(self.shape) - 2)))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return products.factors(*self._pairs())
+
+    def weight(self) -> Tensor:
+        return products.hadamard(*self._pairs()).view(self.shape)
+
+    def _pairs(self) -> list[Tensor]:
+        """w1_a (O, R), w1_b (R, N), w2_a and w2_b; a core is multiplied into w*_b."""
+        pairs: list[Tensor] = [self.get_parameter(name) for name in NEEDS]
+        for n, core in enumerate(CORE if self.has_core else ()):
+            rows = torch.einsum("pqhw,qi->pihw", self.get_parameter(core), pairs[2 * n + 1]).flatten(1)
+            pairs[2 * n : 2 * n + 2] = pairs[2 * n].t(), rows
+        return pairs
+
+
+def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
+    """Of the weight; (O, N) where neither a core nor the module's name tells that it is a convolution."""
+    a, b = leaves[W1_A], leaves[W1_B]
+    if CORE[0] in leaves:
+        return (a.shape[1], b.shape[1], *leaves[CORE[0]].shape[2:])
+    is_3x3 = b.shape[1] % 9 == 0 and IS_3X3.fullmatch(name) is not None
+    return (a.shape[0], b.shape[1] // 9, 3, 3) if is_3x3 else (a.shape[0], b.shape[1])
+
+
+def rank_of(leaves: Leaves) -> int:
+    return leaves[W1_B].shape[0]
+
+
+WITH_CORE = partial(LoHa, has_core=True)
+KIND = Kind(
+    "loha", "LoHa", NEEDS, read_with(LoHa, rank_of, shape_of, WITH_CORE, CORE), CORE, rank_of=rank_of,
+    shape_of=shape_of, is_low_rank=True, scaled=W2_A, namings=frozenset(("kohya", "generic")), door="networks.loha",
+)  # fmt: skip
+DOOR = Door(LoHa, WITH_CORE, kinds=(KIND,), refuses={"split_qkv": "all rows of a layer share the four factors"})

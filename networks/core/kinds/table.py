@@ -1,0 +1,52 @@
+"""Which kind of adapter a module in a file is, by its leaves: the table that the trainer and all tools look into."""
+
+from collections.abc import Collection
+
+from torch import nn
+
+from library.checkpoints.adapter_names import FileNaming
+from networks.core.kinds import loha, lora, norm, tucker
+from networks.core.kinds.change import Change, Leaves
+from networks.core.kinds.kind import Kind
+from networks.core.kinds.leaves import ALPHA, DORA_SCALE
+
+LOKR = Kind(
+    name="lokr",
+    words="LoKr",
+    needs=(),
+    may_have=(
+        *(f"lokr_{rest}" for rest in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")),
+        ALPHA,
+        DORA_SCALE,
+    ),
+)
+OTHER = Kind(name="other", words="another kind of adapter", needs=())
+KINDS: tuple[Kind, ...] = (tucker.KIND, lora.KIND, norm.KIND, loha.KIND, LOKR)  # the first that is complete decides
+SHARED = frozenset((ALPHA, DORA_SCALE))
+
+
+def kind_of(leaves: Collection[str]) -> Kind:
+    """The kind that a module with these leaves is; of incomplete modules the one that they belong to."""
+    there = frozenset(leaves)
+    complete = (kind for kind in KINDS if kind.needs and there.issuperset(kind.needs))
+    begun = (kind for kind in reversed(KINDS) if there & (kind.leaves - SHARED))
+    return next(complete, next(begun, OTHER))
+
+
+def change_of(leaves: Leaves, layer: nn.Module | None = None) -> Change:
+    """The change that a module in a file makes, of `layer` or, without one, of a weight alone.
+
+    Raises ValueError for a kind that is only recognised.
+    """
+    kind = kind_of(leaves)
+    if kind.read is None:
+        raise ValueError(f"{kind.words} is not computed here")
+    return kind.read(leaves, layer)
+
+
+def held_leaves(naming: FileNaming) -> frozenset[str] | None:
+    """The leaves that programs of a naming read; None for all, those of no kind included."""
+    if naming == "kohya":
+        return None
+    held = {leaf for kind in KINDS if naming in kind.namings for leaf in kind.leaves}
+    return frozenset(held - {DORA_SCALE} if naming == "diffusers" else held)

@@ -1,0 +1,55 @@
+"""Facts that stood in several places stand in one: names of the places they left must not come back."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = [p for room in ("library", "networks", "tools", "benchmarks") for p in sorted((ROOT / room).rglob("*.py"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
+
+GONE = (
+    "split_key", "flat_name", "OTHER_LEAVES", "NormAdapter", "AnyAdapter", "file_tensors",
+    "down_by_columns", "factors_of", "product_norm", "require_forms", "describe_form", "merged_weight", "merged_norm",
+    "LOW_RANK_FORMS", "LEAF_OF_NORM", "LORA_PARTS", "UP_FACTORS", "swap_pair", "HELD",
+)  # fmt: skip
+GRAMMAR = "library/checkpoints/adapter_keys.py"
+ONCE = {  # definition -> where it stands
+    r"^def naming_of\(": GRAMMAR,
+    r"^PEFT_PREFIX\b": GRAMMAR,
+    r"^def underscored\(": GRAMMAR,
+    r"^class AdapterKey\b": GRAMMAR,
+    r"^def kind_of\(leaves": "networks/core/kinds/table.py",
+}
+FACTOR = re.compile(r"\blora_(up|down|mid|A|B)\b|\bhada_|\bw_norm\b|\bb_norm\b")
+MAY_NAME_FACTORS = (
+    "networks/core/kinds/",
+    GRAMMAR,
+    "library/checkpoints/readers.py",  # which endings other programs look for
+    "library/models/recognise.py",  # marks of files that are no checkpoint
+    "benchmarks/",  # the plain ways that ours are compared with
+)
+
+
+@pytest.mark.parametrize("name", GONE)
+def test_what_was_deleted_stays_away(name: str) -> None:
+    found = [path for path, text in TEXTS.items() if re.search(rf"\b{name}\b", text)]
+    assert not found, f"{name} is back in {found}"
+
+
+@pytest.mark.parametrize("pattern", ONCE)
+def test_it_is_defined_once(pattern: str) -> None:
+    found = [path for path, text in TEXTS.items() if re.search(pattern, text, re.MULTILINE)]
+    assert found == [ONCE[pattern]]
+
+
+@pytest.mark.parametrize("path", [p for p in TEXTS if not p.startswith(MAY_NAME_FACTORS)])
+def test_nobody_outside_of_kinds_reaches_for_factors(path: str) -> None:
+    """Neither as attributes nor as ends of keys; texts for people may name them."""
+    tree = ast.parse(TEXTS[path])
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    keys = [text for text in texts if " " not in text.strip() and FACTOR.search(text)]
+    attributes = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and FACTOR.search(node.attr)]
+    assert not keys + attributes, f"{path} reaches for {keys + attributes}; ask the change in networks/core/kinds"

@@ -1,0 +1,39 @@
+"""A single adapted layer, without a network around it."""
+
+from typing import Any
+
+from torch import nn
+
+from networks.core.adapter import Adapter
+from networks.core.kinds.change import Delta
+from networks.core.kinds.joins import Add, Join
+from networks.core.kinds.scaled import NO_DROPOUT, Dropout, ScaledDelta
+from networks.core.sites.targets import Site, kind_of
+
+
+def adapter_on(
+    layer: nn.Module,
+    delta: Delta,
+    alpha: float,
+    join: Join | None = None,
+    drops: Dropout = NO_DROPOUT,
+    multiplier: float = 1.0,
+    has_scalar: bool = False,
+) -> Adapter:
+    """An adapter of a layer that is called x, not installed yet."""
+    kind = kind_of(layer)
+    assert kind is not None
+    change = ScaledDelta(layer, delta, join or Add(), alpha, drops, has_scalar)
+    return Adapter(Site("x", "x", layer, kind), change, multiplier)
+
+
+def module_of(adapter: Adapter) -> Any:
+    """The change, whose tensors tests look into."""
+    assert isinstance(adapter.change, nn.Module)
+    return adapter.change
+
+
+def double(adapter: Adapter) -> Adapter:
+    """The same adapter with its tensors in float64."""
+    module_of(adapter).double()
+    return adapter

@@ -1,0 +1,120 @@
+"""What a change must offer, tried with a kind that adds nothing: a rotation of the layer's outputs, as OFT makes it."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints.files import load_state_dict, save_safetensors
+from networks.core.adapter import Adapter
+from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.reading_writing import network_tensors
+from networks.core.kinds import table
+from networks.core.kinds.change import Change, Forward, Misfit
+from networks.core.kinds.kind import Kind
+from networks.core.sites.targets import Site
+from tests.tolerances import FLOAT64
+from tests.unit.networks.one_layer import double
+
+LEAF = "toy_Q"
+
+
+class Rotation(nn.Module):
+    """y = R (W x) + b with R = (1 + Q) / (1 - Q), Q skew-symmetric: W is turned, and no matrix is added to it."""
+
+    fast_leaf = ""
+    changed_parameters = ("weight",)
+
+    def __init__(self, layer: nn.Module | None, q_OO: Tensor) -> None:
+        super().__init__()
+        self.toy_Q = nn.Parameter(q_OO)
+        object.__setattr__(self, "layer", layer)
+        self.layer: Any
+
+    def rotation(self, strength: float) -> Tensor:
+        skew = strength * (self.toy_Q - self.toy_Q.t())
+        one = torch.eye(len(skew), dtype=skew.dtype)
+        return torch.linalg.solve(one - skew, one + skew)
+
+    def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
+        bias = 0 if self.layer.bias is None else self.layer.bias
+        return (base(x) - bias) @ self.rotation(strength).t() + bias
+
+    def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
+        if len(base) != len(self.toy_Q):
+            raise Misfit("", tuple(self.toy_Q.shape), tuple(base.shape))
+        return (self.rotation(strength) @ base.flatten(1)).view_as(base)
+
+    def norm(self) -> Tensor:
+        return (self.toy_Q - self.toy_Q.t()).norm()
+
+    @torch.no_grad()
+    def scale_(self, ratio: Tensor) -> None:
+        self.toy_Q.mul_(ratio)
+
+    def leaves(self) -> Mapping[str, Tensor]:
+        return self.state_dict()
+
+    def load(self, leaves: Mapping[str, Tensor]) -> None:
+        self.load_state_dict(dict(leaves))
+
+
+def read(leaves: Mapping[str, Tensor], layer: nn.Module | None) -> Change:
+    return Rotation(layer, leaves[LEAF])
+
+
+ROTATION = Kind(name="rotation", words="a rotation", needs=(LEAF,), read=read, may_have=())
+
+
+def rotated(seed: int) -> tuple[nn.Linear, Adapter]:
+    torch.manual_seed(seed)
+    layer = nn.Linear(7, 5).requires_grad_(False)
+    adapter = Adapter(Site("lora_unet_x", "x", layer, "plain"), Rotation(layer, torch.randn(5, 5) * 0.3), 1.0)
+    layer.double()
+    return layer, double(adapter)
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 0.4, 0.0])
+def test_an_installed_rotation_computes_what_the_merged_weight_computes(multiplier: float) -> None:
+    layer, adapter = rotated(4001)
+    adapter.multiplier = multiplier
+    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    alone, weight = layer(x), adapter.merged()["weight"]
+    adapter.install()
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, layer.bias), **FLOAT64)
+    assert ((layer(x) - alone).abs().max() > 0.1) == (multiplier > 0)
+    torch.testing.assert_close(weight.norm(dim=0), layer.weight.norm(dim=0), **FLOAT64)  # columns keep their length
+    if multiplier:
+        (grad,) = torch.autograd.grad(layer(x).square()[:, 0].sum(), adapter.change.toy_Q)  # type: ignore[attr-defined]
+        assert grad.abs().max() > 0
+    adapter.remove()
+    assert torch.equal(layer(x), alone)
+
+
+def test_its_file_is_read_by_the_table_and_merged_by_what_tools_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, adapter = rotated(4011)
+    save_safetensors(tmp_path / "x.safetensors", network_tensors({"lora_unet_x": adapter}, None), {})
+    leaves = {key.partition(".")[2]: t for key, t in load_state_dict(tmp_path / "x.safetensors").items()}
+    assert leaves.keys() == {LEAF} and table.kind_of(leaves).name == "other"
+    monkeypatch.setattr(table, "KINDS", (*table.KINDS, ROTATION))
+    module = ModuleWeights("lora_unet_x", leaves, {})
+    assert module.kind is ROTATION and not module.is_low_rank
+    assert module.changes("weight") and not module.changes("bias")
+    adapter.multiplier = 0.4
+    merged = module.merged(layer.weight, 0.4, torch.float64)
+    torch.testing.assert_close(merged, adapter.merged()["weight"], **FLOAT64)
+    with pytest.raises(ValueError, match=r"lora_unet_x changes a weight of the shape \[5, 5\]"):
+        module.merged(torch.zeros(6, 7), 1.0)
+
+
+def test_a_limit_on_norms_turns_it_less() -> None:
+    _, adapter = rotated(4021)
+    before = adapter.change.norm()
+    adapter.change.scale_(torch.tensor(0.25))
+    assert math.isclose(float(adapter.change.norm()), float(before) / 4, rel_tol=1e-12)
