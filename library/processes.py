@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from library.errors import UserError
 from library.launcher import launched_count
 
 logger = logging.getLogger(__name__)
@@ -91,10 +92,10 @@ class Processes:
         return int(self.share("seed", str(seed)))
 
     def require_same(self, what: str, own: str) -> None:
-        """Raise ValueError where this process has another `what` than the main one, both described in words."""
+        """Raise UserError where this process has another `what` than the main one, both described in words."""
         main = self.share(f"same {what}", own)
         if own != main:
-            raise ValueError(
+            raise UserError(
                 f"{what} of process {self.rank} is not that of the main process: {own} here, {main} there; every "
                 "machine needs the same"
             )
@@ -166,11 +167,11 @@ ALONE = Processes()
 def of_accelerator(accelerator: Any) -> Processes:
     """The processes that accelerate set up.
 
-    Raises ValueError for its configurations that this suite does not train with.
+    Raises UserError for its configurations that this suite does not train with.
     """
     kind = accelerator.distributed_type.name
     if kind not in PLAIN:
-        raise ValueError(
+        raise UserError(
             f"accelerate is configured for {kind}, which spreads a model over processes; the base model is frozen here "
             "and the adapter is small, so plain data-parallel training is what works: run `accelerate config` again "
             f"without {kind}, or give --multi_gpu to accelerate launch"
@@ -195,7 +196,7 @@ def of_accelerator(accelerator: Any) -> Processes:
 
 
 def check_count(launched: int, count: int) -> None:
-    """Raise ValueError where the launcher started other processes than accelerate brings together."""
+    """Raise UserError where the launcher started other processes than accelerate brings together."""
     if launched == count:
         return
     if count == 1 and not torch.accelerator.is_available():
@@ -204,7 +205,7 @@ def check_count(launched: int, count: int) -> None:
     else:
         why = "its configuration says otherwise"
         way_out = "run `accelerate config` again, or start one process"
-    raise ValueError(
+    raise UserError(
         f"the launcher started {launched} processes, but for accelerate {count} of them belong together: {why}. Each "
         f"would train the whole run and write the same files; {way_out}: python3 instead of accelerate launch, or "
         "--num_processes 1"

@@ -13,6 +13,7 @@ from library.architectures.sdxl import base_model as sdxl
 from library.checkpoints import sources
 from library.checkpoints.adapter_names import BASES
 from library.checkpoints.base_model import BaseModel
+from library.errors import UserError
 from library.models.base_checkpoint import base_of_checkpoint, open_checkpoint
 from networks.core.sites.targets import AdapterTargets, Site, find_sites
 
@@ -30,7 +31,7 @@ SEEN = {base: package.seen_by_networks for package in (sd, sdxl) for base in pac
 def open_base_model(flag: str, path: Path) -> BaseModel:
     """Open a single file or a diffusers folder; of the files only headers are read.
 
-    Raises ValueError naming `flag` when it is missing, broken or of a kind that nothing is merged into.
+    Raises UserError naming `flag` when it is missing, broken or of a kind that nothing is merged into.
     """
     path = sources.find_model(flag, str(path), (("unet",), ("text_encoder",)))
     base = base_of_checkpoint(flag, path)
@@ -38,19 +39,19 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
         return OPENERS[base](flag, path)
     if base is not None and base not in LAYOUTS:
         known = ", ".join(BASES[other] for other in (*LAYOUTS, *OPENERS))
-        raise ValueError(f"{flag} {path} is of {BASES[base]}, which is not supported here yet; supported: {known}")
+        raise UserError(f"{flag} {path} is of {BASES[base]}, which is not supported here yet; supported: {known}")
     return open_checkpoint(flag, path, LAYOUTS[base or "sd1"])
 
 
 def adapter_sites(base: BaseModel, with_convolutions: bool) -> tuple[list[Site], list[Site]]:
     """(text encoders, denoiser): the modules that networks.lora adapts, with conv_dim or not; on the meta device.
 
-    Raises ValueError for a base model from which nothing is extracted yet.
+    Raises UserError for a base model from which nothing is extracted yet.
     """
     kind = base.names.base
     if kind not in SEEN:
         known = ", ".join(BASES[other] for other in SEEN)
-        raise ValueError(f"{base.path} is of {BASES[kind]}; only from {known} a LoRA is extracted yet")
+        raise UserError(f"{base.path} is of {BASES[kind]}; only from {known} a LoRA is extracted yet")
     encoders, denoiser = SEEN[kind](base.path, kind)
     targets = denoiser.adapter_targets
     assert isinstance(targets, AdapterTargets)

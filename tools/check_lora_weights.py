@@ -57,7 +57,7 @@ class Report:
 
 
 def check(path: Path) -> Report:
-    """Read a file and judge it. Raises ValueError when it cannot be read."""
+    """Read a file and judge it. Raises UserError when it cannot be read."""
     return judge(load_state_dict(path), str(path))
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from library.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -22,7 +24,12 @@ def run(
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         action(args)
-    except (ValueError, OSError) as error:
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno is None or error.filename is None:  # nothing that the operating system refused
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -54,19 +61,19 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 
 
 def check_output(flag: str, path: Path) -> None:
-    """Raise ValueError unless the extension says how to write the file."""
+    """Raise UserError unless the extension says how to write the file."""
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{flag} {path}: the name must end in one of {', '.join(SUFFIXES)}, which chooses the format")
+        raise UserError(f"{flag} {path}: the name must end in one of {', '.join(SUFFIXES)}, which chooses the format")
 
 
 def device_of(name: str) -> torch.device:
-    """The device to compute on. Raises ValueError when it cannot be used."""
+    """The device to compute on. Raises UserError when it cannot be used."""
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used ({reason}); use cpu, or cuda where there is a card") from None
+        raise UserError(f"--device {name} cannot be used ({reason}); use cpu, or cuda where there is a card") from None
     return device
 
 

@@ -47,7 +47,7 @@ def base_of(file: AdapterFile) -> str | None:
 
 
 def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) -> Renamed:
-    """Write `model` to `save_to` in another naming. Raises ValueError saying why that is not possible."""
+    """Write `model` to `save_to` in another naming. Raises UserError saying why that is not possible."""
     file = read_adapter_file(model, "--model")
     renamed = rename(file, names_of_base(base_of(file), all_tables(), f"--model {model}"), to, drop_unsupported)
     if renamed.dropped:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, require_kinds, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
@@ -61,18 +62,18 @@ class Nested:
 
 
 def open_nested(path: Path) -> Nested:
-    """Read a DyLoRA file. Raises ValueError for a file that cannot be cut."""
+    """Read a DyLoRA file. Raises UserError for a file that cannot be cut."""
     file = read_adapter_file(path, "--model")
     require_kinds(file, (lora.KIND, norm.KIND), "cut to a smaller rank")
     dora = [module.name for module in file.modules.values() if module.is_dora]
     if dora:
-        raise ValueError(
+        raise UserError(
             f"{file.origin}: {dora[0]} is DoRA; its magnitudes belong to the full rank, so it cannot be cut. "
             "tools/resize_lora.py reduces the rank of such files"
         )
     modules = [module for module in file.modules.values() if module.is_low_rank]
     if not modules:
-        raise ValueError(f"{file.origin} has norm weights only, nothing in it has a rank")
+        raise UserError(f"{file.origin} has norm weights only, nothing in it has a rank")
     ranks = [m.rank for m in modules if m.form == "low_rank"] or [m.rank for m in modules]
     arguments = network_arguments(file.metadata)
     unit = trained_unit(arguments, ("unit", "dyloRA", "dylora"))
@@ -103,26 +104,26 @@ def trained_unit(arguments: Mapping[str, object], names: Sequence[str]) -> int |
 
 
 def choose_ranks(nested: Nested, unit: int | None, ranks: Sequence[int] | None) -> list[int]:
-    """The ranks to cut at. Raises ValueError saying which are possible."""
+    """The ranks to cut at. Raises UserError saying which are possible."""
     possible = nested.possible_ranks
     trained = f", trained in units of {nested.unit}" if nested.unit else ""
     if ranks:
         wrong = [rank for rank in ranks if rank not in possible]
         if wrong:
-            raise ValueError(
+            raise UserError(
                 f"--rank {wrong[0]}: the file has rank {nested.full_rank}{trained}; possible are {listed(possible)}"
             )
         return sorted(set(ranks))
     unit = unit if unit is not None else nested.unit
     if unit is None:
-        raise ValueError(
+        raise UserError(
             f"give --unit N for the ranks N, 2N, ... or --rank R [R ...]: the file has rank {nested.full_rank} and "
             "does not say in which units it was trained"
         )
     smallest = nested.unit or 1
     if unit < 1 or nested.full_rank % unit or unit % smallest:
         units = [n for n in possible if nested.full_rank % n == 0]
-        raise ValueError(f"--unit {unit}: the file has rank {nested.full_rank}{trained}; possible are {listed(units)}")
+        raise UserError(f"--unit {unit}: the file has rank {nested.full_rank}{trained}; possible are {listed(units)}")
     return list(range(unit, nested.full_rank + 1, unit))
 
 
@@ -217,11 +218,9 @@ def setup_parser() -> argparse.ArgumentParser:
 def extract(args: argparse.Namespace) -> None:
     """Write the files and print the report, as asked."""
     if args.unit is not None and args.rank is not None:
-        raise ValueError(
-            "--unit and --rank exclude each other: --unit cuts at every multiple, --rank at those you name"
-        )
+        raise UserError("--unit and --rank exclude each other: --unit cuts at every multiple, --rank at those you name")
     if args.save_to is None and not args.report:
-        raise ValueError("--save_to is missing: give the base name of the files, or --report to see the ranks only")
+        raise UserError("--save_to is missing: give the base name of the files, or --report to see the ranks only")
     if args.save_to is not None:
         check_output("--save_to", args.save_to)
     nested = open_nested(args.model)

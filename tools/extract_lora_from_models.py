@@ -25,6 +25,7 @@ from library.architectures.sdxl.assembly import RECIPE as SDXL
 from library.architectures.sdxl.options import SdxlOptions
 from library.checkpoints.adapter_names import BASES
 from library.checkpoints.base_model import BaseModel
+from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora
@@ -71,7 +72,7 @@ def extract_module(
 def extract_modules(
     org: BaseModel, tuned: BaseModel, args: argparse.Namespace, device: torch.device
 ) -> list[ModuleWeights]:
-    """The modules of the LoRA. Raises ValueError when the checkpoints do not fit each other or are the same."""
+    """The modules of the LoRA. Raises UserError when the checkpoints do not fit each other or are the same."""
     encoder_sites, unet_sites = adapter_sites(org, with_convolutions=args.conv_dim is not None)
     check_same_layers(org, tuned, [*encoder_sites, *unet_sites])
     if max(differences(org, tuned, encoder_sites).values(), default=0.0) <= args.min_diff:
@@ -87,7 +88,7 @@ def extract_modules(
         modules.append(module)
         missed, total = missed + module_missed, total + module_total
     if total == 0:
-        raise ValueError(
+        raise UserError(
             "--model_tuned is the same as --model_org in every layer that a LoRA adapts; nothing to extract"
         )
     logger.info(
@@ -97,12 +98,12 @@ def extract_modules(
 
 
 def check_same_layers(org: BaseModel, tuned: BaseModel, sites: Sequence[Site]) -> None:
-    """Raise ValueError unless both checkpoints have every layer in the same size."""
+    """Raise UserError unless both checkpoints have every layer in the same size."""
     shapes = [shapes_of(base) for base in (org, tuned)]
     for site in sites:
         a, b = (of_model.get(site.name) for of_model in shapes)
         if a != b:
-            raise ValueError(
+            raise UserError(
                 f"--model_tuned {tuned.path} is not a tuned --model_org {org.path}: {site.name} has the shape "
                 f"{b or 'nothing'}, there {a or 'nothing'}"
             )
@@ -178,26 +179,26 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for values that make no sense."""
+    """Raise UserError for values that make no sense."""
     for flag in ("dim", "conv_dim"):
         rank = getattr(args, flag)
         if rank is not None and rank < 1:
-            raise ValueError(f"--{flag} is {rank}; it must be at least 1")
+            raise UserError(f"--{flag} is {rank}; it must be at least 1")
     if not 0.5 < args.clamp_quantile <= 1:
-        raise ValueError(
+        raise UserError(
             f"--clamp_quantile is {args.clamp_quantile:g}; give a value above 0.5 and up to 1, which is off"
         )
     check_output("--save_to", args.save_to)
 
 
 def check_bases(args: argparse.Namespace, org: BaseModel, tuned: BaseModel) -> None:
-    """Raise ValueError unless both checkpoints are of one base model, the one that the options insist on."""
+    """Raise UserError unless both checkpoints are of one base model, the one that the options insist on."""
     found, other = org.names.base, tuned.names.base
     if found != other:
-        raise ValueError(f"--model_org is of {BASES[found]}, --model_tuned of {BASES[other]}; give two of one kind")
+        raise UserError(f"--model_org is of {BASES[found]}, --model_tuned of {BASES[other]}; give two of one kind")
     for flag, base in (("v2", "sd2"), ("sdxl", "sdxl")):
         if getattr(args, flag) and found != base:
-            raise ValueError(f"--{flag}: --model_org {org.path} is of {BASES[found]}; leave --{flag} out")
+            raise UserError(f"--{flag}: --model_org {org.path} is of {BASES[found]}; leave --{flag} out")
 
 
 def extract(args: argparse.Namespace) -> None:

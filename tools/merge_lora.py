@@ -32,6 +32,7 @@ from library.checkpoints.adapter_keys import naming_of
 from library.checkpoints.adapter_names import names_of_base
 from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.files import is_safetensors, read_metadata, save_pickle_state_dict, save_safetensors
+from library.errors import UserError
 from networks.core.files.adapter_file import (
     COMPUTED,
     AdapterFile,
@@ -105,7 +106,7 @@ def merge_into_checkpoint(
 def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str, list[tuple[ModuleWeights, float]]]:
     """kohya's name of a module -> its changes in the order of the files, with their ratios.
 
-    Raises ValueError for modules that the checkpoint lacks: nothing is left out in silence.
+    Raises UserError for modules that the checkpoint lacks: nothing is left out in silence.
     """
     here = {module for file in base.files for module in file.modules}
     changes: dict[str, list[tuple[ModuleWeights, float]]] = {}
@@ -114,7 +115,7 @@ def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str
         names = {name: base.names.find(name) for name in adapter.file.modules}
         missing = [name for name, found in names.items() if found is None or found.kohya not in here]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{adapter.file.origin}: {len(missing)} of its {len(names)} modules are not in --sd_model {base.path}, "
                 f"the first is {missing[0]}; was it made for another base model?"
             )
@@ -241,7 +242,7 @@ def merge_adapters(
     """The modules of one LoRA in kohya's names whose change is the sum of ratio * change, in `dtype`.
 
     `ranks` are those of Linear layers and 1x1 convolutions, and of larger kernels; None joins the factors, so the
-    result is exact and the ranks add. Raises ValueError for kinds that cannot be added.
+    result is exact and the ranks add. Raises UserError for kinds that cannot be added.
     """
     sums: dict[str, list[tuple[ModuleWeights, float]]] = {}
     for adapter in adapters:
@@ -249,7 +250,7 @@ def merge_adapters(
         require_kinds(file, COMPUTED, "merged")
         for name, module in file.modules.items():
             if module.is_dora:
-                raise ValueError(
+                raise UserError(
                     f"{file.origin}: {name} is DoRA, whose change depends on the base weight, so it cannot be added to "
                     "another LoRA; merge it into a checkpoint with --sd_model"
                 )
@@ -290,7 +291,7 @@ def add_factors(
     shape = max((module.shape for module, _ in terms), key=len)  # a LoHa does not tell 1x1 convolutions from matrices
     for module, _ in terms:
         if not module.is_low_rank or module.shape[:2] != shape[:2] or prod(module.shape) != prod(shape):
-            raise ValueError(f"{name} has different shapes in --models; they were made for different base models")
+            raise UserError(f"{name} has different shapes in --models; they were made for different base models")
     factors = [tuple(factor.to(device) for factor in module.factors(dtype)) for module, _ in terms]
     up_OR, down_RN = concatenated(factors, [ratio * module.scale for module, ratio in terms])  # type: ignore[arg-type]
     missed = total = 0.0
@@ -388,25 +389,25 @@ def ranks_of(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tuple[in
 
 
 def check(args: argparse.Namespace) -> list[float]:
-    """The ratios. Raises ValueError for options that do not go together."""
+    """The ratios. Raises UserError for options that do not go together."""
     ratios = args.ratios or [1.0] * len(args.models)
     if len(ratios) != len(args.models):
-        raise ValueError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; give one for each file")
+        raise UserError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; give one for each file")
     if args.sd_model is not None and args.concat:
-        raise ValueError("--concat makes one LoRA of several; it has no meaning with --sd_model, leave one of them out")
+        raise UserError("--concat makes one LoRA of several; it has no meaning with --sd_model, leave one of them out")
     for flag in ("new_rank", "new_conv_rank"):
         rank = getattr(args, flag)
         if rank is None:
             continue
         if rank < 1:
-            raise ValueError(f"--{flag} is {rank}; it must be at least 1")
+            raise UserError(f"--{flag} is {rank}; it must be at least 1")
         if args.concat:
-            raise ValueError(f"--{flag} and --concat exclude each other: joined factors have the sum of the ranks")
+            raise UserError(f"--{flag} and --concat exclude each other: joined factors have the sum of the ranks")
         if args.sd_model is not None:
-            raise ValueError(f"--{flag} is the rank of one LoRA made of several; it has no meaning with --sd_model")
+            raise UserError(f"--{flag} is the rank of one LoRA made of several; it has no meaning with --sd_model")
     if args.sd_model is not None and args.sd_model.is_dir():
         if args.save_to.exists():
-            raise ValueError(f"--save_to {args.save_to} exists already; name a folder that does not")
+            raise UserError(f"--save_to {args.save_to} exists already; name a folder that does not")
         args.save_to.parent.mkdir(parents=True, exist_ok=True)
     else:
         check_output("--save_to", args.save_to)

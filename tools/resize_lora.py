@@ -19,6 +19,7 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.errors import UserError
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, read_adapter_file, require_kinds, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora
@@ -103,7 +104,7 @@ def resize_module(module: ModuleWeights, measure: Measure, device: torch.device)
 
 
 def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbose: bool = False) -> AdapterFile:
-    """Every module at its new rank, and metadata that says so. Raises ValueError for kinds that have no rank."""
+    """Every module at its new rank, and metadata that says so. Raises UserError for kinds that have no rank."""
     require_kinds(file, COMPUTED, "resized")
     modules = []
     kept_norms = []
@@ -120,7 +121,7 @@ def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbo
                 f"sum of singular values, {resized.kept_norm:.1%} of the norm, largest / smallest {resized.ratio:.1f}"
             )
     if not kept_norms:
-        raise ValueError(f"{file.origin} has norm weights only, nothing in it has a rank")
+        raise UserError(f"{file.origin} has norm weights only, nothing in it has a rank")
     mean = sum(kept_norms) / len(kept_norms)
     logger.info("%d modules, on average %.1f%% of the Frobenius norm is kept", len(kept_norms), 100 * mean)
     return file.with_modules(modules, resized_metadata(file, modules, measure))
@@ -167,18 +168,18 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def measure_of(args: argparse.Namespace) -> Measure:
-    """The measure that the options ask for. Raises ValueError for values that make no sense."""
+    """The measure that the options ask for. Raises UserError for values that make no sense."""
     conv = args.new_rank if args.new_conv_rank is None else args.new_conv_rank
     for flag, rank in (("--new_rank", args.new_rank), ("--new_conv_rank", conv)):
         if rank < 1:
-            raise ValueError(f"{flag} is {rank}; it must be at least 1")
+            raise UserError(f"{flag} is {rank}; it must be at least 1")
     method, param = args.dynamic_method, args.dynamic_param
     if (method is None) != (param is None):
-        raise ValueError("--dynamic_method and --dynamic_param belong together, for example sv_fro and 0.9")
+        raise UserError("--dynamic_method and --dynamic_param belong together, for example sv_fro and 0.9")
     if method == "sv_ratio" and param < 1:
-        raise ValueError(f"--dynamic_param is {param:g}; sv_ratio needs at least 1, for example 10")
+        raise UserError(f"--dynamic_param is {param:g}; sv_ratio needs at least 1, for example 10")
     if method in ("sv_fro", "sv_cumulative") and not 0 < param <= 1:
-        raise ValueError(f"--dynamic_param is {param:g}; {method} needs a share above 0 and up to 1, for example 0.9")
+        raise UserError(f"--dynamic_param is {param:g}; {method} needs a share above 0 and up to 1, for example 0.9")
     return Measure(args.new_rank, conv, method, param or 0.0)
 
 

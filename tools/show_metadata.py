@@ -18,6 +18,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.checkpoints.files import holds_safetensors, read_header
+from library.errors import UserError
 from tools.command import make_parser, run
 
 TAG_KEY = "ss_tag_frequency"
@@ -111,15 +112,15 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def show(path: Path, key: str | None, is_json: bool, num_tags: int) -> Iterator[str]:
-    """The lines to print. Raises ValueError for a file or key that cannot be shown."""
+    """The lines to print. Raises UserError for a file or key that cannot be shown."""
     if not path.is_file():
-        raise ValueError(f"--model {path} does not exist")
+        raise UserError(f"--model {path} does not exist")
     if not holds_safetensors(path):
-        raise ValueError(f"--model {path}: only safetensors files have metadata")
+        raise UserError(f"--model {path}: only safetensors files have metadata")
     metadata = read_header(path).metadata
     if key is not None:
         if key not in metadata:
-            raise ValueError(f"--key {key}: the file has no such key; it has {', '.join(sorted(metadata)) or 'none'}")
+            raise UserError(f"--key {key}: the file has no such key; it has {', '.join(sorted(metadata)) or 'none'}")
         metadata = {key: metadata[key]}
     if is_json:
         yield json.dumps({k: parsed(text) for k, text in metadata.items()}, indent=2, ensure_ascii=False)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from library.errors import UserError
 from networks.core.files.adapter_file import COMPUTED, parse_adapter, require_kinds
 from tools.toy_world import Picture, look_at, parse_caption
 
@@ -29,7 +30,7 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """Read a file of prompts, one a line in the form of --sample_prompts; `--d` gives the seed, else the line's number.
 
-    Raises ValueError for a file without prompts.
+    Raises UserError for a file without prompts.
     """
     prompts = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
@@ -38,7 +39,7 @@ def read_prompts(path: Path) -> list[Prompt]:
             seeds = [int(option.split()[1]) for option in options if option.split()[0] == "d"]
             prompts.append(Prompt(caption, seeds[0] if seeds else number))
     if not prompts:
-        raise ValueError(
+        raise UserError(
             f'--prompts {path} holds no prompts; write one a line, e.g. "a large red star on a white background"'
         )
     return prompts
@@ -94,14 +95,14 @@ def name_layers(pipeline: Any) -> dict[str, nn.Module]:
 def merge_lora(pipeline: Any, weights: dict[str, Tensor]) -> None:
     """Merge an adapter file of any kind, in kohya's names, into the pipeline's weights.
 
-    Raises ValueError for tensors that are no adapter of this base model.
+    Raises UserError for tensors that are no adapter of this base model.
     """
     layers = name_layers(pipeline)
     file = parse_adapter(weights, {}, "--lora")
     strangers = [*(module.keys[leaf] for module in file.modules.values() for leaf in module.keys
                    if module.name not in layers), *file.unknown]  # fmt: skip
     if strangers:
-        raise ValueError(
+        raise UserError(
             f"--lora holds {strangers[0]}, which fits no layer of the base model; use an adapter trained on it"
         )
     require_kinds(file, COMPUTED, "merged")

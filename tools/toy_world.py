@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from library.errors import UserError
+
 Picture = NDArray[np.uint8]  # (64, 64, 3), RGB
 Points = NDArray[np.float64]  # (n, 2), x to the right and y down, the shape's middle at 0 and its radius about 1
 Plane = NDArray[np.float64]  # (height, width)
@@ -75,7 +77,7 @@ def list_scenes(shapes: tuple[str, ...] = KNOWN_SHAPES, style: Style = "solid") 
 def parse_caption(caption: str) -> Scene:
     """Return the scene that a caption of the world asks for; the size is "" where it names none.
 
-    Raises ValueError for a caption that does not name a shape, a colour and a background.
+    Raises UserError for a caption that does not name a shape, a colour and a background.
     """
     words = caption.lower().replace(",", " ").split()
     shape, colour, background, size = (
@@ -83,7 +85,7 @@ def parse_caption(caption: str) -> Scene:
         for known in (KNOWN_SHAPES + HELD_OUT_SHAPES, COLOURS, BACKGROUNDS, SIZES)
     )
     if not (shape and colour and background):
-        raise ValueError(f'"{caption}" names no scene of the toy world; write e.g. "{list_scenes()[0].caption()}"')
+        raise UserError(f'"{caption}" names no scene of the toy world; write e.g. "{list_scenes()[0].caption()}"')
     return Scene(shape, colour, background, size, "outlined" if "outlined" in words else "solid")
 
 
@@ -116,7 +118,7 @@ def outline_of(shape: str) -> Points:
             x = 16 * np.sin(turn) ** 3
             y = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
             return np.stack([x, -y - 2.0], axis=1) / 15.0
-    raise ValueError(f'"{shape}" is no shape of the toy world; it has {", ".join(KNOWN_SHAPES + HELD_OUT_SHAPES)}')
+    raise UserError(f'"{shape}" is no shape of the toy world; it has {", ".join(KNOWN_SHAPES + HELD_OUT_SHAPES)}')
 
 
 def _ring_of_points(angles: NDArray[np.float64], radii: NDArray[np.float64]) -> Points:

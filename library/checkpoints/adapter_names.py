@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Literal
 
 from library.checkpoints.adapter_keys import WIDE_LEAVES, AdapterKey, underscored
+from library.errors import UserError
 
 FileNaming = Literal["kohya", "generic", "diffusers"]
 NAMINGS: tuple[FileNaming, ...] = ("kohya", "generic", "diffusers")
@@ -151,12 +152,12 @@ def _width(widths: Mapping[str, int], pattern: str) -> int | None:
 
 
 def names_of_base(base: str | None, tables: Iterable[BaseNames], origin: str) -> BaseNames:
-    """The names of a recognised base model. Raises ValueError naming what there is when it has no table."""
+    """The names of a recognised base model. Raises UserError naming what there is when it has no table."""
     tables = tuple(tables)
     known = ", ".join(BASES.get(table.base, table.base) for table in tables)
     if base is None:
-        raise ValueError(f"{origin}: its keys do not tell which base model it is for; supported: {known}")
+        raise UserError(f"{origin}: its keys do not tell which base model it is for; supported: {known}")
     found = next((table for table in tables if table.base == base), None)
     if found is None:
-        raise ValueError(f"{origin} is for {BASES[base]}, which is not supported yet; supported: {known}")
+        raise UserError(f"{origin} is for {BASES[base]}, which is not supported yet; supported: {known}")
     return found

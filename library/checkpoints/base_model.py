@@ -9,6 +9,7 @@ from torch import Tensor
 from library.checkpoints import sources
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.weights import Weights
+from library.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class BaseModel:
         for file in self.files:
             if module in file.modules:
                 return file.read(module)
-        raise ValueError(f"{self.path} has no module {module}")
+        raise UserError(f"{self.path} has no module {module}")
 
 
 def open_original(
@@ -79,17 +80,17 @@ def open_original(
 ) -> tuple[Weights, str]:
     """(weights of a single file, the first of `prefixes` that its names carry); only its header is read.
 
-    Raises ValueError naming `flag` for a folder, for a file that cannot be read, and for one in diffusers' layout,
+    Raises UserError naming `flag` for a folder, for a file that cannot be read, and for one in diffusers' layout,
     which `diffusers_mark` gives away.
     """
     if path.is_dir():
-        raise ValueError(
+        raise UserError(
             f"{flag} {path}: of {model} only files in the original layout are merged into; give such a file"
         )
     weights = sources.open_file(flag, path)
     prefix = next(p for p in prefixes if any(key.startswith(p) for key in weights.shapes))
     if prefix + diffusers_mark in weights.shapes:
-        raise ValueError(
+        raise UserError(
             f"{flag} {path}: this is a transformer in diffusers' layout; give a file in the original layout, which is "
             "what programs load"
         )

@@ -18,6 +18,8 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor
 
+from library.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
@@ -66,7 +68,7 @@ class TensorReader(Protocol):
 def read_header(path: str | Path) -> Header:
     """Names, shapes, dtypes and metadata of a safetensors file, without its data.
 
-    Raises ValueError naming the file and what is wrong with it, when the file is cut short or is none of the format.
+    Raises UserError naming the file and what is wrong with it, when the file is cut short or is none of the format.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -119,9 +121,7 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(
-            f"{path} does not exist" if not path.exists() else f"{path} is a folder, not a file of weights"
-        )
+        raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is a folder, not a file of weights")
     if holds_safetensors(path):
         with open_safetensors(path, device) as reader:
             return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118, it is no mapping
@@ -130,14 +130,14 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
         with path.open("rb") as file:
             content: Any = torch.load(path if maps else file, map_location=device, weights_only=True, mmap=maps)
     except Exception as error:  # unpickling raises whatever the broken or foreign file leads to
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as a file of plain tensors: {error}. Files that hold other Python objects are not "
             "opened, because that could run code; convert it to .safetensors with a program you trust"
         ) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a table of tensors")
+        raise UserError(f"{path} holds a {type(content).__name__}, not a table of tensors")
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
@@ -213,8 +213,8 @@ def save_pickle_state_dict(path: str | Path, tensors: Mapping[str, Tensor]) -> N
         torch.save(dict(tensors), temporary)
 
 
-def _broken(path: Path, problem: str) -> ValueError:
-    return ValueError(f"{path} is not a whole safetensors file: {problem}. Download or copy it again")
+def _broken(path: Path, problem: str) -> UserError:
+    return UserError(f"{path} is not a whole safetensors file: {problem}. Download or copy it again")
 
 
 def _entry(path: Path, name: str, fields: Any) -> TensorEntry:
@@ -223,7 +223,7 @@ def _entry(path: Path, name: str, fields: Any) -> TensorEntry:
     except (TypeError, KeyError, ValueError) as error:
         raise _broken(path, f"the header's entry for {name!r} lacks dtype, shape or data_offsets") from error
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
-        raise ValueError(
+        raise UserError(
             f"{path}: {name!r} has the type {dtype_name}, which is not supported; known: {', '.join(DTYPES)}"
         )
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)) or len(shape) > MAX_DIMENSIONS:

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.weights import Weights
+from library.errors import UserError
 
 
 def joined(weights: Weights, parts: Mapping[str, tuple[str, ...]], swapped: str | None = None) -> Weights:
     """The tensors that `parts` lists under their new names, each joined from its old ones when it is read.
 
     New names of which the checkpoint has no part are left out; old names that belong to none stay as they are. Where
-    the new name begins with `swapped`, the halves change places. Raises ValueError naming what is missing of a tensor
+    the new name begins with `swapped`, the halves change places. Raises UserError naming what is missing of a tensor
     whose other parts are there.
     """
     made: dict[str, tuple[str, ...]] = {}
@@ -22,7 +23,7 @@ def joined(weights: Weights, parts: Mapping[str, tuple[str, ...]], swapped: str 
         if len(missing) == len(names):
             continue
         if missing:
-            raise ValueError(f"{weights.origin} is incomplete: {', '.join(missing)} is missing")
+            raise UserError(f"{weights.origin} is incomplete: {', '.join(missing)} is missing")
         made[key] = names
         shapes[key] = (sum(weights.shapes[name][0] for name in names), *weights.shapes[names[0]][1:])
     taken = {name for names in made.values() for name in names}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from library.checkpoints.hashes import sha256_of_file, webui_hash
+from library.errors import UserError
 from library.options.train import TrainOptions
 
 KEPT_WITHOUT_METADATA = (
@@ -213,12 +214,12 @@ def _timestep_range(low: int | None, high: int | None) -> str | None:
 def _thumbnail(value: str | None) -> str | None:
     """A picture file as a data URL; a data URL passes through.
 
-    Raises ValueError where --metadata_thumbnail is neither.
+    Raises UserError where --metadata_thumbnail is neither.
     """
     if not value or value.startswith("data:"):
         return value
     path = Path(value)
     kind = mimetypes.guess_type(path.name)[0]
     if not path.is_file() or kind is None or not kind.startswith("image/"):
-        raise ValueError(f"--metadata_thumbnail is {value}, which is no picture file; give a PNG, JPEG or WebP file")
+        raise UserError(f"--metadata_thumbnail is {value}, which is no picture file; give a PNG, JPEG or WebP file")
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from library.errors import UserError
+
 TENSOR, LIST, TUPLE, TABLE = "tensor", "list", "tuple", "table"
 
 
@@ -27,16 +29,16 @@ def take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {TENSOR: name}
     if isinstance(value, Mapping):
         if bad := [key for key in value if type(key) not in (int, str)]:
-            raise ValueError(f"{name} has the key {bad[0]!r}, which cannot be written")
+            raise UserError(f"{name} has the key {bad[0]!r}, which cannot be written")
         return {TABLE: [[key, take_apart(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
     if type(value) in (list, tuple):
         items = [take_apart(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
         return {LIST if type(value) is list else TUPLE: items}
-    raise ValueError(f"{name} is a {type(value).__name__}, which cannot be written without pickle")
+    raise UserError(f"{name} is a {type(value).__name__}, which cannot be written without pickle")
 
 
 def put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that `take_apart` took apart. Raises ValueError for what it has not written."""
+    """The value that `take_apart` took apart. Raises UserError for what it has not written."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, dict) and len(value) == 1:
@@ -48,4 +50,4 @@ def put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         if kind in (LIST, TUPLE):
             items = [put_together(item, tensors) for item in content]
             return items if kind == LIST else tuple(items)
-    raise ValueError(f"{value!r} is no part of a nested value")
+    raise UserError(f"{value!r} is no part of a nested value")

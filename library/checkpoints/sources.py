@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from library.checkpoints.weights import WEIGHT_SUFFIXES, Weights, open_weights
+from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def find_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
     if path.exists():
         return path
     if path.is_absolute() or path.suffix.lower() in WEIGHT_SUFFIXES or not re.fullmatch(HUB_NAME, name):
-        raise ValueError(f"{flag} {name} does not exist{nearby(path)}")
+        raise UserError(f"{flag} {name} does not exist{nearby(path)}")
     return fetch_model(flag, name, parts)
 
 
@@ -53,7 +54,7 @@ def fetch_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
         try:
             snapshot = fetch_snapshot(name, [*small, *weights])
         except ConnectionError as error:
-            raise ValueError(
+            raise UserError(
                 f"{flag} {name} is neither a file nor a folder here, and the hub does not give it ({error}). "
                 "Check the path; or download the model elsewhere and give the path of its folder or file"
             ) from error
@@ -109,7 +110,7 @@ def open_model(flag: str, name: str, kind: str) -> tuple[dict[str, Any] | None, 
     """Configuration and weights of one model: of a file, whose configuration is None, of its own folder, or of a
     diffusers folder that has it in `kind`/.
 
-    Raises ValueError naming `flag` and what is missing.
+    Raises UserError naming `flag` and what is missing.
     """
     path = find_model(flag, name, (("", kind),))
     if not path.is_dir():
@@ -120,15 +121,15 @@ def open_model(flag: str, name: str, kind: str) -> tuple[dict[str, Any] | None, 
 def open_part(flag: str, folder: Path, kind: str) -> tuple[dict[str, Any], Weights]:
     """Configuration and weights of the part `kind` of a diffusers folder: "unet", "vae", "text_encoder", ...
 
-    Raises ValueError naming what is missing.
+    Raises UserError naming what is missing.
     """
     if not (folder / "config.json").is_file():
         files = sorted(file.name for file in folder.parent.glob("*") if file.suffix.lower() in WEIGHT_SUFFIXES)
         hint = f"; to use {files[0]} in it, give the path of that file" if files else ""
-        raise ValueError(f"{flag} {folder.parent} is no diffusers folder: {folder / 'config.json'} is missing{hint}")
+        raise UserError(f"{flag} {folder.parent} is no diffusers folder: {folder / 'config.json'} is missing{hint}")
     file = find_weight_file(folder, kind)
     if file is None:
-        raise ValueError(f"{flag}: {folder} has no weights; expected {weight_files(kind)[0][0]} in it")
+        raise UserError(f"{flag}: {folder} has no weights; expected {weight_files(kind)[0][0]} in it")
     logger.info("%s: %s", kind, file)
     return read_json(folder / "config.json"), open_file(flag, file)
 
@@ -138,17 +139,17 @@ def open_file(flag: str, path: Path) -> Weights:
     try:
         return open_weights(path)
     except ValueError as error:
-        raise ValueError(f"{flag}: {error}") from error
+        raise UserError(f"{flag}: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a diffusers folder, {} when there is no such file. Raises ValueError naming a damaged one."""
+    """A JSON object of a diffusers folder, {} when there is no such file. Raises UserError naming a damaged one."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}, not a table")
+        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, not a table")
     return content

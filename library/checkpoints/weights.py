@@ -20,6 +20,7 @@ from library.checkpoints.files import (
     load_state_dict,
     read_header,
 )
+from library.errors import UserError
 
 ConfigT = TypeVar("ConfigT")
 
@@ -38,7 +39,7 @@ class Weights:
 def open_weights(path: Path) -> Weights:
     """Open a file of weights, or the `*.index.json` of a checkpoint in several files.
 
-    Safetensors and torch's pickles are told apart by their content, whatever the file is called. Raises ValueError
+    Safetensors and torch's pickles are told apart by their content, whatever the file is called. Raises UserError
     naming the file when it is truncated, something else, or a pickle that holds more than tensors.
     """
     if path.name.endswith(".index.json"):
@@ -66,7 +67,7 @@ def open_safetensors(path: Path) -> Weights:
         with path.open("rb", buffering=0) as file:
             stat = os.fstat(file.fileno())
             if (stat.st_size, stat.st_mtime_ns) != (opened.st_size, opened.st_mtime_ns):
-                raise ValueError(f"{path} was changed while it was being read; start again")
+                raise UserError(f"{path} was changed while it was being read; start again")
             file.seek(LENGTH_BYTES + header.num_bytes + entry.start)
             read_into(file, raw.numpy().data, path)
         return raw.view(entry.dtype).reshape(entry.shape)
@@ -100,7 +101,7 @@ def read_into(file: RawIOBase, buffer: memoryview, path: Path) -> None:
     while buffer:
         num_bytes = file.readinto(buffer)
         if not num_bytes:
-            raise ValueError(f"{path} ended while it was being read; download or copy it again")
+            raise UserError(f"{path} ended while it was being read; download or copy it again")
         buffer = buffer[num_bytes:]
 
 
@@ -109,47 +110,45 @@ def open_sharded(index: Path) -> Weights:
     weight_map = read_weight_map(index)
     missing = sorted(name for name in set(weight_map.values()) if not (index.parent / name).is_file())
     if missing:
-        raise ValueError(f"{index} lists files that are not beside it: {', '.join(missing)}; download them too")
+        raise UserError(f"{index} lists files that are not beside it: {', '.join(missing)}; download them too")
     files = {name: open_weights(index.parent / name) for name in sorted(set(weight_map.values()))}
     absent = sorted(name for name, file in weight_map.items() if name not in files[file].shapes)
     if absent:
-        raise ValueError(
-            f"{index} lists weights that its files do not hold: {', '.join(absent[:3])}; download it again"
-        )
+        raise UserError(f"{index} lists weights that its files do not hold: {', '.join(absent[:3])}; download it again")
     shapes = {name: files[file].shapes[name] for name, file in weight_map.items()}
     return Weights(str(index), shapes, lambda name: files[weight_map[name]].read(name))
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Names of tensors -> names of the files beside the index. Raises ValueError for anything else, paths included."""
+    """Names of tensors -> names of the files beside the index. Raises UserError for anything else, paths included."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{index} is not valid JSON: {error}; download it again") from error
+        raise UserError(f"{index} is not valid JSON: {error}; download it again") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{index} has no table weight_map with names of files; download it again")
+        raise UserError(f"{index} has no table weight_map with names of files; download it again")
     outside = sorted(file for file in set(weight_map.values()) if Path(file).name != file)
     if outside:
-        raise ValueError(f"{index} names files outside its folder: {', '.join(outside[:3])}; they are not opened")
+        raise UserError(f"{index} names files outside its folder: {', '.join(outside[:3])}; they are not opened")
     return dict(weight_map)
 
 
 def refuse_stranger(path: Path) -> None:
-    """Raise ValueError for the files that downloads leave in place of a checkpoint, saying what they are."""
+    """Raise UserError for the files that downloads leave in place of a checkpoint, saying what they are."""
     with path.open("rb") as file:
         start = file.read(256)
     if not start:
-        raise ValueError(f"{path} is empty; download or copy it again")
+        raise UserError(f"{path} is empty; download or copy it again")
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
-        raise ValueError(f"{path} is a web page: the page about the download was saved instead of the download")
+        raise UserError(f"{path} is a web page: the page about the download was saved instead of the download")
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
-        raise ValueError(f"{path} is a text file, not a checkpoint; it begins with {start[:40].decode('ascii')!r}")
+        raise UserError(f"{path} is a text file, not a checkpoint; it begins with {start[:40].decode('ascii')!r}")
     is_named = path.suffix.lower() in WEIGHT_SUFFIXES
     if not (is_named or holds_safetensors(path) or start.startswith(PICKLE_STARTS)):
-        raise ValueError(
+        raise UserError(
             f"{path} is no checkpoint: it holds neither safetensors nor a PyTorch pickle (it begins with "
             f"{start[:8]!r}); other formats, such as GGUF, are not read"
         )
@@ -178,4 +177,4 @@ def configure(weights: Weights, read_config: Callable[[Mapping[str, tuple[int, .
     try:
         return read_config(weights.shapes)
     except ValueError as error:
-        raise ValueError(f"{weights.origin}: {error}") from None
+        raise UserError(f"{weights.origin}: {error}") from None

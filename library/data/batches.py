@@ -32,6 +32,7 @@ from library.data.latent_files import LatentFile, Latents
 from library.data.samples import Sample
 from library.data.schema import SubsetConfig
 from library.data.text_files import Row, TextFile, stack_rows
+from library.errors import UserError
 from library.randomness import random_for
 from library.types import Batch
 
@@ -114,7 +115,7 @@ class BatchMaker(Dataset[Draft | str]):
         pixels = [one.picture for one in taken if one.picture is not None]
         latents = [one.latent for one in taken if one.picture is None]
         if latents and pixels:
-            raise ValueError(f"only some latents are cached of {', '.join(sample.picture.path for sample in samples)}")
+            raise UserError(f"only some latents are cached of {', '.join(sample.picture.path for sample in samples)}")
         captions = [self.caption(s, order, draw) for s, draw in zip(samples, order.draws, strict=True)]
         batch = Batch(
             keys=[sample.picture.path for sample in samples],
@@ -165,7 +166,7 @@ class BatchMaker(Dataset[Draft | str]):
     def stand_in(self, number: int, broken: Container[int], reason: str = "") -> int:
         """The sample that is drawn in place of a damaged one: the next of its bucket, of its own subset if it has one.
 
-        So every batch keeps its size and the run its length. Raises ValueError where no other is left.
+        So every batch keeps its size and the run its length. Raises UserError where no other is left.
         """
         damaged = self.samples[number]
         is_reg = self.subsets[damaged.subset].is_reg
@@ -179,7 +180,7 @@ class BatchMaker(Dataset[Draft | str]):
             and self.subsets[self.samples[other].subset].is_reg == is_reg
         ]
         if not alike:
-            raise ValueError(
+            raise UserError(
                 f"{reason or f'{damaged.picture.path} is damaged'}; no other picture of its size can stand in for it: "
                 "mend it or take it out"
             )
@@ -295,10 +296,10 @@ def corner_of(placement: Placement) -> tuple[int, int]:
 
 
 def check_size(sample: Sample, rgb: Pixels) -> None:
-    """Raise ValueError for a picture that is not the size it was when the run started."""
+    """Raise UserError for a picture that is not the size it was when the run started."""
     size = (rgb.shape[1], rgb.shape[0])
     if size != sample.picture.size:
-        raise ValueError(
+        raise UserError(
             f"{sample.picture.path} is {size[0]}x{size[1]}, but was {sample.picture.size} at the start; start again"
         )
 

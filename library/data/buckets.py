@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from library.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
@@ -40,16 +42,16 @@ class BucketRules:
         no_upscale: bool,
         needed_step: int,
     ) -> "BucketRules":
-        """Round the limits to the step, loudly; raise ValueError where they do not fit the resolution or the model.
+        """Round the limits to the step, loudly; raise UserError where they do not fit the resolution or the model.
 
         `needed_step` is the multiple that the base model asks of bucket sides.
         """
         if min(resolution) <= 0:
-            raise ValueError(f"resolution is {resolution[0]}x{resolution[1]}; both sides must be positive")
+            raise UserError(f"resolution is {resolution[0]}x{resolution[1]}; both sides must be positive")
         if not enable_bucket:
             return cls(resolution, False, min_reso, max_reso, step, no_upscale)
         if step <= 0 or step % needed_step:
-            raise ValueError(f"bucket_reso_steps is {step}, but this model needs a multiple of {needed_step}")
+            raise UserError(f"bucket_reso_steps is {step}, but this model needs a multiple of {needed_step}")
         if no_upscale:
             logger.warning("bucket_no_upscale: min_bucket_reso and max_bucket_reso have no effect")
             return cls(resolution, True, min_reso, max_reso, step, True)
@@ -64,9 +66,9 @@ class BucketRules:
                 step,
             )
         if low > min(resolution):
-            raise ValueError(f"min_bucket_reso is {low}, more than the shorter side of the resolution {resolution}")
+            raise UserError(f"min_bucket_reso is {low}, more than the shorter side of the resolution {resolution}")
         if high < max(resolution):
-            raise ValueError(f"max_bucket_reso is {high}, less than the longer side of the resolution {resolution}")
+            raise UserError(f"max_bucket_reso is {high}, less than the longer side of the resolution {resolution}")
         return cls(resolution, True, max(low, step), high, step, False)
 
 

@@ -32,6 +32,7 @@ from library.data.latent_index import VerifiedEntries
 from library.data.samples import Sample
 from library.data.scan import few
 from library.data.threads import in_blocks
+from library.errors import UserError
 from library.launcher import launched_rank
 from library.options.caching import CachingOptions
 from library.processes import ALONE, Processes
@@ -89,7 +90,7 @@ def cache_latents(
     Each picture's posterior sample is drawn with its own generator, so it does not depend on batches or on what was
     cached. Entries on disk that are not true any more are made again, alone; see `latent_files.judge`. An interrupted
     run finds what it wrote. Several processes share the work out, and pass latents that are to stay in memory on in a
-    temporary folder. Damaged pictures are named and left out. Raises ValueError naming a picture that cannot be read,
+    temporary folder. Damaged pictures are named and left out. Raises UserError naming a picture that cannot be read,
     that is damaged while no other can stand in, or that the VAE turns into NaN.
     """
     jobs = plan_jobs(training_set, options.cache_latents_to_disk)
@@ -372,7 +373,7 @@ def decode(job: Job) -> Decoded:
         with open(path, "rb") as file:
             content = file.read()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     rgb, alpha = read_pixels(path, content)
     check_size(job.sample, rgb)
     placement = centred(job.sample.shape)
@@ -412,16 +413,16 @@ def generator_of(job: Job, decoded: Decoded, seed: int, is_flipped: int) -> Gene
 
 
 def check_latents(job: Job, latents: Latents, spec: LatentSpec) -> None:
-    """Raise ValueError naming the picture where the VAE gave NaN or another shape than the base model's."""
+    """Raise UserError naming the picture where the VAE gave NaN or another shape than the base model's."""
     path = job.sample.picture.path
     for tensor in (latents.latents_CHW, latents.flipped_CHW):
         if tensor is None:
             continue
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"the VAE gives NaN for {path}; add --no_half_vae, or use a VAE made for fp16")
+            raise UserError(f"the VAE gives NaN for {path}; add --no_half_vae, or use a VAE made for fp16")
         wanted = file_of(job.sample, spec).latent_shape
         if tuple(tensor.shape) != wanted:
-            raise ValueError(f"the VAE gives latents of shape {tuple(tensor.shape)} for {path}, but {wanted} is needed")
+            raise UserError(f"the VAE gives latents of shape {tuple(tensor.shape)} for {path}, but {wanted} is needed")
 
 
 def origin_of(job: Job, decoded: Decoded, vae_identity: str) -> Origin:

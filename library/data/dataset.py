@@ -28,6 +28,7 @@ from library.data.split import Split, split_datasets
 from library.data.summary import dataset_metadata
 from library.data.text_files import Row, TextFile
 from library.data.validation_set import ValidationSet, open_validation_set
+from library.errors import UserError
 from library.options.train import TrainOptions
 from library.types import Batch
 
@@ -231,7 +232,7 @@ class TrainingSet:
     ) -> None:
         """Draw cached latents, by number of the sample, in place of pixels; others stand in for `damaged` samples.
 
-        Raises ValueError where no other can.
+        Raises UserError where no other can.
         """
         self._memory = memory
         self._maker = replace(self._maker, files=files, in_memory=frozenset(memory), damaged=damaged)
@@ -244,11 +245,11 @@ class TrainingSet:
     def fix_captions(self, num_variants: int) -> None:
         """Draw each caption from `num_variants` versions of it, which `caption_texts` lists, and the empty prompt.
 
-        Raises ValueError for a subset whose captions are other ones in every step.
+        Raises UserError for a subset whose captions are other ones in every step.
         """
         for subset in self._maker.subsets:
             if subset.captions.token_warmup_step > 0:
-                raise ValueError(
+                raise UserError(
                     f"{subset.source}: --token_warmup_step makes other captions in every step, and "
                     "--cache_text_encoder_outputs keeps a few of each picture; leave one of them out"
                 )
@@ -284,7 +285,7 @@ class TrainingSet:
         """The batches of an epoch (from 1) at `places` (from 0), in their order; the others are not read.
 
         `step_of(i)` is the optimizer step that batch i belongs to. With `persistent_workers` the worker processes live
-        until `close`. Raises ValueError naming a picture that cannot be read.
+        until `close`. Raises UserError naming a picture that cannot be read.
         """
         assert epoch >= 1, epoch
         draws = epoch_batches(self.draws.buckets, self._maker.seed, epoch)
@@ -320,7 +321,7 @@ class TrainingSet:
 
     def _finished(self, draft: Draft | str) -> Batch:
         if isinstance(draft, str):
-            raise ValueError(draft)
+            raise UserError(draft)
         for told in draft.skipped:
             if told not in self._skipped:
                 logger.warning("%s; it is left out, another picture of its size takes its place", told)
@@ -360,17 +361,17 @@ def bucket_rules(config: DatasetConfig, spec: LatentSpec) -> BucketRules:
 
 
 def check_drawing(config: RunDataConfig, options: TrainOptions) -> None:
-    """Raise ValueError for ways of drawing that exclude each other."""
+    """Raise UserError for ways of drawing that exclude each other."""
     is_cached = options.caching.cache_latents or options.caching.cache_latents_to_disk
     for dataset in config.datasets:
         for subset in dataset.subsets:
             if subset.face_crop_aug_range is not None and dataset.enable_bucket:
-                raise ValueError(
+                raise UserError(
                     f"{subset.source}: face_crop_aug_range cannot be used with enable_bucket; leave one of them out"
                 )
             for name in ("random_crop", "color_aug", "face_crop_aug_range"):
                 if is_cached and getattr(subset, name):
-                    raise ValueError(
+                    raise UserError(
                         f"{subset.source}: --{name} draws another picture each time and --cache_latents keeps one; "
                         "leave one of them out"
                     )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from library.data.buckets import Shape, Size
+from library.errors import UserError
 
 Pixels = NDArray[np.uint8]
 
@@ -31,7 +32,7 @@ TRANSPOSITIONS = {
 }
 
 
-class DamagedPicture(ValueError):
+class DamagedPicture(UserError):
     """A picture with a good header whose pixels cannot be decoded; the message names it."""
 
 
@@ -62,9 +63,9 @@ def open_picture(path: str, content: bytes | None = None) -> Image.Image:
         return Image.open(path if content is None else io.BytesIO(content))
     except UnidentifiedImageError:
         is_empty = not content if content is not None else os.path.getsize(path) == 0
-        raise ValueError(f"{path} is {'empty' if is_empty else 'not a picture that can be read'}") from None
+        raise UserError(f"{path} is {'empty' if is_empty else 'not a picture that can be read'}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -84,7 +85,7 @@ def read_size(path: str) -> Size:
         width, height = image.size
         turned = orientation_of(image) >= 5
     if width <= 0 or height <= 0:
-        raise ValueError(f"{path} is {width}x{height} pixels")
+        raise UserError(f"{path} is {width}x{height} pixels")
     return (height, width) if turned else (width, height)
 
 

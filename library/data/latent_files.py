@@ -25,9 +25,10 @@ from torch import Tensor
 from library.architectures.interface import LatentSpec
 from library.data.archives import DAMAGE, DAMAGED, MISSING
 from library.data.buckets import Shape, Size, crop_ltrb
+from library.errors import UserError
 
 
-class EntryError(ValueError):
+class EntryError(UserError):
     """An entry of a cache file that cannot be used; the message is the reason, to be read after "is"."""
 
 
@@ -52,7 +53,7 @@ class LatentFile:
     def read(self, needs_flipped: bool, needs_alpha: bool) -> Latents:
         """The latents that the options ask for, and nothing else that the file may hold.
 
-        Raises ValueError naming a file that is missing, damaged, or holds another size or NaN.
+        Raises UserError naming a file that is missing, damaged, or holds another size or NaN.
         """
         try:
             with np.load(self.path, allow_pickle=False) as archive:
@@ -64,7 +65,7 @@ class LatentFile:
         except DAMAGE as error:
             reason = f"{DAMAGED}: {error}"
         delete = "delete it and " if reason.startswith(DAMAGED) else ""  # a start does not read all of every file
-        raise ValueError(
+        raise UserError(
             f"the latent cache {self.path} is {reason}; {delete}run again without --skip_cache_check to make it anew"
         )
 
@@ -221,7 +222,7 @@ def foreign_fault(archive: Mapping[str, Any], file: LatentFile, picture: str, si
 def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) -> None:
     """Put an entry into its file, whole or not at all; entries of other sizes stay.
 
-    Raises ValueError naming a folder that cannot be written.
+    Raises UserError naming a folder that cannot be written.
     """
     values: dict[str, Any] = {
         "latents": latents.latents_CHW.float().numpy(),
@@ -247,7 +248,7 @@ def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) 
             if os.path.exists(temporary):
                 os.remove(temporary)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"the latent cache {file.path} cannot be written ({error.strerror}); --cache_latents_to_disk writes beside "
             "the pictures, --cache_latents alone keeps latents in memory"
         ) from None

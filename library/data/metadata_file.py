@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from library.errors import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class MetadataEntry:
@@ -18,7 +20,7 @@ class MetadataEntry:
 def read_metadata(path: str) -> Iterator[tuple[str, MetadataEntry]]:
     """(key, entry) of every picture; ValueError names the file, and the line or key of a mistake."""
     if not os.path.isfile(path):
-        raise ValueError(f"metadata_file {path}: there is no such file")
+        raise UserError(f"metadata_file {path}: there is no such file")
     try:
         with open(path, encoding="utf-8-sig") as file:
             if path.lower().endswith(".jsonl"):
@@ -26,16 +28,16 @@ def read_metadata(path: str) -> Iterator[tuple[str, MetadataEntry]]:
             else:
                 yield from _json_table(path, file.read())
     except UnicodeDecodeError as error:
-        raise ValueError(f"metadata_file {path} is not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise UserError(f"metadata_file {path} is not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def _json_table(path: str, text: str) -> Iterator[tuple[str, MetadataEntry]]:
     try:
         table = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"metadata_file {path} is not valid JSON: {error}") from None
+        raise UserError(f"metadata_file {path} is not valid JSON: {error}") from None
     if not isinstance(table, dict):
-        raise ValueError(f"metadata_file {path} must hold a table of pictures, not {type(table).__name__}")
+        raise UserError(f"metadata_file {path} must hold a table of pictures, not {type(table).__name__}")
     for key, value in table.items():
         yield key, _entry(value, f"{path}: {key}")
 
@@ -47,16 +49,16 @@ def _json_lines(path: str, lines: Iterator[str] | Any) -> Iterator[tuple[str, Me
         try:
             value = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"metadata_file {path}, line {number} is not valid JSON: {error}") from None
+            raise UserError(f"metadata_file {path}, line {number} is not valid JSON: {error}") from None
         if not isinstance(value, dict) or not isinstance(value.get("image_path"), str):
-            raise ValueError(f"metadata_file {path}, line {number}: image_path is missing")
+            raise UserError(f"metadata_file {path}, line {number}: image_path is missing")
         yield value["image_path"], _entry(value, f"{path}, line {number}")
 
 
 def _entry(value: Any, place: str) -> MetadataEntry:
     if not isinstance(value, dict):
-        raise ValueError(f"metadata_file {place} must be a table with caption or tags, not {value!r}")
+        raise UserError(f"metadata_file {place} must be a table with caption or tags, not {value!r}")
     for name in ("caption", "tags"):
         if value.get(name) is not None and not isinstance(value[name], str):
-            raise ValueError(f"metadata_file {place}: {name} is {value[name]!r}, but must be a string")
+            raise UserError(f"metadata_file {place}: {name} is {value[name]!r}, but must be a string")
     return MetadataEntry(value.get("caption"), value.get("tags"))

@@ -21,6 +21,7 @@ from library.checkpoints.files import atomic_path
 from library.data import archives
 from library.data.buckets import Size
 from library.data.threads import in_blocks
+from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ def read_tables(archive: Mapping[str, Any]) -> tuple[Table[Size | str], dict[str
     """The tables of an archive; ValueError or another kind of DAMAGE where it is not what `written_tables` gives."""
     about = json.loads(archive["about"].tobytes())
     if about["version"] != VERSION:
-        raise ValueError(f"it has version {about['version']}, this program writes {VERSION}")
+        raise UserError(f"it has version {about['version']}, this program writes {VERSION}")
     interned: dict[Size, Size] = {}
     sides = [interned.setdefault(size, size) for size in map(tuple, archive["picture_sizes"].tolist())]
     sizes = _table(archive["picture_names"], archive["picture_stamps"], sides)
@@ -208,5 +209,5 @@ def _bytes(content: bytes) -> NDArray[np.uint8]:
 def _table(names: NDArray[np.uint8], stamps: NDArray[np.int64], values: list[Any]) -> Table[Any]:
     table = Table(os.fsdecode(names.tobytes()).split("\0") if len(names) else [], stamps, values)
     if not len(table.names) == len(table.stamps) == len(table.values):
-        raise ValueError("its tables do not fit together")
+        raise UserError("its tables do not fit together")
     return table

@@ -15,6 +15,7 @@ from library.data.images import read_size
 from library.data.order import Bucket, regularisation_repeats
 from library.data.scan import Picture, ScannedDataset, few
 from library.data.schema import DatasetConfig, NoDataFound, SubsetConfig
+from library.errors import UserError
 
 
 class Sample(NamedTuple):
@@ -44,7 +45,7 @@ def check_pictures(datasets: Sequence[ScannedDataset]) -> None:
     for subset in subsets:
         if not subset.pictures:
             reasons = few([f"{path}: {reason}" for path, reason in subset.dropped], 3)
-            raise ValueError(
+            raise UserError(
                 f"there are no pictures in {subset.config.source}"
                 + (f" that can be used ({reasons})" if reasons else "")
                 + "; name another folder or leave the subset out"
@@ -64,7 +65,7 @@ def check_mask_sizes(pictures: Sequence[Picture]) -> None:
         if size != picture.size
     ]
     if wrong:
-        raise ValueError(f"{len(wrong)} masks do not have the size of their picture: {few(wrong, 3)}")
+        raise UserError(f"{len(wrong)} masks do not have the size of their picture: {few(wrong, 3)}")
 
 
 def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRules]) -> tuple[Sample, ...]:

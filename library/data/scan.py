@@ -19,6 +19,7 @@ from library.data.metadata_file import MetadataEntry, read_metadata
 from library.data.picture_index import UNSETTLED, Table, open_index, read_stamped, renewed, stamp_of
 from library.data.schema import DatasetConfig, RunDataConfig, SubsetConfig
 from library.data.threads import in_blocks
+from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class _Listing:
 def collect(config: RunDataConfig, num_threads: int = 16) -> tuple[ScannedDataset, ...]:
     """List the pictures of every subset, read their captions and headers.
 
-    Raises ValueError for missing folders and files, captions that are not UTF-8 and masks that are missing.
+    Raises UserError for missing folders and files, captions that are not UTF-8 and masks that are missing.
     """
     return tuple(collect_dataset(dataset, num_threads) for dataset in config.datasets)
 
@@ -153,7 +154,7 @@ def opened_folder(folder: str) -> AbstractContextManager[Iterator[os.DirEntry[st
     try:
         return os.scandir(folder)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be read: {error.strerror}; change its rights, or leave it out") from error
+        raise UserError(f"{folder} cannot be read: {error.strerror}; change its rights, or leave it out") from error
 
 
 def list_folder(config: SubsetConfig, num_threads: int) -> _Listing:
@@ -266,11 +267,11 @@ def read_caption(path: str) -> tuple[int, str]:
         status, content = read_stamped(path)
         text = content.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"the caption file {path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from None
     except OSError as error:
-        raise ValueError(f"the caption file {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"the caption file {path} cannot be read: {error.strerror}") from None
     lines = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return stamp_of(status, time.time_ns()), "\n".join([line.strip() for line in lines]).rstrip("\n")
 
@@ -301,17 +302,17 @@ def add_masks(listing: _Listing) -> None:
     """Find the mask of every picture; ValueError names those without one and masks without a picture."""
     folder = listing.config.conditioning_data_dir or ""
     if not os.path.isdir(folder):
-        raise ValueError(f"conditioning_data_dir {folder} is not a folder")
+        raise UserError(f"conditioning_data_dir {folder} is not a folder")
     masks: dict[str, str] = {}
     for name in look_into(folder).pictures:
         masks.setdefault(os.path.splitext(name)[0], os.path.join(folder, name))
     stems = [os.path.splitext(os.path.basename(path))[0] for path in listing.paths]
     missing = [path for path, stem in zip(listing.paths, stems, strict=True) if stem not in masks]
     if missing:
-        raise ValueError(f"{len(missing)} pictures have no mask in {folder}: {few(missing)}")
+        raise UserError(f"{len(missing)} pictures have no mask in {folder}: {few(missing)}")
     surplus = [masks[stem] for stem in sorted(masks.keys() - set(stems))]
     if surplus:
-        raise ValueError(
+        raise UserError(
             f"{len(surplus)} masks in {folder} belong to no picture of {listing.config.image_dir}: {few(surplus)}"
         )
     listing.masks = [masks[stem] for stem in stems]

@@ -11,6 +11,7 @@ from typing import Any
 
 from library.data.captions import CaptionRules
 from library.data.keys import ALL_KEYS, DATASET_KEYS, REQUIRED, SUBSET_KEYS, Key, Level, Style, stands_at
+from library.errors import UserError
 from library.options.dataset import DatasetOptions
 from library.options.toml_files import read_toml
 from library.options.train import TrainOptions
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 Table = Mapping[str, Any]
 
 
-class NoDataFound(ValueError):
+class NoDataFound(UserError):
     """There is nothing at all to train on."""
 
 
@@ -94,12 +95,12 @@ class RunDataConfig:
 def load_dataset_config(options: TrainOptions) -> RunDataConfig:
     """Read --dataset_config, else --in_json, else the folders of --train_data_dir and --reg_data_dir.
 
-    Raises ValueError naming file and place: TOML or JSON that cannot be read, unknown or misplaced keys, wrong types,
+    Raises UserError naming file and place: TOML or JSON that cannot be read, unknown or misplaced keys, wrong types,
     missing keys, and settings that are not supported.
     """
     data = options.dataset
     if data.dataset_class:
-        raise ValueError(
+        raise UserError(
             f"--dataset_class {data.dataset_class}: own dataset classes are not supported yet; use --dataset_config"
         )
     fallbacks = option_values(options)
@@ -112,7 +113,7 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
     content = read_description(path)
     problems = find_problems(content, data.masked_loss)
     if problems:
-        raise ValueError(f"{path}: " + "\n  ".join(["the dataset description has mistakes", *problems]))
+        raise UserError(f"{path}: " + "\n  ".join(["the dataset description has mistakes", *problems]))
     general = content.get("general", {})
     datasets = tuple(
         build_dataset(
@@ -129,23 +130,23 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
 def read_description(path: str) -> dict[str, Any]:
     """The content of a .toml or .json file.
 
-    Raises FileNotFoundError where there is none, ValueError naming the file, the line and the column of a mistake.
+    Raises UserError where there is none, ValueError naming the file, the line and the column of a mistake.
     """
     extension = os.path.splitext(path)[1].lower()
     if extension not in (".toml", ".json"):
-        raise ValueError(f"--dataset_config {path}: the file must end in .toml or .json")
+        raise UserError(f"--dataset_config {path}: the file must end in .toml or .json")
     if extension == ".toml":
         return read_toml(Path(path), "--dataset_config")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"--dataset_config is {path}, but there is no such file") from None
+        raise UserError(f"--dataset_config is {path}, but there is no such file") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"--dataset_config {path} is not UTF-8 text: byte {error.start} cannot be read") from None
+        raise UserError(f"--dataset_config {path} is not UTF-8 text: byte {error.start} cannot be read") from None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"--dataset_config {path} is not valid JSON: {error}") from None
+        raise UserError(f"--dataset_config {path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(
+        raise UserError(
             f"--dataset_config {path}: expected a table with general and datasets, got {type(content).__name__}"
         )
     return content
@@ -201,11 +202,11 @@ def style_of(dataset: Table, masked_loss: bool) -> Style:
         return "masked"
     if any("conditioning_data_dir" in subset for subset in subsets):
         if masked_loss:
-            raise ValueError("some subsets have conditioning_data_dir and some do not; give all of them masks or none")
-        raise ValueError("conditioning_data_dir needs --masked_loss")
+            raise UserError("some subsets have conditioning_data_dir and some do not; give all of them masks or none")
+        raise UserError("conditioning_data_dir needs --masked_loss")
     has_metadata = ["metadata_file" in subset for subset in subsets]
     if any(has_metadata) and not all(has_metadata):
-        raise ValueError("some subsets have metadata_file and some do not; put them into different datasets")
+        raise UserError("some subsets have metadata_file and some do not; put them into different datasets")
     return "metadata" if any(has_metadata) else "dreambooth"
 
 
@@ -259,7 +260,7 @@ def option_values(options: TrainOptions) -> dict[str, Any]:
         elif isinstance(value, int) and not key.kind.fits(value) and key.kind.fits(float(value)):
             values[name] = float(value)
         if values[name] is not None and not key.kind.fits(values[name]):
-            raise ValueError(f"--{key.flag} is {value!r}, but must be {key.kind.name}")
+            raise UserError(f"--{key.flag} is {value!r}, but must be {key.kind.name}")
     return values
 
 
@@ -270,7 +271,7 @@ def parse_numbers(flag: str, text: str, kind: type, counts: tuple[int, ...], exa
     except ValueError:
         numbers = []
     if len(numbers) not in counts:
-        raise ValueError(f"{flag} is {text!r}, but must look like {example}")
+        raise UserError(f"{flag} is {text!r}, but must look like {example}")
     return numbers
 
 
@@ -288,9 +289,9 @@ def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style
     tables = (dataset, general, fallbacks)
     values = {key.name: value_of(key, tables) for key in DATASET_KEYS}
     if values["resolution"] is None:
-        raise ValueError(f"{place}['resolution'] is missing; set it there, in [general], or with --resolution")
+        raise UserError(f"{place}['resolution'] is missing; set it there, in [general], or with --resolution")
     if values["batch_size"] < 1:
-        raise ValueError(f"{place}['batch_size'] is {values['batch_size']}, but must be at least 1")
+        raise UserError(f"{place}['batch_size'] is {values['batch_size']}, but must be at least 1")
     if values.pop("network_multiplier") != 1.0:
         logger.warning("%s['network_multiplier'] has no effect: adapters are trained at multiplier 1", place)
     subsets = []
@@ -316,22 +317,22 @@ def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str
 
 
 def check_subset(values: Table, rules: CaptionRules, place: str) -> None:
-    """Raise ValueError for values that fit their types but mean nothing."""
+    """Raise UserError for values that fit their types but mean nothing."""
     if not rules.caption_separator:
-        raise ValueError(f"{place}: caption_separator is empty; it must be a text such as ','")
+        raise UserError(f"{place}: caption_separator is empty; it must be a text such as ','")
     for name in ("caption_dropout_rate", "caption_tag_dropout_rate"):
         if not 0 <= getattr(rules, name) <= 1:
-            raise ValueError(f"{place}: {name} is {getattr(rules, name)}, but must lie between 0 and 1")
+            raise UserError(f"{place}: {name} is {getattr(rules, name)}, but must lie between 0 and 1")
     for name in ("keep_tokens", "caption_dropout_every_n_epochs", "token_warmup_min", "token_warmup_step"):
         if getattr(rules, name) < 0:
-            raise ValueError(f"{place}: {name} is {getattr(rules, name)}, but must not be negative")
+            raise UserError(f"{place}: {name} is {getattr(rules, name)}, but must not be negative")
     face_range = values["face_crop_aug_range"]
     if face_range is not None and not 0 < face_range[0] <= face_range[1]:
-        raise ValueError(
+        raise UserError(
             f"{place}: face_crop_aug_range is {list(face_range)}, but must be two positive numbers, the smaller first"
         )
     if values["conditioning_data_dir"] and values["random_crop"]:
-        raise ValueError(
+        raise UserError(
             f"{place}: random_crop cannot be used with conditioning_data_dir; masks are cropped at the centre"
         )
 
@@ -349,7 +350,7 @@ def folder_dataset(data: DatasetOptions, fallbacks: Table) -> DatasetConfig:
         raise NoDataFound("give --dataset_config or --train_data_dir")
     elif data.conditioning_data_dir:
         if not data.masked_loss:
-            raise ValueError("--conditioning_data_dir needs --masked_loss")
+            raise UserError("--conditioning_data_dir needs --masked_loss")
         style = "masked"
         subsets = [{"image_dir": data.train_data_dir, "conditioning_data_dir": data.conditioning_data_dir}]
     else:

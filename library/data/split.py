@@ -16,6 +16,7 @@ from hashlib import blake2b
 from library.data.audit import Line
 from library.data.scan import ScannedDataset, ScannedSubset
 from library.data.schema import SubsetConfig
+from library.errors import UserError
 from library.randomness import stream_seed
 
 END_BYTES = 4096
@@ -43,7 +44,7 @@ class Split:
 def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
     """Set pictures aside as validation_split and validation_seed (else `seed`) of each subset ask for.
 
-    Raises ValueError where nothing is left to train on, or a picture cannot be read.
+    Raises UserError where nothing is left to train on, or a picture cannot be read.
     """
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     if not any(share_of(subset.config) for subset in subsets):
@@ -70,7 +71,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
         for dataset in datasets
     )
     if not any(not subset.config.is_reg for dataset in trained for subset in dataset.subsets):
-        raise ValueError("validation_split sets every picture aside, nothing is left to train on; use less than 1.0")
+        raise UserError("validation_split sets every picture aside, nothing is left to train on; use less than 1.0")
     measured = without_empty(
         replace(
             dataset,
@@ -180,7 +181,7 @@ def identities_of(paths: Sequence[str]) -> dict[str, str]:
 def identity_of(path: str) -> str:
     """A hash of the file's size, beginning and end: compressed pictures that agree in these are copies.
 
-    Raises ValueError naming a file that cannot be read.
+    Raises UserError naming a file that cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -189,5 +190,5 @@ def identity_of(path: str) -> str:
             file.seek(max(0, size - END_BYTES))
             ends += file.read(END_BYTES)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     return blake2b(ends + size.to_bytes(8, "big"), digest_size=16).hexdigest()

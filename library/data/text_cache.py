@@ -25,6 +25,7 @@ from library.data.archives import MISSING
 from library.data.dataset import TrainingSet
 from library.data.scan import few
 from library.data.text_files import Identity, Row, TextFile, Verdict, judge, text_path, write_texts
+from library.errors import UserError
 from library.launcher import launched_rank
 from library.processes import ALONE, Processes
 from library.types import Conditioning
@@ -96,7 +97,7 @@ def cache_texts(
 
     `prompts` are those of previews, which only the main process has. Several processes share the captions out, and pass
     those that are to stay in memory on in a temporary folder. Files that are not true any more are made again, and only
-    their new captions are encoded. Raises ValueError naming a caption that becomes NaN, or a folder that cannot be
+    their new captions are encoded. Raises UserError naming a caption that becomes NaN, or a folder that cannot be
     written.
     """
     spec = encoding.spec
@@ -299,10 +300,10 @@ def encode_rows(texts: Sequence[str], encode: Callable[[], Encode], spec: TextCa
 
 
 def check_row(text: str, row: Row) -> None:
-    """Raise ValueError naming the caption where the text encoders gave NaN."""
+    """Raise UserError naming the caption where the text encoders gave NaN."""
     for name, tensor in row.items():
         if tensor.is_floating_point() and not is_finite(tensor):
-            raise ValueError(
+            raise UserError(
                 f"the text encoders give NaN ({name}) for the caption {text!r}; use --mixed_precision bf16 or no, or "
                 "text encoder weights in another precision"
             )

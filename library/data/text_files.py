@@ -24,6 +24,7 @@ from torch import Tensor
 
 from library.checkpoints.files import atomic_path
 from library.data.archives import DAMAGE, DAMAGED, MISSING
+from library.errors import UserError
 from library.types import Conditioning
 
 FOREIGN = "by another program, which does not say for which caption and text encoder"
@@ -78,7 +79,7 @@ class TextFile:
     def read(self, text: str) -> Row:
         """The features of one caption, in the dtype that the encoders gave.
 
-        A file without a note has one caption, and is taken at its word. Raises ValueError naming a file that is
+        A file without a note has one caption, and is taken at its word. Raises UserError naming a file that is
         missing, damaged, or without this caption.
         """
         try:
@@ -94,7 +95,7 @@ class TextFile:
         except DAMAGE as error:
             reason = f"{DAMAGED}: {error}"
         delete = "delete it and " if reason.startswith(DAMAGED) else ""  # a start does not read all of every file
-        raise ValueError(
+        raise UserError(
             f"the text cache {self.path} is {reason}; {delete}run again without --skip_cache_check to make it anew"
         )
 
@@ -156,7 +157,7 @@ def write_texts(
 ) -> None:
     """Write encoded captions (caption: features), whole or not at all; they take the place of all that was there.
 
-    Raises ValueError naming a folder that cannot be written.
+    Raises UserError naming a folder that cannot be written.
     """
     arrays = {name: tensor.numpy() for name, tensor in constants.items()}
     dtypes: dict[str, str] = {}
@@ -173,7 +174,7 @@ def write_texts(
             for name, content in contents.items():
                 archive.writestr(f"{name}.npy", content)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"the text cache {path} cannot be written ({error.strerror}); --cache_text_encoder_outputs_to_disk writes "
             "beside the pictures, --cache_text_encoder_outputs alone keeps captions in memory"
         ) from None

@@ -56,7 +56,7 @@ class ValidationSet:
     def batches(self, places: Sequence[int], num_threads: int) -> Iterator[Batch]:
         """The batches at `places`; `num_threads` read ahead, one batch each, where 0 reads when asked.
 
-        Raises ValueError naming a picture that cannot be read.
+        Raises UserError naming a picture that cannot be read.
         """
         if num_threads == 0 or all(sample in self.maker.in_memory for sample in self._samples_of(places)):
             for place in places:

@@ -131,7 +131,7 @@ def build_flow(
 ) -> FlowMatching:
     """The objective of a flow matching model whose levels and target are its own.
 
-    Raises ValueError for timesteps outside 0..1000 and
+    Raises UserError for timesteps outside 0..1000 and
     for thresholds that make no loss.
     """
     noise, weighting = options.noise, options.loss
@@ -167,7 +167,7 @@ def build_sampled_flow(
     """The objective of the models that have --timestep_sampling.
 
     --weighting_scheme weights the loss where the prediction is an estimate of the latent (sigma_scaled), or always.
-    Raises ValueError for a setting that makes no levels; settings without effect are warned of.
+    Raises UserError for a setting that makes no levels; settings without effect are warned of.
     """
     weights_loss = always_weights_loss or prediction_type == "sigma_scaled"
     for line in (*idle_settings(sampling, weighting, weights_loss), *odd_target(prediction_type, target_kind)):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from library.errors import UserError
 from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
 
 LevelSampler = Callable[[int, int, int, torch.Generator], Tensor]
@@ -62,14 +63,14 @@ def scheme_weights(scheme: str, sigmas_B: Tensor) -> Tensor:
 
 
 def shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSampler:
-    """SD3's levels: draws of --weighting_scheme, shifted. Raises ValueError for a value that makes no levels."""
+    """SD3's levels: draws of --weighting_scheme, shifted. Raises UserError for a value that makes no levels."""
     check_scheme(options)
     check_shift("--training_shift", shift)
     return lambda num_samples, _h, _w, generator: shift_sigmas(draw_scheme(options, num_samples, generator), shift)
 
 
 def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions) -> LevelSampler:
-    """The levels that --timestep_sampling names. Raises ValueError for a value that makes no levels.
+    """The levels that --timestep_sampling names. Raises UserError for a value that makes no levels.
 
     `sigma` takes entry int(1000 u) of a table that descends from pure noise, u drawn by --weighting_scheme; `uniform`
     is uniform; `sigmoid` is q = sigmoid(k z), k = --sigmoid_scale; `shift` pushes q by --discrete_flow_shift,
@@ -78,7 +79,7 @@ def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions) -> L
     check_scheme(weighting)
     check_shift("--discrete_flow_shift", sampling.discrete_flow_shift)
     if sampling.sigmoid_scale < 0:
-        raise ValueError(f"--sigmoid_scale is {sampling.sigmoid_scale}; use 0 or more, 1 is usual")
+        raise UserError(f"--sigmoid_scale is {sampling.sigmoid_scale}; use 0 or more, 1 is usual")
     k, shift = sampling.sigmoid_scale, sampling.discrete_flow_shift
 
     def draw(num_samples: int, latent_height: int, latent_width: int, generator: torch.Generator) -> Tensor:
@@ -100,15 +101,15 @@ def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions) -> L
 
 
 def check_scheme(options: FlowWeightingOptions) -> None:
-    """Raise ValueError for settings of --weighting_scheme that make no levels."""
+    """Raise UserError for settings of --weighting_scheme that make no levels."""
     if options.weighting_scheme == "logit_normal" and options.logit_std < 0:
-        raise ValueError(f"--logit_std is {options.logit_std}; a standard deviation cannot be negative, 1 is usual")
+        raise UserError(f"--logit_std is {options.logit_std}; a standard deviation cannot be negative, 1 is usual")
     low, high = MODE_SCALE_LIMITS
     if options.weighting_scheme == "mode" and not low <= options.mode_scale <= high:
-        raise ValueError(f"--mode_scale is {options.mode_scale}; noise levels stay in 0..1 for {low:g} to {high:.2f}")
+        raise UserError(f"--mode_scale is {options.mode_scale}; noise levels stay in 0..1 for {low:g} to {high:.2f}")
 
 
 def check_shift(flag: str, shift: float) -> None:
-    """Raise ValueError for a shift that is no number above 0."""
+    """Raise UserError for a shift that is no number above 0."""
     if not shift > 0:
-        raise ValueError(f"{flag} is {shift}; use a number above 0, 1 leaves noise levels alone")
+        raise UserError(f"{flag} is {shift}; use a number above 0, 1 leaves noise levels alone")

@@ -101,7 +101,7 @@ def build_ddpm(options: TrainOptions) -> DDPM:
 
     Weights use the signal-to-noise ratios of the unchanged schedule even with --zero_terminal_snr: the changed one ends
     at 0, where min-SNR and debiased weights would be 0 / 0 and 1 / 0.
-    Raises ValueError for timesteps outside the schedule and for thresholds that make no loss.
+    Raises UserError for timesteps outside the schedule and for thresholds that make no loss.
     """
     noise, weighting, predicts_velocity = options.noise, options.loss, options.model.v_parameterization
     min_timestep = 0 if noise.min_timestep is None else noise.min_timestep

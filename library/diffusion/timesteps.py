@@ -6,6 +6,8 @@ Letters: B samples.
 import torch
 from torch import Tensor
 
+from library.errors import UserError
+
 
 def draw_timesteps(
     num_samples: int, min_timestep: int, max_timestep: int, generator: torch.Generator, *, num_timesteps: int
@@ -22,11 +24,11 @@ def draw_timesteps(
 
 
 def check_timestep_range(min_timestep: int, max_timestep: int, num_timesteps: int) -> None:
-    """Raise ValueError for limits outside the schedule."""
+    """Raise UserError for limits outside the schedule."""
     if not 0 <= min_timestep < num_timesteps:
-        raise ValueError(f"--min_timestep is {min_timestep}; it must lie in 0..{num_timesteps - 1}")
+        raise UserError(f"--min_timestep is {min_timestep}; it must lie in 0..{num_timesteps - 1}")
     highest = num_timesteps if min_timestep < max_timestep else num_timesteps - 1
     if not 0 <= max_timestep <= highest:
-        raise ValueError(
+        raise UserError(
             f"--max_timestep is {max_timestep}; timesteps are drawn below it, so it must lie in 1..{num_timesteps}"
         )

@@ -6,6 +6,7 @@ Letters: B samples, C channels, H height, W width, T noise levels.
 import torch
 from torch import Tensor
 
+from library.errors import UserError
 from library.options.loss import LossOptions
 
 MAX_SNR = 1000.0  # the first timesteps are nearly clean; without a cap they would rule the weights
@@ -23,7 +24,7 @@ def pointwise_error(prediction_BCHW: Tensor, target_BCHW: Tensor, loss_type: str
     if loss_type == "l1":
         return difference_BCHW.abs()
     if loss_type not in ("huber", "smooth_l1"):
-        raise ValueError(f"--loss_type is {loss_type!r}; choose l2, l1, huber or smooth_l1")
+        raise UserError(f"--loss_type is {loss_type!r}; choose l2, l1, huber or smooth_l1")
     assert threshold_B is not None
     c_B111 = threshold_B.float().view(-1, *[1] * (difference_BCHW.ndim - 1))
     square_BCHW = difference_BCHW.square()
@@ -49,12 +50,12 @@ def huber_threshold(options: LossOptions, sigmas_B: Tensor, timesteps_B: Tensor,
 
 
 def check_huber(options: LossOptions) -> None:
-    """Raise ValueError for thresholds that make no loss and for an unknown schedule."""
+    """Raise UserError for thresholds that make no loss and for an unknown schedule."""
     for flag, value in (("--huber_c", options.huber_c), ("--huber_scale", options.huber_scale)):
         if value <= 0:
-            raise ValueError(f"{flag} is {value}; with --loss_type {options.loss_type} it must be above 0")
+            raise UserError(f"{flag} is {value}; with --loss_type {options.loss_type} it must be above 0")
     if options.huber_schedule not in ("constant", "exponential", "snr"):
-        raise ValueError(f"--huber_schedule is {options.huber_schedule!r}; choose constant, exponential or snr")
+        raise UserError(f"--huber_schedule is {options.huber_schedule!r}; choose constant, exponential or snr")
 
 
 def snr_weights(options: LossOptions, snr_T: Tensor, predicts_velocity: bool) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from library.errors import UserError
 from library.options.memory import MemoryOptions
 
 logger = logging.getLogger(__name__)
@@ -13,7 +14,7 @@ logger = logging.getLogger(__name__)
 def wants_xformers(memory: MemoryOptions) -> bool:
     """Whether attention runs in xformers; torch's scaled dot product attention is used otherwise.
 
-    Raises ValueError when --xformers is given and the package is missing.
+    Raises UserError when --xformers is given and the package is missing.
     """
     from importlib.util import find_spec
 
@@ -21,7 +22,7 @@ def wants_xformers(memory: MemoryOptions) -> bool:
         logger.info("--mem_eff_attn: torch's scaled dot product attention (sdpa) is used, which needs as little memory")
         return False
     if memory.xformers and find_spec("xformers") is None:
-        raise ValueError(
+        raise UserError(
             "--xformers needs the package xformers, which is not installed: run `pip install xformers`, or give --sdpa "
             "instead, which uses the attention built into torch"
         )

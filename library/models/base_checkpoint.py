@@ -50,7 +50,7 @@ def base_of_checkpoint(flag: str, path: Path) -> str | None:
 def open_checkpoint(flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
     """Open a single file or a diffusers folder; of the files only headers are read.
 
-    Raises ValueError naming `flag` when it is broken or another kind of model.
+    Raises UserError naming `flag` when it is broken or another kind of model.
     """
     return open_folder(flag, path, layout) if path.is_dir() else open_single(flag, path, layout)
 

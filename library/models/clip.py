@@ -42,7 +42,7 @@ def clip_component(
     """A text encoder from a file without prefix, in transformers' layout or OpenCLIP's.
 
     `activation` is what the shapes do not tell: "quick_gelu" for OpenAI's weights, "gelu" for OpenCLIP's. `projects`
-    keeps the text projection, which the file must have then. `num_layers` leaves out later layers. Raises ValueError
+    keeps the text projection, which the file must have then. `num_layers` leaves out later layers. Raises UserError
     naming the file.
     """
     if any(key.startswith("transformer.resblocks.") for key in weights.shapes):

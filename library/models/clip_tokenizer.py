@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from library.errors import UserError
 from library.models.tokenizer_files import TokenizerFiles, holds_byte_pairs
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ def load_tokenizer(model: Path, cache_dir: str | None, num_words: int) -> Any:
     """CLIP's tokenizer for the checkpoint at `model`, a folder or a single file; its text encoder knows `num_words`.
 
     Looked for in tokenizer/ of the folder or beside the file, then in --tokenizer_cache_dir, then on the hub, from
-    where it is saved into --tokenizer_cache_dir. Raises ValueError saying what to put where.
+    where it is saved into --tokenizer_cache_dir. Raises UserError saying what to put where.
     """
     from transformers import CLIPTokenizer
 
@@ -29,7 +30,7 @@ def load_tokenizer(model: Path, cache_dir: str | None, num_words: int) -> Any:
     tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     largest = max(tokenizer.get_vocab().values())
     if largest >= num_words:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer in {folder} has ids up to {largest}, the text encoder knows {num_words} words: "
             f"it belongs to another model than {model}; put the right one into its place"
         )
@@ -42,7 +43,7 @@ def find_tokenizer(model: Path, cache_dir: str | None) -> Path:
     try:
         return TOKENIZER.find([beside], cache_dir)
     except ConnectionError as error:
-        raise ValueError(
+        raise UserError(
             f"{model} has no tokenizer, and {TOKENIZER_HUB_NAME} cannot be downloaded ({error}). Put "
             f"vocab.json and merges.txt (or tokenizer.json) of {TOKENIZER_HUB_NAME} into {beside}, or into "
             f"{TOKENIZER.cache_place(cache_dir)}"

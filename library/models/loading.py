@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from library.checkpoints.weights import Weights
+from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +32,12 @@ class Component:
 def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype) -> nn.Module:
     """Give a module on the meta device its weights in `dtype`; frozen, in evaluation mode.
 
-    Raises ValueError naming missing weights and wrong shapes; names that the model does not know are warned of.
+    Raises UserError naming missing weights and wrong shapes; names that the model does not know are warned of.
     """
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in weights.shapes]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{weights.origin} is incomplete: {len(missing)} of the {len(wanted)} weights of "
             f"{type(model).__name__} are missing: {first_names(missing)}"
         )
@@ -49,7 +50,7 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype) -> nn.Mo
     wrong = [name for name, tensor in wanted.items() if not same_matrix(weights.shapes[name], tuple(tensor.shape))]
     if wrong:
         has, needs = weights.shapes[wrong[0]], tuple(wanted[wrong[0]].shape)
-        raise ValueError(
+        raise UserError(
             f"{weights.origin}: {len(wrong)} weights do not fit {type(model).__name__}, the first is {wrong[0]}: "
             f"it has the shape {has}, the model needs {needs}"
         )

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from library.errors import UserError
 from library.options.rules import asks
 from library.options.train import TrainOptions
 
@@ -19,11 +20,11 @@ class Recipe:
     records: Sequence[str] = ()  # options that files tell as ss_<option>
 
     def check(self, options: TrainOptions) -> None:
-        """Raise ValueError for an option that asks for what would train something else than is meant."""
+        """Raise UserError for an option that asks for what would train something else than is meant."""
         values = options.flat()
         for name, why in self.refuses.items():
             if asks(values[name]):
-                raise ValueError(f"--{name} does not work with {self.title}: {why}; leave it out")
+                raise UserError(f"--{name} does not work with {self.title}: {why}; leave it out")
 
     def describe(self, options: TrainOptions, **more: str) -> dict[str, str]:
         """What files trained with these options say about the base model; `more` are modelspec.* keys without that."""

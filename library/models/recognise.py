@@ -9,6 +9,7 @@ from pathlib import Path
 
 from library.checkpoints.sources import read_json
 from library.checkpoints.weights import Weights
+from library.errors import UserError
 from library.models.unet_keys import UNET_PREFIX
 from library.models.vae_keys import VAE_PREFIX
 
@@ -102,31 +103,31 @@ def way_out(found: str, wanted: str) -> str:
 
 
 def refuse_other_file(flag: str, weights: Weights, wanted: str, text_prefixes: Sequence[str]) -> None:
-    """Raise ValueError when a single file is no whole checkpoint of a U-Net model `wanted`, naming what it is."""
+    """Raise UserError when a single file is no whole checkpoint of a U-Net model `wanted`, naming what it is."""
     names = list(weights.shapes)
     if any(name.startswith(REFINER_MARK) for name in names):
-        raise ValueError(f"{flag} {weights.origin}: this is the SDXL refiner; only the base model is trained")
+        raise UserError(f"{flag} {weights.origin}: this is the SDXL refiner; only the base model is trained")
     refuse_other(flag, weights.origin, base_of_file(names, weights.shapes), wanted, "checkpoint")
     if not any(name.startswith(UNET_PREFIX) for name in names):
         what = next((what for marks, what in NO_MODELS if any(m in name for name in names for m in marks)), None)
         if what:
-            raise ValueError(f"{flag} {weights.origin}: this is {what}")
-        raise ValueError(
+            raise UserError(f"{flag} {weights.origin}: this is {what}")
+        raise UserError(
             f"{flag} {weights.origin}: nothing in it begins with {UNET_PREFIX!r}, so it is no Stable Diffusion "
             f"checkpoint (first names: {', '.join(names[:3]) or 'none'})"
         )
     for prefix in text_prefixes:
         if not any(name.startswith(prefix) for name in names):
-            raise ValueError(
+            raise UserError(
                 f"{flag} {weights.origin} has a U-Net but no text encoder (nothing begins with {prefix!r}); "
                 "use a full checkpoint"
             )
 
 
 def refuse_other(flag: str, origin: str, found: str | None, wanted: str, kind: str = "model") -> None:
-    """Raise ValueError for a folder or file in which another base model was recognised; None is none."""
+    """Raise UserError for a folder or file in which another base model was recognised; None is none."""
     if found is not None and found != wanted:
-        raise ValueError(f"{flag} {origin}: this is {WORDS[found][0]} {kind}; {way_out(found, wanted)}")
+        raise UserError(f"{flag} {origin}: this is {WORDS[found][0]} {kind}; {way_out(found, wanted)}")
 
 
 def warn_of_other_prediction(path: Path, predicts_velocity: bool) -> None:

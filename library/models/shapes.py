@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
 
+from library.errors import UserError
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 NORM_GROUPS = 32
 
 
 def shape_of(shapes: Shapes, name: str) -> tuple[int, ...]:
-    """Raises ValueError where the name is missing."""
+    """Raises UserError where the name is missing."""
     if name not in shapes:
-        raise ValueError(f"{name} is not there; the checkpoint is incomplete or of another kind")
+        raise UserError(f"{name} is not there; the checkpoint is incomplete or of another kind")
     return shapes[name]
 
 
@@ -33,16 +35,16 @@ class ShapeReader:
     shapes: Shapes
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Raises ValueError where the name is missing."""
+        """Raises UserError where the name is missing."""
         if name not in self.shapes:
-            raise ValueError(f"no {self.model} model: {name} is missing")
+            raise UserError(f"no {self.model} model: {name} is missing")
         return self.shapes[name]
 
     def count(self, stem: str) -> int:
-        """The number of blocks `<stem>.0`, `<stem>.1`, …. Raises ValueError where there are none, or one is missing."""
+        """The number of blocks `<stem>.0`, `<stem>.1`, …. Raises UserError where there are none, or one is missing."""
         numbers = {int(match[1]) for name in self.shapes if (match := re.match(rf"{re.escape(stem)}\.(\d+)\.", name))}
         if not numbers or numbers != set(range(len(numbers))):
-            raise ValueError(f"no {self.model} model: its {stem} are numbered {sorted(numbers)}")
+            raise UserError(f"no {self.model} model: its {stem} are numbered {sorted(numbers)}")
         return len(numbers)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.errors import UserError
 from library.models.loading import Component, materialise
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import TokenizerFiles, check_ids
@@ -28,12 +29,12 @@ FP8_MARKS = ("scaled_fp8", ".scale_input", ".input_scale", *SCALE_SUFFIXES)
 
 
 def t5_component(weights: Weights) -> Component:
-    """A text encoder from a single file. Raises ValueError naming the file when it holds something else."""
+    """A text encoder from a single file. Raises UserError naming the file when it holds something else."""
     prefix = next(p for p in T5_XXL_NAMES if not p or any(key.startswith(p) for key in weights.shapes))
     weights = unscaled(with_prefix(weights, prefix))
     if not any(name in weights.shapes for name in WORDS) or "encoder.final_layer_norm.weight" not in weights.shapes:
         first = ", ".join(list(weights.shapes)[:3]) or "none"
-        raise ValueError(f"{weights.origin} is no T5 encoder: it has no {WORDS[0]} or no final norm (first: {first})")
+        raise UserError(f"{weights.origin} is no T5 encoder: it has no {WORDS[0]} or no final norm (first: {first})")
     weights = with_one_embedding(weights)
     return Component(configure(weights, t5_config), weights)
 
@@ -126,7 +127,7 @@ def load_t5_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words:
     """T5's tokenizer for an encoder that knows `num_words`.
 
     Looked for in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
-    --tokenizer_cache_dir. Raises ValueError saying what to put where.
+    --tokenizer_cache_dir. Raises UserError saying what to put where.
     """
     from transformers import T5TokenizerFast
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from library.checkpoints.sources import fetch_snapshot
+from library.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class TokenizerFiles:
         return downloaded
 
     def find_or_explain(self, owner: str, needed: str, folders: Sequence[Path], cache_dir: str | None) -> Path:
-        """`find`, which raises ValueError saying which files of whose tokenizer to put where."""
+        """`find`, which raises UserError saying which files of whose tokenizer to put where."""
         try:
             return self.find(folders, cache_dir)
         except ConnectionError as error:
-            raise ValueError(
+            raise UserError(
                 f"{owner}'s tokenizer is in none of {', '.join(map(str, folders))}, and {self.hub_name} cannot be "
                 f"downloaded ({error}). Put {needed} of {self.hub_name} into one of them, or into "
                 f"{self.cache_place(cache_dir)}"
@@ -63,10 +64,10 @@ def holds_byte_pairs(folder: Path) -> bool:
 
 
 def check_ids(owner: str, tokenizer: Any, folder: Path, num_words: int) -> None:
-    """Raise ValueError where a tokenizer has ids that its text encoder has no word for."""
+    """Raise UserError where a tokenizer has ids that its text encoder has no word for."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= num_words:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer in {folder} has ids up to {largest}, {owner} knows {num_words} words: it belongs to "
             "another model; put the right one into its place"
         )

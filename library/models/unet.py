@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from library.checkpoints.weights import Weights, configure, renamed
+from library.errors import UserError
 from library.memory.blocks import BlockRunner, run_library_blocks_with
 from library.models.loading import Component
 from library.models.shapes import Shapes, count, heads_of, norm_groups, shape_of
@@ -31,7 +32,7 @@ def unet_layout(ldm_shapes: Shapes) -> UnetLayout:
     ends = [n for n in range(num_blocks) if f"input_blocks.{n}.0.op.weight" in ldm_shapes]
     per_level = ends[0] if ends else num_blocks
     if ends != [per_level * (level + 1) for level in range(len(ends))]:
-        raise ValueError(f"the U-Net's levels have different numbers of layers (downsampling at input blocks {ends})")
+        raise UserError(f"the U-Net's levels have different numbers of layers (downsampling at input blocks {ends})")
     firsts = [level * per_level + 1 for level in range(len(ends) + 1)]
     return UnetLayout(per_level - 1, tuple(f"input_blocks.{n}.1.proj_in.weight" in ldm_shapes for n in firsts))
 
@@ -68,7 +69,7 @@ def size_embedding_config(shapes: Shapes, pooled_width: int) -> dict[str, Any]:
     """Further arguments for a U-Net that is conditioned on a pooled text vector and six sizes, as SDXL is."""
     width = shape_of(shapes, "add_embedding.linear_1.weight")[1]
     if width <= pooled_width or (width - pooled_width) % (2 * NUM_SIZES):
-        raise ValueError(
+        raise UserError(
             f"add_embedding.linear_1.weight takes {width} numbers; {pooled_width} of the text encoder and "
             f"{NUM_SIZES} sizes do not make that, so U-Net and text encoder are of different models"
         )

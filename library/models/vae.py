@@ -9,6 +9,7 @@ import torch
 
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, renamed, selected, with_prefix
+from library.errors import UserError
 from library.models.loading import Component
 from library.models.shapes import Shapes, count, norm_groups, shape_of
 from library.models.vae_keys import VAE_PREFIX, vae_from_ldm, vae_from_old_diffusers
@@ -52,12 +53,10 @@ def empty_vae(config: Mapping[str, Any]) -> Any:
 
 
 def vae_of_checkpoint(flag: str, weights: Weights) -> Component:
-    """The VAE that lies in a whole checkpoint. Raises ValueError naming `flag` when there is none."""
+    """The VAE that lies in a whole checkpoint. Raises UserError naming `flag` when there is none."""
     vae = with_prefix(weights, VAE_PREFIX)
     if not vae.shapes:
-        raise ValueError(
-            f"{flag} {weights.origin} has no VAE (nothing begins with {VAE_PREFIX!r}); give one with --vae"
-        )
+        raise UserError(f"{flag} {weights.origin} has no VAE (nothing begins with {VAE_PREFIX!r}); give one with --vae")
     return single_vae(vae)
 
 
@@ -84,19 +83,17 @@ def open_vae(name: str, needs: VaeNeeds) -> Component:
         component = single_vae(weights)
     channels = component.weights.shapes["decoder.conv_in.weight"][1]
     if channels != needs.channels:
-        raise ValueError(
+        raise UserError(
             f"--vae {name} has {channels} latent channels, {needs.base} needs {needs.channels}; use an {needs.base} VAE"
         )
     return component
 
 
 def refuse_no_vae(name: str, weights: Weights) -> None:
-    """Raise ValueError when --vae names something else."""
+    """Raise UserError when --vae names something else."""
     if "decoder.conv_in.weight" not in weights.shapes:
         first = ", ".join(list(weights.shapes)[:3]) or "none"
-        raise ValueError(
-            f"--vae {name} is no VAE of this kind: it has no decoder.conv_in.weight (first names: {first})"
-        )
+        raise UserError(f"--vae {name} is no VAE of this kind: it has no decoder.conv_in.weight (first names: {first})")
 
 
 def single_vae(weights: Weights) -> Component:

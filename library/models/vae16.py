@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from library.architectures.interface import LatentSpec
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, with_prefix
+from library.errors import UserError
 from library.models.latents import KlLatents
 from library.models.loading import Component
 from library.models.shapes import shape_of
@@ -66,17 +67,17 @@ def open_ae(model: str, base_flag: str, name: str | None, base: Path, whole: Wei
     prefix = next((p for p in prefixes if f"{p}decoder.conv_in.weight" in weights.shapes), None)
     if prefix is None:
         if name is None:
-            raise ValueError(f"--ae is missing: {base} has no VAE in it; give ae.safetensors")
+            raise UserError(f"--ae is missing: {base} has no VAE in it; give ae.safetensors")
         first = ", ".join(list(weights.shapes)[:3]) or "none"
-        raise ValueError(f"--ae {name} is no VAE: it has no decoder.conv_in.weight (first names: {first})")
+        raise UserError(f"--ae {name} is no VAE: it has no decoder.conv_in.weight (first names: {first})")
     return checked_ae(model, "--ae", single_vae(with_prefix(weights, prefix)))
 
 
 def checked_ae(model: str, flag: str, component: Component) -> Component:
-    """Raise ValueError where a VAE makes other latents than the base model's."""
+    """Raise UserError where a VAE makes other latents than the base model's."""
     channels = shape_of(component.weights.shapes, "decoder.conv_in.weight")[1]
     if channels != CHANNELS:
-        raise ValueError(
+        raise UserError(
             f"{flag} {component.weights.origin} has {channels} latent channels, {model} needs {CHANNELS}; use its "
             "ae.safetensors"
         )

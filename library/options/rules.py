@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from math import isfinite
 from typing import Any
 
+from library.errors import UserError
 from library.options.base import RULE, Options, Rule
 
 
@@ -18,7 +19,7 @@ def is_set(value: Any, default: Any) -> bool:
 
 
 def check_ranges(options: Options) -> None:
-    """Raise ValueError for the first number that lies where it means nothing, naming its option."""
+    """Raise UserError for the first number that lies where it means nothing, naming its option."""
     values = options.flat()
     for field, _ in type(options).leaves():
         value = values[field.name]
@@ -28,15 +29,15 @@ def check_ranges(options: Options) -> None:
 
 
 def check_number(name: str, number: float, rule: Rule) -> None:
-    """Raise ValueError where a number of the option `name` is outside its range."""
+    """Raise UserError where a number of the option `name` is outside its range."""
     if isinstance(number, float) and not isfinite(number):
-        raise ValueError(f"--{name} is {number}; use a finite number")
+        raise UserError(f"--{name} is {number}; use a finite number")
     if rule.is_share and not 0 <= number <= 1:
-        raise ValueError(f"--{name} is {number}; it is a share, use 0 to 1")
+        raise UserError(f"--{name} is {number}; it is a share, use 0 to 1")
     if rule.at_least is not None and number < rule.at_least:
-        raise ValueError(f"--{name} is {number}; use at least {rule.at_least}, or leave it out")
+        raise UserError(f"--{name} is {number}; use at least {rule.at_least}, or leave it out")
     if rule.at_most is not None and number > rule.at_most:
-        raise ValueError(f"--{name} is {number}; use at most {rule.at_most}, or leave it out")
+        raise UserError(f"--{name} is {number}; use at most {rule.at_most}, or leave it out")
 
 
 def unused(options: Options, ignores: Mapping[str, str]) -> Iterator[str]:

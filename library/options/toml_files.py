@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from library.errors import UserError
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -13,14 +15,14 @@ else:
 def read_toml(path: Path, flag: str) -> dict[str, Any]:
     """The tables of a TOML file (UTF-8, a byte order mark is skipped); `flag` is the option that named it.
 
-    Raises FileNotFoundError where there is no such file, ValueError naming line and column of a mistake.
+    Raises UserError where there is no such file, ValueError naming line and column of a mistake.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{flag} is {path}, but there is no such file")
+        raise UserError(f"{flag} is {path}, but there is no such file")
     try:
         tables: dict[str, Any] = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{flag} {path} is not UTF-8 text: byte {error.start} cannot be read") from None
+        raise UserError(f"{flag} {path} is not UTF-8 text: byte {error.start} cannot be read") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ValueError(f"{flag} {path} is not valid TOML: {error}") from None
+        raise UserError(f"{flag} {path} is not valid TOML: {error}") from None
     return tables

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 
+from library.errors import UserError
 from library.options.rules import check_ranges, is_set, unused
 from library.options.support import unsupported
 from library.options.train import TrainOptions
@@ -27,11 +28,11 @@ ANY_CHOICE = ("max_token_length", "dynamo_backend", "sample_sampler", "zero_stag
 def check(options: TrainOptions) -> None:
     """Refuse what cannot work.
 
-    Raises ValueError naming every flag that is not supported yet, else the first contradiction, with its way out.
+    Raises UserError naming every flag that is not supported yet, else the first contradiction, with its way out.
     """
     missing = unsupported(options)
     if missing:
-        raise ValueError("\n".join(missing))
+        raise UserError("\n".join(missing))
     check_ranges(options)
     check_buckets(options)
     check_choices(options)
@@ -55,7 +56,7 @@ def check_buckets(options: TrainOptions) -> None:
     """The shortest side of a bucket is not above the longest."""
     low, high = options.dataset.min_bucket_reso, options.dataset.max_bucket_reso
     if options.dataset.enable_bucket and low > high:
-        raise ValueError(f"--min_bucket_reso is {low}, above --max_bucket_reso {high}; swap them")
+        raise UserError(f"--min_bucket_reso is {low}, above --max_bucket_reso {high}; swap them")
 
 
 def check_choices(options: TrainOptions) -> None:
@@ -68,7 +69,7 @@ def check_choices(options: TrainOptions) -> None:
         if not is_set(values[field.name], field.default):
             continue
         known = ", ".join(str(choice) for choice in choices if choice is not None)
-        raise ValueError(f"--{field.name} is {values[field.name]!r}; use one of {known}")
+        raise UserError(f"--{field.name} is {values[field.name]!r}; use one of {known}")
 
 
 def check_required(options: TrainOptions) -> None:
@@ -76,19 +77,19 @@ def check_required(options: TrainOptions) -> None:
     dataset = options.dataset
     if dataset.dataset_config is None:
         if not dataset.train_data_dir:
-            raise ValueError(
+            raise UserError(
                 "no pictures are named; give --dataset_config with a TOML file, or --train_data_dir with a folder"
             )
         if not dataset.resolution:
-            raise ValueError("--resolution is not set; give the training size with it, such as 512 or 512,768")
+            raise UserError("--resolution is not set; give the training size with it, such as 512 or 512,768")
     if dataset.debug_dataset:
         return
     if not options.model.pretrained_model_name_or_path:
-        raise ValueError("--pretrained_model_name_or_path is not set; give the base model's file, folder or hub name")
+        raise UserError("--pretrained_model_name_or_path is not set; give the base model's file, folder or hub name")
     if not options.network.network_module:
-        raise ValueError("--network_module is not set; networks.lora trains a LoRA")
+        raise UserError("--network_module is not set; networks.lora trains a LoRA")
     if not options.saving.output_dir:
-        raise ValueError("--output_dir is not set; give the folder that the trained weights go to")
+        raise UserError("--output_dir is not set; give the folder that the trained weights go to")
 
 
 def check_output(options: TrainOptions) -> None:
@@ -102,34 +103,34 @@ def check_output(options: TrainOptions) -> None:
     check_output_name(saving.output_name or "")
     path = Names.build(saving).of_end()
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
-        raise ValueError(
+        raise UserError(
             f"--output_name {saving.output_name} is too long: files of the run would have names of more than "
             f"{MAX_NAME_BYTES} bytes; use a shorter one"
         )
     if path.is_dir():
-        raise ValueError(f"--output_name: {path} is a folder, but the adapter is saved under that name; use another")
+        raise UserError(f"--output_name: {path} is a folder, but the adapter is saved under that name; use another")
     if path.exists() and not (options.state.resume or options.state.autoresume):
         logger.warning("%s is there already and will be replaced when the run ends", path)
 
 
 def check_output_name(name: str) -> None:
-    """Raise ValueError for a name with folders in it: files would lie where neither --autoresume nor rotation looks."""
+    """Raise UserError for a name with folders in it: files would lie where neither --autoresume nor rotation looks."""
     if "/" in name or "\\" in name or PureWindowsPath(name).drive:
-        raise ValueError(
+        raise UserError(
             f"--output_name {name} holds a path, but all files of a run lie in --output_dir itself; put the folder "
             f"into --output_dir and give only a name, such as {PureWindowsPath(name).name or 'my_cat'}"
         )
 
 
 def check_folder(flag: str, folder: Path) -> None:
-    """Raise ValueError where a folder is a file, or cannot be made or written to."""
+    """Raise UserError where a folder is a file, or cannot be made or written to."""
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent
     if not there.is_dir():
-        raise ValueError(f"--{flag} {folder}: {there} is a file, not a folder; name another place")
+        raise UserError(f"--{flag} {folder}: {there} is a file, not a folder; name another place")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(
+        raise UserError(
             f"--{flag} {folder}: nothing can be written in {there}; change its rights or name another place"
         )
 
@@ -139,18 +140,18 @@ def check_precision(options: TrainOptions) -> None:
     precision = options.precision
     for flag, kind in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
         if getattr(precision, flag) and precision.mixed_precision != kind:
-            raise ValueError(
+            raise UserError(
                 f"--{flag} needs --mixed_precision {kind}, but that is {precision.mixed_precision}; "
                 f"set it to {kind} or leave out --{flag}"
             )
     for flag in ("fp8_base", "fp8_base_unet"):
         if getattr(precision, flag) and precision.mixed_precision == "no":
-            raise ValueError(
+            raise UserError(
                 f"--{flag} needs --mixed_precision bf16 or fp16, which the 8-bit weights are computed with; set one of "
                 f"them, or leave out --{flag}"
             )
     if precision.mixed_precision == "fp16" and not options.dataset.debug_dataset and not has_accelerator():
-        raise ValueError(
+        raise UserError(
             "--mixed_precision fp16 needs a GPU and none is found; use --mixed_precision bf16 or no on the CPU"
         )
     check_full_fp16(options)
@@ -163,7 +164,7 @@ def check_full_fp16(options: TrainOptions) -> None:
     wanted = wanted_type(options.optimizer)
     path, _ = class_path(wanted)
     if path.startswith(SQUARES_IN_DTYPE_OF_WEIGHTS):
-        raise ValueError(
+        raise UserError(
             f"--full_fp16 makes {wanted} keep squared gradients in fp16, where they vanish: weights become NaN or "
             "jump; leave out --full_fp16, or use --optimizer_type AdamW8bit or Lion"
         )
@@ -195,9 +196,9 @@ def check_optimizer(options: TrainOptions) -> None:
     optimizer = options.optimizer
     old = [name for name in ("use_8bit_adam", "use_lion_optimizer") if getattr(optimizer, name)]
     if len(old) == 2:
-        raise ValueError("--use_8bit_adam and --use_lion_optimizer name two optimizers; keep one of them")
+        raise UserError("--use_8bit_adam and --use_lion_optimizer name two optimizers; keep one of them")
     if old and optimizer.optimizer_type:
-        raise ValueError(
+        raise UserError(
             f"--{old[0]} and --optimizer_type {optimizer.optimizer_type} name two optimizers; keep the second"
         )
 
@@ -206,19 +207,19 @@ def check_network(options: TrainOptions) -> None:
     """Something is trained, and the files that it starts from are there."""
     network = options.network
     if network.network_train_unet_only and network.network_train_text_encoder_only:
-        raise ValueError(
+        raise UserError(
             "--network_train_unet_only and --network_train_text_encoder_only together train nothing; "
             "leave out both to train both parts"
         )
     if network.dim_from_weights and not network.network_weights:
-        raise ValueError("--dim_from_weights needs --network_weights, the file to read the ranks from")
+        raise UserError("--dim_from_weights needs --network_weights, the file to read the ranks from")
     for flag, paths in (("network_weights", [network.network_weights]), ("base_weights", network.base_weights or [])):
         for path in paths:
             if path and not Path(path).is_file():
-                raise ValueError(f"--{flag} {path} does not exist; give the path of an adapter file")
+                raise UserError(f"--{flag} {path} does not exist; give the path of an adapter file")
     factors, files = network.base_weights_multiplier or [], network.base_weights or []
     if files and len(factors) > len(files):
-        raise ValueError(
+        raise UserError(
             f"--base_weights_multiplier has {len(factors)} values for {len(files)} --base_weights; "
             "give one for each file"
         )
@@ -228,23 +229,23 @@ def check_noise_and_loss(options: TrainOptions) -> None:
     """Noise and weighting options that contradict each other."""
     noise, loss, is_v = options.noise, options.loss, options.model.v_parameterization
     if asks_number(noise.adaptive_noise_scale) and not asks_number(noise.noise_offset):
-        raise ValueError(
+        raise UserError(
             f"--adaptive_noise_scale {noise.adaptive_noise_scale} adjusts --noise_offset, which is not set; "
             "set --noise_offset, or leave out --adaptive_noise_scale"
         )
     if loss.scale_v_pred_loss_like_noise_pred and not is_v:
-        raise ValueError(
+        raise UserError(
             "--scale_v_pred_loss_like_noise_pred needs --v_parameterization; "
             "leave it out for a model that predicts noise"
         )
     if asks_number(loss.v_pred_like_loss) and is_v:
-        raise ValueError(
+        raise UserError(
             f"--v_pred_like_loss {loss.v_pred_like_loss} is for models that predict noise; leave it out, "
             "or leave out --v_parameterization"
         )
     low, high = noise.min_timestep or 0, 1000 if noise.max_timestep is None else noise.max_timestep
     if low > high:
-        raise ValueError(
+        raise UserError(
             f"--min_timestep {low} is above --max_timestep {high}; the same value for both trains one level"
         )
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.errors import UserError
 from library.options.base import int_or_float
 from library.options.toml_files import read_toml
 
 SECRETS = ("wandb_api_key", "huggingface_token")
 
 
-class ConfigFileError(ValueError):
+class ConfigFileError(UserError):
     """The file is missing, is no TOML, or holds a value that its option cannot take."""
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from library.errors import UserError
 from library.launcher import launched_rank
 from library.options.console import ConsoleOptions
 
@@ -45,12 +46,12 @@ def level_of(options: ConsoleOptions) -> int:
     name = options.console_log_level or "INFO"
     level = logging.getLevelName(name)
     if not isinstance(level, int):
-        raise ValueError(f"--console_log_level is {name}; use DEBUG, INFO, WARNING, ERROR or CRITICAL")
+        raise UserError(f"--console_log_level is {name}; use DEBUG, INFO, WARNING, ERROR or CRITICAL")
     return level
 
 
 def build_handler(options: ConsoleOptions) -> logging.Handler:
-    """The handler that writes to the file, the terminal or the pipe. Raises ValueError for a file that cannot be."""
+    """The handler that writes to the file, the terminal or the pipe. Raises UserError for a file that cannot be."""
     handler: logging.Handler
     lines = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%d %H:%M:%S")
     if launched_rank() != 0:  # the main process says what all would say; of the others only errors are news
@@ -63,7 +64,7 @@ def build_handler(options: ConsoleOptions) -> logging.Handler:
             path.parent.mkdir(parents=True, exist_ok=True)
             handler = logging.FileHandler(path, mode="w", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            raise ValueError(f"--console_log_file {path} cannot be written: {error.strerror}") from error
+            raise UserError(f"--console_log_file {path} cannot be written: {error.strerror}") from error
         handler.setFormatter(lines)
         return handler
     if options.console_log_simple:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from library.errors import UserError
 from library.options.train import TrainOptions
 from library.training.out_of_memory import Sizes, bytes_of, explained, in_words, memory_figures, reset_peak, sizes_of
 from library.training.run import Run
@@ -30,7 +31,7 @@ def without_writing(options: OptionsT) -> OptionsT:
 def try_largest_batch(run: Run, writer: Writer, place: int) -> None:
     """Train the batch at `place` of the first epoch for one step, and once more without a step; log what it needs.
 
-    The second pass has the optimizer's memory beside it, so it shows the peak of training. Raises ValueError where the
+    The second pass has the optimizer's memory beside it, so it shows the peak of training. Raises UserError where the
     loss is not finite, OutOfMemoryError where memory runs out.
     """
     (batch,) = run.training_set.batches(1, [place], lambda place: 0, 0, False)
@@ -45,7 +46,7 @@ def try_largest_batch(run: Run, writer: Writer, place: int) -> None:
         forward_and_backward(run, batch, place)
         seconds = time.perf_counter() - started
     if not math.isfinite(loss):
-        raise ValueError(f"--dry_run: the loss of the largest batch is {loss}; pictures: {', '.join(batch.keys)}")
+        raise UserError(f"--dry_run: the loss of the largest batch is {loss}; pictures: {', '.join(batch.keys)}")
     report(run, writer, sizes, shape, loss, seconds)
 
 

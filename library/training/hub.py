@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from library.errors import UserError
 from library.options.hub import HubOptions
 
 logger = logging.getLogger(__name__)
@@ -74,13 +75,13 @@ def make_repository(api: Any, options: HubOptions) -> None:
 
 
 def check_repository(options: HubOptions) -> None:
-    """Reach the repository before training begins. Raises ValueError where that fails."""
+    """Reach the repository before training begins. Raises UserError where that fails."""
     if not options.huggingface_repo_id:
         return
     try:
         make_repository(client(options), options)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"--huggingface_repo_id {options.huggingface_repo_id} cannot be reached or made ({type(error).__name__}: "
             f"{error}); check the name, --huggingface_token and the network, or leave it out"
         ) from error
@@ -89,14 +90,14 @@ def check_repository(options: HubOptions) -> None:
 def fetch_state(name: str, options: HubOptions) -> Path:
     """Download the state that --resume names with --resume_from_huggingface: owner/repo/path[:revision[:type]].
 
-    Raises ValueError for a name of another form, and where nothing is found there.
+    Raises UserError for a name of another form, and where nothing is found there.
     """
     place, _, rest = name.partition(":")
     revision, _, kind = rest.partition(":")
     owner, _, tail = place.partition("/")
     repo, _, folder = tail.partition("/")
     if not (owner and repo and folder):
-        raise ValueError(
+        raise UserError(
             f"--resume {name} does not name a state on Hugging Face; write owner/repository/path, and :revision and "
             ":type behind it if needed"
         )
@@ -109,11 +110,11 @@ def fetch_state(name: str, options: HubOptions) -> Path:
             allow_patterns=[f"{folder}/*"],
         )
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"--resume {name} cannot be fetched from Hugging Face ({type(error).__name__}: {error}); check the name, "
             "--huggingface_token and the network"
         ) from error
     path = Path(root) / folder
     if not path.is_dir():
-        raise ValueError(f"--resume {name}: {owner}/{repo} has no folder {folder}")
+        raise UserError(f"--resume {name}: {owner}/{repo} has no folder {folder}")
     return path

@@ -5,24 +5,26 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from library.errors import UserError
+
 
 def read_keyword_args(items: Sequence[str] | None, flag: str) -> dict[str, Any]:
     """The keywords in `items`, values read as Python literals: `betas=0.9,0.99` is a pair of numbers.
 
-    The first `=` ends the key. Raises ValueError, naming `flag` and the item, for an item without one, for a value that
+    The first `=` ends the key. Raises UserError, naming `flag` and the item, for an item without one, for a value that
     is not a literal and for a key given twice.
     """
     keywords: dict[str, Any] = {}
     for item in items or ():
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals or not key:
-            raise ValueError(f"{flag} {item!r} is not key=value; write for example weight_decay=0.01")
+            raise UserError(f"{flag} {item!r} is not key=value; write for example weight_decay=0.01")
         if key in keywords:
-            raise ValueError(f"{flag} gives {key} twice; keep one of them")
+            raise UserError(f"{flag} gives {key} twice; keep one of them")
         try:
             keywords[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            raise ValueError(
+            raise UserError(
                 f"{flag} {item!r}: {text!r} is not a Python value; numbers are written plainly, text in quotes "
                 f"({key}='...'), switches as True and False, several values as 0.9,0.99"
             ) from None
@@ -48,19 +50,19 @@ def call_with_keywords(
     """Call `target(*positional, **ours, **keywords)`; `keywords` are the user's, from `flag`, and win over `ours`.
 
     `set_elsewhere` maps parameters that have a flag of their own to that flag ("" where the trainer sets them).
-    Raises ValueError for an unknown keyword, naming the accepted ones, and for values that `target` refuses.
+    Raises UserError for an unknown keyword, naming the accepted ones, and for values that `target` refuses.
     """
     name = getattr(target, "__name__", str(target))
     names, takes_others = accepted_keywords(target)
     for key in keywords:
         if key in set_elsewhere:
             way_out = f"use --{set_elsewhere[key]}" if set_elsewhere[key] else "the trainer sets it; leave it out"
-            raise ValueError(f"{flag} {key} does not belong there: {way_out}")
+            raise UserError(f"{flag} {key} does not belong there: {way_out}")
         if key not in names and not takes_others:
             known = ", ".join(n for n in names[len(positional) :] if n not in set_elsewhere)
-            raise ValueError(f"{flag} {key} is unknown to {name}; it accepts {known or 'none'}")
+            raise UserError(f"{flag} {key} is unknown to {name}; it accepts {known or 'none'}")
     try:
         return target(*positional, **{**(ours or {}), **keywords})
     except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
         given = ", ".join(f"{key}={value}" for key, value in keywords.items()) or "no arguments"
-        raise ValueError(f"{name} refuses its settings ({flag}: {given}): {error}") from error
+        raise UserError(f"{name} refuses its settings ({flag}: {given}): {error}") from error

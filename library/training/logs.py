@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from library.errors import UserError
 from library.options.toml_files import read_toml
 from library.options.trackers import TrackerOptions
 from library.options.train import TrainOptions
@@ -36,16 +37,16 @@ NOT_LOGGED = {
 def tracker_kind(options: TrackerOptions) -> str | None:
     """What accelerate calls the wanted tracker; None where nothing is logged.
 
-    Raises ValueError where tensorboard has no folder, or where the package is missing.
+    Raises UserError where tensorboard has no folder, or where the package is missing.
     """
     kind = options.log_with
     if kind is None:
         kind = "tensorboard" if options.logging_dir else None
     if kind in ("tensorboard", "all") and not options.logging_dir:
-        raise ValueError(f"--log_with {kind} needs --logging_dir, the folder for tensorboard's files")
+        raise UserError(f"--log_with {kind} needs --logging_dir, the folder for tensorboard's files")
     for package in ("tensorboard", "wandb"):
         if kind == package and find_spec(package) is None:
-            raise ValueError(f"--log_with {package} needs the package: pip install {package}")
+            raise UserError(f"--log_with {package} needs the package: pip install {package}")
     return kind
 
 

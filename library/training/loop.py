@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from library.errors import UserError
 from library.training.interruption import Interruption
 from library.training.logs import Charts
 from library.training.nonfinite import NonFiniteGuard
@@ -220,13 +221,13 @@ def optimizer_step(run: Run, guard: NonFiniteGuard, window: Window, losses: Tens
 def wanted_norm_limit(run: Run) -> float | None:
     """--scale_weight_norms; None where it is not wanted, or where this network cannot do it, which is warned of.
 
-    Raises ValueError for a negative limit.
+    Raises UserError for a negative limit.
     """
     limit = run.options.network.scale_weight_norms
     if not limit:
         return None
     if limit < 0:
-        raise ValueError(f"--scale_weight_norms is {limit:g}; a norm is at least 0, and 0 sets no limit")
+        raise UserError(f"--scale_weight_norms is {limit:g}; a norm is at least 0, and 0 sets no limit")
     if not run.network.can_limit_norms:
         logger.warning(
             "--scale_weight_norms has no effect: the network of %s has no apply_max_norm_regularization()",

@@ -13,6 +13,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
+from library.errors import UserError
 from library.options.schedule import ScheduleOptions
 from library.training.keyword_args import call_with_keywords, read_keyword_args
 from library.training.optimizers import BuiltOptimizer, import_class, nearest
@@ -36,7 +37,7 @@ class Schedule(Protocol):
 def build_schedule(options: ScheduleOptions, built: BuiltOptimizer, max_train_steps: int) -> Schedule:
     """The schedule of a run of `max_train_steps` optimizer steps; the first value is in place when this returns.
 
-    Raises ValueError for an unknown name and for settings that the schedule has no use for or cannot work with.
+    Raises UserError for an unknown name and for settings that the schedule has no use for or cannot work with.
     """
     optimizer, arguments = built.optimizer, read_keyword_args(options.lr_scheduler_args, FLAG)
     warmup_steps = steps_of(options.lr_warmup_steps, max_train_steps, "--lr_warmup_steps")
@@ -49,7 +50,7 @@ def build_schedule(options: ScheduleOptions, built: BuiltOptimizer, max_train_st
         return schedule_of_class(options, optimizer, arguments, warmup_steps)
     name = options.lr_scheduler.lower()
     if name.partition(":")[0] == ADAFACTOR:
-        raise ValueError(
+        raise UserError(
             f"--lr_scheduler {options.lr_scheduler} shows the rates that Adafactor sets itself; it needs "
             "--optimizer_type Adafactor with relative_step=True. Use constant_with_warmup otherwise"
         )
@@ -86,11 +87,11 @@ def follow_rates(schedule: Schedule, optimizer: Optimizer, rates: Sequence[float
 def steps_of(value: int | float, max_train_steps: int, flag: str) -> int:
     """`value` as a number of steps: a share of the run when it is below 1, a count otherwise."""
     if value < 0:
-        raise ValueError(f"{flag} is {value}; it must not be negative")
+        raise UserError(f"{flag} is {value}; it must not be negative")
     if value < 1:
         return int(value * max_train_steps)
     if value != int(value):
-        raise ValueError(f"{flag} is {value}; use a whole number of steps, or a share of the run below 1.0")
+        raise UserError(f"{flag} is {value}; use a whole number of steps, or a share of the run below 1.0")
     return int(value)
 
 
@@ -162,19 +163,19 @@ def named_schedule(
 
 
 def check_name(name: str, known: list[str]) -> None:
-    """Raise ValueError for a name without a schedule, naming what to use instead."""
+    """Raise UserError for a name without a schedule, naming what to use instead."""
     if name == "reduce_lr_on_plateau":
-        raise ValueError(
+        raise UserError(
             "--lr_scheduler reduce_lr_on_plateau waits for a validation loss after each step, which training does not "
             "have; use cosine, or constant_with_warmup with a lower --learning_rate"
         )
     if name == "cosine_warmup_with_min_lr":
-        raise ValueError(
+        raise UserError(
             "--lr_scheduler cosine_warmup_with_min_lr is not supported; cosine_with_min_lr with --lr_warmup_steps and "
             "--lr_scheduler_min_lr_ratio gives the same curve but for one step"
         )
     if name not in known:
-        raise ValueError(
+        raise UserError(
             f"--lr_scheduler {name} is unknown{nearest(name, known)}. It may be one of {', '.join(known)}; "
             "other classes go to --lr_scheduler_type"
         )
@@ -188,19 +189,19 @@ def check_settings(
     decay_steps: int,
     max_train_steps: int,
 ) -> None:
-    """Raise ValueError for what the schedule cannot work with; warn about what has no effect on it."""
+    """Raise UserError for what the schedule cannot work with; warn about what has no effect on it."""
     if warmup_steps and name == CONSTANT:
-        raise ValueError(
+        raise UserError(
             f"--lr_warmup_steps is {options.lr_warmup_steps}, but --lr_scheduler constant has no warm-up; "
             "use constant_with_warmup"
         )
     if warmup_steps and name == "piecewise_constant":
-        raise ValueError(
+        raise UserError(
             f"--lr_warmup_steps is {options.lr_warmup_steps}, but --lr_scheduler piecewise_constant has no warm-up; "
             "write it into step_rules"
         )
     if name == "piecewise_constant" and "step_rules" not in arguments:
-        raise ValueError(
+        raise UserError(
             "--lr_scheduler piecewise_constant needs its rules: --lr_scheduler_args \"step_rules='1:500,0.1'\" is the "
             "full rate for 500 steps and a tenth of it afterwards"
         )
@@ -209,12 +210,12 @@ def check_settings(
         and options.lr_scheduler_min_lr_ratio is None
         and not {"min_lr", "min_lr_rate"} & set(arguments)
     ):
-        raise ValueError(
+        raise UserError(
             "--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio, the share of the learning rate that "
             "is left at the end, such as 0.1"
         )
     if warmup_steps + decay_steps > max_train_steps and name == "warmup_stable_decay":
-        raise ValueError(
+        raise UserError(
             f"--lr_warmup_steps and --lr_decay_steps are {warmup_steps} and {decay_steps} steps, together more than "
             f"the {max_train_steps} steps of the run; lower one of them"
         )
@@ -251,7 +252,7 @@ def schedule_of_class(
     """The class of --lr_scheduler_type, called as cls(optimizer, **lr_scheduler_args)."""
     wanted = options.lr_scheduler_type
     if warmup_steps:
-        raise ValueError(
+        raise UserError(
             f"--lr_warmup_steps is {options.lr_warmup_steps}, but --lr_scheduler_type {wanted} takes all its settings "
             "from --lr_scheduler_args; leave --lr_warmup_steps out"
         )
@@ -309,7 +310,7 @@ def adafactor_rates(options: ScheduleOptions, built: BuiltOptimizer, warmup_step
     Until the first step the groups show the rate of `adafactor:<rate>`, or 0.
     """
     if warmup_steps:
-        raise ValueError(
+        raise UserError(
             f"--lr_warmup_steps is {options.lr_warmup_steps}, but Adafactor with relative_step=True sets its own "
             "rates; use warmup_init=True in --optimizer_args, or relative_step=False"
         )
@@ -322,7 +323,7 @@ def adafactor_rates(options: ScheduleOptions, built: BuiltOptimizer, warmup_step
     try:
         initial_lr = float(rate) if rate and name == ADAFACTOR else 0.0
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"--lr_scheduler {options.lr_scheduler}: {rate!r} is not a rate; write for example adafactor:1e-4"
         ) from None
     for group in built.optimizer.param_groups:

@@ -2,12 +2,11 @@
 
 import argparse
 import logging
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 from library.architectures.interface import Architecture
+from library.errors import UserError
 from library.options.train import TrainOptions
 from library.training.checks import check, check_vae_precision, report_unused
 from library.training.cli import parse
@@ -18,8 +17,6 @@ from library.training.run_lock import run_lock
 logger = logging.getLogger(__name__)
 
 OptionsT = TypeVar("OptionsT", bound=TrainOptions)
-
-ROOT = Path(__file__).parents[2]
 
 
 def main(
@@ -109,22 +106,30 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
         prepared.charts.close()
 
 
+OUR_FAULT = (
+    "this is a fault of the program, not of your settings: please report it with the lines above and the command line"
+)
+
+
 def report_error(error: Exception) -> None:
-    """A message of ours stands alone; anything unforeseen comes with its traceback. What was saved is told last."""
+    """Show what ended a run; what was saved is told last.
+
+    What the user can put right is a sentence, and so is what the operating system refuses. Anything else is a fault of
+    ours and keeps its traceback.
+    """
     from library.training.failure import StoppedByError
 
     if isinstance(error, StoppedByError) and isinstance(error.__cause__, Exception):
         report_error(error.__cause__)
         logger.error("%s", error)
-    elif is_foreseen(error):
+    elif isinstance(error, UserError) or is_from_system(error):
         logger.error("%s", error)
         logger.debug("where it was found:", exc_info=error)
     else:
         logger.error("%s: %s", type(error).__name__, error, exc_info=error)
+        logger.error("%s", OUR_FAULT)
 
 
-def is_foreseen(error: BaseException) -> bool:
-    """Whether this is an error that our own code raises with a message for the user."""
-    frames = traceback.extract_tb(error.__traceback__)
-    is_ours = bool(frames) and Path(frames[-1].filename).is_relative_to(ROOT) and ".venv" not in frames[-1].filename
-    return is_ours and isinstance(error, (ValueError, OSError))
+def is_from_system(error: Exception) -> bool:
+    """Whether the operating system refused something for a file: a full disk, missing rights."""
+    return isinstance(error, OSError) and error.errno is not None and error.filename is not None

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from library.errors import UserError
 from library.memory.devices import place
 from library.memory.forms.fp8 import Fp8Rows
 from library.memory.frozen import store_blocks_in
@@ -26,7 +27,7 @@ def network_keywords(options: NetworkOptions) -> dict[str, Any]:
 def open_network(options: TrainOptions, models: Models, device: torch.device, dtype: torch.dtype) -> AdoptedNetwork:
     """The adapter, installed, with its starting weights; it and the denoiser are on the device afterwards.
 
-    Raises ValueError where the module cannot be imported, an argument is wrong, or a file does not fit.
+    Raises UserError where the module cannot be imported, an argument is wrong, or a file does not fit.
     """
     wanted = options.network
     assert wanted.network_module is not None
@@ -78,7 +79,7 @@ def create(wanted: NetworkOptions, module: NetworkModule, models: Models) -> Any
             **keywords,
         )
     if network is None:
-        raise ValueError(f"--network_module {wanted.network_module} made no network; see its own messages above")
+        raise UserError(f"--network_module {wanted.network_module} made no network; see its own messages above")
     return network
 
 
@@ -89,7 +90,7 @@ def merge_base_weights(
     files = wanted.base_weights or []
     multipliers = wanted.base_weights_multiplier or []
     if len(multipliers) > len(files):
-        raise ValueError(
+        raise UserError(
             f"--base_weights_multiplier has {len(multipliers)} values, but --base_weights names {len(files)} files"
         )
     text_encoder, denoiser = models.network_view

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from library.errors import UserError
 from library.training.plan import Window
 from library.training.rescue import NotWrittenError
 from library.training.run import Run
@@ -31,7 +32,7 @@ MAX_NAMED = 8  # pictures in a message
 MIN_LOSS_SCALE = 1.0  # fp16 gradients that overflow at a larger loss scale only say that the scale is too large
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(UserError):
     """The run cannot go on. `last_good` is (step, epoch) of the last step that moved the weights, None before one."""
 
     def __init__(self, message: str, last_good: tuple[int, int] | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from library.errors import UserError
 from library.options.optimizer import OptimizerOptions
 from library.training.keyword_args import call_with_keywords, read_keyword_args
 
@@ -97,7 +98,7 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
     """The optimizer of --optimizer_type over `groups`, dicts with "params" and mostly "lr" (left unchanged).
 
     A schedule-free optimizer starts in training mode.
-    Raises ValueError for an unknown name, a library that is missing (naming what to install), and arguments that are
+    Raises UserError for an unknown name, a library that is missing (naming what to install), and arguments that are
     unreadable, unknown or refused.
     """
     wanted = wanted_type(options)
@@ -149,7 +150,7 @@ def wanted_type(options: OptimizerOptions) -> str:
     asked = [flag for flag in aliases if getattr(options, flag)]
     if len(asked) + bool(options.optimizer_type) > 1:
         names = " and ".join(f"--{name}" for name in [*asked, *["optimizer_type"] * bool(options.optimizer_type)])
-        raise ValueError(f"{names} name different optimizers; keep one of them")
+        raise UserError(f"{names} name different optimizers; keep one of them")
     return aliases[asked[0]] if asked else options.optimizer_type or "AdamW"
 
 
@@ -163,7 +164,7 @@ def class_path(wanted: str) -> tuple[str, Mapping[str, Any]]:
     of_torch = {name for name, value in vars(torch.optim).items() if inspect.isclass(value) and name != "Optimizer"}
     if wanted in of_torch:
         return f"torch.optim.{wanted}", {}
-    raise ValueError(
+    raise UserError(
         f"--optimizer_type {wanted} is unknown{nearest(wanted, [*KNOWN, *of_torch])}. It may be one of "
         f"{', '.join(KNOWN)}, a class of torch.optim in its exact spelling, or a path such as package.module.Class"
     )
@@ -177,25 +178,25 @@ def nearest(wanted: str, names: Sequence[str]) -> str:
 
 
 def import_class(path: str, flag: str, wanted: str) -> type[Any]:
-    """The class at a dotted path. Raises ValueError naming what to install, or what the module lacks."""
+    """The class at a dotted path. Raises UserError naming what to install, or what the module lacks."""
     if not all(part.isidentifier() for part in path.split(".")):
-        raise ValueError(f"{flag} {wanted} is not a path such as package.module.Class")
+        raise UserError(f"{flag} {wanted} is not a path such as package.module.Class")
     module_name, _, class_name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         if missing.split(".")[0] != module_name.split(".")[0]:
-            raise ValueError(f"{flag} {wanted}: {module_name} needs {missing}; pip install {missing}") from error
+            raise UserError(f"{flag} {wanted}: {module_name} needs {missing}; pip install {missing}") from error
         if missing != module_name.split(".")[0]:
-            raise ValueError(f"{flag} {wanted}: there is no module {missing}; check the path") from error
+            raise UserError(f"{flag} {wanted}: there is no module {missing}; check the path") from error
         package = PACKAGE_OF.get(missing, missing)
-        raise ValueError(f"{flag} {wanted} needs the library {missing}: pip install {package}") from error
+        raise UserError(f"{flag} {wanted} needs the library {missing}: pip install {package}") from error
     except ImportError as error:
-        raise ValueError(f"{flag} {wanted}: {module_name} cannot be imported: {error}") from error
+        raise UserError(f"{flag} {wanted}: {module_name} cannot be imported: {error}") from error
     value = getattr(module, class_name, None)
     if not inspect.isclass(value):
-        raise ValueError(
+        raise UserError(
             f"{flag} {wanted}: {module_name} has no class {class_name}{nearest(class_name, list(vars(module)))}"
         )
     return value
@@ -205,9 +206,9 @@ def import_optimizer(path: str, wanted: str) -> type[Optimizer]:
     """The optimizer class at a dotted path."""
     cls = import_class(path, "--optimizer_type", wanted)
     if not issubclass(cls, Optimizer):
-        raise ValueError(f"--optimizer_type {wanted}: {path} is not an optimizer (a subclass of torch.optim.Optimizer)")
+        raise UserError(f"--optimizer_type {wanted}: {path} is not an optimizer (a subclass of torch.optim.Optimizer)")
     if issubclass(cls, torch.optim.LBFGS | torch.optim.SparseAdam):
-        raise ValueError(f"--optimizer_type {wanted} cannot train an adapter by gradient steps; AdamW can")
+        raise UserError(f"--optimizer_type {wanted} cannot train an adapter by gradient steps; AdamW can")
     return cls
 
 
@@ -223,9 +224,7 @@ def adafactor_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
 def check_fused_backward_pass(is_adafactor: bool, wanted: str) -> None:
     """--fused_backward_pass is for full fine-tuning; adapters are small, so nothing is gained from it here."""
     if not is_adafactor:
-        raise ValueError(
-            f"--fused_backward_pass works with --optimizer_type Adafactor only, not {wanted}; leave it out"
-        )
+        raise UserError(f"--fused_backward_pass works with --optimizer_type Adafactor only, not {wanted}; leave it out")
     logger.warning("--fused_backward_pass has no effect: it saves memory in full fine-tuning, not for adapters")
 
 
@@ -240,7 +239,7 @@ def check_rates(groups: Sequence[Mapping[str, Any]], learning_rate: float, name:
         )
     may_freeze = name in FREEZES_AT_RATE_0
     if len({rate for rate in rates if rate or not may_freeze}) > 1:
-        raise ValueError(
+        raise UserError(
             f"{name} finds one learning rate for all parts, but --learning_rate, --unet_lr, --text_encoder_lr or "
             f"--network_args give {', '.join(map(str, sorted(set(rates))))}; use one value everywhere"
             + (" (0 leaves a part as it is)" if may_freeze else "")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.errors import UserError
 from library.options.support import NOT_YET
 from library.options.train import TrainOptions
 from library.training.run import Run
@@ -16,7 +17,7 @@ from library.training.run import Run
 WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "cannot allocate memory")
 
 
-class OutOfMemoryError(ValueError):
+class OutOfMemoryError(UserError):
     """Memory ran out; the message says where and what saves some."""
 
 

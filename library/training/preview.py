@@ -15,6 +15,7 @@ from tqdm import tqdm
 from library.architectures.interface import Architecture, LiveText
 from library.diffusion.guidance import guided, needs_negative
 from library.diffusion.samplers import Level
+from library.errors import UserError
 from library.memory.devices import place, release_memory
 from library.options.preview import PreviewOptions
 from library.options.train import TrainOptions
@@ -269,7 +270,7 @@ def draw_latents(
 
     `goes_on` is asked after every call of the denoiser. The first draw of `generator` is the initial noise, so that
     pictures compare to those of other programs.
-    Raises ValueError where the denoiser gives what is not a number.
+    Raises UserError where the denoiser gives what is not a number.
     """
     spec, preview = run.arch.codec.spec, run.arch.preview
     shape = (1, spec.channels, prompt.height // spec.downscale, prompt.width // spec.downscale)
@@ -290,15 +291,15 @@ def draw_latents(
         if not goes_on():
             return None
     if not latents_BCHW.isfinite().all():
-        raise ValueError("the latents are not a number: the denoiser overflows, or the adapter has diverged")
+        raise UserError("the latents are not a number: the denoiser overflows, or the adapter has diverged")
     return latents_BCHW
 
 
 def decode(run: Run, vae: nn.Module, latents_BCHW: Tensor) -> Image.Image:
-    """The picture of the latents. Raises ValueError where the VAE gives what is not a number."""
+    """The picture of the latents. Raises UserError where the VAE gives what is not a number."""
     pixels_BCHW = run.arch.codec.decode(vae, latents_BCHW)
     if not pixels_BCHW.isfinite().all():
-        raise ValueError("the VAE gives NaN; add --no_half_vae, or use a VAE made for fp16")
+        raise UserError("the VAE gives NaN; add --no_half_vae, or use a VAE made for fp16")
     return to_image(pixels_BCHW[0])
 
 

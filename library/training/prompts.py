@@ -15,6 +15,7 @@ from typing import Any
 
 from library.architectures.interface import PromptDefaults
 from library.diffusion.samplers import ALIASES, SAMPLERS
+from library.errors import UserError
 from library.options.toml_files import read_toml
 from library.types import Prompt
 
@@ -77,19 +78,19 @@ REAL = {
 def read_prompts(path: Path) -> list[Wish]:
     """The prompts of a file, in order; none for an empty file.
 
-    Raises ValueError or FileNotFoundError naming the file, the line or entry, and the way out.
+    Raises UserError or UserError naming the file, the line or entry, and the way out.
     """
     kind = path.suffix.lower()
     if kind not in (".txt", ".toml", ".json"):
-        raise ValueError(f"{FLAG} is {path}; use a .txt file with a prompt a line, or a .toml or .json file")
+        raise UserError(f"{FLAG} is {path}; use a .txt file with a prompt a line, or a .toml or .json file")
     if kind == ".toml":
         return list(toml_wishes(path))
     if not path.is_file():
-        raise FileNotFoundError(f"{FLAG} is {path}, but there is no such file")
+        raise UserError(f"{FLAG} is {path}, but there is no such file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{FLAG} {path} is not UTF-8 text: byte {error.start} cannot be read") from None
+        raise UserError(f"{FLAG} {path} is not UTF-8 text: byte {error.start} cannot be read") from None
     return list(text_wishes(path, text) if kind == ".txt" else json_wishes(path, text))
 
 
@@ -109,12 +110,12 @@ def toml_wishes(path: Path) -> Iterator[Wish]:
     if isinstance(shared, dict):
         subsets = shared.get("subset")
     if tables.keys() != {"prompt"} or not isinstance(subsets, list) or not isinstance(shared, dict):
-        raise ValueError(f"{FLAG} {path} must have a table [prompt], which all share, and a [[prompt.subset]] each")
+        raise UserError(f"{FLAG} {path} must have a table [prompt], which all share, and a [[prompt.subset]] each")
     common = {key: value for key, value in shared.items() if key != "subset"}
     for number, subset in enumerate(subsets, start=1):
         place = f"{path}, [[prompt.subset]] number {number}"
         if not isinstance(subset, dict):
-            raise ValueError(f"{FLAG} {place} is {subset!r}; it must be a table")
+            raise UserError(f"{FLAG} {place} is {subset!r}; it must be a table")
         yield wish_of({**common, **subset}, place)
 
 
@@ -123,9 +124,9 @@ def json_wishes(path: Path, text: str) -> Iterator[Wish]:
     try:
         entries = json.loads(text) if text.strip() else []
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{FLAG} {path} is not valid JSON: {error}") from None
+        raise UserError(f"{FLAG} {path} is not valid JSON: {error}") from None
     if not isinstance(entries, list):
-        raise ValueError(f'{FLAG} {path} must be a list of prompts: [{{"prompt": "a cat"}}]')
+        raise UserError(f'{FLAG} {path} must be a list of prompts: [{{"prompt": "a cat"}}]')
     for number, entry in enumerate(entries, start=1):
         place = f"{path}, entry {number}"
         if isinstance(entry, str):
@@ -133,7 +134,7 @@ def json_wishes(path: Path, text: str) -> Iterator[Wish]:
         elif isinstance(entry, dict):
             yield wish_of(entry, place)
         else:
-            raise ValueError(f"{FLAG} {place} is {entry!r}; it must be a string or an object")
+            raise UserError(f"{FLAG} {place} is {entry!r}; it must be a string or an object")
 
 
 def parse_line(line: str, place: str) -> Wish:
@@ -144,13 +145,13 @@ def parse_line(line: str, place: str) -> Wish:
         letters, _, text = option.strip().partition(" ")
         key = LINE_OPTIONS.get(letters.lower())
         if key is None:
-            raise ValueError(
+            raise UserError(
                 f"{FLAG} {place}: --{letters} is no option of a prompt{nearest(letters.lower(), LINE_OPTIONS)}. "
                 f"There are {', '.join(f'--{name}' for name in LINE_OPTIONS)}, each with a space before its value; "
                 'a prompt that itself has " --" in it can stand in a .toml or .json file'
             )
         if key in table:
-            raise ValueError(f"{FLAG} {place}: --{letters} is given twice; keep one")
+            raise UserError(f"{FLAG} {place}: --{letters} is given twice; keep one")
         table[key] = number_in(text.strip(), key, place) if key in WHOLE or key in REAL else text.strip()
     return wish_of(table, place)
 
@@ -161,7 +162,7 @@ def number_in(text: str, key: str, place: str) -> int | float:
         return int(text) if key in WHOLE else float(text)
     except ValueError:
         kind = "a whole number" if key in WHOLE else "a number"
-        raise ValueError(f"{FLAG} {place}: {named(key)} is {text!r}; give {kind}") from None
+        raise UserError(f"{FLAG} {place}: {named(key)} is {text!r}; give {kind}") from None
 
 
 def wish_of(table: Mapping[str, Any], place: str) -> Wish:
@@ -169,16 +170,16 @@ def wish_of(table: Mapping[str, Any], place: str) -> Wish:
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key == "controlnet_image":
-            raise ValueError(
+            raise UserError(
                 f"{FLAG} {place}: {named(key)} is not supported, no ControlNet is loaded in adapter training; "
                 "leave it out"
             )
         if key not in KEYS:
-            raise ValueError(f"{FLAG} {place}: there is no {key!r}{nearest(key, KEYS)}. There are {', '.join(KEYS)}")
+            raise UserError(f"{FLAG} {place}: there is no {key!r}{nearest(key, KEYS)}. There are {', '.join(KEYS)}")
         if value is not None:
             values[key] = checked(key, value, place)
     if "prompt" not in values:
-        raise ValueError(f'{FLAG} {place} has no text; give one with "prompt"')
+        raise UserError(f'{FLAG} {place} has no text; give one with "prompt"')
     return Wish(place=place, **values)
 
 
@@ -189,27 +190,27 @@ def checked(key: str, value: Any, place: str) -> Any:
         return value
     if key not in WHOLE and key not in REAL:
         if not isinstance(value, str):
-            raise ValueError(f"{FLAG} {place}: {key} is {value!r}; give text in quotes")
+            raise UserError(f"{FLAG} {place}: {key} is {value!r}; give text in quotes")
         return value
     if key == "seed" and value == -1:
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not isfinite(value) or (key in WHOLE and value != int(value)):
         kind = "a whole number" if key in WHOLE else "a number"
-        raise ValueError(f"{FLAG} {place}: {named(key)} is {value!r}; give {kind}")
+        raise UserError(f"{FLAG} {place}: {named(key)} is {value!r}; give {kind}")
     low, high = WHOLE[key] if key in WHOLE else REAL[key]
     if not low <= value <= high:
-        raise ValueError(
+        raise UserError(
             f"{FLAG} {place}: {named(key)} is {value}; use {low:g} to {high if key in WHOLE else f'{high:g}'}"
         )
     return int(value) if key in WHOLE else float(value)
 
 
 def check_sampler(name: Any, what: str) -> None:
-    """Raise ValueError for a name that no sampler has; `what` says where it stands."""
+    """Raise UserError for a name that no sampler has; `what` says where it stands."""
     known = [*SAMPLERS, *ALIASES]
     if name not in known:
-        raise ValueError(f"{what} is {name!r}{nearest(str(name), known)}; use one of {', '.join(known)}")
+        raise UserError(f"{what} is {name!r}{nearest(str(name), known)}; use one of {', '.join(known)}")
 
 
 def named(key: str) -> str:

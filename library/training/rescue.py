@@ -14,12 +14,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
+from library.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 WRITE_ERRORS = (OSError, SafetensorError)  # the safetensors library has an error of its own, also for a full disk
 
 
-class NotWrittenError(OSError):
+class NotWrittenError(OSError, UserError):
     """No place takes the file; the message names those that were tried."""
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from library.checkpoints.files import remove_temporary
 from library.checkpoints.folders import tidy
 from library.data.scan import few
+from library.errors import UserError
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.config_file import SECRETS
@@ -61,7 +62,7 @@ def with_rates_of_state(options: OptionsT, facts: Facts | None) -> OptionsT:
 def find_state(options: TrainOptions, processes: Processes) -> Facts | None:
     """The state that --resume names or --autoresume finds; None for a run that starts at the beginning.
 
-    Raises ValueError where the named folder is no whole state, or where a process has another state than the main one.
+    Raises UserError where the named folder is no whole state, or where a process has another state than the main one.
     """
     facts = None
     if processes.is_main:
@@ -104,9 +105,9 @@ def named_or_newest(options: TrainOptions) -> Facts | None:
 
 
 def state_of_main(path: str) -> Facts:
-    """The state that --autoresume found in the main process. Raises ValueError where it is not on this machine."""
+    """The state that --autoresume found in the main process. Raises UserError where it is not on this machine."""
     if not Path(path).is_dir():
-        raise ValueError(
+        raise UserError(
             f"--autoresume: the main process goes on from {path}, which is not on this machine; copy it here, or use "
             "an --output_dir that all machines share"
         )
@@ -117,7 +118,7 @@ def starting_step(options: TrainOptions, plan: Plan, facts: Facts | None) -> int
     """Finished steps at the start: of --initial_step, else --initial_epoch, else the state, else 0.
 
     Without --skip_until_initial_step a run that --initial_step puts inside an epoch begins with the whole epoch.
-    Raises AlreadyComplete or ValueError where no step is left.
+    Raises AlreadyComplete or UserError where no step is left.
     """
     wanted = options.state
     step, source = (0, "") if facts is None else (facts.step, f"the state {facts.path}")
@@ -144,7 +145,7 @@ def starting_step(options: TrainOptions, plan: Plan, facts: Facts | None) -> int
         message = f"{source} is at step {step} of {plan.max_train_steps}: nothing is left to train"
         if wanted.autoresume and facts is not None and not wanted.resume:
             raise AlreadyComplete(message)
-        raise ValueError(f"{message}; raise --max_train_steps or --max_train_epochs to train longer")
+        raise UserError(f"{message}; raise --max_train_steps or --max_train_epochs to train longer")
     return step
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from library.errors import UserError
 from library.launcher import launched_rank
 from library.options.train import TrainOptions
 
@@ -30,7 +31,7 @@ FAR_BYTE = 1 << 30  # Windows forbids others to read what is locked, so the lock
 def run_lock(options: TrainOptions) -> Iterator[None]:
     """Hold the lock on --output_dir and --output_name for the block, in the main process of a run that writes.
 
-    Raises ValueError naming the process and the host that hold it.
+    Raises UserError naming the process and the host that hold it.
     """
     writes = options.saving.output_dir and not (options.faults.dry_run or options.dataset.debug_dataset)
     if not writes or launched_rank() != 0:
@@ -74,7 +75,7 @@ def acquire(path: Path) -> IO[str] | None:
                 return None
             if error.errno not in LOCKED_ERRORS:
                 raise
-            raise ValueError(
+            raise UserError(
                 f"another run writes the files of this name ({holder}, says {path}): wait for its end, stop it, or "
                 "give another --output_name or --output_dir"
             ) from None

@@ -16,6 +16,7 @@ from library.checkpoints.files import is_safetensors, read_header
 from library.checkpoints.folders import remove_folder
 from library.checkpoints.metadata import file_metadata, modelspec_metadata
 from library.checkpoints.readers import describe, readings
+from library.errors import UserError
 from library.options.saving import SavingOptions
 from library.options.state import StateOptions
 from library.options.train import TrainOptions
@@ -32,11 +33,11 @@ STEM = re.compile(r"(?P<start>.+?)(-step\d+|-\d{6,}|-best)?")
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class NonFiniteWeights(ValueError):
+class NonFiniteWeights(UserError):
     """The adapter's weights are NaN or infinite, so they are not written."""
 
 
-class SavedElsewhere(OSError):
+class SavedElsewhere(OSError, UserError):
     """A run is complete, but its file is not where it was to be."""
 
 
@@ -271,7 +272,7 @@ class Writer:
     def check_space(self) -> None:
         """Look whether the disk takes what the run will write, before it trains for hours.
 
-        Raises ValueError where not even the last file fits; warns where not all of them do.
+        Raises UserError where not even the last file fits; warns where not all of them do.
         """
         if not self.is_main:
             return
@@ -288,7 +289,7 @@ class Writer:
         needed = one_file * (num_files + 1) + one_state * num_states
         told = f"--output_dir {folder}: {in_words(free)} are free on its disk"
         if free < one_file:
-            raise ValueError(f"{told}, and the adapter takes {in_words(one_file)}; make room or name another folder")
+            raise UserError(f"{told}, and the adapter takes {in_words(one_file)}; make room or name another folder")
         if free < needed:
             logger.warning(
                 "%s, and the run may write %s (%d files of %s, %d states of %s): make room, or keep fewer with "
@@ -394,7 +395,7 @@ def save_dtype(save_precision: str | None) -> torch.dtype | None:
     if save_precision is None:
         return None
     if save_precision not in SAVE_DTYPES:
-        raise ValueError(f"--save_precision is {save_precision}; it must be one of {', '.join(SAVE_DTYPES)}")
+        raise UserError(f"--save_precision is {save_precision}; it must be one of {', '.join(SAVE_DTYPES)}")
     return SAVE_DTYPES[save_precision]
 
 

@@ -115,7 +115,7 @@ def prepare(
 ) -> Prepared:
     """Load the models, cache what is to be cached, build the adapter and the optimizer.
 
-    Raises ValueError for settings that only show here to be wrong, such as a network argument.
+    Raises UserError for settings that only show here to be wrong, such as a network argument.
     """
     save_dtype(options.saving.save_precision)
     if processes.count > 1:

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.checkpoints.folders import atomic_folder
 from library.checkpoints.nested import put_together, take_apart
+from library.errors import UserError
 from library.training.progress import Part
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def save_state(
 ) -> None:
     """Write a state, whole or not at all.
 
-    Raises ValueError where a part keeps something that cannot be written without pickle.
+    Raises UserError where a part keeps something that cannot be written without pickle.
     """
     tensors: dict[str, Tensor] = {}
     parts = {name: take_apart(keeper.state_dict(), name, tensors) for name, keeper in keepers.items()}
@@ -105,30 +106,30 @@ def save_state(
 
 
 def read_facts(folder: Path) -> Facts:
-    """What a state says about itself. Raises ValueError where the folder holds no whole state of this program.
+    """What a state says about itself. Raises UserError where the folder holds no whole state of this program.
 
     The large files are looked at by their size only; `require_undamaged` reads them.
     """
     if not folder.is_dir():
-        raise ValueError(f"--resume {folder} is not a folder; give the folder of a saved state, such as last-state")
+        raise UserError(f"--resume {folder} is not a folder; give the folder of a saved state, such as last-state")
     try:
         content = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         content = {}
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"--resume {folder}: its {FACTS_FILE} cannot be read ({error}); use another state") from None
+        raise UserError(f"--resume {folder}: its {FACTS_FILE} cannot be read ({error}); use another state") from None
     version = content.get("version") if isinstance(content, dict) else None
     if version is None:
-        raise ValueError(f"--resume {folder} {explained(folder)}")
+        raise UserError(f"--resume {folder} {explained(folder)}")
     if version != VERSION:
-        raise ValueError(f"--resume {folder} is a state of version {version}; this program reads version {VERSION}")
+        raise UserError(f"--resume {folder} is a state of version {version}; this program reads version {VERSION}")
     digest = content.pop("digest", None)  # states without digests were written before there were any
     if digest is not None and digest != digest_of_text(json.dumps(content, ensure_ascii=False)):
-        raise ValueError(damaged(folder, FACTS_FILE))
+        raise UserError(damaged(folder, FACTS_FILE))
     try:
         for name, size in content["sizes"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-                raise ValueError(f"--resume {folder} is not whole: {name} should have {size} bytes; copy it again")
+                raise UserError(f"--resume {folder} is not whole: {name} should have {size} bytes; copy it again")
         return Facts(
             path=folder,
             step=int(content["current_step"]),
@@ -141,18 +142,18 @@ def read_facts(folder: Path) -> Facts:
             digests=content.get("digests", {}),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--resume {folder}: its {FACTS_FILE} lacks {error}; use another state") from None
+        raise UserError(f"--resume {folder}: its {FACTS_FILE} lacks {error}; use another state") from None
 
 
 def require_undamaged(facts: Facts) -> None:
-    """Read the files of a state whole. Raises ValueError where one is not as it was written."""
+    """Read the files of a state whole. Raises UserError where one is not as it was written."""
     for name, digest in facts.digests.items():
         try:
             is_whole = digest_of_file(facts.path / name) == digest
         except OSError as error:
-            raise ValueError(f"--resume {facts.path}: {name} cannot be read ({error}); use another state") from None
+            raise UserError(f"--resume {facts.path}: {name} cannot be read ({error}); use another state") from None
         if not is_whole:
-            raise ValueError(damaged(facts.path, name))
+            raise UserError(damaged(facts.path, name))
 
 
 def damaged(folder: Path, name: str) -> str:
@@ -185,13 +186,13 @@ def explained(folder: Path) -> str:
 def restore(facts: Facts, network: nn.Module, keepers: Mapping[str, Keeper]) -> None:
     """Put a state back into the parts of a run that were built in the same way.
 
-    Raises ValueError where the network or a part does not fit.
+    Raises UserError where the network or a part does not fit.
     """
     weights = load_state_dict(facts.path / NETWORK_FILE)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f"--resume {facts.path} holds another network: {shortened(str(error))}. Give the --network_module, "
             "--network_dim and --network_args that it was trained with"
         ) from None
@@ -203,7 +204,7 @@ def restore(facts: Facts, network: nn.Module, keepers: Mapping[str, Keeper]) -> 
         try:
             keeper.load_state_dict(put_together(facts.parts[name], tensors))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"--resume {facts.path} does not fit the {name} of this run: {shortened(str(error))}. Give the options "
                 "that it was trained with"
             ) from None
@@ -230,9 +231,9 @@ class OptimizerKeeper:
         return {"name": self.name, "state": self.optimizer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError for the memory of another optimizer."""
+        """Raises UserError for the memory of another optimizer."""
         if class_of(state_dict["name"]) != class_of(self.name):
-            raise ValueError(f"it holds the memory of {state_dict['name']}, but this run uses {self.name}")
+            raise UserError(f"it holds the memory of {state_dict['name']}, but this run uses {self.name}")
         saved = state_dict["state"]
         self.optimizer.load_state_dict(saved)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from library.architectures.interface import Objective
+from library.errors import UserError
 from library.randomness import generator_for, stream_seed
 from library.training.run import Run
 from library.types import Batch, Conditioning, Noised
@@ -73,7 +74,7 @@ def latents_of(run: Run, batch: Batch, generator_of: Callable[[int], torch.Gener
     """The batch's latents, float32 on the device: from the cache, or encoded here without gradient.
 
     `generator_of(place)` draws the posterior's sample of the picture at that place of the batch.
-    Raises ValueError naming the pictures where the VAE gives NaN.
+    Raises UserError naming the pictures where the VAE gives NaN.
     """
     if batch.latents_BCHW is not None:
         return batch.latents_BCHW.to(run.device, torch.float32)
@@ -89,7 +90,7 @@ def latents_of(run: Run, batch: Batch, generator_of: Callable[[int], torch.Gener
     latents_BCHW = torch.cat(parts).float()
     if not latents_BCHW.isfinite().all():
         broken = [key for key, one in zip(batch.keys, latents_BCHW, strict=True) if not one.isfinite().all()]
-        raise ValueError(f"the VAE gives NaN for {', '.join(broken)}; add --no_half_vae, or use a VAE made for fp16")
+        raise UserError(f"the VAE gives NaN for {', '.join(broken)}; add --no_half_vae, or use a VAE made for fp16")
     return latents_BCHW
 
 

@@ -13,6 +13,7 @@ from library.checkpoints.weights import open_weights
 from library.data.dataset import TrainingSet
 from library.data.text_cache import Encode, Encoders, KeptTexts, TextEncoding, cache_texts
 from library.data.text_files import stack_rows
+from library.errors import UserError
 from library.options.text_caching import TextCachingOptions
 from library.options.train import TrainOptions
 from library.processes import Processes
@@ -54,27 +55,27 @@ def live_text(options: TrainOptions, spec: TextCacheSpec | None) -> LiveText | N
 
 
 def check_text_caching(options: TrainOptions, spec: TextCacheSpec | None) -> None:
-    """Raise ValueError where cached outputs would not be what the run trains with; warn of options without effect."""
+    """Raise UserError where cached outputs would not be what the run trains with; warn of options without effect."""
     if spec is None:
         return
     wanted = spec.options
     for name in ("text_cache_variants", "text_encoder_batch_size"):
         value = getattr(wanted, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}; use at least 1, or leave it out")
+            raise UserError(f"--{name} is {value}; use at least 1, or leave it out")
         if not wanted.cache_text_encoder_outputs and value != TextCachingOptions.defaults()[name]:
             logger.warning("--%s has no effect without --cache_text_encoder_outputs", name)
     if not wanted.cache_text_encoder_outputs:
         return
     if spec.live is None and spec.can_train and not options.network.network_train_unet_only:
-        raise ValueError(
+        raise UserError(
             "--cache_text_encoder_outputs encodes the captions once and frees the text encoders, so these cannot get "
             "an adapter; add --network_train_unet_only, or leave out --cache_text_encoder_outputs"
         )
     live = live_text(options, spec)
     argument = None if live is None else live.excluded_by
     if argument is not None and is_switched_on(options.network.network_args, argument):
-        raise ValueError(
+        raise UserError(
             f"--network_args {argument}=True trains a text encoder whose outputs --cache_text_encoder_outputs takes "
             "before training; leave one of them out"
         )
@@ -87,7 +88,7 @@ def check_text_caching(options: TrainOptions, spec: TextCacheSpec | None) -> Non
     for file in options.network.base_weights or ():
         changed = [name for name in open_weights(Path(file)).shapes if name.startswith(TEXT_PREFIXES)]
         if changed:
-            raise ValueError(
+            raise UserError(
                 f"--base_weights {file} changes the text encoder ({changed[0]} and others), whose outputs "
                 "--cache_text_encoder_outputs takes before anything is merged; merge the file into the base model with "
                 "tools/merge_lora.py first, or leave out --cache_text_encoder_outputs"

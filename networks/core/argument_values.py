@@ -1,9 +1,10 @@
-"""The text of single network arguments as typed values; each `parse_` raises ValueError saying what is expected."""
+"""The text of single network arguments as typed values; each `parse_` raises UserError saying what is expected."""
 
 import ast
 import re
 from dataclasses import dataclass
 
+from library.errors import UserError
 from networks.core.protocol import TRUE_WORDS
 
 FALSE_WORDS = ("false", "0", "no", "off")
@@ -38,7 +39,7 @@ def parse_bool(text: str) -> bool:
         return True
     if word in FALSE_WORDS:
         return False
-    raise ValueError(f"expected True or False, one of {', '.join(TRUE_WORDS + FALSE_WORDS)}")
+    raise UserError(f"expected True or False, one of {', '.join(TRUE_WORDS + FALSE_WORDS)}")
 
 
 def parse_rank(text: str) -> int:
@@ -46,16 +47,16 @@ def parse_rank(text: str) -> int:
     try:
         rank = int(text)
     except ValueError:
-        raise ValueError("expected a whole number") from None
+        raise UserError("expected a whole number") from None
     if rank < 0:
-        raise ValueError("expected 0 or more")
+        raise UserError("expected 0 or more")
     return rank
 
 
 def parse_unit(text: str) -> int:
     """A block size: a whole number from 1."""
     if (unit := parse_rank(text)) == 0:
-        raise ValueError("expected 1 or more")
+        raise UserError("expected 1 or more")
     return unit
 
 
@@ -64,9 +65,9 @@ def parse_number(text: str) -> float:
     try:
         number = float(text)
     except ValueError:
-        raise ValueError("expected a number") from None
+        raise UserError("expected a number") from None
     if not 0 <= number < float("inf"):
-        raise ValueError("expected a number from 0")
+        raise UserError("expected a number from 0")
     return number
 
 
@@ -74,7 +75,7 @@ def parse_probability(text: str) -> float:
     """A chance from 0 up to, but without, 1: at 1 nothing would be trained."""
     number = parse_number(text)
     if number >= 1:
-        raise ValueError("expected a chance from 0 to below 1")
+        raise UserError("expected a chance from 0 to below 1")
     return number
 
 
@@ -96,7 +97,7 @@ def parse_lr_weights(text: str) -> LrWeights:
     try:
         return parse_numbers(text)
     except ValueError:
-        raise ValueError(f"expected numbers with commas between them, or one of {', '.join(LR_PRESETS)}") from None
+        raise UserError(f"expected numbers with commas between them, or one of {', '.join(LR_PRESETS)}") from None
 
 
 def parse_embedder_ranks(text: str) -> tuple[int, ...]:
@@ -115,10 +116,10 @@ def parse_selection(text: str) -> Selection:
     for piece in text.split(","):
         match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", piece)
         if match is None:
-            raise ValueError(f"expected all, none, or numbers and ranges such as 0-3,7; {piece!r} is none")
+            raise UserError(f"expected all, none, or numbers and ranges such as 0-3,7; {piece!r} is none")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise ValueError(f"the range {piece} runs backwards")
+            raise UserError(f"the range {piece} runs backwards")
         indices.update(range(first, last + 1))
     return Selection(frozenset(indices))
 
@@ -141,7 +142,7 @@ def parse_patterns(text: str) -> tuple[str, ...]:
         value = text
     patterns = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not all(isinstance(pattern, str) for pattern in patterns):
-        raise ValueError("expected regular expressions, several as in ['.*attn.*', '.*mlp.*']")
+        raise UserError("expected regular expressions, several as in ['.*attn.*', '.*mlp.*']")
     for pattern in patterns:
         _check_expression(pattern)
     return patterns
@@ -153,7 +154,7 @@ def _expressions(text: str) -> list[tuple[str, str]]:
     for item in text.split(","):
         expression, equals, value = item.strip().rpartition("=")
         if not equals or not expression:
-            raise ValueError(f"expected expression=value with commas between them; {item!r} has no '='")
+            raise UserError(f"expected expression=value with commas between them; {item!r} has no '='")
         _check_expression(expression)
         found.append((expression, value))
     return found
@@ -163,4 +164,4 @@ def _check_expression(pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        raise UserError(f"{pattern!r} is no regular expression: {error}") from None

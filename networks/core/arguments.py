@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
+from library.errors import UserError
 from networks.core.argument_values import (
     LrWeights,
     parse_bool,
@@ -126,13 +127,13 @@ PLANNED: Mapping[str, str] = {  # key -> what it belongs to
 def parse_arguments(items: Mapping[str, Any], neuron_dropout: float | None = None) -> NetworkArguments:
     """Read the network arguments that a user gave; None stands for one that was not given.
 
-    `dropout` is LyCORIS's name for --network_dropout and means the same here. Raises ValueError naming the argument
+    `dropout` is LyCORIS's name for --network_dropout and means the same here. Raises UserError naming the argument
     for an unknown key, a value of the wrong form, and a feature that is not there yet.
     """
     given = {key: value for key, value in items.items() if value is not None}
     dropout = given.pop("dropout", None)
     if neuron_dropout is not None and dropout is not None and float(dropout) != float(neuron_dropout):
-        raise ValueError(
+        raise UserError(
             f"--network_dropout is {neuron_dropout} but --network_args says dropout={dropout}; they mean the same, "
             "give one of them"
         )
@@ -148,27 +149,27 @@ def parse_arguments(items: Mapping[str, Any], neuron_dropout: float | None = Non
 
 def _parse(key: str, value: Any) -> Any:
     if key in PLANNED:
-        raise ValueError(f"--network_args {key}={value} is not supported yet ({PLANNED[key]}); leave {key} out")
+        raise UserError(f"--network_args {key}={value} is not supported yet ({PLANNED[key]}); leave {key} out")
     name = SYNONYMS.get(key, key)
     if name not in SUPPORTED and name not in OF_MODELS:
         near = get_close_matches(key, [*SUPPORTED, *OF_MODELS, *SYNONYMS, *PLANNED], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SUPPORTED)}"
-        raise ValueError(f"--network_args {key}={value}: there is no argument {key}; {hint}")
+        raise UserError(f"--network_args {key}={value}: there is no argument {key}; {hint}")
     is_list = isinstance(value, (list, tuple)) and not name.endswith("_patterns")
     text = ",".join(map(str, value)) if is_list else str(value)
     try:
         return SUPPORTED[name](text) if name in SUPPORTED else OF_MODELS[name](text)
     except ValueError as error:
         flag = "--network_dropout" if key == "neuron_dropout" else f"--network_args {key}"
-        raise ValueError(f"{flag}={text}: {error}") from None
+        raise UserError(f"{flag}={text}: {error}") from None
 
 
 def _merge_synonyms(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with every argument under one name. Raises ValueError where two spellings contradict each other."""
+    """The values with every argument under one name. Raises UserError where two spellings contradict each other."""
     merged = {key: value for key, value in values.items() if key not in SYNONYMS}
     for key, name in SYNONYMS.items():
         if key in values and merged.setdefault(name, values[key]) != values[key]:
-            raise ValueError(
+            raise UserError(
                 f"--network_args {key}={values[key]} and {name}={values[name]} mean the same and differ; "
                 "give one of them"
             )
@@ -182,7 +183,7 @@ def _check_together(arguments: NetworkArguments) -> None:
     )
     in_blocks = arguments.block_dims is not None or has_factors
     if arguments.conv_block_dims is not None and not in_blocks:
-        raise ValueError(
+        raise UserError(
             "--network_args conv_block_dims needs block_dims; give both, or conv_dim for one rank everywhere"
         )
     adapts_conv = arguments.conv_dim is not None or arguments.conv_block_dims is not None

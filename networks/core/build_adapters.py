@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from library.errors import UserError
 from networks.core.adapter import Adapter
 from networks.core.arguments import NetworkArguments
 from networks.core.kinds import norm
@@ -93,7 +94,7 @@ def members_of_file(
         widths = split_widths(targets, place, site, arguments)
         if widths is not None:
             if not are_apart(group, widths):
-                raise ValueError(
+                raise UserError(
                     f"--network_args split_qkv: {site.name} is one adapter for all projections of its layer in "
                     f"{source}; leave split_qkv out to train it further as it is"
                 )

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from library.errors import UserError
 from networks.core.arguments import NetworkArguments, parse_arguments
 from networks.core.build_adapters import Place, fresh_members, members_of_file, rates_alone
 from networks.core.files.foreign_names import in_own_names
@@ -50,7 +51,7 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
     ) -> AdapterNetwork:
         """Adapters of the given rank (default 4) and alpha (default 1, 0 for the rank) on everything that is adapted.
 
-        `unet` is the denoiser as network modules see it; it carries `adapter_targets`. Raises ValueError for wrong
+        `unet` is the denoiser as network modules see it; it carries `adapter_targets`. Raises UserError for wrong
         network arguments.
         """
         arguments = parse_arguments(network_args, neuron_dropout)
@@ -58,7 +59,7 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
         rank = DEFAULT_RANK if network_dim is None else network_dim
         alpha = DEFAULT_ALPHA if network_alpha is None else float(network_alpha)
         if rank < 0 or alpha < 0:
-            raise ValueError(f"--network_dim is {rank} and --network_alpha {alpha:g}; neither can be negative")
+            raise UserError(f"--network_dim is {rank} and --network_alpha {alpha:g}; neither can be negative")
         targets = targets_of(unet)
         check_choices(targets, arguments, unet)
         members: list[Member] = []
@@ -67,7 +68,7 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
                 rules = make_rules(rank, alpha, arguments, targets, is_denoiser=place.text_encoder is None)
                 members += fresh_members(door, targets, place, rules, arguments, multiplier)
         if not members:
-            raise ValueError(
+            raise UserError(
                 f"nothing to train: with --network_dim {rank} and these --network_args every module has the rank 0"
             )
         warn_without_effect(targets, arguments, members)
@@ -91,7 +92,7 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
 
         The weights themselves are not loaded. Tucker cores, magnitudes and norms are there where the file has them. Of
         the network arguments the dropouts, the LoRA+ ratios, use_scalar, dora_wd, split_qkv, network_reg_lrs and the
-        *_lr_weight lists count. Raises ValueError when the file cannot be used.
+        *_lr_weight lists count. Raises UserError when the file cannot be used.
         """
         arguments = parse_arguments(network_args, neuron_dropout)
         check_arguments(door, arguments)
@@ -104,7 +105,7 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
             rules = rates_alone(arguments, targets, is_denoiser=place.text_encoder is None)
             members += members_of_file(door, targets, place, rules, arguments, multiplier, groups, str(file))
         if not members:
-            raise ValueError(
+            raise UserError(
                 f"{file}: none of its {len(groups)} modules is in this base model; was it made for another?"
             )
         network = AdapterNetwork(members, targets, arguments, door.start_step)
@@ -137,10 +138,10 @@ def warn_without_effect(targets: AdapterTargets, arguments: NetworkArguments, me
 
 
 def check_arguments(door: Door, arguments: NetworkArguments) -> None:
-    """Raise ValueError for an argument that this kind does not support, warn of those that belong to another."""
+    """Raise UserError for an argument that this kind does not support, warn of those that belong to another."""
     for name, reason in door.refuses.items():
         if getattr(arguments, name):
-            raise ValueError(f"--network_args {name} does not work with this --network_module: {reason}")
+            raise UserError(f"--network_args {name} does not work with this --network_module: {reason}")
     if door.start_step is None:
         given = [name for name in NESTED_ARGUMENTS if getattr(arguments, name) != getattr(NetworkArguments, name)]
         if given:
@@ -148,14 +149,14 @@ def check_arguments(door: Door, arguments: NetworkArguments) -> None:
 
 
 def check_forms(door: Door, groups: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
-    """Raise ValueError where a file that is to be trained further has what this kind does not support."""
+    """Raise UserError where a file that is to be trained further has what this kind does not support."""
     found = {
         "use_tucker": any(kind_of(group).has_core(group) for group in groups.values()),
         "dora_wd": any(DORA_SCALE in group for group in groups.values()),
     }
     for name, is_there in found.items():
         if is_there and name in door.refuses:
-            raise ValueError(
+            raise UserError(
                 f"{source} was trained with {name}, which does not work with this --network_module: "
                 f"{door.refuses[name]}"
             )
@@ -176,7 +177,7 @@ def targets_of(denoiser: nn.Module) -> AdapterTargets:
     """The declaration that a denoiser carries."""
     targets = getattr(denoiser, "adapter_targets", None)
     if not isinstance(targets, AdapterTargets):
-        raise ValueError(
+        raise UserError(
             f"{type(denoiser).__name__} says nothing about what adapters may attach to: its attribute "
             "`adapter_targets` must be a networks.core.sites.targets.AdapterTargets, as the view of each "
             "architecture has it"

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from library.errors import UserError
 from networks.core.kinds.change import Forward
 
 
@@ -13,9 +14,9 @@ def take_forward(layer: nn.Module, forward: Forward) -> Forward:
 
 
 def give_forward_back(layer: nn.Module, forward: Forward, base: Forward, path: str) -> None:
-    """Undo `take_forward`. Raises ValueError naming the layer where something wrapped it again since."""
+    """Undo `take_forward`. Raises UserError naming the layer where something wrapped it again since."""
     if layer.__dict__.get("forward") != forward:
-        raise ValueError(f"{path} was wrapped again after this adapter; remove the later wrapping first")
+        raise UserError(f"{path} was wrapped again after this adapter; remove the later wrapping first")
     del layer.__dict__["forward"]
     if base != layer.forward:  # it was wrapped before us
         layer.forward = base  # type: ignore[assignment]

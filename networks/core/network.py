@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.errors import UserError
 from networks.core.adapter import Adapter
 from networks.core.arguments import NetworkArguments
 from networks.core.files.foreign_names import in_own_names
@@ -58,7 +59,7 @@ class AdapterNetwork(nn.Module):
         for member in self.members:
             name = member.adapter.site.name
             if name in self._modules:
-                raise ValueError(f"two modules of the base model have the name {name} in files")
+                raise UserError(f"two modules of the base model have the name {name} in files")
             self.add_module(name, module_of(member.adapter))
 
     @property
@@ -72,7 +73,7 @@ class AdapterNetwork(nn.Module):
         """Install the adapters of the sides that are trained; the other side is dropped and will not be saved."""
         kept = [m for m in self.members if (train_unet if m.text_encoder is None else train_text_encoder)]
         if not kept:
-            raise ValueError(
+            raise UserError(
                 "the adapter has no module left to train: --network_train_unet_only and "
                 "--network_train_text_encoder_only leave out every side that has some"
             )
@@ -120,7 +121,7 @@ class AdapterNetwork(nn.Module):
     def load_weights(self, file: str) -> str:
         """Load a file; modules it lacks keep their start. Gives a sentence on what was loaded.
 
-        Raises ValueError when nothing in the file fits, or when a rank differs.
+        Raises UserError when nothing in the file fits, or when a rank differs.
         """
         report = load_into(self.adapters, in_own_names(read_adapters(file), self.targets.names, file), str(file))
         for line in report.warnings():

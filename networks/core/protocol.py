@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.files import atomic_path
+from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -100,18 +101,18 @@ class OpenedModule:
 def open_network_module(name: str) -> NetworkModule:
     """Import the module that --network_module names.
 
-    Raises ValueError naming what to do when it is not there, or is no network module.
+    Raises UserError naming what to do when it is not there, or is no network module.
     """
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = error.name or name
         if not (name == missing or name.startswith(f"{missing}.")):
-            raise ValueError(f"--network_module {name} needs the package {missing}, which is not installed") from error
-        raise ValueError(f"--network_module {name}: there is no such module; {_way_out(name)}") from error
+            raise UserError(f"--network_module {name} needs the package {missing}, which is not installed") from error
+        raise UserError(f"--network_module {name}: there is no such module; {_way_out(name)}") from error
     create = getattr(module, "create_network", None)
     if not callable(create):
-        raise ValueError(
+        raise UserError(
             f"--network_module {name} is no network module: it lacks the function create_network "
             "(networks/core/protocol.py says what it must offer)"
         )
@@ -125,7 +126,7 @@ def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:
     for item in items or []:
         key, equals, value = item.partition("=")
         if not equals or not key:
-            raise ValueError(f"--network_args {item!r} has no '='; write key=value, such as conv_dim=8")
+            raise UserError(f"--network_args {item!r} has no '='; write key=value, such as conv_dim=8")
         if key in arguments:
             logger.warning("--network_args %s is given twice; %s counts, not %s", key, value, arguments[key])
         arguments[key] = value
@@ -141,14 +142,14 @@ def is_switched_on(items: Sequence[str] | None, name: str) -> bool:
 def adopt(network: Any) -> "AdoptedNetwork":
     """Take a network of any origin.
 
-    Raises ValueError when it is no `nn.Module`, or lacks a method that cannot be made up for.
+    Raises UserError when it is no `nn.Module`, or lacks a method that cannot be made up for.
     """
     if not isinstance(network, nn.Module):
-        raise ValueError(f"the network module gave {network!r} instead of a network; see its own messages above")
+        raise UserError(f"the network module gave {network!r} instead of a network; see its own messages above")
     required = ("apply_to", "prepare_optimizer_params", "save_weights")
     missing = [method for method in required if not callable(getattr(network, method, None))]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{type(network).__name__} cannot be trained: it lacks {', '.join(missing)} "
             "(networks/core/protocol.py says what a network must offer)"
         )
@@ -192,7 +193,7 @@ class AdoptedNetwork:
     ) -> tuple[list[dict[str, Any]], list[str] | None]:
         """The optimizer's groups and their names, without those that have no parameters or no learning rate.
 
-        The names are None where the network gives none. Raises ValueError when nothing is left to train.
+        The names are None where the network gives none. Raises UserError when nothing is left to train.
         """
         with_many = self._method("prepare_optimizer_params_with_multiple_te_lrs")
         if with_many is not None:
@@ -273,7 +274,7 @@ class AdoptedNetwork:
     def _needed(self, name: str, purpose: str) -> Any:
         method = self._method(name)
         if method is None:
-            raise ValueError(f"{purpose} does not work with this --network_module: its network has no {name}()")
+            raise UserError(f"{purpose} does not work with this --network_module: its network has no {name}()")
         return method
 
 
@@ -291,7 +292,7 @@ def _trained_groups(
         kept.append(group)
         kept_names.append(names[index] if names is not None and index < len(names) else f"group{index}")
     if not kept:
-        raise ValueError(
+        raise UserError(
             "nothing would be trained: every part of the adapter has the learning rate 0; "
             "set --learning_rate, --unet_lr or --text_encoder_lr"
         )
@@ -308,14 +309,14 @@ def _explained(name: str, create: Callable[..., Any]) -> Callable[..., Any]:
             hint = "check --network_dim and --network_args against the documentation of that module"
             if name.startswith("lycoris.") and "duplicated lora name" in str(error):
                 hint = 'its preset names a layer of this base model twice; add --network_args "preset=attn-mlp"'
-            raise ValueError(f"--network_module {name} cannot make a network ({error}): {hint}") from error
+            raise UserError(f"--network_module {name} cannot make a network ({error}): {hint}") from error
 
     return create_network
 
 
 def _cannot_read_files(name: str) -> Callable[..., tuple[Any, dict[str, Tensor]]]:
     def create_network_from_weights(*_: Any, **__: Any) -> tuple[Any, dict[str, Tensor]]:
-        raise ValueError(
+        raise UserError(
             f"--dim_from_weights and --base_weights do not work with --network_module {name}: it lacks "
             "the function create_network_from_weights"
         )

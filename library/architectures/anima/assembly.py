@@ -17,6 +17,7 @@ from library.architectures.anima.view import view
 from library.architectures.interface import Architecture, Preview, PromptDefaults, TextCacheSpec
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, build_sampled_flow
+from library.errors import UserError
 from library.models.recipe import Recipe, folders_beside, ignored_attention
 from library.models.t5 import holds_t5_tokenizer, load_t5_tokenizer
 
@@ -56,11 +57,11 @@ RECIPE = Recipe(
 def build(options: AnimaOptions) -> Architecture:
     """The parts of the Anima model that the options name; none is loaded yet.
 
-    Raises ValueError naming the flag for a file or a setting that does not fit Anima.
+    Raises UserError naming the flag for a file or a setting that does not fit Anima.
     """
     RECIPE.check(options)
     if options.computing.unsloth_offload_checkpointing:
-        raise ValueError(
+        raise UserError(
             "--unsloth_offload_checkpointing is not supported yet: use --gradient_checkpointing, which computes "
             "activations again"
         )
@@ -90,7 +91,7 @@ def build_text(options: AnimaOptions, loader: AnimaLoader) -> AnimaText:
     if text.t5_tokenizer_path:
         t5_folders = [Path(text.t5_tokenizer_path).expanduser()]
         if not holds_t5_tokenizer(t5_folders[0]):
-            raise ValueError(f"--t5_tokenizer_path {text.t5_tokenizer_path} has no tokenizer.json and no spiece.model")
+            raise UserError(f"--t5_tokenizer_path {text.t5_tokenizer_path} has no tokenizer.json and no spiece.model")
     return AnimaText(
         qwen3_tokenizer=load_qwen3_tokenizer(qwen3_folders, cache_dir, loader.num_qwen3_words),
         t5_tokenizer=load_t5_tokenizer(t5_folders, cache_dir, loader.config.adapter.num_words),

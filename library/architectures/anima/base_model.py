@@ -10,20 +10,21 @@ from library.architectures.anima.qwen3 import PREFIXES as QWEN3_PREFIXES
 from library.checkpoints import sources
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file
+from library.errors import UserError
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
     """Open a single file in the original layout; only its header is read.
 
-    Raises ValueError naming `flag` when it is missing, broken or of another kind.
+    Raises UserError naming `flag` when it is missing, broken or of another kind.
     """
     if path.is_dir():
-        raise ValueError(f"{flag} {path}: of Anima only the transformer's file is merged into; give that")
+        raise UserError(f"{flag} {path}: of Anima only the transformer's file is merged into; give that")
     weights = sources.open_file(flag, path)
     marks = (MARK, f"llm_adapter.{ADAPTER_MARK}")
     prefix = next((p for p in PREFIXES if any(p + mark in weights.shapes for mark in marks)), None)
     if prefix is None:
-        raise ValueError(f"{flag} {path} has no layer of Anima's transformer")
+        raise UserError(f"{flag} {path} has no layer of Anima's transformer")
     return of_single_file(path, weights, partial(names_of, prefix=prefix), "anima", "anima-preview")
 
 

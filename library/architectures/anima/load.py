@@ -14,6 +14,7 @@ from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.vae import SPEC, empty_vae, open_vae
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, with_prefix
+from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.loading import Component, materialise
 from library.models.recognise import base_of_file, folder_base, refuse_other
@@ -56,13 +57,13 @@ class AnimaLoader:
 def open_loader(options: AnimaOptions) -> AnimaLoader:
     """Open the files that the options name; only headers are read.
 
-    Raises ValueError naming the flag when a file is missing, broken, incomplete or of another model.
+    Raises UserError naming the flag when a file is missing, broken, incomplete or of another model.
     """
     path, weights = open_base(options.model.pretrained_model_name_or_path)
     if options.text.llm_adapter_path:
         weights = with_adapter(weights, open_adapter(options.text.llm_adapter_path))
     elif f"{ADAPTER}{ADAPTER_MARK}" not in weights.shapes:
-        raise ValueError(
+        raise UserError(
             f"{BASE_FLAG} {path} has no text adapter (nothing begins with {ADAPTER!r}), so it is a Cosmos model or "
             f"only a part of Anima; use anima-preview.safetensors or another whole one, or give {ADAPTER_FLAG}"
         )
@@ -87,12 +88,12 @@ def empty_anima(config: AnimaConfig) -> Anima:
 
 
 def open_base(name: str | None) -> tuple[Path, Weights]:
-    """The file of the denoiser, names without prefix. Raises ValueError for another model, saying which."""
+    """The file of the denoiser, names without prefix. Raises UserError for another model, saying which."""
     if not name:
-        raise ValueError(f"{BASE_FLAG} is missing: give the .safetensors file of Anima's transformer")
+        raise UserError(f"{BASE_FLAG} is missing: give the .safetensors file of Anima's transformer")
     path = Path(name).expanduser()
     if not path.exists():
-        raise ValueError(f"{BASE_FLAG} {name} does not exist{sources.nearby(path)}")
+        raise UserError(f"{BASE_FLAG} {name} does not exist{sources.nearby(path)}")
     if path.is_dir():
         refuse_other(
             BASE_FLAG,
@@ -100,17 +101,17 @@ def open_base(name: str | None) -> tuple[Path, Weights]:
             folder_base(path),
             "anima",
         )
-        raise ValueError(f"{BASE_FLAG} {path} is a folder; Anima is read from the file of its transformer")
+        raise UserError(f"{BASE_FLAG} {path} is a folder; Anima is read from the file of its transformer")
     return path, denoiser_of(path, sources.open_file(BASE_FLAG, path))
 
 
 def denoiser_of(path: Path, whole: Weights) -> Weights:
-    """The denoiser's weights under our names. Raises ValueError for another model, saying which where it is known."""
+    """The denoiser's weights under our names. Raises UserError for another model, saying which where it is known."""
     prefix = next((p for p in PREFIXES if f"{p}{MARK}" in whole.shapes), None)
     if prefix is None:
         names = list(whole.shapes)
         refuse_other(BASE_FLAG, str(path), base_of_file(names, whole.shapes), "anima")
-        raise ValueError(
+        raise UserError(
             f"{BASE_FLAG} {path}: nothing in it is called {MARK}, so it is no Anima transformer (first names: "
             f"{', '.join(names[:3]) or 'none'})"
         )
@@ -121,13 +122,13 @@ def open_adapter(name: str) -> Weights:
     """The text adapter of --llm_adapter_path, names without prefix."""
     path = Path(name).expanduser()
     if not path.is_file():
-        raise ValueError(f"{ADAPTER_FLAG} {name} is no file{sources.nearby(path)}")
+        raise UserError(f"{ADAPTER_FLAG} {name} is no file{sources.nearby(path)}")
     weights = sources.open_file(ADAPTER_FLAG, path)
     prefixes = (*(f"{p}{ADAPTER}" for p in PREFIXES), "")
     prefix = next((p for p in prefixes if f"{p}{ADAPTER_MARK}" in weights.shapes), None)
     if prefix is None:
         first = ", ".join(list(weights.shapes)[:3]) or "none"
-        raise ValueError(f"{ADAPTER_FLAG} {name} is no text adapter: it has no {ADAPTER_MARK} (first names: {first})")
+        raise UserError(f"{ADAPTER_FLAG} {name} is no text adapter: it has no {ADAPTER_MARK} (first names: {first})")
     return with_prefix(weights, prefix)
 
 
@@ -143,21 +144,21 @@ def with_adapter(base: Weights, adapter: Weights) -> Weights:
 
 
 def check_fit(loader: AnimaLoader) -> None:
-    """Raise ValueError where the parts do not fit together."""
+    """Raise UserError where the parts do not fit together."""
     config = loader.config
     if config.channels != SPEC.channels:
-        raise ValueError(
+        raise UserError(
             f"{BASE_FLAG} {loader.path}: the transformer takes {config.channels} channels, the VAE makes "
             f"{SPEC.channels}; it is no Anima"
         )
     if config.adapter.width != config.text_width:
-        raise ValueError(
+        raise UserError(
             f"{BASE_FLAG} {loader.path}: its text adapter gives {config.adapter.width} features, the transformer "
             f"listens to {config.text_width}"
         )
     width = loader.text.config["hidden_size"]
     if width != config.adapter.source_width:
-        raise ValueError(
+        raise UserError(
             f"{qwen3.FLAG} {loader.text.weights.origin} is {width} wide, Anima's text adapter listens to "
             f"{config.adapter.source_width}; use {qwen3.HUB_NAME}"
         )

@@ -16,6 +16,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 from library.architectures.anima.llm_adapter import EPS, AdapterConfig, LLMAdapter
 from library.architectures.anima.positions import Angles, picture_angles, turn
 from library.architectures.anima.targets import TARGETS
+from library.errors import UserError
 from library.memory.blocks import BlockRunner, plain
 from library.models.patches import patchify, unpatchify
 from library.models.shapes import ShapeReader
@@ -41,7 +42,7 @@ class AnimaConfig:
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> AnimaConfig:
-    """The configuration of a checkpoint from names and shapes, names without prefix. Raises ValueError for a name that
+    """The configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a name that
     is missing and for sizes that make no model."""
     read = ShapeReader("Anima", shapes)
     shape, count = read.shape, read.count
@@ -54,7 +55,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> AnimaConfig:
         ("llm_adapter width", adapter_width, adapter_head, 2),
     ):
         if whole % head or head % 2 or head < least:
-            raise ValueError(f"no Anima model: {name} {whole} with heads of {head}")
+            raise UserError(f"no Anima model: {name} {whole} with heads of {head}")
     adapter = AdapterConfig(
         num_words=shape("llm_adapter.embed.weight")[0],
         width=adapter_width,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.errors import UserError
 from library.models.loading import Component, materialise
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import TokenizerFiles, check_ids, holds_byte_pairs
@@ -30,18 +31,18 @@ FOLDER = "text_encoder"  # of a diffusers folder
 
 
 def open_qwen3(name: str | None) -> Component:
-    """The encoder from a file or a folder. Raises ValueError naming the flag when it is something else."""
+    """The encoder from a file or a folder. Raises UserError naming the flag when it is something else."""
     if not name:
-        raise ValueError(f"{FLAG} is missing: give the file or folder of {HUB_NAME}")
+        raise UserError(f"{FLAG} is missing: give the file or folder of {HUB_NAME}")
     return qwen3_component(sources.open_model(FLAG, name, FOLDER)[1])
 
 
 def qwen3_component(weights: Weights) -> Component:
-    """The encoder with everything read off the shapes. Raises ValueError when the weights are of something else."""
+    """The encoder with everything read off the shapes. Raises UserError when the weights are of something else."""
     prefix = next((p for p in PREFIXES if f"{p}{WORDS}" in weights.shapes), None)
     if prefix is None or f"{prefix}layers.0.self_attn.q_norm.weight" not in weights.shapes:
         first = ", ".join(list(weights.shapes)[:3]) or "none"
-        raise ValueError(f"{FLAG} {weights.origin} is no Qwen3 text encoder (first names: {first})")
+        raise UserError(f"{FLAG} {weights.origin} is no Qwen3 text encoder (first names: {first})")
     bare = with_prefix(weights, prefix)
     weights = selected(bare, {key: key for key in bare.shapes if key.startswith(PARTS)})
     return Component(configure(weights, qwen3_config), weights)
@@ -92,7 +93,7 @@ def load_qwen3_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
     """Qwen3's tokenizer for an encoder that knows `num_words`; padding goes behind the caption.
 
     Looked for in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
-    --tokenizer_cache_dir. Raises ValueError saying what to put where.
+    --tokenizer_cache_dir. Raises UserError saying what to put where.
     """
     from transformers import Qwen2Tokenizer
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from library.architectures.interface import LatentSpec
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, renamed
+from library.errors import UserError
 from library.models.loading import Component
 from library.models.shapes import Shapes, shape_of
 
@@ -71,24 +72,24 @@ def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def open_vae(name: str | None) -> Component:
-    """The VAE of --vae. Raises ValueError naming the flag when it is missing or something else."""
+    """The VAE of --vae. Raises UserError naming the flag when it is missing or something else."""
     if not name:
-        raise ValueError(f"{FLAG} is missing: give qwen_image_vae.safetensors, or a folder in diffusers' layout")
+        raise UserError(f"{FLAG} is missing: give qwen_image_vae.safetensors, or a folder in diffusers' layout")
     return vae_component(sources.open_model(FLAG, name, FOLDER)[1])
 
 
 def vae_component(weights: Weights) -> Component:
-    """The VAE with everything read off the shapes. Raises ValueError when the weights are of something else."""
+    """The VAE with everything read off the shapes. Raises UserError when the weights are of something else."""
     if ORIGINAL_MARK in weights.shapes:
         num_blocks = first_resample(weights.shapes)
         weights = renamed(weights, lambda key: from_original(key, num_blocks))
     elif DIFFUSERS_MARK not in weights.shapes:
         first = ", ".join(list(weights.shapes)[:3]) or "none"
-        raise ValueError(f"{FLAG} {weights.origin} is not the VAE of Qwen-Image (first names: {first})")
+        raise UserError(f"{FLAG} {weights.origin} is not the VAE of Qwen-Image (first names: {first})")
     component = Component(configure(weights, vae_config), weights)
     channels = component.config["z_dim"]
     if channels != SPEC.channels:
-        raise ValueError(
+        raise UserError(
             f"{FLAG} {weights.origin} has {channels} latent channels, Anima needs {SPEC.channels}; use "
             "qwen_image_vae.safetensors"
         )

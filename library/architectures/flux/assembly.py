@@ -15,6 +15,7 @@ from library.architectures.flux.view import view
 from library.architectures.interface import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
+from library.errors import UserError
 from library.models.clip_tokenizer import load_tokenizer
 from library.models.clip_tokens import ClipTokens
 from library.models.recipe import Recipe, folders_beside
@@ -50,11 +51,11 @@ RECIPE = Recipe(
 def build(options: FluxOptions) -> Architecture:
     """The parts of the FLUX.1 model that the options name; none is loaded yet.
 
-    Raises ValueError naming the flag for a file or a setting that does not fit FLUX.1.
+    Raises UserError naming the flag for a file or a setting that does not fit FLUX.1.
     """
     RECIPE.check(options)
     if options.flux.model_type == "chroma":
-        raise ValueError("--model_type chroma is not supported yet; train FLUX.1 with --model_type flux")
+        raise UserError("--model_type chroma is not supported yet; train FLUX.1 with --model_type flux")
     loader = open_loader(options)
     text = build_text(options, loader)
     masks_text = options.flux.apply_t5_attn_mask

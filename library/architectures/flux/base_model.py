@@ -9,6 +9,7 @@ from library.architectures.flux.load import CHROMA_MARK, CLIP_PREFIXES, DENOISER
 from library.checkpoints import sources
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file, open_original
+from library.errors import UserError
 
 LAYERS = tuple((f"{stack}.", tuple(f".{layer}" for layer in layers)) for stack, _, layers in STACKS)
 
@@ -16,17 +17,17 @@ LAYERS = tuple((f"{stack}.", tuple(f".{layer}" for layer in layers)) for stack, 
 def open_base_model(flag: str, path: Path) -> BaseModel:
     """Open a single file in the original layout; only its header is read.
 
-    Raises ValueError naming `flag` when it is missing, broken or of another kind.
+    Raises UserError naming `flag` when it is missing, broken or of another kind.
     """
     path = path if path.is_dir() else sources.find_model(flag, str(path), ())
     weights, prefix = open_original(flag, path, "FLUX.1", DENOISER_PREFIXES, DIFFUSERS_MARK)
     if any(key.startswith(prefix + CHROMA_MARK) for key in weights.shapes):
-        raise ValueError(f"{flag} {path}: this is a Chroma model, which is not supported yet")
+        raise UserError(f"{flag} {path}: this is a Chroma model, which is not supported yet")
     is_schnell = f"{prefix}guidance_in.in_layer.weight" not in weights.shapes
     architecture = f"flux-1-{'schnell' if is_schnell else 'dev'}"
     model = of_single_file(path, weights, partial(names_of, prefix=prefix), "flux", architecture)
     if not any(name.startswith("lora_unet") for name in model.files[0].stems):
-        raise ValueError(f"{flag} {path} has no layer of FLUX.1's transformer")
+        raise UserError(f"{flag} {path} has no layer of FLUX.1's transformer")
     return model
 
 

@@ -11,6 +11,7 @@ from library.architectures.flux.model import PATCH, Flux, FluxConfig, read_confi
 from library.architectures.flux.options import FluxOptions
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.clip import clip_component, clip_of_folder, load_clip
 from library.models.loading import Component, materialise
@@ -71,11 +72,11 @@ class FluxLoader:
 def open_loader(options: FluxOptions) -> FluxLoader:
     """Open the files that the options name; only headers are read.
 
-    Raises ValueError naming the flag when a file is missing, broken, incomplete or of another model.
+    Raises UserError naming the flag when a file is missing, broken, incomplete or of another model.
     """
     name = options.model.pretrained_model_name_or_path
     if not name:
-        raise ValueError(f"{BASE_FLAG} is missing: give the file of FLUX.1's transformer, or a diffusers folder")
+        raise UserError(f"{BASE_FLAG} is missing: give the file of FLUX.1's transformer, or a diffusers folder")
     wanted = {"clip_l": options.flux.clip_l, "t5xxl": options.flux.t5xxl, "ae": options.flux.ae}
     needed = [FOLDERS[part] for part in FOLDERS if wanted.get(part) is None]
     path = sources.find_model(BASE_FLAG, name, [(folder,) for folder in needed])
@@ -103,7 +104,7 @@ def empty_flux(config: FluxConfig) -> Flux:
 
 
 def denoiser_of(path: Path, whole: Weights | None) -> Weights:
-    """The denoiser's weights under our names. Raises ValueError saying which model it is where it is another."""
+    """The denoiser's weights under our names. Raises UserError saying which model it is where it is another."""
     if whole is None:
         found = sources.read_json(path / "model_index.json").get("_class_name", "")
         other = base_of_folder(found, {}) if found and not found.startswith("Flux") else None
@@ -113,13 +114,13 @@ def denoiser_of(path: Path, whole: Weights | None) -> Weights:
         prefix = next(p for p in DENOISER_PREFIXES if any(key.startswith(p) for key in whole.shapes))
         weights = with_prefix(whole, prefix)
     if any(key.startswith(CHROMA_MARK) for key in weights.shapes):
-        raise ValueError(f"{BASE_FLAG} {path}: this is a Chroma model, which is not supported yet; use FLUX.1")
+        raise UserError(f"{BASE_FLAG} {path}: this is a Chroma model, which is not supported yet; use FLUX.1")
     if DIFFUSERS_MARK in weights.shapes:
         return from_diffusers(weights)
     if "double_blocks.0.img_attn.qkv.weight" not in weights.shapes:
         names = list(weights.shapes)
         refuse_other(BASE_FLAG, str(path), base_of_file(list(whole.shapes) if whole else names, weights.shapes), "flux")
-        raise ValueError(
+        raise UserError(
             f"{BASE_FLAG} {path}: nothing in it is called double_blocks.0..., so it is no FLUX.1 transformer (first "
             f"names: {', '.join(names[:3]) or 'none'})"
         )
@@ -149,7 +150,7 @@ def open_text_encoder(
         if whole is None:
             return Component(*sources.open_part(BASE_FLAG, base / folder, folder))
         if not any(key.startswith(prefixes[0]) for key in whole.shapes):
-            raise ValueError(f"{flag} is missing: {base} has no such text encoder in it")
+            raise UserError(f"{flag} is missing: {base} has no such text encoder in it")
         return with_prefix(whole, prefixes[0])
     config, weights = sources.open_model(flag, name, folder)
     if config is not None:
@@ -158,10 +159,10 @@ def open_text_encoder(
 
 
 def check_fit(loader: FluxLoader) -> None:
-    """Raise ValueError where the parts do not fit together."""
+    """Raise UserError where the parts do not fit together."""
     config = loader.config
     if config.in_features != CHANNELS * PATCH**2:
-        raise ValueError(
+        raise UserError(
             f"{BASE_FLAG} {loader.path}: the transformer takes {config.in_features} values a patch, training feeds "
             f"{CHANNELS * PATCH**2}; FLUX.1 Fill, Canny, Depth and other conditioned variants are not supported"
         )
@@ -172,7 +173,7 @@ def check_fit(loader: FluxLoader) -> None:
         name = "embeddings.token_embedding.weight" if flag == "--clip_l" else "shared.weight"
         found = shape_of(component.weights.shapes, name)[1]
         if found != width:
-            raise ValueError(
+            raise UserError(
                 f"{flag} {component.weights.origin} is {found} wide, the transformer listens to {width}; it is another "
                 "encoder than FLUX.1's"
             )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
 
 from library.architectures.flux.targets import TARGETS
+from library.errors import UserError
 from library.memory.blocks import BlockRunner, plain
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import Rope, rope_of, turn
@@ -46,14 +47,14 @@ class FluxConfig:
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
-    """The configuration of a checkpoint from names and shapes, names without prefix. Raises ValueError for a name that
+    """The configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a name that
     is missing and for sizes that make no model."""
     read = ShapeReader("FLUX.1", shapes)
     shape, count = read.shape, read.count
     width, in_features = shape("img_in.weight")
     head_width = shape("double_blocks.0.img_attn.norm.query_norm.scale")[0]
     if width % head_width or head_width % ROPE_STEP:
-        raise ValueError(f"no FLUX.1 model: width {width} with heads of {head_width}, multiples of {ROPE_STEP} work")
+        raise UserError(f"no FLUX.1 model: width {width} with heads of {head_width}, multiples of {ROPE_STEP} work")
     return FluxConfig(
         in_features=in_features,
         width=width,

@@ -50,7 +50,7 @@ RECIPE = Recipe(
 def build(options: HunyuanImageOptions) -> Architecture:
     """The parts of the HunyuanImage 2.1 model that the options name; none is loaded yet.
 
-    Raises ValueError naming the flag for a file or a setting that does not fit HunyuanImage 2.1.
+    Raises UserError naming the flag for a file or a setting that does not fit HunyuanImage 2.1.
     """
     RECIPE.check(options)
     loader = open_loader(options)

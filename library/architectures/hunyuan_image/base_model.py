@@ -8,6 +8,7 @@ from library.architectures.hunyuan_image.keys import DIFFUSERS_MARK, DOUBLE, SIN
 from library.architectures.hunyuan_image.load import DENOISER_PREFIXES, GLYPH_MARK
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file, open_original
+from library.errors import UserError
 
 STACKS = ("double_blocks.", "single_blocks.")
 LAYERS = tuple(f".{layer}" for layer in (*DOUBLE, *SINGLE) if not layer.endswith("_norm"))
@@ -16,11 +17,11 @@ LAYERS = tuple(f".{layer}" for layer in (*DOUBLE, *SINGLE) if not layer.endswith
 def open_base_model(flag: str, path: Path) -> BaseModel:
     """Open a single file in the original layout; only its header is read.
 
-    Raises ValueError naming `flag` when it is missing, broken or of another kind.
+    Raises UserError naming `flag` when it is missing, broken or of another kind.
     """
     weights, prefix = open_original(flag, path, "HunyuanImage", DENOISER_PREFIXES, DIFFUSERS_MARK)
     if prefix + GLYPH_MARK not in weights.shapes:
-        raise ValueError(f"{flag} {path} has no layer of HunyuanImage 2.1's transformer")
+        raise UserError(f"{flag} {path} has no layer of HunyuanImage 2.1's transformer")
     return of_single_file(path, weights, partial(names_of, prefix=prefix), "hunyuan_image", "hunyuan-image-2.1")
 
 

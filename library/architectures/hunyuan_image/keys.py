@@ -102,6 +102,6 @@ def our_keys(names: Iterable[str]) -> list[str]:
 def from_diffusers(weights: Weights) -> Weights:
     """A model in diffusers' layout under our names, each tensor joined when it is read.
 
-    Raises ValueError naming what is missing of a layer whose other parts are there.
+    Raises UserError naming what is missing of a layer whose other parts are there.
     """
     return joined(weights, {key: source_keys(key) for key in our_keys(weights.shapes)}, SWAPPED)

@@ -17,6 +17,7 @@ from library.architectures.hunyuan_image.vae import MARK, SCALE, compute_in_chun
 from library.architectures.interface import LatentSpec
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, renamed, with_prefix
+from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.memory.forms.fp8 import Fp8Rows
 from library.memory.frozen import store_blocks_in
@@ -75,11 +76,11 @@ class HunyuanImageLoader:
 def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
     """Open the files that the options name; only headers are read.
 
-    Raises ValueError naming the flag when a file is missing, broken, incomplete or of another model.
+    Raises UserError naming the flag when a file is missing, broken, incomplete or of another model.
     """
     name = options.model.pretrained_model_name_or_path
     if not name:
-        raise ValueError(f"{BASE_FLAG} is missing: give hunyuanimage2.1.safetensors, or a diffusers folder")
+        raise UserError(f"{BASE_FLAG} is missing: give hunyuanimage2.1.safetensors, or a diffusers folder")
     wanted = {
         "vae": options.model.vae,
         "text_encoder": options.hunyuan_image.text_encoder,
@@ -107,7 +108,7 @@ def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
 
 
 def denoiser_of(path: Path, whole: Weights | None) -> Weights:
-    """The denoiser's weights under our names. Raises ValueError saying which model it is where it is another."""
+    """The denoiser's weights under our names. Raises UserError saying which model it is where it is another."""
     if whole is None:
         refuse_other(BASE_FLAG, str(path), folder_base(path), "hunyuan_image")
         _, weights = sources.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
@@ -125,7 +126,7 @@ def denoiser_of(path: Path, whole: Weights | None) -> Weights:
             base_of_file(names if whole is None else list(whole.shapes), weights.shapes),
             "hunyuan_image",
         )
-        raise ValueError(
+        raise UserError(
             f"{BASE_FLAG} {path}: it has no {GLYPH_MARK}, so it is no transformer of HunyuanImage 2.1 (first names: "
             f"{', '.join(names[:3]) or 'none'})"
         )
@@ -136,7 +137,7 @@ def open_component(part: str, name: str | None, base: Path) -> Component:
     """One of the other models, from the file or folder of its flag or from the diffusers folder of the base."""
     flag, folder = f"--{part}", FOLDERS[part]
     if name is None and not base.is_dir():
-        raise ValueError(f"{flag} is missing: {base} is the transformer alone")
+        raise UserError(f"{flag} is missing: {base} is the transformer alone")
     if name is None:
         opened: tuple[dict[str, Any] | None, Weights] = sources.open_part(BASE_FLAG, base / folder, folder)
     else:
@@ -149,7 +150,7 @@ def open_component(part: str, name: str | None, base: Path) -> Component:
             return Component(config, weights)
         return qwen_component(weights, config) if part == "text_encoder" else t5_of_folder(config, weights)
     except ValueError as error:
-        raise error if flag in str(error) else ValueError(f"{flag}: {error}") from error
+        raise error if flag in str(error) else UserError(f"{flag}: {error}") from error
 
 
 def component_of_file(part: str, weights: Weights) -> Component:
@@ -163,11 +164,11 @@ def component_of_file(part: str, weights: Weights) -> Component:
 
 
 def checked_vae(component: Component) -> Component:
-    """Raise ValueError where a VAE makes other latents than HunyuanImage 2.1's."""
+    """Raise UserError where a VAE makes other latents than HunyuanImage 2.1's."""
     origin, config = component.weights.origin, component.config
     found = (config.get("latent_channels"), config.get("spatial_compression_ratio"))
     if MARK not in component.weights.shapes or found != (SPEC.channels, SPEC.downscale):
-        raise ValueError(
+        raise UserError(
             f"--vae {origin} makes {found[0]} channels of every {found[1]} pixels, HunyuanImage 2.1 needs "
             f"{SPEC.channels} of every {SPEC.downscale}; use hunyuan_image_2.1_vae_fp16.safetensors"
         )
@@ -178,10 +179,10 @@ def checked_vae(component: Component) -> Component:
 
 
 def check_fit(loader: HunyuanImageLoader) -> None:
-    """Raise ValueError where the parts do not fit together."""
+    """Raise UserError where the parts do not fit together."""
     config = loader.config
     if config.channels != SPEC.channels:
-        raise ValueError(
+        raise UserError(
             f"{BASE_FLAG} {loader.path}: the transformer takes {config.channels} channels, training feeds "
             f"{SPEC.channels}"
         )
@@ -191,9 +192,9 @@ def check_fit(loader: HunyuanImageLoader) -> None:
     ):
         num_words, found = shape_of(component.weights.shapes, words)
         if found != width:
-            raise ValueError(
+            raise UserError(
                 f"{flag} {component.weights.origin} is {found} wide, the transformer listens to {width}; it is another "
                 "encoder than HunyuanImage 2.1's"
             )
         if flag == "--byt5" and num_words < NUM_BYTE_IDS:
-            raise ValueError(f"{flag} {component.weights.origin} knows {num_words} words; ByT5 has more than 258")
+            raise UserError(f"{flag} {component.weights.origin} knows {num_words} words; ByT5 has more than 258")

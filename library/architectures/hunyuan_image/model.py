@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
 
 from library.architectures.hunyuan_image.targets import TARGETS
+from library.errors import UserError
 from library.memory.blocks import BlockRunner, plain
 from library.models.rotary import Rope, rope_of, turn
 from library.models.shapes import ShapeReader
@@ -41,7 +42,7 @@ class HunyuanImageConfig:
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> HunyuanImageConfig:
-    """The configuration of a checkpoint from names and shapes, names without prefix. Raises ValueError for a name that
+    """The configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a name that
     is missing, for sizes that make no model and for the variants that are not trained."""
     read = ShapeReader("HunyuanImage 2.1", shapes)
     shape, count = read.shape, read.count
@@ -49,7 +50,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> HunyuanImageConfig:
     width, channels = shape("img_in.proj.weight")[:2]
     head_width = shape("double_blocks.0.img_attn_q_norm.weight")[0]
     if width % head_width or head_width % (2 * NUM_AXES):
-        raise ValueError(f"no HunyuanImage 2.1 model: width {width} with heads of {head_width}")
+        raise UserError(f"no HunyuanImage 2.1 model: width {width} with heads of {head_width}")
     refiners = "txt_in.individual_token_refiner.blocks"
     return HunyuanImageConfig(
         channels=channels,
@@ -67,15 +68,15 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> HunyuanImageConfig:
 
 
 def refuse_variants(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError for relatives of the base model, which learn something else than a flow's velocity."""
+    """Raise UserError for relatives of the base model, which learn something else than a flow's velocity."""
     marks = [stem for stem in ("guidance_in", "time_r_in") if any(name.startswith(f"{stem}.") for name in shapes)]
     if marks:
-        raise ValueError(
+        raise UserError(
             f"this is a distilled HunyuanImage 2.1 (it has {' and '.join(marks)}), which draws in few steps and would "
             "unlearn that; train on hunyuanimage2.1.safetensors, and use the adapter with either"
         )
     if len(shapes.get("img_in.proj.weight", ())) == 5:
-        raise ValueError("this is the refiner of HunyuanImage 2.1, which cannot be trained; use the base model")
+        raise UserError("this is the refiner of HunyuanImage 2.1, which cannot be trained; use the base model")
 
 
 class HunyuanImage(nn.Module):

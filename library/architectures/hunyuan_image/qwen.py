@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.errors import UserError
 from library.models.loading import Component, materialise
 from library.models.shapes import Shapes, count, shape_of
 from library.models.t5 import unscaled
@@ -41,17 +42,17 @@ NUM_TEMPLATE_TOKENS = 34  # before the caption
 def qwen_component(weights: Weights, config: Mapping[str, Any] | None = None) -> Component:
     """The language half under the module paths of transformers' Qwen2_5_VLTextModel; `config` is that of a folder.
 
-    Raises ValueError naming the file when it holds something else.
+    Raises UserError naming the file when it holds something else.
     """
     weights = unscaled(weights)
     prefix = next((p for p in PREFIXES if f"{p}{WORDS}" in weights.shapes), None)
     if prefix is None or f"{prefix}layers.0.self_attn.q_proj.bias" not in weights.shapes:
         first = ", ".join(list(weights.shapes)[:3]) or "none"
-        raise ValueError(f"{weights.origin} is no Qwen2.5-VL text encoder (first names: {first})")
+        raise UserError(f"{weights.origin} is no Qwen2.5-VL text encoder (first names: {first})")
     weights = with_prefix(weights, prefix)
     num_layers = count(weights.shapes, r"layers\.(\d+)\.") - NUM_UNUSED_LAYERS
     if num_layers < 1:
-        raise ValueError(f"{weights.origin} has {num_layers + NUM_UNUSED_LAYERS} layers; Qwen2.5-VL 7B has 28")
+        raise UserError(f"{weights.origin} has {num_layers + NUM_UNUSED_LAYERS} layers; Qwen2.5-VL 7B has 28")
     kept = [key for key in weights.shapes if key == WORDS or is_used(key, num_layers)]
     weights = selected(weights, {key: key for key in kept})
     given = dict(config or {})
@@ -69,7 +70,7 @@ def qwen_config(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
     num_heads = given.get("num_attention_heads") or max(width // HEAD_WIDTH, 1)
     head_width = width // num_heads
     if num_heads * head_width != width or num_keys % head_width:
-        raise ValueError(f"width {width} with {num_heads} heads and keys of {num_keys}; Qwen2.5-VL has heads of 128")
+        raise UserError(f"width {width} with {num_heads} heads and keys of {num_keys}; Qwen2.5-VL has heads of 128")
     rest = head_width // 2 - head_width // 8
     return {
         "vocab_size": vocab,
@@ -127,7 +128,7 @@ def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_word
     """Qwen2.5-VL's tokenizer for an encoder that knows `num_words`.
 
     Looked for in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
-    --tokenizer_cache_dir. Raises ValueError saying what to put where.
+    --tokenizer_cache_dir. Raises UserError saying what to put where.
     """
     from transformers import Qwen2Tokenizer
 
@@ -138,7 +139,7 @@ def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_word
     num_tokens = len(tokenizer(TEMPLATE.partition("{}")[0])["input_ids"])
     largest = max(tokenizer.get_vocab().values())
     if num_tokens != NUM_TEMPLATE_TOKENS or largest >= num_words:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer in {folder} makes {num_tokens} tokens of the system prompt, Qwen2.5-VL's makes "
             f"{NUM_TEMPLATE_TOKENS}, and has ids up to {largest} for {num_words} words: it belongs to another model; "
             f"put the one of {HUB_NAME} into its place"

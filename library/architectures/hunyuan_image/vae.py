@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
 from library.checkpoints.weights import Weights, configure, renamed, with_prefix
+from library.errors import UserError
 from library.models.loading import Component
 from library.models.shapes import Shapes, count, shape_of
 
@@ -21,14 +22,14 @@ ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "proj"}
 
 
 def vae_component(weights: Weights) -> Component:
-    """The VAE from a single file. Raises ValueError naming the file when it holds something else."""
+    """The VAE from a single file. Raises UserError naming the file when it holds something else."""
     prefix = next((p for p in PREFIXES if f"{p}{MARK}" in weights.shapes), None)
     if prefix is None:
         first = ", ".join(list(weights.shapes)[:3]) or "none"
-        raise ValueError(f"{weights.origin} is no VAE: it has no {MARK} (first names: {first})")
+        raise UserError(f"{weights.origin} is no VAE: it has no {MARK} (first names: {first})")
     weights = with_prefix(weights, prefix)
     if "encoder.down.0.block.0.conv1.weight" not in weights.shapes:
-        raise ValueError(
+        raise UserError(
             f"{weights.origin} is no VAE of HunyuanImage 2.1 in the original layout; give "
             "hunyuan_image_2.1_vae_fp16.safetensors, or the folder vae/ of a diffusers model"
         )

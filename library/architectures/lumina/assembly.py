@@ -14,6 +14,7 @@ from library.architectures.lumina.text import LuminaText
 from library.architectures.lumina.view import view
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
+from library.errors import UserError
 from library.models.recipe import Recipe, folders_beside
 from library.models.vae16 import mapped_latents
 
@@ -49,7 +50,7 @@ RECIPE = Recipe(
 def build(options: LuminaOptions) -> Architecture:
     """The parts of the model that the options name; none is loaded yet.
 
-    Raises ValueError naming the flag for a file or a setting that does not fit Lumina Image 2.0.
+    Raises UserError naming the flag for a file or a setting that does not fit Lumina Image 2.0.
     """
     RECIPE.check(options)
     loader = open_loader(options)
@@ -90,7 +91,7 @@ def build_text(options: LuminaOptions, loader: LuminaLoader) -> LuminaText:
     )
     num_instruction = text.count_tokens(" ") if text.system_prompt else 0
     if num_instruction >= text.max_tokens:
-        raise ValueError(
+        raise UserError(
             f"--system_prompt has {num_instruction} tokens, which leaves no room for a caption in the "
             f"{text.num_tokens} of --gemma2_max_token_length; shorten one or raise the other"
         )

@@ -9,16 +9,17 @@ from library.architectures.lumina.keys import BLOCK, DIFFUSERS_MARK, STACKS, TOP
 from library.architectures.lumina.load import DENOISER_PREFIXES, MARK
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file, open_original
+from library.errors import UserError
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
     """Open a single file in the original layout; only its header is read.
 
-    Raises ValueError naming `flag` when it is missing, broken or of another kind.
+    Raises UserError naming `flag` when it is missing, broken or of another kind.
     """
     weights, prefix = open_original(flag, path, "Lumina", DENOISER_PREFIXES, DIFFUSERS_MARK)
     if prefix + MARK not in weights.shapes:
-        raise ValueError(f"{flag} {path} has no layer of Lumina Image 2.0's transformer")
+        raise UserError(f"{flag} {path} has no layer of Lumina Image 2.0's transformer")
     return of_single_file(path, weights, partial(names_of, prefix=prefix), "lumina", "lumina-2")
 
 

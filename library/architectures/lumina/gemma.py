@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from library.checkpoints.sources import fetch_snapshot
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.errors import UserError
 from library.models.loading import Component, materialise
 from library.models.shapes import Shapes, count, shape_of
 
@@ -31,11 +32,11 @@ BEGIN, PADDING = "<bos>", "<pad>"
 
 
 def gemma_component(weights: Weights) -> Component:
-    """The encoder from a single file, bare or in a whole checkpoint. Raises ValueError when it holds something else."""
+    """The encoder from a single file, bare or in a whole checkpoint. Raises UserError when it holds something else."""
     prefix = next((p for p in GEMMA_PREFIXES if f"{p}embed_tokens.weight" in weights.shapes), None)
     if prefix is None or f"{prefix}layers.0.pre_feedforward_layernorm.weight" not in weights.shapes:
         first = ", ".join(list(weights.shapes)[:3]) or "none"
-        raise ValueError(f"{weights.origin} is no Gemma 2 text encoder (first names: {first})")
+        raise UserError(f"{weights.origin} is no Gemma 2 text encoder (first names: {first})")
     weights = gemma_part(weights, prefix)
     return Component(configure(weights, gemma_config), weights)
 
@@ -43,7 +44,7 @@ def gemma_component(weights: Weights) -> Component:
 def gemma_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
     """The encoder of a diffusers or transformers folder."""
     if config.get("model_type") != "gemma2":
-        raise ValueError(f"{weights.origin} is a {config.get('model_type', 'nameless')} model, no Gemma 2 text encoder")
+        raise UserError(f"{weights.origin} is a {config.get('model_type', 'nameless')} model, no Gemma 2 text encoder")
     prefix = next((p for p in GEMMA_PREFIXES if f"{p}embed_tokens.weight" in weights.shapes), "")
     return Component(config, gemma_part(weights, prefix))
 
@@ -96,7 +97,7 @@ def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
     """Gemma's tokenizer for an encoder that knows `num_words`.
 
     Looked for in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
-    --tokenizer_cache_dir. Raises ValueError saying what to put where.
+    --tokenizer_cache_dir. Raises UserError saying what to put where.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -107,7 +108,7 @@ def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
     lacks = [word for word in (BEGIN, PADDING) if word not in words]
     if lacks or max(words.values()) >= num_words:
         why = f"does not know {lacks[0]}" if lacks else f"has ids up to {max(words.values())}, Gemma knows {num_words}"
-        raise ValueError(f"the tokenizer {file} {why}: it belongs to another model; put the right one into its place")
+        raise UserError(f"the tokenizer {file} {why}: it belongs to another model; put the right one into its place")
     return tokenizer
 
 
@@ -123,7 +124,7 @@ def find_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None) -> Path
         downloaded = download_tokenizer()
     except ConnectionError as error:
         place = own or f"<folder>/{next(iter(HUB)).replace('/', '_')}"
-        raise ValueError(
+        raise UserError(
             f"Gemma's tokenizer is in none of {', '.join(map(str, folders))}, and the hub does not give it ({error}). "
             f"Put {TOKENIZER_FILE} of Gemma 2 into one of them, or into {place}"
             f"{'' if own else ' and give --tokenizer_cache_dir <folder>'}"

@@ -12,6 +12,7 @@ from library.architectures.lumina.model import PATCH, LuminaConfig, NextDiT, rea
 from library.architectures.lumina.options import LuminaOptions
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.loading import Component, materialise
 from library.models.recognise import base_of_file, folder_base, refuse_other
@@ -57,11 +58,11 @@ class LuminaLoader:
 def open_loader(options: LuminaOptions) -> LuminaLoader:
     """Open the files that the options name; only headers are read.
 
-    Raises ValueError naming the flag when a file is missing, broken, incomplete or of another model.
+    Raises UserError naming the flag when a file is missing, broken, incomplete or of another model.
     """
     name = options.model.pretrained_model_name_or_path
     if not name:
-        raise ValueError(f"{BASE_FLAG} is missing: give the file of Lumina's transformer, or a diffusers folder")
+        raise UserError(f"{BASE_FLAG} is missing: give the file of Lumina's transformer, or a diffusers folder")
     wanted = {"gemma2": options.lumina.gemma2, "ae": options.lumina.ae}
     needed = [FOLDERS[part] for part in FOLDERS if wanted.get(part) is None]
     path = sources.find_model(BASE_FLAG, name, [(folder,) for folder in needed])
@@ -88,7 +89,7 @@ def empty_lumina(config: LuminaConfig) -> NextDiT:
 
 
 def denoiser_of(path: Path, whole: Weights | None) -> Weights:
-    """The denoiser's weights under our names. Raises ValueError saying which model it is where it is another."""
+    """The denoiser's weights under our names. Raises UserError saying which model it is where it is another."""
     if whole is None:
         refuse_other(BASE_FLAG, str(path), folder_base(path), "lumina")
         _, weights = sources.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
@@ -100,7 +101,7 @@ def denoiser_of(path: Path, whole: Weights | None) -> Weights:
     if MARK not in weights.shapes:
         names = list(whole.shapes if whole else weights.shapes)
         refuse_other(BASE_FLAG, str(path), base_of_file(names, weights.shapes), "lumina")
-        raise ValueError(
+        raise UserError(
             f"{BASE_FLAG} {path}: nothing in it is called {MARK}, so it is no Lumina Image 2.0 transformer (first "
             f"names: {', '.join(names[:3]) or 'none'})"
         )
@@ -115,26 +116,26 @@ def open_gemma(name: str | None, base: Path, whole: Weights | None) -> Component
     if name is None:
         assert whole is not None
         if not any(key.startswith(GEMMA_MARK) for key in whole.shapes):
-            raise ValueError(f"{GEMMA_FLAG} is missing: {base} has no such text encoder in it")
+            raise UserError(f"{GEMMA_FLAG} is missing: {base} has no such text encoder in it")
         return gemma_component(whole)
     config, weights = sources.open_model(GEMMA_FLAG, name, folder)
     try:
         return gemma_component(weights) if config is None else gemma_of_folder(config, weights)
     except ValueError as error:
-        raise ValueError(f"{GEMMA_FLAG} {error}") from error
+        raise UserError(f"{GEMMA_FLAG} {error}") from error
 
 
 def check_fit(loader: LuminaLoader) -> None:
-    """Raise ValueError where the parts do not fit together."""
+    """Raise UserError where the parts do not fit together."""
     config = loader.config
     if config.in_features != CHANNELS * PATCH**2:
-        raise ValueError(
+        raise UserError(
             f"{BASE_FLAG} {loader.path}: the transformer takes {config.in_features} values a patch, training feeds "
             f"{CHANNELS * PATCH**2}; use a checkpoint of Lumina Image 2.0"
         )
     found = shape_of(loader.gemma.weights.shapes, "embed_tokens.weight")[1]
     if found != config.text_width:
-        raise ValueError(
+        raise UserError(
             f"{GEMMA_FLAG} {loader.gemma.weights.origin} is {found} wide, the transformer listens to "
             f"{config.text_width}; it is another encoder than Lumina's, which is Gemma 2 2B"
         )

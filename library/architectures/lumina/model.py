@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from library.architectures.lumina.targets import TARGETS
+from library.errors import UserError
 from library.memory.blocks import BlockRunner, plain
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import Rope, rope_of, turn
@@ -50,7 +51,7 @@ class LuminaConfig:
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> LuminaConfig:
-    """The configuration of a checkpoint from names and shapes, names without prefix. Raises ValueError for a name that
+    """The configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a name that
     is missing and for sizes that make no model."""
     read = ShapeReader("Lumina Image 2.0", shapes)
     shape, count = read.shape, read.count
@@ -60,7 +61,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> LuminaConfig:
     num_kv_heads, rest = divmod(num_outputs - width, 2 * head_width)
     num_heads = width // head_width
     if width % head_width or head_width % ROPE_STEP or rest or num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(
+        raise UserError(
             f"no Lumina Image 2.0 model: width {width}, heads of {head_width}, {num_outputs} queries, keys and values"
         )
     return LuminaConfig(

@@ -16,7 +16,7 @@ def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, bat
 
 
 def preview_sampler(prompt: Prompt) -> Sampler:
-    """Even noise levels, pushed toward noise. Raises ValueError for a shift that makes no levels."""
+    """Even noise levels, pushed toward noise. Raises UserError for a shift that makes no levels."""
     shift = 1.0 if prompt.flow_shift is None else prompt.flow_shift
     check_shift("--fs of a prompt", shift)
     return FlowSampler(shift_sigmas(even_sigmas(prompt.num_steps), shift), predicts="latent - noise")

@@ -11,6 +11,7 @@ from library.architectures.sd.predict import predict
 from library.architectures.sd.text import ClipText
 from library.architectures.sd.view import view
 from library.diffusion.objective import build_ddpm
+from library.errors import UserError
 from library.models.clip_tokenizer import load_tokenizer
 from library.models.clip_tokens import CHUNK_TOKENS, OPEN_CLIP_PAD, ClipTokens
 from library.models.latents import KlLatents
@@ -28,7 +29,7 @@ LATENTS = LatentSpec(
 def build(options: TrainOptions) -> Architecture:
     """The parts of the SD 1.x or, with --v2, 2.x checkpoint that the options name; no model is loaded yet.
 
-    Raises ValueError naming the flag for a checkpoint or a setting that does not fit.
+    Raises UserError naming the flag for a checkpoint or a setting that does not fit.
     """
     loader = open_loader(options)
     text = build_text(options, loader)
@@ -51,7 +52,7 @@ def build_text(options: TrainOptions, loader: SdLoader) -> ClipText:
     model = options.model
     num_layers = loader.num_text_layers
     if model.clip_skip is not None and not 1 <= model.clip_skip <= num_layers:
-        raise ValueError(
+        raise UserError(
             f"--clip_skip is {model.clip_skip}, the text encoder has {num_layers} layers; use 1 to {num_layers}"
         )
     if model.v2 and (model.clip_skip or 1) > 1:

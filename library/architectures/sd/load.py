@@ -8,6 +8,7 @@ from torch import nn
 
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, with_prefix
+from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.attention import wants_xformers, with_attention
 from library.models.clip import clip_component, clip_of_folder, load_clip
@@ -72,11 +73,11 @@ class SdLoader:
 def open_loader(options: TrainOptions) -> SdLoader:
     """Open the checkpoint that the options name; of the files only headers are read.
 
-    Raises ValueError naming the flag when a file is missing, broken, incomplete or another kind of model.
+    Raises UserError naming the flag when a file is missing, broken, incomplete or another kind of model.
     """
     name = options.model.pretrained_model_name_or_path
     if not name:
-        raise ValueError(f"{BASE_FLAG} is missing: give a .safetensors or .ckpt file, a diffusers folder or a hub name")
+        raise UserError(f"{BASE_FLAG} is missing: give a .safetensors or .ckpt file, a diffusers folder or a hub name")
     base = "sd2" if options.model.v2 else "sd1"
     path = sources.find_model(BASE_FLAG, name, (("unet",), ("vae",), ("text_encoder",)))
     if path.is_dir():
@@ -139,10 +140,10 @@ def single_file_parts(flag: str, weights: Weights, base: str, own_vae: bool) -> 
 
 
 def check_channels(path: Path, base: str, unet: Component) -> None:
-    """Raise ValueError where the U-Net does not fit what training feeds it."""
+    """Raise UserError where the U-Net does not fit what training feeds it."""
     channels = unet.config.get("in_channels", LATENT_CHANNELS)
     if channels != LATENT_CHANNELS:
-        raise ValueError(
+        raise UserError(
             f"{BASE_FLAG} {path}: the U-Net takes {channels} input channels, training feeds {LATENT_CHANNELS}; "
             f"inpainting and other conditioned variants of {WORDS[base][0].removeprefix('an ')} are not supported"
         )

@@ -63,7 +63,7 @@ RECIPE = Recipe(
 def build(options: Sd3Options) -> Architecture:
     """The parts of the SD3 or SD3.5 checkpoint that the options name; no model is loaded yet.
 
-    Raises ValueError naming the flag for a checkpoint or a setting that does not fit SD3.
+    Raises UserError naming the flag for a checkpoint or a setting that does not fit SD3.
     """
     RECIPE.check(options)
     loader = open_loader(options)

@@ -9,15 +9,16 @@ from library.checkpoints import sources
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file
 from library.checkpoints.weights import configure, with_prefix
+from library.errors import UserError
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
     """Open a single file in the original layout; only its header is read.
 
-    Raises ValueError naming `flag` when it is missing, broken or of another kind.
+    Raises UserError naming `flag` when it is missing, broken or of another kind.
     """
     if path.is_dir():
-        raise ValueError(f"{flag} {path}: of SD3 only single files in the original layout are merged into; give one")
+        raise UserError(f"{flag} {path}: of SD3 only single files in the original layout are merged into; give one")
     weights = sources.open_file(flag, path)
     prefix = DENOISER_PREFIX if any(key.startswith(DENOISER_PREFIX) for key in weights.shapes) else ""
     config = configure(of_denoiser(with_prefix(weights, prefix)), read_config)

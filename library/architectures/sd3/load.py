@@ -12,6 +12,7 @@ from library.architectures.sd3.model import MMDiT, MMDiTConfig, read_config
 from library.architectures.sd3.options import Sd3Options, Sd3TextOptions
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
+from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.clip import PROJECTION, clip_component, load_clip
 from library.models.loading import Component, materialise
@@ -68,7 +69,7 @@ class Sd3Loader:
 def open_loader(options: Sd3Options) -> Sd3Loader:
     """Open the files that the options name; only headers are read.
 
-    Raises ValueError naming the flag when a file is missing, broken, incomplete or another kind of model.
+    Raises UserError naming the flag when a file is missing, broken, incomplete or another kind of model.
     """
     path, base = open_base(options.model.pretrained_model_name_or_path)
     mmdit = with_prefix(base, DENOISER_PREFIX if any(k.startswith(DENOISER_PREFIX) for k in base.shapes) else "")
@@ -95,13 +96,13 @@ def open_loader(options: Sd3Options) -> Sd3Loader:
 
 
 def open_base(name: str | None) -> tuple[Path, Weights]:
-    """The single file that has the denoiser. Raises ValueError when it is something else, naming what."""
+    """The single file that has the denoiser. Raises UserError when it is something else, naming what."""
     if not name:
-        raise ValueError(f"{BASE_FLAG} is missing: give the .safetensors file of an SD3 or SD3.5 model")
+        raise UserError(f"{BASE_FLAG} is missing: give the .safetensors file of an SD3 or SD3.5 model")
     path = existing(BASE_FLAG, name)
     if path.is_dir():
         refuse_other(BASE_FLAG, str(path), folder_base(path), "sd3")
-        raise ValueError(
+        raise UserError(
             f"{BASE_FLAG} {path} is a folder; SD3 is read from a single file, such as the sd3_medium.safetensors or "
             "sd3.5_large.safetensors that lies beside the diffusers folders of the same repository"
         )
@@ -110,17 +111,17 @@ def open_base(name: str | None) -> tuple[Path, Weights]:
     refuse_other(BASE_FLAG, str(path), found, "sd3", "checkpoint")
     if found is None:
         first = ", ".join(list(weights.shapes)[:3]) or "none"
-        raise ValueError(
+        raise UserError(
             f"{BASE_FLAG} {path}: it has no joint_blocks, so it is no SD3 checkpoint (first names: {first})"
         )
     return path, weights
 
 
 def existing(flag: str, name: str) -> Path:
-    """The path of a file or folder. Raises ValueError naming the nearest where there is none."""
+    """The path of a file or folder. Raises UserError naming the nearest where there is none."""
     path = Path(name).expanduser()
     if not path.exists():
-        raise ValueError(f"{flag} {name} does not exist{sources.nearby(path)}")
+        raise UserError(f"{flag} {name} does not exist{sources.nearby(path)}")
     return path
 
 
@@ -132,10 +133,10 @@ def of_denoiser(weights: Weights) -> Weights:
 
 
 def open_clip(name: str, options: Sd3TextOptions, base: Weights) -> Component:
-    """CLIP-L or CLIP-G, from its own file or folder or from the base. Raises ValueError where neither has it."""
+    """CLIP-L or CLIP-G, from its own file or folder or from the base. Raises UserError where neither has it."""
     weights = text_weights(name, options, base)
     if weights is None:
-        raise ValueError(
+        raise UserError(
             f"{BASE_FLAG} {base.origin} has no text encoder {name} (nothing begins with {TEXT_PREFIXES[name]!r}); "
             f"give it with --{name}"
         )
@@ -184,16 +185,16 @@ def with_projection(weights: Weights) -> Weights:
 
 
 def check_widths(config: MMDiTConfig, clips: Sequence[Component], t5: Component | None) -> None:
-    """Raise ValueError where the text encoders do not fit the denoiser."""
+    """Raise UserError where the text encoders do not fit the denoiser."""
     pooled = [clip.weights.shapes[PROJECTION][0] for clip in clips]
     if sum(pooled) != config.pooled_width:
-        raise ValueError(
+        raise UserError(
             f"--clip_l and --clip_g give {pooled[0]} and {pooled[1]} pooled features ({clips[0].weights.origin}, "
             f"{clips[1].weights.origin}), the model takes {config.pooled_width} together; are they swapped, or of "
             "another model?"
         )
     if t5 is not None and t5.config["d_model"] != config.context_width:
-        raise ValueError(
+        raise UserError(
             f"--t5xxl {t5.weights.origin} gives {t5.config['d_model']} features, the model takes "
             f"{config.context_width}; use T5-XXL v1.1"
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from library.architectures.sd3.targets import TARGETS
+from library.errors import UserError
 from library.memory.blocks import BlockRunner, plain
 from library.models.patches import unpatchify
 from library.models.shapes import ShapeReader
@@ -40,7 +41,7 @@ class MMDiTConfig:
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTConfig:
-    """The configuration of a checkpoint from names and shapes, names without prefix. Raises ValueError for a name that
+    """The configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a name that
     is missing and for sizes that make no model."""
     read = ShapeReader("SD3", shapes)
     shape, depth = read.shape, read.count("joint_blocks")
@@ -50,7 +51,7 @@ def read_config(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTConfig:
     num_positions = shape("pos_embed")[-2]
     side = math.isqrt(num_positions)
     if width % head_width or side**2 != num_positions:
-        raise ValueError(f"no SD3 model: width {width} with heads of {head_width}, {num_positions} positions")
+        raise UserError(f"no SD3 model: width {width} with heads of {head_width}, {num_positions} positions")
     return MMDiTConfig(
         width=width,
         depth=depth,
@@ -117,12 +118,12 @@ class MMDiT(nn.Module):
     def positions(self, h: int, w: int, corner: tuple[int, int] | None) -> Tensor:
         """The part of the table that a picture of h x w patches lies on, shape (1, h w, M).
 
-        Raises ValueError for a picture larger than the table.
+        Raises UserError for a picture larger than the table.
         """
         side = self.config.positions_side
         if h > side or w > side:
             pixels = side * self.config.patch * 8
-            raise ValueError(
+            raise UserError(
                 f"a picture of {w * self.config.patch * 8}x{h * self.config.patch * 8} pixels does not fit this model, "
                 f"which knows {pixels}x{pixels}; lower --resolution or --max_bucket_reso"
             )

@@ -41,7 +41,7 @@ RECIPE = Recipe(
 def build(options: SdxlOptions) -> Architecture:
     """The parts of the SDXL checkpoint that the options name; no model is loaded yet.
 
-    Raises ValueError naming the flag for a checkpoint or a setting that does not fit SDXL.
+    Raises UserError naming the flag for a checkpoint or a setting that does not fit SDXL.
     """
     RECIPE.check(options)
     loader = open_loader(options)

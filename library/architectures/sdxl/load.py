@@ -8,6 +8,7 @@ from torch import nn
 
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, with_prefix
+from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.attention import wants_xformers, with_attention
 from library.models.clip import PROJECTION, clip_component, clip_of_folder, load_clip
@@ -82,11 +83,11 @@ def unet_layout_of(unet: Component) -> UnetLayout:
 def open_loader(options: TrainOptions) -> SdxlLoader:
     """Open the checkpoint that the options name; of the files only headers are read.
 
-    Raises ValueError naming the flag when a file is missing, broken, incomplete or another kind of model.
+    Raises UserError naming the flag when a file is missing, broken, incomplete or another kind of model.
     """
     name = options.model.pretrained_model_name_or_path
     if not name:
-        raise ValueError(f"{BASE_FLAG} is missing: give a .safetensors or .ckpt file, a diffusers folder or a hub name")
+        raise UserError(f"{BASE_FLAG} is missing: give a .safetensors or .ckpt file, a diffusers folder or a hub name")
     parts_of_folder = (("unet",), ("vae",), ("text_encoder",), ("text_encoder_2",))
     path = sources.find_model(BASE_FLAG, name, parts_of_folder)
     if path.is_dir():
@@ -122,7 +123,7 @@ def folder_parts(flag: str, path: Path, own_vae: bool) -> dict[str, Component]:
     parts = {"unet": Component(*sources.open_part(flag, path / "unet", "unet"))}
     refuse_other(flag, str(path), base_of_folder(class_name, parts["unet"].weights.shapes), "sdxl")
     if not (path / "text_encoder").is_dir() and (path / "text_encoder_2").is_dir():
-        raise ValueError(f"{flag} {path}: this is the SDXL refiner; only the base model is trained")
+        raise UserError(f"{flag} {path}: this is the SDXL refiner; only the base model is trained")
     parts["text_encoder"] = clip_of_folder(*sources.open_part(flag, path / "text_encoder", "text_encoder"))
     second = sources.open_part(flag, path / "text_encoder_2", "text_encoder_2")
     parts["text_encoder_2"] = clip_of_folder(*second, projects=True)
@@ -153,10 +154,10 @@ def single_file_parts(flag: str, weights: Weights, own_vae: bool) -> dict[str, C
 
 
 def check_channels(path: Path, unet: Component) -> None:
-    """Raise ValueError where the U-Net does not fit what training feeds it."""
+    """Raise UserError where the U-Net does not fit what training feeds it."""
     channels = unet.config.get("in_channels", LATENT_CHANNELS)
     if channels != LATENT_CHANNELS:
-        raise ValueError(
+        raise UserError(
             f"{BASE_FLAG} {path}: the U-Net takes {channels} input channels, training feeds {LATENT_CHANNELS}; "
             "inpainting and other conditioned variants of SDXL are not supported"
         )

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from library.checkpoints.adapter_keys import AdapterKey, without_peft_prefix
 from library.checkpoints.files import is_safetensors, load_state_dict, read_metadata
+from library.errors import UserError
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.reading_writing import save_network
 from networks.core.kinds import norm
@@ -56,12 +57,12 @@ class AdapterFile:
 
 
 def read_adapter_file(path: str | Path, flag: str = "") -> AdapterFile:
-    """Read an adapter file of any naming. Raises ValueError naming `flag` when it cannot be read or has no adapter."""
+    """Read an adapter file of any naming. Raises UserError naming `flag` when it cannot be read or has no adapter."""
     where = f"{flag} {path}".strip()
     try:
         tensors, metadata = load_state_dict(path), read_metadata(path)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{flag}: {error}" if flag else str(error)) from error
+        raise UserError(f"{flag}: {error}" if flag else str(error)) from error
     file = parse_adapter(tensors, metadata, where)
     settings = peft_settings(Path(path))
     if settings is not None:
@@ -72,7 +73,7 @@ def read_adapter_file(path: str | Path, flag: str = "") -> AdapterFile:
 def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str) -> AdapterFile:
     """Sort the tensors of an adapter file by module.
 
-    Raises ValueError when there is no adapter among them, or when the factors of a module do not belong together.
+    Raises UserError when there is no adapter among them, or when the factors of a module do not belong together.
     """
     leaves: dict[str, dict[str, Tensor]] = {}
     keys: dict[str, dict[str, str]] = {}
@@ -84,7 +85,7 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], or
             continue
         name, leaf = found.module, found.leaf
         if leaf in keys.get(name, {}):
-            raise ValueError(f"{origin} has two tensors for the same thing: {keys[name][leaf]} and {key}")
+            raise UserError(f"{origin} has two tensors for the same thing: {keys[name][leaf]} and {key}")
         leaves.setdefault(name, {})[leaf] = tensor
         keys.setdefault(name, {})[leaf] = key
     settings = diffusers_settings(metadata)
@@ -94,7 +95,7 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], or
         modules[name].check(origin)
     if not modules:
         first = ", ".join(list(tensors)[:3]) or "none"
-        raise ValueError(f"{origin} has no weights of an adapter (first keys: {first}); give a LoRA file")
+        raise UserError(f"{origin} has no weights of an adapter (first keys: {first}); give a LoRA file")
     return AdapterFile(origin, modules, dict(metadata), unknown)
 
 
@@ -126,15 +127,15 @@ LOW_RANK: tuple[Kind, ...] = (*(kind for kind in COMPUTED if kind.is_low_rank), 
 
 
 def require_kinds(file: AdapterFile, kinds: Collection[Kind], purpose: str) -> None:
-    """Raise ValueError unless every module is of one of `kinds` and every key was understood."""
+    """Raise UserError unless every module is of one of `kinds` and every key was understood."""
     other = {module.name: module for module in file.modules.values() if module.kind not in kinds}
     if other:
         name, module = next(iter(other.items()))
-        raise ValueError(
+        raise UserError(
             f"{file.origin}: {len(other)} modules cannot be {purpose}, the first is {name} ({module.kind.words})"
         )
     if file.unknown:
-        raise ValueError(
+        raise UserError(
             f"{file.origin} has {len(file.unknown)} keys that are not understood, so it cannot be {purpose}; the first "
             f"is {next(iter(file.unknown))}"
         )
@@ -167,7 +168,7 @@ def peft_settings(path: Path) -> Mapping[str, Mapping[str, Any]] | None:
     try:
         return {"": dict(json.loads(beside.read_text(encoding="utf-8")))}
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{beside} is damaged: {error}") from error
+        raise UserError(f"{beside} is damaged: {error}") from error
 
 
 def with_alpha(module: ModuleWeights, settings: Mapping[str, Mapping[str, Any]]) -> ModuleWeights:

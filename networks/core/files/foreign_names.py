@@ -14,7 +14,7 @@ from networks.core.files.renaming import rename
 def in_own_names(tensors: Mapping[str, Tensor], names: BaseNames | None, file: str | Path) -> Mapping[str, Tensor]:
     """The tensors of an adapter file under kohya's names, the strengths that other namings keep elsewhere included.
 
-    A file that has these names already, or whose base model lists no others, comes back as it is. Raises ValueError
+    A file that has these names already, or whose base model lists no others, comes back as it is. Raises UserError
     naming the keys that have no place in this base model, or naming a module that stands twice.
     """
     if names is None or not any(is_foreign(key, names) for key in tensors):

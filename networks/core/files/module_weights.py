@@ -7,6 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from library.errors import UserError
 from networks.core.kinds import lora
 from networks.core.kinds.change import AdditiveChange, Change, LowRankChange, Misfit
 from networks.core.kinds.kind import Kind
@@ -81,7 +82,7 @@ class ModuleWeights:
     def change(self, dtype: torch.dtype | None = torch.float32) -> Change:
         """What the module does to its layer, computed in `dtype` or in that of the file.
 
-        Raises ValueError for kinds that are only recognised.
+        Raises UserError for kinds that are only recognised.
         """
         leaves = {leaf: tensor.to(dtype or tensor.dtype) for leaf, tensor in self.tensors.items() if leaf != ALPHA}
         if self.kind.rank_of is not None:
@@ -89,7 +90,7 @@ class ModuleWeights:
         try:
             return change_of(leaves)
         except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from None
+            raise UserError(f"{self.name}: {error}") from None
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """What is added to the layer's weight, in its shape; for DoRA before the magnitudes."""
@@ -110,12 +111,12 @@ class ModuleWeights:
     ) -> Tensor:
         """`base`, a parameter of the layer, as it computes the same without the adapter, in `dtype`.
 
-        Raises ValueError when the change has another size than `base`.
+        Raises UserError when the change has another size than `base`.
         """
         try:
             return self.change(dtype).merged(base.to(dtype), strength, parameter)
         except Misfit as misfit:
-            raise ValueError(self._describe(misfit)) from None
+            raise UserError(self._describe(misfit)) from None
 
     def with_factors(self, up_OR: Tensor, down_RN: Tensor, scale: float) -> "ModuleWeights":
         """The same module as a plain LoRA with these factors, of which the change is scale * up @ down.
@@ -138,15 +139,15 @@ class ModuleWeights:
         return replace(self, tensors=tensors, keys=keys, alpha_elsewhere=None)
 
     def check(self, origin: str) -> None:
-        """Raise ValueError where the tensors do not belong together."""
+        """Raise UserError where the tensors do not belong together."""
         kind = self.kind
         wrong = kind.fault(self.name, self.tensors, self.keys) if kind.fault is not None else None
         if wrong is not None:
-            raise ValueError(f"{origin}{'' if wrong.startswith(':') else ' '}{wrong}")
+            raise UserError(f"{origin}{'' if wrong.startswith(':') else ' '}{wrong}")
         missing = [leaf for leaf in kind.needs if leaf not in self.tensors] if kind.rank_of is not None else []
         if missing:
             there = next(self.keys[leaf] for leaf in (*kind.needs, *kind.core) if leaf in self.tensors)
-            raise ValueError(f"{origin} has {there} without its {missing[0]}; the file is incomplete")
+            raise UserError(f"{origin} has {there} without its {missing[0]}; the file is incomplete")
 
     def _describe(self, misfit: Misfit) -> str:
         if misfit.leaf:

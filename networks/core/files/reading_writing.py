@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from library.checkpoints.adapter_keys import AdapterKey
 from library.checkpoints.files import is_safetensors, load_state_dict, save_pickle_state_dict, save_safetensors
 from library.checkpoints.hashes import with_hashes
+from library.errors import UserError
 from networks.core.adapter import Adapter
 from networks.core.kinds import norm
 from networks.core.kinds.kind import Kind
@@ -46,7 +47,7 @@ class LoadReport:
 
 
 def read_adapters(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of an adapter file. Raises ValueError for a file that cannot be read."""
+    """The tensors of an adapter file. Raises UserError for a file that cannot be read."""
     return load_state_dict(path)
 
 
@@ -55,7 +56,7 @@ def group_by_module(
 ) -> dict[str, dict[str, Tensor]]:
     """Module name -> the rest of the key -> tensor.
 
-    Raises ValueError for a file of another kind than `kinds` or with other names, saying what to do.
+    Raises UserError for a file of another kind than `kinds` or with other names, saying what to do.
     """
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -68,7 +69,7 @@ def group_by_module(
     if foreign:
         door = next((kind.door for kind in KINDS if kind.door and foreign[0] in kind.leaves), "")
         way_out = "For files made by LyCORIS use --network_module lycoris.kohya"
-        raise ValueError(
+        raise UserError(
             f"{source} has keys such as *.{foreign[0]} that this network module cannot use; it reads "
             f"{', '.join(f'*.{leaf}' for leaf in known)}. " + (f"Use --network_module {door}" if door else way_out)
         )
@@ -92,14 +93,14 @@ def leaves_of(kinds: Sequence[Kind]) -> tuple[str, ...]:
 
 
 def check_complete(module: str, group: Mapping[str, Tensor], source: str) -> None:
-    """Raise ValueError where a module lacks what its kind needs."""
+    """Raise UserError where a module lacks what its kind needs."""
     kind = kind_of(group)
     if all(leaf in group for leaf in kind.needs) and (kind.needs or group.keys() <= {ALPHA}):
         return
     has = f"{source}: {module} has {' and '.join(group)}"
     if kind.together and any(leaf in group for leaf in kind.ends or kind.needs):
-        raise ValueError(f"{has}, but {kind.together} belong together")
-    raise ValueError(f"{has} alone; the file is incomplete")
+        raise UserError(f"{has}, but {kind.together} belong together")
+    raise UserError(f"{has} alone; the file is incomplete")
 
 
 def rank_and_alpha(group: Mapping[str, Tensor]) -> tuple[int, float]:
@@ -114,7 +115,7 @@ def load_into(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], so
     """Copy weights into the adapters of the same name.
 
     A trained strength becomes 1, as the file has it in its factors. Magnitudes that the file lacks are set so that the
-    module computes what the file does. Raises ValueError when no name fits, or when a shape differs: then nothing has
+    module computes what the file does. Raises UserError when no name fits, or when a shape differs: then nothing has
     been changed.
     """
     groups = {
@@ -123,7 +124,7 @@ def load_into(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], so
     }
     fitting = [name for name in adapters if name in groups]
     if not fitting:
-        raise ValueError(
+        raise UserError(
             f"no module of {source} belongs to this network: the file has {_some(list(groups))}, the network "
             f"{_some(list(adapters))}. Was it made for another base model?"
         )
@@ -149,7 +150,7 @@ def load_into(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], so
 def in_own_form(name: str, adapter: Adapter, group: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
     """One module of a file as the adapter has it in memory: with split_qkv the blocks of the up factor alone.
 
-    Raises ValueError where the file has more than those blocks.
+    Raises UserError where the file has more than those blocks.
     """
     change = adapter.change
     if not isinstance(change, ScaledDelta) or not kind_of(group).is_low_rank:
@@ -159,7 +160,7 @@ def in_own_form(name: str, adapter: Adapter, group: Mapping[str, Tensor], source
         return {k: t.view_as(own[k]) if k in own and (*t.shape, 1, 1) == own[k].shape else t for k, t in group.items()}
     apart = change.delta.apart(group)
     if apart is None:
-        raise ValueError(
+        raise UserError(
             f"{name} is one adapter for all {len(change.delta.widths)} projections of its layer in {source}; split_qkv "
             "trains one for each. Set --network_args split_qkv=False to train it further as it is"
         )
@@ -167,7 +168,7 @@ def in_own_form(name: str, adapter: Adapter, group: Mapping[str, Tensor], source
 
 
 def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], source: str) -> None:
-    """Raise ValueError where weights of a file do not fit an adapter."""
+    """Raise UserError where weights of a file do not fit an adapter."""
     change = adapter.change
     assert isinstance(change, nn.Module)
     own = change.state_dict()
@@ -175,7 +176,7 @@ def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], sourc
         check_kind(name, change, group, source)
         rank = rank_and_alpha(group)[0]
         if rank != change.delta.rank:
-            raise ValueError(
+            raise UserError(
                 f"{name} has rank {rank} in {source}, but the settings (--network_dim, --network_args) give it rank "
                 f"{change.delta.rank}; add --dim_from_weights to take the ranks from the file, or set "
                 f"--network_dim={rank}"
@@ -183,36 +184,36 @@ def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], sourc
     for leaf in group:
         if leaf != ALPHA and (leaf not in own or group[leaf].shape != own[leaf].shape):
             needed = f"needs {list(own[leaf].shape)}" if leaf in own else "has none"
-            raise ValueError(
+            raise UserError(
                 f"{name}.{leaf} has the shape {list(group[leaf].shape)} in {source}, but the base model {needed}; the "
                 "file was made for another base model"
             )
 
 
 def check_kind(name: str, change: ScaledDelta, group: Mapping[str, Tensor], source: str) -> None:
-    """Raise ValueError where the file has the module in another form than the settings ask for."""
+    """Raise UserError where the file has the module in another form than the settings ask for."""
     kind, own = kind_of(group), kind_of(change.state_dict())
     if kind.door != own.door:
-        raise ValueError(
+        raise UserError(
             f"{name} is {kind.words} in {source}, but --network_module makes it {own.words}"
             + (f"; use --network_module {kind.door}" if kind.door else "")
         )
     if kind.has_core(group) != change.delta.has_core:
         has, wanted = ("a Tucker core", "True") if kind.has_core(group) else ("no Tucker core", "False")
-        raise ValueError(
+        raise UserError(
             f"{name} has {has} in {source}; set --network_args use_tucker={wanted}, or add --dim_from_weights to take "
             "the form from the file"
         )
     if DORA_SCALE not in group:
         return
     if group[DORA_SCALE].shape[:1] != (1,) and group[DORA_SCALE].numel() != 1:
-        raise ValueError(
+        raise UserError(
             f"{name}.{DORA_SCALE} has the shape {list(group[DORA_SCALE].shape)} in {source}: one magnitude for each "
             "output (PEFT, LyCORIS with wd_on_output=True). Here there is one for each input, (1, inputs), which is "
             "what inference programs apply exactly; the one cannot be turned into the other"
         )
     if change.dora_scale is None:
-        raise ValueError(
+        raise UserError(
             f"{name} has magnitudes (DoRA) in {source}; set --network_args dora_wd=True, or add --dim_from_weights to "
             "take the form from the file"
         )

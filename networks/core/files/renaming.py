@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames
+from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import norm, rows
@@ -32,12 +33,12 @@ class Renamed:
 def rename(file: AdapterFile, names: BaseNames, to: FileNaming, drop_unsupported: bool = False) -> Renamed:
     """The file in the naming `to`.
 
-    Raises ValueError naming the keys that `to` cannot hold, unless they are to be dropped, and for a file in which one
+    Raises UserError naming the keys that `to` cannot hold, unless they are to be dropped, and for a file in which one
     module stands twice.
     """
     lost = list(unsupported_keys(file, names, to))
     if lost and not drop_unsupported:
-        raise ValueError(
+        raise UserError(
             f"{file.origin}: the {to} naming has no place for {some_keys(lost)}; --drop_unsupported leaves them out, "
             "which changes what the adapter does"
         )
@@ -50,7 +51,7 @@ def rename(file: AdapterFile, names: BaseNames, to: FileNaming, drop_unsupported
             if not dtypes >= rows.dtypes_of(tensors):
                 widened.append(name)
     if not modules:
-        raise ValueError(f"{file.origin}: the {to} naming can hold none of its {len(file.modules)} modules")
+        raise UserError(f"{file.origin}: the {to} naming can hold none of its {len(file.modules)} modules")
     renamed = file.with_modules(modules.values(), file.metadata)
     return Renamed(AdapterFile(file.origin, renamed.modules, renamed.metadata, {}), tuple(lost), tuple(widened))
 
@@ -72,7 +73,7 @@ def in_naming(
     """(name, tensors) of one module of the base model, which can be several where diffusers has pieces of it."""
     pieces = {found.piece_of(member.name): member for member in members}
     if len(pieces) < len(members) or (len(members) > 1 and None in pieces):
-        raise ValueError(f"{origin} has the module {found.kohya} twice, under different names; remove one of them")
+        raise UserError(f"{origin} has the module {found.kohya} twice, under different names; remove one of them")
     if None not in pieces and to == "diffusers":
         for i, piece in enumerate(found.pieces):
             if i in pieces:
@@ -129,7 +130,7 @@ def split_rows(
     """One LoRA per piece."""
     num_rows, num_shares = rows.num_rows(tensors), sum(piece.share for piece in found.pieces)
     if num_rows % num_shares:
-        raise ValueError(f"{origin}: {found.kohya} has {num_rows} outputs, which is no multiple of {num_shares}")
+        raise UserError(f"{origin}: {found.kohya} has {num_rows} outputs, which is no multiple of {num_shares}")
     for piece, of_piece in zip(found.pieces, rows_of_pieces(found, num_rows // num_shares), strict=True):
         yield piece.diffusers, rows.take_rows(tensors, of_piece)
 
@@ -147,7 +148,7 @@ def join_pieces(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights], 
     folded = {i: without_alpha(module) for i, module in pieces.items() if i is not None}
     units = {rows.num_rows(folded[i]) / piece.share for i, piece in enumerate(found.pieces) if i in folded}
     if len(units) > 1 or not next(iter(units)).is_integer():
-        raise ValueError(f"{origin}: the sizes of the pieces of {found.kohya} do not fit together")
+        raise UserError(f"{origin}: the sizes of the pieces of {found.kohya} do not fit together")
     tensors = rows.join_rows(folded, list(rows_of_pieces(found, int(next(iter(units))))))
     return ModuleWeights(found.kohya, tensors, {leaf: f"{found.kohya}.{leaf}" for leaf in tensors})
 

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from library.errors import UserError
+
 Forward = Callable[[Tensor], Tensor]
 
 Leaves = Mapping[str, Tensor]
@@ -78,7 +80,7 @@ class LowRankChange(AdditiveChange, Protocol):
         ...
 
 
-class Misfit(ValueError):
+class Misfit(UserError):
     """A change meets a weight of another size."""
 
     def __init__(self, leaf: str, change: tuple[int, ...], base: tuple[int, ...]) -> None:
@@ -158,6 +160,6 @@ def fill(delta: nn.Module, leaves: Mapping[str, Tensor]) -> None:
     for name, tensor in own.items():
         if name not in leaves or leaves[name].shape != tensor.shape:
             given = list(leaves[name].shape) if name in leaves else "missing"
-            raise ValueError(f"{name} is {given}, but {list(tensor.shape)} fits the rest")
+            raise UserError(f"{name} is {given}, but {list(tensor.shape)} fits the rest")
     delta.load_state_dict({name: leaves[name] for name in own}, assign=True)
     delta.requires_grad_(False)

@@ -8,6 +8,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from library.errors import UserError
 from library.randomness import random_for
 from networks.core.arguments import NetworkArguments
 from networks.core.kinds.change import factor
@@ -119,14 +120,14 @@ def draw_rank(network: AdapterNetwork, seed: int, step: int) -> None:
 
 
 def check_units(network: AdapterNetwork) -> None:
-    """Log which ranks are trained. Raises ValueError naming the nearest multiples where a rank is none of its unit."""
+    """Log which ranks are trained. Raises UserError naming the nearest multiples where a rank is none of its unit."""
     for site, delta in nested_modules(network):
         unit = unit_of(site, network.arguments)
         if delta.rank % unit:
             argument, setting = UNITS[site.kind]
             lower = delta.rank - delta.rank % unit
             nearest = f"{lower} or {lower + unit}" if lower else str(unit)
-            raise ValueError(
+            raise UserError(
                 f"--network_args {argument}={unit}: {site.name} has rank {delta.rank}, which is no multiple of it; "
                 f"set {setting} to {nearest}, or choose another {argument}"
             )

@@ -55,6 +55,6 @@ class Door:
     make_core: MakeDelta  # with use_tucker, for kernels larger than 1x1
     make_split: MakeSplit | None = None  # with split_qkv
     kinds: tuple[Kind, ...] = ()  # what files may hold that it trains further, beside norms
-    check: Callable[[Any], None] | None = None  # tells what comes of the settings, or raises ValueError
+    check: Callable[[Any], None] | None = None  # tells what comes of the settings, or raises UserError
     start_step: Callable[[Any, int, int], None] | None = None  # called before each batch of an optimizer step
     refuses: Mapping[str, str] = field(default_factory=dict)  # network argument -> why it does not work with this kind

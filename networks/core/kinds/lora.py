@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
+from library.errors import UserError
 from networks.core.kinds.change import Leaves, factor, in_dtype_of
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.leaves import ALPHA, DOWN, UP
@@ -83,9 +84,9 @@ def run_like(layer: nn.Module, x: Tensor, weight: Tensor, columns: Tensor | None
 
 
 def check_kernel(layer: nn.Module) -> nn.Module:
-    """The layer. Raises ValueError for a convolution that cannot be adapted."""
+    """The layer. Raises UserError for a convolution that cannot be adapted."""
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
-        raise ValueError(
+        raise UserError(
             f"a convolution with groups={layer.groups} and padding_mode={layer.padding_mode!r} cannot be adapted; "
             "give its block the rank 0"
         )

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from torch import nn
 
 from library.checkpoints.adapter_names import FileNaming
+from library.errors import UserError
 from networks.core.kinds import loha, lora, norm, tucker
 from networks.core.kinds.change import Change, Leaves
 from networks.core.kinds.kind import Kind
@@ -36,11 +37,11 @@ def kind_of(leaves: Collection[str]) -> Kind:
 def change_of(leaves: Leaves, layer: nn.Module | None = None) -> Change:
     """The change that a module in a file makes, of `layer` or, without one, of a weight alone.
 
-    Raises ValueError for a kind that is only recognised.
+    Raises UserError for a kind that is only recognised.
     """
     kind = kind_of(leaves)
     if kind.read is None:
-        raise ValueError(f"{kind.words} is not computed here")
+        raise UserError(f"{kind.words} is not computed here")
     return kind.read(leaves, layer)
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from library.errors import UserError
 from networks.core.argument_values import LrPreset, LrWeights
 from networks.core.arguments import NetworkArguments
 from networks.core.sites.site_selection import Choices, Expressions
@@ -110,7 +111,7 @@ def make_rules(
 ) -> Rules:
     """The rules of the denoiser or of a text encoder; what speaks of blocks acts on the denoiser only.
 
-    Raises ValueError where a list does not fit the blocks of the base model.
+    Raises UserError where a list does not fit the blocks of the base model.
     """
     layout = targets.block_list
     conv_alpha = DEFAULT_CONV_ALPHA if arguments.conv_alpha is None else arguments.conv_alpha
@@ -141,7 +142,7 @@ def make_block_table(
         if values is None:
             return (otherwise,) * num_blocks
         if len(values) != num_blocks:
-            raise ValueError(
+            raise UserError(
                 f"--network_args {name} has {len(values)} entries; this base model needs {num_blocks}, one per block: "
                 f"{describe_blocks(_needed(layout, arguments))}"
             )
@@ -199,7 +200,7 @@ def _factor_lists(arguments: NetworkArguments) -> list[str]:
 def _needed(layout: BlockList | None, arguments: NetworkArguments) -> BlockList:
     if layout is None:
         names = [*(["block_dims"] if arguments.block_dims is not None else []), *_factor_lists(arguments)]
-        raise ValueError(f"--network_args {', '.join(names)}: this base model has no numbered blocks; leave it out")
+        raise UserError(f"--network_args {', '.join(names)}: this base model has no numbered blocks; leave it out")
     return layout
 
 
@@ -213,7 +214,7 @@ def _side(name: str, weights: LrWeights | None, num_blocks: int) -> tuple[float,
     if isinstance(weights, LrPreset):
         return preset_factors(weights, num_blocks)
     if len(weights) > num_blocks:
-        raise ValueError(f"--network_args {name} has {len(weights)} entries; there are {num_blocks} such blocks here")
+        raise UserError(f"--network_args {name} has {len(weights)} entries; there are {num_blocks} such blocks here")
     if len(weights) == 1 and name != "mid_lr_weight":
         return weights * num_blocks
     return weights + (1.0,) * (num_blocks - len(weights))

@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 from torch import nn
 
+from library.errors import UserError
 from networks.core.argument_values import Selection
 from networks.core.arguments import NetworkArguments
 from networks.core.sites.targets import AdapterTargets, Filters, Part, Site, count_blocks, find_embedders, find_sites
@@ -103,25 +104,25 @@ def extra_classes(part: Part, arguments: NetworkArguments) -> tuple[str, ...]:
 
 
 def check_choices(targets: AdapterTargets, arguments: NetworkArguments, denoiser: nn.Module) -> None:
-    """Raise ValueError for a choice that the base model does not have; warn of arguments that mean nothing to it."""
+    """Raise UserError for a choice that the base model does not have; warn of arguments that mean nothing to it."""
     given = arguments.of_model
     for name, pattern in targets.block_choices.items():
         num_blocks = count_blocks(denoiser, pattern)
         wanted = given[name].indices if name in given else None
         if wanted and max(wanted) >= num_blocks:
-            raise ValueError(
+            raise UserError(
                 f"--network_args {name} names block {max(wanted)}, but the base model has {num_blocks} of them: "
                 f"0 to {num_blocks - 1}"
             )
     embedders = targets.embedders
     if embedders is not None and len(given.get(embedders.argument, embedders.patterns)) != len(embedders.patterns):
-        raise ValueError(
+        raise UserError(
             f"--network_args {embedders.argument} has {len(given[embedders.argument])} entries; it needs "
             f"{len(embedders.patterns)}: {', '.join(p.replace(chr(92), '') for p in embedders.patterns)}"
         )
     subset = given.get("train_blocks", "all")
     if targets.subsets and subset not in ("all", *targets.subsets):
-        raise ValueError(
+        raise UserError(
             f"--network_args train_blocks={subset}: this base model has {', '.join(('all', *targets.subsets))}"
         )
     foreign = sorted(given.keys() - targets.arguments)

@@ -7,6 +7,7 @@ import pytest
 
 from library.data.captions import CaptionRules
 from library.data.schema import NoDataFound, SubsetConfig, load_dataset_config
+from library.errors import UserError
 from library.options.train import TrainOptions
 from tests.unit.data.builders import options_of, write_config
 
@@ -148,7 +149,7 @@ def test_syntax_mistakes_name_file_line_and_column(tmp_path):
 def test_files_of_another_kind_or_missing_are_named(tmp_path):
     assert "must end in .toml or .json" in mistakes(tmp_path, "", name="data.yaml")
     for name in ("none.toml", "none.json"):
-        with pytest.raises(FileNotFoundError, match="there is no such file"):
+        with pytest.raises(UserError, match="there is no such file"):
             load_dataset_config(options_of("", "--dataset_config", str(tmp_path / name)))
 
 

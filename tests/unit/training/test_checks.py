@@ -302,7 +302,7 @@ def test_previews_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
     path.write_text("a cat")
     check(made(**previews))
     assert "--sample_sampler is 'eular'; did you mean euler?" in refusal(**previews, sample_sampler="eular")
-    with pytest.raises(OSError, match=r"none\.txt, but there is no such file"):
+    with pytest.raises(ValueError, match=r"none\.txt, but there is no such file"):
         check(made(sample_every_n_steps=2, sample_prompts="none.txt"))
 
 
