@@ -16,7 +16,11 @@ from tests.runs.bases import BASES
 Train = Callable[..., Finished]
 
 
-@pytest.mark.parametrize("name", BASES)
+# the U-Nets compute no angles: what else a run needs is the same
+SLOW = ("sd", "sd2", "sdxl")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in BASES])
 def test_a_run_needs_no_float64_on_its_device(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -58,7 +58,7 @@ def test_the_adapter_is_that_of_a_run_without_caches_bit_for_bit(
         "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "2", "--validation_split", "0.4",
         "--validate_every_n_steps", "2", *extra,
     ]  # fmt: skip
-    runs = {"plain": [], "memory": [CACHED], "disk": [ON_DISK], "again": [ON_DISK]}
+    runs = {"plain": [], "memory": [CACHED], "disk": [ON_DISK]}
     measured = {}
     for output, more in runs.items():
         done = run(name, output, *looks, *more)
@@ -67,17 +67,21 @@ def test_the_adapter_is_that_of_a_run_without_caches_bit_for_bit(
     plain = saved(tmp_path, "plain")
     learned = {key.split("_")[1] for key, tensor in plain.items() if "lora_up" in key and tensor.abs().max() > 0}
     assert learned == {*trained, "unet"}
-    for output in ("memory", "disk", "again"):
+    for output in ("memory", "disk"):
         found = saved(tmp_path, output)
         assert found.keys() == plain.keys() and all(torch.equal(found[key], plain[key]) for key in plain)
         assert measured[output] == measured["plain"] != []
         assert pictures_of(tmp_path, output) == pictures_of(tmp_path, "plain") != []
-    assert "0 are missing, 0 are made again" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_is_on_the_disk_serves_runs_that_train_the_denoiser_alone(run: Run, tmp_path: Path) -> None:
     """The files hold the features of all encoders as they were before training."""
     assert run("flux", "both", ON_DISK).status == 0
+    done = run("flux", "again", ON_DISK)
+    assert done.status == 0 and "0 are missing, 0 are made again" in done.stderr
+    both, again = saved(tmp_path, "both"), saved(tmp_path, "again")
+    assert all(torch.equal(both[key], again[key]) for key in both)
     done = run("flux", "alone", ON_DISK, "--network_train_unet_only")
     assert done.status == 0 and "0 are missing, 0 are made again" in done.stderr
     assert run("flux", "fresh", CACHED, "--network_train_unet_only").status == 0

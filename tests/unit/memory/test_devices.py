@@ -1,9 +1,14 @@
-"""What is given back between the stages of a run."""
+"""How models lie in memory, and what is given back between the stages of a run."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch import nn
 
-from library.memory.devices import release_memory
+from library.memory.devices import release_memory, survivable
+from tests.running import ROOT
 
 BACKENDS = {"cuda": "torch.cuda", "mps": "torch.mps"}
 
@@ -19,3 +24,34 @@ def test_the_cache_of_the_card_that_is_there_is_emptied(monkeypatch: pytest.Monk
     assert emptied == []
     release_memory()
     assert emptied == ([there] if there else [])
+
+
+CRASH = """
+import sys, torch
+from torch import nn
+from library.memory.devices import place
+layers = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 3))
+layers.requires_grad_(False)
+place(place(layers, torch.device("cpu")), torch.device("cpu"))
+assert len(layers[1]._forward_pre_hooks) == 1
+layers[1].weight.requires_grad_(True)
+layers(torch.randn(2, 4, 8, 8)).square().sum().backward()
+print(float(layers[1].weight.grad.abs().sum()) > 0)
+"""
+
+
+def test_a_group_norm_of_a_frozen_model_can_be_trained_on_the_cpu() -> None:
+    """In a process of its own, which torch would end with a segmentation fault."""
+    done = subprocess.run([sys.executable, "-c", CRASH], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+def test_only_an_input_without_gradient_changes_its_layout() -> None:
+    norm = nn.GroupNorm(2, 8)
+    x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    (changed,) = survivable(norm, (x,)) or ()
+    assert changed.is_contiguous() and torch.equal(changed, x)
+    assert survivable(norm, (x.clone().requires_grad_(),)) is None
+    assert survivable(norm, (x.contiguous(),)) is None
+    with torch.no_grad():
+        assert survivable(norm, (x,)) is None
