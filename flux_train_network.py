@@ -3,6 +3,7 @@
 import argparse
 
 from library.architectures.flux.options import FluxOptions
+from library.launcher import let_idle_threads_sleep
 from library.training.cli import build_parser
 
 
@@ -12,6 +13,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    let_idle_threads_sleep()
     from library.architectures.flux.assembly import build
     from library.training.main import main
 

@@ -6,17 +6,20 @@ process that accumulates N times as many batches: the same batches, noise, steps
 """
 
 import atexit
+import json
 import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from library.launcher import launched_count
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,17 @@ class Processes:
         if self.is_main:
             self.store.set(what, text)
         return self.store.get(what).decode()
+
+    def merged(self, what: str, own: Mapping[int, str]) -> dict[int, str]:
+        """The tables of all processes in one, for all; each is to be called for `what` once."""
+        if self.store is None:
+            return dict(own)
+        self.store.set(f"{what} {self.rank}", json.dumps(list(own.items())))
+        return {
+            int(number): str(text)
+            for rank in range(self.count)
+            for number, text in json.loads(self.store.get(f"{what} {rank}"))
+        }
 
     def share_seed(self, seed: int) -> int:
         """The main process's seed, for all."""
@@ -161,6 +175,7 @@ def of_accelerator(accelerator: Any) -> Processes:
             "and the adapter is small, so plain data-parallel training is what works: run `accelerate config` again "
             f"without {kind}, or give --multi_gpu to accelerate launch"
         )
+    check_count(launched_count(), accelerator.num_processes)
     if accelerator.num_processes == 1:
         return Processes(device=accelerator.device)
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
@@ -176,6 +191,23 @@ def of_accelerator(accelerator: Any) -> Processes:
         local_count=local_count(count),
         device=accelerator.device,
         store=PrefixStore("lora", store),
+    )
+
+
+def check_count(launched: int, count: int) -> None:
+    """Raise ValueError where the launcher started other processes than accelerate brings together."""
+    if launched == count:
+        return
+    if count == 1 and not torch.accelerator.is_available():
+        why = "torch sees no graphics card here, so they do not find each other"
+        way_out = "look what `nvidia-smi` says and whether this is torch's build for the card, or start one process"
+    else:
+        why = "its configuration says otherwise"
+        way_out = "run `accelerate config` again, or start one process"
+    raise ValueError(
+        f"the launcher started {launched} processes, but for accelerate {count} of them belong together: {why}. Each "
+        f"would train the whole run and write the same files; {way_out}: python3 instead of accelerate launch, or "
+        "--num_processes 1"
     )
 
 

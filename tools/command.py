@@ -11,7 +11,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SUFFIXES = (".safetensors", ".ckpt", ".pt")
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".sft")
 
 
 def run(

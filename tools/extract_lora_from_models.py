@@ -21,7 +21,8 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.architectures.sd.assembly import metadata as sd_metadata
-from library.architectures.sdxl.assembly import metadata as sdxl_metadata
+from library.architectures.sdxl.assembly import RECIPE as SDXL
+from library.architectures.sdxl.options import SdxlOptions
 from library.checkpoints.adapter_names import BASES
 from library.checkpoints.base_model import BaseModel
 from networks.core.files.adapter_file import AdapterFile, save_adapter_file
@@ -121,7 +122,11 @@ def extracted_metadata(args: argparse.Namespace, base: str) -> dict[str, str]:
     """What the header says: what the LoRA is for and its ranks."""
     velocity = args.v_parameterization
     metadata = {
-        **(sdxl_metadata(velocity) if base == "sdxl" else sd_metadata(base == "sd2", velocity)),
+        **(
+            SDXL.describe(SdxlOptions(), prediction_type="v" if velocity else "epsilon")
+            if base == "sdxl"
+            else sd_metadata(base == "sd2", velocity)
+        ),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(args.dim),
         "ss_network_alpha": str(float(args.dim)),

@@ -90,7 +90,8 @@ def resize_module(module: ModuleWeights, measure: Measure, device: torch.device)
     u, s_K, v = svd_of_product(up_OR.to(device), down_RN.to(device))
     rank = measure.rank_of(module, s_K)
     up, down = balanced(u, s_K, v, rank)
-    s_K, kept = s_K.double(), s_K[:rank].double()
+    s_K = s_K.cpu().double()  # not every device has float64
+    kept = s_K[:rank]
     total, norm = float(s_K.sum()), float(s_K.norm())
     return Resized(
         module=module.with_factors(up.cpu(), down.cpu(), module.scale),

@@ -17,7 +17,7 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.checkpoints.files import is_safetensors, read_header
+from library.checkpoints.files import holds_safetensors, read_header
 from tools.command import make_parser, run
 
 TAG_KEY = "ss_tag_frequency"
@@ -112,10 +112,10 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def show(path: Path, key: str | None, is_json: bool, num_tags: int) -> Iterator[str]:
     """The lines to print. Raises ValueError for a file or key that cannot be shown."""
-    if not is_safetensors(path):
-        raise ValueError(f"--model {path}: only .safetensors files have metadata")
     if not path.is_file():
         raise ValueError(f"--model {path} does not exist")
+    if not holds_safetensors(path):
+        raise ValueError(f"--model {path}: only safetensors files have metadata")
     metadata = read_header(path).metadata
     if key is not None:
         if key not in metadata:

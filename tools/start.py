@@ -212,9 +212,12 @@ def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
 
 
 def child_environment() -> "dict[str, str]":
-    """Return the environment of everything that is started here: UTF-8 output, no model hub, packages from `.venv`."""
+    """Return the environment of everything that is started here.
+
+    UTF-8 output, no model hub, packages from `.venv`; threads that wait sleep, unless OMP_WAIT_POLICY says otherwise.
+    """
     settings = {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "PIP_USER": "0"}
-    return {**os.environ, **settings}
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **settings}
 
 
 def run(command: "list[str]", keep_errors_in: "deque | None" = None, quiet: bool = False) -> int:
@@ -285,18 +288,26 @@ def pytest_command(python: Path, slow: bool, pytest_arguments: "list[str]") -> "
     return [str(python), "-m", "pytest", "-m", tier, *in_parallel, *pytest_arguments]
 
 
+def written_at(path: Path) -> "int | None":
+    """Return when a file was written, in nanoseconds; None if it is not there."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def quickstart(venv: Path) -> int:
     """Train the bundled example and draw what it learned. Returns the exit status."""
     python = ready_python(venv, RUN_REQUIREMENTS)
     started = time.monotonic()
-    for command in (training_command(python, num_threads()), picture_command(python)):
+    for command, product in ((training_command(python, num_threads()), ADAPTER), (picture_command(python), PICTURE)):
         print("\n$ " + " ".join(command), flush=True)
+        before = written_at(ROOT / product)
         exit_code = run(command)
         if exit_code != 0:
             return exit_code
-    missing = [name for name in (ADAPTER, PICTURE) if not (ROOT / name).exists()]
-    if missing:
-        raise StartError(f"the training ended without an error but wrote no {' and no '.join(missing)}")
+        if written_at(ROOT / product) == before:
+            raise StartError(
+                f"the command above ended without an error but wrote no {product}: it was stopped before its last "
+                "step. Start the quickstart again"
+            )
     print(
         f"\nDone in {time.monotonic() - started:.0f} s.\n"
         f"  the adapter:             {ROOT / ADAPTER}\n"

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from library.diffusion.samplers import Sampler
+from library.memory.blocks import BlockRunner, run_blocks_with
 from library.options.text_caching import TextCachingOptions
 from library.types import Batch, Conditioning, Noised, Prompt, Tokens
 
@@ -48,6 +49,16 @@ class TextPipeline(Protocol):
 
 
 @dataclass(frozen=True)
+class LiveText:
+    """The text encoders that stay in memory to be trained while the outputs of the others are cached."""
+
+    load: Callable[[], list[nn.Module]]  # the first of those that `Loader.text_encoders` gives, in its order
+    keys: tuple[str, ...]  # the features that they give; these take the place of the cached ones
+    encode: Callable[[Sequence[nn.Module], Tokens], Conditioning]  # gives exactly `keys`; gradients flow
+    excluded_by: str | None = None  # a network argument that trains an encoder whose outputs would be cached
+
+
+@dataclass(frozen=True)
 class TextCacheSpec:
     """How a base model's text features are kept; `keys` are names of its `Conditioning` and of entries in the files."""
 
@@ -57,11 +68,14 @@ class TextCacheSpec:
     identity: Callable[[], str]
     """A digest of all that decides the values besides the caption: the encoders' weights (`weights.fingerprint`), their
     dtype, token limits, masks. It is asked for before any encoder is loaded."""
+    tokenizers: tuple[Any, ...]  # of transformers; another one makes other features of the same caption
     constants: Mapping[str, Tensor] = field(
         default_factory=dict
     )  # entries of sd-scripts' files that no caption changes
     padding: Mapping[str, float] = field(default_factory=dict)
     """Keys whose second axis (the first without B) differs between captions, and what fills shorter ones in a batch."""
+    live: LiveText | None = None  # None where the encoders are trained with nothing cached, or not at all
+    can_train: bool = True  # whether the encoders can have adapters
 
 
 class LatentCodec(Protocol):
@@ -82,7 +96,13 @@ class Objective(Protocol):
     """What the denoiser learns: which noise it sees and what it must say."""
 
     def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator) -> Noised: ...
-    def target(self, noised: Noised) -> Tensor: ...
+    def estimate(self, output_BCHW: Tensor, noised: Noised) -> Tensor:
+        """What the denoiser said, in the terms of the target."""
+        ...
+
+    def target(self, noised: Noised) -> Tensor:
+        """What `estimate` should give, float32."""
+        ...
 
     def loss(self, prediction_BCHW: Tensor, target_BCHW: Tensor, noised: Noised) -> Tensor:
         """The weighted error of every latent value, float32, shape BCHW."""
@@ -94,7 +114,7 @@ class Objective(Protocol):
 
 
 class Predict(Protocol):
-    """One call of the denoiser."""
+    """One call of the denoiser, in training, validation and previews alike: its output as it is."""
 
     def __call__(self, denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor: ...
 
@@ -156,7 +176,9 @@ class Architecture:
     view: AdapterView
     preview: Preview
     metadata: Mapping[str, str]  # ss_v2, ss_base_model_version and the modelspec keys that are the model's own
+    ignores: Mapping[str, str] = field(default_factory=dict)  # option that does nothing here -> why
     text_cache: TextCacheSpec | None = None  # None where text encoder outputs cannot be cached
     vary: Vary | None = None  # None where conditioning is used as it is
     encodes_on_cpu: bool = False  # whether the text encoders stay off the card
+    run_blocks_with: Callable[[nn.Module, BlockRunner], None] = run_blocks_with  # gives the denoiser its runner
     vae_overflows_in_fp16: bool = False  # whether the VAE that comes with it gives NaN in fp16, as SDXL's does

@@ -3,10 +3,11 @@
 import json
 import logging
 import os
+import re
 import stat
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 LENGTH_BYTES = 8
 MAX_DIMENSIONS = 64  # of a tensor in torch
+SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02")  # torch's zip archives, and what torch before 1.6 wrote
+TEMPORARY = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{12}")  # the stem that `atomic_path` gives a file until it is whole
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -91,7 +95,7 @@ def read_header(path: str | Path) -> Header:
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata of a safetensors file; empty for a file of another kind, which has none."""
-    return dict(read_header(path).metadata) if is_safetensors(path) else {}
+    return dict(read_header(path).metadata) if holds_safetensors(path) else {}
 
 
 @contextmanager
@@ -105,8 +109,9 @@ def open_safetensors(path: str | Path, device: str | torch.device = "cpu") -> It
 
 
 def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: bool = False) -> dict[str, Tensor]:
-    """All tensors of a .safetensors, .ckpt, .pt, .pth or .bin file, by name.
+    """All tensors of a safetensors file or of a pickled one (.ckpt, .pt, .pth, .bin), by name.
 
+    The content tells the format, see `holds_safetensors`.
     `mmap` leaves the values of a pickled file on disk until they are used, where its format allows it (torch >= 1.6).
 
     Pickled files are read with weights_only=True, so nothing inside them is executed; a table `state_dict` in them,
@@ -117,11 +122,13 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
         raise ValueError(
             f"{path} does not exist" if not path.exists() else f"{path} is a folder, not a file of weights"
         )
-    if is_safetensors(path):
+    if holds_safetensors(path):
         with open_safetensors(path, device) as reader:
             return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118, it is no mapping
+    maps = mmap and is_zipfile(path) and not is_safetensors(path)  # given a path, torch.load goes by its extension
     try:
-        content: Any = torch.load(path, map_location=device, weights_only=True, mmap=mmap and is_zipfile(path))
+        with path.open("rb") as file:
+            content: Any = torch.load(path if maps else file, map_location=device, weights_only=True, mmap=maps)
     except Exception as error:  # unpickling raises whatever the broken or foreign file leads to
         raise ValueError(
             f"{path} cannot be read as a file of plain tensors: {error}. Files that hold other Python objects are not "
@@ -135,8 +142,23 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """Whether the extension says safetensors; every other one is a pickled file."""
-    return Path(path).suffix.lower() == ".safetensors"
+    """Whether a file that is to be written gets the safetensors format, by its extension; others are pickled."""
+    return Path(path).suffix.lower() in SAFETENSORS_SUFFIXES
+
+
+def holds_safetensors(path: str | Path) -> bool:
+    """Whether an existing file is to be read as safetensors: its content decides, whatever its name.
+
+    Only a file that has the start of neither format is judged by its extension, so that a damaged one is reported as
+    what it was meant to be.
+    """
+    with Path(path).open("rb") as file:
+        start = file.read(LENGTH_BYTES + 1)
+    if len(start) > LENGTH_BYTES and start[LENGTH_BYTES:] == b"{":
+        (num_bytes,) = struct.unpack("<Q", start[:LENGTH_BYTES])
+        if num_bytes <= MAX_HEADER_BYTES:  # the magic numbers of pickles, read as a length, are far above it
+            return True
+    return is_safetensors(path) and not start.startswith(PICKLE_STARTS)
 
 
 @contextmanager
@@ -160,6 +182,19 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def remove_temporary(folder: Path, is_wanted: Callable[[str], bool]) -> None:
+    """Clear up after a process that was killed inside `atomic_path`, for the files whose stems are wanted.
+
+    To be called only while no other process writes such files.
+    """
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        stem = entry.stem
+        while match := TEMPORARY.fullmatch(stem):  # a writer that is atomic itself makes a second one beside the first
+            stem = match["stem"]
+        if stem != entry.stem and entry.is_file() and is_wanted(stem):
+            entry.unlink()
 
 
 def save_safetensors(

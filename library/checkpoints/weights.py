@@ -13,11 +13,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from library.checkpoints.files import LENGTH_BYTES, is_safetensors, load_state_dict, read_header
+from library.checkpoints.files import (
+    LENGTH_BYTES,
+    PICKLE_STARTS,
+    holds_safetensors,
+    load_state_dict,
+    read_header,
+)
 
 ConfigT = TypeVar("ConfigT")
 
-WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
@@ -30,16 +36,15 @@ class Weights:
 
 
 def open_weights(path: Path) -> Weights:
-    """Open a .safetensors, .ckpt, .pt, .pth or .bin file, or the `*.index.json` of a checkpoint in several files.
+    """Open a file of weights, or the `*.index.json` of a checkpoint in several files.
 
-    Raises ValueError naming the file when it is truncated, something else, or a pickle that holds more than tensors.
+    Safetensors and torch's pickles are told apart by their content, whatever the file is called. Raises ValueError
+    naming the file when it is truncated, something else, or a pickle that holds more than tensors.
     """
     if path.name.endswith(".index.json"):
         return open_sharded(path)
-    if path.suffix.lower() not in WEIGHT_SUFFIXES:
-        raise ValueError(f"{path} is no checkpoint: its name must end in one of {', '.join(WEIGHT_SUFFIXES)}")
     refuse_stranger(path)
-    if is_safetensors(path):
+    if holds_safetensors(path):
         return open_safetensors(path)
     tensors = load_state_dict(path, mmap=True)
     return Weights(
@@ -140,10 +145,14 @@ def refuse_stranger(path: Path) -> None:
         raise ValueError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
         raise ValueError(f"{path} is a web page: the page about the download was saved instead of the download")
-    if is_safetensors(path) and start.startswith((b"PK\x03\x04", b"\x80\x02")):
-        raise ValueError(f"{path} is a PyTorch pickle under the name of a safetensors file; name it .ckpt")
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
         raise ValueError(f"{path} is a text file, not a checkpoint; it begins with {start[:40].decode('ascii')!r}")
+    is_named = path.suffix.lower() in WEIGHT_SUFFIXES
+    if not (is_named or holds_safetensors(path) or start.startswith(PICKLE_STARTS)):
+        raise ValueError(
+            f"{path} is no checkpoint: it holds neither safetensors nor a PyTorch pickle (it begins with "
+            f"{start[:8]!r}); other formats, such as GGUF, are not read"
+        )
 
 
 def selected(weights: Weights, old_names: Mapping[str, str]) -> Weights:

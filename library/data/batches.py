@@ -4,8 +4,9 @@ Shapes: B samples, C channels, H height, W width.
 """
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from library.data.buckets import crop_ltrb
 from library.data.captions import caption_variant, compose_caption, is_dropped
 from library.data.images import (
+    DamagedPicture,
     Pixels,
     Placement,
     centred,
@@ -53,6 +55,17 @@ class Draft:
     latents: list[Tensor | None]  # CHW each
     masks: list[Tensor | None]  # HW each, 0..1
     texts: list[Row | None]
+    skipped: list[str] = field(default_factory=list)  # what is said of damaged pictures that others stand in for
+
+
+class Taken(NamedTuple):
+    """What a draw gives: pixels or latents, the latter None for those in memory."""
+
+    number: int  # of the sample
+    is_flipped: bool
+    picture: Pixels | None
+    latent: Tensor | None  # CHW
+    mask: Tensor | None  # HW
 
 
 @dataclass
@@ -82,6 +95,7 @@ class BatchMaker(Dataset[Draft | str]):
     in_memory: frozenset[int]  # samples whose latents the main process keeps
     num_variants: int = 0  # versions that a caption is drawn from; 0 makes it anew for every draw
     text_files: Mapping[int, TextFile] = field(default_factory=dict)  # text features on disk, by sample
+    damaged: frozenset[int] = frozenset()  # samples found so while caching
 
     def __getitem__(self, order: BatchOrder) -> Draft | str:
         """The batch, or the sentence of what is wrong with a picture: exceptions lose theirs between processes."""
@@ -92,22 +106,13 @@ class BatchMaker(Dataset[Draft | str]):
 
     def draft(self, order: BatchOrder) -> Draft:
         """Read, crop and mirror the pictures of an order, or read their latents."""
-        numbers = [int(self.sample_of_draw[draw]) for draw in order.draws]
+        skipped: list[str] = []
+        taken = [self.taken_or_stand_in(order.epoch, draw, skipped) for draw in order.draws]
+        numbers, flips = [one.number for one in taken], [one.is_flipped for one in taken]
         samples = [self.samples[number] for number in numbers]
         subsets = [self.subsets[sample.subset] for sample in samples]
-        flips = [
-            subset.flip_aug and random_for(self.seed, "flip", order.epoch, draw).random() < 0.5
-            for subset, draw in zip(subsets, order.draws, strict=True)
-        ]
-        pixels, latents, masks = [], [], []
-        for number, draw, is_flipped in zip(numbers, order.draws, flips, strict=True):
-            if number in self.in_memory or number in self.files:
-                latent, mask = self.cached(number, is_flipped)
-                latents.append(latent)
-            else:
-                picture, mask = self.drawn(number, order.epoch, draw, is_flipped)
-                pixels.append(picture)
-            masks.append(mask)
+        pixels = [one.picture for one in taken if one.picture is not None]
+        latents = [one.latent for one in taken if one.picture is None]
         if latents and pixels:
             raise ValueError(f"only some latents are cached of {', '.join(sample.picture.path for sample in samples)}")
         captions = [self.caption(s, order, draw) for s, draw in zip(samples, order.draws, strict=True)]
@@ -133,7 +138,52 @@ class BatchMaker(Dataset[Draft | str]):
             self.text_files[number].read(caption) if caption and number in self.text_files else None
             for number, caption in zip(numbers, captions, strict=True)
         ]
-        return Draft(batch, numbers, flips, latents, masks, texts)
+        return Draft(batch, numbers, flips, latents, [one.mask for one in taken], texts, skipped)
+
+    def taken_or_stand_in(self, epoch: int, draw: int, skipped: list[str]) -> Taken:
+        """What a draw gives; for a damaged picture, which is told in `skipped`, what another one in its place gives."""
+        number, broken = int(self.sample_of_draw[draw]), set(self.damaged)
+        if number in broken:
+            number = self.stand_in(number, broken)
+        while True:
+            try:
+                return self.taken(number, epoch, draw)
+            except DamagedPicture as error:
+                broken.add(number)
+                number = self.stand_in(number, broken, str(error))
+                skipped.append(str(error))
+
+    def taken(self, number: int, epoch: int, draw: int) -> Taken:
+        """What a draw of this sample gives. Raises DamagedPicture."""
+        subset = self.subsets[self.samples[number].subset]
+        is_flipped = subset.flip_aug and random_for(self.seed, "flip", epoch, draw).random() < 0.5
+        if number in self.in_memory or number in self.files:
+            return Taken(number, is_flipped, None, *self.cached(number, is_flipped))
+        picture, mask = self.drawn(number, epoch, draw, is_flipped)
+        return Taken(number, is_flipped, picture, None, mask)
+
+    def stand_in(self, number: int, broken: Container[int], reason: str = "") -> int:
+        """The sample that is drawn in place of a damaged one: the next of its bucket, of its own subset if it has one.
+
+        So every batch keeps its size and the run its length. Raises ValueError where no other is left.
+        """
+        damaged = self.samples[number]
+        is_reg = self.subsets[damaged.subset].is_reg
+        alike: list[int] = [
+            other
+            for other in (*range(number + 1, len(self.samples)), *range(number))
+            if other not in broken
+            and self.samples[other].num_draws
+            and self.samples[other].dataset == damaged.dataset
+            and self.samples[other].shape.bucket == damaged.shape.bucket
+            and self.subsets[self.samples[other].subset].is_reg == is_reg
+        ]
+        if not alike:
+            raise ValueError(
+                f"{reason or f'{damaged.picture.path} is damaged'}; no other picture of its size can stand in for it: "
+                "mend it or take it out"
+            )
+        return next((other for other in alike if self.samples[other].subset == damaged.subset), alike[0])
 
     def caption(self, sample: Sample, order: BatchOrder, draw: int) -> str:
         """The prompt of one draw."""

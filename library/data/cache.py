@@ -17,7 +17,7 @@ from library.data.archives import MISSING
 from library.data.batches import check_size, to_pixels
 from library.data.buckets import Shape
 from library.data.dataset import TrainingSet
-from library.data.images import Pixels, centred, place, read_pixels
+from library.data.images import DamagedPicture, Pixels, centred, place, read_pixels
 from library.data.latent_files import (
     Expected,
     LatentFile,
@@ -89,7 +89,8 @@ def cache_latents(
     Each picture's posterior sample is drawn with its own generator, so it does not depend on batches or on what was
     cached. Entries on disk that are not true any more are made again, alone; see `latent_files.judge`. An interrupted
     run finds what it wrote. Several processes share the work out, and pass latents that are to stay in memory on in a
-    temporary folder. Raises ValueError naming a picture that cannot be read or that the VAE turns into NaN.
+    temporary folder. Damaged pictures are named and left out. Raises ValueError naming a picture that cannot be read,
+    that is damaged while no other can stand in, or that the VAE turns into NaN.
     """
     jobs = plan_jobs(training_set, options.cache_latents_to_disk)
     on_disk = [job for job in jobs if job.file is not None]
@@ -98,11 +99,14 @@ def cache_latents(
         kept = passed_on(kept, processes.shared_folder("latents"), training_set.spec)
     files: dict[int, LatentFile] = {}
     memory: dict[int, Latents] = {}
+    damaged: dict[int, str] = {}
     entries = VerifiedEntries.open(job.file for job in on_disk if job.file is not None)
 
     def encode_jobs(share: Sequence[Job]) -> None:
         for job, latents in encoded(share, encode, vae_identity, options.vae_batch_size, seed, training_set, entries):
-            if job.file is None:
+            if isinstance(latents, DamagedPicture):
+                damaged.update((user, str(latents)) for user in job.users)
+            elif job.file is None:
                 memory.update((user, latents) for user in job.users)
 
     def stale_ones(candidates: Sequence[Job], when: str) -> list[Job]:
@@ -122,7 +126,14 @@ def cache_latents(
         encode_jobs(shared_out(stale, processes.local_rank, processes.local_count))
         processes.wait_for_all("caching latents again")
     files.update((user, job.file) for job in (*kept, *stale) if job.file is not None for user in job.users)
-    training_set.use_latents(files, memory)
+    damaged = processes.merged("damaged pictures", damaged)
+    if damaged:
+        told = sorted(set(damaged.values()))
+        logger.warning(
+            "%d pictures are damaged and left out, others of their size take their place: %s", len(told), few(told)
+        )
+    files = {user: file for user, file in files.items() if user not in damaged}
+    training_set.use_latents(files, memory, frozenset(damaged))
 
 
 def shared_out(jobs: Sequence[Job], rank: int, count: int) -> list[Job]:
@@ -274,7 +285,7 @@ def encoded(
     seed: int,
     training_set: TrainingSet,
     entries: VerifiedEntries,
-) -> Iterator[tuple[Job, Latents]]:
+) -> Iterator[tuple[Job, Latents | DamagedPicture]]:
     """Every job with its latents, written to its file if it has one; threads decode pictures ahead of the VAE."""
     if not jobs:
         return
@@ -286,8 +297,11 @@ def encoded(
         tqdm(total=len(jobs), desc="caching latents…", smoothing=0, disable=launched_rank() != 0) as bar,
     ):
         writes: deque[Future[None]] = deque()
-        for batch, decoded in decoded_ahead(batches, max(1, training_set.num_workers)):
-            for job, picture, latents in zip(batch, decoded, encode_batch(batch, decoded, encode, seed), strict=True):
+        for batch, results in decoded_ahead(batches, max(1, training_set.num_workers)):
+            yield from ((job, one) for job, one in zip(batch, results, strict=True) if isinstance(one, DamagedPicture))
+            pairs = [(job, one) for job, one in zip(batch, results, strict=True) if isinstance(one, Decoded)]
+            jobs_left, decoded = [job for job, _ in pairs], [one for _, one in pairs]
+            for (job, picture), latents in zip(pairs, encode_batch(jobs_left, decoded, encode, seed), strict=True):
                 check_latents(job, latents, training_set.spec)
                 if job.file is not None:
                     origin = origin_of(job, picture, vae_identity)
@@ -320,10 +334,12 @@ def equal_batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:
         yield batch
 
 
-def decoded_ahead(batches: Sequence[list[Job]], num_threads: int) -> Iterator[tuple[list[Job], list[Decoded]]]:
+def decoded_ahead(
+    batches: Sequence[list[Job]], num_threads: int
+) -> Iterator[tuple[list[Job], list[Decoded | DamagedPicture]]]:
     """Every batch with its pictures; two batches for each thread are read ahead, not more."""
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
-    waiting: deque[tuple[list[Job], list[Future[Decoded]]]] = deque()
+    waiting: deque[tuple[list[Job], list[Future[Decoded | DamagedPicture]]]] = deque()
     remaining = iter(batches)
     try:
         while True:
@@ -331,13 +347,21 @@ def decoded_ahead(batches: Sequence[list[Job]], num_threads: int) -> Iterator[tu
                 batch = next(remaining, None)
                 if batch is None:
                     break
-                waiting.append((batch, [pool.submit(decode, job) for job in batch]))
+                waiting.append((batch, [pool.submit(decode_or_damage, job) for job in batch]))
             if not waiting:
                 return
             batch, futures = waiting.popleft()
             yield batch, [future.result() for future in futures]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def decode_or_damage(job: Job) -> Decoded | DamagedPicture:
+    """A picture ready for the VAE, or why there is none."""
+    try:
+        return decode(job)
+    except DamagedPicture as error:
+        return error
 
 
 def decode(job: Job) -> Decoded:
@@ -362,11 +386,15 @@ def decode(job: Job) -> Decoded:
 
 def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode, seed: int) -> list[Latents]:
     """The latents of pictures of one bucket, and those of their mirrored copies where they are needed."""
+    if not jobs:
+        return []
     pixels_BCHW = torch.stack([to_pixels(one.picture) for one in decoded])
-    plain_BCHW = encode(pixels_BCHW, [generator_of(job, seed, 0) for job in jobs])
+    plain_BCHW = encode(pixels_BCHW, [generator_of(*pair, seed, 0) for pair in zip(jobs, decoded, strict=True)])
     flipped_BCHW = None
     if jobs[0].needs_flipped:
-        flipped_BCHW = encode(pixels_BCHW.flip(-1), [generator_of(job, seed, 1) for job in jobs])
+        flipped_BCHW = encode(
+            pixels_BCHW.flip(-1), [generator_of(*pair, seed, 1) for pair in zip(jobs, decoded, strict=True)]
+        )
     return [
         Latents(
             plain_BCHW[i].clone(),
@@ -377,12 +405,10 @@ def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode
     ]
 
 
-def generator_of(job: Job, seed: int, is_flipped: int) -> Generator:
-    """The picture's own stream: its name and folder and its size, wherever the data set lies."""
-    folder, name = os.path.split(os.path.abspath(job.sample.picture.path))
+def generator_of(job: Job, decoded: Decoded, seed: int, is_flipped: int) -> Generator:
+    """The picture's own stream: of its file's content and its size, whatever it is called and wherever it lies."""
     width, height = job.sample.shape.bucket
-    # ascii: a file name may hold bytes that are no text
-    return generator_for(seed, "vae", ascii(os.path.basename(folder)), ascii(name), width, height, is_flipped)
+    return generator_for(seed, "vae", decoded.file_hash, width, height, is_flipped)
 
 
 def check_latents(job: Job, latents: Latents, spec: LatentSpec) -> None:

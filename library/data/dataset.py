@@ -4,6 +4,7 @@ import gc
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,16 +18,16 @@ from library.data.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, l
 from library.data.batches import BatchMaker, BatchOrder, Draft, Orders, finish_batch, hand_over, start_worker
 from library.data.buckets import BucketRules
 from library.data.captions import caption_variant
-from library.data.identity import dataset_identity
+from library.data.identity import content_digests, dataset_identity
 from library.data.latent_files import LatentFile, Latents
-from library.data.order import epoch_batches, plain_batches
+from library.data.order import epoch_batches
 from library.data.samples import Draws, Sample, build_draws, build_samples, check_pictures
 from library.data.scan import collect
 from library.data.schema import DatasetConfig, NoDataFound, RunDataConfig, SubsetConfig, load_dataset_config
 from library.data.split import Split, split_datasets
 from library.data.summary import dataset_metadata
 from library.data.text_files import Row, TextFile
-from library.data.validation_set import ValidationSet
+from library.data.validation_set import ValidationSet, open_validation_set
 from library.options.train import TrainOptions
 from library.types import Batch
 
@@ -80,6 +81,7 @@ class TrainingSet:
         self._texts: Mapping[str, Row] = {}
         self._text_padding: Mapping[str, float] = {}
         self._orders = Orders()
+        self._skipped: Counter[str] = Counter()  # what is said of damaged pictures, and how often they were drawn
         self._lasting_loader: DataLoader[Draft | str] | None = None
 
     @classmethod
@@ -142,13 +144,23 @@ class TrainingSet:
     def validation(self) -> ValidationSet:
         """The pictures that are set aside, with what is cached by now."""
         draws = self._validation_draws
-        maker = replace(self._maker, seed=self._validation_seed, sample_of_draw=draws.sample_of_draw)
-        return ValidationSet(maker, self._finished, plain_batches(draws.buckets))
+        maker = replace(self._maker, seed=self._validation_seed)
+        return open_validation_set(maker, self._finished, draws, self.split.identities)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What the data is, in a few words that two runs can compare."""
         return dataset_identity(self.config, self.samples, self.num_batches)
+
+    @property
+    def picture_paths(self) -> list[str]:
+        """The files of all pictures, one for each sample."""
+        return [sample.picture.path for sample in self.samples]
+
+    @cached_property
+    def identity_with_contents(self) -> dict[str, Any]:
+        """The identity, and a digest of each picture's file as it is when this is first asked for."""
+        return {**self.identity, "contents": content_digests(self.picture_paths, max(1, self.num_workers))}
 
     # Counts
 
@@ -214,10 +226,17 @@ class TrainingSet:
 
     # Latents
 
-    def use_latents(self, files: Mapping[int, LatentFile], memory: Mapping[int, Latents]) -> None:
-        """Draw cached latents, by number of the sample, in place of pixels."""
+    def use_latents(
+        self, files: Mapping[int, LatentFile], memory: Mapping[int, Latents], damaged: frozenset[int] = frozenset()
+    ) -> None:
+        """Draw cached latents, by number of the sample, in place of pixels; others stand in for `damaged` samples.
+
+        Raises ValueError where no other can.
+        """
         self._memory = memory
-        self._maker = replace(self._maker, files=files, in_memory=frozenset(memory))
+        self._maker = replace(self._maker, files=files, in_memory=frozenset(memory), damaged=damaged)
+        for number in damaged:
+            self._maker.stand_in(number, damaged)
         self.close()
 
     # Captions
@@ -287,12 +306,25 @@ class TrainingSet:
         return any(
             number not in self._maker.in_memory or sample.picture.mask_path or number in self._maker.text_files
             for number, sample in enumerate(self.samples)
-            if sample.num_draws
+            if sample.num_draws and number not in self._maker.damaged
         )
+
+    def report_skipped(self, log: logging.Logger) -> None:
+        """Say how often damaged pictures were left out, if there were any."""
+        if self._skipped:
+            log.warning(
+                "%d damaged pictures were left out %d times in all, others of their size took their place",
+                len(self._skipped),
+                self._skipped.total(),
+            )
 
     def _finished(self, draft: Draft | str) -> Batch:
         if isinstance(draft, str):
             raise ValueError(draft)
+        for told in draft.skipped:
+            if told not in self._skipped:
+                logger.warning("%s; it is left out, another picture of its size takes its place", told)
+            self._skipped[told] += 1
         return finish_batch(draft, self._memory, self._texts, self._text_padding)
 
     def _from_workers(self, orders: list[BatchOrder], num_workers: int, persistent_workers: bool) -> Iterator[Batch]:

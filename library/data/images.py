@@ -31,6 +31,10 @@ TRANSPOSITIONS = {
 }
 
 
+class DamagedPicture(ValueError):
+    """A picture with a good header whose pixels cannot be decoded; the message names it."""
+
+
 def picture_extensions() -> tuple[str, ...]:
     """Endings of files that count as pictures, with dot: all-lower and all-upper case, and what Pillow plug-ins add."""
     found = [*EXTENSIONS, *(extension for extension in PLUGINS if load_plugin(extension))]
@@ -87,14 +91,14 @@ def read_size(path: str) -> Size:
 def read_pixels(path: str, content: bytes | None = None) -> tuple[Pixels, Pixels | None]:
     """(RGB, alpha) of a picture of any kind, upright; alpha is None where there is none.
 
-    Raises ValueError naming a picture that cannot be read or is cut off.
+    Raises DamagedPicture where its pixels are cut off or broken, ValueError where it cannot be read at all.
     """
     with open_picture(path, content) as image:
         orientation = orientation_of(image)
         try:
             image.load()
         except Exception as error:  # damaged pixels show as OSError, SyntaxError, struct.error, zlib.error, ...
-            raise ValueError(f"{path} is damaged: {error}") from None
+            raise DamagedPicture(f"{path} is damaged: {error}") from None
         upright = image.transpose(TRANSPOSITIONS[orientation]) if orientation in TRANSPOSITIONS else image
         has_alpha = upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info
         if upright.mode.startswith("I"):

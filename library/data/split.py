@@ -7,10 +7,10 @@ serves regularisation is trained, and one that any subset sets aside is trained 
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 from library.data.audit import Line
@@ -36,6 +36,7 @@ class Split:
 
     trained: tuple[ScannedDataset, ...]
     set_aside: tuple[ScannedDataset, ...]  # with settings that draw a picture the same way every time
+    identities: Mapping[str, str] = field(default_factory=dict)  # path of a picture -> what copies of it share
     lines: tuple[Line, ...] = ()  # what the log says about it
 
 
@@ -82,7 +83,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
         for dataset in datasets
     )
     lines = [line for subset in subsets for line in split_lines(subset, len(kept(subset, is_aside=True).pictures))]
-    return Split(trained, measured, tuple(lines))
+    return Split(trained, measured, identities, tuple(lines))
 
 
 def choose(wishes: Sequence[Wish], always_trained: AbstractSet[str]) -> set[str]:

@@ -24,7 +24,7 @@ from library.checkpoints.files import load_state_dict, save_safetensors
 from library.data.archives import MISSING
 from library.data.dataset import TrainingSet
 from library.data.scan import few
-from library.data.text_files import Row, TextFile, Verdict, judge, text_path, write_texts
+from library.data.text_files import Identity, Row, TextFile, Verdict, judge, text_path, write_texts
 from library.launcher import launched_rank
 from library.processes import ALONE, Processes
 from library.types import Conditioning
@@ -61,12 +61,20 @@ class TextEncoding:
     open_encoders: Callable[[], Encoders]  # loads them; called once, and only if something is to be encoded
     dtype: str  # that the encoders run in
 
-    def identity(self) -> str:
-        """A digest of all that decides what a caption becomes."""
+    def identity(self) -> Identity:
+        """All that decides what a caption becomes."""
         told = blake2b(f"{self.spec.identity()} {self.dtype} {self.spec.keys}".encode(), digest_size=16)
         for name, tensor in sorted(self.spec.constants.items()):
             told.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.tolist()}".encode())
-        return told.hexdigest()
+        return Identity(told.hexdigest(), digest_of_words(self.spec.tokenizers))
+
+
+def digest_of_words(tokenizers: Sequence[Any]) -> str:
+    """A digest of which ids tokenizers have for which words."""
+    told = blake2b(digest_size=16)
+    for tokenizer in tokenizers:
+        told.update(repr(sorted(tokenizer.get_vocab().items())).encode())
+    return told.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -169,7 +177,7 @@ def write_missing(
     jobs: Sequence[Job],
     encode: Callable[[], Encode],
     spec: TextCacheSpec,
-    identity: Callable[[], str],
+    identity: Callable[[], Identity],
     skips_check: bool,
     num_threads: int,
     processes: Processes,
@@ -200,7 +208,7 @@ def write_files(
     count: int,
     encode: Callable[[], Encode],
     spec: TextCacheSpec,
-    identity: Callable[[], str],
+    identity: Callable[[], Identity],
 ) -> None:
     """Encode the `count` captions that files lack, and write the files."""
     uses = Counter(text for job, verdict in missing for text in job.texts if text not in verdict.texts)
@@ -217,7 +225,9 @@ def write_files(
             rows = dict(islice(((text, row) for text, row in rows.items() if uses[text] > 1), MAX_REPEATED))
 
 
-def check_files(jobs: Sequence[Job], identity: Callable[[], str], skips_check: bool, num_threads: int) -> list[Verdict]:
+def check_files(
+    jobs: Sequence[Job], identity: Callable[[], Identity], skips_check: bool, num_threads: int
+) -> list[Verdict]:
     """What of each job lies on disk, and a line in the log about it."""
 
     def look(job: Job) -> Verdict:

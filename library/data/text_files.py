@@ -45,6 +45,7 @@ class Note:
     identity: str  # of text encoders and settings
     dtypes: dict[str, str]  # of the features as the encoders gave them
     checksums: dict[str, int]  # of the entries; another program that writes some anew does not renew them
+    tokenizers: str | None = None  # a digest of their words; None in files that do not say
 
     @classmethod
     def read(cls, archive: Mapping[str, Any]) -> "Note | None":
@@ -57,6 +58,14 @@ class Note:
             return None
         kinds = (isinstance(note.texts, list), isinstance(note.dtypes, dict), isinstance(note.checksums, dict))
         return note if all(kinds) and all(name in DTYPES for name in note.dtypes.values()) else None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Digests of all that decides what a caption becomes."""
+
+    encoders: str  # with the settings
+    tokenizers: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +107,7 @@ class Verdict:
     fault: str | None = None
 
 
-def judge(file: TextFile, texts: Sequence[str], identity: str) -> Verdict:
+def judge(file: TextFile, texts: Sequence[str], identity: Identity) -> Verdict:
     """What of the captions `texts` need not be encoded again. Only the directory and the note of the file are read."""
     nothing: frozenset[str] = frozenset()
     try:
@@ -112,8 +121,10 @@ def judge(file: TextFile, texts: Sequence[str], identity: str) -> Verdict:
         return Verdict(nothing, DAMAGED)
     if note is None or any(found.get(name) != checksum for name, checksum in note.checksums.items()):
         return Verdict(nothing, FOREIGN)
-    if note.identity != identity:
+    if note.identity != identity.encoders:
         return Verdict(nothing, "made with other text encoders or settings")
+    if note.tokenizers not in (None, identity.tokenizers):
+        return Verdict(nothing, "made with another tokenizer")
     if not names_of(file.keys, len(note.texts)) <= set(note.checksums):
         return Verdict(nothing, DAMAGED)
     usable = frozenset(texts) & frozenset(note.texts)
@@ -141,7 +152,7 @@ def row_in(archive: Mapping[str, Any], note: Note, number: int, keys: Sequence[s
 
 
 def write_texts(
-    path: str, rows: Mapping[str, Row], keys: Sequence[str], constants: Mapping[str, Tensor], identity: str
+    path: str, rows: Mapping[str, Row], keys: Sequence[str], constants: Mapping[str, Tensor], identity: Identity
 ) -> None:
     """Write encoded captions (caption: features), whole or not at all; they take the place of all that was there.
 
@@ -155,7 +166,7 @@ def write_texts(
             arrays[entry_name(key, number)] = as_array(row[key], keeps_bits=number > 0)
     contents = {name: npy_bytes(array) for name, array in arrays.items()}
     checksums = {name: zlib.crc32(content) for name, content in contents.items()}
-    note = json.dumps(asdict(Note(list(rows), identity, dtypes, checksums)))
+    note = json.dumps(asdict(Note(list(rows), identity.encoders, dtypes, checksums, identity.tokenizers)))
     contents[NOTE] = npy_bytes(np.frombuffer(note.encode(), dtype=np.uint8))
     try:
         with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:

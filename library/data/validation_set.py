@@ -2,21 +2,27 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from library.data.batches import BatchMaker, BatchOrder, Draft
+from library.data.order import plain_batches
+from library.data.samples import Draws, Sample
 from library.types import Batch
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Every picture once, in the order of subsets and paths, one bucket after another; nothing is left to chance."""
+    """Every picture once, one bucket after another, in an order that follows from the contents of the pictures.
+
+    Nothing is left to chance, and nothing depends on what files and folders are called.
+    """
 
     maker: BatchMaker  # its seed is that of validation: wildcards of captions are drawn from it, once for all
     finish: Callable[[Draft | str], Batch]  # adds what is kept in memory
     draws: tuple[tuple[int, ...], ...]  # of each batch
+    identities: Mapping[str, str]  # path of a picture -> a digest of its content
 
     @property
     def num_pictures(self) -> int:
@@ -34,14 +40,18 @@ class ValidationSet:
         return [i * self.num_batches // count for i in range(count)]
 
     def names(self, place: int) -> list[tuple[str | int, ...]]:
-        """What identifies each picture of a batch, wherever the data lies: folder, name, width and height."""
-        return [self._name(draw) for draw in self.draws[place]]
+        """What identifies each picture of a batch, whatever its file is called: its content, width and height."""
+        samples = [self._sample(draw) for draw in self.draws[place]]
+        return [(self.identities[sample.picture.path], *sample.shape.bucket) for sample in samples]
 
-    def _name(self, draw: int) -> tuple[str | int, ...]:
-        sample = self.maker.samples[int(self.maker.sample_of_draw[draw])]
-        folder, name = os.path.split(os.path.abspath(sample.picture.path))
+    def labels(self, place: int) -> list[str]:
+        """How messages call each picture of a batch: folder and file."""
+        paths = [self._sample(draw).picture.path for draw in self.draws[place]]
         # ascii: a file name may hold bytes that are no text
-        return ascii(os.path.basename(folder)), ascii(name), *sample.shape.bucket
+        return [ascii(os.path.join(*os.path.abspath(path).split(os.sep)[-2:])) for path in paths]
+
+    def _sample(self, draw: int) -> Sample:
+        return self.maker.samples[int(self.maker.sample_of_draw[draw])]
 
     def batches(self, places: Sequence[int], num_threads: int) -> Iterator[Batch]:
         """The batches at `places`; `num_threads` read ahead, one batch each, where 0 reads when asked.
@@ -69,3 +79,19 @@ class ValidationSet:
 
     def _order(self, place: int) -> BatchOrder:
         return BatchOrder(epoch=1, step=0, draws=self.draws[place])
+
+
+def open_validation_set(
+    maker: BatchMaker, finish: Callable[[Draft | str], Batch], draws: Draws, identities: Mapping[str, str]
+) -> ValidationSet:
+    """The pictures that `draws` has, numbered anew by their contents; copies of one come in the order of captions."""
+
+    def key(draw: int) -> tuple[str, str]:
+        picture = maker.samples[int(draws.sample_of_draw[draw])].picture
+        return identities[picture.path], picture.caption
+
+    order = sorted(range(len(draws.sample_of_draw)), key=key)
+    number_of = {draw: number for number, draw in enumerate(order)}
+    buckets = [replace(b, draws=sorted(number_of[int(draw)] for draw in b.draws)) for b in draws.buckets]
+    numbered = replace(maker, sample_of_draw=draws.sample_of_draw[order])
+    return ValidationSet(numbered, finish, plain_batches(buckets), identities)

@@ -5,7 +5,7 @@ noise - latent. Letters: B samples, C channels, H height, W width.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,10 +27,13 @@ logger = logging.getLogger(__name__)
 NUM_TIMESTEPS = 1000
 Target = Literal["noise - latent", "latent - noise", "latent"]
 
-DDPM_ONLY = (
-    "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale", "multires_noise_iterations",
-    "zero_terminal_snr", "min_snr_gamma", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss",
-    "debiased_estimation_loss",
+IGNORES: Mapping[str, str] = dict.fromkeys(  # options that do nothing for a flow model
+    (
+        "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale", "multires_noise_iterations",
+        "zero_terminal_snr", "min_snr_gamma", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss",
+        "debiased_estimation_loss",
+    ),
+    "it belongs to the DDPM models (SD 1, SD 2, SDXL)",
 )  # fmt: skip
 
 
@@ -50,13 +53,14 @@ class FlowMatching:
     min_timestep: int
     max_timestep: int
     has_whole_timesteps: bool  # levels are thousandths, 0 to 999
+    tells_whole_timesteps: bool  # the denoiser is told thousandths rounded down, whatever the exact level
     noise: NoiseOptions
     weighting: LossOptions
 
     def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator) -> Noised:
         """Noise latents to levels of their own; tensors in the latents' dtype and device, arithmetic in float32.
 
-        `timesteps_B` is a thousand times the share of noise, float32.
+        `timesteps_B` is a thousand times the share of noise, float32, rounded down where the denoiser is told so.
         """
         clean = clean_BCHW.float()
         noise_BCHW = draw_normal(clean.shape, generator, clean.device)
@@ -73,7 +77,7 @@ class FlowMatching:
             clean_BCHW=clean_BCHW,
             noise_BCHW=noise_BCHW.to(clean_BCHW.dtype),
             sigmas_B=sigmas_B,
-            timesteps_B=timesteps_B,
+            timesteps_B=timesteps_B.floor() if self.tells_whole_timesteps else timesteps_B,
         )
 
     def _draw_timesteps(self, B: int, H: int, W: int, generator: torch.Generator) -> Tensor:
@@ -123,10 +127,11 @@ def build_flow(
     loss_scheme: str,
     *,
     has_whole_timesteps: bool = False,
+    tells_whole_timesteps: bool = False,
 ) -> FlowMatching:
     """The objective of a flow matching model whose levels and target are its own.
 
-    Options that only shape DDPM's noise and weights are warned of. Raises ValueError for timesteps outside 0..1000 and
+    Raises ValueError for timesteps outside 0..1000 and
     for thresholds that make no loss.
     """
     noise, weighting = options.noise, options.loss
@@ -135,10 +140,6 @@ def build_flow(
     check_timestep_range(min_timestep, max_timestep, NUM_TIMESTEPS)
     if weighting.loss_type in ("huber", "smooth_l1"):
         check_huber(weighting)
-    values = options.flat()
-    for name in DDPM_ONLY:
-        if values[name] not in (None, False, 0):
-            logger.warning("--%s has no effect: it belongs to the DDPM models (SD 1, SD 2, SDXL)", name)
     return FlowMatching(
         draw_levels=draw_levels,
         target_kind=target_kind,
@@ -147,6 +148,7 @@ def build_flow(
         min_timestep=min_timestep,
         max_timestep=max_timestep,
         has_whole_timesteps=has_whole_timesteps,
+        tells_whole_timesteps=tells_whole_timesteps,
         noise=noise,
         weighting=weighting,
     )
@@ -160,6 +162,7 @@ def build_sampled_flow(
     prediction_type: str = "raw",
     target_kind: Target = "noise - latent",
     always_weights_loss: bool = False,
+    tells_whole_timesteps: bool = False,
 ) -> FlowMatching:
     """The objective of the models that have --timestep_sampling.
 
@@ -175,6 +178,7 @@ def build_sampled_flow(
         target_kind,
         prediction_type,
         weighting.weighting_scheme if weights_loss else "none",
+        tells_whole_timesteps=tells_whole_timesteps,
     )
 
 
@@ -185,20 +189,6 @@ def idle_settings(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions
         yield f"--weighting_scheme {scheme} has no effect with --timestep_sampling {kind}; it shapes the draws of sigma"
     if scheme in ("sigma_sqrt", "cosmap") and not weights_loss:
         yield f"--weighting_scheme {scheme} has no effect: it weights the loss of --model_prediction_type sigma_scaled"
-    yield from idle_scheme_settings(weighting)
-    defaults = type(sampling)()
-    if sampling.sigmoid_scale != defaults.sigmoid_scale and kind not in ("sigmoid", "shift", "flux_shift"):
-        yield f"--sigmoid_scale has no effect with --timestep_sampling {kind}"
-    if sampling.discrete_flow_shift != defaults.discrete_flow_shift and kind not in ("sigma", "shift"):
-        yield f"--discrete_flow_shift has no effect with --timestep_sampling {kind}"
-
-
-def idle_scheme_settings(weighting: FlowWeightingOptions) -> Iterator[str]:
-    """A line for every setting of another --weighting_scheme than the chosen one."""
-    defaults = FlowWeightingOptions()
-    for name, scheme in (("logit_mean", "logit_normal"), ("logit_std", "logit_normal"), ("mode_scale", "mode")):
-        if getattr(weighting, name) != getattr(defaults, name) and weighting.weighting_scheme != scheme:
-            yield f"--{name} has no effect without --weighting_scheme {scheme}"
 
 
 def odd_target(prediction_type: str, target_kind: Target) -> Iterator[str]:

@@ -61,6 +61,10 @@ class DDPM:
             timesteps_B=timesteps_B,
         )
 
+    def estimate(self, output_BCHW: Tensor, noised: Noised) -> Tensor:
+        """The denoiser's output as it is: it says noise, or velocity, in the terms of the target."""
+        return output_BCHW
+
     def target(self, noised: Noised) -> Tensor:
         """What the denoiser should say, float32: the noise, or sqrt(abar) * noise - sqrt(1 - abar) * latent."""
         if not self.predicts_velocity:

@@ -6,7 +6,7 @@ Letters: B samples, C channels, H height, W width, T timesteps of the schedule, 
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -161,15 +161,18 @@ def adams_bashforth(positions: Any, index: int, order: int) -> list[float]:
 class FlowSampler:
     """Euler steps of a flow model along `sigmas_N`, falling shares of noise; the step after the last ends at 0.
 
-    The denoiser predicts the velocity, noise - clean.
+    `predicts` is what the denoiser calls the velocity.
     """
 
-    def __init__(self, sigmas_N: Tensor) -> None:
+    def __init__(
+        self, sigmas_N: Tensor, predicts: Literal["noise - latent", "latent - noise"] = "noise - latent"
+    ) -> None:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         self.scheduler: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS, shift=1.0)
         self.scheduler.set_timesteps(sigmas=sigmas_N.double().tolist())
         self.levels = [Level(sigma * NUM_TIMESTEPS, sigma) for sigma in sigmas_N.double().tolist()]
+        self.points_to_noise = predicts == "noise - latent"
 
     def start(self, noise_BCHW: Tensor) -> Tensor:
         return noise_BCHW
@@ -179,6 +182,8 @@ class FlowSampler:
 
     def step(self, prediction_BCHW: Tensor, latents_BCHW: Tensor, index: int, generator: torch.Generator) -> Tensor:
         timestep = self.scheduler.timesteps[index]
+        if not self.points_to_noise:
+            prediction_BCHW = -prediction_BCHW
         stepped: Tensor = self.scheduler.step(prediction_BCHW, timestep, latents_BCHW, generator=generator).prev_sample
         return stepped.float()
 

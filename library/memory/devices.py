@@ -11,8 +11,12 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  #
 def release_memory(keep_cache: bool = False) -> None:
     """Collect what is unreferenced; `keep_cache` (--highvram) leaves the card's cached blocks with torch."""
     gc.collect()
-    if not keep_cache and torch.cuda.is_available():
+    if keep_cache:
+        return
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:

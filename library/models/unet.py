@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from library.checkpoints.weights import Weights, configure, renamed
+from library.memory.blocks import BlockRunner, run_library_blocks_with
 from library.models.loading import Component
 from library.models.shapes import Shapes, count, heads_of, norm_groups, shape_of
 from library.models.unet_keys import UnetLayout, unet_from_ldm
@@ -88,3 +90,12 @@ def empty_unet(config: Mapping[str, Any]) -> Any:
 
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(dict(config))
+
+
+def run_unet_blocks_with(unet: nn.Module, runner: BlockRunner) -> None:
+    """Lead the residual and transformer blocks of diffusers' U-Net, nearly all of its work, through `runner`."""
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.resnet import ResnetBlock2D
+
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock | ResnetBlock2D)]
+    run_library_blocks_with(blocks, runner)

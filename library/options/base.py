@@ -2,15 +2,48 @@
 
 import argparse
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 OptionsT = TypeVar("OptionsT", bound="Options")
 
 
-def option(default: Any, help: str, **argparse_kwargs: Any) -> Any:
-    """A field of an Options class. The flag is the field's name: `max_grad_norm` is --max_grad_norm."""
-    return field(default=default, metadata={"help": help, **argparse_kwargs})
+RULE = "rule"  # the key of a field's metadata that argparse does not get
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an option needs to mean something; `library.options.rules` holds the values to it."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+    is_share: bool = False
+    needs: tuple[str, ...] = ()
+    unless: str | None = None
+    ignored: str | None = None
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    is_share: bool = False,
+    needs: str | tuple[str, ...] = (),
+    unless: str | None = None,
+    ignored: str | None = None,
+    **argparse_kwargs: Any,
+) -> Any:
+    """A field of an Options class. The flag is the field's name: `max_grad_norm` is --max_grad_norm.
+
+    A value, or each value of a list, below `at_least` or above `at_most` is refused; a share lies in 0..1. The option
+    has no effect unless one of those in `needs` asks for something ("enable_bucket") or is one of some values
+    ("loss_type=huber|smooth_l1"), nor where the one in `unless` is given; one that is `ignored` never has, for the
+    reason named. Other keywords are argparse's.
+    """
+    rule = Rule(at_least, at_most, is_share, (needs,) if isinstance(needs, str) else needs, unless, ignored)
+    return field(default=default, metadata={"help": help, RULE: rule, **argparse_kwargs})
 
 
 def redeclared(kind: type["Options"], name: str, default: Any, **argparse_kwargs: Any) -> Any:
@@ -67,10 +100,11 @@ class Options:
         """Declare every option of this class and of its groups on `parser`."""
         for f, kind in cls.leaves():
             assert f.default is not MISSING, f.name
+            keywords = {key: value for key, value in f.metadata.items() if key != RULE}
             if kind is bool:
-                parser.add_argument(f"--{f.name}", action="store_true", **f.metadata)
+                parser.add_argument(f"--{f.name}", action="store_true", **keywords)
             else:
-                parser.add_argument(f"--{f.name}", default=f.default, **{"type": scalar_type(kind), **f.metadata})
+                parser.add_argument(f"--{f.name}", default=f.default, **{"type": scalar_type(kind), **keywords})
 
     @classmethod
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:

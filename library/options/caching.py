@@ -21,10 +21,12 @@ class CachingOptions(Options):
     )
     vae_batch_size: int = option(
         1,
+        at_least=1,
         help="Pictures that the VAE encodes at a time. More is faster while caching and needs more memory.",
     )
     skip_cache_check: bool = option(
         False,
+        needs=("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"),
         help="Trust cache files that are already there by their name, without opening them. Starts faster on large "
         "data sets, but does not notice an outdated file.",
     )

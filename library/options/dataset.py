@@ -5,6 +5,8 @@ from pathlib import Path
 
 from library.options.base import Options, option
 
+MAX_WORKERS = 1024  # processes that load data; more are a slip of the keyboard
+
 
 @dataclass(frozen=True)
 class DatasetOptions(Options):
@@ -29,7 +31,7 @@ class DatasetOptions(Options):
         None,
         help="JSON file with captions and tags of the pictures below --train_data_dir, in place of caption files.",
     )
-    dataset_repeats: int = option(1, help="How often each picture of --in_json is shown per epoch.")
+    dataset_repeats: int = option(1, at_least=1, help="How often each picture of --in_json is shown per epoch.")
     dataset_class: str | None = option(
         None,
         help="Dotted path of a Python class that yields samples, in place of the built-in data sets.",
@@ -56,7 +58,9 @@ class DatasetOptions(Options):
         None,
         help="Old misspelling of --caption_extension, kept for old command lines. Wins over it when set.",
     )
-    keep_tokens: int = option(0, help="Number of tags at the front of a caption that are never shuffled or dropped.")
+    keep_tokens: int = option(
+        0, at_least=0, help="Number of tags at the front of a caption that are never shuffled or dropped."
+    )
     keep_tokens_separator: str = option(
         "",
         help="Mark inside captions: the tags before it stay fixed in place, a second one begins a fixed end. Empty "
@@ -82,20 +86,26 @@ class DatasetOptions(Options):
     )
     caption_dropout_rate: float = option(
         0.0,
+        is_share=True,
         help="Share of samples that are trained with an empty caption, 0 to 1. 0.05 to 0.1 helps classifier-free "
         "guidance.",
     )
-    caption_dropout_every_n_epochs: int = option(0, help="Train every N-th epoch with empty captions. 0 never does.")
+    caption_dropout_every_n_epochs: int = option(
+        0, at_least=0, help="Train every N-th epoch with empty captions. 0 never does."
+    )
     caption_tag_dropout_rate: float = option(
         0.0,
+        is_share=True,
         help="Probability of leaving out each tag of a caption, 0 to 1. Tags kept by --keep_tokens stay.",
     )
     token_warmup_min: int = option(
         1,
+        at_least=0,
         help="Number of tags that captions begin with when --token_warmup_step lets them grow.",
     )
     token_warmup_step: float = option(
         0,
+        at_least=0,
         help="Step at which captions have all their tags, growing from --token_warmup_min; below 1 a share of the run."
         " 0 uses whole captions from the start.",
     )
@@ -133,6 +143,7 @@ class DatasetOptions(Options):
     )
     prior_loss_weight: float = option(
         1.0,
+        at_least=0,
         help="Factor on the loss of regularisation pictures. 1.0 weights them like training pictures.",
     )
     resolution: str | None = option(
@@ -144,11 +155,12 @@ class DatasetOptions(Options):
         False,
         help="Train pictures in their own aspect ratio, grouped by shape, in place of cutting all to --resolution.",
     )
-    min_bucket_reso: int = option(256, help="Shortest side of a bucket in pixels.")
-    max_bucket_reso: int = option(1024, help="Longest side of a bucket in pixels.")
-    bucket_reso_steps: int = option(64, help="Sides of buckets are multiples of this many pixels.")
+    min_bucket_reso: int = option(256, at_least=1, help="Shortest side of a bucket in pixels.")
+    max_bucket_reso: int = option(1024, at_least=1, help="Longest side of a bucket in pixels.")
+    bucket_reso_steps: int = option(64, at_least=1, help="Sides of buckets are multiples of this many pixels.")
     bucket_no_upscale: bool = option(
         False,
+        needs="enable_bucket",
         help="Never enlarge a picture to fill a bucket; small pictures get buckets of their own size.",
     )
     resize_interpolation: str | None = option(
@@ -158,10 +170,13 @@ class DatasetOptions(Options):
     )
     train_batch_size: int = option(
         1,
+        at_least=1,
         help="Samples in a batch, on each device. More is steadier and needs more memory.",
     )
     max_data_loader_n_workers: int = option(
         8,
+        at_least=0,
+        at_most=MAX_WORKERS,
         help="Most processes that read and prepare pictures, at most one per CPU core. 0 prepares them in the training"
         " process.",
     )

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from library.options.base import Options, option
 
+FLAT_BUFFER = "processes exchange gradients in one flat buffer, without torch's DDP"
+
 
 @dataclass(frozen=True)
 class DistributedOptions(Options):
@@ -11,14 +13,17 @@ class DistributedOptions(Options):
 
     ddp_timeout: int | None = option(
         None,
+        at_least=0,
         help="Minutes that processes of a distributed run wait for each other. Unset keeps torch's own limit.",
     )
     ddp_gradient_as_bucket_view: bool = option(
         False,
+        ignored=FLAT_BUFFER,
         help="Let gradients share memory with the buffers that processes exchange, in a distributed run.",
     )
     ddp_static_graph: bool = option(
         False,
+        ignored=FLAT_BUFFER,
         help="Tell a distributed run that the graph of the computation never changes.",
     )
     deepspeed: bool = option(
@@ -27,33 +32,42 @@ class DistributedOptions(Options):
     )
     zero_stage: int = option(
         2,
+        needs="deepspeed",
         help="What DeepSpeed spreads over devices: 1 optimizer states, 2 gradients too, 3 weights too, 0 nothing.",
         choices=(0, 1, 2, 3),
     )
     offload_optimizer_device: str | None = option(
         None,
+        needs="deepspeed",
         help="Where DeepSpeed keeps the optimizer's states, cpu or nvme. Unset leaves them on the device.",
         choices=(None, "cpu", "nvme"),
     )
     offload_optimizer_nvme_path: str | None = option(
         None,
+        needs="deepspeed",
         help="Folder on a fast disk for the optimizer's states that DeepSpeed moves to nvme.",
     )
     offload_param_device: str | None = option(
         None,
+        needs="deepspeed",
         help="Where DeepSpeed keeps the weights, cpu or nvme. Unset leaves them on the device.",
         choices=(None, "cpu", "nvme"),
     )
     offload_param_nvme_path: str | None = option(
         None,
+        needs="deepspeed",
         help="Folder on a fast disk for the weights that DeepSpeed moves to nvme.",
     )
-    zero3_init_flag: bool = option(False, help="Build models already spread over devices, for DeepSpeed stage 3.")
+    zero3_init_flag: bool = option(
+        False, needs="deepspeed", help="Build models already spread over devices, for DeepSpeed stage 3."
+    )
     zero3_save_16bit_model: bool = option(
         False,
+        needs="deepspeed",
         help="Collect 16-bit weights from all devices when saving, for DeepSpeed stage 3.",
     )
     fp16_master_weights_and_gradients: bool = option(
         False,
+        needs="deepspeed",
         help="Keep DeepSpeed's master weights and gradients in fp16, for stage 2 with the optimizer on the CPU.",
     )

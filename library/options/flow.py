@@ -19,12 +19,19 @@ class FlowWeightingOptions(Options):
         "and none treat all alike.",
         choices=WEIGHTING_SCHEMES,
     )
-    logit_mean: float = option(0.0, help="Mean of the normal distribution behind --weighting_scheme logit_normal.")
+    logit_mean: float = option(
+        0.0,
+        needs="weighting_scheme=logit_normal",
+        help="Mean of the normal distribution behind --weighting_scheme logit_normal.",
+    )
     logit_std: float = option(
-        1.0, help="Standard deviation of the normal distribution behind --weighting_scheme logit_normal."
+        1.0,
+        needs="weighting_scheme=logit_normal",
+        help="Standard deviation of the normal distribution behind --weighting_scheme logit_normal.",
     )
     mode_scale: float = option(
         1.29,
+        needs="weighting_scheme=mode",
         help="How strongly --weighting_scheme mode prefers middle noise levels, -1 to 1.75. 0 treats all alike.",
     )
 
@@ -41,11 +48,13 @@ class FlowSamplingOptions(Options):
     )
     sigmoid_scale: float = option(
         1.0,
+        needs="timestep_sampling=sigmoid|shift|flux_shift",
         help="Factor on the normal draw of --timestep_sampling sigmoid, shift and flux_shift. Above 1 trains more very "
         "clean and very noisy levels.",
     )
     discrete_flow_shift: float = option(
         3.0,
+        needs="timestep_sampling=sigma|shift",
         help="How far --timestep_sampling sigma and shift push noise levels toward pure noise. 1 leaves them alone.",
     )
 

@@ -17,6 +17,7 @@ class HubOptions(Options):
     huggingface_repo_type: str | None = option(None, help="Kind of the Hugging Face repository, model or dataset.")
     huggingface_path_in_repo: str | None = option(
         None,
+        needs="huggingface_repo_id",
         help="Folder inside the Hugging Face repository for the uploaded files. Unset is its top folder.",
     )
     huggingface_token: str | None = option(
@@ -25,18 +26,22 @@ class HubOptions(Options):
     )
     huggingface_repo_visibility: str | None = option(
         None,
+        needs="huggingface_repo_id",
         help="Who may see a new Hugging Face repository: public for everyone. Unset or anything else keeps it private.",
     )
     save_state_to_huggingface: bool = option(
         False,
+        needs="huggingface_repo_id",
         help="Upload training states to the Hugging Face repository as well.",
     )
     resume_from_huggingface: bool = option(
         False,
+        needs="resume",
         help="Fetch the state that --resume names from Hugging Face: owner, name and path, then :revision and :type if"
         " needed.",
     )
     async_upload: bool = option(
         False,
+        needs="huggingface_repo_id",
         help="Upload in the background while training goes on. The last upload is always waited for.",
     )

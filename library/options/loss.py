@@ -17,20 +17,26 @@ class LossOptions(Options):
     )
     huber_schedule: str = option(
         "snr",
+        needs="loss_type=huber|smooth_l1",
         help="How the threshold of huber and smooth_l1 depends on the timestep: constant, exponential, or snr by the "
         "share of noise.",
         choices=("constant", "exponential", "snr"),
     )
     huber_c: float = option(
         0.1,
+        at_least=0,
+        needs="loss_type=huber|smooth_l1",
         help="Threshold of huber and smooth_l1 at the noisy end. Differences above it count like l1.",
     )
     huber_scale: float = option(
         1.0,
+        at_least=0,
+        needs="loss_type=huber|smooth_l1",
         help="Factor on the threshold of huber and smooth_l1. The snr schedule does not use it.",
     )
     min_snr_gamma: float | None = option(
         None,
+        at_least=0,
         help="Limit on the weight of nearly clean timesteps (min-SNR, 5 is usual). Unset weights all timesteps alike.",
     )
     scale_v_pred_loss_like_noise_pred: bool = option(

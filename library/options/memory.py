@@ -32,6 +32,7 @@ class MemoryOptions(Options):
     torch_compile: bool = option(False, help="Compile the models with torch.compile. The first steps take minutes.")
     dynamo_backend: str = option(
         "inductor",
+        needs="torch_compile",
         help="Compiler that --torch_compile uses.",
         choices=(
             "eager",

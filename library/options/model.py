@@ -39,6 +39,7 @@ class ModelOptions(Options):
     )
     clip_skip: int | None = option(
         None,
+        at_least=1,
         help="Take the text features from the N-th last layer of the text encoder. Unset or 1 is the last layer; many "
         "anime models want 2.",
     )

@@ -15,15 +15,20 @@ class NetworkOptions(Options):
     )
     network_dim: int | None = option(
         None,
+        at_least=1,
+        unless="dim_from_weights",
         help="Rank of the adapter: higher learns more detail and makes a larger file. Unset leaves it to the module, 4"
         " for networks.lora.",
     )
     network_alpha: float = option(
         1,
+        at_least=0,
+        unless="dim_from_weights",
         help="Strength of the adapter as alpha divided by rank. Often half the rank or equal to it; 0 means equal.",
     )
     network_dropout: float | None = option(
         None,
+        is_share=True,
         help="Probability of dropping each value inside the adapter during training, 0 to 1. Unset drops none.",
     )
     network_args: list[str] | None = option(
@@ -49,6 +54,7 @@ class NetworkOptions(Options):
     )
     base_weights_multiplier: list[float] | None = option(
         None,
+        needs="base_weights",
         help="Strength of each file of --base_weights, in their order. Missing ones are 1.0.",
         nargs="*",
     )
@@ -57,9 +63,16 @@ class NetworkOptions(Options):
         help="Largest norm of each module's weight change; what grows beyond is scaled down after every step. Unset "
         "sets no limit.",
     )
-    unet_lr: float | None = option(None, help="Learning rate of the denoiser's adapter. Unset uses --learning_rate.")
+    unet_lr: float | None = option(
+        None,
+        at_least=0,
+        unless="network_train_text_encoder_only",
+        help="Learning rate of the denoiser's adapter. Unset uses --learning_rate.",
+    )
     text_encoder_lr: list[float] | None = option(
         None,
+        at_least=0,
+        unless="network_train_unet_only",
         help="Learning rate of the text encoder's adapter, several values for several encoders. Unset uses "
         "--learning_rate.",
         nargs="*",

@@ -9,9 +9,13 @@ from library.options.base import Options, option
 class NoiseOptions(Options):
     """How latents are noised."""
 
-    min_timestep: int | None = option(None, help="Lowest timestep to train, 0 to 999: the cleaner end. Unset is 0.")
+    min_timestep: int | None = option(
+        None, at_least=0, at_most=1000, help="Lowest timestep to train, 0 to 999: the cleaner end. Unset is 0."
+    )
     max_timestep: int | None = option(
         None,
+        at_least=1,
+        at_most=1000,
         help="Timestep to stay below in training, 1 to 1000: the noisier end. Unset is 1000.",
     )
     noise_offset: float | None = option(
@@ -21,6 +25,7 @@ class NoiseOptions(Options):
     )
     noise_offset_random_strength: bool = option(
         False,
+        needs="noise_offset",
         help="Draw the strength of the noise offset anew each step, between 0 and --noise_offset.",
     )
     adaptive_noise_scale: float | None = option(
@@ -29,19 +34,24 @@ class NoiseOptions(Options):
     )
     multires_noise_iterations: int | None = option(
         None,
+        at_least=0,
         help="Number of coarser noise layers added to the noise, 6 to 10 is usual. Unset adds none.",
     )
     multires_noise_discount: float = option(
         0.3,
+        at_least=0,
+        needs="multires_noise_iterations",
         help="Factor by which each coarser noise layer is weaker than the one before, 0 to 1.",
     )
     ip_noise_gamma: float | None = option(
         None,
+        at_least=0,
         help="Strength of extra noise on the model's input that the target does not contain; 0.1 is usual. Unset adds "
         "none.",
     )
     ip_noise_gamma_random_strength: bool = option(
         False,
+        needs="ip_noise_gamma",
         help="Draw the strength of the input noise anew each step, between 0 and --ip_noise_gamma.",
     )
     zero_terminal_snr: bool = option(

@@ -18,10 +18,12 @@ class OptimizerOptions(Options):
     use_lion_optimizer: bool = option(False, help="Old way to say --optimizer_type Lion.")
     learning_rate: float = option(
         2e-06,
+        at_least=0,
         help="Learning rate, where --unet_lr and --text_encoder_lr do not say otherwise. 1e-4 is usual for LoRA.",
     )
     max_grad_norm: float = option(
         1.0,
+        at_least=0,
         help="Longest gradient over all trained weights; longer ones are shortened to it. 0 never shortens.",
     )
     optimizer_args: list[str] | None = option(

@@ -26,21 +26,28 @@ class SavingOptions(Options):
     )
     save_every_n_epochs: int | None = option(
         None,
+        at_least=1,
         help="Save after every N-th epoch too. Unset or 0 does not.",
     )
     save_every_n_steps: int | None = option(
         None,
+        at_least=1,
         help="Save after every N-th step too. Unset or 0 does not.",
     )
     save_n_epoch_ratio: int | None = option(
         None,
+        at_least=1,
         help="Save about N times over the run, after whole epochs. Wins over --save_every_n_epochs.",
     )
     save_last_n_epochs: int | None = option(
         None,
+        at_least=1,
+        needs=("save_every_n_epochs", "save_n_epoch_ratio"),
         help="Keep only the newest N files saved after epochs and delete older ones. Unset or 0 keeps all.",
     )
     save_last_n_steps: int | None = option(
         None,
+        at_least=1,
+        needs="save_every_n_steps",
         help="Delete files saved after steps once they are more than N steps old. Unset or 0 keeps all.",
     )

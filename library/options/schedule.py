@@ -26,27 +26,32 @@ class ScheduleOptions(Options):
     )
     lr_warmup_steps: int | float = option(
         0,
+        at_least=0,
         help="Steps over which the learning rate rises from 0: a whole number, or a share of the run such as 0.1. 0 "
         "starts at the full rate.",
         type=int_or_float,
     )
     lr_decay_steps: int | float = option(
         0,
+        at_least=0,
         help="Steps over which warmup_stable_decay lowers the learning rate at the end: a whole number, or a share of "
         "the run below 1.",
         type=int_or_float,
     )
     lr_scheduler_num_cycles: int = option(
         1,
+        at_least=1,
         help="Number of restarts of cosine_with_restarts; half waves of cosine_with_min_lr and warmup_stable_decay.",
     )
     lr_scheduler_power: float = option(1, help="Exponent of the polynomial schedule. 1 falls in a straight line.")
     lr_scheduler_timescale: int | None = option(
         None,
+        at_least=1,
         help="Steps that set the pace of inverse_sqrt. Unset uses the warm-up, or 10000 without one.",
     )
     lr_scheduler_min_lr_ratio: float | None = option(
         None,
+        at_least=0,
         help="Learning rate at the end as a share of that at the start, for cosine_with_min_lr and "
         "warmup_stable_decay.",
     )

@@ -16,15 +16,20 @@ class StateOptions(Options):
     save_state_on_train_end: bool = option(False, help="Save the training state at the end only.")
     save_last_n_epochs_state: int | None = option(
         None,
+        at_least=0,
+        needs="save_state",
         help="Keep only the newest N states saved after epochs. Unset goes by --save_last_n_epochs.",
     )
     save_last_n_steps_state: int | None = option(
         None,
+        at_least=0,
+        needs="save_state",
         help="Delete states saved after steps once they are more than N steps old. Unset goes by --save_last_n_steps.",
     )
     resume: str | None = option(None, help="Folder of a saved training state to continue from.")
     autoresume: bool = option(
         False,
+        unless="resume",
         help="Continue from the newest whole training state in --output_dir, or start at the beginning where there is "
         "none, so that the same command can be given again after any stop.",
     )
@@ -34,6 +39,10 @@ class StateOptions(Options):
     )
     initial_epoch: int | None = option(
         None,
+        at_least=1,
+        unless="initial_step",
         help="Epoch to begin with, counted from 1. The learning rate schedule still starts at its beginning.",
     )
-    initial_step: int | None = option(None, help="Step to begin with, counted from 0. Wins over --initial_epoch.")
+    initial_step: int | None = option(
+        None, at_least=0, help="Step to begin with, counted from 0. Wins over --initial_epoch."
+    )

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
 
 from library.options.base import Options
 from library.options.distributed import DistributedOptions
+from library.options.rules import asks, is_set
 
 
 def names_of(kind: type[Options]) -> list[str]:
@@ -27,11 +27,6 @@ NOT_YET: Mapping[str, str] = {
 }
 
 
-def asks(value: Any) -> bool:
-    """Whether a value asks for something: front ends also write what the user left empty, as false, 0, "" or []."""
-    return value > 0 if isinstance(value, int | float) else bool(value)
-
-
 def unsupported(options: Options) -> list[str]:
     """A line for every option that asks for what this version cannot do."""
     values, defaults = options.flat(), type(options).defaults()
@@ -40,25 +35,3 @@ def unsupported(options: Options) -> list[str]:
         others = [name for name in DEEPSPEED if name != "deepspeed" and is_set(values[name], defaults[name])]
         lines += [f"--{name} is not supported yet: {NOT_YET['deepspeed']}" for name in others]
     return lines
-
-
-def without_effect(options: Options) -> list[str]:
-    """A line for every option that only adjusts a feature which is absent or off."""
-    values, defaults = options.flat(), type(options).defaults()
-    reasons = {
-        **dict.fromkeys(DDP[1:], "processes exchange gradients in one flat buffer, without torch's DDP"),
-        **dict.fromkeys(DEEPSPEED, "--deepspeed is off"),
-        "dynamo_backend": "--torch_compile is off",
-    }
-    return [
-        f"--{name} has no effect: {why}"
-        for name, why in reasons.items()
-        if name not in NOT_YET
-        and is_set(values[name], defaults[name])
-        and not (name in DEEPSPEED and values["deepspeed"])
-    ]
-
-
-def is_set(value: Any, default: Any) -> bool:
-    """Whether a value differs from the default and from what front ends write for nothing."""
-    return value != default and value not in (None, False, "", 0, "no", [])

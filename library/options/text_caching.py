@@ -13,8 +13,8 @@ class TextCachingOptions(Options):
 
     cache_text_encoder_outputs: bool = option(
         False,
-        help="Encode every caption once before training, keep the results in memory and free the text encoders. They "
-        "cannot be trained then, so it needs --network_train_unet_only.",
+        help="Encode every caption once before training, keep the results in memory and free the text encoders. "
+        "Those that train stay (FLUX.1, SD3); SDXL and Anima need --network_train_unet_only.",
     )
     cache_text_encoder_outputs_to_disk: bool = option(
         False,

@@ -20,9 +20,12 @@ class TrackerOptions(Options):
     )
     log_prefix: str | None = option(
         None,
+        needs="logging_dir",
         help="Text before the date in the name of the run's folder below --logging_dir.",
     )
-    log_tracker_name: str | None = option(None, help="Name of the project in the charts. Unset is network_train.")
+    log_tracker_name: str | None = option(
+        None, needs="logging_dir", help="Name of the project in the charts. Unset is network_train."
+    )
     wandb_run_name: str | None = option(None, help="Name of the run in wandb. Unset lets wandb choose.")
     log_tracker_config: str | None = option(
         None,

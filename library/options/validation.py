@@ -18,9 +18,10 @@ class ValidationOptions(Options):
         0.0,
         help="Share of the pictures that is set aside to measure the loss on, 0 to 1. 0 sets none aside.",
     )
-    validate_every_n_steps: int | None = option(None, help="Measure the validation loss every N steps.")
+    validate_every_n_steps: int | None = option(None, at_least=1, help="Measure the validation loss every N steps.")
     validate_every_n_epochs: int | None = option(
         None,
+        at_least=1,
         help="Measure the validation loss every N epochs. Unset does it after every epoch.",
     )
     validate_at_first: bool = option(
@@ -29,6 +30,7 @@ class ValidationOptions(Options):
     )
     max_validation_steps: int | None = option(
         None,
+        at_least=1,
         help="Most batches to measure the validation loss on. Unset uses all.",
     )
     keep_best_checkpoint: bool = option(

@@ -2,12 +2,11 @@
 
 import logging
 import os
-from collections.abc import Iterator
-from math import isfinite
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PureWindowsPath
 
-from library.options.support import asks, is_set, unsupported, without_effect
+from library.options.rules import check_ranges, is_set, unused
+from library.options.support import unsupported
 from library.options.train import TrainOptions
 from library.training.logs import tracker_kind
 from library.training.optimizers import class_path, wanted_type
@@ -17,53 +16,16 @@ from library.training.saving import Names
 
 logger = logging.getLogger(__name__)
 
-AT_LEAST_ONE = (
-    "max_train_steps", "max_train_epochs", "train_batch_size", "gradient_accumulation_steps", "vae_batch_size",
-    "dataset_repeats", "network_dim", "clip_skip", "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio",
-    "save_last_n_epochs", "save_last_n_steps", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps",
-    "lr_scheduler_num_cycles", "lr_scheduler_timescale", "max_timestep",
-    "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "initial_epoch",
-)  # fmt: skip
-NOT_NEGATIVE = (
-    "max_data_loader_n_workers", "keep_tokens", "caption_dropout_every_n_epochs", "token_warmup_min",
-    "token_warmup_step", "prior_loss_weight", "network_alpha", "unet_lr", "learning_rate", "max_grad_norm",
-    "lr_warmup_steps", "lr_decay_steps", "min_timestep", "multires_noise_iterations", "multires_noise_discount",
-    "ip_noise_gamma", "huber_c", "huber_scale", "min_snr_gamma", "lr_scheduler_min_lr_ratio",
-    "initial_step", "save_last_n_epochs_state", "save_last_n_steps_state",
-)  # fmt: skip
 MAX_NAME_BYTES = 255 - len("-step00000000-state")  # what file systems allow, less what a run appends
 SQUARES_IN_DTYPE_OF_WEIGHTS = (
     "torch.optim.Adam", "torch.optim.NAdam", "torch.optim.RAdam", "torch.optim.RMSprop", "prodigyopt.",
     "schedulefree.AdamW", "schedulefree.RAdam",
 )  # fmt: skip
-SHARES = ("caption_dropout_rate", "caption_tag_dropout_rate", "network_dropout")
-MAX_SEED = 2**63 - 1
 ANY_CHOICE = ("max_token_length", "dynamo_backend", "sample_sampler", "zero_stage")  # names of files in use; see cli.py
-
-DISK_CACHES = ("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk")
-
-NEEDS = (
-    ("noise_offset_random_strength", "noise_offset"),
-    ("multires_noise_discount", "multires_noise_iterations"),
-    ("ip_noise_gamma_random_strength", "ip_noise_gamma"),
-    ("base_weights_multiplier", "base_weights"),
-    ("bucket_no_upscale", "enable_bucket"),
-    ("save_last_n_steps", "save_every_n_steps"),
-    ("save_last_n_steps_state", "save_state"),
-    ("save_last_n_epochs_state", "save_state"),
-    ("save_state_to_huggingface", "huggingface_repo_id"),
-    ("async_upload", "huggingface_repo_id"),
-    ("huggingface_path_in_repo", "huggingface_repo_id"),
-    ("huggingface_repo_visibility", "huggingface_repo_id"),
-    ("resume_from_huggingface", "resume"),
-    ("log_prefix", "logging_dir"),
-    ("log_tracker_name", "logging_dir"),
-)
-"""(an option that only adjusts another, the other)"""
 
 
 def check(options: TrainOptions) -> None:
-    """Refuse what cannot work and warn about what does nothing.
+    """Refuse what cannot work.
 
     Raises ValueError naming every flag that is not supported yet, else the first contradiction, with its way out.
     """
@@ -71,6 +33,7 @@ def check(options: TrainOptions) -> None:
     if missing:
         raise ValueError("\n".join(missing))
     check_ranges(options)
+    check_buckets(options)
     check_choices(options)
     check_required(options)
     check_output(options)
@@ -80,32 +43,16 @@ def check(options: TrainOptions) -> None:
     check_noise_and_loss(options)
     check_previews(options)
     tracker_kind(options.trackers)
-    for line in (*without_effect(options), *idle(options)):
+
+
+def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:
+    """Warn of every option that is given and does nothing; `ignores` are those that do nothing for the base model."""
+    for line in (*unused(options, ignores), *idle_previews(options), *doubtful(options)):
         logger.warning("%s", line)
 
 
-def check_ranges(options: TrainOptions) -> None:
-    """Every number lies where it means something."""
-    values = options.flat()
-    for name, value in values.items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not isfinite(number):
-                raise ValueError(f"--{name} is {number}; use a finite number")
-    for names, limit in ((AT_LEAST_ONE, 1), (NOT_NEGATIVE, 0)):
-        for name in names:
-            if values[name] is not None and values[name] < limit:
-                raise ValueError(f"--{name} is {values[name]}; use at least {limit}, or leave it out")
-    for name in SHARES:
-        if values[name] is not None and not 0 <= values[name] <= 1:
-            raise ValueError(f"--{name} is {values[name]}; it is a share, use 0 to 1")
-    for rate in options.network.text_encoder_lr or ():
-        if rate < 0:
-            raise ValueError(
-                f"--text_encoder_lr is {rate}; use 0 to leave the text encoder as it is, or a positive rate"
-            )
-    seed = options.run.seed
-    if seed is not None and not -MAX_SEED <= seed <= MAX_SEED:
-        raise ValueError(f"--seed is {seed}; use a number of at most {MAX_SEED}")
+def check_buckets(options: TrainOptions) -> None:
+    """The shortest side of a bucket is not above the longest."""
     low, high = options.dataset.min_bucket_reso, options.dataset.max_bucket_reso
     if options.dataset.enable_bucket and low > high:
         raise ValueError(f"--min_bucket_reso is {low}, above --max_bucket_reso {high}; swap them")
@@ -152,6 +99,7 @@ def check_output(options: TrainOptions) -> None:
     for flag, folder in (("output_dir", saving.output_dir), ("logging_dir", options.trackers.logging_dir)):
         if folder:
             check_folder(flag, Path(folder))
+    check_output_name(saving.output_name or "")
     path = Names.build(saving).of_end()
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
         raise ValueError(
@@ -162,6 +110,15 @@ def check_output(options: TrainOptions) -> None:
         raise ValueError(f"--output_name: {path} is a folder, but the adapter is saved under that name; use another")
     if path.exists() and not (options.state.resume or options.state.autoresume):
         logger.warning("%s is there already and will be replaced when the run ends", path)
+
+
+def check_output_name(name: str) -> None:
+    """Raise ValueError for a name with folders in it: files would lie where neither --autoresume nor rotation looks."""
+    if "/" in name or "\\" in name or PureWindowsPath(name).drive:
+        raise ValueError(
+            f"--output_name {name} holds a path, but all files of a run lie in --output_dir itself; put the folder "
+            f"into --output_dir and give only a name, such as {PureWindowsPath(name).name or 'my_cat'}"
+        )
 
 
 def check_folder(flag: str, folder: Path) -> None:
@@ -290,8 +247,6 @@ def check_noise_and_loss(options: TrainOptions) -> None:
         raise ValueError(
             f"--min_timestep {low} is above --max_timestep {high}; the same value for both trains one level"
         )
-    if high > 1000:
-        raise ValueError(f"--max_timestep is {high}; there are 1000 timesteps, use at most 1000")
 
 
 def check_previews(options: TrainOptions) -> None:
@@ -321,43 +276,10 @@ def asks_number(value: float | None) -> bool:
     return value is not None and value != 0
 
 
-def idle(options: TrainOptions) -> Iterator[str]:
-    """A line for every option that does nothing in this run."""
-    values, defaults = options.flat(), type(options).defaults()
-
-    def chosen(name: str) -> Any:
-        return is_set(values[name], defaults[name])
-
-    for name, needed in NEEDS:
-        if chosen(name) and not asks(values[needed]):
-            yield f"--{name} has no effect without --{needed}"
-    if (
-        chosen("save_last_n_epochs")
-        and not asks(values["save_every_n_epochs"])
-        and not asks(values["save_n_epoch_ratio"])
-    ):
-        yield "--save_last_n_epochs has no effect without --save_every_n_epochs"
-    if chosen("skip_cache_check") and not any(asks(values.get(name)) for name in DISK_CACHES):
-        yield "--skip_cache_check has no effect: nothing is cached on disk"
-    if chosen("initial_epoch") and options.state.initial_step is not None:
-        yield "--initial_epoch has no effect with --initial_step"
-    if options.state.autoresume and options.state.resume:
-        yield "--autoresume has no effect with --resume, which names the state"
-    if options.loss.loss_type not in ("huber", "smooth_l1"):
-        for name in ("huber_schedule", "huber_c", "huber_scale"):
-            if chosen(name):
-                yield f"--{name} has no effect with --loss_type {options.loss.loss_type}"
+def doubtful(options: TrainOptions) -> Iterator[str]:
+    """A line for every setting that works and is hardly meant."""
     if options.noise.zero_terminal_snr and not options.model.v_parameterization:
         yield (
             "--zero_terminal_snr leaves no signal at the last timestep, where a model that predicts noise learns "
             "nothing; it is meant for --v_parameterization"
         )
-    if options.network.dim_from_weights:
-        for name in ("network_dim", "network_alpha"):
-            if chosen(name):
-                yield f"--{name} has no effect with --dim_from_weights: the file says it"
-    yield from idle_previews(options)
-    if options.network.network_train_unet_only and options.network.text_encoder_lr:
-        yield "--text_encoder_lr has no effect with --network_train_unet_only"
-    if options.network.network_train_text_encoder_only and chosen("unet_lr"):
-        yield "--unet_lr has no effect with --network_train_text_encoder_only"

@@ -1,8 +1,10 @@
 """Charts of the run: tensorboard and wandb, through accelerate's trackers."""
 
 import logging
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,7 +69,12 @@ def start_trackers(accelerator: Any, options: TrainOptions) -> None:
     if trackers.wandb_run_name:
         init.setdefault("wandb", {})["name"] = trackers.wandb_run_name
     config = loggable_options(options) if trackers.log_config else None
-    accelerator.init_trackers(trackers.log_tracker_name or "network_train", config=config, init_kwargs=init)
+    silence_tensorboard_thread()
+    try:
+        accelerator.init_trackers(trackers.log_tracker_name or "network_train", config=config, init_kwargs=init)
+    except OSError as error:
+        logger.warning("--logging_dir %s: charts are off, it cannot be written: %s", trackers.logging_dir, error)
+        accelerator.trackers = []
 
 
 def loggable_options(options: TrainOptions) -> dict[str, int | float | str | bool]:
@@ -82,15 +89,44 @@ def loggable_options(options: TrainOptions) -> dict[str, int | float | str | boo
     return flat
 
 
+def silence_tensorboard_thread() -> None:
+    """Print no traceback of tensorboard's writing thread: `Charts` gets the same error and tells it."""
+    plain = threading.excepthook
+
+    def report(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            plain(failure)
+
+    threading.excepthook = report
+
+
 class Charts:
-    """Sends the values of a step to the trackers; costs nothing where there are none."""
+    """Sends the values of a step to the trackers; costs nothing where there are none.
+
+    A tracker that fails, on a full disk or without a network, is given up with one warning: charts never end a run.
+    """
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
+        self._failed: set[str] = set()  # names of trackers that are given up
 
     @property
     def are_on(self) -> bool:
-        return bool(self._accelerator.trackers)
+        return any(self._trackers())
+
+    def _trackers(self) -> Iterator[Any]:
+        return (tracker for tracker in self._accelerator.trackers if tracker.name not in self._failed)
+
+    @contextmanager
+    def _given_up_on_failure(self, tracker: Any) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each tracker has errors of its own, and none of them concerns the training
+            self._failed.add(tracker.name)
+            logger.warning(
+                "charts of %s are off from here on, training goes on: %s: %s", tracker.name, type(error).__name__, error
+            )
+            logger.debug("where it failed:", exc_info=error)
 
     def log_step(self, values: Mapping[str, float], step: int, epoch: int) -> None:
         """Values on the axis of optimizer steps; wandb keeps its own axis and gets step and epoch as values."""
@@ -101,24 +137,30 @@ class Charts:
         self._log(values, epoch, step, epoch)
 
     def _log(self, values: Mapping[str, float], x: int, step: int, epoch: int) -> None:
-        for tracker in self._accelerator.trackers:
-            if tracker.name == "wandb":
-                tracker.log({**values, "global_step": step, "epoch": epoch})
-            else:
-                tracker.log(dict(values), step=x)
+        for tracker in self._trackers():
+            with self._given_up_on_failure(tracker):
+                if tracker.name == "wandb":
+                    tracker.log({**values, "global_step": step, "epoch": epoch})
+                else:
+                    tracker.log(dict(values), step=x)
 
     def log_pictures(self, pictures: Sequence[Drawn], step: int, epoch: int) -> None:
         """Pictures as `sample_<index>` on the axis of steps; wandb shows the prompt beneath."""
-        for tracker in self._accelerator.trackers if pictures else ():
-            if tracker.name == "wandb":
-                import wandb
+        for tracker in self._trackers() if pictures else ():
+            with self._given_up_on_failure(tracker):
+                if tracker.name == "wandb":
+                    import wandb
 
-                images = {f"sample_{one.index}": wandb.Image(one.image, caption=one.prompt.text) for one in pictures}
-                tracker.log({**images, "global_step": step, "epoch": epoch})
-            else:
-                images = {f"sample_{one.index}": np.asarray(one.image)[None] for one in pictures}
-                tracker.log_images(images, step=step, dataformats="NHWC")
+                    shown = {f"sample_{one.index}": wandb.Image(one.image, caption=one.prompt.text) for one in pictures}
+                    tracker.log({**shown, "global_step": step, "epoch": epoch})
+                else:
+                    images = {f"sample_{one.index}": np.asarray(one.image)[None] for one in pictures}
+                    tracker.log_images(images, step=step, dataformats="NHWC")
 
     def close(self) -> None:
-        """Write what is still buffered."""
+        """Write what is still buffered, and end the processes of the run."""
+        for tracker in self._trackers():
+            with self._given_up_on_failure(tracker):
+                tracker.finish()
+        self._accelerator.trackers = []
         self._accelerator.end_training()

@@ -14,7 +14,7 @@ from library.training.nonfinite import NonFiniteGuard
 from library.training.optimizers import effective_rates
 from library.training.out_of_memory import explained, sizes_of
 from library.training.plan import Window
-from library.training.preview import Previews
+from library.training.preview import Previews, epoch_event, step_event
 from library.training.progress import Progress
 from library.training.report import (
     LimitedNorms,
@@ -25,6 +25,7 @@ from library.training.report import (
 )
 from library.training.run import Run
 from library.training.saving import Writer
+from library.training.state import Facts
 from library.training.step import describe_shape, loss_of, start_batch
 from library.training.validation import Validation
 from library.types import Batch
@@ -40,10 +41,12 @@ def train(
     previews: Previews,
     validation: Validation,
     interruption: Interruption,
+    resumed: Facts | None = None,
 ) -> None:
     """Train from where `progress` stands to the last step, or to the step in which the user interrupts.
 
-    Either way the adapter is saved.
+    Either way the adapter is saved. A run that goes on from a state, `resumed`, first makes what was due at its step
+    and was not done when the state was written.
     """
     plan, average, is_main = run.plan, progress.average, run.processes.is_main
     norm_limit = wanted_norm_limit(run)
@@ -54,8 +57,10 @@ def train(
         previews.before_training(interruption)
     if validation.before_training(progress):
         writer.save_best(progress.step, epoch)
+    if resumed is not None:
+        finish_step_of(resumed, run, progress, writer, previews, interruption)
     with progress_bar(plan.max_train_steps, progress.step, is_main) as bar:
-        for epoch in plan.epochs(progress.step):
+        for epoch in plan.epochs(progress.step) if progress.step < plan.max_train_steps else ():
             announce_epoch(epoch, plan.num_epochs)
             run.network.start_epoch(*run.models.network_view)
             batches = batches_of(run, epoch, progress.step)
@@ -65,9 +70,10 @@ def train(
                     run.network.trainable_parameters(), own_losses, len(window.places), interruption.is_requested
                 )
                 rates = [float(rate) for rate in run.schedule.get_last_lr()]
+                progress.is_moving = True
                 with explained("the optimizer moved the weights", run.options, run.device, "", lambda: sizes_of(run)):
                     values = optimizer_step(run, guard, window, losses)
-                progress.step += 1
+                progress.advance()
                 norms = None if norm_limit is None else LimitedNorms(*run.network.limit_norms(norm_limit, run.device))
                 report_window(run, progress, window, values, rates, norms, charts)
                 bar.update(1)
@@ -77,23 +83,57 @@ def train(
                     progress.step, epoch, window.ends_epoch or is_last, average.mean
                 ):
                     writer.save_best(progress.step, epoch)
-                writer.save_after_step(progress.step, epoch)
-                previews.after_step(progress.step, epoch, interruption)
+                finish_step(progress, epoch, writer, previews, interruption)
                 if stops:
                     break
             if stops and progress.step % plan.steps_per_epoch != 0:
                 break
             if charts.are_on:
                 charts.log_epoch({"loss/epoch_average": average.mean}, progress.step, epoch)
-            writer.save_after_epoch(progress.step, epoch)
-            previews.after_epoch(progress.step, epoch, interruption)
+            finish_epoch(progress, epoch, writer, previews, interruption)
             if stops:
                 break
     guard.report(progress.step)
+    run.training_set.report_skipped(logger)
     if progress.step >= plan.max_train_steps:
-        writer.save_end(progress.step, epoch)
+        writer.save_end(progress, plan.num_epochs)
     else:
-        writer.save_interrupted(progress.step, epoch)
+        writer.save_interrupted(progress, epoch)
+
+
+def finish_step(progress: Progress, epoch: int, writer: Writer, previews: Previews, interruption: Interruption) -> None:
+    """Save and draw what is due after a step and not done; weights are safe before pictures take their time."""
+    writer.save_after_step(progress, epoch)
+    if "step previews" not in progress.done and previews.after_step(progress.step, epoch, interruption):
+        progress.done.add("step previews")
+
+
+def finish_epoch(
+    progress: Progress, epoch: int, writer: Writer, previews: Previews, interruption: Interruption
+) -> None:
+    """The same after an epoch, which the end of the run may have cut short."""
+    writer.save_after_epoch(progress, epoch)
+    if "epoch previews" not in progress.done and previews.after_epoch(progress.step, epoch, interruption):
+        progress.done.add("epoch previews")
+
+
+def finish_step_of(
+    state: Facts, run: Run, progress: Progress, writer: Writer, previews: Previews, interruption: Interruption
+) -> None:
+    """Make what was due at the step of a state and was not done when the run was stopped.
+
+    Pictures are drawn after the state is written, so it cannot know of them: those on disk that are not older count.
+    """
+    finished_epochs, rest = divmod(progress.step, run.plan.steps_per_epoch)
+    epoch = finished_epochs + bool(rest)
+    ends_epoch = not rest or progress.step >= run.plan.max_train_steps
+    if previews.are_drawn(step_event(progress.step), state.written_at):
+        progress.done.add("step previews")
+    if previews.are_drawn(epoch_event(epoch), state.written_at):
+        progress.done.add("epoch previews")
+    finish_step(progress, epoch, writer, previews, interruption)
+    if ends_epoch:
+        finish_epoch(progress, epoch, writer, previews, interruption)
 
 
 def batches_of(run: Run, epoch: int, first_step: int) -> Iterator[Batch]:

@@ -5,13 +5,13 @@ the number of them in the run.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from library.options.schedule import ScheduleOptions
 from library.training.keyword_args import call_with_keywords, read_keyword_args
@@ -54,6 +54,33 @@ def build_schedule(options: ScheduleOptions, built: BuiltOptimizer, max_train_st
             "--optimizer_type Adafactor with relative_step=True. Use constant_with_warmup otherwise"
         )
     return named_schedule(name, options, optimizer, arguments, warmup_steps, max_train_steps)
+
+
+def base_rates(optimizer: Optimizer) -> list[float | None]:
+    """The learning rate of each group before a schedule changes it; None where the optimizer sets its own."""
+    return [group.get("initial_lr", group.get("lr")) for group in optimizer.param_groups]
+
+
+def follow_rates(schedule: Schedule, optimizer: Optimizer, rates: Sequence[float | None]) -> None:
+    """Put the rates of this run, from `base_rates`, and the curve of its length in the place of a state's.
+
+    To be called after optimizer and schedule have been restored; where nothing has changed, nothing changes.
+    """
+    if isinstance(schedule, RatesOfGroups) and schedule.refresh is not None:
+        return  # the optimizer finds its own rates
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        before = group.get("initial_lr", group["lr"])
+        if rate is None or rate == before:
+            continue
+        group["lr"] = group["lr"] * rate / before if before else rate
+        if "initial_lr" in group:
+            group["initial_lr"] = rate
+    if isinstance(schedule, LRScheduler):
+        schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        if isinstance(schedule, LambdaLR):  # its curve may be that of another length
+            for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def steps_of(value: int | float, max_train_steps: int, flag: str) -> int:

@@ -9,10 +9,11 @@ from typing import TypeVar
 
 from library.architectures.interface import Architecture
 from library.options.train import TrainOptions
-from library.training.checks import check, check_vae_precision
+from library.training.checks import check, check_vae_precision, report_unused
 from library.training.cli import parse
 from library.training.interruption import Interrupted, Interruption
 from library.training.resume import AlreadyComplete
+from library.training.run_lock import run_lock
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ def main(
     try:
         options = options_type.from_args(args)
         check(options)
-        train_network(options, build, interruption)
+        with run_lock(options):
+            train_network(options, build, interruption)
     except AlreadyComplete as error:
         logger.info("%s", error)
     except Interrupted as error:
@@ -55,15 +57,17 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     from library.training.dry_run import try_largest_batch, without_writing
     from library.training.hub import check_repository
     from library.training.out_of_memory import explained
-    from library.training.resume import find_state
+    from library.training.resume import find_state, with_rates_of_state
 
     if options.faults.dry_run:
         options = without_writing(options)
     arch = build(options)
+    report_unused(options, arch.ignores)
     check_vae_precision(options, arch.vae_overflows_in_fp16)
     accelerator = setup.open_accelerator(options)
     processes = of_accelerator(accelerator)
     facts = find_state(options, processes)
+    options = with_rates_of_state(options, facts)
     if processes.is_main:
         check_repository(options.hub)
     seed = setup.choose_seed(options.run.seed, processes, facts)
@@ -81,12 +85,16 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     if largest is not None:
         try_largest_batch(prepared.run, prepared.writer, largest)
         return
+    from library.training.failure import saved_on_error
     from library.training.loop import train
     from library.training.nonfinite import last_good_saved
 
     interruption.defer()
     try:
-        with last_good_saved(prepared.writer):
+        with (
+            last_good_saved(prepared.writer),
+            saved_on_error(prepared.writer, prepared.progress, prepared.run.plan),
+        ):
             train(
                 prepared.run,
                 prepared.progress,
@@ -95,14 +103,20 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
                 prepared.previews,
                 prepared.validation,
                 interruption,
+                prepared.resumed,
             )
     finally:
         prepared.charts.close()
 
 
 def report_error(error: Exception) -> None:
-    """A message of ours stands alone; anything unforeseen comes with its traceback."""
-    if is_foreseen(error):
+    """A message of ours stands alone; anything unforeseen comes with its traceback. What was saved is told last."""
+    from library.training.failure import StoppedByError
+
+    if isinstance(error, StoppedByError) and isinstance(error.__cause__, Exception):
+        report_error(error.__cause__)
+        logger.error("%s", error)
+    elif is_foreseen(error):
         logger.error("%s", error)
         logger.debug("where it was found:", exc_info=error)
     else:

@@ -38,7 +38,7 @@ def noise_levels(options: NoiseOptions) -> tuple[int, ...]:
 
 
 def batch_losses(run: Run, batch: Batch, names: Sequence[Name], levels: Sequence[int], seed: int) -> Tensor:
-    """The loss of each picture of a batch at each level, without subset weights; float64, shape BL, on the device.
+    """The loss of each picture of a batch at each level, without subset weights; float64, shape BL, on the CPU.
 
     A function of the weights, the picture and the seed: every picture has noise of its own at every level, whatever
     batch it lies in. To be called while `evaluating`.
@@ -53,8 +53,8 @@ def batch_losses(run: Run, batch: Batch, names: Sequence[Name], levels: Sequence
         objective = run.arch.objective.at_timestep(level)
         generators = [generator_for(seed, "validation noise", *name, level) for name in names]
         noised = corrupt_each(objective, clean_BCHW, generators)
-        columns.append(losses_of(run, objective, batch, noised, partial(conditioning_of, run, batch)).double())
-    return torch.stack(columns, 1)
+        columns.append(losses_of(run, objective, batch, noised, partial(conditioning_of, run, batch)))
+    return torch.stack(columns, 1).cpu().double()
 
 
 def corrupt_each(objective: Objective, clean_BCHW: Tensor, generators: Sequence[Generator]) -> Noised:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from library.memory.devices import place
-from library.memory.fp8 import keep_in_fp8
+from library.memory.forms.fp8 import Fp8Rows
+from library.memory.frozen import store_blocks_in
 from library.options.network import NetworkOptions
 from library.options.precision import PrecisionOptions
 from library.options.train import TrainOptions
@@ -50,9 +51,10 @@ def open_network(options: TrainOptions, models: Models, device: torch.device, dt
 def shrink_base(precision: PrecisionOptions, models: Models) -> None:
     """Keep the frozen models in 8 bits where --fp8_base or the like asks for it; merging came before."""
     if precision.shrinks_denoiser:
-        logger.info("denoiser: %d layers in 8 bits", keep_in_fp8(models.denoiser))
+        logger.info("denoiser: %d layers in 8 bits", store_blocks_in(Fp8Rows(), models.denoiser))
     if precision.fp8_base and models.text_encoders:
-        logger.info("text encoders: %d layers in 8 bits", sum(keep_in_fp8(model) for model in models.text_encoders))
+        count = sum(store_blocks_in(Fp8Rows(), model) for model in models.text_encoders)
+        logger.info("text encoders: %d layers in 8 bits", count)
 
 
 def create(wanted: NetworkOptions, module: NetworkModule, models: Models) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from library.training.plan import Window
+from library.training.rescue import NotWrittenError
 from library.training.run import Run
 from library.training.saving import NonFiniteWeights, Writer, weights_are_finite
 from library.training.step import noised_of
@@ -144,7 +145,7 @@ def saved_as(writer: Writer, path: Path, step: int, epoch: int) -> str:
     if not writer.is_main:
         return "The main process saves the adapter"
     try:
-        writer.write(path, step, epoch)
-    except NonFiniteWeights as error:
+        place = writer.write(path, step, epoch)
+    except (NonFiniteWeights, NotWrittenError) as error:
         return str(error)
-    return f"The adapter as it was after step {step} is saved as {path}"
+    return f"The adapter as it was after step {step} is saved as {place}"

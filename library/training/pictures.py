@@ -1,7 +1,8 @@
 """Preview pictures as files: their names, their bytes, and what is written into them."""
 
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
 from pathlib import Path
@@ -18,6 +19,8 @@ from library.types import Prompt
 FOLDER = "sample"  # in --output_dir; front ends look there
 GRID_FOLDER = "grid"  # in that, apart from what front ends take for a prompt's picture
 GRID_GAP = 4  # pixels
+TIMESTAMP = "%Y%m%d%H%M%S"
+MARK = "\0"  # stands for a timestamp; no name holds it
 
 
 @dataclass(frozen=True)
@@ -29,19 +32,48 @@ class Drawn:
     image: Image.Image
 
 
-def picture_path(options: SavingOptions, event: str, index: int, seed: int | None) -> Path:
-    """`sample/<name>_<event>_<index>_<YYYYmmddHHMMSS>[_<seed>].png`; event is `e` and the epoch, or the step."""
+def picture_path(
+    options: SavingOptions, event: str, index: int, seed: int | None, timestamp: str | None = None
+) -> Path:
+    """`sample/<name>_<event>_<index>_<YYYYmmddHHMMSS>[_<seed>].png`; event is `e` and the epoch, or the step.
+
+    The time is that of the call, unless `timestamp` stands for it.
+    """
     assert options.output_dir is not None
     name = f"{options.output_name}_" if options.output_name else ""
     ending = "" if seed is None else f"_{seed}"
-    return Path(options.output_dir) / FOLDER / f"{name}{event}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}{ending}.png"
+    timestamp = timestamp or time.strftime(TIMESTAMP)
+    return Path(options.output_dir) / FOLDER / f"{name}{event}_{index:02d}_{timestamp}{ending}.png"
 
 
-def grid_path(options: SavingOptions, event: str) -> Path:
+def grid_path(options: SavingOptions, event: str, timestamp: str | None = None) -> Path:
     """`sample/grid/<name>_<event>_<YYYYmmddHHMMSS>.png`."""
     assert options.output_dir is not None
     name = f"{options.output_name}_" if options.output_name else ""
-    return Path(options.output_dir) / FOLDER / GRID_FOLDER / f"{name}{event}_{time.strftime('%Y%m%d%H%M%S')}.png"
+    timestamp = timestamp or time.strftime(TIMESTAMP)
+    return Path(options.output_dir) / FOLDER / GRID_FOLDER / f"{name}{event}_{timestamp}.png"
+
+
+def is_written(path_of: Callable[[str], Path], since: float) -> bool:
+    """Whether the file of `path_of(timestamp)` lies there, written at any time from `since` on (seconds since 1970)."""
+    path = path_of(MARK)
+    start, end = path.name.split(MARK)
+    name = re.compile(re.escape(start) + r"\d{14}" + re.escape(end))
+    found = path.parent.iterdir() if path.parent.is_dir() else ()
+    return any(name.fullmatch(file.name) and file.stat().st_mtime >= since for file in found)
+
+
+def preview_folders(options: SavingOptions) -> tuple[Path, Path]:
+    """Where the pictures of a run lie, and their grids."""
+    assert options.output_dir is not None
+    folder = Path(options.output_dir) / FOLDER
+    return folder, folder / GRID_FOLDER
+
+
+def is_preview_stem(options: SavingOptions, stem: str) -> bool:
+    """Whether a file of this name without its ending is a picture or a grid of the run."""
+    name = f"{options.output_name}_" if options.output_name else ""
+    return re.fullmatch(re.escape(name) + r"e?\d{6,}(_\d{2,})?_\d{14}(_-?\d+)?", stem) is not None
 
 
 def to_image(pixels_CHW: Tensor) -> Image.Image:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from library.architectures.interface import Architecture
+from library.architectures.interface import Architecture, LiveText
 from library.diffusion.guidance import guided, needs_negative
 from library.diffusion.samplers import Level
 from library.memory.devices import place, release_memory
@@ -21,7 +22,15 @@ from library.randomness import generator_for
 from library.training.evaluation import evaluating
 from library.training.interruption import Interrupted, Interruption
 from library.training.logs import Charts
-from library.training.pictures import Drawn, grid_path, picture_path, to_image, write_grid, write_picture
+from library.training.pictures import (
+    Drawn,
+    grid_path,
+    is_written,
+    picture_path,
+    to_image,
+    write_grid,
+    write_picture,
+)
 from library.training.prompts import read_prompts, settle
 from library.training.report import announce
 from library.training.run import Autocast, Run
@@ -87,58 +96,94 @@ def texts_of(prompts: Sequence[Prompt], worded: Callable[[str], str] = str) -> l
 
 
 def encode_prompts(
-    arch: Architecture, text_encoders: Sequence[nn.Module], autocast: Autocast, prompts: Sequence[Prompt]
+    arch: Architecture,
+    text_encoders: Sequence[nn.Module],
+    autocast: Autocast,
+    prompts: Sequence[Prompt],
+    live: LiveText | None = None,
+    cached: Mapping[str, Conditioning] | None = None,
 ) -> dict[str, Conditioning]:
-    """Conditioning of `texts_of` the prompts, on the CPU; each is encoded by itself, without gradient."""
+    """Conditioning of `texts_of` the prompts, on the CPU; each is encoded by itself, without gradient.
+
+    Where only the encoders of `live` are in memory, `cached` has the features of the others, by text.
+    """
+    encode = arch.preview.text.encode if live is None else live.encode
     encoded: dict[str, Conditioning] = {}
     with torch.no_grad(), autocast():
         for text in texts_of(prompts, arch.preview.worded):
-            features = arch.preview.text.encode(text_encoders, arch.preview.text.tokenize([text]))
-            encoded[text] = {name: tensor.cpu() for name, tensor in features.items()}
+            features = encode(text_encoders, arch.preview.text.tokenize([text]))
+            kept = {} if cached is None else cached[text]
+            encoded[text] = {**kept, **{name: tensor.cpu() for name, tensor in features.items()}}
     return encoded
+
+
+def encoded_now(
+    run: Run, prompts: Sequence[Prompt], cached: Mapping[str, Conditioning] | None
+) -> dict[str, Conditioning]:
+    """What the text encoders in memory make of the prompts, beside what is cached of the others."""
+    return encode_prompts(run.arch, run.models.text_encoders, run.autocast, prompts, run.live_text, cached)
 
 
 class Previews:
     """Draws the pictures of a run when they are due. What goes wrong is logged, and training goes on."""
 
     def __init__(
-        self, run: Run, charts: Charts, prompts: Sequence[Prompt], encoded: Mapping[str, Conditioning] | None
+        self,
+        run: Run,
+        charts: Charts,
+        prompts: Sequence[Prompt],
+        encoded: Mapping[str, Conditioning] | None,
+        cached: Mapping[str, Conditioning] | None = None,
     ) -> None:
-        """`encoded` is what `encode_prompts` gave; None where text encoders train, so that it changes."""
-        self._run, self._charts, self._prompts, self._encoded = run, charts, prompts, encoded
+        """`encoded` is what `encode_prompts` gave; None where text encoders train, so that it changes.
+
+        `cached` has the features of encoders that have left memory.
+        """
+        self._run, self._charts, self._prompts = run, charts, prompts
+        self._encoded, self._cached = encoded, cached
         self._timetable = Timetable.build(run.options.preview)
 
     @classmethod
     def build(
-        cls, run: Run, charts: Charts, prompts: Sequence[Prompt], encoded: Mapping[str, Conditioning] | None = None
+        cls, run: Run, charts: Charts, prompts: Sequence[Prompt], cached: Mapping[str, Conditioning] | None = None
     ) -> "Previews":
         """The previews of `prompts`, see `wanted_prompts`. Those that frozen text encoders read are encoded here, once.
 
-        `encoded` is given where the text encoders have left memory.
+        `cached` is given where text encoders have left memory.
         """
-        if encoded is None and prompts and not run.trains_text_encoder:
+        if not run.models.text_encoders:
+            return cls(run, charts, prompts, cached)
+        encoded = None
+        if prompts and not run.trains_text_encoder:
             with evaluating(run):
-                encoded = encode_prompts(run.arch, run.models.text_encoders, run.autocast, prompts)
-        return cls(run, charts, prompts, encoded)
+                encoded = encoded_now(run, prompts, cached)
+        return cls(run, charts, prompts, encoded, cached)
 
     def before_training(self, interruption: Interruption) -> None:
         """Draw if --sample_at_first asks for it."""
         if self._timetable.at_first:
-            self._draw_all("e000000", 0, 0, interruption)
+            self._draw_all(epoch_event(0), 0, 0, interruption)
 
-    def after_step(self, step: int, epoch: int, interruption: Interruption) -> None:
-        """Draw if pictures are due after `step`, which is in `epoch`."""
-        if self._timetable.holds_step(step):
-            self._draw_all(f"{step:06d}", step, epoch, interruption)
+    def after_step(self, step: int, epoch: int, interruption: Interruption) -> bool:
+        """Draw if pictures are due after `step`, which is in `epoch`; False where an interruption broke that off."""
+        return not self._timetable.holds_step(step) or self._draw_all(step_event(step), step, epoch, interruption)
 
-    def after_epoch(self, step: int, epoch: int, interruption: Interruption) -> None:
-        """Draw if pictures are due after `epoch`, whose last step is `step`."""
-        if self._timetable.holds_epoch(epoch):
-            self._draw_all(f"e{epoch:06d}", step, epoch, interruption)
+    def after_epoch(self, step: int, epoch: int, interruption: Interruption) -> bool:
+        """Draw if pictures are due after `epoch`, whose last step is `step`; False as in `after_step`."""
+        return not self._timetable.holds_epoch(epoch) or self._draw_all(epoch_event(epoch), step, epoch, interruption)
 
-    def _draw_all(self, event: str, step: int, epoch: int, interruption: Interruption) -> None:
-        if not self._prompts or interruption.is_requested:
-            return
+    def are_drawn(self, event: str, since: float) -> bool:
+        """Whether all pictures of an event lie on disk, each written at `since` (seconds since 1970) or later."""
+        options = self._run.options.saving
+        paths = [partial(picture_path, options, event, i, prompt.seed) for i, prompt in enumerate(self._prompts)]
+        grids = [partial(grid_path, options, event)] if len(paths) > 1 else []
+        return all(is_written(path_of, since) for path_of in (*paths, *grids))
+
+    def _draw_all(self, event: str, step: int, epoch: int, interruption: Interruption) -> bool:
+        if not self._prompts:
+            return True
+        if interruption.is_requested:
+            return False
         run, drawn = self._run, []
         announce(f"\ngenerating sample images at step / サンプル画像生成 ステップ: {step}")
         try:
@@ -163,6 +208,7 @@ class Previews:
             give_up("the previews", error)
         finally:
             release_memory(run.options.memory.highvram)
+        return not interruption.is_requested
 
     def _draw_one(self, event: str, index: int, vae: nn.Module, goes_on: Callable[[], bool]) -> list[Drawn]:
         """Draw and write one picture; gives nothing where that fails or the run is to end."""
@@ -170,7 +216,7 @@ class Previews:
         try:
             encoded = self._encoded
             if encoded is None:
-                encoded = encode_prompts(run.arch, run.models.text_encoders, run.autocast, [prompt])
+                encoded = encoded_now(run, [prompt], self._cached)
             generator = generator_of(prompt, run.seed, index)
             latents_BCHW = draw_latents(run, prompt, encoded, generator, goes_on)
             if latents_BCHW is None:
@@ -184,6 +230,16 @@ class Previews:
         except Exception as error:
             give_up(f"preview {index} ({prompt.text})", error)
             return []
+
+
+def step_event(step: int) -> str:
+    """What pictures of a step have in their names."""
+    return f"{step:06d}"
+
+
+def epoch_event(epoch: int) -> str:
+    """What pictures of an epoch have in their names; epoch 0 is before training."""
+    return f"e{epoch:06d}"
 
 
 def give_up(what: str, error: Exception) -> None:

@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import fsum, isfinite, nan
-from typing import Any
+from typing import Any, Literal
+
+Part = Literal["step", "step previews", "epoch", "epoch previews", "end"]
+"""What may be due after a step: files and state of the step, pictures, the same of the epoch, and the last file."""
 
 
 @dataclass
@@ -37,9 +40,17 @@ class Progress:
 
     step: int = 0  # optimizer steps that are finished
     average: LossAverage = field(default_factory=LossAverage)
+    is_moving: bool = False  # while the optimizer moves the weights, which then belong to no step
+    done: set[Part] = field(default_factory=set)  # of what is due after `step`
+
+    def advance(self) -> None:
+        """Count a step; nothing of what is due after it is done."""
+        self.step += 1
+        self.is_moving = False
+        self.done.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values; JSON gives every float back as it was."""
+        """Plain values; JSON gives every float back as it was. A state keeps `done` for itself."""
         return {"step": self.step, "losses": dict(self.average.losses), "total": self.average.total}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 The lines on standard output and the progress bar are an interface: see tests/contracts/test_output.py.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +13,19 @@ from tqdm import tqdm
 from library.launcher import launched_rank
 from library.training.plan import Plan
 
+logger = logging.getLogger(__name__)
+
 
 def announce(text: str) -> None:
     """Write a line to standard output at once; front ends look for these lines. Only the main process writes."""
     if launched_rank() != 0:
         return
     encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding) + "\n")
+        sys.stdout.flush()
+    except OSError as error:  # a full disk beneath it, or nobody who reads it any more
+        logger.debug("standard output takes nothing: %s", error)
 
 
 @dataclass(frozen=True)

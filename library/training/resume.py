@@ -2,20 +2,23 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from library.checkpoints.files import remove_temporary
 from library.checkpoints.folders import tidy
+from library.data.scan import few
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.config_file import SECRETS
 from library.training.hub import fetch_state
+from library.training.pictures import is_preview_stem, preview_folders
 from library.training.plan import Plan
 from library.training.saving import Names
-from library.training.state import FACTS_FILE, Facts, is_state_name, newest_state, read_facts
+from library.training.state import FACTS_FILE, Facts, is_state_name, newest_state, read_facts, require_undamaged
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +31,31 @@ WITHOUT_EFFECT = (
     "network_weights", "lowram", "highvram", "cache_latents_to_disk", "trace_nonfinite",
     "dry_run",
 )  # fmt: skip
-OF_THE_STATE = ("learning_rate", "unet_lr", "text_encoder_lr", "optimizer_args")
+OF_THE_STATE = ("optimizer_args",)
+RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
 LENGTH = ("max_train_steps", "max_train_epochs")
+
+
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 
 class AlreadyComplete(Exception):
     """--autoresume found the state of a run that has nothing left to do."""
+
+
+def with_rates_of_state(options: OptionsT, facts: Facts | None) -> OptionsT:
+    """The options with the learning rates of the state where this run names none, that is, has the default."""
+    if facts is None:
+        return options
+    values, defaults = options.flat(), type(options).defaults()
+    kept = {
+        name: facts.options[name]
+        for name in RATES
+        if values[name] == defaults[name] and facts.options.get(name, values[name]) != values[name]
+    }
+    for name, value in kept.items():
+        logger.info("--%s is not given: that of the state stays, %s", name, value)
+    return options.with_values(kept)
 
 
 def find_state(options: TrainOptions, processes: Processes) -> Facts | None:
@@ -55,10 +77,13 @@ def find_state(options: TrainOptions, processes: Processes) -> Facts | None:
 
 
 def clear_up(options: TrainOptions) -> None:
-    """Clear up after a run of this name that was killed while it wrote a state; a run that only looks leaves it."""
+    """Clear up after a run of this name that was killed while it wrote; a run that only looks leaves everything."""
     if options.saving.output_dir and not (options.faults.dry_run or options.dataset.debug_dataset):
         names = Names.build(options.saving)
         tidy(names.folder, partial(is_state_name, names=names.starts))
+        remove_temporary(names.folder, names.has_stem)
+        for folder in preview_folders(options.saving):
+            remove_temporary(folder, partial(is_preview_stem, options.saving))
 
 
 def named_or_newest(options: TrainOptions) -> Facts | None:
@@ -66,7 +91,9 @@ def named_or_newest(options: TrainOptions) -> Facts | None:
     wanted = options.state
     if wanted.resume:
         is_remote = options.hub.resume_from_huggingface
-        return read_facts(fetch_state(wanted.resume, options.hub) if is_remote else Path(wanted.resume))
+        named = read_facts(fetch_state(wanted.resume, options.hub) if is_remote else Path(wanted.resume))
+        require_undamaged(named)
+        return named
     if not wanted.autoresume or not options.saving.output_dir:
         return None
     names = Names.build(options.saving)
@@ -110,12 +137,20 @@ def starting_step(options: TrainOptions, plan: Plan, facts: Facts | None) -> int
             )  # fmt: skip
         if facts is None and step:
             logger.info("%s without --resume: the learning rate schedule starts at its beginning", source)
+    if facts is not None and step == facts.step == plan.max_train_steps and is_unfinished(facts, options):
+        logger.info("%s is at the last step: what is left is to write the files of the end", source)
+        return step
     if step and step >= plan.max_train_steps:
         message = f"{source} is at step {step} of {plan.max_train_steps}: nothing is left to train"
         if wanted.autoresume and facts is not None and not wanted.resume:
             raise AlreadyComplete(message)
         raise ValueError(f"{message}; raise --max_train_steps or --max_train_epochs to train longer")
     return step
+
+
+def is_unfinished(facts: Facts, options: TrainOptions) -> bool:
+    """Whether the last file is still to be written once the last step of a run is taken."""
+    return "end" not in facts.done or not Names.build(options.saving).of_end().exists()
 
 
 def recorded_options(options: TrainOptions) -> dict[str, Any]:
@@ -125,11 +160,17 @@ def recorded_options(options: TrainOptions) -> dict[str, Any]:
     return plain
 
 
-def report_differences(facts: Facts, options: TrainOptions, dataset: Mapping[str, Any], num_processes: int) -> None:
-    """Warn of everything that keeps this run from going on as the uninterrupted one would have."""
+def report_differences(
+    facts: Facts, options: TrainOptions, dataset: Mapping[str, Any], num_processes: int, paths: Sequence[str] = ()
+) -> None:
+    """Warn of everything that keeps this run from going on as the uninterrupted one would have.
+
+    `paths` are those of the pictures whose `contents` the dataset has.
+    """
     for level, line in (
         *option_differences(facts, options, num_processes),
         *dataset_differences(facts.dataset, dataset),
+        *content_differences(facts.dataset, dataset, paths),
         *process_differences(facts, options, num_processes),
     ):
         logger.log(level, "%s", line)
@@ -154,8 +195,17 @@ def option_differences(facts: Facts, options: TrainOptions, num_processes: int) 
                     "--network_weights instead"
                 ),
             )
+        elif name in RATES:
+            effect = "which takes effect from here on: the run is not the uninterrupted one any more"
+            yield logging.WARNING, f"{change}, {effect}"
         elif name in LENGTH:
-            yield logging.INFO, f"{change}: learning rates that depend on the length of the run follow the new length"
+            yield (
+                logging.INFO,
+                (
+                    f"{change}: learning rates that depend on the length of the run follow the new length from here "
+                    "on, and then it is not the uninterrupted one any more"
+                ),
+            )
         else:
             yield logging.WARNING, f"{change}: the run goes on, but not as the uninterrupted one would have"
 
@@ -174,6 +224,24 @@ def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> It
             "would have"
         ),
     )
+
+
+def content_differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], paths: Sequence[str]
+) -> Iterator[tuple[int, str]]:
+    """A line that names pictures whose files have changed; only where they are the same pictures otherwise."""
+    digests, others = now.get("contents"), before.get("contents")
+    if not digests or not others or before.get("pictures") != now["pictures"]:
+        return
+    changed = [path for path, digest, other in zip(paths, digests, others, strict=True) if digest != other]
+    if changed:
+        yield (
+            logging.WARNING,
+            (
+                f"{len(changed)} pictures are not the ones of the state, their files have changed since: "
+                f"{few(changed)}: the run goes on, but not as the uninterrupted one would have"
+            ),
+        )
 
 
 def process_differences(facts: Facts, options: TrainOptions, num_processes: int) -> Iterator[tuple[int, str]]:

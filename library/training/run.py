@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from library.architectures.interface import Architecture
+from library.architectures.interface import Architecture, LiveText
 from library.data.dataset import TrainingSet
 from library.options.train import TrainOptions
 from library.processes import Processes
@@ -47,6 +47,7 @@ class Run:
     models: Models
     network: AdoptedNetwork
     trains_text_encoder: bool
+    live_text: LiveText | None  # the text encoders in memory where the outputs of others are cached
     captions: CaptionMemo
     optimizer: BuiltOptimizer
     schedule: Schedule

@@ -1,8 +1,9 @@
-"""When weights are written, under which names, and which older files go."""
+"""When weights are written, under which names, and which older files go; what a full disk does to that."""
 
 import logging
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,16 +20,24 @@ from library.options.saving import SavingOptions
 from library.options.state import StateOptions
 from library.options.train import TrainOptions
 from library.training.hub import Uploads
+from library.training.out_of_memory import in_words
+from library.training.progress import Part, Progress
 from library.training.report import announce
+from library.training.rescue import NotWrittenError, bytes_of_tensors, free_bytes, write_somewhere
 from networks.core.protocol import AdoptedNetwork
 
 logger = logging.getLogger(__name__)
 
+STEM = re.compile(r"(?P<start>.+?)(-step\d+|-\d{6,}|-best)?")
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class NonFiniteWeights(ValueError):
     """The adapter's weights are NaN or infinite, so they are not written."""
+
+
+class SavedElsewhere(OSError):
+    """A run is complete, but its file is not where it was to be."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,11 @@ class Names:
 
     def of_best(self) -> Path:
         return self.folder / f"{f'{self.output_name}-' if self.output_name else ''}best.{self.extension}"
+
+    def has_stem(self, stem: str) -> bool:
+        """Whether a file of weights of this run may have that name, without its ending."""
+        match = STEM.fullmatch(stem)
+        return match is not None and (match["start"] in self.starts or stem == self.of_best().stem)
 
     @property
     def starts(self) -> tuple[str, ...]:
@@ -106,6 +120,16 @@ class Schedule:
             keep_epochs=options.save_last_n_epochs_state or self.keep_epochs,
         )
 
+    def most_files(self, max_train_steps: int) -> int:
+        """How many files lie there at most at a time, without the last one."""
+        after_steps = max_train_steps // self.every_n_steps if self.every_n_steps is not None else 0
+        if self.every_n_steps is not None and self.keep_steps is not None:
+            after_steps = min(after_steps, self.keep_steps // self.every_n_steps + 2)  # the outdated one goes last
+        after_epochs = (self.num_epochs - 1) // self.every_n_epochs if self.every_n_epochs is not None else 0
+        if self.keep_epochs is not None:
+            after_epochs = min(after_epochs, self.keep_epochs + 1)
+        return after_steps + after_epochs
+
     def outdated_step(self, step: int) -> int | None:
         """The step whose file goes once that of `step` is there: --save_last_n_steps is a distance in steps."""
         if self.keep_steps is None or self.every_n_steps is None:
@@ -136,57 +160,93 @@ class Writer:
     base_files: Future[dict[str, str]]  # names and hashes of the base model, computed while training goes on
     before_saving: Callable[[], None]  # schedule-free optimizers show their averaged weights only on demand
     after_saving: Callable[[], None]
-    write_state: Callable[[Path, int, int], None]  # (folder, step, epoch)
+    write_state: Callable[[Path, int, int, Collection[Part]], None]  # (folder, step, epoch, what is done of the step)
     uploads: Uploads
+    state_bytes: Callable[[], int] = lambda: 0  # about what a state takes
+    rescued: dict[str, Path] = field(default_factory=dict)  # the newest files that are not at their places, by kind
     told: set[str] = field(default_factory=set)  # what was said about readers, so that it is said once
 
-    def save_after_step(self, step: int, epoch: int) -> None:
-        """Save if the schedule asks for it after `step`."""
-        if self.is_main and self.schedule.saves_step(step):
-            self._save(self.names.of_step(step), step, epoch)
+    def save_after_step(self, progress: Progress, epoch: int) -> None:
+        """Save if the schedule asks for it after the step and it is not done, and delete what that outdates."""
+        step = progress.step
+        if (
+            self.is_main
+            and self.schedule.saves_step(step)
+            and self._save(self.names.of_step(step), progress, epoch, "step")
+        ):
             self._rotate(self.names.of_step, self.schedule.outdated_step(step), self._states.outdated_step(step))
 
-    def save_after_epoch(self, step: int, epoch: int) -> None:
-        """Save if the schedule asks for it after `epoch`."""
-        if self.is_main and self.schedule.saves_epoch(epoch):
-            self._save(self.names.of_epoch(epoch), step, epoch)
+    def save_after_epoch(self, progress: Progress, epoch: int) -> None:
+        """Save if the schedule asks for it after `epoch` and it is not done, and delete what that outdates."""
+        if (
+            self.is_main
+            and self.schedule.saves_epoch(epoch)
+            and self._save(self.names.of_epoch(epoch), progress, epoch, "epoch")
+        ):
             self._rotate(self.names.of_epoch, self.schedule.outdated_epoch(epoch), self._states.outdated_epoch(epoch))
 
     def save_best(self, step: int, epoch: int) -> None:
         """Replace the file of the best weights, if --keep_best_checkpoint asks for one."""
         if self.is_main and self.options.validation.keep_best_checkpoint:
-            self.write(self.names.of_best(), step, epoch)
+            try:
+                self.write(self.names.of_best(), step, epoch)
+            except NotWrittenError as error:
+                logger.error("%s; training goes on", error)
 
-    def save_end(self, step: int, epoch: int) -> None:
-        """Save a run that is complete."""
+    def save_end(self, progress: Progress, epoch: int) -> None:
+        """Save a run that is complete; with --autoresume its state too, by which the next start knows that.
+
+        Raises SavedElsewhere or NotWrittenError where the file is not at its place.
+        """
         if not self.is_main:
             return
-        path = self.names.of_end()
-        self.write(path, step, epoch, is_last=True)
-        if self.options.state.save_state or self.options.state.save_state_on_train_end:
-            self._save_state(path, step, epoch, is_last=True)
+        path, wanted = self.names.of_end(), self.options.state
+        place = self.write(path, progress.step, epoch, is_last=True)
+        if wanted.save_state or wanted.save_state_on_train_end or wanted.autoresume:
+            done = {*progress.done, "end"} if place == path else progress.done
+            self._save_state(path, progress.step, epoch, done, is_last=True)
+        if place != path:
+            raise SavedElsewhere(f"training is complete, but {path} could not be written: the adapter is {place}")
         announce("model saved.")
 
-    def save_interrupted(self, step: int, epoch: int) -> None:
+    def save_interrupted(self, progress: Progress, epoch: int) -> None:
         """Save a run that was told to stop: its weights and, asked for or not, its state."""
-        if not self.is_main:
-            return
-        path = self.names.of_step(step)
-        self.write(path, step, epoch, is_last=True)
-        self._save_state(path, step, epoch, is_last=True)
-        announce(
-            f"training was interrupted after step {step}; to go on, give the same command with --resume "
-            f"{state_of(path)} or --autoresume"
+        if self.is_main:
+            announce(
+                f"training was interrupted after step {progress.step}; to go on, give the same command with "
+                f"{self._save_unfinished(progress, epoch)}"
+            )
+
+    def save_failed(self, progress: Progress, epoch: int) -> str:
+        """Save a run that an error ended, like one that was told to stop; a sentence about it.
+
+        Weights that an optimizer had moved in part belong to no step, so they get no state.
+        """
+        if progress.is_moving:
+            place = self.write(self.names.of_step(progress.step), progress.step, epoch, is_last=True)
+            moved = f"the error came while step {progress.step + 1} moved the weights"
+            return f"{moved}; as they are, they are saved as {place}"
+        return (
+            f"training ended after step {progress.step}; the adapter and the state of that step are saved: when the "
+            f"cause is mended, give the same command with {self._save_unfinished(progress, epoch)}"
         )
 
-    def write(self, path: Path, step: int, epoch: int, is_last: bool = False) -> None:
-        """Write the adapter to `path`, whole or not at all.
+    def _save_unfinished(self, progress: Progress, epoch: int) -> str:
+        """Write weights and state; gives the options that go on from them."""
+        path = self.names.of_step(progress.step)
+        self.write(path, progress.step, epoch, is_last=True)
+        folder = self._save_state(path, progress.step, epoch, progress.done, is_last=True)
+        return f"--resume {folder}" + (" or --autoresume" if folder == state_of(path) else "")
 
-        Raises NonFiniteWeights, and leaves an earlier file as it is, where the weights are damaged.
+    def write(self, path: Path, step: int, epoch: int, is_last: bool = False) -> Path:
+        """Write the adapter to `path`, whole or not at all, or to another place if that takes none; gives the place.
+
+        Raises NonFiniteWeights, and leaves an earlier file as it is, where the weights are damaged; NotWrittenError
+        where no place takes the file.
         """
         announce(f"\nsaving checkpoint: {path}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         saved_at = time.time()
+        dtype = save_dtype(self.options.saving.save_precision)
         self.before_saving()
         try:
             if not weights_are_finite(self.network.module):
@@ -194,29 +254,91 @@ class Writer:
                     f"the adapter has weights that are NaN or infinite after step {step}, so {path} is not written; "
                     "files saved before stay"
                 )
-            self.network.save_weights(
-                path, save_dtype(self.options.saving.save_precision), self._metadata(step, epoch, saved_at)
+            metadata = self._metadata(step, epoch, saved_at)
+            place = write_somewhere(
+                path,
+                f".{self.names.extension}",
+                bytes_in_file(self.network.module, dtype),
+                lambda place: self.network.save_weights(place, dtype, metadata),
             )
         finally:
             self.after_saving()
-        self._tell_readers(path)
-        self.uploads.send(path, is_last)
+        self._keep_newest_rescue("weights", place, path)
+        self._tell_readers(place)
+        self.uploads.send(place, is_last)
+        return place
+
+    def check_space(self) -> None:
+        """Look whether the disk takes what the run will write, before it trains for hours.
+
+        Raises ValueError where not even the last file fits; warns where not all of them do.
+        """
+        if not self.is_main:
+            return
+        folder = self.names.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        free = free_bytes(folder)
+        if free is None:
+            return
+        wanted, dtype = self.options.state, save_dtype(self.options.saving.save_precision)
+        one_file, one_state = bytes_in_file(self.network.module, dtype), self.state_bytes()
+        num_files = self.schedule.most_files(self.options.run.max_train_steps)
+        num_states = self._states.most_files(self.options.run.max_train_steps) if wanted.save_state else 0
+        num_states += wanted.save_state or wanted.save_state_on_train_end or wanted.autoresume
+        needed = one_file * (num_files + 1) + one_state * num_states
+        told = f"--output_dir {folder}: {in_words(free)} are free on its disk"
+        if free < one_file:
+            raise ValueError(f"{told}, and the adapter takes {in_words(one_file)}; make room or name another folder")
+        if free < needed:
+            logger.warning(
+                "%s, and the run may write %s (%d files of %s, %d states of %s): make room, or keep fewer with "
+                "--save_last_n_steps or --save_last_n_epochs",
+                told, in_words(needed), num_files + 1, in_words(one_file), num_states, in_words(one_state),
+            )  # fmt: skip
 
     @property
     def _states(self) -> Schedule:
         return self.schedule.for_states(self.options.state)
 
-    def _save(self, path: Path, step: int, epoch: int) -> None:
-        self.write(path, step, epoch)
-        if self.options.state.save_state:
-            self._save_state(path, step, epoch)
+    def _save(self, path: Path, progress: Progress, epoch: int, part: Part) -> bool:
+        """Write the weights and, if wanted, the state; nothing where the run goes on from that state.
 
-    def _save_state(self, path: Path, step: int, epoch: int, is_last: bool = False) -> None:
-        folder = state_of(path)
+        Gives whether both are at their places; where one is not, nothing that is older may be deleted.
+        """
+        if part in progress.done:
+            return True
+        try:
+            is_in_place = self.write(path, progress.step, epoch) == path
+            done = {*progress.done, part} if is_in_place else progress.done
+            if self.options.state.save_state:
+                is_in_place &= self._save_state(path, progress.step, epoch, done) == state_of(path)
+        except NotWrittenError as error:
+            logger.error("%s; training goes on", error)
+            return False
+        progress.done.add(part)
+        return is_in_place
+
+    def _save_state(self, weights: Path, step: int, epoch: int, done: Collection[Part], is_last: bool = False) -> Path:
+        """Write the state that belongs to a file of weights; gives its folder. Raises NotWrittenError."""
+        folder = state_of(weights)
         announce(f"\nsaving state: {folder}")
-        self.write_state(folder, step, epoch)
+        place = write_somewhere(
+            folder, "", self.state_bytes(), lambda place: self.write_state(place, step, epoch, done)
+        )
+        self._keep_newest_rescue("state", place, folder)
         if self.options.hub.save_state_to_huggingface:
-            self.uploads.send(folder, is_last)
+            self.uploads.send(place, is_last)
+        return place
+
+    def _keep_newest_rescue(self, kind: str, place: Path, path: Path) -> None:
+        """Delete what was written to another place before, so that a run does not fill the disk of temporary files."""
+        older = self.rescued.pop(kind, None) if place != path else None
+        if older is not None and older.is_dir():
+            remove_folder(older)
+        elif older is not None:
+            older.unlink(missing_ok=True)
+        if place != path:
+            self.rescued[kind] = place
 
     def _rotate(self, name_of: Callable[[int], Path], outdated: int | None, outdated_state: int | None) -> None:
         if outdated is not None:
@@ -232,7 +354,12 @@ class Writer:
             logger.info("%s: %s", path.name, line)
 
     def _metadata(self, step: int, epoch: int, saved_at: float) -> dict[str, str]:
-        training = {**self.metadata, **self.base_files.result()}
+        try:
+            base_files = self.base_files.result()
+        except OSError as error:  # a drive that is gone; the weights are worth more than these hashes
+            logger.warning("the base model cannot be hashed, %s has no hash of it: %s", self.names.of_end().name, error)
+            base_files = {}
+        training = {**self.metadata, **base_files}
         modelspec = modelspec_metadata(self.options, self.architecture, saved_at)
         is_full = not self.options.metadata.no_metadata
         return file_metadata(training, modelspec, step=step, epoch=epoch, saved_at=saved_at, is_full=is_full)
@@ -248,6 +375,12 @@ def readers_line(path: Path) -> str | None:
         return f"its keys cannot be read back: {error}"
     found = readings(shapes)
     return f"{len(shapes)} keys, {describe(found)}" if found else None
+
+
+def bytes_in_file(module: nn.Module, dtype: torch.dtype | None) -> int:
+    """About what the file of an adapter takes; its metadata come to a few kilobytes."""
+    tensors = [parameter if dtype is None else parameter.to("meta", dtype) for parameter in module.parameters()]
+    return bytes_of_tensors(tensors)
 
 
 def weights_are_finite(module: nn.Module) -> bool:

@@ -3,11 +3,12 @@
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from library.architectures.interface import Architecture
 from library.checkpoints.metadata import RunFacts, base_file_metadata, training_metadata
 from library.data.cache import cache_latents
 from library.data.dataset import TrainingSet
+from library.memory.blocks import plain, recompute, run_encoder_layers_with
 from library.memory.devices import DTYPES, place, release_memory
 from library.options.train import TrainOptions
 from library.processes import Processes
@@ -27,20 +29,21 @@ from library.training.conditioning import CaptionMemo
 from library.training.evaluation import eval_mode
 from library.training.hub import Uploads
 from library.training.logs import Charts, run_folder, start_trackers, tracker_kind
-from library.training.lr_schedules import build_schedule
+from library.training.lr_schedules import base_rates, build_schedule, follow_rates
 from library.training.network import network_keywords, open_network
 from library.training.optimizers import build_optimizer
 from library.training.plan import Plan
 from library.training.preview import Previews, texts_of, wanted_prompts
-from library.training.progress import Progress
+from library.training.progress import Part, Progress
 from library.training.report import PictureCounts, announce_run
+from library.training.rescue import bytes_of_tensors
 from library.training.resume import recorded_options, report_differences, starting_step
 from library.training.run import Autocast, Models, Run
 from library.training.saving import Names, Schedule, Writer, save_dtype
 from library.training.state import Facts, Keeper, OptimizerKeeper, restore, save_state
-from library.training.text_caching import cached_text, check_text_caching, prepare_text
+from library.training.text_caching import cached_text, check_text_caching, live_text, prepare_text
 from library.training.validation import Validation
-from library.types import Conditioning
+from library.types import Conditioning, Tokens
 from networks.core.protocol import AdoptedNetwork
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,7 @@ class Prepared:
     charts: Charts
     previews: Previews
     validation: Validation
+    resumed: Facts | None  # the state, if the run goes on at its step
 
 
 def choose_seed(seed: int | None, processes: Processes, facts: Facts | None) -> int:
@@ -77,7 +81,7 @@ def choose_seed(seed: int | None, processes: Processes, facts: Facts | None) -> 
 
 def open_training_set(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> TrainingSet:
     """Read the dataset description and the pictures' headers, and log what was found."""
-    text, cached = arch.text, cached_text(arch.text_cache)
+    text, cached = arch.text, cached_text(options, arch.text_cache)
     check_text_caching(options, arch.text_cache)
     training_set = TrainingSet.build(options, arch.codec.spec, seed, text.count_tokens, text.max_tokens, num_processes)
     if cached is not None:
@@ -132,14 +136,15 @@ def prepare(
         options, arch, training_set, device, autocast, texts_of(prompts, arch.preview.worded), processes
     )
     release_memory(options.memory.highvram)
-    text_encoders = text.encoders
+    text_encoders, live = text.encoders, live_text(options, arch.text_cache)
+    encode = arch.text.encode if live is None else live.encode
     denoiser = arch.load.denoiser() if options.precision.shrinks_denoiser else place(arch.load.denoiser(), device)
     models = Models(denoiser, text_encoders, vae, arch.view(text_encoders, denoiser))
 
     torch.manual_seed(stream_seed(seed, "adapter"))
     network = open_network(options, models, device, dtype)
     trains_text_encoder = trains_text_encoders(options)
-    prepare_gradient_checkpointing(options, models, network, trains_text_encoder)
+    choose_block_runner(options, arch, models, network, trains_text_encoder)
 
     groups, names = network.parameter_groups(
         options.network.text_encoder_lr, options.network.unet_lr, options.optimizer.learning_rate
@@ -160,8 +165,9 @@ def prepare(
         models=models,
         network=network,
         trains_text_encoder=trains_text_encoder,
+        live_text=live,
         captions=CaptionMemo(
-            lambda captions: encode_frozen(arch, text_encoders, network, autocast, captions),
+            lambda captions: encode_frozen(encode, text_encoders, network, autocast, arch.text.tokenize(captions)),
             arch.text_cache.padding if arch.text_cache else {},
         ),
         optimizer=optimizer,
@@ -172,13 +178,17 @@ def prepare(
     charts = Charts(accelerator)
     validation = Validation(run, charts)
     writer = build_writer(run, progress, validation)
+    if not options.faults.dry_run:
+        writer.check_space()
     if facts is not None:
         go_on(run, progress, validation, facts)
     if processes.is_main:
         start_trackers(accelerator, options)
         counts = PictureCounts(training_set.num_train_images, validation.num_pictures, training_set.num_reg_images)
         announce_run(plan, counts, training_set.batch_sizes, options.run.gradient_accumulation_steps)
-    return Prepared(run, progress, writer, charts, Previews.build(run, charts, prompts, text.prompts), validation)
+    previews = Previews.build(run, charts, prompts, text.prompts)
+    resumed = facts if facts is not None and facts.step == progress.step else None
+    return Prepared(run, progress, writer, charts, previews, validation, resumed)
 
 
 def keepers_of(run: Run, progress: Progress, validation: Validation) -> dict[str, Keeper]:
@@ -196,9 +206,14 @@ def keepers_of(run: Run, progress: Progress, validation: Validation) -> dict[str
 def go_on(run: Run, progress: Progress, validation: Validation, facts: Facts) -> None:
     """Put the run where the state left it, at the step that --initial_step or --initial_epoch may have moved."""
     first_step = progress.step
-    report_differences(facts, run.options, run.training_set.identity, run.processes.count)
+    data = run.training_set
+    report_differences(facts, run.options, data.identity_with_contents, run.processes.count, data.picture_paths)
+    rates = base_rates(run.torch_optimizer)
     restore(facts, run.network.module, keepers_of(run, progress, validation))
+    follow_rates(run.schedule, run.torch_optimizer, rates)
     progress.step = first_step
+    if first_step == facts.step:
+        progress.done = set(facts.done)
     progress.average.keep_places_below(run.plan.num_batches)  # pictures may have gone since
     logger.info("going on from %s at step %d of %d", facts.path, first_step, run.plan.max_train_steps)
 
@@ -237,39 +252,32 @@ def trains_text_encoders(options: TrainOptions) -> bool:
     return any(rate != 0 for rate in rates if rate is not None)
 
 
-def prepare_gradient_checkpointing(
-    options: TrainOptions, models: Models, network: AdoptedNetwork, trains_text_encoder: bool
+def choose_block_runner(
+    options: TrainOptions, arch: Architecture, models: Models, network: AdoptedNetwork, trains_text_encoder: bool
 ) -> None:
-    """Switch --gradient_checkpointing on where gradients flow; everything else stays in eval mode."""
+    """Say how blocks run: --gradient_checkpointing where gradients flow; everything else stays in eval mode."""
     for model in (models.denoiser, *models.text_encoders):
         model.eval().requires_grad_(False)
     network.module.train()
-    if not options.memory.gradient_checkpointing:
-        return
-    models.denoiser.train()
-    models.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-    if trains_text_encoder:
-        for encoder in models.text_encoders:
-            encoder.train()
-            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    for model in (models.denoiser, *models.text_encoders):
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):  # train mode is for checkpointing only, not for the base model's dropout
-                module.p = 0.0
-    network.enable_gradient_checkpointing()
+    runner = recompute if options.memory.gradient_checkpointing else plain
+    arch.run_blocks_with(models.denoiser, runner)
+    for encoder in models.text_encoders if trains_text_encoder else []:
+        run_encoder_layers_with(encoder, runner)
+    if options.memory.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
 
 
 def encode_frozen(
-    arch: Architecture,
+    encode: Callable[[Sequence[nn.Module], Tokens], Conditioning],
     text_encoders: Sequence[nn.Module],
     network: AdoptedNetwork,
     autocast: Autocast,
-    captions: Sequence[str],
+    tokens: Tokens,
 ) -> Conditioning:
     """What frozen text encoders make of captions, adapters that do not train included, their dropout off."""
     assert text_encoders, "the text encoders have left memory, batches carry their cached outputs"
     with eval_mode([network.module]), autocast():
-        return arch.text.encode(text_encoders, arch.text.tokenize(captions))
+        return encode(text_encoders, tokens)
 
 
 def gradient_scaler(options: TrainOptions, device: torch.device) -> torch.amp.GradScaler | None:
@@ -301,6 +309,14 @@ def group_names(names: list[str] | None, num_groups: int, options: TrainOptions)
     return [f"group{i}" for i in range(num_groups)]
 
 
+def bytes_of_state(run: Run) -> int:
+    """About what a state takes: weights, buffers and the optimizer's memory, two tensors a weight before it has any."""
+    memory = [value for state in run.torch_optimizer.state.values() for value in state.values()]
+    tensors = [value for value in memory if isinstance(value, Tensor)]
+    expected = () if tensors else 2 * run.network.trainable_parameters()
+    return bytes_of_tensors([*run.network.module.state_dict().values(), *tensors, *expected])
+
+
 def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer:
     """What writes the checkpoints; the base files are hashed in the background meanwhile."""
     options, training_set, plan = run.options, run.training_set, run.plan
@@ -323,7 +339,7 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
     base_files = executor.submit(base_file_metadata, options)
     executor.shutdown(wait=False)
 
-    def write_state(folder: Path, step: int, epoch: int) -> None:
+    def write_state(folder: Path, step: int, epoch: int, done: Collection[Part]) -> None:
         save_state(
             folder,
             step=step,
@@ -331,9 +347,10 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
             seed=run.seed,
             num_processes=run.processes.count,
             options=recorded_options(options),
-            dataset=training_set.identity,
+            dataset=training_set.identity_with_contents,
             network=run.network.module,
             keepers=keepers_of(run, progress, validation),
+            done=done,
         )
 
     return Writer(
@@ -349,4 +366,5 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
         after_saving=run.optimizer.train,
         write_state=write_state,
         uploads=Uploads(options.hub),
+        state_bytes=partial(bytes_of_state, run),
     )

@@ -4,7 +4,8 @@ A state is a folder:
 
     network.safetensors    every weight and buffer of the adapter, in its own dtype
     training.safetensors   the tensors of the optimizer and of what else has a memory
-    train_state.json       `current_epoch` and `current_step`, and the rest as plain values; written last
+    train_state.json       `current_epoch` and `current_step`, and the rest as plain values; written last, with digests
+                           of all three files
 
 Whatever is drawn at random is a function of the seed and the place in the run (library/randomness.py), so there are no
 generators to keep. Nothing is pickled.
@@ -13,8 +14,9 @@ generators to keep. Nothing is pickled.
 import json
 import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +26,7 @@ from torch.optim import Optimizer
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.checkpoints.folders import atomic_folder
 from library.checkpoints.nested import put_together, take_apart
+from library.training.progress import Part
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,14 @@ class Facts:
     options: Mapping[str, Any]
     dataset: Mapping[str, Any]
     parts: Mapping[str, Any]  # nested values of the keepers, taken apart
+    done: frozenset[Part] = frozenset()  # what was due after `step` and was done, the file beside the state included
+
+    digests: Mapping[str, str] = field(default_factory=dict)  # of the other files
+
+    @property
+    def written_at(self) -> float:
+        """Seconds since 1970."""
+        return (self.path / FACTS_FILE).stat().st_mtime
 
 
 def save_state(
@@ -63,6 +74,7 @@ def save_state(
     dataset: Mapping[str, Any],
     network: nn.Module,
     keepers: Mapping[str, Keeper],
+    done: Iterable[Part] = (),
 ) -> None:
     """Write a state, whole or not at all.
 
@@ -78,19 +90,25 @@ def save_state(
         facts = {
             "current_epoch": epoch,
             "current_step": step,
+            "done": sorted(done),
             "version": VERSION,
             "seed": seed,
             "num_processes": num_processes,
             "sizes": {name: (temporary / name).stat().st_size for name in (NETWORK_FILE, TENSOR_FILE)},
+            "digests": {name: digest_of_file(temporary / name) for name in (NETWORK_FILE, TENSOR_FILE)},
             "options": options,
             "dataset": dataset,
             "parts": parts,
         }
+        facts["digest"] = digest_of_text(json.dumps(facts, ensure_ascii=False))
         write_text(temporary / FACTS_FILE, json.dumps(facts, ensure_ascii=False))
 
 
 def read_facts(folder: Path) -> Facts:
-    """What a state says about itself. Raises ValueError where the folder holds no whole state of this program."""
+    """What a state says about itself. Raises ValueError where the folder holds no whole state of this program.
+
+    The large files are looked at by their size only; `require_undamaged` reads them.
+    """
     if not folder.is_dir():
         raise ValueError(f"--resume {folder} is not a folder; give the folder of a saved state, such as last-state")
     try:
@@ -104,6 +122,9 @@ def read_facts(folder: Path) -> Facts:
         raise ValueError(f"--resume {folder} {explained(folder)}")
     if version != VERSION:
         raise ValueError(f"--resume {folder} is a state of version {version}; this program reads version {VERSION}")
+    digest = content.pop("digest", None)  # states without digests were written before there were any
+    if digest is not None and digest != digest_of_text(json.dumps(content, ensure_ascii=False)):
+        raise ValueError(damaged(folder, FACTS_FILE))
     try:
         for name, size in content["sizes"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
@@ -116,9 +137,39 @@ def read_facts(folder: Path) -> Facts:
             options=content["options"],
             dataset=content["dataset"],
             parts=content["parts"],
+            done=frozenset(content.get("done", ())),
+            digests=content.get("digests", {}),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--resume {folder}: its {FACTS_FILE} lacks {error}; use another state") from None
+
+
+def require_undamaged(facts: Facts) -> None:
+    """Read the files of a state whole. Raises ValueError where one is not as it was written."""
+    for name, digest in facts.digests.items():
+        try:
+            is_whole = digest_of_file(facts.path / name) == digest
+        except OSError as error:
+            raise ValueError(f"--resume {facts.path}: {name} cannot be read ({error}); use another state") from None
+        if not is_whole:
+            raise ValueError(damaged(facts.path, name))
+
+
+def damaged(folder: Path, name: str) -> str:
+    """What is said of a state that has changed on the disk."""
+    return f"--resume {folder} is damaged: {name} is not as it was written; copy it again or use another state"
+
+
+def digest_of_file(path: Path) -> str:
+    digest = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_of_text(text: str) -> str:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def explained(folder: Path) -> str:
@@ -221,7 +272,10 @@ def is_state_name(folder: str, names: tuple[str, ...]) -> bool:
 
 
 def newest_state(folder: Path, names: tuple[str, ...]) -> Facts | None:
-    """The whole state in `folder` that has come furthest, of a run with one of `names`; None where there is none."""
+    """The whole state in `folder` that has come furthest, of a run with one of `names`; None where there is none.
+
+    Of two states of one step the one after which less is left to do.
+    """
     found = []
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not is_state_name(entry.name, names) or not entry.is_dir():
@@ -231,5 +285,12 @@ def newest_state(folder: Path, names: tuple[str, ...]) -> Facts | None:
         except ValueError as error:
             logger.warning("%s is left out: %s", entry.name, error)
             continue
-        found.append((facts.step, entry.stat().st_mtime, facts))
-    return max(found, key=lambda item: item[:2])[2] if found else None
+        found.append((facts.step, len(facts.done), entry.stat().st_mtime, facts))
+    for *_, facts in sorted(found, key=lambda item: item[:3], reverse=True):
+        try:
+            require_undamaged(facts)
+        except ValueError as error:
+            logger.warning("%s is left out: %s", facts.path.name, error)
+            continue
+        return facts
+    return None

@@ -53,8 +53,9 @@ def losses_of(
     """The loss of each sample, masked but without the weights of subsets, shape B; `condition` gives text features."""
     with run.autocast():
         conditioning = condition()
-        prediction_BCHW = run.arch.predict(run.models.denoiser, noised, conditioning, batch)
-    target_BCHW = preserve_output(run, batch, noised, condition, conditioning, objective.target(noised))
+        output_BCHW = run.arch.predict(run.models.denoiser, noised, conditioning, batch)
+        prediction_BCHW = objective.estimate(output_BCHW, noised)
+    target_BCHW = preserve_output(run, objective, batch, noised, condition, conditioning)
     loss_BCHW = objective.loss(prediction_BCHW, target_BCHW, noised)
     if batch.masks_B1HW is not None:
         masks_B1HW = batch.masks_B1HW.to(loss_BCHW.device)
@@ -94,10 +95,16 @@ def latents_of(run: Run, batch: Batch, generator_of: Callable[[int], torch.Gener
 
 def conditioning_of(run: Run, batch: Batch) -> Conditioning:
     """Text features of the batch, with gradient where a text encoder trains."""
-    if batch.conditioning is not None or not run.trains_text_encoder:
-        found = run.captions(batch.captions) if batch.conditioning is None else batch.conditioning
-        return {name: tensor.to(run.device) for name, tensor in found.items()}
-    return run.arch.text.encode(run.models.text_encoders, run.arch.text.tokenize(batch.captions))
+    found = dict(batch.conditioning or {})
+    if run.models.text_encoders:  # what they give takes the place of what they gave before training
+        found |= live_conditioning_of(run, batch) if run.trains_text_encoder else run.captions(batch.captions)
+    return {name: tensor.to(run.device) for name, tensor in found.items()}
+
+
+def live_conditioning_of(run: Run, batch: Batch) -> Conditioning:
+    """The text features of the encoders in memory, with gradient."""
+    encode = run.arch.text.encode if run.live_text is None else run.live_text.encode
+    return encode(run.models.text_encoders, run.arch.text.tokenize(batch.captions))
 
 
 def varied_conditioning_of(run: Run, batch: Batch, batch_number: int) -> Conditioning:
@@ -110,14 +117,15 @@ def varied_conditioning_of(run: Run, batch: Batch, batch_number: int) -> Conditi
 
 def preserve_output(
     run: Run,
+    objective: Objective,
     batch: Batch,
     noised: Noised,
     condition: Callable[[], Conditioning],
     conditioning: Conditioning,
-    target_BCHW: Tensor,
 ) -> Tensor:
     """The target, but that marked samples are to keep the prediction of the model without its adapter (differential
     output preservation)."""
+    target_BCHW = objective.target(noised)
     keep = [bool(attributes.get("diff_output_preservation")) for attributes in batch.attributes]
     if not any(keep):
         return target_BCHW
@@ -126,7 +134,8 @@ def preserve_output(
         with torch.no_grad(), run.autocast():
             if run.trains_text_encoder:
                 conditioning = condition()
-            base_BCHW = run.arch.predict(run.models.denoiser, noised, conditioning, batch)
+            output_BCHW = run.arch.predict(run.models.denoiser, noised, conditioning, batch)
+            base_BCHW = objective.estimate(output_BCHW, noised)
     finally:
         run.network.set_multiplier(1.0)
     keep_B111 = torch.tensor(keep, device=target_BCHW.device).view(-1, 1, 1, 1)

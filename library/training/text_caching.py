@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.architectures.interface import Architecture, TextCacheSpec, TextPipeline
+from library.architectures.interface import Architecture, LiveText, TextCacheSpec, TextPipeline
 from library.checkpoints.weights import open_weights
 from library.data.dataset import TrainingSet
 from library.data.text_cache import Encode, Encoders, KeptTexts, TextEncoding, cache_texts
@@ -18,6 +18,7 @@ from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.run import Autocast
 from library.types import Conditioning
+from networks.core.protocol import is_switched_on
 
 logger = logging.getLogger(__name__)
 
@@ -26,20 +27,30 @@ TEXT_PREFIXES = ("lora_te", "text_encoder", "text_model")
 
 @dataclass(frozen=True)
 class RunText:
-    """The text encoders on the device, or none and what they made of captions and prompts."""
+    """The text encoders on the device, and what those that are cached made of captions and prompts."""
 
     encoders: list[nn.Module]
     kept: KeptTexts | None
 
     @property
     def prompts(self) -> Mapping[str, Conditioning] | None:
-        """Conditioning of each prompt of the previews, by text; None while the encoders are there."""
+        """Cached conditioning of each prompt of the previews, by text; None where nothing is cached."""
         return None if self.kept is None else {text: stack_rows([row], {}) for text, row in self.kept.prompts.items()}
 
 
-def cached_text(spec: TextCacheSpec | None) -> TextCacheSpec | None:
-    """The spec where outputs of text encoders are to be cached, else None."""
-    return spec if spec is not None and spec.options.cache_text_encoder_outputs else None
+def cached_text(options: TrainOptions, spec: TextCacheSpec | None) -> TextCacheSpec | None:
+    """The spec where outputs of text encoders are to be cached, else None: also where every encoder trains."""
+    if spec is None or not spec.options.cache_text_encoder_outputs:
+        return None
+    live = live_text(options, spec)
+    return None if live is not None and set(live.keys) == set(spec.keys) else spec
+
+
+def live_text(options: TrainOptions, spec: TextCacheSpec | None) -> LiveText | None:
+    """The text encoders that stay to be trained beside the cache; None where none does, or where nothing is cached."""
+    if spec is None or not spec.options.cache_text_encoder_outputs or options.network.network_train_unet_only:
+        return None
+    return spec.live
 
 
 def check_text_caching(options: TrainOptions, spec: TextCacheSpec | None) -> None:
@@ -55,11 +66,24 @@ def check_text_caching(options: TrainOptions, spec: TextCacheSpec | None) -> Non
             logger.warning("--%s has no effect without --cache_text_encoder_outputs", name)
     if not wanted.cache_text_encoder_outputs:
         return
-    if not options.network.network_train_unet_only:
+    if spec.live is None and spec.can_train and not options.network.network_train_unet_only:
         raise ValueError(
             "--cache_text_encoder_outputs encodes the captions once and frees the text encoders, so these cannot get "
             "an adapter; add --network_train_unet_only, or leave out --cache_text_encoder_outputs"
         )
+    live = live_text(options, spec)
+    argument = None if live is None else live.excluded_by
+    if argument is not None and is_switched_on(options.network.network_args, argument):
+        raise ValueError(
+            f"--network_args {argument}=True trains a text encoder whose outputs --cache_text_encoder_outputs takes "
+            "before training; leave one of them out"
+        )
+    if cached_text(options, spec) is None:
+        logger.warning(
+            "--cache_text_encoder_outputs has no effect: every text encoder trains, so every caption is encoded in "
+            "each step; --network_train_unet_only trains the denoiser alone"
+        )
+        return
     for file in options.network.base_weights or ():
         changed = [name for name in open_weights(Path(file)).shapes if name.startswith(TEXT_PREFIXES)]
         if changed:
@@ -81,9 +105,9 @@ def prepare_text(
 ) -> RunText:
     """Load the text encoders, or cache what they make of every caption and prompt.
 
-    They are not loaded at all where everything is on disk already.
+    Those that train stay, also beside a cache. The others are not loaded at all where everything is on disk already.
     """
-    spec = cached_text(arch.text_cache)
+    spec = cached_text(options, arch.text_cache)
     device = torch.device("cpu") if arch.encodes_on_cpu else device
     if spec is None:
         return RunText([encoder.to(device) for encoder in arch.load.text_encoders()], None)
@@ -95,8 +119,9 @@ def prepare_text(
         )
 
     encoding = TextEncoding(spec, open_encoders, options.precision.mixed_precision)
-    skips_check = options.caching.skip_cache_check
-    return RunText([], cache_texts(training_set, encoding, prompts, skips_check, processes))
+    kept = cache_texts(training_set, encoding, prompts, options.caching.skip_cache_check, processes)
+    live = live_text(options, spec)
+    return RunText([] if live is None else [encoder.to(device) for encoder in live.load()], kept)
 
 
 def frozen_encode(pipeline: TextPipeline, encoders: Sequence[nn.Module], autocast: Autocast) -> Encode:

@@ -88,6 +88,7 @@ class Validation:
         self._places = self._pictures.places_of(options.max_validation_steps or None)
         self._names = [self._pictures.names(place) for place in self._places]
         self._rows = [name for names in self._names for name in names]
+        self._labels = [label for place in self._places for label in self._pictures.labels(place)]
         self._levels = noise_levels(run.options.noise)
         self._first: Evaluation | None = None
         self._last: Evaluation | None = None
@@ -178,7 +179,7 @@ class Validation:
             batches = self._pictures.batches([self._places[i] for i in numbers], num_threads)
             for i, batch in zip(bar, batches, strict=True):
                 losses_BL = batch_losses(run, batch, self._names[i], self._levels, self._seed)
-                losses_NL[firsts[i] : firsts[i] + len(batch.keys)] = losses_BL.cpu()
+                losses_NL[firsts[i] : firsts[i] + len(batch.keys)] = losses_BL
         return processes.add_up(losses_NL)
 
     def _difference(self) -> Difference | None:
@@ -202,9 +203,7 @@ class Validation:
         """One line in the log, and another one where a loss is not a number."""
         broken_N = ~evaluation.losses_NL.isfinite().all(1)
         if broken_N.any():
-            names = few(
-                "/".join(str(word) for word in self._rows[i][:2]) for i in broken_N.nonzero().flatten().tolist()
-            )
+            names = few(self._labels[i] for i in broken_N.nonzero().flatten().tolist())
             logger.error("validation after step %d: the loss is not a number for %s", evaluation.step, names)
         levels = ", ".join(f"{t}: {x:.4f}" for t, x in zip(self._levels, evaluation.level_means, strict=True))
         place = f"after step {evaluation.step}" if evaluation.step else "before the first step"

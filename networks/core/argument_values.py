@@ -4,7 +4,8 @@ import ast
 import re
 from dataclasses import dataclass
 
-TRUE_WORDS = ("true", "1", "yes", "on")
+from networks.core.protocol import TRUE_WORDS
+
 FALSE_WORDS = ("false", "0", "no", "off")
 LR_PRESETS = ("cosine", "sine", "linear", "reverse_linear", "zeros")
 

@@ -102,7 +102,8 @@ class AdapterNetwork(nn.Module):
 
         The products are computed on `device`. The network itself is not installed.
         """
-        load_into(self.adapters, weights_sd, "--base_weights")
+        for line in load_into(self.adapters, weights_sd, "--base_weights").warnings():
+            logger.warning(line)
         with torch.no_grad():
             for member in self.members:
                 if device is not None:

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 TextEncoder = nn.Module | list[nn.Module] | None
 """A single model where the base model has one text encoder, a list otherwise."""
 
+TRUE_WORDS = ("true", "1", "yes", "on")  # of --network_args that are True or False
 PACKAGES = {"lycoris": "lycoris-lora"}  # import name -> what pip installs
 
 
@@ -129,6 +130,12 @@ def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:
             logger.warning("--network_args %s is given twice; %s counts, not %s", key, value, arguments[key])
         arguments[key] = value
     return arguments
+
+
+def is_switched_on(items: Sequence[str] | None, name: str) -> bool:
+    """Whether --network_args set `name` to a word for True; the last item of that name counts."""
+    values = [item.partition("=")[2] for item in items or [] if item.partition("=")[0] == name]
+    return bool(values) and values[-1].strip().lower() in TRUE_WORDS
 
 
 def adopt(network: Any) -> "AdoptedNetwork":

@@ -9,7 +9,7 @@ import torch
 from hunyuan_image_train_network import setup_parser
 from library.architectures.hunyuan_image.assembly import build
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
-from library.architectures.hunyuan_image.predict import preview_sampler, velocity
+from library.architectures.hunyuan_image.predict import predict, preview_sampler
 from library.architectures.hunyuan_image.qwen import TEMPLATE
 from library.architectures.hunyuan_image.text import glyph_text
 from library.architectures.hunyuan_image.vae import ChunkedConv2d, compute_in_chunks
@@ -130,7 +130,7 @@ def test_a_preview_is_the_picture_of_diffusers_pipeline(arch: Architecture, pipe
     for n, level in enumerate(sampler.levels):
         noised = noised_at(level, sampler.denoiser_input(latents, n))
         predicted = guided(
-            lambda c, noised=noised: velocity(denoiser, noised, c, batch_of(prompt)), positive, negative, prompt, 0.5
+            lambda c, noised=noised: predict(denoiser, noised, c, batch_of(prompt)), positive, negative, prompt, 0.5
         )
         latents = sampler.step(predicted, latents, n, torch.Generator())
     pipeline.guider = ClassifierFreeGuidance(guidance_scale=prompt.scale)

@@ -108,12 +108,16 @@ def test_training_learns_the_velocity_that_previews_follow(folder: Path) -> None
     batch: Any = None
     with torch.no_grad():
         prediction = arch.predict(run.models.denoiser, noised, conditioning, batch)
-        direction = arch.preview.predict(PROMPT)(run.models.denoiser, noised, conditioning, batch)
+        said = arch.preview.predict(PROMPT)(run.models.denoiser, noised, conditioning, batch)
         theirs = pipeline_of(folder).transformer(
             noised.latents_BCHW, 1 - noised.sigmas_B, conditioning["hidden_state"], conditioning["attention_mask"]
         )
     torch.testing.assert_close(prediction, theirs.sample, **FLOAT32_DEEP)
-    torch.testing.assert_close(direction, -prediction, rtol=0, atol=0)
+    torch.testing.assert_close(said, prediction, rtol=0, atol=0)
+    sampler = arch.preview.sampler(PROMPT)
+    width = sampler.levels[1].sigma - sampler.levels[0].sigma
+    stepped = sampler.step(said, noised.latents_BCHW, 0, torch.Generator())
+    torch.testing.assert_close(stepped, noised.latents_BCHW + width * -prediction, rtol=0, atol=1e-6)
     torch.testing.assert_close(arch.objective.target(noised), noised.clean_BCHW - noised.noise_BCHW, rtol=0, atol=0)
     s = noised.sigmas_B.view(-1, 1, 1, 1)
     torch.testing.assert_close(noised.latents_BCHW, (1 - s) * clean + s * noised.noise_BCHW, rtol=0, atol=1e-6)

@@ -12,18 +12,19 @@ import torch
 
 from library.checkpoints.files import load_state_dict, read_metadata
 from tests.running import ROOT, Finished, make_pictures
+from tests.unit.training.test_run_lock import OtherRun, other_run  # noqa: F401
 
 Train = Callable[..., Finished]
 
 
-def launch_two(arguments: list[str], count: int = 2) -> Finished:
+def launch_two(arguments: list[str], count: int = 2, use_cpu: str = "true") -> Finished:
     """`accelerate launch --multi_gpu --num_processes 2` on the CPU, where gloo carries the gradients."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count),
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
         str(ROOT / "train_network.py"), *arguments,
     ]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": use_cpu, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, timeout=300, env=environment)
     return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
 
@@ -116,3 +117,28 @@ def test_an_error_of_the_setup_is_said_and_ends_all(arguments: list[str]) -> Non
     done = launch_two([*arguments, "--network_args", "conv_rank=4"])
     assert done.status != 0
     assert "conv_rank" in done.stderr
+
+
+def test_a_second_run_of_one_name_is_refused_and_the_first_one_left_alone(
+    train: Train,
+    base_arguments: list[str],
+    other_run: OtherRun,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    process = other_run("")
+    done = train(base_arguments)
+    assert done.status == 1 and f"another run writes the files of this name (process {process.pid} on" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".mine.lock"]
+    process.kill()
+    process.wait()
+    assert train(base_arguments).status == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.safetensors"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with a card the two find each other")
+def test_two_processes_without_a_card_do_not_train_everything_twice(arguments: list[str], tmp_path: Path) -> None:
+    done = launch_two(arguments, use_cpu="false")
+    assert done.status != 0
+    assert "the launcher started 2 processes, but for accelerate 1 of them belong together" in done.stderr
+    assert not (tmp_path / "out").exists()

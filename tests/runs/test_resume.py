@@ -147,6 +147,34 @@ def test_no_batch_before_the_state_is_read(
     assert asked == in_one_go[5:]
 
 
+def test_the_same_command_with_autoresume_is_complete_the_second_time(
+    train: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    first = train([*arguments, "--max_train_steps", "2", "--autoresume"])
+    written = (tmp_path / "out" / "mine.safetensors").stat().st_mtime_ns
+    second = train([*arguments, "--max_train_steps", "2", "--autoresume"])
+    assert first.status == second.status == 0
+    assert "nothing is left to train" in second.stderr and "saving checkpoint" not in second.stdout
+    assert (tmp_path / "out" / "mine.safetensors").stat().st_mtime_ns == written
+
+
+def test_what_is_changed_at_a_resume_takes_effect_and_is_said(
+    train: Train, arguments: list[str], pictures: Path, tmp_path: Path
+) -> None:
+    words = [*arguments, "--max_train_steps", "3", "--lr_scheduler", "linear", "--save_state_on_train_end"]
+    assert train(words).status == 0
+    edited = pictures / "2_thing" / "00.png"
+    edited.write_bytes((pictures / "2_thing" / "01.png").read_bytes())
+    state = str(tmp_path / "out" / "mine-state")
+    more = ["--max_train_steps", "4", "--learning_rate", "4e-3", "--logging_dir", str(tmp_path / "logs")]
+    done = train([*words, "--resume", state, *more])
+    assert done.status == 0, done.stderr
+    assert "--learning_rate was 0.001 in the state and is 0.004, which takes effect from here on" in done.stderr
+    assert "--max_train_steps was 3 in the state and is 4: learning rates that depend on the length" in done.stderr
+    assert f"1 pictures are not the ones of the state, their files have changed since: {edited}" in done.stderr
+    assert [rate for _, rate in points(tmp_path / "logs")["lr/unet"]] == pytest.approx([4e-3 / 4])
+
+
 def test_charts_go_on_with_the_same_steps_and_values(train: Train, arguments: list[str], tmp_path: Path) -> None:
     words = [*arguments, *ALL_RANDOM, "--save_state", "--save_every_n_steps", "3"]
     assert train([*words, "--logging_dir", str(tmp_path / "whole")]).status == 0

@@ -181,3 +181,21 @@ def test_options_without_pictures_to_measure_are_warned_of(train: Train, base_ar
     for flag in ("--validate_every_n_steps", "--keep_best_checkpoint"):
         assert f"{flag} has no effect: no picture is set aside; --validation_split does that" in done.stdout
     assert "--max_validation_steps" not in done.stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--cache_latents"]], ids=["encoded", "cached"])
+def test_copies_of_a_set_under_other_names_have_the_same_loss(
+    train: Train, split_arguments: list[str], pictures: Path, tmp_path: Path, options: list[str]
+) -> None:
+    (tmp_path / "copy" / "1_other").mkdir(parents=True)
+    for number, picture in enumerate(sorted(pictures.rglob("*.png"), reverse=True)):
+        for suffix in (".png", ".txt"):
+            target = tmp_path / "copy" / "1_other" / f"{number}{suffix}"
+            target.write_bytes(picture.with_suffix(suffix).read_bytes())
+    found = []
+    for folder in (pictures, tmp_path / "copy"):
+        words = [*split_arguments, "--train_data_dir", str(folder), "--validate_at_first", "--max_train_steps", "1"]
+        done = train([*words, "--logging_dir", str(tmp_path / f"logs of {folder.name}"), *options])
+        assert done.status == 0, done.stderr
+        found.append(scalars(charts(tmp_path / f"logs of {folder.name}"), "loss/validation/step_average")[0])
+    assert found[0] == found[1]

@@ -23,6 +23,26 @@ def test_fsdp_and_deepspeed_are_among_the_refused() -> None:
     assert not {"FSDP", "DEEPSPEED", "MEGATRON_LM"} & set(PLAIN)
 
 
+@pytest.mark.parametrize(
+    ("has_card", "why"), [(False, "torch sees no graphics card here"), (True, "its configuration says otherwise")]
+)
+def test_processes_that_do_not_find_each_other_are_refused(
+    monkeypatch: pytest.MonkeyPatch, has_card: bool, why: str
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_card)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=rf"started 2 processes, but for accelerate 1 of them.*{why}"):
+        of_accelerator(accelerator)
+
+
+def test_a_script_that_is_started_alone_on_a_cluster_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")  # of machines
+    accelerator = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, device=torch.device("cpu"))
+    assert of_accelerator(accelerator).count == 1
+
+
 def test_one_process_needs_no_store() -> None:
     accelerator = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, device=torch.device("cpu"))
     processes = of_accelerator(accelerator)
@@ -69,3 +89,12 @@ def test_a_process_with_other_data_than_the_main_one_says_so() -> None:
     Processes(1, 2, store=board).require_same("the dataset", "3 pictures")
     with pytest.raises(ValueError, match=r"the dataset of process 1 is not.*4 pictures here, 3 pictures there"):
         Processes(1, 2, store=board).require_same("the dataset", "4 pictures")
+
+
+def test_tables_of_all_processes_become_one() -> None:
+    board = Board()
+    with ThreadPoolExecutor(2) as pool:
+        own = ({3: "three"}, {7: "seven", 3: "three"})
+        found = [pool.submit(Processes(rank, 2, store=board).merged, "pictures", own[rank]) for rank in (0, 1)]
+        assert [one.result() for one in found] == [{3: "three", 7: "seven"}] * 2
+    assert Processes().merged("pictures", {1: "one"}) == {1: "one"}

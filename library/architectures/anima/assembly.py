@@ -3,7 +3,6 @@
 The assembly, and the table of contents of this package.
 """
 
-import logging
 from pathlib import Path
 
 import torch
@@ -17,30 +16,40 @@ from library.architectures.anima.vae import QwenImageLatents
 from library.architectures.anima.view import view
 from library.architectures.interface import Architecture, Preview, PromptDefaults, TextCacheSpec
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import build_sampled_flow
+from library.diffusion.flow import IGNORES, build_sampled_flow
+from library.models.recipe import Recipe, folders_beside, ignored_attention
 from library.models.t5 import holds_t5_tokenizer, load_t5_tokenizer
 
-logger = logging.getLogger(__name__)
-
 QWEN3_TOKENIZER, T5_TOKENIZER = "tokenizer", "t5_tokenizer"  # folders beside the files, as in diffusers' folders
-FOREIGN = {  # option -> why it does nothing here
-    "v2": "it is for Stable Diffusion 2",
-    "v_parameterization": "Anima predicts the velocity of a flow",
-    "clip_skip": "Anima takes Qwen3's last states",
-    "max_token_length": "use --qwen3_max_token_length and --t5_max_token_length",
-    "xformers": "attention is torch's scaled dot product",
-    "mem_eff_attn": "attention is torch's scaled dot product, which needs as little memory",
-    "split_attn": "torch's attention needs no more memory for several pictures",
-    "vae_chunk_size": "the VAE takes pictures whole",
-    "vae_disable_cache": "a picture has one frame, of which the VAE keeps nothing",
-    **dict.fromkeys(
-        ("llm_adapter_lr", "self_attn_lr", "cross_attn_lr", "mlp_lr", "mod_lr"),
-        "it is for training the model itself; give adapters rates with --network_args network_reg_lrs",
+RECIPE = Recipe(
+    title="Anima",
+    metadata={
+        "ss_base_model_version": "anima",
+        "modelspec.architecture": "anima-preview/lora",
+        "modelspec.implementation": "https://huggingface.co/circlestone-labs/Anima",
+        "modelspec.resolution": "1024x1024",
+    },
+    refuses={"weighted_captions": "Qwen3 knows no weighted words"},
+    ignores={
+        **IGNORES,
+        "v2": "it is for Stable Diffusion 2",
+        "v_parameterization": "Anima predicts the velocity of a flow",
+        "clip_skip": "Anima takes Qwen3's last states",
+        "max_token_length": "use --qwen3_max_token_length and --t5_max_token_length",
+        "xformers": "attention is torch's scaled dot product",
+        "mem_eff_attn": "attention is torch's scaled dot product, which needs as little memory",
+        "split_attn": "torch's attention needs no more memory for several pictures",
+        "vae_chunk_size": "the VAE takes pictures whole",
+        "vae_disable_cache": "a picture has one frame, of which the VAE keeps nothing",
+        **dict.fromkeys(
+            ("llm_adapter_lr", "self_attn_lr", "cross_attn_lr", "mlp_lr", "mod_lr"),
+            "it is for training the model itself; give adapters rates with --network_args network_reg_lrs",
+        ),
+    },
+    records=(
+        "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
+        "discrete_flow_shift",
     ),
-}
-TOLD = (  # options that files tell as ss_*
-    "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
-    "discrete_flow_shift",
 )  # fmt: skip
 
 
@@ -49,7 +58,12 @@ def build(options: AnimaOptions) -> Architecture:
 
     Raises ValueError naming the flag for a file or a setting that does not fit Anima.
     """
-    refuse_settings(options)
+    RECIPE.check(options)
+    if options.computing.unsloth_offload_checkpointing:
+        raise ValueError(
+            "--unsloth_offload_checkpointing is not supported yet: use --gradient_checkpointing, which computes "
+            "activations again"
+        )
     loader = open_loader(options)
     text = build_text(options, loader)
     return Architecture(
@@ -61,41 +75,16 @@ def build(options: AnimaOptions) -> Architecture:
         predict=predict,
         view=view,
         preview=build_preview(text),
-        metadata=metadata(options),
+        metadata=RECIPE.describe(options),
+        ignores={**RECIPE.ignores, **ignored_attention(options.computing.attn_mode)},
         text_cache=build_text_cache(options, loader, text),
     )
-
-
-def refuse_settings(options: AnimaOptions) -> None:
-    """Raise ValueError for what would train something else than is asked for; warn of what only does nothing."""
-    if options.model.weighted_captions:
-        raise ValueError("--weighted_captions does not work with Anima: Qwen3 knows no weighted words; leave it out")
-    if options.computing.unsloth_offload_checkpointing:
-        raise ValueError(
-            "--unsloth_offload_checkpointing is not supported yet: use --gradient_checkpointing, which computes "
-            "activations again"
-        )
-    values = options.flat()
-    for name, why in FOREIGN.items():
-        if values[name]:
-            logger.warning("--%s has no effect: %s", name, why)
-    if options.computing.attn_mode not in (None, "torch", "sdpa"):
-        logger.warning(
-            "--attn_mode %s has no effect: attention is torch's scaled dot product", options.computing.attn_mode
-        )
 
 
 def build_text(options: AnimaOptions, loader: AnimaLoader) -> AnimaText:
     """Both tokenizers: Qwen3's is looked for beside the text encoder and the base model, T5's beside both too."""
     text, cache_dir = options.text, options.model.tokenizer_cache_dir
-    for name, length, least in (
-        ("qwen3_max_token_length", text.qwen3_max_token_length, 1),
-        ("t5_max_token_length", text.t5_max_token_length, 2),
-    ):
-        if length < least:
-            raise ValueError(f"--{name} is {length}; use {least} or more, 512 is usual")
-    encoder = Path(text.qwen3 or "").expanduser()
-    folders = [encoder if encoder.is_dir() else encoder.parent, loader.path.parent]
+    folders = [*folders_beside(text.qwen3 or ""), loader.path.parent]
     qwen3_folders = [folders[0], *(folder / QWEN3_TOKENIZER for folder in folders)]
     t5_folders = [folder / T5_TOKENIZER for folder in folders]
     if text.t5_tokenizer_path:
@@ -121,6 +110,7 @@ def build_text_cache(options: AnimaOptions, loader: AnimaLoader, text: AnimaText
         suffix="_anima_te.npz",
         keys=("prompt_embeds", "attn_mask", "t5_input_ids", "t5_attn_mask"),
         identity=identity,
+        tokenizers=(text.qwen3_tokenizer, text.t5_tokenizer),
         constants={"caption_dropout_rate": torch.tensor(0.0)},
     )
 
@@ -132,16 +122,3 @@ def build_preview(text: AnimaText) -> Preview:
         predict=lambda prompt: predict,
         sampler=preview_sampler,
     )
-
-
-def metadata(options: AnimaOptions) -> dict[str, str]:
-    """What files trained on this base model say about it."""
-    values = options.flat()
-    return {
-        "ss_v2": "False",
-        "ss_base_model_version": "anima",
-        **{f"ss_{name}": str(values[name]) for name in TOLD},
-        "modelspec.architecture": "anima-preview/lora",
-        "modelspec.implementation": "https://huggingface.co/circlestone-labs/Anima",
-        "modelspec.resolution": "1024x1024",
-    }

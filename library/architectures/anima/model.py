@@ -16,7 +16,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 from library.architectures.anima.llm_adapter import EPS, AdapterConfig, LLMAdapter
 from library.architectures.anima.positions import Angles, picture_angles, turn
 from library.architectures.anima.targets import TARGETS
-from library.memory.recomputing import run_block
+from library.memory.blocks import BlockRunner, plain
 from library.models.patches import patchify, unpatchify
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import sinusoids
@@ -83,7 +83,7 @@ class Anima(nn.Module):
     def __init__(self, config: AnimaConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.runner: BlockRunner = plain
         c = config
         self.x_embedder = PatchEmbed((c.channels + MASK_CHANNELS) * PATCH**2, c.width)
         self.t_embedder = nn.Sequential(Sinusoids(c.width), TimestepEmbedding(c.width))
@@ -91,10 +91,6 @@ class Anima(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_blocks))
         self.final_layer = FinalLayer(c.width, c.modulation_rank, c.channels * PATCH**2)
         self.llm_adapter = LLMAdapter(c.adapter)
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Compute the activations of each block again in the backward pass."""
-        self.gradient_checkpointing = True
 
     def forward(
         self,
@@ -119,7 +115,7 @@ class Anima(nn.Module):
         x_BTM = x_BTM.float() if dtype == torch.float16 else x_BTM  # the sum of all blocks is too large for float16
         angles = picture_angles(self.config.head_width, h, w, x_BTM.device)
         for block in self.blocks:
-            x_BTM = run_block(self.gradient_checkpointing, block, x_BTM, text_BLE, *time, angles)
+            x_BTM = self.runner(block, x_BTM, text_BLE, *time, angles)
         # channels come out last, which is not how they went in
         return unpatchify(self.final_layer(x_BTM, *time), h, w, PATCH, channels_last=True)
 

@@ -24,8 +24,10 @@ class AnimaTextOptions(Options):
     t5_tokenizer_path: str | None = option(
         None, help="Folder of T5's tokenizer. Unset looks beside the base model, then on the hub."
     )
-    qwen3_max_token_length: int = option(512, help="Longest caption in Qwen3's tokens; what is longer is cut.")
-    t5_max_token_length: int = option(512, help="Longest caption in T5's tokens; what is longer is cut.")
+    qwen3_max_token_length: int = option(
+        512, at_least=1, help="Longest caption in Qwen3's tokens; what is longer is cut."
+    )
+    t5_max_token_length: int = option(512, at_least=2, help="Longest caption in T5's tokens; what is longer is cut.")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class AnimaMemoryOptions(Options):
         False, help="Attend to one picture at a time. Has no effect: PyTorch's attention needs no more memory for many."
     )
     vae_chunk_size: int | None = option(
-        None, help="Pixels that the VAE takes at a time. Has no effect: it takes pictures whole."
+        None, at_least=0, help="Pixels that the VAE takes at a time. Has no effect: it takes pictures whole."
     )
     vae_disable_cache: bool = option(
         False, help="Let the VAE keep nothing of earlier frames. Has no effect: a picture has one frame."

@@ -6,6 +6,8 @@ Letters: T tokens, D head width, N heads, B samples, h and w sides in patches.
 import torch
 from torch import Tensor
 
+from library.models.rotary import axis_table
+
 BASE = 10_000
 STRETCH = 4.0  # rows and columns are told apart over four times the distance that Cosmos was first made for
 
@@ -24,27 +26,21 @@ def stretched_base(width: int) -> float:
     return float(BASE * STRETCH ** (width / (width - 2)))
 
 
-def frequencies(width: int, base: float, device: torch.device) -> Tensor:
-    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=device) / width
-    return base**-exponents
-
-
 def picture_angles(head_width: int, h: int, w: int, device: torch.device) -> Angles:
     """The angles of a picture's patches, row by row; it is the first frame, which turns nothing."""
     first, side, _ = axes_of(head_width)
-    per_step = frequencies(side, stretched_base(side), device)
-    rows = torch.arange(h, dtype=torch.float64, device=device).repeat_interleave(w)
-    columns = torch.arange(w, dtype=torch.float64, device=device).repeat(h)
-    still = torch.zeros(h * w, first // 2, dtype=torch.float64, device=device)
-    angles_TD = torch.cat([still, rows[:, None] * per_step, columns[:, None] * per_step], dim=-1)
-    return angles_TD.cos().float(), angles_TD.sin().float()
+    base = stretched_base(side)
+    rows, columns = axis_table(side, h, base), axis_table(side, w, base)
+    cos_of_row, sin_of_row = (table.to(device).repeat_interleave(w, 0) for table in rows)
+    cos_of_column, sin_of_column = (table.to(device).repeat(h, 1) for table in columns)
+    still = torch.zeros(h * w, first // 2, device=device)
+    return torch.cat([still + 1, cos_of_row, cos_of_column], -1), torch.cat([still, sin_of_row, sin_of_column], -1)
 
 
 def text_angles(head_width: int, num_tokens: int, device: torch.device) -> Angles:
     """The angles of tokens in a row."""
-    places = torch.arange(num_tokens, dtype=torch.float64, device=device)
-    angles_TD = places[:, None] * frequencies(head_width, BASE, device)
-    return angles_TD.cos().float(), angles_TD.sin().float()
+    cos, sin = axis_table(head_width, num_tokens, BASE)
+    return cos.to(device), sin.to(device)
 
 
 def turn(x_BNTD: Tensor, angles: Angles) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from library.architectures.flux.keys import STACKS, TOP, sources
+from library.architectures.flux.keys import STACKS, SWAPPED, TOP, sources
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
 
 NUM_BLOCKS = {"double_blocks": 19, "single_blocks": 38}
@@ -33,6 +33,7 @@ def denoiser_module(path: str) -> ModuleNames:
         kohya=f"lora_unet_{path.replace('.', '_')}",
         generic=f"diffusion_model.{path}",
         diffusers=whole if len(found) == 1 else pieces,
+        swaps_pair=f"{path}." == SWAPPED,
     )
 
 

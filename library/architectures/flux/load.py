@@ -55,7 +55,11 @@ class FluxLoader:
         return not self.config.has_guidance
 
     def text_encoders(self) -> list[nn.Module]:
-        return [load_clip(self.clip, self.dtype), load_t5(self.t5, self.dtype)]
+        return [self.clip_l(), load_t5(self.t5, self.dtype)]
+
+    def clip_l(self) -> nn.Module:
+        """The first text encoder alone."""
+        return load_clip(self.clip, self.dtype)
 
     def vae(self) -> nn.Module:
         return materialise(empty_vae(self.ae.config), self.ae.weights, self.vae_dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
 
 from library.architectures.flux.targets import TARGETS
-from library.memory.recomputing import run_block
+from library.memory.blocks import BlockRunner, plain
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import Rope, rope_of, turn
 from library.models.shapes import ShapeReader
@@ -75,7 +75,7 @@ class Flux(nn.Module):
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.runner: BlockRunner = plain
         c = config
         self.img_in = nn.Linear(c.in_features, c.width)
         self.time_in = MLPEmbedder(FREQUENCIES, c.width)
@@ -86,10 +86,6 @@ class Flux(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(c) for _ in range(c.num_double))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(c) for _ in range(c.num_single))
         self.final_layer = LastLayer(c.width, c.in_features)
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Compute the activations of each block again in the backward pass."""
-        self.gradient_checkpointing = True
 
     def forward(
         self,
@@ -117,19 +113,19 @@ class Flux(nn.Module):
         rope = rotary(self.config.rope_axes, txt_BLM.shape[1], h, w, img_BTM.device)
         mask = None if text_mask_BL is None else key_mask(text_mask_BL, h * w)
         for block in self.double_blocks:
-            img_BTM, txt_BLM = run_block(self.gradient_checkpointing, block, img_BTM, txt_BLM, vec_BM, rope, mask)
+            img_BTM, txt_BLM = self.runner(block, img_BTM, txt_BLM, vec_BM, rope, mask)
         x_BTM = torch.cat([txt_BLM, img_BTM], dim=1)
         for block in self.single_blocks:
-            x_BTM = run_block(self.gradient_checkpointing, block, x_BTM, vec_BM, rope, mask)
+            x_BTM = self.runner(block, x_BTM, vec_BM, rope, mask)
         return unpatchify(self.final_layer(x_BTM[:, txt_BLM.shape[1] :], vec_BM), h, w, PATCH)
 
 
 def rotary(axes: tuple[int, int, int], num_text: int, h: int, w: int, device: torch.device) -> Rope:
     """Rotary positions: text lies at (0, 0, 0), the picture's row y and column x at (0, y, x)."""
-    ids_T3 = torch.zeros(num_text + h * w, 3, dtype=torch.float64, device=device)
+    ids_T3 = torch.zeros(num_text + h * w, 3, dtype=torch.long, device=device)
     ids_T3[num_text:, 1] = torch.arange(h, device=device).repeat_interleave(w)
     ids_T3[num_text:, 2] = torch.arange(w, device=device).repeat(h)
-    return rope_of(ids_T3, axes)
+    return rope_of(ids_T3, axes, (1, h, w))
 
 
 def key_mask(text_mask_BL: Tensor, num_patches: int) -> Tensor:

@@ -20,6 +20,7 @@ class FluxModelOptions(Options):
     controlnet_model_name_or_path: str | None = option(None, help="Has no effect: adapters are trained without one.")
     t5xxl_max_token_length: int | None = option(
         None,
+        at_least=2,
         help="Longest caption in T5's tokens; what is longer is cut. Unset is 256 for schnell and 512 otherwise.",
     )
     apply_t5_attn_mask: bool = option(

@@ -1,5 +1,6 @@
 """What adapters may attach to in FLUX.1; module paths are those of the original checkpoint."""
 
+from library.architectures.flux.adapter_names import NAMES
 from networks.core.sites.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
 
 TARGETS = AdapterTargets(
@@ -25,4 +26,5 @@ TARGETS = AdapterTargets(
     },
     subsets={"double": r"^double_blocks\.", "single": r"^single_blocks\."},
     fused={r"_attn\.qkv$": thirds, r"\.linear1$": qkv_and_rest},
+    names=NAMES,
 )

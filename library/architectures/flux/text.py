@@ -37,12 +37,12 @@ class FluxText:
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """{"l_pooled": (B, W), "t5_out": (B, T, W), "t5_attn_mask": (B, T)}. Gradients flow."""
-        clip, t5 = encoders
-        clip_ids, t5_ids, mask = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
+        _, t5_ids, mask = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
+        t5_out = encode_t5(encoders[1], t5_ids, mask if self.masks_padding else None)
+        return {**self.encode_clip(encoders, tokens), "t5_out": t5_out, "t5_attn_mask": mask.to(t5_out.device)}
+
+    def encode_clip(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
+        """{"l_pooled": (B, W)}, for which CLIP-L, the first of `encoders`, is enough. Gradients flow."""
+        clip = encoders[0]
         device = next(clip.parameters()).device
-        t5_out = encode_t5(t5, t5_ids, mask if self.masks_padding else None)
-        return {
-            "l_pooled": clip(clip_ids.to(device)).pooler_output,
-            "t5_out": t5_out,
-            "t5_attn_mask": mask.to(t5_out.device),
-        }
+        return {"l_pooled": clip(tokens.ids_BLT[0][:, 0].to(device)).pooler_output}

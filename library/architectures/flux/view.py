@@ -9,8 +9,9 @@ from library.models.clip_view import ClipView
 
 
 def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
-    """([CLIP-L, T5], denoiser) for `create_network` and `apply_to`; the denoiser's own paths are those of files."""
-    if not text_encoders:
-        return [], denoiser
-    clip, t5 = text_encoders
-    return [ClipView(clip_body(clip)), t5], denoiser
+    """([CLIP-L, T5 where it is there], denoiser) for `create_network` and `apply_to`.
+
+    The denoiser's own paths are those of files.
+    """
+    clip = [ClipView(clip_body(encoder)) for encoder in text_encoders[:1]]
+    return [*clip, *text_encoders[1:]], denoiser

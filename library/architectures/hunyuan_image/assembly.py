@@ -3,36 +3,47 @@
 The assembly, and the table of contents of this package.
 """
 
-import logging
 from pathlib import Path
 
 from library.architectures.hunyuan_image.load import SPEC, HunyuanImageLoader, open_loader
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
-from library.architectures.hunyuan_image.predict import build_predict, preview_sampler, velocity
+from library.architectures.hunyuan_image.predict import predict, preview_sampler
 from library.architectures.hunyuan_image.qwen import load_qwen_tokenizer
 from library.architectures.hunyuan_image.text import HunyuanImageText
 from library.architectures.hunyuan_image.vae import SCALE
 from library.architectures.hunyuan_image.view import view
 from library.architectures.interface import Architecture, Preview, PromptDefaults, TextCacheSpec
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import FlowMatching, build_sampled_flow
+from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.models.latents import KlLatents
-
-logger = logging.getLogger(__name__)
+from library.models.recipe import Recipe, folders_beside, ignored_attention
 
 SAMPLING_SHIFT = 5.0  # that the model draws pictures with
-FOREIGN = {  # option -> why it does nothing here
-    "v_parameterization": "HunyuanImage 2.1 predicts the velocity of a flow",
-    "clip_skip": "it has no CLIP",
-    "max_token_length": "its text encoder reads 1024 tokens",
-    "xformers": "attention is torch's scaled dot product",
-    "mem_eff_attn": "attention is torch's scaled dot product, which needs as little memory",
-    "split_attn": "the samples of a batch share one call of attention",
-}
-OUR_ATTENTION = (None, "torch", "sdpa")
-TOLD = (  # options that files tell as ss_*
-    "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type",
-    "discrete_flow_shift",
+RECIPE = Recipe(
+    title="HunyuanImage 2.1",
+    metadata={
+        "ss_base_model_version": "hunyuan-image-2.1",
+        "modelspec.architecture": "hunyuan-image-2.1/lora",
+        "modelspec.implementation": "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
+        "modelspec.resolution": "2048x2048",
+    },
+    refuses={
+        "weighted_captions": "Qwen2.5-VL knows no weighted words",
+        "network_train_text_encoder_only": "its text encoders have no adapters",
+    },
+    ignores={
+        **IGNORES,
+        "v_parameterization": "HunyuanImage 2.1 predicts the velocity of a flow",
+        "clip_skip": "it has no CLIP",
+        "max_token_length": "its text encoder reads 1024 tokens",
+        "xformers": "attention is torch's scaled dot product",
+        "mem_eff_attn": "attention is torch's scaled dot product, which needs as little memory",
+        "split_attn": "the samples of a batch share one call of attention",
+    },
+    records=(
+        "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type",
+        "discrete_flow_shift",
+    ),
 )  # fmt: skip
 
 
@@ -41,46 +52,23 @@ def build(options: HunyuanImageOptions) -> Architecture:
 
     Raises ValueError naming the flag for a file or a setting that does not fit HunyuanImage 2.1.
     """
-    refuse_settings(options)
+    RECIPE.check(options)
     loader = open_loader(options)
     text = build_text(options, loader)
-    objective = build_objective(options)
     return Architecture(
         name="hunyuan_image",
         load=loader,
         text=text,
         codec=KlLatents(SPEC, SCALE),
-        objective=objective,
-        predict=build_predict(objective),
+        objective=build_objective(options),
+        predict=predict,
         view=view,
         preview=build_preview(text),
-        metadata=metadata(options),
-        text_cache=build_text_cache(options, loader),
+        metadata=RECIPE.describe(options),
+        ignores={**RECIPE.ignores, **ignored_attention(options.hunyuan_image.attn_mode)},
+        text_cache=build_text_cache(options, loader, text),
         encodes_on_cpu=options.hunyuan_image.text_encoder_cpu,
     )
-
-
-def refuse_settings(options: HunyuanImageOptions) -> None:
-    """Raise ValueError for settings of other models; warn of those that only do nothing."""
-    if options.model.weighted_captions:
-        raise ValueError(
-            "--weighted_captions does not work with HunyuanImage 2.1: Qwen2.5-VL knows no weighted words; leave it out"
-        )
-    if options.network.network_train_text_encoder_only:
-        raise ValueError(
-            "--network_train_text_encoder_only: the text encoders of HunyuanImage 2.1 have no adapters; leave it out"
-        )
-    rows = options.hunyuan_image.vae_chunk_size
-    if rows is not None and rows < 0:
-        raise ValueError(f"--vae_chunk_size is {rows}; use at least 1, or leave it out")
-    values = options.flat()
-    for name, why in FOREIGN.items():
-        if values[name]:
-            logger.warning("--%s has no effect: %s", name, why)
-    if options.hunyuan_image.attn_mode not in OUR_ATTENTION:
-        logger.warning(
-            "--attn_mode %s has no effect: attention is torch's scaled dot product", options.hunyuan_image.attn_mode
-        )
 
 
 def build_objective(options: HunyuanImageOptions) -> FlowMatching:
@@ -89,6 +77,7 @@ def build_objective(options: HunyuanImageOptions) -> FlowMatching:
         options.flow_sampling,
         options.flow_weighting,
         prediction_type=options.flow_prediction.model_prediction_type,
+        tells_whole_timesteps=True,  # as sd-scripts trains it; pictures are drawn with the exact levels
     )
 
 
@@ -97,15 +86,15 @@ def build_text(options: HunyuanImageOptions, loader: HunyuanImageLoader) -> Huny
     from transformers import ByT5Tokenizer
 
     named = options.hunyuan_image.text_encoder
-    beside = [loader.path, *([Path(named).expanduser()] if named else [])]
-    folders = [(path if path.is_dir() else path.parent) / "tokenizer" for path in beside]
-    if named and beside[1].is_dir():
+    beside = folders_beside(loader.path, named)
+    folders = [folder / "tokenizer" for folder in beside]
+    if named and Path(named).expanduser().is_dir():
         folders.append(beside[1])
     cache_dir = options.model.tokenizer_cache_dir
     return HunyuanImageText(load_qwen_tokenizer(folders, cache_dir, loader.num_qwen_words), ByT5Tokenizer())
 
 
-def build_text_cache(options: HunyuanImageOptions, loader: HunyuanImageLoader) -> TextCacheSpec:
+def build_text_cache(options: HunyuanImageOptions, loader: HunyuanImageLoader, text: HunyuanImageText) -> TextCacheSpec:
     """Files that hold what sd-scripts' do."""
 
     def identity() -> str:
@@ -118,7 +107,9 @@ def build_text_cache(options: HunyuanImageOptions, loader: HunyuanImageLoader) -
         suffix="_hi_te.npz",
         keys=("vlm_embed", "vlm_mask", "byt5_embed", "byt5_mask", "ocr_mask"),
         identity=identity,
+        tokenizers=(text.qwen_tokenizer, text.byt5_tokenizer),
         padding={"vlm_embed": 0.0, "vlm_mask": 0.0},
+        can_train=False,
     )
 
 
@@ -129,19 +120,6 @@ def build_preview(text: HunyuanImageText) -> Preview:
             num_steps=20, width=512, height=512, scale=3.5, size_step=32, flow_shift=SAMPLING_SHIFT
         ),
         text=text,
-        predict=lambda prompt: velocity,
+        predict=lambda prompt: predict,
         sampler=preview_sampler,
     )
-
-
-def metadata(options: HunyuanImageOptions) -> dict[str, str]:
-    """What files trained on this base model say about it."""
-    values = options.flat()
-    return {
-        "ss_v2": "False",
-        "ss_base_model_version": "hunyuan-image-2.1",
-        **{f"ss_{name}": str(values[name]) for name in TOLD},
-        "modelspec.architecture": "hunyuan-image-2.1/lora",
-        "modelspec.implementation": "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
-        "modelspec.resolution": "2048x2048",
-    }

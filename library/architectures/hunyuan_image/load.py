@@ -18,7 +18,8 @@ from library.architectures.interface import LatentSpec
 from library.checkpoints import sources
 from library.checkpoints.weights import Weights, configure, renamed, with_prefix
 from library.memory.devices import DTYPES
-from library.memory.fp8 import keep_in_fp8
+from library.memory.forms.fp8 import Fp8Rows
+from library.memory.frozen import store_blocks_in
 from library.models.loading import Component, materialise
 from library.models.recognise import base_of_file, folder_base, refuse_other
 from library.models.shapes import shape_of
@@ -58,7 +59,7 @@ class HunyuanImageLoader:
     def text_encoders(self) -> list[nn.Module]:
         qwen = load_qwen(self.qwen, self.text_dtype)
         if self.shrinks_qwen:
-            logger.info("Qwen2.5-VL: %d layers in 8 bits", keep_in_fp8(qwen))
+            logger.info("Qwen2.5-VL: %d layers in 8 bits", store_blocks_in(Fp8Rows(), qwen))
         return [qwen, load_t5(self.byt5, self.text_dtype)]
 
     def vae(self) -> nn.Module:

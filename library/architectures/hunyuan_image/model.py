@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
 
 from library.architectures.hunyuan_image.targets import TARGETS
-from library.memory.recomputing import run_block
+from library.memory.blocks import BlockRunner, plain
 from library.models.rotary import Rope, rope_of, turn
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES, sinusoids
@@ -86,7 +86,7 @@ class HunyuanImage(nn.Module):
     def __init__(self, config: HunyuanImageConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.runner: BlockRunner = plain
         c = config
         self.byt5_in = GlyphMapper(c.glyph_width, c.glyph_mlp_width, c.width)
         self.img_in = PatchEmbed(c.channels, c.width)
@@ -95,10 +95,6 @@ class HunyuanImage(nn.Module):
         self.double_blocks = nn.ModuleList(MMDoubleStreamBlock(c) for _ in range(c.num_double))
         self.single_blocks = nn.ModuleList(MMSingleStreamBlock(c) for _ in range(c.num_single))
         self.final_layer = FinalLayer(c.width, c.channels)
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Compute the activations of each block again in the backward pass."""
-        self.gradient_checkpointing = True
 
     def forward(
         self,
@@ -123,10 +119,10 @@ class HunyuanImage(nn.Module):
         rope = rotary(self.config.head_width, H, W, img_BTM.device)
         mask = key_mask(torch.cat([glyph_mask_BG, text_mask_BL], dim=1), H * W)
         for block in self.double_blocks:
-            img_BTM, txt_BLM = run_block(self.gradient_checkpointing, block, img_BTM, txt_BLM, vec_BM, rope, mask)
+            img_BTM, txt_BLM = self.runner(block, img_BTM, txt_BLM, vec_BM, rope, mask)
         x_BTM = torch.cat([img_BTM, txt_BLM], dim=1)
         for block in self.single_blocks:
-            x_BTM = run_block(self.gradient_checkpointing, block, x_BTM, vec_BM, rope, mask)
+            x_BTM = self.runner(block, x_BTM, vec_BM, rope, mask)
         out_BTC: Tensor = self.final_layer(x_BTM[:, : H * W], vec_BM)
         return out_BTC.transpose(1, 2).unflatten(2, (H, W))  # type: ignore[no-untyped-call,no-any-return]
 
@@ -135,7 +131,8 @@ def rotary(head_width: int, H: int, W: int, device: torch.device) -> Rope:
     """Rotary positions (Su et al. 2021) of the picture: half of a head turns with the row, half with the column."""
     rows = torch.arange(H, device=device).repeat_interleave(W)
     columns = torch.arange(W, device=device).repeat(H)
-    return rope_of(torch.stack([rows, columns], dim=-1), [head_width // NUM_AXES] * NUM_AXES, ROPE_BASE)
+    places = torch.stack([rows, columns], dim=-1)
+    return rope_of(places, [head_width // NUM_AXES] * NUM_AXES, (H, W), ROPE_BASE)
 
 
 def turn_picture(x_BNTD: Tensor, rope: Rope) -> Tensor:

@@ -32,7 +32,9 @@ class HunyuanImageModelOptions(Options):
     fp8_vl: bool = option(False, help="Keep the text encoder Qwen2.5-VL in 8 bits.")
     text_encoder_cpu: bool = option(False, help="Run the text encoders on the processor instead of the card.")
     vae_chunk_size: int | None = option(
-        None, help="Compute the convolutions of the VAE for this many rows at a time, which saves the card's memory."
+        None,
+        at_least=0,
+        help="Compute the convolutions of the VAE for this many rows at a time, which saves the card's memory.",
     )
     attn_mode: str | None = option(
         None,

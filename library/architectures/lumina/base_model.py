@@ -5,9 +5,8 @@ from pathlib import Path
 
 from library.architectures.lumina.adapter_names import GEMMA_LAYER, denoiser_module, gemma_module
 from library.architectures.lumina.gemma import GEMMA_PREFIXES
-from library.architectures.lumina.keys import BLOCK, DIFFUSERS_MARK, TOP
+from library.architectures.lumina.keys import BLOCK, DIFFUSERS_MARK, STACKS, TOP
 from library.architectures.lumina.load import DENOISER_PREFIXES, MARK
-from library.architectures.lumina.model import STACKS
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file, open_original
 

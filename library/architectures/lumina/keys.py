@@ -5,10 +5,10 @@ A weight of ours is made of several of diffusers', one below the other; `sources
 
 from collections.abc import Iterator, Mapping
 
-from library.architectures.lumina.model import STACKS
 from library.checkpoints.joined import joined
 from library.checkpoints.weights import Weights
 
+STACKS = ("context_refiner", "noise_refiner", "layers")
 DIFFUSERS_MARK = "time_caption_embed.caption_embedder.1.weight"
 
 TOP = {

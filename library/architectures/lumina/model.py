@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from library.architectures.lumina.targets import TARGETS
-from library.memory.recomputing import run_block
+from library.memory.blocks import BlockRunner, plain
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import Rope, rope_of, turn
 from library.models.shapes import ShapeReader
@@ -22,7 +22,6 @@ from library.models.sinusoids import FREQUENCIES, sinusoids
 EPS, FINAL_EPS = 1e-5, 1e-6
 PATCH = 2
 ROPE_STEP = 6  # head widths are multiples of it: three axes share the pairs of a head
-STACKS = ("context_refiner", "noise_refiner", "layers")
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class NextDiT(nn.Module):
     def __init__(self, config: LuminaConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.runner: BlockRunner = plain
         c = config
         self.t_embedder = TimestepEmbedder(c.time_width)
         self.cap_embedder = nn.Sequential(nn.RMSNorm(c.text_width, eps=EPS), nn.Linear(c.text_width, c.width))
@@ -97,10 +96,6 @@ class NextDiT(nn.Module):
         self.noise_refiner = nn.ModuleList(JointTransformerBlock(c) for _ in range(c.num_noise_refiners))
         self.layers = nn.ModuleList(JointTransformerBlock(c) for _ in range(c.num_layers))
         self.final_layer = FinalLayer(c.width, c.time_width, c.in_features)
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Compute the activations of each block again in the backward pass."""
-        self.gradient_checkpointing = True
 
     def forward(self, latents_BCHW: Tensor, times_B: Tensor, text_BLE: Tensor, text_mask_BL: Tensor) -> Tensor:
         """The velocity, shape BCHW.
@@ -117,18 +112,18 @@ class NextDiT(nn.Module):
         img_BIM = self.x_embedder(patchify(latents_BCHW, PATCH, channels_last=True).to(dtype))
         txt_BLM = self.cap_embedder(text_BLE[:, :L].to(dtype))
         time_BV = self.t_embedder(times_B, dtype)
-        cos_B1TD, sin_B1TD = rope_of(positions(is_text_BL, h, w)[:, None], self.config.rope_axes)
+        cos_B1TD, sin_B1TD = rope_of(positions(is_text_BL, h, w)[:, None], self.config.rope_axes, (L + 1, h, w))
         text_rope, picture_rope = (cos_B1TD[:, :, :L], sin_B1TD[:, :, :L]), (cos_B1TD[:, :, L:], sin_B1TD[:, :, L:])
         text_mask = mask = None  # without one, attention has faster kernels
         if min(num_text_B) < L:
             text_mask, mask = is_text_BL[:, None, None], key_mask(is_text_BL, h * w)
         for block in self.context_refiner:
-            txt_BLM = run_block(self.gradient_checkpointing, block, txt_BLM, None, text_rope, text_mask)
+            txt_BLM = self.runner(block, txt_BLM, None, text_rope, text_mask)
         for block in self.noise_refiner:
-            img_BIM = run_block(self.gradient_checkpointing, block, img_BIM, time_BV, picture_rope, None)
+            img_BIM = self.runner(block, img_BIM, time_BV, picture_rope, None)
         x_BTM = torch.cat([txt_BLM, img_BIM], dim=1)
         for block in self.layers:
-            x_BTM = run_block(self.gradient_checkpointing, block, x_BTM, time_BV, (cos_B1TD, sin_B1TD), mask)
+            x_BTM = self.runner(block, x_BTM, time_BV, (cos_B1TD, sin_B1TD), mask)
         return unpatchify(self.final_layer(x_BTM[:, L:], time_BV), h, w, PATCH, channels_last=True)
 
 
@@ -143,9 +138,9 @@ def positions(is_text_BL: Tensor, h: int, w: int) -> Tensor:
     (n, y, x), n being the tokens of its caption. Padding lies anywhere."""
     B, L = is_text_BL.shape
     device = is_text_BL.device
-    text_BL3 = torch.zeros(B, L, 3, device=device)
+    text_BL3 = torch.zeros(B, L, 3, dtype=torch.long, device=device)
     text_BL3[..., 0] = torch.arange(L, device=device)
-    picture_BI3 = torch.zeros(B, h * w, 3, device=device)
+    picture_BI3 = torch.zeros(B, h * w, 3, dtype=torch.long, device=device)
     picture_BI3[..., 0] = is_text_BL.sum(1, keepdim=True)
     picture_BI3[..., 1] = torch.arange(h, device=device).repeat_interleave(w)
     picture_BI3[..., 2] = torch.arange(w, device=device).repeat(h)

@@ -19,7 +19,7 @@ class LuminaModelOptions(Options):
     gemma2: str | None = option(None, help="File or folder of the text encoder Gemma 2. Unset takes it from the base.")
     ae: str | None = option(None, help="File or folder of the VAE. Unset takes it from the base.")
     gemma2_max_token_length: int | None = option(
-        None, help="Longest caption in Gemma's tokens; what is longer is cut. Unset is 256."
+        None, at_least=2, help="Longest caption in Gemma's tokens; what is longer is cut. Unset is 256."
     )
     system_prompt: str = option(
         "",

@@ -1,5 +1,6 @@
 """What adapters may attach to in Lumina Image 2.0; module paths are those of the original checkpoint."""
 
+from library.architectures.lumina.adapter_names import NAMES
 from networks.core.sites.targets import AdapterTargets, Embedders, Part
 
 
@@ -29,4 +30,5 @@ TARGETS = AdapterTargets(
         "context_refiner": r"^context_refiner\.",
     },
     fused={r"\.attention\.qkv$": grouped_qkv},
+    names=NAMES,
 )

@@ -3,39 +3,61 @@
 The assembly, and the table of contents of this package.
 """
 
-import logging
-from pathlib import Path
-
 import torch
 
-from library.architectures.interface import Architecture, LatentSpec, Preview, PromptDefaults, TextCacheSpec
+from library.architectures.interface import Architecture, LatentSpec, LiveText, Preview, PromptDefaults, TextCacheSpec
 from library.architectures.sd3.load import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHIFT, Sd3Loader, open_loader
 from library.architectures.sd3.model import MMDiTConfig, version_of
 from library.architectures.sd3.options import Sd3Options
-from library.architectures.sd3.predict import build_predict, velocity
+from library.architectures.sd3.predict import predict
 from library.architectures.sd3.text import Sd3Text
 from library.architectures.sd3.variation import Variation
 from library.architectures.sd3.view import view
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import FlowMatching, build_flow, idle_scheme_settings
+from library.diffusion.flow import IGNORES, FlowMatching, build_flow
 from library.diffusion.flow_levels import FINEST_LEVEL, shift_sigmas, shifted_scheme
 from library.diffusion.samplers import FlowSampler, Sampler
 from library.models.clip import PROJECTION
 from library.models.clip_tokenizer import load_tokenizer
 from library.models.clip_tokens import ClipTokens
 from library.models.latents import KlLatents
+from library.models.recipe import Recipe, folders_beside
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5_tokenizer
 from library.types import Prompt
-
-logger = logging.getLogger(__name__)
 
 LATENTS = LatentSpec(
     channels=LATENT_CHANNELS, downscale=8, bucket_step=32, cache_suffix="_sd3.npz", keys_carry_size=True
 )
 T5_TOKENIZER = "tokenizer_3"  # the folder beside a model that has it, as in diffusers' folders
 SAMPLING_SHIFT = 3.0  # that SD3 draws pictures with
-NOT_SD3 = ("v2", "v_parameterization", "clip_skip", "max_token_length", "ip_noise_gamma", "mem_eff_attn", "xformers")
+
+
+RECIPE = Recipe(
+    title="SD3",
+    metadata={
+        "modelspec.implementation": "https://github.com/Stability-AI/sd3.5",
+        "modelspec.resolution": "1024x1024",
+    },
+    refuses={"weighted_captions": "its text encoders read captions without weights"},
+    ignores={
+        **IGNORES,
+        "v2": "it is for Stable Diffusion 2",
+        "v_parameterization": "SD3 predicts the velocity of a flow",
+        "clip_skip": "SD3 takes the last states but one of both CLIPs",
+        "max_token_length": "both CLIPs read 75 tokens; use --t5xxl_max_token_length",
+        "ip_noise_gamma": "sd-scripts adds none to SD3 either",
+        "xformers": "attention is torch's scaled dot product",
+        "mem_eff_attn": "attention is torch's scaled dot product, which needs as little memory",
+        "save_clip": "adapter files hold no text encoders",
+        "save_t5xxl": "adapter files hold no text encoders",
+        "t5xxl_device": "T5-XXL runs where everything else does",
+        "t5xxl_dtype": "T5-XXL runs in the precision of --mixed_precision",
+    },
+    records=(
+        "apply_lg_attn_mask", "apply_t5_attn_mask", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
+    ),
+)  # fmt: skip
 
 
 def build(options: Sd3Options) -> Architecture:
@@ -43,69 +65,55 @@ def build(options: Sd3Options) -> Architecture:
 
     Raises ValueError naming the flag for a checkpoint or a setting that does not fit SD3.
     """
-    warn_of_idle_options(options)
+    RECIPE.check(options)
     loader = open_loader(options)
     text = build_text(options, loader)
-    objective = build_objective(options)
     return Architecture(
         name="sd3",
         load=loader,
         text=text,
         codec=KlLatents(LATENTS, LATENT_SCALE, LATENT_SHIFT),
-        objective=objective,
-        predict=build_predict(objective),
+        objective=build_objective(options),
+        predict=predict,
         view=view,
         preview=build_preview(text),
         metadata=metadata(options, loader.config),
-        text_cache=build_text_cache(options, loader),
+        ignores=RECIPE.ignores,
+        text_cache=build_text_cache(options, loader, text),
         vary=build_variation(options, loader),
     )
-
-
-def warn_of_idle_options(options: Sd3Options) -> None:
-    """Say which of the options do nothing for SD3. Raises ValueError for what would train something else."""
-    if options.model.weighted_captions:
-        raise ValueError("--weighted_captions does not work with SD3: its text encoders read captions without weights")
-    values, defaults = options.flat(), type(options).defaults()
-    for name in (*NOT_SD3, "save_clip", "save_t5xxl", "t5xxl_device", "t5xxl_dtype"):
-        if values[name] != defaults[name]:
-            logger.warning("--%s has no effect on SD3", name)
-    for line in idle_scheme_settings(options.flow):
-        logger.warning("%s", line)
 
 
 def build_text(options: Sd3Options, loader: Sd3Loader) -> Sd3Text:
     """The text pipeline that the token lengths and masks ask for."""
     text, cache_dir = options.text, options.model.tokenizer_cache_dir
-    length = text.t5xxl_max_token_length
-    if length < 2:
-        raise ValueError(f"--t5xxl_max_token_length is {length}; use 2 or more, 256 is usual")
     clip = load_tokenizer(loader.path, cache_dir, loader.num_clip_words)
     t5 = None
     if loader.t5 is not None:
-        beside = [loader.path, *([Path(text.t5xxl).expanduser()] if text.t5xxl else [])]
-        folders = [(path if path.is_dir() else path.parent) / T5_TOKENIZER for path in beside]
+        folders = [folder / T5_TOKENIZER for folder in folders_beside(loader.path, text.t5xxl)]
         t5 = load_t5_tokenizer(folders, cache_dir, loader.t5.config["vocab_size"])
-    return Sd3Text(ClipTokens(clip), t5, length, text.apply_lg_attn_mask, text.apply_t5_attn_mask)
+    return Sd3Text(ClipTokens(clip), t5, text.t5xxl_max_token_length, text.apply_lg_attn_mask, text.apply_t5_attn_mask)
 
 
-def build_text_cache(options: Sd3Options, loader: Sd3Loader) -> TextCacheSpec:
+def build_text_cache(options: Sd3Options, loader: Sd3Loader, text: Sd3Text) -> TextCacheSpec:
     """Files that hold what sd-scripts' do; without T5 they hold nothing of it."""
-    text = options.text
-    masks_clip, masks_t5 = text.apply_lg_attn_mask, text.apply_t5_attn_mask
+    masks_clip, masks_t5 = text.masks_clip, text.masks_t5
+    clip_keys = ("lg_out", "lg_pooled", "clip_l_attn_mask", "clip_g_attn_mask")
     t5_keys = () if loader.t5 is None else ("t5_out", "t5_attn_mask")
 
     def identity() -> str:
         parts = (*loader.clips, *([] if loader.t5 is None else [loader.t5]))
         encoders = fingerprint(*(part.weights for part in parts))
-        return f"{encoders} {loader.dtype} {text.t5xxl_max_token_length} {masks_clip} {masks_t5}"
+        return f"{encoders} {loader.dtype} {text.num_t5_tokens} {masks_clip} {masks_t5}"
 
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_sd3_te.npz",
-        keys=("lg_out", "lg_pooled", "clip_l_attn_mask", "clip_g_attn_mask", *t5_keys),
+        keys=(*clip_keys, *t5_keys),
         identity=identity,
+        tokenizers=(text.clip.tokenizer, *([] if text.t5_tokenizer is None else [text.t5_tokenizer])),
         constants={"apply_lg_attn_mask": torch.tensor(masks_clip), "apply_t5_attn_mask": torch.tensor(masks_t5)},
+        live=LiveText(loader.clip_encoders, clip_keys, text.encode_clips, excluded_by="train_t5xxl"),
     )
 
 
@@ -118,25 +126,16 @@ def build_objective(options: Sd3Options) -> FlowMatching:
 
 
 def build_variation(options: Sd3Options, loader: Sd3Loader) -> Variation | None:
-    """What is left out or moved in some of the training steps. Raises ValueError for a rate that is no share."""
-    text = options.text
-    rates = {
-        "clip_l_dropout_rate": text.clip_l_dropout_rate,
-        "clip_g_dropout_rate": text.clip_g_dropout_rate,
-        "t5_dropout_rate": text.t5_dropout_rate,
-        "pos_emb_random_crop_rate": options.sd3.pos_emb_random_crop_rate,
-    }
-    for name, value in rates.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"--{name} is {value}; it is a share, use 0 to 1")
-    if not any(rates.values()):
+    """What is left out or moved in some of the training steps."""
+    text, position = options.text, options.sd3.pos_emb_random_crop_rate
+    if not any((text.clip_l_dropout_rate, text.clip_g_dropout_rate, text.t5_dropout_rate, position)):
         return None
     clip_l = loader.clips[0].weights.shapes
     return Variation(
         clip_l=text.clip_l_dropout_rate,
         clip_g=text.clip_g_dropout_rate,
         t5=text.t5_dropout_rate,
-        position=options.sd3.pos_emb_random_crop_rate,
+        position=position,
         clip_l_width=shape_of(clip_l, "embeddings.token_embedding.weight")[1],
         clip_l_pooled_width=shape_of(clip_l, PROJECTION)[0],
     )
@@ -154,7 +153,7 @@ def build_preview(text: Sd3Text) -> Preview:
             num_steps=30, width=512, height=512, scale=7.5, size_step=16, flow_shift=SAMPLING_SHIFT
         ),
         text=text,
-        predict=lambda prompt: velocity,
+        predict=lambda prompt: predict,
         sampler=sampler,
     )
 
@@ -169,20 +168,7 @@ def sampling_sigmas(num_steps: int, shift: float) -> torch.Tensor:
 def metadata(options: Sd3Options, config: MMDiTConfig) -> dict[str, str]:
     """What files trained on this base model say about it."""
     version = version_of(config)
-    flow, text = options.flow, options.text
-    extra = {
-        "apply_lg_attn_mask": text.apply_lg_attn_mask,
-        "apply_t5_attn_mask": text.apply_t5_attn_mask,
-        "weighting_scheme": flow.weighting_scheme,
-        "logit_mean": flow.logit_mean,
-        "logit_std": flow.logit_std,
-        "mode_scale": flow.mode_scale,
-    }
     return {
-        "ss_v2": "False",
+        **RECIPE.describe(options, architecture=f"stable-diffusion-3-{version}/lora"),
         "ss_base_model_version": version,
-        **{f"ss_{name}": str(value) for name, value in extra.items()},
-        "modelspec.architecture": f"stable-diffusion-3-{version}/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/sd3.5",
-        "modelspec.resolution": "1024x1024",
     }

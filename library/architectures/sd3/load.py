@@ -50,8 +50,11 @@ class Sd3Loader:
         return shape_of(self.clips[0].weights.shapes, "embeddings.token_embedding.weight")[0]
 
     def text_encoders(self) -> list[nn.Module]:
-        clips = [load_clip(component, self.dtype) for component in self.clips]
-        return clips if self.t5 is None else [*clips, load_t5(self.t5, self.dtype)]
+        return self.clip_encoders() if self.t5 is None else [*self.clip_encoders(), load_t5(self.t5, self.dtype)]
+
+    def clip_encoders(self) -> list[nn.Module]:
+        """CLIP-L and CLIP-G alone."""
+        return [load_clip(component, self.dtype) for component in self.clips]
 
     def vae(self) -> nn.Module:
         return materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)

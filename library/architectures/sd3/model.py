@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from library.architectures.sd3.targets import TARGETS
-from library.memory.recomputing import run_block
+from library.memory.blocks import BlockRunner, plain
 from library.models.patches import unpatchify
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES, sinusoids
@@ -83,7 +83,7 @@ class MMDiT(nn.Module):
         super().__init__()
         self.config = config
         c = config
-        self.gradient_checkpointing = False
+        self.runner: BlockRunner = plain
         self.x_embedder = PatchEmbed(c.in_channels, c.width, c.patch)
         self.register_buffer("pos_embed", torch.zeros(1, c.positions_side**2, c.width))
         self.t_embedder = TimestepEmbedder(c.width)
@@ -93,10 +93,6 @@ class MMDiT(nn.Module):
             JointBlock(c, is_last=i == c.depth - 1, has_dual_attention=i in c.dual_attention) for i in range(c.depth)
         )
         self.final_layer = FinalLayer(c.width, c.patch**2 * c.in_channels)
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Compute the activations of each block again in the backward pass."""
-        self.gradient_checkpointing = True
 
     def forward(
         self,
@@ -115,7 +111,7 @@ class MMDiT(nn.Module):
         c_BM = self.t_embedder(timesteps_B, x_BTM.dtype) + self.y_embedder(pooled_BV)
         context_BTM = self.context_embedder(context_BTM)
         for block in self.joint_blocks:
-            context_BTM, x_BTM = run_block(self.gradient_checkpointing, block, context_BTM, x_BTM, c_BM)
+            context_BTM, x_BTM = self.runner(block, context_BTM, x_BTM, c_BM)
         return unpatchify(self.final_layer(x_BTM, c_BM), h, w, P, channels_last=True)
 
     def positions(self, h: int, w: int, corner: tuple[int, int] | None) -> Tensor:

@@ -25,19 +25,19 @@ class Sd3TextOptions(Options):
     save_t5xxl: bool = option(False, help="Has no effect: files of adapters hold nothing of T5-XXL but its adapters.")
     t5xxl_device: str | None = option(None, help="Has no effect: T5-XXL runs where everything else does.")
     t5xxl_dtype: str | None = option(None, help="Has no effect: T5-XXL runs in the precision of --mixed_precision.")
-    t5xxl_max_token_length: int = option(256, help="Longest caption in T5's tokens; what is longer is cut.")
+    t5xxl_max_token_length: int = option(256, at_least=2, help="Longest caption in T5's tokens; what is longer is cut.")
     apply_lg_attn_mask: bool = option(
         False, help="Keep both CLIP encoders from attending to the padding behind a caption."
     )
     apply_t5_attn_mask: bool = option(False, help="Keep T5 from attending to the padding behind a caption.")
     clip_l_dropout_rate: float = option(
-        0.0, help="Share of samples that are trained with zeros in place of CLIP-L's features, 0 to 1."
+        0.0, is_share=True, help="Share of samples that are trained with zeros in place of CLIP-L's features, 0 to 1."
     )
     clip_g_dropout_rate: float = option(
-        0.0, help="Share of samples that are trained with zeros in place of CLIP-G's features, 0 to 1."
+        0.0, is_share=True, help="Share of samples that are trained with zeros in place of CLIP-G's features, 0 to 1."
     )
     t5_dropout_rate: float = option(
-        0.0, help="Share of samples that are trained with zeros in place of T5's features, 0 to 1."
+        0.0, is_share=True, help="Share of samples that are trained with zeros in place of T5's features, 0 to 1."
     )
 
 
@@ -47,6 +47,7 @@ class Sd3TrainingOptions(Options):
 
     pos_emb_random_crop_rate: float = option(
         0.0,
+        is_share=True,
         help="Share of batches whose pictures lie at a random place of the table of positions in place of its middle, "
         "0 to 1. For SD3.5 medium.",
     )

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from library.architectures.interface import Predict
 from library.architectures.sd3.text import CLIP_PLACES
-from library.diffusion.flow import FlowMatching
 from library.types import Batch, Conditioning, Noised
 
 
-def velocity(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
-    """What the denoiser says: noise - latent, in the shape of the latents."""
+def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
+    """The velocity, noise - latent, in the shape of the latents."""
     model: Any = denoiser
     context_BTE = join_context(conditioning, model.config.context_width)
     corner = None
@@ -44,12 +42,3 @@ def corner_of(shares_B2: Tensor, latents_BCHW: Tensor, patch: int, side: int) ->
     top, left = shares_B2[0].tolist()
     H, W = latents_BCHW.shape[-2:]
     return int(top * (side - H // patch + 1)), int(left * (side - W // patch + 1))
-
-
-def build_predict(objective: FlowMatching) -> Predict:
-    """The call whose result the objective's target is compared with: an estimate of the clean latent."""
-
-    def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, batch: Batch) -> Tensor:
-        return objective.estimate(velocity(denoiser, noised, conditioning, batch), noised)
-
-    return predict

@@ -1,5 +1,6 @@
 """What adapters may attach to in Stable Diffusion 3; module paths are those of the original checkpoint."""
 
+from library.architectures.sd3.adapter_names import NAMES
 from networks.core.sites.targets import AdapterTargets, Embedders, Part, thirds
 
 CLIP_BLOCKS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
@@ -33,4 +34,5 @@ TARGETS = AdapterTargets(
     ),
     block_choices={"train_block_indices": r"^joint_blocks\.(\d+)\."},
     fused={r"qkv$": thirds},
+    names=NAMES,
 )

@@ -54,22 +54,27 @@ class Sd3Text:
         "lg_pooled" (B, P of both) the projected states of the end token, "t5_out" (B, T, W) T5's last states. The masks
         are 1 where a token is.
         """
-        ids = [ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT]
-        masks = [up_to_end(ids_BT, self.clip.end_id) for ids_BT in ids[:2]]
+        found = self.encode_clips(encoders, tokens)
+        if self.t5_tokenizer is None:
+            return found
+        ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT[2:])
+        t5_out = encode_t5(encoders[2], ids_BT, mask_BT if self.masks_t5 else None)
+        return {**found, "t5_out": t5_out, "t5_attn_mask": mask_BT.to(t5_out.device)}
+
+    def encode_clips(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
+        """Those of the features that CLIP-L and CLIP-G, the first two of `encoders`, are enough for."""
+        ids = [ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT[:2]]
+        masks = [up_to_end(ids_BT, self.clip.end_id) for ids_BT in ids]
         clips = [
             encode_clip(encoder, ids_BT, mask_BT if self.masks_clip else None)
-            for encoder, ids_BT, mask_BT in zip(encoders[:2], ids[:2], masks, strict=True)
+            for encoder, ids_BT, mask_BT in zip(encoders[:2], ids, masks, strict=True)
         ]
-        found = {
+        return {
             "lg_out": torch.cat([states for states, _ in clips], dim=-1),
             "lg_pooled": torch.cat([pooled for _, pooled in clips], dim=-1),
             "clip_l_attn_mask": masks[0].to(clips[0][0].device),
             "clip_g_attn_mask": masks[1].to(clips[1][0].device),
         }
-        if self.t5_tokenizer is not None:
-            found["t5_out"] = encode_t5(encoders[2], ids[2], ids[3] if self.masks_t5 else None)
-            found["t5_attn_mask"] = ids[3].to(found["t5_out"].device)
-        return found
 
 
 def up_to_end(ids_BT: Tensor, end_id: int) -> Tensor:

@@ -3,12 +3,12 @@
 The assembly, and the table of contents of this package.
 """
 
-import logging
+from functools import partial
 
 from library.architectures.interface import Architecture, LatentSpec, TextCacheSpec
 from library.architectures.sdxl.load import LATENT_CHANNELS, LATENT_SCALE, SdxlLoader, open_loader
 from library.architectures.sdxl.options import SdxlOptions
-from library.architectures.sdxl.predict import SdxlPredict
+from library.architectures.sdxl.predict import predict
 from library.architectures.sdxl.text import CACHE_KEYS, SdxlText
 from library.architectures.sdxl.view import build_view
 from library.checkpoints.weights import fingerprint
@@ -16,12 +16,25 @@ from library.diffusion.objective import build_ddpm
 from library.models.clip_tokenizer import load_tokenizer
 from library.models.clip_tokens import CHUNK_TOKENS, ClipTokens
 from library.models.latents import KlLatents
+from library.models.recipe import Recipe
+from library.models.unet import run_unet_blocks_with
 from library.models.unet_preview import build_unet_preview
-
-logger = logging.getLogger(__name__)
 
 LATENTS = LatentSpec(
     channels=LATENT_CHANNELS, downscale=8, bucket_step=32, cache_suffix="_sdxl.npz", keys_carry_size=False
+)
+
+
+RECIPE = Recipe(
+    title="SDXL",
+    metadata={
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.resolution": "1024x1024",
+    },
+    refuses={"v2": "it is for Stable Diffusion 2.x, which train_network.py trains"},
+    ignores={"clip_skip": "SDXL always takes the last layer but one of both text encoders"},
 )
 
 
@@ -30,34 +43,25 @@ def build(options: SdxlOptions) -> Architecture:
 
     Raises ValueError naming the flag for a checkpoint or a setting that does not fit SDXL.
     """
-    check(options)
+    RECIPE.check(options)
     loader = open_loader(options)
     text = build_text(options, loader)
-    predict = SdxlPredict(options.sizes.correct_crop_coordinates)
+    call = partial(predict, tells_real_crops=options.sizes.correct_crop_coordinates)
     return Architecture(
         name="sdxl",
         load=loader,
         text=text,
         codec=KlLatents(LATENTS, LATENT_SCALE),
         objective=build_ddpm(options),
-        predict=predict,
+        predict=call,
         view=build_view(loader.layout),
-        preview=build_unet_preview(options, text.reading_emphasis(), predict),
-        metadata=metadata(options.model.v_parameterization),
-        text_cache=build_text_cache(options, loader),
+        preview=build_unet_preview(options, text.reading_emphasis(), call),
+        metadata=RECIPE.describe(options, prediction_type="v" if options.model.v_parameterization else "epsilon"),
+        ignores=RECIPE.ignores,
+        text_cache=build_text_cache(options, loader, text),
+        run_blocks_with=run_unet_blocks_with,
         vae_overflows_in_fp16=True,
     )
-
-
-def check(options: SdxlOptions) -> None:
-    """Raise ValueError for --v2, warn of what SDXL has no place for."""
-    if options.model.v2:
-        raise ValueError("--v2 is for Stable Diffusion 2.x, which train_network.py trains; leave it out for SDXL")
-    if options.model.clip_skip is not None:
-        logger.warning(
-            "--clip_skip %d has no effect: SDXL always takes the last layer but one of both text encoders",
-            options.model.clip_skip,
-        )
 
 
 def build_text(options: SdxlOptions, loader: SdxlLoader) -> SdxlText:
@@ -68,7 +72,7 @@ def build_text(options: SdxlOptions, loader: SdxlLoader) -> SdxlText:
     return SdxlText(ClipTokens(tokenizer, num_chunks, model.weighted_captions))
 
 
-def build_text_cache(options: SdxlOptions, loader: SdxlLoader) -> TextCacheSpec:
+def build_text_cache(options: SdxlOptions, loader: SdxlLoader, text: SdxlText) -> TextCacheSpec:
     """How the outputs of both text encoders are kept."""
     model = options.model
 
@@ -76,16 +80,4 @@ def build_text_cache(options: SdxlOptions, loader: SdxlLoader) -> TextCacheSpec:
         weights = fingerprint(loader.clip_l.weights, loader.clip_g.weights)
         return f"{weights} {loader.dtype} {model.max_token_length or CHUNK_TOKENS} {model.weighted_captions}"
 
-    return TextCacheSpec(options.text_caching, "_te_outputs.npz", CACHE_KEYS, identity)
-
-
-def metadata(predicts_velocity: bool) -> dict[str, str]:
-    """What files trained on this base model say about it."""
-    return {
-        "ss_v2": "False",
-        "ss_base_model_version": "sdxl_base_v1-0",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.prediction_type": "v" if predicts_velocity else "epsilon",
-        "modelspec.resolution": "1024x1024",
-    }
+    return TextCacheSpec(options.text_caching, "_te_outputs.npz", CACHE_KEYS, identity, (text.tokens.tokenizer,))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from networks.core.kinds.change import Leaves
-from networks.core.kinds.leaves import DOWN, UP
+from networks.core.kinds.leaves import DORA_SCALE, DOWN, UP
 
 SPELLED_ELSEWHERE = {DOWN: "lora_A.weight", UP: "lora_B.weight"}  # in the namings that keep no alpha
 
@@ -31,10 +31,11 @@ def take_rows(leaves: Leaves, rows: slice) -> dict[str, Tensor]:
 
 def swap_halves(leaves: Leaves) -> dict[str, Tensor]:
     """The halves of the rows exchanged, where there are twice as many rows as inputs."""
-    swapped = dict(leaves)
-    if UP in leaves and DOWN in leaves and leaves[UP].shape[0] == 2 * leaves[DOWN].shape[1]:
-        swapped[UP] = leaves[UP].roll(leaves[UP].shape[0] // 2, 0)
-    return swapped
+    if UP not in leaves or DOWN not in leaves or leaves[UP].shape[0] != 2 * leaves[DOWN].shape[1]:
+        return dict(leaves)
+    num_rows = leaves[UP].shape[0]
+    by_row = [leaf for leaf in (UP, DORA_SCALE) if leaf in leaves and leaves[leaf].shape[0] == num_rows]
+    return {**leaves, **{leaf: leaves[leaf].roll(num_rows // 2, 0) for leaf in by_row}}
 
 
 def join_rows(pieces: Mapping[int, Leaves], rows: Sequence[slice]) -> dict[str, Tensor]:

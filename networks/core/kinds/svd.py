@@ -50,7 +50,7 @@ def rank_by_norm(s_K: Tensor, share: float) -> int:
 
 
 def _first_reaching(values_K: Tensor, share: float) -> int:
-    sums_K = values_K.double().cumsum(0)
+    sums_K = values_K.cpu().double().cumsum(0)  # not every device has float64
     return min(int((sums_K < share * sums_K[-1]).sum()) + 1, len(values_K))
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from library.checkpoints.files import load_state_dict, read_metadata
+from library.checkpoints.sources import find_model
 from library.checkpoints.weights import fingerprint, open_weights
 
 GENERATOR = torch.Generator().manual_seed(71)
@@ -69,10 +71,47 @@ def test_files_of_an_index_are_one_checkpoint(tmp_path):
         open_weights(index)
 
 
-def test_another_kind_of_file_is_refused_by_its_name(tmp_path):
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"a.gguf is no checkpoint: its name must end in one of .safetensors, .ckpt"):
+@pytest.mark.parametrize("name", ["a.sft", "a.ckpt", "a.bin", "a.SFT", "a.model", "a"])
+def test_safetensors_are_read_under_any_name(tmp_path, name):
+    save_file(TENSORS, tmp_path / name, {"note": "kept"})
+    assert_holds_all(open_weights(tmp_path / name))
+    assert load_state_dict(tmp_path / name).keys() == TENSORS.keys()
+    assert read_metadata(tmp_path / name) == {"note": "kept"}
+
+
+@pytest.mark.parametrize("name", ["a.sft", "a.safetensors", "a.model", "a"])
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_pickles_are_read_under_any_name(tmp_path, name, is_zip):
+    tensors = {name: tensor for name, tensor in TENSORS.items() if name != "fp8"}
+    torch.save(tensors, tmp_path / name, _use_new_zipfile_serialization=is_zip)
+    assert_holds_all(open_weights(tmp_path / name), tensors)
+    assert read_metadata(tmp_path / name) == {}
+
+
+def test_a_header_whose_length_looks_like_the_start_of_a_pickle_is_read(tmp_path):
+    """640 is 80 02 in bytes, which is how torch's old pickles begin."""
+    entry = {"w": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}}
+    text = json.dumps(entry).encode().ljust(640)
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes([5, 6, 7]))
+    assert_holds_all(open_weights(tmp_path / "a.safetensors"), {"w": torch.tensor([5, 6, 7], dtype=torch.uint8)})
+
+
+def test_another_kind_of_file_is_refused(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes([3, 0, 0, 0]) * 20)
+    with pytest.raises(ValueError, match=r"a.gguf is no checkpoint: it holds neither safetensors nor .*GGUF"):
         open_weights(tmp_path / "a.gguf")
+
+
+def test_a_damaged_file_is_reported_as_what_its_name_says(tmp_path):
+    (tmp_path / "a.sft").write_bytes(bytes(range(200, 232)))
+    with pytest.raises(ValueError, match=r"a.sft is not a whole safetensors file"):
+        open_weights(tmp_path / "a.sft")
+
+
+def test_a_missing_sft_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"--ae models/ae.sft does not exist"):
+        find_model("--ae", "models/ae.sft", [])
 
 
 def test_a_fingerprint_is_of_the_tensors_and_not_of_the_file(tmp_path):

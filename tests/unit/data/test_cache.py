@@ -438,11 +438,22 @@ def test_latents_of_another_shape_than_the_base_models_are_refused(folder):
 
 
 @pytest.mark.parametrize("options", [DISK, MEMORY])
-def test_a_damaged_picture_is_named(folder, options):
+def test_a_damaged_picture_is_left_out_and_named(folder, options, caplog):
     path = folder / "2_a/p2.png"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"p2\.png is damaged"):
-        cache(folder, options=options)
+    training_set, _ = cache(folder, options=options)
+    assert "1 pictures are damaged and left out" in caplog.text and "p2.png is damaged" in caplog.text
+    batches = list(training_set.batches(1, range(training_set.num_batches), int, 0, False))
+    drawn = [key for batch in batches for key in batch.keys]
+    assert all(batch.latents_BCHW is not None for batch in batches)
+    assert len(drawn) == training_set.num_train_images and str(path) not in drawn
+
+
+def test_damaged_pictures_without_another_of_their_size_end_the_start(folder):
+    for path in (folder / "2_a").glob("*.png"):
+        path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"\.png is damaged; no other picture of its size can stand in for it"):
+        cache(folder, options=MEMORY)
 
 
 def test_regularisation_pictures_that_are_not_needed_are_not_encoded(tmp_path):

@@ -360,8 +360,23 @@ def test_a_damaged_picture_is_named_with_and_without_workers(tmp_path):
     path.write_bytes(path.read_bytes()[:9000])
     training_set = folder_set(tmp_path, "")
     for workers in (0, 1):
-        with pytest.raises(ValueError, match=r"^\S*p\.png is damaged: [^\n]*$"):
+        with pytest.raises(ValueError, match=r"^\S*p\.png is damaged: [^\n]*; no other picture of its size can"):
             batches_of(training_set, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_another_picture_of_its_size_stands_in_for_a_damaged_one_and_it_is_counted(tmp_path, caplog, workers):
+    damaged = write_picture(tmp_path / "2_a/p1.png", (90, 90))
+    for name, size in (("2_a/p2.png", (90, 90)), ("1_b/p3.png", (90, 90)), ("1_b/p4.png", (90, 90))):
+        write_picture(tmp_path / name, size, seed=3)
+    whole = [key for batch in batches_of(folder_set(tmp_path, "")) for key in batch.keys]
+    damaged.write_bytes(damaged.read_bytes()[:9000])
+    training_set = folder_set(tmp_path, "")
+    found = [key for batch in batches_of(training_set, workers=workers) for key in batch.keys]
+    assert found == [key.replace("p1.png", "p2.png") for key in whole], "of its own folder, in its place"
+    assert caplog.text.count("p1.png is damaged") == 1
+    training_set.report_skipped(logging.getLogger())
+    assert "1 damaged pictures were left out 2 times in all" in caplog.text
 
 
 def test_a_picture_that_changed_its_size_during_the_run_is_named(tmp_path):

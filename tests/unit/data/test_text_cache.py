@@ -70,12 +70,23 @@ class Cached:
         return [text for call in self.calls for text in call]
 
 
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """What the cache asks of a tokenizer."""
+
+    words: str
+
+    def get_vocab(self) -> dict[str, int]:
+        return {word: number for number, word in enumerate(self.words.split())}
+
+
 def cache(
     folder: Path,
     arguments: str = "",
     options: TextCachingOptions = DISK,
     prompts: Sequence[str] = (),
     identity: str = "encoders",
+    words: str = "a cat",
     constants: Mapping[str, Tensor] | None = None,
     seed: int = 1,
     skips_check: bool = False,
@@ -83,12 +94,19 @@ def cache(
     encode: Callable[[Sequence[str]], Conditioning] | None = None,
     processes: Processes = ALONE,
 ) -> Cached:
-    words = f"--resolution 64 --train_batch_size 2 --caption_extension .txt {arguments}"
-    training_set = open_set(options_of(words, "--train_data_dir", str(folder)), seed=seed)
+    line = f"--resolution 64 --train_batch_size 2 --caption_extension .txt {arguments}"
+    training_set = open_set(options_of(line, "--train_data_dir", str(folder)), seed=seed)
     training_set.fix_captions(options.text_cache_variants)
     calls: list[list[str]] = []
     loads: list[int] = []
-    spec = TextCacheSpec(options, "_tiny_te.npz", KEYS, lambda: identity, constants or {"applies": torch.tensor(True)})
+    spec = TextCacheSpec(
+        options,
+        "_tiny_te.npz",
+        KEYS,
+        lambda: identity,
+        (Tokenizer(words),),
+        constants or {"applies": torch.tensor(True)},
+    )
 
     def load() -> Encoders:
         loads.append(1)
@@ -273,6 +291,26 @@ def test_other_encoders_or_settings_make_everything_anew(tmp_path, caplog, chang
         again = cache(folder, **change)
     assert len(again.encoded) == 4 and "4 made with other text encoders or settings" in caplog.text
     assert cache(folder, **change).num_loads == 0
+
+
+def test_another_tokenizer_makes_everything_anew(tmp_path, caplog):
+    folder = write_data(tmp_path)
+    cache(folder)
+    with caplog.at_level(logging.WARNING):
+        again = cache(folder, words="cat a")
+    assert len(again.encoded) == 4 and "4 made with another tokenizer" in caplog.text
+    assert cache(folder, words="cat a").num_loads == 0
+
+
+def test_a_file_that_does_not_tell_its_tokenizer_is_used(tmp_path):
+    folder = write_data(tmp_path)
+    cache(folder)
+    for path in [*folder.rglob("*_tiny_te.npz")]:
+        with np.load(path) as archive:
+            note = json.loads(archive["captions"].tobytes())
+        assert note.pop("tokenizers")
+        rewrite(path, True, captions=np.frombuffer(json.dumps(note).encode(), dtype=np.uint8))
+    assert cache(folder, words="cat a").num_loads == 0
 
 
 def rewrite(path: Path, leaves_note: bool, **changes: np.ndarray) -> None:

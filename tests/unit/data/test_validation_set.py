@@ -9,7 +9,6 @@ import torch
 
 from library.data.cache import cache_latents
 from library.data.dataset import TrainingSet
-from library.data.samples import Sample
 from library.options.caching import CachingOptions
 from tests.unit.data.builders import averaging_vae, batches_of, content_of, open_set, write_config, write_folder
 
@@ -95,12 +94,13 @@ def test_threads_read_the_same_batches(tmp_path):
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
-def test_a_damaged_picture_is_named(tmp_path, num_threads):
+def test_another_one_that_is_set_aside_stands_in_for_a_damaged_picture(tmp_path, num_threads, caplog):
     training_set = changing(tmp_path)
+    aside = {key for batch in training_set.validation.batches(range(4), 0) for key in batch.keys}
     path = Path(next(iter(training_set.validation.batches([0], 0))).keys[0])
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=path.name):
-        contents(training_set, num_threads)
+    measured = {key for batch in training_set.validation.batches(range(4), num_threads) for key in batch.keys}
+    assert measured == aside - {str(path)} and f"{path} is damaged" in caplog.text
 
 
 def test_a_limit_on_batches_spreads_over_all_of_them(tmp_path):
@@ -109,18 +109,34 @@ def test_a_limit_on_batches_spreads_over_all_of_them(tmp_path):
     assert pictures.places_of(2) == [0, 2] and pictures.places_of(1) == [0]
 
 
-def test_pictures_are_named_by_folder_file_and_size(tmp_path):
-    training_set = changing(tmp_path)
-    pictures = training_set.validation
-    found = [name for place in pictures.places_of(None) for name in pictures.names(place)]
-    assert len(set(found)) == 6
-    assert {name[0] for name in found} == {"'wide'", "'tall'"}
-    sizes = {(name[0], *(s.shape.bucket)) for name in found for s in training_set.samples if ascii_folder(s) == name[0]}
-    assert {(name[0], *name[2:]) for name in found} == sizes
+def test_names_and_order_follow_the_contents_and_not_what_files_are_called(tmp_path):
+    one = changing(tmp_path / "one").validation
+    (tmp_path / "two").mkdir()
+    numbers = iter(reversed(range(100)))
+    for folder in ("wide", "tall"):
+        (tmp_path / "two" / folder).mkdir()
+        for picture in (tmp_path / "one" / folder).glob("*.png"):
+            target = tmp_path / "two" / folder / f"other{next(numbers):02}.png"
+            target.write_bytes(picture.read_bytes())
+            target.with_suffix(".txt").write_bytes(picture.with_suffix(".txt").read_bytes())
+    two = open_set(write_config(tmp_path / "two" / "data.toml", CHANGING.replace("CROP", "true"))).validation
+    assert [one.names(place) for place in range(4)] == [two.names(place) for place in range(4)]
+    assert len({name for place in range(4) for name in one.names(place)}) == 6
+    captions = [[batch.captions for batch in pictures.batches(range(4), 0)] for pictures in (one, two)]
+    assert captions[0] == captions[1]
+    assert {label.split("/")[0] for place in range(4) for label in one.labels(place)} == {"'wide", "'tall"}
 
 
-def ascii_folder(sample: Sample) -> str:
-    return ascii(os.path.basename(os.path.dirname(sample.picture.path)))
+def test_copies_of_a_picture_have_one_name(tmp_path):
+    write_folder(tmp_path / "a", 2, seed=1)
+    write_folder(tmp_path / "b", 2, seed=1)
+    text = "[[datasets]]\nresolution = 64\nbatch_size = 4\nvalidation_split = 1.0\n"
+    text += "".join(f"[[datasets.subsets]]\nimage_dir = '{{here}}/{name}'\n" for name in "ab")
+    text += "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/c'\n"
+    write_folder(tmp_path / "c", 1, seed=2)
+    pictures = open_set(write_config(tmp_path / "data.toml", text)).validation
+    names = pictures.names(0)
+    assert names[0] == names[1] != names[2] == names[3]
 
 
 @pytest.mark.parametrize("to_disk", [False, True])

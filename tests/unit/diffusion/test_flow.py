@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from library.architectures.anima.options import AnimaOptions
 from library.architectures.interface import Objective
-from library.diffusion.flow import FlowMatching, Target, build_flow, build_sampled_flow
+from library.diffusion.flow import IGNORES, FlowMatching, Target, build_flow, build_sampled_flow
 from library.diffusion.flow_levels import shifted_scheme
 from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
+from library.options.rules import unused
 from library.options.train import TrainOptions
 from library.types import Noised
 
@@ -37,9 +39,9 @@ def latents(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def flow(
     target: Target = "noise - latent", prediction: str = "raw", scheme: str = "none", **flags: Any
 ) -> FlowMatching:
-    has_whole_timesteps = flags.pop("has_whole_timesteps", False)
+    whole = {name: flags.pop(name, False) for name in ("has_whole_timesteps", "tells_whole_timesteps")}
     levels = shifted_scheme(FlowWeightingOptions(), 1.0)
-    return build_flow(options_of(**flags), levels, target, prediction, scheme, has_whole_timesteps=has_whole_timesteps)
+    return build_flow(options_of(**flags), levels, target, prediction, scheme, **whole)
 
 
 def corrupt(objective: FlowMatching, clean: Tensor, seed: int = 3) -> Noised:
@@ -188,6 +190,14 @@ def test_limits_stretch_the_levels_over_their_range() -> None:
     assert (inside.sort().values - steps).abs().max() < 1.95 / 50_000**0.5
 
 
+def test_a_denoiser_that_is_told_whole_timesteps_sees_noise_at_the_exact_level() -> None:
+    exact, told = (corrupt(flow(tells_whole_timesteps=whole), torch.zeros(500, 1, 1, 1)) for whole in (False, True))
+    assert torch.equal(told.sigmas_B, exact.sigmas_B) and torch.equal(told.latents_BCHW, exact.latents_BCHW)
+    assert torch.equal(told.timesteps_B, exact.timesteps_B.floor()) and not torch.equal(
+        told.timesteps_B, exact.timesteps_B
+    )
+
+
 def test_whole_timesteps_stay_below_the_upper_limit() -> None:
     noised = corrupt(flow(min_timestep=3, max_timestep=7, has_whole_timesteps=True), torch.zeros(4000, 1, 1, 1))
     assert noised.timesteps_B.unique().tolist() == [3, 4, 5, 6]
@@ -241,9 +251,6 @@ def test_raw_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     [
         ({"weighting_scheme": "mode", "timestep_sampling": "sigmoid"}, "--weighting_scheme mode has no effect with"),
         ({"weighting_scheme": "cosmap"}, "--weighting_scheme cosmap has no effect: it weights the loss of"),
-        ({"logit_mean": 0.5}, "--logit_mean has no effect without --weighting_scheme logit_normal"),
-        ({"sigmoid_scale": 2.0, "timestep_sampling": "uniform"}, "--sigmoid_scale has no effect with"),
-        ({"discrete_flow_shift": 2.0, "timestep_sampling": "flux_shift"}, "--discrete_flow_shift has no effect with"),
     ],
 )
 def test_settings_without_effect_are_told(
@@ -252,12 +259,17 @@ def test_settings_without_effect_are_told(
     assert message in sampled_flow(caplog, **settings)[1]
 
 
-def test_options_of_ddpm_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        flow()
-        assert not caplog.text
-    noise, loss = replace(TrainOptions().noise, noise_offset=0.1), replace(TrainOptions().loss, min_snr_gamma=5.0)
-    options = replace(TrainOptions(), noise=noise, loss=loss)
-    with caplog.at_level(logging.WARNING):
-        build_flow(options, shifted_scheme(FlowWeightingOptions(), 1.0), "latent", "raw", "none")
-    assert "--noise_offset has no effect" in caplog.text and "--min_snr_gamma has no effect" in caplog.text
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"logit_mean": 0.5}, "--logit_mean has no effect with --weighting_scheme uniform; it is for logit_normal"),
+        ({"sigmoid_scale": 2.0, "timestep_sampling": "uniform"}, "--sigmoid_scale has no effect with"),
+        ({"discrete_flow_shift": 2.0, "timestep_sampling": "flux_shift"}, "--discrete_flow_shift has no effect with"),
+        ({"noise_offset": 0.1}, "--noise_offset has no effect: it belongs to the DDPM models"),
+        ({"min_snr_gamma": 5.0}, "--min_snr_gamma has no effect: it belongs to the DDPM models"),
+    ],
+)
+def test_settings_of_another_kind_are_told(settings: dict[str, Any], message: str) -> None:
+    assert list(unused(AnimaOptions(), IGNORES)) == []
+    (line,) = unused(AnimaOptions().with_values(settings), IGNORES)
+    assert line.startswith(message)

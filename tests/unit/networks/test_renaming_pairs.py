@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames
-from networks.core.files.adapter_file import AdapterFile
+from networks.core.files.adapter_file import AdapterFile, parse_adapter
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
-from networks.core.kinds.leaves import ALPHA, DOWN, UP
+from networks.core.kinds.leaves import ALPHA, DORA_SCALE, DOWN, UP
 
 PAIR = ModuleNames("lora_unet_mod", "diffusion_model.mod", "transformer.norm.linear", swaps_pair=True)
 NAMES = BaseNames("toy", (PAIR,))
@@ -34,6 +34,15 @@ def test_only_diffusers_swaps_the_halves(naming: FileNaming) -> None:
     assert torch.equal(up_of(there), torch.cat([up_of(before)[5:], up_of(before)[:5]]))
     assert torch.equal(up_of(rename(there, NAMES, "diffusers").file), up_of(there)), "they are swapped already"
     assert torch.equal(up_of(rename(there, NAMES, naming).file), up_of(before))
+
+
+def test_magnitudes_of_the_rows_move_with_them() -> None:
+    name = PAIR.diffusers
+    up, down, sizes = torch.randn(10, 2), torch.randn(2, 5), torch.arange(10.0)
+    theirs = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.lora_magnitude_vector": sizes}
+    (ours,) = rename(parse_adapter(theirs, {}, "a.safetensors"), NAMES, "kohya").file.modules.values()
+    assert torch.equal(ours.tensors[UP], torch.cat([up[5:], up[:5]]))
+    assert ours.tensors[DORA_SCALE].flatten().tolist() == [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]
 
 
 def test_a_layer_of_more_parts_keeps_its_order() -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
 from library.checkpoints.hashes import sshs_hashes
 from networks.core.files.adapter_file import parse_adapter, read_adapter_file
+from tests.device_standin import device_without_float64
 from tests.unit.tools.adapter_files import CLIP, CONV, LINEAR, write
-from tools.resize_lora import Measure, main, resize_file
+from tools.resize_lora import Measure, main, resize_file, resize_module
 
 CPU = torch.device("cpu")
 
@@ -44,6 +45,18 @@ def test_lower_rank_is_the_truncated_decomposition_of_the_whole_matrix(
         expected = (u[:, :own] * s[:own] @ v[:own]).reshape(old[name].shape)
         assert relative(new[name].weight(), expected) < 1e-5
         assert (new[name].rank, new[name].scale) == (own, 0.5)
+
+
+@pytest.mark.parametrize("method", ["sv_ratio", "sv_cumulative", "sv_fro"])
+def test_a_device_without_float64_is_enough(tmp_path: Path, method: str) -> None:
+    modules = read_adapter_file(write(tmp_path / "a.safetensors", 62)).modules
+    measure = Measure(3, 3, method, 0.8 if method != "sv_ratio" else 4.0)
+    for module in modules.values():
+        expected = resize_module(module, measure, CPU)
+        with device_without_float64() as device:
+            resized = resize_module(module, measure, device)
+        assert torch.equal(resized.module.weight(), expected.module.change().weight())
+        assert resized.kept_norm == expected.kept_norm
 
 
 def dense_rank(s: Tensor, method: str, param: float, most: int) -> int:

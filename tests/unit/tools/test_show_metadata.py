@@ -76,9 +76,10 @@ def test_a_file_without_metadata_says_so(tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().out == "the file has no metadata\n"
 
 
-@pytest.mark.parametrize(("name", "says"), [("x.ckpt", "only .safetensors"), ("x.safetensors", "does not exist")])
+@pytest.mark.parametrize(("name", "says"), [("x.ckpt", "only safetensors"), ("y.safetensors", "does not exist")])
 def test_files_without_a_header_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, says: str
 ) -> None:
+    torch.save({"w": torch.ones(1)}, tmp_path / "x.ckpt")
     assert main(["--model", str(tmp_path / name)]) == 1
     assert says in capsys.readouterr().err

@@ -248,6 +248,28 @@ def test_quickstart_that_wrote_nothing_is_an_error(tmp_path: Path, monkeypatch: 
         start.quickstart(tmp_path / "venv")
 
 
+def test_a_training_that_was_stopped_is_not_followed_by_a_picture_of_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop saves under another name and ends with status 0."""
+    started: list[list[str]] = []
+    monkeypatch.setattr(start, "ROOT", tmp_path)
+    monkeypatch.setattr(start, "ready_python", lambda venv, names: PYTHON)
+    monkeypatch.setattr(start, "run", lambda command: started.append(command) or 0)
+    (tmp_path / start.ADAPTER).parent.mkdir(parents=True)
+    (tmp_path / start.ADAPTER).write_bytes(b"of an earlier quickstart")
+    with pytest.raises(start.StartError, match=r"wrote no output/quickstart/quickstart\.safetensors: it was stopped"):
+        start.quickstart(tmp_path / "venv")
+    assert [command[1] for command in started] == ["-m"]
+
+
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert start.child_environment()["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert start.child_environment()["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 def test_failed_training_ends_the_quickstart_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(start, "ready_python", lambda venv, names: PYTHON)

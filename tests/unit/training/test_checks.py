@@ -11,12 +11,13 @@ import torch
 
 from library.architectures.flux.options import FluxModelOptions
 from library.architectures.sd3.options import Sd3TrainingOptions
-from library.options.base import group
-from library.options.support import DDP, DEEPSPEED, NOT_YET, unsupported, without_effect
+from library.options.base import RULE, Rule, group
+from library.options.rules import unused
+from library.options.support import DDP, DEEPSPEED, NOT_YET, unsupported
 from library.options.swapping import SwappingOptions
 from library.options.train import TrainOptions
 from library.training import checks
-from library.training.checks import check, check_vae_precision
+from library.training.checks import check, check_vae_precision, report_unused
 from library.training.optimizers import build_optimizer
 
 NEEDED = {
@@ -47,6 +48,7 @@ def made(**values: Any) -> TrainOptions:
 def warnings_of(caplog: pytest.LogCaptureFixture, **values: Any) -> list[str]:
     with caplog.at_level(logging.WARNING):
         check(made(**values))
+        report_unused(made(**values), {})
     return [record.message for record in caplog.records]
 
 
@@ -256,7 +258,40 @@ def test_fp16_without_a_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_each_line_about_support_is_about_a_real_option() -> None:
     assert {*NOT_YET, *DDP, *DEEPSPEED} <= AllOptions.defaults().keys()
-    assert without_effect(made()) == []
+
+
+def test_rules_speak_of_options_that_exist() -> None:
+    known = AllOptions.defaults().keys()
+    rules = [field.metadata.get(RULE, Rule()) for field, _ in AllOptions.leaves()]
+    named = {need.partition("=")[0] for rule in rules for need in rule.needs} | {r.unless for r in rules if r.unless}
+    assert len(named) > 10 and named - {"cache_text_encoder_outputs_to_disk"} <= known
+
+
+def test_what_does_nothing_for_the_base_model_is_said_with_the_reason() -> None:
+    ignores = {"clip_skip": "it has no CLIP", "noise_offset": "it is a flow"}
+    assert list(unused(made(clip_skip=2), ignores)) == ["--clip_skip has no effect: it has no CLIP"]
+    assert list(unused(made(), ignores)) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"huber_c": 0.2}, "--huber_c has no effect with --loss_type l2; it is for huber or smooth_l1"),
+        (
+            {"save_last_n_epochs": 2},
+            "--save_last_n_epochs has no effect without --save_every_n_epochs or --save_n_epoch_ratio",
+        ),
+        ({"autoresume": True, "resume": "a"}, "--autoresume has no effect with --resume"),
+    ],
+)
+def test_an_unmet_need_is_named(values: dict[str, Any], line: str) -> None:
+    assert list(unused(made(**values), {})) == [line]
+
+
+@pytest.mark.parametrize("values", [{"ddp_timeout": -1}, {"max_data_loader_n_workers": 10**9}, {"min_timestep": 1001}])
+def test_numbers_that_make_no_sense_are_refused(values: dict[str, Any]) -> None:
+    ((name, value),) = values.items()
+    assert refusal(**values).startswith(f"--{name} is {value}; use at ")
 
 
 def test_previews_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -364,3 +399,14 @@ def test_names_that_clash_with_what_is_there(tmp_path: Path, caplog: pytest.LogC
 
 def test_a_name_that_no_file_system_takes_is_refused() -> None:
     assert "too long" in refusal(output_name="ä" * 120)
+
+
+@pytest.mark.parametrize("name", ["cat/m", "../m", "/tmp/m", "cat\\m", "C:m", "C:\\out\\m", "m/", "cat/../m"])
+def test_a_name_with_a_folder_in_it_is_refused(name: str) -> None:
+    told = refusal(output_name=name)
+    assert told.startswith(f"--output_name {name} holds a path") and "--output_dir" in told
+
+
+@pytest.mark.parametrize("name", ["m", "my cat.v2", "学習", ".hidden", "m-000001", None, ""])
+def test_a_plain_name_is_taken(name: str | None) -> None:
+    check(made(output_name=name))

@@ -1,13 +1,17 @@
 """What the trackers get."""
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from library.training.logs import Charts
+from library.options.trackers import TrackerOptions
+from library.options.train import TrainOptions
+from library.training.logs import Charts, start_trackers
 from library.training.pictures import Drawn
 from tests.parity.test_preview import prompt_of
 
@@ -18,6 +22,10 @@ class Tracker:
     def __init__(self, name: str) -> None:
         self.name = name
         self.logged: list[Any] = []
+        self.is_finished = False
+
+    def finish(self) -> None:
+        self.is_finished = True
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
         self.logged.append((values, step))
@@ -38,3 +46,41 @@ def test_pictures_reach_every_tracker_in_its_own_way(monkeypatch: pytest.MonkeyP
     values = {"sample_0": ((8, 16), "picture 0"), "sample_2": ((8, 16), "picture 2"), "global_step": 30, "epoch": 4}
     assert wandb == [(values, None)]
     assert tensorboard == [({"sample_0": (1, 16, 8, 3), "sample_2": (1, 16, 8, 3)}, 30, {"dataformats": "NHWC"})]
+
+
+@pytest.mark.parametrize("fails_at", ["log", "log_images", "finish"])
+def test_a_tracker_that_fails_is_given_up_and_the_other_one_goes_on(
+    fails_at: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any, **keywords: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    broken, whole = Tracker("tensorboard"), Tracker("other")
+    setattr(broken, fails_at, fail)
+    ended: list[bool] = []
+    charts = Charts(SimpleNamespace(trackers=[broken, whole], end_training=lambda: ended.append(True)))
+    drawn = [Drawn(0, prompt_of(text="a"), Image.new("RGB", (8, 16)))]
+    for step in (1, 2):
+        charts.log_step({"loss": 1.0}, step, 1)
+        charts.log_pictures(drawn, step, 1)
+    assert charts.are_on
+    charts.close()
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        "charts of tensorboard are off from here on, training goes on: OSError: [Errno 28] No space left on device"
+    ]
+    assert len(whole.logged) == 4 and whole.is_finished and ended == [True]
+
+
+def test_a_folder_that_cannot_be_written_switches_the_charts_off(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def init_trackers(*arguments: Any, **keywords: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    accelerator = SimpleNamespace(trackers=[], init_trackers=init_trackers)
+    options = replace(TrainOptions(), trackers=replace(TrackerOptions(), logging_dir=str(tmp_path)))
+    start_trackers(accelerator, options)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and f"--logging_dir {tmp_path}: charts are off" in record.getMessage()
+    assert not Charts(accelerator).are_on

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from library.options.optimizer import OptimizerOptions
 from library.options.schedule import ScheduleOptions
-from library.training.lr_schedules import Schedule, build_schedule, steps_of
+from library.training.lr_schedules import Schedule, base_rates, build_schedule, follow_rates, steps_of
 from library.training.optimizers import BuiltOptimizer, build_optimizer
 
 RATES = (0.02, 0.004)
@@ -298,3 +298,79 @@ def test_schedule_free_has_a_stand_in(caplog: pytest.LogCaptureFixture) -> None:
     schedule.load_state_dict(schedule.state_dict())
     build_schedule(ScheduleOptions(lr_scheduler="cosine", lr_warmup_steps=5), built, T)
     assert "AdamWScheduleFree needs no schedule: --lr_scheduler cosine" in caplog.text
+
+
+# Going on with other rates and another length
+
+
+def rates_after_resume(
+    options: ScheduleOptions, other: ScheduleOptions, length: int, factor: float, steps: int = 10, more: int = 5
+) -> list[float]:
+    """Rates of the first group after `steps` of a run of T: those of a run of `length` with rates times `factor`."""
+    first = optimizer_of()
+    schedule = build_schedule(options, first, T)
+    for _ in range(steps):
+        step(first, schedule)
+    built = optimizer_of()
+    for group in built.optimizer.param_groups:
+        group["lr"] *= factor
+    again = build_schedule(other, built, length)
+    rates = base_rates(built.optimizer)
+    built.optimizer.load_state_dict(first.optimizer.state_dict())
+    again.load_state_dict(schedule.state_dict())
+    follow_rates(again, built.optimizer, rates)
+    found = []
+    for _ in range(more):
+        found.append(built.optimizer.param_groups[0]["lr"])
+        step(built, again)
+        assert built.optimizer.param_groups[1]["lr"] == pytest.approx(built.optimizer.param_groups[0]["lr"] / 5)
+    return found
+
+
+COSINE = ScheduleOptions(lr_scheduler="cosine")
+
+
+def test_where_nothing_has_changed_every_bit_stays() -> None:
+    built = optimizer_of()
+    schedule, whole = build_schedule(COSINE, built, T), []
+    for _ in range(15):
+        whole.append(built.optimizer.param_groups[0]["lr"])
+        step(built, schedule)
+    assert rates_after_resume(COSINE, COSINE, T, 1.0) == whole[10:]
+
+
+def test_another_rate_takes_effect_from_the_next_step_on() -> None:
+    wanted = [0.5 * RATES[0] * 0.5 * (1 + math.cos(math.pi * s / T)) for s in range(10, 15)]
+    assert rates_after_resume(COSINE, COSINE, T, 0.5) == pytest.approx(wanted, rel=1e-12)
+    assert rates_after_resume(ScheduleOptions(), ScheduleOptions(), T, 0.25) == [RATES[0] / 4] * 5
+
+
+def test_the_curve_of_another_length_takes_effect_from_the_next_step_on() -> None:
+    wanted = [RATES[0] * 0.5 * (1 + math.cos(math.pi * s / (3 * T))) for s in range(10, 15)]
+    assert rates_after_resume(COSINE, COSINE, 3 * T, 1.0) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_class_of_torch_is_scaled_where_it_stands() -> None:
+    options = ScheduleOptions(lr_scheduler_type="StepLR", lr_scheduler_args=["step_size=12", "gamma=0.1"])
+    wanted = [RATES[0] * 3, RATES[0] * 3, *[RATES[0] * 0.3] * 3]
+    assert rates_after_resume(options, options, T, 3.0) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_rate_of_0_can_be_raised() -> None:
+    built = optimizer_of()
+    rates = base_rates(built.optimizer)
+    schedule = build_schedule(COSINE, built, T)
+    for group in built.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = 0.0
+    follow_rates(schedule, built.optimizer, rates)
+    assert [group["lr"] for group in built.optimizer.param_groups] == list(RATES) == schedule.get_last_lr()
+
+
+def test_adafactor_keeps_its_own_rates_and_schedule_free_ones_take_the_new() -> None:
+    relative = optimizer_of("Adafactor")
+    schedule = build_schedule(ScheduleOptions(lr_scheduler="adafactor:0.1"), relative, T)
+    follow_rates(schedule, relative.optimizer, [0.5, 0.5])
+    assert [group["lr"] for group in relative.optimizer.param_groups] == [0.1, 0.1]
+    free = optimizer_of("AdamWScheduleFree")
+    follow_rates(build_schedule(ScheduleOptions(), free, T), free.optimizer, [0.5, 0.25])
+    assert [group["lr"] for group in free.optimizer.param_groups] == [0.5, 0.25]

@@ -58,7 +58,7 @@ def test_the_line_is_logged_once_a_run(tmp_path: Path, caplog: pytest.LogCapture
         base_files=done,
         before_saving=lambda: None,
         after_saving=lambda: None,
-        write_state=lambda folder, step, epoch: None,
+        write_state=lambda folder, step, epoch, done: None,
         uploads=Uploads(HubOptions()),
     )
     with caplog.at_level(logging.INFO, logger="library.training.saving"):

@@ -1,11 +1,13 @@
 """The moving average and the names of learning rates."""
 
+import io
 import math
+import sys
 
 import pytest
 
 from library.training.progress import LossAverage
-from library.training.report import rate_values
+from library.training.report import announce, rate_values
 
 
 def test_average_keeps_the_last_loss_of_each_place_of_an_epoch() -> None:
@@ -43,3 +45,14 @@ def test_with_the_unet_alone_no_group_is_called_textencoder() -> None:
 def test_rates_that_the_optimizer_finds_are_shown_beside() -> None:
     values = rate_values([1.0], ["unet"], [3e-5], False)
     assert values["lr/d*lr/unet"] == 3e-5
+
+
+def test_a_standard_output_that_takes_nothing_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    output = Full()
+    monkeypatch.setattr(sys, "stdout", output)
+    announce("model saved.")
+    assert output.getvalue() == "model saved.\n"

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import re
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,20 +15,35 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.nested import put_together, take_apart
+from library.data.identity import content_digests
 from library.options.run import RunOptions
 from library.options.saving import SavingOptions
 from library.options.state import StateOptions
 from library.options.train import TrainOptions
 from library.processes import ALONE, Processes
 from library.training.plan import Plan
-from library.training.resume import AlreadyComplete, find_state, recorded_options, report_differences, starting_step
+from library.training.progress import Part
+from library.training.resume import (
+    AlreadyComplete,
+    find_state,
+    recorded_options,
+    report_differences,
+    starting_step,
+    with_rates_of_state,
+)
 from library.training.state import Facts, OptimizerKeeper, read_facts, restore, save_state
 from tests.unit.test_processes import Board
 
 DATASET = {"num_pictures": 6, "num_batches": 3, "pictures": "a", "captions": "b", "settings": "c"}
 
 
-def written(folder: Path, step: int = 7, options: TrainOptions | None = None, network: nn.Module | None = None) -> Path:
+def written(
+    folder: Path,
+    step: int = 7,
+    options: TrainOptions | None = None,
+    network: nn.Module | None = None,
+    done: Sequence[Part] = (),
+) -> Path:
     save_state(
         folder,
         step=step,
@@ -37,6 +54,7 @@ def written(folder: Path, step: int = 7, options: TrainOptions | None = None, ne
         dataset=DATASET,
         network=network or nn.Linear(3, 2),
         keepers={},
+        done=done,
     )
     return folder
 
@@ -81,6 +99,51 @@ def test_a_state_that_was_cut_later_is_refused(tmp_path: Path, name: str) -> Non
     (folder / name).write_bytes(content[:-1])
     with pytest.raises(ValueError, match=f"is not whole: {name}"):
         read_facts(folder)
+
+
+def flip_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["network.safetensors", "training.safetensors"])
+@pytest.mark.parametrize("place", [-1, 12, 0])
+def test_a_state_with_one_flipped_bit_is_refused(tmp_path: Path, name: str, place: int) -> None:
+    folder = written(tmp_path / "x-state")
+    flip_bit(folder / name, place)
+    with pytest.raises(ValueError, match=f"x-state is damaged: {name} is not as it was written; copy it again or use"):
+        find_state(options_with(tmp_path, resume=str(folder)), ALONE)
+
+
+def test_a_flipped_bit_in_the_plain_values_is_noticed(tmp_path: Path) -> None:
+    folder = written(tmp_path / "x-state", step=7)
+    text = (folder / "train_state.json").read_text()
+    (folder / "train_state.json").write_text(text.replace('"current_step": 7', '"current_step": 5'))
+    with pytest.raises(ValueError, match=r"x-state is damaged: train_state\.json is not as it was written"):
+        read_facts(folder)
+
+
+def test_autoresume_falls_back_to_the_older_whole_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, step in (("x-step00000004-state", 4), ("x-step00000008-state", 8), ("x-step00000009-state", 9)):
+        written(tmp_path / name, step=step)
+    flip_bit(tmp_path / "x-step00000009-state" / "network.safetensors", -1)
+    flip_bit(tmp_path / "x-step00000008-state" / "train_state.json", 20)
+    facts = find_state(options_with(tmp_path, autoresume=True), ALONE)
+    assert facts is not None and facts.step == 4
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("x-step00000009-state is left out" in line and "is damaged" in line for line in warnings)
+    assert any("x-step00000008-state is left out" in line for line in warnings)
+
+
+def test_a_state_without_digests_is_read(tmp_path: Path) -> None:
+    folder = written(tmp_path / "x-state", step=7)
+    content = json.loads((folder / "train_state.json").read_text())
+    for name in ("digest", "digests", "done"):
+        del content[name]
+    (folder / "train_state.json").write_text(json.dumps(content))
+    facts = find_state(options_with(tmp_path, resume=str(folder)), ALONE)
+    assert facts is not None and facts.step == 7 and not facts.done
 
 
 def test_a_state_of_sd_scripts_is_explained(tmp_path: Path) -> None:
@@ -151,6 +214,32 @@ def test_autoresume_takes_the_whole_state_that_has_come_furthest(tmp_path: Path)
     assert facts is not None and facts.step == 12
 
 
+def test_of_two_states_of_a_step_the_one_with_less_left_to_do_is_taken(tmp_path: Path) -> None:
+    for name, done in (("x-000002-state", ("epoch", "step")), ("x-step00000009-state", ("step",))):
+        written(tmp_path / name, step=9, done=done)
+    facts = find_state(options_with(tmp_path, autoresume=True), ALONE)
+    assert facts is not None and facts.path.name == "x-000002-state" and facts.done == {"step", "epoch"}
+
+
+def test_files_that_a_killed_process_had_not_finished_are_removed(tmp_path: Path) -> None:
+    own = [
+        "x.safetensors", "x-best.ckpt", "x-000001.safetensors", "x-step00000009.safetensors",
+        "sample/x_000002_00_20270115080000_1.png", "sample/grid/x_e000002_20270115080000.png",
+    ]  # fmt: skip
+    of_others = ["xy.safetensors", "x-y.safetensors", "sample/xy_000002_00_20270115080000.png", "sample/x_a.png"]
+    (tmp_path / "sample" / "grid").mkdir(parents=True)
+    for name in (*own, *of_others):
+        path = tmp_path / name
+        path.touch()
+        path.with_name(f".{path.stem}.0123456789ab{path.suffix}").touch()
+        path.with_name(f"..{path.stem}.0123456789ab.9876543210fe{path.suffix}").touch()
+    find_state(options_with(tmp_path), ALONE)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {name for name in left if "/." not in f"/{name}"} == {*own, *of_others}
+    hidden = {re.sub(r"(?<=/)\.+|\.[0-9a-f]{12}", "", f"/{name}")[1:] for name in left if "/." in f"/{name}"}
+    assert hidden == {*of_others}
+
+
 def test_autoresume_starts_where_there_is_no_state(tmp_path: Path) -> None:
     assert find_state(options_with(tmp_path / "new", autoresume=True), ALONE) is None
 
@@ -217,8 +306,8 @@ def test_processes_with_other_states_are_refused(tmp_path: Path) -> None:
 PLAN = Plan(num_batches=10, accumulation=1, max_train_steps=100)
 
 
-def at_step(step: int) -> Facts:
-    return Facts(Path("s"), step, 0, 1, {}, {}, {})
+def at_step(step: int, *done: Part) -> Facts:
+    return Facts(Path("s"), step, 0, 1, {}, {}, {}, frozenset(done))
 
 
 @pytest.mark.parametrize(
@@ -239,11 +328,24 @@ def test_where_a_run_begins(saved: int | None, state: dict[str, Any], expected: 
     assert starting_step(options_with(**state), PLAN, None if saved is None else at_step(saved)) == expected
 
 
-def test_a_run_with_nothing_left_is_refused_or_complete() -> None:
+def test_a_run_with_nothing_left_is_refused_or_complete(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").touch()
     with pytest.raises(ValueError, match="nothing is left to train; raise --max_train_steps"):
-        starting_step(options_with(resume="s"), PLAN, at_step(100))
+        starting_step(options_with(tmp_path, resume="s"), PLAN, at_step(100, "step", "end"))
     with pytest.raises(AlreadyComplete):
-        starting_step(options_with(autoresume=True), PLAN, at_step(100))
+        starting_step(options_with(tmp_path, autoresume=True), PLAN, at_step(100, "end"))
+    with pytest.raises(AlreadyComplete):
+        starting_step(options_with(tmp_path, autoresume=True), PLAN, at_step(101, "step"))
+
+
+def test_a_run_whose_last_file_is_not_written_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for wanted in ({"resume": "s"}, {"autoresume": True}):
+        with caplog.at_level(logging.INFO):
+            assert starting_step(options_with(tmp_path, **wanted), PLAN, at_step(100, "end")) == 100  # it has gone
+        (tmp_path / "x.safetensors").touch()  # of another run
+        assert starting_step(options_with(tmp_path, **wanted), PLAN, at_step(100, "step")) == 100
+        (tmp_path / "x.safetensors").unlink()
+    assert "the state s is at the last step: what is left is to write the files of the end" in caplog.text
 
 
 def differences(before: TrainOptions, now: TrainOptions, caplog: pytest.LogCaptureFixture, **changes: Any) -> str:
@@ -266,10 +368,36 @@ def test_changes_say_what_they_mean(caplog: pytest.LogCaptureFixture) -> None:
         run=replace(base.run, max_train_steps=2000),
     )
     text = differences(base, now, caplog, pictures="other", num_pictures=7)
-    assert "--learning_rate was 2e-06 in the state and is 5e-05: the optimizer goes on as the state has it" in text
+    assert "--learning_rate was 2e-06 in the state and is 5e-05, which takes effect from here on: the" in text
     assert "--min_snr_gamma was None in the state and is 5.0: the run goes on, but not as the uninterrupted" in text
     assert "--max_train_steps was 1600 in the state and is 2000: learning rates that depend on the length" in text
     assert "its pictures differ; 6 pictures in 3 batches then, 7 in 3 now" in text
+
+
+def test_rates_that_are_not_given_are_those_of_the_state(caplog: pytest.LogCaptureFixture) -> None:
+    before = TrainOptions().with_values({"learning_rate": 1e-4, "unet_lr": 2e-4, "text_encoder_lr": [5e-5]})
+    facts = Facts(Path("s"), 1, 0, 1, recorded_options(before), DATASET, {})
+    with caplog.at_level(logging.INFO):
+        now = with_rates_of_state(TrainOptions().with_values({"unet_lr": 3e-4}), facts)
+    assert (now.optimizer.learning_rate, now.network.unet_lr, now.network.text_encoder_lr) == (1e-4, 3e-4, [5e-5])
+    assert "--learning_rate is not given: that of the state stays, 0.0001" in caplog.text
+    assert with_rates_of_state(before, None) is before
+
+
+def test_pictures_whose_files_have_changed_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = [str(tmp_path / f"{name}.png") for name in "abcd"]
+    for path in paths[:3]:
+        Path(path).write_bytes(path.encode() * 30_000)
+    before = content_digests(paths, 1)
+    Path(paths[1]).touch()
+    content = bytearray(Path(paths[2]).read_bytes())
+    content[len(content) // 2] ^= 1
+    Path(paths[2]).write_bytes(content)
+    now = content_digests(paths, 2)
+    facts = Facts(Path("s"), 1, 0, 1, recorded_options(TrainOptions()), {**DATASET, "contents": before}, {})
+    report_differences(facts, TrainOptions(), {**DATASET, "contents": now}, 1, paths)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"1 pictures are not the ones of the state, their files have changed since: {paths[2]}: the")
 
 
 def test_what_only_explains_or_averages_the_same_is_no_other_run(caplog: pytest.LogCaptureFixture) -> None:

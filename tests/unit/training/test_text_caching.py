@@ -63,7 +63,7 @@ def prepare(folder: Path, to_disk: bool, processes: Processes, encoded: list[str
         return [nn.Identity()]
 
     wanted = TextCachingOptions(cache_text_encoder_outputs=True, cache_text_encoder_outputs_to_disk=to_disk)
-    spec = TextCacheSpec(wanted, "_words_te.npz", ("length",), lambda: "words")
+    spec = TextCacheSpec(wanted, "_words_te.npz", ("length",), lambda: "words", tokenizers=())
     parts = SimpleNamespace(
         text=Words(encoded),
         preview=SimpleNamespace(text=Words(encoded)),

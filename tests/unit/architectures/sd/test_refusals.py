@@ -120,7 +120,7 @@ def test_a_truncated_ckpt_is_named(open_sd, tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
         (b"<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
         (b"", "is empty"),
-        (b"PK\x03\x04" + bytes(range(200)), "is a PyTorch pickle under the name of a safetensors file"),
+        (b"PK\x03\x04" + bytes(range(200)), "cannot be read as a file of plain tensors"),
     ],
 )
 def test_what_downloads_leave_behind_is_recognised(open_sd, tmp_path, content, message):

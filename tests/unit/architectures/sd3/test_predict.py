@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from library.architectures.sd3.assembly import build_objective, sampling_sigmas
 from library.architectures.sd3.options import Sd3Options
-from library.architectures.sd3.predict import build_predict, corner_of, join_context, velocity
+from library.architectures.sd3.predict import corner_of, join_context, predict
 
 BATCH: Any = None  # the denoiser reads nothing of it
 
@@ -53,7 +53,7 @@ def test_without_t5_its_77_places_are_zero() -> None:
 
 def test_the_denoiser_gets_thousandths_of_noise() -> None:
     model, state = Recorder(), noised()
-    velocity(model, state, features(), BATCH)
+    predict(model, state, features(), BATCH)
     latents, timesteps, _, pooled, corner = model.given
     assert torch.equal(latents, state.latents_BCHW) and torch.equal(pooled, features()["lg_pooled"])
     assert torch.equal(timesteps, timesteps.round()) and torch.allclose(timesteps, 1000 * state.sigmas_B)
@@ -62,7 +62,7 @@ def test_the_denoiser_gets_thousandths_of_noise() -> None:
 
 def test_the_answer_is_compared_as_an_estimate_of_the_latent() -> None:
     objective, state = build_objective(Sd3Options()), noised()
-    answer = build_predict(objective)(Recorder(), state, features(), BATCH)
+    answer = objective.estimate(predict(Recorder(), state, features(), BATCH), state)
     x = state.latents_BCHW.double()
     expected = x - state.sigmas_B.double().view(-1, 1, 1, 1) * (x * 0.5 + 0.1)
     torch.testing.assert_close(answer.double(), expected, rtol=1e-5, atol=1e-6)
@@ -78,7 +78,7 @@ def test_every_place_of_the_table_can_be_drawn(share: tuple[float, float], corne
 
 def test_a_drawn_place_reaches_the_denoiser() -> None:
     model = Recorder()
-    velocity(model, noised(), {**features(), "position": torch.tensor([[0.5, 0.25]] * 3)}, BATCH)
+    predict(model, noised(), {**features(), "position": torch.tensor([[0.5, 0.25]] * 3)}, BATCH)
     assert model.given[-1] == (10, 5)
 
 

@@ -1,0 +1,74 @@
+"""How the blocks of a model run: the one place where recomputing (and whatever else changes a block's run) is decided.
+
+A denoiser hands each block to the runner it was given instead of calling it; it knows nothing of what the runner does.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class BlockRunner(Protocol):
+    """Runs one block and gives what it gives; the same block, called in the same order, in every pass."""
+
+    def __call__(self, block: nn.Module, *inputs: Any, **named: Any) -> Any: ...
+
+
+class RunsBlocks(Protocol):
+    """A model of ours that hands its blocks to a runner."""
+
+    runner: BlockRunner
+
+
+def plain(block: nn.Module, *inputs: Any, **named: Any) -> Any:
+    """Run a block as it is; autograd keeps whatever it needs."""
+    return block(*inputs, **named)
+
+
+def recompute(block: nn.Module, *inputs: Any, **named: Any) -> Any:
+    """Keep only a block's inputs and run it again in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
+    # Without gradients there is no second run, and the machinery of the first one would only cost time.
+    if not torch.is_grad_enabled():
+        return block(*inputs, **named)
+    return checkpoint(block, *inputs, use_reentrant=False, **named)
+
+
+def run_blocks_with(model: nn.Module, runner: BlockRunner) -> None:
+    """Give a model of ours its runner."""
+    cast(RunsBlocks, model).runner = runner
+
+
+class BlockBody(nn.Module):
+    """A block of a library's model as a runner sees it: calling it runs the block's own code, not the runner again."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        # The class's forward: the block's own attribute `forward` is the way into the runner.
+        return type(self.block).forward(self.block, *inputs, **named)
+
+
+def run_library_blocks_with(blocks: Iterable[nn.Module], runner: BlockRunner) -> None:
+    """Lead the calls of blocks that belong to a library's model through `runner`; a later call replaces the runner.
+
+    The module tree, its class names and its hooks stay as they are: only each block's `forward` is shadowed.
+    """
+    for block in blocks:
+        block.forward = partial(runner, BlockBody(block))
+
+
+def run_encoder_layers_with(encoder: nn.Module, runner: BlockRunner) -> None:
+    """Lead the layers of a text encoder of transformers through `runner`.
+
+    Its own switch for recomputing works in train mode only, which also turns the base model's dropout on.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in encoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    run_library_blocks_with(layers, runner)

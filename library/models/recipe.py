@@ -1,0 +1,47 @@
+"""What the assemblies of base models declare instead of coding it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from library.options.rules import asks
+from library.options.train import TrainOptions
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a base model takes the options that all scripts share, and what files trained on it say."""
+
+    title: str  # in messages
+    metadata: Mapping[str, str]  # keys and values of every file
+    refuses: Mapping[str, str] = field(default_factory=dict)  # option that cannot be meant here -> why
+    ignores: Mapping[str, str] = field(default_factory=dict)  # option that does nothing here -> why
+    records: Sequence[str] = ()  # options that files tell as ss_<option>
+
+    def check(self, options: TrainOptions) -> None:
+        """Raise ValueError for an option that asks for what would train something else than is meant."""
+        values = options.flat()
+        for name, why in self.refuses.items():
+            if asks(values[name]):
+                raise ValueError(f"--{name} does not work with {self.title}: {why}; leave it out")
+
+    def describe(self, options: TrainOptions, **more: str) -> dict[str, str]:
+        """What files trained with these options say about the base model; `more` are modelspec.* keys without that."""
+        values = options.flat()
+        return {
+            "ss_v2": "False",
+            **self.metadata,
+            **{f"ss_{name}": str(values[name]) for name in self.records},
+            **{f"modelspec.{name}": value for name, value in more.items()},
+        }
+
+
+def folders_beside(*files: str | Path | None) -> list[Path]:
+    """The folders that model files lie in, or that they are, in this order; None names none."""
+    paths = [Path(file).expanduser() for file in files if file is not None]
+    return [path if path.is_dir() else path.parent for path in paths]
+
+
+def ignored_attention(attn_mode: str | None) -> dict[str, str]:
+    """Why --attn_mode does nothing where it names another kernel than torch's own; empty where it names that."""
+    return {} if attn_mode in (None, "torch", "sdpa") else {"attn_mode": "attention is torch's scaled dot product"}

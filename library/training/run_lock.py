@@ -1,0 +1,128 @@
+"""One run at a time writes the files of one name.
+
+The lock is the operating system's, on a hidden file in --output_dir, so the death of a process releases it, and the
+processes that load data do not inherit it.
+"""
+
+import errno
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from library.launcher import launched_rank
+from library.options.train import TrainOptions
+
+logger = logging.getLogger(__name__)
+
+LOCKED_ERRORS = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # by another process
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # by the file system
+FAR_BYTE = 1 << 30  # Windows forbids others to read what is locked, so the lock lies behind the text
+
+
+@contextmanager
+def run_lock(options: TrainOptions) -> Iterator[None]:
+    """Hold the lock on --output_dir and --output_name for the block, in the main process of a run that writes.
+
+    Raises ValueError naming the process and the host that hold it.
+    """
+    writes = options.saving.output_dir and not (options.faults.dry_run or options.dataset.debug_dataset)
+    if not writes or launched_rank() != 0:
+        yield
+        return
+    path = lock_path(Path(options.saving.output_dir or ""), options.saving.output_name)
+    is_new_folder = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = acquire(path)
+    try:
+        yield
+    finally:
+        if file is not None:
+            release(file, path)
+        if is_new_folder:
+            with suppress(OSError):  # it holds what the run has written
+                path.parent.rmdir()
+
+
+def lock_path(folder: Path, output_name: str | None) -> Path:
+    """The hidden file whose lock stands for all files of a run."""
+    target = folder / (output_name or "last")
+    return target.with_name(f".{target.name}.lock")
+
+
+def acquire(path: Path) -> IO[str] | None:
+    """The locked file, with this process's name in it; None, with a warning, where the file system has no locks.
+
+    A file that its holder has just deleted is none to wait for: the next one of that name is taken.
+    """
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            lock(file)
+        except OSError as error:
+            holder = read_holder(file)
+            file.close()
+            if error.errno in UNSUPPORTED:
+                path.unlink(missing_ok=True)
+                logger.warning("%s: this file system has no locks; make sure that no second run writes there", path)
+                return None
+            if error.errno not in LOCKED_ERRORS:
+                raise
+            raise ValueError(
+                f"another run writes the files of this name ({holder}, says {path}): wait for its end, stop it, or "
+                "give another --output_name or --output_dir"
+            ) from None
+        if is_at(file, path):
+            break
+        file.close()
+    file.truncate(0)
+    own = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    file.write(json.dumps(own))
+    file.flush()
+    return file
+
+
+def release(file: IO[str], path: Path) -> None:
+    """Give the lock back and delete its file, in this order where an open file cannot be deleted."""
+    if sys.platform == "win32":
+        file.close()
+    with suppress(OSError):  # on Windows another run may have it open by now
+        path.unlink()
+    file.close()
+
+
+def lock(file: IO[str]) -> None:
+    """Lock a file without waiting. Raises OSError where another process has it locked, or locks do not exist."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(FAR_BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        return
+    import fcntl
+
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: children that were forked would keep that
+
+
+def read_holder(file: IO[str]) -> str:
+    """Who has written himself into the file, in words."""
+    file.seek(0)
+    try:
+        found = json.loads(file.read())
+        return f"process {found['process']} on {found['host']}, since {found['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "it has not said which yet"
+
+
+def is_at(file: IO[str], path: Path) -> bool:
+    """Whether the open file still is the one at the path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,293 @@
+"""What short runs of every script do, written down, so that a change of structure can prove that it changed nothing.
+
+    python -m tests.behaviour record before.json     # at the commit before the change
+    python -m tests.behaviour compare before.json    # after it; ends with status 1 where anything differs
+
+Every case is a command line on a tiny model, run through the script's own file, one thread, with the clock and session
+ids fixed. Of each it keeps the exit status, the exact losses, the lines on the screen (without times and paths) and a
+digest of every file that was written. `--only WORD` keeps the cases whose name contains the word.
+"""
+
+import argparse
+import contextlib
+import difflib
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import runpy
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums of several threads depend on their number
+
+from tests.running import ROOT, make_pictures
+from tests.runs.bases import BASES
+
+FIXED_TIME = 1_700_000_000.0
+TRAINING = [
+    "--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "2", "--output_name", "mine",
+    "--network_dim", "4", "--network_alpha", "2", "--learning_rate", "1e-3", "--seed", "5",
+    "--max_data_loader_n_workers", "0", "--max_train_steps", "3",
+]  # fmt: skip
+RANDOM = ["--shuffle_caption", "--caption_dropout_rate", "0.2", "--random_crop", "--flip_aug", "--noise_offset", "0.05"]
+RUNS: Mapping[str, list[str]] = {
+    "everything": [
+        "--shuffle_caption", "--caption_dropout_rate", "0.2", "--caption_tag_dropout_rate", "0.2", "--random_crop",
+        "--flip_aug", "--network_dropout", "0.1", "--gradient_accumulation_steps", "2", "--validation_split", "0.3",
+        "--lr_scheduler", "cosine", "--lr_warmup_steps", "1", "--sample_every_n_steps", "2", "--save_state",
+        "--save_every_n_steps", "2",
+    ],
+    "lora": ["--network_args", "rank_dropout=0.1", "module_dropout=0.1", "loraplus_lr_ratio=4", *RANDOM],
+    "dora": ["--network_args", "dora_wd=True", "use_scalar=True", "--scale_weight_norms", "0.01"],
+    "dylora": ["--network_module", "networks.dylora", "--network_args", "unit=2"],
+    "lora_fa": ["--network_module", "networks.lora_fa", "--network_args", "rank_dropout=0.1"],
+    "bf16": [
+        "--mixed_precision", "bf16", "--save_precision", "bf16", "--gradient_checkpointing",
+        "--network_train_unet_only",
+    ],
+    "fp8": ["--mixed_precision", "bf16", "--fp8_base", "--gradient_checkpointing", "--network_args", "dora_wd=True"],
+    "cached": ["--cache_latents_to_disk", "--network_train_unet_only", "--optimizer_type", "Lion"],
+}  # fmt: skip
+CONVOLUTIONS = ["conv_dim=2", "conv_alpha=1", "use_tucker=True", "train_norm=True", "rank_dropout=0.1"]
+TEXT_CACHE = ["--network_train_unet_only", "--cache_text_encoder_outputs_to_disk", "--cache_latents"]
+MORE_RUNS: Mapping[str, Mapping[str, list[str]]] = {  # by base model
+    "sd": {
+        "convolutions": ["--network_args", *CONVOLUTIONS],
+        "blocks": [
+            "--network_args", "down_lr_weight=cosine", "up_lr_weight=1,1,0,0,1,1,1,1,1,1,1,1", "mid_lr_weight=2",
+        ],
+        "lycoris": ["--network_module", "lycoris.kohya", "--network_args", "algo=lokr", "preset=attn-mlp", "factor=2"],
+        # Every argument of the page that describes sd-scripts' options of an SD adapter, in its own example.
+        "page": [
+            "--mixed_precision", "bf16", "--optimizer_type", "adamw8bit", "--learning_rate", "1e-4",
+            "--gradient_checkpointing", "--network_dim", "8", "--network_alpha", "4", "--network_args", "conv_dim=4",
+            "conv_alpha=2", "loraplus_lr_ratio=4", "loraplus_unet_lr_ratio=3", "loraplus_text_encoder_lr_ratio=2",
+            "rank_dropout=0.1", "module_dropout=0.1", "dora_wd=True", "use_tucker=True", "use_scalar=True",
+            "train_norm=True",
+        ],
+        "page_blocks": [
+            "--network_args", f"block_dims={','.join(['4'] * 25)}", f"block_alphas={','.join(['2'] * 25)}",
+            f"conv_block_dims={','.join(['2'] * 25)}", f"conv_block_alphas={','.join(['1'] * 25)}",
+        ],
+        "page_dylora": ["--network_module", "networks.dylora", "--network_args", "dyloRA=2"],
+    },
+    "sd2": {"v": ["--v_parameterization", "--zero_terminal_snr", "--min_snr_gamma", "5"]},
+    "sdxl": {"convolutions": ["--network_args", *CONVOLUTIONS], "text_cache": TEXT_CACHE},
+    "flux": {
+        "text_cache": TEXT_CACHE,
+        "page": [
+            "--network_args", "img_attn_dim=4", "txt_attn_dim=4", "img_mlp_dim=2", "txt_mlp_dim=2", "img_mod_dim=2",
+            "txt_mod_dim=2", "single_dim=4", "single_mod_dim=2", "in_dims=2,2,2,2,2", "train_t5xxl=True",
+            "train_double_block_indices=0", "train_single_block_indices=0-1", "split_qkv=True",
+        ],
+        "page_train_blocks": ["--network_args", "train_blocks=single"],
+    },
+    "sd3": {"text_cache": TEXT_CACHE},
+    "lumina": {"text_cache": TEXT_CACHE},
+    "anima": {"text_cache": TEXT_CACHE, "text_adapter": ["--network_args", "train_llm_adapter=True"]},
+    "hunyuan_image": {"text_cache": TEXT_CACHE},
+}  # fmt: skip
+TOOLS: Mapping[str, list[str]] = {  # on the adapter of a run: {mine}; what they write goes to {out}
+    "show_metadata": ["tools/show_metadata.py", "{mine}"],
+    "check": ["tools/check_lora_weights.py", "{mine}"],
+    "resize": [
+        "networks/resize_lora.py", "--model", "{mine}", "--save_to", "{out}/small.safetensors", "--new_rank", "2",
+    ],
+    "merge": [
+        "networks/svd_merge_lora.py", "--models", "{mine}", "{mine}", "--ratios", "0.5", "0.7", "--new_rank", "3",
+        "--save_to", "{out}/merged.safetensors",
+    ],
+    "cut": [
+        "networks/extract_lora_from_dylora.py", "--model", "{mine}", "--save_to", "{out}/cut.safetensors",
+        "--unit", "2",
+    ],
+}  # fmt: skip
+TOOLS_AFTER = {"lora": ["show_metadata", "check", "resize", "merge"], "dylora": ["cut"], "dora": ["check", "merge"]}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one command did."""
+
+    status: int
+    losses: dict[str, str]  # exact, as float.hex, by the number of the batch
+    files: dict[str, str]
+    said: list[str]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["record", "compare"])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    args = parser.parse_args()
+    if args.what == "record":
+        args.file.write_text(
+            json.dumps({name: asdict(seen) for name, seen in cases(args.only)}, indent=1, sort_keys=True)
+        )
+        return 0
+    before = json.loads(args.file.read_text())
+    differences = [
+        line for name, seen in cases(args.only) for line in compared(name, before.get(name), asdict(seen))
+    ]  # fmt: skip
+    print("\n".join(differences) if differences else "no difference")
+    return int(bool(differences))
+
+
+def compared(name: str, before: dict[str, Any] | None, after: dict[str, Any]) -> Iterator[str]:
+    """A line for each thing that differs."""
+    if before is None:
+        yield f"{name}: was not recorded"
+        return
+    for part in ("status", "losses", "said"):
+        if before[part] != after[part]:
+            lines = difflib.unified_diff(*(shown(seen[part]) for seen in (before, after)), lineterm="", n=0)
+            yield "\n  ".join([f"{name}: {part}:", *list(lines)[2:]])
+    for path in sorted({*before["files"], *after["files"]}):
+        if before["files"].get(path) != after["files"].get(path):
+            yield f"{name}: {path}: {before['files'].get(path)} is {after['files'].get(path)}"
+
+
+def shown(part: Any) -> list[str]:
+    return part if isinstance(part, list) else json.dumps(part, indent=1, sort_keys=True).splitlines()
+
+
+def cases(only: str) -> Iterator[tuple[str, Seen]]:
+    """Every case by its name, run one after the other."""
+    for base in BASES:
+        runs = {**RUNS, **MORE_RUNS.get(base, {})}
+        wanted = {case: words for case, words in runs.items() if only in f"{base}/{case}"}
+        if not wanted:
+            continue
+        folder = Path(tempfile.gettempdir()) / "lora_behaviour"  # always the same: files name the places they came from
+        shutil.rmtree(folder, ignore_errors=True)
+        model = BASES[base].build(folder / "model")
+        for case, words in wanted.items():
+            print(f"{base}/{case}", file=sys.stderr)
+            yield from train(base, case, words, model, folder / case)
+        shutil.rmtree(folder)
+
+
+def train(base: str, case: str, words: Sequence[str], model: list[str], folder: Path) -> Iterator[tuple[str, Seen]]:
+    """One training, once more where it caches or leaves states, and the tools on its file."""
+    make_pictures(folder / "data" / "1_thing", 7, seed=61)
+    (folder / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
+    for path in folder.parent.rglob("*"):
+        if path.is_file():
+            os.utime(path, (FIXED_TIME, FIXED_TIME))  # caches remember when their picture was written
+    script, out = f"{BASES[base].script}.py", folder / "out"
+    command = [
+        *model, *TRAINING, "--train_data_dir", str(folder / "data"), "--output_dir", str(out), "--sample_prompts",
+        str(folder / "prompts.txt"), "--network_module", BASES[base].module, "--logging_dir",
+        str(folder / "logs"), *words,
+    ]  # fmt: skip
+    name = f"{base}/{case}"
+    yield name, run(script, command, folder)
+    if "to_disk" in " ".join(words):
+        yield f"{name} again", run(script, command, folder)
+    if (state := out / "mine-step00000002-state").exists():
+        yield f"{name} resumed", run(script, [*command, "--resume", str(state)], folder)
+    for tool in TOOLS_AFTER.get(case, []):
+        path, *rest = TOOLS[tool]
+        filled = [word.format(mine=out / "mine.safetensors", out=out) for word in rest]
+        yield f"{name} {tool}", run(path, filled, folder)
+
+
+def run(script: str, arguments: Sequence[str], folder: Path) -> Seen:
+    """Run a script's file in this process as `python script …` does, with what varies from run to run held still."""
+    shutil.rmtree(folder / "logs", ignore_errors=True)
+    screen = io.StringIO()
+    with fresh_process(script, arguments), contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return Seen(status, losses_of(folder / "logs"), digests_of(folder), lines_of(screen.getvalue(), folder))
+
+
+@contextlib.contextmanager
+def fresh_process(script: str, arguments: Sequence[str]) -> Iterator[None]:
+    """The command line in place; clock and session ids fixed; afterwards the process as it was."""
+    import torch
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    torch.set_num_threads(1)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    logger = logging.getLogger()
+    kept = sys.argv, time.time, secrets.randbelow, list(logger.handlers), logger.level
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = [str(ROOT / script), *arguments]
+    time.time = lambda: FIXED_TIME  # type: ignore[assignment]
+    secrets.randbelow = lambda limit: 7 % limit  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.argv, time.time, secrets.randbelow, logger.handlers[:], level = kept  # type: ignore[misc]
+        logger.setLevel(level)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def losses_of(logs: Path) -> dict[str, str]:
+    """The loss of each batch, exact, from the charts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[str, str] = {}
+    for file in sorted(logs.rglob("events.out.tfevents*")):
+        events = EventAccumulator(str(file.parent), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            if tag.startswith("loss/"):
+                for place, event in enumerate(events.Scalars(tag)):
+                    found[f"{tag} {place} at {event.step}"] = float(event.value).hex()
+    return found
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """A digest of each file that was written, but for the charts."""
+    inputs = {folder / "prompts.txt", *(folder / "data").rglob("*.png"), *(folder / "data").rglob("*.txt")}
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path not in inputs and not path.is_relative_to(folder / "logs"):
+            name = re.sub(r"\d{14}", "#", str(path.relative_to(folder)))  # previews carry the time
+            found[name] = hashlib.sha256(content_of(path)).hexdigest()
+    return found
+
+
+def content_of(path: Path) -> bytes:
+    """A file's bytes; of safetensors without the date and the commit in its metadata, which name the moment."""
+    content = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return content
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = {"__metadata__": {}, **json.loads(content[8:start])}
+    for key in ("modelspec.date", "modelspec.implementation_version", "ss_sd_scripts_commit_hash"):
+        header["__metadata__"].pop(key, None)
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # written in any order
+    return json.dumps(header).encode() + content[start:]
+
+
+def lines_of(text: str, folder: Path) -> list[str]:
+    """The lines of the screen without progress bars, times and places."""
+    text = re.sub(r"\x1b\[[A-Z]", "", text.replace(str(folder.parent), "FOLDER").replace(str(ROOT), "ROOT"))
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
+    kept = [line for line in lines if line and not re.search(r"\d+%\||it/s|s/it", line)]
+    varying = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|\d+(\.\d+)? ?(s|ms|min)\b|\d{14}|\b[0-9a-f]{40}\b"
+    return [re.sub(varying, "#", line) for line in kept]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,178 @@
+"""Runs of a script that are killed at a chosen file operation.
+
+`python -m tests.killing <jobs.json>` imports everything once and forks for each run, so that a run costs no imports.
+A run counts what it does to files: it opens one to write, renames, replaces, removes, makes a folder, or has the
+safetensors library write, which happens outside Python. At the chosen number it gets SIGKILL, before the operation; a
+file of safetensors can also be left half written. Times and session ids are fixed, so that whole folders compare.
+"""
+
+import builtins
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tests.running import ROOT
+
+WRITES = set("wax+")
+NOW = 1_800_000_000.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its command line, the folder it is started in, and where it dies; None lets it end."""
+
+    arguments: list[str]
+    folder: str
+    script: str = "train_network"
+    dies_at: int | None = None  # the number of the operation, from 0
+    leaves_half: bool = False  # of the file that safetensors writes there
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What became of it. `status` is that of waitpid: SIGKILL's is -9."""
+
+    status: int
+    operations: list[str]  # each as kind and name of the file
+    output: str
+
+
+def run_jobs(jobs: Sequence[Job], folder: Path, timeout: float = 600) -> list[Ended]:
+    """Run the jobs one after the other, forked from one process that has imported everything."""
+    path = folder / "jobs.json"
+    path.write_text(json.dumps([asdict(job) for job in jobs]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.killing", str(path)], cwd=ROOT, env=environment, capture_output=True,
+        timeout=timeout, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [Ended(**one) for one in json.loads(done.stdout)]
+
+
+# In the process that forks
+
+
+def main() -> None:
+    """Run the jobs of a file and write what became of them to standard output."""
+    from tests.running import SCRIPTS
+
+    jobs = [Job(**one) for one in json.loads(Path(sys.argv[1]).read_text())]
+    for script in {job.script for job in jobs}:
+        import_all(script, *SCRIPTS[script])
+    fix_times()
+    print(json.dumps([asdict(forked(job)) for job in jobs]))
+
+
+def import_all(script: str, package: str, options_module: str, _: str) -> None:
+    """Everything that a run imports, so that no fork has to."""
+    import importlib
+
+    names = (script, options_module, f"library.architectures.{package}.assembly", "networks.lora", "diffusers", "cv2")
+    late = ("library.training.loop", "library.training.setup", "library.data.debug", "transformers.optimization")
+    for name in (*names, *late, "accelerate", "safetensors.torch", "diffusers.optimization", "torch.utils.data"):
+        importlib.import_module(name)
+
+
+def fix_times() -> None:
+    """Times and session ids that get into files."""
+    from library.training import pictures, saving, setup
+
+    still: Any = SimpleNamespace(time=lambda: NOW, strftime=lambda form: "20270115080000")
+    for module in (pictures, saving, setup):
+        module.time = still  # type: ignore[attr-defined]
+    setup.secrets = SimpleNamespace(randbelow=lambda limit: 7)  # type: ignore[attr-defined]
+
+
+def forked(job: Job) -> Ended:
+    """Run one job in a child."""
+    folder = Path(job.folder)
+    log, record = folder / "log", folder / "operations"
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        status = 70
+        try:
+            with Path(record).open("w") as file:
+                watch(job, lambda line: (file.write(line + "\n"), file.flush()))
+                status = start(job)
+        finally:
+            os._exit(status)
+    _, raw = os.waitpid(child, 0)
+    return Ended(os.waitstatus_to_exitcode(raw), record.read_text().splitlines(), log.read_text(errors="replace"))
+
+
+def start(job: Job) -> int:
+    """What the script's file does."""
+    import importlib
+
+    from library.training.main import main as train
+    from tests.running import SCRIPTS
+
+    package, options_module, options_class = SCRIPTS[job.script]
+    build = importlib.import_module(f"library.architectures.{package}.assembly").build
+    parser = importlib.import_module(job.script).setup_parser()
+    return train(parser, getattr(importlib.import_module(options_module), options_class), build, job.arguments)
+
+
+def watch(job: Job, note: Callable[[str], object]) -> None:
+    """Count this process's file operations, and end it at the one that the job names."""
+    import safetensors.torch
+
+    count = 0
+
+    def dies_now(kind: str, path: Any) -> bool:
+        nonlocal count
+        count += 1
+        name = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else str(path)
+        note(f"{kind} {os.path.basename(name)}")
+        return count - 1 == job.dies_at
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched(kind: str, plain: Callable[..., Any], is_counted: Callable[..., bool]) -> Callable[..., Any]:
+        def operation(path: Any, *arguments: Any, **keywords: Any) -> Any:
+            if is_counted(path, *arguments, **keywords) and dies_now(kind, path):
+                die()
+            return plain(path, *arguments, **keywords)
+
+        return operation
+
+    def always(path: Any, *arguments: Any, **keywords: Any) -> bool:
+        return True
+
+    def opens_to_write(path: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> bool:
+        return bool(WRITES & set(mode)) and not isinstance(path, int) and not os.fspath(path).startswith("/dev/")
+
+    for name in ("replace", "rename", "unlink", "remove", "rmdir", "mkdir"):
+        setattr(os, name, watched(name, getattr(os, name), always))
+    builtins.open = io.open = watched("open", io.open, opens_to_write)  # type: ignore[assignment]
+
+    save_file = safetensors.torch.save_file
+
+    def save(tensors: Any, path: Any, *arguments: Any, **keywords: Any) -> None:
+        dies = dies_now("save", path)
+        if dies and not job.leaves_half:
+            die()
+        save_file(tensors, path, *arguments, **keywords)
+        if dies:
+            os.truncate(path, os.path.getsize(path) // 2)
+            die()
+
+    safetensors.torch.save_file = save
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""An adapter file in another program's names computes in that program's model what it computes in ours.
+
+Every layer of a model that the names know has random values, so a wrong name, order of rows or strength shows.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.architectures.anima import adapter_names as anima_names
+from library.architectures.flux import adapter_names as flux_names
+from library.architectures.hunyuan_image import adapter_names as hunyuan_image_names
+from library.architectures.hunyuan_image import view as hunyuan_image_view
+from library.architectures.lumina import adapter_names as lumina_names
+from library.architectures.sd import adapter_names as sd_names
+from library.architectures.sd import targets as sd_targets
+from library.architectures.sd3 import adapter_names as sd3_names
+from library.architectures.sdxl import adapter_names as sdxl_names
+from library.architectures.sdxl import targets as sdxl_targets
+from library.architectures.sdxl import view as sdxl_view
+from library.checkpoints.adapter_names import BaseNames, FileNaming
+from library.checkpoints.files import save_safetensors
+from library.models.unet_keys import UnetLayout
+from networks import lora
+from networks.core.files.adapter_file import adapter_tensors, parse_adapter
+from networks.core.files.renaming import rename
+from tests.parity import test_anima_model, test_flux_model, test_hunyuan_image_model, test_lumina_model, test_sd3_model
+from tests.tiny import sd, sdxl
+from tests.tiny.anima import tiny_anima
+from tests.tiny.flux import tiny_flux
+from tests.tiny.hunyuan_image import tiny_hunyuan_image
+from tests.tiny.init import fixed_init
+from tests.tiny.lumina import tiny_lumina
+from tests.tiny.sd3 import CONFIGS, diffusers_mmdit, mmdit_weights, tiny_mmdit
+from tests.tolerances import FLOAT32_DEEP
+
+SEED = 7
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A denoiser of ours and diffusers', with the same weights."""
+
+    names: BaseNames
+    seen: nn.Module  # ours, under the paths of files
+    theirs: Mapping[str, Any]  # by the prefix that their names begin with
+    predict: Callable[[], Tensor]
+    their_prediction: Callable[[], Tensor]
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """Our Linear layers and convolutions that the names know, by kohya's name."""
+        known = {module.kohya for module in self.names.modules}
+        found = {f"lora_unet_{path.replace('.', '_')}": module for path, module in layers_of(self.seen)}
+        return {name: module for name, module in found.items() if name in known}
+
+    @property
+    def their_layers(self) -> dict[str, nn.Module]:
+        """theirs, by diffusers' name."""
+        found = {f"{prefix}.{path}": m for prefix, part in self.theirs.items() for path, m in layers_of(part)}
+        return {name: module for name, module in found.items() if self.names.find(name) is not None}
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((path, m) for path, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+
+
+def flux() -> Pair:
+    ours = tiny_flux(SEED)
+    theirs, values = test_flux_model.oracle(ours), [v.detach() for v in test_flux_model.inputs(6, 10)]
+
+    def predict() -> Tensor:
+        return test_flux_model.patchify(ours(*values), test_flux_model.PATCH)
+
+    return Pair(
+        flux_names.NAMES,
+        ours,
+        {"transformer": theirs},
+        predict,
+        lambda: test_flux_model.oracle_output(theirs, *values),
+    )
+
+
+def sd3(size: str) -> Pair:
+    config = CONFIGS[size]
+    ours, theirs = tiny_mmdit(config, SEED), diffusers_mmdit(config, mmdit_weights(config, SEED))
+    values = {name: value.detach() for name, value in test_sd3_model.inputs(config, (16, 12), 6).items()}
+    return Pair(
+        sd3_names.NAMES,
+        ours,
+        {"transformer": theirs},
+        lambda: test_sd3_model.run_ours(ours, values),
+        lambda: test_sd3_model.run_theirs(theirs, values),
+    )
+
+
+def lumina() -> Pair:
+    ours = tiny_lumina(SEED)
+    theirs, values = test_lumina_model.oracle(ours), [v.detach() for v in test_lumina_model.inputs(6, 10, (5, 2))]
+    return Pair(
+        lumina_names.NAMES,
+        ours,
+        {"transformer": theirs},
+        lambda: ours(*values),
+        lambda: test_lumina_model.oracle_output(theirs, *values),
+    )
+
+
+def hunyuan_image() -> Pair:
+    ours = tiny_hunyuan_image(SEED)
+    theirs = test_hunyuan_image_model.oracle(ours)
+    values = {name: value.detach() for name, value in test_hunyuan_image_model.inputs(3, 5).items()}
+    return Pair(
+        hunyuan_image_names.NAMES,
+        hunyuan_image_view.view([], ours)[1],
+        {"transformer": theirs},
+        lambda: ours(*values.values()),
+        lambda: test_hunyuan_image_model.oracle_output(theirs, values),
+    )
+
+
+def anima() -> Pair:
+    ours = tiny_anima(SEED)
+    transformer, conditioner = test_anima_model.oracle_models(ours)
+    values = [value.detach() for value in test_anima_model.inputs(6, 10)]
+    run = test_anima_model.oracle_of(transformer, conditioner)
+    theirs = {"transformer": transformer, "text_conditioner": conditioner}
+    return Pair(anima_names.NAMES, ours, theirs, lambda: ours(*values), lambda: run(*values))
+
+
+def unet(base: str, config: dict[str, Any], layout: UnetLayout) -> Pair:
+    """The U-Net models: ours is diffusers' own; the names are made for its layout as they are for the full size."""
+    from diffusers import UNet2DConditionModel
+
+    models = []
+    for _ in range(2):
+        model: Any = UNet2DConditionModel(**config)
+        model.load_state_dict(fixed_init(model, SEED))
+        models.append(model.requires_grad_(False).eval())
+    ours, theirs = models
+    g = torch.Generator().manual_seed(8)
+    latents, text = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 9, config["cross_attention_dim"], generator=g)
+    more: dict[str, Any] = {}
+    if base == "sdxl":
+        width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
+        more = {"added_cond_kwargs": {"text_embeds": torch.randn(2, width, generator=g), "time_ids": sizes}}
+
+    def run(model: Any) -> Tensor:
+        return model(latents, torch.tensor([31, 742]), text, **more).sample  # type: ignore[no-any-return]
+
+    module = sdxl_names.unet_module if base == "sdxl" else sd_names.unet_module
+    paths = [path for path, _ in layers_of(ours)]
+    return Pair(
+        BaseNames(base, tuple(module(path, layout) for path in paths)),
+        sdxl_view.unet_view(ours, layout) if base == "sdxl" else ours,
+        {"unet": theirs},
+        lambda: run(ours),
+        lambda: run(theirs),
+    )
+
+
+PAIRS: Mapping[str, Callable[[], Pair]] = {
+    "sd1": partial(unet, "sd1", sd.UNET, sd.UNET_LAYOUT),
+    "sd2": partial(unet, "sd2", sd.UNET_V2, sd.UNET_LAYOUT),
+    "sdxl": partial(unet, "sdxl", sdxl.UNET, sdxl.UNET_LAYOUT),
+    "flux": flux,
+    **{size: partial(sd3, size) for size in CONFIGS},
+    "lumina": lumina,
+    "hunyuan_image": hunyuan_image,
+    "anima": anima,
+}
+UNNAMED = {  # of layers that no argument adapts; files that have them are refused
+    "hunyuan_image": r"(?!double_blocks|single_blocks)",
+    "anima": r"llm_adapter\.out_proj$",
+}
+
+
+@pytest.fixture(params=PAIRS)
+def pair(request: pytest.FixtureRequest) -> Pair:
+    made: Pair = PAIRS[request.param]()
+    unnamed = [path for path, layer in layers_of(made.seen) if layer not in made.layers.values()]
+    expected = UNNAMED.get(request.param, "$^")
+    assert all(re.match(expected, path) for path in unnamed)
+    if not unnamed:
+        assert len(made.their_layers) == sum(len(list(layers_of(part))) for part in made.theirs.values())
+    torch.testing.assert_close(made.predict(), made.their_prediction(), **FLOAT32_DEEP)
+    return made
+
+
+def factors(layer: nn.Module, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random (up, down) whose product is about as large as the layer's weight."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    outputs, inputs, *kernel = weight.shape
+    up = torch.randn(outputs, rank, *(1,) * len(kernel), generator=generator)
+    down = torch.randn(rank, inputs, *kernel, generator=generator)
+    size = float(weight.std()) if weight.numel() > 1 else 1.0
+    return up * 0.3 * size, down
+
+
+def kohya_file(pair: Pair) -> Tensors:
+    """A LoRA of rank 3 and alpha 2 on every layer."""
+    generator = torch.Generator().manual_seed(11)
+    tensors: Tensors = {}
+    for name, layer in pair.layers.items():
+        up, down = factors(layer, 3, generator)
+        tensors |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(2.0)}
+    return tensors
+
+
+def diffusers_file(pair: Pair) -> Tensors:
+    """A LoRA on every layer of theirs, neighbours of different ranks."""
+    generator = torch.Generator().manual_seed(12)
+    tensors: Tensors = {}
+    for number, (name, layer) in enumerate(pair.their_layers.items()):
+        up, down = factors(layer, 2 + number % 3, generator)
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    return tensors
+
+
+def converted(tensors: Tensors, names: BaseNames, to: FileNaming) -> Tensors:
+    return adapter_tensors(rename(parse_adapter(tensors, {}, "a.safetensors"), names, to).file)
+
+
+@torch.no_grad()
+def added(layers: Mapping[str, nn.Module], tensors: Tensors) -> None:
+    """Add the changes of a file to the layers that it names, by hand; each key must be of one of them."""
+    for name, module in parse_adapter(tensors, {}, "a.safetensors").modules.items():
+        weight = layers[name].weight
+        assert isinstance(weight, Tensor)
+        weight += module.weight().reshape(weight.shape)
+
+
+def loaded_by_diffusers(pair: Pair, tensors: Tensors) -> Tensor:
+    """What theirs predict once diffusers' own loader has put the file on them."""
+    for prefix, part in pair.theirs.items():
+        own = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{prefix}.")}
+        part.load_lora_adapter(own, prefix=prefix)
+    assert all(key.split(".")[0] in pair.theirs for key in tensors)
+    return pair.their_prediction()
+
+
+def test_a_file_in_diffusers_names_computes_there_what_ours_computes_here(pair: Pair) -> None:
+    ours = kohya_file(pair)
+    base = pair.predict()
+    added(pair.layers, ours)
+    expected = pair.predict()
+    assert (expected - base).abs().max() > 0.1 * base.abs().max()
+    found = loaded_by_diffusers(pair, converted(ours, pair.names, "diffusers"))
+    torch.testing.assert_close(found, expected, **FLOAT32_DEEP)
+
+
+@pytest.mark.parametrize("to", ["kohya", "generic"])
+def test_a_file_of_diffusers_computes_here_what_it_computes_there(pair: Pair, to: FileNaming) -> None:
+    theirs = diffusers_file(pair)
+    here = pair.layers
+    if to == "generic":
+        here = {module.generic: here[module.kohya] for module in pair.names.modules if module.kohya in here}
+    added(here, converted(theirs, pair.names, to))
+    expected = pair.predict()
+    torch.testing.assert_close(loaded_by_diffusers(pair, theirs), expected, **FLOAT32_DEEP)
+
+
+@pytest.mark.parametrize("door", ["train further", "merge"])
+def test_network_weights_and_base_weights_take_diffusers_names(pair: Pair, tmp_path: Path, door: str) -> None:
+    """Of every layer that an argument can adapt: embedders of U-Nets are none."""
+    seen, path = with_names(pair), str(tmp_path / "theirs.safetensors")
+    save_safetensors(path, diffusers_file(pair))
+    known, _ = lora.create_network_from_weights(1.0, path, None, [], seen, for_inference=True)
+    theirs = {
+        key: tensor
+        for key, tensor in diffusers_file(pair).items()
+        if place(pair.names, key.rpartition(".lora_")[0]) in known.adapters
+    }
+    save_safetensors(path, theirs)
+    network, weights = lora.create_network_from_weights(1.0, path, None, [], seen, for_inference=door == "merge")
+    if door == "merge":
+        network.merge_to([], seen, weights, torch.float32, "cpu")
+    else:
+        network.apply_to([], seen, False, True)
+        network.load_weights(path)
+        network.eval()
+    found = pair.predict()
+    torch.testing.assert_close(found, loaded_by_diffusers(pair, theirs), **FLOAT32_DEEP)
+
+
+def with_names(pair: Pair) -> nn.Module:
+    """Our denoiser as networks see it; the names of a tiny U-Net are those of its own layout."""
+    targets = {"sd1": sd_targets, "sd2": sd_targets, "sdxl": sdxl_targets}.get(pair.names.base)
+    if targets is not None:
+        pair.seen.adapter_targets = replace(targets.TARGETS, names=pair.names)  # type: ignore[assignment]
+    return pair.seen
+
+
+def place(names: BaseNames, name: str) -> str:
+    found = names.find(name)
+    assert found is not None
+    return found.kohya
+
+
+def test_what_is_not_merged_of_base_weights_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pair = PAIRS["sd1"]()
+    save_safetensors(tmp_path / "a.safetensors", kohya_file(pair))
+    network, weights = lora.create_network_from_weights(
+        1.0, str(tmp_path / "a.safetensors"), None, [], with_names(pair), for_inference=True
+    )
+    network.merge_to([], pair.seen, weights, torch.float32, "cpu")
+    assert "--base_weights has weights for 4 modules such as lora_unet_conv_in and" in caplog.text

@@ -1,0 +1,42 @@
+"""Every architecture trains, validates and draws on a device without float64, and computes what the CPU does."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import library.processes
+from library.checkpoints.files import load_state_dict
+from library.processes import Processes
+from tests.device_standin import device_without_float64
+from tests.running import Finished, make_pictures
+from tests.runs.bases import BASES
+
+Train = Callable[..., Finished]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_run_needs_no_float64_on_its_device(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    base = BASES[name]
+    make_pictures(tmp_path / "data" / "1_thing", 3, seed=62)
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
+    words = [
+        *base.build(tmp_path / "model"), "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt",
+        "--resolution", "64", "--output_name", "mine", "--network_module", base.module, "--network_dim", "4",
+        "--learning_rate", "1e-3", "--seed", "5", "--max_data_loader_n_workers", "0", "--max_train_steps", "1",
+        "--validation_split", "0.4", "--validate_every_n_steps", "1", "--sample_every_n_steps", "1",
+        "--sample_prompts", str(tmp_path / "prompts.txt"), "--scale_weight_norms", "1", "--save_state",
+    ]  # fmt: skip
+    plain = train([*words, "--output_dir", str(tmp_path / "plain")], script=base.script)
+    assert plain.status == 0, plain.stderr
+    with device_without_float64() as device:
+        monkeypatch.setattr(library.processes, "of_accelerator", lambda accelerator: Processes(device=device))
+        done = train([*words, "--output_dir", str(tmp_path / "there")], script=base.script)
+    assert done.status == 0, done.stderr
+    first, second = (load_state_dict(tmp_path / folder / "mine.safetensors") for folder in ("plain", "there"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert len(list((tmp_path / "there" / "sample").glob("*.png"))) == 1

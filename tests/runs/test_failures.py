@@ -1,0 +1,91 @@
+"""Errors in mid-run: what has been learned is saved, and the run goes on from there."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from library.checkpoints.files import load_state_dict
+from library.training import loop
+from library.training.run import Run
+from tests.running import Finished
+
+Train = Callable[..., Finished]
+
+
+def before_batch(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], Any]) -> None:
+    """Do something before a batch is drawn, the first time that it is."""
+    honest, waiting = loop.backward, [number]
+
+    def backward(run: Run, batch: Any, batch_number: int, window_size: int, step: int) -> torch.Tensor:
+        if batch_number + 1 in waiting:
+            waiting.clear()
+            action()
+        return honest(run, batch, batch_number, window_size, step)
+
+    monkeypatch.setattr(loop, "backward", backward)
+
+
+def assert_goes_on_to_the_same_end(train: Train, words: list[str], tmp_path: Path) -> None:
+    again = train([*words, "--autoresume"])
+    assert again.status == 0, again.stderr
+    assert "going on from" in again.stderr
+    assert train([*words, "--output_dir", str(tmp_path / "whole")]).status == 0
+    one, other = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("out", "whole"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_picture_that_goes_in_mid_run_costs_no_step(
+    train: Train, base_arguments: list[str], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = {path: path.read_bytes() for path in pictures.rglob("*.png")}
+    before_batch(monkeypatch, 2, lambda: [path.unlink() for path in content])
+    done = train(base_arguments)
+    assert done.status == 1 and "Traceback" not in done.stderr
+    state = tmp_path / "out" / "mine-step00000002-state"
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert "training ended after step 2; the adapter and the state of that step are saved: when the cause is" in last
+    assert f"--resume {state} or --autoresume" in last
+    assert (tmp_path / "out" / "mine-step00000002.safetensors").is_file() and state.is_dir()
+    for path, data in content.items():
+        path.write_bytes(data)
+    assert_goes_on_to_the_same_end(train, base_arguments, tmp_path)
+
+
+def test_an_error_that_nobody_foresaw_keeps_its_traceback(
+    train: Train, base_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before_batch(monkeypatch, 3, lambda: 1 / 0)
+    done = train(base_arguments)
+    assert done.status == 1 and "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
+    assert "training ended after step 2" in done.stderr.rstrip().splitlines()[-1]
+    assert (tmp_path / "out" / "mine-step00000002-state").is_dir()
+
+
+def test_an_error_before_the_first_step_has_ended_writes_nothing(
+    train: Train, base_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before_batch(monkeypatch, 1, lambda: 1 / 0)
+    done = train(base_arguments)
+    assert done.status == 1 and "training ended" not in done.stderr
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_weights_that_are_moved_in_part_get_no_state(
+    train: Train, base_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, count = loop.optimizer_step, iter(range(9))
+
+    def step(*arguments: Any) -> Any:
+        values = honest(*arguments)
+        if next(count) == 2:
+            raise RuntimeError("the card is gone")
+        return values
+
+    monkeypatch.setattr(loop, "optimizer_step", step)
+    done = train(base_arguments)
+    assert done.status == 1
+    assert "the error came while step 3 moved the weights; as they are, they are saved as" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine-step00000002.safetensors"]

@@ -1,0 +1,109 @@
+"""kill -9 at any file operation: the same command goes on, and leaves the folder that an undisturbed run leaves."""
+
+import re
+import shutil
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from library.checkpoints.files import LENGTH_BYTES, read_header
+from tests.killing import Job, run_jobs
+from tests.running import make_pictures
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A run that nothing disturbs."""
+
+    start: Path  # a folder as it is before
+    folder: Path
+    arguments: list[str]
+    operations: list[str]
+
+    def first(self, pattern: str) -> int:
+        """The number of the first file operation whose line matches."""
+        return next(number for number, line in enumerate(self.operations) if re.search(pattern, line))
+
+    @property
+    def kill_points(self) -> list[tuple[int, bool]]:
+        """Every operation, and every file of safetensors also half written."""
+        points = [(number, False) for number in range(len(self.operations))]
+        return points + [(number, True) for number, line in enumerate(self.operations) if line.startswith("save ")]
+
+
+def undisturbed(root: Path, arguments: list[str], num_pictures: int, prompts: str) -> Whole:
+    """Run once; names are relative, since states record the command line."""
+    make_pictures(root / "start" / "data" / "1_thing", num_pictures)
+    (root / "start" / "prompts.txt").write_text(prompts)
+    shutil.copytree(root / "start", root / "whole")
+    (ended,) = run_jobs([Job(arguments, str(root / "whole"))], root)
+    assert ended.status == 0, ended.output
+    return Whole(root / "start", root / "whole", arguments, ended.operations)
+
+
+def content(folder: Path) -> dict[str, bytes | tuple[dict[str, str], bytes]]:
+    """Every file of a run by its path, without what the tests write. The safetensors library shuffles the metadata."""
+    ours = ("log", "operations", "prompts.txt")
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name: (dict(read_header(path).metadata), path.read_bytes()[LENGTH_BYTES + read_header(path).num_bytes :])
+        if path.suffix == ".safetensors"
+        else path.read_bytes()
+        for name, path in files.items()
+        if name not in ours
+    }
+
+
+def assert_goes_on(whole: Whole, folder: Path, points: Sequence[tuple[int, bool]]) -> None:
+    """Kill a run at each point, a number and whether half a file is left, and compare what the next one leaves."""
+    jobs = []
+    for number, is_half in points:
+        at = str(shutil.copytree(whole.start, folder / f"{number}{'-half' * is_half}"))
+        jobs += [Job(whole.arguments, at, dies_at=number, leaves_half=is_half), Job(whole.arguments, at)]
+    ended = run_jobs(jobs, folder, timeout=7200)
+    wanted = content(whole.folder)
+    for (number, is_half), job, killed, after in zip(points, jobs[::2], ended[::2], ended[1::2], strict=True):
+        point = f"at {number} ({killed.operations[-1]}{', half written' * is_half})"
+        assert killed.status == -signal.SIGKILL, f"{point}: {killed.output}"
+        assert after.status == 0, f"{point}: {after.output}"
+        found = content(Path(job.folder))
+        of_caches = {name for name in found if name.endswith(".tmp")}  # which lie beside the pictures
+        assert found.keys() - of_caches == wanted.keys(), point
+        assert not [name for name in wanted if found[name] != wanted[name]], point
+
+
+def arguments(base: Path, *more: str) -> list[str]:
+    return [
+        "--pretrained_model_name_or_path", str(base), "--train_data_dir", "data", "--caption_extension", ".txt",
+        "--resolution", "64", "--train_batch_size", "2", "--output_dir", "out", "--output_name", "mine", "--seed", "5",
+        "--network_module", "networks.lora", "--network_dim", "2", "--network_train_unet_only", "--learning_rate",
+        "1e-3", "--max_data_loader_n_workers", "0", "--cache_latents_to_disk", "--save_state", "--autoresume",
+        "--save_last_n_steps", "1", "--save_every_n_epochs", "1", "--save_last_n_epochs", "1", "--sample_prompts",
+        "prompts.txt", *more,
+    ]  # fmt: skip
+
+
+def test_a_run_killed_around_its_saves_loses_nothing(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    words = ["--max_train_steps", "3", "--save_every_n_steps", "1", "--sample_every_n_epochs", "3"]
+    whole = undisturbed(tmp_path, arguments(tiny_sd_folder, *words), 2, "a cat --w 64 --h 64 --s 1 --d 1\n")
+    points = [
+        (whole.first(r"save \.\.mine-000001"), False),  # the step's state is there, the file of its epoch is not
+        (whole.first(r"unlink mine-step00000001"), False),  # rotation
+        (whole.first(r"open \.mine_e000003_00"), False),  # a picture of the last step
+        (whole.first(r"save \.\.mine\."), True),  # the last step's state is there, the last file is half written
+    ]
+    assert_goes_on(whole, tmp_path, points)
+
+
+@pytest.mark.nightly
+def test_a_run_killed_at_every_file_operation_loses_nothing(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    words = [
+        "--max_train_steps", "6", "--save_every_n_steps", "2", "--sample_every_n_epochs", "1", "--validation_split",
+        "0.2", "--keep_best_checkpoint",
+    ]  # fmt: skip
+    prompts = "a cat --w 64 --h 64 --s 2 --d 1\na dog --w 64 --h 64 --s 2 --d 2\n"
+    whole = undisturbed(tmp_path, arguments(tiny_sd_folder, *words), 5, prompts)
+    assert_goes_on(whole, tmp_path, whole.kill_points)

@@ -1,0 +1,116 @@
+"""Text encoders that train beside the cached outputs of those that do not."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.checkpoints.files import load_state_dict
+from tests.running import Finished, make_pictures
+from tests.runs.bases import BASES
+
+Run = Callable[..., Finished]
+CACHED, ON_DISK = "--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"
+
+
+@pytest.fixture
+def run(train: Callable[..., Finished], tmp_path: Path) -> Run:
+    """`run(base, name, ...)` trains two steps, one picture each, and writes `name`.safetensors."""
+    make_pictures(tmp_path / "data" / "1_thing", 3, seed=63)
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
+    models: dict[str, list[str]] = {}
+
+    def start(name: str, output: str, *more: str) -> Finished:
+        base = BASES[name]
+        model = models.get(name) or models.setdefault(name, base.build(tmp_path / name))
+        return train([
+            *model, "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "64",
+            "--output_dir", str(tmp_path / "out"), "--output_name", output, "--network_module", base.module,
+            "--network_dim", "4", "--learning_rate", "1e-2", "--seed", "5", "--max_data_loader_n_workers", "0",
+            "--max_train_steps", "2", "--caption_dropout_rate", "0.3", *more,
+        ], script=base.script)  # fmt: skip
+
+    return start
+
+
+def saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_state_dict(tmp_path / "out" / f"{name}.safetensors")
+
+
+def pictures_of(tmp_path: Path, name: str) -> list[bytes]:
+    return [path.read_bytes() for path in sorted((tmp_path / "out" / "sample").glob(f"{name}_*.png"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "extra"),
+    [
+        ("flux", {"te1"}, []),
+        pytest.param("sd3", {"te1", "te2"}, [], marks=pytest.mark.slow),
+        pytest.param("flux", set(), ["--text_encoder_lr", "0"], marks=pytest.mark.nightly),
+    ],
+)
+def test_the_adapter_is_that_of_a_run_without_caches_bit_for_bit(
+    run: Run, tmp_path: Path, name: str, trained: set[str], extra: list[str]
+) -> None:
+    """Also what is validated and drawn: the features of the encoder that trains are those of its adapter."""
+    looks = [
+        "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "2", "--validation_split", "0.4",
+        "--validate_every_n_steps", "2", *extra,
+    ]  # fmt: skip
+    runs = {"plain": [], "memory": [CACHED], "disk": [ON_DISK], "again": [ON_DISK]}
+    measured = {}
+    for output, more in runs.items():
+        done = run(name, output, *looks, *more)
+        assert done.status == 0, done.stderr
+        measured[output] = [line.split("loss")[1] for line in done.stderr.splitlines() if "validation after" in line]
+    plain = saved(tmp_path, "plain")
+    learned = {key.split("_")[1] for key, tensor in plain.items() if "lora_up" in key and tensor.abs().max() > 0}
+    assert learned == {*trained, "unet"}
+    for output in ("memory", "disk", "again"):
+        found = saved(tmp_path, output)
+        assert found.keys() == plain.keys() and all(torch.equal(found[key], plain[key]) for key in plain)
+        assert measured[output] == measured["plain"] != []
+        assert pictures_of(tmp_path, output) == pictures_of(tmp_path, "plain") != []
+    assert "0 are missing, 0 are made again" in done.stderr
+
+
+def test_what_is_on_the_disk_serves_runs_that_train_the_denoiser_alone(run: Run, tmp_path: Path) -> None:
+    """The files hold the features of all encoders as they were before training."""
+    assert run("flux", "both", ON_DISK).status == 0
+    done = run("flux", "alone", ON_DISK, "--network_train_unet_only")
+    assert done.status == 0 and "0 are missing, 0 are made again" in done.stderr
+    assert run("flux", "fresh", CACHED, "--network_train_unet_only").status == 0
+    alone, fresh = saved(tmp_path, "alone"), saved(tmp_path, "fresh")
+    assert all(torch.equal(alone[key], fresh[key]) for key in fresh) and not any("lora_te" in key for key in alone)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_an_encoder_that_trains_cannot_be_cached(run: Run, name: str) -> None:
+    done = run(name, "a", CACHED, "--network_args", "train_t5xxl=True")
+    assert done.status == 1
+    assert "--network_args train_t5xxl=True trains a text encoder whose outputs --cache_text_enc" in done.stderr
+
+
+def test_lumina_has_no_encoder_but_the_one_that_trains(run: Run, tmp_path: Path) -> None:
+    assert run("lumina", "plain").status == 0
+    done = run("lumina", "cached", ON_DISK)
+    assert done.status == 0, done.stderr
+    assert "--cache_text_encoder_outputs has no effect: every text encoder trains" in done.stderr
+    plain, cached = saved(tmp_path, "plain"), saved(tmp_path, "cached")
+    assert all(torch.equal(plain[key], cached[key]) for key in plain)
+    assert not list((tmp_path / "data").rglob("*_te.npz"))
+
+
+def test_encoders_without_adapters_may_all_leave(run: Run, tmp_path: Path) -> None:
+    assert run("hunyuan_image", "alone", CACHED, "--network_train_unet_only").status == 0
+    done = run("hunyuan_image", "cached", CACHED)
+    assert done.status == 0, done.stderr
+    alone, cached = saved(tmp_path, "alone"), saved(tmp_path, "cached")
+    assert all(torch.equal(alone[key], cached[key]) for key in alone)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "anima"])
+def test_where_sd_scripts_refuses_it_is_refused(run: Run, name: str) -> None:
+    done = run(name, "a", CACHED)
+    assert done.status == 1 and "add --network_train_unet_only, or leave out --cache_text_encoder" in done.stderr

@@ -1,0 +1,134 @@
+"""Two runs of one name: the second is refused, and a dead one is no run."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from library.options.train import TrainOptions
+from library.training.run_lock import lock_path, run_lock
+from tests.running import ROOT
+from tests.unit.data.builders import options_of
+
+HOLD = """
+import os, sys, time
+from tests.unit.data.builders import options_of
+from library.training.run_lock import run_lock
+with run_lock(options_of("", "--output_dir", sys.argv[1], "--output_name", "mine")):
+    if sys.argv[2] == "fork" and os.fork() == 0:
+        os.close(1)
+        time.sleep(60)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+OtherRun = Callable[[str], subprocess.Popen[str]]
+
+
+def options(folder: Path, *more: str) -> TrainOptions:
+    return options_of("", "--output_dir", str(folder), "--output_name", "mine", *more)
+
+
+@pytest.fixture
+def other_run(tmp_path: Path) -> Iterator[OtherRun]:
+    """`other_run("")` is a process that holds the lock; "fork": and has a child that lives longer."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(how: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", HOLD, str(tmp_path / "out"), how]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        started.append(process)
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def held(chosen: TrainOptions) -> Iterator[None]:
+    with run_lock(chosen):
+        yield
+
+
+def test_a_second_run_is_told_who_writes_there(tmp_path: Path, other_run: OtherRun) -> None:
+    process = other_run("")
+    with pytest.raises(ValueError) as refused, held(options(tmp_path / "out")):
+        pass
+    said = str(refused.value)
+    assert f"process {process.pid} on {socket.gethostname()}, since 20" in said
+    assert "give another --output_name or --output_dir" in said
+    with held(options_of("", "--output_dir", str(tmp_path / "out"), "--output_name", "other")):
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".mine.lock", ".other.lock"]
+
+
+@pytest.mark.parametrize("how", ["", "fork"])
+def test_a_killed_run_holds_nothing(tmp_path: Path, other_run: OtherRun, how: str) -> None:
+    """Not even while what it forked, such as a loader of pictures, lives on."""
+    process = other_run(how)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with held(options(tmp_path / "out")):
+        assert str(os.getpid()) in lock_path(tmp_path / "out", "mine").read_text()
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_lock_leaves_nothing_behind(tmp_path: Path) -> None:
+    with held(options(tmp_path / "new" / "out")):
+        assert lock_path(tmp_path / "new" / "out", "mine").exists()
+    assert not (tmp_path / "new" / "out").exists()
+    with held(options(tmp_path / "out")):
+        (tmp_path / "out" / "mine.safetensors").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.safetensors"]
+
+
+def test_a_run_that_ends_in_between_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is gone when the lock on it is had: another run could take a new one of that name."""
+    from library.training import run_lock as module
+
+    locked: list[bool] = []
+
+    def lock_late(file: object) -> None:
+        if not locked:
+            lock_path(tmp_path, "mine").unlink()
+        locked.append(True)
+
+    monkeypatch.setattr(module, "lock", lock_late)
+    with held(options(tmp_path)):
+        assert len(locked) == 2 and lock_path(tmp_path, "mine").exists()
+
+
+def test_runs_that_write_nothing_and_other_processes_take_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for more in ("--dry_run", "--debug_dataset"):
+        with held(options(tmp_path / "out", more)):
+            assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("RANK", "1")
+    with held(options(tmp_path / "out")):
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import errno
+
+    from library.training import run_lock as module
+
+    def lock(file: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module, "lock", lock)
+    with held(options(tmp_path)):
+        pass
+    assert not list(tmp_path.iterdir())
+    assert "this file system has no locks; make sure that no second run writes there" in caplog.text
