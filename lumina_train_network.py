@@ -4,7 +4,7 @@ import argparse
 
 from library.architectures.lumina.options import LuminaOptions
 from library.launcher import let_idle_threads_sleep
-from library.training.cli import build_parser
+from library.training.command_line.cli import build_parser
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -15,6 +15,6 @@ def setup_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     let_idle_threads_sleep()
     from library.architectures.lumina.assembly import build
-    from library.training.main import main
+    from library.training.command_line.main import main
 
     raise SystemExit(main(setup_parser(), LuminaOptions, build))

@@ -79,10 +79,10 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     from library.architectures.sd.assembly import LATENT_SCALE, LATENTS
-    from library.data.batches import to_pixels
-    from library.data.cache import cache_latents, decode, plan_jobs
-    from library.data.dataset import TrainingSet
-    from library.data.picture_index import SETTLED_NS
+    from library.data.batches.batches import to_pixels
+    from library.data.batches.dataset import TrainingSet
+    from library.data.caching.latents import cache_latents, decode, plan_jobs
+    from library.data.sources.picture_index import SETTLED_NS
     from library.models.latents import KlLatents
     from library.options.train import TrainOptions
 

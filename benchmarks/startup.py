@@ -75,7 +75,7 @@ def bare_look(folder: str) -> None:
 
 def options_for(folder: str) -> object:
     """The options of a run on the pictures of a folder."""
-    import library.data.dataset  # noqa: F401, imports are not measured
+    import library.data.batches.dataset  # noqa: F401, imports are not measured
     from library.options.train import TrainOptions
 
     parser = argparse.ArgumentParser()
@@ -90,8 +90,8 @@ def options_for(folder: str) -> object:
 
 def ready(options: object) -> object:
     """The measured part of a start."""
-    from library.architectures.interface import LatentSpec
-    from library.data.dataset import TrainingSet
+    from library.data.batches.dataset import TrainingSet
+    from library.protocols import LatentSpec
 
     spec = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_sd.npz", keys_carry_size=False)
     training_set = TrainingSet.build(options, spec, 1, None, None)  # type: ignore[arg-type]

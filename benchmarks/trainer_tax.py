@@ -140,8 +140,8 @@ def our_steps(folder: Path, args: argparse.Namespace, overheads: list[float]) ->
     import train_network
     from library.architectures.sd.assembly import build
     from library.options.train import TrainOptions
-    from library.training import loop, setup
-    from library.training.cli import parse
+    from library.training.command_line.cli import parse
+    from library.training.run import loop, setup
 
     options = TrainOptions.from_args(parse(train_network.setup_parser(), arguments_of(folder, args, 10**6)))
     arch = build(options)

@@ -77,17 +77,24 @@ def import_all(script: str, package: str, options_module: str, _: str) -> None:
     import importlib
 
     names = (script, options_module, f"library.architectures.{package}.assembly", "networks.lora", "diffusers", "cv2")
-    late = ("library.training.loop", "library.training.setup", "library.data.debug", "transformers.optimization")
+    late = (
+        "library.training.run.loop",
+        "library.training.run.setup",
+        "library.data.batches.debug",
+        "transformers.optimization",
+    )
     for name in (*names, *late, "accelerate", "safetensors.torch", "diffusers.optimization", "torch.utils.data"):
         importlib.import_module(name)
 
 
 def fix_times() -> None:
     """Times and session ids that get into files."""
-    from library.training import pictures, saving, setup
+    from library.training.evaluation import pictures
+    from library.training.run import setup
+    from library.training.saving import checkpoints
 
     still: Any = SimpleNamespace(time=lambda: NOW, strftime=lambda form: "20270115080000")
-    for module in (pictures, saving, setup):
+    for module in (pictures, checkpoints, setup):
         module.time = still  # type: ignore[attr-defined]
     setup.secrets = SimpleNamespace(randbelow=lambda limit: 7)  # type: ignore[attr-defined]
 
@@ -117,7 +124,7 @@ def start(job: Job) -> int:
     """What the script's file does."""
     import importlib
 
-    from library.training.main import main as train
+    from library.training.command_line.main import main as train
     from tests.running import SCRIPTS
 
     package, options_module, options_class = SCRIPTS[job.script]

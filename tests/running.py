@@ -105,7 +105,7 @@ def train(fresh_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..
     def run(arguments: list[str], script: str = "train_network") -> Finished:
         from accelerate.state import AcceleratorState, PartialState
 
-        from library.training.main import main
+        from library.training.command_line.main import main
 
         AcceleratorState._reset_state()
         PartialState._reset_state()

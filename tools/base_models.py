@@ -3,14 +3,14 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from library.architectures.anima import base_model as anima
-from library.architectures.flux import base_model as flux
-from library.architectures.hunyuan_image import base_model as hunyuan_image
-from library.architectures.lumina import base_model as lumina
-from library.architectures.sd import base_model as sd
-from library.architectures.sd3 import base_model as sd3
-from library.architectures.sdxl import base_model as sdxl
-from library.checkpoints import sources
+from library.architectures.anima import merging as anima
+from library.architectures.flux import merging as flux
+from library.architectures.hunyuan_image import merging as hunyuan_image
+from library.architectures.lumina import merging as lumina
+from library.architectures.sd import merging as sd
+from library.architectures.sd3 import merging as sd3
+from library.architectures.sdxl import merging as sdxl
+from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import BASES
 from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
@@ -33,7 +33,7 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
 
     Raises UserError naming `flag` when it is missing, broken or of a kind that nothing is merged into.
     """
-    path = sources.find_model(flag, str(path), (("unet",), ("text_encoder",)))
+    path = model_lookup.find_model(flag, str(path), (("unet",), ("text_encoder",)))
     base = base_of_checkpoint(flag, path)
     if base is not None and base in OPENERS:
         return OPENERS[base](flag, path)

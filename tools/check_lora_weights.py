@@ -20,8 +20,8 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.checkpoints.adapter_names import BASES, BaseNames, recognise_base
+from library.checkpoints.compatibility import Reading, describe, problems, readings
 from library.checkpoints.files import load_state_dict
-from library.checkpoints.readers import Reading, describe, problems, readings
 from networks.core.files.inspection import (
     BlockFacts,
     ModuleFacts,

@@ -27,7 +27,7 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.checkpoints import sources
+from library.checkpoints import model_lookup
 from library.checkpoints.adapter_keys import naming_of
 from library.checkpoints.adapter_names import names_of_base
 from library.checkpoints.base_model import BaseModel, WeightFile
@@ -200,7 +200,7 @@ def write_folder(
     try:
         shutil.copytree(base.path, temporary, ignore=replaced)
         for part, file in parts.items():
-            name = sources.weight_files(part)[0][0]
+            name = model_lookup.weight_files(part)[0][0]
             tensors = merged_tensors(file, changes, dtype, save_dtype, device, progress)
             save_safetensors(temporary / part / name, tensors, {"format": "pt"})
         temporary.rename(save_to)

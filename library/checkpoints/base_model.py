@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from library.checkpoints import sources
+from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.weights import Weights
 from library.errors import UserError
@@ -87,7 +87,7 @@ def open_original(
         raise UserError(
             f"{flag} {path}: of {model} only files in the original layout are merged into; give such a file"
         )
-    weights = sources.open_file(flag, path)
+    weights = model_lookup.open_file(flag, path)
     prefix = next(p for p in prefixes if any(key.startswith(p) for key in weights.shapes))
     if prefix + diffusers_mark in weights.shapes:
         raise UserError(

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from library.diffusion.flow_levels import LevelSampler, sampled, scheme_weights
 from library.diffusion.noise import draw_normal, draw_strength
+from library.diffusion.noise_levels import LevelSampler, sampled, scheme_weights
 from library.diffusion.timesteps import check_timestep_range
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error
 from library.options.flow import FlowSamplingOptions, FlowWeightingOptions

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.checkpoints import sources
+from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.base_model import BaseModel, Third, WeightFile
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.models.clip import THIRDS, clip_from_any, open_clip_name
-from library.models.recognise import base_of_file, base_of_folder, pipeline_base, refuse_other, refuse_other_file
+from library.models.identify import base_of_file, base_of_folder, pipeline_base, refuse_other, refuse_other_file
 from library.models.unet import unet_layout
 from library.models.unet_keys import UNET_PREFIX, UnetLayout, unet_from_ldm
 
@@ -40,11 +40,11 @@ class CheckpointLayout:
 def base_of_checkpoint(flag: str, path: Path) -> str | None:
     """The base model of a file or folder as its names tell it, None where they do not."""
     if not path.is_dir():
-        weights = sources.open_file(flag, path)
+        weights = model_lookup.open_file(flag, path)
         return base_of_file(list(weights.shapes), weights.shapes)
-    class_name = sources.read_json(path / "model_index.json").get("_class_name", "")
+    class_name = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
     found = pipeline_base(class_name)
-    return found or base_of_folder(class_name, sources.open_part(flag, path / "unet", "unet")[1].shapes)
+    return found or base_of_folder(class_name, model_lookup.open_part(flag, path / "unet", "unet")[1].shapes)
 
 
 def open_checkpoint(flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
@@ -56,7 +56,7 @@ def open_checkpoint(flag: str, path: Path, layout: CheckpointLayout) -> BaseMode
 
 
 def open_single(flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
-    weights = sources.open_file(flag, path)
+    weights = model_lookup.open_file(flag, path)
     refuse_other_file(flag, weights, layout.base, [encoder.prefix for encoder in layout.encoders])
     numbers = configure(with_prefix(weights, UNET_PREFIX), unet_layout)
     placed: list[Placed] = [
@@ -69,8 +69,8 @@ def open_single(flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
 
 
 def open_folder(flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
-    class_name = sources.read_json(path / "model_index.json").get("_class_name", "")
-    config, unet = sources.open_part(flag, path / "unet", "unet")
+    class_name = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
+    config, unet = model_lookup.open_part(flag, path / "unet", "unet")
     refuse_other(flag, str(path), base_of_folder(class_name, unet.shapes), layout.base)
     attends = tuple(kind.startswith("CrossAttn") for kind in config.get("down_block_types", ()))
     numbers = UnetLayout(int(config.get("layers_per_block", 2)), attends)
@@ -78,7 +78,7 @@ def open_folder(flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
         ("unet", unet, [(layout.unet_names(stem, numbers), stem) for stem in stems(unet, "")])
     ]
     for encoder in layout.encoders:
-        _, weights = sources.open_part(flag, path / encoder.folder, encoder.folder)
+        _, weights = model_lookup.open_part(flag, path / encoder.folder, encoder.folder)
         parts.append((encoder.folder, weights, list(encoder_places(weights, "", encoder.names))))
     return assemble(path, layout, parts)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.interface import LatentSpec
+from library.protocols import LatentSpec
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.checkpoints.sources import fetch_snapshot
+from library.checkpoints.model_lookup import fetch_snapshot
 from library.errors import UserError
 
 

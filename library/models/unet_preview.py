@@ -1,8 +1,8 @@
 """Pictures of the U-Net models while they train."""
 
-from library.architectures.interface import Predict, Preview, PromptDefaults, TextPipeline
 from library.diffusion.samplers import Sampler, build_ddpm_sampler
 from library.options.train import TrainOptions
+from library.protocols import Predict, Preview, PromptDefaults, TextPipeline
 from library.types import Prompt
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from library.checkpoints import sources
+from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, renamed, selected, with_prefix
 from library.errors import UserError
 from library.models.loading import Component
@@ -67,7 +67,7 @@ def vae_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
 
 def open_vae(name: str, needs: VaeNeeds) -> Component:
     """The VAE of --vae: a file in either layout, a diffusers folder or one that has vae/, or a hub name."""
-    config, weights = sources.open_model("--vae", name, "vae")
+    config, weights = model_lookup.open_model("--vae", name, "vae")
     if config is not None:
         refuse_no_vae(name, weights)
         component = vae_of_folder(config, weights)

@@ -13,11 +13,11 @@ import toml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from library.architectures.interface import PromptDefaults
-from library.data.schema import ALL_KEYS
+from library.data.description.schema import ALL_KEYS
 from library.errors import UserError
-from library.training.config_file import basic_string
-from library.training.prompts import read_prompts, settle
+from library.protocols import PromptDefaults
+from library.training.command_line.config_file import basic_string
+from library.training.evaluation.prompts import read_prompts, settle
 from networks import dylora, lora, lora_fa
 from networks.core.arguments import SUPPORTED
 from networks.core.protocol import parse_network_args

@@ -13,8 +13,8 @@ import pytest
 
 from library.options.support import NOT_YET, unsupported
 from library.options.train import TrainOptions
-from library.training.config_file import read_config
-from library.training.prompts import LINE_OPTIONS
+from library.training.command_line.config_file import read_config
+from library.training.evaluation.prompts import LINE_OPTIONS
 from networks.core.arguments import parse_arguments
 from tools import start
 

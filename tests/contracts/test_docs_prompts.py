@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from library.training.prompts import KEYS, LINE_OPTIONS, read_prompts
+from library.training.evaluation.prompts import KEYS, LINE_OPTIONS, read_prompts
 from tests.contracts.test_docs_commands import ROOT, blocks_of
 
 PAGE = ROOT / "docs" / "previews.md"

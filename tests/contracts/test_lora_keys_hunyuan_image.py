@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from library.architectures.hunyuan_image.adapter_names import NAMES
 from library.architectures.hunyuan_image.model import HunyuanImage, read_config
 from library.architectures.hunyuan_image.view import view
+from library.checkpoints.compatibility import readings
 from library.checkpoints.files import load_state_dict, save_safetensors
-from library.checkpoints.readers import readings
 from networks.lora_hunyuan_image import create_network, create_network_from_weights
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
 from tests.tiny.hunyuan_image import tiny_hunyuan_image

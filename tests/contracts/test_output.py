@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from library.training.state import read_facts
+from library.training.saving.state import read_facts
 from tests.running import ROOT, Finished, launch_command
 
 HEADER = """running training / 学習開始

@@ -27,8 +27,8 @@ FACTOR = re.compile(r"\blora_(up|down|mid|A|B)\b|\bhada_|\bw_norm\b|\bb_norm\b")
 MAY_NAME_FACTORS = (
     "networks/core/kinds/",
     GRAMMAR,
-    "library/checkpoints/readers.py",  # which endings other programs look for
-    "library/models/recognise.py",  # marks of files that are no checkpoint
+    "library/checkpoints/compatibility.py",  # which endings other programs look for
+    "library/models/identify.py",  # marks of files that are no checkpoint
     "benchmarks/",  # the plain ways that ours are compared with
 )
 

@@ -14,9 +14,9 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from library.architectures.interface import Objective
 from library.diffusion.objective import DDPM, build_ddpm
 from library.options.train import TrainOptions
+from library.protocols import Objective
 from library.types import Noised
 
 B, C, H, W = 6, 4, 12, 9

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from library.architectures.sd.view import view
+from library.checkpoints.compatibility import readings
 from library.checkpoints.files import save_safetensors
-from library.checkpoints.readers import readings
 from networks.core.network import AdapterNetwork
 from networks.lora import create_network
 from tests.tolerances import FLOAT32_DEEP

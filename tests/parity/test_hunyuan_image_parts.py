@@ -13,9 +13,9 @@ from library.architectures.hunyuan_image.predict import predict, preview_sampler
 from library.architectures.hunyuan_image.qwen import TEMPLATE
 from library.architectures.hunyuan_image.text import glyph_text
 from library.architectures.hunyuan_image.vae import ChunkedConv2d, compute_in_chunks
-from library.architectures.interface import Architecture
 from library.diffusion.guidance import guided
-from library.training.preview import batch_of, noised_at
+from library.protocols import Architecture
+from library.training.evaluation.preview import batch_of, noised_at
 from library.types import Prompt
 from tests.parity.test_hunyuan_image_model import oracle
 from tests.tiny.hunyuan_image import VAE, build_tiny_hunyuan_image, tiny_hunyuan_image, tiny_parts, whole_qwen

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from library.architectures.interface import Architecture
 from library.architectures.sd.assembly import build as build_sd
 from library.architectures.sdxl.assembly import build as build_sdxl
 from library.architectures.sdxl.load import CLIP_G_PREFIX
 from library.architectures.sdxl.options import SdxlOptions, SdxlSizeOptions
 from library.options.model import ModelOptions
 from library.options.train import TrainOptions
+from library.protocols import Architecture
 from library.types import Batch, Noised
 from tests.tolerances import EXACT, FLOAT32_DEEP, FLOAT32_SAME_MATH
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from library.architectures.sd.assembly import build
 from library.options.train import TrainOptions
-from library.training.step import loss_of
+from library.training.run.step import loss_of
 from library.types import Batch, Noised
 
 

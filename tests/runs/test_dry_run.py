@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from library.data import cache, picture_index
-from library.training import loop
+from library.data.caching import latents
+from library.data.sources import picture_index
+from library.training.run import loop
 from tests.running import Finished, make_pictures
 
 Train = Callable[..., Finished]
@@ -32,8 +33,8 @@ def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(
     make_pictures(tmp_path / "data" / "1_large", 2, side=128)
     before = everything_below(tmp_path)
     encoded: list[int] = []
-    honest = cache.encode_batch
-    monkeypatch.setattr(cache, "encode_batch", lambda jobs, *rest: encoded.append(len(jobs)) or honest(jobs, *rest))
+    honest = latents.encode_batch
+    monkeypatch.setattr(latents, "encode_batch", lambda jobs, *rest: encoded.append(len(jobs)) or honest(jobs, *rest))
     buckets = ["--enable_bucket", "--bucket_no_upscale", "--min_bucket_reso", "64", "--resolution", "128"]
     logs = ["--logging_dir", str(tmp_path / "logs")]
     done = train([*base_arguments, *buckets, *logs, *options, "--dry_run", "--max_train_steps", "50"])
@@ -73,7 +74,7 @@ def test_memory_that_runs_out_while_caching_is_explained(
     def encode_batch(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
 
-    monkeypatch.setattr(cache, "encode_batch", encode_batch)
+    monkeypatch.setattr(latents, "encode_batch", encode_batch)
     done = train([*base_arguments, "--cache_latents", "--vae_batch_size", "2"])
     assert done.status == 1 and "Traceback" not in done.stderr
     assert "out of memory while loading the models and caching" in done.stderr

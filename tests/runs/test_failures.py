@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from library.checkpoints.files import load_state_dict
-from library.training import loop
-from library.training.run import Run
+from library.training.run import loop
+from library.training.run.run import Run
 from tests.running import Finished
 
 Train = Callable[..., Finished]

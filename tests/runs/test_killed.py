@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from library.checkpoints.files import load_state_dict
-from library.training.state import read_facts
+from library.training.saving.state import read_facts
 from tests.running import ROOT
 
 MOMENTS = ("caching latents", "saving checkpoint", "saving state", "removing old", "sampl", "epoch 2", "saving state")

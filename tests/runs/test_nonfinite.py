@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.training import loop, setup
-from library.training.nonfinite import MAX_IN_A_ROW
-from library.training.run import Run
+from library.training.optimization.nonfinite import MAX_IN_A_ROW
+from library.training.run import loop, setup
+from library.training.run.run import Run
 from tests.running import Finished
 
 Train = Callable[..., Finished]

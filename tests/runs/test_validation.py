@@ -71,7 +71,7 @@ def test_training_is_that_of_a_folder_without_the_pictures_that_are_set_aside(
     train: Train, split_arguments: list[str], pictures: Path, tmp_path: Path
 ) -> None:
     train([*split_arguments, "--validation_seed", "3", "--cache_latents_to_disk", "--output_dir", str(tmp_path / "a")])
-    from library.data.dataset import TrainingSet
+    from library.data.batches.dataset import TrainingSet
     from tests.unit.data.builders import SPEC, options_of
 
     arguments = ["--train_data_dir", str(pictures), "--validation_split", "0.34"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from library.architectures.hunyuan_image.keys import SWAPPED, source_keys
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig
 from library.architectures.hunyuan_image.qwen import TEMPLATE, qwen_config
-from library.checkpoints.joined import swap_halves
+from library.checkpoints.fused_tensors import swap_halves
 from tests.tiny.init import fixed_init
 
 Layout = Literal["files", "diffusers"]

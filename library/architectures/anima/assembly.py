@@ -14,12 +14,12 @@ from library.architectures.anima.qwen3 import load_qwen3_tokenizer
 from library.architectures.anima.text import AnimaText
 from library.architectures.anima.vae import QwenImageLatents
 from library.architectures.anima.view import view
-from library.architectures.interface import Architecture, Preview, PromptDefaults, TextCacheSpec
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, build_sampled_flow
 from library.errors import UserError
 from library.models.recipe import Recipe, folders_beside, ignored_attention
 from library.models.t5 import holds_t5_tokenizer, load_t5_tokenizer
+from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
 QWEN3_TOKENIZER, T5_TOKENIZER = "tokenizer", "t5_tokenizer"  # folders beside the files, as in diffusers' folders
 RECIPE = Recipe(

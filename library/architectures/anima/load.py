@@ -12,12 +12,12 @@ from library.architectures.anima.keys import ADAPTER
 from library.architectures.anima.model import Anima, AnimaConfig, read_config
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.vae import SPEC, empty_vae, open_vae
-from library.checkpoints import sources
+from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
+from library.models.identify import base_of_file, folder_base, refuse_other
 from library.models.loading import Component, materialise
-from library.models.recognise import base_of_file, folder_base, refuse_other
 from library.models.shapes import shape_of
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def open_base(name: str | None) -> tuple[Path, Weights]:
         raise UserError(f"{BASE_FLAG} is missing: give the .safetensors file of Anima's transformer")
     path = Path(name).expanduser()
     if not path.exists():
-        raise UserError(f"{BASE_FLAG} {name} does not exist{sources.nearby(path)}")
+        raise UserError(f"{BASE_FLAG} {name} does not exist{model_lookup.nearby(path)}")
     if path.is_dir():
         refuse_other(
             BASE_FLAG,
@@ -102,7 +102,7 @@ def open_base(name: str | None) -> tuple[Path, Weights]:
             "anima",
         )
         raise UserError(f"{BASE_FLAG} {path} is a folder; Anima is read from the file of its transformer")
-    return path, denoiser_of(path, sources.open_file(BASE_FLAG, path))
+    return path, denoiser_of(path, model_lookup.open_file(BASE_FLAG, path))
 
 
 def denoiser_of(path: Path, whole: Weights) -> Weights:
@@ -122,8 +122,8 @@ def open_adapter(name: str) -> Weights:
     """The text adapter of --llm_adapter_path, names without prefix."""
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UserError(f"{ADAPTER_FLAG} {name} is no file{sources.nearby(path)}")
-    weights = sources.open_file(ADAPTER_FLAG, path)
+        raise UserError(f"{ADAPTER_FLAG} {name} is no file{model_lookup.nearby(path)}")
+    weights = model_lookup.open_file(ADAPTER_FLAG, path)
     prefixes = (*(f"{p}{ADAPTER}" for p in PREFIXES), "")
     prefix = next((p for p in prefixes if f"{p}{ADAPTER_MARK}" in weights.shapes), None)
     if prefix is None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints import sources
+from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import UserError
 from library.models.loading import Component, materialise
@@ -34,7 +34,7 @@ def open_qwen3(name: str | None) -> Component:
     """The encoder from a file or a folder. Raises UserError naming the flag when it is something else."""
     if not name:
         raise UserError(f"{FLAG} is missing: give the file or folder of {HUB_NAME}")
-    return qwen3_component(sources.open_model(FLAG, name, FOLDER)[1])
+    return qwen3_component(model_lookup.open_model(FLAG, name, FOLDER)[1])
 
 
 def qwen3_component(weights: Weights) -> Component:

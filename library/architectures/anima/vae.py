@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.interface import LatentSpec
-from library.checkpoints import sources
+from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, renamed
 from library.errors import UserError
 from library.models.loading import Component
 from library.models.shapes import Shapes, shape_of
+from library.protocols import LatentSpec
 
 FLAG = "--vae"
 FOLDER = "vae"
@@ -75,7 +75,7 @@ def open_vae(name: str | None) -> Component:
     """The VAE of --vae. Raises UserError naming the flag when it is missing or something else."""
     if not name:
         raise UserError(f"{FLAG} is missing: give qwen_image_vae.safetensors, or a folder in diffusers' layout")
-    return vae_component(sources.open_model(FLAG, name, FOLDER)[1])
+    return vae_component(model_lookup.open_model(FLAG, name, FOLDER)[1])
 
 
 def vae_component(weights: Weights) -> Component:

@@ -12,15 +12,15 @@ from library.architectures.flux.options import FluxOptions
 from library.architectures.flux.predict import predict, preview_sampler
 from library.architectures.flux.text import FluxText
 from library.architectures.flux.view import view
-from library.architectures.interface import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.errors import UserError
 from library.models.clip_tokenizer import load_tokenizer
 from library.models.clip_tokens import ClipTokens
+from library.models.flux_vae import mapped_latents
 from library.models.recipe import Recipe, folders_beside
 from library.models.t5 import load_t5_tokenizer
-from library.models.vae16 import mapped_latents
+from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 
 T5_TOKENS_DEV, T5_TOKENS_SCHNELL = 512, 256
 RECIPE = Recipe(

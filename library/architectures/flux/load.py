@@ -9,17 +9,17 @@ from torch import nn
 from library.architectures.flux.keys import DIFFUSERS_MARK, from_diffusers
 from library.architectures.flux.model import PATCH, Flux, FluxConfig, read_config
 from library.architectures.flux.options import FluxOptions
-from library.checkpoints import sources
+from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.clip import clip_component, clip_of_folder, load_clip
+from library.models.flux_vae import CHANNELS, open_ae
+from library.models.identify import base_of_file, base_of_folder, refuse_other
 from library.models.loading import Component, materialise
-from library.models.recognise import base_of_file, base_of_folder, refuse_other
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component, t5_of_folder
 from library.models.vae import empty_vae
-from library.models.vae16 import CHANNELS, open_ae
 
 BASE_FLAG = "--pretrained_model_name_or_path"
 DENOISER_PREFIXES = ("model.diffusion_model.", "")
@@ -79,8 +79,8 @@ def open_loader(options: FluxOptions) -> FluxLoader:
         raise UserError(f"{BASE_FLAG} is missing: give the file of FLUX.1's transformer, or a diffusers folder")
     wanted = {"clip_l": options.flux.clip_l, "t5xxl": options.flux.t5xxl, "ae": options.flux.ae}
     needed = [FOLDERS[part] for part in FOLDERS if wanted.get(part) is None]
-    path = sources.find_model(BASE_FLAG, name, [(folder,) for folder in needed])
-    whole = None if path.is_dir() else sources.open_file(BASE_FLAG, path)
+    path = model_lookup.find_model(BASE_FLAG, name, [(folder,) for folder in needed])
+    whole = None if path.is_dir() else model_lookup.open_file(BASE_FLAG, path)
     weights = denoiser_of(path, whole)
     config = configure(weights, read_config)
     loader = FluxLoader(
@@ -106,10 +106,10 @@ def empty_flux(config: FluxConfig) -> Flux:
 def denoiser_of(path: Path, whole: Weights | None) -> Weights:
     """The denoiser's weights under our names. Raises UserError saying which model it is where it is another."""
     if whole is None:
-        found = sources.read_json(path / "model_index.json").get("_class_name", "")
+        found = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
         other = base_of_folder(found, {}) if found and not found.startswith("Flux") else None
         refuse_other(BASE_FLAG, str(path), other, "flux")
-        _, weights = sources.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
+        _, weights = model_lookup.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
     else:
         prefix = next(p for p in DENOISER_PREFIXES if any(key.startswith(p) for key in whole.shapes))
         weights = with_prefix(whole, prefix)
@@ -148,11 +148,11 @@ def open_text_encoder(
     """A `Component` from a folder, `Weights` without prefix from a file."""
     if name is None:
         if whole is None:
-            return Component(*sources.open_part(BASE_FLAG, base / folder, folder))
+            return Component(*model_lookup.open_part(BASE_FLAG, base / folder, folder))
         if not any(key.startswith(prefixes[0]) for key in whole.shapes):
             raise UserError(f"{flag} is missing: {base} has no such text encoder in it")
         return with_prefix(whole, prefixes[0])
-    config, weights = sources.open_model(flag, name, folder)
+    config, weights = model_lookup.open_model(flag, name, folder)
     if config is not None:
         return Component(config, weights)
     return with_prefix(weights, next(p for p in prefixes if not p or any(k.startswith(p) for k in weights.shapes)))

@@ -12,11 +12,11 @@ from library.architectures.hunyuan_image.qwen import load_qwen_tokenizer
 from library.architectures.hunyuan_image.text import HunyuanImageText
 from library.architectures.hunyuan_image.vae import SCALE
 from library.architectures.hunyuan_image.view import view
-from library.architectures.interface import Architecture, Preview, PromptDefaults, TextCacheSpec
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.models.latents import KlLatents
 from library.models.recipe import Recipe, folders_beside, ignored_attention
+from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
 SAMPLING_SHIFT = 5.0  # that the model draws pictures with
 RECIPE = Recipe(

@@ -5,7 +5,7 @@ A weight of ours is made of several of diffusers', one below the other; `sources
 
 from collections.abc import Iterable, Mapping
 
-from library.checkpoints.joined import joined
+from library.checkpoints.fused_tensors import joined
 from library.checkpoints.weights import Weights
 
 DIFFUSERS_MARK = "x_embedder.proj.weight"

@@ -14,17 +14,17 @@ from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.architectures.hunyuan_image.qwen import WORDS as QWEN_WORDS
 from library.architectures.hunyuan_image.qwen import load_qwen, qwen_component
 from library.architectures.hunyuan_image.vae import MARK, SCALE, compute_in_chunks, empty_vae, vae_component
-from library.architectures.interface import LatentSpec
-from library.checkpoints import sources
+from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, renamed, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.memory.forms.fp8 import Fp8Rows
 from library.memory.frozen import store_blocks_in
+from library.models.identify import base_of_file, folder_base, refuse_other
 from library.models.loading import Component, materialise
-from library.models.recognise import base_of_file, folder_base, refuse_other
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component, t5_of_folder, unscaled
+from library.protocols import LatentSpec
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,8 @@ def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
         "byt5": options.hunyuan_image.byt5,
     }
     needed = [folder for part, folder in FOLDERS.items() if wanted.get(part) is None]
-    path = sources.find_model(BASE_FLAG, name, [(folder,) for folder in needed])
-    weights = denoiser_of(path, None if path.is_dir() else sources.open_file(BASE_FLAG, path))
+    path = model_lookup.find_model(BASE_FLAG, name, [(folder,) for folder in needed])
+    weights = denoiser_of(path, None if path.is_dir() else model_lookup.open_file(BASE_FLAG, path))
     dtype = DTYPES[options.precision.mixed_precision]
     loader = HunyuanImageLoader(
         path=path,
@@ -111,7 +111,7 @@ def denoiser_of(path: Path, whole: Weights | None) -> Weights:
     """The denoiser's weights under our names. Raises UserError saying which model it is where it is another."""
     if whole is None:
         refuse_other(BASE_FLAG, str(path), folder_base(path), "hunyuan_image")
-        _, weights = sources.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
+        _, weights = model_lookup.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
     else:
         prefix = next(p for p in DENOISER_PREFIXES if not p or any(key.startswith(p) for key in whole.shapes))
         weights = with_prefix(whole, prefix)
@@ -139,9 +139,9 @@ def open_component(part: str, name: str | None, base: Path) -> Component:
     if name is None and not base.is_dir():
         raise UserError(f"{flag} is missing: {base} is the transformer alone")
     if name is None:
-        opened: tuple[dict[str, Any] | None, Weights] = sources.open_part(BASE_FLAG, base / folder, folder)
+        opened: tuple[dict[str, Any] | None, Weights] = model_lookup.open_part(BASE_FLAG, base / folder, folder)
     else:
-        opened = sources.open_model(flag, name, folder)
+        opened = model_lookup.open_model(flag, name, folder)
     config, weights = opened
     try:
         if config is None:

@@ -5,7 +5,6 @@ The assembly, and the table of contents of this package.
 
 from dataclasses import replace
 
-from library.architectures.interface import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 from library.architectures.lumina.gemma import load_gemma_tokenizer
 from library.architectures.lumina.load import LuminaLoader, open_loader
 from library.architectures.lumina.options import LuminaOptions
@@ -15,8 +14,9 @@ from library.architectures.lumina.view import view
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.errors import UserError
+from library.models.flux_vae import mapped_latents
 from library.models.recipe import Recipe, folders_beside
-from library.models.vae16 import mapped_latents
+from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 
 GEMMA_TOKENS = 256
 RECIPE = Recipe(

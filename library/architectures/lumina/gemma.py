@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.checkpoints.sources import fetch_snapshot
+from library.checkpoints.model_lookup import fetch_snapshot
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import UserError
 from library.models.loading import Component, materialise

@@ -10,15 +10,15 @@ from library.architectures.lumina.gemma import gemma_component, gemma_of_folder,
 from library.architectures.lumina.keys import DIFFUSERS_MARK, from_diffusers
 from library.architectures.lumina.model import PATCH, LuminaConfig, NextDiT, read_config
 from library.architectures.lumina.options import LuminaOptions
-from library.checkpoints import sources
+from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
+from library.models.flux_vae import CHANNELS, open_ae
+from library.models.identify import base_of_file, folder_base, refuse_other
 from library.models.loading import Component, materialise
-from library.models.recognise import base_of_file, folder_base, refuse_other
 from library.models.shapes import shape_of
 from library.models.vae import empty_vae
-from library.models.vae16 import CHANNELS, open_ae
 
 MODEL = "Lumina Image 2.0"
 BASE_FLAG, GEMMA_FLAG = "--pretrained_model_name_or_path", "--gemma2"
@@ -65,8 +65,8 @@ def open_loader(options: LuminaOptions) -> LuminaLoader:
         raise UserError(f"{BASE_FLAG} is missing: give the file of Lumina's transformer, or a diffusers folder")
     wanted = {"gemma2": options.lumina.gemma2, "ae": options.lumina.ae}
     needed = [FOLDERS[part] for part in FOLDERS if wanted.get(part) is None]
-    path = sources.find_model(BASE_FLAG, name, [(folder,) for folder in needed])
-    whole = None if path.is_dir() else sources.open_file(BASE_FLAG, path)
+    path = model_lookup.find_model(BASE_FLAG, name, [(folder,) for folder in needed])
+    whole = None if path.is_dir() else model_lookup.open_file(BASE_FLAG, path)
     weights = denoiser_of(path, whole)
     dtype = DTYPES[options.precision.mixed_precision]
     loader = LuminaLoader(
@@ -92,7 +92,7 @@ def denoiser_of(path: Path, whole: Weights | None) -> Weights:
     """The denoiser's weights under our names. Raises UserError saying which model it is where it is another."""
     if whole is None:
         refuse_other(BASE_FLAG, str(path), folder_base(path), "lumina")
-        _, weights = sources.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
+        _, weights = model_lookup.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
     else:
         prefix = next(p for p in DENOISER_PREFIXES if any(key.startswith(p) for key in whole.shapes))
         weights = with_prefix(whole, prefix)
@@ -112,13 +112,13 @@ def open_gemma(name: str | None, base: Path, whole: Weights | None) -> Component
     """Gemma 2 from --gemma2, or from the base model."""
     folder = FOLDERS["gemma2"]
     if name is None and whole is None:
-        return gemma_of_folder(*sources.open_part(BASE_FLAG, base / folder, folder))
+        return gemma_of_folder(*model_lookup.open_part(BASE_FLAG, base / folder, folder))
     if name is None:
         assert whole is not None
         if not any(key.startswith(GEMMA_MARK) for key in whole.shapes):
             raise UserError(f"{GEMMA_FLAG} is missing: {base} has no such text encoder in it")
         return gemma_component(whole)
-    config, weights = sources.open_model(GEMMA_FLAG, name, folder)
+    config, weights = model_lookup.open_model(GEMMA_FLAG, name, folder)
     try:
         return gemma_component(weights) if config is None else gemma_of_folder(config, weights)
     except ValueError as error:

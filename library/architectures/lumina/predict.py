@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from library.diffusion.flow_levels import check_shift, shift_sigmas
+from library.diffusion.noise_levels import check_shift, shift_sigmas
 from library.diffusion.samplers import FlowSampler, Sampler, even_sigmas
 from library.types import Batch, Conditioning, Noised, Prompt
 

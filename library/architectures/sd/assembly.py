@@ -5,7 +5,6 @@ The assembly, and the table of contents of this package.
 
 import logging
 
-from library.architectures.interface import Architecture, LatentSpec
 from library.architectures.sd.load import LATENT_CHANNELS, LATENT_SCALE, SdLoader, open_loader
 from library.architectures.sd.predict import predict
 from library.architectures.sd.text import ClipText
@@ -18,6 +17,7 @@ from library.models.latents import KlLatents
 from library.models.unet import run_unet_blocks_with
 from library.models.unet_preview import build_unet_preview
 from library.options.train import TrainOptions
+from library.protocols import Architecture, LatentSpec
 
 logger = logging.getLogger(__name__)
 

@@ -6,14 +6,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.checkpoints import sources
+from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.attention import wants_xformers, with_attention
 from library.models.clip import clip_component, clip_of_folder, load_clip
-from library.models.loading import Component, materialise
-from library.models.recognise import (
+from library.models.identify import (
     WORDS,
     base_of_folder,
     pipeline_base,
@@ -21,6 +20,7 @@ from library.models.recognise import (
     refuse_other_file,
     warn_of_other_prediction,
 )
+from library.models.loading import Component, materialise
 from library.models.shapes import count, shape_of
 from library.models.unet import HEAD_WIDTH, empty_unet, unet_component
 from library.models.unet_keys import UNET_PREFIX
@@ -79,7 +79,7 @@ def open_loader(options: TrainOptions) -> SdLoader:
     if not name:
         raise UserError(f"{BASE_FLAG} is missing: give a .safetensors or .ckpt file, a diffusers folder or a hub name")
     base = "sd2" if options.model.v2 else "sd1"
-    path = sources.find_model(BASE_FLAG, name, (("unet",), ("vae",), ("text_encoder",)))
+    path = model_lookup.find_model(BASE_FLAG, name, (("unet",), ("vae",), ("text_encoder",)))
     if path.is_dir():
         warn_of_other_prediction(path, options.model.v_parameterization)
     parts = open_parts(BASE_FLAG, path, base, own_vae=options.model.vae is None)
@@ -103,20 +103,20 @@ def open_parts(flag: str, path: Path, base: str, own_vae: bool) -> dict[str, Com
     """unet, text_encoder and, when `own_vae`, vae of a folder or single file of the model `base` ("sd1", "sd2")."""
     if path.is_dir():
         return folder_parts(flag, path, base, own_vae)
-    return single_file_parts(flag, sources.open_file(flag, path), base, own_vae)
+    return single_file_parts(flag, model_lookup.open_file(flag, path), base, own_vae)
 
 
 def folder_parts(flag: str, path: Path, base: str, own_vae: bool) -> dict[str, Component]:
     """The parts of a diffusers folder, the VAE only when `own_vae`."""
-    class_name = sources.read_json(path / "model_index.json").get("_class_name", "")
+    class_name = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
     refuse_other(flag, str(path), pipeline_base(class_name), base)
     if (path / "text_encoder_2").is_dir():
         refuse_other(flag, str(path), "sdxl", base)
-    parts = {"unet": Component(*sources.open_part(flag, path / "unet", "unet"))}
+    parts = {"unet": Component(*model_lookup.open_part(flag, path / "unet", "unet"))}
     refuse_other(flag, str(path), base_of_folder(class_name, parts["unet"].weights.shapes), base)
-    parts["text_encoder"] = clip_of_folder(*sources.open_part(flag, path / "text_encoder", "text_encoder"))
+    parts["text_encoder"] = clip_of_folder(*model_lookup.open_part(flag, path / "text_encoder", "text_encoder"))
     if own_vae:
-        parts["vae"] = vae_of_folder(*sources.open_part(flag, path / "vae", "vae"))
+        parts["vae"] = vae_of_folder(*model_lookup.open_part(flag, path / "vae", "vae"))
     return parts
 
 

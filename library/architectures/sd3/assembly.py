@@ -5,17 +5,16 @@ The assembly, and the table of contents of this package.
 
 import torch
 
-from library.architectures.interface import Architecture, LatentSpec, LiveText, Preview, PromptDefaults, TextCacheSpec
+from library.architectures.sd3.conditioning_dropout import Variation
 from library.architectures.sd3.load import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHIFT, Sd3Loader, open_loader
 from library.architectures.sd3.model import MMDiTConfig, version_of
 from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.predict import predict
 from library.architectures.sd3.text import Sd3Text
-from library.architectures.sd3.variation import Variation
 from library.architectures.sd3.view import view
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_flow
-from library.diffusion.flow_levels import FINEST_LEVEL, shift_sigmas, shifted_scheme
+from library.diffusion.noise_levels import FINEST_LEVEL, shift_sigmas, shifted_scheme
 from library.diffusion.samplers import FlowSampler, Sampler
 from library.models.clip import PROJECTION
 from library.models.clip_tokenizer import load_tokenizer
@@ -24,6 +23,7 @@ from library.models.latents import KlLatents
 from library.models.recipe import Recipe, folders_beside
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5_tokenizer
+from library.protocols import Architecture, LatentSpec, LiveText, Preview, PromptDefaults, TextCacheSpec
 from library.types import Prompt
 
 LATENTS = LatentSpec(

@@ -10,13 +10,13 @@ from torch import nn
 
 from library.architectures.sd3.model import MMDiT, MMDiTConfig, read_config
 from library.architectures.sd3.options import Sd3Options, Sd3TextOptions
-from library.checkpoints import sources
+from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.clip import PROJECTION, clip_component, load_clip
+from library.models.identify import base_of_file, folder_base, refuse_other
 from library.models.loading import Component, materialise
-from library.models.recognise import base_of_file, folder_base, refuse_other
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component
 from library.models.vae import VaeNeeds, empty_vae, open_vae, vae_of_checkpoint
@@ -106,7 +106,7 @@ def open_base(name: str | None) -> tuple[Path, Weights]:
             f"{BASE_FLAG} {path} is a folder; SD3 is read from a single file, such as the sd3_medium.safetensors or "
             "sd3.5_large.safetensors that lies beside the diffusers folders of the same repository"
         )
-    weights = sources.open_file(BASE_FLAG, path)
+    weights = model_lookup.open_file(BASE_FLAG, path)
     found = base_of_file(list(weights.shapes), weights.shapes)
     refuse_other(BASE_FLAG, str(path), found, "sd3", "checkpoint")
     if found is None:
@@ -121,7 +121,7 @@ def existing(flag: str, name: str) -> Path:
     """The path of a file or folder. Raises UserError naming the nearest where there is none."""
     path = Path(name).expanduser()
     if not path.exists():
-        raise UserError(f"{flag} {name} does not exist{sources.nearby(path)}")
+        raise UserError(f"{flag} {name} does not exist{model_lookup.nearby(path)}")
     return path
 
 
@@ -167,7 +167,9 @@ def text_weights(name: str, options: Sd3TextOptions, base: Weights) -> Weights |
         return weights if weights.shapes else None
     flag = f"--{name}"
     path = existing(flag, given)
-    weights = sources.open_part(flag, path, "text_encoder")[1] if path.is_dir() else sources.open_file(flag, path)
+    weights = (
+        model_lookup.open_part(flag, path, "text_encoder")[1] if path.is_dir() else model_lookup.open_file(flag, path)
+    )
     return with_prefix(weights, prefix) if any(key.startswith(prefix) for key in weights.shapes) else weights
 
 

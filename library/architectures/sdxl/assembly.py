@@ -5,7 +5,6 @@ The assembly, and the table of contents of this package.
 
 from functools import partial
 
-from library.architectures.interface import Architecture, LatentSpec, TextCacheSpec
 from library.architectures.sdxl.load import LATENT_CHANNELS, LATENT_SCALE, SdxlLoader, open_loader
 from library.architectures.sdxl.options import SdxlOptions
 from library.architectures.sdxl.predict import predict
@@ -19,6 +18,7 @@ from library.models.latents import KlLatents
 from library.models.recipe import Recipe
 from library.models.unet import run_unet_blocks_with
 from library.models.unet_preview import build_unet_preview
+from library.protocols import Architecture, LatentSpec, TextCacheSpec
 
 LATENTS = LatentSpec(
     channels=LATENT_CHANNELS, downscale=8, bucket_step=32, cache_suffix="_sdxl.npz", keys_carry_size=False

@@ -6,20 +6,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.checkpoints import sources
+from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.attention import wants_xformers, with_attention
 from library.models.clip import PROJECTION, clip_component, clip_of_folder, load_clip
-from library.models.loading import Component, materialise
-from library.models.recognise import (
+from library.models.identify import (
     base_of_folder,
     pipeline_base,
     refuse_other,
     refuse_other_file,
     warn_of_other_prediction,
 )
+from library.models.loading import Component, materialise
 from library.models.shapes import shape_of
 from library.models.unet import HEAD_WIDTH, empty_unet, size_embedding_config, unet_component
 from library.models.unet_keys import UNET_PREFIX, UnetLayout
@@ -89,7 +89,7 @@ def open_loader(options: TrainOptions) -> SdxlLoader:
     if not name:
         raise UserError(f"{BASE_FLAG} is missing: give a .safetensors or .ckpt file, a diffusers folder or a hub name")
     parts_of_folder = (("unet",), ("vae",), ("text_encoder",), ("text_encoder_2",))
-    path = sources.find_model(BASE_FLAG, name, parts_of_folder)
+    path = model_lookup.find_model(BASE_FLAG, name, parts_of_folder)
     if path.is_dir():
         warn_of_other_prediction(path, options.model.v_parameterization)
     parts = open_parts(BASE_FLAG, path, own_vae=options.model.vae is None)
@@ -113,23 +113,23 @@ def open_parts(flag: str, path: Path, own_vae: bool) -> dict[str, Component]:
     """unet, text_encoder, text_encoder_2 and, when `own_vae`, vae of a folder or a single file."""
     if path.is_dir():
         return folder_parts(flag, path, own_vae)
-    return single_file_parts(flag, sources.open_file(flag, path), own_vae)
+    return single_file_parts(flag, model_lookup.open_file(flag, path), own_vae)
 
 
 def folder_parts(flag: str, path: Path, own_vae: bool) -> dict[str, Component]:
     """The parts of a diffusers folder, the VAE only when `own_vae`."""
-    class_name = sources.read_json(path / "model_index.json").get("_class_name", "")
+    class_name = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
     refuse_other(flag, str(path), pipeline_base(class_name), "sdxl")
-    parts = {"unet": Component(*sources.open_part(flag, path / "unet", "unet"))}
+    parts = {"unet": Component(*model_lookup.open_part(flag, path / "unet", "unet"))}
     refuse_other(flag, str(path), base_of_folder(class_name, parts["unet"].weights.shapes), "sdxl")
     if not (path / "text_encoder").is_dir() and (path / "text_encoder_2").is_dir():
         raise UserError(f"{flag} {path}: this is the SDXL refiner; only the base model is trained")
-    parts["text_encoder"] = clip_of_folder(*sources.open_part(flag, path / "text_encoder", "text_encoder"))
-    second = sources.open_part(flag, path / "text_encoder_2", "text_encoder_2")
+    parts["text_encoder"] = clip_of_folder(*model_lookup.open_part(flag, path / "text_encoder", "text_encoder"))
+    second = model_lookup.open_part(flag, path / "text_encoder_2", "text_encoder_2")
     parts["text_encoder_2"] = clip_of_folder(*second, projects=True)
     configure(parts["text_encoder_2"].weights, lambda shapes: shape_of(shapes, PROJECTION))
     if own_vae:
-        parts["vae"] = vae_of_folder(*sources.open_part(flag, path / "vae", "vae"))
+        parts["vae"] = vae_of_folder(*model_lookup.open_part(flag, path / "vae", "vae"))
     return parts
 
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from library.architectures.interface import AdapterView
 from library.architectures.sdxl.targets import TARGETS
 from library.models.clip import clip_body
 from library.models.clip_view import ClipView
 from library.models.unet_keys import UnetLayout, unet_to_ldm
+from library.protocols import AdapterView
 
 WHOLE = ("Transformer2DModel",)  # blocks that have the same names inside in both layouts
 RENAMED = ("ResnetBlock2D", "Downsample2D", "Upsample2D")  # blocks whose layers have other names in files

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from library.checkpoints.readers import Reading, describe, problems, readings
+from library.checkpoints.compatibility import Reading, describe, problems, readings
 
 Shapes = dict[str, tuple[int, ...]]
 

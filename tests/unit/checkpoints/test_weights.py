@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from library.checkpoints.files import load_state_dict, read_metadata
-from library.checkpoints.sources import find_model
+from library.checkpoints.model_lookup import find_model
 from library.checkpoints.weights import fingerprint, open_weights
 
 GENERATOR = torch.Generator().manual_seed(71)

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from library.architectures.interface import LatentSpec
-from library.data.dataset import TrainingSet
+from library.data.batches.dataset import TrainingSet
 from library.options.train import TrainOptions
+from library.protocols import LatentSpec
 from library.types import Batch
 
 SPEC = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_sd.npz", keys_carry_size=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from library.data.dataset import TrainingSet
+from library.data.batches.dataset import TrainingSet
 from tests.unit.data.builders import SPEC, options_of, write_config, write_folder, write_picture
 
 
@@ -78,7 +78,7 @@ def test_very_many_captions_are_counted_beside_the_run(tmp_path, caplog, monkeyp
         threads.append(threading.current_thread().name)
         return len(caption.split())
 
-    monkeypatch.setattr("library.data.dataset.MOST_COUNTED_AT_START", 39)
+    monkeypatch.setattr("library.data.batches.dataset.MOST_COUNTED_AT_START", 39)
     text = audited(config(tmp_path, ""), caplog, words, 4)
     assert "40 pictures" in text and "looked for meanwhile" in text and "longer" not in text
     (counting,) = (thread for thread in threading.enumerate() if thread.name == "count tokens")

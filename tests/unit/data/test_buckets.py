@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.data.buckets import BucketRules, assign_shapes, bucket_sizes, crop_ltrb
+from library.data.description.buckets import BucketRules, assign_shapes, bucket_sizes, crop_ltrb
 
 
 def sizes(text: str) -> list[tuple[int, int]]:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from library.architectures.interface import LatentSpec
-from library.data.cache import cache_latents, plan_jobs, shared_out
-from library.data.dataset import TrainingSet
+from library.data.batches.dataset import TrainingSet
+from library.data.caching.latents import cache_latents, plan_jobs, shared_out
 from library.options.caching import CachingOptions
 from library.processes import Processes
+from library.protocols import LatentSpec
 from tests.unit.data.builders import (
     SIZED_SPEC,
     SPEC,

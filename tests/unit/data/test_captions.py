@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.data.captions import (
+from library.data.description.captions import (
     CaptionRules,
     compose_caption,
     fullest_captions,

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from library.data.batches import BatchMaker, BatchOrder, Draft
-from library.data.debug import show_batches
+from library.data.batches.batches import BatchMaker, BatchOrder, Draft
+from library.data.batches.debug import show_batches
 from tests.unit.data.builders import (
     batches_of,
     content_of,
@@ -127,9 +127,8 @@ def test_what_workers_need_travels_to_fresh_processes(rich):
 
 
 def test_workers_import_nothing_heavy():
-    code = (
-        "import sys, library.data.batches; print([m for m in ('transformers', 'diffusers', 'cv2') if m in sys.modules])"
-    )
+    heavy = "('transformers', 'diffusers', 'cv2')"
+    code = f"import sys, library.data.batches.batches; print([m for m in {heavy} if m in sys.modules])"
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from library.data.headers import HEAD_BYTES, plain_size
-from library.data.images import orientation_of
+from library.data.batches.images import orientation_of
+from library.data.sources.image_headers import HEAD_BYTES, plain_size
 
 MODES = {"PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"), "JPEG": ("RGB", "L", "CMYK"), "WEBP": ("RGB", "RGBA")}
 

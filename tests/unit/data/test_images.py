@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from library.data.buckets import Shape
-from library.data.images import (
+from library.data.batches.images import (
     Face,
     Placement,
     apply_gamma,
@@ -25,6 +24,7 @@ from library.data.images import (
     resize,
     turn_hue,
 )
+from library.data.description.buckets import Shape
 from tests.unit.data.builders import write_picture
 
 

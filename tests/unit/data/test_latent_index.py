@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from library.data import latent_index, picture_index
-from library.data.latent_files import Verdict
+from library.data.caching import latent_index
+from library.data.caching.latent_files import Verdict
+from library.data.sources import picture_index
 from tests.unit.data.builders import SIZED_SPEC
 from tests.unit.data.test_cache import (
     cache,

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from library.data import picture_index, scan
-from library.data.dataset import TrainingSet
-from library.data.scan import ScannedSubset
-from library.data.threads import BLOCK, in_blocks
+from library.data.batches.dataset import TrainingSet
+from library.data.batches.threads import BLOCK, in_blocks
+from library.data.sources import picture_index, scan
+from library.data.sources.scan import ScannedSubset
 from tests.unit.data.builders import open_set, write_config, write_folder, write_picture
 
 LONG_AGO = 1_500_000_000
@@ -254,7 +254,7 @@ def test_pictures_that_a_metadata_file_names_are_remembered_too(folder, opened):
 
 @pytest.mark.parametrize("is_slow", [False, True])
 def test_blocks_keep_the_order_and_the_first_mistake(monkeypatch, is_slow):
-    monkeypatch.setattr("library.data.threads.SLOW_READ_S", -1 if is_slow else 60)
+    monkeypatch.setattr("library.data.batches.threads.SLOW_READ_S", -1 if is_slow else 60)
     items = list(range(3 * BLOCK + 7))
     assert in_blocks(lambda block: [2 * n for n in block], items, 4) == [2 * n for n in items]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from library.data.images import read_size
-from library.data.scan import ScannedSubset, collect
-from library.data.schema import NoDataFound, load_dataset_config
+from library.data.batches.images import read_size
+from library.data.description.schema import NoDataFound, load_dataset_config
+from library.data.sources.scan import ScannedSubset, collect
 from tests.unit.data.builders import open_set, options_of, write_config, write_folder, write_picture
 
 
@@ -158,7 +158,7 @@ def test_the_folder_cache_has_the_layout_of_sd_scripts_and_is_used(tmp_path, mon
     assert {path: (entry["caption"], entry["resolution"]) for path, entry in entries.items()} == {
         f"{tmp_path.as_posix()}/pictures/p{i}.png": (f"x {i}", [64, 64]) for i in range(2)
     }
-    monkeypatch.setattr("library.data.scan.read_size", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr("library.data.sources.scan.read_size", lambda path: pytest.fail(f"{path} was opened"))
     assert scan(tmp_path, FOLDER + "cache_info = true").pictures == first.pictures
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from library.data.captions import CaptionRules
-from library.data.schema import NoDataFound, SubsetConfig, load_dataset_config
+from library.data.description.captions import CaptionRules
+from library.data.description.schema import NoDataFound, SubsetConfig, load_dataset_config
 from library.errors import UserError
 from library.options.train import TrainOptions
 from tests.unit.data.builders import options_of, write_config

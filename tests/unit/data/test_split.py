@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.data.dataset import TrainingSet
-from library.data.split import Wish, choose, identity_of
+from library.data.batches.dataset import TrainingSet
+from library.data.description.validation_split import Wish, choose, identity_of
 from tests.unit.data.builders import batches_of, open_set, options_of, write_config, write_folder, write_picture
 
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.interface import TextCacheSpec
-from library.data.captions import CaptionRules, caption_variant
-from library.data.dataset import TrainingSet
-from library.data.text_cache import Encoders, KeptTexts, TextEncoding, cache_texts
-from library.data.text_files import TextFile, stack_rows
+from library.data.batches.dataset import TrainingSet
+from library.data.caching.captions import Encoders, KeptTexts, TextEncoding, cache_texts
+from library.data.caching.text_files import TextFile, stack_rows
+from library.data.description.captions import CaptionRules, caption_variant
 from library.options.text_caching import TextCachingOptions
 from library.processes import ALONE, Processes
+from library.protocols import TextCacheSpec
 from library.types import Conditioning
 from tests.unit.data.builders import batches_of, open_set, options_of, write_folder, write_picture
 from tests.unit.test_processes import Board

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.data.cache import cache_latents
-from library.data.dataset import TrainingSet
+from library.data.batches.dataset import TrainingSet
+from library.data.caching.latents import cache_latents
 from library.options.caching import CachingOptions
 from tests.unit.data.builders import averaging_vae, batches_of, content_of, open_set, write_config, write_folder
 

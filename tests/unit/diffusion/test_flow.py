@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from library.architectures.anima.options import AnimaOptions
-from library.architectures.interface import Objective
 from library.diffusion.flow import IGNORES, FlowMatching, Target, build_flow, build_sampled_flow
-from library.diffusion.flow_levels import shifted_scheme
+from library.diffusion.noise_levels import shifted_scheme
 from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
 from library.options.rules import unused
 from library.options.train import TrainOptions
+from library.protocols import Objective
 from library.types import Noised
 
 B, C, H, W = 6, 16, 10, 7

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from library.checkpoints.weights import Weights
-from library.models.recognise import base_of_file, base_of_folder, refuse_other_file, unet_generation, way_out
+from library.models.identify import base_of_file, base_of_folder, refuse_other_file, unet_generation, way_out
 
 ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 PROJECTION = "model.diffusion_model.input_blocks.1.1.proj_in.weight"

@@ -16,9 +16,9 @@ from library.options.rules import unused
 from library.options.support import DDP, DEEPSPEED, NOT_YET, unsupported
 from library.options.swapping import SwappingOptions
 from library.options.train import TrainOptions
-from library.training import checks
-from library.training.checks import check, check_vae_precision, report_unused
-from library.training.optimizers import build_optimizer
+from library.training.command_line import checks
+from library.training.command_line.checks import check, check_vae_precision, report_unused
+from library.training.optimization.optimizers import build_optimizer
 
 NEEDED = {
     "pretrained_model_name_or_path": "model.safetensors",

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from library.options.toml_files import read_toml
 from library.options.train import TrainOptions
-from library.training.cli import build_parser, normalize, parse
-from library.training.config_file import ConfigFileError, read_config, write_config
+from library.training.command_line.cli import build_parser, normalize, parse
+from library.training.command_line.config_file import ConfigFileError, read_config, write_config
 
 ROOT = Path(__file__).parents[3]
 PARSER = build_parser(TrainOptions)
@@ -284,7 +284,7 @@ def test_file_with_every_default_of_a_front_end_changes_nothing(tmp_path: Path) 
 @pytest.mark.parametrize("script", sorted(path.stem for path in ROOT.glob("*train_network.py")))
 def test_parsing_loads_no_heavy_library(script: str) -> None:
     code = (
-        f"import sys; from {script} import setup_parser; from library.training.cli import parse;"
+        f"import sys; from {script} import setup_parser; from library.training.command_line.cli import parse;"
         "parse(setup_parser(), ['--seed', '1']);"
         "assert not {'torch', 'transformers', 'diffusers', 'accelerate'} & set(sys.modules)"
     )

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from library.options.console import ConsoleOptions
-from library.training.console import level_of
+from library.training.command_line.console import level_of
 
 ROOT = Path(__file__).parents[3]
 CODE = """
 import logging
 from library.options.console import ConsoleOptions
-from library.training.console import setup_logging
+from library.training.command_line.console import setup_logging
 for _ in range(2):
     setup_logging(ConsoleOptions({level!r}, {file!r}, {simple}))
 logger = logging.getLogger("a")

@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 
 from library.options.hub import HubOptions
-from library.training.hub import Uploads, check_repository, fetch_state
+from library.training.saving.hub import Uploads, check_repository, fetch_state
 
 OPTIONS = replace(HubOptions(), huggingface_repo_id="me/cats", huggingface_token="secret")
 

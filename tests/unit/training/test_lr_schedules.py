@@ -11,8 +11,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from library.options.optimizer import OptimizerOptions
 from library.options.schedule import ScheduleOptions
-from library.training.lr_schedules import Schedule, base_rates, build_schedule, follow_rates, steps_of
-from library.training.optimizers import BuiltOptimizer, build_optimizer
+from library.training.optimization.lr_schedules import Schedule, base_rates, build_schedule, follow_rates, steps_of
+from library.training.optimization.optimizers import BuiltOptimizer, build_optimizer
 
 RATES = (0.02, 0.004)
 T = 40

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from library.errors import UserError
-from library.training.main import OUR_FAULT, report_error
+from library.training.command_line.main import OUR_FAULT, report_error
 
 
 def shown(caplog: pytest.LogCaptureFixture, error: Exception) -> list[logging.LogRecord]:

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from library.diffusion.flow import build_flow
-from library.diffusion.flow_levels import LevelSampler
+from library.diffusion.noise_levels import LevelSampler
 from library.diffusion.objective import build_ddpm
 from library.options.noise import NoiseOptions
 from library.randomness import generator_for
-from library.training.measuring import Difference, corrupt_each, noise_levels, paired_difference
-from library.training.validation import Timetable
+from library.training.evaluation.validation import Timetable
+from library.training.evaluation.validation_loss import Difference, corrupt_each, noise_levels, paired_difference
 from tests.unit.data.builders import options_of
 
 

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from library.training.out_of_memory import OutOfMemoryError, Sizes, bytes_of, explained, is_out_of_memory, savings
+from library.training.faults.out_of_memory import (
+    OutOfMemoryError,
+    Sizes,
+    bytes_of,
+    explained,
+    is_out_of_memory,
+    savings,
+)
 from tests.unit.training.test_checks import made
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from library.options.run import RunOptions
-from library.training.plan import Plan
+from library.training.run.plan import Plan
 
 
 def plan(num_batches: int, accumulation: int = 1, **run: int) -> Plan:

@@ -16,10 +16,18 @@ from torch import nn
 from library.architectures.sd.assembly import build
 from library.options.preview import PreviewOptions
 from library.options.saving import SavingOptions
-from library.training.evaluation import evaluating
-from library.training.interruption import Interrupted, Interruption
-from library.training.pictures import Drawn, parameters_of, picture_path, write_grid, write_picture
-from library.training.preview import Previews, Timetable, decode, draw_latents, encode_prompts, texts_of, wanted_prompts
+from library.training.evaluation.eval_mode import evaluating
+from library.training.evaluation.pictures import Drawn, parameters_of, picture_path, write_grid, write_picture
+from library.training.evaluation.preview import (
+    Previews,
+    Timetable,
+    decode,
+    draw_latents,
+    encode_prompts,
+    texts_of,
+    wanted_prompts,
+)
+from library.training.faults.interruption import Interrupted, Interruption
 from library.types import Prompt
 from tests.parity.test_preview import prompt_of
 from tests.parity.test_step_loss import options_for
@@ -157,7 +165,7 @@ def test_whatever_fails_is_logged(
         raise error
 
     previews, _ = previews_of(run, SMALL)
-    monkeypatch.setattr("library.training.preview.place", fail)
+    monkeypatch.setattr("library.training.evaluation.preview.place", fail)
     with caplog.at_level(logging.ERROR):
         previews.after_step(2, 1, Interruption())
     assert str(error) in caplog.text and "training goes on" in caplog.text
@@ -170,7 +178,7 @@ def test_the_wish_to_stop_is_passed_on(run: Any, monkeypatch: pytest.MonkeyPatch
         raise error
 
     previews, _ = previews_of(run, SMALL)
-    monkeypatch.setattr("library.training.preview.decode", stop)
+    monkeypatch.setattr("library.training.evaluation.preview.decode", stop)
     with pytest.raises(type(error)):
         previews.after_step(2, 1, Interruption())
 

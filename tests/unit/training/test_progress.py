@@ -2,7 +2,7 @@
 
 import pytest
 
-from library.training.progress import LossAverage
+from library.training.reporting.progress import LossAverage
 
 
 def test_each_place_of_an_epoch_counts_with_its_last_loss() -> None:

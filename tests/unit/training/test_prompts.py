@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from library.architectures.interface import PromptDefaults
-from library.training.prompts import LINE_OPTIONS, Wish, parse_line, read_prompts, settle
+from library.protocols import PromptDefaults
+from library.training.evaluation.prompts import LINE_OPTIONS, Wish, parse_line, read_prompts, settle
 
 SD = PromptDefaults(num_steps=30, width=512, height=512, scale=7.5, size_step=8, sampler="ddim")
 FLOW = PromptDefaults(num_steps=20, width=512, height=512, scale=1.0, size_step=16, guidance_scale=3.5, flow_shift=3.0)

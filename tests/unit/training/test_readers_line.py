@@ -10,8 +10,8 @@ import torch
 from library.checkpoints.files import save_safetensors
 from library.options.hub import HubOptions
 from library.options.train import TrainOptions
-from library.training.hub import Uploads
-from library.training.saving import Names, Schedule, Writer, readers_line
+from library.training.saving.checkpoints import Names, Schedule, Writer, readers_line
+from library.training.saving.hub import Uploads
 from networks.core.protocol import AdoptedNetwork
 
 NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -61,7 +61,7 @@ def test_the_line_is_logged_once_a_run(tmp_path: Path, caplog: pytest.LogCapture
         write_state=lambda folder, step, epoch, done: None,
         uploads=Uploads(HubOptions()),
     )
-    with caplog.at_level(logging.INFO, logger="library.training.saving"):
+    with caplog.at_level(logging.INFO, logger="library.training.saving.checkpoints"):
         writer.write(tmp_path / "one.safetensors", 1, 1)
         writer.write(tmp_path / "two.safetensors", 2, 1)
     lines = [record.getMessage() for record in caplog.records if "keys" in record.getMessage()]

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from library.training.progress import LossAverage
-from library.training.report import announce, rate_values
+from library.training.reporting.progress import LossAverage
+from library.training.reporting.report import announce, rate_values
 
 
 def test_average_keeps_the_last_loss_of_each_place_of_an_epoch() -> None:

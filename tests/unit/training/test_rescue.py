@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.options.hub import HubOptions
 from library.options.train import TrainOptions
-from library.training import rescue, saving
-from library.training.hub import Uploads
-from library.training.progress import Progress
-from library.training.rescue import NotWrittenError, places, write_somewhere
-from library.training.saving import Names, SavedElsewhere, Schedule, Writer
+from library.training.reporting.progress import Progress
+from library.training.saving import checkpoints, rescue
+from library.training.saving.checkpoints import Names, SavedElsewhere, Schedule, Writer
+from library.training.saving.hub import Uploads
+from library.training.saving.rescue import NotWrittenError, places, write_somewhere
 from networks.core.protocol import AdoptedNetwork
 
 
@@ -167,7 +167,7 @@ def test_a_drive_that_reports_nothing_is_tried(output: Path, monkeypatch: pytest
 
 
 def test_the_run_does_not_start_where_its_file_does_not_fit(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "free_bytes", lambda folder: 15)
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: 15)
     with pytest.raises(ValueError, match=r"--output_dir .*: 0\.0 MB are free on its disk, and the adapter takes"):
         writer_to(output, Network()).check_space()
 
@@ -175,7 +175,7 @@ def test_the_run_does_not_start_where_its_file_does_not_fit(output: Path, monkey
 def test_a_run_whose_files_do_not_all_fit_starts_with_a_warning(
     output: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(saving, "free_bytes", lambda folder: 16 * 3)
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: 16 * 3)
     writer_to(output, Network(), max_train_steps=2).check_space()
     assert not caplog.records
     writer_to(output, Network(), max_train_steps=90).check_space()  # three at a time, and the last one

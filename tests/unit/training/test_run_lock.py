@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from library.options.train import TrainOptions
-from library.training.run_lock import lock_path, run_lock
+from library.training.command_line.run_lock import lock_path, run_lock
 from tests.running import ROOT
 from tests.unit.data.builders import options_of
 
 HOLD = """
 import os, sys, time
 from tests.unit.data.builders import options_of
-from library.training.run_lock import run_lock
+from library.training.command_line.run_lock import run_lock
 with run_lock(options_of("", "--output_dir", sys.argv[1], "--output_name", "mine")):
     if sys.argv[2] == "fork" and os.fork() == 0:
         os.close(1)
@@ -92,7 +92,7 @@ def test_the_lock_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_a_run_that_ends_in_between_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its file is gone when the lock on it is had: another run could take a new one of that name."""
-    from library.training import run_lock as module
+    from library.training.command_line import run_lock as module
 
     locked: list[bool] = []
 
@@ -122,7 +122,7 @@ def test_a_file_system_without_locks_is_warned_of(
 ) -> None:
     import errno
 
-    from library.training import run_lock as module
+    from library.training.command_line import run_lock as module
 
     def lock(file: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from library.options.saving import SavingOptions
-from library.training.saving import Names, Schedule, save_dtype
+from library.training.saving.checkpoints import Names, Schedule, save_dtype
 
 
 def schedule(num_epochs: int = 10, **saving: int) -> Schedule:

@@ -9,7 +9,7 @@ from torch import nn
 
 from library.options.train import TrainOptions
 from library.processes import Processes
-from library.training.setup import allow_fp16_gradients, choose_seed, group_names, identity_of, trains_text_encoders
+from library.training.run.setup import allow_fp16_gradients, choose_seed, group_names, identity_of, trains_text_encoders
 
 
 def options_of(**values: Any) -> TrainOptions:

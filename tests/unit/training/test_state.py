@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.nested import put_together, take_apart
-from library.data.identity import content_digests
+from library.checkpoints.tree_json import put_together, take_apart
+from library.data.description.dataset_digest import content_digests
 from library.options.run import RunOptions
 from library.options.saving import SavingOptions
 from library.options.state import StateOptions
 from library.options.train import TrainOptions
 from library.processes import ALONE, Processes
-from library.training.plan import Plan
-from library.training.progress import Part
-from library.training.resume import (
+from library.training.reporting.progress import Part
+from library.training.run.plan import Plan
+from library.training.saving.resume import (
     AlreadyComplete,
     find_state,
     recorded_options,
@@ -31,7 +31,7 @@ from library.training.resume import (
     starting_step,
     with_rates_of_state,
 )
-from library.training.state import Facts, OptimizerKeeper, read_facts, restore, save_state
+from library.training.saving.state import Facts, OptimizerKeeper, read_facts, restore, save_state
 from tests.unit.test_processes import Board
 
 DATASET = {"num_pictures": 6, "num_batches": 3, "pictures": "a", "captions": "b", "settings": "c"}

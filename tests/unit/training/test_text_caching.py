@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from library.architectures.interface import TextCacheSpec
 from library.options.text_caching import TextCachingOptions
 from library.processes import Processes
-from library.training.text_caching import RunText, prepare_text
+from library.protocols import TextCacheSpec
+from library.training.run.text_caching import RunText, prepare_text
 from library.types import Conditioning
 from tests.unit.data.builders import batches_of, open_set, options_of, write_folder
 

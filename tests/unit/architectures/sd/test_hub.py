@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from library.checkpoints.sources import find_model
+from library.checkpoints.model_lookup import find_model
 
 
 class Hub:
@@ -96,7 +96,7 @@ def test_a_hub_that_never_answers_is_given_up_in_seconds(tmp_path):
     import sys
 
     code = (
-        "from library.checkpoints.sources import find_model\n"
+        "from library.checkpoints.model_lookup import find_model\n"
         "try: find_model('--vae', 'someone/never', (('',),))\n"
         "except ValueError as error: print(error)"
     )

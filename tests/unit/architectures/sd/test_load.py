@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from library.architectures.interface import Architecture
+from library.protocols import Architecture
 from library.types import Noised
 from tests.tiny.sd import build_tiny_sd
 from tests.tolerances import FLOAT32_DEEP

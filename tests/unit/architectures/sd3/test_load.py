@@ -15,7 +15,7 @@ from library.architectures.sd3.load import DENOISER_PREFIX, TEXT_PREFIXES, Sd3Lo
 from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.view import view
 from library.options.rules import check_ranges
-from library.training.checks import report_unused
+from library.training.command_line.checks import report_unused
 from tests.tiny.sd3 import CONFIGS, build_tiny_sd3
 
 

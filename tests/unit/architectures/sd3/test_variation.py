@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from library.architectures.sd3.variation import Variation
+from library.architectures.sd3.conditioning_dropout import Variation
 from library.types import Conditioning
 
 L, G, T5 = 3, 5, 7

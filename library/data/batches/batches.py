@@ -1,0 +1,337 @@
+"""One batch: a function of the seed, the epoch and its draws. This part runs in loader workers.
+
+Shapes: B samples, C channels, H height, W width.
+"""
+
+import signal
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from library.data.batches.images import (
+    DamagedPicture,
+    Pixels,
+    Placement,
+    centred,
+    change_colour,
+    cropped_at_face,
+    cropped_at_random,
+    face_of,
+    place,
+    read_pixels,
+)
+from library.data.caching.latent_files import LatentFile, Latents
+from library.data.caching.text_files import Row, TextFile, stack_rows
+from library.data.description.buckets import crop_ltrb
+from library.data.description.captions import caption_variant, compose_caption, is_dropped
+from library.data.description.schema import SubsetConfig
+from library.data.sources.samples import Sample
+from library.errors import UserError
+from library.randomness import random_for
+from library.types import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOrder:
+    """What a worker is asked for."""
+
+    epoch: int
+    step: int  # optimizer step, for the warm-up of tags
+    draws: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A batch as a worker hands it over; what is kept in memory is added by `finish_batch`."""
+
+    batch: Batch
+    samples: list[int]
+    flips: list[bool]
+    latents: list[Tensor | None]  # CHW each
+    masks: list[Tensor | None]  # HW each, 0..1
+    texts: list[Row | None]
+    skipped: list[str] = field(default_factory=list)  # what is said of damaged pictures that others stand in for
+
+
+class Taken(NamedTuple):
+    """What a draw gives: pixels or latents, the latter None for those in memory."""
+
+    number: int  # of the sample
+    is_flipped: bool
+    picture: Pixels | None
+    latent: Tensor | None  # CHW
+    mask: Tensor | None  # HW
+
+
+@dataclass
+class Orders(Sampler[BatchOrder]):
+    """The orders of one epoch, in turn. The loader keeps this object, so that workers can live longer than an epoch."""
+
+    orders: list[BatchOrder] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[BatchOrder]:
+        return iter(self.orders)
+
+    def __len__(self) -> int:
+        return len(self.orders)
+
+
+@dataclass(frozen=True)
+class BatchMaker(Dataset[Draft | str]):
+    """Everything that a worker needs, in plain values that travel to any kind of process."""
+
+    seed: int
+    samples: tuple[Sample, ...]
+    sample_of_draw: NDArray[np.int32]
+    subsets: tuple[SubsetConfig, ...]
+    prior_loss_weight: float
+    max_train_steps: int
+    files: Mapping[int, LatentFile]  # latents on disk, by sample
+    in_memory: frozenset[int]  # samples whose latents the main process keeps
+    num_variants: int = 0  # versions that a caption is drawn from; 0 makes it anew for every draw
+    text_files: Mapping[int, TextFile] = field(default_factory=dict)  # text features on disk, by sample
+    damaged: frozenset[int] = frozenset()  # samples found so while caching
+
+    def __getitem__(self, order: BatchOrder) -> Draft | str:
+        """The batch, or the sentence of what is wrong with a picture: exceptions lose theirs between processes."""
+        try:
+            return self.draft(order)
+        except ValueError as error:
+            return str(error)
+
+    def draft(self, order: BatchOrder) -> Draft:
+        """Read, crop and mirror the pictures of an order, or read their latents."""
+        skipped: list[str] = []
+        taken = [self.taken_or_stand_in(order.epoch, draw, skipped) for draw in order.draws]
+        numbers, flips = [one.number for one in taken], [one.is_flipped for one in taken]
+        samples = [self.samples[number] for number in numbers]
+        subsets = [self.subsets[sample.subset] for sample in samples]
+        pixels = [one.picture for one in taken if one.picture is not None]
+        latents = [one.latent for one in taken if one.picture is None]
+        if latents and pixels:
+            raise UserError(f"only some latents are cached of {', '.join(sample.picture.path for sample in samples)}")
+        captions = [self.caption(s, order, draw) for s, draw in zip(samples, order.draws, strict=True)]
+        batch = Batch(
+            keys=[sample.picture.path for sample in samples],
+            captions=captions,
+            pixels_BCHW=torch.stack([to_pixels(picture) for picture in pixels]) if pixels else None,
+            latents_BCHW=None,
+            conditioning=None,
+            loss_weights_B=torch.tensor([self.prior_loss_weight if subset.is_reg else 1.0 for subset in subsets]),
+            masks_B1HW=None,
+            sizes_B6=torch.tensor([sizes_of(s, f) for s, f in zip(samples, flips, strict=True)], dtype=torch.float32),
+            attributes=[subset.custom_attributes for subset in subsets],
+            crops_B2=torch.tensor(
+                [
+                    corner_of(self.placement(sample, order.epoch, draw, is_flipped))
+                    for sample, draw, is_flipped in zip(samples, order.draws, flips, strict=True)
+                ],
+                dtype=torch.float32,
+            ),
+        )
+        texts = [
+            self.text_files[number].read(caption) if caption and number in self.text_files else None
+            for number, caption in zip(numbers, captions, strict=True)
+        ]
+        return Draft(batch, numbers, flips, latents, [one.mask for one in taken], texts, skipped)
+
+    def taken_or_stand_in(self, epoch: int, draw: int, skipped: list[str]) -> Taken:
+        """What a draw gives; for a damaged picture, which is told in `skipped`, what another one in its place gives."""
+        number, broken = int(self.sample_of_draw[draw]), set(self.damaged)
+        if number in broken:
+            number = self.stand_in(number, broken)
+        while True:
+            try:
+                return self.taken(number, epoch, draw)
+            except DamagedPicture as error:
+                broken.add(number)
+                number = self.stand_in(number, broken, str(error))
+                skipped.append(str(error))
+
+    def taken(self, number: int, epoch: int, draw: int) -> Taken:
+        """What a draw of this sample gives. Raises DamagedPicture."""
+        subset = self.subsets[self.samples[number].subset]
+        is_flipped = subset.flip_aug and random_for(self.seed, "flip", epoch, draw).random() < 0.5
+        if number in self.in_memory or number in self.files:
+            return Taken(number, is_flipped, None, *self.cached(number, is_flipped))
+        picture, mask = self.drawn(number, epoch, draw, is_flipped)
+        return Taken(number, is_flipped, picture, None, mask)
+
+    def stand_in(self, number: int, broken: Container[int], reason: str = "") -> int:
+        """The sample that is drawn in place of a damaged one: the next of its bucket, of its own subset if it has one.
+
+        So every batch keeps its size and the run its length. Raises UserError where no other is left.
+        """
+        damaged = self.samples[number]
+        is_reg = self.subsets[damaged.subset].is_reg
+        alike: list[int] = [
+            other
+            for other in (*range(number + 1, len(self.samples)), *range(number))
+            if other not in broken
+            and self.samples[other].num_draws
+            and self.samples[other].dataset == damaged.dataset
+            and self.samples[other].shape.bucket == damaged.shape.bucket
+            and self.subsets[self.samples[other].subset].is_reg == is_reg
+        ]
+        if not alike:
+            raise UserError(
+                f"{reason or f'{damaged.picture.path} is damaged'}; no other picture of its size can stand in for it: "
+                "mend it or take it out"
+            )
+        return next((other for other in alike if self.samples[other].subset == damaged.subset), alike[0])
+
+    def caption(self, sample: Sample, order: BatchOrder, draw: int) -> str:
+        """The prompt of one draw."""
+        rules, text = self.subsets[sample.subset].captions, sample.picture.caption
+        rng = random_for(self.seed, "caption", order.epoch, draw)
+        if not self.num_variants:
+            return compose_caption(text, rules, rng, order.epoch, order.step, self.max_train_steps)
+        if is_dropped(rules, rng, order.epoch):
+            return ""
+        return caption_variant(sample.picture.path, text, rules, rng.randrange(self.num_variants))
+
+    def drawn(self, number: int, epoch: int, draw: int, is_flipped: bool) -> tuple[Pixels, Tensor | None]:
+        """(RGB, mask) of one draw of a picture."""
+        sample = self.samples[number]
+        subset = self.subsets[sample.subset]
+        rgb, alpha = read_pixels(sample.picture.path)
+        check_size(sample, rgb)
+        placement = self.placement(sample, epoch, draw, is_flipped)
+        picture = place(rgb, placement, subset.resize_interpolation)
+        if subset.color_aug:
+            picture = change_colour(picture, random_for(self.seed, "colour", epoch, draw))
+        if sample.picture.mask_path is not None:
+            return picture, file_mask(sample, placement, subset.resize_interpolation)
+        if subset.alpha_mask and alpha is not None:
+            return picture, to_mask(place(alpha, placement, subset.resize_interpolation))
+        return picture, None
+
+    def placement(self, sample: Sample, epoch: int, draw: int, is_flipped: bool) -> Placement:
+        """Where this draw is cut from."""
+        subset = self.subsets[sample.subset]
+        face = face_of(sample.picture.path) if subset.face_crop_aug_range else None
+        if face is not None and subset.face_crop_aug_range is not None:
+            rng = random_for(self.seed, "crop", epoch, draw)
+            zoom, target = subset.face_crop_aug_range, sample.shape.bucket
+            return cropped_at_face(sample.picture.size, target, face, zoom, subset.random_crop, rng, is_flipped)
+        if subset.random_crop:
+            return cropped_at_random(sample.shape, random_for(self.seed, "crop", epoch, draw), is_flipped)
+        return centred(sample.shape, is_flipped)
+
+    def cached(self, number: int, is_flipped: bool) -> tuple[Tensor | None, Tensor | None]:
+        """(latents, mask) of one draw; latents in memory are None here."""
+        sample = self.samples[number]
+        subset = self.subsets[sample.subset]
+        latent = mask = None
+        if number in self.files:
+            stored = self.files[number].read(subset.flip_aug, subset.alpha_mask)
+            latent, mask = pick(stored, is_flipped)
+        if sample.picture.mask_path is not None:
+            mask = file_mask(sample, centred(sample.shape, is_flipped), subset.resize_interpolation)
+        return latent, mask
+
+
+def pick(stored: Latents, is_flipped: bool) -> tuple[Tensor, Tensor | None]:
+    """(latents, mask) as drawn: the mirrored encoding and the mirrored mask, or the plain ones."""
+    mask = None if stored.alpha_HW is None else stored.alpha_HW.float() / 255
+    if not is_flipped:
+        return stored.latents_CHW, mask
+    assert stored.flipped_CHW is not None
+    return stored.flipped_CHW, None if mask is None else mask.flip(-1)
+
+
+def finish_batch(
+    draft: Draft, memory: Mapping[int, Latents], texts: Mapping[str, Row], text_padding: Mapping[str, float]
+) -> Batch:
+    """Add what is kept in memory; masks become ones where another sample of the batch has one.
+
+    Where text features are cached, every caption that no file was read for is one of `texts`.
+    """
+    latents, masks = list(draft.latents), list(draft.masks)
+    for place_, (number, is_flipped) in enumerate(zip(draft.samples, draft.flips, strict=True)):
+        if number in memory:
+            latents[place_], mask = pick(memory[number], is_flipped)
+            masks[place_] = masks[place_] if masks[place_] is not None else mask
+    present = [latent for latent in latents if latent is not None]
+    rows = (
+        [texts[c] if row is None else row for c, row in zip(draft.batch.captions, draft.texts, strict=True)]
+        if texts
+        else []
+    )
+    return replace(
+        draft.batch,
+        latents_BCHW=torch.stack(present) if present else None,
+        conditioning=stack_rows(rows, text_padding) if rows else None,
+        masks_B1HW=stack_masks(masks),
+    )
+
+
+def stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
+    """(B, 1, H, W), ones for samples without a mask; None where none has one."""
+    shape = next((mask.shape for mask in masks if mask is not None), None)
+    if shape is None:
+        return None
+    return torch.stack([torch.ones(shape) if mask is None else mask for mask in masks])[:, None]
+
+
+def sizes_of(sample: Sample, is_flipped: bool) -> tuple[float, ...]:
+    """Original height and width, crop top and left, target height and width."""
+    width, height = sample.picture.size
+    target_width, target_height = sample.shape.bucket
+    left, top, right, _ = crop_ltrb(sample.shape.bucket, sample.picture.size)
+    return height, width, top, target_width - right if is_flipped else left, target_height, target_width
+
+
+def corner_of(placement: Placement) -> tuple[int, int]:
+    """Top and left of what is cut from the resized picture; of a mirrored one in the mirrored picture."""
+    if not placement.is_flipped:
+        return placement.top, placement.left
+    return placement.top, placement.resized[0] - placement.target[0] - placement.left
+
+
+def check_size(sample: Sample, rgb: Pixels) -> None:
+    """Raise UserError for a picture that is not the size it was when the run started."""
+    size = (rgb.shape[1], rgb.shape[0])
+    if size != sample.picture.size:
+        raise UserError(
+            f"{sample.picture.path} is {size[0]}x{size[1]}, but was {sample.picture.size} at the start; start again"
+        )
+
+
+def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -> Tensor:
+    """The mask file's red channel, placed like its picture; one of another size is stretched to the target."""
+    assert sample.picture.mask_path is not None
+    red = np.ascontiguousarray(read_pixels(sample.picture.mask_path)[0][..., 0])
+    if (red.shape[1], red.shape[0]) != sample.picture.size:
+        placement = Placement(placement.target, 0, 0, placement.target, placement.is_flipped)
+    return to_mask(place(red, placement, interpolation))
+
+
+def to_mask(values: Pixels) -> Tensor:
+    """0..255 as float32 0..1."""
+    return torch.from_numpy(values).float() / 255
+
+
+def to_pixels(rgb: Pixels) -> Tensor:
+    """HWC 0..255 as float32 CHW -1..1."""
+    return torch.from_numpy(rgb).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def start_worker(_: int) -> None:
+    """The main process answers interruptions; a worker ends when it is told to or its parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    import cv2
+
+    cv2.setNumThreads(0)
+
+
+def hand_over(draft: Draft | str) -> Draft | str:
+    """Workers hand over what they made, unchanged."""
+    return draft

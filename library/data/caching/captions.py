@@ -1,0 +1,317 @@
+"""Captions that are encoded once: kept in memory (--cache_text_encoder_outputs) or beside the pictures (…_to_disk).
+
+What a draw may show is a fixed set of captions: the versions of its picture's caption (`captions.caption_variant`) and
+the empty prompt. All of them are encoded before training, so shuffling, wildcards and dropout go on.
+"""
+
+import logging
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from library.checkpoints.files import load_state_dict, save_safetensors
+from library.data.batches.dataset import TrainingSet
+from library.data.caching.npz_errors import MISSING
+from library.data.caching.text_files import Identity, Row, TextFile, Verdict, judge, text_path, write_texts
+from library.data.sources.scan import few
+from library.errors import UserError
+from library.launcher import launched_rank
+from library.processes import ALONE, Processes
+from library.protocols import TextCacheSpec
+from library.types import Conditioning
+
+logger = logging.getLogger(__name__)
+
+MAX_REPEATED = 64  # captions of several files, such as class tokens, that are kept while files are written
+
+Encode = Callable[[Sequence[str]], Conditioning]
+"""Captions to their conditioning, first axis B, without gradient."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The captions of one file."""
+
+    file: TextFile
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Text encoders in memory. Prompts of previews may be read in another way than captions."""
+
+    captions: Encode
+    prompts: Encode
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """How captions become rows."""
+
+    spec: TextCacheSpec
+    open_encoders: Callable[[], Encoders]  # loads them; called once, and only if something is to be encoded
+    dtype: str  # that the encoders run in
+
+    def identity(self) -> Identity:
+        """All that decides what a caption becomes."""
+        told = blake2b(f"{self.spec.identity()} {self.dtype} {self.spec.keys}".encode(), digest_size=16)
+        for name, tensor in sorted(self.spec.constants.items()):
+            told.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.tolist()}".encode())
+        return Identity(told.hexdigest(), digest_of_words(self.spec.tokenizers))
+
+
+def digest_of_words(tokenizers: Sequence[Any]) -> str:
+    """A digest of which ids tokenizers have for which words."""
+    told = blake2b(digest_size=16)
+    for tokenizer in tokenizers:
+        told.update(repr(sorted(tokenizer.get_vocab().items())).encode())
+    return told.hexdigest()
+
+
+@dataclass(frozen=True)
+class KeptTexts:
+    """Text features that stay in memory, by text."""
+
+    captions: Mapping[str, Row]
+    prompts: Mapping[str, Row]
+
+
+def cache_texts(
+    training_set: TrainingSet,
+    encoding: TextEncoding,
+    prompts: Sequence[str],
+    skips_check: bool,
+    processes: Processes = ALONE,
+) -> KeptTexts:
+    """Encode what is not cached yet and let the training set draw text features; gives those kept in memory.
+
+    `prompts` are those of previews, which only the main process has. Several processes share the captions out, and pass
+    those that are to stay in memory on in a temporary folder. Files that are not true any more are made again, and only
+    their new captions are encoded. Raises UserError naming a caption that becomes NaN, or a folder that cannot be
+    written.
+    """
+    spec = encoding.spec
+    open_encoders = cache(encoding.open_encoders)
+    if spec.options.cache_text_encoder_outputs_to_disk:
+        jobs, files = plan_jobs(training_set, spec)
+        empty = shared_job(training_set, spec, "empty_prompt", [""])
+        shown = shared_job(training_set, spec, "preview_prompts", prompts)
+        identity = cache(encoding.identity)
+        threads = training_set.num_workers
+        write_missing([empty, *jobs], lambda: open_encoders().captions, spec, identity, skips_check, threads, processes)
+        if prompts:
+            write_missing([shown], lambda: open_encoders().prompts, spec, identity, skips_check, threads, ALONE)
+        kept = KeptTexts({"": empty.file.read("")}, {text: shown.file.read(text) for text in prompts})
+        training_set.use_texts(files, kept.captions, spec.padding)
+        return kept
+    texts = list(dict.fromkeys(["", *(text for texts in training_set.caption_texts() for text in texts)]))
+    logger.info("caching text encoder outputs of %d captions in memory", len(texts) + len(prompts))
+    share = texts[processes.local_rank :: processes.local_count]
+    with progress_bar(len(share) + len(prompts)) as bar:
+        rows = encode_rows(share, lambda: open_encoders().captions, spec, bar)
+        prompt_rows = encode_rows(prompts, lambda: open_encoders().prompts, spec, bar)
+    kept = KeptTexts(passed_on(rows, texts, processes), prompt_rows)
+    logger.info("they take %.2f GB", sum(map(row_bytes, (*kept.captions.values(), *kept.prompts.values()))) / 1e9)
+    training_set.use_texts({}, kept.captions, spec.padding)
+    return kept
+
+
+def passed_on(rows: Mapping[str, Row], texts: Sequence[str], processes: Processes) -> Mapping[str, Row]:
+    """The rows of all `texts`: each process of this machine writes its own for the others."""
+    if processes.count == 1:
+        return rows
+    folder = Path(processes.shared_folder("texts"))
+    numbers = {text: number for number, text in enumerate(texts)}
+    own = {f"{numbers[text]}/{name}": tensor for text, row in rows.items() for name, tensor in row.items()}
+    save_safetensors(folder / f"{processes.local_rank}.safetensors", own)
+    processes.wait_for_all("caching text encoder outputs")
+    found: dict[str, dict[str, Tensor]] = {}
+    for rank in range(processes.local_count):
+        for key, tensor in load_state_dict(folder / f"{rank}.safetensors").items():
+            number, _, name = key.partition("/")
+            found.setdefault(texts[int(number)], {})[name] = tensor
+    return dict(found)
+
+
+def progress_bar(count: int) -> Any:
+    """The bar of the main process."""
+    return tqdm(total=count, desc="caching text encoder outputs", smoothing=0, disable=launched_rank() != 0)
+
+
+def plan_jobs(training_set: TrainingSet, spec: TextCacheSpec) -> tuple[list[Job], dict[int, TextFile]]:
+    """(what each file is to hold, the file of each sample).
+
+    Samples that share a picture, or pictures that differ only in their endings, share a file: it holds the captions of
+    all of them.
+    """
+    texts_of: dict[str, dict[str, None]] = defaultdict(dict)
+    files: dict[int, TextFile] = {}
+    for number, texts in enumerate(training_set.caption_texts()):
+        wanted = [text for text in texts if text]
+        if wanted:
+            path = text_path(os.path.abspath(training_set.samples[number].picture.path), spec.suffix)
+            files[number] = TextFile(path, spec.keys)
+            texts_of[path].update(dict.fromkeys(wanted))
+    return [Job(TextFile(path, spec.keys), tuple(texts)) for path, texts in texts_of.items()], files
+
+
+def shared_job(training_set: TrainingSet, spec: TextCacheSpec, name: str, texts: Sequence[str]) -> Job:
+    """What no picture has, in a hidden file in the first folder of pictures."""
+    first = min(os.path.dirname(os.path.abspath(sample.picture.path)) for sample in training_set.samples)
+    return Job(TextFile(os.path.join(first, f".{name}{spec.suffix}"), spec.keys), tuple(texts))
+
+
+# What is true on disk
+
+
+def write_missing(
+    jobs: Sequence[Job],
+    encode: Callable[[], Encode],
+    spec: TextCacheSpec,
+    identity: Callable[[], Identity],
+    skips_check: bool,
+    num_threads: int,
+    processes: Processes,
+) -> None:
+    """Bring every file up to date, each process its share of them."""
+
+    def missing_ones(candidates: Sequence[Job], when: str) -> list[tuple[Job, Verdict]]:
+        verdicts = check_files(candidates, identity, skips_check, num_threads)
+        processes.wait_for_all(f"checking text encoder outputs{when}")  # so that all share out the same list
+        return [(job, verdict) for job, verdict in zip(candidates, verdicts, strict=True) if verdict.fault is not None]
+
+    def write_share(share: Sequence[tuple[Job, Verdict]], when: str) -> None:
+        count = sum(len(job.texts) - len(verdict.texts) for job, verdict in share)
+        if share:
+            logger.info("caching text encoder outputs of %d captions on disk", count)
+            write_files(share, count, encode, spec, identity)
+        processes.wait_for_all(f"caching text encoder outputs{when}")
+
+    missing = missing_ones(jobs, "")
+    write_share(missing[processes.rank :: processes.count], "")
+    if processes.num_machines > 1:  # what another machine wrote on a disk of its own is missing here
+        missing = missing_ones([job for job, _ in missing], " again")
+        write_share(missing[processes.local_rank :: processes.local_count], " again")
+
+
+def write_files(
+    missing: Sequence[tuple[Job, Verdict]],
+    count: int,
+    encode: Callable[[], Encode],
+    spec: TextCacheSpec,
+    identity: Callable[[], Identity],
+) -> None:
+    """Encode the `count` captions that files lack, and write the files."""
+    uses = Counter(text for job, verdict in missing for text in job.texts if text not in verdict.texts)
+    rows: dict[str, Row] = {}
+    with progress_bar(count) as bar:
+        for group in grouped(missing, spec.options.text_encoder_batch_size or 1):
+            needed = [text for job, verdict in group for text in job.texts if text not in verdict.texts]
+            new = [text for text in dict.fromkeys(needed) if text not in rows]
+            rows.update(encode_rows(new, encode, spec, bar))
+            bar.update(len(needed) - len(new))
+            for job, verdict in group:
+                kept = {text: job.file.read(text) if text in verdict.texts else rows[text] for text in job.texts}
+                write_texts(job.file.path, kept, spec.keys, spec.constants, identity())
+            rows = dict(islice(((text, row) for text, row in rows.items() if uses[text] > 1), MAX_REPEATED))
+
+
+def check_files(
+    jobs: Sequence[Job], identity: Callable[[], Identity], skips_check: bool, num_threads: int
+) -> list[Verdict]:
+    """What of each job lies on disk, and a line in the log about it."""
+
+    def look(job: Job) -> Verdict:
+        if not os.path.exists(job.file.path):
+            return Verdict(frozenset(), MISSING)
+        if skips_check:
+            return Verdict(frozenset(job.texts))
+        return judge(job.file, job.texts, identity())
+
+    if not skips_check and any(os.path.exists(job.file.path) for job in jobs):
+        identity()  # once, before the threads ask for it
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
+        checks = tqdm(pool.map(look, jobs), desc="checking text cache", total=len(jobs), leave=False, smoothing=0)
+        verdicts = list(checks)
+    report_check(jobs, verdicts, skips_check)
+    return verdicts
+
+
+def report_check(jobs: Sequence[Job], verdicts: Sequence[Verdict], skips_check: bool) -> None:
+    """One line that says what is used, what is missing, what is made again and why."""
+    faults: dict[str, list[str]] = defaultdict(list)
+    for job, verdict in zip(jobs, verdicts, strict=True):
+        if verdict.fault is not None:
+            faults[verdict.fault].append(job.file.path)
+    missing = faults.pop(MISSING, [])
+    num_stale = sum(len(paths) for paths in faults.values())
+    reasons = "; ".join(f"{len(paths)} {reason}: {few(paths, 2)}" for reason, paths in faults.items())
+    logger.log(
+        logging.WARNING if num_stale else logging.INFO,
+        "text cache: %d files are used%s, %d are missing, %d are made again%s",
+        len(jobs) - len(missing) - num_stale,
+        " unchecked (--skip_cache_check)" if skips_check else "",
+        len(missing),
+        num_stale,
+        f" ({reasons})" if reasons else "",
+    )
+
+
+# Encoding
+
+
+def grouped(missing: Sequence[tuple[Job, Verdict]], batch_size: int) -> Iterator[list[tuple[Job, Verdict]]]:
+    """Neighbouring files that together have a batch of captions to encode."""
+    group: list[tuple[Job, Verdict]] = []
+    count = 0
+    for job, verdict in missing:
+        group.append((job, verdict))
+        count += len(job.texts) - len(verdict.texts)
+        if count >= batch_size:
+            yield group
+            group, count = [], 0
+    if group:
+        yield group
+
+
+def encode_rows(texts: Sequence[str], encode: Callable[[], Encode], spec: TextCacheSpec, bar: Any) -> dict[str, Row]:
+    """The features of captions, on the CPU, --text_encoder_batch_size of them at a time."""
+    rows: dict[str, Row] = {}
+    count = spec.options.text_encoder_batch_size or 1
+    for first in range(0, len(texts), count):
+        batch = texts[first : first + count]
+        encoded = {name: tensor.detach().cpu() for name, tensor in encode()(batch).items()}
+        assert set(encoded) == set(spec.keys), (set(encoded), spec.keys)
+        for place, text in enumerate(batch):
+            rows[text] = {name: encoded[name][place].clone() for name in spec.keys}
+            check_row(text, rows[text])
+        bar.update(len(batch))
+    return rows
+
+
+def check_row(text: str, row: Row) -> None:
+    """Raise UserError naming the caption where the text encoders gave NaN."""
+    for name, tensor in row.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise UserError(
+                f"the text encoders give NaN ({name}) for the caption {text!r}; use --mixed_precision bf16 or no, or "
+                "text encoder weights in another precision"
+            )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def row_bytes(row: Row) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in row.values())

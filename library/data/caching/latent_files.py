@@ -1,0 +1,265 @@
+"""Latent cache files: sd-scripts' names, keys and layout, plus a note of what each entry was made from.
+
+A file is a numpy archive beside the picture, `<stem>_<width>x<height><suffix>` with the picture's size. Keys end in
+`_<height>x<width>` of the latents where the base model's files do (`LatentSpec.keys_carry_size`):
+
+    latents, latents_flipped   float32 (C, h, w); the second is the encoding of the mirrored picture
+    original_size              int64 (2,), width and height of the picture
+    crop_ltrb                  float64 (4,)
+    alpha_mask                 float32 (H, W), 0..1, of the bucket in pixels
+    origin                     ours: JSON as bytes, see `Origin`; other programs leave it alone
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from library.data.caching.npz_errors import DAMAGE, DAMAGED, MISSING
+from library.data.description.buckets import Shape, Size, crop_ltrb
+from library.errors import UserError
+from library.protocols import LatentSpec
+
+
+class EntryError(UserError):
+    """An entry of a cache file that cannot be used; the message is the reason, to be read after "is"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """The encodings of one picture. C channels, h and w of the latents, H and W of the bucket."""
+
+    latents_CHW: Tensor
+    flipped_CHW: Tensor | None
+    alpha_HW: Tensor | None  # uint8
+
+
+@dataclass(frozen=True, slots=True)
+class LatentFile:
+    """Where the entry of one picture at one size lies."""
+
+    path: str
+    tail: str  # of the keys
+    latent_shape: tuple[int, int, int]  # C, h, w
+    bucket: Size
+
+    def read(self, needs_flipped: bool, needs_alpha: bool) -> Latents:
+        """The latents that the options ask for, and nothing else that the file may hold.
+
+        Raises UserError naming a file that is missing, damaged, or holds another size or NaN.
+        """
+        try:
+            with np.load(self.path, allow_pickle=False) as archive:
+                return latents_in(archive, self, needs_flipped, needs_alpha)
+        except EntryError as error:
+            reason = str(error)
+        except FileNotFoundError:
+            reason = MISSING
+        except DAMAGE as error:
+            reason = f"{DAMAGED}: {error}"
+        delete = "delete it and " if reason.startswith(DAMAGED) else ""  # a start does not read all of every file
+        raise UserError(
+            f"the latent cache {self.path} is {reason}; {delete}run again without --skip_cache_check to make it anew"
+        )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an entry was made from."""
+
+    picture: str  # file name
+    picture_bytes: int
+    picture_mtime_ns: int
+    picture_hash: str
+    bucket: list[int]
+    resized: list[int]
+    interpolation: str | None
+    vae: str
+    checksums: dict[str, int]  # of the arrays; another program that writes the entry anew does not renew them
+
+
+def latent_file(picture: str, size: Size, shape: Shape, spec: LatentSpec) -> LatentFile:
+    """The file and the keys of a picture's entry."""
+    width, height = (side // spec.downscale for side in shape.bucket)
+    tail = f"_{height}x{width}" if spec.keys_carry_size else ""
+    path = f"{os.path.splitext(picture)[0]}_{size[0]:04d}x{size[1]:04d}{spec.cache_suffix}"
+    return LatentFile(path, tail, (spec.channels, height, width), shape.bucket)
+
+
+def latents_in(archive: Mapping[str, Any], file: LatentFile, needs_flipped: bool, needs_alpha: bool) -> Latents:
+    """The arrays of an entry as tensors; EntryError says what does not fit."""
+    latents = _encoding(archive, f"latents{file.tail}", file, "without latents of this size")
+    flipped = alpha = None
+    if needs_flipped:
+        flipped = _encoding(archive, f"latents_flipped{file.tail}", file, "without a mirrored copy")
+    if needs_alpha:
+        key = f"alpha_mask{file.tail}"
+        if key not in archive:
+            raise EntryError("without a mask")
+        values = np.asarray(archive[key])
+        if values.shape != (file.bucket[1], file.bucket[0]):
+            raise EntryError(
+                f"holding a mask of shape {values.shape} for a bucket of {file.bucket[0]}x{file.bucket[1]}"
+            )
+        alpha = torch.from_numpy(np.rint(values * 255).astype(np.uint8))
+    return Latents(latents, flipped, alpha)
+
+
+def _encoding(archive: Mapping[str, Any], key: str, file: LatentFile, absent: str) -> Tensor:
+    if key not in archive:
+        raise EntryError(absent)
+    values = np.asarray(archive[key])
+    if values.ndim == 4 and values.shape[1] == 1:
+        values = values[:, 0]  # files of video autoencoders keep an axis of one frame
+    if values.shape != file.latent_shape:
+        raise EntryError(f"holding latents of shape {values.shape} where {file.latent_shape} is needed")
+    if not np.isfinite(values).all():
+        raise EntryError("holding NaN")
+    return torch.from_numpy(values.astype(np.float32, copy=False))
+
+
+def checksums_of(archive: Mapping[str, Any], tail: str) -> dict[str, int]:
+    """A checksum of every array of latents in an entry."""
+    names = [name for name in ("latents", "latents_flipped") if f"{name}{tail}" in archive]
+    return {name: zlib.crc32(np.ascontiguousarray(archive[f"{name}{tail}"]).tobytes()) for name in names}
+
+
+def origin_in(archive: Mapping[str, Any], tail: str) -> Origin | None:
+    """The note of an entry; None where there is none, or where the arrays are not those it was written for."""
+    key = f"origin{tail}"
+    if key not in archive:
+        return None
+    try:
+        origin = Origin(**json.loads(np.asarray(archive[key]).tobytes()))
+    except (ValueError, TypeError):
+        return None
+    return origin if origin.checksums == checksums_of(archive, tail) else None
+
+
+def content_hash(content: bytes) -> str:
+    """A digest of a picture's file."""
+    return blake2b(content, digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an entry must be."""
+
+    shape: Shape
+    interpolation: str | None
+    vae: str
+    needs_flipped: bool
+    needs_alpha: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether an entry is still true."""
+
+    fault: str | None  # what is wrong, to be read after "is"
+    is_foreign: bool = False  # written by another program
+
+
+def judge(file: LatentFile, picture: str, size: Size, expected: Expected) -> Verdict:
+    """Whether the entry can stand for the picture.
+
+    An entry with our note must come from this picture (same name, and same size and time, or same content), the same
+    crop and filter, and the same VAE. One without is sd-scripts': it is accepted if its shape fits the bucket, its crop
+    and original size are those of the picture, and the file is not older than the picture; its VAE cannot be known.
+    """
+    try:
+        with np.load(file.path, allow_pickle=False) as archive:
+            latents_in(archive, file, expected.needs_flipped, expected.needs_alpha)
+            origin = origin_in(archive, file.tail)
+            if origin is not None:
+                return Verdict(origin_fault(origin, picture, expected))
+            return Verdict(foreign_fault(archive, file, picture, size), is_foreign=True)
+    except EntryError as error:
+        return Verdict(str(error))
+    except FileNotFoundError:
+        return Verdict(MISSING)
+    except DAMAGE:
+        return Verdict(DAMAGED)
+
+
+def origin_fault(origin: Origin, picture: str, expected: Expected) -> str | None:
+    """What has changed since an entry was written."""
+    if origin.vae != expected.vae:
+        return "made with another VAE"
+    if origin.bucket != list(expected.shape.bucket) or origin.resized != list(expected.shape.resized):
+        return "made for another size or crop"
+    if origin.interpolation != expected.interpolation:
+        return "made with another resize_interpolation"
+    status = os.stat(picture)
+    if origin.picture != os.path.basename(picture) or origin.picture_bytes != status.st_size:
+        return "made from another picture"
+    if origin.picture_mtime_ns != status.st_mtime_ns:
+        with open(picture, "rb") as content:
+            if content_hash(content.read()) != origin.picture_hash:
+                return "made from another picture"
+    return None
+
+
+def foreign_fault(archive: Mapping[str, Any], file: LatentFile, picture: str, size: Size) -> str | None:
+    """What speaks against an entry that another program wrote."""
+    for name, wanted in (("original_size", size), ("crop_ltrb", crop_ltrb(file.bucket, size))):
+        key = f"{name}{file.tail}"
+        values = np.asarray(archive[key], dtype=np.float64) if key in archive else np.empty(0)
+        if values.shape != (len(wanted),) or not np.allclose(values, wanted, rtol=0, atol=0.01):
+            return "made for another size or crop"
+    if os.stat(file.path).st_mtime_ns < os.stat(picture).st_mtime_ns:
+        return "older than the picture"
+    return None
+
+
+def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) -> None:
+    """Put an entry into its file, whole or not at all; entries of other sizes stay.
+
+    Raises UserError naming a folder that cannot be written.
+    """
+    values: dict[str, Any] = {
+        "latents": latents.latents_CHW.float().numpy(),
+        "original_size": np.array(size, dtype=np.int64),
+        "crop_ltrb": np.array(crop_ltrb(file.bucket, size), dtype=np.float64),
+    }
+    if latents.flipped_CHW is not None:
+        values["latents_flipped"] = latents.flipped_CHW.float().numpy()
+    if latents.alpha_HW is not None:
+        values["alpha_mask"] = latents.alpha_HW.numpy().astype(np.float32) / 255
+    note = asdict(origin) | {"checksums": checksums_of(values, "")}
+    values["origin"] = np.frombuffer(json.dumps(note).encode(), dtype=np.uint8)
+    arrays = other_entries(file) | {f"{name}{file.tail}": array for name, array in values.items()}
+    temporary = os.path.join(os.path.dirname(file.path), f".{os.path.basename(file.path)}.{os.getpid()}.tmp")
+    try:
+        try:
+            with open(temporary, "wb") as target:
+                np.savez(target, **arrays)
+                target.flush()
+                os.fsync(target.fileno())
+            os.replace(temporary, file.path)
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+    except OSError as error:
+        raise UserError(
+            f"the latent cache {file.path} cannot be written ({error.strerror}); --cache_latents_to_disk writes beside "
+            "the pictures, --cache_latents alone keeps latents in memory"
+        ) from None
+
+
+def other_entries(file: LatentFile) -> dict[str, Any]:
+    """What a file holds besides this entry; nothing where it is missing or damaged."""
+    names = ("latents", "latents_flipped", "original_size", "crop_ltrb", "alpha_mask", "origin")
+    own = {f"{name}{file.tail}" for name in names}
+    try:
+        with np.load(file.path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files if key not in own}
+    except DAMAGE:
+        return {}

@@ -1,0 +1,118 @@
+"""Latent cache entries that were found true before: their files are not opened while nothing about them has changed.
+
+One file in each folder of pictures, a numpy archive with a row for each entry: its name, the stamp of its file, and a
+mark of all that it was checked against: the picture and its stamp, shape, filter, VAE. What `judge` says depends on
+nothing else. A missing or damaged index costs time and nothing else.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from library.checkpoints.files import atomic_path
+from library.data.caching.latent_files import Expected, LatentFile, Verdict, judge
+from library.data.caching.npz_errors import MISSING
+from library.data.sources import picture_index
+from library.data.sources.picture_index import DAMAGE, UNSETTLED, content_stamp, stamp_of
+from library.data.sources.scan import Picture
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = ".latent_index"
+VERSION = 1
+FOREIGN = 1  # the bit of a mark that says who wrote the entry
+
+Rows = dict[str, tuple[int, int]]
+"""stamp and mark of each entry"""
+
+
+@dataclass
+class VerifiedEntries:
+    """The indices of the folders of a run, and what this run adds to them."""
+
+    known: dict[str, Rows]
+    sure: dict[str, Rows] = field(default_factory=dict)
+    marks: dict[tuple[str, str], int] = field(default_factory=dict)  # of entries by path and tail
+    written: dict[tuple[str, str], int] = field(default_factory=dict)  # stamps of files that this run wrote
+
+    @classmethod
+    def open(cls, files: Iterable[LatentFile]) -> "VerifiedEntries":
+        """What is known about the folders of these files."""
+        return cls({folder: read_rows(folder) for folder in {os.path.dirname(file.path) for file in files}})
+
+    def verdict(self, file: LatentFile, picture: Picture, expected: Expected) -> Verdict:
+        """What `judge` says, or said before about files that are still the same."""
+        folder, name = os.path.split(file.path)
+        now_ns = time.time_ns()
+        picture_stamp = stamp_of(os.stat(picture.path), now_ns)
+        mark = mark_of(file, picture, picture_stamp, expected)
+        if picture_stamp != UNSETTLED:
+            self.marks[file.path, file.tail] = mark
+        try:
+            stamp = stamp_of(os.stat(file.path), now_ns)
+        except OSError:
+            return Verdict(MISSING)
+        is_settled = UNSETTLED not in (stamp, picture_stamp)
+        row = self.known.get(folder, {}).get(name + file.tail)
+        if is_settled and row is not None and row[0] == stamp and row[1] | FOREIGN == mark | FOREIGN:
+            found = Verdict(None, is_foreign=bool(row[1] & FOREIGN))
+        else:
+            found = judge(file, picture.path, picture.size, expected)
+        if is_settled and found.fault is None:
+            self.sure.setdefault(folder, {})[name + file.tail] = stamp, mark | FOREIGN if found.is_foreign else mark
+        return found
+
+    def note_written(self, file: LatentFile) -> None:
+        """Remember that this run has just written an entry."""
+        self.written[file.path, file.tail] = content_stamp(os.stat(file.path))
+
+    def write(self) -> None:
+        """Put what is sure beside the pictures. What was written a moment ago may yet change, and is checked again."""
+        now_ns = time.time_ns()
+        for (path, tail), written in self.written.items():
+            folder, name = os.path.split(path)
+            if (path, tail) in self.marks and os.path.exists(path) and stamp_of(os.stat(path), now_ns) == written:
+                self.sure.setdefault(folder, {})[name + tail] = written, self.marks[path, tail]
+        for folder, rows in self.sure.items():
+            known = self.known.get(folder, {})
+            if len(rows) >= picture_index.MIN_FILES and rows.items() - known.items():
+                write_rows(folder, known | rows)
+
+
+def mark_of(file: LatentFile, picture: Picture, picture_stamp: int, expected: Expected) -> int:
+    """63 bits, the last one 0, of everything that an entry is checked against."""
+    facts = (os.path.basename(picture.path), picture.size, picture_stamp, file.tail, file.latent_shape, file.bucket)
+    digest = blake2b(repr((VERSION, facts, expected)).encode(errors="surrogatepass"), digest_size=8)
+    return (int.from_bytes(digest.digest(), "little") >> 1) & ~FOREIGN
+
+
+def read_rows(folder: str) -> Rows:
+    """The rows of a folder's index; none where there is no index or a damaged one."""
+    path = Path(folder) / FILE_NAME
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = os.fsdecode(archive["names"].tobytes()).split("\0")
+            stamps, marks = archive["stamps"].tolist(), archive["marks"].tolist()
+        return dict(zip(names, zip(stamps, marks, strict=True), strict=True))
+    except FileNotFoundError:
+        pass
+    except DAMAGE as error:
+        logger.warning("%s cannot be used and is made again: %s", path, error)
+    return {}
+
+
+def write_rows(folder: str, rows: Rows) -> None:
+    """Write the index of a folder, whole or not at all; a folder that cannot be written has none."""
+    table = np.array(list(rows.values()), dtype=np.int64)
+    names = np.frombuffer(os.fsencode("\0".join(rows)), dtype=np.uint8)
+    try:
+        with atomic_path(Path(folder) / FILE_NAME) as temporary, temporary.open("wb") as file:
+            np.savez(file, names=names, stamps=table[:, 0], marks=table[:, 1])
+    except OSError as error:
+        logger.debug("the index of latents in %s is not written: %s", folder, error)

@@ -1,0 +1,440 @@
+"""Latents that are encoded once: kept in memory (--cache_latents) or beside the pictures (--cache_latents_to_disk)."""
+
+import logging
+import os
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from library.data.batches.batches import check_size, to_pixels
+from library.data.batches.dataset import TrainingSet
+from library.data.batches.images import DamagedPicture, Pixels, centred, place, read_pixels
+from library.data.batches.threads import in_blocks
+from library.data.caching.latent_files import (
+    Expected,
+    LatentFile,
+    Latents,
+    Origin,
+    Verdict,
+    content_hash,
+    latent_file,
+    write_entry,
+)
+from library.data.caching.latent_index import VerifiedEntries
+from library.data.caching.npz_errors import MISSING
+from library.data.description.buckets import Shape
+from library.data.sources.samples import Sample
+from library.data.sources.scan import few
+from library.errors import UserError
+from library.launcher import launched_rank
+from library.options.caching import CachingOptions
+from library.processes import ALONE, Processes
+from library.protocols import LatentSpec
+from library.randomness import generator_for
+
+logger = logging.getLogger(__name__)
+
+MAX_WAITING_WRITES = 64
+
+Encode = Callable[[Tensor, Sequence[Generator]], Tensor]
+"""(pixels_BCHW from -1 to 1, one generator for each picture) to latents_BCHW."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One encoding, for every sample that shares picture, shape and filter."""
+
+    sample: Sample
+    users: tuple[int, ...]  # numbers of the samples
+    interpolation: str | None
+    needs_flipped: bool
+    needs_alpha: bool
+    file: LatentFile | None  # None keeps the latents in memory
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture ready for the VAE."""
+
+    picture: Pixels
+    alpha: Pixels | None
+    file_bytes: int
+    file_mtime_ns: int
+    file_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What lies on disk for a job; no file where it must be encoded."""
+
+    file: LatentFile | None
+    verdict: Verdict
+
+
+def cache_latents(
+    training_set: TrainingSet,
+    encode: Encode,
+    vae_identity: str,
+    options: CachingOptions,
+    seed: int,
+    processes: Processes = ALONE,
+) -> None:
+    """Encode what is not cached yet and let the training set draw latents in place of pixels.
+
+    Each picture's posterior sample is drawn with its own generator, so it does not depend on batches or on what was
+    cached. Entries on disk that are not true any more are made again, alone; see `latent_files.judge`. An interrupted
+    run finds what it wrote. Several processes share the work out, and pass latents that are to stay in memory on in a
+    temporary folder. Damaged pictures are named and left out. Raises UserError naming a picture that cannot be read,
+    that is damaged while no other can stand in, or that the VAE turns into NaN.
+    """
+    jobs = plan_jobs(training_set, options.cache_latents_to_disk)
+    on_disk = [job for job in jobs if job.file is not None]
+    kept = [job for job in jobs if job.file is None]
+    if kept and processes.count > 1:
+        kept = passed_on(kept, processes.shared_folder("latents"), training_set.spec)
+    files: dict[int, LatentFile] = {}
+    memory: dict[int, Latents] = {}
+    damaged: dict[int, str] = {}
+    entries = VerifiedEntries.open(job.file for job in on_disk if job.file is not None)
+
+    def encode_jobs(share: Sequence[Job]) -> None:
+        for job, latents in encoded(share, encode, vae_identity, options.vae_batch_size, seed, training_set, entries):
+            if isinstance(latents, DamagedPicture):
+                damaged.update((user, str(latents)) for user in job.users)
+            elif job.file is None:
+                memory.update((user, latents) for user in job.users)
+
+    def stale_ones(candidates: Sequence[Job], when: str) -> list[Job]:
+        usable, stale = check_files(candidates, vae_identity, options.skip_cache_check, training_set, entries)
+        for job, file in usable:
+            files.update((user, file) for user in job.users)
+        processes.wait_for_all(f"checking the latent cache{when}")  # so that all share out the same list
+        return stale
+
+    encode_jobs(shared_out(kept, processes.local_rank, processes.local_count))
+    stale = stale_ones(on_disk, "") if on_disk else []
+    encode_jobs(shared_out(stale, processes.rank, processes.count))
+    entries.write()
+    processes.wait_for_all("caching latents")
+    if on_disk and processes.num_machines > 1:  # what another machine wrote on a disk of its own is missing here
+        stale = stale_ones(stale, " again")
+        encode_jobs(shared_out(stale, processes.local_rank, processes.local_count))
+        processes.wait_for_all("caching latents again")
+    files.update((user, job.file) for job in (*kept, *stale) if job.file is not None for user in job.users)
+    damaged = processes.merged("damaged pictures", damaged)
+    if damaged:
+        told = sorted(set(damaged.values()))
+        logger.warning(
+            "%d pictures are damaged and left out, others of their size take their place: %s", len(told), few(told)
+        )
+    files = {user: file for user, file in files.items() if user not in damaged}
+    training_set.use_latents(files, memory, frozenset(damaged))
+
+
+def shared_out(jobs: Sequence[Job], rank: int, count: int) -> list[Job]:
+    """One process's share of the jobs. Entries of one file go to one process, since each rewrites the whole file."""
+    numbers: dict[str | int, int] = {}
+    return [
+        job
+        for place, job in enumerate(jobs)
+        if numbers.setdefault(place if job.file is None else job.file.path, len(numbers)) % count == rank
+    ]
+
+
+def passed_on(jobs: Sequence[Job], folder: str, spec: LatentSpec) -> list[Job]:
+    """The jobs, those whose latents would stay in memory with files in `folder`."""
+    passed = []
+    for number, job in enumerate(jobs):
+        if job.file is None:
+            file = file_of(job.sample, spec)
+            job = replace(job, file=replace(file, path=os.path.join(folder, f"{number}{spec.cache_suffix}")))
+        passed.append(job)
+    return passed
+
+
+def plan_jobs(training_set: TrainingSet, to_disk: bool) -> list[Job]:
+    """What is to be encoded, small pictures first.
+
+    Two pictures that differ only in their ending, or one picture at two sizes where keys carry no size, claim the same
+    entry of the same file. The first one gets it, the others stay in memory.
+    """
+    groups: dict[tuple[str, Shape, str | None], list[int]] = defaultdict(list)
+    for number, sample in enumerate(training_set.samples):
+        if sample.num_draws:
+            interpolation = training_set.subset_of(sample).resize_interpolation
+            groups[os.path.abspath(sample.picture.path), sample.shape, interpolation].append(number)
+    jobs, claimed, left_out = [], set(), []
+    for (_, _, interpolation), users in groups.items():
+        subsets = [training_set.subset_of(training_set.samples[user]) for user in users]
+        sample = training_set.samples[users[0]]
+        file = file_of(sample, training_set.spec) if to_disk else None
+        if file is not None:
+            if (file.path, file.tail) in claimed:
+                left_out.append(sample.picture.path)
+                file = None
+            else:
+                claimed.add((file.path, file.tail))
+        flipped, alpha = any(s.flip_aug for s in subsets), any(s.alpha_mask for s in subsets)
+        jobs.append(Job(sample, tuple(users), interpolation, flipped, alpha, file))
+    if left_out:
+        logger.warning(
+            "latents of %d pictures stay in memory, their cache file belongs to another picture or size: %s",
+            len(left_out),
+            few(left_out),
+        )
+    return sorted(
+        jobs, key=lambda job: (job.sample.shape.bucket[0] * job.sample.shape.bucket[1], job.sample.shape.bucket)
+    )
+
+
+def file_of(sample: Sample, spec: LatentSpec) -> LatentFile:
+    return latent_file(sample.picture.path, sample.picture.size, sample.shape, spec)
+
+
+def old_file_of(file: LatentFile, picture: str) -> LatentFile:
+    """`<stem>.npz`, the name that early sd-scripts used for every base model."""
+    return replace(file, path=os.path.splitext(picture)[0] + ".npz")
+
+
+# What is true on disk
+
+
+def check_files(
+    jobs: Sequence[Job], vae_identity: str, skips_check: bool, training_set: TrainingSet, entries: VerifiedEntries
+) -> tuple[list[tuple[Job, LatentFile]], list[Job]]:
+    """(jobs that need no encoding, with their files; the others), and a line in the log about both."""
+    has_old_names = not training_set.spec.keys_carry_size
+
+    def look(job: Job) -> Found:
+        assert job.file is not None
+        picture = job.sample.picture
+        expected = Expected(job.sample.shape, job.interpolation, vae_identity, job.needs_flipped, job.needs_alpha)
+        verdict = Verdict(MISSING)
+        for file in (job.file, old_file_of(job.file, picture.path)) if has_old_names else (job.file,):
+            if skips_check and os.access(file.path, os.R_OK):
+                return Found(file, Verdict(None))
+            found = entries.verdict(file, picture, expected)
+            if found.fault is None:
+                return Found(file, found)
+            if verdict.fault == MISSING:
+                verdict = found
+        return Found(None, verdict)
+
+    def look_at_block(block: Sequence[Job]) -> list[Found]:
+        return [look(job) for job in block]
+
+    finds = in_blocks(look_at_block, jobs, max(1, training_set.num_workers), "checking latent cache")
+    usable = [(job, find.file) for job, find in zip(jobs, finds, strict=True) if find.file is not None]
+    stale = [job for job, find in zip(jobs, finds, strict=True) if find.file is None]
+    report_check(jobs, finds, skips_check)
+    return usable, stale
+
+
+def report_check(jobs: Sequence[Job], finds: Sequence[Found], skips_check: bool) -> None:
+    """One line that says what is used, what is missing, what is made again and why; others about doubtful entries."""
+    faults: dict[str, list[str]] = defaultdict(list)
+    foreign, old_names = [], []
+    for job, find in zip(jobs, finds, strict=True):
+        assert job.file is not None
+        if find.verdict.fault is not None:
+            faults[find.verdict.fault].append(job.file.path)
+        elif find.file is not None and find.file.path != job.file.path:
+            old_names.append(find.file.path)
+        elif find.verdict.is_foreign:
+            foreign.append(job.file.path)
+    missing = faults.pop(MISSING, [])
+    num_stale = sum(len(paths) for paths in faults.values())
+    reasons = "; ".join(f"{len(paths)} {reason}: {few(paths, 2)}" for reason, paths in faults.items())
+    logger.log(
+        logging.WARNING if num_stale else logging.INFO,
+        "latent cache: %d entries are used%s, %d are missing, %d are made again%s",
+        len(jobs) - len(missing) - num_stale,
+        " unchecked (--skip_cache_check)" if skips_check else "",
+        len(missing),
+        num_stale,
+        f" ({reasons})" if reasons else "",
+    )
+    if foreign:
+        logger.info(
+            "%d cache entries do not say which VAE made them; delete them if it was another: %s",
+            len(foreign),
+            few(foreign, 2),
+        )
+    if old_names:
+        logger.warning(
+            "%d latents come from files with the old name without a size, which do not say which base model they are "
+            "for; delete them if it was another: %s",
+            len(old_names),
+            few(old_names, 2),
+        )
+
+
+# Encoding
+
+
+def encoded(
+    jobs: Sequence[Job],
+    encode: Encode,
+    vae_identity: str,
+    vae_batch_size: int,
+    seed: int,
+    training_set: TrainingSet,
+    entries: VerifiedEntries,
+) -> Iterator[tuple[Job, Latents | DamagedPicture]]:
+    """Every job with its latents, written to its file if it has one; threads decode pictures ahead of the VAE."""
+    if not jobs:
+        return
+    logger.info("caching latents...")
+    batches = list(equal_batches(jobs, vae_batch_size))
+    # One thread: entries of two sizes may share a file. What is encoded is written even if the run is interrupted.
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
+        tqdm(total=len(jobs), desc="caching latents…", smoothing=0, disable=launched_rank() != 0) as bar,
+    ):
+        writes: deque[Future[None]] = deque()
+        for batch, results in decoded_ahead(batches, max(1, training_set.num_workers)):
+            yield from ((job, one) for job, one in zip(batch, results, strict=True) if isinstance(one, DamagedPicture))
+            pairs = [(job, one) for job, one in zip(batch, results, strict=True) if isinstance(one, Decoded)]
+            jobs_left, decoded = [job for job, _ in pairs], [one for _, one in pairs]
+            for (job, picture), latents in zip(pairs, encode_batch(jobs_left, decoded, encode, seed), strict=True):
+                check_latents(job, latents, training_set.spec)
+                if job.file is not None:
+                    origin = origin_of(job, picture, vae_identity)
+                    writes.append(writer.submit(write_job, job, latents, origin, entries))
+                yield job, latents
+            bar.update(len(batch))
+            while len(writes) > MAX_WAITING_WRITES:
+                writes.popleft().result()
+        for write in writes:
+            write.result()
+
+
+def write_job(job: Job, latents: Latents, origin: Origin, entries: VerifiedEntries) -> None:
+    """Write an entry and remember that it is true."""
+    assert job.file is not None
+    write_entry(job.file, latents, job.sample.picture.size, origin)
+    entries.note_written(job.file)
+
+
+def equal_batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:
+    """Neighbouring jobs with one bucket and one need of mirrored copies, up to `count` at a time."""
+    batch: list[Job] = []
+    for job in jobs:
+        alike = (job.sample.shape.bucket, job.needs_flipped)
+        if batch and (len(batch) == count or (batch[0].sample.shape.bucket, batch[0].needs_flipped) != alike):
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
+
+
+def decoded_ahead(
+    batches: Sequence[list[Job]], num_threads: int
+) -> Iterator[tuple[list[Job], list[Decoded | DamagedPicture]]]:
+    """Every batch with its pictures; two batches for each thread are read ahead, not more."""
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+    waiting: deque[tuple[list[Job], list[Future[Decoded | DamagedPicture]]]] = deque()
+    remaining = iter(batches)
+    try:
+        while True:
+            while sum(len(futures) for _, futures in waiting) < 2 * num_threads or len(waiting) < 2:
+                batch = next(remaining, None)
+                if batch is None:
+                    break
+                waiting.append((batch, [pool.submit(decode_or_damage, job) for job in batch]))
+            if not waiting:
+                return
+            batch, futures = waiting.popleft()
+            yield batch, [future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def decode_or_damage(job: Job) -> Decoded | DamagedPicture:
+    """A picture ready for the VAE, or why there is none."""
+    try:
+        return decode(job)
+    except DamagedPicture as error:
+        return error
+
+
+def decode(job: Job) -> Decoded:
+    """Read, resize and crop the picture of a job, from one read of its file."""
+    path = job.sample.picture.path
+    try:
+        status = os.stat(path)
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    rgb, alpha = read_pixels(path, content)
+    check_size(job.sample, rgb)
+    placement = centred(job.sample.shape)
+    placed_alpha = None
+    if job.needs_alpha:
+        opaque = np.full(rgb.shape[:2], 255, dtype=np.uint8)
+        placed_alpha = place(opaque if alpha is None else alpha, placement, job.interpolation)
+    picture = place(rgb, placement, job.interpolation)
+    return Decoded(picture, placed_alpha, status.st_size, status.st_mtime_ns, content_hash(content))
+
+
+def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode, seed: int) -> list[Latents]:
+    """The latents of pictures of one bucket, and those of their mirrored copies where they are needed."""
+    if not jobs:
+        return []
+    pixels_BCHW = torch.stack([to_pixels(one.picture) for one in decoded])
+    plain_BCHW = encode(pixels_BCHW, [generator_of(*pair, seed, 0) for pair in zip(jobs, decoded, strict=True)])
+    flipped_BCHW = None
+    if jobs[0].needs_flipped:
+        flipped_BCHW = encode(
+            pixels_BCHW.flip(-1), [generator_of(*pair, seed, 1) for pair in zip(jobs, decoded, strict=True)]
+        )
+    return [
+        Latents(
+            plain_BCHW[i].clone(),
+            None if flipped_BCHW is None else flipped_BCHW[i].clone(),
+            None if alpha is None else torch.from_numpy(alpha),
+        )
+        for i, alpha in enumerate(one.alpha for one in decoded)
+    ]
+
+
+def generator_of(job: Job, decoded: Decoded, seed: int, is_flipped: int) -> Generator:
+    """The picture's own stream: of its file's content and its size, whatever it is called and wherever it lies."""
+    width, height = job.sample.shape.bucket
+    return generator_for(seed, "vae", decoded.file_hash, width, height, is_flipped)
+
+
+def check_latents(job: Job, latents: Latents, spec: LatentSpec) -> None:
+    """Raise UserError naming the picture where the VAE gave NaN or another shape than the base model's."""
+    path = job.sample.picture.path
+    for tensor in (latents.latents_CHW, latents.flipped_CHW):
+        if tensor is None:
+            continue
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"the VAE gives NaN for {path}; add --no_half_vae, or use a VAE made for fp16")
+        wanted = file_of(job.sample, spec).latent_shape
+        if tuple(tensor.shape) != wanted:
+            raise UserError(f"the VAE gives latents of shape {tuple(tensor.shape)} for {path}, but {wanted} is needed")
+
+
+def origin_of(job: Job, decoded: Decoded, vae_identity: str) -> Origin:
+    """What the entry is made from."""
+    return Origin(
+        picture=os.path.basename(job.sample.picture.path),
+        picture_bytes=decoded.file_bytes,
+        picture_mtime_ns=decoded.file_mtime_ns,
+        picture_hash=decoded.file_hash,
+        bucket=list(job.sample.shape.bucket),
+        resized=list(job.sample.shape.resized),
+        interpolation=job.interpolation,
+        vae=vae_identity,
+        checksums={},
+    )

@@ -1,0 +1,227 @@
+"""Files of encoded captions: sd-scripts' names, keys and layout, plus the versions of the caption and what made them.
+
+A file is a numpy archive beside the picture, `<stem><suffix>`. Entries have no batch axis:
+
+    <key>              text features of the first caption, as sd-scripts reads them; bfloat16 becomes float32 there
+    <key>_variant<n>   ours: those of caption n, bfloat16 as its bits in uint16
+    <constant>         what sd-scripts stores beside them, the same for every caption
+    captions           ours: JSON as bytes, see `Note`; other programs leave it alone
+"""
+
+import io
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from library.checkpoints.files import atomic_path
+from library.data.caching.npz_errors import DAMAGE, DAMAGED, MISSING
+from library.errors import UserError
+from library.types import Conditioning
+
+FOREIGN = "by another program, which does not say for which caption and text encoder"
+NOTE = "captions"
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
+}
+
+Row = Mapping[str, Tensor]
+"""Text features of one caption by name, without the batch axis."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a file holds and what it was made with."""
+
+    texts: list[str]
+    identity: str  # of text encoders and settings
+    dtypes: dict[str, str]  # of the features as the encoders gave them
+    checksums: dict[str, int]  # of the entries; another program that writes some anew does not renew them
+    tokenizers: str | None = None  # a digest of their words; None in files that do not say
+
+    @classmethod
+    def read(cls, archive: Mapping[str, Any]) -> "Note | None":
+        """The note of an open archive; None where there is none that can be read."""
+        if NOTE not in archive:
+            return None
+        try:
+            note = cls(**json.loads(np.asarray(archive[NOTE]).tobytes()))
+        except (ValueError, TypeError):
+            return None
+        kinds = (isinstance(note.texts, list), isinstance(note.dtypes, dict), isinstance(note.checksums, dict))
+        return note if all(kinds) and all(name in DTYPES for name in note.dtypes.values()) else None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Digests of all that decides what a caption becomes."""
+
+    encoders: str  # with the settings
+    tokenizers: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """Where the encoded captions of one picture lie."""
+
+    path: str
+    keys: tuple[str, ...]
+
+    def read(self, text: str) -> Row:
+        """The features of one caption, in the dtype that the encoders gave.
+
+        A file without a note has one caption, and is taken at its word. Raises UserError naming a file that is
+        missing, damaged, or without this caption.
+        """
+        try:
+            with np.load(self.path, allow_pickle=False) as archive:
+                note = Note.read(archive)
+                if note is None:
+                    return {key: torch.from_numpy(archive[key]) for key in self.keys}
+                if text in note.texts:
+                    return row_in(archive, note, note.texts.index(text), self.keys)
+            reason = f"without the caption {text!r}"
+        except FileNotFoundError:
+            reason = MISSING
+        except DAMAGE as error:
+            reason = f"{DAMAGED}: {error}"
+        delete = "delete it and " if reason.startswith(DAMAGED) else ""  # a start does not read all of every file
+        raise UserError(
+            f"the text cache {self.path} is {reason}; {delete}run again without --skip_cache_check to make it anew"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Which captions of a file are true; `fault` says what is wrong with the others, to be read after "is"."""
+
+    texts: frozenset[str]
+    fault: str | None = None
+
+
+def judge(file: TextFile, texts: Sequence[str], identity: Identity) -> Verdict:
+    """What of the captions `texts` need not be encoded again. Only the directory and the note of the file are read."""
+    nothing: frozenset[str] = frozenset()
+    try:
+        with zipfile.ZipFile(file.path) as archive:
+            found = {info.filename.removesuffix(".npy"): info.CRC for info in archive.infolist()}
+            notes = {NOTE: npy_array(archive.read(f"{NOTE}.npy"))} if NOTE in found else {}
+        note = Note.read(notes)
+    except FileNotFoundError:
+        return Verdict(nothing, MISSING)
+    except DAMAGE:
+        return Verdict(nothing, DAMAGED)
+    if note is None or any(found.get(name) != checksum for name, checksum in note.checksums.items()):
+        return Verdict(nothing, FOREIGN)
+    if note.identity != identity.encoders:
+        return Verdict(nothing, "made with other text encoders or settings")
+    if note.tokenizers not in (None, identity.tokenizers):
+        return Verdict(nothing, "made with another tokenizer")
+    if not names_of(file.keys, len(note.texts)) <= set(note.checksums):
+        return Verdict(nothing, DAMAGED)
+    usable = frozenset(texts) & frozenset(note.texts)
+    return Verdict(usable, None if len(usable) == len(set(texts)) else "made for other captions")
+
+
+def names_of(keys: Sequence[str], num_texts: int) -> set[str]:
+    """The entries of the text features of so many captions."""
+    return {entry_name(key, number) for key in keys for number in range(num_texts)}
+
+
+def entry_name(key: str, number: int) -> str:
+    return f"{key}_variant{number}" if number else key
+
+
+def row_in(archive: Mapping[str, Any], note: Note, number: int, keys: Sequence[str]) -> Row:
+    """The features of caption `number` in an open archive."""
+    row = {}
+    for key in keys:
+        values, dtype = np.asarray(archive[entry_name(key, number)]), DTYPES[note.dtypes[key]]
+        is_bits = dtype == torch.bfloat16 and values.dtype == np.uint16
+        tensor = torch.from_numpy(values.view(np.int16) if is_bits else values)
+        row[key] = tensor.view(dtype) if is_bits else tensor.to(dtype)
+    return row
+
+
+def write_texts(
+    path: str, rows: Mapping[str, Row], keys: Sequence[str], constants: Mapping[str, Tensor], identity: Identity
+) -> None:
+    """Write encoded captions (caption: features), whole or not at all; they take the place of all that was there.
+
+    Raises UserError naming a folder that cannot be written.
+    """
+    arrays = {name: tensor.numpy() for name, tensor in constants.items()}
+    dtypes: dict[str, str] = {}
+    for number, row in enumerate(rows.values()):
+        for key in keys:
+            dtypes[key] = str(row[key].dtype).removeprefix("torch.")
+            arrays[entry_name(key, number)] = as_array(row[key], keeps_bits=number > 0)
+    contents = {name: npy_bytes(array) for name, array in arrays.items()}
+    checksums = {name: zlib.crc32(content) for name, content in contents.items()}
+    note = json.dumps(asdict(Note(list(rows), identity.encoders, dtypes, checksums, identity.tokenizers)))
+    contents[NOTE] = npy_bytes(np.frombuffer(note.encode(), dtype=np.uint8))
+    try:
+        with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            for name, content in contents.items():
+                archive.writestr(f"{name}.npy", content)
+    except OSError as error:
+        raise UserError(
+            f"the text cache {path} cannot be written ({error.strerror}); --cache_text_encoder_outputs_to_disk writes "
+            "beside the pictures, --cache_text_encoder_outputs alone keeps captions in memory"
+        ) from None
+
+
+def as_array(tensor: Tensor, keeps_bits: bool) -> NDArray[Any]:
+    """numpy has no bfloat16: its bits, or the same numbers in float32."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    return tensor.view(torch.int16).numpy().view(np.uint16) if keeps_bits else tensor.float().numpy()
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """The content of one entry of an archive."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def npy_array(content: bytes) -> NDArray[Any]:
+    """The array in one entry of an archive."""
+    array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    return array
+
+
+def stack_rows(rows: Sequence[Row], padding: Mapping[str, float]) -> Conditioning:
+    """The rows as a batch; keys of `padding` are filled up to the longest along their first axis."""
+    stacked = {}
+    for key in rows[0]:
+        tensors = [row[key] for row in rows]
+        dtype = tensors[0].dtype
+        for tensor in tensors[1:]:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        if key in padding:
+            length = max(len(tensor) for tensor in tensors)
+            tensors = [filled_up(tensor, length, padding[key]) for tensor in tensors]
+        stacked[key] = torch.stack([tensor.to(dtype) for tensor in tensors])
+    return stacked
+
+
+def filled_up(tensor: Tensor, length: int, value: float) -> Tensor:
+    """The tensor with `value` after its end, `length` long along the first axis."""
+    if len(tensor) == length:
+        return tensor
+    return torch.cat([tensor, tensor.new_full((length - len(tensor), *tensor.shape[1:]), value)])
+
+
+def text_path(picture: str, suffix: str) -> str:
+    """The file of a picture's captions."""
+    return os.path.splitext(picture)[0] + suffix

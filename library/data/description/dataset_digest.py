@@ -1,0 +1,66 @@
+"""What the data of a run is, in a few words that two runs can compare."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from hashlib import blake2b
+from os.path import basename
+from typing import Any
+
+from library.data.batches.threads import in_blocks
+from library.data.description.schema import RunDataConfig
+from library.data.sources.samples import Sample
+
+MAX_PICTURES = 20_000  # in larger sets looking into every file would hold up the start
+PART_BYTES = 1 << 17
+
+WHERE = ("keeps_index", "image_dir", "metadata_file", "conditioning_data_dir", "cache_info")
+
+
+def content_digests(paths: Sequence[str], num_threads: int) -> list[str]:
+    """A short digest of each file's length, its first, middle and last 128 KB; none for very large sets.
+
+    What an editor saves anew differs in all of them; a file that cannot be read has an empty digest.
+    """
+
+    def look(block: Sequence[str]) -> list[str]:
+        return [content_digest(path) for path in block]
+
+    return in_blocks(look, paths, num_threads) if len(paths) <= MAX_PICTURES else []
+
+
+def content_digest(path: str) -> str:
+    """The digest of one file, eight hexadecimal digits."""
+    try:
+        with open(path, "rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            digest = blake2b(str(num_bytes).encode(), digest_size=4)
+            for start in sorted({0, max(0, (num_bytes - PART_BYTES) // 2), max(0, num_bytes - PART_BYTES)}):
+                file.seek(start)
+                digest.update(file.read(PART_BYTES))
+    except OSError:
+        return ""
+    return digest.hexdigest()
+
+
+def dataset_identity(config: RunDataConfig, samples: Sequence[Sample], num_batches: int) -> dict[str, Any]:
+    """Counts and digests of pictures, captions and settings. A folder that moved as a whole is the same data."""
+    settings = asdict(config)
+    for dataset in settings["datasets"]:
+        for subset in dataset["subsets"]:
+            for name in WHERE:
+                subset.pop(name)
+    pictures, captions = blake2b(digest_size=16), blake2b(digest_size=16)
+    for sample in samples:
+        picture = sample.picture
+        facts = (ascii(basename(picture.path)), picture.size, sample.subset, sample.shape, sample.num_draws)
+        pictures.update(repr(facts).encode())
+        captions.update(ascii(picture.caption).encode() + b"\0")
+    return {
+        "num_pictures": len(samples),
+        "num_batches": num_batches,
+        "pictures": pictures.hexdigest(),
+        "captions": captions.hexdigest(),
+        "settings": blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16).hexdigest(),
+    }

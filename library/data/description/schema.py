@@ -1,0 +1,385 @@
+"""The dataset file and its fallbacks as frozen values: subset, else dataset, general, option, default."""
+
+import difflib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from library.data.description.captions import CaptionRules
+from library.data.description.keys import ALL_KEYS, DATASET_KEYS, REQUIRED, SUBSET_KEYS, Key, Level, Style, stands_at
+from library.errors import UserError
+from library.options.dataset import DatasetOptions
+from library.options.toml_files import read_toml
+from library.options.train import TrainOptions
+
+logger = logging.getLogger(__name__)
+
+Table = Mapping[str, Any]
+
+
+class NoDataFound(UserError):
+    """There is nothing at all to train on."""
+
+
+@dataclass(frozen=True)
+class SubsetConfig:
+    """One folder or metadata file."""
+
+    style: Style
+    image_dir: str | None
+    metadata_file: str | None
+    conditioning_data_dir: str | None
+    num_repeats: int
+    class_tokens: str | None
+    is_reg: bool
+    caption_extension: str
+    cache_info: bool
+    alpha_mask: bool
+    color_aug: bool
+    flip_aug: bool
+    random_crop: bool
+    face_crop_aug_range: tuple[float, float] | None
+    resize_interpolation: str | None
+    custom_attributes: Mapping[str, Any]
+    validation_split: float
+    validation_seed: int | None
+    captions: CaptionRules
+    keeps_index: bool = True  # whether what was read of the pictures may be written down for the next start
+
+    @property
+    def source(self) -> str:
+        """The folder or file that the pictures come from, for messages."""
+        return self.metadata_file or self.image_dir or ""
+
+    @property
+    def base_name(self) -> str:
+        """How the metadata of the saved file calls it."""
+        return os.path.basename(os.path.normpath(self.source))
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Subsets that share a size and a batch size."""
+
+    style: Style
+    batch_size: int
+    resolution: tuple[int, int]  # width, height
+    enable_bucket: bool
+    min_bucket_reso: int
+    max_bucket_reso: int
+    bucket_reso_steps: int
+    bucket_no_upscale: bool
+    resize_interpolation: str | None
+    subsets: tuple[SubsetConfig, ...]
+
+
+@dataclass(frozen=True)
+class RunDataConfig:
+    """Everything a run trains on."""
+
+    datasets: tuple[DatasetConfig, ...]
+    is_from_file: bool  # described by --dataset_config, not by folder arguments
+
+    def without_index(self) -> "RunDataConfig":
+        """The same, but nothing is written beside the pictures."""
+        datasets = [
+            replace(d, subsets=tuple(replace(subset, keeps_index=False) for subset in d.subsets)) for d in self.datasets
+        ]
+        return replace(self, datasets=tuple(datasets))
+
+
+def load_dataset_config(options: TrainOptions) -> RunDataConfig:
+    """Read --dataset_config, else --in_json, else the folders of --train_data_dir and --reg_data_dir.
+
+    Raises UserError naming file and place: TOML or JSON that cannot be read, unknown or misplaced keys, wrong types,
+    missing keys, and settings that are not supported.
+    """
+    data = options.dataset
+    if data.dataset_class:
+        raise UserError(
+            f"--dataset_class {data.dataset_class}: own dataset classes are not supported yet; use --dataset_config"
+        )
+    fallbacks = option_values(options)
+    if data.dataset_config is None:
+        return RunDataConfig((folder_dataset(data, fallbacks),), is_from_file=False)
+    for flag in ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir"):
+        if getattr(data, flag):
+            logger.warning("--%s is ignored: --dataset_config describes the data", flag)
+    path = str(data.dataset_config)
+    content = read_description(path)
+    problems = find_problems(content, data.masked_loss)
+    if problems:
+        raise UserError(f"{path}: " + "\n  ".join(["the dataset description has mistakes", *problems]))
+    general = content.get("general", {})
+    datasets = tuple(
+        build_dataset(
+            dataset, general, fallbacks, style_of(dataset, data.masked_loss), f"{path}: data['datasets'][{i}]"
+        )
+        for i, dataset in enumerate(content.get("datasets", []))
+    )
+    return RunDataConfig(datasets, is_from_file=True)
+
+
+# Reading
+
+
+def read_description(path: str) -> dict[str, Any]:
+    """The content of a .toml or .json file.
+
+    Raises UserError where there is none, ValueError naming the file, the line and the column of a mistake.
+    """
+    extension = os.path.splitext(path)[1].lower()
+    if extension not in (".toml", ".json"):
+        raise UserError(f"--dataset_config {path}: the file must end in .toml or .json")
+    if extension == ".toml":
+        return read_toml(Path(path), "--dataset_config")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"--dataset_config is {path}, but there is no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--dataset_config {path} is not UTF-8 text: byte {error.start} cannot be read") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"--dataset_config {path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"--dataset_config {path}: expected a table with general and datasets, got {type(content).__name__}"
+        )
+    return content
+
+
+# Checking
+
+
+def find_problems(content: Table, masked_loss: bool) -> list[str]:
+    """Everything that is wrong with a description, one sentence each with its place."""
+    problems = [
+        unknown_key(f"data['{key}']", key, ("general", "datasets")) for key in content.keys() - {"general", "datasets"}
+    ]
+    general, datasets = content.get("general", {}), content.get("datasets", [])
+    if not isinstance(general, dict):
+        problems.append("data['general'] must be a table, [general]")
+    else:
+        problems += table_problems(general, "data['general']", "general", None)
+    if not is_table_list(datasets):
+        return [*problems, "data['datasets'] must be an array of tables, [[datasets]]"]
+    for i, dataset in enumerate(datasets):
+        place = f"data['datasets'][{i}]"
+        subsets = dataset.get("subsets")
+        if not is_table_list(subsets):
+            problems.append(f"{place}['subsets'] must be an array of tables, [[datasets.subsets]]")
+            continue
+        try:
+            style = style_of(dataset, masked_loss)
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+            continue
+        own = {name: value for name, value in dataset.items() if name != "subsets"}
+        problems += table_problems(own, place, "dataset", style)
+        for j, subset in enumerate(subsets):
+            subset_place = f"{place}['subsets'][{j}]"
+            problems += table_problems(subset, subset_place, "subset", style)
+            problems += [
+                f"{subset_place}['{name}'] is missing, a {style} subset needs it"
+                for name in REQUIRED[style]
+                if name not in subset
+            ]
+    return problems
+
+
+def is_table_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def style_of(dataset: Table, masked_loss: bool) -> Style:
+    """What kind of subsets a dataset has; ValueError where they are mixed."""
+    subsets: Sequence[Table] = dataset["subsets"]
+    if masked_loss and subsets and all("conditioning_data_dir" in subset for subset in subsets):
+        return "masked"
+    if any("conditioning_data_dir" in subset for subset in subsets):
+        if masked_loss:
+            raise UserError("some subsets have conditioning_data_dir and some do not; give all of them masks or none")
+        raise UserError("conditioning_data_dir needs --masked_loss")
+    has_metadata = ["metadata_file" in subset for subset in subsets]
+    if any(has_metadata) and not all(has_metadata):
+        raise UserError("some subsets have metadata_file and some do not; put them into different datasets")
+    return "metadata" if any(has_metadata) else "dreambooth"
+
+
+def table_problems(table: Table, place: str, level: Level, style: Style | None) -> list[str]:
+    """Unknown, misplaced and mistyped keys of one table."""
+    problems = []
+    allowed = [key.name for key in ALL_KEYS.values() if stands_at(key, level, style)]
+    for name, value in table.items():
+        key = ALL_KEYS.get(name)
+        if key is None:
+            problems.append(unknown_key(f"{place}['{name}']", name, allowed))
+        elif not stands_at(key, level, style):
+            problems.append(f"{place}['{name}'] {where_it_belongs(key, level)}")
+        elif not key.kind.fits(value):
+            problems.append(f"{place}['{name}'] is {value!r}, but must be {key.kind.name}")
+    return problems
+
+
+def unknown_key(place: str, name: str, allowed: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, [*allowed, *ALL_KEYS], n=1)
+    return f"{place} is not a key" + (f"; did you mean {nearest[0]}?" if nearest else "")
+
+
+def where_it_belongs(key: Key, level: Level) -> str:
+    headings = {"general": "[general]", "dataset": "[[datasets]]", "subset": "[[datasets.subsets]]"}
+    if level not in key.levels:
+        return f"may not stand here; it belongs into {' or '.join(headings[name] for name in key.levels)}"
+    return f"may not stand here; it is only for subsets of style {' or '.join(key.styles)}"
+
+
+# Building
+
+
+def option_values(options: TrainOptions) -> dict[str, Any]:
+    """The option's value of every key that has one, checked like the file's; None means not given."""
+    flat = options.flat()
+    values = {key.name: flat[key.flag] for key in ALL_KEYS.values() if key.flag}
+    values["caption_extension"] = options.dataset.caption_extention or options.dataset.caption_extension
+    if isinstance(values["resolution"], str):
+        values["resolution"] = parse_numbers("--resolution", values["resolution"], int, (1, 2), "512 or 768,512")
+        if len(values["resolution"]) == 1:
+            values["resolution"] = values["resolution"][0]
+    if isinstance(values["face_crop_aug_range"], str):
+        values["face_crop_aug_range"] = parse_numbers(
+            "--face_crop_aug_range", values["face_crop_aug_range"], float, (2,), "1.0,3.0"
+        )
+    for name, value in values.items():
+        key = ALL_KEYS[name]
+        if isinstance(value, float) and value.is_integer() and key.kind.fits(1) and not isinstance(key.default, float):
+            values[name] = int(value)  # some front ends write every number with a decimal point
+        elif isinstance(value, int) and not key.kind.fits(value) and key.kind.fits(float(value)):
+            values[name] = float(value)
+        if values[name] is not None and not key.kind.fits(values[name]):
+            raise UserError(f"--{key.flag} is {value!r}, but must be {key.kind.name}")
+    return values
+
+
+def parse_numbers(flag: str, text: str, kind: type, counts: tuple[int, ...], example: str) -> list[Any]:
+    """`512,768` as numbers; ValueError names the flag and an example."""
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in counts:
+        raise UserError(f"{flag} is {text!r}, but must look like {example}")
+    return numbers
+
+
+def value_of(key: Key, tables: Sequence[Table]) -> Any:
+    """The first value that is set, converted; the tables come closest first."""
+    for table in tables:
+        value = table.get(key.name)
+        if value is not None:
+            return key.kind.convert(value)
+    return key.default
+
+
+def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style, place: str) -> DatasetConfig:
+    """One dataset with its subsets; `place` is for messages."""
+    tables = (dataset, general, fallbacks)
+    values = {key.name: value_of(key, tables) for key in DATASET_KEYS}
+    if values["resolution"] is None:
+        raise UserError(f"{place}['resolution'] is missing; set it there, in [general], or with --resolution")
+    if values["batch_size"] < 1:
+        raise UserError(f"{place}['batch_size'] is {values['batch_size']}, but must be at least 1")
+    if values.pop("network_multiplier") != 1.0:
+        logger.warning("%s['network_multiplier'] has no effect: adapters are trained at multiplier 1", place)
+    subsets = []
+    for j, subset in enumerate(dataset["subsets"]):
+        built = build_subset(subset, tables, style, f"{place}['subsets'][{j}]")
+        if built.num_repeats < 1:
+            logger.warning("%s is left out: num_repeats is %d", built.source, built.num_repeats)
+            continue
+        subsets.append(built)
+    interpolation = value_of(ALL_KEYS["resize_interpolation"], tables)
+    return DatasetConfig(style=style, resize_interpolation=interpolation, subsets=tuple(subsets), **values)
+
+
+def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str) -> SubsetConfig:
+    """One subset; keys that its style does not know keep their defaults."""
+    values = {key.name: value_of(key, (subset, *outer)) if style in key.styles else key.default for key in SUBSET_KEYS}
+    rules = CaptionRules(**{field.name: values.pop(field.name) for field in fields(CaptionRules)})
+    extension = values["caption_extension"]
+    if not extension.startswith("."):
+        values["caption_extension"] = f".{extension}"
+    check_subset(values, rules, place)
+    return SubsetConfig(style=style, captions=rules, **values)
+
+
+def check_subset(values: Table, rules: CaptionRules, place: str) -> None:
+    """Raise UserError for values that fit their types but mean nothing."""
+    if not rules.caption_separator:
+        raise UserError(f"{place}: caption_separator is empty; it must be a text such as ','")
+    for name in ("caption_dropout_rate", "caption_tag_dropout_rate"):
+        if not 0 <= getattr(rules, name) <= 1:
+            raise UserError(f"{place}: {name} is {getattr(rules, name)}, but must lie between 0 and 1")
+    for name in ("keep_tokens", "caption_dropout_every_n_epochs", "token_warmup_min", "token_warmup_step"):
+        if getattr(rules, name) < 0:
+            raise UserError(f"{place}: {name} is {getattr(rules, name)}, but must not be negative")
+    face_range = values["face_crop_aug_range"]
+    if face_range is not None and not 0 < face_range[0] <= face_range[1]:
+        raise UserError(
+            f"{place}: face_crop_aug_range is {list(face_range)}, but must be two positive numbers, the smaller first"
+        )
+    if values["conditioning_data_dir"] and values["random_crop"]:
+        raise UserError(
+            f"{place}: random_crop cannot be used with conditioning_data_dir; masks are cropped at the centre"
+        )
+
+
+# Folder arguments
+
+
+def folder_dataset(data: DatasetOptions, fallbacks: Table) -> DatasetConfig:
+    """The one dataset that --train_data_dir, --reg_data_dir, --in_json and --conditioning_data_dir describe."""
+    subsets: list[Table]
+    style: Style = "dreambooth"
+    if data.in_json:
+        style, subsets = "metadata", [{"image_dir": data.train_data_dir, "metadata_file": data.in_json}]
+    elif not data.train_data_dir:
+        raise NoDataFound("give --dataset_config or --train_data_dir")
+    elif data.conditioning_data_dir:
+        if not data.masked_loss:
+            raise UserError("--conditioning_data_dir needs --masked_loss")
+        style = "masked"
+        subsets = [{"image_dir": data.train_data_dir, "conditioning_data_dir": data.conditioning_data_dir}]
+    else:
+        subsets = numbered_folders("--train_data_dir", data.train_data_dir, is_reg=False)
+        if data.reg_data_dir:
+            subsets += numbered_folders("--reg_data_dir", data.reg_data_dir, is_reg=True)
+        if not any(not subset["is_reg"] for subset in subsets):
+            raise NoDataFound(
+                f"--train_data_dir {data.train_data_dir} must be the parent of folders with pictures, "
+                "called N_name, such as 10_cat"
+            )
+    return build_dataset({"subsets": subsets}, {}, fallbacks, style, "command line")
+
+
+def numbered_folders(flag: str, parent: str, is_reg: bool) -> list[Table]:
+    """The folders `N_name` below `parent`, in the order of their names: N repeats, `name` is the class."""
+    if not os.path.isdir(parent):
+        raise (ValueError if is_reg else NoDataFound)(f"{flag} {parent} is not a folder")
+    subsets: list[Table] = []
+    for name in sorted(entry.name for entry in os.scandir(parent) if os.path.isdir(entry.path)):
+        number, _, class_tokens = name.partition("_")
+        try:
+            num_repeats = int(number)
+        except ValueError:
+            logger.warning("%s: folder %s is left out, its name does not start with a number of repeats", flag, name)
+            continue
+        if num_repeats < 1:
+            logger.info("%s: folder %s is left out, it asks for %d repeats", flag, name, num_repeats)
+            continue
+        path = os.path.join(parent, name)
+        subsets.append({"image_dir": path, "num_repeats": num_repeats, "class_tokens": class_tokens, "is_reg": is_reg})
+    return subsets

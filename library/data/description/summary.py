@@ -1,0 +1,154 @@
+"""What the saved file's metadata says about the data; programs that show adapters read it."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from library.data.description.buckets import BucketRules, ratio_error
+from library.data.description.schema import RunDataConfig
+from library.data.sources.samples import Sample
+from library.data.sources.scan import ScannedDataset, ScannedSubset
+from library.options.train import TrainOptions
+
+TagFrequency = dict[str, dict[str, int]]
+
+
+def dataset_metadata(
+    config: RunDataConfig,
+    datasets: Sequence[ScannedDataset],
+    rules: Sequence[BucketRules],
+    samples: Sequence[Sample],
+    options: TrainOptions,
+    num_processes: int,
+) -> dict[str, Any]:
+    """The `ss_*` values that describe the data: a list of datasets for --dataset_config, else single keys."""
+    frequencies = [tag_frequency(dataset) for dataset in datasets]
+    infos = [
+        bucket_info(rule, [sample for sample in samples if sample.dataset == number])
+        for number, rule in enumerate(rules)
+    ]
+    subsets = [subset for dataset in datasets for subset in dataset.subsets]
+    if config.is_from_file:
+        merged: TagFrequency = {}
+        for frequency in frequencies:
+            for name, counts in frequency.items():
+                merged.setdefault(name, counts)  # a folder that several datasets use counts once
+        return {
+            "ss_datasets": [
+                describe_dataset(dataset, rule, frequency, info)
+                for dataset, rule, frequency, info in zip(datasets, rules, frequencies, infos, strict=True)
+            ],
+            "ss_tag_frequency": merged,
+            "ss_dataset_dirs": dataset_dirs([subset for subset in subsets if not subset.config.is_reg]),
+        }
+    (dataset,), (rule,) = datasets, rules
+    data, accumulation = options.dataset, options.run.gradient_accumulation_steps
+    return {
+        "ss_batch_size_per_device": dataset.config.batch_size,
+        "ss_total_batch_size": dataset.config.batch_size * num_processes * accumulation,
+        "ss_resolution": str(rule.resolution),
+        "ss_color_aug": data.color_aug,
+        "ss_flip_aug": data.flip_aug,
+        "ss_random_crop": data.random_crop,
+        "ss_shuffle_caption": data.shuffle_caption,
+        "ss_enable_bucket": rule.enable_bucket,
+        "ss_bucket_no_upscale": dataset.config.bucket_no_upscale,
+        "ss_min_bucket_reso": rule.min_reso if rule.enable_bucket else None,
+        "ss_max_bucket_reso": rule.max_reso if rule.enable_bucket else None,
+        "ss_keep_tokens": data.keep_tokens,
+        "ss_dataset_dirs": dataset_dirs([subset for subset in subsets if not subset.config.is_reg]),
+        "ss_reg_dataset_dirs": dataset_dirs([subset for subset in subsets if subset.config.is_reg]),
+        "ss_tag_frequency": frequencies[0],
+        "ss_bucket_info": infos[0],
+    }
+
+
+def describe_dataset(
+    dataset: ScannedDataset, rule: BucketRules, frequency: TagFrequency, info: dict[str, Any] | None
+) -> dict[str, Any]:
+    """One dataset in `ss_datasets`."""
+    config = dataset.config
+    counts = {
+        is_reg: sum(len(s.pictures) * s.config.num_repeats for s in dataset.subsets if s.config.is_reg == is_reg)
+        for is_reg in (False, True)
+    }
+    return {
+        "is_dreambooth": config.style != "metadata",
+        "batch_size_per_device": config.batch_size,
+        "num_train_images": counts[False],
+        "num_reg_images": counts[True],
+        "resolution": list(rule.resolution),
+        "enable_bucket": rule.enable_bucket,
+        "min_bucket_reso": rule.min_reso if rule.enable_bucket else None,
+        "max_bucket_reso": rule.max_reso if rule.enable_bucket else None,
+        "tag_frequency": frequency,
+        "bucket_info": info,
+        "resize_interpolation": config.resize_interpolation,
+        "subsets": [describe_subset(subset) for subset in dataset.subsets],
+    }
+
+
+def describe_subset(subset: ScannedSubset) -> dict[str, Any]:
+    """One subset in `ss_datasets`."""
+    config = subset.config
+    described = {
+        "img_count": len(subset.pictures),
+        "num_repeats": config.num_repeats,
+        "color_aug": config.color_aug,
+        "flip_aug": config.flip_aug,
+        "random_crop": config.random_crop,
+        "shuffle_caption": config.captions.shuffle_caption,
+        "keep_tokens": config.captions.keep_tokens,
+        "keep_tokens_separator": config.captions.keep_tokens_separator,
+        "secondary_separator": config.captions.secondary_separator,
+        "enable_wildcard": config.captions.enable_wildcard,
+        "caption_prefix": config.captions.caption_prefix,
+        "caption_suffix": config.captions.caption_suffix,
+        "resize_interpolation": config.resize_interpolation,
+    }
+    if config.style == "metadata":
+        if config.image_dir:
+            described["image_dir"] = config.image_dir.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+        described["metadata_file"] = config.base_name
+        return described
+    return described | {"image_dir": config.base_name, "class_tokens": config.class_tokens, "is_reg": config.is_reg}
+
+
+def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
+    """How many pictures carry each tag, by folder; tags stand between commas, in captions or in a metadata file."""
+    frequency: dict[str, Counter[str]] = {}
+    for subset in dataset.subsets:
+        counts = frequency.setdefault(subset.config.base_name, Counter())
+        for picture in subset.pictures:
+            text = picture.tags or "" if subset.config.style == "metadata" else picture.caption
+            tags = dict.fromkeys(tag.strip().lower() for tag in text.replace("\n", ",").split(","))
+            counts.update(tag for tag in tags if tag)
+    return {name: dict(counts) for name, counts in frequency.items()}
+
+
+def bucket_info(rule: BucketRules, samples: Sequence[Sample]) -> dict[str, Any] | None:
+    """Draws of each bucket and the mean change of aspect ratio; None without buckets."""
+    if not rule.enable_bucket:
+        return None
+    counts: Counter[tuple[int, int]] = Counter()
+    errors = []
+    for sample in samples:
+        if sample.num_draws:
+            counts[sample.shape.bucket] += sample.num_draws
+            errors.append(ratio_error(sample.shape.bucket, sample.picture.size))
+    buckets = {
+        str(index): {"resolution": list(size), "count": counts[size]} for index, size in enumerate(sorted(counts))
+    }
+    return {"buckets": buckets, "mean_img_ar_error": sum(errors) / len(errors) if errors else 0.0}
+
+
+def dataset_dirs(subsets: Sequence[ScannedSubset]) -> dict[str, dict[str, int]]:
+    """Repeats and pictures by folder name; further folders of one name get ` (2)`, ` (3)`."""
+    described: dict[str, dict[str, int]] = {}
+    for subset in subsets:
+        name, number = subset.config.base_name, 2
+        while name in described:
+            name = f"{subset.config.base_name} ({number})"
+            number += 1
+        described[name] = {"n_repeats": subset.config.num_repeats, "img_count": len(subset.pictures)}
+    return described

@@ -1,0 +1,86 @@
+"""metadata_cache.json: captions and sizes of a folder, so that a slow disk is not read again (cache_info).
+
+The file is sd-scripts' own, `{path: {"caption": str, "resolution": [w, h]}}`, with one more field that says what each
+entry was read from. Entries without it, or whose picture or caption file has changed, are read again.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.data.description.buckets import Size
+from library.data.description.schema import SubsetConfig
+
+logger = logging.getLogger(__name__)
+
+Fingerprint = list[int]  # bytes, nanoseconds of the last change
+CacheRow = tuple[str, str, Size | str, Fingerprint, Fingerprint | None]
+"""path, caption, size (or why there is none), what picture and caption were read from"""
+FILE_NAME = "metadata_cache.json"
+
+
+def fingerprint(path: str) -> Fingerprint:
+    """What changes when a file is written."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
+
+
+@dataclass(frozen=True)
+class FolderCache:
+    """The cache file of one image folder."""
+
+    path: Path
+    entries: dict[str, Any]
+    is_multiline: bool
+
+    @classmethod
+    def open(cls, config: SubsetConfig) -> "FolderCache":
+        """What is known about a folder; nothing where there is no file or it is damaged."""
+        path = Path(config.image_dir or "") / FILE_NAME
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            entries = {}
+        except (OSError, ValueError, RecursionError) as error:
+            logger.warning("%s cannot be read and is made again: %s", path, error)
+            entries = {}
+        return cls(path, entries if isinstance(entries, dict) else {}, config.captions.enable_wildcard)
+
+    def lookup(
+        self, picture: str, picture_print: Fingerprint, caption_print: Fingerprint | None
+    ) -> tuple[str, Size] | None:
+        """(caption, size) if both files are as they were when the entry was written."""
+        entry = self.entries.get(picture)
+        source = {"picture": picture_print, "caption": caption_print, "is_multiline": self.is_multiline}
+        if not isinstance(entry, dict) or entry.get("read_from") != source:
+            return None
+        try:
+            width, height = entry["resolution"]
+            return str(entry["caption"]), (int(width), int(height))
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    def write(self, found: Iterable[CacheRow]) -> None:
+        """Keep what was read, if anything is new; a folder that cannot be written is only worth a warning."""
+        entries = {
+            path: {
+                "caption": caption,
+                "resolution": list(size),
+                "read_from": {"picture": picture_print, "caption": caption_print, "is_multiline": self.is_multiline},
+            }
+            for path, caption, size, picture_print, caption_print in found
+        }
+        if entries == self.entries:
+            return
+        temporary = self.path.with_name(f".{FILE_NAME}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(entries, indent=2), encoding="utf-8")
+            os.replace(temporary, self.path)
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self.path, error.strerror)
+        finally:
+            temporary.unlink(missing_ok=True)

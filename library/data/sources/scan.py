@@ -1,0 +1,395 @@
+"""From folders and metadata files to pictures: paths, captions, sizes. Nothing is decoded."""
+
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import NamedTuple
+
+from library.data.batches.images import picture_extensions, read_size
+from library.data.batches.threads import in_blocks
+from library.data.description.buckets import Size
+from library.data.description.captions import CaptionRules
+from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig
+from library.data.sources.folder_cache import CacheRow, FolderCache, fingerprint
+from library.data.sources.image_headers import HEAD_BYTES, plain_size
+from library.data.sources.metadata_file import MetadataEntry, read_metadata
+from library.data.sources.picture_index import UNSETTLED, Table, open_index, read_stamped, renewed, stamp_of
+from library.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Picture(NamedTuple):
+    """One picture of a subset. A tuple, for it takes a third of the time of a dataclass to make."""
+
+    path: str
+    caption: str  # as read: lines divided by newlines, without prefix, suffix and tag rules
+    size: Size  # width, height, upright
+    mask_path: str | None = None
+    tags: str | None = None  # the tags field of a metadata file, for statistics
+
+
+@dataclass(frozen=True)
+class ScannedSubset:
+    """What was found for a subset."""
+
+    config: SubsetConfig
+    pictures: tuple[Picture, ...]
+    dropped: tuple[tuple[str, str], ...] = ()  # path, reason
+    without_caption: tuple[str, ...] = ()
+    empty_caption: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ScannedDataset:
+    """What was found for a dataset."""
+
+    config: DatasetConfig
+    subsets: tuple[ScannedSubset, ...]
+
+
+@dataclass
+class _Listing:
+    """The pictures of a subset, column by column: a hundred thousand of them take a moment to make."""
+
+    config: SubsetConfig
+    paths: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    sizes: list[Size | str] = field(default_factory=list)  # of a picture that cannot be read: why
+    masks: Iterable[str | None] = repeat(None)
+    tags: Iterable[str | None] = repeat(None)
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    without_caption: list[str] = field(default_factory=list)
+    empty_caption: list[str] = field(default_factory=list)
+
+
+def collect(config: RunDataConfig, num_threads: int = 16) -> tuple[ScannedDataset, ...]:
+    """List the pictures of every subset, read their captions and headers.
+
+    Raises UserError for missing folders and files, captions that are not UTF-8 and masks that are missing.
+    """
+    return tuple(collect_dataset(dataset, num_threads) for dataset in config.datasets)
+
+
+def collect_dataset(config: DatasetConfig, num_threads: int) -> ScannedDataset:
+    """The pictures of one dataset; a source that was named before in it is left out."""
+    subsets, seen = [], set()
+    for subset in config.subsets:
+        source = os.path.normcase(os.path.abspath(subset.source))
+        if source in seen:
+            logger.warning("%s stands twice in one dataset; the second one is left out", subset.source)
+            continue
+        seen.add(source)
+        subsets.append(collect_subset(subset, num_threads))
+    return ScannedDataset(config, tuple(subsets))
+
+
+def collect_subset(config: SubsetConfig, num_threads: int) -> ScannedSubset:
+    """The pictures of one subset, in the order of their paths."""
+    if config.style == "metadata":
+        listing = list_metadata(config, num_threads)
+    else:
+        listing = list_folder(config, num_threads)
+    if config.style == "masked":
+        add_masks(listing)
+    rows = zip(listing.paths, listing.captions, listing.sizes, listing.masks, listing.tags, strict=False)
+    unreadable = [
+        (path, size) for path, size in zip(listing.paths, listing.sizes, strict=True) if isinstance(size, str)
+    ]
+    if unreadable:
+        rows = (row for row in rows if not isinstance(row[2], str))  # type: ignore[assignment]
+    return ScannedSubset(
+        config,
+        tuple(map(Picture._make, rows)),
+        (*listing.dropped, *unreadable),
+        tuple(listing.without_caption),
+        tuple(listing.empty_caption),
+    )
+
+
+# Folders
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The files directly in a folder, by name."""
+
+    pictures: list[str]  # sorted
+    dropped: list[tuple[str, str]]  # path of what has a picture's name but is no file, and why
+    captions: list[str]
+
+
+def look_into(folder: str, caption_extension: str | None = None) -> Folder:
+    """List a folder without opening anything in it."""
+    endings = {extension[1:] for extension in picture_extensions()}
+    found = Folder([], [], [])
+    with opened_folder(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            is_picture = name.rpartition(".")[2] in endings and "." in name
+            if not is_picture and (caption_extension is None or not name.endswith(caption_extension)):
+                continue
+            try:
+                if entry.is_file():
+                    (found.pictures if is_picture else found.captions).append(name)
+                elif is_picture and entry.is_symlink() and not entry.is_dir():
+                    found.dropped.append((os.path.join(folder, name), "is a link to nothing"))
+            except OSError as error:
+                if is_picture:
+                    found.dropped.append((os.path.join(folder, name), f"cannot be followed: {error.strerror}"))
+                else:
+                    found.captions.append(name)  # whoever reads it learns why not
+    found.pictures.sort()
+    found.dropped.sort()
+    return found
+
+
+def opened_folder(folder: str) -> AbstractContextManager[Iterator[os.DirEntry[str]]]:
+    """os.scandir, whose error says what to do."""
+    try:
+        return os.scandir(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}; change its rights, or leave it out") from error
+
+
+def list_folder(config: SubsetConfig, num_threads: int) -> _Listing:
+    """The pictures of image_dir with their captions and sizes, from the folder's index where that is still true."""
+    folder = config.image_dir or ""
+    listing = _Listing(config)
+    if not os.path.isdir(folder):
+        logger.warning("image_dir %s is not a folder", folder)
+        return listing
+    inside = look_into(folder, config.caption_extension)
+    files = caption_files(folder, inside, config.caption_extension)
+    prefix = os.path.join(folder, "")
+    listing.paths = [prefix + name for name in inside.pictures]
+    listing.dropped = inside.dropped
+    if config.cache_info:
+        texts = read_with_cache(listing, files, num_threads)
+    else:
+        texts = read_with_index(listing, inside.pictures, files, num_threads)
+    listing.captions = [caption_of(text, config.captions) for text in texts]
+    if None in files or "" in listing.captions:
+        note_missing(listing, files)
+    return listing
+
+
+def note_missing(listing: _Listing, files: Sequence[str | None]) -> None:
+    """Put class_tokens in the place of captions without a file, and list what is missing or empty."""
+    for place, (path, file) in enumerate(zip(listing.paths, files, strict=True)):
+        if file is None:
+            listing.captions[place] = listing.config.class_tokens or ""
+            listing.without_caption.append(path)
+        elif not listing.captions[place]:
+            listing.empty_caption.append(path)
+
+
+def caption_files(folder: str, inside: Folder, extension: str) -> Sequence[str | None]:
+    """The name of each picture's caption file; None where there is none."""
+    listed = set(inside.captions)
+    stems = [picture[: picture.rindex(".")] or picture for picture in inside.pictures]
+    own = [stem + extension for stem in stems]
+    if listed.issuperset(own):
+        return own
+    return [
+        name if name in listed else other_caption_file(folder, stem, extension)
+        for stem, name in zip(stems, own, strict=True)
+    ]
+
+
+def other_caption_file(folder: str, stem: str, extension: str) -> str | None:
+    """The caption file of a picture whose own is not in the listing of the folder."""
+    names = [stem + extension]  # which a file system may find all the same, spelt in another way
+    if stem.count("_") >= 4:  # face detection names its cuttings `..._cx_cy_w_h`
+        names.append(stem.rsplit("_", 4)[0] + extension)
+    return next((name for name in names if os.path.isfile(os.path.join(folder, name))), None)
+
+
+def read_with_index(
+    listing: _Listing, pictures: list[str], files: Sequence[str | None], num_threads: int
+) -> Sequence[str]:
+    """Fill in sizes and give the text of each picture's caption file, from the index of the folder and the files."""
+    config, folder = listing.config, listing.config.image_dir or ""
+    index = open_index(folder, len(pictures))
+    names = list(dict.fromkeys(file for file in files if file is not None))
+    known_captions = index.captions.get(config.caption_extension, Table())
+    captions = renewed(known_captions, folder, names, read_caption, num_threads, None)
+    title = f"reading sizes of {config.base_name}"
+    sizes = renewed(index.sizes, folder, pictures, size_of, num_threads, title)
+    if config.keeps_index:
+        index.replace_with(sizes, index.captions | {config.caption_extension: captions})
+    listing.sizes = sizes.values
+    if len(names) == len(files):
+        return captions.values
+    texts: dict[str | None, str] = dict(zip(names, captions.values, strict=True))
+    return [texts.get(file, "") for file in files]
+
+
+def read_with_cache(listing: _Listing, files: Sequence[str | None], num_threads: int) -> Sequence[str]:
+    """The same from sd-scripts' metadata_cache.json, which is written anew."""
+    config = listing.config
+    cache = FolderCache.open(config)
+
+    def read(block: Sequence[int]) -> list[CacheRow]:
+        return [cached_or_read(cache, listing, place, files[place]) for place in block]
+
+    rows = in_blocks(read, range(len(listing.paths)), num_threads, f"reading sizes of {config.base_name}")
+    if config.keeps_index:
+        cache.write(row for row in rows if not isinstance(row[2], str))
+    listing.sizes = [row[2] for row in rows]
+    return [row[1] for row in rows]
+
+
+def cached_or_read(cache: FolderCache, listing: _Listing, place: int, file: str | None) -> CacheRow:
+    """Path, caption, size and what both were read from, of one picture and its caption file."""
+    config, path = listing.config, listing.paths[place]
+    caption_path = None if file is None else os.path.join(config.image_dir or "", file)
+    picture_print = fingerprint(path)
+    caption_print = None if caption_path is None else fingerprint(caption_path)
+    known = cache.lookup(path, picture_print, caption_print)
+    size: Size | str
+    if known is None:
+        text = "" if caption_path is None else caption_of(read_caption(caption_path)[1], config.captions)
+        size = size_of(path)[1]
+    else:
+        text, size = known
+    return path, config.class_tokens or "" if file is None else text, size, picture_print, caption_print
+
+
+def read_caption(path: str) -> tuple[int, str]:
+    """(stamp, lines of a caption file, each stripped); ValueError names a file that cannot be read."""
+    try:
+        status, content = read_stamped(path)
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the caption file {path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise UserError(f"the caption file {path} cannot be read: {error.strerror}") from None
+    lines = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return stamp_of(status, time.time_ns()), "\n".join([line.strip() for line in lines]).rstrip("\n")
+
+
+def size_of(path: str) -> tuple[int, Size | str]:
+    """(stamp, size of a picture); in place of the size the reason why there is none."""
+    try:
+        status, head = read_stamped(path, HEAD_BYTES)
+        size = plain_size(head, status.st_size) or read_size(path)
+    except (ValueError, OSError) as error:
+        return UNSETTLED, str(error).removeprefix(path).strip() or "unknown"
+    return stamp_of(status, time.time_ns()), size
+
+
+def caption_of(text: str, rules: CaptionRules) -> str:
+    """The caption in the stripped lines of a file: the first, or with enable_wildcard every one that is not blank."""
+    if "\n" not in text:
+        return text
+    if rules.enable_wildcard:
+        return "\n".join(line for line in text.split("\n") if line)
+    return text.partition("\n")[0]
+
+
+# Masks
+
+
+def add_masks(listing: _Listing) -> None:
+    """Find the mask of every picture; ValueError names those without one and masks without a picture."""
+    folder = listing.config.conditioning_data_dir or ""
+    if not os.path.isdir(folder):
+        raise UserError(f"conditioning_data_dir {folder} is not a folder")
+    masks: dict[str, str] = {}
+    for name in look_into(folder).pictures:
+        masks.setdefault(os.path.splitext(name)[0], os.path.join(folder, name))
+    stems = [os.path.splitext(os.path.basename(path))[0] for path in listing.paths]
+    missing = [path for path, stem in zip(listing.paths, stems, strict=True) if stem not in masks]
+    if missing:
+        raise UserError(f"{len(missing)} pictures have no mask in {folder}: {few(missing)}")
+    surplus = [masks[stem] for stem in sorted(masks.keys() - set(stems))]
+    if surplus:
+        raise UserError(
+            f"{len(surplus)} masks in {folder} belong to no picture of {listing.config.image_dir}: {few(surplus)}"
+        )
+    listing.masks = [masks[stem] for stem in stems]
+
+
+# Metadata files
+
+
+def list_metadata(config: SubsetConfig, num_threads: int) -> _Listing:
+    """The pictures that a metadata file names."""
+    listing = _Listing(config)
+    listings: dict[str, dict[str, str]] = {}
+    tags: list[str | None] = []
+    for key, entry in read_metadata(config.metadata_file or ""):
+        path = find_picture(key, config.image_dir, listings)
+        if path is None:
+            listing.dropped.append(
+                (key, "there is no such picture" + (f" in {config.image_dir}" if config.image_dir else ""))
+            )
+            continue
+        caption = combined_caption(entry, config.captions)
+        if entry.caption is None and entry.tags is None:
+            listing.without_caption.append(path)
+        elif not caption:
+            listing.empty_caption.append(path)
+        listing.paths.append(path)
+        listing.captions.append(caption)
+        tags.append(entry.tags)
+    listing.tags = tags
+    listing.sizes = sizes_anywhere(
+        listing.paths, num_threads, f"reading sizes of {config.base_name}", config.keeps_index
+    )
+    return listing
+
+
+def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_index: bool) -> list[Size | str]:
+    """The sizes of pictures that may lie in several folders, from the indices of those with many."""
+    by_folder: dict[str, list[str]] = defaultdict(list)
+    for path in dict.fromkeys(paths):
+        by_folder[os.path.dirname(path)].append(os.path.basename(path))
+    sizes: dict[str, Size | str] = {}
+    for folder, names in by_folder.items():
+        names.sort()
+        index = open_index(folder or ".", len(names))
+        table = renewed(index.sizes, folder or ".", names, size_of, num_threads, title)
+        if keeps_index:
+            index.replace_with(table, index.captions)
+        sizes.update((os.path.join(folder, name), size) for name, size in zip(names, table.values, strict=True))
+    return [sizes[os.path.join(*os.path.split(path))] for path in paths]
+
+
+def find_picture(key: str, image_dir: str | None, listings: dict[str, dict[str, str]]) -> str | None:
+    """A metadata key's file: a path with or without ending, absolute or below image_dir (else the working folder)."""
+    path = key if os.path.isabs(key) else os.path.join(image_dir or "", key)
+    if os.path.isfile(path):
+        return path
+    folder, name = os.path.split(path)
+    if folder not in listings:
+        pictures = look_into(folder or ".").pictures if os.path.isdir(folder or ".") else []
+        listings[folder] = {}
+        for picture in pictures:
+            listings[folder].setdefault(os.path.splitext(picture)[0], os.path.join(folder, picture))
+    return listings[folder].get(name)
+
+
+def combined_caption(entry: MetadataEntry, rules: CaptionRules) -> str:
+    """Caption and tags of a metadata entry; with enable_wildcard the tags are added to every caption line."""
+    lines = [line.strip() for line in (entry.caption or "").splitlines() if line.strip()]
+    if not rules.enable_wildcard:
+        lines = lines[:1]
+    tags = (entry.tags or "").strip().replace("\n", rules.caption_separator)
+    if tags:
+        lines = [f"{line}{rules.caption_separator}{tags}" for line in lines] or [tags]
+    return "\n".join(lines)
+
+
+def few(paths: Iterable[str], limit: int = 5) -> str:
+    """The first few of many, for messages."""
+    listed = list(paths)
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")

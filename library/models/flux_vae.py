@@ -1,0 +1,91 @@
+"""The VAE of 16 channels that FLUX.1 came with ("ae.safetensors") and others took over: its files and its latents."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints import model_lookup
+from library.checkpoints.weights import Weights, with_prefix
+from library.errors import UserError
+from library.models.latents import KlLatents
+from library.models.loading import Component
+from library.models.shapes import shape_of
+from library.models.vae import single_vae, vae_of_folder
+from library.protocols import LatentSpec
+
+logger = logging.getLogger(__name__)
+
+CHANNELS = 16
+SCALE, SHIFT = 0.3611, 0.1159
+VAE_PREFIXES = ("vae.", "first_stage_model.", "")
+FOLDER = "vae"  # of a diffusers folder
+
+
+@dataclass(frozen=True)
+class MappedLatents:
+    """Latents of 16 channels, 8 pixels a side; the cache keeps them shifted and scaled, as the denoiser sees them."""
+
+    spec: LatentSpec
+
+    def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Samples of the posterior less 0.1159, times 0.3611, float32."""
+        latents = KlLatents(self.spec, SCALE, SHIFT)
+        return latents.normalize(latents.encode(vae, pixels_BCHW, generators))
+
+    def normalize(self, latents_BCHW: Tensor) -> Tensor:
+        return latents_BCHW
+
+    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+        """Pictures, float32, about -1..1, of latents as the denoiser sees them."""
+        return KlLatents(self.spec, SCALE, SHIFT).decode(vae, latents_BCHW)
+
+
+def mapped_latents(cache_suffix: str) -> MappedLatents:
+    """The latents of a base model that reads two by two of them as a token."""
+    return MappedLatents(LatentSpec(CHANNELS, 8, bucket_step=16, cache_suffix=cache_suffix, keys_carry_size=True))
+
+
+def open_ae(model: str, base_flag: str, name: str | None, base: Path, whole: Weights | None) -> Component:
+    """The VAE from --ae, or from the base model, in the original layout or diffusers'.
+
+    `model` is what messages call the base model, which lies at `base`; `whole` is its single file, None for a folder.
+    """
+    if name is None and whole is None:
+        return checked_ae(model, base_flag, vae_of_folder(*model_lookup.open_part(base_flag, base / FOLDER, FOLDER)))
+    if name is None:
+        assert whole is not None
+        weights = whole
+    else:
+        vae_config, weights = model_lookup.open_model("--ae", name, FOLDER)
+        if vae_config is not None:
+            return checked_ae(model, "--ae", vae_of_folder(vae_config, weights))
+    prefixes = VAE_PREFIXES if name is not None else VAE_PREFIXES[:-1]
+    prefix = next((p for p in prefixes if f"{p}decoder.conv_in.weight" in weights.shapes), None)
+    if prefix is None:
+        if name is None:
+            raise UserError(f"--ae is missing: {base} has no VAE in it; give ae.safetensors")
+        first = ", ".join(list(weights.shapes)[:3]) or "none"
+        raise UserError(f"--ae {name} is no VAE: it has no decoder.conv_in.weight (first names: {first})")
+    return checked_ae(model, "--ae", single_vae(with_prefix(weights, prefix)))
+
+
+def checked_ae(model: str, flag: str, component: Component) -> Component:
+    """Raise UserError where a VAE makes other latents than the base model's."""
+    channels = shape_of(component.weights.shapes, "decoder.conv_in.weight")[1]
+    if channels != CHANNELS:
+        raise UserError(
+            f"{flag} {component.weights.origin} has {channels} latent channels, {model} needs {CHANNELS}; use its "
+            "ae.safetensors"
+        )
+    config: Mapping[str, object] = component.config
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+    if (scale or SCALE, shift or SHIFT) != (SCALE, SHIFT):
+        logger.warning(
+            "%s %s is made for latents less %s, times %s; %s takes %s and %s",
+            flag, component.weights.origin, shift, scale, model, SHIFT, SCALE,
+        )  # fmt: skip
+    return component

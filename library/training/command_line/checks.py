@@ -1,0 +1,286 @@
+"""What can be said about the options before anything is loaded: what contradicts, is missing, or does nothing."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PureWindowsPath
+
+from library.errors import UserError
+from library.options.rules import check_ranges, is_set, unused
+from library.options.support import unsupported
+from library.options.train import TrainOptions
+from library.training.evaluation.preview import Timetable
+from library.training.evaluation.prompts import check_sampler, read_prompts
+from library.training.optimization.optimizers import class_path, wanted_type
+from library.training.reporting.logs import tracker_kind
+from library.training.saving.checkpoints import Names
+
+logger = logging.getLogger(__name__)
+
+MAX_NAME_BYTES = 255 - len("-step00000000-state")  # what file systems allow, less what a run appends
+SQUARES_IN_DTYPE_OF_WEIGHTS = (
+    "torch.optim.Adam", "torch.optim.NAdam", "torch.optim.RAdam", "torch.optim.RMSprop", "prodigyopt.",
+    "schedulefree.AdamW", "schedulefree.RAdam",
+)  # fmt: skip
+ANY_CHOICE = ("max_token_length", "dynamo_backend", "sample_sampler", "zero_stage")  # names of files in use; see cli.py
+
+
+def check(options: TrainOptions) -> None:
+    """Refuse what cannot work.
+
+    Raises UserError naming every flag that is not supported yet, else the first contradiction, with its way out.
+    """
+    missing = unsupported(options)
+    if missing:
+        raise UserError("\n".join(missing))
+    check_ranges(options)
+    check_buckets(options)
+    check_choices(options)
+    check_required(options)
+    check_output(options)
+    check_precision(options)
+    check_optimizer(options)
+    check_network(options)
+    check_noise_and_loss(options)
+    check_previews(options)
+    tracker_kind(options.trackers)
+
+
+def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:
+    """Warn of every option that is given and does nothing; `ignores` are those that do nothing for the base model."""
+    for line in (*unused(options, ignores), *idle_previews(options), *doubtful(options)):
+        logger.warning("%s", line)
+
+
+def check_buckets(options: TrainOptions) -> None:
+    """The shortest side of a bucket is not above the longest."""
+    low, high = options.dataset.min_bucket_reso, options.dataset.max_bucket_reso
+    if options.dataset.enable_bucket and low > high:
+        raise UserError(f"--min_bucket_reso is {low}, above --max_bucket_reso {high}; swap them")
+
+
+def check_choices(options: TrainOptions) -> None:
+    """Config files are not held to the choices of the command line, but what has no meaning stops here."""
+    values = options.flat()
+    for field, _ in type(options).leaves():
+        choices = field.metadata.get("choices")
+        if choices is None or field.name in ANY_CHOICE or values[field.name] in choices:
+            continue
+        if not is_set(values[field.name], field.default):
+            continue
+        known = ", ".join(str(choice) for choice in choices if choice is not None)
+        raise UserError(f"--{field.name} is {values[field.name]!r}; use one of {known}")
+
+
+def check_required(options: TrainOptions) -> None:
+    """The model, the pictures, the adapter and the place to write to are named."""
+    dataset = options.dataset
+    if dataset.dataset_config is None:
+        if not dataset.train_data_dir:
+            raise UserError(
+                "no pictures are named; give --dataset_config with a TOML file, or --train_data_dir with a folder"
+            )
+        if not dataset.resolution:
+            raise UserError("--resolution is not set; give the training size with it, such as 512 or 512,768")
+    if dataset.debug_dataset:
+        return
+    if not options.model.pretrained_model_name_or_path:
+        raise UserError("--pretrained_model_name_or_path is not set; give the base model's file, folder or hub name")
+    if not options.network.network_module:
+        raise UserError("--network_module is not set; networks.lora trains a LoRA")
+    if not options.saving.output_dir:
+        raise UserError("--output_dir is not set; give the folder that the trained weights go to")
+
+
+def check_output(options: TrainOptions) -> None:
+    """What is written at the end can be written: the folders can be made and the name fits."""
+    saving = options.saving
+    if options.dataset.debug_dataset:
+        return
+    for flag, folder in (("output_dir", saving.output_dir), ("logging_dir", options.trackers.logging_dir)):
+        if folder:
+            check_folder(flag, Path(folder))
+    check_output_name(saving.output_name or "")
+    path = Names.build(saving).of_end()
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+        raise UserError(
+            f"--output_name {saving.output_name} is too long: files of the run would have names of more than "
+            f"{MAX_NAME_BYTES} bytes; use a shorter one"
+        )
+    if path.is_dir():
+        raise UserError(f"--output_name: {path} is a folder, but the adapter is saved under that name; use another")
+    if path.exists() and not (options.state.resume or options.state.autoresume):
+        logger.warning("%s is there already and will be replaced when the run ends", path)
+
+
+def check_output_name(name: str) -> None:
+    """Raise UserError for a name with folders in it: files would lie where neither --autoresume nor rotation looks."""
+    if "/" in name or "\\" in name or PureWindowsPath(name).drive:
+        raise UserError(
+            f"--output_name {name} holds a path, but all files of a run lie in --output_dir itself; put the folder "
+            f"into --output_dir and give only a name, such as {PureWindowsPath(name).name or 'my_cat'}"
+        )
+
+
+def check_folder(flag: str, folder: Path) -> None:
+    """Raise UserError where a folder is a file, or cannot be made or written to."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"--{flag} {folder}: {there} is a file, not a folder; name another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--{flag} {folder}: nothing can be written in {there}; change its rights or name another place"
+        )
+
+
+def check_precision(options: TrainOptions) -> None:
+    """Number formats fit together and exist on this machine."""
+    precision = options.precision
+    for flag, kind in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
+        if getattr(precision, flag) and precision.mixed_precision != kind:
+            raise UserError(
+                f"--{flag} needs --mixed_precision {kind}, but that is {precision.mixed_precision}; "
+                f"set it to {kind} or leave out --{flag}"
+            )
+    for flag in ("fp8_base", "fp8_base_unet"):
+        if getattr(precision, flag) and precision.mixed_precision == "no":
+            raise UserError(
+                f"--{flag} needs --mixed_precision bf16 or fp16, which the 8-bit weights are computed with; set one of "
+                f"them, or leave out --{flag}"
+            )
+    if precision.mixed_precision == "fp16" and not options.dataset.debug_dataset and not has_accelerator():
+        raise UserError(
+            "--mixed_precision fp16 needs a GPU and none is found; use --mixed_precision bf16 or no on the CPU"
+        )
+    check_full_fp16(options)
+
+
+def check_full_fp16(options: TrainOptions) -> None:
+    """fp16 holds no number below 6e-8: optimizers that keep squared gradients in it divide by zero."""
+    if not options.precision.full_fp16:
+        return
+    wanted = wanted_type(options.optimizer)
+    path, _ = class_path(wanted)
+    if path.startswith(SQUARES_IN_DTYPE_OF_WEIGHTS):
+        raise UserError(
+            f"--full_fp16 makes {wanted} keep squared gradients in fp16, where they vanish: weights become NaN or "
+            "jump; leave out --full_fp16, or use --optimizer_type AdamW8bit or Lion"
+        )
+    if path == "transformers.optimization.Adafactor":
+        logger.warning(
+            "--full_fp16 rounds the weights after each step, and the steps of Adafactor are so small that many are "
+            "lost; leave out --full_fp16"
+        )
+
+
+def check_vae_precision(options: TrainOptions, overflows_in_fp16: bool) -> None:
+    """Warn of a VAE that is known to overflow in fp16, which only the NaN would show otherwise."""
+    if overflows_in_fp16 and options.precision.mixed_precision == "fp16" and not options.model.no_half_vae:
+        logger.warning(
+            "the VAE of this base model is known to give NaN in fp16; add --no_half_vae unless --vae or the checkpoint "
+            "holds one that was made for fp16"
+        )
+
+
+def has_accelerator() -> bool:
+    """Whether torch finds anything but the CPU."""
+    import torch
+
+    return torch.accelerator.is_available()
+
+
+def check_optimizer(options: TrainOptions) -> None:
+    """One optimizer is named, in one way."""
+    optimizer = options.optimizer
+    old = [name for name in ("use_8bit_adam", "use_lion_optimizer") if getattr(optimizer, name)]
+    if len(old) == 2:
+        raise UserError("--use_8bit_adam and --use_lion_optimizer name two optimizers; keep one of them")
+    if old and optimizer.optimizer_type:
+        raise UserError(
+            f"--{old[0]} and --optimizer_type {optimizer.optimizer_type} name two optimizers; keep the second"
+        )
+
+
+def check_network(options: TrainOptions) -> None:
+    """Something is trained, and the files that it starts from are there."""
+    network = options.network
+    if network.network_train_unet_only and network.network_train_text_encoder_only:
+        raise UserError(
+            "--network_train_unet_only and --network_train_text_encoder_only together train nothing; "
+            "leave out both to train both parts"
+        )
+    if network.dim_from_weights and not network.network_weights:
+        raise UserError("--dim_from_weights needs --network_weights, the file to read the ranks from")
+    for flag, paths in (("network_weights", [network.network_weights]), ("base_weights", network.base_weights or [])):
+        for path in paths:
+            if path and not Path(path).is_file():
+                raise UserError(f"--{flag} {path} does not exist; give the path of an adapter file")
+    factors, files = network.base_weights_multiplier or [], network.base_weights or []
+    if files and len(factors) > len(files):
+        raise UserError(
+            f"--base_weights_multiplier has {len(factors)} values for {len(files)} --base_weights; "
+            "give one for each file"
+        )
+
+
+def check_noise_and_loss(options: TrainOptions) -> None:
+    """Noise and weighting options that contradict each other."""
+    noise, loss, is_v = options.noise, options.loss, options.model.v_parameterization
+    if asks_number(noise.adaptive_noise_scale) and not asks_number(noise.noise_offset):
+        raise UserError(
+            f"--adaptive_noise_scale {noise.adaptive_noise_scale} adjusts --noise_offset, which is not set; "
+            "set --noise_offset, or leave out --adaptive_noise_scale"
+        )
+    if loss.scale_v_pred_loss_like_noise_pred and not is_v:
+        raise UserError(
+            "--scale_v_pred_loss_like_noise_pred needs --v_parameterization; "
+            "leave it out for a model that predicts noise"
+        )
+    if asks_number(loss.v_pred_like_loss) and is_v:
+        raise UserError(
+            f"--v_pred_like_loss {loss.v_pred_like_loss} is for models that predict noise; leave it out, "
+            "or leave out --v_parameterization"
+        )
+    low, high = noise.min_timestep or 0, 1000 if noise.max_timestep is None else noise.max_timestep
+    if low > high:
+        raise UserError(
+            f"--min_timestep {low} is above --max_timestep {high}; the same value for both trains one level"
+        )
+
+
+def check_previews(options: TrainOptions) -> None:
+    """The prompts can be read and the sampler exists, where pictures are to be drawn."""
+    preview = options.preview
+    if not Timetable.build(preview).is_empty and preview.sample_prompts:
+        check_sampler(preview.sample_sampler, "--sample_sampler")
+        read_prompts(Path(preview.sample_prompts))
+
+
+def idle_previews(options: TrainOptions) -> Iterator[str]:
+    """A line for every option of previews that does nothing in this run."""
+    preview, timetable = options.preview, Timetable.build(options.preview)
+    times = "--sample_every_n_epochs, --sample_every_n_steps or --sample_at_first"
+    if timetable.is_empty:
+        for name in ("sample_prompts", "sample_sampler"):
+            if is_set(getattr(preview, name), type(preview).defaults()[name]):
+                yield f"--{name} has no effect: no pictures are drawn without {times}"
+    elif not preview.sample_prompts:
+        yield f"no pictures are drawn: {times} need --sample_prompts, the file with the prompts"
+    if timetable.every_n_epochs and (preview.sample_every_n_steps or 0) > 0:
+        yield "--sample_every_n_steps has no effect with --sample_every_n_epochs"
+
+
+def asks_number(value: float | None) -> bool:
+    """Whether a strength is given and not zero."""
+    return value is not None and value != 0
+
+
+def doubtful(options: TrainOptions) -> Iterator[str]:
+    """A line for every setting that works and is hardly meant."""
+    if options.noise.zero_terminal_snr and not options.model.v_parameterization:
+        yield (
+            "--zero_terminal_snr leaves no signal at the last timestep, where a model that predicts noise learns "
+            "nothing; it is meant for --v_parameterization"
+        )

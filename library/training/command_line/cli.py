@@ -1,0 +1,123 @@
+"""The command line: one flat parser, and the config file beneath it."""
+
+import argparse
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from library.options.base import Options
+from library.options.console import ConsoleOptions
+from library.training.command_line.config_file import (
+    SECRETS,
+    ConfigFileError,
+    config_path,
+    nearest,
+    read_config,
+    write_config,
+)
+from library.training.command_line.console import setup_logging
+
+logger = logging.getLogger(__name__)
+
+ZERO_MEANS_NEVER = (
+    "max_train_epochs", "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio", "save_last_n_epochs",
+    "save_last_n_steps", "save_last_n_epochs_state", "save_last_n_steps_state", "clip_skip", "validate_every_n_steps",
+    "validate_every_n_epochs", "max_validation_steps",
+)  # fmt: skip
+
+
+def build_parser(*groups: type[Options]) -> argparse.ArgumentParser:
+    """A parser with the options of all groups: no positionals, nothing required, prefixes of flags accepted."""
+    parser = argparse.ArgumentParser()
+    for kind in groups:
+        kind.add_to(parser)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of `argv` (the process's own arguments where None) above those of --config_file.
+
+    Sets up logging, so that what there is to say about the file goes where the user wants it. Ends the process with
+    status 2 for a bad option, 1 for a bad config file, and 0 once --output_config has written one.
+    """
+    typed = parse_words(parser, argv)
+    if typed.output_config and not typed.config_file:
+        parser.error("--output_config needs --config_file with the path of the file to write")
+    if not typed.config_file:
+        start_logging(parser, typed)
+        return normalize(unset_empty(typed, parser))
+    path = config_path(typed.config_file)
+    try:
+        if typed.output_config:
+            start_logging(parser, typed)
+            write_config(path, chosen(typed, parser))
+            logger.info("wrote the options to %s", path)
+            parser.exit(0)
+        config = read_config(path, {action.dest: action for action in parser._actions if action.dest != "help"})
+    except ConfigFileError as error:
+        start_logging(parser, typed)
+        logger.error("%s", error)
+        parser.exit(1)
+    # argparse fills in defaults only where the namespace has nothing, so what was typed wins over the file.
+    args = parse_words(parser, argv, argparse.Namespace(**config.values))
+    start_logging(parser, args)
+    logger.info("options are read from %s", path)
+    for warning in config.warnings:
+        logger.warning("%s", warning)
+    return normalize(unset_empty(args, parser))
+
+
+def start_logging(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Send messages where the options say; ends with status 1 where they cannot go there."""
+    try:
+        setup_logging(ConsoleOptions.from_args(args))
+    except ValueError as error:
+        setup_logging(ConsoleOptions())
+        logger.error("%s", error)
+        parser.exit(1)
+
+
+def parse_words(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, beneath: argparse.Namespace | None = None
+) -> argparse.Namespace:
+    """What `argv` says above the values of `beneath`. An unknown option ends with status 2, naming the nearest."""
+    args, unknown = parser.parse_known_args(argv, beneath)
+    if unknown:
+        names = {action.dest: action for action in parser._actions}
+        hints = [word + nearest(word[2:].split("=")[0], names) if word.startswith("--") else word for word in unknown]
+        parser.error(f"unrecognized arguments: {' '.join(hints)}")
+    return args
+
+
+def unset_empty(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """An empty string or list stands for the default where that is None: front ends pass --vae="" for no VAE."""
+    optional = {action.dest for action in parser._actions if action.default is None}
+    return argparse.Namespace(**{k: None if v in ("", []) and k in optional else v for k, v in vars(args).items()})
+
+
+def normalize(args: argparse.Namespace) -> argparse.Namespace:
+    """The options with what one implies for another made plain; normalizing twice changes nothing.
+
+    Caching to disk implies caching, the old spelling --caption_extention wins, and 0 is unset for counts that mean
+    "never" or "not at all" then.
+    """
+    values: dict[str, Any] = dict(vars(args))
+    for name in ("cache_latents", "cache_text_encoder_outputs"):
+        if values.get(f"{name}_to_disk"):
+            values[name] = True
+    if values.get("caption_extention"):
+        values["caption_extension"] = values["caption_extention"]
+    for name in ZERO_MEANS_NEVER:
+        if values.get(name) == 0:
+            values[name] = None
+    return argparse.Namespace(**values)
+
+
+def chosen(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Mapping[str, Any]:
+    """The options that differ from their defaults, without passwords and without those about the file itself."""
+    left_out = {"config_file", "output_config", *SECRETS}
+    for name in SECRETS:
+        if getattr(args, name, None):
+            logger.warning("--%s is not written to the file; give it on the command line", name)
+    values = vars(args).items()
+    return {name: value for name, value in values if name not in left_out and value != parser.get_default(name)}

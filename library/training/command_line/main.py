@@ -1,0 +1,135 @@
+"""From the command line to the end of the run: what every training script calls."""
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from library.errors import UserError
+from library.options.train import TrainOptions
+from library.protocols import Architecture
+from library.training.command_line.checks import check, check_vae_precision, report_unused
+from library.training.command_line.cli import parse
+from library.training.command_line.run_lock import run_lock
+from library.training.faults.interruption import Interrupted, Interruption
+from library.training.saving.resume import AlreadyComplete
+
+logger = logging.getLogger(__name__)
+
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
+
+
+def main(
+    parser: argparse.ArgumentParser,
+    options_type: type[OptionsT],
+    build: Callable[[OptionsT], Architecture],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Train as the command line says. Gives the exit status: 0 done, 1 stopped by an error (2 is argparse's own)."""
+    interruption = Interruption()
+    interruption.install()
+    args = parse(parser, argv)
+    try:
+        options = options_type.from_args(args)
+        check(options)
+        with run_lock(options):
+            train_network(options, build, interruption)
+    except AlreadyComplete as error:
+        logger.info("%s", error)
+    except Interrupted as error:
+        logger.warning("%s received before the first step: nothing was trained, nothing to save", error)
+        return 130 if str(error) == "SIGINT" else 143
+    except Exception as error:
+        report_error(error)
+        return 1
+    return 0
+
+
+def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], interruption: Interruption) -> None:
+    """Set the run up and train it."""
+    from library.data.batches.dataset import NoDataFound
+    from library.data.batches.debug import show_batches
+    from library.processes import of_accelerator
+    from library.training.faults.dry_run import try_largest_batch, without_writing
+    from library.training.faults.out_of_memory import explained
+    from library.training.run import setup
+    from library.training.saving.hub import check_repository
+    from library.training.saving.resume import find_state, with_rates_of_state
+
+    if options.faults.dry_run:
+        options = without_writing(options)
+    arch = build(options)
+    report_unused(options, arch.ignores)
+    check_vae_precision(options, arch.vae_overflows_in_fp16)
+    accelerator = setup.open_accelerator(options)
+    processes = of_accelerator(accelerator)
+    facts = find_state(options, processes)
+    options = with_rates_of_state(options, facts)
+    if processes.is_main:
+        check_repository(options.hub)
+    seed = setup.choose_seed(options.run.seed, processes, facts)
+    try:
+        training_set = setup.open_training_set(options, arch, seed, processes.count)
+    except NoDataFound as error:
+        logger.error("No data found: %s", error)
+        return
+    if options.dataset.debug_dataset:
+        show_batches(training_set)
+        return
+    largest = training_set.limit_to_largest_batch() if options.faults.dry_run else None
+    with explained("loading the models and caching", options, accelerator.device, ""):
+        prepared = setup.prepare(options, arch, seed, training_set, accelerator, processes, facts)
+    if largest is not None:
+        try_largest_batch(prepared.run, prepared.writer, largest)
+        return
+    from library.training.faults.failure import saved_on_error
+    from library.training.optimization.nonfinite import last_good_saved
+    from library.training.run.loop import train
+
+    interruption.defer()
+    try:
+        with (
+            last_good_saved(prepared.writer),
+            saved_on_error(prepared.writer, prepared.progress, prepared.run.plan),
+        ):
+            train(
+                prepared.run,
+                prepared.progress,
+                prepared.writer,
+                prepared.charts,
+                prepared.previews,
+                prepared.validation,
+                interruption,
+                prepared.resumed,
+            )
+    finally:
+        prepared.charts.close()
+
+
+OUR_FAULT = (
+    "this is a fault of the program, not of your settings: please report it with the lines above and the command line"
+)
+
+
+def report_error(error: Exception) -> None:
+    """Show what ended a run; what was saved is told last.
+
+    What the user can put right is a sentence, and so is what the operating system refuses. Anything else is a fault of
+    ours and keeps its traceback.
+    """
+    from library.training.faults.failure import StoppedByError
+
+    if isinstance(error, StoppedByError) and isinstance(error.__cause__, Exception):
+        report_error(error.__cause__)
+        logger.error("%s", error)
+    elif isinstance(error, UserError) or is_from_system(error):
+        logger.error("%s", error)
+        logger.debug("where it was found:", exc_info=error)
+    else:
+        logger.error("%s: %s", type(error).__name__, error, exc_info=error)
+        logger.error("%s", OUR_FAULT)
+
+
+def is_from_system(error: Exception) -> bool:
+    """Whether the operating system refused something for a file: a full disk, missing rights."""
+    return isinstance(error, OSError) and error.errno is not None and error.filename is not None

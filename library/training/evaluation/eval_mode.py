@@ -1,0 +1,57 @@
+"""Looking at the model in the middle of training without a trace: previews and validation."""
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from library.training.run.run import Run
+
+
+@contextmanager
+def evaluating(run: Run) -> Iterator[None]:
+    """The weights that would be saved, dropout off, no gradients; afterwards everything is as it was, bit for bit.
+
+    Adapters use all they have (DyLoRA its full rank). The random streams of torch and Python are put back.
+    """
+    modules = [run.models.denoiser, *run.models.text_encoders, run.network.module]
+    with torch.no_grad(), random_streams_kept(run.device), eval_mode(modules), averaged_weights(run):
+        yield
+
+
+@contextmanager
+def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Evaluation mode, and then for every part the mode it had."""
+    roots = list(modules)
+    modes = [(module, module.training) for root in roots for module in root.modules()]
+    for root in roots:
+        root.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def averaged_weights(run: Run) -> Iterator[None]:
+    """What a schedule-free optimizer has averaged, and afterwards the weights of training, bit for bit."""
+    run.optimizer.eval()
+    try:
+        yield
+    finally:
+        run.optimizer.train()
+
+
+@contextmanager
+def random_streams_kept(device: torch.device) -> Iterator[None]:
+    """The generators of torch, on the CPU and on a card, and Python's are afterwards where they were."""
+    state = random.getstate()
+    cards = [device.index or 0] if device.type in ("cuda", "xpu") else []
+    try:
+        with torch.random.fork_rng(devices=cards, device_type=device.type if cards else "cuda"):
+            yield
+    finally:
+        random.setstate(state)

@@ -1,0 +1,330 @@
+"""Pictures drawn while training: when, of what, and what becomes of them. How is the base model's `Preview`."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from library.diffusion.guidance import guided, needs_negative
+from library.diffusion.samplers import Level
+from library.errors import UserError
+from library.memory.devices import place, release_memory
+from library.options.preview import PreviewOptions
+from library.options.train import TrainOptions
+from library.protocols import Architecture, LiveText
+from library.randomness import generator_for
+from library.training.evaluation.eval_mode import evaluating
+from library.training.evaluation.pictures import (
+    Drawn,
+    grid_path,
+    is_written,
+    picture_path,
+    to_image,
+    write_grid,
+    write_picture,
+)
+from library.training.evaluation.prompts import read_prompts, settle
+from library.training.faults.interruption import Interrupted, Interruption
+from library.training.reporting.logs import Charts
+from library.training.reporting.report import announce
+from library.training.run.run import Autocast, Run
+from library.types import Batch, Conditioning, Noised, Prompt
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """When pictures are drawn; None is never."""
+
+    at_first: bool
+    every_n_steps: int | None
+    every_n_epochs: int | None
+
+    @classmethod
+    def build(cls, options: PreviewOptions) -> "Timetable":
+        """Numbers of 0 and below are never; --sample_every_n_epochs wins over --sample_every_n_steps."""
+        steps, epochs = (max(n or 0, 0) or None for n in (options.sample_every_n_steps, options.sample_every_n_epochs))
+        return cls(options.sample_at_first, steps if epochs is None else None, epochs)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.at_first or self.every_n_steps or self.every_n_epochs)
+
+    def holds_step(self, step: int) -> bool:
+        return self.every_n_steps is not None and step % self.every_n_steps == 0
+
+    def holds_epoch(self, epoch: int) -> bool:
+        return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0
+
+
+def wanted_prompts(options: TrainOptions, arch: Architecture) -> list[Prompt]:
+    """The pictures that the run is to draw; none where no time or no file is named, or the file is empty."""
+    path = options.preview.sample_prompts
+    if Timetable.build(options.preview).is_empty or not path:
+        return []
+    wishes = read_prompts(Path(path))
+    if not wishes:
+        logger.warning("--sample_prompts %s holds no prompts: no pictures are drawn", path)
+    defaults = arch.preview.defaults
+    num_unsized = sum(wish.width is None or wish.height is None for wish in wishes)
+    if num_unsized:
+        logger.info(
+            "%d of %d preview prompts leave their size to the default, %d x %d; --w and --h in the prompt file set it",
+            num_unsized, len(wishes), defaults.width, defaults.height,
+        )  # fmt: skip
+    prompts = [settle(wish, defaults) for wish in wishes]
+    for text in texts_of(prompts, arch.preview.worded):
+        if (num_tokens := arch.preview.text.count_tokens(text)) > arch.preview.text.max_tokens:
+            logger.warning(
+                "preview prompt of %d tokens: only the first %d are used: %s",
+                num_tokens, arch.preview.text.max_tokens, text,
+            )  # fmt: skip
+    return prompts
+
+
+def texts_of(prompts: Sequence[Prompt], worded: Callable[[str], str] = str) -> list[str]:
+    """Every text that drawing the prompts takes, each once; `worded` is `Preview.worded`."""
+    texts = [text for p in prompts for text in (worded(p.text), *([p.negative] if needs_negative(p) else []))]
+    return list(dict.fromkeys(texts))
+
+
+def encode_prompts(
+    arch: Architecture,
+    text_encoders: Sequence[nn.Module],
+    autocast: Autocast,
+    prompts: Sequence[Prompt],
+    live: LiveText | None = None,
+    cached: Mapping[str, Conditioning] | None = None,
+) -> dict[str, Conditioning]:
+    """Conditioning of `texts_of` the prompts, on the CPU; each is encoded by itself, without gradient.
+
+    Where only the encoders of `live` are in memory, `cached` has the features of the others, by text.
+    """
+    encode = arch.preview.text.encode if live is None else live.encode
+    encoded: dict[str, Conditioning] = {}
+    with torch.no_grad(), autocast():
+        for text in texts_of(prompts, arch.preview.worded):
+            features = encode(text_encoders, arch.preview.text.tokenize([text]))
+            kept = {} if cached is None else cached[text]
+            encoded[text] = {**kept, **{name: tensor.cpu() for name, tensor in features.items()}}
+    return encoded
+
+
+def encoded_now(
+    run: Run, prompts: Sequence[Prompt], cached: Mapping[str, Conditioning] | None
+) -> dict[str, Conditioning]:
+    """What the text encoders in memory make of the prompts, beside what is cached of the others."""
+    return encode_prompts(run.arch, run.models.text_encoders, run.autocast, prompts, run.live_text, cached)
+
+
+class Previews:
+    """Draws the pictures of a run when they are due. What goes wrong is logged, and training goes on."""
+
+    def __init__(
+        self,
+        run: Run,
+        charts: Charts,
+        prompts: Sequence[Prompt],
+        encoded: Mapping[str, Conditioning] | None,
+        cached: Mapping[str, Conditioning] | None = None,
+    ) -> None:
+        """`encoded` is what `encode_prompts` gave; None where text encoders train, so that it changes.
+
+        `cached` has the features of encoders that have left memory.
+        """
+        self._run, self._charts, self._prompts = run, charts, prompts
+        self._encoded, self._cached = encoded, cached
+        self._timetable = Timetable.build(run.options.preview)
+
+    @classmethod
+    def build(
+        cls, run: Run, charts: Charts, prompts: Sequence[Prompt], cached: Mapping[str, Conditioning] | None = None
+    ) -> "Previews":
+        """The previews of `prompts`, see `wanted_prompts`. Those that frozen text encoders read are encoded here, once.
+
+        `cached` is given where text encoders have left memory.
+        """
+        if not run.models.text_encoders:
+            return cls(run, charts, prompts, cached)
+        encoded = None
+        if prompts and not run.trains_text_encoder:
+            with evaluating(run):
+                encoded = encoded_now(run, prompts, cached)
+        return cls(run, charts, prompts, encoded, cached)
+
+    def before_training(self, interruption: Interruption) -> None:
+        """Draw if --sample_at_first asks for it."""
+        if self._timetable.at_first:
+            self._draw_all(epoch_event(0), 0, 0, interruption)
+
+    def after_step(self, step: int, epoch: int, interruption: Interruption) -> bool:
+        """Draw if pictures are due after `step`, which is in `epoch`; False where an interruption broke that off."""
+        return not self._timetable.holds_step(step) or self._draw_all(step_event(step), step, epoch, interruption)
+
+    def after_epoch(self, step: int, epoch: int, interruption: Interruption) -> bool:
+        """Draw if pictures are due after `epoch`, whose last step is `step`; False as in `after_step`."""
+        return not self._timetable.holds_epoch(epoch) or self._draw_all(epoch_event(epoch), step, epoch, interruption)
+
+    def are_drawn(self, event: str, since: float) -> bool:
+        """Whether all pictures of an event lie on disk, each written at `since` (seconds since 1970) or later."""
+        options = self._run.options.saving
+        paths = [partial(picture_path, options, event, i, prompt.seed) for i, prompt in enumerate(self._prompts)]
+        grids = [partial(grid_path, options, event)] if len(paths) > 1 else []
+        return all(is_written(path_of, since) for path_of in (*paths, *grids))
+
+    def _draw_all(self, event: str, step: int, epoch: int, interruption: Interruption) -> bool:
+        if not self._prompts:
+            return True
+        if interruption.is_requested:
+            return False
+        run, drawn = self._run, []
+        announce(f"\ngenerating sample images at step / サンプル画像生成 ステップ: {step}")
+        try:
+            release_memory(run.options.memory.highvram)
+            with evaluating(run):
+                vae = place(run.arch.load.vae(), run.device) if run.models.vae is None else run.models.vae
+                num_calls = sum(len(run.arch.preview.sampler(prompt).levels) for prompt in self._prompts)
+                with tqdm(total=num_calls, desc="previews", leave=False, dynamic_ncols=True) as bar:
+
+                    def goes_on() -> bool:
+                        bar.update(1)
+                        return not interruption.is_requested
+
+                    for index in range(len(self._prompts)):
+                        if not interruption.is_requested:
+                            drawn += self._draw_one(event, index, vae, goes_on)
+                del vae
+            if len(drawn) > 1:
+                write_grid(grid_path(run.options.saving, event), drawn)
+            self._charts.log_pictures(drawn, step, epoch)
+        except Exception as error:
+            give_up("the previews", error)
+        finally:
+            release_memory(run.options.memory.highvram)
+        return not interruption.is_requested
+
+    def _draw_one(self, event: str, index: int, vae: nn.Module, goes_on: Callable[[], bool]) -> list[Drawn]:
+        """Draw and write one picture; gives nothing where that fails or the run is to end."""
+        run, prompt = self._run, self._prompts[index]
+        try:
+            encoded = self._encoded
+            if encoded is None:
+                encoded = encoded_now(run, [prompt], self._cached)
+            generator = generator_of(prompt, run.seed, index)
+            latents_BCHW = draw_latents(run, prompt, encoded, generator, goes_on)
+            if latents_BCHW is None:
+                return []
+            drawn = Drawn(index, prompt, decode(run, vae, latents_BCHW))
+            path = picture_path(run.options.saving, event, index, prompt.seed)
+            write_picture(path, drawn)
+            with tqdm.external_write_mode():
+                logger.info("preview %d: %s", index, path)
+            return [drawn]
+        except Exception as error:
+            give_up(f"preview {index} ({prompt.text})", error)
+            return []
+
+
+def step_event(step: int) -> str:
+    """What pictures of a step have in their names."""
+    return f"{step:06d}"
+
+
+def epoch_event(epoch: int) -> str:
+    """What pictures of an epoch have in their names; epoch 0 is before training."""
+    return f"e{epoch:06d}"
+
+
+def give_up(what: str, error: Exception) -> None:
+    """Log why something was not drawn; a wish to end the run is passed on."""
+    if isinstance(error, Interrupted):
+        raise error
+    with tqdm.external_write_mode():
+        logger.error("%s failed, training goes on: %s: %s", what, type(error).__name__, error)
+    logger.debug("where it failed:", exc_info=error)
+
+
+def generator_of(prompt: Prompt, run_seed: int, index: int) -> torch.Generator:
+    """The generator of a picture (CPU): its own seed, or a stream of the run's that is the same at every event."""
+    if prompt.seed is None:
+        return generator_for(run_seed, "preview", index)
+    return torch.Generator().manual_seed(prompt.seed)
+
+
+def draw_latents(
+    run: Run,
+    prompt: Prompt,
+    encoded: Mapping[str, Conditioning],
+    generator: torch.Generator,
+    goes_on: Callable[[], bool] = lambda: True,
+) -> Tensor | None:
+    """Latents of one picture as `LatentCodec.decode` takes them, float32; None where `goes_on` broke off.
+
+    `goes_on` is asked after every call of the denoiser. The first draw of `generator` is the initial noise, so that
+    pictures compare to those of other programs.
+    Raises UserError where the denoiser gives what is not a number.
+    """
+    spec, preview = run.arch.codec.spec, run.arch.preview
+    shape = (1, spec.channels, prompt.height // spec.downscale, prompt.width // spec.downscale)
+    sampler, predict, batch = preview.sampler(prompt), preview.predict(prompt), batch_of(prompt)
+    texts = (preview.worded(prompt.text), prompt.negative)
+    positive, negative = (on_device(encoded.get(text), run.device) for text in texts)
+    assert positive is not None
+    latents_BCHW = sampler.start(torch.randn(shape, generator=generator).to(run.device))
+    for n, level in enumerate(sampler.levels):
+        noised = noised_at(level, sampler.denoiser_input(latents_BCHW, n))
+
+        def ask(conditioning: Conditioning, noised: Noised = noised) -> Tensor:
+            with run.autocast():
+                return predict(run.models.denoiser, noised, conditioning, batch)
+
+        prediction_BCHW = guided(ask, positive, negative, prompt, (n + 1) / len(sampler.levels))
+        latents_BCHW = sampler.step(prediction_BCHW, latents_BCHW, n, generator)
+        if not goes_on():
+            return None
+    if not latents_BCHW.isfinite().all():
+        raise UserError("the latents are not a number: the denoiser overflows, or the adapter has diverged")
+    return latents_BCHW
+
+
+def decode(run: Run, vae: nn.Module, latents_BCHW: Tensor) -> Image.Image:
+    """The picture of the latents. Raises UserError where the VAE gives what is not a number."""
+    pixels_BCHW = run.arch.codec.decode(vae, latents_BCHW)
+    if not pixels_BCHW.isfinite().all():
+        raise UserError("the VAE gives NaN; add --no_half_vae, or use a VAE made for fp16")
+    return to_image(pixels_BCHW[0])
+
+
+def on_device(conditioning: Conditioning | None, device: torch.device) -> Conditioning | None:
+    return None if conditioning is None else {name: tensor.to(device) for name, tensor in conditioning.items()}
+
+
+def noised_at(level: Level, latents_BCHW: Tensor) -> Noised:
+    """The latents as the denoiser gets them; what is unknown while sampling, clean latents and noise, is NaN."""
+    unknown_BCHW = torch.full_like(latents_BCHW, torch.nan)
+    sigma_B, timestep_B = (torch.tensor([value], device=latents_BCHW.device) for value in (level.sigma, level.timestep))
+    return Noised(latents_BCHW, unknown_BCHW, unknown_BCHW, sigma_B, timestep_B)
+
+
+def batch_of(prompt: Prompt) -> Batch:
+    """A prompt as the one sample of a batch: the whole picture at its own size."""
+    size: list[Any] = [prompt.height, prompt.width]
+    return Batch(
+        keys=["preview"],
+        captions=[prompt.text],
+        pixels_BCHW=None,
+        latents_BCHW=None,
+        conditioning=None,
+        loss_weights_B=torch.ones(1),
+        masks_B1HW=None,
+        sizes_B6=torch.tensor([[*size, 0, 0, *size]]),
+        attributes=[{}],
+    )

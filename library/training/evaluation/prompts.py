@@ -1,0 +1,258 @@
+"""--sample_prompts: the pictures to draw, from a .txt, .toml or .json file.
+
+`Wish` is what a prompt says, `settle` fills in the rest from the base model's defaults.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from library.diffusion.samplers import ALIASES, SAMPLERS
+from library.errors import UserError
+from library.options.toml_files import read_toml
+from library.protocols import PromptDefaults
+from library.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--sample_prompts"
+SMALLEST_SIDE = 64
+MAX_STEPS = 1000
+MAX_SEED = 2**63 - 1
+OPTION = re.compile(r"(?:^|\s+)--")
+
+LINE_OPTIONS: Mapping[str, str] = {
+    "w": "width",
+    "h": "height",
+    "d": "seed",
+    "s": "sample_steps",
+    "l": "scale",
+    "g": "guidance_scale",
+    "n": "negative_prompt",
+    "ss": "sample_sampler",
+    "cn": "controlnet_image",
+    "ctr": "cfg_trunc_ratio",
+    "rcfg": "renorm_cfg",
+    "fs": "flow_shift",
+}
+"""What stands behind `--` in a line of text -> the same setting in TOML and JSON."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What one prompt says; None where it says nothing. The fields are the keys of TOML and JSON."""
+
+    place: str  # "prompts.txt, line 3", for messages
+    prompt: str
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    seed: int | None = None
+    sample_steps: int | None = None
+    scale: float | None = None
+    guidance_scale: float | None = None
+    sample_sampler: str | None = None
+    cfg_trunc_ratio: float | None = None
+    renorm_cfg: float | None = None
+    flow_shift: float | None = None
+
+
+KEYS = [f.name for f in fields(Wish) if f.name != "place"]
+WHOLE = {"width": (1, 1 << 16), "height": (1, 1 << 16), "sample_steps": (1, MAX_STEPS), "seed": (0, MAX_SEED)}
+REAL = {
+    "scale": (-100.0, 1000.0),
+    "guidance_scale": (0.0, 1000.0),
+    "cfg_trunc_ratio": (0.0, 1.0),
+    "renorm_cfg": (0.0, 1000.0),
+    "flow_shift": (1e-3, 1000.0),
+}
+"""Setting -> the smallest and the largest value that means something"""
+
+
+def read_prompts(path: Path) -> list[Wish]:
+    """The prompts of a file, in order; none for an empty file.
+
+    Raises UserError or UserError naming the file, the line or entry, and the way out.
+    """
+    kind = path.suffix.lower()
+    if kind not in (".txt", ".toml", ".json"):
+        raise UserError(f"{FLAG} is {path}; use a .txt file with a prompt a line, or a .toml or .json file")
+    if kind == ".toml":
+        return list(toml_wishes(path))
+    if not path.is_file():
+        raise UserError(f"{FLAG} is {path}, but there is no such file")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{FLAG} {path} is not UTF-8 text: byte {error.start} cannot be read") from None
+    return list(text_wishes(path, text) if kind == ".txt" else json_wishes(path, text))
+
+
+def text_wishes(path: Path, text: str) -> Iterator[Wish]:
+    """A prompt a line; blank lines and comments, which start with `#`, are skipped."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield parse_line(line, f"{path}, line {number}")
+
+
+def toml_wishes(path: Path) -> Iterator[Wish]:
+    """`[prompt]` holds what all share, every `[[prompt.subset]]` is a picture."""
+    tables = read_toml(path, FLAG)
+    if not tables:
+        return
+    shared, subsets = tables.get("prompt"), None
+    if isinstance(shared, dict):
+        subsets = shared.get("subset")
+    if tables.keys() != {"prompt"} or not isinstance(subsets, list) or not isinstance(shared, dict):
+        raise UserError(f"{FLAG} {path} must have a table [prompt], which all share, and a [[prompt.subset]] each")
+    common = {key: value for key, value in shared.items() if key != "subset"}
+    for number, subset in enumerate(subsets, start=1):
+        place = f"{path}, [[prompt.subset]] number {number}"
+        if not isinstance(subset, dict):
+            raise UserError(f"{FLAG} {place} is {subset!r}; it must be a table")
+        yield wish_of({**common, **subset}, place)
+
+
+def json_wishes(path: Path, text: str) -> Iterator[Wish]:
+    """A list of objects, or of strings as in .txt files."""
+    try:
+        entries = json.loads(text) if text.strip() else []
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{FLAG} {path} is not valid JSON: {error}") from None
+    if not isinstance(entries, list):
+        raise UserError(f'{FLAG} {path} must be a list of prompts: [{{"prompt": "a cat"}}]')
+    for number, entry in enumerate(entries, start=1):
+        place = f"{path}, entry {number}"
+        if isinstance(entry, str):
+            yield parse_line(entry, place)
+        elif isinstance(entry, dict):
+            yield wish_of(entry, place)
+        else:
+            raise UserError(f"{FLAG} {place} is {entry!r}; it must be a string or an object")
+
+
+def parse_line(line: str, place: str) -> Wish:
+    """`a cat --w 768 --n blurry`: what stands before the first option is the prompt, whatever it begins with."""
+    prompt, *options = OPTION.split(line.strip())
+    table: dict[str, Any] = {"prompt": prompt.strip()}
+    for option in options:
+        letters, _, text = option.strip().partition(" ")
+        key = LINE_OPTIONS.get(letters.lower())
+        if key is None:
+            raise UserError(
+                f"{FLAG} {place}: --{letters} is no option of a prompt{nearest(letters.lower(), LINE_OPTIONS)}. "
+                f"There are {', '.join(f'--{name}' for name in LINE_OPTIONS)}, each with a space before its value; "
+                'a prompt that itself has " --" in it can stand in a .toml or .json file'
+            )
+        if key in table:
+            raise UserError(f"{FLAG} {place}: --{letters} is given twice; keep one")
+        table[key] = number_in(text.strip(), key, place) if key in WHOLE or key in REAL else text.strip()
+    return wish_of(table, place)
+
+
+def number_in(text: str, key: str, place: str) -> int | float:
+    """The number that stands in a line of text."""
+    try:
+        return int(text) if key in WHOLE else float(text)
+    except ValueError:
+        kind = "a whole number" if key in WHOLE else "a number"
+        raise UserError(f"{FLAG} {place}: {named(key)} is {text!r}; give {kind}") from None
+
+
+def wish_of(table: Mapping[str, Any], place: str) -> Wish:
+    """The settings of one prompt, checked."""
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key == "controlnet_image":
+            raise UserError(
+                f"{FLAG} {place}: {named(key)} is not supported, no ControlNet is loaded in adapter training; "
+                "leave it out"
+            )
+        if key not in KEYS:
+            raise UserError(f"{FLAG} {place}: there is no {key!r}{nearest(key, KEYS)}. There are {', '.join(KEYS)}")
+        if value is not None:
+            values[key] = checked(key, value, place)
+    if "prompt" not in values:
+        raise UserError(f'{FLAG} {place} has no text; give one with "prompt"')
+    return Wish(place=place, **values)
+
+
+def checked(key: str, value: Any, place: str) -> Any:
+    """The value in its type. A seed of -1, as other programs write it, is no seed."""
+    if key == "sample_sampler":
+        check_sampler(value, f"{FLAG} {place}: {named(key)}")
+        return value
+    if key not in WHOLE and key not in REAL:
+        if not isinstance(value, str):
+            raise UserError(f"{FLAG} {place}: {key} is {value!r}; give text in quotes")
+        return value
+    if key == "seed" and value == -1:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not isfinite(value) or (key in WHOLE and value != int(value)):
+        kind = "a whole number" if key in WHOLE else "a number"
+        raise UserError(f"{FLAG} {place}: {named(key)} is {value!r}; give {kind}")
+    low, high = WHOLE[key] if key in WHOLE else REAL[key]
+    if not low <= value <= high:
+        raise UserError(
+            f"{FLAG} {place}: {named(key)} is {value}; use {low:g} to {high if key in WHOLE else f'{high:g}'}"
+        )
+    return int(value) if key in WHOLE else float(value)
+
+
+def check_sampler(name: Any, what: str) -> None:
+    """Raise UserError for a name that no sampler has; `what` says where it stands."""
+    known = [*SAMPLERS, *ALIASES]
+    if name not in known:
+        raise UserError(f"{what} is {name!r}{nearest(str(name), known)}; use one of {', '.join(known)}")
+
+
+def named(key: str) -> str:
+    """A setting as TOML and as a line of text have it: `width (--w)`."""
+    return f"{key} (--{next(letters for letters, name in LINE_OPTIONS.items() if name == key)})"
+
+
+def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    near = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def settle(wish: Wish, defaults: PromptDefaults) -> Prompt:
+    """The prompt with everything filled in; warns of settings that the base model does not have."""
+    return Prompt(
+        text=wish.prompt,
+        negative=wish.negative_prompt or "",
+        width=side(wish.width or defaults.width, defaults.size_step, wish.place),
+        height=side(wish.height or defaults.height, defaults.size_step, wish.place),
+        seed=wish.seed,
+        num_steps=wish.sample_steps or defaults.num_steps,
+        scale=defaults.scale if wish.scale is None else wish.scale,
+        sampler=own(wish, "sample_sampler", defaults.sampler),
+        guidance_scale=own(wish, "guidance_scale", defaults.guidance_scale),
+        cfg_trunc_ratio=own(wish, "cfg_trunc_ratio", defaults.cfg_trunc_ratio),
+        renorm_cfg=own(wish, "renorm_cfg", defaults.renorm_cfg),
+        flow_shift=own(wish, "flow_shift", defaults.flow_shift),
+    )
+
+
+def side(wanted: int, step: int, place: str) -> int:
+    """A side of the picture that the base model can draw: a multiple of `step`, at least 64."""
+    drawn = max(SMALLEST_SIDE, wanted - wanted % step)
+    if drawn != wanted:
+        logger.info("%s: a side of %d is drawn as %d, a multiple of %d", place, wanted, drawn, step)
+    return drawn
+
+
+def own(wish: Wish, key: str, default: Any) -> Any:
+    """A setting that only some base models have."""
+    value = getattr(wish, key)
+    if default is None and value is not None:
+        logger.warning("%s: %s has no effect on this base model", wish.place, named(key))
+        return None
+    return default if value is None else value

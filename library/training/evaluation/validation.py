@@ -1,0 +1,256 @@
+"""Validation: when the pictures that are set aside are measured, what is said about it, and which weights were best.
+
+Letters: N pictures, L noise levels.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from math import inf, isnan
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from library.data.batches.validation_set import ValidationSet
+from library.data.sources.scan import few
+from library.options.validation import ValidationOptions
+from library.training.evaluation.eval_mode import evaluating
+from library.training.evaluation.validation_loss import Difference, batch_losses, noise_levels, paired_difference
+from library.training.reporting.logs import Charts
+from library.training.reporting.progress import Progress
+from library.training.run.run import Run
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["step", "epoch"]
+BARS: Mapping[Kind, str] = {"step": "validation steps", "epoch": "epoch validation steps"}  # front ends know the names
+NEEDS_PICTURES = (
+    "validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps",
+    "validate_at_first", "keep_best_checkpoint",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """When to measure; None is never."""
+
+    at_first: bool
+    every_n_steps: int | None
+    every_n_epochs: int
+
+    @classmethod
+    def build(cls, options: ValidationOptions) -> "Timetable":
+        """After every epoch where nothing is said, also beside --validate_every_n_steps."""
+        return cls(
+            options.validate_at_first, options.validate_every_n_steps or None, options.validate_every_n_epochs or 1
+        )
+
+    def due(self, step: int, ended_epoch: int | None) -> Iterator[Kind]:
+        """What is due after `step`, which may end an epoch."""
+        if self.every_n_steps is not None and step % self.every_n_steps == 0:
+            yield "step"
+        if ended_epoch is not None and ended_epoch % self.every_n_epochs == 0:
+            yield "epoch"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The losses of one evaluation; every picture and every level counts the same."""
+
+    step: int  # finished optimizer steps
+    losses_NL: Tensor  # float64, on the CPU
+
+    @property
+    def mean(self) -> float:
+        return self.losses_NL.mean().item()
+
+    @property
+    def level_means(self) -> list[float]:
+        return list(self.losses_NL.mean(0).tolist())
+
+
+class Validation:
+    """Measures the pictures that are set aside when it is due; does nothing where there are none.
+
+    Every evaluation of a run sees the same pictures with the same captions, noise and noise levels, so what differs
+    between two of them comes from the weights. Training goes on as if it had not taken place.
+    """
+
+    def __init__(self, run: Run, charts: Charts) -> None:
+        options = run.options.validation
+        self._run, self._charts = run, charts
+        self._pictures: ValidationSet = run.training_set.validation
+        self._timetable = Timetable.build(options)
+        self._seed = run.seed if options.validation_seed is None else options.validation_seed
+        self._places = self._pictures.places_of(options.max_validation_steps or None)
+        self._names = [self._pictures.names(place) for place in self._places]
+        self._rows = [name for names in self._names for name in names]
+        self._labels = [label for place in self._places for label in self._pictures.labels(place)]
+        self._levels = noise_levels(run.options.noise)
+        self._first: Evaluation | None = None
+        self._last: Evaluation | None = None
+        self._measured_step: int | None = None  # of the last evaluation, also before a resume
+        self._best_step, self._best_loss = 0, inf
+        self._goes_on = False
+        if not self.is_on:
+            self._warn_of_idle_options()
+
+    def _warn_of_idle_options(self) -> None:
+        values, defaults = self._run.options.flat(), type(self._run.options).defaults()
+        for name in NEEDS_PICTURES:
+            if values[name] != defaults[name] and values[name] not in (None, 0):
+                logger.warning("--%s has no effect: no picture is set aside; --validation_split does that", name)
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self._rows)
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures that are set aside, measured or not."""
+        return self._pictures.num_pictures
+
+    # When
+
+    def before_training(self, progress: Progress) -> bool:
+        """Measure the start if --validate_at_first asks for it, or what was due when a resumed run was interrupted.
+
+        Gives whether the loss is the lowest so far, as `after_step` does.
+        """
+        if not self.is_on:
+            return False
+        if progress.step == 0 and self._timetable.at_first:
+            evaluation = self._measured("step", 0)
+            self._draw_charts({"loss/validation/step_average": evaluation.mean}, 0, 0)
+            return False  # an adapter that has not learned anything is not worth a file
+        if self._goes_on and progress.step and self._measured_step != progress.step:
+            epochs, rest = divmod(progress.step, self._run.plan.steps_per_epoch)
+            return self.after_step(progress.step, epochs + bool(rest), not rest, progress.average.mean)
+        return False
+
+    def after_step(self, step: int, epoch: int, ends_epoch: bool, training_average: float) -> bool:
+        """Measure if it is due after `step`, in `epoch`; gives whether the loss is the lowest so far.
+
+        `training_average` is the running average of the training loss. To be called before anything is saved, so that
+        the state of this step knows of it; with several processes by all of them.
+        """
+        is_best = False
+        for kind in self._timetable.due(step, epoch if ends_epoch else None) if self.is_on else ():
+            best_before = self._best_loss
+            evaluation = self._measured(kind, step)
+            is_best = is_best or evaluation.mean < best_before
+            values = {
+                f"loss/validation/{kind}_average": evaluation.mean,
+                f"loss/validation/{kind}_divergence": evaluation.mean - training_average,
+            }
+            self._draw_charts(values, step, epoch, on_epochs=kind == "epoch")
+        return is_best
+
+    def _draw_charts(self, values: Mapping[str, float], step: int, epoch: int, on_epochs: bool = False) -> None:
+        if self._charts.are_on:
+            (self._charts.log_epoch if on_epochs else self._charts.log_step)(values, step, epoch)
+            self._charts.log_step(self._details(), step, epoch)
+
+    # What
+
+    def _measured(self, kind: Kind, step: int) -> Evaluation:
+        """The evaluation after `step`: a new one, or that which was just made."""
+        if self._last is not None and self._last.step == step:
+            return self._last
+        evaluation = Evaluation(step, self._measure(BARS[kind]))
+        self._report(evaluation)
+        self._last, self._measured_step = evaluation, step
+        self._first = self._first or evaluation
+        if evaluation.mean < self._best_loss:
+            self._best_step, self._best_loss = step, evaluation.mean
+        return evaluation
+
+    def _measure(self, title: str) -> Tensor:
+        """The losses of all pictures, shape NL; each process measures its share of the batches."""
+        run, processes = self._run, self._run.processes
+        numbers = range(processes.rank, len(self._places), processes.count)
+        num_threads = run.options.dataset.max_data_loader_n_workers
+        losses_NL = torch.zeros(len(self._rows), len(self._levels), dtype=torch.float64)
+        firsts = [sum(len(names) for names in self._names[:i]) for i in range(len(self._names))]
+        with evaluating(run), tqdm(numbers, title, leave=False, disable=not processes.is_main, smoothing=0) as bar:
+            batches = self._pictures.batches([self._places[i] for i in numbers], num_threads)
+            for i, batch in zip(bar, batches, strict=True):
+                losses_BL = batch_losses(run, batch, self._names[i], self._levels, self._seed)
+                losses_NL[firsts[i] : firsts[i] + len(batch.keys)] = losses_BL
+        return processes.add_up(losses_NL)
+
+    def _difference(self) -> Difference | None:
+        """How far the last evaluation lies above the first; None where it is the first."""
+        if self._first is None or self._last is None or self._last is self._first:
+            return None
+        return paired_difference(self._last.losses_NL, self._first.losses_NL, self._rows)
+
+    def _details(self) -> dict[str, float]:
+        """What charts show of the last evaluation besides its average."""
+        assert self._last is not None
+        means = zip(self._levels, self._last.level_means, strict=True)
+        values = {f"loss/validation/level_{level}": mean for level, mean in means}
+        difference = self._difference()
+        if difference is not None:
+            values["loss/validation/difference"] = difference.mean
+            values["loss/validation/difference_error"] = difference.standard_error
+        return values
+
+    def _report(self, evaluation: Evaluation) -> None:
+        """One line in the log, and another one where a loss is not a number."""
+        broken_N = ~evaluation.losses_NL.isfinite().all(1)
+        if broken_N.any():
+            names = few(self._labels[i] for i in broken_N.nonzero().flatten().tolist())
+            logger.error("validation after step %d: the loss is not a number for %s", evaluation.step, names)
+        levels = ", ".join(f"{t}: {x:.4f}" for t, x in zip(self._levels, evaluation.level_means, strict=True))
+        place = f"after step {evaluation.step}" if evaluation.step else "before the first step"
+        text = f"validation {place}: loss {evaluation.mean:.4f} on {len(self._rows)} pictures (noise level {levels})"
+        logger.info("%s%s", text, "" if self._first is None else self._compared(evaluation, self._first))
+
+    def _compared(self, evaluation: Evaluation, first: Evaluation) -> str:
+        """How an evaluation stands to those before it, in words."""
+        difference = paired_difference(evaluation.losses_NL, first.losses_NL, self._rows)
+        error = "" if isnan(difference.standard_error) else f" ± {difference.standard_error:.4f}"
+        doubt = "" if difference.is_clear else ", which may be chance"
+        side = "below" if difference.mean < 0 else "above"
+        rank = (
+            "the lowest so far"
+            if evaluation.mean < self._best_loss
+            else f"the lowest was {self._best_loss:.4f} after step {self._best_step}"
+        )
+        return f"; {abs(difference.mean):.4f}{error} {side} that after step {first.step}{doubt}; {rank}"
+
+    # Memory
+
+    @property
+    def _fingerprint(self) -> str:
+        """What is measured, and how."""
+        return blake2b(repr((self._rows, self._levels, self._seed)).encode(), digest_size=16).hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values; JSON gives every float back as it was."""
+        first = None
+        if self._first is not None:
+            first = {"step": self._first.step, "losses": self._first.losses_NL.tolist()}
+        best = None if self._best_loss == inf else {"step": self._best_step, "loss": self._best_loss}
+        return {"fingerprint": self._fingerprint, "first": first, "best": best, "measured_step": self._measured_step}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on comparing with the first evaluation; where other pictures are measured the comparison starts afresh."""
+        self._goes_on = True
+        self._measured_step = state_dict["measured_step"]
+        first, best = state_dict["first"], state_dict["best"]
+        if state_dict["fingerprint"] != self._fingerprint:
+            if first is not None:
+                logger.warning(
+                    "validation measures other pictures, noise levels or noise than in the state: it is compared with "
+                    "its first evaluation from here on"
+                )
+            return
+        if first is not None:
+            self._first = Evaluation(int(first["step"]), torch.tensor(first["losses"], dtype=torch.float64))
+        if best is not None:
+            self._best_step, self._best_loss = int(best["step"]), float(best["loss"])

@@ -1,0 +1,95 @@
+"""The loss of pictures that are not trained, at fixed noise levels with fixed noise, and how two such losses differ.
+
+Letters: N pictures, L noise levels, B pictures of one batch, C channels, H height, W width.
+"""
+
+import random
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from math import nan, sqrt
+
+import torch
+from torch import Generator, Tensor
+
+from library.options.noise import NoiseOptions
+from library.protocols import Objective
+from library.randomness import generator_for, stream_seed
+from library.training.run.run import Run
+from library.training.run.step import conditioning_of, latents_of, losses_of
+from library.types import Batch, Noised
+
+NUM_LEVELS = 4
+NUM_TIMESTEPS = 1000
+
+Name = tuple[str | int, ...]
+"""What identifies a picture."""
+
+
+def noise_levels(options: NoiseOptions) -> tuple[int, ...]:
+    """Levels that divide --min_timestep to --max_timestep into equal parts, without the ends: 200, 400, 600, 800.
+
+    Narrow ranges hold fewer.
+    """
+    low = options.min_timestep or 0
+    high = NUM_TIMESTEPS if options.max_timestep is None else options.max_timestep
+    levels = (low + (high - low) * i // (NUM_LEVELS + 1) for i in range(1, NUM_LEVELS + 1))
+    return tuple(dict.fromkeys(min(level, NUM_TIMESTEPS - 1) for level in levels))
+
+
+def batch_losses(run: Run, batch: Batch, names: Sequence[Name], levels: Sequence[int], seed: int) -> Tensor:
+    """The loss of each picture of a batch at each level, without subset weights; float64, shape BL, on the CPU.
+
+    A function of the weights, the picture and the seed: every picture has noise of its own at every level, whatever
+    batch it lies in. To be called while `evaluating`.
+    """
+    place = stream_seed(seed, "validation", *(word for name in names for word in name))
+    torch.manual_seed(place)  # for network modules of others that draw even in evaluation
+    random.seed(place)
+    latents_BCHW = latents_of(run, batch, lambda i: generator_for(seed, "validation vae", *names[i]))
+    clean_BCHW = run.arch.codec.normalize(latents_BCHW)
+    columns = []
+    for level in levels:
+        objective = run.arch.objective.at_timestep(level)
+        generators = [generator_for(seed, "validation noise", *name, level) for name in names]
+        noised = corrupt_each(objective, clean_BCHW, generators)
+        columns.append(losses_of(run, objective, batch, noised, partial(conditioning_of, run, batch)))
+    return torch.stack(columns, 1).cpu().double()
+
+
+def corrupt_each(objective: Objective, clean_BCHW: Tensor, generators: Sequence[Generator]) -> Noised:
+    """`Objective.corrupt` of every picture by itself, with its own generator."""
+    parts = [objective.corrupt(clean_BCHW[i : i + 1], generator) for i, generator in enumerate(generators)]
+    return Noised(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Noised)})
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one evaluation lies above another of the same pictures, noise and levels."""
+
+    mean: float
+    standard_error: float  # NaN for a single picture
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is more than twice its standard error."""
+        return abs(self.mean) > 2 * self.standard_error
+
+
+def paired_difference(now_NL: Tensor, before_NL: Tensor, pictures: Sequence[Hashable]) -> Difference:
+    """`now_NL` - `before_NL` on average, with its standard error.
+
+    The levels of one picture, and rows that are the same picture (`pictures` says which is which), are no independent
+    observations, so each picture counts as one: with deviations d from the mean, the variance is
+    G / (G - 1) * sum over pictures of (sum of their rows' d)^2 / N^2 for G pictures. Source: the cluster-robust
+    variance of a mean, Cameron and Miller 2015, "A Practitioner's Guide to Cluster-Robust Inference".
+    """
+    differences_N = (now_NL.double() - before_NL.double()).mean(1)
+    mean = differences_N.mean()
+    numbers = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}
+    if len(numbers) < 2:
+        return Difference(mean.item(), nan)
+    index_N = torch.tensor([numbers[picture] for picture in pictures])
+    sums_G = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, index_N, differences_N - mean)
+    G, N = len(numbers), len(pictures)
+    return Difference(mean.item(), sqrt(G / (G - 1) * sums_G.square().sum().item()) / N)

@@ -1,0 +1,91 @@
+"""--dry_run: everything up to the first step, on the largest batch, and what it needs; nothing is written."""
+
+import logging
+import math
+import time
+from typing import TypeVar
+
+import torch
+
+from library.errors import UserError
+from library.options.train import TrainOptions
+from library.training.faults.out_of_memory import (
+    Sizes,
+    bytes_of,
+    explained,
+    in_words,
+    memory_figures,
+    reset_peak,
+    sizes_of,
+)
+from library.training.run.run import Run
+from library.training.run.step import describe_shape, loss_of, start_batch
+from library.training.saving.checkpoints import Writer
+from library.types import Batch
+
+logger = logging.getLogger(__name__)
+
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
+
+
+def without_writing(options: OptionsT) -> OptionsT:
+    """The options of a dry run: caches stay in memory, no charts, no uploads; it begins at the first step."""
+    in_memory = {"cache_latents_to_disk": False, "cache_text_encoder_outputs_to_disk": False}
+    silent = {"logging_dir": None, "log_with": None, "huggingface_repo_id": None}
+    afresh = {"resume": None, "autoresume": False}
+    return options.with_values({**in_memory, **silent, **afresh})
+
+
+def try_largest_batch(run: Run, writer: Writer, place: int) -> None:
+    """Train the batch at `place` of the first epoch for one step, and once more without a step; log what it needs.
+
+    The second pass has the optimizer's memory beside it, so it shows the peak of training. Raises UserError where the
+    loss is not finite, OutOfMemoryError where memory runs out.
+    """
+    (batch,) = run.training_set.batches(1, [place], lambda place: 0, 0, False)
+    shape, sizes = describe_shape(batch), sizes_of(run)
+    logger.info("dry run: memory while loading and caching: %s", memory_figures(run.device))
+    with explained("training the largest batch (--dry_run)", run.options, run.device, shape, lambda: sizes):
+        loss = forward_and_backward(run, batch, place)
+        run.torch_optimizer.step()
+        run.torch_optimizer.zero_grad(set_to_none=True)
+        reset_peak(run.device)
+        started = time.perf_counter()
+        forward_and_backward(run, batch, place)
+        seconds = time.perf_counter() - started
+    if not math.isfinite(loss):
+        raise UserError(f"--dry_run: the loss of the largest batch is {loss}; pictures: {', '.join(batch.keys)}")
+    report(run, writer, sizes, shape, loss, seconds)
+
+
+def forward_and_backward(run: Run, batch: Batch, place: int) -> float:
+    """One pass with gradients; gives the loss."""
+    start_batch(run, place, 0)
+    loss = loss_of(run, batch, place)
+    torch.autograd.backward(loss)
+    return loss.item()
+
+
+def report(run: Run, writer: Writer, sizes: Sizes, shape: str, loss: float, seconds: float) -> None:
+    """The findings, a line each."""
+    plan, options = run.plan, run.options
+    logger.info("dry run: the largest batch has %s; its loss is %.4f", shape, loss)
+    logger.info(
+        "dry run: %d parameters are trained (%s); frozen are denoiser %s, text encoders %s, VAE %s",
+        sizes.num_trained,
+        in_words(bytes_of(run.network.module)),
+        in_words(sizes.denoiser),
+        in_words(sizes.text_encoders),
+        in_words(sizes.vae) if sizes.vae else "none: latents are cached",
+    )
+    logger.info("dry run: memory of a step: %s", memory_figures(run.device))
+    logger.info(
+        "dry run: %d steps in %d epochs of %d batches; forward and backward of the largest batch take %.2f s, so the "
+        "run takes up to %.1f min besides saving",
+        plan.max_train_steps,
+        plan.num_epochs,
+        plan.num_batches,
+        seconds,
+        seconds * plan.max_train_steps * options.run.gradient_accumulation_steps / 60,
+    )
+    logger.info("dry run: the adapter would be saved as %s; nothing was written", writer.names.of_end())

@@ -1,0 +1,343 @@
+"""The learning rate over the run: --lr_scheduler and --lr_scheduler_type.
+
+Steps are optimizer steps: `step()` is called once after each of them, whatever the number of processes, and T below is
+the number of them in the run.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from library.errors import UserError
+from library.options.schedule import ScheduleOptions
+from library.training.command_line.keyword_args import call_with_keywords, read_keyword_args
+from library.training.optimization.optimizers import BuiltOptimizer, import_class, nearest
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--lr_scheduler_args"
+ADAFACTOR = "adafactor"
+CONSTANT = "constant"
+
+
+class Schedule(Protocol):
+    """What the loop needs of a schedule."""
+
+    def step(self) -> None: ...
+    def get_last_lr(self) -> list[Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+def build_schedule(options: ScheduleOptions, built: BuiltOptimizer, max_train_steps: int) -> Schedule:
+    """The schedule of a run of `max_train_steps` optimizer steps; the first value is in place when this returns.
+
+    Raises UserError for an unknown name and for settings that the schedule has no use for or cannot work with.
+    """
+    optimizer, arguments = built.optimizer, read_keyword_args(options.lr_scheduler_args, FLAG)
+    warmup_steps = steps_of(options.lr_warmup_steps, max_train_steps, "--lr_warmup_steps")
+    if built.is_schedule_free:
+        warn_of_idle_schedule(options, built)
+        return RatesOfGroups(optimizer)
+    if built.has_relative_step:
+        return adafactor_rates(options, built, warmup_steps)
+    if options.lr_scheduler_type:
+        return schedule_of_class(options, optimizer, arguments, warmup_steps)
+    name = options.lr_scheduler.lower()
+    if name.partition(":")[0] == ADAFACTOR:
+        raise UserError(
+            f"--lr_scheduler {options.lr_scheduler} shows the rates that Adafactor sets itself; it needs "
+            "--optimizer_type Adafactor with relative_step=True. Use constant_with_warmup otherwise"
+        )
+    return named_schedule(name, options, optimizer, arguments, warmup_steps, max_train_steps)
+
+
+def base_rates(optimizer: Optimizer) -> list[float | None]:
+    """The learning rate of each group before a schedule changes it; None where the optimizer sets its own."""
+    return [group.get("initial_lr", group.get("lr")) for group in optimizer.param_groups]
+
+
+def follow_rates(schedule: Schedule, optimizer: Optimizer, rates: Sequence[float | None]) -> None:
+    """Put the rates of this run, from `base_rates`, and the curve of its length in the place of a state's.
+
+    To be called after optimizer and schedule have been restored; where nothing has changed, nothing changes.
+    """
+    if isinstance(schedule, RatesOfGroups) and schedule.refresh is not None:
+        return  # the optimizer finds its own rates
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        before = group.get("initial_lr", group["lr"])
+        if rate is None or rate == before:
+            continue
+        group["lr"] = group["lr"] * rate / before if before else rate
+        if "initial_lr" in group:
+            group["initial_lr"] = rate
+    if isinstance(schedule, LRScheduler):
+        schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        if isinstance(schedule, LambdaLR):  # its curve may be that of another length
+            for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def steps_of(value: int | float, max_train_steps: int, flag: str) -> int:
+    """`value` as a number of steps: a share of the run when it is below 1, a count otherwise."""
+    if value < 0:
+        raise UserError(f"{flag} is {value}; it must not be negative")
+    if value < 1:
+        return int(value * max_train_steps)
+    if value != int(value):
+        raise UserError(f"{flag} is {value}; use a whole number of steps, or a share of the run below 1.0")
+    return int(value)
+
+
+def named_schedule(
+    name: str,
+    options: ScheduleOptions,
+    optimizer: Optimizer,
+    arguments: Mapping[str, Any],
+    warmup_steps: int,
+    max_train_steps: int,
+) -> LRScheduler:
+    """A schedule of transformers or diffusers by its name; --lr_scheduler_args go to its function."""
+    import diffusers.optimization as of_diffusers
+    import transformers.optimization as of_transformers
+
+    decay_steps = steps_of(options.lr_decay_steps, max_train_steps, "--lr_decay_steps")
+    warmup, length = {"num_warmup_steps": warmup_steps}, {"num_training_steps": max_train_steps}
+    half_waves = {"num_cycles": options.lr_scheduler_num_cycles / 2}
+    functions: dict[str, tuple[Callable[..., LRScheduler], dict[str, Any]]] = {
+        CONSTANT: (of_transformers.get_constant_schedule, {}),
+        "constant_with_warmup": (of_transformers.get_constant_schedule_with_warmup, warmup),
+        "linear": (of_transformers.get_linear_schedule_with_warmup, {**warmup, **length}),
+        "cosine": (of_transformers.get_cosine_schedule_with_warmup, {**warmup, **length}),
+        "cosine_with_restarts": (
+            of_transformers.get_cosine_with_hard_restarts_schedule_with_warmup,
+            {**warmup, **length, "num_cycles": options.lr_scheduler_num_cycles},
+        ),
+        "polynomial": (
+            of_transformers.get_polynomial_decay_schedule_with_warmup,
+            {**warmup, **length, "power": options.lr_scheduler_power},
+        ),
+        "inverse_sqrt": (
+            of_transformers.get_inverse_sqrt_schedule,
+            {**warmup, "timescale": options.lr_scheduler_timescale},
+        ),
+        "cosine_with_min_lr": (
+            of_transformers.get_cosine_with_min_lr_schedule_with_warmup,
+            {**warmup, **length, **half_waves, "min_lr_rate": options.lr_scheduler_min_lr_ratio},
+        ),
+        "warmup_stable_decay": (
+            of_transformers.get_wsd_schedule,
+            {
+                **warmup,
+                **half_waves,
+                "num_stable_steps": max_train_steps - warmup_steps - decay_steps,
+                "num_decay_steps": decay_steps,
+                "min_lr_ratio": options.lr_scheduler_min_lr_ratio or 0.0,
+            },
+        ),
+        "piecewise_constant": (of_diffusers.get_piecewise_constant_schedule, {}),
+    }
+    check_name(name, list(functions))
+    check_settings(name, options, arguments, warmup_steps, decay_steps, max_train_steps)
+    function, ours = functions[name]
+    if "min_lr" in arguments:
+        ours.pop("min_lr_rate", None)
+    set_elsewhere = {
+        "optimizer": "",
+        "last_epoch": "",
+        "num_training_steps": "max_train_steps",
+        "num_warmup_steps": "lr_warmup_steps",
+        "num_decay_steps": "lr_decay_steps",
+        "num_stable_steps": "lr_decay_steps",
+    }
+    schedule: LRScheduler = call_with_keywords(
+        function, [optimizer], arguments, flag=FLAG, ours=ours, set_elsewhere=set_elsewhere
+    )
+    return schedule
+
+
+def check_name(name: str, known: list[str]) -> None:
+    """Raise UserError for a name without a schedule, naming what to use instead."""
+    if name == "reduce_lr_on_plateau":
+        raise UserError(
+            "--lr_scheduler reduce_lr_on_plateau waits for a validation loss after each step, which training does not "
+            "have; use cosine, or constant_with_warmup with a lower --learning_rate"
+        )
+    if name == "cosine_warmup_with_min_lr":
+        raise UserError(
+            "--lr_scheduler cosine_warmup_with_min_lr is not supported; cosine_with_min_lr with --lr_warmup_steps and "
+            "--lr_scheduler_min_lr_ratio gives the same curve but for one step"
+        )
+    if name not in known:
+        raise UserError(
+            f"--lr_scheduler {name} is unknown{nearest(name, known)}. It may be one of {', '.join(known)}; "
+            "other classes go to --lr_scheduler_type"
+        )
+
+
+def check_settings(
+    name: str,
+    options: ScheduleOptions,
+    arguments: Mapping[str, Any],
+    warmup_steps: int,
+    decay_steps: int,
+    max_train_steps: int,
+) -> None:
+    """Raise UserError for what the schedule cannot work with; warn about what has no effect on it."""
+    if warmup_steps and name == CONSTANT:
+        raise UserError(
+            f"--lr_warmup_steps is {options.lr_warmup_steps}, but --lr_scheduler constant has no warm-up; "
+            "use constant_with_warmup"
+        )
+    if warmup_steps and name == "piecewise_constant":
+        raise UserError(
+            f"--lr_warmup_steps is {options.lr_warmup_steps}, but --lr_scheduler piecewise_constant has no warm-up; "
+            "write it into step_rules"
+        )
+    if name == "piecewise_constant" and "step_rules" not in arguments:
+        raise UserError(
+            "--lr_scheduler piecewise_constant needs its rules: --lr_scheduler_args \"step_rules='1:500,0.1'\" is the "
+            "full rate for 500 steps and a tenth of it afterwards"
+        )
+    if (
+        name == "cosine_with_min_lr"
+        and options.lr_scheduler_min_lr_ratio is None
+        and not {"min_lr", "min_lr_rate"} & set(arguments)
+    ):
+        raise UserError(
+            "--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio, the share of the learning rate that "
+            "is left at the end, such as 0.1"
+        )
+    if warmup_steps + decay_steps > max_train_steps and name == "warmup_stable_decay":
+        raise UserError(
+            f"--lr_warmup_steps and --lr_decay_steps are {warmup_steps} and {decay_steps} steps, together more than "
+            f"the {max_train_steps} steps of the run; lower one of them"
+        )
+    if warmup_steps > max_train_steps:
+        logger.warning(
+            "--lr_warmup_steps is %s steps, but the run ends after %s: the learning rate is never reached",
+            warmup_steps,
+            max_train_steps,
+        )
+    for flag, is_set, users in (
+        ("lr_decay_steps", decay_steps, ("warmup_stable_decay",)),
+        ("lr_scheduler_power", options.lr_scheduler_power != ScheduleOptions.lr_scheduler_power, ("polynomial",)),
+        ("lr_scheduler_timescale", options.lr_scheduler_timescale is not None, ("inverse_sqrt",)),
+        (
+            "lr_scheduler_min_lr_ratio",
+            options.lr_scheduler_min_lr_ratio is not None,
+            ("cosine_with_min_lr", "warmup_stable_decay"),
+        ),
+        (
+            "lr_scheduler_num_cycles",
+            options.lr_scheduler_num_cycles != ScheduleOptions.lr_scheduler_num_cycles,
+            ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
+        ),
+    ):
+        if is_set and name not in users:
+            logger.warning(
+                "--%s has no effect with --lr_scheduler %s; it belongs to %s", flag, name, " and ".join(users)
+            )
+
+
+def schedule_of_class(
+    options: ScheduleOptions, optimizer: Optimizer, arguments: Mapping[str, Any], warmup_steps: int
+) -> LRScheduler:
+    """The class of --lr_scheduler_type, called as cls(optimizer, **lr_scheduler_args)."""
+    wanted = options.lr_scheduler_type
+    if warmup_steps:
+        raise UserError(
+            f"--lr_warmup_steps is {options.lr_warmup_steps}, but --lr_scheduler_type {wanted} takes all its settings "
+            "from --lr_scheduler_args; leave --lr_warmup_steps out"
+        )
+    if options.lr_scheduler != ScheduleOptions.lr_scheduler:
+        logger.warning("--lr_scheduler %s has no effect: --lr_scheduler_type %s wins", options.lr_scheduler, wanted)
+    path = wanted if "." in wanted else f"{torch.optim.lr_scheduler.__name__}.{wanted}"
+    cls = import_class(path, "--lr_scheduler_type", wanted)
+    if issubclass(cls, ReduceLROnPlateau):
+        check_name("reduce_lr_on_plateau", [])
+    schedule: LRScheduler = call_with_keywords(
+        cls, [optimizer], arguments, flag=FLAG, set_elsewhere={"optimizer": "", "last_epoch": ""}
+    )
+    return schedule
+
+
+@dataclass(frozen=True, eq=False)
+class RatesOfGroups:
+    """Stands where a schedule would, for optimizers that need none: the rates are those of the groups."""
+
+    optimizer: Optimizer
+    refresh: Callable[[Optimizer], None] | None = None  # brings the groups' rates up to date after a step
+
+    def step(self) -> None:
+        """Leave the rates to the optimizer."""
+        if self.refresh is not None:
+            self.refresh(self.optimizer)
+
+    def get_last_lr(self) -> list[float]:
+        """The rate of each group."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the optimizer's state holds the rates."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """There is nothing to restore."""
+
+
+def show_adafactor_rates(optimizer: Optimizer) -> None:
+    """Write the rates that Adafactor found into its groups, where charts read them; it does not read them itself.
+
+    Each tensor has a rate of its own; that of the group's first trained one is shown.
+    """
+    for group in optimizer.param_groups:
+        states = (optimizer.state[p] for p in group["params"] if p in optimizer.state)
+        state = next(states, None)
+        if state is not None:
+            group["lr"] = float(optimizer._get_lr(group, state))  # type: ignore[attr-defined]
+
+
+def adafactor_rates(options: ScheduleOptions, built: BuiltOptimizer, warmup_steps: int) -> RatesOfGroups:
+    """The stand-in for Adafactor with relative_step=True, whatever --lr_scheduler says.
+
+    Until the first step the groups show the rate of `adafactor:<rate>`, or 0.
+    """
+    if warmup_steps:
+        raise UserError(
+            f"--lr_warmup_steps is {options.lr_warmup_steps}, but Adafactor with relative_step=True sets its own "
+            "rates; use warmup_init=True in --optimizer_args, or relative_step=False"
+        )
+    name, _, rate = options.lr_scheduler.lower().partition(":")
+    if options.lr_scheduler_type or name not in (ADAFACTOR, CONSTANT):
+        logger.warning(
+            "--lr_scheduler %s has no effect: Adafactor with relative_step=True sets its own rates",
+            options.lr_scheduler_type or options.lr_scheduler,
+        )
+    try:
+        initial_lr = float(rate) if rate and name == ADAFACTOR else 0.0
+    except ValueError:
+        raise UserError(
+            f"--lr_scheduler {options.lr_scheduler}: {rate!r} is not a rate; write for example adafactor:1e-4"
+        ) from None
+    for group in built.optimizer.param_groups:
+        group["lr"] = initial_lr
+    return RatesOfGroups(built.optimizer, show_adafactor_rates)
+
+
+def warn_of_idle_schedule(options: ScheduleOptions, built: BuiltOptimizer) -> None:
+    """Schedule-free optimizers have no use for a schedule."""
+    asked = options.lr_scheduler_type or options.lr_scheduler
+    if asked != CONSTANT or options.lr_warmup_steps or options.lr_scheduler_args:
+        logger.warning(
+            "%s needs no schedule: --lr_scheduler %s and its settings have no effect. Warm-up is "
+            "--optimizer_args warmup_steps=N, where the optimizer has it",
+            built.name.partition("(")[0],
+            asked,
+        )

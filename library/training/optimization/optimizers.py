@@ -1,0 +1,271 @@
+"""The optimizers of --optimizer_type, each from its own library."""
+
+import importlib
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from library.errors import UserError
+from library.options.optimizer import OptimizerOptions
+from library.training.command_line.keyword_args import call_with_keywords, read_keyword_args
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--optimizer_args"
+NESTEROV = {"momentum": 0.9, "nesterov": True}
+
+KNOWN: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "AdamW": ("torch.optim.AdamW", {}),
+    "AdamW8bit": ("bitsandbytes.optim.AdamW8bit", {}),
+    "PagedAdamW": ("bitsandbytes.optim.PagedAdamW", {}),
+    "PagedAdamW8bit": ("bitsandbytes.optim.PagedAdamW8bit", {}),
+    "PagedAdamW32bit": ("bitsandbytes.optim.PagedAdamW32bit", {}),
+    "Lion": ("lion_pytorch.Lion", {}),
+    "Lion8bit": ("bitsandbytes.optim.Lion8bit", {}),
+    "PagedLion8bit": ("bitsandbytes.optim.PagedLion8bit", {}),
+    "SGDNesterov": ("torch.optim.SGD", NESTEROV),
+    "SGDNesterov8bit": ("bitsandbytes.optim.SGD8bit", NESTEROV),
+    "DAdaptation": ("dadaptation.experimental.DAdaptAdamPreprint", {}),
+    "DAdaptAdamPreprint": ("dadaptation.experimental.DAdaptAdamPreprint", {}),
+    "DAdaptAdaGrad": ("dadaptation.DAdaptAdaGrad", {}),
+    "DAdaptAdam": ("dadaptation.DAdaptAdam", {}),
+    "DAdaptAdan": ("dadaptation.DAdaptAdan", {}),
+    "DAdaptAdanIP": ("dadaptation.experimental.DAdaptAdanIP", {}),
+    "DAdaptLion": ("dadaptation.DAdaptLion", {}),
+    "DAdaptSGD": ("dadaptation.DAdaptSGD", {}),
+    "Prodigy": ("prodigyopt.Prodigy", {}),
+    "Adafactor": ("transformers.optimization.Adafactor", {}),
+    "RAdamScheduleFree": ("schedulefree.RAdamScheduleFree", {}),
+    "AdamWScheduleFree": ("schedulefree.AdamWScheduleFree", {}),
+    "SGDScheduleFree": ("schedulefree.SGDScheduleFree", {}),
+}
+"""Names that are found in any case: the class, and the arguments that the name stands for."""
+
+PACKAGE_OF = {
+    "lion_pytorch": "lion-pytorch",
+    "came_pytorch": "came-pytorch",
+    "prodigyplus": "prodigy-plus-schedule-free",
+    "pytorch_optimizer": "pytorch-optimizer",
+}
+"""Modules whose package on the index is called otherwise."""
+
+FINDS_ITS_RATE = ("prodigyopt.", "dadaptation.")
+FREEZES_AT_RATE_0 = ("Prodigy", "DAdaptAdam", "DAdaptAdamPreprint", "DAdaptSGD")  # and fail at other differences
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, eq=False)
+class BuiltOptimizer:
+    """An optimizer and what the rest of the run must know about it."""
+
+    optimizer: Optimizer
+    name: str  # for `ss_optimizer`: the class path, then "(key=value,...)" of the arguments if there are any
+    is_schedule_free: bool  # it has no learning rate schedule, and averaged weights that `eval` shows
+    has_relative_step: bool  # Adafactor that sets its own learning rates
+    _trained: list[torch.Tensor] = field(default_factory=list)  # the weights of training while others are in place
+
+    def train(self) -> None:
+        """Put the weights in place that training goes on from, bit for bit those that `eval` took away.
+
+        The optimizer itself computes them back from the averaged ones, which rounds; a run would then depend on how
+        often it saves.
+        """
+        if self.is_schedule_free:
+            self.optimizer.train()  # type: ignore[attr-defined]
+            for parameter, value in zip(self._parameters if self._trained else (), self._trained, strict=True):
+                parameter.data.copy_(value)
+            self._trained.clear()
+
+    def eval(self) -> None:
+        """Put the weights in place that are saved, sampled and validated."""
+        if self.is_schedule_free:
+            if not self._trained:
+                self._trained.extend(parameter.detach().clone() for parameter in self._parameters)
+            self.optimizer.eval()  # type: ignore[attr-defined]
+
+    @property
+    def _parameters(self) -> list[torch.Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any]]) -> BuiltOptimizer:
+    """The optimizer of --optimizer_type over `groups`, dicts with "params" and mostly "lr" (left unchanged).
+
+    A schedule-free optimizer starts in training mode.
+    Raises UserError for an unknown name, a library that is missing (naming what to install), and arguments that are
+    unreadable, unknown or refused.
+    """
+    wanted = wanted_type(options)
+    path, implied = class_path(wanted)
+    cls = import_optimizer(path, wanted)
+    given = read_keyword_args(options.optimizer_args, FLAG)
+    keywords = {**implied, **given}
+    parameter_groups = [{**group, "params": list(group["params"])} for group in groups]
+    ours: dict[str, Any] = {"lr": options.learning_rate}
+
+    is_adafactor = f"{cls.__module__}.{cls.__qualname__}" == KNOWN["Adafactor"][0]
+    has_relative_step = False
+    if is_adafactor:
+        keywords = adafactor_keywords(given)
+        has_relative_step = keywords["relative_step"]
+    if options.fused_backward_pass:
+        check_fused_backward_pass(is_adafactor, wanted)
+    if has_relative_step:
+        logger.warning(
+            "Adafactor with relative_step=True sets its own learning rates: --learning_rate, --unet_lr and "
+            "--text_encoder_lr have no effect; relative_step=False in --optimizer_args uses them"
+        )
+        ours["lr"] = None
+        for group in parameter_groups:
+            group.pop("lr", None)
+    elif is_adafactor and options.max_grad_norm != 0:
+        logger.info("Adafactor clips updates by itself; --max_grad_norm 0 is the usual setting with it")
+    if cls.__module__.startswith(FINDS_ITS_RATE):
+        check_rates(parameter_groups, options.learning_rate, cls.__name__)
+    if cls is torch.optim.AdamW and can_fuse(parameter_groups, given):
+        ours["fused"] = True
+
+    optimizer = call_with_keywords(
+        cls, [parameter_groups], keywords, flag=FLAG, ours=ours, set_elsewhere={"params": "", "lr": "learning_rate"}
+    )
+    built = BuiltOptimizer(
+        optimizer=optimizer,
+        name=f"{cls.__module__}.{cls.__qualname__}{written_out(keywords)}",
+        is_schedule_free=cls.__name__.lower().endswith("schedulefree"),
+        has_relative_step=has_relative_step,
+    )
+    built.train()
+    return built
+
+
+def wanted_type(options: OptimizerOptions) -> str:
+    """What --optimizer_type or one of its older spellings asks for."""
+    aliases = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
+    asked = [flag for flag in aliases if getattr(options, flag)]
+    if len(asked) + bool(options.optimizer_type) > 1:
+        names = " and ".join(f"--{name}" for name in [*asked, *["optimizer_type"] * bool(options.optimizer_type)])
+        raise UserError(f"{names} name different optimizers; keep one of them")
+    return aliases[asked[0]] if asked else options.optimizer_type or "AdamW"
+
+
+def class_path(wanted: str) -> tuple[str, Mapping[str, Any]]:
+    """The dotted path of the class that `wanted` means, and the arguments that the name stands for."""
+    by_lower_case = {name.lower(): entry for name, entry in KNOWN.items()}
+    if wanted.lower() in by_lower_case:
+        return by_lower_case[wanted.lower()]
+    if "." in wanted:
+        return wanted, {}
+    of_torch = {name for name, value in vars(torch.optim).items() if inspect.isclass(value) and name != "Optimizer"}
+    if wanted in of_torch:
+        return f"torch.optim.{wanted}", {}
+    raise UserError(
+        f"--optimizer_type {wanted} is unknown{nearest(wanted, [*KNOWN, *of_torch])}. It may be one of "
+        f"{', '.join(KNOWN)}, a class of torch.optim in its exact spelling, or a path such as package.module.Class"
+    )
+
+
+def nearest(wanted: str, names: Sequence[str]) -> str:
+    """ "; did you mean ...?" if one of the names is close."""
+    lower = {name.lower(): name for name in names}
+    close = get_close_matches(wanted.lower(), lower, n=1)
+    return f"; did you mean {lower[close[0]]}?" if close else ""
+
+
+def import_class(path: str, flag: str, wanted: str) -> type[Any]:
+    """The class at a dotted path. Raises UserError naming what to install, or what the module lacks."""
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise UserError(f"{flag} {wanted} is not a path such as package.module.Class")
+    module_name, _, class_name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        if missing.split(".")[0] != module_name.split(".")[0]:
+            raise UserError(f"{flag} {wanted}: {module_name} needs {missing}; pip install {missing}") from error
+        if missing != module_name.split(".")[0]:
+            raise UserError(f"{flag} {wanted}: there is no module {missing}; check the path") from error
+        package = PACKAGE_OF.get(missing, missing)
+        raise UserError(f"{flag} {wanted} needs the library {missing}: pip install {package}") from error
+    except ImportError as error:
+        raise UserError(f"{flag} {wanted}: {module_name} cannot be imported: {error}") from error
+    value = getattr(module, class_name, None)
+    if not inspect.isclass(value):
+        raise UserError(
+            f"{flag} {wanted}: {module_name} has no class {class_name}{nearest(class_name, list(vars(module)))}"
+        )
+    return value
+
+
+def import_optimizer(path: str, wanted: str) -> type[Optimizer]:
+    """The optimizer class at a dotted path."""
+    cls = import_class(path, "--optimizer_type", wanted)
+    if not issubclass(cls, Optimizer):
+        raise UserError(f"--optimizer_type {wanted}: {path} is not an optimizer (a subclass of torch.optim.Optimizer)")
+    if issubclass(cls, torch.optim.LBFGS | torch.optim.SparseAdam):
+        raise UserError(f"--optimizer_type {wanted} cannot train an adapter by gradient steps; AdamW can")
+    return cls
+
+
+def adafactor_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with relative_step resolved: on unless it is switched off, and always on with warmup_init."""
+    keywords = {"relative_step": True, **given}
+    if keywords.get("warmup_init") and not keywords["relative_step"]:
+        logger.warning("Adafactor with warmup_init=True needs relative_step=True, which is switched on")
+        keywords["relative_step"] = True
+    return keywords
+
+
+def check_fused_backward_pass(is_adafactor: bool, wanted: str) -> None:
+    """--fused_backward_pass is for full fine-tuning; adapters are small, so nothing is gained from it here."""
+    if not is_adafactor:
+        raise UserError(f"--fused_backward_pass works with --optimizer_type Adafactor only, not {wanted}; leave it out")
+    logger.warning("--fused_backward_pass has no effect: it saves memory in full fine-tuning, not for adapters")
+
+
+def check_rates(groups: Sequence[Mapping[str, Any]], learning_rate: float, name: str) -> None:
+    """These optimizers find one learning rate for all groups; ours only scales theirs, and 1.0 is meant."""
+    rates = [float(group.get("lr", learning_rate)) for group in groups]
+    if max(rates) <= 0.1:
+        logger.warning(
+            "%s finds the learning rate by itself and multiplies it by ours, which is %s; it is meant to be about 1.0",
+            name,
+            max(rates),
+        )
+    may_freeze = name in FREEZES_AT_RATE_0
+    if len({rate for rate in rates if rate or not may_freeze}) > 1:
+        raise UserError(
+            f"{name} finds one learning rate for all parts, but --learning_rate, --unet_lr, --text_encoder_lr or "
+            f"--network_args give {', '.join(map(str, sorted(set(rates))))}; use one value everywhere"
+            + (" (0 leaves a part as it is)" if may_freeze else "")
+        )
+
+
+def can_fuse(groups: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> bool:
+    """Whether torch's fused step serves these parameters and the user did not choose another one."""
+    if any(given.get(key) is not None for key in ("fused", "foreach")) or given.get("differentiable"):
+        return False
+    parameters = [p for group in groups for p in group["params"]]
+    return all(p.is_floating_point() and p.device.type in FUSED_DEVICES for p in parameters)
+
+
+def written_out(keywords: Mapping[str, Any]) -> str:
+    """ "(key=value,...)", or nothing."""
+    return f"({','.join(f'{key}={value}' for key, value in keywords.items())})" if keywords else ""
+
+
+def effective_rates(optimizer: Optimizer, name: str) -> list[float] | None:
+    """d * lr of each group for the optimizers that estimate d (DAdapt*, Prodigy, ProdigyPlus), None for others.
+
+    `name` is `BuiltOptimizer.name`.
+    """
+    class_name = name.partition("(")[0].rpartition(".")[2].lower()
+    estimates_d = class_name.startswith(("dadapt", "prodigy"))
+    if not estimates_d or any("d" not in group for group in optimizer.param_groups):
+        return None
+    return [float(group["d"]) * float(group["lr"]) for group in optimizer.param_groups]

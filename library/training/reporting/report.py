@@ -1,0 +1,109 @@
+"""What a run shows while it goes on, in the words that graphical front ends read.
+
+The lines on standard output and the progress bar are an interface: see tests/contracts/test_output.py.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from library.launcher import launched_rank
+from library.training.run.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+def announce(text: str) -> None:
+    """Write a line to standard output at once; front ends look for these lines. Only the main process writes."""
+    if launched_rank() != 0:
+        return
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding) + "\n")
+        sys.stdout.flush()
+    except OSError as error:  # a full disk beneath it, or nobody who reads it any more
+        logger.debug("standard output takes nothing: %s", error)
+
+
+@dataclass(frozen=True)
+class PictureCounts:
+    """Pictures of a run, times their repeats."""
+
+    train: int
+    validation: int
+    reg: int
+
+
+def announce_run(plan: Plan, counts: PictureCounts, batch_sizes: Sequence[int], accumulation: int) -> None:
+    """The block that tells the size of the run."""
+    announce("running training / 学習開始")
+    announce(f"  num train images * repeats / 学習画像の数×繰り返し回数: {counts.train}")
+    announce(f"  num validation images * repeats / 学習画像の数×繰り返し回数: {counts.validation}")
+    announce(f"  num reg images / 正則化画像の数: {counts.reg}")
+    announce(f"  num batches per epoch / 1epochのバッチ数: {plan.num_batches}")
+    announce(f"  num epochs / epoch数: {plan.num_epochs}")
+    announce(f"  batch size per device / バッチサイズ: {', '.join(str(size) for size in batch_sizes)}")
+    announce(f"  gradient accumulation steps / 勾配を合計するステップ数 = {accumulation}")
+    announce(f"  total optimization steps / 学習ステップ数: {plan.max_train_steps}")
+
+
+def announce_epoch(epoch: int, num_epochs: int) -> None:
+    """The line at the start of an epoch, counted from 1."""
+    announce(f"\nepoch {epoch}/{num_epochs}\n")
+
+
+def progress_bar(max_train_steps: int, finished_steps: int, is_shown: bool) -> "tqdm[None]":
+    """The bar called `steps`, on standard error."""
+    return tqdm(
+        total=max_train_steps,
+        initial=finished_steps,
+        smoothing=0,
+        desc="steps",
+        dynamic_ncols=True,
+        disable=not is_shown,
+    )
+
+
+@dataclass(frozen=True)
+class LimitedNorms:
+    """What --scale_weight_norms did after a batch."""
+
+    num_scaled: int
+    mean: float
+    maximum: float
+
+    def chart_values(self) -> dict[str, float]:
+        """By the names that charts use."""
+        return {
+            "max_norm/keys_scaled": self.num_scaled,
+            "max_norm/max_key_norm": self.maximum,
+            "norm/avg_key_norm": self.mean,
+        }
+
+
+def bar_values(average_loss: float, norms: LimitedNorms | None) -> dict[str, float]:
+    """What stands behind the progress bar, in this order."""
+    limited = {} if norms is None else {"Keys Scaled": norms.num_scaled, "Average key norm": norms.mean}
+    return {**limited, "avr_loss": average_loss}
+
+
+def rate_values(
+    rates: Sequence[float], names: Sequence[str], effective: Sequence[float] | None, first_is_text_encoder: bool
+) -> dict[str, float]:
+    """The learning rates of a step by the names that charts use.
+
+    `lr/<name>` for every group; beside it `lr/textencoder` for the first group where a text encoder may train and
+    `lr/group<i>` for the others; `lr/d*lr/<name>` where the optimizer finds the rate by itself.
+    """
+    values: dict[str, float] = {}
+    for i, rate in enumerate(rates):
+        values[f"lr/{names[i]}"] = float(rate)
+        if effective is not None:
+            values[f"lr/d*lr/{names[i]}"] = effective[i]
+    for i, rate in enumerate(rates):
+        is_text_encoder = i == 0 and first_is_text_encoder
+        values.setdefault("lr/textencoder" if is_text_encoder else f"lr/group{i}", float(rate))
+    return values

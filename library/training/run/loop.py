@@ -1,0 +1,250 @@
+"""The training loop."""
+
+import logging
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.training.evaluation.preview import Previews, epoch_event, step_event
+from library.training.evaluation.validation import Validation
+from library.training.faults.interruption import Interruption
+from library.training.faults.out_of_memory import explained, sizes_of
+from library.training.optimization.nonfinite import NonFiniteGuard
+from library.training.optimization.optimizers import effective_rates
+from library.training.reporting.logs import Charts
+from library.training.reporting.progress import Progress
+from library.training.reporting.report import (
+    LimitedNorms,
+    announce_epoch,
+    bar_values,
+    progress_bar,
+    rate_values,
+)
+from library.training.run.plan import Window
+from library.training.run.run import Run
+from library.training.run.step import describe_shape, loss_of, start_batch
+from library.training.saving.checkpoints import Writer
+from library.training.saving.state import Facts
+from library.types import Batch
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    run: Run,
+    progress: Progress,
+    writer: Writer,
+    charts: Charts,
+    previews: Previews,
+    validation: Validation,
+    interruption: Interruption,
+    resumed: Facts | None = None,
+) -> None:
+    """Train from where `progress` stands to the last step, or to the step in which the user interrupts.
+
+    Either way the adapter is saved. A run that goes on from a state, `resumed`, first makes what was due at its step
+    and was not done when the state was written.
+    """
+    plan, average, is_main = run.plan, progress.average, run.processes.is_main
+    norm_limit = wanted_norm_limit(run)
+    guard = NonFiniteGuard(run)
+    stops = False
+    epoch = plan.epoch_of(progress.step)
+    if progress.step == 0:
+        previews.before_training(interruption)
+    if validation.before_training(progress):
+        writer.save_best(progress.step, epoch)
+    if resumed is not None:
+        finish_step_of(resumed, run, progress, writer, previews, interruption)
+    with progress_bar(plan.max_train_steps, progress.step, is_main) as bar:
+        for epoch in plan.epochs(progress.step) if progress.step < plan.max_train_steps else ():
+            announce_epoch(epoch, plan.num_epochs)
+            run.network.start_epoch(*run.models.network_view)
+            batches = batches_of(run, epoch, progress.step)
+            for window in plan.windows(epoch, progress.step):
+                own_losses = accumulate_gradient(run, window, batches)
+                losses, stops = run.processes.exchange(
+                    run.network.trainable_parameters(), own_losses, len(window.places), interruption.is_requested
+                )
+                rates = [float(rate) for rate in run.schedule.get_last_lr()]
+                progress.is_moving = True
+                with explained("the optimizer moved the weights", run.options, run.device, "", lambda: sizes_of(run)):
+                    values = optimizer_step(run, guard, window, losses)
+                progress.advance()
+                norms = None if norm_limit is None else LimitedNorms(*run.network.limit_norms(norm_limit, run.device))
+                report_window(run, progress, window, values, rates, norms, charts)
+                bar.update(1)
+                bar.set_postfix(bar_values(average.mean, norms))
+                is_last = progress.step >= plan.max_train_steps
+                if not stops and validation.after_step(
+                    progress.step, epoch, window.ends_epoch or is_last, average.mean
+                ):
+                    writer.save_best(progress.step, epoch)
+                finish_step(progress, epoch, writer, previews, interruption)
+                if stops:
+                    break
+            if stops and progress.step % plan.steps_per_epoch != 0:
+                break
+            if charts.are_on:
+                charts.log_epoch({"loss/epoch_average": average.mean}, progress.step, epoch)
+            finish_epoch(progress, epoch, writer, previews, interruption)
+            if stops:
+                break
+    guard.report(progress.step)
+    run.training_set.report_skipped(logger)
+    if progress.step >= plan.max_train_steps:
+        writer.save_end(progress, plan.num_epochs)
+    else:
+        writer.save_interrupted(progress, epoch)
+
+
+def finish_step(progress: Progress, epoch: int, writer: Writer, previews: Previews, interruption: Interruption) -> None:
+    """Save and draw what is due after a step and not done; weights are safe before pictures take their time."""
+    writer.save_after_step(progress, epoch)
+    if "step previews" not in progress.done and previews.after_step(progress.step, epoch, interruption):
+        progress.done.add("step previews")
+
+
+def finish_epoch(
+    progress: Progress, epoch: int, writer: Writer, previews: Previews, interruption: Interruption
+) -> None:
+    """The same after an epoch, which the end of the run may have cut short."""
+    writer.save_after_epoch(progress, epoch)
+    if "epoch previews" not in progress.done and previews.after_epoch(progress.step, epoch, interruption):
+        progress.done.add("epoch previews")
+
+
+def finish_step_of(
+    state: Facts, run: Run, progress: Progress, writer: Writer, previews: Previews, interruption: Interruption
+) -> None:
+    """Make what was due at the step of a state and was not done when the run was stopped.
+
+    Pictures are drawn after the state is written, so it cannot know of them: those on disk that are not older count.
+    """
+    finished_epochs, rest = divmod(progress.step, run.plan.steps_per_epoch)
+    epoch = finished_epochs + bool(rest)
+    ends_epoch = not rest or progress.step >= run.plan.max_train_steps
+    if previews.are_drawn(step_event(progress.step), state.written_at):
+        progress.done.add("step previews")
+    if previews.are_drawn(epoch_event(epoch), state.written_at):
+        progress.done.add("epoch previews")
+    finish_step(progress, epoch, writer, previews, interruption)
+    if ends_epoch:
+        finish_epoch(progress, epoch, writer, previews, interruption)
+
+
+def batches_of(run: Run, epoch: int, first_step: int) -> Iterator[Batch]:
+    """This process's batches of an epoch, in order, from the one after `first_step` on; no other is read."""
+    processes, dataset = run.processes, run.options.dataset
+    windows = run.plan.windows(epoch, first_step)
+    places = [place for window in windows for place in window.share(processes.rank, processes.count)]
+    return run.training_set.batches(
+        epoch,
+        places,
+        partial(run.plan.step_of, epoch),
+        dataset.max_data_loader_n_workers,
+        dataset.persistent_data_loader_workers,
+    )
+
+
+def accumulate_gradient(run: Run, window: Window, batches: Iterator[Batch]) -> Tensor:
+    """Add the gradients of this process's share of a window; gives the losses of its batches."""
+    losses = []
+    for place in window.share(run.processes.rank, run.processes.count):
+        batch = next(batches)
+        doing = f"computing step {window.step + 1}, forward and backward"
+        with explained(doing, run.options, run.device, describe_shape(batch), lambda: sizes_of(run)):
+            loss = backward(run, batch, run.plan.batch_number(window.epoch, place), len(window.places), window.step)
+        losses.append(loss)
+    return torch.stack(losses) if losses else torch.zeros(0)
+
+
+def backward(run: Run, batch: Batch, batch_number: int, window_size: int, step: int) -> Tensor:
+    """Add the gradient of one batch; gives its loss."""
+    start_batch(run, batch_number, step)
+    loss = loss_of(run, batch, batch_number)
+    scaled = loss / window_size
+    torch.autograd.backward(scaled if run.scaler is None else run.scaler.scale(scaled))
+    return loss.detach().float()
+
+
+def report_window(
+    run: Run,
+    progress: Progress,
+    window: Window,
+    losses: list[float],
+    rates: list[float],
+    norms: LimitedNorms | None,
+    charts: Charts,
+) -> None:
+    """Put the losses of a window into the running average and the charts: one point for each batch.
+
+    The average leaves out losses that are not finite: the step that they belong to moved nothing.
+    """
+    for place, loss in zip(window.places, losses, strict=True):
+        if math.isfinite(loss):
+            progress.average.add(place, loss)
+        if charts.are_on:
+            step = progress.step if place == window.places[-1] else window.step
+            charts.log_step(step_values(run, loss, progress.average.mean, rates, norms), step, window.epoch)
+
+
+def optimizer_step(run: Run, guard: NonFiniteGuard, window: Window, losses: Tensor) -> list[float]:
+    """Clip, move the weights, move the learning rate, forget the gradients; gives the losses as numbers.
+
+    A step that is not finite is left out: neither weights nor optimizer nor learning rate move.
+    """
+    optimizer, scaler, max_norm = run.torch_optimizer, run.scaler, run.options.optimizer.max_grad_norm
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    parameters = run.network.trainable_parameters()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    *values, norm_value = torch.cat([losses.to(norm.device), norm.float().view(1)]).tolist()
+    if guard.allows_step(window, values, norm_value):
+        if max_norm != 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        if scaler is not None:
+            scaler.step(optimizer)
+        else:
+            optimizer.step()
+        run.schedule.step()
+    if scaler is not None:
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return values
+
+
+def wanted_norm_limit(run: Run) -> float | None:
+    """--scale_weight_norms; None where it is not wanted, or where this network cannot do it, which is warned of.
+
+    Raises UserError for a negative limit.
+    """
+    limit = run.options.network.scale_weight_norms
+    if not limit:
+        return None
+    if limit < 0:
+        raise UserError(f"--scale_weight_norms is {limit:g}; a norm is at least 0, and 0 sets no limit")
+    if not run.network.can_limit_norms:
+        logger.warning(
+            "--scale_weight_norms has no effect: the network of %s has no apply_max_norm_regularization()",
+            run.options.network.network_module,
+        )
+        return None
+    return limit
+
+
+def step_values(
+    run: Run, loss: float, average: float, rates: list[float], norms: LimitedNorms | None
+) -> dict[str, float]:
+    """What the charts show of a batch."""
+    effective = effective_rates(run.torch_optimizer, run.optimizer.name)
+    is_first_text_encoder = not run.options.network.network_train_unet_only
+    values = rate_values(rates, run.group_names, effective, is_first_text_encoder)
+    if effective is not None and "prodigyplus" in run.optimizer.name.lower():
+        values["lr/d*lr"] = effective[0]
+    limited = {} if norms is None else norms.chart_values()
+    return {**limited, "loss/current": loss, "loss/average": average, **values}

@@ -1,0 +1,103 @@
+"""Opens the adapter that --network_module names and puts it on the models."""
+
+import logging
+from typing import Any
+
+import torch
+
+from library.errors import UserError
+from library.memory.devices import place
+from library.memory.forms.fp8 import Fp8Rows
+from library.memory.frozen import store_blocks_in
+from library.options.network import NetworkOptions
+from library.options.precision import PrecisionOptions
+from library.options.train import TrainOptions
+from library.training.reporting.report import announce
+from library.training.run.run import Models
+from networks.core.protocol import AdoptedNetwork, NetworkModule, adopt, open_network_module, parse_network_args
+
+logger = logging.getLogger(__name__)
+
+
+def network_keywords(options: NetworkOptions) -> dict[str, Any]:
+    """--network_args as the module gets them: strings, and `dropout` from --network_dropout where they have none."""
+    return {"dropout": options.network_dropout, **parse_network_args(options.network_args)}
+
+
+def open_network(options: TrainOptions, models: Models, device: torch.device, dtype: torch.dtype) -> AdoptedNetwork:
+    """The adapter, installed, with its starting weights; it and the denoiser are on the device afterwards.
+
+    Raises UserError where the module cannot be imported, an argument is wrong, or a file does not fit.
+    """
+    wanted = options.network
+    assert wanted.network_module is not None
+    announce(f"import network module: {wanted.network_module}")
+    module = open_network_module(wanted.network_module)
+    merge_base_weights(wanted, module, models, device, dtype)
+    shrink_base(options.precision, models)
+    place(models.denoiser, device)
+    network = adopt(create(wanted, module, models))
+    network.apply_to(
+        *models.network_view,
+        not wanted.network_train_unet_only,
+        not wanted.network_train_text_encoder_only,
+    )
+    if wanted.network_weights:
+        network.load_weights(wanted.network_weights)
+    is_full = options.precision.full_fp16 or options.precision.full_bf16
+    network.module.to(device, dtype if is_full else None)
+    return network
+
+
+def shrink_base(precision: PrecisionOptions, models: Models) -> None:
+    """Keep the frozen models in 8 bits where --fp8_base or the like asks for it; merging came before."""
+    if precision.shrinks_denoiser:
+        logger.info("denoiser: %d layers in 8 bits", store_blocks_in(Fp8Rows(), models.denoiser))
+    if precision.fp8_base and models.text_encoders:
+        count = sum(store_blocks_in(Fp8Rows(), model) for model in models.text_encoders)
+        logger.info("text encoders: %d layers in 8 bits", count)
+
+
+def create(wanted: NetworkOptions, module: NetworkModule, models: Models) -> Any:
+    """A fresh network of --network_dim and --network_alpha; with --dim_from_weights of the shapes in the file."""
+    text_encoder, denoiser = models.network_view
+    keywords = network_keywords(wanted)
+    if wanted.dim_from_weights:
+        assert wanted.network_weights is not None
+        network, _ = module.create_network_from_weights(
+            1.0, wanted.network_weights, models.vae, text_encoder, denoiser, **keywords
+        )
+    else:
+        network = module.create_network(
+            1.0,
+            wanted.network_dim,
+            wanted.network_alpha,
+            models.vae,
+            text_encoder,
+            denoiser,
+            neuron_dropout=wanted.network_dropout,
+            **keywords,
+        )
+    if network is None:
+        raise UserError(f"--network_module {wanted.network_module} made no network; see its own messages above")
+    return network
+
+
+def merge_base_weights(
+    wanted: NetworkOptions, module: NetworkModule, models: Models, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Add every --base_weights file to the frozen models; a missing multiplier is 1."""
+    files = wanted.base_weights or []
+    multipliers = wanted.base_weights_multiplier or []
+    if len(multipliers) > len(files):
+        raise UserError(
+            f"--base_weights_multiplier has {len(multipliers)} values, but --base_weights names {len(files)} files"
+        )
+    text_encoder, denoiser = models.network_view
+    for i, file in enumerate(files):
+        multiplier = multipliers[i] if i < len(multipliers) else 1.0
+        network, weights = module.create_network_from_weights(
+            multiplier, file, models.vae, text_encoder, denoiser, for_inference=True
+        )
+        adopt(network).merge_to(text_encoder, denoiser, weights, dtype, device)
+        announce(f"merged {file} into the base model with multiplier {multiplier}")

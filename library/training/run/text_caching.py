@@ -1,0 +1,135 @@
+"""The text encoders of a run: on the device, or gone once every caption is encoded."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library.checkpoints.weights import open_weights
+from library.data.batches.dataset import TrainingSet
+from library.data.caching.captions import Encode, Encoders, KeptTexts, TextEncoding, cache_texts
+from library.data.caching.text_files import stack_rows
+from library.errors import UserError
+from library.options.text_caching import TextCachingOptions
+from library.options.train import TrainOptions
+from library.processes import Processes
+from library.protocols import Architecture, LiveText, TextCacheSpec, TextPipeline
+from library.training.run.run import Autocast
+from library.types import Conditioning
+from networks.core.protocol import is_switched_on
+
+logger = logging.getLogger(__name__)
+
+TEXT_PREFIXES = ("lora_te", "text_encoder", "text_model")
+
+
+@dataclass(frozen=True)
+class RunText:
+    """The text encoders on the device, and what those that are cached made of captions and prompts."""
+
+    encoders: list[nn.Module]
+    kept: KeptTexts | None
+
+    @property
+    def prompts(self) -> Mapping[str, Conditioning] | None:
+        """Cached conditioning of each prompt of the previews, by text; None where nothing is cached."""
+        return None if self.kept is None else {text: stack_rows([row], {}) for text, row in self.kept.prompts.items()}
+
+
+def cached_text(options: TrainOptions, spec: TextCacheSpec | None) -> TextCacheSpec | None:
+    """The spec where outputs of text encoders are to be cached, else None: also where every encoder trains."""
+    if spec is None or not spec.options.cache_text_encoder_outputs:
+        return None
+    live = live_text(options, spec)
+    return None if live is not None and set(live.keys) == set(spec.keys) else spec
+
+
+def live_text(options: TrainOptions, spec: TextCacheSpec | None) -> LiveText | None:
+    """The text encoders that stay to be trained beside the cache; None where none does, or where nothing is cached."""
+    if spec is None or not spec.options.cache_text_encoder_outputs or options.network.network_train_unet_only:
+        return None
+    return spec.live
+
+
+def check_text_caching(options: TrainOptions, spec: TextCacheSpec | None) -> None:
+    """Raise UserError where cached outputs would not be what the run trains with; warn of options without effect."""
+    if spec is None:
+        return
+    wanted = spec.options
+    for name in ("text_cache_variants", "text_encoder_batch_size"):
+        value = getattr(wanted, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; use at least 1, or leave it out")
+        if not wanted.cache_text_encoder_outputs and value != TextCachingOptions.defaults()[name]:
+            logger.warning("--%s has no effect without --cache_text_encoder_outputs", name)
+    if not wanted.cache_text_encoder_outputs:
+        return
+    if spec.live is None and spec.can_train and not options.network.network_train_unet_only:
+        raise UserError(
+            "--cache_text_encoder_outputs encodes the captions once and frees the text encoders, so these cannot get "
+            "an adapter; add --network_train_unet_only, or leave out --cache_text_encoder_outputs"
+        )
+    live = live_text(options, spec)
+    argument = None if live is None else live.excluded_by
+    if argument is not None and is_switched_on(options.network.network_args, argument):
+        raise UserError(
+            f"--network_args {argument}=True trains a text encoder whose outputs --cache_text_encoder_outputs takes "
+            "before training; leave one of them out"
+        )
+    if cached_text(options, spec) is None:
+        logger.warning(
+            "--cache_text_encoder_outputs has no effect: every text encoder trains, so every caption is encoded in "
+            "each step; --network_train_unet_only trains the denoiser alone"
+        )
+        return
+    for file in options.network.base_weights or ():
+        changed = [name for name in open_weights(Path(file)).shapes if name.startswith(TEXT_PREFIXES)]
+        if changed:
+            raise UserError(
+                f"--base_weights {file} changes the text encoder ({changed[0]} and others), whose outputs "
+                "--cache_text_encoder_outputs takes before anything is merged; merge the file into the base model with "
+                "tools/merge_lora.py first, or leave out --cache_text_encoder_outputs"
+            )
+
+
+def prepare_text(
+    options: TrainOptions,
+    arch: Architecture,
+    training_set: TrainingSet,
+    device: torch.device,
+    autocast: Autocast,
+    prompts: Sequence[str],
+    processes: Processes,
+) -> RunText:
+    """Load the text encoders, or cache what they make of every caption and prompt.
+
+    Those that train stay, also beside a cache. The others are not loaded at all where everything is on disk already.
+    """
+    spec = cached_text(options, arch.text_cache)
+    device = torch.device("cpu") if arch.encodes_on_cpu else device
+    if spec is None:
+        return RunText([encoder.to(device) for encoder in arch.load.text_encoders()], None)
+
+    def open_encoders() -> Encoders:
+        encoders = [encoder.to(device).eval() for encoder in arch.load.text_encoders()]
+        return Encoders(
+            frozen_encode(arch.text, encoders, autocast), frozen_encode(arch.preview.text, encoders, autocast)
+        )
+
+    encoding = TextEncoding(spec, open_encoders, options.precision.mixed_precision)
+    kept = cache_texts(training_set, encoding, prompts, options.caching.skip_cache_check, processes)
+    live = live_text(options, spec)
+    return RunText([] if live is None else [encoder.to(device) for encoder in live.load()], kept)
+
+
+def frozen_encode(pipeline: TextPipeline, encoders: Sequence[nn.Module], autocast: Autocast) -> Encode:
+    """What the encoders make of captions, without gradient."""
+
+    def encode(captions: Sequence[str]) -> Conditioning:
+        with torch.no_grad(), autocast():
+            return pipeline.encode(encoders, pipeline.tokenize(captions))
+
+    return encode

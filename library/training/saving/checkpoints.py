@@ -1,0 +1,413 @@
+"""When weights are written, under which names, and which older files go; what a full disk does to that."""
+
+import logging
+import re
+import time
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library.checkpoints.compatibility import describe, readings
+from library.checkpoints.files import is_safetensors, read_header
+from library.checkpoints.folders import remove_folder
+from library.checkpoints.metadata import file_metadata, modelspec_metadata
+from library.errors import UserError
+from library.options.saving import SavingOptions
+from library.options.state import StateOptions
+from library.options.train import TrainOptions
+from library.training.faults.out_of_memory import in_words
+from library.training.reporting.progress import Part, Progress
+from library.training.reporting.report import announce
+from library.training.saving.hub import Uploads
+from library.training.saving.rescue import NotWrittenError, bytes_of_tensors, free_bytes, write_somewhere
+from networks.core.protocol import AdoptedNetwork
+
+logger = logging.getLogger(__name__)
+
+STEM = re.compile(r"(?P<start>.+?)(-step\d+|-\d{6,}|-best)?")
+SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class NonFiniteWeights(UserError):
+    """The adapter's weights are NaN or infinite, so they are not written."""
+
+
+class SavedElsewhere(OSError, UserError):
+    """A run is complete, but its file is not where it was to be."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """File names of a run: with --output_name its own, else `epoch`, `at` and `last`."""
+
+    folder: Path
+    output_name: str | None
+    extension: str
+
+    @classmethod
+    def build(cls, options: SavingOptions) -> "Names":
+        assert options.output_dir is not None
+        return cls(Path(options.output_dir), options.output_name or None, options.save_model_as or "safetensors")
+
+    def of_epoch(self, epoch: int) -> Path:
+        return self.folder / f"{self.output_name or 'epoch'}-{epoch:06d}.{self.extension}"
+
+    def of_step(self, step: int) -> Path:
+        return self.folder / f"{self.output_name or 'at'}-step{step:08d}.{self.extension}"
+
+    def of_end(self) -> Path:
+        return self.folder / f"{self.output_name or 'last'}.{self.extension}"
+
+    def of_best(self) -> Path:
+        return self.folder / f"{f'{self.output_name}-' if self.output_name else ''}best.{self.extension}"
+
+    def has_stem(self, stem: str) -> bool:
+        """Whether a file of weights of this run may have that name, without its ending."""
+        match = STEM.fullmatch(stem)
+        return match is not None and (match["start"] in self.starts or stem == self.of_best().stem)
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """What the names of this run begin with."""
+        return (self.output_name,) if self.output_name else ("epoch", "at", "last")
+
+
+def state_of(weights: Path) -> Path:
+    """The folder of the state that belongs to a file of weights."""
+    return weights.with_name(f"{weights.stem}-state")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """After which steps and epochs to save; None is never."""
+
+    every_n_steps: int | None
+    every_n_epochs: int | None
+    keep_steps: int | None
+    keep_epochs: int | None
+    num_epochs: int
+
+    @classmethod
+    def build(cls, options: SavingOptions, num_epochs: int) -> "Schedule":
+        """--save_n_epoch_ratio R saves about R times in the run and wins over --save_every_n_epochs."""
+        every = options.save_every_n_epochs or None
+        if options.save_n_epoch_ratio is not None and options.save_n_epoch_ratio > 0:
+            every = num_epochs // options.save_n_epoch_ratio or 1
+        return cls(
+            options.save_every_n_steps or None,
+            every,
+            options.save_last_n_steps or None,
+            options.save_last_n_epochs or None,
+            num_epochs,
+        )
+
+    def saves_step(self, step: int) -> bool:
+        return self.every_n_steps is not None and step % self.every_n_steps == 0
+
+    def saves_epoch(self, epoch: int) -> bool:
+        """The last epoch has the final file instead."""
+        return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0 and epoch < self.num_epochs
+
+    def for_states(self, options: StateOptions) -> "Schedule":
+        """The same for training states, which may be kept longer or shorter than the weights."""
+        return replace(
+            self,
+            keep_steps=options.save_last_n_steps_state or self.keep_steps,
+            keep_epochs=options.save_last_n_epochs_state or self.keep_epochs,
+        )
+
+    def most_files(self, max_train_steps: int) -> int:
+        """How many files lie there at most at a time, without the last one."""
+        after_steps = max_train_steps // self.every_n_steps if self.every_n_steps is not None else 0
+        if self.every_n_steps is not None and self.keep_steps is not None:
+            after_steps = min(after_steps, self.keep_steps // self.every_n_steps + 2)  # the outdated one goes last
+        after_epochs = (self.num_epochs - 1) // self.every_n_epochs if self.every_n_epochs is not None else 0
+        if self.keep_epochs is not None:
+            after_epochs = min(after_epochs, self.keep_epochs + 1)
+        return after_steps + after_epochs
+
+    def outdated_step(self, step: int) -> int | None:
+        """The step whose file goes once that of `step` is there: --save_last_n_steps is a distance in steps."""
+        if self.keep_steps is None or self.every_n_steps is None:
+            return None
+        last = step - self.keep_steps - 1
+        last -= last % self.every_n_steps
+        return last if last > 0 else None
+
+    def outdated_epoch(self, epoch: int) -> int | None:
+        """The epoch whose file goes once that of `epoch` is there: --save_last_n_epochs counts saved files."""
+        if self.keep_epochs is None or self.every_n_epochs is None:
+            return None
+        gone = epoch - self.keep_epochs * self.every_n_epochs
+        return gone if gone > 0 else None
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes the adapter and the training states; only the main process does."""
+
+    options: TrainOptions
+    is_main: bool
+    names: Names
+    schedule: Schedule
+    network: AdoptedNetwork
+    architecture: Mapping[str, str]
+    metadata: Mapping[str, str]
+    base_files: Future[dict[str, str]]  # names and hashes of the base model, computed while training goes on
+    before_saving: Callable[[], None]  # schedule-free optimizers show their averaged weights only on demand
+    after_saving: Callable[[], None]
+    write_state: Callable[[Path, int, int, Collection[Part]], None]  # (folder, step, epoch, what is done of the step)
+    uploads: Uploads
+    state_bytes: Callable[[], int] = lambda: 0  # about what a state takes
+    rescued: dict[str, Path] = field(default_factory=dict)  # the newest files that are not at their places, by kind
+    told: set[str] = field(default_factory=set)  # what was said about readers, so that it is said once
+
+    def save_after_step(self, progress: Progress, epoch: int) -> None:
+        """Save if the schedule asks for it after the step and it is not done, and delete what that outdates."""
+        step = progress.step
+        if (
+            self.is_main
+            and self.schedule.saves_step(step)
+            and self._save(self.names.of_step(step), progress, epoch, "step")
+        ):
+            self._rotate(self.names.of_step, self.schedule.outdated_step(step), self._states.outdated_step(step))
+
+    def save_after_epoch(self, progress: Progress, epoch: int) -> None:
+        """Save if the schedule asks for it after `epoch` and it is not done, and delete what that outdates."""
+        if (
+            self.is_main
+            and self.schedule.saves_epoch(epoch)
+            and self._save(self.names.of_epoch(epoch), progress, epoch, "epoch")
+        ):
+            self._rotate(self.names.of_epoch, self.schedule.outdated_epoch(epoch), self._states.outdated_epoch(epoch))
+
+    def save_best(self, step: int, epoch: int) -> None:
+        """Replace the file of the best weights, if --keep_best_checkpoint asks for one."""
+        if self.is_main and self.options.validation.keep_best_checkpoint:
+            try:
+                self.write(self.names.of_best(), step, epoch)
+            except NotWrittenError as error:
+                logger.error("%s; training goes on", error)
+
+    def save_end(self, progress: Progress, epoch: int) -> None:
+        """Save a run that is complete; with --autoresume its state too, by which the next start knows that.
+
+        Raises SavedElsewhere or NotWrittenError where the file is not at its place.
+        """
+        if not self.is_main:
+            return
+        path, wanted = self.names.of_end(), self.options.state
+        place = self.write(path, progress.step, epoch, is_last=True)
+        if wanted.save_state or wanted.save_state_on_train_end or wanted.autoresume:
+            done = {*progress.done, "end"} if place == path else progress.done
+            self._save_state(path, progress.step, epoch, done, is_last=True)
+        if place != path:
+            raise SavedElsewhere(f"training is complete, but {path} could not be written: the adapter is {place}")
+        announce("model saved.")
+
+    def save_interrupted(self, progress: Progress, epoch: int) -> None:
+        """Save a run that was told to stop: its weights and, asked for or not, its state."""
+        if self.is_main:
+            announce(
+                f"training was interrupted after step {progress.step}; to go on, give the same command with "
+                f"{self._save_unfinished(progress, epoch)}"
+            )
+
+    def save_failed(self, progress: Progress, epoch: int) -> str:
+        """Save a run that an error ended, like one that was told to stop; a sentence about it.
+
+        Weights that an optimizer had moved in part belong to no step, so they get no state.
+        """
+        if progress.is_moving:
+            place = self.write(self.names.of_step(progress.step), progress.step, epoch, is_last=True)
+            moved = f"the error came while step {progress.step + 1} moved the weights"
+            return f"{moved}; as they are, they are saved as {place}"
+        return (
+            f"training ended after step {progress.step}; the adapter and the state of that step are saved: when the "
+            f"cause is mended, give the same command with {self._save_unfinished(progress, epoch)}"
+        )
+
+    def _save_unfinished(self, progress: Progress, epoch: int) -> str:
+        """Write weights and state; gives the options that go on from them."""
+        path = self.names.of_step(progress.step)
+        self.write(path, progress.step, epoch, is_last=True)
+        folder = self._save_state(path, progress.step, epoch, progress.done, is_last=True)
+        return f"--resume {folder}" + (" or --autoresume" if folder == state_of(path) else "")
+
+    def write(self, path: Path, step: int, epoch: int, is_last: bool = False) -> Path:
+        """Write the adapter to `path`, whole or not at all, or to another place if that takes none; gives the place.
+
+        Raises NonFiniteWeights, and leaves an earlier file as it is, where the weights are damaged; NotWrittenError
+        where no place takes the file.
+        """
+        announce(f"\nsaving checkpoint: {path}")
+        saved_at = time.time()
+        dtype = save_dtype(self.options.saving.save_precision)
+        self.before_saving()
+        try:
+            if not weights_are_finite(self.network.module):
+                raise NonFiniteWeights(
+                    f"the adapter has weights that are NaN or infinite after step {step}, so {path} is not written; "
+                    "files saved before stay"
+                )
+            metadata = self._metadata(step, epoch, saved_at)
+            place = write_somewhere(
+                path,
+                f".{self.names.extension}",
+                bytes_in_file(self.network.module, dtype),
+                lambda place: self.network.save_weights(place, dtype, metadata),
+            )
+        finally:
+            self.after_saving()
+        self._keep_newest_rescue("weights", place, path)
+        self._tell_readers(place)
+        self.uploads.send(place, is_last)
+        return place
+
+    def check_space(self) -> None:
+        """Look whether the disk takes what the run will write, before it trains for hours.
+
+        Raises UserError where not even the last file fits; warns where not all of them do.
+        """
+        if not self.is_main:
+            return
+        folder = self.names.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        free = free_bytes(folder)
+        if free is None:
+            return
+        wanted, dtype = self.options.state, save_dtype(self.options.saving.save_precision)
+        one_file, one_state = bytes_in_file(self.network.module, dtype), self.state_bytes()
+        num_files = self.schedule.most_files(self.options.run.max_train_steps)
+        num_states = self._states.most_files(self.options.run.max_train_steps) if wanted.save_state else 0
+        num_states += wanted.save_state or wanted.save_state_on_train_end or wanted.autoresume
+        needed = one_file * (num_files + 1) + one_state * num_states
+        told = f"--output_dir {folder}: {in_words(free)} are free on its disk"
+        if free < one_file:
+            raise UserError(f"{told}, and the adapter takes {in_words(one_file)}; make room or name another folder")
+        if free < needed:
+            logger.warning(
+                "%s, and the run may write %s (%d files of %s, %d states of %s): make room, or keep fewer with "
+                "--save_last_n_steps or --save_last_n_epochs",
+                told, in_words(needed), num_files + 1, in_words(one_file), num_states, in_words(one_state),
+            )  # fmt: skip
+
+    @property
+    def _states(self) -> Schedule:
+        return self.schedule.for_states(self.options.state)
+
+    def _save(self, path: Path, progress: Progress, epoch: int, part: Part) -> bool:
+        """Write the weights and, if wanted, the state; nothing where the run goes on from that state.
+
+        Gives whether both are at their places; where one is not, nothing that is older may be deleted.
+        """
+        if part in progress.done:
+            return True
+        try:
+            is_in_place = self.write(path, progress.step, epoch) == path
+            done = {*progress.done, part} if is_in_place else progress.done
+            if self.options.state.save_state:
+                is_in_place &= self._save_state(path, progress.step, epoch, done) == state_of(path)
+        except NotWrittenError as error:
+            logger.error("%s; training goes on", error)
+            return False
+        progress.done.add(part)
+        return is_in_place
+
+    def _save_state(self, weights: Path, step: int, epoch: int, done: Collection[Part], is_last: bool = False) -> Path:
+        """Write the state that belongs to a file of weights; gives its folder. Raises NotWrittenError."""
+        folder = state_of(weights)
+        announce(f"\nsaving state: {folder}")
+        place = write_somewhere(
+            folder, "", self.state_bytes(), lambda place: self.write_state(place, step, epoch, done)
+        )
+        self._keep_newest_rescue("state", place, folder)
+        if self.options.hub.save_state_to_huggingface:
+            self.uploads.send(place, is_last)
+        return place
+
+    def _keep_newest_rescue(self, kind: str, place: Path, path: Path) -> None:
+        """Delete what was written to another place before, so that a run does not fill the disk of temporary files."""
+        older = self.rescued.pop(kind, None) if place != path else None
+        if older is not None and older.is_dir():
+            remove_folder(older)
+        elif older is not None:
+            older.unlink(missing_ok=True)
+        if place != path:
+            self.rescued[kind] = place
+
+    def _rotate(self, name_of: Callable[[int], Path], outdated: int | None, outdated_state: int | None) -> None:
+        if outdated is not None:
+            self.uploads.afterwards(partial(remove, name_of(outdated)))
+        if outdated_state is not None and self.options.state.save_state:
+            self.uploads.afterwards(partial(remove_state, state_of(name_of(outdated_state))))
+
+    def _tell_readers(self, path: Path) -> None:
+        """Log which programs use the keys of a file; in later files of a run only if something has changed."""
+        line = readers_line(path)
+        if line is not None and line not in self.told:
+            self.told.add(line)
+            logger.info("%s: %s", path.name, line)
+
+    def _metadata(self, step: int, epoch: int, saved_at: float) -> dict[str, str]:
+        try:
+            base_files = self.base_files.result()
+        except OSError as error:  # a drive that is gone; the weights are worth more than these hashes
+            logger.warning("the base model cannot be hashed, %s has no hash of it: %s", self.names.of_end().name, error)
+            base_files = {}
+        training = {**self.metadata, **base_files}
+        modelspec = modelspec_metadata(self.options, self.architecture, saved_at)
+        is_full = not self.options.metadata.no_metadata
+        return file_metadata(training, modelspec, step=step, epoch=epoch, saved_at=saved_at, is_full=is_full)
+
+
+def readers_line(path: Path) -> str | None:
+    """How many keys a file has and which programs use them; None where that is not known."""
+    if not is_safetensors(path):
+        return None
+    try:
+        shapes = {key: entry.shape for key, entry in read_header(path).tensors.items()}
+    except (OSError, ValueError) as error:  # a network of a third party may write what it likes
+        return f"its keys cannot be read back: {error}"
+    found = readings(shapes)
+    return f"{len(shapes)} keys, {describe(found)}" if found else None
+
+
+def bytes_in_file(module: nn.Module, dtype: torch.dtype | None) -> int:
+    """About what the file of an adapter takes; its metadata come to a few kilobytes."""
+    tensors = [parameter if dtype is None else parameter.to("meta", dtype) for parameter in module.parameters()]
+    return bytes_of_tensors(tensors)
+
+
+def weights_are_finite(module: nn.Module) -> bool:
+    """Whether no weight is NaN or infinite; one read from the device for all of them."""
+    found = [parameter.detach().isfinite().all() for parameter in module.parameters()]
+    return not found or bool(torch.stack([one.to(found[0].device) for one in found]).all())
+
+
+def save_dtype(save_precision: str | None) -> torch.dtype | None:
+    """The dtype of the file; None keeps the adapter's own."""
+    if save_precision is None:
+        return None
+    if save_precision not in SAVE_DTYPES:
+        raise UserError(f"--save_precision is {save_precision}; it must be one of {', '.join(SAVE_DTYPES)}")
+    return SAVE_DTYPES[save_precision]
+
+
+def remove(path: Path) -> None:
+    """Delete a file that rotation has outdated; nothing happens where it is gone already."""
+    if path.exists():
+        announce(f"removing old checkpoint: {path}")
+        path.unlink()
+
+
+def remove_state(folder: Path) -> None:
+    """Delete a state that rotation has outdated; nothing happens where it is gone already."""
+    if folder.is_dir():
+        announce(f"removing old state: {folder}")
+        remove_folder(folder)

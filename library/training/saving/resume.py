@@ -1,0 +1,258 @@
+"""Going on from a state: which one, from which step, and what is not as it was."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, TypeVar
+
+from library.checkpoints.files import remove_temporary
+from library.checkpoints.folders import tidy
+from library.data.sources.scan import few
+from library.errors import UserError
+from library.options.train import TrainOptions
+from library.processes import Processes
+from library.training.command_line.config_file import SECRETS
+from library.training.evaluation.pictures import is_preview_stem, preview_folders
+from library.training.run.plan import Plan
+from library.training.saving.checkpoints import Names
+from library.training.saving.hub import fetch_state
+from library.training.saving.state import FACTS_FILE, Facts, is_state_name, newest_state, read_facts, require_undamaged
+
+logger = logging.getLogger(__name__)
+
+GROUPS_WITHOUT_EFFECT = (
+    "console", "config_file", "saving", "state", "metadata", "hub", "trackers", "preview", "validation", "distributed",
+)  # fmt: skip
+WITHOUT_EFFECT = (
+    "seed", "max_data_loader_n_workers", "persistent_data_loader_workers", "skip_cache_check", "tokenizer_cache_dir",
+    "train_data_dir", "reg_data_dir", "in_json", "dataset_config", "conditioning_data_dir", "cache_info",
+    "network_weights", "lowram", "highvram", "cache_latents_to_disk", "trace_nonfinite",
+    "dry_run",
+)  # fmt: skip
+OF_THE_STATE = ("optimizer_args",)
+RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
+LENGTH = ("max_train_steps", "max_train_epochs")
+
+
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
+
+
+class AlreadyComplete(Exception):
+    """--autoresume found the state of a run that has nothing left to do."""
+
+
+def with_rates_of_state(options: OptionsT, facts: Facts | None) -> OptionsT:
+    """The options with the learning rates of the state where this run names none, that is, has the default."""
+    if facts is None:
+        return options
+    values, defaults = options.flat(), type(options).defaults()
+    kept = {
+        name: facts.options[name]
+        for name in RATES
+        if values[name] == defaults[name] and facts.options.get(name, values[name]) != values[name]
+    }
+    for name, value in kept.items():
+        logger.info("--%s is not given: that of the state stays, %s", name, value)
+    return options.with_values(kept)
+
+
+def find_state(options: TrainOptions, processes: Processes) -> Facts | None:
+    """The state that --resume names or --autoresume finds; None for a run that starts at the beginning.
+
+    Raises UserError where the named folder is no whole state, or where a process has another state than the main one.
+    """
+    facts = None
+    if processes.is_main:
+        clear_up(options)
+        facts = named_or_newest(options)
+    path = processes.share("state", "" if facts is None else str(facts.path))
+    if path and not processes.is_main:
+        facts = named_or_newest(options) if options.state.resume else state_of_main(path)
+    if path and facts is not None:
+        digest = blake2b((facts.path / FACTS_FILE).read_bytes(), digest_size=8).hexdigest()
+        processes.require_same("the state", f"step {facts.step} with digest {digest}")
+    return facts
+
+
+def clear_up(options: TrainOptions) -> None:
+    """Clear up after a run of this name that was killed while it wrote; a run that only looks leaves everything."""
+    if options.saving.output_dir and not (options.faults.dry_run or options.dataset.debug_dataset):
+        names = Names.build(options.saving)
+        tidy(names.folder, partial(is_state_name, names=names.starts))
+        remove_temporary(names.folder, names.has_stem)
+        for folder in preview_folders(options.saving):
+            remove_temporary(folder, partial(is_preview_stem, options.saving))
+
+
+def named_or_newest(options: TrainOptions) -> Facts | None:
+    """The state as this process finds it."""
+    wanted = options.state
+    if wanted.resume:
+        is_remote = options.hub.resume_from_huggingface
+        named = read_facts(fetch_state(wanted.resume, options.hub) if is_remote else Path(wanted.resume))
+        require_undamaged(named)
+        return named
+    if not wanted.autoresume or not options.saving.output_dir:
+        return None
+    names = Names.build(options.saving)
+    facts = newest_state(names.folder, names.starts)
+    if facts is None:
+        logger.info("--autoresume: there is no state in %s; starting at the beginning", names.folder)
+    return facts
+
+
+def state_of_main(path: str) -> Facts:
+    """The state that --autoresume found in the main process. Raises UserError where it is not on this machine."""
+    if not Path(path).is_dir():
+        raise UserError(
+            f"--autoresume: the main process goes on from {path}, which is not on this machine; copy it here, or use "
+            "an --output_dir that all machines share"
+        )
+    return read_facts(Path(path))
+
+
+def starting_step(options: TrainOptions, plan: Plan, facts: Facts | None) -> int:
+    """Finished steps at the start: of --initial_step, else --initial_epoch, else the state, else 0.
+
+    Without --skip_until_initial_step a run that --initial_step puts inside an epoch begins with the whole epoch.
+    Raises AlreadyComplete or UserError where no step is left.
+    """
+    wanted = options.state
+    step, source = (0, "") if facts is None else (facts.step, f"the state {facts.path}")
+    if wanted.initial_step is not None or wanted.initial_epoch is not None:
+        if wanted.initial_step is not None:
+            step, source = wanted.initial_step, f"--initial_step {wanted.initial_step}"
+        else:
+            assert wanted.initial_epoch is not None
+            step = (wanted.initial_epoch - 1) * plan.steps_per_epoch
+            source = f"--initial_epoch {wanted.initial_epoch}"
+        inside = step % plan.steps_per_epoch
+        if inside and not wanted.skip_until_initial_step:
+            step -= inside
+            logger.info(
+                "%s lies inside epoch %d, which is trained as a whole from step %d on; --skip_until_initial_step "
+                "begins inside it", source, plan.epoch_of(step), step,
+            )  # fmt: skip
+        if facts is None and step:
+            logger.info("%s without --resume: the learning rate schedule starts at its beginning", source)
+    if facts is not None and step == facts.step == plan.max_train_steps and is_unfinished(facts, options):
+        logger.info("%s is at the last step: what is left is to write the files of the end", source)
+        return step
+    if step and step >= plan.max_train_steps:
+        message = f"{source} is at step {step} of {plan.max_train_steps}: nothing is left to train"
+        if wanted.autoresume and facts is not None and not wanted.resume:
+            raise AlreadyComplete(message)
+        raise UserError(f"{message}; raise --max_train_steps or --max_train_epochs to train longer")
+    return step
+
+
+def is_unfinished(facts: Facts, options: TrainOptions) -> bool:
+    """Whether the last file is still to be written once the last step of a run is taken."""
+    return "end" not in facts.done or not Names.build(options.saving).of_end().exists()
+
+
+def recorded_options(options: TrainOptions) -> dict[str, Any]:
+    """The options as a state keeps them: plain values without passwords."""
+    values = {name: value for name, value in options.flat().items() if name not in SECRETS}
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain
+
+
+def report_differences(
+    facts: Facts, options: TrainOptions, dataset: Mapping[str, Any], num_processes: int, paths: Sequence[str] = ()
+) -> None:
+    """Warn of everything that keeps this run from going on as the uninterrupted one would have.
+
+    `paths` are those of the pictures whose `contents` the dataset has.
+    """
+    for level, line in (
+        *option_differences(facts, options, num_processes),
+        *dataset_differences(facts.dataset, dataset),
+        *content_differences(facts.dataset, dataset, paths),
+        *process_differences(facts, options, num_processes),
+    ):
+        logger.log(level, "%s", line)
+
+
+def option_differences(facts: Facts, options: TrainOptions, num_processes: int) -> Iterator[tuple[int, str]]:
+    """A line for every option that changed and matters."""
+    now, defaults = recorded_options(options), type(options).defaults()
+    idle = {name for group in GROUPS_WITHOUT_EFFECT for name in getattr(options, group).flat()} | set(WITHOUT_EFFECT)
+    if facts.num_processes != num_processes:
+        idle.add("gradient_accumulation_steps")  # what both together do is said by `process_differences`
+    for name in sorted(now.keys() - idle):
+        before = facts.options.get(name, json.loads(json.dumps(defaults[name], default=str)))
+        if before == now[name]:
+            continue
+        change = f"--{name} was {before} in the state and is {now[name]}"
+        if name in OF_THE_STATE:
+            yield (
+                logging.WARNING,
+                (
+                    f"{change}: the optimizer goes on as the state has it; to change it, start from the weights with "
+                    "--network_weights instead"
+                ),
+            )
+        elif name in RATES:
+            effect = "which takes effect from here on: the run is not the uninterrupted one any more"
+            yield logging.WARNING, f"{change}, {effect}"
+        elif name in LENGTH:
+            yield (
+                logging.INFO,
+                (
+                    f"{change}: learning rates that depend on the length of the run follow the new length from here "
+                    "on, and then it is not the uninterrupted one any more"
+                ),
+            )
+        else:
+            yield logging.WARNING, f"{change}: the run goes on, but not as the uninterrupted one would have"
+
+
+def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    """A line where the data is not what it was."""
+    changed = [name for name in ("pictures", "captions", "settings") if before.get(name) != now[name]]
+    if not changed:
+        return
+    counts = f"{before.get('num_pictures')} pictures in {before.get('num_batches')} batches then"
+    yield (
+        logging.WARNING,
+        (
+            f"the dataset is not the one of the state (its {' and '.join(changed)} differ; {counts}, "
+            f"{now['num_pictures']} in {now['num_batches']} now): the run goes on, but not as the uninterrupted one "
+            "would have"
+        ),
+    )
+
+
+def content_differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], paths: Sequence[str]
+) -> Iterator[tuple[int, str]]:
+    """A line that names pictures whose files have changed; only where they are the same pictures otherwise."""
+    digests, others = now.get("contents"), before.get("contents")
+    if not digests or not others or before.get("pictures") != now["pictures"]:
+        return
+    changed = [path for path, digest, other in zip(paths, digests, others, strict=True) if digest != other]
+    if changed:
+        yield (
+            logging.WARNING,
+            (
+                f"{len(changed)} pictures are not the ones of the state, their files have changed since: "
+                f"{few(changed)}: the run goes on, but not as the uninterrupted one would have"
+            ),
+        )
+
+
+def process_differences(facts: Facts, options: TrainOptions, num_processes: int) -> Iterator[tuple[int, str]]:
+    """A line where other numbers of batches make a step."""
+    accumulation = options.run.gradient_accumulation_steps
+    before = facts.num_processes * int(facts.options.get("gradient_accumulation_steps", accumulation))
+    if facts.num_processes != num_processes:
+        is_same = before == num_processes * accumulation
+        effect = "a step averages as many batches as before" if is_same else "a step averages other batches than before"
+        yield (
+            logging.INFO if is_same else logging.WARNING,
+            (f"the state comes from {facts.num_processes} processes and this run has {num_processes}: {effect}"),
+        )

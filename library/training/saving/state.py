@@ -1,0 +1,297 @@
+"""Training states: all that a run needs to go on as if it had never stopped.
+
+A state is a folder:
+
+    network.safetensors    every weight and buffer of the adapter, in its own dtype
+    training.safetensors   the tensors of the optimizer and of what else has a memory
+    train_state.json       `current_epoch` and `current_step`, and the rest as plain values; written last, with digests
+                           of all three files
+
+Whatever is drawn at random is a function of the seed and the place in the run (library/randomness.py), so there are no
+generators to keep. Nothing is pickled.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.folders import atomic_folder
+from library.checkpoints.tree_json import put_together, take_apart
+from library.errors import UserError
+from library.training.reporting.progress import Part
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+NETWORK_FILE, TENSOR_FILE, FACTS_FILE = "network.safetensors", "training.safetensors", "train_state.json"
+OF_SD_SCRIPTS = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl")
+
+
+class Keeper(Protocol):
+    """Anything with a memory that a state must hold."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a state says about the run that it comes from."""
+
+    path: Path
+    step: int
+    seed: int
+    num_processes: int
+    options: Mapping[str, Any]
+    dataset: Mapping[str, Any]
+    parts: Mapping[str, Any]  # nested values of the keepers, taken apart
+    done: frozenset[Part] = frozenset()  # what was due after `step` and was done, the file beside the state included
+
+    digests: Mapping[str, str] = field(default_factory=dict)  # of the other files
+
+    @property
+    def written_at(self) -> float:
+        """Seconds since 1970."""
+        return (self.path / FACTS_FILE).stat().st_mtime
+
+
+def save_state(
+    folder: Path,
+    *,
+    step: int,
+    epoch: int,
+    seed: int,
+    num_processes: int,
+    options: Mapping[str, Any],
+    dataset: Mapping[str, Any],
+    network: nn.Module,
+    keepers: Mapping[str, Keeper],
+    done: Iterable[Part] = (),
+) -> None:
+    """Write a state, whole or not at all.
+
+    Raises UserError where a part keeps something that cannot be written without pickle.
+    """
+    tensors: dict[str, Tensor] = {}
+    parts = {name: take_apart(keeper.state_dict(), name, tensors) for name, keeper in keepers.items()}
+    with atomic_folder(folder) as temporary:
+        save_safetensors(
+            temporary / NETWORK_FILE, {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
+        )
+        save_safetensors(temporary / TENSOR_FILE, tensors)
+        facts = {
+            "current_epoch": epoch,
+            "current_step": step,
+            "done": sorted(done),
+            "version": VERSION,
+            "seed": seed,
+            "num_processes": num_processes,
+            "sizes": {name: (temporary / name).stat().st_size for name in (NETWORK_FILE, TENSOR_FILE)},
+            "digests": {name: digest_of_file(temporary / name) for name in (NETWORK_FILE, TENSOR_FILE)},
+            "options": options,
+            "dataset": dataset,
+            "parts": parts,
+        }
+        facts["digest"] = digest_of_text(json.dumps(facts, ensure_ascii=False))
+        write_text(temporary / FACTS_FILE, json.dumps(facts, ensure_ascii=False))
+
+
+def read_facts(folder: Path) -> Facts:
+    """What a state says about itself. Raises UserError where the folder holds no whole state of this program.
+
+    The large files are looked at by their size only; `require_undamaged` reads them.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--resume {folder} is not a folder; give the folder of a saved state, such as last-state")
+    try:
+        content = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        content = {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--resume {folder}: its {FACTS_FILE} cannot be read ({error}); use another state") from None
+    version = content.get("version") if isinstance(content, dict) else None
+    if version is None:
+        raise UserError(f"--resume {folder} {explained(folder)}")
+    if version != VERSION:
+        raise UserError(f"--resume {folder} is a state of version {version}; this program reads version {VERSION}")
+    digest = content.pop("digest", None)  # states without digests were written before there were any
+    if digest is not None and digest != digest_of_text(json.dumps(content, ensure_ascii=False)):
+        raise UserError(damaged(folder, FACTS_FILE))
+    try:
+        for name, size in content["sizes"].items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+                raise UserError(f"--resume {folder} is not whole: {name} should have {size} bytes; copy it again")
+        return Facts(
+            path=folder,
+            step=int(content["current_step"]),
+            seed=int(content["seed"]),
+            num_processes=int(content["num_processes"]),
+            options=content["options"],
+            dataset=content["dataset"],
+            parts=content["parts"],
+            done=frozenset(content.get("done", ())),
+            digests=content.get("digests", {}),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--resume {folder}: its {FACTS_FILE} lacks {error}; use another state") from None
+
+
+def require_undamaged(facts: Facts) -> None:
+    """Read the files of a state whole. Raises UserError where one is not as it was written."""
+    for name, digest in facts.digests.items():
+        try:
+            is_whole = digest_of_file(facts.path / name) == digest
+        except OSError as error:
+            raise UserError(f"--resume {facts.path}: {name} cannot be read ({error}); use another state") from None
+        if not is_whole:
+            raise UserError(damaged(facts.path, name))
+
+
+def damaged(folder: Path, name: str) -> str:
+    """What is said of a state that has changed on the disk."""
+    return f"--resume {folder} is damaged: {name} is not as it was written; copy it again or use another state"
+
+
+def digest_of_file(path: Path) -> str:
+    digest = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_of_text(text: str) -> str:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def explained(folder: Path) -> str:
+    """Why a folder without our facts is no state."""
+    if any((folder / name).exists() for name in OF_SD_SCRIPTS):
+        return (
+            "is a state of sd-scripts, which holds pickled objects that are not opened because they could run code; "
+            "start from the weights with --network_weights, and set --initial_epoch if epochs are to be counted on"
+        )
+    return f"holds no {FACTS_FILE} of a whole state; give the folder of a saved state, such as last-state"
+
+
+def restore(facts: Facts, network: nn.Module, keepers: Mapping[str, Keeper]) -> None:
+    """Put a state back into the parts of a run that were built in the same way.
+
+    Raises UserError where the network or a part does not fit.
+    """
+    weights = load_state_dict(facts.path / NETWORK_FILE)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"--resume {facts.path} holds another network: {shortened(str(error))}. Give the --network_module, "
+            "--network_dim and --network_args that it was trained with"
+        ) from None
+    tensors = load_state_dict(facts.path / TENSOR_FILE)
+    for name, keeper in keepers.items():
+        if name not in facts.parts:
+            logger.warning("--resume %s holds nothing about the %s, which starts afresh", facts.path, name)
+            continue
+        try:
+            keeper.load_state_dict(put_together(facts.parts[name], tensors))
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"--resume {facts.path} does not fit the {name} of this run: {shortened(str(error))}. Give the options "
+                "that it was trained with"
+            ) from None
+
+
+def shortened(text: str, length: int = 300) -> str:
+    """One line of a long message."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[:length]} …"
+
+
+@dataclass(frozen=True)
+class OptimizerKeeper:
+    """An optimizer whose memory comes back in the dtypes it had.
+
+    torch casts what it loads to the dtype of the weights, which rounds a float32 memory of bfloat16 weights.
+    """
+
+    optimizer: Optimizer
+    name: str
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's own, and its name."""
+        return {"name": self.name, "state": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises UserError for the memory of another optimizer."""
+        if class_of(state_dict["name"]) != class_of(self.name):
+            raise UserError(f"it holds the memory of {state_dict['name']}, but this run uses {self.name}")
+        saved = state_dict["state"]
+        self.optimizer.load_state_dict(saved)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        for parameter, number in zip(parameters, numbers, strict=True):
+            for key, value in saved["state"].get(number, {}).items():
+                loaded = self.optimizer.state[parameter].get(key)
+                if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                    self.optimizer.state[parameter][key] = value.to(loaded.device)
+
+
+def class_of(name: str) -> str:
+    """The class path of an optimizer's name, without its arguments."""
+    return name.partition("(")[0]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file and see that it reaches the disk."""
+    import os
+
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# Finding states
+
+
+STATE_NAME = re.compile(r"(?P<start>.+?)(-step(?P<step>\d+)|-(?P<epoch>\d{6,}))?-state")
+
+
+def is_state_name(folder: str, names: tuple[str, ...]) -> bool:
+    """Whether a folder is called as a state of a run with one of `names` is."""
+    match = STATE_NAME.fullmatch(folder)
+    return match is not None and match["start"] in names
+
+
+def newest_state(folder: Path, names: tuple[str, ...]) -> Facts | None:
+    """The whole state in `folder` that has come furthest, of a run with one of `names`; None where there is none.
+
+    Of two states of one step the one after which less is left to do.
+    """
+    found = []
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not is_state_name(entry.name, names) or not entry.is_dir():
+            continue
+        try:
+            facts = read_facts(entry)
+        except ValueError as error:
+            logger.warning("%s is left out: %s", entry.name, error)
+            continue
+        found.append((facts.step, len(facts.done), entry.stat().st_mtime, facts))
+    for *_, facts in sorted(found, key=lambda item: item[:3], reverse=True):
+        try:
+            require_undamaged(facts)
+        except ValueError as error:
+            logger.warning("%s is left out: %s", facts.path.name, error)
+            continue
+        return facts
+    return None
