@@ -26,7 +26,7 @@ from library.architectures.sdxl import adapter_names as sdxl_names
 from library.architectures.sdxl import targets as sdxl_targets
 from library.architectures.sdxl import view as sdxl_view
 from library.checkpoints.adapter_names import BaseNames, FileNaming
-from library.checkpoints.files import save_safetensors
+from library.checkpoints.files import load_state_dict, save_safetensors
 from library.models.unet_keys import UnetLayout
 from networks import lora
 from networks.core.files.adapter_file import adapter_tensors, parse_adapter
@@ -34,12 +34,13 @@ from networks.core.files.renaming import rename
 from tests.parity import test_anima_model, test_flux_model, test_hunyuan_image_model, test_lumina_model, test_sd3_model
 from tests.tiny import sd, sdxl
 from tests.tiny.anima import tiny_anima
-from tests.tiny.flux import tiny_flux
+from tests.tiny.flux import build_tiny_flux, tiny_flux
 from tests.tiny.hunyuan_image import tiny_hunyuan_image
 from tests.tiny.init import fixed_init
 from tests.tiny.lumina import tiny_lumina
 from tests.tiny.sd3 import CONFIGS, diffusers_mmdit, mmdit_weights, tiny_mmdit
 from tests.tolerances import FLOAT32_DEEP
+from tools import merge_lora
 
 SEED = 7
 Tensors = dict[str, Tensor]
@@ -259,6 +260,17 @@ def test_a_file_in_diffusers_names_computes_there_what_ours_computes_here(pair: 
     torch.testing.assert_close(found, expected, **FLOAT32_DEEP)
 
 
+def test_the_generic_naming_holds_the_same_changes(pair: Pair) -> None:
+    """Its names are the paths of the original checkpoint, in whose layout ours computes."""
+    ours = kohya_file(pair)
+    before = parse_adapter(ours, {}, "a.safetensors").modules
+    after = parse_adapter(converted(ours, pair.names, "generic"), {}, "b.safetensors").modules
+    assert len(after) == len(before) == len(pair.layers)
+    for module in pair.names.modules:
+        if module.kohya in before:
+            torch.testing.assert_close(after[module.generic].change(), before[module.kohya].change())
+
+
 @pytest.mark.parametrize("to", ["kohya", "generic"])
 def test_a_file_of_diffusers_computes_here_what_it_computes_there(pair: Pair, to: FileNaming) -> None:
     theirs = diffusers_file(pair)
@@ -315,3 +327,13 @@ def test_what_is_not_merged_of_base_weights_is_named(tmp_path: Path, caplog: pyt
     )
     network.merge_to([], pair.seen, weights, torch.float32, "cpu")
     assert "--base_weights has weights for 4 modules such as lora_unet_conv_in and" in caplog.text
+
+
+def test_merge_lora_takes_diffusers_names_of_every_layer(tmp_path: Path) -> None:
+    pair = flux()
+    save_safetensors(tmp_path / "theirs.safetensors", diffusers_file(pair))
+    words = ["--models", str(tmp_path / "theirs.safetensors"), "--save_to", str(tmp_path / "merged.safetensors")]
+    assert merge_lora.main(["--sd_model", build_tiny_flux(tmp_path / "model", SEED)[1], *words]) == 0
+    pair.seen.load_state_dict(load_state_dict(tmp_path / "merged.safetensors"))
+    found = pair.predict()
+    torch.testing.assert_close(found, loaded_by_diffusers(pair, diffusers_file(pair)), **FLOAT32_DEEP)
