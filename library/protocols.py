@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from library.diffusion.samplers import Sampler
 from library.memory.blocks import BlockRunner, run_blocks_with
-from library.options.text_caching import TextCachingOptions
+from library.options.caching import TextCachingOptions
 from library.types import Batch, Conditioning, Noised, Prompt, Tokens
 
 

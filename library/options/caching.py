@@ -30,3 +30,32 @@ class CachingOptions(Options):
         help="Trust cache files that are already there by their name, without opening them. Starts faster on large "
         "data sets, but does not notice an outdated file.",
     )
+
+
+VARIANTS = 8
+
+
+@dataclass(frozen=True)
+class TextCachingOptions(Options):
+    """What is kept of the text encoders' outputs."""
+
+    cache_text_encoder_outputs: bool = option(
+        False,
+        help="Encode every caption once before training, keep the results in memory and free the text encoders. "
+        "Those that train stay (FLUX.1, SD3); SDXL and Anima need --network_train_unet_only.",
+    )
+    cache_text_encoder_outputs_to_disk: bool = option(
+        False,
+        help="Keep the encoded captions in files beside the pictures, so that the next run need not load the text "
+        "encoders. Implies --cache_text_encoder_outputs; what no longer fits captions or encoders is made anew.",
+    )
+    text_encoder_batch_size: int | None = option(
+        None,
+        help="Captions that the text encoders take at a time while caching. Unset takes them one by one, so that no "
+        "caption's numbers depend on its neighbours; more is faster for short captions on a graphics card.",
+    )
+    text_cache_variants: int = option(
+        VARIANTS,
+        help="Versions that are cached of a caption which is shuffled, thinned or filled from wildcards; every draw "
+        "takes one of them. A caption that never changes is cached once.",
+    )

@@ -1,7 +1,11 @@
 """Options kept in a TOML file."""
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from library.errors import UserError
 from library.options.base import Options, option
 
 
@@ -19,3 +23,25 @@ class ConfigFileOptions(Options):
         help="Write the options of this command line that differ from their defaults into the file named by "
         "--config_file, and end. An existing file is not overwritten.",
     )
+
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def read_toml(path: Path, flag: str) -> dict[str, Any]:
+    """The tables of a TOML file (UTF-8, a byte order mark is skipped); `flag` is the option that named it.
+
+    Raises UserError where there is no such file, ValueError naming line and column of a mistake.
+    """
+    if not path.is_file():
+        raise UserError(f"{flag} is {path}, but there is no such file")
+    try:
+        tables: dict[str, Any] = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path} is not UTF-8 text: byte {error.start} cannot be read") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{flag} {path} is not valid TOML: {error}") from None
+    return tables

@@ -46,3 +46,14 @@ class ModelOptions(Options):
     weighted_captions: bool = option(
         False, help="Let captions stress words, as in (word:1.3), or weaken them, as in [word]."
     )
+
+
+@dataclass(frozen=True)
+class ReadingOptions(Options):
+    """How model files are read."""
+
+    disable_mmap_load_safetensors: bool = option(
+        False,
+        help="Read model files without mapping them into memory. Files are always read that way here, tensor by "
+        "tensor, so it changes nothing.",
+    )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from library.options.base import Options, option
+from library.options.base import Options, int_or_float, option
 
 
 @dataclass(frozen=True)
@@ -33,3 +33,55 @@ class OptimizerOptions(Options):
         nargs="*",
     )
     fused_backward_pass: bool = option(False, help="Update weights inside the backward pass, with Adafactor only.")
+
+
+@dataclass(frozen=True)
+class ScheduleOptions(Options):
+    """The learning rate over the run."""
+
+    lr_scheduler: str = option(
+        "constant",
+        help="How the learning rate changes over the run: constant, constant_with_warmup, linear, cosine, "
+        "cosine_with_restarts, polynomial, and more.",
+    )
+    lr_scheduler_type: str = option(
+        "",
+        help="Schedule by the name of a class of torch.optim.lr_scheduler, or by dotted path. Empty goes by "
+        "--lr_scheduler.",
+    )
+    lr_scheduler_args: list[str] | None = option(
+        None,
+        help="Further settings of the schedule as key=value, separated by spaces.",
+        nargs="*",
+    )
+    lr_warmup_steps: int | float = option(
+        0,
+        at_least=0,
+        help="Steps over which the learning rate rises from 0: a whole number, or a share of the run such as 0.1. 0 "
+        "starts at the full rate.",
+        type=int_or_float,
+    )
+    lr_decay_steps: int | float = option(
+        0,
+        at_least=0,
+        help="Steps over which warmup_stable_decay lowers the learning rate at the end: a whole number, or a share of "
+        "the run below 1.",
+        type=int_or_float,
+    )
+    lr_scheduler_num_cycles: int = option(
+        1,
+        at_least=1,
+        help="Number of restarts of cosine_with_restarts; half waves of cosine_with_min_lr and warmup_stable_decay.",
+    )
+    lr_scheduler_power: float = option(1, help="Exponent of the polynomial schedule. 1 falls in a straight line.")
+    lr_scheduler_timescale: int | None = option(
+        None,
+        at_least=1,
+        help="Steps that set the pace of inverse_sqrt. Unset uses the warm-up, or 10000 without one.",
+    )
+    lr_scheduler_min_lr_ratio: float | None = option(
+        None,
+        at_least=0,
+        help="Learning rate at the end as a share of that at the start, for cosine_with_min_lr and "
+        "warmup_stable_decay.",
+    )

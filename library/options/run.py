@@ -37,3 +37,25 @@ class RunOptions(Options):
         if self.max_train_epochs is None:
             return self.max_train_steps
         return self.max_train_epochs * ceil(num_batches / (self.gradient_accumulation_steps * num_processes))
+
+
+@dataclass(frozen=True)
+class FaultOptions(Options):
+    """What happens when something goes wrong, and how to try a run before it starts."""
+
+    on_nonfinite: str = option(
+        "skip",
+        help="What to do with a step whose loss or gradient is NaN or infinite: skip leaves the weights as they were "
+        "and stops after a handful in a row, stop ends the run at the first one.",
+        choices=("skip", "stop"),
+    )
+    trace_nonfinite: bool = option(
+        False,
+        help="Compute the first step whose loss or gradient is NaN or infinite once more and name the module that the "
+        "damage comes from. Costs nothing before that step.",
+    )
+    dry_run: bool = option(
+        False,
+        help="Load and check everything, train the largest batch for one step, show memory, parameters and steps, and "
+        "stop without writing a file.",
+    )

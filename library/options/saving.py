@@ -51,3 +51,126 @@ class SavingOptions(Options):
         needs="save_every_n_steps",
         help="Delete files saved after steps once they are more than N steps old. Unset or 0 keeps all.",
     )
+
+
+@dataclass(frozen=True)
+class HubOptions(Options):
+    """Uploads to a Hugging Face repository."""
+
+    huggingface_repo_id: str | None = option(
+        None,
+        help="Hugging Face repository that takes the saved files, as owner and name joined by a slash. Unset uploads "
+        "nothing.",
+    )
+    huggingface_repo_type: str | None = option(None, help="Kind of the Hugging Face repository, model or dataset.")
+    huggingface_path_in_repo: str | None = option(
+        None,
+        needs="huggingface_repo_id",
+        help="Folder inside the Hugging Face repository for the uploaded files. Unset is its top folder.",
+    )
+    huggingface_token: str | None = option(
+        None,
+        help="Access token for Hugging Face. Unset uses the one that is logged in.",
+    )
+    huggingface_repo_visibility: str | None = option(
+        None,
+        needs="huggingface_repo_id",
+        help="Who may see a new Hugging Face repository: public for everyone. Unset or anything else keeps it private.",
+    )
+    save_state_to_huggingface: bool = option(
+        False,
+        needs="huggingface_repo_id",
+        help="Upload training states to the Hugging Face repository as well.",
+    )
+    resume_from_huggingface: bool = option(
+        False,
+        needs="resume",
+        help="Fetch the state that --resume names from Hugging Face: owner, name and path, then :revision and :type if"
+        " needed.",
+    )
+    async_upload: bool = option(
+        False,
+        needs="huggingface_repo_id",
+        help="Upload in the background while training goes on. The last upload is always waited for.",
+    )
+
+
+@dataclass(frozen=True)
+class StateOptions(Options):
+    """Training states, and going on from one."""
+
+    save_state: bool = option(
+        False,
+        help="Save the training state with every saved file and at the end, so that the run can be continued.",
+    )
+    save_state_on_train_end: bool = option(False, help="Save the training state at the end only.")
+    save_last_n_epochs_state: int | None = option(
+        None,
+        at_least=0,
+        needs="save_state",
+        help="Keep only the newest N states saved after epochs. Unset goes by --save_last_n_epochs.",
+    )
+    save_last_n_steps_state: int | None = option(
+        None,
+        at_least=0,
+        needs="save_state",
+        help="Delete states saved after steps once they are more than N steps old. Unset goes by --save_last_n_steps.",
+    )
+    resume: str | None = option(None, help="Folder of a saved training state to continue from.")
+    autoresume: bool = option(
+        False,
+        unless="resume",
+        help="Continue from the newest whole training state in --output_dir, or start at the beginning where there is "
+        "none, so that the same command can be given again after any stop.",
+    )
+    skip_until_initial_step: bool = option(
+        False,
+        help="Skip the data of the steps before --initial_step or before the resumed state.",
+    )
+    initial_epoch: int | None = option(
+        None,
+        at_least=1,
+        unless="initial_step",
+        help="Epoch to begin with, counted from 1. The learning rate schedule still starts at its beginning.",
+    )
+    initial_step: int | None = option(
+        None, at_least=0, help="Step to begin with, counted from 0. Wins over --initial_epoch."
+    )
+
+
+@dataclass(frozen=True)
+class MetadataOptions(Options):
+    """What is written into the header of the file."""
+
+    no_metadata: bool = option(
+        False,
+        help="Write only the few entries that programs need to load the file, without settings, captions and folder "
+        "names.",
+    )
+    training_comment: str | None = option(None, help="Note of yours that is kept in the file's metadata.")
+    metadata_title: str | None = option(
+        None,
+        help="Title of the model in the file's metadata. Unset uses --output_name.",
+    )
+    metadata_author: str | None = option(None, help="Author of the model in the file's metadata.")
+    metadata_description: str | None = option(None, help="Description of the model in the file's metadata.")
+    metadata_license: str | None = option(None, help="License of the model in the file's metadata.")
+    metadata_tags: str | None = option(None, help="Tags of the model in the file's metadata, separated by commas.")
+    metadata_usage_hint: str | None = option(None, help="Hint in the file's metadata on how to use the model.")
+    metadata_thumbnail: str | None = option(
+        None,
+        help="Preview picture in the file's metadata: a picture file, or a data URL.",
+    )
+    metadata_merged_from: str | None = option(
+        None,
+        help="Names of the models that this one was merged from, in the file's metadata.",
+    )
+    metadata_trigger_phrase: str | None = option(
+        None,
+        help="Words that call up what was trained, in the file's metadata.",
+    )
+    metadata_preprocessor: str | None = option(None, help="How pictures were prepared, in the file's metadata.")
+    metadata_is_negative_embedding: str | None = option(
+        None,
+        help="Whether this is a negative embedding, in the file's metadata.",
+    )

@@ -8,21 +8,15 @@ from library.options.config_file import ConfigFileOptions
 from library.options.console import ConsoleOptions
 from library.options.dataset import DatasetOptions
 from library.options.distributed import DistributedOptions
-from library.options.faults import FaultOptions
-from library.options.hub import HubOptions
 from library.options.loss import LossOptions
-from library.options.memory import MemoryOptions
-from library.options.metadata import MetadataOptions
+from library.options.memory import MemoryOptions, PrecisionOptions
 from library.options.model import ModelOptions
 from library.options.network import NetworkOptions
 from library.options.noise import NoiseOptions
-from library.options.optimizer import OptimizerOptions
-from library.options.precision import PrecisionOptions
+from library.options.optimizer import OptimizerOptions, ScheduleOptions
 from library.options.preview import PreviewOptions
-from library.options.run import RunOptions
-from library.options.saving import SavingOptions
-from library.options.schedule import ScheduleOptions
-from library.options.state import StateOptions
+from library.options.run import FaultOptions, RunOptions
+from library.options.saving import HubOptions, MetadataOptions, SavingOptions, StateOptions
 from library.options.trackers import TrackerOptions
 from library.options.validation import ValidationOptions
 

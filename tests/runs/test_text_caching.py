@@ -15,7 +15,7 @@ from library.architectures.sd.assembly import build as build_sd
 from library.architectures.sd.load import SdLoader
 from library.checkpoints.weights import fingerprint
 from library.options.base import group
-from library.options.text_caching import TextCachingOptions
+from library.options.caching import TextCachingOptions
 from library.options.train import TrainOptions
 from library.protocols import Architecture, TextCacheSpec
 from library.training.command_line.cli import build_parser

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from library.options.base import Options, group, option, redeclared
+from library.options.caching import TextCachingOptions
 from library.options.flow import FlowPredictionOptions, FlowSamplingOptions, FlowWeightingOptions
-from library.options.precision import PrecisionOptions
-from library.options.reading import ReadingOptions
-from library.options.swapping import SwappingOptions
-from library.options.text_caching import TextCachingOptions
+from library.options.memory import PrecisionOptions, SwappingOptions
+from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 
 OptionsT = TypeVar("OptionsT", bound="HunyuanImageOptions")

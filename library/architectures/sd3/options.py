@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, group, option
+from library.options.caching import TextCachingOptions
 from library.options.flow import FlowWeightingOptions
-from library.options.reading import ReadingOptions
-from library.options.swapping import SwappingOptions
-from library.options.text_caching import TextCachingOptions
+from library.options.memory import SwappingOptions
+from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, group, option
-from library.options.reading import ReadingOptions
-from library.options.text_caching import TextCachingOptions
+from library.options.caching import TextCachingOptions
+from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 
 

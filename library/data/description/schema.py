@@ -12,8 +12,8 @@ from typing import Any
 from library.data.description.captions import CaptionRules
 from library.data.description.keys import ALL_KEYS, DATASET_KEYS, REQUIRED, SUBSET_KEYS, Key, Level, Style, stands_at
 from library.errors import UserError
+from library.options.config_file import read_toml
 from library.options.dataset import DatasetOptions
-from library.options.toml_files import read_toml
 from library.options.train import TrainOptions
 
 logger = logging.getLogger(__name__)

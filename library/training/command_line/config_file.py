@@ -14,7 +14,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.options.base import int_or_float
-from library.options.toml_files import read_toml
+from library.options.config_file import read_toml
 
 SECRETS = ("wandb_api_key", "huggingface_token")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from library.diffusion.samplers import ALIASES, SAMPLERS
 from library.errors import UserError
-from library.options.toml_files import read_toml
+from library.options.config_file import read_toml
 from library.protocols import PromptDefaults
 from library.types import Prompt
 

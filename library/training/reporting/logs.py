@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from library.errors import UserError
-from library.options.toml_files import read_toml
+from library.options.config_file import read_toml
 from library.options.trackers import TrackerOptions
 from library.options.train import TrainOptions
 from library.training.evaluation.pictures import Drawn

@@ -9,8 +9,8 @@ from library.errors import UserError
 from library.memory.devices import place
 from library.memory.forms.fp8 import Fp8Rows
 from library.memory.frozen import store_blocks_in
+from library.options.memory import PrecisionOptions
 from library.options.network import NetworkOptions
-from library.options.precision import PrecisionOptions
 from library.options.train import TrainOptions
 from library.training.reporting.report import announce
 from library.training.run.run import Models

@@ -13,7 +13,7 @@ from library.data.batches.dataset import TrainingSet
 from library.data.caching.captions import Encode, Encoders, KeptTexts, TextEncoding, cache_texts
 from library.data.caching.text_files import stack_rows
 from library.errors import UserError
-from library.options.text_caching import TextCachingOptions
+from library.options.caching import TextCachingOptions
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture, LiveText, TextCacheSpec, TextPipeline

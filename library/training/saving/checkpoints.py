@@ -17,8 +17,7 @@ from library.checkpoints.files import is_safetensors, read_header
 from library.checkpoints.folders import remove_folder
 from library.checkpoints.metadata import file_metadata, modelspec_metadata
 from library.errors import UserError
-from library.options.saving import SavingOptions
-from library.options.state import StateOptions
+from library.options.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
 from library.training.faults.out_of_memory import in_words
 from library.training.reporting.progress import Part, Progress

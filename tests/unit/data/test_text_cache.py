@@ -19,7 +19,7 @@ from library.data.batches.dataset import TrainingSet
 from library.data.caching.captions import Encoders, KeptTexts, TextEncoding, cache_texts
 from library.data.caching.text_files import TextFile, stack_rows
 from library.data.description.captions import CaptionRules, caption_variant
-from library.options.text_caching import TextCachingOptions
+from library.options.caching import TextCachingOptions
 from library.processes import ALONE, Processes
 from library.protocols import TextCacheSpec
 from library.types import Conditioning

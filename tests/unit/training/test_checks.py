@@ -12,9 +12,9 @@ import torch
 from library.architectures.flux.options import FluxModelOptions
 from library.architectures.sd3.options import Sd3TrainingOptions
 from library.options.base import RULE, Rule, group
+from library.options.memory import SwappingOptions
 from library.options.rules import unused
 from library.options.support import DDP, DEEPSPEED, NOT_YET, unsupported
-from library.options.swapping import SwappingOptions
 from library.options.train import TrainOptions
 from library.training.command_line import checks
 from library.training.command_line.checks import check, check_vae_precision, report_unused

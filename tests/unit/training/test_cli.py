@@ -13,7 +13,7 @@ import toml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.options.toml_files import read_toml
+from library.options.config_file import read_toml
 from library.options.train import TrainOptions
 from library.training.command_line.cli import build_parser, normalize, parse
 from library.training.command_line.config_file import ConfigFileError, read_config, write_config

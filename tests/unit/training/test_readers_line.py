@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from library.checkpoints.files import save_safetensors
-from library.options.hub import HubOptions
+from library.options.saving import HubOptions
 from library.options.train import TrainOptions
 from library.training.saving.checkpoints import Names, Schedule, Writer, readers_line
 from library.training.saving.hub import Uploads

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from library.checkpoints.tree_json import put_together, take_apart
 from library.data.description.dataset_digest import content_digests
 from library.options.run import RunOptions
-from library.options.saving import SavingOptions
-from library.options.state import StateOptions
+from library.options.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
 from library.processes import ALONE, Processes
 from library.training.reporting.progress import Part

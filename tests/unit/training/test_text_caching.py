@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.options.text_caching import TextCachingOptions
+from library.options.caching import TextCachingOptions
 from library.processes import Processes
 from library.protocols import TextCacheSpec
 from library.training.run.text_caching import RunText, prepare_text
