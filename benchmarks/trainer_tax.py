@@ -140,12 +140,16 @@ def our_steps(folder: Path, args: argparse.Namespace, overheads: list[float]) ->
     import train_network
     from library.architectures.sd.assembly import build
     from library.options.train import TrainOptions
+    from library.processes import of_accelerator
     from library.training.command_line.cli import parse
     from library.training.run import loop, setup
 
     options = TrainOptions.from_args(parse(train_network.setup_parser(), arguments_of(folder, args, 10**6)))
     arch = build(options)
-    prepared = setup.prepare(options, arch, 1, setup.open_training_set(options, arch, 1))
+    accelerator = setup.open_accelerator(options)
+    processes = of_accelerator(accelerator)
+    training_set = setup.open_training_set(options, arch, 1, processes.count)
+    prepared = setup.prepare(options, arch, 1, training_set, accelerator, processes, None)
     backward, optimizer_step = loop.backward, loop.optimizer_step
     began, inside = [0.0], [0.0]
 
@@ -153,14 +157,14 @@ def our_steps(folder: Path, args: argparse.Namespace, overheads: list[float]) ->
         began[0] = time.perf_counter()
         return backward(*given)
 
-    def timed_optimizer_step(*given: Any) -> None:
-        optimizer_step(*given)
+    def timed_optimizer_step(*given: Any) -> list[float]:
+        values = optimizer_step(*given)
         inside[0] = time.perf_counter() - began[0]
+        return values
 
     loop.backward, loop.optimizer_step = timed_backward, timed_optimizer_step
     turnstile: Any = Turnstile()
-    training = (prepared.run, prepared.writer, prepared.charts, turnstile)
-    threading.Thread(target=loop.train, args=training, daemon=True).start()
+    threading.Thread(target=loop.train, args=(prepared, turnstile), daemon=True).start()
     for seconds in turnstile.steps():
         overheads.append(seconds - inside[0])
         yield seconds

@@ -90,13 +90,13 @@ def import_all(script: str, package: str, options_module: str, _: str) -> None:
 def fix_times() -> None:
     """Times and session ids that get into files."""
     from library.training.evaluation import pictures
-    from library.training.run import setup
+    from library.training.run import writer
     from library.training.saving import checkpoints
 
     still: Any = SimpleNamespace(time=lambda: NOW, strftime=lambda form: "20270115080000")
-    for module in (pictures, checkpoints, setup):
+    for module in (pictures, checkpoints, writer):
         module.time = still  # type: ignore[attr-defined]
-    setup.secrets = SimpleNamespace(randbelow=lambda limit: 7)  # type: ignore[attr-defined]
+    writer.secrets = SimpleNamespace(randbelow=lambda limit: 7)  # type: ignore[attr-defined]
 
 
 def forked(job: Job) -> Ended:

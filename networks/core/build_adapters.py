@@ -16,7 +16,7 @@ from networks.core.kinds.scaled import Dropout, ScaledDelta
 from networks.core.kinds.split import are_apart
 from networks.core.kinds.table import change_of, kind_of
 from networks.core.network import Member
-from networks.core.sites.rules import Allotment, Rules, make_rules
+from networks.core.sites.rules import Rules, SiteSettings, make_rules
 from networks.core.sites.site_selection import all_sites, chosen_sites, extra_classes
 from networks.core.sites.targets import AdapterTargets, Filters, Part, Site, find_norms
 
@@ -122,7 +122,7 @@ def make_member(
     door: Door,
     place: Place,
     site: Site,
-    allotment: Allotment,
+    allotment: SiteSettings,
     arguments: NetworkArguments,
     multiplier: float,
     form: Form,
@@ -141,6 +141,6 @@ def make_member(
     return Member(Adapter(site, change, multiplier), place.text_encoder, allotment)
 
 
-def norm_member(place: Place, site: Site, allotment: Allotment, multiplier: float) -> Member:
+def norm_member(place: Place, site: Site, allotment: SiteSettings, multiplier: float) -> Member:
     """One trained normalisation layer, not installed yet."""
     return Member(Adapter(site, norm.fresh_norm(site.module), multiplier), place.text_encoder, allotment)

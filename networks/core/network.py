@@ -13,7 +13,7 @@ from networks.core.adapter import Adapter
 from networks.core.arguments import NetworkArguments
 from networks.core.files.foreign_names import in_own_names
 from networks.core.files.reading_writing import load_into, network_tensors, read_adapters, save_network
-from networks.core.sites.rules import Allotment
+from networks.core.sites.rules import SiteSettings
 from networks.core.sites.targets import AdapterTargets
 from networks.core.summary import describe_part, describe_rates
 
@@ -30,7 +30,7 @@ class Member:
 
     adapter: Adapter
     text_encoder: int | None  # index of the text encoder, None for the denoiser
-    allotment: Allotment
+    allotment: SiteSettings
 
 
 StartStep = Callable[["AdapterNetwork", int, int], None]

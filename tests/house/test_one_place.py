@@ -1,4 +1,4 @@
-"""Facts that stood in several places stand in one: names of the places they left must not come back."""
+"""StateManifest that stood in several places stand in one: names of the places they left must not come back."""
 
 import ast
 import re

@@ -4,15 +4,16 @@ import argparse
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.architectures.sd.assembly import build
 from library.options.train import TrainOptions
+from library.training.run.conditioning import CaptionMemo
+from library.training.run.context import Models, StepContext
 from library.training.run.step import loss_of
 from library.types import Batch, Noised
 
@@ -36,7 +37,7 @@ class Multiplier:
         self.values.append(value)
 
 
-def run_of(options: TrainOptions, seen: list[tuple[Noised, Tensor]]) -> Any:
+def context_of(options: TrainOptions, seen: list[tuple[Noised, Tensor]]) -> StepContext:
     arch = build(options)
     encoders = arch.load.text_encoders()
     network = Multiplier()
@@ -49,16 +50,18 @@ def run_of(options: TrainOptions, seen: list[tuple[Noised, Tensor]]) -> Any:
             seen.append((noised, prediction_BCHW))
         return prediction_BCHW
 
-    return SimpleNamespace(
-        options=options,
+    models = Models(arch.load.denoiser(), encoders, arch.load.vae(), ([], nn.Module()))
+    adopted: Any = network
+    return StepContext(
         arch=replace(arch, predict=predict),
+        models=models,
+        network=adopted,
         seed=3,
         device=torch.device("cpu"),
         autocast=nullcontext,
-        models=SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=encoders, vae=arch.load.vae()),
-        network=network,
         trains_text_encoder=False,
-        captions=lambda captions: arch.text.encode(encoders, arch.text.tokenize(captions)),
+        captions=CaptionMemo(lambda captions: arch.text.encode(encoders, arch.text.tokenize(captions))),
+        vae_batch_size=options.caching.vae_batch_size,
     )
 
 
@@ -86,7 +89,7 @@ def abar(timesteps_B: Tensor) -> Tensor:
 @pytest.mark.parametrize("velocity", [False, True])
 def test_noisy_input_target_masks_and_weights(tiny_sd_folder: Path, velocity: bool) -> None:
     seen: list[tuple[Noised, Tensor]] = []
-    run = run_of(options_for(tiny_sd_folder, v_parameterization=velocity), seen)
+    run = context_of(options_for(tiny_sd_folder, v_parameterization=velocity), seen)
     batch = batch_of(seed=21, masks=True)
     loss = loss_of(run, batch, batch_number=4)
 
@@ -109,7 +112,7 @@ def test_noisy_input_target_masks_and_weights(tiny_sd_folder: Path, velocity: bo
 def test_pixels_are_encoded_when_nothing_is_cached(tiny_sd_folder: Path) -> None:
     """The latents are a sample of the posterior: mean + std * noise, so their mean over draws is the posterior's."""
     seen: list[tuple[Noised, Tensor]] = []
-    run = run_of(options_for(tiny_sd_folder), seen)
+    run = context_of(options_for(tiny_sd_folder), seen)
     pixels_BCHW = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(5)) * 2 - 1
     batch = batch_of(seed=22, latents_BCHW=None, pixels_BCHW=pixels_BCHW)
     for number in range(40):
@@ -122,7 +125,7 @@ def test_pixels_are_encoded_when_nothing_is_cached(tiny_sd_folder: Path) -> None
 
 
 def test_every_draw_is_a_function_of_the_batch_number(tiny_sd_folder: Path) -> None:
-    run = run_of(options_for(tiny_sd_folder, noise_offset=0.1, multires_noise_iterations=2), [])
+    run = context_of(options_for(tiny_sd_folder, noise_offset=0.1, multires_noise_iterations=2), [])
     batch = batch_of(seed=23)
     first, other = loss_of(run, batch, 7), loss_of(run, batch, 8)
     torch.manual_seed(99)
@@ -131,7 +134,7 @@ def test_every_draw_is_a_function_of_the_batch_number(tiny_sd_folder: Path) -> N
 
 def test_marked_samples_keep_the_output_of_the_base_model(tiny_sd_folder: Path) -> None:
     seen: list[tuple[Noised, Tensor]] = []
-    run = run_of(options_for(tiny_sd_folder), seen)
+    run = context_of(options_for(tiny_sd_folder), seen)
     attributes = [{"diff_output_preservation": True}, {}]
     loss = loss_of(run, batch_of(seed=24, attributes=attributes), 0)
     noised, prediction_BCHW = seen[0]
@@ -142,7 +145,7 @@ def test_marked_samples_keep_the_output_of_the_base_model(tiny_sd_folder: Path) 
 
 
 def test_latents_that_are_not_numbers_name_the_picture(tiny_sd_folder: Path) -> None:
-    run = run_of(options_for(tiny_sd_folder), [])
+    run = context_of(options_for(tiny_sd_folder), [])
     pixels_BCHW = torch.zeros(2, 3, 64, 64)
     pixels_BCHW[1, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"NaN for b\.png; add --no_half_vae"):

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.training.optimization.nonfinite import MAX_IN_A_ROW
-from library.training.run import loop, setup
+from library.training.run import loop, optimization, setup
+from library.training.run.context import StepContext
 from library.training.run.run import Run
 from tests.running import Finished
 
@@ -41,19 +42,23 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Run]]:
     """`spoil([2])` makes the loss of batch 2 NaN, `only_gradient=True` its gradient alone. It gives the runs seen."""
 
     def spoil_batches(numbers: list[int] | range, only_gradient: bool = False) -> list[Run]:
-        honest, runs = loop.loss_of, []
+        honest, honest_backward, runs = loop.loss_of, loop.backward, []
 
-        def loss_of(run: Run, batch: Any, batch_number: int) -> torch.Tensor:
-            runs.append(run)
-            loss = honest(run, batch, batch_number)
+        def loss_of(context: StepContext, batch: Any, batch_number: int) -> torch.Tensor:
+            loss = honest(context, batch, batch_number)
             if batch_number not in numbers:
                 return loss
             if not only_gradient:
                 return loss * float("nan")
-            weight = run.network.trainable_parameters()[0]
+            weight = context.network.trainable_parameters()[0]
             return loss + torch.sqrt((weight - weight.detach()).sum())  # 0, with an infinite slope
 
+        def backward(run: Run, *rest: Any) -> torch.Tensor:
+            runs.append(run)
+            return honest_backward(run, *rest)
+
         monkeypatch.setattr(loop, "loss_of", loss_of)
+        monkeypatch.setattr(loop, "backward", backward)
         return runs
 
     return spoil_batches
@@ -103,7 +108,7 @@ def test_learning_rate_and_optimizer_do_not_see_a_damaged_step(
     runs = spoil([1, 3])
     done = train([*base_arguments, "--lr_scheduler", "linear", "--max_train_steps", "6"])
     assert done.status == 0, done.stderr
-    optimizer = runs[0].torch_optimizer
+    optimizer = runs[0].optimization.optimizer
     assert {int(state["step"]) for state in optimizer.state.values()} == {4}
     rates = [group["lr"] for group in optimizer.param_groups]
     assert rates == pytest.approx([1e-3 * (1 - 4 / 6)] * len(rates))
@@ -181,7 +186,7 @@ def test_gradients_that_overflow_while_the_loss_scale_is_found_are_no_damage(
 ) -> None:
     """Losses of about 64 overflow float32 at a scale of 2^127, and no longer at 2^115: some steps are left out."""
     scaler, honest = torch.amp.GradScaler("cpu", init_scale=2.0**127), loop.loss_of
-    monkeypatch.setattr(setup, "gradient_scaler", lambda options, device: scaler)
+    monkeypatch.setattr(optimization, "gradient_scaler", lambda options, device: scaler)
     monkeypatch.setattr(loop, "loss_of", lambda run, batch, number: 64 * honest(run, batch, number))
     done = train([*base_arguments, "--max_train_steps", "14", "--on_nonfinite", "stop"])
     assert done.status == 0, done.stderr
@@ -192,7 +197,7 @@ def test_gradients_that_overflow_while_the_loss_scale_is_found_are_no_damage(
 def test_a_loss_that_is_nan_under_loss_scaling_is_damage(
     train: Train, base_arguments: list[str], tmp_path: Path, spoil: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "gradient_scaler", lambda *_: torch.amp.GradScaler("cpu", init_scale=8.0))
+    monkeypatch.setattr(optimization, "gradient_scaler", lambda *_: torch.amp.GradScaler("cpu", init_scale=8.0))
     spoil([2])
     done = train([*base_arguments, "--save_every_n_steps", "1"])
     assert done.status == 0, done.stderr
@@ -237,7 +242,7 @@ def test_a_gradient_that_is_damaged_after_a_finite_loss_is_traced(
 
     def prepare(*arguments: Any) -> Any:
         prepared = honest(*arguments)
-        block = prepared.run.models.denoiser.up_blocks[0].resnets[0]
+        block = prepared.run.context.models.denoiser.up_blocks[0].resnets[0]
         block.register_forward_pre_hook(lambda module, inputs: (Poisoned.apply(inputs[0]), *inputs[1:]))
         return prepared
 

@@ -47,7 +47,7 @@ class BatchOrder:
 
 
 @dataclass(frozen=True)
-class Draft:
+class PartialBatch:
     """A batch as a worker hands it over; what is kept in memory is added by `finish_batch`."""
 
     batch: Batch
@@ -70,7 +70,7 @@ class Taken(NamedTuple):
 
 
 @dataclass
-class Orders(Sampler[BatchOrder]):
+class BatchSampler(Sampler[BatchOrder]):
     """The orders of one epoch, in turn. The loader keeps this object, so that workers can live longer than an epoch."""
 
     orders: list[BatchOrder] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Orders(Sampler[BatchOrder]):
 
 
 @dataclass(frozen=True)
-class BatchMaker(Dataset[Draft | str]):
+class BatchMaker(Dataset[PartialBatch | str]):
     """Everything that a worker needs, in plain values that travel to any kind of process."""
 
     seed: int
@@ -98,14 +98,14 @@ class BatchMaker(Dataset[Draft | str]):
     text_files: Mapping[int, TextFile] = field(default_factory=dict)  # text features on disk, by sample
     damaged: frozenset[int] = frozenset()  # samples found so while caching
 
-    def __getitem__(self, order: BatchOrder) -> Draft | str:
+    def __getitem__(self, order: BatchOrder) -> PartialBatch | str:
         """The batch, or the sentence of what is wrong with a picture: exceptions lose theirs between processes."""
         try:
             return self.draft(order)
         except ValueError as error:
             return str(error)
 
-    def draft(self, order: BatchOrder) -> Draft:
+    def draft(self, order: BatchOrder) -> PartialBatch:
         """Read, crop and mirror the pictures of an order, or read their latents."""
         skipped: list[str] = []
         taken = [self.taken_or_stand_in(order.epoch, draw, skipped) for draw in order.draws]
@@ -139,7 +139,7 @@ class BatchMaker(Dataset[Draft | str]):
             self.text_files[number].read(caption) if caption and number in self.text_files else None
             for number, caption in zip(numbers, captions, strict=True)
         ]
-        return Draft(batch, numbers, flips, latents, [one.mask for one in taken], texts, skipped)
+        return PartialBatch(batch, numbers, flips, latents, [one.mask for one in taken], texts, skipped)
 
     def taken_or_stand_in(self, epoch: int, draw: int, skipped: list[str]) -> Taken:
         """What a draw gives; for a damaged picture, which is told in `skipped`, what another one in its place gives."""
@@ -247,7 +247,7 @@ def pick(stored: Latents, is_flipped: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def finish_batch(
-    draft: Draft, memory: Mapping[int, Latents], texts: Mapping[str, Row], text_padding: Mapping[str, float]
+    draft: PartialBatch, memory: Mapping[int, Latents], texts: Mapping[str, Row], text_padding: Mapping[str, float]
 ) -> Batch:
     """Add what is kept in memory; masks become ones where another sample of the batch has one.
 
@@ -332,6 +332,6 @@ def start_worker(_: int) -> None:
     cv2.setNumThreads(0)
 
 
-def hand_over(draft: Draft | str) -> Draft | str:
+def hand_over(draft: PartialBatch | str) -> PartialBatch | str:
     """Workers hand over what they made, unchanged."""
     return draft

@@ -13,7 +13,15 @@ from typing import Any, cast
 
 from torch.utils.data import DataLoader
 
-from library.data.batches.batches import BatchMaker, BatchOrder, Draft, Orders, finish_batch, hand_over, start_worker
+from library.data.batches.batches import (
+    BatchMaker,
+    BatchOrder,
+    BatchSampler,
+    PartialBatch,
+    finish_batch,
+    hand_over,
+    start_worker,
+)
 from library.data.batches.order import epoch_batches
 from library.data.batches.validation_set import ValidationSet, open_validation_set
 from library.data.caching.latent_files import LatentFile, Latents
@@ -81,9 +89,9 @@ class TrainingSet:
         self._memory: Mapping[int, Latents] = {}
         self._texts: Mapping[str, Row] = {}
         self._text_padding: Mapping[str, float] = {}
-        self._orders = Orders()
+        self._orders = BatchSampler()
         self._skipped: Counter[str] = Counter()  # what is said of damaged pictures, and how often they were drawn
-        self._lasting_loader: DataLoader[Draft | str] | None = None
+        self._lasting_loader: DataLoader[PartialBatch | str] | None = None
 
     @classmethod
     @without_collection()
@@ -319,7 +327,7 @@ class TrainingSet:
                 self._skipped.total(),
             )
 
-    def _finished(self, draft: Draft | str) -> Batch:
+    def _finished(self, draft: PartialBatch | str) -> Batch:
         if isinstance(draft, str):
             raise UserError(draft)
         for told in draft.skipped:
@@ -331,7 +339,7 @@ class TrainingSet:
     def _from_workers(self, orders: list[BatchOrder], num_workers: int, persistent_workers: bool) -> Iterator[Batch]:
         loader = self._lasting_loader
         if loader is None or loader.num_workers != num_workers:
-            self._orders = Orders()
+            self._orders = BatchSampler()
             loader = DataLoader(
                 self._maker,
                 batch_size=None,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from library.data.batches.batches import BatchMaker, BatchOrder, Draft
+from library.data.batches.batches import BatchMaker, BatchOrder, PartialBatch
 from library.data.batches.order import plain_batches
 from library.data.sources.samples import Draws, Sample
 from library.types import Batch
@@ -20,7 +20,7 @@ class ValidationSet:
     """
 
     maker: BatchMaker  # its seed is that of validation: wildcards of captions are drawn from it, once for all
-    finish: Callable[[Draft | str], Batch]  # adds what is kept in memory
+    finish: Callable[[PartialBatch | str], Batch]  # adds what is kept in memory
     draws: tuple[tuple[int, ...], ...]  # of each batch
     identities: Mapping[str, str]  # path of a picture -> a digest of its content
 
@@ -64,7 +64,7 @@ class ValidationSet:
             return
         pool = ThreadPoolExecutor(num_threads, thread_name_prefix="validation")
         try:
-            waiting: deque[Future[Draft | str]] = deque()
+            waiting: deque[Future[PartialBatch | str]] = deque()
             for place in places:
                 waiting.append(pool.submit(self.maker.__getitem__, self._order(place)))
                 if len(waiting) > num_threads:
@@ -82,7 +82,7 @@ class ValidationSet:
 
 
 def open_validation_set(
-    maker: BatchMaker, finish: Callable[[Draft | str], Batch], draws: Draws, identities: Mapping[str, str]
+    maker: BatchMaker, finish: Callable[[PartialBatch | str], Batch], draws: Draws, identities: Mapping[str, str]
 ) -> ValidationSet:
     """The pictures that `draws` has, numbered anew by their contents; copies of one come in the order of captions."""
 

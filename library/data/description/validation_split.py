@@ -23,7 +23,7 @@ END_BYTES = 4096
 
 
 @dataclass(frozen=True)
-class Wish:
+class PromptSpec:
     """What one subset asks for."""
 
     identities: Sequence[str]  # of its pictures; copies share one
@@ -55,7 +55,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
         return [identities[picture.path] for picture in subset.pictures]
 
     wishes = [
-        Wish(identities_in(subset), share_of(subset.config), seed_of(subset.config, seed))
+        PromptSpec(identities_in(subset), share_of(subset.config), seed_of(subset.config, seed))
         for subset in subsets
         if share_of(subset.config)
     ]
@@ -87,7 +87,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
     return Split(trained, measured, identities, tuple(lines))
 
 
-def choose(wishes: Sequence[Wish], always_trained: AbstractSet[str]) -> set[str]:
+def choose(wishes: Sequence[PromptSpec], always_trained: AbstractSet[str]) -> set[str]:
     """The identities that are set aside.
 
     Of n pictures a subset gets round(n * share) (halves to even), at least one less than n below a share of 1: those

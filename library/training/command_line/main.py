@@ -92,16 +92,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
             last_good_saved(prepared.writer),
             saved_on_error(prepared.writer, prepared.progress, prepared.run.plan),
         ):
-            train(
-                prepared.run,
-                prepared.progress,
-                prepared.writer,
-                prepared.charts,
-                prepared.previews,
-                prepared.validation,
-                interruption,
-                prepared.resumed,
-            )
+            train(prepared, interruption)
     finally:
         prepared.charts.close()
 

@@ -16,8 +16,8 @@ def evaluating(run: Run) -> Iterator[None]:
 
     Adapters use all they have (DyLoRA its full rank). The random streams of torch and Python are put back.
     """
-    modules = [run.models.denoiser, *run.models.text_encoders, run.network.module]
-    with torch.no_grad(), random_streams_kept(run.device), eval_mode(modules), averaged_weights(run):
+    modules = [run.context.models.denoiser, *run.context.models.text_encoders, run.context.network.module]
+    with torch.no_grad(), random_streams_kept(run.context.device), eval_mode(modules), averaged_weights(run):
         yield
 
 
@@ -38,11 +38,11 @@ def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextmanager
 def averaged_weights(run: Run) -> Iterator[None]:
     """What a schedule-free optimizer has averaged, and afterwards the weights of training, bit for bit."""
-    run.optimizer.eval()
+    run.optimization.built.eval()
     try:
         yield
     finally:
-        run.optimizer.train()
+        run.optimization.built.train()
 
 
 @contextmanager

@@ -34,7 +34,8 @@ from library.training.evaluation.prompts import read_prompts, settle
 from library.training.faults.interruption import Interrupted, Interruption
 from library.training.reporting.logs import Charts
 from library.training.reporting.report import announce
-from library.training.run.run import Autocast, Run
+from library.training.run.context import Autocast, StepContext
+from library.training.run.run import Run
 from library.types import Batch, Conditioning, Noised, Prompt
 
 logger = logging.getLogger(__name__)
@@ -119,10 +120,11 @@ def encode_prompts(
 
 
 def encoded_now(
-    run: Run, prompts: Sequence[Prompt], cached: Mapping[str, Conditioning] | None
+    context: StepContext, prompts: Sequence[Prompt], cached: Mapping[str, Conditioning] | None
 ) -> dict[str, Conditioning]:
     """What the text encoders in memory make of the prompts, beside what is cached of the others."""
-    return encode_prompts(run.arch, run.models.text_encoders, run.autocast, prompts, run.live_text, cached)
+    encoders = context.models.text_encoders
+    return encode_prompts(context.arch, encoders, context.autocast, prompts, context.live_text, cached)
 
 
 class Previews:
@@ -152,12 +154,12 @@ class Previews:
 
         `cached` is given where text encoders have left memory.
         """
-        if not run.models.text_encoders:
+        if not run.context.models.text_encoders:
             return cls(run, charts, prompts, cached)
         encoded = None
-        if prompts and not run.trains_text_encoder:
+        if prompts and not run.context.trains_text_encoder:
             with evaluating(run):
-                encoded = encoded_now(run, prompts, cached)
+                encoded = encoded_now(run.context, prompts, cached)
         return cls(run, charts, prompts, encoded, cached)
 
     def before_training(self, interruption: Interruption) -> None:
@@ -185,13 +187,15 @@ class Previews:
             return True
         if interruption.is_requested:
             return False
-        run, drawn = self._run, []
+        run, context, drawn = self._run, self._run.context, []
         announce(f"\ngenerating sample images at step / サンプル画像生成 ステップ: {step}")
         try:
             release_memory(run.options.memory.highvram)
             with evaluating(run):
-                vae = place(run.arch.load.vae(), run.device) if run.models.vae is None else run.models.vae
-                num_calls = sum(len(run.arch.preview.sampler(prompt).levels) for prompt in self._prompts)
+                vae = context.models.vae
+                if vae is None:
+                    vae = place(context.arch.load.vae(), context.device)
+                num_calls = sum(len(context.arch.preview.sampler(prompt).levels) for prompt in self._prompts)
                 with tqdm(total=num_calls, desc="previews", leave=False, dynamic_ncols=True) as bar:
 
                     def goes_on() -> bool:
@@ -217,12 +221,12 @@ class Previews:
         try:
             encoded = self._encoded
             if encoded is None:
-                encoded = encoded_now(run, [prompt], self._cached)
-            generator = generator_of(prompt, run.seed, index)
-            latents_BCHW = draw_latents(run, prompt, encoded, generator, goes_on)
+                encoded = encoded_now(run.context, [prompt], self._cached)
+            generator = generator_of(prompt, run.context.seed, index)
+            latents_BCHW = draw_latents(run.context, prompt, encoded, generator, goes_on)
             if latents_BCHW is None:
                 return []
-            drawn = Drawn(index, prompt, decode(run, vae, latents_BCHW))
+            drawn = Drawn(index, prompt, decode(run.context, vae, latents_BCHW))
             path = picture_path(run.options.saving, event, index, prompt.seed)
             write_picture(path, drawn)
             with tqdm.external_write_mode():
@@ -260,7 +264,7 @@ def generator_of(prompt: Prompt, run_seed: int, index: int) -> torch.Generator:
 
 
 def draw_latents(
-    run: Run,
+    context: StepContext,
     prompt: Prompt,
     encoded: Mapping[str, Conditioning],
     generator: torch.Generator,
@@ -272,19 +276,19 @@ def draw_latents(
     pictures compare to those of other programs.
     Raises UserError where the denoiser gives what is not a number.
     """
-    spec, preview = run.arch.codec.spec, run.arch.preview
+    spec, preview = context.arch.codec.spec, context.arch.preview
     shape = (1, spec.channels, prompt.height // spec.downscale, prompt.width // spec.downscale)
     sampler, predict, batch = preview.sampler(prompt), preview.predict(prompt), batch_of(prompt)
     texts = (preview.worded(prompt.text), prompt.negative)
-    positive, negative = (on_device(encoded.get(text), run.device) for text in texts)
+    positive, negative = (on_device(encoded.get(text), context.device) for text in texts)
     assert positive is not None
-    latents_BCHW = sampler.start(torch.randn(shape, generator=generator).to(run.device))
+    latents_BCHW = sampler.start(torch.randn(shape, generator=generator).to(context.device))
     for n, level in enumerate(sampler.levels):
         noised = noised_at(level, sampler.denoiser_input(latents_BCHW, n))
 
         def ask(conditioning: Conditioning, noised: Noised = noised) -> Tensor:
-            with run.autocast():
-                return predict(run.models.denoiser, noised, conditioning, batch)
+            with context.autocast():
+                return predict(context.models.denoiser, noised, conditioning, batch)
 
         prediction_BCHW = guided(ask, positive, negative, prompt, (n + 1) / len(sampler.levels))
         latents_BCHW = sampler.step(prediction_BCHW, latents_BCHW, n, generator)
@@ -295,9 +299,9 @@ def draw_latents(
     return latents_BCHW
 
 
-def decode(run: Run, vae: nn.Module, latents_BCHW: Tensor) -> Image.Image:
+def decode(context: StepContext, vae: nn.Module, latents_BCHW: Tensor) -> Image.Image:
     """The picture of the latents. Raises UserError where the VAE gives what is not a number."""
-    pixels_BCHW = run.arch.codec.decode(vae, latents_BCHW)
+    pixels_BCHW = context.arch.codec.decode(vae, latents_BCHW)
     if not pixels_BCHW.isfinite().all():
         raise UserError("the VAE gives NaN; add --no_half_vae, or use a VAE made for fp16")
     return to_image(pixels_BCHW[0])

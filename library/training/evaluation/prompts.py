@@ -1,6 +1,6 @@
 """--sample_prompts: the pictures to draw, from a .txt, .toml or .json file.
 
-`Wish` is what a prompt says, `settle` fills in the rest from the base model's defaults.
+`PromptSpec` is what a prompt says, `settle` fills in the rest from the base model's defaults.
 """
 
 import json
@@ -45,7 +45,7 @@ LINE_OPTIONS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Wish:
+class PromptSpec:
     """What one prompt says; None where it says nothing. The fields are the keys of TOML and JSON."""
 
     place: str  # "prompts.txt, line 3", for messages
@@ -63,7 +63,7 @@ class Wish:
     flow_shift: float | None = None
 
 
-KEYS = [f.name for f in fields(Wish) if f.name != "place"]
+KEYS = [f.name for f in fields(PromptSpec) if f.name != "place"]
 WHOLE = {"width": (1, 1 << 16), "height": (1, 1 << 16), "sample_steps": (1, MAX_STEPS), "seed": (0, MAX_SEED)}
 REAL = {
     "scale": (-100.0, 1000.0),
@@ -75,7 +75,7 @@ REAL = {
 """Setting -> the smallest and the largest value that means something"""
 
 
-def read_prompts(path: Path) -> list[Wish]:
+def read_prompts(path: Path) -> list[PromptSpec]:
     """The prompts of a file, in order; none for an empty file.
 
     Raises UserError or UserError naming the file, the line or entry, and the way out.
@@ -94,14 +94,14 @@ def read_prompts(path: Path) -> list[Wish]:
     return list(text_wishes(path, text) if kind == ".txt" else json_wishes(path, text))
 
 
-def text_wishes(path: Path, text: str) -> Iterator[Wish]:
+def text_wishes(path: Path, text: str) -> Iterator[PromptSpec]:
     """A prompt a line; blank lines and comments, which start with `#`, are skipped."""
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield parse_line(line, f"{path}, line {number}")
 
 
-def toml_wishes(path: Path) -> Iterator[Wish]:
+def toml_wishes(path: Path) -> Iterator[PromptSpec]:
     """`[prompt]` holds what all share, every `[[prompt.subset]]` is a picture."""
     tables = read_toml(path, FLAG)
     if not tables:
@@ -119,7 +119,7 @@ def toml_wishes(path: Path) -> Iterator[Wish]:
         yield wish_of({**common, **subset}, place)
 
 
-def json_wishes(path: Path, text: str) -> Iterator[Wish]:
+def json_wishes(path: Path, text: str) -> Iterator[PromptSpec]:
     """A list of objects, or of strings as in .txt files."""
     try:
         entries = json.loads(text) if text.strip() else []
@@ -137,7 +137,7 @@ def json_wishes(path: Path, text: str) -> Iterator[Wish]:
             raise UserError(f"{FLAG} {place} is {entry!r}; it must be a string or an object")
 
 
-def parse_line(line: str, place: str) -> Wish:
+def parse_line(line: str, place: str) -> PromptSpec:
     """`a cat --w 768 --n blurry`: what stands before the first option is the prompt, whatever it begins with."""
     prompt, *options = OPTION.split(line.strip())
     table: dict[str, Any] = {"prompt": prompt.strip()}
@@ -165,7 +165,7 @@ def number_in(text: str, key: str, place: str) -> int | float:
         raise UserError(f"{FLAG} {place}: {named(key)} is {text!r}; give {kind}") from None
 
 
-def wish_of(table: Mapping[str, Any], place: str) -> Wish:
+def wish_of(table: Mapping[str, Any], place: str) -> PromptSpec:
     """The settings of one prompt, checked."""
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -180,7 +180,7 @@ def wish_of(table: Mapping[str, Any], place: str) -> Wish:
             values[key] = checked(key, value, place)
     if "prompt" not in values:
         raise UserError(f'{FLAG} {place} has no text; give one with "prompt"')
-    return Wish(place=place, **values)
+    return PromptSpec(place=place, **values)
 
 
 def checked(key: str, value: Any, place: str) -> Any:
@@ -223,7 +223,7 @@ def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def settle(wish: Wish, defaults: PromptDefaults) -> Prompt:
+def settle(wish: PromptSpec, defaults: PromptDefaults) -> Prompt:
     """The prompt with everything filled in; warns of settings that the base model does not have."""
     return Prompt(
         text=wish.prompt,
@@ -249,7 +249,7 @@ def side(wanted: int, step: int, place: str) -> int:
     return drawn
 
 
-def own(wish: Wish, key: str, default: Any) -> Any:
+def own(wish: PromptSpec, key: str, default: Any) -> Any:
     """A setting that only some base models have."""
     value = getattr(wish, key)
     if default is None and value is not None:

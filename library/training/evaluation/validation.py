@@ -84,7 +84,7 @@ class Validation:
         self._run, self._charts = run, charts
         self._pictures: ValidationSet = run.training_set.validation
         self._timetable = Timetable.build(options)
-        self._seed = run.seed if options.validation_seed is None else options.validation_seed
+        self._seed = run.context.seed if options.validation_seed is None else options.validation_seed
         self._places = self._pictures.places_of(options.max_validation_steps or None)
         self._names = [self._pictures.names(place) for place in self._places]
         self._rows = [name for names in self._names for name in names]
@@ -178,7 +178,7 @@ class Validation:
         with evaluating(run), tqdm(numbers, title, leave=False, disable=not processes.is_main, smoothing=0) as bar:
             batches = self._pictures.batches([self._places[i] for i in numbers], num_threads)
             for i, batch in zip(bar, batches, strict=True):
-                losses_BL = batch_losses(run, batch, self._names[i], self._levels, self._seed)
+                losses_BL = batch_losses(run.context, batch, self._names[i], self._levels, self._seed)
                 losses_NL[firsts[i] : firsts[i] + len(batch.keys)] = losses_BL
         return processes.add_up(losses_NL)
 

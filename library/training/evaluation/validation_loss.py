@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from library.options.noise import NoiseOptions
 from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
-from library.training.run.run import Run
+from library.training.run.context import StepContext
 from library.training.run.step import conditioning_of, latents_of, losses_of
 from library.types import Batch, Noised
 
@@ -37,7 +37,7 @@ def noise_levels(options: NoiseOptions) -> tuple[int, ...]:
     return tuple(dict.fromkeys(min(level, NUM_TIMESTEPS - 1) for level in levels))
 
 
-def batch_losses(run: Run, batch: Batch, names: Sequence[Name], levels: Sequence[int], seed: int) -> Tensor:
+def batch_losses(context: StepContext, batch: Batch, names: Sequence[Name], levels: Sequence[int], seed: int) -> Tensor:
     """The loss of each picture of a batch at each level, without subset weights; float64, shape BL, on the CPU.
 
     A function of the weights, the picture and the seed: every picture has noise of its own at every level, whatever
@@ -46,14 +46,14 @@ def batch_losses(run: Run, batch: Batch, names: Sequence[Name], levels: Sequence
     place = stream_seed(seed, "validation", *(word for name in names for word in name))
     torch.manual_seed(place)  # for network modules of others that draw even in evaluation
     random.seed(place)
-    latents_BCHW = latents_of(run, batch, lambda i: generator_for(seed, "validation vae", *names[i]))
-    clean_BCHW = run.arch.codec.normalize(latents_BCHW)
+    latents_BCHW = latents_of(context, batch, lambda i: generator_for(seed, "validation vae", *names[i]))
+    clean_BCHW = context.arch.codec.normalize(latents_BCHW)
     columns = []
     for level in levels:
-        objective = run.arch.objective.at_timestep(level)
+        objective = context.arch.objective.at_timestep(level)
         generators = [generator_for(seed, "validation noise", *name, level) for name in names]
         noised = corrupt_each(objective, clean_BCHW, generators)
-        columns.append(losses_of(run, objective, batch, noised, partial(conditioning_of, run, batch)))
+        columns.append(losses_of(context, objective, batch, noised, partial(conditioning_of, context, batch)))
     return torch.stack(columns, 1).cpu().double()
 
 

@@ -44,12 +44,12 @@ def try_largest_batch(run: Run, writer: Writer, place: int) -> None:
     """
     (batch,) = run.training_set.batches(1, [place], lambda place: 0, 0, False)
     shape, sizes = describe_shape(batch), sizes_of(run)
-    logger.info("dry run: memory while loading and caching: %s", memory_figures(run.device))
-    with explained("training the largest batch (--dry_run)", run.options, run.device, shape, lambda: sizes):
+    logger.info("dry run: memory while loading and caching: %s", memory_figures(run.context.device))
+    with explained("training the largest batch (--dry_run)", run.options, run.context.device, shape, lambda: sizes):
         loss = forward_and_backward(run, batch, place)
-        run.torch_optimizer.step()
-        run.torch_optimizer.zero_grad(set_to_none=True)
-        reset_peak(run.device)
+        run.optimization.optimizer.step()
+        run.optimization.optimizer.zero_grad(set_to_none=True)
+        reset_peak(run.context.device)
         started = time.perf_counter()
         forward_and_backward(run, batch, place)
         seconds = time.perf_counter() - started
@@ -60,8 +60,8 @@ def try_largest_batch(run: Run, writer: Writer, place: int) -> None:
 
 def forward_and_backward(run: Run, batch: Batch, place: int) -> float:
     """One pass with gradients; gives the loss."""
-    start_batch(run, place, 0)
-    loss = loss_of(run, batch, place)
+    start_batch(run.context, place, 0)
+    loss = loss_of(run.context, batch, place)
     torch.autograd.backward(loss)
     return loss.item()
 
@@ -73,12 +73,12 @@ def report(run: Run, writer: Writer, sizes: Sizes, shape: str, loss: float, seco
     logger.info(
         "dry run: %d parameters are trained (%s); frozen are denoiser %s, text encoders %s, VAE %s",
         sizes.num_trained,
-        in_words(bytes_of(run.network.module)),
+        in_words(bytes_of(run.context.network.module)),
         in_words(sizes.denoiser),
         in_words(sizes.text_encoders),
         in_words(sizes.vae) if sizes.vae else "none: latents are cached",
     )
-    logger.info("dry run: memory of a step: %s", memory_figures(run.device))
+    logger.info("dry run: memory of a step: %s", memory_figures(run.context.device))
     logger.info(
         "dry run: %d steps in %d epochs of %d batches; forward and backward of the largest batch take %.2f s, so the "
         "run takes up to %.1f min besides saving",

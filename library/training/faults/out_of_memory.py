@@ -33,12 +33,12 @@ class Sizes:
 
 def sizes_of(run: Run) -> Sizes:
     """What the parts of a run take."""
-    models = run.models
+    models = run.context.models
     return Sizes(
         bytes_of(models.denoiser),
         sum(bytes_of(encoder) for encoder in models.text_encoders),
         0 if models.vae is None else bytes_of(models.vae),
-        sum(p.numel() for p in run.network.trainable_parameters()),
+        sum(p.numel() for p in run.context.network.trainable_parameters()),
     )
 
 

@@ -62,13 +62,13 @@ class NonFiniteGuard:
         if isfinite(norm) and losses_are_finite:
             self.last_good, self.num_in_a_row = (window.step + 1, window.epoch), 0
             return True
-        if losses_are_finite and searches_loss_scale(self.run.scaler):
+        if losses_are_finite and searches_loss_scale(self.run.optimization.scaler):
             logger.info("step %d is left out: fp16 gradients overflow, the loss scale is halved", window.step + 1)
             return False
         self.num_skipped += 1
         self.num_in_a_row += 1
         told = self.explain(window, losses, norm)
-        if not weights_are_finite(self.run.network.module):
+        if not weights_are_finite(self.run.context.network.module):
             raise NonFiniteError(f"{told}. The adapter's weights are damaged themselves: {advice(self.run)}", None)
         if self.run.options.faults.on_nonfinite == "stop":
             raise NonFiniteError(f"{told}. --on_nonfinite stop ends the run; {advice(self.run)}", self.last_good)
@@ -114,7 +114,7 @@ def searches_loss_scale(scaler: torch.amp.GradScaler | None) -> bool:
 
 def describe_samples(run: Run, batch: Batch, batch_number: int) -> list[str]:
     """Every picture of a batch with its noise level."""
-    timesteps = noised_of(run, batch, batch_number).timesteps_B.tolist()
+    timesteps = noised_of(run.context, batch, batch_number).timesteps_B.tolist()
     return [f"{key} (timestep {level:g})" for key, level in zip(batch.keys, timesteps, strict=True)]
 
 

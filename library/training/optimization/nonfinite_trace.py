@@ -60,24 +60,25 @@ def first_damage(run: Run, batch: Batch, batch_number: int, step: int) -> str:
     The parameters' gradients are replaced. Checks every output by itself, so it is slow.
     """
     trace = Trace()
-    parameters = run.network.trainable_parameters()
+    parameters = run.context.network.trainable_parameters()
     for parameter in parameters:
         parameter.grad = None
     with watched(parts_of(run), trace):
-        start_batch(run, batch_number, step)
-        loss = loss_of(run, batch, batch_number)
+        start_batch(run.context, batch_number, step)
+        loss = loss_of(run.context, batch, batch_number)
         if trace.damaged_output is None:
-            torch.autograd.backward(loss if run.scaler is None else run.scaler.scale(loss))
-    names = {id(parameter): name for name, parameter in run.network.module.named_parameters()}
+            torch.autograd.backward(loss if run.optimization.scaler is None else run.optimization.scaler.scale(loss))
+    names = {id(parameter): name for name, parameter in run.context.network.module.named_parameters()}
     damaged = [p for p in parameters if p.grad is not None and not is_finite(p.grad)]
     return trace.sentence(f"adapter.{names[id(damaged[0])]}" if damaged else None)
 
 
 def parts_of(run: Run) -> Mapping[str, nn.Module]:
     """The models of a step by the names that the report uses."""
-    encoders = run.models.text_encoders
+    models, adapter = run.context.models, run.context.network.module
+    encoders = models.text_encoders
     names = ["text_encoder"] if len(encoders) == 1 else [f"text_encoder_{i + 1}" for i in range(len(encoders))]
-    return {"denoiser": run.models.denoiser, **dict(zip(names, encoders, strict=True)), "adapter": run.network.module}
+    return {"denoiser": models.denoiser, **dict(zip(names, encoders, strict=True)), "adapter": adapter}
 
 
 @contextmanager

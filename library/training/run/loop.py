@@ -10,7 +10,6 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.training.evaluation.preview import Previews, epoch_event, step_event
-from library.training.evaluation.validation import Validation
 from library.training.faults.interruption import Interruption
 from library.training.faults.out_of_memory import explained, sizes_of
 from library.training.optimization.nonfinite import NonFiniteGuard
@@ -26,30 +25,25 @@ from library.training.reporting.report import (
 )
 from library.training.run.plan import Window
 from library.training.run.run import Run
+from library.training.run.setup import Prepared
 from library.training.run.step import describe_shape, loss_of, start_batch
 from library.training.saving.checkpoints import Writer
-from library.training.saving.state import Facts
+from library.training.saving.state import StateManifest
 from library.types import Batch
 
 logger = logging.getLogger(__name__)
 
 
-def train(
-    run: Run,
-    progress: Progress,
-    writer: Writer,
-    charts: Charts,
-    previews: Previews,
-    validation: Validation,
-    interruption: Interruption,
-    resumed: Facts | None = None,
-) -> None:
-    """Train from where `progress` stands to the last step, or to the step in which the user interrupts.
+def train(prepared: Prepared, interruption: Interruption) -> None:
+    """Train from where the run stands to the last step, or to the step in which the user interrupts.
 
-    Either way the adapter is saved. A run that goes on from a state, `resumed`, first makes what was due at its step
-    and was not done when the state was written.
+    Either way the adapter is saved. A run that goes on from a state first makes what was due at its step and was not
+    done when the state was written.
     """
+    run, progress, writer = prepared.run, prepared.progress, prepared.writer
+    charts, previews, validation, resumed = prepared.charts, prepared.previews, prepared.validation, prepared.resumed
     plan, average, is_main = run.plan, progress.average, run.processes.is_main
+    network, device = run.context.network, run.context.device
     norm_limit = wanted_norm_limit(run)
     guard = NonFiniteGuard(run)
     stops = False
@@ -63,19 +57,22 @@ def train(
     with progress_bar(plan.max_train_steps, progress.step, is_main) as bar:
         for epoch in plan.epochs(progress.step) if progress.step < plan.max_train_steps else ():
             announce_epoch(epoch, plan.num_epochs)
-            run.network.start_epoch(*run.models.network_view)
+            network.start_epoch(*run.context.models.network_view)
             batches = batches_of(run, epoch, progress.step)
             for window in plan.windows(epoch, progress.step):
                 own_losses = accumulate_gradient(run, window, batches)
                 losses, stops = run.processes.exchange(
-                    run.network.trainable_parameters(), own_losses, len(window.places), interruption.is_requested
+                    network.trainable_parameters(),
+                    own_losses,
+                    len(window.places),
+                    interruption.is_requested,
                 )
-                rates = [float(rate) for rate in run.schedule.get_last_lr()]
+                rates = [float(rate) for rate in run.optimization.schedule.get_last_lr()]
                 progress.is_moving = True
-                with explained("the optimizer moved the weights", run.options, run.device, "", lambda: sizes_of(run)):
+                with explained("the optimizer moved the weights", run.options, device, "", lambda: sizes_of(run)):
                     values = optimizer_step(run, guard, window, losses)
                 progress.advance()
-                norms = None if norm_limit is None else LimitedNorms(*run.network.limit_norms(norm_limit, run.device))
+                norms = None if norm_limit is None else LimitedNorms(*network.limit_norms(norm_limit, device))
                 report_window(run, progress, window, values, rates, norms, charts)
                 bar.update(1)
                 bar.set_postfix(bar_values(average.mean, norms))
@@ -119,7 +116,7 @@ def finish_epoch(
 
 
 def finish_step_of(
-    state: Facts, run: Run, progress: Progress, writer: Writer, previews: Previews, interruption: Interruption
+    state: StateManifest, run: Run, progress: Progress, writer: Writer, previews: Previews, interruption: Interruption
 ) -> None:
     """Make what was due at the step of a state and was not done when the run was stopped.
 
@@ -157,7 +154,7 @@ def accumulate_gradient(run: Run, window: Window, batches: Iterator[Batch]) -> T
     for place in window.share(run.processes.rank, run.processes.count):
         batch = next(batches)
         doing = f"computing step {window.step + 1}, forward and backward"
-        with explained(doing, run.options, run.device, describe_shape(batch), lambda: sizes_of(run)):
+        with explained(doing, run.options, run.context.device, describe_shape(batch), lambda: sizes_of(run)):
             loss = backward(run, batch, run.plan.batch_number(window.epoch, place), len(window.places), window.step)
         losses.append(loss)
     return torch.stack(losses) if losses else torch.zeros(0)
@@ -165,10 +162,10 @@ def accumulate_gradient(run: Run, window: Window, batches: Iterator[Batch]) -> T
 
 def backward(run: Run, batch: Batch, batch_number: int, window_size: int, step: int) -> Tensor:
     """Add the gradient of one batch; gives its loss."""
-    start_batch(run, batch_number, step)
-    loss = loss_of(run, batch, batch_number)
+    start_batch(run.context, batch_number, step)
+    loss = loss_of(run.context, batch, batch_number)
     scaled = loss / window_size
-    torch.autograd.backward(scaled if run.scaler is None else run.scaler.scale(scaled))
+    torch.autograd.backward(scaled if run.optimization.scaler is None else run.optimization.scaler.scale(scaled))
     return loss.detach().float()
 
 
@@ -198,10 +195,11 @@ def optimizer_step(run: Run, guard: NonFiniteGuard, window: Window, losses: Tens
 
     A step that is not finite is left out: neither weights nor optimizer nor learning rate move.
     """
-    optimizer, scaler, max_norm = run.torch_optimizer, run.scaler, run.options.optimizer.max_grad_norm
+    optimizer, scaler = run.optimization.optimizer, run.optimization.scaler
+    max_norm = run.options.optimizer.max_grad_norm
     if scaler is not None:
         scaler.unscale_(optimizer)
-    parameters = run.network.trainable_parameters()
+    parameters = run.context.network.trainable_parameters()
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     *values, norm_value = torch.cat([losses.to(norm.device), norm.float().view(1)]).tolist()
     if guard.allows_step(window, values, norm_value):
@@ -211,7 +209,7 @@ def optimizer_step(run: Run, guard: NonFiniteGuard, window: Window, losses: Tens
             scaler.step(optimizer)
         else:
             optimizer.step()
-        run.schedule.step()
+        run.optimization.schedule.step()
     if scaler is not None:
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -228,7 +226,7 @@ def wanted_norm_limit(run: Run) -> float | None:
         return None
     if limit < 0:
         raise UserError(f"--scale_weight_norms is {limit:g}; a norm is at least 0, and 0 sets no limit")
-    if not run.network.can_limit_norms:
+    if not run.context.network.can_limit_norms:
         logger.warning(
             "--scale_weight_norms has no effect: the network of %s has no apply_max_norm_regularization()",
             run.options.network.network_module,
@@ -241,10 +239,10 @@ def step_values(
     run: Run, loss: float, average: float, rates: list[float], norms: LimitedNorms | None
 ) -> dict[str, float]:
     """What the charts show of a batch."""
-    effective = effective_rates(run.torch_optimizer, run.optimizer.name)
+    effective = effective_rates(run.optimization.optimizer, run.optimization.built.name)
     is_first_text_encoder = not run.options.network.network_train_unet_only
-    values = rate_values(rates, run.group_names, effective, is_first_text_encoder)
-    if effective is not None and "prodigyplus" in run.optimizer.name.lower():
+    values = rate_values(rates, run.optimization.group_names, effective, is_first_text_encoder)
+    if effective is not None and "prodigyplus" in run.optimization.built.name.lower():
         values["lr/d*lr"] = effective[0]
     limited = {} if norms is None else norms.chart_values()
     return {**limited, "loss/current": loss, "loss/average": average, **values}

@@ -13,7 +13,7 @@ from library.options.memory import PrecisionOptions
 from library.options.network import NetworkOptions
 from library.options.train import TrainOptions
 from library.training.reporting.report import announce
-from library.training.run.run import Models
+from library.training.run.context import Models
 from networks.core.protocol import AdoptedNetwork, NetworkModule, adopt, open_network_module, parse_network_args
 
 logger = logging.getLogger(__name__)

@@ -12,18 +12,18 @@ from torch.nn.functional import interpolate
 from library.errors import UserError
 from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
-from library.training.run.run import Run
+from library.training.run.context import StepContext
 from library.types import Batch, Conditioning, Noised
 
 
-def start_batch(run: Run, batch_number: int, step: int) -> None:
+def start_batch(context: StepContext, batch_number: int, step: int) -> None:
     """Before the loss of a batch: dropout inside the models draws from a stream of the batch, adapters hear of it.
 
     `step` counts the finished optimizer steps.
     """
-    seed_everything(stream_seed(run.seed, "step", batch_number))
-    run.network.start_step(*run.models.network_view)
-    run.network.start_optimizer_step(run.seed, step)
+    seed_everything(stream_seed(context.seed, "step", batch_number))
+    context.network.start_step(*context.models.network_view)
+    context.network.start_optimizer_step(context.seed, step)
 
 
 def seed_everything(seed: int) -> None:
@@ -33,30 +33,30 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def noised_of(run: Run, batch: Batch, batch_number: int) -> Noised:
+def noised_of(context: StepContext, batch: Batch, batch_number: int) -> Noised:
     """The batch's latents with their noise and noise levels."""
-    latents_BCHW = latents_of(run, batch, lambda place: generator_for(run.seed, "vae", batch_number, place))
-    clean_BCHW = run.arch.codec.normalize(latents_BCHW)
-    return run.arch.objective.corrupt(clean_BCHW, generator_for(run.seed, "noise", batch_number))
+    latents_BCHW = latents_of(context, batch, lambda place: generator_for(context.seed, "vae", batch_number, place))
+    clean_BCHW = context.arch.codec.normalize(latents_BCHW)
+    return context.arch.objective.corrupt(clean_BCHW, generator_for(context.seed, "noise", batch_number))
 
 
-def loss_of(run: Run, batch: Batch, batch_number: int) -> Tensor:
+def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
     """The loss of a batch, a scalar with gradient; every draw is a function of the seed and `batch_number`."""
-    noised = noised_of(run, batch, batch_number)
-    condition = partial(varied_conditioning_of, run, batch, batch_number)
-    losses_B = losses_of(run, run.arch.objective, batch, noised, condition)
+    noised = noised_of(context, batch, batch_number)
+    condition = partial(varied_conditioning_of, context, batch, batch_number)
+    losses_B = losses_of(context, context.arch.objective, batch, noised, condition)
     return (losses_B * batch.loss_weights_B.to(losses_B.device)).mean()
 
 
 def losses_of(
-    run: Run, objective: Objective, batch: Batch, noised: Noised, condition: Callable[[], Conditioning]
+    context: StepContext, objective: Objective, batch: Batch, noised: Noised, condition: Callable[[], Conditioning]
 ) -> Tensor:
     """The loss of each sample, masked but without the weights of subsets, shape B; `condition` gives text features."""
-    with run.autocast():
+    with context.autocast():
         conditioning = condition()
-        output_BCHW = run.arch.predict(run.models.denoiser, noised, conditioning, batch)
+        output_BCHW = context.arch.predict(context.models.denoiser, noised, conditioning, batch)
         prediction_BCHW = objective.estimate(output_BCHW, noised)
-    target_BCHW = preserve_output(run, objective, batch, noised, condition, conditioning)
+    target_BCHW = preserve_output(context, objective, batch, noised, condition, conditioning)
     loss_BCHW = objective.loss(prediction_BCHW, target_BCHW, noised)
     if batch.masks_B1HW is not None:
         masks_B1HW = batch.masks_B1HW.to(loss_BCHW.device)
@@ -70,23 +70,23 @@ def describe_shape(batch: Batch) -> str:
     return f"{len(batch.keys)} pictures of {width}x{height}"
 
 
-def latents_of(run: Run, batch: Batch, generator_of: Callable[[int], torch.Generator]) -> Tensor:
+def latents_of(context: StepContext, batch: Batch, generator_of: Callable[[int], torch.Generator]) -> Tensor:
     """The batch's latents, float32 on the device: from the cache, or encoded here without gradient.
 
     `generator_of(place)` draws the posterior's sample of the picture at that place of the batch.
     Raises UserError naming the pictures where the VAE gives NaN.
     """
     if batch.latents_BCHW is not None:
-        return batch.latents_BCHW.to(run.device, torch.float32)
-    assert batch.pixels_BCHW is not None and run.models.vae is not None
-    count = run.options.caching.vae_batch_size
+        return batch.latents_BCHW.to(context.device, torch.float32)
+    assert batch.pixels_BCHW is not None and context.models.vae is not None
+    count = context.vae_batch_size
     parts = []
     with torch.no_grad():
         for first in range(0, len(batch.keys), count):
             pixels_BCHW = batch.pixels_BCHW[first : first + count]
             places = range(first, first + len(pixels_BCHW))
             generators = [generator_of(place) for place in places]
-            parts.append(run.arch.codec.encode(run.models.vae, pixels_BCHW.to(run.device), generators))
+            parts.append(context.arch.codec.encode(context.models.vae, pixels_BCHW.to(context.device), generators))
     latents_BCHW = torch.cat(parts).float()
     if not latents_BCHW.isfinite().all():
         broken = [key for key, one in zip(batch.keys, latents_BCHW, strict=True) if not one.isfinite().all()]
@@ -94,30 +94,31 @@ def latents_of(run: Run, batch: Batch, generator_of: Callable[[int], torch.Gener
     return latents_BCHW
 
 
-def conditioning_of(run: Run, batch: Batch) -> Conditioning:
+def conditioning_of(context: StepContext, batch: Batch) -> Conditioning:
     """Text features of the batch, with gradient where a text encoder trains."""
     found = dict(batch.conditioning or {})
-    if run.models.text_encoders:  # what they give takes the place of what they gave before training
-        found |= live_conditioning_of(run, batch) if run.trains_text_encoder else run.captions(batch.captions)
-    return {name: tensor.to(run.device) for name, tensor in found.items()}
+    if context.models.text_encoders:  # what they give takes the place of what they gave before training
+        trains = context.trains_text_encoder
+        found |= live_conditioning_of(context, batch) if trains else context.captions(batch.captions)
+    return {name: tensor.to(context.device) for name, tensor in found.items()}
 
 
-def live_conditioning_of(run: Run, batch: Batch) -> Conditioning:
+def live_conditioning_of(context: StepContext, batch: Batch) -> Conditioning:
     """The text features of the encoders in memory, with gradient."""
-    encode = run.arch.text.encode if run.live_text is None else run.live_text.encode
-    return encode(run.models.text_encoders, run.arch.text.tokenize(batch.captions))
+    encode = context.arch.text.encode if context.live_text is None else context.live_text.encode
+    return encode(context.models.text_encoders, context.arch.text.tokenize(batch.captions))
 
 
-def varied_conditioning_of(run: Run, batch: Batch, batch_number: int) -> Conditioning:
+def varied_conditioning_of(context: StepContext, batch: Batch, batch_number: int) -> Conditioning:
     """The same with what the base model varies from step to step in training, such as a text encoder left out."""
-    conditioning = conditioning_of(run, batch)
-    if run.arch.vary is None:
+    conditioning = conditioning_of(context, batch)
+    if context.arch.vary is None:
         return conditioning
-    return run.arch.vary(conditioning, generator_for(run.seed, "conditioning", batch_number))
+    return context.arch.vary(conditioning, generator_for(context.seed, "conditioning", batch_number))
 
 
 def preserve_output(
-    run: Run,
+    context: StepContext,
     objective: Objective,
     batch: Batch,
     noised: Noised,
@@ -130,14 +131,14 @@ def preserve_output(
     keep = [bool(attributes.get("diff_output_preservation")) for attributes in batch.attributes]
     if not any(keep):
         return target_BCHW
-    run.network.set_multiplier(0.0)
+    context.network.set_multiplier(0.0)
     try:
-        with torch.no_grad(), run.autocast():
-            if run.trains_text_encoder:
+        with torch.no_grad(), context.autocast():
+            if context.trains_text_encoder:
                 conditioning = condition()
-            output_BCHW = run.arch.predict(run.models.denoiser, noised, conditioning, batch)
+            output_BCHW = context.arch.predict(context.models.denoiser, noised, conditioning, batch)
             base_BCHW = objective.estimate(output_BCHW, noised)
     finally:
-        run.network.set_multiplier(1.0)
+        context.network.set_multiplier(1.0)
     keep_B111 = torch.tensor(keep, device=target_BCHW.device).view(-1, 1, 1, 1)
     return torch.where(keep_B111, base_BCHW.to(target_BCHW.dtype), target_BCHW)

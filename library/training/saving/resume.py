@@ -19,7 +19,14 @@ from library.training.evaluation.pictures import is_preview_stem, preview_folder
 from library.training.run.plan import Plan
 from library.training.saving.checkpoints import Names
 from library.training.saving.hub import fetch_state
-from library.training.saving.state import FACTS_FILE, Facts, is_state_name, newest_state, read_facts, require_undamaged
+from library.training.saving.state import (
+    FACTS_FILE,
+    StateManifest,
+    is_state_name,
+    newest_state,
+    read_facts,
+    require_undamaged,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +51,7 @@ class AlreadyComplete(Exception):
     """--autoresume found the state of a run that has nothing left to do."""
 
 
-def with_rates_of_state(options: OptionsT, facts: Facts | None) -> OptionsT:
+def with_rates_of_state(options: OptionsT, facts: StateManifest | None) -> OptionsT:
     """The options with the learning rates of the state where this run names none, that is, has the default."""
     if facts is None:
         return options
@@ -59,7 +66,7 @@ def with_rates_of_state(options: OptionsT, facts: Facts | None) -> OptionsT:
     return options.with_values(kept)
 
 
-def find_state(options: TrainOptions, processes: Processes) -> Facts | None:
+def find_state(options: TrainOptions, processes: Processes) -> StateManifest | None:
     """The state that --resume names or --autoresume finds; None for a run that starts at the beginning.
 
     Raises UserError where the named folder is no whole state, or where a process has another state than the main one.
@@ -87,7 +94,7 @@ def clear_up(options: TrainOptions) -> None:
             remove_temporary(folder, partial(is_preview_stem, options.saving))
 
 
-def named_or_newest(options: TrainOptions) -> Facts | None:
+def named_or_newest(options: TrainOptions) -> StateManifest | None:
     """The state as this process finds it."""
     wanted = options.state
     if wanted.resume:
@@ -104,7 +111,7 @@ def named_or_newest(options: TrainOptions) -> Facts | None:
     return facts
 
 
-def state_of_main(path: str) -> Facts:
+def state_of_main(path: str) -> StateManifest:
     """The state that --autoresume found in the main process. Raises UserError where it is not on this machine."""
     if not Path(path).is_dir():
         raise UserError(
@@ -114,7 +121,7 @@ def state_of_main(path: str) -> Facts:
     return read_facts(Path(path))
 
 
-def starting_step(options: TrainOptions, plan: Plan, facts: Facts | None) -> int:
+def starting_step(options: TrainOptions, plan: Plan, facts: StateManifest | None) -> int:
     """Finished steps at the start: of --initial_step, else --initial_epoch, else the state, else 0.
 
     Without --skip_until_initial_step a run that --initial_step puts inside an epoch begins with the whole epoch.
@@ -149,7 +156,7 @@ def starting_step(options: TrainOptions, plan: Plan, facts: Facts | None) -> int
     return step
 
 
-def is_unfinished(facts: Facts, options: TrainOptions) -> bool:
+def is_unfinished(facts: StateManifest, options: TrainOptions) -> bool:
     """Whether the last file is still to be written once the last step of a run is taken."""
     return "end" not in facts.done or not Names.build(options.saving).of_end().exists()
 
@@ -162,7 +169,11 @@ def recorded_options(options: TrainOptions) -> dict[str, Any]:
 
 
 def report_differences(
-    facts: Facts, options: TrainOptions, dataset: Mapping[str, Any], num_processes: int, paths: Sequence[str] = ()
+    facts: StateManifest,
+    options: TrainOptions,
+    dataset: Mapping[str, Any],
+    num_processes: int,
+    paths: Sequence[str] = (),
 ) -> None:
     """Warn of everything that keeps this run from going on as the uninterrupted one would have.
 
@@ -177,7 +188,7 @@ def report_differences(
         logger.log(level, "%s", line)
 
 
-def option_differences(facts: Facts, options: TrainOptions, num_processes: int) -> Iterator[tuple[int, str]]:
+def option_differences(facts: StateManifest, options: TrainOptions, num_processes: int) -> Iterator[tuple[int, str]]:
     """A line for every option that changed and matters."""
     now, defaults = recorded_options(options), type(options).defaults()
     idle = {name for group in GROUPS_WITHOUT_EFFECT for name in getattr(options, group).flat()} | set(WITHOUT_EFFECT)
@@ -245,7 +256,7 @@ def content_differences(
         )
 
 
-def process_differences(facts: Facts, options: TrainOptions, num_processes: int) -> Iterator[tuple[int, str]]:
+def process_differences(facts: StateManifest, options: TrainOptions, num_processes: int) -> Iterator[tuple[int, str]]:
     """A line where other numbers of batches make a step."""
     accumulation = options.run.gradient_accumulation_steps
     before = facts.num_processes * int(facts.options.get("gradient_accumulation_steps", accumulation))

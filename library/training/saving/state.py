@@ -36,7 +36,7 @@ NETWORK_FILE, TENSOR_FILE, FACTS_FILE = "network.safetensors", "training.safeten
 OF_SD_SCRIPTS = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl")
 
 
-class Keeper(Protocol):
+class Stateful(Protocol):
     """Anything with a memory that a state must hold."""
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -44,7 +44,7 @@ class Keeper(Protocol):
 
 
 @dataclass(frozen=True)
-class Facts:
+class StateManifest:
     """What a state says about the run that it comes from."""
 
     path: Path
@@ -74,7 +74,7 @@ def save_state(
     options: Mapping[str, Any],
     dataset: Mapping[str, Any],
     network: nn.Module,
-    keepers: Mapping[str, Keeper],
+    keepers: Mapping[str, Stateful],
     done: Iterable[Part] = (),
 ) -> None:
     """Write a state, whole or not at all.
@@ -105,7 +105,7 @@ def save_state(
         write_text(temporary / FACTS_FILE, json.dumps(facts, ensure_ascii=False))
 
 
-def read_facts(folder: Path) -> Facts:
+def read_facts(folder: Path) -> StateManifest:
     """What a state says about itself. Raises UserError where the folder holds no whole state of this program.
 
     The large files are looked at by their size only; `require_undamaged` reads them.
@@ -130,7 +130,7 @@ def read_facts(folder: Path) -> Facts:
         for name, size in content["sizes"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 raise UserError(f"--resume {folder} is not whole: {name} should have {size} bytes; copy it again")
-        return Facts(
+        return StateManifest(
             path=folder,
             step=int(content["current_step"]),
             seed=int(content["seed"]),
@@ -145,7 +145,7 @@ def read_facts(folder: Path) -> Facts:
         raise UserError(f"--resume {folder}: its {FACTS_FILE} lacks {error}; use another state") from None
 
 
-def require_undamaged(facts: Facts) -> None:
+def require_undamaged(facts: StateManifest) -> None:
     """Read the files of a state whole. Raises UserError where one is not as it was written."""
     for name, digest in facts.digests.items():
         try:
@@ -183,7 +183,7 @@ def explained(folder: Path) -> str:
     return f"holds no {FACTS_FILE} of a whole state; give the folder of a saved state, such as last-state"
 
 
-def restore(facts: Facts, network: nn.Module, keepers: Mapping[str, Keeper]) -> None:
+def restore(facts: StateManifest, network: nn.Module, keepers: Mapping[str, Stateful]) -> None:
     """Put a state back into the parts of a run that were built in the same way.
 
     Raises UserError where the network or a part does not fit.
@@ -217,7 +217,7 @@ def shortened(text: str, length: int = 300) -> str:
 
 
 @dataclass(frozen=True)
-class OptimizerKeeper:
+class OptimizerState:
     """An optimizer whose memory comes back in the dtypes it had.
 
     torch casts what it loads to the dtype of the weights, which rounds a float32 memory of bfloat16 weights.
@@ -272,7 +272,7 @@ def is_state_name(folder: str, names: tuple[str, ...]) -> bool:
     return match is not None and match["start"] in names
 
 
-def newest_state(folder: Path, names: tuple[str, ...]) -> Facts | None:
+def newest_state(folder: Path, names: tuple[str, ...]) -> StateManifest | None:
     """The whole state in `folder` that has come furthest, of a run with one of `names`; None where there is none.
 
     Of two states of one step the one after which less is left to do.

@@ -16,7 +16,7 @@ NO_RATES: Expressions[float] = Expressions()
 
 
 @dataclass(frozen=True)
-class Allotment:
+class SiteSettings:
     """What one module gets; rank 0 leaves it alone."""
 
     rank: int
@@ -70,17 +70,17 @@ class Rules:
         """The class names of the blocks that are searched."""
         return part.blocks + (part.conv_blocks if self.searches_conv_blocks else ())
 
-    def allot(self, site: Site) -> Allotment:
+    def allot(self, site: Site) -> SiteSettings:
         """What one module gets. A block whose learning rate factor is 0 gets no adapters."""
         return self.with_rate(site, *self._rank_and_alpha(site))
 
-    def with_rate(self, site: Site, rank: int, alpha: float) -> Allotment:
+    def with_rate(self, site: Site, rank: int, alpha: float) -> SiteSettings:
         """What a module of known rank and alpha gets."""
         expression, lr = self.rates_by_expression.find(site) or (None, None)
         factor, block = (1.0, None) if self.lr_factors is None else self.lr_factors.of(site.path)
-        return Allotment(rank if factor else 0, alpha, factor, block, lr, expression)
+        return SiteSettings(rank if factor else 0, alpha, factor, block, lr, expression)
 
-    def allot_norm(self, site: Site) -> Allotment | None:
+    def allot_norm(self, site: Site) -> SiteSettings | None:
         """What a normalisation layer gets: a learning rate factor, None where its block is left alone."""
         block = self.layout.index_of(site.path) if self.layout else None
         if self.blocks is not None and block is not None and not self.blocks.ranks[block]:

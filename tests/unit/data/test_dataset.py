@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from library.data.batches.batches import BatchMaker, BatchOrder, Draft
+from library.data.batches.batches import BatchMaker, BatchOrder, PartialBatch
 from library.data.batches.debug import show_batches
 from tests.unit.data.builders import (
     batches_of,
@@ -123,7 +123,7 @@ def test_what_workers_need_travels_to_fresh_processes(rich):
     maker = pickle.loads(pickle.dumps(training_set._maker))
     order = BatchOrder(2, 7, (0, 1))
     draft, expected = maker[order], training_set._maker[order]
-    assert isinstance(draft, Draft) and content_of(draft.batch) == content_of(expected.batch)
+    assert isinstance(draft, PartialBatch) and content_of(draft.batch) == content_of(expected.batch)
 
 
 def test_workers_import_nothing_heavy():

@@ -110,8 +110,7 @@ def run(tiny_sd_folder: Path, tmp_path: Path) -> Any:
     options = options_for(tiny_sd_folder, output_dir=str(tmp_path / "out"), sample_every_n_steps=2)
     arch = build(options)
     models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders(), vae=None)
-    return SimpleNamespace(
-        options=options,
+    context = SimpleNamespace(
         arch=arch,
         seed=5,
         device=torch.device("cpu"),
@@ -119,13 +118,15 @@ def run(tiny_sd_folder: Path, tmp_path: Path) -> Any:
         models=models,
         network=SimpleNamespace(module=nn.Dropout(0.5)),
         trains_text_encoder=False,
-        optimizer=SimpleNamespace(eval=lambda: None, train=lambda: None),
+        live_text=None,
     )
+    built = SimpleNamespace(eval=lambda: None, train=lambda: None)
+    return SimpleNamespace(options=options, context=context, optimization=SimpleNamespace(built=built))
 
 
 def previews_of(run: Any, *prompts: Prompt) -> tuple[Previews, Charts]:
     charts: Any = Charts()
-    encoded = encode_prompts(run.arch, run.models.text_encoders, nullcontext, prompts)
+    encoded = encode_prompts(run.context.arch, run.context.models.text_encoders, nullcontext, prompts)
     return Previews(run, charts, prompts, encoded), charts
 
 
@@ -169,7 +170,7 @@ def test_whatever_fails_is_logged(
     with caplog.at_level(logging.ERROR):
         previews.after_step(2, 1, Interruption())
     assert str(error) in caplog.text and "training goes on" in caplog.text
-    assert run.network.module.training
+    assert run.context.network.module.training
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("SIGINT")])
@@ -185,7 +186,7 @@ def test_the_wish_to_stop_is_passed_on(run: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_a_signal_is_noticed_between_two_calls_of_the_denoiser(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     interruption, num_calls = Interruption(), 0
-    forward = run.models.denoiser.forward
+    forward = run.context.models.denoiser.forward
 
     def counted(*arguments: Any, **keywords: Any) -> Any:
         nonlocal num_calls
@@ -194,7 +195,7 @@ def test_a_signal_is_noticed_between_two_calls_of_the_denoiser(run: Any, monkeyp
             monkeypatch.setattr(interruption, "_signal", 15)
         return forward(*arguments, **keywords)
 
-    monkeypatch.setattr(run.models.denoiser, "forward", counted)
+    monkeypatch.setattr(run.context.models.denoiser, "forward", counted)
     previews, _ = previews_of(run, prompt_of(num_steps=10, scale=1.0), SMALL)
     previews.after_step(2, 1, interruption)
     assert num_calls == 3
@@ -202,17 +203,17 @@ def test_a_signal_is_noticed_between_two_calls_of_the_denoiser(run: Any, monkeyp
 
 
 def test_latents_that_are_no_number_are_an_error(run: Any) -> None:
-    nn.init.constant_(run.models.denoiser.conv_out.bias, torch.inf)
-    encoded = encode_prompts(run.arch, run.models.text_encoders, nullcontext, [SMALL])
+    nn.init.constant_(run.context.models.denoiser.conv_out.bias, torch.inf)
+    encoded = encode_prompts(run.context.arch, run.context.models.text_encoders, nullcontext, [SMALL])
     with torch.no_grad(), pytest.raises(ValueError, match="diverged"):
-        draw_latents(run, SMALL, encoded, torch.Generator())
+        draw_latents(run.context, SMALL, encoded, torch.Generator())
 
 
 def test_a_picture_that_is_no_number_is_an_error_naming_the_way_out(run: Any) -> None:
-    vae: Any = run.arch.load.vae()
+    vae: Any = run.context.arch.load.vae()
     nn.init.constant_(vae.decoder.conv_out.bias, torch.nan)
     with torch.no_grad(), pytest.raises(ValueError, match="--no_half_vae"):
-        decode(run, vae, torch.zeros(1, 4, 8, 8))
+        decode(run.context, vae, torch.zeros(1, 4, 8, 8))
 
 
 def test_a_prompt_without_a_seed_has_the_same_noise_at_every_event(run: Any) -> None:
@@ -226,17 +227,19 @@ def test_a_prompt_without_a_seed_has_the_same_noise_at_every_event(run: Any) -> 
 
 
 def test_evaluation_leaves_no_trace(run: Any) -> None:
-    run.models.denoiser.train()
-    frozen = run.models.denoiser.down_blocks[0].eval()
+    run.context.models.denoiser.train()
+    frozen = run.context.models.denoiser.down_blocks[0].eval()
     before = torch.random.get_rng_state(), random.getstate()
     with evaluating(run):
         assert not torch.is_grad_enabled()
-        assert not any(module.training for module in (*run.models.denoiser.modules(), run.network.module))
+        assert not any(
+            module.training for module in (*run.context.models.denoiser.modules(), run.context.network.module)
+        )
         torch.rand(3), random.random()
         torch.manual_seed(3)
     assert torch.equal(torch.random.get_rng_state(), before[0]) and random.getstate() == before[1]
-    assert run.models.denoiser.training and run.network.module.training and not frozen.training
-    assert not run.models.text_encoders[0].training
+    assert run.context.models.denoiser.training and run.context.network.module.training and not frozen.training
+    assert not run.context.models.text_encoders[0].training
 
 
 def test_prompts_of_an_empty_file_draw_nothing(run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -245,7 +248,7 @@ def test_prompts_of_an_empty_file_draw_nothing(run: Any, tmp_path: Path, caplog:
     options = options_for(
         Path(run.options.model.pretrained_model_name_or_path), sample_every_n_steps=1, sample_prompts=str(path)
     )
-    assert wanted_prompts(options, run.arch) == []
+    assert wanted_prompts(options, run.context.arch) == []
     assert f"{path} holds no prompts" in caplog.text
 
 
@@ -257,6 +260,6 @@ def test_a_size_left_to_the_default_and_a_prompt_that_is_cut_are_told(
     folder = Path(run.options.model.pretrained_model_name_or_path)
     options = options_for(folder, sample_at_first=True, sample_prompts=str(path))
     with caplog.at_level(logging.INFO):
-        assert [(p.width, p.height) for p in wanted_prompts(options, run.arch)] == [(64, 64), (64, 512)]
+        assert [(p.width, p.height) for p in wanted_prompts(options, run.context.arch)] == [(64, 64), (64, 512)]
     assert "1 of 2 preview prompts leave their size to the default, 512 x 512" in caplog.text
     assert "only the first 75 are used" in caplog.text

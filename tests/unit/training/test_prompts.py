@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from library.protocols import PromptDefaults
-from library.training.evaluation.prompts import LINE_OPTIONS, Wish, parse_line, read_prompts, settle
+from library.training.evaluation.prompts import LINE_OPTIONS, PromptSpec, parse_line, read_prompts, settle
 
 SD = PromptDefaults(num_steps=30, width=512, height=512, scale=7.5, size_step=8, sampler="ddim")
 FLOW = PromptDefaults(num_steps=20, width=512, height=512, scale=1.0, size_step=16, guidance_scale=3.5, flow_shift=3.0)
@@ -30,22 +30,22 @@ def test_a_line_has_its_prompt_and_its_options() -> None:
     line = (
         "a cat, on a mat --w 768 --H 512 --d 7 --s 25 --L 5.5 --g 3 --n blurry, a dog --ss k_euler --ctr 0.3 --rcfg 1 "
     )
-    assert parse_line(line + "--fs 2.5", "p") == Wish(
+    assert parse_line(line + "--fs 2.5", "p") == PromptSpec(
         "p", "a cat, on a mat", "blurry, a dog", 768, 512, 7, 25, 5.5, 3.0, "k_euler", 0.3, 1.0, 2.5
     )
 
 
 def test_a_bare_prompt_leaves_everything_to_the_model() -> None:
-    assert parse_line("  a cat\n", "p") == Wish("p", "a cat")
+    assert parse_line("  a cat\n", "p") == PromptSpec("p", "a cat")
 
 
 @pytest.mark.parametrize("text", ["n dogs", "w 5", "s 3 cats", "a--n x", "d 1--w 3", "l"])
 def test_text_that_looks_like_an_option_is_text(text: str) -> None:
-    assert parse_line(text, "p") == Wish("p", text)
+    assert parse_line(text, "p") == PromptSpec("p", text)
 
 
 def test_a_line_of_options_alone_is_an_empty_prompt() -> None:
-    assert parse_line("--w 64", "p") == Wish("p", "", width=64)
+    assert parse_line("--w 64", "p") == PromptSpec("p", "", width=64)
 
 
 def test_an_empty_negative_prompt_is_no_mistake() -> None:
@@ -162,18 +162,18 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_what_a_prompt_leaves_open_comes_from_the_model() -> None:
-    prompt = settle(Wish("p", "a", seed=3), SD)
+    prompt = settle(PromptSpec("p", "a", seed=3), SD)
     assert (prompt.text, prompt.negative, prompt.seed, prompt.sampler) == ("a", "", 3, "ddim")
     assert (prompt.width, prompt.height, prompt.num_steps, prompt.scale) == (512, 512, 30, 7.5)
     assert prompt.guidance_scale is None
-    flow = settle(Wish("p", "a", guidance_scale=0.0, scale=0.0), FLOW)
+    flow = settle(PromptSpec("p", "a", guidance_scale=0.0, scale=0.0), FLOW)
     assert (flow.guidance_scale, flow.scale, flow.flow_shift, flow.sampler) == (0.0, 0.0, 3.0, None)
 
 
 @pytest.mark.parametrize(("wanted", "sd", "flow"), [(64, 64, 64), (1, 64, 64), (509, 504, 496), (1024, 1024, 1024)])
 def test_sides_are_rounded_down_to_what_the_model_draws(wanted: int, sd: int, flow: int) -> None:
-    assert settle(Wish("p", "a", width=wanted), SD).width == sd
-    assert settle(Wish("p", "a", height=wanted), FLOW).height == flow
+    assert settle(PromptSpec("p", "a", width=wanted), SD).width == sd
+    assert settle(PromptSpec("p", "a", height=wanted), FLOW).height == flow
 
 
 @pytest.mark.parametrize(

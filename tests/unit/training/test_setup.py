@@ -9,7 +9,10 @@ from torch import nn
 
 from library.options.train import TrainOptions
 from library.processes import Processes
-from library.training.run.setup import allow_fp16_gradients, choose_seed, group_names, identity_of, trains_text_encoders
+from library.training.run.adapter import trains_text_encoders
+from library.training.run.models import identity_of
+from library.training.run.optimization import allow_fp16_gradients, group_names
+from library.training.run.setup import choose_seed
 
 
 def options_of(**values: Any) -> TrainOptions:

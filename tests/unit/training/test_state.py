@@ -30,7 +30,7 @@ from library.training.saving.resume import (
     starting_step,
     with_rates_of_state,
 )
-from library.training.saving.state import Facts, OptimizerKeeper, read_facts, restore, save_state
+from library.training.saving.state import OptimizerState, StateManifest, read_facts, restore, save_state
 from tests.unit.test_processes import Board
 
 DATASET = {"num_pictures": 6, "num_batches": 3, "pictures": "a", "captions": "b", "settings": "c"}
@@ -167,8 +167,8 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
 
 def test_the_memory_of_another_optimizer_is_refused() -> None:
     weight = nn.Parameter(torch.ones(2))
-    keeper = OptimizerKeeper(torch.optim.AdamW([weight]), "torch.optim.AdamW(lr=1)")
-    saved = OptimizerKeeper(torch.optim.SGD([weight]), "torch.optim.SGD").state_dict()
+    keeper = OptimizerState(torch.optim.AdamW([weight]), "torch.optim.AdamW(lr=1)")
+    saved = OptimizerState(torch.optim.SGD([weight]), "torch.optim.SGD").state_dict()
     with pytest.raises(ValueError, match=r"torch\.optim\.SGD, but this run uses torch\.optim\.AdamW"):
         keeper.load_state_dict(saved)
 
@@ -177,7 +177,7 @@ def test_the_memory_of_another_optimizer_is_refused() -> None:
 def test_a_state_that_somebody_changed_by_hand_is_refused_with_a_sentence(tmp_path: Path, part: Any) -> None:
     facts = read_facts(written(tmp_path / "x-state"))
     weight = nn.Parameter(torch.ones(2))
-    keeper = OptimizerKeeper(torch.optim.SGD([weight], lr=0.1), "x")
+    keeper = OptimizerState(torch.optim.SGD([weight], lr=0.1), "x")
     with pytest.raises(ValueError, match="does not fit the optimizer of this run"):
         restore(replace(facts, parts={"optimizer": part}), nn.Linear(3, 2), {"optimizer": keeper})
 
@@ -186,9 +186,9 @@ def test_a_float32_memory_of_bfloat16_weights_is_not_rounded() -> None:
     weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD([weight], lr=0.1)
     optimizer.state[weight]["average"] = torch.tensor([1 / 3, 2 / 3, 1e-3])
-    saved = OptimizerKeeper(optimizer, "x").state_dict()
+    saved = OptimizerState(optimizer, "x").state_dict()
     again = torch.optim.SGD([weight], lr=0.1)
-    OptimizerKeeper(again, "x").load_state_dict(saved)
+    OptimizerState(again, "x").load_state_dict(saved)
     assert torch.equal(again.state[weight]["average"], torch.tensor([1 / 3, 2 / 3, 1e-3]))
 
 
@@ -269,7 +269,7 @@ def test_a_dry_run_leaves_the_state_that_another_run_is_writing(tmp_path: Path) 
     assert unfinished.is_dir()
 
 
-def find_in_two(main: TrainOptions, other: TrainOptions) -> list[Facts | None]:
+def find_in_two(main: TrainOptions, other: TrainOptions) -> list[StateManifest | None]:
     """What each of two processes goes on from."""
     board = Board()
     with ThreadPoolExecutor(2) as pool:
@@ -305,8 +305,8 @@ def test_processes_with_other_states_are_refused(tmp_path: Path) -> None:
 PLAN = Plan(num_batches=10, accumulation=1, max_train_steps=100)
 
 
-def at_step(step: int, *done: Part) -> Facts:
-    return Facts(Path("s"), step, 0, 1, {}, {}, {}, frozenset(done))
+def at_step(step: int, *done: Part) -> StateManifest:
+    return StateManifest(Path("s"), step, 0, 1, {}, {}, {}, frozenset(done))
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_a_run_whose_last_file_is_not_written_goes_on(tmp_path: Path, caplog: py
 
 
 def differences(before: TrainOptions, now: TrainOptions, caplog: pytest.LogCaptureFixture, **changes: Any) -> str:
-    facts = Facts(Path("s"), 1, 0, 1, recorded_options(before), DATASET, {})
+    facts = StateManifest(Path("s"), 1, 0, 1, recorded_options(before), DATASET, {})
     with caplog.at_level(logging.INFO):
         report_differences(facts, now, {**DATASET, **changes}, num_processes=1)
     return caplog.text
@@ -375,7 +375,7 @@ def test_changes_say_what_they_mean(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_rates_that_are_not_given_are_those_of_the_state(caplog: pytest.LogCaptureFixture) -> None:
     before = TrainOptions().with_values({"learning_rate": 1e-4, "unet_lr": 2e-4, "text_encoder_lr": [5e-5]})
-    facts = Facts(Path("s"), 1, 0, 1, recorded_options(before), DATASET, {})
+    facts = StateManifest(Path("s"), 1, 0, 1, recorded_options(before), DATASET, {})
     with caplog.at_level(logging.INFO):
         now = with_rates_of_state(TrainOptions().with_values({"unet_lr": 3e-4}), facts)
     assert (now.optimizer.learning_rate, now.network.unet_lr, now.network.text_encoder_lr) == (1e-4, 3e-4, [5e-5])
@@ -393,7 +393,7 @@ def test_pictures_whose_files_have_changed_are_named(tmp_path: Path, caplog: pyt
     content[len(content) // 2] ^= 1
     Path(paths[2]).write_bytes(content)
     now = content_digests(paths, 2)
-    facts = Facts(Path("s"), 1, 0, 1, recorded_options(TrainOptions()), {**DATASET, "contents": before}, {})
+    facts = StateManifest(Path("s"), 1, 0, 1, recorded_options(TrainOptions()), {**DATASET, "contents": before}, {})
     report_differences(facts, TrainOptions(), {**DATASET, "contents": now}, 1, paths)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(f"1 pictures are not the ones of the state, their files have changed since: {paths[2]}: the")
@@ -403,7 +403,7 @@ def test_what_only_explains_or_averages_the_same_is_no_other_run(caplog: pytest.
     base = TrainOptions()
     traced = replace(base, faults=replace(base.faults, trace_nonfinite=True))
     assert differences(base, traced, caplog) == ""
-    two = Facts(Path("s"), 1, 0, 2, recorded_options(base), DATASET, {})
+    two = StateManifest(Path("s"), 1, 0, 2, recorded_options(base), DATASET, {})
     doubled = replace(base, run=replace(base.run, gradient_accumulation_steps=2))
     with caplog.at_level(logging.INFO):
         report_differences(two, doubled, DATASET, num_processes=1)

@@ -1,0 +1,48 @@
+"""The second stage of the set-up: the adapter on the models, and how their blocks run."""
+
+import torch
+
+from library.memory.blocks import plain, recompute, run_encoder_layers_with
+from library.options.train import TrainOptions
+from library.protocols import Architecture
+from library.randomness import stream_seed
+from library.training.run.compute import Compute
+from library.training.run.context import Models
+from library.training.run.network import open_network
+from networks.core.protocol import AdoptedNetwork
+
+
+def attach_adapter(
+    options: TrainOptions, arch: Architecture, seed: int, models: Models, compute: Compute
+) -> AdoptedNetwork:
+    """The adapter, installed on the models' layers, with its starting weights.
+
+    After the models, since it takes the forward of their layers; before the optimizer, which needs its parameters.
+    What the adapter draws when it is made depends on the seed alone, not on what was loaded or cached before.
+    Raises UserError for a module, an argument or a file that does not fit.
+    """
+    torch.manual_seed(stream_seed(seed, "adapter"))
+    network = open_network(options, models, compute.device, compute.dtype)
+    choose_block_runner(options, arch, models, network)
+    return network
+
+
+def trains_text_encoders(options: TrainOptions) -> bool:
+    """Whether the text encoders' adapters move: they exist and their learning rate is not 0."""
+    if options.network.network_train_unet_only:
+        return False
+    rates = options.network.text_encoder_lr or [options.optimizer.learning_rate]
+    return any(rate != 0 for rate in rates if rate is not None)
+
+
+def choose_block_runner(options: TrainOptions, arch: Architecture, models: Models, network: AdoptedNetwork) -> None:
+    """Say how blocks run: --gradient_checkpointing where gradients flow; the base model stays in eval mode."""
+    for model in (models.denoiser, *models.text_encoders):
+        model.eval().requires_grad_(False)
+    network.module.train()
+    runner = recompute if options.memory.gradient_checkpointing else plain
+    arch.run_blocks_with(models.denoiser, runner)
+    for encoder in models.text_encoders if trains_text_encoders(options) else []:
+        run_encoder_layers_with(encoder, runner)
+    if options.memory.gradient_checkpointing:
+        network.enable_gradient_checkpointing()

@@ -1,0 +1,26 @@
+"""Where and in which number format a run computes."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from library.memory.devices import DTYPES
+from library.options.memory import PrecisionOptions
+from library.training.run.context import Autocast
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The device of this process, and the dtype of arithmetic on it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    autocast: Autocast
+
+    @classmethod
+    def build(cls, precision: PrecisionOptions, device: torch.device) -> "Compute":
+        """As --mixed_precision asks for."""
+        dtype = DTYPES[precision.mixed_precision]
+        # autocast to float32 would be a no-op that costs a lookup in every operation
+        return cls(device, dtype, nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype))

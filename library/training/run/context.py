@@ -1,0 +1,41 @@
+"""What one batch's loss depends on, besides the batch."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.protocols import Architecture, LiveText
+from library.training.run.conditioning import CaptionMemo
+from networks.core.protocol import AdoptedNetwork
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Models:
+    """The frozen base model, each part in the dtype and on the device it trains on."""
+
+    denoiser: nn.Module
+    text_encoders: list[nn.Module]
+    vae: nn.Module | None  # None once every latent is cached
+    network_view: tuple[nn.Module | list[nn.Module], nn.Module]  # (text encoders, denoiser) as network modules see them
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """All that a step of training, validation or a preview computes with. Nothing in it knows of plans or files."""
+
+    arch: Architecture
+    models: Models
+    network: AdoptedNetwork
+    seed: int
+    device: torch.device
+    autocast: Autocast
+    trains_text_encoder: bool
+    captions: CaptionMemo
+    live_text: LiveText | None = None  # the text encoders in memory where the outputs of others are cached
+    vae_batch_size: int = 1

@@ -1,0 +1,79 @@
+"""The first stage of the set-up: the frozen models, and what is encoded once with them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor, nn
+
+from library.data.batches.dataset import TrainingSet
+from library.data.caching.latents import cache_latents
+from library.memory.devices import place, release_memory
+from library.options.train import TrainOptions
+from library.processes import Processes
+from library.protocols import Architecture, LiveText
+from library.training.run.compute import Compute
+from library.training.run.context import Models
+from library.training.run.text_caching import live_text, prepare_text
+from library.types import Conditioning
+
+
+@dataclass(frozen=True)
+class LoadedModels:
+    """What the base model has become."""
+
+    models: Models
+    live_text: LiveText | None  # the text encoders in memory where the outputs of others are cached
+    prompts: Mapping[str, Conditioning] | None  # cached features of the previews' prompts; None where none are cached
+
+
+def load_models(
+    options: TrainOptions,
+    arch: Architecture,
+    seed: int,
+    training_set: TrainingSet,
+    compute: Compute,
+    prompts: Sequence[str],
+    processes: Processes,
+) -> LoadedModels:
+    """Encode pictures, captions and prompts where they are to be cached, then load what trains.
+
+    One model after the other, the largest last: VAE and text encoders that have encoded everything leave memory before
+    the denoiser comes, so the peak of a cached run is the denoiser alone.
+    """
+    vae = prepare_vae(options, arch, seed, training_set, processes)
+    release_memory(options.memory.highvram)
+    text = prepare_text(options, arch, training_set, compute.device, compute.autocast, prompts, processes)
+    release_memory(options.memory.highvram)
+    denoiser = arch.load.denoiser()
+    if not options.precision.shrinks_denoiser:  # 8-bit weights are made first: the card may not hold the others
+        denoiser = place(denoiser, compute.device)
+    models = Models(denoiser, text.encoders, vae, arch.view(text.encoders, denoiser))
+    return LoadedModels(models, live_text(options, arch.text_cache), text.prompts)
+
+
+def prepare_vae(
+    options: TrainOptions, arch: Architecture, seed: int, training_set: TrainingSet, processes: Processes
+) -> nn.Module | None:
+    """The VAE on the device, or None where it has encoded every picture already and may leave memory."""
+    device = processes.device
+    vae = place(arch.load.vae(), device)
+    if not options.caching.cache_latents:
+        return vae
+
+    def encode(pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        with torch.no_grad():
+            return arch.codec.encode(vae, pixels_BCHW.to(device), generators).float().cpu()
+
+    cache_latents(training_set, encode, identity_of(vae), options.caching, seed, processes)
+    return None
+
+
+def identity_of(module: nn.Module) -> str:
+    """A hash of a module's weights, names and dtypes."""
+    digest = blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
