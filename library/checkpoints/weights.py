@@ -4,11 +4,11 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from hashlib import blake2b
 from io import RawIOBase
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,29 @@ class Weights:
     origin: str  # the path, for messages
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]  # in memory of its own
+
+
+LoaderT = TypeVar("LoaderT")
+
+
+def without_values(loader: LoaderT) -> LoaderT:
+    """The same loader, a frozen dataclass, whose models come on the meta device: with shapes alone, nothing is read.
+
+    Every `Weights` in its fields, however deep, gives tensors that have no memory.
+    """
+
+    def emptied(value: Any) -> Any:
+        if isinstance(value, Weights):
+            shapes = value.shapes
+            return replace(value, read=lambda name: torch.empty(shapes[name], device="meta"))
+        if isinstance(value, list | tuple):
+            return type(value)(emptied(item) for item in value)
+        if is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **{f.name: emptied(getattr(value, f.name)) for f in fields(value) if f.init})
+        return value
+
+    found: LoaderT = emptied(loader)
+    return found
 
 
 def open_weights(path: Path) -> Weights:

@@ -26,6 +26,7 @@ from library.training.run.context import Autocast, StepContext
 from library.training.run.models import LoadedModels, load_models
 from library.training.run.optimization import build_optimization
 from library.training.run.plan import Plan
+from library.training.run.rehearsal import rehearse
 from library.training.run.run import Run
 from library.training.run.text_caching import cached_text, check_text_caching
 from library.training.run.writer import build_writer, go_on
@@ -111,6 +112,7 @@ def prepare(
     compute = Compute.build(options.precision, processes.device)
     plan = Plan.build(options.run, training_set.num_batches, processes.count)
     progress = Progress(starting_step(options, plan, state))
+    rehearse(options, arch, plan.max_train_steps)
     prompts = wanted_prompts(options, arch) if processes.is_main else []
 
     texts = texts_of(prompts, arch.preview.worded)

@@ -1,0 +1,63 @@
+"""Before anything is read or encoded: the adapter, the optimizer and the schedule are made once without weights.
+
+A wrong network argument or a missing optimizer would otherwise show after minutes of loading and caching.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from library.checkpoints.weights import without_values
+from library.options.train import TrainOptions
+from library.protocols import Architecture
+from library.training.optimization.lr_schedules import build_schedule
+from library.training.optimization.optimizers import build_optimizer
+from library.training.run.context import Models
+from library.training.run.network import create
+from networks.core.protocol import adopt, open_network_module
+
+OURS = "networks."  # modules of others may compute with weights while they are made
+
+
+def rehearse(options: TrainOptions, arch: Architecture, max_train_steps: int) -> None:
+    """Make adapter, optimizer and schedule as the run will, on models without values, and forget them.
+
+    Raises UserError for whatever of --network_module, --network_args, --optimizer_*, --lr_scheduler* and learning
+    rates would end the run later. Modules of third parties are only imported: they may need real weights.
+    """
+    name = options.network.network_module
+    assert name is not None
+    with quiet(), torch.random.fork_rng(devices=[]):
+        module = open_network_module(name)
+        groups = [{"params": [], "lr": options.optimizer.learning_rate}]
+        if name.startswith(OURS):
+            with torch.device("meta"):
+                network = adopt(create(options.network, module, sketched_models(options, arch)))
+            rates = options.network.text_encoder_lr, options.network.unet_lr, options.optimizer.learning_rate
+            groups, _ = network.parameter_groups(*rates)
+        # Some optimizers look at their parameters when they are made, which those on the meta device do not survive.
+        stand_ins = [{**group, "params": [nn.Parameter(torch.zeros(2, 2))]} for group in groups]
+        build_schedule(options.schedule, build_optimizer(options.optimizer, stand_ins), max_train_steps)
+
+
+def sketched_models(options: TrainOptions, arch: Architecture) -> Models:
+    """The models that get adapters, on the meta device."""
+    loader = without_values(arch.load)
+    adapts_text = not options.network.network_train_unet_only
+    encoders = loader.text_encoders() if adapts_text else []
+    denoiser = loader.denoiser()
+    return Models(denoiser, encoders, None, arch.view(encoders, denoiser))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Log nothing: the run itself will say it all."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
