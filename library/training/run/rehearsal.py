@@ -35,7 +35,7 @@ def rehearse(options: TrainOptions, arch: Architecture, max_train_steps: int) ->
         groups = [{"params": [], "lr": options.optimizer.learning_rate}]
         if name.startswith(OURS):
             with torch.device("meta"):
-                network = adopt(create(options.network, module, sketched_models(options, arch)))
+                network = adopt(create(options.network, module, sketched_models(arch)))
             rates = options.network.text_encoder_lr, options.network.unet_lr, options.optimizer.learning_rate
             groups, _ = network.parameter_groups(*rates)
         # Some optimizers look at their parameters when they are made, which those on the meta device do not survive.
@@ -43,12 +43,10 @@ def rehearse(options: TrainOptions, arch: Architecture, max_train_steps: int) ->
         build_schedule(options.schedule, build_optimizer(options.optimizer, stand_ins), max_train_steps)
 
 
-def sketched_models(options: TrainOptions, arch: Architecture) -> Models:
+def sketched_models(arch: Architecture) -> Models:
     """The models that get adapters, on the meta device."""
     loader = without_values(arch.load)
-    adapts_text = not options.network.network_train_unet_only
-    encoders = loader.text_encoders() if adapts_text else []
-    denoiser = loader.denoiser()
+    encoders, denoiser = loader.text_encoders(), loader.denoiser()
     return Models(denoiser, encoders, None, arch.view(encoders, denoiser))
 
 
