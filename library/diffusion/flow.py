@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from library.diffusion.noise import draw_normal, draw_strength
-from library.diffusion.noise_levels import LevelSampler, sampled, scheme_weights
-from library.diffusion.timesteps import check_timestep_range
+from library.diffusion.noise_levels import LevelSampler, check_timestep_range, sampled, scheme_weights
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error
 from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
 from library.options.loss import LossOptions
