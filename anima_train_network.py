@@ -9,7 +9,7 @@ from library.training.command_line.cli import build_parser
 
 def setup_parser() -> argparse.ArgumentParser:
     """Every option of this script; front ends read it."""
-    return build_parser(AnimaOptions)
+    return build_parser(AnimaOptions, parts="--qwen3 qwen3.safetensors --vae vae.safetensors")
 
 
 if __name__ == "__main__":

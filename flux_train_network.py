@@ -9,7 +9,7 @@ from library.training.command_line.cli import build_parser
 
 def setup_parser() -> argparse.ArgumentParser:
     """Every option of this script; front ends read it."""
-    return build_parser(FluxOptions)
+    return build_parser(FluxOptions, parts="--clip_l clip_l.safetensors --t5xxl t5xxl.safetensors --ae ae.safetensors")
 
 
 if __name__ == "__main__":

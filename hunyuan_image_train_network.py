@@ -9,7 +9,10 @@ from library.training.command_line.cli import build_parser
 
 def setup_parser() -> argparse.ArgumentParser:
     """Every option of this script; front ends read it."""
-    return build_parser(HunyuanImageOptions)
+    return build_parser(
+        HunyuanImageOptions,
+        parts="--text_encoder qwen_2.5_vl.safetensors --byt5 byt5.safetensors --vae vae.safetensors",
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from library.training.command_line.cli import build_parser
 
 def setup_parser() -> argparse.ArgumentParser:
     """Every option of this script; front ends read it."""
-    return build_parser(LuminaOptions)
+    return build_parser(LuminaOptions, parts="--gemma2 gemma2.safetensors --ae ae.safetensors")
 
 
 if __name__ == "__main__":

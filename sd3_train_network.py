@@ -9,7 +9,9 @@ from library.training.command_line.cli import build_parser
 
 def setup_parser() -> argparse.ArgumentParser:
     """Every option of this script; front ends read it."""
-    return build_parser(Sd3Options)
+    return build_parser(
+        Sd3Options, parts="--clip_l clip_l.safetensors --clip_g clip_g.safetensors --t5xxl t5xxl.safetensors"
+    )
 
 
 if __name__ == "__main__":
