@@ -17,7 +17,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     let_idle_threads_sleep()
-    from library.architectures.hunyuan_image.assembly import build
+    from library.architectures.hunyuan_image.assembly import LATENTS, build
     from library.training.command_line.main import main
 
-    raise SystemExit(main(setup_parser(), HunyuanImageOptions, build))
+    raise SystemExit(main(setup_parser(), HunyuanImageOptions, build, latents=LATENTS))

@@ -16,7 +16,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     let_idle_threads_sleep()
-    from library.architectures.sd3.assembly import build
+    from library.architectures.sd3.assembly import LATENTS, build
     from library.training.command_line.main import main
 
-    raise SystemExit(main(setup_parser(), Sd3Options, build))
+    raise SystemExit(main(setup_parser(), Sd3Options, build, latents=LATENTS))
