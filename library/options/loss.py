@@ -33,7 +33,7 @@ class LossOptions(Options):
         1.0,
         at_least=0,
         needs="loss_type=huber|smooth_l1",
-        help="Factor on the threshold of huber and smooth_l1. The snr schedule does not use it.",
+        help="Factor on the threshold of huber and smooth_l1.",
     )
     min_snr_gamma: float | None = option(
         None,

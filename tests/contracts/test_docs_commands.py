@@ -122,7 +122,7 @@ def test_readme_shows_both_commands_and_a_real_training() -> None:
     commands = commands_of(ROOT / "README.md")
     assert "python3 tools/start.py quickstart" in commands
     assert "python3 tools/start.py test" in commands
-    assert any(command.startswith("accelerate launch") and "--dataset_config" in command for command in commands)
+    assert any(command.startswith("python3 train_network.py") and "--dataset_config" in command for command in commands)
 
 
 @pytest.mark.parametrize(
