@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -107,9 +108,11 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
         return
     from library.training.faults.failure import saved_on_error
     from library.training.optimization.nonfinite import last_good_saved
+    from library.training.reporting.report import finished_line
     from library.training.run.loop import train
 
     interruption.defer()
+    started, first_step = time.monotonic(), prepared.progress.step
     try:
         with (
             last_good_saved(prepared.writer),
@@ -127,6 +130,13 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
             )
     finally:
         prepared.charts.close()
+    if processes.is_main and prepared.progress.step >= prepared.run.plan.max_train_steps:
+        names, network = prepared.writer.names, options.network
+        rank = f" of rank {network.network_dim}" if network.network_dim else ""
+        num_steps, seconds = prepared.progress.step - first_step, time.monotonic() - started
+        what = f"{network.network_module}{rank} on {arch.name}"
+        best = prepared.validation.best
+        logger.info("%s", finished_line(what, num_steps, seconds, names.of_end(), best, names.of_best()))
 
 
 OUR_FAULT = (
