@@ -61,16 +61,16 @@ def group(kind: type["Options"]) -> Any:
 def int_or_float(text: str) -> int | float:
     """The number in `text`: steps when it is a whole number, a share of the run when it lies below 1 or ends in `%`.
 
-    Raises argparse.ArgumentTypeError for anything else: for a negative number, and for 1.0 and above with a point,
-    which could be meant either way.
+    0 is a share, as sd-scripts has it, and so are negative numbers, which the range of the option refuses.
+    Raises argparse.ArgumentTypeError for anything else: for 1.0 and above with a point, which could be meant either way.
     """
     try:
-        if text.strip().isdigit():
+        if text.strip().isdigit() and int(text) > 0:
             return int(text)
         share = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 <= share < 1:
+    if not share < 1:  # NaN is not either
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of steps or a share of the run below 1.0")
     return share
 

@@ -138,9 +138,12 @@ def json_wishes(path: Path, text: str) -> Iterator[Wish]:
 
 
 def parse_line(line: str, place: str) -> Wish:
-    """`a cat --w 768 --n blurry`: what stands before the first option is the prompt, whatever it begins with."""
+    """`a cat --w 768 --n blurry`: what stands before the first option is the prompt, whatever it begins with.
+
+    Words behind the value of an option belong to the prompt too, but for --n, which takes all up to the next option.
+    """
     prompt, *options = OPTION.split(line.strip())
-    table: dict[str, Any] = {"prompt": prompt.strip()}
+    words, table = [prompt.strip()], dict[str, Any]()
     for option in options:
         letters, _, text = option.strip().partition(" ")
         key = LINE_OPTIONS.get(letters.lower())
@@ -152,8 +155,16 @@ def parse_line(line: str, place: str) -> Wish:
             )
         if key in table:
             raise UserError(f"{FLAG} {place}: --{letters} is given twice; keep one")
-        table[key] = number_in(text.strip(), key, place) if key in WHOLE or key in REAL else text.strip()
-    return wish_of(table, place)
+        value, rest = (text.strip(), "") if key == "negative_prompt" else first_word(text)
+        table[key] = number_in(value, key, place) if key in WHOLE or key in REAL else value
+        words.append(rest)
+    return wish_of({"prompt": " ".join(filter(None, words)), **table}, place)
+
+
+def first_word(text: str) -> tuple[str, str]:
+    """(the first word, the others)."""
+    word, _, rest = text.strip().partition(" ")
+    return word, rest.strip()
 
 
 def number_in(text: str, key: str, place: str) -> int | float:
