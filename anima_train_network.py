@@ -9,12 +9,12 @@ from library.training.command_line.cli import build_parser
 
 def setup_parser() -> argparse.ArgumentParser:
     """Every option of this script; front ends read it."""
-    return build_parser(AnimaOptions)
+    return build_parser(AnimaOptions, parts="--qwen3 qwen3.safetensors --vae vae.safetensors")
 
 
 if __name__ == "__main__":
     let_idle_threads_sleep()
-    from library.architectures.anima.assembly import build
+    from library.architectures.anima.assembly import LATENTS, build
     from library.training.command_line.main import main
 
-    raise SystemExit(main(setup_parser(), AnimaOptions, build))
+    raise SystemExit(main(setup_parser(), AnimaOptions, build, latents=LATENTS))

@@ -9,12 +9,12 @@ from library.training.command_line.cli import build_parser
 
 def setup_parser() -> argparse.ArgumentParser:
     """Every option of this script; front ends read it."""
-    return build_parser(FluxOptions)
+    return build_parser(FluxOptions, parts="--clip_l clip_l.safetensors --t5xxl t5xxl.safetensors --ae ae.safetensors")
 
 
 if __name__ == "__main__":
     let_idle_threads_sleep()
-    from library.architectures.flux.assembly import build
+    from library.architectures.flux.assembly import LATENTS, build
     from library.training.command_line.main import main
 
-    raise SystemExit(main(setup_parser(), FluxOptions, build))
+    raise SystemExit(main(setup_parser(), FluxOptions, build, latents=LATENTS))

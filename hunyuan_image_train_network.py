@@ -9,12 +9,15 @@ from library.training.command_line.cli import build_parser
 
 def setup_parser() -> argparse.ArgumentParser:
     """Every option of this script; front ends read it."""
-    return build_parser(HunyuanImageOptions)
+    return build_parser(
+        HunyuanImageOptions,
+        parts="--text_encoder qwen_2.5_vl.safetensors --byt5 byt5.safetensors --vae vae.safetensors",
+    )
 
 
 if __name__ == "__main__":
     let_idle_threads_sleep()
-    from library.architectures.hunyuan_image.assembly import build
+    from library.architectures.hunyuan_image.assembly import LATENTS, build
     from library.training.command_line.main import main
 
-    raise SystemExit(main(setup_parser(), HunyuanImageOptions, build))
+    raise SystemExit(main(setup_parser(), HunyuanImageOptions, build, latents=LATENTS))

@@ -9,12 +9,12 @@ from library.training.command_line.cli import build_parser
 
 def setup_parser() -> argparse.ArgumentParser:
     """Every option of this script; front ends read it."""
-    return build_parser(LuminaOptions)
+    return build_parser(LuminaOptions, parts="--gemma2 gemma2.safetensors --ae ae.safetensors")
 
 
 if __name__ == "__main__":
     let_idle_threads_sleep()
-    from library.architectures.lumina.assembly import build
+    from library.architectures.lumina.assembly import LATENTS, build
     from library.training.command_line.main import main
 
-    raise SystemExit(main(setup_parser(), LuminaOptions, build))
+    raise SystemExit(main(setup_parser(), LuminaOptions, build, latents=LATENTS))

@@ -9,12 +9,14 @@ from library.training.command_line.cli import build_parser
 
 def setup_parser() -> argparse.ArgumentParser:
     """Every option of this script; front ends read it."""
-    return build_parser(Sd3Options)
+    return build_parser(
+        Sd3Options, parts="--clip_l clip_l.safetensors --clip_g clip_g.safetensors --t5xxl t5xxl.safetensors"
+    )
 
 
 if __name__ == "__main__":
     let_idle_threads_sleep()
-    from library.architectures.sd3.assembly import build
+    from library.architectures.sd3.assembly import LATENTS, build
     from library.training.command_line.main import main
 
-    raise SystemExit(main(setup_parser(), Sd3Options, build))
+    raise SystemExit(main(setup_parser(), Sd3Options, build, latents=LATENTS))

@@ -14,7 +14,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     let_idle_threads_sleep()
-    from library.architectures.sd.assembly import build
+    from library.architectures.sd.assembly import LATENTS, build
     from library.training.command_line.main import main
 
-    raise SystemExit(main(setup_parser(), TrainOptions, build))
+    raise SystemExit(main(setup_parser(), TrainOptions, build, latents=LATENTS))

@@ -111,11 +111,11 @@ def train(fresh_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..
         PartialState._reset_state()
         capfd.readouterr()
         package, options_module, options_class = SCRIPTS[script]
-        build = importlib.import_module(f"library.architectures.{package}.assembly").build
+        assembly = importlib.import_module(f"library.architectures.{package}.assembly")
         options_type = getattr(importlib.import_module(options_module), options_class)
         parser = importlib.import_module(script).setup_parser()
         try:
-            status = main(parser, options_type, build, arguments)
+            status = main(parser, options_type, assembly.build, arguments, latents=assembly.LATENTS)
         except SystemExit as end:
             status = int(end.code or 0)
         out, err = capfd.readouterr()

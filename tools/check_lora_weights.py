@@ -38,8 +38,8 @@ from tools.command import make_parser, run
 from tools.convert_lora import all_tables
 
 EXAMPLES = """\
-  python tools/check_lora_weights.py --model my_cat.safetensors
-  python tools/check_lora_weights.py --model my_cat.safetensors --json > report.json"""
+  python3 tools/check_lora_weights.py --model my_cat.safetensors
+  python3 tools/check_lora_weights.py --model my_cat.safetensors --json > report.json"""
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def setup_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: python tools/check_toy_base.py --base configs/quickstart/toy_base --count 200",
+        epilog="example: python3 tools/check_toy_base.py --base configs/quickstart/toy_base --count 200",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--base", type=Path, default=ROOT / "configs/quickstart/toy_base", help="diffusers folder")

@@ -25,8 +25,8 @@ from tools.command import check_output, make_parser, run
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
-  python tools/convert_lora.py --model my_cat.safetensors --save_to my_cat_diffusers.safetensors --to diffusers
-  python tools/convert_lora.py --model from_peft.safetensors --save_to for_comfyui.safetensors --to kohya"""
+  python3 tools/convert_lora.py --model my_cat.safetensors --save_to my_cat_diffusers.safetensors --to diffusers
+  python3 tools/convert_lora.py --model from_peft.safetensors --save_to for_comfyui.safetensors --to kohya"""
 
 
 def all_tables() -> list[BaseNames]:

@@ -31,10 +31,10 @@ from tools.command import check_output, make_parser, run, with_comment
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
-  python tools/extract_lora_from_dylora.py --model cat.safetensors --save_to cat_cut.safetensors --unit 4
+  python3 tools/extract_lora_from_dylora.py --model cat.safetensors --save_to cat_cut.safetensors --unit 4
       cat_cut-0004.safetensors, cat_cut-0008.safetensors, ... up to the full rank
-  python tools/extract_lora_from_dylora.py --model cat.safetensors --save_to cat_cut.safetensors --rank 8 16
-  python tools/extract_lora_from_dylora.py --model cat.safetensors --unit 4 --report
+  python3 tools/extract_lora_from_dylora.py --model cat.safetensors --save_to cat_cut.safetensors --rank 8 16
+  python3 tools/extract_lora_from_dylora.py --model cat.safetensors --unit 4 --report
       only print how far each rank is from the full one"""
 
 

@@ -37,9 +37,9 @@ from tools.command import add_device, add_save_precision, check_output, device_o
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
-  python tools/extract_lora_from_models.py --model_org sd15.safetensors --model_tuned tuned.safetensors \\
+  python3 tools/extract_lora_from_models.py --model_org sd15.safetensors --model_tuned tuned.safetensors \\
       --save_to tuned_lora.safetensors --dim 32
-  python tools/extract_lora_from_models.py --model_org sd15.safetensors --model_tuned tuned.safetensors \\
+  python3 tools/extract_lora_from_models.py --model_org sd15.safetensors --model_tuned tuned.safetensors \\
       --save_to tuned_locon.safetensors --dim 32 --conv_dim 16 --save_precision fp16"""
 
 

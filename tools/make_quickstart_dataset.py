@@ -44,7 +44,7 @@ def setup_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: python tools/make_quickstart_dataset.py --shape heart",
+        epilog="example: python3 tools/make_quickstart_dataset.py --shape heart",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     quickstart = ROOT / "configs/quickstart"

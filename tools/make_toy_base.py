@@ -416,7 +416,7 @@ def setup_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: python tools/make_toy_base.py --out configs/quickstart/toy_base",
+        epilog="example: python3 tools/make_toy_base.py --out configs/quickstart/toy_base",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=ROOT / "configs/quickstart/toy_base", help="folder to write")

@@ -1,11 +1,12 @@
 """Merge LoRA files into a checkpoint, or several LoRA files into one.
 
-With --sd_model the changes are added to the weights of a checkpoint of Stable Diffusion 1.x, 2.x or XL, or of FLUX.1 in
-the original layout: a single file gives a single file, a diffusers folder a folder; what the adapters do not touch is
-copied as it is. Without it the files become one LoRA whose change is the sum of ratio * change: exactly with --concat
-(the ranks add), else as the best approximation (SVD) at --new_rank, by default the largest rank among the files. LoRA,
-convolutions, Tucker cores, LoHa and norm weights can be merged either way, DoRA only into a checkpoint. The change of a
-LoHa of rank r has the rank r * r: --concat gives it as many, else the log says how much the one LoRA misses.
+With --sd_model the changes are added to the weights of a checkpoint of Stable Diffusion 1.x, 2.x or XL, or of a FLUX.1,
+SD3, Lumina, HunyuanImage or Anima file in the original layout: a single file gives a single file, a diffusers folder a
+folder; what the adapters do not touch is copied as it is. Without it the files become one LoRA whose change is the sum
+of ratio * change: exactly with --concat (the ranks add), else as the best approximation (SVD) at --new_rank, by default
+the largest rank among the files. LoRA, convolutions, Tucker cores, LoHa and norm weights can be merged either way, DoRA
+only into a checkpoint. The change of a LoHa of rank r has the rank r * r: --concat gives it as many, else the log says
+how much the one LoRA misses.
 """
 
 import argparse
@@ -60,11 +61,11 @@ from tools.convert_lora import all_tables, base_of
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
-  python tools/merge_lora.py --sd_model sd15.safetensors --models cat.safetensors --ratios 0.8 \\
+  python3 tools/merge_lora.py --sd_model sd15.safetensors --models cat.safetensors --ratios 0.8 \\
       --save_to sd15_cat.safetensors
-  python tools/merge_lora.py --models cat.safetensors style.safetensors --ratios 1.0 0.5 --concat \\
+  python3 tools/merge_lora.py --models cat.safetensors style.safetensors --ratios 1.0 0.5 --concat \\
       --save_to cat_in_style.safetensors
-  python tools/merge_lora.py --models cat.safetensors style.safetensors --ratios 1.0 0.5 --new_rank 16 \\
+  python3 tools/merge_lora.py --models cat.safetensors style.safetensors --ratios 1.0 0.5 --new_rank 16 \\
       --save_to cat_in_style_16.safetensors"""
 
 

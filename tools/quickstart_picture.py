@@ -68,7 +68,7 @@ def setup_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: python tools/quickstart_picture.py --lora mine.safetensors --out before_after.png",
+        epilog="example: python3 tools/quickstart_picture.py --lora mine.safetensors --out before_after.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     quickstart = ROOT / "configs/quickstart"

@@ -45,8 +45,8 @@ from tools.command import (
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
-  python tools/resize_lora.py --model cat.safetensors --save_to cat_8.safetensors --new_rank 8
-  python tools/resize_lora.py --model cat.safetensors --save_to cat_small.safetensors --new_rank 32 \\
+  python3 tools/resize_lora.py --model cat.safetensors --save_to cat_8.safetensors --new_rank 8
+  python3 tools/resize_lora.py --model cat.safetensors --save_to cat_small.safetensors --new_rank 32 \\
       --dynamic_method sv_fro --dynamic_param 0.9 --verbose"""
 
 METHODS: Mapping[str, Callable[[Tensor, float], int]] = {

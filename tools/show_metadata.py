@@ -27,9 +27,9 @@ LONGEST_TEXT = 2000  # characters that are shown of one value; pictures are long
 SECTIONS = (("modelspec.", "model"), ("ss_", "training"), ("sshs_", "hashes"))
 
 EXAMPLES = """\
-  python tools/show_metadata.py --model my_cat.safetensors
-  python tools/show_metadata.py --model my_cat.safetensors --key ss_network_args
-  python tools/show_metadata.py --model my_cat.safetensors --json > metadata.json"""
+  python3 tools/show_metadata.py --model my_cat.safetensors
+  python3 tools/show_metadata.py --model my_cat.safetensors --key ss_network_args
+  python3 tools/show_metadata.py --model my_cat.safetensors --json > metadata.json"""
 
 
 def parsed(text: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 OptionsT = TypeVar("OptionsT", bound="Options")
 
 
-RULE = "rule"  # the key of a field's metadata that argparse does not get
+RULE, USUAL = "rule", "usual"  # keys of a field's metadata that argparse does not get
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ def option(
     needs: str | tuple[str, ...] = (),
     unless: str | None = None,
     ignored: str | None = None,
+    usual: bool = False,
     **argparse_kwargs: Any,
 ) -> Any:
     """A field of an Options class. The flag is the field's name: `max_grad_norm` is --max_grad_norm.
@@ -40,10 +41,10 @@ def option(
     A value, or each value of a list, below `at_least` or above `at_most` is refused; a share lies in 0..1. The option
     has no effect unless one of those in `needs` asks for something ("enable_bucket") or is one of some values
     ("loss_type=huber|smooth_l1"), nor where the one in `unless` is given; one that is `ignored` never has, for the
-    reason named. Other keywords are argparse's.
+    reason named. --help shows the `usual` ones, --help_all all. Other keywords are argparse's.
     """
     rule = Rule(at_least, at_most, is_share, (needs,) if isinstance(needs, str) else needs, unless, ignored)
-    return field(default=default, metadata={"help": help, RULE: rule, **argparse_kwargs})
+    return field(default=default, metadata={"help": help, RULE: rule, USUAL: usual, **argparse_kwargs})
 
 
 def redeclared(kind: type["Options"], name: str, default: Any, **argparse_kwargs: Any) -> Any:
@@ -60,16 +61,16 @@ def group(kind: type["Options"]) -> Any:
 def int_or_float(text: str) -> int | float:
     """The number in `text`: steps when it is a whole number, a share of the run when it lies below 1 or ends in `%`.
 
-    Raises argparse.ArgumentTypeError for anything else: for a negative number, and for 1.0 and above with a point,
-    which could be meant either way.
+    0 is a share, as sd-scripts has it, and so are negative numbers, which the range of the option refuses.
+    Raises argparse.ArgumentTypeError for anything else: for 1.0 and above with a point, which could be meant either way.
     """
     try:
-        if text.strip().isdigit():
+        if text.strip().isdigit() and int(text) > 0:
             return int(text)
         share = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 <= share < 1:
+    if not share < 1:  # NaN is not either
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of steps or a share of the run below 1.0")
     return share
 
@@ -97,14 +98,25 @@ class Options:
 
     @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> None:
-        """Declare every option of this class and of its groups on `parser`."""
-        for f, kind in cls.leaves():
+        """Declare every option of this class and of its groups on `parser`.
+
+        Each class is an argument group, headed by the first sentence of its docstring.
+        """
+        hints = get_type_hints(cls)
+        heading = (cls.__doc__ or cls.__name__).partition("\n")[0].rstrip(".")
+        section = None
+        for f in fields(cls):  # type: ignore[arg-type]
+            kind = hints[f.name]
+            if isinstance(kind, type) and issubclass(kind, Options):
+                kind.add_to(parser)
+                continue
+            section = section or parser.add_argument_group(heading)
             assert f.default is not MISSING, f.name
-            keywords = {key: value for key, value in f.metadata.items() if key != RULE}
+            keywords = {key: value for key, value in f.metadata.items() if key not in (RULE, USUAL)}
             if kind is bool:
-                parser.add_argument(f"--{f.name}", action="store_true", **keywords)
+                section.add_argument(f"--{f.name}", action="store_true", **keywords)
             else:
-                parser.add_argument(f"--{f.name}", default=f.default, **{"type": scalar_type(kind), **keywords})
+                section.add_argument(f"--{f.name}", default=f.default, **{"type": scalar_type(kind), **keywords})
 
     @classmethod
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:

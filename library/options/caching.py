@@ -11,11 +11,13 @@ class CachingOptions(Options):
 
     cache_latents: bool = option(
         False,
+        usual=True,
         help="Encode every picture once before training and keep the latents in memory. Fixes the crop, so it excludes"
         " --random_crop and --color_aug.",
     )
     cache_latents_to_disk: bool = option(
         False,
+        usual=True,
         help="Keep the encoded pictures in files beside them, so that the next run need not encode them again. Implies"
         " --cache_latents; entries that no longer fit the picture or the VAE are made anew.",
     )
@@ -41,11 +43,13 @@ class TextCachingOptions(Options):
 
     cache_text_encoder_outputs: bool = option(
         False,
+        usual=True,
         help="Encode every caption once before training, keep the results in memory and free the text encoders. "
         "Those that train stay (FLUX.1, SD3); SDXL and Anima need --network_train_unet_only.",
     )
     cache_text_encoder_outputs_to_disk: bool = option(
         False,
+        usual=True,
         help="Keep the encoded captions in files beside the pictures, so that the next run need not load the text "
         "encoders. Implies --cache_text_encoder_outputs; what no longer fits captions or encoders is made anew.",
     )

@@ -15,11 +15,13 @@ class ConfigFileOptions(Options):
 
     config_file: str | None = option(
         None,
+        usual=True,
         help='TOML file with options, one "name = value" a line; .toml may be left out. Sections only group lines, and'
         " what is typed on the command line wins.",
     )
     output_config: bool = option(
         False,
+        usual=True,
         help="Write the options of this command line that differ from their defaults into the file named by "
         "--config_file, and end. An existing file is not overwritten.",
     )

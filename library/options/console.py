@@ -11,6 +11,7 @@ class ConsoleOptions(Options):
 
     console_log_level: str | None = option(
         None,
+        usual=True,
         help="Least important messages to show, from DEBUG to CRITICAL. Unset shows INFO and above.",
         choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
     )

@@ -14,16 +14,19 @@ class DatasetOptions(Options):
 
     dataset_config: Path | None = option(
         None,
+        usual=True,
         help="TOML or JSON file that describes data sets and their folders. Takes the place of --train_data_dir, "
         "--reg_data_dir and --in_json; other data options here are only fallbacks for what the file leaves open.",
     )
     train_data_dir: str | None = option(
         None,
+        usual=True,
         help="Folder with the training pictures, in subfolders called N_name, each shown N times per epoch. With "
         "--in_json it is the folder that the pictures lie in.",
     )
     reg_data_dir: str | None = option(
         None,
+        usual=True,
         help="Folder with regularisation pictures, in subfolders called N_name. They remind the model of what it "
         "already knows; see --prior_loss_weight.",
     )
@@ -38,6 +41,7 @@ class DatasetOptions(Options):
     )
     debug_dataset: bool = option(
         False,
+        usual=True,
         help="Show what each batch holds (pictures, captions, sizes), then end without training.",
     )
     cache_info: bool = option(
@@ -47,11 +51,13 @@ class DatasetOptions(Options):
     )
     shuffle_caption: bool = option(
         False,
+        usual=True,
         help="Put the tags of a caption into a new random order each time. --keep_tokens says how many stay in front.",
     )
     caption_separator: str = option(",", help="Text that separates the tags of a caption.")
     caption_extension: str = option(
         ".caption",
+        usual=True,
         help="Ending of the caption files beside the pictures, such as .txt; a missing dot is added.",
     )
     caption_extention: str | None = option(
@@ -59,7 +65,7 @@ class DatasetOptions(Options):
         help="Old misspelling of --caption_extension, kept for old command lines. Wins over it when set.",
     )
     keep_tokens: int = option(
-        0, at_least=0, help="Number of tags at the front of a caption that are never shuffled or dropped."
+        0, usual=True, at_least=0, help="Number of tags at the front of a caption that are never shuffled or dropped."
     )
     keep_tokens_separator: str = option(
         "",
@@ -86,6 +92,7 @@ class DatasetOptions(Options):
     )
     caption_dropout_rate: float = option(
         0.0,
+        usual=True,
         is_share=True,
         help="Share of samples that are trained with an empty caption, 0 to 1. 0.05 to 0.1 helps classifier-free "
         "guidance.",
@@ -115,6 +122,7 @@ class DatasetOptions(Options):
     )
     flip_aug: bool = option(
         False,
+        usual=True,
         help="Mirror pictures at random, one half of the time. Unsuited to text and to subjects with a left and a "
         "right.",
     )
@@ -148,18 +156,21 @@ class DatasetOptions(Options):
     )
     resolution: str | None = option(
         None,
+        usual=True,
         help="Training size in pixels, N for a square or WIDTH,HEIGHT. With --enable_bucket it is the area that other "
         "shapes keep to.",
     )
     enable_bucket: bool = option(
         False,
+        usual=True,
         help="Train pictures in their own aspect ratio, grouped by shape, in place of cutting all to --resolution.",
     )
-    min_bucket_reso: int = option(256, at_least=1, help="Shortest side of a bucket in pixels.")
-    max_bucket_reso: int = option(1024, at_least=1, help="Longest side of a bucket in pixels.")
+    min_bucket_reso: int = option(256, usual=True, at_least=1, help="Shortest side of a bucket in pixels.")
+    max_bucket_reso: int = option(1024, usual=True, at_least=1, help="Longest side of a bucket in pixels.")
     bucket_reso_steps: int = option(64, at_least=1, help="Sides of buckets are multiples of this many pixels.")
     bucket_no_upscale: bool = option(
         False,
+        usual=True,
         needs="enable_bucket",
         help="Never enlarge a picture to fill a bucket; small pictures get buckets of their own size.",
     )
@@ -170,11 +181,13 @@ class DatasetOptions(Options):
     )
     train_batch_size: int = option(
         1,
+        usual=True,
         at_least=1,
         help="Samples in a batch, on each device. More is steadier and needs more memory.",
     )
     max_data_loader_n_workers: int = option(
         8,
+        usual=True,
         at_least=0,
         at_most=MAX_WORKERS,
         help="Most processes that read and prepare pictures, at most one per CPU core. 0 prepares them in the training"

@@ -15,6 +15,7 @@ class FlowWeightingOptions(Options):
 
     weighting_scheme: str = option(
         "uniform",
+        usual=True,
         help="Which noise levels are drawn more often (logit_normal, mode) or count more (sigma_sqrt, cosmap). uniform "
         "and none treat all alike.",
         choices=WEIGHTING_SCHEMES,
@@ -42,6 +43,7 @@ class FlowSamplingOptions(Options):
 
     timestep_sampling: str = option(
         "sigma",
+        usual=True,
         help="How noise levels are drawn: sigma from a table by --weighting_scheme, uniform, sigmoid of a normal draw, "
         "shift as sigmoid with --discrete_flow_shift, flux_shift with a shift that grows with the picture.",
         choices=TIMESTEP_SAMPLINGS,
@@ -54,6 +56,7 @@ class FlowSamplingOptions(Options):
     )
     discrete_flow_shift: float = option(
         3.0,
+        usual=True,
         needs="timestep_sampling=sigma|shift",
         help="How far --timestep_sampling sigma and shift push noise levels toward pure noise. 1 leaves them alone.",
     )
@@ -65,6 +68,7 @@ class FlowPredictionOptions(Options):
 
     model_prediction_type: str = option(
         "raw",
+        usual=True,
         help="What is compared with the target: raw is the output itself, additive adds the noisy latent to it, "
         "sigma_scaled estimates the clean latent from it. Only raw fits what the model was made for.",
         choices=PREDICTION_TYPES,

@@ -11,6 +11,7 @@ class LossOptions(Options):
 
     loss_type: str = option(
         "l2",
+        usual=True,
         help="How the difference to the target is measured: l2 squares it, l1 takes its size, huber and smooth_l1 lie "
         "between and mind outliers less.",
         choices=("l1", "l2", "huber", "smooth_l1"),
@@ -32,10 +33,11 @@ class LossOptions(Options):
         1.0,
         at_least=0,
         needs="loss_type=huber|smooth_l1",
-        help="Factor on the threshold of huber and smooth_l1. The snr schedule does not use it.",
+        help="Factor on the threshold of huber and smooth_l1.",
     )
     min_snr_gamma: float | None = option(
         None,
+        usual=True,
         at_least=0,
         help="Limit on the weight of nearly clean timesteps (min-SNR, 5 is usual). Unset weights all timesteps alike.",
     )

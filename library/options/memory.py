@@ -11,6 +11,7 @@ class MemoryOptions(Options):
 
     gradient_checkpointing: bool = option(
         False,
+        usual=True,
         help="Compute activations again in the backward pass in place of keeping them. Saves much memory for about a "
         "quarter more time.",
     )
@@ -57,6 +58,7 @@ class SwappingOptions(Options):
 
     blocks_to_swap: int | None = option(
         None,
+        usual=True,
         help="Number of transformer blocks that wait in main memory and are exchanged with the card's while computing. "
         "Saves the card's memory and costs time.",
     )
@@ -68,6 +70,7 @@ class PrecisionOptions(Options):
 
     mixed_precision: str = option(
         "no",
+        usual=True,
         help="Number format of arithmetic and of the frozen models: no is 32 bits, bf16 needs a recent card, fp16 a "
         "scaler for small gradients.",
         choices=("no", "fp16", "bf16"),
@@ -79,10 +82,13 @@ class PrecisionOptions(Options):
     )
     full_bf16: bool = option(
         False,
+        usual=True,
         help="Keep the adapter and its gradients in bf16 too. Needs --mixed_precision bf16; saves memory and loses "
         "accuracy.",
     )
-    fp8_base: bool = option(False, help="Keep the frozen base model in 8 bits. Needs --mixed_precision fp16 or bf16.")
+    fp8_base: bool = option(
+        False, usual=True, help="Keep the frozen base model in 8 bits. Needs --mixed_precision fp16 or bf16."
+    )
     fp8_base_unet: bool = option(
         False,
         help="Keep the frozen denoiser in 8 bits and the text encoders in the format of --mixed_precision.",

@@ -11,20 +11,24 @@ class ModelOptions(Options):
 
     pretrained_model_name_or_path: str | None = option(
         None,
+        usual=True,
         help="Base model that the adapter is trained on: a checkpoint file, a folder in diffusers layout, or a Hugging"
         " Face name.",
     )
-    v2: bool = option(False, help="The base model is Stable Diffusion 2.x.")
+    v2: bool = option(False, usual=True, help="The base model is Stable Diffusion 2.x.")
     v_parameterization: bool = option(
         False,
+        usual=True,
         help="The base model predicts velocity in place of noise, as Stable Diffusion 2.x at 768 pixels does.",
     )
     vae: str | None = option(
         None,
+        usual=True,
         help="VAE used in place of the base model's own: a file, a folder or a Hugging Face name.",
     )
     no_half_vae: bool = option(
         False,
+        usual=True,
         help="Run the VAE in 32 bits even with --mixed_precision. Cures black pictures and NaN latents.",
     )
     tokenizer_cache_dir: str | None = option(
@@ -34,11 +38,13 @@ class ModelOptions(Options):
     )
     max_token_length: int | None = option(
         None,
+        usual=True,
         help="Longest caption in tokens, read in chunks of 75; what is longer is cut. Unset is 75.",
         choices=(None, 150, 225),
     )
     clip_skip: int | None = option(
         None,
+        usual=True,
         at_least=1,
         help="Take the text features from the N-th last layer of the text encoder. Unset or 1 is the last layer; many "
         "anime models want 2.",

@@ -11,10 +11,12 @@ class NetworkOptions(Options):
 
     network_module: str | None = option(
         None,
+        usual=True,
         help="Python module that makes the adapter, such as networks.lora or lycoris.kohya.",
     )
     network_dim: int | None = option(
         None,
+        usual=True,
         at_least=1,
         unless="dim_from_weights",
         help="Rank of the adapter: higher learns more detail and makes a larger file. Unset leaves it to the module, 4"
@@ -22,27 +24,34 @@ class NetworkOptions(Options):
     )
     network_alpha: float = option(
         1,
+        usual=True,
         at_least=0,
         unless="dim_from_weights",
         help="Strength of the adapter as alpha divided by rank. Often half the rank or equal to it; 0 means equal.",
     )
     network_dropout: float | None = option(
         None,
+        usual=True,
         is_share=True,
         help="Probability of dropping each value inside the adapter during training, 0 to 1. Unset drops none.",
     )
     network_args: list[str] | None = option(
         None,
+        usual=True,
         help="Further settings of the network module as key=value, separated by spaces, such as conv_dim=4 "
         "conv_alpha=1.",
         nargs="*",
     )
-    network_weights: str | None = option(None, help="Adapter file to start training from. Unset starts from scratch.")
+    network_weights: str | None = option(
+        None, usual=True, help="Adapter file to start training from. Unset starts from scratch."
+    )
     dim_from_weights: bool = option(
         False,
         help="Take rank and alpha from the file of --network_weights in place of --network_dim and --network_alpha.",
     )
-    network_train_unet_only: bool = option(False, help="Train the denoiser only and leave the text encoder as it is.")
+    network_train_unet_only: bool = option(
+        False, usual=True, help="Train the denoiser only and leave the text encoder as it is."
+    )
     network_train_text_encoder_only: bool = option(
         False,
         help="Train the text encoder only and leave the denoiser as it is.",
@@ -65,12 +74,14 @@ class NetworkOptions(Options):
     )
     unet_lr: float | None = option(
         None,
+        usual=True,
         at_least=0,
         unless="network_train_text_encoder_only",
         help="Learning rate of the denoiser's adapter. Unset uses --learning_rate.",
     )
     text_encoder_lr: list[float] | None = option(
         None,
+        usual=True,
         at_least=0,
         unless="network_train_unet_only",
         help="Learning rate of the text encoder's adapter, several values for several encoders. Unset uses "

@@ -20,6 +20,7 @@ class NoiseOptions(Options):
     )
     noise_offset: float | None = option(
         None,
+        usual=True,
         help="Strength of noise that shifts whole colour channels, for darker darks and brighter brights; 0.05 is "
         "usual. Unset adds none.",
     )

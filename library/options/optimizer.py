@@ -11,6 +11,7 @@ class OptimizerOptions(Options):
 
     optimizer_type: str = option(
         "",
+        usual=True,
         help="Optimizer by name, such as AdamW8bit, Lion, Prodigy or Adafactor, or by dotted path of a class. Empty is"
         " AdamW.",
     )
@@ -18,16 +19,19 @@ class OptimizerOptions(Options):
     use_lion_optimizer: bool = option(False, help="Old way to say --optimizer_type Lion.")
     learning_rate: float = option(
         2e-06,
+        usual=True,
         at_least=0,
         help="Learning rate, where --unet_lr and --text_encoder_lr do not say otherwise. 1e-4 is usual for LoRA.",
     )
     max_grad_norm: float = option(
         1.0,
+        usual=True,
         at_least=0,
         help="Longest gradient over all trained weights; longer ones are shortened to it. 0 never shortens.",
     )
     optimizer_args: list[str] | None = option(
         None,
+        usual=True,
         help="Further settings of the optimizer as key=value, separated by spaces, such as weight_decay=0.01 "
         "betas=0.9,0.99.",
         nargs="*",
@@ -41,6 +45,7 @@ class ScheduleOptions(Options):
 
     lr_scheduler: str = option(
         "constant",
+        usual=True,
         help="How the learning rate changes over the run: constant, constant_with_warmup, linear, cosine, "
         "cosine_with_restarts, polynomial, and more.",
     )
@@ -56,6 +61,7 @@ class ScheduleOptions(Options):
     )
     lr_warmup_steps: int | float = option(
         0,
+        usual=True,
         at_least=0,
         help="Steps over which the learning rate rises from 0: a whole number, or a share of the run such as 0.1. 0 "
         "starts at the full rate.",
@@ -70,6 +76,7 @@ class ScheduleOptions(Options):
     )
     lr_scheduler_num_cycles: int = option(
         1,
+        usual=True,
         at_least=1,
         help="Number of restarts of cosine_with_restarts; half waves of cosine_with_min_lr and warmup_stable_decay.",
     )

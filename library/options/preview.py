@@ -11,12 +11,16 @@ class PreviewOptions(Options):
 
     sample_every_n_steps: int | None = option(
         None,
+        usual=True,
         help="Draw pictures every N steps. Unset or 0 draws none; --sample_every_n_epochs wins.",
     )
-    sample_at_first: bool = option(False, help="Draw pictures before the first step too, to compare with.")
-    sample_every_n_epochs: int | None = option(None, help="Draw pictures every N epochs. Unset or 0 draws none.")
+    sample_at_first: bool = option(False, usual=True, help="Draw pictures before the first step too, to compare with.")
+    sample_every_n_epochs: int | None = option(
+        None, usual=True, help="Draw pictures every N epochs. Unset or 0 draws none."
+    )
     sample_prompts: str | None = option(
         None,
+        usual=True,
         help="File with the prompts to draw pictures of: .txt with one a line, .toml or .json.",
     )
     sample_sampler: str = option(

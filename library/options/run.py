@@ -13,21 +13,24 @@ class RunOptions(Options):
     """How long to train, from which seed."""
 
     max_train_steps: int = option(
-        1600, at_least=1, help="Number of optimizer steps to train. --max_train_epochs wins when set."
+        1600, usual=True, at_least=1, help="Number of optimizer steps to train. --max_train_epochs wins when set."
     )
     max_train_epochs: int | None = option(
         None,
+        usual=True,
         at_least=1,
         help="Number of passes over all pictures and their repeats. Unset goes by --max_train_steps.",
     )
     seed: int | None = option(
         None,
+        usual=True,
         at_least=-MAX_SEED,
         at_most=MAX_SEED,
         help="Number that fixes everything drawn at random, so that a run can be repeated. Unset draws one.",
     )
     gradient_accumulation_steps: int = option(
         1,
+        usual=True,
         at_least=1,
         help="Batches that are averaged for one optimizer step. Acts like a larger batch without needing its memory.",
     )
@@ -56,6 +59,7 @@ class FaultOptions(Options):
     )
     dry_run: bool = option(
         False,
+        usual=True,
         help="Load and check everything, train the largest batch for one step, show memory, parameters and steps, and "
         "stop without writing a file.",
     )

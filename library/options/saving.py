@@ -9,13 +9,15 @@ from library.options.base import Options, option
 class SavingOptions(Options):
     """When and where weights are written."""
 
-    output_dir: str | None = option(None, help="Folder that saved files go to; made if missing.")
+    output_dir: str | None = option(None, usual=True, help="Folder that saved files go to; made if missing.")
     output_name: str | None = option(
         None,
+        usual=True,
         help="Name of the saved files, without ending. Unset uses last, epoch-N and at-stepN.",
     )
     save_precision: str | None = option(
         None,
+        usual=True,
         help="Number format of saved weights: float, fp16 or bf16. Unset keeps the format of training.",
         choices=(None, "float", "fp16", "bf16"),
     )
@@ -26,11 +28,13 @@ class SavingOptions(Options):
     )
     save_every_n_epochs: int | None = option(
         None,
+        usual=True,
         at_least=1,
         help="Save after every N-th epoch too. Unset or 0 does not.",
     )
     save_every_n_steps: int | None = option(
         None,
+        usual=True,
         at_least=1,
         help="Save after every N-th step too. Unset or 0 does not.",
     )
@@ -41,6 +45,7 @@ class SavingOptions(Options):
     )
     save_last_n_epochs: int | None = option(
         None,
+        usual=True,
         at_least=1,
         needs=("save_every_n_epochs", "save_n_epoch_ratio"),
         help="Keep only the newest N files saved after epochs and delete older ones. Unset or 0 keeps all.",
@@ -101,6 +106,7 @@ class StateOptions(Options):
 
     save_state: bool = option(
         False,
+        usual=True,
         help="Save the training state with every saved file and at the end, so that the run can be continued.",
     )
     save_state_on_train_end: bool = option(False, help="Save the training state at the end only.")
@@ -116,9 +122,10 @@ class StateOptions(Options):
         needs="save_state",
         help="Delete states saved after steps once they are more than N steps old. Unset goes by --save_last_n_steps.",
     )
-    resume: str | None = option(None, help="Folder of a saved training state to continue from.")
+    resume: str | None = option(None, usual=True, help="Folder of a saved training state to continue from.")
     autoresume: bool = option(
         False,
+        usual=True,
         unless="resume",
         help="Continue from the newest whole training state in --output_dir, or start at the beginning where there is "
         "none, so that the same command can be given again after any stop.",

@@ -11,10 +11,12 @@ class TrackerOptions(Options):
 
     logging_dir: str | None = option(
         None,
+        usual=True,
         help="Folder for charts of loss and learning rates; each run makes its own folder inside. Unset draws none.",
     )
     log_with: str | None = option(
         None,
+        usual=True,
         help="Where charts go: tensorboard, wandb or all. Unset is tensorboard once --logging_dir is set.",
         choices=("tensorboard", "wandb", "all"),
     )

@@ -16,9 +16,12 @@ class ValidationOptions(Options):
     )
     validation_split: float = option(
         0.0,
+        usual=True,
         help="Share of the pictures that is set aside to measure the loss on, 0 to 1. 0 sets none aside.",
     )
-    validate_every_n_steps: int | None = option(None, at_least=1, help="Measure the validation loss every N steps.")
+    validate_every_n_steps: int | None = option(
+        None, usual=True, at_least=1, help="Measure the validation loss every N steps."
+    )
     validate_every_n_epochs: int | None = option(
         None,
         at_least=1,
@@ -35,5 +38,6 @@ class ValidationOptions(Options):
     )
     keep_best_checkpoint: bool = option(
         False,
+        usual=True,
         help="Keep the weights with the lowest validation loss so far in a file of their own, <name>-best.",
     )

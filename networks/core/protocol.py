@@ -284,8 +284,13 @@ def _trained_groups(
     """Groups that have parameters and a learning rate; one without its own takes the general one."""
     kept: list[dict[str, Any]] = []
     kept_names: list[str] = []
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    if not any(group["params"] for group in groups):
+        raise UserError(
+            "nothing would be trained: --network_module attached to no layer of this base model; look at what "
+            "--network_args, such as a preset or a pattern, and --network_train_*_only leave over"
+        )
     for index, group in enumerate(groups):
-        group = {**group, "params": list(group["params"])}
         lr = group.get("lr", learning_rate)
         if not group["params"] or not lr:
             continue

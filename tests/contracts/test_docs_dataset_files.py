@@ -26,10 +26,14 @@ def test_example_dataset_file_is_accepted(path: Path) -> None:
     assert load(path).datasets
 
 
-def test_example_of_the_readme_trains_two_folders_at_512() -> None:
+def test_readme_shows_the_file_that_its_command_names() -> None:
+    assert blocks_of(ROOT / "README.md", "toml") == [(ROOT / "configs/examples/dataset.toml").read_text("utf-8")]
+
+
+def test_example_of_the_readme_trains_one_folder_at_512() -> None:
     (dataset,) = load(ROOT / "configs" / "examples" / "dataset.toml").datasets
     assert (dataset.resolution, dataset.batch_size, dataset.enable_bucket) == ((512, 512), 4, True)
-    assert [subset.num_repeats for subset in dataset.subsets] == [10, 4]
+    assert [subset.num_repeats for subset in dataset.subsets] == [10]
     assert all(subset.captions.shuffle_caption and subset.captions.keep_tokens == 1 for subset in dataset.subsets)
 
 

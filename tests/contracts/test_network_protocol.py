@@ -173,8 +173,17 @@ def test_a_type_error_inside_the_network_is_not_taken_for_a_missing_argument() -
 
 
 def test_rates_of_0_everywhere_are_an_error() -> None:
-    with pytest.raises(ValueError, match="nothing would be trained"):
+    with pytest.raises(ValueError, match="nothing would be trained: every part of the adapter has the learning rate 0"):
         adopt(Named()).parameter_groups([0.0], 0.0, 0.0)
+
+
+def test_a_network_without_modules_is_not_blamed_on_the_learning_rate() -> None:
+    class Empty(Named):
+        def prepare_optimizer_params(self, text_encoder_lr: Any, unet_lr: Any, learning_rate: Any) -> Any:
+            return [{"params": [], "lr": 1e-3}]
+
+    with pytest.raises(ValueError, match="attached to no layer of this base model"):
+        adopt(Empty()).parameter_groups([1e-4], 1e-4, 1e-3)
 
 
 @pytest.mark.parametrize(("thing", "message"), [(None, "gave None"), (nn.Linear(1, 1), "it lacks apply_to")])

@@ -50,6 +50,9 @@ def test_a_launched_run_shows_what_front_ends_read(
     assert bars[-1][:3] == ("100", "6", "6") and float(bars[-1][3]) > 0
     assert re.search(r"\|\s*(\d+)/(\d+)\s*\[.*?(\d+\.?\d*)\s*(it/s|s/it)", done.stderr)
     assert "caching latents" in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    wanted = r"trained networks\.lora of rank 4 on sd: 6 steps in \d+ s; the adapter is \S*mine\.safetensors$"
+    assert re.search(wanted, last), last
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,5 +1,6 @@
 """Errors in mid-run: what has been learned is saved, and the run goes on from there."""
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,17 @@ import torch
 from library.checkpoints.files import load_state_dict
 from library.training.run import loop
 from library.training.run.run import Run
-from tests.running import Finished
+from tests.running import Finished, launch_command
 
 Train = Callable[..., Finished]
+
+
+def test_a_quiet_launcher_adds_nothing_below_the_error() -> None:
+    command = launch_command("train_network.py")
+    command.insert(command.index("--num_cpu_threads_per_process"), "--quiet")
+    done = subprocess.run([*command, "--train_batch_size", "0"], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().endswith("ERROR    --train_batch_size is 0; use at least 1, or leave it out")
 
 
 def before_batch(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], Any]) -> None:

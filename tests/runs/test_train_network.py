@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.running import Finished, make_pictures
+from tests.running import SCRIPTS, Finished, make_pictures
 
 Train = Callable[..., Finished]
 
@@ -244,6 +244,14 @@ def test_debug_dataset_shows_batches_and_stops(train: Train, base_arguments: lis
     assert done.status == 0
     assert "00.png" in done.stdout + done.stderr
     assert not (tmp_path / "out").exists() or not files(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_debug_dataset_needs_no_model(train: Train, script: str, pictures: Path) -> None:
+    words = ["--train_data_dir", str(pictures), "--caption_extension", ".txt", "--resolution", "64"]
+    done = train([*words, "--debug_dataset", "--console_log_simple"], script)
+    assert done.status == 0, done.stderr
+    assert "batch 1 of 12: pixels (1, 3, 64, 64)" in done.stdout and "captions are not counted" in done.stdout
 
 
 def test_a_folder_without_pictures_ends_quietly_with_status_0(

@@ -52,6 +52,8 @@ RECIPE = Recipe(
         "discrete_flow_shift",
     ),
 )  # fmt: skip
+CODEC = QwenImageLatents()
+LATENTS = CODEC.spec
 
 
 def build(options: AnimaOptions) -> Architecture:
@@ -71,7 +73,7 @@ def build(options: AnimaOptions) -> Architecture:
         name="anima",
         load=loader,
         text=text,
-        codec=QwenImageLatents(),
+        codec=CODEC,
         objective=build_sampled_flow(options, options.flow_sampling, options.flow_weighting, always_weights_loss=True),
         predict=predict,
         view=view,

@@ -17,7 +17,7 @@ FINE_TUNING_ONLY = "Has no effect: it is for training the model itself; adapters
 class AnimaTextOptions(Options):
     """The text encoder and what reaches the denoiser of a caption."""
 
-    qwen3: str | None = option(None, help="File or folder of the text encoder Qwen3 0.6B.")
+    qwen3: str | None = option(None, usual=True, help="File or folder of the text encoder Qwen3 0.6B.")
     llm_adapter_path: str | None = option(
         None, help="File with a text adapter (llm_adapter) that stands in for the one of the base model."
     )

@@ -46,6 +46,8 @@ RECIPE = Recipe(
         "mode_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type", "discrete_flow_shift",
     ),
 )  # fmt: skip
+CODEC = mapped_latents("_flux.npz")
+LATENTS = CODEC.spec
 
 
 def build(options: FluxOptions) -> Architecture:
@@ -65,7 +67,7 @@ def build(options: FluxOptions) -> Architecture:
         name="flux",
         load=loader,
         text=text,
-        codec=mapped_latents("_flux.npz"),
+        codec=CODEC,
         objective=build_objective(options),
         predict=partial(predict, guidance=options.flux.guidance_scale, masks_text=masks_text),
         view=view,

@@ -14,9 +14,13 @@ from library.options.train import TrainOptions
 class FluxModelOptions(Options):
     """The parts of the base model and what reaches the denoiser of a caption."""
 
-    clip_l: str | None = option(None, help="File or folder of the text encoder CLIP-L. Unset takes it from the base.")
-    t5xxl: str | None = option(None, help="File or folder of the text encoder T5-XXL. Unset takes it from the base.")
-    ae: str | None = option(None, help="File or folder of the VAE. Unset takes it from the base.")
+    clip_l: str | None = option(
+        None, usual=True, help="File or folder of the text encoder CLIP-L. Unset takes it from the base."
+    )
+    t5xxl: str | None = option(
+        None, usual=True, help="File or folder of the text encoder T5-XXL. Unset takes it from the base."
+    )
+    ae: str | None = option(None, usual=True, help="File or folder of the VAE. Unset takes it from the base.")
     controlnet_model_name_or_path: str | None = option(None, help="Has no effect: adapters are trained without one.")
     t5xxl_max_token_length: int | None = option(
         None,
@@ -28,6 +32,7 @@ class FluxModelOptions(Options):
     )
     guidance_scale: float = option(
         3.5,
+        usual=True,
         help="Strength of guidance that the denoiser is told while it trains; schnell has no such input. 1 is what "
         "most recipes train with.",
     )

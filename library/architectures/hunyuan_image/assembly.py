@@ -45,6 +45,7 @@ RECIPE = Recipe(
         "discrete_flow_shift",
     ),
 )  # fmt: skip
+LATENTS = SPEC
 
 
 def build(options: HunyuanImageOptions) -> Architecture:

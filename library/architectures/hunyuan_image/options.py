@@ -21,10 +21,13 @@ class HunyuanImageModelOptions(Options):
     """The parts of the base model and how they run."""
 
     text_encoder: str | None = option(
-        None, help="File or folder of the text encoder Qwen2.5-VL. Unset takes it from a base in diffusers' layout."
+        None,
+        usual=True,
+        help="File or folder of the text encoder Qwen2.5-VL. Unset takes it from a base in diffusers' layout.",
     )
     byt5: str | None = option(
         None,
+        usual=True,
         help="File or folder of ByT5, which reads what is to be written in a picture. Unset takes it from a base in "
         "diffusers' layout.",
     )
@@ -55,7 +58,9 @@ class HunyuanImagePrecisionOptions(PrecisionOptions):
     """Number formats of weights and arithmetic."""
 
     fp8_scaled: bool = option(
-        False, help="Keep the frozen denoiser in 8 bits with a factor for each row, in any --mixed_precision."
+        False,
+        usual=True,
+        help="Keep the frozen denoiser in 8 bits with a factor for each row, in any --mixed_precision.",
     )
 
     @property

@@ -45,6 +45,8 @@ RECIPE = Recipe(
         "model_prediction_type", "discrete_flow_shift",
     ),
 )  # fmt: skip
+CODEC = mapped_latents("_lumina.npz")
+LATENTS = CODEC.spec
 
 
 def build(options: LuminaOptions) -> Architecture:
@@ -59,7 +61,7 @@ def build(options: LuminaOptions) -> Architecture:
         name="lumina",
         load=loader,
         text=text,
-        codec=mapped_latents("_lumina.npz"),
+        codec=CODEC,
         objective=build_objective(options),
         predict=predict,
         view=view,

@@ -16,8 +16,10 @@ TIMESTEP_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "
 class LuminaModelOptions(Options):
     """The parts of the base model and what reaches the denoiser of a caption."""
 
-    gemma2: str | None = option(None, help="File or folder of the text encoder Gemma 2. Unset takes it from the base.")
-    ae: str | None = option(None, help="File or folder of the VAE. Unset takes it from the base.")
+    gemma2: str | None = option(
+        None, usual=True, help="File or folder of the text encoder Gemma 2. Unset takes it from the base."
+    )
+    ae: str | None = option(None, usual=True, help="File or folder of the VAE. Unset takes it from the base.")
     gemma2_max_token_length: int | None = option(
         None, at_least=2, help="Longest caption in Gemma's tokens; what is longer is cut. Unset is 256."
     )

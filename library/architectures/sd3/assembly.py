@@ -46,7 +46,6 @@ RECIPE = Recipe(
         "v_parameterization": "SD3 predicts the velocity of a flow",
         "clip_skip": "SD3 takes the last states but one of both CLIPs",
         "max_token_length": "both CLIPs read 75 tokens; use --t5xxl_max_token_length",
-        "ip_noise_gamma": "sd-scripts adds none to SD3 either",
         "xformers": "attention is torch's scaled dot product",
         "mem_eff_attn": "attention is torch's scaled dot product, which needs as little memory",
         "save_clip": "adapter files hold no text encoders",

@@ -14,10 +14,15 @@ from library.options.train import TrainOptions
 class Sd3TextOptions(Options):
     """The text encoders and what reaches the denoiser of them."""
 
-    clip_l: str | None = option(None, help="File or folder of the text encoder CLIP-L. Unset takes it from the base.")
-    clip_g: str | None = option(None, help="File or folder of the text encoder CLIP-G. Unset takes it from the base.")
+    clip_l: str | None = option(
+        None, usual=True, help="File or folder of the text encoder CLIP-L. Unset takes it from the base."
+    )
+    clip_g: str | None = option(
+        None, usual=True, help="File or folder of the text encoder CLIP-G. Unset takes it from the base."
+    )
     t5xxl: str | None = option(
         None,
+        usual=True,
         help="File or folder of the text encoder T5-XXL. Unset takes it from the base model, and trains without T5 "
         "where that has none.",
     )
@@ -57,6 +62,7 @@ class Sd3TrainingOptions(Options):
     )
     training_shift: float = option(
         1.0,
+        usual=True,
         help="How far the drawn noise levels are pushed toward pure noise. 1 leaves them alone, 3 is what SD3 draws "
         "pictures with.",
     )

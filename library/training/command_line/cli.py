@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from library.options.base import Options
+from library.options.base import USUAL, Options
 from library.options.console import ConsoleOptions
 from library.training.command_line.config_file import (
     SECRETS,
@@ -16,6 +16,7 @@ from library.training.command_line.config_file import (
     write_config,
 )
 from library.training.command_line.console import setup_logging
+from library.training.command_line.help import TrainingParser
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +27,13 @@ ZERO_MEANS_NEVER = (
 )  # fmt: skip
 
 
-def build_parser(*groups: type[Options]) -> argparse.ArgumentParser:
-    """A parser with the options of all groups: no positionals, nothing required, prefixes of flags accepted."""
-    parser = argparse.ArgumentParser()
+def build_parser(*groups: type[Options], parts: str = "") -> argparse.ArgumentParser:
+    """A parser with the options of all groups: no positionals, nothing required, prefixes of flags accepted.
+
+    `parts` are the options that name the files of a base model besides its first, for the example in the help.
+    """
+    usual = frozenset(f.name for kind in groups for f, _ in kind.leaves() if f.metadata.get(USUAL))
+    parser = TrainingParser(usual, parts)
     for kind in groups:
         kind.add_to(parser)
     return parser
@@ -83,8 +88,8 @@ def parse_words(
     """What `argv` says above the values of `beneath`. An unknown option ends with status 2, naming the nearest."""
     args, unknown = parser.parse_known_args(argv, beneath)
     if unknown:
-        names = {action.dest: action for action in parser._actions}
-        hints = [word + nearest(word[2:].split("=")[0], names) if word.startswith("--") else word for word in unknown]
+        flags = parser._option_string_actions
+        hints = [word + nearest(word.split("=")[0], flags) if word.startswith("-") else word for word in unknown]
         parser.error(f"unrecognized arguments: {' '.join(hints)}")
     return args
 

@@ -2,12 +2,13 @@
 
 import argparse
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from library.errors import UserError
 from library.options.train import TrainOptions
-from library.protocols import Architecture
+from library.protocols import Architecture, LatentSpec
 from library.training.command_line.checks import check, check_vae_precision, report_unused
 from library.training.command_line.cli import parse
 from library.training.command_line.run_lock import run_lock
@@ -24,14 +25,22 @@ def main(
     options_type: type[OptionsT],
     build: Callable[[OptionsT], Architecture],
     argv: Sequence[str] | None = None,
+    *,
+    latents: LatentSpec | None = None,
 ) -> int:
-    """Train as the command line says. Gives the exit status: 0 done, 1 stopped by an error (2 is argparse's own)."""
+    """Train as the command line says. Gives the exit status: 0 done, 1 stopped by an error (2 is argparse's own).
+
+    With `latents`, which decide the sizes of buckets, --debug_dataset works without a base model.
+    """
     interruption = Interruption()
     interruption.install()
     args = parse(parser, argv)
     try:
         options = options_type.from_args(args)
         check(options)
+        if latents is not None and options.dataset.debug_dataset and not options.model.pretrained_model_name_or_path:
+            show_dataset(options, latents)
+            return 0
         with run_lock(options):
             train_network(options, build, interruption)
     except AlreadyComplete as error:
@@ -43,6 +52,21 @@ def main(
         report_error(error)
         return 1
     return 0
+
+
+def show_dataset(options: TrainOptions, latents: LatentSpec) -> None:
+    """Show the batches of the first epoch where no base model is named; captions are not measured in tokens."""
+    from library.data.batches.dataset import NoDataFound, TrainingSet
+    from library.data.batches.debug import show_batches
+
+    logger.info("no base model is named, so captions are not counted in tokens: --pretrained_model_name_or_path does")
+    try:
+        training_set = TrainingSet.build(options, latents, options.run.seed or 0, None, None)
+    except NoDataFound as error:
+        logger.error("No data found: %s", error)
+        return
+    training_set.audit(logger)
+    show_batches(training_set)
 
 
 def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], interruption: Interruption) -> None:
@@ -84,9 +108,11 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
         return
     from library.training.faults.failure import saved_on_error
     from library.training.optimization.nonfinite import last_good_saved
+    from library.training.reporting.report import finished_line
     from library.training.run.loop import train
 
     interruption.defer()
+    started, first_step = time.monotonic(), prepared.progress.step
     try:
         with (
             last_good_saved(prepared.writer),
@@ -95,6 +121,13 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
             train(prepared, interruption)
     finally:
         prepared.charts.close()
+    if processes.is_main and prepared.progress.step >= prepared.run.plan.max_train_steps:
+        names, network = prepared.writer.names, options.network
+        rank = f" of rank {network.network_dim}" if network.network_dim else ""
+        num_steps, seconds = prepared.progress.step - first_step, time.monotonic() - started
+        what = f"{network.network_module}{rank} on {arch.name}"
+        best = prepared.validation.best
+        logger.info("%s", finished_line(what, num_steps, seconds, names.of_end(), best, names.of_best()))
 
 
 OUR_FAULT = (

@@ -84,14 +84,14 @@ def read_prompts(path: Path) -> list[PromptSpec]:
     if kind not in (".txt", ".toml", ".json"):
         raise UserError(f"{FLAG} is {path}; use a .txt file with a prompt a line, or a .toml or .json file")
     if kind == ".toml":
-        return list(toml_wishes(path))
+        return list(specs_in_toml(path))
     if not path.is_file():
         raise UserError(f"{FLAG} is {path}, but there is no such file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{FLAG} {path} is not UTF-8 text: byte {error.start} cannot be read") from None
-    return list(text_wishes(path, text) if kind == ".txt" else json_wishes(path, text))
+    return list(text_wishes(path, text) if kind == ".txt" else specs_in_json(path, text))
 
 
 def text_wishes(path: Path, text: str) -> Iterator[PromptSpec]:
@@ -101,7 +101,7 @@ def text_wishes(path: Path, text: str) -> Iterator[PromptSpec]:
             yield parse_line(line, f"{path}, line {number}")
 
 
-def toml_wishes(path: Path) -> Iterator[PromptSpec]:
+def specs_in_toml(path: Path) -> Iterator[PromptSpec]:
     """`[prompt]` holds what all share, every `[[prompt.subset]]` is a picture."""
     tables = read_toml(path, FLAG)
     if not tables:
@@ -119,7 +119,7 @@ def toml_wishes(path: Path) -> Iterator[PromptSpec]:
         yield wish_of({**common, **subset}, place)
 
 
-def json_wishes(path: Path, text: str) -> Iterator[PromptSpec]:
+def specs_in_json(path: Path, text: str) -> Iterator[PromptSpec]:
     """A list of objects, or of strings as in .txt files."""
     try:
         entries = json.loads(text) if text.strip() else []
@@ -138,9 +138,12 @@ def json_wishes(path: Path, text: str) -> Iterator[PromptSpec]:
 
 
 def parse_line(line: str, place: str) -> PromptSpec:
-    """`a cat --w 768 --n blurry`: what stands before the first option is the prompt, whatever it begins with."""
+    """`a cat --w 768 --n blurry`: what stands before the first option is the prompt, whatever it begins with.
+
+    Words behind the value of an option belong to the prompt too, but for --n, which takes all up to the next option.
+    """
     prompt, *options = OPTION.split(line.strip())
-    table: dict[str, Any] = {"prompt": prompt.strip()}
+    words, table = [prompt.strip()], dict[str, Any]()
     for option in options:
         letters, _, text = option.strip().partition(" ")
         key = LINE_OPTIONS.get(letters.lower())
@@ -152,8 +155,16 @@ def parse_line(line: str, place: str) -> PromptSpec:
             )
         if key in table:
             raise UserError(f"{FLAG} {place}: --{letters} is given twice; keep one")
-        table[key] = number_in(text.strip(), key, place) if key in WHOLE or key in REAL else text.strip()
-    return wish_of(table, place)
+        value, rest = (text.strip(), "") if key == "negative_prompt" else first_word(text)
+        table[key] = number_in(value, key, place) if key in WHOLE or key in REAL else value
+        words.append(rest)
+    return wish_of({"prompt": " ".join(filter(None, words)), **table}, place)
+
+
+def first_word(text: str) -> tuple[str, str]:
+    """(the first word, the others)."""
+    word, _, rest = text.strip().partition(" ")
+    return word, rest.strip()
 
 
 def number_in(text: str, key: str, place: str) -> int | float:

@@ -109,6 +109,11 @@ class Validation:
         return bool(self._rows)
 
     @property
+    def best(self) -> tuple[int, float] | None:
+        """(step, loss) of the lowest evaluation of the run; None before the first."""
+        return None if self._best_loss == inf else (self._best_step, self._best_loss)
+
+    @property
     def num_pictures(self) -> int:
         """Pictures that are set aside, measured or not."""
         return self._pictures.num_pictures

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -65,6 +66,28 @@ def progress_bar(max_train_steps: int, finished_steps: int, is_shown: bool) -> "
         dynamic_ncols=True,
         disable=not is_shown,
     )
+
+
+def finished_line(
+    trained: str, num_steps: int, seconds: float, file: Path, best: tuple[int, float] | None, best_file: Path
+) -> str:
+    """What was trained, for how long, and where it is: the last line of a complete run.
+
+    `num_steps` were taken in `seconds`, not counting those before a resume; `best` is (step, validation loss).
+    """
+    line = f"trained {trained}: {num_steps} steps in {duration(seconds)}; the adapter is {file}"
+    if best is None:
+        return line
+    line += f"; the validation loss was lowest after step {best[0]}, {best[1]:.4f}"
+    return f"{line}: {best_file}" if best_file.is_file() else f"{line} (--keep_best_checkpoint keeps those weights)"
+
+
+def duration(seconds: float) -> str:
+    """`1 h 02 min`, `3 min 20 s`, `12 s`: two units at most."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 @dataclass(frozen=True)

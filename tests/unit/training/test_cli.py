@@ -249,7 +249,7 @@ def test_unknown_option_names_the_nearest_and_ends_with_status_2(capsys: pytest.
         parse(PARSER, ["--netwrk_dim=4", "--zzz", "1"])
     assert ended.value.code == 2
     message = capsys.readouterr().err
-    assert "unrecognized arguments: --netwrk_dim=4 (nearest: network_dim) --zzz 1" in message
+    assert "unrecognized arguments: --netwrk_dim=4 (nearest: --network_dim) --zzz 1" in message
 
 
 def test_empty_value_on_the_command_line_is_unset() -> None:

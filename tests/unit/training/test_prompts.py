@@ -194,3 +194,21 @@ def test_every_option_of_a_line_is_a_key_too(tmp_path: Path) -> None:
     path = written(tmp_path, "p.json", json.dumps([{"prompt": "a", **{key: values.get(key, 8) for key in keys}}]))
     (wish,) = read_prompts(path)
     assert all(getattr(wish, key) == values.get(key, 8) for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("line", "prompt"),
+    [
+        ("--w 256 a cat that sits", "a cat that sits"),
+        ("a cat --w 256 in the snow", "a cat in the snow"),
+        ("a cat --w 256 in --s 4 the snow", "a cat in the snow"),
+    ],
+)
+def test_words_behind_a_number_belong_to_the_prompt(line: str, prompt: str) -> None:
+    wish = parse_line(line, "here")
+    assert (wish.prompt, wish.width) == (prompt, 256)
+
+
+def test_a_negative_prompt_takes_all_words_up_to_the_next_option() -> None:
+    wish = parse_line("a cat --n dark and blurry --w 256", "here")
+    assert (wish.prompt, wish.negative_prompt) == ("a cat", "dark and blurry")

@@ -3,11 +3,12 @@
 import io
 import math
 import sys
+from pathlib import Path
 
 import pytest
 
 from library.training.reporting.progress import LossAverage
-from library.training.reporting.report import announce, rate_values
+from library.training.reporting.report import announce, duration, finished_line, rate_values
 
 
 def test_average_keeps_the_last_loss_of_each_place_of_an_epoch() -> None:
@@ -56,3 +57,21 @@ def test_a_standard_output_that_takes_nothing_is_no_error(monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "stdout", output)
     announce("model saved.")
     assert output.getvalue() == "model saved.\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (3720, "1 h 02 min")]
+)
+def test_durations_have_two_units_at_most(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_the_last_line_says_what_was_trained_how_long_where_it_is_and_which_is_best(tmp_path: Path) -> None:
+    end, best = tmp_path / "m.safetensors", tmp_path / "m-best.safetensors"
+    line = finished_line("networks.lora of rank 4 on sd", 40, 65, end, None, best)
+    assert line == f"trained networks.lora of rank 4 on sd: 40 steps in 1 min 05 s; the adapter is {end}"
+    lowest = "; the validation loss was lowest after step 30, 0.1250"
+    hint = " (--keep_best_checkpoint keeps those weights)"
+    assert finished_line("x", 40, 65, end, (30, 0.125), best).endswith(lowest + hint)
+    best.touch()
+    assert finished_line("x", 40, 65, end, (30, 0.125), best).endswith(f"{lowest}: {best}")

@@ -1,0 +1,80 @@
+"""What --help and --help_all print, and the one line that a wrong option gets."""
+
+import argparse
+import copy
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+EVERYTHING = "--help_all"
+EXAMPLES = """\
+Train a LoRA-family adapter. Three commands to begin with:
+
+  a first training, of the pictures that a dataset file names
+    python3 %(prog)s --pretrained_model_name_or_path model.safetensors \\
+{parts}      --dataset_config dataset.toml --output_dir output --output_name my_cat \\
+      --network_module networks.lora --network_dim 16 --network_alpha 8 \\
+      --learning_rate 1e-4 --max_train_epochs 10 --mixed_precision bf16 \\
+      --gradient_checkpointing --cache_latents_to_disk
+
+  the same options kept in a file, a trial of the largest batch that writes nothing
+    python3 %(prog)s --config_file train.toml --dry_run
+
+  a long training that the same command goes on with after any stop
+    python3 %(prog)s --config_file train.toml --save_every_n_epochs 1 \\
+      --save_state --autoresume
+
+--help shows the usual options, --help_all all of them; docs/ explains both."""
+
+
+class FullHelp(
+    argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter, argparse.MetavarTypeHelpFormatter
+):
+    """Every option with the type of its value, its help, and its default where that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, "", argparse.SUPPRESS):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class UsualHelp(FullHelp):
+    """The same for the options in `usual`; groups without any of them are left out."""
+
+    def __init__(self, usual: frozenset[str], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.usual = usual
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if action.dest == "help" or action.dest in self.usual:
+            super().add_argument(action)
+
+
+class TrainingParser(argparse.ArgumentParser):
+    """A parser whose help is filtered while it is printed: programs that read the parser find every option whole.
+
+    --help_all is no option of it, so that --hel still means --help and programs that list the options do not show it.
+    """
+
+    def __init__(self, usual: frozenset[str], parts: str = "") -> None:
+        super().__init__(
+            usage="%(prog)s [options]",
+            description=EXAMPLES.format(parts=f"      {parts} \\\n" if parts else ""),
+            formatter_class=functools.partial(UsualHelp, usual),
+        )
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's; the word --help_all prints the help of all options and ends the process."""
+        if EVERYTHING in (sys.argv[1:] if args is None else args):
+            full = copy.copy(self)
+            full.formatter_class = FullHelp
+            full.print_help()
+            self.exit(0)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, without the usage, and end with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")

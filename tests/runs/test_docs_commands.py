@@ -1,0 +1,120 @@
+"""The commands of the documentation are run, page by page in their order: two steps each, on tiny models.
+
+Only paths of models, sizes and lengths are replaced. What is typed is held to the parsers in tests/contracts.
+"""
+
+import importlib
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.contracts.test_docs_commands import PAGES, ROOT, commands_of
+from tests.running import Finished, make_pictures
+from tests.runs.bases import BASES
+from tests.tiny.sd import build_tiny_sd
+from tools import convert_lora, merge_lora
+
+Train = Callable[..., Finished]
+NOT_RUN = {  # beginning of a command -> where it is tested, or why it cannot be
+    "source .venv/bin/activate": "a matter of the shell",
+    "python3 tools/start.py": "tests/runs/test_quickstart.py and tests/unit/tools/test_start.py",
+    "python3 -m": "programs of others",
+    "accelerate launch --multi_gpu": "tests/runs/test_processes.py",
+}
+BASE_OF_SCRIPT = {base.script: name for name, base in reversed(BASES.items())}
+FAST = {"README.md", "tools.md", "faults.md", "file_format.md"}
+
+
+def runnable(page: Path) -> list[str]:
+    return [command for command in commands_of(page) if not command.startswith(tuple(NOT_RUN))]
+
+
+def page_parameters() -> list[object]:
+    pages = [page for page in PAGES if runnable(page)]
+    return [pytest.param(p, id=p.stem, marks=() if p.name in FAST else pytest.mark.slow) for p in pages]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what a reader has: pictures, the shipped configurations at a small size."""
+    make_pictures(tmp_path / "pictures" / "my_cat", 4)
+    make_pictures(tmp_path / "pictures" / "10_mycat", 2)
+    make_pictures(tmp_path / "regularisation" / "1_cat", 2)
+    (tmp_path / "configs" / "examples").mkdir(parents=True)
+    (tmp_path / "configs" / "quickstart").symlink_to(ROOT / "configs" / "quickstart")
+    example = (ROOT / "configs" / "examples" / "dataset.toml").read_text(encoding="utf-8")
+    example = example.replace("resolution = 512", "resolution = 64").replace(
+        "min_bucket_reso = 256", "min_bucket_reso = 64"
+    )
+    (tmp_path / "configs" / "examples" / "dataset.toml").write_text(example, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def add_adapter_files(place: Path, train: Train) -> None:
+    """What the pages about tools start from: a base model and adapters for it."""
+    sd = build_tiny_sd(place / "sd", 51, layout="safetensors")
+    shutil.copy(sd, "sd15.safetensors")
+    words = f"--pretrained_model_name_or_path {sd} --train_data_dir pictures --resolution 64 --caption_extension .txt "
+    words += "--network_module networks.dylora --network_dim 32 --network_args unit=4 --learning_rate 1e-2 "
+    assert train([*words.split(), "--output_dir", ".", "--output_name", "cat", "--max_train_steps", "1"]).status == 0
+    for name in ("style", "my_cat"):
+        shutil.copy("cat.safetensors", f"{name}.safetensors")
+    assert convert_lora.main(shlex.split("--model cat.safetensors --save_to from_peft.safetensors --to diffusers")) == 0
+    merged = "--sd_model sd15.safetensors --models cat.safetensors --save_to tuned.safetensors"
+    assert merge_lora.main(merged.split()) == 0
+
+
+def with_tiny_models(words: list[str], folder: Path, script: str) -> list[str]:
+    """The words with a tiny model in the place of the files that the page names, and two steps."""
+    kept: list[str] = []
+    names_model = any("path/to/" in word for word in words)
+    for word in words:
+        if word.startswith("path/to/"):
+            kept.pop()  # its option
+        else:
+            kept.append(word)
+    if names_model:
+        kept += BASES[BASE_OF_SCRIPT[script]].build(folder)
+    if "--resolution" in kept:
+        kept += ["--min_bucket_reso", "64"]
+    if "--system_prompt" in kept:
+        kept += ["--gemma2_max_token_length", "128"]  # the prompt that the page shows leaves no room in the tiny 32
+    kept = [word.replace("512,512", "64,64").replace("step00000100", "step00000001") for word in kept]
+    for place, word in enumerate(kept):
+        if word.endswith("_n_steps"):
+            kept[place + 1] = "1"
+    return [*kept, "--max_train_epochs", "0", "--max_train_steps", "2"]
+
+
+def run_command(command: str, place: Path, train: Train) -> None:
+    """Run one command; AssertionError with what it said where it does not end with 0."""
+    words = shlex.split(command)
+    words = words[2:] if words[0] == "accelerate" else words[1:]
+    script, arguments = Path(words[0]), words[1:]
+    if script.parent == Path("tools"):
+        arguments = [word.removeprefix("path/to/") for word in arguments]
+        assert importlib.import_module(f"tools.{script.stem}").main(arguments) == 0, command
+        return
+    if not {"--help", "--help_all", "--debug_dataset", "--output_config"} & set(arguments):
+        arguments = with_tiny_models(arguments, place / f"base_{len(list(place.iterdir()))}", script.stem)
+    done = train(arguments, script.stem)
+    assert done.status == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", page_parameters())
+def test_commands_of_a_page_run_one_after_another(page: Path, place: Path, train: Train) -> None:
+    if page.name in ("tools.md", "file_format.md"):
+        add_adapter_files(place, train)
+    for command in runnable(page):
+        run_command(command, place, train)
+
+
+def test_readmes_training_leaves_the_files_that_it_lists(place: Path, train: Train) -> None:
+    (command,) = (c for c in runnable(ROOT / "README.md") if "--dataset_config" in c)
+    run_command(command, place, train)
+    assert (place / "output/my_cat/my_cat.safetensors").is_file()
+    assert len(list((place / "pictures/my_cat").glob("*_sd.npz"))) == 4

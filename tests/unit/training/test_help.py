@@ -1,0 +1,81 @@
+"""The help that is printed, and what a wrong option is told."""
+
+import argparse
+import importlib
+import re
+
+import pytest
+
+from library.training.command_line.cli import parse
+from tests.running import SCRIPTS
+
+
+def parser_of(script: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = importlib.import_module(script).setup_parser()
+    return parser
+
+
+def shown(script: str, word: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a script prints for one word, which must end it with status 0."""
+    with pytest.raises(SystemExit) as ended:
+        parse(parser_of(script), [word])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def options_in(text: str) -> set[str]:
+    """The options that have an entry of their own."""
+    return set(re.findall(r"^  (--\w+)", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_usual_options_and_help_all_every_one(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    every = {flag for action in parser_of(script)._actions for flag in action.option_strings} - {"-h", "--help"}
+    usual = options_in(shown(script, "--help", capsys))
+    assert {"--learning_rate", "--dataset_config", "--network_module", "--output_dir", "--resume"} < usual < every
+    assert len(usual) < 90
+    assert options_in(shown(script, "--help_all", capsys)) == every
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_three_examples_parse(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(script, "--help", capsys).replace("\\\n", " ")
+    commands = re.findall(r"^ +python3 \S+ (.*)$", text, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        assert parser_of(script).parse_known_args(command.split())[1] == []
+
+
+def test_groups_are_those_of_the_options_and_defaults_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(shown("train_network", "--help_all", capsys).split())
+    assert "The adapter and its learning rates: --network_module str" in text
+    assert "--huber_scale" in text and "(default: 0.1)" in text
+    assert "(default: None)" not in text and "(default: False)" not in text
+
+
+def test_nothing_is_hidden_from_programs_that_read_the_parser() -> None:
+    for action in parser_of("flux_train_network")._actions:
+        assert action.help and action.help != argparse.SUPPRESS
+        assert action.dest == "help" or action.default != argparse.SUPPRESS
+
+
+@pytest.mark.parametrize("word", ["--he", "--hel", "-h"])
+def test_beginnings_of_help_still_mean_help(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--learning_rate" in shown("train_network", word, capsys)
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [
+        (["--network_dimm", "4"], "--network_dimm (nearest: --network_dim) 4"),
+        (["--network-dim=4"], "--network-dim=4 (nearest: --network_dim)"),
+        (["-learning_rate", "1"], "-learning_rate (nearest: --learning_rate) 1"),
+        (["--qqqq"], "--qqqq"),
+    ],
+)
+def test_misspelt_flag_gets_one_line(typed: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(parser_of("train_network"), typed)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: unrecognized arguments: {hint}; see --help" in line
