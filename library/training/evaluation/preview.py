@@ -71,17 +71,17 @@ def wanted_prompts(options: TrainOptions, arch: Architecture) -> list[Prompt]:
     path = options.preview.sample_prompts
     if Timetable.build(options.preview).is_empty or not path:
         return []
-    wishes = read_prompts(Path(path))
-    if not wishes:
+    specs = read_prompts(Path(path))
+    if not specs:
         logger.warning("--sample_prompts %s holds no prompts: no pictures are drawn", path)
     defaults = arch.preview.defaults
-    num_unsized = sum(wish.width is None or wish.height is None for wish in wishes)
+    num_unsized = sum(spec.width is None or spec.height is None for spec in specs)
     if num_unsized:
         logger.info(
             "%d of %d preview prompts leave their size to the default, %d x %d; --w and --h in the prompt file set it",
-            num_unsized, len(wishes), defaults.width, defaults.height,
+            num_unsized, len(specs), defaults.width, defaults.height,
         )  # fmt: skip
-    prompts = [settle(wish, defaults) for wish in wishes]
+    prompts = [settle(spec, defaults) for spec in specs]
     for text in texts_of(prompts, arch.preview.worded):
         if (num_tokens := arch.preview.text.count_tokens(text)) > arch.preview.text.max_tokens:
             logger.warning(

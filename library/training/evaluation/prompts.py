@@ -91,10 +91,10 @@ def read_prompts(path: Path) -> list[PromptSpec]:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{FLAG} {path} is not UTF-8 text: byte {error.start} cannot be read") from None
-    return list(text_wishes(path, text) if kind == ".txt" else specs_in_json(path, text))
+    return list(specs_in_text(path, text) if kind == ".txt" else specs_in_json(path, text))
 
 
-def text_wishes(path: Path, text: str) -> Iterator[PromptSpec]:
+def specs_in_text(path: Path, text: str) -> Iterator[PromptSpec]:
     """A prompt a line; blank lines and comments, which start with `#`, are skipped."""
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
@@ -116,7 +116,7 @@ def specs_in_toml(path: Path) -> Iterator[PromptSpec]:
         place = f"{path}, [[prompt.subset]] number {number}"
         if not isinstance(subset, dict):
             raise UserError(f"{FLAG} {place} is {subset!r}; it must be a table")
-        yield wish_of({**common, **subset}, place)
+        yield spec_of({**common, **subset}, place)
 
 
 def specs_in_json(path: Path, text: str) -> Iterator[PromptSpec]:
@@ -132,7 +132,7 @@ def specs_in_json(path: Path, text: str) -> Iterator[PromptSpec]:
         if isinstance(entry, str):
             yield parse_line(entry, place)
         elif isinstance(entry, dict):
-            yield wish_of(entry, place)
+            yield spec_of(entry, place)
         else:
             raise UserError(f"{FLAG} {place} is {entry!r}; it must be a string or an object")
 
@@ -158,7 +158,7 @@ def parse_line(line: str, place: str) -> PromptSpec:
         value, rest = (text.strip(), "") if key == "negative_prompt" else first_word(text)
         table[key] = number_in(value, key, place) if key in WHOLE or key in REAL else value
         words.append(rest)
-    return wish_of({"prompt": " ".join(filter(None, words)), **table}, place)
+    return spec_of({"prompt": " ".join(filter(None, words)), **table}, place)
 
 
 def first_word(text: str) -> tuple[str, str]:
@@ -176,7 +176,7 @@ def number_in(text: str, key: str, place: str) -> int | float:
         raise UserError(f"{FLAG} {place}: {named(key)} is {text!r}; give {kind}") from None
 
 
-def wish_of(table: Mapping[str, Any], place: str) -> PromptSpec:
+def spec_of(table: Mapping[str, Any], place: str) -> PromptSpec:
     """The settings of one prompt, checked."""
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -234,21 +234,21 @@ def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def settle(wish: PromptSpec, defaults: PromptDefaults) -> Prompt:
+def settle(spec: PromptSpec, defaults: PromptDefaults) -> Prompt:
     """The prompt with everything filled in; warns of settings that the base model does not have."""
     return Prompt(
-        text=wish.prompt,
-        negative=wish.negative_prompt or "",
-        width=side(wish.width or defaults.width, defaults.size_step, wish.place),
-        height=side(wish.height or defaults.height, defaults.size_step, wish.place),
-        seed=wish.seed,
-        num_steps=wish.sample_steps or defaults.num_steps,
-        scale=defaults.scale if wish.scale is None else wish.scale,
-        sampler=own(wish, "sample_sampler", defaults.sampler),
-        guidance_scale=own(wish, "guidance_scale", defaults.guidance_scale),
-        cfg_trunc_ratio=own(wish, "cfg_trunc_ratio", defaults.cfg_trunc_ratio),
-        renorm_cfg=own(wish, "renorm_cfg", defaults.renorm_cfg),
-        flow_shift=own(wish, "flow_shift", defaults.flow_shift),
+        text=spec.prompt,
+        negative=spec.negative_prompt or "",
+        width=side(spec.width or defaults.width, defaults.size_step, spec.place),
+        height=side(spec.height or defaults.height, defaults.size_step, spec.place),
+        seed=spec.seed,
+        num_steps=spec.sample_steps or defaults.num_steps,
+        scale=defaults.scale if spec.scale is None else spec.scale,
+        sampler=own(spec, "sample_sampler", defaults.sampler),
+        guidance_scale=own(spec, "guidance_scale", defaults.guidance_scale),
+        cfg_trunc_ratio=own(spec, "cfg_trunc_ratio", defaults.cfg_trunc_ratio),
+        renorm_cfg=own(spec, "renorm_cfg", defaults.renorm_cfg),
+        flow_shift=own(spec, "flow_shift", defaults.flow_shift),
     )
 
 
@@ -260,10 +260,10 @@ def side(wanted: int, step: int, place: str) -> int:
     return drawn
 
 
-def own(wish: PromptSpec, key: str, default: Any) -> Any:
+def own(spec: PromptSpec, key: str, default: Any) -> Any:
     """A setting that only some base models have."""
-    value = getattr(wish, key)
+    value = getattr(spec, key)
     if default is None and value is not None:
-        logger.warning("%s: %s has no effect on this base model", wish.place, named(key))
+        logger.warning("%s: %s has no effect on this base model", spec.place, named(key))
         return None
     return default if value is None else value

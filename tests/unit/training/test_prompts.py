@@ -192,8 +192,8 @@ def test_every_option_of_a_line_is_a_key_too(tmp_path: Path) -> None:
     values: dict[str, Any] = {"negative_prompt": "x", "sample_sampler": "ddim", "cfg_trunc_ratio": 0.5}
     keys = [key for key in LINE_OPTIONS.values() if key != "controlnet_image"]
     path = written(tmp_path, "p.json", json.dumps([{"prompt": "a", **{key: values.get(key, 8) for key in keys}}]))
-    (wish,) = read_prompts(path)
-    assert all(getattr(wish, key) == values.get(key, 8) for key in keys)
+    (spec,) = read_prompts(path)
+    assert all(getattr(spec, key) == values.get(key, 8) for key in keys)
 
 
 @pytest.mark.parametrize(
@@ -205,10 +205,10 @@ def test_every_option_of_a_line_is_a_key_too(tmp_path: Path) -> None:
     ],
 )
 def test_words_behind_a_number_belong_to_the_prompt(line: str, prompt: str) -> None:
-    wish = parse_line(line, "here")
-    assert (wish.prompt, wish.width) == (prompt, 256)
+    spec = parse_line(line, "here")
+    assert (spec.prompt, spec.width) == (prompt, 256)
 
 
 def test_a_negative_prompt_takes_all_words_up_to_the_next_option() -> None:
-    wish = parse_line("a cat --n dark and blurry --w 256", "here")
-    assert (wish.prompt, wish.negative_prompt) == ("a cat", "dark and blurry")
+    spec = parse_line("a cat --n dark and blurry --w 256", "here")
+    assert (spec.prompt, spec.negative_prompt) == ("a cat", "dark and blurry")
