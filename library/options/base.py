@@ -62,7 +62,8 @@ def int_or_float(text: str) -> int | float:
     """The number in `text`: steps when it is a whole number, a share of the run when it lies below 1 or ends in `%`.
 
     0 is a share, as sd-scripts has it, and so are negative numbers, which the range of the option refuses.
-    Raises argparse.ArgumentTypeError for anything else: for 1.0 and above with a point, which could be meant either way.
+    Raises argparse.ArgumentTypeError for anything else, such as 1.0 and above with a point, which could be meant either
+    way.
     """
     try:
         if text.strip().isdigit() and int(text) > 0:
