@@ -11,11 +11,13 @@ import numpy as np
 
 from library.data.description.buckets import BucketRules
 from library.data.description.captions import fullest_captions, has_nested_wildcard
+from library.data.description.folder_audit import folder_lines
 from library.data.sources.samples import Draws, Sample, duplicated_stems
 from library.data.sources.scan import ScannedDataset, ScannedSubset, few
 
 MOST_COUNTED_AT_START = 2000  # captions; a fifth of a second of tokenizing
 COUNTED_AT_ONCE = 16
+MOST_ENLARGED = 2  # times its width and height, before the audit speaks of it
 
 Line = tuple[int, str]
 """(level of logging, text)"""
@@ -47,13 +49,16 @@ def audit_lines(
         yield logging.INFO, f"dataset {number + 1}: {describe_size(rule)}, batch size {dataset.config.batch_size}"
         for index, subset in enumerate(dataset.subsets, first_subset):
             yield from subset_lines(subset, num_draws[index], unused[index])
+            yield from folder_lines(subset)
         first_subset += len(dataset.subsets)
         for bucket in draws.buckets:
             if bucket.dataset == number:
                 size = f"{bucket.size[0]}x{bucket.size[1]}"
                 yield logging.INFO, f"  bucket {size}: {len(bucket.draws)} draws, {bucket.num_batches} batches"
+        own = [sample for sample in samples if sample.dataset == number]
+        yield from enlarged_lines(own)
         if not rule.enable_bucket:
-            yield from cut_lines([sample for sample in samples if sample.dataset == number], rule)
+            yield from cut_lines(own, rule)
     yield from pair_lines(datasets)
     if limit is not None:
         yield from length_lines(datasets, limit)
@@ -93,6 +98,18 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
         if nested:
             effect = "have braces inside braces, of which only the inner ones are alternatives"
             yield logging.WARNING, f"{source} {len(nested)} captions {effect}: {few(nested)}"
+
+
+def enlarged_lines(samples: Sequence[Sample]) -> Iterator[Line]:
+    """Pictures that are much smaller than what is trained: they teach blur."""
+    small = [
+        f"{sample.picture.path} ({sample.picture.size[0]}x{sample.picture.size[1]})"
+        for sample in samples
+        if sample.shape.resized[0] > MOST_ENLARGED * sample.picture.size[0]
+    ]
+    if small:
+        effect = f"are enlarged more than {MOST_ENLARGED} times, which teaches blur"
+        yield logging.WARNING, f"  {len(small)} pictures {effect}: {few(small)}"
 
 
 def cut_lines(samples: Sequence[Sample], rule: BucketRules) -> Iterator[Line]:

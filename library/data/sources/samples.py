@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from library.data.batches.images import read_size
 from library.data.batches.order import Bucket, regularisation_repeats
 from library.data.description.buckets import BucketRules, Shape, Size, assign_shapes, cover
+from library.data.description.folder_audit import pictures_below
 from library.data.description.schema import DatasetConfig, NoDataFound, SubsetConfig
 from library.data.sources.scan import Picture, ScannedDataset, few
 from library.errors import UserError
@@ -41,7 +42,10 @@ def check_pictures(datasets: Sequence[ScannedDataset]) -> None:
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     if not any(subset.pictures and not subset.config.is_reg for subset in subsets):
         sources = [subset.config.source for subset in subsets if not subset.config.is_reg]
-        raise NoDataFound(f"no training pictures in {few(sources)}" if sources else "no subset is left to train on")
+        below = "".join(pictures_below(source) for source in sources)
+        raise NoDataFound(
+            f"no training pictures in {few(sources)}{below}" if sources else "no subset is left to train on"
+        )
     for subset in subsets:
         if not subset.pictures:
             reasons = few([f"{path}: {reason}" for path, reason in subset.dropped], 3)

@@ -19,12 +19,28 @@ class PlainFormatter(logging.Formatter):
         return text if record.levelno == logging.INFO else f"{record.levelname}: {text}"
 
 
+NOISE = (
+    ("bitsandbytes", "gemm_4bit"),  # a kernel that 8-bit optimizers do not use
+    ("py.warnings", "FutureWarning"),
+    ("py.warnings", "DeprecationWarning"),
+)
+"""(logger, words): messages of libraries to their developers, which no user can act on."""
+
+
+class WithoutNoise(logging.Filter):
+    """Keeps `NOISE` off the terminal; a log file gets it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not any(record.name.startswith(name) and words in record.getMessage() for name, words in NOISE)
+
+
 def setup_logging(options: ConsoleOptions) -> None:
     """Send log lines where the user wants them, line by line, and make standard output and error UTF-8.
 
     --console_log_file wins and is emptied first; --console_log_simple gives plain lines on standard output; otherwise
     lines go to standard error, coloured by rich on a terminal and one unwrapped line each in a pipe, where programs
-    read them. Calling it again with the same options changes nothing.
+    read them. Messages of libraries that no user can act on go only to the file, or with --console_log_level DEBUG.
+    Calling it again with the same options changes nothing.
     """
     for stream in (sys.stdout, sys.stderr):
         use_utf8(stream)
@@ -37,6 +53,9 @@ def setup_logging(options: ConsoleOptions) -> None:
         handler.close()
     handler = build_handler(options)
     handler.set_name(name)
+    if not isinstance(handler, logging.FileHandler) and level_of(options) > logging.DEBUG:
+        handler.addFilter(WithoutNoise())
+    logging.captureWarnings(True)
     root.addHandler(handler)
     root.setLevel(level_of(options) if launched_rank() == 0 else max(level_of(options), logging.ERROR))
 

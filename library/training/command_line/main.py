@@ -76,6 +76,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     from library.processes import of_accelerator
     from library.training.faults.dry_run import try_largest_batch, without_writing
     from library.training.faults.out_of_memory import explained
+    from library.training.optimization.hidden_library import hidden_bitsandbytes
     from library.training.run import setup
     from library.training.saving.hub import check_repository
     from library.training.saving.resume import find_state, with_rates_of_state
@@ -101,7 +102,10 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
         show_batches(training_set)
         return
     largest = training_set.limit_to_largest_batch() if options.faults.dry_run else None
-    with explained("loading the models and caching", options, accelerator.device, ""):
+    with (
+        explained("loading the models and caching", options, accelerator.device, ""),
+        hidden_bitsandbytes(),
+    ):
         prepared = setup.prepare(options, arch, seed, training_set, accelerator, processes, facts)
     if largest is not None:
         try_largest_batch(prepared.run, prepared.writer, largest)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from library.errors import UserError
 from library.options.optimizer import OptimizerOptions
 from library.training.command_line.keyword_args import call_with_keywords, read_keyword_args
+from library.training.optimization.hidden_library import show_bitsandbytes
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +205,7 @@ def import_class(path: str, flag: str, wanted: str) -> type[Any]:
 
 def import_optimizer(path: str, wanted: str) -> type[Optimizer]:
     """The optimizer class at a dotted path."""
+    show_bitsandbytes()
     cls = import_class(path, "--optimizer_type", wanted)
     if not issubclass(cls, Optimizer):
         raise UserError(f"--optimizer_type {wanted}: {path} is not an optimizer (a subclass of torch.optim.Optimizer)")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from library.data.batches.dataset import TrainingSet
+from library.data.batches.dataset import NoDataFound, TrainingSet
 from tests.unit.data.builders import SPEC, options_of, write_config, write_folder, write_picture
 
 
@@ -207,3 +207,58 @@ def test_tags_of_metadata_files_are_counted_without_captions(tmp_path):
     assert found["ss_tag_frequency"] == {"meta.json": {"x": 1, "y": 1}}
     assert found["ss_dataset_dirs"] == {"meta.json": {"n_repeats": 1, "img_count": 1}}
     assert found["ss_bucket_info"] is None
+
+
+def test_captions_under_another_ending_are_counted_with_the_key_to_set(tmp_path, caplog):
+    write_folder(tmp_path / "a", 3)
+    text = audited(other_ending(tmp_path), caplog)
+    assert "3 of the missing captions lie there as .txt files, but caption_extension is .caption: set " in text
+    assert 'caption_extension = ".txt"' in text
+
+
+def other_ending(tmp_path: Path):
+    text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
+    return write_config(tmp_path / "data.toml", text)
+
+
+def test_captions_that_all_fit_are_not_spoken_of(tmp_path, caplog):
+    write_folder(tmp_path / "a", 3)
+    assert "WARNING" not in audited(config(tmp_path, ""), caplog)
+
+
+def test_pictures_with_endings_that_are_not_read_are_named(tmp_path, caplog):
+    write_folder(tmp_path / "a", 1)
+    for name in ("b.Jpeg", "c.gif", "d.tiff", "notes.md"):
+        (tmp_path / "a" / name).write_bytes(b"x")
+    text = audited(config(tmp_path, ""), caplog)
+    assert "3 pictures have endings that are not read" in text and "b.Jpeg, c.gif, d.tiff" in text
+
+
+def test_captions_without_a_picture_are_named(tmp_path, caplog):
+    write_folder(tmp_path / "a", 1)
+    (tmp_path / "a/lost.txt").write_text("a cat")
+    (tmp_path / "a/p0_1_2_3_4.txt").write_text("a face")
+    write_picture(tmp_path / "a/face_1_2_3_4.png", seed=9)
+    (tmp_path / "a/face.txt").write_text("of the cutting")
+    text = audited(config(tmp_path, ""), caplog)
+    assert "2 captions have no picture: lost.txt, p0_1_2_3_4.txt" in text
+
+
+def test_equal_pictures_are_named(tmp_path, caplog):
+    write_folder(tmp_path / "a", 2)
+    (tmp_path / "a/q.png").write_bytes((tmp_path / "a/p1.png").read_bytes())
+    (tmp_path / "a/q.txt").write_text("a tag")
+    assert "1 pictures are there twice and count twice: q.png is p1.png" in audited(config(tmp_path, ""), caplog)
+
+
+def test_pictures_that_are_enlarged_much_are_named(tmp_path, caplog):
+    write_picture(tmp_path / "a/tiny.png", (8, 8)).with_suffix(".txt").write_text("a")
+    write_picture(tmp_path / "a/half.png", (32, 32)).with_suffix(".txt").write_text("a")
+    text = audited(config(tmp_path, "", "enable_bucket = true\nmin_bucket_reso = 64"), caplog)
+    assert "1 pictures are enlarged more than 2 times" in text and "tiny.png (8x8)" in text
+
+
+def test_pictures_in_folders_below_are_counted_where_none_is_found(tmp_path):
+    write_folder(tmp_path / "a" / "more" / "deep", 3)
+    with pytest.raises(NoDataFound, match=r"no training pictures in .*; 3 lie in folders below it, .*deep \(3\)"):
+        TrainingSet.build(config(tmp_path, ""), SPEC, 1, None, None)

@@ -61,3 +61,22 @@ def test_file_takes_the_lines_and_is_emptied_first(tmp_path: Path) -> None:
 def test_unknown_level_of_a_config_file_is_refused() -> None:
     with pytest.raises(ValueError, match="--console_log_level is LOUD"):
         level_of(ConsoleOptions(console_log_level="LOUD"))
+
+
+@pytest.mark.parametrize(("level", "place"), [("None", "file"), ("'DEBUG'", "terminal"), ("None", "nowhere")])
+def test_what_nobody_can_act_on_goes_to_the_file_only(tmp_path: Path, level: str, place: str) -> None:
+    path = tmp_path / "log.txt" if place == "file" else None
+    code = f"""
+import logging, warnings
+from library.options.console import ConsoleOptions
+from library.training.command_line.console import setup_logging
+setup_logging(ConsoleOptions({level}, {None if path is None else str(path)!r}, False))
+logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward from somewhere")
+logging.getLogger("bitsandbytes.optim").warning("this matters")
+warnings.warn("old name", FutureWarning)
+warnings.warn("mind this", UserWarning)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    shown = done.stderr if path is None else path.read_text(encoding="utf-8")
+    assert "this matters" in shown and "mind this" in shown
+    assert ("gemm_4bit" in shown, "old name" in shown) == (place != "nowhere",) * 2
