@@ -1,4 +1,4 @@
-"""StateManifest that stood in several places stand in one: names of the places they left must not come back."""
+"""Facts that stood in several places stand in one: names of the places they left must not come back."""
 
 import ast
 import re
@@ -13,7 +13,9 @@ TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 GONE = (
     "split_key", "flat_name", "OTHER_LEAVES", "NormAdapter", "AnyAdapter", "file_tensors",
     "down_by_columns", "factors_of", "product_norm", "require_forms", "describe_form", "merged_weight", "merged_norm",
-    "LOW_RANK_FORMS", "LEAF_OF_NORM", "LORA_PARTS", "UP_FACTORS", "swap_pair", "HELD",
+    "LOW_RANK_FORMS", "LEAF_OF_NORM", "LORA_PARTS", "UP_FACTORS", "swap_pair", "HELD", "run_block", "keep_in_fp8",
+    "is_foreseen", "without_effect", "AT_LEAST_ONE", "NOT_NEGATIVE", "DDPM_ONLY", "refuse_settings", "FluxPredict",
+    "LuminaPredict", "SdxlPredict", "predict_for_preview", "Keeper", "Wish", "Allotment", "torch_optimizer",
 )  # fmt: skip
 GRAMMAR = "library/checkpoints/adapter_keys.py"
 ONCE = {  # definition -> where it stands

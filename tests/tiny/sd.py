@@ -161,7 +161,7 @@ def write_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> int:
 
 
 def full_size_keys() -> dict[str, Any]:
-    """StateManifest of the full-size model.
+    """Facts of the full-size model.
 
     "checkpoint" {name: shape}, "diffusers" {part: {module path: name in the file}}, "lora" {key: shape at rank 4}.
     """

@@ -88,7 +88,7 @@ def tiny_mmdit(config: MMDiTConfig, seed: int) -> MMDiT:
 
 
 def full_size_keys() -> dict[str, Any]:
-    """StateManifest of the full-size models.
+    """Facts of the full-size models.
 
     "mmdit" {model: {name in the denoiser: shape}}; "parts" {vae, clip_l, clip_g, t5xxl: {name: shape}}; "lora" {model:
     {"default": {key: shape at rank 4}, "variants": {words: network_args, call, num_keys, added, removed, changed}}}.

@@ -23,7 +23,7 @@ END_BYTES = 4096
 
 
 @dataclass(frozen=True)
-class PromptSpec:
+class SplitSpec:
     """What one subset asks for."""
 
     identities: Sequence[str]  # of its pictures; copies share one
@@ -54,13 +54,13 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
     def identities_in(subset: ScannedSubset) -> list[str]:
         return [identities[picture.path] for picture in subset.pictures]
 
-    wishes = [
-        PromptSpec(identities_in(subset), share_of(subset.config), seed_of(subset.config, seed))
+    specs = [
+        SplitSpec(identities_in(subset), share_of(subset.config), seed_of(subset.config, seed))
         for subset in subsets
         if share_of(subset.config)
     ]
     always_trained = {identity for subset in subsets if subset.config.is_reg for identity in identities_in(subset)}
-    aside = choose(wishes, always_trained)
+    aside = choose(specs, always_trained)
 
     def kept(subset: ScannedSubset, is_aside: bool) -> ScannedSubset:
         pictures = tuple(p for p in subset.pictures if (identities[p.path] in aside) == is_aside)
@@ -87,7 +87,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
     return Split(trained, measured, identities, tuple(lines))
 
 
-def choose(wishes: Sequence[PromptSpec], always_trained: AbstractSet[str]) -> set[str]:
+def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[str]:
     """The identities that are set aside.
 
     Of n pictures a subset gets round(n * share) (halves to even), at least one less than n below a share of 1: those
@@ -96,7 +96,7 @@ def choose(wishes: Sequence[PromptSpec], always_trained: AbstractSet[str]) -> se
     """
     aside: set[str] = set()
     trained = set(always_trained)
-    for wish in sorted(wishes, key=lambda wish: -wish.share):
+    for wish in sorted(specs, key=lambda wish: -wish.share):
         counts = Counter(wish.identities)
         num_pictures = len(wish.identities)
         limit = num_pictures if wish.share == 1 else num_pictures - 1

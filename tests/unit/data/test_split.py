@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.data.batches.dataset import TrainingSet
-from library.data.description.validation_split import PromptSpec, choose, identity_of
+from library.data.description.validation_split import SplitSpec, choose, identity_of
 from tests.unit.data.builders import batches_of, open_set, options_of, write_config, write_folder, write_picture
 
 
@@ -34,7 +34,7 @@ def set_aside(training_set: TrainingSet) -> list[str]:
 
 WISHES = st.lists(
     st.builds(
-        PromptSpec,
+        SplitSpec,
         st.lists(st.sampled_from("abcdefghijklmnop"), min_size=1, max_size=12),
         st.floats(0.01, 1.0),
         st.integers(-(2**63), 2**63),
@@ -59,14 +59,14 @@ def test_whatever_is_asked_for_no_picture_is_on_both_sides(wishes, always_traine
 @given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(-5, 2**64))
 def test_a_subset_by_itself_gets_its_share_to_the_nearest_picture(count, share, seed):
     identities = [f"picture {i}" for i in range(count)]
-    aside = choose([PromptSpec(identities, share, seed)], set())
+    aside = choose([SplitSpec(identities, share, seed)], set())
     assert len(aside) == min(round(count * share), count - 1)
-    assert choose([PromptSpec(identities[::-1], share, seed)], set()) == aside  # order does not matter
+    assert choose([SplitSpec(identities[::-1], share, seed)], set()) == aside  # order does not matter
 
 
 def test_seeds_choose_differently_and_every_picture_alike():
     identities = [str(i) for i in range(20)]
-    chosen = [frozenset(choose([PromptSpec(identities, 0.25, seed)], set())) for seed in range(400)]
+    chosen = [frozenset(choose([SplitSpec(identities, 0.25, seed)], set())) for seed in range(400)]
     assert len(set(chosen)) > 350
     counts = Counter(identity for aside in chosen for identity in aside)
     # Binomial(400, 0.25): mean 100, deviation 8.7; five deviations either way.
@@ -75,13 +75,13 @@ def test_seeds_choose_differently_and_every_picture_alike():
 
 def test_what_is_set_aside_stays_when_the_share_grows():
     identities = [str(i) for i in range(30)]
-    small, large = (choose([PromptSpec(identities, share, 7)], set()) for share in (0.1, 0.5))
+    small, large = (choose([SplitSpec(identities, share, 7)], set()) for share in (0.1, 0.5))
     assert small < large
 
 
 def test_subsets_with_other_seeds_agree_about_pictures_they_share():
     shared = [str(i) for i in range(10)]
-    aside = choose([PromptSpec(shared, 0.3, 1), PromptSpec(shared, 0.3, 2)], set())
+    aside = choose([SplitSpec(shared, 0.3, 1), SplitSpec(shared, 0.3, 2)], set())
     assert len(aside) == 3
 
 
