@@ -7,6 +7,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.options.base import Options, option
+from library.options.encodings import not_utf8
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,14 @@ else:
     import tomli as tomllib
 
 
+BACKSLASH_HINT = "a backslash in double quotes begins a special character: write paths with / or in single quotes"
+
+
+def is_about_backslash(error: str) -> bool:
+    """Whether a mistake in TOML is a backslash in double quotes, by the words of its reader."""
+    return "Unescaped" in error or "Invalid hex value" in error
+
+
 def read_toml(path: Path, flag: str) -> dict[str, Any]:
     """The tables of a TOML file (UTF-8, a byte order mark is skipped); `flag` is the option that named it.
 
@@ -40,10 +49,13 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{flag} is {path}, but there is no such file")
+    content = path.read_bytes()
     try:
-        tables: dict[str, Any] = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        text = content.decode("utf-8-sig")
+        tables: dict[str, Any] = tomllib.loads(text)
     except UnicodeDecodeError as error:
-        raise UserError(f"{flag} {path} is not UTF-8 text: byte {error.start} cannot be read") from None
+        raise UserError(f"{flag} {path} {not_utf8(content, error)}") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"{flag} {path} is not valid TOML: {error}") from None
+        hint = "; " + BACKSLASH_HINT if is_about_backslash(str(error)) else ""
+        raise UserError(f"{flag} {path} is not valid TOML: {error}{hint}") from None
     return tables

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OURS = {"library", "networks", "tools", "tests", "benchmarks", *(path.stem for path in ROOT.glob("*.py"))}
 MODULE_OF = {
+    "charset-normalizer": "charset_normalizer",
     "huggingface-hub": "huggingface_hub",
     "lion-pytorch": "lion_pytorch",
     "lycoris-lora": "lycoris",

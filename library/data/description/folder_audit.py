@@ -28,7 +28,7 @@ def folder_lines(subset: ScannedSubset) -> Iterator[Line]:
     if unread:
         effect = "pictures have endings that are not read; convert or rename them to .png or .jpg"
         yield logging.WARNING, f"{source} {len(unread)} {effect}: {few(unread)}"
-    yield from caption_lines(subset, names, source)
+    yield from caption_lines(subset, names, read | OTHER_PICTURES, source)
     if len(subset.pictures) <= MOST_COMPARED:
         pairs = [f"{os.path.basename(b)} is {os.path.basename(a)}" for a, b in equal_pictures(subset.pictures)]
         if pairs:
@@ -41,8 +41,11 @@ def is_unread_picture(name: str, read: set[str]) -> bool:
     return ending not in read and (ending.lower() in read or ending.lower() in OTHER_PICTURES)
 
 
-def caption_lines(subset: ScannedSubset, names: Sequence[str], source: str) -> Iterator[Line]:
-    """Captions under another ending than caption_extension, and captions whose picture is missing."""
+def caption_lines(subset: ScannedSubset, names: Sequence[str], endings: set[str], source: str) -> Iterator[Line]:
+    """Captions under another ending than caption_extension, and captions whose picture is missing.
+
+    Pictures are files with one of `endings`, whatever its case.
+    """
     wanted = subset.config.caption_extension
     stems = {os.path.splitext(os.path.basename(path))[0] for path in subset.without_caption}
     for ending in CAPTION_ENDINGS:
@@ -53,16 +56,12 @@ def caption_lines(subset: ScannedSubset, names: Sequence[str], source: str) -> I
                 f"{source} {beside} of the missing captions lie there as {ending} files, but caption_extension is "
                 f'{wanted}: set caption_extension = "{ending}", or --caption_extension {ending}',
             )
-    pictures = {os.path.splitext(name)[0] for name in names if is_picture(name)}
+    pictures = {stem for stem, ending in map(os.path.splitext, names) if ending.lower() in endings}
     shared = {stem.rsplit("_", 4)[0] for stem in pictures if stem.count("_") >= 4}  # of cuttings of one picture
-    alone = [n for n in names if n.endswith(wanted) and n[: -len(wanted)] not in pictures | shared]
+    described = pictures | shared
+    alone = [name for name in names if name.endswith(wanted) and name[: -len(wanted)] not in described]
     if alone:
         yield logging.WARNING, f"{source} {len(alone)} captions have no picture: {few(alone)}"
-
-
-def is_picture(name: str) -> bool:
-    ending = os.path.splitext(name)[1].lower()
-    return ending in picture_extensions() or ending in OTHER_PICTURES
 
 
 def equal_pictures(pictures: Iterable[Picture]) -> Iterator[tuple[str, str]]:

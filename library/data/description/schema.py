@@ -14,6 +14,7 @@ from library.data.description.keys import ALL_KEYS, DATASET_KEYS, REQUIRED, SUBS
 from library.errors import UserError
 from library.options.config_file import read_toml
 from library.options.dataset import DatasetOptions
+from library.options.encodings import not_utf8
 from library.options.train import TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -138,11 +139,12 @@ def read_description(path: str) -> dict[str, Any]:
     if extension == ".toml":
         return read_toml(Path(path), "--dataset_config")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        raw = Path(path).read_bytes()
+        content = json.loads(raw.decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"--dataset_config is {path}, but there is no such file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"--dataset_config {path} is not UTF-8 text: byte {error.start} cannot be read") from None
+        raise UserError(f"--dataset_config {path} {not_utf8(raw, error)}") from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"--dataset_config {path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):

@@ -20,6 +20,8 @@ from library.data.sources.image_headers import HEAD_BYTES, plain_size
 from library.data.sources.metadata_file import MetadataEntry, read_metadata
 from library.data.sources.picture_index import UNSETTLED, Table, open_index, read_stamped, renewed, stamp_of
 from library.errors import UserError
+from library.options.config_file import BACKSLASH_HINT
+from library.options.encodings import likely_encoding, not_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -162,17 +164,23 @@ def list_folder(config: SubsetConfig, num_threads: int) -> _Listing:
     folder = config.image_dir or ""
     listing = _Listing(config)
     if not os.path.isdir(folder):
-        logger.warning("image_dir %s is not a folder", folder)
+        escaped = any(character < " " for character in folder)  # "C:\\train" in TOML has a tab in it
+        hint = f": {BACKSLASH_HINT}" if escaped else ""
+        logger.warning("image_dir %s is not a folder%s", repr(folder) if escaped else folder, hint)
         return listing
     inside = look_into(folder, config.caption_extension)
     files = caption_files(folder, inside, config.caption_extension)
     prefix = os.path.join(folder, "")
     listing.paths = [prefix + name for name in inside.pictures]
     listing.dropped = inside.dropped
-    if config.cache_info:
-        texts = read_with_cache(listing, files, num_threads)
-    else:
-        texts = read_with_index(listing, inside.pictures, files, num_threads)
+    try:
+        if config.cache_info:
+            texts = read_with_cache(listing, files, num_threads)
+        else:
+            texts = read_with_index(listing, inside.pictures, files, num_threads)
+    except NotUtf8:
+        check_encodings(folder, (file for file in files if file is not None))
+        raise
     listing.captions = [caption_of(text, config.captions) for text in texts]
     if None in files or "" in listing.captions:
         note_missing(listing, files)
@@ -261,15 +269,36 @@ def cached_or_read(cache: FolderCache, listing: _Listing, place: int, file: str 
     return path, config.class_tokens or "" if file is None else text, size, picture_print, caption_print
 
 
+class NotUtf8(UserError):
+    """A caption file in another encoding."""
+
+
+def check_encodings(folder: str, names: Iterable[str]) -> None:
+    """Raise UserError naming all caption files that are not UTF-8, with the encoding that fits each."""
+    wrong = []
+    for name in names:
+        try:
+            read_caption(os.path.join(folder, name))
+        except NotUtf8 as error:
+            wrong.append((name, likely_encoding(read_stamped(os.path.join(folder, name))[1]) or "no encoding fits"))
+            first = error
+    if len(wrong) == 1:
+        raise first
+    if wrong:
+        listed = few([f"{name} ({encoding})" for name, encoding in wrong], 20)
+        raise UserError(
+            f"{len(wrong)} caption files in {folder} are not UTF-8; save them as UTF-8. The encoding that fits each: "
+            f"{listed}"
+        )
+
+
 def read_caption(path: str) -> tuple[int, str]:
     """(stamp, lines of a caption file, each stripped); ValueError names a file that cannot be read."""
     try:
         status, content = read_stamped(path)
         text = content.decode()
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"the caption file {path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
+        raise NotUtf8(f"the caption file {path} {not_utf8(content, error)}") from None
     except OSError as error:
         raise UserError(f"the caption file {path} cannot be read: {error.strerror}") from None
     lines = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")

@@ -16,6 +16,7 @@ from typing import Any
 from library.diffusion.samplers import ALIASES, SAMPLERS
 from library.errors import UserError
 from library.options.config_file import read_toml
+from library.options.encodings import not_utf8
 from library.protocols import PromptDefaults
 from library.types import Prompt
 
@@ -88,9 +89,10 @@ def read_prompts(path: Path) -> list[PromptSpec]:
     if not path.is_file():
         raise UserError(f"{FLAG} is {path}, but there is no such file")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{FLAG} {path} is not UTF-8 text: byte {error.start} cannot be read") from None
+        raise UserError(f"{FLAG} {path} {not_utf8(content, error)}") from None
     return list(specs_in_text(path, text) if kind == ".txt" else specs_in_json(path, text))
 
 

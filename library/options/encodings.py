@@ -1,0 +1,26 @@
+"""Which encoding a text that is not UTF-8 is likely to have."""
+
+COMMON = {
+    "utf_16": "UTF-16",
+    "cp932": "Shift-JIS (cp932)",
+    "cp1252": "Latin-1 (cp1252)",
+    "gb18030": "GB18030",
+    "cp949": "EUC-KR (cp949)",
+    "cp1251": "Cyrillic (cp1251)",
+}
+"""Encodings that editors still write. Among all that exist a few words fit too many: "café" is cp1250 as well."""
+
+
+def likely_encoding(content: bytes) -> str | None:
+    """The encoding that fits best in words; None where none does."""
+    from charset_normalizer import from_bytes
+
+    best = from_bytes(content, cp_isolation=list(COMMON)).best()
+    return None if best is None else COMMON.get(best.encoding, best.encoding)
+
+
+def not_utf8(content: bytes, error: UnicodeDecodeError) -> str:
+    """What follows the name of a file that cannot be read as UTF-8: where, and what it may be."""
+    likely = likely_encoding(content)
+    fits = f"it looks like {likely}" if likely else "no encoding fits"
+    return f"is not UTF-8 text: byte {error.start} cannot be read, and {fits}; save it as UTF-8"

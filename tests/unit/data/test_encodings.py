@@ -1,0 +1,64 @@
+"""Text in another encoding than UTF-8 is named with the one that fits."""
+
+from pathlib import Path
+
+import pytest
+
+from library.data.description.schema import load_dataset_config
+from library.data.sources.scan import collect
+from library.errors import UserError
+from library.options.config_file import read_toml
+from library.options.encodings import likely_encoding
+from library.training.evaluation.prompts import read_prompts
+from tests.unit.data.builders import write_config, write_folder
+
+CASES = [
+    ("猫、座っている、青い空", "cp932", "Shift-JIS"),
+    ("a cat in a café", "latin-1", "Latin-1"),
+    ("a cat", "utf-16", "UTF-16"),
+    ("一个女孩坐在草地上", "gb18030", "GB18030"),
+]
+
+
+@pytest.mark.parametrize(("text", "encoding", "name"), CASES)
+def test_the_encoding_that_fits_is_found(text: str, encoding: str, name: str) -> None:
+    assert (likely_encoding(text.encode(encoding)) or "").startswith(name)
+
+
+def test_all_captions_in_other_encodings_are_listed_at_once(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a", 4)
+    for number, (text, encoding, _) in enumerate(CASES[:3]):
+        (tmp_path / f"a/p{number}.txt").write_bytes(text.encode(encoding))
+    subset = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/a'\ncaption_extension = '.txt'"
+    config = load_dataset_config(write_config(tmp_path / "data.toml", subset))
+    with pytest.raises(UserError, match=r"3 caption files .* p0\.txt \(Shift-JIS.*p1\.txt \(Latin-1.*p2\.txt \(UTF-16"):
+        collect(config)
+
+
+def test_toml_and_prompts_in_other_encodings_are_named_too(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_bytes("image_dir = 'bilder/mädchen, größe'".encode("latin-1"))
+    with pytest.raises(UserError, match="it looks like Latin-1"):
+        read_toml(tmp_path / "a.toml", "--dataset_config")
+    (tmp_path / "p.txt").write_bytes("猫、座っている".encode("cp932"))
+    with pytest.raises(UserError, match="it looks like Shift-JIS"):
+        read_prompts(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize("path", [r"C:\data\cat", r"C:\users\me"])
+def test_a_windows_path_in_double_quotes_is_told_how_to_be_written(tmp_path: Path, path: str) -> None:
+    (tmp_path / "a.toml").write_text(f'image_dir = "{path}"')
+    with pytest.raises(UserError, match="write paths with / or in single quotes"):
+        read_toml(tmp_path / "a.toml", "--dataset_config")
+
+
+def test_other_mistakes_in_toml_get_no_such_hint(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('image_dir = "a\\\\b"\nx = \n')
+    with pytest.raises(UserError) as raised:
+        read_toml(tmp_path / "a.toml", "--dataset_config")
+    assert "quotes" not in str(raised.value)
+
+
+def test_a_backslash_that_became_a_tab_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    subset = '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "C:\\train"'
+    collect(load_dataset_config(write_config(tmp_path / "data.toml", subset)))
+    assert "in single quotes" in caplog.text
