@@ -150,7 +150,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_and_previews_are_drawn(
         (["--qwen3", "nowhere.safetensors"], "--qwen3 nowhere.safetensors does not exist"),
         (["--qwen3", ""], "--qwen3 is missing"),
         (["--vae", ""], "--vae is missing"),
-        (["--t5_max_token_length", "1"], "--t5_max_token_length is 1; use 2 or more"),
+        (["--t5_max_token_length", "1"], "--t5_max_token_length is 1; use at least 2"),
         (["--t5_tokenizer_path", "nowhere"], "--t5_tokenizer_path nowhere has no tokenizer.json"),
         (["--llm_adapter_path", "nowhere.safetensors"], "--llm_adapter_path nowhere.safetensors is no file"),
         (["--cache_text_encoder_outputs"], "add --network_train_unet_only"),

@@ -129,7 +129,7 @@ def test_a_preview_is_drawn(train_hunyuan: Train, arguments: list[str], tmp_path
     [
         (["--blocks_to_swap", "4"], "--blocks_to_swap is not supported yet"),
         (["--weighted_captions"], "Qwen2.5-VL knows no weighted words"),
-        (["--network_train_text_encoder_only"], "the text encoders of HunyuanImage 2.1 have no adapters"),
+        (["--network_train_text_encoder_only"], "HunyuanImage 2.1: its text encoders have no adapters"),
         (["--text_encoder", "nowhere.safetensors"], "--text_encoder nowhere.safetensors does not exist"),
         (["--vae", "BYT5"], "is no VAE: it has no decoder.conv_in.weight"),
         (["--byt5", "VAE"], "is no T5 encoder"),

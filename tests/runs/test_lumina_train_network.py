@@ -192,7 +192,7 @@ def test_previews_are_drawn_with_and_without_cached_text(
         (["--weighted_captions"], "Gemma knows no weighted words"),
         (["--network_args", "train_block_indices=2"], "names block 2, but the base model has 2 of them: 0 to 1"),
         (["--gemma2", "nowhere.safetensors"], "--gemma2 nowhere.safetensors does not exist"),
-        (["--gemma2_max_token_length", "1"], "--gemma2_max_token_length is 1; use 2 or more, 256 is usual"),
+        (["--gemma2_max_token_length", "1"], "--gemma2_max_token_length is 1; use at least 2"),
         (["--gemma2_max_token_length", "9"], "leaves no room for a caption in the 9 of --gemma2_max_token_length"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

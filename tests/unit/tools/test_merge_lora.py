@@ -362,4 +362,4 @@ def test_paths_that_other_programs_start_show_the_help_with_examples(script: str
     command = [sys.executable, f"networks/{script}", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "examples:\n  python tools/" in done.stdout
+    assert "examples:\n  python3 tools/" in done.stdout

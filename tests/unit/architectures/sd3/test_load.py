@@ -174,7 +174,7 @@ def test_prefixes_are_those_of_published_files() -> None:
     assert DENOISER_PREFIX == "model.diffusion_model."
 
 
-@pytest.mark.parametrize(("flag", "value"), [("clip_skip", 2), ("ip_noise_gamma", 0.1), ("save_clip", True)])
+@pytest.mark.parametrize(("flag", "value"), [("clip_skip", 2), ("noise_offset", 0.1), ("save_clip", True)])
 def test_options_without_effect_are_told(
     sd3_file: Path, caplog: pytest.LogCaptureFixture, flag: str, value: Any
 ) -> None:
