@@ -80,7 +80,9 @@ class ScheduleOptions(Options):
         at_least=1,
         help="Number of restarts of cosine_with_restarts; half waves of cosine_with_min_lr and warmup_stable_decay.",
     )
-    lr_scheduler_power: float = option(1, help="Exponent of the polynomial schedule. 1 falls in a straight line.")
+    lr_scheduler_power: float = option(
+        1, at_least=0, help="Exponent of the polynomial schedule. 1 falls in a straight line."
+    )
     lr_scheduler_timescale: int | None = option(
         None,
         at_least=1,
@@ -88,7 +90,7 @@ class ScheduleOptions(Options):
     )
     lr_scheduler_min_lr_ratio: float | None = option(
         None,
-        at_least=0,
+        is_share=True,
         help="Learning rate at the end as a share of that at the start, for cosine_with_min_lr and "
         "warmup_stable_decay.",
     )

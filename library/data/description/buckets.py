@@ -55,6 +55,11 @@ class BucketRules:
         if no_upscale:
             logger.warning("bucket_no_upscale: min_bucket_reso and max_bucket_reso have no effect")
             return cls(resolution, True, min_reso, max_reso, step, True)
+        if step > min(resolution):
+            raise UserError(
+                f"bucket_reso_steps is {step}, more than the shorter side of the resolution {resolution}: no bucket "
+                f"fits; lower bucket_reso_steps, {needed_step} is the least"
+            )
         low, high = min_reso // step * step, -(-max_reso // step) * step
         if (low, high) != (min_reso, max_reso):
             logger.warning(
@@ -77,7 +82,8 @@ def bucket_sizes(resolution: Size, low: int, high: int, step: int) -> list[Size]
     area = resolution[0] * resolution[1]
     side = math.isqrt(area) // step * step
     sizes = {(side, side)}
-    for width in range(low, high + 1, step):
+    # a wider bucket would be lower than `low`; without this, a huge `high` would keep the machine busy for ever
+    for width in range(low, min(high, area // low) + 1, step):
         height = min(high, area // width // step * step)
         if height >= low:
             sizes |= {(width, height), (height, width)}

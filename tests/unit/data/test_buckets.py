@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from library.data.description.buckets import BucketRules, assign_shapes, bucket_sizes, crop_ltrb
+from library.errors import UserError
 
 
 def sizes(text: str) -> list[tuple[int, int]]:
@@ -135,3 +136,17 @@ def test_limits_that_do_not_fit_are_named(arguments, words):
 
 def test_the_step_is_only_checked_with_buckets():
     assert not BucketRules.build((512, 512), False, 256, 1024, 17, False, 64).enable_bucket
+
+
+def test_a_step_above_the_resolution_is_named():
+    with pytest.raises(UserError, match=r"bucket_reso_steps is 1024, more than the shorter side .* lower"):
+        BucketRules.build((512, 512), True, 256, 2048, 1024, False, 64)
+
+
+def test_a_step_above_the_lowest_side_makes_it_the_lowest_side():
+    limits = BucketRules.build((512, 512), True, 64, 1024, 128, False, 64)
+    assert bucket_sizes((512, 512), limits.min_reso, limits.max_reso, limits.step)[0][0] == 128
+
+
+def test_a_huge_upper_limit_ends_at_once():
+    assert bucket_sizes((512, 512), 256, 2**70, 64) == bucket_sizes((512, 512), 256, 1024, 64)
