@@ -8,7 +8,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 OptionsT = TypeVar("OptionsT", bound="Options")
 
 
-RULE, USUAL = "rule", "usual"  # keys of a field's metadata that argparse does not get
+RULE, USUAL, OWN = "rule", "usual", "own"  # keys of a field's metadata that argparse does not get
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ def option(
     unless: str | None = None,
     ignored: str | None = None,
     usual: bool = False,
+    own: bool = False,
     **argparse_kwargs: Any,
 ) -> Any:
     """A field of an Options class. The flag is the field's name: `max_grad_norm` is --max_grad_norm.
@@ -41,10 +42,11 @@ def option(
     A value, or each value of a list, below `at_least` or above `at_most` is refused; a share lies in 0..1. The option
     has no effect unless one of those in `needs` asks for something ("enable_bucket") or is one of some values
     ("loss_type=huber|smooth_l1"), nor where the one in `unless` is given; one that is `ignored` never has, for the
-    reason named. --help shows the `usual` ones, --help_all all. Other keywords are argparse's.
+    reason named. --help shows the `usual` ones, --help_all all. An abbreviation never means
+    one of our `own` options, which sd-scripts does not have, where it can mean another. Other keywords are argparse's.
     """
     rule = Rule(at_least, at_most, is_share, (needs,) if isinstance(needs, str) else needs, unless, ignored)
-    return field(default=default, metadata={"help": help, RULE: rule, USUAL: usual, **argparse_kwargs})
+    return field(default=default, metadata={"help": help, RULE: rule, USUAL: usual, OWN: own, **argparse_kwargs})
 
 
 def redeclared(kind: type["Options"], name: str, default: Any, **argparse_kwargs: Any) -> Any:
@@ -112,7 +114,7 @@ class Options:
                 continue
             section = section or parser.add_argument_group(heading)
             assert f.default is not MISSING, f.name
-            keywords = {key: value for key, value in f.metadata.items() if key not in (RULE, USUAL)}
+            keywords = {key: value for key, value in f.metadata.items() if key not in (RULE, USUAL, OWN)}
             if kind is bool:
                 section.add_argument(f"--{f.name}", action="store_true", **keywords)
             else:

@@ -55,11 +55,13 @@ class TextCachingOptions(Options):
     )
     text_encoder_batch_size: int | None = option(
         None,
+        own=True,
         help="Captions that the text encoders take at a time while caching. Unset takes them one by one, so that no "
         "caption's numbers depend on its neighbours; more is faster for short captions on a graphics card.",
     )
     text_cache_variants: int = option(
         VARIANTS,
+        own=True,
         help="Versions that are cached of a caption which is shuffled, thinned or filled from wildcards; every draw "
         "takes one of them. A caption that never changes is cached once.",
     )

@@ -48,18 +48,21 @@ class FaultOptions(Options):
 
     on_nonfinite: str = option(
         "skip",
+        own=True,
         help="What to do with a step whose loss or gradient is NaN or infinite: skip leaves the weights as they were "
         "and stops after a handful in a row, stop ends the run at the first one.",
         choices=("skip", "stop"),
     )
     trace_nonfinite: bool = option(
         False,
+        own=True,
         help="Compute the first step whose loss or gradient is NaN or infinite once more and name the module that the "
         "damage comes from. Costs nothing before that step.",
     )
     dry_run: bool = option(
         False,
         usual=True,
+        own=True,
         help="Load and check everything, train the largest batch for one step, show memory, parameters and steps, and "
         "stop without writing a file.",
     )

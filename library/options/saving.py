@@ -127,6 +127,7 @@ class StateOptions(Options):
         False,
         usual=True,
         unless="resume",
+        own=True,
         help="Continue from the newest whole training state in --output_dir, or start at the beginning where there is "
         "none, so that the same command can be given again after any stop.",
     )

@@ -29,6 +29,7 @@ class ValidationOptions(Options):
     )
     validate_at_first: bool = option(
         False,
+        own=True,
         help="Measure the validation loss before the first step too, to compare the others with.",
     )
     max_validation_steps: int | None = option(
@@ -39,5 +40,6 @@ class ValidationOptions(Options):
     keep_best_checkpoint: bool = option(
         False,
         usual=True,
+        own=True,
         help="Keep the weights with the lowest validation loss so far in a file of their own, <name>-best.",
     )

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from library.options.base import USUAL, Options
+from library.options.base import OWN, USUAL, Options
 from library.options.console import ConsoleOptions
 from library.training.command_line.config_file import (
     SECRETS,
@@ -32,8 +32,10 @@ def build_parser(*groups: type[Options], parts: str = "") -> argparse.ArgumentPa
 
     `parts` are the options that name the files of a base model besides its first, for the example in the help.
     """
-    usual = frozenset(f.name for kind in groups for f, _ in kind.leaves() if f.metadata.get(USUAL))
-    parser = TrainingParser(usual, parts)
+    usual, own = (
+        frozenset(f.name for kind in groups for f, _ in kind.leaves() if f.metadata.get(key)) for key in (USUAL, OWN)
+    )
+    parser = TrainingParser(usual, parts, own)
     for kind in groups:
         kind.add_to(parser)
     return parser

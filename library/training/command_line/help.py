@@ -57,7 +57,8 @@ class TrainingParser(argparse.ArgumentParser):
     --help_all is no option of it, so that --hel still means --help and programs that list the options do not show it.
     """
 
-    def __init__(self, usual: frozenset[str], parts: str = "") -> None:
+    def __init__(self, usual: frozenset[str], parts: str = "", own: frozenset[str] = frozenset()) -> None:
+        self._own = own
         super().__init__(
             usage="%(prog)s [options]",
             description=EXAMPLES.format(parts=f"      {parts} \\\n" if parts else ""),
@@ -74,6 +75,12 @@ class TrainingParser(argparse.ArgumentParser):
             full.print_help()
             self.exit(0)
         return super().parse_known_args(args, namespace)
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """What an abbreviation could mean: of several, options that sd-scripts does not have are not meant."""
+        found: list[Any] = super()._get_option_tuples(option_string)  # type: ignore[misc]
+        listed = [entry for entry in found if entry[0].dest not in self._own]
+        return listed if len(found) > 1 and listed else found
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line, without the usage, and end with status 2."""
