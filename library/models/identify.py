@@ -37,6 +37,7 @@ FILE_MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (  # (base, what a name co
     ("anima", ("llm_adapter.",)),
     ("sd2", ("cond_stage_model.model.",)),
 )
+UNET_MODELS = ("sd1", "sd2", "sdxl")
 REFINER_MARK = "conditioner.embedders.0.model."
 NO_MODELS = (  # told only when there is no U-Net: old checkpoints may carry such names beside it
     ((".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lokr_w", ".hada_w", "lora_unet_", "lora_te_"),
@@ -75,9 +76,16 @@ def base_of_folder(class_name: str, unet_shapes: Mapping[str, tuple[int, ...]]) 
     return found or unet_generation(unet_shapes)
 
 
-def folder_base(folder: Path) -> str | None:
-    """The base model of a diffusers folder by its pipeline's class name; None where that does not tell."""
-    return pipeline_base(read_json(folder / "model_index.json").get("_class_name", ""))
+def refuse_other_folder(flag: str, folder: Path, wanted: str) -> None:
+    """Raise UserError where a diffusers folder names the pipeline of another model than `wanted`, or of one that no
+    script trains. A folder that names none passes, and so does one with a U-Net, which tells more than a name."""
+    class_name = read_json(folder / "model_index.json").get("_class_name", "")
+    found = pipeline_base(class_name)
+    if found is None and class_name.startswith("StableDiffusion") and wanted not in UNET_MODELS:
+        found = unet_generation({})
+    refuse_other(flag, str(folder), found, wanted)
+    if found is None and class_name and not class_name.startswith("StableDiffusion") and not (folder / "unet").is_dir():
+        raise UserError(f"{flag} {folder}: its model_index.json names {class_name}, which no script trains yet")
 
 
 def pipeline_base(class_name: str) -> str | None:

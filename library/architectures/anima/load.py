@@ -16,7 +16,7 @@ from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
-from library.models.identify import base_of_file, folder_base, refuse_other
+from library.models.identify import base_of_file, refuse_other, refuse_other_folder
 from library.models.loading import Component, materialise
 from library.models.shapes import shape_of
 
@@ -95,12 +95,7 @@ def open_base(name: str | None) -> tuple[Path, Weights]:
     if not path.exists():
         raise UserError(f"{BASE_FLAG} {name} does not exist{model_lookup.nearby(path)}")
     if path.is_dir():
-        refuse_other(
-            BASE_FLAG,
-            str(path),
-            folder_base(path),
-            "anima",
-        )
+        refuse_other_folder(BASE_FLAG, path, "anima")
         raise UserError(f"{BASE_FLAG} {path} is a folder; Anima is read from the file of its transformer")
     return path, denoiser_of(path, model_lookup.open_file(BASE_FLAG, path))
 

@@ -15,7 +15,7 @@ from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.clip import clip_component, clip_of_folder, load_clip
 from library.models.flux_vae import CHANNELS, open_ae
-from library.models.identify import base_of_file, base_of_folder, refuse_other
+from library.models.identify import base_of_file, refuse_other, refuse_other_folder
 from library.models.loading import Component, materialise
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component, t5_of_folder
@@ -106,9 +106,7 @@ def empty_flux(config: FluxConfig) -> Flux:
 def denoiser_of(path: Path, whole: Weights | None) -> Weights:
     """The denoiser's weights under our names. Raises UserError saying which model it is where it is another."""
     if whole is None:
-        found = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
-        other = base_of_folder(found, {}) if found and not found.startswith("Flux") else None
-        refuse_other(BASE_FLAG, str(path), other, "flux")
+        refuse_other_folder(BASE_FLAG, path, "flux")
         _, weights = model_lookup.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
     else:
         prefix = next(p for p in DENOISER_PREFIXES if any(key.startswith(p) for key in whole.shapes))

@@ -20,7 +20,7 @@ from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.memory.forms.fp8 import Fp8Rows
 from library.memory.frozen import store_blocks_in
-from library.models.identify import base_of_file, folder_base, refuse_other
+from library.models.identify import base_of_file, refuse_other, refuse_other_folder
 from library.models.loading import Component, materialise
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component, t5_of_folder, unscaled
@@ -110,7 +110,7 @@ def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
 def denoiser_of(path: Path, whole: Weights | None) -> Weights:
     """The denoiser's weights under our names. Raises UserError saying which model it is where it is another."""
     if whole is None:
-        refuse_other(BASE_FLAG, str(path), folder_base(path), "hunyuan_image")
+        refuse_other_folder(BASE_FLAG, path, "hunyuan_image")
         _, weights = model_lookup.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
     else:
         prefix = next(p for p in DENOISER_PREFIXES if not p or any(key.startswith(p) for key in whole.shapes))

@@ -15,7 +15,7 @@ from library.checkpoints.weights import Weights, configure, selected, with_prefi
 from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.flux_vae import CHANNELS, open_ae
-from library.models.identify import base_of_file, folder_base, refuse_other
+from library.models.identify import base_of_file, refuse_other, refuse_other_folder
 from library.models.loading import Component, materialise
 from library.models.shapes import shape_of
 from library.models.vae import empty_vae
@@ -91,7 +91,7 @@ def empty_lumina(config: LuminaConfig) -> NextDiT:
 def denoiser_of(path: Path, whole: Weights | None) -> Weights:
     """The denoiser's weights under our names. Raises UserError saying which model it is where it is another."""
     if whole is None:
-        refuse_other(BASE_FLAG, str(path), folder_base(path), "lumina")
+        refuse_other_folder(BASE_FLAG, path, "lumina")
         _, weights = model_lookup.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
     else:
         prefix = next(p for p in DENOISER_PREFIXES if any(key.startswith(p) for key in whole.shapes))

@@ -15,9 +15,9 @@ from library.models.clip import clip_component, clip_of_folder, load_clip
 from library.models.identify import (
     WORDS,
     base_of_folder,
-    pipeline_base,
     refuse_other,
     refuse_other_file,
+    refuse_other_folder,
     warn_of_other_prediction,
 )
 from library.models.loading import Component, materialise
@@ -109,7 +109,7 @@ def open_parts(flag: str, path: Path, base: str, own_vae: bool) -> dict[str, Com
 def folder_parts(flag: str, path: Path, base: str, own_vae: bool) -> dict[str, Component]:
     """The parts of a diffusers folder, the VAE only when `own_vae`."""
     class_name = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
-    refuse_other(flag, str(path), pipeline_base(class_name), base)
+    refuse_other_folder(flag, path, base)
     if (path / "text_encoder_2").is_dir():
         refuse_other(flag, str(path), "sdxl", base)
     parts = {"unet": Component(*model_lookup.open_part(flag, path / "unet", "unet"))}

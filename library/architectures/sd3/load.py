@@ -15,7 +15,7 @@ from library.checkpoints.weights import Weights, configure, selected, with_prefi
 from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.models.clip import PROJECTION, clip_component, load_clip
-from library.models.identify import base_of_file, folder_base, refuse_other
+from library.models.identify import base_of_file, refuse_other, refuse_other_folder
 from library.models.loading import Component, materialise
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component
@@ -101,7 +101,7 @@ def open_base(name: str | None) -> tuple[Path, Weights]:
         raise UserError(f"{BASE_FLAG} is missing: give the .safetensors file of an SD3 or SD3.5 model")
     path = existing(BASE_FLAG, name)
     if path.is_dir():
-        refuse_other(BASE_FLAG, str(path), folder_base(path), "sd3")
+        refuse_other_folder(BASE_FLAG, path, "sd3")
         raise UserError(
             f"{BASE_FLAG} {path} is a folder; SD3 is read from a single file, such as the sd3_medium.safetensors or "
             "sd3.5_large.safetensors that lies beside the diffusers folders of the same repository"

@@ -14,9 +14,9 @@ from library.models.attention import wants_xformers, with_attention
 from library.models.clip import PROJECTION, clip_component, clip_of_folder, load_clip
 from library.models.identify import (
     base_of_folder,
-    pipeline_base,
     refuse_other,
     refuse_other_file,
+    refuse_other_folder,
     warn_of_other_prediction,
 )
 from library.models.loading import Component, materialise
@@ -119,7 +119,7 @@ def open_parts(flag: str, path: Path, own_vae: bool) -> dict[str, Component]:
 def folder_parts(flag: str, path: Path, own_vae: bool) -> dict[str, Component]:
     """The parts of a diffusers folder, the VAE only when `own_vae`."""
     class_name = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
-    refuse_other(flag, str(path), pipeline_base(class_name), "sdxl")
+    refuse_other_folder(flag, path, "sdxl")
     parts = {"unet": Component(*model_lookup.open_part(flag, path / "unet", "unet"))}
     refuse_other(flag, str(path), base_of_folder(class_name, parts["unet"].weights.shapes), "sdxl")
     if not (path / "text_encoder").is_dir() and (path / "text_encoder_2").is_dir():

@@ -1,0 +1,43 @@
+"""Folders of diffusers whose pipeline no script trains are told by the name of that pipeline."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from library.errors import UserError
+from library.models.identify import refuse_other_folder
+from tests.running import SCRIPTS, Finished, make_pictures
+
+UNKNOWN = ("ChromaPipeline", "QwenImagePipeline", "PixArtSigmaPipeline")
+
+
+def folder_of(path: Path, class_name: str | None) -> Path:
+    path.mkdir()
+    (path / "model_index.json").write_text(json.dumps({} if class_name is None else {"_class_name": class_name}))
+    return path
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("class_name", UNKNOWN[:2])
+def test_no_script_takes_them_for_another_model(train, tmp_path: Path, script: str, class_name: str) -> None:
+    folder = folder_of(tmp_path / "model", class_name)
+    make_pictures(tmp_path / "data" / "1_a", 1)
+    done: Finished = train(
+        ["--pretrained_model_name_or_path", str(folder), "--train_data_dir", str(tmp_path / "data"), "--resolution",
+         "64", "--output_dir", str(tmp_path / "out"), "--network_module", "networks.lora"], script=script,
+    )  # fmt: skip
+    assert done.status == 1 and "Traceback" not in done.stderr
+    assert f"{folder}: its model_index.json names {class_name}, which no script trains yet" in done.stderr, done.stderr
+
+
+def test_known_folders_are_sent_to_their_script_and_unnamed_ones_pass(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"this is an SDXL model; use sdxl_train_network\.py"):
+        refuse_other_folder("--x", folder_of(tmp_path / "a", "StableDiffusionXLPipeline"), "flux")
+    with pytest.raises(UserError, match=r"this is an SD 1\.x model; use train_network\.py"):
+        refuse_other_folder("--x", folder_of(tmp_path / "b", "StableDiffusionPipeline"), "flux")
+    refuse_other_folder("--x", folder_of(tmp_path / "c", "FluxPipeline"), "flux")
+    refuse_other_folder("--x", folder_of(tmp_path / "d", None), "flux")
+    custom = folder_of(tmp_path / "e", "SomebodysOwnPipeline")
+    (custom / "unet").mkdir()
+    refuse_other_folder("--x", custom, "sd1")  # its U-Net tells more than its name
