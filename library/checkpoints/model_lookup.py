@@ -82,7 +82,7 @@ def fetch_snapshot(name: str, patterns: Sequence[str]) -> Path:
         logger.warning("the hub does not give %s (%s); trying what was downloaded before", name, refusal)
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=bool(refusal)))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: the name is none that a repository can have
         raise ConnectionError(refusal or str(error)) from error
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.models.tokenizer_files import TokenizerFiles, holds_byte_pairs
+from library.models.tokenizer_files import TokenizerFiles, holds_byte_pairs, read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def load_tokenizer(model: Path, cache_dir: str | None, num_words: int) -> Any:
 
     folder = find_tokenizer(model, cache_dir)
     logger.info("tokenizer: %s", folder)
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    tokenizer = read_tokenizer(lambda: CLIPTokenizer.from_pretrained(str(folder), local_files_only=True), folder)
     largest = max(tokenizer.get_vocab().values())
     if largest >= num_words:
         raise UserError(

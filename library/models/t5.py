@@ -17,7 +17,7 @@ from library.checkpoints.weights import Weights, configure, selected, with_prefi
 from library.errors import UserError
 from library.models.loading import Component, materialise
 from library.models.shapes import Shapes, count, shape_of
-from library.models.tokenizer_files import TokenizerFiles, check_ids
+from library.models.tokenizer_files import TokenizerFiles, check_ids, read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def load_t5_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words:
 
     folder = TOKENIZER.find_or_explain("T5", "tokenizer.json (or spiece.model)", folders, cache_dir)
     logger.info("T5 tokenizer: %s", folder)
-    tokenizer = T5TokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    tokenizer = read_tokenizer(lambda: T5TokenizerFast.from_pretrained(str(folder), local_files_only=True), folder)
     check_ids("T5", tokenizer, folder, num_words)
     return tokenizer
 

@@ -63,6 +63,15 @@ def holds_byte_pairs(folder: Path) -> bool:
     return "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names
 
 
+def read_tokenizer(read: Callable[[], Any], place: Path) -> Any:
+    """What `read` makes of the tokenizer's files at `place`. Raises UserError naming them where they are damaged."""
+    try:
+        return read()
+    except Exception as error:  # transformers and tokenizers raise whatever they meet in a file, also bare Exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"the tokenizer {place} cannot be read ({reason}); put its files there again") from error
+
+
 def check_ids(owner: str, tokenizer: Any, folder: Path, num_words: int) -> None:
     """Raise UserError where a tokenizer has ids that its text encoder has no word for."""
     largest = max(tokenizer.get_vocab().values())

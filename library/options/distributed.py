@@ -6,6 +6,8 @@ from library.options.base import Options, option
 
 FLAT_BUFFER = "processes exchange gradients in one flat buffer, without torch's DDP"
 
+MOST_MINUTES = 1_000_000  # nearly two years; torch keeps milliseconds in 64 bits, its stores seconds in 32
+
 
 @dataclass(frozen=True)
 class DistributedOptions(Options):
@@ -14,6 +16,7 @@ class DistributedOptions(Options):
     ddp_timeout: int | None = option(
         None,
         at_least=0,
+        at_most=MOST_MINUTES,
         help="Minutes that processes of a distributed run wait for each other. Unset keeps torch's own limit.",
     )
     ddp_gradient_as_bucket_view: bool = option(

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from library.options.base import Options, option
 
+MOST_NOISE = 100.0  # times the noise itself; far below it nothing can be learned any more
+
 
 @dataclass(frozen=True)
 class NoiseOptions(Options):
@@ -21,6 +23,8 @@ class NoiseOptions(Options):
     noise_offset: float | None = option(
         None,
         usual=True,
+        at_least=-MOST_NOISE,
+        at_most=MOST_NOISE,
         help="Strength of noise that shifts whole colour channels, for darker darks and brighter brights; 0.05 is "
         "usual. Unset adds none.",
     )
@@ -31,6 +35,8 @@ class NoiseOptions(Options):
     )
     adaptive_noise_scale: float | None = option(
         None,
+        at_least=-MOST_NOISE,
+        at_most=MOST_NOISE,
         help="Factor on the mean brightness of the latents that is added to --noise_offset. Unset adds nothing.",
     )
     multires_noise_iterations: int | None = option(
@@ -47,6 +53,7 @@ class NoiseOptions(Options):
     ip_noise_gamma: float | None = option(
         None,
         at_least=0,
+        at_most=MOST_NOISE,
         help="Strength of extra noise on the model's input that the target does not contain; 0.1 is usual. Unset adds "
         "none.",
     )

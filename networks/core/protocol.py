@@ -103,6 +103,8 @@ def open_network_module(name: str) -> NetworkModule:
 
     Raises UserError naming what to do when it is not there, or is no network module.
     """
+    if name.startswith("."):
+        raise UserError(f"--network_module {name} is no name of a module; {_way_out(name)}")
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

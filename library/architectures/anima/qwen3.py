@@ -16,7 +16,7 @@ from library.checkpoints.weights import Weights, configure, selected, with_prefi
 from library.errors import UserError
 from library.models.loading import Component, materialise
 from library.models.shapes import Shapes, count, shape_of
-from library.models.tokenizer_files import TokenizerFiles, check_ids, holds_byte_pairs
+from library.models.tokenizer_files import TokenizerFiles, check_ids, holds_byte_pairs, read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,9 @@ def load_qwen3_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
 
     folder = TOKENIZER.find_or_explain("Qwen3", "tokenizer.json (or vocab.json and merges.txt)", folders, cache_dir)
     logger.info("Qwen3 tokenizer: %s", folder)
-    tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True, padding_side="right")
+    tokenizer = read_tokenizer(
+        lambda: Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True, padding_side="right"), folder
+    )
     check_ids("Qwen3", tokenizer, folder, num_words)
     return tokenizer
 

@@ -18,7 +18,7 @@ from library.errors import UserError
 from library.models.loading import Component, materialise
 from library.models.shapes import Shapes, count, shape_of
 from library.models.t5 import unscaled
-from library.models.tokenizer_files import TokenizerFiles, holds_byte_pairs
+from library.models.tokenizer_files import TokenizerFiles, holds_byte_pairs, read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,9 @@ def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_word
     needed = "tokenizer.json and tokenizer_config.json"
     folder = TOKENIZER.find_or_explain("Qwen2.5-VL", needed, folders, cache_dir)
     logger.info("Qwen tokenizer: %s", folder)
-    tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True, padding_side="right")
+    tokenizer = read_tokenizer(
+        lambda: Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True, padding_side="right"), folder
+    )
     num_tokens = len(tokenizer(TEMPLATE.partition("{}")[0])["input_ids"])
     largest = max(tokenizer.get_vocab().values())
     if num_tokens != NUM_TEMPLATE_TOKENS or largest >= num_words:

@@ -16,6 +16,7 @@ from library.checkpoints.weights import Weights, configure, selected, with_prefi
 from library.errors import UserError
 from library.models.loading import Component, materialise
 from library.models.shapes import Shapes, count, shape_of
+from library.models.tokenizer_files import read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
 
     file = find_gemma_tokenizer(folders, cache_dir)
     logger.info("Gemma tokenizer: %s", file)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    tokenizer = read_tokenizer(lambda: PreTrainedTokenizerFast(tokenizer_file=str(file)), file)
     words = tokenizer.get_vocab()
     lacks = [word for word in (BEGIN, PADDING) if word not in words]
     if lacks or max(words.values()) >= num_words:

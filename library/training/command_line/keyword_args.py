@@ -63,6 +63,6 @@ def call_with_keywords(
             raise UserError(f"{flag} {key} is unknown to {name}; it accepts {known or 'none'}")
     try:
         return target(*positional, **{**(ours or {}), **keywords})
-    except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
+    except (TypeError, ValueError, AssertionError, NotImplementedError, LookupError, ArithmeticError) as error:
         given = ", ".join(f"{key}={value}" for key, value in keywords.items()) or "no arguments"
         raise UserError(f"{name} refuses its settings ({flag}: {given}): {error}") from error

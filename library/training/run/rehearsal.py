@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from library.checkpoints.weights import without_values
+from library.errors import UserError
+from library.options.optimizer import ScheduleOptions
 from library.options.train import TrainOptions
 from library.protocols import Architecture
-from library.training.optimization.lr_schedules import build_schedule
+from library.training.optimization.lr_schedules import Schedule, build_schedule
 from library.training.optimization.optimizers import build_optimizer
 from library.training.run.context import Models
 from library.training.run.network import create
@@ -40,7 +42,19 @@ def rehearse(options: TrainOptions, arch: Architecture, max_train_steps: int) ->
             groups, _ = network.parameter_groups(*rates)
         # Some optimizers look at their parameters when they are made, which those on the meta device do not survive.
         stand_ins = [{**group, "params": [nn.Parameter(torch.zeros(2, 2))]} for group in groups]
-        build_schedule(options.schedule, build_optimizer(options.optimizer, stand_ins), max_train_steps)
+        schedule = build_schedule(options.schedule, build_optimizer(options.optimizer, stand_ins), max_train_steps)
+        take_first_step(options.schedule, schedule)
+
+
+def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:
+    """Step a schedule class of others once: StepLR takes a step_size of 0 and divides by it in its first step."""
+    if not options.lr_scheduler_type:
+        return
+    try:
+        schedule.step()
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        given = " ".join(options.lr_scheduler_args or []) or "no --lr_scheduler_args"
+        raise UserError(f"--lr_scheduler_type {options.lr_scheduler_type} fails with {given}: {error}") from error
 
 
 def sketched_models(arch: Architecture) -> Models:
