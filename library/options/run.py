@@ -59,6 +59,12 @@ class FaultOptions(Options):
         help="Compute the first step whose loss or gradient is NaN or infinite once more and name the module that the "
         "damage comes from. Costs nothing before that step.",
     )
+    exit_status_on_stop: bool = option(
+        False,
+        own=True,
+        help="End with status 130 or 143 when Ctrl-C or SIGTERM stopped the run before its last step, so that what "
+        "stands behind && is not started. Unset ends with 0, as the run is saved.",
+    )
     dry_run: bool = option(
         False,
         usual=True,

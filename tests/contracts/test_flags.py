@@ -20,6 +20,7 @@ FLAGS: list[dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
 OURS = {  # options that sd-scripts does not have, with their defaults; one a line
     "autoresume": False,
     "dry_run": False,
+    "exit_status_on_stop": False,
     "on_nonfinite": "skip",
     "trace_nonfinite": False,
     "keep_best_checkpoint": False,

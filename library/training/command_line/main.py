@@ -28,7 +28,9 @@ def main(
     *,
     latents: LatentSpec | None = None,
 ) -> int:
-    """Train as the command line says. Gives the exit status: 0 done, 1 stopped by an error (2 is argparse's own).
+    """Train as the command line says. Gives the exit status: 0 done or stopped and saved, 1 ended by an error (2 is
+    argparse's own).
+
 
     With `latents`, which decide the sizes of buckets, --debug_dataset works without a base model.
     """
@@ -42,12 +44,14 @@ def main(
             show_dataset(options, latents)
             return 0
         with run_lock(options):
-            train_network(options, build, interruption)
+            is_over = train_network(options, build, interruption)
+        if options.faults.exit_status_on_stop and not is_over:
+            return interruption.exit_status
     except AlreadyComplete as error:
         logger.info("%s", error)
     except Interrupted as error:
         logger.warning("%s received before the first step: nothing was trained, nothing to save", error)
-        return 130 if str(error) == "SIGINT" else 143
+        return interruption.exit_status
     except Exception as error:
         report_error(error)
         return 1
@@ -69,8 +73,8 @@ def show_dataset(options: TrainOptions, latents: LatentSpec) -> None:
     show_batches(training_set)
 
 
-def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], interruption: Interruption) -> None:
-    """Set the run up and train it."""
+def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], interruption: Interruption) -> bool:
+    """Set the run up and train it; gives whether that came to its end, and was not stopped on the way."""
     from library.data.batches.dataset import NoDataFound
     from library.data.batches.debug import show_batches
     from library.processes import of_accelerator
@@ -97,10 +101,10 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
         training_set = setup.open_training_set(options, arch, seed, processes.count)
     except NoDataFound as error:
         logger.error("No data found: %s", error)
-        return
+        return True
     if options.dataset.debug_dataset:
         show_batches(training_set)
-        return
+        return True
     largest = training_set.limit_to_largest_batch() if options.faults.dry_run else None
     with (
         explained("loading the models and caching", options, accelerator.device, ""),
@@ -109,7 +113,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
         prepared = setup.prepare(options, arch, seed, training_set, accelerator, processes, facts)
     if largest is not None:
         try_largest_batch(prepared.run, prepared.writer, largest)
-        return
+        return True
     from library.training.faults.failure import saved_on_error
     from library.training.optimization.nonfinite import last_good_saved
     from library.training.reporting.report import finished_line
@@ -125,13 +129,15 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
             train(prepared, interruption)
     finally:
         prepared.charts.close()
-    if processes.is_main and prepared.progress.step >= prepared.run.plan.max_train_steps:
+    is_over = prepared.progress.step >= prepared.run.plan.max_train_steps
+    if processes.is_main and is_over:
         names, network = prepared.writer.names, options.network
         rank = f" of rank {network.network_dim}" if network.network_dim else ""
         num_steps, seconds = prepared.progress.step - first_step, time.monotonic() - started
         what = f"{network.network_module}{rank} on {arch.name}"
         best = prepared.validation.best
         logger.info("%s", finished_line(what, num_steps, seconds, names.of_end(), best, names.of_best()))
+    return is_over
 
 
 OUR_FAULT = (

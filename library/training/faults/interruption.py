@@ -43,6 +43,11 @@ class Interruption:
             self._signal = signal.SIGTERM
         return self._signal is not None
 
+    @property
+    def exit_status(self) -> int:
+        """What shells know a process by that a signal ended: 130 after SIGINT, 143 after SIGTERM."""
+        return 128 + (self._signal or signal.SIGTERM)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:
             signal.signal(number, signal.SIG_DFL)
