@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 
 from library.errors import UserError
+from library.options.optimizer import OptimizerOptions
 from library.options.rules import check_ranges, is_set, unused
 from library.options.support import unsupported
 from library.options.train import TrainOptions
@@ -17,6 +18,7 @@ from library.training.saving.checkpoints import Names
 
 logger = logging.getLogger(__name__)
 
+SETS_OWN_RATE = ("prodigy", "dadapt", "adafactor")  # warned of with their own reasons where the rate is odd
 MAX_NAME_BYTES = 255 - len("-step00000000-state")  # what file systems allow, less what a run appends
 SQUARES_IN_DTYPE_OF_WEIGHTS = (
     "torch.optim.Adam", "torch.optim.NAdam", "torch.optim.RAdam", "torch.optim.RMSprop", "prodigyopt.",
@@ -284,3 +286,20 @@ def doubtful(options: TrainOptions) -> Iterator[str]:
             "--zero_terminal_snr leaves no signal at the last timestep, where a model that predicts noise learns "
             "nothing; it is meant for --v_parameterization"
         )
+    yield from low_rate(options)
+
+
+def low_rate(options: TrainOptions) -> Iterator[str]:
+    """A line where the adapter of the denoiser trains with the default rate, which is one for whole models."""
+    network, rate = options.network, options.optimizer.learning_rate
+    name = wanted_type(options.optimizer)
+    is_named = network.unet_lr is not None or network.network_train_text_encoder_only
+    if is_named or rate != OptimizerOptions.learning_rate or name.lower().startswith(SETS_OWN_RATE):
+        return
+    usual = "3e-5" if "lion" in name.lower() else "1e-4"
+    strength = f", and --network_alpha {network.network_alpha:g} of --network_dim {network.network_dim} weakens it more"
+    is_weak = network.network_dim is not None and 0 < network.network_alpha < network.network_dim
+    yield (
+        f"--learning_rate is {rate:g}, the default for training whole models, with which an adapter learns next to "
+        f"nothing{strength if is_weak else ''}; {usual} is usual with {name}"
+    )

@@ -31,7 +31,6 @@ def main(
     """Train as the command line says. Gives the exit status: 0 done or stopped and saved, 1 ended by an error (2 is
     argparse's own).
 
-
     With `latents`, which decide the sizes of buckets, --debug_dataset works without a base model.
     """
     interruption = Interruption()

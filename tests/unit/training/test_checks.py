@@ -26,6 +26,7 @@ NEEDED = {
     "resolution": "512",
     "network_module": "networks.lora",
     "output_dir": "output",
+    "learning_rate": 1e-4,
 }
 
 
@@ -286,6 +287,17 @@ def test_what_does_nothing_for_the_base_model_is_said_with_the_reason() -> None:
 )
 def test_an_unmet_need_is_named(values: dict[str, Any], line: str) -> None:
     assert list(unused(made(**values), {})) == [line]
+
+
+def test_a_rate_with_which_an_adapter_learns_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    (line,) = warnings_of(caplog, learning_rate=2e-6, network_dim=16, network_alpha=1)
+    assert "--learning_rate is 2e-06" in line and "--network_alpha 1 of --network_dim 16" in line and "1e-4" in line
+    caplog.clear()
+    (line,) = warnings_of(caplog, learning_rate=2e-6, optimizer_type="Lion", network_alpha=4, network_dim=4)
+    assert "3e-5 is usual with Lion" in line and "--network_alpha" not in line
+    caplog.clear()
+    for values in ({"unet_lr": 1e-4}, {"optimizer_type": "Prodigy"}, {"network_train_text_encoder_only": True}):
+        assert not any("next to nothing" in line for line in warnings_of(caplog, learning_rate=2e-6, **values))
 
 
 @pytest.mark.parametrize("values", [{"ddp_timeout": -1}, {"max_data_loader_n_workers": 10**9}, {"min_timestep": 1001}])
