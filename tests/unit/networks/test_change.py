@@ -117,4 +117,4 @@ def test_a_limit_on_norms_turns_it_less() -> None:
     _, adapter = rotated(4021)
     before = adapter.change.norm()
     adapter.change.scale_(torch.tensor(0.25))
-    assert math.isclose(float(adapter.change.norm()), float(before) / 4, rel_tol=1e-12)
+    assert math.isclose(adapter.change.norm().item(), before.item() / 4, rel_tol=1e-12)
