@@ -30,7 +30,14 @@ def test_one_that_is_loaded_already_stays(monkeypatch: pytest.MonkeyPatch) -> No
     assert sys.modules[NAME] is os
 
 
-@pytest.mark.parametrize("error", ["RuntimeError('CUDA setup failed')", "OSError('libcudart.so')", "ImportError('x')"])
+ERRORS = [
+    "RuntimeError('CUDA setup failed')",
+    pytest.param("OSError('libcudart.so')", marks=pytest.mark.slow),
+    pytest.param("ImportError('x')", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS)
 def test_one_that_fails_to_import_does_not_end_a_run(base_arguments: list[str], tmp_path: Path, error: str) -> None:
     (tmp_path / "broken" / NAME).mkdir(parents=True)
     (tmp_path / "broken" / NAME / "__init__.py").write_text(f"raise {error}")
