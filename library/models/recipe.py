@@ -8,6 +8,11 @@ from library.errors import UserError
 from library.options.rules import asks
 from library.options.train import TrainOptions
 
+OTHER_ATTENTION: Mapping[str, str] = {  # options that do nothing for denoisers of ours
+    "xformers": "attention is torch's scaled dot product",
+    "mem_eff_attn": "attention is torch's scaled dot product, which needs as little memory",
+}
+
 
 @dataclass(frozen=True)
 class Recipe:

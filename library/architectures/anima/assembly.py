@@ -17,7 +17,7 @@ from library.architectures.anima.view import view
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, build_sampled_flow
 from library.errors import UserError
-from library.models.recipe import Recipe, folders_beside, ignored_attention
+from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside, ignored_attention
 from library.models.t5 import holds_t5_tokenizer, load_t5_tokenizer
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
@@ -37,8 +37,7 @@ RECIPE = Recipe(
         "v_parameterization": "Anima predicts the velocity of a flow",
         "clip_skip": "Anima takes Qwen3's last states",
         "max_token_length": "use --qwen3_max_token_length and --t5_max_token_length",
-        "xformers": "attention is torch's scaled dot product",
-        "mem_eff_attn": "attention is torch's scaled dot product, which needs as little memory",
+        **OTHER_ATTENTION,
         "split_attn": "torch's attention needs no more memory for several pictures",
         "vae_chunk_size": "the VAE takes pictures whole",
         "vae_disable_cache": "a picture has one frame, of which the VAE keeps nothing",

@@ -18,7 +18,7 @@ from library.errors import UserError
 from library.models.clip_tokenizer import load_tokenizer
 from library.models.clip_tokens import ClipTokens
 from library.models.flux_vae import mapped_latents
-from library.models.recipe import Recipe, folders_beside
+from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
 from library.models.t5 import load_t5_tokenizer
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 
@@ -38,8 +38,7 @@ RECIPE = Recipe(
         "max_token_length": "T5 reads captions in one piece; use --t5xxl_max_token_length",
         "vae": "use --ae",
         "controlnet_model_name_or_path": "adapters are trained without a ControlNet",
-        "xformers": "attention is torch's scaled dot product",
-        "mem_eff_attn": "attention is torch's scaled dot product, which needs as little memory",
+        **OTHER_ATTENTION,
     },
     records=(
         "model_type", "apply_t5_attn_mask", "guidance_scale", "weighting_scheme", "logit_mean", "logit_std",

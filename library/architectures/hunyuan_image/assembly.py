@@ -15,7 +15,7 @@ from library.architectures.hunyuan_image.view import view
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.models.latents import KlLatents
-from library.models.recipe import Recipe, folders_beside, ignored_attention
+from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside, ignored_attention
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
 SAMPLING_SHIFT = 5.0  # that the model draws pictures with
@@ -36,8 +36,7 @@ RECIPE = Recipe(
         "v_parameterization": "HunyuanImage 2.1 predicts the velocity of a flow",
         "clip_skip": "it has no CLIP",
         "max_token_length": "its text encoder reads 1024 tokens",
-        "xformers": "attention is torch's scaled dot product",
-        "mem_eff_attn": "attention is torch's scaled dot product, which needs as little memory",
+        **OTHER_ATTENTION,
         "split_attn": "the samples of a batch share one call of attention",
     },
     records=(

@@ -15,7 +15,7 @@ from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.errors import UserError
 from library.models.flux_vae import mapped_latents
-from library.models.recipe import Recipe, folders_beside
+from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 
 GEMMA_TOKENS = 256
@@ -34,8 +34,7 @@ RECIPE = Recipe(
         "clip_skip": "Lumina Image 2.0 reads Gemma's states before its last layer",
         "max_token_length": "use --gemma2_max_token_length",
         "vae": "use --ae",
-        "xformers": "attention is torch's scaled dot product",
-        "mem_eff_attn": "attention is torch's scaled dot product, which needs as little memory",
+        **OTHER_ATTENTION,
         "use_flash_attn": "attention is torch's scaled dot product, which has flash attention of its own",
         "use_sage_attn": "SageAttention cannot train; attention is torch's scaled dot product",
         "sample_batch_size": "preview pictures are drawn one by one",

@@ -20,7 +20,7 @@ from library.models.clip import PROJECTION
 from library.models.clip_tokenizer import load_tokenizer
 from library.models.clip_tokens import ClipTokens
 from library.models.latents import KlLatents
-from library.models.recipe import Recipe, folders_beside
+from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5_tokenizer
 from library.protocols import Architecture, LatentSpec, LiveText, Preview, PromptDefaults, TextCacheSpec
@@ -46,8 +46,7 @@ RECIPE = Recipe(
         "v_parameterization": "SD3 predicts the velocity of a flow",
         "clip_skip": "SD3 takes the last states but one of both CLIPs",
         "max_token_length": "both CLIPs read 75 tokens; use --t5xxl_max_token_length",
-        "xformers": "attention is torch's scaled dot product",
-        "mem_eff_attn": "attention is torch's scaled dot product, which needs as little memory",
+        **OTHER_ATTENTION,
         "save_clip": "adapter files hold no text encoders",
         "save_t5xxl": "adapter files hold no text encoders",
         "t5xxl_device": "T5-XXL runs where everything else does",
