@@ -38,6 +38,17 @@ def run(
     return 0
 
 
+def completed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """The options of a program that calls a command as a function: what it leaves out has its default, paths may be
+    text."""
+    values = {action.dest: getattr(args, action.dest, action.default) for action in parser._actions}
+    for action in parser._actions:
+        value = values[action.dest]
+        if action.type is Path and value is not None:
+            values[action.dest] = [Path(item) for item in value] if isinstance(value, list) else Path(value)
+    return argparse.Namespace(**values)
+
+
 def make_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
     """A parser whose help ends with examples."""
     return argparse.ArgumentParser(

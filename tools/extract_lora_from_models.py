@@ -1,8 +1,9 @@
-"""Make a LoRA of the difference between two checkpoints of Stable Diffusion 1.x, 2.x or XL.
+"""Make a LoRA of the difference between two checkpoints of one base model.
 
 Every layer that networks.lora adapts gets the best approximation of its difference at --dim, and with --conv_dim also
-the larger kernels. Text encoder layers are left out when none of them differs by more than --min_diff. Biases, norm
-weights and layers that LoRA does not adapt are not part of the result.
+the larger kernels. Text encoder layers of Stable Diffusion 1.x, 2.x and XL are left out when none of them differs by
+more than --min_diff; of FLUX.1, SD3, Lumina, HunyuanImage and Anima only the transformer is compared, which must be a
+file in the original layout. Biases, norm weights and layers that LoRA does not adapt are not part of the result.
 """
 
 import argparse
@@ -20,9 +21,6 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.architectures.sd.assembly import metadata as sd_metadata
-from library.architectures.sdxl.assembly import RECIPE as SDXL
-from library.architectures.sdxl.options import SdxlOptions
 from library.checkpoints.adapter_names import BASES
 from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
@@ -31,7 +29,7 @@ from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora
 from networks.core.kinds.svd import best_factors, clamped
 from networks.core.sites.targets import Site
-from tools.base_models import adapter_sites, open_base_model
+from tools.base_models import adapter_metadata, adapter_sites, open_base_model
 from tools.command import add_device, add_save_precision, check_output, device_of, dtype_of, make_parser, run
 
 logger = logging.getLogger(__name__)
@@ -119,15 +117,10 @@ def shapes_of(base: BaseModel) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def extracted_metadata(args: argparse.Namespace, base: str) -> dict[str, str]:
+def extracted_metadata(args: argparse.Namespace, base: BaseModel) -> dict[str, str]:
     """What the header says: what the LoRA is for and its ranks."""
-    velocity = args.v_parameterization
     metadata = {
-        **(
-            SDXL.describe(SdxlOptions(), prediction_type="v" if velocity else "epsilon")
-            if base == "sdxl"
-            else sd_metadata(base == "sd2", velocity)
-        ),
+        **adapter_metadata(base, args.v_parameterization),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(args.dim),
         "ss_network_alpha": str(float(args.dim)),
@@ -209,7 +202,7 @@ def extract(args: argparse.Namespace) -> None:
     tuned = open_base_model("--model_tuned", args.model_tuned)
     check_bases(args, org, tuned)
     modules = extract_modules(org, tuned, args, device)
-    file = AdapterFile(str(args.save_to), {m.name: m for m in modules}, extracted_metadata(args, org.names.base), {})
+    file = AdapterFile(str(args.save_to), {m.name: m for m in modules}, extracted_metadata(args, org), {})
     save_adapter_file(args.save_to, file, dtype_of(args.save_precision))
     print(f"{args.save_to}: {len(modules)} modules, rank {args.dim}")
 

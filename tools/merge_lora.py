@@ -367,6 +367,9 @@ def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--ratios", type=float, nargs="+", help="strength of each file; unset: 1 for all")
     parser.add_argument("--concat", action="store_true", help="without --sd_model: exact, the ranks add")
     parser.add_argument(
+        "--shuffle", action="store_true", help="has no effect: sums are exact or the best approximation"
+    )
+    parser.add_argument(
         "--new_rank", type=int, default=new_rank, help="without --sd_model: rank of the result; unset: the largest one"
     )
     parser.add_argument("--new_conv_rank", type=int, help="the same for kernels larger than 1x1; unset: --new_rank")

@@ -31,6 +31,7 @@ TOOLS = (
     "extract_lora_from_dylora",
     "extract_lora_from_models",
     "merge_lora",
+    "merge_flux_lora",
 )  # whose options pages speak of
 
 

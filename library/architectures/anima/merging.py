@@ -1,15 +1,20 @@
-"""Anima checkpoints for merging adapters into them: the transformer's file, whose text adapter is part of it."""
+"""Anima checkpoints for merging adapters into them and extracting adapters from them: the transformer's file, whose
+text adapter is part of it."""
 
 from functools import partial
 from pathlib import Path
 
+from torch import nn
+
 from library.architectures.anima.adapter_names import ADAPTER_BLOCK, TEXT_LAYER, denoiser_module, text_module
 from library.architectures.anima.keys import BLOCK, TOP
-from library.architectures.anima.load import ADAPTER_MARK, MARK, PREFIXES
+from library.architectures.anima.load import ADAPTER_MARK, MARK, PREFIXES, empty_anima
+from library.architectures.anima.model import read_config
 from library.architectures.anima.qwen3 import PREFIXES as QWEN3_PREFIXES
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file
+from library.checkpoints.weights import configure, with_prefix
 from library.errors import UserError
 
 
@@ -38,3 +43,15 @@ def names_of(stem: str, prefix: str) -> ModuleNames | None:
     layers = {"": tuple(BLOCK), "llm_adapter.": ADAPTER_BLOCK}.get(stack, ())
     is_layer = rest.partition(".")[2] in layers or path in TOP
     return denoiser_module(path) if stem.startswith(prefix) and is_layer and not path.endswith("_norm") else None
+
+
+def seen_by_networks(path: Path, base: str) -> tuple[list[nn.Module], nn.Module]:
+    """([], transformer) of a checkpoint as network modules see it, on the meta device.
+
+    Raises UserError for a file of the text adapter alone.
+    """
+    weights = model_lookup.open_file("the checkpoint", path)
+    prefix = next((p for p in PREFIXES if p + MARK in weights.shapes), None)
+    if prefix is None:
+        raise UserError(f"{path} holds the text adapter alone; give the transformer's file")
+    return [], empty_anima(configure(with_prefix(weights, prefix), read_config))

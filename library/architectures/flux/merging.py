@@ -1,14 +1,21 @@
-"""FLUX.1 checkpoints for merging adapters into them: the transformer's file, or one file of all parts."""
+"""FLUX.1 checkpoints for merging adapters into them and extracting adapters from them: the transformer's file, or one
+file of all parts."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from torch import nn
+
 from library.architectures.flux.adapter_names import CLIP_LAYER, T5_BLOCK, clip_module, denoiser_module, t5_module
 from library.architectures.flux.keys import DIFFUSERS_MARK, STACKS, TOP
-from library.architectures.flux.load import CHROMA_MARK, CLIP_PREFIXES, DENOISER_PREFIXES, T5_MARK
+from library.architectures.flux.load import CHROMA_MARK, CLIP_PREFIXES, DENOISER_PREFIXES, T5_MARK, empty_flux
+from library.architectures.flux.model import read_config
+from library.architectures.flux.view import view
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file, open_original
+from library.checkpoints.weights import configure, with_prefix
 from library.errors import UserError
 
 LAYERS = tuple((f"{stack}.", tuple(f".{layer}" for layer in layers)) for stack, _, layers in STACKS)
@@ -41,3 +48,36 @@ def names_of(stem: str, prefix: str) -> ModuleNames | None:
     path = stem.removeprefix(prefix)
     is_layer = path in TOP or any(path.startswith(stack) and path.endswith(layers) for stack, layers in LAYERS)
     return denoiser_module(path) if stem.startswith(prefix) and is_layer else None
+
+
+def open_clip_l(flag: str, path: Path) -> BaseModel:
+    """CLIP-L in a file of its own; only its header is read. Raises UserError naming `flag` for another file."""
+    return open_text_encoder(flag, path, "text_model.", CLIP_LAYER, clip_module)
+
+
+def open_t5xxl(flag: str, path: Path) -> BaseModel:
+    """T5-XXL in a file of its own; only its header is read. Raises UserError naming `flag` for another file."""
+    return open_text_encoder(flag, path, "", T5_BLOCK, t5_module)
+
+
+def open_text_encoder(
+    flag: str, path: Path, prefix: str, layers: tuple[str, ...], module: Callable[[str], ModuleNames]
+) -> BaseModel:
+    """A text encoder's file, its layers by the names of adapter files."""
+
+    def names_of(stem: str) -> ModuleNames | None:
+        is_layer = stem.startswith(f"{prefix}encoder.") and stem.endswith(layers)
+        return module(stem.removeprefix(prefix)) if is_layer else None
+
+    model = of_single_file(path, model_lookup.open_file(flag, path), names_of, "flux", "")
+    if not model.files[0].modules:
+        raise UserError(
+            f"{flag} {path} has no layer called {prefix}encoder....{layers[0]}; give the file that FLUX.1 uses"
+        )
+    return model
+
+
+def seen_by_networks(path: Path, base: str) -> tuple[list[nn.Module], nn.Module]:
+    """([], transformer) of a checkpoint as network modules see it, on the meta device."""
+    weights, prefix = open_original("the checkpoint", path, "FLUX.1", DENOISER_PREFIXES, DIFFUSERS_MARK)
+    return view([], empty_flux(configure(with_prefix(weights, prefix), read_config)))

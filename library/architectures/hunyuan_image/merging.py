@@ -1,13 +1,20 @@
-"""HunyuanImage 2.1 checkpoints for merging adapters into them: the transformer's file."""
+"""HunyuanImage 2.1 checkpoints for merging adapters into them and extracting adapters from them: the transformer's
+file."""
 
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from library.architectures.hunyuan_image.adapter_names import denoiser_module
 from library.architectures.hunyuan_image.keys import DIFFUSERS_MARK, DOUBLE, SINGLE
 from library.architectures.hunyuan_image.load import DENOISER_PREFIXES, GLYPH_MARK
+from library.architectures.hunyuan_image.model import HunyuanImage, read_config
+from library.architectures.hunyuan_image.view import view
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file, open_original
+from library.checkpoints.weights import configure, with_prefix
 from library.errors import UserError
 
 STACKS = ("double_blocks.", "single_blocks.")
@@ -30,3 +37,10 @@ def names_of(stem: str, prefix: str) -> ModuleNames | None:
     path = stem.removeprefix(prefix)
     is_layer = path.startswith(STACKS) and path.endswith(LAYERS)
     return denoiser_module(path) if stem.startswith(prefix) and is_layer else None
+
+
+def seen_by_networks(path: Path, base: str) -> tuple[list[nn.Module], nn.Module]:
+    """([], transformer) of a checkpoint as network modules see it, on the meta device."""
+    weights, prefix = open_original("the checkpoint", path, "HunyuanImage", DENOISER_PREFIXES, DIFFUSERS_MARK)
+    with torch.device("meta"):
+        return view([], HunyuanImage(configure(with_prefix(weights, prefix), read_config)))

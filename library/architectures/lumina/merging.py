@@ -1,14 +1,19 @@
-"""Lumina Image 2.0 checkpoints for merging adapters into them: the transformer's file, or one file of all parts."""
+"""Lumina Image 2.0 checkpoints for merging adapters into them and extracting adapters from them: the transformer's
+file, or one file of all parts."""
 
 from functools import partial
 from pathlib import Path
 
+from torch import nn
+
 from library.architectures.lumina.adapter_names import GEMMA_LAYER, denoiser_module, gemma_module
 from library.architectures.lumina.gemma import GEMMA_PREFIXES
 from library.architectures.lumina.keys import BLOCK, DIFFUSERS_MARK, STACKS, TOP
-from library.architectures.lumina.load import DENOISER_PREFIXES, MARK
+from library.architectures.lumina.load import DENOISER_PREFIXES, MARK, empty_lumina
+from library.architectures.lumina.model import read_config
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file, open_original
+from library.checkpoints.weights import configure, with_prefix
 from library.errors import UserError
 
 
@@ -31,3 +36,9 @@ def names_of(stem: str, prefix: str) -> ModuleNames | None:
     path = stem.removeprefix(prefix)
     is_layer = path.startswith(STACKS) and path.endswith(tuple(layer for layer in BLOCK if "norm" not in layer))
     return denoiser_module(path) if stem.startswith(prefix) and (is_layer or path in TOP) else None
+
+
+def seen_by_networks(path: Path, base: str) -> tuple[list[nn.Module], nn.Module]:
+    """([], transformer) of a checkpoint as network modules see it, on the meta device."""
+    weights, prefix = open_original("the checkpoint", path, "Lumina", DENOISER_PREFIXES, DIFFUSERS_MARK)
+    return [], empty_lumina(configure(with_prefix(weights, prefix), read_config))

@@ -1,14 +1,19 @@
-"""Stable Diffusion 3 checkpoints for merging adapters into them: the denoiser's file, with whatever else is in it."""
+"""Stable Diffusion 3 checkpoints for merging adapters into them and extracting adapters from them: the denoiser's
+file, with whatever else is in it."""
 
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from library.architectures.sd3.adapter_names import NAMES
 from library.architectures.sd3.load import DENOISER_PREFIX, of_denoiser
-from library.architectures.sd3.model import read_config, version_of
+from library.architectures.sd3.model import MMDiT, MMDiTConfig, read_config, version_of
+from library.architectures.sd3.view import view
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file
-from library.checkpoints.weights import configure, with_prefix
+from library.checkpoints.weights import Weights, configure, with_prefix
 from library.errors import UserError
 
 
@@ -20,8 +25,8 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     if path.is_dir():
         raise UserError(f"{flag} {path}: of SD3 only single files in the original layout are merged into; give one")
     weights = model_lookup.open_file(flag, path)
-    prefix = DENOISER_PREFIX if any(key.startswith(DENOISER_PREFIX) for key in weights.shapes) else ""
-    config = configure(of_denoiser(with_prefix(weights, prefix)), read_config)
+    prefix = prefix_of(weights)
+    config = config_of(weights)
 
     def names_of(stem: str) -> ModuleNames | None:
         if stem.startswith("text_encoders."):
@@ -29,3 +34,19 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
         return NAMES.find(f"diffusion_model.{stem.removeprefix(prefix)}") if stem.startswith(prefix) else None
 
     return of_single_file(path, weights, names_of, "sd3", f"stable-diffusion-3-{version_of(config)}")
+
+
+def prefix_of(weights: Weights) -> str:
+    """What the names of the denoiser begin with."""
+    return DENOISER_PREFIX if any(key.startswith(DENOISER_PREFIX) for key in weights.shapes) else ""
+
+
+def config_of(weights: Weights) -> MMDiTConfig:
+    """The denoiser's sizes."""
+    return configure(of_denoiser(with_prefix(weights, prefix_of(weights))), read_config)
+
+
+def seen_by_networks(path: Path, base: str) -> tuple[list[nn.Module], nn.Module]:
+    """([], denoiser) of a checkpoint as network modules see it, on the meta device."""
+    with torch.device("meta"):
+        return view([], MMDiT(config_of(model_lookup.open_file("the checkpoint", path))))

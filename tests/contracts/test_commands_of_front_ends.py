@@ -1,0 +1,150 @@
+"""The files that graphical front ends start or import by path, with the options that they give them."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from library.architectures.flux.adapter_names import NAMES
+from library.checkpoints.adapter_names import FileNaming
+from networks import lora_flux
+from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
+from networks.core.files.renaming import rename
+from tests.tiny.flux import build_tiny_flux, tiny_flux
+from tests.tolerances import FLOAT32_DEEP
+from tests.unit.networks.toy import randomize
+from tests.unit.tools import adapter_files
+from tools import merge_lora
+
+ROOT = Path(__file__).parents[2]
+
+
+def loaded(path: str) -> ModuleType:
+    """A file as programs load it that know its path and nothing else."""
+    spec = importlib.util.spec_from_file_location("loaded_by_path", ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def flux(tmp_path: Path) -> dict[str, Path]:
+    """The files of a tiny FLUX.1, and a random LoRA for its transformer and for CLIP-L."""
+    arguments = build_tiny_flux(tmp_path / "base", 51)
+    files = {flag.removeprefix("--"): Path(path) for flag, path in zip(arguments[::2], arguments[1::2], strict=True)}
+    network = lora_flux.create_network(1.0, 4, 2, None, [], tiny_flux(51))
+    randomize(network, 7)
+    network.save_weights(str(tmp_path / "denoiser.safetensors"), None, {})
+    tensors = load_file(tmp_path / "denoiser.safetensors")
+    generator, clip = torch.Generator().manual_seed(9), load_file(files["clip_l"])
+    outputs, inputs = clip["text_model.encoder.layers.1.mlp.fc1.weight"].shape
+    tensors["lora_te1_text_model_encoder_layers_1_mlp_fc1.lora_down.weight"] = torch.randn(
+        2, inputs, generator=generator
+    )
+    tensors["lora_te1_text_model_encoder_layers_1_mlp_fc1.lora_up.weight"] = torch.randn(
+        outputs, 2, generator=generator
+    )
+    tensors["lora_te1_text_model_encoder_layers_1_mlp_fc1.alpha"] = torch.tensor(1.0)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    return {**files, "lora": tmp_path / "lora.safetensors", "denoiser": tmp_path / "denoiser.safetensors"}
+
+
+def test_flux_merge_lora_takes_what_kohya_ss_gives_it(
+    tmp_path: Path, flux: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The front end names no text encoder, so what the LoRA changes there is left out and said."""
+    command = loaded("networks/flux_merge_lora.py")
+    save_to = tmp_path / "merged.safetensors"
+    words = ["--flux_model", str(flux["pretrained_model_name_or_path"]), "--save_precision", "float", "--precision",
+             "float", "--save_to", str(save_to), "--loading_device", "cpu", "--working_device", "cpu", "--models",
+             str(flux["lora"]), "--ratios", "0.5"]  # fmt: skip
+    assert command.main(words) == 0
+    assert "changes 1 layers of text encoders, which are left out" in caplog.text
+    words = ["--sd_model", str(flux["pretrained_model_name_or_path"]), "--models", str(flux["denoiser"])]
+    assert merge_lora.main([*words, "--ratios", "0.5", "--save_to", str(tmp_path / "expected.safetensors")]) == 0
+    found, expected = load_file(save_to), load_file(tmp_path / "expected.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def test_flux_merge_lora_merges_into_clip_l(tmp_path: Path, flux: dict[str, Path]) -> None:
+    command = loaded("networks/flux_merge_lora.py")
+    words = ["--flux_model", str(flux["pretrained_model_name_or_path"]), "--clip_l", str(flux["clip_l"]),
+             "--clip_l_save_to", str(tmp_path / "clip.safetensors"), "--mem_eff_load_save", "--models",
+             str(flux["lora"]), "--ratios", "2.0", "--save_to", str(tmp_path / "merged.safetensors")]  # fmt: skip
+    assert command.main(words) == 0
+    before, after, lora = load_file(flux["clip_l"]), load_file(tmp_path / "clip.safetensors"), load_file(flux["lora"])
+    name = "lora_te1_text_model_encoder_layers_1_mlp_fc1"
+    changed = "text_model.encoder.layers.1.mlp.fc1.weight"
+    expected = before[changed] + 2.0 * 0.5 * lora[f"{name}.lora_up.weight"] @ lora[f"{name}.lora_down.weight"]
+    torch.testing.assert_close(after[changed], expected, **FLOAT32_DEEP)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before if key != changed)
+
+
+def test_flux_merge_lora_joins_several_loras(tmp_path: Path, flux: dict[str, Path]) -> None:
+    command = loaded("networks/flux_merge_lora.py")
+    lora, save_to = str(flux["lora"]), tmp_path / "joined.safetensors"
+    words = ["--save_precision", "bf16", "--precision", "float", "--save_to", str(save_to), "--loading_device", "cpu",
+             "--working_device", "cpu", "--models", lora, lora, "--ratios", "0.4", "0.6", "--concat", "--shuffle",
+             "--no_metadata", "--diffusers"]  # fmt: skip
+    assert command.main(words) == 0
+    assert read_adapter_file(save_to).modules.keys() == read_adapter_file(flux["lora"]).modules.keys()
+    assert {module.rank for module in read_adapter_file(save_to).modules.values()} == {4, 8}  # those of CLIP-L were 2
+
+
+def test_a_lora_of_another_base_model_is_named(
+    tmp_path: Path, flux: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = adapter_files.write(tmp_path / "sd.safetensors", 3)
+    words = ["--flux_model", str(flux["pretrained_model_name_or_path"]), "--models", str(other)]
+    assert loaded("networks/flux_merge_lora.py").main([*words, "--save_to", str(tmp_path / "no.safetensors")]) == 1
+    assert "3 of its 3 modules are in none of the files to merge into" in capsys.readouterr().err
+    assert not (tmp_path / "no.safetensors").exists()
+
+
+def test_flux_extract_lora_takes_what_kohya_ss_gives_it(tmp_path: Path, flux: dict[str, Path]) -> None:
+    base, tuned = str(flux["pretrained_model_name_or_path"]), str(tmp_path / "tuned.safetensors")
+    assert merge_lora.main(["--sd_model", base, "--models", str(flux["denoiser"]), "--save_to", tuned]) == 0
+    words = ["--model_org", base, "--model_tuned", tuned, "--save_to", str(tmp_path / "found.safetensors"), "--dim",
+             "4", "--device", "cpu", "--clamp_quantile", "0.99", "--save_precision", "fp16", "--no_metadata",
+             "--mem_eff_safe_open"]  # fmt: skip
+    assert loaded("networks/flux_extract_lora.py").main(words) == 0
+    found = read_adapter_file(tmp_path / "found.safetensors").modules
+    assert found.keys() == read_adapter_file(flux["denoiser"]).modules.keys()
+
+
+@pytest.mark.parametrize(("src", "dst"), [("sd-scripts", "ai-toolkit"), ("ai-toolkit", "sd-scripts")])
+def test_convert_flux_lora_renames_either_way(tmp_path: Path, flux: dict[str, Path], src: str, dst: str) -> None:
+    namings: dict[str, FileNaming] = {"sd-scripts": "kohya", "ai-toolkit": "diffusers"}
+    original = read_adapter_file(flux["denoiser"])
+    save_adapter_file(tmp_path / "source.safetensors", rename(original, NAMES, namings[src]).file)
+    save_adapter_file(tmp_path / "expected.safetensors", rename(original, NAMES, namings[dst]).file)
+    words = ["--src", src, "--dst", dst, "--src_path", str(tmp_path / "source.safetensors")]
+    assert loaded("networks/convert_flux_lora.py").main([*words, "--dst_path", str(tmp_path / "out.safetensors")]) == 0
+    found, expected = load_file(tmp_path / "out.safetensors"), load_file(tmp_path / "expected.safetensors")
+    assert found.keys() == expected.keys()
+
+
+def test_merging_and_resizing_can_be_called_as_coppylora_does(tmp_path: Path) -> None:
+    """As functions of modules loaded by path, with text for paths and without the options it does not know."""
+    first, second = (str(adapter_files.write(tmp_path / f"{n}.safetensors", n)) for n in (1, 2))
+    merged, resized = str(tmp_path / "merged.safetensors"), str(tmp_path / "resized.safetensors")
+    asked: dict[str, Any] = {
+        "save_precision": "bf16", "precision": "float", "sd_model": None, "save_to": merged, "models": [first, second],
+        "no_metadata": False, "ratios": [1.41, -1.41], "concat": True, "shuffle": True,
+    }  # fmt: skip
+    loaded("networks/sdxl_merge_lora.py").merge(argparse.Namespace(**asked))
+    assert {module.rank for module in read_adapter_file(merged).modules.values()} == {8}
+    asked = {
+        "save_precision": "bf16", "new_rank": 3, "new_conv_rank": 2, "save_to": resized, "model": merged,
+        "device": "cpu", "verbose": "store_true", "dynamic_param": None, "dynamic_method": None,
+    }  # fmt: skip
+    loaded("networks/resize_lora.py").resize(argparse.Namespace(**asked))
+    assert {module.rank for module in read_adapter_file(resized).modules.values()} == {2, 3}

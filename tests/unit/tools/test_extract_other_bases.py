@@ -1,0 +1,63 @@
+"""tools/extract_lora_from_models.py on the transformers: what was merged in comes out again."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from library.checkpoints.files import read_metadata
+from networks.core.files.adapter_file import read_adapter_file
+from networks.core.sites.targets import Site
+from tests.tiny.anima import build_tiny_anima
+from tests.tiny.flux import build_tiny_flux
+from tests.tiny.hunyuan_image import build_tiny_hunyuan_image
+from tests.tiny.lumina import build_tiny_lumina
+from tests.tiny.sd3 import build_tiny_sd3
+from tests.tolerances import FLOAT32_DEEP
+from tools import extract_lora_from_models, merge_lora
+from tools.base_models import adapter_sites, open_base_model
+
+SEED, RANK = 41, 3
+BASES: dict[str, tuple[Callable[[Path], str], str]] = {
+    "flux": (lambda folder: build_tiny_flux(folder, SEED)[1], "flux1"),
+    "flux in one file": (lambda folder: build_tiny_flux(folder, SEED + 1, "whole")[1], "flux1"),
+    "sd3": (lambda folder: str(build_tiny_sd3(folder, SEED + 2, "sd3.5-medium")), "5-medium"),
+    "lumina": (lambda folder: build_tiny_lumina(folder, SEED + 3)[1], "lumina2"),
+    "hunyuan_image": (lambda folder: build_tiny_hunyuan_image(folder, SEED + 4)[1], "hunyuan-image-2.1"),
+    "anima": (lambda folder: build_tiny_anima(folder, SEED + 5)[1], "anima"),
+}
+
+
+def tuned(base: Path, save_to: Path, sites: list[Site]) -> None:
+    """The checkpoint with a random change of rank 3 in each layer."""
+    generator = torch.Generator().manual_seed(SEED)
+    tensors = load_file(base)
+    stems = {module: stem for file in open_base_model("base", base).files for module, stem in file.stems.items()}
+    for site in sites:
+        weight = tensors[f"{stems[site.name]}.weight"]
+        up = torch.randn(weight.shape[0], RANK, generator=generator)
+        change = up @ torch.randn(RANK, weight[0].numel(), generator=generator)
+        weight += 0.02 * change.reshape(weight.shape)
+    save_file(tensors, save_to)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_extracted_lora_merged_back_gives_the_tuned_checkpoint(tmp_path: Path, name: str) -> None:
+    build, version = BASES[name]
+    base = Path(build(tmp_path))
+    _, sites = adapter_sites(open_base_model("base", base), with_convolutions=False)
+    assert len(sites) > 5
+    tuned(base, tmp_path / "tuned.safetensors", sites)
+    arguments = ["--model_org", str(base), "--model_tuned", str(tmp_path / "tuned.safetensors"), "--dim", str(RANK)]
+    assert extract_lora_from_models.main([*arguments, "--save_to", str(tmp_path / "lora.safetensors")]) == 0
+    lora = read_adapter_file(tmp_path / "lora.safetensors")
+    assert set(lora.modules) == {site.name for site in sites}
+    assert read_metadata(tmp_path / "lora.safetensors")["ss_base_model_version"] == version
+    arguments = ["--sd_model", str(base), "--models", str(tmp_path / "lora.safetensors")]
+    assert merge_lora.main([*arguments, "--save_to", str(tmp_path / "merged.safetensors")]) == 0
+    expected, found = load_file(tmp_path / "tuned.safetensors"), load_file(tmp_path / "merged.safetensors")
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, **FLOAT32_DEEP, msg=lambda text, key=key: f"{key}: {text}")

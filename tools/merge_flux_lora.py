@@ -1,0 +1,110 @@
+"""Merge LoRA files into FLUX.1, whose transformer, CLIP-L and T5-XXL are files of their own, or several into one.
+
+What a LoRA changes in a text encoder whose file is not named is left out, with a warning.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.architectures.flux.merging import open_clip_l, open_t5xxl
+from library.checkpoints.base_model import BaseModel
+from library.errors import UserError
+from networks.core.files.adapter_file import AdapterFile, read_adapter_file
+from tools import merge_lora
+from tools.base_models import open_base_model
+from tools.command import PRECISIONS, check_output, device_of, dtype_of, run
+from tools.merge_lora import Weighted, in_kohya_names, merge_into_checkpoint
+
+logger = logging.getLogger(__name__)
+
+TEXT_ENCODERS = ("lora_te1_", "lora_te3_")
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The options of tools/merge_lora.py, and those for the parts of FLUX.1."""
+    parser = merge_lora.setup_parser()
+    parser.add_argument("--flux_model", type=Path, dest="sd_model", help="file of the transformer to merge into")
+    parser.add_argument("--clip_l", type=Path, help="file of CLIP-L to merge into")
+    parser.add_argument("--clip_l_save_to", type=Path, help="the file to write for --clip_l")
+    parser.add_argument("--t5xxl", type=Path, help="file of T5-XXL to merge into")
+    parser.add_argument("--t5xxl_save_to", type=Path, help="the file to write for --t5xxl")
+    parser.add_argument("--working_device", dest="device", help="device to compute on, for example cuda (default: cpu)")
+    parser.add_argument("--loading_device", help="has no effect: weights are read one by one into main memory")
+    parser.add_argument("--mem_eff_load_save", action="store_true", help="has no effect: only headers are read first")
+    parser.add_argument("--diffusers", action="store_true", help="has no effect: the names of diffusers are recognised")
+    return parser
+
+
+def opened_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
+    """Each checkpoint to merge into and the file to write. Raises UserError where one of the two is missing."""
+    parts = [(open_base_model("--flux_model", args.sd_model), args.save_to)] if args.sd_model is not None else []
+    for flag, path, save_to, opener in (
+        ("--clip_l", args.clip_l, args.clip_l_save_to, open_clip_l),
+        ("--t5xxl", args.t5xxl, args.t5xxl_save_to, open_t5xxl),
+    ):
+        if (path is None) != (save_to is None):
+            raise UserError(f"{flag} and {flag}_save_to belong together: what to merge into, and the file to write")
+        if path is not None:
+            check_output(f"{flag}_save_to", save_to)
+            parts.append((opener(flag, path), save_to))
+    return parts
+
+
+def restricted(file: AdapterFile, base: BaseModel) -> AdapterFile:
+    """The modules of an adapter that lie in a checkpoint."""
+    here = {module for part in base.files for module in part.modules}
+    return replace(file, modules={name: module for name, module in file.modules.items() if name in here})
+
+
+def without_text_encoders(file: AdapterFile, parts: Sequence[BaseModel]) -> AdapterFile:
+    """An adapter without those modules of text encoders that no checkpoint has.
+
+    Raises UserError where it has others, or none is left: it was made for another base model.
+    """
+    here = {module for base in parts for part in base.files for module in part.modules}
+    missing = [name for name in file.modules if name not in here]
+    others = [name for name in missing if not name.startswith(TEXT_ENCODERS)]
+    if others or len(missing) == len(file.modules):
+        raise UserError(
+            f"{file.origin}: {len(missing)} of its {len(file.modules)} modules are in none of the files to merge into, "
+            f"the first is {(others or missing)[0]}; was it made for another base model?"
+        )
+    if missing:
+        logger.warning(
+            "%s changes %d layers of text encoders, which are left out: name their files with --clip_l and --t5xxl",
+            file.origin, len(missing),
+        )  # fmt: skip
+    return replace(file, modules={name: module for name, module in file.modules.items() if name in here})
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Read, merge and write."""
+    if args.sd_model is None and args.clip_l is None and args.t5xxl is None:
+        merge_lora.merge(args)
+        return
+    ratios = merge_lora.check(args)
+    device, save_dtype, dtype = device_of(args.device), dtype_of(args.save_precision), PRECISIONS[args.precision]
+    parts = opened_parts(args)
+    files = [in_kohya_names(read_adapter_file(path, "--models")) for path in args.models]
+    kept = [without_text_encoders(file, [base for base, _ in parts]) for file in files]
+    for base, save_to in parts:
+        adapters = [Weighted(restricted(file, base), ratio) for file, ratio in zip(kept, ratios, strict=True)]
+        with_metadata = bool(base.architecture) and not args.no_metadata  # a text encoder alone is of no architecture
+        num = merge_into_checkpoint(base, adapters, save_to, dtype, save_dtype, device, with_metadata)
+        print(f"{save_to}: {len(adapters)} adapters merged into {num} modules")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run(setup_parser(), merge, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
