@@ -2,6 +2,7 @@
 
 import argparse
 
+from library import train_util as train_util
 from library.architectures.flux.options import FluxOptions
 from library.launcher import let_idle_threads_sleep
 from library.training.command_line.cli import build_parser
@@ -10,6 +11,17 @@ from library.training.command_line.cli import build_parser
 def setup_parser() -> argparse.ArgumentParser:
     """Every option of this script; front ends read it."""
     return build_parser(FluxOptions, parts="--clip_l clip_l.safetensors --t5xxl t5xxl.safetensors --ae ae.safetensors")
+
+
+class FluxNetworkTrainer:
+    """What programs that import this script train with."""
+
+    def train(self, args: argparse.Namespace) -> None:
+        """Train as `args` asks. Raises UserError for what the user can put right."""
+        from library.architectures.flux.assembly import LATENTS, build
+        from library.training.command_line.main import train_for_program
+
+        train_for_program(args, setup_parser(), FluxOptions, build, LATENTS)
 
 
 if __name__ == "__main__":

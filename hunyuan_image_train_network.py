@@ -2,6 +2,7 @@
 
 import argparse
 
+from library import train_util as train_util
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.launcher import let_idle_threads_sleep
 from library.training.command_line.cli import build_parser
@@ -13,6 +14,17 @@ def setup_parser() -> argparse.ArgumentParser:
         HunyuanImageOptions,
         parts="--text_encoder qwen_2.5_vl.safetensors --byt5 byt5.safetensors --vae vae.safetensors",
     )
+
+
+class HunyuanImageNetworkTrainer:
+    """What programs that import this script train with."""
+
+    def train(self, args: argparse.Namespace) -> None:
+        """Train as `args` asks. Raises UserError for what the user can put right."""
+        from library.architectures.hunyuan_image.assembly import LATENTS, build
+        from library.training.command_line.main import train_for_program
+
+        train_for_program(args, setup_parser(), HunyuanImageOptions, build, LATENTS)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 
+from library import train_util as train_util
 from library.architectures.sd3.options import Sd3Options
 from library.launcher import let_idle_threads_sleep
 from library.training.command_line.cli import build_parser
@@ -12,6 +13,17 @@ def setup_parser() -> argparse.ArgumentParser:
     return build_parser(
         Sd3Options, parts="--clip_l clip_l.safetensors --clip_g clip_g.safetensors --t5xxl t5xxl.safetensors"
     )
+
+
+class Sd3NetworkTrainer:
+    """What programs that import this script train with."""
+
+    def train(self, args: argparse.Namespace) -> None:
+        """Train as `args` asks. Raises UserError for what the user can put right."""
+        from library.architectures.sd3.assembly import LATENTS, build
+        from library.training.command_line.main import train_for_program
+
+        train_for_program(args, setup_parser(), Sd3Options, build, LATENTS)
 
 
 if __name__ == "__main__":

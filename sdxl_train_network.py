@@ -2,6 +2,7 @@
 
 import argparse
 
+from library import train_util as train_util
 from library.architectures.sdxl.options import SdxlOptions
 from library.launcher import let_idle_threads_sleep
 from library.training.command_line.cli import build_parser
@@ -10,6 +11,17 @@ from library.training.command_line.cli import build_parser
 def setup_parser() -> argparse.ArgumentParser:
     """Every option of this script; front ends read it."""
     return build_parser(SdxlOptions)
+
+
+class SdxlNetworkTrainer:
+    """What programs that import this script train with."""
+
+    def train(self, args: argparse.Namespace) -> None:
+        """Train as `args` asks. Raises UserError for what the user can put right."""
+        from library.architectures.sdxl.assembly import LATENTS, build
+        from library.training.command_line.main import train_for_program
+
+        train_for_program(args, setup_parser(), SdxlOptions, build, LATENTS)
 
 
 if __name__ == "__main__":

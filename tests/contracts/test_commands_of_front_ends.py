@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from library.checkpoints.adapter_names import FileNaming
 from networks import lora_flux
 from networks.core.files.adapter_file import read_adapter_file, save_adapter_file
 from networks.core.files.renaming import rename
+from tests.running import make_pictures
 from tests.tiny.flux import build_tiny_flux, tiny_flux
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.networks.toy import randomize
@@ -148,3 +150,87 @@ def test_merging_and_resizing_can_be_called_as_coppylora_does(tmp_path: Path) ->
     }  # fmt: skip
     loaded("networks/resize_lora.py").resize(argparse.Namespace(**asked))
     assert {module.rank for module in read_adapter_file(resized).modules.values()} == {2, 3}
+
+
+def caches(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """The cache files of pictures below a folder: when they were written, and what is in them."""
+    found = [path for path in folder.rglob("*.npz") if not path.name.startswith(".")]
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+
+
+def wanted_by_coppylora(tmp_path: Path, model: Path) -> dict[str, Any]:
+    make_pictures(tmp_path / "data" / "1_thing", 2)
+    return {
+        "pretrained_model_name_or_path": str(model), "train_data_dir": str(tmp_path / "data"),
+        "output_dir": str(tmp_path), "output_name": "mine", "max_train_steps": 2,
+        "sdpa": True, "gradient_checkpointing": True, "seed": 42,
+        "persistent_data_loader_workers": True, "max_data_loader_n_workers": 0, "enable_bucket": True,
+        "resolution": "64,64", "train_batch_size": 2, "mixed_precision": "no", "save_precision": "fp16",
+        "bucket_no_upscale": True, "min_bucket_reso": 64, "max_bucket_reso": 1024, "caption_extension": ".txt",
+        "no_half_vae": True, "cache_latents": True, "cache_latents_to_disk": True, "sdxl": True, "skip_existing": True,
+        "console_log_simple": True, "lowram": True,
+    }  # fmt: skip
+
+
+def test_training_takes_the_latents_that_coppylora_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_process: None, tiny_sdxl_folder: Path, train: Any
+) -> None:
+    command = loaded("tools/cache_latents.py")
+    monkeypatch.setattr(sys, "argv", ["CoppyLora_webUI.py"])
+    parser = command.setup_parser()
+    args = command.train_util.read_config_from_file(parser.parse_args(), parser)
+    for key, value in wanted_by_coppylora(tmp_path, tiny_sdxl_folder).items():
+        setattr(args, key, value)
+    command.cache_to_disk(args)
+    before = caches(tmp_path / "data")
+    assert len(before) == 2
+    words = ["--pretrained_model_name_or_path", str(tiny_sdxl_folder), "--train_data_dir", str(tmp_path / "data"),
+             "--resolution", "64,64", "--enable_bucket", "--bucket_no_upscale", "--cache_latents_to_disk",
+             "--no_half_vae", "--output_dir", str(tmp_path / "out"), "--network_module", "networks.lora",
+             "--network_dim", "2", "--learning_rate", "1e-3", "--max_train_steps", "1", "--max_data_loader_n_workers", "0"]  # fmt: skip
+    done = train(words, "sdxl_train_network")
+    assert done.status == 0 and "latent cache: 2 entries are used, 0 are missing" in done.stderr
+    assert caches(tmp_path / "data") == before
+
+
+def test_text_outputs_are_cached_as_training_reads_them(
+    tmp_path: Path, fresh_process: None, tiny_sdxl_folder: Path, train: Any
+) -> None:
+    """As a front end starts it that caches in one process and trains in another."""
+    make_pictures(tmp_path / "data" / "1_thing", 2)
+    common = ["--pretrained_model_name_or_path", str(tiny_sdxl_folder), "--train_data_dir", str(tmp_path / "data"),
+              "--resolution", "64", "--caption_extension", ".txt", "--max_data_loader_n_workers", "0"]  # fmt: skip
+    command = loaded("tools/cache_text_encoder_outputs.py")
+    assert command.main([*common, "--sdxl", "--skip_cache_check"]) == 0
+    before = caches(tmp_path / "data")
+    assert len(before) == 2
+    words = [*common, "--output_dir", str(tmp_path / "out"), "--network_module", "networks.lora", "--network_dim", "2",
+             "--learning_rate", "1e-3", "--max_train_steps", "1", "--network_train_unet_only",
+             "--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"]  # fmt: skip
+    done = train(words, "sdxl_train_network")
+    assert done.status == 0 and "text cache: 3 files are used, 0 are missing" in done.stderr
+    assert caches(tmp_path / "data") == before
+
+
+def test_latents_of_flux_need_the_vae_alone(
+    tmp_path: Path, fresh_process: None, flux: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_pictures(tmp_path / "data" / "1_thing", 2)
+    words = ["--train_data_dir", str(tmp_path / "data"), "--resolution", "64", "--max_data_loader_n_workers", "0"]
+    command = loaded("tools/cache_latents.py")
+    assert command.main([*words, "--flux", "--ae", str(flux["ae"])]) == 0
+    assert sorted(caches(tmp_path / "data")) == ["00_0064x0064_flux.npz", "01_0064x0064_flux.npz"]
+    assert command.main([*words, "--flux", "--sdxl"]) == 1
+    assert "--sdxl and --flux name two base models" in capsys.readouterr().err
+    assert loaded("tools/cache_text_encoder_outputs.py").main([*words, "--flux"]) == 1
+    assert "--pretrained_model_name_or_path is missing" in capsys.readouterr().err
+
+
+def test_text_outputs_of_stable_diffusion_1_are_not_cached(
+    tmp_path: Path, fresh_process: None, tiny_sd_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_pictures(tmp_path / "data" / "1_thing", 1)
+    words = ["--train_data_dir", str(tmp_path / "data"), "--resolution", "64"]
+    command = loaded("tools/cache_text_encoder_outputs.py")
+    assert command.main([*words, "--pretrained_model_name_or_path", str(tiny_sd_folder)]) == 1
+    assert "give --sdxl or --flux" in capsys.readouterr().err

@@ -32,6 +32,8 @@ TOOLS = (
     "extract_lora_from_models",
     "merge_lora",
     "merge_flux_lora",
+    "merge_models",
+    "cache_latents",
 )  # whose options pages speak of
 
 

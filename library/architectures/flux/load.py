@@ -91,10 +91,21 @@ def open_loader(options: FluxOptions) -> FluxLoader:
         t5=open_t5(wanted["t5xxl"], path, whole),
         ae=open_ae("FLUX.1", BASE_FLAG, wanted["ae"], path, whole),
         dtype=DTYPES[options.precision.mixed_precision],
-        vae_dtype=torch.float32 if options.model.no_half_vae else DTYPES[options.precision.mixed_precision],
+        vae_dtype=vae_dtype_of(options),
     )
     check_fit(loader)
     return loader
+
+
+def vae_dtype_of(options: FluxOptions) -> torch.dtype:
+    """What the VAE computes in."""
+    return torch.float32 if options.model.no_half_vae else DTYPES[options.precision.mixed_precision]
+
+
+def load_ae(name: str, options: FluxOptions) -> nn.Module:
+    """The VAE in the file or folder of --ae, for those who need nothing else of the model."""
+    ae = open_ae("FLUX.1", BASE_FLAG, name, Path(), None)
+    return materialise(empty_vae(ae.config), ae.weights, vae_dtype_of(options))
 
 
 def empty_flux(config: FluxConfig) -> Flux:

@@ -32,12 +32,7 @@ def check(options: TrainOptions) -> None:
 
     Raises UserError naming every flag that is not supported yet, else the first contradiction, with its way out.
     """
-    missing = unsupported(options)
-    if missing:
-        raise UserError("\n".join(missing))
-    check_ranges(options)
-    check_buckets(options)
-    check_choices(options)
+    check_data(options)
     check_required(options)
     check_output(options)
     check_precision(options)
@@ -46,6 +41,24 @@ def check(options: TrainOptions) -> None:
     check_noise_and_loss(options)
     check_previews(options)
     tracker_kind(options.trackers)
+
+
+def check_data(options: TrainOptions) -> None:
+    """The part of it that holds where pictures are encoded and nothing is trained."""
+    missing = unsupported(options)
+    if missing:
+        raise UserError("\n".join(missing))
+    check_ranges(options)
+    check_buckets(options)
+    check_choices(options)
+    dataset = options.dataset
+    if dataset.dataset_config is None:
+        if not dataset.train_data_dir:
+            raise UserError(
+                "no pictures are named; give --dataset_config with a TOML file, or --train_data_dir with a folder"
+            )
+        if not dataset.resolution:
+            raise UserError("--resolution is not set; give the training size with it, such as 512 or 512,768")
 
 
 def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:
@@ -75,16 +88,8 @@ def check_choices(options: TrainOptions) -> None:
 
 
 def check_required(options: TrainOptions) -> None:
-    """The model, the pictures, the adapter and the place to write to are named."""
-    dataset = options.dataset
-    if dataset.dataset_config is None:
-        if not dataset.train_data_dir:
-            raise UserError(
-                "no pictures are named; give --dataset_config with a TOML file, or --train_data_dir with a folder"
-            )
-        if not dataset.resolution:
-            raise UserError("--resolution is not set; give the training size with it, such as 512 or 512,768")
-    if dataset.debug_dataset:
+    """The model, the adapter and the place to write to are named."""
+    if options.dataset.debug_dataset:
         return
     if not options.model.pretrained_model_name_or_path:
         raise UserError("--pretrained_model_name_or_path is not set; give the base model's file, folder or hub name")

@@ -3,6 +3,7 @@
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from library.options.base import OWN, USUAL, Options
@@ -13,6 +14,7 @@ from library.training.command_line.config_file import (
     config_path,
     nearest,
     read_config,
+    read_values,
     write_config,
 )
 from library.training.command_line.console import setup_logging
@@ -39,6 +41,13 @@ def build_parser(*groups: type[Options], parts: str = "") -> argparse.ArgumentPa
     for kind in groups:
         kind.add_to(parser)
     return parser
+
+
+def add_missing(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
+    """Declare those options of a class on a parser that it lacks."""
+    for action in build_parser(kind)._actions:
+        if not parser._option_string_actions.keys() & set(action.option_strings):
+            parser._add_action(action)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -72,6 +81,30 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     for warning in config.warnings:
         logger.warning("%s", warning)
     return normalize(unset_empty(args, parser))
+
+
+def from_program(parser: argparse.ArgumentParser, given: argparse.Namespace) -> argparse.Namespace:
+    """The options of a program that calls a script's trainer: what it leaves out, or sets to None, has its default, and
+    values are read as generously as those of a config file.
+
+    Raises ConfigFileError for a value that its option cannot take.
+    """
+    setup_logging(ConsoleOptions.from_args(argparse.Namespace(**{**ConsoleOptions.defaults(), **vars(given)})))
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    plain = {name: as_in_toml(value) for name, value in vars(given).items() if value is not None}
+    unchanged = {name for name, value in plain.items() if name in actions and value == actions[name].default}
+    warnings: list[str] = []
+    asked = {name: value for name, value in plain.items() if name not in unchanged}
+    values = read_values(asked, "the calling program", actions, warnings)
+    for warning in warnings:
+        logger.warning("%s", warning)
+    defaults = {name: action.default for name, action in actions.items()}
+    return normalize(unset_empty(argparse.Namespace(**{**defaults, **values}), parser))
+
+
+def as_in_toml(value: Any) -> Any:
+    """A value as a config file has it: paths are text, tuples are lists."""
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
 def start_logging(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

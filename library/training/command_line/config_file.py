@@ -43,10 +43,22 @@ def read_config(path: Path, actions: Mapping[str, argparse.Action]) -> Config:
     Tables are opened one level and their names mean nothing. Keys that are no option are left out and named in the
     warnings. Raises ConfigFileError.
     """
+    warnings: list[str] = []
+    given = flatten(load_toml(path), path, warnings)
+    values = read_values(given, str(path), actions, warnings)
+    return Config(path, values, warnings)
+
+
+def read_values(
+    given: Mapping[str, Any], where: str, actions: Mapping[str, argparse.Action], warnings: list[str]
+) -> dict[str, Any]:
+    """The options among `given`, which `where` says, as what they hold; what else there is to say joins `warnings`.
+
+    Raises ConfigFileError for a value that its option cannot take.
+    """
     values: dict[str, Any] = {}
     unknown: list[str] = []
-    warnings: list[str] = []
-    for key, value in flatten(load_toml(path), path, warnings).items():
+    for key, value in given.items():
         if key in ("config_file", "output_config"):
             continue  # about the file itself; the command line has said it
         if key not in actions:
@@ -54,15 +66,14 @@ def read_config(path: Path, actions: Mapping[str, argparse.Action]) -> Config:
             continue
         converted = convert(value, actions[key])
         if isinstance(converted, Refused):
-            raise ConfigFileError(
-                f"{path}: {key} is {json.dumps(value, default=str)}, but --{key} takes {converted.wanted}"
-            )
+            shown = json.dumps(value, default=str)
+            raise ConfigFileError(f"{where}: {key} is {shown}, but --{key} takes {converted.wanted}")
         values[key] = converted
         if key == "max_token_length" and converted is not None:
-            values[key] = whole_chunks(converted, path, warnings)
+            values[key] = whole_chunks(converted, where, warnings)
     if unknown:
-        warnings.append(f"{path}: ignored, no such option: {', '.join(unknown)}")
-    return Config(path, values, warnings)
+        warnings.append(f"{where}: ignored, no such option: {', '.join(unknown)}")
+    return values
 
 
 def load_toml(path: Path) -> dict[str, Any]:
@@ -95,13 +106,13 @@ def nearest(key: str, actions: Mapping[str, argparse.Action]) -> str:
     return f" (nearest: {close[0]})" if close else ""
 
 
-def whole_chunks(max_token_length: int, path: Path, warnings: list[str]) -> int | None:
+def whole_chunks(max_token_length: int, where: str, warnings: list[str]) -> int | None:
     """Captions are read in chunks of 75 tokens; one chunk is what unset means."""
     if max_token_length < 75:
-        raise ConfigFileError(f"{path}: max_token_length is {max_token_length}; use 75, 150 or 225")
+        raise ConfigFileError(f"{where}: max_token_length is {max_token_length}; use 75, 150 or 225")
     whole = max_token_length // 75 * 75
     if whole != max_token_length:
-        warnings.append(f"{path}: max_token_length {max_token_length} acts as {whole}: chunks have 75 tokens")
+        warnings.append(f"{where}: max_token_length {max_token_length} acts as {whole}: chunks have 75 tokens")
     return whole if whole > 75 else None
 
 

@@ -10,7 +10,7 @@ from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
 from library.training.command_line.checks import check, check_vae_precision, report_unused
-from library.training.command_line.cli import parse
+from library.training.command_line.cli import from_program, parse
 from library.training.command_line.run_lock import run_lock
 from library.training.faults.interruption import Interrupted, Interruption
 from library.training.saving.resume import AlreadyComplete
@@ -38,12 +38,7 @@ def main(
     args = parse(parser, argv)
     try:
         options = options_type.from_args(args)
-        check(options)
-        if latents is not None and options.dataset.debug_dataset and not options.model.pretrained_model_name_or_path:
-            show_dataset(options, latents)
-            return 0
-        with run_lock(options):
-            is_over = train_network(options, build, interruption)
+        is_over = train_as_asked(options, build, latents, interruption)
         if options.faults.exit_status_on_stop and not is_over:
             return interruption.exit_status
     except AlreadyComplete as error:
@@ -55,6 +50,41 @@ def main(
         report_error(error)
         return 1
     return 0
+
+
+def train_for_program(
+    args: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    options_type: type[OptionsT],
+    build: Callable[[OptionsT], Architecture],
+    latents: LatentSpec,
+) -> None:
+    """Train as a program asks that imports a script: signals stay with the program, and what would end a run as a line
+    on the screen is raised, such as UserError. A run that has nothing left to do returns.
+    """
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # a program may train twice, with another precision
+    options = options_type.from_args(from_program(parser, args))
+    try:
+        train_as_asked(options, build, latents, Interruption())
+    except AlreadyComplete as error:
+        logger.info("%s", error)
+
+
+def train_as_asked(
+    options: OptionsT,
+    build: Callable[[OptionsT], Architecture],
+    latents: LatentSpec | None,
+    interruption: Interruption,
+) -> bool:
+    """Check the options, then train, or show the data set; gives whether the run came to its end."""
+    check(options)
+    if latents is not None and options.dataset.debug_dataset and not options.model.pretrained_model_name_or_path:
+        show_dataset(options, latents)
+        return True
+    with run_lock(options):
+        return train_network(options, build, interruption)
 
 
 def show_dataset(options: TrainOptions, latents: LatentSpec) -> None:

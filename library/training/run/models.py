@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from library.data.batches.dataset import TrainingSet
 from library.data.caching.latents import cache_latents
 from library.memory.devices import place, release_memory
+from library.options.caching import CachingOptions
 from library.options.train import TrainOptions
 from library.processes import Processes
-from library.protocols import Architecture, LiveText
+from library.protocols import Architecture, LatentCodec, LiveText
 from library.training.run.compute import Compute
 from library.training.run.context import Models
 from library.training.run.text_caching import live_text, prepare_text
@@ -57,17 +58,28 @@ def prepare_vae(
     options: TrainOptions, arch: Architecture, seed: int, training_set: TrainingSet, processes: Processes
 ) -> nn.Module | None:
     """The VAE on the device, or None where it has encoded every picture already and may leave memory."""
-    device = processes.device
-    vae = place(arch.load.vae(), device)
+    vae = place(arch.load.vae(), processes.device)
     if not options.caching.cache_latents:
         return vae
+    encode_pictures(vae, arch.codec, options.caching, seed, training_set, processes)
+    return None
+
+
+def encode_pictures(
+    vae: nn.Module,
+    codec: LatentCodec,
+    caching: CachingOptions,
+    seed: int,
+    training_set: TrainingSet,
+    processes: Processes,
+) -> None:
+    """Cache the latents of every picture with a VAE that is on the device."""
 
     def encode(pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         with torch.no_grad():
-            return arch.codec.encode(vae, pixels_BCHW.to(device), generators).float().cpu()
+            return codec.encode(vae, pixels_BCHW.to(processes.device), generators).float().cpu()
 
-    cache_latents(training_set, encode, identity_of(vae), options.caching, seed, processes)
-    return None
+    cache_latents(training_set, encode, identity_of(vae), caching, seed, processes)
 
 
 def identity_of(module: nn.Module) -> str:

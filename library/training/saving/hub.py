@@ -42,22 +42,25 @@ class Uploads:
             self.waiting.append(self.pool.submit(action))
 
     def _upload(self, path: Path) -> None:
-        options = self.options
-        repo = options.huggingface_repo_id
-        assert repo is not None
-        place = f"{options.huggingface_path_in_repo}/{path.name}" if options.huggingface_path_in_repo else path.name
-        kind = {"repo_id": repo, "repo_type": options.huggingface_repo_type}
-        try:
-            api = client(options)
-            make_repository(api, options)
-            if path.is_dir():
-                api.upload_folder(folder_path=str(path), path_in_repo=place, **kind)
-            else:
-                api.upload_file(path_or_fileobj=str(path), path_in_repo=place, **kind)
-        except Exception as error:  # whatever network and server may raise; the file on disk is safe
-            logger.error("%s could not be uploaded to %s: %s: %s", path, repo, type(error).__name__, error)
+        folder = self.options.huggingface_path_in_repo
+        upload(self.options, path, f"{folder}/{path.name}" if folder else path.name)
+
+
+def upload(options: HubOptions, path: Path, place: str) -> None:
+    """Send a file or a folder to a place in the repository, "" for its top; an error is logged."""
+    repo = options.huggingface_repo_id
+    kind = {"repo_id": repo, "repo_type": options.huggingface_repo_type}
+    try:
+        api = client(options)
+        make_repository(api, options)
+        if path.is_dir():
+            api.upload_folder(folder_path=str(path), path_in_repo=place, **kind)
         else:
-            logger.info("uploaded %s to %s as %s", path, repo, place)
+            api.upload_file(path_or_fileobj=str(path), path_in_repo=place, **kind)
+    except Exception as error:  # whatever network and server may raise; the file on disk is safe
+        logger.error("%s could not be uploaded to %s: %s: %s", path, repo, type(error).__name__, error)
+    else:
+        logger.info("uploaded %s to %s as %s", path, repo, place or "its top folder")
 
 
 def client(options: HubOptions) -> Any:

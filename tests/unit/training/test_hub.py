@@ -41,7 +41,7 @@ class FolderHub:
         shutil.copy(path_or_fileobj, target)
 
     def upload_folder(self, *, folder_path: str, path_in_repo: str, repo_id: str, repo_type: str | None) -> None:
-        shutil.copytree(folder_path, self.root / repo_id / path_in_repo)
+        shutil.copytree(folder_path, self.root / repo_id / path_in_repo, dirs_exist_ok=True)
 
     def snapshot_download(
         self, *, repo_id: str, revision: str | None, repo_type: str | None, allow_patterns: list[str]

@@ -1,0 +1,228 @@
+"""Programs that import the scripts and the library of sd-scripts, each as it does that."""
+
+import argparse
+import hashlib
+import logging
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import anima_train_network
+import flux_train_network
+import hunyuan_image_train_network
+import lumina_train_network
+import sd3_train_network
+import sdxl_train_network
+import train_network
+from library import flux_train_utils, huggingface_util, train_util, utils
+from library.architectures.flux.options import FluxOptions
+from library.checkpoints.files import read_metadata
+from library.errors import UserError
+from tests.running import make_pictures
+from tests.runs.bases import BASES
+from tests.unit.training.test_hub import FolderHub, hub  # noqa: F401
+
+TRAINERS: dict[str, Any] = {
+    "sd": (train_network, train_network.NetworkTrainer),
+    "sdxl": (sdxl_train_network, sdxl_train_network.SdxlNetworkTrainer),
+    "flux": (flux_train_network, flux_train_network.FluxNetworkTrainer),
+    "sd3": (sd3_train_network, sd3_train_network.Sd3NetworkTrainer),
+    "lumina": (lumina_train_network, lumina_train_network.LuminaNetworkTrainer),
+    "hunyuan_image": (hunyuan_image_train_network, hunyuan_image_train_network.HunyuanImageNetworkTrainer),
+    "anima": (anima_train_network, anima_train_network.AnimaNetworkTrainer),
+}
+
+
+def settings(tmp_path: Path, **more: Any) -> dict[str, Any]:
+    """What a program sets on the namespace for two steps on pictures of 64 pixels."""
+    if not (tmp_path / "data").exists():
+        make_pictures(tmp_path / "data" / "1_thing", 2)
+    return {
+        "train_data_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out"), "output_name": "mine",
+        "resolution": "64,64", "caption_extension": ".txt", "network_module": "networks.lora", "network_dim": 2,
+        "network_alpha": 2, "learning_rate": 1e-3, "max_train_steps": 2, "seed": 42, "max_data_loader_n_workers": 0,
+        **more,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["sd", *(pytest.param(name, marks=pytest.mark.nightly) for name in TRAINERS if name != "sd")]
+)
+def test_a_trainer_trains_what_its_script_trains(
+    tmp_path: Path, fresh_process: None, name: str, train: Any, tiny_sd_folder: Path
+) -> None:
+    script, trainer = TRAINERS[name]
+    words = (
+        BASES[name].build(tmp_path / "base")
+        if name in BASES
+        else ["--pretrained_model_name_or_path", str(tiny_sd_folder)]
+    )
+    args = script.setup_parser().parse_args(words)
+    for key, value in settings(tmp_path).items():
+        setattr(args, key, value)
+    assert trainer().train(args) is None
+    typed = [
+        word for key, value in settings(tmp_path, output_name="typed").items() for word in (f"--{key}", str(value))
+    ]
+    assert train([*words, *typed], script.__name__).status == 0
+    found, expected = load_file(tmp_path / "out/mine.safetensors"), load_file(tmp_path / "out/typed.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def test_coppylora_trains_in_a_thread(
+    tmp_path: Path, fresh_process: None, monkeypatch: pytest.MonkeyPatch, tiny_sdxl_folder: Path
+) -> None:
+    """It parses the command line of its own process, reads no config file, and sets what it wants on the namespace."""
+    monkeypatch.setattr(sys, "argv", ["CoppyLora_webUI.py"])
+    parser = sdxl_train_network.setup_parser()
+    args = parser.parse_args()
+    sdxl_train_network.train_util.verify_command_line_training_args(args)
+    args = sdxl_train_network.train_util.read_config_from_file(args, parser)
+    wanted = settings(
+        tmp_path, pretrained_model_name_or_path=str(tiny_sdxl_folder), sdpa=True, enable_bucket=True,
+        bucket_no_upscale=True, min_bucket_reso=64, max_bucket_reso=1024, network_train_unet_only=True,
+        no_half_vae=True, cache_latents=True, cache_latents_to_disk=True, cache_text_encoder_outputs=True,
+        lr_scheduler="constant", cache_text_encoder_outputs_to_disk=True, persistent_data_loader_workers=True,
+        lr_scheduler_num_cycles=4, save_model_as="safetensors", save_precision="fp16", optimizer_type="AdamW",
+        sdxl=True, skip_existing=True,
+    )  # fmt: skip
+    for key, value in vars(argparse.Namespace(**wanted)).items():
+        setattr(args, key, value)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            sdxl_train_network.SdxlNetworkTrainer().train(args)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert failures == []
+    assert read_metadata(tmp_path / "out" / "mine.safetensors")["ss_lr_scheduler"] == "constant"
+    assert len(list((tmp_path / "data/1_thing").glob("0*.npz"))) == 4
+
+
+def test_a_second_run_in_one_process_may_have_another_precision(
+    tmp_path: Path, fresh_process: None, tiny_sd_folder: Path
+) -> None:
+    """A front end runs a matrix of settings; some options are left out or None, sizes are pairs."""
+    for precision in ("no", "bf16"):
+        wanted = settings(tmp_path, output_name=precision, mixed_precision=precision, resolution=(64, 64), vae=None)
+        args = argparse.Namespace(pretrained_model_name_or_path=tiny_sd_folder, **wanted)
+        train_network.NetworkTrainer().train(args)
+    assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == {"no.safetensors", "bf16.safetensors"}
+
+
+def test_what_ends_a_run_is_raised(tmp_path: Path, fresh_process: None, tiny_sd_folder: Path) -> None:
+    wanted = settings(tmp_path, pretrained_model_name_or_path=str(tiny_sd_folder))
+    for broken, sentence in (
+        ({"network_module": None}, "--network_module is not set"),
+        ({"pretrained_model_name_or_path": str(tmp_path / "none.safetensors")}, "does not exist"),
+        ({"max_train_steps": "many"}, 'max_train_steps is "many", but --max_train_steps takes a whole number'),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            train_network.NetworkTrainer().train(argparse.Namespace(**{**wanted, **broken}))
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_config_file_stands_beneath_the_process_command_line(
+    tmp_path: Path, fresh_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.toml").write_text("[any]\nnetwork_dim = 8\nseed = 3\n")
+    monkeypatch.setattr(sys, "argv", ["x", "--config_file", str(tmp_path / "config.toml"), "--seed", "5"])
+    parser = train_network.setup_parser()
+    args = train_network.train_util.read_config_from_file(parser.parse_args(), parser)
+    assert (args.network_dim, args.seed) == (8, 5)
+
+
+def test_secrets_on_the_command_line_are_warned_of_where_a_tracker_shows_it(caplog: pytest.LogCaptureFixture) -> None:
+    parser = train_network.setup_parser()
+    train_util.verify_command_line_training_args(parser.parse_args(["--huggingface_token", "hf_x"]))
+    assert not caplog.records
+    train_util.verify_command_line_training_args(
+        parser.parse_args(["--huggingface_token", "hf_x", "--log_with", "wandb"])
+    )
+    assert "--huggingface_token: wandb may publish the command line" in caplog.text
+    assert "hf_x" not in caplog.text
+
+
+def test_data_options_become_pairs() -> None:
+    words = ["--resolution", "512", "--face_crop_aug_range", "2.0,4.0", "--caption_extention", ".txt"]
+    args = train_network.setup_parser().parse_args(words)
+    train_util.prepare_dataset_args(args, True)
+    assert (args.resolution, args.face_crop_aug_range, args.caption_extension) == ((512, 512), (2.0, 4.0), ".txt")
+
+
+@pytest.mark.parametrize("no_upscale", [True, False])
+def test_pictures_are_sorted_into_buckets_as_before_caching(no_upscale: bool) -> None:
+    """As programs do that write latents of pictures beside them: every size is cut, never enlarged after resizing."""
+    manager = train_util.BucketManager(no_upscale, (512, 512), 256, 1024, 64)
+    if not no_upscale:
+        manager.make_buckets()
+        assert (512, 512) in manager.predefined_resos and (256, 1024) in manager.predefined_resos
+    sizes = [(1000, 400), (300, 1200), (640, 640), (512, 512)]
+    for number, (width, height) in enumerate(sizes):
+        reso, resized, ar_error = manager.select_bucket(width, height)
+        assert all(side % 64 == 0 for side in reso) and reso[0] * reso[1] <= 512 * 512
+        assert resized[0] >= reso[0] and resized[1] >= reso[1] and abs(ar_error) < 1
+        manager.add_image(reso, (number, np.zeros((*reso[::-1], 3))))
+    manager.sort()
+    assert manager.resos == sorted(manager.resos)
+    kept = {number: reso for reso, bucket in zip(manager.resos, manager.buckets, strict=True) for number, _ in bucket}
+    assert kept.keys() == {0, 1, 2, 3} and kept[3] == (512, 512)
+
+
+def test_hashes_are_those_of_saved_files(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(300_000, generator=torch.Generator().manual_seed(4))}
+    model_hash, legacy_hash = train_util.precalculate_safetensors_hashes(tensors, {"ss_seed": "1"})
+    save_file(tensors, tmp_path / "x.safetensors", {"ss_seed": "1"})
+    data = (tmp_path / "x.safetensors").read_bytes()
+    assert legacy_hash == hashlib.sha256(data[0x100000 : 0x100000 + 0x10000]).hexdigest()[:8]
+    assert model_hash == hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+
+
+def test_fluxgym_adds_the_options_of_flux_to_the_common_parser() -> None:
+    parser = train_network.setup_parser()
+    flux_train_utils.add_flux_train_arguments(parser)
+    dests = [action.dest for action in parser._actions]
+    assert set(FluxOptions.defaults()) <= set(dests) and len(dests) == len(set(dests))
+    args = parser.parse_args(["--guidance_scale", "1.0", "--timestep_sampling", "shift", "--resolution", "512"])
+    assert (args.guidance_scale, args.timestep_sampling, args.resolution) == (1.0, "shift", "512")
+    assert all(action.help for action in parser._actions)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_fluxgym_uploads_a_folder_to_the_top_of_its_repository(tmp_path: Path, hub: type[FolderHub], kind: str) -> None:  # noqa: F811
+    source = tmp_path / "my-lora"
+    source.mkdir()
+    (source / "my-lora.safetensors").write_bytes(b"weights")
+    hub.root.mkdir()
+    args = argparse.Namespace(
+        huggingface_repo_id="me/cat", huggingface_repo_type="model", huggingface_repo_visibility="private",
+        huggingface_path_in_repo="", huggingface_token="secret", async_upload=False,
+    )  # fmt: skip
+    if kind == "file":
+        huggingface_util.upload(args, str(source / "my-lora.safetensors"), "/my-lora.safetensors")
+    else:
+        huggingface_util.upload(args=args, src=str(source))
+    assert (hub.root / "me/cat/my-lora.safetensors").read_bytes() == b"weights"
+    assert hub.made == {"me/cat": True}
+
+
+def test_logging_is_set_up_once_and_again_on_request(tmp_path: Path, fresh_process: None) -> None:
+    root = logging.getLogger()
+    before = list(root.handlers)
+    utils.setup_logging()
+    assert root.handlers == before  # pytest's own are there
+    utils.setup_logging(argparse.Namespace(console_log_file=str(tmp_path / "log.txt")), log_level="DEBUG", reset=True)
+    logging.getLogger("library").debug("seen")
+    assert "seen" in (tmp_path / "log.txt").read_text()

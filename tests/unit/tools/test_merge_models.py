@@ -1,0 +1,75 @@
+"""tools/merge_models.py: every weight is the sum of ratio * weight."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from library.checkpoints.files import read_metadata
+from tests.tolerances import FLOAT32_SAME_MATH
+from tools import merge_models
+
+UNET, TEXT = "model.diffusion_model.out.weight", "cond_stage_model.transformer.weight"
+
+
+def write(folder: Path, seed: int, **more: torch.Tensor) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(3, 5, generator=generator) for name in (UNET, TEXT)}
+    save_file({**tensors, "position_ids": torch.arange(4), **more}, folder / f"{seed}.safetensors")
+    return folder / f"{seed}.safetensors"
+
+
+def merge(folder: Path, *words: str) -> dict[str, torch.Tensor]:
+    assert merge_models.main([*words, "--output", str(folder / "merged.safetensors")]) == 0
+    return load_file(folder / "merged.safetensors")
+
+
+def test_weights_are_summed_by_their_ratios(tmp_path: Path) -> None:
+    paths = [write(tmp_path, seed) for seed in (3, 4, 5)]
+    found = merge(tmp_path, "--models", *map(str, paths), "--ratios", "0.5", "0.75", "-0.25")
+    first, second, third = map(load_file, paths)
+    for key in (UNET, TEXT):
+        expected = 0.5 * first[key] + 0.75 * second[key] - 0.25 * third[key]
+        torch.testing.assert_close(found[key], expected, **FLOAT32_SAME_MATH)
+    assert torch.equal(found["position_ids"], torch.arange(4))
+    assert read_metadata(tmp_path / "merged.safetensors")["modelspec.merged_from"] == "3, 4, 5"
+
+
+def test_without_ratios_the_shares_are_equal_and_the_precision_is_the_asked_one(tmp_path: Path) -> None:
+    paths = [write(tmp_path, seed) for seed in (6, 7)]
+    found = merge(tmp_path, "--models", *map(str, paths), "--saving_precision", "bf16")
+    first, second = map(load_file, paths)
+    assert torch.equal(found[UNET], ((first[UNET] + second[UNET]) / 2).bfloat16())
+
+
+def test_unet_only_leaves_the_other_parts_alone(tmp_path: Path) -> None:
+    paths = [write(tmp_path, seed) for seed in (8, 9)]
+    found = merge(tmp_path, "--models", *map(str, paths), "--unet_only")
+    assert torch.equal(found[TEXT], load_file(paths[0])[TEXT])
+    assert not torch.equal(found[UNET], load_file(paths[0])[UNET])
+
+
+def test_what_the_files_do_not_share_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one, two = torch.full((2,), 4.0), torch.full((2,), 8.0)
+    paths = write(tmp_path, 10, first_only=one), write(tmp_path, 11, second_only=two)
+    found = merge(tmp_path, "--models", *map(str, paths), "--ratios", "0.5", "0.25", "--show_skipped")
+    assert "second_only" not in found
+    torch.testing.assert_close(found["first_only"], 0.75 * one, **FLOAT32_SAME_MATH)
+    assert "1 weights that the first file lacks are left out: second_only" in caplog.text
+    assert "lacks 1 weights, which count as the first file's" in caplog.text
+
+
+def test_mistakes_are_named_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, other = write(tmp_path, 12), write(tmp_path, 13, **{UNET: torch.ones(7)})
+    save_file({"x": torch.ones(1)}, tmp_path / "bare.safetensors")
+    for words, sentence in (
+        (["--models", str(first), str(other), "--ratios", "1"], "--ratios has 1 values, but --models 2"),
+        (["--models", str(first), str(other)], f"{UNET} has the shape (3, 5)"),
+        (["--models", str(first), str(tmp_path)], "is a folder; give checkpoints that are single files"),
+        (["--models", str(tmp_path / "bare.safetensors"), "--unet_only"], "--unet_only: nothing in"),
+        (["--models", str(tmp_path / "none.safetensors")], "--models"),
+    ):
+        assert merge_models.main([*words, "--output", str(tmp_path / "out.safetensors")]) == 1
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()

@@ -1,0 +1,48 @@
+"""Encode the captions of a data set and keep the results beside the pictures, where the next training run finds them.
+
+Takes the options of sdxl_train_network.py with --sdxl and of flux_train_network.py with --flux: the outputs of the text
+encoders of Stable Diffusion 1.x and 2.x are not cached.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library import train_util as train_util
+from library.errors import UserError
+from library.processes import of_accelerator
+from library.training.run.compute import Compute
+from library.training.run.setup import open_accelerator, open_training_set
+from library.training.run.text_caching import prepare_text
+from tools.cache_latents import build, read_options, run, setup_parser
+
+__all__ = ["cache_to_disk", "main", "setup_parser", "train_util"]
+
+
+def cache_to_disk(args: argparse.Namespace) -> None:
+    """Encode every caption whose cache file is missing or outdated. Raises UserError."""
+    wanted = {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
+    options = read_options(args, network_train_unet_only=True, **wanted)
+    arch = build(options)
+    if arch.text_cache is None:
+        raise UserError(
+            "give --sdxl or --flux: the outputs of Stable Diffusion 1.x's and 2.x's text encoder are not cached, it is "
+            "fast"
+        )
+    processes = of_accelerator(open_accelerator(options))
+    compute = Compute.build(options.precision, processes.device)
+    training_set = open_training_set(options, arch, options.run.seed or 0, processes.count)
+    prepare_text(options, arch, training_set, compute.device, compute.autocast, [], processes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run(cache_to_disk, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

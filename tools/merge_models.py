@@ -1,0 +1,120 @@
+"""Merge checkpoints of one base model: every weight becomes the sum of ratio * weight.
+
+A weight that only some of the files have counts as the first file's in the others; weights that the first file lacks
+are left out. Whole numbers, such as positions of tokens, are the first file's.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.checkpoints import model_lookup
+from library.checkpoints.files import read_metadata
+from library.checkpoints.weights import Weights
+from library.errors import UserError
+from tools.command import PRECISIONS, add_device, check_output, device_of, make_parser, run
+from tools.merge_lora import modelspec, write
+
+logger = logging.getLogger(__name__)
+
+UNET = "model.diffusion_model."
+EXAMPLES = """\
+  python3 tools/merge_models.py --models first.safetensors second.safetensors --ratios 0.7 0.3 \\
+      --output merged.safetensors --saving_precision fp16"""
+
+
+def merged_tensors(
+    models: Sequence[Weights], ratios: Sequence[float], unet_only: bool, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Every weight of the first file, merged in `dtype` where it is a number of a kind that can be.
+
+    Raises UserError for weights of different shapes.
+    """
+    first, tensors = models[0], {}
+    for key in tqdm(first.shapes, desc="merging", unit="tensor"):
+        value = first.read(key)
+        if not value.is_floating_point() or (unet_only and not key.startswith(UNET)):
+            tensors[key] = value
+            continue
+        total = torch.zeros_like(value, dtype=dtype, device=device)
+        for model, ratio in zip(models, ratios, strict=True):
+            if model.shapes.get(key, value.shape) != first.shapes[key]:
+                raise UserError(
+                    f"--models: {key} has the shape {first.shapes[key]} in {first.origin} and {model.shapes[key]} in "
+                    f"{model.origin}; give checkpoints of one base model"
+                )
+            total += ratio * (model.read(key) if key in model.shapes else value).to(device, dtype)
+        tensors[key] = total.cpu()
+    return tensors
+
+
+def tell_differences(models: Sequence[Weights], show_skipped: bool) -> None:
+    """Say which weights the files do not share, by name where that is asked for."""
+    first = models[0].shapes
+    for model in models[1:]:
+        skipped = [key for key in model.shapes if key not in first]
+        missing = [key for key in first if key not in model.shapes]
+        if skipped:
+            names = f": {', '.join(skipped)}" if show_skipped else "; --show_skipped names them"
+            logger.warning("%s: %d weights that the first file lacks are left out%s", model.origin, len(skipped), names)
+        if missing:
+            logger.warning("%s lacks %d weights, which count as the first file's", model.origin, len(missing))
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument("--models", type=Path, nargs="+", required=True, help="checkpoints, each a single file")
+    parser.add_argument("--output", type=Path, required=True, help="the file to write: .safetensors, .ckpt or .pt")
+    parser.add_argument("--ratios", type=float, nargs="+", help="share of each file; unset: equal shares")
+    parser.add_argument(
+        "--unet_only", action="store_true", help="merge the U-Net; text encoders and VAE are the first file's"
+    )
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="float", help="precision of the arithmetic")
+    parser.add_argument(
+        "--saving_precision", choices=tuple(PRECISIONS), default="float", help="precision of the file (default: float)"
+    )
+    parser.add_argument("--show_skipped", action="store_true", help="name the weights that the first file lacks")
+    add_device(parser)
+    return parser
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Read, merge and write."""
+    ratios = args.ratios or [1 / len(args.models)] * len(args.models)
+    if len(ratios) != len(args.models):
+        raise UserError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; give one for each file")
+    check_output("--output", args.output)
+    device = device_of(args.device)
+    folders = [path for path in args.models if path.is_dir()]
+    if folders:
+        raise UserError(f"--models {folders[0]} is a folder; give checkpoints that are single files")
+    models = [model_lookup.open_file("--models", model_lookup.find_model("--models", str(p), ())) for p in args.models]
+    if args.unet_only and not any(key.startswith(UNET) for key in models[0].shapes):
+        raise UserError(f"--unet_only: nothing in {args.models[0]} is called {UNET}...; leave it out")
+    tell_differences(models, args.show_skipped)
+    tensors = merged_tensors(models, ratios, args.unet_only, PRECISIONS[args.precision], device)
+    dtype = PRECISIONS[args.saving_precision]
+    saved = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    kept = read_metadata(args.models[0])
+    about = {key: kept[key] for key in ("modelspec.sai_model_spec", "modelspec.architecture") if key in kept}
+    write(args.output, saved, {**about, **modelspec(args.output, args.models)})
+    print(f"{args.output}: {len(tensors)} weights of {len(models)} files")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run(setup_parser(), merge, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
