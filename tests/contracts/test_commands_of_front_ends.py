@@ -187,7 +187,8 @@ def test_training_takes_the_latents_that_coppylora_cached(
     words = ["--pretrained_model_name_or_path", str(tiny_sdxl_folder), "--train_data_dir", str(tmp_path / "data"),
              "--resolution", "64,64", "--enable_bucket", "--bucket_no_upscale", "--cache_latents_to_disk",
              "--no_half_vae", "--output_dir", str(tmp_path / "out"), "--network_module", "networks.lora",
-             "--network_dim", "2", "--learning_rate", "1e-3", "--max_train_steps", "1", "--max_data_loader_n_workers", "0"]  # fmt: skip
+             "--network_dim", "2", "--learning_rate", "1e-3", "--max_train_steps", "1",
+             "--max_data_loader_n_workers", "0"]  # fmt: skip
     done = train(words, "sdxl_train_network")
     assert done.status == 0 and "latent cache: 2 entries are used, 0 are missing" in done.stderr
     assert caches(tmp_path / "data") == before
