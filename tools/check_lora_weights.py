@@ -8,7 +8,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.checkpoints.adapter_names import BASES, BaseNames, recognise_base
 from library.checkpoints.compatibility import Reading, describe, problems, readings
-from library.checkpoints.files import load_state_dict
+from library.checkpoints.files import load_state_dict, read_metadata
 from networks.core.files.inspection import (
     BlockFacts,
     ModuleFacts,
@@ -58,14 +58,14 @@ class Report:
 
 def check(path: Path) -> Report:
     """Read a file and judge it. Raises UserError when it cannot be read."""
-    return judge(load_state_dict(path), str(path))
+    return judge(load_state_dict(path), read_metadata(path), str(path))
 
 
-def judge(tensors: dict[str, Tensor], origin: str) -> Report:
+def judge(tensors: dict[str, Tensor], metadata: Mapping[str, str], origin: str) -> Report:
     """Judge the tensors of an adapter file."""
     modules, unknown = group_tensors(tensors)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    base = recognise_base(shapes)
+    base = recognise_base(shapes, metadata)
     found: list[str] = []
     facts: list[ModuleFacts] = []
     for module in tqdm(modules.values(), desc="modules", disable=None, leave=False):
@@ -78,7 +78,9 @@ def judge(tensors: dict[str, Tensor], origin: str) -> Report:
     if not modules:
         found.append(f"there are no weights of an adapter (first keys: {', '.join(list(tensors)[:3]) or 'none'})")
     warnings = list(oddities(list(modules.values()), facts, unknown, base))
-    return Report(origin, base, count_dtypes(tensors), facts, by_block(facts), readings(shapes), found, warnings)
+    return Report(
+        origin, base, count_dtypes(tensors), facts, by_block(facts), readings(shapes, metadata), found, warnings
+    )
 
 
 def oddities(

@@ -41,9 +41,8 @@ def all_tables() -> list[BaseNames]:
 
 def base_of(file: AdapterFile) -> str | None:
     """The base model that a file's keys name."""
-    return recognise_base(
-        {module.keys[leaf]: t.shape for module in file.modules.values() for leaf, t in module.tensors.items()}
-    )
+    shapes = {module.keys[leaf]: t.shape for module in file.modules.values() for leaf, t in module.tensors.items()}
+    return recognise_base(shapes, file.metadata)
 
 
 def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) -> Renamed:

@@ -96,31 +96,48 @@ HUNYUAN_WIDTH = 3584
 UNET_MARK = r"_(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)_"
 NAME_MARKS: tuple[tuple[str, str], ...] = (  # the first that is found in an underscored key decides
     (r"_blocks_\d+_(img|txt)_(mod_linear|mlp_fc[12])|_single_blocks_\d+_modulation_linear", "hunyuan_image"),
-    (r"_single_transformer_blocks_", "flux"),
     (r"_joint_blocks_", "sd3"),
     (r"_(noise_refiner|context_refiner)_|(unet|diffusion_model|transformer)_layers_\d+_", "lumina"),
     (r"_llm_adapter_|(unet|diffusion_model)_blocks_\d+_(self_attn|cross_attn|mlp)_", "anima"),
     (r"^(transformer_transformer_blocks_\d+_attn1_|text_conditioner_)", "anima"),  # SD3.5 has attn2 too
 )
+VERSIONS: tuple[tuple[str, str], ...] = (  # how ss_base_model_version begins
+    (r"sd_v1", "sd1"), (r"sd_v2", "sd2"), (r"sdxl", "sdxl"), (r"(5-)?(medium|large)|sd3", "sd3"), (r"flux", "flux"),
+    (r"lumina", "lumina"), (r"hunyuan-image", "hunyuan_image"), (r"anima", "anima"),
+)  # fmt: skip
+TEXT_MARK = r"(lora_te\d?|text_encoders?(_\d)?)_"
 CLIP_MARK = r"(lora_te|text_encoder|text_encoders_clip_[lh]_transformer)_text_model_"
 SDXL_MARK = r"^(lora_te2_|text_encoder_2_|text_encoders_clip_g_)" + rf"|{UNET_MARK}.*_transformer_blocks_[1-9]"
 
 
-def recognise_base(shapes: Mapping[str, Sequence[int]]) -> str | None:
+def recognise_base(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> str | None:
     """The base model (a key of BASES) whose modules the keys of an adapter file name, None where they do not tell.
 
-    `shapes` has every key of the file. Sizes decide where names are shared: SD 1 and 2, FLUX.1 and HunyuanImage.
+    `shapes` has every key of the file. Sizes decide where names are shared: SD 1 and 2, FLUX.1 and HunyuanImage. Text
+    encoders are shared by several base models, so a file of these alone is of the one that its metadata names.
     """
     widths = {underscored(key): shape[1] for key, shape in shapes.items() if _tells_width(key) and len(shape) > 1}
     keys = [underscored(key) for key in shapes]
+    told = base_in_metadata(metadata) if all(re.match(TEXT_MARK, key) for key in keys) else None
+    if told is not None:
+        return told
     for mark, base in NAME_MARKS:
         if any(re.search(mark, key) for key in keys):
             return base
-    if any(re.search(r"_(double|single)_blocks_\d+_", key) for key in keys):
-        return "hunyuan_image" if HUNYUAN_WIDTH in widths.values() else "flux"
+    is_hunyuan = HUNYUAN_WIDTH in widths.values()
+    if any(re.search(r"_((double|single)_blocks|single_transformer_blocks)_\d+_", key) for key in keys):
+        return "hunyuan_image" if is_hunyuan else "flux"
     if any(key.startswith("transformer_transformer_blocks_") for key in keys):
+        if is_hunyuan:
+            return "hunyuan_image"
         return "flux" if _width(widths, r"_attn_to_q_") == FLUX_WIDTH else "sd3"
     return _recognise_unet(keys, widths)
+
+
+def base_in_metadata(metadata: Mapping[str, str]) -> str | None:
+    """The base model that the header of an adapter file names, None where it names none that is known."""
+    version = metadata.get("ss_base_model_version", "")
+    return next((base for pattern, base in VERSIONS if re.match(pattern, version)), None)
 
 
 def _recognise_unet(keys: Sequence[str], widths: Mapping[str, int]) -> str | None:

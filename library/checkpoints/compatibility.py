@@ -77,7 +77,7 @@ _UNET: Mapping[Program, Accepted] = {
 ACCEPTED: Mapping[str, Mapping[Program, Accepted]] = {  # a program that is not listed takes no adapters of it
     "sd1": _UNET,
     "sd2": _UNET,
-    "sdxl": _UNET,
+    "sdxl": {**_UNET, "Forge": (KOHYA | GENERIC, KOHYA | DIFFUSERS)},
     "flux": {
         "ComfyUI": (ALL, ALL),
         "Forge": (ALL, KOHYA | DIFFUSERS),
@@ -86,7 +86,7 @@ ACCEPTED: Mapping[str, Mapping[Program, Accepted]] = {  # a program that is not 
     },
     "sd3": {
         "ComfyUI": (ALL, ALL),
-        "Forge": (KOHYA | GENERIC, KOHYA),
+        "Forge": (KOHYA | GENERIC, KOHYA | DIFFUSERS),
         "diffusers": (DIFFUSERS, DIFFUSERS),
         "stable-diffusion.cpp": (GENERIC | DIFFUSERS, GENERIC),
     },
@@ -111,6 +111,10 @@ class Gap:
     reason: str
 
 
+T5_OF_DIFFUSERS: tuple[tuple[str, str, tuple[Program, ...]], ...] = (  # who has no place for it
+    ("flux", r"text_encoder_2_encoder_block_.*", ("ComfyUI", "Forge")),
+    ("sd3", r"text_encoder_3_encoder_block_.*", ("ComfyUI", "Forge", "diffusers")),
+)
 GAPS: tuple[Gap, ...] = (
     Gap(
         "ComfyUI", UNET_BASES, DIFFUSERS, r"unet_.*_to_(q|k|v|out_0)$",
@@ -129,6 +133,15 @@ GAPS: tuple[Gap, ...] = (
         "diffusers", frozenset(("flux",)), KOHYA, r"lora_unet_(img|txt|time|vector|guidance)_in(_.*)?",
         "it has no place for LoRA of FLUX.1's input layers",
     ),
+    *(
+        Gap(program, frozenset((base,)), DIFFUSERS, modules, "it has no place for LoRA of T5 under diffusers' names")
+        for base, modules, programs in T5_OF_DIFFUSERS
+        for program in programs
+    ),
+    Gap(
+        "stable-diffusion.cpp", frozenset(("flux",)), KOHYA, r"lora_unet_(img|txt|time|vector|guidance)_in(_.*)?",
+        "it does not find FLUX.1's input layers under kohya's names",
+    ),
     Gap(
         "stable-diffusion.cpp", frozenset(("sd1",)), ALL, r".*_(conv_in|conv_out|time_embedding_linear_[12])",
         "it does not look for conv_in, conv_out and time_embedding",
@@ -138,8 +151,9 @@ GAPS: tuple[Gap, ...] = (
         "q, k and v of SD 2's text encoder are one matrix in the checkpoint",
     ),
     Gap(
-        "stable-diffusion.cpp", frozenset(("anima",)), KOHYA, r".*_(cross_attn_.*|self_attn_output_proj)",
-        "it does not find cross_attn and output_proj under kohya's names",
+        "stable-diffusion.cpp", frozenset(("anima",)), KOHYA,
+        r".*_(cross_attn_.*|self_attn_output_proj|adaln_modulation_.*|t_embedder_.*|final_layer_.*|llm_adapter_.*)",
+        "under kohya's names it finds q, k, v of self_attn, mlp and x_embedder",
     ),
 )  # fmt: skip
 
@@ -153,11 +167,14 @@ READ = re.compile(  # endings that programs look for
     r"|lokr_(?:w[12](?:_[ab])?|t2)"
 )
 DIFFUSERS_LEAVES = LOW_RANK | {"dora_scale"}
+LUMINA_BLOCK = frozenset(
+    ("attention_qkv", "attention_out", *(f"feed_forward_w{n}" for n in (1, 2, 3)), "adaLN_modulation_1")
+)
 
 
-def readings(shapes: Mapping[str, Sequence[int]]) -> tuple[Reading, ...]:
+def readings(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> tuple[Reading, ...]:
     """What each program does with an adapter file that has these keys; empty where the base model cannot be told."""
-    base = recognise_base(shapes)
+    base = recognise_base(shapes, metadata)
     if base is None:
         return ()
     content = Content(base, tuple(parse(text, tuple(shape)) for text, shape in shapes.items()))
@@ -293,16 +310,28 @@ def has_keys_without_lora(content: Content) -> str | None:
     return "it refuses .alpha beside lora_A and lora_B" if odd else None
 
 
-def has_final_layer(content: Content) -> str | None:
-    is_there = any(key.naming == "generic" and "_final_layer_" in key.module for key in content.keys)
-    return "it refuses final_layer of Lumina 2 in the generic naming" if content.base == "lumina" and is_there else None
+def has_parts_of_blocks(content: Content) -> str | None:
+    """Its converter of Lumina's generic names counts the blocks of each stack and takes every module of each."""
+    if content.base != "lumina" or all(key.naming != "generic" or key.part == "text" for key in content.keys):
+        return None
+    stacks: dict[str, dict[int, set[str]]] = {}
+    for module in content.leaves:
+        place = re.fullmatch(r"diffusion_model_(layers|noise_refiner|context_refiner)_(\d+)_(.*)", module)
+        if place is None:
+            return f"it refuses Lumina 2's {module} in the generic naming, where it expects blocks alone"
+        stacks.setdefault(place[1], {}).setdefault(int(place[2]), set()).add(place[3])
+    for stack, blocks in stacks.items():
+        whole = LUMINA_BLOCK - {"adaLN_modulation_1"} if stack == "context_refiner" else LUMINA_BLOCK
+        if blocks.keys() != set(range(len(blocks))) or any(modules != whole for modules in blocks.values()):
+            return f"of Lumina 2's {stack} it takes every module of every block from the first, in the generic naming"
+    return None
 
 
 DIFFUSERS_REFUSALS: tuple[Callable[[Content], str | None], ...] = (
     mixes_namings,
     has_foreign_leaves,
     has_keys_without_lora,
-    has_final_layer,
+    has_parts_of_blocks,
 )
 
 

@@ -29,7 +29,7 @@ def test_every_module_of_known_files_is_found_and_recognised(name: str) -> None:
     for stem in {key.partition(".")[0] for key in keys}:
         found = NAMES.find(stem)
         assert found is not None and found.kohya == stem
-    assert recognise_base(keys) == "sd3"
+    assert recognise_base(keys, {}) == "sd3"
 
 
 @pytest.mark.parametrize("naming", ["kohya", "generic"])

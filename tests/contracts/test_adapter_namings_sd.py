@@ -74,5 +74,5 @@ def test_a_text_encoder_path_without_text_model_is_found() -> None:
 
 
 def test_the_full_size_file_is_recognised() -> None:
-    assert recognise_base(FACTS["lora"]) == "sd1"
-    assert recognise_base({k: s for k, s in FACTS["lora"].items() if k.startswith("lora_te_")}) == "sd1"
+    assert recognise_base(FACTS["lora"], {}) == "sd1"
+    assert recognise_base({k: s for k, s in FACTS["lora"].items() if k.startswith("lora_te_")}, {}) == "sd1"

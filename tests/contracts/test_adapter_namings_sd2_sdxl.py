@@ -56,4 +56,4 @@ def test_every_key_of_a_kohya_file_is_found_and_tells_its_base(model: str, base:
         module = key.partition(".")[0]
         found = TABLES[model].find(module)
         assert found is not None and found.kohya == module
-    assert recognise_base(keys) == base
+    assert recognise_base(keys, {}) == base

@@ -77,7 +77,7 @@ def test_generic_names_are_those_of_the_comfyui_converter_but_for_its_misspellin
 
 
 def test_files_are_recognised() -> None:
-    assert recognise_base(FACTS["default"]) == "anima"
+    assert recognise_base(FACTS["default"], {}) == "anima"
 
 
 def test_diffusers_names_are_what_its_reader_makes_of_the_generic_ones() -> None:

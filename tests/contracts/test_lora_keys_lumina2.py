@@ -180,7 +180,7 @@ def test_every_module_of_known_files_is_found_and_recognised() -> None:
     keys = listed_shapes(LORA, "embedder_dims=[5,6,7]")
     found = {NAMES.find(key.partition(".")[0]) for key in keys}
     assert found == set(NAMES.modules)
-    assert recognise_base(keys) == "lumina"
+    assert recognise_base(keys, {}) == "lumina"
 
 
 @pytest.mark.parametrize("naming", ["kohya", "generic"])

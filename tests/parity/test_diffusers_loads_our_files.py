@@ -92,7 +92,7 @@ ODD_FILES: dict[str, dict[str, Tensor]] = {
 def test_what_we_say_of_diffusers_is_what_it_does(tiny_sd_folder: Path, tmp_path: Path, what: str) -> None:
     tensors = ODD_FILES[what]
     save_safetensors(tmp_path / "odd.safetensors", tensors)
-    (said,) = (r for r in readings({key: t.shape for key, t in tensors.items()}) if r.program == "diffusers")
+    (said,) = (r for r in readings({key: t.shape for key, t in tensors.items()}, {}) if r.program == "diffusers")
     pipeline = load_pipeline(tiny_sd_folder)
     try:
         pipeline.load_lora_weights(tmp_path, weight_name="odd.safetensors")

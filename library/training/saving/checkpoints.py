@@ -370,11 +370,11 @@ def readers_line(path: Path) -> str | None:
     if not is_safetensors(path):
         return None
     try:
-        shapes = {key: entry.shape for key, entry in read_header(path).tensors.items()}
+        header = read_header(path)
     except (OSError, ValueError) as error:  # a network of a third party may write what it likes
         return f"its keys cannot be read back: {error}"
-    found = readings(shapes)
-    return f"{len(shapes)} keys, {describe(found)}" if found else None
+    found = readings({key: entry.shape for key, entry in header.tensors.items()}, header.metadata)
+    return f"{len(header.tensors)} keys, {describe(found)}" if found else None
 
 
 def bytes_in_file(module: nn.Module, dtype: torch.dtype | None) -> int:

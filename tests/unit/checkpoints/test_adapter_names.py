@@ -45,7 +45,7 @@ CASES = [
 
 @pytest.mark.parametrize(("base", "key", "shape"), CASES, ids=[f"{base}: {key}" for base, key, _ in CASES])
 def test_one_key_tells_the_base_model(base: str | None, key: str, shape: tuple[int, ...]) -> None:
-    assert recognise_base({key: shape}) == base
+    assert recognise_base({key: shape}, {}) == base
 
 
 def test_another_base_model_is_refused_by_its_name() -> None:

@@ -34,11 +34,20 @@ def clips(make: Callable[[str, int], Shapes], prefix: str, width: int = 768) -> 
 
 def amounts(shapes: Shapes) -> str:
     """One letter per program: A all, S some, N none."""
-    return "".join(reading.amount[0].upper() for reading in readings(shapes))
+    return "".join(reading.amount[0].upper() for reading in readings(shapes, {}))
 
 
 def by(program: str, shapes: Shapes) -> Reading:
-    return next(reading for reading in readings(shapes) if reading.program == program)
+    return next(reading for reading in readings(shapes, {}) if reading.program == program)
+
+
+def lumina_block(place: str, has_modulation: bool = True) -> Shapes:
+    """Every module of one block in the generic naming."""
+    names = ["attention.qkv", "attention.out", *(f"feed_forward.w{n}" for n in (1, 2, 3))]
+    found: Shapes = {}
+    for name in [*names, *(["adaLN_modulation.1"] if has_modulation else [])]:
+        found |= ab(f"diffusion_model.{place}.{name}", 2304)
+    return found
 
 
 NAMINGS = [  # ComfyUI, Forge, A1111-style, diffusers, stable-diffusion.cpp
@@ -57,14 +66,21 @@ NAMINGS = [  # ComfyUI, Forge, A1111-style, diffusers, stable-diffusion.cpp
     ("sd3 generic", "AANNA", ab("diffusion_model.joint_blocks.0.x_block.attn.qkv", 1536)),
     ("sd3 diffusers", "ANNAA", ab("transformer.transformer_blocks.0.attn.to_q", 1536)),
     ("lumina kohya", "ANNNN", kohya("unet.layers.0.attention.qkv", 2304)),
-    ("lumina generic", "ANNAN", ab("diffusion_model.layers.0.attention.qkv", 2304)),
+    ("lumina generic, a whole block", "ANNAN", lumina_block("layers.0")),
+    ("lumina generic, a part of a block", "ANNNN", ab("diffusion_model.layers.0.attention.qkv", 2304)),
     ("lumina diffusers", "NNNAN", ab("transformer.noise_refiner.0.attn.to_q", 2304)),
     ("hunyuan, the module paths", "NNNNN", kohya("unet.double_blocks.0.img_mlp.fc1", 3584)),
     ("hunyuan, ComfyUI's names", "ANNNN", kohya("unet.double_blocks.0.img_mlp.0", 3584)),
+    ("hunyuan diffusers", "NNNNN", ab("transformer.single_transformer_blocks.0.attn.to_q", 3584)),
+    ("hunyuan diffusers, double blocks", "NNNNN", ab("transformer.transformer_blocks.0.attn.to_q", 3584)),
     ("hunyuan generic", "ANNNN", ab("diffusion_model.double_blocks.0.img_attn.qkv", 3584)),
     ("anima kohya, self attention", "ANNNA", kohya("unet.blocks.0.self_attn.q_proj", 2048)),
     ("anima kohya, cross attention", "ANNNN", kohya("unet.blocks.0.cross_attn.q_proj", 2048)),
     ("anima kohya, output", "ANNNN", kohya("unet.blocks.0.self_attn.output_proj", 2048)),
+    ("anima kohya, all of it", "ANNNS", kohya("unet.blocks.0.self_attn.q_proj", 2048)
+     | kohya("unet.x_embedder.proj.1", 72) | kohya("unet.t_embedder.1.linear_1", 2048)
+     | kohya("unet.final_layer.linear", 2048) | kohya("unet.blocks.0.adaln_modulation_mlp.1", 2048)),
+    ("anima kohya, text adapter", "ANNNN", kohya("unet.llm_adapter.blocks.0.self_attn.q_proj", 1024)),
     ("anima generic", "ANNAA", ab("diffusion_model.blocks.0.cross_attn.q_proj", 2048)),
 ]  # fmt: skip
 
@@ -132,7 +148,7 @@ def test_diffusers_refuses_a_mix_of_namings() -> None:
 
 
 def test_diffusers_refuses_the_final_layer_of_lumina_in_the_generic_naming() -> None:
-    body, last = ab("diffusion_model.layers.0.attention.qkv", 2304), ab("diffusion_model.final_layer.linear", 2304)
+    body, last = lumina_block("layers.0"), ab("diffusion_model.final_layer.linear", 2304)
     assert by("diffusers", body).amount == "all"
     assert by("diffusers", body | last).amount == "none"
 
@@ -150,6 +166,77 @@ def test_diffusers_takes_clip_but_not_t5_of_flux() -> None:
     }
     reading = by("diffusers", kohya("unet.double_blocks.0.img_attn_qkv", 3072) | clip | t5)
     assert reading.unused == tuple(t5) and len(t5) == 3
+
+
+@pytest.mark.parametrize(
+    "path", ["img_in", "txt_in", "time_in.in_layer", "vector_in.out_layer", "guidance_in.in_layer"]
+)
+def test_stable_diffusion_cpp_loses_the_input_layers_of_flux_in_kohyas_names(path: str) -> None:
+    block = kohya("unet.double_blocks.0.img_attn_qkv", 3072)
+    assert by("stable-diffusion.cpp", block | kohya(f"unet.{path}", 3072)).unused == tuple(kohya(f"unet.{path}", 3072))
+    block = ab("diffusion_model.double_blocks.0.img_attn.qkv", 3072)
+    assert by("stable-diffusion.cpp", block | ab(f"diffusion_model.{path}", 3072)).amount == "all"
+
+
+T5 = "encoder.block.{}.layer.0.SelfAttention.q"
+
+
+def t5_blocks(prefix: str) -> Shapes:
+    """Seven modules of T5 under diffusers' names: more keys than Forge puts up with."""
+    found: Shapes = {}
+    for block in range(7):
+        found |= ab(prefix + T5.format(block), 4096)
+    return found
+
+
+def test_nobody_but_stable_diffusion_cpp_reads_t5_of_flux_under_diffusers_names() -> None:
+    denoiser = ab("transformer.single_transformer_blocks.0.attn.to_q", 3072)
+    t5 = t5_blocks("text_encoder_2.")
+    assert by("ComfyUI", denoiser | t5).unused == tuple(t5)
+    assert by("diffusers", denoiser | t5).unused == tuple(t5)
+    assert by("Forge", denoiser | t5).amount == "none"
+
+
+def test_nobody_reads_t5_of_sd3_under_diffusers_names() -> None:
+    denoiser, t5 = ab("transformer.transformer_blocks.0.attn.to_q", 1536), t5_blocks("text_encoder_3.")
+    assert by("ComfyUI", denoiser | t5).unused == tuple(t5)
+    assert by("diffusers", denoiser | t5).unused == tuple(t5)
+    assert by("Forge", denoiser | t5).amount == "none"
+
+
+TEXT_ONLY = clips(ab, "text_encoder.") | clips(ab, "text_encoder_2.", 1280)
+BOTH_CLIPS = {f"lora_te{n}_{CLIP.format(0).replace('.', '_')}.lora_down.weight": (4, 768) for n in (1, 2)}
+
+
+@pytest.mark.parametrize("version", ["sdxl_base_v1-0", "5-medium"])
+def test_forge_reads_text_encoders_alone_under_diffusers_names(version: str) -> None:
+    """Beside a denoiser of that naming it refuses the file for the denoiser's keys."""
+    found = {r.program: r.amount for r in readings(TEXT_ONLY, {"ss_base_model_version": version})}
+    assert found["Forge"] == "all" and found["ComfyUI"] == "all" and found["A1111-style"] == "none"
+    denoiser = {key for n in range(7) for key in ab(f"unet.down_blocks.1.attentions.{n}.proj_in", 640)}
+    assert by("Forge", TEXT_ONLY | dict.fromkeys(denoiser, (4, 640))).amount == "none"
+
+
+@pytest.mark.parametrize(
+    ("version", "shapes", "says"),
+    [
+        ("5-medium", BOTH_CLIPS, "it does not read text encoder keys in the kohya naming"),  # of SD3, not of SDXL
+        ("flux1", kohya("text_encoder." + T5.format(0), 4096), "it has no place for LoRA of FLUX.1's T5"),
+        ("lumina2", kohya("text_encoder.layers.0.self_attn.q_proj", 2304), "it does not read text encoder keys"),
+        ("anima", kohya("text_encoder.layers.0.self_attn.q_proj", 1024), "it does not read text encoder keys"),
+    ],
+)
+def test_files_of_text_encoders_are_of_the_base_model_that_their_metadata_names(
+    version: str, shapes: Shapes, says: str
+) -> None:
+    shapes = {key.replace("lora_te_encoder_block", "lora_te3_encoder_block"): shape for key, shape in shapes.items()}
+    (found,) = (r for r in readings(shapes, {"ss_base_model_version": version}) if r.program == "diffusers")
+    assert found.amount == "none" and found.reasons[0].startswith(says)
+
+
+def test_the_denoiser_says_more_than_the_metadata() -> None:
+    shapes = ab("diffusion_model.blocks.0.cross_attn.q_proj", 2048)
+    assert readings(shapes, {"ss_base_model_version": "flux1"}) == readings(shapes, {})
 
 
 def test_stable_diffusion_cpp_loses_q_k_v_of_the_text_encoder_of_sd2() -> None:
@@ -170,17 +257,17 @@ def test_peft_names_are_read_by_none() -> None:
 
 
 def test_the_line_groups_programs_by_what_they_use() -> None:
-    line = describe(readings(ab(SD1_UNET) | ab(SD1_FF)))
+    line = describe(readings(ab(SD1_UNET) | ab(SD1_FF), {}))
     assert line == "all used by diffusers, stable-diffusion.cpp; some by ComfyUI (2 of 4); none by Forge, A1111-style"
 
 
 def test_the_line_for_an_unknown_base_model() -> None:
-    assert readings({"x.lora_A.weight": (4, 4)}) == ()
+    assert readings({"x.lora_A.weight": (4, 4)}, {}) == ()
     assert describe(()) == "its keys do not tell which base model they are for"
 
 
 def test_reasons_are_given_once_and_name_the_program() -> None:
-    found = readings(LORA | {f"{NAME}.dora_scale": (1, 768)})
+    found = readings(LORA | {f"{NAME}.dora_scale": (1, 768)}, {})
     assert list(problems(found)) == [
         "diffusers: it drops dora_scale: what is left acts as plain LoRA",
         "stable-diffusion.cpp: it has no norm weights and no DoRA: what is left acts as plain LoRA",

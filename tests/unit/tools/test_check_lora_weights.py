@@ -79,7 +79,7 @@ def test_odd_but_usable_things_are_warnings() -> None:
         "lora_unet_down_blocks_7_conv.lora_down.weight": torch.ones(1, 2),
         "lora_unet_down_blocks_7_conv.lora_up.weight": torch.zeros(2, 1),
     }
-    report = judge(content, "x")
+    report = judge(content, {}, "x")
     assert report.problems == []
     assert report.warnings == [
         "keys that belong to no adapter: bundle_emb.x",

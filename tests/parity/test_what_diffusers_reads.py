@@ -1,0 +1,209 @@
+"""What we say of diffusers is what its own loader does: full-size files of the transformers, key by key.
+
+Each tensor is filled with a number of its own, so that its way through diffusers' renaming can be followed.
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.architectures.anima import adapter_names as anima
+from library.architectures.flux import adapter_names as flux
+from library.architectures.lumina import adapter_names as lumina
+from library.architectures.sd3 import adapter_names as sd3
+from library.checkpoints.adapter_names import NAMINGS, FileNaming
+from library.checkpoints.compatibility import Reading, readings
+from networks.core.files.adapter_file import AdapterFile, adapter_tensors
+from networks.core.files.inspection import group_tensors
+from networks.core.files.renaming import rename
+from tests.contracts.saved import listed_shapes
+from tests.tiny.sd3 import full_size_keys
+
+DATA = Path(__file__).parents[1] / "contracts" / "data"
+Shapes = dict[str, list[int]]
+
+
+def facts(name: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
+    return found
+
+
+def lora_facts(base: str) -> Mapping[str, Any]:
+    """The keys and shapes of a base model's adapter files, and how network arguments change them."""
+    if base == "sd3":
+        found: Mapping[str, Any] = full_size_keys()["lora"]["sd3-medium"]
+        return found
+    if base == "lumina":
+        lora: Mapping[str, Any] = facts("lumina2")["lora"]
+        return lora
+    return facts(
+        {"flux": "lora_keys_flux1", "anima": "lora_keys_anima", "hunyuan_image": "lora_keys_hunyuan_image"}[base]
+    )
+
+
+def flux_models() -> dict[str, nn.Module]:
+    from diffusers import FluxTransformer2DModel
+
+    return {"transformer": FluxTransformer2DModel(guidance_embeds=True)}
+
+
+def sd3_models() -> dict[str, nn.Module]:
+    from diffusers import SD3Transformer2DModel
+
+    sizes = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+    return {"transformer": SD3Transformer2DModel(sample_size=128, pos_embed_max_size=192, **sizes)}
+
+
+def lumina_models() -> dict[str, nn.Module]:
+    from diffusers import Lumina2Transformer2DModel
+
+    return {"transformer": Lumina2Transformer2DModel(cap_feat_dim=2304)}
+
+
+def anima_models() -> dict[str, nn.Module]:
+    from diffusers import AnimaTextConditioner, CosmosTransformer3DModel
+
+    from library.architectures.anima.model import read_config
+    from tests.tiny.anima import conditioner_config, transformer_config
+
+    shapes = {name: tuple(shape) for name, shape in facts("anima")["components"]["dit"].items()}
+    config = read_config(shapes)
+    return {
+        "transformer": CosmosTransformer3DModel(**transformer_config(config)),
+        "text_conditioner": AnimaTextConditioner(**conditioner_config(config.adapter)),
+    }
+
+
+BASES: dict[str, tuple[Any, Callable[[], dict[str, nn.Module]], str]] = {
+    "flux": (flux.NAMES, flux_models, "FluxLoraLoaderMixin"),
+    "sd3": (sd3.NAMES, sd3_models, "SD3LoraLoaderMixin"),
+    "lumina": (lumina.NAMES, lumina_models, "Lumina2LoraLoaderMixin"),
+    "anima": (anima.NAMES, anima_models, "AnimaLoraLoaderMixin"),
+}
+
+
+@cache
+def weights_of(base: str) -> dict[str, tuple[int, ...]]:
+    """The shape of every layer that diffusers can put a LoRA on, by the prefix of its model and its path there."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        models = BASES[base][1]()
+        widths = {"flux": (768,), "sd3": (768, 1280)}.get(base, ())
+        for number, width in enumerate(widths):
+            sizes = {
+                "hidden_size": width,
+                "intermediate_size": 4 * width,
+                "num_hidden_layers": 12 if width == 768 else 32,
+            }
+            clip = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, num_attention_heads=width // 64))
+            models["text_encoder" if number == 0 else f"text_encoder_{number + 1}"] = clip
+    return {
+        f"{part}.{path.removeprefix('text_model.')}": tuple(module.weight.shape)
+        for part, model in models.items()
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+
+
+def used_by_diffusers(base: str, tensors: Mapping[str, Tensor]) -> set[str]:
+    """The keys of a file that reach a layer of diffusers' models; none where it refuses the file."""
+    import diffusers.loaders.lora_pipeline as loaders
+
+    numbered = {key: n for n, key in enumerate(tensors, 1)}
+    filled = {
+        key: tensor if key.endswith(".alpha") else torch.full(tensor.shape, float(numbered[key]))
+        for key, tensor in tensors.items()
+    }
+    try:
+        converted = getattr(loaders, BASES[base][2]).lora_state_dict(filled)
+    except (ValueError, KeyError):
+        return set()
+    if not all("lora" in key for key in converted):  # what load_lora_weights refuses
+        return set()
+    layers, found = weights_of(base), set()
+    for key, tensor in named_by_peft(base, converted).items():
+        path, _, leaf = key.partition(".lora_")
+        weight = layers.get(path)
+        if weight is not None:
+            axis = 1 if leaf == "A.weight" else 0
+            assert tensor.shape[axis] == weight[axis], f"{key} does not fit"
+            found.add(int(tensor.flatten()[0]))
+    used = {key for key, number in numbered.items() if number in found}
+    downs = {key: key.replace(".alpha", ".lora_down.weight") for key in tensors if key.endswith(".alpha")}
+    return used | {alpha for alpha, down in downs.items() if down in used}
+
+
+def named_by_peft(base: str, converted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict as diffusers gives it to PEFT, without the level text_model, which not every class has."""
+    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
+
+    found = {key: tensor for key, tensor in converted.items() if not key.startswith("text_encoder")}
+    for part in {"flux": ["text_encoder"], "sd3": ["text_encoder", "text_encoder_2"]}.get(base, []):  # T5 has no place
+        own = {key.removeprefix(f"{part}."): t for key, t in converted.items() if key.startswith(f"{part}.")}
+        if own:
+            own = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
+        found |= {f"{part}.{key.removeprefix('text_model.')}": tensor for key, tensor in own.items()}
+    return found
+
+
+def of_rank_one(key: str, shape: list[int]) -> list[int]:
+    """The shape of a factor, less of the rank: small files tell as much."""
+    if key.endswith(".lora_down.weight"):
+        return [1, *shape[1:]]
+    return [shape[0], 1, *shape[2:]] if key.endswith(".lora_up.weight") else shape
+
+
+def file_of(base: str, variant: str, naming: FileNaming) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, of no memory, and metadata of an adapter file whose alphas are the ranks, so that no number changes."""
+    known = lora_facts(base)
+    shapes: Shapes = known["default"] if variant == "default" else listed_shapes(known, variant)
+    tensors = {key: torch.ones(()).expand(of_rank_one(key, shape)) for key, shape in shapes.items()}
+    version = {"flux": "flux1", "sd3": "medium", "lumina": "lumina2", "anima": "anima"}[base]
+    file = AdapterFile("x", group_tensors(tensors)[0], {"ss_base_model_version": version}, {})
+    return adapter_tensors(rename(file, BASES[base][0], naming).file), dict(file.metadata)
+
+
+TEXT_ONLY = "network_train_text_encoder_only"
+EVERYTHING = "include_patterns everything + train_llm_adapter"
+VARIANTS = {
+    "flux": ("default", "in_dims=[5,6,7,8,9]", "train_t5xxl=True", "train_blocks=single", TEXT_ONLY),
+    "sd3": ("default", "emb_dims=[5,6,7,8,9,10]", "train_t5xxl=True", TEXT_ONLY),
+    "lumina": ("default", "embedder_dims=[5,6,7]", "attn_dim=0", "network_train_unet_only", TEXT_ONLY),
+    "anima": ("default", "train_llm_adapter=true", EVERYTHING, "network_train_unet_only", TEXT_ONLY),
+}
+CASES = [(base, variant, naming) for base, variants in VARIANTS.items() for variant in variants for naming in NAMINGS]
+
+
+def said_of_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Reading:
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    (said,) = (reading for reading in readings(shapes, metadata) if reading.program == "diffusers")
+    return said
+
+
+@pytest.mark.parametrize(("base", "variant", "naming"), CASES)
+def test_the_keys_that_we_say_it_uses_are_those_that_reach_a_layer(base: str, variant: str, naming: FileNaming) -> None:
+    tensors, metadata = file_of(base, variant, naming)
+    said = said_of_diffusers(tensors, metadata)
+    assert tensors.keys() - set(said.unused) == used_by_diffusers(base, tensors)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "num_used"),
+    [("final_layer", 356), ("layers_25_|final_layer", 344), ("layers_3_|final_layer", 0), ("mod|final_layer", 0)],
+)
+def test_lumina_in_the_generic_naming_takes_whole_blocks_from_the_first(left_out: str, num_used: int) -> None:
+    tensors, metadata = file_of("lumina", "network_train_unet_only", "generic")
+    kept = {key: tensor for key, tensor in tensors.items() if not re.search(left_out, key.replace(".", "_"))}
+    assert len(kept) < len(tensors)
+    used = used_by_diffusers("lumina", kept)
+    assert len(used) == num_used
+    assert kept.keys() - set(said_of_diffusers(kept, metadata).unused) == used
