@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from library.diffusion.samplers import Sampler
-from library.memory.blocks import BlockRunner, run_blocks_with
+from library.memory.blocks import BlockRunner, chains_of, run_blocks_with
 from library.options.caching import TextCachingOptions
 from library.types import Batch, Conditioning, Noised, Prompt, Tokens
 
@@ -55,6 +55,7 @@ class LiveText:
     load: Callable[[], list[nn.Module]]  # the first of those that `Loader.text_encoders` gives, in its order
     keys: tuple[str, ...]  # the features that they give; these take the place of the cached ones
     encode: Callable[[Sequence[nn.Module], Tokens], Conditioning]  # gives exactly `keys`; gradients flow
+    num_encoders: int  # that `load` gives
     excluded_by: str | None = None  # a network argument that trains an encoder whose outputs would be cached
 
 
@@ -181,4 +182,5 @@ class Architecture:
     vary: Vary | None = None  # None where conditioning is used as it is
     encodes_on_cpu: bool = False  # whether the text encoders stay off the card
     run_blocks_with: Callable[[nn.Module, BlockRunner], None] = run_blocks_with  # gives the denoiser its runner
+    chains: Callable[[nn.Module], list[nn.ModuleList]] = chains_of  # lists of blocks in which those alike can be missed
     vae_overflows_in_fp16: bool = False  # whether the VAE that comes with it gives NaN in fp16, as SDXL's does

@@ -42,6 +42,11 @@ def run_blocks_with(model: nn.Module, runner: BlockRunner) -> None:
     cast(RunsBlocks, model).runner = runner
 
 
+def chains_of(model: nn.Module) -> list[nn.ModuleList]:
+    """The lists of blocks of a model of ours: each block takes what the one before it gives."""
+    return [child for child in model.children() if isinstance(child, nn.ModuleList)]
+
+
 class BlockBody(nn.Module):
     """A block of a library's model as a runner sees it: calling it runs the block's own code, not the runner again."""
 

@@ -100,3 +100,10 @@ def run_unet_blocks_with(unet: nn.Module, runner: BlockRunner) -> None:
 
     blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock | ResnetBlock2D)]
     run_library_blocks_with(blocks, runner)
+
+
+def unet_chains(unet: nn.Module) -> list[nn.ModuleList]:
+    """The transformer blocks of each attention: residual blocks feed the way up too, so none of those can be missed."""
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    return [module.transformer_blocks for module in unet.modules() if isinstance(module, Transformer2DModel)]

@@ -115,7 +115,7 @@ def build_text_cache(options: FluxOptions, loader: FluxLoader, text: FluxText) -
         identity=identity,
         tokenizers=(text.clip.tokenizer, text.t5_tokenizer),
         constants={"txt_ids": torch.zeros(text.num_t5_tokens, 3), "apply_t5_attn_mask": torch.tensor(masks)},
-        live=LiveText(lambda: [loader.clip_l()], ("l_pooled",), text.encode_clip, excluded_by="train_t5xxl"),
+        live=LiveText(lambda: [loader.clip_l()], ("l_pooled",), text.encode_clip, 1, excluded_by="train_t5xxl"),
     )
 
 

@@ -111,7 +111,7 @@ def build_text_cache(options: LuminaOptions, loader: LuminaLoader, text: LuminaT
         keys=keys,
         identity=identity,
         tokenizers=(text.tokenizer,),
-        live=LiveText(loader.text_encoders, keys, text.encode),
+        live=LiveText(loader.text_encoders, keys, text.encode, 1),
     )
 
 

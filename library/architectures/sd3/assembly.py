@@ -111,7 +111,7 @@ def build_text_cache(options: Sd3Options, loader: Sd3Loader, text: Sd3Text) -> T
         identity=identity,
         tokenizers=(text.clip.tokenizer, *([] if text.t5_tokenizer is None else [text.t5_tokenizer])),
         constants={"apply_lg_attn_mask": torch.tensor(masks_clip), "apply_t5_attn_mask": torch.tensor(masks_t5)},
-        live=LiveText(loader.clip_encoders, clip_keys, text.encode_clips, excluded_by="train_t5xxl"),
+        live=LiveText(loader.clip_encoders, clip_keys, text.encode_clips, len(loader.clips), excluded_by="train_t5xxl"),
     )
 
 

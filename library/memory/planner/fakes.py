@@ -1,0 +1,65 @@
+"""Models without values: from the meta device, where they are built, to fake tensors, on which they run."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+NORMS = ("group_norm", "layer_norm", "rms_norm")  # that autocast computes in float32 on a card and not on a CPU
+
+
+def give_fakes(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Within a FakeTensorMode, give every parameter and buffer memory that is only counted, in place.
+
+    Floating-point numbers become `dtype`, or stay in theirs; convolutions become channels last, as on a card. A tensor
+    that several modules share stays shared.
+    """
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, old in held.items():
+                if old is not None:
+                    if id(old) not in made:
+                        made[id(old)] = fake_of(old, dtype)
+                    held[name] = made[id(old)]  # type: ignore[assignment]
+    return model
+
+
+def fake_of(old: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor or parameter of the same shape."""
+    layout = torch.channels_last if old.ndim == 4 else torch.contiguous_format
+    kind = dtype if dtype is not None and old.is_floating_point() else old.dtype
+    new = torch.empty(old.shape, dtype=kind, memory_format=layout)
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+@contextmanager
+def norms_as_on_cards() -> Iterator[None]:
+    """Let autocast on the CPU compute norms in float32, as CUDA's does (ATen/autocast_mode.h); what they give is kept.
+
+    It makes 1.5 GiB of a step of SDXL and 4 GiB of one of FLUX.1 without recomputing. torch's own modules and
+    libraries look the functions up when they are called. A TorchFunctionMode does not do: it is off while a block is
+    recomputed in the backward pass.
+    """
+    old = {name: getattr(functional, name) for name in NORMS}
+    for name, norm in old.items():
+        setattr(functional, name, in_float32(norm))
+    try:
+        yield
+    finally:
+        for name, norm in old.items():
+            setattr(functional, name, norm)
+
+
+def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(x: Tensor, *args: Any, **named: Any) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            x = x.float()
+            args = tuple(a.float() if isinstance(a, Tensor) else a for a in args)
+            named = {name: a.float() if isinstance(a, Tensor) else a for name, a in named.items()}
+        return norm(x, *args, **named)
+
+    return run
