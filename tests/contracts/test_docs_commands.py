@@ -16,7 +16,7 @@ from library.options.train import TrainOptions
 from library.training.command_line.config_file import read_config
 from library.training.evaluation.prompts import LINE_OPTIONS
 from networks.core.arguments import parse_arguments
-from tools import start
+from tools import plan_memory, start
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -65,6 +65,9 @@ def check_command(command: str) -> None:
             assert importlib.util.find_spec(module) is not None, f"the requirements bring no module {module}"
         case ["python3" | "python", "tools/start.py", *arguments]:
             parse(start.setup_parser(), start.split_at_dashes(arguments)[0])
+        case ["python3" | "python", "tools/plan_memory.py", *arguments]:
+            own, training = plan_memory.setup_parser().parse_known_args(arguments)
+            check_script(own.script, training)
         case ["python3" | "python", script, *arguments] if script.startswith("tools/"):
             check_tool(script, arguments)
         case ["python3" | "python", script, *arguments]:

@@ -37,17 +37,17 @@ def runs_of(stack: Iterable[nn.Module]) -> list[list[nn.Module]]:
 
 
 @contextmanager
-def shortened(stacks: Sequence[nn.ModuleList]) -> Iterator[Mapping[nn.Module, int]]:
-    """Leave two blocks of each run in the stacks for a while; gives for how many blocks one that is left stands."""
+def shortened(stacks: Sequence[nn.ModuleList]) -> Iterator[Mapping[nn.Module, Sequence[nn.Module]]]:
+    """Leave two blocks of each run in the stacks for a while; gives for which blocks one that is left stands."""
     whole = [list(stack) for stack in stacks]
-    stands_for: dict[nn.Module, int] = {}
+    stands_for: dict[nn.Module, Sequence[nn.Module]] = {}
     try:
         for stack in stacks:
             kept: list[nn.Module] = []
             for run in runs_of(stack):
                 kept += run[:NUM_COUNTED]
-                stands_for |= dict.fromkeys(run[: NUM_COUNTED - 1], 1)
-                stands_for[kept[-1]] = max(1, len(run) - NUM_COUNTED + 1)
+                stands_for |= {block: [block] for block in run[: NUM_COUNTED - 1]}
+                stands_for[kept[-1]] = run[NUM_COUNTED - 1 :] or [kept[-1]]
             replace_blocks(stack, kept)
         yield stands_for
     finally:

@@ -23,7 +23,7 @@ class MarkedRunner:
 
     def __init__(self, runner: BlockRunner, counter: OperationCounter) -> None:
         self.blocks: list[nn.Module] = []  # in the order of their first call
-        self.input_bytes: list[int] = []  # by the same number: of inputs that no earlier block had
+        self.input_bytes: list[int] = []  # by the same number: of inputs with a gradient that no earlier block had
         self._runner, self._counter = runner, counter
         self._seen: set[int] = set()
         self._backward: tuple[str, int] | None = None
@@ -45,7 +45,8 @@ class MarkedRunner:
         self._backward = None
 
     def _new_bytes(self, inputs: Any) -> int:
-        storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(inputs) if is_tensor(t)}
+        tensors = [t for t in tree_leaves(inputs) if is_tensor(t) and t.requires_grad]
+        storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
         fresh = [storage.nbytes() for key, storage in storages.items() if key not in self._seen]
         self._seen |= set(storages)
         return sum(fresh)
@@ -115,21 +116,22 @@ class Timeline:
 
     plain: CountedPass
     recomputed: CountedPass
-    places: tuple[range, ...]  # by number: of the blocks in the whole model for which a counted one stands
+    blocks: tuple[nn.Module, ...]  # of the whole model, by their place
+    places: tuple[range, ...]  # by number: of the blocks for which a counted one stands
 
     @classmethod
-    def build(cls, plain: CountedPass, recomputed: CountedPass, stands_for: Mapping[nn.Module, int]) -> "Timeline":
+    def build(
+        cls, plain: CountedPass, recomputed: CountedPass, stands_for: Mapping[nn.Module, Sequence[nn.Module]]
+    ) -> "Timeline":
+        """`stands_for` names the blocks of the whole model for which a counted one stands, if they are more than it."""
         assert [s.label for s in plain.segments] == [s.label for s in recomputed.segments], "the passes differ"
-        places, first = [], 0
+        blocks: list[nn.Module] = []
+        places = []
         for block in plain.blocks:
-            places.append(range(first, first + stands_for.get(block, 1)))
-            first = places[-1].stop
-        return cls(plain, recomputed, tuple(places))
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of the whole model."""
-        return self.places[-1].stop if self.places else 0
+            first = len(blocks)
+            blocks += stands_for.get(block, [block])
+            places.append(range(first, len(blocks)))
+        return cls(plain, recomputed, tuple(blocks), tuple(places))
 
     def moves(self, recomputes: Callable[[int], bool], keeps_inputs: Callable[[int], bool]) -> Iterator[Move]:
         """The step with the blocks at some places recomputed, and with the inputs of these kept on the device or not.

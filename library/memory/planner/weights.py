@@ -1,6 +1,12 @@
-"""Bytes of frozen weights, from their shapes."""
+"""Bytes of frozen weights in any form and place, from their shapes alone."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
 
 from torch import Tensor, nn
+
+NUM_SLOTS = 2  # through which streamed blocks pass; see library.memory.places
 
 
 def tensors_of(*modules: nn.Module) -> list[Tensor]:
@@ -13,6 +19,97 @@ def bytes_of(*modules: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(*modules))
 
 
-def stored_layers(module: nn.Module) -> list[nn.Module]:
-    """The layers whose weights can be stored in another form and wait in main memory: Linear and Conv2d."""
-    return [layer for layer in module.modules() if type(layer) in (nn.Linear, nn.Conv2d)]
+@dataclass(frozen=True)
+class Matrix:
+    """A weight, a convolution's with its inputs and its kernel on one axis."""
+
+    rows: int
+    columns: int
+    itemsize: int  # bytes of a value in the precision of the run
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Matrix":
+        return cls(weight.shape[0], weight.numel() // weight.shape[0], weight.element_size())
+
+    @property
+    def num_values(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def plain_bytes(self) -> int:
+        return self.num_values * self.itemsize
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """What storing weights in a form costs."""
+
+    num_bytes: Callable[[Matrix], int]
+    num_copies: int  # of a decoded weight at once while it is decoded; none where it is used as it lies
+    slowdown: float  # of the arithmetic, by decoding [derived, see docs/memory.md; no card has confirmed it]
+
+
+def nf4_bytes(matrix: Matrix) -> int:
+    """Two values to a byte, a float32 factor for each 64."""
+    return ceil(matrix.num_values / 2) + 4 * ceil(matrix.num_values / 64)
+
+
+def nf4_double_bytes(matrix: Matrix) -> int:
+    """The same with factors of a byte, a float32 for each 256 of them and one for their mean."""
+    num_factors = ceil(matrix.num_values / 64)
+    return ceil(matrix.num_values / 2) + num_factors + 4 * ceil(num_factors / 256) + 4
+
+
+def int8_bytes(matrix: Matrix) -> int:
+    """A byte a value, a float32 factor a row."""
+    return matrix.num_values + 4 * matrix.rows
+
+
+PLAIN = StoredForm(lambda matrix: matrix.plain_bytes, 0, 1.0)
+STORED_FORMS: Mapping[str | None, StoredForm] = {
+    None: PLAIN,  # in the format of --mixed_precision
+    "bf16": StoredForm(lambda matrix: 2 * matrix.num_values, 0, 1.0),
+    "fp8": StoredForm(lambda matrix: matrix.num_values + matrix.itemsize * matrix.rows, 2, 1.05),
+    "int8": StoredForm(int8_bytes, 2, 1.05),
+    "int8_rotated": StoredForm(int8_bytes, 2, 1.1),
+    "nf4": StoredForm(nf4_bytes, 1, 1.15),
+    "nf4_double": StoredForm(nf4_double_bytes, 1, 1.15),
+}
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """The weights of a model by what can be done with them."""
+
+    fixed_bytes: int  # of what keeps its form and place: embedders, norms, biases
+    storable: tuple[Matrix, ...]  # that have another form and stay where they are
+    blocks: tuple[tuple[Matrix, ...], ...]  # that can wait in main memory too, by the place of their block
+
+    @classmethod
+    def of(cls, model: nn.Module, storable: Iterable[nn.Module], blocks: Sequence[nn.Module]) -> "ModelWeights":
+        """`storable` are all layers that may be stored in a form; those in `blocks` may wait."""
+        layers = {id(layer.weight): layer.weight for layer in storable if isinstance(layer.weight, Tensor)}
+        by_block = [[p for p in block.parameters() if id(p) in layers] for block in blocks]
+        inside = {id(weight) for weights in by_block for weight in weights}
+        fixed = bytes_of(model) - sum(weight.numel() * weight.element_size() for weight in layers.values())
+        return cls(
+            fixed,
+            tuple(Matrix.of(weight) for key, weight in layers.items() if key not in inside),
+            tuple(tuple(map(Matrix.of, weights)) for weights in by_block),
+        )
+
+    def block_bytes(self, form: StoredForm) -> list[int]:
+        """Bytes of the weights of each block that can wait."""
+        return [sum(map(form.num_bytes, block)) for block in self.blocks]
+
+    def resident_bytes(self, form: StoredForm, waiting: Collection[int]) -> int:
+        """Bytes on the device with the blocks at some places in main memory, the slots for them included."""
+        sizes = self.block_bytes(form)
+        staying = sum(size for place, size in enumerate(sizes) if place not in waiting)
+        slots = NUM_SLOTS * max((sizes[place] for place in waiting), default=0)
+        return self.fixed_bytes + sum(map(form.num_bytes, self.storable)) + staying + slots
+
+    def decoded_bytes(self, form: StoredForm) -> int:
+        """The most that decoding one weight takes for a moment."""
+        matrices = [*self.storable, *(matrix for block in self.blocks for matrix in block)]
+        return form.num_copies * max((matrix.plain_bytes for matrix in matrices), default=0)

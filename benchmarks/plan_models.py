@@ -1,0 +1,73 @@
+"""Predicted memory and time of all base models on common cards, as the tables of docs/memory.md.
+
+Nothing is measured and no weight is read: the base models are files with nothing but a header. Takes about two minutes.
+
+    python benchmarks/plan_models.py
+    python benchmarks/plan_models.py --models FLUX.1 SDXL --cards 8GB 12GB
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from library.memory.planner.cards import parse_size, typical_card  # noqa: E402
+from library.memory.planner.table import in_gib  # noqa: E402
+from library.training.planning.fit import Fit, fit_to  # noqa: E402
+from library.training.planning.settings import describe  # noqa: E402
+from tests.contracts.header_only import FULL_SIZE, FullSize  # noqa: E402
+from tools.plan_memory import count  # noqa: E402
+
+RANK = 16
+CACHES_TEXT = {"train_network"}  # that cannot
+
+
+def arguments_for(model: FullSize, folder: Path) -> list[str]:
+    """A usual training: batch 1, rank 16, bf16, the denoiser alone, everything cached."""
+    caches = [] if model.script in CACHES_TEXT else ["--cache_text_encoder_outputs"]
+    return [
+        *model.build(folder), "--network_module", model.module, "--network_dim", str(RANK), "--mixed_precision", "bf16",
+        "--network_train_unet_only", "--cache_latents", "--resolution", str(model.side), *caches,
+    ]  # fmt: skip
+
+
+def cell(found: Fit) -> str:
+    """What is chosen for a card, or the least that is needed."""
+    chosen = found.choice.chosen
+    if chosen is None:
+        return f"needs {in_gib(found.choice.least.device_bytes)}"
+    return f"{in_gib(chosen.device_bytes)}, {chosen.seconds:.2f} s: `{describe(chosen.way)}`"
+
+
+def rows(names: Sequence[str], cards: Sequence[str]) -> Iterator[str]:
+    """A table of markdown: a line for each model, a column for each card."""
+    yield f"| base model | {' | '.join(cards)} |"
+    yield f"|---|{'---|' * len(cards)}"
+    for name in names:
+        model = FULL_SIZE[name]
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            options, _, _, counted = count(model.script, arguments_for(model, Path(folder) / "model"))
+            seconds = time.perf_counter() - began
+        sizes = [parse_size("--cards", card) for card in cards]
+        cells = [cell(fit_to(counted, options, typical_card(size))) for size in sizes]
+        yield f"| {name}, {model.side} px | {' | '.join(cells)} |"
+        print(f"{name}: counted in {seconds:.1f} s", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(FULL_SIZE), choices=list(FULL_SIZE))
+    parser.add_argument("--cards", nargs="+", default=["8GB", "12GB", "16GB", "24GB"])
+    args = parser.parse_args()
+    for line in rows(args.models, args.cards):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

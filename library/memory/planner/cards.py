@@ -1,0 +1,74 @@
+"""What cards have: memory, arithmetic and the bus from main memory."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from library.errors import UserError
+
+GIB = 2**30
+UNITS = {"": GIB, "g": GIB, "gb": GIB, "gib": GIB, "m": 2**20, "mb": 2**20, "mib": 2**20}
+REACHED = 0.6  # of what one large product reaches, by a whole step [derived]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What computes."""
+
+    name: str
+    memory_bytes: int  # that a run may take
+    flops: float  # a second, as training reaches them
+    bus: float  # bytes a second from pinned main memory
+
+
+# What steps reach by published figures: 60 % of the arithmetic that the makers give for bfloat16 with sums in float32,
+# and the bus as measured in practice. No card has confirmed them here.
+TYPICAL = (
+    Card("RTX 4060", 8 * GIB, 18e12, 12.5e9),
+    Card("RTX 4070", 12 * GIB, 35e12, 24e9),
+    Card("RTX 4060 Ti 16 GB", 16 * GIB, 26e12, 12.5e9),
+    Card("RTX 3090", 24 * GIB, 43e12, 24e9),
+    Card("RTX 5090", 32 * GIB, 125e12, 50e9),
+    Card("H100", 80 * GIB, 593e12, 50e9),
+)
+
+
+def parse_size(flag: str, text: str) -> int:
+    """Bytes of "12GB", "12" or "11500MB"; a gigabyte is 2**30 bytes, as in the names of cards."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in UNITS or float(found[1]) <= 0:
+        raise UserError(f"{flag} {text!r} is no size of memory; give one such as 12GB or 11500MB")
+    return round(float(found[1]) * UNITS[found[2]])
+
+
+def typical_card(memory_bytes: int) -> Card:
+    """A common card of about this memory: the largest that does not have more, or the smallest."""
+    smaller = [card for card in TYPICAL if card.memory_bytes <= memory_bytes]
+    like = smaller[-1] if smaller else TYPICAL[0]
+    return Card(like.name, memory_bytes, like.flops, like.bus)
+
+
+def measured_card(device: torch.device, memory_bytes: int, dtype: torch.dtype, side: int = 4096) -> Card:
+    """This device, by one large product and one copy of as many bytes from main memory: about a tenth of a second."""
+    on_card = device.type == "cuda"
+
+    def seconds(run: Callable[[], object]) -> float:
+        run()  # what is made once
+        best = float("inf")
+        for _ in range(3):
+            began = time.perf_counter()
+            run()
+            if on_card:
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    matrix = torch.randn(side, side, dtype=dtype, device=device)
+    host = torch.empty(side, side, dtype=dtype, pin_memory=on_card)
+    product = seconds(lambda: matrix @ matrix)
+    copy = seconds(lambda: matrix.copy_(host, non_blocking=True))
+    name = torch.cuda.get_device_name(device) if on_card else "this processor"
+    return Card(name, memory_bytes, REACHED * 2 * side**3 / product, host.numel() * host.element_size() / copy)

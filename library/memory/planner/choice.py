@@ -1,0 +1,58 @@
+"""Chooses the fastest way of running a step that fits."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from library.memory.planner.cards import Card
+from library.memory.planner.prediction import CountedStep, Predicted, Way, predict
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What may be chosen from; what the user has set is the only value of its kind."""
+
+    forms: Sequence[str | None] = (None,)
+    recompute_every: Sequence[int | None] = (None, 3, 2, 1)
+    inputs_wait: Sequence[bool] = (False, True)
+    num_waiting: int | None = None  # None for any number
+
+    def ways(self) -> Iterator[Way]:
+        """Every combination, with no blocks waiting or the number that is set."""
+        for form in self.forms:
+            for every in self.recompute_every:
+                for wait in self.inputs_wait if every is not None else (False,):
+                    yield Way(form, every, wait, self.num_waiting or 0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Every candidate on a card, with as few blocks waiting as make it fit, and the one that is taken."""
+
+    card: Card
+    candidates: tuple[Predicted, ...]
+    chosen: Predicted | None  # None where nothing fits
+
+    @property
+    def least(self) -> Predicted:
+        """The candidate that needs the least memory."""
+        return min(self.candidates, key=lambda found: found.device_bytes)
+
+
+def choose(step: CountedStep, allowed: Allowed, card: Card, correction: float = 1.0) -> Choice:
+    """The candidate with the least predicted time; of several those that change least come first."""
+    candidates = tuple(fitted(step, way, allowed, card, correction) for way in allowed.ways())
+    fitting = [found for found in candidates if found.device_bytes <= card.memory_bytes]
+    chosen = min(fitting, key=lambda found: (found.seconds, found.device_bytes)) if fitting else None
+    return Choice(card, candidates, chosen)
+
+
+def fitted(step: CountedStep, way: Way, allowed: Allowed, card: Card, correction: float) -> Predicted:
+    """A way with as few blocks waiting as make it fit, or with as many as can wait."""
+    found = predict(step, way, card, correction)
+    if allowed.num_waiting is not None:
+        return found
+    for number in range(1, step.most_waiting + 1):
+        if found.device_bytes <= card.memory_bytes:
+            break
+        found = predict(step, replace(way, num_waiting=number), card, correction)
+    return found

@@ -1,0 +1,110 @@
+"""What a step needs and how long it takes, in a given way of running it, on a given card."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from library.memory.planner.cards import GIB, Card
+from library.memory.planner.steps import CountedOptimizer, Move, Timeline, peak_of
+from library.memory.planner.weights import STORED_FORMS, ModelWeights
+
+# Assumed until a card has been measured: the context of CUDA with the workspaces of its libraries, and how much more of
+# a step's tensors than their bytes the allocator takes from the card.
+CONTEXT_BYTES = 7 * GIB // 10
+ALLOCATOR_SHARE = 0.05
+
+# Published for 47 of 48 blocks in main memory on an H100: 5 %. The same is assumed for inputs that wait there.
+COST_OF_WAITING = 0.05
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of running a step."""
+
+    form: str | None = None  # of the frozen weights; None as --mixed_precision has them
+    recompute_every: int | None = None  # blocks: 1 for all, 2 for every second; None for none
+    inputs_wait: bool = False  # what is recomputed from lies in main memory between the passes
+    num_waiting: int = 0  # --blocks_to_swap
+
+    def recomputes(self, place: int) -> bool:
+        return self.recompute_every is not None and place % self.recompute_every == 0
+
+
+@dataclass(frozen=True)
+class CountedStep:
+    """A training step as it was counted; bytes are those of tensors."""
+
+    timeline: Timeline
+    first_place: int  # in the timeline, of the denoiser's blocks: text encoders that train come before
+    weights: ModelWeights  # of the denoiser
+    other_bytes: int  # of text encoders, VAE and the batch, which are there all the time
+    adapter_bytes: int
+    gradient_bytes: int
+    held_gradient_bytes: int  # that are there already when a pass begins, where a step has several
+    optimizer: CountedOptimizer
+    waiting_places: Callable[[int], Collection[int]]  # the blocks that wait for a number of --blocks_to_swap
+    most_waiting: int
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a way needs and costs."""
+
+    way: Way
+    weight_bytes: int  # of frozen models on the device
+    tensor_bytes: int  # at the peak of training
+    device_bytes: int  # with what the card and its allocator add
+    seconds: float  # a forward and backward pass
+    host_bytes: int  # of main memory, for what waits there
+
+
+def predict(step: CountedStep, way: Way, card: Card, correction: float = 1.0) -> Predicted:
+    """`correction` is how many times what was counted the tensors of a step besides the weights really take."""
+    form = STORED_FORMS[way.form]
+    waiting = step.waiting_places(way.num_waiting)
+    moves = list(moves_of(step, way))
+    weights = step.weights.resident_bytes(form, waiting) + step.other_bytes
+    held = step.optimizer.state + step.held_gradient_bytes
+    within = held + peak_of(moves) + step.weights.decoded_bytes(form)
+    stepping = step.gradient_bytes + max(step.optimizer.rise, step.optimizer.state)
+    changing = step.adapter_bytes + round(correction * max(within, stepping))
+    sizes = step.weights.block_bytes(form)
+    streamed = sum(sizes[place] for place in waiting)
+    inputs = waiting_inputs(step, way)
+    seconds = seconds_of(moves, form.slowdown, streamed, inputs, card)
+    seconds *= 1 + COST_OF_WAITING * (len(waiting) / max(1, len(sizes)) + (inputs > 0))
+    device = weights + round((1 + ALLOCATOR_SHARE) * changing) + CONTEXT_BYTES
+    return Predicted(way, weights, weights + changing, device, seconds, streamed + inputs)
+
+
+def moves_of(step: CountedStep, way: Way) -> list[Move]:
+    """The step as this way runs it; text encoders that train recompute all blocks where the denoiser does any."""
+
+    def recomputes(place: int) -> bool:
+        if place < step.first_place:
+            return way.recompute_every is not None
+        return way.recomputes(place - step.first_place)
+
+    return list(step.timeline.moves(recomputes, lambda place: not way.inputs_wait))
+
+
+def waiting_inputs(step: CountedStep, way: Way) -> int:
+    """Bytes that leave in the forward pass and come back in the backward pass."""
+    if not way.inputs_wait:
+        return 0
+    sizes = step.timeline.recomputed.input_bytes
+    numbers = [number for number, places in enumerate(step.timeline.places) for _ in places]
+    return sum(
+        sizes[number]
+        for place, number in enumerate(numbers)
+        if place < step.first_place or way.recomputes(place - step.first_place)
+    )
+
+
+def seconds_of(moves: list[Move], slowdown: float, streamed: int, inputs: int, card: Card) -> float:
+    """Arithmetic and copies at the same time, in each pass as long as the longer: streamed weights come in both passes,
+    inputs leave in the first and come in the second."""
+    computing = {False: 0.0, True: 0.0}
+    for move in moves:
+        computing[move.is_backward] += slowdown * move.segment.flops / card.flops
+    forward = max(computing[False], streamed / card.bus, inputs / card.bus)
+    return forward + max(computing[True], (streamed + inputs) / card.bus)

@@ -1,0 +1,51 @@
+"""The candidates as people read them."""
+
+from collections.abc import Callable, Sequence
+
+from library.memory.planner.cards import GIB
+from library.memory.planner.choice import Choice
+from library.memory.planner.prediction import Predicted, Way
+
+HEADINGS = ("", "way", "memory", "of it tensors", "main memory", "a pass")
+
+
+def in_gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB"
+
+
+def rows_of(choice: Choice, describe: Callable[[Way], str]) -> list[tuple[str, ...]]:
+    """A row for each candidate, the chosen one marked; `describe` gives the options that a way stands for."""
+
+    def mark(found: Predicted) -> str:
+        if found is choice.chosen:
+            return "->"
+        return "" if found.device_bytes <= choice.card.memory_bytes else "x"
+
+    return [
+        (
+            mark(found),
+            describe(found.way),
+            in_gib(found.device_bytes),
+            in_gib(found.tensor_bytes),
+            in_gib(found.host_bytes) if found.host_bytes else "",
+            f"{found.seconds:.2f} s",
+        )
+        for found in choice.candidates
+    ]
+
+
+def table_of(choice: Choice, describe: Callable[[Way], str]) -> list[str]:
+    """Lines of equal columns."""
+    return columns([HEADINGS, *rows_of(choice, describe)])
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first two columns from the left, the others from the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,245 @@
+"""Counts what a run needs, from its options and the headers of its checkpoint: nothing is loaded or computed.
+
+The models, the adapter, the optimizer and the loss are those of the run, built as the run builds them, on tensors that
+have shapes only.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from library.checkpoints.weights import without_values
+from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_layers_with
+from library.memory.devices import DTYPES
+from library.memory.planner.counter import OperationCounter
+from library.memory.planner.fakes import give_fakes, norms_as_on_cards
+from library.memory.planner.prediction import CountedStep
+from library.memory.planner.repeats import shortened
+from library.memory.planner.stages import Stage
+from library.memory.planner.steps import CountedOptimizer, CountedPass, Timeline, count_optimizer, count_pass
+from library.memory.planner.weights import ModelWeights, bytes_of, tensors_of
+from library.options.train import TrainOptions
+from library.protocols import Architecture
+from library.randomness import generator_for
+from library.training.optimization.optimizers import build_optimizer
+from library.training.planning.waiting import most_waiting, storable_layers, waiting_places
+from library.training.run.adapter import trains_text_encoders
+from library.training.run.compute import Compute
+from library.training.run.context import Models
+from library.training.run.models import LoadedModels
+from library.training.run.network import create
+from library.training.run.rehearsal import quiet
+from library.training.run.setup import step_context
+from library.training.run.step import loss_of
+from library.training.run.text_caching import cached_text, live_text
+from library.types import Batch, Conditioning
+from networks.core.protocol import AdoptedNetwork, adopt, open_network_module
+
+T = TypeVar("T")
+
+CPU = torch.device("cpu")  # fakes of a card cannot compute gradients where torch is built without CUDA
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Pictures of one batch, in pixels."""
+
+    count: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class CountedRun:
+    """What the parts of a run need."""
+
+    step: CountedStep
+    stages: tuple[Stage, ...]  # before training, one after the other: what they need is given back
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """The models of a run, of full size and without values, the adapter installed."""
+
+    models: Models  # those that stay while training
+    encoders: Sequence[nn.Module]  # all text encoders
+    vae: nn.Module
+    network: AdoptedNetwork
+
+
+def count_run(options: TrainOptions, arch: Architecture, batch: BatchShape, device: torch.device) -> CountedRun:
+    """Count a run on `device` whose largest batch is `batch`. Raises UserError as setting up the run would."""
+    with quiet(), torch.random.fork_rng(devices=[]):
+        sketch = sketch_run(options, arch)
+        denoiser, network = sketch.models.denoiser, sketch.network
+        is_full = options.precision.full_fp16 or options.precision.full_bf16
+        with shortened(arch.chains(denoiser)) as stands_for, FakeTensorMode(allow_non_fake_inputs=True):
+            for model in (denoiser, *sketch.encoders, sketch.vae):
+                give_fakes(model)
+            give_fakes(network.module, DTYPES[options.precision.mixed_precision] if is_full else None)
+            with nullcontext() if device.type == "cpu" else norms_as_on_cards():
+                pictures = count_pictures(options, arch, sketch.vae, batch)
+                captions, conditioning = count_captions(options, arch, sketch.encoders, batch.count)
+                timeline = count_step(options, arch, sketch, fake_batch(options, arch, batch, conditioning), stands_for)
+                optimizer = count_update(options, arch, network)
+    vae = [] if sketch.models.vae is None else [sketch.models.vae]
+    own = set(denoiser.modules())
+    places = [place for place, block in enumerate(timeline.blocks) if block in own]
+    blocks = [timeline.blocks[place] for place in places]
+    gradients = sum(p.numel() * p.element_size() for p in network.trainable_parameters())
+    step = CountedStep(
+        timeline=timeline,
+        first_place=places[0],
+        weights=ModelWeights.of(denoiser, storable_layers(denoiser), blocks),
+        other_bytes=bytes_of(*sketch.models.text_encoders, *vae),
+        adapter_bytes=bytes_of(network.module),
+        gradient_bytes=gradients,
+        held_gradient_bytes=gradients if options.run.gradient_accumulation_steps > 1 else 0,
+        optimizer=optimizer,
+        waiting_places=partial(waiting_places, blocks),
+        most_waiting=most_waiting(blocks),
+    )
+    return CountedRun(step, tuple(stage for stage in (pictures, captions) if stage is not None))
+
+
+def sketch_run(options: TrainOptions, arch: Architecture) -> Sketch:
+    """The models as the run will have them, on the meta device."""
+    loader = without_values(arch.load)
+    encoders, denoiser, vae = loader.text_encoders(), loader.denoiser(), loader.vae()
+    staying = encoders
+    if cached_text(options, arch.text_cache) is not None:
+        live = live_text(options, arch.text_cache)
+        staying = encoders[: 0 if live is None else live.num_encoders]
+    models = Models(denoiser, staying, None if options.caching.cache_latents else vae, arch.view(staying, denoiser))
+    for model in (denoiser, *encoders, vae):
+        model.eval().requires_grad_(False)
+    wanted = options.network
+    assert wanted.network_module is not None
+    with torch.device("meta"):
+        network = adopt(create(wanted, open_network_module(wanted.network_module), models))
+        network.apply_to(
+            *models.network_view,
+            not wanted.network_train_unet_only,
+            not wanted.network_train_text_encoder_only,
+        )
+    network.module.train()
+    return Sketch(models, encoders, vae, network)
+
+
+def counter_for(arch: Architecture) -> OperationCounter:
+    """Values that are read say: captions are as long as they can be, chances and conditions come true."""
+    return OperationCounter({"int": arch.text.max_tokens, "float": 0.5, "bool": True})
+
+
+def longest_caption(arch: Architecture) -> str:
+    """A caption that takes all the tokens there are."""
+    return "a " * arch.text.max_tokens
+
+
+def fake_batch(
+    options: TrainOptions, arch: Architecture, shape: BatchShape, conditioning: Conditioning | None
+) -> Batch:
+    """A batch without values, in the fake mode that is on."""
+    spec, is_cached = arch.codec.spec, options.caching.cache_latents
+    latents = shape.count, spec.channels, shape.height // spec.downscale, shape.width // spec.downscale
+    return Batch(
+        keys=[f"picture {i}" for i in range(shape.count)],
+        captions=[longest_caption(arch)] * shape.count,
+        pixels_BCHW=None if is_cached else torch.empty(shape.count, 3, shape.height, shape.width),
+        latents_BCHW=torch.empty(latents) if is_cached else None,
+        conditioning=conditioning,
+        loss_weights_B=torch.ones(shape.count),
+        masks_B1HW=None,
+        sizes_B6=torch.ones(shape.count, 6),
+        attributes=[{}] * shape.count,
+    )
+
+
+def rise_of(arch: Architecture, models: Sequence[nn.Module], run: Callable[[], T]) -> tuple[int, T]:
+    """The most bytes that `run` takes besides the weights of `models`, and what it gives."""
+    counter = counter_for(arch)
+    counter.leave_out(tensors_of(*models))
+    with counter, torch.no_grad():
+        found = run()
+    return counter.peak, found
+
+
+def count_pictures(options: TrainOptions, arch: Architecture, vae: nn.Module, shape: BatchShape) -> Stage | None:
+    """Encoding pictures before training; None where they are encoded in the steps."""
+    if not options.caching.cache_latents:
+        return None
+
+    pixels_BCHW = torch.empty(1, 3, shape.height, shape.width)
+    generators = [generator_for(0, "planned")]
+    one, _ = rise_of(arch, [vae], lambda: arch.codec.encode(vae, pixels_BCHW, generators))
+    return Stage("encoding pictures", "vae_batch_size", bytes_of(vae), one, one)
+
+
+def count_captions(
+    options: TrainOptions, arch: Architecture, encoders: Sequence[nn.Module], batch_size: int
+) -> tuple[Stage | None, Conditioning | None]:
+    """Encoding captions before training, and the features of a batch; None where they are encoded in the steps."""
+    spec = cached_text(options, arch.text_cache)
+    if spec is None:
+        return None, None
+    autocast = Compute.build(options.precision, CPU).autocast
+
+    def encode(count: int) -> Callable[[], Conditioning]:
+        tokens = arch.text.tokenize([longest_caption(arch)] * count)
+
+        def run() -> Conditioning:
+            with autocast():
+                return arch.text.encode(encoders, tokens)
+
+        return run
+
+    counted = {count: rise_of(arch, encoders, encode(count)) for count in {1, 2, batch_size}}
+    one, two = counted[1][0], counted[2][0]
+    features = {name: tensor for name, tensor in counted[batch_size][1].items() if name in spec.keys}
+    if arch.encodes_on_cpu:
+        return None, features
+    return Stage("encoding captions", "text_encoder_batch_size", bytes_of(*encoders), one, two - one), features
+
+
+def count_step(
+    options: TrainOptions,
+    arch: Architecture,
+    sketch: Sketch,
+    batch: Batch,
+    stands_for: Mapping[nn.Module, Sequence[nn.Module]],
+) -> Timeline:
+    """Forward and backward pass, with all blocks recomputed and with none; gradients are there already where a step
+    has several passes."""
+    models, network = sketch.models, sketch.network
+    loaded = LoadedModels(models, live_text(options, arch.text_cache), None)
+    context = step_context(options, arch, 0, loaded, network, Compute.build(options.precision, CPU))
+    num_passes = 1 if options.run.gradient_accumulation_steps == 1 else 2
+
+    def give_runner(runner: BlockRunner) -> None:
+        arch.run_blocks_with(models.denoiser, runner)
+        for encoder in models.text_encoders if trains_text_encoders(options) else []:
+            run_encoder_layers_with(encoder, runner)
+
+    def count(runner: BlockRunner) -> CountedPass:
+        for parameter in network.trainable_parameters():
+            parameter.grad = None
+        counter = counter_for(arch)
+        staying = [models.denoiser, *models.text_encoders, network.module]
+        counter.leave_out(tensors_of(*staying, *([] if models.vae is None else [models.vae])))
+        return count_pass(lambda: loss_of(context, batch, 0), give_runner, runner, counter, num_passes)
+
+    return Timeline.build(count(plain), count(recompute), stands_for)
+
+
+def count_update(options: TrainOptions, arch: Architecture, network: AdoptedNetwork) -> CountedOptimizer:
+    """The optimizer's memory."""
+    rates = options.network.text_encoder_lr, options.network.unet_lr, options.optimizer.learning_rate
+    groups, _ = network.parameter_groups(*rates)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return count_optimizer(lambda: build_optimizer(options.optimizer, groups).optimizer, parameters, counter_for(arch))

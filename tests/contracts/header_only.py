@@ -1,0 +1,118 @@
+"""Full-size checkpoints that take no room: names, shapes and dtypes in the header, and behind it a hole in the file."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from tests.contracts.full_size import facts
+from tests.tiny.anima import write_qwen3_tokenizer
+from tests.tiny.flux import write_t5_tokenizer
+from tests.tiny.hunyuan_image import write_qwen_tokenizer
+from tests.tiny.lumina import write_gemma_tokenizer
+from tests.tiny.sd import write_tokenizer
+
+Shapes = Mapping[str, tuple[int, ...]]
+BF16_BYTES = 2
+BYT5_WORDS = {"shared.weight": (1510, 1472)}  # the inventory leaves them out
+
+
+def write_header(path: Path, shapes: Shapes) -> str:
+    """A safetensors file of bfloat16 zeros, of which only the header lies on the disk; gives its path."""
+    header: dict[str, object] = {}
+    start = 0
+    for name, shape in shapes.items():
+        end = start + BF16_BYTES * prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + start)
+    return str(path)
+
+
+def shapes_of(table: Mapping[str, list[int]], prefix: str = "") -> dict[str, tuple[int, ...]]:
+    return {prefix + name: tuple(shape) for name, shape in table.items()}
+
+
+@dataclass(frozen=True)
+class FullSize:
+    """A base model of full size, of which nothing but its headers is there."""
+
+    script: str
+    module: str  # of networks, named after it
+    side: int  # of its usual pictures, in pixels
+    build: Callable[[Path], list[str]]  # writes it into a folder; gives the arguments that name it
+
+
+def write_files(folder: Path, files: Mapping[str, Shapes]) -> list[str]:
+    """A file for each flag."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        word
+        for flag, shapes in files.items()
+        for word in (f"--{flag}", write_header(folder / f"{flag}.safetensors", shapes))
+    ]
+
+
+def build_unet_model(folder: Path, name: str) -> list[str]:
+    write_tokenizer(folder / "tokenizer")
+    return write_files(folder, {"pretrained_model_name_or_path": shapes_of(facts(name)["checkpoint"])})
+
+
+def build_flux(folder: Path) -> list[str]:
+    parts = facts("flux1")["components"]
+    write_tokenizer(folder / "tokenizer")
+    write_t5_tokenizer(folder / "tokenizer_2")
+    names = {"pretrained_model_name_or_path": "dit", "clip_l": "clip_l", "t5xxl": "t5xxl", "ae": "ae"}
+    return write_files(folder, {flag: shapes_of(parts[part]) for flag, part in names.items()})
+
+
+def build_sd3(folder: Path) -> list[str]:
+    found = facts("sd3")
+    write_tokenizer(folder / "tokenizer")
+    write_t5_tokenizer(folder / "tokenizer_3")
+    denoiser = shapes_of(found["mmdit"]["sd3-medium"], "model.diffusion_model.")
+    shapes = {"pretrained_model_name_or_path": denoiser | shapes_of(found["parts"]["vae"])}
+    shapes |= {part: shapes_of(found["parts"][part]) for part in ("clip_l", "clip_g", "t5xxl")}
+    return write_files(folder, shapes)
+
+
+def build_lumina(folder: Path) -> list[str]:
+    parts = facts("lumina2")["components"]
+    write_gemma_tokenizer(folder / "tokenizer")
+    ae = facts("flux1")["components"]["ae"]  # the same VAE
+    shapes = {"pretrained_model_name_or_path": parts["dit"], "gemma2": parts["gemma2"], "ae": ae}
+    return write_files(folder, {flag: shapes_of(table) for flag, table in shapes.items()})
+
+
+def build_anima(folder: Path) -> list[str]:
+    parts = facts("anima")["components"]
+    write_t5_tokenizer(folder / "t5_tokenizer")
+    write_qwen3_tokenizer(folder / "tokenizer")
+    shapes = {"pretrained_model_name_or_path": parts["dit"], "qwen3": parts["qwen3_0.6b"], "vae": parts["vae"]}
+    return write_files(folder, {flag: shapes_of(table) for flag, table in shapes.items()})
+
+
+def build_hunyuan_image(folder: Path) -> list[str]:
+    parts = facts("hunyuan_image")["components"]
+    write_qwen_tokenizer(folder / "tokenizer")
+    names = {"pretrained_model_name_or_path": "dit", "vae": "vae", "text_encoder": "qwen2_5_vl", "byt5": "byt5"}
+    shapes = {flag: shapes_of(parts[part]) for flag, part in names.items()}
+    return write_files(folder, {**shapes, "byt5": {**shapes["byt5"], **BYT5_WORDS}})
+
+
+FULL_SIZE: Mapping[str, FullSize] = {
+    "SD 1.5": FullSize("train_network", "networks.lora", 512, lambda folder: build_unet_model(folder, "sd15")),
+    "SDXL": FullSize("sdxl_train_network", "networks.lora", 1024, lambda folder: build_unet_model(folder, "sdxl")),
+    "SD3 medium": FullSize("sd3_train_network", "networks.lora_sd3", 1024, build_sd3),
+    "FLUX.1": FullSize("flux_train_network", "networks.lora_flux", 1024, build_flux),
+    "Lumina Image 2.0": FullSize("lumina_train_network", "networks.lora_lumina", 1024, build_lumina),
+    "Anima": FullSize("anima_train_network", "networks.lora_anima", 1024, build_anima),
+    "HunyuanImage 2.1": FullSize(
+        "hunyuan_image_train_network", "networks.lora_hunyuan_image", 2048, build_hunyuan_image
+    ),
+}

@@ -1,0 +1,196 @@
+"""The planner takes the fastest of the ways that fit, and says what each needs."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from library.memory.forms.fp8 import Fp8Rows
+from library.memory.planner.cards import GIB, Card, measured_card, parse_size, typical_card
+from library.memory.planner.choice import Allowed, choose
+from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, CountedStep, Way, predict
+from library.memory.planner.stages import Stage
+from library.memory.planner.steps import CountedOptimizer, CountedPass, Segment, Timeline
+from library.memory.planner.table import table_of
+from library.memory.planner.weights import PLAIN, STORED_FORMS, Matrix, ModelWeights, bytes_of
+from tests.unit.memory.planner.made_up import Adapter, MadeUp
+from tests.unit.memory.planner.test_steps import model_of
+
+MIB = 2**20
+NUM_BLOCKS = 8
+KEPT, KEPT_WHEN_RECOMPUTED, BLOCK_FLOPS = 300 * MIB, 10 * MIB, 4 * 10**12
+WEIGHT = Matrix(1024, 10 * 1024, 2)  # 20 MiB in 16 bits
+
+
+def passes(kept: int, flops_backward: int, num_blocks: int = NUM_BLOCKS) -> CountedPass:
+    """Blocks that keep as much in the forward pass, and let it go in the backward pass."""
+    blocks = tuple(nn.Identity() for _ in range(num_blocks))
+    forward = [Segment(("forward", i), kept, kept, BLOCK_FLOPS) for i in range(num_blocks)]
+    # A recomputed block has all that it kept otherwise while its backward pass runs.
+    backward = [Segment(("backward", i), -kept, KEPT - kept, flops_backward) for i in reversed(range(num_blocks))]
+    return CountedPass((*forward, *backward), blocks, (KEPT_WHEN_RECOMPUTED,) * num_blocks)
+
+
+def evenly(count: int) -> Collection[int]:
+    return {i * (NUM_BLOCKS - 1) // count for i in range(count)}
+
+
+def counted_step(adapter: int = 0, held: int = 0) -> CountedStep:
+    plain, recomputed = passes(KEPT, 2 * BLOCK_FLOPS), passes(KEPT_WHEN_RECOMPUTED, 3 * BLOCK_FLOPS)
+    weights = ModelWeights(50 * MIB, (WEIGHT,), ((WEIGHT, WEIGHT),) * NUM_BLOCKS)
+    optimizer = CountedOptimizer(2 * adapter, 2 * adapter)
+    timeline = Timeline.build(plain, recomputed, {})
+    return CountedStep(timeline, 0, weights, 7 * MIB, adapter, adapter, held, optimizer, evenly, NUM_BLOCKS - 2)
+
+
+def card(memory: int, bus: float = 1e9) -> Card:
+    return Card("made up", memory, 1e12, bus)
+
+
+def test_what_a_way_needs_is_the_sum_of_its_parts() -> None:
+    plain = predict(counted_step(adapter=MIB), Way(), card(0))
+    weights = 50 * MIB + 20 * MIB + NUM_BLOCKS * 40 * MIB + 7 * MIB
+    changing = MIB + 2 * MIB + NUM_BLOCKS * KEPT
+    assert (plain.weight_bytes, plain.tensor_bytes) == (weights, weights + changing)
+    assert plain.device_bytes == pytest.approx(weights + (1 + ALLOCATOR_SHARE) * changing + CONTEXT_BYTES)
+    assert plain.seconds == pytest.approx(NUM_BLOCKS * 3 * 4)
+
+
+def test_every_second_block_saves_half_and_costs_half() -> None:
+    found = [predict(counted_step(), Way(recompute_every=every), card(0)) for every in (None, 2, 1)]
+    none, half, whole = (f.tensor_bytes - f.weight_bytes for f in found)
+    assert none - half == NUM_BLOCKS // 2 * (KEPT - KEPT_WHEN_RECOMPUTED)
+    # The last block that is recomputed stands beside what all kept before it.
+    assert whole == NUM_BLOCKS * KEPT_WHEN_RECOMPUTED + KEPT - KEPT_WHEN_RECOMPUTED
+    assert half > whole
+    assert [f.seconds for f in found] == pytest.approx([96, 112, 128])
+
+
+def test_blocks_that_wait_leave_two_slots_and_cost_the_bus_where_it_is_slow() -> None:
+    step, way = counted_step(), Way(num_waiting=3)
+    staying = predict(step, Way(), card(0))
+    fast, slow = (predict(step, way, card(0, bus)) for bus in (1e12, 3e6))
+    assert staying.tensor_bytes - fast.tensor_bytes == 3 * 40 * MIB - 2 * 40 * MIB
+    assert fast.seconds == pytest.approx(96 * (1 + 0.05 * 3 / 8))
+    streamed = 3 * 40 * MIB / 3e6  # longer than 32 s of arithmetic forward, shorter than 64 s backward
+    assert slow.seconds == pytest.approx((streamed + 64) * (1 + 0.05 * 3 / 8))
+    assert fast.host_bytes == 3 * 40 * MIB
+
+
+def test_inputs_that_wait_are_counted_out_and_over_the_bus() -> None:
+    step = counted_step()
+    stays, waits = (predict(step, Way(recompute_every=1, inputs_wait=wait), card(0)) for wait in (False, True))
+    assert waits.host_bytes == NUM_BLOCKS * KEPT_WHEN_RECOMPUTED
+    assert stays.tensor_bytes - waits.tensor_bytes == (NUM_BLOCKS - 1) * KEPT_WHEN_RECOMPUTED
+
+
+@pytest.mark.parametrize("memory_mib", range(1500, 3800, 230))
+def test_the_choice_is_the_fastest_of_all_that_fit(memory_mib: int) -> None:
+    step, on = counted_step(adapter=3 * MIB), card(memory_mib * MIB, 2e8)
+    allowed = Allowed(forms=(None, "nf4"))
+    every_way = [
+        predict(step, Way(form, every, wait and every is not None, number), on)
+        for form, every, wait, number in product((None, "nf4"), (None, 3, 2, 1), (False, True), range(NUM_BLOCKS - 1))
+    ]
+    fitting = [found for found in every_way if found.device_bytes <= on.memory_bytes]
+    choice = choose(step, allowed, on)
+    if not fitting:
+        assert choice.chosen is None
+        assert choice.least.device_bytes == min(found.device_bytes for found in every_way)
+    else:
+        assert choice.chosen is not None and choice.chosen.device_bytes <= on.memory_bytes
+        assert choice.chosen.seconds == min(found.seconds for found in fitting)
+
+
+def test_what_is_fixed_is_the_only_candidate() -> None:
+    allowed = Allowed(forms=("fp8",), recompute_every=(2,), inputs_wait=(True,), num_waiting=4)
+    choice = choose(counted_step(), allowed, card(GIB))
+    assert [found.way for found in choice.candidates] == [Way("fp8", 2, True, 4)]
+
+
+def test_gradients_that_are_held_stand_beside_the_pass() -> None:
+    without, held = (predict(counted_step(held=size), Way(), card(0)) for size in (0, 5 * MIB))
+    assert held.tensor_bytes - without.tensor_bytes == 5 * MIB
+
+
+def test_a_correction_scales_what_is_no_weight() -> None:
+    step = counted_step()
+    as_counted, more = (predict(step, Way(), card(0), factor) for factor in (1.0, 1.25))
+    assert more.tensor_bytes - more.weight_bytes == 1.25 * (as_counted.tensor_bytes - as_counted.weight_bytes)
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (33, 65)])
+def test_the_formula_of_fp8_is_what_it_stores(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape).bfloat16()
+    stored = sum(part.numel() * part.element_size() for part in Fp8Rows().encode(weight).values())
+    assert STORED_FORMS["fp8"].num_bytes(Matrix.of(weight)) == stored
+
+
+@pytest.mark.parametrize(("name", "is_double"), [("nf4", False), ("nf4_double", True)])
+def test_the_formulas_of_nf4_are_what_bitsandbytes_stores(name: str, is_double: bool) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(96, 512)
+    codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=is_double, quant_type="nf4")
+    parts = [codes, state.absmax]
+    parts += [state.state2.absmax, state.offset.reshape(1)] if is_double else []
+    stored = sum(part.numel() * part.element_size() for part in parts)
+    assert STORED_FORMS[name].num_bytes(Matrix.of(weight)) == stored
+
+
+def test_the_weights_of_a_model_are_sorted_by_what_can_be_done_with_them() -> None:
+    model: MadeUp = model_of(device="meta")
+    adapters = bytes_of(model.adapters)
+    del model.adapters
+    blocks = [*model.attending, *model.widening]
+    layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+    weights = ModelWeights.of(model, [*layers, model.last], blocks)
+    assert adapters > 0 and not any(isinstance(m, Adapter) for m in model.modules())
+    assert weights.resident_bytes(PLAIN, ()) == bytes_of(model)
+    assert weights.storable == (Matrix.of(model.last.weight),)
+    width = model.last.in_features
+    sizes = [4 * 4 * width**2] * 6 + [4 * 10 * width**2] * 6
+    assert weights.block_bytes(PLAIN) == sizes
+    assert weights.resident_bytes(PLAIN, (0, 7, 8)) == bytes_of(model) - sizes[0] - 2 * sizes[7] + 2 * sizes[7]
+
+
+def test_the_table_marks_what_is_chosen_and_what_does_not_fit() -> None:
+    allowed = Allowed(recompute_every=(None, 1), inputs_wait=(False,), num_waiting=0)
+    choice = choose(counted_step(), allowed, card(2 * GIB))
+    first, plain, recomputed = table_of(choice, lambda way: f"every {way.recompute_every}")
+    assert first.split() == ["way", "memory", "of", "it", "tensors", "main", "memory", "a", "pass"]
+    assert plain.split()[:3] == ["x", "every", "None"]
+    assert recomputed.split() == ["->", "every", "1", "1.5", "GiB", "0.7", "GiB", "128.00", "s"]
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("12GB", 12 * GIB), ("8", 8 * GIB), ("7.5 gib", 15 * GIB // 2), ("11500MB", 11500 * MIB)]
+)
+def test_sizes_are_those_of_cards(text: str, num_bytes: int) -> None:
+    assert parse_size("--fit", text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "big", "0GB", "-3GB", "12TB"])
+def test_other_words_are_no_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--fit .* is no size of memory; give one such as 12GB"):
+        parse_size("--fit", text)
+
+
+def test_a_typical_card_has_at_most_the_memory() -> None:
+    names = {size: typical_card(size * GIB).name for size in (6, 8, 11, 12, 24, 48)}
+    assert names == {6: "RTX 4060", 8: "RTX 4060", 11: "RTX 4060", 12: "RTX 4070", 24: "RTX 3090", 48: "RTX 5090"}
+    assert typical_card(6 * GIB).memory_bytes == 6 * GIB
+
+
+def test_a_device_is_measured() -> None:
+    found = measured_card(torch.device("cpu"), GIB, torch.float32, side=128)
+    assert found.flops > 0 and found.bus > 0 and found.memory_bytes == GIB
+
+
+def test_a_stage_encodes_as_many_at_a_time_as_fit() -> None:
+    stage = Stage("encoding pictures", "vae_batch_size", 100, 30, 20)
+    assert [stage.peak(count) for count in (1, 2, 8)] == [130, 150, 270]
+    assert [stage.most_that_fits(room) for room in (129, 130, 150, 189, 190, 269, 1000)] == [0, 1, 2, 2, 4, 4, 8]
+    assert replace(stage, rise_of_each_more=0).most_that_fits(130) == 8

@@ -1,0 +1,88 @@
+"""tools/plan_memory.py: tables for cards that are not there, of checkpoints that need not be whole."""
+
+from pathlib import Path
+
+import pytest
+
+from library.memory.planner.cards import GIB
+from library.memory.planner.steps import flops_of, peak_of
+from library.memory.planner.weights import PLAIN
+from tests.contracts.header_only import FULL_SIZE
+from tests.runs.bases import BASES
+from tools.plan_memory import count, main
+
+PROTOTYPE = {  # GiB at the peak and TFLOP of a first step without and with recomputing, from a counter of whole models
+    "SD 1.5": (2.81, 1.90, 1.81, 2.46),
+    "SDXL": (12.90, 5.69, 14.74, 20.87),
+    "FLUX.1": (62.48, 24.89, 172.2, 246.9),
+    "Lumina Image 2.0": (27.50, 6.94, 55.5, 79.5),
+    "Anima": (17.60, 5.05, 42.7, 60.8),
+    "HunyuanImage 2.1": (88.75, 36.15, 279.4, 400.7),
+}
+
+
+def arguments_for(folder: Path, *more: str) -> list[str]:
+    base = BASES["flux"]
+    return [
+        "--script", f"{base.script}.py", *base.build(folder), "--network_module", base.module, "--network_dim", "4",
+        "--mixed_precision", "bf16", "--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only",
+        *more,
+    ]  # fmt: skip
+
+
+def test_it_prints_a_table_for_each_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = arguments_for(tmp_path / "model", "--cards", "8GB,24GB", "--resolution", "256,192")
+    assert main([*arguments, "--train_batch_size", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("flux, 3 x 256x192, networks.lora_flux\n")
+    assert "8.0 GiB (counted as RTX 4060" in printed and "24.0 GiB (counted as RTX 3090" in printed
+    assert printed.count("encoding captions: 0.7 GiB with --text_encoder_batch_size 8") == 2
+
+
+def test_the_data_set_says_how_large_the_largest_batch_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "data.toml"
+    config.write_text(
+        "[[datasets]]\nresolution = 256\nbatch_size = 1\n[[datasets.subsets]]\nimage_dir = 'nowhere'\n"
+        "[[datasets]]\nresolution = [192, 128]\nbatch_size = 4\n[[datasets.subsets]]\nimage_dir = 'nowhere'\n"
+    )
+    assert main(arguments_for(tmp_path / "model", "--dataset_config", str(config))) == 0
+    assert capsys.readouterr().out.startswith("flux, 4 x 192x128,")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--cards", "12TB", "--resolution", "64"), "--cards '12TB' is no size of memory"),
+        ((), "--resolution is not set"),
+        (("--resolution", "64", "--script", "flux.py"), "--script flux.py is no training script; use one of train_net"),
+    ],
+)
+def test_mistakes_are_named(
+    more: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments_for(tmp_path / "model", *more)) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "FLUX.1" else pytest.mark.nightly) for n in PROTOTYPE]
+)
+def test_full_size_models_come_to_what_whole_models_were_counted_as(name: str, tmp_path: Path) -> None:
+    model = FULL_SIZE[name]
+    *_, counted = count(
+        model.script,
+        [
+            *model.build(tmp_path / "model"), "--network_module", model.module, "--network_dim", "16",
+            "--mixed_precision", "bf16", "--network_train_unet_only", "--cache_latents",
+            "--resolution", str(model.side),
+            *([] if model.script == "train_network" else ["--cache_text_encoder_outputs"]),
+        ],
+    )  # fmt: skip
+    step = counted.step
+    fixed = step.weights.resident_bytes(PLAIN, ()) + step.adapter_bytes
+    ways = [
+        list(step.timeline.moves(recomputes, lambda place: True))
+        for recomputes in (lambda place: False, lambda place: True)
+    ]
+    found = [(fixed + peak_of(moves)) / GIB for moves in ways] + [flops_of(moves) / 1e12 for moves in ways]
+    assert found == pytest.approx(PROTOTYPE[name], rel=0.01)
