@@ -1,7 +1,8 @@
 """Rename the keys of an adapter file for another program: kohya's, generic or diffusers' names, same effect.
 
-Reads files of any trainer. In the generic and the diffusers naming alpha is multiplied into lora_B: exactly in the
-file's own dtype where alpha / rank is a power of two, else both factors of the module are written as float32.
+Reads files of any trainer, and folders that PEFT saved. In the generic and the diffusers naming alpha is multiplied
+into lora_B: exactly in the file's own dtype where alpha / rank is a power of two, else both factors of the module are
+written as float32.
 """
 
 import argparse
@@ -11,18 +12,28 @@ import logging
 import pkgutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import library.architectures
-from library.checkpoints.adapter_names import NAMINGS, BaseNames, FileNaming, names_of_base, recognise_base
+from library.checkpoints.adapter_keys import PEFT_PREFIX, naming_of, without_peft_prefix
+from library.checkpoints.adapter_names import BASES, NAMINGS, BaseNames, FileNaming, names_of_base, recognise_base
+from library.checkpoints.compatibility import programs_that_read
+from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
+from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import Renamed, rename, some_keys
 from tools.command import check_output, make_parser, run
 
 logger = logging.getLogger(__name__)
+
+MODELS_OF_PEFT = (
+    "unet.", "transformer.", "diffusion_model.", "text_encoder.", "text_encoder_2.", "text_encoder_3.",
+    "text_conditioner.",
+)  # fmt: skip
 
 EXAMPLES = """\
   python3 tools/convert_lora.py --model my_cat.safetensors --save_to my_cat_diffusers.safetensors --to diffusers
@@ -45,10 +56,41 @@ def base_of(file: AdapterFile) -> str | None:
     return recognise_base(shapes, file.metadata)
 
 
+def read_adapter(path: Path, flag: str) -> AdapterFile:
+    """Read an adapter file of any trainer. What PEFT saved alone names modules after a model that it does not name:
+    they get the prefix of the model in which all of them are.
+
+    Raises UserError naming `flag`.
+    """
+    file = read_adapter_file(path, flag)
+    paths = [without_peft_prefix(name) for name in file.modules]
+    if not all(name.startswith(PEFT_PREFIX) for name in file.modules) or any(naming_of(p) != "unknown" for p in paths):
+        return file
+    for prefix in MODELS_OF_PEFT:
+        if any(all(table.find(prefix + path) is not None for path in paths) for table in all_tables()):
+            modules = {prefix + path: module for path, module in zip(paths, file.modules.values(), strict=True)}
+            return replace(file, modules={name: renamed_module(module, name) for name, module in modules.items()})
+    raise UserError(
+        f"{file.origin}: PEFT wrote it for a model that is none of those known here (first module: {paths[0]}); "
+        "names of diffusers' and of the original modules are known"
+    )
+
+
+def renamed_module(module: ModuleWeights, name: str) -> ModuleWeights:
+    """A module and its keys under another name."""
+    return replace(module, name=name, keys={leaf: name + key[len(module.name) :] for leaf, key in module.keys.items()})
+
+
 def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) -> Renamed:
     """Write `model` to `save_to` in another naming. Raises UserError saying why that is not possible."""
-    file = read_adapter_file(model, "--model")
-    renamed = rename(file, names_of_base(base_of(file), all_tables(), f"--model {model}"), to, drop_unsupported)
+    file = read_adapter(model, "--model")
+    base = base_of(file)
+    names = names_of_base(base, all_tables(), f"--model {model}")
+    if base is not None and not programs_that_read(base, to):
+        raise UserError(
+            f"--to {to}: no program reads adapters of {BASES[base]} in that naming; {best_namings(base)} are read"
+        )
+    renamed = rename(file, names, to, drop_unsupported)
     if renamed.dropped:
         logger.warning("left out, the %s naming has no place for them: %s", to, some_keys(renamed.dropped))
     if renamed.widened:
@@ -63,7 +105,7 @@ def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) 
 def setup_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
-    parser.add_argument("--model", type=Path, required=True, help="the adapter file to read")
+    parser.add_argument("--model", type=Path, required=True, help="the adapter file, or folder by PEFT, to read")
     parser.add_argument(
         "--save_to", type=Path, required=True, help="the file to write, .safetensors keeps the metadata"
     )
@@ -78,6 +120,11 @@ def setup_parser() -> argparse.ArgumentParser:
         "--drop_unsupported", action="store_true", help="leave out what the naming cannot hold instead of refusing"
     )
     return parser
+
+
+def best_namings(base: str) -> str:
+    """The namings of a base model that some program reads."""
+    return " and ".join(naming for naming in NAMINGS if programs_that_read(base, naming))
 
 
 def convert_and_tell(args: argparse.Namespace) -> None:

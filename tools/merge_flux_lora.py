@@ -16,10 +16,11 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.architectures.flux.merging import open_clip_l, open_t5xxl
 from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
-from networks.core.files.adapter_file import AdapterFile, read_adapter_file
+from networks.core.files.adapter_file import AdapterFile
 from tools import merge_lora
 from tools.base_models import open_base_model
 from tools.command import PRECISIONS, check_output, device_of, dtype_of, run
+from tools.convert_lora import read_adapter
 from tools.merge_lora import Weighted, in_kohya_names, merge_into_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def merge(args: argparse.Namespace) -> None:
     ratios = merge_lora.check(args)
     device, save_dtype, dtype = device_of(args.device), dtype_of(args.save_precision), PRECISIONS[args.precision]
     parts = opened_parts(args)
-    files = [in_kohya_names(read_adapter_file(path, "--models")) for path in args.models]
+    files = [in_kohya_names(read_adapter(path, "--models")) for path in args.models]
     kept = [without_text_encoders(file, [base for base, _ in parts]) for file in files]
     for base, save_to in parts:
         adapters = [Weighted(restricted(file, base), ratio) for file, ratio in zip(kept, ratios, strict=True)]

@@ -37,7 +37,6 @@ from library.errors import UserError
 from networks.core.files.adapter_file import (
     COMPUTED,
     AdapterFile,
-    read_adapter_file,
     require_kinds,
     save_adapter_file,
 )
@@ -56,7 +55,7 @@ from tools.command import (
     make_parser,
     run,
 )
-from tools.convert_lora import all_tables, base_of
+from tools.convert_lora import all_tables, base_of, read_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -422,7 +421,7 @@ def merge(args: argparse.Namespace) -> None:
     """Read, merge and write."""
     ratios = check(args)
     device, save_dtype, dtype = device_of(args.device), dtype_of(args.save_precision), PRECISIONS[args.precision]
-    files = [read_adapter_file(path, "--models") for path in args.models]
+    files = [read_adapter(path, "--models") for path in args.models]
     adapters = [Weighted(file, ratio) for file, ratio in zip(files, ratios, strict=True)]
     if args.sd_model is not None:
         base = open_base_model("--sd_model", args.sd_model)

@@ -335,6 +335,11 @@ DIFFUSERS_REFUSALS: tuple[Callable[[Content], str | None], ...] = (
 )
 
 
+def programs_that_read(base: str, naming: FileNaming) -> list[Program]:
+    """The programs that take the denoiser's keys of a base model in a naming."""
+    return [program for program, (denoiser, _) in ACCEPTED[base].items() if naming in denoiser]
+
+
 # --- in words ---
 
 

@@ -1,13 +1,16 @@
 """Adapted layers against PEFT's: the same factors give the same outputs and the same gradients."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from networks.core.kinds.lora import LowRank
 from networks.core.sites.targets import kind_of
-from tests.tolerances import FLOAT64
+from tests.tolerances import FLOAT32_DEEP, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double
+from tools import merge_lora
 
 peft = pytest.importorskip("peft")
 
@@ -42,3 +45,38 @@ def test_outputs_and_gradients_equal_those_of_peft(name: str) -> None:
     torch.testing.assert_close(ours.change.get_parameter("lora_down.weight").grad, their_down.grad, **FLOAT64)
     torch.testing.assert_close(ours.change.get_parameter("lora_up.weight").grad, their_up.grad, **FLOAT64)
     assert their_down.grad.abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_a_folder_that_peft_saved_does_in_a_checkpoint_what_it_did_in_peft(
+    tiny_sd_folder: Path, tmp_path: Path
+) -> None:
+    """Its names do not say of which model they are, and its alphas lie beside the weights."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd_folder, subfolder="unet")
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["to_q", "to_out.0", "conv1"], alpha_pattern={"conv1": 1}, use_rslora=True,
+        init_lora_weights=False,
+    )  # fmt: skip
+    torch.manual_seed(433)
+    theirs = peft.get_peft_model(unet, config)
+    theirs.save_pretrained(str(tmp_path / "saved"))
+    generator = torch.Generator().manual_seed(434)
+    latents_BCHW = torch.randn(2, 4, 8, 8, generator=generator)
+    text_BTC = torch.randn(2, 5, unet.config.cross_attention_dim, generator=generator)
+    expected = theirs(latents_BCHW, torch.tensor([31, 742]), text_BTC).sample
+    words = [
+        "--sd_model",
+        str(tiny_sd_folder),
+        "--models",
+        str(tmp_path / "saved"),
+        "--save_to",
+        str(tmp_path / "merged"),
+    ]
+    assert merge_lora.main(words) == 0
+    merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged", subfolder="unet")
+    found = merged(latents_BCHW, torch.tensor([31, 742]), text_BTC).sample
+    alone = UNet2DConditionModel.from_pretrained(tiny_sd_folder, subfolder="unet")
+    assert (alone(latents_BCHW, torch.tensor([31, 742]), text_BTC).sample - expected).abs().max() > 0.05
+    torch.testing.assert_close(found, expected, **FLOAT32_DEEP)

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 DIFFUSERS_SETTINGS = "lora_adapter_metadata"  # JSON in the metadata of files by diffusers, alpha among it
 PEFT_SETTINGS = "adapter_config.json"  # beside files by PEFT
+PEFT_STEM = "adapter_model"
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,12 @@ class AdapterFile:
 
 
 def read_adapter_file(path: str | Path, flag: str = "") -> AdapterFile:
-    """Read an adapter file of any naming. Raises UserError naming `flag` when it cannot be read or has no adapter."""
+    """Read an adapter file of any naming, or a folder by PEFT.
+
+    Raises UserError naming `flag` when it cannot be read or has no adapter.
+    """
     where = f"{flag} {path}".strip()
+    path = file_in_folder(Path(path), where)
     try:
         tensors, metadata = load_state_dict(path), read_metadata(path)
     except (ValueError, OSError) as error:
@@ -68,6 +73,18 @@ def read_adapter_file(path: str | Path, flag: str = "") -> AdapterFile:
     if settings is not None:
         file = replace(file, modules={n: with_alpha(m, settings) for n, m in file.modules.items()})
     return file
+
+
+def file_in_folder(path: Path, where: str) -> Path:
+    """The file in a folder that PEFT saved; a path of anything else as it is. Raises UserError for another folder."""
+    if not path.is_dir():
+        return path
+    found = next(
+        (file for suffix in ("safetensors", "bin") if (file := path / f"{PEFT_STEM}.{suffix}").is_file()), None
+    )
+    if found is None:
+        raise UserError(f"{where} is a folder without {PEFT_STEM}.safetensors, which PEFT saves; give an adapter file")
+    return found
 
 
 def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str) -> AdapterFile:
@@ -163,7 +180,7 @@ def diffusers_settings(metadata: Mapping[str, str]) -> Mapping[str, Mapping[str,
 def peft_settings(path: Path) -> Mapping[str, Mapping[str, Any]] | None:
     """PEFT's settings for a file that it saved, from the adapter_config.json beside it."""
     beside = path.parent / PEFT_SETTINGS
-    if path.stem != "adapter_model" or not beside.is_file():
+    if path.stem != PEFT_STEM or not beside.is_file():
         return None
     try:
         return {"": dict(json.loads(beside.read_text(encoding="utf-8")))}

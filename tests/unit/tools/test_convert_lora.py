@@ -1,5 +1,6 @@
 """tools/convert_lora.py as it is typed."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,68 @@ def test_a_base_model_without_a_table_is_refused_by_name(
 def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "none.safetensors", tmp_path / "b.safetensors", "generic") == 1
     assert "none.safetensors does not exist" in capsys.readouterr().err
+
+
+def peft_folder(folder: Path, modules: list[str], width: int = 8) -> Path:
+    """What PEFT saves: factors under the paths of a model that is not named, alpha in a file beside them."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(951)
+    factors: dict[str, torch.Tensor] = {}
+    for module in modules:
+        factors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(4, width, generator=generator)
+        factors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(6, 4, generator=generator)
+    save_safetensors(folder / "adapter_model.safetensors", factors)
+    settings = {"r": 4, "lora_alpha": 6, "alpha_pattern": {modules[0]: 3}, "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+PEFT_MODELS = {
+    "unet": (
+        ["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "mid_block.attentions.0.proj_in"], 8,
+        ["lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k",
+         "lora_unet_mid_block_attentions_0_proj_in"],
+    ),
+    "flux in diffusers": (
+        ["transformer_blocks.0.ff.net.2", "single_transformer_blocks.3.proj_out"], 3072,
+        ["lora_unet_double_blocks_0_img_mlp_2", "lora_unet_single_blocks_3_linear2"],
+    ),
+    "anima's own model": (
+        ["blocks.0.cross_attn.q_proj", "llm_adapter.blocks.0.mlp.0"], 8,
+        ["lora_unet_blocks_0_cross_attn_q_proj", "lora_unet_llm_adapter_blocks_0_mlp_0"],
+    ),
+    "CLIP": (["text_model.encoder.layers.0.mlp.fc1"], 8, ["lora_te_text_model_encoder_layers_0_mlp_fc1"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PEFT_MODELS)
+def test_a_folder_by_peft_is_named_after_the_model_that_has_its_modules(tmp_path: Path, kind: str) -> None:
+    modules, width, expected = PEFT_MODELS[kind]
+    assert run(peft_folder(tmp_path / "saved", modules, width), tmp_path / "out.safetensors", "kohya") == 0
+    found = load_state_dict(tmp_path / "out.safetensors")
+    assert {key.partition(".")[0] for key in found} == set(expected)
+    alphas = [float(found[f"{name}.alpha"]) for name in expected]
+    assert alphas == [3.0, 6.0][: len(alphas)]
+
+
+def test_folders_that_hold_no_known_adapter_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run(tmp_path / "empty", tmp_path / "out.safetensors", "kohya") == 1
+    assert "is a folder without adapter_model.safetensors" in capsys.readouterr().err
+    llama = peft_folder(tmp_path / "llama", ["model.layers.0.self_attn.q_proj"])
+    assert run(llama, tmp_path / "out.safetensors", "kohya") == 1
+    assert "PEFT wrote it for a model that is none of those known here" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_naming_that_no_program_reads_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """diffusers has no loader for LoRA of HunyuanImage, although it has the model."""
+    name = "lora_unet_double_blocks_0_img_mlp_0"
+    factors = {f"{name}.lora_down.weight": torch.ones(2, 3584), f"{name}.lora_up.weight": torch.ones(14336, 2)}
+    save_safetensors(tmp_path / "a.safetensors", factors)
+    assert run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers") == 1
+    said = capsys.readouterr().err
+    assert "--to diffusers: no program reads adapters of HunyuanImage 2.1 in that naming" in said
+    assert "kohya and generic are read" in said
+    assert not (tmp_path / "b.safetensors").exists()
+    assert run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "generic") == 0

@@ -85,7 +85,9 @@ def test_it_goes_to_the_generic_naming_and_back(model: Path, tmp_path: Path) -> 
 def test_diffusers_reads_no_loha_and_says_so(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.safetensors"
     assert convert_lora.main(["--model", str(model), "--save_to", str(out), "--to", "diffusers"]) == 1
-    assert "the diffusers naming has no place for" in capsys.readouterr().err and not out.exists()
+    said = capsys.readouterr().err
+    assert "the diffusers naming has no place for" in said or "no program reads adapters of HunyuanImage" in said
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("new_rank", [RANK, RANK**2])
