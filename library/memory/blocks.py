@@ -3,7 +3,7 @@
 A denoiser hands each block to the runner it was given instead of calling it; it knows nothing of what the runner does.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -18,10 +18,16 @@ class BlockRunner(Protocol):
     def __call__(self, block: nn.Module, *inputs: Any, **named: Any) -> Any: ...
 
 
+Stacks = Sequence[Sequence[nn.Module]]
+"""The blocks of a model that its runner runs, about in the order of a pass: one sequence for each kind of block."""
+
+
 class RunsBlocks(Protocol):
     """A model of ours that hands its blocks to a runner."""
 
     runner: BlockRunner
+
+    def stacks(self) -> Stacks: ...
 
 
 def plain(block: nn.Module, *inputs: Any, **named: Any) -> Any:
@@ -35,6 +41,24 @@ def recompute(block: nn.Module, *inputs: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return block(*inputs, **named)
     return checkpoint(block, *inputs, use_reentrant=False, **named)
+
+
+class Every:
+    """Runs every n-th block with a runner and the others plainly; blocks are counted in the order they first come."""
+
+    def __init__(self, n: int, runner: BlockRunner) -> None:
+        self.n = n
+        self.runner = runner
+        self.numbers: dict[nn.Module, int] = {}
+
+    def __call__(self, block: nn.Module, *inputs: Any, **named: Any) -> Any:
+        number = self.numbers.setdefault(block, len(self.numbers))
+        return (plain if number % self.n else self.runner)(block, *inputs, **named)
+
+
+def stacks_of(model: nn.Module) -> Stacks:
+    """The blocks of a model of ours."""
+    return cast(RunsBlocks, model).stacks()
 
 
 def run_blocks_with(model: nn.Module, runner: BlockRunner) -> None:

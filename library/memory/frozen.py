@@ -3,12 +3,13 @@
 Letters: O output features, I input features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.nn.grad import conv2d_input
 
 from library.memory.forms.form import Form, Parts
 
@@ -16,8 +17,8 @@ Handle = Callable[[], Parts]
 """Gives the stored parts of a weight, from wherever they wait, each time it is called."""
 
 
-class FrozenLinear(nn.Linear):
-    """A Linear layer whose frozen weight is kept in a `form` and asked for through a `handle`.
+class FrozenLayer(nn.Module):
+    """A layer whose frozen weight is kept in a `form` and asked for through a `handle`.
 
     The parts are frozen parameters, so that whatever moves or shards a model's parameters takes them along. `weight`
     is decoded whenever it is asked for, in the dtype it had: a copy, so that what was read stays what it was when the
@@ -27,67 +28,137 @@ class FrozenLinear(nn.Linear):
 
     form: Form
     handle: Handle
+    weight_shape: torch.Size
+    weight_dtype: torch.dtype
+    bias: Tensor | None
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         parts = self.handle()
-        decoded = self.form.decode(parts, self.form.dtype(parts))
+        decoded = self.form.decode(parts, self.weight_shape, self.weight_dtype)
         return decoded.clone() if any(decoded is part for part in parts.values()) else decoded
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The weight (O, I) to compute with in `dtype`."""
-        return self.form.decode(self.handle(), dtype)
+        """The weight to compute with in `dtype`, before anything else asks for one."""
+        return self.form.decode(self.handle(), self.weight_shape, dtype)
 
-    def resident_parts(self) -> Parts:
+    def own_parts(self) -> Parts:
         """The handle of a layer whose parts are its own parameters."""
-        return {name: part for name, part in self.named_parameters(recurse=False) if name != "bias"}
+        return {name: part for name, part in self._parameters.items() if part is not None and name != "bias"}
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer makes of `x`."""
+        raise NotImplementedError
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of an input of that shape, from the gradient of the output."""
+        raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
         device = input.device.type
         if torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
         product: Tensor = _Product.apply(input, self)  # type: ignore[no-untyped-call]
-        return product if self.bias is None else product + self.bias.to(product.dtype)
+        return product
+
+
+class FrozenLinear(FrozenLayer, nn.Linear):  # type: ignore[misc, override]
+    """A frozen nn.Linear."""
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, weight, bias)
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        return gradient @ weight
+
+
+class FrozenConv2d(FrozenLayer, nn.Conv2d):  # type: ignore[misc, override]
+    """A frozen nn.Conv2d whose padding is a number of zeros."""
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = self._conv_forward(x, weight, bias)
+        return y
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        geometry = self.stride, self.padding, self.dilation, self.groups
+        x_gradient: Tensor = conv2d_input(shape, weight, gradient, *geometry)  # type: ignore[no-untyped-call]
+        return x_gradient
 
 
 # Network modules find layers by the name of their class, and LyCORIS treats a name it does not know as another kind.
 FrozenLinear.__name__ = FrozenLinear.__qualname__ = "Linear"
+FrozenConv2d.__name__ = FrozenConv2d.__qualname__ = "Conv2d"
+
+KINDS: dict[type[nn.Module], type[FrozenLayer]] = {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d}
 
 
 class _Product(torch.autograd.Function):
-    """x @ weight'. What is kept for the backward pass is the layer, not its weight."""
+    """A layer's product. What is kept for the backward pass is the layer, not its weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
-        ctx.layer = layer
-        return linear(x, layer.weight_in(x.dtype))
+    def forward(ctx: Any, x: Tensor, layer: FrozenLayer) -> Tensor:
+        ctx.layer, ctx.shape = layer, x.shape
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return layer.compute(x, layer.weight_in(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient @ ctx.layer.weight_in(gradient.dtype), None
+        return ctx.layer.input_gradient(gradient, ctx.layer.weight_in(gradient.dtype), ctx.shape), None
+
+
+def can_be_frozen(layer: nn.Module) -> bool:
+    """Whether there is a frozen twin of a layer; subclasses may compute something else, and are left alone."""
+    return type(layer) is nn.Linear or (
+        type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    )
+
+
+def layers_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers inside the blocks of a model that can be frozen, by their paths, in order.
+
+    Blocks are what lies in lists of modules. What stands outside them, such as embedders and the last layer, is small
+    and stays as it is, and so do norms.
+    """
+    stems = [
+        f"{path}.{name}."
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        for name, _ in module.named_children()
+    ]
+    starts = tuple(stem.removeprefix(".") for stem in stems)
+    return {
+        path: layer for path, layer in model.named_modules() if f"{path}.".startswith(starts) and can_be_frozen(layer)
+    }
+
+
+def frozen_layers(block: nn.Module) -> Iterator[FrozenLayer]:
+    """The layers of a block whose weights are stored in a form."""
+    return (layer for layer in block.modules() if isinstance(layer, FrozenLayer))
 
 
 @torch.no_grad()
-def store_in(form: Form, layer: nn.Linear) -> None:
-    """Turn a Linear layer into a frozen one in `form`, in place, so that others may hold on to it."""
-    parts = form.encode(layer.weight)
+def store_in(form: Form, layer: nn.Module, weight: Tensor | None = None) -> None:
+    """Turn a layer into its frozen twin in `form`, in place, so that others may hold on to it.
+
+    `weight` stands in for the layer's own, which may have no values yet.
+    """
+    whole = layer.weight if weight is None else weight
+    assert isinstance(whole, Tensor)
+    parts = form.encode(whole)
+    shape, dtype = whole.shape, whole.dtype
     del layer.weight
-    layer.__class__ = FrozenLinear
-    assert isinstance(layer, FrozenLinear)
-    layer.form = form
+    layer.__class__ = KINDS[type(layer)]
+    assert isinstance(layer, FrozenLayer)
+    layer.form, layer.weight_shape, layer.weight_dtype = form, shape, dtype
     for name, part in parts.items():
         layer.register_parameter(name, nn.Parameter(part, requires_grad=False))
-    layer.handle = layer.resident_parts
+    layer.handle = layer.own_parts
 
 
-def store_blocks_in(form: Form, model: nn.Module) -> int:
-    """Keep the Linear layers inside the blocks of a frozen model in `form`; gives how many there are.
-
-    Blocks are what lies in lists of modules. What stands outside them, such as embedders and the last layer, is small
-    and stays as it is, and so do convolutions and norms.
-    """
-    blocks = [child for module in model.modules() if isinstance(module, nn.ModuleList) for child in module]
-    layers = {layer for block in blocks for layer in block.modules() if type(layer) is nn.Linear}
+def store_all_in(form: Form, layers: Iterable[nn.Module]) -> int:
+    """Keep those of the layers in `form` that can be and are not frozen yet; gives how many frozen ones there are."""
+    layers = list(layers)
     for layer in layers:
-        store_in(form, layer)
-    return len(layers)
+        if can_be_frozen(layer):
+            store_in(form, layer)
+    return sum(isinstance(layer, FrozenLayer) for layer in layers)

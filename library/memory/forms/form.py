@@ -1,4 +1,7 @@
-"""What a stored form of a frozen weight must offer. Letters: O output features, I input features."""
+"""What a stored form of a frozen weight must offer.
+
+Letters: O outputs, I inputs of a weight as a matrix; the inputs of a convolution are its channels times its kernel.
+"""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -13,14 +16,10 @@ Parts = Mapping[str, Tensor]
 class Form(Protocol):
     """A codec: how one weight is stored, and how it becomes numbers to compute with again."""
 
-    def encode(self, weight_OI: Tensor) -> Parts:
-        """The parts of a weight, on its device."""
+    def encode(self, weight: Tensor) -> Parts:
+        """The parts of a weight, (O, I) or (O, channels, height, width), on its device."""
         ...
 
-    def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
-        """The weight (O, I) in `dtype`, rounded as the form rounds it; possibly the stored tensor itself."""
-        ...
-
-    def dtype(self, parts: Parts) -> torch.dtype:
-        """What the weight's dtype was before it was stored."""
+    def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The weight of that shape in `dtype`, rounded as the form rounds it; possibly the stored tensor itself."""
         ...

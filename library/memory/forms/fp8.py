@@ -1,4 +1,4 @@
-"""The form that stores a frozen weight in 8 bits, with a factor for each row."""
+"""The form that stores a frozen weight in 8-bit floating point, with a factor for each row."""
 
 import torch
 from torch import Tensor
@@ -17,13 +17,11 @@ class Fp8Rows:
     rounds nothing, so each value is off by at most 1/16 of itself, or by a 2^-17th of the row's largest.
     """
 
-    def encode(self, weight_OI: Tensor) -> Parts:
-        largest_O1 = weight_OI.float().abs().amax(dim=1, keepdim=True)
+    def encode(self, weight: Tensor) -> Parts:
+        weight_OI = weight.detach().flatten(1).float()
+        largest_O1 = weight_OI.abs().amax(dim=1, keepdim=True)
         scales_O1 = torch.exp2((largest_O1 / LARGEST).log2().ceil().clamp(min=SMALLEST))
-        return {"codes": (weight_OI.float() / scales_O1).to(FP8), "scales": scales_O1.to(weight_OI.dtype)}
+        return {"codes": (weight_OI / scales_O1).to(FP8), "scales": scales_O1.to(weight.dtype)}
 
-    def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
-        return parts["codes"].to(dtype) * parts["scales"].to(dtype)
-
-    def dtype(self, parts: Parts) -> torch.dtype:
-        return parts["scales"].dtype
+    def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return (parts["codes"].to(dtype) * parts["scales"].to(dtype)).reshape(shape)

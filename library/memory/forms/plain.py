@@ -1,19 +1,21 @@
 """The form that stores a frozen weight as it is."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from library.memory.forms.form import Parts
 
 
+@dataclass(frozen=True)
 class Plain:
-    """One part, `values` (O, I), in the dtype that the weight had."""
+    """One part, `values`, in the shape and layout that the weight had; in `dtype`, None for the weight's own."""
 
-    def encode(self, weight_OI: Tensor) -> Parts:
-        return {"values": weight_OI}
+    dtype: torch.dtype | None = None
 
-    def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
+    def encode(self, weight: Tensor) -> Parts:
+        return {"values": weight.detach().to(self.dtype or weight.dtype)}
+
+    def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return parts["values"].to(dtype)
-
-    def dtype(self, parts: Parts) -> torch.dtype:
-        return parts["values"].dtype

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from library.memory.forms.form import Form
 from library.memory.forms.fp8 import FP8, Fp8Rows
 from library.memory.forms.plain import Plain
-from library.memory.frozen import FrozenLinear, store_blocks_in, store_in
+from library.memory.frozen import FrozenLinear, layers_in_blocks, store_all_in, store_in
 from networks import lora
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.unit.networks.toy import randomize
@@ -49,7 +49,7 @@ def decoded_copy(model: nn.Module) -> nn.Module:
 
 def test_only_layers_inside_blocks_change_and_they_take_a_byte_a_weight() -> None:
     model = frozen()
-    assert store_blocks_in(Fp8Rows(), model) == 2
+    assert store_all_in(Fp8Rows(), layers_in_blocks(model).values()) == 2
     assert type(model.outside) is nn.Linear
     layer = model.blocks[0][0]
     assert isinstance(layer, nn.Linear) and type(layer).__name__ == "Linear"
@@ -67,7 +67,7 @@ def test_every_value_is_off_by_a_sixteenth_at_most_however_small_its_row(dtype: 
     layer.weight[3] *= 1e-3
     layer.weight[5] = 0
     before = layer.weight.double()
-    store_blocks_in(Fp8Rows(), model)
+    store_all_in(Fp8Rows(), layers_in_blocks(model).values())
     after = layer.weight
     assert after.dtype == dtype
     limit = (before.abs() / 16).maximum(before.abs().amax(1, keepdim=True) * 2.0**-17)
@@ -82,7 +82,7 @@ FORMS = {"plain": Plain(), "fp8": Fp8Rows()}
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_outputs_and_gradients_are_those_of_the_decoded_weight(form: Form) -> None:
     model = frozen()
-    store_blocks_in(form, model)
+    store_all_in(form, layers_in_blocks(model).values())
     plain = decoded_copy(model)
     results = []
     for one in (model, plain):
@@ -95,14 +95,14 @@ def test_outputs_and_gradients_are_those_of_the_decoded_weight(form: Form) -> No
 
 def test_under_autocast_the_product_has_its_dtype() -> None:
     model = frozen(dtype=torch.bfloat16)
-    store_blocks_in(Fp8Rows(), model)
+    store_all_in(Fp8Rows(), layers_in_blocks(model).values())
     with torch.autocast("cpu", torch.bfloat16):
         assert model.blocks[0][0](torch.randn(2, 16)).dtype == torch.bfloat16
 
 
 def test_the_backward_pass_keeps_no_decoded_weight() -> None:
     model = frozen()
-    store_blocks_in(Fp8Rows(), model)
+    store_all_in(Fp8Rows(), layers_in_blocks(model).values())
     saved: list[Tensor] = []
     with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         model(torch.randn(2, 16).requires_grad_())
@@ -140,7 +140,7 @@ def test_the_backward_pass_asks_the_handle_for_the_weight_again() -> None:
 @pytest.mark.parametrize("arguments", [{}, {"dora_wd": "True"}, {"split_qkv": "True"}], ids=str)
 def test_adapters_train_on_them_as_on_the_decoded_weight(arguments: dict[str, str]) -> None:
     base = toy_transformer(0)
-    assert store_blocks_in(Fp8Rows(), base) > 0
+    assert store_all_in(Fp8Rows(), layers_in_blocks(base).values()) > 0
     results = []
     for model in (base, decoded_copy(base)):
         network = lora.create_network(1.0, 3, 2, None, None, model, **arguments)

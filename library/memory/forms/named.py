@@ -1,0 +1,23 @@
+"""The forms by the names that --base_format knows."""
+
+from collections.abc import Mapping
+
+import torch
+
+from library.memory.forms.form import Form
+from library.memory.forms.fp8 import Fp8Rows
+from library.memory.forms.int8 import Int8Rows
+from library.memory.forms.nf4 import Nf4
+from library.memory.forms.plain import Plain
+
+FORMS: Mapping[str, Form] = {
+    "bf16": Plain(torch.bfloat16),
+    "fp8": Fp8Rows(),
+    "int8": Int8Rows(),
+    "int8_rotated": Int8Rows(is_rotated=True),
+    "nf4": Nf4(),
+    "nf4_double": Nf4(is_double=True),
+}
+
+BITS: Mapping[str, float] = {"bf16": 16, "fp8": 8, "int8": 8, "int8_rotated": 8, "nf4": 4.5, "nf4_double": 4.127}
+"""What a value takes in each form, without the factors of rows, which are few."""

@@ -1,0 +1,118 @@
+"""Lets blocks of a frozen model wait in main memory until they compute."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from library.memory.blocks import Stacks
+from library.memory.forms.form import Parts
+from library.memory.frozen import FrozenLayer, frozen_layers
+from library.memory.places.pinning import pin
+from library.memory.places.ring import NUM_SLOTS, Ring
+from library.memory.places.streams import CardStreams, HostStreams, StagedStreams, Streams
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 256  # bytes: where parts begin, as the card's own allocations do
+
+MakeMaster = Callable[[int, int], tuple[Tensor, bool]]
+"""(number of the block, bytes) to its flat master, and whether another process fills it."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one part of one layer lies among the bytes of its block."""
+
+    layer: FrozenLayer
+    name: str
+    part: Tensor  # on the meta device: shape, layout and dtype
+    start: int
+    end: int
+
+    def within(self, bytes_N: Tensor) -> Tensor:
+        """The part as a view of the bytes."""
+        return bytes_N[self.start : self.end].view(self.part.dtype).as_strided(self.part.shape, self.part.stride())
+
+
+def own_master(block: int, num_bytes: int) -> tuple[Tensor, bool]:
+    """Memory of this process alone."""
+    return torch.empty(num_bytes, dtype=torch.uint8), False
+
+
+def stream(
+    stacks: Stacks, waiting: Sequence[int], device: torch.device, make_master: MakeMaster = own_master
+) -> Ring | None:
+    """Let `waiting[i]` blocks of stack i wait in main memory, and give their weights through slots on `device`.
+
+    The weights of these blocks must be frozen, see `library.memory.frozen`. Norms, biases and whatever else is no
+    frozen layer's weight stay with the model. Gives the ring; None where no block waits.
+    """
+    blocks = [stack[i] for stack, count in zip(stacks, waiting, strict=True) for i in chosen(len(stack), count)]
+    if not blocks:
+        return None
+    layouts = [list(spans(block)) for block in blocks]
+    masters = [take_out(number, layout, make_master) for number, layout in enumerate(layouts)]
+    ring = Ring(masters, open_streams(masters, device))
+    for number, layout in enumerate(layouts):
+        for layer in {span.layer: None for span in layout}:
+            layer.handle = partial(parts_of, ring, number, [span for span in layout if span.layer is layer])
+    return ring
+
+
+def chosen(num_blocks: int, count: int) -> list[int]:
+    """Which of the blocks wait: evenly spread, so that others compute while one comes, and never the last.
+
+    Where forward turns into backward a block that waits would have no time to come.
+    """
+    return [i * (num_blocks - 1) // count for i in range(count)]
+
+
+def spans(block: nn.Module) -> Iterator[Span]:
+    """The parts of a block's frozen layers, one after the other."""
+    start = 0
+    for layer in frozen_layers(block):
+        for name, part in layer.own_parts().items():
+            # Convolutions compute with their channels last, see library.memory.devices.place.
+            wanted = part.to("meta", memory_format=torch.channels_last if part.ndim == 4 else torch.contiguous_format)
+            end = start + part.numel() * part.element_size()
+            yield Span(layer, name, wanted, start, end)
+            start = -(-end // ALIGNMENT) * ALIGNMENT
+
+
+def take_out(number: int, layout: Sequence[Span], make_master: MakeMaster) -> Tensor:
+    """Move the parts of a block from its layers into a master."""
+    master, is_filled = make_master(number, layout[-1].end if layout else 0)
+    for span in layout:
+        if not is_filled:
+            span.within(master).copy_(span.layer.own_parts()[span.name])
+        delattr(span.layer, span.name)
+    return master
+
+
+def parts_of(ring: Ring, number: int, layout: Sequence[Span]) -> Parts:
+    """The handle of a layer whose block waits in main memory."""
+    bytes_N = ring.need(number)
+    return {span.name: span.within(bytes_N) for span in layout}
+
+
+def open_streams(masters: Sequence[Tensor], device: torch.device) -> Streams:
+    """The fastest way from these masters to the device, which the log names."""
+    largest, total = max(map(len, masters)), sum(map(len, masters))
+    what = f"{len(masters)} blocks ({total / 1e9:.2f} GB) wait in main memory"
+    if device.type != "cuda":
+        logger.info("%s; without a card this saves nothing and costs a copy of each block in each pass", what)
+        return HostStreams(NUM_SLOTS, largest, device)
+    reason = pin(masters)
+    if reason is None:
+        logger.info("%s, which is pinned: they are copied while others compute", what)
+        return CardStreams(NUM_SLOTS, largest, device)
+    logger.warning(
+        "%s, which is not pinned: %s; they are copied twice, which can take longer than the others compute",
+        what,
+        reason,
+    )
+    return StagedStreams(NUM_SLOTS, largest, device)

@@ -1,0 +1,171 @@
+"""What waits in main memory, how it is pinned, and how it is copied; whole models are in tests/parity/test_ring.py."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from library.errors import UserError
+from library.memory.forms.plain import Plain
+from library.memory.frozen import layers_in_blocks, store_all_in
+from library.memory.places import pinning
+from library.memory.places.streamed import chosen, stream
+from library.memory.places.streams import CardStreams, HostStreams, StagedStreams
+from library.training.run.frozen_base import waiting_blocks
+from tests.parity.deep import DEEP
+
+CPU = torch.device("cpu")
+
+
+def test_only_weights_leave_and_they_leave_altogether() -> None:
+    deep = DEEP["flux"]
+    model = deep.frozen(65)
+    before = {name: p for name, p in model.named_parameters()}
+    store_all_in(Plain(), layers_in_blocks(model).values())
+    ring = stream(deep.stacks(model), [2, 3], CPU)
+    assert ring is not None and len(ring.masters) == 5
+    left = {name for name, _ in model.named_parameters()}
+    waiting = [0, 1], [0, 1, 3]
+    assert [chosen(4, 2), chosen(6, 3)] == list(waiting)
+    for kind, numbers in zip(("double_blocks", "single_blocks"), waiting, strict=True):
+        for i in range(4 if kind == "double_blocks" else 6):
+            names = [name for name in before if name.startswith(f"{kind}.{i}.") and before[name].ndim == 2]
+            stored = [name for name in left if name.startswith(f"{kind}.{i}.") and name.endswith(".values")]
+            assert len(stored) == (0 if i in numbers else len(names))
+    outside = {name for name in before if before[name].ndim == 1}
+    assert outside <= left  # norms and biases
+    num_bytes = sum(4 * before[name].numel() for name in before if before[name].ndim == 2 and "_blocks" in name)
+    assert 0 < sum(map(len, ring.masters)) < num_bytes
+
+
+@pytest.mark.parametrize(("num_blocks", "count"), [(6, 1), (6, 3), (6, 4), (19, 17), (38, 36), (57, 20), (3, 1)])
+def test_waiting_blocks_are_spread_and_the_last_stays(num_blocks: int, count: int) -> None:
+    numbers = chosen(num_blocks, count)
+    assert len(set(numbers)) == count and max(numbers) < num_blocks - 1
+    gaps = [b - a for a, b in pairwise(numbers)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+BLOCKS_19_38 = [[nn.Identity()] * 19, [nn.Identity()] * 38]
+BLOCKS_30 = [[nn.Identity()] * 30]
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "stacks", "wanted"),
+    [(35, BLOCKS_19_38, [17, 36]), (18, BLOCKS_19_38, [9, 18]), (7, BLOCKS_19_38, [3, 8]), (28, BLOCKS_30, [28])],
+)
+def test_blocks_are_counted_as_sd_scripts_counts_them(num_blocks: int, stacks: Any, wanted: list[int]) -> None:
+    assert waiting_blocks(num_blocks, stacks) == wanted
+
+
+@pytest.mark.parametrize(("num_blocks", "stacks", "most"), [(36, BLOCKS_19_38, 35), (29, BLOCKS_30, 28)])
+def test_more_blocks_than_there_are_is_an_error_that_names_the_most(num_blocks: int, stacks: Any, most: int) -> None:
+    with pytest.raises(UserError, match=f"--blocks_to_swap {num_blocks}: .* use at most {most}$"):
+        waiting_blocks(num_blocks, stacks)
+
+
+def test_no_block_that_waits_is_no_ring() -> None:
+    assert stream([[nn.Linear(3, 3), nn.Linear(3, 3)]], [0], CPU) is None
+
+
+class Runtime:
+    """Stands in for the card's library: refuses the second buffer."""
+
+    def __init__(self) -> None:
+        self.pinned: list[int] = []
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        if self.pinned:
+            return 2
+        self.pinned.append(address)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.pinned.remove(address)
+        return 0
+
+
+def test_pinning_is_all_or_nothing_and_leaves_most_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    masters = [torch.zeros(100, dtype=torch.uint8) for _ in range(2)]
+    assert pinning.pin(masters[:1]) is None and len(runtime.pinned) == 1
+    runtime.pinned.clear()
+    assert pinning.pin(masters) == "the system refused it (2)" and runtime.pinned == []
+    monkeypatch.setattr(pinning.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 400}))
+    assert "more than 40% of the main memory" in str(pinning.pin(masters))
+
+
+class FakeCuda:
+    """Notes what streams and events are told; copies themselves run at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: list[str] = []
+        told = self.told
+
+        class Event:
+            def record(self, stream: Any) -> None:
+                told.append(f"record on {stream.name}")
+
+            def synchronize(self) -> None:
+                told.append("host waits")
+
+        class Stream:
+            def __init__(self, device: Any = None, name: str = "copies") -> None:
+                self.name = name
+
+            def wait_stream(self, other: Any) -> None:
+                told.append(f"{self.name} waits for {other.name}")
+
+            def wait_event(self, event: Event) -> None:
+                told.append(f"{self.name} waits for an event")
+
+            def __enter__(self) -> None:
+                told.append(f"on {self.name}")
+
+            def __exit__(self, *_: Any) -> None: ...
+
+        compute = Stream(name="compute")
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: compute)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **kw: empty(*size, **kw))
+
+
+FILL = ["on copies", "record on copies"]
+
+
+def test_a_card_copies_after_what_was_computed_and_computes_after_what_was_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = FakeCuda(monkeypatch)
+    streams = CardStreams(2, 8, CPU)
+    streams.start(1, torch.arange(6, dtype=torch.uint8))
+    streams.ready(1)
+    assert cuda.told == ["copies waits for compute", *FILL, "compute waits for an event"]
+    assert streams.slots[1][:6].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_memory_that_is_not_pinned_goes_through_buffers_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    streams = StagedStreams(2, 8, CPU)
+    streams.start(0, torch.full((4,), 7, dtype=torch.uint8))
+    streams.ready(0)
+    staged = ["host waits", "copies waits for an event", *FILL, "record on copies"]
+    assert cuda.told == ["record on compute", *staged, "compute waits for an event"]
+    streams.start(1, torch.full((5,), 8, dtype=torch.uint8))
+    streams.ready(1)
+    assert [slot[0].item() for slot in streams.slots] == [7, 8]
+    assert streams.staging[0] is not streams.staging[1] and streams.turn == 0
+
+
+def test_a_slot_on_the_host_is_nan_until_it_is_waited_for() -> None:
+    streams = HostStreams(2, 8, CPU)
+    streams.start(0, torch.zeros(8, dtype=torch.uint8))
+    assert streams.slots[0].view(torch.float32).isnan().all() and streams.slots[0].view(torch.bfloat16).isnan().all()
+    streams.ready(0)
+    assert not streams.slots[0].any()
