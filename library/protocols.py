@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from library.diffusion.samplers import Sampler
-from library.memory.blocks import BlockRunner, chains_of, run_blocks_with
+from library.memory.blocks import BlockRunner, Stacks, chains_of, run_blocks_with, stacks_of
+from library.memory.forms.form import Form
 from library.options.caching import TextCachingOptions
 from library.types import Batch, Conditioning, Noised, Prompt, Tokens
 
@@ -29,7 +30,9 @@ class Loader(Protocol):
 
     def text_encoders(self) -> list[nn.Module]: ...
     def vae(self) -> nn.Module: ...
-    def denoiser(self) -> nn.Module: ...
+    def denoiser(self, form: Form | None = None) -> nn.Module:
+        """With a form the weights inside its blocks come in it, each turned as it is read."""
+        ...
 
 
 class TextPipeline(Protocol):
@@ -182,5 +185,6 @@ class Architecture:
     vary: Vary | None = None  # None where conditioning is used as it is
     encodes_on_cpu: bool = False  # whether the text encoders stay off the card
     run_blocks_with: Callable[[nn.Module, BlockRunner], None] = run_blocks_with  # gives the denoiser its runner
+    stacks: Callable[[nn.Module], Stacks] = stacks_of  # the denoiser's blocks that go through the runner
     chains: Callable[[nn.Module], list[nn.ModuleList]] = chains_of  # lists of blocks in which those alike can be missed
     vae_overflows_in_fp16: bool = False  # whether the VAE that comes with it gives NaN in fp16, as SDXL's does

@@ -76,7 +76,7 @@ def training_metadata(options: TrainOptions, architecture: Mapping[str, str], fa
         "ss_num_reg_images": facts.num_reg_images,
         "ss_num_batches_per_epoch": facts.num_batches_per_epoch,
         "ss_num_epochs": facts.num_epochs,
-        "ss_gradient_checkpointing": o.memory.gradient_checkpointing,
+        "ss_gradient_checkpointing": o.memory.recomputes,
         "ss_gradient_accumulation_steps": o.run.gradient_accumulation_steps,
         "ss_max_train_steps": facts.max_train_steps,
         "ss_lr_warmup_steps": o.schedule.lr_warmup_steps,

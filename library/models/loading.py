@@ -11,10 +11,12 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights
 from library.errors import UserError
+from library.memory.forms.form import Form
+from library.memory.frozen import layers_in_blocks, store_in
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +31,11 @@ class Component:
     weights: Weights
 
 
-def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype) -> nn.Module:
+def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Form | None = None) -> nn.Module:
     """Give a module on the meta device its weights in `dtype`; frozen, in evaluation mode.
+
+    With a `form` the weights inside its blocks are stored in it, each as soon as it is read: the most memory that this
+    takes is the result and one weight.
 
     Raises UserError naming missing weights and wrong shapes; names that the model does not know are warned of.
     """
@@ -54,8 +59,15 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype) -> nn.Mo
             f"{weights.origin}: {len(wrong)} weights do not fit {type(model).__name__}, the first is {wrong[0]}: "
             f"it has the shape {has}, the model needs {needs}"
         )
-    values = {name: weights.read(name).reshape(tensor.shape).to(dtype) for name, tensor in wanted.items()}
-    model.load_state_dict(values, assign=True)
+
+    def read(name: str) -> Tensor:
+        return weights.read(name).reshape(wanted[name].shape).to(dtype)
+
+    stored = {f"{path}.weight": layer for path, layer in layers_in_blocks(model).items()} if form else {}
+    for name, layer in stored.items():
+        assert form is not None
+        store_in(form, layer, read(name))
+    model.load_state_dict({name: read(name) for name in wanted if name not in stored}, assign=True, strict=not stored)
     return model.requires_grad_(False).eval()
 
 

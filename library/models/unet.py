@@ -9,7 +9,7 @@ from torch import nn
 
 from library.checkpoints.weights import Weights, configure, renamed
 from library.errors import UserError
-from library.memory.blocks import BlockRunner, run_library_blocks_with
+from library.memory.blocks import BlockRunner, Stacks, run_library_blocks_with
 from library.models.loading import Component
 from library.models.shapes import Shapes, count, heads_of, norm_groups, shape_of
 from library.models.unet_keys import UnetLayout, unet_from_ldm
@@ -94,12 +94,17 @@ def empty_unet(config: Mapping[str, Any]) -> Any:
 
 
 def run_unet_blocks_with(unet: nn.Module, runner: BlockRunner) -> None:
-    """Lead the residual and transformer blocks of diffusers' U-Net, nearly all of its work, through `runner`."""
+    """Lead the blocks of diffusers' U-Net through `runner`."""
+    for blocks in unet_stacks(unet):
+        run_library_blocks_with(blocks, runner)
+
+
+def unet_stacks(unet: nn.Module) -> Stacks:
+    """The residual and transformer blocks of diffusers' U-Net, nearly all of its work."""
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
 
-    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock | ResnetBlock2D)]
-    run_library_blocks_with(blocks, runner)
+    return [[module for module in unet.modules() if isinstance(module, BasicTransformerBlock | ResnetBlock2D)]]
 
 
 def unet_chains(unet: nn.Module) -> list[nn.ModuleList]:

@@ -15,9 +15,32 @@ class MemoryOptions(Options):
         help="Compute activations again in the backward pass in place of keeping them. Saves much memory for about a "
         "quarter more time.",
     )
+    gradient_checkpointing_every: int = option(
+        1,
+        at_least=1,
+        needs=("gradient_checkpointing", "unsloth_offload_checkpointing"),
+        own=True,
+        help="Compute the activations of every n-th block again and keep those of the others: 2 costs half the time of "
+        "--gradient_checkpointing and saves half as much. Unset is every block.",
+    )
     cpu_offload_checkpointing: bool = option(
         False,
-        help="Keep the activations of --gradient_checkpointing in main memory in place of the card's.",
+        needs=("gradient_checkpointing", "unsloth_offload_checkpointing"),
+        help="Let the inputs of blocks that --gradient_checkpointing keeps wait in main memory.",
+    )
+    unsloth_offload_checkpointing: bool = option(
+        False,
+        own=True,
+        help="--gradient_checkpointing and --cpu_offload_checkpointing in one.",
+    )
+    blocks_to_swap: int | None = option(
+        None,
+        at_least=0,
+        usual=True,
+        own=True,
+        help="Number of the denoiser's blocks whose weights wait in main memory until they are needed. Saves the "
+        "card's memory; what it costs in time depends on how long a block computes. Of models with two kinds of blocks "
+        "half of the number are of the first, and two of the second stand for one of the first.",
     )
     lowram: bool = option(False, help="Load models straight to the card, for machines with little main memory.")
     highvram: bool = option(
@@ -51,17 +74,15 @@ class MemoryOptions(Options):
         ),
     )
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations of blocks are computed again in the backward pass."""
+        return self.gradient_checkpointing or self.unsloth_offload_checkpointing
 
-@dataclass(frozen=True)
-class SwappingOptions(Options):
-    """Which blocks of a transformer wait in main memory."""
-
-    blocks_to_swap: int | None = option(
-        None,
-        usual=True,
-        help="Number of transformer blocks that wait in main memory and are exchanged with the card's while computing. "
-        "Saves the card's memory and costs time.",
-    )
+    @property
+    def offloads_inputs(self) -> bool:
+        """Whether what blocks are computed again from waits in main memory."""
+        return self.recomputes and (self.cpu_offload_checkpointing or self.unsloth_offload_checkpointing)
 
 
 @dataclass(frozen=True)
@@ -94,7 +115,22 @@ class PrecisionOptions(Options):
         help="Keep the frozen denoiser in 8 bits and the text encoders in the format of --mixed_precision.",
     )
 
+    base_format: str | None = option(
+        None,
+        own=True,
+        usual=True,
+        choices=("bf16", "fp8", "int8", "int8_rotated", "nf4", "nf4_double"),
+        help="How the weights of the frozen denoiser's blocks, and of text encoders that stay, are stored; they are "
+        "computed with in --mixed_precision. fp8 and int8 take a byte each, int8_rotated errs least of the 8-bit ones "
+        "where a layer has outliers, nf4 takes about half a byte and needs bitsandbytes, nf4_double a little less.",
+    )
+
     @property
-    def shrinks_denoiser(self) -> bool:
-        """Whether the denoiser is to be kept in 8 bits."""
-        return self.fp8_base or self.fp8_base_unet
+    def denoiser_format(self) -> str | None:
+        """The name of the form in which the denoiser's blocks are stored; None for that of --mixed_precision."""
+        return self.base_format or ("fp8" if self.fp8_base or self.fp8_base_unet else None)
+
+    @property
+    def text_encoder_format(self) -> str | None:
+        """The same for text encoders."""
+        return self.base_format or ("fp8" if self.fp8_base else None)

@@ -18,10 +18,7 @@ DEEPSPEED = tuple(name for name in names_of(DistributedOptions) if name not in D
 NOT_YET: Mapping[str, str] = {
     "dataset_class": "describe the pictures with --dataset_config or --train_data_dir",
     "deepspeed": "train on one card without it",
-    "blocks_to_swap": "leave it out; --mixed_precision bf16 and --gradient_checkpointing save memory",
-    "split_mode": "it is an old name for --blocks_to_swap 18; leave it out",
     "enable_scaled_pos_embed": "leave it out; positions are taken from the middle of the model's own table",
-    "cpu_offload_checkpointing": "use --gradient_checkpointing alone",
     "torch_compile": "leave it out; the models run uncompiled",
     "fused_backward_pass": "leave it out",
 }

@@ -19,10 +19,14 @@ FLAGS: list[dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
 
 OURS = {  # options that sd-scripts does not have, with their defaults; one a line
     "autoresume": False,
+    "base_format": None,
+    "blocks_to_swap": None,
     "dry_run": False,
     "exit_status_on_stop": False,
+    "gradient_checkpointing_every": 1,
     "on_nonfinite": "skip",
     "trace_nonfinite": False,
+    "unsloth_offload_checkpointing": False,
     "keep_best_checkpoint": False,
     "validate_at_first": False,
 }

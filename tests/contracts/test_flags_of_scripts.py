@@ -113,8 +113,8 @@ def test_each_of_three_options_keeps_hunyuan_images_denoiser_in_8_bits(flag: str
     from library.architectures.hunyuan_image.options import HunyuanImageOptions
 
     options = HunyuanImageOptions.from_args(parsed("hunyuan_image_train_network", f"--{flag}"))
-    assert options.precision.shrinks_denoiser
-    assert not HunyuanImageOptions().precision.shrinks_denoiser
+    assert options.precision.denoiser_format == "fp8"
+    assert HunyuanImageOptions().precision.denoiser_format is None
 
 
 def starts_of(flags: set[str]) -> dict[str, set[str]]:

@@ -146,7 +146,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_and_previews_are_drawn(
     ("extra", "message"),
     [
         (["--weighted_captions"], "Qwen3 knows no weighted words"),
-        (["--unsloth_offload_checkpointing"], "--unsloth_offload_checkpointing is not supported yet"),
+        (["--blocks_to_swap", "1"], "--blocks_to_swap 1: the denoiser has 2 blocks, of which 2 of each kind stay"),
         (["--qwen3", "nowhere.safetensors"], "--qwen3 nowhere.safetensors does not exist"),
         (["--qwen3", ""], "--qwen3 is missing"),
         (["--vae", ""], "--vae is missing"),

@@ -61,11 +61,6 @@ def build(options: AnimaOptions) -> Architecture:
     Raises UserError naming the flag for a file or a setting that does not fit Anima.
     """
     RECIPE.check(options)
-    if options.computing.unsloth_offload_checkpointing:
-        raise UserError(
-            "--unsloth_offload_checkpointing is not supported yet: use --gradient_checkpointing, which computes "
-            "activations again"
-        )
     loader = open_loader(options)
     text = build_text(options, loader)
     return Architecture(

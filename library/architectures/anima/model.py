@@ -17,7 +17,7 @@ from library.architectures.anima.llm_adapter import EPS, AdapterConfig, LLMAdapt
 from library.architectures.anima.positions import Angles, picture_angles, turn
 from library.architectures.anima.targets import TARGETS
 from library.errors import UserError
-from library.memory.blocks import BlockRunner, plain
+from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.patches import patchify, unpatchify
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import sinusoids
@@ -92,6 +92,10 @@ class Anima(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_blocks))
         self.final_layer = FinalLayer(c.width, c.modulation_rank, c.channels * PATCH**2)
         self.llm_adapter = LLMAdapter(c.adapter)
+
+    def stacks(self) -> Stacks:
+        """The blocks that go through the runner."""
+        return [[*self.blocks]]
 
     def forward(
         self,

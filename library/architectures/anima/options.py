@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from library.options.base import Options, group, option, redeclared
 from library.options.caching import TextCachingOptions
 from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
-from library.options.memory import SwappingOptions
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 
@@ -60,9 +59,6 @@ class AnimaMemoryOptions(Options):
     vae_disable_cache: bool = option(
         False, help="Let the VAE keep nothing of earlier frames. Has no effect: a picture has one frame."
     )
-    unsloth_offload_checkpointing: bool = option(
-        False, help="Keep what gradient checkpointing stores in main memory. Not supported yet."
-    )
 
 
 @dataclass(frozen=True)
@@ -84,4 +80,3 @@ class AnimaOptions(TrainOptions):
     flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
     computing: AnimaMemoryOptions = group(AnimaMemoryOptions)
     reading: ReadingOptions = group(ReadingOptions)
-    swapping: SwappingOptions = group(SwappingOptions)

@@ -13,6 +13,7 @@ from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
+from library.memory.forms.form import Form
 from library.models.clip import clip_component, clip_of_folder, load_clip
 from library.models.flux_vae import CHANNELS, open_ae
 from library.models.identify import base_of_file, refuse_other, refuse_other_folder
@@ -65,8 +66,8 @@ class FluxLoader:
     def vae(self) -> nn.Module:
         return materialise(empty_vae(self.ae.config), self.ae.weights, self.vae_dtype)
 
-    def denoiser(self) -> nn.Module:
-        return materialise(empty_flux(self.config), self.denoiser_weights, self.dtype)
+    def denoiser(self, form: Form | None = None) -> nn.Module:
+        return materialise(empty_flux(self.config), self.denoiser_weights, self.dtype, form)
 
 
 def open_loader(options: FluxOptions) -> FluxLoader:

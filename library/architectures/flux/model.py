@@ -14,7 +14,7 @@ from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, si
 
 from library.architectures.flux.targets import TARGETS
 from library.errors import UserError
-from library.memory.blocks import BlockRunner, plain
+from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import Rope, rope_of, turn
 from library.models.shapes import ShapeReader
@@ -87,6 +87,10 @@ class Flux(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(c) for _ in range(c.num_double))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(c) for _ in range(c.num_single))
         self.final_layer = LastLayer(c.width, c.in_features)
+
+    def stacks(self) -> Stacks:
+        """The blocks that go through the runner: the double ones, then the single ones."""
+        return [[*self.double_blocks], [*self.single_blocks]]
 
     def forward(
         self,

@@ -1,13 +1,18 @@
 """The options that only FLUX.1 has."""
 
+import argparse
 from dataclasses import dataclass
+from typing import TypeVar
 
 from library.options.base import Options, group, option, redeclared
 from library.options.caching import TextCachingOptions
 from library.options.flow import FlowPredictionOptions, FlowSamplingOptions, FlowWeightingOptions
-from library.options.memory import SwappingOptions
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
+
+OptionsT = TypeVar("OptionsT", bound="FluxOptions")
+
+SPLIT_MODE_BLOCKS = 18  # that wait with --split_mode
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class FluxModelOptions(Options):
     model_type: str = option(
         "flux", help="Which model the base is. Chroma is not supported yet.", choices=("flux", "chroma")
     )
-    split_mode: bool = option(False, help="An old name for --blocks_to_swap 18.")
+    split_mode: bool = option(False, unless="blocks_to_swap", help="An old name for --blocks_to_swap 18.")
 
 
 @dataclass(frozen=True)
@@ -59,4 +64,11 @@ class FluxOptions(TrainOptions):
     flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
     flow_prediction: FluxPredictionOptions = group(FluxPredictionOptions)
     reading: ReadingOptions = group(ReadingOptions)
-    swapping: SwappingOptions = group(SwappingOptions)
+
+    @classmethod
+    def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:
+        """Collect the parsed values; --split_mode becomes what it stands for."""
+        options = super().from_args(args)
+        if not options.flux.split_mode or options.memory.blocks_to_swap is not None:
+            return options
+        return options.with_values({"blocks_to_swap": SPLIT_MODE_BLOCKS})

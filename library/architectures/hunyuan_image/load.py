@@ -18,8 +18,9 @@ from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, renamed, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
+from library.memory.forms.form import Form
 from library.memory.forms.fp8 import Fp8Rows
-from library.memory.frozen import store_blocks_in
+from library.memory.frozen import layers_in_blocks, store_all_in
 from library.models.identify import base_of_file, refuse_other, refuse_other_folder
 from library.models.loading import Component, materialise
 from library.models.shapes import shape_of
@@ -60,17 +61,18 @@ class HunyuanImageLoader:
     def text_encoders(self) -> list[nn.Module]:
         qwen = load_qwen(self.qwen, self.text_dtype)
         if self.shrinks_qwen:
-            logger.info("Qwen2.5-VL: %d layers in 8 bits", store_blocks_in(Fp8Rows(), qwen))
+            layers = layers_in_blocks(qwen).values()
+            logger.info("Qwen2.5-VL: %d layers in 8 bits", store_all_in(Fp8Rows(), layers))
         return [qwen, load_t5(self.byt5, self.text_dtype)]
 
     def vae(self) -> nn.Module:
         vae = materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
         return vae if self.vae_chunk_rows is None else compute_in_chunks(vae, self.vae_chunk_rows)
 
-    def denoiser(self) -> nn.Module:
+    def denoiser(self, form: Form | None = None) -> nn.Module:
         with torch.device("meta"):
             model = HunyuanImage(self.config)
-        return materialise(model, self.denoiser_weights, self.dtype)
+        return materialise(model, self.denoiser_weights, self.dtype, form)
 
 
 def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:

@@ -14,7 +14,7 @@ from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, si
 
 from library.architectures.hunyuan_image.targets import TARGETS
 from library.errors import UserError
-from library.memory.blocks import BlockRunner, plain
+from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.rotary import Rope, rope_of, turn
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES, sinusoids
@@ -96,6 +96,10 @@ class HunyuanImage(nn.Module):
         self.double_blocks = nn.ModuleList(MMDoubleStreamBlock(c) for _ in range(c.num_double))
         self.single_blocks = nn.ModuleList(MMSingleStreamBlock(c) for _ in range(c.num_single))
         self.final_layer = FinalLayer(c.width, c.channels)
+
+    def stacks(self) -> Stacks:
+        """The blocks that go through the runner: the double ones, then the single ones."""
+        return [[*self.double_blocks], [*self.single_blocks]]
 
     def forward(
         self,

@@ -7,7 +7,7 @@ from typing import TypeVar
 from library.options.base import Options, group, option, redeclared
 from library.options.caching import TextCachingOptions
 from library.options.flow import FlowPredictionOptions, FlowSamplingOptions, FlowWeightingOptions
-from library.options.memory import PrecisionOptions, SwappingOptions
+from library.options.memory import PrecisionOptions
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 
@@ -64,8 +64,8 @@ class HunyuanImagePrecisionOptions(PrecisionOptions):
     )
 
     @property
-    def shrinks_denoiser(self) -> bool:
-        return self.fp8_scaled or self.fp8_base or self.fp8_base_unet
+    def denoiser_format(self) -> str | None:
+        return super().denoiser_format or ("fp8" if self.fp8_scaled else None)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,6 @@ class HunyuanImageOptions(TrainOptions):
     flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
     flow_prediction: FlowPredictionOptions = group(FlowPredictionOptions)
     reading: ReadingOptions = group(ReadingOptions)
-    swapping: SwappingOptions = group(SwappingOptions)
 
     @classmethod
     def from_args(cls: type[OptionsT], args: argparse.Namespace) -> OptionsT:

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from library.architectures.lumina.targets import TARGETS
 from library.errors import UserError
-from library.memory.blocks import BlockRunner, plain
+from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import Rope, rope_of, turn
 from library.models.shapes import ShapeReader
@@ -97,6 +97,10 @@ class NextDiT(nn.Module):
         self.noise_refiner = nn.ModuleList(JointTransformerBlock(c) for _ in range(c.num_noise_refiners))
         self.layers = nn.ModuleList(JointTransformerBlock(c) for _ in range(c.num_layers))
         self.final_layer = FinalLayer(c.width, c.time_width, c.in_features)
+
+    def stacks(self) -> Stacks:
+        """The blocks of the transformer itself; the few that refine text and noise before it stay where they are."""
+        return [[*self.layers]]
 
     def forward(self, latents_BCHW: Tensor, times_B: Tensor, text_BLE: Tensor, text_mask_BL: Tensor) -> Tensor:
         """The velocity, shape BCHW.

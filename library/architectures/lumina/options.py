@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from library.options.base import Options, group, option, redeclared
 from library.options.caching import TextCachingOptions
 from library.options.flow import FlowPredictionOptions, FlowSamplingOptions, FlowWeightingOptions
-from library.options.memory import SwappingOptions
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 
@@ -65,4 +64,3 @@ class LuminaOptions(TrainOptions):
     flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
     flow_prediction: FlowPredictionOptions = group(FlowPredictionOptions)
     reading: ReadingOptions = group(ReadingOptions)
-    swapping: SwappingOptions = group(SwappingOptions)

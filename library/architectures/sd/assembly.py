@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.models.clip_tokenizer import load_tokenizer
 from library.models.clip_tokens import CHUNK_TOKENS, OPEN_CLIP_PAD, ClipTokens
 from library.models.latents import KlLatents
-from library.models.unet import run_unet_blocks_with, unet_chains
+from library.models.unet import run_unet_blocks_with, unet_chains, unet_stacks
 from library.models.unet_preview import build_unet_preview
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
@@ -44,6 +44,7 @@ def build(options: TrainOptions) -> Architecture:
         preview=build_unet_preview(options, text.reading_emphasis(), predict),
         metadata=metadata(options.model.v2, options.model.v_parameterization),
         run_blocks_with=run_unet_blocks_with,
+        stacks=unet_stacks,
         chains=unet_chains,
     )
 

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from library.architectures.sd3.targets import TARGETS
 from library.errors import UserError
-from library.memory.blocks import BlockRunner, plain
+from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.patches import unpatchify
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES, sinusoids
@@ -94,6 +94,10 @@ class MMDiT(nn.Module):
             JointBlock(c, is_last=i == c.depth - 1, has_dual_attention=i in c.dual_attention) for i in range(c.depth)
         )
         self.final_layer = FinalLayer(c.width, c.patch**2 * c.in_channels)
+
+    def stacks(self) -> Stacks:
+        """The blocks that go through the runner."""
+        return [[*self.joint_blocks]]
 
     def forward(
         self,

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from library.options.base import Options, group, option
 from library.options.caching import TextCachingOptions
 from library.options.flow import FlowWeightingOptions
-from library.options.memory import SwappingOptions
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 
@@ -77,4 +76,3 @@ class Sd3Options(TrainOptions):
     sd3: Sd3TrainingOptions = group(Sd3TrainingOptions)
     flow: FlowWeightingOptions = group(FlowWeightingOptions)
     reading: ReadingOptions = group(ReadingOptions)
-    swapping: SwappingOptions = group(SwappingOptions)

@@ -16,7 +16,7 @@ from library.models.clip_tokenizer import load_tokenizer
 from library.models.clip_tokens import CHUNK_TOKENS, ClipTokens
 from library.models.latents import KlLatents
 from library.models.recipe import Recipe
-from library.models.unet import run_unet_blocks_with, unet_chains
+from library.models.unet import run_unet_blocks_with, unet_chains, unet_stacks
 from library.models.unet_preview import build_unet_preview
 from library.protocols import Architecture, LatentSpec, TextCacheSpec
 
@@ -60,6 +60,7 @@ def build(options: SdxlOptions) -> Architecture:
         ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),
         run_blocks_with=run_unet_blocks_with,
+        stacks=unet_stacks,
         chains=unet_chains,
         vae_overflows_in_fp16=True,
     )

@@ -10,6 +10,7 @@ from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
+from library.memory.forms.form import Form
 from library.models.attention import wants_xformers, with_attention
 from library.models.clip import PROJECTION, clip_component, clip_of_folder, load_clip
 from library.models.identify import (
@@ -68,9 +69,9 @@ class SdxlLoader:
             self.uses_xformers,
         )
 
-    def denoiser(self) -> nn.Module:
+    def denoiser(self, form: Form | None = None) -> nn.Module:
         return with_attention(
-            materialise(empty_unet(self.unet.config), self.unet.weights, self.dtype), self.uses_xformers
+            materialise(empty_unet(self.unet.config), self.unet.weights, self.dtype, form), self.uses_xformers
         )
 
 

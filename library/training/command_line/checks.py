@@ -157,6 +157,13 @@ def check_precision(options: TrainOptions) -> None:
                 f"--{flag} needs --mixed_precision bf16 or fp16, which the 8-bit weights are computed with; set one of "
                 f"them, or leave out --{flag}"
             )
+    values = precision.flat()
+    for flag in ("fp8_base", "fp8_base_unet", "fp8_scaled"):
+        if values.get(flag) and precision.base_format not in (None, "fp8"):
+            raise UserError(
+                f"--{flag} and --base_format {precision.base_format} ask for two forms of the same weights; leave one "
+                "of them out"
+            )
     if precision.mixed_precision == "fp16" and not options.dataset.debug_dataset and not has_accelerator():
         raise UserError(
             "--mixed_precision fp16 needs a GPU and none is found; use --mixed_precision bf16 or no on the CPU"

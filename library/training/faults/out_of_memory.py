@@ -162,8 +162,8 @@ def weight_savings(values: Mapping[str, Any], sizes: Sizes) -> Iterator[str]:
         yield f"--cache_text_encoder_outputs lets the text encoders leave before training{less(sizes.text_encoders)}"
     elif not values["network_train_unet_only"]:
         yield "--network_train_unet_only needs no activations of the text encoder"
-    if can_have(values, "fp8_base"):
-        yield f"--fp8_base keeps the denoiser in 8 bits{less(sizes.denoiser // 2)}"
+    if not values["base_format"] and not values["fp8_base"]:
+        yield f"--base_format int8 keeps the denoiser in 8 bits{less(sizes.denoiser // 2)}"
     if can_have(values, "blocks_to_swap"):
         whole = in_words(sizes.denoiser)
         yield f"--blocks_to_swap N keeps N blocks of the denoiser in main memory, which has {whole} in all"

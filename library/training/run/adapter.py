@@ -2,7 +2,9 @@
 
 import torch
 
-from library.memory.blocks import plain, recompute, run_encoder_layers_with
+from library.memory.activations import recompute_from_main_memory
+from library.memory.blocks import BlockRunner, Every, plain, recompute, run_encoder_layers_with
+from library.options.memory import MemoryOptions
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.randomness import stream_seed
@@ -22,7 +24,7 @@ def attach_adapter(
     Raises UserError for a module, an argument or a file that does not fit.
     """
     torch.manual_seed(stream_seed(seed, "adapter"))
-    network = open_network(options, models, compute.device, compute.dtype)
+    network = open_network(options, arch, models, compute)
     choose_block_runner(options, arch, models, network)
     return network
 
@@ -36,13 +38,21 @@ def trains_text_encoders(options: TrainOptions) -> bool:
 
 
 def choose_block_runner(options: TrainOptions, arch: Architecture, models: Models, network: AdoptedNetwork) -> None:
-    """Say how blocks run: --gradient_checkpointing where gradients flow; the base model stays in eval mode."""
+    """Say how blocks run where gradients flow: plainly, or computed again. The base model stays in eval mode."""
     for model in (models.denoiser, *models.text_encoders):
         model.eval().requires_grad_(False)
     network.module.train()
-    runner = recompute if options.memory.gradient_checkpointing else plain
+    runner = block_runner(options.memory)
     arch.run_blocks_with(models.denoiser, runner)
     for encoder in models.text_encoders if trains_text_encoders(options) else []:
-        run_encoder_layers_with(encoder, runner)
-    if options.memory.gradient_checkpointing:
+        run_encoder_layers_with(encoder, block_runner(options.memory))
+    if options.memory.recomputes:
         network.enable_gradient_checkpointing()
+
+
+def block_runner(memory: MemoryOptions) -> BlockRunner:
+    """How one model's blocks run: each has its own, since every n-th block is counted."""
+    if not memory.recomputes:
+        return plain
+    runner = recompute_from_main_memory if memory.offloads_inputs else recompute
+    return Every(memory.gradient_checkpointing_every, runner) if memory.gradient_checkpointing_every > 1 else runner

@@ -16,6 +16,7 @@ from library.processes import Processes
 from library.protocols import Architecture, LatentCodec, LiveText
 from library.training.run.compute import Compute
 from library.training.run.context import Models
+from library.training.run.frozen_base import form_while_reading
 from library.training.run.text_caching import live_text, prepare_text
 from library.types import Conditioning
 
@@ -47,9 +48,7 @@ def load_models(
     release_memory(options.memory.highvram)
     text = prepare_text(options, arch, training_set, compute.device, compute.autocast, prompts, processes)
     release_memory(options.memory.highvram)
-    denoiser = arch.load.denoiser()
-    if not options.precision.shrinks_denoiser:  # 8-bit weights are made first: the card may not hold the others
-        denoiser = place(denoiser, compute.device)
+    denoiser = arch.load.denoiser(form_while_reading(options))
     models = Models(denoiser, text.encoders, vae, arch.view(text.encoders, denoiser))
     return LoadedModels(models, live_text(options, arch.text_cache), text.prompts)
 

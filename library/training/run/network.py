@@ -6,14 +6,13 @@ from typing import Any
 import torch
 
 from library.errors import UserError
-from library.memory.devices import place
-from library.memory.forms.fp8 import Fp8Rows
-from library.memory.frozen import store_blocks_in
-from library.options.memory import PrecisionOptions
 from library.options.network import NetworkOptions
 from library.options.train import TrainOptions
+from library.protocols import Architecture
 from library.training.reporting.report import announce
+from library.training.run.compute import Compute
 from library.training.run.context import Models
+from library.training.run.frozen_base import settle_base
 from networks.core.protocol import AdoptedNetwork, NetworkModule, adopt, open_network_module, parse_network_args
 
 logger = logging.getLogger(__name__)
@@ -24,7 +23,7 @@ def network_keywords(options: NetworkOptions) -> dict[str, Any]:
     return {"dropout": options.network_dropout, **parse_network_args(options.network_args)}
 
 
-def open_network(options: TrainOptions, models: Models, device: torch.device, dtype: torch.dtype) -> AdoptedNetwork:
+def open_network(options: TrainOptions, arch: Architecture, models: Models, compute: Compute) -> AdoptedNetwork:
     """The adapter, installed, with its starting weights; it and the denoiser are on the device afterwards.
 
     Raises UserError where the module cannot be imported, an argument is wrong, or a file does not fit.
@@ -33,9 +32,8 @@ def open_network(options: TrainOptions, models: Models, device: torch.device, dt
     assert wanted.network_module is not None
     announce(f"import network module: {wanted.network_module}")
     module = open_network_module(wanted.network_module)
-    merge_base_weights(wanted, module, models, device, dtype)
-    shrink_base(options.precision, models)
-    place(models.denoiser, device)
+    merge_base_weights(wanted, module, models, compute.device, compute.dtype)
+    settle_base(options, arch, models, compute)
     network = adopt(create(wanted, module, models))
     network.apply_to(
         *models.network_view,
@@ -45,17 +43,8 @@ def open_network(options: TrainOptions, models: Models, device: torch.device, dt
     if wanted.network_weights:
         network.load_weights(wanted.network_weights)
     is_full = options.precision.full_fp16 or options.precision.full_bf16
-    network.module.to(device, dtype if is_full else None)
+    network.module.to(compute.device, compute.dtype if is_full else None)
     return network
-
-
-def shrink_base(precision: PrecisionOptions, models: Models) -> None:
-    """Keep the frozen models in 8 bits where --fp8_base or the like asks for it; merging came before."""
-    if precision.shrinks_denoiser:
-        logger.info("denoiser: %d layers in 8 bits", store_blocks_in(Fp8Rows(), models.denoiser))
-    if precision.fp8_base and models.text_encoders:
-        count = sum(store_blocks_in(Fp8Rows(), model) for model in models.text_encoders)
-        logger.info("text encoders: %d layers in 8 bits", count)
 
 
 def create(wanted: NetworkOptions, module: NetworkModule, models: Models) -> Any:

@@ -23,6 +23,7 @@ from library.training.run.adapter import attach_adapter, trains_text_encoders
 from library.training.run.compute import Compute
 from library.training.run.conditioning import CaptionMemo
 from library.training.run.context import Autocast, StepContext
+from library.training.run.frozen_base import check_base
 from library.training.run.models import LoadedModels, load_models
 from library.training.run.optimization import build_optimization
 from library.training.run.plan import Plan
@@ -112,6 +113,7 @@ def prepare(
     compute = Compute.build(options.precision, processes.device)
     plan = Plan.build(options.run, training_set.num_batches, processes.count)
     progress = Progress(starting_step(options, plan, state))
+    check_base(options, arch)
     rehearse(options, arch, plan.max_train_steps)
     prompts = wanted_prompts(options, arch) if processes.is_main else []
 

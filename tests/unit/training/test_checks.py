@@ -12,7 +12,6 @@ import torch
 from library.architectures.flux.options import FluxModelOptions
 from library.architectures.sd3.options import Sd3TrainingOptions
 from library.options.base import RULE, Rule, group
-from library.options.memory import SwappingOptions
 from library.options.rules import unused
 from library.options.support import DDP, DEEPSPEED, NOT_YET, unsupported
 from library.options.train import TrainOptions
@@ -34,7 +33,6 @@ NEEDED = {
 class AllOptions(TrainOptions):
     """With the groups that only some of the scripts have."""
 
-    swapping: SwappingOptions = group(SwappingOptions)
     flux: FluxModelOptions = group(FluxModelOptions)
     sd3: Sd3TrainingOptions = group(Sd3TrainingOptions)
 
@@ -422,3 +420,19 @@ def test_a_name_with_a_folder_in_it_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["m", "my cat.v2", "学習", ".hidden", "m-000001", None, ""])
 def test_a_plain_name_is_taken(name: str | None) -> None:
     check(made(output_name=name))
+
+
+def test_two_forms_of_the_same_weights_are_refused() -> None:
+    message = refusal(fp8_base=True, base_format="nf4", mixed_precision="bf16")
+    assert "--fp8_base and --base_format nf4 ask for two forms" in message
+    check(made(fp8_base=True, base_format="fp8", mixed_precision="bf16"))
+
+
+@pytest.mark.parametrize("name", ["cpu_offload_checkpointing", "gradient_checkpointing_every"])
+def test_what_belongs_to_recomputation_is_warned_of_without_it(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    value = 2 if name.endswith("every") else True
+    assert f"--{name} has no effect without --gradient_checkpointing" in "\n".join(warnings_of(caplog, **{name: value}))
+    caplog.clear()
+    assert not [
+        line for line in warnings_of(caplog, unsloth_offload_checkpointing=True, **{name: value}) if name in line
+    ]

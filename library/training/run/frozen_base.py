@@ -1,0 +1,109 @@
+"""In which form the weights of the frozen models are stored, and where they wait."""
+
+import importlib.util
+import logging
+
+import psutil
+import torch
+from torch import nn
+
+from library.checkpoints.weights import without_values
+from library.errors import UserError
+from library.memory.blocks import Stacks
+from library.memory.devices import DTYPES, place
+from library.memory.forms.form import Form
+from library.memory.forms.named import BITS, FORMS
+from library.memory.forms.plain import Plain
+from library.memory.frozen import layers_in_blocks, store_all_in
+from library.memory.places.streamed import stream
+from library.options.train import TrainOptions
+from library.protocols import Architecture
+from library.training.run.compute import Compute
+from library.training.run.context import Models
+
+logger = logging.getLogger(__name__)
+
+NUM_STAYING = 2  # blocks of each kind, as sd-scripts has it
+
+
+def check_base(options: TrainOptions, arch: Architecture) -> None:
+    """Raise UserError, before anything is read, for a form or a number of waiting blocks that cannot be had."""
+    name = options.precision.denoiser_format
+    if name is not None and name.startswith("nf4") and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"--base_format {name} needs the library bitsandbytes, which is not installed; install it with "
+            "`pip install bitsandbytes`, or use --base_format int8"
+        )
+    if options.memory.blocks_to_swap:
+        denoiser = without_values(arch.load).denoiser()
+        waiting_blocks(options.memory.blocks_to_swap, arch.stacks(denoiser))
+        check_main_memory(options, denoiser)
+
+
+def check_main_memory(options: TrainOptions, denoiser: nn.Module) -> None:
+    """Raise UserError where the denoiser as it is to be stored does not fit main memory, through which it comes."""
+    bits, plain = BITS.get(options.precision.denoiser_format or ""), DTYPES[options.precision.mixed_precision]
+    inside = sum(p.numel() for layer in layers_in_blocks(denoiser).values() for p in layer.parameters())
+    outside = sum(p.numel() for p in denoiser.parameters()) - inside
+    needed = inside * (bits or 8 * plain.itemsize) / 8 + outside * plain.itemsize
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"--blocks_to_swap {options.memory.blocks_to_swap}: the denoiser takes {needed / 1e9:.1f} GB of main "
+            f"memory on its way to the card and {free / 1e9:.1f} GB are free; close other programs, or store it in "
+            "fewer bits with --base_format int8 or nf4"
+        )
+
+
+def waiting_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
+    """How many blocks of each stack wait for --blocks_to_swap, counted as sd-scripts counts them.
+
+    Of two kinds half of the number is of the first, and the rest stands for two of the second each. Two blocks of each
+    kind have to stay. Raises UserError where there are not so many.
+    """
+    sizes = [len(stack) for stack in stacks]
+
+    def split(n: int) -> list[int]:
+        return [n] if len(sizes) == 1 else [n // 2, 2 * (n - n // 2)]
+
+    def fits(n: int) -> bool:
+        return all(count <= size - NUM_STAYING for count, size in zip(split(n), sizes, strict=True))
+
+    if not fits(num_blocks):
+        most = max((n for n in range(num_blocks) if fits(n)), default=0)
+        has = " and ".join(str(size) for size in sizes)
+        raise UserError(
+            f"--blocks_to_swap {num_blocks}: the denoiser has {has} blocks, of which {NUM_STAYING} of each kind stay "
+            f"on the card; use at most {most}"
+        )
+    return split(num_blocks)
+
+
+def form_while_reading(options: TrainOptions) -> Form | None:
+    """The form that the denoiser's weights get as they are read; None where they get none, or only after merging."""
+    name = options.precision.denoiser_format
+    return None if name is None or options.network.base_weights else FORMS[name]
+
+
+def settle_base(options: TrainOptions, arch: Architecture, models: Models, compute: Compute) -> None:
+    """Store the frozen models as they are to stay, and bring the denoiser to the device.
+
+    After --base_weights are merged, which needs whole weights; before the adapter, which may look at them.
+    """
+    precision = options.precision
+    if precision.denoiser_format is not None:
+        count = store_all_in(FORMS[precision.denoiser_format], layers_in_blocks(models.denoiser).values())
+        logger.info("denoiser: %d layers in %s", count, precision.denoiser_format)
+    if precision.text_encoder_format is not None and models.text_encoders:
+        form = FORMS[precision.text_encoder_format]
+        count = sum(store_all_in(form, layers_in_blocks(model).values()) for model in models.text_encoders)
+        logger.info("text encoders: %d layers in %s", count, precision.text_encoder_format)
+    if options.memory.blocks_to_swap:
+        let_blocks_wait(options.memory.blocks_to_swap, arch.stacks(models.denoiser), compute.device)
+    place(models.denoiser, compute.device)
+
+
+def let_blocks_wait(num_blocks: int, stacks: Stacks, device: torch.device) -> None:
+    """Stream the weights of as many blocks; those that have no form yet keep their own."""
+    store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
+    stream(stacks, waiting_blocks(num_blocks, stacks), device)

@@ -1,0 +1,139 @@
+"""Runs a whole denoiser in a mode: form, place, how blocks run, kind of adapter."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import combinations, product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.memory.activations import recompute_from_main_memory
+from library.memory.blocks import BlockRunner, Every, plain, recompute
+from library.memory.forms.form import Form
+from library.memory.forms.named import FORMS
+from library.memory.forms.plain import Plain
+from library.memory.frozen import FrozenLayer, layers_in_blocks, store_all_in
+from library.memory.places.ring import Ring
+from library.memory.places.streamed import stream
+from networks.core.protocol import adopt
+from tests.parity.deep import DEEP
+from tests.unit.networks.toy import randomize
+
+ALL_FORMS: Mapping[str, Form | None] = {"none": None, "plain": Plain(), **FORMS}
+RUNNERS: Mapping[str, Callable[[], BlockRunner]] = {
+    "plain": lambda: plain,
+    "recompute": lambda: recompute,
+    "recompute_every_2": lambda: Every(2, recompute),
+    "recompute_from_main_memory": lambda: recompute_from_main_memory,
+}
+ADAPTERS: Mapping[str, tuple[str, dict[str, str]]] = {
+    "lora": ("networks.lora", {}),
+    "dora": ("networks.lora", {"dora_wd": "True"}),
+    "loha": ("networks.loha", {}),
+    "lora_fa": ("networks.lora_fa", {}),
+    "dylora": ("networks.dylora", {}),
+    "lycoris": ("lycoris.kohya", {"preset": "attn-mlp", "algo": "lokr", "factor": "2"}),
+}
+PLACES = ("device", "streamed")
+
+
+@dataclass(frozen=True)
+class Mode:
+    base: str
+    form: str = "none"
+    place: str = "device"
+    runner: str = "plain"
+    adapter: str = "lora"
+
+    def __str__(self) -> str:
+        return "-".join((self.base, self.form, self.place, self.runner, self.adapter))
+
+
+AXES = (tuple(DEEP), tuple(ALL_FORMS), PLACES, tuple(RUNNERS), tuple(ADAPTERS))
+
+
+def all_modes() -> list[Mode]:
+    return [Mode(*values) for values in product(*AXES)]
+
+
+def pairs_of_modes() -> list[Mode]:
+    """Few modes in which every two values of different axes meet at least once: the next is whatever has most new."""
+    left = {pair for a, b in combinations(range(len(AXES)), 2) for pair in product(keys(a), keys(b))}
+    everything, found = [tuple((i, v) for i, v in enumerate(values)) for values in product(*AXES)], []
+    while left:
+        best = max(everything, key=lambda row: len(left.intersection(combinations(row, 2))))
+        left.difference_update(combinations(best, 2))
+        found.append(Mode(*(value for _, value in best)))
+    return found
+
+
+def keys(axis: int) -> list[tuple[int, str]]:
+    return [(axis, value) for value in AXES[axis]]
+
+
+def gradients(mode: Mode, change: Callable[[Ring], None] | None = None, is_decoded: bool = False) -> list[Tensor]:
+    """The loss and the gradients of all adapters' parameters in the second of two equal steps.
+
+    `change` may break the ring. With `is_decoded` the form's rounding is taken over into layers of torch's own.
+    """
+    deep = DEEP[mode.base]
+    model = deep.frozen(51)
+    form = ALL_FORMS[mode.form]
+    if form is not None:
+        store_all_in(form, layers_in_blocks(model).values())
+    if is_decoded:
+        decode(model)
+    elif mode.place == "streamed":
+        stacks = deep.stacks(model)
+        store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
+        ring = stream(stacks, [len(stack) - 2 for stack in stacks], torch.device("cpu"))
+        assert ring is not None
+        if change is not None:
+            change(ring)
+    deep.run_blocks_with(model, RUNNERS[mode.runner]())
+    network = with_adapter(mode.adapter, deep.seen(model))
+    results: list[Tensor] = []
+    for _ in range(2):
+        for parameter in network.parameters():
+            parameter.grad = None
+        loss = deep.loss(model)
+        loss.backward()
+        results = [loss.detach(), *(p.grad for p in network.parameters() if p.grad is not None)]
+    return results
+
+
+def with_adapter(name: str, seen: nn.Module) -> nn.Module:
+    """A network with random weights, installed on what adapters see of a denoiser."""
+    door, arguments = ADAPTERS[name]
+    torch.manual_seed(52)
+    module: Any = import_module(door)
+    network = module.create_network(1.0, 3, 2, None, [], seen, **arguments)
+    if name != "lycoris":
+        randomize(network, 53)
+    adopt(network).apply_to([], seen, False, True)
+    assert isinstance(network, nn.Module)
+    if name == "lycoris":
+        fill(network)
+    return network.eval()
+
+
+def fill(network: nn.Module) -> None:
+    """Random values in place of the zeros with which every change begins as none."""
+    generator = torch.Generator().manual_seed(54)
+    for parameter in network.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def decode(model: nn.Module) -> None:
+    """Turn frozen layers back into torch's own, with the weights that their forms decode to."""
+    for layer in list(model.modules()):
+        if isinstance(layer, FrozenLayer):
+            weight = layer.weight
+            for name in layer.own_parts():
+                delattr(layer, name)
+            layer.__class__ = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+            if weight.ndim == 4:
+                weight = weight.contiguous(memory_format=torch.channels_last)
+            layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))

@@ -1,0 +1,43 @@
+"""Every mode that saves memory trains the same: gradients of all adapters against those of the plain mode, exactly.
+
+A form rounds the weights once; its reference is the plain mode with the weights as they were rounded. What a form does
+to the weights themselves is held in test_forms.py.
+"""
+
+import pytest
+import torch
+
+from tests.parity.modes import Mode, all_modes, gradients, pairs_of_modes
+
+PAIRS = pairs_of_modes()
+DECODED: dict[tuple[str, str, str], list[torch.Tensor]] = {}
+
+
+def reference(mode: Mode) -> list[torch.Tensor]:
+    """The plain mode with the same base model, weights and adapter; kept, since several modes share it."""
+    key = mode.base, mode.form, mode.adapter
+    if key not in DECODED:
+        DECODED[key] = gradients(Mode(mode.base, mode.form, adapter=mode.adapter), is_decoded=True)
+    return DECODED[key]
+
+
+def check(mode: Mode) -> None:
+    found, wanted = gradients(mode), reference(mode)
+    assert len(found) == len(wanted) > 10
+    assert all(bool(value.isfinite().all()) for value in found)
+    assert sum(bool(value.any()) for value in wanted) > len(wanted) / 2
+    # Contiguous and channels-last weights go through different kernels of convolutions, which add in another order.
+    tolerance = 1e-4 if mode.base == "sd" else 0.0
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours - theirs).norm() <= tolerance * theirs.norm() + (1e-9 if tolerance else 0)
+
+
+@pytest.mark.parametrize("mode", PAIRS, ids=str)
+def test_pairs_of_modes_train_as_the_plain_mode(mode: Mode) -> None:
+    check(mode)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("mode", [mode for mode in all_modes() if mode not in PAIRS], ids=str)
+def test_all_modes_train_as_the_plain_mode(mode: Mode) -> None:
+    check(mode)

@@ -1,0 +1,103 @@
+"""What saves memory, through the scripts: the same losses, pictures and adapters as without it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.running import Finished, make_pictures
+from tests.runs.bases import BASES
+from tests.tiny import anima, flux, hunyuan_image, lumina
+
+Train = Callable[..., Finished]
+
+DEEPER = {  # enough blocks that some can wait, without losing the two that have to stay
+    "flux": (flux, replace(flux.CONFIG, num_double=4, num_single=5)),
+    "lumina": (lumina, replace(lumina.CONFIG, num_layers=4)),
+    "anima": (anima, replace(anima.CONFIG, num_blocks=4)),
+    "hunyuan_image": (hunyuan_image, replace(hunyuan_image.CONFIG, num_double=4, num_single=5)),
+}
+WAITING = {"flux": "2", "lumina": "2", "anima": "2", "hunyuan_image": "3", "sd": "9", "sdxl": "9"}
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("lumina", "anima", "hunyuan_image", "sdxl")]
+OFFLOADED = ("--gradient_checkpointing", "--cpu_offload_checkpointing", "--gradient_checkpointing_every", "2")
+
+
+@pytest.fixture(scope="module", params=["flux", "sd", *NIGHTLY])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        if name in DEEPER:
+            module, config = DEEPER[name]
+            patch.setattr(module, "CONFIG", config)
+        return BASES[name].build(tmp_path_factory.mktemp(name))
+
+
+@pytest.fixture
+def run(train: Train, name: str, model: list[str], tmp_path: Path) -> Callable[..., Finished]:
+    """`run(folder, ...)` trains three steps, validating and drawing, into a folder of `tmp_path`."""
+    make_pictures(tmp_path / "data" / "1_thing", 5, seed=71)
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
+    arguments = [
+        *model, "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "64",
+        "--output_name", "mine", "--network_module", BASES[name].module, "--network_dim", "4", "--network_alpha", "2",
+        "--learning_rate", "1e-3", "--seed", "5", "--max_data_loader_n_workers", "0", "--sample_prompts",
+        str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "3", "--validation_split", "0.3",
+        "--validate_every_n_steps", "3", "--max_train_steps", "3",
+    ]  # fmt: skip
+    start = partial(train, script=BASES[name].script)
+
+    def into(folder: str, *more: str) -> Finished:
+        done = start([*arguments, "--output_dir", str(tmp_path / folder), *more])
+        assert done.status == 0, done.stderr
+        return done
+
+    return into
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "mine.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two runs gave the same weights and pictures, bit for bit."""
+    ours, theirs = adapter(a), adapter(b)
+    assert ours.keys() == theirs.keys() and any(weight.any() for weight in ours.values())
+    pictures = [[np.asarray(Image.open(file)) for file in sorted(run.glob("sample/*.png"))] for run in (a, b)]
+    assert len(pictures[0]) == len(pictures[1]) == 1
+    return all(torch.equal(ours[key], theirs[key]) for key in ours) and np.array_equal(*pictures)
+
+
+def test_blocks_that_wait_and_inputs_that_wait_change_nothing(
+    run: Callable[..., Finished], name: str, tmp_path: Path
+) -> None:
+    plain = run("plain")
+    swapped = run("swapped", "--blocks_to_swap", WAITING[name], *OFFLOADED)
+    assert "wait in main memory; without a card this saves nothing" in swapped.stderr
+    assert swapped.losses == plain.losses
+    assert same(tmp_path / "plain", tmp_path / "swapped")
+
+
+def test_blocks_wait_in_the_form_in_which_they_are_stored(
+    run: Callable[..., Finished], name: str, tmp_path: Path
+) -> None:
+    form = ["--base_format", "nf4_double", "--mixed_precision", "bf16"]
+    stored = run("stored", *form)
+    assert "layers in nf4_double" in stored.stderr
+    run("swapped", *form, "--blocks_to_swap", WAITING[name], "--gradient_checkpointing")
+    assert same(tmp_path / "stored", tmp_path / "swapped")
+
+
+def test_a_rehearsal_takes_the_mode_that_was_asked_for(run: Callable[..., Finished], name: str, tmp_path: Path) -> None:
+    done = run("dry", "--dry_run", "--blocks_to_swap", WAITING[name], "--base_format", "int8_rotated")
+    assert "wait in main memory" in done.stderr and "layers in int8_rotated" in done.stderr
+    assert not (tmp_path / "dry" / "mine.safetensors").exists()
