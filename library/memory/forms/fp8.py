@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from library.memory.forms.chunks import encode_in_chunks
 from library.memory.forms.form import Parts
 
 FP8 = torch.float8_e4m3fn
@@ -18,10 +19,14 @@ class Fp8Rows:
     """
 
     def encode(self, weight: Tensor) -> Parts:
-        weight_OI = weight.detach().flatten(1).float()
-        largest_O1 = weight_OI.abs().amax(dim=1, keepdim=True)
-        scales_O1 = torch.exp2((largest_O1 / LARGEST).log2().ceil().clamp(min=SMALLEST))
-        return {"codes": (weight_OI / scales_O1).to(FP8), "scales": scales_O1.to(weight.dtype)}
+        return encode_in_chunks(weight, encode_rows)
 
     def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return (parts["codes"].to(dtype) * parts["scales"].to(dtype)).reshape(shape)
+
+
+def encode_rows(weight_OI: Tensor) -> Parts:
+    values_OI = weight_OI.float()
+    largest_O1 = values_OI.abs().amax(dim=1, keepdim=True)
+    scales_O1 = torch.exp2((largest_O1 / LARGEST).log2().ceil().clamp(min=SMALLEST))
+    return {"codes": (values_OI / scales_O1).to(FP8), "scales": scales_O1.to(weight_OI.dtype)}

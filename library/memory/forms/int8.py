@@ -6,6 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from library.memory.forms.chunks import encode_in_chunks
 from library.memory.forms.form import Parts
 
 LARGEST = 127  # the range is symmetric, so that zero stays zero
@@ -24,12 +25,13 @@ class Int8Rows:
     is_rotated: bool = False
 
     def encode(self, weight: Tensor) -> Parts:
-        weight_OI = weight.detach().flatten(1).float()
-        if self.is_rotated:
-            weight_OI = turn(weight_OI)
-        largest_O1 = weight_OI.abs().amax(dim=1, keepdim=True)
+        return encode_in_chunks(weight, self.encode_rows)
+
+    def encode_rows(self, weight_OI: Tensor) -> Parts:
+        values_OI = turn(weight_OI.float()) if self.is_rotated else weight_OI.float()
+        largest_O1 = values_OI.abs().amax(dim=1, keepdim=True)
         scales_O1 = torch.where(largest_O1 > 0, largest_O1 / LARGEST, 1.0)
-        return {"codes": (weight_OI / scales_O1).round().to(torch.int8), "scales": scales_O1}
+        return {"codes": (values_OI / scales_O1).round().to(torch.int8), "scales": scales_O1}
 
     def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         weight_OI = parts["codes"].to(dtype) * parts["scales"].to(dtype)

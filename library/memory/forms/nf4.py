@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.memory.forms.chunks import encode_in_chunks
 from library.memory.forms.form import Parts
 
 GROUP = 64  # values that share a factor
@@ -24,23 +25,25 @@ class Nf4:
     is_double: bool = False
 
     def encode(self, weight: Tensor) -> Parts:
-        codes, state = functional().quantize_4bit(
-            weight.detach().contiguous(), blocksize=GROUP, compress_statistics=self.is_double, quant_type="nf4"
-        )
+        parts = encode_in_chunks(weight, encode_rows)
         if not self.is_double:
-            return {"codes": codes, "absmax": state.absmax}
+            return parts
+        mean = parts["absmax"].mean()
+        absmax, state = functional().quantize_blockwise(parts["absmax"] - mean, blocksize=FACTOR_GROUP)
         return {
-            "codes": codes,
-            "absmax": state.absmax,
-            "absmax_scales": state.state2.absmax,
-            "absmax_mean": state.offset.reshape(1),
+            "codes": parts["codes"],
+            "absmax": absmax,
+            "absmax_scales": state.absmax,
+            "absmax_mean": mean.reshape(1),
         }
 
     def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         device = parts["codes"].device
         state = functional().QuantState(
             absmax=self.factors(parts),
-            shape=torch.Size((1, shape.numel())),  # rows of odd length, as of convolutions, would be compiled on CPUs
+            # In one row: bitsandbytes 0.50 takes wrong factors on CPUs where 64 does not divide the length of a row,
+            # and compiles its code anew where that is odd.
+            shape=torch.Size((1, shape.numel())),
             code=table("nf4", device),
             blocksize=GROUP,
             quant_type="nf4",
@@ -61,6 +64,11 @@ class Nf4:
         )
         factors: Tensor = functional().dequantize_blockwise(parts["absmax"], state)
         return (factors + parts["absmax_mean"]).float()
+
+
+def encode_rows(weight_OI: Tensor) -> Parts:
+    codes, state = functional().quantize_4bit(weight_OI.contiguous(), blocksize=GROUP, quant_type="nf4")
+    return {"codes": codes, "absmax": state.absmax}
 
 
 def functional() -> Any:
