@@ -21,5 +21,5 @@ def describe(way: Way) -> str:
 def allowed_by(options: TrainOptions) -> Allowed:
     """What is left to choose: what the user has set stays."""
     every = (1,) if options.memory.gradient_checkpointing else (None, 1)
-    form = "fp8" if options.precision.shrinks_denoiser else None
+    form = options.precision.denoiser_format
     return Allowed(forms=(form,), recompute_every=every, inputs_wait=(False,))
