@@ -44,8 +44,8 @@ def all_tables() -> list[BaseNames]:
     """The names of every base model that declares them."""
     tables = []
     for package in pkgutil.iter_modules(library.architectures.__path__, "library.architectures."):
-        if package.ispkg and importlib.util.find_spec(f"{package.name}.adapter_names"):
-            declared = vars(importlib.import_module(f"{package.name}.adapter_names")).values()
+        if package.ispkg and importlib.util.find_spec(f"{package.name}.adapters"):
+            declared = vars(importlib.import_module(f"{package.name}.adapters")).values()
             tables += [table for table in declared if isinstance(table, BaseNames)]
     return tables
 

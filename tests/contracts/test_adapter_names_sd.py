@@ -5,7 +5,7 @@ import re
 import pytest
 from torch import nn
 
-from library.architectures.sd.view import view
+from library.architectures.sd.adapters import view
 from library.models.clip import empty_clip
 from library.models.unet import empty_unet
 from networks.core.sites.targets import Site, find_sites

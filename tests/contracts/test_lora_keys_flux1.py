@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from library.architectures.flux.adapters import view
 from library.architectures.flux.load import empty_flux
 from library.architectures.flux.model import FluxConfig
-from library.architectures.flux.view import view
 from library.models.clip import empty_clip
 from library.models.t5 import empty_t5
 from networks.lora_flux import create_network, create_network_from_weights

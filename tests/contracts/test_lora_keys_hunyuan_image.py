@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.architectures.hunyuan_image.adapter_names import NAMES
+from library.architectures.hunyuan_image.adapters import NAMES, view
 from library.architectures.hunyuan_image.model import HunyuanImage, read_config
-from library.architectures.hunyuan_image.view import view
 from library.checkpoints.compatibility import readings
 from library.checkpoints.files import load_state_dict, save_safetensors
 from networks.lora_hunyuan_image import create_network, create_network_from_weights

@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from library.architectures.lumina.adapter_names import NAMES
+from library.architectures.lumina.adapters import NAMES, view
 from library.architectures.lumina.gemma import GEMMA_PREFIXES, empty_gemma, gemma_component
 from library.architectures.lumina.keys import from_diffusers, source_keys
 from library.architectures.lumina.load import denoiser_of, empty_lumina
 from library.architectures.lumina.model import read_config
-from library.architectures.lumina.view import view
 from library.checkpoints.adapter_names import recognise_base
 from library.checkpoints.weights import Weights
 from networks.lora_lumina import create_network, create_network_from_weights

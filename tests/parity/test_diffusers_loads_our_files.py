@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.sd.view import view
+from library.architectures.sd.adapters import view
 from library.checkpoints.compatibility import readings
 from library.checkpoints.files import save_safetensors
 from networks.core.network import AdapterNetwork

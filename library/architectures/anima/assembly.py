@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
+from library.architectures.anima.adapters import view
 from library.architectures.anima.load import AnimaLoader, open_loader
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.predict import predict, preview_sampler
 from library.architectures.anima.qwen3 import load_qwen3_tokenizer
 from library.architectures.anima.text import AnimaText
 from library.architectures.anima.vae import QwenImageLatents
-from library.architectures.anima.view import view
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, build_sampled_flow
 from library.errors import UserError

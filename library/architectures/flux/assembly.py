@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 
+from library.architectures.flux.adapters import view
 from library.architectures.flux.load import FluxLoader, open_loader
 from library.architectures.flux.options import FluxOptions
 from library.architectures.flux.predict import predict, preview_sampler
 from library.architectures.flux.text import FluxText
-from library.architectures.flux.view import view
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.errors import UserError

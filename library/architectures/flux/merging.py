@@ -7,11 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.flux.adapter_names import CLIP_LAYER, T5_BLOCK, clip_module, denoiser_module, t5_module
+from library.architectures.flux.adapters import CLIP_LAYER, T5_BLOCK, clip_module, denoiser_module, t5_module, view
 from library.architectures.flux.keys import DIFFUSERS_MARK, STACKS, TOP
 from library.architectures.flux.load import CHROMA_MARK, CLIP_PREFIXES, DENOISER_PREFIXES, T5_MARK, empty_flux
 from library.architectures.flux.model import read_config
-from library.architectures.flux.view import view
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file, open_original

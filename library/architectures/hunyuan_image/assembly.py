@@ -5,13 +5,13 @@ The assembly, and the table of contents of this package.
 
 from pathlib import Path
 
+from library.architectures.hunyuan_image.adapters import view
 from library.architectures.hunyuan_image.load import SPEC, HunyuanImageLoader, open_loader
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.architectures.hunyuan_image.predict import predict, preview_sampler
 from library.architectures.hunyuan_image.qwen import load_qwen_tokenizer
 from library.architectures.hunyuan_image.text import HunyuanImageText
 from library.architectures.hunyuan_image.vae import SCALE
-from library.architectures.hunyuan_image.view import view
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.models.latents import KlLatents

@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.architectures.hunyuan_image.adapter_names import denoiser_module
+from library.architectures.hunyuan_image.adapters import denoiser_module, view
 from library.architectures.hunyuan_image.keys import DIFFUSERS_MARK, DOUBLE, SINGLE
 from library.architectures.hunyuan_image.load import DENOISER_PREFIXES, GLYPH_MARK
 from library.architectures.hunyuan_image.model import HunyuanImage, read_config
-from library.architectures.hunyuan_image.view import view
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file, open_original
 from library.checkpoints.weights import configure, with_prefix

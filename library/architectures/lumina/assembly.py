@@ -5,12 +5,12 @@ The assembly, and the table of contents of this package.
 
 from dataclasses import replace
 
+from library.architectures.lumina.adapters import view
 from library.architectures.lumina.gemma import load_gemma_tokenizer
 from library.architectures.lumina.load import LuminaLoader, open_loader
 from library.architectures.lumina.options import LuminaOptions
 from library.architectures.lumina.predict import predict, preview_sampler
 from library.architectures.lumina.text import LuminaText
-from library.architectures.lumina.view import view
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.errors import UserError

@@ -5,10 +5,10 @@ The assembly, and the table of contents of this package.
 
 import logging
 
+from library.architectures.sd.adapters import view
 from library.architectures.sd.load import LATENT_CHANNELS, LATENT_SCALE, SdLoader, open_loader
 from library.architectures.sd.predict import predict
 from library.architectures.sd.text import ClipText
-from library.architectures.sd.view import view
 from library.diffusion.objective import build_ddpm
 from library.errors import UserError
 from library.models.clip_tokenizer import load_tokenizer

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.sd.adapter_names import clip_module, unet_module
+from library.architectures.sd.adapters import clip_module, unet_module, view
 from library.architectures.sd.load import CLIP_PREFIXES, open_parts
-from library.architectures.sd.view import view
 from library.models.base_checkpoint import CheckpointLayout, EncoderPlace
 from library.models.clip import empty_clip
 from library.models.unet import empty_unet

@@ -5,13 +5,13 @@ The assembly, and the table of contents of this package.
 
 import torch
 
+from library.architectures.sd3.adapters import view
 from library.architectures.sd3.conditioning_dropout import Variation
 from library.architectures.sd3.load import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHIFT, Sd3Loader, open_loader
 from library.architectures.sd3.model import MMDiTConfig, version_of
 from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.predict import predict
 from library.architectures.sd3.text import Sd3Text
-from library.architectures.sd3.view import view
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_flow
 from library.diffusion.noise_levels import FINEST_LEVEL, shift_sigmas, shifted_scheme

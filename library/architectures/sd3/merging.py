@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.architectures.sd3.adapter_names import NAMES
+from library.architectures.sd3.adapters import NAMES, view
 from library.architectures.sd3.load import DENOISER_PREFIX, of_denoiser
 from library.architectures.sd3.model import MMDiT, MMDiTConfig, read_config, version_of
-from library.architectures.sd3.view import view
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from library.architectures.sd3.targets import TARGETS
+from library.architectures.sd3.adapters import TARGETS
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.patches import unpatchify

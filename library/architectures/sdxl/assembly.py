@@ -5,11 +5,11 @@ The assembly, and the table of contents of this package.
 
 from functools import partial
 
+from library.architectures.sdxl.adapters import build_view
 from library.architectures.sdxl.load import LATENT_CHANNELS, LATENT_SCALE, SdxlLoader, open_loader
 from library.architectures.sdxl.options import SdxlOptions
 from library.architectures.sdxl.predict import predict
 from library.architectures.sdxl.text import CACHE_KEYS, SdxlText
-from library.architectures.sdxl.view import build_view
 from library.checkpoints.weights import fingerprint
 from library.diffusion.objective import build_ddpm
 from library.models.clip_tokenizer import load_tokenizer

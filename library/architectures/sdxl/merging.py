@@ -5,9 +5,8 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.sdxl.adapter_names import clip_module, unet_module
+from library.architectures.sdxl.adapters import build_view, clip_module, unet_module
 from library.architectures.sdxl.load import CLIP_G_PREFIX, CLIP_L_PREFIX, open_parts, unet_layout_of
-from library.architectures.sdxl.view import build_view
 from library.models.base_checkpoint import CheckpointLayout, EncoderPlace
 from library.models.clip import empty_clip
 from library.models.unet import empty_unet

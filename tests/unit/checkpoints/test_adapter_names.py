@@ -2,7 +2,7 @@
 
 import pytest
 
-from library.architectures.sd.adapter_names import NAMES
+from library.architectures.sd.adapters import NAMES
 from library.checkpoints.adapter_names import names_of_base, recognise_base
 
 ATTN2 = "transformer_blocks_0_attn2_to_k.lora_down.weight"

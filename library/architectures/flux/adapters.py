@@ -1,9 +1,17 @@
-"""The modules of FLUX.1 under the three names that adapter files give them."""
+"""The layers of FLUX.1 that adapters change: what they attach to, and the names that files have for it.
 
-from collections.abc import Iterator
+Module paths are those of the original checkpoint.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
 
 from library.architectures.flux.keys import STACKS, SWAPPED, TOP, sources
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
+from library.models.clip import clip_body
+from library.models.clip_view import ClipView
+from networks.core.sites.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
 
 NUM_BLOCKS = {"double_blocks": 19, "single_blocks": 38}
 QKV_SHARES = (1, 1, 1)
@@ -64,3 +72,39 @@ NAMES = BaseNames(
         *(t5_module(f"encoder.block.{n}.{name}") for n in range(NUM_T5_BLOCKS) for name in T5_BLOCK),
     ),
 )
+
+
+TARGETS = AdapterTargets(
+    denoiser=Part("lora_unet", blocks=("DoubleStreamBlock", "SingleStreamBlock")),
+    text_encoders=(
+        Part("lora_te1", blocks=("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")),
+        Part("lora_te3", blocks=("T5Attention", "T5DenseGatedActDense"), needs="train_t5xxl"),
+    ),
+    ranks={
+        "img_attn_dim": r"\.img_attn\.",
+        "txt_attn_dim": r"\.txt_attn\.",
+        "img_mlp_dim": r"\.img_mlp\.",
+        "txt_mlp_dim": r"\.txt_mlp\.",
+        "img_mod_dim": r"\.img_mod\.",
+        "txt_mod_dim": r"\.txt_mod\.",
+        "single_dim": r"^single_blocks\.\d+\.linear",
+        "single_mod_dim": r"^single_blocks\.\d+\.modulation\.",
+    },
+    embedders=Embedders("in_dims", (r"img_in", r"time_in", r"vector_in", r"guidance_in", r"txt_in")),
+    block_choices={
+        "train_double_block_indices": r"^double_blocks\.(\d+)\.",
+        "train_single_block_indices": r"^single_blocks\.(\d+)\.",
+    },
+    subsets={"double": r"^double_blocks\.", "single": r"^single_blocks\."},
+    fused={r"_attn\.qkv$": thirds, r"\.linear1$": qkv_and_rest},
+    names=NAMES,
+)
+
+
+def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
+    """([CLIP-L, T5 where it is there], denoiser) for `create_network` and `apply_to`.
+
+    The denoiser's own paths are those of files.
+    """
+    clip = [ClipView(clip_body(encoder)) for encoder in text_encoders[:1]]
+    return [*clip, *text_encoders[1:]], denoiser

@@ -1,9 +1,15 @@
-"""The modules of Anima under the three names that adapter files give them."""
+"""The layers of Anima that adapters change: what they attach to, and the names that files have for it.
 
-from collections.abc import Iterator
+Module paths are those of the original checkpoint.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
 
 from library.architectures.anima.keys import BLOCK, TOP, diffusers_path
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
+from networks.core.sites.targets import AdapterTargets, Part
 
 NUM_BLOCKS, NUM_ADAPTER_BLOCKS, NUM_TEXT_LAYERS = 28, 6, 28
 ADAPTER_BLOCK = (
@@ -48,3 +54,29 @@ NAMES = BaseNames(
         *(text_module(f"layers.{n}.{name}") for n in range(NUM_TEXT_LAYERS) for name in TEXT_LAYER),
     ),
 )
+
+
+LEFT_OUT = (r".*(_modulation|_norm|_embedder|final_layer).*",)  # unless include_patterns readmits it
+
+TARGETS = AdapterTargets(
+    denoiser=Part(
+        "lora_unet",
+        blocks=("Block", "PatchEmbed", "TimestepEmbedding", "FinalLayer"),
+        exclude=LEFT_OUT,
+        extra_blocks={"train_llm_adapter": ("LLMAdapterTransformerBlock",)},
+    ),
+    text_encoders=(
+        Part(
+            "lora_te",
+            blocks=("Qwen3Attention", "Qwen3MLP", "Qwen3SdpaAttention", "Qwen3FlashAttention2"),
+            exclude=LEFT_OUT,
+        ),
+    ),
+    expressions="path",
+    names=NAMES,
+)
+
+
+def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[nn.Module | list[nn.Module], nn.Module]:
+    """(Qwen3, denoiser) for `create_network` and `apply_to`; [] where no text encoder is loaded."""
+    return text_encoders[0] if text_encoders else [], denoiser

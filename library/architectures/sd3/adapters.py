@@ -1,8 +1,16 @@
-"""The modules of Stable Diffusion 3 and 3.5, all sizes together, under the three names that adapter files give them."""
+"""The layers of Stable Diffusion 3 and 3.5, all sizes, that adapters change: what they attach to, their names in files.
 
-from collections.abc import Iterator
+Module paths are those of the original checkpoint.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
 
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
+from library.models.clip import clip_body
+from library.models.clip_view import ClipView
+from networks.core.sites.targets import AdapterTargets, Embedders, Part, thirds
 
 MAX_DEPTH = 38  # of SD3.5 large; the others have 24 blocks
 NUM_CLIP_LAYERS = {"clip_l": 12, "clip_g": 32}
@@ -90,3 +98,44 @@ NAMES = BaseNames(
         *t5_modules(),
     ),
 )
+
+
+CLIP_BLOCKS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
+T5_BLOCKS = ("T5Attention", "T5DenseGatedActDense")
+
+TARGETS = AdapterTargets(
+    denoiser=Part("lora_unet", blocks=("SingleDiTBlock",)),
+    text_encoders=(
+        Part("lora_te1", blocks=CLIP_BLOCKS),
+        Part("lora_te2", blocks=CLIP_BLOCKS),
+        Part("lora_te3", blocks=T5_BLOCKS, needs="train_t5xxl"),
+    ),
+    ranks={
+        "context_attn_dim": r"\.context_block\.attn\.",
+        "context_mlp_dim": r"\.context_block\.mlp\.",
+        "context_mod_dim": r"\.context_block\.adaLN_modulation\.",
+        "x_attn_dim": r"\.x_block\.attn2?\.",
+        "x_mlp_dim": r"\.x_block\.mlp\.",
+        "x_mod_dim": r"\.x_block\.adaLN_modulation\.",
+    },
+    embedders=Embedders(
+        "emb_dims",
+        (
+            r"context_embedder",
+            r"t_embedder",
+            r"x_embedder",
+            r"y_embedder",
+            r"final_layer\.adaLN_modulation",
+            r"final_layer\.linear",
+        ),
+    ),
+    block_choices={"train_block_indices": r"^joint_blocks\.(\d+)\."},
+    fused={r"qkv$": thirds},
+    names=NAMES,
+)
+
+
+def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
+    """([CLIP-L, CLIP-G, T5 where there is one], denoiser) for `create_network` and `apply_to`."""
+    clips = [ClipView(clip_body(encoder)) for encoder in text_encoders[:2]]
+    return [*clips, *text_encoders[2:]], denoiser

@@ -1,18 +1,80 @@
-"""Stable Diffusion XL as network modules see it: module paths are the names in adapter files.
+"""The layers of Stable Diffusion XL that adapters change: what they attach to, and the names that files have for it.
 
 Files name the U-Net's layers after the single-file layout (`input_blocks_4_1_...`), diffusers' model has them under
-other paths. The view is a tree with the paths of files; attention blocks and layers in it are the real ones.
+other paths. So network modules see a view: a tree with the paths of files, in which attention blocks and layers are the
+real ones.
 """
 
 from collections.abc import Sequence
 
 from torch import nn
 
-from library.architectures.sdxl.targets import TARGETS
+from library.checkpoints.adapter_names import BaseNames, ModuleNames
+from library.models import unet_names
 from library.models.clip import clip_body
 from library.models.clip_view import ClipView
 from library.models.unet_keys import UnetLayout, unet_to_ldm
 from library.protocols import AdapterView
+from networks.core.sites.targets import AdapterTargets, BlockList, Part
+
+LAYOUT = UnetLayout(layers_per_block=2, has_attention=(False, True, True))
+DEPTHS = (0, 2, 10)
+ENCODERS = (("lora_te1", "clip_l", "text_encoder"), ("lora_te2", "clip_g", "text_encoder_2"))
+NUM_LAYERS = (12, 32)
+
+
+def unet_module(path: str, layout: UnetLayout = LAYOUT) -> ModuleNames:
+    return unet_names.unet_module(path, layout, named_after_file=True)
+
+
+def clip_module(path: str, encoder: int) -> ModuleNames:
+    """One module of the first (0) or second (1) text encoder."""
+    return unet_names.clip_module(path, *ENCODERS[encoder])
+
+
+NAMES = BaseNames(
+    "sdxl",
+    (
+        *map(unet_module, (*unet_names.unet_paths(LAYOUT, DEPTHS), *unet_names.SIZE_EMBEDDING)),
+        *(clip_module(path, 0) for path in unet_names.clip_paths(NUM_LAYERS[0])),
+        *(clip_module(path, 1) for path in unet_names.clip_paths(NUM_LAYERS[1])),
+    ),
+)
+
+
+CLIP_BLOCKS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
+NUM_SIDE_BLOCKS = 9  # input blocks, and output blocks
+NUM_MIDDLE_BLOCKS = 3
+
+
+def unet_block_list() -> BlockList:
+    """The 23 entries of block_dims: embeddings, 9 input blocks, 3 middle blocks, 9 output blocks, output layers."""
+    return BlockList(
+        patterns=(
+            r"^(time_embed|label_emb)\.",
+            *(rf"^input_blocks\.{n}\." for n in range(NUM_SIDE_BLOCKS)),
+            *(rf"^middle_block\.{n}\." for n in range(NUM_MIDDLE_BLOCKS)),
+            *(rf"^output_blocks\.{n}\." for n in range(NUM_SIDE_BLOCKS)),
+            r"^out\.",
+        ),
+        down=NUM_SIDE_BLOCKS,
+        mid=NUM_MIDDLE_BLOCKS,
+        up=NUM_SIDE_BLOCKS,
+        padding=1,
+    )
+
+
+TARGETS = AdapterTargets(
+    denoiser=Part(
+        "lora_unet",
+        blocks=("Transformer2DModel",),
+        conv_blocks=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
+    ),
+    text_encoders=(Part("lora_te1", blocks=CLIP_BLOCKS), Part("lora_te2", blocks=CLIP_BLOCKS)),
+    block_list=unet_block_list(),
+    names=NAMES,
+)
+
 
 WHOLE = ("Transformer2DModel",)  # blocks that have the same names inside in both layouts
 RENAMED = ("ResnetBlock2D", "Downsample2D", "Upsample2D")  # blocks whose layers have other names in files

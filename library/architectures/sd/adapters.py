@@ -1,0 +1,76 @@
+"""The layers of Stable Diffusion 1.x and 2.x that adapters change: what they attach to, and their names in files.
+
+Module paths are diffusers' and transformers'.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import nn
+
+from library.architectures.sd.load import NUM_SD2_LAYERS
+from library.checkpoints.adapter_names import BaseNames, ModuleNames
+from library.models import unet_names
+from library.models.clip import clip_body
+from library.models.clip_view import ClipView
+from library.models.unet_keys import UnetLayout
+from networks.core.sites.targets import AdapterTargets, BlockList, Part
+
+LAYOUT = UnetLayout(layers_per_block=2, has_attention=(True, True, True, False))
+DEPTHS = (1, 1, 1, 1)
+NUM_SD1_LAYERS = 12
+GENERIC_ENCODERS = {"sd1": "clip_l", "sd2": "clip_h"}
+
+
+def unet_module(path: str, layout: UnetLayout = LAYOUT) -> ModuleNames:
+    return unet_names.unet_module(path, layout, named_after_file=False)
+
+
+def clip_module(path: str, base: str = "sd1") -> ModuleNames:
+    return unet_names.clip_module(path, "lora_te", GENERIC_ENCODERS[base], "text_encoder")
+
+
+def names_of(base: str, num_layers: int) -> BaseNames:
+    unet = map(unet_module, unet_names.unet_paths(LAYOUT, DEPTHS))
+    return BaseNames(base, (*unet, *map(partial(clip_module, base=base), unet_names.clip_paths(num_layers))))
+
+
+NAMES = names_of("sd1", NUM_SD1_LAYERS)
+SD2_NAMES = names_of("sd2", NUM_SD2_LAYERS)
+
+
+def unet_block_list() -> BlockList:
+    """The 25 entries of block_dims: 12 down, the middle, 12 up.
+
+    A level has three: its residual blocks with their attentions, and its down- or upsampler counts as the third.
+    """
+
+    def patterns(side: str) -> list[str]:
+        return [
+            rf"^{side}_blocks\.{level}\.((resnets|attentions)\.{position}\."
+            + (rf"|{side}samplers\.)" if position == 2 else ")")
+            for level in range(4)
+            for position in range(3)
+        ]
+
+    down = patterns("down")[:11]  # the coarsest level has no downsampler
+    return BlockList(("", *down, r"^mid_block\.", *patterns("up")), down=12, mid=1, up=12)
+
+
+TARGETS = AdapterTargets(
+    denoiser=Part(
+        "lora_unet",
+        blocks=("Transformer2DModel",),
+        conv_blocks=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
+    ),
+    text_encoders=(Part("lora_te", blocks=("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")),),
+    block_list=unet_block_list(),
+    names=BaseNames("sd", (*NAMES.modules, *SD2_NAMES.modules)),  # they share the U-Net and kohya's names
+)
+
+
+def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """(text encoder, U-Net) for `create_network` and `apply_to`; every layer is the real one."""
+    (encoder,) = text_encoders
+    denoiser.adapter_targets = TARGETS  # type: ignore[assignment]  # a plain attribute beside the modules
+    return ClipView(clip_body(encoder)), denoiser
