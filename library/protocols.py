@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from library.checkpoints.model_card import ModelCard
 from library.diffusion.samplers import Sampler
 from library.memory.blocks import BlockRunner, Stacks, chains_of, run_blocks_with, stacks_of
 from library.memory.forms.form import Form
@@ -181,6 +182,7 @@ class Architecture:
     preview: Preview
     metadata: Mapping[str, str]  # ss_v2, ss_base_model_version and the modelspec keys that are the model's own
     ignores: Mapping[str, str] = field(default_factory=dict)  # option that does nothing here -> why
+    cards: Sequence[ModelCard] = ()  # of all base models: by them it is told which programs read what is saved
     text_cache: TextCacheSpec | None = None  # None where text encoder outputs cannot be cached
     vary: Vary | None = None  # None where conditioning is used as it is
     encodes_on_cpu: bool = False  # whether the text encoders stay off the card

@@ -19,9 +19,12 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.checkpoints.adapter_names import BASES, BaseNames, recognise_base
+from library.architectures.cards import list_cards
 from library.checkpoints.compatibility import Reading, describe, problems, readings
 from library.checkpoints.files import load_state_dict, read_metadata
+from library.checkpoints.model_card import ModelCard
+from library.checkpoints.recognition import recognise_adapter
+from library.models.identify import card_of
 from networks.core.files.inspection import (
     BlockFacts,
     ModuleFacts,
@@ -35,7 +38,6 @@ from networks.core.files.inspection import (
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import some_keys
 from tools.command import make_parser, run
-from tools.convert_lora import all_tables
 
 EXAMPLES = """\
   python3 tools/check_lora_weights.py --model my_cat.safetensors
@@ -65,7 +67,8 @@ def judge(tensors: dict[str, Tensor], metadata: Mapping[str, str], origin: str) 
     """Judge the tensors of an adapter file."""
     modules, unknown = group_tensors(tensors)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    base = recognise_base(shapes, metadata)
+    cards = list_cards()
+    base = recognise_adapter(cards, shapes, metadata)
     found: list[str] = []
     facts: list[ModuleFacts] = []
     for module in tqdm(modules.values(), desc="modules", disable=None, leave=False):
@@ -78,31 +81,27 @@ def judge(tensors: dict[str, Tensor], metadata: Mapping[str, str], origin: str) 
     if not modules:
         found.append(f"there are no weights of an adapter (first keys: {', '.join(list(tensors)[:3]) or 'none'})")
     warnings = list(oddities(list(modules.values()), facts, unknown, base))
+    name = base.name if base else None
     return Report(
-        origin, base, count_dtypes(tensors), facts, by_block(facts), readings(shapes, metadata), found, warnings
+        origin, name, count_dtypes(tensors), facts, by_block(facts), readings(cards, shapes, metadata), found, warnings
     )
 
 
 def oddities(
-    modules: Sequence[ModuleWeights], facts: Sequence[ModuleFacts], unknown: Sequence[str], base: str | None
+    modules: Sequence[ModuleWeights], facts: Sequence[ModuleFacts], unknown: Sequence[str], base: ModelCard | None
 ) -> Iterator[str]:
     """What a user should know about a usable file."""
     if unknown:
         yield f"keys that belong to no adapter: {some_keys(unknown)}"
     if base is None:
         yield "the keys do not tell which base model the file is for"
-    table = table_of(base)
-    if table is not None:
-        strangers = [module.name for module in modules if table.find(module.name) is None]
+    else:
+        strangers = [module.name for module in modules if base.names.find(module.name) is None]
         if strangers:
-            yield f"{BASES[table.base]} has no modules of these names: {some_keys(strangers)}"
+            yield f"{base.title} has no modules of these names: {some_keys(strangers)}"
     still = [module.name for module in facts if module.update_norm == 0]
     if still:
         yield f"change nothing, all zeros: {some_keys(still)}"
-
-
-def table_of(base: str | None) -> BaseNames | None:
-    return next((table for table in all_tables() if table.base == base), None)
 
 
 def as_json(report: Report) -> str:
@@ -135,7 +134,7 @@ def finite(value: Any) -> Any:
 
 def as_text(report: Report) -> Iterator[str]:
     """The report in lines."""
-    base = "unknown base model" if report.base is None else BASES[report.base]
+    base = "unknown base model" if report.base is None else card_of(list_cards(), report.base).title
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report.dtypes.items())
     yield f"{report.origin}: {sum(report.dtypes.values())} keys ({dtypes}), {len(report.modules)} modules, {base}"
     yield from block_table(report.blocks)

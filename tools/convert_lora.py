@@ -6,10 +6,7 @@ written as float32.
 """
 
 import argparse
-import importlib
-import importlib.util
 import logging
-import pkgutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,10 +15,12 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import library.architectures
+from library.architectures.cards import list_cards
 from library.checkpoints.adapter_keys import PEFT_PREFIX, naming_of, without_peft_prefix
-from library.checkpoints.adapter_names import BASES, NAMINGS, BaseNames, FileNaming, names_of_base, recognise_base
+from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.compatibility import programs_that_read
+from library.checkpoints.model_card import ModelCard
+from library.checkpoints.recognition import require_card
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
@@ -40,20 +39,10 @@ EXAMPLES = """\
   python3 tools/convert_lora.py --model from_peft.safetensors --save_to for_comfyui.safetensors --to kohya"""
 
 
-def all_tables() -> list[BaseNames]:
-    """The names of every base model that declares them."""
-    tables = []
-    for package in pkgutil.iter_modules(library.architectures.__path__, "library.architectures."):
-        if package.ispkg and importlib.util.find_spec(f"{package.name}.adapters"):
-            declared = vars(importlib.import_module(f"{package.name}.adapters")).values()
-            tables += [table for table in declared if isinstance(table, BaseNames)]
-    return tables
-
-
-def base_of(file: AdapterFile) -> str | None:
-    """The base model that a file's keys name."""
+def card_for_file(file: AdapterFile, origin: str) -> ModelCard:
+    """The card of the base model that a file is for. Raises UserError where that cannot be told."""
     shapes = {module.keys[leaf]: t.shape for module in file.modules.values() for leaf, t in module.tensors.items()}
-    return recognise_base(shapes, file.metadata)
+    return require_card(list_cards(), shapes, file.metadata, origin)
 
 
 def read_adapter(path: Path, flag: str) -> AdapterFile:
@@ -67,7 +56,7 @@ def read_adapter(path: Path, flag: str) -> AdapterFile:
     if not all(name.startswith(PEFT_PREFIX) for name in file.modules) or any(naming_of(p) != "unknown" for p in paths):
         return file
     for prefix in MODELS_OF_PEFT:
-        if any(all(table.find(prefix + path) is not None for path in paths) for table in all_tables()):
+        if any(all(card.names.find(prefix + path) is not None for path in paths) for card in list_cards()):
             modules = {prefix + path: module for path, module in zip(paths, file.modules.values(), strict=True)}
             return replace(file, modules={name: renamed_module(module, name) for name, module in modules.items()})
     raise UserError(
@@ -84,13 +73,12 @@ def renamed_module(module: ModuleWeights, name: str) -> ModuleWeights:
 def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) -> Renamed:
     """Write `model` to `save_to` in another naming. Raises UserError saying why that is not possible."""
     file = read_adapter(model, "--model")
-    base = base_of(file)
-    names = names_of_base(base, all_tables(), f"--model {model}")
-    if base is not None and not programs_that_read(base, to):
+    card = card_for_file(file, f"--model {model}")
+    if not programs_that_read(card, to):
         raise UserError(
-            f"--to {to}: no program reads adapters of {BASES[base]} in that naming; {best_namings(base)} are read"
+            f"--to {to}: no program reads adapters of {card.title} in that naming; {best_namings(card)} are read"
         )
-    renamed = rename(file, names, to, drop_unsupported)
+    renamed = rename(file, card.names, to, drop_unsupported)
     if renamed.dropped:
         logger.warning("left out, the %s naming has no place for them: %s", to, some_keys(renamed.dropped))
     if renamed.widened:
@@ -122,9 +110,9 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def best_namings(base: str) -> str:
+def best_namings(card: ModelCard) -> str:
     """The namings of a base model that some program reads."""
-    return " and ".join(naming for naming in NAMINGS if programs_that_read(base, naming))
+    return " and ".join(naming for naming in NAMINGS if programs_that_read(card, naming))
 
 
 def convert_and_tell(args: argparse.Namespace) -> None:

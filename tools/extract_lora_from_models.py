@@ -1,9 +1,9 @@
 """Make a LoRA of the difference between two checkpoints of one base model.
 
 Every layer that networks.lora adapts gets the best approximation of its difference at --dim, and with --conv_dim also
-the larger kernels. Text encoder layers of Stable Diffusion 1.x, 2.x and XL are left out when none of them differs by
-more than --min_diff; of FLUX.1, SD3, Lumina, HunyuanImage and Anima only the transformer is compared, which must be a
-file in the original layout. Biases, norm weights and layers that LoRA does not adapt are not part of the result.
+the larger kernels. Text encoder layers of a model with a U-Net are left out when none of them differs by more than
+--min_diff; of other models only the transformer is compared, which must be a file in the original layout. Biases, norm
+weights and layers that LoRA does not adapt are not part of the result.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.checkpoints.adapter_names import BASES
 from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, save_adapter_file
@@ -29,7 +28,7 @@ from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora
 from networks.core.kinds.svd import best_factors, clamped
 from networks.core.sites.targets import Site
-from tools.base_models import adapter_metadata, adapter_sites, open_base_model
+from tools.base_models import adapter_sites, card_for, open_base_model
 from tools.command import add_device, add_save_precision, check_output, device_of, dtype_of, make_parser, run
 
 logger = logging.getLogger(__name__)
@@ -120,7 +119,7 @@ def shapes_of(base: BaseModel) -> dict[str, tuple[int, ...]]:
 def extracted_metadata(args: argparse.Namespace, base: BaseModel) -> dict[str, str]:
     """What the header says: what the LoRA is for and its ranks."""
     metadata = {
-        **adapter_metadata(base, args.v_parameterization),
+        **card_for(base).adapter_metadata(base.architecture, args.v_parameterization),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(args.dim),
         "ss_network_alpha": str(float(args.dim)),
@@ -186,12 +185,12 @@ def check(args: argparse.Namespace) -> None:
 
 def check_bases(args: argparse.Namespace, org: BaseModel, tuned: BaseModel) -> None:
     """Raise UserError unless both checkpoints are of one base model, the one that the options insist on."""
-    found, other = org.names.base, tuned.names.base
-    if found != other:
-        raise UserError(f"--model_org is of {BASES[found]}, --model_tuned of {BASES[other]}; give two of one kind")
+    found, other = card_for(org), card_for(tuned)
+    if found.name != other.name:
+        raise UserError(f"--model_org is of {found.title}, --model_tuned of {other.title}; give two of one kind")
     for flag, base in (("v2", "sd2"), ("sdxl", "sdxl")):
-        if getattr(args, flag) and found != base:
-            raise UserError(f"--{flag}: --model_org {org.path} is of {BASES[found]}; leave --{flag} out")
+        if getattr(args, flag) and found.name != base:
+            raise UserError(f"--{flag}: --model_org {org.path} is of {found.title}; leave --{flag} out")
 
 
 def extract(args: argparse.Namespace) -> None:

@@ -1,10 +1,10 @@
 """Merge LoRA files into a checkpoint, or several LoRA files into one.
 
-With --sd_model the changes are added to the weights of a checkpoint of Stable Diffusion 1.x, 2.x or XL, or of a FLUX.1,
-SD3, Lumina, HunyuanImage or Anima file in the original layout: a single file gives a single file, a diffusers folder a
-folder; what the adapters do not touch is copied as it is. Without it the files become one LoRA whose change is the sum
-of ratio * change: exactly with --concat (the ranks add), else as the best approximation (SVD) at --new_rank, by default
-the largest rank among the files. LoRA, convolutions, Tucker cores, LoHa and norm weights can be merged either way, DoRA
+With --sd_model the changes are added to the weights of a checkpoint of any base model that is trained here: a file in
+the original layout gives a file, a diffusers folder of a model with a U-Net gives a folder; what the adapters do not
+touch is copied as it is. Without it the files become one LoRA whose change is the sum of ratio * change: exactly with
+--concat (the ranks add), else as the best approximation (SVD) at --new_rank, by default the largest rank among the
+files. LoRA, convolutions, Tucker cores, LoHa and norm weights can be merged either way, DoRA
 only into a checkpoint. The change of a LoHa of rank r has the rank r * r: --concat gives it as many, else the log says
 how much the one LoRA misses.
 """
@@ -30,7 +30,6 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_keys import naming_of
-from library.checkpoints.adapter_names import names_of_base
 from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.files import is_safetensors, read_metadata, save_pickle_state_dict, save_safetensors
 from library.errors import UserError
@@ -55,7 +54,7 @@ from tools.command import (
     make_parser,
     run,
 )
-from tools.convert_lora import all_tables, base_of, read_adapter
+from tools.convert_lora import card_for_file, read_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -277,7 +276,7 @@ def in_kohya_names(file: AdapterFile) -> AdapterFile:
     """The file with kohya's names of modules."""
     if all(naming_of(name) == "kohya" for name in file.modules):
         return file
-    return rename(file, names_of_base(base_of(file), all_tables(), file.origin), "kohya").file
+    return rename(file, card_for_file(file, file.origin).names, "kohya").file
 
 
 def add_factors(

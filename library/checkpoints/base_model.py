@@ -61,7 +61,7 @@ class BaseModel:
     path: Path
     files: tuple[WeightFile, ...]
     names: BaseNames
-    architecture: str = "stable-diffusion-v1"  # modelspec.architecture of a merged file
+    architecture: str  # modelspec.architecture of a merged file
 
     @property
     def is_folder(self) -> bool:

@@ -11,10 +11,10 @@ from functools import cached_property
 from typing import Literal
 
 from library.checkpoints.adapter_keys import AdapterKey, underscored
-from library.checkpoints.adapter_names import BASES, NAMINGS, FileNaming, recognise_base
+from library.checkpoints.adapter_names import NAMINGS, FileNaming
+from library.checkpoints.model_card import PROGRAMS, ModelCard, Program, Reader
+from library.checkpoints.recognition import recognise_adapter
 
-Program = Literal["ComfyUI", "Forge", "A1111-style", "diffusers", "stable-diffusion.cpp"]
-PROGRAMS: tuple[Program, ...] = ("ComfyUI", "Forge", "A1111-style", "diffusers", "stable-diffusion.cpp")
 Part = Literal["denoiser", "text"]
 Amount = Literal["all", "some", "none"]
 
@@ -56,108 +56,6 @@ class Reading:
         return "some" if self.num_used else "none"
 
 
-# --- which naming is read where ---
-
-UNET_BASES = frozenset(("sd1", "sd2", "sdxl"))
-ALL: frozenset[FileNaming] = frozenset(("kohya", "generic", "diffusers"))
-KOHYA: frozenset[FileNaming] = frozenset(("kohya",))
-GENERIC: frozenset[FileNaming] = frozenset(("generic",))
-DIFFUSERS: frozenset[FileNaming] = frozenset(("diffusers",))
-NONE: frozenset[FileNaming] = frozenset()
-
-Accepted = tuple[frozenset[FileNaming], frozenset[FileNaming]]  # of the denoiser, of the text encoders
-
-_UNET: Mapping[Program, Accepted] = {
-    "ComfyUI": (ALL, ALL),
-    "Forge": (KOHYA | GENERIC, KOHYA),
-    "A1111-style": (KOHYA, KOHYA),
-    "diffusers": (KOHYA | DIFFUSERS, KOHYA | DIFFUSERS),
-    "stable-diffusion.cpp": (ALL, KOHYA),
-}
-ACCEPTED: Mapping[str, Mapping[Program, Accepted]] = {  # a program that is not listed takes no adapters of it
-    "sd1": _UNET,
-    "sd2": _UNET,
-    "sdxl": {**_UNET, "Forge": (KOHYA | GENERIC, KOHYA | DIFFUSERS)},
-    "flux": {
-        "ComfyUI": (ALL, ALL),
-        "Forge": (ALL, KOHYA | DIFFUSERS),
-        "diffusers": (KOHYA | DIFFUSERS, KOHYA | DIFFUSERS),
-        "stable-diffusion.cpp": (ALL, KOHYA | GENERIC),
-    },
-    "sd3": {
-        "ComfyUI": (ALL, ALL),
-        "Forge": (KOHYA | GENERIC, KOHYA | DIFFUSERS),
-        "diffusers": (DIFFUSERS, DIFFUSERS),
-        "stable-diffusion.cpp": (GENERIC | DIFFUSERS, GENERIC),
-    },
-    "lumina": {"ComfyUI": (KOHYA | GENERIC, KOHYA | GENERIC), "diffusers": (GENERIC | DIFFUSERS, NONE)},
-    "hunyuan_image": {"ComfyUI": (KOHYA | GENERIC, NONE)},
-    "anima": {
-        "ComfyUI": (KOHYA | GENERIC, KOHYA | GENERIC),
-        "diffusers": (GENERIC | DIFFUSERS, NONE),
-        "stable-diffusion.cpp": (ALL - DIFFUSERS, NONE),
-    },
-}
-
-
-@dataclass(frozen=True)
-class Gap:
-    """Modules that a program does not look for, although it reads their naming."""
-
-    program: Program
-    bases: frozenset[str]
-    namings: frozenset[FileNaming]
-    modules: str  # pattern of underscored names
-    reason: str
-
-
-T5_OF_DIFFUSERS: tuple[tuple[str, str, tuple[Program, ...]], ...] = (  # who has no place for it
-    ("flux", r"text_encoder_2_encoder_block_.*", ("ComfyUI", "Forge")),
-    ("sd3", r"text_encoder_3_encoder_block_.*", ("ComfyUI", "Forge", "diffusers")),
-)
-GAPS: tuple[Gap, ...] = (
-    Gap(
-        "ComfyUI", UNET_BASES, DIFFUSERS, r"unet_.*_to_(q|k|v|out_0)$",
-        "it looks for attention layers of the U-Net under other names than these diffusers names",
-    ),
-    Gap(
-        "ComfyUI", frozenset(("hunyuan_image",)), KOHYA,
-        r".*_((img|txt)_mlp_fc[12]|(img|txt)_mod_linear|modulation_linear)$",
-        "it expects mlp_0, mlp_2, mod_lin, modulation_lin in place of mlp_fc1, mlp_fc2, mod_linear, modulation_linear",
-    ),
-    Gap(
-        "diffusers", frozenset(("flux",)), ALL, r"(lora_te3|text_encoder_2|text_encoders_t5xxl)_.*",
-        "it has no place for LoRA of FLUX.1's T5",
-    ),
-    Gap(
-        "diffusers", frozenset(("flux",)), KOHYA, r"lora_unet_(img|txt|time|vector|guidance)_in(_.*)?",
-        "it has no place for LoRA of FLUX.1's input layers",
-    ),
-    *(
-        Gap(program, frozenset((base,)), DIFFUSERS, modules, "it has no place for LoRA of T5 under diffusers' names")
-        for base, modules, programs in T5_OF_DIFFUSERS
-        for program in programs
-    ),
-    Gap(
-        "stable-diffusion.cpp", frozenset(("flux",)), KOHYA, r"lora_unet_(img|txt|time|vector|guidance)_in(_.*)?",
-        "it does not find FLUX.1's input layers under kohya's names",
-    ),
-    Gap(
-        "stable-diffusion.cpp", frozenset(("sd1",)), ALL, r".*_(conv_in|conv_out|time_embedding_linear_[12])",
-        "it does not look for conv_in, conv_out and time_embedding",
-    ),
-    Gap(
-        "stable-diffusion.cpp", frozenset(("sd2",)), KOHYA, r"lora_te_.*_self_attn_[qkv]_proj",
-        "q, k and v of SD 2's text encoder are one matrix in the checkpoint",
-    ),
-    Gap(
-        "stable-diffusion.cpp", frozenset(("anima",)), KOHYA,
-        r".*_(cross_attn_.*|self_attn_output_proj|adaln_modulation_.*|t_embedder_.*|final_layer_.*|llm_adapter_.*)",
-        "under kohya's names it finds q, k, v of self_attn, mlp and x_embedder",
-    ),
-)  # fmt: skip
-
-
 # --- which kinds of weights are read where ---
 
 LOW_RANK = frozenset(("lora_down.weight", "lora_up.weight", "lora_A.weight", "lora_B.weight", "alpha"))
@@ -167,17 +65,16 @@ READ = re.compile(  # endings that programs look for
     r"|lokr_(?:w[12](?:_[ab])?|t2)"
 )
 DIFFUSERS_LEAVES = LOW_RANK | {"dora_scale"}
-LUMINA_BLOCK = frozenset(
-    ("attention_qkv", "attention_out", *(f"feed_forward_w{n}" for n in (1, 2, 3)), "adaLN_modulation_1")
-)
 
 
-def readings(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> tuple[Reading, ...]:
+def readings(
+    cards: Sequence[ModelCard], shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]
+) -> tuple[Reading, ...]:
     """What each program does with an adapter file that has these keys; empty where the base model cannot be told."""
-    base = recognise_base(shapes, metadata)
-    if base is None:
+    card = recognise_adapter(cards, shapes, metadata)
+    if card is None:
         return ()
-    content = Content(base, tuple(parse(text, tuple(shape)) for text, shape in shapes.items()))
+    content = Content(card, tuple(parse(text, tuple(shape)) for text, shape in shapes.items()))
     return tuple(read_by(program, content) for program in PROGRAMS)
 
 
@@ -200,7 +97,7 @@ def part_of(module: str) -> Part:
 class Content:
     """A file as the rules see it."""
 
-    base: str
+    card: ModelCard
     keys: tuple[Key, ...]
 
     @cached_property
@@ -215,16 +112,16 @@ class Content:
 def read_by(program: Program, content: Content) -> Reading:
     """Apply the rules of one program to a file."""
     keys = content.keys
-    accepted = ACCEPTED[content.base].get(program)
-    if accepted is None:
-        reason = f"it takes no adapters of {BASES[content.base]}"
+    reader = content.card.readers.get(program)
+    if reader is None:
+        reason = f"it takes no adapters of {content.card.title}"
         return Reading(program, len(keys), tuple(key.text for key in keys), (), (reason,))
     unused: dict[str, str] = {}
     for key in keys:
-        reason_unused = why_unused(program, content, key, accepted)
+        reason_unused = why_unused(program, content, key, reader)
         if reason_unused is not None:
             unused[key.text] = reason_unused
-    refusal = why_refused(program, content, len(unused))
+    refusal = why_refused(program, content, reader, len(unused))
     if refusal is not None:
         return Reading(program, len(keys), tuple(key.text for key in keys), (), (refusal,))
     inexact = {
@@ -236,16 +133,15 @@ def read_by(program: Program, content: Content) -> Reading:
     return Reading(program, len(keys), tuple(unused), tuple(inexact), reasons)
 
 
-def why_unused(program: Program, content: Content, key: Key, accepted: Accepted) -> str | None:
+def why_unused(program: Program, content: Content, key: Key, reader: Reader) -> str | None:
     """Why a key changes nothing in a program, None when it acts."""
     if key.naming is None:
         return f"it is not known to read keys such as {key.text}"
-    if key.naming not in accepted[0 if key.part == "denoiser" else 1]:
+    if key.naming not in (reader.denoiser if key.part == "denoiser" else reader.text):
         what = "text encoder keys in " if key.part == "text" else "keys in "
         return f"it does not read {what}the {key.naming} naming"
-    for gap in GAPS:
-        applies = gap.program == program and content.base in gap.bases and key.naming in gap.namings
-        if applies and re.fullmatch(gap.modules, key.module):
+    for gap in reader.gaps:
+        if key.naming in gap.namings and re.fullmatch(gap.modules, key.module):
             return gap.reason
     return why_leaf_unused(program, content, key)
 
@@ -283,13 +179,13 @@ def is_dora_per_output(leaves: Mapping[str, tuple[int, ...]]) -> bool:
 # --- files that a program refuses as a whole ---
 
 
-def why_refused(program: Program, content: Content, num_unknown: int) -> str | None:
+def why_refused(program: Program, content: Content, reader: Reader, num_unknown: int) -> str | None:
     """Why a program takes nothing from a file, None when it reads it."""
     if program == "Forge" and num_unknown > FORGE_MAX_UNKNOWN_KEYS:
         return f"it refuses a file with more than {FORGE_MAX_UNKNOWN_KEYS} keys that it does not know"
-    if program == "diffusers":
-        return next(filter(None, (rule(content) for rule in DIFFUSERS_REFUSALS)), None)
-    return None
+    if program == "diffusers" and (refusal := next(filter(None, (r(content) for r in DIFFUSERS_REFUSALS)), None)):
+        return refusal
+    return reader.refuses({key.module: key.naming for key in content.keys})
 
 
 def mixes_namings(content: Content) -> str | None:
@@ -310,34 +206,16 @@ def has_keys_without_lora(content: Content) -> str | None:
     return "it refuses .alpha beside lora_A and lora_B" if odd else None
 
 
-def has_parts_of_blocks(content: Content) -> str | None:
-    """Its converter of Lumina's generic names counts the blocks of each stack and takes every module of each."""
-    if content.base != "lumina" or all(key.naming != "generic" or key.part == "text" for key in content.keys):
-        return None
-    stacks: dict[str, dict[int, set[str]]] = {}
-    for module in content.leaves:
-        place = re.fullmatch(r"diffusion_model_(layers|noise_refiner|context_refiner)_(\d+)_(.*)", module)
-        if place is None:
-            return f"it refuses Lumina 2's {module} in the generic naming, where it expects blocks alone"
-        stacks.setdefault(place[1], {}).setdefault(int(place[2]), set()).add(place[3])
-    for stack, blocks in stacks.items():
-        whole = LUMINA_BLOCK - {"adaLN_modulation_1"} if stack == "context_refiner" else LUMINA_BLOCK
-        if blocks.keys() != set(range(len(blocks))) or any(modules != whole for modules in blocks.values()):
-            return f"of Lumina 2's {stack} it takes every module of every block from the first, in the generic naming"
-    return None
-
-
 DIFFUSERS_REFUSALS: tuple[Callable[[Content], str | None], ...] = (
     mixes_namings,
     has_foreign_leaves,
     has_keys_without_lora,
-    has_parts_of_blocks,
 )
 
 
-def programs_that_read(base: str, naming: FileNaming) -> list[Program]:
+def programs_that_read(card: ModelCard, naming: FileNaming) -> list[Program]:
     """The programs that take the denoiser's keys of a base model in a naming."""
-    return [program for program, (denoiser, _) in ACCEPTED[base].items() if naming in denoiser]
+    return [program for program, reader in card.readers.items() if naming in reader.denoiser]
 
 
 # --- in words ---

@@ -8,9 +8,10 @@ from pathlib import Path
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.base_model import BaseModel, Third, WeightFile
+from library.checkpoints.model_card import ModelCard
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.models.clip import THIRDS, clip_from_any, open_clip_name
-from library.models.identify import base_of_file, base_of_folder, pipeline_base, refuse_other, refuse_other_file
+from library.models.identify import base_of_folder, refuse_other, refuse_other_file
 from library.models.unet import unet_layout
 from library.models.unet_keys import UNET_PREFIX, UnetLayout, unet_from_ldm
 
@@ -31,33 +32,23 @@ class EncoderPlace:
 class CheckpointLayout:
     """Where a base model's checkpoints have what adapters change."""
 
-    base: str  # a key of BASES
+    base: str  # `ModelCard.name`
     architecture: str  # modelspec.architecture of a merged file
     unet_names: Callable[[str, UnetLayout], ModuleNames]  # by diffusers' path
     encoders: tuple[EncoderPlace, ...]
 
 
-def base_of_checkpoint(flag: str, path: Path) -> str | None:
-    """The base model of a file or folder as its names tell it, None where they do not."""
-    if not path.is_dir():
-        weights = model_lookup.open_file(flag, path)
-        return base_of_file(list(weights.shapes), weights.shapes)
-    class_name = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
-    found = pipeline_base(class_name)
-    return found or base_of_folder(class_name, model_lookup.open_part(flag, path / "unet", "unet")[1].shapes)
-
-
-def open_checkpoint(flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
+def open_checkpoint(cards: Sequence[ModelCard], flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
     """Open a single file or a diffusers folder; of the files only headers are read.
 
     Raises UserError naming `flag` when it is broken or another kind of model.
     """
-    return open_folder(flag, path, layout) if path.is_dir() else open_single(flag, path, layout)
+    return open_folder(cards, flag, path, layout) if path.is_dir() else open_single(cards, flag, path, layout)
 
 
-def open_single(flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
+def open_single(cards: Sequence[ModelCard], flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
     weights = model_lookup.open_file(flag, path)
-    refuse_other_file(flag, weights, layout.base, [encoder.prefix for encoder in layout.encoders])
+    refuse_other_file(cards, flag, weights, layout.base, [encoder.prefix for encoder in layout.encoders])
     numbers = configure(with_prefix(weights, UNET_PREFIX), unet_layout)
     placed: list[Placed] = [
         (layout.unet_names(unet_from_ldm(f"{stem}.", numbers)[:-1], numbers), UNET_PREFIX + stem)
@@ -68,10 +59,10 @@ def open_single(flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
     return assemble(path, layout, [("", weights, placed)])
 
 
-def open_folder(flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
+def open_folder(cards: Sequence[ModelCard], flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
     class_name = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
     config, unet = model_lookup.open_part(flag, path / "unet", "unet")
-    refuse_other(flag, str(path), base_of_folder(class_name, unet.shapes), layout.base)
+    refuse_other(cards, flag, str(path), base_of_folder(cards, class_name, unet.shapes), layout.base)
     attends = tuple(kind.startswith("CrossAttn") for kind in config.get("down_block_types", ()))
     numbers = UnetLayout(int(config.get("layers_per_block", 2)), attends)
     parts: list[tuple[str, Weights, list[Placed]]] = [

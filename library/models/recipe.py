@@ -41,6 +41,10 @@ class Recipe:
             **{f"modelspec.{name}": value for name, value in more.items()},
         }
 
+    def of_checkpoint(self, architecture: str, predicts_velocity: bool = False) -> dict[str, str]:
+        """What a file that was made from a checkpoint says about it: `ModelCard.adapter_metadata`."""
+        return {"ss_v2": "False", **self.metadata, "modelspec.architecture": f"{architecture}/lora"}
+
 
 def folders_beside(*files: str | Path | None) -> list[Path]:
     """The folders that model files lie in, or that they are, in this order; None names none."""

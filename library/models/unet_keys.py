@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from library.models.names import inverse, swap_stem
 
 UNET_PREFIX = "model.diffusion_model."
+UNET_NAME = re.escape(UNET_PREFIX) + r"(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\."
 
 UNET_STEMS = {
     "time_embed.0": "time_embedding.linear_1",

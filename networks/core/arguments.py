@@ -4,8 +4,10 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any
 
+from library.checkpoints.model_card import ArgumentForm
 from library.errors import UserError
 from networks.core.argument_values import (
     LrWeights,
@@ -99,21 +101,12 @@ SUPPORTED: Mapping[str, Parse] = {
     "verbose": parse_bool,
 }
 
-RANKS_BY_TYPE = (
-    *("img_attn_dim", "txt_attn_dim", "img_mlp_dim", "txt_mlp_dim", "img_mod_dim", "txt_mod_dim"),
-    *("single_dim", "single_mod_dim"),
-    *("context_attn_dim", "context_mlp_dim", "context_mod_dim", "x_attn_dim", "x_mlp_dim", "x_mod_dim"),
-    *("attn_dim", "mlp_dim", "mod_dim", "refiner_dim"),
-)
-OF_MODELS: Mapping[str, Parse] = {  # what they mean stands in the AdapterTargets of each base model that has them
-    **dict.fromkeys(RANKS_BY_TYPE, parse_rank),
-    **dict.fromkeys(("in_dims", "emb_dims", "embedder_dims"), parse_embedder_ranks),
-    **dict.fromkeys(
-        ("train_block_indices", "train_double_block_indices", "train_single_block_indices"), parse_selection
-    ),
-    "train_blocks": str,
-    "train_t5xxl": parse_bool,
-    "train_llm_adapter": parse_bool,
+OF_MODELS: Mapping[ArgumentForm, Parse] = {  # what base models have besides; AdapterTargets say which
+    "rank": parse_rank,
+    "ranks": parse_embedder_ranks,
+    "blocks": parse_selection,
+    "flag": parse_bool,
+    "word": str,
 }
 
 SYNONYMS: Mapping[str, str] = {"dyloRA": "unit"}  # another spelling -> the argument
@@ -124,11 +117,16 @@ PLANNED: Mapping[str, str] = {  # key -> what it belongs to
 }
 
 
-def parse_arguments(items: Mapping[str, Any], neuron_dropout: float | None = None) -> NetworkArguments:
+def parse_arguments(
+    items: Mapping[str, Any],
+    neuron_dropout: float | None = None,
+    of_models: Mapping[str, ArgumentForm] = MappingProxyType({}),
+) -> NetworkArguments:
     """Read the network arguments that a user gave; None stands for one that was not given.
 
-    `dropout` is LyCORIS's name for --network_dropout and means the same here. Raises UserError naming the argument
-    for an unknown key, a value of the wrong form, and a feature that is not there yet.
+    `of_models` are those that base models have of their own. `dropout` is LyCORIS's name for --network_dropout and
+    means the same here. Raises UserError naming the argument for an unknown key, a value of the wrong form, and a
+    feature that is not there yet.
     """
     given = {key: value for key, value in items.items() if value is not None}
     dropout = given.pop("dropout", None)
@@ -139,26 +137,27 @@ def parse_arguments(items: Mapping[str, Any], neuron_dropout: float | None = Non
         )
     if (chosen := neuron_dropout if neuron_dropout is not None else dropout) is not None:
         given["neuron_dropout"] = chosen
-    parsed = {key: _parse(key, value) for key, value in given.items()}
-    of_model = {key: value for key, value in parsed.items() if key in OF_MODELS}
-    own = {key: value for key, value in parsed.items() if key not in OF_MODELS}
+    parsers = {**{name: OF_MODELS[form] for name, form in of_models.items()}, **SUPPORTED}
+    parsed = {key: _parse(key, value, parsers) for key, value in given.items()}
+    of_model = {key: value for key, value in parsed.items() if key in of_models}
+    own = {key: value for key, value in parsed.items() if key not in of_models}
     arguments = NetworkArguments(**_merge_synonyms(own), of_model=of_model)
     _check_together(arguments)
     return arguments
 
 
-def _parse(key: str, value: Any) -> Any:
+def _parse(key: str, value: Any, parsers: Mapping[str, Parse]) -> Any:
     if key in PLANNED:
         raise UserError(f"--network_args {key}={value} is not supported yet ({PLANNED[key]}); leave {key} out")
     name = SYNONYMS.get(key, key)
-    if name not in SUPPORTED and name not in OF_MODELS:
-        near = get_close_matches(key, [*SUPPORTED, *OF_MODELS, *SYNONYMS, *PLANNED], n=1, cutoff=0.5)
+    if name not in parsers:
+        near = get_close_matches(key, [*parsers, *SYNONYMS, *PLANNED], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SUPPORTED)}"
         raise UserError(f"--network_args {key}={value}: there is no argument {key}; {hint}")
     is_list = isinstance(value, (list, tuple)) and not name.endswith("_patterns")
     text = ",".join(map(str, value)) if is_list else str(value)
     try:
-        return SUPPORTED[name](text) if name in SUPPORTED else OF_MODELS[name](text)
+        return parsers[name](text)
     except ValueError as error:
         flag = "--network_dropout" if key == "neuron_dropout" else f"--network_args {key}"
         raise UserError(f"{flag}={text}: {error}") from None

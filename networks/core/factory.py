@@ -54,13 +54,13 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
         `unet` is the denoiser as network modules see it; it carries `adapter_targets`. Raises UserError for wrong
         network arguments.
         """
-        arguments = parse_arguments(network_args, neuron_dropout)
+        targets = targets_of(unet)
+        arguments = parse_arguments(network_args, neuron_dropout, targets.known_arguments)
         check_arguments(door, arguments)
         rank = DEFAULT_RANK if network_dim is None else network_dim
         alpha = DEFAULT_ALPHA if network_alpha is None else float(network_alpha)
         if rank < 0 or alpha < 0:
             raise UserError(f"--network_dim is {rank} and --network_alpha {alpha:g}; neither can be negative")
-        targets = targets_of(unet)
         check_choices(targets, arguments, unet)
         members: list[Member] = []
         for place in places(targets, text_encoder, unet):
@@ -94,10 +94,10 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
         the network arguments the dropouts, the LoRA+ ratios, use_scalar, dora_wd, split_qkv, network_reg_lrs and the
         *_lr_weight lists count. Raises UserError when the file cannot be used.
         """
-        arguments = parse_arguments(network_args, neuron_dropout)
+        targets = targets_of(unet)
+        arguments = parse_arguments(network_args, neuron_dropout, targets.known_arguments)
         check_arguments(door, arguments)
         warn_of_ranks(arguments)
-        targets = targets_of(unet)
         weights = dict(in_own_names(read_adapters(file) if weights_sd is None else weights_sd, targets.names, file))
         groups = group_by_module(weights, str(file), KINDS if for_inference else (*door.kinds, norm.KIND))
         members: list[Member] = []

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from library.architectures.sd3.adapters import NAMES
 from library.architectures.sd3.model import MMDiTConfig
-from library.checkpoints.adapter_names import ModuleNames, recognise_base
+from library.checkpoints.adapter_names import ModuleNames
+from tests.recognising import base_of
 from tests.tiny.sd3 import CONFIGS, full_size_keys, mmdit_weights
 
 FACTS = full_size_keys()
@@ -29,7 +30,7 @@ def test_every_module_of_known_files_is_found_and_recognised(name: str) -> None:
     for stem in {key.partition(".")[0] for key in keys}:
         found = NAMES.find(stem)
         assert found is not None and found.kohya == stem
-    assert recognise_base(keys, {}) == "sd3"
+    assert base_of(keys) == "sd3"
 
 
 @pytest.mark.parametrize("naming", ["kohya", "generic"])

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from library.architectures.sd.adapters import NAMES
-from library.checkpoints.adapter_names import recognise_base
+from tests.recognising import base_of
 from tests.tiny.sd import full_size_keys
 
 FACTS = full_size_keys()
@@ -74,5 +74,5 @@ def test_a_text_encoder_path_without_text_model_is_found() -> None:
 
 
 def test_the_full_size_file_is_recognised() -> None:
-    assert recognise_base(FACTS["lora"], {}) == "sd1"
-    assert recognise_base({k: s for k, s in FACTS["lora"].items() if k.startswith("lora_te_")}, {}) == "sd1"
+    assert base_of(FACTS["lora"]) == "sd1"
+    assert base_of({k: s for k, s in FACTS["lora"].items() if k.startswith("lora_te_")}) == "sd1"

@@ -8,10 +8,10 @@ import pytest
 
 from library.architectures.sd.adapters import SD2_NAMES
 from library.architectures.sdxl.adapters import NAMES
-from library.checkpoints.adapter_names import recognise_base
 from library.models.clip import clip_from_any
 from library.models.unet_keys import UNET_PREFIX
 from tests.contracts.full_size import facts, parts
+from tests.recognising import base_of
 
 DATA = Path(__file__).parent / "data"
 TABLES = {"sd21": SD2_NAMES, "sdxl": NAMES}
@@ -56,4 +56,4 @@ def test_every_key_of_a_kohya_file_is_found_and_tells_its_base(model: str, base:
         module = key.partition(".")[0]
         found = TABLES[model].find(module)
         assert found is not None and found.kohya == module
-    assert recognise_base(keys, {}) == base
+    assert base_of(keys) == base

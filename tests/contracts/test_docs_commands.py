@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from library.architectures.cards import list_network_arguments
 from library.options.support import NOT_YET, unsupported
 from library.options.train import TrainOptions
 from library.training.command_line.config_file import read_config
@@ -98,7 +99,8 @@ def check_script(script: str, arguments: list[str]) -> None:
     args = parse(parser, arguments)
     assert unsupported(TrainOptions.from_args(args)) == []
     if args.network_module and args.network_module.startswith("networks."):
-        parse_arguments(dict(item.split("=", 1) for item in args.network_args or ()), args.network_dropout)
+        given = dict(item.split("=", 1) for item in args.network_args or ())
+        parse_arguments(given, args.network_dropout, list_network_arguments())
     if args.config_file and not args.output_config:
         actions = {action.dest: action for action in parser._actions}
         assert read_config(ROOT / args.config_file, actions).warnings == []

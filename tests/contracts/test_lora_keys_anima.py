@@ -13,9 +13,9 @@ from torch import nn
 
 from library.architectures.anima.adapters import NAMES
 from library.architectures.anima.model import Anima, read_config
-from library.checkpoints.adapter_names import recognise_base
 from networks.lora_anima import create_network, create_network_from_weights
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
+from tests.recognising import base_of
 
 shapes_of = partial(saved_shapes, create_network)
 
@@ -77,7 +77,7 @@ def test_generic_names_are_those_of_the_comfyui_converter_but_for_its_misspellin
 
 
 def test_files_are_recognised() -> None:
-    assert recognise_base(FACTS["default"], {}) == "anima"
+    assert base_of(FACTS["default"]) == "anima"
 
 
 def test_diffusers_names_are_what_its_reader_makes_of_the_generic_ones() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from library.architectures.cards import list_cards
 from library.architectures.hunyuan_image.adapters import NAMES, view
 from library.architectures.hunyuan_image.model import HunyuanImage, read_config
 from library.checkpoints.compatibility import readings
@@ -126,7 +127,7 @@ def test_files_of_sd_scripts_merge_into_the_base_model_as_ours_do(tmp_path: Path
 def test_ComfyUI_is_known_to_read_all_of_our_file_and_some_of_that_of_sd_scripts(denoiser: nn.Module) -> None:
     amounts = []
     for shapes in (shapes_of(denoiser), FACTS["default"]):
-        found = readings({key: tuple(shape) for key, shape in shapes.items()}, {})
+        found = readings(list_cards(), {key: tuple(shape) for key, shape in shapes.items()}, {})
         amounts += [reading.amount for reading in found if reading.program == "ComfyUI"]
     assert amounts == ["all", "some"]
 

@@ -16,10 +16,10 @@ from library.architectures.lumina.gemma import GEMMA_PREFIXES, empty_gemma, gemm
 from library.architectures.lumina.keys import from_diffusers, source_keys
 from library.architectures.lumina.load import denoiser_of, empty_lumina
 from library.architectures.lumina.model import read_config
-from library.checkpoints.adapter_names import recognise_base
 from library.checkpoints.weights import Weights
 from networks.lora_lumina import create_network, create_network_from_weights
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
+from tests.recognising import base_of
 
 shapes_of = partial(saved_shapes, create_network)
 
@@ -179,7 +179,7 @@ def test_every_module_of_known_files_is_found_and_recognised() -> None:
     keys = listed_shapes(LORA, "embedder_dims=[5,6,7]")
     found = {NAMES.find(key.partition(".")[0]) for key in keys}
     assert found == set(NAMES.modules)
-    assert recognise_base(keys, {}) == "lumina"
+    assert base_of(keys) == "lumina"
 
 
 @pytest.mark.parametrize("naming", ["kohya", "generic"])

@@ -16,6 +16,8 @@ GONE = (
     "LOW_RANK_FORMS", "LEAF_OF_NORM", "LORA_PARTS", "UP_FACTORS", "swap_pair", "HELD", "run_block", "keep_in_fp8",
     "is_foreseen", "without_effect", "AT_LEAST_ONE", "NOT_NEGATIVE", "DDPM_ONLY", "refuse_settings", "FluxPredict",
     "LuminaPredict", "SdxlPredict", "predict_for_preview", "Keeper", "Wish", "Allotment", "torch_optimizer",
+    "recognise_base", "names_of_base", "all_tables", "unet_generation", "pipeline_base", "FILE_MARKS", "NAME_MARKS",
+    "RANKS_BY_TYPE", "OPENERS", "ACCEPTED", "BASES",
 )  # fmt: skip
 GRAMMAR = "library/checkpoints/adapter_keys.py"
 ONCE = {  # definition -> where it stands

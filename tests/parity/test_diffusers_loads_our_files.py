@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from library.architectures.cards import list_cards
 from library.architectures.sd.adapters import view
 from library.checkpoints.compatibility import readings
 from library.checkpoints.files import save_safetensors
@@ -92,7 +93,8 @@ ODD_FILES: dict[str, dict[str, Tensor]] = {
 def test_what_we_say_of_diffusers_is_what_it_does(tiny_sd_folder: Path, tmp_path: Path, what: str) -> None:
     tensors = ODD_FILES[what]
     save_safetensors(tmp_path / "odd.safetensors", tensors)
-    (said,) = (r for r in readings({key: t.shape for key, t in tensors.items()}, {}) if r.program == "diffusers")
+    shapes = {key: t.shape for key, t in tensors.items()}
+    (said,) = (reading for reading in readings(list_cards(), shapes, {}) if reading.program == "diffusers")
     pipeline = load_pipeline(tiny_sd_folder)
     try:
         pipeline.load_lora_weights(tmp_path, weight_name="odd.safetensors")

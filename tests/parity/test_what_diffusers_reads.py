@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.architectures.anima import adapter_names as anima
-from library.architectures.flux import adapter_names as flux
-from library.architectures.lumina import adapter_names as lumina
-from library.architectures.sd3 import adapter_names as sd3
+from library.architectures.anima import adapters as anima
+from library.architectures.cards import list_cards
+from library.architectures.flux import adapters as flux
+from library.architectures.lumina import adapters as lumina
+from library.architectures.sd3 import adapters as sd3
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.compatibility import Reading, readings
 from networks.core.files.adapter_file import AdapterFile, adapter_tensors
@@ -185,7 +186,7 @@ CASES = [(base, variant, naming) for base, variants in VARIANTS.items() for vari
 
 def said_of_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Reading:
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    (said,) = (reading for reading in readings(shapes, metadata) if reading.program == "diffusers")
+    (said,) = (reading for reading in readings(list_cards(), shapes, metadata) if reading.program == "diffusers")
     return said
 
 

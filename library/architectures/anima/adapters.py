@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from library.architectures.anima.keys import BLOCK, TOP, diffusers_path
+from library.architectures.cards import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from networks.core.sites.targets import AdapterTargets, Part
 
@@ -74,6 +75,7 @@ TARGETS = AdapterTargets(
     ),
     expressions="path",
     names=NAMES,
+    elsewhere=list_network_arguments,
 )
 
 

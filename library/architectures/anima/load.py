@@ -12,12 +12,13 @@ from library.architectures.anima.keys import ADAPTER
 from library.architectures.anima.model import Anima, AnimaConfig, read_config
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.vae import SPEC, empty_vae, open_vae
+from library.architectures.cards import list_cards
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.memory.forms.form import Form
-from library.models.identify import base_of_file, refuse_other, refuse_other_folder
+from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Component, materialise
 from library.models.shapes import shape_of
 
@@ -96,7 +97,7 @@ def open_base(name: str | None) -> tuple[Path, Weights]:
     if not path.exists():
         raise UserError(f"{BASE_FLAG} {name} does not exist{model_lookup.nearby(path)}")
     if path.is_dir():
-        refuse_other_folder(BASE_FLAG, path, "anima")
+        refuse_other_folder(list_cards(), BASE_FLAG, path, "anima")
         raise UserError(f"{BASE_FLAG} {path} is a folder; Anima is read from the file of its transformer")
     return path, denoiser_of(path, model_lookup.open_file(BASE_FLAG, path))
 
@@ -106,7 +107,7 @@ def denoiser_of(path: Path, whole: Weights) -> Weights:
     prefix = next((p for p in PREFIXES if f"{p}{MARK}" in whole.shapes), None)
     if prefix is None:
         names = list(whole.shapes)
-        refuse_other(BASE_FLAG, str(path), base_of_file(names, whole.shapes), "anima")
+        refuse_other_model(list_cards(), BASE_FLAG, str(path), whole.shapes, "anima")
         raise UserError(
             f"{BASE_FLAG} {path}: nothing in it is called {MARK}, so it is no Anima transformer (first names: "
             f"{', '.join(names[:3]) or 'none'})"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from library.architectures.cards import list_network_arguments
 from library.architectures.flux.keys import STACKS, SWAPPED, TOP, sources
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
 from library.models.clip import clip_body
@@ -98,6 +99,7 @@ TARGETS = AdapterTargets(
     subsets={"double": r"^double_blocks\.", "single": r"^single_blocks\."},
     fused={r"_attn\.qkv$": thirds, r"\.linear1$": qkv_and_rest},
     names=NAMES,
+    elsewhere=list_network_arguments,
 )
 
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from library.architectures.cards import list_cards
 from library.architectures.flux.adapters import view
 from library.architectures.flux.load import FluxLoader, open_loader
 from library.architectures.flux.options import FluxOptions
@@ -72,6 +73,7 @@ def build(options: FluxOptions) -> Architecture:
         view=view,
         preview=build_preview(text, loader, masks_text),
         metadata=RECIPE.describe(options, architecture=f"flux-1-{kind}/lora"),
+        cards=list_cards(),
         ignores={**RECIPE.ignores, **schnell_ignores},
         text_cache=build_text_cache(options, loader, text),
     )

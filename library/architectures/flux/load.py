@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from library.architectures.cards import list_cards
 from library.architectures.flux.keys import DIFFUSERS_MARK, from_diffusers
 from library.architectures.flux.model import PATCH, Flux, FluxConfig, read_config
 from library.architectures.flux.options import FluxOptions
@@ -16,7 +17,7 @@ from library.memory.devices import DTYPES
 from library.memory.forms.form import Form
 from library.models.clip import clip_component, clip_of_folder, load_clip
 from library.models.flux_vae import CHANNELS, open_ae
-from library.models.identify import base_of_file, refuse_other, refuse_other_folder
+from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Component, materialise
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component, t5_of_folder
@@ -118,7 +119,7 @@ def empty_flux(config: FluxConfig) -> Flux:
 def denoiser_of(path: Path, whole: Weights | None) -> Weights:
     """The denoiser's weights under our names. Raises UserError saying which model it is where it is another."""
     if whole is None:
-        refuse_other_folder(BASE_FLAG, path, "flux")
+        refuse_other_folder(list_cards(), BASE_FLAG, path, "flux")
         _, weights = model_lookup.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
     else:
         prefix = next(p for p in DENOISER_PREFIXES if any(key.startswith(p) for key in whole.shapes))
@@ -129,7 +130,7 @@ def denoiser_of(path: Path, whole: Weights | None) -> Weights:
         return from_diffusers(weights)
     if "double_blocks.0.img_attn.qkv.weight" not in weights.shapes:
         names = list(weights.shapes)
-        refuse_other(BASE_FLAG, str(path), base_of_file(list(whole.shapes) if whole else names, weights.shapes), "flux")
+        refuse_other_model(list_cards(), BASE_FLAG, str(path), (whole or weights).shapes, "flux")
         raise UserError(
             f"{BASE_FLAG} {path}: nothing in it is called double_blocks.0..., so it is no FLUX.1 transformer (first "
             f"names: {', '.join(names[:3]) or 'none'})"

@@ -76,7 +76,7 @@ def open_text_encoder(
     return model
 
 
-def seen_by_networks(path: Path, base: str) -> tuple[list[nn.Module], nn.Module]:
+def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """([], transformer) of a checkpoint as network modules see it, on the meta device."""
     weights, prefix = open_original("the checkpoint", path, "FLUX.1", DENOISER_PREFIXES, DIFFUSERS_MARK)
     return view([], empty_flux(configure(with_prefix(weights, prefix), read_config)))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from library.architectures.cards import list_network_arguments
 from library.architectures.hunyuan_image.keys import DOUBLE, SINGLE, sources
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
 from networks.core.sites.targets import AdapterTargets, Part, qkv_and_rest, thirds
@@ -65,6 +66,7 @@ TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("MMDoubleStreamBlock", "MMSingleStreamBlock")),
     fused={r"_attn_qkv$": thirds, r"\.linear1$": qkv_and_rest},
     names=NAMES,
+    elsewhere=list_network_arguments,
 )
 
 

@@ -5,6 +5,7 @@ The assembly, and the table of contents of this package.
 
 from pathlib import Path
 
+from library.architectures.cards import list_cards
 from library.architectures.hunyuan_image.adapters import view
 from library.architectures.hunyuan_image.load import SPEC, HunyuanImageLoader, open_loader
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
@@ -65,6 +66,7 @@ def build(options: HunyuanImageOptions) -> Architecture:
         view=view,
         preview=build_preview(text),
         metadata=RECIPE.describe(options),
+        cards=list_cards(),
         ignores={**RECIPE.ignores, **ignored_attention(options.hunyuan_image.attn_mode)},
         text_cache=build_text_cache(options, loader, text),
         encodes_on_cpu=options.hunyuan_image.text_encoder_cpu,

@@ -38,7 +38,7 @@ def names_of(stem: str, prefix: str) -> ModuleNames | None:
     return denoiser_module(path) if stem.startswith(prefix) and is_layer else None
 
 
-def seen_by_networks(path: Path, base: str) -> tuple[list[nn.Module], nn.Module]:
+def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """([], transformer) of a checkpoint as network modules see it, on the meta device."""
     weights, prefix = open_original("the checkpoint", path, "HunyuanImage", DENOISER_PREFIXES, DIFFUSERS_MARK)
     with torch.device("meta"):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from library.architectures.cards import list_network_arguments
 from library.architectures.lumina.keys import BLOCK, TOP, sources
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
 from networks.core.sites.targets import AdapterTargets, Embedders, Part
@@ -83,6 +84,7 @@ TARGETS = AdapterTargets(
     },
     fused={r"\.attention\.qkv$": grouped_qkv},
     names=NAMES,
+    elsewhere=list_network_arguments,
 )
 
 

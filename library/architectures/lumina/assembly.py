@@ -5,6 +5,7 @@ The assembly, and the table of contents of this package.
 
 from dataclasses import replace
 
+from library.architectures.cards import list_cards
 from library.architectures.lumina.adapters import view
 from library.architectures.lumina.gemma import load_gemma_tokenizer
 from library.architectures.lumina.load import LuminaLoader, open_loader
@@ -66,6 +67,7 @@ def build(options: LuminaOptions) -> Architecture:
         view=view,
         preview=build_preview(text),
         metadata=RECIPE.describe(options),
+        cards=list_cards(),
         ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),
     )

@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import nn
 
+from library.architectures.cards import list_network_arguments
 from library.architectures.sd.load import NUM_SD2_LAYERS
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.models import unet_names
@@ -66,6 +67,7 @@ TARGETS = AdapterTargets(
     text_encoders=(Part("lora_te", blocks=("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")),),
     block_list=unet_block_list(),
     names=BaseNames("sd", (*NAMES.modules, *SD2_NAMES.modules)),  # they share the U-Net and kohya's names
+    elsewhere=list_network_arguments,
 )
 
 

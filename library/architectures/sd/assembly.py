@@ -5,6 +5,7 @@ The assembly, and the table of contents of this package.
 
 import logging
 
+from library.architectures.cards import list_cards
 from library.architectures.sd.adapters import view
 from library.architectures.sd.load import LATENT_CHANNELS, LATENT_SCALE, SdLoader, open_loader
 from library.architectures.sd.predict import predict
@@ -43,6 +44,7 @@ def build(options: TrainOptions) -> Architecture:
         view=view,
         preview=build_unet_preview(options, text.reading_emphasis(), predict),
         metadata=metadata(options.model.v2, options.model.v_parameterization),
+        cards=list_cards(),
         run_blocks_with=run_unet_blocks_with,
         stacks=unet_stacks,
         chains=unet_chains,

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from library.architectures.cards import list_cards
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, with_prefix
 from library.errors import UserError
@@ -14,7 +15,6 @@ from library.memory.forms.form import Form
 from library.models.attention import wants_xformers, with_attention
 from library.models.clip import clip_component, clip_of_folder, load_clip
 from library.models.identify import (
-    WORDS,
     base_of_folder,
     refuse_other,
     refuse_other_file,
@@ -31,6 +31,7 @@ from library.options.train import TrainOptions
 BASE_FLAG = "--pretrained_model_name_or_path"
 LATENT_CHANNELS = 4
 LATENT_SCALE = 0.18215  # brings the latents of Stable Diffusion's VAE to about unit variance
+TITLES = {"sd1": "SD 1.x", "sd2": "SD 2.x"}  # in messages
 CLIP_PREFIXES = {"sd1": "cond_stage_model.transformer.", "sd2": "cond_stage_model.model."}
 NUM_SD2_LAYERS = 23  # of the text encoder; the checkpoints have one more, whose output SD 2.x was not trained on
 
@@ -85,8 +86,7 @@ def open_loader(options: TrainOptions) -> SdLoader:
         warn_of_other_prediction(path, options.model.v_parameterization)
     parts = open_parts(BASE_FLAG, path, base, own_vae=options.model.vae is None)
     if options.model.vae is not None:
-        words = WORDS[base][0].removeprefix("an ")
-        parts["vae"] = open_vae(options.model.vae, VaeNeeds(words, LATENT_CHANNELS, LATENT_SCALE))
+        parts["vae"] = open_vae(options.model.vae, VaeNeeds(TITLES[base], LATENT_CHANNELS, LATENT_SCALE))
     check_channels(path, base, parts["unet"])
     dtype = DTYPES[options.precision.mixed_precision]
     return SdLoader(
@@ -109,12 +109,11 @@ def open_parts(flag: str, path: Path, base: str, own_vae: bool) -> dict[str, Com
 
 def folder_parts(flag: str, path: Path, base: str, own_vae: bool) -> dict[str, Component]:
     """The parts of a diffusers folder, the VAE only when `own_vae`."""
+    cards = list_cards()
     class_name = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
-    refuse_other_folder(flag, path, base)
-    if (path / "text_encoder_2").is_dir():
-        refuse_other(flag, str(path), "sdxl", base)
+    refuse_other_folder(cards, flag, path, base)
     parts = {"unet": Component(*model_lookup.open_part(flag, path / "unet", "unet"))}
-    refuse_other(flag, str(path), base_of_folder(class_name, parts["unet"].weights.shapes), base)
+    refuse_other(cards, flag, str(path), base_of_folder(cards, class_name, parts["unet"].weights.shapes), base)
     parts["text_encoder"] = clip_of_folder(*model_lookup.open_part(flag, path / "text_encoder", "text_encoder"))
     if own_vae:
         parts["vae"] = vae_of_folder(*model_lookup.open_part(flag, path / "vae", "vae"))
@@ -127,7 +126,7 @@ def single_file_parts(flag: str, weights: Weights, base: str, own_vae: bool) -> 
     Names outside the three parts (averages of training, schedule buffers) are left alone.
     """
     prefix = CLIP_PREFIXES[base]
-    refuse_other_file(flag, weights, base, (prefix,))
+    refuse_other_file(list_cards(), flag, weights, base, (prefix,))
     clip = with_prefix(weights, prefix)
     parts = {
         "unet": unet_component(with_prefix(weights, UNET_PREFIX), HEAD_WIDTH if base == "sd2" else None),
@@ -146,5 +145,5 @@ def check_channels(path: Path, base: str, unet: Component) -> None:
     if channels != LATENT_CHANNELS:
         raise UserError(
             f"{BASE_FLAG} {path}: the U-Net takes {channels} input channels, training feeds {LATENT_CHANNELS}; "
-            f"inpainting and other conditioned variants of {WORDS[base][0].removeprefix('an ')} are not supported"
+            f"inpainting and other conditioned variants of {TITLES[base]} are not supported"
         )

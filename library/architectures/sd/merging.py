@@ -5,9 +5,11 @@ from pathlib import Path
 
 from torch import nn
 
+from library.architectures.cards import list_cards
 from library.architectures.sd.adapters import clip_module, unet_module, view
 from library.architectures.sd.load import CLIP_PREFIXES, open_parts
-from library.models.base_checkpoint import CheckpointLayout, EncoderPlace
+from library.checkpoints.base_model import BaseModel
+from library.models.base_checkpoint import CheckpointLayout, EncoderPlace, open_checkpoint
 from library.models.clip import empty_clip
 from library.models.unet import empty_unet
 
@@ -23,7 +25,15 @@ LAYOUTS = {
 }
 
 
-def seen_by_networks(path: Path, base: str) -> tuple[list[nn.Module], nn.Module]:
+def open_base_model(base: str, flag: str, path: Path) -> BaseModel:
+    """Open a single file or a diffusers folder of "sd1" or "sd2"; of the files only headers are read.
+
+    Raises UserError naming `flag` when it is broken or another kind of model.
+    """
+    return open_checkpoint(list_cards(), flag, path, LAYOUTS[base])
+
+
+def seen_by_networks(base: str, path: Path) -> tuple[list[nn.Module], nn.Module]:
     """(text encoder, U-Net) of a checkpoint as network modules see them, on the meta device."""
     parts = open_parts("the checkpoint", path, base, own_vae=False)
     encoder, unet = view([empty_clip(parts["text_encoder"].config)], empty_unet(parts["unet"].config))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from library.architectures.cards import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
 from library.models.clip import clip_body
 from library.models.clip_view import ClipView
@@ -132,6 +133,7 @@ TARGETS = AdapterTargets(
     block_choices={"train_block_indices": r"^joint_blocks\.(\d+)\."},
     fused={r"qkv$": thirds},
     names=NAMES,
+    elsewhere=list_network_arguments,
 )
 
 

@@ -5,6 +5,7 @@ The assembly, and the table of contents of this package.
 
 import torch
 
+from library.architectures.cards import list_cards
 from library.architectures.sd3.adapters import view
 from library.architectures.sd3.conditioning_dropout import Variation
 from library.architectures.sd3.load import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHIFT, Sd3Loader, open_loader
@@ -76,6 +77,7 @@ def build(options: Sd3Options) -> Architecture:
         view=view,
         preview=build_preview(text),
         metadata=metadata(options, loader.config),
+        cards=list_cards(),
         ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),
         vary=build_variation(options, loader),

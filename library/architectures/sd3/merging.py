@@ -45,7 +45,7 @@ def config_of(weights: Weights) -> MMDiTConfig:
     return configure(of_denoiser(with_prefix(weights, prefix_of(weights))), read_config)
 
 
-def seen_by_networks(path: Path, base: str) -> tuple[list[nn.Module], nn.Module]:
+def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """([], denoiser) of a checkpoint as network modules see it, on the meta device."""
     with torch.device("meta"):
         return view([], MMDiT(config_of(model_lookup.open_file("the checkpoint", path))))

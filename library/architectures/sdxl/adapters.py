@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from library.architectures.cards import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.models import unet_names
 from library.models.clip import clip_body
@@ -73,6 +74,7 @@ TARGETS = AdapterTargets(
     text_encoders=(Part("lora_te1", blocks=CLIP_BLOCKS), Part("lora_te2", blocks=CLIP_BLOCKS)),
     block_list=unet_block_list(),
     names=NAMES,
+    elsewhere=list_network_arguments,
 )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from library.architectures.cards import list_cards
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.errors import UserError
@@ -119,10 +120,11 @@ def open_parts(flag: str, path: Path, own_vae: bool) -> dict[str, Component]:
 
 def folder_parts(flag: str, path: Path, own_vae: bool) -> dict[str, Component]:
     """The parts of a diffusers folder, the VAE only when `own_vae`."""
+    cards = list_cards()
     class_name = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
-    refuse_other_folder(flag, path, "sdxl")
+    refuse_other_folder(cards, flag, path, "sdxl")
     parts = {"unet": Component(*model_lookup.open_part(flag, path / "unet", "unet"))}
-    refuse_other(flag, str(path), base_of_folder(class_name, parts["unet"].weights.shapes), "sdxl")
+    refuse_other(cards, flag, str(path), base_of_folder(cards, class_name, parts["unet"].weights.shapes), "sdxl")
     if not (path / "text_encoder").is_dir() and (path / "text_encoder_2").is_dir():
         raise UserError(f"{flag} {path}: this is the SDXL refiner; only the base model is trained")
     parts["text_encoder"] = clip_of_folder(*model_lookup.open_part(flag, path / "text_encoder", "text_encoder"))
@@ -139,7 +141,7 @@ def single_file_parts(flag: str, weights: Weights, own_vae: bool) -> dict[str, C
 
     Names outside the four parts (averages of training, schedule buffers) are left alone.
     """
-    refuse_other_file(flag, weights, "sdxl", (CLIP_L_PREFIX, CLIP_G_PREFIX))
+    refuse_other_file(list_cards(), flag, weights, "sdxl", (CLIP_L_PREFIX, CLIP_G_PREFIX))
     clip_g = clip_component(with_prefix(weights, CLIP_G_PREFIX), "gelu", projects=True)
     unet = unet_component(with_prefix(weights, UNET_PREFIX), HEAD_WIDTH)
     pooled_width = clip_g.config["projection_dim"]

@@ -5,26 +5,34 @@ from pathlib import Path
 
 from torch import nn
 
+from library.architectures.cards import list_cards
 from library.architectures.sdxl.adapters import build_view, clip_module, unet_module
 from library.architectures.sdxl.load import CLIP_G_PREFIX, CLIP_L_PREFIX, open_parts, unet_layout_of
-from library.models.base_checkpoint import CheckpointLayout, EncoderPlace
+from library.checkpoints.base_model import BaseModel
+from library.models.base_checkpoint import CheckpointLayout, EncoderPlace, open_checkpoint
 from library.models.clip import empty_clip
 from library.models.unet import empty_unet
 
-LAYOUTS = {
-    "sdxl": CheckpointLayout(
-        "sdxl",
-        "stable-diffusion-xl-v1-base",
-        unet_module,
-        (
-            EncoderPlace("text_encoder", CLIP_L_PREFIX, partial(clip_module, encoder=0)),
-            EncoderPlace("text_encoder_2", CLIP_G_PREFIX, partial(clip_module, encoder=1)),
-        ),
-    )
-}
+LAYOUT = CheckpointLayout(
+    "sdxl",
+    "stable-diffusion-xl-v1-base",
+    unet_module,
+    (
+        EncoderPlace("text_encoder", CLIP_L_PREFIX, partial(clip_module, encoder=0)),
+        EncoderPlace("text_encoder_2", CLIP_G_PREFIX, partial(clip_module, encoder=1)),
+    ),
+)
 
 
-def seen_by_networks(path: Path, base: str) -> tuple[list[nn.Module], nn.Module]:
+def open_base_model(flag: str, path: Path) -> BaseModel:
+    """Open a single file or a diffusers folder; of the files only headers are read.
+
+    Raises UserError naming `flag` when it is broken or another kind of model.
+    """
+    return open_checkpoint(list_cards(), flag, path, LAYOUT)
+
+
+def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
     """(both text encoders, U-Net) of a checkpoint as network modules see them, on the meta device."""
     parts = open_parts("the checkpoint", path, own_vae=False)
     encoders = [empty_clip(parts["text_encoder"].config), empty_clip(parts["text_encoder_2"].config, projects=True)]

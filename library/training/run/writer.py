@@ -112,4 +112,5 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
         write_state=write_state,
         uploads=Uploads(options.hub),
         state_bytes=partial(bytes_of_state, run),
+        cards=run.context.arch.cards,
     )

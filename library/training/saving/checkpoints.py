@@ -3,7 +3,7 @@
 import logging
 import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,6 +16,7 @@ from library.checkpoints.compatibility import describe, readings
 from library.checkpoints.files import is_safetensors, read_header
 from library.checkpoints.folders import remove_folder
 from library.checkpoints.metadata import file_metadata, modelspec_metadata
+from library.checkpoints.model_card import ModelCard
 from library.errors import UserError
 from library.options.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
@@ -163,6 +164,7 @@ class Writer:
     write_state: Callable[[Path, int, int, Collection[Part]], None]  # (folder, step, epoch, what is done of the step)
     uploads: Uploads
     state_bytes: Callable[[], int] = lambda: 0  # about what a state takes
+    cards: Sequence[ModelCard] = ()  # of the base models that files are recognised by
     rescued: dict[str, Path] = field(default_factory=dict)  # the newest files that are not at their places, by kind
     told: set[str] = field(default_factory=set)  # what was said about readers, so that it is said once
 
@@ -348,7 +350,7 @@ class Writer:
 
     def _tell_readers(self, path: Path) -> None:
         """Log which programs use the keys of a file; in later files of a run only if something has changed."""
-        line = readers_line(path)
+        line = readers_line(self.cards, path)
         if line is not None and line not in self.told:
             self.told.add(line)
             logger.info("%s: %s", path.name, line)
@@ -365,7 +367,7 @@ class Writer:
         return file_metadata(training, modelspec, step=step, epoch=epoch, saved_at=saved_at, is_full=is_full)
 
 
-def readers_line(path: Path) -> str | None:
+def readers_line(cards: Sequence[ModelCard], path: Path) -> str | None:
     """How many keys a file has and which programs use them; None where that is not known."""
     if not is_safetensors(path):
         return None
@@ -373,7 +375,7 @@ def readers_line(path: Path) -> str | None:
         header = read_header(path)
     except (OSError, ValueError) as error:  # a network of a third party may write what it likes
         return f"its keys cannot be read back: {error}"
-    found = readings({key: entry.shape for key, entry in header.tensors.items()}, header.metadata)
+    found = readings(cards, {key: entry.shape for key, entry in header.tensors.items()}, header.metadata)
     return f"{len(header.tensors)} keys, {describe(found)}" if found else None
 
 

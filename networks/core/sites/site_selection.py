@@ -125,7 +125,7 @@ def check_choices(targets: AdapterTargets, arguments: NetworkArguments, denoiser
         raise UserError(
             f"--network_args train_blocks={subset}: this base model has {', '.join(('all', *targets.subsets))}"
         )
-    foreign = sorted(given.keys() - targets.arguments)
+    foreign = sorted(given.keys() - targets.arguments.keys())
     foreign += ["split_qkv"] if arguments.split_qkv and not targets.fused else []
     if foreign:
         logger.warning("--network_args %s has no effect: it belongs to other base models", ", ".join(foreign))

@@ -12,6 +12,7 @@ from typing import Literal
 from torch import nn
 
 from library.checkpoints.adapter_names import BaseNames
+from library.checkpoints.model_card import ArgumentForm
 
 Kind = Literal["plain", "conv", "norm"]
 
@@ -96,16 +97,25 @@ class AdapterTargets:
     fused: Mapping[str, Widths] = field(default_factory=dict)  # pattern of what split_qkv splits -> how
     names: BaseNames | None = None  # what other programs call the modules, so that their files can be trained further
     expressions: Literal["name", "path"] = "name"  # network_reg_*: searched for in the name, or must fit the whole path
+    elsewhere: Callable[[], Mapping[str, ArgumentForm]] = dict  # network arguments of all base models
 
     @property
-    def arguments(self) -> frozenset[str]:
-        """The network arguments that this declaration gives a meaning to."""
+    def arguments(self) -> Mapping[str, ArgumentForm]:
+        """The network arguments that this declaration gives a meaning to, and how their values are written."""
         parts = (self.denoiser, *self.text_encoders)
-        names = {*self.ranks, *self.block_choices, *(part.needs for part in parts)}
-        names |= {name for part in parts for name in part.extra_blocks}
-        names |= {self.embedders.argument} if self.embedders else set()
-        names |= {"train_blocks"} if self.subsets else set()
-        return frozenset(names - {""})
+        flags = [*(part.needs for part in parts if part.needs), *(name for part in parts for name in part.extra_blocks)]
+        return {
+            **dict.fromkeys(self.ranks, "rank"),
+            **dict.fromkeys([self.embedders.argument] if self.embedders else [], "ranks"),
+            **dict.fromkeys(self.block_choices, "blocks"),
+            **dict.fromkeys(["train_blocks"] if self.subsets else [], "word"),
+            **dict.fromkeys(flags, "flag"),
+        }
+
+    @property
+    def known_arguments(self) -> Mapping[str, ArgumentForm]:
+        """Those, and the arguments of other base models: one of theirs gets a warning here and no error."""
+        return {**self.elsewhere(), **self.arguments}
 
     def spelled(self, name: str) -> tuple[str, ...]:
         """A module's name in files, and what other programs of kohya's naming call it."""

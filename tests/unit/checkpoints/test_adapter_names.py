@@ -2,8 +2,9 @@
 
 import pytest
 
-from library.architectures.sd.adapters import NAMES
-from library.checkpoints.adapter_names import names_of_base, recognise_base
+from library.architectures.cards import list_cards
+from library.checkpoints.recognition import require_card
+from tests.recognising import base_of
 
 ATTN2 = "transformer_blocks_0_attn2_to_k.lora_down.weight"
 
@@ -45,14 +46,15 @@ CASES = [
 
 @pytest.mark.parametrize(("base", "key", "shape"), CASES, ids=[f"{base}: {key}" for base, key, _ in CASES])
 def test_one_key_tells_the_base_model(base: str | None, key: str, shape: tuple[int, ...]) -> None:
-    assert recognise_base({key: shape}, {}) == base
+    assert base_of({key: shape}) == base
 
 
-def test_another_base_model_is_refused_by_its_name() -> None:
-    with pytest.raises(ValueError, match=r"x\.safetensors is for FLUX\.1, which is not supported yet.*1\.x"):
-        names_of_base("flux", [NAMES], "x.safetensors")
+def test_an_unknown_base_model_is_refused_and_those_that_are_known_are_named() -> None:
+    with pytest.raises(ValueError, match=r"x\.safetensors: its keys do not tell.*Anima, FLUX\.1, .*Diffusion 1\.x"):
+        require_card(list_cards(), {"something.else": (4, 4)}, {}, "x.safetensors")
 
 
-def test_an_unknown_base_model_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"x\.safetensors: its keys do not tell.*Stable Diffusion 1\.x"):
-        names_of_base(None, [NAMES], "x.safetensors")
+def test_a_file_gets_the_card_of_its_base_model() -> None:
+    for base, key, shape in CASES:
+        if base is not None:
+            assert require_card(list_cards(), {key: shape}, {}, "x").name == base

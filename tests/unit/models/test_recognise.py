@@ -1,13 +1,34 @@
 """Which base model a checkpoint is of."""
 
+import gzip
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from library.architectures.cards import list_cards
+from library.checkpoints.model_card import ModelCard
 from library.checkpoints.weights import Weights
-from library.models.identify import base_of_file, base_of_folder, refuse_other_file, unet_generation, way_out
+from library.models.identify import (
+    base_of_file,
+    base_of_folder,
+    card_of,
+    refuse_other_file,
+    refuse_other_folder,
+    way_out,
+)
 
 ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 PROJECTION = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
+
+
+CARDS = list_cards()
+DATA = Path(__file__).parents[2] / "contracts" / "data"
+
+
+def named(card: ModelCard | None) -> str | None:
+    return card.name if card else None
 
 
 def weights(*names: str) -> Weights:
@@ -24,34 +45,72 @@ def weights(*names: str) -> Weights:
     ],
 )
 def test_generations_differ_by_the_width_of_the_text_and_small_ones_by_their_projections(shapes, wanted):
-    assert unet_generation(shapes) == wanted
+    assert named(base_of_file(CARDS, shapes)) == wanted
 
 
 def test_a_file_without_a_unet_is_of_no_base_model():
-    assert base_of_file(["encoder.conv_in.weight"], {"encoder.conv_in.weight": (1,)}) is None
+    assert base_of_file(CARDS, {"encoder.conv_in.weight": (1,)}) is None
 
 
 def test_the_size_embedding_makes_a_unet_sdxls_whatever_the_pipeline_is_called():
-    assert base_of_folder("", {"add_embedding.linear_1.weight": (4, 4)}) == "sdxl"
-    assert base_of_folder("StableDiffusionXLImg2ImgPipeline", {}) == "sdxl"
+    assert named(base_of_folder(CARDS, "", {"add_embedding.linear_1.weight": (4, 4)})) == "sdxl"
+    assert named(base_of_folder(CARDS, "StableDiffusionXLImg2ImgPipeline", {})) == "sdxl"
 
 
 def test_the_way_out_is_a_flag_between_generations_and_a_script_between_models():
-    assert way_out("sd2", "sd1") == "add --v2"
-    assert way_out("sd1", "sd2") == "leave out --v2"
-    assert way_out("sd2", "sdxl") == "use train_network.py with --v2"
-    assert way_out("flux", "sdxl") == "use flux_train_network.py"
+    sd1, sd2, sdxl, flux = (card_of(CARDS, name) for name in ("sd1", "sd2", "sdxl", "flux"))
+    assert way_out(sd2, sd1) == "add --v2"
+    assert way_out(sd1, sd2) == "leave out --v2"
+    assert way_out(sd2, sdxl) == "use train_network.py with --v2"
+    assert way_out(flux, sdxl) == "use flux_train_network.py"
 
 
 def test_the_refiner_is_called_by_its_name():
     refiner = weights("conditioner.embedders.0.model.ln_final.weight", "model.diffusion_model.label_emb.0.0.weight")
     with pytest.raises(ValueError, match=r"--flag a\.safetensors: this is the SDXL refiner; only the base model is"):
-        refuse_other_file("--flag", refiner, "sdxl", ())
+        refuse_other_file(CARDS, "--flag", refiner, "sdxl", ())
 
 
 def test_an_sdxl_file_without_its_second_text_encoder_names_what_is_missing():
     names = ("conditioner.embedders.0.transformer.x", "model.diffusion_model.label_emb.0.0.weight")
     with pytest.raises(ValueError, match=r"has a U-Net but no text encoder .*conditioner.embedders.1.model"):
         refuse_other_file(
-            "--flag", weights(*names), "sdxl", ("conditioner.embedders.0.", "conditioner.embedders.1.model")
+            CARDS, "--flag", weights(*names), "sdxl", ("conditioner.embedders.0.", "conditioner.embedders.1.model")
         )
+
+
+@pytest.mark.parametrize("wanted", ["sd1", "sdxl"])
+def test_a_file_of_an_unknown_transformer_is_not_taken_for_a_unet(wanted: str) -> None:
+    """Files of all parts begin their denoiser's names alike, whatever it is."""
+    found = weights("model.diffusion_model.blocks.0.attn.qkv.weight", "vae.encoder.conv_in.weight")
+    assert base_of_file(CARDS, found.shapes) is None
+    with pytest.raises(ValueError, match=r"its denoiser is of no model that a script trains .*blocks\.0\.attn\.qkv"):
+        refuse_other_file(CARDS, "--flag", found, wanted, ())
+
+
+def test_a_unet_with_two_text_encoders_is_sdxls_where_nothing_names_the_pipeline(tmp_path: Path) -> None:
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        (tmp_path / part).mkdir()
+    with pytest.raises(ValueError, match=r"this is an SDXL model; use sdxl_train_network\.py"):
+        refuse_other_folder(CARDS, "--flag", tmp_path, "sd1")
+    refuse_other_folder(CARDS, "--flag", tmp_path, "sdxl")
+
+
+FULL_SIZE = [  # (file of names, where they are in it, the base model)
+    ("sd15", ("checkpoint",), "sd1"), ("sd21", ("checkpoint",), "sd2"), ("sdxl", ("checkpoint",), "sdxl"),
+    ("flux1", ("components", "dit"), "flux"), ("lumina2", ("components", "dit"), "lumina"),
+    ("anima", ("components", "dit"), "anima"), ("hunyuan_image", ("components", "dit"), "hunyuan_image"),
+    ("sd3", ("mmdit", "sd3-medium"), "sd3"), ("sd3", ("mmdit", "sd3.5-medium"), "sd3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "path", "base"), FULL_SIZE)
+def test_one_base_model_has_the_surest_sign_in_each_checkpoint_that_people_have(
+    file: str, path: tuple[str, ...], base: str
+) -> None:
+    content = json.loads(gzip.decompress((DATA / f"{file}.json.gz").read_bytes()))
+    for step in path:
+        content = content[step]
+    shapes = {key: tuple(shape) for key, shape in content.items()}
+    surest = {card.name: max((s.certainty for s in card.checkpoint if s.is_in(shapes)), default=0) for card in CARDS}
+    assert [name for name, certainty in surest.items() if certainty == max(surest.values())] == [base]

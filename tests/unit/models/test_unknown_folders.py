@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from library.architectures.cards import list_cards
 from library.errors import UserError
 from library.models.identify import refuse_other_folder
 from tests.running import SCRIPTS, Finished, make_pictures
+from tools.base_models import open_base_model
 
 UNKNOWN = ("ChromaPipeline", "QwenImagePipeline", "PixArtSigmaPipeline")
 
@@ -33,11 +35,17 @@ def test_no_script_takes_them_for_another_model(train, tmp_path: Path, script: s
 
 def test_known_folders_are_sent_to_their_script_and_unnamed_ones_pass(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"this is an SDXL model; use sdxl_train_network\.py"):
-        refuse_other_folder("--x", folder_of(tmp_path / "a", "StableDiffusionXLPipeline"), "flux")
+        refuse_other_folder(list_cards(), "--x", folder_of(tmp_path / "a", "StableDiffusionXLPipeline"), "flux")
     with pytest.raises(UserError, match=r"this is an SD 1\.x model; use train_network\.py"):
-        refuse_other_folder("--x", folder_of(tmp_path / "b", "StableDiffusionPipeline"), "flux")
-    refuse_other_folder("--x", folder_of(tmp_path / "c", "FluxPipeline"), "flux")
-    refuse_other_folder("--x", folder_of(tmp_path / "d", None), "flux")
+        refuse_other_folder(list_cards(), "--x", folder_of(tmp_path / "b", "StableDiffusionPipeline"), "flux")
+    refuse_other_folder(list_cards(), "--x", folder_of(tmp_path / "c", "FluxPipeline"), "flux")
+    refuse_other_folder(list_cards(), "--x", folder_of(tmp_path / "d", None), "flux")
     custom = folder_of(tmp_path / "e", "SomebodysOwnPipeline")
     (custom / "unet").mkdir()
-    refuse_other_folder("--x", custom, "sd1")  # its U-Net tells more than its name
+    refuse_other_folder(list_cards(), "--x", custom, "sd1")  # its U-Net tells more than its name
+
+
+@pytest.mark.parametrize("class_name", UNKNOWN)
+def test_no_tool_takes_them_for_another_model(tmp_path: Path, class_name: str) -> None:
+    with pytest.raises(UserError, match=rf"names {class_name}, which no script trains yet"):
+        open_base_model("--sd_model", folder_of(tmp_path / "model", class_name))

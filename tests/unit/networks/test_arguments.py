@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from library.architectures.cards import list_network_arguments
 from networks.core.argument_values import LrPreset, Selection, parse_bool
-from networks.core.arguments import OF_MODELS, PLANNED, SUPPORTED, NetworkArguments, parse_arguments
+from networks.core.arguments import PLANNED, SUPPORTED, NetworkArguments, parse_arguments
 
 
 def test_strings_become_typed_values() -> None:
@@ -57,7 +58,7 @@ def test_values_may_be_typed_already_and_none_is_not_given() -> None:
 )
 def test_a_wrong_argument_is_named_with_the_way_out(items: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        parse_arguments(items)
+        parse_arguments(items, of_models=list_network_arguments())
 
 
 def test_network_dropout_and_lycoris_name_for_it_mean_the_same() -> None:
@@ -108,7 +109,7 @@ def test_another_word_is_no_boolean() -> None:
 
 def test_no_key_is_both_there_and_planned_and_every_value_has_its_field() -> None:
     assert not SUPPORTED.keys() & PLANNED.keys()
-    assert not SUPPORTED.keys() & OF_MODELS.keys()
+    assert not SUPPORTED.keys() & list_network_arguments().keys()
     assert SUPPORTED.keys() == vars(NetworkArguments()).keys() - {"of_model"}
 
 
@@ -117,7 +118,8 @@ def test_arguments_of_base_models_are_typed_too() -> None:
         {
             "img_attn_dim": "8", "in_dims": "[1, 2,,4,5]", "train_t5xxl": "true", "train_blocks": "single",
             "train_double_block_indices": "0-2, 5", "train_single_block_indices": "none", "train_block_indices": "all",
-        }
+        },
+        of_models=list_network_arguments(),
     ).of_model  # fmt: skip
     assert got == {
         "img_attn_dim": 8, "in_dims": (1, 2, 0, 4, 5), "train_t5xxl": True, "train_blocks": "single",

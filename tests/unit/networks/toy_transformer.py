@@ -21,6 +21,7 @@ TARGETS = AdapterTargets(
     },
     subsets={"double": r"^doubles\.", "single": r"^single\."},
     fused={r"qkv$": thirds, r"linear1$": qkv_and_rest},
+    elsewhere=lambda: {"emb_dims": "ranks"},
 )
 
 

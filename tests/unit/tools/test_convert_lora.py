@@ -9,7 +9,6 @@ import torch
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
 from library.checkpoints.hashes import sshs_hashes
 from tests.unit.tools.adapter_files import LINEAR, METADATA, tensors, write
-from tools import convert_lora
 from tools.convert_lora import main
 
 
@@ -65,16 +64,11 @@ def test_widening_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     assert len(wide) == 2 and all("attn2.to_k.lora_" in key for key in wide)
 
 
-def test_a_base_model_without_a_table_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    others = [table for table in convert_lora.all_tables() if table.base != "lumina"]
-    monkeypatch.setattr(convert_lora, "all_tables", lambda: others)
-    name = "lora_unet_noise_refiner_0_attention_qkv"
-    content = {f"{name}.lora_down.weight": torch.ones(2, 2304), f"{name}.lora_up.weight": torch.ones(9, 2)}
+def test_a_file_without_its_base_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = {"lora_unet_x.lora_down.weight": torch.ones(2, 23), "lora_unet_x.lora_up.weight": torch.ones(9, 2)}
     save_safetensors(tmp_path / "a.safetensors", content)
     assert run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "generic") == 1
-    assert "is for Lumina Image 2.0, which is not supported yet; supported: " in capsys.readouterr().err
+    assert "do not tell which base model it is for; supported: Anima, FLUX.1, " in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,124 @@
+"""What others may know of a base model: its names, how its files are recognised, and what is done with them.
+
+A package of library/architectures declares its cards in card.py, and nobody outside knows its name: scripts and tools
+list the cards of all packages and hand them on.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from library.checkpoints.adapter_names import BaseNames, FileNaming
+from library.checkpoints.base_model import BaseModel
+
+# --- recognising a file ---
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Certainty(IntEnum):
+    """How much a sign says; of all base models the one with the surest sign is told."""
+
+    FAMILY = 1  # what several models have, told where nothing else is there
+    PART = 2  # names of a part that other models have too, such as a text encoder
+    SHARED = 3  # names that another model has too, but with a sign of its own beside them
+    OWN = 4  # names or sizes of this model alone
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Names in a file, and where names are shared sizes, by which a base model is recognised."""
+
+    pattern: str  # regular expression that is searched for in names
+    certainty: Certainty = Certainty.OWN
+    width: int | None = None  # what is found has a tensor with so many inputs
+    num_axes: int | None = None  # ... with so many axes
+    unless: str = ""  # regular expression that no name may have
+
+    def is_in(self, shapes: Shapes) -> bool:
+        found = [shape for name, shape in shapes.items() if re.search(self.pattern, name)]
+        if self.width is not None:
+            found = [shape for shape in found if shape[1:2] == (self.width,)]
+        if self.num_axes is not None:
+            found = [shape for shape in found if len(shape) == self.num_axes]
+        return bool(found) and not (self.unless and any(re.search(self.unless, name) for name in shapes))
+
+
+# --- what programs that make pictures read ---
+
+Program = Literal["ComfyUI", "Forge", "A1111-style", "diffusers", "stable-diffusion.cpp"]
+PROGRAMS: tuple[Program, ...] = ("ComfyUI", "Forge", "A1111-style", "diffusers", "stable-diffusion.cpp")
+
+ALL: frozenset[FileNaming] = frozenset(("kohya", "generic", "diffusers"))
+KOHYA: frozenset[FileNaming] = frozenset(("kohya",))
+GENERIC: frozenset[FileNaming] = frozenset(("generic",))
+DIFFUSERS: frozenset[FileNaming] = frozenset(("diffusers",))
+NONE: frozenset[FileNaming] = frozenset()
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Modules that a program does not look for, although it reads their naming."""
+
+    namings: frozenset[FileNaming]
+    modules: str  # pattern of whole underscored names
+    reason: str  # "it ..."
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What one program reads of the adapter files of a base model."""
+
+    denoiser: frozenset[FileNaming]  # namings
+    text: frozenset[FileNaming]  # the same for the text encoders
+    gaps: tuple[Gap, ...] = ()
+    refuses: Callable[[Mapping[str, FileNaming | None]], str | None] = lambda modules: None
+    """Why it refuses a whole file, by its modules (underscored name -> naming); None where it does not."""
+
+
+# --- the card ---
+
+ArgumentForm = Literal["rank", "ranks", "blocks", "flag", "word"]
+"""How the value of a network argument is written: 4; 4,0,4; 0-3,7; True; any text."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """One base model as everybody outside its package knows it."""
+
+    name: str  # "flux"; `BaseNames.base` of its modules
+    title: str  # "FLUX.1"
+    called: str  # in messages, with its article: "a FLUX"
+    script: str  # "flux_train_network.py"
+    checkpoint: tuple[Sign, ...]  # in the names of a single file; of a folder's U-Net they begin with "unet." here
+    adapter: tuple[Sign, ...]  # in the keys of adapter files, with underscores for dots
+    version: str  # pattern of how ss_base_model_version begins
+    pipelines: tuple[str, ...]  # how the class names of diffusers' pipelines begin
+    readers: Mapping[Program, Reader]  # a program that is not there takes no adapters of it
+    names: BaseNames  # what all programs call its modules
+    network_arguments: Mapping[str, ArgumentForm]  # that mean something for this base model, and not for all
+    open_for_merging: Callable[[str, Path], BaseModel]
+    """The checkpoint at a path; the first value is the flag that errors name."""
+    seen_by_networks: Callable[[Path], tuple[list[nn.Module], nn.Module]]
+    """(text encoders, denoiser) of a checkpoint as network modules see them, on the meta device."""
+    adapter_metadata: Callable[[str, bool], Mapping[str, str]]
+    """What an adapter for a checkpoint says of it, by `BaseModel.architecture` and whether it predicts velocity."""
+    script_flag: str = ""  # with which the script trains it
+    folders: tuple[str, ...] = ()  # of a diffusers folder with a U-Net, where nothing names its pipeline
+    variants: Mapping[str, str] = field(default_factory=dict)  # pattern of names -> what has them, but is not trained
+
+
+def recognise(
+    cards: Sequence[ModelCard], shapes: Shapes, signs_of: Callable[[ModelCard], Sequence[Sign]]
+) -> ModelCard | None:
+    """The base model with the surest sign in a file, None where there is none."""
+    found = [
+        (max((sign.certainty for sign in signs_of(card) if sign.is_in(shapes)), default=0), card) for card in cards
+    ]
+    certainty, card = max(found, key=lambda pair: pair[0], default=(0, None))
+    return card if certainty else None

@@ -1,0 +1,51 @@
+"""Which base model an adapter file is for, by its keys."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from library.checkpoints.adapter_keys import WIDE_LEAVES, AdapterKey, underscored
+from library.checkpoints.model_card import ModelCard, recognise
+from library.errors import UserError
+
+TEXT_ENCODER = r"(lora_te\d?|text_encoders?(_\d)?)_"
+
+
+def recognise_adapter(
+    cards: Sequence[ModelCard], shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]
+) -> ModelCard | None:
+    """The base model whose modules the keys of an adapter file name, None where they do not tell.
+
+    `shapes` has every key of the file. Sizes decide where base models share names. Text encoders are shared by several
+    base models, so a file of these alone is of the one that its metadata names.
+    """
+    told = base_in_metadata(cards, metadata)
+    if told is not None and all(re.match(TEXT_ENCODER, underscored(key)) for key in shapes):
+        return told
+    return recognise(
+        cards,
+        {underscored(key): tuple(shape) if _tells_width(key) else () for key, shape in shapes.items()},
+        lambda card: card.adapter,
+    )
+
+
+def base_in_metadata(cards: Sequence[ModelCard], metadata: Mapping[str, str]) -> ModelCard | None:
+    """The base model that the header of an adapter file names, None where it names none that is known."""
+    version = metadata.get("ss_base_model_version", "")
+    return next((card for card in cards if re.match(card.version, version)), None)
+
+
+def require_card(
+    cards: Sequence[ModelCard], shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str], origin: str
+) -> ModelCard:
+    """The base model that an adapter file is for. Raises UserError naming `origin` where none is recognised."""
+    card = recognise_adapter(cards, shapes, metadata)
+    if card is None:
+        known = ", ".join(card.title for card in cards)
+        raise UserError(f"{origin}: its keys do not tell which base model it is for; supported: {known}")
+    return card
+
+
+def _tells_width(key: str) -> bool:
+    """Whether the second dimension of a key's tensor is the width of the module's input."""
+    found = AdapterKey.parse(key)
+    return found is not None and found.leaf in WIDE_LEAVES
