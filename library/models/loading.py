@@ -61,7 +61,7 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Fo
         )
 
     def read(name: str) -> Tensor:
-        return weights.read(name).reshape(wanted[name].shape).to(dtype)
+        return read_number(weights, name, wanted[name]).to(dtype)
 
     stored = {f"{path}.weight": layer for path, layer in layers_in_blocks(model).items()} if form else {}
     for name, layer in stored.items():
@@ -69,6 +69,18 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Fo
         store_in(form, layer, read(name))
     model.load_state_dict({name: read(name) for name in wanted if name not in stored}, assign=True, strict=not stored)
     return model.requires_grad_(False).eval()
+
+
+def read_number(weights: Weights, name: str, wanted: Tensor) -> Tensor:
+    """One weight in the shape of `wanted`. Raises UserError for whole numbers, which quantised checkpoints hold."""
+    value = weights.read(name)
+    if wanted.is_floating_point() and not value.is_floating_point():
+        kind = str(value.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{weights.origin}: {name} holds whole numbers ({kind}), so this is a quantised checkpoint, whose scales "
+            "are not read; give one in float32, float16, bfloat16 or float8"
+        )
+    return value.reshape(wanted.shape)
 
 
 def same_matrix(a: tuple[int, ...], b: tuple[int, ...]) -> bool:

@@ -123,7 +123,15 @@ def warn_without_effect(targets: AdapterTargets, arguments: NetworkArguments, me
     """Say which arguments concern a kind of layer that is not adapted, and list the modules with `verbose`."""
     sites = [member.adapter.site for member in members]
     if arguments.conv_dim is not None and not any(site.kind == "conv" for site in sites):
-        logger.warning("--network_args conv_dim has no effect: no convolution larger than 1x1 is adapted here")
+        if targets.denoiser.conv_blocks:
+            logger.warning(
+                "--network_args conv_dim=%s adapts no convolution larger than 1x1; the Linear layers and 1x1 "
+                "convolutions of %s are adapted with it at network_dim: leave conv_dim out to adapt attention alone",
+                arguments.conv_dim,
+                ", ".join(targets.denoiser.conv_blocks),
+            )
+        else:
+            logger.warning("--network_args conv_dim has no effect: no convolution larger than 1x1 is adapted here")
     if arguments.train_norm and not any(site.kind == "norm" for site in sites):
         logger.warning("--network_args train_norm has no effect: the adapted blocks have no norms with weights")
     places = [place for site in sites for place in (*targets.spelled(site.name), site.path)]

@@ -108,6 +108,8 @@ def latents_in(archive: Mapping[str, Any], file: LatentFile, needs_flipped: bool
             raise EntryError(
                 f"holding a mask of shape {values.shape} for a bucket of {file.bucket[0]}x{file.bucket[1]}"
             )
+        if values.dtype.kind != "f":
+            raise EntryError(f"holding a mask of the type {values.dtype}")
         alpha = torch.from_numpy(np.rint(values * 255).astype(np.uint8))
     return Latents(latents, flipped, alpha)
 
@@ -120,6 +122,8 @@ def _encoding(archive: Mapping[str, Any], key: str, file: LatentFile, absent: st
         values = values[:, 0]  # files of video autoencoders keep an axis of one frame
     if values.shape != file.latent_shape:
         raise EntryError(f"holding latents of shape {values.shape} where {file.latent_shape} is needed")
+    if values.dtype.kind != "f":
+        raise EntryError(f"holding latents of the type {values.dtype}, which no VAE gives")
     if not np.isfinite(values).all():
         raise EntryError("holding NaN")
     return torch.from_numpy(values.astype(np.float32, copy=False))

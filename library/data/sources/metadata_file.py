@@ -1,5 +1,6 @@
 """Metadata files: captions and tags of many pictures in one .json or .jsonl file."""
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.errors import UserError
+from library.options.encodings import not_utf8
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +23,13 @@ def read_metadata(path: str) -> Iterator[tuple[str, MetadataEntry]]:
     """(key, entry) of every picture; ValueError names the file, and the line or key of a mistake."""
     if not os.path.isfile(path):
         raise UserError(f"metadata_file {path}: there is no such file")
+    with open(path, "rb") as file:
+        content = file.read()
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            if path.lower().endswith(".jsonl"):
-                yield from _json_lines(path, file)
-            else:
-                yield from _json_table(path, file.read())
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"metadata_file {path} is not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise UserError(f"metadata_file {path} {not_utf8(content, error)}") from None
+    yield from _json_lines(path, io.StringIO(text)) if path.lower().endswith(".jsonl") else _json_table(path, text)
 
 
 def _json_table(path: str, text: str) -> Iterator[tuple[str, MetadataEntry]]:

@@ -1,5 +1,6 @@
 """From what was found to what is drawn: the shape of every picture, its repeats, and the buckets."""
 
+import logging
 import os
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,10 @@ from library.data.description.folder_audit import pictures_below
 from library.data.description.schema import DatasetConfig, NoDataFound, SubsetConfig
 from library.data.sources.scan import Picture, ScannedDataset, few
 from library.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MANY_DRAWS, MAX_DRAWS = 1_000_000, 10_000_000  # of an epoch; ten million take half a minute and 1.3 GB
 
 
 class Sample(NamedTuple):
@@ -102,12 +107,27 @@ def draws_of_dataset(dataset: ScannedDataset) -> list[int]:
     """The number of draws of every picture, in order of the subsets: repeats, balanced for regularisation pictures."""
     repeats = [(subset.config, subset.config.num_repeats, len(subset.pictures)) for subset in dataset.subsets]
     num_train_draws = sum(count * pictures for config, count, pictures in repeats if not config.is_reg)
+    check_draws(num_train_draws)
     reg = [n for config, count, pictures in repeats if config.is_reg for n in [count] * pictures]
     balanced = iter(regularisation_repeats(num_train_draws, reg))
     draws: list[int] = []
     for config, count, pictures in repeats:
         draws += islice(balanced, pictures) if config.is_reg else [count] * pictures
     return draws
+
+
+def check_draws(num_draws: int) -> None:
+    """Raise UserError where an epoch is too long to be put in order, say so where that takes a while."""
+    if num_draws > MAX_DRAWS:
+        raise UserError(
+            f"num_repeats: an epoch would have {num_draws} samples, more than {MAX_DRAWS}; repeats only say how long "
+            "an epoch is, so lower them, and give --max_train_steps or --max_train_epochs for a longer training"
+        )
+    if num_draws > MANY_DRAWS:
+        logger.warning(
+            "num_repeats: an epoch has %d samples, which are put in order before it begins; that takes a while",
+            num_draws,
+        )
 
 
 def build_draws(samples: Sequence[Sample], configs: Sequence[DatasetConfig], chosen: Container[int]) -> Draws:

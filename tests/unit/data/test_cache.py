@@ -247,6 +247,14 @@ def put_nan(folder: Path) -> None:
     rewrite(file_of(folder), latents=np.full((4, 8, 8), np.nan, np.float32))
 
 
+def put_whole_numbers(folder: Path) -> None:
+    rewrite(file_of(folder), latents=np.ones((4, 8, 8), np.int64))
+
+
+def put_text(folder: Path) -> None:
+    rewrite(file_of(folder), latents=np.full((4, 8, 8), "one"))
+
+
 def put_other_shape(folder: Path) -> None:
     rewrite(file_of(folder), latents=np.zeros((4, 8, 16), np.float32))
 
@@ -276,6 +284,8 @@ def make_it_older_than_the_picture(folder: Path) -> None:
         (flip_bits, "1 damaged"),
         (put_nan, "1 holding NaN"),
         (put_other_shape, r"1 holding latents of shape \(4, 8, 16\)"),
+        (put_whole_numbers, "1 holding latents of the type int64"),
+        (put_text, "1 holding latents of the type <U3"),
         (put_other_crop, "1 made for another size or crop"),
         (put_other_size, "1 made for another size or crop"),
         (lose_latents, "1 without latents of this size"),
@@ -376,7 +386,11 @@ def test_skipping_the_check_demands_only_that_the_file_is_there(folder, caplog):
     assert "2 entries are used unchecked (--skip_cache_check), 1 are missing" in caplog.text
 
 
-@pytest.mark.parametrize(("spoil", "words"), [(put_other_shape, "holding latents of shape"), (truncate, "damaged")])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(put_other_shape, "holding latents of shape"), (put_whole_numbers, "holding latents of the type int64"),
+     (truncate, "damaged")],
+)  # fmt: skip
 def test_what_skipping_lets_through_stops_the_run_by_name(folder, spoil, words):
     cache(folder)
     spoil(folder)

@@ -44,6 +44,17 @@ def test_toml_and_prompts_in_other_encodings_are_named_too(tmp_path: Path) -> No
         read_prompts(tmp_path / "p.txt")
 
 
+@pytest.mark.parametrize("name", ["meta.json", "meta.jsonl"])
+def test_a_metadata_file_in_another_encoding_is_named_with_it(tmp_path: Path, name: str) -> None:
+    write_folder(tmp_path / "a", 1)
+    line = '{"image_path": "p0.png", "caption": "猫、座っている、青い空"}'
+    (tmp_path / name).write_bytes((line if name.endswith("l") else f'{{"p0": {line}}}').encode("cp932"))
+    subset = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
+    subset += f"metadata_file = '{{here}}/{name}'"
+    with pytest.raises(UserError, match=rf"metadata_file .*{name} is not UTF-8 text.*it looks like Shift-JIS"):
+        collect(load_dataset_config(write_config(tmp_path / "data.toml", subset)))
+
+
 @pytest.mark.parametrize("path", [r"C:\data\cat", r"C:\users\me"])
 def test_a_windows_path_in_double_quotes_is_told_how_to_be_written(tmp_path: Path, path: str) -> None:
     (tmp_path / "a.toml").write_text(f'image_dir = "{path}"')

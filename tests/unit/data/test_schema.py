@@ -214,6 +214,13 @@ def test_regularisation_folders(tmp_path):
     assert [(subset.base_name, subset.is_reg) for subset in dataset.subsets] == [("1_a", False), ("4_cat", True)]
 
 
+def test_pictures_that_lie_in_the_parent_itself_are_counted(tmp_path):
+    for name in ("a.png", "b.JPG", "c.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(NoDataFound, match="2 pictures lie in it directly, move them into such a folder"):
+        load_dataset_config(options_of("--resolution 64 --train_data_dir", str(tmp_path)))
+
+
 @pytest.mark.parametrize("names", [(), ("dog",)])
 def test_a_parent_without_numbered_folders_holds_no_data(tmp_path, names):
     (tmp_path / "train").mkdir(exist_ok=True)

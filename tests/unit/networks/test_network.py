@@ -258,3 +258,14 @@ def test_what_is_adapted_is_said_in_one_line_per_part(caplog: pytest.LogCaptureF
         create_network(1.0, 4, 1, None, text, unet, conv_dim="2").apply_to(text, unet)
     assert "text encoder 1: 2 modules adapted, rank 4, alpha 1, 112 parameters" in caplog.text
     assert "denoiser: 12 modules adapted, rank 2, 4, alpha 1," in caplog.text
+
+
+def test_a_conv_rank_of_zero_says_what_it_adapts_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    """As in sd-scripts: the Linear layers and 1x1 convolutions of residual blocks are adapted at network_dim."""
+    text_encoder, denoiser = toy_models(17)
+    plain = create_network(1.0, 4, 1.0, None, text_encoder, denoiser)
+    with caplog.at_level(logging.WARNING):
+        network = create_network(1.0, 4, 1.0, None, text_encoder, denoiser, conv_dim="0")
+    assert len(network.adapters) > len(plain.adapters)
+    assert "conv_dim=0 adapts no convolution larger than 1x1; the Linear layers and 1x1 convolutions of" in caplog.text
+    assert "has no effect" not in caplog.text

@@ -1,0 +1,29 @@
+"""An epoch is put in order as a whole, so its length has a limit."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from library.data.sources import samples
+from library.errors import UserError
+from tests.unit.data.builders import open_set, options_of, write_folder
+
+
+@pytest.mark.parametrize("has_regularisation", [False, True])
+def test_an_epoch_that_is_too_long_is_refused_before_it_is_laid_out(tmp_path: Path, has_regularisation: bool) -> None:
+    write_folder(tmp_path / "data/1000000000_cat", 2)
+    write_folder(tmp_path / "reg/1_cat", 1)
+    reg = ["--reg_data_dir", str(tmp_path / "reg")] if has_regularisation else []
+    with pytest.raises(UserError, match="num_repeats: an epoch would have 2000000000 samples, more than 10000000"):
+        open_set(options_of("--resolution 64 --train_data_dir", str(tmp_path / "data"), *reg))
+
+
+def test_a_long_one_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(samples, "MANY_DRAWS", 100)
+    write_folder(tmp_path / "data/60_cat", 2)
+    with caplog.at_level(logging.WARNING):
+        assert open_set(options_of("--resolution 64 --train_data_dir", str(tmp_path / "data"))).num_batches == 120
+    assert "an epoch has 120 samples, which are put in order before it begins" in caplog.text

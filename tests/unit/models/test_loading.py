@@ -1,0 +1,31 @@
+"""Weights into modules."""
+
+import pytest
+import torch
+from torch import nn
+
+from library.checkpoints.weights import Weights
+from library.errors import UserError
+from library.models.loading import materialise
+
+
+def weights(dtype: torch.dtype) -> Weights:
+    tensors = {"weight": torch.arange(6).reshape(2, 3).to(dtype), "bias": torch.arange(2).float()}
+    return Weights("model.safetensors", {key: tuple(t.shape) for key, t in tensors.items()}, tensors.__getitem__)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_a_quantised_checkpoint_is_refused_by_name(dtype: torch.dtype) -> None:
+    """Its whole numbers mean nothing without their scales."""
+    with torch.device("meta"):
+        layer = nn.Linear(3, 2)
+    with pytest.raises(UserError, match=r"model.safetensors: weight holds whole numbers \(.*\).*quantised checkpoint"):
+        materialise(layer, weights(dtype), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+def test_real_numbers_of_every_width_are_loaded(dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        layer = nn.Linear(3, 2)
+    loaded = materialise(layer, weights(dtype), torch.float32)
+    assert torch.equal(loaded.get_parameter("weight"), torch.arange(6).reshape(2, 3).float())
