@@ -3,7 +3,7 @@
 Nothing is measured and no weight is read: the base models are files with nothing but a header. Takes about two minutes.
 
     python benchmarks/plan_models.py
-    python benchmarks/plan_models.py --models FLUX.1 SDXL --cards 8GB 12GB
+    python benchmarks/plan_models.py --models FLUX.1 --formats bf16 int8 nf4
 """
 
 import argparse
@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -41,11 +42,12 @@ def cell(found: Fit) -> str:
     chosen = found.choice.chosen
     if chosen is None:
         return f"needs {in_gib(found.choice.least.device_bytes)}"
-    return f"{in_gib(chosen.device_bytes)}, {chosen.seconds:.2f} s: `{describe(chosen.way)}`"
+    way = describe(replace(chosen.way, form=None))  # the line says it
+    return f"{in_gib(chosen.device_bytes)}, {chosen.seconds:.2f} s: `{way}`"
 
 
-def rows(names: Sequence[str], cards: Sequence[str]) -> Iterator[str]:
-    """A table of markdown: a line for each model, a column for each card."""
+def rows(names: Sequence[str], formats: Sequence[str], cards: Sequence[str]) -> Iterator[str]:
+    """A table of markdown: a line for each model and format of its weights, a column for each card."""
     yield f"| base model | {' | '.join(cards)} |"
     yield f"|---|{'---|' * len(cards)}"
     for name in names:
@@ -55,8 +57,10 @@ def rows(names: Sequence[str], cards: Sequence[str]) -> Iterator[str]:
             options, _, _, counted = count(model.script, arguments_for(model, Path(folder) / "model"))
             seconds = time.perf_counter() - began
         sizes = [parse_size("--cards", card) for card in cards]
-        cells = [cell(fit_to(counted, options, typical_card(size))) for size in sizes]
-        yield f"| {name}, {model.side} px | {' | '.join(cells)} |"
+        for form in formats:
+            wanted = options.with_values({"fit_formats": [form]})
+            cells = [cell(fit_to(counted, wanted, typical_card(size))) for size in sizes]
+            yield f"| {name}, {model.side} px, {form} | {' | '.join(cells)} |"
         print(f"{name}: counted in {seconds:.1f} s", file=sys.stderr)
 
 
@@ -64,8 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(FULL_SIZE), choices=list(FULL_SIZE))
     parser.add_argument("--cards", nargs="+", default=["8GB", "12GB", "16GB", "24GB"])
+    parser.add_argument("--formats", nargs="+", default=["bf16"], help="values of --base_format, a line for each")
     args = parser.parse_args()
-    for line in rows(args.models, args.cards):
+    for line in rows(args.models, args.formats, args.cards):
         print(line, flush=True)
 
 

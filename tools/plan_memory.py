@@ -3,7 +3,6 @@ checkpoint, without a card and without reading a weight."""
 
 import argparse
 import importlib
-import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from library.training.command_line.checks import check_network, check_precision 
 from library.training.command_line.cli import parse  # noqa: E402
 from library.training.planning.counting import BatchShape, CountedRun, count_run  # noqa: E402
 from library.training.planning.fit import fit_to  # noqa: E402
+from library.training.run.rehearsal import quiet  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
 
 CARD = torch.device("cuda")  # whose rules count; none need be there
@@ -92,10 +92,10 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
         raise UserError("--network_module is not set; networks.lora trains a LoRA")
     check_precision(options)
     check_network(options)
-    logging.disable(logging.WARNING)  # what the run itself will say
-    arch = script.build()(options)
     batch = described_batch(options)
-    return options, arch, batch, count_run(options, arch, batch, CARD)
+    with quiet():  # the run itself will say it
+        arch = script.build()(options)
+        return options, arch, batch, count_run(options, arch, batch, CARD)
 
 
 def described_batch(options: TrainOptions) -> BatchShape:
@@ -108,7 +108,7 @@ def described_batch(options: TrainOptions) -> BatchShape:
         sides = parse_numbers("--resolution", data.resolution, int, (1, 2), "512 or 768,512")
         return BatchShape(data.train_batch_size, sides[0], sides[-1])
     shapes = [BatchShape(d.batch_size, *d.resolution) for d in load_dataset_config(options).datasets]
-    return max(shapes, key=lambda shape: shape.count * shape.width * shape.height)
+    return max(shapes, key=lambda shape: shape.num_pixels)
 
 
 def plan(args: argparse.Namespace, training: Sequence[str]) -> None:

@@ -23,6 +23,8 @@ OURS = {  # options that sd-scripts does not have, with their defaults; one a li
     "blocks_to_swap": None,
     "dry_run": False,
     "exit_status_on_stop": False,
+    "fit": None,
+    "fit_formats": None,
     "gradient_checkpointing_every": 1,
     "on_nonfinite": "skip",
     "trace_nonfinite": False,

@@ -197,6 +197,12 @@ class TrainingSet:
         """The batch size of each dataset."""
         return [dataset.config.batch_size for dataset in self.datasets]
 
+    def batch_shapes(self) -> Iterator[tuple[int, tuple[int, int]]]:
+        """How many pictures of which size (width, height) the full batches of each bucket have."""
+        for bucket in self.draws.buckets:
+            first = self.samples[int(self.draws.sample_of_draw[int(bucket.draws[0])])]
+            yield min(bucket.batch_size, len(bucket.draws)), first.shape.bucket
+
     def subset_of(self, sample: Sample) -> SubsetConfig:
         """The settings of a sample's subset."""
         return self._maker.subsets[sample.subset]

@@ -36,7 +36,9 @@ class CountedStep:
     timeline: Timeline
     first_place: int  # in the timeline, of the denoiser's blocks: text encoders that train come before
     weights: ModelWeights  # of the denoiser
-    other_bytes: int  # of text encoders, VAE and the batch, which are there all the time
+    encoders: tuple[ModelWeights, ...]  # of the text encoders that stay
+    own_forms: tuple[str | None, str | None]  # of denoiser and text encoders, as the user has set them
+    other_bytes: int  # of what is there all the time besides
     adapter_bytes: int
     gradient_bytes: int
     held_gradient_bytes: int  # that are there already when a pass begins, where a step has several
@@ -62,7 +64,10 @@ def predict(step: CountedStep, way: Way, card: Card, correction: float = 1.0) ->
     form = STORED_FORMS[way.form]
     waiting = step.waiting_places(way.num_waiting)
     moves = list(moves_of(step, way))
-    weights = step.weights.resident_bytes(form, waiting) + step.other_bytes
+    denoiser_form, text_form = step.own_forms
+    text = STORED_FORMS[text_form if way.form == denoiser_form else way.form]
+    encoders = sum(encoder.resident_bytes(text, ()) for encoder in step.encoders)
+    weights = step.weights.resident_bytes(form, waiting) + encoders + step.other_bytes
     held = step.optimizer.state + step.held_gradient_bytes
     within = held + peak_of(moves) + step.weights.decoded_bytes(form)
     stepping = step.gradient_bytes + max(step.optimizer.rise, step.optimizer.state)
@@ -77,11 +82,11 @@ def predict(step: CountedStep, way: Way, card: Card, correction: float = 1.0) ->
 
 
 def moves_of(step: CountedStep, way: Way) -> list[Move]:
-    """The step as this way runs it; text encoders that train recompute all blocks where the denoiser does any."""
+    """The step as this way runs it; the blocks of text encoders that train are counted by themselves."""
 
     def recomputes(place: int) -> bool:
         if place < step.first_place:
-            return way.recompute_every is not None
+            return way.recomputes(place)
         return way.recomputes(place - step.first_place)
 
     return list(step.timeline.moves(recomputes, lambda place: not way.inputs_wait))
@@ -96,7 +101,7 @@ def waiting_inputs(step: CountedStep, way: Way) -> int:
     return sum(
         sizes[number]
         for place, number in enumerate(numbers)
-        if place < step.first_place or way.recomputes(place - step.first_place)
+        if way.recomputes(place if place < step.first_place else place - step.first_place)
     )
 
 

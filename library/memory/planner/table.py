@@ -13,8 +13,14 @@ def in_gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.1f} GiB"
 
 
+def shown(choice: Choice) -> tuple[Predicted, ...]:
+    """The candidates that fit, or all where none does."""
+    fitting = tuple(found for found in choice.candidates if found.device_bytes <= choice.card.memory_bytes)
+    return fitting or choice.candidates
+
+
 def rows_of(choice: Choice, describe: Callable[[Way], str]) -> list[tuple[str, ...]]:
-    """A row for each candidate, the chosen one marked; `describe` gives the options that a way stands for."""
+    """A row for each candidate that is shown; `describe` gives the options that a way stands for."""
 
     def mark(found: Predicted) -> str:
         if found is choice.chosen:
@@ -30,13 +36,19 @@ def rows_of(choice: Choice, describe: Callable[[Way], str]) -> list[tuple[str, .
             in_gib(found.host_bytes) if found.host_bytes else "",
             f"{found.seconds:.2f} s",
         )
-        for found in choice.candidates
+        for found in shown(choice)
     ]
 
 
 def table_of(choice: Choice, describe: Callable[[Way], str]) -> list[str]:
-    """Lines of equal columns."""
-    return columns([HEADINGS, *rows_of(choice, describe)])
+    """Lines of equal columns: the candidates that fit, the chosen one marked, and how many others there are."""
+    lines = columns([HEADINGS, *rows_of(choice, describe)])
+    others = [found.device_bytes for found in choice.candidates if found not in shown(choice)]
+    return (
+        [*lines, f"{len(others)} other ways do not fit, the least of them is {in_gib(min(others))}"]
+        if others
+        else lines
+    )
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 
 from library.errors import UserError
+from library.memory.planner.cards import parse_size
 from library.options.optimizer import OptimizerOptions
 from library.options.rules import check_ranges, is_set, unused
 from library.options.support import unsupported
@@ -39,6 +40,7 @@ def check(options: TrainOptions) -> None:
     check_optimizer(options)
     check_network(options)
     check_noise_and_loss(options)
+    check_fit(options)
     check_previews(options)
     tracker_kind(options.trackers)
 
@@ -79,7 +81,10 @@ def check_choices(options: TrainOptions) -> None:
     values = options.flat()
     for field, _ in type(options).leaves():
         choices = field.metadata.get("choices")
-        if choices is None or field.name in ANY_CHOICE or values[field.name] in choices:
+        if choices is None or field.name in ANY_CHOICE:
+            continue
+        value = values[field.name]
+        if all(item in choices for item in (value if isinstance(value, list) else [value])):
             continue
         if not is_set(values[field.name], field.default):
             continue
@@ -237,6 +242,12 @@ def check_network(options: TrainOptions) -> None:
             f"--base_weights_multiplier has {len(factors)} values for {len(files)} --base_weights; "
             "give one for each file"
         )
+
+
+def check_fit(options: TrainOptions) -> None:
+    """The size of --fit can be read."""
+    if options.fit.fit not in (None, "auto"):
+        parse_size("--fit", str(options.fit.fit))
 
 
 def check_noise_and_loss(options: TrainOptions) -> None:

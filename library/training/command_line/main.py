@@ -134,6 +134,12 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     if options.dataset.debug_dataset:
         show_batches(training_set)
         return True
+    if options.fit.fit is not None:
+        from library.training.planning.fit_run import fit_run
+
+        options, arch, fitted = fit_run(options, build, arch, training_set, processes)
+    else:
+        fitted = None
     largest = training_set.limit_to_largest_batch() if options.faults.dry_run else None
     with (
         explained("loading the models and caching", options, accelerator.device, ""),
@@ -145,6 +151,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
         return True
     from library.training.faults.failure import saved_on_error
     from library.training.optimization.nonfinite import last_good_saved
+    from library.training.planning.correction import MemoryWatch
     from library.training.reporting.report import finished_line
     from library.training.run.loop import train
 
@@ -155,7 +162,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
             last_good_saved(prepared.writer),
             saved_on_error(prepared.writer, prepared.progress, prepared.run.plan),
         ):
-            train(prepared, interruption)
+            train(prepared, interruption, MemoryWatch.build(prepared.run, fitted))
     finally:
         prepared.charts.close()
     is_over = prepared.progress.step >= prepared.run.plan.max_train_steps

@@ -7,16 +7,16 @@ have shapes only.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from library.checkpoints.weights import without_values
 from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_layers_with
 from library.memory.devices import DTYPES
+from library.memory.frozen import layers_in_blocks
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes, norms_as_on_cards
 from library.memory.planner.prediction import CountedStep
@@ -28,7 +28,7 @@ from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.randomness import generator_for
 from library.training.optimization.optimizers import build_optimizer
-from library.training.planning.waiting import most_waiting, storable_layers, waiting_places
+from library.training.planning.waiting import WaitingBlocks
 from library.training.run.adapter import trains_text_encoders
 from library.training.run.compute import Compute
 from library.training.run.context import Models
@@ -54,11 +54,16 @@ class BatchShape:
     width: int
     height: int
 
+    @property
+    def num_pixels(self) -> int:
+        return self.count * self.width * self.height
+
 
 @dataclass(frozen=True)
 class CountedRun:
     """What the parts of a run need."""
 
+    batch: BatchShape  # the largest
     step: CountedStep
     stages: tuple[Stage, ...]  # before training, one after the other: what they need is given back
 
@@ -76,14 +81,10 @@ class Sketch:
 def count_run(options: TrainOptions, arch: Architecture, batch: BatchShape, device: torch.device) -> CountedRun:
     """Count a run on `device` whose largest batch is `batch`. Raises UserError as setting up the run would."""
     with quiet(), torch.random.fork_rng(devices=[]):
-        sketch = sketch_run(options, arch)
-        denoiser, network = sketch.models.denoiser, sketch.network
-        is_full = options.precision.full_fp16 or options.precision.full_bf16
-        with shortened(arch.chains(denoiser)) as stands_for, FakeTensorMode(allow_non_fake_inputs=True):
-            for model in (denoiser, *sketch.encoders, sketch.vae):
-                give_fakes(model)
-            give_fakes(network.module, DTYPES[options.precision.mixed_precision] if is_full else None)
-            with nullcontext() if device.type == "cpu" else norms_as_on_cards():
+        with FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if device.type == "cpu" else norms_as_on_cards():
+            sketch = sketch_run(options, arch)
+            denoiser, network = sketch.models.denoiser, sketch.network
+            with shortened(arch.chains(denoiser)) as stands_for:
                 pictures = count_pictures(options, arch, sketch.vae, batch)
                 captions, conditioning = count_captions(options, arch, sketch.encoders, batch.count)
                 timeline = count_step(options, arch, sketch, fake_batch(options, arch, batch, conditioning), stands_for)
@@ -93,43 +94,55 @@ def count_run(options: TrainOptions, arch: Architecture, batch: BatchShape, devi
     places = [place for place, block in enumerate(timeline.blocks) if block in own]
     blocks = [timeline.blocks[place] for place in places]
     gradients = sum(p.numel() * p.element_size() for p in network.trainable_parameters())
+    waiting = WaitingBlocks(arch.stacks(denoiser), blocks)
     step = CountedStep(
         timeline=timeline,
         first_place=places[0],
-        weights=ModelWeights.of(denoiser, storable_layers(denoiser), blocks),
-        other_bytes=bytes_of(*sketch.models.text_encoders, *vae),
+        weights=ModelWeights.of(denoiser, layers_in_blocks(denoiser).values(), blocks),
+        encoders=tuple(ModelWeights.of(e, layers_in_blocks(e).values(), ()) for e in sketch.models.text_encoders),
+        own_forms=(options.precision.denoiser_format, options.precision.text_encoder_format),
+        other_bytes=bytes_of(*vae),
         adapter_bytes=bytes_of(network.module),
         gradient_bytes=gradients,
         held_gradient_bytes=gradients if options.run.gradient_accumulation_steps > 1 else 0,
         optimizer=optimizer,
-        waiting_places=partial(waiting_places, blocks),
-        most_waiting=most_waiting(blocks),
+        waiting_places=waiting.places,
+        most_waiting=waiting.most,
     )
-    return CountedRun(step, tuple(stage for stage in (pictures, captions) if stage is not None))
+    return CountedRun(batch, step, tuple(stage for stage in (pictures, captions) if stage is not None))
 
 
 def sketch_run(options: TrainOptions, arch: Architecture) -> Sketch:
-    """The models as the run will have them, on the meta device."""
-    loader = without_values(arch.load)
-    encoders, denoiser, vae = loader.text_encoders(), loader.denoiser(), loader.vae()
+    """The models as the run will have them, in the fake mode that is on."""
+    encoders, denoiser, vae = load_fakes(arch)
     staying = encoders
     if cached_text(options, arch.text_cache) is not None:
         live = live_text(options, arch.text_cache)
         staying = encoders[: 0 if live is None else live.num_encoders]
     models = Models(denoiser, staying, None if options.caching.cache_latents else vae, arch.view(staying, denoiser))
-    for model in (denoiser, *encoders, vae):
-        model.eval().requires_grad_(False)
     wanted = options.network
     assert wanted.network_module is not None
-    with torch.device("meta"):
+    with counter_for(arch):  # which answers for values that a network module may look at
         network = adopt(create(wanted, open_network_module(wanted.network_module), models))
         network.apply_to(
             *models.network_view,
             not wanted.network_train_unet_only,
             not wanted.network_train_text_encoder_only,
         )
+    if options.precision.full_fp16 or options.precision.full_bf16:
+        give_fakes(network.module, DTYPES[options.precision.mixed_precision])
     network.module.train()
     return Sketch(models, encoders, vae, network)
+
+
+def load_fakes(arch: Architecture) -> tuple[list[nn.Module], nn.Module, nn.Module]:
+    """(text encoders, denoiser, VAE), frozen."""
+    loader = without_values(arch.load)
+    with unset_fake_temporarily():
+        encoders, denoiser, vae = loader.text_encoders(), loader.denoiser(), loader.vae()
+    for model in (*encoders, denoiser, vae):
+        give_fakes(model.eval().requires_grad_(False))
+    return encoders, denoiser, vae
 
 
 def counter_for(arch: Architecture) -> OperationCounter:
@@ -232,6 +245,8 @@ def count_step(
         counter = counter_for(arch)
         staying = [models.denoiser, *models.text_encoders, network.module]
         counter.leave_out(tensors_of(*staying, *([] if models.vae is None else [models.vae])))
+        network.start_step(*models.network_view)
+        network.start_optimizer_step(0, 0)
         return count_pass(lambda: loss_of(context, batch, 0), give_runner, runner, counter, num_passes)
 
     return Timeline.build(count(plain), count(recompute), stands_for)

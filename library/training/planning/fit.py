@@ -1,38 +1,42 @@
 """The fastest way of running a training that a card has room for, and what to say of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from library.memory.planner.cards import Card
-from library.memory.planner.choice import Choice, choose
+from library.memory.planner.choice import Allowed, Choice, choose
 from library.memory.planner.prediction import CONTEXT_BYTES
 from library.memory.planner.stages import Stage
 from library.memory.planner.table import in_gib, table_of
 from library.options.train import TrainOptions
 from library.training.planning.counting import CountedRun
-from library.training.planning.settings import allowed_by, describe, values_of
+from library.training.planning.settings import allowed_by, changes, describe, in_words
 
 
 @dataclass(frozen=True)
 class Fit:
     """What was counted of a run and chosen for a card."""
 
+    options: TrainOptions  # of the user
     counted: CountedRun
+    allowed: Allowed
     choice: Choice
-    stage_sizes: dict[str, int]  # how many are encoded at a time, by the option that says it; 0 where none fits
+    stage_sizes: Mapping[str, int]  # how many are encoded at a time, by the option that says it; 0 where none fits
 
     def values(self) -> dict[str, Any]:
-        """The options that were chosen; none where nothing fits."""
+        """The options that were chosen, where they are other than the user's; none where nothing fits."""
         if self.choice.chosen is None:
             return {}
-        return {**values_of(self.choice.chosen.way), **{name: size for name, size in self.stage_sizes.items() if size}}
+        return changes(self.options, self.choice.chosen.way) | {
+            name: size for name, size in self.stage_sizes.items() if size and size != self.options.flat()[name]
+        }
 
     def lines(self) -> Iterator[str]:
         """The table, and what fixes its marked line."""
         card = self.choice.card
         yield (
-            f"{in_gib(card.memory_bytes)} (counted as {card.name}: {card.flops / 1e12:.0f} TFLOP/s, "
+            f"{in_gib(card.memory_bytes)} (counted as {card.name}: {card.flops / 1e12:.1f} TFLOP/s, "
             f"{card.bus / 1e9:.1f} GB/s from main memory), predicted:"
         )
         yield from table_of(self.choice, describe)
@@ -41,20 +45,17 @@ class Fit:
         if self.choice.chosen is None:
             yield self.shortage()
         else:
-            yield f"-> {self.command()} fixes this choice"
-
-    def command(self) -> str:
-        """The options of the choice as one types them."""
-        assert self.choice.chosen is not None
-        sizes = " ".join(f"--{name} {size}" for name, size in self.stage_sizes.items() if size > 1)
-        return f"{describe(self.choice.chosen.way)} {sizes}".strip()
+            fixed = in_words(self.values(), type(self.options).defaults())
+            yield f"-> is chosen; {fixed} fixes it" if fixed else "-> is what the options say"
 
     def stage_line(self, stage: Stage) -> str:
         size = self.stage_sizes[stage.option]
-        if size == 0:
-            need = in_gib(stage.peak(1) + CONTEXT_BYTES)
-            return f"{stage.name} needs {need} by itself, more than there is: {WITHOUT_CARD[stage.option]}"
-        return f"{stage.name}: {in_gib(stage.peak(size) + CONTEXT_BYTES)} with --{stage.option} {size}"
+        if size:
+            return f"{stage.name}: {in_gib(stage.peak(size) + CONTEXT_BYTES)} with --{stage.option} {size}"
+        way_out = WITHOUT_CARD[stage.option]
+        if stage.option == "text_encoder_batch_size" and "text_encoder_cpu" in self.options.flat():
+            way_out += ", or encode them on the processor with --text_encoder_cpu"
+        return f"{stage.name} needs {in_gib(stage.peak(1) + CONTEXT_BYTES)} by itself, more than there is: {way_out}"
 
     def shortage(self) -> str:
         """What the least is, what it is made of, and what would have to give."""
@@ -74,10 +75,10 @@ WITHOUT_CARD = {
     "vae_batch_size": "use smaller pictures, or cache latents on another machine with --cache_latents_to_disk",
     "text_encoder_batch_size": "cache captions on another machine with --cache_text_encoder_outputs_to_disk",
 }
-SMALLER_WEIGHTS = "--fp8_base halves them"
+SMALLER_WEIGHTS = "--base_format or --fit_formats int8 nf4 store them in fewer bits"
 
 
-def fit_to(counted: CountedRun, options: TrainOptions, card: Card, correction: float = 1.0) -> Fit:
+def fit_to(counted: CountedRun, options: TrainOptions, card: Card) -> Fit:
     """The choice for a card; whatever the user has set stays as it is."""
     values, defaults = options.flat(), type(options).defaults()
     room = card.memory_bytes - CONTEXT_BYTES
@@ -86,4 +87,5 @@ def fit_to(counted: CountedRun, options: TrainOptions, card: Card, correction: f
         wanted = values[stage.option]
         is_free = wanted == defaults[stage.option]
         sizes[stage.option] = stage.most_that_fits(room) if is_free else wanted
-    return Fit(counted, choose(counted.step, allowed_by(options), card, correction), sizes)
+    allowed = allowed_by(options)
+    return Fit(options, counted, allowed, choose(counted.step, allowed, card), sizes)

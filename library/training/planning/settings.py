@@ -1,25 +1,74 @@
 """What the planner may choose, as options: which are free, and what a choice sets."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from library.memory.planner.choice import Allowed
 from library.memory.planner.prediction import Way
 from library.options.train import TrainOptions
 
+EVERY = (None, 3, 2, 1)  # blocks of which one is recomputed; fewer save hardly anything
+
+
+def way_of(options: TrainOptions) -> Way:
+    """How the options run a step."""
+    memory = options.memory
+    return Way(
+        form=options.precision.denoiser_format,
+        recompute_every=memory.gradient_checkpointing_every if memory.recomputes else None,
+        inputs_wait=memory.offloads_inputs,
+        num_waiting=memory.blocks_to_swap or 0,
+    )
+
 
 def values_of(way: Way) -> dict[str, Any]:
     """The options that a way stands for."""
-    return {"gradient_checkpointing": way.recompute_every is not None}
+    return {
+        "base_format": way.form,
+        "gradient_checkpointing": way.recompute_every is not None,
+        "gradient_checkpointing_every": way.recompute_every or 1,
+        "cpu_offload_checkpointing": way.inputs_wait,
+        "blocks_to_swap": way.num_waiting or None,
+    }
+
+
+def changes(options: TrainOptions, way: Way) -> dict[str, Any]:
+    """The options that a way sets to something else than the user."""
+    values = options.flat()
+    found = {name: value for name, value in values_of(way).items() if value != values[name]}
+    if way.form == options.precision.denoiser_format:  # however it was asked for
+        found.pop("base_format", None)
+    if options.memory.unsloth_offload_checkpointing and way.inputs_wait:
+        found.pop("gradient_checkpointing", None)
+        found.pop("cpu_offload_checkpointing", None)
+    return found
+
+
+def in_words(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Options as one types them, those with their default left out."""
+    given = [(name, value) for name, value in values.items() if value != defaults[name]]
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given)
 
 
 def describe(way: Way) -> str:
-    """The same as one types them."""
-    words = [f"--{name}" if value is True else f"--{name} {value}" for name, value in values_of(way).items() if value]
-    return " ".join(words) or "(nothing)"
+    """The options of a way as one types them."""
+    return in_words(values_of(way), TrainOptions.defaults()) or "plain"
 
 
 def allowed_by(options: TrainOptions) -> Allowed:
     """What is left to choose: what the user has set stays."""
-    every = (1,) if options.memory.gradient_checkpointing else (None, 1)
+    way, memory = way_of(options), options.memory
+    return Allowed(
+        forms=tuple(options.fit.fit_formats or (way.form,)),
+        recompute_every=(way.recompute_every,) if memory.recomputes else EVERY,
+        inputs_wait=(True,) if way.inputs_wait or memory.cpu_offload_checkpointing else (False, True),
+        num_waiting=memory.blocks_to_swap,
+    )
+
+
+def allowed_ever(options: TrainOptions) -> Allowed:
+    """All that a user could set, in the form that the weights have and in two smaller ones."""
     form = options.precision.denoiser_format
-    return Allowed(forms=(form,), recompute_every=every, inputs_wait=(False,))
+    smaller = {None: ("int8", "nf4"), "bf16": ("int8", "nf4"), "nf4": (), "nf4_double": ()}.get(form, ("nf4",))
+    return replace(Allowed(), forms=(form, *smaller), recompute_every=EVERY)

@@ -1,22 +1,45 @@
-"""Which blocks of a denoiser can wait in main memory, and which layers can be stored in another form."""
+"""Which blocks of a denoiser can wait in main memory, by their places among the blocks that were counted."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
-
-def storable_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers inside the blocks of a model whose weights can be stored in another form."""
-    blocks = [child for module in model.modules() if isinstance(module, nn.ModuleList) for child in module]
-    layers = (layer for block in blocks for layer in block.modules() if type(layer) is nn.Linear)
-    return list(dict.fromkeys(layers))
+from library.errors import UserError
+from library.memory.blocks import Stacks
+from library.memory.places.streamed import chosen
+from library.training.run.frozen_base import waiting_blocks
 
 
-def waiting_places(blocks: Sequence[nn.Module], num_blocks: int) -> Collection[int]:
-    """None can wait yet."""
-    assert num_blocks == 0 and blocks
-    return ()
+@dataclass(frozen=True)
+class WaitingBlocks:
+    """What a number of --blocks_to_swap stands for."""
 
+    stacks: Stacks
+    blocks: Sequence[nn.Module]  # in the order in which they run
 
-def most_waiting(blocks: Sequence[nn.Module]) -> int:
-    return 0 * len(blocks)
+    def places(self, num_blocks: int) -> Collection[int]:
+        """Of the blocks that wait."""
+        if num_blocks == 0:
+            return ()
+        places = {block: place for place, block in enumerate(self.blocks)}
+        counts = waiting_blocks(num_blocks, self.stacks)
+        waiting = [
+            stack[i] for stack, count in zip(self.stacks, counts, strict=True) for i in chosen(len(stack), count)
+        ]
+        return [places[block] for block in waiting]
+
+    @property
+    def most(self) -> int:
+        """The largest number that is allowed."""
+        number = 0
+        while self.allows(number + 1):
+            number += 1
+        return number
+
+    def allows(self, num_blocks: int) -> bool:
+        try:
+            waiting_blocks(num_blocks, self.stacks)
+        except UserError:
+            return False
+        return True

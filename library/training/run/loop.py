@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,11 +35,19 @@ from library.types import Batch
 logger = logging.getLogger(__name__)
 
 
-def train(prepared: Prepared, interruption: Interruption) -> None:
+class StepWatch(Protocol):
+    """Looks on at the steps."""
+
+    def noting(self, batches: Iterator[Batch]) -> Iterator[Batch]: ...
+    def before_step(self) -> None: ...
+    def after_step(self) -> None: ...
+
+
+def train(prepared: Prepared, interruption: Interruption, watch: StepWatch | None = None) -> None:
     """Train from where the run stands to the last step, or to the step in which the user interrupts.
 
-    Either way the adapter is saved. A run that goes on from a state first makes what was due at its step and was not
-    done when the state was written.
+    Either way the adapter is saved. `watch` is called around the arithmetic of each step. A run that goes on from a
+    state first makes what was due at its step and was not done when the state was written.
     """
     run, progress, writer = prepared.run, prepared.progress, prepared.writer
     charts, previews, validation, resumed = prepared.charts, prepared.previews, prepared.validation, prepared.resumed
@@ -59,7 +68,11 @@ def train(prepared: Prepared, interruption: Interruption) -> None:
             announce_epoch(epoch, plan.num_epochs)
             network.start_epoch(*run.context.models.network_view)
             batches = batches_of(run, epoch, progress.step)
+            if watch is not None:
+                batches = watch.noting(batches)
             for window in plan.windows(epoch, progress.step):
+                if watch is not None:
+                    watch.before_step()
                 own_losses = accumulate_gradient(run, window, batches)
                 losses, stops = run.processes.exchange(
                     network.trainable_parameters(),
@@ -71,6 +84,8 @@ def train(prepared: Prepared, interruption: Interruption) -> None:
                 progress.is_moving = True
                 with explained("the optimizer moved the weights", run.options, device, "", lambda: sizes_of(run)):
                     values = optimizer_step(run, guard, window, losses)
+                if watch is not None:
+                    watch.after_step()
                 progress.advance()
                 norms = None if norm_limit is None else LimitedNorms(*network.limit_norms(norm_limit, device))
                 report_window(run, progress, window, values, rates, norms, charts)

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from library.memory.forms.fp8 import Fp8Rows
 from library.memory.planner.cards import GIB, Card, measured_card, parse_size, typical_card
 from library.memory.planner.choice import Allowed, choose
 from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, CountedStep, Way, predict
 from library.memory.planner.stages import Stage
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Segment, Timeline
 from library.memory.planner.table import table_of
-from library.memory.planner.weights import PLAIN, STORED_FORMS, Matrix, ModelWeights, bytes_of
+from library.memory.planner.weights import PLAIN, Matrix, ModelWeights, bytes_of
 from tests.unit.memory.planner.made_up import Adapter, MadeUp
 from tests.unit.memory.planner.test_steps import model_of
 
@@ -43,7 +42,11 @@ def counted_step(adapter: int = 0, held: int = 0) -> CountedStep:
     weights = ModelWeights(50 * MIB, (WEIGHT,), ((WEIGHT, WEIGHT),) * NUM_BLOCKS)
     optimizer = CountedOptimizer(2 * adapter, 2 * adapter)
     timeline = Timeline.build(plain, recomputed, {})
-    return CountedStep(timeline, 0, weights, 7 * MIB, adapter, adapter, held, optimizer, evenly, NUM_BLOCKS - 2)
+    encoder = ModelWeights(3 * MIB, (WEIGHT,), ())
+    return CountedStep(
+        timeline, 0, weights, (encoder,), (None, None), 7 * MIB, adapter, adapter, held, optimizer, evenly,
+        NUM_BLOCKS - 2,
+    )  # fmt: skip
 
 
 def card(memory: int, bus: float = 1e9) -> Card:
@@ -52,7 +55,7 @@ def card(memory: int, bus: float = 1e9) -> Card:
 
 def test_what_a_way_needs_is_the_sum_of_its_parts() -> None:
     plain = predict(counted_step(adapter=MIB), Way(), card(0))
-    weights = 50 * MIB + 20 * MIB + NUM_BLOCKS * 40 * MIB + 7 * MIB
+    weights = 50 * MIB + 20 * MIB + NUM_BLOCKS * 40 * MIB + 23 * MIB + 7 * MIB
     changing = MIB + 2 * MIB + NUM_BLOCKS * KEPT
     assert (plain.weight_bytes, plain.tensor_bytes) == (weights, weights + changing)
     assert plain.device_bytes == pytest.approx(weights + (1 + ALLOCATOR_SHARE) * changing + CONTEXT_BYTES)
@@ -122,24 +125,6 @@ def test_a_correction_scales_what_is_no_weight() -> None:
     assert more.tensor_bytes - more.weight_bytes == 1.25 * (as_counted.tensor_bytes - as_counted.weight_bytes)
 
 
-@pytest.mark.parametrize("shape", [(48, 96), (33, 65)])
-def test_the_formula_of_fp8_is_what_it_stores(shape: tuple[int, int]) -> None:
-    weight = torch.randn(shape).bfloat16()
-    stored = sum(part.numel() * part.element_size() for part in Fp8Rows().encode(weight).values())
-    assert STORED_FORMS["fp8"].num_bytes(Matrix.of(weight)) == stored
-
-
-@pytest.mark.parametrize(("name", "is_double"), [("nf4", False), ("nf4_double", True)])
-def test_the_formulas_of_nf4_are_what_bitsandbytes_stores(name: str, is_double: bool) -> None:
-    functional = pytest.importorskip("bitsandbytes.functional")
-    weight = torch.randn(96, 512)
-    codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=is_double, quant_type="nf4")
-    parts = [codes, state.absmax]
-    parts += [state.state2.absmax, state.offset.reshape(1)] if is_double else []
-    stored = sum(part.numel() * part.element_size() for part in parts)
-    assert STORED_FORMS[name].num_bytes(Matrix.of(weight)) == stored
-
-
 def test_the_weights_of_a_model_are_sorted_by_what_can_be_done_with_them() -> None:
     model: MadeUp = model_of(device="meta")
     adapters = bytes_of(model.adapters)
@@ -156,13 +141,15 @@ def test_the_weights_of_a_model_are_sorted_by_what_can_be_done_with_them() -> No
     assert weights.resident_bytes(PLAIN, (0, 7, 8)) == bytes_of(model) - sizes[0] - 2 * sizes[7] + 2 * sizes[7]
 
 
-def test_the_table_marks_what_is_chosen_and_what_does_not_fit() -> None:
+def test_the_table_marks_what_is_chosen_and_counts_what_does_not_fit() -> None:
     allowed = Allowed(recompute_every=(None, 1), inputs_wait=(False,), num_waiting=0)
     choice = choose(counted_step(), allowed, card(2 * GIB))
-    first, plain, recomputed = table_of(choice, lambda way: f"every {way.recompute_every}")
+    first, recomputed, last = table_of(choice, lambda way: f"every {way.recompute_every}")
     assert first.split() == ["way", "memory", "of", "it", "tensors", "main", "memory", "a", "pass"]
-    assert plain.split()[:3] == ["x", "every", "None"]
-    assert recomputed.split() == ["->", "every", "1", "1.5", "GiB", "0.7", "GiB", "128.00", "s"]
+    assert recomputed.split() == ["->", "every", "1", "1.5", "GiB", "0.8", "GiB", "128.00", "s"]
+    assert last == "1 other ways do not fit, the least of them is 3.6 GiB"
+    nothing = table_of(choose(counted_step(), allowed, card(GIB)), lambda way: f"every {way.recompute_every}")
+    assert [line.split()[:3] for line in nothing[1:]] == [["x", "every", "None"], ["x", "every", "1"]]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,27 @@
+"""How a run finds the fastest way of training that fits the card."""
+
+from dataclasses import dataclass
+
+from library.options.base import Options, option
+
+
+@dataclass(frozen=True)
+class FitOptions(Options):
+    """Choosing what saves memory by what it costs in time."""
+
+    fit: str | None = option(
+        None,
+        own=True,
+        usual=True,
+        metavar="SIZE",
+        help="Count before the run what it needs, and choose the fastest way of training that fits into this much of "
+        "the card's memory, such as 12GB; auto is what is free. Prints the candidates; what you set yourself stays.",
+    )
+    fit_formats: list[str] | None = option(
+        None,
+        own=True,
+        needs="fit",
+        nargs="+",
+        choices=("bf16", "fp8", "int8", "int8_rotated", "nf4", "nf4_double"),
+        help="Values of --base_format that --fit may choose from. Unset keeps the format that you set.",
+    )

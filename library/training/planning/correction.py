@@ -1,0 +1,116 @@
+"""Holds the first steps of a run to what was planned, and corrects the plan once."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from library.memory.planner.choice import choose
+from library.memory.planner.table import in_gib
+from library.training.planning.fit import Fit
+from library.training.planning.settings import describe, values_of
+from library.training.run.adapter import choose_block_runner
+from library.training.run.run import Run
+from library.types import Batch
+
+logger = logging.getLogger(__name__)
+
+MIB = 2**20
+TOLERATED = 0.05  # of what was planned
+FIRST_STEP = 2  # from 1; in the step before it the optimizer has no memory yet
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """The most bytes of tensors on a device since it was reset."""
+
+    peak: Callable[[], int]
+    reset: Callable[[], None]
+
+
+def gauge_of(device: torch.device) -> Gauge | None:
+    """None where torch does not count the device's memory."""
+    if device.type != "cuda":
+        return None
+    return Gauge(lambda: torch.cuda.max_memory_allocated(device), lambda: torch.cuda.reset_peak_memory_stats(device))
+
+
+class MemoryWatch:
+    """Measures the peak of each step until the largest batch has come, or memory runs higher than planned."""
+
+    def __init__(self, run: Run, fitted: Fit, gauge: Gauge) -> None:
+        self.is_over = False
+        self._run, self._fitted, self._gauge = run, fitted, gauge
+        self._num_steps = 0
+        self._largest = 0
+
+    @classmethod
+    def build(cls, run: Run, fitted: Fit | None) -> "MemoryWatch | None":
+        """None where nothing was planned or nothing can be measured."""
+        gauge = gauge_of(run.context.device)
+        return None if fitted is None or gauge is None else cls(run, fitted, gauge)
+
+    def noting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; how large they are is noted on the way."""
+        for batch in batches:
+            self._largest = max(self._largest, num_pixels(batch))
+            yield batch
+
+    def before_step(self) -> None:
+        """Measure anew: pictures and validation between the steps have peaks of their own."""
+        if not self.is_over:
+            self._gauge.reset()
+            self._largest = 0
+
+    def after_step(self) -> None:
+        """Compare, once there is something to compare."""
+        self._num_steps += 1
+        if self.is_over or self._num_steps < FIRST_STEP:
+            return
+        planned, measured = self._planned, self._gauge.peak()
+        share = measured / planned - 1
+        if share <= TOLERATED and self._largest < self._fitted.counted.batch.num_pixels:
+            return
+        self.is_over = True
+        logger.info("memory of a step: %s planned, %s measured", in_gib(planned), in_gib(measured))
+        if abs(share) > TOLERATED:
+            direction = "more" if share > 0 else "less"
+            logger.warning("a step takes %.0f %% %s memory than was planned", abs(100 * share), direction)
+            self._correct(measured)
+
+    @property
+    def _planned(self) -> int:
+        chosen = self._fitted.choice.chosen
+        assert chosen is not None
+        return chosen.tensor_bytes
+
+    def _correct(self, measured: int) -> None:
+        """Choose again by what was measured, among what can be changed while training: how blocks run."""
+        chosen, card = self._fitted.choice.chosen, self._fitted.choice.card
+        assert chosen is not None
+        fixed = chosen.weight_bytes + self._fitted.counted.step.adapter_bytes
+        factor = max(0.0, (measured - fixed) / (chosen.tensor_bytes - fixed))
+        allowed = replace(self._fitted.allowed, forms=(chosen.way.form,), num_waiting=chosen.way.num_waiting)
+        choice = choose(self._fitted.counted.step, allowed, card, factor)
+        if choice.chosen is None:
+            room = card.memory_bytes - (measured - chosen.tensor_bytes)
+            logger.warning(
+                "nothing that can be changed while training makes it fit %s; where memory runs out, start again with "
+                "--fit %dMB, which leaves as much room",
+                in_gib(card.memory_bytes),
+                room // MIB,
+            )
+        elif choice.chosen.way == chosen.way:
+            logger.info("the choice stays as it is: %s", describe(chosen.way))
+        else:
+            context, options = self._run.context, self._run.options.with_values(values_of(choice.chosen.way))
+            choose_block_runner(options, context.arch, context.models, context.network)
+            need = in_gib(choice.chosen.device_bytes)
+            logger.warning("from here on: %s, which needs %s", describe(choice.chosen.way), need)
+
+
+def num_pixels(batch: Batch) -> int:
+    """Of all pictures of a batch together."""
+    height, width = (int(side) for side in batch.sizes_B6[0, 4:].tolist())
+    return len(batch.keys) * height * width

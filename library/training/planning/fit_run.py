@@ -1,0 +1,85 @@
+"""--fit: sets a run up in the fastest way that the card has room for."""
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from library.data.batches.dataset import TrainingSet
+from library.errors import UserError
+from library.memory.devices import DTYPES
+from library.memory.planner.cards import Card, measured_card, parse_size
+from library.memory.planner.prediction import CONTEXT_BYTES
+from library.options.train import TrainOptions
+from library.processes import Processes
+from library.protocols import Architecture
+from library.training.planning.counting import BatchShape, CountedRun, count_run
+from library.training.planning.fit import Fit, fit_to
+from library.training.run.rehearsal import OURS, quiet
+
+logger = logging.getLogger(__name__)
+
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
+
+
+def largest_batch(training_set: TrainingSet) -> BatchShape:
+    """The batch with the most pixels."""
+    shapes = [BatchShape(count, *size) for count, size in training_set.batch_shapes()]
+    return max(shapes, key=lambda shape: shape.num_pixels)
+
+
+def free_memory(device: torch.device) -> int:
+    """What a run may take of a card by now, with the context that this process has there already."""
+    if device.type != "cuda":
+        raise UserError("--fit auto asks the card what is free on it, and there is none; give a size such as 12GB")
+    return torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES
+
+
+def card_of(options: TrainOptions, processes: Processes) -> Card:
+    """This process's device with the room of --fit; of several processes all take the least that one has free."""
+    wanted = options.fit.fit
+    assert wanted is not None
+    room = free_memory(processes.device) if wanted == "auto" else parse_size("--fit", wanted)
+    room = min(map(int, processes.merged("room", {processes.rank: str(room)}).values()))
+    return measured_card(processes.device, room, DTYPES[options.precision.mixed_precision])
+
+
+def counted_run(options: TrainOptions, arch: Architecture, batch: BatchShape, device: torch.device) -> CountedRun:
+    """The count. Raises UserError for network modules of third parties that need real weights."""
+    name = options.network.network_module
+    assert name is not None
+    try:
+        return count_run(options, arch, batch, device)
+    except UserError:
+        raise
+    except Exception as error:  # whatever code of others meets that looks at values which are not there
+        if name.startswith(OURS):
+            raise
+        raise UserError(
+            f"--fit cannot count what --network_module {name} does ({type(error).__name__}: {error}); leave out --fit "
+            "and set what saves memory yourself"
+        ) from error
+
+
+def fit_run(
+    options: OptionsT,
+    build: Callable[[OptionsT], Architecture],
+    arch: Architecture,
+    training_set: TrainingSet,
+    processes: Processes,
+) -> tuple[OptionsT, Architecture, Fit]:
+    """The options with what was chosen for the largest batch, and the base model built for them; logs the candidates.
+
+    Raises UserError where nothing fits.
+    """
+    card = card_of(options, processes)
+    counted = counted_run(options, arch, largest_batch(training_set), processes.device)
+    found = fit_to(counted, options, card)
+    if found.choice.chosen is None:
+        raise UserError("\n  ".join([f"--fit {options.fit.fit}", *found.lines()]))
+    for line in found.lines() if processes.is_main else ():
+        logger.info("%s", line)
+    options = options.with_values(found.values())
+    with quiet():  # what there is to say of the base model was said
+        return options, build(options), found

@@ -1,0 +1,126 @@
+"""--fit: the run is set up in the way that the planner chose, and says so."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from library.memory.planner.cards import TYPICAL
+from library.memory.planner.prediction import Way, predict
+from library.training.planning import correction
+from library.training.planning.correction import Gauge
+from tests.running import Finished, make_pictures
+from tests.runs.bases import BASES
+from tools.plan_memory import count
+
+Train = Callable[..., Finished]
+MIB = 2**20
+
+
+def flux_arguments(tmp_path: Path, *more: str) -> list[str]:
+    base = BASES["flux"]
+    make_pictures(tmp_path / "data" / "1_thing", 4, side=256)
+    return [
+        *base.build(tmp_path / "model"), "--network_module", base.module, "--network_dim", "4", "--train_data_dir",
+        str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "256", "--output_dir",
+        str(tmp_path / "out"), "--output_name", "mine", "--max_train_steps", "3", "--learning_rate", "1e-3", "--seed",
+        "6", "--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only",
+        "--max_data_loader_n_workers", "0", *more,
+    ]  # fmt: skip
+
+
+def room_between(arguments: Sequence[str], more: Way, less: Way) -> str:
+    """A size that the first way does not fit into and the second does."""
+    *_, counted = count("flux_train_network", arguments)
+    needs = [predict(counted.step, way, TYPICAL[0]).device_bytes for way in (more, less)]
+    assert needs[0] > needs[1]
+    return f"{sum(needs) / 2 / MIB:.3f}MB"
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())
+
+
+def test_a_run_with_much_room_keeps_all_it_computes(train: Train, tmp_path: Path) -> None:
+    done = train(flux_arguments(tmp_path, "--fit", "12GB"), script="flux_train_network")
+    assert done.status == 0, done.stderr
+    assert "12.0 GiB (counted as this processor" in done.stderr
+    assert "-> is chosen; --vae_batch_size 8 --text_encoder_batch_size 8 fixes it" in done.stderr
+    assert metadata_of(tmp_path / "out" / "mine.safetensors")["ss_gradient_checkpointing"] == "False"
+
+
+@pytest.mark.slow
+def test_a_run_with_little_room_recomputes(train: Train, tmp_path: Path) -> None:
+    arguments = flux_arguments(tmp_path, "--blocks_to_swap", "0")
+    room = room_between(arguments, Way(recompute_every=2), Way(recompute_every=1))
+    done = train([*arguments, "--fit", room], script="flux_train_network")
+    assert done.status == 0, done.stderr
+    assert re.search(r"-> is chosen; --gradient_checkpointing(?! --gradient_checkpointing_every)", done.stderr)
+    assert metadata_of(tmp_path / "out" / "mine.safetensors")["ss_gradient_checkpointing"] == "True"
+
+
+@pytest.mark.slow
+def test_formats_are_chosen_from_where_they_are_allowed(train: Train, tmp_path: Path) -> None:
+    """The weights of a model with two blocks of each kind have to stay; in 32 bits they need more than in 8."""
+    arguments = flux_arguments(tmp_path)
+    room = room_between(arguments, Way(None, 1, True), Way("int8", 1, True))
+    done = train([*arguments, "--fit", room, "--fit_formats", "int8"], script="flux_train_network")
+    assert done.status == 0, done.stderr
+    assert re.search(r"denoiser: \d+ layers in int8", done.stderr)
+    refused = train([*arguments, "--fit", room], script="flux_train_network")
+    assert refused.status == 1
+    assert "nothing fits: the least is 0.7 GiB with --gradient_checkpointing" in refused.stderr
+
+
+def test_a_budget_that_nothing_fits_ends_the_run_before_anything_is_loaded(train: Train, tmp_path: Path) -> None:
+    done = train(flux_arguments(tmp_path, "--fit", "701MB"), script="flux_train_network")
+    assert done.status == 1
+    assert "--fit 701MB" in done.stderr
+    assert re.search(r"nothing fits: the least is .* are frozen weights .* the adapter, its gradients", done.stderr)
+    assert "Traceback" not in done.stderr and "caching" not in done.stderr
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [("auto", "--fit auto asks the card what is free on it, and there is none"), ("lots", "'lots' is no size of mem")],
+)
+def test_sizes_that_cannot_be_had_are_named(size: str, message: str, train: Train, tmp_path: Path) -> None:
+    done = train(flux_arguments(tmp_path, "--fit", size), script="flux_train_network")
+    assert done.status == 1
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("factor", "messages"),
+    [
+        pytest.param(1.02, ("memory of a step:",), marks=pytest.mark.slow),
+        (0.5, ("a step takes 50 % less memory than was planned", "from here on: plain")),
+        pytest.param(
+            3.0,
+            ("a step takes 200 % more memory than was planned", "nothing that can be changed while training"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_the_first_steps_are_held_to_the_plan_which_is_corrected_once(
+    factor: float, messages: tuple[str, ...], train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = flux_arguments(tmp_path, "--blocks_to_swap", "0")
+    way = Way(recompute_every=1)
+    *_, counted = count("flux_train_network", arguments)
+    room = room_between(arguments, Way(recompute_every=2), way)
+    planned = predict(counted.step, way, TYPICAL[0]).tensor_bytes
+    measured = iter([int(factor * planned)])  # of the second step; the others are not asked for
+    resets: list[int] = []
+    gauge = Gauge(lambda: next(measured), lambda: resets.append(1))
+    monkeypatch.setattr(correction, "gauge_of", lambda device: gauge)
+    done = train([*arguments, "--fit", room], script="flux_train_network")
+    assert done.status == 0, done.stderr
+    for message in messages:
+        assert message in done.stderr
+    assert ("than was planned" in done.stderr) == (len(messages) == 2)
+    assert done.stderr.count("memory of a step:") == 1
