@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from library.training.faults.out_of_memory import (
     reset_peak,
     sizes_of,
 )
+from library.training.planning.advice import ways_out
 from library.training.run.run import Run
 from library.training.run.step import describe_shape, loss_of, start_batch
 from library.training.saving.checkpoints import Writer
@@ -45,7 +47,8 @@ def try_largest_batch(run: Run, writer: Writer, place: int) -> None:
     (batch,) = run.training_set.batches(1, [place], lambda place: 0, 0, False)
     shape, sizes = describe_shape(batch), sizes_of(run)
     logger.info("dry run: memory while loading and caching: %s", memory_figures(run.context.device))
-    with explained("training the largest batch (--dry_run)", run.options, run.context.device, shape, lambda: sizes):
+    doing, predicted = "training the largest batch (--dry_run)", partial(ways_out, run, batch)
+    with explained(doing, run.options, run.context.device, shape, lambda: sizes, predicted):
         loss = forward_and_backward(run, batch, place)
         run.optimization.optimizer.step()
         run.optimization.optimizer.zero_grad(set_to_none=True)

@@ -1,7 +1,7 @@
 """Out of memory: what was being done, how much there was, and which options save how much."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,18 +56,29 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explained(
-    doing: str, options: TrainOptions, device: torch.device, shape: str, sizes: Callable[[], Sizes] = Sizes
+    doing: str,
+    options: TrainOptions,
+    device: torch.device,
+    shape: str,
+    sizes: Callable[[], Sizes] = Sizes,
+    ways_out: Callable[[], Sequence[str]] = tuple,
 ) -> Iterator[None]:
-    """Turn running out of memory in this block into OutOfMemoryError; `shape` tells of the batch, "" where none is."""
+    """Turn running out of memory in this block into OutOfMemoryError; `shape` tells of the batch, "" where none is.
+
+    `ways_out` predicts what other ways of running the block would save; see library.training.planning.advice.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        predicted = ways_out()
+        others = savings(options, sizes(), device, is_predicted=bool(predicted))
         lines = [
             f"out of memory while {doing}{f', {shape}' if shape else ''}",
             f"memory: {memory_figures(device)}",
-            *(f"to save memory: {line}" for line in savings(options, sizes(), device)),
+            *(f"to save memory: {line} (predicted)" for line in predicted),
+            *(f"to save memory: {line}" for line in others),
             f"the error itself: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
         ]
         raise OutOfMemoryError("\n  ".join(lines)) from error
@@ -116,11 +127,12 @@ def in_words(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def savings(options: TrainOptions, sizes: Sizes, device: torch.device) -> Iterator[str]:
-    """Options that are not used yet, those that save most first, with the bytes where they are known."""
+def savings(options: TrainOptions, sizes: Sizes, device: torch.device, is_predicted: bool = False) -> Iterator[str]:
+    """Options that are not used yet, those that save most first, with the bytes where they are known; without those of
+    running blocks and storing weights where these are predicted."""
     values = options.flat()
-    yield from activation_savings(values)
-    yield from weight_savings(values, sizes)
+    yield from activation_savings(values, is_predicted)
+    yield from weight_savings(values, sizes, is_predicted)
     if wants(values, "vae_batch_size", 1):
         yield "--vae_batch_size 1 encodes one picture at a time"
     if optimizer_is_adamw(values) and sizes.num_trained:
@@ -133,9 +145,9 @@ def savings(options: TrainOptions, sizes: Sizes, device: torch.device) -> Iterat
         yield "other programs that run on this machine use its memory too"
 
 
-def activation_savings(values: Mapping[str, Any]) -> Iterator[str]:
+def activation_savings(values: Mapping[str, Any], is_predicted: bool) -> Iterator[str]:
     """What makes activations smaller."""
-    if not values["gradient_checkpointing"]:
+    if not is_predicted and not values["gradient_checkpointing"]:
         yield (
             "--gradient_checkpointing keeps only the inputs of the blocks, which is most of what a step needs besides "
             "the weights"
@@ -151,7 +163,7 @@ def activation_savings(values: Mapping[str, Any]) -> Iterator[str]:
     yield "a smaller resolution needs less by the square of its side"
 
 
-def weight_savings(values: Mapping[str, Any], sizes: Sizes) -> Iterator[str]:
+def weight_savings(values: Mapping[str, Any], sizes: Sizes, is_predicted: bool) -> Iterator[str]:
     """What makes the frozen models smaller, or lets them leave."""
     frozen = sizes.denoiser + sizes.text_encoders + sizes.vae
     if values["mixed_precision"] == "no":
@@ -162,6 +174,8 @@ def weight_savings(values: Mapping[str, Any], sizes: Sizes) -> Iterator[str]:
         yield f"--cache_text_encoder_outputs lets the text encoders leave before training{less(sizes.text_encoders)}"
     elif not values["network_train_unet_only"]:
         yield "--network_train_unet_only needs no activations of the text encoder"
+    if is_predicted:
+        return
     if not values["base_format"] and not values["fp8_base"]:
         yield f"--base_format int8 keeps the denoiser in 8 bits{less(sizes.denoiser // 2)}"
     if can_have(values, "blocks_to_swap"):

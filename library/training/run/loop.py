@@ -15,6 +15,7 @@ from library.training.faults.interruption import Interruption
 from library.training.faults.out_of_memory import explained, sizes_of
 from library.training.optimization.nonfinite import NonFiniteGuard
 from library.training.optimization.optimizers import effective_rates
+from library.training.planning.advice import ways_out
 from library.training.reporting.logs import Charts
 from library.training.reporting.progress import Progress
 from library.training.reporting.report import (
@@ -169,7 +170,8 @@ def accumulate_gradient(run: Run, window: Window, batches: Iterator[Batch]) -> T
     for place in window.share(run.processes.rank, run.processes.count):
         batch = next(batches)
         doing = f"computing step {window.step + 1}, forward and backward"
-        with explained(doing, run.options, run.context.device, describe_shape(batch), lambda: sizes_of(run)):
+        shape, predicted = describe_shape(batch), partial(ways_out, run, batch)
+        with explained(doing, run.options, run.context.device, shape, lambda: sizes_of(run), predicted):
             loss = backward(run, batch, run.plan.batch_number(window.epoch, place), len(window.places), window.step)
         losses.append(loss)
     return torch.stack(losses) if losses else torch.zeros(0)

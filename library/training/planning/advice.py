@@ -1,0 +1,69 @@
+"""What would make a step need less memory, in numbers, for the moment when it runs out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import ceil
+
+import torch
+
+from library.memory.planner.cards import Card, typical_card
+from library.memory.planner.choice import Allowed
+from library.memory.planner.prediction import CountedStep, Predicted, Way, predict
+from library.memory.planner.table import in_gib
+from library.training.planning.counting import BatchShape, count_run
+from library.training.planning.settings import allowed_ever, describe, way_of
+from library.training.run.rehearsal import OURS
+from library.training.run.run import Run
+from library.types import Batch
+
+MOST_LINES = 6
+WORTH = 0.02  # of what is needed: less is not worth a line
+
+
+def ways_out(run: Run, batch: Batch) -> list[str]:
+    """A line for each way of running this step that needs less than the one in use, the fastest first, each saving more
+    than the one before it.
+
+    Nothing is computed or loaded; it takes some seconds. None for network modules of third parties, which may need real
+    weights to be counted, and where nothing saves much.
+    """
+    name, device = run.options.network.network_module, run.context.device
+    if name is None or not name.startswith(OURS):
+        return []
+    height, width = (int(side) for side in batch.sizes_B6[0, 4:].tolist())
+    shape = BatchShape(len(batch.keys), width, height)
+    step = count_run(run.options, run.context.arch, shape, device).step
+    return few(list(lines(step, way_of(run.options), allowed_ever(run.options), card_like(device))))
+
+
+def card_like(device: torch.device) -> Card:
+    """A common card of this one's size; only how much longer one way takes than another is said."""
+    return typical_card(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0)
+
+
+def lines(step: CountedStep, used: Way, allowed: Allowed, card: Card) -> Iterator[str]:
+    now = predict(step, used, card)
+    best = now.device_bytes
+    for found in sorted(candidates(step, allowed, card), key=lambda found: (found.seconds, found.device_bytes)):
+        if found.device_bytes < best - WORTH * now.device_bytes:
+            best = found.device_bytes
+            yield f"{describe(found.way)} needs {in_gib(now.device_bytes - best)} less and {longer(found, now)}"
+
+
+def candidates(step: CountedStep, allowed: Allowed, card: Card) -> Iterator[Predicted]:
+    """Every way, with no blocks waiting, half of those that can, and all of those."""
+    numbers = sorted({0, step.most_waiting // 2, step.most_waiting})
+    for way in allowed.ways():
+        yield from (predict(step, replace(way, num_waiting=number), card) for number in numbers)
+
+
+def longer(found: Predicted, now: Predicted) -> str:
+    """How much more time a way takes."""
+    percent = round(100 * (found.seconds / now.seconds - 1))
+    return f"takes {percent} % longer" if percent > 0 else "takes no longer"
+
+
+def few(found: Sequence[str]) -> list[str]:
+    """Some of many lines, evenly spread, the last of them included."""
+    every = ceil(len(found) / MOST_LINES) or 1
+    return list(reversed(found[::-1][::every]))

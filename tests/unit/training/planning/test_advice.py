@@ -1,0 +1,55 @@
+"""What is advised when memory runs out in a step: fastest first, each saving more than the one before."""
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from library.memory.planner.cards import typical_card
+from library.memory.planner.choice import Allowed
+from library.memory.planner.prediction import Way
+from library.training.planning import advice
+from library.training.planning.advice import few, lines, ways_out
+from tests.unit.memory.planner.test_choice import counted_step
+from tests.unit.training.test_checks import made
+
+LINE = re.compile(r"(--.*) needs ([\d.]+) GiB less and takes (?:(\d+) % longer|no longer)")
+
+
+def told(used: Way, **allowed: Any) -> list[tuple[str, float, int]]:
+    found = [LINE.fullmatch(line) for line in lines(counted_step(), used, Allowed(**allowed), typical_card(0))]
+    return [(m[1], float(m[2]), int(m[3] or 0)) for m in found if m is not None]
+
+
+def test_each_line_saves_more_and_takes_longer_than_the_one_before() -> None:
+    found = told(Way(), forms=(None, "nf4"))
+    assert len(found) >= 4
+    assert [saved for _, saved, _ in found] == sorted({saved for _, saved, _ in found})
+    assert [percent for *_, percent in found] == sorted(percent for *_, percent in found)
+
+
+def test_recomputing_all_blocks_of_the_made_up_step_costs_a_third() -> None:
+    """Of 8 blocks each keeps 300 MiB or 10; the one that runs keeps all; the allocator adds 5 %."""
+    options = [line for line in told(Way(), inputs_wait=(False,), recompute_every=(1,)) if "blocks" not in line[0]]
+    assert options == [("--gradient_checkpointing", round(7 * 290 * 1.05 / 1024, 1), 33)]
+
+
+def test_what_is_in_use_is_not_advised() -> None:
+    used = Way("nf4_double", 1, True, 6)
+    assert told(used, forms=(None, "nf4_double")) == []
+
+
+def test_of_many_lines_some_are_shown() -> None:
+    assert few([str(i) for i in range(14)]) == ["1", "4", "7", "10", "13"]
+    assert few(["1", "2"]) == ["1", "2"]
+    assert few([]) == []
+
+
+def test_modules_of_third_parties_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advice, "count_run", None)
+    run: Any = SimpleNamespace(
+        options=made(network_module="lycoris.kohya"), context=SimpleNamespace(device=None)
+    )  # counting would fail
+    batch: Any = None
+    assert ways_out(run, batch) == []
