@@ -1,0 +1,40 @@
+"""Knots: the assembly, and the table of contents of this package."""
+
+from library.architectures.cards import list_cards
+from library.architectures.knots.adapters import view
+from library.architectures.knots.load import open_loader
+from library.architectures.knots.options import KnotsOptions
+from library.architectures.knots.predict import predict
+from library.architectures.knots.text import ByteText
+from library.diffusion.objective import build_ddpm
+from library.models.latents import KlLatents
+from library.models.recipe import OTHER_ATTENTION, Recipe
+from library.models.unet_preview import build_unet_preview
+from library.protocols import Architecture, LatentSpec
+
+RECIPE = Recipe(
+    title="Knots",
+    metadata={"ss_base_model_version": "knots1", "modelspec.architecture": "knots-1/lora"},
+    refuses={"weighted_captions": "bytes have no weights"},
+    ignores={"clip_skip": "there is no CLIP", **OTHER_ATTENTION},
+)
+LATENTS = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_knots.npz", keys_carry_size=False)
+
+
+def build(options: KnotsOptions) -> Architecture:
+    """The parts of the Knots model that the options name; none is loaded yet. Raises UserError naming the flag."""
+    RECIPE.check(options)
+    text = ByteText(options.text.max_bytes)
+    return Architecture(
+        name="knots",
+        load=open_loader(options),
+        text=text,
+        codec=KlLatents(LATENTS, 0.18215),
+        objective=build_ddpm(options),
+        predict=predict,
+        view=view,
+        preview=build_unet_preview(options, text, predict),
+        metadata=RECIPE.describe(options),
+        cards=list_cards(),
+        ignores=RECIPE.ignores,
+    )

@@ -1,0 +1,25 @@
+"""Knots as everybody outside this package knows it."""
+
+from library.architectures.knots.adapters import NAMES, TARGETS
+from library.architectures.knots.assembly import RECIPE
+from library.architectures.knots.merging import open_base_model, seen_by_networks
+from library.checkpoints.model_card import GENERIC, KOHYA, NONE, ModelCard, Reader, Sign
+
+CARDS = (
+    ModelCard(
+        name="knots",
+        title="Knots 1",
+        called="a Knots",
+        script="knots_train_network.py",
+        checkpoint=(Sign(r"\bknots\.\d+\."),),
+        adapter=(Sign(r"_(transformer_)?knots_\d+_"),),
+        version=r"knots",
+        pipelines=("Knots",),
+        readers={"ComfyUI": Reader(KOHYA | GENERIC, NONE)},
+        names=NAMES,
+        network_arguments=TARGETS.arguments,
+        open_for_merging=open_base_model,
+        seen_by_networks=seen_by_networks,
+        adapter_metadata=RECIPE.of_checkpoint,
+    ),
+)

@@ -1,0 +1,31 @@
+"""Knots checkpoints for merging adapters into them and extracting adapters from them."""
+
+from pathlib import Path
+
+from torch import nn
+
+from library.architectures.knots.adapters import LAYERS, denoiser_module, text_module, view
+from library.architectures.knots.load import DENOISER_PREFIX, TEXT_PREFIX, empty_knots, open_denoiser
+from library.architectures.knots.model import read_config
+from library.checkpoints.adapter_names import ModuleNames
+from library.checkpoints.base_model import BaseModel, of_single_file
+from library.checkpoints.weights import configure
+
+
+def open_base_model(flag: str, path: Path) -> BaseModel:
+    """Open a checkpoint; only its header is read. Raises UserError naming `flag` for another kind of file."""
+    whole, _ = open_denoiser(flag, path)
+    return of_single_file(path, whole, names_of, "knots", "knots-1")
+
+
+def names_of(stem: str) -> ModuleNames | None:
+    """The names of the layer that a weight of the file belongs to; None where adapters change none."""
+    if stem == f"{TEXT_PREFIX}project":
+        return text_module("project")
+    return denoiser_module(stem.removeprefix(DENOISER_PREFIX)) if stem.endswith(LAYERS) else None
+
+
+def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
+    """([], denoiser) of a checkpoint as network modules see it, on the meta device."""
+    _, denoiser = open_denoiser("the checkpoint", path)
+    return [], view([], empty_knots(configure(denoiser, read_config)))[1]

@@ -1,0 +1,20 @@
+"""The options that only Knots has."""
+
+from dataclasses import dataclass
+
+from library.options.base import Options, group, option
+from library.options.train import TrainOptions
+
+
+@dataclass(frozen=True)
+class KnotsTextOptions(Options):
+    """What reaches the denoiser of a caption."""
+
+    max_bytes: int = option(32, own=True, at_least=1, help="Bytes of a caption that reach the model; the rest is cut.")
+
+
+@dataclass(frozen=True)
+class KnotsOptions(TrainOptions):
+    """All options of knots_train_network.py."""
+
+    text: KnotsTextOptions = group(KnotsTextOptions)

@@ -1,0 +1,20 @@
+"""Train a LoRA-family adapter for Knots, a base model that is made up."""
+
+import argparse
+
+from library.architectures.knots.options import KnotsOptions
+from library.launcher import let_idle_threads_sleep
+from library.training.command_line.cli import build_parser
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Every option of this script; front ends read it."""
+    return build_parser(KnotsOptions)
+
+
+if __name__ == "__main__":
+    let_idle_threads_sleep()
+    from library.architectures.knots.assembly import LATENTS, build
+    from library.training.command_line.main import main
+
+    raise SystemExit(main(setup_parser(), KnotsOptions, build, latents=LATENTS))
