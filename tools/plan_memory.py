@@ -4,17 +4,17 @@ checkpoint, without a card and without reading a weight."""
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from library.architectures.cards import list_cards  # noqa: E402
+from library.checkpoints.model_card import ModelCard  # noqa: E402
 from library.data.description.schema import load_dataset_config, parse_numbers  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.memory.planner.cards import parse_size, typical_card  # noqa: E402
@@ -35,36 +35,13 @@ EXAMPLES = """\
     --cache_latents --cache_text_encoder_outputs --resolution 1024"""
 
 
-@dataclass(frozen=True)
-class Script:
-    """Where a training script has its options and its base model."""
-
-    package: str  # of library.architectures
-    options: str  # module and class
-
-    def options_type(self) -> type[TrainOptions]:
-        module, _, name = self.options.rpartition(".")
-        found: type[TrainOptions] = getattr(importlib.import_module(module), name)
-        return found
-
-    def build(self) -> Callable[[Any], Architecture]:
-        found: Callable[[Any], Architecture] = importlib.import_module(
-            f"library.architectures.{self.package}.assembly"
-        ).build
-        return found
-
-
-SCRIPTS: Mapping[str, Script] = {
-    "train_network": Script("sd", "library.options.train.TrainOptions"),
-    "sdxl_train_network": Script("sdxl", "library.architectures.sdxl.options.SdxlOptions"),
-    "sd3_train_network": Script("sd3", "library.architectures.sd3.options.Sd3Options"),
-    "flux_train_network": Script("flux", "library.architectures.flux.options.FluxOptions"),
-    "lumina_train_network": Script("lumina", "library.architectures.lumina.options.LuminaOptions"),
-    "anima_train_network": Script("anima", "library.architectures.anima.options.AnimaOptions"),
-    "hunyuan_image_train_network": Script(
-        "hunyuan_image", "library.architectures.hunyuan_image.options.HunyuanImageOptions"
-    ),
-}
+def card_of_script(name: str) -> ModelCard:
+    """The base model that a training script is for. Raises UserError naming the scripts where it is none."""
+    found = {card.script: card for card in reversed(list_cards())}
+    script = f"{name.removesuffix('.py')}.py"
+    if script not in found:
+        raise UserError(f"--script {name} is no training script; use one of {', '.join(sorted(found, key=len))}")
+    return found[script]
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -83,18 +60,16 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
 
     Raises UserError for whatever the options are wrong in.
     """
-    script = SCRIPTS.get(name.removesuffix(".py"))
-    if script is None:
-        raise UserError(f"--script {name} is no training script; use one of {', '.join(f'{n}.py' for n in SCRIPTS)}")
+    card = card_of_script(name)
     parser = importlib.import_module(name.removesuffix(".py")).setup_parser()
-    options = script.options_type().from_args(parse(parser, arguments))
+    options = card.options.from_args(parse(parser, arguments))
     if not options.network.network_module:
         raise UserError("--network_module is not set; networks.lora trains a LoRA")
     check_precision(options)
     check_network(options)
     batch = described_batch(options)
     with quiet():  # the run itself will say it
-        arch = script.build()(options)
+        arch = card.build(options)
         return options, arch, batch, count_run(options, arch, batch, CARD)
 
 

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from library.checkpoints.adapter_names import BaseNames, FileNaming
 from library.checkpoints.base_model import BaseModel
+from library.options.train import TrainOptions
 
 # --- recognising a file ---
 
@@ -91,10 +92,12 @@ ArgumentForm = Literal["rank", "ranks", "blocks", "flag", "word"]
 class ModelCard:
     """One base model as everybody outside its package knows it."""
 
-    name: str  # "flux"; `BaseNames.base` of its modules
-    title: str  # "FLUX.1"
-    called: str  # in messages, with its article: "a FLUX"
-    script: str  # "flux_train_network.py"
+    name: str  # "knots"; `BaseNames.base` of its modules
+    title: str  # "Knots 1"
+    called: str  # in messages, with its article: "a Knots"
+    script: str  # "knots_train_network.py"
+    options: type[TrainOptions]  # of the script
+    build: Callable[[Any], Any]  # those options -> library.protocols.Architecture
     checkpoint: tuple[Sign, ...]  # in the names of a single file; of a folder's U-Net they begin with "unet." here
     adapter: tuple[Sign, ...]  # in the keys of adapter files, with underscores for dots
     version: str  # pattern of how ss_base_model_version begins

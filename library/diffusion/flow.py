@@ -32,7 +32,7 @@ IGNORES: Mapping[str, str] = dict.fromkeys(  # options that do nothing for a flo
         "zero_terminal_snr", "min_snr_gamma", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss",
         "debiased_estimation_loss",
     ),
-    "it belongs to the DDPM models (SD 1, SD 2, SDXL)",
+    "it belongs to the DDPM models",
 )  # fmt: skip
 
 

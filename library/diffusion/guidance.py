@@ -38,7 +38,7 @@ def needs_negative(prompt: Prompt) -> bool:
 
 
 def limit_length(guided_BCHW: Tensor, positive_BCHW: Tensor, limit: float) -> Tensor:
-    """Shorten a guided prediction that has become longer than `limit` times the unguided one (Lumina-Image 2.0).
+    """Shorten a guided prediction that has become longer than `limit` times the unguided one.
 
     The length is the norm over all values of a sample.
     """

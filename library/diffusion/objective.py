@@ -97,7 +97,7 @@ def look_up(table_T: Tensor, timesteps_B: Tensor) -> Tensor:
 
 
 def build_ddpm(options: TrainOptions) -> DDPM:
-    """The objective of SD 1, SD 2 and SDXL.
+    """The objective of the models that learned on `ddpm_abar`.
 
     Weights use the signal-to-noise ratios of the unchanged schedule even with --zero_terminal_snr: the changed one ends
     at 0, where min-SNR and debiased weights would be 0 / 0 and 1 / 0.

@@ -44,7 +44,7 @@ class Sampler(Protocol):
 
 
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    # What a choice means follows the scheduler files that come with Stable Diffusion checkpoints: predictions of the
+    # What a choice means follows the scheduler files that come with checkpoints of such models: predictions of the
     # clean latents are not clipped to -1..1, since latents are larger, and sampling ends at the first noise level.
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
@@ -64,7 +64,7 @@ ALIASES = {f"k_{name}": name for name in ("lms", "euler", "euler_a", "dpm_2", "d
 
 
 def build_ddpm_sampler(name: str, num_steps: int, *, predicts_velocity: bool, zero_terminal_snr: bool) -> Sampler:
-    """The sampler called `name` (a key of SAMPLERS or ALIASES) for SD 1, 2 and XL.
+    """The sampler called `name` (a key of SAMPLERS or ALIASES) for a DDPM model.
 
     A schedule that ends without any signal is walked from its very last timestep (Lin et al. 2024); its last abar is
     2^-24 rather than 0, where most methods divide by it.

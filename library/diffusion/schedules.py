@@ -13,7 +13,7 @@ BETA_END = 0.012
 
 
 def scaled_linear_betas() -> Tensor:
-    """The betas of Stable Diffusion 1, 2 and XL, float64, shape T: their square roots grow linearly."""
+    """The betas of Rombach et al. 2022 (latent diffusion), float64, shape T: their square roots grow linearly."""
     return torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2
 
 
@@ -30,7 +30,7 @@ def with_zero_terminal_snr(abar_T: Tensor) -> Tensor:
 
 
 def ddpm_abar(zero_terminal_snr: bool) -> Tensor:
-    """The table that SD 1, 2 and XL train and sample on, float64, shape T."""
+    """The table that DDPM models train and sample on, float64, shape T."""
     abar_T = abar_of(scaled_linear_betas())
     return with_zero_terminal_snr(abar_T) if zero_terminal_snr else abar_T
 

@@ -31,7 +31,7 @@ def count(shapes: Shapes, pattern: str) -> int:
 class ShapeReader:
     """The sizes in a checkpoint of our own denoisers, names without prefix; errors call the model by its name."""
 
-    model: str  # "FLUX.1"
+    model: str  # as messages call it
     shapes: Shapes
 
     def shape(self, name: str) -> tuple[int, ...]:

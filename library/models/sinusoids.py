@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-FREQUENCIES = 256  # F of every denoiser here but Anima's
+FREQUENCIES = 256  # F of nearly every denoiser here
 MAX_PERIOD = 10_000
 
 

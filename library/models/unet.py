@@ -66,7 +66,7 @@ def unet_config(shapes: Shapes, head_width: int | None = None) -> dict[str, Any]
 
 
 def size_embedding_config(shapes: Shapes, pooled_width: int) -> dict[str, Any]:
-    """Further arguments for a U-Net that is conditioned on a pooled text vector and six sizes, as SDXL is."""
+    """Further arguments for a U-Net that is conditioned on a pooled text vector and six sizes."""
     width = shape_of(shapes, "add_embedding.linear_1.weight")[1]
     if width <= pooled_width or (width - pooled_width) % (2 * NUM_SIZES):
         raise UserError(

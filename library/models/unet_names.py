@@ -50,7 +50,7 @@ def block_paths(stem: str, layer: int, depth: int, has_shortcut: bool) -> Iterat
 
 
 def unet_module(path: str, layout: UnetLayout, named_after_file: bool) -> ModuleNames:
-    """One module; kohya's name is made of the single-file layout's path for SDXL, of diffusers' for SD 1 and 2."""
+    """One module; kohya's name is made of the single-file layout's path, or of diffusers', as the base model has it."""
     original = unet_to_ldm(f"{path}.weight", layout).removesuffix(".weight")
     names = f"lora_unet_{original.replace('.', '_')}", f"lora_unet_{path.replace('.', '_')}"
     kohya, alias = names if named_after_file else names[::-1]

@@ -1,4 +1,4 @@
-"""The VAE of the Stable Diffusion family: diffusers' AutoencoderKL, from a file in either layout or from a folder."""
+"""The VAE of latent diffusion: diffusers' AutoencoderKL, from a file in either layout or from a folder."""
 
 import logging
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class VaeNeeds:
     """What a base model needs of a VAE."""
 
-    base: str  # "SD 1.x", for messages
+    base: str  # as messages call it
     channels: int  # of the latents
     scale: float  # that brings latents to about unit variance
 

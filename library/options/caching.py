@@ -45,7 +45,7 @@ class TextCachingOptions(Options):
         False,
         usual=True,
         help="Encode every caption once before training, keep the results in memory and free the text encoders. "
-        "Those that train stay (FLUX.1, SD3); SDXL and Anima need --network_train_unet_only.",
+        "Those that train stay where a base model can keep them; elsewhere --network_train_unet_only is needed.",
     )
     cache_text_encoder_outputs_to_disk: bool = option(
         False,

@@ -1,8 +1,9 @@
 """Anima as everybody outside this package knows it."""
 
 from library.architectures.anima.adapters import NAMES, TARGETS
-from library.architectures.anima.assembly import RECIPE
+from library.architectures.anima.assembly import RECIPE, build
 from library.architectures.anima.merging import open_base_model, seen_by_networks
+from library.architectures.anima.options import AnimaOptions
 from library.checkpoints.model_card import ALL, DIFFUSERS, GENERIC, KOHYA, NONE, Gap, ModelCard, Reader, Sign
 
 LOST_NAMES = Gap(
@@ -17,6 +18,8 @@ CARDS = (
         title="Anima",
         called="an Anima",
         script="anima_train_network.py",
+        options=AnimaOptions,
+        build=build,
         checkpoint=(Sign(r"llm_adapter\."),),
         adapter=(
             Sign(r"_llm_adapter_|(unet|diffusion_model)_blocks_\d+_(self_attn|cross_attn|mlp)_"),

@@ -1,8 +1,9 @@
 """FLUX.1 as everybody outside this package knows it."""
 
 from library.architectures.flux.adapters import NAMES, TARGETS
-from library.architectures.flux.assembly import RECIPE
+from library.architectures.flux.assembly import RECIPE, build
 from library.architectures.flux.merging import open_base_model, seen_by_networks
+from library.architectures.flux.options import FluxOptions
 from library.checkpoints.model_card import ALL, DIFFUSERS, GENERIC, KOHYA, Certainty, Gap, ModelCard, Reader, Sign
 
 WIDTH = 3072
@@ -20,6 +21,8 @@ CARDS = (
         title="FLUX.1",
         called="a FLUX",
         script="flux_train_network.py",
+        options=FluxOptions,
+        build=build,
         checkpoint=(Sign(r"double_blocks\.|single_transformer_blocks\.", Certainty.SHARED),),
         adapter=(
             Sign(r"^transformer_transformer_blocks_.*_attn_to_q_", width=WIDTH),

@@ -1,8 +1,9 @@
 """HunyuanImage 2.1 as everybody outside this package knows it."""
 
 from library.architectures.hunyuan_image.adapters import NAMES, TARGETS
-from library.architectures.hunyuan_image.assembly import RECIPE
+from library.architectures.hunyuan_image.assembly import RECIPE, build
 from library.architectures.hunyuan_image.merging import open_base_model, seen_by_networks
+from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.checkpoints.model_card import GENERIC, KOHYA, NONE, Gap, ModelCard, Reader, Sign
 
 WIDTH = 3584
@@ -18,6 +19,8 @@ CARDS = (
         title="HunyuanImage 2.1",
         called="a HunyuanImage",
         script="hunyuan_image_train_network.py",
+        options=HunyuanImageOptions,
+        build=build,
         checkpoint=(Sign(r"txt_in\.individual_token_refiner|byt5_in\."),),
         adapter=(
             Sign(r"_blocks_\d+_(img|txt)_(mod_linear|mlp_fc[12])|_single_blocks_\d+_modulation_linear"),

@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping
 
 from library.architectures.lumina.adapters import NAMES, TARGETS
-from library.architectures.lumina.assembly import RECIPE
+from library.architectures.lumina.assembly import RECIPE, build
 from library.architectures.lumina.merging import open_base_model, seen_by_networks
+from library.architectures.lumina.options import LuminaOptions
 from library.checkpoints.adapter_names import FileNaming
 from library.checkpoints.model_card import DIFFUSERS, GENERIC, KOHYA, NONE, ModelCard, Reader, Sign
 
@@ -36,6 +37,8 @@ CARDS = (
         title="Lumina Image 2.0",
         called="a Lumina",
         script="lumina_train_network.py",
+        options=LuminaOptions,
+        build=build,
         checkpoint=(Sign(r"cap_embedder\.|context_refiner\."),),
         adapter=(Sign(r"_(noise_refiner|context_refiner)_|(unet|diffusion_model|transformer)_layers_\d+_"),),
         version=r"lumina",

@@ -3,7 +3,7 @@
 from functools import partial
 
 from library.architectures.sd.adapters import NAMES, SD2_NAMES, TARGETS
-from library.architectures.sd.assembly import metadata
+from library.architectures.sd.assembly import build, metadata
 from library.architectures.sd.load import TITLES
 from library.architectures.sd.merging import open_base_model, seen_by_networks
 from library.checkpoints.model_card import ALL, KOHYA, Certainty, Gap, ModelCard, Reader, Sign
@@ -16,6 +16,7 @@ from library.models.unet_card import (
     TEXT_INPUT,
     UNET,
 )
+from library.options.train import TrainOptions
 
 SD1_TEXT_WIDTH, SD2_TEXT_WIDTH = 768, 1024
 NO_OUTER_LAYERS = Gap(
@@ -39,6 +40,8 @@ CARDS = (
         title="Stable Diffusion 1.x",
         called=f"an {TITLES['sd1']}",
         script="train_network.py",
+        options=TrainOptions,
+        build=build,
         checkpoint=(
             Sign(UNET, Certainty.FAMILY),
             Sign(TEXT_INPUT, Certainty.SHARED, width=SD1_TEXT_WIDTH),
@@ -63,6 +66,8 @@ CARDS = (
         title="Stable Diffusion 2.x",
         called=f"an {TITLES['sd2']}",
         script="train_network.py",
+        options=TrainOptions,
+        build=build,
         script_flag="--v2",
         checkpoint=(
             Sign(r"cond_stage_model\.model\."),

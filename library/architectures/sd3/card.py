@@ -1,8 +1,9 @@
 """Stable Diffusion 3 and 3.5 as everybody outside this package knows them."""
 
 from library.architectures.sd3.adapters import NAMES, TARGETS
-from library.architectures.sd3.assembly import RECIPE
+from library.architectures.sd3.assembly import RECIPE, build
 from library.architectures.sd3.merging import open_base_model, seen_by_networks
+from library.architectures.sd3.options import Sd3Options
 from library.checkpoints.model_card import ALL, DIFFUSERS, GENERIC, KOHYA, Certainty, Gap, ModelCard, Reader, Sign
 
 T5_OF_DIFFUSERS = Gap(
@@ -22,6 +23,8 @@ CARDS = (
         title="Stable Diffusion 3",
         called="an SD3",
         script="sd3_train_network.py",
+        options=Sd3Options,
+        build=build,
         checkpoint=(Sign(r"joint_blocks\."),),
         adapter=(
             Sign(r"_joint_blocks_"),

@@ -1,8 +1,9 @@
 """Stable Diffusion XL as everybody outside this package knows it."""
 
 from library.architectures.sdxl.adapters import NAMES, TARGETS
-from library.architectures.sdxl.assembly import RECIPE
+from library.architectures.sdxl.assembly import RECIPE, build
 from library.architectures.sdxl.merging import open_base_model, seen_by_networks
+from library.architectures.sdxl.options import SdxlOptions
 from library.checkpoints.model_card import DIFFUSERS, GENERIC, KOHYA, Certainty, ModelCard, Reader, Sign
 from library.models.unet_card import ADAPTED_TEXT_INPUT, ADAPTED_UNET, READERS
 
@@ -21,6 +22,8 @@ CARDS = (
         title="Stable Diffusion XL",
         called="an SDXL",
         script="sdxl_train_network.py",
+        options=SdxlOptions,
+        build=build,
         checkpoint=(Sign(r"conditioner\.embedders\.|diffusion_model\.label_emb\.|add_embedding\.linear_1"),),
         adapter=(
             Sign(ADAPTED_TEXT_INPUT, width=TEXT_WIDTH),

@@ -156,8 +156,8 @@ def assign_shapes(pictures: Sequence[Size], rules: BucketRules) -> list[Shape]:
 def crop_ltrb(bucket: Size, picture: Size) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) of the picture fitted *inside* the bucket.
 
-    SDXL is conditioned on these, and trained adapters depend on them, although the pixels are cut from a picture that
-    covers the bucket.
+    Denoisers are conditioned on these, and trained adapters depend on them, although the pixels are cut from a picture
+    that covers the bucket.
     """
     ratio = picture[0] / picture[1]
     if bucket[0] / bucket[1] > ratio:

@@ -1,8 +1,9 @@
 """Knots as everybody outside this package knows it."""
 
 from library.architectures.knots.adapters import NAMES, TARGETS
-from library.architectures.knots.assembly import RECIPE
+from library.architectures.knots.assembly import RECIPE, build
 from library.architectures.knots.merging import open_base_model, seen_by_networks
+from library.architectures.knots.options import KnotsOptions
 from library.checkpoints.model_card import GENERIC, KOHYA, NONE, ModelCard, Reader, Sign
 
 CARDS = (
@@ -11,6 +12,8 @@ CARDS = (
         title="Knots 1",
         called="a Knots",
         script="knots_train_network.py",
+        options=KnotsOptions,
+        build=build,
         checkpoint=(Sign(r"\bknots\.\d+\."),),
         adapter=(Sign(r"_(transformer_)?knots_\d+_"),),
         version=r"knots",
