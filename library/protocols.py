@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from library.checkpoints.model_card import ModelCard
 from library.diffusion.samplers import Sampler
 from library.memory.blocks import BlockRunner, Stacks, chains_of, run_blocks_with, stacks_of
-from library.memory.forms.form import Form
+from library.memory.forms.form import WantedForm
 from library.options.caching import TextCachingOptions
 from library.types import Batch, Conditioning, Noised, Prompt, Tokens
 
@@ -31,7 +31,7 @@ class Loader(Protocol):
 
     def text_encoders(self) -> list[nn.Module]: ...
     def vae(self) -> nn.Module: ...
-    def denoiser(self, form: Form | None = None) -> nn.Module:
+    def denoiser(self, form: WantedForm | None = None) -> nn.Module:
         """With a form the weights inside its blocks come in it, each turned as it is read."""
         ...
 

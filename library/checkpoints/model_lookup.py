@@ -8,7 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from library.checkpoints.weights import WEIGHT_SUFFIXES, Weights, open_weights
+from library.checkpoints.quantised import open_checkpoint
+from library.checkpoints.weights import WEIGHT_SUFFIXES, Weights
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def open_part(flag: str, folder: Path, kind: str) -> tuple[dict[str, Any], Weigh
 def open_file(flag: str, path: Path) -> Weights:
     """Open a checkpoint; the errors name the flag that asked for it."""
     try:
-        return open_weights(path)
+        return open_checkpoint(path)
     except ValueError as error:
         raise UserError(f"{flag}: {error}") from error
 

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from hashlib import blake2b
 from io import RawIOBase
 from pathlib import Path
@@ -28,12 +28,23 @@ WEIGHT_SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
+class Quantised:
+    """A weight that lies in the file as 8-bit codes with scales."""
+
+    kind: str  # by the names of `library.memory.forms.named`
+    group_size: int | None  # inputs that are turned together, where they are
+    read: Callable[[], Mapping[str, Tensor] | None]  # `codes` and `scales`; None where it is none after all
+
+
+@dataclass(frozen=True)
 class Weights:
     """The tensors of one or several files."""
 
     origin: str  # the path, for messages
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]  # in memory of its own
+    quantised: Mapping[str, Quantised] = field(default_factory=dict)  # those of which `read` gives decoded values
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of the headers
 
 
 LoaderT = TypeVar("LoaderT")
@@ -48,7 +59,7 @@ def without_values(loader: LoaderT) -> LoaderT:
     def emptied(value: Any) -> Any:
         if isinstance(value, Weights):
             shapes = value.shapes
-            return replace(value, read=lambda name: torch.empty(shapes[name], device="meta"))
+            return replace(value, read=lambda name: torch.empty(shapes[name], device="meta"), quantised={})
         if isinstance(value, list | tuple):
             return type(value)(emptied(item) for item in value)
         if is_dataclass(value) and not isinstance(value, type):
@@ -60,7 +71,7 @@ def without_values(loader: LoaderT) -> LoaderT:
 
 
 def open_weights(path: Path) -> Weights:
-    """Open a file of weights, or the `*.index.json` of a checkpoint in several files.
+    """Open a file of weights, or the `*.index.json` of a checkpoint in several files, as they lie there.
 
     Safetensors and torch's pickles are told apart by their content, whatever the file is called. Raises UserError
     naming the file when it is truncated, something else, or a pickle that holds more than tensors.
@@ -95,7 +106,8 @@ def open_safetensors(path: Path) -> Weights:
             read_into(file, raw.numpy().data, path)
         return raw.view(entry.dtype).reshape(entry.shape)
 
-    return Weights(str(path), {name: entry.shape for name, entry in header.tensors.items()}, read)
+    shapes = {name: entry.shape for name, entry in header.tensors.items()}
+    return Weights(str(path), shapes, read, metadata=header.metadata)
 
 
 def fingerprint(*parts: Weights) -> str:
@@ -139,7 +151,8 @@ def open_sharded(index: Path) -> Weights:
     if absent:
         raise UserError(f"{index} lists weights that its files do not hold: {', '.join(absent[:3])}; download it again")
     shapes = {name: files[file].shapes[name] for name, file in weight_map.items()}
-    return Weights(str(index), shapes, lambda name: files[weight_map[name]].read(name))
+    metadata = {key: value for file in files.values() for key, value in file.metadata.items()}
+    return Weights(str(index), shapes, lambda name: files[weight_map[name]].read(name), metadata=metadata)
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -183,6 +196,7 @@ def selected(weights: Weights, old_names: Mapping[str, str]) -> Weights:
         weights,
         shapes={new: weights.shapes[old] for new, old in old_names.items()},
         read=lambda name: weights.read(old_names[name]),
+        quantised={new: weights.quantised[old] for new, old in old_names.items() if old in weights.quantised},
     )
 
 

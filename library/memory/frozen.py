@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.grad import conv2d_input
 
-from library.memory.forms.form import Form, Parts
+from library.memory.forms.form import Decoder, Form, Parts
 
 Handle = Callable[[], Parts]
 """Gives the stored parts of a weight, from wherever they wait, each time it is called."""
@@ -26,7 +26,7 @@ class FrozenLayer(nn.Module):
     of the input decodes it once more, for autograd would keep it in the precision of the run.
     """
 
-    form: Form
+    form: Decoder
     handle: Handle
     weight_shape: torch.Size
     weight_dtype: torch.dtype
@@ -144,8 +144,11 @@ def store_in(form: Form, layer: nn.Module, weight: Tensor | None = None) -> None
     """
     whole = layer.weight if weight is None else weight
     assert isinstance(whole, Tensor)
-    parts = form.encode(whole)
-    shape, dtype = whole.shape, whole.dtype
+    keep_in(form, layer, form.encode(whole), whole.shape, whole.dtype)
+
+
+def keep_in(form: Decoder, layer: nn.Module, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> None:
+    """The same with the parts of a weight of that shape and dtype at hand."""
     del layer.weight
     layer.__class__ = KINDS[type(layer)]
     assert isinstance(layer, FrozenLayer)

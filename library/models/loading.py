@@ -7,16 +7,20 @@ is initialised twice and the peak is about the weights themselves.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from library.checkpoints.quantised import times, turn_regularly
 from library.checkpoints.weights import Weights
 from library.errors import UserError
-from library.memory.forms.form import Form
-from library.memory.frozen import layers_in_blocks, store_in
+from library.memory.forms.form import AS_IN_FILE, AsInFile, WantedForm
+from library.memory.forms.named import FORMS
+from library.memory.forms.scaled import Scaled
+from library.memory.frozen import keep_in, layers_in_blocks, store_in
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +35,12 @@ class Component:
     weights: Weights
 
 
-def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Form | None = None) -> nn.Module:
+def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: WantedForm | None = None) -> nn.Module:
     """Give a module on the meta device its weights in `dtype`; frozen, in evaluation mode.
 
     With a `form` the weights inside its blocks are stored in it, each as soon as it is read: the most memory that this
-    takes is the result and one weight.
+    takes is the result and one weight. With AS_IN_FILE those that the file has in 8 bits stay as they are, and so do
+    those that it has in the form that is asked for.
 
     Raises UserError naming missing weights and wrong shapes; names that the model does not know are warned of.
     """
@@ -63,10 +68,25 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Fo
     def read(name: str) -> Tensor:
         return read_number(weights, name, wanted[name]).to(dtype)
 
-    stored = {f"{path}.weight": layer for path, layer in layers_in_blocks(model).items()} if form else {}
-    for name, layer in stored.items():
-        assert form is not None
-        store_in(form, layer, read(name))
+    def keep(name: str, layer: nn.Module) -> bool:
+        quantised = weights.quantised.get(name)
+        if quantised is None or form not in (AS_IN_FILE, FORMS[quantised.kind]):
+            return False
+        parts = quantised.read()
+        if parts is None:
+            return False
+        turn = partial(turn_regularly, group_size=quantised.group_size) if quantised.group_size else None
+        keep_in(Scaled(times, turn), layer, parts, wanted[name].shape, dtype)
+        return True
+
+    stored = set()
+    for path, layer in layers_in_blocks(model).items() if form is not None else ():
+        if keep(name := f"{path}.weight", layer):
+            stored.add(name)
+        elif not isinstance(form, AsInFile):
+            assert form is not None
+            store_in(form, layer, read(name))
+            stored.add(name)
     model.load_state_dict({name: read(name) for name in wanted if name not in stored}, assign=True, strict=not stored)
     return model.requires_grad_(False).eval()
 

@@ -24,14 +24,12 @@ logger = logging.getLogger(__name__)
 T5_XXL_NAMES = ("text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "")  # that names may carry in files
 WORDS = ("shared.weight", "encoder.embed_tokens.weight")  # two names of one tensor; files have either or both
 DISTANCE = 128  # beyond which all positions count as equally far
-SCALE_SUFFIXES = (".scale_weight", ".weight_scale")  # of weights that were stored in fp8 with a factor each
-FP8_MARKS = ("scaled_fp8", ".scale_input", ".input_scale", *SCALE_SUFFIXES)
 
 
 def t5_component(weights: Weights) -> Component:
     """A text encoder from a single file. Raises UserError naming the file when it holds something else."""
     prefix = next(p for p in T5_XXL_NAMES if not p or any(key.startswith(p) for key in weights.shapes))
-    weights = unscaled(with_prefix(weights, prefix))
+    weights = with_prefix(weights, prefix)
     if not any(name in weights.shapes for name in WORDS) or "encoder.final_layer_norm.weight" not in weights.shapes:
         first = ", ".join(list(weights.shapes)[:3]) or "none"
         raise UserError(f"{weights.origin} is no T5 encoder: it has no {WORDS[0]} or no final norm (first: {first})")
@@ -41,7 +39,7 @@ def t5_component(weights: Weights) -> Component:
 
 def t5_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
     """A text encoder of a diffusers folder."""
-    return Component(config, with_one_embedding(unscaled(weights)))
+    return Component(config, with_one_embedding(weights))
 
 
 def with_one_embedding(weights: Weights) -> Weights:
@@ -49,23 +47,6 @@ def with_one_embedding(weights: Weights) -> Weights:
     words = next((name for name in WORDS if name in weights.shapes), None)
     names = {key: key for key in weights.shapes if key.startswith("encoder.") and key not in WORDS}
     return selected(weights, names if words is None else {WORDS[0]: words, **names})
-
-
-def unscaled(weights: Weights) -> Weights:
-    """Weights that were stored in fp8 with a factor each, multiplied out when they are read; others as they are."""
-    scales = {
-        key.removesuffix(suffix) + ".weight": key
-        for key in weights.shapes
-        for suffix in SCALE_SUFFIXES
-        if key.endswith(suffix)
-    }
-    shapes = {key: shape for key, shape in weights.shapes.items() if not key.endswith(FP8_MARKS)}
-
-    def read(name: str) -> Tensor:
-        tensor = weights.read(name)
-        return tensor.float() * weights.read(scales[name]).float() if name in scales else tensor
-
-    return Weights(weights.origin, shapes, read)
 
 
 def t5_config(shapes: Shapes) -> dict[str, Any]:

@@ -111,10 +111,8 @@ def test_the_vae_is_that_of_diffusers(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("scales", [False, True], ids=["plain", "fp8 with scales"])
-def test_the_denoiser_is_found_with_and_without_prefix(prefix: str, scales: bool) -> None:
-    extra = {"double_blocks.0.img_attn_qkv.scale_weight": (1,), "scaled_fp8": (0,)} if scales else {}
-    weights = denoiser_of(Path("file"), opened({prefix + n: s for n, s in {**DENOISER, **extra}.items()}))
+def test_the_denoiser_is_found_with_and_without_prefix(prefix: str) -> None:
+    weights = denoiser_of(Path("file"), opened({prefix + n: s for n, s in DENOISER.items()}))
     assert dict(weights.shapes) == DENOISER
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.running import Finished, make_pictures
 from tests.runs.bases import BASES
@@ -100,3 +100,33 @@ def test_a_rehearsal_takes_the_mode_that_was_asked_for(run: Callable[..., Finish
     done = run("dry", "--dry_run", "--blocks_to_swap", WAITING[name], "--base_format", "int8_rotated")
     assert "wait in main memory" in done.stderr and "layers in int8_rotated" in done.stderr
     assert not (tmp_path / "dry" / "mine.safetensors").exists()
+
+
+def test_a_checkpoint_in_8_bits_trains_as_the_numbers_that_it_stands_for(
+    run: Callable[..., Finished], name: str, model: list[str], tmp_path: Path
+) -> None:
+    if name in ("sd", "sdxl"):
+        pytest.skip("their files in use are not stored so")
+    path = Path(model[model.index("--pretrained_model_name_or_path") + 1])
+    codes, numbers = in_8_bits(load_file(path))
+    save_file(codes, tmp_path / "codes.safetensors")
+    save_file(numbers, tmp_path / "numbers.safetensors")
+    for file in ("codes", "numbers"):
+        for folder in ("tokenizer", "tokenizer_2", "t5_tokenizer"):
+            if (path.parent / folder).is_dir() and not (tmp_path / folder).exists():
+                (tmp_path / folder).symlink_to(path.parent / folder)
+        done = run(file, "--pretrained_model_name_or_path", str(tmp_path / f"{file}.safetensors"))
+        assert ("layers in 8 bits, as the file has them" in done.stderr) == (file == "codes")
+    assert same(tmp_path / "codes", tmp_path / "numbers")
+
+
+def in_8_bits(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The matrices inside blocks as fp8 with a scale each, and as the numbers that those stand for."""
+    codes, numbers = dict(state), dict(state)
+    for key, weight in state.items():
+        if weight.ndim == 2 and ("blocks." in key or key.startswith("layers.")):
+            scale = weight.abs().max() / 448
+            codes[key] = (weight / scale).to(torch.float8_e4m3fn)
+            codes[key.removesuffix("weight") + "scale_weight"] = scale.reshape(1)
+            numbers[key] = codes[key].float() * scale
+    return {**codes, "scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}, numbers

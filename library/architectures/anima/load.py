@@ -17,7 +17,7 @@ from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
-from library.memory.forms.form import Form
+from library.memory.forms.form import WantedForm
 from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Component, materialise
 from library.models.shapes import shape_of
@@ -52,7 +52,7 @@ class AnimaLoader:
     def vae(self) -> nn.Module:
         return materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
 
-    def denoiser(self, form: Form | None = None) -> nn.Module:
+    def denoiser(self, form: WantedForm | None = None) -> nn.Module:
         return materialise(empty_anima(self.config), self.denoiser_weights, self.dtype, form)
 
 

@@ -14,7 +14,7 @@ from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
-from library.memory.forms.form import Form
+from library.memory.forms.form import WantedForm
 from library.models.clip import clip_component, clip_of_folder, load_clip
 from library.models.flux_vae import CHANNELS, open_ae
 from library.models.identify import refuse_other_folder, refuse_other_model
@@ -67,7 +67,7 @@ class FluxLoader:
     def vae(self) -> nn.Module:
         return materialise(empty_vae(self.ae.config), self.ae.weights, self.vae_dtype)
 
-    def denoiser(self, form: Form | None = None) -> nn.Module:
+    def denoiser(self, form: WantedForm | None = None) -> nn.Module:
         return materialise(empty_flux(self.config), self.denoiser_weights, self.dtype, form)
 
 

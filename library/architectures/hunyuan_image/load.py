@@ -19,13 +19,13 @@ from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, renamed, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
-from library.memory.forms.form import Form
+from library.memory.forms.form import WantedForm
 from library.memory.forms.fp8 import Fp8Rows
 from library.memory.frozen import layers_in_blocks, store_all_in
 from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Component, materialise
 from library.models.shapes import shape_of
-from library.models.t5 import load_t5, t5_component, t5_of_folder, unscaled
+from library.models.t5 import load_t5, t5_component, t5_of_folder
 from library.protocols import LatentSpec
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class HunyuanImageLoader:
         vae = materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
         return vae if self.vae_chunk_rows is None else compute_in_chunks(vae, self.vae_chunk_rows)
 
-    def denoiser(self, form: Form | None = None) -> nn.Module:
+    def denoiser(self, form: WantedForm | None = None) -> nn.Module:
         with torch.device("meta"):
             model = HunyuanImage(self.config)
         return materialise(model, self.denoiser_weights, self.dtype, form)
@@ -118,7 +118,6 @@ def denoiser_of(path: Path, whole: Weights | None) -> Weights:
     else:
         prefix = next(p for p in DENOISER_PREFIXES if not p or any(key.startswith(p) for key in whole.shapes))
         weights = with_prefix(whole, prefix)
-    weights = unscaled(weights)
     if DIFFUSERS_MARK in weights.shapes:
         return from_diffusers(weights)
     if GLYPH_MARK not in weights.shapes:

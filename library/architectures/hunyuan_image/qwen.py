@@ -17,7 +17,6 @@ from library.checkpoints.weights import Weights, configure, selected, with_prefi
 from library.errors import UserError
 from library.models.loading import Component, materialise
 from library.models.shapes import Shapes, count, shape_of
-from library.models.t5 import unscaled
 from library.models.tokenizer_files import TokenizerFiles, holds_byte_pairs, read_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -44,7 +43,6 @@ def qwen_component(weights: Weights, config: Mapping[str, Any] | None = None) ->
 
     Raises UserError naming the file when it holds something else.
     """
-    weights = unscaled(weights)
     prefix = next((p for p in PREFIXES if f"{p}{WORDS}" in weights.shapes), None)
     if prefix is None or f"{prefix}layers.0.self_attn.q_proj.bias" not in weights.shapes:
         first = ", ".join(list(weights.shapes)[:3]) or "none"

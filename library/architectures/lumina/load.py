@@ -15,7 +15,7 @@ from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
-from library.memory.forms.form import Form
+from library.memory.forms.form import WantedForm
 from library.models.flux_vae import CHANNELS, open_ae
 from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Component, materialise
@@ -53,7 +53,7 @@ class LuminaLoader:
     def vae(self) -> nn.Module:
         return materialise(empty_vae(self.ae.config), self.ae.weights, self.vae_dtype)
 
-    def denoiser(self, form: Form | None = None) -> nn.Module:
+    def denoiser(self, form: WantedForm | None = None) -> nn.Module:
         return materialise(empty_lumina(self.config), self.denoiser_weights, self.dtype, form)
 
 

@@ -15,7 +15,7 @@ from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
-from library.memory.forms.form import Form
+from library.memory.forms.form import WantedForm
 from library.models.clip import PROJECTION, clip_component, load_clip
 from library.models.identify import base_of_file, refuse_other, refuse_other_folder
 from library.models.loading import Component, materialise
@@ -62,7 +62,7 @@ class Sd3Loader:
     def vae(self) -> nn.Module:
         return materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
 
-    def denoiser(self, form: Form | None = None) -> nn.Module:
+    def denoiser(self, form: WantedForm | None = None) -> nn.Module:
         with torch.device("meta"):
             model = MMDiT(self.config)
         return materialise(model, self.mmdit, self.dtype, form)

@@ -11,7 +11,7 @@ from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
-from library.memory.forms.form import Form
+from library.memory.forms.form import WantedForm
 from library.models.attention import wants_xformers, with_attention
 from library.models.clip import PROJECTION, clip_component, clip_of_folder, load_clip
 from library.models.identify import (
@@ -70,7 +70,7 @@ class SdxlLoader:
             self.uses_xformers,
         )
 
-    def denoiser(self, form: Form | None = None) -> nn.Module:
+    def denoiser(self, form: WantedForm | None = None) -> nn.Module:
         return with_attention(
             materialise(empty_unet(self.unet.config), self.unet.weights, self.dtype, form), self.uses_xformers
         )

@@ -13,13 +13,26 @@ Parts = Mapping[str, Tensor]
 """The tensors in which a weight is stored, by the names that they have on their layer."""
 
 
-class Form(Protocol):
-    """A codec: how one weight is stored, and how it becomes numbers to compute with again."""
+class Decoder(Protocol):
+    """How a stored weight becomes numbers to compute with again."""
+
+    def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The weight of that shape in `dtype`, rounded as the form rounds it; possibly the stored tensor itself."""
+        ...
+
+
+class Form(Decoder, Protocol):
+    """A codec: how one weight is stored too."""
 
     def encode(self, weight: Tensor) -> Parts:
         """The parts of a weight, (O, I) or (O, channels, height, width), on its device."""
         ...
 
-    def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The weight of that shape in `dtype`, rounded as the form rounds it; possibly the stored tensor itself."""
-        ...
+
+class AsInFile:
+    """Asks for weights as their file has them: 8-bit ones stay so, others are read as numbers."""
+
+
+AS_IN_FILE = AsInFile()
+WantedForm = Form | AsInFile
+"""What weights are to be stored in while they are read."""

@@ -11,10 +11,11 @@ from library.checkpoints.weights import without_values
 from library.errors import UserError
 from library.memory.blocks import Stacks
 from library.memory.devices import DTYPES, place
-from library.memory.forms.form import Form
+from library.memory.forms.form import AS_IN_FILE, WantedForm
 from library.memory.forms.named import BITS, FORMS
 from library.memory.forms.plain import Plain
-from library.memory.frozen import layers_in_blocks, store_all_in
+from library.memory.forms.scaled import Scaled
+from library.memory.frozen import frozen_layers, layers_in_blocks, store_all_in
 from library.memory.places.streamed import stream
 from library.options.train import TrainOptions
 from library.protocols import Architecture
@@ -79,10 +80,12 @@ def waiting_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
     return split(num_blocks)
 
 
-def form_while_reading(options: TrainOptions) -> Form | None:
-    """The form that the denoiser's weights get as they are read; None where they get none, or only after merging."""
+def form_while_reading(options: TrainOptions) -> WantedForm | None:
+    """The form that the denoiser's weights get as they are read; None where merging needs them whole first."""
+    if options.network.base_weights:
+        return None
     name = options.precision.denoiser_format
-    return None if name is None or options.network.base_weights else FORMS[name]
+    return AS_IN_FILE if name is None else FORMS[name]
 
 
 def settle_base(options: TrainOptions, arch: Architecture, models: Models, compute: Compute) -> None:
@@ -91,6 +94,9 @@ def settle_base(options: TrainOptions, arch: Architecture, models: Models, compu
     After --base_weights are merged, which needs whole weights; before the adapter, which may look at them.
     """
     precision = options.precision
+    kept = sum(isinstance(layer.form, Scaled) for layer in frozen_layers(models.denoiser))
+    if kept:
+        logger.info("denoiser: %d layers in 8 bits, as the file has them", kept)
     if precision.denoiser_format is not None:
         count = store_all_in(FORMS[precision.denoiser_format], layers_in_blocks(models.denoiser).values())
         logger.info("denoiser: %d layers in %s", count, precision.denoiser_format)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from library.checkpoints.weights import open_weights
+from library.checkpoints.quantised import open_checkpoint
 from library.models.t5 import (
     TOKENIZER,
     encode_t5,
@@ -48,7 +48,7 @@ def reference(state: dict[str, Tensor], mask_BT: Tensor | None) -> Tensor:
 
 def loaded(tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "t5.safetensors")
-    return load_t5(t5_component(open_weights(folder / "t5.safetensors")), dtype)
+    return load_t5(t5_component(open_checkpoint(folder / "t5.safetensors")), dtype)
 
 
 @pytest.mark.parametrize("mask_BT", [None, MASK_BT], ids=["all", "masked"])
@@ -64,7 +64,7 @@ def test_a_file_with_either_embedding_gives_what_transformers_does(
 
 def test_a_folder_gives_the_same(state: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(state, tmp_path / "model.safetensors")
-    component = t5_of_folder({**T5, "vocab_size": 20}, open_weights(tmp_path / "model.safetensors"))
+    component = t5_of_folder({**T5, "vocab_size": 20}, open_checkpoint(tmp_path / "model.safetensors"))
     model = load_t5(component, torch.float32)
     torch.testing.assert_close(encode_t5(model, IDS_BT, None), reference(state, None), **FLOAT32_DEEP)
 

@@ -1,0 +1,214 @@
+"""Checkpoints whose weights are stored in 8 or 4 bits: the two dialects in which ComfyUI and its users keep them.
+
+The older one has a `scaled_fp8` marker and `<layer>.scale_weight` beside 8-bit weights. The newer one has
+`<layer>.weight_scale`, and says in `<layer>.comfy_quant` (JSON in bytes) or in the header's `_quantization_metadata`
+how a layer is stored. Names and layouts are those of comfy-kitchen, whose results the tests compare with.
+
+Letters: O outputs, I inputs, G groups of inputs.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.checkpoints.weights import Quantised, Weights, open_weights
+from library.errors import UserError
+
+MARK = "scaled_fp8"
+SCALES = (".scale_weight", ".weight_scale")
+DROPPED = (MARK, ".scale_input", ".input_scale", ".comfy_quant", ".weight_scale_2", *SCALES)
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what 3 bits of a 4-bit number stand for; the first bit is the sign
+NVFP4_GROUP, MXFP8_GROUP = 16, 32  # inputs that share a scale
+E8M0_BIAS = 127  # of scales that are exponents alone
+TILE_ROWS, TILE_COLUMNS = 128, 4  # of scales in the order in which tensor cores read them
+HALVED = ("nvfp4",)  # formats with two values to a byte
+
+Config = Mapping[str, Any]
+"""What a file says of one layer: `format`, and `convrot` with `convrot_groupsize` for turned ones."""
+
+
+def open_checkpoint(path: Path) -> Weights:
+    """A file of weights, or the index of several, with whole weights whatever they are stored in."""
+    return with_quantised(open_weights(path))
+
+
+def with_quantised(weights: Weights) -> Weights:
+    """The same checkpoint with whole weights: scales and markers are hidden, `read` decodes, `quantised` tells codes.
+
+    A checkpoint that has nothing of the kind is given back as it is. Raises UserError naming the file and the layer
+    for a format that is not known.
+    """
+    scales = {
+        key.removesuffix(suffix): key for suffix in SCALES for key in weights.shapes if key.endswith(suffix)
+    }  # by layer; the newer name wins
+    if not any(key.endswith(DROPPED) for key in weights.shapes):
+        return weights
+    configs = layer_configs(weights)
+    shapes = {key: shape for key, shape in weights.shapes.items() if not key.endswith(DROPPED)}
+    layers = {f"{layer}.weight": layer for layer in scales if f"{layer}.weight" in shapes}
+    formats = {name: configs.get(layer, {}).get("format", "") for name, layer in layers.items()}
+    for name, kind in formats.items():
+        if kind not in DECODERS:
+            raise UserError(
+                f"{weights.origin}: {name} is stored as {kind}, which is not known; known are "
+                f"{', '.join(sorted(filter(None, DECODERS)))}. Use a bf16 or fp8 file of this model"
+            )
+        if kind in HALVED:
+            rows, columns = shapes[name]
+            shapes[name] = (rows, 2 * columns)
+
+    def read(name: str) -> Tensor:
+        layer = layers.get(name)
+        if layer is None:
+            return weights.read(name)
+        return DECODERS[formats[name]](weights, layer, scales[layer], configs.get(layer, {}))
+
+    kept = {}
+    for name, layer in layers.items():
+        config = configs.get(layer, {})
+        kind = kept_kind(config, formats[name], shapes[name])
+        if kind is not None:
+            size = turned_together(config) if config.get("convrot") else None
+            kept[name] = Quantised(kind, size, codes_reader(weights, layer, scales[layer]))
+    return replace(weights, shapes=shapes, read=read, quantised=kept)
+
+
+def layer_configs(weights: Weights) -> dict[str, Config]:
+    """What the file says of its layers, by their names. Raises UserError for a description that is no JSON."""
+    found: dict[str, Config] = {}
+    try:
+        told = json.loads(weights.metadata.get("_quantization_metadata", "{}"))
+        layers = told.get("layers", {}) if isinstance(told, dict) else {}
+        for key in weights.shapes:
+            layer, dot, last = key.rpartition(".")
+            if last == "comfy_quant":
+                found[layer] = json.loads(bytes(weights.read(key).to(torch.uint8).flatten().tolist()))
+            elif dot and last == "weight" and (named := told_of(layers, layer)) is not None:
+                found.setdefault(layer, named)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{weights.origin}: how its weights are stored is not readable: {error}") from error
+    return {layer: flat(config) for layer, config in found.items() if isinstance(config, dict)}
+
+
+def told_of(layers: Mapping[str, Config], layer: str) -> Config | None:
+    """The header's words about a layer, whose name may lack the prefix that the tensors have."""
+    while layer not in layers:
+        _, dot, layer = layer.partition(".")
+        if not dot:
+            return None
+    return layers[layer]
+
+
+def flat(config: Config) -> Config:
+    """A description whose numbers may stand in `params`."""
+    params = config.get("params")
+    return {**config, **(params if isinstance(params, dict) else {})}
+
+
+def kept_kind(config: Config, stored_as: str, shape: tuple[int, ...]) -> str | None:
+    """By the names of `library.memory.forms.named` what a weight can stay as; None where it has to be decoded."""
+    if len(shape) != 2:
+        return None
+    if stored_as == "int8_tensorwise":
+        return "int8_rotated" if config.get("convrot") else "int8"
+    return "fp8" if stored_as in ("", "float8_e4m3fn", "float8_e5m2") else None
+
+
+def turned_together(config: Config) -> int:
+    """Inputs in a group that is turned."""
+    return int(config.get("convrot_groupsize") or 256)
+
+
+def codes_reader(weights: Weights, layer: str, scale: str) -> Callable[[], Mapping[str, Tensor] | None]:
+    """Reads codes (O, I) and scales (), (O, 1) or (O, G, 1) as they are; None where the weight is no 8-bit one."""
+
+    def read() -> Mapping[str, Tensor] | None:
+        codes = weights.read(f"{layer}.weight")
+        if codes.element_size() != 1:
+            return None
+        return {"codes": codes, "scales": shaped(weights.read(scale), len(codes))}
+
+    return read
+
+
+def shaped(scales: Tensor, num_rows: int) -> Tensor:
+    """float32, (), (O, 1) or (O, G, 1)."""
+    if scales.numel() == 1:
+        return scales.float().reshape(())
+    return scales.float().reshape(num_rows, -1, 1) if scales.numel() > num_rows else scales.float().reshape(num_rows, 1)
+
+
+def scaled(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
+    """codes * scales, turned back where they were turned."""
+    codes, scales = weights.read(f"{layer}.weight").float(), weights.read(scale)
+    values = times(codes, shaped(scales, len(codes)))
+    return turn_regularly(values, turned_together(config)) if config.get("convrot") else values
+
+
+def times(codes: Tensor, scales: Tensor) -> Tensor:
+    """Codes times their scales, one for all, for each row, or for each group of a row, in the dtype of the codes."""
+    if scales.ndim < 3:
+        return codes * (scales if scales.ndim == 0 else scales.to(codes.dtype).reshape(-1, *[1] * (codes.ndim - 1)))
+    grouped = codes.reshape(len(codes), scales.shape[1], -1) * scales.to(codes.dtype)
+    return grouped.reshape(codes.shape)
+
+
+def turn_regularly(weight_OI: Tensor, group_size: int) -> Tensor:
+    """Each group of inputs times the regular Hadamard matrix of ConvRot, which is its own inverse."""
+    matrix = regular_hadamard(group_size).to(weight_OI.device, weight_OI.dtype)
+    turned: Tensor = weight_OI.reshape(-1, group_size) @ matrix
+    return turned.reshape(weight_OI.shape)
+
+
+def regular_hadamard(size: int) -> Tensor:
+    """Powers of the matrix of 4 whose rows all have the sum 2; symmetric and orthogonal, float64. Size a power of 4."""
+    four = 1 - 2 * torch.eye(4, dtype=torch.float64).flip(1)
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, four) / 2
+    return matrix
+
+
+def nvfp4(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
+    """4-bit numbers, the first of two in the higher bits, a scale in fp8 for each 16 and one for all of them."""
+    bytes_OH = weights.read(f"{layer}.weight").view(torch.uint8)
+    codes_OI = torch.stack([bytes_OH >> 4, bytes_OH & 15], dim=-1).flatten(1).long()
+    table = torch.tensor([*E2M1, *(-number for number in E2M1)])
+    whole = weights.read(f"{layer}.weight_scale_2").float().reshape(())
+    tiled = weights.read(scale).view(torch.float8_e4m3fn).float()
+    scales_OG = untiled(tiled, len(codes_OI), codes_OI.shape[1] // NVFP4_GROUP)
+    return times(table[codes_OI], (whole * scales_OG)[..., None])
+
+
+def mxfp8(weights: Weights, layer: str, scale: str, config: Config) -> Tensor:
+    """8-bit numbers, with a power of two for each 32."""
+    codes_OI = weights.read(f"{layer}.weight").float()
+    exponents = untiled(weights.read(scale).view(torch.uint8), len(codes_OI), codes_OI.shape[1] // MXFP8_GROUP)
+    return times(codes_OI, torch.exp2(exponents.float() - E8M0_BIAS)[..., None])
+
+
+def untiled(scales: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    """Scales (O, G) from the order in which tensor cores read them (cuBLAS, block scaling factors layout).
+
+    Tiles of 128 rows and 4 columns follow each other along the rows; within a tile the four groups of 32 rows lie side
+    by side. What fills the last tiles is cut.
+    """
+    across, down = -(-num_columns // TILE_COLUMNS), -(-num_rows // TILE_ROWS)
+    tiles = scales.reshape(down, across, 32, 4, TILE_COLUMNS).transpose(2, 3)
+    rows = tiles.reshape(down, across, TILE_ROWS, TILE_COLUMNS).permute(0, 2, 1, 3)
+    return rows.reshape(down * TILE_ROWS, across * TILE_COLUMNS)[:num_rows, :num_columns]
+
+
+DECODERS: Mapping[str, Callable[[Weights, str, str, Config], Tensor]] = {
+    "": scaled,  # the older dialect, and files that say nothing
+    "float8_e4m3fn": scaled,
+    "float8_e5m2": scaled,
+    "int8_tensorwise": scaled,
+    "nvfp4": nvfp4,
+    "mxfp8": mxfp8,
+}

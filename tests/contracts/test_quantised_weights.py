@@ -1,0 +1,141 @@
+"""Checkpoints in 8 and 4 bits, as ComfyUI and its users keep them: read whole, and kept as they are where we can.
+
+`data/quantised_weights.safetensors` was made with comfy-kitchen 0.2.40: weights with an input 20 times as large as the
+others, what its quantisers make of them, and in `expected.<layer>` what its own decoders give.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from library.checkpoints.quantised import open_checkpoint, regular_hadamard
+from library.errors import UserError
+from library.memory.forms.form import AS_IN_FILE
+from library.memory.forms.named import FORMS
+from library.memory.forms.scaled import Scaled
+from library.memory.frozen import FrozenLayer
+from library.models.loading import materialise
+from tests.tolerances import FLOAT32_SAME_MATH
+
+FILE = Path(__file__).parent / "data" / "quantised_weights.safetensors"
+TENSORS = load_file(FILE)
+LAYERS = sorted(name.removeprefix("expected.") for name in TENSORS if name.startswith("expected."))
+STORED = {name: tensor for name, tensor in TENSORS.items() if not name.startswith("expected.")}
+CONFIGS = {layer: json.loads(bytes(TENSORS[f"{layer}.comfy_quant"].tolist())) for layer in LAYERS}
+KINDS = {  # as what a layer can stay
+    "fp8": "fp8", "fp8_e5m2": "fp8", "int8": "int8", "int8_rows": "int8", "turned": "int8_rotated",
+    "turned_16": "int8_rotated",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_format_is_decoded_as_comfy_kitchen_decodes_it(layer: str) -> None:
+    weights = open_checkpoint(FILE)
+    expected = TENSORS[f"expected.{layer}"]
+    assert weights.shapes[f"{layer}.weight"] == tuple(expected.shape)
+    torch.testing.assert_close(weights.read(f"{layer}.weight").float(), expected, **FLOAT32_SAME_MATH)
+
+
+def test_scales_and_markers_are_no_weights_and_other_weights_are_untouched() -> None:
+    weights = open_checkpoint(FILE)
+    names = {f"{layer}.weight" for layer in LAYERS} | {f"expected.{layer}" for layer in LAYERS} | {"plain.weight"}
+    assert set(weights.shapes) == names
+    assert torch.equal(weights.read("plain.weight"), TENSORS["plain.weight"])
+    assert {name.removesuffix(".weight"): stored.kind for name, stored in weights.quantised.items()} == KINDS
+
+
+def test_the_header_may_say_it_in_place_of_the_layers(tmp_path: Path) -> None:
+    """Names in the header may lack the prefix of the tensors."""
+    tensors = {f"model.diffusion_model.{k}": t for k, t in STORED.items() if not k.endswith("comfy_quant")}
+    told = json.dumps({"format_version": "1.0", "layers": CONFIGS})
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"_quantization_metadata": told})
+    weights = open_checkpoint(tmp_path / "a.safetensors")
+    for layer in LAYERS:
+        found = weights.read(f"model.diffusion_model.{layer}.weight").float()
+        torch.testing.assert_close(found, TENSORS[f"expected.{layer}"], **FLOAT32_SAME_MATH)
+
+
+@pytest.mark.parametrize("shape", [(1,), (6, 1), (6, 4, 1)], ids=str)
+def test_the_older_dialect_has_a_scale_for_all_for_rows_or_for_groups(shape: tuple[int, ...], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(81)
+    codes = torch.randn(6, 32, generator=generator).to(torch.float8_e4m3fn)
+    scales = torch.rand(shape, generator=generator) + 0.5
+    tensors = {"a.weight": codes, "a.scale_weight": scales, "a.scale_input": torch.ones(1)}
+    save_file({**tensors, "scaled_fp8": torch.empty(0)}, tmp_path / "a.safetensors")
+    weights = open_checkpoint(tmp_path / "a.safetensors")
+    groups = scales.double().reshape(-1, shape[1] if len(shape) == 3 else 1)
+    wanted = codes.double() * groups.repeat_interleave(32 // groups.shape[1], dim=1)
+    assert list(weights.shapes) == ["a.weight"]
+    torch.testing.assert_close(weights.read("a.weight").double(), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"format": "asym_w4a8_int8"},
+            "fp8.weight is stored as asym_w4a8_int8, which is not known; known are float8",
+        ),
+        ("not JSON", "how its weights are stored is not readable"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(config: Any, message: str, tmp_path: Path) -> None:
+    text = config if isinstance(config, str) else json.dumps(config)
+    changed = {"fp8.comfy_quant": torch.tensor(list(text.encode()), dtype=torch.uint8)}
+    save_file({**STORED, **changed}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"a\.safetensors") as refused:
+        open_checkpoint(tmp_path / "a.safetensors")
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("size", [4, 16, 256])
+def test_the_regular_matrix_is_its_own_inverse_and_its_rows_have_one_sum(size: int) -> None:
+    matrix = regular_hadamard(size)
+    torch.testing.assert_close(matrix @ matrix, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(matrix.sum(1), torch.ones(size, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+class Model(nn.Module):
+    """One block whose layers have the names and shapes of the file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({k: linear(TENSORS[f"expected.{k}"]) for k in LAYERS})])
+
+
+def linear(like: Tensor) -> nn.Linear:
+    return nn.Linear(like.shape[1], like.shape[0], bias=False, device="meta")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_file({f"blocks.0.{k}": t for k, t in STORED.items() if not k.startswith("plain")}, tmp_path / "m.safetensors")
+    return tmp_path / "m.safetensors"
+
+
+def test_8_bit_weights_stay_as_the_file_has_them(file: Path) -> None:
+    model = materialise(Model(), open_checkpoint(file), torch.float32, AS_IN_FILE)
+    for layer in LAYERS:
+        module = model.blocks[0][layer]
+        assert isinstance(module, FrozenLayer) == (layer in KINDS)
+        if layer in KINDS:
+            assert isinstance(module.form, Scaled) and module.codes.dtype == STORED[f"{layer}.weight"].dtype
+        torch.testing.assert_close(module.weight, TENSORS[f"expected.{layer}"], **FLOAT32_SAME_MATH)
+
+
+def test_a_form_that_is_asked_for_takes_the_place_of_another(file: Path) -> None:
+    model = materialise(Model(), open_checkpoint(file), torch.float32, FORMS["int8"])
+    forms = {layer: model.blocks[0][layer].form for layer in LAYERS}
+    assert all(isinstance(forms[layer], Scaled) == (KINDS.get(layer) == "int8") for layer in LAYERS)
+    assert forms["nvfp4"] is FORMS["int8"] is forms["turned"]
+
+
+def test_without_a_form_all_weights_are_numbers(file: Path) -> None:
+    model = materialise(Model(), open_checkpoint(file), torch.bfloat16)
+    assert {type(module) for module in model.blocks[0].values()} == {nn.Linear}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
