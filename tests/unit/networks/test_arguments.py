@@ -1,14 +1,20 @@
 """Network arguments: typed, and nothing is ignored in silence."""
 
+import importlib
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from library.architectures.cards import list_network_arguments
+from library.architectures.cards import list_cards, list_network_arguments
+from library.checkpoints.model_card import ModelCard
 from networks.core.argument_values import LrPreset, Selection, parse_bool
 from networks.core.arguments import PLANNED, SUPPORTED, NetworkArguments, parse_arguments
+from networks.core.sites.targets import AdapterTargets
+
+ARCHITECTURES = Path(__file__).parents[3] / "library" / "architectures"
 
 
 def test_strings_become_typed_values() -> None:
@@ -126,6 +132,27 @@ def test_arguments_of_base_models_are_typed_too() -> None:
         "train_double_block_indices": Selection(frozenset({0, 1, 2, 5})),
         "train_single_block_indices": Selection(frozenset()), "train_block_indices": Selection(),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("card", list_cards(), ids=lambda card: card.name)
+def test_every_base_model_knows_the_arguments_of_the_others_and_how_they_are_written(card: ModelCard) -> None:
+    """One of theirs is read, and warned of when the network is made; it is no unknown argument."""
+    package = next(path for path in ARCHITECTURES.iterdir() if card in cards_in(path))
+    targets: AdapterTargets = importlib.import_module(f"library.architectures.{package.name}.adapters").TARGETS
+    assert targets.arguments == card.network_arguments
+    assert targets.known_arguments == list_network_arguments()
+    got = parse_arguments({"in_dims": "1,2", "train_llm_adapter": "yes"}, of_models=targets.known_arguments).of_model
+    assert got == {"in_dims": (1, 2), "train_llm_adapter": True}
+
+
+def cards_in(package: Path) -> tuple[ModelCard, ...]:
+    is_one = (package / "card.py").is_file()
+    return importlib.import_module(f"library.architectures.{package.name}.card").CARDS if is_one else ()
+
+
+def test_no_two_base_models_write_an_argument_differently() -> None:
+    for name, form in list_network_arguments().items():
+        assert {card.network_arguments[name] for card in list_cards() if name in card.network_arguments} == {form}
 
 
 def test_expressions_and_patterns_keep_their_order() -> None:
