@@ -119,7 +119,7 @@ class ModelCard:
 def recognise(
     cards: Sequence[ModelCard], shapes: Shapes, signs_of: Callable[[ModelCard], Sequence[Sign]]
 ) -> ModelCard | None:
-    """The base model with the surest sign in a file, None where there is none."""
+    """The base model with the surest sign in a file, the first of several, None where there is no sign."""
     found = [
         (max((sign.certainty for sign in signs_of(card) if sign.is_in(shapes)), default=0), card) for card in cards
     ]

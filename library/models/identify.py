@@ -106,10 +106,7 @@ def refuse_other_file(
 ) -> None:
     """Raise UserError when a single file is no whole checkpoint of a U-Net model `wanted`, naming what it is."""
     names = list(weights.shapes)
-    for card in cards:
-        for pattern, what in card.variants.items():
-            if any(re.search(pattern, name) for name in names):
-                raise UserError(f"{flag} {weights.origin}: this is {what}")
+    refuse_variants(cards, flag, weights.origin, weights.shapes)
     refuse_other(cards, flag, weights.origin, base_of_file(cards, weights.shapes), wanted, "checkpoint")
     if not any(re.match(UNET_NAME, name) for name in names):
         refuse_unknown_file(flag, weights)
@@ -119,6 +116,13 @@ def refuse_other_file(
                 f"{flag} {weights.origin} has a U-Net but no text encoder (nothing begins with {prefix!r}); "
                 "use a full checkpoint"
             )
+
+
+def refuse_variants(cards: Sequence[ModelCard], flag: str, origin: str, shapes: Shapes) -> None:
+    """Raise UserError for a file of a model that looks like one of those known and is not trained."""
+    for pattern, what in (item for card in cards for item in card.variants.items()):
+        if any(re.search(pattern, name) for name in shapes):
+            raise UserError(f"{flag} {origin}: this is {what}")
 
 
 def refuse_unknown_file(flag: str, weights: Weights) -> NoReturn:
@@ -141,6 +145,7 @@ def refuse_unknown_file(flag: str, weights: Weights) -> NoReturn:
 
 def refuse_other_model(cards: Sequence[ModelCard], flag: str, origin: str, shapes: Shapes, wanted: str) -> None:
     """Raise UserError for a file in which another base model than `wanted` is recognised."""
+    refuse_variants(cards, flag, origin, shapes)
     refuse_other(cards, flag, origin, base_of_file(cards, shapes), wanted)
 
 

@@ -1,7 +1,10 @@
 """FLUX.1 as everybody outside this package knows it."""
 
+import re
+
 from library.architectures.flux.adapters import NAMES, TARGETS
 from library.architectures.flux.assembly import RECIPE, build
+from library.architectures.flux.load import CHROMA_MARK
 from library.architectures.flux.merging import open_base_model, seen_by_networks
 from library.architectures.flux.options import FluxOptions
 from library.checkpoints.model_card import ALL, DIFFUSERS, GENERIC, KOHYA, Certainty, Gap, ModelCard, Reader, Sign
@@ -30,6 +33,7 @@ CARDS = (
         ),
         version=r"flux",
         pipelines=("Flux",),
+        variants={rf"\b{re.escape(CHROMA_MARK)}": "a Chroma model, which is not supported yet"},
         readers={
             "ComfyUI": Reader(ALL, ALL, gaps=(T5_OF_DIFFUSERS,)),
             "Forge": Reader(ALL, KOHYA | DIFFUSERS, gaps=(T5_OF_DIFFUSERS,)),

@@ -16,6 +16,7 @@ from library.models.identify import (
     card_of,
     refuse_other_file,
     refuse_other_folder,
+    refuse_other_model,
     way_out,
 )
 
@@ -86,6 +87,15 @@ def test_a_file_of_an_unknown_transformer_is_not_taken_for_a_unet(wanted: str) -
     assert base_of_file(CARDS, found.shapes) is None
     with pytest.raises(ValueError, match=r"its denoiser is of no model that a script trains .*blocks\.0\.attn\.qkv"):
         refuse_other_file(CARDS, "--flag", found, wanted, ())
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_chroma_is_not_sent_to_the_script_of_the_model_that_it_looks_like(prefix: str) -> None:
+    chroma = weights(*(prefix + name for name in ("double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.x")))
+    with pytest.raises(ValueError, match=r"this is a Chroma model, which is not supported yet"):
+        refuse_other_file(CARDS, "--flag", chroma, "sd1", ())
+    with pytest.raises(ValueError, match=r"this is a Chroma model, which is not supported yet"):
+        refuse_other_model(CARDS, "--flag", "a.safetensors", chroma.shapes, "lumina")
 
 
 def test_a_unet_with_two_text_encoders_is_sdxls_where_nothing_names_the_pipeline(tmp_path: Path) -> None:
