@@ -141,6 +141,8 @@ def open_file(flag: str, path: Path) -> Weights:
         return open_checkpoint(path)
     except ValueError as error:
         raise UserError(f"{flag}: {error}") from error
+    except PermissionError as error:
+        raise UserError(f"{flag} {path} cannot be read: {error.strerror}; change its rights") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

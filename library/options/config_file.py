@@ -49,7 +49,10 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{flag} is {path}, but there is no such file")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be read: {error.strerror}; change its rights") from error
     try:
         text = content.decode("utf-8-sig")
         tables: dict[str, Any] = tomllib.loads(text)

@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from library.checkpoints.files import LENGTH_BYTES, read_header
+from library.data.caching.npz import LEFT_OVER
 from tests.killing import Job, run_jobs
 from tests.running import make_pictures
+from tests.runs.bases import BASES
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Whole:
     start: Path  # a folder as it is before
     folder: Path
     arguments: list[str]
+    script: str
     operations: list[str]
 
     def first(self, pattern: str) -> int:
@@ -34,27 +38,37 @@ class Whole:
         return points + [(number, True) for number, line in enumerate(self.operations) if line.startswith("save ")]
 
 
-def undisturbed(root: Path, arguments: list[str], num_pictures: int, prompts: str) -> Whole:
+def undisturbed(
+    root: Path, arguments: list[str], num_pictures: int, prompts: str, script: str = "train_network"
+) -> Whole:
     """Run once; names are relative, since states record the command line."""
     make_pictures(root / "start" / "data" / "1_thing", num_pictures)
     (root / "start" / "prompts.txt").write_text(prompts)
     shutil.copytree(root / "start", root / "whole")
-    (ended,) = run_jobs([Job(arguments, str(root / "whole"))], root)
+    (ended,) = run_jobs([Job(arguments, str(root / "whole"), script)], root)
     assert ended.status == 0, ended.output
-    return Whole(root / "start", root / "whole", arguments, ended.operations)
+    return Whole(root / "start", root / "whole", arguments, script, ended.operations)
 
 
-def content(folder: Path) -> dict[str, bytes | tuple[dict[str, str], bytes]]:
-    """Every file of a run by its path, without what the tests write. The safetensors library shuffles the metadata."""
+Content = bytes | tuple[dict[str, str], bytes] | dict[str, bytes]
+
+
+def content(folder: Path) -> dict[str, Content]:
+    """Every file of a run by its path, without what the tests write."""
     ours = ("log", "operations", "prompts.txt")
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {
-        name: (dict(read_header(path).metadata), path.read_bytes()[LENGTH_BYTES + read_header(path).num_bytes :])
-        if path.suffix == ".safetensors"
-        else path.read_bytes()
-        for name, path in files.items()
-        if name not in ours
-    }
+    return {name: content_of(path) for name, path in files.items() if name not in ours}
+
+
+def content_of(path: Path) -> Content:
+    """What a file says: the safetensors library shuffles the metadata, and archives hold the time of each entry."""
+    if path.suffix == ".safetensors":
+        header = read_header(path)
+        return dict(header.metadata), path.read_bytes()[LENGTH_BYTES + header.num_bytes :]
+    if path.suffix == ".npz":
+        with zipfile.ZipFile(path) as archive:
+            return {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    return path.read_bytes()
 
 
 def assert_goes_on(whole: Whole, folder: Path, points: Sequence[tuple[int, bool]]) -> None:
@@ -62,7 +76,8 @@ def assert_goes_on(whole: Whole, folder: Path, points: Sequence[tuple[int, bool]
     jobs = []
     for number, is_half in points:
         at = str(shutil.copytree(whole.start, folder / f"{number}{'-half' * is_half}"))
-        jobs += [Job(whole.arguments, at, dies_at=number, leaves_half=is_half), Job(whole.arguments, at)]
+        jobs.append(Job(whole.arguments, at, whole.script, dies_at=number, leaves_half=is_half))
+        jobs.append(Job(whole.arguments, at, whole.script))
     ended = run_jobs(jobs, folder, timeout=7200)
     wanted = content(whole.folder)
     for (number, is_half), job, killed, after in zip(points, jobs[::2], ended[::2], ended[1::2], strict=True):
@@ -70,14 +85,14 @@ def assert_goes_on(whole: Whole, folder: Path, points: Sequence[tuple[int, bool]
         assert killed.status == -signal.SIGKILL, f"{point}: {killed.output}"
         assert after.status == 0, f"{point}: {after.output}"
         found = content(Path(job.folder))
-        of_caches = {name for name in found if name.endswith(".tmp")}  # which lie beside the pictures
+        of_caches = {name for name in found if LEFT_OVER.fullmatch(Path(name).name)}  # which lie beside the pictures
         assert found.keys() - of_caches == wanted.keys(), point
         assert not [name for name in wanted if found[name] != wanted[name]], point
 
 
-def arguments(base: Path, *more: str) -> list[str]:
+def arguments(base: list[str], *more: str) -> list[str]:
     return [
-        "--pretrained_model_name_or_path", str(base), "--train_data_dir", "data", "--caption_extension", ".txt",
+        *base, "--train_data_dir", "data", "--caption_extension", ".txt",
         "--resolution", "64", "--train_batch_size", "2", "--output_dir", "out", "--output_name", "mine", "--seed", "5",
         "--network_module", "networks.lora", "--network_dim", "2", "--network_train_unet_only", "--learning_rate",
         "1e-3", "--max_data_loader_n_workers", "0", "--cache_latents_to_disk", "--save_state", "--autoresume",
@@ -88,7 +103,8 @@ def arguments(base: Path, *more: str) -> list[str]:
 
 def test_a_run_killed_around_its_saves_loses_nothing(tiny_sd_folder: Path, tmp_path: Path) -> None:
     words = ["--max_train_steps", "3", "--save_every_n_steps", "1", "--sample_every_n_epochs", "3"]
-    whole = undisturbed(tmp_path, arguments(tiny_sd_folder, *words), 2, "a cat --w 64 --h 64 --s 1 --d 1\n")
+    base = ["--pretrained_model_name_or_path", str(tiny_sd_folder)]
+    whole = undisturbed(tmp_path, arguments(base, *words), 2, "a cat --w 64 --h 64 --s 1 --d 1\n")
     points = [
         (whole.first(r"save \.\.mine-000001"), False),  # the step's state is there, the file of its epoch is not
         (whole.first(r"unlink mine-step00000001"), False),  # rotation
@@ -98,12 +114,39 @@ def test_a_run_killed_around_its_saves_loses_nothing(tiny_sd_folder: Path, tmp_p
     assert_goes_on(whole, tmp_path, points)
 
 
-@pytest.mark.nightly
-def test_a_run_killed_at_every_file_operation_loses_nothing(tiny_sd_folder: Path, tmp_path: Path) -> None:
+FAMILIES = ("sd", "flux", "lumina")
+"""A U-Net, a transformer of two streams and one of one stream; the transformers with cached captions too."""
+
+
+def everything(name: str, folder: Path) -> list[str]:
+    """A command line with training, caching, states, rotation, previews and validation."""
     words = [
         "--max_train_steps", "6", "--save_every_n_steps", "2", "--sample_every_n_epochs", "1", "--validation_split",
         "0.2", "--keep_best_checkpoint",
     ]  # fmt: skip
+    if name != "sd":
+        words.append("--cache_text_encoder_outputs_to_disk")
+    return arguments(BASES[name].build(folder), *words)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_run_killed_at_every_file_operation_loses_nothing(name: str, tmp_path: Path) -> None:
     prompts = "a cat --w 64 --h 64 --s 2 --d 1\na dog --w 64 --h 64 --s 2 --d 2\n"
-    whole = undisturbed(tmp_path, arguments(tiny_sd_folder, *words), 5, prompts)
+    whole = undisturbed(tmp_path, everything(name, tmp_path / "base"), 5, prompts, BASES[name].script)
     assert_goes_on(whole, tmp_path, whole.kill_points)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES[1:])
+def test_a_run_of_a_transformer_killed_around_its_caches_and_saves_loses_nothing(name: str, tmp_path: Path) -> None:
+    prompts = "a cat --w 64 --h 64 --s 2 --d 1\n"
+    whole = undisturbed(tmp_path, everything(name, tmp_path / "base"), 5, prompts, BASES[name].script)
+    points = [
+        (whole.first(rf"replace \.\d\d_0064x0064_{name}"), False),  # a picture's latents
+        (whole.first(r"replace \.\d\d_.*_te\."), False),  # a picture's captions
+        (whole.first(r"save \.\.mine-000001"), True),
+        (whole.first(r"open \.mine_e000001_00"), False),
+        (whole.first(r"save \.\.mine\."), True),
+    ]
+    assert_goes_on(whole, tmp_path, points)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.data.batches.dataset import TrainingSet
-from library.data.caching.npz_errors import MISSING
+from library.data.caching.npz import MISSING, clear_left_overs
 from library.data.caching.text_files import Identity, Row, TextFile, Verdict, judge, text_path, write_texts
 from library.data.sources.scan import few
 from library.errors import UserError
@@ -106,6 +106,8 @@ def cache_texts(
         jobs, files = plan_jobs(training_set, spec)
         empty = shared_job(training_set, spec, "empty_prompt", [""])
         shown = shared_job(training_set, spec, "preview_prompts", prompts)
+        if processes.is_main:
+            clear_left_overs(os.path.dirname(job.file.path) for job in (empty, *jobs))
         identity = cache(encoding.identity)
         threads = training_set.num_workers
         write_missing([empty, *jobs], lambda: open_encoders().captions, spec, identity, skips_check, threads, processes)

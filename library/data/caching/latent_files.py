@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.data.caching.npz_errors import DAMAGE, DAMAGED, MISSING
+from library.checkpoints.files import atomic_path
+from library.data.caching.npz import DAMAGE, DAMAGED, MISSING, open_npz
 from library.data.description.buckets import Shape, Size, crop_ltrb
 from library.errors import UserError
 from library.protocols import LatentSpec
@@ -56,7 +57,7 @@ class LatentFile:
         Raises UserError naming a file that is missing, damaged, or holds another size or NaN.
         """
         try:
-            with np.load(self.path, allow_pickle=False) as archive:
+            with open_npz(self.path) as archive:
                 return latents_in(archive, self, needs_flipped, needs_alpha)
         except EntryError as error:
             reason = str(error)
@@ -179,7 +180,7 @@ def judge(file: LatentFile, picture: str, size: Size, expected: Expected) -> Ver
     and original size are those of the picture, and the file is not older than the picture; its VAE cannot be known.
     """
     try:
-        with np.load(file.path, allow_pickle=False) as archive:
+        with open_npz(file.path) as archive:
             latents_in(archive, file, expected.needs_flipped, expected.needs_alpha)
             origin = origin_in(archive, file.tail)
             if origin is not None:
@@ -240,17 +241,9 @@ def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) 
     note = asdict(origin) | {"checksums": checksums_of(values, "")}
     values["origin"] = np.frombuffer(json.dumps(note).encode(), dtype=np.uint8)
     arrays = other_entries(file) | {f"{name}{file.tail}": array for name, array in values.items()}
-    temporary = os.path.join(os.path.dirname(file.path), f".{os.path.basename(file.path)}.{os.getpid()}.tmp")
     try:
-        try:
-            with open(temporary, "wb") as target:
-                np.savez(target, **arrays)
-                target.flush()
-                os.fsync(target.fileno())
-            os.replace(temporary, file.path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+        with atomic_path(file.path) as temporary, temporary.open("wb") as target:
+            np.savez(target, **arrays)
     except OSError as error:
         raise UserError(
             f"the latent cache {file.path} cannot be written ({error.strerror}); --cache_latents_to_disk writes beside "
@@ -263,7 +256,7 @@ def other_entries(file: LatentFile) -> dict[str, Any]:
     names = ("latents", "latents_flipped", "original_size", "crop_ltrb", "alpha_mask", "origin")
     own = {f"{name}{file.tail}" for name in names}
     try:
-        with np.load(file.path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files if key not in own}
+        with open_npz(file.path) as archive:
+            return {key: archive[key] for key in archive if key not in own}
     except DAMAGE:
         return {}

@@ -17,9 +17,9 @@ import numpy as np
 
 from library.checkpoints.files import atomic_path
 from library.data.caching.latent_files import Expected, LatentFile, Verdict, judge
-from library.data.caching.npz_errors import MISSING
+from library.data.caching.npz import DAMAGE, MISSING, open_npz
 from library.data.sources import picture_index
-from library.data.sources.picture_index import DAMAGE, UNSETTLED, content_stamp, stamp_of
+from library.data.sources.picture_index import UNSETTLED, content_stamp, stamp_of
 from library.data.sources.scan import Picture
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def read_rows(folder: str) -> Rows:
     """The rows of a folder's index; none where there is no index or a damaged one."""
     path = Path(folder) / FILE_NAME
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open_npz(path) as archive:
             names = os.fsdecode(archive["names"].tobytes()).split("\0")
             stamps, marks = archive["stamps"].tolist(), archive["marks"].tolist()
         return dict(zip(names, zip(stamps, marks, strict=True), strict=True))

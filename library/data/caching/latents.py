@@ -27,7 +27,7 @@ from library.data.caching.latent_files import (
     write_entry,
 )
 from library.data.caching.latent_index import VerifiedEntries
-from library.data.caching.npz_errors import MISSING
+from library.data.caching.npz import MISSING, clear_left_overs
 from library.data.description.buckets import Shape
 from library.data.sources.samples import Sample
 from library.data.sources.scan import few
@@ -96,6 +96,8 @@ def cache_latents(
     jobs = plan_jobs(training_set, options.cache_latents_to_disk)
     on_disk = [job for job in jobs if job.file is not None]
     kept = [job for job in jobs if job.file is None]
+    if processes.is_main:
+        clear_left_overs(os.path.dirname(job.file.path) for job in on_disk if job.file is not None)
     if kept and processes.count > 1:
         kept = passed_on(kept, processes.shared_folder("latents"), training_set.spec)
     files: dict[int, LatentFile] = {}

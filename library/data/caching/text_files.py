@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from library.checkpoints.files import atomic_path
-from library.data.caching.npz_errors import DAMAGE, DAMAGED, MISSING
+from library.data.caching.npz import DAMAGE, DAMAGED, MISSING, open_npz, require_plain_file, require_small
 from library.errors import UserError
 from library.types import Conditioning
 
@@ -83,7 +83,7 @@ class TextFile:
         missing, damaged, or without this caption.
         """
         try:
-            with np.load(self.path, allow_pickle=False) as archive:
+            with open_npz(self.path) as archive:
                 note = Note.read(archive)
                 if note is None:
                     return {key: torch.from_numpy(archive[key]) for key in self.keys}
@@ -112,7 +112,9 @@ def judge(file: TextFile, texts: Sequence[str], identity: Identity) -> Verdict:
     """What of the captions `texts` need not be encoded again. Only the directory and the note of the file are read."""
     nothing: frozenset[str] = frozenset()
     try:
+        require_plain_file(file.path)
         with zipfile.ZipFile(file.path) as archive:
+            require_small(archive)
             found = {info.filename.removesuffix(".npy"): info.CRC for info in archive.infolist()}
             notes = {NOTE: npy_array(archive.read(f"{NOTE}.npy"))} if NOTE in found else {}
         note = Note.read(notes)

@@ -143,6 +143,8 @@ def read_description(path: str) -> dict[str, Any]:
         content = json.loads(raw.decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"--dataset_config is {path}, but there is no such file") from None
+    except OSError as error:
+        raise UserError(f"--dataset_config {path} cannot be read: {error.strerror}; change its rights") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--dataset_config {path} {not_utf8(raw, error)}") from None
     except (json.JSONDecodeError, RecursionError) as error:

@@ -23,8 +23,11 @@ def read_metadata(path: str) -> Iterator[tuple[str, MetadataEntry]]:
     """(key, entry) of every picture; ValueError names the file, and the line or key of a mistake."""
     if not os.path.isfile(path):
         raise UserError(f"metadata_file {path}: there is no such file")
-    with open(path, "rb") as file:
-        content = file.read()
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise UserError(f"metadata_file {path} cannot be read: {error.strerror}; change its rights") from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from library.checkpoints.files import atomic_path
 from library.data.batches.threads import in_blocks
-from library.data.caching import npz_errors
+from library.data.caching.npz import DAMAGE, open_npz
 from library.data.description.buckets import Size
 from library.errors import UserError
 
@@ -31,8 +31,6 @@ MIN_FILES = 256  # smaller folders are read in no time and get no index
 SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use, FAT's
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 UNSETTLED = 0  # the stamp of files that may change again without a change of their time
-
-DAMAGE = (*npz_errors.DAMAGE, TypeError)  # a table may hold another kind of value
 
 Value = TypeVar("Value")
 Read = Callable[[str], tuple[int, Value]]
@@ -156,7 +154,7 @@ def open_index(folder: str, num_pictures: int) -> FolderIndex:
     if num_pictures < MIN_FILES:
         return FolderIndex(folder)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open_npz(path) as archive:
             return FolderIndex(folder, *read_tables(archive))
     except FileNotFoundError:
         pass

@@ -25,6 +25,8 @@ from library.options.encodings import likely_encoding, not_utf8
 
 logger = logging.getLogger(__name__)
 
+MOST_CAPTION_BYTES = 1 << 20  # counting the tokens of ten times as much takes a minute
+
 
 class Picture(NamedTuple):
     """One picture of a subset. A tuple, for it takes a third of the time of a dataclass to make."""
@@ -296,6 +298,11 @@ def read_caption(path: str) -> tuple[int, str]:
     """(stamp, lines of a caption file, each stripped); ValueError names a file that cannot be read."""
     try:
         status, content = read_stamped(path)
+        if len(content) > MOST_CAPTION_BYTES:
+            raise UserError(
+                f"the caption file {path} has {len(content) / 1e6:.1f} MB; no caption is that long, so it seems to be "
+                "another kind of file: put it elsewhere, or set another caption_extension"
+            )
         text = content.decode()
     except UnicodeDecodeError as error:
         raise NotUtf8(f"the caption file {path} {not_utf8(content, error)}") from None

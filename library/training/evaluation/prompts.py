@@ -91,6 +91,8 @@ def read_prompts(path: Path) -> list[PromptSpec]:
     try:
         content = path.read_bytes()
         text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{FLAG} {path} cannot be read: {error.strerror}; change its rights") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{FLAG} {path} {not_utf8(content, error)}") from None
     return list(specs_in_text(path, text) if kind == ".txt" else specs_in_json(path, text))

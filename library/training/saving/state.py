@@ -130,11 +130,12 @@ def read_facts(folder: Path) -> StateManifest:
         for name, size in content["sizes"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 raise UserError(f"--resume {folder} is not whole: {name} should have {size} bytes; copy it again")
+        require_values(folder, content)
         return StateManifest(
             path=folder,
-            step=int(content["current_step"]),
-            seed=int(content["seed"]),
-            num_processes=int(content["num_processes"]),
+            step=content["current_step"],
+            seed=content["seed"],
+            num_processes=content["num_processes"],
             options=content["options"],
             dataset=content["dataset"],
             parts=content["parts"],
@@ -143,6 +144,17 @@ def read_facts(folder: Path) -> StateManifest:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume {folder}: its {FACTS_FILE} lacks {error}; use another state") from None
+
+
+def require_values(folder: Path, content: Mapping[str, Any]) -> None:
+    """Raise UserError for values that no run writes, KeyError for one that is missing."""
+    for name, least in (("current_step", 0), ("seed", 0), ("num_processes", 1)):
+        value = content[name]
+        if type(value) is not int or value < least:
+            raise UserError(f"--resume {folder}: {name} in its {FACTS_FILE} is {value!r}; use another state")
+    for name, kind in (("options", dict), ("dataset", dict), ("parts", dict), ("digests", dict), ("done", list)):
+        if not isinstance(content.get(name, kind()), kind):
+            raise UserError(f"--resume {folder}: {name} in its {FACTS_FILE} is {content[name]!r}; use another state")
 
 
 def require_undamaged(facts: StateManifest) -> None:
@@ -235,6 +247,8 @@ class OptimizerState:
         if class_of(state_dict["name"]) != class_of(self.name):
             raise UserError(f"it holds the memory of {state_dict['name']}, but this run uses {self.name}")
         saved = state_dict["state"]
+        for own, other in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
+            require_settings(own, other)
         self.optimizer.load_state_dict(saved)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
@@ -243,6 +257,25 @@ class OptimizerState:
                 loaded = self.optimizer.state[parameter].get(key)
                 if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
                     self.optimizer.state[parameter][key] = value.to(loaded.device)
+
+
+def require_settings(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise UserError where a saved group of parameters lacks a setting or has one of another kind."""
+    for name in own.keys() - {"params"}:
+        if name not in saved or not is_alike(own[name], saved[name]):
+            raise UserError(f"{name} of a group of parameters is {saved.get(name)!r}, here it is {own[name]!r}")
+
+
+def is_alike(own: Any, saved: Any) -> bool:
+    """Whether two settings are of one kind: numbers, as long tuples of such, or of one type; a switch may be unset."""
+    if own is None or isinstance(own, bool):
+        return saved is None or own is None or isinstance(saved, bool)
+    if isinstance(own, list | tuple):
+        is_same_length = isinstance(saved, list | tuple) and len(own) == len(saved)
+        return is_same_length and all(is_alike(a, b) for a, b in zip(own, saved, strict=True))
+    if isinstance(own, int | float | Tensor):
+        return isinstance(saved, int | float | Tensor) and not isinstance(saved, bool)
+    return type(own) is type(saved)
 
 
 def class_of(name: str) -> str:

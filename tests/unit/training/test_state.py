@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from library.checkpoints.tree_json import put_together, take_apart
 from library.data.description.dataset_digest import content_digests
+from library.errors import UserError
 from library.options.run import RunOptions
 from library.options.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
@@ -143,6 +144,21 @@ def test_a_state_without_digests_is_read(tmp_path: Path) -> None:
     (folder / "train_state.json").write_text(json.dumps(content))
     facts = find_state(options_with(tmp_path, resume=str(folder)), ALONE)
     assert facts is not None and facts.step == 7 and not facts.done
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("current_step", -1), ("current_step", None), ("current_step", "7"), ("seed", -3), ("num_processes", 0),
+     ("options", None), ("dataset", None), ("parts", []), ("done", None), ("digests", None)],
+)  # fmt: skip
+def test_values_that_no_run_writes_are_named(tmp_path: Path, name: str, value: Any) -> None:
+    """Without its digest a state may say anything."""
+    folder = written(tmp_path / "x-state")
+    content = json.loads((folder / "train_state.json").read_text())
+    del content["digest"]
+    (folder / "train_state.json").write_text(json.dumps({**content, name: value}))
+    with pytest.raises(UserError, match=re.escape(f"{name} in its train_state.json is {value!r}; use another state")):
+        read_facts(folder)
 
 
 def test_a_state_of_sd_scripts_is_explained(tmp_path: Path) -> None:
