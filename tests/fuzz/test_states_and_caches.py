@@ -1,0 +1,141 @@
+"""Whatever has become of a state, a cache or a picture on the disk: it is used, made anew, or a sentence says why."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from library.processes import ALONE
+from library.training.saving.resume import find_state, recorded_options
+from library.training.saving.state import OptimizerState, require_undamaged, restore, save_state
+from tests.fuzz.budget import any_input, works_or_says_why
+from tests.unit.data import test_cache as latents
+from tests.unit.data import test_text_cache as texts
+from tests.unit.data.builders import open_set, options_of, write_folder
+from tests.unit.training.test_state import DATASET
+
+atoms = st.one_of(
+    st.none(), st.booleans(), st.integers(-(10**12), 10**12), st.floats(), st.text(max_size=8), st.just([]), st.just({})
+)
+
+
+def parts() -> tuple[nn.Module, torch.optim.Optimizer]:
+    network = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    network(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return network, optimizer
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    network, optimizer = parts()
+    folder = tmp_path_factory.mktemp("state") / "x-state"
+    save_state(
+        folder, step=7, epoch=2, seed=11, num_processes=1, options=recorded_options(options_of()), dataset=DATASET,
+        network=network, keepers={"optimizer": OptimizerState(optimizer, "torch.optim.AdamW")},
+    )  # fmt: skip
+    return folder
+
+
+def go_on(folder: Path) -> None:
+    """What a run does with the state that --resume names."""
+    network, optimizer = parts()
+    facts = find_state(options_of("--resume", str(folder)), ALONE)
+    assert facts is not None
+    require_undamaged(facts)
+    restore(facts, network, {"optimizer": OptimizerState(optimizer, "torch.optim.AdamW")})
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to every value in nested tables and lists."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path] * bool(path) + [found for key, child in children for found in places(child, (*path, key))]
+
+
+@any_input(15)
+@given(data=st.data())
+def test_one_value_of_a_state_is_another(state: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """Without the digest, which would tell."""
+    content = json.loads((state / "train_state.json").read_text())
+    del content["digest"]
+    *way, last = data.draw(st.sampled_from(places(content)))
+    inner = content
+    for key in way:
+        inner = inner[key]
+    if data.draw(st.booleans()):
+        inner[last] = data.draw(atoms)
+    else:
+        del inner[last]
+    folder = shutil.copytree(state, tmp_path / "state", dirs_exist_ok=True)
+    (folder / "train_state.json").write_text(json.dumps(content))
+    works_or_says_why(lambda: go_on(folder))
+
+
+@any_input(6)
+@given(data=st.data())
+def test_bytes_of_a_state_are_others(state: Path, tmp_path: Path, data: st.DataObject) -> None:
+    folder = shutil.copytree(state, tmp_path / "state", dirs_exist_ok=True)
+    file = folder / data.draw(st.sampled_from(["train_state.json", "network.safetensors", "training.safetensors"]))
+    content = file.read_bytes()
+    start = data.draw(st.integers(0, len(content)))
+    file.write_bytes(
+        content[:start] + data.draw(st.binary(max_size=8)) + content[start + data.draw(st.integers(0, 8)) :]
+    )
+    works_or_says_why(lambda: go_on(folder))
+
+
+dtypes = st.sampled_from(["f4", "f8", "f2", "i8", "u1", "bool", "U3", "c8", "S2"])
+shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
+
+
+@any_input(6)
+@given(data=st.data())
+def test_an_array_of_a_latent_cache_is_another(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.mktemp("latents")
+    write_folder(folder / "2_a", 1)
+    latents.cache(folder)
+    file = latents.file_of(folder)
+    name = data.draw(st.sampled_from(sorted(np.load(file).files)))
+    array = np.zeros(data.draw(shapes), data.draw(dtypes))
+    latents.rewrite(file, keeps_origin=data.draw(st.booleans()), **{name: data.draw(st.sampled_from([array, None]))})
+    works_or_says_why(lambda: latents.cache(folder))
+    works_or_says_why(lambda: latents.latents_by_key(latents.cache(folder)[0]))
+
+
+@any_input(6)
+@given(data=st.data())
+def test_an_array_of_a_text_cache_is_another(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = texts.write_data(tmp_path_factory.mktemp("texts"), count=1)
+    texts.cache(folder)
+    file = texts.file_of(folder)
+    name = data.draw(st.sampled_from(sorted(np.load(file).files)))
+    array = np.zeros(data.draw(shapes), data.draw(dtypes))
+    texts.rewrite(file, leaves_note=data.draw(st.booleans()), **{name: array})
+    skips = data.draw(st.booleans())
+    works_or_says_why(lambda: texts.draws_of(texts.cache(folder, skips_check=skips).training_set))
+
+
+@any_input(6)
+@given(data=st.data())
+def test_bytes_of_files_of_a_folder_are_others(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Pictures, captions and cache files, cut or with other bytes in them."""
+    folder = tmp_path_factory.mktemp("bytes")
+    write_folder(folder / "2_a", 3)
+    latents.cache(folder)
+    file = data.draw(st.sampled_from(sorted((folder / "2_a").iterdir(), key=lambda path: path.name)))
+    content = file.read_bytes()
+    start = data.draw(st.integers(0, len(content)))
+    file.write_bytes(
+        content[:start] + data.draw(st.binary(max_size=40)) + content[start + data.draw(st.integers(0, 99)) :]
+    )
+    line = "--resolution 64 --caption_extension .txt --train_data_dir"
+    works_or_says_why(lambda: latents.latents_by_key(latents.cache(folder)[0]))
+    works_or_says_why(lambda: open_set(options_of(line, str(folder))).audit(latents.logging.getLogger("fuzz")))
