@@ -65,6 +65,13 @@ class FaultOptions(Options):
         help="End with status 130 or 143 when Ctrl-C or SIGTERM stopped the run before its last step, so that what "
         "stands behind && is not started. Unset ends with 0, as the run is saved.",
     )
+    selftest: bool = option(
+        False,
+        own=True,
+        help="Before training, compute one batch as --blocks_to_swap, --base_format, --gradient_checkpointing and the "
+        "like have it and once more block by block without them, compare the gradients, and end the run where they "
+        "differ by more than the number format's own noise.",
+    )
     dry_run: bool = option(
         False,
         usual=True,

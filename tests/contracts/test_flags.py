@@ -27,6 +27,7 @@ OURS = {  # options that sd-scripts does not have, with their defaults; one a li
     "fit_formats": None,
     "gradient_checkpointing_every": 1,
     "on_nonfinite": "skip",
+    "selftest": False,
     "trace_nonfinite": False,
     "unsloth_offload_checkpointing": False,
     "keep_best_checkpoint": False,

@@ -1,5 +1,6 @@
 """What saves memory, through the scripts: the same pictures and adapters as without it."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -130,3 +131,33 @@ def in_8_bits(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], 
             codes[key.removesuffix("weight") + "scale_weight"] = scale.reshape(1)
             numbers[key] = codes[key].float() * scale
     return {**codes, "scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}, numbers
+
+
+HALF = ("--mixed_precision", "bf16", "--base_format", "nf4", "--unsloth_offload_checkpointing")
+
+
+@pytest.mark.parametrize("mode", [HALF, pytest.param(OFFLOADED, marks=pytest.mark.nightly)], ids=["half", "offloaded"])
+def test_a_mode_tests_itself_and_trains_as_without_the_test(
+    run: Callable[..., Finished], name: str, mode: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = run("tested", *mode, "--blocks_to_swap", WAITING[name], "--selftest")
+    assert re.search(r"self-test: \d+ gradients in \d+ blocks are those of the plain mode: off by 0\.0e", done.stderr)
+    run("untested", *mode, "--blocks_to_swap", WAITING[name])
+    assert same(tmp_path / "tested", tmp_path / "untested")
+
+
+def test_a_fault_in_the_mode_ends_the_run_before_it_begins(
+    run: Callable[..., Finished], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from library.memory.places.ring import Ring
+
+    need = Ring.need
+
+    def wrong_slot(ring: Ring, block: int) -> torch.Tensor:
+        need(ring, block)
+        return ring.streams.slots[1 - ring.held.index(block)]
+
+    monkeypatch.setattr(Ring, "need", wrong_slot)
+    with pytest.raises(AssertionError, match=r"--selftest: \d+ of \d+ gradients in \d+ blocks are not those"):
+        run("wrong", "--blocks_to_swap", WAITING[name], "--selftest")
+    assert not (tmp_path / "wrong" / "mine.safetensors").exists()

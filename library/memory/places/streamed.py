@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +58,7 @@ def stream(
     ring = Ring(masters, open_streams(masters, device))
     for number, layout in enumerate(layouts):
         for layer in {span.layer: None for span in layout}:
-            layer.handle = partial(parts_of, ring, number, [span for span in layout if span.layer is layer])
+            layer.handle = Waiting(ring, number, [span for span in layout if span.layer is layer])
     return ring
 
 
@@ -93,10 +92,24 @@ def take_out(number: int, layout: Sequence[Span], make_master: MakeMaster) -> Te
     return master
 
 
-def parts_of(ring: Ring, number: int, layout: Sequence[Span]) -> Parts:
+@dataclass(frozen=True)
+class Waiting:
     """The handle of a layer whose block waits in main memory."""
-    bytes_N = ring.need(number)
-    return {span.name: span.within(bytes_N) for span in layout}
+
+    ring: Ring
+    number: int  # of the block in the ring
+    layout: Sequence[Span]
+
+    def __call__(self) -> Parts:
+        """The parts where the block's slot is."""
+        return self.parts_in(self.ring.need(self.number))
+
+    def copied(self, device: torch.device) -> Parts:
+        """The parts straight from main memory, past the ring."""
+        return {name: part.to(device) for name, part in self.parts_in(self.ring.masters[self.number]).items()}
+
+    def parts_in(self, bytes_N: Tensor) -> Parts:
+        return {span.name: span.within(bytes_N) for span in self.layout}
 
 
 def open_streams(masters: Sequence[Tensor], device: torch.device) -> Streams:

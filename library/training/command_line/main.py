@@ -109,6 +109,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     from library.processes import of_accelerator
     from library.training.faults.dry_run import try_largest_batch, without_writing
     from library.training.faults.out_of_memory import explained
+    from library.training.faults.selftest import test_itself
     from library.training.optimization.hidden_library import hidden_bitsandbytes
     from library.training.run import setup
     from library.training.saving.hub import check_repository
@@ -146,6 +147,9 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
         hidden_bitsandbytes(),
     ):
         prepared = setup.prepare(options, arch, seed, training_set, accelerator, processes, facts)
+    if options.faults.selftest:
+        with explained("testing itself (--selftest)", options, accelerator.device, ""):
+            test_itself(prepared.run)
     if largest is not None:
         try_largest_batch(prepared.run, prepared.writer, largest)
         return True

@@ -42,8 +42,7 @@ def choose_block_runner(options: TrainOptions, arch: Architecture, models: Model
     for model in (models.denoiser, *models.text_encoders):
         model.eval().requires_grad_(False)
     network.module.train()
-    runner = block_runner(options.memory)
-    arch.run_blocks_with(models.denoiser, runner)
+    arch.run_blocks_with(models.denoiser, block_runner(options.memory))
     for encoder in models.text_encoders if trains_text_encoders(options) else []:
         run_encoder_layers_with(encoder, block_runner(options.memory))
     if options.memory.recomputes:

@@ -37,7 +37,8 @@ WITHOUT_EFFECT = (
     "seed", "max_data_loader_n_workers", "persistent_data_loader_workers", "skip_cache_check", "tokenizer_cache_dir",
     "train_data_dir", "reg_data_dir", "in_json", "dataset_config", "conditioning_data_dir", "cache_info",
     "network_weights", "lowram", "highvram", "cache_latents_to_disk", "trace_nonfinite",
-    "dry_run", "exit_status_on_stop", "fit",
+    "dry_run", "exit_status_on_stop", "fit", "selftest", "blocks_to_swap", "split_mode", "cpu_offload_checkpointing",
+    "unsloth_offload_checkpointing", "gradient_checkpointing_every",
 )  # fmt: skip
 OF_THE_STATE = ("optimizer_args",)
 RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
