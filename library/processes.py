@@ -100,11 +100,11 @@ class Processes:
                 "machine needs the same"
             )
 
-    def shared_folder(self, what: str) -> str:
-        """A temporary folder for all processes of this machine, gone when the run ends."""
+    def shared_folder(self, what: str, parent: str | None = None) -> str:
+        """A temporary folder for all processes of this machine, in `parent`, gone when the run ends."""
         key = f"folder/{what}/{self.machine}"
         if self.is_local_main:
-            folder = tempfile.mkdtemp(prefix=f"{what}-")
+            folder = tempfile.mkdtemp(prefix=f"{what}-", dir=parent)
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             if self.store is None:
                 return folder

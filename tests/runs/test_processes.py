@@ -142,3 +142,13 @@ def test_two_processes_without_a_card_do_not_train_everything_twice(arguments: l
     assert done.status != 0
     assert "the launcher started 2 processes, but for accelerate 1 of them belong together" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_waiting_weights_train_as_without(arguments: list[str], tmp_path: Path) -> None:
+    words = [*arguments, "--max_train_epochs", "1"]
+    plain = launch_two([*words, "--output_name", "plain"])
+    swapped = launch_two([*words, "--output_name", "swapped", "--blocks_to_swap", "9"])
+    assert plain.status == swapped.status == 0, swapped.stderr
+    ours, theirs = (load_state_dict(tmp_path / "out" / f"{name}.safetensors") for name in ("swapped", "plain"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

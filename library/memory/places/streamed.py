@@ -70,6 +70,11 @@ def chosen(num_blocks: int, count: int) -> list[int]:
     return [i * (num_blocks - 1) // count for i in range(count)]
 
 
+def bytes_of_parts(block: nn.Module) -> int:
+    """What the frozen layers of a block take."""
+    return sum(p.numel() * p.element_size() for layer in frozen_layers(block) for p in layer.own_parts().values())
+
+
 def spans(block: nn.Module) -> Iterator[Span]:
     """The parts of a block's frozen layers, one after the other."""
     start = 0

@@ -6,6 +6,7 @@ from library.memory.activations import recompute_from_main_memory
 from library.memory.blocks import BlockRunner, Every, plain, recompute, run_encoder_layers_with
 from library.options.memory import MemoryOptions
 from library.options.train import TrainOptions
+from library.processes import Processes
 from library.protocols import Architecture
 from library.randomness import stream_seed
 from library.training.run.compute import Compute
@@ -15,7 +16,7 @@ from networks.core.protocol import AdoptedNetwork
 
 
 def attach_adapter(
-    options: TrainOptions, arch: Architecture, seed: int, models: Models, compute: Compute
+    options: TrainOptions, arch: Architecture, seed: int, models: Models, compute: Compute, processes: Processes
 ) -> AdoptedNetwork:
     """The adapter, installed on the models' layers, with its starting weights.
 
@@ -24,7 +25,7 @@ def attach_adapter(
     Raises UserError for a module, an argument or a file that does not fit.
     """
     torch.manual_seed(stream_seed(seed, "adapter"))
-    network = open_network(options, arch, models, compute)
+    network = open_network(options, arch, models, compute, processes)
     choose_block_runner(options, arch, models, network)
     return network
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+from pathlib import Path
 
 import psutil
 import torch
@@ -16,8 +17,10 @@ from library.memory.forms.named import BITS, FORMS
 from library.memory.forms.plain import Plain
 from library.memory.forms.scaled import Scaled
 from library.memory.frozen import frozen_layers, layers_in_blocks, store_all_in
-from library.memory.places.streamed import stream
+from library.memory.places.shared import place_for, shared_masters
+from library.memory.places.streamed import bytes_of_parts, stream
 from library.options.train import TrainOptions
+from library.processes import Processes
 from library.protocols import Architecture
 from library.training.run.compute import Compute
 from library.training.run.context import Models
@@ -88,7 +91,9 @@ def form_while_reading(options: TrainOptions) -> WantedForm | None:
     return AS_IN_FILE if name is None else FORMS[name]
 
 
-def settle_base(options: TrainOptions, arch: Architecture, models: Models, compute: Compute) -> None:
+def settle_base(
+    options: TrainOptions, arch: Architecture, models: Models, compute: Compute, processes: Processes
+) -> None:
     """Store the frozen models as they are to stay, and bring the denoiser to the device.
 
     After --base_weights are merged, which needs whole weights; before the adapter, which may look at them.
@@ -105,11 +110,24 @@ def settle_base(options: TrainOptions, arch: Architecture, models: Models, compu
         count = sum(store_all_in(form, layers_in_blocks(model).values()) for model in models.text_encoders)
         logger.info("text encoders: %d layers in %s", count, precision.text_encoder_format)
     if options.memory.blocks_to_swap:
-        let_blocks_wait(options.memory.blocks_to_swap, arch.stacks(models.denoiser), compute.device)
+        let_blocks_wait(options.memory.blocks_to_swap, arch.stacks(models.denoiser), compute.device, processes)
     place(models.denoiser, compute.device)
 
 
-def let_blocks_wait(num_blocks: int, stacks: Stacks, device: torch.device) -> None:
-    """Stream the weights of as many blocks; those that have no form yet keep their own."""
+def let_blocks_wait(num_blocks: int, stacks: Stacks, device: torch.device, processes: Processes) -> None:
+    """Stream the weights of as many blocks; those that have no form yet keep their own.
+
+    Processes of one machine wait for the first of them, which copies the weights to where all find them.
+    """
     store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
-    stream(stacks, waiting_blocks(num_blocks, stacks), device)
+    waiting = waiting_blocks(num_blocks, stacks)
+    if processes.local_count == 1:
+        stream(stacks, waiting, device)
+        return
+    num_bytes = sum(bytes_of_parts(block) for stack in stacks for block in stack)
+    folder = Path(processes.shared_folder("weights", place_for(num_bytes)))
+    if processes.is_local_main:
+        stream(stacks, waiting, device, shared_masters(folder, is_first=True))
+    processes.wait_for_all("weights in main memory")
+    if not processes.is_local_main:
+        stream(stacks, waiting, device, shared_masters(folder, is_first=False))

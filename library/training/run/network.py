@@ -8,6 +8,7 @@ import torch
 from library.errors import UserError
 from library.options.network import NetworkOptions
 from library.options.train import TrainOptions
+from library.processes import Processes
 from library.protocols import Architecture
 from library.training.reporting.report import announce
 from library.training.run.compute import Compute
@@ -23,7 +24,9 @@ def network_keywords(options: NetworkOptions) -> dict[str, Any]:
     return {"dropout": options.network_dropout, **parse_network_args(options.network_args)}
 
 
-def open_network(options: TrainOptions, arch: Architecture, models: Models, compute: Compute) -> AdoptedNetwork:
+def open_network(
+    options: TrainOptions, arch: Architecture, models: Models, compute: Compute, processes: Processes
+) -> AdoptedNetwork:
     """The adapter, installed, with its starting weights; it and the denoiser are on the device afterwards.
 
     Raises UserError where the module cannot be imported, an argument is wrong, or a file does not fit.
@@ -33,7 +36,7 @@ def open_network(options: TrainOptions, arch: Architecture, models: Models, comp
     announce(f"import network module: {wanted.network_module}")
     module = open_network_module(wanted.network_module)
     merge_base_weights(wanted, module, models, compute.device, compute.dtype)
-    settle_base(options, arch, models, compute)
+    settle_base(options, arch, models, compute, processes)
     network = adopt(create(wanted, module, models))
     network.apply_to(
         *models.network_view,

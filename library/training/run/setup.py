@@ -119,7 +119,7 @@ def prepare(
 
     texts = texts_of(prompts, arch.preview.worded)
     loaded = load_models(options, arch, seed, training_set, compute, texts, processes)
-    network = attach_adapter(options, arch, seed, loaded.models, compute)
+    network = attach_adapter(options, arch, seed, loaded.models, compute, processes)
     optimization = build_optimization(options, network, loaded.models, plan.max_train_steps, compute.device)
     context = step_context(options, arch, seed, loaded, network, compute)
     run = Run(options, processes, training_set, plan, context, optimization)

@@ -1,6 +1,7 @@
 """What waits in main memory, how it is pinned, and how it is copied; whole models are in tests/parity/test_ring.py."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 from library.errors import UserError
 from library.memory.forms.plain import Plain
 from library.memory.frozen import layers_in_blocks, store_all_in
-from library.memory.places import pinning
+from library.memory.places import pinning, shared
+from library.memory.places.shared import shared_masters
 from library.memory.places.streamed import chosen, stream
 from library.memory.places.streams import CardStreams, HostStreams, StagedStreams
 from library.training.run.frozen_base import waiting_blocks
@@ -169,3 +171,29 @@ def test_a_slot_on_the_host_is_nan_until_it_is_waited_for() -> None:
     assert streams.slots[0].view(torch.float32).isnan().all() and streams.slots[0].view(torch.bfloat16).isnan().all()
     streams.ready(0)
     assert not streams.slots[0].any()
+
+
+def test_processes_of_one_machine_share_one_master(tmp_path: Path) -> None:
+    """The second process finds the bytes of the first, and fills none."""
+    deep = DEEP["lumina"]
+    rings = []
+    for is_first in (True, False):
+        model = deep.frozen(67 if is_first else 68)  # the second one's own weights are not to be used
+        stacks = deep.stacks(model)
+        store_all_in(Plain(), (layer for block in stacks[0] for layer in block.modules()))
+        rings.append(stream(stacks, [3], CPU, shared_masters(tmp_path, is_first)))
+    first, second = rings
+    assert first is not None and second is not None
+    assert all(torch.equal(a, b) for a, b in zip(first.masters, second.masters, strict=True))
+    first.masters[1][:4] = 99
+    assert second.masters[1][:4].tolist() == [99] * 4
+    for ring in rings:
+        assert ring is not None and torch.equal(ring.need(2)[: len(first.masters[2])], first.masters[2])
+
+
+def test_shared_masters_lie_in_main_memory_where_there_is_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shared, "IN_MEMORY", tmp_path)
+    monkeypatch.setattr(shared.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    assert shared.place_for(800) == str(tmp_path) and shared.place_for(950) is None
+    monkeypatch.setattr(shared, "IN_MEMORY", tmp_path / "nowhere")
+    assert shared.place_for(1) is None
