@@ -103,6 +103,8 @@ def run(action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
     except Exception as error:
         report_error(error)
         return 1
+    finally:
+        interruption.disarm()
     return 0
 
 

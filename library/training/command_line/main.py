@@ -49,6 +49,8 @@ def main(
     except Exception as error:
         report_error(error)
         return 1
+    finally:
+        interruption.disarm()
     return 0
 
 

@@ -3,9 +3,14 @@
 import logging
 import os
 import signal
+import threading
+import time
 from types import FrameType
 
 logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+GRACE_S = 5.0  # for the main thread to come back from where Python runs no handlers
 
 
 class Interrupted(Exception):
@@ -19,21 +24,61 @@ class Interruption:
     file. Afterwards the first signal only sets `is_requested`, which the loop reads after each step. The second always
     stops.
     A run that `accelerate launch` started also stops when its launcher is gone, since nobody else would tell it.
+
+    Until `defer()` a thread looks on: while a process waits for others, inside torch, Python runs no handlers, so a
+    signal that is not answered soon ends the process from there.
     """
 
     def __init__(self) -> None:
         self._signal: int | None = None
         self._is_deferred = False
+        self._is_over = False
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
     def install(self) -> None:
         """Take over SIGINT and SIGTERM."""
         signal.signal(signal.SIGINT, self._receive)
         signal.signal(signal.SIGTERM, self._receive)
+        if os.name == "posix":  # elsewhere a pipe cannot be looked into without waiting
+            reader, writer = os.pipe()
+            for end in (reader, writer):
+                os.set_blocking(end, False)
+            signal.set_wakeup_fd(writer)  # written to at once, wherever the main thread is
+            threading.Thread(target=self._watch, args=(reader, writer), daemon=True).start()
 
     def defer(self) -> None:
         """From here on a signal waits for the end of the step."""
         self._is_deferred = True
+        self.disarm()
+
+    def disarm(self) -> None:
+        """Let the thread that looks on end; signals are handled as before."""
+        self._is_over = True
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(-1)
+
+    def _watch(self, reader: int, writer: int) -> None:
+        """End the process where a signal is not answered, and send one where the launcher is gone."""
+        ends_at, number, is_told = float("inf"), 0, False
+        while not self._is_over:
+            time.sleep(POLL_S)
+            try:
+                stops = [n for n in os.read(reader, 64) if n in (signal.SIGINT, signal.SIGTERM)]
+            except BlockingIOError:
+                stops = []
+            if stops and not number:
+                ends_at, number = time.monotonic() + GRACE_S, stops[0]
+            if self._launcher is not None and os.getppid() != self._launcher and not is_told:
+                is_told = True
+                logger.warning("the launcher of this run is gone before the first step; ending")
+                os.kill(os.getpid(), signal.SIGTERM)
+            if time.monotonic() > ends_at and not self._is_over:
+                name = signal.Signals(number).name
+                logger.error("%s received while others were waited for: nothing was trained, nothing to save", name)
+                logging.shutdown()
+                os._exit(128 + number)
+        os.close(reader)
+        os.close(writer)
 
     @property
     def is_requested(self) -> bool:

@@ -232,15 +232,20 @@ def shortened(text: str, length: int = 300) -> str:
 class OptimizerState:
     """An optimizer whose memory comes back in the dtypes it had.
 
-    torch casts what it loads to the dtype of the weights, which rounds a float32 memory of bfloat16 weights.
+    torch casts what it loads to the dtype of the weights, which rounds a float32 memory of bfloat16 weights. That stays
+    where the weights themselves had another dtype, as without --full_bf16: the step takes no other memory then.
     """
 
     optimizer: Optimizer
     name: str
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's own, and its name."""
-        return {"name": self.name, "state": self.optimizer.state_dict()}
+        """The optimizer's own, its name, and the dtypes of the weights."""
+        return {"name": self.name, "state": self.optimizer.state_dict(), "weights": self.weight_dtypes()}
+
+    def weight_dtypes(self) -> list[str]:
+        """The dtypes of the weights that it moves."""
+        return sorted({str(p.dtype) for group in self.optimizer.param_groups for p in group["params"]})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises UserError for the memory of another optimizer."""
@@ -250,6 +255,8 @@ class OptimizerState:
         for own, other in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
             require_settings(own, other)
         self.optimizer.load_state_dict(saved)
+        if state_dict.get("weights") not in (None, self.weight_dtypes()):
+            return
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
         for parameter, number in zip(parameters, numbers, strict=True):

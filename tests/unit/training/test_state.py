@@ -181,6 +181,26 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
         restore(read_facts(folder), nn.Linear(4, 2), {})
 
 
+@pytest.mark.parametrize(("before", "after"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_the_memory_follows_weights_that_have_another_dtype(before: torch.dtype, after: torch.dtype) -> None:
+    """As where --full_bf16 is added to a run that goes on, or left out: the fused step takes one dtype only."""
+
+    def stepped(dtype: torch.dtype, state: dict[str, Any] | None) -> torch.optim.AdamW:
+        torch.manual_seed(21)
+        layer = nn.Linear(3, 2).to(dtype)
+        optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+        if state is not None:
+            OptimizerState(optimizer, "torch.optim.AdamW").load_state_dict(state)
+        layer(torch.randn(4, 3).to(dtype)).float().square().sum().backward()
+        optimizer.step()
+        return optimizer
+
+    saved = OptimizerState(stepped(before, None), "torch.optim.AdamW").state_dict()
+    again = stepped(after, saved)
+    assert {float(memory["step"]) for memory in again.state.values()} == {2.0}
+    assert {memory["exp_avg"].dtype for memory in again.state.values()} == {after}
+
+
 def test_the_memory_of_another_optimizer_is_refused() -> None:
     weight = nn.Parameter(torch.ones(2))
     keeper = OptimizerState(torch.optim.AdamW([weight]), "torch.optim.AdamW(lr=1)")

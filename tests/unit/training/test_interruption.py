@@ -1,0 +1,61 @@
+"""Signals before the first step, also where the main thread waits inside torch for processes that do not come."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.running import ROOT
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="other systems have other signals")
+
+WAITS = """
+import logging, sys
+from datetime import timedelta
+from pathlib import Path
+from torch.distributed import TCPStore
+from library.training.faults.interruption import Interruption
+logging.basicConfig()
+interruption = Interruption()
+interruption.install()
+store = TCPStore("127.0.0.1", 0, 1, True, timeout=timedelta(minutes=5))
+Path(sys.argv[1]).touch()
+store.get("what no process sets")
+"""
+
+
+def waiting(tmp_path: Path, *before: str, **environment: str) -> subprocess.Popen[str]:
+    """A process that waits in torch's store, once it does."""
+    command = [*before, sys.executable, "-c", WAITS, str(tmp_path / "waits")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for _ in range(600):
+        if (tmp_path / "waits").exists():
+            return process
+        time.sleep(0.1)
+    raise AssertionError("it did not come to wait")
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_a_signal_ends_a_process_that_waits_for_others(tmp_path: Path, number: int, status: int) -> None:
+    """The store would wait for five minutes, and Python calls no handler meanwhile."""
+    process = waiting(tmp_path)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert "received while others were waited for: nothing was trained, nothing to save" in said
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
+    launcher = waiting(tmp_path, "sh", "-c", '"$@" & wait', "sh", ACCELERATE_MIXED_PRECISION="no")
+    launcher.kill()
+    _, said = launcher.communicate(timeout=30)  # the pipe closes once the process behind it has ended
+    assert "the launcher of this run is gone before the first step" in said
