@@ -8,12 +8,16 @@ process that accumulates N times as many batches: the same batches, noise, steps
 import atexit
 import json
 import logging
+import os
 import shutil
+import socket
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
 SAY_AFTER_SECONDS = 60.0
+LOOK_FOR_S = 5  # for the reason of a process that has ended
 PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_XPU", "MULTI_HPU")
 
 
@@ -144,7 +149,7 @@ class Processes:
         flags = torch.tensor([*has_gradient, stops], dtype=torch.float32, device=self.device)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([g.reshape(-1).to(self.device, torch.float32) for g in gradients] + [flags, shared])
-        torch.distributed.all_reduce(flat)
+        self._all_reduce(flat)
         sizes = [p.numel() for p in parameters]
         *sums, flags, shared = torch.split(flat, [*sizes, len(flags), num_losses])
         is_there = (flags > 0).tolist()
@@ -152,16 +157,77 @@ class Processes:
             parameter.grad = total.view_as(parameter).to(parameter.dtype) if is_used else None
         return shared.clone(), is_there[-1]
 
+    def _all_reduce(self, values: Tensor) -> None:
+        """Add up a tensor of all processes in place. Raises ProcessLost where one of them does not take part."""
+        try:
+            torch.distributed.all_reduce(values)
+        except RuntimeError as error:
+            raise ProcessLost(f"{self.lost()} ({first_line(error)})") from error
+
+    def lost(self) -> str:
+        """Which of the other processes has ended, and why, as far as that can be told."""
+        assert self.store is not None
+        told = "the connection to another process broke; its own lines say why"
+        try:
+            for _ in range(LOOK_FOR_S):
+                for rank in range(self.count):
+                    if rank != self.rank and self.store.check([f"failure/{rank}"]):
+                        return f"process {rank} ended with an error: {self.store.get(f'failure/{rank}').decode()}"
+                    if rank != self.rank and has_ended(self.store.get(f"process/{rank}").decode()):
+                        return (
+                            f"process {rank} is gone without a word: something killed it, such as the system where "
+                            "main memory was full"
+                        )
+                time.sleep(1)
+        except RuntimeError:  # the store is gone too: it lay in the process that ended, or in the launcher
+            return told
+        return told
+
+    @contextmanager
+    def failures_told(self) -> Iterator[None]:
+        """Tell the other processes why this one ends."""
+        try:
+            yield
+        except Exception as error:
+            if self.store is not None and not isinstance(error, ProcessLost):
+                with suppress(RuntimeError):  # the store may be gone
+                    self.store.set(f"failure/{self.rank}", first_line(error))
+            raise
+
     def add_up(self, values: Tensor) -> Tensor:
         """The sum of the tensors of all processes, each of which must call it; on the CPU."""
         if self.count == 1:
             return values
         total = values.to(self.device)
-        torch.distributed.all_reduce(total)
+        self._all_reduce(total)
         return total.cpu()
 
 
 ALONE = Processes()
+
+
+class ProcessLost(UserError):
+    """Another process of the run has ended, so that this one cannot go on."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in short."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+
+
+def has_ended(process: str) -> bool:
+    """Whether a process, as host and number, is known to have ended: one on another machine is not."""
+    host, _, number = process.rpartition(" ")
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    state = Path(f"/proc/{number}/stat")
+    return state.is_file() and state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def of_accelerator(accelerator: Any) -> Processes:
@@ -185,13 +251,15 @@ def of_accelerator(accelerator: Any) -> Processes:
     state = accelerator.state
     store, rank, count = next(iter(rendezvous("env://")))
     store.set_timeout(timedelta(days=7))
+    shared = PrefixStore("lora", store)
+    shared.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
     return Processes(
         rank=rank,
         count=count,
         local_rank=state.local_process_index,
         local_count=local_count(count),
         device=accelerator.device,
-        store=PrefixStore("lora", store),
+        store=shared,
     )
 
 

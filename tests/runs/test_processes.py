@@ -1,8 +1,10 @@
 """Several processes train as one process that accumulates as many batches more."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -17,15 +19,23 @@ from tests.unit.training.test_run_lock import OtherRun, other_run  # noqa: F401
 Train = Callable[..., Finished]
 
 
-def launch_two(arguments: list[str], count: int = 2, use_cpu: str = "true") -> Finished:
-    """`accelerate launch --multi_gpu --num_processes 2` on the CPU, where gloo carries the gradients."""
-    command = [
+def two_processes(arguments: list[str], count: int = 2) -> list[str]:
+    """`accelerate launch --multi_gpu --num_processes 2`."""
+    return [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count),
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
         str(ROOT / "train_network.py"), *arguments,
     ]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": use_cpu, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, timeout=300, env=environment)
+
+
+def on_the_cpu(use_cpu: str) -> dict[str, str]:
+    return {**os.environ, "ACCELERATE_USE_CPU": use_cpu, "OMP_NUM_THREADS": "1"}
+
+
+def launch_two(arguments: list[str], count: int = 2, use_cpu: str = "true") -> Finished:
+    """A run of two processes on the CPU, where gloo carries the gradients."""
+    command = two_processes(arguments, count)
+    done = subprocess.run(command, capture_output=True, timeout=300, env=on_the_cpu(use_cpu))
     return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
@@ -152,3 +162,49 @@ def test_processes_that_share_the_waiting_weights_train_as_without(arguments: li
     assert plain.status == swapped.status == 0, swapped.stderr
     ours, theirs = (load_state_dict(tmp_path / "out" / f"{name}.safetensors") for name in ("swapped", "plain"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
+def test_the_one_that_is_left_says_which_process_died_and_saves(arguments: list[str], tmp_path: Path) -> None:
+    words = [*arguments, "--max_train_epochs", "0", "--max_train_steps", "100000"]
+    with (tmp_path / "said").open("w") as said:
+        launcher = subprocess.Popen(two_processes(words), env=on_the_cpu("true"), stdout=said, stderr=said)
+        wait_for(lambda: "2/100000" in (tmp_path / "said").read_text(), 200)
+        os.kill(process_of_rank(launcher.pid, 1), signal.SIGKILL)
+        wait_for(lambda: "process 1 is gone without a word" in (tmp_path / "said").read_text(), 60)
+        wait_for(lambda: list((tmp_path / "out").glob("mine*.safetensors")), 60)
+        assert launcher.wait(timeout=60) != 0
+    text = (tmp_path / "said").read_text()
+    assert "Traceback" not in text.partition("process 1 is gone without a word")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
+def test_a_launcher_that_is_stopped_before_the_first_step_ends_both_processes(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    with (tmp_path / "said").open("w") as said:
+        launcher = subprocess.Popen(two_processes(arguments), env=on_the_cpu("true"), stdout=said, stderr=said)
+        wait_for(lambda: len(children_of(launcher.pid)) == 2, 100)
+        pids = children_of(launcher.pid)
+        launcher.send_signal(signal.SIGTERM)
+        launcher.wait(timeout=60)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 30)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def wait_for(is_there: Callable[[], object], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not is_there():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def process_of_rank(launcher: int, rank: int) -> int:
+    (found,) = (pid for pid in children_of(launcher) if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text())
+    return found

@@ -167,6 +167,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
         with (
             last_good_saved(prepared.writer),
             saved_on_error(prepared.writer, prepared.progress, prepared.run.plan),
+            processes.failures_told(),
         ):
             train(prepared, interruption, MemoryWatch.build(prepared.run, fitted))
     finally:
