@@ -185,7 +185,6 @@ class Architecture:
     cards: Sequence[ModelCard] = ()  # of all base models: by them it is told which programs read what is saved
     text_cache: TextCacheSpec | None = None  # None where text encoder outputs cannot be cached
     vary: Vary | None = None  # None where conditioning is used as it is
-    encodes_on_cpu: bool = False  # whether the text encoders stay off the card
     run_blocks_with: Callable[[nn.Module, BlockRunner], None] = run_blocks_with  # gives the denoiser its runner
     stacks: Callable[[nn.Module], Stacks] = stacks_of  # the denoiser's blocks that go through the runner
     chains: Callable[[nn.Module], list[nn.ModuleList]] = chains_of  # lists of blocks in which those alike can be missed

@@ -59,6 +59,12 @@ class TextCachingOptions(Options):
         help="Captions that the text encoders take at a time while caching. Unset takes them one by one, so that no "
         "caption's numbers depend on its neighbours; more is faster for short captions on a graphics card.",
     )
+    text_encoder_cpu: bool = option(
+        False,
+        own=True,
+        help="Run text encoders that are not trained on the processor instead of the card. Slow, but worth it where "
+        "captions are cached and the encoders do not fit the card.",
+    )
     text_cache_variants: int = option(
         VARIANTS,
         own=True,

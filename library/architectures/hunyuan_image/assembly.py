@@ -69,7 +69,6 @@ def build(options: HunyuanImageOptions) -> Architecture:
         cards=list_cards(),
         ignores={**RECIPE.ignores, **ignored_attention(options.hunyuan_image.attn_mode)},
         text_cache=build_text_cache(options, loader, text),
-        encodes_on_cpu=options.hunyuan_image.text_encoder_cpu,
     )
 
 

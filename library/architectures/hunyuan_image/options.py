@@ -32,7 +32,6 @@ class HunyuanImageModelOptions(Options):
         "diffusers' layout.",
     )
     fp8_vl: bool = option(False, help="Keep the text encoder Qwen2.5-VL in 8 bits.")
-    text_encoder_cpu: bool = option(False, help="Run the text encoders on the processor instead of the card.")
     vae_chunk_size: int | None = option(
         None,
         at_least=0,

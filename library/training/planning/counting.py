@@ -215,7 +215,7 @@ def count_captions(
     counted = {count: rise_of(arch, encoders, encode(count)) for count in {1, 2, batch_size}}
     one, two = counted[1][0], counted[2][0]
     features = {name: tensor for name, tensor in counted[batch_size][1].items() if name in spec.keys}
-    if arch.encodes_on_cpu:
+    if spec.options.text_encoder_cpu:
         return None, features
     return Stage("encoding captions", "text_encoder_batch_size", bytes_of(*encoders), one, two - one), features
 

@@ -28,9 +28,9 @@ class Fit:
         """The options that were chosen, where they are other than the user's; none where nothing fits."""
         if self.choice.chosen is None:
             return {}
-        return changes(self.options, self.choice.chosen.way) | {
-            name: size for name, size in self.stage_sizes.items() if size and size != self.options.flat()[name]
-        }
+        sizes = {name: size for name, size in self.stage_sizes.items() if size and size != self.options.flat()[name]}
+        off_the_card = {"text_encoder_cpu": True} if self.stage_sizes.get("text_encoder_batch_size") == 0 else {}
+        return changes(self.options, self.choice.chosen.way) | sizes | off_the_card
 
     def lines(self) -> Iterator[str]:
         """The table, and what fixes its marked line."""
@@ -52,10 +52,8 @@ class Fit:
         size = self.stage_sizes[stage.option]
         if size:
             return f"{stage.name}: {in_gib(stage.peak(size) + CONTEXT_BYTES)} with --{stage.option} {size}"
-        way_out = WITHOUT_CARD[stage.option]
-        if stage.option == "text_encoder_batch_size" and "text_encoder_cpu" in self.options.flat():
-            way_out += ", or encode them on the processor with --text_encoder_cpu"
-        return f"{stage.name} needs {in_gib(stage.peak(1) + CONTEXT_BYTES)} by itself, more than there is: {way_out}"
+        need = in_gib(stage.peak(1) + CONTEXT_BYTES)
+        return f"{stage.name} needs {need} by itself, more than there is: {WITHOUT_CARD[stage.option]}"
 
     def shortage(self) -> str:
         """What the least is, what it is made of, and what would have to give."""
@@ -73,7 +71,7 @@ class Fit:
 
 WITHOUT_CARD = {
     "vae_batch_size": "use smaller pictures, or cache latents on another machine with --cache_latents_to_disk",
-    "text_encoder_batch_size": "cache captions on another machine with --cache_text_encoder_outputs_to_disk",
+    "text_encoder_batch_size": "--text_encoder_cpu does it on the processor",
 }
 SMALLER_WEIGHTS = "--base_format or --fit_formats int8 nf4 store them in fewer bits"
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -37,12 +38,15 @@ def free_memory(device: torch.device) -> int:
 
 
 def card_of(options: TrainOptions, processes: Processes) -> Card:
-    """This process's device with the room of --fit; of several processes all take the least that one has free."""
+    """This process's device with the room of --fit. Several processes choose alike: they take the least room that one
+    of them has, and the main process's speed."""
     wanted = options.fit.fit
     assert wanted is not None
     room = free_memory(processes.device) if wanted == "auto" else parse_size("--fit", wanted)
     room = min(map(int, processes.merged("room", {processes.rank: str(room)}).values()))
-    return measured_card(processes.device, room, DTYPES[options.precision.mixed_precision])
+    card = measured_card(processes.device, room, DTYPES[options.precision.mixed_precision])
+    flops, bus = map(float, processes.share("speed", f"{card.flops} {card.bus}").split())
+    return replace(card, flops=flops, bus=bus)
 
 
 def counted_run(options: TrainOptions, arch: Architecture, batch: BatchShape, device: torch.device) -> CountedRun:

@@ -107,14 +107,20 @@ def prepare_text(
     """Load the text encoders, or cache what they make of every caption and prompt.
 
     Those that train stay, also beside a cache. The others are not loaded at all where everything is on disk already.
+    With --text_encoder_cpu those that get no adapter never come to the device.
     """
     spec = cached_text(options, arch.text_cache)
-    device = torch.device("cpu") if arch.encodes_on_cpu else device
+    on_cpu = arch.text_cache is not None and arch.text_cache.options.text_encoder_cpu
     if spec is None:
-        return RunText([encoder.to(device) for encoder in arch.load.text_encoders()], None)
+        is_adapted = not options.network.network_train_unet_only
+        if on_cpu and is_adapted:
+            logger.warning("--text_encoder_cpu has no effect: text encoders that get an adapter stay on the card")
+        place = torch.device("cpu") if on_cpu and not is_adapted else device
+        return RunText([encoder.to(place) for encoder in arch.load.text_encoders()], None)
+    encodes_on = torch.device("cpu") if on_cpu else device
 
     def open_encoders() -> Encoders:
-        encoders = [encoder.to(device).eval() for encoder in arch.load.text_encoders()]
+        encoders = [encoder.to(encodes_on).eval() for encoder in arch.load.text_encoders()]
         return Encoders(
             frozen_encode(arch.text, encoders, autocast), frozen_encode(arch.preview.text, encoders, autocast)
         )

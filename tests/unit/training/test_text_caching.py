@@ -69,7 +69,6 @@ def prepare(folder: Path, to_disk: bool, processes: Processes, encoded: list[str
         preview=SimpleNamespace(text=Words(encoded)),
         text_cache=spec,
         load=SimpleNamespace(text_encoders=load),
-        encodes_on_cpu=False,
     )
     arch: Any = parts
     text = prepare_text(options, arch, training_set, torch.device("cpu"), nullcontext, [], processes)
@@ -95,12 +94,38 @@ def test_each_caption_is_encoded_by_one_process_and_used_by_all(tmp_path: Path, 
     assert bool(list(tmp_path.rglob("*.npz"))) == to_disk
 
 
-@pytest.mark.parametrize("stays", [True, False])
-def test_encoders_that_are_to_stay_off_the_card_do(tmp_path: Path, stays: bool) -> None:
+@pytest.mark.parametrize(
+    ("on_cpu", "adapted", "place"), [(True, False, "cpu"), (False, False, "meta"), (True, True, "meta")]
+)
+def test_encoders_without_adapters_stay_off_the_card_where_that_is_asked_for(
+    tmp_path: Path, on_cpu: bool, adapted: bool, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """The card is the meta device here, which takes a module as any other does."""
     write_folder(tmp_path / "1_a", 1)
     options = options_of("--resolution 64 --caption_extension .txt", "--train_data_dir", str(tmp_path))
+    options = options.with_values({"network_train_unet_only": not adapted})
+    spec = TextCacheSpec(TextCachingOptions(text_encoder_cpu=on_cpu), "_te.npz", (), lambda: "", tokenizers=())
     load = SimpleNamespace(text_encoders=lambda: [nn.Linear(2, 2)])
-    arch: Any = SimpleNamespace(text_cache=None, load=load, encodes_on_cpu=stays)
+    arch: Any = SimpleNamespace(text_cache=spec, load=load)
     text = prepare_text(options, arch, open_set(options), torch.device("meta"), nullcontext, [], Processes())
-    assert {p.device.type for p in text.encoders[0].parameters()} == {"cpu" if stays else "meta"}
+    assert {p.device.type for p in text.encoders[0].parameters()} == {place}
+    assert ("--text_encoder_cpu has no effect" in caplog.text) == (on_cpu and adapted)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_encoders_that_fill_a_cache_stay_off_the_card_too(tmp_path: Path, on_cpu: bool) -> None:
+    write_folder(tmp_path / "1_a", 1)
+    options = options_of("--resolution 64 --caption_extension .txt", "--train_data_dir", str(tmp_path))
+    training_set = open_set(options)
+    training_set.fix_captions(8)
+    encoder = nn.Linear(2, 2)
+    wanted = TextCachingOptions(cache_text_encoder_outputs=True, text_encoder_cpu=on_cpu)
+    spec = TextCacheSpec(wanted, "_words_te.npz", ("length",), lambda: "words", tokenizers=())
+    arch: Any = SimpleNamespace(
+        text=Words([]),
+        preview=SimpleNamespace(text=Words([])),
+        text_cache=spec,
+        load=SimpleNamespace(text_encoders=lambda: [encoder]),
+    )
+    prepare_text(options, arch, training_set, torch.device("meta"), nullcontext, [], Processes())
+    assert encoder.weight.device.type == ("cpu" if on_cpu else "meta")

@@ -1,0 +1,53 @@
+"""What --fit takes for the card, and for the largest batch."""
+
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from library.memory.planner.cards import GIB, Card
+from library.processes import Processes
+from library.training.planning import fit_run
+from library.training.planning.counting import BatchShape
+from library.training.planning.fit_run import card_of, counted_run, largest_batch
+from tests.unit.training.test_checks import made
+from tests.unit.training.test_text_caching import Board
+
+
+def test_the_largest_batch_has_the_most_pixels() -> None:
+    shapes = [(4, (512, 512)), (1, (1024, 1152)), (2, (768, 768)), (1, (1024, 1024))]
+    training_set: Any = SimpleNamespace(batch_shapes=lambda: iter(shapes))
+    assert largest_batch(training_set) == BatchShape(1, 1024, 1152)
+
+
+def test_processes_choose_by_the_least_room_and_the_main_process_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of three processes finds another amount free, and measures another speed."""
+    free = {0: 9 * GIB, 1: 7 * GIB, 2: 8 * GIB}
+    board = Board()
+
+    def card(rank: int) -> Card:
+        processes = Processes(rank=rank, count=3, local_rank=rank, local_count=3, store=board)
+        return card_of(made(fit="auto"), processes)
+
+    ranks = iter(range(100, 200))
+    monkeypatch.setattr(fit_run, "measured_card", lambda device, room, dtype: Card("x", room, next(ranks), next(ranks)))
+    with ThreadPoolExecutor(3) as pool, monkeypatch.context() as patch:
+        patch.setattr(fit_run, "free_memory", lambda device: free.popitem()[1])
+        found = list(pool.map(card, (0, 1, 2)))
+    assert {one.memory_bytes for one in found} == {7 * GIB}
+    assert len({(one.flops, one.bus) for one in found}) == 1
+
+
+def test_a_module_of_others_that_needs_values_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("shape is invalid")
+
+    monkeypatch.setattr(fit_run, "count_run", fails)
+    shape, nothing = BatchShape(1, 64, 64), SimpleNamespace()
+    arch: Any = nothing
+    device: Any = nothing
+    with pytest.raises(ValueError, match=r"--fit cannot count what --network_module lycoris.kohya does \(RuntimeError"):
+        counted_run(made(network_module="lycoris.kohya"), arch, shape, device)
+    with pytest.raises(RuntimeError, match=r"^shape is invalid$"):
+        counted_run(made(network_module="networks.lora"), arch, shape, device)
