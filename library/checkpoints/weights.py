@@ -59,7 +59,8 @@ def without_values(loader: LoaderT) -> LoaderT:
     def emptied(value: Any) -> Any:
         if isinstance(value, Weights):
             shapes = value.shapes
-            return replace(value, read=lambda name: torch.empty(shapes[name], device="meta"), quantised={})
+            kept = {name: codes_without_values(q, shapes[name]) for name, q in value.quantised.items()}
+            return replace(value, read=lambda name: torch.empty(shapes[name], device="meta"), quantised=kept)
         if isinstance(value, list | tuple):
             return type(value)(emptied(item) for item in value)
         if is_dataclass(value) and not isinstance(value, type):
@@ -68,6 +69,16 @@ def without_values(loader: LoaderT) -> LoaderT:
 
     found: LoaderT = emptied(loader)
     return found
+
+
+def codes_without_values(quantised: Quantised, shape: tuple[int, ...]) -> Quantised:
+    """The same with codes and scales, one for each row, that have no memory."""
+
+    def read() -> Mapping[str, Tensor]:
+        codes = torch.empty(shape, dtype=torch.int8, device="meta").flatten(1)
+        return {"codes": codes, "scales": torch.empty(len(codes), 1, device="meta")}
+
+    return replace(quantised, read=read)
 
 
 def open_weights(path: Path) -> Weights:

@@ -6,6 +6,8 @@ from math import ceil
 
 from torch import Tensor, nn
 
+from library.memory.frozen import FrozenLayer
+
 NUM_SLOTS = 2  # through which streamed blocks pass; see library.memory.places
 
 
@@ -26,10 +28,25 @@ class Matrix:
     rows: int
     columns: int
     itemsize: int  # bytes of a value in the precision of the run
+    stored_bytes: int | None = None  # where the file has it in 8 bits and nothing else is asked for
 
     @classmethod
     def of(cls, weight: Tensor) -> "Matrix":
         return cls(weight.shape[0], weight.numel() // weight.shape[0], weight.element_size())
+
+    @classmethod
+    def of_layer(cls, layer: nn.Module) -> "Matrix":
+        if isinstance(layer, FrozenLayer):
+            shape, parts = layer.weight_shape, layer.own_parts().values()
+            stored = sum(part.numel() * part.element_size() for part in parts)
+            return cls(shape[0], shape.numel() // shape[0], layer.weight_dtype.itemsize, stored)
+        assert isinstance(layer.weight, Tensor)
+        return cls.of(layer.weight)
+
+    @property
+    def own_bytes(self) -> int:
+        """As it comes from the file."""
+        return self.plain_bytes if self.stored_bytes is None else self.stored_bytes
 
     @property
     def num_values(self) -> int:
@@ -65,9 +82,9 @@ def int8_bytes(matrix: Matrix) -> int:
     return matrix.num_values + 4 * matrix.rows
 
 
-PLAIN = StoredForm(lambda matrix: matrix.plain_bytes, 0, 1.0)
+OWN = StoredForm(lambda matrix: matrix.own_bytes, 0, 1.0)
 STORED_FORMS: Mapping[str | None, StoredForm] = {
-    None: PLAIN,  # in the format of --mixed_precision
+    None: OWN,  # in the format of --mixed_precision, or in that of the file; decoding these is counted with the step
     "bf16": StoredForm(lambda matrix: 2 * matrix.num_values, 0, 1.0),
     "fp8": StoredForm(lambda matrix: matrix.num_values + matrix.itemsize * matrix.rows, 2, 1.05),
     "int8": StoredForm(int8_bytes, 2, 1.05),
@@ -88,14 +105,14 @@ class ModelWeights:
     @classmethod
     def of(cls, model: nn.Module, storable: Iterable[nn.Module], blocks: Sequence[nn.Module]) -> "ModelWeights":
         """`storable` are all layers that may be stored in a form; those in `blocks` may wait."""
-        layers = {id(layer.weight): layer.weight for layer in storable if isinstance(layer.weight, Tensor)}
-        by_block = [[p for p in block.parameters() if id(p) in layers] for block in blocks]
-        inside = {id(weight) for weights in by_block for weight in weights}
-        fixed = bytes_of(model) - sum(weight.numel() * weight.element_size() for weight in layers.values())
+        layers = {layer: Matrix.of_layer(layer) for layer in storable}
+        by_block = [[layer for layer in block.modules() if layer in layers] for block in blocks]
+        inside = {layer for found in by_block for layer in found}
+        fixed = bytes_of(model) - sum(matrix.own_bytes for matrix in layers.values())
         return cls(
             fixed,
-            tuple(Matrix.of(weight) for key, weight in layers.items() if key not in inside),
-            tuple(tuple(map(Matrix.of, weights)) for weights in by_block),
+            tuple(matrix for layer, matrix in layers.items() if layer not in inside),
+            tuple(tuple(layers[layer] for layer in found) for found in by_block),
         )
 
     def block_bytes(self, form: StoredForm) -> list[int]:

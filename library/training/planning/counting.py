@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from library.checkpoints.weights import without_values
 from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_layers_with
 from library.memory.devices import DTYPES
-from library.memory.frozen import layers_in_blocks
+from library.memory.forms.form import AS_IN_FILE, WantedForm
+from library.memory.frozen import frozen_layers, layers_in_blocks
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes, norms_as_on_cards
 from library.memory.planner.prediction import CountedStep
@@ -98,8 +99,8 @@ def count_run(options: TrainOptions, arch: Architecture, batch: BatchShape, devi
     step = CountedStep(
         timeline=timeline,
         first_place=places[0],
-        weights=ModelWeights.of(denoiser, layers_in_blocks(denoiser).values(), blocks),
-        encoders=tuple(ModelWeights.of(e, layers_in_blocks(e).values(), ()) for e in sketch.models.text_encoders),
+        weights=ModelWeights.of(denoiser, storable_layers(denoiser), blocks),
+        encoders=tuple(ModelWeights.of(e, storable_layers(e), ()) for e in sketch.models.text_encoders),
         own_forms=(options.precision.denoiser_format, options.precision.text_encoder_format),
         other_bytes=bytes_of(*vae),
         adapter_bytes=bytes_of(network.module),
@@ -112,9 +113,15 @@ def count_run(options: TrainOptions, arch: Architecture, batch: BatchShape, devi
     return CountedRun(batch, step, tuple(stage for stage in (pictures, captions) if stage is not None))
 
 
+def storable_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers in blocks whose weights can be stored in another form, those included that the file has in 8 bits."""
+    return [*layers_in_blocks(model).values(), *frozen_layers(model)]
+
+
 def sketch_run(options: TrainOptions, arch: Architecture) -> Sketch:
     """The models as the run will have them, in the fake mode that is on."""
-    encoders, denoiser, vae = load_fakes(arch)
+    # Other forms than the file's are closed formulas; merging needs whole weights.
+    encoders, denoiser, vae = load_fakes(arch, None if options.network.base_weights else AS_IN_FILE)
     staying = encoders
     if cached_text(options, arch.text_cache) is not None:
         live = live_text(options, arch.text_cache)
@@ -135,11 +142,11 @@ def sketch_run(options: TrainOptions, arch: Architecture) -> Sketch:
     return Sketch(models, encoders, vae, network)
 
 
-def load_fakes(arch: Architecture) -> tuple[list[nn.Module], nn.Module, nn.Module]:
+def load_fakes(arch: Architecture, form: WantedForm | None) -> tuple[list[nn.Module], nn.Module, nn.Module]:
     """(text encoders, denoiser, VAE), frozen."""
     loader = without_values(arch.load)
     with unset_fake_temporarily():
-        encoders, denoiser, vae = loader.text_encoders(), loader.denoiser(), loader.vae()
+        encoders, denoiser, vae = loader.text_encoders(), loader.denoiser(form), loader.vae()
     for model in (*encoders, denoiser, vae):
         give_fakes(model.eval().requires_grad_(False))
     return encoders, denoiser, vae

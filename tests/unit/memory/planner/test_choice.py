@@ -14,7 +14,7 @@ from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, Co
 from library.memory.planner.stages import Stage
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Segment, Timeline
 from library.memory.planner.table import table_of
-from library.memory.planner.weights import PLAIN, Matrix, ModelWeights, bytes_of
+from library.memory.planner.weights import OWN, Matrix, ModelWeights, bytes_of
 from tests.unit.memory.planner.made_up import Adapter, MadeUp
 from tests.unit.memory.planner.test_steps import model_of
 
@@ -133,12 +133,12 @@ def test_the_weights_of_a_model_are_sorted_by_what_can_be_done_with_them() -> No
     layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
     weights = ModelWeights.of(model, [*layers, model.last], blocks)
     assert adapters > 0 and not any(isinstance(m, Adapter) for m in model.modules())
-    assert weights.resident_bytes(PLAIN, ()) == bytes_of(model)
+    assert weights.resident_bytes(OWN, ()) == bytes_of(model)
     assert weights.storable == (Matrix.of(model.last.weight),)
     width = model.last.in_features
     sizes = [4 * 4 * width**2] * 6 + [4 * 10 * width**2] * 6
-    assert weights.block_bytes(PLAIN) == sizes
-    assert weights.resident_bytes(PLAIN, (0, 7, 8)) == bytes_of(model) - sizes[0] - 2 * sizes[7] + 2 * sizes[7]
+    assert weights.block_bytes(OWN) == sizes
+    assert weights.resident_bytes(OWN, (0, 7, 8)) == bytes_of(model) - sizes[0] - 2 * sizes[7] + 2 * sizes[7]
 
 
 def test_the_table_marks_what_is_chosen_and_counts_what_does_not_fit() -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from library.memory.blocks import plain, recompute
 from library.memory.planner.steps import peak_of
+from library.memory.planner.weights import STORED_FORMS
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.command_line.cli import parse
@@ -24,6 +26,7 @@ from library.types import Batch
 from networks.core.protocol import adopt, open_network_module
 from tests.running import SCRIPTS
 from tests.runs.bases import BASES
+from tests.runs.test_memory_modes import in_8_bits
 from tests.unit.memory.planner.made_up import allocated_peak
 
 SHARE = 0.03
@@ -88,3 +91,26 @@ def test_the_step_of_a_base_model_takes_what_is_counted(name: str, recomputes: b
     torch.manual_seed(94)
     real = allocated_peak(real_step(options, arch, shape, recomputes))
     assert planned_peak(counted, recomputes) == pytest.approx(real, rel=SHARE)
+
+
+def test_weights_that_the_file_has_in_8_bits_are_counted_as_they_stay(tmp_path: Path) -> None:
+    options, arch = opened("flux", tmp_path / "model", "--mixed_precision", "bf16")
+    plain = count_run(options, arch, SHAPE, CPU).step
+    path = Path(str(options.model.pretrained_model_name_or_path))
+    codes, _ = in_8_bits(load_file(path))
+    save_file(codes, path)
+    num_codes = sum(value.numel() for value in codes.values() if value.dtype == torch.float8_e4m3fn)
+    options, arch = opened_again(options, arch)
+    step = count_run(options, arch, SHAPE, CPU).step
+    sizes = [one.weights.resident_bytes(STORED_FORMS[None], ()) for one in (plain, step)]
+    num_rows = sum(matrix.rows for block in step.weights.blocks for matrix in block)
+    assert sizes[0] - sizes[1] == num_codes - 4 * num_rows, "16 bits become 8, and a scale for each row"
+    for form in ("bf16", "nf4"):
+        asked = [one.weights.resident_bytes(STORED_FORMS[form], ()) for one in (plain, step)]
+        assert asked[0] == asked[1]
+
+
+def opened_again(options: TrainOptions, arch: Architecture) -> tuple[TrainOptions, Architecture]:
+    """The same options after the files have changed."""
+    build: Callable[[Any], Architecture] = importlib.import_module(f"library.architectures.{arch.name}.assembly").build
+    return options, build(options)
