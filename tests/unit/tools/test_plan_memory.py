@@ -11,6 +11,8 @@ from tests.contracts.header_only import FULL_SIZE
 from tests.runs.bases import BASES
 from tools.plan_memory import count, main
 
+pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
+
 PROTOTYPE = {  # GiB at the peak and TFLOP of a first step without and with recomputing, from a counter of whole models
     "SD 1.5": (2.81, 1.90, 1.81, 2.46),
     "SDXL": (12.90, 5.69, 14.74, 20.87),

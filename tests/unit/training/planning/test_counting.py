@@ -29,6 +29,8 @@ from tests.runs.bases import BASES
 from tests.runs.test_memory_modes import in_8_bits
 from tests.unit.memory.planner.made_up import allocated_peak
 
+pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
+
 SHARE = 0.03
 SHAPE = BatchShape(2, 256, 192)
 SHAPES = {"sdxl": BatchShape(4, 384, 256)}  # the buffers inside of convolutions count less where pictures are large
