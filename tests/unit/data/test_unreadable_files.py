@@ -1,0 +1,46 @@
+"""Files that the system does not let a run read: the sentence names the option. Root may read everything, so the
+refusal is made."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from library.checkpoints import model_lookup, weights
+from library.data.description.schema import load_dataset_config
+from library.data.sources.metadata_file import read_metadata
+from library.errors import UserError
+from library.options.config_file import read_toml
+from library.training.evaluation.prompts import read_prompts
+from tests.unit.data.builders import options_of
+
+READERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "config file": ("a.toml", lambda path: read_toml(path, "--config_file"), "--config_file"),
+    "dataset": (
+        "a.json",
+        lambda path: load_dataset_config(options_of("--dataset_config", str(path))),
+        "--dataset_config",
+    ),
+    "metadata": ("a.json", lambda path: list(read_metadata(str(path))), "metadata_file"),
+    "prompts": ("a.txt", read_prompts, "--sample_prompts"),
+    "base model": ("a.safetensors", lambda path: model_lookup.open_file("--vae", path), "--vae"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_option_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    file, read, flag = READERS[name]
+    path = tmp_path / file
+    path.write_text("{}")
+
+    def refused(*_: object, **__: object) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    monkeypatch.setattr(weights, "refuse_stranger", refused)
+    monkeypatch.setattr("library.data.sources.metadata_file.open", refused, raising=False)
+    with pytest.raises(UserError, match=rf"{flag} .*{file} cannot be read: Permission denied; change its rights"):
+        read(path)
