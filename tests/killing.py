@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from library.checkpoints.model_card import ModelCard
 from tests.running import ROOT
 
 WRITES = set("wax+")
@@ -67,16 +68,16 @@ def main() -> None:
 
     jobs = [Job(**one) for one in json.loads(Path(sys.argv[1]).read_text())]
     for script in {job.script for job in jobs}:
-        import_all(script, *SCRIPTS[script])
+        import_all(script, SCRIPTS[script])
     fix_times()
     print(json.dumps([asdict(forked(job)) for job in jobs]))
 
 
-def import_all(script: str, package: str, options_module: str, _: str) -> None:
+def import_all(script: str, card: ModelCard) -> None:
     """Everything that a run imports, so that no fork has to."""
     import importlib
 
-    names = (script, options_module, f"library.architectures.{package}.assembly", "networks.lora", "diffusers", "cv2")
+    names = (script, card.build.__module__, "networks.lora", "diffusers", "cv2")
     late = (
         "library.training.run.loop",
         "library.training.run.setup",
@@ -127,10 +128,9 @@ def start(job: Job) -> int:
     from library.training.command_line.main import main as train
     from tests.running import SCRIPTS
 
-    package, options_module, options_class = SCRIPTS[job.script]
-    build = importlib.import_module(f"library.architectures.{package}.assembly").build
+    card = SCRIPTS[job.script]
     parser = importlib.import_module(job.script).setup_parser()
-    return train(parser, getattr(importlib.import_module(options_module), options_class), build, job.arguments)
+    return train(parser, card.options, card.build, job.arguments)
 
 
 def watch(job: Job, note: Callable[[str], object]) -> None:

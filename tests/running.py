@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,20 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from library.architectures.cards import list_cards
+from library.checkpoints.model_card import ModelCard
+
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {  # script -> (the architecture's package, the module and class of its options)
-    "train_network": ("sd", "library.options.train", "TrainOptions"),
-    "flux_train_network": ("flux", "library.architectures.flux.options", "FluxOptions"),
-    "lumina_train_network": ("lumina", "library.architectures.lumina.options", "LuminaOptions"),
-    "sdxl_train_network": ("sdxl", "library.architectures.sdxl.options", "SdxlOptions"),
-    "anima_train_network": ("anima", "library.architectures.anima.options", "AnimaOptions"),
-    "sd3_train_network": ("sd3", "library.architectures.sd3.options", "Sd3Options"),
-    "hunyuan_image_train_network": (
-        "hunyuan_image",
-        "library.architectures.hunyuan_image.options",
-        "HunyuanImageOptions",
-    ),
-}
+SCRIPTS: Mapping[str, ModelCard] = {card.script.removesuffix(".py"): card for card in list_cards()}
 
 
 @dataclass(frozen=True)
@@ -110,12 +101,10 @@ def train(fresh_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..
         AcceleratorState._reset_state()
         PartialState._reset_state()
         capfd.readouterr()
-        package, options_module, options_class = SCRIPTS[script]
-        assembly = importlib.import_module(f"library.architectures.{package}.assembly")
-        options_type = getattr(importlib.import_module(options_module), options_class)
+        assembly = importlib.import_module(SCRIPTS[script].build.__module__)
         parser = importlib.import_module(script).setup_parser()
         try:
-            status = main(parser, options_type, assembly.build, arguments, latents=assembly.LATENTS)
+            status = main(parser, SCRIPTS[script].options, assembly.build, arguments, latents=assembly.LATENTS)
         except SystemExit as end:
             status = int(end.code or 0)
         out, err = capfd.readouterr()

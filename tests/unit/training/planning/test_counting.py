@@ -3,7 +3,6 @@
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -41,15 +40,13 @@ FAST = ("flux", "sd")  # the others repeat what these hold
 def opened(name: str, folder: Path, *more: str) -> tuple[TrainOptions, Architecture]:
     """Options and parts of a tiny base model, whose denoiser alone is adapted."""
     base = BASES[name]
-    package, module, kind = SCRIPTS[base.script]
-    options_type = getattr(importlib.import_module(module), kind)
+    card = SCRIPTS[base.script]
     arguments = [
         *base.build(folder), "--network_module", base.module, "--network_dim", "4", "--cache_latents",
         "--network_train_unet_only", *more,
     ]  # fmt: skip
-    options = options_type.from_args(parse(importlib.import_module(base.script).setup_parser(), arguments))
-    build: Callable[[Any], Architecture] = importlib.import_module(f"library.architectures.{package}.assembly").build
-    return options, build(options)
+    options = card.options.from_args(parse(importlib.import_module(base.script).setup_parser(), arguments))
+    return options, card.build(options)
 
 
 def real_step(options: TrainOptions, arch: Architecture, shape: BatchShape, recomputes: bool) -> Callable[[], None]:
@@ -114,5 +111,4 @@ def test_weights_that_the_file_has_in_8_bits_are_counted_as_they_stay(tmp_path: 
 
 def opened_again(options: TrainOptions, arch: Architecture) -> tuple[TrainOptions, Architecture]:
     """The same options after the files have changed."""
-    build: Callable[[Any], Architecture] = importlib.import_module(f"library.architectures.{arch.name}.assembly").build
-    return options, build(options)
+    return options, next(card for card in SCRIPTS.values() if type(options) is card.options).build(options)
