@@ -65,6 +65,12 @@ class FaultOptions(Options):
         help="End with status 130 or 143 when Ctrl-C or SIGTERM stopped the run before its last step, so that what "
         "stands behind && is not started. Unset ends with 0, as the run is saved.",
     )
+    deterministic: bool = option(
+        False,
+        own=True,
+        help="Let two runs on one card with the same seed give the same bits, also where its fastest kernels add up in "
+        "any order; steps may take longer. On the CPU they always do.",
+    )
     selftest: bool = option(
         False,
         own=True,

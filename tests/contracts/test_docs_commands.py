@@ -69,7 +69,7 @@ def check_command(command: str) -> None:
         case ["python3" | "python", "tools/plan_memory.py", *arguments]:
             own, training = plan_memory.setup_parser().parse_known_args(arguments)
             check_script(own.script, training)
-        case ["python3" | "python", script, *arguments] if script.startswith("tools/"):
+        case ["python3" | "python", script, *arguments] if script.startswith(("tools/", "benchmarks/")):
             check_tool(script, arguments)
         case ["python3" | "python", script, *arguments]:
             check_script(script, arguments)

@@ -21,6 +21,7 @@ OURS = {  # options that sd-scripts does not have, with their defaults; one a li
     "autoresume": False,
     "base_format": None,
     "blocks_to_swap": None,
+    "deterministic": False,
     "dry_run": False,
     "exit_status_on_stop": False,
     "fit": None,

@@ -52,11 +52,11 @@ class Deep:
         """The denoiser as adapters see it."""
         return self.view([CLIPTextModel(CLIPTextConfig(**CLIP))] if self.view is sd.view else [], model)[1]
 
-    def loss(self, model: nn.Module) -> Tensor:
+    def loss(self, model: nn.Module, device: torch.device) -> Tensor:
         """A number that depends on every value of the output."""
-        output = model(*self.values())
+        output = model(*(value.to(device) for value in self.values()))
         output = getattr(output, "sample", output)
-        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(41))
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(41)).to(device)
         return (output.float() * weights).mean()
 
 

@@ -37,6 +37,7 @@ ADAPTERS: Mapping[str, tuple[str, dict[str, str]]] = {
     "lycoris": ("lycoris.kohya", {"preset": "attn-mlp", "algo": "lokr", "factor": "2"}),
 }
 PLACES = ("device", "streamed")
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,12 @@ def keys(axis: int) -> list[tuple[int, str]]:
     return [(axis, value) for value in AXES[axis]]
 
 
-def gradients(mode: Mode, change: Callable[[Ring], None] | None = None, is_decoded: bool = False) -> list[Tensor]:
+def gradients(
+    mode: Mode,
+    change: Callable[[Ring], None] | None = None,
+    is_decoded: bool = False,
+    device: torch.device = CPU,
+) -> list[Tensor]:
     """The loss and the gradients of all adapters' parameters in the second of two equal steps.
 
     `change` may break the ring. With `is_decoded` the form's rounding is taken over into layers of torch's own.
@@ -88,17 +94,18 @@ def gradients(mode: Mode, change: Callable[[Ring], None] | None = None, is_decod
     elif mode.place == "streamed":
         stacks = deep.stacks(model)
         store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
-        ring = stream(stacks, [len(stack) - 2 for stack in stacks], torch.device("cpu"))
+        ring = stream(stacks, [len(stack) - 2 for stack in stacks], device)
         assert ring is not None
         if change is not None:
             change(ring)
+    model.to(device)
     deep.run_blocks_with(model, RUNNERS[mode.runner]())
-    network = with_adapter(mode.adapter, deep.seen(model))
+    network = with_adapter(mode.adapter, deep.seen(model)).to(device)
     results: list[Tensor] = []
     for _ in range(2):
         for parameter in network.parameters():
             parameter.grad = None
-        loss = deep.loss(model)
+        loss = deep.loss(model, device)
         loss.backward()
         results = [loss.detach(), *(p.grad for p in network.parameters() if p.grad is not None)]
     return results

@@ -22,6 +22,7 @@ NOT_RUN = {  # beginning of a command -> where it is tested, or why it cannot be
     "source .venv/bin/activate": "a matter of the shell",
     "python3 tools/start.py": "tests/runs/test_quickstart.py and tests/unit/tools/test_start.py",
     "python3 -m": "programs of others",
+    "python3 benchmarks/gpu_memory.py": "needs a card; tests/runs/test_memory_modes.py runs it in small",
     "accelerate launch --multi_gpu": "tests/runs/test_processes.py",
 }
 BASE_OF_SCRIPT = {base.script: name for name, base in reversed(BASES.items())}

@@ -1,6 +1,9 @@
 """What saves memory, through the scripts: the same pictures and adapters as without it."""
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.running import Finished, make_pictures
+from tests.running import ROOT, Finished, make_pictures
 from tests.runs.bases import BASES
 from tests.tiny import anima, flux, hunyuan_image, lumina
 
@@ -161,3 +164,13 @@ def test_a_fault_in_the_mode_ends_the_run_before_it_begins(
     with pytest.raises(AssertionError, match=r"--selftest: \d+ of \d+ gradients in \d+ blocks are not those"):
         run("wrong", "--blocks_to_swap", WAITING[name], "--selftest")
     assert not (tmp_path / "wrong" / "mine.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", ["flux", "sdxl"])
+def test_the_benchmark_for_cards_runs_in_small(subject: str) -> None:
+    mode = json.dumps({"form": "nf4", "share": 0.5, "runner": "from_main_memory"})
+    command = [sys.executable, "benchmarks/gpu_memory.py", "--device", "cpu", "--tiny", "--models", subject]
+    done = subprocess.run([*command, "--mode", mode], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["seconds"] > 0

@@ -18,6 +18,3 @@ FORMS: Mapping[str, Form] = {
     "nf4": Nf4(),
     "nf4_double": Nf4(is_double=True),
 }
-
-BITS: Mapping[str, float] = {"bf16": 16, "fp8": 8, "int8": 8, "int8_rotated": 8, "nf4": 4.5, "nf4_double": 4.127}
-"""What a value takes in each form, without the factors of rows, which are few."""

@@ -85,7 +85,9 @@ def train_as_asked(
     if latents is not None and options.dataset.debug_dataset and not options.model.pretrained_model_name_or_path:
         show_dataset(options, latents)
         return True
-    with run_lock(options):
+    from library.training.faults.deterministic import deterministic
+
+    with run_lock(options), deterministic(options.faults.deterministic):
         return train_network(options, build, interruption)
 
 

@@ -11,14 +11,15 @@ from torch import nn
 from library.checkpoints.weights import without_values
 from library.errors import UserError
 from library.memory.blocks import Stacks
-from library.memory.devices import DTYPES, place
+from library.memory.devices import place
 from library.memory.forms.form import AS_IN_FILE, WantedForm
-from library.memory.forms.named import BITS, FORMS
+from library.memory.forms.named import FORMS
 from library.memory.forms.plain import Plain
 from library.memory.forms.scaled import Scaled
 from library.memory.frozen import frozen_layers, layers_in_blocks, store_all_in
 from library.memory.places.shared import place_for, shared_masters
 from library.memory.places.streamed import bytes_of_parts, stream
+from library.memory.planner.weights import STORED_FORMS, ModelWeights
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
@@ -46,10 +47,8 @@ def check_base(options: TrainOptions, arch: Architecture) -> None:
 
 def check_main_memory(options: TrainOptions, denoiser: nn.Module) -> None:
     """Raise UserError where the denoiser as it is to be stored does not fit main memory, through which it comes."""
-    bits, plain = BITS.get(options.precision.denoiser_format or ""), DTYPES[options.precision.mixed_precision]
-    inside = sum(p.numel() for layer in layers_in_blocks(denoiser).values() for p in layer.parameters())
-    outside = sum(p.numel() for p in denoiser.parameters()) - inside
-    needed = inside * (bits or 8 * plain.itemsize) / 8 + outside * plain.itemsize
+    form = STORED_FORMS[options.precision.denoiser_format]
+    needed = ModelWeights.of(denoiser, layers_in_blocks(denoiser).values(), []).resident_bytes(form, ())
     free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(

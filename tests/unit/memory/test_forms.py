@@ -10,9 +10,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from library.memory.forms.form import Form
 from library.memory.forms.fp8 import FP8, Fp8Rows
 from library.memory.forms.int8 import Int8Rows, group_size, hadamard
-from library.memory.forms.named import BITS, FORMS
+from library.memory.forms.named import FORMS
 from library.memory.forms.plain import Plain
 from library.memory.frozen import FrozenLinear, layers_in_blocks, store_all_in, store_in
+from library.memory.planner.weights import STORED_FORMS, Matrix
 from networks import lora
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.unit.networks.toy import randomize
@@ -218,13 +219,13 @@ def test_groups_are_the_largest_power_of_two_that_divides(num_inputs: int, size:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_form_takes_the_bits_that_are_named_and_chunks_change_nothing(
+def test_every_form_takes_what_the_planner_counts_and_chunks_change_nothing(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = random_weight((256, 512), 12).to(torch.bfloat16)
     whole = FORMS[name].encode(weight)
-    num_bits = 8 * sum(part.numel() * part.element_size() for part in whole.values()) / weight.numel()
-    assert BITS[name] <= num_bits <= BITS[name] + 0.07  # a float32 factor for each row of 512
+    num_bytes = sum(part.numel() * part.element_size() for part in whole.values())
+    assert num_bytes == STORED_FORMS[name].num_bytes(Matrix.of(weight))
     monkeypatch.setattr("library.memory.forms.chunks.NUM_VALUES", 64 * 512)
     for key, part in FORMS[name].encode(weight).items():
         assert part.dtype == whole[key].dtype and torch.equal(part.view(torch.uint8), whole[key].view(torch.uint8))
@@ -235,7 +236,7 @@ def test_the_forms_are_those_that_the_option_offers() -> None:
 
     (field,) = (f for f, _ in PrecisionOptions.leaves() if f.name == "base_format")
     assert tuple(FORMS) == tuple(field.metadata["choices"])
-    assert BITS.keys() == FORMS.keys()
+    assert STORED_FORMS.keys() == FORMS.keys() | {None}
 
 
 @pytest.mark.parametrize("form", ALL.values(), ids=ALL)

@@ -1,0 +1,278 @@
+"""Peak memory and seconds of a training step on a card, for each way of saving memory; FLUX.1 and SDXL in full size.
+
+Weights are random and made on the card, so nothing has to be downloaded. Pictures have 1024 pixels, batch 1, a LoRA of
+rank 16 on every layer, AdamW, bf16. Each mode runs in a process of its own, with at most `--budget` GB of the card's
+memory (torch's own share, without its context); a mode that does not fit says so. Ratios are against the first mode of
+a model that fits.
+
+    python benchmarks/gpu_memory.py
+    python benchmarks/gpu_memory.py --models sdxl --budget 8
+    python benchmarks/gpu_memory.py --device cpu --tiny          # whether it runs at all
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from library.memory.activations import recompute_from_main_memory  # noqa: E402
+from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute, run_blocks_with, stacks_of  # noqa: E402
+from library.memory.forms.named import FORMS  # noqa: E402
+from library.memory.forms.plain import Plain  # noqa: E402
+from library.memory.frozen import layers_in_blocks, store_in  # noqa: E402
+from library.memory.places.streamed import chosen, stream  # noqa: E402
+from networks import lora  # noqa: E402
+
+RANK, NUM_WARM, NUM_TIMED = 16, 2, 5
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way; `share` of the blocks of each kind wait in main memory."""
+
+    form: str = "none"
+    share: float = 0.0
+    runner: str = "recompute"
+
+    def __str__(self) -> str:
+        waits = f", {self.share:.0%} of the blocks wait" if self.share else ""
+        return f"{self.form if self.form != 'none' else 'bf16'}{waits}, {self.runner.replace('_', ' ')}"
+
+
+MODES = (
+    Mode(runner="plain"),
+    Mode(),
+    Mode(runner="every_2"),
+    Mode(runner="from_main_memory"),
+    Mode("fp8"),
+    Mode("int8"),
+    Mode("int8_rotated"),
+    Mode("nf4"),
+    Mode(share=0.5),
+    Mode(share=0.85),
+    Mode(share=0.85, runner="from_main_memory"),
+    Mode("int8", 0.5),
+    Mode("int8", 0.85),
+    Mode("nf4", 0.5),
+)
+RUNNERS: Mapping[str, Callable[[], BlockRunner]] = {
+    "plain": lambda: plain,
+    "recompute": lambda: recompute,
+    "every_2": lambda: Every(2, recompute),
+    "from_main_memory": lambda: recompute_from_main_memory,
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A denoiser without values, what it is called with, and how its blocks are reached."""
+
+    build: Callable[[], nn.Module]
+    values: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
+    view: Callable[[nn.Module], nn.Module]
+    stacks: Callable[[nn.Module], Stacks]
+    run_blocks_with: Callable[[nn.Module, BlockRunner], None]
+
+
+def flux(is_tiny: bool) -> Subject:
+    from benchmarks.reading_in_a_form import CONFIG
+    from library.architectures.flux.assembly import view
+    from library.architectures.flux.model import Flux
+
+    small = {"width": 64, "head_width": 32, "mlp_width": 256, "text_width": 32, "num_double": 4, "num_single": 6}
+    config = replace(CONFIG, **small if is_tiny else {"num_double": 19, "num_single": 38})
+    side = 8 if is_tiny else 128
+
+    def values() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        text, pooled = torch.randn(1, 512, config.text_width), torch.randn(1, config.pooled_width)
+        return (torch.randn(1, 16, side, side), torch.tensor([0.5]), text, pooled, torch.tensor([1.0])), {}
+
+    return Subject(lambda: Flux(config), values, lambda model: view([], model)[1], stacks_of, run_blocks_with)
+
+
+def sdxl(is_tiny: bool) -> Subject:
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from library.architectures.sd.assembly import view
+    from library.models.unet import run_unet_blocks_with, unet_stacks
+    from tests.tiny.sd import CLIP, UNET
+
+    config: dict[str, Any] = {
+        "block_out_channels": (320, 640, 1280),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+    sizes = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]])
+    more = {} if is_tiny else {"added_cond_kwargs": {"text_embeds": torch.randn(1, 1280), "time_ids": sizes}}
+    width, side = (UNET["cross_attention_dim"], 8) if is_tiny else (2048, 128)
+
+    def values() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (torch.randn(1, 4, side, side), torch.tensor([500]), torch.randn(1, 77, width)), more
+
+    def seen(model: nn.Module) -> nn.Module:
+        return view([CLIPTextModel(CLIPTextConfig(**CLIP))], model)[1]
+
+    return Subject(
+        lambda: UNet2DConditionModel(**UNET if is_tiny else config), values, seen, unet_stacks, run_unet_blocks_with
+    )
+
+
+SUBJECTS = {"flux": flux, "sdxl": sdxl}
+
+
+def random_weight(like: Tensor, device: torch.device) -> Tensor:
+    return torch.randn(like.shape, dtype=torch.bfloat16, device=device) / max(1, like[0].numel()) ** 0.5
+
+
+@torch.no_grad()
+def filled(subject: Subject, mode: Mode, device: torch.device) -> nn.Module:
+    """The denoiser with random weights in the mode's form, those of waiting blocks in main memory."""
+    with torch.device("meta"):
+        model = subject.build()
+    stacks = subject.stacks(model)
+    counts = [min(int(len(stack) * mode.share), max(len(stack) - 2, 0)) for stack in stacks]
+    waits = {
+        layer
+        for stack, count in zip(stacks, counts, strict=True)
+        for i in chosen(len(stack), count)
+        for layer in stack[i].modules()
+    }
+    for path, layer in layers_in_blocks(model).items():
+        del path
+        place = torch.device("cpu") if layer in waits else device
+        weight = random_weight(layer.weight, device)  # type: ignore[arg-type]
+        if mode.form == "none" and layer not in waits:
+            layer.weight = nn.Parameter(weight)
+            continue
+        store_in(FORMS[mode.form] if mode.form != "none" else Plain(), layer, weight)
+        for name, part in layer.own_parts().items():  # type: ignore[operator]
+            setattr(layer, name, nn.Parameter(part.to(place), requires_grad=False))
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                value = torch.randn(parameter.shape, dtype=torch.bfloat16, device=device)
+                scale = 0.02 if parameter.ndim < 2 else max(1, parameter[0].numel()) ** -0.5
+                setattr(module, name, nn.Parameter(value * scale))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.zeros(buffer.shape, dtype=torch.bfloat16, device=device))
+    model.requires_grad_(False).eval()
+    stream(stacks, counts, device)
+    return model
+
+
+def measure(subject: Subject, mode: Mode, device: torch.device) -> dict[str, float]:
+    """Peak GiB and seconds of a step."""
+    model = filled(subject, mode, device)
+    subject.run_blocks_with(model, RUNNERS[mode.runner]())
+    seen = subject.view(model)
+    network = lora.create_network(1.0, RANK, RANK, None, [], seen)
+    network.apply_to([], seen, False, True)
+    network.to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=device.type == "cuda")
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: moved(one) for key, one in value.items()}
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    values, named = subject.values()
+    values, named = tuple(moved(value) for value in values), moved(named)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            output = model(*values, **named)
+        getattr(output, "sample", output).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(NUM_WARM):
+        step()
+    on_card = device.type == "cuda"
+    if on_card:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(NUM_TIMED):
+        step()
+    if on_card:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / NUM_TIMED
+    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if on_card else (0, 0)
+    return {"allocated": peaks[0] / 2**30, "reserved": peaks[1] / 2**30, "seconds": seconds}
+
+
+def child(args: argparse.Namespace) -> None:
+    """Measure one mode, and print what was found as JSON."""
+    device = torch.device(args.device)
+    if args.budget is not None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.budget * 1e9 / total))
+    try:
+        found = measure(SUBJECTS[args.models[0]](args.tiny), Mode(**json.loads(args.mode)), device)
+    except torch.OutOfMemoryError:
+        found = {}
+    print(json.dumps(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--budget", type=float, help="GB of the card's memory; unset is all of it")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="models of a few narrow blocks")
+    parser.add_argument("--mode", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.mode is not None:
+        child(args)
+        return
+    if args.device == "cuda":
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.budget or 'all'} GB")
+    for model in args.models:
+        print(f"{model:48}{'tensors GiB':>12}{'taken GiB':>11}{'s/step':>9}{'ratio':>7}")
+        first: float | None = None
+        for mode in MODES:
+            command = [
+                sys.executable,
+                __file__,
+                "--models",
+                model,
+                "--device",
+                args.device,
+                "--mode",
+                json.dumps(asdict(mode)),
+            ]
+            command += ["--tiny"] * args.tiny + (["--budget", str(args.budget)] if args.budget is not None else [])
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            found = json.loads(done.stdout.splitlines()[-1])
+            if not found:
+                print(f"{mode!s:48}{'does not fit':>12}")
+                continue
+            first = first or found["seconds"]
+            figures = f"{found['allocated']:12.2f}{found['reserved']:11.2f}{found['seconds']:9.3f}"
+            print(f"{mode!s:48}{figures}{found['seconds'] / first:7.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Every way of saving memory on a card: whole denoisers train as in the plain mode there.
+
+Both ways are taken on the same card with the same kernels, so plain forms agree to what float32 sums in another order
+differ by (flash attention and convolutions may add up in any order), and other forms to the same.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.memory.places import streamed
+from library.memory.places.streams import CardStreams, StagedStreams
+from tests.gpu.card import CARD_ONLY, DEVICE, ON_CARD
+from tests.parity.modes import Mode, gradients
+
+pytestmark = ON_CARD
+SAME_KERNELS = 1e-4  # of a gradient's size
+
+
+def agree(found: list[Tensor], wanted: list[Tensor]) -> bool:
+    pairs = zip(found, wanted, strict=True)
+    return all(bool((a - b).norm() <= SAME_KERNELS * b.norm() + 1e-9) for a, b in pairs)
+
+
+@pytest.mark.parametrize("runner", ["plain", "recompute_from_main_memory"])
+@pytest.mark.parametrize("form", ["none", "fp8", "int8_rotated", "nf4_double"])
+@pytest.mark.parametrize("base", ["sd", "flux", "lumina", "sd3", "hunyuan_image", "anima"])
+def test_waiting_blocks_train_as_blocks_that_stay(base: str, form: str, runner: str) -> None:
+    stay = gradients(Mode(base, form, adapter="dora"), device=DEVICE)
+    wait = gradients(Mode(base, form, "streamed", runner, "dora"), device=DEVICE)
+    assert len(stay) > 10 and agree(wait, stay)
+
+
+@CARD_ONLY
+@pytest.mark.parametrize("streams", [CardStreams, StagedStreams])
+def test_both_ways_to_the_card_are_taken_and_give_the_same(streams: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    stay = gradients(Mode("flux", adapter="lora"), device=DEVICE)
+    opened: list[object] = []
+    open_streams: Callable[..., object] = streamed.open_streams
+    if streams is StagedStreams:
+        monkeypatch.setattr(streamed, "pin", lambda masters: "it is not wanted")
+    monkeypatch.setattr(streamed, "open_streams", lambda *given: opened.append(open_streams(*given)) or opened[-1])
+    for _ in range(20):  # a wait that is missing shows now and then
+        assert agree(gradients(Mode("flux", place="streamed", adapter="lora"), device=DEVICE), stay)
+    assert all(type(one) is streams for one in opened) and len(opened) == 20
+
+
+@CARD_ONLY
+def test_waiting_weights_take_two_slots_of_the_cards_memory() -> None:
+    from library.memory.forms.plain import Plain
+    from library.memory.frozen import layers_in_blocks, store_all_in
+    from tests.parity.deep import DEEP
+
+    deep = DEEP["flux"]
+    model = deep.frozen(91)
+    store_all_in(Plain(), layers_in_blocks(model).values())
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    ring = streamed.stream(deep.stacks(model), [2, 4], DEVICE)
+    assert ring is not None
+    slots = 2 * max(map(len, ring.masters))
+    assert slots <= torch.cuda.memory_allocated() - before <= slots + 2 * 512  # the allocator rounds up to 512 bytes

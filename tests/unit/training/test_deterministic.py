@@ -1,0 +1,29 @@
+"""--deterministic asks torch for kernels with one order of sums, for the run alone."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.training.faults.deterministic import WORKSPACE, deterministic
+from tests.running import Finished
+
+
+def test_torch_is_asked_while_it_is_wanted_and_not_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WORKSPACE, "")
+    monkeypatch.delenv(WORKSPACE)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled() and WORKSPACE not in os.environ
+    with deterministic(True):
+        assert torch.are_deterministic_algorithms_enabled() and os.environ[WORKSPACE] == ":4096:8"
+        assert torch.is_deterministic_algorithms_warn_only_enabled() and not torch.backends.cudnn.benchmark
+    assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark
+
+
+def test_a_run_asks_for_it(train: Callable[..., Finished], base_arguments: list[str], tmp_path: Path) -> None:
+    done = train([*base_arguments, "--deterministic", "--max_train_steps", "1"])
+    assert done.status == 0 and "--deterministic: kernels whose sums have one order" in done.stderr
+    assert not torch.are_deterministic_algorithms_enabled()
