@@ -75,6 +75,23 @@ def test_formats_are_chosen_from_where_they_are_allowed(train: Train, tmp_path: 
     assert "nothing fits: the least is 0.7 GiB with --gradient_checkpointing" in refused.stderr
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", BASES)
+def test_every_base_model_can_be_fitted(name: str, train: Train, tmp_path: Path) -> None:
+    base = BASES[name]
+    make_pictures(tmp_path / "data" / "1_thing", 2)
+    arguments = [
+        *base.build(tmp_path / "model"), "--network_module", base.module, "--network_dim", "4", "--train_data_dir",
+        str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "64", "--output_dir",
+        str(tmp_path / "out"), "--max_train_steps", "1", "--fit", "12GB", "--fit_formats", "int8", "--blocks_to_swap",
+        "0", "--gradient_checkpointing",
+    ]  # fmt: skip
+    done = train(arguments, script=base.script)
+    assert done.status == 0, done.stderr
+    assert re.search(r"-> +--base_format int8 --gradient_checkpointing ", done.stderr)
+    assert re.search(r"denoiser: \d+ layers in int8", done.stderr)
+
+
 def test_a_budget_that_nothing_fits_ends_the_run_before_anything_is_loaded(train: Train, tmp_path: Path) -> None:
     done = train(flux_arguments(tmp_path, "--fit", "701MB"), script="flux_train_network")
     assert done.status == 1

@@ -7,8 +7,7 @@ from math import ceil
 from torch import Tensor, nn
 
 from library.memory.frozen import FrozenLayer
-
-NUM_SLOTS = 2  # through which streamed blocks pass; see library.memory.places
+from library.memory.places.ring import NUM_SLOTS
 
 
 def tensors_of(*modules: nn.Module) -> list[Tensor]:
