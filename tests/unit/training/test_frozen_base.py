@@ -1,0 +1,71 @@
+"""What cannot be had of forms and places is said before anything is read."""
+
+import importlib.util
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from library.architectures.flux.options import FluxOptions
+from library.architectures.sd.assembly import build
+from library.errors import UserError
+from library.memory.forms.form import AS_IN_FILE
+from library.memory.forms.named import FORMS
+from library.options.train import TrainOptions
+from library.training.run.frozen_base import check_base, form_while_reading
+from tests.unit.training.test_checks import NEEDED
+
+
+def options(tiny: object, **values: object) -> TrainOptions:
+    from argparse import Namespace
+
+    named = {**NEEDED, "pretrained_model_name_or_path": str(tiny), **values}
+    return TrainOptions.from_args(Namespace(**{**TrainOptions.defaults(), **named}))
+
+
+def test_nf4_without_bitsandbytes_names_what_to_install(
+    tiny_sd_folder: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = options(tiny_sd_folder, base_format="nf4_double")
+    arch = build(asked)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    with pytest.raises(UserError, match=r"--base_format nf4_double needs the library bitsandbytes.*--base_format int8"):
+        check_base(asked, arch)
+    check_base(options(tiny_sd_folder, base_format="int8"), arch)
+
+
+def test_too_little_main_memory_is_said_with_numbers(tiny_sd_folder: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = options(tiny_sd_folder, blocks_to_swap=4)
+    arch = build(asked)
+    check_base(asked, arch)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=2000))
+    with pytest.raises(
+        UserError, match=r"--blocks_to_swap 4: the denoiser takes .* GB of main memory.* GB are free"
+    ):
+        check_base(asked, arch)
+
+
+def test_more_blocks_than_there_are_is_said_before_anything_is_read(tiny_sd_folder: object) -> None:
+    asked = options(tiny_sd_folder, blocks_to_swap=40)
+    with pytest.raises(UserError, match=r"--blocks_to_swap 40: the denoiser has 18 blocks.*use at most 16$"):
+        check_base(asked, build(asked))
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [({}, AS_IN_FILE), ({"base_format": "int8"}, FORMS["int8"]), ({"base_weights": ["a.safetensors"]}, None)],
+    ids=["as in the file", "int8", "merged first"],
+)
+def test_weights_are_stored_while_they_are_read_unless_they_are_merged(
+    values: dict[str, object], wanted: object, tiny_sd_folder: object
+) -> None:
+    assert form_while_reading(options(tiny_sd_folder, **values)) is wanted
+
+
+@pytest.mark.parametrize(("given", "number"), [(None, 18), (7, 7), (0, 0)])
+def test_the_old_name_of_swapping_means_18_blocks_unless_a_number_is_given(given: int | None, number: int) -> None:
+    from argparse import Namespace
+
+    values = {**FluxOptions.defaults(), "split_mode": True, "blocks_to_swap": given}
+    assert FluxOptions.from_args(Namespace(**values)).memory.blocks_to_swap == number
