@@ -62,7 +62,6 @@ def add_save_precision(parser: argparse.ArgumentParser, unset: str) -> None:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """--device."""
     parser.add_argument("--device", default="cpu", help="device to compute on, for example cuda (default: cpu)")
 
 

@@ -156,7 +156,6 @@ def step_context(
     network: AdoptedNetwork,
     compute: Compute,
 ) -> StepContext:
-    """What the steps compute with."""
     encoders, live = loaded.models.text_encoders, loaded.live_text
     encode = arch.text.encode if live is None else live.encode
 
