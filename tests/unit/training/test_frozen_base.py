@@ -40,9 +40,7 @@ def test_too_little_main_memory_is_said_with_numbers(tiny_sd_folder: object, mon
     arch = build(asked)
     check_base(asked, arch)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=2000))
-    with pytest.raises(
-        UserError, match=r"--blocks_to_swap 4: the denoiser takes .* GB of main memory.* GB are free"
-    ):
+    with pytest.raises(UserError, match=r"--blocks_to_swap 4: the denoiser takes .* GB of main memory.* GB are free"):
         check_base(asked, arch)
 
 
