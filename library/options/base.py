@@ -42,8 +42,8 @@ def option(
     A value, or each value of a list, below `at_least` or above `at_most` is refused; a share lies in 0..1. The option
     has no effect unless one of those in `needs` asks for something ("enable_bucket") or is one of some values
     ("loss_type=huber|smooth_l1"), nor where the one in `unless` is given; one that is `ignored` never has, for the
-    reason named. --help shows the `usual` ones, --help_all all. An abbreviation never means
-    one of our `own` options, which sd-scripts does not have, where it can mean another. Other keywords are argparse's.
+    reason named. --help shows the `usual` ones, --help_all all. An abbreviation never means one of our `own` options,
+    which sd-scripts 0.10 does not have, where it can mean another. Other keywords are argparse's.
     """
     rule = Rule(at_least, at_most, is_share, (needs,) if isinstance(needs, str) else needs, unless, ignored)
     return field(default=default, metadata={"help": help, RULE: rule, USUAL: usual, OWN: own, **argparse_kwargs})

@@ -9,6 +9,7 @@ from library.options.console import ConsoleOptions
 from library.options.dataset import DatasetOptions
 from library.options.distributed import DistributedOptions
 from library.options.fit import FitOptions
+from library.options.kernels import KernelOptions
 from library.options.loss import LossOptions
 from library.options.memory import MemoryOptions, PrecisionOptions
 from library.options.model import ModelOptions
@@ -36,6 +37,7 @@ class TrainOptions(Options):
     schedule: ScheduleOptions = group(ScheduleOptions)
     run: RunOptions = group(RunOptions)
     precision: PrecisionOptions = group(PrecisionOptions)
+    kernels: KernelOptions = group(KernelOptions)
     memory: MemoryOptions = group(MemoryOptions)
     fit: FitOptions = group(FitOptions)
     noise: NoiseOptions = group(NoiseOptions)

@@ -86,8 +86,9 @@ def train_as_asked(
         show_dataset(options, latents)
         return True
     from library.training.faults.deterministic import deterministic
+    from library.training.run.cuda_kernels import cuda_kernels
 
-    with run_lock(options), deterministic(options.faults.deterministic):
+    with run_lock(options), cuda_kernels(options.kernels), deterministic(options.faults.deterministic):
         return train_network(options, build, interruption)
 
 

@@ -1,0 +1,87 @@
+"""--cuda_allow_tf32 and --cuda_cudnn_benchmark set torch up for the run alone."""
+
+import logging
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from library.options.kernels import KernelOptions
+from library.options.rules import unused
+from library.options.train import TrainOptions
+from library.training.faults.deterministic import deterministic
+from library.training.run.cuda_kernels import cuda_kernels
+from tests.running import Finished
+
+
+def settings() -> tuple[bool, bool, bool]:
+    """TF32 in products, TF32 in convolutions, cuDNN's trials."""
+    backends = torch.backends
+    return (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.benchmark)
+
+
+def set_all(values: tuple[bool, bool, bool]) -> None:
+    backends = torch.backends
+    backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.benchmark = values
+
+
+@pytest.fixture
+def full_precision() -> Iterator[None]:
+    """torch's own default lets convolutions round."""
+    before = settings()
+    set_all((False, False, False))
+    yield
+    set_all(before)
+
+
+@pytest.mark.usefixtures("full_precision")
+@pytest.mark.parametrize(
+    ("options", "inside"),
+    [
+        (KernelOptions(), (False, False, False)),
+        (KernelOptions(cuda_allow_tf32=True), (True, True, False)),
+        (KernelOptions(cuda_cudnn_benchmark=True), (False, False, True)),
+    ],
+)
+def test_torch_is_set_up_inside_and_as_before_after_an_error(
+    options: KernelOptions, inside: tuple[bool, bool, bool]
+) -> None:
+    with pytest.raises(ZeroDivisionError), cuda_kernels(options):
+        assert settings() == inside
+        raise ZeroDivisionError
+    assert settings() == (False, False, False)
+
+
+@pytest.mark.usefixtures("full_precision")
+def test_deterministic_wins_over_cudnns_trials_and_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with cuda_kernels(KernelOptions(cuda_allow_tf32=True, cuda_cudnn_benchmark=True)), deterministic(True):
+        assert settings() == (True, True, False)
+    both = TrainOptions().with_values({"deterministic": True, "cuda_cudnn_benchmark": True})
+    assert "--cuda_cudnn_benchmark has no effect with --deterministic" in [*unused(both, {})]
+
+
+def test_a_machine_without_a_card_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level(logging.WARNING), cuda_kernels(KernelOptions()):
+        assert not caplog.messages
+    with caplog.at_level(logging.WARNING), cuda_kernels(KernelOptions(cuda_allow_tf32=True)):
+        assert caplog.messages == ["--cuda_allow_tf32: no effect, as torch finds no CUDA card"]
+
+
+@pytest.mark.usefixtures("full_precision")
+def test_a_run_computes_with_them(
+    train: Callable[..., Finished], base_arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import library.training.run.loop as loop
+
+    seen, real = [], loop.train
+
+    def watched(*arguments: object) -> None:
+        seen.append(settings())
+        real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "train", watched)
+    words = ["--cuda_allow_tf32", "--cuda_cudnn_benchmark", "--max_train_steps", "1"]
+    assert train([*base_arguments, *words]).status == 0
+    assert seen == [(True, True, True)] and settings() == (False, False, False)
