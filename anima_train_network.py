@@ -18,15 +18,15 @@ class AnimaNetworkTrainer:
 
     def train(self, args: argparse.Namespace) -> None:
         """Train as `args` asks. Raises UserError for what the user can put right."""
-        from library.architectures.anima.assembly import LATENTS, build
+        from library.architectures.anima.assembly import LATENTS, build, build_objective
         from library.training.command_line.main import train_for_program
 
-        train_for_program(args, setup_parser(), AnimaOptions, build, LATENTS)
+        train_for_program(args, setup_parser(), AnimaOptions, build, LATENTS, build_objective)
 
 
 if __name__ == "__main__":
     let_idle_threads_sleep()
-    from library.architectures.anima.assembly import LATENTS, build
+    from library.architectures.anima.assembly import LATENTS, build, build_objective
     from library.training.command_line.main import main
 
-    raise SystemExit(main(setup_parser(), AnimaOptions, build, latents=LATENTS))
+    raise SystemExit(main(setup_parser(), AnimaOptions, build, latents=LATENTS, objective=build_objective))

@@ -18,15 +18,15 @@ class LuminaNetworkTrainer:
 
     def train(self, args: argparse.Namespace) -> None:
         """Train as `args` asks. Raises UserError for what the user can put right."""
-        from library.architectures.lumina.assembly import LATENTS, build
+        from library.architectures.lumina.assembly import LATENTS, build, build_objective
         from library.training.command_line.main import train_for_program
 
-        train_for_program(args, setup_parser(), LuminaOptions, build, LATENTS)
+        train_for_program(args, setup_parser(), LuminaOptions, build, LATENTS, build_objective)
 
 
 if __name__ == "__main__":
     let_idle_threads_sleep()
-    from library.architectures.lumina.assembly import LATENTS, build
+    from library.architectures.lumina.assembly import LATENTS, build, build_objective
     from library.training.command_line.main import main
 
-    raise SystemExit(main(setup_parser(), LuminaOptions, build, latents=LATENTS))
+    raise SystemExit(main(setup_parser(), LuminaOptions, build, latents=LATENTS, objective=build_objective))

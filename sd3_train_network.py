@@ -20,15 +20,15 @@ class Sd3NetworkTrainer:
 
     def train(self, args: argparse.Namespace) -> None:
         """Train as `args` asks. Raises UserError for what the user can put right."""
-        from library.architectures.sd3.assembly import LATENTS, build
+        from library.architectures.sd3.assembly import LATENTS, build, build_objective
         from library.training.command_line.main import train_for_program
 
-        train_for_program(args, setup_parser(), Sd3Options, build, LATENTS)
+        train_for_program(args, setup_parser(), Sd3Options, build, LATENTS, build_objective)
 
 
 if __name__ == "__main__":
     let_idle_threads_sleep()
-    from library.architectures.sd3.assembly import LATENTS, build
+    from library.architectures.sd3.assembly import LATENTS, build, build_objective
     from library.training.command_line.main import main
 
-    raise SystemExit(main(setup_parser(), Sd3Options, build, latents=LATENTS))
+    raise SystemExit(main(setup_parser(), Sd3Options, build, latents=LATENTS, objective=build_objective))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from library.diffusion.noise import draw_normal, draw_strength
-from library.diffusion.noise_levels import LevelSampler, check_timestep_range, sampled, scheme_weights
+from library.diffusion.noise_levels import LevelSampler, check_timestep_range, sampled, scheme_weights, takes_offset
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error
 from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
 from library.options.loss import LossOptions
@@ -55,6 +55,7 @@ class FlowMatching:
     tells_whole_timesteps: bool  # the denoiser is told thousandths rounded down, whatever the exact level
     noise: NoiseOptions
     weighting: LossOptions
+    takes_offset: bool  # the levels come from normal values, which an offset moves
 
     def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator) -> Noised:
         """Noise latents to levels of their own; tensors in the latents' dtype and device, arithmetic in float32.
@@ -68,7 +69,7 @@ class FlowMatching:
             gamma = draw_strength(self.noise.ip_noise_gamma, self.noise.ip_noise_gamma_random_strength, generator)
             input_noise_BCHW = noise_BCHW + gamma * draw_normal(clean.shape, generator, clean.device)
         B, _, H, W = clean.shape
-        timesteps_B = self._draw_timesteps(B, H, W, generator).to(clean.device)
+        timesteps_B = self.draw_timesteps(B, H, W, generator).to(clean.device)
         sigmas_B = timesteps_B / NUM_TIMESTEPS
         sigmas_B111 = sigmas_B.view(-1, 1, 1, 1)
         return Noised(
@@ -79,12 +80,14 @@ class FlowMatching:
             timesteps_B=timesteps_B.floor() if self.tells_whole_timesteps else timesteps_B,
         )
 
-    def _draw_timesteps(self, B: int, H: int, W: int, generator: torch.Generator) -> Tensor:
+    def draw_timesteps(
+        self, B: int, H: int, W: int, generator: torch.Generator, offsets_B: Tensor | None = None
+    ) -> Tensor:
         """Thousandths of noise, float32, on the CPU; where the limits leave no room every sample gets the upper one."""
         if self.min_timestep >= self.max_timestep:
             return torch.full((B,), float(self.max_timestep))
         room = self.max_timestep - self.min_timestep
-        timesteps_B = self.draw_levels(B, H, W, generator) * room + self.min_timestep
+        timesteps_B = self.draw_levels(B, H, W, generator, offsets_B) * room + self.min_timestep
         return timesteps_B.floor().clamp(max=self.max_timestep - 1) if self.has_whole_timesteps else timesteps_B
 
     def estimate(self, output_BCHW: Tensor, noised: Noised) -> Tensor:
@@ -127,6 +130,7 @@ def build_flow(
     *,
     has_whole_timesteps: bool = False,
     tells_whole_timesteps: bool = False,
+    takes_offset: bool = False,
 ) -> FlowMatching:
     """The objective of a flow matching model whose levels and target are its own.
 
@@ -150,6 +154,7 @@ def build_flow(
         tells_whole_timesteps=tells_whole_timesteps,
         noise=noise,
         weighting=weighting,
+        takes_offset=takes_offset,
     )
 
 
@@ -178,6 +183,7 @@ def build_sampled_flow(
         prediction_type,
         weighting.weighting_scheme if weights_loss else "none",
         tells_whole_timesteps=tells_whole_timesteps,
+        takes_offset=takes_offset(weighting, sampling),
     )
 
 

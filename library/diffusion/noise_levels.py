@@ -6,7 +6,7 @@ generator; shares are float32.
 """
 
 import math
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,20 @@ from torch import Tensor
 from library.errors import UserError
 from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
 
-LevelSampler = Callable[[int, int, int, torch.Generator], Tensor]
-"""(samples, latent height, latent width, generator) -> shares of noise, shape B."""
+
+class LevelSampler(Protocol):
+    """Draws shares of noise, shape B. An offset of its own can be added to the normal value behind each sample."""
+
+    def __call__(
+        self,
+        num_samples: int,
+        latent_height: int,
+        latent_width: int,
+        generator: torch.Generator,
+        offsets_B: Tensor | None = None,
+        /,
+    ) -> Tensor: ...
+
 
 TABLE_SIZE = 1000
 PATCH = 2  # latents a side that transformers read as one token
@@ -37,14 +49,29 @@ def resolution_shift(latent_height: int, latent_width: int) -> float:
     return math.exp(low + (high - low) * (num_tokens - few) / (many - few))
 
 
-def draw_scheme(options: FlowWeightingOptions, num_samples: int, generator: torch.Generator) -> Tensor:
+def draw_moved_normal(num_samples: int, generator: torch.Generator, offsets_B: Tensor | None) -> Tensor:
+    """Standard normal values, each moved by the offset of its sample."""
+    z_B = torch.randn(num_samples, generator=generator)
+    return z_B if offsets_B is None else z_B + offsets_B
+
+
+def takes_offset(weighting: FlowWeightingOptions, sampling: FlowSamplingOptions | None = None) -> bool:
+    """Whether a normal value is behind the levels, so that an offset moves them; SD3 has no --timestep_sampling."""
+    if sampling is not None and sampling.timestep_sampling != "sigma":
+        return sampling.timestep_sampling in ("sigmoid", "shift", "flux_shift")
+    return weighting.weighting_scheme == "logit_normal"
+
+
+def draw_scheme(
+    options: FlowWeightingOptions, num_samples: int, generator: torch.Generator, offsets_B: Tensor | None = None
+) -> Tensor:
     """Draws in 0..1 whose density is that of --weighting_scheme, uniform for those that only weight the loss.
 
-    logit_normal is the sigmoid of a normal value; mode is 1 - u - c (cos(pi u / 2)^2 - 1 + u), c = --mode_scale
-    (Esser et al. 2024, section 3.1).
+    logit_normal is the sigmoid of a normal value, which offsets are added to; mode is
+    1 - u - c (cos(pi u / 2)^2 - 1 + u), c = --mode_scale (Esser et al. 2024, section 3.1).
     """
     if options.weighting_scheme == "logit_normal":
-        z_B = torch.randn(num_samples, generator=generator)
+        z_B = draw_moved_normal(num_samples, generator, offsets_B)
         return torch.sigmoid(options.logit_mean + options.logit_std * z_B)
     u_B = torch.rand(num_samples, generator=generator)
     if options.weighting_scheme == "mode":
@@ -67,15 +94,22 @@ def shifted_scheme(options: FlowWeightingOptions, shift: float) -> LevelSampler:
     """SD3's levels: draws of --weighting_scheme, shifted. Raises UserError for a value that makes no levels."""
     check_scheme(options)
     check_shift("--training_shift", shift)
-    return lambda num_samples, _h, _w, generator: shift_sigmas(draw_scheme(options, num_samples, generator), shift)
+
+    def draw(
+        num_samples: int, _height: int, _width: int, generator: torch.Generator, offsets_B: Tensor | None = None
+    ) -> Tensor:
+        return shift_sigmas(draw_scheme(options, num_samples, generator, offsets_B), shift)
+
+    return draw
 
 
 def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions) -> LevelSampler:
     """The levels that --timestep_sampling names. Raises UserError for a value that makes no levels.
 
     `sigma` takes entry int(1000 u) of a table that descends from pure noise, u drawn by --weighting_scheme; `uniform`
-    is uniform; `sigmoid` is q = sigmoid(k z), k = --sigmoid_scale; `shift` pushes q by --discrete_flow_shift,
-    `flux_shift` by a shift that grows with the picture, `nextdit_shift` does so with a uniform q.
+    is uniform; `sigmoid` is q = sigmoid(k (z + offset)), k = --sigmoid_scale; `shift` pushes q by
+    --discrete_flow_shift, `flux_shift` by a shift that grows with the picture, `nextdit_shift` does so with a uniform
+    q.
     """
     check_scheme(weighting)
     check_shift("--discrete_flow_shift", sampling.discrete_flow_shift)
@@ -83,15 +117,24 @@ def sampled(sampling: FlowSamplingOptions, weighting: FlowWeightingOptions) -> L
         raise UserError(f"--sigmoid_scale is {sampling.sigmoid_scale}; use 0 or more, 1 is usual")
     k, shift = sampling.sigmoid_scale, sampling.discrete_flow_shift
 
-    def draw(num_samples: int, latent_height: int, latent_width: int, generator: torch.Generator) -> Tensor:
+    def draw(
+        num_samples: int,
+        latent_height: int,
+        latent_width: int,
+        generator: torch.Generator,
+        offsets_B: Tensor | None = None,
+    ) -> Tensor:
         kind = sampling.timestep_sampling
         if kind == "sigma":
-            places_B = (draw_scheme(weighting, num_samples, generator) * TABLE_SIZE).long().clamp(max=TABLE_SIZE - 1)
+            # The table descends, so a draw near 1 is little noise.
+            away_B = None if offsets_B is None else -offsets_B
+            u_B = draw_scheme(weighting, num_samples, generator, away_B)
+            places_B = (u_B * TABLE_SIZE).long().clamp(max=TABLE_SIZE - 1)
             return shift_sigmas((TABLE_SIZE - places_B) / TABLE_SIZE, shift)
         if kind in ("uniform", "nextdit_shift"):
             q_B = torch.rand(num_samples, generator=generator)
         else:
-            q_B = torch.sigmoid(k * torch.randn(num_samples, generator=generator))
+            q_B = torch.sigmoid(k * draw_moved_normal(num_samples, generator, offsets_B))
         if kind == "shift":
             return shift_sigmas(q_B, shift)
         if kind == "nextdit_shift":

@@ -16,7 +16,7 @@ from library.architectures.anima.text import AnimaText
 from library.architectures.anima.vae import QwenImageLatents
 from library.architectures.cards import list_cards
 from library.checkpoints.weights import fingerprint
-from library.diffusion.flow import IGNORES, build_sampled_flow
+from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.errors import UserError
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside, ignored_attention
 from library.models.t5 import holds_t5_tokenizer, load_t5_tokenizer
@@ -69,7 +69,7 @@ def build(options: AnimaOptions) -> Architecture:
         load=loader,
         text=text,
         codec=CODEC,
-        objective=build_sampled_flow(options, options.flow_sampling, options.flow_weighting, always_weights_loss=True),
+        objective=build_objective(options),
         predict=predict,
         view=view,
         preview=build_preview(text),
@@ -78,6 +78,10 @@ def build(options: AnimaOptions) -> Architecture:
         ignores={**RECIPE.ignores, **ignored_attention(options.computing.attn_mode)},
         text_cache=build_text_cache(options, loader, text),
     )
+
+
+def build_objective(options: AnimaOptions) -> FlowMatching:
+    return build_sampled_flow(options, options.flow_sampling, options.flow_weighting, always_weights_loss=True)
 
 
 def build_text(options: AnimaOptions, loader: AnimaLoader) -> AnimaText:

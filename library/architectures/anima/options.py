@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from library.options.base import Options, group, option, redeclared
 from library.options.caching import TextCachingOptions
-from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
+from library.options.flow import FlowSamplingOptions, FlowWeightingOptions, TimestepPreviewOptions
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 
@@ -79,4 +79,5 @@ class AnimaOptions(TrainOptions):
     flow_sampling: AnimaSamplingOptions = group(AnimaSamplingOptions)
     flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
     computing: AnimaMemoryOptions = group(AnimaMemoryOptions)
+    timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
     reading: ReadingOptions = group(ReadingOptions)

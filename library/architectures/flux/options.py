@@ -6,7 +6,12 @@ from typing import TypeVar
 
 from library.options.base import Options, group, option, redeclared
 from library.options.caching import TextCachingOptions
-from library.options.flow import FlowPredictionOptions, FlowSamplingOptions, FlowWeightingOptions
+from library.options.flow import (
+    FlowPredictionOptions,
+    FlowSamplingOptions,
+    FlowWeightingOptions,
+    TimestepPreviewOptions,
+)
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 
@@ -63,6 +68,7 @@ class FluxOptions(TrainOptions):
     flow_sampling: FlowSamplingOptions = group(FlowSamplingOptions)
     flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
     flow_prediction: FluxPredictionOptions = group(FluxPredictionOptions)
+    timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
     reading: ReadingOptions = group(ReadingOptions)
 
     @classmethod

@@ -6,7 +6,12 @@ from typing import TypeVar
 
 from library.options.base import Options, group, option, redeclared
 from library.options.caching import TextCachingOptions
-from library.options.flow import FlowPredictionOptions, FlowSamplingOptions, FlowWeightingOptions
+from library.options.flow import (
+    FlowPredictionOptions,
+    FlowSamplingOptions,
+    FlowWeightingOptions,
+    TimestepPreviewOptions,
+)
 from library.options.memory import PrecisionOptions
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
@@ -77,6 +82,7 @@ class HunyuanImageOptions(TrainOptions):
     flow_sampling: HunyuanImageSamplingOptions = group(HunyuanImageSamplingOptions)
     flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
     flow_prediction: FlowPredictionOptions = group(FlowPredictionOptions)
+    timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
     reading: ReadingOptions = group(ReadingOptions)
 
     @classmethod

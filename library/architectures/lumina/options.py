@@ -4,7 +4,12 @@ from dataclasses import dataclass
 
 from library.options.base import Options, group, option, redeclared
 from library.options.caching import TextCachingOptions
-from library.options.flow import FlowPredictionOptions, FlowSamplingOptions, FlowWeightingOptions
+from library.options.flow import (
+    FlowPredictionOptions,
+    FlowSamplingOptions,
+    FlowWeightingOptions,
+    TimestepPreviewOptions,
+)
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 
@@ -63,4 +68,5 @@ class LuminaOptions(TrainOptions):
     flow_sampling: LuminaSamplingOptions = group(LuminaSamplingOptions)
     flow_weighting: FlowWeightingOptions = group(FlowWeightingOptions)
     flow_prediction: FlowPredictionOptions = group(FlowPredictionOptions)
+    timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
     reading: ReadingOptions = group(ReadingOptions)

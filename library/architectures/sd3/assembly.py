@@ -15,7 +15,7 @@ from library.architectures.sd3.predict import predict
 from library.architectures.sd3.text import Sd3Text
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_flow
-from library.diffusion.noise_levels import FINEST_LEVEL, shift_sigmas, shifted_scheme
+from library.diffusion.noise_levels import FINEST_LEVEL, shift_sigmas, shifted_scheme, takes_offset
 from library.diffusion.samplers import FlowSampler, Sampler
 from library.models.clip import PROJECTION
 from library.models.clip_tokenizer import load_tokenizer
@@ -121,7 +121,13 @@ def build_objective(options: Sd3Options) -> FlowMatching:
     """An estimate of the clean latent against it, at whole thousandths of noise."""
     levels = shifted_scheme(options.flow, options.sd3.training_shift)
     return build_flow(
-        options, levels, "latent", "sigma_scaled", options.flow.weighting_scheme, has_whole_timesteps=True
+        options,
+        levels,
+        "latent",
+        "sigma_scaled",
+        options.flow.weighting_scheme,
+        has_whole_timesteps=True,
+        takes_offset=takes_offset(options.flow),
     )
 
 

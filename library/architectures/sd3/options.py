@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from library.options.base import Options, group, option
 from library.options.caching import TextCachingOptions
-from library.options.flow import FlowWeightingOptions
+from library.options.flow import FlowWeightingOptions, TimestepPreviewOptions
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 
@@ -75,4 +75,5 @@ class Sd3Options(TrainOptions):
     text_caching: TextCachingOptions = group(TextCachingOptions)
     sd3: Sd3TrainingOptions = group(Sd3TrainingOptions)
     flow: FlowWeightingOptions = group(FlowWeightingOptions)
+    timestep_preview: TimestepPreviewOptions = group(TimestepPreviewOptions)
     reading: ReadingOptions = group(ReadingOptions)

@@ -47,12 +47,8 @@ def check(options: TrainOptions) -> None:
 
 def check_data(options: TrainOptions) -> None:
     """The part of it that holds where pictures are encoded and nothing is trained."""
-    missing = unsupported(options)
-    if missing:
-        raise UserError("\n".join(missing))
-    check_ranges(options)
+    check_values(options)
     check_buckets(options)
-    check_choices(options)
     dataset = options.dataset
     if dataset.dataset_config is None:
         if not dataset.train_data_dir:
@@ -61,6 +57,15 @@ def check_data(options: TrainOptions) -> None:
             )
         if not dataset.resolution:
             raise UserError("--resolution is not set; give the training size with it, such as 512 or 512,768")
+
+
+def check_values(options: TrainOptions) -> None:
+    """What holds of each option by itself, whatever is asked for."""
+    missing = unsupported(options)
+    if missing:
+        raise UserError("\n".join(missing))
+    check_ranges(options)
+    check_choices(options)
 
 
 def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:

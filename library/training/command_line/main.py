@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from library.diffusion.flow import FlowMatching
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
-from library.training.command_line.checks import check, check_vae_precision, report_unused
+from library.training.command_line.checks import check, check_vae_precision, check_values, report_unused
 from library.training.command_line.cli import from_program, parse
 from library.training.command_line.run_lock import run_lock
+from library.training.command_line.show_timesteps import asked_preview, show_timesteps
 from library.training.faults.interruption import Interrupted, Interruption
 from library.training.saving.resume import AlreadyComplete
 
@@ -27,18 +29,20 @@ def main(
     argv: Sequence[str] | None = None,
     *,
     latents: LatentSpec | None = None,
+    objective: Callable[[OptionsT], FlowMatching] | None = None,
 ) -> int:
     """Train as the command line says. Gives the exit status: 0 done or stopped and saved, 1 ended by an error (2 is
     argparse's own).
 
-    With `latents`, which decide the sizes of buckets, --debug_dataset works without a base model.
+    With `latents`, which decide the sizes of buckets, --debug_dataset works without a base model. A flow model also
+    gives its `objective`, for --show_timesteps.
     """
     interruption = Interruption()
     interruption.install()
     args = parse(parser, argv)
     try:
         options = options_type.from_args(args)
-        is_over = train_as_asked(options, build, latents, interruption)
+        is_over = train_as_asked(options, build, latents, objective, interruption)
         if options.faults.exit_status_on_stop and not is_over:
             return interruption.exit_status
     except AlreadyComplete as error:
@@ -60,6 +64,7 @@ def train_for_program(
     options_type: type[OptionsT],
     build: Callable[[OptionsT], Architecture],
     latents: LatentSpec,
+    objective: Callable[[OptionsT], FlowMatching] | None = None,
 ) -> None:
     """Train as a program asks that imports a script: signals stay with the program, and what would end a run as a line
     on the screen is raised, such as UserError. A run that has nothing left to do returns.
@@ -69,7 +74,7 @@ def train_for_program(
     AcceleratorState._reset_state()  # a program may train twice, with another precision
     options = options_type.from_args(from_program(parser, args))
     try:
-        train_as_asked(options, build, latents, Interruption())
+        train_as_asked(options, build, latents, objective, Interruption())
     except AlreadyComplete as error:
         logger.info("%s", error)
 
@@ -78,9 +83,14 @@ def train_as_asked(
     options: OptionsT,
     build: Callable[[OptionsT], Architecture],
     latents: LatentSpec | None,
+    objective: Callable[[OptionsT], FlowMatching] | None,
     interruption: Interruption,
 ) -> bool:
-    """Check the options, then train, or show the data set; gives whether the run came to its end."""
+    """Check the options, then train, or show noise levels or the data set; gives whether the run came to its end."""
+    if latents is not None and objective is not None and (asked := asked_preview(options)) is not None:
+        check_values(options)
+        show_timesteps(asked, options, objective(options), latents.downscale)
+        return True
     check(options)
     if latents is not None and options.dataset.debug_dataset and not options.model.pretrained_model_name_or_path:
         show_dataset(options, latents)

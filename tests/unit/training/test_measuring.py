@@ -63,7 +63,7 @@ def test_one_picture_has_no_error_and_equal_weights_no_difference():
 
 
 def uniform() -> LevelSampler:
-    return lambda B, H, W, generator: torch.rand(B, generator=generator)
+    return lambda B, H, W, generator, offsets_B=None: torch.rand(B, generator=generator)
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "flow"])

@@ -1,0 +1,135 @@
+"""--show_timesteps: which noise levels a run would draw and how much each counts, without a model or pictures."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from library.diffusion.flow import NUM_TIMESTEPS, FlowMatching
+from library.diffusion.noise_levels import scheme_weights
+from library.errors import UserError
+from library.launcher import launched_rank
+from library.options.flow import TimestepPreviewOptions
+from library.options.train import TrainOptions
+from library.training.reporting.report import announce
+
+logger = logging.getLogger(__name__)
+
+NUM_DRAWS = 100_000  # a bin of a fiftieth then errs by about 2 % of its share
+NUM_BINS = 50
+BIN_SIZE = NUM_TIMESTEPS // NUM_BINS
+MOST_MARKS = 60  # characters of the longest bar on the console
+BAR_WIDTH, PLOT_HEIGHT, MARGIN = 16, 320, 32  # pixels
+BAR_COLOUR, WEIGHT_COLOUR = (70, 110, 180), (200, 70, 40)
+
+
+@dataclass(frozen=True)
+class DrawnLevels:
+    """What is drawn, in bins of 20 of the 1000 timesteps, from no noise to pure noise."""
+
+    shares: list[float]  # of all draws; they add up to 1
+    weights: list[float]  # the factor on the loss at the middle of each bin
+
+
+def asked_preview(options: TrainOptions) -> TimestepPreviewOptions | None:
+    """What --show_timesteps and its like say; None where it is not given, or the base model does not have it."""
+    values = options.flat()
+    if not values.get("show_timesteps"):
+        return None
+    return TimestepPreviewOptions(**{name: values[name] for name in TimestepPreviewOptions.defaults()})
+
+
+def show_timesteps(
+    asked: TimestepPreviewOptions, options: TrainOptions, objective: FlowMatching, downscale: int
+) -> None:
+    """Draw as training does and show it, on the console or as a picture in --output_dir.
+
+    `downscale` is in pixels per latent. Raises UserError for a resolution that is none, a picture without a place.
+    """
+    height, width = read_resolution(asked.show_timesteps_resolution)
+    place = picture_place(options) if asked.show_timesteps == "image" else None
+    offset = asked.show_timesteps_offset
+    if offset and not objective.takes_offset:
+        logger.warning(
+            "--show_timesteps_offset %g has no effect: no normal value that it could move is behind these draws; one "
+            "is behind those of --timestep_sampling sigmoid and shift and of --weighting_scheme logit_normal",
+            offset,
+        )
+    drawn = draw_levels(objective, height // downscale, width // downscale, offset, options.run.seed or 0)
+    if launched_rank() != 0:
+        return
+    title = f"{NUM_DRAWS} draws of noise levels, 0 is the picture and 1000 pure noise, at {width}x{height}"
+    title += f" with an offset of {offset:g}" if offset and objective.takes_offset else ""
+    if place is None:
+        for line in (title, *table_lines(drawn)):
+            announce(line)
+    else:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        plot(drawn, title).save(place)
+        logger.info("the distribution of noise levels is in %s", place)
+
+
+def read_resolution(text: str) -> tuple[int, int]:
+    """Height and width in pixels of "1024" or "1024,768". Raises UserError."""
+    parts = text.split(",")
+    if len(parts) > 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--show_timesteps_resolution is {text!r}; use pixels: 1024 for a square, or HEIGHT,WIDTH")
+    return int(parts[0]), int(parts[-1])
+
+
+def picture_place(options: TrainOptions) -> Path:
+    """The file of the picture. Raises UserError without --output_dir."""
+    if not options.saving.output_dir:
+        raise UserError("--show_timesteps image has no place for its picture; give --output_dir, or use console")
+    return Path(options.saving.output_dir) / f"{options.saving.output_name or 'last'}-timesteps.png"
+
+
+def draw_levels(
+    objective: FlowMatching, latent_height: int, latent_width: int, offset: float, seed: int
+) -> DrawnLevels:
+    """Count what the objective draws for pictures of one size."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets_B = torch.full((NUM_DRAWS,), offset)
+    timesteps_B = objective.draw_timesteps(NUM_DRAWS, latent_height, latent_width, generator, offsets_B)
+    bins_B = (timesteps_B / BIN_SIZE).long().clamp(max=NUM_BINS - 1)
+    middles: Tensor = (torch.arange(NUM_BINS) + 0.5) / NUM_BINS
+    return DrawnLevels(
+        shares=(torch.bincount(bins_B, minlength=NUM_BINS) / NUM_DRAWS).tolist(),
+        weights=scheme_weights(objective.loss_scheme, middles).tolist(),
+    )
+
+
+def table_lines(drawn: DrawnLevels) -> list[str]:
+    """A row for each bin: its timesteps, its share of the draws, its weight in the loss, and a bar."""
+    lines = ["timesteps   share  loss weight"]
+    for i, (share, weight) in enumerate(zip(drawn.shares, drawn.weights, strict=True)):
+        bar = "#" * round(MOST_MARKS * share / max(drawn.shares))
+        lines.append(f"{i * BIN_SIZE:4d}-{(i + 1) * BIN_SIZE - 1:4d}  {share:6.2%}  {weight:11.4g}  {bar}".rstrip())
+    return lines
+
+
+def plot(drawn: DrawnLevels, title: str) -> Image.Image:
+    """Bars for the shares, a line for the weights, each as high as the plot where it is largest."""
+    width, bottom = NUM_BINS * BAR_WIDTH + 2 * MARGIN, MARGIN + PLOT_HEIGHT
+    picture = Image.new("RGB", (width, bottom + 2 * MARGIN), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.text((MARGIN, 10), title, fill="black")
+    lefts = [MARGIN + i * BAR_WIDTH for i in range(NUM_BINS)]
+    for left, share in zip(lefts, drawn.shares, strict=True):
+        height = round(PLOT_HEIGHT * share / max(drawn.shares))
+        if height:
+            pen.rectangle((left, bottom - height, left + BAR_WIDTH - 2, bottom - 1), fill=BAR_COLOUR)
+    points = [
+        (left + BAR_WIDTH / 2, bottom - PLOT_HEIGHT * weight / max(drawn.weights))
+        for left, weight in zip(lefts, drawn.weights, strict=True)
+    ]
+    pen.line(points, fill=WEIGHT_COLOUR, width=2)
+    pen.line((MARGIN, bottom, width - MARGIN, bottom), fill="black")
+    for timestep in range(0, NUM_TIMESTEPS + 1, NUM_TIMESTEPS // 5):
+        pen.text((MARGIN + timestep * BAR_WIDTH // BIN_SIZE, bottom + 4), str(timestep), fill="black", anchor="ma")
+    pen.text((MARGIN, bottom + 24), f"bars: share of the draws, most {max(drawn.shares):.2%}", fill=BAR_COLOUR)
+    pen.text((width // 2, bottom + 24), f"line: loss weight, most {max(drawn.weights):.4g}", fill=WEIGHT_COLOUR)
+    return picture

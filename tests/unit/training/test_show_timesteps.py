@@ -1,0 +1,132 @@
+"""--show_timesteps shows what training draws: the shares of bins against the distributions in closed form."""
+
+import importlib
+import logging
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from library.training.command_line.main import main
+from library.training.command_line.show_timesteps import BAR_WIDTH, MARGIN, NUM_BINS, NUM_DRAWS, PLOT_HEIGHT
+
+Cdf = Callable[[float], float]
+MODELS = ["anima", "flux", "hunyuan_image", "lumina", "sd3"]
+
+
+def run(model: str, *words: str) -> int:
+    script = importlib.import_module(f"{model}_train_network")
+    options = importlib.import_module(f"library.architectures.{model}.options")
+    kind = next(value for name, value in vars(options).items() if name.lower() == model.replace("_", "") + "options")
+    parts = importlib.import_module(f"library.architectures.{model}.assembly")
+    parser, objective = script.setup_parser(), parts.build_objective
+    return main(parser, kind, parts.build, list(words), latents=parts.LATENTS, objective=objective)
+
+
+def normal_behind(mean: float, deviation: float, shift: float = 1.0) -> Cdf:
+    """Of the sigmoid of a normal value, pushed by a shift, which adds its logarithm to the logit."""
+
+    def cdf(level: float) -> float:
+        if not 0 < level < 1:
+            return float(level >= 1)
+        logit = math.log(level / (1 - level)) - math.log(shift)
+        return 0.5 * (1 + math.erf((logit - mean) / (deviation * math.sqrt(2))))
+
+    return cdf
+
+
+def shares_of(cdf: Cdf) -> list[float]:
+    edges = [cdf(i / NUM_BINS) for i in range(NUM_BINS + 1)]
+    return [after - before for before, after in pairwise(edges)]
+
+
+def printed(text: str) -> list[tuple[float, float]]:
+    """Share and loss weight of each row."""
+    rows = [line.split("-", 1)[1].split() for line in text.splitlines() if "%" in line]
+    return [(float(row[1].rstrip("%")) / 100, float(row[2])) for row in rows]
+
+
+FLUX_1024 = math.exp(1.15)  # at 4096 tokens, the larger end
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "cdf"),
+    [
+        ("anima", [], normal_behind(0, 1)),
+        ("flux", ["--timestep_sampling", "flux_shift"], normal_behind(0, 1, FLUX_1024)),
+        (
+            "flux",
+            ["--timestep_sampling", "flux_shift", "--show_timesteps_resolution", "256"],
+            normal_behind(0, 1, math.exp(0.5)),
+        ),
+        (
+            "hunyuan_image",
+            ["--timestep_sampling", "shift", "--sigmoid_scale", "0.8", "--show_timesteps_offset", "-0.5"],
+            normal_behind(-0.4, 0.8, 5.0),
+        ),
+        ("lumina", ["--show_timesteps_offset", "0.5"], normal_behind(0.5, 1, 6.0)),
+        (
+            "sd3",
+            ["--weighting_scheme", "logit_normal", "--training_shift", "3", "--show_timesteps_offset", "0.3"],
+            normal_behind(0.3, 1, 3.0),
+        ),
+        (
+            "flux",
+            ["--weighting_scheme", "logit_normal", "--discrete_flow_shift", "1", "--show_timesteps_offset", "0.4"],
+            normal_behind(0.4, 1),
+        ),
+        ("anima", ["--timestep_sampling", "uniform", "--max_timestep", "500"], lambda level: min(2 * level, 1)),
+    ],
+)
+def test_table_has_the_distribution_that_is_drawn(
+    model: str, words: list[str], cdf: Cdf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(model, "--show_timesteps", "console", "--seed", "12", *words) == 0
+    shares = [share for share, _ in printed(capsys.readouterr().out)]
+    edge = 1e-3 if "--weighting_scheme" in words else 0  # the table of sigma and SD3's levels are whole thousandths
+    wanted, moved = shares_of(cdf), shares_of(lambda level: cdf(level + edge) if 0 < level < 1 else cdf(level))
+    for share, low, high in zip(shares, map(min, wanted, moved), map(max, wanted, moved), strict=True):
+        error = 4.5 * math.sqrt(high / NUM_DRAWS) + 0.5e-4  # of counting, and the rounding of what is printed
+        assert low - error <= share <= high + error
+
+
+def test_table_has_the_weights_of_the_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("anima", "--show_timesteps", "console", "--weighting_scheme", "sigma_sqrt") == 0
+    weights = [weight for _, weight in printed(capsys.readouterr().out)]
+    assert weights == pytest.approx([((i + 0.5) / NUM_BINS) ** -2 for i in range(NUM_BINS)], rel=1e-3)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_picture_has_bars_as_high_as_the_shares(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--seed", "4", "--output_dir", str(tmp_path / "new"), "--output_name", "cat"]
+    assert run(model, "--show_timesteps", "image", *words) == run(model, "--show_timesteps", "console", *words) == 0
+    shares = [share for share, _ in printed(capsys.readouterr().out)]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["cat-timesteps.png"]
+    picture = Image.open(tmp_path / "new" / "cat-timesteps.png")
+    for i, share in enumerate(shares):
+        column = [picture.getpixel((MARGIN + i * BAR_WIDTH + 2, MARGIN + y)) for y in range(PLOT_HEIGHT)]
+        filled = [y for y, colour in enumerate(column) if colour == (70, 110, 180)]
+        height = PLOT_HEIGHT - min(filled, default=PLOT_HEIGHT)
+        assert abs(height - PLOT_HEIGHT * share / max(shares)) <= 4, i  # the line of weights covers up to three pixels
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["image"], "--show_timesteps image has no place for its picture; give --output_dir"),
+        (["console", "--show_timesteps_resolution", "1024x768"], "--show_timesteps_resolution is '1024x768'"),
+        (["console", "--show_timesteps_resolution", "0"], "--show_timesteps_resolution is '0'"),
+    ],
+)
+def test_mistakes_are_sentences(words: list[str], said: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert run("flux", "--show_timesteps", *words) == 1
+    assert said in caplog.text and "Traceback" not in caplog.text
+
+
+def test_an_offset_that_moves_nothing_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert run("sd3", "--show_timesteps", "console", "--show_timesteps_offset", "0.5") == 0
+    assert "--show_timesteps_offset 0.5 has no effect" in caplog.text
