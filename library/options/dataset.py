@@ -174,6 +174,12 @@ class DatasetOptions(Options):
         needs="enable_bucket",
         help="Never enlarge a picture to fill a bucket; small pictures get buckets of their own size.",
     )
+    skip_image_resolution: str | None = option(
+        None,
+        own=True,
+        help="Leave out pictures whose own area is not larger than this, N for a square or WIDTH,HEIGHT in pixels. For "
+        "sets of several sizes, where small pictures are not to be enlarged.",
+    )
     resize_interpolation: str | None = option(
         None,
         help="Method that resizes pictures. Unset uses area to shrink and lanczos to enlarge.",

@@ -85,6 +85,9 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
     if subset.dropped:
         reasons = few([f"{path} {reason}" for path, reason in subset.dropped])
         yield logging.WARNING, f"{source} {len(subset.dropped)} pictures are left out: {reasons}"
+    if subset.small:
+        what = f"{len(subset.small)} {kind} are left out by skip_image_resolution"
+        yield logging.INFO, f"{source} {what}: {few(subset.small)}"
     if subset.without_caption:
         level = logging.INFO if config.class_tokens else logging.WARNING
         stand_in = f"'{config.class_tokens}' stands in" if config.class_tokens else "they are empty"

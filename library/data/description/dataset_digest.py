@@ -48,6 +48,7 @@ def dataset_identity(config: RunDataConfig, samples: Sequence[Sample], num_batch
     """Counts and digests of pictures, captions and settings. A folder that moved as a whole is the same data."""
     settings = asdict(config)
     for dataset in settings["datasets"]:
+        dataset.pop("skip_image_resolution")  # what it leaves out shows in the pictures
         for subset in dataset["subsets"]:
             for name in WHERE:
                 subset.pop(name)

@@ -70,6 +70,7 @@ DATASET_KEYS = (
     _with_option("max_bucket_reso", INT, 1024, GD),
     _with_option("bucket_reso_steps", INT, 64, GD),
     _with_option("bucket_no_upscale", BOOL, False, GD),
+    _with_option("skip_image_resolution", SIZE, None, GD),
     Key("network_multiplier", FLOAT, 1.0, GD),
 )
 

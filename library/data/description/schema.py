@@ -74,6 +74,7 @@ class DatasetConfig:
     max_bucket_reso: int
     bucket_reso_steps: int
     bucket_no_upscale: bool
+    skip_image_resolution: tuple[int, int] | None  # width, height; pictures of no larger area are left out
     resize_interpolation: str | None
     subsets: tuple[SubsetConfig, ...]
 
@@ -249,10 +250,10 @@ def option_values(options: TrainOptions) -> dict[str, Any]:
     flat = options.flat()
     values = {key.name: flat[key.flag] for key in ALL_KEYS.values() if key.flag}
     values["caption_extension"] = options.dataset.caption_extention or options.dataset.caption_extension
-    if isinstance(values["resolution"], str):
-        values["resolution"] = parse_numbers("--resolution", values["resolution"], int, (1, 2), "512 or 768,512")
-        if len(values["resolution"]) == 1:
-            values["resolution"] = values["resolution"][0]
+    for name in ("resolution", "skip_image_resolution"):
+        if isinstance(values[name], str):
+            sides = parse_numbers(f"--{name}", values[name], int, (1, 2), "512 or 768,512")
+            values[name] = sides if len(sides) == 2 else sides[0]
     if isinstance(values["face_crop_aug_range"], str):
         values["face_crop_aug_range"] = parse_numbers(
             "--face_crop_aug_range", values["face_crop_aug_range"], float, (2,), "1.0,3.0"
@@ -296,6 +297,11 @@ def build_dataset(dataset: Table, general: Table, fallbacks: Table, style: Style
         raise UserError(f"{place}['resolution'] is missing; set it there, in [general], or with --resolution")
     if values["batch_size"] < 1:
         raise UserError(f"{place}['batch_size'] is {values['batch_size']}, but must be at least 1")
+    skipped = values["skip_image_resolution"]
+    if skipped is not None and min(skipped) < 0:
+        raise UserError(
+            f"{place}['skip_image_resolution'] is {list(skipped)}; use sizes in pixels, 0 leaves nothing out"
+        )
     if values.pop("network_multiplier") != 1.0:
         logger.warning("%s['network_multiplier'] has no effect: adapters are trained at multiplier 1", place)
     subsets = []

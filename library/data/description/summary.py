@@ -81,6 +81,7 @@ def describe_dataset(
         "enable_bucket": rule.enable_bucket,
         "min_bucket_reso": rule.min_reso if rule.enable_bucket else None,
         "max_bucket_reso": rule.max_reso if rule.enable_bucket else None,
+        "skip_image_resolution": config.skip_image_resolution and list(config.skip_image_resolution),
         "tag_frequency": frequency,
         "bucket_info": info,
         "resize_interpolation": config.resize_interpolation,

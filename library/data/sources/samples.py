@@ -16,7 +16,7 @@ from library.data.batches.order import Bucket, regularisation_repeats
 from library.data.description.buckets import BucketRules, Shape, Size, assign_shapes, cover
 from library.data.description.folder_audit import pictures_below
 from library.data.description.schema import DatasetConfig, NoDataFound, SubsetConfig
-from library.data.sources.scan import Picture, ScannedDataset, few
+from library.data.sources.scan import Picture, ScannedDataset, ScannedSubset, few
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def check_pictures(datasets: Sequence[ScannedDataset]) -> None:
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     if not any(subset.pictures and not subset.config.is_reg for subset in subsets):
         sources = [subset.config.source for subset in subsets if not subset.config.is_reg]
-        below = "".join(pictures_below(source) for source in sources)
+        below = "".join(pictures_below(source) for source in sources) + small_ones(subsets)
         raise NoDataFound(
             f"no training pictures in {few(sources)}{below}" if sources else "no subset is left to train on"
         )
@@ -57,11 +57,18 @@ def check_pictures(datasets: Sequence[ScannedDataset]) -> None:
             raise UserError(
                 f"there are no pictures in {subset.config.source}"
                 + (f" that can be used ({reasons})" if reasons else "")
+                + small_ones([subset])
                 + "; name another folder or leave the subset out"
             )
     for dataset in datasets:
         if dataset.config.style == "masked" and dataset.config.enable_bucket:
             check_mask_sizes([picture for subset in dataset.subsets for picture in subset.pictures])
+
+
+def small_ones(subsets: Sequence[ScannedSubset]) -> str:
+    """How many pictures skip_image_resolution leaves out, to be read after what there is none of."""
+    count = sum(len(subset.small) for subset in subsets)
+    return f"; skip_image_resolution leaves out {count} as too small, lower it to train them" if count else ""
 
 
 def check_mask_sizes(pictures: Sequence[Picture]) -> None:

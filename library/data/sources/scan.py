@@ -1,12 +1,13 @@
 """From folders and metadata files to pictures: paths, captions, sizes. Nothing is decoded."""
 
 import logging
+import math
 import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import NamedTuple
 
@@ -47,6 +48,7 @@ class ScannedSubset:
     dropped: tuple[tuple[str, str], ...] = ()  # path, reason
     without_caption: tuple[str, ...] = ()
     empty_caption: tuple[str, ...] = ()
+    small: tuple[str, ...] = ()  # left out by skip_image_resolution
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,23 @@ def collect_dataset(config: DatasetConfig, num_threads: int) -> ScannedDataset:
             logger.warning("%s stands twice in one dataset; the second one is left out", subset.source)
             continue
         seen.add(source)
-        subsets.append(collect_subset(subset, num_threads))
+        found = collect_subset(subset, num_threads)
+        limit = config.skip_image_resolution
+        subsets.append(found if limit is None else without_small(found, limit))
     return ScannedDataset(config, tuple(subsets))
+
+
+def without_small(found: ScannedSubset, limit: Size) -> ScannedSubset:
+    """Only pictures of a larger area than `limit` has; nothing is said of the captions of the others."""
+    small = [picture.path for picture in found.pictures if math.prod(picture.size) <= math.prod(limit)]
+    left_out = set(small)
+    return replace(
+        found,
+        pictures=tuple(picture for picture in found.pictures if picture.path not in left_out),
+        without_caption=tuple(path for path in found.without_caption if path not in left_out),
+        empty_caption=tuple(path for path in found.empty_caption if path not in left_out),
+        small=tuple(small),
+    )
 
 
 def collect_subset(config: SubsetConfig, num_threads: int) -> ScannedSubset:

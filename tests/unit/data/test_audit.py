@@ -174,6 +174,7 @@ def test_metadata_of_a_dataset_file(tmp_path, has_buckets):
         "max_bucket_reso": 128 if has_buckets else None,
         "tag_frequency": {"a": {"x": 2, "y 0": 1, "y 1": 1}},
         "bucket_info": info,
+        "skip_image_resolution": None,
         "resize_interpolation": None,
         "subsets": [
             {

@@ -118,6 +118,10 @@ MISTAKES = [
     (SUBSET + "validation_split = 1.5", "['validation_split'] is 1.5, but must be a float from 0.0 to 1.0"),
     (SUBSET.replace("resolution = 512", ""), "['resolution'] is missing"),
     (SUBSET.replace("resolution = 512", "resolution = 512\nbatch_size = 0"), "['batch_size'] is 0"),
+    (
+        SUBSET.replace("resolution = 512", "resolution = 512\nskip_image_resolution = [-1, -9]"),
+        "['skip_image_resolution'] is [-1, -9]; use sizes in pixels",
+    ),
 ]
 
 
