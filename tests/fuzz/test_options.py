@@ -39,9 +39,7 @@ def parser_of(script: str) -> argparse.ArgumentParser:
 
 
 def options_type(script: str) -> type[TrainOptions]:
-    _, module, name = SCRIPTS[script]
-    found: type[TrainOptions] = getattr(importlib.import_module(module), name)
-    return found
+    return SCRIPTS[script].options
 
 
 def checked(script: str, args: argparse.Namespace) -> None:

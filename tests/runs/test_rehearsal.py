@@ -49,13 +49,13 @@ def test_the_adapter_of_every_base_model_is_tried_without_reading_a_weight(
     made: list[Weights] = []
     honest = Weights.__init__
 
-    def watched(weights: Weights, origin: str, shapes: object, read: Callable[[str], Tensor]) -> None:
+    def watched(weights: Weights, origin: str, shapes: object, read: Callable[[str], Tensor], **more: object) -> None:
         def without_memory(name: str) -> Tensor:
             tensor = read(name)
             assert tensor.is_meta, f"{name} of {origin} was read"
             return tensor
 
-        honest(weights, origin, shapes, without_memory)  # type: ignore[arg-type]
+        honest(weights, origin, shapes, without_memory, **more)  # type: ignore[arg-type]
         made.append(weights)
 
     monkeypatch.setattr(Weights, "__init__", watched)
