@@ -20,12 +20,14 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.errors import UserError
+from library.randomness import generator_for
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, read_adapter_file, require_kinds, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora
 from networks.core.kinds.svd import (
     MIN_SINGULAR_VALUE,
     balanced,
+    largest_of_product,
     rank_by_norm,
     rank_by_ratio,
     rank_by_sum,
@@ -49,6 +51,8 @@ EXAMPLES = """\
   python3 tools/resize_lora.py --model cat.safetensors --save_to cat_small.safetensors --new_rank 32 \\
       --dynamic_method sv_fro --dynamic_param 0.9 --verbose"""
 
+MANY_SINGULAR_VALUES = 2048  # up to here the exact decomposition takes seconds
+
 METHODS: Mapping[str, Callable[[Tensor, float], int]] = {
     "sv_ratio": rank_by_ratio,
     "sv_fro": rank_by_norm,
@@ -64,9 +68,13 @@ class Measure:
     new_conv_rank: int
     method: str | None
     param: float
+    lowrank_niter: int = 0  # power iterations that stand in for the exact decomposition of large modules; 0 for none
+
+    def most_of(self, module: ModuleWeights) -> int:
+        return self.new_conv_rank if module.is_larger_kernel else self.new_rank
 
     def rank_of(self, module: ModuleWeights, s_K: Tensor) -> int:
-        most = self.new_conv_rank if module.is_larger_kernel else self.new_rank
+        most = self.most_of(module)
         if self.method is None:
             return min(most, len(s_K))
         if float(s_K[0]) <= MIN_SINGULAR_VALUE:
@@ -80,7 +88,7 @@ class Resized:
 
     module: ModuleWeights
     old_rank: int
-    kept_sum: float  # share of the sum of singular values
+    kept_sum: float | None  # share of the sum of singular values; None where not all were computed
     kept_norm: float  # share of the Frobenius norm
     ratio: float  # the largest singular value over the smallest that is kept
 
@@ -88,6 +96,8 @@ class Resized:
 def resize_module(module: ModuleWeights, measure: Measure, device: torch.device) -> Resized:
     """The module at its new rank, computed in float32 on `device`."""
     up_OR, down_RN = module.factors()
+    if measure.method is None and measure.lowrank_niter and min(*up_OR.shape, len(down_RN.T)) > MANY_SINGULAR_VALUES:
+        return resize_large_module(module, measure, device)
     u, s_K, v = svd_of_product(up_OR.to(device), down_RN.to(device))
     rank = measure.rank_of(module, s_K)
     up, down = balanced(u, s_K, v, rank)
@@ -100,6 +110,22 @@ def resize_module(module: ModuleWeights, measure: Measure, device: torch.device)
         kept_sum=float(kept.sum()) / total if total > 0 else 1.0,
         kept_norm=float(kept.norm()) / norm if norm > 0 else 1.0,
         ratio=float(s_K[0] / kept[-1].clamp(min=1e-30)),
+    )
+
+
+def resize_large_module(module: ModuleWeights, measure: Measure, device: torch.device) -> Resized:
+    """The same to a fixed rank, of which alone the singular values are computed, nearly."""
+    up_OR, down_RN = (factor.to(device) for factor in module.factors())
+    rank = measure.most_of(module)
+    generator = generator_for(0, "resize_lora", module.name)
+    u, s_r, v, norm = largest_of_product(up_OR, down_RN, rank, measure.lowrank_niter, generator)
+    up, down = balanced(u, s_r, v, rank)
+    return Resized(
+        module=module.with_factors(up.cpu(), down.cpu(), module.scale),
+        old_rank=module.rank,
+        kept_sum=None,
+        kept_norm=float(s_r.norm()) / norm if norm > 0 else 1.0,
+        ratio=float(s_r[0] / s_r[-1].clamp(min=1e-30)),
     )
 
 
@@ -116,9 +142,10 @@ def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbo
         modules.append(resized.module)
         kept_norms.append(resized.kept_norm)
         if verbose:
+            of_sum = "" if resized.kept_sum is None else f"{resized.kept_sum:.1%} of the sum of singular values, "
             tqdm.write(
-                f"{module.name}: rank {resized.old_rank} to {resized.module.rank}, keeps {resized.kept_sum:.1%} of the "
-                f"sum of singular values, {resized.kept_norm:.1%} of the norm, largest / smallest {resized.ratio:.1f}"
+                f"{module.name}: rank {resized.old_rank} to {resized.module.rank}, keeps {of_sum}"
+                f"{resized.kept_norm:.1%} of the norm, largest / smallest {resized.ratio:.1f}"
             )
     if not kept_norms:
         raise UserError(f"{file.origin} has norm weights only, nothing in it has a rank")
@@ -161,6 +188,14 @@ def setup_parser() -> argparse.ArgumentParser:
         "keeps the share PARAM of the Frobenius norm, sv_cumulative the share PARAM of their sum",
     )
     parser.add_argument("--dynamic_param", type=float, help="PARAM of the method: above 1 for sv_ratio, else 0 to 1")
+    parser.add_argument(
+        "--svd_lowrank_niter",
+        type=int,
+        default=0,
+        help=f"compute only the singular values that a fixed rank keeps, with so many power iterations, for modules "
+        f"with more than {MANY_SINGULAR_VALUES} of them, such as a LoHa of rank 46; fast and nearly the best "
+        "(default: 0, exact)",
+    )
     parser.add_argument("--verbose", action="store_true", help="show for each module what its new rank keeps")
     add_save_precision(parser, "as in the file that is read")
     add_device(parser)
@@ -180,7 +215,13 @@ def measure_of(args: argparse.Namespace) -> Measure:
         raise UserError(f"--dynamic_param is {param:g}; sv_ratio needs at least 1, for example 10")
     if method in ("sv_fro", "sv_cumulative") and not 0 < param <= 1:
         raise UserError(f"--dynamic_param is {param:g}; {method} needs a share above 0 and up to 1, for example 0.9")
-    return Measure(args.new_rank, conv, method, param or 0.0)
+    if args.svd_lowrank_niter < 0:
+        raise UserError(
+            f"--svd_lowrank_niter is {args.svd_lowrank_niter}; use 0 for the exact decomposition, 2 is usual"
+        )
+    if args.svd_lowrank_niter and method is not None:
+        logger.warning("--svd_lowrank_niter has no effect with --dynamic_method, which looks at all singular values")
+    return Measure(args.new_rank, conv, method, param or 0.0, args.svd_lowrank_niter)
 
 
 def resize(args: argparse.Namespace) -> None:

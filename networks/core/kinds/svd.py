@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+OVERSAMPLED = 8  # random vectors beside those of the rank that is wanted
 MIN_SINGULAR_VALUE = 1e-6  # of a module whose change is taken to be nothing
 
 
@@ -20,6 +21,28 @@ def svd_of_product(up_OR: Tensor, down_RN: Tensor) -> tuple[Tensor, Tensor, Tens
     right_NK, lower_KR = torch.linalg.qr(down_RN.T)
     u, s, v = torch.linalg.svd(upper_KR @ lower_KR.T, full_matrices=False)
     return left_OK @ u, s, v @ right_NK.T
+
+
+def largest_of_product(
+    up_OR: Tensor, down_RN: Tensor, rank: int, num_iterations: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """(U_Or, S_r, V_rN, Frobenius norm of the product): about its r largest singular values, without the others.
+
+    The range is found from r + 8 random vectors and sharpened by power iterations (Halko, Martinsson and Tropp 2011,
+    algorithms 4.4 and 5.1); where singular values hardly fall, more of these are needed. For products of high rank,
+    whose exact decomposition costs O(K^3). `generator` is on the CPU.
+    """
+    left_OK, upper_KR = torch.linalg.qr(up_OR)
+    right_NK, lower_KR = torch.linalg.qr(down_RN.T)
+    core_KK = upper_KR @ lower_KR.T
+    num_vectors = min(rank + OVERSAMPLED, *core_KK.shape)
+    random = torch.randn(core_KK.shape[1], num_vectors, generator=generator)
+    range_Kq, _ = torch.linalg.qr(core_KK @ random.to(core_KK))
+    for _ in range(num_iterations):
+        other_Kq, _ = torch.linalg.qr(core_KK.T @ range_Kq)
+        range_Kq, _ = torch.linalg.qr(core_KK @ other_Kq)
+    u, s, v = torch.linalg.svd(range_Kq.T @ core_KK, full_matrices=False)
+    return left_OK @ (range_Kq @ u[:, :rank]), s[:rank], v[:rank] @ right_NK.T, float(core_KK.norm())
 
 
 def balanced(u_OK: Tensor, s_K: Tensor, v_KN: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -155,3 +155,59 @@ def test_unknown_extension_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     model = write(tmp_path / "a.safetensors", 66)
     assert main(["--model", str(model), "--save_to", str(tmp_path / "b.bin")]) == 1
     assert "must end in one of .safetensors, .ckpt, .pt" in capsys.readouterr().err
+
+
+def large_file(tmp_path: Path, fall: float) -> Path:
+    """One module of rank 40 whose singular values fall by a factor from one to the next."""
+    generator = torch.Generator().manual_seed(71)
+    up, _ = torch.linalg.qr(torch.randn(60, 40, generator=generator))
+    down, _ = torch.linalg.qr(torch.randn(50, 40, generator=generator))
+    tensors = {
+        "lora_unet_a.lora_up.weight": up * fall ** torch.arange(40),
+        "lora_unet_a.lora_down.weight": down.T.contiguous(),
+        "lora_unet_a.alpha": torch.tensor(40.0),
+    }
+    save_safetensors(tmp_path / "large.safetensors", tensors, {})
+    return tmp_path / "large.safetensors"
+
+
+def resized_weight(model: Path, *words: str) -> Tensor:
+    target = model.with_name("resized.safetensors")
+    assert main(["--model", str(model), "--save_to", str(target), "--new_rank", "6", *words]) == 0
+    (module,) = read_adapter_file(target).modules.values()
+    assert module.rank == 6
+    return module.weight(torch.float64)
+
+
+def test_power_iterations_come_close_to_the_best_approximation_of_large_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = large_file(tmp_path, fall=0.9)
+    best = resized_weight(model)
+    assert torch.equal(resized_weight(model, "--svd_lowrank_niter", "2"), best)  # not large, so exact
+    monkeypatch.setattr("tools.resize_lora.MANY_SINGULAR_VALUES", 39)
+    errors = [relative(resized_weight(model, "--svd_lowrank_niter", niter), best) for niter in "128"]
+    assert errors[0] > 1e-3 > 1e-5 > errors[-1]  # it acts, and more iterations come closer
+    assert errors == sorted(errors, reverse=True)
+    assert torch.equal(resized_weight(model, "--svd_lowrank_niter", "0"), best)
+    assert torch.equal(*[resized_weight(model, "--svd_lowrank_niter", "1") for _ in range(2)])
+
+
+def test_what_power_iterations_keep_is_told_without_the_sum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tools.resize_lora.MANY_SINGULAR_VALUES", 39)
+    resized_weight(large_file(tmp_path, fall=0.5), "--svd_lowrank_niter", "2", "--verbose")
+    shown = "".join(capsys.readouterr())
+    kept = (1 - 0.25**6) ** 0.5  # of a geometric series
+    assert f"rank 40 to 6, keeps {kept:.1%} of the norm, largest / smallest 32.0" in shown
+
+
+def test_power_iterations_have_no_effect_with_a_method(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = ["--dynamic_method", "sv_fro", "--dynamic_param", "0.9999"]
+    model = large_file(tmp_path, fall=0.9)
+    exact = resized_weight(model, *words)
+    assert "--svd_lowrank_niter" not in caplog.text
+    assert torch.equal(resized_weight(model, *words, "--svd_lowrank_niter", "3"), exact)
+    assert "--svd_lowrank_niter has no effect with --dynamic_method" in caplog.text
+    assert main(["--model", str(model), "--save_to", str(tmp_path / "b.pt"), "--svd_lowrank_niter", "-1"]) == 1
