@@ -90,7 +90,7 @@ class MadeUp(nn.Module):
 def allocated_peak(step: Callable[[], object]) -> int:
     """The most bytes that torch's allocator held for tensors made in `step`, by the profiler's events.
 
-    What earlier tests left is collected before: freed meanwhile, it would count as memory of the step that is given back.
+    What earlier tests left is collected before: freed meanwhile, it would count as memory that the step gives back.
     """
     gc.collect()
     gc.disable()
