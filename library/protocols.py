@@ -100,7 +100,12 @@ class LatentCodec(Protocol):
 class Objective(Protocol):
     """What the denoiser learns: which noise it sees and what it must say."""
 
-    def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator) -> Noised: ...
+    @property
+    def takes_offset(self) -> bool:
+        """Whether an offset of a sample moves the noise levels that are drawn for it."""
+        ...
+
+    def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator, offsets_B: Tensor | None = None) -> Noised: ...
     def estimate(self, output_BCHW: Tensor, noised: Noised) -> Tensor:
         """What the denoiser said, in the terms of the target."""
         ...

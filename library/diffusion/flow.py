@@ -57,10 +57,11 @@ class FlowMatching:
     weighting: LossOptions
     takes_offset: bool  # the levels come from normal values, which an offset moves
 
-    def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator) -> Noised:
+    def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator, offsets_B: Tensor | None = None) -> Noised:
         """Noise latents to levels of their own; tensors in the latents' dtype and device, arithmetic in float32.
 
         `timesteps_B` is a thousand times the share of noise, float32, rounded down where the denoiser is told so.
+        Offsets move the normal values behind the levels, where such are (`takes_offset`).
         """
         clean = clean_BCHW.float()
         noise_BCHW = draw_normal(clean.shape, generator, clean.device)
@@ -69,7 +70,7 @@ class FlowMatching:
             gamma = draw_strength(self.noise.ip_noise_gamma, self.noise.ip_noise_gamma_random_strength, generator)
             input_noise_BCHW = noise_BCHW + gamma * draw_normal(clean.shape, generator, clean.device)
         B, _, H, W = clean.shape
-        timesteps_B = self.draw_timesteps(B, H, W, generator).to(clean.device)
+        timesteps_B = self.draw_timesteps(B, H, W, generator, offsets_B).to(clean.device)
         sigmas_B = timesteps_B / NUM_TIMESTEPS
         sigmas_B111 = sigmas_B.view(-1, 1, 1, 1)
         return Noised(

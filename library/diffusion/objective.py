@@ -35,8 +35,16 @@ class DDPM:
     noise: NoiseOptions
     weighting: LossOptions
 
-    def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator) -> Noised:
-        """Noise latents to levels of their own; tensors in the latents' dtype and device, arithmetic in float32."""
+    @property
+    def takes_offset(self) -> bool:
+        """Timesteps are drawn evenly, with no normal value behind them."""
+        return False
+
+    def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator, offsets_B: Tensor | None = None) -> Noised:
+        """Noise latents to levels of their own; tensors in the latents' dtype and device, arithmetic in float32.
+
+        Offsets move nothing.
+        """
         o = self.noise
         clean = clean_BCHW.float()
         noise_BCHW = draw_normal(clean.shape, generator, clean.device)

@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -323,7 +324,27 @@ def build_subset(subset: Table, outer: Sequence[Table], style: Style, place: str
     if not extension.startswith("."):
         values["caption_extension"] = f".{extension}"
     check_subset(values, rules, place)
+    check_level_offset(values["custom_attributes"], place)
     return SubsetConfig(style=style, captions=rules, **values)
+
+
+def level_offset(attributes: Table) -> float:
+    """timestep_sampling.offset of a subset's custom_attributes: above 0 its noise levels lie toward noise."""
+    return float(attributes.get("timestep_sampling", {}).get("offset", 0.0))
+
+
+def check_level_offset(attributes: Table, place: str) -> None:
+    """Raise UserError for a timestep_sampling that is no table, or whose offset is no number."""
+    sampling = attributes.get("timestep_sampling", {})
+    if not isinstance(sampling, dict):
+        raise UserError(
+            f"{place}['custom_attributes']: timestep_sampling is {sampling!r}, but must be a table, {{ offset = 0.3 }}"
+        )
+    offset = sampling.get("offset", 0.0)
+    if isinstance(offset, bool) or not isinstance(offset, int | float) or not math.isfinite(offset):
+        raise UserError(
+            f"{place}['custom_attributes']: timestep_sampling.offset is {offset!r}, but must be a number, such as 0.3"
+        )
 
 
 def check_subset(values: Table, rules: CaptionRules, place: str) -> None:

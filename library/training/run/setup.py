@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from library.data.batches.dataset import TrainingSet
+from library.data.description.schema import RunDataConfig, level_offset
 from library.options.train import TrainOptions
 from library.processes import Processes
-from library.protocols import Architecture
+from library.protocols import Architecture, Objective
 from library.training.evaluation.eval_mode import eval_mode
 from library.training.evaluation.preview import Previews, texts_of, wanted_prompts
 from library.training.evaluation.validation import Validation
@@ -78,7 +79,22 @@ def open_training_set(options: TrainOptions, arch: Architecture, seed: int, num_
     if cached is not None:
         training_set.fix_captions(cached.options.text_cache_variants)
     training_set.audit(logger)
+    for line in idle_offsets(training_set.config, arch.objective):
+        logger.warning("%s", line)
     return training_set
+
+
+def idle_offsets(config: RunDataConfig, objective: Objective) -> Iterator[str]:
+    """A line for every subset whose timestep_sampling.offset moves nothing."""
+    if objective.takes_offset:
+        return
+    for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
+        if level_offset(subset.custom_attributes):
+            yield (
+                f"timestep_sampling.offset of {subset.source} has no effect: no normal value that it could move is "
+                "behind the noise levels; flow models have one with --timestep_sampling sigmoid and shift, and with "
+                "--weighting_scheme logit_normal"
+            )
 
 
 def open_accelerator(options: TrainOptions) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from library.data.description.schema import level_offset
 from library.errors import UserError
 from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
@@ -37,7 +38,11 @@ def noised_of(context: StepContext, batch: Batch, batch_number: int) -> Noised:
     """The batch's latents with their noise and noise levels."""
     latents_BCHW = latents_of(context, batch, lambda place: generator_for(context.seed, "vae", batch_number, place))
     clean_BCHW = context.arch.codec.normalize(latents_BCHW)
-    return context.arch.objective.corrupt(clean_BCHW, generator_for(context.seed, "noise", batch_number))
+    generator = generator_for(context.seed, "noise", batch_number)
+    offsets_B = torch.tensor([level_offset(attributes) for attributes in batch.attributes])
+    if not offsets_B.any():
+        return context.arch.objective.corrupt(clean_BCHW, generator)
+    return context.arch.objective.corrupt(clean_BCHW, generator, offsets_B)
 
 
 def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:

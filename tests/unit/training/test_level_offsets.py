@@ -1,0 +1,97 @@
+"""custom_attributes.timestep_sampling.offset moves the noise levels of its subset's samples, and of no others."""
+
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.data.description.schema import load_dataset_config
+from library.diffusion.objective import build_ddpm
+from library.errors import UserError
+from library.training.run.setup import idle_offsets
+from library.training.run.step import noised_of
+from tests.unit.data.builders import options_of, write_config
+
+OFFSETS = [0.0, 0.5, -0.25]
+FACTOR = {"anima": 0.7, "flux": 0.7, "hunyuan_image": 0.7, "lumina": 0.7, "sd3": 1.4}  # on the normal value
+WORDS = {
+    "anima": ["--sigmoid_scale", "0.7"],
+    "flux": ["--timestep_sampling", "flux_shift", "--sigmoid_scale", "0.7"],
+    "hunyuan_image": ["--timestep_sampling", "shift", "--sigmoid_scale", "0.7"],
+    "lumina": ["--sigmoid_scale", "0.7"],
+    "sd3": ["--weighting_scheme", "logit_normal", "--logit_std", "1.4", "--training_shift", "2"],
+}
+
+
+def objective_of(model: str, words: list[str]) -> Any:
+    options = importlib.import_module(f"library.architectures.{model}.options")
+    kind = next(value for name, value in vars(options).items() if name.lower() == model.replace("_", "") + "options")
+    parser = importlib.import_module(f"{model}_train_network").setup_parser()
+    return importlib.import_module(f"library.architectures.{model}.assembly").build_objective(
+        kind.from_args(parser.parse_args(words))
+    )
+
+
+def noised(objective: Any, attributes: list[dict[str, Any]]) -> Any:
+    latents_BCHW = torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(81))
+    codec = SimpleNamespace(normalize=lambda latents: latents)
+    context = SimpleNamespace(
+        arch=SimpleNamespace(objective=objective, codec=codec), seed=82, device=torch.device("cpu")
+    )
+    batch = SimpleNamespace(latents_BCHW=latents_BCHW, attributes=attributes)
+    return noised_of(context, batch, 5)  # type: ignore[arg-type]
+
+
+def logits(sigmas_B: Tensor) -> Tensor:
+    return torch.logit(sigmas_B.double())
+
+
+@pytest.mark.parametrize("model", sorted(WORDS))
+def test_the_logit_of_a_level_moves_by_the_offset_times_the_factor_on_the_normal_value(model: str) -> None:
+    objective = objective_of(model, WORDS[model])
+    plain = noised(objective, [{}, {"other": 1}, {"timestep_sampling": {}}])
+    moved = noised(objective, [{"timestep_sampling": {"offset": offset}} for offset in OFFSETS])
+    difference_B = logits(moved.sigmas_B) - logits(plain.sigmas_B)
+    atol = 0.05 if model == "sd3" else 1e-4  # whole thousandths there
+    torch.testing.assert_close(difference_B, FACTOR[model] * torch.tensor(OFFSETS).double(), rtol=0, atol=atol)
+    assert torch.equal(moved.noise_BCHW, plain.noise_BCHW) and moved.sigmas_B[0] == plain.sigmas_B[0]
+
+
+def test_the_table_of_sigma_moves_the_same_way() -> None:
+    words = ["--weighting_scheme", "logit_normal", "--discrete_flow_shift", "1"]
+    objective = objective_of("flux", words)
+    plain, moved = noised(objective, [{}] * 3), noised(objective, [{"timestep_sampling": {"offset": 0.5}}] * 3)
+    assert (moved.sigmas_B > plain.sigmas_B).all()
+
+
+def config_of(tmp_path: Path, attributes: str) -> Any:
+    text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/cat'\n"
+    return load_dataset_config(write_config(tmp_path / "data.toml", f"{text}custom_attributes = {attributes}\n"))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "said"),
+    [
+        ("{ timestep_sampling = 0.5 }", "timestep_sampling is 0.5, but must be a table"),
+        ("{ timestep_sampling = { offset = 'up' } }", "timestep_sampling.offset is 'up', but must be a number"),
+        ("{ timestep_sampling = { offset = nan } }", "timestep_sampling.offset is nan, but must be a number"),
+    ],
+)
+def test_what_is_no_offset_is_refused_with_its_place(tmp_path: Path, attributes: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        config_of(tmp_path, attributes)
+    assert said in str(error.value) and "['subsets'][0]['custom_attributes']" in str(error.value)
+
+
+def test_where_it_moves_nothing_a_line_says_so(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "{ timestep_sampling = { offset = -1 } }")
+    uniform = objective_of("anima", ["--timestep_sampling", "uniform"])
+    for objective in (uniform, build_ddpm(options_of(""))):
+        (line,) = idle_offsets(config, objective)
+        assert line.startswith(f"timestep_sampling.offset of {tmp_path.as_posix()}/cat has no effect")
+        assert not [*idle_offsets(config_of(tmp_path, "{}"), objective)]
+    assert not [*idle_offsets(config, objective_of("anima", []))]
