@@ -31,6 +31,7 @@ from networks.core.kinds.change import Delta  # noqa: E402
 from networks.core.kinds.dylora import NestedRank  # noqa: E402
 from networks.core.kinds.joins import EPS, Add, Decompose  # noqa: E402
 from networks.core.kinds.loha import LoHa  # noqa: E402
+from networks.core.kinds.lokr import fresh as fresh_lokr  # noqa: E402
 from networks.core.kinds.lora import LowRank  # noqa: E402
 from networks.core.kinds.lora_fa import frozen_down  # noqa: E402
 from networks.core.kinds.scaled import ScaledDelta  # noqa: E402
@@ -138,6 +139,8 @@ def ways(layer: Any, rank: int) -> list[Way]:
         ours("LoRA-FA", layer, frozen_down(layer, rank)),
         ours("DyLoRA at half rank", layer, nested),
         ours("LoHa at rank 4", layer, LoHa(layer, 4)),
+        ours("LoKr", layer, fresh_lokr(layer, rank)),
+        ours("LoKr, factor 8", layer, fresh_lokr(layer, rank, 8)),
         ours("LoHa at rank 32", layer, LoHa(layer, 32)),
         Way("DoRA, weight built", built, list(built.parameters())),
         ours("DoRA", layer, low_rank(), Decompose(layer.weight)),

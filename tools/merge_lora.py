@@ -4,9 +4,9 @@ With --sd_model the changes are added to the weights of a checkpoint of any base
 the original layout gives a file, a diffusers folder of a model with a U-Net gives a folder; what the adapters do not
 touch is copied as it is. Without it the files become one LoRA whose change is the sum of ratio * change: exactly with
 --concat (the ranks add), else as the best approximation (SVD) at --new_rank, by default the largest rank among the
-files. LoRA, convolutions, Tucker cores, LoHa and norm weights can be merged either way, DoRA
-only into a checkpoint. The change of a LoHa of rank r has the rank r * r: --concat gives it as many, else the log says
-how much the one LoRA misses.
+files. LoRA, convolutions, Tucker cores, LoHa, LoKr and norm weights can be merged either way, DoRA only into a
+checkpoint. The change of a LoHa of rank r has the rank r * r, that of a LoKr the product of the ranks of its matrices:
+--concat gives it as many, else the log says how much the one LoRA misses.
 """
 
 import argparse
@@ -268,7 +268,7 @@ def merge_adapters(
 
 
 def has_more_ranks(module: ModuleWeights) -> bool:
-    """Whether the change of a module has a higher rank than the factors that it is made of: LoHa."""
+    """Whether the change of a module has a higher rank than the factors that it is made of: LoHa, LoKr."""
     return module.is_low_rank and module.kind.ends is None
 
 

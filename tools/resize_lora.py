@@ -2,7 +2,7 @@
 
 The change of a module is decomposed exactly from its small factors. What is kept is the best approximation of that
 rank, at the same alpha / rank as before. Modules with a Tucker core become plain convolutions of the same effect, LoHa
-becomes LoRA; DoRA magnitudes and norm weights are kept.
+and LoKr become LoRA; DoRA magnitudes and norm weights are kept.
 """
 
 import argparse

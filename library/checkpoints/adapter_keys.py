@@ -8,6 +8,7 @@ alone, also where no network is loaded.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +44,7 @@ KOHYA_KEY = re.compile(
     r"([^.]+)\.(scalar|scale|diff|diff_b|bias_\w+|oft_\w+|oft_blocks|on_input|weight|bias|a[12]\.weight|b[12]\.weight)"
 )
 WIDE_LEAVES = frozenset((DOWN, "hada_w1_b"))  # of Linear layers: as wide as the module's input
+KRONECKER_SIDES = {"lokr_w1": 0, "lokr_w1_b": 0, "lokr_w2": 1, "lokr_w2_b": 1}  # their columns multiply to the width
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,20 @@ class AdapterKey:
 def naming_of(name: str) -> Naming:
     """Which program's names the name of a module follows."""
     return next((naming for prefix, naming in PREFIXES if name.startswith(prefix)), "unknown")
+
+
+def kronecker_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+    """(rows, inputs of the layer) by the key of the first matrix of each LoKr of a Linear layer."""
+    firsts: dict[str, tuple[str, int, int]] = {}
+    seconds: dict[str, int] = {}
+    for text, shape in shapes.items():
+        found = AdapterKey.parse(text)
+        side = None if found is None or len(shape) != 2 else KRONECKER_SIDES.get(found.leaf)
+        if found is not None and side == 0:
+            firsts[found.module] = text, shape[0], shape[1]
+        elif found is not None and side == 1:
+            seconds[found.module] = shape[1]
+    return {key: (rows, columns * seconds[m]) for m, (key, rows, columns) in firsts.items() if m in seconds}
 
 
 def without_peft_prefix(name: str) -> str:

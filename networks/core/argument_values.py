@@ -60,6 +60,11 @@ def parse_unit(text: str) -> int:
     return unit
 
 
+def parse_factor(text: str) -> int:
+    """A whole number from 1, or -1."""
+    return -1 if text.strip() == "-1" else parse_unit(text)
+
+
 def parse_number(text: str) -> float:
     """A finite number that is not negative."""
     try:

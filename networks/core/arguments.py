@@ -15,6 +15,7 @@ from networks.core.argument_values import (
     parse_embedder_ranks,
     parse_expression_ranks,
     parse_expression_rates,
+    parse_factor,
     parse_lr_weights,
     parse_number,
     parse_numbers,
@@ -57,6 +58,11 @@ class NetworkArguments:
     unit: int = 1  # networks.dylora: ranks are trained in blocks of so many; `dyloRA` is the same
     conv_unit: int = 1  # the same for convolutions larger than 1x1
     train_all_ranks: bool = True
+    factor: int | None = (
+        None  # networks.lokr: a side of the small matrix; -1, as if not given, for the nearest to a square
+    )
+    decompose_both: bool = False  # networks.lokr: the small matrix is a product too, where it is large enough
+    full_matrix: bool = False  # networks.lokr: neither matrix is a product
     split_qkv: bool = False  # q, k and v, which some base models have in one layer, are adapted apart
     network_reg_dims: tuple[tuple[str, int], ...] | None = None  # (regular expression, rank); the first that fits
     network_reg_lrs: tuple[tuple[str, float], ...] | None = None  # (regular expression, learning rate)
@@ -93,6 +99,9 @@ SUPPORTED: Mapping[str, Parse] = {
     "unit": parse_unit,
     "conv_unit": parse_unit,
     "train_all_ranks": parse_bool,
+    "factor": parse_factor,
+    "decompose_both": parse_bool,
+    "full_matrix": parse_bool,
     "split_qkv": parse_bool,
     "network_reg_dims": parse_expression_ranks,
     "network_reg_lrs": parse_expression_rates,

@@ -9,9 +9,10 @@ from library.errors import UserError
 from networks.core.adapter import Adapter
 from networks.core.arguments import NetworkArguments
 from networks.core.kinds import norm
+from networks.core.kinds.change import Leaves
 from networks.core.kinds.joins import Add, Decompose
 from networks.core.kinds.kind import Door
-from networks.core.kinds.leaves import ALPHA, DORA_SCALE
+from networks.core.kinds.leaves import DORA_SCALE
 from networks.core.kinds.scaled import Dropout, ScaledDelta
 from networks.core.kinds.split import are_apart
 from networks.core.kinds.table import change_of, kind_of
@@ -86,7 +87,7 @@ def members_of_file(
             continue
         assert kind.rank_of is not None
         rank = kind.rank_of(group)
-        alpha = float(group[ALPHA]) if ALPHA in group else float(rank)
+        alpha = kind.alpha_of(group)
         if kind not in door.kinds:
             adapter = Adapter(site, change_of(group, site.module), multiplier)
             yield Member(adapter, place.text_encoder, rules.with_rate(site, rank, alpha))
@@ -100,7 +101,7 @@ def members_of_file(
                 )
             rank, alpha = rank // len(widths), alpha / len(widths)
         form = Form(kind.has_core(group), DORA_SCALE in group or arguments.dora_wd, widths)
-        yield make_member(door, place, site, rules.with_rate(site, rank, alpha), arguments, multiplier, form)
+        yield make_member(door, place, site, rules.with_rate(site, rank, alpha), arguments, multiplier, form, group)
 
 
 def rates_alone(arguments: NetworkArguments, targets: AdapterTargets, is_denoiser: bool) -> Rules:
@@ -126,12 +127,15 @@ def make_member(
     arguments: NetworkArguments,
     multiplier: float,
     form: Form,
+    leaves: Leaves | None = None,
 ) -> Member:
-    """One adapter, not installed yet."""
+    """One adapter, not installed yet; in the form of `leaves`, where those of a file are given."""
     drops = Dropout(arguments.neuron_dropout, arguments.rank_dropout, arguments.module_dropout)
     if form.widths is not None:
         assert isinstance(site.module, nn.Linear) and door.make_split is not None
         delta = door.make_split(site.module, allotment.rank, form.widths)
+    elif leaves is not None and door.like is not None:
+        delta = door.like(site.module, leaves)
     else:
         delta = (door.make_core if form.has_core else door.make_delta)(site.module, allotment.rank)
     weight = site.module.weight

@@ -25,9 +25,26 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
-RANK_ARGUMENTS = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
-FORM_ARGUMENTS = ("use_tucker", "train_norm", "network_reg_dims", "exclude_patterns", "include_patterns")
+RANK_ARGUMENTS = (
+    "conv_dim",
+    "conv_alpha",
+    "block_dims",
+    "block_alphas",
+    "conv_block_dims",
+    "conv_block_alphas",
+    "factor",
+)
+FORM_ARGUMENTS = (
+    "use_tucker",
+    "decompose_both",
+    "full_matrix",
+    "train_norm",
+    "network_reg_dims",
+    "exclude_patterns",
+    "include_patterns",
+)
 NESTED_ARGUMENTS = ("unit", "conv_unit", "train_all_ranks")
+KRONECKER_ARGUMENTS = ("factor", "decompose_both", "full_matrix")
 
 TextEncoder = nn.Module | Sequence[nn.Module | None] | None
 """One model, a list where the base model has several, None where text encoders are not loaded."""
@@ -62,11 +79,12 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
         if rank < 0 or alpha < 0:
             raise UserError(f"--network_dim is {rank} and --network_alpha {alpha:g}; neither can be negative")
         check_choices(targets, arguments, unet)
+        chosen = door if door.with_arguments is None else door.with_arguments(arguments)
         members: list[Member] = []
         for place in places(targets, text_encoder, unet):
             if not place.part.needs or arguments.of_model.get(place.part.needs):
                 rules = make_rules(rank, alpha, arguments, targets, is_denoiser=place.text_encoder is None)
-                members += fresh_members(door, targets, place, rules, arguments, multiplier)
+                members += fresh_members(chosen, targets, place, rules, arguments, multiplier)
         if not members:
             raise UserError(
                 f"nothing to train: with --network_dim {rank} and these --network_args every module has the rank 0"
@@ -154,6 +172,10 @@ def check_arguments(door: Door, arguments: NetworkArguments) -> None:
         given = [name for name in NESTED_ARGUMENTS if getattr(arguments, name) != getattr(NetworkArguments, name)]
         if given:
             logger.warning("--network_args %s has no effect; it belongs to networks.dylora", ", ".join(given))
+    if door.with_arguments is None:
+        given = [name for name in KRONECKER_ARGUMENTS if getattr(arguments, name) != getattr(NetworkArguments, name)]
+        if given:
+            logger.warning("--network_args %s has no effect; it belongs to networks.lokr", ", ".join(given))
 
 
 def check_forms(door: Door, groups: Mapping[str, Mapping[str, Tensor]], source: str) -> None:

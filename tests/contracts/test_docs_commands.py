@@ -192,7 +192,7 @@ def test_readme_says_of_every_script_whether_it_is_there() -> None:
 def test_readme_says_of_every_network_module_whether_it_is_there() -> None:
     rows = [row for row in table_rows(ROOT / "README.md") if row[0].startswith("`networks.")]
     works = {row[0].strip("`") for row in rows if row[2] == "works"}
-    assert len(rows) == 9
+    assert len(rows) == 10
     assert works == {row[0].strip("`") for row in rows if importlib.util.find_spec(row[0].strip("`"))}
 
 

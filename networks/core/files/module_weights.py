@@ -63,9 +63,9 @@ class ModuleWeights:
     @property
     def alpha(self) -> float:
         """As recorded; the rank where nothing is."""
-        if ALPHA in self.tensors:
+        if ALPHA in self.tensors and not self.kind.is_whole:
             return float(self.tensors[ALPHA])
-        return float(self.rank) if self.alpha_elsewhere is None else self.alpha_elsewhere
+        return float(self.rank) if self.alpha_elsewhere is None or self.kind.is_whole else self.alpha_elsewhere
 
     @property
     def scale(self) -> float:

@@ -6,6 +6,7 @@ Tucker core and `<module>.dora_scale` for DoRA; `<module>.w_norm` and `<module>.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -105,10 +106,9 @@ def check_complete(module: str, group: Mapping[str, Tensor], source: str) -> Non
 
 def rank_and_alpha(group: Mapping[str, Tensor]) -> tuple[int, float]:
     """The rank of one module's weights, and its alpha: the rank where the file has none."""
-    rank_of = kind_of(group).rank_of
-    assert rank_of is not None
-    rank = rank_of(group)
-    return rank, float(group[ALPHA]) if ALPHA in group else float(rank)
+    kind = kind_of(group)
+    assert kind.rank_of is not None
+    return kind.rank_of(group), kind.alpha_of(group)
 
 
 def load_into(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], source: str) -> LoadReport:
@@ -184,10 +184,22 @@ def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], sourc
     for leaf in group:
         if leaf != ALPHA and (leaf not in own or group[leaf].shape != own[leaf].shape):
             needed = f"needs {list(own[leaf].shape)}" if leaf in own else "has none"
+            if fits_layer(name, adapter, group):
+                raise UserError(
+                    f"{name}.{leaf} has the shape {list(group[leaf].shape)} in {source}, but with these --network_args "
+                    f"it {needed}; add --dim_from_weights to take the form from the file"
+                )
             raise UserError(
                 f"{name}.{leaf} has the shape {list(group[leaf].shape)} in {source}, but the base model {needed}; the "
                 "file was made for another base model"
             )
+
+
+def fits_layer(name: str, adapter: Adapter, group: Mapping[str, Tensor]) -> bool:
+    """Whether the change of a file has the size of the layer's weight, however it is stored."""
+    shape_of, weight = kind_of(group).shape_of, adapter.site.module.weight
+    assert isinstance(weight, Tensor)
+    return shape_of is not None and prod(shape_of(name, group)) == weight.numel() and DORA_SCALE not in group
 
 
 def check_kind(name: str, change: ScaledDelta, group: Mapping[str, Tensor], source: str) -> None:
@@ -203,6 +215,11 @@ def check_kind(name: str, change: ScaledDelta, group: Mapping[str, Tensor], sour
         raise UserError(
             f"{name} has {has} in {source}; set --network_args use_tucker={wanted}, or add --dim_from_weights to take "
             "the form from the file"
+        )
+    if kind is not own:
+        raise UserError(
+            f"{name} is made of {' and '.join(kind.needs)} in {source}, but the settings make it of "
+            f"{' and '.join(own.needs)}; add --dim_from_weights to take the form from the file"
         )
     if DORA_SCALE not in group:
         return

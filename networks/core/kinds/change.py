@@ -97,7 +97,8 @@ class Delta(Protocol):
 
     rank: int
     has_core: bool  # a Tucker core, as use_tucker asks for
-    fast_leaf: str  # starts at zero, and LoRA+ trains it faster
+    is_whole: bool  # no factor has a rank: alpha does not count
+    fast_leaf: str  # LoRA+ trains it faster, and a trained strength is multiplied into it in files
 
     def start_moving(self) -> None:
         """Draw what starts at zero: a trained strength of 0 holds the change at zero instead (use_scalar)."""

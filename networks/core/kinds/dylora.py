@@ -46,6 +46,7 @@ class NestedRank(nn.Module):
     """
 
     has_core = False
+    is_whole = False
     fast_leaf = UP
 
     def __init__(self, layer: nn.Module, rank: int) -> None:

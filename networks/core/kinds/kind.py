@@ -37,11 +37,17 @@ class Kind:
     together: str = ""  # how `needs` are called in a sentence
     fault: Callable[[str, Leaves, Mapping[str, str]], str | None] | None = None  # (name, leaves, keys) -> what is wrong
     door: str = ""  # the --network_module that trains it further
+    is_whole: bool = False  # no factor has a rank: alpha counts as the rank, whatever is recorded
 
     @property
     def leaves(self) -> frozenset[str]:
         """Every leaf that a module of this kind can have."""
         return frozenset((*self.needs, *self.core, *self.may_have))
+
+    def alpha_of(self, leaves: Leaves) -> float:
+        """As recorded; the rank where nothing is, or where alpha does not count."""
+        assert self.rank_of is not None
+        return float(leaves[ALPHA]) if ALPHA in leaves and not self.is_whole else float(self.rank_of(leaves))
 
     def has_core(self, leaves: Collection[str]) -> bool:
         return any(leaf in leaves for leaf in self.core)
@@ -57,4 +63,6 @@ class Door:
     kinds: tuple[Kind, ...] = ()  # what files may hold that it trains further, beside norms
     check: Callable[[Any], None] | None = None  # tells what comes of the settings, or raises UserError
     start_step: Callable[[Any, int, int], None] | None = None  # called before each batch of an optimizer step
+    like: Callable[[nn.Module, Leaves], Delta] | None = None  # as in a file, where rank and core do not tell all
+    with_arguments: Callable[[Any], "Door"] | None = None  # the same door for network arguments that only it has
     refuses: Mapping[str, str] = field(default_factory=dict)  # network argument -> why it does not work with this kind

@@ -33,6 +33,7 @@ class LoHa(nn.Module):
     be more work than the whole matrix is, the matrix is made, of which only the factors are kept for its gradient.
     """
 
+    is_whole = False
     fast_leaf = W2_A
 
     def __init__(self, layer: nn.Module, rank: int, has_core: bool = False) -> None:

@@ -56,6 +56,8 @@ class ScaledDelta(nn.Module):
     ) -> None:
         """`alpha` 0 stands for the rank. `layer` None is for merging alone."""
         super().__init__()
+        if delta.is_whole:
+            alpha = float(delta.rank)
         self.join = join
         self.drops = drops
         self.register_buffer(ALPHA, torch.tensor(float(alpha or delta.rank), dtype=torch.float32))
@@ -95,8 +97,8 @@ class ScaledDelta(nn.Module):
 
     @property
     def scale(self) -> float:
-        """alpha / rank."""
-        return self.alpha_value / self.delta.rank
+        """alpha / rank; 1 where there is no rank."""
+        return 1.0 if self.delta.is_whole else self.alpha_value / self.delta.rank
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -139,6 +141,9 @@ class ScaledDelta(nn.Module):
     @torch.no_grad()
     def norm(self) -> Tensor:
         """The Frobenius norm of the change at strength 1, from the small factors alone."""
+        if self.delta.is_whole:
+            whole: Tensor = torch.linalg.vector_norm(self.weight())
+            return whole  # without a rank the weight is smaller than products of its factors
         strength = torch.abs(s) if isinstance(s := self._unit_strength, Tensor) else abs(s)
         up_OR, down_RN = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in self.delta.factors())
         square = ((up_OR.t() @ up_OR) * (down_RN @ down_RN.t())).sum()
@@ -238,8 +243,8 @@ class ScaledDelta(nn.Module):
         is_conv = isinstance(self.layer, nn.Conv2d)
         num_samples, rank = hidden.shape[0], hidden.shape[1 if is_conv else -1]
         keep_BR = torch.rand(num_samples, rank, device=hidden.device) > self.drops.rank
-        shape = (num_samples, rank, 1, 1) if is_conv else (num_samples, *(1,) * (hidden.dim() - 2), rank)
-        return keep_BR.to(hidden.dtype).view(shape)
+        others = (1,) * (hidden.dim() - 2)
+        return keep_BR.to(hidden.dtype).view(num_samples, *((rank, *others) if is_conv else (*others, rank)))
 
 
 def read_with(

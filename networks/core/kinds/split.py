@@ -23,6 +23,7 @@ class SplitRank(nn.Module):
     """
 
     has_core = False
+    is_whole = False
     fast_leaf = UP
 
     def __init__(self, layer: nn.Linear, rank: int, widths: Sequence[int]) -> None:

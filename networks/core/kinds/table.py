@@ -6,23 +6,14 @@ from torch import nn
 
 from library.checkpoints.adapter_names import FileNaming
 from library.errors import UserError
-from networks.core.kinds import loha, lora, norm, tucker
+from networks.core.kinds import loha, lokr, lora, norm, tucker
 from networks.core.kinds.change import Change, Leaves
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.leaves import ALPHA, DORA_SCALE
 
-LOKR = Kind(
-    name="lokr",
-    words="LoKr",
-    needs=(),
-    may_have=(
-        *(f"lokr_{rest}" for rest in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")),
-        ALPHA,
-        DORA_SCALE,
-    ),
-)
 OTHER = Kind(name="other", words="another kind of adapter", needs=())
-KINDS: tuple[Kind, ...] = (tucker.KIND, lora.KIND, norm.KIND, loha.KIND, LOKR)  # the first that is complete decides
+# The first that is complete decides.
+KINDS: tuple[Kind, ...] = (tucker.KIND, lora.KIND, norm.KIND, loha.KIND, *lokr.KINDS)
 SHARED = frozenset((ALPHA, DORA_SCALE))
 
 

@@ -27,6 +27,7 @@ class Tucker(nn.Module):
     """
 
     has_core = True
+    is_whole = False
     fast_leaf = UP
 
     def __init__(self, layer: nn.Module, rank: int) -> None:

@@ -94,7 +94,7 @@ def test_rank_stabilised_alpha_of_pefts_settings_is_divided_by_the_root_of_the_r
     ],
 )
 def test_kinds_without_low_rank_factors_are_recognised(leaves: tuple[str, ...], form: str) -> None:
-    file = parse_adapter({f"lora_unet_x.{leaf}": torch.tensor(1.0) for leaf in leaves}, {}, "cat.safetensors")
+    file = parse_adapter({f"lora_unet_x.{leaf}": torch.ones(1, 1) for leaf in leaves}, {}, "cat.safetensors")
     assert file.modules["lora_unet_x"].form == form
     with pytest.raises(ValueError, match=r"cat.safetensors: 1 modules cannot be merged, the first is lora_unet_x"):
         require_kinds(file, (lora.KIND,), "merged")

@@ -175,6 +175,8 @@ def with_extra(what: str) -> tuple[dict[str, Tensor], str]:
     tensors = {**four_modules(4, 2.0, torch.float32, 906), key: tensor}
     if what == "lora_mid.weight":
         tensors[f"{CONV}.lora_down.weight"] = torch.ones(4, 5, 1, 1)
+    if what == "lokr":
+        tensors[f"{NORM}.lokr_w2"] = torch.ones(2, 2)
     if what == "hada":
         tensors |= {f"{NORM}.hada_{leaf}": torch.ones(3, 3) for leaf in ("w1_b", "w2_a", "w2_b")}
     return tensors, key

@@ -1,0 +1,340 @@
+"""LoKr: the change of a weight as the Kronecker product of two matrices, each of which can be a product of factors.
+
+Letters: O = L * K outputs, I = M * N inputs (features or channels), R rank, h w kernel.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from math import isqrt, prod, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
+
+from networks.core.kinds.change import Delta, Leaves, fill, in_dtype_of, stand_in
+from networks.core.kinds.joins import scale_columns
+from networks.core.kinds.kind import Door, Kind
+from networks.core.kinds.loha import IS_3X3
+from networks.core.kinds.lora import check_kernel
+from networks.core.kinds.scaled import ScaledDelta
+
+logger = logging.getLogger(__name__)
+
+W1, W1_A, W1_B = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
+W2, W2_A, W2_B = "lokr_w2", "lokr_w2_a", "lokr_w2_b"
+CORE = "lokr_t2"
+SIDES = ((W1, W1_A, W1_B), (W2, W2_A, W2_B))
+
+
+class LoKr(nn.Module):
+    """LoKr (Yeh et al. 2023, arXiv:2309.14859): dW = w1 (x) w2, which is dW[l K + k, m N + n] = w1[l, m] w2[k, n].
+
+    `lokr_w1` is (L, M), `lokr_w2` (K, N) or (K, N, h, w). Either can be a product of `_a` and `_b` of rank R: w1 of
+    (L, R) and (R, M), w2 of (K, R) and (R, N * h * w), or with the core `lokr_t2` (R, R, h, w) of (R, K) and (R, N).
+    All are float32 and kaiming uniform with a = sqrt(5), but for w2 or w2_b, which starts at zero. Names, shapes and
+    start are those of LyCORIS.
+
+    A layer is run with w1 and w2 one after the other, on M groups of N inputs, so dW is never made. Where both are
+    whole there is no rank: alpha counts as the rank, and dropout acts on outputs.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        rank: int,
+        outer: tuple[int, int],
+        is_product: tuple[bool, bool],
+        has_core: bool = False,
+    ) -> None:
+        """`outer` is (L, M); `is_product` says which of w1 and w2 are products of factors."""
+        super().__init__()
+        assert isinstance(layer.weight, Tensor)
+        self.layer: nn.Module
+        object.__setattr__(self, "layer", check_kernel(layer))  # the base model's own, no part of the adapter
+        self.shape = tuple(layer.weight.shape)
+        self.is_product, self.has_core = is_product, has_core
+        self.is_whole = not any(is_product)
+        self.rank = 1 if self.is_whole else rank
+        self.fast_leaf = W1_A if is_product[0] else W1
+        kernel = self.shape[2:]
+        self.outer = outer
+        self.inner = self.shape[0] // outer[0], self.shape[1] // outer[1]
+        (num_l, num_m), (num_k, num_n) = self.outer, self.inner
+        shapes: dict[str, tuple[int, ...]] = {}
+        if has_core:
+            shapes |= {CORE: (rank, rank, *kernel), W2_A: (rank, num_k), W2_B: (rank, num_n)}
+        elif is_product[1]:
+            shapes |= {W2_A: (num_k, rank), W2_B: (rank, num_n * prod(kernel))}
+        else:
+            shapes |= {W2: (num_k, num_n, *kernel)}
+        shapes |= {W1_A: (num_l, rank), W1_B: (rank, num_m)} if is_product[0] else {W1: self.outer}
+        for name, shape in shapes.items():
+            parameter = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+            self.register_parameter(name, parameter)
+            if name not in (W2, W2_B):
+                nn.init.kaiming_uniform_(parameter, a=sqrt(5))
+
+    def start_moving(self) -> None:
+        nn.init.kaiming_uniform_(self.get_parameter(W2_B if self.is_product[1] else W2), a=sqrt(5))
+
+    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        """The channels have an axis of groups beside them: (..., groups, R), or (B, R, groups, h, w)."""
+        x = in_dtype_of(self.get_parameter(self.fast_leaf), x)
+        if columns is not None:
+            x = scale_columns(x, columns)
+        groups = _unflatten(x, 1 if self._is_conv else x.dim() - 1, self.outer[1], self.inner[1])
+        if self.is_whole:
+            return self._join_groups(self._mix(self._w1(), self._within(self.get_parameter(W2), groups)))
+        if not self.is_product[1]:
+            mixed = self._mix(self.get_parameter(W1_B), groups)
+            return mixed if self._is_conv else mixed.transpose(-1, -2)
+        if self.has_core:
+            groups = self._within(self._pointwise(W2_B), groups, is_pointwise=True)
+            hidden = self._within(self.get_parameter(CORE), groups)
+        else:
+            w2_b = self.get_parameter(W2_B)
+            hidden = self._within(w2_b.view(len(w2_b), self.inner[1], *self.shape[2:]), groups)
+        return hidden.transpose(1, 2) if self._is_conv else hidden
+
+    def up(self, hidden: Tensor, base: Tensor) -> Tensor:
+        if self.is_whole:
+            return base + hidden.to(base.dtype)
+        if self.is_product[1]:
+            groups = self._mix(self._w1(), hidden.transpose(1, 2) if self._is_conv else hidden)
+            changed = self._within(self._pointwise(W2_A), groups, is_pointwise=True)
+        else:
+            groups = self._mix(self.get_parameter(W1_A), hidden if self._is_conv else hidden.transpose(-1, -2))
+            changed = self._within(self.get_parameter(W2), groups)
+        return base + self._join_groups(changed).to(base.dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(w1_a (x) w2_a, w1_b (x) w2_b); of a whole matrix one factor is the matrix and the other the identity."""
+        (a1, b1), (a2, b2) = self._pair(0), self._pair(1)
+        return _kron(a1, a2), _kron(b1, b2)
+
+    def weight(self) -> Tensor:
+        return _kron(self._w1(), self._w2()).view(self.shape)
+
+    @property
+    def _is_conv(self) -> bool:
+        return len(self.shape) == 4
+
+    def _w1(self) -> Tensor:
+        """(L, M)."""
+        return self.get_parameter(W1_A) @ self.get_parameter(W1_B) if self.is_product[0] else self.get_parameter(W1)
+
+    def _w2(self) -> Tensor:
+        """(K, N * h * w)."""
+        if not self.is_product[1]:
+            return self.get_parameter(W2).flatten(1)
+        a, b = self._pair(1)
+        return a @ b
+
+    def _pair(self, side: int) -> tuple[Tensor, Tensor]:
+        """Two factors of w1 (L, M) or w2 (K, N * h * w)."""
+        whole, left, right = SIDES[side]
+        if self.is_product[side]:
+            a: Tensor = self.get_parameter(left)
+            b: Tensor = self.get_parameter(right)
+            if side == 1 and self.has_core:
+                a, b = a.t(), torch.einsum("pqhw,qn->pnhw", self.get_parameter(CORE), b).flatten(1)
+            return a, b
+        matrix = self.get_parameter(whole).flatten(1)
+        identity = torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
+        return (identity, matrix) if matrix.shape[0] < matrix.shape[1] else (matrix, identity)
+
+    def _pointwise(self, name: str) -> Tensor:
+        """w2_a (K, R) or, with a core, w2_b (R, N), as what meets single pixels."""
+        weight = self.get_parameter(name).t() if self.has_core and name == W2_A else self.get_parameter(name)
+        return weight[..., None, None] if self._is_conv else weight
+
+    def _mix(self, matrix: Tensor, groups: Tensor) -> Tensor:
+        """A matrix times the axis of groups of (..., groups, channels) or (B, groups, channels, h, w)."""
+        if not self._is_conv:
+            return matrix @ groups
+        return _unflatten(matrix @ groups.flatten(2), 2, *groups.shape[2:])
+
+    def _within(self, weight: Tensor, groups: Tensor, is_pointwise: bool = False) -> Tensor:
+        """Every group through the same weight, for the pixels that the layer looks at."""
+        if not isinstance(self.layer, nn.Conv2d):
+            return linear(groups, weight)
+        num_samples, num_groups = groups.shape[:2]
+        images = groups.flatten(0, 1)
+        layer = self.layer
+        if is_pointwise:
+            images = conv2d(images, weight)
+        else:
+            images = conv2d(images, weight, None, layer.stride, layer.padding, layer.dilation)
+        return _unflatten(images, 0, num_samples, num_groups)
+
+    def _join_groups(self, groups: Tensor) -> Tensor:
+        return groups.flatten(1, 2) if self._is_conv else groups.flatten(-2)
+
+
+def _kron(first: Tensor, second: Tensor) -> Tensor:
+    """The Kronecker product of two matrices; torch.kron refuses some that are transposed."""
+    product = first[:, None, :, None] * second[None, :, None]
+    return product.reshape(len(first) * len(second), -1)
+
+
+def _unflatten(x: Tensor, axis: int, *sizes: int) -> Tensor:
+    """An axis as several."""
+    return x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
+
+
+def factorize(size: int, factor: int) -> tuple[int, int]:
+    """Two whole numbers whose product is `size`, the smaller first: one is `factor`, if that divides.
+
+    Else the smaller is as large as it can be, not above `factor` unless that is -1.
+    """
+    if factor > 0 and size % factor == 0:
+        small = min(factor, size // factor)
+    else:
+        most = isqrt(size) if factor < 0 else min(isqrt(size), factor)
+        small = next(n for n in range(most, 0, -1) if size % n == 0)
+    return small, size // small
+
+
+def fresh(
+    layer: nn.Module,
+    rank: int,
+    factor: int = -1,
+    is_both: bool = False,
+    is_full: bool = False,
+    has_core: bool = False,
+) -> Delta:
+    """LoKr as the arguments `factor`, `decompose_both` and `full_matrix` ask for.
+
+    A matrix whose longer side is less than twice the rank is whole: factors would have as many numbers.
+    """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    (num_l, num_k), (num_m, num_n) = factorize(weight.shape[0], factor), factorize(weight.shape[1], factor)
+    is_product = (
+        is_both and not is_full and 2 * rank < max(num_l, num_m),
+        not is_full and 2 * rank < max(num_k, num_n),
+    )
+    return LoKr(layer, rank, (num_l, num_m), is_product, has_core and is_product[1])
+
+
+# --- in files ---
+
+
+def outer_of(leaves: Leaves) -> tuple[int, int]:
+    """(L, M)."""
+    if W1 in leaves:
+        return leaves[W1].shape[0], leaves[W1].shape[1]
+    return leaves[W1_A].shape[0], leaves[W1_B].shape[1]
+
+
+def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
+    """Of the weight; (O, I * h * w) where nothing tells that it is a convolution."""
+    num_l, num_m = outer_of(leaves)
+    inner: tuple[int, ...]
+    kernel: tuple[int, ...]
+    if W2 in leaves:
+        inner, kernel = tuple(leaves[W2].shape[:2]), tuple(leaves[W2].shape[2:])
+    elif CORE in leaves:
+        inner, kernel = (leaves[W2_A].shape[1], leaves[W2_B].shape[1]), tuple(leaves[CORE].shape[2:])
+    else:
+        inner, kernel = (leaves[W2_A].shape[0], leaves[W2_B].shape[1]), ()
+        if inner[1] % 9 == 0 and IS_3X3.fullmatch(name) is not None:
+            inner, kernel = (inner[0], inner[1] // 9), (3, 3)
+    return (num_l * inner[0], num_m * inner[1], *kernel)
+
+
+def rank_of(leaves: Leaves) -> int:
+    """R; 1 for two whole matrices."""
+    return next((leaves[leaf].shape[0] for leaf in (W2_B, W1_B) if leaf in leaves), 1)
+
+
+def like(layer: nn.Module, leaves: Leaves) -> Delta:
+    """LoKr in the form of a module in a file, which tells it by its shapes."""
+    return LoKr(layer, rank_of(leaves), outer_of(leaves), (W1 not in leaves, W2 not in leaves), CORE in leaves)
+
+
+def read(leaves: Leaves, layer: nn.Module | None) -> ScaledDelta:
+    """The change of a module from a file."""
+    with torch.device("meta"):
+        delta = like(layer or stand_in(shape_of("", leaves)), leaves)
+    assert isinstance(delta, nn.Module)
+    fill(delta, leaves)
+    return ScaledDelta.from_leaves(delta, leaves, layer)
+
+
+def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
+    """Why the tensors of a module do not belong together, None where they do."""
+    known = {*SIDES[0], *SIDES[1], CORE}
+    for leaf in leaves:
+        if leaf.startswith("lokr_") and leaf not in known:
+            return f"has {keys[leaf]}, which no known LoKr has"
+    for whole, left, right in SIDES:
+        there = [leaf for leaf in (left, right) if leaf in leaves]
+        if whole in leaves and there:
+            return f"has {keys[whole]} and {keys[there[0]]}, two forms of the same matrix"
+        if whole not in leaves and len(there) < 2:
+            found = there[0] if there else next(leaf for leaf in leaves if leaf.startswith("lokr_"))
+            missing = f"its {right if found == left else left}" if there else f"{whole}, or {left} and {right}"
+            return f"has {keys[found]} without {missing}; the file is incomplete"
+    if CORE in leaves and W2 in leaves:
+        return f"has {keys[CORE]} beside {keys[W2]}, which needs no core"
+    sizes = {leaf: (2, 4) if leaf == W2 else (4,) if leaf == CORE else (2,) for leaf in leaves if leaf in known}
+    if any(leaves[leaf].dim() not in allowed for leaf, allowed in sizes.items()) or _are_apart(leaves):
+        shapes = ", ".join(f"{leaf} is {list(leaves[leaf].shape)}" for leaf in sizes)
+        return f": the factors of {name} do not fit together: {shapes}"
+    return None
+
+
+def _are_apart(leaves: Leaves) -> bool:
+    """Whether the inner sizes of factors differ."""
+    ranks = [leaves[leaf].shape[1 if leaf in (W1_A, W2_A) and not (leaf == W2_A and CORE in leaves) else 0]
+             for leaf in (W1_A, W1_B, W2_A, W2_B) if leaf in leaves]  # fmt: skip
+    ranks += list(leaves[CORE].shape[:2]) if CORE in leaves else []
+    return len(set(ranks)) > 1
+
+
+def _kinds() -> Iterator[Kind]:
+    """A row for each set of leaves that makes a module complete."""
+    for first in (SIDES[0][:1], SIDES[0][1:]):
+        for second in (SIDES[1][:1], SIDES[1][1:]):
+            is_whole = len(first) == len(second) == 1
+            yield Kind(
+                name="lokr", words="LoKr", needs=(*first, *second), read=read,
+                core=(CORE,) if len(second) == 2 else (), rank_of=rank_of, shape_of=shape_of, is_low_rank=True,
+                scaled=first[0], namings=frozenset(("kohya", "generic")), fault=fault, door="networks.lokr",
+                is_whole=is_whole,
+            )  # fmt: skip
+
+
+KINDS = tuple(_kinds())
+
+
+# --- as --network_module ---
+
+
+def with_arguments(arguments: Any) -> Door:
+    """The door that makes modules as the network arguments say."""
+    factor = -1 if arguments.factor is None else arguments.factor
+    form = {"factor": factor, "is_both": arguments.decompose_both, "is_full": arguments.full_matrix}
+    return replace(DOOR, make_delta=partial(fresh, **form), make_core=partial(fresh, **form, has_core=True))
+
+
+def tell_whole(network: Any) -> None:
+    """Say how many modules have no rank."""
+    changes = [change for adapter in network.adapters.values() if isinstance(change := adapter.change, ScaledDelta)]
+    num_whole = sum(change.delta.is_whole for change in changes)
+    if num_whole:
+        logger.info(
+            "LoKr: %d of %d modules are two whole matrices; --network_dim and --network_alpha say nothing about them",
+            num_whole,
+            len(changes),
+        )
+
+
+DOOR = Door(
+    fresh, partial(fresh, has_core=True), kinds=KINDS, check=tell_whole, like=like, with_arguments=with_arguments,
+    refuses={"split_qkv": "all rows of a layer share its two matrices"},
+)  # fmt: skip

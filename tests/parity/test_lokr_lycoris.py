@@ -1,0 +1,140 @@
+"""LoKr against LyCORIS's: the same start, outputs, gradients, merged weights and files, in both directions."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from networks.core.adapter import Adapter
+from networks.core.kinds.joins import Decompose
+from networks.core.kinds.lokr import factorize, fresh
+from networks.core.kinds.table import change_of, kind_of
+from tests.unit.networks.one_layer import adapter_on, module_of
+
+lokr: Any = pytest.importorskip("lycoris.modules.lokr")
+general: Any = pytest.importorskip("lycoris.functional.general")
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(48, 36), (2, 5, 48)),
+    "1x1": (lambda: nn.Conv2d(48, 36, 1), (2, 48, 4, 4)),
+    "3x3": (lambda: nn.Conv2d(24, 36, 3, stride=2, padding=1), (2, 24, 6, 6)),
+}
+FORMS: dict[str, dict[str, Any]] = {
+    "w2 of factors": {"factor": 2},
+    "both of factors": {"decompose_both": True},
+    "w1 of factors": {"decompose_both": True, "factor": 12},
+    "full": {"full_matrix": True, "factor": 4},
+    "core": {"use_tucker": True, "factor": 2},
+}
+CASES = [
+    (name, form, is_dora, has_scalar)
+    for name in LAYERS
+    for form in FORMS
+    for is_dora in (False, True)
+    for has_scalar in (False, True)
+    if form != "core" or name == "3x3"
+]
+CLOSE = {"rtol": 1e-3, "atol": 2e-4}  # theirs sums in another order, in float32
+
+
+def pair(name: str, form: str, is_dora: bool, has_scalar: bool) -> tuple[Adapter, Any, nn.Module]:
+    """Ours, theirs with the same weights, and the layer, which theirs is installed on."""
+    torch.manual_seed(2701 + CASES.index((name, form, is_dora, has_scalar)))
+    layer: Any = LAYERS[name][0]().requires_grad_(False)
+    asked = FORMS[form]
+    delta = fresh(
+        layer, 2, asked.get("factor", -1), asked.get("decompose_both", False),
+        asked.get("full_matrix", False), form == "core",
+    )  # fmt: skip
+    join = Decompose(layer.weight) if is_dora else None
+    ours = adapter_on(layer, delta, 3.0, join, has_scalar=has_scalar)
+    theirs = lokr.LokrModule(
+        "x", layer, 1.0, 2, 3.0, use_scalar=has_scalar, weight_decompose=is_dora, wd_on_out=False, **asked
+    )
+    change = module_of(ours)
+    with torch.no_grad():
+        for parameter in change.parameters():
+            parameter.copy_(parameter * 0.3 + torch.randn_like(parameter) * 0.3)
+        for key, parameter in theirs.named_parameters():
+            parameter.copy_(change.get_parameter(key))
+    assert {k for k, _ in change.named_parameters()} == {k for k, _ in theirs.named_parameters() if "org" not in k}
+    return ours, theirs, layer
+
+
+@pytest.mark.parametrize(("name", "form", "is_dora", "has_scalar"), CASES)
+def test_layer_merged_weight_and_file(name: str, form: str, is_dora: bool, has_scalar: bool) -> None:
+    ours, theirs, layer = pair(name, form, is_dora, has_scalar)
+    x = torch.randn(LAYERS[name][1], requires_grad=True)
+    keys = [key for key, _ in module_of(ours).named_parameters()]
+
+    def run(module: nn.Module) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y = layer(x)
+        grads = torch.autograd.grad(y.square().sum(), (x, *(module.get_parameter(key) for key in keys)))
+        return y, grads
+
+    alone = layer(x)
+    ours.install()
+    y, grads = run(module_of(ours))
+    ours.remove()
+    base = layer.weight
+    assert isinstance(base, Tensor)
+    # Their forward pass with a scalar and DoRA, written out: W0 + scalar * dW, then the magnitudes.
+    whole = base + theirs.get_weight(base.shape) * theirs.scalar
+    whole = theirs.apply_weight_decompose(whole) if is_dora else whole
+    theirs.apply_to()
+    their_y, their_grads = run(theirs)
+    theirs.restore()
+    torch.testing.assert_close(y, their_y, **CLOSE)
+    assert (y - alone).abs().max() > 0.01
+    for one, other in zip(grads, their_grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()) + 1e-6)
+    torch.testing.assert_close(ours.merged()["weight"], whole, **CLOSE)
+    mine, other = ours.change.leaves(), theirs.custom_state_dict()
+    assert {key: tensor.shape for key, tensor in mine.items()} == {key: tensor.shape for key, tensor in other.items()}
+    for key, tensor in other.items():
+        if key != "alpha" or not kind_of(mine).is_whole:  # without a rank alpha says nothing: theirs is the rank asked
+            torch.testing.assert_close(mine[key], tensor.detach())
+
+
+@pytest.mark.parametrize(("name", "form"), [(name, form) for name, form, dora, scalar in CASES if not dora and scalar])
+def test_files_compute_the_same_in_both_programs(name: str, form: str) -> None:
+    ours, theirs, layer = pair(name, form, False, True)
+    base = layer.weight
+    assert isinstance(base, Tensor)
+    whole = base + theirs.get_weight(base.shape) * theirs.scalar
+    read = change_of({key: tensor.detach() for key, tensor in theirs.custom_state_dict().items()}, layer)
+    torch.testing.assert_close(read.merged(base), whole, **CLOSE)
+    leaves = ours.change.leaves()
+    again = lokr.LokrModule("x", layer, 1.0, 2, 3.0, **FORMS[form])
+    again.load_state_dict(leaves)
+    torch.testing.assert_close(base + again.get_weight(base.shape), whole, **CLOSE)
+    if form in ("core", "w1 of factors"):  # their reader takes the wrong rank and the wrong form of these two
+        return
+    given = [leaves.get(leaf) for leaf in lokr.LokrModule.weight_list]
+    with torch.no_grad():
+        again = lokr.LokrModule.make_module_from_state_dict("x", layer, *given)
+    torch.testing.assert_close(base + again.get_weight(base.shape), whole, **CLOSE)
+
+
+@pytest.mark.parametrize(("name", "form"), [(name, form) for name, form, dora, scalar in CASES if not dora and scalar])
+def test_the_start_is_theirs_number_by_number(name: str, form: str) -> None:
+    layer: Any = LAYERS[name][0]()
+    asked = FORMS[form]
+    torch.manual_seed(2801)
+    ours = fresh(
+        layer, 2, asked.get("factor", -1), asked.get("decompose_both", False), asked.get("full_matrix", False),
+        form == "core",
+    )  # fmt: skip
+    torch.manual_seed(2801)
+    theirs = lokr.LokrModule("x", layer, 1.0, 2, 1.0, **asked)
+    assert isinstance(ours, nn.Module)
+    for key, parameter in ours.named_parameters():
+        assert torch.equal(parameter, theirs.get_parameter(key)), key
+
+
+def test_sizes_are_split_as_theirs() -> None:
+    sizes = (*range(1, 400), 512, 640, 768, 1000, 1280, 2048, 2560, 3072, 5120, 9216, 10240, 12288, 21504)
+    for size in sizes:
+        for factor in (-1, 1, 2, 3, 4, 5, 8, 12, 16, 30, 64):
+            assert factorize(size, factor) == general.factorization(size, factor), (size, factor)

@@ -1,0 +1,268 @@
+"""networks.lokr in a whole network: names, files, every way back, what it costs, refusals."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints.files import load_state_dict, save_safetensors
+from networks import loha, lokr, lora
+from networks.core.files.adapter_file import read_adapter_file
+from networks.core.kinds.joins import Decompose
+from networks.core.kinds.lokr import LoKr
+from networks.core.kinds.scaled import Dropout
+from networks.core.network import AdapterNetwork
+from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
+from tests.unit.networks.one_layer import adapter_on, double, module_of
+from tests.unit.networks.test_forms import CONV, LINEAR, assert_same, outputs, perturb
+from tests.unit.networks.test_joins import Largest
+from tests.unit.networks.toy import toy_models
+
+FORMS: dict[str, dict[str, str]] = {
+    "plain": {"factor": "1"},
+    "whole": {"full_matrix": "True", "factor": "2", "conv_dim": "2"},
+    "mixed": {"conv_dim": "2"},  # at rank 1 products where a side is longer than 2
+    "both": {"factor": "3", "decompose_both": "True"},
+    "core": {"conv_dim": "1", "use_tucker": "True", "factor": "1"},
+    "everything": {"conv_dim": "1", "use_tucker": "1", "use_scalar": "1", "train_norm": "1", "dora_wd": "1",
+                   "factor": "2"},
+}  # fmt: skip
+PRODUCTS = [(False, True), (True, False), (True, True), (False, False)]  # w1, w2 made of factors
+
+
+def trained(seed: int, **args: str) -> tuple[AdapterNetwork, Any, Any]:
+    """An installed network with random weights and its models."""
+    text, unet = toy_models(seed)
+    network = lokr.create_network(1.0, 1, 2.0, None, text, unet, **args)
+    perturb(network, seed + 1)
+    network.apply_to(text, unet)
+    return network, text, unet
+
+
+def shapes(network: AdapterNetwork, module: str) -> dict[str, list[int]]:
+    return {leaf: list(tensor.shape) for leaf, tensor in network.adapters[module].change.leaves().items()}
+
+
+def test_keys_and_shapes() -> None:
+    network = trained(4001, **FORMS["core"])[0]
+    assert shapes(network, LINEAR) == {"alpha": [], "lokr_w1": [1, 1], "lokr_w2_a": [6, 1], "lokr_w2_b": [1, 8]}
+    assert shapes(network, CONV) == {
+        "alpha": [], "lokr_w1": [1, 1], "lokr_w2_a": [1, 6], "lokr_w2_b": [1, 6], "lokr_t2": [1, 1, 3, 3],
+    }  # fmt: skip
+    network = trained(4002, **FORMS["whole"])[0]
+    assert shapes(network, LINEAR) == {"alpha": [], "lokr_w1": [2, 2], "lokr_w2": [3, 4]}
+    assert shapes(network, CONV) == {"alpha": [], "lokr_w1": [2, 2], "lokr_w2": [3, 3, 3, 3]}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_untrained_network_changes_nothing(form: str) -> None:
+    text, unet = toy_models(4011)
+    before = outputs(text, unet, 4012)
+    lokr.create_network(1.0, 1, 2.0, None, text, unet, **FORMS[form]).apply_to(text, unet)
+    assert_same(outputs(text, unet, 4012), before)
+
+
+@pytest.mark.parametrize("way", ["settings", "file", "merged", "merged by networks.lora"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_computes_the_same_whichever_way_it_comes_back(tmp_path: Path, form: str, way: str) -> None:
+    network, text, unet = trained(4021, **FORMS[form])
+    expected = outputs(text, unet, 4022)
+    path = str(tmp_path / "x.safetensors")
+    network.save_weights(path, None, {})
+    network.remove()
+    assert (outputs(text, unet, 4022)[1] - expected[1]).abs().max() > 0.01
+    if way == "settings":
+        second = lokr.create_network(1.0, 1, 2.0, None, text, unet, **FORMS[form])
+        second.apply_to(text, unet)
+        second.load_weights(path)
+    elif way == "file":
+        second, _ = lokr.create_network_from_weights(1.0, path, None, text, unet)
+        second.apply_to(text, unet)
+        second.load_weights(path)
+    else:
+        door = lora if way.endswith("lora") else lokr
+        second, weights = door.create_network_from_weights(1.0, path, None, text, unet, for_inference=True)
+        second.merge_to(text, unet, weights, torch.float32, "cpu")
+    assert_same(outputs(text, unet, 4022), expected)
+
+
+@pytest.mark.parametrize("is_dora", [False, True])
+@pytest.mark.parametrize("is_product", PRODUCTS)
+@pytest.mark.parametrize("layer_kind", ["linear", "3x3", "core"])
+def test_output_and_gradients_are_those_of_the_whole_matrix(
+    layer_kind: str, is_product: tuple[bool, bool], is_dora: bool
+) -> None:
+    if layer_kind == "core" and not is_product[1]:
+        pytest.skip("a core lies between the factors of w2")
+    torch.manual_seed(4031)
+    layer: Any = nn.Linear(40, 30) if layer_kind == "linear" else nn.Conv2d(40, 30, 3, stride=2, padding=1)
+    layer.double().requires_grad_(False)
+    delta = LoKr(layer, 2, (5, 4), is_product, layer_kind == "core")
+    adapter = double(adapter_on(layer, delta, 3.0, Decompose(layer.weight) if is_dora else None))
+    perturb(module_of(adapter), 4032)
+    shape = (3, 40) if layer_kind == "linear" else (2, 40, 5, 5)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    learned = (x, *module_of(adapter).parameters())
+    whole = adapter.merged()["weight"]
+    if layer_kind == "linear":
+        expected = nn.functional.linear(x, whole, layer.bias)
+    else:
+        expected = nn.functional.conv2d(x, whole, layer.bias, 2, 1)
+    expected_grads = torch.autograd.grad(expected.square().sum(), learned)
+    adapter.install()
+    y = layer(x)
+    torch.testing.assert_close(y, expected, **FLOAT64)
+    for one, other in zip(torch.autograd.grad(y.square().sum(), learned), expected_grads, strict=True):
+        torch.testing.assert_close(one, other, **FLOAT64)
+
+
+@pytest.mark.parametrize("is_product", PRODUCTS)
+def test_neither_pass_makes_a_tensor_of_the_size_of_the_weight(is_product: tuple[bool, bool]) -> None:
+    layer = nn.Linear(96, 128).requires_grad_(False)
+    adapter = adapter_on(layer, LoKr(layer, 2, (8, 8), is_product), 2.0)
+    adapter.install()
+    x = torch.randn(2, 96, requires_grad=True)
+    with Largest() as largest:
+        layer(x).square().sum().backward()
+    assert 0 < largest.num_values <= 2 * 128
+
+
+def test_alpha_counts_where_there_is_a_rank() -> None:
+    layer = nn.Linear(12, 12)
+    for is_product in PRODUCTS:
+        change = module_of(adapter_on(layer, LoKr(layer, 2, (3, 3), is_product), 6.0))
+        assert change.scale == (3.0 if any(is_product) else 1.0)
+        change.load({**change.leaves(), "alpha": torch.tensor(8.0)})
+        assert change.scale == (4.0 if any(is_product) else 1.0)
+
+
+@pytest.mark.parametrize("is_product", [(False, True), (True, False)])
+@pytest.mark.parametrize("is_conv", [False, True])
+def test_rank_dropout_leaves_out_ranks_of_each_sample(is_product: tuple[bool, bool], is_conv: bool) -> None:
+    torch.manual_seed(4041)
+    layer: Any = nn.Conv2d(12, 12, 3, padding=1) if is_conv else nn.Linear(12, 12)
+    adapter = adapter_on(layer, LoKr(layer, 2, (3, 4), is_product), 2.0, drops=Dropout(rank=0.5))
+    change = module_of(adapter).train()
+    perturb(change, 4042)
+    x = torch.randn((40, 12, 3, 3) if is_conv else (40, 5, 12))
+    base = layer(x)
+    factor = "lokr_w2_a" if is_product[1] else "lokr_w1_a"
+    full, halves = change.get_parameter(factor).detach().clone(), []
+    change.eval()
+    for keep in ([0, 0], [1, 0], [0, 1], [1, 1]):
+        with torch.no_grad():
+            change.get_parameter(factor).copy_(full * torch.tensor(keep))
+        halves.append((change.forward(x, layer, 1.0) - base) * 2)  # what is left is scaled by 1 / (1 - 0.5)
+    with torch.no_grad():
+        change.get_parameter(factor).copy_(full)
+    change.train()
+    dropped = change.forward(x, layer, 1.0) - base
+    distances = torch.stack([(dropped - half).flatten(1).norm(dim=1) for half in halves])
+    assert distances.min(0).values.max() < 1e-4
+    assert set(distances.argmin(0).tolist()) == {0, 1, 2, 3}
+
+
+def test_under_autocast_the_output_is_bf16_and_gradients_are_float32() -> None:
+    for is_product in PRODUCTS:
+        layer = nn.Linear(40, 30).requires_grad_(False)
+        adapter = adapter_on(layer, LoKr(layer, 2, (5, 4), is_product), 2.0)
+        perturb(module_of(adapter), 4051)
+        adapter.install()
+        x = torch.randn(3, 40)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), nn.functional.linear(x, adapter.merged()["weight"], layer.bias),
+                                   rtol=0.05, atol=0.1)  # fmt: skip
+        y.float().square().sum().backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module_of(adapter).parameters())
+
+
+def test_loraplus_speeds_up_w1_as_in_sd_scripts() -> None:
+    network = trained(4061, **FORMS["everything"], loraplus_lr_ratio="4")[0]
+    groups, names = network.prepare_optimizer_params(1e-3, 1e-4, 1e-3)
+    plus = {p for g, name in zip(groups, names, strict=True) if name.endswith("plus") for p in g["params"]}
+    assert plus == {p for name, p in network.named_parameters() if name.endswith("lokr_w1")}
+
+
+@pytest.mark.parametrize("form", ["core", "whole", "both"])
+def test_norms_are_those_of_the_changes_and_are_limited(form: str) -> None:
+    network = trained(4071, **FORMS[form])[0]
+    changes: list[Any] = [adapter.change for adapter in network.adapters.values()]
+    for change in changes:
+        torch.testing.assert_close(change.norm(), change.weight().norm(), **FLOAT32_SAME_MATH)
+    limit = 0.5 * max(change.norm().item() for change in changes)
+    count, _, maximum = network.apply_max_norm_regularization(limit, "cpu")
+    assert count > 0 and maximum <= limit * 1.0001
+    assert max(change.weight().norm().item() for change in changes) == pytest.approx(limit, rel=1e-4)
+
+
+def test_another_factor_than_the_files_is_named_with_the_way_out(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.safetensors")
+    network, text, unet = trained(4081, full_matrix="True", factor="2")
+    network.save_weights(path, None, {})
+    network.remove()
+    with pytest.raises(ValueError, match=r"with these --network_args it needs .*add --dim_from_weights"):
+        lokr.create_network(1.0, 1, 2.0, None, text, unet, full_matrix="True", factor="1").load_weights(path)
+    with pytest.raises(ValueError, match=r"made of lokr_w1 and lokr_w2 in .*add --dim_from_weights"):
+        lokr.create_network(1.0, 1, 2.0, None, text, unet, factor="2").load_weights(path)
+
+
+def test_it_goes_on_under_its_own_module_only(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.safetensors")
+    network, text, unet = trained(4091)
+    network.save_weights(path, None, {})
+    network.remove()
+    for other in (lora, loha):
+        with pytest.raises(ValueError, match=r"\*\.lokr_w.*Use --network_module networks.lokr"):
+            other.create_network_from_weights(1.0, path, None, text, unet)
+    with pytest.raises(ValueError, match="split_qkv does not work with this --network_module: all rows"):
+        lokr.create_network(1.0, 3, 2.0, None, text, unet, split_qkv="True")
+    with pytest.raises(ValueError, match=r"--network_args factor=0: expected 1 or more"):
+        lokr.create_network(1.0, 3, 2.0, None, text, unet, factor="0")
+
+
+def test_an_argument_of_lokr_has_no_effect_elsewhere_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    text, unet = toy_models(4101)
+    loha.create_network(1.0, 3, 2.0, None, text, unet, factor="2")
+    assert "--network_args factor has no effect; it belongs to networks.lokr" in caplog.text
+
+
+def test_modules_without_a_rank_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        network = trained(4111, full_matrix="True")[0]
+    num = len(network.adapters)
+    assert f"LoKr: {num} of {num} modules are two whole matrices" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop(f"{LINEAR}.lokr_w2_b"), "without its lokr_w2_b; the file is incomplete"),
+        (lambda t: t.pop(f"{LINEAR}.lokr_w1"), "without lokr_w1, or lokr_w1_a and lokr_w1_b"),
+        (lambda t: t.update({f"{LINEAR}.lokr_w2": torch.ones(6, 8)}), "two forms of the same matrix"),
+        (lambda t: t.update({f"{LINEAR}.lokr_w2_b": torch.ones(2, 8)}), "do not fit together"),
+        (lambda t: t.update({f"{LINEAR}.lokr_w1": torch.ones(3)}), "do not fit together: lokr_w1 is [3]"),
+        (lambda t: t.update({f"{LINEAR}.lokr_t1": torch.ones(1, 1)}), "which no known LoKr has"),
+    ],
+)
+def test_files_that_do_not_fit_together_say_why(tmp_path: Path, change: Any, said: str) -> None:
+    network = trained(4121, factor="1")[0]
+    tensors: dict[str, Tensor] = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
+    change(tensors)
+    save_safetensors(tmp_path / "x.safetensors", tensors, {})
+    with pytest.raises(ValueError, match=re.escape(said)):
+        read_adapter_file(tmp_path / "x.safetensors")
+
+
+def test_the_trained_strength_is_multiplied_into_the_file(tmp_path: Path) -> None:
+    network, _, _ = trained(4131, use_scalar="True", factor="1")
+    change: Any = network.adapters[LINEAR].change
+    change.scalar.data.fill_(-0.25)
+    network.save_weights(str(tmp_path / "x.safetensors"), None, {})
+    tensors: dict[str, Tensor] = load_state_dict(tmp_path / "x.safetensors")
+    assert torch.equal(tensors[f"{LINEAR}.lokr_w1"], -0.25 * change.lokr_w1)
+    assert not any("scalar" in key for key in tensors)

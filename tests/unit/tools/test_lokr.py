@@ -1,0 +1,151 @@
+"""LoKr files through every tool: checked, converted, resized, merged, for every base model."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.architectures.cards import list_cards
+from library.checkpoints.adapter_names import BaseNames
+from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
+from networks.core.files.adapter_file import read_adapter_file
+from networks.core.files.module_weights import ModuleWeights
+from tests.tolerances import FLOAT32_SAME_MATH
+from tools import check_lora_weights, convert_lora, merge_lora, resize_lora
+
+TABLES = [card.names for card in list_cards()]
+WIDTHS = {"sd1": 768, "sd2": 1024, "sdxl": 2048, "flux": 3072, "hunyuan_image": 3584}  # by which models are told apart
+CONV = "lora_unet_up_blocks_2_resnets_1_conv1"
+RANK, ALPHA = 2, 3.0
+FORMS = ("w2 of factors", "both of factors", "w1 of factors", "whole")
+
+
+def lokr_of(names: list[str], seed: int, num_inputs: int) -> dict[str, Tensor]:
+    """A module of each form in turn, of 9 outputs: L is 3, M 4, K 3, N what is left."""
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, Tensor] = {}
+    for i, name in enumerate(names):
+        form = FORMS[i % len(FORMS)]
+        leaves = {"w1_a": (3, RANK), "w1_b": (RANK, 4)} if form in FORMS[1:3] else {"w1": (3, 4)}
+        num_n = num_inputs // 4
+        leaves |= {"w2_a": (3, RANK), "w2_b": (RANK, num_n)} if form in FORMS[:2] else {"w2": (3, num_n)}
+        for leaf, shape in leaves.items():
+            found[f"{name}.lokr_{leaf}"] = torch.randn(shape, generator=generator)
+        found[f"{name}.alpha"] = torch.tensor(ALPHA)
+    return found
+
+
+def changes(path: Path) -> dict[str, Tensor]:
+    return {name: module.weight(torch.float64) for name, module in read_adapter_file(path).modules.items()}
+
+
+def formula(tensors: dict[str, Tensor], name: str) -> Tensor:
+    parts = {key.rpartition("lokr_")[2]: t.double() for key, t in tensors.items() if key.startswith(f"{name}.lokr")}
+    w1 = parts["w1"] if "w1" in parts else parts["w1_a"] @ parts["w1_b"]
+    w2 = parts["w2"] if "w2" in parts else parts["w2_a"] @ parts["w2_b"]
+    return torch.kron(w1, w2) * (1 if parts.keys() == {"w1", "w2"} else ALPHA / RANK)
+
+
+@pytest.fixture(params=TABLES, ids=lambda table: table.base)
+def table(request: pytest.FixtureRequest) -> BaseNames:
+    found: BaseNames = request.param
+    return found
+
+
+@pytest.fixture
+def model(table: BaseNames, tmp_path: Path) -> Path:
+    """A file of four modules of the denoiser, those that tell widths first."""
+    names = [m.kohya for m in table.modules if re.search("^lora_unet_.*(blocks|layers)_[0-9]", m.kohya)]
+    names = [name for name in names if "resnets" not in name and "layers_2" not in name]
+    names.sort(key=lambda name: "attn2_to_k" not in name)
+    width = WIDTHS.get(table.base, 64)
+    metadata = {"ss_network_module": "networks.lokr"}
+    save_safetensors(tmp_path / "a.safetensors", lokr_of(names[:4], 6001, width), metadata)
+    return tmp_path / "a.safetensors"
+
+
+def test_it_is_checked_and_its_base_model_is_told(
+    table: BaseNames, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check_lora_weights.main(["--model", str(model), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["base"] == table.base and report["is_usable"]
+    tensors = load_state_dict(model)
+    for module in report["modules"]:
+        is_whole = f"{module['name']}.lokr_w1" in tensors and f"{module['name']}.lokr_w2" in tensors
+        sizes = (1, 1.0) if is_whole else (RANK, ALPHA)
+        assert (module["kind"], module["rank"], module["alpha"]) == ("lokr", *sizes)
+        assert module["update_norm"] == pytest.approx(float(formula(tensors, module["name"]).norm()), rel=1e-6)
+
+
+def test_it_goes_to_the_generic_naming_and_back(model: Path, tmp_path: Path) -> None:
+    there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
+    assert convert_lora.main(["--model", str(model), "--save_to", str(there), "--to", "generic"]) == 0
+    assert all(not key.endswith("alpha") and "lora_unet" not in key for key in load_state_dict(there))
+    assert convert_lora.main(["--model", str(there), "--save_to", str(back), "--to", "kohya"]) == 0
+    before, after = changes(model), changes(back)
+    assert before.keys() == after.keys()
+    for name, change in before.items():
+        torch.testing.assert_close(after[name], change, rtol=1e-6, atol=1e-6)
+
+
+def test_diffusers_reads_no_lokr_and_says_so(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.safetensors"
+    assert convert_lora.main(["--model", str(model), "--save_to", str(out), "--to", "diffusers"]) == 1
+    said = capsys.readouterr().err
+    assert "the diffusers naming has no place for" in said or "no program reads adapters of HunyuanImage" in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("new_rank", [2, 9])
+def test_resizing_makes_the_best_lora_of_it(model: Path, tmp_path: Path, new_rank: int) -> None:
+    out = tmp_path / "out.safetensors"
+    assert resize_lora.main(["--model", str(model), "--save_to", str(out), "--new_rank", str(new_rank)]) == 0
+    tensors, made = load_state_dict(model), read_adapter_file(out).modules
+    assert read_metadata(out)["ss_network_module"] == "networks.lora"
+    for name, module in made.items():
+        assert module.form == "low_rank" and module.rank <= new_rank
+        u, s, v = torch.linalg.svd(formula(tensors, name), full_matrices=False)
+        best = u[:, :new_rank] * s[:new_rank] @ v[:new_rank]
+        assert (module.weight(torch.float64) - best).norm() < 1e-5 * best.norm()
+
+
+def test_two_become_one_lora_exactly_with_concat(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    arguments = ["--models", str(model), str(model), "--ratios", "0.5", "0.25", "--save_to", str(out)]
+    assert merge_lora.main([*arguments, "--concat"]) == 0
+    tensors = load_state_dict(model)
+    for name, module in read_adapter_file(out).modules.items():
+        assert module.form == "low_rank"
+        torch.testing.assert_close(module.weight(), 0.75 * formula(tensors, name).float(), **FLOAT32_SAME_MATH)
+
+
+def test_one_lora_of_a_smaller_rank_tells_what_it_misses(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out.safetensors"
+    with caplog.at_level("INFO"):
+        assert merge_lora.main(["--models", str(model), "--new_rank", "3", "--save_to", str(out)]) == 0
+    tensors, made = load_state_dict(model), changes(out)
+    missed = sum(float((formula(tensors, name) - change).square().sum()) for name, change in made.items())
+    total = sum(float(formula(tensors, name).square().sum()) for name in made)
+    assert f"the LoRA misses {100 * (missed / total) ** 0.5:.1f}% of the sum of the changes (norm)" in caplog.text
+    assert 0.005 < missed / total < 0.6
+
+
+@pytest.mark.parametrize("form", range(4))
+def test_a_3x3_convolution_is_merged(form: int) -> None:
+    names = [f"x{i}" for i in range(form)] + [CONV]
+    tensors = {key.partition(".")[2]: t for key, t in lokr_of(names, 6011, 180).items() if key.startswith(CONV)}
+    wanted_change = formula({f"x.{leaf}": t for leaf, t in tensors.items()}, "x").float().view(9, 20, 3, 3)
+    if "lokr_w2" in tensors:
+        tensors["lokr_w2"] = tensors["lokr_w2"].view(3, 5, 3, 3)  # kohya and LyCORIS keep the kernel of a whole matrix
+    module = ModuleWeights(CONV, tensors, {})
+    assert module.shape == (9, 20, 3, 3) and module.is_larger_kernel
+    base = torch.randn(9, 20, 3, 3)
+    torch.testing.assert_close(module.merged(base, 0.5), base + 0.5 * wanted_change, **FLOAT32_SAME_MATH)
+    with pytest.raises(ValueError, match="changes a weight of the shape"):
+        module.merged(torch.randn(9, 4, 3, 3), 1.0)
