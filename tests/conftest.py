@@ -1,10 +1,22 @@
 """Fixtures that every suite shares."""
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.running import base_arguments, fresh_process, launch, pictures, train  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def _log_handlers() -> Iterator[None]:
+    """Take away what a command set up for its log: its stream is closed when the test is over."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ TOOLS = (
     "extract_lora_from_dylora",
     "extract_lora_from_models",
     "merge_lora",
+    "resize_lora",
     "merge_flux_lora",
     "merge_models",
     "cache_latents",
