@@ -4,7 +4,6 @@
 """
 
 import importlib
-import logging
 import random
 import re
 import signal
@@ -75,18 +74,15 @@ def base_arguments(tiny_sd_folder: Path, pictures: Path, tmp_path: Path) -> list
 
 @pytest.fixture
 def fresh_process() -> Iterator[None]:
-    """Undo what a run leaves in the process: accelerate's state, signal handlers, log handlers."""
+    """Undo what a run leaves in the process: accelerate's state and signal handlers."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    log_handlers, level = list(logging.getLogger().handlers), logging.getLogger().level
     yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    logging.getLogger().handlers[:] = log_handlers
-    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture
