@@ -93,7 +93,7 @@ def ready(options: object) -> object:
     from library.data.batches.dataset import TrainingSet
     from library.protocols import LatentSpec
 
-    spec = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_sd.npz", keys_carry_size=False)
+    spec = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_sd.npz", had_keys_without_size=True)
     training_set = TrainingSet.build(options, spec, 1, None, None)  # type: ignore[arg-type]
     training_set.audit(logging.getLogger("audit"))
     return training_set, training_set.batches(1, range(training_set.num_batches), lambda i: i, 0, False)

@@ -23,7 +23,7 @@ class LatentSpec:
     downscale: int  # pixels per latent, each way
     bucket_step: int  # bucket sides are multiples of this many pixels
     cache_suffix: str  # "_sd.npz"
-    keys_carry_size: bool  # whether cache keys end in _<height>x<width> of the latent
+    had_keys_without_size: bool  # whether older cache files of this base model have one entry, whatever its size
 
 
 class Loader(Protocol):

@@ -46,7 +46,9 @@ class MappedLatents:
 
 def mapped_latents(cache_suffix: str) -> MappedLatents:
     """The latents of a base model that reads two by two of them as a token."""
-    return MappedLatents(LatentSpec(CHANNELS, 8, bucket_step=16, cache_suffix=cache_suffix, keys_carry_size=True))
+    return MappedLatents(
+        LatentSpec(CHANNELS, 8, bucket_step=16, cache_suffix=cache_suffix, had_keys_without_size=False)
+    )
 
 
 def open_ae(model: str, base_flag: str, name: str | None, base: Path, whole: Weights | None) -> Component:

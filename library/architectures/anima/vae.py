@@ -19,7 +19,7 @@ from library.protocols import LatentSpec
 
 FLAG = "--vae"
 FOLDER = "vae"
-SPEC = LatentSpec(channels=16, downscale=8, bucket_step=16, cache_suffix="_anima.npz", keys_carry_size=True)
+SPEC = LatentSpec(channels=16, downscale=8, bucket_step=16, cache_suffix="_anima.npz", had_keys_without_size=False)
 MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,

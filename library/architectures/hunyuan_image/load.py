@@ -36,7 +36,7 @@ GLYPH_MARK = "byt5_in.fc1.weight"
 FOLDERS = {"denoiser": "transformer", "vae": "vae", "text_encoder": "text_encoder", "byt5": "text_encoder_2"}
 GLYPH_WORDS = "shared.weight"
 NUM_BYTE_IDS = 259  # three special tokens and 256 bytes
-SPEC = LatentSpec(channels=64, downscale=32, bucket_step=32, cache_suffix="_hi.npz", keys_carry_size=True)
+SPEC = LatentSpec(channels=64, downscale=32, bucket_step=32, cache_suffix="_hi.npz", had_keys_without_size=False)
 
 
 @dataclass(frozen=True)

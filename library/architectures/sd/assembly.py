@@ -23,7 +23,7 @@ from library.protocols import Architecture, LatentSpec
 logger = logging.getLogger(__name__)
 
 LATENTS = LatentSpec(
-    channels=LATENT_CHANNELS, downscale=8, bucket_step=64, cache_suffix="_sd.npz", keys_carry_size=False
+    channels=LATENT_CHANNELS, downscale=8, bucket_step=64, cache_suffix="_sd.npz", had_keys_without_size=True
 )
 
 

@@ -28,7 +28,7 @@ from library.protocols import Architecture, LatentSpec, LiveText, Preview, Promp
 from library.types import Prompt
 
 LATENTS = LatentSpec(
-    channels=LATENT_CHANNELS, downscale=8, bucket_step=32, cache_suffix="_sd3.npz", keys_carry_size=True
+    channels=LATENT_CHANNELS, downscale=8, bucket_step=32, cache_suffix="_sd3.npz", had_keys_without_size=False
 )
 T5_TOKENIZER = "tokenizer_3"  # the folder beside a model that has it, as in diffusers' folders
 SAMPLING_SHIFT = 3.0  # that SD3 draws pictures with

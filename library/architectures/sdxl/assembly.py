@@ -22,7 +22,7 @@ from library.models.unet_preview import build_unet_preview
 from library.protocols import Architecture, LatentSpec, TextCacheSpec
 
 LATENTS = LatentSpec(
-    channels=LATENT_CHANNELS, downscale=8, bucket_step=32, cache_suffix="_sdxl.npz", keys_carry_size=False
+    channels=LATENT_CHANNELS, downscale=8, bucket_step=32, cache_suffix="_sdxl.npz", had_keys_without_size=True
 )
 
 

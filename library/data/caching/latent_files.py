@@ -1,13 +1,16 @@
 """Latent cache files: sd-scripts' names, keys and layout, plus a note of what each entry was made from.
 
-A file is a numpy archive beside the picture, `<stem>_<width>x<height><suffix>` with the picture's size. Keys end in
-`_<height>x<width>` of the latents where the base model's files do (`LatentSpec.keys_carry_size`):
+A file is a numpy archive beside the picture, `<stem>_<width>x<height><suffix>` with the picture's size. It holds an
+entry for each size that the picture was trained at; keys end in `_<height>x<width>` of its latents:
 
     latents, latents_flipped   float32 (C, h, w); the second is the encoding of the mirrored picture
     original_size              int64 (2,), width and height of the picture
     crop_ltrb                  float64 (4,)
     alpha_mask                 float32 (H, W), 0..1, of the bucket in pixels
     origin                     ours: JSON as bytes, see `Origin`; other programs leave it alone
+
+Older files of some base models (`LatentSpec.had_keys_without_size`) have a single entry, whose keys end in nothing. It
+is taken for an entry of the size that it has, and of no other.
 """
 
 import json
@@ -47,7 +50,8 @@ class LatentFile:
     """Where the entry of one picture at one size lies."""
 
     path: str
-    tail: str  # of the keys
+    tail: str  # of the keys, "_<height>x<width>" of the latents
+    may_lack_tail: bool  # an entry of the right size without a tail is this entry
     latent_shape: tuple[int, int, int]  # C, h, w
     bucket: Size
 
@@ -89,19 +93,32 @@ class Origin:
 def latent_file(picture: str, size: Size, shape: Shape, spec: LatentSpec) -> LatentFile:
     """The file and the keys of a picture's entry."""
     width, height = (side // spec.downscale for side in shape.bucket)
-    tail = f"_{height}x{width}" if spec.keys_carry_size else ""
     path = f"{os.path.splitext(picture)[0]}_{size[0]:04d}x{size[1]:04d}{spec.cache_suffix}"
-    return LatentFile(path, tail, (spec.channels, height, width), shape.bucket)
+    return LatentFile(
+        path, f"_{height}x{width}", spec.had_keys_without_size, (spec.channels, height, width), shape.bucket
+    )
+
+
+def tail_in(archive: Mapping[str, Any], file: LatentFile) -> str:
+    """What the keys of an entry end in."""
+    is_there = f"latents{file.tail}" in archive
+    return "" if not is_there and file.may_lack_tail and has_older_entry(archive, file) else file.tail
+
+
+def has_older_entry(archive: Mapping[str, Any], file: LatentFile) -> bool:
+    """Whether there are latents of the right size without a tail."""
+    return "latents" in archive and archive["latents"].shape == file.latent_shape
 
 
 def latents_in(archive: Mapping[str, Any], file: LatentFile, needs_flipped: bool, needs_alpha: bool) -> Latents:
     """The arrays of an entry as tensors; EntryError says what does not fit."""
-    latents = _encoding(archive, f"latents{file.tail}", file, "without latents of this size")
+    tail = tail_in(archive, file)
+    latents = _encoding(archive, f"latents{tail}", file, "without latents of this size")
     flipped = alpha = None
     if needs_flipped:
-        flipped = _encoding(archive, f"latents_flipped{file.tail}", file, "without a mirrored copy")
+        flipped = _encoding(archive, f"latents_flipped{tail}", file, "without a mirrored copy")
     if needs_alpha:
-        key = f"alpha_mask{file.tail}"
+        key = f"alpha_mask{tail}"
         if key not in archive:
             raise EntryError("without a mask")
         values = np.asarray(archive[key])
@@ -182,7 +199,7 @@ def judge(file: LatentFile, picture: str, size: Size, expected: Expected) -> Ver
     try:
         with open_npz(file.path) as archive:
             latents_in(archive, file, expected.needs_flipped, expected.needs_alpha)
-            origin = origin_in(archive, file.tail)
+            origin = origin_in(archive, tail_in(archive, file))
             if origin is not None:
                 return Verdict(origin_fault(origin, picture, expected))
             return Verdict(foreign_fault(archive, file, picture, size), is_foreign=True)
@@ -215,7 +232,7 @@ def origin_fault(origin: Origin, picture: str, expected: Expected) -> str | None
 def foreign_fault(archive: Mapping[str, Any], file: LatentFile, picture: str, size: Size) -> str | None:
     """What speaks against an entry that another program wrote."""
     for name, wanted in (("original_size", size), ("crop_ltrb", crop_ltrb(file.bucket, size))):
-        key = f"{name}{file.tail}"
+        key = f"{name}{tail_in(archive, file)}"
         values = np.asarray(archive[key], dtype=np.float64) if key in archive else np.empty(0)
         if values.shape != (len(wanted),) or not np.allclose(values, wanted, rtol=0, atol=0.01):
             return "made for another size or crop"
@@ -252,11 +269,16 @@ def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) 
 
 
 def other_entries(file: LatentFile) -> dict[str, Any]:
-    """What a file holds besides this entry; nothing where it is missing or damaged."""
+    """What a file holds besides this entry; nothing where it is missing or damaged.
+
+    An entry without a tail goes if it is of this size: the new one takes its place.
+    """
     names = ("latents", "latents_flipped", "original_size", "crop_ltrb", "alpha_mask", "origin")
     own = {f"{name}{file.tail}" for name in names}
     try:
         with open_npz(file.path) as archive:
+            if file.may_lack_tail and has_older_entry(archive, file):
+                own |= set(names)
             return {key: archive[key] for key in archive if key not in own}
     except DAMAGE:
         return {}

@@ -163,8 +163,8 @@ def passed_on(jobs: Sequence[Job], folder: str, spec: LatentSpec) -> list[Job]:
 def plan_jobs(training_set: TrainingSet, to_disk: bool) -> list[Job]:
     """What is to be encoded, small pictures first.
 
-    Two pictures that differ only in their ending, or one picture at two sizes where keys carry no size, claim the same
-    entry of the same file. The first one gets it, the others stay in memory.
+    Two pictures that differ only in their ending claim the same entry of the same file, and so do two crops or filters
+    of one picture for one bucket. The first one gets it, the others stay in memory.
     """
     groups: dict[tuple[str, Shape, str | None], list[int]] = defaultdict(list)
     for number, sample in enumerate(training_set.samples):
@@ -186,7 +186,7 @@ def plan_jobs(training_set: TrainingSet, to_disk: bool) -> list[Job]:
         jobs.append(Job(sample, tuple(users), interpolation, flipped, alpha, file))
     if left_out:
         logger.warning(
-            "latents of %d pictures stay in memory, their cache file belongs to another picture or size: %s",
+            "latents of %d pictures stay in memory, their cache entry belongs to another picture, crop or filter: %s",
             len(left_out),
             few(left_out),
         )
@@ -211,7 +211,7 @@ def check_files(
     jobs: Sequence[Job], vae_identity: str, skips_check: bool, training_set: TrainingSet, entries: VerifiedEntries
 ) -> tuple[list[tuple[Job, LatentFile]], list[Job]]:
     """(jobs that need no encoding, with their files; the others), and a line in the log about both."""
-    has_old_names = not training_set.spec.keys_carry_size
+    has_old_names = training_set.spec.had_keys_without_size
 
     def look(job: Job) -> Found:
         assert job.file is not None

@@ -18,7 +18,7 @@ RECIPE = Recipe(
     refuses={"weighted_captions": "bytes have no weights"},
     ignores={"clip_skip": "there is no CLIP", **OTHER_ATTENTION},
 )
-LATENTS = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_knots.npz", keys_carry_size=False)
+LATENTS = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_knots.npz", had_keys_without_size=False)
 
 
 def build(options: KnotsOptions) -> Architecture:

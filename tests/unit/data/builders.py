@@ -14,8 +14,7 @@ from library.options.train import TrainOptions
 from library.protocols import LatentSpec
 from library.types import Batch
 
-SPEC = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_sd.npz", keys_carry_size=False)
-SIZED_SPEC = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_flux.npz", keys_carry_size=True)
+SPEC = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_sd.npz", had_keys_without_size=True)
 
 
 def options_of(arguments: str = "", *more: str) -> TrainOptions:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ from library.options.caching import CachingOptions
 from library.processes import Processes
 from library.protocols import LatentSpec
 from tests.unit.data.builders import (
-    SIZED_SPEC,
     SPEC,
     averaging_vae,
     batches_of,
@@ -33,6 +33,7 @@ from tests.unit.test_processes import Board
 
 DISK = CachingOptions(cache_latents=True, cache_latents_to_disk=True, vae_batch_size=2)
 MEMORY = CachingOptions(cache_latents=True, vae_batch_size=2)
+TAIL = "_8x8"  # of the keys of an entry at 64x64
 
 
 @pytest.fixture
@@ -73,17 +74,17 @@ def latents_by_key(training_set: TrainingSet) -> dict[str, list]:
     return found
 
 
-def rewrite(path: Path, keeps_origin: bool = False, **changes: np.ndarray | None) -> None:
-    """Write the file again as another program would: some arrays changed or (None) left out."""
+def rewrite(path: Path, keeps_origin: bool = False, tail: str = TAIL, **changes: np.ndarray | None) -> None:
+    """Write the one entry of a file again as another program would: some arrays changed or (None) left out."""
     with np.load(path) as archive:
-        arrays = {key: archive[key] for key in archive.files}
+        arrays = {key.removesuffix(TAIL): archive[key] for key in archive.files}
     if not keeps_origin:
-        arrays = {key: value for key, value in arrays.items() if key != "origin"}
+        del arrays["origin"]
     arrays.update({key: value for key, value in changes.items() if value is not None})
     for key, value in changes.items():
         if value is None:
-            arrays.pop(key, None)
-    np.savez(path, **arrays)
+            del arrays[key]
+    np.savez(path, **{key + tail: array for key, array in arrays.items()})
 
 
 # Names and layout
@@ -94,25 +95,64 @@ def test_files_have_the_names_and_the_layout_of_sd_scripts(folder):
     names = sorted(path.name for path in (folder / "2_a").glob("*.npz"))
     assert names == ["p0_0064x0064_sd.npz", "p1_0080x0064_sd.npz", "p2_0064x0070_sd.npz"]
     with np.load(file_of(folder, names[1])) as archive:
-        assert {key: (archive[key].shape, archive[key].dtype.name) for key in archive.files if key != "origin"} == {
-            "latents": ((4, 8, 8), "float32"),
-            "original_size": ((2,), "int64"),
-            "crop_ltrb": ((4,), "float64"),
+        assert {key: (archive[key].shape, archive[key].dtype.name) for key in archive.files if key != "origin_8x8"} == {
+            "latents_8x8": ((4, 8, 8), "float32"),
+            "original_size_8x8": ((2,), "int64"),
+            "crop_ltrb_8x8": ((4,), "float64"),
         }
-        assert archive["original_size"].tolist() == [80, 64]
-        assert archive["crop_ltrb"].tolist() == pytest.approx([0, 6, 64, 57.2])
-        assert archive["origin"].dtype == np.uint8 and json.loads(archive["origin"].tobytes())["vae"] == "vae"
+        assert archive["original_size_8x8"].tolist() == [80, 64]
+        assert archive["crop_ltrb_8x8"].tolist() == pytest.approx([0, 6, 64, 57.2])
+        assert archive["origin_8x8"].dtype == np.uint8 and json.loads(archive["origin_8x8"].tobytes())["vae"] == "vae"
 
 
-def test_keys_carry_the_size_where_the_base_model_has_it_and_other_sizes_stay(folder):
-    cache(folder, spec=SIZED_SPEC)
+def cache_larger(folder: Path) -> int:
+    """Cache the pictures at 128x64; how many were encoded."""
     calls: list[int] = []
-    larger = open_set(options_of("--resolution 128,64", "--train_data_dir", str(folder)), spec=SIZED_SPEC)
+    larger = open_set(options_of("--resolution 128,64", "--train_data_dir", str(folder)))
     cache_latents(larger, averaging_vae(calls), "vae", DISK, 1)
-    with np.load(file_of(folder, "p0_0064x0064_flux.npz")) as archive:
+    return sum(calls)
+
+
+def test_keys_carry_the_size_and_other_sizes_stay(folder):
+    cache(folder)
+    num_encoded = cache_larger(folder)
+    with np.load(file_of(folder)) as archive:
         assert archive["latents_8x8"].shape == (4, 8, 8) and archive["latents_8x16"].shape == (4, 8, 16)
         assert {"origin_8x8", "origin_8x16", "crop_ltrb_8x8", "original_size_8x16"} <= set(archive.files)
-    assert (sum(calls), cache(folder, spec=SIZED_SPEC)[1]) == (3, 0)
+    assert (num_encoded, cache(folder)[1]) == (3, 0)
+
+
+@pytest.mark.parametrize("keeps_origin", [False, True])
+def test_an_entry_without_a_size_is_used_for_the_size_that_it_has_and_no_other(folder, keeps_origin, caplog):
+    """Entries of one set at two sizes would both find it, and one of them would train on latents of the other."""
+    wanted = latents_by_key(cache(folder)[0])
+    for path in (folder / "2_a").glob("*.npz"):
+        rewrite(path, keeps_origin, tail="")
+    training_set, num_encoded = cache(folder)
+    assert num_encoded == 0 and latents_by_key(training_set) == wanted
+    with caplog.at_level(logging.INFO):
+        assert cache_larger(folder) == 3
+    assert "3 without latents of this size" in caplog.text
+    with np.load(file_of(folder)) as archive:
+        assert {"latents", "latents_8x16"} <= set(archive.files)
+    assert cache(folder)[1] == cache_larger(folder) == 0
+
+
+def test_an_entry_without_a_size_is_not_for_base_models_that_never_had_such(folder):
+    spec = replace(SPEC, had_keys_without_size=False)
+    cache(folder, spec=spec)
+    for path in (folder / "2_a").glob("*.npz"):
+        rewrite(path, tail="")
+    assert cache(folder, spec=spec)[1] == 3
+
+
+def test_a_new_entry_takes_the_place_of_one_without_a_size(folder):
+    cache(folder)
+    for path in (folder / "2_a").glob("*.npz"):
+        rewrite(path, tail="", crop_ltrb=np.array([1.0, 0, 64, 64]))
+    assert cache(folder)[1] == 3
+    with np.load(file_of(folder)) as archive:
+        assert set(archive.files) == {f"{key}_8x8" for key in ("latents", "original_size", "crop_ltrb", "origin")}
 
 
 def test_mirrored_copies_are_encodings_of_the_mirrored_picture_and_are_drawn(folder):
@@ -121,9 +161,9 @@ def test_mirrored_copies_are_encodings_of_the_mirrored_picture_and_are_drawn(fol
     pixels = torch.from_numpy(np.array(Image.open(folder / "2_a/p0.png"))).permute(2, 0, 1)[None] / 127.5 - 1
     means = torch.nn.functional.avg_pool2d(pixels, 8)[0]
     with np.load(file_of(folder)) as archive:
-        assert np.abs(archive["latents"][:3] - means.numpy()).max() < 0.06
-        assert np.abs(archive["latents_flipped"][:3] - means.flip(-1).numpy()).max() < 0.06
-        plain, flipped = archive["latents"].tolist(), archive["latents_flipped"].tolist()
+        assert np.abs(archive["latents_8x8"][:3] - means.numpy()).max() < 0.06
+        assert np.abs(archive["latents_flipped_8x8"][:3] - means.flip(-1).numpy()).max() < 0.06
+        plain, flipped = archive["latents_8x8"].tolist(), archive["latents_flipped_8x8"].tolist()
     drawn = []
     for epoch in range(1, 12):
         for batch in batches_of(training_set, epoch):
@@ -150,7 +190,8 @@ def test_masks_are_kept_in_the_file_and_mirrored_with_the_draw(folder):
                         assert (mask == 1).all()
         assert seen == {"plain", "mirrored"}
     with np.load(file_of(folder, "q_0064x0064_sd.npz")) as archive:
-        assert archive["alpha_mask"].dtype == np.float32 and np.abs(archive["alpha_mask"] - alpha).max() < 1e-6
+        mask = archive["alpha_mask_8x8"]
+        assert mask.dtype == np.float32 and np.abs(mask - alpha).max() < 1e-6
 
 
 def test_a_mask_in_the_file_is_not_used_when_it_is_not_asked_for(folder):
@@ -204,7 +245,7 @@ def test_only_subsets_that_mirror_get_mirrored_copies(tmp_path, options):
     assert sorted(name for name, _ in drawn) == ["a", "a", "b"]
 
 
-def test_one_picture_in_two_datasets_is_encoded_once_at_one_size_and_apart_at_two(tmp_path, caplog):
+def test_one_picture_in_two_datasets_is_encoded_once_at_one_size_and_apart_at_two(tmp_path):
     write_picture(tmp_path / "a/p.png", (64, 64))
     one = "[[datasets]]\nresolution = {}\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
     for sizes, num_encoded in (((64, 64), 1), ((64, 128), 2)):
@@ -215,7 +256,8 @@ def test_one_picture_in_two_datasets_is_encoded_once_at_one_size_and_apart_at_tw
         shapes = sorted(tuple(batch.latents_BCHW.shape) for batch in batches_of(training_set))
         assert sum(calls) == num_encoded
         assert shapes == [(1, 4, size // 8, size // 8) for size in sizes]
-    assert "latents of 1 pictures stay in memory" in caplog.text
+    with np.load(tmp_path / "a/p_0064x0064_sd.npz") as archive:
+        assert {"latents_8x8", "latents_16x16"} <= set(archive.files)
 
 
 def test_pictures_that_share_a_file_name_do_not_share_latents(tmp_path):
@@ -536,7 +578,7 @@ def test_a_file_is_written_by_one_process_only(folder):
         f"[[datasets]]\nresolution = [{width}, 64]\n[[datasets.subsets]]\nimage_dir = '{{here}}/2_a'\n"
         for width in (64, 128)
     )
-    training_set = open_set(write_config(folder / "data.toml", text), spec=SIZED_SPEC)
+    training_set = open_set(write_config(folder / "data.toml", text))
     jobs = plan_jobs(training_set, to_disk=True)
     shares = [shared_out(jobs, rank, 2) for rank in range(2)]
     assert sorted(len(share) for share in shares) == [2, 4] and len({id(job) for s in shares for job in s}) == len(jobs)

@@ -10,7 +10,6 @@ import pytest
 from library.data.caching import latent_index
 from library.data.caching.latent_files import Verdict
 from library.data.sources import picture_index
-from tests.unit.data.builders import SIZED_SPEC
 from tests.unit.data.test_cache import (
     cache,
     edit_picture,
@@ -150,11 +149,11 @@ def test_a_damaged_index_is_made_again(folder, judged, caplog, content):  # noqa
 def test_entries_of_two_sizes_in_one_file(folder, judged):  # noqa: F811
     for _ in range(2):
         for arguments in ("", "--resolution 128,64"):
-            cache(folder, arguments, spec=SIZED_SPEC)
+            cache(folder, arguments)
             settle()
     judged.clear()
     for arguments in ("", "--resolution 128,64"):
-        assert cache(folder, arguments, spec=SIZED_SPEC)[1] == 0
+        assert cache(folder, arguments)[1] == 0
     assert judged == []
 
 

@@ -56,7 +56,7 @@ def test_a_half_precision_vae_still_gives_float32(open_sd, tiny_sd_folder, pixel
 
 def test_the_cache_entry_is_named_as_others_name_it(open_sd, tiny_sd_folder):
     spec = open_sd(tiny_sd_folder).codec.spec
-    assert (spec.cache_suffix, spec.keys_carry_size) == ("_sd.npz", False)
+    assert (spec.cache_suffix, spec.had_keys_without_size) == ("_sd.npz", True)
     assert (spec.channels, spec.downscale, spec.bucket_step) == (4, 8, 64)
 
 
