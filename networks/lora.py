@@ -5,6 +5,11 @@ from networks.core.kinds import lora, tucker
 from networks.core.kinds.kind import Door
 from networks.core.kinds.split import SplitRank
 
-create_network, create_network_from_weights = network_module(
-    Door(lora.LowRank, make_core=tucker.Tucker, make_split=SplitRank, kinds=(lora.KIND, tucker.KIND))
+DOOR = Door(
+    lora.LowRank,
+    make_core=tucker.Tucker,
+    make_split=SplitRank,
+    kinds=(lora.KIND, tucker.KIND),
+    takes=frozenset(("tlora",)),
 )
+create_network, create_network_from_weights = network_module(DOOR)

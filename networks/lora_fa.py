@@ -12,6 +12,7 @@ create_network, create_network_from_weights = network_module(
         make_split=frozen_split,
         kinds=(lora.KIND, tucker.KIND),
         check=warn_of_ratios,
+        takes=frozenset(("tlora",)),
         refuses={"use_tucker": "the core between the factors would train, and need what freezing lora_down saves"},
     )
 )

@@ -91,6 +91,10 @@ class FlowMatching:
         timesteps_B = self.draw_levels(B, H, W, generator, offsets_B) * room + self.min_timestep
         return timesteps_B.floor().clamp(max=self.max_timestep - 1) if self.has_whole_timesteps else timesteps_B
 
+    def noise_levels(self, noised: Noised) -> Tensor:
+        """The share of noise in the latents."""
+        return noised.sigmas_B.float()
+
     def estimate(self, output_BCHW: Tensor, noised: Noised) -> Tensor:
         """What the denoiser's output is compared as, float32: with the noisy latent x and the output p, `raw` is p,
         `additive` p + x, `sigma_scaled` x - sigma p."""

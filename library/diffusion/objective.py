@@ -69,6 +69,10 @@ class DDPM:
             timesteps_B=timesteps_B,
         )
 
+    def noise_levels(self, noised: Noised) -> Tensor:
+        """The timestep as a share of all, 0 to 0.999."""
+        return noised.timesteps_B.float() / len(self.abar_T)
+
     def estimate(self, output_BCHW: Tensor, noised: Noised) -> Tensor:
         """The denoiser's output as it is: it says noise, or velocity, in the terms of the target."""
         return output_BCHW

@@ -76,6 +76,13 @@ def parse_number(text: str) -> float:
     return number
 
 
+def parse_power(text: str) -> float:
+    """A finite number above 0."""
+    if (number := parse_number(text)) == 0:
+        raise UserError("expected a number above 0")
+    return number
+
+
 def parse_probability(text: str) -> float:
     """A chance from 0 up to, but without, 1: at 1 nothing would be trained."""
     number = parse_number(text)

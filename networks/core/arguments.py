@@ -20,6 +20,7 @@ from networks.core.argument_values import (
     parse_number,
     parse_numbers,
     parse_patterns,
+    parse_power,
     parse_probability,
     parse_rank,
     parse_ranks,
@@ -63,6 +64,9 @@ class NetworkArguments:
     )
     decompose_both: bool = False  # networks.lokr: the small matrix is a product too, where it is large enough
     full_matrix: bool = False  # networks.lokr: neither matrix is a product
+    tlora: bool = False  # T-LoRA: the noisier a sample, the fewer ranks act on it; networks.tlora has it on
+    tlora_min_rank: int = 1  # the ranks that act on pure noise
+    tlora_power: float = 1.0  # of the share of the signal that the ranks follow; 1 is linear
     split_qkv: bool = False  # q, k and v, which some base models have in one layer, are adapted apart
     network_reg_dims: tuple[tuple[str, int], ...] | None = None  # (regular expression, rank); the first that fits
     network_reg_lrs: tuple[tuple[str, float], ...] | None = None  # (regular expression, learning rate)
@@ -102,6 +106,9 @@ SUPPORTED: Mapping[str, Parse] = {
     "factor": parse_factor,
     "decompose_both": parse_bool,
     "full_matrix": parse_bool,
+    "tlora": parse_bool,
+    "tlora_min_rank": parse_unit,
+    "tlora_power": parse_power,
     "split_qkv": parse_bool,
     "network_reg_dims": parse_expression_ranks,
     "network_reg_lrs": parse_expression_rates,
@@ -160,8 +167,9 @@ def _parse(key: str, value: Any, parsers: Mapping[str, Parse]) -> Any:
         raise UserError(f"--network_args {key}={value} is not supported yet ({PLANNED[key]}); leave {key} out")
     name = SYNONYMS.get(key, key)
     if name not in parsers:
-        near = get_close_matches(key, [*parsers, *SYNONYMS, *PLANNED], n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SUPPORTED)}"
+        names = {known.lower(): known for known in (*parsers, *SYNONYMS, *PLANNED)}
+        near = get_close_matches(key.lower(), names, n=1, cutoff=0.5)
+        hint = f"did you mean {names[near[0]]}?" if near else f"known: {', '.join(SUPPORTED)}"
         raise UserError(f"--network_args {key}={value}: there is no argument {key}; {hint}")
     is_list = isinstance(value, (list, tuple)) and not name.endswith("_patterns")
     text = ",".join(map(str, value)) if is_list else str(value)

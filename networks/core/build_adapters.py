@@ -13,6 +13,7 @@ from networks.core.kinds.change import Leaves
 from networks.core.kinds.joins import Add, Decompose
 from networks.core.kinds.kind import Door
 from networks.core.kinds.leaves import DORA_SCALE
+from networks.core.kinds.noise_ranks import NoiseRanks
 from networks.core.kinds.scaled import Dropout, ScaledDelta
 from networks.core.kinds.split import are_apart
 from networks.core.kinds.table import change_of, kind_of
@@ -142,6 +143,8 @@ def make_member(
     assert isinstance(weight, Tensor)
     join = Decompose(weight, arguments.dora_constant_norm) if form.is_decomposed else Add()
     change = ScaledDelta(site.module, delta, join, allotment.alpha, drops, arguments.use_scalar)
+    if arguments.tlora and place.text_encoder is None:  # captions are encoded once for all noise levels
+        change.noise_ranks = NoiseRanks(arguments.tlora_min_rank, arguments.tlora_power)
     return Member(Adapter(site, change, multiplier), place.text_encoder, allotment)
 
 

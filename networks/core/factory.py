@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from networks.core.build_adapters import Place, fresh_members, members_of_file, 
 from networks.core.files.foreign_names import in_own_names
 from networks.core.files.reading_writing import group_by_module, read_adapters
 from networks.core.kinds import norm
-from networks.core.kinds.kind import Door
+from networks.core.kinds.kind import FOR_FEW, Door
 from networks.core.kinds.leaves import DORA_SCALE
 from networks.core.kinds.table import KINDS, kind_of
 from networks.core.network import AdapterNetwork, Member
@@ -44,6 +45,10 @@ FORM_ARGUMENTS = (
     "include_patterns",
 )
 NESTED_ARGUMENTS = ("unit", "conv_unit", "train_all_ranks")
+ONE_WEIGHT = (
+    "its magnitudes divide by the norm of one changed weight, but with T-LoRA every sample of a batch has its own"
+)
+TLORA_ARGUMENTS = ("tlora_min_rank", "tlora_power")
 KRONECKER_ARGUMENTS = ("factor", "decompose_both", "full_matrix")
 
 TextEncoder = nn.Module | Sequence[nn.Module | None] | None
@@ -72,8 +77,7 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
         network arguments.
         """
         targets = targets_of(unet)
-        arguments = parse_arguments(network_args, neuron_dropout, targets.known_arguments)
-        check_arguments(door, arguments)
+        arguments = arguments_of(door, parse_arguments(network_args, neuron_dropout, targets.known_arguments))
         rank = DEFAULT_RANK if network_dim is None else network_dim
         alpha = DEFAULT_ALPHA if network_alpha is None else float(network_alpha)
         if rank < 0 or alpha < 0:
@@ -113,8 +117,7 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
         *_lr_weight lists count. Raises UserError when the file cannot be used.
         """
         targets = targets_of(unet)
-        arguments = parse_arguments(network_args, neuron_dropout, targets.known_arguments)
-        check_arguments(door, arguments)
+        arguments = arguments_of(door, parse_arguments(network_args, neuron_dropout, targets.known_arguments))
         warn_of_ranks(arguments)
         weights = dict(in_own_names(read_adapters(file) if weights_sd is None else weights_sd, targets.names, file))
         groups = group_by_module(weights, str(file), KINDS if for_inference else (*door.kinds, norm.KIND))
@@ -128,7 +131,7 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
             )
         network = AdapterNetwork(members, targets, arguments, door.start_step)
         if not for_inference:
-            check_forms(door, groups, str(file))
+            check_forms(door, arguments, groups, str(file))
             if door.check is not None:
                 door.check(network)
         network.train(not for_inference)
@@ -163,11 +166,21 @@ def warn_without_effect(targets: AdapterTargets, arguments: NetworkArguments, me
             logger.info("%s: rank %d", member.adapter.site.name, member.allotment.rank)
 
 
+def arguments_of(door: Door, given: NetworkArguments) -> NetworkArguments:
+    """The arguments with what the door stands for, held to what it supports (`check_arguments`)."""
+    arguments = replace(given, tlora=True) if door.is_tlora else given
+    check_arguments(door, arguments)
+    return arguments
+
+
 def check_arguments(door: Door, arguments: NetworkArguments) -> None:
     """Raise UserError for an argument that this kind does not support, warn of those that belong to another."""
-    for name, reason in door.refuses.items():
+    for name, reason in refused_by(door, arguments).items():
         if getattr(arguments, name):
             raise UserError(f"--network_args {name} does not work with this --network_module: {reason}")
+    idle = [name for name in TLORA_ARGUMENTS if getattr(arguments, name) != getattr(NetworkArguments, name)]
+    if idle and not arguments.tlora:
+        logger.warning("--network_args %s has no effect without tlora=True or networks.tlora", ", ".join(idle))
     if door.start_step is None:
         given = [name for name in NESTED_ARGUMENTS if getattr(arguments, name) != getattr(NetworkArguments, name)]
         if given:
@@ -178,17 +191,25 @@ def check_arguments(door: Door, arguments: NetworkArguments) -> None:
             logger.warning("--network_args %s has no effect; it belongs to networks.lokr", ", ".join(given))
 
 
-def check_forms(door: Door, groups: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
+def refused_by(door: Door, arguments: NetworkArguments) -> Mapping[str, str]:
+    """Network argument -> why it does not work with this kind of adapter."""
+    few = {name: reason for name, reason in FOR_FEW.items() if name not in door.takes}
+    return {**few, **door.refuses, **({"dora_wd": ONE_WEIGHT} if arguments.tlora else {})}
+
+
+def check_forms(
+    door: Door, arguments: NetworkArguments, groups: Mapping[str, Mapping[str, Tensor]], source: str
+) -> None:
     """Raise UserError where a file that is to be trained further has what this kind does not support."""
     found = {
         "use_tucker": any(kind_of(group).has_core(group) for group in groups.values()),
         "dora_wd": any(DORA_SCALE in group for group in groups.values()),
     }
+    refused = refused_by(door, arguments)
     for name, is_there in found.items():
-        if is_there and name in door.refuses:
+        if is_there and name in refused:
             raise UserError(
-                f"{source} was trained with {name}, which does not work with this --network_module: "
-                f"{door.refuses[name]}"
+                f"{source} was trained with {name}, which does not work with this --network_module: {refused[name]}"
             )
 
 

@@ -13,6 +13,7 @@ from networks.core.adapter import Adapter
 from networks.core.arguments import NetworkArguments
 from networks.core.files.foreign_names import in_own_names
 from networks.core.files.reading_writing import load_into, network_tensors, read_adapters, save_network
+from networks.core.kinds.scaled import ScaledDelta
 from networks.core.sites.rules import SiteSettings
 from networks.core.sites.targets import AdapterTargets
 from networks.core.summary import describe_part, describe_rates
@@ -188,6 +189,16 @@ class AdapterNetwork(nn.Module):
         """Take up optimizer step `step` (from 0) of the run with this seed; called before each of its batches."""
         if self.start_step is not None:
             self.start_step(self, seed, step)
+
+    def on_noise_levels(self, levels_B: Tensor | None) -> None:
+        """Take the share of noise in each sample, 0 to 1, that the denoiser runs next; None for pictures.
+
+        With T-LoRA it decides which ranks act; without a level all of them do.
+        """
+        for member in self.members:
+            change = member.adapter.change
+            if isinstance(change, ScaledDelta) and change.noise_ranks is not None:
+                change.noise_levels_B = levels_B
 
     def get_trainable_params(self) -> list[nn.Parameter]:
         """What the optimizer changes: the set whose gradient norm is limited."""

@@ -68,6 +68,8 @@ class Network(Protocol):
     `on_step_start(text_encoder, unet)` before each batch,
     `on_optimizer_step_start(seed, step)` before each batch too, with the run's seed and the number of optimizer steps
     that are finished: the same for all batches of one step, so what a network draws from it is drawn once per step,
+    `on_noise_levels(levels)` before each run of the denoiser with the share of noise in each sample, 0 to 1, or with
+    None before pictures are drawn,
     `apply_max_norm_regularization(limit, device) -> (count, mean, maximum)`,
     `merge_to(text_encoder, unet, weights, dtype, device)`.
     """
@@ -229,6 +231,10 @@ class AdoptedNetwork:
     def start_optimizer_step(self, seed: int, step: int) -> None:
         """Called before each micro-step with the seed of the run and the number of finished optimizer steps."""
         self._optional("on_optimizer_step_start", seed, step)
+
+    def set_noise_levels(self, levels_B: Tensor | None) -> None:
+        """Tell the share of noise, 0 to 1, of each sample that the denoiser runs next; None before pictures."""
+        self._optional("on_noise_levels", levels_B)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimizer changes: the set whose gradient norm is limited."""

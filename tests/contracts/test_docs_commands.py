@@ -193,8 +193,8 @@ def test_readme_says_of_every_script_whether_it_is_there() -> None:
 def test_readme_says_of_every_network_module_whether_it_is_there() -> None:
     rows = [row for row in table_rows(ROOT / "README.md") if row[0].startswith("`networks.")]
     works = {row[0].strip("`") for row in rows if row[2] == "works"}
-    assert len(rows) == 10
-    assert works == {row[0].strip("`") for row in rows if importlib.util.find_spec(row[0].strip("`"))}
+    doors = (path for path in (ROOT / "networks").glob("*.py") if "create_network" in path.read_text(encoding="utf-8"))
+    assert works == {f"networks.{path.stem}" for path in doors}
 
 
 def test_options_that_the_page_calls_unsupported_are_refused() -> None:

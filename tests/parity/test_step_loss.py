@@ -27,10 +27,11 @@ def options_for(folder: Path, **noise_or_loss: Any) -> TrainOptions:
     return TrainOptions.from_args(args)
 
 
-class Multiplier:
+class Multiplier(nn.Module):
     """Stands for a network: remembers what its multiplier was set to."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.values: list[float] = []
 
     def set_multiplier(self, value: float) -> None:
@@ -51,11 +52,10 @@ def context_of(options: TrainOptions, seen: list[tuple[Noised, Tensor]]) -> Step
         return prediction_BCHW
 
     models = Models(arch.load.denoiser(), encoders, arch.load.vae(), ([], nn.Module()))
-    adopted: Any = network
     return StepContext(
         arch=replace(arch, predict=predict),
         models=models,
-        network=adopted,
+        network=AdoptedNetwork(network),
         seed=3,
         device=torch.device("cpu"),
         autocast=nullcontext,

@@ -163,3 +163,50 @@ def test_both_train_in_bf16_altogether(train: Train, base_arguments: list[str], 
     weights = [w for name, w in saved(tmp_path, "mine").items() if not name.endswith(".alpha")]
     assert {w.dtype for w in weights} == {torch.bfloat16}
     assert all(w.isfinite().all() for w in weights)
+
+
+RECORDING = """
+from networks import tlora
+levels = []
+def create_network(*arguments, **keywords):
+    network = tlora.create_network(*arguments, **keywords)
+    listen = network.on_noise_levels
+    def record(levels_B):
+        listen(levels_B)
+        levels.append((network.training, None if levels_B is None else levels_B.tolist()))
+    network.on_noise_levels = record
+    return network
+"""
+
+
+def test_tlora_hears_of_noise_in_training_and_validation_and_not_in_previews(
+    train: Train, base_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recording_levels.py").write_text(RECORDING)
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    measuring = ["--validation_split", "0.5", "--validate_every_n_steps", "2", "--max_validation_steps", "1"]
+    drawing = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "2"]
+    done = train([*base_arguments, "--network_module", "recording_levels", *measuring, *drawing])
+    assert done.status == 0, done.stderr
+    levels = importlib.import_module("recording_levels").levels
+    del sys.modules["recording_levels"]
+    trained = [values for is_training, values in levels if is_training and values is not None]
+    validated = [values for is_training, values in levels if not is_training and values is not None]
+    assert len(trained) >= 4
+    assert validated
+    assert all(0 <= level < 1 for values in trained + validated for level in values)
+    assert len({level for values in trained for level in values}) > 4
+    assert levels[-1][1] is None  # the last pictures are drawn after the last step: with every rank
+
+
+def test_tlora_repeats_itself_and_writes_a_plain_lora(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
+    arguments = [*base_arguments, "--network_module", "networks.tlora", "--network_dim", "6"]
+    for name, more in (("a", []), ("b", ["--gradient_checkpointing"]), ("c", ["--network_args", "tlora_power=3"])):
+        done = train([*arguments, "--output_name", name, *more])
+        assert done.status == 0, done.stderr
+    a, b, c = (saved(tmp_path, name) for name in "abc")
+    for key, weight in a.items():
+        torch.testing.assert_close(weight, b[key], rtol=1e-4, atol=1e-6)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
+    assert {key.partition(".")[2] for key in a} == {"lora_down.weight", "lora_up.weight", "alpha"}

@@ -14,8 +14,10 @@ from library.training.run.run import Run
 def evaluating(run: Run) -> Iterator[None]:
     """The weights that would be saved, dropout off, no gradients; afterwards everything is as it was, bit for bit.
 
-    Adapters use all they have (DyLoRA its full rank). The random streams of torch and Python are put back.
+    Adapters use all they have: DyLoRA its full rank, T-LoRA too unless it is told of noise levels, as in validation.
+    The random streams of torch and Python are put back.
     """
+    run.context.network.set_noise_levels(None)
     modules = [run.context.models.denoiser, *run.context.models.text_encoders, run.context.network.module]
     with torch.no_grad(), random_streams_kept(run.context.device), eval_mode(modules), averaged_weights(run):
         yield

@@ -59,6 +59,7 @@ def losses_of(
     """The loss of each sample, masked but without the weights of subsets, shape B; `condition` gives text features."""
     with context.autocast():
         conditioning = condition()
+        context.network.set_noise_levels(objective.noise_levels(noised))
         output_BCHW = context.arch.predict(context.models.denoiser, noised, conditioning, batch)
         prediction_BCHW = objective.estimate(output_BCHW, noised)
     target_BCHW = preserve_output(context, objective, batch, noised, condition, conditioning)

@@ -53,6 +53,12 @@ class Kind:
         return any(leaf in leaves for leaf in self.core)
 
 
+FOR_FEW: Mapping[str, str] = {
+    "tlora": "it counts the ranks between the two factors of a LoRA",
+}
+"""Network arguments that only doors which list them have, and why others have not."""
+
+
 @dataclass(frozen=True)
 class Door:
     """What a --network_module makes of the arguments, for one kind of adapter."""
@@ -66,3 +72,5 @@ class Door:
     like: Callable[[nn.Module, Leaves], Delta] | None = None  # as in a file, where rank and core do not tell all
     with_arguments: Callable[[Any], "Door"] | None = None  # the same door for network arguments that only it has
     refuses: Mapping[str, str] = field(default_factory=dict)  # network argument -> why it does not work with this kind
+    takes: frozenset[str] = frozenset()  # of the arguments that few kinds have (`FOR_FEW`), those that this one has
+    is_tlora: bool = False  # as if `tlora` were given

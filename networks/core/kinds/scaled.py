@@ -10,6 +10,7 @@ from torch.nn.functional import dropout
 from networks.core.kinds.change import Delta, Forward, Leaves, MakeDelta, Misfit, fill, parts_of, stand_in
 from networks.core.kinds.joins import Add, Decompose, Join, scale_columns
 from networks.core.kinds.leaves import ALPHA, DORA_SCALE
+from networks.core.kinds.noise_ranks import NoiseRanks
 from networks.core.kinds.split import SplitRank
 
 SCALAR = "scalar"  # in memory only: files have it multiplied into the factor that starts at zero
@@ -60,6 +61,8 @@ class ScaledDelta(nn.Module):
             alpha = float(delta.rank)
         self.join = join
         self.drops = drops
+        self.noise_ranks: NoiseRanks | None = None  # all ranks act on every sample
+        self.noise_levels_B: Tensor | None = None  # of the batch, 0 to 1; None where there is none
         self.register_buffer(ALPHA, torch.tensor(float(alpha or delta.rank), dtype=torch.float32))
         self.alpha_value = float(alpha or delta.rank)  # read every call: no transfer from the device, no rounding
         assert isinstance(delta, nn.Module)
@@ -234,17 +237,33 @@ class ScaledDelta(nn.Module):
             if self.drops.rank > 0:
                 hidden = hidden * self._rank_mask(hidden)
                 strength /= 1 - self.drops.rank
+        if self.noise_ranks is not None and self.noise_levels_B is not None:
+            hidden = hidden * self._noise_mask(hidden, self.noise_ranks, self.noise_levels_B)
         if self.scalar is not None:
             hidden = hidden * self.scalar
         return hidden if strength == 1 else hidden * strength
 
     def _rank_mask(self, hidden: Tensor) -> Tensor:
         """0 or 1 for every sample and channel, in a shape that meets `hidden`."""
-        is_conv = isinstance(self.layer, nn.Conv2d)
-        num_samples, rank = hidden.shape[0], hidden.shape[1 if is_conv else -1]
-        keep_BR = torch.rand(num_samples, rank, device=hidden.device) > self.drops.rank
+        keep_BK = torch.rand(len(hidden), self._num_channels(hidden), device=hidden.device) > self.drops.rank
+        return self._per_channel(keep_BK, hidden)
+
+    def _noise_mask(self, hidden: Tensor, ranks: NoiseRanks, levels_B: Tensor) -> Tensor:
+        """The same for the ranks that act at the noise level of each sample."""
+        if len(hidden) != len(levels_B):
+            raise RuntimeError(f"a layer runs {len(hidden)} samples, but noise levels were told of {len(levels_B)}")
+        keep_BK = ranks.kept(self.delta.rank, self._num_channels(hidden), levels_B.to(hidden.device))
+        return self._per_channel(keep_BK, hidden)
+
+    def _num_channels(self, hidden: Tensor) -> int:
+        """K, the channels between down and up."""
+        return hidden.shape[1 if isinstance(self.layer, nn.Conv2d) else -1]
+
+    def _per_channel(self, keep_BK: Tensor, hidden: Tensor) -> Tensor:
         others = (1,) * (hidden.dim() - 2)
-        return keep_BR.to(hidden.dtype).view(num_samples, *((rank, *others) if is_conv else (*others, rank)))
+        num_samples, num_channels = keep_BK.shape
+        shape = (num_channels, *others) if isinstance(self.layer, nn.Conv2d) else (*others, num_channels)
+        return keep_BK.to(hidden.dtype).view(num_samples, *shape)
 
 
 def read_with(

@@ -39,6 +39,9 @@ class Halves:
         zeros_B = torch.zeros(len(clean_BCHW))
         return Noised(clean_BCHW, clean_BCHW, clean_BCHW, zeros_B, zeros_B)
 
+    def noise_levels(self, noised: Noised) -> Tensor:
+        return noised.sigmas_B
+
     def estimate(self, output_BCHW: Tensor, noised: Noised) -> Tensor:
         return output_BCHW
 

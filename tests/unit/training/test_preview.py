@@ -29,6 +29,7 @@ from library.training.evaluation.preview import (
 )
 from library.training.faults.interruption import Interrupted, Interruption
 from library.types import Prompt
+from networks.core.protocol import AdoptedNetwork
 from tests.parity.test_preview import prompt_of
 from tests.parity.test_step_loss import options_for
 
@@ -116,7 +117,7 @@ def run(tiny_sd_folder: Path, tmp_path: Path) -> Any:
         device=torch.device("cpu"),
         autocast=nullcontext,
         models=models,
-        network=SimpleNamespace(module=nn.Dropout(0.5)),
+        network=AdoptedNetwork(nn.Dropout(0.5)),
         trains_text_encoder=False,
         live_text=None,
     )

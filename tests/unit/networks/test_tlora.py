@@ -1,0 +1,152 @@
+"""T-LoRA: the noisier a sample, the fewer ranks of its adapter act on it."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from lycoris.modules.tlora import compute_timestep_mask
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from library.diffusion.objective import DDPM
+from library.diffusion.schedules import ddpm_abar
+from library.options.loss import LossOptions
+from library.options.noise import NoiseOptions
+from library.types import Noised
+from networks import loha, lora, lora_fa, tlora
+from networks.core.kinds.lora import LowRank
+from networks.core.kinds.noise_ranks import NoiseRanks
+from networks.core.kinds.split import SplitRank
+from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
+from tests.unit.networks.one_layer import adapter_on, double
+from tests.unit.networks.toy import randomize, toy_models
+
+
+@pytest.mark.parametrize(
+    ("rank", "least", "power"), [(1, 1, 1.0), (4, 1, 1.0), (7, 2, 1.0), (32, 5, 2.0), (16, 16, 1.0), (12, 3, 0.5)]
+)
+def test_ranks_are_those_of_lycoris_at_every_timestep(rank: int, least: int, power: float) -> None:
+    levels_B = torch.arange(1000) / 1000
+    expected = torch.cat([compute_timestep_mask(t, 1000, rank, least, power) for t in range(1000)]).bool()
+    assert torch.equal(NoiseRanks(least, power).kept(rank, rank, levels_B), expected)
+
+
+def test_pure_noise_has_the_least_ranks_and_a_small_module_all_it_has() -> None:
+    levels_B = torch.tensor([0.0, 0.25, 0.999, 1.0])
+    assert NoiseRanks(2, 1.0).ranks(10, levels_B).tolist() == [10, 8, 2, 2]
+    assert NoiseRanks(9, 1.0).ranks(4, levels_B).tolist() == [4, 4, 4, 4]
+
+
+def test_a_timestep_is_its_share_of_the_schedule() -> None:
+    objective = DDPM(ddpm_abar(False), ddpm_abar(False), False, 0, 1000, NoiseOptions(), LossOptions())
+    nothing = torch.zeros(3, 1, 1, 1)
+    noised = Noised(nothing, nothing, nothing, torch.tensor([0.0, 1.0, 9.0]), torch.tensor([0, 400, 999]))
+    assert objective.noise_levels(noised).tolist() == pytest.approx([0.0, 0.4, 0.999])
+
+
+def layers() -> dict[str, tuple[nn.Module, Any, Tensor]]:
+    """Layer, delta with three ranks, input of two samples; float64."""
+    torch.manual_seed(71)
+    linear, conv = nn.Linear(5, 6).double(), nn.Conv2d(4, 3, 3, padding=1).double()
+    return {
+        "linear": (linear, LowRank(linear, 3), torch.randn(2, 7, 5).double()),
+        "vector": (linear, LowRank(linear, 3), torch.randn(2, 5).double()),
+        "conv": (conv, LowRank(conv, 3), torch.randn(2, 4, 5, 5).double()),
+        "split": (linear, SplitRank(linear, 3, [2, 4]), torch.randn(2, 7, 5).double()),
+    }
+
+
+@pytest.mark.parametrize("name", ["linear", "vector", "conv", "split"])
+def test_each_sample_is_computed_with_the_first_ranks_of_its_noise(name: str) -> None:
+    layer, delta, x = layers()[name]
+    adapter = double(adapter_on(layer, delta, 1.5))
+    randomize(adapter.change, 72)  # type: ignore[arg-type]
+    change: Any = adapter.change
+    change.noise_ranks, change.noise_levels_B = NoiseRanks(1, 1.0), torch.tensor([0.0, 0.9])
+    adapter.install()
+    found = layer(x)
+    adapter.remove()
+    ranks = [3, 1]
+    up_OK, down_KN = delta.factors()
+    for place, rank in enumerate(ranks):
+        kept_K = torch.arange(down_KN.shape[0]) % 3 < rank
+        weight = 0.5 * (up_OK[:, kept_K] @ down_KN[kept_K])
+        merged = layer.weight + weight.view_as(layer.weight)  # type: ignore[operator]
+        expected = torch.func.functional_call(layer, {"weight": merged}, (x[place : place + 1],), strict=False)
+        torch.testing.assert_close(found[place : place + 1], expected, **FLOAT64)
+
+
+def network(door: Any, **arguments: str) -> tuple[Any, tuple[nn.Module, nn.Module]]:
+    models = toy_models(73)
+    made = door.create_network(1.0, 6, 3.0, None, *models, conv_dim="4", **arguments)
+    randomize(made, 74)
+    made.apply_to(*models)
+    return made, models
+
+
+def gradients(made: Any, models: tuple[nn.Module, nn.Module], is_recomputed: bool = False) -> list[Tensor]:
+    made.zero_grad()
+    x = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(75))
+    out = checkpoint(models[1], x, use_reentrant=False) if is_recomputed else models[1](x)
+    text = models[0](torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(76)))
+    (out.square().sum() + text.square().sum()).backward()
+    return [p.grad.clone() for p in made.parameters()]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"use_tucker": "True"}, {"use_scalar": "True", "rank_dropout": "0.3"}])
+def test_ranks_that_do_not_act_get_no_gradient_and_recomputing_repeats_it(arguments: dict[str, str]) -> None:
+    made, models = network(tlora, tlora_min_rank="2", **arguments)
+    made.on_noise_levels(torch.tensor([0.95, 1.0]))
+    torch.manual_seed(77)
+    plain = gradients(made, models)
+    torch.manual_seed(77)
+    for one, other in zip(plain, gradients(made, models, is_recomputed=True), strict=True):
+        torch.testing.assert_close(one, other, **FLOAT32_SAME_MATH)
+    for name, parameter in made.named_parameters():
+        if name.endswith("lora_up.weight") and not arguments.get("use_scalar"):
+            moved = parameter.grad.flatten(1).abs().amax(0) > 0
+            assert int(moved.sum()) == (2 if name.startswith("lora_unet") else 6)  # text encoders have all ranks
+
+
+def test_without_a_noise_level_and_in_the_file_it_is_a_plain_lora() -> None:
+    made, models = network(tlora)
+    plain, others = network(lora)
+    plain.load_state_dict(made.state_dict())
+    x = torch.randn(2, 6, 4, 4)
+    made.on_noise_levels(torch.tensor([0.7, 0.7]))
+    assert not torch.allclose(models[1](x), others[1](x))
+    made.on_noise_levels(None)
+    assert torch.equal(models[1](x), others[1](x))
+    assert {k: t.shape for k, t in made.state_dict().items()} == {k: t.shape for k, t in plain.state_dict().items()}
+
+
+def test_the_argument_makes_of_other_loras_what_the_door_makes() -> None:
+    made, models = network(tlora, tlora_power="2")
+    by_argument, others = network(lora, tlora="True", tlora_power="2")
+    x, levels_B = torch.randn(2, 6, 4, 4), torch.tensor([0.2, 0.6])
+    for each in (made, by_argument):
+        each.on_noise_levels(levels_B)
+    assert torch.equal(models[1](x), others[1](x))
+    frozen, _ = network(lora_fa, tlora="True")
+    assert all(a.change.noise_ranks is not None for n, a in frozen.adapters.items() if n.startswith("lora_unet"))
+
+
+@pytest.mark.parametrize(
+    ("door", "arguments", "message"),
+    [
+        (loha, {"tlora": "True"}, "tlora does not work with this --network_module: it counts the ranks"),
+        (tlora, {"dora_wd": "True"}, "every sample of a batch has its own"),
+        (tlora, {"tlora_min_rank": "0"}, "expected 1 or more"),
+        (lora, {"tlora": "True", "tlora_power": "0"}, "expected a number above 0"),
+    ],
+)
+def test_what_cannot_meet_says_why(door: Any, arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        door.create_network(1.0, 4, 2.0, None, *toy_models(78), **arguments)
+
+
+def test_a_setting_of_tlora_alone_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        lora.create_network(1.0, 4, 2.0, None, *toy_models(79), tlora_min_rank="2")
+    assert "tlora_min_rank has no effect without tlora=True or networks.tlora" in caplog.text
