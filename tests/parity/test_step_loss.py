@@ -16,6 +16,7 @@ from library.training.run.conditioning import CaptionMemo
 from library.training.run.context import Models, StepContext
 from library.training.run.step import loss_of
 from library.types import Batch, Noised
+from networks.core.protocol import AdoptedNetwork
 
 
 def options_for(folder: Path, **noise_or_loss: Any) -> TrainOptions:
@@ -141,7 +142,7 @@ def test_marked_samples_keep_the_output_of_the_base_model(tiny_sd_folder: Path) 
     kept = 0.5**2  # the base model says 0.5 more everywhere
     learned = ((prediction_BCHW[1] - noised.noise_BCHW[1]) ** 2).mean() * 0.3
     torch.testing.assert_close(loss, (kept + learned) / 2, rtol=1e-5, atol=0.0)
-    assert run.network.values == [0.0, 1.0]
+    assert run.network.module.values == [0.0, 1.0]
 
 
 def test_latents_that_are_not_numbers_name_the_picture(tiny_sd_folder: Path) -> None:
