@@ -197,4 +197,5 @@ class Architecture:
     run_blocks_with: Callable[[nn.Module, BlockRunner], None] = run_blocks_with  # gives the denoiser its runner
     stacks: Callable[[nn.Module], Stacks] = stacks_of  # the denoiser's blocks that go through the runner
     chains: Callable[[nn.Module], list[nn.ModuleList]] = chains_of  # lists of blocks in which those alike can be missed
+    inpaints: bool = False  # whether the denoiser is told of areas to paint anew, see `library.diffusion.inpainting`
     vae_overflows_in_fp16: bool = False  # whether the VAE that comes with it gives NaN in fp16

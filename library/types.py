@@ -5,6 +5,7 @@ Shapes: B samples, C channels, H height, W width, T token positions, L 77-token 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -64,3 +65,4 @@ class Prompt:
     cfg_trunc_ratio: float | None  # the share of the steps, counted from the first, that have classifier-free guidance
     renorm_cfg: float | None  # how many times as long as the unguided prediction the guided one may be; 0 is no limit
     flow_shift: float | None  # how far the noise levels of a flow model lie toward pure noise
+    image_path: Path | None = None  # the picture that a model that inpaints paints anew in part

@@ -1,21 +1,27 @@
 """The U-Net of Stable Diffusion 1, 2 and XL: diffusers' UNet2DConditionModel, its configuration read off the shapes."""
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights, configure, renamed
+from library.diffusion.inpainting import FEATURE
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, run_library_blocks_with
 from library.models.loading import Component
 from library.models.shapes import Shapes, count, heads_of, norm_groups, shape_of
 from library.models.unet_keys import UnetLayout, unet_from_ldm
+from library.types import Conditioning, Noised
+
+logger = logging.getLogger(__name__)
 
 NUM_HEADS = 8  # of every level of SD 1.x
 HEAD_WIDTH = 64  # of every level of SD 2.x and SDXL, which have more heads where channels are more
+MASK_CHANNELS = 5  # of the input of an inpainting U-Net beside the noisy latents: the mask, latents of what is kept
 NUM_SIZES = 6  # numbers that SDXL is conditioned on beside the text
 
 
@@ -91,6 +97,47 @@ def empty_unet(config: Mapping[str, Any]) -> Any:
 
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(dict(config))
+
+
+def unet_input(noised: Noised, conditioning: Conditioning) -> Tensor:
+    """The noisy latents, in an inpainting model with what it is told of the mask behind them."""
+    if FEATURE not in conditioning:
+        return noised.latents_BCHW
+    return torch.cat([noised.latents_BCHW, conditioning[FEATURE].to(noised.latents_BCHW)], 1)
+
+
+def check_unet_input(what: str, unet: Component, num_latent_channels: int, inpaints: bool) -> None:
+    """Raise UserError where the U-Net of the checkpoint `what` does not fit what training feeds it.
+
+    A plain U-Net that is to inpaint is widened by `for_inpainting`, which is warned of.
+    """
+    channels = unet.config.get("in_channels", num_latent_channels)
+    if channels == num_latent_channels:
+        if inpaints:
+            logger.warning(
+                "--train_inpainting: the U-Net of %s takes %d channels, so it knows nothing of masks. It is widened "
+                "with zeros as sd-scripts does it, which are frozen: the adapter learns the pictures, not to paint "
+                "what a mask leaves out. An inpainting checkpoint, which takes %d, does both",
+                what, channels, channels + MASK_CHANNELS,
+            )  # fmt: skip
+    elif channels != num_latent_channels + MASK_CHANNELS:
+        raise UserError(
+            f"{what}: the U-Net takes {channels} input channels; a plain one takes {num_latent_channels}, one for "
+            f"inpainting {num_latent_channels + MASK_CHANNELS}; other conditioned variants are not supported"
+        )
+    elif not inpaints:
+        raise UserError(f"{what} is an inpainting model (its U-Net takes {channels} channels); add --train_inpainting")
+
+
+def for_inpainting(unet: Any, num_latent_channels: int) -> Any:
+    """The U-Net with room for masks in its first layer, which has no effect where there was none before."""
+    if unet.config.in_channels == num_latent_channels:
+        conv = unet.conv_in
+        weight = torch.cat([conv.weight, conv.weight.new_zeros(len(conv.weight), MASK_CHANNELS, 3, 3)], 1)
+        conv.weight = nn.Parameter(weight, requires_grad=False)
+        conv.in_channels = weight.shape[1]
+        unet.register_to_config(in_channels=weight.shape[1])
+    return unet
 
 
 def run_unet_blocks_with(unet: nn.Module, runner: BlockRunner) -> None:

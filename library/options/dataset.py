@@ -180,6 +180,12 @@ class DatasetOptions(Options):
         help="Leave out pictures whose own area is not larger than this, N for a square or WIDTH,HEIGHT in pixels. For "
         "sets of several sizes, where small pictures are not to be enlarged.",
     )
+    train_inpainting: bool = option(
+        False,
+        own=True,
+        help="Train on an inpainting checkpoint, whose U-Net sees a mask and the rest of the picture too: each sample "
+        "gets a random area to paint anew. Excludes cached latents.",
+    )
     resize_interpolation: str | None = option(
         None,
         help="Method that resizes pictures. Unset uses area to shrink and lanczos to enlarge.",

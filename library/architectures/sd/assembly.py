@@ -48,6 +48,7 @@ def build(options: TrainOptions) -> Architecture:
         run_blocks_with=run_unet_blocks_with,
         stacks=unet_stacks,
         chains=unet_chains,
+        inpaints=loader.inpaints,
     )
 
 

@@ -23,7 +23,7 @@ from library.models.identify import (
 )
 from library.models.loading import Component, materialise
 from library.models.shapes import count, shape_of
-from library.models.unet import HEAD_WIDTH, empty_unet, unet_component
+from library.models.unet import HEAD_WIDTH, check_unet_input, empty_unet, for_inpainting, unet_component
 from library.models.unet_keys import UNET_PREFIX
 from library.models.vae import VaeNeeds, empty_vae, open_vae, vae_of_checkpoint, vae_of_folder
 from library.options.train import TrainOptions
@@ -47,6 +47,7 @@ class SdLoader:
     dtype: torch.dtype
     vae_dtype: torch.dtype
     uses_xformers: bool
+    inpaints: bool
 
     @property
     def num_words(self) -> int:
@@ -67,9 +68,8 @@ class SdLoader:
         )
 
     def denoiser(self, form: WantedForm | None = None) -> nn.Module:
-        return with_attention(
-            materialise(empty_unet(self.unet.config), self.unet.weights, self.dtype, form), self.uses_xformers
-        )
+        unet = materialise(empty_unet(self.unet.config), self.unet.weights, self.dtype, form)
+        return with_attention(for_inpainting(unet, LATENT_CHANNELS) if self.inpaints else unet, self.uses_xformers)
 
 
 def open_loader(options: TrainOptions) -> SdLoader:
@@ -87,7 +87,7 @@ def open_loader(options: TrainOptions) -> SdLoader:
     parts = open_parts(BASE_FLAG, path, base, own_vae=options.model.vae is None)
     if options.model.vae is not None:
         parts["vae"] = open_vae(options.model.vae, VaeNeeds(TITLES[base], LATENT_CHANNELS, LATENT_SCALE))
-    check_channels(path, base, parts["unet"])
+    check_unet_input(f"{BASE_FLAG} {path}", parts["unet"], LATENT_CHANNELS, options.dataset.train_inpainting)
     dtype = DTYPES[options.precision.mixed_precision]
     return SdLoader(
         path=path,
@@ -97,6 +97,7 @@ def open_loader(options: TrainOptions) -> SdLoader:
         dtype=dtype,
         vae_dtype=torch.float32 if options.model.no_half_vae else dtype,
         uses_xformers=wants_xformers(options.memory),
+        inpaints=options.dataset.train_inpainting,
     )
 
 
@@ -137,13 +138,3 @@ def single_file_parts(flag: str, weights: Weights, base: str, own_vae: bool) -> 
     if own_vae:
         parts["vae"] = vae_of_checkpoint(flag, weights)
     return parts
-
-
-def check_channels(path: Path, base: str, unet: Component) -> None:
-    """Raise UserError where the U-Net does not fit what training feeds it."""
-    channels = unet.config.get("in_channels", LATENT_CHANNELS)
-    if channels != LATENT_CHANNELS:
-        raise UserError(
-            f"{BASE_FLAG} {path}: the U-Net takes {channels} input channels, training feeds {LATENT_CHANNELS}; "
-            f"inpainting and other conditioned variants of {TITLES[base]} are not supported"
-        )

@@ -64,6 +64,7 @@ def build(options: SdxlOptions) -> Architecture:
         run_blocks_with=run_unet_blocks_with,
         stacks=unet_stacks,
         chains=unet_chains,
+        inpaints=loader.inpaints,
         vae_overflows_in_fp16=True,
     )
 

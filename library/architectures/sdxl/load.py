@@ -23,7 +23,14 @@ from library.models.identify import (
 )
 from library.models.loading import Component, materialise
 from library.models.shapes import shape_of
-from library.models.unet import HEAD_WIDTH, empty_unet, size_embedding_config, unet_component
+from library.models.unet import (
+    HEAD_WIDTH,
+    check_unet_input,
+    empty_unet,
+    for_inpainting,
+    size_embedding_config,
+    unet_component,
+)
 from library.models.unet_keys import UNET_PREFIX, UnetLayout
 from library.models.vae import VaeNeeds, empty_vae, open_vae, vae_of_checkpoint, vae_of_folder
 from library.options.train import TrainOptions
@@ -47,6 +54,7 @@ class SdxlLoader:
     dtype: torch.dtype
     vae_dtype: torch.dtype
     uses_xformers: bool
+    inpaints: bool
 
     @property
     def layout(self) -> UnetLayout:
@@ -71,9 +79,8 @@ class SdxlLoader:
         )
 
     def denoiser(self, form: WantedForm | None = None) -> nn.Module:
-        return with_attention(
-            materialise(empty_unet(self.unet.config), self.unet.weights, self.dtype, form), self.uses_xformers
-        )
+        unet = materialise(empty_unet(self.unet.config), self.unet.weights, self.dtype, form)
+        return with_attention(for_inpainting(unet, LATENT_CHANNELS) if self.inpaints else unet, self.uses_xformers)
 
 
 def unet_layout_of(unet: Component) -> UnetLayout:
@@ -97,7 +104,7 @@ def open_loader(options: TrainOptions) -> SdxlLoader:
     parts = open_parts(BASE_FLAG, path, own_vae=options.model.vae is None)
     if options.model.vae is not None:
         parts["vae"] = open_vae(options.model.vae, VaeNeeds("SDXL", LATENT_CHANNELS, LATENT_SCALE))
-    check_channels(path, parts["unet"])
+    check_unet_input(f"{BASE_FLAG} {path}", parts["unet"], LATENT_CHANNELS, options.dataset.train_inpainting)
     dtype = DTYPES[options.precision.mixed_precision]
     return SdxlLoader(
         path=path,
@@ -108,6 +115,7 @@ def open_loader(options: TrainOptions) -> SdxlLoader:
         dtype=dtype,
         vae_dtype=torch.float32 if options.model.no_half_vae else dtype,
         uses_xformers=wants_xformers(options.memory),
+        inpaints=options.dataset.train_inpainting,
     )
 
 
@@ -154,13 +162,3 @@ def single_file_parts(flag: str, weights: Weights, own_vae: bool) -> dict[str, C
     if own_vae:
         parts["vae"] = vae_of_checkpoint(flag, weights)
     return parts
-
-
-def check_channels(path: Path, unet: Component) -> None:
-    """Raise UserError where the U-Net does not fit what training feeds it."""
-    channels = unet.config.get("in_channels", LATENT_CHANNELS)
-    if channels != LATENT_CHANNELS:
-        raise UserError(
-            f"{BASE_FLAG} {path}: the U-Net takes {channels} input channels, training feeds {LATENT_CHANNELS}; "
-            "inpainting and other conditioned variants of SDXL are not supported"
-        )

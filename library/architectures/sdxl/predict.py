@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from library.models.unet import unet_input
 from library.types import Batch, Conditioning, Noised
 
 
@@ -16,7 +17,7 @@ def predict(
     text_BTW = torch.cat([conditioning["hidden_state1"], conditioning["hidden_state2"]], dim=-1)
     pooled_BP = conditioning["pool2"]
     prediction_BCHW: Tensor = denoiser(
-        noised.latents_BCHW,
+        unet_input(noised, conditioning),
         noised.timesteps_B,
         encoder_hidden_states=text_BTW,
         added_cond_kwargs={

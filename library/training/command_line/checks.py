@@ -199,6 +199,20 @@ def check_full_fp16(options: TrainOptions) -> None:
         )
 
 
+def check_inpainting(options: TrainOptions, inpaints: bool) -> None:
+    """Raise UserError for --train_inpainting where nothing takes masks, or where latents would be cached."""
+    if not options.dataset.train_inpainting:
+        return
+    if not inpaints:
+        raise UserError("--train_inpainting: this base model takes no masks; leave it out")
+    for name in ("cache_latents", "cache_latents_to_disk"):
+        if getattr(options.caching, name):
+            raise UserError(
+                "--train_inpainting blanks another part of a picture each time, which must be encoded anew; leave out "
+                f"--{name}"
+            )
+
+
 def check_vae_precision(options: TrainOptions, overflows_in_fp16: bool) -> None:
     """Warn of a VAE that is known to overflow in fp16, which only the NaN would show otherwise."""
     if overflows_in_fp16 and options.precision.mixed_precision == "fp16" and not options.model.no_half_vae:

@@ -10,7 +10,13 @@ from library.diffusion.flow import FlowMatching
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
-from library.training.command_line.checks import check, check_vae_precision, check_values, report_unused
+from library.training.command_line.checks import (
+    check,
+    check_inpainting,
+    check_vae_precision,
+    check_values,
+    report_unused,
+)
 from library.training.command_line.cli import from_program, parse
 from library.training.command_line.run_lock import run_lock
 from library.training.command_line.show_timesteps import asked_preview, show_timesteps
@@ -134,6 +140,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
         options = without_writing(options)
     arch = build(options)
     report_unused(options, arch.ignores)
+    check_inpainting(options, arch.inpaints)
     check_vae_precision(options, arch.vae_overflows_in_fp16)
     accelerator = setup.open_accelerator(options)
     processes = of_accelerator(accelerator)

@@ -21,6 +21,7 @@ from library.options.train import TrainOptions
 from library.protocols import Architecture, LiveText
 from library.randomness import generator_for
 from library.training.evaluation.eval_mode import evaluating
+from library.training.evaluation.painted import told_of_prompt
 from library.training.evaluation.pictures import (
     Drawn,
     grid_path,
@@ -81,7 +82,7 @@ def wanted_prompts(options: TrainOptions, arch: Architecture) -> list[Prompt]:
             "%d of %d preview prompts leave their size to the default, %d x %d; --w and --h in the prompt file set it",
             num_unsized, len(specs), defaults.width, defaults.height,
         )  # fmt: skip
-    prompts = [settle(spec, defaults) for spec in specs]
+    prompts = [settle(spec, defaults, arch.inpaints) for spec in specs]
     for text in texts_of(prompts, arch.preview.worded):
         if (num_tokens := arch.preview.text.count_tokens(text)) > arch.preview.text.max_tokens:
             logger.warning(
@@ -282,13 +283,14 @@ def draw_latents(
     texts = (preview.worded(prompt.text), prompt.negative)
     positive, negative = (on_device(encoded.get(text), context.device) for text in texts)
     assert positive is not None
+    told = told_of_prompt(context, prompt, batch, generator.initial_seed())
     latents_BCHW = sampler.start(torch.randn(shape, generator=generator).to(context.device))
     for n, level in enumerate(sampler.levels):
         noised = noised_at(level, sampler.denoiser_input(latents_BCHW, n))
 
         def ask(conditioning: Conditioning, noised: Noised = noised) -> Tensor:
             with context.autocast():
-                return predict(context.models.denoiser, noised, conditioning, batch)
+                return predict(context.models.denoiser, noised, {**conditioning, **told}, batch)
 
         prediction_BCHW = guided(ask, positive, negative, prompt, (n + 1) / len(sampler.levels))
         latents_BCHW = sampler.step(prediction_BCHW, latents_BCHW, n, generator)

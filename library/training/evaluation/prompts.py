@@ -41,6 +41,7 @@ LINE_OPTIONS: Mapping[str, str] = {
     "ctr": "cfg_trunc_ratio",
     "rcfg": "renorm_cfg",
     "fs": "flow_shift",
+    "i": "image_path",
 }
 """What stands behind `--` in a line of text -> the same setting in TOML and JSON."""
 
@@ -62,10 +63,12 @@ class PromptSpec:
     cfg_trunc_ratio: float | None = None
     renorm_cfg: float | None = None
     flow_shift: float | None = None
+    image_path: str | None = None
 
 
 KEYS = [f.name for f in fields(PromptSpec) if f.name != "place"]
 WHOLE = {"width": (1, 1 << 16), "height": (1, 1 << 16), "sample_steps": (1, MAX_STEPS), "seed": (0, MAX_SEED)}
+WORDS = ("negative_prompt", "image_path")  # in a line they take all up to the next option
 REAL = {
     "scale": (-100.0, 1000.0),
     "guidance_scale": (0.0, 1000.0),
@@ -144,7 +147,8 @@ def specs_in_json(path: Path, text: str) -> Iterator[PromptSpec]:
 def parse_line(line: str, place: str) -> PromptSpec:
     """`a cat --w 768 --n blurry`: what stands before the first option is the prompt, whatever it begins with.
 
-    Words behind the value of an option belong to the prompt too, but for --n, which takes all up to the next option.
+    Words behind the value of an option belong to the prompt too, but for --n and --i, which take all up to the next
+    option.
     """
     prompt, *options = OPTION.split(line.strip())
     words, table = [prompt.strip()], dict[str, Any]()
@@ -159,7 +163,7 @@ def parse_line(line: str, place: str) -> PromptSpec:
             )
         if key in table:
             raise UserError(f"{FLAG} {place}: --{letters} is given twice; keep one")
-        value, rest = (text.strip(), "") if key == "negative_prompt" else first_word(text)
+        value, rest = (text.strip(), "") if key in WORDS else first_word(text)
         table[key] = number_in(value, key, place) if key in WHOLE or key in REAL else value
         words.append(rest)
     return spec_of({"prompt": " ".join(filter(None, words)), **table}, place)
@@ -238,8 +242,11 @@ def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def settle(spec: PromptSpec, defaults: PromptDefaults) -> Prompt:
-    """The prompt with everything filled in; warns of settings that the base model does not have."""
+def settle(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False) -> Prompt:
+    """The prompt with everything filled in; warns of settings that the base model does not have.
+
+    Raises UserError where a model that inpaints is given no picture, or one that is not there.
+    """
     return Prompt(
         text=spec.prompt,
         negative=spec.negative_prompt or "",
@@ -253,7 +260,21 @@ def settle(spec: PromptSpec, defaults: PromptDefaults) -> Prompt:
         cfg_trunc_ratio=own(spec, "cfg_trunc_ratio", defaults.cfg_trunc_ratio),
         renorm_cfg=own(spec, "renorm_cfg", defaults.renorm_cfg),
         flow_shift=own(spec, "flow_shift", defaults.flow_shift),
+        image_path=picture_of(spec) if inpaints else own(spec, "image_path", None),
     )
+
+
+def picture_of(spec: PromptSpec) -> Path:
+    """The picture that a model that inpaints is to paint anew in part."""
+    if spec.image_path is None:
+        raise UserError(
+            f"{FLAG} {spec.place} names no picture to paint in; give one with {named('image_path')}, whose transparent "
+            "part is painted anew, or a random part where nothing is transparent"
+        )
+    path = Path(spec.image_path)
+    if not path.is_file():
+        raise UserError(f"{FLAG} {spec.place}: {named('image_path')} is {path}, but there is no such file")
+    return path
 
 
 def side(wanted: int, step: int, place: str) -> int:

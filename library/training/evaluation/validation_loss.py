@@ -16,7 +16,8 @@ from library.options.noise import NoiseOptions
 from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
 from library.training.run.context import StepContext
-from library.training.run.step import conditioning_of, latents_of, losses_of
+from library.training.run.latents import inpainting_of, latents_of
+from library.training.run.step import conditioning_of, losses_of
 from library.types import Batch, Noised
 
 NUM_LEVELS = 4
@@ -48,12 +49,13 @@ def batch_losses(context: StepContext, batch: Batch, names: Sequence[Name], leve
     random.seed(place)
     latents_BCHW = latents_of(context, batch, lambda i: generator_for(seed, "validation vae", *names[i]))
     clean_BCHW = context.arch.codec.normalize(latents_BCHW)
+    told = inpainting_of(context, batch, seed, lambda i: ("validation", *names[i]))
     columns = []
     for level in levels:
         objective = context.arch.objective.at_timestep(level)
         generators = [generator_for(seed, "validation noise", *name, level) for name in names]
         noised = corrupt_each(objective, clean_BCHW, generators)
-        columns.append(losses_of(context, objective, batch, noised, partial(conditioning_of, context, batch)))
+        columns.append(losses_of(context, objective, batch, noised, partial(conditioning_of, context, batch, told)))
     return torch.stack(columns, 1).cpu().double()
 
 

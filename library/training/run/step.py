@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from library.data.description.schema import level_offset
-from library.errors import UserError
 from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
 from library.training.run.context import StepContext
+from library.training.run.latents import inpainting_of, latents_of
 from library.types import Batch, Conditioning, Noised
 
 
@@ -48,7 +48,8 @@ def noised_of(context: StepContext, batch: Batch, batch_number: int) -> Noised:
 def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
     """The loss of a batch, a scalar with gradient; every draw is a function of the seed and `batch_number`."""
     noised = noised_of(context, batch, batch_number)
-    condition = partial(varied_conditioning_of, context, batch, batch_number)
+    told = inpainting_of(context, batch, context.seed, lambda place: ("batch", batch_number, place))
+    condition = partial(varied_conditioning_of, context, batch, batch_number, told)
     losses_B = losses_of(context, context.arch.objective, batch, noised, condition)
     return (losses_B * batch.loss_weights_B.to(losses_B.device)).mean()
 
@@ -76,33 +77,9 @@ def describe_shape(batch: Batch) -> str:
     return f"{len(batch.keys)} pictures of {width}x{height}"
 
 
-def latents_of(context: StepContext, batch: Batch, generator_of: Callable[[int], torch.Generator]) -> Tensor:
-    """The batch's latents, float32 on the device: from the cache, or encoded here without gradient.
-
-    `generator_of(place)` draws the posterior's sample of the picture at that place of the batch.
-    Raises UserError naming the pictures where the VAE gives NaN.
-    """
-    if batch.latents_BCHW is not None:
-        return batch.latents_BCHW.to(context.device, torch.float32)
-    assert batch.pixels_BCHW is not None and context.models.vae is not None
-    count = context.vae_batch_size
-    parts = []
-    with torch.no_grad():
-        for first in range(0, len(batch.keys), count):
-            pixels_BCHW = batch.pixels_BCHW[first : first + count]
-            places = range(first, first + len(pixels_BCHW))
-            generators = [generator_of(place) for place in places]
-            parts.append(context.arch.codec.encode(context.models.vae, pixels_BCHW.to(context.device), generators))
-    latents_BCHW = torch.cat(parts).float()
-    if not latents_BCHW.isfinite().all():
-        broken = [key for key, one in zip(batch.keys, latents_BCHW, strict=True) if not one.isfinite().all()]
-        raise UserError(f"the VAE gives NaN for {', '.join(broken)}; add --no_half_vae, or use a VAE made for fp16")
-    return latents_BCHW
-
-
-def conditioning_of(context: StepContext, batch: Batch) -> Conditioning:
-    """Text features of the batch, with gradient where a text encoder trains."""
-    found = dict(batch.conditioning or {})
+def conditioning_of(context: StepContext, batch: Batch, told: Conditioning) -> Conditioning:
+    """Text features of the batch, with gradient where a text encoder trains, beside what it is `told` of pictures."""
+    found = {**told, **(batch.conditioning or {})}
     if context.models.text_encoders:  # what they give takes the place of what they gave before training
         trains = context.trains_text_encoder
         found |= live_conditioning_of(context, batch) if trains else context.captions(batch.captions)
@@ -115,9 +92,9 @@ def live_conditioning_of(context: StepContext, batch: Batch) -> Conditioning:
     return encode(context.models.text_encoders, context.arch.text.tokenize(batch.captions))
 
 
-def varied_conditioning_of(context: StepContext, batch: Batch, batch_number: int) -> Conditioning:
+def varied_conditioning_of(context: StepContext, batch: Batch, batch_number: int, told: Conditioning) -> Conditioning:
     """The same with what the base model varies from step to step in training, such as a text encoder left out."""
-    conditioning = conditioning_of(context, batch)
+    conditioning = conditioning_of(context, batch, told)
     if context.arch.vary is None:
         return conditioning
     return context.arch.vary(conditioning, generator_for(context.seed, "conditioning", batch_number))

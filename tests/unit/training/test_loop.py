@@ -73,6 +73,7 @@ def run_of(max_grad_norm: float = 0.0, batches: tuple[Batch, ...] = ()) -> Run:
     arch: Any = SimpleNamespace(
         objective=Halves(),
         codec=SimpleNamespace(normalize=lambda latents: latents),
+        inpaints=False,
         predict=lambda denoiser, noised, conditioning, batch: network.weight * noised.latents_BCHW,
         vary=None,
     )

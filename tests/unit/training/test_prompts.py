@@ -189,7 +189,9 @@ def test_a_setting_that_the_model_lacks_is_named(
 
 
 def test_every_option_of_a_line_is_a_key_too(tmp_path: Path) -> None:
-    values: dict[str, Any] = {"negative_prompt": "x", "sample_sampler": "ddim", "cfg_trunc_ratio": 0.5}
+    values: dict[str, Any] = {
+        "negative_prompt": "x", "sample_sampler": "ddim", "cfg_trunc_ratio": 0.5, "image_path": "my cat.png",
+    }  # fmt: skip
     keys = [key for key in LINE_OPTIONS.values() if key != "controlnet_image"]
     path = written(tmp_path, "p.json", json.dumps([{"prompt": "a", **{key: values.get(key, 8) for key in keys}}]))
     (spec,) = read_prompts(path)
@@ -209,6 +211,7 @@ def test_words_behind_a_number_belong_to_the_prompt(line: str, prompt: str) -> N
     assert (spec.prompt, spec.width) == (prompt, 256)
 
 
-def test_a_negative_prompt_takes_all_words_up_to_the_next_option() -> None:
-    spec = parse_line("a cat --n dark and blurry --w 256", "here")
+def test_a_negative_prompt_and_a_path_take_all_words_up_to_the_next_option() -> None:
+    spec = parse_line("a cat --n dark and blurry --w 256 --i my pictures/cat.png", "here")
     assert (spec.prompt, spec.negative_prompt) == ("a cat", "dark and blurry")
+    assert spec.image_path == "my pictures/cat.png"

@@ -59,11 +59,17 @@ def test_v2_for_an_older_checkpoint_is_to_be_left_out(open_sd, tiny_sd_file, tin
         open_sd(tiny_sd_folder, v2=True)
 
 
-def test_an_inpainting_model_is_refused(open_sd, tiny_sd_file, tmp_path):
-    path = changed(
-        tiny_sd_file, tmp_path, **{"model.diffusion_model.input_blocks.0.0.weight": torch.randn(16, 9, 3, 3)}
-    )
-    with pytest.raises(ValueError, match="takes 9 input channels, training feeds 4"):
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        (9, r"is an inpainting model \(its U-Net takes 9 channels\); add --train_inpainting"),
+        (8, "takes 8 input channels; a plain one takes 4, one for inpainting 9"),
+    ],
+)
+def test_a_model_that_is_told_more_than_latents_is_refused(open_sd, tiny_sd_file, tmp_path, channels, message):
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    path = changed(tiny_sd_file, tmp_path, **{name: torch.randn(16, channels, 3, 3)})
+    with pytest.raises(ValueError, match=message):
         open_sd(path)
 
 

@@ -1,0 +1,66 @@
+"""What the VAE makes of a batch's pictures, and with --train_inpainting of what is left of them under a mask."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from library.diffusion.inpainting import FEATURE, blank, draw_mask, told_of
+from library.errors import UserError
+from library.randomness import generator_for, stream_seed
+from library.training.run.context import StepContext
+from library.types import Batch, Conditioning
+
+Place = tuple[str | int, ...]
+"""Names a picture's stream of random numbers."""
+
+
+def latents_of(context: StepContext, batch: Batch, generator_of: Callable[[int], torch.Generator]) -> Tensor:
+    """The batch's latents, float32 on the device: from the cache, or encoded here without gradient.
+
+    `generator_of(place)` draws the posterior's sample of the picture at that place of the batch.
+    Raises UserError naming the pictures where the VAE gives NaN.
+    """
+    if batch.latents_BCHW is not None:
+        return batch.latents_BCHW.to(context.device, torch.float32)
+    assert batch.pixels_BCHW is not None and context.models.vae is not None
+    count = context.vae_batch_size
+    parts = []
+    with torch.no_grad():
+        for first in range(0, len(batch.keys), count):
+            pixels_BCHW = batch.pixels_BCHW[first : first + count]
+            places = range(first, first + len(pixels_BCHW))
+            generators = [generator_of(place) for place in places]
+            parts.append(context.arch.codec.encode(context.models.vae, pixels_BCHW.to(context.device), generators))
+    latents_BCHW = torch.cat(parts).float()
+    if not latents_BCHW.isfinite().all():
+        broken = [key for key, one in zip(batch.keys, latents_BCHW, strict=True) if not one.isfinite().all()]
+        raise UserError(f"the VAE gives NaN for {', '.join(broken)}; add --no_half_vae, or use a VAE made for fp16")
+    return latents_BCHW
+
+
+def inpainting_of(context: StepContext, batch: Batch, seed: int, place_of: Callable[[int], Place]) -> Conditioning:
+    """What an inpainting model is told of a batch, each picture with a mask of its own; nothing for other models.
+
+    `place_of(i)` names the stream of the picture at place i: in training another one in every batch, in validation
+    always the same.
+    """
+    if not context.arch.inpaints:
+        return {}
+    assert batch.pixels_BCHW is not None, "--train_inpainting is refused with cached latents"
+    height, width = batch.pixels_BCHW.shape[-2:]
+    rngs = [np.random.default_rng(stream_seed(seed, "mask", *place_of(i))) for i in range(len(batch.keys))]
+    masks_B1HW = torch.from_numpy(np.stack([draw_mask(width, height, rng)[None] for rng in rngs]))
+    return masked_feature(context, batch, masks_B1HW, lambda i: generator_for(seed, "kept", *place_of(i)))
+
+
+def masked_feature(
+    context: StepContext, batch: Batch, masks_B1HW: Tensor, generator_of: Callable[[int], torch.Generator]
+) -> Conditioning:
+    """The same with these masks, 1 where a picture is painted anew; `generator_of` as `latents_of` has it."""
+    assert batch.pixels_BCHW is not None
+    kept = replace(batch, pixels_BCHW=blank(batch.pixels_BCHW, masks_B1HW))
+    latents_BCHW = context.arch.codec.normalize(latents_of(context, kept, generator_of))
+    return {FEATURE: told_of(masks_B1HW.to(context.device), latents_BCHW)}

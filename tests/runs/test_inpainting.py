@@ -1,0 +1,113 @@
+"""--train_inpainting through the scripts."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.running import Finished
+from tests.tiny.inpainting import widen_file, widen_folder
+
+Train = Callable[..., Finished]
+
+
+def on_base(arguments: list[str], base: Path) -> list[str]:
+    """The arguments with another base model."""
+    place = arguments.index("--pretrained_model_name_or_path") + 1
+    return [*arguments[:place], str(base), *arguments[place + 1 :], "--train_inpainting"]
+
+
+@pytest.fixture
+def inpainting(base_arguments: list[str], tiny_sd_folder: Path, tmp_path: Path) -> list[str]:
+    return on_base(base_arguments, widen_folder(tiny_sd_folder, tmp_path / "inpainting", seed=51))
+
+
+def saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(tmp_path / "out" / f"{name}.safetensors")
+
+
+def test_a_run_learns_from_masks_and_repeats_itself_when_it_is_resumed(
+    train: Train, inpainting: list[str], tmp_path: Path
+) -> None:
+    """With validation, whose losses are the same at each step that has the same weights."""
+    masked = ["--validation_split", "0.34", "--validate_every_n_steps", "2"]
+    whole = train([*inpainting, *masked, "--max_train_steps", "4", "--output_name", "whole"])
+    assert whole.status == 0, whole.stderr
+    half = ["--save_every_n_steps", "2", "--save_state", "--max_train_steps", "4", "--output_name", "half"]
+    assert train([*inpainting, *masked, *half]).status == 0
+    state = str(tmp_path / "out" / "half-step00000002-state")
+    done = train([*inpainting, *masked, "--max_train_steps", "4", "--resume", state, "--output_name", "again"])
+    assert done.status == 0, done.stderr
+    one, other = saved(tmp_path, "whole"), saved(tmp_path, "again")
+    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+    (line,) = {line for line in whole.stderr.splitlines() if "validation after step 4:" in line}
+    loss = line.split("loss ")[1].split(" on")[0]
+    assert f"validation after step 4: loss {loss} on" in done.stderr
+
+
+def test_recomputed_blocks_and_a_batch_of_other_size_train_the_same_model(
+    train: Train, inpainting: list[str], tmp_path: Path
+) -> None:
+    train([*inpainting, "--output_name", "plain"])
+    done = train([*inpainting, "--output_name", "saving", "--gradient_checkpointing", "--vae_batch_size", "2"])
+    assert done.status == 0, done.stderr
+    plain, saving = saved(tmp_path, "plain"), saved(tmp_path, "saving")
+    for name, weight in plain.items():
+        torch.testing.assert_close(weight, saving[name], rtol=1e-4, atol=1e-6)
+
+
+def test_previews_paint_in_the_picture_that_the_prompt_names(
+    train: Train, inpainting: list[str], tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(52)
+    rgba = rng.integers(0, 256, (80, 64, 4), dtype=np.uint8)
+    rgba[..., 3] = 255
+    rgba[20:50, 10:40, 3] = 0
+    Image.fromarray(rgba).save(tmp_path / "shown.png")
+    Image.fromarray(rgba[..., :3]).save(tmp_path / "opaque.png")
+    lines = [f"a cat --w 64 --h 64 --s 2 --d 4 --i {tmp_path / name}" for name in ("shown.png", "opaque.png")]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    done = train([*inpainting, "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_at_first"])
+    assert done.status == 0, done.stderr
+    found = sorted((tmp_path / "out" / "sample").glob("*.png"))
+    first, second = (np.asarray(Image.open(path)).astype(int) for path in found)
+    assert first.shape == (64, 64, 3) and np.abs(first - second).max() > 0
+
+
+def test_sdxl_from_a_single_file(
+    train: Train, tiny_sdxl_file: Path, pictures: Path, tmp_path: Path, base_arguments: list[str]
+) -> None:
+    base = widen_file(tiny_sdxl_file, tmp_path / "inpainting", seed=53)
+    done = train(on_base(base_arguments, base), script="sdxl_train_network")
+    assert done.status == 0, done.stderr
+    assert all(w.isfinite().all() for w in saved(tmp_path, "mine").values())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--cache_latents"], r"--train_inpainting blanks .* leave out --cache_latents"),
+        (["--cache_latents_to_disk"], r"leave out --cache_latents"),
+        (["--sample_prompts", "{here}/nothing.txt", "--sample_at_first"], "names no picture to paint in"),
+        (["--sample_prompts", "{here}/lost.txt", "--sample_at_first"], "there is no such file"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_loaded(
+    train: Train, inpainting: list[str], tmp_path: Path, more: list[str], message: str
+) -> None:
+    import re
+
+    (tmp_path / "nothing.txt").write_text("a cat --w 64 --h 64")
+    (tmp_path / "lost.txt").write_text("a cat --w 64 --h 64 --i lost.png")
+    done = train([*inpainting, *(word.replace("{here}", str(tmp_path)) for word in more)])
+    assert done.status != 0 and re.search(message, done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_an_inpainting_model_needs_the_option(train: Train, inpainting: list[str]) -> None:
+    done = train(inpainting[:-1])
+    assert done.status != 0 and "is an inpainting model" in done.stderr and "add --train_inpainting" in done.stderr
