@@ -14,6 +14,7 @@ create_network, create_network_from_weights = network_module(
         kinds=(lora.KIND, tucker.KIND),
         check=check_units,
         start_step=draw_rank,
+        arguments=("unit", "conv_unit", "train_all_ranks"),
         refuses={
             "dora_wd": "the magnitudes of DoRA belong to one rank, so a file cut at another computes something else",
             "split_qkv": "a file cut at a smaller rank would hold the first projections only",

@@ -9,30 +9,23 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.architectures.cards import list_cards
-from library.checkpoints.adapter_keys import PEFT_PREFIX, naming_of, without_peft_prefix
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.compatibility import programs_that_read
 from library.checkpoints.model_card import ModelCard
 from library.checkpoints.recognition import require_card
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
-from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.foreign_names import in_a_model
 from networks.core.files.renaming import Renamed, rename, some_keys
 from tools.command import check_output, make_parser, run
 
 logger = logging.getLogger(__name__)
-
-MODELS_OF_PEFT = (
-    "unet.", "transformer.", "diffusion_model.", "text_encoder.", "text_encoder_2.", "text_encoder_3.",
-    "text_conditioner.",
-)  # fmt: skip
 
 EXAMPLES = """\
   python3 tools/convert_lora.py --model my_cat.safetensors --save_to my_cat_diffusers.safetensors --to diffusers
@@ -46,28 +39,9 @@ def card_for_file(file: AdapterFile, origin: str) -> ModelCard:
 
 
 def read_adapter(path: Path, flag: str) -> AdapterFile:
-    """Read an adapter file of any trainer. What PEFT saved alone names modules after a model that it does not name:
-    they get the prefix of the model in which all of them are.
-
-    Raises UserError naming `flag`.
-    """
-    file = read_adapter_file(path, flag)
-    paths = [without_peft_prefix(name) for name in file.modules]
-    if not all(name.startswith(PEFT_PREFIX) for name in file.modules) or any(naming_of(p) != "unknown" for p in paths):
-        return file
-    for prefix in MODELS_OF_PEFT:
-        if any(all(card.names.find(prefix + path) is not None for path in paths) for card in list_cards()):
-            modules = {prefix + path: module for path, module in zip(paths, file.modules.values(), strict=True)}
-            return replace(file, modules={name: renamed_module(module, name) for name, module in modules.items()})
-    raise UserError(
-        f"{file.origin}: PEFT wrote it for a model that is none of those known here (first module: {paths[0]}); "
-        "names of diffusers' and of the original modules are known"
-    )
-
-
-def renamed_module(module: ModuleWeights, name: str) -> ModuleWeights:
-    """A module and its keys under another name."""
-    return replace(module, name=name, keys={leaf: name + key[len(module.name) :] for leaf, key in module.keys.items()})
+    """Read an adapter file of any trainer; what PEFT saved alone is recognised by its modules. Raises UserError naming
+    `flag`."""
+    return in_a_model(read_adapter_file(path, flag), [card.names for card in list_cards()])
 
 
 def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) -> Renamed:

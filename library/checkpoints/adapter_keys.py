@@ -10,6 +10,7 @@ alone, also where no network is loaded.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import Literal
 
 Naming = Literal["kohya", "generic", "diffusers", "peft", "unknown"]
@@ -35,6 +36,7 @@ ENDINGS: tuple[tuple[str, str], ...] = (  # (pattern, the leaf that kohya's form
     (r"lora_down\.weight|lora_A(?:\.[\w-]+)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight", DOWN),
     (r"lora_up\.weight|lora_B(?:\.[\w-]+)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight", UP),
     (r"dora_scale|lora_magnitude_vector(?:(?:\.[\w-]+)?\.weight)?", "dora_scale"),
+    (r"oft_R(?:\.[\w-]+)?\.weight", "oft_R.weight"),
     (r"lora_mid\.weight|alpha|w_norm|b_norm|hada_\w+|lokr_\w+", ""),
 )
 KEY_PATTERNS = tuple((re.compile(rf"(.+?)\.({pattern})"), leaf) for pattern, leaf in ENDINGS)
@@ -76,8 +78,24 @@ def naming_of(name: str) -> Naming:
     return next((naming for prefix, naming in PREFIXES if name.startswith(prefix)), "unknown")
 
 
-def kronecker_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """(rows, inputs of the layer) by the key of the first matrix of each LoKr of a Linear layer."""
+def composed_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+    """(rows, inputs of the layer) by the key of a tensor that tells these of a Linear layer together with others: the
+    first matrix of a LoKr, the blocks of OFT."""
+    return {**_kronecker_shapes(shapes), **_block_shapes(shapes)}
+
+
+def _block_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+    """Blocks of b inputs, stored as b (b - 1) / 2 angles each; one block alone can serve for any number of inputs."""
+    found = {}
+    for text, shape in shapes.items():
+        key = AdapterKey.parse(text)
+        if key is not None and key.leaf == "oft_R.weight" and len(shape) == 2 and shape[0] > 1:
+            found[text] = (shape[0], shape[0] * ((1 + isqrt(1 + 8 * shape[1])) // 2))
+    return found
+
+
+def _kronecker_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+    """(rows, inputs) by the key of the first matrix of each LoKr."""
     firsts: dict[str, tuple[str, int, int]] = {}
     seconds: dict[str, int] = {}
     for text, shape in shapes.items():

@@ -55,6 +55,15 @@ class ModuleNames:
         return next((i for i, piece in enumerate(self.pieces) if underscored(piece.diffusers) == flat), None)
 
 
+OMI_PREFIXES = {"lora_unet_": "unet_", "lora_te_": "clip_l_", "lora_te1_": "clip_l_", "lora_te2_": "clip_g_"}
+
+
+def _in_omi(kohya: str) -> str | None:
+    """OMI's name of a module, which OneTrainer and sd-scripts read: kohya's path with dots behind its own prefix."""
+    found = next((prefix for prefix in OMI_PREFIXES if kohya.startswith(prefix)), None)
+    return None if found is None else OMI_PREFIXES[found] + kohya[len(found) :]
+
+
 @dataclass(frozen=True)
 class BaseNames:
     """The modules of one base model that adapters may change."""
@@ -65,7 +74,8 @@ class BaseNames:
     @cached_property
     def index(self) -> Mapping[str, ModuleNames]:
         """Every spelling of a module name, with underscores for dots."""
-        return {underscored(name): module for module in self.modules for name in module.spellings}
+        omi = {other: module for module in self.modules if (other := _in_omi(module.kohya))}
+        return omi | {underscored(name): module for module in self.modules for name in module.spellings}
 
     def find(self, name: str) -> ModuleNames | None:
         """The module that `name` in a file is or is a piece of, None for one that this base model lacks."""

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from library.checkpoints.adapter_keys import WIDE_LEAVES, AdapterKey, kronecker_shapes, underscored
+from library.checkpoints.adapter_keys import WIDE_LEAVES, AdapterKey, composed_shapes, underscored
 from library.checkpoints.model_card import ModelCard, recognise
 from library.errors import UserError
 
@@ -21,7 +21,7 @@ def recognise_adapter(
     told = base_in_metadata(cards, metadata)
     if told is not None and all(re.match(TEXT_ENCODER, underscored(key)) for key in shapes):
         return told
-    products = kronecker_shapes(shapes)
+    products = composed_shapes(shapes)
     return recognise(
         cards,
         {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from library.errors import UserError
 from networks.core.protocol import TRUE_WORDS
 
-FALSE_WORDS = ("false", "0", "no", "off")
+FALSE_WORDS = ("false", "0", "no", "n", "off")
 LR_PRESETS = ("cosine", "sine", "linear", "reverse_linear", "zeros")
 
 

@@ -62,6 +62,12 @@ class NetworkArguments:
     factor: int | None = (
         None  # networks.lokr: a side of the small matrix; -1, as if not given, for the nearest to a square
     )
+    block_size: int | None = None  # networks.oft_v2, networks.boft: of the blocks that turn, before --network_dim
+    coft: bool = False  # networks.oft_v2: angles are limited
+    coft_eps: float = 6e-5  # to this length of all blocks
+    block_share: bool = False  # networks.oft_v2: all inputs of a layer share one block
+    enable_conv: bool = False  # networks.oft_v2, networks.boft: kernels larger than 1x1, without a size of their own
+    auto_adjust: bool = True  # networks.oft_v2, networks.boft: the nearest size where one does not divide a layer
     decompose_both: bool = False  # networks.lokr: the small matrix is a product too, where it is large enough
     full_matrix: bool = False  # networks.lokr: neither matrix is a product
     tlora: bool = False  # T-LoRA: the noisier a sample, the fewer ranks act on it; networks.tlora has it on
@@ -72,6 +78,7 @@ class NetworkArguments:
     network_reg_lrs: tuple[tuple[str, float], ...] | None = None  # (regular expression, learning rate)
     exclude_patterns: tuple[str, ...] = ()  # of whole module paths that are left alone
     include_patterns: tuple[str, ...] = ()  # of whole module paths that are adapted although they are excluded
+    only_patterns: tuple[str, ...] = ()  # include_patterns of kinds for which they mean that nothing else is adapted
     verbose: bool = False  # list the modules at start
     of_model: Mapping[str, Any] = field(default_factory=dict)  # those that AdapterTargets give a meaning to, if given
 
@@ -104,6 +111,12 @@ SUPPORTED: Mapping[str, Parse] = {
     "conv_unit": parse_unit,
     "train_all_ranks": parse_bool,
     "factor": parse_factor,
+    "block_size": parse_unit,
+    "coft": parse_bool,
+    "coft_eps": parse_number,
+    "block_share": parse_bool,
+    "enable_conv": parse_bool,
+    "auto_adjust": parse_bool,
     "decompose_both": parse_bool,
     "full_matrix": parse_bool,
     "tlora": parse_bool,
@@ -125,7 +138,13 @@ OF_MODELS: Mapping[ArgumentForm, Parse] = {  # what base models have besides; Ad
     "word": str,
 }
 
-SYNONYMS: Mapping[str, str] = {"dyloRA": "unit"}  # another spelling -> the argument
+SYNONYMS: Mapping[str, str] = {  # another spelling -> the argument
+    "dyloRA": "unit",
+    "oft_block_size": "block_size",
+    "oft_coft": "coft",
+    "oft_block_share": "block_share",
+}
+DROPOUTS = ("dropout", "dropout_probability")  # in --network_args, for --network_dropout
 
 PLANNED: Mapping[str, str] = {  # key -> what it belongs to
     "ggpo_sigma": "GGPO",
@@ -141,18 +160,21 @@ def parse_arguments(
     """Read the network arguments that a user gave; None stands for one that was not given.
 
     `of_models` are those that base models have of their own. `dropout` is LyCORIS's name for --network_dropout and
-    means the same here. Raises UserError naming the argument for an unknown key, a value of the wrong form, and a
-    feature that is not there yet.
+    `dropout_probability` that of OFT: all three mean the same here. Raises UserError naming the argument for an unknown
+    key, a value of the wrong form, and a feature that is not there yet.
     """
     given = {key: value for key, value in items.items() if value is not None}
-    dropout = given.pop("dropout", None)
-    if neuron_dropout is not None and dropout is not None and float(dropout) != float(neuron_dropout):
-        raise UserError(
-            f"--network_dropout is {neuron_dropout} but --network_args says dropout={dropout}; they mean the same, "
-            "give one of them"
-        )
-    if (chosen := neuron_dropout if neuron_dropout is not None else dropout) is not None:
-        given["neuron_dropout"] = chosen
+    dropouts = {name: given.pop(name) for name in DROPOUTS if name in given}
+    for name, dropout in dropouts.items():
+        chosen = dropout if neuron_dropout is None else neuron_dropout
+        if float(dropout) != float(given.setdefault("neuron_dropout", chosen)):
+            other = "--network_dropout" if neuron_dropout is not None else DROPOUTS[0]
+            raise UserError(
+                f"{other} is {given['neuron_dropout']} but --network_args says {name}={dropout}; they mean the same, "
+                "give one of them"
+            )
+    if neuron_dropout is not None:
+        given["neuron_dropout"] = neuron_dropout
     parsers = {**{name: OF_MODELS[form] for name, form in of_models.items()}, **SUPPORTED}
     parsed = {key: _parse(key, value, parsers) for key, value in given.items()}
     of_model = {key: value for key, value in parsed.items() if key in of_models}

@@ -19,7 +19,7 @@ from networks.core.kinds.split import are_apart
 from networks.core.kinds.table import change_of, kind_of
 from networks.core.network import Member
 from networks.core.sites.rules import Rules, SiteSettings, make_rules
-from networks.core.sites.site_selection import all_sites, chosen_sites, extra_classes
+from networks.core.sites.site_selection import all_sites, chosen_sites, extra_classes, filters_of
 from networks.core.sites.targets import AdapterTargets, Filters, Part, Site, find_norms
 
 
@@ -56,9 +56,8 @@ def fresh_members(
             )
             yield make_member(door, place, site, allotment, arguments, multiplier, form)
     if arguments.train_norm:
-        filters = Filters(arguments.exclude_patterns, arguments.include_patterns)
         classes += extra_classes(place.part, arguments)
-        for site in find_norms(place.part, place.root, classes, filters):
+        for site in find_norms(place.part, place.root, classes, filters_of(arguments)):
             if (norm_allotment := rules.allot_norm(site)) is not None:
                 yield norm_member(place, site, norm_allotment, multiplier)
 
@@ -132,13 +131,18 @@ def make_member(
 ) -> Member:
     """One adapter, not installed yet; in the form of `leaves`, where those of a file are given."""
     drops = Dropout(arguments.neuron_dropout, arguments.rank_dropout, arguments.module_dropout)
+    if door.make_change is not None:
+        turned = door.make_change(site.module, allotment.rank, drops, arguments.use_scalar, leaves)
+        return Member(Adapter(site, turned, multiplier), place.text_encoder, allotment)
     if form.widths is not None:
         assert isinstance(site.module, nn.Linear) and door.make_split is not None
         delta = door.make_split(site.module, allotment.rank, form.widths)
     elif leaves is not None and door.like is not None:
         delta = door.like(site.module, leaves)
     else:
-        delta = (door.make_core if form.has_core else door.make_delta)(site.module, allotment.rank)
+        make = door.make_core if form.has_core else door.make_delta
+        assert make is not None
+        delta = make(site.module, allotment.rank)
     weight = site.module.weight
     assert isinstance(weight, Tensor)
     join = Decompose(weight, arguments.dora_constant_norm) if form.is_decomposed else Add()

@@ -24,7 +24,6 @@ from networks.core.sites.targets import AdapterTargets
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
 RANK_ARGUMENTS = (
     "conv_dim",
@@ -34,22 +33,28 @@ RANK_ARGUMENTS = (
     "conv_block_dims",
     "conv_block_alphas",
     "factor",
+    "block_size",
 )
 FORM_ARGUMENTS = (
     "use_tucker",
     "decompose_both",
     "full_matrix",
+    "block_share",
+    "enable_conv",
     "train_norm",
     "network_reg_dims",
     "exclude_patterns",
     "include_patterns",
 )
-NESTED_ARGUMENTS = ("unit", "conv_unit", "train_all_ranks")
+OF_DOORS = {  # network modules -> arguments that no other has
+    "networks.dylora": ("unit", "conv_unit", "train_all_ranks"),
+    "networks.lokr": ("factor", "decompose_both", "full_matrix"),
+    "networks.oft_v2": ("block_size", "coft", "coft_eps", "block_share", "enable_conv", "auto_adjust"),
+}
 ONE_WEIGHT = (
     "its magnitudes divide by the norm of one changed weight, but with T-LoRA every sample of a batch has its own"
 )
 TLORA_ARGUMENTS = ("tlora_min_rank", "tlora_power")
-KRONECKER_ARGUMENTS = ("factor", "decompose_both", "full_matrix")
 
 TextEncoder = nn.Module | Sequence[nn.Module | None] | None
 """One model, a list where the base model has several, None where text encoders are not loaded."""
@@ -71,14 +76,14 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
         neuron_dropout: float | None = None,
         **network_args: Any,
     ) -> AdapterNetwork:
-        """Adapters of the given rank (default 4) and alpha (default 1, 0 for the rank) on everything that is adapted.
+        """Adapters of the given rank (unset: the kind's own) and alpha (default 1, 0 for the rank) on every target.
 
         `unet` is the denoiser as network modules see it; it carries `adapter_targets`. Raises UserError for wrong
         network arguments.
         """
         targets = targets_of(unet)
         arguments = arguments_of(door, parse_arguments(network_args, neuron_dropout, targets.known_arguments))
-        rank = DEFAULT_RANK if network_dim is None else network_dim
+        rank, arguments = settled(door, network_dim, arguments)
         alpha = DEFAULT_ALPHA if network_alpha is None else float(network_alpha)
         if rank < 0 or alpha < 0:
             raise UserError(f"--network_dim is {rank} and --network_alpha {alpha:g}; neither can be negative")
@@ -94,7 +99,7 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
                 f"nothing to train: with --network_dim {rank} and these --network_args every module has the rank 0"
             )
         warn_without_effect(targets, arguments, members)
-        network = AdapterNetwork(members, targets, arguments, door.start_step)
+        network = AdapterNetwork(members, targets, arguments, chosen.start_step)
         if door.check is not None:
             door.check(network)
         return network
@@ -121,15 +126,16 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
         warn_of_ranks(arguments)
         weights = dict(in_own_names(read_adapters(file) if weights_sd is None else weights_sd, targets.names, file))
         groups = group_by_module(weights, str(file), KINDS if for_inference else (*door.kinds, norm.KIND))
+        chosen = door if door.with_arguments is None else door.with_arguments(arguments)
         members: list[Member] = []
         for place in places(targets, text_encoder, unet):
             rules = rates_alone(arguments, targets, is_denoiser=place.text_encoder is None)
-            members += members_of_file(door, targets, place, rules, arguments, multiplier, groups, str(file))
+            members += members_of_file(chosen, targets, place, rules, arguments, multiplier, groups, str(file))
         if not members:
             raise UserError(
                 f"{file}: none of its {len(groups)} modules is in this base model; was it made for another?"
             )
-        network = AdapterNetwork(members, targets, arguments, door.start_step)
+        network = AdapterNetwork(members, targets, arguments, chosen.start_step)
         if not for_inference:
             check_forms(door, arguments, groups, str(file))
             if door.check is not None:
@@ -181,14 +187,18 @@ def check_arguments(door: Door, arguments: NetworkArguments) -> None:
     idle = [name for name in TLORA_ARGUMENTS if getattr(arguments, name) != getattr(NetworkArguments, name)]
     if idle and not arguments.tlora:
         logger.warning("--network_args %s has no effect without tlora=True or networks.tlora", ", ".join(idle))
-    if door.start_step is None:
-        given = [name for name in NESTED_ARGUMENTS if getattr(arguments, name) != getattr(NetworkArguments, name)]
+    for owners, names in OF_DOORS.items():
+        given = [name for name in names if getattr(arguments, name) != getattr(NetworkArguments, name)]
+        given = [name for name in given if name not in door.arguments]
         if given:
-            logger.warning("--network_args %s has no effect; it belongs to networks.dylora", ", ".join(given))
-    if door.with_arguments is None:
-        given = [name for name in KRONECKER_ARGUMENTS if getattr(arguments, name) != getattr(NetworkArguments, name)]
-        if given:
-            logger.warning("--network_args %s has no effect; it belongs to networks.lokr", ", ".join(given))
+            logger.warning("--network_args %s has no effect; it belongs to %s", ", ".join(given), owners)
+
+
+def settled(door: Door, network_dim: int | None, arguments: NetworkArguments) -> tuple[int, NetworkArguments]:
+    """The rank and the arguments in the core's own terms."""
+    if door.settle is not None:
+        return door.settle(network_dim, arguments, door.default_rank)
+    return door.default_rank if network_dim is None else network_dim, arguments
 
 
 def refused_by(door: Door, arguments: NetworkArguments) -> Mapping[str, str]:

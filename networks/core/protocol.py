@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 TextEncoder = nn.Module | list[nn.Module] | None
 """A single model where the base model has one text encoder, a list otherwise."""
 
-TRUE_WORDS = ("true", "1", "yes", "on")  # of --network_args that are True or False
+TRUE_WORDS = ("true", "1", "yes", "y", "on")  # of --network_args that are True or False
 PACKAGES = {"lycoris": "lycoris-lora"}  # import name -> what pip installs
 
 

@@ -6,7 +6,10 @@ from typing import Any
 from torch import nn
 
 from networks.core.adapter import Adapter
+from networks.core.kinds.change import Change
+from networks.core.kinds.norm import Norm
 from networks.core.kinds.scaled import ScaledDelta
+from networks.core.kinds.turned import Turned
 from networks.core.sites.targets import BlockList
 
 FORMS = ("DoRA", "a Tucker core", "a trained strength")  # of `ScaledDelta.forms`, in this order
@@ -14,10 +17,11 @@ FORMS = ("DoRA", "a Tucker core", "a trained strength")  # of `ScaledDelta.forms
 
 def describe_part(part: str, adapters: Sequence[Adapter], layout: BlockList | None) -> Iterator[str]:
     """Modules, ranks, alphas, forms and parameters of one part of the base model; by block where blocks differ."""
-    modules = [(a.site, a.change) for a in adapters if isinstance(a.change, ScaledDelta)]
+    modules = [(a.site, a.change) for a in adapters if not isinstance(a.change, Norm)]
     num_norms = len(adapters) - len(modules)
     num_values = sum(p.numel() for a in adapters if isinstance(a.change, nn.Module) for p in a.change.parameters())
-    forms = [f"{words} in {count}" for words in FORMS if (count := sum(words in change.forms for _, change in modules))]
+    scaled = [change for _, change in modules if isinstance(change, ScaledDelta)]
+    forms = [f"{words} in {count}" for words in FORMS if (count := sum(words in change.forms for change in scaled))]
     forms += [f"{num_norms} norms"] if num_norms else []
     yield (
         f"{part}: {len(modules)} modules adapted, {_ranks([change for _, change in modules])}, "
@@ -25,7 +29,7 @@ def describe_part(part: str, adapters: Sequence[Adapter], layout: BlockList | No
     )
     if layout is None:
         return
-    blocks: dict[int, list[ScaledDelta]] = {}
+    blocks: dict[int, list[Change]] = {}
     for site, change in modules:
         if (block := layout.index_of(site.path)) is not None:
             blocks.setdefault(block, []).append(change)
@@ -43,11 +47,17 @@ def describe_rates(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
     return "learning rates: " + ", ".join(parts)
 
 
-def _measure(change: ScaledDelta) -> tuple[int, float]:
+def _measure(change: Change) -> tuple[int, float]:
+    if isinstance(change, Turned):
+        return change.rotation.block_size, 0.0
+    assert isinstance(change, ScaledDelta)
     return change.delta.rank, change.alpha_value
 
 
-def _ranks(changes: Sequence[ScaledDelta]) -> str:
-    ranks = ", ".join(str(rank) for rank in sorted({change.delta.rank for change in changes}))
-    alphas = ", ".join(f"{alpha:g}" for alpha in sorted({change.alpha_value for change in changes}))
-    return f"rank {ranks}, alpha {alphas}"
+def _ranks(changes: Sequence[Change]) -> str:
+    turned = sorted({change.rotation.block_size for change in changes if isinstance(change, Turned)})
+    scaled = [change for change in changes if isinstance(change, ScaledDelta)]
+    ranks = ", ".join(str(rank) for rank in sorted({change.delta.rank for change in scaled}))
+    alphas = ", ".join(f"{alpha:g}" for alpha in sorted({change.alpha_value for change in scaled}))
+    sizes = [f"blocks of {', '.join(map(str, turned))}"] if turned else []
+    return ", ".join([*sizes, *([f"rank {ranks}, alpha {alphas}"] if scaled or not turned else [])])

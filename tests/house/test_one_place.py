@@ -27,7 +27,7 @@ ONCE = {  # definition -> where it stands
     r"^class AdapterKey\b": GRAMMAR,
     r"^def kind_of\(leaves": "networks/core/kinds/table.py",
 }
-FACTOR = re.compile(r"\blora_(up|down|mid|A|B)\b|\bhada_|\blokr_|\bw_norm\b|\bb_norm\b")
+FACTOR = re.compile(r"\blora_(up|down|mid|A|B)\b|\bhada_|\blokr_|\boft_R\b|\bboft_[Rs]\b|\bw_norm\b|\bb_norm\b")
 MAY_NAME_FACTORS = (
     "networks/core/kinds/",
     GRAMMAR,

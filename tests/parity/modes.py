@@ -33,6 +33,7 @@ ADAPTERS: Mapping[str, tuple[str, dict[str, str]]] = {
     "dora": ("networks.lora", {"dora_wd": "True"}),
     "loha": ("networks.loha", {}),
     "lokr": ("networks.lokr", {"factor": "2"}),
+    "oft_v2": ("networks.oft_v2", {}),
     "lora_fa": ("networks.lora_fa", {}),
     "dylora": ("networks.dylora", {}),
     "lycoris": ("lycoris.kohya", {"preset": "attn-mlp", "algo": "lokr", "factor": "2"}),

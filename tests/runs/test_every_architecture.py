@@ -128,6 +128,7 @@ KINDS = {
     "tlora": ["networks.tlora", "rank_dropout=0.1"],
     "loha": ["networks.loha", "dora_wd=True", "rank_dropout=0.1", "loraplus_lr_ratio=4"],
     "lokr": ["networks.lokr", "factor=2", "dora_wd=True", "use_scalar=True", "rank_dropout=0.1", "loraplus_lr_ratio=4"],
+    "oft_v2": ["networks.oft_v2", "use_scalar=True", "module_dropout=0.1", "train_norm=True"],
 }  # fmt: skip
 
 
@@ -140,7 +141,12 @@ def test_every_kind_of_adapter_trains_and_its_file_is_trained_further(
     words = ["--network_module", module, "--network_args", *arguments]
     run("one", *words, "--max_train_steps", "2")
     first = load_state_dict(tmp_path / "one" / "mine.safetensors")
-    from_zero = ("lora_up.weight", "hada_w2_a", "lokr_w1")  # the last holds the strength that starts at zero
+    from_zero = (
+        "lora_up.weight",
+        "hada_w2_a",
+        "lokr_w1",
+        "oft_R.weight",
+    )  # the last two hold a strength that starts at 0
     moved = [key for key, tensor in first.items() if key.endswith(from_zero) and float(tensor.abs().max()) > 0]
     assert any(key.startswith("lora_unet") for key in moved)
     assert any(key.startswith("lora_te") for key in moved) == base.adapts_text_encoders

@@ -253,8 +253,8 @@ def check_network(options: TrainOptions) -> None:
         raise UserError("--dim_from_weights needs --network_weights, the file to read the ranks from")
     for flag, paths in (("network_weights", [network.network_weights]), ("base_weights", network.base_weights or [])):
         for path in paths:
-            if path and not Path(path).is_file():
-                raise UserError(f"--{flag} {path} does not exist; give the path of an adapter file")
+            if path and not Path(path).exists():
+                raise UserError(f"--{flag} {path} does not exist; name an adapter file or a folder by PEFT")
     factors, files = network.base_weights_multiplier or [], network.base_weights or []
     if files and len(factors) > len(files):
         raise UserError(

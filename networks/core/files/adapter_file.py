@@ -25,7 +25,7 @@ from library.checkpoints.adapter_keys import AdapterKey, without_peft_prefix
 from library.checkpoints.files import is_safetensors, load_state_dict, read_metadata
 from library.errors import UserError
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.files.reading_writing import save_network
+from networks.core.files.reading_writing import PEFT_STEM, file_in_folder, save_network
 from networks.core.kinds import norm
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.leaves import ALPHA
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 DIFFUSERS_SETTINGS = "lora_adapter_metadata"  # JSON in the metadata of files by diffusers, alpha among it
 PEFT_SETTINGS = "adapter_config.json"  # beside files by PEFT
-PEFT_STEM = "adapter_model"
 
 
 @dataclass(frozen=True)
@@ -73,18 +72,6 @@ def read_adapter_file(path: str | Path, flag: str = "") -> AdapterFile:
     if settings is not None:
         file = replace(file, modules={n: with_alpha(m, settings) for n, m in file.modules.items()})
     return file
-
-
-def file_in_folder(path: Path, where: str) -> Path:
-    """The file in a folder that PEFT saved; a path of anything else as it is. Raises UserError for another folder."""
-    if not path.is_dir():
-        return path
-    found = next(
-        (file for suffix in ("safetensors", "bin") if (file := path / f"{PEFT_STEM}.{suffix}").is_file()), None
-    )
-    if found is None:
-        raise UserError(f"{where} is a folder without {PEFT_STEM}.safetensors, which PEFT saves; give an adapter file")
-    return found
 
 
 def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str) -> AdapterFile:
@@ -190,7 +177,7 @@ def peft_settings(path: Path) -> Mapping[str, Mapping[str, Any]] | None:
 
 def with_alpha(module: ModuleWeights, settings: Mapping[str, Mapping[str, Any]]) -> ModuleWeights:
     """The module with the alpha that the settings of its part record; alpha_pattern goes before lora_alpha."""
-    if not settings or module.kind.rank_of is None or ALPHA in module.tensors:
+    if not settings or not module.kind.has_alpha or ALPHA in module.tensors:
         return module
     name = without_peft_prefix(module.name)
     part, _, path = name.partition(".")

@@ -94,7 +94,7 @@ def module_facts(module: ModuleWeights) -> ModuleFacts:
         block=block,
         kind="DoRA" if module.is_dora else module.form,
         rank=module.rank if has_rank else None,
-        alpha=module.alpha if has_rank else None,
+        alpha=module.alpha if kind.has_alpha else None,
         down_norm=down,
         up_norm=up,
         update_norm=None if kind.read is None else float(module.change(torch.float64).norm()),

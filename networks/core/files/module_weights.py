@@ -85,7 +85,7 @@ class ModuleWeights:
         Raises UserError for kinds that are only recognised.
         """
         leaves = {leaf: tensor.to(dtype or tensor.dtype) for leaf, tensor in self.tensors.items() if leaf != ALPHA}
-        if self.kind.rank_of is not None:
+        if self.kind.has_alpha:
             leaves[ALPHA] = torch.tensor(self.alpha, dtype=torch.float64)
         try:
             return change_of(leaves)

@@ -23,6 +23,9 @@ from networks.core.kinds.leaves import ALPHA, DORA_SCALE
 from networks.core.kinds.scaled import ScaledDelta
 from networks.core.kinds.split import SplitRank
 from networks.core.kinds.table import KINDS, SHARED, kind_of
+from networks.core.kinds.turned import Turned
+
+PEFT_STEM = "adapter_model"
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,20 @@ class LoadReport:
 
 
 def read_adapters(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of an adapter file. Raises UserError for a file that cannot be read."""
-    return load_state_dict(path)
+    """The tensors of an adapter file, or of a folder by PEFT. Raises UserError for a file that cannot be read."""
+    return load_state_dict(file_in_folder(Path(path), str(path)))
+
+
+def file_in_folder(path: Path, where: str) -> Path:
+    """The file in a folder that PEFT saved; a path of anything else as it is. Raises UserError for another folder."""
+    if not path.is_dir():
+        return path
+    found = next(
+        (file for suffix in ("safetensors", "bin") if (file := path / f"{PEFT_STEM}.{suffix}").is_file()), None
+    )
+    if found is None:
+        raise UserError(f"{where} is a folder without {PEFT_STEM}.safetensors, which PEFT saves; give an adapter file")
+    return found
 
 
 def group_by_module(
@@ -82,7 +97,7 @@ def group_by_module(
 def kinds_of(adapters: Mapping[str, Adapter]) -> tuple[Kind, ...]:
     """What files may hold for a network: the kinds of its door, and norms."""
     changes = [adapter.change for adapter in adapters.values()]
-    doors = {kind_of(change.state_dict()).door for change in changes if isinstance(change, ScaledDelta)}
+    doors = {kind_of(change.state_dict()).door for change in changes if isinstance(change, (ScaledDelta, Turned))}
     return tuple(kind for kind in KINDS if kind is norm.KIND or kind.door in doors)
 
 
@@ -181,10 +196,16 @@ def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], sourc
                 f"{change.delta.rank}; add --dim_from_weights to take the ranks from the file, or set "
                 f"--network_dim={rank}"
             )
+    if isinstance(change, Turned) and (size := rank_and_alpha(group)[0]) != change.rotation.block_size:
+        raise UserError(
+            f"{name} has blocks of {size} in {source}, but the settings (--network_dim, --network_args) give it blocks "
+            f"of {change.rotation.block_size}; add --dim_from_weights to take the sizes from the file, or set "
+            f"--network_dim={size}"
+        )
     for leaf in group:
         if leaf != ALPHA and (leaf not in own or group[leaf].shape != own[leaf].shape):
             needed = f"needs {list(own[leaf].shape)}" if leaf in own else "has none"
-            if fits_layer(name, adapter, group):
+            if isinstance(change, Turned) or fits_layer(name, adapter, group):
                 raise UserError(
                     f"{name}.{leaf} has the shape {list(group[leaf].shape)} in {source}, but with these --network_args "
                     f"it {needed}; add --dim_from_weights to take the form from the file"

@@ -111,7 +111,7 @@ def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming) -> Ite
 def with_alpha_tensor(module: ModuleWeights) -> dict[str, Tensor]:
     """The tensors with an alpha of their own and the magnitudes of DoRA in the dimensions of the weight."""
     tensors = dict(module.tensors)
-    if module.kind.rank_of is not None and ALPHA not in tensors:
+    if module.kind.has_alpha and ALPHA not in tensors:
         tensors[ALPHA] = torch.tensor(module.alpha, dtype=torch.float32)
     if DORA_SCALE in tensors:
         tensors[DORA_SCALE] = rows.magnitudes_like(tensors, tensors[DORA_SCALE])

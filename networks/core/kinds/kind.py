@@ -10,6 +10,12 @@ from library.checkpoints.adapter_names import FileNaming
 from networks.core.kinds.change import Change, Delta, Leaves, MakeDelta
 from networks.core.kinds.leaves import ALPHA, DORA_SCALE
 
+MakeChange = Callable[..., Change]
+"""(the layer, its rank, dropouts, whether a strength is trained, the tensors of a file or None) -> its change."""
+
+Settle = Callable[[int | None, Any, int], tuple[int, Any]]
+"""(--network_dim, network arguments, the default rank) -> the rank and the arguments in the core's own terms."""
+
 MakeSplit = Callable[[nn.Linear, int, tuple[int, ...]], Delta]
 """(a fused layer, the rank of each projection, the outputs of each) -> the change of its weight."""
 
@@ -40,6 +46,10 @@ class Kind:
     is_whole: bool = False  # no factor has a rank: alpha counts as the rank, whatever is recorded
 
     @property
+    def has_alpha(self) -> bool:
+        return self.rank_of is not None and ALPHA in self.may_have
+
+    @property
     def leaves(self) -> frozenset[str]:
         """Every leaf that a module of this kind can have."""
         return frozenset((*self.needs, *self.core, *self.may_have))
@@ -63,14 +73,18 @@ FOR_FEW: Mapping[str, str] = {
 class Door:
     """What a --network_module makes of the arguments, for one kind of adapter."""
 
-    make_delta: MakeDelta
-    make_core: MakeDelta  # with use_tucker, for kernels larger than 1x1
+    make_delta: MakeDelta | None = None  # of what adds to the weight
+    make_core: MakeDelta | None = None  # the same with use_tucker, for kernels larger than 1x1
+    make_change: MakeChange | None = None  # of what does something else
     make_split: MakeSplit | None = None  # with split_qkv
     kinds: tuple[Kind, ...] = ()  # what files may hold that it trains further, beside norms
     check: Callable[[Any], None] | None = None  # tells what comes of the settings, or raises UserError
     start_step: Callable[[Any, int, int], None] | None = None  # called before each batch of an optimizer step
     like: Callable[[nn.Module, Leaves], Delta] | None = None  # as in a file, where rank and core do not tell all
-    with_arguments: Callable[[Any], "Door"] | None = None  # the same door for network arguments that only it has
+    default_rank: int = 4
+    arguments: tuple[str, ...] = ()  # network arguments that few doors have
+    settle: Settle | None = None  # where arguments mean something else than for other kinds
+    with_arguments: Callable[[Any], "Door"] | None = None  # the same door for these arguments
     refuses: Mapping[str, str] = field(default_factory=dict)  # network argument -> why it does not work with this kind
     takes: frozenset[str] = frozenset()  # of the arguments that few kinds have (`FOR_FEW`), those that this one has
     is_tlora: bool = False  # as if `tlora` were given

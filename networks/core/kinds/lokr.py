@@ -336,5 +336,6 @@ def tell_whole(network: Any) -> None:
 
 DOOR = Door(
     fresh, partial(fresh, has_core=True), kinds=KINDS, check=tell_whole, like=like, with_arguments=with_arguments,
+    arguments=("factor", "decompose_both", "full_matrix"),
     refuses={"split_qkv": "all rows of a layer share its two matrices"},
 )  # fmt: skip

@@ -77,7 +77,7 @@ def chosen_sites(
     Some of them may be given the rank 0.
     """
     classes += extra_classes(part, arguments)
-    sites = find_sites(part, root, classes, Filters(arguments.exclude_patterns, arguments.include_patterns))
+    sites = find_sites(part, root, classes, filters_of(arguments))
     if part is not targets.denoiser:
         return sites
     subset = targets.subsets.get(arguments.of_model.get("train_blocks", "all"))
@@ -86,6 +86,11 @@ def chosen_sites(
     if embedders is None or embedders.argument not in arguments.of_model:
         return kept
     return kept + find_embedders(part, root, embedders, sites)
+
+
+def filters_of(arguments: NetworkArguments) -> Filters:
+    """What the patterns of a user leave out."""
+    return Filters(arguments.exclude_patterns, arguments.include_patterns, arguments.only_patterns)
 
 
 def all_sites(part: Part, root: nn.Module, targets: AdapterTargets) -> list[Site]:

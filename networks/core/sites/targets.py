@@ -147,8 +147,11 @@ class Filters:
 
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()  # nothing else is adapted, and what fits is, even if it is excluded
 
     def leave_out(self, part: Part, path: str) -> bool:
+        if self.only:
+            return not any(re.fullmatch(p, path) for p in self.only)
         is_excluded = any(re.fullmatch(p, path) for p in (*part.exclude, *self.exclude))
         return is_excluded and not any(re.fullmatch(p, path) for p in self.include)
 

@@ -103,7 +103,7 @@ def test_true_has_many_spellings(word: str) -> None:
     assert parse_bool(word) is True
 
 
-@pytest.mark.parametrize("word", ["False", "false", "0", "no", "off"])
+@pytest.mark.parametrize("word", ["False", "false", "0", "no", "n", "off"])
 def test_false_has_many_spellings(word: str) -> None:
     assert parse_bool(word) is False
 
@@ -116,7 +116,7 @@ def test_another_word_is_no_boolean() -> None:
 def test_no_key_is_both_there_and_planned_and_every_value_has_its_field() -> None:
     assert not SUPPORTED.keys() & PLANNED.keys()
     assert not SUPPORTED.keys() & list_network_arguments().keys()
-    assert SUPPORTED.keys() == vars(NetworkArguments()).keys() - {"of_model"}
+    assert SUPPORTED.keys() == vars(NetworkArguments()).keys() - {"of_model", "only_patterns"}
 
 
 def test_arguments_of_base_models_are_typed_too() -> None:

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from library.checkpoints.files import load_state_dict, save_safetensors
-from networks import loha, lora
+from networks import loha
 from networks.core.kinds.joins import Decompose
 from networks.core.kinds.loha import LoHa
 from networks.core.network import AdapterNetwork
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
-from tests.unit.networks.test_forms import CONV, LINEAR, assert_same, outputs, perturb
+from tests.unit.networks.test_forms import CONV, LINEAR, perturb
 from tests.unit.networks.test_joins import Largest
 from tests.unit.networks.toy import toy_models
 
@@ -47,38 +47,6 @@ def test_keys_and_shapes() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_an_untrained_network_changes_nothing(form: str) -> None:
-    text, unet = toy_models(2011)
-    before = outputs(text, unet, 2012)
-    loha.create_network(1.0, 3, 2.0, None, text, unet, **FORMS[form]).apply_to(text, unet)
-    assert_same(outputs(text, unet, 2012), before)
-
-
-@pytest.mark.parametrize("way", ["settings", "file", "merged", "merged by networks.lora"])
-@pytest.mark.parametrize("form", FORMS)
-def test_a_file_computes_the_same_whichever_way_it_comes_back(tmp_path: Path, form: str, way: str) -> None:
-    network, text, unet = trained(2021, **FORMS[form])
-    expected = outputs(text, unet, 2022)
-    path = str(tmp_path / "x.safetensors")
-    network.save_weights(path, None, {})
-    network.remove()
-    assert (outputs(text, unet, 2022)[1] - expected[1]).abs().max() > 0.01
-    if way == "settings":
-        second = loha.create_network(1.0, 3, 2.0, None, text, unet, **FORMS[form])
-        second.apply_to(text, unet)
-        second.load_weights(path)
-    elif way == "file":
-        second, _ = loha.create_network_from_weights(1.0, path, None, text, unet)
-        second.apply_to(text, unet)
-        second.load_weights(path)
-    else:
-        door = lora if way.endswith("lora") else loha
-        second, weights = door.create_network_from_weights(1.0, path, None, text, unet, for_inference=True)
-        second.merge_to(text, unet, weights, torch.float32, "cpu")
-    assert_same(outputs(text, unet, 2022), expected)
-
-
 @pytest.mark.parametrize("is_dora", [False, True])
 @pytest.mark.parametrize("rank", [2, 9])
 def test_output_and_gradients_are_those_of_the_whole_matrix(rank: int, is_dora: bool) -> None:
@@ -108,29 +76,6 @@ def test_at_a_small_rank_neither_pass_makes_a_tensor_of_the_size_of_the_weight(i
     assert 0 < largest.num_values <= 16 * 128  # the products of ranks times outputs
 
 
-def test_under_autocast_the_output_is_bf16_and_gradients_are_float32() -> None:
-    for rank in (2, 9):
-        layer = nn.Linear(40, 30).requires_grad_(False)
-        adapter = adapter_on(layer, LoHa(layer, rank), 2.0)
-        perturb(module_of(adapter), 2041)
-        adapter.install()
-        x = torch.randn(3, 40)
-        with torch.autocast("cpu", torch.bfloat16):
-            y = layer(x)
-        assert y.dtype == torch.bfloat16
-        torch.testing.assert_close(y.float(), nn.functional.linear(x, adapter.merged()["weight"], layer.bias),
-                                   rtol=0.05, atol=0.1)  # fmt: skip
-        y.float().square().sum().backward()
-        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module_of(adapter).parameters())
-
-
-def test_loraplus_speeds_up_what_starts_at_zero() -> None:
-    network = trained(2051, **FORMS["everything"], loraplus_lr_ratio="4")[0]
-    groups, names = network.prepare_optimizer_params(1e-3, 1e-4, 1e-3)
-    plus = {p for g, name in zip(groups, names, strict=True) if name.endswith("plus") for p in g["params"]}
-    assert plus == {p for name, p in network.named_parameters() if name.endswith("hada_w2_a")}
-
-
 def test_norms_are_those_of_the_changes_and_are_limited() -> None:
     network = trained(2061, **FORMS["core"])[0]
     changes: list[Any] = [adapter.change for adapter in network.adapters.values()]
@@ -142,19 +87,6 @@ def test_norms_are_those_of_the_changes_and_are_limited() -> None:
     assert max(change.weight().norm().item() for change in changes) == pytest.approx(limit, rel=1e-4)
 
 
-def test_it_goes_on_under_its_own_module_only(tmp_path: Path) -> None:
-    path = str(tmp_path / "x.safetensors")
-    network, text, unet = trained(2071)
-    network.save_weights(path, None, {})
-    network.remove()
-    with pytest.raises(ValueError, match=r"\*\.hada_w1_a.*Use --network_module networks.loha"):
-        lora.create_network_from_weights(1.0, path, None, text, unet)
-    with pytest.raises(ValueError, match=r"\*\.hada_w1_a.*Use --network_module networks.loha"):
-        lora.create_network(1.0, 3, 2.0, None, text, unet).load_weights(path)
-    with pytest.raises(ValueError, match="split_qkv does not work with this --network_module: all rows"):
-        loha.create_network(1.0, 3, 2.0, None, text, unet, split_qkv="True")
-
-
 def test_a_file_that_lacks_a_factor_is_named(tmp_path: Path) -> None:
     network, text, unet = trained(2081)
     tensors = {key: t.contiguous() for key, t in network.state_dict().items() if key != f"{LINEAR}.hada_w2_b"}
@@ -162,13 +94,3 @@ def test_a_file_that_lacks_a_factor_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{LINEAR} has") + ".*the file is incomplete"):
         loha.create_network(1.0, 3, 2.0, None, text, unet).load_weights(str(tmp_path / "x.safetensors"))
     assert load_state_dict(tmp_path / "x.safetensors").keys() == tensors.keys()
-
-
-def test_the_trained_strength_is_multiplied_into_the_file(tmp_path: Path) -> None:
-    network, _, _ = trained(2091, use_scalar="True")
-    change: Any = network.adapters[LINEAR].change
-    change.scalar.data.fill_(-0.25)
-    network.save_weights(str(tmp_path / "x.safetensors"), None, {})
-    tensors: dict[str, Tensor] = load_state_dict(tmp_path / "x.safetensors")
-    assert torch.equal(tensors[f"{LINEAR}.hada_w2_a"], -0.25 * change.hada_w2_a)
-    assert not any("scalar" in key for key in tensors)

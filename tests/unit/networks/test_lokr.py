@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.files import save_safetensors
 from networks import loha, lokr, lora
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.kinds.joins import Decompose
@@ -17,7 +17,7 @@ from networks.core.kinds.scaled import Dropout
 from networks.core.network import AdapterNetwork
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
-from tests.unit.networks.test_forms import CONV, LINEAR, assert_same, outputs, perturb
+from tests.unit.networks.test_forms import CONV, LINEAR, perturb
 from tests.unit.networks.test_joins import Largest
 from tests.unit.networks.toy import toy_models
 
@@ -55,38 +55,6 @@ def test_keys_and_shapes() -> None:
     network = trained(4002, **FORMS["whole"])[0]
     assert shapes(network, LINEAR) == {"alpha": [], "lokr_w1": [2, 2], "lokr_w2": [3, 4]}
     assert shapes(network, CONV) == {"alpha": [], "lokr_w1": [2, 2], "lokr_w2": [3, 3, 3, 3]}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_an_untrained_network_changes_nothing(form: str) -> None:
-    text, unet = toy_models(4011)
-    before = outputs(text, unet, 4012)
-    lokr.create_network(1.0, 1, 2.0, None, text, unet, **FORMS[form]).apply_to(text, unet)
-    assert_same(outputs(text, unet, 4012), before)
-
-
-@pytest.mark.parametrize("way", ["settings", "file", "merged", "merged by networks.lora"])
-@pytest.mark.parametrize("form", FORMS)
-def test_a_file_computes_the_same_whichever_way_it_comes_back(tmp_path: Path, form: str, way: str) -> None:
-    network, text, unet = trained(4021, **FORMS[form])
-    expected = outputs(text, unet, 4022)
-    path = str(tmp_path / "x.safetensors")
-    network.save_weights(path, None, {})
-    network.remove()
-    assert (outputs(text, unet, 4022)[1] - expected[1]).abs().max() > 0.01
-    if way == "settings":
-        second = lokr.create_network(1.0, 1, 2.0, None, text, unet, **FORMS[form])
-        second.apply_to(text, unet)
-        second.load_weights(path)
-    elif way == "file":
-        second, _ = lokr.create_network_from_weights(1.0, path, None, text, unet)
-        second.apply_to(text, unet)
-        second.load_weights(path)
-    else:
-        door = lora if way.endswith("lora") else lokr
-        second, weights = door.create_network_from_weights(1.0, path, None, text, unet, for_inference=True)
-        second.merge_to(text, unet, weights, torch.float32, "cpu")
-    assert_same(outputs(text, unet, 4022), expected)
 
 
 @pytest.mark.parametrize("is_dora", [False, True])
@@ -181,13 +149,6 @@ def test_under_autocast_the_output_is_bf16_and_gradients_are_float32() -> None:
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module_of(adapter).parameters())
 
 
-def test_loraplus_speeds_up_w1_as_in_sd_scripts() -> None:
-    network = trained(4061, **FORMS["everything"], loraplus_lr_ratio="4")[0]
-    groups, names = network.prepare_optimizer_params(1e-3, 1e-4, 1e-3)
-    plus = {p for g, name in zip(groups, names, strict=True) if name.endswith("plus") for p in g["params"]}
-    assert plus == {p for name, p in network.named_parameters() if name.endswith("lokr_w1")}
-
-
 @pytest.mark.parametrize("form", ["core", "whole", "both"])
 def test_norms_are_those_of_the_changes_and_are_limited(form: str) -> None:
     network = trained(4071, **FORMS[form])[0]
@@ -256,13 +217,3 @@ def test_files_that_do_not_fit_together_say_why(tmp_path: Path, change: Any, sai
     save_safetensors(tmp_path / "x.safetensors", tensors, {})
     with pytest.raises(ValueError, match=re.escape(said)):
         read_adapter_file(tmp_path / "x.safetensors")
-
-
-def test_the_trained_strength_is_multiplied_into_the_file(tmp_path: Path) -> None:
-    network, _, _ = trained(4131, use_scalar="True", factor="1")
-    change: Any = network.adapters[LINEAR].change
-    change.scalar.data.fill_(-0.25)
-    network.save_weights(str(tmp_path / "x.safetensors"), None, {})
-    tensors: dict[str, Tensor] = load_state_dict(tmp_path / "x.safetensors")
-    assert torch.equal(tensors[f"{LINEAR}.lokr_w1"], -0.25 * change.lokr_w1)
-    assert not any("scalar" in key for key in tensors)

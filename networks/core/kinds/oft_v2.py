@@ -1,0 +1,203 @@
+"""OFT: a layer's inputs turned by blocks of small orthogonal matrices, as PEFT and OneTrainer have it.
+
+Letters: N numbers that one output sees, D blocks, b block size, n = b (b - 1) / 2 angles of a block.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from networks.core.kinds.blocks import block_size_for, row_length, settle
+from networks.core.kinds.change import Change, Leaves
+from networks.core.kinds.kind import Door, Kind
+from networks.core.kinds.scaled import NO_DROPOUT, Dropout
+from networks.core.kinds.turned import Turned
+
+logger = logging.getLogger(__name__)
+
+ANGLES = "oft_R.weight"
+DEFAULT_BLOCK_SIZE = 32
+DEFAULT_EPS = 6e-5
+
+
+class OftV2(nn.Module):
+    """OFT (Qiu et al. 2023, arXiv:2306.07280; 2025, arXiv:2506.19847): D blocks 1 + 2 Q + 2 Q^2 + 2 Q^3 + Q^4.
+
+    That is the Cayley transform (1 + Q) / (1 - Q) with the inverse cut off after five terms, so the blocks are
+    orthogonal for small angles. `oft_R.weight` (D, n) holds the upper triangle of each skew-symmetric Q, row by row; it
+    is (1, n) where all inputs share one block. It starts at zero, in float32.
+
+    With `eps` (COFT) no Q is longer than eps / sqrt(D): longer ones are drawn in, and `limit_` does it for good.
+    """
+
+    def __init__(self, angles_Dn: Tensor, eps: float | None = None) -> None:
+        super().__init__()
+        self.block_size = size_of_triangle(angles_Dn.shape[1])
+        self.eps = eps
+        self.oft_R = nn.Module()
+        self.oft_R.weight = nn.Parameter(angles_Dn)
+
+    def angles(self, scalar: Tensor | float) -> Tensor:
+        vector_Dn = self._limited(scalar)
+        row, column = torch.triu_indices(self.block_size, self.block_size, 1, device=vector_Dn.device)
+        upper = vector_Dn.new_zeros(len(vector_Dn), self.block_size**2)
+        upper = upper.index_copy(1, row * self.block_size + column, vector_Dn)
+        upper = upper.view(1, -1, self.block_size, self.block_size)
+        return upper - upper.mT
+
+    def turns(self, angles_FDbb: Tensor) -> Tensor:
+        square = angles_FDbb @ angles_FDbb
+        return 2 * (angles_FDbb + square + square @ angles_FDbb) + square @ square
+
+    def output_scales(self) -> Tensor | None:
+        return None
+
+    @torch.no_grad()
+    def start_moving(self) -> None:
+        nn.init.normal_(self._weight, std=1e-2)
+
+    @torch.no_grad()
+    def scale_(self, ratio: Tensor, scalar: Tensor | float) -> None:
+        self.limit_(scalar)
+        self._weight.mul_(ratio.to(self._weight))
+
+    def in_files(self, scalar: Tensor | float) -> Mapping[str, Tensor]:
+        return {ANGLES: self._limited(scalar).to(self._weight.dtype)}
+
+    @torch.no_grad()
+    def limit_(self, scalar: Tensor | float) -> None:
+        """Draw angles in to the limit of COFT, where there is one."""
+        if self.eps is None:
+            return
+        vector_Dn = self._weight.to(torch.promote_types(self._weight.dtype, torch.float32)) * scalar
+        self._weight.mul_(self._ratios(vector_Dn).to(self._weight.dtype))
+
+    @property
+    def _weight(self) -> nn.Parameter:
+        weight = self.oft_R.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def _limited(self, scalar: Tensor | float) -> Tensor:
+        """The angles that count, at least in float32."""
+        vector_Dn = self._weight.to(torch.promote_types(self._weight.dtype, torch.float32)) * scalar
+        return vector_Dn if self.eps is None else vector_Dn * self._ratios(vector_Dn)
+
+    def _ratios(self, vector_Dn: Tensor) -> Tensor:
+        """(D, 1): what brings each block within the limit. A constant to the gradient, as a projection is."""
+        assert self.eps is not None
+        limit = self.eps / len(vector_Dn) ** 0.5
+        lengths_D1 = vector_Dn.detach().norm(dim=1, keepdim=True) * 2**0.5  # Q has every angle twice
+        ratios: Tensor = limit / lengths_D1.clamp_min(limit)
+        return ratios
+
+
+def size_of_triangle(num_angles: int) -> int:
+    """b, of a triangle of b (b - 1) / 2 numbers. Raises UserError for a count that no triangle has."""
+    size = (1 + isqrt(1 + 8 * num_angles)) // 2
+    if size < 2 or size * (size - 1) // 2 != num_angles:
+        raise UserError(f"{ANGLES} has {num_angles} columns, which is no number of angles of a block")
+    return size
+
+
+def fresh(
+    layer: nn.Module,
+    block_size: int,
+    drops: Dropout = NO_DROPOUT,
+    has_scalar: bool = False,
+    leaves: Leaves | None = None,
+    *,
+    eps: float | None = None,
+    is_shared: bool = False,
+    may_adjust: bool = True,
+) -> Turned:
+    """The change of a layer before training; in the form of `leaves`, where those of a file are given."""
+    if leaves is not None:
+        zeros = torch.zeros(leaves[ANGLES].shape, dtype=torch.float32)
+    else:
+        num_columns = row_length(layer)
+        size = block_size_for(num_columns, block_size, may_adjust)
+        zeros = torch.zeros(1 if is_shared else num_columns // size, size * (size - 1) // 2, dtype=torch.float32)
+    return Turned(layer, OftV2(zeros, eps), drops, has_scalar)
+
+
+# --- in files ---
+
+
+def rank_of(leaves: Leaves) -> int:
+    """The block size, which stands where other kinds have a rank."""
+    return size_of_triangle(leaves[ANGLES].shape[1])
+
+
+def read(leaves: Leaves, layer: nn.Module | None) -> Change:
+    """The change of a module from a file."""
+    return Turned(layer, OftV2(leaves[ANGLES])).requires_grad_(False)
+
+
+def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
+    """Why the tensors of a module make no rotation, None where they do."""
+    shape = list(leaves[ANGLES].shape) if ANGLES in leaves else []
+    if len(shape) == 2:
+        size = (1 + isqrt(1 + 8 * shape[1])) // 2
+        if size > 1 and size * (size - 1) // 2 == shape[1]:
+            return None
+    return f"has {keys[ANGLES]} of the shape {shape}; it needs one row of b * (b - 1) / 2 angles for each block of b"
+
+
+KIND = Kind(
+    name="oft_v2", words="OFT", needs=(ANGLES,), read=read, may_have=(), rank_of=rank_of, fault=fault,
+    door="networks.oft_v2",
+)  # fmt: skip
+
+
+# --- as --network_module ---
+
+
+def with_arguments(arguments: Any) -> Door:
+    """The door that makes modules as the network arguments say."""
+    eps = arguments.coft_eps if arguments.coft else None
+    form: dict[str, Any] = {"eps": eps, "is_shared": arguments.block_share, "may_adjust": arguments.auto_adjust}
+    return replace(DOOR, make_change=partial(fresh, **form), start_step=limit if arguments.coft else None)
+
+
+def limit(network: Any, seed: int, step: int) -> None:
+    """Keep every rotation within the limit of COFT; called before each batch."""
+    for adapter in network.adapters.values():
+        if isinstance(adapter.change, Turned) and isinstance(adapter.change.rotation, OftV2):
+            adapter.change.rotation.limit_(1.0 if adapter.change.scalar is None else adapter.change.scalar)
+
+
+def tell(network: Any) -> None:
+    """Say what the settings mean for this kind."""
+    arguments = network.arguments
+    logger.info("OFT: --network_dim is the size of the blocks; --network_alpha does not count")
+    if arguments.block_share and arguments.neuron_dropout:
+        logger.warning("--network_dropout has no effect with block_share: there is one block, which is never left out")
+
+
+DOOR = Door(
+    make_change=fresh,
+    kinds=(KIND,),
+    default_rank=DEFAULT_BLOCK_SIZE,
+    arguments=("block_size", "coft", "coft_eps", "block_share", "enable_conv", "auto_adjust"),
+    settle=settle,
+    with_arguments=with_arguments,
+    check=tell,
+    refuses={
+        "dora_wd": "no program that reads OFT applies magnitudes",
+        "use_tucker": "a rotation has no factors between which a core could lie",
+        "split_qkv": "all rows of a layer see the same turned inputs",
+        "rank_dropout": "it has no ranks; --network_dropout leaves out blocks",
+        **dict.fromkeys(
+            ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"),
+            "a module has one tensor of angles, so there are no two rates to compare",
+        ),
+    },
+)

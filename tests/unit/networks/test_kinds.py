@@ -1,0 +1,267 @@
+"""What every kind of adapter does alike in a network: starts, files, every way back, norms, dropouts, refusals."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from library.checkpoints.files import load_state_dict
+from networks import loha, lokr, lora, oft_v2
+from networks.core.network import AdapterNetwork
+from tests.tolerances import FLOAT32_SAME_MATH
+from tests.unit.networks.test_forms import CONV, LINEAR, assert_same, outputs, perturb
+from tests.unit.networks.toy import toy_models
+
+LORAPLUS = "loraplus_lr_ratio"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind, how modules can look in it, and what of it is its own."""
+
+    door: ModuleType
+    rank: int
+    forms: dict[str, dict[str, str]]
+    scaled: str  # the leaf that a trained strength is multiplied into
+    fast: str = ""  # what LoRA+ trains faster; "" where it is refused
+    refused: tuple[str, ...] = ("split_qkv",)
+
+
+EVERYTHING = {"conv_dim": "1", "use_tucker": "1", "use_scalar": "1", "train_norm": "1", "dora_wd": "1"}
+CASES: dict[str, Case] = {
+    "loha": Case(
+        loha, 3,
+        {
+            "plain": {},
+            "conv": {"conv_dim": "2"},
+            "core": {"conv_dim": "2", "use_tucker": "True"},
+            "everything": EVERYTHING,
+        },
+        scaled="hada_w2_a", fast="hada_w2_a",
+    ),
+    "lokr": Case(
+        lokr, 1,
+        {
+            "plain": {"factor": "1"},
+            "whole": {"full_matrix": "True", "factor": "2", "conv_dim": "2"},
+            "mixed": {"conv_dim": "2"},  # at rank 1 products where a side is longer than 2
+            "both": {"factor": "3", "decompose_both": "True"},
+            "core": {"conv_dim": "1", "use_tucker": "True", "factor": "1"},
+            "everything": {**EVERYTHING, "factor": "2"},
+        },
+        scaled="lokr_w1", fast="lokr_w1",
+    ),
+    "oft_v2": Case(
+        oft_v2, 2,
+        {
+            "plain": {},
+            "conv": {"enable_conv": "y"},
+            "shared": {"oft_block_share": "1", "conv_dim": "3"},
+            "limited": {"coft": "True", "coft_eps": "0.6"},
+            "everything": {"enable_conv": "1", "use_scalar": "1", "train_norm": "1", "oft_block_size": "3"},
+        },
+        scaled="oft_R.weight",
+        refused=("split_qkv", "dora_wd", "use_tucker", "rank_dropout", LORAPLUS),
+    ),
+}  # fmt: skip
+PAIRS = [(kind, form) for kind, case in CASES.items() for form in case.forms]
+SEEDS = {pair: 7000 + 10 * number for number, pair in enumerate(PAIRS)}
+
+
+def made(kind: str, form: str, text: nn.Module, unet: nn.Module, **more: str) -> AdapterNetwork:
+    """A fresh network, not installed."""
+    case = CASES[kind]
+    network = case.door.create_network(1.0, case.rank, 2.0, None, text, unet, **case.forms[form], **more)
+    assert isinstance(network, AdapterNetwork)
+    return network
+
+
+def trained(kind: str, form: str, seed: int, **more: str) -> tuple[AdapterNetwork, Any, Any]:
+    """An installed network with random weights and its models."""
+    text, unet = toy_models(seed)
+    network = made(kind, form, text, unet, **more)
+    perturb(network, seed + 1)
+    network.apply_to(text, unet)
+    return network, text, unet
+
+
+@pytest.mark.parametrize(("kind", "form"), PAIRS)
+def test_an_untrained_network_changes_nothing(kind: str, form: str) -> None:
+    text, unet = toy_models(SEEDS[kind, form])
+    before = outputs(text, unet, 2012)
+    made(kind, form, text, unet).apply_to(text, unet)
+    assert_same(outputs(text, unet, 2012), before)
+
+
+@pytest.mark.parametrize("way", ["settings", "file", "merged", "merged by networks.lora"])
+@pytest.mark.parametrize(("kind", "form"), PAIRS)
+def test_a_file_computes_the_same_whichever_way_it_comes_back(tmp_path: Path, kind: str, form: str, way: str) -> None:
+    network, text, unet = trained(kind, form, SEEDS[kind, form])
+    expected = outputs(text, unet, 2022)
+    path = str(tmp_path / "x.safetensors")
+    network.save_weights(path, None, {})
+    network.remove()
+    assert (outputs(text, unet, 2022)[1] - expected[1]).abs().max() > 0.01
+    door: Any = CASES[kind].door
+    if way == "settings":
+        second = made(kind, form, text, unet)
+        second.apply_to(text, unet)
+        second.load_weights(path)
+    elif way == "file":
+        second, _ = door.create_network_from_weights(1.0, path, None, text, unet)
+        second.apply_to(text, unet)
+        second.load_weights(path)
+    else:
+        door = lora if way.endswith("lora") else door
+        second, weights = door.create_network_from_weights(1.0, path, None, text, unet, for_inference=True)
+        second.merge_to(text, unet, weights, torch.float32, "cpu")
+    assert_same(outputs(text, unet, 2022), expected)
+
+
+@pytest.mark.parametrize(("kind", "form"), PAIRS)
+def test_a_multiplier_takes_so_much_of_the_change_of_every_weight(kind: str, form: str) -> None:
+    network, text, unet = trained(kind, form, SEEDS[kind, form] + 3)
+    network.set_multiplier(0.4)
+    expected = outputs(text, unet, 2032)
+    merged = {name: adapter.merged() for name, adapter in network.adapters.items()}
+    network.remove()
+    for name, adapter in network.adapters.items():
+        for parameter, value in merged[name].items():
+            getattr(adapter.site.module, parameter).data = value.detach()
+    assert_same(outputs(text, unet, 2032), expected)
+
+
+@pytest.mark.parametrize(("kind", "form"), PAIRS)
+def test_norms_are_limited(kind: str, form: str) -> None:
+    network = trained(kind, form, SEEDS[kind, form] + 5)[0]
+    changes: list[Any] = [adapter.change for adapter in network.adapters.values() if adapter.site.kind != "norm"]
+    limit = 0.5 * max(change.norm().item() for change in changes)
+    count, mean, maximum = network.apply_max_norm_regularization(limit, "cpu")
+    assert count > 0 and mean <= maximum <= limit * 1.0001
+    assert max(change.norm().item() for change in changes) == pytest.approx(limit, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_trained_strength_is_multiplied_into_the_file(tmp_path: Path, kind: str) -> None:
+    case = CASES[kind]
+    network, _, _ = trained(kind, "plain", 7501, use_scalar="True")
+    change: Any = network.adapters[LINEAR].change
+    change.scalar.data.fill_(-0.25)
+    network.save_weights(str(tmp_path / "x.safetensors"), None, {})
+    tensors = load_state_dict(tmp_path / "x.safetensors")
+    assert torch.equal(tensors[f"{LINEAR}.{case.scaled}"], -0.25 * change.get_parameter(case.scaled))
+    assert not any("scalar" in key for key in tensors)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_trained_strength_starts_at_zero_and_both_learn(kind: str) -> None:
+    text, unet = toy_models(7511)
+    network = made(kind, "plain", text, unet, use_scalar="True")
+    network.apply_to(text, unet)
+    sum(out.square().sum() for out in outputs(text, unet, 7512)).backward()  # type: ignore[union-attr]
+    change: Any = network.adapters[LINEAR].change
+    assert change.scalar.item() == 0 and change.scalar.grad.abs().item() > 0
+    assert change.get_parameter(CASES[kind].scaled).abs().max().item() > 0
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_loraplus_speeds_up_one_factor_or_is_refused(kind: str) -> None:
+    fast = CASES[kind].fast
+    if not fast:
+        with pytest.raises(ValueError, match=f"{LORAPLUS} does not work with this --network_module"):
+            trained(kind, "everything", 7521, **{LORAPLUS: "4"})
+        return
+    network = trained(kind, "everything", 7521, **{LORAPLUS: "4"})[0]
+    groups, names = network.prepare_optimizer_params(1e-3, 1e-4, 1e-3)
+    plus = {p for g, name in zip(groups, names, strict=True) if name.endswith("plus") for p in g["params"]}
+    assert plus == {p for name, p in network.named_parameters() if name.endswith(fast)}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_what_cannot_meet_is_an_error_that_says_why(kind: str) -> None:
+    text, unet = toy_models(7531)
+    for name in CASES[kind].refused:
+        with pytest.raises(ValueError, match=rf"--network_args {name} does not work with this --network_module: \w+"):
+            made(kind, "plain", text, unet, **{name: "0.5" if name in ("rank_dropout", LORAPLUS) else "True"})
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_it_goes_on_under_its_own_module_only(tmp_path: Path, kind: str) -> None:
+    path = str(tmp_path / "x.safetensors")
+    network, text, unet = trained(kind, "plain", 7541)
+    network.save_weights(path, None, {})
+    network.remove()
+    hint = rf"has keys such as \*\..*Use --network_module {re.escape(CASES[kind].door.__name__)}"
+    for other in {lora, *(case.door for case in CASES.values())} - {CASES[kind].door}:
+        door: Any = other
+        with pytest.raises(ValueError, match=hint):
+            door.create_network_from_weights(1.0, path, None, text, unet)
+        with pytest.raises(ValueError, match=hint):
+            door.create_network(1.0, 3, 2.0, None, text, unet).load_weights(path)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_ranks_and_rates_of_single_modules(kind: str) -> None:
+    """network_reg_dims, network_reg_lrs and block_dims; ranks are sizes of blocks where that is meant."""
+    other = "4" if kind == "oft_v2" else "2"
+    arguments = {"network_reg_dims": f"mid_attention_proj_in={other}", "network_reg_lrs": "mid_attention=0.5"}
+    network = trained(kind, "plain", 7551, **arguments)[0]
+    allotted = {member.adapter.site.name: member.allotment for member in network.members}
+    assert allotted["lora_unet_mid_attention_proj_in"].rank == int(other)
+    assert {a.rank for name, a in allotted.items() if not name.endswith("proj_in")} == {CASES[kind].rank}
+    assert {a.lr for name, a in allotted.items() if "mid_attention" in name} == {0.5}
+    network = trained(kind, "plain", 7561, block_dims=f"0,{other},0,0")[0]
+    assert {m.adapter.site.path.split(".")[0] for m in network.members if m.text_encoder is None} == {"down"}
+
+
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("drop", ["module_dropout", "neuron_dropout"])
+def test_dropout_acts_while_training_alone(kind: str, drop: str) -> None:
+    network, text, unet = trained(kind, "plain", 7571, **{drop: "0.5"})
+    network.eval()
+    first, again = outputs(text, unet, 7572), outputs(text, unet, 7572)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    network.train()
+    torch.manual_seed(7573)
+    drawn = torch.stack([outputs(text, unet, 7572)[1] for _ in range(8)])
+    assert (drawn - first[1]).flatten(1).norm(dim=1).count_nonzero() >= 4
+    assert len({tuple(one.flatten()[:4].tolist()) for one in drawn}) >= 3
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_under_autocast_outputs_are_bf16_and_gradients_float32(kind: str) -> None:
+    form = "conv" if "conv" in CASES[kind].forms else "mixed"
+    network, text, unet = trained(kind, form, 7581)
+    exact = outputs(text, unet, 7582)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [adapter.site.module(torch.randn(2, 8)) for name, adapter in network.adapters.items() if name == LINEAR]
+        rounded = outputs(text, unet, 7582)
+    assert found[0].dtype == torch.bfloat16
+    for one, other in zip(rounded, exact, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=0.05, atol=0.15)
+    sum(out.float().square().sum() for out in rounded).backward()  # type: ignore[union-attr]
+    gradients = [parameter.grad for parameter in network.parameters()]
+    assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients)
+    assert network.adapters[CONV].site.kind == "conv"
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_recomputed_layer_learns_the_same_with_dropout(kind: str) -> None:
+    network, _, unet = trained(kind, "plain", 7591, neuron_dropout="0.4", module_dropout="0.2")
+    network.train()
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(7592)
+        x = torch.randn(1, 6, 4, 4)
+        out = torch.utils.checkpoint.checkpoint(unet, x, use_reentrant=False) if recompute else unet(x)
+        found.append(torch.autograd.grad(out.square().sum(), [p for n, p in network.named_parameters() if "unet" in n],
+                                         allow_unused=True))  # fmt: skip
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            torch.testing.assert_close(one, other, **FLOAT32_SAME_MATH)

@@ -1,0 +1,184 @@
+"""networks.oft_v2: its arguments, sizes of blocks, the limit of COFT, what it costs, files that do not fit together."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints.files import load_state_dict, save_safetensors
+from networks import loha, oft_v2
+from networks.core.files.adapter_file import read_adapter_file
+from networks.core.kinds.oft_v2 import ANGLES, OftV2, fresh
+from networks.core.kinds.turned import Turned
+from networks.core.network import AdapterNetwork
+from tests.tolerances import FLOAT64
+from tests.unit.networks.test_forms import CONV, LINEAR, outputs, perturb
+from tests.unit.networks.test_joins import Largest
+from tests.unit.networks.toy import toy_models
+
+
+def made(seed: int, dim: int | None = None, **arguments: str) -> AdapterNetwork:
+    text, unet = toy_models(seed)
+    return oft_v2.create_network(1.0, dim, 1.0, None, text, unet, **arguments)
+
+
+def shape_of(network: AdapterNetwork, name: str) -> list[int]:
+    return list(network.adapters[name].change.leaves()[ANGLES].shape)
+
+
+@pytest.mark.parametrize(
+    ("dim", "arguments", "shape"),
+    [
+        (4, {}, [2, 6]),  # 8 inputs in 2 blocks of 4, of 4 * 3 / 2 angles
+        (4, {"oft_block_size": "2"}, [4, 1]),
+        (None, {"block_size": "8"}, [1, 28]),
+        (None, {}, [1, 28]),  # 32 is more than there are
+        (5, {}, [2, 6]),
+        (4, {"oft_block_share": "True"}, [1, 6]),
+    ],
+)
+def test_sizes_of_blocks(dim: int | None, arguments: dict[str, str], shape: list[int]) -> None:
+    assert shape_of(made(8001, dim, **arguments), LINEAR) == shape
+
+
+def test_larger_kernels_have_blocks_of_all_their_columns() -> None:
+    assert shape_of(made(8011, 4, enable_conv="True"), CONV) == [54 // 3, 3]  # 6 * 3 * 3, of which 4 is no divisor
+    assert shape_of(made(8012, 4, enable_conv="True", conv_dim="9"), CONV) == [6, 36]
+    assert CONV not in made(8013, 4).adapters
+
+
+def test_a_size_that_does_not_divide_can_be_an_error() -> None:
+    with pytest.raises(
+        ValueError, match=r"is 5, which does not divide the 7 inputs of a layer, and .*auto_adjust=False"
+    ):
+        made(8021, 5, auto_adjust="False")
+    with pytest.raises(ValueError, match="one input has nothing to turn"):
+        fresh(nn.Linear(1, 4), 4)
+
+
+def test_include_patterns_leave_out_everything_else() -> None:
+    chosen = made(8031, 4, include_patterns=r"['.*to_q', 'mid\\..*']", exclude_patterns="up.*").adapters
+    assert {adapter.site.path for adapter in chosen.values()} == {
+        "down.0.attention.to_q", "mid.attention.proj_in", "mid.attention.to_q", "up.0.attention.to_q",
+    }  # fmt: skip
+
+
+def test_it_is_said_what_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        made(8041, 4, block_size="2", conv_alpha="2", conv_dim="2", block_share="1", dropout="0.1")
+    for said in (
+        "OFT: --network_dim is the size of the blocks; --network_alpha does not count",
+        "--network_dim 4 has no effect: --network_args block_size=2",
+        "--network_args conv_alpha has no effect: a rotation has no alpha",
+        "--network_dropout has no effect with block_share",
+    ):
+        assert said in caplog.text
+    loha.create_network(1.0, 3, 2.0, None, *toy_models(8042), coft="True", enable_conv="1")
+    assert "--network_args coft, enable_conv has no effect; it belongs to networks.oft_v2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "given", [{"dropout": "0.1", "dropout_probability": "0.2"}, {"block_size": "4", "oft_block_size": "2"}]
+)
+def test_two_names_of_one_argument_must_agree(given: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="mean the same"):
+        made(8051, 4, **given)
+
+
+def test_the_limit_of_coft_is_kept_before_each_step_and_in_the_file(tmp_path: Path) -> None:
+    network = made(8061, 4, coft="True", coft_eps="0.05")
+    perturb(network, 8062)
+    network.save_weights(str(tmp_path / "x.safetensors"), None, {})
+    saved = load_state_dict(tmp_path / "x.safetensors")
+    network.on_optimizer_step_start(1, 0)
+    for name, adapter in network.adapters.items():
+        change: Any = adapter.change
+        lengths = change.rotation.angles(1.0).detach().norm(dim=(2, 3))
+        assert lengths.max() <= 0.05 / lengths.shape[1] ** 0.5 * (1 + 1e-6)
+        assert lengths.max() == pytest.approx(0.05 / lengths.shape[1] ** 0.5, rel=1e-5)
+        torch.testing.assert_close(saved[f"{name}.{ANGLES}"], change.get_parameter(ANGLES).detach())
+
+
+@pytest.mark.parametrize("shape", [(5, 96), (2, 96, 4, 4)])
+def test_neither_pass_makes_a_tensor_of_the_size_of_the_weight(shape: tuple[int, ...]) -> None:
+    layer: Any = nn.Linear(96, 640) if len(shape) == 2 else nn.Conv2d(96, 640, 1)
+    change = fresh(layer.requires_grad_(False), 8)
+    x = torch.randn(shape, requires_grad=True)
+    with Largest() as largest:
+        change.forward(x, lambda turned: turned, 1.0).square().sum().backward()
+    assert 0 < largest.num_values <= max(96 * 8, x.numel()) < layer.weight.numel()
+
+
+def test_a_turned_convolution_keeps_its_input_and_no_weight() -> None:
+    layer = nn.Conv2d(32, 64, 3, padding=1).requires_grad_(False)
+    change = fresh(layer, 8)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        change.forward(torch.randn(1, 32, 2, 2, requires_grad=True), layer, 1.0)
+    assert max(tensor.numel() for tensor in kept) < layer.weight.numel() / 4
+
+
+def test_shared_blocks_count_as_often_as_they_serve() -> None:
+    torch.manual_seed(8071)
+    layer = nn.Linear(24, 4).double().requires_grad_(False)
+    angles = torch.randn(1, 6, dtype=torch.float64) * 1e-4
+    shared, apart = Turned(layer, OftV2(angles)), Turned(layer, OftV2(angles.expand(6, 6).clone()))
+    torch.testing.assert_close(shared.norm(), apart.norm(), **FLOAT64)
+    identity = torch.eye(24, dtype=torch.float64)
+    assert shared.norm().item() == pytest.approx((shared.merged(identity) - identity).norm().item(), rel=1e-6)
+
+
+def test_left_out_blocks_are_the_identity_and_others_are_not() -> None:
+    torch.manual_seed(8081)
+    layer = nn.Linear(12, 12, bias=False).requires_grad_(False)
+    network = oft_v2.create_network(1.0, 4, 1.0, None, *toy_models(8082), dropout_probability="0.5")
+    assert {adapter.change.drops.neuron for adapter in network.adapters.values()} == {0.5}  # type: ignore[attr-defined]
+    change = Turned(layer, OftV2(torch.randn(3, 6) * 0.3), drops=next(iter(network.adapters.values())).change.drops)  # type: ignore[attr-defined]
+    layer.weight.data = torch.eye(12)
+    x = torch.randn(1, 12)
+    whole = change.eval().forward(x, layer, 1.0).view(3, 4)
+    seen = set()
+    for _ in range(200):
+        found = change.train().forward(x, layer, 1.0).view(3, 4)
+        is_left = [torch.allclose(block, alone) for block, alone in zip(found, x.view(3, 4), strict=True)]
+        for block, turned, left in zip(found, whole, is_left, strict=True):
+            assert left or torch.allclose(block, turned)
+        seen.add(tuple(is_left))
+    assert len(seen) == 8
+
+
+def test_another_size_than_the_files_is_named_with_the_way_out(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.safetensors")
+    network = made(8091, 2)
+    perturb(network, 8092)
+    network.save_weights(path, None, {})
+    with pytest.raises(
+        ValueError, match=r"has blocks of 2 in .*give it blocks of 3; add --dim_from_weights.*--network_dim=2"
+    ):
+        made(8091, 4).load_weights(path)
+    with pytest.raises(ValueError, match=r"it needs \[1, 1\]; add --dim_from_weights"):
+        made(8091, 2, block_share="True").load_weights(path)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (6,), (2, 0)])
+def test_tensors_that_are_no_angles_are_named(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    save_safetensors(tmp_path / "x.safetensors", {f"{LINEAR}.{ANGLES}": torch.ones(shape)}, {})
+    with pytest.raises(ValueError, match=re.escape(f"has {LINEAR}.{ANGLES} of the shape {list(shape)}")):
+        read_adapter_file(tmp_path / "x.safetensors")
+
+
+def test_the_summary_counts_blocks(caplog: pytest.LogCaptureFixture) -> None:
+    text, unet = toy_models(8101)
+    network = oft_v2.create_network(1.0, 4, 1.0, None, text, unet, train_norm="True")
+    with caplog.at_level("INFO"):
+        network.apply_to(text, unet)
+    assert "denoiser: 6 modules adapted, blocks of 3, 4, 90 parameters; 3 norms" in caplog.text
+    assert len(outputs(text, unet, 8102)) == 2
