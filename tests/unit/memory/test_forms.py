@@ -158,7 +158,7 @@ def test_adapters_train_on_them_as_on_the_decoded_weight(arguments: dict[str, st
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-WEIGHTS = {"linear": (70, 96), "conv": (70, 6, 3, 3), "odd": (5, 3, 3, 3), "row": (1, 64)}
+WEIGHTS = {"linear": (70, 96), "conv": (70, 6, 3, 3), "odd": (6, 3, 3, 3), "row": (1, 64)}
 
 
 def random_weight(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -108,9 +108,11 @@ def test_resizing_makes_the_best_lora_of_it(model: Path, tmp_path: Path, new_ran
     assert read_metadata(out)["ss_network_module"] == "networks.lora"
     for name, module in made.items():
         assert module.form == "low_rank" and module.rank <= new_rank
-        u, s, v = torch.linalg.svd(formula(tensors, name), full_matrices=False)
-        best = u[:, :new_rank] * s[:new_rank] @ v[:new_rank]
-        assert (module.weight(torch.float64) - best).norm() < 1e-5 * best.norm()
+        # Measured by what is left: where two singular values at the cut are nearly equal there are many best ones.
+        wanted = formula(tensors, name)
+        least = torch.linalg.svdvals(wanted)[new_rank:].norm()
+        left = (module.weight(torch.float64) - wanted).norm()
+        assert left <= least * (1 + 1e-6) + 1e-5 * wanted.norm()
 
 
 def test_two_become_one_lora_exactly_with_concat(model: Path, tmp_path: Path) -> None:
