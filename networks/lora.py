@@ -10,6 +10,6 @@ DOOR = Door(
     make_core=tucker.Tucker,
     make_split=SplitRank,
     kinds=(lora.KIND, tucker.KIND),
-    takes=frozenset(("tlora",)),
+    takes=frozenset(("init", "tlora")),
 )
 create_network, create_network_from_weights = network_module(DOOR)

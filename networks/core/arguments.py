@@ -16,6 +16,7 @@ from networks.core.argument_values import (
     parse_expression_ranks,
     parse_expression_rates,
     parse_factor,
+    parse_init,
     parse_lr_weights,
     parse_number,
     parse_numbers,
@@ -70,6 +71,8 @@ class NetworkArguments:
     auto_adjust: bool = True  # networks.oft_v2, networks.boft: the nearest size where one does not divide a layer
     decompose_both: bool = False  # networks.lokr: the small matrix is a product too, where it is large enough
     full_matrix: bool = False  # networks.lokr: neither matrix is a product
+    init: str | None = None  # where the factors of a LoRA start; None for up at zero and down at random
+    rslora: bool = False  # alpha / sqrt(rank) in place of alpha / rank
     tlora: bool = False  # T-LoRA: the noisier a sample, the fewer ranks act on it; networks.tlora has it on
     tlora_min_rank: int = 1  # the ranks that act on pure noise
     tlora_power: float = 1.0  # of the share of the signal that the ranks follow; 1 is linear
@@ -119,6 +122,8 @@ SUPPORTED: Mapping[str, Parse] = {
     "auto_adjust": parse_bool,
     "decompose_both": parse_bool,
     "full_matrix": parse_bool,
+    "init": parse_init,
+    "rslora": parse_bool,
     "tlora": parse_bool,
     "tlora_min_rank": parse_unit,
     "tlora_power": parse_power,
@@ -140,6 +145,7 @@ OF_MODELS: Mapping[ArgumentForm, Parse] = {  # what base models have besides; Ad
 
 SYNONYMS: Mapping[str, str] = {  # another spelling -> the argument
     "dyloRA": "unit",
+    "rs_lora": "rslora",
     "oft_block_size": "block_size",
     "oft_coft": "coft",
     "oft_block_share": "block_share",

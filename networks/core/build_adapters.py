@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import sqrt
 
 from torch import Tensor, nn
 
 from library.errors import UserError
 from networks.core.adapter import Adapter
+from networks.core.argument_values import ORTHOGONAL
 from networks.core.arguments import NetworkArguments
 from networks.core.kinds import norm
 from networks.core.kinds.change import Leaves
@@ -16,6 +18,7 @@ from networks.core.kinds.leaves import DORA_SCALE
 from networks.core.kinds.noise_ranks import NoiseRanks
 from networks.core.kinds.scaled import Dropout, ScaledDelta
 from networks.core.kinds.split import are_apart
+from networks.core.kinds.starts import FromStart, starting_delta
 from networks.core.kinds.table import change_of, kind_of
 from networks.core.network import Member
 from networks.core.sites.rules import Rules, SiteSettings, make_rules
@@ -49,6 +52,9 @@ def fresh_members(
     for site in chosen_sites(place.part, place.root, targets, arguments, classes):
         allotment = rules.allot(site)
         if allotment.rank:
+            if arguments.rslora:
+                alpha = (allotment.alpha or allotment.rank) * sqrt(allotment.rank)
+                allotment = replace(allotment, alpha=alpha)
             form = Form(
                 has_core=arguments.use_tucker and site.kind == "conv",
                 is_decomposed=arguments.dora_wd,
@@ -100,6 +106,13 @@ def members_of_file(
                     f"{source}; leave split_qkv out to train it further as it is"
                 )
             rank, alpha = rank // len(widths), alpha / len(widths)
+        if starts_at_weight(arguments):
+            if rank % 2:
+                raise UserError(
+                    f"--network_args init={arguments.init}: {site.name} has rank {rank} in {source}, but files trained "
+                    "with it have even ranks; leave init out to train it further as it is"
+                )
+            rank, alpha = rank // 2, alpha / 2
         form = Form(kind.has_core(group), DORA_SCALE in group or arguments.dora_wd, widths)
         yield make_member(door, place, site, rules.with_rate(site, rank, alpha), arguments, multiplier, form, group)
 
@@ -137,6 +150,12 @@ def make_member(
     if form.widths is not None:
         assert isinstance(site.module, nn.Linear) and door.make_split is not None
         delta = door.make_split(site.module, allotment.rank, form.widths)
+    elif starts_at_weight(arguments) and leaves is not None:
+        delta = FromStart(site.module, allotment.rank)  # where it started is in the file
+    elif arguments.init is not None and leaves is None:
+        delta = starting_delta(
+            arguments.init, site.module, allotment.rank, (allotment.alpha or allotment.rank) / allotment.rank
+        )
     elif leaves is not None and door.like is not None:
         delta = door.like(site.module, leaves)
     else:
@@ -150,6 +169,11 @@ def make_member(
     if arguments.tlora and place.text_encoder is None:  # captions are encoded once for all noise levels
         change.noise_ranks = NoiseRanks(arguments.tlora_min_rank, arguments.tlora_power)
     return Member(Adapter(site, change, multiplier), place.text_encoder, allotment)
+
+
+def starts_at_weight(arguments: NetworkArguments) -> bool:
+    """Whether factors start at a part of the base weight, which the file takes back out at twice the rank."""
+    return arguments.init not in (None, ORTHOGONAL)
 
 
 def norm_member(place: Place, site: Site, allotment: SiteSettings, multiplier: float) -> Member:

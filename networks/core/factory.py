@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks.core.arguments import NetworkArguments, parse_arguments
-from networks.core.build_adapters import Place, fresh_members, members_of_file, rates_alone
+from networks.core.build_adapters import Place, fresh_members, members_of_file, rates_alone, starts_at_weight
 from networks.core.files.foreign_names import in_own_names
 from networks.core.files.reading_writing import group_by_module, read_adapters
 from networks.core.kinds import norm
@@ -42,6 +42,7 @@ FORM_ARGUMENTS = (
     "block_share",
     "enable_conv",
     "train_norm",
+    "rslora",
     "network_reg_dims",
     "exclude_patterns",
     "include_patterns",
@@ -54,6 +55,11 @@ OF_DOORS = {  # network modules -> arguments that no other has
 ONE_WEIGHT = (
     "its magnitudes divide by the norm of one changed weight, but with T-LoRA every sample of a batch has its own"
 )
+WITH_INIT = {  # what a start of one's own cannot be combined with
+    "use_tucker": "it is made for two factors, not three",
+    "use_scalar": "a trained strength starts at zero, and where the change starts at zero too neither has a gradient",
+    "split_qkv": "it is made for the weight of a layer as a whole",
+}
 TLORA_ARGUMENTS = ("tlora_min_rank", "tlora_power")
 
 TextEncoder = nn.Module | Sequence[nn.Module | None] | None
@@ -99,6 +105,11 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
                 f"nothing to train: with --network_dim {rank} and these --network_args every module has the rank 0"
             )
         warn_without_effect(targets, arguments, members)
+        if starts_at_weight(arguments):
+            logger.info(
+                "init=%s: factors start at a part of the weights; the saved LoRA takes it out again, at twice the rank",
+                arguments.init,
+            )
         network = AdapterNetwork(members, targets, arguments, chosen.start_step)
         if door.check is not None:
             door.check(network)
@@ -183,7 +194,8 @@ def check_arguments(door: Door, arguments: NetworkArguments) -> None:
     """Raise UserError for an argument that this kind does not support, warn of those that belong to another."""
     for name, reason in refused_by(door, arguments).items():
         if getattr(arguments, name):
-            raise UserError(f"--network_args {name} does not work with this --network_module: {reason}")
+            beside = f"init={arguments.init}" if name in WITH_INIT and arguments.init else "this --network_module"
+            raise UserError(f"--network_args {name} does not work with {beside}: {reason}")
     idle = [name for name in TLORA_ARGUMENTS if getattr(arguments, name) != getattr(NetworkArguments, name)]
     if idle and not arguments.tlora:
         logger.warning("--network_args %s has no effect without tlora=True or networks.tlora", ", ".join(idle))
@@ -204,7 +216,9 @@ def settled(door: Door, network_dim: int | None, arguments: NetworkArguments) ->
 def refused_by(door: Door, arguments: NetworkArguments) -> Mapping[str, str]:
     """Network argument -> why it does not work with this kind of adapter."""
     few = {name: reason for name, reason in FOR_FEW.items() if name not in door.takes}
-    return {**few, **door.refuses, **({"dora_wd": ONE_WEIGHT} if arguments.tlora else {})}
+    with_tlora = {"dora_wd": ONE_WEIGHT} if arguments.tlora else {}
+    with_init = WITH_INIT if arguments.init is not None else {}
+    return {**few, **with_tlora, **with_init, **door.refuses}
 
 
 def check_forms(
@@ -227,6 +241,7 @@ def warn_of_ranks(arguments: NetworkArguments) -> None:
     """Say which arguments a file overrules."""
     given = [name for name in RANK_ARGUMENTS if getattr(arguments, name) is not None]
     given += [name for name in FORM_ARGUMENTS if getattr(arguments, name)]
+    given += ["init"] if arguments.init and not starts_at_weight(arguments) else []
     given += [name for name, value in arguments.of_model.items() if value]
     if given:
         logger.warning(

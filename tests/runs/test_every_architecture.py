@@ -126,6 +126,7 @@ KINDS = {
     "lora_fa": ["networks.lora_fa", "rank_dropout=0.1"],
     "dylora": ["networks.dylora", "unit=2"],
     "tlora": ["networks.tlora", "rank_dropout=0.1"],
+    "pissa": ["networks.lora", "init=pissa", "rslora=True", "module_dropout=0.1"],
     "loha": ["networks.loha", "dora_wd=True", "rank_dropout=0.1", "loraplus_lr_ratio=4"],
     "lokr": ["networks.lokr", "factor=2", "dora_wd=True", "use_scalar=True", "rank_dropout=0.1", "loraplus_lr_ratio=4"],
     "oft_v2": ["networks.oft_v2", "use_scalar=True", "module_dropout=0.1", "train_norm=True"],

@@ -210,3 +210,24 @@ def test_tlora_repeats_itself_and_writes_a_plain_lora(train: Train, base_argumen
         torch.testing.assert_close(weight, b[key], rtol=1e-4, atol=1e-6)
     assert not all(torch.equal(a[key], c[key]) for key in a)
     assert {key.partition(".")[2] for key in a} == {"lora_down.weight", "lora_up.weight", "alpha"}
+
+
+def test_a_run_that_starts_at_the_weights_resumes_bit_for_bit_on_an_eight_bit_base_and_goes_on_from_its_file(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    arguments = [*base_arguments, "--base_format", "int8", "--network_args", "init=pissa", "rank_dropout=0.2"]
+    whole = train([*arguments, "--save_state", "--save_every_n_steps", "2"])
+    assert whole.status == 0, whole.stderr
+    expected = saved(tmp_path, "mine")
+    state = str(tmp_path / "out" / "mine-step00000002-state")
+    resumed = train([*arguments, "--resume", state, "--output_name", "resumed"])
+    assert resumed.status == 0, resumed.stderr
+    found = saved(tmp_path, "resumed")
+    assert all(torch.equal(found[key], weight) for key, weight in expected.items())
+    assert {w.shape[0] for key, w in found.items() if key.endswith("lora_down.weight")} == {8}
+
+    more = ["--network_weights", str(path_of(tmp_path, "mine")), "--max_train_steps", "1", "--learning_rate", "0"]
+    still = train([*arguments, *more, "--unet_lr", "1e-9", "--output_name", "still"])
+    assert still.status == 0, still.stderr
+    for key, weight in saved(tmp_path, "still").items():
+        torch.testing.assert_close(weight, expected[key], rtol=1e-6, atol=1e-6)  # one rounding of a sum in the file

@@ -18,10 +18,10 @@ from library.checkpoints.hashes import with_hashes
 from library.errors import UserError
 from networks.core.adapter import Adapter
 from networks.core.kinds import norm
+from networks.core.kinds.change import StoredOtherwise
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.leaves import ALPHA, DORA_SCALE
 from networks.core.kinds.scaled import ScaledDelta
-from networks.core.kinds.split import SplitRank
 from networks.core.kinds.table import KINDS, SHARED, kind_of
 from networks.core.kinds.turned import Turned
 
@@ -165,20 +165,17 @@ def load_into(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], so
 def in_own_form(name: str, adapter: Adapter, group: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
     """One module of a file as the adapter has it in memory: with split_qkv the blocks of the up factor alone.
 
-    Raises UserError where the file has more than those blocks.
+    Raises UserError where the file has it in a form that the adapter cannot have.
     """
     change = adapter.change
     if not isinstance(change, ScaledDelta) or not kind_of(group).is_low_rank:
         return group
-    if not isinstance(change.delta, SplitRank):
+    if not isinstance(change.delta, StoredOtherwise):
         own = change.state_dict()  # a matrix stands for a 1x1 convolution: LoHa and what is made of it know no kernel
         return {k: t.view_as(own[k]) if k in own and (*t.shape, 1, 1) == own[k].shape else t for k, t in group.items()}
     apart = change.delta.apart(group)
     if apart is None:
-        raise UserError(
-            f"{name} is one adapter for all {len(change.delta.widths)} projections of its layer in {source}; split_qkv "
-            "trains one for each. Set --network_args split_qkv=False to train it further as it is"
-        )
+        raise UserError(change.delta.refusal(name, rank_and_alpha(group)[0], source))
     return apart
 
 

@@ -4,7 +4,7 @@ Letters: O output features or channels, I input features or channels, R rank, h 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,23 @@ class Delta(Protocol):
 
     def weight(self) -> Tensor:
         """dW in the shape of the layer's weight."""
+        ...
+
+
+@runtime_checkable
+class StoredOtherwise(Protocol):
+    """A delta whose tensors in memory are others than those that files have."""
+
+    def as_one(self, leaves: Leaves) -> dict[str, Tensor]:
+        """The leaves in memory, alpha included, as files have them."""
+        ...
+
+    def apart(self, leaves: Leaves) -> dict[str, Tensor] | None:
+        """The leaves of a file as they are in memory; None where that cannot be."""
+        ...
+
+    def refusal(self, name: str, rank: int, source: str) -> str:
+        """What to tell the user of a module `name` in a file that cannot be taken over, and the way out."""
         ...
 
 

@@ -64,6 +64,7 @@ class Kind:
 
 
 FOR_FEW: Mapping[str, str] = {
+    "init": "it says where the two factors of a LoRA start, and both of them train",
     "tlora": "it counts the ranks between the two factors of a LoRA",
 }
 """Network arguments that only doors which list them have, and why others have not."""

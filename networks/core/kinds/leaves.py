@@ -4,3 +4,4 @@ ALPHA = "alpha"
 DORA_SCALE = "dora_scale"
 DOWN = "lora_down.weight"
 UP = "lora_up.weight"
+START = ".start"  # what factors started as: in memory and in states, not in files

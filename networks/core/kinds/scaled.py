@@ -7,11 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from networks.core.kinds.change import Delta, Forward, Leaves, MakeDelta, Misfit, fill, parts_of, stand_in
+from networks.core.kinds.change import (
+    Delta,
+    Forward,
+    Leaves,
+    MakeDelta,
+    Misfit,
+    StoredOtherwise,
+    fill,
+    parts_of,
+    stand_in,
+)
 from networks.core.kinds.joins import Add, Decompose, Join, scale_columns
-from networks.core.kinds.leaves import ALPHA, DORA_SCALE
+from networks.core.kinds.leaves import ALPHA, DORA_SCALE, START
 from networks.core.kinds.noise_ranks import NoiseRanks
-from networks.core.kinds.split import SplitRank
 
 SCALAR = "scalar"  # in memory only: files have it multiplied into the factor that starts at zero
 
@@ -155,20 +164,22 @@ class ScaledDelta(nn.Module):
     @torch.no_grad()
     def scale_(self, ratio: Tensor) -> None:
         """Multiply the change by a number, shared out evenly to the parts that train."""
-        parts = list(parts_of(self.delta).values())
-        trained = [part for part in parts if part.requires_grad] or parts
-        for part in trained:
+        parts = parts_of(self.delta)
+        starts = [part for name, part in parts.items() if name.endswith(START)]
+        others = [part for name, part in parts.items() if not name.endswith(START)]
+        trained = [part for part in others if part.requires_grad] or others
+        for part in (*trained, *starts):  # a factor is its start and how far it has moved
             part.mul_(ratio.to(part) ** (1 / len(trained)))
 
     def leaves(self) -> Mapping[str, Tensor]:
-        """As in files: a trained strength is multiplied in, and projections that are adapted apart are one LoRA."""
+        """As in files: a trained strength is multiplied in, and what is stored otherwise in memory is one LoRA."""
         tensors = dict(self.state_dict())
         if not tensors[ALPHA].is_meta:
             tensors[ALPHA] = torch.tensor(self.alpha_value, dtype=torch.float32)
         if SCALAR in tensors:
             scalar = tensors.pop(SCALAR)
             tensors[self.fast_leaf] = tensors[self.fast_leaf] * scalar
-        return self.delta.as_one(tensors) if isinstance(self.delta, SplitRank) else tensors
+        return self.delta.as_one(tensors) if isinstance(self.delta, StoredOtherwise) else tensors
 
     @torch.no_grad()
     def load(self, leaves: Mapping[str, Tensor]) -> None:

@@ -61,6 +61,13 @@ class SplitRank(nn.Module):
         up_ON, alpha = expand(leaves[UP], self.widths), leaves[ALPHA] * len(self.widths)
         return {**leaves, UP: up_ON, ALPHA: alpha}
 
+    def refusal(self, name: str, rank: int, source: str) -> str:
+        """Why the module `name` of a file, whose up factor has more than our blocks, cannot be taken over."""
+        return (
+            f"{name} is one adapter for all {len(self.widths)} projections of its layer in {source}; split_qkv trains "
+            "one for each. Set --network_args split_qkv=False to train it further as it is"
+        )
+
     def apart(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """The leaves of a file as they are in memory; None where its up factor has more than one block a projection."""
         folded = fold(leaves[UP], self.widths)
