@@ -15,15 +15,16 @@ def recognise_adapter(
 ) -> ModelCard | None:
     """The base model whose modules the keys of an adapter file name, None where they do not tell.
 
-    `shapes` has every key of the file. Sizes decide where base models share names. Text encoders are shared by several
-    base models, so a file of these alone is of the one that its metadata names.
+    `shapes` has every key of the file. Sizes decide where base models share names, and where that leaves several, what
+    the metadata names. Text encoders are shared by several base models, so a file of these alone is of the one that
+    its metadata names.
     """
     told = base_in_metadata(cards, metadata)
     if told is not None and all(re.match(TEXT_ENCODER, underscored(key)) for key in shapes):
         return told
     products = composed_shapes(shapes)
     return recognise(
-        cards,
+        sorted(cards, key=lambda card: card is not told),
         {
             underscored(key): tuple(shape) if _tells_width(key) else products.get(key, ())
             for key, shape in shapes.items()

@@ -71,6 +71,13 @@ def build_flux(folder: Path) -> list[str]:
     return write_files(folder, {flag: shapes_of(parts[part]) for flag, part in names.items()})
 
 
+def build_chroma(folder: Path) -> list[str]:
+    parts = {**facts("flux1")["components"], **facts("chroma")["components"]}
+    write_t5_tokenizer(folder / "tokenizer_2")
+    names = {"pretrained_model_name_or_path": "dit", "t5xxl": "t5xxl", "ae": "ae"}
+    return [*write_files(folder, {f: shapes_of(parts[p]) for f, p in names.items()}), "--model_type", "chroma"]
+
+
 def build_sd3(folder: Path) -> list[str]:
     found = facts("sd3")
     write_tokenizer(folder / "tokenizer")
@@ -110,6 +117,7 @@ FULL_SIZE: Mapping[str, FullSize] = {
     "SDXL": FullSize("sdxl_train_network", "networks.lora", 1024, lambda folder: build_unet_model(folder, "sdxl")),
     "SD3 medium": FullSize("sd3_train_network", "networks.lora_sd3", 1024, build_sd3),
     "FLUX.1": FullSize("flux_train_network", "networks.lora_flux", 1024, build_flux),
+    "Chroma": FullSize("flux_train_network", "networks.lora_flux", 1024, build_chroma),
     "Lumina Image 2.0": FullSize("lumina_train_network", "networks.lora_lumina", 1024, build_lumina),
     "Anima": FullSize("anima_train_network", "networks.lora_anima", 1024, build_anima),
     "HunyuanImage 2.1": FullSize(

@@ -46,7 +46,7 @@ def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str, kind: st
     expected = shapes_of("dit")
     if kind == "schnell":
         expected = {name: shape for name, shape in expected.items() if not name.startswith("guidance_in.")}
-    weights = denoiser_of(Path("file"), opened({prefix + name: shape for name, shape in expected.items()}))
+    weights = denoiser_of(Path("file"), opened({prefix + name: shape for name, shape in expected.items()}), "flux")
     assert flux_shapes(weights.shapes) == expected == dict(weights.shapes)
     num_values = sum(torch.Size(shape).numel() for shape in expected.values())
     assert num_values == {"dev": 11_901_408_320, "schnell": 11_891_178_560}[kind]
@@ -56,7 +56,7 @@ def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str, kind: st
 def test_a_file_of_all_parts_gives_its_denoiser(first: bool) -> None:
     dit = {f"model.diffusion_model.{name}": shape for name, shape in shapes_of("dit").items()}
     other = {f"vae.{name}": shape for name, shape in shapes_of("ae").items()}
-    weights = denoiser_of(Path("file"), opened({**dit, **other} if first else {**other, **dit}))
+    weights = denoiser_of(Path("file"), opened({**dit, **other} if first else {**other, **dit}), "flux")
     assert dict(weights.shapes) == shapes_of("dit")
 
 

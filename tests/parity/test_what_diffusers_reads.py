@@ -46,7 +46,12 @@ def lora_facts(base: str) -> Mapping[str, Any]:
         lora: Mapping[str, Any] = facts("lumina2")["lora"]
         return lora
     return facts(
-        {"flux": "lora_keys_flux1", "anima": "lora_keys_anima", "hunyuan_image": "lora_keys_hunyuan_image"}[base]
+        {
+            "flux": "lora_keys_flux1",
+            "chroma": "lora_keys_chroma",
+            "anima": "lora_keys_anima",
+            "hunyuan_image": "lora_keys_hunyuan_image",
+        }[base]
     )
 
 
@@ -54,6 +59,12 @@ def flux_models() -> dict[str, nn.Module]:
     from diffusers import FluxTransformer2DModel
 
     return {"transformer": FluxTransformer2DModel(guidance_embeds=True)}
+
+
+def chroma_models() -> dict[str, nn.Module]:
+    from diffusers import ChromaTransformer2DModel
+
+    return {"transformer": ChromaTransformer2DModel()}
 
 
 def sd3_models() -> dict[str, nn.Module]:
@@ -85,6 +96,7 @@ def anima_models() -> dict[str, nn.Module]:
 
 BASES: dict[str, tuple[Any, Callable[[], dict[str, nn.Module]], str]] = {
     "flux": (flux.NAMES, flux_models, "FluxLoraLoaderMixin"),
+    "chroma": (flux.CHROMA_NAMES, chroma_models, "FluxLoraLoaderMixin"),
     "sd3": (sd3.NAMES, sd3_models, "SD3LoraLoaderMixin"),
     "lumina": (lumina.NAMES, lumina_models, "Lumina2LoraLoaderMixin"),
     "anima": (anima.NAMES, anima_models, "AnimaLoraLoaderMixin"),
@@ -168,7 +180,7 @@ def file_of(base: str, variant: str, naming: FileNaming) -> tuple[dict[str, Tens
     known = lora_facts(base)
     shapes: Shapes = known["default"] if variant == "default" else listed_shapes(known, variant)
     tensors = {key: torch.ones(()).expand(of_rank_one(key, shape)) for key, shape in shapes.items()}
-    version = {"flux": "flux1", "sd3": "medium", "lumina": "lumina2", "anima": "anima"}[base]
+    version = {"flux": "flux1", "chroma": "chroma", "sd3": "medium", "lumina": "lumina2", "anima": "anima"}[base]
     file = AdapterFile("x", group_tensors(tensors)[0], {"ss_base_model_version": version}, {})
     return adapter_tensors(rename(file, BASES[base][0], naming).file), dict(file.metadata)
 
@@ -177,6 +189,7 @@ TEXT_ONLY = "network_train_text_encoder_only"
 EVERYTHING = "include_patterns everything + train_llm_adapter"
 VARIANTS = {
     "flux": ("default", "in_dims=[5,6,7,8,9]", "train_t5xxl=True", "train_blocks=single", TEXT_ONLY),
+    "chroma": ("default", "in_dims=[5,6,7,8,9]", "train_t5xxl=True", "train_blocks=double"),
     "sd3": ("default", "emb_dims=[5,6,7,8,9,10]", "train_t5xxl=True", TEXT_ONLY),
     "lumina": ("default", "embedder_dims=[5,6,7]", "attn_dim=0", "network_train_unet_only", TEXT_ONLY),
     "anima": ("default", "train_llm_adapter=true", EVERYTHING, "network_train_unet_only", TEXT_ONLY),
@@ -195,6 +208,22 @@ def test_the_keys_that_we_say_it_uses_are_those_that_reach_a_layer(base: str, va
     tensors, metadata = file_of(base, variant, naming)
     said = said_of_diffusers(tensors, metadata)
     assert tensors.keys() - set(said.unused) == used_by_diffusers(base, tensors)
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_an_adapted_approximator_reaches_its_layers_under_the_names_of_diffusers(naming: FileNaming) -> None:
+    known = {name: shape for name, shape in facts("chroma")["components"]["dit"].items() if name.endswith("weight")}
+    tensors: dict[str, Tensor] = {"lora_unet_double_blocks_0_img_mlp_0.alpha": torch.ones(())}
+    for module in flux.CHROMA_NAMES.modules:
+        rows, columns = known.get(f"{module.generic.removeprefix('diffusion_model.')}.weight", (0, 0))
+        if module.kohya.startswith(("lora_unet_distilled", "lora_unet_double")):
+            tensors[f"{module.kohya}.lora_down.weight"] = torch.ones(()).expand(1, columns)
+            tensors[f"{module.kohya}.lora_up.weight"] = torch.ones(()).expand(rows, 1)
+    file = AdapterFile("x", group_tensors(tensors)[0], {}, {})
+    tensors = adapter_tensors(rename(file, flux.CHROMA_NAMES, naming).file)
+    used = used_by_diffusers("chroma", tensors)
+    assert tensors.keys() - set(said_of_diffusers(tensors, {}).unused) == used
+    assert any("distilled" in key for key in used) == (naming == "diffusers")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.tiny.anima import build_tiny_anima
+from tests.tiny.chroma import build_tiny_chroma
 from tests.tiny.flux import build_tiny_flux
 from tests.tiny.hunyuan_image import build_tiny_hunyuan_image
 from tests.tiny.lumina import build_tiny_lumina
@@ -35,6 +36,12 @@ BASES: Mapping[str, Base] = {
         "flux_train_network",
         "networks.lora_flux",
         lambda folder: [*build_tiny_flux(folder, 54), "--t5xxl_max_token_length", "32"],
+    ),
+    "chroma": Base(
+        "flux_train_network",
+        "networks.lora_flux",
+        lambda folder: [*build_tiny_chroma(folder, 59), "--guidance_scale", "0", "--t5xxl_max_token_length", "32"],
+        adapts_text_encoders=False,
     ),
     "sd3": Base(
         "sd3_train_network",

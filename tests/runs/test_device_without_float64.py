@@ -17,7 +17,7 @@ Train = Callable[..., Finished]
 
 
 # the U-Nets compute no angles: what else a run needs is the same
-SLOW = ("sd", "sd2", "sdxl")
+SLOW = ("sd", "sd2", "sdxl", "chroma")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in BASES])

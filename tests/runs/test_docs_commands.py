@@ -79,7 +79,8 @@ def with_tiny_models(words: list[str], folder: Path, script: str) -> list[str]:
         else:
             kept.append(word)
     if names_model:
-        kept += BASES[BASE_OF_SCRIPT[script]].build(folder)
+        kind = kept[kept.index("--model_type") + 1] if "--model_type" in kept else BASE_OF_SCRIPT[script]
+        kept += BASES[kind].build(folder)
     if "--resolution" in kept:
         kept += ["--min_bucket_reso", "64"]
     if "--system_prompt" in kept:

@@ -17,18 +17,21 @@ from safetensors.torch import load_file, save_file
 
 from tests.running import ROOT, Finished, make_pictures
 from tests.runs.bases import BASES
-from tests.tiny import anima, flux, hunyuan_image, lumina
+from tests.tiny import anima, chroma, flux, hunyuan_image, lumina
 
 Train = Callable[..., Finished]
 
 DEEPER = {  # enough blocks that some can wait, without losing the two that have to stay
     "flux": (flux, replace(flux.CONFIG, num_double=4, num_single=5)),
+    "chroma": (chroma, replace(chroma.CONFIG, num_double=4, num_single=5)),
     "lumina": (lumina, replace(lumina.CONFIG, num_layers=4)),
     "anima": (anima, replace(anima.CONFIG, num_blocks=4)),
     "hunyuan_image": (hunyuan_image, replace(hunyuan_image.CONFIG, num_double=4, num_single=5)),
 }
-WAITING = {"flux": "2", "lumina": "2", "anima": "2", "hunyuan_image": "3", "sd": "9", "sdxl": "9"}
-NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("lumina", "anima", "hunyuan_image", "sdxl")]
+WAITING = {"flux": "2", "chroma": "2", "lumina": "2", "anima": "2", "hunyuan_image": "3", "sd": "9", "sdxl": "9"}
+NIGHTLY = [
+    pytest.param(name, marks=pytest.mark.nightly) for name in ("chroma", "lumina", "anima", "hunyuan_image", "sdxl")
+]
 OFFLOADED = ("--gradient_checkpointing", "--cpu_offload_checkpointing", "--gradient_checkpointing_every", "2")
 
 

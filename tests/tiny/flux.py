@@ -102,31 +102,46 @@ Parts = dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
 def tiny_parts(seed: int, num_clip_words: int, num_t5_words: int, has_guidance: bool) -> Parts:
     """(config.json, weights) by diffusers' folder names; the denoiser's names are ours, CLIP's begin with
     "text_model."."""
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     ids = {"bos_token_id": num_clip_words - 2, "eos_token_id": num_clip_words - 1, "pad_token_id": num_clip_words - 1}
     clip_config = {**CLIP, **ids, "vocab_size": num_clip_words, "hidden_act": "gelu"}
-    t5_config = {**T5, "vocab_size": num_t5_words}
     flux = tiny_flux(seed, has_guidance)
     with torch.device("meta"):
-        vae = AutoencoderKL(**VAE)
         clip = CLIPTextModel(CLIPTextConfig(**clip_config))
-        t5 = T5EncoderModel(T5Config(**t5_config))
     clip_state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in fixed_init(clip, seed + 2).items()}
-    t5_state = {k: v for k, v in fixed_init(t5, seed + 3).items() if k != "encoder.embed_tokens.weight"}
     return {
         "transformer": (diffusers_config(flux.config), flux.state_dict()),
-        "vae": (json.loads(vae.to_json_string()), fixed_init(vae, seed + 1)),
+        "vae": tiny_vae(seed + 1),
         "text_encoder": ({**clip_config, "architectures": ["CLIPTextModel"]}, clip_state),
-        "text_encoder_2": ({**t5_config, "architectures": ["T5EncoderModel"]}, t5_state),
+        "text_encoder_2": tiny_t5(seed + 3, num_t5_words),
     }
 
 
-def write_folder(folder: Path, parts: Parts) -> Path:
+def tiny_vae(seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config.json, weights)."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(**VAE)
+    return json.loads(vae.to_json_string()), fixed_init(vae, seed)
+
+
+def tiny_t5(seed: int, num_words: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config.json, weights)."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = {**T5, "vocab_size": num_words}
+    with torch.device("meta"):
+        t5 = T5EncoderModel(T5Config(**config))
+    state = {k: v for k, v in fixed_init(t5, seed).items() if k != "encoder.embed_tokens.weight"}
+    return {**config, "architectures": ["T5EncoderModel"]}, state
+
+
+def write_folder(folder: Path, parts: Parts, pipeline: str = "FluxPipeline") -> Path:
     from safetensors.torch import save_file
 
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
     for name, (config, state) in parts.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))

@@ -1,14 +1,15 @@
-"""The layers of FLUX.1 that adapters change: what they attach to, and the names that files have for it.
+"""The layers of FLUX.1 and Chroma that adapters change: what they attach to, and the names that files have for it.
 
 Module paths are those of the original checkpoint.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from library.architectures.cards import list_network_arguments
-from library.architectures.flux.keys import STACKS, SWAPPED, TOP, sources
+from library.architectures.flux.keys import APPROXIMATOR, STACKS, SWAPPED, TOP, sources
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
 from library.models.clip import clip_body
 from library.models.clip_view import ClipView
@@ -17,7 +18,9 @@ from networks.core.sites.targets import AdapterTargets, Embedders, Part, qkv_and
 NUM_BLOCKS = {"double_blocks": 19, "single_blocks": 38}
 QKV_SHARES = (1, 1, 1)
 LINEAR1_SHARES = (1, 1, 1, 4)  # the MLP is four times as wide as the model
-NUM_CLIP_LAYERS, NUM_T5_BLOCKS = 12, 24
+NUM_CLIP_LAYERS, NUM_T5_BLOCKS, NUM_APPROXIMATOR_LAYERS = 12, 24, 5
+MODULATION = ("_mod.lin", ".modulation.lin", ".adaLN_modulation.1")  # how the paths end that Chroma has not
+VECTORS = ("time_in.", "guidance_in.", "vector_in.")  # how paths begin that make FLUX.1's modulation
 CLIP_LAYER = (*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
 T5_BLOCK = (
     *(f"layer.0.SelfAttention.{name}" for name in ("q", "k", "v", "o")),
@@ -31,6 +34,14 @@ def denoiser_paths() -> Iterator[str]:
     for stack, _, layers in STACKS:
         for number in range(NUM_BLOCKS[stack]):
             yield from (f"{stack}.{number}.{layer}" for layer in layers if not layer.endswith("_norm"))
+
+
+def chroma_paths() -> Iterator[str]:
+    """The same of Chroma, whose approximator stands for all layers that modulate."""
+    yield from (path for path in denoiser_paths() if not path.startswith(VECTORS) and not path.endswith(MODULATION))
+    yield from (f"{APPROXIMATOR}{side}_proj" for side in ("in", "out"))
+    layers = [f"{APPROXIMATOR}layers.{number}" for number in range(NUM_APPROXIMATOR_LAYERS)]
+    yield from (f"{layer}.{side}_layer" for layer in layers for side in ("in", "out"))
 
 
 def denoiser_module(path: str) -> ModuleNames:
@@ -73,13 +84,21 @@ NAMES = BaseNames(
         *(t5_module(f"encoder.block.{n}.{name}") for n in range(NUM_T5_BLOCKS) for name in T5_BLOCK),
     ),
 )
+CHROMA_NAMES = BaseNames(
+    "chroma",
+    (
+        *map(denoiser_module, chroma_paths()),
+        *(t5_module(f"encoder.block.{n}.{name}") for n in range(NUM_T5_BLOCKS) for name in T5_BLOCK),
+    ),
+)
+T5 = Part("lora_te3", blocks=("T5Attention", "T5DenseGatedActDense"), needs="train_t5xxl")
 
 
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("DoubleStreamBlock", "SingleStreamBlock")),
     text_encoders=(
         Part("lora_te1", blocks=("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")),
-        Part("lora_te3", blocks=("T5Attention", "T5DenseGatedActDense"), needs="train_t5xxl"),
+        T5,
     ),
     ranks={
         "img_attn_dim": r"\.img_attn\.",
@@ -101,6 +120,13 @@ TARGETS = AdapterTargets(
     names=NAMES,
     elsewhere=list_network_arguments,
 )
+CHROMA_TARGETS = replace(
+    TARGETS,
+    denoiser=replace(TARGETS.denoiser, extra_blocks={"train_approximator": ("Approximator",)}),
+    text_encoders=(T5,),
+    ranks={name: pattern for name, pattern in TARGETS.ranks.items() if "mod_dim" not in name},
+    names=CHROMA_NAMES,
+)
 
 
 def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
@@ -110,3 +136,8 @@ def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[
     """
     clip = [ClipView(clip_body(encoder)) for encoder in text_encoders[:1]]
     return [*clip, *text_encoders[1:]], denoiser
+
+
+def view_chroma(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[list[nn.Module], nn.Module]:
+    """([T5 where it is there], denoiser), whose paths are those of files."""
+    return [*text_encoders], denoiser

@@ -1,27 +1,32 @@
-"""FLUX.1: a transformer of double and single streams, CLIP-L and T5-XXL, 16-channel latents.
+"""FLUX.1: a transformer of double and single streams, CLIP-L and T5-XXL, 16-channel latents; and Chroma, its relative
+without CLIP-L, whose blocks are modulated by an approximator.
 
 The assembly, and the table of contents of this package.
 """
 
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from library.architectures.cards import list_cards
-from library.architectures.flux.adapters import view
+from library.architectures.flux.adapters import view, view_chroma
 from library.architectures.flux.load import FluxLoader, open_loader
 from library.architectures.flux.options import FluxOptions
-from library.architectures.flux.predict import predict, preview_sampler
-from library.architectures.flux.text import FluxText
+from library.architectures.flux.predict import predict, predict_chroma, preview_sampler
+from library.architectures.flux.text import FluxText, T5Text
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
-from library.errors import UserError
 from library.models.clip_tokenizer import load_tokenizer
 from library.models.clip_tokens import ClipTokens
 from library.models.flux_vae import mapped_latents
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
 from library.models.t5 import load_t5_tokenizer
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
+
+logger = logging.getLogger(__name__)
 
 T5_TOKENS_DEV, T5_TOKENS_SCHNELL = 512, 256
 RECIPE = Recipe(
@@ -46,18 +51,36 @@ RECIPE = Recipe(
         "mode_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type", "discrete_flow_shift",
     ),
 )  # fmt: skip
+CHROMA_RECIPE = replace(
+    RECIPE,
+    title="Chroma",
+    metadata={
+        "ss_base_model_version": "chroma",
+        "modelspec.implementation": "https://huggingface.co/lodestones/Chroma",
+        "modelspec.resolution": "1024x1024",
+    },
+    ignores={
+        **RECIPE.ignores,
+        "v_parameterization": "Chroma predicts the velocity of a flow",
+        "clip_skip": "Chroma has no CLIP",
+        "clip_l": "Chroma reads captions with T5 alone",
+    },
+)
+CHROMA_USUAL = {"guidance_scale": 0.0, "timestep_sampling": "sigmoid"}  # what it was made with, beside raw predictions
 CODEC = mapped_latents("_flux.npz")
 LATENTS = CODEC.spec
 
 
 def build(options: FluxOptions) -> Architecture:
-    """The parts of the FLUX.1 model that the options name; none is loaded yet.
+    """The parts of the model that the options name; none is loaded yet.
 
-    Raises UserError naming the flag for a file or a setting that does not fit FLUX.1.
+    Raises UserError naming the flag for a file or a setting that does not fit the model of --model_type.
     """
+    return build_chroma(options) if options.flux.model_type == "chroma" else build_flux(options)
+
+
+def build_flux(options: FluxOptions) -> Architecture:
     RECIPE.check(options)
-    if options.flux.model_type == "chroma":
-        raise UserError("--model_type chroma is not supported yet; train FLUX.1 with --model_type flux")
     loader = open_loader(options)
     text = build_text(options, loader)
     masks_text = options.flux.apply_t5_attn_mask
@@ -79,6 +102,49 @@ def build(options: FluxOptions) -> Architecture:
     )
 
 
+def build_chroma(options: FluxOptions) -> Architecture:
+    CHROMA_RECIPE.check(options)
+    options = with_masked_padding(options)
+    warn_of_unusual(options)
+    loader = open_loader(options)
+    text = build_t5_text(options, loader, T5_TOKENS_DEV, ("tokenizer_2", "tokenizer"))
+    return Architecture(
+        name="chroma",
+        load=loader,
+        text=text,
+        codec=CODEC,
+        objective=build_objective(options),
+        predict=partial(predict_chroma, guidance=options.flux.guidance_scale),
+        view=view_chroma,
+        preview=Preview(
+            defaults=PromptDefaults(num_steps=20, width=512, height=512, scale=4.0, size_step=16, guidance_scale=0.0),
+            text=text,
+            predict=lambda prompt: partial(predict_chroma, guidance=prompt.guidance_scale or 0.0),
+            sampler=lambda prompt: preview_sampler(prompt, is_shifted=True),
+        ),
+        metadata=CHROMA_RECIPE.describe(options, architecture="chroma/lora"),
+        cards=list_cards(),
+        ignores=CHROMA_RECIPE.ignores,
+        text_cache=build_t5_cache(options, loader, text),
+    )
+
+
+def with_masked_padding(options: FluxOptions) -> FluxOptions:
+    """The options with --apply_t5_attn_mask, without which there is no Chroma."""
+    if options.flux.apply_t5_attn_mask:
+        return options
+    logger.info("--apply_t5_attn_mask is set: Chroma was made with the padding behind captions masked")
+    return options.with_values({"apply_t5_attn_mask": True})
+
+
+def warn_of_unusual(options: FluxOptions) -> None:
+    """Say where a setting is another than what Chroma was made with."""
+    values = options.flat()
+    for name, usual in CHROMA_USUAL.items():
+        if values[name] != usual:
+            logger.warning("--%s is %s; Chroma was made with --%s %s", name, values[name], name, usual)
+
+
 def build_objective(options: FluxOptions) -> FlowMatching:
     return build_sampled_flow(
         options,
@@ -89,35 +155,61 @@ def build_objective(options: FluxOptions) -> FlowMatching:
 
 
 def build_text(options: FluxOptions, loader: FluxLoader) -> FluxText:
-    """Both tokenizers, looked for beside the base model and beside each encoder."""
+    """Both tokenizers, looked for beside the base model and T5's also beside that encoder."""
     usual = T5_TOKENS_SCHNELL if loader.is_schnell else T5_TOKENS_DEV
+    clip = load_tokenizer(loader.path, options.model.tokenizer_cache_dir, loader.num_clip_words)
+    return FluxText(ClipTokens(clip), build_t5_text(options, loader, usual, ("tokenizer_2",)))
+
+
+def build_t5_text(options: FluxOptions, loader: FluxLoader, usual: int, folders: Sequence[str]) -> T5Text:
+    """T5's tokenizer, from one of the folders beside the base model or the encoder; `usual` is the longest caption."""
     length = options.flux.t5xxl_max_token_length
-    folders = folders_beside(loader.path, options.flux.t5xxl)
+    beside = folders_beside(loader.path, options.flux.t5xxl)
     cache_dir = options.model.tokenizer_cache_dir
-    return FluxText(
-        clip=ClipTokens(load_tokenizer(loader.path, cache_dir, loader.num_clip_words)),
-        t5_tokenizer=load_t5_tokenizer([f / "tokenizer_2" for f in folders], cache_dir, loader.num_t5_words),
-        num_t5_tokens=usual if length is None else length,
+    return T5Text(
+        tokenizer=load_t5_tokenizer([f / name for f in beside for name in folders], cache_dir, loader.num_t5_words),
+        num_tokens=usual if length is None else length,
         masks_padding=options.flux.apply_t5_attn_mask,
     )
 
 
 def build_text_cache(options: FluxOptions, loader: FluxLoader, text: FluxText) -> TextCacheSpec:
     """Files that hold what sd-scripts' do; its `txt_ids` are the places of the text tokens, which are all zero."""
-    masks = options.flux.apply_t5_attn_mask
+    masks, clip = text.t5.masks_padding, loader.clip
+    assert clip is not None
 
     def identity() -> str:
-        encoders = fingerprint(loader.clip.weights, loader.t5.weights)
-        return f"{encoders} {loader.clip.config['hidden_act']} {loader.dtype} {text.num_t5_tokens} {masks}"
+        encoders = fingerprint(clip.weights, loader.t5.weights)
+        return f"{encoders} {clip.config['hidden_act']} {loader.dtype} {text.t5.num_tokens} {masks}"
 
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_flux_te.npz",
         keys=("l_pooled", "t5_out", "t5_attn_mask"),
         identity=identity,
-        tokenizers=(text.clip.tokenizer, text.t5_tokenizer),
-        constants={"txt_ids": torch.zeros(text.num_t5_tokens, 3), "apply_t5_attn_mask": torch.tensor(masks)},
+        tokenizers=(text.clip.tokenizer, text.t5.tokenizer),
+        constants={"txt_ids": torch.zeros(text.t5.num_tokens, 3), "apply_t5_attn_mask": torch.tensor(masks)},
         live=LiveText(lambda: [loader.clip_l()], ("l_pooled",), text.encode_clip, 1, excluded_by="train_t5xxl"),
+    )
+
+
+def build_t5_cache(options: FluxOptions, loader: FluxLoader, text: T5Text) -> TextCacheSpec:
+    """Files that hold what sd-scripts' do, in which CLIP-L's place is taken by zeros.
+
+    No encoder stays beside the cache: T5 gets an adapter only where it is asked for, and then cannot be cached.
+    """
+    return TextCacheSpec(
+        options=options.text_caching,
+        suffix="_flux_te.npz",
+        keys=("t5_out", "t5_attn_mask"),
+        identity=lambda: f"{fingerprint(loader.t5.weights)} {loader.dtype} {text.num_tokens} {text.masks_padding}",
+        tokenizers=(text.tokenizer,),
+        constants={
+            "l_pooled": torch.zeros(77, 1),
+            "txt_ids": torch.zeros(text.num_tokens, 3),
+            "apply_t5_attn_mask": torch.tensor(text.masks_padding),
+        },
+        live=LiveText(lambda: [], (), lambda encoders, tokens: {}, 0, excluded_by="train_t5xxl"),
     )
 
 

@@ -3,6 +3,7 @@
 A weight of ours is made of several of diffusers', one below the other; `sources` lists them.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 
 from library.checkpoints.fused_tensors import joined
@@ -10,6 +11,8 @@ from library.checkpoints.weights import Weights
 
 DIFFUSERS_MARK = "x_embedder.weight"
 SWAPPED = "final_layer.adaLN_modulation.1."  # shift and scale stand in the other order in diffusers
+APPROXIMATOR = "distilled_guidance_layer."  # of Chroma; diffusers calls its layers like this too, but two parts of them
+APPROXIMATOR_PARTS = {"in_layer": "linear_1", "out_layer": "linear_2"}
 
 TOP = {
     "img_in": "x_embedder",
@@ -55,6 +58,9 @@ def sources(path: str) -> tuple[str, ...]:
         if path.startswith(f"{ours}."):
             _, number, layer = path.split(".", 2)
             return tuple(f"{theirs}.{number}.{name}" for name in layers[layer])
+    if path.startswith(APPROXIMATOR):
+        stem, _, part = path.rpartition(".")
+        return (f"{stem}.{APPROXIMATOR_PARTS.get(part, part)}",)
     return (TOP[path],)
 
 
@@ -75,7 +81,15 @@ def our_keys(names: Iterable[str]) -> list[str]:
             for layer in layers:
                 leaves = ("scale",) if layer.endswith("_norm") else ("weight", "bias")
                 keys += [f"{ours}.{number}.{layer}.{leaf}" for leaf in leaves]
+    keys += [our_approximator_key(name) for name in names if name.startswith(APPROXIMATOR)]
     return [key for key in keys if any(source in has for source in source_keys(key))]
+
+
+def our_approximator_key(name: str) -> str:
+    """Our name of an approximator's weight in diffusers' layout."""
+    for ours, theirs in APPROXIMATOR_PARTS.items():
+        name = name.replace(f".{theirs}.", f".{ours}.")
+    return re.sub(r"(\.norms\.\d+)\.weight$", r"\1.scale", name)
 
 
 def from_diffusers(weights: Weights) -> Weights:

@@ -1,4 +1,5 @@
-"""Checkpoints of FLUX.1 to modules: the four files of the original release, one file of all, or a diffusers folder."""
+"""Checkpoints of FLUX.1 and Chroma to modules: the files of the original release, one file of all, or a folder of
+diffusers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from library.memory.devices import DTYPES
 from library.memory.forms.form import WantedForm
 from library.models.clip import clip_component, clip_of_folder, load_clip
 from library.models.flux_vae import CHANNELS, open_ae
-from library.models.identify import refuse_other_folder, refuse_other_model
+from library.models.identify import card_of, refuse_other_folder, refuse_other_model
 from library.models.loading import Component, materialise
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component, t5_of_folder
@@ -27,18 +28,20 @@ BASE_FLAG = "--pretrained_model_name_or_path"
 DENOISER_PREFIXES = ("model.diffusion_model.", "")
 CLIP_PREFIXES = ("text_encoders.clip_l.transformer.", "")
 T5_MARK = "text_encoders.t5xxl.transformer."
-CHROMA_MARK = "distilled_guidance_layer."
-FOLDERS = {"denoiser": "transformer", "clip_l": "text_encoder", "t5xxl": "text_encoder_2", "ae": "vae"}
+FOLDERS = {  # --model_type -> part -> folder in diffusers' layout
+    "flux": {"denoiser": "transformer", "clip_l": "text_encoder", "t5xxl": "text_encoder_2", "ae": "vae"},
+    "chroma": {"denoiser": "transformer", "t5xxl": "text_encoder", "ae": "vae"},
+}
 
 
 @dataclass(frozen=True)
 class FluxLoader:
-    """The four models, each loaded when it is asked for; frozen, on the CPU."""
+    """The models, each loaded when it is asked for; frozen, on the CPU."""
 
     path: Path  # the folder or file of the denoiser
     config: FluxConfig
     denoiser_weights: Weights
-    clip: Component
+    clip: Component | None  # None for Chroma
     t5: Component
     ae: Component
     dtype: torch.dtype
@@ -46,6 +49,7 @@ class FluxLoader:
 
     @property
     def num_clip_words(self) -> int:
+        assert self.clip is not None
         return shape_of(self.clip.weights.shapes, "embeddings.token_embedding.weight")[0]
 
     @property
@@ -58,10 +62,12 @@ class FluxLoader:
         return not self.config.has_guidance
 
     def text_encoders(self) -> list[nn.Module]:
-        return [self.clip_l(), load_t5(self.t5, self.dtype)]
+        clip = [] if self.clip is None else [self.clip_l()]
+        return [*clip, load_t5(self.t5, self.dtype)]
 
     def clip_l(self) -> nn.Module:
         """The first text encoder alone."""
+        assert self.clip is not None
         return load_clip(self.clip, self.dtype)
 
     def vae(self) -> nn.Module:
@@ -79,23 +85,25 @@ def open_loader(options: FluxOptions) -> FluxLoader:
     name = options.model.pretrained_model_name_or_path
     if not name:
         raise UserError(f"{BASE_FLAG} is missing: give the file of FLUX.1's transformer, or a diffusers folder")
+    kind = options.flux.model_type
+    folders = FOLDERS[kind]
     wanted = {"clip_l": options.flux.clip_l, "t5xxl": options.flux.t5xxl, "ae": options.flux.ae}
-    needed = [FOLDERS[part] for part in FOLDERS if wanted.get(part) is None]
-    path = model_lookup.find_model(BASE_FLAG, name, [(folder,) for folder in needed])
+    path = model_lookup.find_model(BASE_FLAG, name, [(f,) for part, f in folders.items() if wanted.get(part) is None])
     whole = None if path.is_dir() else model_lookup.open_file(BASE_FLAG, path)
-    weights = denoiser_of(path, whole)
+    weights = denoiser_of(path, whole, kind)
     config = configure(weights, read_config)
+    title = title_of(kind)
     loader = FluxLoader(
         path=path,
         config=config,
         denoiser_weights=weights,
-        clip=open_clip(wanted["clip_l"], path, whole),
-        t5=open_t5(wanted["t5xxl"], path, whole),
-        ae=open_ae("FLUX.1", BASE_FLAG, wanted["ae"], path, whole),
+        clip=open_clip(wanted["clip_l"], path, whole, folders["clip_l"]) if "clip_l" in folders else None,
+        t5=open_t5(wanted["t5xxl"], path, whole, folders["t5xxl"]),
+        ae=open_ae(title, BASE_FLAG, wanted["ae"], path, whole),
         dtype=DTYPES[options.precision.mixed_precision],
         vae_dtype=vae_dtype_of(options),
     )
-    check_fit(loader)
+    check_fit(loader, title)
     return loader
 
 
@@ -116,40 +124,47 @@ def empty_flux(config: FluxConfig) -> Flux:
         return Flux(config)
 
 
-def denoiser_of(path: Path, whole: Weights | None) -> Weights:
-    """The denoiser's weights under our names. Raises UserError saying which model it is where it is another."""
+def title_of(kind: str) -> str:
+    """What messages call the model of a --model_type."""
+    return card_of(list_cards(), kind).title
+
+
+def denoiser_of(path: Path, whole: Weights | None, kind: str) -> Weights:
+    """The denoiser's weights under our names; `kind` is --model_type.
+
+    Raises UserError saying which model it is where it is another.
+    """
     if whole is None:
-        refuse_other_folder(list_cards(), BASE_FLAG, path, "flux")
-        _, weights = model_lookup.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
+        refuse_other_folder(list_cards(), BASE_FLAG, path, kind)
+        folder = FOLDERS[kind]["denoiser"]
+        _, weights = model_lookup.open_part(BASE_FLAG, path / folder, folder)
     else:
         prefix = next(p for p in DENOISER_PREFIXES if any(key.startswith(p) for key in whole.shapes))
         weights = with_prefix(whole, prefix)
-    if any(key.startswith(CHROMA_MARK) for key in weights.shapes):
-        raise UserError(f"{BASE_FLAG} {path}: this is a Chroma model, which is not supported yet; use FLUX.1")
+    refuse_other_model(list_cards(), BASE_FLAG, str(path), (whole or weights).shapes, kind)
     if DIFFUSERS_MARK in weights.shapes:
         return from_diffusers(weights)
     if "double_blocks.0.img_attn.qkv.weight" not in weights.shapes:
         names = list(weights.shapes)
-        refuse_other_model(list_cards(), BASE_FLAG, str(path), (whole or weights).shapes, "flux")
         raise UserError(
-            f"{BASE_FLAG} {path}: nothing in it is called double_blocks.0..., so it is no FLUX.1 transformer (first "
-            f"names: {', '.join(names[:3]) or 'none'})"
+            f"{BASE_FLAG} {path}: nothing in it is called double_blocks.0..., so it is no {title_of(kind)} transformer "
+            f"(first names: {', '.join(names[:3]) or 'none'})"
         )
     return weights
 
 
-def open_clip(name: str | None, base: Path, whole: Weights | None) -> Component:
+def open_clip(name: str | None, base: Path, whole: Weights | None, folder: str) -> Component:
     """CLIP-L from --clip_l, or from the base model. FLUX.1 was trained with the exact GELU in it."""
-    found = open_text_encoder("--clip_l", name, base, whole, FOLDERS["clip_l"], CLIP_PREFIXES)
+    found = open_text_encoder("--clip_l", name, base, whole, folder, CLIP_PREFIXES)
     if isinstance(found, Component):
         return clip_of_folder(found.config, found.weights)
     kept = {key: key for key in found.shapes if key != "logit_scale"}
     return clip_component(selected(found, kept), "gelu")
 
 
-def open_t5(name: str | None, base: Path, whole: Weights | None) -> Component:
+def open_t5(name: str | None, base: Path, whole: Weights | None, folder: str) -> Component:
     """T5-XXL from --t5xxl, or from the base model."""
-    found = open_text_encoder("--t5xxl", name, base, whole, FOLDERS["t5xxl"], (T5_MARK, ""))
+    found = open_text_encoder("--t5xxl", name, base, whole, folder, (T5_MARK, ""))
     return t5_of_folder(found.config, found.weights) if isinstance(found, Component) else t5_component(found)
 
 
@@ -169,7 +184,7 @@ def open_text_encoder(
     return with_prefix(weights, next(p for p in prefixes if not p or any(k.startswith(p) for k in weights.shapes)))
 
 
-def check_fit(loader: FluxLoader) -> None:
+def check_fit(loader: FluxLoader, title: str) -> None:
     """Raise UserError where the parts do not fit together."""
     config = loader.config
     if config.in_features != CHANNELS * PATCH**2:
@@ -181,10 +196,12 @@ def check_fit(loader: FluxLoader) -> None:
         ("--clip_l", loader.clip, config.pooled_width),
         ("--t5xxl", loader.t5, config.text_width),
     ):
+        if component is None:
+            continue
         name = "embeddings.token_embedding.weight" if flag == "--clip_l" else "shared.weight"
         found = shape_of(component.weights.shapes, name)[1]
         if found != width:
             raise UserError(
                 f"{flag} {component.weights.origin} is {found} wide, the transformer listens to {width}; it is another "
-                "encoder than FLUX.1's"
+                f"encoder than {title}'s"
             )

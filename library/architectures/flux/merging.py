@@ -1,5 +1,5 @@
-"""FLUX.1 checkpoints for merging adapters into them and extracting adapters from them: the transformer's file, or one
-file of all parts."""
+"""Checkpoints of FLUX.1 and Chroma for merging adapters into them and extracting adapters from them: the file of the
+transformer, or one file of all parts."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from library.architectures.flux.adapters import CLIP_LAYER, T5_BLOCK, clip_module, denoiser_module, t5_module, view
-from library.architectures.flux.keys import DIFFUSERS_MARK, STACKS, TOP
-from library.architectures.flux.load import CHROMA_MARK, CLIP_PREFIXES, DENOISER_PREFIXES, T5_MARK, empty_flux
+from library.architectures.flux.keys import APPROXIMATOR, DIFFUSERS_MARK, STACKS, TOP
+from library.architectures.flux.load import CLIP_PREFIXES, DENOISER_PREFIXES, T5_MARK, empty_flux, title_of
 from library.architectures.flux.model import read_config
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import ModuleNames
@@ -20,20 +20,23 @@ from library.errors import UserError
 LAYERS = tuple((f"{stack}.", tuple(f".{layer}" for layer in layers)) for stack, _, layers in STACKS)
 
 
-def open_base_model(flag: str, path: Path) -> BaseModel:
-    """Open a single file in the original layout; only its header is read.
+APPROXIMATOR_LAYERS = ("_proj", "_layer")  # how the names of its layers end
+
+
+def open_base_model(kind: str, flag: str, path: Path) -> BaseModel:
+    """Open a single file in the original layout; only its header is read. `kind` is --model_type.
 
     Raises UserError naming `flag` when it is missing, broken or of another kind.
     """
     path = path if path.is_dir() else model_lookup.find_model(flag, str(path), ())
-    weights, prefix = open_original(flag, path, "FLUX.1", DENOISER_PREFIXES, DIFFUSERS_MARK)
-    if any(key.startswith(prefix + CHROMA_MARK) for key in weights.shapes):
-        raise UserError(f"{flag} {path}: this is a Chroma model, which is not supported yet")
-    is_schnell = f"{prefix}guidance_in.in_layer.weight" not in weights.shapes
-    architecture = f"flux-1-{'schnell' if is_schnell else 'dev'}"
-    model = of_single_file(path, weights, partial(names_of, prefix=prefix), "flux", architecture)
+    weights, prefix = open_original(flag, path, title_of(kind), DENOISER_PREFIXES, DIFFUSERS_MARK)
+    architecture = kind
+    if kind == "flux":
+        is_schnell = f"{prefix}guidance_in.in_layer.weight" not in weights.shapes
+        architecture = f"flux-1-{'schnell' if is_schnell else 'dev'}"
+    model = of_single_file(path, weights, partial(names_of, prefix=prefix), kind, architecture)
     if not any(name.startswith("lora_unet") for name in model.files[0].stems):
-        raise UserError(f"{flag} {path} has no layer of FLUX.1's transformer")
+        raise UserError(f"{flag} {path} has no layer of {title_of(kind)}'s transformer")
     return model
 
 
@@ -45,7 +48,8 @@ def names_of(stem: str, prefix: str) -> ModuleNames | None:
     if stem.startswith(t5) and stem.endswith(T5_BLOCK):
         return t5_module(stem.removeprefix(t5))
     path = stem.removeprefix(prefix)
-    is_layer = path in TOP or any(path.startswith(stack) and path.endswith(layers) for stack, layers in LAYERS)
+    stacks = (*LAYERS, (APPROXIMATOR, APPROXIMATOR_LAYERS))
+    is_layer = path in TOP or any(path.startswith(stack) and path.endswith(layers) for stack, layers in stacks)
     return denoiser_module(path) if stem.startswith(prefix) and is_layer else None
 
 
@@ -76,7 +80,7 @@ def open_text_encoder(
     return model
 
 
-def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:
+def seen_by_networks(kind: str, path: Path) -> tuple[list[nn.Module], nn.Module]:
     """([], transformer) of a checkpoint as network modules see it, on the meta device."""
-    weights, prefix = open_original("the checkpoint", path, "FLUX.1", DENOISER_PREFIXES, DIFFUSERS_MARK)
+    weights, prefix = open_original("the checkpoint", path, title_of(kind), DENOISER_PREFIXES, DIFFUSERS_MARK)
     return view([], empty_flux(configure(with_prefix(weights, prefix), read_config)))

@@ -1,18 +1,27 @@
-"""The denoiser of FLUX.1 (Black Forest Labs 2024), in the layout of the original checkpoints.
+"""The denoiser of FLUX.1 (Black Forest Labs 2024) and of Chroma, in the layout of the original checkpoints.
 
 Module paths are the keys of the checkpoint and the names of adapters. Letters: B samples, C channels, H and W sides of
 the latent, h and w sides in patches, L text tokens, T all tokens (text first, then the picture row by row), N heads,
-D head width, M model width, F features of a patch.
+D head width, M model width, F features of a patch, V rows of modulation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
-from library.architectures.flux.adapters import TARGETS
+from library.architectures.flux.adapters import CHROMA_TARGETS, TARGETS
+from library.architectures.flux.approximator import (
+    Approximator,
+    ApproximatorConfig,
+    GivenModulation,
+    modulation_inputs,
+    read_approximator,
+)
+from library.architectures.flux.layers import EPS, MLPEmbedder, RMSNorm
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.patches import patchify, unpatchify
@@ -20,7 +29,6 @@ from library.models.rotary import Rope, rope_of, turn
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES, sinusoids
 
-EPS = 1e-6
 PATCH = 2
 ROPE_STEP = 32  # head widths are multiples of it: the angles of a head are shared out 1 : 3.5 : 3.5 in pairs
 
@@ -34,10 +42,11 @@ class FluxConfig:
     head_width: int
     mlp_width: int
     text_width: int
-    pooled_width: int
+    pooled_width: int  # of CLIP-L; 0 with an approximator, which takes no caption
     num_double: int
     num_single: int
-    has_guidance: bool  # dev has it, schnell has not
+    has_guidance: bool  # dev and Chroma have it, schnell has not
+    approximator: ApproximatorConfig | None = None  # Chroma: works out the modulation of all blocks
 
     @property
     def rope_axes(self) -> tuple[int, int, int]:
@@ -49,44 +58,54 @@ class FluxConfig:
 def read_config(shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
     """The configuration of a checkpoint from names and shapes, names without prefix. Raises UserError for a name that
     is missing and for sizes that make no model."""
-    read = ShapeReader("FLUX.1", shapes)
+    approximator = read_approximator(shapes)
+    read = ShapeReader("FLUX.1" if approximator is None else "Chroma", shapes)
     shape, count = read.shape, read.count
     width, in_features = shape("img_in.weight")
     head_width = shape("double_blocks.0.img_attn.norm.query_norm.scale")[0]
     if width % head_width or head_width % ROPE_STEP:
-        raise UserError(f"no FLUX.1 model: width {width} with heads of {head_width}, multiples of {ROPE_STEP} work")
+        raise UserError(
+            f"no {read.model} model: width {width} with heads of {head_width}, multiples of {ROPE_STEP} work"
+        )
     return FluxConfig(
         in_features=in_features,
         width=width,
         head_width=head_width,
         mlp_width=shape("double_blocks.0.img_mlp.0.weight")[0],
         text_width=shape("txt_in.weight")[1],
-        pooled_width=shape("vector_in.in_layer.weight")[1],
+        pooled_width=0 if approximator else shape("vector_in.in_layer.weight")[1],
         num_double=count("double_blocks"),
         num_single=count("single_blocks"),
-        has_guidance="guidance_in.in_layer.weight" in shapes,
+        has_guidance=approximator is not None or "guidance_in.in_layer.weight" in shapes,
+        approximator=approximator,
     )
 
 
 class Flux(nn.Module):
-    """Noisy latents, noise level and text to the velocity noise - latent."""
+    """Noisy latents, noise level and text to the velocity noise - latent.
 
-    adapter_targets = TARGETS
+    With `config.approximator` it is Chroma: the same streams, modulated by what one network gives for the noise level
+    instead of by a layer in each block, and without CLIP-L.
+    """
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
         self.config = config
+        self.adapter_targets = TARGETS if config.approximator is None else CHROMA_TARGETS
         self.runner: BlockRunner = plain
         c = config
         self.img_in = nn.Linear(c.in_features, c.width)
-        self.time_in = MLPEmbedder(FREQUENCIES, c.width)
-        self.vector_in = MLPEmbedder(c.pooled_width, c.width)
-        if c.has_guidance:
-            self.guidance_in = MLPEmbedder(FREQUENCIES, c.width)
+        if c.approximator is not None:
+            self.distilled_guidance_layer = Approximator(c.approximator, c.width)
+        else:
+            self.time_in = MLPEmbedder(FREQUENCIES, c.width)
+            self.vector_in = MLPEmbedder(c.pooled_width, c.width)
+            if c.has_guidance:
+                self.guidance_in = MLPEmbedder(FREQUENCIES, c.width)
         self.txt_in = nn.Linear(c.text_width, c.width)
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(c) for _ in range(c.num_double))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(c) for _ in range(c.num_single))
-        self.final_layer = LastLayer(c.width, c.in_features)
+        self.final_layer = LastLayer(c)
 
     def stacks(self) -> Stacks:
         """The blocks that go through the runner: the double ones, then the single ones."""
@@ -97,32 +116,60 @@ class Flux(nn.Module):
         latents_BCHW: Tensor,
         sigmas_B: Tensor,
         text_BLE: Tensor,
-        pooled_BV: Tensor,
+        pooled_BE: Tensor | None,
         guidance_B: Tensor | None = None,
         text_mask_BL: Tensor | None = None,
     ) -> Tensor:
         """The velocity, shape BCHW.
 
-        `sigmas_B` are shares of noise, 0..1. `guidance_B` is the strength of the guidance that a distilled model
-        imitates; a model without that input ignores it. `text_mask_BL` is true for the tokens that may be attended to,
-        None for all.
+        `sigmas_B` are shares of noise, 0..1. `pooled_BE` is CLIP-L's, None for Chroma. `guidance_B` is the strength of
+        the guidance that a distilled model imitates; a model without that input ignores it. `text_mask_BL` is true for
+        the tokens that may be attended to, None for all.
         """
         h, w = (side // PATCH for side in latents_BCHW.shape[-2:])
         dtype = self.img_in.weight.dtype
         img_BTM = self.img_in(patchify(latents_BCHW, PATCH).to(dtype))
         txt_BLM = self.txt_in(text_BLE.to(dtype))
-        vec_BM = self.time_in(sinusoids(1000 * sigmas_B.float()).to(dtype)) + self.vector_in(pooled_BV.to(dtype))
-        if self.config.has_guidance:
-            assert guidance_B is not None
-            vec_BM = vec_BM + self.guidance_in(sinusoids(1000 * guidance_B.float()).to(dtype))
+        vecs = self.modulation(sigmas_B, pooled_BE, guidance_B, dtype)
         rope = rotary(self.config.rope_axes, txt_BLM.shape[1], h, w, img_BTM.device)
         mask = None if text_mask_BL is None else key_mask(text_mask_BL, h * w)
         for block in self.double_blocks:
-            img_BTM, txt_BLM = self.runner(block, img_BTM, txt_BLM, vec_BM, rope, mask)
+            img_BTM, txt_BLM = self.runner(block, img_BTM, txt_BLM, next(vecs), rope, mask)
         x_BTM = torch.cat([txt_BLM, img_BTM], dim=1)
         for block in self.single_blocks:
-            x_BTM = self.runner(block, x_BTM, vec_BM, rope, mask)
-        return unpatchify(self.final_layer(x_BTM[:, txt_BLM.shape[1] :], vec_BM), h, w, PATCH)
+            x_BTM = self.runner(block, x_BTM, next(vecs), rope, mask)
+        return unpatchify(self.final_layer(x_BTM[:, txt_BLM.shape[1] :], next(vecs)), h, w, PATCH)
+
+    def modulation(
+        self, sigmas_B: Tensor, pooled_BE: Tensor | None, guidance_B: Tensor | None, dtype: torch.dtype
+    ) -> Iterator[Tensor]:
+        """What modulates each double block, each single block and the last layer, in this order: one vector BM for all
+        of them, or of Chroma the rows BVM that belong to each."""
+        if (approximator := self.config.approximator) is not None:
+            assert guidance_B is not None
+            inputs = modulation_inputs(sigmas_B, guidance_B, self.num_modulations, approximator.in_features)
+            return self.modulation_rows(self.distilled_guidance_layer(inputs.to(dtype)))
+        assert pooled_BE is not None
+        vec_BM = self.time_in(sinusoids(1000 * sigmas_B.float()).to(dtype)) + self.vector_in(pooled_BE.to(dtype))
+        if self.config.has_guidance:
+            assert guidance_B is not None
+            vec_BM = vec_BM + self.guidance_in(sinusoids(1000 * guidance_B.float()).to(dtype))
+        return repeat(vec_BM)
+
+    @property
+    def num_modulations(self) -> int:
+        """Rows of an approximator: shift, scale and gate of each part of each block, shift and scale of the last."""
+        return 3 * self.config.num_single + 2 * 6 * self.config.num_double + 2
+
+    def modulation_rows(self, rows_BVM: Tensor) -> Iterator[Tensor]:
+        """The rows of each double block (picture, then text), each single block and the last layer. An approximator
+        gives those of the single blocks first, then all of the picture's, all of the text's, and the last layer's."""
+        c = self.config
+        single, img, txt, last = torch.split(rows_BVM, [3 * c.num_single, 6 * c.num_double, 6 * c.num_double, 2], dim=1)
+        for img_B6M, txt_B6M in zip(torch.split(img, 6, dim=1), torch.split(txt, 6, dim=1), strict=True):
+            yield torch.cat([img_B6M, txt_B6M], dim=1)
+        yield from torch.split(single, 3, dim=1)
+        yield last
 
 
 def rotary(axes: tuple[int, int, int], num_text: int, h: int, w: int, device: torch.device) -> Rope:
@@ -143,28 +190,6 @@ def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, rope: Rope, mask: Ten
     """Shape BTM."""
     attended = scaled_dot_product_attention(turn(q_BNTD, rope), turn(k_BNTD, rope), v_BNTD, attn_mask=mask)
     return attended.transpose(1, 2).flatten(2)
-
-
-class MLPEmbedder(nn.Module):
-    def __init__(self, in_features: int, width: int) -> None:
-        super().__init__()
-        self.in_layer = nn.Linear(in_features, width)
-        self.out_layer = nn.Linear(width, width)
-
-    def forward(self, x_BF: Tensor) -> Tensor:
-        y_BM: Tensor = self.out_layer(silu(self.in_layer(x_BF)))
-        return y_BM
-
-
-class RMSNorm(nn.Module):
-    """The name of its weight is the checkpoint's."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype) * self.scale.to(x.dtype)
 
 
 class QKNorm(nn.Module):
@@ -208,6 +233,13 @@ class Modulation(nn.Module):
         return parts
 
 
+def make_modulation(config: FluxConfig, num_parts: int, first_row: int = 0) -> nn.Module:
+    """Gives shift, scale and gate of each part, each (B, 1, M), from what modulates the block."""
+    if config.approximator is None:
+        return Modulation(config.width, num_parts)
+    return GivenModulation(first_row, 3 * num_parts)
+
+
 def modulate(x_BTM: Tensor, shift_B1M: Tensor, scale_B1M: Tensor) -> Tensor:
     return x_BTM * (1 + scale_B1M) + shift_B1M
 
@@ -227,21 +259,21 @@ class DoubleStreamBlock(nn.Module):
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
         width = config.width
-        self.img_mod = Modulation(width, 2)
+        self.img_mod = make_modulation(config, 2)
         self.img_norm1 = make_norm(width)
         self.img_attn = SelfAttention(width, config.head_width)
         self.img_norm2 = make_norm(width)
         self.img_mlp = make_mlp(width, config.mlp_width)
-        self.txt_mod = Modulation(width, 2)
+        self.txt_mod = make_modulation(config, 2, first_row=6)
         self.txt_norm1 = make_norm(width)
         self.txt_attn = SelfAttention(width, config.head_width)
         self.txt_norm2 = make_norm(width)
         self.txt_mlp = make_mlp(width, config.mlp_width)
 
     def forward(
-        self, img_BTM: Tensor, txt_BLM: Tensor, vec_BM: Tensor, rope: Rope, mask: Tensor | None
+        self, img_BTM: Tensor, txt_BLM: Tensor, vec: Tensor, rope: Rope, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        img_mod, txt_mod = self.img_mod(vec_BM), self.txt_mod(vec_BM)
+        img_mod, txt_mod = self.img_mod(vec), self.txt_mod(vec)
         img_qkv = self.img_attn.queries_keys_values(modulate(self.img_norm1(img_BTM), *img_mod[:2]))
         txt_qkv = self.txt_attn.queries_keys_values(modulate(self.txt_norm1(txt_BLM), *txt_mod[:2]))
         q, k, v = (torch.cat(both, dim=2) for both in zip(txt_qkv, img_qkv, strict=True))
@@ -266,10 +298,10 @@ class SingleStreamBlock(nn.Module):
         self.linear2 = nn.Linear(config.width + config.mlp_width, config.width)
         self.norm = QKNorm(config.head_width)
         self.pre_norm = make_norm(config.width)
-        self.modulation = Modulation(config.width, 1)
+        self.modulation = make_modulation(config, 1)
 
-    def forward(self, x_BTM: Tensor, vec_BM: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
-        shift, scale, gate = self.modulation(vec_BM)
+    def forward(self, x_BTM: Tensor, vec: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+        shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulate(self.pre_norm(x_BTM), shift, scale)).split(self.widths, dim=-1)
         attended_BTM = attend(*heads(qkv, self.norm, self.head_width), rope, mask)
         y_BTM: Tensor = self.linear2(torch.cat([attended_BTM, gelu(mlp, approximate="tanh")], dim=-1))
@@ -277,16 +309,29 @@ class SingleStreamBlock(nn.Module):
         return after_BTM
 
 
+class LastModulation(nn.Sequential):
+    """Shift and scale of the last layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, vec_BM: Tensor) -> tuple[Tensor, ...]:
+        """Two, each (B, 1, M)."""
+        parts: tuple[Tensor, ...] = self[1](self[0](vec_BM))[:, None].chunk(2, dim=-1)
+        return parts
+
+
 class LastLayer(nn.Module):
     """Tokens to patches of the velocity."""
 
-    def __init__(self, width: int, out_features: int) -> None:
+    def __init__(self, config: FluxConfig) -> None:
         super().__init__()
+        width = config.width
         self.norm_final = make_norm(width)
-        self.linear = nn.Linear(width, out_features)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = nn.Linear(width, config.in_features)
+        self.adaLN_modulation = LastModulation(width) if config.approximator is None else GivenModulation(0, 2)
 
-    def forward(self, x_BTM: Tensor, vec_BM: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec_BM)[:, None].chunk(2, dim=-1)
+    def forward(self, x_BTM: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)
         patches_BTF: Tensor = self.linear(modulate(self.norm_final(x_BTM), shift, scale))
         return patches_BTF

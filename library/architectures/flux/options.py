@@ -1,4 +1,4 @@
-"""The options that only FLUX.1 has."""
+"""The options that only FLUX.1 and Chroma have."""
 
 import argparse
 from dataclasses import dataclass
@@ -25,7 +25,9 @@ class FluxModelOptions(Options):
     """The parts of the base model and what reaches the denoiser of a caption."""
 
     clip_l: str | None = option(
-        None, usual=True, help="File or folder of the text encoder CLIP-L. Unset takes it from the base."
+        None,
+        usual=True,
+        help="File or folder of the text encoder CLIP-L. Unset takes it from the base. Chroma has none.",
     )
     t5xxl: str | None = option(
         None, usual=True, help="File or folder of the text encoder T5-XXL. Unset takes it from the base."
@@ -38,16 +40,16 @@ class FluxModelOptions(Options):
         help="Longest caption in T5's tokens; what is longer is cut. Unset is 256 for schnell and 512 otherwise.",
     )
     apply_t5_attn_mask: bool = option(
-        False, help="Keep T5 and the denoiser from attending to the padding behind a caption."
+        False, help="Keep T5 and the denoiser from attending to the padding behind a caption. Always on for Chroma."
     )
     guidance_scale: float = option(
         3.5,
         usual=True,
         help="Strength of guidance that the denoiser is told while it trains; schnell has no such input. 1 is what "
-        "most recipes train with.",
+        "most recipes train FLUX.1 with; Chroma was made with 0.",
     )
     model_type: str = option(
-        "flux", help="Which model the base is. Chroma is not supported yet.", choices=("flux", "chroma")
+        "flux", help="Which model the base is: flux for FLUX.1 dev and schnell.", choices=("flux", "chroma")
     )
     split_mode: bool = option(False, unless="blocks_to_swap", help="An old name for --blocks_to_swap 18.")
 

@@ -1,4 +1,4 @@
-"""Captions to the conditioning of FLUX.1: CLIP-L's pooled state, and T5-XXL's states.
+"""Captions to the conditioning of FLUX.1: CLIP-L's pooled state, and T5-XXL's states; of Chroma the latter alone.
 
 Letters: B captions, T T5's tokens, W width of an encoder.
 """
@@ -15,31 +15,54 @@ from library.types import Conditioning, Tokens
 
 
 @dataclass(frozen=True)
-class FluxText:
-    """Both encoders read the same caption; T5 reads more of it, so it is what counts how long a caption may be."""
+class T5Text:
+    """T5 reads the caption."""
 
-    clip: ClipTokens
-    t5_tokenizer: Any  # transformers' T5TokenizerFast
-    num_t5_tokens: int
+    tokenizer: Any  # transformers' T5TokenizerFast
+    num_tokens: int
     masks_padding: bool  # whether T5 leaves the padding behind a caption out
 
     @property
     def max_tokens(self) -> int:
-        return self.num_t5_tokens - 1  # the end token is one of them
+        return self.num_tokens - 1  # the end token is one of them
 
     def count_tokens(self, caption: str) -> int:
-        return count_t5_tokens(self.t5_tokenizer, caption)
+        return count_t5_tokens(self.tokenizer, caption)
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """T5's ids (B, 1, T) and which of those are no padding (B, 1, T)."""
+        ids_BT, mask_BT = tokenize_t5(self.tokenizer, captions, self.num_tokens)
+        return Tokens((ids_BT[:, None], mask_BT[:, None]))
+
+    def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
+        """{"t5_out": (B, T, W), "t5_attn_mask": (B, T)}. Gradients flow."""
+        ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
+        t5_out = encode_t5(encoders[0], ids_BT, mask_BT if self.masks_padding else None)
+        return {"t5_out": t5_out, "t5_attn_mask": mask_BT.to(t5_out.device)}
+
+
+@dataclass(frozen=True)
+class FluxText:
+    """Both encoders read the same caption; T5 reads more of it, so it is what counts how long a caption may be."""
+
+    clip: ClipTokens
+    t5: T5Text
+
+    @property
+    def max_tokens(self) -> int:
+        return self.t5.max_tokens
+
+    def count_tokens(self, caption: str) -> int:
+        return self.t5.count_tokens(caption)
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """CLIP's ids (B, 1, 77), T5's ids (B, 1, T) and which of those are no padding (B, 1, T)."""
-        ids_BT, mask_BT = tokenize_t5(self.t5_tokenizer, captions, self.num_t5_tokens)
-        return Tokens((self.clip.tokenize(captions)[0], ids_BT[:, None], mask_BT[:, None]))
+        return Tokens((self.clip.tokenize(captions)[0], *self.t5.tokenize(captions).ids_BLT))
 
     def encode(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """{"l_pooled": (B, W), "t5_out": (B, T, W), "t5_attn_mask": (B, T)}. Gradients flow."""
-        _, t5_ids, mask = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
-        t5_out = encode_t5(encoders[1], t5_ids, mask if self.masks_padding else None)
-        return {**self.encode_clip(encoders, tokens), "t5_out": t5_out, "t5_attn_mask": mask.to(t5_out.device)}
+        of_t5 = self.t5.encode(encoders[1:], Tokens(tokens.ids_BLT[1:]))
+        return {**self.encode_clip(encoders, tokens), **of_t5}
 
     def encode_clip(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """{"l_pooled": (B, W)}, for which CLIP-L, the first of `encoders`, is enough. Gradients flow."""

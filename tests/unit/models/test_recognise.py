@@ -90,12 +90,19 @@ def test_a_file_of_an_unknown_transformer_is_not_taken_for_a_unet(wanted: str) -
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_chroma_is_not_sent_to_the_script_of_the_model_that_it_looks_like(prefix: str) -> None:
-    chroma = weights(*(prefix + name for name in ("double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.x")))
-    with pytest.raises(ValueError, match=r"this is a Chroma model, which is not supported yet"):
-        refuse_other_file(CARDS, "--flag", chroma, "sd1", ())
-    with pytest.raises(ValueError, match=r"this is a Chroma model, which is not supported yet"):
-        refuse_other_model(CARDS, "--flag", "a.safetensors", chroma.shapes, "lumina")
+def test_chroma_shares_a_script_with_the_model_that_it_looks_like_and_has_a_flag(prefix: str) -> None:
+    blocks = f"{prefix}double_blocks.0.img_attn.qkv.weight"
+    chroma, flux = weights(blocks, f"{prefix}distilled_guidance_layer.in_proj.weight"), weights(blocks)
+    for wanted, found, way in (
+        ("lumina", chroma, r"Chroma model; use flux_train_network\.py with --model_type chroma"),
+        ("flux", chroma, "Chroma model; add --model_type chroma"),
+        ("chroma", flux, "FLUX model; leave out --model_type chroma"),
+    ):
+        with pytest.raises(ValueError, match=f"this is a {way}"):
+            refuse_other_model(CARDS, "--flag", "a.safetensors", found.shapes, wanted)
+    refuse_other_model(CARDS, "--flag", "a.safetensors", chroma.shapes, "chroma")
+    with pytest.raises(ValueError, match="this is a Chroma Radiance model, which has no latents"):
+        refuse_other_model(CARDS, "--flag", "a", weights(*chroma.shapes, f"{prefix}nerf_image_embedder.x").shapes, "x")
 
 
 def test_a_unet_with_two_text_encoders_is_sdxls_where_nothing_names_the_pipeline(tmp_path: Path) -> None:
@@ -108,7 +115,8 @@ def test_a_unet_with_two_text_encoders_is_sdxls_where_nothing_names_the_pipeline
 
 FULL_SIZE = [  # (file of names, where they are in it, the base model)
     ("sd15", ("checkpoint",), "sd1"), ("sd21", ("checkpoint",), "sd2"), ("sdxl", ("checkpoint",), "sdxl"),
-    ("flux1", ("components", "dit"), "flux"), ("lumina2", ("components", "dit"), "lumina"),
+    ("flux1", ("components", "dit"), "flux"), ("chroma", ("components", "dit"), "chroma"),
+    ("lumina2", ("components", "dit"), "lumina"),
     ("anima", ("components", "dit"), "anima"), ("hunyuan_image", ("components", "dit"), "hunyuan_image"),
     ("sd3", ("mmdit", "sd3-medium"), "sd3"), ("sd3", ("mmdit", "sd3.5-medium"), "sd3"),
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from library.models.identify import refuse_other_folder
 from tests.running import SCRIPTS, Finished, make_pictures
 from tools.base_models import open_base_model
 
-UNKNOWN = ("ChromaPipeline", "QwenImagePipeline", "PixArtSigmaPipeline")
+UNKNOWN = ("SanaPipeline", "QwenImagePipeline", "PixArtSigmaPipeline")
 
 
 def folder_of(path: Path, class_name: str | None) -> Path:
@@ -40,6 +40,8 @@ def test_known_folders_are_sent_to_their_script_and_unnamed_ones_pass(tmp_path: 
         refuse_other_folder(list_cards(), "--x", folder_of(tmp_path / "b", "StableDiffusionPipeline"), "flux")
     refuse_other_folder(list_cards(), "--x", folder_of(tmp_path / "c", "FluxPipeline"), "flux")
     refuse_other_folder(list_cards(), "--x", folder_of(tmp_path / "d", None), "flux")
+    with pytest.raises(UserError, match=r"this is a Chroma model; add --model_type chroma"):
+        refuse_other_folder(list_cards(), "--x", folder_of(tmp_path / "f", "ChromaPipeline"), "flux")
     custom = folder_of(tmp_path / "e", "SomebodysOwnPipeline")
     (custom / "unet").mkdir()
     refuse_other_folder(list_cards(), "--x", custom, "sd1")  # its U-Net tells more than its name

@@ -138,8 +138,10 @@ def test_arguments_of_base_models_are_typed_too() -> None:
 def test_every_base_model_knows_the_arguments_of_the_others_and_how_they_are_written(card: ModelCard) -> None:
     """One of theirs is read, and warned of when the network is made; it is no unknown argument."""
     package = next(path for path in ARCHITECTURES.iterdir() if card in cards_in(path))
-    targets: AdapterTargets = importlib.import_module(f"library.architectures.{package.name}.adapters").TARGETS
-    assert targets.arguments == card.network_arguments
+    declared = vars(importlib.import_module(f"library.architectures.{package.name}.adapters")).values()
+    (targets,) = (
+        each for each in declared if isinstance(each, AdapterTargets) and each.arguments == card.network_arguments
+    )
     assert targets.known_arguments == list_network_arguments()
     got = parse_arguments({"in_dims": "1,2", "train_llm_adapter": "yes"}, of_models=targets.known_arguments).of_model
     assert got == {"in_dims": (1, 2), "train_llm_adapter": True}

@@ -11,6 +11,7 @@ from library.checkpoints.files import read_metadata
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.sites.targets import Site
 from tests.tiny.anima import build_tiny_anima
+from tests.tiny.chroma import build_tiny_chroma
 from tests.tiny.flux import build_tiny_flux
 from tests.tiny.hunyuan_image import build_tiny_hunyuan_image
 from tests.tiny.lumina import build_tiny_lumina
@@ -23,6 +24,8 @@ SEED, RANK = 41, 3
 BASES: dict[str, tuple[Callable[[Path], str], str]] = {
     "flux": (lambda folder: build_tiny_flux(folder, SEED)[1], "flux1"),
     "flux in one file": (lambda folder: build_tiny_flux(folder, SEED + 1, "whole")[1], "flux1"),
+    "chroma": (lambda folder: build_tiny_chroma(folder, SEED + 6)[1], "chroma"),
+    "chroma in one file": (lambda folder: build_tiny_chroma(folder, SEED + 7, "whole")[1], "chroma"),
     "sd3": (lambda folder: str(build_tiny_sd3(folder, SEED + 2, "sd3.5-medium")), "5-medium"),
     "lumina": (lambda folder: build_tiny_lumina(folder, SEED + 3)[1], "lumina2"),
     "hunyuan_image": (lambda folder: build_tiny_hunyuan_image(folder, SEED + 4)[1], "hunyuan-image-2.1"),

@@ -55,7 +55,7 @@ def model(table: BaseNames, tmp_path: Path) -> Path:
     names = [name for name in names if "resnets" not in name and "layers_2" not in name]
     names.sort(key=lambda name: "attn2_to_k" not in name)
     width = WIDTHS.get(table.base, 64)
-    metadata = {"ss_network_module": "networks.loha"}
+    metadata = {"ss_network_module": "networks.loha", "ss_base_model_version": table.base}
     save_safetensors(tmp_path / "a.safetensors", loha_of(names[:4], 3001, width), metadata)
     return tmp_path / "a.safetensors"
 

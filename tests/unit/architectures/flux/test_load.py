@@ -30,7 +30,7 @@ BASE = "--pretrained_model_name_or_path"
 @pytest.mark.parametrize(
     ("flag", "changes", "message"),
     [
-        (BASE, {"distilled_guidance_layer.in_proj.weight": torch.ones(2, 2)}, "this is a Chroma model, which is not"),
+        (BASE, {"distilled_guidance_layer.in_proj.weight": torch.ones(2, 2)}, "this is a Chroma model; add --model_ty"),
         (BASE, {"img_in.weight": torch.ones(64, 384)}, "takes 384 values a patch, training feeds 64; FLUX.1 Fill"),
         (BASE, {"txt_in.weight": torch.ones(64, 48)}, "is 32 wide, the transformer listens to 48"),
         (BASE, {"txt_in.weight": None}, "flux1.safetensors: no FLUX.1 model: txt_in.weight is missing"),

@@ -1,0 +1,79 @@
+"""What Chroma (lodestones 2025) has in place of FLUX.1's modulation layers: one network that works out the rows of all
+of them from the noise level, in the layout of the original checkpoints.
+
+Letters: B samples, V rows of modulation, M model width, F input features, A width of the network.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.flux.keys import APPROXIMATOR
+from library.architectures.flux.layers import MLPEmbedder, RMSNorm
+from library.models.shapes import ShapeReader
+from library.models.sinusoids import sinusoids
+
+
+@dataclass(frozen=True)
+class ApproximatorConfig:
+    """Its sizes, as the shapes of a checkpoint tell them."""
+
+    in_features: int  # a quarter for the noise level, a quarter for the guidance, half for the number of the row
+    hidden_width: int
+    depth: int
+
+
+def read_approximator(shapes: Mapping[str, tuple[int, ...]]) -> ApproximatorConfig | None:
+    """The configuration from names and shapes, names without prefix; None where there is none of its names. Raises
+    UserError for a name that is missing."""
+    if not any(name.startswith(APPROXIMATOR) for name in shapes):
+        return None
+    read = ShapeReader("Chroma", shapes)
+    hidden_width, in_features = read.shape(f"{APPROXIMATOR}in_proj.weight")
+    return ApproximatorConfig(in_features, hidden_width, read.count(f"{APPROXIMATOR}layers"))
+
+
+def modulation_inputs(sigmas_B: Tensor, guidance_B: Tensor, num_rows: int, in_features: int) -> Tensor:
+    """What an approximator is told for each row, float32, shape BVF: the noise level and the guidance, which are the
+    same for all rows, then the number of the row."""
+    told_BF = [sinusoids(1000 * values_B.float(), in_features // 4) for values_B in (sigmas_B, guidance_B)]
+    rows_VF = sinusoids(1000 * torch.arange(num_rows, device=sigmas_B.device), in_features // 2)
+    told_BVF = [values[:, None].expand(-1, num_rows, -1) for values in told_BF]
+    return torch.cat([*told_BVF, rows_VF.expand(len(sigmas_B), -1, -1)], dim=-1)
+
+
+class Approximator(nn.Module):
+    """The class name is an interface: adapters find its layers by it where they are asked for.
+
+    The modulation of a frozen model depends on nothing that is trained, so autograd keeps nothing of it.
+    """
+
+    def __init__(self, config: ApproximatorConfig, width: int) -> None:
+        super().__init__()
+        hidden = config.hidden_width
+        self.in_proj = nn.Linear(config.in_features, hidden)
+        self.layers = nn.ModuleList(MLPEmbedder(hidden, hidden) for _ in range(config.depth))
+        self.norms = nn.ModuleList(RMSNorm(hidden) for _ in range(config.depth))
+        self.out_proj = nn.Linear(hidden, width)
+
+    def forward(self, inputs_BVF: Tensor) -> Tensor:
+        """The rows of modulation, BVM."""
+        x_BVA = self.in_proj(inputs_BVF)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x_BVA = x_BVA + layer(norm(x_BVA))
+        rows_BVM: Tensor = self.out_proj(x_BVA)
+        return rows_BVM
+
+
+class GivenModulation(nn.Module):
+    """Hands on rows that an approximator worked out, where FLUX.1 has a layer; it has no weights."""
+
+    def __init__(self, first_row: int, num_rows: int) -> None:
+        super().__init__()
+        self.rows = slice(first_row, first_row + num_rows)
+
+    def forward(self, rows_BVM: Tensor) -> tuple[Tensor, ...]:
+        """Each row as (B, 1, M)."""
+        return torch.split(rows_BVM[:, self.rows], 1, dim=1)

@@ -1,0 +1,103 @@
+"""Names and shapes of full-size Chroma files, of the model and of its adapters, are a contract."""
+
+import gzip
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from library.architectures.flux.adapters import CHROMA_NAMES, view_chroma
+from library.architectures.flux.approximator import ApproximatorConfig
+from library.architectures.flux.keys import from_diffusers
+from library.architectures.flux.load import denoiser_of, empty_flux
+from library.architectures.flux.model import FluxConfig, read_config
+from library.checkpoints.weights import Weights
+from library.models.t5 import empty_t5
+from networks.lora_flux import create_network, create_network_from_weights
+from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors
+from tests.contracts.test_lora_keys_flux1 import T5_XXL
+
+DATA = Path(__file__).parent / "data"
+
+
+def facts(name: str) -> Any:
+    return json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
+
+
+BASE: Mapping[str, tuple[int, ...]] = {
+    name: tuple(shape) for name, shape in facts("chroma")["components"]["dit"].items()
+}
+LORA = facts("lora_keys_chroma")
+FULL = FluxConfig(64, 3072, 128, 12288, 4096, 0, 19, 38, True, ApproximatorConfig(64, 5120, 5))
+
+
+def opened(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
+    """A checkpoint as if it had been opened; its values are on the meta device."""
+    return Weights("file", shapes, lambda name: torch.empty(shapes[name], device="meta"))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_the_denoiser_has_the_names_and_shapes_of_the_file(prefix: str) -> None:
+    weights = denoiser_of(Path("file"), opened({prefix + name: shape for name, shape in BASE.items()}), "chroma")
+    config = read_config(weights.shapes)
+    assert config == FULL
+    assert {name: tuple(tensor.shape) for name, tensor in empty_flux(config).state_dict().items()} == BASE
+    assert sum(torch.Size(shape).numel() for shape in BASE.values()) == 8_899_983_424
+
+
+def test_the_diffusers_layout_gives_our_shapes() -> None:
+    from diffusers import ChromaTransformer2DModel
+
+    with torch.device("meta"):
+        theirs = ChromaTransformer2DModel()
+    shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    assert dict(from_diffusers(opened(shapes)).shapes) == BASE
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[list[nn.Module], nn.Module]:
+    return view_chroma([empty_t5(T5_XXL)], empty_flux(FULL))
+
+
+def test_the_default_adapts_228_layers_of_the_blocks(models: tuple[list[nn.Module], nn.Module]) -> None:
+    found = saved_shapes(create_network, models)
+    assert found == LORA["default"] and len(found) == 3 * 228
+
+
+@pytest.mark.parametrize("name", LORA["variants"])
+def test_network_arguments_give_the_keys_and_shapes_they_are_known_for(
+    models: tuple[list[nn.Module], nn.Module], name: str
+) -> None:
+    variant = LORA["variants"][name]
+    found = saved_shapes(create_network, models, **variant["network_args"])
+    assert found == listed_shapes(LORA, name) and len(found) == variant["num_keys"]
+
+
+def test_the_approximator_is_adapted_only_where_it_is_asked_for(models: tuple[list[nn.Module], nn.Module]) -> None:
+    found = saved_shapes(create_network, models, train_approximator="True")
+    added = {key.split(".")[0] for key in found.keys() - LORA["default"].keys()}
+    stem = "lora_unet_distilled_guidance_layer"
+    assert added == {f"{stem}_in_proj", f"{stem}_out_proj"} | {
+        f"{stem}_layers_{n}_{side}_layer" for n in range(5) for side in ("in", "out")
+    }
+    assert found[f"{stem}_layers_4_out_layer.lora_up.weight"] == [5120, 4]
+    assert all(CHROMA_NAMES.find(name) is not None for name in added)
+
+
+def test_a_network_from_a_file_has_the_keys_of_the_file(models: tuple[list[nn.Module], nn.Module]) -> None:
+    shapes = saved_shapes(create_network, models, train_approximator="True", train_t5xxl="True", in_dims="2,0,0,0,2")
+    file = {key: torch.ones(()) if not shape else torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    with torch.device("meta"):
+        network, _ = create_network_from_weights(1.0, "file", None, *models, file)
+    assert {key: list(tensor.shape) for key, tensor in saved_tensors(network).items()} == shapes
+
+
+def test_every_name_of_a_module_is_one_of_the_checkpoint() -> None:
+    """And the other way round: of the layers of the checkpoint none is without a name in adapter files."""
+    named = {module.kohya for module in CHROMA_NAMES.modules if module.kohya.startswith("lora_unet")}
+    layers = {name.removesuffix(".weight") for name in BASE if name.endswith(".weight")}
+    assert named == {f"lora_unet_{layer.replace('.', '_')}" for layer in layers}

@@ -1,0 +1,128 @@
+"""Chroma's denoiser against diffusers' ChromaTransformer2DModel with the same weights."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.architectures.flux.model import PATCH, Flux
+from library.architectures.flux.predict import with_first_padding
+from library.models.patches import patchify
+from tests.parity.denoisers import assert_recomputing_changes_no_gradient
+from tests.tiny.chroma import CONFIG, chroma_diffusers_config, tiny_chroma
+from tests.tiny.flux import diffusers_state
+from tests.tolerances import FLOAT32_DEEP
+
+NUM_TEXT = 9
+
+
+def inputs(H: int, W: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, noise levels, text."""
+    g = torch.Generator().manual_seed(seed)
+    latents = torch.randn(2, 16, H, W, generator=g).requires_grad_()
+    text = torch.randn(2, NUM_TEXT, CONFIG.text_width, generator=g).requires_grad_()
+    return latents, torch.tensor([0.1875, 0.8125]), text
+
+
+def velocity(model: Flux, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Ours as patches, told the guidance that diffusers' always assumes."""
+    return patchify(model(latents, sigmas, text, None, torch.zeros_like(sigmas), mask), PATCH)
+
+
+def oracle(model: Flux) -> Any:
+    from diffusers import ChromaTransformer2DModel
+
+    theirs = ChromaTransformer2DModel(**chroma_diffusers_config(model.config))
+    theirs.load_state_dict(diffusers_state(model.state_dict()))
+    return theirs.requires_grad_(False).eval()
+
+
+def oracle_output(theirs: Any, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
+    """diffusers' velocity as patches, its places and its mask for all tokens made by its own pipeline."""
+    from diffusers import ChromaPipeline
+
+    B, C, H, W = latents.shape
+    packed = ChromaPipeline._pack_latents(latents, B, C, H, W)
+    place = (B, H // 2, W // 2, latents.device, torch.float32)
+    return theirs(  # type: ignore[no-any-return]
+        packed,
+        encoder_hidden_states=text,
+        timestep=sigmas,
+        img_ids=ChromaPipeline._prepare_latent_image_ids(*place),
+        txt_ids=torch.zeros(text.shape[1], 3),
+        attention_mask=ChromaPipeline._prepare_attention_mask(None, B, packed.shape[1], torch.bool, mask),  # type: ignore[arg-type]
+    ).sample
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 14), (18, 6)], ids=str)
+@pytest.mark.parametrize("lengths", [None, (3, 7), (0, NUM_TEXT)], ids=["no mask", "two lengths", "none and all"])
+def test_outputs_and_input_gradients_are_those_of_diffusers(
+    size: tuple[int, int], lengths: tuple[int, int] | None
+) -> None:
+    """Odd numbers of blocks that differ, so that rows of modulation in another order would show."""
+    ours = tiny_chroma(21, replace(CONFIG, num_double=3, num_single=4))
+    theirs = oracle(ours)
+    mask = None if lengths is None else torch.arange(NUM_TEXT) < torch.tensor(lengths)[:, None]
+    mask = None if mask is None else with_first_padding(mask)
+    results = []
+    for run in (
+        lambda *values: velocity(ours, *values, mask),
+        lambda *values: oracle_output(theirs, *values, mask),
+    ):
+        latents, sigmas, text = inputs(*size)
+        output = run(latents, sigmas, text)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(6))
+        results.append((output, *torch.autograd.grad((output * weights).sum(), (latents, text))))
+    for ours_value, theirs_value in zip(*results, strict=True):
+        assert theirs_value.abs().max() > 0.1
+        torch.testing.assert_close(ours_value, theirs_value, **FLOAT32_DEEP)
+
+
+def test_one_padding_token_behind_the_caption_is_attended_to() -> None:
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0]])
+    expected = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
+    assert with_first_padding(mask).int().tolist() == expected
+
+
+def test_masked_tokens_are_as_if_they_were_not_there() -> None:
+    model = tiny_chroma(22)
+    latents, sigmas, text = (value.detach() for value in inputs(8, 6, 1))
+    mask = (torch.arange(NUM_TEXT) < 4).expand(2, -1)
+    torch.testing.assert_close(
+        velocity(model, latents, sigmas, text, mask), velocity(model, latents, sigmas, text[:, :4]), **FLOAT32_DEEP
+    )
+    assert not torch.allclose(velocity(model, latents, sigmas, text), velocity(model, latents, sigmas, text, mask))
+
+
+def test_guidance_is_an_input() -> None:
+    """diffusers has it as a constant 0; the weights of the model take any."""
+    model = tiny_chroma(23)
+    latents, sigmas, text = (value.detach() for value in inputs(6, 6, 2))
+    told = model(latents, sigmas, text, None, torch.full_like(sigmas, 3.5))
+    assert not torch.allclose(patchify(told, PATCH), velocity(model, latents, sigmas, text), rtol=1e-3)
+
+
+def test_recomputing_blocks_changes_no_gradient() -> None:
+    def values() -> tuple[Tensor | None, ...]:
+        return (*inputs(8, 6), None, torch.zeros(2))
+
+    assert_recomputing_changes_no_gradient(tiny_chroma(24), values)
+
+
+def test_blocks_compile_without_a_break_in_the_graph() -> None:
+    model = tiny_chroma(25)
+    expected = velocity(model, *inputs(8, 6))
+    for block in (*model.double_blocks, *model.single_blocks):
+        block.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(velocity(model, *inputs(8, 6)), expected, **FLOAT32_DEEP)
+
+
+def test_nothing_is_kept_of_the_approximator_unless_it_is_trained() -> None:
+    model = tiny_chroma(26)
+    rows = model.modulation(torch.tensor([0.5]), None, torch.zeros(1), torch.float32)
+    assert not any(row.requires_grad for row in rows)
+    model.distilled_guidance_layer.layers[1].in_layer.weight.requires_grad_()
+    rows = model.modulation(torch.tensor([0.5]), None, torch.zeros(1), torch.float32)
+    assert all(row.requires_grad for row in rows)

@@ -1,0 +1,91 @@
+"""Chroma's previews and loss against diffusers' ChromaPipeline: the same folder, captions and seed, text to latents."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from flux_train_network import setup_parser
+from library.architectures.flux.assembly import build
+from library.architectures.flux.model import PATCH
+from library.architectures.flux.options import FluxOptions
+from library.models.patches import patchify
+from library.types import Prompt
+from tests.parity.test_chroma_model import oracle_output
+from tests.parity.test_preview import ours
+from tests.tiny.chroma import build_tiny_chroma
+from tests.tolerances import FLOAT32_SAMPLED
+
+NUM_TOKENS = 20
+
+
+def run_of(arguments: list[str]) -> Any:
+    arch = build(FluxOptions.from_args(setup_parser().parse_args([*arguments, "--t5xxl_max_token_length", "20"])))
+    models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders())
+    return SimpleNamespace(arch=arch, models=models, device=torch.device("cpu"), autocast=nullcontext)
+
+
+def pipeline_of(folder: Path) -> Any:
+    from diffusers import AutoencoderKL, ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+    from transformers import T5EncoderModel, T5TokenizerFast
+
+    pipeline = ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+        vae=AutoencoderKL.from_pretrained(folder / "vae"),
+        text_encoder=T5EncoderModel.from_pretrained(folder / "text_encoder"),
+        tokenizer=T5TokenizerFast.from_pretrained(folder / "tokenizer"),
+        transformer=ChromaTransformer2DModel.from_pretrained(folder / "transformer"),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize(("scale", "negative"), [(1.0, ""), (4.0, ""), (2.5, "a dog")], ids=str)
+def test_latents_equal_those_of_the_pipeline(tmp_path: Path, scale: float, negative: str) -> None:
+    """With the pipeline's own captions and masks. It makes a mask numbers of the text's precision, which torch adds to
+    the scores instead of hiding by them; the model's authors hide, so the masks are given as truth values."""
+    arguments = build_tiny_chroma(tmp_path, 12, "diffusers")
+    prompt = Prompt(
+        text="a red cat", negative=negative, width=64, height=96, seed=8, num_steps=4, scale=scale, sampler=None,
+        guidance_scale=0.0, cfg_trunc_ratio=None, renorm_cfg=None, flow_shift=None,
+    )  # fmt: skip
+    pipeline = pipeline_of(tmp_path)
+    with torch.no_grad():
+        texts = [pipeline._get_t5_prompt_embeds(text, 1, NUM_TOKENS) for text in (prompt.text, negative)]
+    assert texts[0][1].sum() != texts[1][1].sum(), "captions of two lengths"
+    expected = pipeline(
+        prompt_embeds=texts[0][0], prompt_attention_mask=texts[0][1].bool(),
+        negative_prompt_embeds=texts[1][0], negative_prompt_attention_mask=texts[1][1].bool(),
+        guidance_scale=scale, width=prompt.width, height=prompt.height, num_inference_steps=prompt.num_steps,
+        generator=torch.Generator().manual_seed(8), output_type="latent",
+    ).images  # fmt: skip
+    found = ours(run_of(arguments), prompt)
+    torch.testing.assert_close(patchify(found, PATCH), expected, **FLOAT32_SAMPLED)
+
+
+def test_the_loss_of_a_step_is_that_of_what_diffusers_predicts(tmp_path: Path) -> None:
+    """The recipe's: the mean square of what is missing to noise - latent, summed up in float64."""
+    recipe = ["--guidance_scale", "0", "--timestep_sampling", "sigmoid", "--model_prediction_type", "raw"]
+    arch = run_of([*build_tiny_chroma(tmp_path, 14, "diffusers"), *recipe]).arch
+    captions = ["a red cat", "dog"]
+    generator = torch.Generator().manual_seed(15)
+    clean = torch.randn(2, 16, 10, 6, generator=generator)
+    with torch.no_grad():
+        conditioning = arch.text.encode(arch.load.text_encoders(), arch.text.tokenize(captions))
+        noised = arch.objective.corrupt(clean, generator)
+        output = arch.predict(arch.load.denoiser(), noised, conditioning, None)
+        loss = arch.objective.loss(arch.objective.estimate(output, noised), arch.objective.target(noised), noised)
+        pipeline = pipeline_of(tmp_path)
+        text, mask = pipeline._get_t5_prompt_embeds(captions, 1, NUM_TOKENS)
+        theirs = oracle_output(pipeline.transformer, noised.latents_BCHW, noised.sigmas_B, text, mask.bool())
+    missing = theirs.double() - patchify(noised.noise_BCHW - clean, PATCH).double()
+    assert loss.mean().item() == pytest.approx(missing.square().mean().item(), rel=1e-5)  # float32 through two blocks
+    assert noised.sigmas_B[0] != noised.sigmas_B[1]
+
+
+def test_a_prompt_that_says_nothing_is_drawn_with_real_guidance(tmp_path: Path) -> None:
+    defaults = run_of(build_tiny_chroma(tmp_path, 13)).arch.preview.defaults
+    assert (defaults.scale, defaults.guidance_scale) == (4.0, 0.0)

@@ -1,0 +1,120 @@
+"""flux_train_network.py --model_type chroma on a tiny model: kinds of adapters, captions, pictures and tools."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from library.checkpoints.files import read_metadata
+from tests.running import Finished
+from tests.tiny.chroma import build_tiny_chroma
+from tools import merge_flux_lora
+
+Train = Callable[..., Finished]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build_tiny_chroma(tmp_path_factory.mktemp("tiny_chroma"), seed=33)
+
+
+@pytest.fixture
+def run(train: Train, tiny: list[str], pictures: Path, tmp_path: Path) -> Callable[..., Finished]:
+    """`run(name, ...)` trains three steps of the usual recipe."""
+    words = [
+        *tiny, "--train_data_dir", str(pictures), "--caption_extension", ".txt", "--resolution", "64",
+        "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--network_module", "networks.lora_flux",
+        "--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "3", "--seed", "6",
+        "--max_data_loader_n_workers", "0", "--t5xxl_max_token_length", "32", "--model_prediction_type", "raw",
+        "--guidance_scale", "0", "--timestep_sampling", "sigmoid",
+    ]  # fmt: skip
+    start = partial(train, script="flux_train_network")
+    return lambda name, *more: start([*words, "--output_name", name, *more])
+
+
+def saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(tmp_path / "out" / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("module", "network_args"),
+    [
+        ("networks.lora_flux", ["split_qkv=True", "rank_dropout=0.1"]),
+        ("networks.lora_flux", ["dora_wd=True", "in_dims=[2,0,0,0,2]", "train_approximator=True"]),
+        ("networks.lora_flux", ["train_t5xxl=True", "use_scalar=True", "loraplus_lr_ratio=4"]),
+    ],
+    ids=str,
+)
+def test_adapters_train_in_what_is_asked_for(
+    run: Callable[..., Finished], tmp_path: Path, module: str, network_args: list[str]
+) -> None:
+    done = run("a", "--network_module", module, "--network_args", *network_args)
+    assert done.status == 0, done.stderr
+    ups = {key: weight for key, weight in saved(tmp_path, "a").items() if key.endswith("lora_up.weight")}
+    assert all(weight.isfinite().all() and weight.abs().max() > 0 for weight in ups.values())
+    assert {key.split("_")[1] for key in ups} == {"unet"} | ({"te3"} if "train_t5xxl=True" in network_args else set())
+    assert any("distilled" in key for key in ups) == ("train_approximator=True" in network_args)
+    assert any("unet_img_in" in key for key in ups) == ("train_approximator=True" in network_args)
+    assert "--apply_t5_attn_mask is set" in done.stderr
+    metadata = read_metadata(tmp_path / "out" / "a.safetensors")
+    assert metadata["ss_base_model_version"] == "chroma" and metadata["modelspec.architecture"] == "chroma/lora"
+    assert (metadata["ss_apply_t5_attn_mask"], metadata["ss_guidance_scale"]) == ("True", "0.0")
+
+
+def test_cached_captions_train_the_same_and_are_in_files_that_sd_scripts_reads(
+    run: Callable[..., Finished], pictures: Path, tmp_path: Path
+) -> None:
+    """No encoder is left to train, so caching asks for no further option."""
+    assert run("plain").status == 0
+    for name in ("first", "again"):
+        done = run(name, "--cache_text_encoder_outputs_to_disk")
+        assert done.status == 0, done.stderr
+    plain, first, again = (saved(tmp_path, name) for name in ("plain", "first", "again"))
+    for key, weight in plain.items():
+        torch.testing.assert_close(first[key], weight, rtol=1e-4, atol=1e-6)
+        assert torch.equal(first[key], again[key])
+    with np.load(pictures / "2_thing" / "00_flux_te.npz") as file:
+        shapes = {key: file[key].shape for key in ("l_pooled", "t5_out", "txt_ids", "t5_attn_mask")}
+        assert shapes == {"l_pooled": (77, 1), "t5_out": (32, 32), "txt_ids": (32, 3), "t5_attn_mask": (32,)}
+        assert file["apply_t5_attn_mask"]
+    done = run("t5", "--cache_text_encoder_outputs", "--network_args", "train_t5xxl=True")
+    assert done.status == 1 and "train_t5xxl=True trains a text encoder whose outputs" in done.stderr
+
+
+def test_negative_prompts_and_their_scale_change_the_picture(run: Callable[..., Finished], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    size = "--w 64 --h 48 --s 2 --d 1"
+    lines = [
+        f"a red cat {size} {more}" for more in ("--l 1 --g 0", "--l 4 --g 0", "--l 4 --g 0 --n a dog", "--n a dog")
+    ]
+    prompts.write_text("\n".join(lines) + "\n")
+    done = run("a", "--sample_prompts", str(prompts), "--sample_at_first", "--max_train_steps", "1")
+    assert done.status == 0, done.stderr
+    pictures = [path.read_bytes() for path in sorted((tmp_path / "out" / "sample").glob("*_e000000_*.png"))]
+    assert len(pictures) == 4 and len(set(pictures[:3])) == 3
+    assert pictures[3] == pictures[2], "what a prompt that says nothing gets"
+
+
+def test_a_trained_file_merges_into_the_checkpoint(
+    run: Callable[..., Finished], tiny: list[str], tmp_path: Path
+) -> None:
+    assert run("a").status == 0
+    lora, merged = tmp_path / "out" / "a.safetensors", tmp_path / "merged.safetensors"
+    words = ["--flux_model", tiny[1], "--models", str(lora), "--ratios", "1", "--save_to", str(merged)]
+    assert merge_flux_lora.main(words) == 0
+    before, after, file = load_file(tiny[1]), load_file(merged), load_file(lora)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    stems = {key.removesuffix(".weight").replace(".", "_") for key in changed}
+    assert {f"lora_unet_{stem}" for stem in stems} == {key.split(".")[0] for key in file}
+    assert read_metadata(merged)["modelspec.architecture"] == "chroma"
+
+
+def test_without_a_file_of_clip_nothing_is_missing_and_one_that_is_given_does_nothing(
+    run: Callable[..., Finished],
+) -> None:
+    done = run("a", "--clip_l", "nowhere.safetensors", "--max_train_steps", "1")
+    assert done.status == 0 and "--clip_l has no effect: Chroma reads captions with T5 alone" in done.stderr
