@@ -37,6 +37,8 @@ ENDINGS: tuple[tuple[str, str], ...] = (  # (pattern, the leaf that kohya's form
     (r"lora_up\.weight|lora_B(?:\.[\w-]+)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight", UP),
     (r"dora_scale|lora_magnitude_vector(?:(?:\.[\w-]+)?\.weight)?", "dora_scale"),
     (r"oft_R(?:\.[\w-]+)?\.weight", "oft_R.weight"),
+    (r"boft_R(?:\.[\w-]+)?", "boft_R"),
+    (r"boft_s(?:\.[\w-]+)?", "boft_s"),
     (r"lora_mid\.weight|alpha|w_norm|b_norm|hada_\w+|lokr_\w+", ""),
 )
 KEY_PATTERNS = tuple((re.compile(rf"(.+?)\.({pattern})"), leaf) for pattern, leaf in ENDINGS)
@@ -85,12 +87,14 @@ def composed_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int,
 
 
 def _block_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """Blocks of b inputs, stored as b (b - 1) / 2 angles each; one block alone can serve for any number of inputs."""
+    """Blocks of b inputs, stored as b (b - 1) / 2 angles or whole; one block of angles can serve for all inputs."""
     found = {}
     for text, shape in shapes.items():
         key = AdapterKey.parse(text)
         if key is not None and key.leaf == "oft_R.weight" and len(shape) == 2 and shape[0] > 1:
             found[text] = (shape[0], shape[0] * ((1 + isqrt(1 + 8 * shape[1])) // 2))
+        elif key is not None and key.leaf == "boft_R" and len(shape) == 4:
+            found[text] = (shape[1], shape[1] * shape[2])
     return found
 
 

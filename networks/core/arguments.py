@@ -67,6 +67,8 @@ class NetworkArguments:
     coft: bool = False  # networks.oft_v2: angles are limited
     coft_eps: float = 6e-5  # to this length of all blocks
     block_share: bool = False  # networks.oft_v2: all inputs of a layer share one block
+    block_num: int = 0  # networks.boft: how many blocks, in place of their size
+    boft_n_butterfly_factor: int = 1  # networks.boft: how many factors turn one after the other
     enable_conv: bool = False  # networks.oft_v2, networks.boft: kernels larger than 1x1, without a size of their own
     auto_adjust: bool = True  # networks.oft_v2, networks.boft: the nearest size where one does not divide a layer
     decompose_both: bool = False  # networks.lokr: the small matrix is a product too, where it is large enough
@@ -118,6 +120,8 @@ SUPPORTED: Mapping[str, Parse] = {
     "coft": parse_bool,
     "coft_eps": parse_number,
     "block_share": parse_bool,
+    "block_num": parse_rank,
+    "boft_n_butterfly_factor": parse_unit,
     "enable_conv": parse_bool,
     "auto_adjust": parse_bool,
     "decompose_both": parse_bool,
@@ -147,10 +151,12 @@ SYNONYMS: Mapping[str, str] = {  # another spelling -> the argument
     "dyloRA": "unit",
     "rs_lora": "rslora",
     "oft_block_size": "block_size",
+    "boft_block_size": "block_size",
+    "boft_block_num": "block_num",
     "oft_coft": "coft",
     "oft_block_share": "block_share",
 }
-DROPOUTS = ("dropout", "dropout_probability")  # in --network_args, for --network_dropout
+DROPOUTS = ("dropout", "dropout_probability", "boft_dropout")  # in --network_args, for --network_dropout
 
 PLANNED: Mapping[str, str] = {  # key -> what it belongs to
     "ggpo_sigma": "GGPO",
@@ -166,8 +172,8 @@ def parse_arguments(
     """Read the network arguments that a user gave; None stands for one that was not given.
 
     `of_models` are those that base models have of their own. `dropout` is LyCORIS's name for --network_dropout and
-    `dropout_probability` that of OFT: all three mean the same here. Raises UserError naming the argument for an unknown
-    key, a value of the wrong form, and a feature that is not there yet.
+    `dropout_probability` and `boft_dropout` those of OFT and BOFT: all mean the same here. Raises UserError naming the
+    argument for an unknown key, a value of the wrong form, and a feature that is not there yet.
     """
     given = {key: value for key, value in items.items() if value is not None}
     dropouts = {name: given.pop(name) for name in DROPOUTS if name in given}

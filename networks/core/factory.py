@@ -40,6 +40,7 @@ FORM_ARGUMENTS = (
     "decompose_both",
     "full_matrix",
     "block_share",
+    "block_num",
     "enable_conv",
     "train_norm",
     "rslora",
@@ -50,7 +51,9 @@ FORM_ARGUMENTS = (
 OF_DOORS = {  # network modules -> arguments that no other has
     "networks.dylora": ("unit", "conv_unit", "train_all_ranks"),
     "networks.lokr": ("factor", "decompose_both", "full_matrix"),
-    "networks.oft_v2": ("block_size", "coft", "coft_eps", "block_share", "enable_conv", "auto_adjust"),
+    "networks.oft_v2": ("coft", "coft_eps", "block_share"),
+    "networks.boft": ("block_num", "boft_n_butterfly_factor"),
+    "networks.oft_v2 and networks.boft": ("block_size", "enable_conv", "auto_adjust"),
 }
 ONE_WEIGHT = (
     "its magnitudes divide by the norm of one changed weight, but with T-LoRA every sample of a batch has its own"

@@ -49,7 +49,7 @@ def test_networks_lora_opens_and_its_functions_take_what_the_trainer_gives() -> 
     ("name", "message"),
     [
         ("networks.lorra", "there is no such module; did you mean networks.lora?"),
-        ("my_own_file", "there are: networks.dylora, networks.loha, networks.lokr, networks.lora,"),
+        ("my_own_file", "there are: networks.boft, networks.dylora, networks.loha, networks.lokr, networks.lora,"),
         ("networks.core.sites.targets", "it lacks the function create_network"),
     ],
 )

@@ -34,6 +34,7 @@ ADAPTERS: Mapping[str, tuple[str, dict[str, str]]] = {
     "loha": ("networks.loha", {}),
     "lokr": ("networks.lokr", {"factor": "2"}),
     "oft_v2": ("networks.oft_v2", {}),
+    "boft": ("networks.boft", {"boft_n_butterfly_factor": "2"}),
     "lora_fa": ("networks.lora_fa", {}),
     "dylora": ("networks.dylora", {}),
     "lycoris": ("lycoris.kohya", {"preset": "attn-mlp", "algo": "lokr", "factor": "2"}),

@@ -129,6 +129,7 @@ KINDS = {
     "pissa": ["networks.lora", "init=pissa", "rslora=True", "module_dropout=0.1"],
     "loha": ["networks.loha", "dora_wd=True", "rank_dropout=0.1", "loraplus_lr_ratio=4"],
     "lokr": ["networks.lokr", "factor=2", "dora_wd=True", "use_scalar=True", "rank_dropout=0.1", "loraplus_lr_ratio=4"],
+    "boft": ["networks.boft", "use_scalar=True", "boft_dropout=0.1"],
     "oft_v2": ["networks.oft_v2", "use_scalar=True", "module_dropout=0.1", "train_norm=True"],
 }  # fmt: skip
 
@@ -147,6 +148,7 @@ def test_every_kind_of_adapter_trains_and_its_file_is_trained_further(
         "hada_w2_a",
         "lokr_w1",
         "oft_R.weight",
+        "boft_R",
     )  # the last two hold a strength that starts at 0
     moved = [key for key, tensor in first.items() if key.endswith(from_zero) and float(tensor.abs().max()) > 0]
     assert any(key.startswith("lora_unet") for key in moved)

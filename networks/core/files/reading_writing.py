@@ -26,6 +26,7 @@ from networks.core.kinds.table import KINDS, SHARED, kind_of
 from networks.core.kinds.turned import Turned
 
 PEFT_STEM = "adapter_model"
+EXACT = frozenset(leaf for kind in KINDS for leaf in kind.exact)  # what no --save_precision rounds
 
 
 @dataclass(frozen=True)
@@ -163,13 +164,13 @@ def load_into(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor], so
 
 
 def in_own_form(name: str, adapter: Adapter, group: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
-    """One module of a file as the adapter has it in memory: with split_qkv the blocks of the up factor alone.
+    """One module of a file as the adapter has it in memory, such as the blocks of the up factor alone with split_qkv.
 
     Raises UserError where the file has it in a form that the adapter cannot have.
     """
-    change = adapter.change
-    if not isinstance(change, ScaledDelta) or not kind_of(group).is_low_rank:
-        return group
+    change, kind = adapter.change, kind_of(group)
+    if not isinstance(change, ScaledDelta) or not kind.is_low_rank:
+        return group if kind.own_form is None else kind.own_form(group)
     if not isinstance(change.delta, StoredOtherwise):
         own = change.state_dict()  # a matrix stands for a 1x1 convolution: LoHa and what is made of it know no kernel
         return {k: t.view_as(own[k]) if k in own and (*t.shape, 1, 1) == own[k].shape else t for k, t in group.items()}
@@ -257,12 +258,12 @@ def check_kind(name: str, change: ScaledDelta, group: Mapping[str, Tensor], sour
 def network_tensors(adapters: Mapping[str, Adapter], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The weights by key as they are saved: on the CPU, in `dtype` or as they are, magnitudes always as they are.
 
-    Half precision would move every column of the base model by its rounding, which is as much as some changes.
+    Half precision would move every column or row of the base model by its rounding, which is as much as some changes.
     """
     tensors = {}
     for name, adapter in adapters.items():
         for leaf, tensor in adapter.change.leaves().items():
-            wanted = tensor.dtype if dtype is None or leaf == DORA_SCALE else dtype
+            wanted = tensor.dtype if dtype is None or leaf in EXACT else dtype
             tensors[f"{name}.{leaf}"] = tensor.detach().to("cpu", wanted).contiguous()
     return tensors
 

@@ -12,6 +12,14 @@ from library.errors import UserError
 logger = logging.getLogger(__name__)
 
 ALPHAS = ("conv_alpha", "block_alphas", "conv_block_alphas")
+LORAPLUS_RATIOS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
+REFUSED = {  # network argument -> why it does not work with what turns
+    "use_tucker": "a rotation has no factors between which a core could lie",
+    "split_qkv": "all rows of a layer see the same turned inputs",
+    "rslora": "a rotation has no alpha",
+    "rank_dropout": "it has no ranks; --network_dropout leaves out blocks",
+    **dict.fromkeys(LORAPLUS_RATIOS, "no tensor of a module is to the others what lora_up is to lora_down"),
+}
 
 
 def row_length(layer: nn.Module) -> int:
@@ -20,6 +28,14 @@ def row_length(layer: nn.Module) -> int:
         return layer.in_features
     assert isinstance(layer, nn.Conv2d)
     return layer.in_channels * prod(layer.kernel_size)
+
+
+def num_outputs(layer: nn.Module) -> int:
+    """O."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
+    assert isinstance(layer, nn.Conv2d)
+    return layer.out_channels
 
 
 def block_size_for(num_columns: int, wanted: int, may_adjust: bool) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from library.checkpoints.adapter_names import FileNaming
 from networks.core.kinds.change import Change, Delta, Leaves, MakeDelta
@@ -36,11 +36,13 @@ class Kind:
     may_have: tuple[str, ...] = (ALPHA, DORA_SCALE)
     rank_of: Callable[[Leaves], int] | None = None  # None where there is no rank
     shape_of: Callable[[str, Leaves], tuple[int, ...]] | None = None  # of the weight, from the module's name too
+    exact: tuple[str, ...] = (DORA_SCALE,)  # leaves that stand near what they multiply, and are kept in float32
     is_low_rank: bool = False  # the change is scale * up @ down, and cheap to give as such
     ends: tuple[str, str] | None = None  # the leaves next to the input and to the output, whose norms reports show
     scaled: str = ""  # the leaf that takes the scale where a naming has no alpha, "" where there is none
     namings: frozenset[FileNaming] = frozenset(("kohya",))  # those whose programs read it
     together: str = ""  # how `needs` are called in a sentence
+    own_form: Callable[[Leaves], dict[str, Tensor]] | None = None  # leaves of other programs as they are here
     fault: Callable[[str, Leaves, Mapping[str, str]], str | None] | None = None  # (name, leaves, keys) -> what is wrong
     door: str = ""  # the --network_module that trains it further
     is_whole: bool = False  # no factor has a rank: alpha counts as the rank, whatever is recorded

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.kinds.blocks import block_size_for, row_length, settle
+from networks.core.kinds.blocks import REFUSED, block_size_for, row_length, settle
 from networks.core.kinds.change import Change, Leaves
 from networks.core.kinds.kind import Door, Kind
 from networks.core.kinds.scaled import NO_DROPOUT, Dropout
@@ -36,6 +36,8 @@ class OftV2(nn.Module):
 
     With `eps` (COFT) no Q is longer than eps / sqrt(D): longer ones are drawn in, and `limit_` does it for good.
     """
+
+    exact: tuple[str, ...] = ()
 
     def __init__(self, angles_Dn: Tensor, eps: float | None = None) -> None:
         super().__init__()
@@ -190,14 +192,5 @@ DOOR = Door(
     settle=settle,
     with_arguments=with_arguments,
     check=tell,
-    refuses={
-        "dora_wd": "no program that reads OFT applies magnitudes",
-        "use_tucker": "a rotation has no factors between which a core could lie",
-        "split_qkv": "all rows of a layer see the same turned inputs",
-        "rank_dropout": "it has no ranks; --network_dropout leaves out blocks",
-        **dict.fromkeys(
-            ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"),
-            "a module has one tensor of angles, so there are no two rates to compare",
-        ),
-    },
+    refuses={**REFUSED, "dora_wd": "no program that reads OFT applies magnitudes"},
 )

@@ -4,7 +4,7 @@ Letters: O output features or channels, I input features or channels, h w kernel
 b block size, T everything but the last axis.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +27,7 @@ class Rotation(Protocol):
     """
 
     block_size: int
+    exact: tuple[str, ...]  # parameters that are never rounded to 16 bits: what they multiply would move with them
 
     def angles(self, scalar: Tensor | float) -> Tensor:
         """(F, D, b, b), skew-symmetric: `scalar` times the angles, of which the rotations are 1 + 2 angles + ..."""
@@ -133,6 +134,15 @@ class Turned(nn.Module):
     def load(self, leaves: Mapping[str, Tensor]) -> None:
         """Take over the tensors of a file; a trained strength becomes 1."""
         self.load_state_dict({**({} if self.scalar is None else {SCALAR: torch.ones(())}), **leaves})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Turned":
+        """Move or cast, without rounding what has to stay exact."""
+        exact = {name: self.get_parameter(name).detach() for name in self.rotation.exact}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, kept in exact.items():
+            if (parameter := self.get_parameter(name)).dtype.itemsize == 2:
+                parameter.data = kept.to(parameter.device)
+        return self
 
     @property
     def _scalar(self) -> Tensor | float:

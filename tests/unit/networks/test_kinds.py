@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from library.checkpoints.files import load_state_dict
-from networks import loha, lokr, lora, oft_v2
+from networks import boft, loha, lokr, lora, oft_v2
 from networks.core.network import AdapterNetwork
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.unit.networks.test_forms import CONV, LINEAR, assert_same, outputs, perturb
@@ -66,7 +66,19 @@ CASES: dict[str, Case] = {
             "everything": {"enable_conv": "1", "use_scalar": "1", "train_norm": "1", "oft_block_size": "3"},
         },
         scaled="oft_R.weight",
-        refused=("split_qkv", "dora_wd", "use_tucker", "rank_dropout", LORAPLUS),
+        refused=("split_qkv", "dora_wd", "use_tucker", "rank_dropout", "rslora", "tlora", LORAPLUS),
+    ),
+    "boft": Case(
+        boft, 2,
+        {
+            "plain": {},
+            "conv": {"enable_conv": "y"},
+            "several": {"boft_n_butterfly_factor": "2", "include_patterns": ".*to_q"},
+            "counted": {"boft_block_num": "1"},
+            "everything": {"enable_conv": "1", "use_scalar": "1", "train_norm": "1", "boft_block_size": "3"},
+        },
+        scaled="boft_R",
+        refused=("split_qkv", "dora_wd", "use_tucker", "rank_dropout", "rslora", "tlora", LORAPLUS),
     ),
 }  # fmt: skip
 PAIRS = [(kind, form) for kind, case in CASES.items() for form in case.forms]
@@ -187,7 +199,13 @@ def test_what_cannot_meet_is_an_error_that_says_why(kind: str) -> None:
     text, unet = toy_models(7531)
     for name in CASES[kind].refused:
         with pytest.raises(ValueError, match=rf"--network_args {name} does not work with this --network_module: \w+"):
-            made(kind, "plain", text, unet, **{name: "0.5" if name in ("rank_dropout", LORAPLUS) else "True"})
+            made(
+                kind,
+                "plain",
+                text,
+                unet,
+                **{name: "0.5" if name in ("rank_dropout", LORAPLUS) else "True"},
+            )
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -208,7 +226,7 @@ def test_it_goes_on_under_its_own_module_only(tmp_path: Path, kind: str) -> None
 @pytest.mark.parametrize("kind", CASES)
 def test_ranks_and_rates_of_single_modules(kind: str) -> None:
     """network_reg_dims, network_reg_lrs and block_dims; ranks are sizes of blocks where that is meant."""
-    other = "4" if kind == "oft_v2" else "2"
+    other = "3" if "oft" in kind else "2"
     arguments = {"network_reg_dims": f"mid_attention_proj_in={other}", "network_reg_lrs": "mid_attention=0.5"}
     network = trained(kind, "plain", 7551, **arguments)[0]
     allotted = {member.adapter.site.name: member.allotment for member in network.members}

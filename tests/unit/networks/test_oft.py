@@ -1,4 +1,4 @@
-"""networks.oft_v2: its arguments, sizes of blocks, the limit of COFT, what it costs, files that do not fit together."""
+"""networks.oft_v2 and networks.boft: arguments, sizes of blocks, the limit of COFT, costs, files that do not fit."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.files import load_state_dict, save_safetensors
-from networks import loha, oft_v2
+from networks import boft, loha, oft_v2
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.kinds.oft_v2 import ANGLES, OftV2, fresh
 from networks.core.kinds.turned import Turned
@@ -77,7 +77,35 @@ def test_it_is_said_what_does_not_count(caplog: pytest.LogCaptureFixture) -> Non
     ):
         assert said in caplog.text
     loha.create_network(1.0, 3, 2.0, None, *toy_models(8042), coft="True", enable_conv="1")
-    assert "--network_args coft, enable_conv has no effect; it belongs to networks.oft_v2" in caplog.text
+    assert "--network_args coft has no effect; it belongs to networks.oft_v2" in caplog.text
+    assert "--network_args enable_conv has no effect; it belongs to networks.oft_v2 and networks.boft" in caplog.text
+
+
+def test_boft_refuses_two_ways_to_say_a_size_and_tells_which_counts(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match="block_size=4 and boft_block_num=2 say the same in two ways"):
+        boft.create_network(1.0, None, 1.0, None, *toy_models(8046), boft_block_size="4", boft_block_num="2")
+    with caplog.at_level("INFO"):
+        network = boft.create_network(1.0, 3, 1.0, None, *toy_models(8046), boft_block_num="1", boft_dropout="0.2")
+    assert "boft_block_num gives the sizes of blocks; --network_dim and --network_alpha do not count" in caplog.text
+    change: Any = network.adapters[LINEAR].change
+    assert list(change.boft_R.shape) == [1, 1, 8, 8] and change.drops.neuron == 0.2
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"boft_R": (1, 2, 4, 4)}, "without its boft_s"),
+        ({"boft_s": (6, 1)}, "without its boft_R"),
+        ({"boft_R": (2, 3, 2, 2), "boft_s": (6, 1)}, "of the shape [2, 3, 2, 2]; it needs (factors, blocks, b, b)"),
+        ({"boft_R": (8, 4, 4), "boft_s": (6, 1)}, "of the shape [8, 4, 4]; it needs (factors, blocks, b, b)"),
+        ({"boft_R": (1, 2, 4, 4), "boft_s": (6, 2)}, "it needs one number for each output"),
+    ],
+)
+def test_tensors_that_are_no_boft_are_named(tmp_path: Path, tensors: dict[str, tuple[int, ...]], said: str) -> None:
+    made = {f"{LINEAR}.{leaf}": torch.ones(shape) for leaf, shape in tensors.items()}
+    save_safetensors(tmp_path / "x.safetensors", made, {})
+    with pytest.raises(ValueError, match=re.escape(said)):
+        read_adapter_file(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 from library.architectures.sd.adapters import view
 from library.checkpoints.files import load_state_dict
-from networks import loha, lokr, lora, oft_v2
+from networks import boft, loha, lokr, lora, oft_v2
 from tests.parity.test_lora_merge import tiny_clip, tiny_unet
 from tests.tolerances import FLOAT32_SAME_MATH
 from tools.toy_sampling import merge_lora
@@ -23,6 +23,7 @@ FORMS: list[tuple[ModuleType, dict[str, str]]] = [
     (loha, {"conv_dim": "2"}),
     (lokr, {"conv_dim": "2"}),
     (oft_v2, {"enable_conv": "True"}),
+    (boft, {"enable_conv": "True"}),
 ]
 
 

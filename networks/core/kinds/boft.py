@@ -1,0 +1,195 @@
+"""BOFT: a layer's inputs turned by a product of sparse orthogonal matrices, its outputs scaled, as PEFT has it.
+
+Letters: O outputs, N numbers that one output sees, F factors, D blocks, b block size.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from networks.core.kinds.blocks import REFUSED, block_size_for, num_outputs, row_length, settle
+from networks.core.kinds.change import Change, Leaves
+from networks.core.kinds.kind import Door, Kind
+from networks.core.kinds.scaled import NO_DROPOUT, Dropout
+from networks.core.kinds.turned import Turned
+
+logger = logging.getLogger(__name__)
+
+BLOCKS, SCALES = "boft_R", "boft_s"
+DEFAULT_BLOCK_SIZE = 4
+
+
+class Boft(nn.Module):
+    """BOFT (Liu et al. 2024, arXiv:2311.06243): F factors with D blocks (1 - S) / (1 + S) each, and W' = s * (W R').
+
+    `boft_R` (F, D, b, b) starts at zero; S is half of it less its transpose, skew-symmetric, and the blocks are exactly
+    orthogonal. Two factors let 2 b inputs meet, F let 2^(F - 1) b. `boft_s` (O, 1) multiplies the outputs and starts
+    at one. Both are float32.
+    """
+
+    exact: tuple[str, ...] = (SCALES,)
+
+    def __init__(self, blocks_FDbb: Tensor, scales_O1: Tensor) -> None:
+        super().__init__()
+        self.block_size = blocks_FDbb.shape[-1]
+        self.boft_R = nn.Parameter(blocks_FDbb)
+        self.boft_s = nn.Parameter(scales_O1)
+
+    def angles(self, scalar: Tensor | float) -> Tensor:
+        blocks_FDbb = self.boft_R.to(torch.promote_types(self.boft_R.dtype, torch.float32)) * scalar
+        return (blocks_FDbb.mT - blocks_FDbb) / 2
+
+    def turns(self, angles_FDbb: Tensor) -> Tensor:
+        one = torch.eye(self.block_size, dtype=angles_FDbb.dtype, device=angles_FDbb.device)
+        # (1 + A) / (1 - A) - 1 with A = -S; both factors commute.
+        turns: Tensor = torch.linalg.solve(one - angles_FDbb, 2 * angles_FDbb)
+        return turns
+
+    def output_scales(self) -> Tensor:
+        return self.boft_s.flatten()
+
+    @torch.no_grad()
+    def start_moving(self) -> None:
+        nn.init.normal_(self.boft_R, std=1e-2)
+
+    @torch.no_grad()
+    def scale_(self, ratio: Tensor, scalar: Tensor | float) -> None:
+        self.boft_R.mul_(ratio.to(self.boft_R))
+        self.boft_s.sub_(1).mul_(ratio.to(self.boft_s)).add_(1)
+
+    def in_files(self, scalar: Tensor | float) -> Mapping[str, Tensor]:
+        return {BLOCKS: self.boft_R * scalar, SCALES: self.boft_s}
+
+
+def sizes_for(num_columns: int, wanted: int, num_blocks: int, num_factors: int, may_adjust: bool) -> tuple[int, int]:
+    """(D, b) of a layer. With several factors both are even, and D a multiple of 2^(F - 1).
+
+    `num_blocks` 0 leaves it to the size `wanted`, of which the nearest that fits is taken. Raises UserError where none
+    fits, or the one that is asked for does not.
+    """
+    if num_factors == 1 and not num_blocks:
+        size = block_size_for(num_columns, wanted, may_adjust)
+        return num_columns // size, size
+    sizes = [size for size in range(2, num_columns + 1) if fits(num_columns, size, num_factors)]
+    asked = num_columns // num_blocks if num_blocks and num_columns % num_blocks == 0 else 0 if num_blocks else wanted
+    if asked in sizes:
+        return num_columns // asked, asked
+    setting = f"boft_block_num={num_blocks}" if num_blocks else f"block_size={wanted}"
+    if not sizes or num_blocks or not may_adjust:
+        raise UserError(
+            f"--network_args {setting} with boft_n_butterfly_factor={num_factors} does not fit a layer with "
+            f"{num_columns} inputs, of which sizes {', '.join(map(str, sizes)) or 'none'} can be made; choose another, "
+            "or leave the layer out with exclude_patterns"
+        )
+    size = min(sizes, key=lambda size: (abs(size - wanted), size))
+    return num_columns // size, size
+
+
+def fits(num_columns: int, size: int, num_factors: int) -> bool:
+    """Whether blocks of this size can be made of so many inputs."""
+    if num_columns % size:
+        return False
+    return num_factors == 1 or (size % 2 == 0 and num_columns // size % 2 ** (num_factors - 1) == 0)
+
+
+def fresh(
+    layer: nn.Module,
+    block_size: int,
+    drops: Dropout = NO_DROPOUT,
+    has_scalar: bool = False,
+    leaves: Leaves | None = None,
+    *,
+    num_blocks: int = 0,
+    num_factors: int = 1,
+    may_adjust: bool = True,
+) -> Turned:
+    """The change of a layer before training; in the form of `leaves`, where those of a file are given."""
+    if leaves is not None:
+        shape = tuple(leaves[BLOCKS].shape)
+    else:
+        many, size = sizes_for(row_length(layer), block_size, num_blocks, num_factors, may_adjust)
+        shape = (num_factors, many, size, size)
+    scales = torch.ones(num_outputs(layer), 1, dtype=torch.float32)
+    return Turned(layer, Boft(torch.zeros(shape, dtype=torch.float32), scales), drops, has_scalar)
+
+
+# --- in files ---
+
+
+def rank_of(leaves: Leaves) -> int:
+    """The block size, which stands where other kinds have a rank."""
+    return leaves[BLOCKS].shape[-1]
+
+
+def in_own_form(leaves: Leaves) -> dict[str, Tensor]:
+    """The leaves with scales as a column; PEFT has them as a row for convolutions."""
+    return {**leaves, SCALES: leaves[SCALES].reshape(-1, 1)}
+
+
+def read(leaves: Leaves, layer: nn.Module | None) -> Change:
+    """The change of a module from a file."""
+    own = in_own_form(leaves)
+    return Turned(layer, Boft(own[BLOCKS], own[SCALES])).requires_grad_(False)
+
+
+def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
+    """Why the tensors of a module make no rotation, None where they do."""
+    for leaf, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
+        if leaf not in leaves:
+            return f"has {keys[other]} without its {leaf}; the file is incomplete"
+    shape = tuple(leaves[BLOCKS].shape)
+    if len(shape) != 4 or shape[2] != shape[3] or not fits(shape[1] * shape[2], shape[2], shape[0]):
+        return f"has {keys[BLOCKS]} of the shape {list(shape)}; it needs (factors, blocks, b, b)"
+    scales = tuple(leaves[SCALES].shape)
+    if max(scales, default=1) != leaves[SCALES].numel():
+        return f"has {keys[SCALES]} of the shape {list(scales)}; it needs one number for each output"
+    return None
+
+
+KIND = Kind(
+    name="boft", words="BOFT", needs=(BLOCKS, SCALES), read=read, may_have=(), rank_of=rank_of, fault=fault,
+    exact=(SCALES,), own_form=in_own_form, door="networks.boft",
+)  # fmt: skip
+
+
+# --- as --network_module ---
+
+
+def with_arguments(arguments: Any) -> Door:
+    """The door that makes modules as the network arguments say."""
+    if arguments.block_size and arguments.block_num:
+        raise UserError(
+            f"--network_args block_size={arguments.block_size} and boft_block_num={arguments.block_num} say the "
+            "same in two ways; give one of them"
+        )
+    form: dict[str, Any] = {
+        "num_blocks": arguments.block_num, "num_factors": arguments.boft_n_butterfly_factor,
+        "may_adjust": arguments.auto_adjust,
+    }  # fmt: skip
+    return replace(DOOR, make_change=partial(fresh, **form))
+
+
+def tell(network: Any) -> None:
+    """Say what the settings mean for this kind."""
+    if network.arguments.block_num:
+        logger.info("BOFT: boft_block_num gives the sizes of blocks; --network_dim and --network_alpha do not count")
+    else:
+        logger.info("BOFT: --network_dim is the size of the blocks; --network_alpha does not count")
+
+
+DOOR = Door(
+    make_change=fresh,
+    kinds=(KIND,),
+    default_rank=DEFAULT_BLOCK_SIZE,
+    arguments=("block_size", "block_num", "boft_n_butterfly_factor", "enable_conv", "auto_adjust"),
+    settle=settle,
+    with_arguments=with_arguments,
+    check=tell,
+    refuses={**REFUSED, "dora_wd": "boft_s already trains the lengths of the weight's rows"},
+)

@@ -1,0 +1,161 @@
+"""BOFT against PEFT's: the same numbers give the same outputs, gradients, merged weights and files, both ways.
+
+Without a CUDA compiler PEFT makes one factor. Products of several are held to its own permutations and its own Cayley
+transform, multiplied as dense matrices.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from networks.core.files.adapter_file import read_adapter_file
+from networks.core.kinds.boft import BLOCKS, SCALES, Boft, fits, fresh, read, sizes_for
+from networks.core.kinds.turned import Turned, turn
+from tests.tolerances import FLOAT64
+from tests.unit.networks.test_joins import Largest
+
+peft: Any = pytest.importorskip("peft")
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(24, 10), (2, 5, 24)),
+    "no bias": (lambda: nn.Linear(24, 10, bias=False), (2, 5, 24)),
+    "1x1": (lambda: nn.Conv2d(24, 10, 1), (2, 24, 4, 4)),
+    "3x3": (lambda: nn.Conv2d(8, 10, 3, stride=2, padding=1), (2, 8, 6, 6)),
+}
+FLOAT32_SOLVE = {"rtol": 1e-5, "atol": 1e-6}  # their identity matrix is float32
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_gradients_and_merged_weights(name: str) -> None:
+    torch.manual_seed(6201 + list(LAYERS).index(name))
+    layer: Any = LAYERS[name][0]().requires_grad_(False)
+    wrapped = nn.Sequential(LAYERS[name][0]())
+    wrapped[0].load_state_dict(layer.state_dict())
+    config = peft.BOFTConfig(boft_block_size=4, target_modules=["0"], init_weights=False)
+    theirs: Any = peft.get_peft_model(wrapped, config)
+    parameters = {key.split(".")[-2]: value for key, value in theirs.named_parameters() if "boft" in key}
+    leaves = {leaf: value.detach().clone() for leaf, value in parameters.items()}
+    ours = fresh(layer, 4)
+    assert {leaf: value.numel() for leaf, value in ours.leaves().items()} == {k: v.numel() for k, v in leaves.items()}
+    ours.load({**leaves, SCALES: leaves[SCALES].view(-1, 1)})
+    x = torch.randn(LAYERS[name][1], requires_grad=True)
+    y, their_y = ours.forward(x, layer, 1.0), theirs(x)
+    torch.testing.assert_close(y, their_y, **FLOAT32_SOLVE)
+    assert (y - layer(x)).abs().max() > 0.05
+    grads = torch.autograd.grad(y.square().sum(), (x, *ours.parameters()))
+    their_grads = torch.autograd.grad(their_y.square().sum(), (x, *parameters.values()))
+    for one, other in zip(grads, their_grads, strict=True):
+        torch.testing.assert_close(one, other.view_as(one), rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+    merged = theirs.merge_and_unload()[0].weight
+    torch.testing.assert_close(ours.merged(layer.weight), merged, **FLOAT32_SOLVE)
+    torch.testing.assert_close(read(leaves, None).merged(layer.weight), merged, **FLOAT32_SOLVE)
+
+
+def dense(blocks_FDbb: Tensor) -> Tensor:
+    """R with PEFT's permutations and Cayley transform, as a matrix."""
+    theirs = peft.tuners.boft.layer.BOFTLayer
+    num_factors, num_blocks, size, _ = blocks_FDbb.shape
+    whole = torch.eye(num_blocks * size, dtype=blocks_FDbb.dtype)
+    for i in range(num_factors):
+        order = theirs.block_butterfly_perm(None, len(whole), num_blocks // 2**i, size // 2, num_factors - 1)
+        moved = theirs.perm2mat(None, order).to(whole)
+        skew = (blocks_FDbb[i] - blocks_FDbb[i].mT) / 2
+        one = torch.eye(size, dtype=whole.dtype)
+        blocks = torch.linalg.solve(one + skew, (one - skew).expand_as(skew), left=False)
+        whole = moved @ torch.block_diag(*blocks) @ moved.t() @ whole
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("num_columns", "size", "num_factors"), [(24, 4, 1), (24, 4, 2), (48, 4, 3), (64, 8, 4), (40, 2, 3)]
+)
+def test_products_of_factors_are_those_of_peft(num_columns: int, size: int, num_factors: int) -> None:
+    torch.manual_seed(6211 + num_columns + num_factors)
+    layer = nn.Linear(num_columns, 6).double().requires_grad_(False)
+    change = fresh(layer, size, num_factors=num_factors).double()
+    with torch.no_grad():
+        for parameter in change.parameters():
+            parameter.add_(torch.randn(parameter.shape, dtype=torch.float64) * 0.4)
+    whole = dense(change.get_parameter(BLOCKS).detach())
+    one = torch.eye(num_columns, dtype=torch.float64)
+    torch.testing.assert_close(whole @ whole.t(), one, **FLOAT64)
+    turns = change.rotation.turns(change.rotation.angles(1.0)).detach()
+    torch.testing.assert_close(turn(one, turns), whole, **FLOAT64)
+    torch.testing.assert_close(turn(one, turns, is_transposed=True), whole.t(), **FLOAT64)
+    expected = change.get_parameter(SCALES) * (whole @ layer.weight.t()).t()
+    torch.testing.assert_close(change.merged(layer.weight), expected, **FLOAT64)
+    x = torch.randn(3, num_columns, dtype=torch.float64, requires_grad=True)
+    found = change.forward(x, layer, 1.0)
+    wanted = nn.functional.linear(x, change.merged(layer.weight), layer.bias)
+    torch.testing.assert_close(found, wanted, **FLOAT64)
+    learned = (x, *change.parameters())
+    wanted_grads = torch.autograd.grad(wanted.square().sum(), learned)
+    for mine, other in zip(torch.autograd.grad(found.square().sum(), learned), wanted_grads, strict=True):
+        torch.testing.assert_close(mine, other, **FLOAT64)
+
+
+def test_several_factors_let_inputs_meet_that_one_keeps_apart() -> None:
+    torch.manual_seed(6221)
+    for num_factors in (1, 2, 3):
+        change = fresh(nn.Linear(32, 4), 4, num_factors=num_factors)
+        with torch.no_grad():
+            change.get_parameter(BLOCKS).normal_()
+        reached = (dense(change.get_parameter(BLOCKS).detach())[0].abs() > 1e-6).sum()
+        assert reached == 4 * 2 ** (num_factors - 1)
+
+
+@pytest.mark.parametrize("num_factors", [1, 3])
+def test_no_matrix_of_inputs_by_inputs_is_made(num_factors: int) -> None:
+    layer = nn.Linear(256, 2).requires_grad_(False)
+    change = fresh(layer, 4, num_factors=num_factors)
+    x = torch.randn(4, 256, requires_grad=True)
+    with Largest() as largest:
+        change.forward(x, layer, 1.0).square().sum().backward()
+        change.merged(layer.weight)
+    assert 0 < largest.num_values <= num_factors * 256 * 4
+    assert not list(change.buffers())
+
+
+def test_sizes_that_fit_are_those_that_theirs_takes() -> None:
+    for num_columns in (24, 30, 36, 320):
+        for num_factors in (1, 2, 3):
+            for size in range(2, num_columns + 1):
+                is_taken = num_columns % size == 0 and (
+                    num_factors == 1 or (size % 2 == 0 and num_columns % (size * 2 ** (num_factors - 1)) == 0)
+                )
+                assert fits(num_columns, size, num_factors) == is_taken
+    assert sizes_for(320, 4, 0, 3, True) == (80, 4)
+    assert sizes_for(320, 7, 0, 2, True) == (40, 8)
+    assert sizes_for(320, 0, 10, 1, False) == (10, 32)
+    for wrong, said in (((30, 4, 0, 3, True), "block_size=4.*30 inputs, of which sizes none"),
+                        ((320, 4, 7, 1, True), "boft_block_num=7 .*320 inputs"),
+                        ((320, 7, 0, 2, False), "block_size=7 .*sizes 2, 4, 8")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            sizes_for(*wrong)
+
+
+def test_scales_are_not_rounded_with_the_rest() -> None:
+    change = Turned(
+        nn.Linear(8, 3), Boft(torch.zeros(1, 2, 4, 4), torch.tensor([[1.0009765625], [1.0], [0.9990234375]]))
+    )
+    change.to(torch.bfloat16)
+    assert change.get_parameter(BLOCKS).dtype == torch.bfloat16
+    assert change.get_parameter(SCALES).flatten().tolist() == [1.0009765625, 1.0, 0.9990234375]
+
+
+def test_a_folder_that_peft_saved_is_read(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Conv2d(4, 6, 3))
+    config = peft.BOFTConfig(boft_block_size=4, target_modules=["0", "1"], init_weights=False)
+    torch.manual_seed(6231)
+    theirs: Any = peft.get_peft_model(model, config)
+    theirs.save_pretrained(str(tmp_path))
+    file = read_adapter_file(tmp_path)
+    weights = [layer.weight.detach().clone() for layer in (theirs.base_model.model[0], theirs.base_model.model[1])]
+    merged = theirs.merge_and_unload()
+    assert [module.form for module in file.modules.values()] == ["boft", "boft"] and not file.unknown
+    for i, module in enumerate(file.modules.values()):
+        assert module.rank == 4
+        torch.testing.assert_close(module.merged(weights[i], 1.0), merged[i].weight, **FLOAT32_SOLVE)
