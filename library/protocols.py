@@ -177,6 +177,10 @@ prefixes by that. The second carries `adapter_targets` (networks.core.sites.targ
 """
 
 
+def leave_sizes(denoiser: nn.Module, sizes: Sequence[tuple[int, int]]) -> None:
+    """Nothing in the denoiser depends on the resolutions of the data set."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One base model, as the parts the trainer calls."""
@@ -198,4 +202,6 @@ class Architecture:
     stacks: Callable[[nn.Module], Stacks] = stacks_of  # the denoiser's blocks that go through the runner
     chains: Callable[[nn.Module], list[nn.ModuleList]] = chains_of  # lists of blocks in which those alike can be missed
     inpaints: bool = False  # whether the denoiser is told of areas to paint anew, see `library.diffusion.inpainting`
+    fit_to_sizes: Callable[[nn.Module, Sequence[tuple[int, int]]], None] = leave_sizes
+    """Tells the denoiser the resolutions (width, height) of the data set."""
     vae_overflows_in_fp16: bool = False  # whether the VAE that comes with it gives NaN in fp16

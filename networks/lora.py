@@ -10,6 +10,6 @@ DOOR = Door(
     make_core=tucker.Tucker,
     make_split=SplitRank,
     kinds=(lora.KIND, tucker.KIND),
-    takes=frozenset(("init", "tlora")),
+    takes=frozenset(("ggpo_sigma", "ggpo_beta", "init", "tlora")),
 )
 create_network, create_network_from_weights = network_module(DOOR)

@@ -18,9 +18,7 @@ DEEPSPEED = tuple(name for name in names_of(DistributedOptions) if name not in D
 NOT_YET: Mapping[str, str] = {
     "dataset_class": "describe the pictures with --dataset_config or --train_data_dir",
     "deepspeed": "train on one card without it",
-    "enable_scaled_pos_embed": "leave it out; positions are taken from the middle of the model's own table",
     "torch_compile": "leave it out; the models run uncompiled",
-    "fused_backward_pass": "leave it out",
 }
 
 

@@ -75,6 +75,8 @@ class NetworkArguments:
     full_matrix: bool = False  # networks.lokr: neither matrix is a product
     init: str | None = None  # where the factors of a LoRA start; None for up at zero and down at random
     rslora: bool = False  # alpha / sqrt(rank) in place of alpha / rank
+    ggpo_sigma: float | None = None  # GGPO: noise on weights in training, by the norms of rows
+    ggpo_beta: float | None = None  # and by those of their gradients
     tlora: bool = False  # T-LoRA: the noisier a sample, the fewer ranks act on it; networks.tlora has it on
     tlora_min_rank: int = 1  # the ranks that act on pure noise
     tlora_power: float = 1.0  # of the share of the signal that the ranks follow; 1 is linear
@@ -86,6 +88,12 @@ class NetworkArguments:
     only_patterns: tuple[str, ...] = ()  # include_patterns of kinds for which they mean that nothing else is adapted
     verbose: bool = False  # list the modules at start
     of_model: Mapping[str, Any] = field(default_factory=dict)  # those that AdapterTargets give a meaning to, if given
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether GGPO is on, which takes both of its arguments."""
+        is_given = self.ggpo_sigma is not None and self.ggpo_beta is not None
+        return is_given and bool(self.ggpo_sigma or self.ggpo_beta)
 
 
 Parse = Callable[[str], Any]
@@ -128,6 +136,8 @@ SUPPORTED: Mapping[str, Parse] = {
     "full_matrix": parse_bool,
     "init": parse_init,
     "rslora": parse_bool,
+    "ggpo_sigma": parse_number,
+    "ggpo_beta": parse_number,
     "tlora": parse_bool,
     "tlora_min_rank": parse_unit,
     "tlora_power": parse_power,
@@ -158,11 +168,6 @@ SYNONYMS: Mapping[str, str] = {  # another spelling -> the argument
 }
 DROPOUTS = ("dropout", "dropout_probability", "boft_dropout")  # in --network_args, for --network_dropout
 
-PLANNED: Mapping[str, str] = {  # key -> what it belongs to
-    "ggpo_sigma": "GGPO",
-    "ggpo_beta": "GGPO",
-}
-
 
 def parse_arguments(
     items: Mapping[str, Any],
@@ -173,7 +178,7 @@ def parse_arguments(
 
     `of_models` are those that base models have of their own. `dropout` is LyCORIS's name for --network_dropout and
     `dropout_probability` and `boft_dropout` those of OFT and BOFT: all mean the same here. Raises UserError naming the
-    argument for an unknown key, a value of the wrong form, and a feature that is not there yet.
+    argument for an unknown key and a value of the wrong form.
     """
     given = {key: value for key, value in items.items() if value is not None}
     dropouts = {name: given.pop(name) for name in DROPOUTS if name in given}
@@ -197,11 +202,9 @@ def parse_arguments(
 
 
 def _parse(key: str, value: Any, parsers: Mapping[str, Parse]) -> Any:
-    if key in PLANNED:
-        raise UserError(f"--network_args {key}={value} is not supported yet ({PLANNED[key]}); leave {key} out")
     name = SYNONYMS.get(key, key)
     if name not in parsers:
-        names = {known.lower(): known for known in (*parsers, *SYNONYMS, *PLANNED)}
+        names = {known.lower(): known for known in (*parsers, *SYNONYMS)}
         near = get_close_matches(key.lower(), names, n=1, cutoff=0.5)
         hint = f"did you mean {names[near[0]]}?" if near else f"known: {', '.join(SUPPORTED)}"
         raise UserError(f"--network_args {key}={value}: there is no argument {key}; {hint}")
@@ -245,6 +248,8 @@ def _check_together(arguments: NetworkArguments) -> None:
         ("conv_unit", "conv_dim", adapts_conv),
         ("use_tucker", "conv_dim or conv_block_dims: it is for kernels larger than 1x1", adapts_conv),
         ("dora_constant_norm", "dora_wd", arguments.dora_wd),
+        ("ggpo_sigma", "ggpo_beta", arguments.ggpo_beta is not None),
+        ("ggpo_beta", "ggpo_sigma", arguments.ggpo_sigma is not None),
     ):
         if not is_there and getattr(arguments, name) != _default(name):
             logger.warning("--network_args %s has no effect without %s", name, needs)

@@ -166,6 +166,8 @@ def make_member(
     assert isinstance(weight, Tensor)
     join = Decompose(weight, arguments.dora_constant_norm) if form.is_decomposed else Add()
     change = ScaledDelta(site.module, delta, join, allotment.alpha, drops, arguments.use_scalar)
+    if arguments.perturbs:
+        change.perturb(arguments.ggpo_sigma or 0.0, arguments.ggpo_beta or 0.0)
     if arguments.tlora and place.text_encoder is None:  # captions are encoded once for all noise levels
         change.noise_ranks = NoiseRanks(arguments.tlora_min_rank, arguments.tlora_power)
     return Member(Adapter(site, change, multiplier), place.text_encoder, allotment)

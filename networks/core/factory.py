@@ -63,6 +63,10 @@ WITH_INIT = {  # what a start of one's own cannot be combined with
     "use_scalar": "a trained strength starts at zero, and where the change starts at zero too neither has a gradient",
     "split_qkv": "it is made for the weight of a layer as a whole",
 }
+WITH_GGPO = dict.fromkeys(
+    ("init", "use_tucker", "split_qkv", "use_scalar", "dora_wd"),
+    "the norms that its noise follows are those of two plain factors",
+)
 TLORA_ARGUMENTS = ("tlora_min_rank", "tlora_power")
 
 TextEncoder = nn.Module | Sequence[nn.Module | None] | None
@@ -197,7 +201,11 @@ def check_arguments(door: Door, arguments: NetworkArguments) -> None:
     """Raise UserError for an argument that this kind does not support, warn of those that belong to another."""
     for name, reason in refused_by(door, arguments).items():
         if getattr(arguments, name):
-            beside = f"init={arguments.init}" if name in WITH_INIT and arguments.init else "this --network_module"
+            beside = "this --network_module"
+            if arguments.init and name in WITH_INIT:
+                beside = f"init={arguments.init}"
+            elif arguments.perturbs and name in WITH_GGPO:
+                beside = "ggpo_sigma and ggpo_beta"
             raise UserError(f"--network_args {name} does not work with {beside}: {reason}")
     idle = [name for name in TLORA_ARGUMENTS if getattr(arguments, name) != getattr(NetworkArguments, name)]
     if idle and not arguments.tlora:
@@ -221,7 +229,8 @@ def refused_by(door: Door, arguments: NetworkArguments) -> Mapping[str, str]:
     few = {name: reason for name, reason in FOR_FEW.items() if name not in door.takes}
     with_tlora = {"dora_wd": ONE_WEIGHT} if arguments.tlora else {}
     with_init = WITH_INIT if arguments.init is not None else {}
-    return {**few, **with_tlora, **with_init, **door.refuses}
+    with_noise = WITH_GGPO if arguments.perturbs else {}
+    return {**few, **with_noise, **with_tlora, **with_init, **door.refuses}
 
 
 def check_forms(

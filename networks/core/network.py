@@ -200,6 +200,12 @@ class AdapterNetwork(nn.Module):
             if isinstance(change, ScaledDelta) and change.noise_ranks is not None:
                 change.noise_levels_B = levels_B
 
+    def on_gradients(self) -> None:
+        """Look at the gradients of an optimizer step, all batches and processes together, before they are clipped."""
+        for member in self.members:
+            if isinstance(member.adapter.change, ScaledDelta):
+                member.adapter.change.note_gradients()
+
     def get_trainable_params(self) -> list[nn.Parameter]:
         """What the optimizer changes: the set whose gradient norm is limited."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]

@@ -70,6 +70,7 @@ class Network(Protocol):
     that are finished: the same for all batches of one step, so what a network draws from it is drawn once per step,
     `on_noise_levels(levels)` before each run of the denoiser with the share of noise in each sample, 0 to 1, or with
     None before pictures are drawn,
+    `on_gradients()` before each optimizer step, when its gradients are complete and not clipped yet,
     `apply_max_norm_regularization(limit, device) -> (count, mean, maximum)`,
     `merge_to(text_encoder, unet, weights, dtype, device)`.
     """
@@ -235,6 +236,10 @@ class AdoptedNetwork:
     def set_noise_levels(self, levels_B: Tensor | None) -> None:
         """Tell the share of noise, 0 to 1, of each sample that the denoiser runs next; None before pictures."""
         self._optional("on_noise_levels", levels_B)
+
+    def note_gradients(self) -> None:
+        """Tell the network that the gradients of an optimizer step are complete."""
+        self._optional("on_gradients")
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimizer changes: the set whose gradient norm is limited."""

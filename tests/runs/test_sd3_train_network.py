@@ -121,9 +121,6 @@ def test_another_model_is_refused_before_anything_is_loaded(
     line = arguments("sd3-medium", "networks.lora_sd3")
     done = train([*line, "--pretrained_model_name_or_path", str(tiny_sd_file)], script="sd3_train_network")
     assert done.status == 1 and "this is an SD 1.x checkpoint; use train_network.py" in done.stderr
-    done = train([*line, "--enable_scaled_pos_embed"], script="sd3_train_network")
-    assert done.status == 1
-    assert "--enable_scaled_pos_embed is not supported yet" in done.stderr
 
 
 def test_the_file_continues_training(train: Train, arguments: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -155,3 +152,13 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
     assert any("lora_up" in key and tensor.abs().max() > 0 for key, tensor in whole.items())
+
+
+def test_positions_are_stretched_to_the_resolution_of_the_data_set(
+    train: Train, arguments: Callable[..., list[str]]
+) -> None:
+    words = arguments("sd3.5-medium", "networks.lora", "--max_train_steps", "1", "--network_train_unet_only")
+    plain = run(train, words)
+    stretched = run(train, [*words, "--enable_scaled_pos_embed", "--pos_emb_random_crop_rate", "1"])
+    assert "positions for squares of (4,) patches" in stretched.stderr
+    assert stretched.losses != plain.losses

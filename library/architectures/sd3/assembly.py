@@ -3,14 +3,19 @@
 The assembly, and the table of contents of this package.
 """
 
+import logging
+from collections.abc import Sequence
+
 import torch
+from torch import nn
 
 from library.architectures.cards import list_cards
 from library.architectures.sd3.adapters import view
 from library.architectures.sd3.conditioning_dropout import Variation
 from library.architectures.sd3.load import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHIFT, Sd3Loader, open_loader
-from library.architectures.sd3.model import MMDiTConfig, version_of
+from library.architectures.sd3.model import MMDiT, MMDiTConfig, version_of
 from library.architectures.sd3.options import Sd3Options
+from library.architectures.sd3.positions import side_of
 from library.architectures.sd3.predict import predict
 from library.architectures.sd3.text import Sd3Text
 from library.checkpoints.weights import fingerprint
@@ -24,8 +29,10 @@ from library.models.latents import KlLatents
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5_tokenizer
-from library.protocols import Architecture, LatentSpec, LiveText, Preview, PromptDefaults, TextCacheSpec
+from library.protocols import Architecture, LatentSpec, LiveText, Preview, PromptDefaults, TextCacheSpec, leave_sizes
 from library.types import Prompt
+
+logger = logging.getLogger(__name__)
 
 LATENTS = LatentSpec(
     channels=LATENT_CHANNELS, downscale=8, bucket_step=32, cache_suffix="_sd3.npz", had_keys_without_size=False
@@ -81,7 +88,15 @@ def build(options: Sd3Options) -> Architecture:
         ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),
         vary=build_variation(options, loader),
+        fit_to_sizes=stretch_positions if options.sd3.enable_scaled_pos_embed else leave_sizes,
     )
+
+
+def stretch_positions(denoiser: nn.Module, sizes: Sequence[tuple[int, int]]) -> None:
+    """Let positions follow the resolutions of the data set."""
+    assert isinstance(denoiser, MMDiT)
+    denoiser.scaled_sides = tuple(sorted({side_of(size, denoiser.config.patch) for size in sizes}))
+    logger.info("--enable_scaled_pos_embed: positions for squares of %s patches", denoiser.scaled_sides)
 
 
 def build_text(options: Sd3Options, loader: Sd3Loader) -> Sd3Text:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from library.architectures.sd3.adapters import TARGETS
+from library.architectures.sd3.positions import nearest_side, scaled_positions, table_side
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.patches import unpatchify
@@ -85,6 +86,7 @@ class MMDiT(nn.Module):
         self.config = config
         c = config
         self.runner: BlockRunner = plain
+        self.scaled_sides: tuple[int, ...] = ()  # of the resolutions that positions are stretched to, in patches
         self.x_embedder = PatchEmbed(c.in_channels, c.width, c.patch)
         self.register_buffer("pos_embed", torch.zeros(1, c.positions_side**2, c.width))
         self.t_embedder = TimestepEmbedder(c.width)
@@ -119,11 +121,20 @@ class MMDiT(nn.Module):
             context_BTM, x_BTM = self.runner(block, context_BTM, x_BTM, c_BM)
         return unpatchify(self.final_layer(x_BTM, c_BM), h, w, P, channels_last=True)
 
+    def table_side(self, h: int, w: int) -> int:
+        """The side of the table that a picture of h x w patches lies on."""
+        if self.scaled_sides:
+            return table_side(nearest_side(h, w, self.scaled_sides))
+        return self.config.positions_side
+
     def positions(self, h: int, w: int, corner: tuple[int, int] | None) -> Tensor:
         """The part of the table that a picture of h x w patches lies on, shape (1, h w, M).
 
-        Raises UserError for a picture larger than the table.
+        Raises UserError for a picture larger than the model's own table.
         """
+        if self.scaled_sides:
+            side = nearest_side(h, w, self.scaled_sides)
+            return scaled_positions(h, w, side, corner, self.config.width).to(self.pos_embed.device)
         side = self.config.positions_side
         if h > side or w > side:
             pixels = side * self.config.patch * 8

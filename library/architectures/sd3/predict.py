@@ -19,7 +19,8 @@ def predict(denoiser: nn.Module, noised: Noised, conditioning: Conditioning, bat
     context_BTE = join_context(conditioning, model.config.context_width)
     corner = None
     if (shares_B2 := conditioning.get("position")) is not None:
-        corner = corner_of(shares_B2, noised.latents_BCHW, model.config.patch, model.config.positions_side)
+        h, w = (side // model.config.patch for side in noised.latents_BCHW.shape[-2:])
+        corner = corner_of(shares_B2, h, w, model.table_side(h, w))
     velocity_BCHW: Tensor = model(
         noised.latents_BCHW, noised.timesteps_B, context_BTE, conditioning["lg_pooled"], corner
     )
@@ -37,8 +38,8 @@ def join_context(conditioning: Conditioning, width: int) -> Tensor:
     return torch.cat([lg_BTE, t5_BTE.to(lg_BTE.dtype)], dim=1)
 
 
-def corner_of(shares_B2: Tensor, latents_BCHW: Tensor, patch: int, side: int) -> tuple[int, int]:
-    """Top and left of the batch's place in the table of positions; `shares_B2` are shares of the room, equal rows."""
+def corner_of(shares_B2: Tensor, h: int, w: int, side: int) -> tuple[int, int]:
+    """Top and left of the place of h x w patches in a table of positions; `shares_B2` are shares of the room, equal
+    rows."""
     top, left = shares_B2[0].tolist()
-    H, W = latents_BCHW.shape[-2:]
-    return int(top * (side - H // patch + 1)), int(left * (side - W // patch + 1))
+    return int(top * (side - h + 1)), int(left * (side - w + 1))

@@ -220,6 +220,7 @@ def optimizer_step(run: Run, guard: NonFiniteGuard, window: Window, losses: Tens
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     *values, norm_value = torch.cat([losses.to(norm.device), norm.float().view(1)]).tolist()
     if guard.allows_step(window, values, norm_value):
+        run.context.network.note_gradients()
         if max_norm != 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         if scaler is not None:

@@ -49,6 +49,7 @@ def load_models(
     text = prepare_text(options, arch, training_set, compute.device, compute.autocast, prompts, processes)
     release_memory(options.memory.highvram)
     denoiser = arch.load.denoiser(form_while_reading(options))
+    arch.fit_to_sizes(denoiser, [dataset.resolution for dataset in training_set.config.datasets])
     models = Models(denoiser, text.encoders, vae, arch.view(text.encoders, denoiser))
     return LoadedModels(models, live_text(options, arch.text_cache), text.prompts)
 

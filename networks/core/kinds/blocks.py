@@ -67,13 +67,12 @@ def settle(rank: int | None, arguments: Any, default: int) -> tuple[int, Any]:
     if arguments.block_size is not None and rank is not None and arguments.block_size != rank:
         logger.warning("--network_dim %d has no effect: --network_args block_size=%d", rank, arguments.block_size)
     given = [name for name in ALPHAS if getattr(arguments, name) is not None]
-    given += ["rslora"] if arguments.rslora else []
     if given:
         logger.warning("--network_args %s has no effect: a rotation has no alpha", ", ".join(given))
     size = default if size is None else size
     conv_dim = size if arguments.enable_conv and arguments.conv_dim is None else arguments.conv_dim
     settled = replace(
         arguments, conv_dim=conv_dim, only_patterns=arguments.include_patterns, include_patterns=(),
-        rslora=False, conv_alpha=None, block_alphas=None, conv_block_alphas=None,
+        conv_alpha=None, block_alphas=None, conv_block_alphas=None,
     )  # fmt: skip
     return size, settled

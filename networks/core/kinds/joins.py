@@ -180,6 +180,13 @@ def squared_columns(weight: Tensor) -> Tensor:
         return torch.stack(sums_N).sum(0).view(weight.shape[1], -1).sum(1)
 
 
+def squared_rows(weight: Tensor) -> Tensor:
+    """The squared norm of every output of (O, I) or (O, I, h, w), at least in float32."""
+    with torch.no_grad():
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.cat([part_ON.square().sum(1) for _, part_ON in _row_parts(weight, dtype)])
+
+
 def _row_parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Rows of a weight as matrices in `dtype`: all at once where that is a view, else a copy of a few at a time."""
     is_view = weight.dtype == dtype and weight.is_contiguous()

@@ -67,6 +67,9 @@ class Kind:
 
 FOR_FEW: Mapping[str, str] = {
     "init": "it says where the two factors of a LoRA start, and both of them train",
+    **dict.fromkeys(
+        ("ggpo_sigma", "ggpo_beta"), "its noise is measured by the two factors of a LoRA, and both of them train"
+    ),
     "tlora": "it counts the ranks between the two factors of a LoRA",
 }
 """Network arguments that only doors which list them have, and why others have not."""

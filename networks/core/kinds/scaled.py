@@ -19,9 +19,11 @@ from networks.core.kinds.change import (
     stand_in,
 )
 from networks.core.kinds.joins import Add, Decompose, Join, scale_columns
-from networks.core.kinds.leaves import ALPHA, DORA_SCALE, START
+from networks.core.kinds.leaves import ALPHA, DORA_SCALE, DOWN, START, UP
 from networks.core.kinds.noise_ranks import NoiseRanks
+from networks.core.kinds.perturbation import Perturbation, add_noise
 
+DEVIATION = "ggpo_deviation"  # in memory and in states only
 SCALAR = "scalar"  # in memory only: files have it multiplied into the factor that starts at zero
 
 
@@ -72,6 +74,8 @@ class ScaledDelta(nn.Module):
         self.drops = drops
         self.noise_ranks: NoiseRanks | None = None  # all ranks act on every sample
         self.noise_levels_B: Tensor | None = None  # of the batch, 0 to 1; None where there is none
+        self.perturbation: Perturbation | None = None
+        self.is_perturbed = False  # from the first gradient on
         self.register_buffer(ALPHA, torch.tensor(float(alpha or delta.rank), dtype=torch.float32))
         self.alpha_value = float(alpha or delta.rank)  # read every call: no transfer from the device, no rounding
         assert isinstance(delta, nn.Module)
@@ -103,6 +107,23 @@ class ScaledDelta(nn.Module):
             change.dora_scale = nn.Parameter(leaves[DORA_SCALE], requires_grad=False)
         return change
 
+    def perturb(self, sigma: float, beta: float) -> None:
+        """Train with noise on the weight, whose strength follows from `note_gradients` (GGPO)."""
+        self.perturbation = Perturbation.of(sigma, beta, self._base_weight)
+        self.register_buffer(DEVIATION, torch.zeros(len(self.get_parameter(UP))))
+
+    def note_gradients(self) -> None:
+        """Set the strength of the noise by the factors and by the gradients that they have."""
+        if self.perturbation is None:
+            return
+        up, down = self.get_parameter(UP), self.get_parameter(DOWN)
+        if up.grad is None or down.grad is None:
+            return  # without a learning rate
+        up_OR, down_RN, up_grad_OR, down_grad_RN = (t.flatten(1) for t in (up, down, up.grad, down.grad))
+        deviations_O = self.perturbation.deviations(up_OR, down_RN, up_grad_OR, down_grad_RN, self.scale)
+        self.get_buffer(DEVIATION).copy_(deviations_O)
+        self.is_perturbed = True
+
     @property
     def fast_leaf(self) -> str:
         return self.delta.fast_leaf
@@ -128,6 +149,9 @@ class ScaledDelta(nn.Module):
             return base(x)
         if self.dora_scale is None:
             out = base(x)
+            if self.is_perturbed and self.training:
+                assert self.layer is not None
+                out = add_noise(out, x, self.layer, self.get_buffer(DEVIATION))
             return self.delta.up(self._drop_and_scale(self.delta.down(x), strength), out)
         columns = self._columns(self.dora_scale)
         whole = columns if strength == 1 else 1 + strength * (columns - 1)
@@ -173,7 +197,7 @@ class ScaledDelta(nn.Module):
 
     def leaves(self) -> Mapping[str, Tensor]:
         """As in files: a trained strength is multiplied in, and what is stored otherwise in memory is one LoRA."""
-        tensors = dict(self.state_dict())
+        tensors = {leaf: tensor for leaf, tensor in self.state_dict().items() if leaf != DEVIATION}
         if not tensors[ALPHA].is_meta:
             tensors[ALPHA] = torch.tensor(self.alpha_value, dtype=torch.float32)
         if SCALAR in tensors:
@@ -190,6 +214,8 @@ class ScaledDelta(nn.Module):
         """
         alpha = torch.tensor(float(leaves[ALPHA]) if ALPHA in leaves else float(self.delta.rank), dtype=torch.float32)
         defaults = {} if self.scalar is None else {SCALAR: torch.ones(())}
+        if self.perturbation is not None:
+            defaults[DEVIATION] = self.get_buffer(DEVIATION)
         if self.dora_scale is not None:
             defaults[DORA_SCALE] = self.dora_scale
         self.load_state_dict({**defaults, **leaves, ALPHA: alpha})
@@ -298,7 +324,9 @@ def read_with(
 
 
 def _read_alpha(change: nn.Module, _: object) -> None:
-    """After loading weights the strength follows the alpha that was loaded."""
+    """After loading weights the strength follows the alpha that was loaded, and noise goes on if there was some."""
     assert isinstance(change, ScaledDelta)
+    if change.perturbation is not None and not change.alpha.is_meta:
+        change.is_perturbed = bool(change.get_buffer(DEVIATION).any())
     if not change.alpha.is_meta:
         change.alpha_value = float(change.alpha)

@@ -21,6 +21,9 @@ class Recorder(nn.Module):
         super().__init__()
         self.config = SimpleNamespace(context_width=12, patch=2, positions_side=24)
 
+    def table_side(self, h: int, w: int) -> int:
+        return 24
+
     def forward(self, *given: Any) -> Tensor:
         self.given = given
         answer: Tensor = given[0] * 0.5 + 0.1
@@ -73,7 +76,7 @@ def test_the_answer_is_compared_as_an_estimate_of_the_latent() -> None:
     ("share", "corner"), [((0.0, 0.0), (0, 0)), ((0.999, 0.999), (20, 21)), ((0.5, 0.25), (10, 5))]
 )
 def test_every_place_of_the_table_can_be_drawn(share: tuple[float, float], corner: tuple[int, int]) -> None:
-    assert corner_of(torch.tensor([share]), torch.zeros(1, 16, 8, 6), patch=2, side=24) == corner
+    assert corner_of(torch.tensor([share]), 4, 3, side=24) == corner
 
 
 def test_a_drawn_place_reaches_the_denoiser() -> None:

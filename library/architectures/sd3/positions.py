@@ -1,0 +1,56 @@
+"""Positions that are stretched to the resolutions of a data set (--enable_scaled_pos_embed).
+
+Letters: h and w sides of a picture in patches, s side of a resolution in patches, M width of the model.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+BASE_SIZE = 16  # a square picture of any resolution lies on as many units
+ROOM = 1.5  # the side of the table by that of the resolution: pictures that are long one way, or lie elsewhere in it
+
+
+def side_of(resolution: tuple[int, int], patch: int) -> int:
+    """s of a resolution (width, height) in pixels: of the square of its area."""
+    return round(math.sqrt(resolution[0] * resolution[1])) // 8 // patch
+
+
+def nearest_side(h: int, w: int, sides: Sequence[int]) -> int:
+    """The s whose area is nearest to that of the picture; its longer side where that table has no room for it."""
+    ascending = sorted(set(sides))
+    middles = [(a**2 + b**2) // 2 for a, b in pairwise(ascending)]
+    side = next((s for s, most in zip(ascending, middles, strict=False) if h * w <= most), ascending[-1])
+    return side if max(h, w) <= table_side(side) else max(h, w)
+
+
+def table_side(side: int) -> int:
+    """The side of the table of a resolution."""
+    return int(side * ROOM)
+
+
+def scaled_positions(h: int, w: int, side: int, corner: tuple[int, int] | None, width: int) -> Tensor:
+    """The part of the table of resolution s that a picture lies on, its middle where `corner` is None; (1, h w, M).
+
+    Sines and cosines as in the model's own table, columns first, of coordinates that run from 0 to 16 over a square
+    picture of the resolution, with room for more on all sides.
+    """
+    room = table_side(side)
+    top, left = ((room - h) // 2, (room - w) // 2) if corner is None else corner
+    y_h, x_w = (
+        (torch.arange(n, dtype=torch.float64) + first - (room - side) / 2) * BASE_SIZE / side
+        for n, first in ((h, top), (w, left))
+    )
+    across = _waves(x_w, width // 2)[None, :].expand(h, -1, -1)
+    down = _waves(y_h, width // 2)[:, None].expand(-1, w, -1)
+    return torch.cat([across, down], dim=-1).flatten(0, 1)[None].float()
+
+
+def _waves(values_N: Tensor, num_features: int) -> Tensor:
+    """Sines, then cosines, of falling frequencies, shape (N, F), in the dtype of the values."""
+    half = num_features // 2
+    angles = values_N[:, None] / 10_000 ** (torch.arange(half, dtype=values_N.dtype) / half)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)

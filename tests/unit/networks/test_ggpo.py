@@ -1,0 +1,145 @@
+"""GGPO: noise on the weights of training, by the norms of rows and of their gradients."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from networks import loha, lora, lora_fa, tlora
+from networks.core.kinds.lora import LowRank
+from networks.core.kinds.perturbation import Perturbation, add_noise, draw
+from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
+from tests.unit.networks.one_layer import adapter_on, module_of
+from tests.unit.networks.toy import randomize, toy_models
+
+LAYERS: dict[str, Any] = {
+    "linear": (lambda: nn.Linear(11, 7), (2, 5, 11)),
+    "3x3": (lambda: nn.Conv2d(5, 7, 3, stride=2, padding=1), (2, 5, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_deviations_are_those_of_the_dense_products(name: str) -> None:
+    """sd-scripts' formula on whole matrices, in float64."""
+    torch.manual_seed(301)
+    layer = LAYERS[name][0]().requires_grad_(False)
+    adapter = adapter_on(layer, LowRank(layer, 3), 4.0)
+    change = module_of(adapter)
+    randomize(change, 302)
+    change.perturb(0.03, 0.2)
+    for parameter in change.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    change.note_gradients()
+
+    up, down = (change.get_parameter(f"lora_{end}.weight") for end in ("up", "down"))
+    b, a = up.detach().double().flatten(1), down.detach().double().flatten(1)
+    db, da = up.grad.double().flatten(1), down.grad.double().flatten(1)
+    w = layer.weight.double().flatten(1).norm(dim=1).mean()
+    c = (w**2 + (b @ a).square().sum(1)).sqrt()
+    g = (4 / 3 * (b @ da + db @ a)).norm(dim=1)
+    expected = (0.03 * c + 0.2 * g**2) / 7**0.5
+    torch.testing.assert_close(change.ggpo_deviation.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_noise_is_of_the_weight_and_its_gradient_that_of_the_same_noise(name: str) -> None:
+    torch.manual_seed(303)
+    make, shape = LAYERS[name]
+    layer = make().double().requires_grad_(False)
+    deviations_O = torch.rand(7).double()
+    x = torch.randn(shape).double().requires_grad_()
+    out = layer(x.detach())
+    state = torch.get_rng_state()
+    found = add_noise(out, x, layer, deviations_O)
+    torch.set_rng_state(state)
+    noise = draw(layer, deviations_O, int(torch.randint(2**62, ())), torch.float64)
+    y = x.detach().clone().requires_grad_()
+    expected = torch.func.functional_call(layer, {"weight": layer.weight + noise}, (y,))
+    torch.testing.assert_close(found, expected, **FLOAT64)
+    weights = torch.randn_like(found)
+    (found * weights).sum().backward()
+    ((expected - torch.func.functional_call(layer, {}, (y,))) * weights).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, **FLOAT64)
+    many = torch.stack([draw(layer, deviations_O, seed, torch.float64) for seed in range(300)])
+    spread_O = many.flatten(2).transpose(0, 1).flatten(1).std(1)
+    torch.testing.assert_close(spread_O, deviations_O, rtol=0.05, atol=0.0)  # of 300 * N values each
+
+
+def test_a_weight_of_many_rows_is_measured_whole() -> None:
+    torch.manual_seed(304)
+    weight = torch.randn(1500, 20) * torch.rand(1500, 1)
+    norm = Perturbation.of(1.0, 1.0, weight).base_norm
+    torch.testing.assert_close(norm, weight.norm(dim=1).mean(), **FLOAT32_SAME_MATH)
+
+
+def network(**arguments: str) -> tuple[Any, tuple[nn.Module, nn.Module]]:
+    models = toy_models(305)
+    made = lora.create_network(1.0, 4, 2.0, None, *models, conv_dim="2", **arguments)
+    randomize(made, 306)
+    made.apply_to(*models)
+    return made, models
+
+
+def step(made: Any, models: tuple[nn.Module, nn.Module], is_recomputed: bool = False) -> Tensor:
+    x = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(307))
+    made.zero_grad()
+    torch.manual_seed(308)
+    out = checkpoint(models[1], x, use_reentrant=False) if is_recomputed else models[1](x)
+    out.square().mean().backward()
+    return out.detach()
+
+
+def test_noise_begins_after_the_first_step_is_of_training_alone_and_is_repeated_when_recomputed() -> None:
+    made, models = network(ggpo_sigma="0.1", ggpo_beta="0.1")
+    plain, others = network()
+    first = step(made, models)
+    assert torch.equal(first, step(plain, others))
+    made.on_gradients()
+    second = step(made, models)
+    assert (second - first).abs().max() > 1e-3
+    grads = [p.grad.clone() for name, p in made.named_parameters() if "lora_unet" in name]
+    assert torch.equal(step(made, models, is_recomputed=True), second)
+    for one, other in zip(grads, (p.grad for n, p in made.named_parameters() if "lora_unet" in n), strict=True):
+        torch.testing.assert_close(other, one, **FLOAT32_SAME_MATH)
+    made.eval()
+    assert torch.equal(step(made, models), first)
+
+
+def test_states_hold_the_noise_and_files_do_not(tmp_path: Path) -> None:
+    made, models = network(ggpo_sigma="0.1", ggpo_beta="0.1")
+    step(made, models)
+    made.on_gradients()
+    other, others = network(ggpo_sigma="0.1", ggpo_beta="0.1")
+    other.load_state_dict(made.state_dict())
+    assert torch.equal(step(other, others), step(made, models))
+    path = str(tmp_path / "a.safetensors")
+    made.save_weights(path, None, {})
+    assert {key.partition(".")[2] for key in load_file(path)} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    other.load_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("door", "arguments", "message"),
+    [
+        (loha, {}, "ggpo_sigma does not work with this --network_module: its noise is measured by the two factors"),
+        (lora_fa, {}, "both of them train"),
+        (lora, {"dora_wd": "True"}, "dora_wd does not work with ggpo_sigma and ggpo_beta"),
+        (tlora, {"init": "pissa"}, "init does not work with ggpo_sigma and ggpo_beta"),
+    ],
+)
+def test_what_cannot_meet_says_why(door: Any, arguments: dict[str, str], message: str) -> None:
+    noise = {"ggpo_sigma": "0.1", "ggpo_beta": "0.2"}
+    with pytest.raises(ValueError, match=message):
+        door.create_network(1.0, 4, 2.0, None, *toy_models(309), **noise, **arguments)
+
+
+def test_one_of_the_two_alone_does_nothing_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    made, models = network(ggpo_sigma="0.5")
+    assert "ggpo_sigma has no effect without ggpo_beta" in caplog.text
+    first = step(made, models)
+    made.on_gradients()
+    assert torch.equal(step(made, models), first)
