@@ -34,4 +34,11 @@ class TrackerOptions(Options):
         help="TOML file with further settings of tensorboard and wandb, a table for each.",
     )
     wandb_api_key: str | None = option(None, help="Key to log in to wandb with. Unset uses the one that is logged in.")
+    profile: int = option(
+        0,
+        own=True,
+        at_least=0,
+        help="Write a trace of this many steps, from the third on, into --output_dir: what processor and card do when, "
+        "as Perfetto shows it. 0 writes none.",
+    )
     log_config: bool = option(False, help="Send the options to the charts too, without passwords and folder names.")

@@ -36,6 +36,7 @@ OURS = {  # the first of those and what sd-scripts does not have, with their def
     "fit_formats": None,
     "gradient_checkpointing_every": 1,
     "on_nonfinite": "skip",
+    "profile": 0,
     "selftest": False,
     "trace_nonfinite": False,
     "unsloth_offload_checkpointing": False,

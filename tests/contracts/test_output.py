@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from library.training.reporting.step_times import IN_STEP
 from library.training.saving.state import read_facts
 from tests.running import ROOT, Finished, launch_command
 
@@ -60,7 +61,10 @@ def test_a_launched_run_shows_what_front_ends_read(
     assert re.fullmatch(r"run-\d{14}", folder.name)
     events = EventAccumulator(str(folder / "network_train")).Reload()
     tags = {"loss/current", "loss/average", "loss/epoch_average", "lr/textencoder", "lr/unet", "lr/group1"}
-    assert set(events.Tags()["scalars"]) == tags
+    speeds = {"seconds_per_step", "images_per_second", "tflops_per_second"}
+    shares = {f"share_{stage.replace(' ', '_')}" for stage in IN_STEP}
+    assert set(events.Tags()["scalars"]) == tags | {f"speed/{name}" for name in speeds | shares}
+    assert "a step took" in done.stderr and "pictures/s" in done.stderr
     assert [event.step for event in events.Scalars("loss/epoch_average")] == [1, 2]
     assert len(events.Scalars("loss/current")) == 12
 

@@ -187,13 +187,14 @@ def test_charts_go_on_with_the_same_steps_and_values(train: Train, arguments: li
 
 
 def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every chart of a run as (step, value)."""
+    """Every chart of a run but those of its speed as (step, value)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (file,) = folder.rglob("events.out*")
     events = EventAccumulator(str(file.parent))
     events.Reload()
-    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    names = [name for name in events.Tags()["scalars"] if not name.startswith("speed/")]
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names}
 
 
 def test_an_interruption_at_the_end_of_an_epoch_still_saves_the_epoch(

@@ -1,5 +1,7 @@
 """train_network.py on a tiny Stable Diffusion 1.x model: what goes in, what comes out."""
 
+import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from library.training.reporting.step_times import IN_STEP
 from tests.running import SCRIPTS, Finished, make_pictures
 
 Train = Callable[..., Finished]
@@ -287,3 +290,19 @@ def test_mistakes_are_named_without_a_traceback(
     assert all(word in text for word in words), text
     assert "Traceback" not in text
     assert not (tmp_path / "out").exists() or not files(tmp_path)
+
+
+@pytest.mark.parametrize(("num_steps", "wanted", "traced"), [(5, 2, 2), (3, 4, 1)])
+def test_a_trace_of_steps_is_written_and_changes_nothing(
+    train: Train, base_arguments: list[str], tmp_path: Path, num_steps: int, wanted: int, traced: int
+) -> None:
+    """From the third step on; a run that ends before has a shorter trace."""
+    length = ["--max_train_steps", str(num_steps)]
+    train([*base_arguments, *length, "--output_name", "plain"])
+    done = train([*base_arguments, *length, "--profile", str(wanted)])
+    assert done.status == 0, done.stderr
+    trace = json.loads(gzip.decompress((tmp_path / "out" / "mine-profile.json.gz").read_bytes()))
+    names = [event.get("name") for event in trace["traceEvents"]]
+    assert {names.count(stage) for stage in IN_STEP} == {traced} and "aten::addmm" in names
+    plain, found = saved(tmp_path, "plain.safetensors"), saved(tmp_path)
+    assert all(torch.equal(weight, found[name]) for name, weight in plain.items())

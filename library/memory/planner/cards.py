@@ -36,6 +36,29 @@ TYPICAL = (
 )
 
 
+# FLOP/s that the makers give for dense products in 16 bits with sums in float32; the first name that fits counts.
+PEAKS = (
+    ("B200", 2250e12), ("GH200", 989e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12),
+    ("H100", 989e12), ("A100", 312e12), ("A800", 312e12), ("A10G", 70e12), ("A10", 125e12), ("A40", 150e12),
+    ("RTX A6000", 155e12), ("RTX 6000 Ada", 364e12), ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12),
+    ("V100", 125e12), ("T4", 65e12), ("RTX 5090", 210e12), ("RTX 5080", 113e12), ("RTX 4090", 165e12),
+    ("RTX 4080 SUPER", 104e12), ("RTX 4080", 97.5e12), ("RTX 4070 Ti SUPER", 88e12), ("RTX 4070 Ti", 80e12),
+    ("RTX 4070 SUPER", 71e12), ("RTX 4070", 58e12), ("RTX 4060 Ti", 44e12), ("RTX 4060", 30e12),
+    ("RTX 3090 Ti", 80e12), ("RTX 3090", 71e12), ("RTX 3080 Ti", 68e12), ("RTX 3080", 60e12), ("RTX 3060", 25.5e12),
+)  # fmt: skip
+
+
+def peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that a card can do: what its maker gives for 16 bits, else those of one large product; None for CPUs."""
+    if device.type != "cuda":
+        return None
+    if dtype in (torch.bfloat16, torch.float16):
+        for name, flops in PEAKS:
+            if name in torch.cuda.get_device_name(device):
+                return flops
+    return measured_card(device, 0, dtype).flops / REACHED
+
+
 def parse_size(flag: str, text: str) -> int:
     """Bytes of "12GB", "12" or "11500MB"; a gigabyte is 2**30 bytes, as in the names of cards."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())

@@ -34,6 +34,33 @@ ATTENTION = {
 }
 
 
+def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Floating-point operations of one call that gave `out`; 0 for what is neither a product nor attention."""
+    packet = func._overloadpacket
+    count: Any = ATTENTION.get(packet) or flop_registry.get(packet)
+    return 0 if count is None else int(count(*args, **kwargs, out_val=out))
+
+
+class FlopCounter(TorchDispatchMode):
+    """Adds up the floating-point operations of a forward and backward pass; what is computed again counts once.
+
+    What runs without gradients, such as a VAE, is left out. To be told of the backward pass by `in_backward`: within
+    it, operations that record gradients are a forward pass that runs again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+        self.in_backward = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if torch.is_grad_enabled() != self.in_backward:
+            self.flops += flops_of(func, args, kwargs, out)
+        return out
+
+
 @dataclass(frozen=True)
 class Segment:
     """A stretch of a step between two cuts."""
@@ -66,10 +93,7 @@ class OperationCounter(TorchDispatchMode):
         if func is aten.index.Tensor and self._answers is not None:
             args = args[0], [all_places(index) for index in args[1]], *args[2:]
         out = func(*args, **kwargs)
-        packet = func._overloadpacket
-        count: Any = ATTENTION.get(packet) or flop_registry.get(packet)
-        if count is not None:
-            self.flops += count(*args, **kwargs, out_val=out)
+        self.flops += flops_of(func, args, kwargs, out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 self._note(tensor.untyped_storage())

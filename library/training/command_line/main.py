@@ -192,6 +192,8 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
             train(prepared, interruption, MemoryWatch.build(prepared.run, fitted))
     finally:
         prepared.charts.close()
+    if processes.is_main and (speed := prepared.run.times.summary()) is not None:
+        logger.info("%s", speed)
     is_over = prepared.progress.step >= prepared.run.plan.max_train_steps
     if processes.is_main and is_over:
         names, network = prepared.writer.names, options.network

@@ -17,6 +17,7 @@ from library.training.optimization.nonfinite import NonFiniteGuard
 from library.training.optimization.optimizers import effective_rates
 from library.training.planning.advice import ways_out
 from library.training.reporting.logs import Charts
+from library.training.reporting.profile import profiled
 from library.training.reporting.progress import Progress
 from library.training.reporting.report import (
     LimitedNorms,
@@ -25,6 +26,7 @@ from library.training.reporting.report import (
     progress_bar,
     rate_values,
 )
+from library.training.reporting.step_times import StepTimes
 from library.training.run.plan import Window
 from library.training.run.run import Run
 from library.training.run.setup import Prepared
@@ -64,7 +66,12 @@ def train(prepared: Prepared, interruption: Interruption, watch: StepWatch | Non
         writer.save_best(progress.step, epoch)
     if resumed is not None:
         finish_step_of(resumed, run, progress, writer, previews, interruption)
-    with progress_bar(plan.max_train_steps, progress.step, is_main) as bar:
+    num_profiled = run.options.trackers.profile if is_main else 0
+    with (
+        progress_bar(plan.max_train_steps, progress.step, is_main) as bar,
+        profiled(num_profiled, writer.names.of_profile(), device) as profile_step,
+    ):
+        run.times.start()
         for epoch in plan.epochs(progress.step) if progress.step < plan.max_train_steps else ():
             announce_epoch(epoch, plan.num_epochs)
             network.start_epoch(*run.context.models.network_view)
@@ -84,7 +91,10 @@ def train(prepared: Prepared, interruption: Interruption, watch: StepWatch | Non
                 rates = [float(rate) for rate in run.optimization.schedule.get_last_lr()]
                 progress.is_moving = True
                 with explained("the optimizer moved the weights", run.options, device, "", lambda: sizes_of(run)):
-                    values = optimizer_step(run, guard, window, losses)
+                    with run.times.stage("optimizer"):
+                        values = optimizer_step(run, guard, window, losses)
+                run.times.end_step()
+                profile_step()
                 if watch is not None:
                     watch.after_step()
                 progress.advance()
@@ -93,18 +103,22 @@ def train(prepared: Prepared, interruption: Interruption, watch: StepWatch | Non
                 bar.update(1)
                 bar.set_postfix(bar_values(average.mean, norms))
                 is_last = progress.step >= plan.max_train_steps
-                if not stops and validation.after_step(
-                    progress.step, epoch, window.ends_epoch or is_last, average.mean
-                ):
-                    writer.save_best(progress.step, epoch)
-                finish_step(progress, epoch, writer, previews, interruption)
+                if not stops:
+                    with run.times.stage("validation"):
+                        is_best = validation.after_step(
+                            progress.step, epoch, window.ends_epoch or is_last, average.mean
+                        )
+                    if is_best:
+                        with run.times.stage("saving"):
+                            writer.save_best(progress.step, epoch)
+                finish_step(run.times, progress, epoch, writer, previews, interruption)
                 if stops:
                     break
             if stops and progress.step % plan.steps_per_epoch != 0:
                 break
             if charts.are_on:
                 charts.log_epoch({"loss/epoch_average": average.mean}, progress.step, epoch)
-            finish_epoch(progress, epoch, writer, previews, interruption)
+            finish_epoch(run.times, progress, epoch, writer, previews, interruption)
             if stops:
                 break
     guard.report(progress.step)
@@ -115,20 +129,26 @@ def train(prepared: Prepared, interruption: Interruption, watch: StepWatch | Non
         writer.save_interrupted(progress, epoch)
 
 
-def finish_step(progress: Progress, epoch: int, writer: Writer, previews: Previews, interruption: Interruption) -> None:
+def finish_step(
+    times: StepTimes, progress: Progress, epoch: int, writer: Writer, previews: Previews, interruption: Interruption
+) -> None:
     """Save and draw what is due after a step and not done; weights are safe before pictures take their time."""
-    writer.save_after_step(progress, epoch)
-    if "step previews" not in progress.done and previews.after_step(progress.step, epoch, interruption):
-        progress.done.add("step previews")
+    with times.stage("saving"):
+        writer.save_after_step(progress, epoch)
+    with times.stage("previews"):
+        if "step previews" not in progress.done and previews.after_step(progress.step, epoch, interruption):
+            progress.done.add("step previews")
 
 
 def finish_epoch(
-    progress: Progress, epoch: int, writer: Writer, previews: Previews, interruption: Interruption
+    times: StepTimes, progress: Progress, epoch: int, writer: Writer, previews: Previews, interruption: Interruption
 ) -> None:
     """The same after an epoch, which the end of the run may have cut short."""
-    writer.save_after_epoch(progress, epoch)
-    if "epoch previews" not in progress.done and previews.after_epoch(progress.step, epoch, interruption):
-        progress.done.add("epoch previews")
+    with times.stage("saving"):
+        writer.save_after_epoch(progress, epoch)
+    with times.stage("previews"):
+        if "epoch previews" not in progress.done and previews.after_epoch(progress.step, epoch, interruption):
+            progress.done.add("epoch previews")
 
 
 def finish_step_of(
@@ -145,9 +165,9 @@ def finish_step_of(
         progress.done.add("step previews")
     if previews.are_drawn(epoch_event(epoch), state.written_at):
         progress.done.add("epoch previews")
-    finish_step(progress, epoch, writer, previews, interruption)
+    finish_step(run.times, progress, epoch, writer, previews, interruption)
     if ends_epoch:
-        finish_epoch(progress, epoch, writer, previews, interruption)
+        finish_epoch(run.times, progress, epoch, writer, previews, interruption)
 
 
 def batches_of(run: Run, epoch: int, first_step: int) -> Iterator[Batch]:
@@ -168,7 +188,8 @@ def accumulate_gradient(run: Run, window: Window, batches: Iterator[Batch]) -> T
     """Add the gradients of this process's share of a window; gives the losses of its batches."""
     losses = []
     for place in window.share(run.processes.rank, run.processes.count):
-        batch = next(batches)
+        with run.times.stage("waiting for data"):
+            batch = next(batches)
         doing = f"computing step {window.step + 1}, forward and backward"
         shape, predicted = describe_shape(batch), partial(ways_out, run, batch)
         with explained(doing, run.options, run.context.device, shape, lambda: sizes_of(run), predicted):
@@ -179,10 +200,16 @@ def accumulate_gradient(run: Run, window: Window, batches: Iterator[Batch]) -> T
 
 def backward(run: Run, batch: Batch, batch_number: int, window_size: int, step: int) -> Tensor:
     """Add the gradient of one batch; gives its loss."""
-    start_batch(run.context, batch_number, step)
-    loss = loss_of(run.context, batch, batch_number)
-    scaled = loss / window_size
-    torch.autograd.backward(scaled if run.optimization.scaler is None else run.optimization.scaler.scale(scaled))
+    with run.times.counted(batch) as turn_back:
+        with run.times.stage("forward"):
+            start_batch(run.context, batch_number, step)
+            loss = loss_of(run.context, batch, batch_number)
+            scaled = loss / window_size
+        turn_back()
+        with run.times.stage("backward"):
+            torch.autograd.backward(
+                scaled if run.optimization.scaler is None else run.optimization.scaler.scale(scaled)
+            )
     return loss.detach().float()
 
 
@@ -263,4 +290,4 @@ def step_values(
     if effective is not None and "prodigyplus" in run.optimization.built.name.lower():
         values["lr/d*lr"] = effective[0]
     limited = {} if norms is None else norms.chart_values()
-    return {**limited, "loss/current": loss, "loss/average": average, **values}
+    return {**run.times.chart_values(), **limited, "loss/current": loss, "loss/average": average, **values}

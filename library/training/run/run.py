@@ -1,6 +1,6 @@
 """The parts of one run, put together once in `setup.py` and read everywhere else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.optim import Optimizer
@@ -10,6 +10,7 @@ from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.optimization.lr_schedules import Schedule
 from library.training.optimization.optimizers import BuiltOptimizer
+from library.training.reporting.step_times import StepTimes
 from library.training.run.context import StepContext
 from library.training.run.plan import Plan
 
@@ -39,3 +40,4 @@ class Run:
     plan: Plan
     context: StepContext
     optimization: Optimization
+    times: StepTimes = field(default_factory=StepTimes)

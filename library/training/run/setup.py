@@ -11,6 +11,7 @@ from torch import nn
 
 from library.data.batches.dataset import TrainingSet
 from library.data.description.schema import RunDataConfig, level_offset
+from library.memory.planner.cards import peak_of
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture, Objective
@@ -20,6 +21,7 @@ from library.training.evaluation.validation import Validation
 from library.training.reporting.logs import Charts, run_folder, start_trackers, tracker_kind
 from library.training.reporting.progress import Progress
 from library.training.reporting.report import PictureCounts, announce_run
+from library.training.reporting.step_times import StepTimes
 from library.training.run.adapter import attach_adapter, trains_text_encoders
 from library.training.run.compute import Compute
 from library.training.run.conditioning import CaptionMemo
@@ -138,7 +140,8 @@ def prepare(
     network = attach_adapter(options, arch, seed, loaded.models, compute, processes)
     optimization = build_optimization(options, network, loaded.models, plan.max_train_steps, compute.device)
     context = step_context(options, arch, seed, loaded, network, compute)
-    run = Run(options, processes, training_set, plan, context, optimization)
+    times = StepTimes(compute.device, processes.count, peak_of(compute.device, compute.dtype))
+    run = Run(options, processes, training_set, plan, context, optimization, times)
 
     charts = Charts(accelerator)
     validation = Validation(run, charts)

@@ -66,6 +66,9 @@ class Names:
     def of_best(self) -> Path:
         return self.folder / f"{f'{self.output_name}-' if self.output_name else ''}best.{self.extension}"
 
+    def of_profile(self) -> Path:
+        return self.folder / f"{self.output_name or 'last'}-profile.json.gz"
+
     def has_stem(self, stem: str) -> bool:
         """Whether a file of weights of this run may have that name, without its ending."""
         match = STEM.fullmatch(stem)

@@ -1,0 +1,38 @@
+"""--profile: a trace of some steps, of what the processor and the card do when."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.checkpoints.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+NUM_BEFORE = 2  # steps that make what all others use; the profiler warms up in the second
+
+
+@contextmanager
+def profiled(num_steps: int, path: Path, device: torch.device) -> Iterator[Callable[[], None]]:
+    """Write a trace of steps 3 to 2 + `num_steps` of this run to `path`, or of those of them that come.
+
+    What it gives is to be called after every step. Nothing happens for 0 steps.
+    """
+    if not num_steps:
+        yield lambda: None
+        return
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    def write(found: Any) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            found.export_chrome_trace(str(temporary))
+        logger.info("a trace of steps for https://ui.perfetto.dev: %s", path)
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    plan = schedule(wait=NUM_BEFORE - 1, warmup=1, active=num_steps, repeat=1)
+    with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:
+        yield profiler.step

@@ -1,0 +1,252 @@
+"""How long steps take, where their time goes, and how much arithmetic they do."""
+
+import logging
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch.profiler import record_function
+from tqdm import tqdm
+
+from library.memory.planner.counter import FlopCounter
+from library.types import Batch
+
+logger = logging.getLogger(__name__)
+
+Stage = Literal["waiting for data", "forward", "backward", "optimizer", "validation", "saving", "previews"]
+IN_STEP: tuple[Stage, ...] = ("waiting for data", "forward", "backward", "optimizer")
+ON_CARD: tuple[Stage, ...] = ("forward", "backward", "optimizer")  # the host only starts them
+BETWEEN: tuple[Stage, ...] = ("validation", "saving", "previews")
+
+NUM_REMEMBERED = 100  # steps that the middle is taken of
+NUM_KNOWN = 20  # steps that must be known before one is called slow
+SLOW = 1.5  # times the middle
+LEAST_EXTRA_S = 0.1  # below, a step is slow only by chance
+QUIET_S = 60.0  # between two notes of slow steps
+MANY_PAGES = 500  # read back from the disk in a step, 2 MB
+
+BatchShape = tuple[int, int, int]
+"""Pictures, height, width."""
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What was measured of one step."""
+
+    seconds: float  # without what lies between steps
+    parts: Mapping[Stage, float]  # seconds of the stages within it; what is left is the trainer's own
+    num_pictures: int  # of this process
+    flops: float | None  # of this process; None where a batch could not be counted
+
+
+@dataclass
+class StepTimes:
+    """Measures the steps of a run as they come; costs some microseconds each.
+
+    `num_processes` share each step, `peak` are the FLOP/s that each one's card can do, if that is known. Spans on a
+    card are measured there, and are read one step late, so that the host never waits for them.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    num_processes: int = 1
+    peak: float | None = None
+    clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self) -> None:
+        self._began: float | None = None
+        self._between = 0.0  # seconds since, that belong to no step
+        self._spans: list[tuple[Stage, Any, Any]] = []
+        self._shapes: list[BatchShape] = []
+        self._new_shapes: set[BatchShape] = set()
+        self._flops: dict[BatchShape, float] = {}
+        self._late: Callable[[], StepFigures] | None = None
+        self._recent: deque[StepFigures] = deque(maxlen=NUM_REMEMBERED)
+        self._num_steps = self._num_pictures = 0  # without the first step
+        self._seconds = 0.0
+        self._parts: defaultdict[Stage, float] = defaultdict(float)
+        self._noted_at: float | None = None
+        self._pressure = pressure_of(self.device)
+
+    # Measuring
+
+    def start(self) -> None:
+        """The first step begins."""
+        self._began = self.clock()
+
+    @contextmanager
+    def stage(self, name: Stage) -> Iterator[None]:
+        """What happens here is that stage."""
+        mark = self._mark_on_card if self.device.type == "cuda" and name in ON_CARD else self.clock
+        began = mark()
+        try:
+            with record_function(name):
+                yield
+        finally:
+            ended = mark()
+            if name in BETWEEN:
+                self._between += ended - began
+                self._parts[name] += ended - began
+            else:
+                self._spans.append((name, began, ended))
+
+    @contextmanager
+    def counted(self, batch: Batch) -> Iterator[Callable[[], None]]:
+        """The forward and backward pass of a batch; what it gives is to be called between the two.
+
+        The operations are counted for the first batch of each shape; that pass takes some tenths of a second longer.
+        """
+        height, width = (int(side) for side in batch.sizes_B6[0, 4:].tolist())
+        shape = len(batch.keys), height, width
+        self._shapes.append(shape)
+        if shape in self._flops:
+            yield lambda: None
+            return
+        self._new_shapes.add(shape)
+        with FlopCounter() as counter:
+            yield lambda: setattr(counter, "in_backward", True)
+        self._flops[shape] = counter.flops
+
+    def end_step(self) -> None:
+        """The step ends here and the next one begins; what is between them is told by `stage`."""
+        now = self.clock()
+        seconds = now - (self._began or now) - self._between
+        pressure = pressure_of(self.device)
+        faults = {name: count - self._pressure[name] for name, count in pressure.items()}
+        spans, shapes, new_shapes = self._spans, self._shapes, self._new_shapes
+        flops = sum(self._flops[shape] for shape in shapes)
+        num_pictures = sum(shape[0] for shape in shapes)
+        self._began, self._between, self._pressure = now, 0.0, pressure
+        self._spans, self._shapes, self._new_shapes = [], [], set()
+        self.settle()
+
+        def figures() -> StepFigures:
+            parts: defaultdict[Stage, float] = defaultdict(float)
+            for name, began, ended in spans:
+                parts[name] += span(began, ended)
+            found = StepFigures(seconds, parts, num_pictures, flops)
+            self._note_if_slow(found, new_shapes, shapes, faults)
+            return found
+
+        self._late = figures
+
+    def settle(self) -> None:
+        """Take in the last step that ended."""
+        if self._late is None:
+            return
+        found, self._late = self._late(), None
+        if self._num_steps or self._recent:  # the first step makes what all others use
+            self._num_steps += 1
+            self._num_pictures += found.num_pictures
+            self._seconds += found.seconds
+            for name, seconds in found.parts.items():
+                self._parts[name] += seconds
+        self._recent.append(found)
+
+    def _mark_on_card(self) -> Any:
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    # Telling
+
+    @property
+    def last(self) -> StepFigures | None:
+        """The last step that is settled."""
+        return self._recent[-1] if self._recent else None
+
+    def chart_values(self) -> dict[str, float]:
+        """Of the last step that is settled, by the names that charts use; none before there is one."""
+        if (found := self.last) is None or found.seconds <= 0:
+            return {}
+        values = {
+            "speed/seconds_per_step": found.seconds,
+            "speed/images_per_second": found.num_pictures * self.num_processes / found.seconds,
+        }
+        if found.flops:
+            values["speed/tflops_per_second"] = found.flops / found.seconds / 1e12
+            if self.peak is not None:
+                values["speed/mfu"] = found.flops / found.seconds / self.peak
+        for name in IN_STEP:
+            values[f"speed/share_{name.replace(' ', '_')}"] = found.parts.get(name, 0.0) / found.seconds
+        return values
+
+    def summary(self) -> str | None:
+        """A sentence on all steps but the first; None where there was no second one."""
+        self.settle()
+        if not self._num_steps or self._seconds <= 0:
+            return None
+        shares = [f"{name} {100 * self._parts[name] / self._seconds:.0f} %" for name in IN_STEP]
+        rest = self._seconds - sum(self._parts[name] for name in IN_STEP)
+        text = (
+            f"a step took {self._seconds / self._num_steps:.3g} s ({', '.join(shares)}, the rest "
+            f"{100 * max(0.0, rest) / self._seconds:.0f} %), "
+            f"{self._num_pictures * self.num_processes / self._seconds:.3g} pictures/s"
+        )
+        recent = [found for found in self._recent if found.flops]
+        if recent:
+            speed = median(found.flops / found.seconds for found in recent if found.flops)
+            text += f", {speed / 1e12:.3g} TFLOP/s"
+            if self.peak is not None:
+                text += f" on each card, {100 * speed / self.peak:.0f} % of {self.peak / 1e12:.0f} (MFU)"
+        between = [f"{name} {self._parts[name]:.1f} s" for name in BETWEEN if self._parts[name] >= 0.05]
+        return text + (f"; besides, {', '.join(between)}" if between else "")
+
+    def _note_if_slow(
+        self, found: StepFigures, new: set[BatchShape], shapes: list[BatchShape], faults: Mapping[str, int]
+    ) -> None:
+        """A line in the log where a step took much longer than the middle of those before, and why if that is known."""
+        if len(self._recent) < NUM_KNOWN:
+            return
+        middle = median(before.seconds for before in self._recent)
+        extra = found.seconds - middle
+        if found.seconds < SLOW * middle or extra < LEAST_EXTRA_S:
+            return
+        now = self.clock()
+        if self._noted_at is not None and now - self._noted_at < QUIET_S:
+            return
+        self._noted_at = now
+        waiting = found.parts.get("waiting for data", 0.0)
+        middle_waiting = median(before.parts.get("waiting for data", 0.0) for before in self._recent)
+        middle_flops = median(before.flops or 0.0 for before in self._recent)
+        if waiting - middle_waiting > extra / 2:
+            reason = f"{waiting:.2f} s of them were spent waiting for pictures"
+        elif new:
+            reason = "it had the first batch of " + ", ".join(f"{n} of {w}x{h}" for n, h, w in sorted(new))
+        elif faults["retries"]:
+            reason = f"the card's memory was full, and was sorted out {faults['retries']} times"
+        elif faults["pages"] > MANY_PAGES:
+            reason = f"main memory was full: {faults['pages']} pages were read back from the disk"
+        elif (found.flops or 0.0) > SLOW * middle_flops > 0:
+            reason = "its pictures are larger or more"
+        else:
+            reason = "why is not known"
+        with tqdm.external_write_mode():
+            logger.info("a step took %.2f s where %.2f s are usual: %s", found.seconds, middle, reason)
+
+
+def span(began: Any, ended: Any) -> float:
+    """Seconds between two marks, of the host's clock or of the card's."""
+    if isinstance(began, float):
+        return float(ended - began)
+    ended.synchronize()
+    return float(began.elapsed_time(ended)) / 1e3
+
+
+def pressure_of(device: torch.device) -> dict[str, int]:
+    """How often memory ran short so far: pages that were read back from the disk, and the card's second attempts."""
+    retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0
+    return {"pages": num_pages_read_back(), "retries": retries}
+
+
+def num_pages_read_back() -> int:
+    """Of this process; 0 where the system does not tell, as Windows."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt

@@ -1,0 +1,33 @@
+"""Time that a card spends is measured on the card, and memory that ran short is counted."""
+
+import torch
+
+from library.memory.planner.cards import peak_of
+from library.training.reporting.step_times import StepTimes, pressure_of
+from tests.gpu.card import DEVICE, ON_CARD
+from tests.unit.training.test_step_times import batch_of
+
+pytestmark = ON_CARD
+
+
+def test_stages_on_the_card_take_the_time_of_their_kernels() -> None:
+    """The host starts the long product at once; only the card's clock sees how long it takes."""
+    times = StepTimes(DEVICE, peak=peak_of(DEVICE, torch.bfloat16))
+    matrix = torch.randn(4096, 4096, device=DEVICE)
+    times.start()
+    for _ in range(4):
+        with times.counted(batch_of(1)) as turn_back:
+            with times.stage("forward"):
+                for _ in range(8):
+                    matrix @ matrix
+            turn_back()
+            with times.stage("backward"):
+                matrix @ matrix
+        matrix.sum().item()
+        times.end_step()
+    assert times.summary() is not None and times.last is not None
+    forward, backward = times.last.parts["forward"], times.last.parts["backward"]
+    assert 0 < backward < forward < 2 * times.last.seconds
+    if DEVICE.type == "cuda":
+        assert 4 < forward / backward < 16
+        assert pressure_of(DEVICE)["retries"] >= 0 and times.chart_values()["speed/mfu"] > 0

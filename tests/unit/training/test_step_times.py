@@ -1,0 +1,190 @@
+"""How long steps take, where the time goes, and how much arithmetic they do."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from library.memory.blocks import plain, recompute
+from library.memory.planner.cards import PEAKS, peak_of
+from library.memory.planner.counter import FlopCounter
+from library.training.reporting.step_times import IN_STEP, StepTimes
+from library.types import Batch
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Time as the test has it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def batch_of(num_pictures: int, height: int = 64, width: int = 96) -> Batch:
+    ones = torch.ones(num_pictures)
+    sizes = torch.tensor([[height, width, 0, 0, height, width]] * num_pictures)
+    names = ["a"] * num_pictures
+    return Batch(names, names, None, None, None, ones, None, sizes, [{}] * num_pictures)
+
+
+def take_step(
+    times: StepTimes,
+    clock: Clock,
+    data: float = 0.1,
+    batch: Batch | None = None,
+    work: Callable[[], None] = lambda: None,
+    more: float = 0.0,
+) -> None:
+    """0.2 s forward, 0.3 s backward, 0.05 s optimizer, 0.05 s of the trainer's own."""
+    with times.stage("waiting for data"):
+        clock.now += data
+    with times.counted(batch or batch_of(2)) as turn_back:
+        with times.stage("forward"):
+            work()
+            clock.now += 0.2 + more
+        turn_back()
+        with times.stage("backward"):
+            clock.now += 0.3
+    with times.stage("optimizer"):
+        clock.now += 0.05
+    clock.now += 0.05
+    times.end_step()
+
+
+def product() -> None:
+    torch.ones(30, 20) @ torch.ones(20, 50)  # 60,000 operations
+
+
+def test_the_time_of_steps_is_split_and_what_lies_between_them_is_apart():
+    clock = Clock()
+    times = StepTimes(clock=clock, num_processes=3, peak=1e6)
+    times.start()
+    clock.now += 7  # the first step makes what all others use
+    take_step(times, clock, work=product)
+    assert times.summary() is None
+    for _ in range(5):
+        take_step(times, clock, work=product)
+        with times.stage("validation"):
+            clock.now += 2
+        with times.stage("saving"):
+            clock.now += 0.5
+    summary = times.summary()
+    assert summary is not None
+    assert "a step took 0.7 s" in summary and "8.57 pictures/s" in summary  # three processes with two pictures each
+    assert "waiting for data 14 %, forward 29 %, backward 43 %, optimizer 7 %, the rest 7 %" in summary
+    assert "validation 10.0 s, saving 2.5 s" in summary and "previews" not in summary
+    assert "9 % of 0 (MFU)" in summary  # 60,000 in 0.7 s, of a million
+    values = times.chart_values()
+    assert values["speed/seconds_per_step"] == pytest.approx(0.7)
+    assert values["speed/images_per_second"] == pytest.approx(6 / 0.7)
+    assert values["speed/tflops_per_second"] == pytest.approx(6e4 / 0.7 / 1e12)
+    assert values["speed/mfu"] == pytest.approx(6e4 / 0.7 / 1e6)
+    shares = [values[f"speed/share_{name.replace(' ', '_')}"] for name in IN_STEP]
+    assert shares == pytest.approx([1 / 7, 2 / 7, 3 / 7, 0.5 / 7])
+
+
+def test_several_batches_of_a_step_add_up_and_each_shape_is_counted_once():
+    clock, calls = Clock(), []
+    times = StepTimes(clock=clock)
+    times.start()
+
+    def work() -> None:
+        calls.append(1)
+        product()
+
+    for _ in range(4):
+        with times.counted(batch_of(1, 32, 32)):
+            work()
+        take_step(times, clock, work=work)
+    times.settle()
+    assert times.last is not None and times.last.num_pictures == 3
+    assert times.last.flops == 2 * 60_000 and len(calls) == 8
+
+
+@pytest.mark.parametrize("runner", [plain, recompute])
+def test_arithmetic_is_that_of_the_formula_with_and_without_recomputing(runner):
+    """Of frozen layers only the gradient of the input is computed; the first one's input has none."""
+    first, second, third = nn.Linear(40, 24), nn.Linear(24, 56), nn.Linear(56, 8)
+    for layer in (first, third):
+        layer.requires_grad_(False)
+    x = torch.randn(6, 40, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad(), FlopCounter() as counter:
+        first(x)
+    assert counter.flops == 0  # what runs without gradients is not part of the step
+    with FlopCounter() as counter:
+        hidden = first(x).requires_grad_()
+        loss = third(runner(second, hidden)).square().sum()
+        counter.in_backward = True
+        loss.backward()
+    forward = 2 * 6 * (40 * 24 + 24 * 56 + 56 * 8)
+    backward = 2 * 6 * (56 * 8 + 2 * 24 * 56)
+    assert counter.flops == forward + backward
+
+
+def slow_run(caplog: pytest.LogCaptureFixture, **last: object) -> str:
+    clock = Clock()
+    times = StepTimes(clock=clock)
+    times.start()
+    with caplog.at_level(logging.INFO):
+        for _ in range(30):
+            take_step(times, clock, work=product)
+        assert "where" not in caplog.text
+        take_step(times, clock, **last)  # type: ignore[arg-type]
+        times.settle()
+    return caplog.text
+
+
+@pytest.mark.parametrize(
+    ("last", "reason"),
+    [
+        ({"data": 4.0}, "a step took 4.60 s where 0.70 s are usual: 4.00 s of them were spent waiting for pictures"),
+        ({"batch": batch_of(2, 512, 128), "more": 1.0}, "it had the first batch of 2 of 128x512"),
+        ({"more": 1.0}, "a step took 1.70 s where 0.70 s are usual: why is not known"),
+    ],
+)
+def test_a_slow_step_is_noted_with_its_reason(caplog, last, reason):
+    assert reason in slow_run(caplog, **last)
+
+
+@pytest.mark.parametrize(
+    ("faults", "reason"),
+    [
+        ({"retries": 3}, "the card's memory was full, and was sorted out 3 times"),
+        ({"pages": 9000}, "main memory was full: 9000 pages were read back from the disk"),
+    ],
+)
+def test_memory_that_ran_short_is_a_reason(caplog, monkeypatch, faults, reason):
+    count = {"pages": 0, "retries": 0}
+    monkeypatch.setattr("library.training.reporting.step_times.pressure_of", lambda device: dict(count))
+    assert reason in slow_run(caplog, more=1.0, work=lambda: count.update(faults))
+
+
+def test_slow_steps_that_follow_each_other_are_noted_once_a_minute(caplog):
+    clock = Clock()
+    times = StepTimes(clock=clock)
+    times.start()
+    with caplog.at_level(logging.INFO):
+        for number in range(120):
+            take_step(times, clock, more=2.0 if number % 3 == 2 and number > 40 else 0.0)
+    num_notes = caplog.text.count("are usual")
+    assert 1 < num_notes <= 1 + clock.now // 60
+
+
+def test_peaks_are_told_by_the_names_of_cards(monkeypatch):
+    assert peak_of(CPU, torch.bfloat16) is None
+    names = {
+        "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 4070 Ti SUPER": 88e12, "NVIDIA L40S": 362e12,
+        "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "Tesla T4": 65e12, "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA GeForce RTX 4060": 30e12, "NVIDIA L4": 121e12, "NVIDIA A10G": 70e12, "NVIDIA L40": 181e12,
+    }  # fmt: skip
+    for name, flops in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_of(torch.device("cuda"), torch.bfloat16) == flops
+    for place, (name, _) in enumerate(PEAKS):
+        assert not any(earlier in name for earlier, _ in PEAKS[:place]), f"{name} is never reached"
