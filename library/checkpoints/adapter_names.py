@@ -5,8 +5,9 @@ checkpoint below `diffusion_model.` and `text_encoders.`) and `diffusers` (its m
 `transformer.`). A base model declares its modules as `BaseNames` in library/architectures/<model>/adapters.py.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -54,6 +55,23 @@ class ModuleNames:
         flat = underscored(name)
         return next((i for i, piece in enumerate(self.pieces) if underscored(piece.diffusers) == flat), None)
 
+    def in_block(self, number: str) -> "ModuleNames":
+        """The names of the same layer in another block, of a layer in block 0 whose paths have no earlier number."""
+
+        def moved(path: str) -> str:
+            return path.replace(".0.", f".{number}.", 1)
+
+        whole = self.diffusers
+        return replace(
+            self,
+            kohya=self.kohya.replace("_0_", f"_{number}_", 1),
+            generic=moved(self.generic),
+            diffusers=moved(whole)
+            if isinstance(whole, str)
+            else tuple(replace(piece, diffusers=moved(piece.diffusers)) for piece in whole),
+            aliases=(),
+        )
+
 
 OMI_PREFIXES = {"lora_unet_": "unet_", "lora_te_": "clip_l_", "lora_te1_": "clip_l_", "lora_te2_": "clip_g_"}
 
@@ -70,6 +88,8 @@ class BaseNames:
 
     base: str  # `ModelCard.name`
     modules: tuple[ModuleNames, ...]
+    stacks: tuple[str, ...] = ()
+    """Lists of blocks of any length, by kohya's name before the number; `modules` has those of the usual length."""
 
     @cached_property
     def index(self) -> Mapping[str, ModuleNames]:
@@ -79,4 +99,16 @@ class BaseNames:
 
     def find(self, name: str) -> ModuleNames | None:
         """The module that `name` in a file is or is a piece of, None for one that this base model lacks."""
-        return self.index.get(underscored(name))
+        flat = underscored(name)
+        return self.index.get(flat) or self._find_in_longer_stack(flat)
+
+    def _find_in_longer_stack(self, flat: str) -> ModuleNames | None:
+        """A module of a block beyond the usual ones, told by the same layer of block 0."""
+        for number in re.finditer(r"(?<=_)[1-9]\d*(?=_)", flat):
+            first = self.index.get(f"{flat[: number.start()]}0{flat[number.end() :]}")
+            if first is None or not any(first.kohya.startswith(f"{stack}_0_") for stack in self.stacks):
+                continue
+            module = first.in_block(number[0])
+            if any(underscored(spelling) == flat for spelling in module.spellings):
+                return module
+        return None

@@ -96,8 +96,12 @@ def build_lumina(folder: Path) -> list[str]:
     return write_files(folder, {flag: shapes_of(table) for flag, table in shapes.items()})
 
 
-def build_anima(folder: Path) -> list[str]:
+def build_anima(folder: Path, num_blocks: int = 28) -> list[str]:
+    """Blocks beyond the 28 of the inventory are as its last."""
     parts = facts("anima")["components"]
+    last = {name: shape for name, shape in parts["dit"].items() if name.startswith("blocks.27.")}
+    more = {name.replace("27", str(n), 1): shape for n in range(28, num_blocks) for name, shape in last.items()}
+    parts = {**parts, "dit": {**parts["dit"], **more}}
     write_t5_tokenizer(folder / "t5_tokenizer")
     write_qwen3_tokenizer(folder / "tokenizer")
     shapes = {"pretrained_model_name_or_path": parts["dit"], "qwen3": parts["qwen3_0.6b"], "vae": parts["vae"]}
@@ -120,6 +124,9 @@ FULL_SIZE: Mapping[str, FullSize] = {
     "Chroma": FullSize("flux_train_network", "networks.lora_flux", 1024, build_chroma),
     "Lumina Image 2.0": FullSize("lumina_train_network", "networks.lora_lumina", 1024, build_lumina),
     "Anima": FullSize("anima_train_network", "networks.lora_anima", 1024, build_anima),
+    "Anima, 40 blocks": FullSize(
+        "anima_train_network", "networks.lora_anima", 1024, lambda folder: build_anima(folder, 40)
+    ),
     "HunyuanImage 2.1": FullSize(
         "hunyuan_image_train_network", "networks.lora_hunyuan_image", 2048, build_hunyuan_image
     ),

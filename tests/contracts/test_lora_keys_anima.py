@@ -76,6 +76,27 @@ def test_generic_names_are_those_of_the_comfyui_converter_but_for_its_misspellin
     assert {module.kohya for module in NAMES.modules} == FACTS["converted"].keys()
 
 
+def test_a_model_of_40_blocks_has_the_layers_of_the_28_in_each() -> None:
+    """The published one of 2.9 billion weights; its other sizes are those of the first."""
+    shapes = {name: tuple(shape) for name, shape in BASE["components"]["dit"].items()}
+    for name, shape in list(shapes.items()):
+        if name.startswith("blocks.27."):
+            shapes |= {name.replace("27", str(number), 1): shape for number in range(28, 40)}
+    config = read_config(shapes)
+    with torch.device("meta"):
+        model = Anima(config)
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == shapes
+    assert sum(tensor.numel() for tensor in model.parameters()) == 2_091_068_928 + 12 * 69_206_528
+    found = shapes_of(([], model), False)
+    of_28 = {key: shape for key, shape in FACTS["default"].items() if key.startswith("lora_unet")}
+    last = {key: shape for key, shape in of_28.items() if "_blocks_27_" in key}
+    added = {key.replace("27", str(n), 1): shape for n in range(28, 40) for key, shape in last.items()}
+    assert found == {**of_28, **added}
+    for key in added:
+        module = NAMES.find(key.split(".")[0])
+        assert module is not None and all(NAMES.find(name) == module for name in module.spellings)
+
+
 def test_files_are_recognised() -> None:
     assert base_of(FACTS["default"]) == "anima"
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.anima.adapters import NAMES
+from library.architectures.anima.model import Anima
 from library.checkpoints.adapter_names import FileNaming
 from networks import dylora, lora, lora_anima, lora_fa
 from networks.core.files.adapter_file import adapter_tensors, read_adapter_file, save_adapter_file
@@ -27,18 +28,18 @@ def trained_file(door: Any, path: Path, arguments: dict[str, str]) -> tuple[Tens
     return save_trained(door, path, arguments, model, lambda: model(*values))
 
 
-def loaded_by_diffusers(tensors: dict[str, Tensor]) -> Tensor:
+def loaded_by_diffusers(tensors: dict[str, Tensor], model: Anima | None = None) -> Tensor:
     """What diffusers' models predict with the file that its reader for Anima took."""
     from diffusers.loaders.lora_pipeline import AnimaLoraLoaderMixin
 
     reader: Any = AnimaLoraLoaderMixin
-    transformer, conditioner = oracle_models(tiny_anima(7))
+    transformer, conditioner = oracle_models(model or tiny_anima(7))
     state = reader.lora_state_dict(tensors)
     assert all("lora" in key for key in state)
-    for part, model in (("transformer", transformer), ("text_conditioner", conditioner)):
+    for part, theirs in (("transformer", transformer), ("text_conditioner", conditioner)):
         own = {key: tensor for key, tensor in state.items() if key.startswith(f"{part}.")}
         if own:
-            model.load_lora_adapter(own, prefix=part)
+            theirs.load_lora_adapter(own, prefix=part)
     return oracle_of(transformer, conditioner)(*(value.detach() for value in inputs(6, 10)))
 
 

@@ -1,6 +1,7 @@
 """anima_train_network.py on a tiny Anima model: every kind of adapter trains, saves and goes on."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.running import Finished
+from tests.tiny import anima
 from tests.tiny.anima import QWEN_WIDTH, build_tiny_anima
 
 Train = Callable[..., Finished]
@@ -140,6 +142,24 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_and_previews_are_drawn(
     assert done.status == 0, done.stderr
     expected, resumed = saved(tmp_path, "whole"), saved(tmp_path, "resumed")
     assert all(torch.equal(weight, resumed[key]) for key, weight in expected.items())
+
+
+def test_a_model_of_another_depth_and_width_trains_with_its_blocks_waiting(
+    train_anima: Train, own_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but two of its blocks can wait, and the step is the same."""
+    monkeypatch.setattr(anima, "CONFIG", replace(anima.CONFIG, num_blocks=7, width=60, head_width=20, mlp_width=150))
+    words = [*build_tiny_anima(tmp_path / "deep", 42), *own_arguments, "--gradient_checkpointing"]
+    plain = train_anima([*words, "--output_name", "plain"])
+    waiting = train_anima([*words, "--output_name", "waiting", "--blocks_to_swap", "5"])
+    assert plain.status == 0 and waiting.status == 0, plain.stderr + waiting.stderr
+    assert waiting.losses == plain.losses
+    expected, found = saved(tmp_path, "plain"), saved(tmp_path, "waiting")
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert "lora_unet_blocks_6_mlp_layer2.lora_up.weight" in found
+    done = train_anima([*words, "--blocks_to_swap", "6"])
+    assert done.status == 1 and "--blocks_to_swap 6: the denoiser has 7 blocks" in done.stderr
+    assert "use at most 5" in done.stderr
 
 
 @pytest.mark.parametrize(

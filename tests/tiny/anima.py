@@ -130,10 +130,10 @@ def write_qwen3_tokenizer(folder: Path) -> int:
     return len(words)
 
 
-def tiny_anima(seed: int) -> Anima:
+def tiny_anima(seed: int, config: AnimaConfig | None = None) -> Anima:
     """The denoiser alone, its weights random."""
     with torch.device("meta"):
-        model = Anima(CONFIG)
+        model = Anima(config or CONFIG)
     model.load_state_dict(fixed_init(model, seed), assign=True)
     return model.requires_grad_(False).eval()
 

@@ -12,7 +12,7 @@ from library.architectures.cards import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from networks.core.sites.targets import AdapterTargets, Part
 
-NUM_BLOCKS, NUM_ADAPTER_BLOCKS, NUM_TEXT_LAYERS = 28, 6, 28
+NUM_BLOCKS, NUM_ADAPTER_BLOCKS, NUM_TEXT_LAYERS = 28, 6, 28  # of the first release; there are deeper ones
 ADAPTER_BLOCK = (
     *(f"{layer}.{name}_proj" for layer in ("self_attn", "cross_attn") for name in ("q", "k", "v", "o")),
     *("mlp.0", "mlp.2"),
@@ -54,6 +54,7 @@ NAMES = BaseNames(
         *map(denoiser_module, denoiser_paths()),
         *(text_module(f"layers.{n}.{name}") for n in range(NUM_TEXT_LAYERS) for name in TEXT_LAYER),
     ),
+    stacks=("lora_unet_blocks", "lora_unet_llm_adapter_blocks", "lora_te_layers"),
 )
 
 
