@@ -6,7 +6,7 @@ checkpoint below `diffusion_model.` and `text_encoders.`) and `diffusers` (its m
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -73,13 +73,19 @@ class ModuleNames:
         )
 
 
-OMI_PREFIXES = {"lora_unet_": "unet_", "lora_te_": "clip_l_", "lora_te1_": "clip_l_", "lora_te2_": "clip_g_"}
+OTHER_PREFIXES: Mapping[str, tuple[str, ...]] = {  # OMI's, of which OneTrainer and sd-scripts speak, and networks.oft's
+    "lora_unet_": ("unet_", "oft_unet_"),
+    "lora_te_": ("clip_l_",),
+    "lora_te1_": ("clip_l_",),
+    "lora_te2_": ("clip_g_",),
+}
 
 
-def _in_omi(kohya: str) -> str | None:
-    """OMI's name of a module, which OneTrainer and sd-scripts read: kohya's path with dots behind its own prefix."""
-    found = next((prefix for prefix in OMI_PREFIXES if kohya.startswith(prefix)), None)
-    return None if found is None else OMI_PREFIXES[found] + kohya[len(found) :]
+def _behind_other_prefixes(kohya: str) -> Iterator[str]:
+    """Kohya's name of a module with the prefixes that some files have before the same path."""
+    for prefix, others in OTHER_PREFIXES.items():
+        if kohya.startswith(prefix):
+            yield from (other + kohya.removeprefix(prefix) for other in others)
 
 
 @dataclass(frozen=True)
@@ -94,8 +100,8 @@ class BaseNames:
     @cached_property
     def index(self) -> Mapping[str, ModuleNames]:
         """Every spelling of a module name, with underscores for dots."""
-        omi = {other: module for module in self.modules if (other := _in_omi(module.kohya))}
-        return omi | {underscored(name): module for module in self.modules for name in module.spellings}
+        others = {other: module for module in self.modules for other in _behind_other_prefixes(module.kohya)}
+        return others | {underscored(name): module for module in self.modules for name in module.spellings}
 
     def find(self, name: str) -> ModuleNames | None:
         """The module that `name` in a file is or is a piece of, None for one that this base model lacks."""

@@ -60,9 +60,11 @@ class Reading:
 
 LOW_RANK = frozenset(("lora_down.weight", "lora_up.weight", "lora_A.weight", "lora_B.weight", "alpha"))
 NORM = frozenset(("w_norm", "b_norm"))
+OFT = frozenset(("oft_blocks", "rescale"))
+OFT_PREFIX = "oft_unet_"  # of the names in files by networks.oft
 READ = re.compile(  # endings that programs look for
     r"lora_(?:down|up|mid|A|B)\.weight|alpha|dora_scale|w_norm|b_norm|hada_(?:w[12]_[ab]|t[12])"
-    r"|lokr_(?:w[12](?:_[ab])?|t2)"
+    r"|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks|rescale"
 )
 DIFFUSERS_LEAVES = LOW_RANK | {"dora_scale"}
 
@@ -140,6 +142,8 @@ def why_unused(program: Program, content: Content, key: Key, reader: Reader) -> 
     if key.naming not in (reader.denoiser if key.part == "denoiser" else reader.text):
         what = "text encoder keys in " if key.part == "text" else "keys in "
         return f"it does not read {what}the {key.naming} naming"
+    if key.module.startswith(OFT_PREFIX) and program != "A1111-style":
+        return f"it does not look for names that begin with {OFT_PREFIX}"
     for gap in reader.gaps:
         if key.naming in gap.namings and re.fullmatch(gap.modules, key.module):
             return gap.reason
@@ -150,6 +154,8 @@ def why_leaf_unused(program: Program, content: Content, key: Key) -> str | None:
     """The same, for the kind of weight."""
     if program == "stable-diffusion.cpp" and key.leaf in NORM | {"dora_scale"}:
         return "it has no norm weights and no DoRA: what is left acts as plain LoRA"
+    if program in ("Forge", "stable-diffusion.cpp") and content.leaves[key.module].keys() & OFT:
+        return "it has no OFT"
     if program == "diffusers" and key.leaf == "dora_scale":
         return "it drops dora_scale: what is left acts as plain LoRA"
     if program == "ComfyUI" and key.leaf in NORM and key.part == "text":
@@ -164,6 +170,8 @@ def why_inexact(program: Program, content: Content, key: Key) -> str | None:
     leaves = content.leaves[key.module]
     if program in ("ComfyUI", "Forge", "A1111-style") and is_dora_per_output(leaves):
         return "DoRA with one magnitude per output acts differently there than in training"
+    if program == "ComfyUI" and leaves.keys() & OFT and leaves.keys() & {"alpha", "rescale"}:
+        return "it turns OFT within a limit of alpha, not alpha times the outputs, and leaves out rescale"
     if program == "stable-diffusion.cpp" and leaves.keys() & {"lora_mid.weight", "hada_t1", "hada_t2"}:
         return "it multiplies Tucker cores the wrong way round"
     return None

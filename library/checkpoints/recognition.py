@@ -25,10 +25,7 @@ def recognise_adapter(
     products = composed_shapes(shapes)
     return recognise(
         sorted(cards, key=lambda card: card is not told),
-        {
-            underscored(key): tuple(shape) if _tells_width(key) else products.get(key, ())
-            for key, shape in shapes.items()
-        },
+        {_flat(key): tuple(shape) if _tells_width(key) else products.get(key, ()) for key, shape in shapes.items()},
         lambda card: card.adapter,
     )
 
@@ -48,6 +45,11 @@ def require_card(
         known = ", ".join(card.title for card in cards)
         raise UserError(f"{origin}: its keys do not tell which base model it is for; supported: {known}")
     return card
+
+
+def _flat(key: str) -> str:
+    """A key in the form that signs are for; networks.oft has a prefix of its own for the same names."""
+    return re.sub(r"^oft_unet_", "lora_unet_", underscored(key))
 
 
 def _tells_width(key: str) -> bool:

@@ -8,6 +8,7 @@ from torch import nn
 from networks.core.adapter import Adapter
 from networks.core.kinds.change import Change
 from networks.core.kinds.norm import Norm
+from networks.core.kinds.oft import TurnedOutputs
 from networks.core.kinds.scaled import ScaledDelta
 from networks.core.kinds.turned import Turned
 from networks.core.sites.targets import BlockList
@@ -48,14 +49,15 @@ def describe_rates(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
 
 
 def _measure(change: Change) -> tuple[int, float]:
-    if isinstance(change, Turned):
-        return change.rotation.block_size, 0.0
+    if isinstance(change, (Turned, TurnedOutputs)):
+        return change.block_sizes[0], 0.0
     assert isinstance(change, ScaledDelta)
     return change.delta.rank, change.alpha_value
 
 
 def _ranks(changes: Sequence[Change]) -> str:
-    turned = sorted({change.rotation.block_size for change in changes if isinstance(change, Turned)})
+    blocks = [change.block_sizes for change in changes if isinstance(change, (Turned, TurnedOutputs))]
+    turned = sorted({size for sizes in blocks for size in sizes})
     scaled = [change for change in changes if isinstance(change, ScaledDelta)]
     ranks = ", ".join(str(rank) for rank in sorted({change.delta.rank for change in scaled}))
     alphas = ", ".join(f"{alpha:g}" for alpha in sorted({change.alpha_value for change in scaled}))

@@ -84,7 +84,7 @@ class ModuleWeights:
 
         Raises UserError for kinds that are only recognised.
         """
-        leaves = {leaf: tensor.to(dtype or tensor.dtype) for leaf, tensor in self.tensors.items() if leaf != ALPHA}
+        leaves = {leaf: tensor.to(dtype or tensor.dtype) for leaf, tensor in self.tensors.items()}
         if self.kind.has_alpha:
             leaves[ALPHA] = torch.tensor(self.alpha, dtype=torch.float64)
         try:

@@ -21,6 +21,7 @@ from networks.core.kinds import norm
 from networks.core.kinds.change import StoredOtherwise
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.leaves import ALPHA, DORA_SCALE
+from networks.core.kinds.oft import TurnedOutputs
 from networks.core.kinds.scaled import ScaledDelta
 from networks.core.kinds.table import KINDS, SHARED, kind_of
 from networks.core.kinds.turned import Turned
@@ -97,8 +98,8 @@ def group_by_module(
 
 def kinds_of(adapters: Mapping[str, Adapter]) -> tuple[Kind, ...]:
     """What files may hold for a network: the kinds of its door, and norms."""
-    changes = [adapter.change for adapter in adapters.values()]
-    doors = {kind_of(change.state_dict()).door for change in changes if isinstance(change, (ScaledDelta, Turned))}
+    changes = [adapter.change for adapter in adapters.values() if not isinstance(adapter.change, norm.Norm)]
+    doors = {kind_of(change.state_dict()).door for change in changes if isinstance(change, nn.Module)}
     return tuple(kind for kind in KINDS if kind is norm.KIND or kind.door in doors)
 
 
@@ -203,7 +204,7 @@ def check_shapes(name: str, adapter: Adapter, group: Mapping[str, Tensor], sourc
     for leaf in group:
         if leaf != ALPHA and (leaf not in own or group[leaf].shape != own[leaf].shape):
             needed = f"needs {list(own[leaf].shape)}" if leaf in own else "has none"
-            if isinstance(change, Turned) or fits_layer(name, adapter, group):
+            if isinstance(change, (Turned, TurnedOutputs)) or fits_layer(name, adapter, group):
                 raise UserError(
                     f"{name}.{leaf} has the shape {list(group[leaf].shape)} in {source}, but with these --network_args "
                     f"it {needed}; add --dim_from_weights to take the form from the file"

@@ -44,12 +44,14 @@ class Kind:
     together: str = ""  # how `needs` are called in a sentence
     own_form: Callable[[Leaves], dict[str, Tensor]] | None = None  # leaves of other programs as they are here
     fault: Callable[[str, Leaves, Mapping[str, str]], str | None] | None = None  # (name, leaves, keys) -> what is wrong
+    alpha_is_strength: bool = True  # else it is another number of the change, and never left out or made up
     door: str = ""  # the --network_module that trains it further
     is_whole: bool = False  # no factor has a rank: alpha counts as the rank, whatever is recorded
 
     @property
     def has_alpha(self) -> bool:
-        return self.rank_of is not None and ALPHA in self.may_have
+        """Whether alpha / rank is the strength of the change."""
+        return self.rank_of is not None and ALPHA in self.may_have and self.alpha_is_strength
 
     @property
     def leaves(self) -> frozenset[str]:

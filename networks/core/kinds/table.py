@@ -6,14 +6,23 @@ from torch import nn
 
 from library.checkpoints.adapter_names import FileNaming
 from library.errors import UserError
-from networks.core.kinds import boft, loha, lokr, lora, norm, oft_v2, tucker
+from networks.core.kinds import boft, loha, lokr, lora, norm, oft, oft_v2, tucker
 from networks.core.kinds.change import Change, Leaves
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.leaves import ALPHA, DORA_SCALE
 
 OTHER = Kind(name="other", words="another kind of adapter", needs=())
 # The first that is complete decides.
-KINDS: tuple[Kind, ...] = (tucker.KIND, lora.KIND, norm.KIND, loha.KIND, *lokr.KINDS, oft_v2.KIND, boft.KIND)
+KINDS: tuple[Kind, ...] = (
+    tucker.KIND,
+    lora.KIND,
+    norm.KIND,
+    loha.KIND,
+    *lokr.KINDS,
+    oft_v2.KIND,
+    boft.KIND,
+    *oft.KINDS,
+)
 SHARED = frozenset((ALPHA, DORA_SCALE))
 
 

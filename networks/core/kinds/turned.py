@@ -112,6 +112,10 @@ class Turned(nn.Module):
             whole = whole * scales_O.to(base).view(-1, *(1,) * (base.dim() - 1))
         return whole if strength == 1 else base + strength * (whole - base)
 
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        return (self.rotation.block_size,)
+
     @torch.no_grad()
     def norm(self) -> Tensor:
         """The Frobenius norm of R - 1, to first order, and of how far scales are from 1."""

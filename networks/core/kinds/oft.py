@@ -1,0 +1,288 @@
+"""OFT as sd-scripts' networks.oft and LyCORIS's diag-oft store it: a layer's outputs turned by blocks.
+
+These are read, merged and trained further; new adapters turn inputs, see oft_v2.py.
+
+Letters: O outputs, T everything but the last axis, D blocks, b block size.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from networks.core.kinds.blocks import REFUSED
+from networks.core.kinds.change import Change, Forward, Leaves, Misfit
+from networks.core.kinds.kind import Door, Kind
+from networks.core.kinds.leaves import ALPHA
+from networks.core.kinds.scaled import NO_DROPOUT, Dropout
+from networks.core.kinds.turned import change_of_turn
+
+BLOCKS, RESCALE, MATRICES = "oft_blocks", "rescale", "oft_diag"
+PIECES = tuple(f"{BLOCKS}.{i}" for i in range(4))  # of a layer whose rows are several projections
+
+
+class TurnedOutputs(nn.Module):
+    """W' = R' W with blocks (1 + Q) / (1 - Q) on the diagonal of R: outputs are turned, and may be scaled then.
+
+    `oft_blocks` (D, b, b) is any matrix for each block, Q that less its transpose; `oft_blocks.0` and so on are those
+    of consecutive rows, where a layer has q, k, v and others as one. `alpha` limits the length
+    of all Q of such a piece to alpha times its rows; 0 is no limit, as LyCORIS has it. `rescale` (O, 1) or (O, 1, 1, 1)
+    multiplies outputs. At strength s the weight is W + s (W' - W).
+    """
+
+    changed_parameters = ("weight",)
+    fast_leaf = ""
+    alpha: Tensor | None
+    rescale: nn.Parameter | None
+
+    def __init__(
+        self, layer: nn.Module | None, leaves: Leaves, drops: Dropout = NO_DROPOUT, is_trained: bool = True
+    ) -> None:
+        """`layer` None is for merging alone."""
+        super().__init__()
+        self.names = tuple(leaf for leaf in (BLOCKS, *PIECES) if leaf in leaves)
+        parameters = [nn.Parameter(leaves[name], requires_grad=is_trained) for name in self.names]
+        if self.names == (BLOCKS,):
+            self.register_parameter(BLOCKS, parameters[0])
+        else:
+            self.add_module(BLOCKS, nn.ParameterList(parameters))
+        scales = leaves.get(RESCALE)
+        self.register_parameter(RESCALE, None if scales is None else nn.Parameter(scales, requires_grad=is_trained))
+        self.register_buffer(ALPHA, leaves.get(ALPHA))
+        self.limit = float(leaves[ALPHA]) if ALPHA in leaves else 0.0
+        self.drops = drops
+        object.__setattr__(self, "layer", layer)  # the base model's own, which is no part of the adapter
+        self.layer: nn.Module | None
+
+    def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
+        """What the layer computes with the change; shapes and dtype are those of the layer alone."""
+        out = base(x)
+        if self.training and self.drops.module > 0 and float(torch.rand(())) < self.drops.module:
+            return out
+        with torch.autocast(x.device.type, enabled=False):
+            turns = [self._drop(turn) for turn in self._turns()]
+        is_conv = isinstance(self.layer, nn.Conv2d)
+        alone = out.movedim(1, -1) if is_conv else out
+        bias = None if self.layer is None else self.layer.bias
+        if isinstance(bias, Tensor):
+            alone = alone - bias.to(alone.dtype)
+        change = self._change_of(alone, turns)
+        return out + (strength * (change.movedim(-1, 1) if is_conv else change)).to(out.dtype)
+
+    def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
+        turns = self._turns()
+        num_rows = sum(turn.shape[1] * turn.shape[2] for turn in turns)
+        if num_rows != len(base):
+            raise Misfit("", (num_rows, *base.shape[1:]), tuple(base.shape))
+        base = base.to(torch.promote_types(base.dtype, turns[0].dtype))
+        change = self._change_of(base.flatten(1).t(), [turn.to(base) for turn in turns]).t()
+        return base + strength * change.reshape(base.shape)
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        return tuple(blocks.shape[-1] for blocks in self._blocks())
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """The Frobenius norm of R - 1, to first order, and of how far scales are from 1."""
+        squares = torch.stack([4 * angles.square().sum() for angles in self._angles()]).sum()
+        if self.rescale is not None:
+            squares = squares + (self.rescale - 1).square().sum()
+        return squares.sqrt()
+
+    @torch.no_grad()
+    def scale_(self, ratio: Tensor) -> None:
+        for blocks in self._blocks():
+            blocks.mul_(self._share_within(_skew(blocks)) * ratio.to(blocks))
+        if self.rescale is not None:
+            self.rescale.sub_(1).mul_(ratio.to(self.rescale)).add_(1)
+
+    def leaves(self) -> Mapping[str, Tensor]:
+        return self.state_dict()
+
+    def load(self, leaves: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of a file in the form of the one that this was made of."""
+        self.load_state_dict({**self.state_dict(), **leaves})
+        self.limit = float(leaves[ALPHA]) if ALPHA in leaves else 0.0
+
+    def _blocks(self) -> list[nn.Parameter]:
+        return [self.get_parameter(name) for name in self.names]
+
+    def _angles(self) -> Iterator[Tensor]:
+        """(D, b, b) for each piece: Q within the limit, at least in float32."""
+        for blocks in self._blocks():
+            skew = _skew(blocks.to(torch.promote_types(blocks.dtype, torch.float32)))
+            yield skew * self._share_within(skew)
+
+    def _share_within(self, skew_Dbb: Tensor) -> Tensor:
+        """What the limit leaves of the angles of a piece: 1 where they are within it."""
+        if self.limit == 0:
+            return skew_Dbb.new_ones(())
+        length = skew_Dbb.norm()
+        limit = self.limit * skew_Dbb.shape[0] * skew_Dbb.shape[1]
+        share: Tensor = torch.where(length > limit, limit / length.clamp_min(limit), 1.0)
+        return share
+
+    def _turns(self) -> list[Tensor]:
+        """(1, D, b, b) for each piece: its blocks of R, less the identity."""
+        found = []
+        for angles in self._angles():
+            one = torch.eye(angles.shape[-1], dtype=angles.dtype, device=angles.device)
+            found.append(torch.linalg.solve(one - angles, 2 * angles)[None])
+        return found
+
+    def _drop(self, turns: Tensor) -> Tensor:
+        """Blocks left out for this call."""
+        if not self.training or self.drops.neuron == 0:
+            return turns
+        keep_FD = torch.rand(turns.shape[:2], device=turns.device) > self.drops.neuron
+        return turns * keep_FD[..., None, None].to(turns.dtype)
+
+    def _change_of(self, rows_TO: Tensor, turns: Sequence[Tensor]) -> Tensor:
+        """What is added to rows of O numbers: s * (y R) - y, piece by piece."""
+        widths = [turn.shape[1] * turn.shape[2] for turn in turns]
+        parts = torch.split(rows_TO, widths, dim=-1)
+        change = torch.cat([change_of_turn(part, turn) for part, turn in zip(parts, turns, strict=True)], dim=-1)
+        if self.rescale is None:
+            return change
+        scales_O = self.rescale.flatten().to(change.dtype)
+        scaled: Tensor = change * scales_O + rows_TO * (scales_O - 1)
+        return scaled
+
+
+class FixedMatrices(nn.Module):
+    """The same for `oft_diag` (D, b, b) of LyCORIS before 2.0, which holds the blocks of R, or R - 1, themselves.
+
+    It is merged and not trained: angles are not in the file. Where the diagonals are nearer to 0 than to 1 it is R - 1.
+    """
+
+    changed_parameters = ("weight",)
+    fast_leaf = ""
+
+    def __init__(self, leaves: Leaves) -> None:
+        super().__init__()
+        for name, tensor in leaves.items():
+            self.register_buffer(name, tensor)
+        self.oft_diag: Tensor
+
+    def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
+        raise UserError(f"{MATRICES} of LyCORIS can be merged, but not trained; merge it with tools/merge_lora.py")
+
+    def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
+        blocks = self.oft_diag
+        if blocks.shape[0] * blocks.shape[1] != len(base):
+            raise Misfit("", (blocks.shape[0] * blocks.shape[1], *base.shape[1:]), tuple(base.shape))
+        base = base.to(torch.promote_types(base.dtype, blocks.dtype))
+        change = change_of_turn(base.flatten(1).t(), self._less_one()[None].to(base)).t()
+        return base + strength * change.reshape(base.shape)
+
+    def norm(self) -> Tensor:
+        norm: Tensor = self._less_one().norm()
+        return norm
+
+    def scale_(self, ratio: Tensor) -> None:
+        raise UserError(f"{MATRICES} of LyCORIS is not trained, so it has no norm to limit")
+
+    def leaves(self) -> Mapping[str, Tensor]:
+        return self.state_dict()
+
+    def load(self, leaves: Mapping[str, Tensor]) -> None:
+        self.load_state_dict(dict(leaves))
+
+    def _less_one(self) -> Tensor:
+        blocks = self.oft_diag
+        diagonal = blocks.diagonal(dim1=1, dim2=2).mean()
+        one = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+        return blocks - one if diagonal > 0.5 else blocks
+
+
+def _skew(blocks_Dbb: Tensor) -> Tensor:
+    return blocks_Dbb - blocks_Dbb.mT
+
+
+def further(
+    layer: nn.Module,
+    rank: int,
+    drops: Dropout = NO_DROPOUT,
+    has_scalar: bool = False,
+    leaves: Leaves | None = None,
+) -> TurnedOutputs:
+    """The change of a layer in the form of a file. Raises UserError without one."""
+    if leaves is None:
+        raise UserError(
+            "networks.oft only goes on from files: give one with --network_weights and add "
+            "--dim_from_weights; for a new adapter use --network_module networks.oft_v2"
+        )
+    zeros = {leaf: torch.zeros_like(t, dtype=torch.float32) for leaf, t in leaves.items() if leaf != ALPHA}
+    zeros |= {leaf: tensor.float() for leaf, tensor in leaves.items() if leaf == ALPHA}
+    return TurnedOutputs(layer, zeros, drops)
+
+
+# --- in files ---
+
+
+def rank_of(leaves: Leaves) -> int:
+    """How many blocks there are, which these call the dimension."""
+    return next(leaves[leaf].shape[0] for leaf in (BLOCKS, *PIECES, MATRICES) if leaf in leaves)
+
+
+def read(leaves: Leaves, layer: nn.Module | None) -> Change:
+    """The change of a module from a file."""
+    return TurnedOutputs(layer, leaves, is_trained=False)
+
+
+def read_matrices(leaves: Leaves, layer: nn.Module | None) -> Change:
+    """The change of a module with whole matrices."""
+    if RESCALE in leaves:
+        raise UserError(f"{MATRICES} with {RESCALE} is not computed here: what it means differs between versions")
+    return FixedMatrices({MATRICES: leaves[MATRICES]})
+
+
+def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
+    """Why the tensors of a module make no rotation, None where they do."""
+    there = [leaf for leaf in (BLOCKS, *PIECES, MATRICES) if leaf in leaves]
+    if not there:
+        return f"has {keys[RESCALE]} without {BLOCKS}; the file is incomplete"
+    pieces = [leaf for leaf in PIECES if leaf in leaves]
+    if pieces != list(PIECES[: len(pieces)]):
+        return f"has {keys[pieces[-1]]} without all pieces before it; the file is incomplete"
+    for leaf in there:
+        shape = list(leaves[leaf].shape)
+        if len(shape) == 4:
+            return f"has {keys[leaf]} of the shape {shape}: BOFT of LyCORIS, which is not computed here"
+        if len(shape) != 3 or shape[1] != shape[2]:
+            return f"has {keys[leaf]} of the shape {shape}; it needs (blocks, b, b)"
+    num_rows = sum(leaves[leaf].shape[0] * leaves[leaf].shape[1] for leaf in there)
+    if RESCALE in leaves and leaves[RESCALE].numel() != num_rows:
+        return f"has {keys[RESCALE]} of the shape {list(leaves[RESCALE].shape)}; it needs one number for each output"
+    return None
+
+
+def _kind(
+    name: str, needs: tuple[str, ...], more: tuple[str, ...], door: str, reader: Callable[..., Change] = read
+) -> Kind:
+    return Kind(
+        name=name, words="OFT of outputs", needs=needs, read=reader, may_have=(ALPHA, *more), rank_of=rank_of,
+        alpha_is_strength=False, fault=fault, exact=(RESCALE,), door=door,
+    )  # fmt: skip
+
+
+KIND = _kind("oft", (BLOCKS,), (RESCALE,), "networks.oft")
+IN_PIECES = _kind("oft", (PIECES[0],), PIECES[1:], "networks.oft")
+AS_MATRICES = _kind("oft", (MATRICES,), (RESCALE,), "", read_matrices)
+KINDS = (KIND, IN_PIECES, AS_MATRICES)
+
+
+# --- as --network_module ---
+
+
+DOOR = Door(
+    make_change=further,
+    kinds=(KIND, IN_PIECES),
+    refuses={
+        **REFUSED,
+        "use_scalar": "it goes on from files, whose angles move as they are",
+        "dora_wd": "no program that reads OFT applies magnitudes",
+    },
+)
