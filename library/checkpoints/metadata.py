@@ -17,6 +17,7 @@ from typing import Any
 
 from library.checkpoints.hashes import sha256_of_file, webui_hash
 from library.errors import UserError
+from library.options.averaging import FILES
 from library.options.train import TrainOptions
 
 KEPT_WITHOUT_METADATA = (
@@ -130,6 +131,8 @@ def training_metadata(options: TrainOptions, architecture: Mapping[str, str], fa
         values["ss_lr_scheduler"] = f"adafactor:{o.optimizer.learning_rate}"
     if o.network.network_args is not None:
         values["ss_network_args"] = dict(facts.network_args)
+    if o.averaging.averages(FILES):
+        values["ss_ema_decay"] = o.averaging.ema_decay
     values.update(facts.datasets)
     values.update((key, value) for key, value in architecture.items() if key.startswith("ss_"))
     return {key: _text(value) for key, value in values.items()}

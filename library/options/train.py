@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from library.options.averaging import AveragingOptions
 from library.options.base import Options, group
 from library.options.caching import CachingOptions
 from library.options.config_file import ConfigFileOptions
@@ -35,6 +36,7 @@ class TrainOptions(Options):
     network: NetworkOptions = group(NetworkOptions)
     optimizer: OptimizerOptions = group(OptimizerOptions)
     schedule: ScheduleOptions = group(ScheduleOptions)
+    averaging: AveragingOptions = group(AveragingOptions)
     run: RunOptions = group(RunOptions)
     precision: PrecisionOptions = group(PrecisionOptions)
     kernels: KernelOptions = group(KernelOptions)

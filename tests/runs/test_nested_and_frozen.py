@@ -231,3 +231,28 @@ def test_a_run_that_starts_at_the_weights_resumes_bit_for_bit_on_an_eight_bit_ba
     assert still.status == 0, still.stderr
     for key, weight in saved(tmp_path, "still").items():
         torch.testing.assert_close(weight, expected[key], rtol=1e-6, atol=1e-6)  # one rounding of a sum in the file
+
+
+def test_files_hold_the_average_unless_they_are_to_hold_what_was_trained(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    """The average of known weights: those of the steps, saved without it."""
+    done = train([*base_arguments, "--save_every_n_steps", "1", "--learning_rate", "0.05"])
+    assert done.status == 0, done.stderr
+    steps = [saved(tmp_path, f"mine-step{step:08d}") for step in (1, 2, 3)] + [saved(tmp_path, "mine")]
+    arguments = [*base_arguments, "--learning_rate", "0.05", "--ema_decay", "0.3"]
+    for name, more in (("average", []), ("trained", ["--ema_used_for", "previews"])):
+        done = train([*arguments, "--output_name", name, *more])
+        assert done.status == 0, done.stderr
+    average, trained = saved(tmp_path, "average"), saved(tmp_path, "trained")
+    for key, weight in steps[-1].items():
+        assert torch.equal(trained[key], weight)
+        expected = steps[0][key].double()
+        for step, decay in enumerate((2 / 11, 3 / 12, 4 / 13)):
+            expected = min(decay, 0.3) * expected + (1 - min(decay, 0.3)) * steps[step + 1][key].double()
+        torch.testing.assert_close(average[key].double(), expected, rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(average[key], trained[key]) for key in trained)
+    with safe_open(path_of(tmp_path, "average"), "pt") as file:
+        assert file.metadata()["ss_ema_decay"] == "0.3"
+    with safe_open(path_of(tmp_path, "trained"), "pt") as file:
+        assert "ss_ema_decay" not in file.metadata()

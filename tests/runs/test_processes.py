@@ -53,6 +53,7 @@ def test_two_processes_equal_one_with_doubled_accumulation(train: Train, argumen
     Adam divides a gradient by its own size, so the rounding of a small one counts as much as that of a large one.
     """
     random = ["--shuffle_caption", "--flip_aug", "--network_dropout", "0.1", "--network_args", "module_dropout=0.2"]
+    random += ["--ema_decay", "0.5"]
     words = [*arguments, *random, "--cache_latents"]
     words.remove("--flip_aug")
     two = launch_two([*words, "--save_state", "--logging_dir", str(tmp_path / "logs")])

@@ -19,7 +19,7 @@ ALL_RANDOM = [
     "--shuffle_caption", "--caption_dropout_rate", "0.2", "--caption_tag_dropout_rate", "0.2", "--random_crop",
     "--flip_aug", "--color_aug", "--network_dropout", "0.1", "--noise_offset", "0.1", "--multires_noise_iterations",
     "3", "--ip_noise_gamma", "0.1", "--gradient_accumulation_steps", "2", "--token_warmup_step", "4",
-    "--network_args", "rank_dropout=0.1", "module_dropout=0.1",
+    "--network_args", "rank_dropout=0.1", "module_dropout=0.1", "--ema_decay", "0.7", "--ema_update_after_step", "2",
 ]  # fmt: skip
 
 

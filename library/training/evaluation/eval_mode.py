@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -11,15 +11,15 @@ from library.training.run.run import Run
 
 
 @contextmanager
-def evaluating(run: Run) -> Iterator[None]:
-    """The weights that would be saved, dropout off, no gradients; afterwards everything is as it was, bit for bit.
+def evaluating(run: Run, use: str) -> Iterator[None]:
+    """The weights for `use` (`shown_weights`), dropout off, no gradients; afterwards all is as it was, bit for bit.
 
     Adapters use all they have: DyLoRA its full rank, T-LoRA too unless it is told of noise levels, as in validation.
     The random streams of torch and Python are put back.
     """
     run.context.network.set_noise_levels(None)
     modules = [run.context.models.denoiser, *run.context.models.text_encoders, run.context.network.module]
-    with torch.no_grad(), random_streams_kept(run.context.device), eval_mode(modules), averaged_weights(run):
+    with torch.no_grad(), random_streams_kept(run.context.device), eval_mode(modules), shown_weights(run, use):
         yield
 
 
@@ -38,11 +38,17 @@ def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def averaged_weights(run: Run) -> Iterator[None]:
-    """What a schedule-free optimizer has averaged, and afterwards the weights of training, bit for bit."""
+def shown_weights(run: Run, use: str) -> Iterator[None]:
+    """The weights for `use`, one of `library.options.averaging`, and afterwards those of training, bit for bit.
+
+    What a schedule-free optimizer has averaged, or the average of --ema_decay where --ema_used_for says so.
+    """
+    average = run.optimization.average
+    shows_average = average is not None and run.options.averaging.averages(use)
     run.optimization.built.eval()
     try:
-        yield
+        with average.shown() if average is not None and shows_average else nullcontext():
+            yield
     finally:
         run.optimization.built.train()
 

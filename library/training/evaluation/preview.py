@@ -16,6 +16,7 @@ from library.diffusion.guidance import guided, needs_negative
 from library.diffusion.samplers import Level
 from library.errors import UserError
 from library.memory.devices import place, release_memory
+from library.options.averaging import PREVIEWS
 from library.options.preview import PreviewOptions
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LiveText
@@ -159,7 +160,7 @@ class Previews:
             return cls(run, charts, prompts, cached)
         encoded = None
         if prompts and not run.context.trains_text_encoder:
-            with evaluating(run):
+            with evaluating(run, PREVIEWS):
                 encoded = encoded_now(run.context, prompts, cached)
         return cls(run, charts, prompts, encoded, cached)
 
@@ -192,7 +193,7 @@ class Previews:
         announce(f"\ngenerating sample images at step / サンプル画像生成 ステップ: {step}")
         try:
             release_memory(run.options.memory.highvram)
-            with evaluating(run):
+            with evaluating(run, PREVIEWS):
                 vae = context.models.vae
                 if vae is None:
                     vae = place(context.arch.load.vae(), context.device)

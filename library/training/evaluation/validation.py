@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from library.data.batches.validation_set import ValidationSet
 from library.data.sources.scan import few
+from library.options.averaging import VALIDATION
 from library.options.validation import ValidationOptions
 from library.training.evaluation.eval_mode import evaluating
 from library.training.evaluation.validation_loss import Difference, batch_losses, noise_levels, paired_difference
@@ -180,7 +181,8 @@ class Validation:
         num_threads = run.options.dataset.max_data_loader_n_workers
         losses_NL = torch.zeros(len(self._rows), len(self._levels), dtype=torch.float64)
         firsts = [sum(len(names) for names in self._names[:i]) for i in range(len(self._names))]
-        with evaluating(run), tqdm(numbers, title, leave=False, disable=not processes.is_main, smoothing=0) as bar:
+        told = tqdm(numbers, title, leave=False, disable=not processes.is_main, smoothing=0)
+        with evaluating(run, VALIDATION), told as bar:
             batches = self._pictures.batches([self._places[i] for i in numbers], num_threads)
             for i, batch in zip(bar, batches, strict=True):
                 losses_BL = batch_losses(run.context, batch, self._names[i], self._levels, self._seed)

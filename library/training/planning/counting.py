@@ -260,8 +260,12 @@ def count_step(
 
 
 def count_update(options: TrainOptions, arch: Architecture, network: AdoptedNetwork) -> CountedOptimizer:
-    """The optimizer's memory."""
+    """The memory of the optimizer and of the moving average beside it, which is float32."""
     rates = options.network.text_encoder_lr, options.network.unet_lr, options.optimizer.learning_rate
     groups, _ = network.parameter_groups(*rates)
     parameters = [parameter for group in groups for parameter in group["params"]]
-    return count_optimizer(lambda: build_optimizer(options.optimizer, groups).optimizer, parameters, counter_for(arch))
+    counted = count_optimizer(
+        lambda: build_optimizer(options.optimizer, groups).optimizer, parameters, counter_for(arch)
+    )
+    averages = 4 * sum(p.numel() for p in network.trainable_parameters()) if options.averaging.ema_decay else 0
+    return CountedOptimizer(counted.state + averages, counted.rise + averages)

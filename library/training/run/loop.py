@@ -99,6 +99,8 @@ def train(prepared: Prepared, interruption: Interruption, watch: StepWatch | Non
                     watch.after_step()
                 progress.advance()
                 norms = None if norm_limit is None else LimitedNorms(*network.limit_norms(norm_limit, device))
+                if run.optimization.average is not None:
+                    run.optimization.average.update()
                 report_window(run, progress, window, values, rates, norms, charts)
                 bar.update(1)
                 bar.set_postfix(bar_values(average.mean, norms))

@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 
+from library.errors import UserError
 from library.options.train import TrainOptions
+from library.training.optimization.average import WeightAverage
 from library.training.optimization.lr_schedules import build_schedule
 from library.training.optimization.optimizers import build_optimizer
 from library.training.run.adapter import trains_text_encoders
@@ -27,7 +29,21 @@ def build_optimization(
     schedule = build_schedule(options.schedule, optimizer, max_train_steps)
     network.prepare_gradients(*models.network_view)
     scaler = gradient_scaler(options, device)
-    return Optimization(optimizer, schedule, scaler, group_names(names, len(groups), options))
+    average = build_average(options, network, optimizer.is_schedule_free)
+    return Optimization(optimizer, schedule, scaler, group_names(names, len(groups), options), average)
+
+
+def build_average(options: TrainOptions, network: AdoptedNetwork, is_schedule_free: bool) -> WeightAverage | None:
+    """The moving average of --ema_decay. Raises UserError beside an optimizer that averages by itself."""
+    wanted = options.averaging
+    if not wanted.ema_decay:
+        return None
+    if is_schedule_free:
+        raise UserError(
+            f"--ema_decay {wanted.ema_decay} does not work with --optimizer_type {options.optimizer.optimizer_type}: "
+            "schedule-free optimizers save, draw and validate an average of their own; leave one of them out"
+        )
+    return WeightAverage(network.trainable_parameters(), wanted.ema_decay, wanted.ema_update_after_step)
 
 
 def gradient_scaler(options: TrainOptions, device: torch.device) -> torch.amp.GradScaler | None:

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from library.data.batches.dataset import TrainingSet
 from library.options.train import TrainOptions
 from library.processes import Processes
+from library.training.optimization.average import WeightAverage
 from library.training.optimization.lr_schedules import Schedule
 from library.training.optimization.optimizers import BuiltOptimizer
 from library.training.reporting.step_times import StepTimes
@@ -23,6 +24,7 @@ class Optimization:
     schedule: Schedule
     scaler: torch.amp.GradScaler | None  # fp16 only
     group_names: list[str]  # of the optimizer's groups, for the charts
+    average: WeightAverage | None = None
 
     @property
     def optimizer(self) -> Optimizer:

@@ -11,6 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from library.checkpoints.metadata import RunFacts, base_file_metadata, training_metadata
+from library.options.averaging import FILES
+from library.training.evaluation.eval_mode import shown_weights
 from library.training.evaluation.validation import Validation
 from library.training.optimization.lr_schedules import base_rates, follow_rates
 from library.training.reporting.progress import Part, Progress
@@ -33,6 +35,8 @@ def stateful_parts(run: Run, progress: Progress, validation: Validation) -> dict
         "schedule": optimization.schedule,
         "progress": progress,
     }
+    if optimization.average is not None:
+        parts["average"] = optimization.average
     if validation.is_on:
         parts["validation"] = validation
     return parts if optimization.scaler is None else {**parts, "scaler": optimization.scaler}
@@ -58,8 +62,10 @@ def bytes_of_state(run: Run) -> int:
     network = run.context.network
     memory = [value for state in run.optimization.optimizer.state.values() for value in state.values()]
     tensors = [value for value in memory if isinstance(value, Tensor)]
-    expected = () if tensors else 2 * network.trainable_parameters()
-    return bytes_of_tensors([*network.module.state_dict().values(), *tensors, *expected])
+    trained = network.trainable_parameters()
+    expected = () if tensors else 2 * trained
+    averaged = () if run.optimization.average is None else run.optimization.average.values or trained
+    return bytes_of_tensors([*network.module.state_dict().values(), *tensors, *expected, *averaged])
 
 
 def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer:
@@ -107,8 +113,7 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
         architecture=run.context.arch.metadata,
         metadata=training_metadata(options, run.context.arch.metadata, facts),
         base_files=base_files,
-        before_saving=built.eval,
-        after_saving=built.train,
+        saved_weights=lambda: shown_weights(run, FILES),
         write_state=write_state,
         uploads=Uploads(options.hub),
         state_bytes=partial(bytes_of_state, run),

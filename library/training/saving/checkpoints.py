@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -162,8 +163,7 @@ class Writer:
     architecture: Mapping[str, str]
     metadata: Mapping[str, str]
     base_files: Future[dict[str, str]]  # names and hashes of the base model, computed while training goes on
-    before_saving: Callable[[], None]  # schedule-free optimizers show their averaged weights only on demand
-    after_saving: Callable[[], None]
+    saved_weights: Callable[[], AbstractContextManager[None]]  # puts averaged ones in place, if files show these
     write_state: Callable[[Path, int, int, Collection[Part]], None]  # (folder, step, epoch, what is done of the step)
     uploads: Uploads
     state_bytes: Callable[[], int] = lambda: 0  # about what a state takes
@@ -252,8 +252,7 @@ class Writer:
         announce(f"\nsaving checkpoint: {path}")
         saved_at = time.time()
         dtype = save_dtype(self.options.saving.save_precision)
-        self.before_saving()
-        try:
+        with self.saved_weights():
             if not weights_are_finite(self.network.module):
                 raise NonFiniteWeights(
                     f"the adapter has weights that are NaN or infinite after step {step}, so {path} is not written; "
@@ -266,8 +265,6 @@ class Writer:
                 bytes_in_file(self.network.module, dtype),
                 lambda place: self.network.save_weights(place, dtype, metadata),
             )
-        finally:
-            self.after_saving()
         self._keep_newest_rescue("weights", place, path)
         self._tell_readers(place)
         self.uploads.send(place, is_last)

@@ -122,7 +122,7 @@ def run(tiny_sd_folder: Path, tmp_path: Path) -> Any:
         live_text=None,
     )
     built = SimpleNamespace(eval=lambda: None, train=lambda: None)
-    return SimpleNamespace(options=options, context=context, optimization=SimpleNamespace(built=built))
+    return SimpleNamespace(options=options, context=context, optimization=SimpleNamespace(built=built, average=None))
 
 
 def previews_of(run: Any, *prompts: Prompt) -> tuple[Previews, Charts]:
@@ -231,7 +231,7 @@ def test_evaluation_leaves_no_trace(run: Any) -> None:
     run.context.models.denoiser.train()
     frozen = run.context.models.denoiser.down_blocks[0].eval()
     before = torch.random.get_rng_state(), random.getstate()
-    with evaluating(run):
+    with evaluating(run, "previews"):
         assert not torch.is_grad_enabled()
         assert not any(
             module.training for module in (*run.context.models.denoiser.modules(), run.context.network.module)

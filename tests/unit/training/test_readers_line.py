@@ -2,6 +2,7 @@
 
 import logging
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,7 @@ def test_the_line_is_logged_once_a_run(tmp_path: Path, caplog: pytest.LogCapture
         architecture={},
         metadata={},
         base_files=done,
-        before_saving=lambda: None,
-        after_saving=lambda: None,
+        saved_weights=nullcontext,
         cards=list_cards(),
         write_state=lambda folder, step, epoch, done: None,
         uploads=Uploads(HubOptions()),

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,8 +67,7 @@ def writer_to(output: Path, network: Network, **state: Any) -> Writer:
         architecture={},
         metadata={},
         base_files=hashes,
-        before_saving=lambda: None,
-        after_saving=lambda: None,
+        saved_weights=nullcontext,
         write_state=write_state,
         uploads=Uploads(HubOptions()),
     )

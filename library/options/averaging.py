@@ -1,0 +1,41 @@
+"""A moving average of the adapter's weights."""
+
+from dataclasses import dataclass
+
+from library.options.base import Options, option
+
+FILES, PREVIEWS, VALIDATION = "files", "previews", "validation"
+
+
+@dataclass(frozen=True)
+class AveragingOptions(Options):
+    """A moving average of the adapter's weights."""
+
+    ema_decay: float | None = option(
+        None,
+        own=True,
+        at_least=0,
+        at_most=0.999999,
+        help="Keep a moving average of the adapter's weights, of which each step keeps this share, such as 0.999. "
+        "Training itself goes on without it. Unset keeps none.",
+    )
+    ema_update_after_step: int = option(
+        0,
+        own=True,
+        at_least=0,
+        needs="ema_decay",
+        help="Steps after which averaging begins; until then the average is the weights themselves.",
+    )
+    ema_used_for: list[str] | None = option(
+        None,
+        own=True,
+        needs="ema_decay",
+        help="What shows the average: files, previews, validation; the others show the weights of training. Unset is "
+        "all three.",
+        choices=(FILES, PREVIEWS, VALIDATION),
+        nargs="+",
+    )
+
+    def averages(self, use: str) -> bool:
+        """Whether a use of the weights, of `files`, `previews` and `validation`, gets the average."""
+        return bool(self.ema_decay) and (not self.ema_used_for or use in self.ema_used_for)

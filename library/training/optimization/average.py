@@ -1,0 +1,71 @@
+"""An exponential moving average of the trained weights (--ema_decay)."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+
+
+class WeightAverage:
+    """Follows the weights in float32, on their device: average = decay * average + (1 - decay) * weights.
+
+    The decay rises to its value with the updates n after `update_after_step`, as (1 + n) / (10 + n), and is 0 until
+    then, as in diffusers' EMAModel: the start counts for little.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float, update_after_step: int) -> None:
+        self.decay = decay
+        self.update_after_step = update_after_step
+        self.num_updates = 0
+        self.parameters = list(parameters)
+        self.values: list[Tensor] = []  # none before the first update
+
+    @property
+    def next_decay(self) -> float:
+        """What the next update keeps of the average."""
+        n = self.num_updates - self.update_after_step
+        return 0.0 if n <= 0 else min((1 + n) / (10 + n), self.decay)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take up the weights after an optimizer step."""
+        weights = [parameter.detach().float() for parameter in self.parameters]
+        if not self.values:
+            self.values = [weight.clone() for weight in weights]
+        else:
+            torch._foreach_lerp_(self.values, weights, 1 - self.next_decay)
+        self.num_updates += 1
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The average in place of the weights, and afterwards the weights again, bit for bit."""
+        if not self.values:
+            yield
+            return
+        kept = [parameter.detach().clone() for parameter in self.parameters]
+        try:
+            self._put(self.values)
+            yield
+        finally:
+            self._put(kept)
+
+    @torch.no_grad()
+    def _put(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_updates": self.num_updates, "values": list(self.values)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises UserError for the average of another adapter."""
+        values = state_dict["values"]
+        shapes = [tuple(parameter.shape) for parameter in self.parameters]
+        if values and [tuple(value.shape) for value in values] != shapes:
+            raise UserError("it holds the average of other weights; give the network options that it was trained with")
+        self.num_updates = state_dict["num_updates"]
+        self.values = [v.to(p.device, torch.float32) for v, p in zip(values, self.parameters, strict=False)]
