@@ -21,7 +21,8 @@ from tools import merge_lora
 from tools.base_models import open_base_model
 from tools.command import PRECISIONS, check_output, device_of, dtype_of, run
 from tools.convert_lora import read_adapter
-from tools.merge_lora import Weighted, in_kohya_names, merge_into_checkpoint
+from tools.merge_adapters import Weighted, in_kohya_names
+from tools.merge_lora import merge_into_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -4,20 +4,17 @@ With --sd_model the changes are added to the weights of a checkpoint of any base
 the original layout gives a file, a diffusers folder of a model with a U-Net gives a folder; what the adapters do not
 touch is copied as it is. Without it the files become one LoRA whose change is the sum of ratio * change: exactly with
 --concat (the ranks add), else as the best approximation (SVD) at --new_rank, by default the largest rank among the
-files. LoRA, convolutions, Tucker cores, LoHa, LoKr and norm weights can be merged either way, DoRA only into a
-checkpoint. The change of a LoHa of rank r has the rank r * r, that of a LoKr the product of the ranks of its matrices:
---concat gives it as many, else the log says how much the one LoRA misses.
+files. LoRA, convolutions, Tucker cores, LoHa, LoKr and norm weights can be merged either way. What OFT, BOFT and DoRA
+change depends on the base weight: they become part of a LoRA only at a rank and with --base_model. The change of a LoHa
+of rank r has the rank r * r, that of a LoKr the product of the ranks of its matrices: --concat gives it as many. The
+log says how much the one LoRA misses.
 """
 
 import argparse
-import json
 import logging
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from math import prod
 from pathlib import Path
 from uuid import uuid4
 
@@ -29,7 +26,6 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.checkpoints import model_lookup
-from library.checkpoints.adapter_keys import naming_of
 from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.files import is_safetensors, read_metadata, save_pickle_state_dict, save_safetensors
 from library.errors import UserError
@@ -41,8 +37,7 @@ from networks.core.files.adapter_file import (
 )
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
-from networks.core.kinds import lora, norm
-from networks.core.kinds.svd import balanced, concatenated, svd_of_product
+from networks.core.kinds import norm
 from tools.base_models import open_base_model
 from tools.command import (
     PRECISIONS,
@@ -54,7 +49,8 @@ from tools.command import (
     make_parser,
     run,
 )
-from tools.convert_lora import card_for_file, read_adapter
+from tools.convert_lora import read_adapter
+from tools.merge_adapters import Weighted, largest_ranks, merge_adapters, merged_metadata, modelspec, path_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +60,9 @@ EXAMPLES = """\
   python3 tools/merge_lora.py --models cat.safetensors style.safetensors --ratios 1.0 0.5 --concat \\
       --save_to cat_in_style.safetensors
   python3 tools/merge_lora.py --models cat.safetensors style.safetensors --ratios 1.0 0.5 --new_rank 16 \\
-      --save_to cat_in_style_16.safetensors"""
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """An adapter file and how much of it is merged."""
-
-    file: AdapterFile
-    ratio: float
+      --save_to cat_in_style_16.safetensors
+  python3 tools/merge_lora.py --models cat_oft.safetensors --base_model sd15.safetensors --new_rank 32 \\
+      --save_to cat_32.safetensors"""
 
 
 # --- into a checkpoint ---
@@ -220,139 +210,6 @@ def checkpoint_metadata(base: BaseModel, adapters: Sequence[Weighted], save_to: 
     }
 
 
-def modelspec(save_to: Path, sources_: Sequence[Path]) -> dict[str, str]:
-    """Title, date and origin of a merged file."""
-    return {
-        "modelspec.title": save_to.stem,
-        "modelspec.date": datetime.now().isoformat(timespec="seconds"),
-        "modelspec.merged_from": ", ".join(path.stem for path in sources_),
-    }
-
-
-# --- several adapters into one ---
-
-
-def merge_adapters(
-    adapters: Sequence[Weighted],
-    ranks: tuple[int, int] | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> list[ModuleWeights]:
-    """The modules of one LoRA in kohya's names whose change is the sum of ratio * change, in `dtype`.
-
-    `ranks` are those of Linear layers and 1x1 convolutions, and of larger kernels; None joins the factors, so the
-    result is exact and the ranks add. Raises UserError for kinds that cannot be added.
-    """
-    sums: dict[str, list[tuple[ModuleWeights, float]]] = {}
-    for adapter in adapters:
-        file = in_kohya_names(adapter.file)
-        require_kinds(file, COMPUTED, "merged")
-        for name, module in file.modules.items():
-            if module.is_dora:
-                raise UserError(
-                    f"{file.origin}: {name} is DoRA, whose change depends on the base weight, so it cannot be added to "
-                    "another LoRA; merge it into a checkpoint with --sd_model"
-                )
-            sums.setdefault(name, []).append((module, adapter.ratio))
-    modules, missed, total = [], 0.0, 0.0
-    for name, terms in tqdm(sums.items(), desc="merging", unit="module"):
-        if terms[0][0].kind is norm.KIND:
-            modules.append(add_norms(name, terms))
-            continue
-        module, module_missed, module_total = add_factors(name, terms, ranks, dtype, device)
-        modules.append(module)
-        missed, total = missed + module_missed, total + module_total
-    if ranks is not None and any(has_more_ranks(module) for terms in sums.values() for module, _ in terms):
-        logger.info("the LoRA misses %.1f%% of the sum of the changes (norm)", 100 * (missed / (total or 1.0)) ** 0.5)
-    return modules
-
-
-def has_more_ranks(module: ModuleWeights) -> bool:
-    """Whether the change of a module has a higher rank than the factors that it is made of: LoHa, LoKr."""
-    return module.is_low_rank and module.kind.ends is None
-
-
-def in_kohya_names(file: AdapterFile) -> AdapterFile:
-    """The file with kohya's names of modules."""
-    if all(naming_of(name) == "kohya" for name in file.modules):
-        return file
-    return rename(file, card_for_file(file, file.origin).names, "kohya").file
-
-
-def add_factors(
-    name: str,
-    terms: Sequence[tuple[ModuleWeights, float]],
-    ranks: tuple[int, int] | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[ModuleWeights, float, float]:
-    """(the sum of low-rank changes of one module, the squared norm that it misses, the squared norm of the sum)."""
-    shape = max((module.shape for module, _ in terms), key=len)  # a LoHa does not tell 1x1 convolutions from matrices
-    for module, _ in terms:
-        if not module.is_low_rank or module.shape[:2] != shape[:2] or prod(module.shape) != prod(shape):
-            raise UserError(f"{name} has different shapes in --models; they were made for different base models")
-    factors = [tuple(factor.to(device) for factor in module.factors(dtype)) for module, _ in terms]
-    up_OR, down_RN = concatenated(factors, [ratio * module.scale for module, ratio in terms])  # type: ignore[arg-type]
-    missed = total = 0.0
-    if ranks is not None:
-        rank = ranks[1] if len(shape) == 4 and shape[2:] != (1, 1) else ranks[0]
-        u_OK, s_K, v_KN = svd_of_product(up_OR, down_RN)
-        up_OR, down_RN = balanced(u_OK, s_K, v_KN, rank)
-        missed, total = float(s_K[rank:].double().square().sum()), float(s_K.double().square().sum())
-    rank = down_RN.shape[0]
-    leaves = lora.leaves_of(up_OR.cpu(), down_RN.cpu(), shape, torch.tensor(float(rank)))
-    return ModuleWeights(name, leaves, {}), missed, total
-
-
-def add_norms(name: str, terms: Sequence[tuple[ModuleWeights, float]]) -> ModuleWeights:
-    """The sum of norm changes of one module."""
-    total: dict[str, Tensor] = {}
-    for module, ratio in terms:
-        for leaf, tensor in module.tensors.items():
-            total[leaf] = total.get(leaf, 0) + ratio * tensor.float()  # type: ignore[assignment]
-    return ModuleWeights(name, total, {})
-
-
-def merged_metadata(
-    adapters: Sequence[Weighted], modules: Sequence[ModuleWeights], save_to: Path, with_modelspec: bool
-) -> dict[str, str]:
-    """What the header of the one LoRA says: what it is for, its ranks, what it was made of."""
-    plain = {m.rank for m in modules if m.form == "low_rank"}
-    conv = {m.rank for m in modules if m.form == "conv"}
-    metadata = {"ss_network_module": "networks.lora"}
-    for key in ("ss_v2", "ss_base_model_version"):
-        values = list(dict.fromkeys(a.file.metadata[key] for a in adapters if key in a.file.metadata))
-        if len(values) > 1:
-            logger.warning("--models were made for different base models: %s is %s", key, " and ".join(values))
-        if values:
-            metadata[key] = values[0]
-    main = plain or conv
-    if main:
-        dim = str(main.copy().pop()) if len(main) == 1 else "Dynamic"
-        metadata.update(ss_network_dim=dim, ss_network_alpha=f"{dim}.0" if len(main) == 1 else dim)
-    if plain and len(conv) == 1:
-        rank = str(conv.pop())
-        metadata["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": f"{rank}.0"})
-    files = [adapter.file for adapter in adapters]
-    if with_modelspec:
-        first = next((f.metadata for f in files if "modelspec.architecture" in f.metadata), {})
-        metadata["modelspec.sai_model_spec"] = "1.0.1"
-        kept = (
-            "modelspec.architecture",
-            "modelspec.implementation",
-            "modelspec.prediction_type",
-            "modelspec.resolution",
-        )
-        metadata.update({key: first[key] for key in kept if key in first})
-        metadata.update(modelspec(save_to, [path_of(file) for file in files]))
-    return metadata
-
-
-def path_of(file: AdapterFile) -> Path:
-    """The path of a file that --models names."""
-    return Path(file.origin.removeprefix("--models "))
-
-
 # --- the command ---
 
 
@@ -361,6 +218,9 @@ def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--sd_model", type=Path, help="checkpoint to merge into: a single file or a diffusers folder")
     parser.add_argument("--save_to", type=Path, required=True, help="the file or, for a folder, the folder to write")
+    parser.add_argument(
+        "--base_model", type=Path, help="without --sd_model: the checkpoint that OFT, BOFT or DoRA was trained on"
+    )
     parser.add_argument("--models", type=Path, nargs="+", required=True, help="LoRA files of any trainer")
     parser.add_argument("--ratios", type=float, nargs="+", help="strength of each file; unset: 1 for all")
     parser.add_argument("--concat", action="store_true", help="without --sd_model: exact, the ranks add")
@@ -382,12 +242,19 @@ def ranks_of(args: argparse.Namespace, adapters: Sequence[Weighted]) -> tuple[in
     """(rank, rank of larger kernels) of the one LoRA, None for --concat."""
     if args.concat:
         return None
-    modules = [module for adapter in adapters for module in adapter.file.modules.values() if module.is_low_rank]
-    plain = [module.rank for module in modules if not module.is_larger_kernel]
-    conv = [module.rank for module in modules if module.is_larger_kernel]
-    new_rank = args.new_rank or max(plain or conv or [1])
-    new_conv_rank = args.new_conv_rank or (args.new_rank or max(conv or plain or [1]))
-    return new_rank, new_conv_rank
+    largest = largest_ranks(adapters) or ((1, 1) if all(is_norms(adapter.file) for adapter in adapters) else None)
+    if args.new_rank is None and largest is None:
+        raise UserError(
+            "--new_rank is needed: --models have no rank that the one LoRA could take over (LoKr of two whole "
+            "matrices, OFT and BOFT have none); try 32, and see in the log what is missed"
+        )
+    new_rank, new_conv_rank = (args.new_rank, args.new_rank) if args.new_rank or largest is None else largest
+    return new_rank, args.new_conv_rank or new_conv_rank
+
+
+def is_norms(file: AdapterFile) -> bool:
+    """Whether a file has norm weights alone."""
+    return all(module.kind is norm.KIND for module in file.modules.values())
 
 
 def check(args: argparse.Namespace) -> list[float]:
@@ -397,6 +264,8 @@ def check(args: argparse.Namespace) -> list[float]:
         raise UserError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; give one for each file")
     if args.sd_model is not None and args.concat:
         raise UserError("--concat makes one LoRA of several; it has no meaning with --sd_model, leave one of them out")
+    if args.sd_model is not None and args.base_model is not None:
+        raise UserError("--base_model is what one LoRA was trained on; it has no meaning with --sd_model")
     for flag in ("new_rank", "new_conv_rank"):
         rank = getattr(args, flag)
         if rank is None:
@@ -429,7 +298,8 @@ def merge(args: argparse.Namespace) -> None:
         num = merge_into_checkpoint(base, adapters, args.save_to, dtype, save_dtype, device, not args.no_metadata)
         print(f"{args.save_to}: {len(adapters)} adapters merged into {num} modules")
         return
-    modules = merge_adapters(adapters, ranks_of(args, adapters), dtype, device)
+    trained_on = None if args.base_model is None else open_base_model("--base_model", args.base_model)
+    modules = merge_adapters(adapters, ranks_of(args, adapters), dtype, device, trained_on)
     metadata = merged_metadata(adapters, modules, args.save_to, not args.no_metadata)
     file = AdapterFile(str(args.save_to), {module.name: module for module in modules}, metadata, {})
     save_adapter_file(args.save_to, file, save_dtype or dtype)

@@ -22,7 +22,8 @@ from library.checkpoints.files import read_metadata
 from library.checkpoints.weights import Weights
 from library.errors import UserError
 from tools.command import PRECISIONS, add_device, check_output, device_of, make_parser, run
-from tools.merge_lora import modelspec, write
+from tools.merge_adapters import modelspec
+from tools.merge_lora import write
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from library.errors import UserError
 from library.randomness import generator_for
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, read_adapter_file, require_kinds, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.kinds import lora
+from networks.core.kinds import lora, norm
 from networks.core.kinds.svd import (
     MIN_SINGULAR_VALUE,
     balanced,
@@ -132,6 +132,12 @@ def resize_large_module(module: ModuleWeights, measure: Measure, device: torch.d
 def resize_file(file: AdapterFile, measure: Measure, device: torch.device, verbose: bool = False) -> AdapterFile:
     """Every module at its new rank, and metadata that says so. Raises UserError for kinds that have no rank."""
     require_kinds(file, COMPUTED, "resized")
+    turned = next((m for m in file.modules.values() if not m.is_low_rank and m.kind is not norm.KIND), None)
+    if turned is not None:
+        raise UserError(
+            f"{file.origin}: {turned.name} is {turned.kind.words}, which has no rank to reduce; make a LoRA of it with "
+            "tools/merge_lora.py --base_model (the checkpoint that it was trained on) --new_rank"
+        )
     modules = []
     kept_norms = []
     for module in tqdm(file.modules.values(), desc="resizing", unit="module"):

@@ -17,7 +17,8 @@ from library.models.vae_keys import VAE_PREFIX
 logger = logging.getLogger(__name__)
 
 NO_MODELS = (  # told only when there is no U-Net: old checkpoints may carry such names beside it
-    ((".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lokr_w", ".hada_w", "lora_unet_", "lora_te_"),
+    ((".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lokr_w", ".hada_w", ".oft_", ".boft_", "lora_unet_",
+      "lora_te_"),
      "an adapter (LoRA), not a base model; go on training it with --network_weights"),
     (("control_model.", "controlnet_"), "a ControlNet, not a base model"),
     (("emb_params", "string_to_param"), "a textual inversion embedding, not a base model"),

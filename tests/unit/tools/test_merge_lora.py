@@ -21,7 +21,7 @@ from networks.core.files.adapter_file import AdapterFile, parse_adapter, read_ad
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAME_MATH
 from tools import extract_lora_from_models, merge_lora
 from tools.base_models import adapter_sites, open_base_model
-from tools.merge_lora import Weighted, merge_adapters
+from tools.merge_adapters import Weighted, merge_adapters
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")

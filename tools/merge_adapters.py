@@ -1,0 +1,228 @@
+"""Several adapter files as one LoRA, exactly or at a rank: the part of tools/merge_lora.py that needs no checkpoint.
+
+Letters: O rows of a weight, N its columns, R rank.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from library.checkpoints.adapter_keys import naming_of
+from library.checkpoints.base_model import BaseModel
+from library.errors import UserError
+from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_kinds
+from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.renaming import rename
+from networks.core.kinds import lora, norm
+from networks.core.kinds.svd import balanced, best_factors, concatenated, svd_of_product
+from tools.convert_lora import card_for_file
+
+logger = logging.getLogger(__name__)
+
+WORTH_TELLING = 1e-5  # of the norm of a sum: what a LoRA misses beyond rounding
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """An adapter file and how much of it is merged."""
+
+    file: AdapterFile
+    ratio: float
+
+
+Terms = Sequence[tuple[ModuleWeights, float]]
+"""The changes of one module by all files, with their ratios."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One module of the LoRA; the squared norms of the sum of the changes and of what is missing of it."""
+
+    module: ModuleWeights
+    missed: float = 0.0
+    total: float = 0.0
+
+
+def merge_adapters(
+    adapters: Sequence[Weighted],
+    ranks: tuple[int, int] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    base: BaseModel | None = None,
+) -> list[ModuleWeights]:
+    """The modules of one LoRA in kohya's names whose change is the sum of ratio * change, in `dtype`.
+
+    `ranks` are those of Linear layers and 1x1 convolutions, and of larger kernels; None joins the factors, so the
+    result is exact and the ranks add. What OFT, BOFT and DoRA change depends on the weight that they change, which is
+    read from `base`. Raises UserError for kinds that cannot be added.
+    """
+    sums: dict[str, list[tuple[ModuleWeights, float]]] = {}
+    for adapter in adapters:
+        file = in_kohya_names(adapter.file)
+        require_kinds(file, COMPUTED, "merged")
+        for name, module in file.modules.items():
+            if needs_base(module) and (base is None or ranks is None):
+                raise UserError(refusal(file, module, has_base=base is not None))
+            sums.setdefault(name, []).append((module, adapter.ratio))
+    if base is not None and not any(needs_base(module) for terms in sums.values() for module, _ in terms):
+        logger.warning("--base_model has no effect: what --models add to a weight does not depend on it")
+    merged = []
+    for name, terms in tqdm(sums.items(), desc="merging", unit="module"):
+        if terms[0][0].kind is norm.KIND:
+            merged.append(Merged(add_norms(name, terms)))
+        elif any(needs_base(module) for module, _ in terms):
+            assert base is not None and ranks is not None
+            merged.append(approximate(name, terms, ranks, base.read(name), dtype, device))
+        else:
+            merged.append(add_factors(name, terms, ranks, dtype, device))
+    missed, total = sum(one.missed for one in merged), sum(one.total for one in merged)
+    if missed > WORTH_TELLING**2 * total:
+        logger.info("the LoRA misses %.1f%% of the sum of the changes (norm)", 100 * (missed / total) ** 0.5)
+    return [one.module for one in merged]
+
+
+def needs_base(module: ModuleWeights) -> bool:
+    """Whether the change of a module is another for another base weight."""
+    return module.kind is not norm.KIND and (module.is_dora or not module.is_low_rank)
+
+
+def refusal(file: AdapterFile, module: ModuleWeights, has_base: bool) -> str:
+    """Why such a module cannot become part of a LoRA like this."""
+    what = "DoRA" if module.is_dora else module.kind.words
+    if has_base:
+        return f"{file.origin}: {module.name} is {what}, which is no LoRA exactly; give --new_rank instead of --concat"
+    return (
+        f"{file.origin}: {module.name} is {what}, whose change depends on the base weight; name the checkpoint that it "
+        "was trained on with --base_model and a rank with --new_rank, or merge it into a checkpoint with --sd_model"
+    )
+
+
+def in_kohya_names(file: AdapterFile) -> AdapterFile:
+    """The file with kohya's names of modules."""
+    if all(naming_of(name) == "kohya" and not name.startswith("oft_") for name in file.modules):
+        return file
+    return rename(file, card_for_file(file, file.origin).names, "kohya").file
+
+
+def add_factors(
+    name: str, terms: Terms, ranks: tuple[int, int] | None, dtype: torch.dtype, device: torch.device
+) -> Merged:
+    """The sum of low-rank changes of one module."""
+    shape = max((module.shape for module, _ in terms), key=len)  # a LoHa does not tell 1x1 convolutions from matrices
+    for module, _ in terms:
+        if not module.is_low_rank or module.shape[:2] != shape[:2] or prod(module.shape) != prod(shape):
+            raise UserError(f"{name} has different shapes in --models; they were made for different base models")
+    factors = [tuple(factor.to(device) for factor in module.factors(dtype)) for module, _ in terms]
+    up_OR, down_RN = concatenated(factors, [ratio * module.scale for module, ratio in terms])  # type: ignore[arg-type]
+    if ranks is None:
+        return Merged(of_factors(name, up_OR, down_RN, shape))
+    rank = rank_for(shape, ranks)
+    u_OK, s_K, v_KN = svd_of_product(up_OR, down_RN)
+    up_OR, down_RN = balanced(u_OK, s_K, v_KN, rank)
+    s_K = s_K.cpu().double()  # not every device has float64
+    return Merged(of_factors(name, up_OR, down_RN, shape), float(s_K[rank:].square().sum()), float(s_K.square().sum()))
+
+
+def approximate(
+    name: str, terms: Terms, ranks: tuple[int, int], weight: Tensor, dtype: torch.dtype, device: torch.device
+) -> Merged:
+    """The best LoRA for the sum of what each file alone makes of the base weight, less that weight."""
+    dtype = torch.promote_types(dtype, torch.float32)  # a difference of near numbers
+    weight = weight.to(device, dtype)
+    change = torch.zeros_like(weight)
+    for module, ratio in terms:
+        change += module.merged(weight, ratio, dtype) - weight
+    matrix_ON = change.flatten(1)
+    exact_ON = matrix_ON if device.type == "mps" else matrix_ON.double()  # which has no float64
+    up_OR, down_RN = (factor.to(dtype) for factor in best_factors(exact_ON, rank_for(tuple(weight.shape), ranks)))
+    missed = float((matrix_ON - up_OR @ down_RN).square().sum())
+    return Merged(of_factors(name, up_OR, down_RN, tuple(weight.shape)), missed, float(matrix_ON.square().sum()))
+
+
+def rank_for(shape: tuple[int, ...], ranks: tuple[int, int]) -> int:
+    """The rank of a module with a weight of this shape."""
+    return ranks[1] if len(shape) == 4 and shape[2:] != (1, 1) else ranks[0]
+
+
+def of_factors(name: str, up_OR: Tensor, down_RN: Tensor, shape: tuple[int, ...]) -> ModuleWeights:
+    """A LoRA of strength 1."""
+    alpha = torch.tensor(float(down_RN.shape[0]))
+    return ModuleWeights(name, lora.leaves_of(up_OR.cpu(), down_RN.cpu(), shape, alpha), {})
+
+
+def add_norms(name: str, terms: Terms) -> ModuleWeights:
+    """The sum of norm changes of one module."""
+    total: dict[str, Tensor] = {}
+    for module, ratio in terms:
+        for leaf, tensor in module.tensors.items():
+            total[leaf] = total.get(leaf, 0) + ratio * tensor.float()  # type: ignore[assignment]
+    return ModuleWeights(name, total, {})
+
+
+def largest_ranks(adapters: Sequence[Weighted]) -> tuple[int, int] | None:
+    """(rank, rank of larger kernels) of the module that has most; None where nothing has a rank.
+
+    LoKr of two whole matrices, OFT and BOFT have none.
+    """
+    modules = [module for adapter in adapters for module in adapter.file.modules.values()]
+    ranked = [module for module in modules if module.is_low_rank and not module.kind.is_whole]
+    plain = [module.rank for module in ranked if not module.is_larger_kernel]
+    conv = [module.rank for module in ranked if module.is_larger_kernel]
+    return (max(plain or conv), max(conv or plain)) if ranked else None
+
+
+def merged_metadata(
+    adapters: Sequence[Weighted], modules: Sequence[ModuleWeights], save_to: Path, with_modelspec: bool
+) -> dict[str, str]:
+    """What the header of the one LoRA says: what it is for, its ranks, what it was made of."""
+    plain = {m.rank for m in modules if m.form == "low_rank"}
+    conv = {m.rank for m in modules if m.form == "conv"}
+    metadata = {"ss_network_module": "networks.lora"}
+    for key in ("ss_v2", "ss_base_model_version"):
+        values = list(dict.fromkeys(a.file.metadata[key] for a in adapters if key in a.file.metadata))
+        if len(values) > 1:
+            logger.warning("--models were made for different base models: %s is %s", key, " and ".join(values))
+        if values:
+            metadata[key] = values[0]
+    main = plain or conv
+    if main:
+        dim = str(main.copy().pop()) if len(main) == 1 else "Dynamic"
+        metadata.update(ss_network_dim=dim, ss_network_alpha=f"{dim}.0" if len(main) == 1 else dim)
+    if plain and len(conv) == 1:
+        rank = str(conv.pop())
+        metadata["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": f"{rank}.0"})
+    files = [adapter.file for adapter in adapters]
+    if with_modelspec:
+        first = next((f.metadata for f in files if "modelspec.architecture" in f.metadata), {})
+        metadata["modelspec.sai_model_spec"] = "1.0.1"
+        kept = (
+            "modelspec.architecture",
+            "modelspec.implementation",
+            "modelspec.prediction_type",
+            "modelspec.resolution",
+        )
+        metadata.update({key: first[key] for key in kept if key in first})
+        metadata.update(modelspec(save_to, [path_of(file) for file in files]))
+    return metadata
+
+
+def path_of(file: AdapterFile) -> Path:
+    """The path of a file that --models names."""
+    return Path(file.origin.removeprefix("--models "))
+
+
+def modelspec(save_to: Path, sources_: Sequence[Path]) -> dict[str, str]:
+    """Title, date and origin of a merged file."""
+    return {
+        "modelspec.title": save_to.stem,
+        "modelspec.date": datetime.now().isoformat(timespec="seconds"),
+        "modelspec.merged_from": ", ".join(path.stem for path in sources_),
+    }
