@@ -36,6 +36,13 @@ class OptimizerOptions(Options):
         "betas=0.9,0.99.",
         nargs="*",
     )
+    stochastic_rounding: bool = option(
+        False,
+        own=True,
+        needs="full_bf16",
+        help="Round the weights of an adapter in bf16 up or down at random after each step, so that steps too small "
+        "for bf16 count on average. The optimizer computes and remembers in float32.",
+    )
     fused_backward_pass: bool = option(False, help="Update weights inside the backward pass, with Adafactor only.")
 
 

@@ -41,6 +41,7 @@ OURS = {  # the first of those and what sd-scripts does not have, with their def
     "on_nonfinite": "skip",
     "profile": 0,
     "selftest": False,
+    "stochastic_rounding": False,
     "trace_nonfinite": False,
     "unsloth_offload_checkpointing": False,
     "keep_best_checkpoint": False,

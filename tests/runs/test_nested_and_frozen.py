@@ -256,3 +256,24 @@ def test_files_hold_the_average_unless_they_are_to_hold_what_was_trained(
         assert file.metadata()["ss_ema_decay"] == "0.3"
     with safe_open(path_of(tmp_path, "trained"), "pt") as file:
         assert "ss_ema_decay" not in file.metadata()
+
+
+def test_a_bf16_adapter_that_is_rounded_at_random_moves_and_resumes_bit_for_bit(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    """At this rate plain bf16 moves few of the weights that start at random."""
+    arguments = [*base_arguments, "--mixed_precision", "bf16", "--full_bf16", "--learning_rate", "1e-5"]
+    words = [*arguments, "--stochastic_rounding", "--optimizer_type", "Muon", "--network_args", *CONV]
+    done = train([*words, "--save_state", "--save_every_n_steps", "2"])
+    assert done.status == 0, done.stderr
+    assert "AdamW moves the others" in done.stderr
+    expected, early = saved(tmp_path, "mine"), saved(tmp_path, "mine-step00000002")
+    state = str(tmp_path / "out" / "mine-step00000002-state")
+    resumed = train([*words, "--resume", state, "--output_name", "resumed"])
+    assert resumed.status == 0, resumed.stderr
+    assert all(torch.equal(weight, expected[key]) for key, weight in saved(tmp_path, "resumed").items())
+    assert {w.dtype for key, w in expected.items() if "lora" in key.partition(".")[2]} == {torch.bfloat16}
+    moved = [float((expected[k] != early[k]).float().mean()) for k in expected if k.endswith("lora_down.weight")]
+    assert sum(moved) / len(moved) > 0.002
+    plain = train([*arguments, "--network_args", *CONV, "--output_name", "plain", "--optimizer_type", "Muon"])
+    assert plain.status == 0, plain.stderr

@@ -15,6 +15,7 @@ from library.errors import UserError
 from library.options.optimizer import OptimizerOptions
 from library.training.command_line.keyword_args import call_with_keywords, read_keyword_args
 from library.training.optimization.hidden_library import show_bitsandbytes
+from library.training.optimization.muon import MuonWithAdamW
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ NESTEROV = {"momentum": 0.9, "nesterov": True}
 
 KNOWN: dict[str, tuple[str, Mapping[str, Any]]] = {
     "AdamW": ("torch.optim.AdamW", {}),
+    "Muon": ("torch.optim.Muon", {}),
     "AdamW8bit": ("bitsandbytes.optim.AdamW8bit", {}),
     "PagedAdamW": ("bitsandbytes.optim.PagedAdamW", {}),
     "PagedAdamW8bit": ("bitsandbytes.optim.PagedAdamW8bit", {}),
@@ -133,7 +135,12 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any
         ours["fused"] = True
 
     optimizer = call_with_keywords(
-        cls, [parameter_groups], keywords, flag=FLAG, ours=ours, set_elsewhere={"params": "", "lr": "learning_rate"}
+        MuonWithAdamW if cls is torch.optim.Muon else cls,
+        [parameter_groups],
+        keywords,
+        flag=FLAG,
+        ours=ours,
+        set_elsewhere={"params": "", "lr": "learning_rate"},
     )
     built = BuiltOptimizer(
         optimizer=optimizer,

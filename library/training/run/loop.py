@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Protocol
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.randomness import stream_seed
 from library.training.evaluation.preview import Previews, epoch_event, step_event
 from library.training.faults.interruption import Interruption
 from library.training.faults.out_of_memory import explained, sizes_of
 from library.training.optimization.nonfinite import NonFiniteGuard
 from library.training.optimization.optimizers import effective_rates
+from library.training.optimization.rounding import stochastic_rounding
 from library.training.planning.advice import ways_out
 from library.training.reporting.logs import Charts
 from library.training.reporting.profile import profiled
@@ -252,15 +255,25 @@ def optimizer_step(run: Run, guard: NonFiniteGuard, window: Window, losses: Tens
         run.context.network.note_gradients()
         if max_norm != 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        if scaler is not None:
-            scaler.step(optimizer)
-        else:
-            optimizer.step()
+        with rounding_of(run, window.step):
+            if scaler is not None:
+                scaler.step(optimizer)
+            else:
+                optimizer.step()
         run.optimization.schedule.step()
     if scaler is not None:
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return values
+
+
+def rounding_of(run: Run, step: int) -> AbstractContextManager[None]:
+    """How the weights are rounded after optimizer step `step`: at random with --stochastic_rounding."""
+    if not (run.options.optimizer.stochastic_rounding and run.options.precision.full_bf16):
+        return nullcontext()
+    device = run.context.device
+    generator = torch.Generator(device).manual_seed(stream_seed(run.context.seed, "rounding", step))
+    return stochastic_rounding(run.context.network.trainable_parameters(), generator)
 
 
 def wanted_norm_limit(run: Run) -> float | None:
