@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from library.errors import UserError
+from networks.core.kinds.change import Leaves
+from networks.core.kinds.leaves import DORA_SCALE
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +22,12 @@ REFUSED = {  # network argument -> why it does not work with what turns
     "rank_dropout": "it has no ranks; --network_dropout leaves out blocks",
     **dict.fromkeys(LORAPLUS_RATIOS, "no tensor of a module is to the others what lora_up is to lora_down"),
 }
+
+
+def refuse_magnitudes(leaves: Leaves) -> None:
+    """Raise UserError for a rotation with magnitudes, as OneTrainer can train it."""
+    if DORA_SCALE in leaves:
+        raise UserError(f"{DORA_SCALE} beside a rotation is not computed here; train without DoRA")
 
 
 def row_length(layer: nn.Module) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.kinds.blocks import REFUSED, block_size_for, num_outputs, row_length, settle
+from networks.core.kinds.blocks import REFUSED, block_size_for, num_outputs, refuse_magnitudes, row_length, settle
 from networks.core.kinds.change import Change, Leaves
 from networks.core.kinds.kind import Door, Kind
 from networks.core.kinds.scaled import NO_DROPOUT, Dropout
@@ -134,6 +134,7 @@ def in_own_form(leaves: Leaves) -> dict[str, Tensor]:
 
 def read(leaves: Leaves, layer: nn.Module | None) -> Change:
     """The change of a module from a file."""
+    refuse_magnitudes(leaves)
     own = in_own_form(leaves)
     return Turned(layer, Boft(own[BLOCKS], own[SCALES])).requires_grad_(False)
 

@@ -173,11 +173,18 @@ def stand_in(shape: tuple[int, ...]) -> nn.Module:
 
 
 def fill(delta: nn.Module, leaves: Mapping[str, Tensor]) -> None:
-    """Give a delta on the meta device the tensors of a file, in the dtypes they have there."""
-    own = delta.state_dict()
+    """Give a delta on the meta device the tensors of a file, in the dtypes they have there.
+
+    A matrix stands for a 1x1 convolution, of which some programs keep no kernel.
+    """
+    own, given = delta.state_dict(), {}
     for name, tensor in own.items():
-        if name not in leaves or leaves[name].shape != tensor.shape:
-            given = list(leaves[name].shape) if name in leaves else "missing"
-            raise UserError(f"{name} is {given}, but {list(tensor.shape)} fits the rest")
-    delta.load_state_dict({name: leaves[name] for name in own}, assign=True)
+        found = leaves.get(name)
+        if found is not None and (*found.shape, 1, 1) == tensor.shape:
+            found = found.view(tensor.shape)
+        if found is None or found.shape != tensor.shape:
+            shape = "missing" if found is None else list(found.shape)
+            raise UserError(f"{name} is {shape}, but {list(tensor.shape)} fits the rest")
+        given[name] = found
+    delta.load_state_dict(given, assign=True)
     delta.requires_grad_(False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.kinds.blocks import REFUSED
+from networks.core.kinds.blocks import REFUSED, refuse_magnitudes
 from networks.core.kinds.change import Change, Forward, Leaves, Misfit
 from networks.core.kinds.kind import Door, Kind
 from networks.core.kinds.leaves import ALPHA
@@ -229,6 +229,7 @@ def rank_of(leaves: Leaves) -> int:
 
 def read(leaves: Leaves, layer: nn.Module | None) -> Change:
     """The change of a module from a file."""
+    refuse_magnitudes(leaves)
     return TurnedOutputs(layer, leaves, is_trained=False)
 
 

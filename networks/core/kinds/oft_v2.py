@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.kinds.blocks import REFUSED, block_size_for, row_length, settle
+from networks.core.kinds.blocks import REFUSED, block_size_for, refuse_magnitudes, row_length, settle
 from networks.core.kinds.change import Change, Leaves
 from networks.core.kinds.kind import Door, Kind
 from networks.core.kinds.scaled import NO_DROPOUT, Dropout
@@ -140,6 +140,7 @@ def rank_of(leaves: Leaves) -> int:
 
 def read(leaves: Leaves, layer: nn.Module | None) -> Change:
     """The change of a module from a file."""
+    refuse_magnitudes(leaves)
     return Turned(layer, OftV2(leaves[ANGLES])).requires_grad_(False)
 
 

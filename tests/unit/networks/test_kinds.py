@@ -283,3 +283,56 @@ def test_a_recomputed_layer_learns_the_same_with_dropout(kind: str) -> None:
         assert (one is None) == (other is None)
         if one is not None and other is not None:
             torch.testing.assert_close(one, other, **FLOAT32_SAME_MATH)
+
+
+TOGETHER = {  # what every kind takes, at once
+    "conv_dim": "2", "use_scalar": "True", "train_norm": "True", "neuron_dropout": "0.1", "module_dropout": "0.1",
+    "network_reg_dims": "mid_attention_to_q=4", "network_reg_lrs": "up_0_attention=1e-3", "block_dims": "0,2,3,2",
+    "down_lr_weight": "0.5", "mid_lr_weight": "2", "exclude_patterns": ".*time_emb.*", "verbose": "True",
+}  # fmt: skip
+OWN = {
+    "loha": {"dora_wd": "1", "use_tucker": "1", "rank_dropout": "0.1", LORAPLUS: "4", "conv_alpha": "2"},
+    "lokr": {"dora_wd": "1", "use_tucker": "1", "rank_dropout": "0.1", LORAPLUS: "4", "factor": "2", "conv_alpha": "2",
+             "decompose_both": "1"},
+    "oft_v2": {"coft": "1", "coft_eps": "0.5", "enable_conv": "1"},
+    "boft": {"enable_conv": "1"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_every_option_meets_every_other(tmp_path: Path, kind: str) -> None:
+    """One network with everything that the kind takes: it learns in groups, is limited, and its file comes back."""
+    text, unet = toy_models(7601)
+    before = outputs(text, unet, 7602)
+    door: Any = CASES[kind].door
+    network = door.create_network(1.0, 2, 2.0, None, text, unet, **TOGETHER, **OWN[kind])
+    network.apply_to(text, unet)
+    assert_same([out.detach() for out in outputs(text, unet, 7602)], before)
+    groups, names = network.prepare_optimizer_params([1e-3], 1e-4, 1e-3)
+    assert len(names) == len(set(names)) == len(groups) > 4
+    assert any("block" in name for name in names) and any("reg_lr" in name for name in names)
+    assert any(name.endswith("plus") for name in names) == (LORAPLUS in OWN[kind])
+    assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
+    optimizer = torch.optim.Adam(groups, eps=1e-20)
+    network.prepare_grad_etc(text, unet)
+    network.train()
+    torch.manual_seed(7603)
+    moved = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    for step in range(4):
+        network.on_optimizer_step_start(1, step)
+        optimizer.zero_grad()
+        sum(out.square().sum() for out in outputs(text, unet, 7604 + step)).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        network.apply_max_norm_regularization(5.0, "cpu")
+    still = [name for name, parameter in network.named_parameters() if torch.equal(moved[name], parameter)]
+    assert not still
+    network.eval()
+    expected = [out.detach() for out in outputs(text, unet, 7609)]
+    path = str(tmp_path / "x.safetensors")
+    network.save_weights(path, None, {})
+    network.remove()
+    second, _ = door.create_network_from_weights(1.0, path, None, text, unet, neuron_dropout=0.5)
+    second.apply_to(text, unet)
+    second.load_weights(path)
+    second.eval()
+    assert_same([out.detach() for out in outputs(text, unet, 7609)], expected)

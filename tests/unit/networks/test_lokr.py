@@ -17,7 +17,7 @@ from networks.core.kinds.scaled import Dropout
 from networks.core.network import AdapterNetwork
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
-from tests.unit.networks.test_forms import CONV, LINEAR, perturb
+from tests.unit.networks.test_forms import CONV, LINEAR, assert_same, outputs, perturb
 from tests.unit.networks.test_joins import Largest
 from tests.unit.networks.toy import toy_models
 
@@ -217,3 +217,32 @@ def test_files_that_do_not_fit_together_say_why(tmp_path: Path, change: Any, sai
     save_safetensors(tmp_path / "x.safetensors", tensors, {})
     with pytest.raises(ValueError, match=re.escape(said)):
         read_adapter_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("way", ["settings", "file", "merged", "merged by networks.lora"])
+def test_a_whole_matrix_of_a_1x1_convolution_may_lack_its_kernel(tmp_path: Path, way: str) -> None:
+    """Some programs keep no kernel of 1x1 in lokr_w2."""
+    name = "lora_unet_mid_attention_proj_in"
+    network, text, unet = trained(4141, full_matrix="True", factor="2")
+    expected = outputs(text, unet, 4142)
+    network.remove()
+    tensors: dict[str, Tensor] = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
+    assert tensors[f"{name}.lokr_w2"].shape == (4, 3, 1, 1)
+    tensors[f"{name}.lokr_w2"] = tensors[f"{name}.lokr_w2"].flatten(1)
+    path = str(tmp_path / "x.safetensors")
+    save_safetensors(Path(path), tensors, {})
+    door: Any = lora if way.endswith("lora") else lokr
+    if way.startswith("merged"):
+        second, weights = door.create_network_from_weights(1.0, path, None, text, unet, for_inference=True)
+        second.merge_to(text, unet, weights, torch.float32, "cpu")
+    else:
+        if way == "file":
+            second, _ = lokr.create_network_from_weights(1.0, path, None, text, unet)
+        else:
+            second = lokr.create_network(1.0, 1, 2.0, None, text, unet, full_matrix="True", factor="2")
+        second.apply_to(text, unet)
+        second.load_weights(path)
+    assert_same(outputs(text, unet, 4142), expected)
+    merged = read_adapter_file(Path(path)).modules[name].merged(torch.zeros(8, 6, 1, 1), 1.0)
+    whole: Any = network.adapters[name].change
+    torch.testing.assert_close(merged, whole.weight(), **FLOAT32_SAME_MATH)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from library.checkpoints.files import load_state_dict, save_safetensors
 from networks import boft, loha, oft_v2
 from networks.core.files.adapter_file import read_adapter_file
+from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds.oft_v2 import ANGLES, OftV2, fresh
 from networks.core.kinds.turned import Turned
 from networks.core.network import AdapterNetwork
@@ -210,3 +211,18 @@ def test_the_summary_counts_blocks(caplog: pytest.LogCaptureFixture) -> None:
         network.apply_to(text, unet)
     assert "denoiser: 6 modules adapted, blocks of 3, 4, 90 parameters; 3 norms" in caplog.text
     assert len(outputs(text, unet, 8102)) == 2
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        {"oft_R.weight": (2, 6)},
+        {"boft_R": (1, 2, 4, 4), "boft_s": (6, 1)},
+        {"oft_blocks": (2, 3, 3)},
+    ],
+)
+def test_magnitudes_beside_a_rotation_are_refused_and_never_left_out(leaves: dict[str, tuple[int, ...]]) -> None:
+    tensors = {leaf: torch.zeros(shape) for leaf, shape in leaves.items()}
+    module = ModuleWeights("lora_unet_x", {**tensors, "dora_scale": torch.ones(6, 1)}, {})
+    with pytest.raises(ValueError, match="lora_unet_x: dora_scale beside a rotation is not computed here"):
+        module.merged(torch.zeros(6, 8), 1.0)
