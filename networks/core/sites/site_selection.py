@@ -22,7 +22,7 @@ class Expressions(Generic[Value]):
     """(regular expression, value) of network_reg_dims or network_reg_lrs; the first that fits a module decides."""
 
     entries: tuple[tuple[str, Value], ...] = ()
-    targets: AdapterTargets | None = None  # says whether they are searched for in names or must be whole paths
+    targets: AdapterTargets | None = None  # says whether they may be parts of names too, or must be whole paths
 
     def find(self, site: Site) -> tuple[int, Value] | None:
         """(number of the entry, its value), None where no expression fits."""
@@ -34,8 +34,9 @@ class Expressions(Generic[Value]):
     def _fits(self, expression: str, site: Site) -> bool:
         if self.targets is None:
             return re.search(expression, site.name) is not None
-        if self.targets.expressions == "path":
-            return re.fullmatch(expression, site.path) is not None
+        is_path = re.fullmatch(expression, site.path) is not None
+        if is_path or self.targets.expressions == "path":
+            return is_path
         return any(re.search(expression, name) for name in self.targets.spelled(site.name))
 
 
