@@ -112,6 +112,19 @@ def test_latents_and_pictures_are_those_of_diffusers(run: Any, folder: Path) -> 
         torch.testing.assert_close(run.arch.codec.decode(vae, latents), pictures, **FLOAT32_DEEP)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_kept_for_a_next_frame_changes_a_picture_by_a_bit(run: Any, dtype: torch.dtype) -> None:
+    vae = run.arch.load.vae().to(dtype)
+    pixels = torch.rand(1, 3, 40, 24, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (MEAN, STD))
+    with torch.no_grad():
+        latents = run.arch.codec.encode(vae, pixels, [])
+        whole = vae.encode(pixels[:, :, None].to(dtype)).latent_dist.mode()[:, :, 0].float()
+        assert torch.equal(latents, (whole - mean) / std)
+        frames = (latents * std + mean)[:, :, None].to(dtype)
+        assert torch.equal(run.arch.codec.decode(vae, latents), vae.decode(frames).sample[:, :, 0].float())
+
+
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 3.0), (4.0, 1.5)])
 def test_previews_are_what_the_parts_of_diffusers_draw(
     run: Any, encoded: dict[str, Tensor], scale: float, shift: float

@@ -47,10 +47,12 @@ class QwenImageLatents:
 
     def encode(self, vae: nn.Module, pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """The middle of the posterior, less the mean and over the deviation of its channel, float32; nothing is
-        drawn."""
+        drawn. The parts of the VAE are called one by one: as a whole it keeps a copy of every layer's input for a next
+        frame, which a picture has not."""
         model: Any = vae
         frames = pixels_BCHW[:, :, None].to(model.device, model.dtype)
-        latents_BCHW: Tensor = model.encode(frames).latent_dist.mode()[:, :, 0].float()
+        middle, _ = model.quant_conv(model.encoder(frames)).chunk(2, dim=1)
+        latents_BCHW: Tensor = middle[:, :, 0].float()
         mean, std = statistics(latents_BCHW.device)
         return (latents_BCHW - mean) / std
 
@@ -62,8 +64,8 @@ class QwenImageLatents:
         model: Any = vae
         mean, std = statistics(latents_BCHW.device)
         frames = (latents_BCHW.float() * std + mean)[:, :, None]
-        pixels_BCHW: Tensor = model.decode(frames.to(model.device, model.dtype)).sample[:, :, 0]
-        return pixels_BCHW.float()
+        pixels_BCHW: Tensor = model.decoder(model.post_quant_conv(frames.to(model.device, model.dtype)))[:, :, 0]
+        return pixels_BCHW.float().clamp(-1, 1)
 
 
 def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
