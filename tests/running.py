@@ -100,7 +100,14 @@ def train(fresh_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..
         assembly = importlib.import_module(SCRIPTS[script].build.__module__)
         parser = importlib.import_module(script).setup_parser()
         try:
-            status = main(parser, SCRIPTS[script].options, assembly.build, arguments, latents=assembly.LATENTS)
+            status = main(
+                parser,
+                SCRIPTS[script].options,
+                assembly.build,
+                arguments,
+                latents=assembly.LATENTS,
+                objective=vars(assembly).get("build_objective"),  # of flow models
+            )
         except SystemExit as end:
             status = int(end.code or 0)
         out, err = capfd.readouterr()

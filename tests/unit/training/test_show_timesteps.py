@@ -50,6 +50,12 @@ def printed(text: str) -> list[tuple[float, float]]:
 
 
 FLUX_1024 = math.exp(1.15)  # at 4096 tokens, the larger end
+LUMINA_512_256 = math.exp(0.5 + (512 - 256) * (1.15 - 0.5) / (4096 - 256))  # at 32 x 16 tokens
+
+
+def evenly_pushed(level: float) -> float:
+    """Of a uniform value pushed by the shift of a picture of 512 x 256 pixels."""
+    return min(max(level / (LUMINA_512_256 - (LUMINA_512_256 - 1) * level), 0.0), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +73,9 @@ FLUX_1024 = math.exp(1.15)  # at 4096 tokens, the larger end
             ["--timestep_sampling", "shift", "--sigmoid_scale", "0.8", "--show_timesteps_offset", "-0.5"],
             normal_behind(-0.4, 0.8, 5.0),
         ),
+        ("flux", ["--model_type", "chroma", "--timestep_sampling", "sigmoid"], normal_behind(0, 1)),
         ("lumina", ["--show_timesteps_offset", "0.5"], normal_behind(0.5, 1, 6.0)),
+        ("lumina", ["--timestep_sampling", "nextdit_shift", "--show_timesteps_resolution", "512,256"], evenly_pushed),
         (
             "sd3",
             ["--weighting_scheme", "logit_normal", "--training_shift", "3", "--show_timesteps_offset", "0.3"],
