@@ -18,8 +18,11 @@ SCRIPTS = sorted(path.stem.removeprefix("flags_") for path in LIST.parent.glob("
 ADDED: dict[str, list[dict[str, Any]]] = {
     script: json.loads((LIST.parent / f"flags_{script}.json").read_text(encoding="utf-8")) for script in SCRIPTS
 }
-OURS_HERE = {"sdxl_train_network": {"text_encoder_batch_size", "correct_crop_coordinates"}}
-"""Options that sd-scripts' script of that name does not have, besides `OURS` and those below."""
+OURS_HERE = {
+    "anima_train_network": {"qwen_image_vae_2d"},
+    "sdxl_train_network": {"text_encoder_batch_size", "correct_crop_coordinates"},
+}
+"""Options that the script of that name in sd-scripts 0.10 does not have, besides `OURS` and those below."""
 OURS_WITH_TEXT_CACHE = {"text_cache_variants", "text_encoder_cpu"}  # HunyuanImage has the second there too
 NUMBER_OF_OPTIONS = {
     "anima_train_network": 27,

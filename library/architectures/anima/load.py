@@ -12,6 +12,7 @@ from library.architectures.anima.keys import ADAPTER
 from library.architectures.anima.model import Anima, AnimaConfig, read_config
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.vae import SPEC, empty_vae, open_vae
+from library.architectures.anima.vae_2d import take_pictures_alone
 from library.architectures.cards import list_cards
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, with_prefix
@@ -41,6 +42,7 @@ class AnimaLoader:
     vae_component: Component
     dtype: torch.dtype
     vae_dtype: torch.dtype
+    takes_pictures_alone: bool  # whether the VAE computes in two dimensions
 
     @property
     def num_qwen3_words(self) -> int:
@@ -50,7 +52,8 @@ class AnimaLoader:
         return [qwen3.load_qwen3(self.text, self.dtype)]
 
     def vae(self) -> nn.Module:
-        return materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
+        vae = materialise(empty_vae(self.vae_component.config), self.vae_component.weights, self.vae_dtype)
+        return take_pictures_alone(vae) if self.takes_pictures_alone else vae
 
     def denoiser(self, form: WantedForm | None = None) -> nn.Module:
         return materialise(empty_anima(self.config), self.denoiser_weights, self.dtype, form)
@@ -78,6 +81,7 @@ def open_loader(options: AnimaOptions) -> AnimaLoader:
         vae_component=open_vae(options.model.vae),
         dtype=dtype,
         vae_dtype=torch.float32 if options.model.no_half_vae else dtype,
+        takes_pictures_alone=options.computing.qwen_image_vae_2d,
     )
     check_fit(loader)
     return loader
