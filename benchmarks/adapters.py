@@ -27,6 +27,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn.functional import conv2d, linear  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
+from networks.core.kinds.boft import fresh as fresh_boft  # noqa: E402
 from networks.core.kinds.change import Delta  # noqa: E402
 from networks.core.kinds.dylora import NestedRank  # noqa: E402
 from networks.core.kinds.joins import EPS, Add, Decompose  # noqa: E402
@@ -34,6 +35,7 @@ from networks.core.kinds.loha import LoHa  # noqa: E402
 from networks.core.kinds.lokr import fresh as fresh_lokr  # noqa: E402
 from networks.core.kinds.lora import LowRank  # noqa: E402
 from networks.core.kinds.lora_fa import frozen_down  # noqa: E402
+from networks.core.kinds.oft_v2 import fresh as fresh_oft  # noqa: E402
 from networks.core.kinds.scaled import ScaledDelta  # noqa: E402
 from networks.core.kinds.tucker import Tucker  # noqa: E402
 from networks.core.sites.targets import kind_of  # noqa: E402
@@ -112,8 +114,13 @@ class Way:
 
 
 def ours(name: str, layer: Any, delta: Delta, join: Any = None, has_scalar: bool = False) -> Way:
-    """An adapter of this project, not installed, so that every way keeps its own."""
-    change = ScaledDelta(layer, delta, join or Add(), float(delta.rank), has_scalar=has_scalar).to(layer.weight.device)
+    """An adapter of this project that adds to the weight."""
+    return moved(name, layer, ScaledDelta(layer, delta, join or Add(), float(delta.rank), has_scalar=has_scalar))
+
+
+def moved(name: str, layer: Any, change: Any) -> Way:
+    """Any change a little from its start, not installed, so that every way keeps its own."""
+    change = change.to(layer.weight.device)
     with torch.no_grad():
         for parameter in change.parameters():
             parameter.add_(torch.randn_like(parameter) * 1e-3)
@@ -142,6 +149,9 @@ def ways(layer: Any, rank: int) -> list[Way]:
         ours("LoKr", layer, fresh_lokr(layer, rank)),
         ours("LoKr, factor 8", layer, fresh_lokr(layer, rank, 8)),
         ours("LoHa at rank 32", layer, LoHa(layer, 32)),
+        moved("OFT, blocks of 32", layer, fresh_oft(layer, 32)),
+        moved("BOFT, blocks of 4", layer, fresh_boft(layer, 4)),
+        moved("BOFT, blocks of 4, two factors", layer, fresh_boft(layer, 4, num_factors=2)),
         Way("DoRA, weight built", built, list(built.parameters())),
         ours("DoRA", layer, low_rank(), Decompose(layer.weight)),
         ours("DoRA, constant norm", layer, low_rank(), Decompose(layer.weight, has_constant_norm=True)),
