@@ -73,6 +73,16 @@ def test_a_text_encoder_path_without_text_model_is_found() -> None:
     assert found is not None and found.kohya == "lora_te_text_model_encoder_layers_11_mlp_fc2"
 
 
+def test_names_of_omi_are_found() -> None:
+    """Kohya's paths with dots, behind prefixes that OneTrainer and sd-scripts' OFT read."""
+    for module in NAMES.modules:
+        for prefix, other in (("lora_unet_", "unet_"), ("lora_te_", "clip_l_"), ("lora_unet_", "oft_unet_")):
+            if module.kohya.startswith(prefix):
+                assert NAMES.find(module.kohya.replace(prefix, other, 1)) is module
+    found = NAMES.find("clip_l.text_model.encoder.layers.11.mlp.fc2")
+    assert found is not None and found.kohya == "lora_te_text_model_encoder_layers_11_mlp_fc2"
+
+
 def test_the_full_size_file_is_recognised() -> None:
     assert base_of(FACTS["lora"]) == "sd1"
     assert base_of({k: s for k, s in FACTS["lora"].items() if k.startswith("lora_te_")}) == "sd1"

@@ -57,3 +57,16 @@ def test_every_key_of_a_kohya_file_is_found_and_tells_its_base(model: str, base:
         found = TABLES[model].find(module)
         assert found is not None and found.kohya == module
     assert base_of(keys) == base
+
+
+def test_omi_tells_sdxls_text_encoders_apart() -> None:
+    for name, kohya in (
+        (
+            "unet.input_blocks.4.1.transformer_blocks.0.attn1.to_q",
+            "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        ),
+        ("clip_l.text_model.encoder.layers.3.mlp.fc1", "lora_te1_text_model_encoder_layers_3_mlp_fc1"),
+        ("clip_g.text_model.encoder.layers.3.mlp.fc1", "lora_te2_text_model_encoder_layers_3_mlp_fc1"),
+    ):
+        found = TABLES["sdxl"].find(name)
+        assert found is not None and found.kohya == kohya
