@@ -37,7 +37,7 @@ class DatasetOptions(Options):
     dataset_repeats: int = option(1, at_least=1, help="How often each picture of --in_json is shown per epoch.")
     dataset_class: str | None = option(
         None,
-        help="Dotted path of a Python class that yields samples, in place of the built-in data sets.",
+        help="Dotted path of a Python class that makes the batches, in place of pictures that are described.",
     )
     debug_dataset: bool = option(
         False,

@@ -16,7 +16,6 @@ DDP = ("ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph")
 DEEPSPEED = tuple(name for name in names_of(DistributedOptions) if name not in DDP)
 
 NOT_YET: Mapping[str, str] = {
-    "dataset_class": "describe the pictures with --dataset_config or --train_data_dir",
     "deepspeed": "train on one card without it",
     "torch_compile": "leave it out; the models run uncompiled",
 }

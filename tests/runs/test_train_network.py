@@ -306,3 +306,44 @@ def test_a_trace_of_steps_is_written_and_changes_nothing(
     assert {names.count(stage) for stage in IN_STEP} == {traced} and "aten::addmm" in names
     plain, found = saved(tmp_path, "plain.safetensors"), saved(tmp_path)
     assert all(torch.equal(weight, found[name]) for name, weight in plain.items())
+
+
+OWN_DATASET = """
+import torch
+
+class Noise:
+    batch_size = 2
+
+    def __init__(self, tokenizer, max_token_length, resolution, debug_dataset):
+        self.size = resolution
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, number):
+        g = torch.Generator().manual_seed(number)
+        return {"images": torch.rand(2, 3, *self.size, generator=g) * 2 - 1, "captions": [f"noise {number}", "more"]}
+"""
+
+
+def test_batches_of_an_own_class_are_trained_and_a_cut_run_goes_on_bit_for_bit(
+    train: Callable[..., Finished], base_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_noise.py").write_text(OWN_DATASET)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = [*base_arguments, "--dataset_class", "my_noise.Noise", "--max_train_steps", "5"]
+    whole = train([*words, "--save_state", "--save_every_n_steps", "2"])
+    assert whole.status == 0, whole.stderr
+    assert "--train_data_dir is ignored: --dataset_class gives the data" in whole.stderr
+    assert "my_noise.Noise: 3 batches in an epoch" in whole.stderr
+    state = str(tmp_path / "out" / "mine-step00000002-state")
+    resumed = train([*words, "--resume", state, "--output_name", "resumed"])
+    assert resumed.status == 0, resumed.stderr
+    one, other = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("mine", "resumed"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    shown = train([*words, "--debug_dataset"])
+    assert shown.status == 0 and "batch 3 of 3: pixels (2, 3, 64, 64)" in shown.stderr
+    refused = train([*words, "--cache_latents"])
+    assert refused.status == 1 and "--cache_latents does not work with --dataset_class" in refused.stderr
+    unknown = train([*base_arguments, "--dataset_class", "my_noise.Nois"])
+    assert unknown.status == 1 and "did you mean Noise?" in unknown.stderr

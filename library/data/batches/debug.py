@@ -2,12 +2,12 @@
 
 import logging
 
-from library.data.batches.dataset import TrainingSet
+from library.data.batches.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
 
 
-def show_batches(training_set: TrainingSet) -> None:
+def show_batches(training_set: TrainingData) -> None:
     """Log every batch of the first epoch: pictures, captions, sizes, loss weights, shapes of the tensors."""
     for number, batch in enumerate(
         training_set.batches(1, range(training_set.num_batches), lambda index: index, 0, False)

@@ -104,7 +104,8 @@ def load_dataset_config(options: TrainOptions) -> RunDataConfig:
     data = options.dataset
     if data.dataset_class:
         raise UserError(
-            f"--dataset_class {data.dataset_class}: own dataset classes are not supported yet; use --dataset_config"
+            f"--dataset_class {data.dataset_class} makes batches while a model trains, and this needs the pictures "
+            "themselves; describe them with --dataset_config"
         )
     fallbacks = option_values(options)
     if data.dataset_config is None:

@@ -125,7 +125,7 @@ def show_dataset(options: TrainOptions, latents: LatentSpec) -> None:
 
 def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], interruption: Interruption) -> bool:
     """Set the run up and train it; gives whether that came to its end, and was not stopped on the way."""
-    from library.data.batches.dataset import NoDataFound
+    from library.data.batches.dataset import NoDataFound, TrainingSet
     from library.data.batches.debug import show_batches
     from library.processes import of_accelerator
     from library.training.faults.dry_run import try_largest_batch, without_writing
@@ -150,7 +150,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
         check_repository(options.hub)
     seed = setup.choose_seed(options.run.seed, processes, facts)
     try:
-        training_set = setup.open_training_set(options, arch, seed, processes.count)
+        training_set = setup.open_training_data(options, arch, seed, processes.count)
     except NoDataFound as error:
         logger.error("No data found: %s", error)
         return True
@@ -160,6 +160,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     if options.fit.fit is not None:
         from library.training.planning.fit_run import fit_run
 
+        assert isinstance(training_set, TrainingSet), "--dataset_class refuses --fit"
         options, arch, fitted = fit_run(options, build, arch, training_set, processes)
     else:
         fitted = None

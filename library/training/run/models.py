@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from library.data.batches.dataset import TrainingSet
+from library.data.batches.training_data import TrainingData
 from library.data.caching.latents import cache_latents
 from library.memory.devices import place, release_memory
 from library.options.caching import CachingOptions
@@ -34,7 +35,7 @@ def load_models(
     options: TrainOptions,
     arch: Architecture,
     seed: int,
-    training_set: TrainingSet,
+    training_set: TrainingData,
     compute: Compute,
     prompts: Sequence[str],
     processes: Processes,
@@ -55,12 +56,13 @@ def load_models(
 
 
 def prepare_vae(
-    options: TrainOptions, arch: Architecture, seed: int, training_set: TrainingSet, processes: Processes
+    options: TrainOptions, arch: Architecture, seed: int, training_set: TrainingData, processes: Processes
 ) -> nn.Module | None:
     """The VAE on the device, or None where it has encoded every picture already and may leave memory."""
     vae = place(arch.load.vae(), processes.device)
     if not options.caching.cache_latents:
         return vae
+    assert isinstance(training_set, TrainingSet), "--dataset_class refuses --cache_latents"
     encode_pictures(vae, arch.codec, options.caching, seed, training_set, processes)
     return None
 

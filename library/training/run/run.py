@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.optim import Optimizer
 
-from library.data.batches.dataset import TrainingSet
+from library.data.batches.training_data import TrainingData
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.optimization.average import WeightAverage
@@ -38,7 +38,7 @@ class Run:
 
     options: TrainOptions
     processes: Processes
-    training_set: TrainingSet
+    training_set: TrainingData
     plan: Plan
     context: StepContext
     optimization: Optimization

@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from library.data.batches.dataset import TrainingSet
+from library.data.batches.own_dataset import open_own_dataset
+from library.data.batches.training_data import TrainingData
 from library.data.description.schema import RunDataConfig, level_offset
 from library.memory.planner.cards import peak_of
 from library.options.train import TrainOptions
@@ -18,6 +20,7 @@ from library.protocols import Architecture, Objective
 from library.training.evaluation.eval_mode import eval_mode
 from library.training.evaluation.preview import Previews, texts_of, wanted_prompts
 from library.training.evaluation.validation import Validation
+from library.training.optimization.optimizers import import_class
 from library.training.reporting.logs import Charts, run_folder, start_trackers, tracker_kind
 from library.training.reporting.progress import Progress
 from library.training.reporting.report import PictureCounts, announce_run
@@ -73,6 +76,16 @@ def choose_seed(seed: int | None, processes: Processes, state: StateManifest | N
     return seed
 
 
+def open_training_data(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> TrainingData:
+    """The batches of --dataset_class, else the pictures that are described; logs what was found."""
+    name = options.dataset.dataset_class
+    if name is None:
+        return open_training_set(options, arch, seed, num_processes)
+    own = open_own_dataset(import_class(name, "--dataset_class", name), options, arch.codec.spec, seed)
+    own.audit(logger)
+    return own
+
+
 def open_training_set(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> TrainingSet:
     """Read the dataset description and the pictures' headers, and log what was found."""
     text, cached = arch.text, cached_text(options, arch.text_cache)
@@ -117,7 +130,7 @@ def prepare(
     options: TrainOptions,
     arch: Architecture,
     seed: int,
-    training_set: TrainingSet,
+    training_set: TrainingData,
     accelerator: Any,
     processes: Processes,
     state: StateManifest | None,
@@ -159,7 +172,7 @@ def prepare(
     return Prepared(run, progress, writer, charts, previews, validation, resumed)
 
 
-def require_same_data(training_set: TrainingSet, processes: Processes) -> None:
+def require_same_data(training_set: TrainingData, processes: Processes) -> None:
     """Raise UserError where processes found different pictures: each would train its share of another epoch."""
     if processes.count > 1:
         data = training_set.identity

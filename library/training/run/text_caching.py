@@ -10,6 +10,7 @@ from torch import nn
 
 from library.checkpoints.weights import open_weights
 from library.data.batches.dataset import TrainingSet
+from library.data.batches.training_data import TrainingData
 from library.data.caching.captions import Encode, Encoders, KeptTexts, TextEncoding, cache_texts
 from library.data.caching.text_files import stack_rows
 from library.errors import UserError
@@ -98,7 +99,7 @@ def check_text_caching(options: TrainOptions, spec: TextCacheSpec | None) -> Non
 def prepare_text(
     options: TrainOptions,
     arch: Architecture,
-    training_set: TrainingSet,
+    training_set: TrainingData,
     device: torch.device,
     autocast: Autocast,
     prompts: Sequence[str],
@@ -126,6 +127,7 @@ def prepare_text(
         )
 
     encoding = TextEncoding(spec, open_encoders, options.precision.mixed_precision)
+    assert isinstance(training_set, TrainingSet), "--dataset_class refuses --cache_text_encoder_outputs"
     kept = cache_texts(training_set, encoding, prompts, options.caching.skip_cache_check, processes)
     live = live_text(options, spec)
     return RunText([] if live is None else [encoder.to(device) for encoder in live.load()], kept)

@@ -256,8 +256,8 @@ def test_conditioning_data_dir_on_the_command_line_gives_masks():
     assert (dataset.style, dataset.subsets[0].conditioning_data_dir) == ("masked", "m")
 
 
-def test_own_dataset_classes_are_not_there_yet():
-    with pytest.raises(ValueError, match=r"--dataset_class my.Set: own dataset classes are not supported yet"):
+def test_batches_of_an_own_class_are_no_pictures():
+    with pytest.raises(ValueError, match=r"--dataset_class my.Set makes batches while a model trains"):
         load_dataset_config(options_of("--dataset_class my.Set"))
 
 

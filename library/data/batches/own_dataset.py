@@ -1,0 +1,215 @@
+"""Batches from a class of the user's own (--dataset_class), which is called as sd-scripts calls it.
+
+The class is made as `cls(None, max_token_length, resolution, debug_dataset)`. `len` of it is the number of batches in
+an epoch, and item i is batch i as a table: `captions`, `images` (B, 3, H, W) from -1 to 1 or `latents` (B, C, h, w),
+and where they are there `loss_weights` (B), `alpha_masks` (B, H, W), `original_sizes_hw`, `crop_top_lefts`,
+`target_sizes_hw` (B, 2 each), `image_keys` and `custom_attributes`. Token ids in it are not used: captions are read
+here. `set_current_epoch(epoch)` is called before each epoch if it is there.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.data.batches.batches import BatchMaker
+from library.data.batches.validation_set import ValidationSet
+from library.data.description.schema import RunDataConfig
+from library.errors import UserError
+from library.options.train import TrainOptions
+from library.protocols import LatentSpec
+from library.randomness import random_for
+from library.types import Batch
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--dataset_class"
+CANNOT = {  # option -> why it cannot be had of batches that a class of the user's makes
+    "cache_latents": "its batches may be other ones each time; it can give `latents` itself",
+    "cache_latents_to_disk": "its batches may be other ones each time; it can give `latents` itself",
+    "cache_text_encoder_outputs": "its captions are not known before they are drawn",
+    "cache_text_encoder_outputs_to_disk": "its captions are not known before they are drawn",
+    "validation_split": "its pictures are not known one by one",
+    "fit": "the sizes of its batches are not known before they are drawn",
+}
+DESCRIBED = ("dataset_config", "train_data_dir", "reg_data_dir", "in_json")
+
+
+class OwnDataset:
+    """The batches of an object that a user's class made, in an order that is drawn anew for every epoch."""
+
+    def __init__(self, source: Any, name: str, seed: int, spec: LatentSpec) -> None:
+        """Raises UserError for an object that has no batches."""
+        self.config = RunDataConfig((), is_from_file=False)
+        self.spec = spec
+        self._source, self._name, self._seed = source, name, seed
+        try:
+            self.num_batches = len(source)
+        except (TypeError, NotImplementedError) as error:
+            raise UserError(f"{FLAG} {name} must tell the number of its batches as len(): {error}") from error
+        if self.num_batches < 1:
+            raise UserError(f"{FLAG} {name} has no batches: its len() is {self.num_batches}")
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        return [int(getattr(self._source, "batch_size", 1))]
+
+    @property
+    def num_train_images(self) -> int:
+        told = int(getattr(self._source, "num_train_images", 0))
+        return told or self.num_batches * self.batch_sizes[0]
+
+    @property
+    def num_reg_images(self) -> int:
+        return int(getattr(self._source, "num_reg_images", 0))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The class and the captions of its first batch, the rest is not known."""
+        captions = blake2b("\n".join(self._batch(1, 0).captions).encode(), digest_size=16).hexdigest()
+        return {
+            "num_pictures": self.num_train_images,
+            "num_batches": self.num_batches,
+            "pictures": self._name,
+            "captions": captions,
+            "settings": self._name,
+        }
+
+    @property
+    def identity_with_contents(self) -> dict[str, Any]:
+        return self.identity
+
+    @property
+    def picture_paths(self) -> list[str]:
+        return []
+
+    @property
+    def validation(self) -> ValidationSet:
+        """Nothing is set aside."""
+        empty: Any = ()
+        maker = BatchMaker(
+            seed=0, samples=(), sample_of_draw=empty, subsets=(), prior_loss_weight=1.0, max_train_steps=1, files={},
+            in_memory=frozenset(),
+        )  # fmt: skip
+        return ValidationSet(maker, lambda draft: self._batch(1, 0), (), {})
+
+    def batches(
+        self,
+        epoch: int,
+        places: Sequence[int],
+        step_of: Callable[[int], int],
+        num_workers: int,
+        persistent_workers: bool,
+    ) -> Iterator[Batch]:
+        """The batches of an epoch at `places`, made in this process when they are asked for."""
+        order = list(range(self.num_batches))
+        random_for(self._seed, "batch order", epoch).shuffle(order)
+        return (self._batch(epoch, order[place]) for place in places)
+
+    def audit(self, log: logging.Logger) -> None:
+        log.info("%s %s: %d batches in an epoch, made in this process", FLAG, self._name, self.num_batches)
+
+    def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
+        size, accumulation = self.batch_sizes[0], options.run.gradient_accumulation_steps
+        return {
+            "ss_dataset_class": self._name,
+            "ss_batch_size_per_device": size,
+            "ss_total_batch_size": size * num_processes * accumulation,
+        }
+
+    def limit_to_largest_batch(self) -> int:
+        """The first: the sizes of others are not known."""
+        return 0
+
+    def report_skipped(self, log: logging.Logger) -> None:
+        """Nothing is left out here."""
+
+    def close(self) -> None:
+        """There are no worker processes."""
+
+    def _batch(self, epoch: int, number: int) -> Batch:
+        if callable(set_epoch := getattr(self._source, "set_current_epoch", None)):
+            set_epoch(epoch)
+        item = self._source[number]
+        if not isinstance(item, Mapping):
+            raise UserError(f"{FLAG} {self._name}: batch {number} is {type(item).__name__}, not a table of its parts")
+        return batch_of(item, f"{FLAG} {self._name}: batch {number}", self.spec)
+
+
+def batch_of(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:
+    """A batch of the keys that sd-scripts' data sets give. Raises UserError naming what is missing or does not fit."""
+    captions = item.get("captions")
+    if not captions:
+        raise UserError(f"{place} has no `captions`: they are read here, token ids of others are not used")
+    pixels, latents = item.get("images"), item.get("latents")
+    if pixels is None and latents is None:
+        raise UserError(f"{place} has neither `images` nor `latents`")
+    tensor = pixels if latents is None else latents
+    count, channels = len(captions), 3 if latents is None else spec.channels
+    if not isinstance(tensor, Tensor) or tensor.dim() != 4 or tensor.shape[:2] != (count, channels):
+        found = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise UserError(f"{place}: expected ({count}, {channels}, height, width) for {count} captions, not {found}")
+    scale = 1 if latents is None else spec.downscale
+    target = [[side * scale for side in tensor.shape[2:]]] * count
+    targets = table_of(item, "target_sizes_hw", target)
+    sizes = [table_of(item, "original_sizes_hw", targets), table_of(item, "crop_top_lefts", [[0, 0]] * count), targets]
+    weights, masks = item.get("loss_weights"), item.get("alpha_masks")
+    return Batch(
+        keys=[str(key) for key in item.get("image_keys") or captions],
+        captions=[str(caption) for caption in captions],
+        pixels_BCHW=None if latents is not None else tensor.float(),
+        latents_BCHW=None if latents is None else tensor.float(),
+        conditioning=None,
+        loss_weights_B=torch.ones(count) if weights is None else torch.as_tensor(weights, dtype=torch.float32),
+        masks_B1HW=None if masks is None else torch.as_tensor(masks, dtype=torch.float32)[:, None],
+        sizes_B6=torch.cat(sizes, dim=1),
+        attributes=[dict(one) for one in item.get("custom_attributes") or [{}] * count],
+    )
+
+
+def table_of(item: Mapping[str, Any], key: str, default: Any) -> Tensor:
+    """Pairs of numbers, shape (B, 2), float32."""
+    value = item.get(key)
+    chosen = default if value is None else value
+    return chosen if isinstance(chosen, Tensor) else torch.as_tensor(chosen, dtype=torch.float32)
+
+
+def sides_of(resolution: str | None) -> tuple[int, int] | None:
+    """--resolution as (width, height)."""
+    if resolution is None:
+        return None
+    try:
+        first, *others = (int(side) for side in resolution.split(","))
+    except ValueError:
+        raise UserError(f"--resolution {resolution}: expected one side, or width and height with a comma") from None
+    return first, others[0] if others else first
+
+
+def check_own_dataset(options: TrainOptions) -> None:
+    """Raise UserError for options that cannot be had of a class; warn of descriptions that it takes the place of."""
+    name, values = options.dataset.dataset_class, options.flat()
+    for option, reason in CANNOT.items():
+        if values.get(option):
+            raise UserError(f"--{option} does not work with {FLAG} {name}: {reason}")
+    for option in DESCRIBED:
+        if values.get(option):
+            logger.warning("--%s is ignored: %s gives the data", option, FLAG)
+
+
+def open_own_dataset(cls: type[Any], options: TrainOptions, spec: LatentSpec, seed: int) -> OwnDataset:
+    """The data set of --dataset_class. Raises UserError where the class fails to be made."""
+    data = options.dataset
+    name = data.dataset_class
+    assert name is not None
+    check_own_dataset(options)
+    length = options.model.max_token_length
+    try:
+        source = cls(None, length, sides_of(data.resolution), data.debug_dataset)
+    except TypeError as error:
+        raise UserError(
+            f"{FLAG} {name} is called with (tokenizer=None, max_token_length, resolution, debug_dataset): {error}"
+        ) from error
+    return OwnDataset(source, name, seed, spec)

@@ -1,0 +1,106 @@
+"""Batches from a class of the user's own."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from library.data.batches.own_dataset import OwnDataset, batch_of, open_own_dataset
+from library.options.train import TrainOptions
+from library.protocols import LatentSpec
+
+SPEC = LatentSpec(channels=4, downscale=8, bucket_step=8, cache_suffix="_sd.npz", had_keys_without_size=True)
+
+
+def item(seed: int = 1, count: int = 2, **changes: Any) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(seed)
+    pixels = torch.rand(count, 3, 16, 24, generator=g) * 2 - 1
+    return {"images": pixels, "captions": [f"caption {seed} {n}" for n in range(count)], "input_ids": None, **changes}
+
+
+class Pictures:
+    batch_size = 2
+    num_train_images = 7
+
+    def __init__(self, tokenizer: None, max_token_length: int | None, resolution: Any, debug_dataset: bool) -> None:
+        self.given = (tokenizer, max_token_length, resolution, debug_dataset)
+        self.epochs: list[int] = []
+
+    def set_current_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return item(seed=10 + number)
+
+
+def options_with(**values: Any) -> TrainOptions:
+    return TrainOptions().with_values({"dataset_class": "my.Pictures", "resolution": "512,768", **values})
+
+
+def captions(data: OwnDataset, epoch: int, places: range) -> list[str]:
+    return [batch.captions[0] for batch in data.batches(epoch, places, lambda place: 0, 0, False)]
+
+
+def test_it_is_made_and_asked_as_sd_scripts_does() -> None:
+    data = open_own_dataset(Pictures, options_with(max_token_length=150), SPEC, seed=3)
+    assert data._source.given == (None, 150, (512, 768), False)
+    assert (data.num_batches, data.batch_sizes, data.num_train_images, data.num_reg_images) == (4, [2], 7, 0)
+    first, second = captions(data, 1, range(4)), captions(data, 2, range(4))
+    assert sorted(first) == sorted(second) == [f"caption {10 + n} 0" for n in range(4)]
+    assert first != second
+    assert captions(data, 2, range(2, 4)) == second[2:]  # a resumed run reads on from its place
+    assert data._source.epochs[-1] == 2
+    assert data.validation.num_batches == 0
+
+
+def test_all_parts_of_a_batch_are_taken_over() -> None:
+    given = item(
+        count=2, loss_weights=torch.tensor([1.0, 0.5]), alpha_masks=torch.rand(2, 16, 24), image_keys=["a", 7],
+        original_sizes_hw=torch.tensor([[30, 40], [50, 60]]), crop_top_lefts=torch.tensor([[1, 2], [3, 4]]),
+        custom_attributes=[{"diff_output_preservation": True}, {}],
+    )  # fmt: skip
+    batch = batch_of(given, "batch 0", SPEC)
+    assert batch.pixels_BCHW is not None and torch.equal(batch.pixels_BCHW, given["images"])
+    assert batch.latents_BCHW is None and batch.keys == ["a", "7"]
+    assert batch.loss_weights_B.tolist() == [1.0, 0.5]
+    assert batch.masks_B1HW is not None and batch.masks_B1HW.shape == (2, 1, 16, 24)
+    assert batch.sizes_B6.tolist() == [[30, 40, 1, 2, 16, 24], [50, 60, 3, 4, 16, 24]]
+    assert batch.attributes[0] == {"diff_output_preservation": True}
+    latents = batch_of({"captions": ["a"], "latents": torch.randn(1, 4, 5, 6)}, "batch 1", SPEC)
+    assert latents.pixels_BCHW is None and latents.sizes_B6.tolist() == [[40, 48, 0, 0, 40, 48]]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"images": torch.zeros(1, 3, 8, 8)}, "batch 5 has no `captions`"),
+        ({"captions": ["a"]}, "batch 5 has neither `images` nor `latents`"),
+        (item(count=2, captions=["one"]), r"expected \(1, 3, height, width\) for 1 captions, not \[2, 3, 16, 24\]"),
+        ({"captions": ["a"], "latents": torch.zeros(1, 16, 4, 4)}, r"expected \(1, 4, height, width\)"),
+        ({"captions": ["a"], "images": [1, 2]}, "not list"),
+    ],
+)
+def test_what_does_not_fit_is_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        batch_of(given, "batch 5", SPEC)
+
+
+@pytest.mark.parametrize("option", ["cache_latents", "fit", "validation_split"])
+def test_what_needs_the_pictures_themselves_is_refused(option: str) -> None:
+    options = options_with(**{option: {"validation_split": 0.5, "fit": "card"}.get(option, True)})
+    with pytest.raises(ValueError, match=f"--{option} does not work with --dataset_class my.Pictures: "):
+        open_own_dataset(Pictures, options, SPEC, seed=3)
+
+
+def test_a_class_of_another_kind_is_named_with_what_it_must_offer() -> None:
+    with pytest.raises(ValueError, match=r"is called with \(tokenizer=None, max_token_length"):
+        open_own_dataset(dict.fromkeys, options_with(), SPEC, seed=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"must tell the number of its batches as len\(\)"):
+        OwnDataset(object(), "my.Thing", 3, SPEC)
+    with pytest.raises(ValueError, match="has no batches"):
+        OwnDataset([], "my.Thing", 3, SPEC)
+    with pytest.raises(ValueError, match="batch 0 is int, not a table"):
+        next(OwnDataset([5], "my.Thing", 3, SPEC).batches(1, [0], lambda place: 0, 0, False))
