@@ -93,6 +93,10 @@ MORE_RUNS: Mapping[str, Mapping[str, list[str]]] = {  # by base model
         ],
         "page_train_blocks": ["--network_args", "train_blocks=single"],
     },
+    "chroma": {
+        "text_cache": TEXT_CACHE,
+        "approximator": ["--network_args", "train_approximator=True", "in_dims=2,0,0,0,2", "train_t5xxl=True"],
+    },
     "sd3": {"text_cache": TEXT_CACHE},
     "lumina": {"text_cache": TEXT_CACHE},
     "anima": {"text_cache": TEXT_CACHE, "text_adapter": ["--network_args", "train_llm_adapter=True"]},

@@ -1,0 +1,51 @@
+"""Saved Chroma adapters in diffusers' own transformer, on the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from library.architectures.flux.adapters import CHROMA_NAMES
+from networks import lora, lora_fa, lora_flux
+from networks.core.files.adapter_file import adapter_tensors, read_adapter_file
+from networks.core.files.renaming import rename
+from tests.parity.denoisers import save_trained
+from tests.parity.test_chroma_model import inputs, oracle, oracle_output, velocity
+from tests.tiny.chroma import tiny_chroma
+from tests.tolerances import FLOAT32_DEEP
+
+
+@pytest.mark.parametrize(
+    ("door", "arguments"),
+    [
+        (lora_flux, {"train_approximator": "True", "in_dims": "[2,0,0,0,2]"}),
+        (lora_flux, {"split_qkv": "True"}),
+        (lora, {"train_blocks": "single", "use_scalar": "True"}),
+        (lora_fa, {}),
+    ],
+    ids=lambda value: value.__name__.split(".")[-1] if not isinstance(value, dict) else ",".join(value),
+)
+def test_diffusers_loads_our_file_and_predicts_the_same(door: Any, arguments: dict[str, str], tmp_path: Path) -> None:
+    path, values = tmp_path / "ours.safetensors", [value.detach() for value in inputs(6, 10, 4)]
+    model = tiny_chroma(27)
+    base, expected = save_trained(door, path, arguments, model, lambda: velocity(model, *values))
+    assert (expected - base).abs().max() > 0.01
+    theirs = oracle(tiny_chroma(27))
+    renamed = rename(
+        read_adapter_file(path), CHROMA_NAMES, "diffusers"
+    ).file  # diffusers' own renaming knows 3072 alone
+    theirs.load_lora_adapter(adapter_tensors(renamed), prefix="transformer")
+    torch.testing.assert_close(oracle_output(theirs, *values), expected, **FLOAT32_DEEP)
+
+
+def test_merged_weights_predict_what_the_adapter_did(tmp_path: Path) -> None:
+    """DoRA, which diffusers does not load, against weights that are added up."""
+    path, values = tmp_path / "ours.safetensors", [value.detach() for value in inputs(6, 10, 5)]
+    model = tiny_chroma(28)
+    arguments = {"dora_wd": "True", "train_approximator": "True"}
+    _, expected = save_trained(lora_flux, path, arguments, model, lambda: velocity(model, *values))
+    merged = tiny_chroma(28)
+    network, weights = lora_flux.create_network_from_weights(1.0, str(path), None, [], merged, for_inference=True)
+    network.merge_to([], merged, weights, torch.float32, "cpu")
+    torch.testing.assert_close(velocity(merged, *values), expected, **FLOAT32_DEEP)
