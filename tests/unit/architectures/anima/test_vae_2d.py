@@ -10,16 +10,17 @@ import torch
 from anima_train_network import setup_parser
 from library.architectures.anima.assembly import build
 from library.architectures.anima.options import AnimaOptions
-from library.architectures.anima.vae_2d import PictureConv
+from library.architectures.anima.vae_2d import PictureConv, StripedNorm
+from library.training.planning.counting import BatchShape, count_run
 from library.training.run.models import identity_of
 from tests.running import Finished
 from tests.tiny.anima import build_tiny_anima
 from tests.tolerances import FLOAT32_DEEP
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["original file", "diffusers folder"])
-def arguments(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return build_tiny_anima(tmp_path_factory.mktemp("anima"), 61, has_folders=request.param)
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build_tiny_anima(tmp_path_factory.mktemp("anima"), 61)
 
 
 def built(arguments: list[str], *more: str) -> Any:
@@ -77,3 +78,31 @@ def test_a_cache_serves_both_ways(train: Any, pictures: Path, arguments: list[st
     assert done.losses == pytest.approx(losses[0][0], rel=1e-5)
     with np.load(sorted(pictures.rglob("*_anima.npz"))[0]) as file:
         assert any(name.startswith("latents") for name in file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 12, 1, 37, 6), (2, 12, 37, 6), (1, 12, 1, 5, 3)], ids=str)
+def test_norms_by_stripes_are_those_of_the_whole_to_the_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageRMS_norm
+
+    g = torch.Generator().manual_seed(63)
+    norm = QwenImageRMS_norm(12, images=len(shape) == 4).requires_grad_(False)
+    norm.gamma.copy_(torch.randn(norm.gamma.shape, generator=g))
+    x = (3 * torch.randn(shape, generator=g)).to(dtype)
+    norm = norm.to(dtype)
+    assert torch.equal(StripedNorm(norm)(x), norm(x))
+
+
+def test_the_planner_counts_less_for_a_picture(arguments: list[str]) -> None:
+    words = [
+        *arguments, "--cache_latents", "--network_module", "networks.lora_anima", "--network_dim", "2",
+        "--network_train_unet_only", "--mixed_precision", "bf16", "--qwen3_max_token_length", "8",
+        "--t5_max_token_length", "8",
+    ]  # fmt: skip
+    rises = []
+    for flags in ((), ("--qwen_image_vae_2d",)):
+        options = AnimaOptions.from_args(setup_parser().parse_args([*words, *flags]))
+        counted = count_run(options, build(options), BatchShape(1, 256, 256), torch.device("cpu"))
+        (stage,) = (stage for stage in counted.stages if stage.name == "encoding pictures")
+        rises.append(stage.rise_of_one)
+    assert rises[1] < 0.7 * rises[0]
