@@ -24,6 +24,16 @@ CHROMA_INPUTS = Gap(
 MODULATION = r"_(mod|modulation)_lin|_norm1?(_context)?_linear"  # in blocks; Chroma has none
 
 LOST_INPUTS = Gap(KOHYA, INPUTS, "it does not find FLUX.1's input layers under kohya's names")
+LOST_PARTS = Gap(
+    KOHYA,
+    rf"lora_unet_(img_in|txt_in|{CHROMA_ONLY}_.*)",
+    "it does not find Chroma's input layers and approximator under kohya's names",
+)
+LOST_LAYERS = Gap(
+    DIFFUSERS,
+    rf"transformer_{CHROMA_ONLY}_layers_.*",
+    "it does not find the layers of Chroma's approximator under diffusers' names",
+)
 
 
 def refuse_approximator(modules: Mapping[str, FileNaming | None]) -> str | None:
@@ -81,6 +91,7 @@ CARDS = (
         readers={
             "ComfyUI": Reader(ALL, GENERIC),
             "diffusers": Reader(KOHYA | DIFFUSERS, NONE, gaps=(CHROMA_INPUTS,), refuses=refuse_approximator),
+            "stable-diffusion.cpp": Reader(ALL, KOHYA | GENERIC, gaps=(LOST_PARTS, LOST_LAYERS)),
         },
         names=CHROMA_NAMES,
         network_arguments=CHROMA_TARGETS.arguments,
