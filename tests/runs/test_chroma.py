@@ -116,5 +116,8 @@ def test_a_trained_file_merges_into_the_checkpoint(
 def test_without_a_file_of_clip_nothing_is_missing_and_one_that_is_given_does_nothing(
     run: Callable[..., Finished],
 ) -> None:
-    done = run("a", "--clip_l", "nowhere.safetensors", "--max_train_steps", "1")
+    done = run("a", "--clip_l", "nowhere.safetensors", "--text_encoder_lr", "1e-4", "--max_train_steps", "1")
     assert done.status == 0 and "--clip_l has no effect: Chroma reads captions with T5 alone" in done.stderr
+    assert "--text_encoder_lr has no effect: no text encoder has an adapter" in done.stderr
+    t5 = ("--network_args", "train_t5xxl=True", "--text_encoder_lr", "1e-4", "--max_train_steps", "1")
+    assert "--text_encoder_lr has no effect" not in run("b", *t5).stderr

@@ -79,4 +79,4 @@ class FluxOptions(TrainOptions):
         options = super().from_args(args)
         if not options.flux.split_mode or options.memory.blocks_to_swap is not None:
             return options
-        return options.with_values({"blocks_to_swap": SPLIT_MODE_BLOCKS})
+        return options.with_values({"blocks_to_swap": SPLIT_MODE_BLOCKS, "split_mode": False})

@@ -1,5 +1,6 @@
 """The third stage of the set-up: what moves the weights."""
 
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from library.training.run.context import Models
 from library.training.run.run import Optimization
 from networks.core.protocol import AdoptedNetwork
 
+logger = logging.getLogger(__name__)
+
 
 def build_optimization(
     options: TrainOptions, network: AdoptedNetwork, models: Models, max_train_steps: int, device: torch.device
@@ -25,12 +28,23 @@ def build_optimization(
     groups, names = network.parameter_groups(
         options.network.text_encoder_lr, options.network.unet_lr, options.optimizer.learning_rate
     )
+    warn_of_idle_rate(options, network)
     optimizer = build_optimizer(options.optimizer, groups)
     schedule = build_schedule(options.schedule, optimizer, max_train_steps)
     network.prepare_gradients(*models.network_view)
     scaler = gradient_scaler(options, device)
     average = build_average(options, network, optimizer.is_schedule_free)
     return Optimization(optimizer, schedule, scaler, group_names(names, len(groups), options), average)
+
+
+def warn_of_idle_rate(options: TrainOptions, network: AdoptedNetwork) -> None:
+    """Say so where --text_encoder_lr is given and, although the text encoders are not left out, none has an adapter."""
+    if not any(options.network.text_encoder_lr or ()) or options.network.network_train_unet_only:
+        return
+    names = [name for name, _ in network.module.named_parameters()]
+    is_kohyas = any(name.startswith("lora_unet") for name in names)
+    if is_kohyas and not any(name.startswith("lora_te") for name in names):
+        logger.warning("--text_encoder_lr has no effect: no text encoder has an adapter")
 
 
 def build_average(options: TrainOptions, network: AdoptedNetwork, is_schedule_free: bool) -> WeightAverage | None:

@@ -11,6 +11,7 @@ from library.architectures.sd.assembly import build
 from library.errors import UserError
 from library.memory.forms.form import AS_IN_FILE
 from library.memory.forms.named import FORMS
+from library.options.rules import unused
 from library.options.train import TrainOptions
 from library.training.run.frozen_base import check_base, form_while_reading
 from tests.unit.training.test_checks import NEEDED
@@ -66,4 +67,7 @@ def test_the_old_name_of_swapping_means_18_blocks_unless_a_number_is_given(given
     from argparse import Namespace
 
     values = {**FluxOptions.defaults(), "split_mode": True, "blocks_to_swap": given}
-    assert FluxOptions.from_args(Namespace(**values)).memory.blocks_to_swap == number
+    found = FluxOptions.from_args(Namespace(**values))
+    assert found.memory.blocks_to_swap == number
+    said = [line for line in unused(found, {}) if "split_mode" in line]
+    assert said == ([] if given is None else ["--split_mode has no effect with --blocks_to_swap"])
