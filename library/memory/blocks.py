@@ -3,7 +3,7 @@
 A denoiser hands each block to the runner it was given instead of calling it; it knows nothing of what the runner does.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -77,10 +77,11 @@ class BlockBody(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
+        # The class's forward: the block's own attribute `forward` is the way into the runner.
+        self.run: Callable[..., Any] = type(block).forward
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        # The class's forward: the block's own attribute `forward` is the way into the runner.
-        return type(self.block).forward(self.block, *inputs, **named)
+        return self.run(self.block, *inputs, **named)
 
 
 def run_library_blocks_with(blocks: Iterable[nn.Module], runner: BlockRunner) -> None:

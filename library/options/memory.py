@@ -53,26 +53,6 @@ class MemoryOptions(Options):
         False,
         help="Compute attention piece by piece: slow, but for cards that can do neither --sdpa nor --xformers.",
     )
-    torch_compile: bool = option(False, help="Compile the models with torch.compile. The first steps take minutes.")
-    dynamo_backend: str = option(
-        "inductor",
-        needs="torch_compile",
-        help="Compiler that --torch_compile uses.",
-        choices=(
-            "eager",
-            "aot_eager",
-            "inductor",
-            "aot_ts_nvfuser",
-            "nvprims_nvfuser",
-            "cudagraphs",
-            "ofi",
-            "fx2trt",
-            "onnxrt",
-            "tensort",
-            "ipex",
-            "tvm",
-        ),
-    )
 
     @property
     def recomputes(self) -> bool:

@@ -17,7 +17,6 @@ DEEPSPEED = tuple(name for name in names_of(DistributedOptions) if name not in D
 
 NOT_YET: Mapping[str, str] = {
     "deepspeed": "train on one card without it",
-    "torch_compile": "leave it out; the models run uncompiled",
 }
 
 

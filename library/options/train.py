@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from library.options.averaging import AveragingOptions
 from library.options.base import Options, group
 from library.options.caching import CachingOptions
+from library.options.compiling import CompileOptions
 from library.options.config_file import ConfigFileOptions
 from library.options.console import ConsoleOptions
 from library.options.dataset import DatasetOptions
@@ -41,6 +42,7 @@ class TrainOptions(Options):
     precision: PrecisionOptions = group(PrecisionOptions)
     kernels: KernelOptions = group(KernelOptions)
     memory: MemoryOptions = group(MemoryOptions)
+    compiling: CompileOptions = group(CompileOptions)
     fit: FitOptions = group(FitOptions)
     noise: NoiseOptions = group(NoiseOptions)
     loss: LossOptions = group(LossOptions)

@@ -19,6 +19,12 @@ FLAGS: list[dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
 
 SINCE_0_11 = {  # options that sd-scripts has since 0.11, on some of its scripts or all, with their defaults
     "cuda_allow_tf32": False,
+    "compile": False,
+    "compile_backend": "inductor",
+    "compile_cache_size_limit": None,
+    "compile_dynamic": None,
+    "compile_fullgraph": False,
+    "compile_mode": "default",
     "cuda_cudnn_benchmark": False,
     "skip_image_resolution": None,
     "train_inpainting": False,

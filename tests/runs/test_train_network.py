@@ -276,7 +276,10 @@ def test_a_folder_without_pictures_ends_quietly_with_status_0(
         (["--pretrained_model_name_or_path", "nowhere/model.safetensors"], ["nowhere/model.safetensors"]),
         (["--v2"], ["--v2"]),
         (["--sample_every_n_steps", "2", "--sample_prompts", "nothing.txt"], ["--sample_prompts", "nothing.txt"]),
-        (["--torch_compile"], ["--torch_compile", "not supported yet"]),
+        (["--deepspeed"], ["--deepspeed", "not supported yet"]),
+        (["--compile", "--compile_backend", "inducter"], ["--compile_backend inducter", "inductor"]),
+        (["--torch_compile", "--dynamo_backend", "ofi"], ["--dynamo_backend ofi", "no such compiler"]),
+        (["--compile", "--compile_backend", "eager", "--compile_mode", "max-autotune"], ["--compile_mode", "inductor"]),
         (["--metadata_thumbnail", "nothing.png"], ["--metadata_thumbnail"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -347,3 +350,21 @@ def test_batches_of_an_own_class_are_trained_and_a_cut_run_goes_on_bit_for_bit(
     assert refused.status == 1 and "--cache_latents does not work with --dataset_class" in refused.stderr
     unknown = train([*base_arguments, "--dataset_class", "my_noise.Nois"])
     assert unknown.status == 1 and "did you mean Noise?" in unknown.stderr
+
+
+def test_compiled_blocks_train_the_same_adapter(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
+    """Graphs run as they are (the backend `eager`); the first step of each size is counted, and is not compiled."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    words = [*base_arguments, "--gradient_checkpointing", "--network_dropout", "0.2", "--network_train_unet_only"]
+    train([*words, "--output_name", "plain"])
+    assert not counters["stats"]
+    done = train([*words, "--output_name", "compiled", "--torch_compile", "--dynamo_backend", "eager"])
+    assert done.status == 0, done.stderr
+    assert 0 < counters["stats"]["unique_graphs"] <= 20
+    plain, compiled = saved(tmp_path, "plain.safetensors"), saved(tmp_path, "compiled.safetensors")
+    assert all(torch.equal(weight, compiled[name]) for name, weight in plain.items())
+    torch._dynamo.reset()

@@ -41,6 +41,7 @@ def check(options: TrainOptions) -> None:
     check_network(options)
     check_noise_and_loss(options)
     check_fit(options)
+    check_compiling(options)
     check_previews(options)
     tracker_kind(options.trackers)
 
@@ -197,6 +198,21 @@ def check_full_fp16(options: TrainOptions) -> None:
             "--full_fp16 rounds the weights after each step, and the steps of Adafactor are so small that many are "
             "lost; leave out --full_fp16"
         )
+
+
+def check_compiling(options: TrainOptions) -> None:
+    """Raise UserError for a compiler that torch does not have, or one that knows no modes."""
+    compiling = options.compiling
+    if not compiling.is_on:
+        return
+    from torch._dynamo import list_backends
+
+    flag = "compile_backend" if compiling.compile else "dynamo_backend"
+    backend, known = getattr(compiling, flag), list_backends(exclude_tags=())
+    if backend not in known:
+        raise UserError(f"--{flag} {backend}: this torch has no such compiler; use one of {', '.join(sorted(known))}")
+    if compiling.compile_mode != "default" and backend != "inductor":
+        raise UserError(f"--compile_mode {compiling.compile_mode} is for inductor; leave it out for {backend}")
 
 
 def check_inpainting(options: TrainOptions, inpaints: bool) -> None:

@@ -1,9 +1,13 @@
 """The second stage of the set-up: the adapter on the models, and how their blocks run."""
 
+from dataclasses import replace
+
 import torch
 
 from library.memory.activations import recompute_from_main_memory
 from library.memory.blocks import BlockRunner, Every, plain, recompute, run_encoder_layers_with
+from library.memory.compiled import Compiled, CompileSettings
+from library.options.compiling import CompileOptions
 from library.options.memory import MemoryOptions
 from library.options.train import TrainOptions
 from library.processes import Processes
@@ -43,11 +47,27 @@ def choose_block_runner(options: TrainOptions, arch: Architecture, models: Model
     for model in (models.denoiser, *models.text_encoders):
         model.eval().requires_grad_(False)
     network.module.train()
-    arch.run_blocks_with(models.denoiser, block_runner(options.memory))
+    runner = block_runner(options.memory)
+    if options.compiling.is_on:
+        runner = Compiled(runner, compile_settings(options.compiling))
+    arch.run_blocks_with(models.denoiser, runner)
     for encoder in models.text_encoders if trains_text_encoders(options) else []:
         run_encoder_layers_with(encoder, block_runner(options.memory))
     if options.memory.recomputes:
         network.enable_gradient_checkpointing()
+
+
+def compile_settings(options: CompileOptions) -> CompileSettings:
+    """What --compile and the options beside it ask for; --torch_compile names its compiler by --dynamo_backend."""
+    backend = options.compile_backend if options.compile else options.dynamo_backend
+    settings = CompileSettings(
+        backend=backend,
+        mode=None if options.compile_mode == "default" else options.compile_mode,
+        is_dynamic=options.compile_dynamic != "false",
+        needs_full_graph=options.compile_fullgraph,
+    )
+    limit = options.compile_cache_size_limit
+    return settings if limit is None else replace(settings, most_graphs=limit)
 
 
 def block_runner(memory: MemoryOptions) -> BlockRunner:

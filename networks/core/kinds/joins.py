@@ -115,7 +115,8 @@ class Decompose:
         That number is fixed, so that a graphics card never waits for the answer how many there are.
         """
         shares_I = norms_I.detach() / self._squares_I.clamp_min(TINY)
-        if weight.device.type == "cpu" and bool((shares_I >= CANCELLED).all()):
+        on_host = weight.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_host and bool((shares_I >= CANCELLED).all()):
             return norms_I
         shares, places = torch.topk(shares_I, min(MAX_DIRECT_COLUMNS, len(shares_I)), largest=False)
         base = weight[:, places].to(up_OR.dtype).flatten(1)

@@ -1,0 +1,198 @@
+"""Compiled blocks: few graphs however many blocks there are, and the gradients of blocks that run as they are."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.memory.blocks import Every, plain, recompute
+from library.memory.compiled import Compiled, CompiledBlock, CompileSettings
+from library.memory.forms.plain import Plain
+from library.memory.frozen import layers_in_blocks, store_all_in
+from library.memory.places.streamed import stream
+from library.memory.planner.counter import FlopCounter
+from tests.parity.deep import DEEP
+from tests.parity.modes import ALL_FORMS, RUNNERS, with_adapter
+from tests.tolerances import EXACT, FLOAT32_SAME_MATH
+
+CPU = torch.device("cpu")
+
+
+class CountingBackend:
+    """Runs graphs as they are and counts them."""
+
+    def __init__(self) -> None:
+        self.num_graphs = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.num_graphs += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def gradients(
+    base: str, adapter: str = "lora", runner: str = "plain", form: str = "none", place: str = "device",
+    settings: CompileSettings | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """The loss and the gradients of all adapters' parameters in the second of two equal steps."""
+    deep = DEEP[base]
+    model = deep.frozen(61)
+    if (kind := ALL_FORMS[form]) is not None:
+        store_all_in(kind, layers_in_blocks(model).values())
+    if place == "streamed":
+        stacks = deep.stacks(model)
+        store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
+        stream(stacks, [len(stack) - 2 for stack in stacks], CPU)
+    blocks = RUNNERS[runner]()
+    deep.run_blocks_with(model, blocks if settings is None else Compiled(blocks, settings))
+    network = with_adapter(adapter, deep.seen(model))
+    found: list[Tensor] = []
+    for _ in range(2):
+        for parameter in network.parameters():
+            parameter.grad = None
+        loss = deep.loss(model, CPU)
+        loss.backward()
+        found = [loss.detach(), *(p.grad for p in network.parameters() if p.grad is not None)]
+    return found
+
+
+MOST_GRAPHS = {  # two for each kind of block at most: the first one's input has no gradient; U-Nets have many widths
+    "sd": 12, "flux": 4, "chroma": 4, "sd3": 4, "lumina": 6, "anima": 2, "hunyuan_image": 4,
+}  # fmt: skip
+CASES = [("flux", "lora", "recompute", "none"), ("anima", "dora", "plain", "none"), ("flux", "lora", "plain", "int8")]
+SLOW = [
+    *((base, "lora", "recompute_every_2", "none") for base in MOST_GRAPHS if base != "flux"),
+    *(("flux", adapter, "recompute", "none") for adapter in ("loha", "lokr", "oft_v2", "boft", "lora_fa", "dylora")),
+    *(("sd3", "lora", "plain", form) for form in ("plain", "fp8", "nf4", "nf4_double")),
+    ("sd", "lycoris", "recompute", "none"), ("flux", "dora", "recompute_from_main_memory", "fp8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter", "runner", "form"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_gradients_are_those_of_plain_blocks_and_graphs_are_few(
+    base: str, adapter: str, runner: str, form: str
+) -> None:
+    """Graphs that run as they are round nothing in another order, but for DoRA's norms, which add up other columns."""
+    backend = CountingBackend()
+    wanted = gradients(base, adapter, runner, form)
+    found = gradients(base, adapter, runner, form, settings=CompileSettings(backend, needs_full_graph=True))
+    assert 0 < backend.num_graphs <= MOST_GRAPHS[base]
+    assert len(found) == len(wanted) > 4
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, **(FLOAT32_SAME_MATH if adapter == "dora" else EXACT))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("base", "adapter"), [("flux", "lora"), ("sd3", "dora"), ("sd", "lora")])
+def test_inductor_gives_the_gradients_too(base: str, adapter: str) -> None:
+    """In float32 other orders of sums are off by some of the last digits."""
+    wanted = gradients(base, adapter, "recompute")
+    found = gradients(base, adapter, "recompute", settings=CompileSettings("inductor"))
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm() + 1e-8
+
+
+@pytest.mark.parametrize("runner", ["recompute", "recompute_every_2"])
+def test_blocks_that_wait_stay_out_of_what_is_compiled(runner: str) -> None:
+    """Two blocks of each kind do not wait."""
+    backend = CountingBackend()
+    wanted = gradients("anima", runner=runner, place="streamed")
+    found = gradients("anima", runner=runner, place="streamed", settings=CompileSettings(backend))
+    assert 0 < backend.num_graphs <= MOST_GRAPHS["anima"]
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+class Toy(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        return x_BTI + torch.tanh(self.layer(x_BTI))
+
+
+def steps_with(settings: CompileSettings, sizes: list[int], runner: Any = plain) -> list[Tensor]:
+    blocks, found = [Toy(seed) for seed in range(5)], []
+    run = Compiled(runner, settings)
+    for size in sizes:
+        x = torch.randn(2, size, 8, generator=torch.Generator().manual_seed(size)).requires_grad_()
+        y = x
+        for block in blocks:
+            y = run(block, y)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        found.append(gradient)
+    return found
+
+
+@pytest.mark.parametrize(("is_dynamic", "most"), [(True, 1), (False, 4)])
+def test_new_sizes_are_compiled_as_often_as_was_asked_for(is_dynamic: bool, most: int) -> None:
+    backend, sizes = CountingBackend(), [4, 7, 9, 12]
+    found = steps_with(CompileSettings(backend, is_dynamic=is_dynamic), sizes)
+    assert backend.num_graphs == most
+    for one, other in zip(found, steps_with(CompileSettings("eager"), sizes), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("runner", [plain, recompute, Every(2, recompute)])
+def test_sizes_beyond_the_limit_run_uncompiled_which_is_told_once(
+    runner: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend, sizes = CountingBackend(), [4, 7, 9, 12]
+    with caplog.at_level(logging.WARNING):
+        found = steps_with(CompileSettings(backend, is_dynamic=False, most_graphs=2), sizes, runner)
+    assert backend.num_graphs == 2
+    assert caplog.text.count("Toy has been compiled 2 times") == 1 and "(2, 9, 8)" in caplog.text
+    for one, other in zip(found, steps_with(CompileSettings("eager"), sizes), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_has_no_gradient_and_what_is_counted_is_not_compiled() -> None:
+    """Torch never again compiles code that it met while operations were counted."""
+    backend = CountingBackend()
+    block = CompiledBlock(Toy(3), CompileSettings(backend), set())
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        block(x)
+    with FlopCounter() as counter:
+        block(x)
+    assert backend.num_graphs == 0 and counter.flops == 2 * 10 * 8 * 8
+    block(x)
+    assert backend.num_graphs == 1
+
+
+def test_layers_of_other_strength_share_a_graph() -> None:
+    """Their alphas differ, which are numbers and no tensors."""
+    from networks.core.kinds.joins import Add
+    from networks.core.kinds.lora import LowRank
+    from networks.core.kinds.scaled import ScaledDelta
+
+    class Adapted(nn.Module):
+        def __init__(self, alpha: float) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.change = ScaledDelta(self.layer, LowRank(self.layer, 2), Add(), alpha)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.change.forward(x, self.layer, 1.0)
+
+    backend = CountingBackend()
+    run = Compiled(plain, CompileSettings(backend))
+    x = torch.randn(3, 8, requires_grad=True)
+    for block in [Adapted(alpha) for alpha in (0.5, 1.5, 2.5, 3.0, 7.0)]:
+        run(block, x)
+    assert backend.num_graphs <= 2
