@@ -113,3 +113,12 @@ def test_weights_that_the_file_has_in_8_bits_are_counted_as_they_stay(tmp_path: 
 def opened_again(options: TrainOptions, arch: Architecture) -> tuple[TrainOptions, Architecture]:
     """The same options after the files have changed."""
     return options, next(card for card in SCRIPTS.values() if type(options) is card.options).build(options)
+
+
+def test_a_moving_average_takes_four_bytes_for_each_trained_value_all_the_time(tmp_path: Path) -> None:
+    options, arch = opened("sd", tmp_path / "model", "--mixed_precision", "no")
+    plain = count_run(options, arch, SHAPE, CPU).step
+    averaged = count_run(options.with_values({"ema_decay": 0.99}), arch, SHAPE, CPU).step
+    for part in ("state", "rise"):
+        more = getattr(averaged.optimizer, part) - getattr(plain.optimizer, part)
+        assert more == plain.gradient_bytes > 0  # float32 as they are

@@ -1,0 +1,41 @@
+"""Every kind of adapter teaches the toy world's model what it has never seen: the table of docs/networks.md.
+
+Pictures are judged by their pixels, and adapters are merged by code that shares nothing with training.
+"""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tools import start
+from tools.quickstart_picture import draw_before_and_after
+
+pytestmark = pytest.mark.nightly
+
+LARGER_KERNELS = ("conv_dim=16", "conv_alpha=16")
+KINDS: Mapping[str, tuple[str, ...]] = {  # the words that are added to the quickstart's command
+    "dora": ("--network_args", *LARGER_KERNELS, "dora_wd=True"),
+    "pissa": ("--network_args", *LARGER_KERNELS, "init=pissa", "--learning_rate", "3e-4"),
+}
+MOST_BEFORE, LEAST_AFTER = 0.1, 0.7
+PAGE = start.ROOT / "docs" / "networks.md"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns(kind: str, tmp_path: Path) -> None:
+    command = [*start.training_command(Path(sys.executable), start.num_threads()), "--output_dir", str(tmp_path)]
+    environment = start.child_environment()
+    done = subprocess.run([*command, *KINDS[kind]], cwd=start.ROOT, env=environment, capture_output=True, timeout=3600)
+    assert done.returncode == 0, done.stderr.decode("utf-8", "replace")[-4000:]
+    adapter, prompts = tmp_path / Path(start.ADAPTER).name, start.ROOT / start.PROMPTS
+    before, after = draw_before_and_after(start.ROOT / start.TOY_BASE, adapter, prompts, tmp_path / "both.png")
+    assert before < MOST_BEFORE
+    assert after > LEAST_AFTER
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_page_has_the_words_of_its_row(kind: str) -> None:
+    assert f"`{' '.join(KINDS[kind])}`" in PAGE.read_text(encoding="utf-8")
