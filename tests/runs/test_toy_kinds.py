@@ -19,6 +19,14 @@ LARGER_KERNELS = ("conv_dim=16", "conv_alpha=16")
 KINDS: Mapping[str, tuple[str, ...]] = {  # the words that are added to the quickstart's command
     "dora": ("--network_args", *LARGER_KERNELS, "dora_wd=True"),
     "pissa": ("--network_args", *LARGER_KERNELS, "init=pissa", "--learning_rate", "3e-4"),
+    "tlora": (
+        "--network_module",
+        "networks.tlora",
+        "--network_args",
+        *LARGER_KERNELS,
+        "tlora_min_rank=8",
+        "tlora_power=0.25",
+    ),
 }
 MOST_BEFORE, LEAST_AFTER = 0.1, 0.7
 PAGE = start.ROOT / "docs" / "networks.md"
