@@ -28,10 +28,7 @@ KINDS: dict[str, tuple[list[str], float]] = {
     ),
     "lokr": (["--network_args", "factor=4", "conv_dim=16", "conv_alpha=16", "--learning_rate", "2e-3"], 0.55),  # 0.71
     "oft_v2": (["--network_dim", "32", "--network_args", "enable_conv=True", "--max_train_steps", "700"], 0.35),  # 0.54
-    "boft": (  # 0.33
-        ["--network_dim", "8", "--network_args", "enable_conv=True", "boft_n_butterfly_factor=2", "--learning_rate",
-         "8e-3"], 0.2,
-    ),
+    "boft": (["--network_dim", "16", "--network_args", "enable_conv=True", "--learning_rate", "2e-3"], 0.35),  # 0.54
 }  # fmt: skip
 
 
