@@ -60,8 +60,10 @@ def add_adapter_files(place: Path, train: Train) -> None:
     sd = build_tiny_sd(place / "sd", 51, layout="safetensors")
     shutil.copy(sd, "sd15.safetensors")
     words = f"--pretrained_model_name_or_path {sd} --train_data_dir pictures --resolution 64 --caption_extension .txt "
-    words += "--network_module networks.dylora --network_dim 32 --network_args unit=4 --learning_rate 1e-2 "
-    assert train([*words.split(), "--output_dir", ".", "--output_name", "cat", "--max_train_steps", "1"]).status == 0
+    words += "--learning_rate 1e-2 --output_dir . --max_train_steps 1 "
+    dylora = "--network_module networks.dylora --network_dim 32 --network_args unit=4 --output_name cat"
+    oft = "--network_module networks.oft_v2 --network_dim 4 --output_name cat_oft"
+    assert all(train([*words.split(), *adapter.split()]).status == 0 for adapter in (dylora, oft))
     for name in ("style", "my_cat"):
         shutil.copy("cat.safetensors", f"{name}.safetensors")
     assert convert_lora.main(shlex.split("--model cat.safetensors --save_to from_peft.safetensors --to diffusers")) == 0

@@ -52,12 +52,15 @@ def test_a_run_learns_from_masks_and_repeats_itself_when_it_is_resumed(
 def test_recomputed_blocks_and_a_batch_of_other_size_train_the_same_model(
     train: Train, inpainting: list[str], tmp_path: Path
 ) -> None:
-    train([*inpainting, "--output_name", "plain"])
-    done = train([*inpainting, "--output_name", "saving", "--gradient_checkpointing", "--vae_batch_size", "2"])
+    # Adam would take steps of full length along gradients that are nearly zero, where rounding alone is left.
+    words = [*inpainting, "--optimizer_type", "SGD", "--learning_rate", "0.5"]
+    train([*words, "--output_name", "plain"])
+    done = train([*words, "--output_name", "saving", "--gradient_checkpointing", "--vae_batch_size", "2"])
     assert done.status == 0, done.stderr
     plain, saving = saved(tmp_path, "plain"), saved(tmp_path, "saving")
+    assert max(weight.abs().max() for name, weight in plain.items() if "lora_up" in name) > 1e-3
     for name, weight in plain.items():
-        torch.testing.assert_close(weight, saving[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(weight, saving[name], rtol=1e-3, atol=1e-6)
 
 
 def test_previews_paint_in_the_picture_that_the_prompt_names(

@@ -15,7 +15,6 @@ from library.training.planning.counting import BatchShape, count_run
 from library.training.run.models import identity_of
 from tests.running import Finished
 from tests.tiny.anima import build_tiny_anima
-from tests.tolerances import FLOAT32_DEEP
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,8 @@ def test_latents_and_pictures_are_those_of_three_dimensions(arguments: list[str]
         torch.testing.assert_close(found[1][index], found[0][index], **tolerance)
     for index in (2, 3):
         assert found[0][index].abs().max() > 0.1
-        torch.testing.assert_close(found[1][index], found[0][index], **FLOAT32_DEEP)
+        # In float32 the sums of another order: some values near zero were off by 2.4e-5 with two threads.
+        torch.testing.assert_close(found[1][index], found[0][index], rtol=1e-4, atol=1e-4)
 
 
 def test_it_is_the_same_vae_to_a_cache_and_has_no_convolution_over_time_left_that_runs(arguments: list[str]) -> None:

@@ -22,10 +22,10 @@ def test_a_form_stores_as_many_bytes_as_its_formula_says(name: str, shape: tuple
 @pytest.mark.parametrize("name", FORMS)
 def test_decoding_takes_as_many_copies_as_its_entry_says(name: str) -> None:
     torch.manual_seed(96)
-    layer = nn.Linear(512, 1024, bias=False).bfloat16().requires_grad_(False)
+    layer = nn.Linear(1024, 2048, bias=False).bfloat16().requires_grad_(False)
     matrix = Matrix.of(layer.weight)
     store_in(FORMS[name], layer)
-    x = torch.randn(1, 512).bfloat16().requires_grad_()
+    x = torch.randn(1, 1024).bfloat16().requires_grad_()
     layer(x)  # what is made once, such as tables
     taken = allocated_peak(lambda: layer(x).sum().backward()) / matrix.plain_bytes
     # Kernels of CPUs take up to a fifth of this small weight for themselves, more with more threads.
