@@ -16,8 +16,8 @@ from tests.runs.bases import BASES
 Train = Callable[..., Finished]
 
 
-# the U-Nets compute no angles: what else a run needs is the same
-SLOW = ("sd", "sd2", "sdxl", "chroma")
+# the U-Nets compute no angles, and those of the others are one function's: what else a run needs is the same
+SLOW = ("sd", "sd2", "sdxl", "chroma", "sd3", "hunyuan_image", "lumina")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in BASES])

@@ -35,7 +35,7 @@ NIGHTLY = [
 OFFLOADED = ("--gradient_checkpointing", "--cpu_offload_checkpointing", "--gradient_checkpointing_every", "2")
 
 
-@pytest.fixture(scope="module", params=["flux", "sd", *NIGHTLY])
+@pytest.fixture(scope="module", params=["flux", pytest.param("sd", marks=pytest.mark.slow), *NIGHTLY])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -28,7 +28,7 @@ def saved(tmp_path: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(path_of(tmp_path, name))
 
 
-@pytest.mark.parametrize("module", ["networks.dylora", "networks.lora_fa"])
+@pytest.mark.parametrize("module", ["networks.dylora", pytest.param("networks.lora_fa", marks=pytest.mark.slow)])
 def test_a_run_saves_what_networks_lora_saves_and_the_same_seed_gives_the_same_bytes(
     train: Train, base_arguments: list[str], tmp_path: Path, module: str
 ) -> None:

@@ -75,9 +75,15 @@ def test_epochs_win_over_steps(train: Train, base_arguments: list[str], prompts:
     "options",
     [
         ["--network_dropout", "0.3", "--network_args", "rank_dropout=0.2", "module_dropout=0.2"],
-        ["--network_module", "networks.dylora", "--network_args", "unit=2", "--text_encoder_lr", "0"],
+        pytest.param(
+            ["--network_module", "networks.dylora", "--network_args", "unit=2", "--text_encoder_lr", "0"],
+            marks=pytest.mark.slow,
+        ),
         ["--optimizer_type", "AdamWScheduleFree", "--gradient_checkpointing"],
-        ["--network_module", "lycoris.kohya", "--network_args", "algo=loha", "preset=attn-mlp", "rank_dropout=0.3"],
+        pytest.param(
+            ["--network_module", "lycoris.kohya", "--network_args", "algo=loha", "preset=attn-mlp", "rank_dropout=0.3"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["dropout", "dylora", "schedule_free", "lycoris"],
 )

@@ -42,8 +42,11 @@ CHANCE = [
     [
         [*CHANCE, "--cache_latents"],
         [*CHANCE, "--random_crop", "--optimizer_type", "AdamWScheduleFree", "--max_data_loader_n_workers", "1"],
-        ["--network_train_unet_only", "--gradient_checkpointing", "--mixed_precision", "bf16"],
-        ["--network_module", "networks.dylora", "--network_args", "unit=2"],
+        pytest.param(
+            ["--network_train_unet_only", "--gradient_checkpointing", "--mixed_precision", "bf16"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["--network_module", "networks.dylora", "--network_args", "unit=2"], marks=pytest.mark.slow),
     ],
     ids=["dropout", "schedule-free", "frozen-text", "dylora"],
 )
