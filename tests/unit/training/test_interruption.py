@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from library.training.faults.interruption import Interruption
 from tests.running import ROOT
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="other systems have other signals")
@@ -59,3 +60,26 @@ def test_a_launcher_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> N
     launcher.kill()
     _, said = launcher.communicate(timeout=30)  # the pipe closes once the process behind it has ended
     assert "the launcher of this run is gone before the first step" in said
+
+
+def test_a_launcher_that_is_gone_once_training_has_begun_is_told_by_the_loop_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The thread that looks on may sleep while training begins: its signal would be the second, which stops at once."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    interruption = Interruption()
+    sent: list[tuple[int, ...]] = []
+    launcher = os.getppid()
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+
+    def begin_training(_: float) -> None:
+        interruption.defer()
+        monkeypatch.setattr(os, "getppid", lambda: launcher + 1)
+        assert interruption.is_requested
+
+    monkeypatch.setattr("library.training.faults.interruption.time.sleep", begin_training)
+    monkeypatch.setattr(os, "kill", lambda *what: sent.append(what))
+    interruption._watch(reader, writer)
+    monkeypatch.undo()
+    assert sent == []
