@@ -17,7 +17,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -62,7 +62,7 @@ class LatentFile:
         """
         try:
             with open_npz(self.path) as archive:
-                return latents_in(archive, self, needs_flipped, needs_alpha)
+                return latents_in(archive, entry_in(archive, self), needs_flipped, needs_alpha)
         except EntryError as error:
             reason = str(error)
         except FileNotFoundError:
@@ -99,26 +99,25 @@ def latent_file(picture: str, size: Size, shape: Shape, spec: LatentSpec) -> Lat
     )
 
 
-def tail_in(archive: Mapping[str, Any], file: LatentFile) -> str:
-    """What the keys of an entry end in."""
+def entry_in(archive: Mapping[str, Any], file: LatentFile) -> LatentFile:
+    """The entry as the archive has it: an older one, of this size without a tail, where there is no other."""
     is_there = f"latents{file.tail}" in archive
-    return "" if not is_there and file.may_lack_tail and has_older_entry(archive, file) else file.tail
+    return replace(file, tail="") if not is_there and has_older_entry(archive, file) else file
 
 
 def has_older_entry(archive: Mapping[str, Any], file: LatentFile) -> bool:
-    """Whether there are latents of the right size without a tail."""
-    return "latents" in archive and archive["latents"].shape == file.latent_shape
+    """Whether there are latents without a tail that are of the right size, and that may be this entry's."""
+    return file.may_lack_tail and "latents" in archive and archive["latents"].shape == file.latent_shape
 
 
 def latents_in(archive: Mapping[str, Any], file: LatentFile, needs_flipped: bool, needs_alpha: bool) -> Latents:
     """The arrays of an entry as tensors; EntryError says what does not fit."""
-    tail = tail_in(archive, file)
-    latents = _encoding(archive, f"latents{tail}", file, "without latents of this size")
+    latents = _encoding(archive, f"latents{file.tail}", file, "without latents of this size")
     flipped = alpha = None
     if needs_flipped:
-        flipped = _encoding(archive, f"latents_flipped{tail}", file, "without a mirrored copy")
+        flipped = _encoding(archive, f"latents_flipped{file.tail}", file, "without a mirrored copy")
     if needs_alpha:
-        key = f"alpha_mask{tail}"
+        key = f"alpha_mask{file.tail}"
         if key not in archive:
             raise EntryError("without a mask")
         values = np.asarray(archive[key])
@@ -198,8 +197,9 @@ def judge(file: LatentFile, picture: str, size: Size, expected: Expected) -> Ver
     """
     try:
         with open_npz(file.path) as archive:
+            file = entry_in(archive, file)
             latents_in(archive, file, expected.needs_flipped, expected.needs_alpha)
-            origin = origin_in(archive, tail_in(archive, file))
+            origin = origin_in(archive, file.tail)
             if origin is not None:
                 return Verdict(origin_fault(origin, picture, expected))
             return Verdict(foreign_fault(archive, file, picture, size), is_foreign=True)
@@ -232,7 +232,7 @@ def origin_fault(origin: Origin, picture: str, expected: Expected) -> str | None
 def foreign_fault(archive: Mapping[str, Any], file: LatentFile, picture: str, size: Size) -> str | None:
     """What speaks against an entry that another program wrote."""
     for name, wanted in (("original_size", size), ("crop_ltrb", crop_ltrb(file.bucket, size))):
-        key = f"{name}{tail_in(archive, file)}"
+        key = f"{name}{file.tail}"
         values = np.asarray(archive[key], dtype=np.float64) if key in archive else np.empty(0)
         if values.shape != (len(wanted),) or not np.allclose(values, wanted, rtol=0, atol=0.01):
             return "made for another size or crop"
@@ -277,7 +277,7 @@ def other_entries(file: LatentFile) -> dict[str, Any]:
     own = {f"{name}{file.tail}" for name in names}
     try:
         with open_npz(file.path) as archive:
-            if file.may_lack_tail and has_older_entry(archive, file):
+            if has_older_entry(archive, file):
                 own |= set(names)
             return {key: archive[key] for key in archive if key not in own}
     except DAMAGE:
