@@ -17,7 +17,7 @@ from torch import Tensor
 
 from library.data.batches.batches import BatchMaker
 from library.data.batches.validation_set import ValidationSet
-from library.data.description.schema import RunDataConfig
+from library.data.description.schema import RunDataConfig, parse_numbers
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
@@ -181,10 +181,7 @@ def sides_of(resolution: str | None) -> tuple[int, int] | None:
     """--resolution as (width, height)."""
     if resolution is None:
         return None
-    try:
-        first, *others = (int(side) for side in resolution.split(","))
-    except ValueError:
-        raise UserError(f"--resolution {resolution}: expected one side, or width and height with a comma") from None
+    first, *others = parse_numbers("--resolution", resolution, int, (1, 2), "512 or 768,512")
     return first, others[0] if others else first
 
 
