@@ -37,6 +37,12 @@ class Batch:
     attributes: list[Mapping[str, Any]]  # custom_attributes of the subset
     crops_B2: Tensor | None = None  # where the pictures were really cut from the resized ones: top and left
 
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """The pixels that all its pictures have."""
+        height, width = self.sizes_B6[0, 4:].tolist()
+        return int(height), int(width)
+
 
 @dataclass(frozen=True)
 class Noised:

@@ -30,7 +30,7 @@ def ways_out(run: Run, batch: Batch) -> list[str]:
     name, device = run.options.network.network_module, run.context.device
     if name is None or not name.startswith(OURS):
         return []
-    height, width = (int(side) for side in batch.sizes_B6[0, 4:].tolist())
+    height, width = batch.height_width
     shape = BatchShape(len(batch.keys), width, height)
     step = count_run(run.options, run.context.arch, shape, device).step
     return few(list(lines(step, way_of(run.options), allowed_ever(run.options), card_like(device))))

@@ -112,5 +112,5 @@ class MemoryWatch:
 
 def num_pixels(batch: Batch) -> int:
     """Of all pictures of a batch together."""
-    height, width = (int(side) for side in batch.sizes_B6[0, 4:].tolist())
+    height, width = batch.height_width
     return len(batch.keys) * height * width

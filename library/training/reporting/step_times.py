@@ -100,7 +100,7 @@ class StepTimes:
 
         The operations are counted for the first batch of each shape; that pass takes some tenths of a second longer.
         """
-        height, width = (int(side) for side in batch.sizes_B6[0, 4:].tolist())
+        height, width = batch.height_width
         shape = len(batch.keys), height, width
         self._shapes.append(shape)
         if shape in self._flops:

@@ -73,7 +73,7 @@ def losses_of(
 
 def describe_shape(batch: Batch) -> str:
     """How many pictures of which size, for messages."""
-    height, width = (int(side) for side in batch.sizes_B6[0, 4:].tolist())
+    height, width = batch.height_width
     return f"{len(batch.keys)} pictures of {width}x{height}"
 
 
