@@ -62,9 +62,7 @@ class Interruption:
         ends_at, number, is_told = float("inf"), 0, False
         while not self._is_over:
             time.sleep(POLL_S)
-            if (
-                self._is_over
-            ):  # training has begun meanwhile: the loop asks `is_requested`, a signal would be the second
+            if self._is_over:  # training has begun: the loop asks `is_requested`, and a signal would be the second
                 break
             try:
                 stops = [n for n in os.read(reader, 64) if n in (signal.SIGINT, signal.SIGTERM)]
