@@ -19,6 +19,7 @@ from library.options.network import NetworkOptions
 from library.options.noise import NoiseOptions
 from library.options.optimizer import OptimizerOptions, ScheduleOptions
 from library.options.preview import PreviewOptions
+from library.options.reports import ReportOptions
 from library.options.run import FaultOptions, RunOptions
 from library.options.saving import HubOptions, MetadataOptions, SavingOptions, StateOptions
 from library.options.trackers import TrackerOptions
@@ -51,6 +52,7 @@ class TrainOptions(Options):
     metadata: MetadataOptions = group(MetadataOptions)
     hub: HubOptions = group(HubOptions)
     trackers: TrackerOptions = group(TrackerOptions)
+    reports: ReportOptions = group(ReportOptions)
     preview: PreviewOptions = group(PreviewOptions)
     validation: ValidationOptions = group(ValidationOptions)
     distributed: DistributedOptions = group(DistributedOptions)

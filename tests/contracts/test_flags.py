@@ -51,6 +51,7 @@ OURS = {  # the first of those and what sd-scripts does not have, with their def
     "trace_nonfinite": False,
     "unsloth_offload_checkpointing": False,
     "keep_best_checkpoint": False,
+    "log_events": None,
     "validate_at_first": False,
 }
 

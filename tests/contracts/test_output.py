@@ -1,5 +1,6 @@
 """What front ends read from a run: its output, its exit status, its charts."""
 
+import json
 import os
 import re
 import signal
@@ -90,7 +91,8 @@ def test_a_console_without_japanese_letters_does_not_end_the_run(six_steps: list
 def test_a_signal_finishes_the_step_saves_and_ends_with_status_0(
     base_arguments: list[str], tmp_path: Path, number: signal.Signals
 ) -> None:
-    arguments = [*base_arguments, "--max_train_steps", "100000", "--console_log_simple"]
+    events = tmp_path / "events.jsonl"
+    arguments = [*base_arguments, "--max_train_steps", "100000", "--console_log_simple", "--log_events", str(events)]
     command = [sys.executable, str(ROOT / "train_network.py"), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stderr is not None and process.stdout is not None
@@ -107,6 +109,8 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_status_0(
     assert re.fullmatch(r"mine-step\d{8}\.safetensors", path.name)
     assert state == path.with_name(f"{path.stem}-state") and read_facts(state).step == int(path.stem[-8:])
     assert f"--resume {state} or --autoresume" in text
+    end = json.loads(events.read_text().splitlines()[-1])
+    assert (end["event"], end["reason"], end["step"]) == ("end", "stopped", int(path.stem[-8:]))
     assert all(tensor.isfinite().all() for tensor in load_file(path).values())
 
 

@@ -1,5 +1,6 @@
 """Several processes train as one process that accumulates as many batches more."""
 
+import json
 import os
 import signal
 import subprocess
@@ -56,7 +57,8 @@ def test_two_processes_equal_one_with_doubled_accumulation(train: Train, argumen
     random += ["--ema_decay", "0.5"]
     words = [*arguments, *random, "--cache_latents"]
     words.remove("--flip_aug")
-    two = launch_two([*words, "--save_state", "--logging_dir", str(tmp_path / "logs")])
+    told = ["--log_events", str(tmp_path / "events.jsonl")]
+    two = launch_two([*words, "--save_state", "--logging_dir", str(tmp_path / "logs"), *told])
     assert two.status == 0, two.stderr
     one = train([*words, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")])
     assert one.status == 0, one.stderr
@@ -68,6 +70,9 @@ def test_two_processes_equal_one_with_doubled_accumulation(train: Train, argumen
     assert two.losses == one.losses
     assert "steps: 100%" in two.stderr and "10/10" in two.stderr
     assert two.stdout.count("running training") == 1
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]  # of the main one
+    assert [one["step"] for one in events if one["event"] == "step"] == list(range(1, 11))
+    assert [one["num_processes"] for one in events if one["event"] == "plan"] == [2]
     metadata = read_metadata(tmp_path / "out" / "mine.safetensors")
     assert metadata["ss_max_train_steps"] == "10" and metadata["ss_total_batch_size"] == "4"
     assert rates(tmp_path / "logs") == pytest.approx(

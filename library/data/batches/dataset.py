@@ -30,6 +30,7 @@ from library.data.description.audit import MOST_COUNTED_AT_START, TokenLimit, au
 from library.data.description.buckets import BucketRules
 from library.data.description.captions import caption_variant
 from library.data.description.dataset_digest import content_digests, dataset_identity
+from library.data.description.facts import dataset_facts
 from library.data.description.schema import DatasetConfig, NoDataFound, RunDataConfig, SubsetConfig, load_dataset_config
 from library.data.description.summary import dataset_metadata
 from library.data.description.validation_split import Split, split_datasets
@@ -217,6 +218,10 @@ class TrainingSet:
             log_lengths_later(self.datasets, self._token_limit, log)
         for level, line in self.split.lines:
             log.log(level, "%s", line)
+
+    def facts(self) -> dict[str, Any]:
+        """The same as plain values, for programs."""
+        return dataset_facts(self.datasets, self.rules, self.draws, self._token_limit)
 
     def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
         """The `ss_*` values that describe the data; tables and lists are to be written as JSON."""

@@ -112,6 +112,11 @@ class OwnDataset:
     def audit(self, log: logging.Logger) -> None:
         log.info("%s %s: %d batches in an epoch, made in this process", FLAG, self._name, self.num_batches)
 
+    def facts(self) -> dict[str, Any]:
+        """Nothing is known before it is drawn."""
+        lengths: dict[str, Any] = {"unit": "words", "most": None, "counts": []}
+        return {"datasets": [], "dropped": [], "num_dropped": 0, "caption_lengths": lengths, "tags": []}
+
     def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
         size, accumulation = self.batch_sizes[0], options.run.gradient_accumulation_steps
         return {

@@ -3,11 +3,10 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TypeVar
 
-from tqdm import tqdm
-
-from library.launcher import launched_rank
+from library.progress import progress_bar
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -26,11 +25,12 @@ def in_blocks(
     """
     values: list[Value] = []
     blocks = (items[start : start + BLOCK] for start in range(0, len(items), BLOCK))
-    is_hidden = title is None or launched_rank() != 0
-    with tqdm(total=len(items), desc=title, disable=is_hidden, leave=False, smoothing=0) as bar:
+    shown = nullcontext() if title is None else progress_bar(title, len(items), leave=False)
+    with shown as bar:
         for found in _found(function, blocks, num_threads):
             values += found
-            bar.update(len(found))
+            if bar is not None:
+                bar.update(len(found))
     return values
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.data.batches.dataset import TrainingSet
@@ -25,13 +24,14 @@ from library.data.caching.npz import MISSING, clear_left_overs
 from library.data.caching.text_files import Identity, Row, TextFile, Verdict, judge, text_path, write_texts
 from library.data.sources.scan import few
 from library.errors import UserError
-from library.launcher import launched_rank
 from library.processes import ALONE, Processes
+from library.progress import Bar, progress_bar
 from library.protocols import TextCacheSpec
 from library.types import Conditioning
 
 logger = logging.getLogger(__name__)
 
+TITLE = "caching text encoder outputs"
 MAX_REPEATED = 64  # captions of several files, such as class tokens, that are kept while files are written
 
 Encode = Callable[[Sequence[str]], Conditioning]
@@ -119,7 +119,7 @@ def cache_texts(
     texts = list(dict.fromkeys(["", *(text for texts in training_set.caption_texts() for text in texts)]))
     logger.info("caching text encoder outputs of %d captions in memory", len(texts) + len(prompts))
     share = texts[processes.local_rank :: processes.local_count]
-    with progress_bar(len(share) + len(prompts)) as bar:
+    with progress_bar(TITLE, len(share) + len(prompts)) as bar:
         rows = encode_rows(share, lambda: open_encoders().captions, spec, bar)
         prompt_rows = encode_rows(prompts, lambda: open_encoders().prompts, spec, bar)
     kept = KeptTexts(passed_on(rows, texts, processes), prompt_rows)
@@ -143,11 +143,6 @@ def passed_on(rows: Mapping[str, Row], texts: Sequence[str], processes: Processe
             number, _, name = key.partition("/")
             found.setdefault(texts[int(number)], {})[name] = tensor
     return dict(found)
-
-
-def progress_bar(count: int) -> Any:
-    """The bar of the main process."""
-    return tqdm(total=count, desc="caching text encoder outputs", smoothing=0, disable=launched_rank() != 0)
 
 
 def plan_jobs(training_set: TrainingSet, spec: TextCacheSpec) -> tuple[list[Job], dict[int, TextFile]]:
@@ -216,7 +211,7 @@ def write_files(
     """Encode the `count` captions that files lack, and write the files."""
     uses = Counter(text for job, verdict in missing for text in job.texts if text not in verdict.texts)
     rows: dict[str, Row] = {}
-    with progress_bar(count) as bar:
+    with progress_bar(TITLE, count) as bar:
         for group in grouped(missing, spec.options.text_encoder_batch_size or 1):
             needed = [text for job, verdict in group for text in job.texts if text not in verdict.texts]
             new = [text for text in dict.fromkeys(needed) if text not in rows]
@@ -240,11 +235,14 @@ def check_files(
             return Verdict(frozenset(job.texts))
         return judge(job.file, job.texts, identity())
 
+    verdicts: list[Verdict] = []
     if not skips_check and any(os.path.exists(job.file.path) for job in jobs):
         identity()  # once, before the threads ask for it
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        checks = tqdm(pool.map(look, jobs), desc="checking text cache", total=len(jobs), leave=False, smoothing=0)
-        verdicts = list(checks)
+        with progress_bar("checking text cache", len(jobs), leave=False) as bar:
+            for verdict in pool.map(look, jobs):
+                verdicts.append(verdict)
+                bar.update(1)
     report_check(jobs, verdicts, skips_check)
     return verdicts
 
@@ -286,7 +284,7 @@ def grouped(missing: Sequence[tuple[Job, Verdict]], batch_size: int) -> Iterator
         yield group
 
 
-def encode_rows(texts: Sequence[str], encode: Callable[[], Encode], spec: TextCacheSpec, bar: Any) -> dict[str, Row]:
+def encode_rows(texts: Sequence[str], encode: Callable[[], Encode], spec: TextCacheSpec, bar: Bar) -> dict[str, Row]:
     """The features of captions, on the CPU, --text_encoder_batch_size of them at a time."""
     rows: dict[str, Row] = {}
     count = spec.options.text_encoder_batch_size or 1

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from library.data.batches.batches import check_size, to_pixels
 from library.data.batches.dataset import TrainingSet
@@ -32,9 +31,9 @@ from library.data.description.buckets import Shape
 from library.data.sources.samples import Sample
 from library.data.sources.scan import few
 from library.errors import UserError
-from library.launcher import launched_rank
 from library.options.caching import CachingOptions
 from library.processes import ALONE, Processes
+from library.progress import progress_bar
 from library.protocols import LatentSpec
 from library.randomness import generator_for
 
@@ -297,7 +296,7 @@ def encoded(
     # One thread: entries of two sizes may share a file. What is encoded is written even if the run is interrupted.
     with (
         ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
-        tqdm(total=len(jobs), desc="caching latents…", smoothing=0, disable=launched_rank() != 0) as bar,
+        progress_bar("caching latents…", len(jobs)) as bar,
     ):
         writes: deque[Future[None]] = deque()
         for batch, results in decoded_ahead(batches, max(1, training_set.num_workers)):

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -21,6 +22,7 @@ from library.training.command_line.cli import from_program, parse
 from library.training.command_line.run_lock import run_lock
 from library.training.command_line.show_timesteps import asked_preview, show_timesteps
 from library.training.faults.interruption import Interrupted, Interruption
+from library.training.reporting.event_stream import Events, WarningEvents, warnings_told
 from library.training.saving.resume import AlreadyComplete
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,8 @@ def main(
     args = parse(parser, argv)
     try:
         options = options_type.from_args(args)
-        is_over = train_as_asked(options, build, latents, objective, interruption)
+        command = sys.argv[1:] if argv is None else argv
+        is_over = train_as_asked(options, build, latents, objective, interruption, command)
         if options.faults.exit_status_on_stop and not is_over:
             return interruption.exit_status
     except AlreadyComplete as error:
@@ -91,21 +94,42 @@ def train_as_asked(
     latents: LatentSpec | None,
     objective: Callable[[OptionsT], FlowMatching] | None,
     interruption: Interruption,
+    command: Sequence[str] | None = None,
 ) -> bool:
     """Check the options, then train, or show noise levels or the data set; gives whether the run came to its end."""
     if latents is not None and objective is not None and (asked := asked_preview(options)) is not None:
         check_values(options)
         show_timesteps(asked, options, objective(options), latents.downscale)
         return True
-    check(options)
-    if latents is not None and options.dataset.debug_dataset and not options.model.pretrained_model_name_or_path:
-        show_dataset(options, latents)
-        return True
+    with warnings_told() as warnings:
+        check(options)
+        if latents is not None and options.dataset.debug_dataset and not options.model.pretrained_model_name_or_path:
+            show_dataset(options, latents)
+            return True
+        return train_alone(options, build, interruption, command, warnings)
+
+
+def train_alone(
+    options: OptionsT,
+    build: Callable[[OptionsT], Architecture],
+    interruption: Interruption,
+    command: Sequence[str] | None,
+    warnings: WarningEvents,
+) -> bool:
+    """Train while no other run writes the same files, and tell of it; gives whether the run came to its end."""
     from library.training.faults.deterministic import deterministic
     from library.training.run.cuda_kernels import cuda_kernels
+    from library.training.run.events import told
 
-    with run_lock(options), cuda_kernels(options.kernels), deterministic(options.faults.deterministic):
-        return train_network(options, build, interruption)
+    with (
+        run_lock(options),
+        told(options, command, warnings) as events,
+        cuda_kernels(options.kernels),
+        deterministic(options.faults.deterministic),
+    ):
+        is_over = train_network(options, build, interruption, events)
+        events.end("finished" if is_over else "stopped")
+        return is_over
 
 
 def show_dataset(options: TrainOptions, latents: LatentSpec) -> None:
@@ -123,7 +147,9 @@ def show_dataset(options: TrainOptions, latents: LatentSpec) -> None:
     show_batches(training_set)
 
 
-def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], interruption: Interruption) -> bool:
+def train_network(
+    options: OptionsT, build: Callable[[OptionsT], Architecture], interruption: Interruption, events: Events
+) -> bool:
     """Set the run up and train it; gives whether that came to its end, and was not stopped on the way."""
     from library.data.batches.dataset import NoDataFound, TrainingSet
     from library.data.batches.debug import show_batches
@@ -132,6 +158,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     from library.training.faults.out_of_memory import explained
     from library.training.faults.selftest import test_itself
     from library.training.optimization.hidden_library import hidden_bitsandbytes
+    from library.training.reporting.events import Audit
     from library.training.run import setup
     from library.training.saving.hub import check_repository
     from library.training.saving.resume import find_state, with_rates_of_state
@@ -153,10 +180,13 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
         training_set = setup.open_training_data(options, arch, seed, processes.count)
     except NoDataFound as error:
         logger.error("No data found: %s", error)
+        events.end("error", f"No data found: {error}")
         return True
     if options.dataset.debug_dataset:
         show_batches(training_set)
         return True
+    if events.is_on:
+        events.emit(Audit(**training_set.facts()))
     if options.fit.fit is not None:
         from library.training.planning.fit_run import fit_run
 
@@ -166,10 +196,11 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
         fitted = None
     largest = training_set.limit_to_largest_batch() if options.faults.dry_run else None
     with (
+        events.stage("loading"),
         explained("loading the models and caching", options, accelerator.device, ""),
         hidden_bitsandbytes(),
     ):
-        prepared = setup.prepare(options, arch, seed, training_set, accelerator, processes, facts)
+        prepared = setup.prepare(options, arch, seed, training_set, accelerator, processes, facts, events)
     if options.faults.selftest:
         with explained("testing itself (--selftest)", options, accelerator.device, ""):
             test_itself(prepared.run)
@@ -186,6 +217,7 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
     started, first_step = time.monotonic(), prepared.progress.step
     try:
         with (
+            events.stage("training"),
             last_good_saved(prepared.writer),
             saved_on_error(prepared.writer, prepared.progress, prepared.run.plan),
             processes.failures_told(),
@@ -195,13 +227,14 @@ def train_network(options: OptionsT, build: Callable[[OptionsT], Architecture], 
         prepared.charts.close()
     if processes.is_main and (speed := prepared.run.times.summary()) is not None:
         logger.info("%s", speed)
+        events.summary = speed
     is_over = prepared.progress.step >= prepared.run.plan.max_train_steps
     if processes.is_main and is_over:
         names, network = prepared.writer.names, options.network
         rank = f" of rank {network.network_dim}" if network.network_dim else ""
         num_steps, seconds = prepared.progress.step - first_step, time.monotonic() - started
         what = f"{network.network_module}{rank} on {arch.name}"
-        best = prepared.validation.best
+        best, events.file = prepared.validation.best, str(names.of_end())
         logger.info("%s", finished_line(what, num_steps, seconds, names.of_end(), best, names.of_best()))
     return is_over
 

@@ -1,9 +1,11 @@
 """Preview pictures as files: their names, their bytes, and what is written into them."""
 
+import base64
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from math import ceil, sqrt
 from pathlib import Path
 
@@ -14,12 +16,14 @@ from torch import Tensor
 
 from library.checkpoints.files import atomic_path
 from library.options.saving import SavingOptions
+from library.training.reporting.events import Preview
 from library.types import Prompt
 
 FOLDER = "sample"  # in --output_dir; front ends look there
 GRID_FOLDER = "grid"  # in that, apart from what front ends take for a prompt's picture
 GRID_GAP = 4  # pixels
 TIMESTAMP = "%Y%m%d%H%M%S"
+THUMBNAIL_SIDE = 256  # pixels of the longer side of the copy that events hold
 MARK = "\0"  # stands for a timestamp; no name holds it
 
 
@@ -93,6 +97,22 @@ def to_grid(images: Sequence[Image.Image]) -> Image.Image:
         middle = [(side - GRID_GAP - own) // 2 for side, own in zip((width, height), image.size, strict=True)]
         grid.paste(image, (column * width + middle[0], row * height + middle[1]))
     return grid
+
+
+def told_picture(drawn: Drawn, path: Path, step: int, epoch: int) -> Preview:
+    """The event of a picture that was written to `path`."""
+    prompt, (width, height) = drawn.prompt, drawn.image.size
+    return Preview(
+        step, epoch, drawn.index, prompt.text, prompt.seed, width, height, str(path), thumbnail_of(drawn.image)
+    )
+
+
+def thumbnail_of(image: Image.Image) -> str:
+    """A smaller copy as a data: URL, some kilobytes long."""
+    small, content = image.convert("RGB"), BytesIO()
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    small.save(content, format="WEBP", quality=75)
+    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
 
 
 def write_grid(path: Path, drawn: Sequence[Drawn]) -> None:

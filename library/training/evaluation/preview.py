@@ -29,6 +29,7 @@ from library.training.evaluation.pictures import (
     is_written,
     picture_path,
     to_image,
+    told_picture,
     write_grid,
     write_picture,
 )
@@ -206,7 +207,7 @@ class Previews:
 
                     for index in range(len(self._prompts)):
                         if not interruption.is_requested:
-                            drawn += self._draw_one(event, index, vae, goes_on)
+                            drawn += self._draw_one(event, step, epoch, index, vae, goes_on)
                 del vae
             if len(drawn) > 1:
                 write_grid(grid_path(run.options.saving, event), drawn)
@@ -217,7 +218,9 @@ class Previews:
             release_memory(run.options.memory.highvram)
         return not interruption.is_requested
 
-    def _draw_one(self, event: str, index: int, vae: nn.Module, goes_on: Callable[[], bool]) -> list[Drawn]:
+    def _draw_one(
+        self, event: str, step: int, epoch: int, index: int, vae: nn.Module, goes_on: Callable[[], bool]
+    ) -> list[Drawn]:
         """Draw and write one picture; gives nothing where that fails or the run is to end."""
         run, prompt = self._run, self._prompts[index]
         try:
@@ -233,6 +236,8 @@ class Previews:
             write_picture(path, drawn)
             with tqdm.external_write_mode():
                 logger.info("preview %d: %s", index, path)
+            if run.events.is_on:
+                run.events.emit(told_picture(drawn, path, step, epoch))
             return [drawn]
         except Exception as error:
             give_up(f"preview {index} ({prompt.text})", error)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from math import inf, isnan
+from math import inf, isfinite, isnan
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from library.options.averaging import VALIDATION
 from library.options.validation import ValidationOptions
 from library.training.evaluation.eval_mode import evaluating
 from library.training.evaluation.validation_loss import Difference, batch_losses, noise_levels, paired_difference
+from library.training.reporting import events
 from library.training.reporting.logs import Charts
 from library.training.reporting.progress import Progress
 from library.training.run.run import Run
@@ -172,6 +173,7 @@ class Validation:
         self._first = self._first or evaluation
         if evaluation.mean < self._best_loss:
             self._best_step, self._best_loss = step, evaluation.mean
+        self._run.events.emit(self._told(evaluation))
         return evaluation
 
     def _measure(self, title: str) -> Tensor:
@@ -230,6 +232,30 @@ class Validation:
         )
         return f"; {abs(difference.mean):.4f}{error} {side} that after step {first.step}{doubt}; {rank}"
 
+    def _told(self, evaluation: Evaluation) -> events.Validation:
+        """The event of an evaluation that is the last one by now."""
+        zeros = torch.zeros_like(evaluation.losses_NL)
+        errors = [
+            finite(paired_difference(one, zeros[:, :1], self._rows).standard_error)
+            for one in (evaluation.losses_NL, *evaluation.losses_NL.T[:, :, None])
+        ]
+        levels = zip(self._levels, evaluation.level_means, errors[1:], strict=True)
+        difference = self._difference()
+        compared = None
+        if difference is not None and self._first is not None:
+            error = finite(difference.standard_error)
+            compared = events.Compared(self._first.step, difference.mean, error, difference.is_clear)
+        return events.Validation(
+            step=evaluation.step,
+            loss=evaluation.mean,
+            error=errors[0],
+            levels=[events.Level(*level) for level in levels],
+            num_pictures=len(self._rows),
+            compared=compared,
+            best_step=self._best_step,
+            best_loss=finite(self._best_loss),
+        )
+
     # Memory
 
     @property
@@ -261,3 +287,8 @@ class Validation:
             self._first = Evaluation(int(first["step"]), torch.tensor(first["losses"], dtype=torch.float64))
         if best is not None:
             self._best_step, self._best_loss = int(best["step"]), float(best["loss"])
+
+
+def finite(value: float) -> float | None:
+    """The value, None where it is not a finite number."""
+    return value if isfinite(value) else None

@@ -34,6 +34,7 @@ from library.training.run.plan import Window
 from library.training.run.run import Run
 from library.training.run.setup import Prepared
 from library.training.run.step import describe_shape, loss_of, start_batch
+from library.training.run.told_steps import told_step
 from library.training.saving.checkpoints import Writer
 from library.training.saving.state import StateManifest
 from library.types import Batch
@@ -105,6 +106,11 @@ def train(prepared: Prepared, interruption: Interruption, watch: StepWatch | Non
                 if run.optimization.average is not None:
                     run.optimization.average.update()
                 report_window(run, progress, window, values, rates, norms, charts)
+                if run.events.is_on:
+                    names = run.optimization.group_names
+                    mean = average.mean
+                    event = told_step(progress.step, epoch, values, mean, rates, names, run.norms, run.times)
+                    run.events.emit(event)
                 bar.update(1)
                 bar.set_postfix(bar_values(average.mean, norms))
                 is_last = progress.step >= plan.max_train_steps
@@ -250,7 +256,9 @@ def optimizer_step(run: Run, guard: NonFiniteGuard, window: Window, losses: Tens
         scaler.unscale_(optimizer)
     parameters = run.context.network.trainable_parameters()
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    run.norms.measure(optimizer, window.step)
     *values, norm_value = torch.cat([losses.to(norm.device), norm.float().view(1)]).tolist()
+    run.norms.total = norm_value
     if guard.allows_step(window, values, norm_value):
         run.context.network.note_gradients()
         if max_norm != 0:

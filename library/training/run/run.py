@@ -11,9 +11,11 @@ from library.processes import Processes
 from library.training.optimization.average import WeightAverage
 from library.training.optimization.lr_schedules import Schedule
 from library.training.optimization.optimizers import BuiltOptimizer
+from library.training.reporting.event_stream import Events
 from library.training.reporting.step_times import StepTimes
 from library.training.run.context import StepContext
 from library.training.run.plan import Plan
+from library.training.run.told_steps import NormMeter
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,5 @@ class Run:
     context: StepContext
     optimization: Optimization
     times: StepTimes = field(default_factory=StepTimes)
+    events: Events = field(default_factory=Events)
+    norms: NormMeter = field(default_factory=NormMeter)

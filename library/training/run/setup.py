@@ -21,6 +21,7 @@ from library.training.evaluation.eval_mode import eval_mode
 from library.training.evaluation.preview import Previews, texts_of, wanted_prompts
 from library.training.evaluation.validation import Validation
 from library.training.optimization.optimizers import import_class
+from library.training.reporting.event_stream import Events
 from library.training.reporting.logs import Charts, run_folder, start_trackers, tracker_kind
 from library.training.reporting.progress import Progress
 from library.training.reporting.report import PictureCounts, announce_run
@@ -29,6 +30,7 @@ from library.training.run.adapter import attach_adapter, trains_text_encoders
 from library.training.run.compute import Compute
 from library.training.run.conditioning import CaptionMemo
 from library.training.run.context import Autocast, StepContext
+from library.training.run.events import plan_of
 from library.training.run.frozen_base import check_base
 from library.training.run.models import LoadedModels, load_models
 from library.training.run.optimization import build_optimization
@@ -36,6 +38,7 @@ from library.training.run.plan import Plan
 from library.training.run.rehearsal import rehearse
 from library.training.run.run import Run
 from library.training.run.text_caching import cached_text, check_text_caching
+from library.training.run.told_steps import NormMeter
 from library.training.run.writer import build_writer, go_on
 from library.training.saving.checkpoints import Writer, save_dtype
 from library.training.saving.resume import starting_step
@@ -134,6 +137,7 @@ def prepare(
     accelerator: Any,
     processes: Processes,
     state: StateManifest | None,
+    events: Events,
 ) -> Prepared:
     """Load the models, attach the adapter, build the optimization, and put the run where `state` left it.
 
@@ -154,7 +158,7 @@ def prepare(
     optimization = build_optimization(options, network, loaded.models, plan.max_train_steps, compute.device)
     context = step_context(options, arch, seed, loaded, network, compute)
     times = StepTimes(compute.device, processes.count, peak_of(compute.device, compute.dtype))
-    run = Run(options, processes, training_set, plan, context, optimization, times)
+    run = Run(options, processes, training_set, plan, context, optimization, times, events, NormMeter(events.is_on))
 
     charts = Charts(accelerator)
     validation = Validation(run, charts)
@@ -167,6 +171,7 @@ def prepare(
         start_trackers(accelerator, options)
         counts = PictureCounts(training_set.num_train_images, validation.num_pictures, training_set.num_reg_images)
         announce_run(plan, counts, training_set.batch_sizes, options.run.gradient_accumulation_steps)
+        events.emit(plan_of(run, counts, progress.step, None if state is None else str(state.path)))
     previews = Previews.build(run, charts, prompts, loaded.prompts)
     resumed = state if state is not None and state.step == progress.step else None
     return Prepared(run, progress, writer, charts, previews, validation, resumed)

@@ -118,4 +118,5 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
         uploads=Uploads(options.hub),
         state_bytes=partial(bytes_of_state, run),
         cards=run.context.arch.cards,
+        events=run.events,
     )

@@ -22,6 +22,8 @@ from library.errors import UserError
 from library.options.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
 from library.training.faults.out_of_memory import in_words
+from library.training.reporting.event_stream import Events
+from library.training.reporting.events import Removed, Saved, SavedFor
 from library.training.reporting.progress import Part, Progress
 from library.training.reporting.report import announce
 from library.training.saving.hub import Uploads
@@ -66,6 +68,14 @@ class Names:
 
     def of_best(self) -> Path:
         return self.folder / f"{f'{self.output_name}-' if self.output_name else ''}best.{self.extension}"
+
+    def purpose_of(self, path: Path) -> SavedFor:
+        """What a file of this run was saved for."""
+        if path == self.of_end():
+            return "end"
+        if path == self.of_best():
+            return "best"
+        return "step" if re.fullmatch(r".*-step\d{8}", path.stem) else "epoch"
 
     def of_profile(self) -> Path:
         return self.folder / f"{self.output_name or 'last'}-profile.json.gz"
@@ -169,6 +179,7 @@ class Writer:
     state_bytes: Callable[[], int] = lambda: 0  # about what a state takes
     cards: Sequence[ModelCard] = ()  # of the base models that files are recognised by
     rescued: dict[str, Path] = field(default_factory=dict)  # the newest files that are not at their places, by kind
+    events: Events = field(default_factory=Events)
     told: set[str] = field(default_factory=set)  # what was said about readers, so that it is said once
 
     def save_after_step(self, progress: Progress, epoch: int) -> None:
@@ -266,6 +277,7 @@ class Writer:
                 lambda place: self.network.save_weights(place, dtype, metadata),
             )
         self._keep_newest_rescue("weights", place, path)
+        self.events.emit(Saved("weights", self.names.purpose_of(path), step, epoch, str(place), num_bytes_of(place)))
         self._tell_readers(place)
         self.uploads.send(place, is_last)
         return place
@@ -328,6 +340,7 @@ class Writer:
             folder, "", self.state_bytes(), lambda place: self.write_state(place, step, epoch, done)
         )
         self._keep_newest_rescue("state", place, folder)
+        self.events.emit(Saved("state", self.names.purpose_of(weights), step, epoch, str(place), num_bytes_of(place)))
         if self.options.hub.save_state_to_huggingface:
             self.uploads.send(place, is_last)
         return place
@@ -344,9 +357,9 @@ class Writer:
 
     def _rotate(self, name_of: Callable[[int], Path], outdated: int | None, outdated_state: int | None) -> None:
         if outdated is not None:
-            self.uploads.afterwards(partial(remove, name_of(outdated)))
+            self.uploads.afterwards(partial(remove, name_of(outdated), self.events))
         if outdated_state is not None and self.options.state.save_state:
-            self.uploads.afterwards(partial(remove_state, state_of(name_of(outdated_state))))
+            self.uploads.afterwards(partial(remove_state, state_of(name_of(outdated_state)), self.events))
 
     def _tell_readers(self, path: Path) -> None:
         """Log which programs use the keys of a file; in later files of a run only if something has changed."""
@@ -385,6 +398,12 @@ def bytes_in_file(module: nn.Module, dtype: torch.dtype | None) -> int:
     return bytes_of_tensors(tensors)
 
 
+def num_bytes_of(path: Path) -> int:
+    """What a file, or all files of a folder, take."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
 def weights_are_finite(module: nn.Module) -> bool:
     """Whether no weight is NaN or infinite; one read from the device for all of them."""
     found = [parameter.detach().isfinite().all() for parameter in module.parameters()]
@@ -400,15 +419,17 @@ def save_dtype(save_precision: str | None) -> torch.dtype | None:
     return SAVE_DTYPES[save_precision]
 
 
-def remove(path: Path) -> None:
+def remove(path: Path, events: Events) -> None:
     """Delete a file that rotation has outdated; nothing happens where it is gone already."""
     if path.exists():
         announce(f"removing old checkpoint: {path}")
         path.unlink()
+        events.emit(Removed(str(path)))
 
 
-def remove_state(folder: Path) -> None:
+def remove_state(folder: Path, events: Events) -> None:
     """Delete a state that rotation has outdated; nothing happens where it is gone already."""
     if folder.is_dir():
         announce(f"removing old state: {folder}")
         remove_folder(folder)
+        events.emit(Removed(str(folder)))

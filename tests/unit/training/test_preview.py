@@ -28,6 +28,7 @@ from library.training.evaluation.preview import (
     wanted_prompts,
 )
 from library.training.faults.interruption import Interrupted, Interruption
+from library.training.reporting.event_stream import Events
 from library.types import Prompt
 from networks.core.protocol import AdoptedNetwork
 from tests.parity.test_preview import prompt_of
@@ -122,7 +123,8 @@ def run(tiny_sd_folder: Path, tmp_path: Path) -> Any:
         live_text=None,
     )
     built = SimpleNamespace(eval=lambda: None, train=lambda: None)
-    return SimpleNamespace(options=options, context=context, optimization=SimpleNamespace(built=built, average=None))
+    optimization = SimpleNamespace(built=built, average=None)
+    return SimpleNamespace(options=options, context=context, optimization=optimization, events=Events())
 
 
 def previews_of(run: Any, *prompts: Prompt) -> tuple[Previews, Charts]:

@@ -1,0 +1,18 @@
+"""What a run tells of itself: events for programs, a report for people."""
+
+from dataclasses import dataclass
+
+from library.options.base import Options, option
+
+
+@dataclass(frozen=True)
+class ReportOptions(Options):
+    """What a run tells of itself: events for programs, a report for people."""
+
+    log_events: str | None = option(
+        None,
+        own=True,
+        unless="dry_run",
+        help="File that takes what happens in the run, one JSON object a line, for front ends and other programs; - is "
+        "standard output. Emptied at the start, continued with --resume and --autoresume.",
+    )

@@ -1,0 +1,61 @@
+"""Progress of long work: a bar for people, and a word to whoever listens."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from library.launcher import launched_rank
+
+State = Literal["begin", "progress", "end"]
+Listener = Callable[[str, State, int, int], None]
+"""It is told (what, state, how many are done, of how many)."""
+
+LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@dataclass
+class Bar:
+    """Counts what is done."""
+
+    title: str
+    total: int
+    shown: Any  # tqdm's bar
+    listener: Listener | None
+    done: int = 0
+
+    def update(self, count: int) -> None:
+        """`count` more are done."""
+        self.done += count
+        self.shown.update(count)
+        self.tell("progress")
+
+    def tell(self, state: State) -> None:
+        if self.listener is not None:
+            self.listener(self.title, state, self.done, self.total)
+
+
+@contextmanager
+def progress_bar(title: str, total: int, leave: bool = True) -> Iterator[Bar]:
+    """A bar on standard error, in the main process; whoever `listening` has named hears of it too."""
+    is_main = launched_rank() == 0
+    with tqdm(total=total, desc=title, disable=not is_main, leave=leave, smoothing=0) as shown:
+        bar = Bar(title.rstrip("…"), total, shown, LISTENER.get() if is_main and total else None)
+        bar.tell("begin")
+        try:
+            yield bar
+        finally:
+            bar.tell("end")
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell `listener` of the progress of what this thread does in the block."""
+    token = LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        LISTENER.reset(token)

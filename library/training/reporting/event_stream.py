@@ -1,0 +1,237 @@
+"""Where events go: a thread of its own hands them to whoever keeps them, so that a step waits for no disk."""
+
+import json
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO, Any, Protocol
+
+from library.errors import UserError
+from library.progress import State
+from library.training.reporting.events import End, EndReason, Event, Plan, Stage, Step, Warned
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--log_events"
+PROGRESS_S = 1.0  # between two events of one stage's progress
+
+Line = dict[str, Any]
+"""An event as JSON has it."""
+
+
+class Sink(Protocol):
+    """Keeps events; both are called in the thread of `Events` alone."""
+
+    name: str
+
+    def take(self, lines: Sequence[Line]) -> None: ...
+    def close(self) -> None: ...
+
+
+class Events:
+    """What happens in a run is told here; costs some microseconds an event, and nothing where nobody listens.
+
+    A sink that fails is given up with one warning: events never end a run.
+    """
+
+    def __init__(self, sinks: Sequence[Sink] = (), clock: Callable[[], float] = time.time) -> None:
+        self._sinks = list(sinks)
+        self._clock = clock
+        self._queue: SimpleQueue[Line | threading.Event | None] = SimpleQueue()
+        self._process = os.getpid()
+        self._progress: dict[str, float] = {}
+        self._started = clock()
+        self.last_step: int | None = None
+        self.summary: str | None = None  # these two go into the last event
+        self.file: str | None = None
+        self._thread: threading.Thread | None = None
+        if self._sinks:
+            self._thread = threading.Thread(target=self._work, name="events", daemon=True)
+            self._thread.start()
+
+    @property
+    def is_on(self) -> bool:
+        return self._thread is not None
+
+    def emit(self, event: Event) -> None:
+        """Hand an event on; those of a process that was forked from the run's go nowhere."""
+        if self._thread is None or os.getpid() != self._process:
+            return
+        if isinstance(event, Step):
+            self.last_step = event.step
+        elif isinstance(event, Plan):
+            self.last_step = event.first_step
+        self._queue.put(event.as_line(self._clock()))
+
+    def tell_progress(self, name: str, state: State, done: int, total: int) -> None:
+        """The progress of long work, about once a second; see library/progress.py."""
+        now = self._clock()
+        if state == "progress" and now - self._progress.get(name, 0.0) < PROGRESS_S:
+            return
+        self._progress[name] = now
+        self.emit(Stage(name, state, done, total))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """The block is a stage of the run."""
+        self.emit(Stage(name, "begin"))
+        try:
+            yield
+        finally:
+            self.emit(Stage(name, "end"))
+
+    def end(self, reason: EndReason, error: str | None = None) -> None:
+        """The last event of a run; whatever comes later is not told."""
+        self.emit(End(reason, self.last_step, round(self._clock() - self._started, 3), error, self.summary, self.file))
+        self.close()
+
+    def flush(self, timeout_s: float = 10.0) -> None:
+        """Wait until everything told so far is kept."""
+        if self._thread is not None and self._thread.is_alive() and os.getpid() == self._process:
+            is_kept = threading.Event()
+            self._queue.put(is_kept)
+            is_kept.wait(timeout_s)
+
+    def close(self) -> None:
+        """Wait until everything is kept, and end the thread."""
+        thread, self._thread = self._thread, None
+        if thread is not None and os.getpid() == self._process:
+            self._queue.put(None)
+            thread.join()
+
+    # In the thread
+
+    def _work(self) -> None:
+        is_open = True
+        while is_open:
+            waiting = [self._queue.get()]
+            while not self._queue.empty():
+                waiting.append(self._queue.get())
+            is_open = None not in waiting
+            lines = [plain(one) for one in waiting if isinstance(one, dict)]
+            if lines:
+                self._each(lambda sink: sink.take(lines))  # noqa: B023, it is called at once
+            for one in waiting:
+                if isinstance(one, threading.Event):
+                    one.set()
+        self._each(lambda sink: sink.close())
+
+    def _each(self, act: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                act(sink)
+            except Exception as error:  # a full disk, a closed pipe: none of it concerns the training
+                self._sinks.remove(sink)
+                logger.warning(
+                    "%s is given up from here on, training goes on: %s: %s", sink.name, type(error).__name__, error
+                )
+                logger.debug("where it failed:", exc_info=error)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: tables, lists, texts, numbers; None for a number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int | bool):
+        return value
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, Sequence):
+        return [plain(one) for one in value]
+    return str(value)
+
+
+class JsonLines:
+    """One JSON object a line. Lines are ASCII, and several of them are written at once."""
+
+    def __init__(self, file: IO[str], name: str, closes: bool) -> None:
+        self.name = name
+        self._file, self._closes = file, closes
+
+    def take(self, lines: Sequence[Line]) -> None:
+        encoded = (json.dumps(line, allow_nan=False, separators=(",", ":")) for line in lines)
+        self._file.write("".join(f"{text}\n" for text in encoded))
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._closes:
+            self._file.close()
+
+
+def open_event_file(path: Path, goes_on: bool) -> JsonLines:
+    """--log_events: continued behind its last whole line where the run `goes_on`, else emptied.
+
+    Raises UserError for a file that holds something else, or that cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            with path.open("rb+") as file:
+                start = file.read(1)
+                if start not in (b"", b"{"):
+                    raise UserError(f"{FLAG} {path} is there and holds no events; name another file")
+                file.truncate(end_of_last_line(file) if goes_on else 0)
+        return JsonLines(path.open("a", encoding="ascii", newline="\n"), f"{FLAG} {path}", closes=True)
+    except OSError as error:
+        raise UserError(f"{FLAG} {path} cannot be written: {error.strerror}") from error
+
+
+def end_of_last_line(file: IO[bytes]) -> int:
+    """The length of a file without a last line that a process left unfinished when it was killed."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - 65536)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+class WarningEvents(logging.Handler):
+    """Tells of warnings and errors that are logged; those from before there are events follow as soon as there are."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._waiting: list[Warned] = []
+        self._events: Events | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        event = Warned(record.levelname.lower(), record.name, record.getMessage())
+        if self._events is None:
+            self._waiting.append(event)
+        else:
+            self._events.emit(event)
+
+    def flush(self) -> None:
+        """Also called where the process is about to be ended from another thread."""
+        if self._events is not None:
+            self._events.flush()
+
+    def tell(self, events: Events) -> None:
+        """From here on warnings go there."""
+        self._events = events
+        for event in self._waiting:
+            events.emit(event)
+        self._waiting.clear()
+
+
+@contextmanager
+def warnings_told() -> Iterator[WarningEvents]:
+    """Look on at what is logged in the block."""
+    handler = WarningEvents()
+    logging.getLogger().addHandler(handler)
+    try:
+        yield handler
+    finally:
+        logging.getLogger().removeHandler(handler)

@@ -1,0 +1,227 @@
+"""What happens in a run, as values: the lines of --log_events, from which the report is made too.
+
+docs/events.md describes them for people, docs/events.schema.json for programs; a test holds the three together. A
+field that is added leaves VERSION as it is; one that goes or changes its meaning raises it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+VERSION = 1
+
+StageState = Literal["begin", "progress", "end"]
+EndReason = Literal["finished", "stopped", "already complete", "error"]
+SavedKind = Literal["weights", "state"]
+SavedFor = Literal["step", "epoch", "best", "end"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """The base of all events; `event` is the name that a line carries."""
+
+    event: ClassVar[str]
+
+    def as_line(self, time: float) -> dict[str, Any]:
+        """The line as JSON has it, but for numbers that are not finite; `time` is in seconds since 1970."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"v": VERSION, "event": self.event, "time": round(time, 3), **values}
+
+
+@dataclass(frozen=True)
+class Start(Event):
+    """A process begins a run, or goes on with one. Nothing is loaded yet."""
+
+    event = "start"
+    command: Sequence[str] | None  # the words after the script's name; None where a program called it
+    options: Mapping[str, Any]  # those that differ from their defaults
+    versions: Mapping[str, str]  # by package, and `commit` of this suite where git knows it
+
+
+@dataclass(frozen=True)
+class Audit(Event):
+    """What was found in the data; see library/data/description/facts.py."""
+
+    event = "audit"
+    datasets: Sequence[Mapping[str, Any]]
+    dropped: Sequence[Mapping[str, str]]
+    num_dropped: int
+    caption_lengths: Mapping[str, Any]
+    tags: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Stage(Event):
+    """A part of the run that takes its time, such as caching; `total` is None where no end is known."""
+
+    event = "stage"
+    name: str
+    state: StageState
+    done: int | None = None
+    total: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan(Event):
+    """Everything is loaded and training is about to begin."""
+
+    event = "plan"
+    base_model: str
+    network: str
+    num_trained: int  # parameters
+    seed: int
+    first_step: int  # finished before; 0 unless the run goes on
+    resumed_from: str | None
+    max_train_steps: int
+    num_epochs: int
+    steps_per_epoch: int
+    batch_sizes: Sequence[int]
+    accumulation: int  # batches of a step, over all processes
+    pictures: Mapping[str, int]  # train, validation, reg; repeats included
+    num_processes: int
+    device: str
+    peak_flops: float | None  # of one card in the number format of training, per second
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the time of a step went; cards are read one step late, so it is that of `step`, usually the one before."""
+
+    step: int
+    seconds: float
+    parts: Mapping[str, float]  # seconds of waiting for data, forward, backward, optimizer
+    pictures_per_second: float  # of all processes
+    tflops: float | None  # of one card, per second
+    mfu: float | None  # a share of `peak_flops`
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Euclidean norms of one group of parameters after a step; the gradient's before clipping."""
+
+    weight: float
+    gradient: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of this process: `card` and `card_peak` are torch's on a CUDA device, `main_peak` is main memory."""
+
+    card: int | None
+    card_peak: int | None
+    main_peak: int | None
+
+
+@dataclass(frozen=True)
+class Step(Event):
+    """An optimizer step is finished. A loss that is not a finite number is null."""
+
+    event = "step"
+    step: int
+    epoch: int
+    loss: float  # the mean of the step's batches
+    average: float  # the mean of the last loss of every batch of an epoch
+    learning_rates: Mapping[str, float]  # by group
+    gradient_norm: float | None  # of all groups, before clipping
+    timing: Timing | None
+    norms: Mapping[str, Norms] | None  # by group; of every tenth step
+    memory: Memory | None  # of every tenth step
+
+
+@dataclass(frozen=True)
+class Level:
+    """The loss at one noise level; `error` is its standard error over pictures, None for a single picture."""
+
+    level: int
+    loss: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How an evaluation differs from the first: the mean over pictures, its standard error, whether that is clear."""
+
+    to_step: int
+    mean: float
+    error: float | None
+    is_clear: bool
+
+
+@dataclass(frozen=True)
+class Validation(Event):
+    """The pictures that are set aside were measured."""
+
+    event = "validation"
+    step: int
+    loss: float
+    error: float | None
+    levels: Sequence[Level]
+    num_pictures: int
+    compared: Compared | None  # None for the first evaluation
+    best_step: int
+    best_loss: float | None
+
+
+@dataclass(frozen=True)
+class Preview(Event):
+    """A picture was drawn."""
+
+    event = "preview"
+    step: int
+    epoch: int
+    index: int  # of its prompt
+    prompt: str
+    seed: int | None
+    width: int
+    height: int
+    file: str
+    thumbnail: str  # a data: URL of a smaller copy
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """A file of weights, or the folder of a state, was written."""
+
+    event = "saved"
+    kind: SavedKind
+    reason: SavedFor
+    step: int
+    epoch: int
+    file: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Removed(Event):
+    """An older file or folder was deleted, as --save_last_n_steps and the like ask for."""
+
+    event = "removed"
+    file: str
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    """A warning or an error that was logged."""
+
+    event = "warning"
+    level: str
+    logger: str
+    text: str
+
+
+@dataclass(frozen=True)
+class End(Event):
+    """The run is over. A process that is killed writes none."""
+
+    event = "end"
+    reason: EndReason
+    step: int | None  # finished; None where training did not begin
+    seconds: float  # since `start`
+    error: str | None
+    summary: str | None  # of the steps' times, in words
+    file: str | None  # the adapter, of a run that came to its end
+
+
+EVENTS: tuple[type[Event], ...] = (
+    Start, Audit, Stage, Plan, Step, Validation, Preview, Saved, Removed, Warned, End,
+)  # fmt: skip

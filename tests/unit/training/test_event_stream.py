@@ -1,0 +1,154 @@
+"""Events on their way to a file."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from library.options.train import TrainOptions
+from library.training.reporting.event_stream import Events, open_event_file, plain, warnings_told
+from library.training.reporting.events import EVENTS, VERSION, Removed, Stage
+from library.training.run.events import without_secrets
+from tests.running import ROOT
+
+FOREVER = """
+import sys
+from pathlib import Path
+from library.training.reporting.event_stream import Events, open_event_file
+from library.training.reporting.events import Removed
+events = Events([open_event_file(Path(sys.argv[1]), False)])
+print("going", flush=True)
+while True:
+    events.emit(Removed("x" * 3000))
+    events.flush()
+"""
+
+
+class Kept:
+    """A sink in memory, which fails from a number of calls on."""
+
+    name = "--log_events here"
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.is_closed = False
+        self._fails_at = fails_at
+
+    def take(self, lines: Sequence[dict[str, Any]]) -> None:
+        if self._fails_at is not None and len(self.lines) >= self._fails_at:
+            raise OSError(28, "No space left on device")
+        self.lines += lines
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_schema_and_values_have_the_same_fields() -> None:
+    schema = json.loads((ROOT / "docs" / "events.schema.json").read_text(encoding="utf-8"))
+    assert schema["properties"]["v"]["const"] == VERSION
+    assert schema["properties"]["event"]["enum"] == [kind.event for kind in EVENTS]
+    for kind in EVENTS:
+        described = schema["$defs"][kind.event]
+        assert described["required"] == [f.name for f in fields(kind)]
+        assert list(described["properties"]) == ["v", "event", "time", *described["required"]]
+    pointers = {one["if"]["properties"]["event"]["const"]: one["then"]["$ref"] for one in schema["allOf"]}
+    assert pointers == {kind.event: f"#/$defs/{kind.event}" for kind in EVENTS}
+
+
+def test_the_page_names_every_event() -> None:
+    page = (ROOT / "docs" / "events.md").read_text(encoding="utf-8")
+    assert all(f"| `{kind.event}` |" in page for kind in EVENTS)
+
+
+def test_numbers_that_are_not_finite_become_null() -> None:
+    value = {"a": (1.5, float("nan")), "b": {"c": float("-inf"), 2: Path("x")}}
+    assert plain(value) == {"a": [1.5, None], "b": {"c": None, "2": "x"}}
+
+
+def test_a_sink_that_fails_is_given_up_and_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    broken, whole = Kept(fails_at=1), Kept()
+    events = Events([broken, whole])
+    for name in ("a", "b", "c"):
+        events.emit(Removed(name))
+        events.flush()
+    events.end("stopped")
+    events.emit(Removed("too late"))
+    assert [line.get("file") for line in whole.lines] == ["a", "b", "c", None] and whole.is_closed
+    assert [line["file"] for line in broken.lines] == ["a"]
+    assert caplog.text.count("is given up from here on, training goes on") == 1
+
+
+def test_progress_comes_once_a_second_but_begin_and_end_always() -> None:
+    now, sink = [100.0], Kept()
+    events = Events([sink], clock=lambda: now[0])
+    events.tell_progress("caching", "begin", 0, 50)
+    for done in range(1, 51):
+        now[0] += 0.125
+        events.tell_progress("caching", "progress", done, 50)
+    events.tell_progress("caching", "end", 50, 50)
+    events.close()
+    assert [line["done"] for line in sink.lines] == [0, 8, 16, 24, 32, 40, 48, 50]
+    assert {line["total"] for line in sink.lines} == {50}
+
+
+def test_warnings_from_before_there_are_events_are_told_too() -> None:
+    sink = Kept()
+    with warnings_told() as warnings:
+        logging.getLogger("library.somewhere").warning("early %d", 1)
+        events = Events([sink])
+        warnings.tell(events)
+        logging.getLogger("library.somewhere").error("late")
+        logging.getLogger("library.somewhere").info("no matter")
+        events.close()
+    told = [(line["level"], line["logger"], line["text"]) for line in sink.lines]
+    assert told == [("warning", "library.somewhere", "early 1"), ("error", "library.somewhere", "late")]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_tells_nothing() -> None:
+    sink = Kept()
+    events = Events([sink])
+    child = os.fork()
+    if child == 0:
+        events.emit(Removed("of the child"))
+        events.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    events.emit(Removed("of the run"))
+    events.close()
+    assert [line["file"] for line in sink.lines] == ["of the run"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_killed_process_leaves_lines_that_a_second_one_continues(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", FOREVER, str(path)], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"going\n"
+    while path.stat().st_size < 100_000:
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    whole = path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1]
+    path.write_bytes(whole + b'{"v":1,"event":"remo')  # at worst
+    events = Events([open_event_file(path, goes_on=True)])
+    events.emit(Stage("späte Zeile \ud800", "end"))
+    events.close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert b"".join(lines[:-1]) == whole and all(json.loads(line)["v"] == 1 for line in lines)
+    assert json.loads(lines[-1])["name"] == "späte Zeile \ud800"
+
+
+def test_keys_and_tokens_are_hidden_in_the_command() -> None:
+    options = TrainOptions().with_values({"wandb_api_key": "abc", "huggingface_token": "hf_1=2"})
+    command = ["--wandb_api_key", "abc", "--huggingface_tok=hf_1=2", "--output_name", "abcd"]
+    hidden = ["--wandb_api_key", "***", "--huggingface_tok=***", "--output_name", "abcd"]
+    assert without_secrets(command, options) == hidden
