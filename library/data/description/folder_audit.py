@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from library.data.batches.images import picture_extensions
 from library.data.sources.scan import Picture, ScannedSubset, few
@@ -22,44 +22,57 @@ def folder_lines(subset: ScannedSubset) -> Iterator[Line]:
     config = subset.config
     if config.style == "metadata" or not config.image_dir or not os.path.isdir(config.image_dir):
         return
-    names = sorted(os.listdir(config.image_dir))
+    files = by_ending(sorted(os.listdir(config.image_dir)))
     source, read = f"  {config.source}:", set(picture_extensions())
-    unread = [name for name in names if is_unread_picture(name, read)]
+    unread = sorted(
+        name for ending, names in files.items() if ending not in read and is_picture(ending) for name in names
+    )
     if unread:
         effect = "pictures have endings that are not read; convert or rename them to .png or .jpg"
         yield logging.WARNING, f"{source} {len(unread)} {effect}: {few(unread)}"
-    yield from caption_lines(subset, names, read | OTHER_PICTURES, source)
+    yield from caption_lines(subset, files, source)
     if len(subset.pictures) <= MOST_COMPARED:
         pairs = [f"{os.path.basename(b)} is {os.path.basename(a)}" for a, b in equal_pictures(subset.pictures)]
         if pairs:
             yield logging.WARNING, f"{source} {len(pairs)} pictures are there twice and count twice: {few(pairs)}"
 
 
-def is_unread_picture(name: str, read: set[str]) -> bool:
-    """Whether a file is a picture by its ending, which is none of those in `read`."""
-    ending = os.path.splitext(name)[1]
-    return ending not in read and (ending.lower() in read or ending.lower() in OTHER_PICTURES)
+def by_ending(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of files by what stands from the last dot on; those without one are left out.
 
-
-def caption_lines(subset: ScannedSubset, names: Sequence[str], endings: set[str], source: str) -> Iterator[Line]:
-    """Captions under another ending than caption_extension, and captions whose picture is missing.
-
-    Pictures are files with one of `endings`, whatever its case.
+    Endings are few and names may be a hundred thousand, so that what is asked of an ending is asked once.
     """
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        _, dot, ending = name.rpartition(".")
+        if dot:
+            found[f".{ending}"].append(name)
+    return found
+
+
+def is_picture(ending: str) -> bool:
+    """Whether files with this ending are pictures, whatever its case and whether they are read or not."""
+    return ending.lower() in OTHER_PICTURES or ending.lower() in picture_extensions()
+
+
+def caption_lines(subset: ScannedSubset, files: Mapping[str, Sequence[str]], source: str) -> Iterator[Line]:
+    """Captions under another ending than caption_extension, and captions whose picture is missing."""
     wanted = subset.config.caption_extension
     stems = {os.path.splitext(os.path.basename(path))[0] for path in subset.without_caption}
-    for ending in CAPTION_ENDINGS:
-        beside = sum(name.endswith(ending) and name[: -len(ending)] in stems for name in names)
+    for ending in CAPTION_ENDINGS if stems else ():
+        beside = sum(name[: -len(ending)] in stems for name in files.get(ending, ()))
         if ending != wanted and beside:
             yield (
                 logging.WARNING,
                 f"{source} {beside} of the missing captions lie there as {ending} files, but caption_extension is "
                 f'{wanted}: set caption_extension = "{ending}", or --caption_extension {ending}',
             )
-    pictures = {stem for stem, ending in map(os.path.splitext, names) if ending.lower() in endings}
+    pictures = {name[: -len(ending)] for ending, names in files.items() if is_picture(ending) for name in names}
     shared = {stem.rsplit("_", 4)[0] for stem in pictures if stem.count("_") >= 4}  # of cuttings of one picture
     described = pictures | shared
-    alone = [name for name in names if name.endswith(wanted) and name[: -len(wanted)] not in described]
+    last = f".{wanted.rpartition('.')[2]}"  # a caption's ending may have two dots
+    captions = [name for name in files.get(last, ()) if name.endswith(wanted)]
+    alone = [name for name in captions if name[: -len(wanted)] not in described]
     if alone:
         yield logging.WARNING, f"{source} {len(alone)} captions have no picture: {few(alone)}"
 
