@@ -1,12 +1,33 @@
 """Number formats and devices, and giving memory back between the stages of a run."""
 
 import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Keep Python's collector away while modules are imported, whose hundred thousands of objects all stay."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def keep_imported() -> None:
+    """Let no later collection look through what was imported; once in a process, so that nothing piles up."""
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
 
 
 def release_memory(keep_cache: bool = False) -> None:
@@ -20,14 +41,20 @@ def release_memory(keep_cache: bool = False) -> None:
         torch.mps.empty_cache()
 
 
-def place(module: nn.Module, device: torch.device) -> nn.Module:
-    """Move a frozen model to `device`, convolution weights channels last, which CPUs and tensor cores prefer.
+def channels_last_where_it_fits(weights: Iterable[Tensor]) -> torch.memory_format:
+    """The layout of a model's convolution weights: channels last, which CPUs and tensor cores prefer.
 
     A model with convolutions over frames keeps its layout: torch's switch knows one number of dimensions at a time.
     """
+    return torch.channels_last if all(weight.ndim <= 4 for weight in weights) else torch.preserve_format
+
+
+def place(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move a frozen model to `device`, with the layout that suits it."""
     moved = module.to(device)
-    if all(weight.ndim <= 4 for weight in moved.parameters()):
-        moved = moved.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layout = channels_last_where_it_fits(moved.parameters())
+    if layout == torch.channels_last:
+        moved = moved.to(memory_format=layout)  # type: ignore[call-overload]
         if device.type == "cpu":
             protect_group_norms(moved)
     return moved

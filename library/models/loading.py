@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from library.checkpoints.quantised import times, turn_regularly
 from library.checkpoints.weights import Weights
 from library.errors import UserError
+from library.memory.devices import channels_last_where_it_fits
 from library.memory.forms.form import AS_IN_FILE, AsInFile, WantedForm
 from library.memory.forms.named import FORMS
 from library.memory.forms.scaled import Scaled
@@ -65,8 +66,12 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Wa
             f"it has the shape {has}, the model needs {needs}"
         )
 
+    layout = channels_last_where_it_fits(wanted.values())
+
     def read(name: str) -> Tensor:
-        return read_number(weights, name, wanted[name]).to(dtype)
+        value = read_number(weights, name, wanted[name])
+        # one pass for number format and layout: each pass more over a U-Net costs as long as reading it
+        return value.to(dtype, memory_format=layout if value.ndim == 4 else torch.preserve_format)
 
     def keep(name: str, layer: nn.Module) -> bool:
         quantised = weights.quantised.get(name)

@@ -153,6 +153,7 @@ def train_network(
     """Set the run up and train it; gives whether that came to its end, and was not stopped on the way."""
     from library.data.batches.dataset import NoDataFound, TrainingSet
     from library.data.batches.debug import show_batches
+    from library.memory.devices import importing
     from library.processes import of_accelerator
     from library.training.faults.dry_run import try_largest_batch, without_writing
     from library.training.faults.out_of_memory import explained
@@ -165,7 +166,8 @@ def train_network(
 
     if options.faults.dry_run:
         options = without_writing(options)
-    arch = build(options)
+    with importing():
+        arch = build(options)
     report_unused(options, arch.ignores)
     check_inpainting(options, arch.inpaints)
     check_vae_precision(options, arch.vae_overflows_in_fp16)
