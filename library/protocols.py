@@ -79,6 +79,7 @@ class TextCacheSpec:
     )  # entries of sd-scripts' files that no caption changes
     padding: Mapping[str, float] = field(default_factory=dict)
     """Keys whose second axis (the first without B) differs between captions, and what fills shorter ones in a batch."""
+    on_host: tuple[str, ...] = ()  # keys whose values the denoiser asks for: where these stay, it waits for no card
     live: LiveText | None = None  # None where the encoders are trained with nothing cached, or not at all
     can_train: bool = True  # whether the encoders can have adapters
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from library.diffusion.noise import draw_normal, draw_strength
 from library.diffusion.noise_levels import LevelSampler, check_timestep_range, sampled, scheme_weights, takes_offset
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error
+from library.memory.devices import send
 from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
 from library.options.loss import LossOptions
 from library.options.noise import NoiseOptions
@@ -70,7 +71,7 @@ class FlowMatching:
             gamma = draw_strength(self.noise.ip_noise_gamma, self.noise.ip_noise_gamma_random_strength, generator)
             input_noise_BCHW = noise_BCHW + gamma * draw_normal(clean.shape, generator, clean.device)
         B, _, H, W = clean.shape
-        timesteps_B = self.draw_timesteps(B, H, W, generator, offsets_B).to(clean.device)
+        timesteps_B = send(self.draw_timesteps(B, H, W, generator, offsets_B), clean.device)
         sigmas_B = timesteps_B / NUM_TIMESTEPS
         sigmas_B111 = sigmas_B.view(-1, 1, 1, 1)
         return Noised(

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from library.memory.devices import send
+
 
 def draw_normal(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
     """White noise, float32."""
-    return torch.randn(shape, generator=generator).to(device)
+    return send(torch.randn(shape, generator=generator), device)
 
 
 def draw_strength(strength: float, is_random: bool, generator: torch.Generator) -> float:

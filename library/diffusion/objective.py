@@ -12,6 +12,7 @@ from library.diffusion.noise import add_coarse_noise, add_offset, draw_normal, d
 from library.diffusion.noise_levels import check_timestep_range, draw_timesteps
 from library.diffusion.schedules import NUM_TIMESTEPS, ddpm_abar, sigmas_of, snr_of
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error, snr_weights
+from library.memory.devices import send
 from library.options.loss import LossOptions
 from library.options.noise import NoiseOptions
 from library.options.train import TrainOptions
@@ -53,9 +54,10 @@ class DDPM:
             noise_BCHW = add_offset(noise_BCHW, clean, strength, o.adaptive_noise_scale, generator)
         if o.multires_noise_iterations:
             noise_BCHW = add_coarse_noise(noise_BCHW, o.multires_noise_iterations, o.multires_noise_discount, generator)
-        timesteps_B = draw_timesteps(
+        drawn_B = draw_timesteps(
             len(clean), self.min_timestep, self.max_timestep, generator, num_timesteps=len(self.abar_T)
-        ).to(clean.device)
+        )
+        timesteps_B = send(drawn_B, clean.device)
         input_noise_BCHW = noise_BCHW
         if o.ip_noise_gamma:
             gamma = draw_strength(o.ip_noise_gamma, o.ip_noise_gamma_random_strength, generator)
@@ -105,7 +107,7 @@ class DDPM:
 
 def look_up(table_T: Tensor, timesteps_B: Tensor) -> Tensor:
     """The table's values at the timesteps, float32, on their device; the table moves, so that no card is waited for."""
-    return table_T.float().to(timesteps_B.device)[timesteps_B]
+    return send(table_T.float(), timesteps_B.device)[timesteps_B]
 
 
 def build_ddpm(options: TrainOptions) -> DDPM:

@@ -41,6 +41,17 @@ def release_memory(keep_cache: bool = False) -> None:
         torch.mps.empty_cache()
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on `device`, from wherever it is; the host goes on without waiting for what the device is doing.
+
+    torch's plain copy lets the host wait until a card has come to it, and so does every copy of memory that is not
+    pinned. The memory that is pinned here is used again once the copy is done: torch sees to it.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type != "mps")  # where memory cannot be pinned
+
+
 def channels_last_where_it_fits(weights: Iterable[Tensor]) -> torch.memory_format:
     """The layout of a model's convolution weights: channels last, which CPUs and tensor cores prefer.
 

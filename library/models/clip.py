@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights, configure, renamed, selected
+from library.memory.devices import send
 from library.models.loading import Component, materialise
 from library.models.names import swap_stem
 from library.models.shapes import Shapes, count, heads_of, shape_of
@@ -174,12 +175,12 @@ def load_clip(component: Component, dtype: torch.dtype) -> nn.Module:
 def hidden_states(encoder: nn.Module, ids_NT: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     """(the states before the first layer and after each, NTW; the last one after the final norm, NTW)."""
     body = clip_body(encoder)
-    states = body(ids_NT.to(body.final_layer_norm.weight.device), output_hidden_states=True)
+    states = body(send(ids_NT, body.final_layer_norm.weight.device), output_hidden_states=True)
     return states.hidden_states, states.last_hidden_state
 
 
 def pool_at_end(normed_NTW: Tensor, ids_NT: Tensor, end_id: int, projection: nn.Module) -> Tensor:
     """The projected state at the first end-of-text token, NP."""
-    end_N = (ids_NT == end_id).int().argmax(dim=1).to(normed_NTW.device)
+    end_N = send((ids_NT == end_id).int().argmax(dim=1), normed_NTW.device)
     pooled_NP: Tensor = projection(normed_NTW[torch.arange(len(end_N), device=normed_NTW.device), end_N])
     return pooled_NP

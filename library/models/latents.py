@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.memory.devices import send
 from library.protocols import LatentSpec
 
 
@@ -26,7 +27,7 @@ class KlLatents:
         std_BCHW: Tensor = posterior.std.float()
         assert len(generators) == len(pixels_BCHW)
         noise_BCHW = torch.stack([torch.randn(mean_BCHW.shape[1:], generator=g) for g in generators])
-        return mean_BCHW + std_BCHW * noise_BCHW.to(mean_BCHW.device)
+        return mean_BCHW + std_BCHW * send(noise_BCHW, mean_BCHW.device)
 
     def normalize(self, latents_BCHW: Tensor) -> Tensor:
         return (latents_BCHW - self.shift) * self.scale

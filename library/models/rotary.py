@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from library.memory.devices import send
+
 ROPE_BASE = 10_000
 
 Rope = tuple[Tensor, Tensor]
@@ -22,7 +24,7 @@ def rope_of(positions: Tensor, widths: Sequence[int], extents: Sequence[int], ba
     tables = [axis_table(width, extent, base) for width, extent in zip(widths, extents, strict=True)]
     places = positions.long().unbind(-1)
     cos, sin = (
-        torch.cat([table[kind].to(positions.device)[place] for table, place in zip(tables, places, strict=True)], -1)
+        torch.cat([send(table[kind], positions.device)[place] for table, place in zip(tables, places, strict=True)], -1)
         for kind in (0, 1)
     )
     return cos, sin

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import UserError
+from library.memory.devices import send
 from library.models.loading import Component, materialise
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import TokenizerFiles, check_ids, read_tokenizer
@@ -88,8 +89,8 @@ def load_t5(component: Component, dtype: torch.dtype) -> nn.Module:
 def encode_t5(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
     """The last hidden state after the final norm, BTW; tokens where the mask is 0 are not attended to."""
     device = next(encoder.parameters()).device
-    mask = None if mask_BT is None else mask_BT.to(device)
-    hidden_BTW: Tensor = encoder(ids_BT.to(device), attention_mask=mask).last_hidden_state
+    mask = None if mask_BT is None else send(mask_BT, device)
+    hidden_BTW: Tensor = encoder(send(ids_BT, device), attention_mask=mask).last_hidden_state
     return hidden_BTW
 
 

@@ -6,6 +6,7 @@ Letters: T tokens, D head width, N heads, B samples, h and w sides in patches.
 import torch
 from torch import Tensor
 
+from library.memory.devices import send
 from library.models.rotary import axis_table
 
 BASE = 10_000
@@ -31,8 +32,8 @@ def picture_angles(head_width: int, h: int, w: int, device: torch.device) -> Ang
     first, side, _ = axes_of(head_width)
     base = stretched_base(side)
     rows, columns = axis_table(side, h, base), axis_table(side, w, base)
-    cos_of_row, sin_of_row = (table.to(device).repeat_interleave(w, 0) for table in rows)
-    cos_of_column, sin_of_column = (table.to(device).repeat(h, 1) for table in columns)
+    cos_of_row, sin_of_row = (send(table, device).repeat_interleave(w, 0) for table in rows)
+    cos_of_column, sin_of_column = (send(table, device).repeat(h, 1) for table in columns)
     still = torch.zeros(h * w, first // 2, device=device)
     return torch.cat([still + 1, cos_of_row, cos_of_column], -1), torch.cat([still, sin_of_row, sin_of_column], -1)
 
@@ -40,7 +41,7 @@ def picture_angles(head_width: int, h: int, w: int, device: torch.device) -> Ang
 def text_angles(head_width: int, num_tokens: int, device: torch.device) -> Angles:
     """The angles of tokens in a row."""
     cos, sin = axis_table(head_width, num_tokens, BASE)
-    return cos.to(device), sin.to(device)
+    return send(cos, device), send(sin, device)
 
 
 def turn(x_BNTD: Tensor, angles: Angles) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import UserError
+from library.memory.devices import send
 from library.models.loading import Component, materialise
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import TokenizerFiles, check_ids, holds_byte_pairs, read_tokenizer
@@ -85,8 +86,8 @@ def encode_qwen3(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
     No token attends to what comes after it, and all padding does, so the encoder itself needs no mask.
     """
     device = next(encoder.parameters()).device
-    states_BSE: Tensor = encoder(ids_BS.to(device)).last_hidden_state
-    return torch.where(mask_BS[..., None].to(device).bool(), states_BSE, 0)
+    states_BSE: Tensor = encoder(send(ids_BS, device)).last_hidden_state
+    return torch.where(send(mask_BS, device)[..., None].bool(), states_BSE, 0)
 
 
 def load_qwen3_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int) -> Any:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-import torch
 from torch import nn
 
 from library.architectures.anima.qwen3 import encode_qwen3
+from library.memory.devices import send
 from library.models.t5 import count_t5_tokens, tokenize_t5
 from library.types import Conditioning, Tokens
 
@@ -53,9 +53,9 @@ class AnimaText:
         device = states_BSE.device
         return {
             "prompt_embeds": states_BSE,
-            "attn_mask": mask_BS.to(device),
-            "t5_input_ids": ids_BL.to(device, torch.int32),
-            "t5_attn_mask": mask_BL.to(device, torch.int32),
+            "attn_mask": send(mask_BS, device),
+            "t5_input_ids": send(ids_BL.int(), device),
+            "t5_attn_mask": send(mask_BL.int(), device),
         }
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from library.memory.devices import send
 from library.models.clip_tokens import ClipTokens
 from library.models.t5 import count_t5_tokens, encode_t5, tokenize_t5
 from library.types import Conditioning, Tokens
@@ -38,7 +39,7 @@ class T5Text:
         """{"t5_out": (B, T, W), "t5_attn_mask": (B, T)}. Gradients flow."""
         ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
         t5_out = encode_t5(encoders[0], ids_BT, mask_BT if self.masks_padding else None)
-        return {"t5_out": t5_out, "t5_attn_mask": mask_BT.to(t5_out.device)}
+        return {"t5_out": t5_out, "t5_attn_mask": send(mask_BT, t5_out.device)}
 
 
 @dataclass(frozen=True)
@@ -68,4 +69,4 @@ class FluxText:
         """{"l_pooled": (B, W)}, for which CLIP-L, the first of `encoders`, is enough. Gradients flow."""
         clip = encoders[0]
         device = next(clip.parameters()).device
-        return {"l_pooled": clip(tokens.ids_BLT[0][:, 0].to(device)).pooler_output}
+        return {"l_pooled": clip(send(tokens.ids_BLT[0][:, 0], device)).pooler_output}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import UserError
+from library.memory.devices import send
 from library.models.loading import Component, materialise
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import TokenizerFiles, holds_byte_pairs, read_tokenizer
@@ -110,7 +111,7 @@ def load_qwen(component: Component, dtype: torch.dtype) -> nn.Module:
 def encode_qwen(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """The states after the last layer that is loaded, template tokens cut off, (B, T - 34, E)."""
     device = next(encoder.parameters()).device
-    states_BTE: Tensor = encoder(ids_BT.to(device), attention_mask=mask_BT.to(device)).last_hidden_state
+    states_BTE: Tensor = encoder(send(ids_BT, device), attention_mask=send(mask_BT, device)).last_hidden_state
     return states_BTE[:, NUM_TEMPLATE_TOKENS:]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.hunyuan_image.qwen import NUM_TEMPLATE_TOKENS, encode_qwen, tokenize_qwen
+from library.memory.devices import send
 from library.models.t5 import encode_t5, tokenize_t5
 from library.types import Conditioning, Tokens
 
@@ -65,10 +66,10 @@ class HunyuanImageText:
             glyphs_BGE = encode_glyphs(byt5, glyph_ids_BG, glyph_mask_BG)
         return {
             "vlm_embed": states_BTE,
-            "vlm_mask": mask_BT[:, NUM_TEMPLATE_TOKENS:].to(device),
+            "vlm_mask": send(mask_BT[:, NUM_TEMPLATE_TOKENS:], device),
             "byt5_embed": glyphs_BGE,
-            "byt5_mask": glyph_mask_BG.to(device),
-            "ocr_mask": glyph_mask_BG.any(dim=1).to(device),
+            "byt5_mask": send(glyph_mask_BG, device),
+            "ocr_mask": send(glyph_mask_BG.any(dim=1), device),
         }
 
 

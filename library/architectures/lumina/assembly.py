@@ -113,6 +113,7 @@ def build_text_cache(options: LuminaOptions, loader: LuminaLoader, text: LuminaT
         keys=keys,
         identity=identity,
         tokenizers=(text.tokenizer,),
+        on_host=("attention_mask",),
         live=LiveText(loader.text_encoders, keys, text.encode, 1),
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from library.checkpoints.model_lookup import fetch_snapshot
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import UserError
+from library.memory.devices import send
 from library.models.loading import Component, materialise
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import read_tokenizer
@@ -89,7 +90,7 @@ def load_gemma(component: Component, dtype: Any) -> nn.Module:
 def encode_gemma(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """The states before the last layer, BTE; padding, where the mask is 0, is not attended to. Gradients flow."""
     device = next(encoder.parameters()).device
-    found = encoder(ids_BT.to(device), attention_mask=mask_BT.to(device), output_hidden_states=True)
+    found = encoder(send(ids_BT, device), attention_mask=send(mask_BT, device), output_hidden_states=True)
     states_BTE: Tensor = found.hidden_states[-2]
     return states_BTE
 

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from library.architectures.lumina.adapters import TARGETS
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
+from library.memory.devices import send
 from library.models.patches import patchify, unpatchify
 from library.models.rotary import Rope, rope_of, turn
 from library.models.shapes import ShapeReader
@@ -107,13 +108,13 @@ class NextDiT(nn.Module):
 
         `times_B` are 1 less the share of noise: 0 is noise, 1 the picture. `text_mask_BL` is true for the tokens of the
         caption, which come before its padding; padding has no part in anything, and what is behind the longest caption
-        is not computed.
+        is not computed. How long that is is asked of the mask, which is therefore best on the host.
         """
         h, w = (side // PATCH for side in latents_BCHW.shape[-2:])
         dtype = self.x_embedder.weight.dtype
         num_text_B = text_mask_BL.sum(1).tolist()
         L = max(num_text_B)
-        is_text_BL = text_mask_BL[:, :L].bool()
+        is_text_BL = send(text_mask_BL[:, :L].bool(), latents_BCHW.device)
         img_BIM = self.x_embedder(patchify(latents_BCHW, PATCH, channels_last=True).to(dtype))
         txt_BLM = self.cap_embedder(text_BLE[:, :L].to(dtype))
         time_BV = self.t_embedder(times_B, dtype)

@@ -56,9 +56,8 @@ class LuminaText:
         (gemma,) = encoders
         ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT)
         states_BTE = encode_gemma(gemma, ids_BT, mask_BT)
-        device = states_BTE.device
         return {
             "hidden_state": states_BTE,
-            "attention_mask": mask_BT.to(device),
-            "input_ids": ids_BT.to(device),  # only for the files of --cache_text_encoder_outputs_to_disk
+            "attention_mask": mask_BT,  # stays on the host
+            "input_ids": ids_BT,  # only for the files of --cache_text_encoder_outputs_to_disk
         }

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from library.memory.devices import send
 from library.models.clip import clip_body
 from library.models.clip_tokens import ClipTokens, emphasize, join_chunks
 from library.types import Conditioning, Tokens
@@ -48,7 +49,7 @@ class ClipText:
         (encoder,) = encoders
         body = clip_body(encoder)
         (ids_BLT,) = tokens.ids_BLT
-        ids_NT = ids_BLT.flatten(0, 1).to(body.final_layer_norm.weight.device)
+        ids_NT = send(ids_BLT.flatten(0, 1), body.final_layer_norm.weight.device)
         if self.clip_skip == 1:
             hidden_NTW = encoder(ids_NT).last_hidden_state
         else:

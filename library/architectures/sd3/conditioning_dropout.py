@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from library.memory.devices import send
 from library.types import Conditioning
 
 Parts = Mapping[str, tuple[int, int | None]]  # name in the conditioning -> the channels that are an encoder's
@@ -59,4 +60,4 @@ def without(features: Tensor, channels: tuple[int, int | None], drops_B: Tensor)
     is_there = torch.ones(features.shape[-1], dtype=torch.bool)
     is_there[slice(*channels)] = False
     keeps = is_there | ~drops_B.view(-1, *(1,) * (features.dim() - 1))
-    return features * keeps.to(features.device, features.dtype)
+    return features * send(keeps.to(features.dtype), features.device)

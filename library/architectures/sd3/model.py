@@ -16,6 +16,7 @@ from library.architectures.sd3.adapters import TARGETS
 from library.architectures.sd3.positions import nearest_side, scaled_positions, table_side
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
+from library.memory.devices import send
 from library.models.patches import unpatchify
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES, sinusoids
@@ -134,7 +135,7 @@ class MMDiT(nn.Module):
         """
         if self.scaled_sides:
             side = nearest_side(h, w, self.scaled_sides)
-            return scaled_positions(h, w, side, corner, self.config.width).to(self.pos_embed.device)
+            return send(scaled_positions(h, w, side, corner, self.config.width), self.pos_embed.device)
         side = self.config.positions_side
         if h > side or w > side:
             pixels = side * self.config.patch * 8

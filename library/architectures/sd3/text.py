@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.memory.devices import send
 from library.models.clip import clip_body
 from library.models.clip_tokens import OPEN_CLIP_PAD, ClipTokens
 from library.models.t5 import count_t5_tokens, encode_t5, tokenize_t5
@@ -59,7 +60,7 @@ class Sd3Text:
             return found
         ids_BT, mask_BT = (ids_BLT[:, 0] for ids_BLT in tokens.ids_BLT[2:])
         t5_out = encode_t5(encoders[2], ids_BT, mask_BT if self.masks_t5 else None)
-        return {**found, "t5_out": t5_out, "t5_attn_mask": mask_BT.to(t5_out.device)}
+        return {**found, "t5_out": t5_out, "t5_attn_mask": send(mask_BT, t5_out.device)}
 
     def encode_clips(self, encoders: Sequence[nn.Module], tokens: Tokens) -> Conditioning:
         """Those of the features that CLIP-L and CLIP-G, the first two of `encoders`, are enough for."""
@@ -72,8 +73,8 @@ class Sd3Text:
         return {
             "lg_out": torch.cat([states for states, _ in clips], dim=-1),
             "lg_pooled": torch.cat([pooled for _, pooled in clips], dim=-1),
-            "clip_l_attn_mask": masks[0].to(clips[0][0].device),
-            "clip_g_attn_mask": masks[1].to(clips[1][0].device),
+            "clip_l_attn_mask": send(masks[0], clips[0][0].device),
+            "clip_g_attn_mask": send(masks[1], clips[1][0].device),
         }
 
 
@@ -87,6 +88,6 @@ def encode_clip(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None) -> t
     """(states before the last layer BTW, pooled BP)."""
     model: Any = encoder
     device = clip_body(encoder).final_layer_norm.weight.device
-    mask_BT = None if mask_BT is None else mask_BT.to(device)
-    found = model(ids_BT.to(device), attention_mask=mask_BT, output_hidden_states=True)
+    mask_BT = None if mask_BT is None else send(mask_BT, device)
+    found = model(send(ids_BT, device), attention_mask=mask_BT, output_hidden_states=True)
     return found.hidden_states[-2], found.text_embeds

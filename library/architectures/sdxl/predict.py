@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from library.memory.devices import send
 from library.models.unet import unet_input
 from library.types import Batch, Conditioning, Noised
 
@@ -22,7 +23,7 @@ def predict(
         encoder_hidden_states=text_BTW,
         added_cond_kwargs={
             "text_embeds": pooled_BP,
-            "time_ids": told_sizes(batch, tells_real_crops).to(pooled_BP.device),
+            "time_ids": send(told_sizes(batch, tells_real_crops), pooled_BP.device),
         },
     ).sample
     return prediction_BCHW

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from library.diffusion.inpainting import FEATURE, blank, draw_mask, told_of
 from library.errors import UserError
+from library.memory.devices import send
 from library.randomness import generator_for, stream_seed
 from library.training.run.context import StepContext
 from library.types import Batch, Conditioning
@@ -24,7 +25,7 @@ def latents_of(context: StepContext, batch: Batch, generator_of: Callable[[int],
     Raises UserError naming the pictures where the VAE gives NaN.
     """
     if batch.latents_BCHW is not None:
-        return batch.latents_BCHW.to(context.device, torch.float32)
+        return send(batch.latents_BCHW, context.device).float()
     assert batch.pixels_BCHW is not None and context.models.vae is not None
     count = context.vae_batch_size
     parts = []
@@ -33,7 +34,7 @@ def latents_of(context: StepContext, batch: Batch, generator_of: Callable[[int],
             pixels_BCHW = batch.pixels_BCHW[first : first + count]
             places = range(first, first + len(pixels_BCHW))
             generators = [generator_of(place) for place in places]
-            parts.append(context.arch.codec.encode(context.models.vae, pixels_BCHW.to(context.device), generators))
+            parts.append(context.arch.codec.encode(context.models.vae, send(pixels_BCHW, context.device), generators))
     latents_BCHW = torch.cat(parts).float()
     if not latents_BCHW.isfinite().all():
         broken = [key for key, one in zip(batch.keys, latents_BCHW, strict=True) if not one.isfinite().all()]
@@ -63,4 +64,4 @@ def masked_feature(
     assert batch.pixels_BCHW is not None
     kept = replace(batch, pixels_BCHW=blank(batch.pixels_BCHW, masks_B1HW))
     latents_BCHW = context.arch.codec.normalize(latents_of(context, kept, generator_of))
-    return {FEATURE: told_of(masks_B1HW.to(context.device), latents_BCHW)}
+    return {FEATURE: told_of(send(masks_B1HW, context.device), latents_BCHW)}

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from library.data.description.schema import level_offset
+from library.memory.devices import send
 from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
 from library.training.run.context import StepContext
@@ -51,7 +52,7 @@ def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
     told = inpainting_of(context, batch, context.seed, lambda place: ("batch", batch_number, place))
     condition = partial(varied_conditioning_of, context, batch, batch_number, told)
     losses_B = losses_of(context, context.arch.objective, batch, noised, condition)
-    return (losses_B * batch.loss_weights_B.to(losses_B.device)).mean()
+    return (losses_B * send(batch.loss_weights_B, losses_B.device)).mean()
 
 
 def losses_of(
@@ -66,7 +67,7 @@ def losses_of(
     target_BCHW = preserve_output(context, objective, batch, noised, condition, conditioning)
     loss_BCHW = objective.loss(prediction_BCHW, target_BCHW, noised)
     if batch.masks_B1HW is not None:
-        masks_B1HW = batch.masks_B1HW.to(loss_BCHW.device)
+        masks_B1HW = send(batch.masks_B1HW, loss_BCHW.device)
         loss_BCHW = loss_BCHW * interpolate(masks_B1HW, size=loss_BCHW.shape[-2:], mode="area")
     return loss_BCHW.flatten(1).mean(1)
 
@@ -83,7 +84,9 @@ def conditioning_of(context: StepContext, batch: Batch, told: Conditioning) -> C
     if context.models.text_encoders:  # what they give takes the place of what they gave before training
         trains = context.trains_text_encoder
         found |= live_conditioning_of(context, batch) if trains else context.captions(batch.captions)
-    return {name: tensor.to(context.device) for name, tensor in found.items()}
+    cache = context.arch.text_cache
+    stay = () if cache is None else cache.on_host
+    return {name: t if name in stay else send(t, context.device) for name, t in found.items()}
 
 
 def live_conditioning_of(context: StepContext, batch: Batch) -> Conditioning:
@@ -123,5 +126,5 @@ def preserve_output(
             base_BCHW = objective.estimate(output_BCHW, noised)
     finally:
         context.network.set_multiplier(1.0)
-    keep_B111 = torch.tensor(keep, device=target_BCHW.device).view(-1, 1, 1, 1)
+    keep_B111 = send(torch.tensor(keep), target_BCHW.device).view(-1, 1, 1, 1)
     return torch.where(keep_B111, base_BCHW.to(target_BCHW.dtype), target_BCHW)

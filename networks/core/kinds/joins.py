@@ -15,6 +15,7 @@ MAX_DIRECT_COLUMNS = 64
 LOST = 1e-7  # of |W0|^2: what lies below it is noise of the expansion
 TINY = 1e-30  # squared norm of an empty column, whose root has a gradient
 CHUNK_VALUES = 2**22  # values of the base weight that are copied at once
+HOST = torch.device("cpu")
 
 
 class Join(Protocol):
@@ -115,7 +116,7 @@ class Decompose:
         That number is fixed, so that a graphics card never waits for the answer how many there are.
         """
         shares_I = norms_I.detach() / self._squares_I.clamp_min(TINY)
-        on_host = weight.device.type == "cpu" and not torch.compiler.is_compiling()
+        on_host = weight.device == HOST and not torch.compiler.is_compiling()
         if on_host and bool((shares_I >= CANCELLED).all()):
             return norms_I
         shares, places = torch.topk(shares_I, min(MAX_DIRECT_COLUMNS, len(shares_I)), largest=False)

@@ -76,6 +76,7 @@ def run_of(max_grad_norm: float = 0.0, batches: tuple[Batch, ...] = ()) -> Run:
         inpaints=False,
         predict=lambda denoiser, noised, conditioning, batch: network.weight * noised.latents_BCHW,
         vary=None,
+        text_cache=None,
     )
     context = StepContext(
         arch=arch,

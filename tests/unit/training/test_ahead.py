@@ -1,0 +1,85 @@
+"""Batches one ahead: in which order they are fetched, copied and used, and what becomes of errors on the way."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from library.errors import UserError
+from library.training.reporting.step_times import StepTimes
+from library.training.run.ahead import Ahead, NoCopies, moved
+from library.training.run.loop import accumulate_gradient
+from library.training.run.plan import Window
+from library.types import Batch
+from tests.unit.training.test_loop import batch_of, run_of
+
+
+class SlowCopies:
+    """A device whose copies have arrived when they are waited for, and are NaN before."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+        self.coming: dict[int, Batch] = {}
+
+    def start(self, batch: Batch) -> Batch:
+        copied = moved(batch, (), lambda tensor: torch.full_like(tensor, float("nan")))
+        self.log.append(f"start {number_of(batch)}")
+        self.coming[id(copied)] = batch
+        return copied
+
+    def ready(self, batch: Batch) -> None:
+        given = self.coming.pop(id(batch))
+        assert batch.latents_BCHW is not None and given.latents_BCHW is not None
+        batch.latents_BCHW.copy_(given.latents_BCHW)
+        self.log.append(f"ready {number_of(given)}")
+
+
+def number_of(batch: Batch) -> int:
+    return int(batch.keys[0])
+
+
+def batches(count: int, log: list[str], broken: int = -1) -> Iterator[Batch]:
+    for number in range(count):
+        if number == broken:
+            raise UserError(f"picture {number} is damaged")
+        log.append(f"fetch {number}")
+        yield replace(batch_of(1.0 + number), keys=[str(number)])
+
+
+def test_a_batch_is_fetched_and_copied_while_the_one_before_computes() -> None:
+    log: list[str] = []
+    run = run_of()
+    ahead = Ahead(batches(4, log), 3, SlowCopies(log), run.times)
+
+    def fetch() -> None:
+        log.append("computes")
+        ahead.fetch()
+
+    losses = [accumulate_gradient(run, Window(i, 1, range(i, i + 1), False), ahead, fetch) for i in range(3)]
+    assert log == [
+        "fetch 0", "start 0", "ready 0", "computes",
+        "fetch 1", "start 1", "ready 1", "computes",
+        "fetch 2", "start 2", "ready 2", "computes",
+    ]  # fmt: skip
+    assert [float(loss) for loss in losses] == pytest.approx([(2 * x) ** 2 for x in (1.0, 2.0, 3.0)])
+    with pytest.raises(StopIteration):
+        next(ahead)
+
+
+def test_an_error_in_fetching_waits_until_the_batch_is_asked_for() -> None:
+    ahead = Ahead(batches(3, [], broken=1), 3, NoCopies(), StepTimes())
+    assert number_of(next(ahead)) == 0
+    ahead.fetch()
+    for _ in range(2):
+        with pytest.raises(UserError, match="picture 1 is damaged"):
+            next(ahead)
+
+
+def test_what_the_host_asks_for_stays_there() -> None:
+    batch = replace(batch_of(2.0), conditioning={"mask": torch.ones(1, 3), "states": torch.ones(1, 3, 5)})
+    copied = moved(batch, ("mask",), lambda tensor: tensor + 1)
+    assert copied.conditioning is not None and batch.conditioning is not None
+    assert copied.conditioning["mask"] is batch.conditioning["mask"]
+    assert bool((copied.conditioning["states"] == 2).all()) and bool((copied.latents_BCHW == 3).all())  # type: ignore[union-attr]
+    assert copied.sizes_B6 is batch.sizes_B6 and copied.pixels_BCHW is None

@@ -1,0 +1,112 @@
+"""A step of every base model gives the device its work without waiting for any of it, on fake tensors."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+
+from library.training.planning.counting import BatchShape, count_captions, fake_batch, sketch_run
+from library.training.run.compute import Compute
+from library.training.run.models import LoadedModels
+from library.training.run.setup import step_context
+from library.training.run.step import loss_of, start_batch
+from library.training.run.text_caching import live_text
+from tests.device_reads import HostWaits, NoWaiting, move_fakes, on_device
+from tests.device_standin import DEVICE, device_without_float64
+from tests.runs.bases import BASES
+from tests.unit.training.planning.test_counting import opened
+
+pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
+
+SHAPE = BatchShape(2, 64, 64)
+ENCODES = ("sd", "sd2")  # whose captions are encoded in each step; the features of the others are cached
+
+ALIKE = ("sd2", "chroma")  # their steps are those of another one
+
+
+def take_step(name: str, folder: Path, *more: str) -> list[Tensor]:
+    """Forward and backward pass of a batch on the device; gives the gradients."""
+    cached = () if name in ENCODES else ("--cache_text_encoder_outputs", "--network_train_unet_only")
+    options, arch = opened(name, folder, *cached, *more)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+        sketch = sketch_run(options, arch)
+        _, conditioning = count_captions(options, arch, sketch.encoders, SHAPE.count)
+        batch = fake_batch(options, arch, SHAPE, conditioning)
+    models, network, on_host = sketch.models, sketch.network, arch.text_cache.on_host if arch.text_cache else ()
+    with device_without_float64(), NoWaiting():
+        move_fakes([models.denoiser, *models.text_encoders, network.module])
+        network.prepare_gradients(*models.network_view)
+        loaded = LoadedModels(models, live_text(options, arch.text_cache), None)
+        context = step_context(options, arch, 3, loaded, network, Compute.build(options.precision, DEVICE))
+        assert batch.latents_BCHW is not None
+        there = {
+            key: torch.ones(fake.shape, dtype=fake.dtype) if key in on_host else on_device(fake)
+            for key, fake in (conditioning or {}).items()
+        }
+        real = {"loss_weights_B": torch.ones(SHAPE.count), "sizes_B6": torch.full((SHAPE.count, 6), 64.0)}
+        batch = replace(
+            batch, latents_BCHW=on_device(batch.latents_BCHW), conditioning=there if conditioning else None, **real
+        )
+        start_batch(context, 0, 0)
+        torch.autograd.backward(loss_of(context, batch, 0))
+    return [p.grad for p in network.trainable_parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", [n if n not in ALIKE else pytest.param(n, marks=pytest.mark.slow) for n in BASES])
+def test_no_base_model_makes_the_host_wait(name: str, tmp_path: Path) -> None:
+    gradients = take_step(name, tmp_path / "model")
+    assert len(gradients) > 10 and all(gradient.device == DEVICE for gradient in gradients)
+
+
+KINDS = {
+    "dora": ("lora", "dora_wd=True"),
+    "dropouts": ("lora", "rank_dropout=0.3 module_dropout=0.3"),
+    "ggpo": ("lora", "ggpo_sigma=0.03 ggpo_beta=0.01"),
+    "dylora": ("dylora", "unit=2"),
+    "tlora": ("tlora", "tlora_min_rank=2"),
+    "lora_fa": ("lora_fa", ""),
+    "loha": ("loha", ""),
+    "lokr": ("lokr", "factor=2"),
+    "oft_v2": ("oft_v2", ""),
+    "boft": ("boft", ""),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kind_of_adapter_makes_the_host_wait(kind: str, tmp_path: Path) -> None:
+    module, arguments = KINDS[kind]
+    words = ["--network_module", f"networks.{module}", "--network_dropout", "0.2" if kind == "dropouts" else "0"]
+    take_step("flux", tmp_path / "model", *words, *(["--network_args", *arguments.split()] if arguments else []))
+
+
+READS: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda x: x.sum().item(),
+    "tolist": lambda x: x.tolist(),
+    "if": lambda x: 1 if x.sum() > 0 else 0,
+    "shape": lambda x: x[x > 0],
+    "cpu": lambda x: x.cpu(),
+    "to": lambda x: x.to("cpu"),
+    "dtype too": lambda x: x.to("cpu", torch.float16),
+    "copy": lambda x: torch.zeros(3).copy_(x),
+    "to the device": lambda x: torch.ones(3).to(x.device) + x,
+    "into the device": lambda x: x.copy_(torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_what_makes_the_host_wait_is_noticed(read: Callable[[Tensor], object]) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.zeros(3)
+    with device_without_float64(), NoWaiting():
+        x = on_device(fake)
+        x + x.to(torch.float16) + torch.ones(3).to(DEVICE, non_blocking=True)
+        with pytest.raises((HostWaits, DataDependentOutputException, DynamicOutputShapeException)):
+            read(x)
