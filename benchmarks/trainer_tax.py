@@ -143,6 +143,7 @@ def our_steps(folder: Path, args: argparse.Namespace, overheads: list[float]) ->
     from library.processes import of_accelerator
     from library.training.command_line.cli import parse
     from library.training.run import loop, setup
+    from library.training.run.update import Updates
 
     options = TrainOptions.from_args(parse(train_network.setup_parser(), arguments_of(folder, args, 10**6)))
     arch = build(options)
@@ -150,19 +151,18 @@ def our_steps(folder: Path, args: argparse.Namespace, overheads: list[float]) ->
     processes = of_accelerator(accelerator)
     training_set = setup.open_training_set(options, arch, 1, processes.count)
     prepared = setup.prepare(options, arch, 1, training_set, accelerator, processes, None)
-    backward, optimizer_step = loop.backward, loop.optimizer_step
+    backward, take = loop.backward, Updates.take
     began, inside = [0.0], [0.0]
 
     def timed_backward(*given: Any) -> float:
         began[0] = time.perf_counter()
         return backward(*given)
 
-    def timed_optimizer_step(*given: Any) -> list[float]:
-        values = optimizer_step(*given)
+    def timed_take(*given: Any) -> None:
+        take(*given)
         inside[0] = time.perf_counter() - began[0]
-        return values
 
-    loop.backward, loop.optimizer_step = timed_backward, timed_optimizer_step
+    loop.backward, Updates.take = timed_backward, timed_take  # type: ignore[method-assign]
     turnstile: Any = Turnstile()
     threading.Thread(target=loop.train, args=(prepared, turnstile), daemon=True).start()
     for seconds in turnstile.steps():

@@ -200,6 +200,11 @@ class AdapterNetwork(nn.Module):
             if isinstance(change, ScaledDelta) and change.noise_ranks is not None:
                 change.noise_levels_B = levels_B
 
+    def looks_at_gradients(self) -> bool:
+        """Whether a change does something in `on_gradients`."""
+        changes = (member.adapter.change for member in self.members)
+        return any(isinstance(change, ScaledDelta) and change.perturbation is not None for change in changes)
+
     def on_gradients(self) -> None:
         """Look at the gradients of an optimizer step, all batches and processes together, before they are clipped."""
         for member in self.members:
@@ -210,8 +215,13 @@ class AdapterNetwork(nn.Module):
         """What the optimizer changes: the set whose gradient norm is limited."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    @torch.no_grad()
     def apply_max_norm_regularization(self, limit: float, device: torch.device | str) -> tuple[int, float, float]:
+        """What `limit_norms` does and gives, as numbers of the host."""
+        count, mean, maximum = self.limit_norms(limit).tolist()
+        return int(count), mean, maximum
+
+    @torch.no_grad()
+    def limit_norms(self, limit: float) -> Tensor:
         """Scale changes whose Frobenius norm is above `limit` down to it (--scale_weight_norms).
 
         Gives how many were scaled, and mean and maximum of the norms that all have afterwards. Norms of changes are at
@@ -219,13 +229,13 @@ class AdapterNetwork(nn.Module):
         """
         changes = [m.adapter.change for m in self.members if m.adapter.site.kind != "norm"]
         if not changes:
-            return 0, 0.0, 0.0
+            return torch.zeros(3)
         norms = torch.stack([change.norm() for change in changes])
         ratios = torch.where(norms > limit * (1 + ROUNDING), limit / norms, 1.0)
         for change, ratio in zip(changes, ratios, strict=True):
             change.scale_(ratio)
         after = norms * ratios
-        return int((ratios < 1).sum()), float(after.mean()), float(after.max())
+        return torch.stack([(ratios < 1).sum().to(after.dtype), after.mean(), after.max()])
 
     def _freeze_untrained(self) -> None:
         for parameter in self._untrained:

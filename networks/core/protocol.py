@@ -241,6 +241,12 @@ class AdoptedNetwork:
         """Tell the network that the gradients of an optimizer step are complete."""
         self._optional("on_gradients")
 
+    @property
+    def looks_at_gradients(self) -> bool:
+        """Whether the network does something in `note_gradients`; one that does not say so may."""
+        asked = self._method("looks_at_gradients")
+        return self._method("on_gradients") is not None and (asked is None or asked())
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimizer changes: the set whose gradient norm is limited."""
         method = self._method("get_trainable_params")
@@ -256,10 +262,16 @@ class AdoptedNetwork:
         """Whether --scale_weight_norms works with this network."""
         return self._method("apply_max_norm_regularization") is not None
 
-    def limit_norms(self, limit: float, device: torch.device | str) -> tuple[int, float, float]:
-        """Scale changes down to a norm of `limit` (--scale_weight_norms): how many were, mean and maximum of all."""
-        count, mean, maximum = self._needed("apply_max_norm_regularization", "--scale_weight_norms")(limit, device)
-        return int(count), float(mean), float(maximum)
+    def limit_norms(self, limit: float, device: torch.device | str) -> Tensor:
+        """Scale changes down to a norm of `limit` (--scale_weight_norms): how many were, mean and maximum of all.
+
+        Ours leave the three numbers on the device; those of others must know them at once.
+        """
+        if (method := self._method("limit_norms")) is not None:
+            found: Tensor = method(limit)
+            return found
+        found = self._needed("apply_max_norm_regularization", "--scale_weight_norms")(limit, device)
+        return torch.tensor([float(value) for value in found], dtype=torch.float64)
 
     def save_weights(self, path: str | Path, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
         """Write the network whole or not at all; the extension decides the format."""

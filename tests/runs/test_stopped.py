@@ -16,17 +16,17 @@ Train = Callable[..., Finished]
 @pytest.fixture
 def stop_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """`stop_in_step(2, signal.SIGTERM)` sends the signal while that step is computed."""
-    from library.training.run import loop
+    from library.training.run.update import Updates
 
     def arrange(number: int, name: int) -> None:
-        honest = loop.optimizer_step
+        honest = Updates.take
 
-        def step(run: Any, guard: Any, window: Any, losses: Any) -> list[float]:
+        def step(updates: Updates, window: Any, losses: Any) -> None:
             if window.step + 1 == number:
                 os.kill(os.getpid(), name)
-            return honest(run, guard, window, losses)
+            honest(updates, window, losses)
 
-        monkeypatch.setattr(loop, "optimizer_step", step)
+        monkeypatch.setattr(Updates, "take", step)
 
     return arrange
 

@@ -170,6 +170,10 @@ class Previews:
         if self._timetable.at_first:
             self._draw_all(epoch_event(0), 0, 0, interruption)
 
+    def are_due(self, step: int) -> bool:
+        """Whether there is something to draw after `step`, its epoch left aside."""
+        return bool(self._prompts) and self._timetable.holds_step(step)
+
     def after_step(self, step: int, epoch: int, interruption: Interruption) -> bool:
         """Draw if pictures are due after `step`, which is in `epoch`; False where an interruption broke that off."""
         return not self._timetable.holds_step(step) or self._draw_all(step_event(step), step, epoch, interruption)

@@ -138,6 +138,10 @@ class Validation:
             return self.after_step(progress.step, epochs + bool(rest), not rest, progress.average.mean)
         return False
 
+    def is_due(self, step: int) -> bool:
+        """Whether there is something to measure after `step`, its epoch left aside."""
+        return self.is_on and any(self._timetable.due(step, None))
+
     def after_step(self, step: int, epoch: int, ends_epoch: bool, training_average: float) -> bool:
         """Measure if it is due after `step`, in `epoch`; gives whether the loss is the lowest so far.
 

@@ -1,6 +1,6 @@
 """Which module a NaN or infinity comes from: one batch is computed once more with an eye on every output."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,10 +57,20 @@ class Trace:
 def first_damage(run: Run, batch: Batch, batch_number: int, step: int) -> str:
     """Compute forward and backward of a batch again, with the draws of the run, and say where the damage begins.
 
-    The parameters' gradients are replaced. Checks every output by itself, so it is slow.
+    Checks every output by itself, so it is slow.
     """
-    trace = Trace()
     parameters = run.context.network.trainable_parameters()
+    kept = [parameter.grad for parameter in parameters]  # those of a later step may be there
+    try:
+        return found_damage(run, batch, batch_number, step, parameters)
+    finally:
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+
+
+def found_damage(run: Run, batch: Batch, batch_number: int, step: int, parameters: Sequence[nn.Parameter]) -> str:
+    """The same, replacing the gradients of the trained `parameters`."""
+    trace = Trace()
     for parameter in parameters:
         parameter.grad = None
     with watched(parts_of(run), trace):

@@ -98,6 +98,12 @@ class LimitedNorms:
     mean: float
     maximum: float
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "LimitedNorms":
+        """From the three numbers, in this order."""
+        count, mean, maximum = values
+        return cls(int(count), mean, maximum)
+
     def chart_values(self) -> dict[str, float]:
         """By the names that charts use."""
         return {

@@ -3,21 +3,18 @@
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from library.errors import UserError
-from library.randomness import stream_seed
 from library.training.evaluation.preview import Previews, epoch_event, step_event
 from library.training.faults.interruption import Interruption
 from library.training.faults.out_of_memory import explained, sizes_of
 from library.training.optimization.nonfinite import NonFiniteGuard
 from library.training.optimization.optimizers import effective_rates
-from library.training.optimization.rounding import stochastic_rounding
 from library.training.planning.advice import ways_out
 from library.training.reporting.logs import Charts
 from library.training.reporting.profile import profiled
@@ -34,7 +31,9 @@ from library.training.run.plan import Window
 from library.training.run.run import Run
 from library.training.run.setup import Prepared
 from library.training.run.step import describe_shape, loss_of, start_batch
+from library.training.run.told import Told
 from library.training.run.told_steps import told_step
+from library.training.run.update import Updates, wanted_norm_limit
 from library.training.saving.checkpoints import Writer
 from library.training.saving.state import StateManifest
 from library.types import Batch
@@ -60,8 +59,7 @@ def train(prepared: Prepared, interruption: Interruption, watch: StepWatch | Non
     charts, previews, validation, resumed = prepared.charts, prepared.previews, prepared.validation, prepared.resumed
     plan, average, is_main = run.plan, progress.average, run.processes.is_main
     network, device = run.context.network, run.context.device
-    norm_limit = wanted_norm_limit(run)
-    guard = NonFiniteGuard(run)
+    guard, norm_limit = NonFiniteGuard(run), wanted_norm_limit(run)
     stops = False
     epoch = plan.epoch_of(progress.step)
     if progress.step == 0:
@@ -71,9 +69,12 @@ def train(prepared: Prepared, interruption: Interruption, watch: StepWatch | Non
     if resumed is not None:
         finish_step_of(resumed, run, progress, writer, previews, interruption)
     num_profiled = run.options.trackers.profile if is_main else 0
+    bar = progress_bar(plan.max_train_steps, progress.step, is_main)
+    updates = Updates(run, guard, norm_limit, partial(report_step, run, progress, charts, bar))
     with (
-        progress_bar(plan.max_train_steps, progress.step, is_main) as bar,
+        bar,
         profiled(num_profiled, writer.names.of_profile(), device) as profile_step,
+        updates.told_at_end(),
     ):
         run.times.start()
         for epoch in plan.epochs(progress.step) if progress.step < plan.max_train_steps else ():
@@ -92,28 +93,21 @@ def train(prepared: Prepared, interruption: Interruption, watch: StepWatch | Non
                     len(window.places),
                     interruption.is_requested,
                 )
-                rates = [float(rate) for rate in run.optimization.schedule.get_last_lr()]
+                updates.tell()
                 progress.is_moving = True
                 with explained("the optimizer moved the weights", run.options, device, "", lambda: sizes_of(run)):
                     with run.times.stage("optimizer"):
-                        values = optimizer_step(run, guard, window, losses)
+                        updates.take(window, losses)
                 run.times.end_step()
                 profile_step()
                 if watch is not None:
                     watch.after_step()
                 progress.advance()
-                norms = None if norm_limit is None else LimitedNorms(*network.limit_norms(norm_limit, device))
-                if run.optimization.average is not None:
-                    run.optimization.average.update()
-                report_window(run, progress, window, values, rates, norms, charts)
-                if run.events.is_on:
-                    names = run.optimization.group_names
-                    mean = average.mean
-                    event = told_step(progress.step, epoch, values, mean, rates, names, run.norms, run.times)
-                    run.events.emit(event)
-                bar.update(1)
-                bar.set_postfix(bar_values(average.mean, norms))
                 is_last = progress.step >= plan.max_train_steps
+                is_due = writer.schedule.saves_step(progress.step) or previews.are_due(progress.step)
+                is_due = is_due or validation.is_due(progress.step) or window.ends_epoch or is_last or stops
+                if is_due or not updates.tells_late:
+                    updates.tell()
                 if not stops:
                     with run.times.stage("validation"):
                         is_best = validation.after_step(
@@ -224,83 +218,23 @@ def backward(run: Run, batch: Batch, batch_number: int, window_size: int, step: 
     return loss.detach().float()
 
 
-def report_window(
-    run: Run,
-    progress: Progress,
-    window: Window,
-    losses: list[float],
-    rates: list[float],
-    norms: LimitedNorms | None,
-    charts: Charts,
-) -> None:
-    """Put the losses of a window into the running average and the charts: one point for each batch.
+def report_step(run: Run, progress: Progress, charts: Charts, bar: "tqdm[None]", told: Told) -> None:
+    """Put the losses of a step into the running average, the events, the bar, and the charts: there a point a batch.
 
     The average leaves out losses that are not finite: the step that they belong to moved nothing.
     """
-    for place, loss in zip(window.places, losses, strict=True):
+    window = told.window
+    for place, loss in zip(window.places, told.losses, strict=True):
         if math.isfinite(loss):
             progress.average.add(place, loss)
         if charts.are_on:
-            step = progress.step if place == window.places[-1] else window.step
-            charts.log_step(step_values(run, loss, progress.average.mean, rates, norms), step, window.epoch)
-
-
-def optimizer_step(run: Run, guard: NonFiniteGuard, window: Window, losses: Tensor) -> list[float]:
-    """Clip, move the weights, move the learning rate, forget the gradients; gives the losses as numbers.
-
-    A step that is not finite is left out: neither weights nor optimizer nor learning rate move.
-    """
-    optimizer, scaler = run.optimization.optimizer, run.optimization.scaler
-    max_norm = run.options.optimizer.max_grad_norm
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    parameters = run.context.network.trainable_parameters()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    run.norms.measure(optimizer, window.step)
-    *values, norm_value = torch.cat([losses.to(norm.device), norm.float().view(1)]).tolist()
-    run.norms.total = norm_value
-    if guard.allows_step(window, values, norm_value):
-        run.context.network.note_gradients()
-        if max_norm != 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        with rounding_of(run, window.step):
-            if scaler is not None:
-                scaler.step(optimizer)
-            else:
-                optimizer.step()
-        run.optimization.schedule.step()
-    if scaler is not None:
-        scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return values
-
-
-def rounding_of(run: Run, step: int) -> AbstractContextManager[None]:
-    """How the weights are rounded after optimizer step `step`: at random with --stochastic_rounding."""
-    if not (run.options.optimizer.stochastic_rounding and run.options.precision.full_bf16):
-        return nullcontext()
-    device = run.context.device
-    generator = torch.Generator(device).manual_seed(stream_seed(run.context.seed, "rounding", step))
-    return stochastic_rounding(run.context.network.trainable_parameters(), generator)
-
-
-def wanted_norm_limit(run: Run) -> float | None:
-    """--scale_weight_norms; None where it is not wanted, or where this network cannot do it, which is warned of.
-
-    Raises UserError for a negative limit.
-    """
-    limit = run.options.network.scale_weight_norms
-    if not limit:
-        return None
-    if limit < 0:
-        raise UserError(f"--scale_weight_norms is {limit:g}; a norm is at least 0, and 0 sets no limit")
-    if not run.context.network.can_limit_norms:
-        logger.warning(
-            "--scale_weight_norms has no effect: the network of %s has no apply_max_norm_regularization()",
-            run.options.network.network_module,
-        )
-        return None
-    return limit
+            step = window.step + 1 if place == window.places[-1] else window.step
+            values = step_values(run, loss, progress.average.mean, told.rates, told.limited)
+            charts.log_step(values, step, window.epoch)
+    if run.events.is_on:
+        run.events.emit(told_step(told, progress.average.mean, run.optimization.group_names, run.norms, run.times))
+    bar.update(1)
+    bar.set_postfix(bar_values(progress.average.mean, told.limited))
 
 
 def step_values(

@@ -4,15 +4,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import fsum, isfinite, nan
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from library.memory.places.readback import Readback
 from library.training.reporting.events import Memory, Norms, Step, Timing
 from library.training.reporting.step_times import StepTimes
+from library.training.run.told import Told
 
 EVERY = 10  # steps; norms of groups read each weight and gradient once more
 
@@ -25,27 +26,27 @@ class NormMeter:
     """
 
     is_on: bool = False
-    total: float = nan  # of the last step's gradient, unclipped
-    _pairs_G2: Any = field(default=None, repr=False)  # G groups, (weight, gradient)
+    _pairs: Readback | None = field(default=None, repr=False)  # of each group the weight's and the gradient's
 
     def measure(self, optimizer: Optimizer, step: int) -> None:
         """To be called while the gradients of the step after `step` finished ones are there, unclipped."""
-        self._pairs_G2 = None
+        self._pairs = None
         if not self.is_on or step % EVERY:
             return
-        pairs = []
+        norms = []
         for group in optimizer.param_groups:
             weights = [p.detach() for p in group["params"]]
             gradients = [p.grad for p in group["params"] if p.grad is not None]
-            pairs.append(torch.stack([norm_of(weights), norm_of(gradients)]))
-        self._pairs_G2 = torch.stack([pair.to(pairs[0].device) for pair in pairs]) if pairs else None
+            norms += [norm_of(weights), norm_of(gradients)]
+        self._pairs = Readback(torch.stack([norm.to(norms[0].device) for norm in norms])) if norms else None
 
     def read(self, names: Sequence[str]) -> dict[str, Norms] | None:
         """By name of the group; None for a step that was not measured."""
-        pairs_G2, self._pairs_G2 = self._pairs_G2, None
-        if pairs_G2 is None:
+        pairs, self._pairs = self._pairs, None
+        if pairs is None:
             return None
-        return {name: Norms(*pair) for name, pair in zip(names, pairs_G2.tolist(), strict=False)}
+        values = iter(pairs.read())
+        return {name: Norms(next(values), next(values)) for name in names}
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:
@@ -53,25 +54,16 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     return get_total_norm(tensors).float() if tensors else torch.zeros(())
 
 
-def told_step(
-    step: int,
-    epoch: int,
-    losses: Sequence[float],
-    average: float,
-    rates: Sequence[float],
-    names: Sequence[str],
-    meter: NormMeter,
-    times: StepTimes,
-) -> Step:
-    """The event of a step that is finished; `losses` are its batches', `rates` and `names` those of the groups."""
-    norms = meter.read(names)
+def told_step(told: Told, average: float, names: Sequence[str], meter: NormMeter, times: StepTimes) -> Step:
+    """The event of a step that is finished; `names` are those of the optimizer's groups."""
+    norms, step, losses = meter.read(names), told.window.step + 1, told.losses
     return Step(
         step=step,
-        epoch=epoch,
+        epoch=told.window.epoch,
         loss=fsum(losses) / len(losses) if all(map(isfinite, losses)) else nan,
         average=average,
-        learning_rates=dict(zip(names, rates, strict=False)),
-        gradient_norm=meter.total,
+        learning_rates=dict(zip(names, told.rates, strict=False)),
+        gradient_norm=told.norm,
         timing=timing_of(times, step - 1),
         norms=norms,
         memory=None if norms is None else memory_of(times.device),

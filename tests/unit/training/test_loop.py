@@ -15,9 +15,11 @@ from library.training.optimization.lr_schedules import build_schedule
 from library.training.optimization.nonfinite import NonFiniteError, NonFiniteGuard
 from library.training.optimization.optimizers import build_optimizer
 from library.training.run.context import Models, StepContext
-from library.training.run.loop import accumulate_gradient, optimizer_step
+from library.training.run.loop import accumulate_gradient
 from library.training.run.plan import Plan, Window
 from library.training.run.run import Optimization, Run
+from library.training.run.told import Told
+from library.training.run.update import Updates
 from library.types import Batch, Noised
 from networks.core.protocol import AdoptedNetwork
 
@@ -66,7 +68,7 @@ def batch_of(value: float, weight: float = 1.0) -> Batch:
     )
 
 
-def run_of(max_grad_norm: float = 0.0, batches: tuple[Batch, ...] = ()) -> Run:
+def run_of(max_grad_norm: float = 0.0, batches: tuple[Batch, ...] = (), **options_of_user: Any) -> Run:
     network = Line()
     with torch.no_grad():
         network.weight.fill_(2.5)  # two above what is right
@@ -88,7 +90,8 @@ def run_of(max_grad_norm: float = 0.0, batches: tuple[Batch, ...] = ()) -> Run:
         trains_text_encoder=False,
         captions=None,  # type: ignore[arg-type]
     )
-    options = TrainOptions().with_values({"max_grad_norm": max_grad_norm, "optimizer_type": "SGD"})
+    wanted = {"max_grad_norm": max_grad_norm, "optimizer_type": "SGD", **options_of_user}
+    options = TrainOptions().with_values(wanted)
     built = build_optimizer(options.optimizer, [{"params": [network.weight], "lr": RATE}])
     optimization = Optimization(built, build_schedule(options.schedule, built, 10), None, ["unet"])
     data: Any = SimpleNamespace(batches=lambda epoch, places, *_: iter([batches[place] for place in places]))
@@ -100,8 +103,11 @@ def weight_of(run: Run) -> float:
 
 
 def step(run: Run, window: Window, *batches: Batch) -> list[float]:
-    losses = accumulate_gradient(run, window, iter(batches))
-    return optimizer_step(run, NonFiniteGuard(run), window, losses)
+    told: list[Told] = []
+    updates = Updates(run, NonFiniteGuard(run), None, told.append)
+    updates.take(window, accumulate_gradient(run, window, iter(batches)))
+    updates.tell()
+    return told[0].losses
 
 
 @pytest.mark.parametrize("values", [(1.0, 3.0), (2.0,)])

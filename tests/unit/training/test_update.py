@@ -1,0 +1,126 @@
+"""Steps that are told of once the next one is computed: what they do and say is what they would at once."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.training.optimization.nonfinite import NonFiniteError, NonFiniteGuard
+from library.training.optimization.nonfinite_trace import first_damage
+from library.training.run.loop import accumulate_gradient
+from library.training.run.plan import Window
+from library.training.run.run import Run
+from library.training.run.told import Told
+from library.training.run.update import Updates, skips_by_itself
+from library.types import Batch
+from tests.unit.training.test_loop import batch_of, run_of
+
+GOOD, DAMAGED = 1.3, float("nan")
+SCHEDULES = {
+    "constant": {},
+    "linear": {"lr_scheduler": "linear"},
+    "warm-up": {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 4},
+    "cosine": {"lr_scheduler": "cosine", "lr_warmup_steps": 2},
+}
+
+
+def batches_with(values: list[float]) -> list[Batch]:
+    return [batch_of(value + 0.1 * place) for place, value in enumerate(values)]
+
+
+def taken(values: list[float], is_late: bool, **options: Any) -> tuple[Run, list[Told], list[Tensor]]:
+    """A run whose step i has the batch `values[i]`, what was told of it, and the weight after each step."""
+    batches = batches_with(values)
+    run = run_of(0.7, tuple(batches), optimizer_type="AdamW", **options)
+    run = replace(run, plan=replace(run.plan, num_batches=len(values), accumulation=1))
+    told: list[Told] = []
+    updates, weights = Updates(run, NonFiniteGuard(run), None, told.append), []
+    assert updates.tells_late, "AdamW is fused where nothing else is asked for"
+    updates.tells_late = is_late
+    with updates.told_at_end():
+        for step, batch in enumerate(batches):
+            window = Window(step, 1, range(step, step + 1), False)
+            losses = accumulate_gradient(run, window, iter([batch]))
+            updates.tell()
+            updates.take(window, losses)
+            weights.append(run.context.network.module.weight.detach().clone())  # type: ignore[operator, union-attr]
+    return run, told, weights
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_step_that_is_told_late_moves_what_it_moves_at_once(schedule: str, caplog: pytest.LogCaptureFixture) -> None:
+    values = [GOOD, GOOD, DAMAGED, GOOD, float("inf"), DAMAGED, GOOD, GOOD]
+    (late, told, weights), (early, *at_once) = (
+        taken(values, is_late, **SCHEDULES[schedule]) for is_late in (True, False)
+    )
+    assert str(told) == str(at_once[0])  # which makes a NaN equal to itself
+    assert torch.equal(torch.stack(weights), torch.stack(at_once[1]))
+    (memory,), (other,) = (list(run.optimization.optimizer.state.values()) for run in (late, early))
+    assert memory.keys() == other.keys() and all(torch.equal(memory[name], other[name]) for name in memory)
+    assert int(memory["step"]) == 5
+    states = [run.optimization.schedule.state_dict() for run in (late, early)]
+    assert states[0] == states[1]
+    assert [one.window.step for one in told] == list(range(8))
+    assert torch.equal(weights[1], weights[2]) and torch.equal(weights[3], weights[5])
+    lines = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(lines) == 6 and lines[:3] == lines[3:]
+
+
+def test_a_step_is_told_when_the_next_one_is_computed() -> None:
+    run = run_of(optimizer_type="AdamW")
+    told: list[Told] = []
+    updates = Updates(run, NonFiniteGuard(run), None, told.append)
+    window = Window(0, 1, range(1), False)
+    updates.take(window, accumulate_gradient(run, window, iter([batch_of(2.0)])))
+    assert not told and run.optimization.schedule.state_dict()["last_epoch"] == 0
+    updates.tell()
+    updates.tell()
+    assert [one.losses for one in told] == [[pytest.approx(16.0)]]
+    assert told[0].norm == pytest.approx(16.0)
+    assert run.optimization.schedule.state_dict()["last_epoch"] == 1
+
+
+def test_an_error_leaves_no_step_untold_and_stays_the_error() -> None:
+    run = run_of(optimizer_type="AdamW")
+    told: list[Told] = []
+    updates = Updates(run, NonFiniteGuard(run), None, told.append)
+    window = Window(0, 1, range(1), False)
+    with pytest.raises(UserError, match="no such picture"), updates.told_at_end():
+        updates.take(window, accumulate_gradient(run, window, iter([batch_of(2.0)])))
+        raise UserError("no such picture")
+    assert len(told) == 1
+
+
+def test_a_run_that_stops_at_damage_stops_before_the_next_step_moves(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    with pytest.raises(NonFiniteError, match="step 2: loss nan") as stopped:
+        taken([GOOD, DAMAGED, GOOD], is_late=True, on_nonfinite="stop")
+    assert stopped.value.last_good == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_late"),
+    [
+        ({"optimizer_type": "AdamW"}, True),
+        ({"optimizer_type": "AdamW", "optimizer_args": ["foreach=True"]}, False),
+        ({"optimizer_type": "SGD"}, False),
+        ({"optimizer_type": "SGD", "optimizer_args": ["fused=True"]}, True),
+        ({"optimizer_type": "Lion"}, False),
+    ],
+)
+def test_only_an_optimizer_that_leaves_steps_out_by_itself_is_told_late(options: dict[str, Any], is_late: bool) -> None:
+    assert skips_by_itself(run_of(**options)) is is_late
+
+
+def test_looking_for_damage_leaves_the_gradients_of_a_later_step() -> None:
+    run = run_of(optimizer_type="AdamW")
+    accumulate_gradient(run, Window(1, 1, range(1), False), iter([batch_of(2.0)]))
+    (parameter,) = run.context.network.trainable_parameters()
+    assert parameter.grad is not None
+    before = parameter.grad.clone()
+    first_damage(run, batch_of(DAMAGED), 0, 0)
+    assert torch.equal(parameter.grad, before)
