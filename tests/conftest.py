@@ -1,5 +1,6 @@
 """Fixtures that every suite shares."""
 
+import gc
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.running import base_arguments, fresh_process, launch, pictures, train  # noqa: F401
+
+
+def pytest_collection_finish() -> None:
+    """Let no later collection look through the modules and the thousands of tests, all of which stay."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[Any, dict[str, st.SearchStrategy[str]]]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_any_valid_combination_trains_a_step_and_is_limited_and_saved_without_nan(kind: str, data: Any) -> None:
     door, strategies = KINDS[kind]
     args = data.draw(st.fixed_dictionaries({}, optional=strategies), label="network args")

@@ -19,7 +19,8 @@ from tests.tolerances import FLOAT32_SAME_MATH
 from tools.extract_lora_from_models import main as extract
 from tools.merge_lora import main as merge
 
-CHECKPOINTS = ("tiny_sd2_folder", "tiny_sd2_file", "tiny_sdxl_folder", "tiny_sdxl_file")
+SLOW_FOLDER = pytest.param("tiny_sdxl_folder", marks=pytest.mark.nightly)  # what a folder of SD 2.x and a file hold
+CHECKPOINTS = ("tiny_sd2_folder", "tiny_sd2_file", SLOW_FOLDER, "tiny_sdxl_file")
 
 
 def models_of(path: Path, is_sdxl: bool) -> tuple[list[nn.Module], nn.Module, Any]:
@@ -81,7 +82,7 @@ def test_a_merged_checkpoint_is_the_model_with_its_adapter_merged(
         assert load_file(to).keys() == load_file(base).keys()
 
 
-@pytest.mark.parametrize("name", ["tiny_sd2_file", "tiny_sdxl_file", "tiny_sdxl_folder"])
+@pytest.mark.parametrize("name", ["tiny_sd2_file", "tiny_sdxl_file", SLOW_FOLDER])
 def test_what_was_merged_is_extracted_again(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     base, is_sdxl = request.getfixturevalue(name), "sdxl" in name
     lora = random_lora(base, is_sdxl, tmp_path / "lora.safetensors", rank=2)

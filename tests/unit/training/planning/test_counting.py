@@ -1,6 +1,7 @@
 """What is counted of a run from headers alone, against the allocator's events of the same step on real weights."""
 
 import importlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +36,7 @@ SHARES = {"sdxl": 0.05}  # buffers inside of convolutions are 4 % of a model thi
 SHAPE = BatchShape(2, 256, 192)
 SHAPES = {"sdxl": BatchShape(4, 384, 256)}  # the buffers inside of convolutions count less where pictures are large
 CPU = torch.device("cpu")
-FAST = ("flux", "sd")  # the others repeat what these hold
+FAST = (("sd", False), ("flux", True))  # the others repeat what these hold
 
 
 def opened(name: str, folder: Path, *more: str) -> tuple[TrainOptions, Architecture]:
@@ -82,8 +83,13 @@ def planned_peak(counted: CountedRun, recomputes: bool) -> int:
     return peak_of(list(counted.step.timeline.moves(lambda place: recomputes, lambda place: True)))
 
 
-@pytest.mark.parametrize("recomputes", [False, True], ids=["keeps all", "recomputes all"])
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.nightly) for n in BASES])
+@pytest.mark.parametrize(
+    ("name", "recomputes"),
+    [
+        pytest.param(*case, marks=[] if case in FAST else pytest.mark.nightly)
+        for case in itertools.product(BASES, (False, True))
+    ],
+)
 def test_the_step_of_a_base_model_takes_what_is_counted(name: str, recomputes: bool, tmp_path: Path) -> None:
     options, arch = opened(name, tmp_path / "model", "--mixed_precision", "no")
     shape = SHAPES.get(name, SHAPE)

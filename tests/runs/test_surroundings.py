@@ -1,0 +1,54 @@
+"""What lies around a run is broken or silent: a library that fails to import, a hub that never answers."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from library.training.optimization.hidden_library import NAME
+from tests.running import ROOT
+
+ERRORS = [
+    "RuntimeError('CUDA setup failed')",
+    pytest.param("OSError('libcudart.so')", marks=pytest.mark.slow),
+    pytest.param("ImportError('x')", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_one_that_fails_to_import_does_not_end_a_run(base_arguments: list[str], tmp_path: Path, error: str) -> None:
+    (tmp_path / "broken" / NAME).mkdir(parents=True)
+    (tmp_path / "broken" / NAME / "__init__.py").write_text(f"raise {error}")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "broken")}
+    command = [sys.executable, str(ROOT / "train_network.py"), *base_arguments, "--max_train_steps", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "mine.safetensors").is_file()
+
+
+def test_a_hub_that_never_answers_is_given_up_in_seconds(tmp_path: Path) -> None:
+    """In a fresh process, since the hub's client reads its address when it is imported."""
+    code = (
+        "from library.checkpoints.model_lookup import find_model\n"
+        "try: find_model('--vae', 'someone/never', (('',),))\n"
+        "except ValueError as error: print(error)"
+    )
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(20)
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        started = time.monotonic()
+        ran = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "HF_ENDPOINT": address, "NO_PROXY": "127.0.0.1", "HF_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert "--vae someone/never is neither a file nor a folder here" in ran.stdout, ran.stderr
+    assert time.monotonic() - started < 45
