@@ -261,11 +261,12 @@ def losses_of(logs: Path) -> dict[str, str]:
 
 
 def digests_of(folder: Path) -> dict[str, str]:
-    """A digest of each file that was written, but for the charts."""
+    """A digest of each file that was written, but for charts and reports, which tell times."""
     inputs = {folder / "prompts.txt", *(folder / "data").rglob("*.png"), *(folder / "data").rglob("*.txt")}
     found = {}
     for path in folder.rglob("*"):
-        if path.is_file() and path not in inputs and not path.is_relative_to(folder / "logs"):
+        is_timed = path.is_relative_to(folder / "logs") or path.name.endswith("-report.html")
+        if path.is_file() and path not in inputs and not is_timed:
             name = re.sub(r"\d{14}", "#", str(path.relative_to(folder)))  # previews carry the time
             found[name] = hashlib.sha256(content_of(path)).hexdigest()
     return found

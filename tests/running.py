@@ -69,6 +69,7 @@ def base_arguments(tiny_sd_folder: Path, pictures: Path, tmp_path: Path) -> list
         "--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "2", "--output_dir",
         str(tmp_path / "out"), "--output_name", "mine", "--network_module", "networks.lora", "--network_dim", "4",
         "--learning_rate", "1e-3", "--max_train_steps", "4", "--seed", "5", "--max_data_loader_n_workers", "0",
+        "--no_report",
     ]  # fmt: skip
 
 

@@ -33,6 +33,7 @@ TOY_BASE = "configs/quickstart/toy_base"
 PROMPTS = "configs/quickstart/prompts.txt"
 ADAPTER = "output/quickstart/quickstart.safetensors"
 PICTURE = "output/quickstart/before_after.png"
+REPORT = "output/quickstart/quickstart-report.html"
 
 
 class StartError(Exception):
@@ -312,6 +313,7 @@ def quickstart(venv: Path) -> int:
         f"\nDone in {time.monotonic() - started:.0f} s.\n"
         f"  the adapter:             {ROOT / ADAPTER}\n"
         f"  a picture, before|after: {ROOT / PICTURE}\n"
+        f"  how the training went:   {ROOT / REPORT} (opens in any browser)\n"
         "Training on pictures of your own: README.md",
         flush=True,
     )

@@ -16,3 +16,8 @@ class ReportOptions(Options):
         help="File that takes what happens in the run, one JSON object a line, for front ends and other programs; - is "
         "standard output. Emptied at the start, continued with --resume and --autoresume.",
     )
+    no_report: bool = option(
+        False,
+        own=True,
+        help="Write no report. Unset keeps an HTML file with charts, previews and saved files in --output_dir.",
+    )

@@ -36,6 +36,7 @@ TOOLS = (
     "merge_flux_lora",
     "merge_models",
     "cache_latents",
+    "report",
 )  # whose options pages speak of
 
 

@@ -44,6 +44,7 @@ OURS = {  # the first of those and what sd-scripts does not have, with their def
     "fit": None,
     "fit_formats": None,
     "gradient_checkpointing_every": 1,
+    "no_report": False,
     "on_nonfinite": "skip",
     "profile": 0,
     "selftest": False,

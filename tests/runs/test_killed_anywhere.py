@@ -98,7 +98,7 @@ def arguments(base: list[str], *more: str) -> list[str]:
         "--network_module", "networks.lora", "--network_dim", "2", "--network_train_unet_only", "--learning_rate",
         "1e-3", "--max_data_loader_n_workers", "0", "--cache_latents_to_disk", "--save_state", "--autoresume",
         "--save_last_n_steps", "1", "--save_every_n_epochs", "1", "--save_last_n_epochs", "1", "--sample_prompts",
-        "prompts.txt", *more,
+        "prompts.txt", "--no_report", *more,
     ]  # fmt: skip
 
 

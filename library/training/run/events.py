@@ -1,4 +1,4 @@
-"""What a run tells of itself, from its first word to its last: --log_events."""
+"""What a run tells of itself, from its first word to its last: --log_events and the report."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +17,7 @@ from library.options.train import TrainOptions
 from library.progress import listening
 from library.training.command_line.config_file import SECRETS
 from library.training.faults.interruption import Interrupted
+from library.training.report.writer import ReportWriter, earlier_record
 from library.training.reporting.event_stream import (
     FLAG,
     Events,
@@ -29,6 +30,7 @@ from library.training.reporting.event_stream import (
 from library.training.reporting.events import Plan, Start
 from library.training.reporting.report import PictureCounts
 from library.training.run.run import Run
+from library.training.saving.checkpoints import Names
 from library.training.saving.resume import AlreadyComplete
 
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "bitsandbytes", "numpy", "pillow")
@@ -67,15 +69,20 @@ def told(options: TrainOptions, command: Sequence[str] | None, warnings: Warning
 def open_sinks(options: TrainOptions, stack: ExitStack) -> list[Sink]:
     """Who keeps the events; nobody in a dry run, which writes nothing, and in other processes than the main one."""
     path, goes_on = options.reports.log_events, bool(options.state.resume or options.state.autoresume)
-    if not path or launched_rank() != 0 or options.faults.dry_run or options.dataset.debug_dataset:
+    if launched_rank() != 0 or options.faults.dry_run or options.dataset.debug_dataset:
         return []
-    if path != "-":
-        return [open_event_file(Path(path), goes_on)]
-    if options.console.console_log_simple:
-        raise UserError(f"{FLAG} - and --console_log_simple both want standard output; leave one of them out")
-    sink = JsonLines(sys.stdout, f"{FLAG} -", closes=False)
-    stack.enter_context(redirect_stdout(sys.stderr))
-    return [sink]
+    sinks: list[Sink] = []
+    if path == "-":
+        if options.console.console_log_simple:
+            raise UserError(f"{FLAG} - and --console_log_simple both want standard output; leave one of them out")
+        sinks.append(JsonLines(sys.stdout, f"{FLAG} -", closes=False))
+        stack.enter_context(redirect_stdout(sys.stderr))
+    elif path:
+        sinks.append(open_event_file(Path(path), goes_on))
+    if not options.reports.no_report:
+        report = Names.build(options.saving).of_report()
+        sinks.append(ReportWriter(report, earlier_record(report) if goes_on else None))
+    return sinks
 
 
 def without_secrets(command: Sequence[str] | None, options: TrainOptions) -> list[str] | None:

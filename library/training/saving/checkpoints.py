@@ -80,10 +80,15 @@ class Names:
     def of_profile(self) -> Path:
         return self.folder / f"{self.output_name or 'last'}-profile.json.gz"
 
+    def of_report(self) -> Path:
+        return self.folder / f"{self.output_name or 'last'}-report.html"
+
     def has_stem(self, stem: str) -> bool:
-        """Whether a file of weights of this run may have that name, without its ending."""
+        """Whether a file of weights, or the report, of this run may have that name, without its ending."""
+        if stem in (self.of_best().stem, self.of_report().stem):
+            return True
         match = STEM.fullmatch(stem)
-        return match is not None and (match["start"] in self.starts or stem == self.of_best().stem)
+        return match is not None and match["start"] in self.starts
 
     @property
     def starts(self) -> tuple[str, ...]:

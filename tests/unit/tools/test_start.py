@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from library.options.config_file import read_toml
+from library.options.saving import SavingOptions
+from library.training.saving.checkpoints import Names
 from tools import start
 
 PYTHON = Path("/venv/bin/python")
@@ -276,3 +279,8 @@ def test_failed_training_ends_the_quickstart_with_its_status(monkeypatch: pytest
     monkeypatch.setattr(start, "run", lambda command: started.append(command) or 3)
     assert start.quickstart(Path("venv")) == 3
     assert len(started) == 1
+
+
+def test_quickstart_names_the_report_that_its_run_leaves() -> None:
+    options = read_toml(start.ROOT / start.TRAINING_CONFIG, "--config_file")["output"]
+    assert Names.build(SavingOptions(**options)).of_report() == Path(start.REPORT)

@@ -1,0 +1,121 @@
+// What the report and the comparison share. Texts come from others: they are put in as text, never as HTML.
+"use strict";
+
+/** An element with attributes and children; texts become text nodes, null and undefined are left out. */
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  for (const child of children.flat()) if (child !== null && child !== undefined) element.append(child);
+  return element;
+}
+
+const page = document.getElementById("page");
+const readData = () => JSON.parse(document.getElementById("data").textContent);
+
+function section(title, ...children) {
+  page.append(make("h2", {}, title), ...children.filter((child) => child));
+}
+
+function table(headings, rows, numbers = []) {
+  const cells = (tag, row) =>
+    row.map((cell, i) => make(tag, numbers.includes(i) ? {class: "number"} : {}, cell === null ? "" : cell));
+  const body = rows.map((row) => make("tr", {}, cells("td", row)));
+  return make("div", {class: "scroll"}, make("table", {}, make("tr", {}, cells("th", headings)), body));
+}
+
+const short = (value, digits = 4) =>
+  value === null || value === undefined ? "–" : String(Number(value.toPrecision(digits)));
+const megabytes = (bytes) => (bytes === null ? "–" : `${short(bytes / 1e6, 3)} MB`);
+const moment = (seconds) => new Date(seconds * 1000).toLocaleString();
+
+function duration(seconds) {
+  if (seconds >= 5400) return `${short(seconds / 3600, 2)} h`;
+  return seconds >= 90 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds)} s`;
+}
+
+const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const shade = (number, alpha = "") => color(`--c${number % 8}`) + alpha;
+const plots = [];
+
+/**
+ * A chart of lines over `x`. Each line is {label, y, low, high, dots}: the area between `low` and `high` is shaded.
+ * `mean` alone is in the legend.
+ */
+function chart(title, x, lines, {wide = false, unit = "step", bars = false} = {}) {
+  const box = make("div", {class: wide ? "chart wide" : "chart"}, make("h3", {}, title));
+  const series = [{label: unit}], values = [x], bands = [];
+  lines.forEach((line, number) => {
+    const look = {label: line.label, stroke: () => shade(number), width: 1.5, spanGaps: true, value: (_, v) => short(v)};
+    if (bars) Object.assign(look, {fill: () => shade(number, "99"), paths: uPlot.paths.bars({size: [0.8]})});
+    look.points = {show: Boolean(line.dots) || x.length < 3};
+    series.push(look);
+    values.push(line.y);
+    if (line.low) {
+      const edge = {stroke: () => shade(number, "55"), width: 0.5, spanGaps: true, points: {show: false}, class: "edge"};
+      bands.push({series: [series.length + 1, series.length], fill: () => shade(number, "33")});
+      series.push({...edge, label: `${line.label}, least`}, {...edge, label: `${line.label}, most`});
+      values.push(line.low, line.high);
+    }
+  });
+  const axis = {stroke: () => color("--dim"), grid: {stroke: () => color("--line"), width: 1}, ticks: {show: false}};
+  const sides = () => ({width: Math.max(200, box.clientWidth - 24), height: wide ? 300 : 220});
+  const options = {
+    ...sides(),
+    series,
+    bands,
+    scales: {x: {time: false}},
+    axes: [axis, {...axis, size: 70, values: (_, ticks) => ticks.map((tick) => short(tick))}],
+    cursor: {sync: {key: unit}},
+    legend: {show: lines.length > 1 || !bars},
+  };
+  const draw = () => {
+    const plot = new uPlot(options, values, box);
+    for (const [i, row] of [...plot.root.querySelectorAll(".u-series")].entries())
+      if (series[i].class === "edge") row.remove();
+    plots.push(plot);
+    new ResizeObserver(() => plot.setSize(sides())).observe(box);
+  };
+  return [box, draw];
+}
+
+/** Put charts, each as `chart` gives it, into the page and draw them. */
+function charts(title, list, ...notes) {
+  if (!list.length) return;
+  section(title, make("div", {class: "charts"}, list.map(([box]) => box)), ...notes);
+  for (const [, draw] of list) draw();
+}
+
+/** A curve of a record as a line of a chart: its mean, and least and most where a point stands for several steps. */
+function lineOf(curves, name, label, scale = 1) {
+  const column = curves.columns[name];
+  if (!column) return null;
+  const scaled = (values) => values.map((value) => (value === null ? null : value * scale));
+  const y = column.count ? column.total.map((v, i) => (v === null ? null : v / column.count[i])) : column.total;
+  return {label, y: scaled(y), ...(column.low ? {low: scaled(column.low), high: scaled(column.high)} : {})};
+}
+
+/** The steps at which the points of a record's curves stand: the last of each bucket, but no later than the last. */
+function stepsOf(record) {
+  const length = Math.max(0, ...Object.values(record.curves.columns).map((column) => column.total.length));
+  return Array.from({length}, (_, i) => Math.min((i + 1) * record.curves.width, Math.max(record.step, i * record.curves.width + 1)));
+}
+
+/** Pictures of several times with a slider: `times` are {label, figures: [{picture, caption}]}. */
+function slider(times, label) {
+  const shown = make("div", {class: "shown"}), told = make("output");
+  const range = make("input", {type: "range", min: 0, max: times.length - 1, value: times.length - 1, "aria-label": label});
+  const show = () => {
+    const time = times[range.value];
+    told.textContent = time.label;
+    shown.replaceChildren(
+      ...time.figures.map(({picture, caption}) =>
+        make("figure", {}, picture ? make("img", {src: picture, alt: caption}) : null, make("figcaption", {}, caption))
+      )
+    );
+  };
+  range.addEventListener("input", show);
+  show();
+  return [make("div", {class: "slider"}, range, told), shown];
+}
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => plots.forEach((plot) => plot.redraw(false)));

@@ -1,0 +1,62 @@
+"""A report as one HTML file, which opens without a server, a network or anything beside it.
+
+The data stand in it as JSON; `common.js` and a script of the page draw them with uPlot. A content security policy lets
+these scripts run and nothing else, and nothing is fetched, whatever captions, prompts and names of files contain.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+UPLOT = ("uplot/uPlot.iife.min.js", "uplot/uPlot.min.css")
+START, END = '<script type="application/json" id="data">', "</script>"
+
+
+def page_of(title: str, script: str, data: Mapping[str, Any]) -> str:
+    """The page that `script`, a file beside this one, draws of `data`."""
+    chart_script, chart_style = map(source_of, UPLOT)
+    scripts = [chart_script, source_of("common.js"), source_of(script)]
+    return source_of("page.html").format(
+        title=escape(title),
+        policy=escape(policy_of(scripts)),
+        licence=escape(source_of("uplot/LICENSE")),
+        style=f"{chart_style}\n{source_of('page.css')}",
+        data=START + as_script(data) + END,
+        scripts="\n".join(f"<script>{text}</script>" for text in scripts),
+    )
+
+
+@cache
+def source_of(name: str) -> str:
+    """The text of a file beside this one."""
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def policy_of(scripts: list[str]) -> str:
+    """What the page may do: run these scripts, show pictures that it holds itself."""
+    hashes = (hashlib.sha256(text.encode()).digest() for text in scripts)
+    allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in hashes)
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
+
+
+def as_script(data: Mapping[str, Any]) -> str:
+    """JSON that ends no script element and begins no comment: it is ASCII and holds no `<`."""
+    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def data_of(page: str) -> dict[str, Any]:
+    """What `page_of` was given. Raises ValueError where that is not to be found."""
+    start = page.find(START)
+    end = page.find(END, start)
+    if start < 0 or end < 0:
+        raise ValueError("it holds no data of a report")
+    data = json.loads(page[start + len(START) : end])
+    if not isinstance(data, dict):
+        raise ValueError("its data are no table")
+    return data

@@ -1,0 +1,185 @@
+// The report of one run.
+"use strict";
+
+const record = readData();
+const {plan, audit, curves} = record;
+const last = record.sessions.at(-1);
+const steps = stepsOf(record);
+const present = (...lines) => lines.filter((line) => line);
+const named = (start) =>
+  Object.keys(curves.columns).filter((name) => name.startsWith(`${start} `)).map((name) => lineOf(curves, name, name.slice(start.length + 1)));
+
+function chartIf(title, lines, options) {
+  return lines.length ? [chart(title, steps, lines, options)] : [];
+}
+
+function secondsPerStep() {
+  const {total, count} = curves.columns.seconds ?? {total: []};
+  const from = total.length - Math.ceil(total.length / 5);  // the last fifth
+  let sum = 0, number = 0;
+  total.forEach((value, i) => {
+    if (i >= from && value !== null) { sum += value; number += count ? count[i] : 1; }
+  });
+  return number ? sum / number : null;
+}
+
+function head() {
+  const end = last?.end, pace = secondsPerStep();
+  const state = !end ? "running, or killed" : end.reason;
+  document.title = `${record.name}: ${state}`;
+  page.replaceChildren(make("h1", {}, record.name));
+  page.append(make("p", {class: "dim"}, `${state} · written ${moment(record.updated)}`));
+  if (end?.error) page.append(make("p", {class: "bad"}, end.error));
+  const facts = [];
+  const fact = (value, label) => facts.push(make("div", {}, make("b", {}, value), make("span", {}, label)));
+  if (plan) {
+    fact(`${record.step} / ${plan.max_train_steps}`, `steps, epoch ${record.epoch} of ${plan.num_epochs}`);
+    if (pace) fact(`${short(pace, 3)} s`, "a step");
+    if (pace && !end) fact(duration(pace * (plan.max_train_steps - record.step)), "left");
+    if (record.loss !== null) fact(short(record.loss), "loss, smoothed");
+    if (record.best) fact(short(record.best.loss), `lowest validation loss, step ${record.best.step}`);
+    fact(plan.base_model, `${plan.network}, ${short(plan.num_trained / 1e6, 3)} million parameters`);
+    fact(plan.device, plan.num_processes > 1 ? `${plan.num_processes} processes` : "device");
+  }
+  page.append(make("div", {class: "facts"}, facts));
+}
+
+function losses() {
+  const over = record.smoothed.over;
+  const lines = present(lineOf(curves, "loss", "loss"), lineOf(curves, "smoothed", `smoothed over ${over} steps`));
+  for (const line of lines.slice(1)) delete line.low;
+  charts("Loss", chartIf("Training", lines, {wide: true}), thinned());
+}
+
+function thinned() {
+  const width = curves.width;
+  const text = `A point is ${width} steps: the line is their mean, the shade goes from the least to the most.`;
+  return width > 1 ? make("p", {class: "dim"}, text) : null;
+}
+
+function validations() {
+  const items = record.validations.items;
+  if (!items.length) return;
+  const x = items.map((item) => item.step);
+  const line = (label, values) => ({
+    label,
+    dots: true,
+    y: values.map((one) => one.loss),
+    low: values.map((one) => (one.error === null ? one.loss : one.loss - one.error)),
+    high: values.map((one) => (one.error === null ? one.loss : one.loss + one.error)),
+  });
+  const levels = items[0].levels.map(({level}, i) => line(`level ${level}`, items.map((item) => item.levels[i] ?? {loss: null, error: null})));
+  const compared = items.map((item) => (item.compared ? {loss: item.compared.mean, error: item.compared.error} : {loss: 0, error: 0}));
+  const list = [chart("All noise levels", x, [line("loss", items)]), chart("By noise level", x, levels)];
+  if (items.length > 1) list.push(chart(`Difference to step ${x[0]}, picture by picture`, x, [line("difference", compared)]));
+  charts("Validation", list, make("p", {class: "dim"}, "Shades are one standard error over pictures."));
+}
+
+function optimization() {
+  charts("Optimization", [
+    ...chartIf("Learning rates", named("lr")),
+    ...chartIf("Gradient norm, before clipping", present(lineOf(curves, "gradient", "all"), ...named("gradient"))),
+    ...chartIf("Weight norm", named("weight")),
+  ]);
+}
+
+function speed() {
+  const card = present(lineOf(curves, "card", "in use", 1e-9), lineOf(curves, "card_peak", "most so far", 1e-9));
+  charts("Speed and memory", [
+    ...chartIf("Seconds a step", present(lineOf(curves, "seconds", "all"), ...named("part"))),
+    ...chartIf("MFU, percent of the card's peak", present(lineOf(curves, "mfu", "MFU", 100))),
+    ...chartIf("TFLOP/s", curves.columns.mfu ? [] : present(lineOf(curves, "tflops", "TFLOP/s"))),
+    ...chartIf("Pictures a second", present(lineOf(curves, "pictures_per_second", "pictures/s"))),
+    ...chartIf("Memory of the card, GB", card),
+    ...chartIf("Main memory, GB", present(lineOf(curves, "main_peak", "most so far", 1e-9))),
+  ]);
+}
+
+function previews() {
+  const times = record.previews.items, numbers = Object.keys(record.prompts);
+  if (!times.length) return;
+  const label = (time) => (time.step ? `step ${time.step}` : "before training");
+  const figures = (time) => numbers.map((n) => ({picture: time.pictures[n], caption: record.prompts[n].prompt}));
+  const cell = (time, n) => make("td", {}, time.pictures[n] ? make("img", {src: time.pictures[n], alt: label(time), loading: "lazy"}) : null);
+  const rows = numbers.map((n) => make("tr", {}, make("th", {}, record.prompts[n].prompt), times.map((time) => cell(time, n))));
+  const grid = make("table", {class: "times"}, make("tr", {}, make("th"), times.map((time) => make("th", {}, label(time)))), rows);
+  const all = make("details", {}, make("summary", {}, "All prompts and times"), make("div", {class: "scroll"}, grid));
+  section("Previews", ...slider(times.map((time) => ({label: label(time), figures: figures(time)})), "time"), all);
+}
+
+function files() {
+  if (!record.files.length) return;
+  const measured = new Map(record.validations.items.map((item) => [item.step, item]));
+  const rows = record.files.map((file) => {
+    const loss = measured.get(file.step);
+    const error = loss?.error ? ` ± ${short(loss.error, 2)}` : "";
+    const isBest = file.kind === "weights" && record.best?.step === file.step;
+    const mark = isBest ? make("span", {class: "mark"}, "lowest validation loss") : "";
+    return [file.name, file.kind, file.step, file.epoch, loss ? short(loss.loss) + error : "–", megabytes(file.num_bytes), mark];
+  });
+  const removed = record.num_removed ? make("p", {class: "dim"}, `${record.num_removed} older ones were deleted.`) : null;
+  section("Saved", table(["file", "what", "step", "epoch", "validation loss", "size", ""], rows, [2, 3, 5]), removed);
+}
+
+function warnings() {
+  if (!record.warnings.length) return;
+  const rows = record.warnings.map((one) => [one.level, one.text, one.count > 1 ? `${one.count} times` : ""]);
+  const more = record.num_warnings_left_out;
+  section("Warnings", table(["", "", ""], rows), more ? make("p", {class: "dim"}, `${more} more are in the log.`) : null);
+}
+
+function data() {
+  if (!audit) return;
+  const subsets = audit.datasets.flatMap(({subsets}) => subsets);
+  const sources = subsets.map((s) => [s.source, s.num_pictures, s.num_repeats, s.num_without_caption, s.is_reg ? "regularisation" : ""]);
+  section("Data", table(["pictures of", "number", "repeats", "without caption", ""], sources, [1, 2, 3]));
+  const buckets = audit.datasets.flatMap(({buckets}) => buckets);
+  const longest = Math.max(...buckets.flatMap((b) => [b.width, b.height]), 1);
+  const shape = (b) => make("div", {class: "shape", style: `width:${(110 * b.width) / longest}px;height:${(110 * b.height) / longest}px`});
+  const shapes = buckets.map((b) => make("figure", {}, shape(b), make("figcaption", {}, `${b.width} × ${b.height}: ${b.num_draws} in ${b.num_batches} batches`)));
+  page.append(make("h3", {}, "Buckets"), make("div", {class: "buckets"}, shapes));
+  const {unit, most, counts} = audit.caption_lengths;
+  if (counts.length) {
+    const bins = binned(counts);
+    const limit = most === null ? "" : `; ${most} reach the model`;
+    const [box, draw] = chart(`Lengths of captions in ${unit}${limit}`, bins.map(([x]) => x), [{label: "captions", y: bins.map(([, n]) => n)}], {unit, bars: true});
+    page.append(box);
+    draw();
+  }
+  if (audit.tags.length) {
+    const tags = audit.tags.map(([tag, count]) => make("span", {}, `${tag} ${count}`));
+    page.append(make("h3", {}, "Commonest tags"), make("div", {class: "tags"}, tags));
+  }
+  if (audit.num_dropped) {
+    const rows = audit.dropped.map((one) => [one.file, one.reason]);
+    page.append(make("h3", {}, `${audit.num_dropped} pictures are left out`), table(["file", "why"], rows));
+  }
+}
+
+/** [length, count] pairs in at most 60 equal bins, at their first lengths, gaps filled with zero. */
+function binned(counts) {
+  const first = counts[0][0], width = Math.ceil((counts.at(-1)[0] - first + 1) / 60);
+  const bins = Array.from({length: Math.floor((counts.at(-1)[0] - first) / width) + 1}, (_, i) => [first + i * width, 0]);
+  for (const [length, count] of counts) bins[Math.floor((length - first) / width)][1] += count;
+  return bins;
+}
+
+function run() {
+  if (!last) return;
+  const shown = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+  const options = Object.entries(last.options).map(([name, value]) => [`--${name}`, shown(value)]);
+  const sessions = record.sessions.map((one) => {
+    const how = one.end ? `${one.end.reason}${one.end.step === null ? "" : ` after step ${one.end.step}`}` : "";
+    return [moment(one.time), one.first_step === null ? "" : `from step ${one.first_step}`, how, one.end ? duration(one.end.seconds) : ""];
+  });
+  section("Run", table(["began", "", "", ""], sessions));
+  if (last.end?.summary) page.append(make("p", {}, last.end.summary));
+  const word = (text) => (/^[\w./=:,+-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
+  if (last.command) page.append(make("details", {}, make("summary", {}, "Command line"), make("pre", {}, last.command.map(word).join(" "))));
+  page.append(make("details", {}, make("summary", {}, "Options that differ from their defaults"), table(["option", "value"], options)));
+  page.append(make("details", {}, make("summary", {}, "Versions"), table(["", ""], Object.entries(last.versions))));
+  const stages = record.stages.map(([name, seconds]) => [name, duration(seconds)]);
+  page.append(make("details", {}, make("summary", {}, "Stages"), table(["stage", "took"], stages)));
+}
+
+for (const part of [head, losses, validations, previews, files, optimization, speed, warnings, data, run]) part();

@@ -1,0 +1,133 @@
+"""Curves and lists of bounded length, whatever comes: a run of 100,000 steps has a small report.
+
+What is kept is a function of what was added alone, so a report that goes on and one that is made afterwards agree.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+MOST_BUCKETS = 1000  # of a curve: about the pixels that a chart is wide
+DIGITS = 7  # of what is kept of a number
+COLUMNS = ("total", "low", "high", "count")
+
+
+def rounded(value: float) -> float:
+    """`value` with `DIGITS` significant digits."""
+    return float(f"{value:.{DIGITS}g}")
+
+
+@dataclass
+class Curve:
+    """A value by bucket of steps: its sum, least, most and count there; None where there is none."""
+
+    total: list[float | None] = field(default_factory=list)
+    low: list[float | None] = field(default_factory=list)
+    high: list[float | None] = field(default_factory=list)
+    count: list[int] = field(default_factory=list)
+
+    def add(self, bucket: int, total: float, low: float, high: float, count: int) -> None:
+        """Put values of a bucket, which are `rounded`, to those that are there."""
+        missing = bucket + 1 - len(self.count)
+        if missing > 0:
+            for column in (self.total, self.low, self.high):
+                column += [None] * missing
+            self.count += [0] * missing
+        before, least, most = self.total[bucket], self.low[bucket], self.high[bucket]
+        if before is not None and least is not None and most is not None:
+            total, low, high = rounded(before + total), min(least, low), max(most, high)
+        self.total[bucket], self.low[bucket], self.high[bucket] = total, low, high
+        self.count[bucket] += count
+
+    def halved(self) -> "Curve":
+        """The same with two buckets in one."""
+        curve = Curve()
+        for bucket, values in enumerate(zip(self.total, self.low, self.high, self.count, strict=True)):
+            total, low, high, count = values
+            if total is not None and low is not None and high is not None:
+                curve.add(bucket // 2, total, low, high, count)
+        return curve
+
+
+@dataclass
+class Curves:
+    """Several curves over the steps of a run, with the same buckets.
+
+    A bucket is `width` steps: one up to `MOST_BUCKETS` steps, and twice as many each time that they would become more.
+    """
+
+    width: int = 1
+    by_name: dict[str, Curve] = field(default_factory=dict)
+
+    def add(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Put in the values of a step, from 1; those that are None are left out."""
+        while (step - 1) // self.width >= MOST_BUCKETS:
+            self.width *= 2
+            self.by_name = {name: curve.halved() for name, curve in self.by_name.items()}
+        for name, value in values.items():
+            if value is not None:
+                kept = rounded(value)
+                self.by_name.setdefault(name, Curve()).add((step - 1) // self.width, kept, kept, kept, 1)
+
+    def cut(self, step: int) -> None:
+        """Forget the buckets behind that of `step`."""
+        num_kept = 0 if step < 1 else (step - 1) // self.width + 1
+        for curve in self.by_name.values():
+            for column in (curve.total, curve.low, curve.high, curve.count):
+                del column[num_kept:]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; least, most and count are left out where every bucket has one value."""
+        columns = {}
+        for name, curve in self.by_name.items():
+            kept = COLUMNS if max(curve.count, default=0) > 1 else COLUMNS[:1]
+            columns[name] = {column: getattr(curve, column) for column in kept}
+        return {"width": self.width, "columns": columns}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Curves":
+        """What `as_json` gave."""
+        curves = cls(values["width"])
+        for name, columns in values["columns"].items():
+            totals = columns["total"]
+            counts = columns.get("count") or [int(total is not None) for total in totals]
+            lows, highs = (columns.get(column) or list(totals) for column in ("low", "high"))
+            curves.by_name[name] = Curve(list(totals), list(lows), list(highs), list(counts))
+        return curves
+
+
+@dataclass
+class Kept:
+    """At most `limit` tables of a longer sequence: the first, the last, and evenly many between them.
+
+    Every `stride`-th is kept; when they become too many, every second one of them goes.
+    """
+
+    limit: int
+    stride: int = 1
+    num_seen: int = 0
+    items: list[dict[str, Any]] = field(default_factory=list)  # "number" is the place in the sequence
+
+    def add(self, item: Mapping[str, Any]) -> None:
+        """Put in the next one."""
+        if self.items and self.items[-1]["number"] % self.stride:
+            self.items.pop()
+        self.items.append({"number": self.num_seen, **item})
+        self.num_seen += 1
+        while len(self.items) > self.limit:
+            self.stride *= 2
+            last = self.items[-1]
+            self.items = [one for one in self.items if one["number"] % self.stride == 0 or one is last]
+
+    def keep_up_to(self, step: int) -> None:
+        """Forget those of later steps."""
+        self.items = [item for item in self.items if item["step"] <= step]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"stride": self.stride, "num_seen": self.num_seen, "items": self.items}
+
+    @classmethod
+    def from_json(cls, limit: int, values: Mapping[str, Any]) -> "Kept":
+        """What `as_json` gave."""
+        items: Sequence[Mapping[str, Any]] = values["items"]
+        return cls(limit, values["stride"], values["num_seen"], [dict(item) for item in items])

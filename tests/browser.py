@@ -1,0 +1,72 @@
+"""Pages in headless Chromium, without a driver: a script put into a copy of the page looks at it from inside."""
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-extensions",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+    "--window-size=1250,1400",
+)  # fmt: skip
+WATCH = """
+window.told = [];
+const tell = (text) => window.told.push(String(text));
+for (const kind of ["error", "warn"]) console[kind] = (...words) => tell(words.join(" "));
+addEventListener("error", (event) => tell(event.message), true);
+addEventListener("unhandledrejection", (event) => tell(event.reason));
+addEventListener("securitypolicyviolation", (event) => tell(`policy: ${event.violatedDirective} ${event.blockedURI}`));
+"""
+ASK = """
+addEventListener("load", () => setTimeout(async () => {
+  let found;
+  try { found = await (async () => { %s })(); } catch (error) { found = {failed: String(error)}; }
+  document.body.append(Object.assign(document.createElement("pre"), {id: "answer", textContent: JSON.stringify(
+    {found, told: window.told})}));
+}, 0));
+"""
+ANSWER = re.compile(r'<pre id="answer">(.*?)</pre>', re.DOTALL)
+
+
+def with_scripts(page: str, *scripts: str) -> str:
+    """The page with scripts before its own, which its policy lets run."""
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
+    hashes = "".join(f"&#x27;sha256-{digest}&#x27; " for digest in digests)
+    page, count = re.subn("script-src ", lambda _: f"script-src {hashes}", page, count=1)
+    assert count == 1, "the page has no policy"
+    tags = "".join(f"<script>{text}</script>" for text in scripts)
+    return page.replace("</title>", f"</title>{tags}", 1)
+
+
+def run(page: Path, folder: Path, *words: str) -> bytes:
+    """What Chromium prints for a page; `folder` takes its profile. Nothing but this page is there for it."""
+    assert CHROMIUM is not None
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    done = subprocess.run([*command, *words, page.resolve().as_uri()], capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    return done.stdout
+
+
+def ask(page: str, script: str, folder: Path) -> tuple[Any, list[str]]:
+    """(what the body `script` of an async function returns in the page, errors and warnings that were seen)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / "asked.html"
+    copy.write_text(with_scripts(page, WATCH, ASK % script), encoding="utf-8")
+    dumped = run(copy, folder, "--virtual-time-budget=5000", "--dump-dom").decode("utf-8")
+    answer = ANSWER.search(dumped)
+    assert answer is not None, dumped[-2000:]
+    told = json.loads(unescape(answer[1]))
+    return told["found"], told["told"]
+
+
+def screenshot(page: Path, picture: Path, folder: Path, size: str = "1250,1400", is_dark: bool = False) -> None:
+    """Write a PNG of the top of a page."""
+    dark = ["--blink-settings=preferredColorScheme=0"] if is_dark else []
+    run(page, folder, f"--window-size={size}", f"--screenshot={picture}", "--virtual-time-budget=3000", *dark)

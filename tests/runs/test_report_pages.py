@@ -1,0 +1,92 @@
+"""The report as a browser shows it."""
+
+from pathlib import Path
+
+import pytest
+
+from library.training.report.page import data_of
+from library.training.report.record import Record
+from library.training.report.writer import report_of
+from tests.browser import CHROMIUM, ask
+from tests.event_lines import EVIL, lines_of, whole_run
+
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed; on Debian: apt install chromium")
+
+LOOK = """
+const drawn = [...document.querySelectorAll("canvas")].map((canvas) => {
+  const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  const colours = new Set();
+  for (let i = 0; i < data.length; i += 4) if (data[i + 3] > 200) colours.add(data.slice(i, i + 3).join());
+  return colours.size;
+});
+const range = document.querySelector("input[type=range]");
+const shown = () => [document.querySelector("output").textContent,
+  ...[...document.querySelectorAll(".shown img")].map((img) => img.src)];
+await Promise.all([...document.querySelectorAll(".shown img")].map((img) => img.decode()));
+const last = shown();
+range.value = 0;
+range.dispatchEvent(new Event("input"));
+await Promise.all([...document.querySelectorAll(".shown img")].map((img) => img.decode()));
+const texts = (selector) => [...document.querySelectorAll(selector)].map((one) => one.textContent);
+return {
+  drawn, last, first: shown(), title: document.title, text: document.body.innerText,
+  points: Math.max(...plots.map((plot) => plot.data[0].length)),
+  headings: texts("h2"), captions: texts(".shown figcaption"), width: document.documentElement.scrollWidth,
+  images: document.querySelectorAll("img:not([src^='data:'])").length,
+};
+"""
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    """The report of a run of 100,000 steps whose texts are an attack."""
+    record = Record()
+    for line in lines_of(whole_run(1000)):
+        for more in range(100) if line["event"] == "step" else [99]:
+            number = line.get("step", 0)
+            is_told = number and line["event"] != "end"
+            record.add({**line, "step": (number - 1) * 100 + more + 1} if is_told else line)
+    return report_of(record)
+
+
+def test_a_run_of_100000_steps_has_a_small_page(page: str) -> None:
+    assert len(page) < 1_000_000
+    columns = data_of(page)["curves"]["columns"]
+    assert max(len(column["total"]) for column in columns.values()) == 782 and len(columns) > 15
+
+
+@in_browser
+def test_charts_are_drawn_the_slider_works_and_texts_stay_texts(page: str, tmp_path: Path) -> None:
+    found, told = ask(page, LOOK, tmp_path)
+    assert told == [] and "failed" not in found, (told, found)
+    assert found["headings"] == [
+        "Loss", "Validation", "Previews", "Saved", "Optimization", "Speed and memory", "Warnings", "Data", "Run",
+    ]  # fmt: skip
+    assert len(found["drawn"]) == 13 and min(found["drawn"]) >= 3  # axes, grid, and at least one line
+    assert found["points"] == 782  # of 128 steps each
+    assert found["title"] == "cat: finished" and found["images"] == 0
+    assert found["last"][0] == "step 100000" and found["first"][0] == "step 10000"
+    assert len(found["last"]) == len(found["first"]) == 4 and not set(found["last"]) & set(found["first"])
+    assert found["captions"] == ["a cat", EVIL, "a dog"]
+    assert found["text"].count("onerror=") >= 6  # prompt, folder, picture, tag, warning, file
+    assert found["width"] <= 1250 and "lowest validation loss" in found["text"]
+
+
+@in_browser
+def test_it_follows_the_colours_of_the_system(page: str, tmp_path: Path) -> None:
+    light, _ = ask(page, "return getComputedStyle(document.body).backgroundColor;", tmp_path / "light")
+    dark_page = page.replace("(prefers-color-scheme: dark)", "(min-width: 1px)", 1)
+    dark, told = ask(dark_page, "return getComputedStyle(document.body).backgroundColor;", tmp_path / "dark")
+    assert (light, dark, told) == ("rgb(255, 255, 255)", "rgb(21, 24, 28)", [])
+
+
+@in_browser
+def test_a_run_that_has_just_begun_can_be_looked_at(tmp_path: Path) -> None:
+    lines = lines_of(whole_run(40))
+    plan = next(i for i, line in enumerate(lines) if line["event"] == "plan")
+    for number in (plan + 1, plan + 4):
+        record = Record()
+        for line in lines[:number]:
+            record.add(line)
+        found, told = ask(report_of(record), "return document.title;", tmp_path)
+        assert (found, told) == ("cat: running, or killed", [])

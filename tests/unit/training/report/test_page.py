@@ -1,0 +1,108 @@
+"""The page of a report, without a browser."""
+
+import base64
+import hashlib
+import json
+import re
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from library.errors import UserError
+from library.training.report.page import HERE, UPLOT, data_of, page_of
+from library.training.report.record import Record
+from library.training.report.writer import ReportWriter, earlier_record, read_report, report_of
+from tests.event_lines import EVIL, lines_of, whole_run
+
+
+class Elements(HTMLParser):
+    """Collects what a browser would see as elements and scripts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags[-1:] and self.tags[-1][0] == "script":
+            self.scripts.append(data)
+
+
+def record_of_run(num_steps: int = 30, name: str = "cat") -> Record:
+    record = Record()
+    for line in lines_of(whole_run(num_steps, name)):
+        record.add(line)
+    return record
+
+
+def test_texts_of_others_are_data_and_nothing_else() -> None:
+    record = record_of_run(name=EVIL)
+    page = report_of(record)
+    elements = Elements(page)
+    tags = [tag for tag, _ in elements.tags]
+    assert tags.count("script") == 4 and "img" not in tags and tags.count("title") == 1
+    assert not any(name.startswith("on") for _, attributes in elements.tags for name in attributes)
+    assert data_of(page) == json.loads(json.dumps(record.as_json()))
+    assert data_of(page)["prompts"]["1"]["prompt"] == EVIL
+
+
+def test_nothing_is_fetched_and_only_its_own_scripts_run() -> None:
+    elements = Elements(report_of(record_of_run()))
+    assert [name for _, attributes in elements.tags for name in attributes if name in ("src", "href")] == []
+    (policy,) = (a["content"] for _, a in elements.tags if a.get("http-equiv") == "Content-Security-Policy")
+    allowed = set(re.findall(r"'sha256-([^']+)'", unescape(policy or "")))
+    scripts = [text for text in elements.scripts[1:] if text.strip()]  # the first are the data
+    assert {base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts} == allowed
+    assert (policy or "").startswith("default-src 'none'; img-src data:;")
+
+
+@pytest.mark.parametrize("name", UPLOT)
+def test_uplot_is_the_file_that_its_page_names(name: str) -> None:
+    digest = hashlib.sha256((HERE / name).read_bytes()).hexdigest()
+    assert f"`{digest}`" in (HERE / "uplot" / "README.md").read_text()
+    assert "Permission is hereby granted, free of charge" in (HERE / "uplot" / "LICENSE").read_text()
+
+
+def test_it_is_written_when_training_begins_then_every_half_minute_and_at_the_end(tmp_path: Path) -> None:
+    now, path = [0.0], tmp_path / "out" / "cat-report.html"
+    writer = ReportWriter(path, None, clock=lambda: now[0])
+    lines = lines_of(whole_run(30))
+    plan = next(i for i, line in enumerate(lines) if line["event"] == "plan")
+
+    def step_shown() -> int:
+        return read_report(path).step
+
+    writer.take(lines[:plan])
+    assert not path.exists()
+    writer.take(lines[plan : plan + 5])
+    assert step_shown() == 3
+    now[0] = 29.9
+    writer.take(lines[plan + 5 : plan + 9])
+    assert step_shown() == 3
+    now[0] = 30.0
+    writer.take(lines[plan + 9 : plan + 12])
+    assert step_shown() == 5
+    writer.take(lines[plan + 12 :])
+    writer.close()
+    assert path.read_text(encoding="utf-8") == report_of(record_of_run(30))
+    assert [file.name for file in path.parent.iterdir()] == ["cat-report.html"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "<html></html>", page_of("x", "report.js", {"version": 99}), page_of("x", "report.js", {"a": 1})]
+)
+def test_what_is_no_report_is_said_and_replaced(content: str, tmp_path: Path, caplog: Any) -> None:
+    path = tmp_path / "cat-report.html"
+    assert earlier_record(path) is None and caplog.text == ""
+    path.write_text(content)
+    assert earlier_record(path) is None
+    assert f"{path} is no report of this version" in caplog.text
+    with pytest.raises(UserError, match="is no report"):
+        read_report(path)

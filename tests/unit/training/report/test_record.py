@@ -1,0 +1,96 @@
+"""A report's record, from events."""
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from library.errors import UserError
+from library.training.report.record import Record
+from library.training.report.writer import record_of
+from library.training.reporting import events
+from tests.event_lines import EVIL, lines_of, plan, preview, saved, start, step, validation, whole_run
+
+
+def folded(lines: list[dict[str, Any]], record: Record | None = None) -> Record:
+    record = record or Record()
+    for line in lines:
+        record.add(line)
+    return record
+
+
+@pytest.mark.parametrize("num_steps", [30, 2300])
+def test_a_record_that_was_written_and_read_goes_on_as_the_one_in_memory(num_steps: int) -> None:
+    lines = lines_of(whole_run(num_steps, seed=3))
+    whole = folded(lines)
+    rng = random.Random(5)
+    for stop in rng.sample(range(len(lines)), 4):
+        half = json.loads(json.dumps(folded(lines[:stop]).as_json()))
+        assert folded(lines[stop:], Record.from_json(half)).as_json() == whole.as_json()
+
+
+def test_the_smoothed_loss_is_an_average_of_all_losses_the_older_the_less() -> None:
+    rng = random.Random(1)
+    losses = [rng.random() for _ in range(50)]
+    told = [plan(400), *(step(i + 1, rng, loss) for i, loss in enumerate(losses))]
+    record = folded(lines_of(told))
+    assert record.smoothed.over == 20
+    weights = [(1 - 1 / 20) ** (49 - i) for i in range(50)]
+    expected = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+    assert record.loss == pytest.approx(expected, rel=1e-12)
+    missing = folded(lines_of([step(51, rng, float("nan"))]), record)
+    assert missing.loss == record.loss and missing.step == 51
+
+
+def test_a_run_that_goes_on_forgets_what_it_lost_and_keeps_the_rest() -> None:
+    rng = random.Random(2)
+    killed = [start(), events.Warned("warning", "x", "first"), plan(100), *(step(i, rng) for i in range(1, 31))]
+    killed += [validation(10, 0.3, (10, 0.3)), preview(10, 0, "a cat"), validation(30, 0.2, (30, 0.2))]
+    killed += [preview(30, 0, "a cat"), saved(20)]
+    resumed = [start(), events.Warned("warning", "x", "second"), plan(100, first_step=20)]
+    resumed += [step(i, rng) for i in range(21, 26)]
+    record = folded(lines_of(killed) + lines_of(resumed, started=1.9e9))
+    assert len(record.curves.by_name["loss"].total) == 25 and record.step == 25
+    assert [one["step"] for one in record.validations.items] == [10] == [one["step"] for one in record.previews.items]
+    assert [one["step"] for one in record.files] == [20]
+    assert [one["first_step"] for one in record.sessions] == [0, 20]
+    assert [one["text"] for one in record.warnings] == ["first", "second"]
+
+
+def test_a_run_from_the_beginning_forgets_earlier_ones_of_the_same_file() -> None:
+    first, second = lines_of(whole_run(40, "dog")), lines_of(whole_run(30, seed=4), started=1.9e9)
+    assert folded(first + second).as_json() == folded(second).as_json()
+
+
+def test_files_that_were_deleted_or_written_again_are_listed_once() -> None:
+    told = [saved(10), saved(20), saved(5, "best", "b"), saved(30), saved(25, "best", "b")]
+    told.append(events.Removed("out/cat-step00000010.safetensors"))
+    record = folded(lines_of(told))
+    assert [(one["step"], one["name"]) for one in record.files] == [
+        (20, "cat-step00000020.safetensors"),
+        (30, "cat-step00000030.safetensors"),
+        (25, "b"),
+    ]
+    assert record.num_removed == 1
+
+
+def test_warnings_are_counted_and_their_number_is_bounded() -> None:
+    told = [events.Warned("warning", "x", "again")] * 5
+    told += [events.Warned("error", "x", str(i)) for i in range(300)]
+    record = folded(lines_of(told))
+    assert record.warnings[0]["count"] == 5 and len(record.warnings) == 100 and record.num_warnings_left_out == 201
+
+
+@pytest.mark.parametrize("url", ["https://example.org/a.webp", f"data:image/webp;base64,{EVIL}", "javascript:alert(1)"])
+def test_pictures_that_are_none_are_left_out(url: str) -> None:
+    (line,) = lines_of([preview(1, 0, "a cat")])
+    assert folded([{**line, "thumbnail": url}]).previews.items == []
+
+
+@pytest.mark.parametrize("line", ["[1]", "{}", "no json", '{"event": "step", "time": 1}', '"start"'])
+def test_a_line_that_is_no_event_is_named(line: str) -> None:
+    good = json.dumps(lines_of([start()])[0])
+    with pytest.raises(UserError, match=r"events\.jsonl: line 2 is no event"):
+        record_of([good + "\n", line + "\n"], "events.jsonl")
+    record_of([good + "\n", line], "events.jsonl")  # cut off by a kill
