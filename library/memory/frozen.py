@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.grad import conv2d_input
 
+from library.memory.forms.codes import Codes, input_gradient, output
 from library.memory.forms.form import Decoder, Form, Parts
 
 Handle = Callable[[], Parts]
@@ -31,6 +32,7 @@ class FrozenLayer(nn.Module):
     weight_shape: torch.Size
     weight_dtype: torch.dtype
     bias: Tensor | None
+    multiplies_codes = False  # whether the product is one of 8-bit numbers; the weight that is read is decoded anyway
 
     @property
     def weight(self) -> Tensor:
@@ -42,9 +44,21 @@ class FrozenLayer(nn.Module):
         """The weight to compute with in `dtype`, before anything else asks for one."""
         return self.form.decode(self.handle(), self.weight_shape, dtype)
 
+    def own_codes(self) -> Codes | None:
+        """What the layer multiplies with as it is stored; None where it decodes its weight."""
+        return self.form.codes(self.handle()) if self.multiplies_codes else None
+
     def own_parts(self) -> Parts:
         """The handle of a layer whose parts are its own parameters."""
         return {name: part for name, part in self._parameters.items() if part is not None and name != "bias"}
+
+    def product(self, x: Tensor) -> Tensor:
+        """What the layer makes of `x`, in its dtype."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        codes = self.own_codes()
+        if codes is not None:
+            return output(x, codes, bias)
+        return self.compute(x, self.weight_in(x.dtype), bias)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What the layer makes of `x`."""
@@ -58,7 +72,7 @@ class FrozenLayer(nn.Module):
         device = input.device.type
         if torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
-        product: Tensor = _Product.apply(input, self)  # type: ignore[no-untyped-call]
+        product: Tensor = _Product.apply(input, self, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
         return product
 
 
@@ -96,14 +110,18 @@ class _Product(torch.autograd.Function):
     """A layer's product. What is kept for the backward pass is the layer, not its weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: FrozenLayer) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: FrozenLayer, trains: bool) -> Tensor:
         ctx.layer, ctx.shape = layer, x.shape
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return layer.compute(x, layer.weight_in(x.dtype), bias)
+        # Nothing here needs a gradient, so nothing is recorded; but who counts arithmetic asks whether there could be.
+        with torch.set_grad_enabled(trains):
+            return layer.product(x.detach())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.layer.input_gradient(gradient, ctx.layer.weight_in(gradient.dtype), ctx.shape), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        codes = ctx.layer.own_codes()
+        if codes is not None:
+            return input_gradient(gradient, codes), None, None
+        return ctx.layer.input_gradient(gradient, ctx.layer.weight_in(gradient.dtype), ctx.shape), None, None
 
 
 def can_be_frozen(layer: nn.Module) -> bool:
@@ -165,3 +183,13 @@ def store_all_in(form: Form, layers: Iterable[nn.Module]) -> int:
         if can_be_frozen(layer):
             store_in(form, layer)
     return sum(isinstance(layer, FrozenLayer) for layer in layers)
+
+
+def multiply_codes(layers: Iterable[FrozenLayer]) -> int:
+    """Let those of the layers compute with 8-bit numbers that can, before their weights wait; gives how many do."""
+    count = 0
+    for layer in layers:
+        codes = layer.form.codes(layer.own_parts()) if isinstance(layer, FrozenLinear) else None
+        layer.multiplies_codes = codes is not None and codes.can_be_multiplied
+        count += layer.multiplies_codes
+    return count

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from library.options.base import Options, option
 
+EIGHT_BIT_FORMS = ("fp8", "int8", "int8_rotated")  # values of --base_format that can be multiplied as they are
+
 
 @dataclass(frozen=True)
 class MemoryOptions(Options):
@@ -104,6 +106,20 @@ class PrecisionOptions(Options):
         "computed with in --mixed_precision. fp8 and int8 take a byte each, int8_rotated errs least of the 8-bit ones "
         "where a layer has outliers, nf4 takes about half a byte and needs bitsandbytes, nf4_double a little less.",
     )
+
+    base_arithmetic: str = option(
+        "decoded",
+        own=True,
+        choices=("decoded", "8bit"),
+        help="How the denoiser's blocks multiply with weights that are stored in 8 bits: decoded to the format of "
+        "--mixed_precision, or as they are, activations and gradients rounded to 8 bits too. Faster on some cards, at "
+        "about twice the rounding; best with --base_format int8_rotated.",
+    )
+
+    @property
+    def multiplies_codes(self) -> bool:
+        """Whether products are ones of 8-bit numbers."""
+        return self.base_arithmetic == "8bit"
 
     @property
     def denoiser_format(self) -> str | None:

@@ -33,6 +33,7 @@ SINCE_0_11_OF_FLOW_MODELS = {"show_timesteps": None, "show_timesteps_resolution"
 OURS = {  # the first of those and what sd-scripts does not have, with their defaults; one a line
     **SINCE_0_11,
     "autoresume": False,
+    "base_arithmetic": "decoded",
     "base_format": None,
     "blocks_to_swap": None,
     "deterministic": False,

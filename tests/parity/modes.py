@@ -14,7 +14,7 @@ from library.memory.blocks import BlockRunner, Every, plain, recompute
 from library.memory.forms.form import Form
 from library.memory.forms.named import FORMS
 from library.memory.forms.plain import Plain
-from library.memory.frozen import FrozenLayer, layers_in_blocks, store_all_in
+from library.memory.frozen import FrozenLayer, frozen_layers, layers_in_blocks, multiply_codes, store_all_in
 from library.memory.places.ring import Ring
 from library.memory.places.streamed import stream
 from networks.core.protocol import adopt
@@ -81,17 +81,21 @@ def gradients(
     mode: Mode,
     change: Callable[[Ring], None] | None = None,
     is_decoded: bool = False,
+    is_multiplied: bool = False,
     device: torch.device = CPU,
 ) -> list[Tensor]:
     """The loss and the gradients of all adapters' parameters in the second of two equal steps.
 
-    `change` may break the ring. With `is_decoded` the form's rounding is taken over into layers of torch's own.
+    `change` may break the ring. With `is_multiplied` codes are multiplied as they are. With `is_decoded` the form's
+    rounding is taken over into layers of torch's own.
     """
     deep = DEEP[mode.base]
     model = deep.frozen(51)
     form = ALL_FORMS[mode.form]
     if form is not None:
         store_all_in(form, layers_in_blocks(model).values())
+    if is_multiplied:
+        assert multiply_codes(frozen_layers(model)) > 4
     if is_decoded:
         decode(model)
     elif mode.place == "streamed":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from library.memory.blocks import Every, plain, recompute
 from library.memory.compiled import Compiled, CompiledBlock, CompileSettings
 from library.memory.forms.plain import Plain
-from library.memory.frozen import layers_in_blocks, store_all_in
+from library.memory.frozen import frozen_layers, layers_in_blocks, multiply_codes, store_all_in
 from library.memory.places.streamed import stream
 from library.memory.planner.counter import FlopCounter
 from tests.parity.deep import DEEP
@@ -43,13 +43,15 @@ def fresh_compiler() -> Iterator[None]:
 
 def gradients(
     base: str, adapter: str = "lora", runner: str = "plain", form: str = "none", place: str = "device",
-    settings: CompileSettings | None = None,
+    settings: CompileSettings | None = None, is_multiplied: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """The loss and the gradients of all adapters' parameters in the second of two equal steps."""
     deep = DEEP[base]
     model = deep.frozen(61)
     if (kind := ALL_FORMS[form]) is not None:
         store_all_in(kind, layers_in_blocks(model).values())
+    if is_multiplied:
+        assert multiply_codes(frozen_layers(model)) > 4
     if place == "streamed":
         stacks = deep.stacks(model)
         store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
@@ -94,6 +96,20 @@ def test_gradients_are_those_of_plain_blocks_and_graphs_are_few(
     assert len(found) == len(wanted) > 4
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, **(FLOAT32_SAME_MATH if adapter == "dora" else EXACT))
+
+
+@pytest.mark.parametrize(
+    ("base", "form"),
+    [("anima", "int8_rotated"), *(pytest.param(base, "fp8", marks=pytest.mark.slow) for base in ("sd3", "sd"))],
+)
+def test_products_in_8_bits_are_compiled_with_their_block(base: str, form: str) -> None:
+    backend = CountingBackend()
+    wanted = gradients(base, runner="recompute", form=form, is_multiplied=True)
+    settings = CompileSettings(backend, needs_full_graph=True)
+    found = gradients(base, runner="recompute", form=form, settings=settings, is_multiplied=True)
+    assert 0 < backend.num_graphs <= MOST_GRAPHS[base]
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.slow

@@ -109,6 +109,18 @@ def test_a_rehearsal_takes_the_mode_that_was_asked_for(run: Callable[..., Finish
     assert not (tmp_path / "dry" / "mine.safetensors").exists()
 
 
+def test_products_in_8_bits_train_as_decoded_ones(run: Callable[..., Finished], name: str, tmp_path: Path) -> None:
+    """Losses of the same steps are within 2 %: what rounding activations to 8 bits changes in a few layers."""
+    form = ["--base_format", "int8_rotated", "--mixed_precision", "bf16"]
+    decoded = run("decoded", *form)
+    waiting = ["--blocks_to_swap", WAITING[name], "--gradient_checkpointing"]
+    multiplied = run("multiplied", *form, "--base_arithmetic", "8bit", *waiting)
+    assert re.search(r"denoiser: \d+ layers multiply in 8 bits", multiplied.stderr)
+    assert ("convolutions" in multiplied.stderr) == (name in ("sd", "sdxl"))
+    assert multiplied.losses == pytest.approx(decoded.losses, rel=0.02)
+    assert not same(tmp_path / "decoded", tmp_path / "multiplied")
+
+
 def test_a_checkpoint_in_8_bits_trains_as_the_numbers_that_it_stands_for(
     run: Callable[..., Finished], name: str, model: list[str], tmp_path: Path
 ) -> None:

@@ -32,11 +32,14 @@ MOST_BEFORE, LEAST_AFTER = 0.1, 0.7
 PAGE = start.ROOT / "docs" / "networks.md"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_learns(kind: str, tmp_path: Path) -> None:
+IN_8_BITS = ("--base_format", "int8_rotated", "--base_arithmetic", "8bit")
+
+
+@pytest.mark.parametrize("words", [*KINDS.values(), IN_8_BITS], ids=[*KINDS, "in 8 bits"])
+def test_it_learns(words: tuple[str, ...], tmp_path: Path) -> None:
     command = [*start.training_command(Path(sys.executable), start.num_threads()), "--output_dir", str(tmp_path)]
     environment = start.child_environment()
-    done = subprocess.run([*command, *KINDS[kind]], cwd=start.ROOT, env=environment, capture_output=True, timeout=3600)
+    done = subprocess.run([*command, *words], cwd=start.ROOT, env=environment, capture_output=True, timeout=3600)
     assert done.returncode == 0, done.stderr.decode("utf-8", "replace")[-4000:]
     adapter, prompts = tmp_path / Path(start.ADAPTER).name, start.ROOT / start.PROMPTS
     before, after = draw_before_and_after(start.ROOT / start.TOY_BASE, adapter, prompts, tmp_path / "both.png")

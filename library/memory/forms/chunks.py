@@ -16,6 +16,7 @@ def encode_in_chunks(weight: Tensor, encode: Callable[[Tensor], Parts]) -> Parts
     weight_OI = weight.detach().flatten(1)
     num_rows = len(weight_OI)
     rows = min(num_rows, max(1, NUM_VALUES // weight_OI.shape[1] // STEP) * STEP)
+    rows = num_rows if weight.is_meta else rows  # which costs no memory
     whole: dict[str, Tensor] = {}
     filled: dict[str, int] = {}
     for first in range(0, num_rows, rows):

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from library.memory.forms.codes import Codes
+
 Parts = Mapping[str, Tensor]
 """The tensors in which a weight is stored, by the names that they have on their layer."""
 
@@ -18,6 +20,10 @@ class Decoder(Protocol):
 
     def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The weight of that shape in `dtype`, rounded as the form rounds it; possibly the stored tensor itself."""
+        ...
+
+    def codes(self, parts: Parts) -> Codes | None:
+        """What of it can be multiplied with without decoding it; None for forms that have nothing of the kind."""
         ...
 
 

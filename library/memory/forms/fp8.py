@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from library.memory.forms.chunks import encode_in_chunks
+from library.memory.forms.codes import FP8, Codes
 from library.memory.forms.form import Parts
 
-FP8 = torch.float8_e4m3fn
-LARGEST = 448.0  # of that format
+LARGEST = 448.0  # of float8_e4m3fn
 SMALLEST = -24  # exponent of a factor: float16 holds no smaller power of two
 
 
@@ -23,6 +23,9 @@ class Fp8Rows:
 
     def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return (parts["codes"].to(dtype) * parts["scales"].to(dtype)).reshape(shape)
+
+    def codes(self, parts: Parts) -> Codes:
+        return Codes(parts["codes"], parts["scales"])
 
 
 def encode_rows(weight_OI: Tensor) -> Parts:

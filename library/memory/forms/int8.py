@@ -1,5 +1,7 @@
 """The form that stores a frozen weight in 8-bit integers, with a factor for each row."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 
 from library.memory.forms.chunks import encode_in_chunks
+from library.memory.forms.codes import Codes
 from library.memory.forms.form import Parts
 
 LARGEST = 127  # the range is symmetric, so that zero stays zero
@@ -37,6 +40,9 @@ class Int8Rows:
         weight_OI = parts["codes"].to(dtype) * parts["scales"].to(dtype)
         return (turn(weight_OI) if self.is_rotated else weight_OI).reshape(shape)
 
+    def codes(self, parts: Parts) -> Codes:
+        return Codes(parts["codes"], parts["scales"], turn if self.is_rotated else None)
+
 
 def turn(weight_OI: Tensor) -> Tensor:
     """Each group of inputs times a Hadamard matrix, which is its own inverse."""
@@ -48,6 +54,15 @@ def turn(weight_OI: Tensor) -> Tensor:
 def group_size(num_inputs: int) -> int:
     """The largest power of two up to 256 that divides the number of inputs; 1, which turns nothing, where it is odd."""
     return min(num_inputs & -num_inputs, MOST_ROTATED)
+
+
+@contextmanager
+def matrices_forgotten() -> Iterator[None]:
+    """Do not keep what is made within, where tensors may have no values."""
+    try:
+        yield
+    finally:
+        hadamard.cache_clear()
 
 
 @cache

@@ -52,6 +52,9 @@ class Nf4:
         weight: Tensor = functional().dequantize_4bit(parts["codes"], state)
         return weight.reshape(shape)
 
+    def codes(self, parts: Parts) -> None:
+        return None
+
     def factors(self, parts: Parts) -> Tensor:
         """The factor of every group of values, float32."""
         if not self.is_double:

@@ -19,3 +19,6 @@ class Plain:
 
     def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return parts["values"].to(dtype)
+
+    def codes(self, parts: Parts) -> None:
+        return None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from library.memory.forms.codes import Codes
 from library.memory.forms.form import Parts
 
 
@@ -22,3 +23,6 @@ class Scaled:
     def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         values = self.times(parts["codes"].to(dtype), parts["scales"])
         return (values if self.turn is None else self.turn(values)).reshape(shape)
+
+    def codes(self, parts: Parts) -> Codes:
+        return Codes(parts["codes"], parts["scales"], self.turn)

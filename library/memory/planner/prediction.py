@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.memory.planner.cards import GIB, Card
 from library.memory.planner.steps import CountedOptimizer, Move, Timeline, peak_of
-from library.memory.planner.weights import STORED_FORMS, ModelWeights
+from library.memory.planner.weights import STORED_FORMS, ModelWeights, multiplied
 
 # Assumed until a card has been measured: the context of CUDA with the workspaces of its libraries, and how much more of
 # a step's tensors than their bytes the allocator takes from the card.
@@ -45,6 +45,7 @@ class CountedStep:
     optimizer: CountedOptimizer
     waiting_places: Callable[[int], Collection[int]]  # the blocks that wait for a number of --blocks_to_swap
     most_waiting: int
+    multiplies_codes: bool = False  # as they are: it was counted so
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Predicted:
 
 def predict(step: CountedStep, way: Way, card: Card, correction: float = 1.0) -> Predicted:
     """`correction` is how many times what was counted the tensors of a step besides the weights really take."""
-    form = STORED_FORMS[way.form]
+    form = multiplied(STORED_FORMS[way.form]) if step.multiplies_codes else STORED_FORMS[way.form]
     waiting = step.waiting_places(way.num_waiting)
     moves = list(moves_of(step, way))
     denoiser_form, text_form = step.own_forms

@@ -7,6 +7,7 @@ from pathlib import Path, PureWindowsPath
 
 from library.errors import UserError
 from library.memory.planner.cards import parse_size
+from library.options.memory import EIGHT_BIT_FORMS
 from library.options.optimizer import OptimizerOptions
 from library.options.rules import check_ranges, is_set, unused
 from library.options.support import unsupported
@@ -175,11 +176,35 @@ def check_precision(options: TrainOptions) -> None:
                 f"--{flag} and --base_format {precision.base_format} ask for two forms of the same weights; leave one "
                 "of them out"
             )
+    check_arithmetic(options)
     if precision.mixed_precision == "fp16" and not options.dataset.debug_dataset and not has_accelerator():
         raise UserError(
             "--mixed_precision fp16 needs a GPU and none is found; use --mixed_precision bf16 or no on the CPU"
         )
     check_full_fp16(options)
+
+
+def check_arithmetic(options: TrainOptions) -> None:
+    """Raise UserError for --base_arithmetic 8bit with weights that are in no 8 bits, or may be in others."""
+    precision = options.precision
+    if not precision.multiplies_codes:
+        return
+    form = precision.denoiser_format
+    if form not in (None, *EIGHT_BIT_FORMS):
+        raise UserError(
+            f"--base_arithmetic 8bit multiplies weights that are stored in 8 bits, and --base_format {form} has none; "
+            f"use --base_format {' or '.join(EIGHT_BIT_FORMS)}, or leave out --base_arithmetic"
+        )
+    if form is None and options.network.base_weights:
+        raise UserError(
+            "--base_arithmetic 8bit needs weights in 8 bits, and those that --base_weights are merged into are whole "
+            "again; add --base_format int8_rotated"
+        )
+    if options.fit.fit_formats:
+        raise UserError(
+            "--base_arithmetic 8bit and --fit_formats: which forms can be multiplied as they are differs from form to "
+            "form; leave out --fit_formats and set --base_format"
+        )
 
 
 def check_full_fp16(options: TrainOptions) -> None:

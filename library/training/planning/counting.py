@@ -17,7 +17,9 @@ from library.checkpoints.weights import without_values
 from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_layers_with
 from library.memory.devices import DTYPES
 from library.memory.forms.form import AS_IN_FILE, WantedForm
-from library.memory.frozen import frozen_layers, layers_in_blocks
+from library.memory.forms.int8 import matrices_forgotten
+from library.memory.forms.named import FORMS
+from library.memory.frozen import frozen_layers, layers_in_blocks, multiply_codes
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes, norms_as_on_cards
 from library.memory.planner.prediction import CountedStep
@@ -81,7 +83,7 @@ class Sketch:
 
 def count_run(options: TrainOptions, arch: Architecture, batch: BatchShape, device: torch.device) -> CountedRun:
     """Count a run on `device` whose largest batch is `batch`. Raises UserError as setting up the run would."""
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]), matrices_forgotten():
         with FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if device.type == "cpu" else norms_as_on_cards():
             sketch = sketch_run(options, arch)
             denoiser, network = sketch.models.denoiser, sketch.network
@@ -109,6 +111,7 @@ def count_run(options: TrainOptions, arch: Architecture, batch: BatchShape, devi
         optimizer=optimizer,
         waiting_places=waiting.places,
         most_waiting=waiting.most,
+        multiplies_codes=options.precision.multiplies_codes,
     )
     return CountedRun(batch, step, tuple(stage for stage in (pictures, captions) if stage is not None))
 
@@ -120,8 +123,9 @@ def storable_layers(model: nn.Module) -> list[nn.Module]:
 
 def sketch_run(options: TrainOptions, arch: Architecture) -> Sketch:
     """The models as the run will have them, in the fake mode that is on."""
-    # Other forms than the file's are closed formulas; merging needs whole weights.
-    encoders, denoiser, vae = load_fakes(arch, None if options.network.base_weights else AS_IN_FILE)
+    encoders, denoiser, vae = load_fakes(arch, form_to_count(options))
+    if options.precision.multiplies_codes:
+        multiply_codes(frozen_layers(denoiser))
     staying = encoders
     if cached_text(options, arch.text_cache) is not None:
         live = live_text(options, arch.text_cache)
@@ -140,6 +144,17 @@ def sketch_run(options: TrainOptions, arch: Architecture) -> Sketch:
         give_fakes(network.module, DTYPES[options.precision.mixed_precision])
     network.module.train()
     return Sketch(models, encoders, vae, network)
+
+
+def form_to_count(options: TrainOptions) -> WantedForm | None:
+    """How the step has its weights while it is counted.
+
+    Other forms than the file's are closed formulas, unless they are multiplied as they are; merging needs whole
+    weights.
+    """
+    if options.precision.multiplies_codes and options.precision.denoiser_format is not None:
+        return FORMS[options.precision.denoiser_format]
+    return None if options.network.base_weights else AS_IN_FILE
 
 
 def load_fakes(arch: Architecture, form: WantedForm | None) -> tuple[list[nn.Module], nn.Module, nn.Module]:

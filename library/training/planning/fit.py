@@ -40,6 +40,8 @@ class Fit:
             f"{card.bus / 1e9:.1f} GB/s from main memory), predicted:"
         )
         yield from table_of(self.choice, describe)
+        if self.options.precision.multiplies_codes:
+            yield "times are those of products in 16 bits: what --base_arithmetic 8bit makes of them is not predicted"
         for stage in self.counted.stages:
             yield self.stage_line(stage)
         if self.choice.chosen is None:

@@ -70,5 +70,7 @@ def allowed_by(options: TrainOptions) -> Allowed:
 def allowed_ever(options: TrainOptions) -> Allowed:
     """All that a user could set, in the form that the weights have and in two smaller ones."""
     form = options.precision.denoiser_format
+    if options.precision.multiplies_codes:
+        return replace(Allowed(), forms=(form,), recompute_every=EVERY)
     smaller = {None: ("int8", "nf4"), "bf16": ("int8", "nf4"), "nf4": (), "nf4_double": ()}.get(form, ("nf4",))
     return replace(Allowed(), forms=(form, *smaller), recompute_every=EVERY)

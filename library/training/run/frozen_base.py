@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,14 @@ from library.memory.forms.form import AS_IN_FILE, WantedForm
 from library.memory.forms.named import FORMS
 from library.memory.forms.plain import Plain
 from library.memory.forms.scaled import Scaled
-from library.memory.frozen import frozen_layers, layers_in_blocks, store_all_in
+from library.memory.frozen import (
+    FrozenLayer,
+    FrozenLinear,
+    frozen_layers,
+    layers_in_blocks,
+    multiply_codes,
+    store_all_in,
+)
 from library.memory.places.shared import place_for, shared_masters
 from library.memory.places.streamed import bytes_of_parts, stream
 from library.memory.planner.weights import STORED_FORMS, ModelWeights
@@ -104,6 +112,7 @@ def settle_base(
     if precision.denoiser_format is not None:
         count = store_all_in(FORMS[precision.denoiser_format], layers_in_blocks(models.denoiser).values())
         logger.info("denoiser: %d layers in %s", count, precision.denoiser_format)
+    settle_arithmetic(options, models.denoiser)
     if precision.text_encoder_format is not None and models.text_encoders:
         form = FORMS[precision.text_encoder_format]
         count = sum(store_all_in(form, layers_in_blocks(model).values()) for model in models.text_encoders)
@@ -111,6 +120,30 @@ def settle_base(
     if options.memory.blocks_to_swap:
         let_blocks_wait(options.memory.blocks_to_swap, arch.stacks(models.denoiser), compute.device, processes)
     place(models.denoiser, compute.device)
+
+
+def settle_arithmetic(options: TrainOptions, denoiser: nn.Module) -> None:
+    """Let the denoiser's layers multiply as --base_arithmetic says, and say which cannot. Before their weights wait."""
+    if not options.precision.multiplies_codes:
+        return
+    layers = list(frozen_layers(denoiser))
+    count = multiply_codes(layers)
+    left = Counter(why_not(layer) for layer in layers if not layer.multiplies_codes)
+    if not count:
+        raise UserError("--base_arithmetic 8bit: no layer of the denoiser can multiply so; leave it out")
+    why = ", ".join(f"{number} {reason}" for reason, number in left.items())
+    stay = f"; {left.total()} are decoded: {why}" if left else ""
+    logger.info("denoiser: %d layers multiply in 8 bits%s", count, stay)
+
+
+def why_not(layer: FrozenLayer) -> str:
+    """What keeps a layer from it."""
+    if not isinstance(layer, FrozenLinear):
+        return "convolutions"
+    codes = layer.form.codes(layer.own_parts())
+    if codes is None or codes.scales.ndim > 2:
+        return "whose form has factors within a row or no codes"
+    return "whose sizes are no multiples of 8 (int8) or 16 (fp8)"
 
 
 def let_blocks_wait(num_blocks: int, stacks: Stacks, device: torch.device, processes: Processes) -> None:

@@ -27,6 +27,7 @@ from library.training.reporting.progress import Progress
 from library.training.reporting.report import PictureCounts, announce_run
 from library.training.reporting.step_times import StepTimes
 from library.training.run.adapter import attach_adapter, trains_text_encoders
+from library.training.run.arithmetic import check_arithmetic
 from library.training.run.compute import Compute
 from library.training.run.conditioning import CaptionMemo
 from library.training.run.context import Autocast, StepContext
@@ -149,6 +150,7 @@ def prepare(
     plan = Plan.build(options.run, training_set.num_batches, processes.count)
     progress = Progress(starting_step(options, plan, state))
     check_base(options, arch)
+    check_arithmetic(options, arch, compute)
     rehearse(options, arch, plan.max_train_steps)
     prompts = wanted_prompts(options, arch) if processes.is_main else []
 

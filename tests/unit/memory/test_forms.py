@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from library.memory.forms.codes import FP8
 from library.memory.forms.form import Form
-from library.memory.forms.fp8 import FP8, Fp8Rows
+from library.memory.forms.fp8 import Fp8Rows
 from library.memory.forms.int8 import Int8Rows, group_size, hadamard
 from library.memory.forms.named import FORMS
 from library.memory.forms.plain import Plain

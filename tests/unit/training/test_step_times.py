@@ -2,12 +2,15 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from library.memory.blocks import plain, recompute
+from library.memory.forms.named import FORMS
+from library.memory.frozen import frozen_layers, multiply_codes, store_in
 from library.memory.planner.cards import PEAKS, peak_of
 from library.memory.planner.counter import FlopCounter
 from library.training.reporting.step_times import IN_STEP, StepTimes
@@ -125,6 +128,26 @@ def test_arithmetic_is_that_of_the_formula_with_and_without_recomputing(runner):
     forward = 2 * 6 * (40 * 24 + 24 * 56 + 56 * 8)
     backward = 2 * 6 * (56 * 8 + 2 * 24 * 56)
     assert counter.flops == forward + backward
+
+
+@pytest.mark.parametrize("runner", [plain, recompute])
+@pytest.mark.parametrize(("form", "is_multiplied"), [("bf16", False), ("int8", False), ("int8", True), ("fp8", True)])
+def test_arithmetic_of_stored_weights_is_that_of_whole_ones(form: str, is_multiplied: bool, runner: Any) -> None:
+    """Their products run within a function of autograd's own, where no gradients are recorded."""
+    layer = nn.Linear(64, 32).requires_grad_(False)
+    store_in(FORMS[form], layer)
+    if is_multiplied:
+        assert multiply_codes(frozen_layers(layer)) == 1
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(6)).requires_grad_()
+    with torch.no_grad(), FlopCounter() as counter:
+        layer(x)
+    assert counter.flops == 0
+    with FlopCounter() as counter:
+        loss = runner(layer, x).square().sum()
+        assert counter.flops == 2 * 20 * 64 * 32
+        counter.in_backward = True
+        loss.backward()
+    assert counter.flops == 2 * 2 * 20 * 64 * 32
 
 
 def slow_run(caplog: pytest.LogCaptureFixture, **last: object) -> str:

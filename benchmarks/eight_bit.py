@@ -1,0 +1,113 @@
+"""Products with 8-bit codes (--base_arithmetic 8bit) against products with the decoded weight: errors and time.
+
+Errors of the output y and of the gradient dx of the input are shares of what the decoded weight gives in float64;
+"outlier" is an input of which one channel is 30 times as large as the others. Times are of y and dx together, the
+fastest of some passes, as ratios to the same with the decoded weight, its decoding included, and to a product with a
+weight in bf16, in one run.
+
+    python benchmarks/eight_bit.py
+    python benchmarks/eight_bit.py --device cuda --tokens 4608
+
+On a CPU torch multiplies 8-bit floats one by one: there fp8 is tried in small, and takes as long as it does.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from library.memory.forms.codes import Codes, input_gradient, output  # noqa: E402
+from library.memory.forms.named import FORMS  # noqa: E402
+from library.options.memory import EIGHT_BIT_FORMS  # noqa: E402
+
+SHAPES = ((3072, 3072), (12288, 3072), (3072, 12288))  # outputs, inputs of FLUX.1's layers
+SMALL_TOKENS, SMALL_SIDE = 32, 512  # for fp8 on a CPU
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def errors(name: str, tokens: int, num_out: int, num_in: int, device: torch.device) -> list[float]:
+    """Of y and dx, without and with an outlier."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(num_out, num_in, generator=generator).to(device, torch.bfloat16) / num_in**0.5
+    gradient = torch.randn(tokens, num_out, generator=generator).to(device, torch.bfloat16)
+    parts = FORMS[name].encode(weight)
+    codes = FORMS[name].codes(parts)
+    assert codes is not None
+    decoded = FORMS[name].decode(parts, weight.shape, torch.float64)
+    found: list[float] = []
+    for factor in (1, 30):
+        x = torch.randn(tokens, num_in, generator=generator)
+        x[:, 7] *= factor
+        x = x.to(device, torch.bfloat16)
+        found.append(error(output(x, codes, None), x.double() @ decoded.T))
+    found.append(error(input_gradient(gradient, codes), gradient.double() @ decoded))
+    return found
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def times(name: str, tokens: int, num_out: int, num_in: int, device: torch.device, passes: int) -> list[float]:
+    """Seconds of y and dx with the codes, with the decoded weight, and with one in bf16."""
+    weight = torch.randn(num_out, num_in, device=device).bfloat16() / num_in**0.5
+    x = torch.randn(tokens, num_in, device=device).bfloat16()
+    gradient = torch.randn(tokens, num_out, device=device).bfloat16()
+    form = FORMS[name]
+    parts = form.encode(weight)
+    codes: Codes | None = form.codes(parts)
+    assert codes is not None
+
+    def decoded() -> None:
+        x @ form.decode(parts, weight.shape, torch.bfloat16).t()
+        gradient @ form.decode(parts, weight.shape, torch.bfloat16)
+
+    def direct() -> None:
+        output(x, codes, None)
+        input_gradient(gradient, codes)
+
+    def whole() -> None:
+        x @ weight.t()
+        gradient @ weight
+
+    turns = [[seconds(work, device) for work in (direct, decoded, whole)] for _ in range(passes + 1)]
+    return [min(found) for found in zip(*turns[1:], strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--passes", type=int, default=5)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    print("form           tokens    out     in       y  y, outlier      dx  / decoded  / bf16")
+    for name in EIGHT_BIT_FORMS:
+        is_small = name == "fp8" and device.type == "cpu"
+        for num_out, num_in in ((SMALL_SIDE, SMALL_SIDE),) if is_small else SHAPES:
+            tokens = SMALL_TOKENS if is_small else args.tokens
+            found = "".join(
+                f"{share:{width}.2%}"
+                for share, width in zip(errors(name, tokens, num_out, num_in, device), (8, 12, 8), strict=True)
+            )
+            direct, decoded, whole = times(name, tokens, num_out, num_in, device, args.passes)
+            ratios = f"{direct / decoded:11.2f}{direct / whole:8.2f}"
+            print(f"{name:14}{tokens:7}{num_out:7}{num_in:7}{found}{ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

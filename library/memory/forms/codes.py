@@ -1,0 +1,94 @@
+"""Products with the 8-bit codes of a frozen weight, which is not decoded: activations are rounded to 8 bits too.
+
+Each token has a factor of its own, which brings its largest value to the largest that its format holds and is
+multiplied out after the product. The factors of the weight's rows are multiplied out there as well, or, where the sum
+runs over rows, into the gradient before it is rounded.
+
+Letters: T tokens, O outputs, I inputs; K what a product sums over, N what it gives.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+FP8 = torch.float8_e4m3fn
+MULTIPLES = {torch.int8: 8, FP8: 16, torch.float8_e5m2: 16}
+"""Formats of codes that can be multiplied; of what the cards' kernels want both sides of a weight to be a multiple."""
+
+FEWEST_ROWS = 17  # that cards multiply in int8
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight that is `turn(codes * scales)`; `turn` is its own inverse and its own transpose."""
+
+    codes_OI: Tensor
+    scales: Tensor  # () or (O, 1)
+    turn: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def can_be_multiplied(self) -> bool:
+        """Whether the kernels take such codes of that shape."""
+        multiple = MULTIPLES.get(self.codes_OI.dtype)
+        return (
+            multiple is not None and self.scales.ndim < 3 and not any(size % multiple for size in self.codes_OI.shape)
+        )
+
+    @property
+    def scales_of_outputs(self) -> Tensor:
+        """() or (1, O), float32."""
+        return self.scales.float() if self.scales.ndim == 0 else self.scales.float().reshape(1, -1)
+
+
+def output(x: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
+    """x (..., I) times the weight's transpose, (..., O) in the dtype of x."""
+    x_TI = x.reshape(-1, x.shape[-1])
+    rounded_TI, factors_T1 = rounded(x_TI if weight.turn is None else weight.turn(x_TI), weight.codes_OI.dtype)
+    y_TO = product(rounded_TI, weight.codes_OI.t(), x.dtype) * factors_T1
+    y_TO *= weight.scales_of_outputs
+    if bias is not None:
+        y_TO += bias
+    return y_TO.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def input_gradient(gradient: Tensor, weight: Codes) -> Tensor:
+    """The gradient (..., O) of the output times the weight, (..., I) in the dtype of the gradient."""
+    scaled_TO = gradient.reshape(-1, gradient.shape[-1]) * weight.scales_of_outputs
+    rounded_TO, factors_T1 = rounded(scaled_TO, weight.codes_OI.dtype)
+    codes_OI = columns_first(weight.codes_OI) if gradient.device.type == "cuda" else weight.codes_OI
+    dx_TI = (product(rounded_TO, codes_OI, gradient.dtype) * factors_T1).to(gradient.dtype)
+    dx_TI = dx_TI if weight.turn is None else weight.turn(dx_TI)
+    return dx_TI.reshape(*gradient.shape[:-1], -1)
+
+
+def rounded(x_TK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """8-bit numbers (T, K) for codes of a kind, and the factor (T, 1) of each token in float32.
+
+    With codes in e5m2 they are e4m3 as well: one of the two has to be, and a factor for each token leaves its few
+    powers of two enough.
+    """
+    # Numbers that stand outside of functions are inputs to torch.compile, which it loses in the passes of autograd.
+    own = torch.int8 if kind == torch.int8 else FP8
+    largest_T1 = torch.linalg.vector_norm(x_TK, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
+    largest = 127.0 if own == torch.int8 else 448.0
+    factors_T1 = (largest_T1 / largest).clamp(min=torch.finfo(torch.float32).tiny)  # of tokens of zeros too
+    scaled_TK = x_TK / factors_T1
+    return (scaled_TK.round_() if own == torch.int8 else scaled_TK).to(own), factors_T1
+
+
+def product(a_TK: Tensor, b_KN: Tensor, dtype: torch.dtype) -> Tensor:
+    """(T, N) in int32, or for fp8 in bfloat16 where the run computes in it, else in float32: float16 would overflow."""
+    if a_TK.dtype == torch.int8:
+        few = max(0, FEWEST_ROWS - len(a_TK))
+        return torch._int_mm(pad(a_TK, (0, 0, 0, few)) if few else a_TK, b_KN)[: len(a_TK)]
+    one = torch.ones((), device=a_TK.device)
+    kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    return torch._scaled_mm(a_TK, b_KN, one, one, out_dtype=kind)
+
+
+def columns_first(codes_KN: Tensor) -> Tensor:
+    """The same codes laid out as cards want a second factor: column by column."""
+    return codes_KN.t().contiguous().t()

@@ -1,0 +1,121 @@
+"""--base_arithmetic 8bit: what it needs is said before weights are read, and which layers multiply so."""
+
+import logging
+from argparse import Namespace
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.architectures.sd.assembly import build
+from library.errors import UserError
+from library.memory.forms.codes import FP8
+from library.memory.forms.named import FORMS
+from library.memory.frozen import store_all_in
+from library.options.memory import EIGHT_BIT_FORMS
+from library.options.train import TrainOptions
+from library.training.command_line.checks import check
+from library.training.run.arithmetic import check_arithmetic, kind_of, try_kind
+from library.training.run.compute import Compute
+from library.training.run.frozen_base import settle_arithmetic
+from tests.unit.training.test_checks import NEEDED
+
+COMPUTE = Compute(torch.device("cpu"), torch.float32, nullcontext)
+
+
+def asked(**values: object) -> TrainOptions:
+    named = {**NEEDED, "base_arithmetic": "8bit", **values}
+    return TrainOptions.from_args(Namespace(**{**TrainOptions.defaults(), **named}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"base_format": "nf4"}, r"--base_format nf4 has none; use --base_format fp8 or int8 or int8_rotated"),
+        ({"base_format": "bf16"}, r"--base_format bf16 has none"),
+        ({"base_weights": ["a.safetensors"]}, r"--base_weights are merged into are whole again; add --base_format"),
+        ({"base_format": "int8", "fit": "8GB", "fit_formats": ["fp8"]}, r"leave out --fit_formats"),
+    ],
+    ids=["nf4", "bf16", "merged", "fitted"],
+)
+def test_weights_in_other_forms_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(asked(**values))
+
+
+@pytest.mark.parametrize("form", EIGHT_BIT_FORMS)
+def test_the_8_bit_forms_are_taken_and_the_old_name_of_one(form: str) -> None:
+    check(asked(base_format=form))
+    check(asked(fp8_base=True, mixed_precision="bf16"))
+
+
+def test_a_checkpoint_with_whole_weights_is_refused_before_it_is_read(tiny_sd_folder: Path) -> None:
+    options = asked(pretrained_model_name_or_path=str(tiny_sd_folder))
+    with pytest.raises(UserError, match=r"the checkpoint has none that can be; add --base_format int8_rotated"):
+        check_arithmetic(options, build(options), COMPUTE)
+
+
+@pytest.mark.parametrize("form", EIGHT_BIT_FORMS)
+def test_how_fast_it_is_here_is_measured(form: str, tiny_sd_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """torch's own product of 8-bit floats on a CPU takes hundreds of times as long as one of whole numbers."""
+    options = asked(pretrained_model_name_or_path=str(tiny_sd_folder), base_format=form)
+    with caplog.at_level(logging.INFO):
+        check_arithmetic(options, build(options), COMPUTE)
+    (record,) = [record for record in caplog.records if "of the time of decoded ones on this cpu" in record.message]
+    assert str(kind_of(form)).removeprefix("torch.") in record.message
+    if form == "fp8":
+        assert record.levelno == logging.WARNING and record.message.endswith("leave it out here")
+
+
+def test_what_the_device_cannot_do_is_said_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*inputs: Tensor, **more: object) -> Tensor:
+        raise RuntimeError("torch._scaled_mm is only supported on CUDA devices with compute capability >= 9.0\nmore")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    with pytest.raises(UserError, match=r"cannot multiply float8_e4m3fn \(torch._scaled_mm is only .* >= 9.0\); int8"):
+        try_kind(FP8, COMPUTE)
+
+
+def test_a_product_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: honest(a, b).roll(1, 0))
+    with pytest.raises(UserError, match=r"a product of int8 on this cpu is off by \d+%; leave it out"):
+        try_kind(torch.int8, COMPUTE)
+
+
+def test_modules_of_others_are_warned_of(tiny_sd_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = {"pretrained_model_name_or_path": str(tiny_sd_folder), "base_format": "int8"}
+    for module, is_warned in (("networks.lora", False), ("lycoris.kohya", True)):
+        options = asked(network_module=module, **values)
+        caplog.clear()
+        check_arithmetic(options, build(options), COMPUTE)
+        assert (f"layers that --network_module {module} adapts" in caplog.text) == is_warned
+
+
+class Model(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers = [nn.Linear(width, 32), nn.Linear(32, 32), nn.Linear(32, 20), nn.Conv2d(8, 8, 3)]
+        self.blocks = nn.ModuleList(layers)
+
+
+def test_layers_that_stay_decoded_are_counted_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    model = Model(64)
+    store_all_in(FORMS["int8"], model.blocks)
+    with caplog.at_level(logging.INFO):
+        settle_arithmetic(asked(base_format="int8"), model)
+    assert caplog.messages[-1] == (
+        "denoiser: 2 layers multiply in 8 bits; 2 are decoded: 1 whose sizes are no multiples of 8 (int8) or 16 (fp8), "
+        "1 convolutions"
+    )
+    assert [layer.multiplies_codes for layer in model.blocks] == [True, True, False, False]
+
+
+def test_a_model_without_such_layers_is_refused() -> None:
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Conv2d(8, 8, 3), nn.Linear(9, 8)])
+    store_all_in(FORMS["int8"], model.blocks)
+    with pytest.raises(UserError, match="no layer of the denoiser can multiply so"):
+        settle_arithmetic(asked(base_format="int8"), model)
