@@ -1,4 +1,5 @@
-"""Set up and run: `tools/start.py quickstart` trains a small LoRA, `tools/start.py test` runs the tests.
+"""Set up and run: `tools/start.py quickstart` trains a small LoRA, `tools/start.py test` runs the tests,
+`tools/start.py doctor` says whether this machine can train and what to do where it cannot.
 
 Needs only Python and its standard library. The packages go into `.venv` in this folder (elsewhere: --venv PATH or the
 variable START_VENV) and are installed again only when a requirements file or the environment's Python changes.
@@ -327,6 +328,21 @@ def run_tests(venv: Path, slow: bool, pytest_arguments: "list[str]") -> int:
     return run(pytest_command(python, slow, pytest_arguments))
 
 
+def examine(venv: Path) -> int:
+    """Look at the machine with the environment's Python, or with this one where there is no environment.
+
+    Nothing is installed for it. Returns the exit status of tools/doctor.py.
+    """
+    python = interpreter_of(venv)
+    if version_of(python) is None:
+        print(
+            f"note  {venv} is no environment yet: this Python is looked at; `tools/start.py setup` makes one",
+            flush=True,
+        )
+        python = Path(sys.executable)
+    return run([str(python), "tools/doctor.py"])
+
+
 def setup_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; what follows `--` is not for it."""
     common = argparse.ArgumentParser(add_help=False)
@@ -337,9 +353,10 @@ def setup_parser() -> argparse.ArgumentParser:
         help="folder of the virtual environment (default: START_VENV if set, else .venv in this repository)",
     )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", metavar="quickstart | test | setup")
+    commands = parser.add_subparsers(dest="command", metavar="quickstart | test | setup | doctor")
     commands.required = True
     commands.add_parser("setup", parents=[common], help="only make the environment, with all that the tests need")
+    commands.add_parser("doctor", parents=[common], help="say what of this machine is wrong, for you or a bug report")
     commands.add_parser(
         "quickstart", parents=[common], help="train a LoRA on the bundled toy model, draw before | after"
     )
@@ -373,6 +390,8 @@ def main(arguments: "list[str]") -> int:
             return run_tests(venv, args.slow, for_pytest)
         if for_pytest:
             parser.error(f"{args.command} takes no arguments after --")
+        if args.command == "doctor":
+            return examine(venv)
         if args.command == "setup":
             print(f"Ready: {ready_python(venv, TEST_REQUIREMENTS)}")
             return 0

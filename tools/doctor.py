@@ -1,0 +1,353 @@
+"""Look at this machine as a training would: Python, torch and the card, packages, memory, disk, and one product in each
+number format. Each line says what is there; what is wrong comes with the way out. The lines belong into a bug report.
+
+Nothing is changed, and nothing is read but versions, settings and sizes: no token, no file of yours.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(ROOT))
+
+from tools.start import python_problem  # noqa: E402
+
+GIB = 2**30
+LEAST_FREE_GIB = 8  # of main memory: a checkpoint passes through it
+LEAST_DISK_GIB = 10  # caches, states and saved files of one training
+LEAST_SHARED_GIB = 1  # /dev/shm: containers get 64 MB unless told otherwise
+SIDE = 256  # of the matrices that are multiplied
+PINNED_MIB = 256
+SECONDS = 120  # for a package to be imported in a process of its own
+OPTIONAL = ("xformers", "triton", "lycoris-lora", "wandb", "prodigyopt", "lion-pytorch", "dadaptation", "schedulefree")
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
+    "HF_HOME", "HF_HUB_OFFLINE", "ACCELERATE_CONFIG_FILE", "TORCHINDUCTOR_CACHE_DIR",
+)  # fmt: skip
+# Relative distance (Frobenius) from the product in float64: the format's own rounding of random numbers, times three.
+BOUNDS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.2e-2, "float8_e4m3fn": 0.12}
+GET_TORCH = "see https://pytorch.org/get-started for the command that installs torch for your card"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One finding: what, what is there, and the way out where it is wrong or worth a note."""
+
+    what: str
+    found: str
+    way_out: str = ""
+    is_wrong: bool = False
+
+    def __str__(self) -> str:
+        mark = "WRONG" if self.is_wrong else "note" if self.way_out else "ok"
+        text = f"{mark:<6}{self.what:<26}{self.found}"
+        return f"{text}\n{'':<8}-> {self.way_out}" if self.way_out else text
+
+
+def python_lines() -> Iterator[Line]:
+    """The interpreter, the system, and which revision of this suite it is."""
+    version = f"{platform.python_version()}, {8 * struct.calcsize('P')} bit, {at_home(sys.executable)}"
+    problem = python_problem(sys.version_info[:2])
+    way_out = f"{problem}; install one of these from https://www.python.org" if problem else ""
+    yield Line("Python", version, way_out, bool(problem))
+    yield Line("system", platform.platform())
+    yield Line("suite", revision())
+
+
+def revision() -> str:
+    """The commit that is checked out and how many files differ from it; its folder where git does not know it."""
+    git = ["git", "-C", str(ROOT)]
+    commit = output([*git, "log", "-1", "--format=%h of %cs"])
+    if commit is None:
+        return f"{at_home(str(ROOT))}, not under git"
+    changed = len((output([*git, "status", "-s", "-uno"]) or "").splitlines())
+    return commit.strip() + (f", {changed} files changed since" if changed else "")
+
+
+def package_lines(requirements: Path = ROOT / "requirements.txt") -> Iterator[Line]:
+    """The packages that training needs, against the versions that it needs, then those that some options need."""
+    for text in requirements.read_text(encoding="utf-8").splitlines():
+        line = requirement_line(text)
+        if line is not None:
+            yield line
+    there = [f"{name} {version}" for name in OPTIONAL if (version := version_of(name))]
+    yield Line("optional packages", ", ".join(there) or "none")
+
+
+def requirement_line(text: str) -> Line | None:
+    """What is installed for a line of a requirements file; None where the line is not for this Python."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # comes with pip and transformers
+        name = text.split(">")[0].split(";")[0].strip()
+        return Line(name, version_of(name) or "missing", "", version_of(name) is None)
+    wanted = Requirement(text)
+    if wanted.marker is not None and not wanted.marker.evaluate():
+        return None
+    found = version_of(wanted.name)
+    way_out = f'python3 -m pip install -U "{wanted.name}{wanted.specifier}"'
+    if found is None:
+        return Line(wanted.name, "missing", way_out, True)
+    if not wanted.specifier.contains(found, prereleases=True):
+        return Line(wanted.name, f"{found}, needed is {wanted.specifier}", way_out, True)
+    return Line(wanted.name, found)
+
+
+def card_lines(torch: Any, driver: str | None) -> Iterator[Line]:
+    """Torch's build against the card and its driver. `driver` is what nvidia-smi says; None where it is missing."""
+    made_for = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+    build = next((f"{name} {version}" for name, version in made_for.items() if version), "CPU")
+    yield Line("torch build", f"{torch.__version__}, {build}")
+    cards = [line.strip() for line in (driver or "").splitlines() if line.strip()]
+    for card in cards:
+        yield Line("driver's card", card)
+    if not torch.cuda.is_available():
+        if cards and build == "CPU":
+            yield Line("card", "there, but torch is its CPU build", f"{GET_TORCH}, after `pip uninstall torch`", True)
+        elif cards:
+            way_out = f"torch wants CUDA {torch.version.cuda}: update the driver, or {GET_TORCH} and its driver"
+            yield Line("card", "there, but torch cannot use it", way_out, True)
+        elif getattr(torch.backends, "mps", None) and torch.backends.mps.is_available():
+            yield Line("card", "Apple's, through MPS")
+        else:
+            slow = "fine for trying things, far too slow for models of full size"
+            yield Line("card", "none: training runs on the processor", slow)
+        return
+    known = torch.cuda.get_arch_list()
+    for number in range(torch.cuda.device_count()):
+        yield card_line(torch, number, known)
+
+
+def card_line(torch: Any, number: int, known: Sequence[str]) -> Line:
+    """A card that torch sees: memory, and whether this build has kernels for it."""
+    major, minor = torch.cuda.get_device_capability(number)
+    free, total = torch.cuda.mem_get_info(number)
+    name = f"{torch.cuda.get_device_name(number)}, sm_{major}{minor}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    what = f"card {number}"
+    if not runs_on(f"sm_{major}{minor}", known):
+        return Line(what, name, f"torch has kernels for {', '.join(known)} alone: {GET_TORCH}", True)
+    if free < 0.8 * total:
+        return Line(what, name, "something else holds memory of it: `nvidia-smi` lists the programs, close them")
+    return Line(what, name)
+
+
+def runs_on(wanted: str, known: Sequence[str]) -> bool:
+    """Whether kernels for one of `known` run on `wanted`: the same generation and not newer, or code to compile."""
+    number = int(wanted.removeprefix("sm_"))
+    for name in known:
+        digits = "".join(c for c in name if c.isdigit())
+        exact = name.startswith("sm_") and int(digits) // 10 == number // 10 and int(digits) <= number
+        if exact or (name.startswith("compute_") and int(digits) <= number):
+            return True
+    return not known
+
+
+def product_lines(torch: Any, device: Any) -> Iterator[Line]:
+    """One product in each number format, against float64."""
+    generator = torch.Generator().manual_seed(20)
+    a, b = (torch.randn(SIDE, SIDE, generator=generator) for _ in range(2))
+    exact = a.double() @ b.double()
+
+    def plain(name: str) -> Any:
+        dtype = getattr(torch, name)
+        return a.to(device, dtype) @ b.to(device, dtype)
+
+    def fp8() -> Any:
+        one, dtype = torch.ones((), device=device), torch.float8_e4m3fn
+        columns = b.t().contiguous().to(device, dtype).t()
+        return torch._scaled_mm(a.to(device, dtype), columns, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+    for name, bound in BOUNDS.items():
+        multiply = fp8 if name.startswith("float8") else partial(plain, name)
+        yield product_line(f"product in {name}", multiply, exact, bound)
+    whole = [(matrix * 40).round().clamp(-127, 127).to(torch.int8) for matrix in (a, b)]
+    sums = whole[0].double() @ whole[1].double()
+    yield product_line("product in int8", lambda: torch._int_mm(*(m.to(device) for m in whole)), sums, 0.0)
+
+
+def product_line(what: str, multiply: Callable[[], Any], exact: Any, bound: float) -> Line:
+    """How far a product is from the exact one. What a card cannot do is a note: no option needs every format."""
+    try:
+        off = ((multiply().cpu().double() - exact).norm() / exact.norm()).item()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return Line(what, "cannot be computed here", f"options that need it end with an error ({first_line(error)})")
+    found = f"off by {off:.1e}"
+    if not off <= bound:
+        way_out = f"more than {bound:.0e}: the card, its driver or its clock is not to be trusted; try another driver"
+        return Line(what, found, way_out, True)
+    return Line(what, found)
+
+
+def memory_lines(torch: Any | None) -> Iterator[Line]:
+    """Main memory, what of it can be pinned, and the shared memory of worker processes."""
+    import psutil
+
+    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+    found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free, {swap.total / GIB:.1f} GiB swap"
+    few = f"less than {LEAST_FREE_GIB} GiB: close programs, or training may end when the system runs out"
+    yield Line("main memory", found, few if memory.available < LEAST_FREE_GIB * GIB else "")
+    if torch is not None and torch.cuda.is_available():
+        yield pinned_line(torch)
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        free = shutil.disk_usage(shared).free / GIB
+        hint = "workers and shared weights need more: start the container with --shm-size=8g or --ipc=host"
+        yield Line("/dev/shm", f"{free:.1f} GiB free", hint if free < LEAST_SHARED_GIB else "")
+    yield Line("processor", f"{os.cpu_count()} threads, {psutil.cpu_count(logical=False)} cores")
+
+
+def pinned_line(torch: Any) -> Line:
+    """Whether main memory can be pinned, which waiting blocks need for fast copies."""
+    try:
+        torch.empty(PINNED_MIB * 2**20, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        way_out = f"blocks that wait are copied through small buffers, which is slower ({first_line(error)})"
+        return Line("pinned memory", f"{PINNED_MIB} MiB refused", way_out)
+    limit = "; Windows allows about half of main memory" if sys.platform == "win32" else ""
+    return Line("pinned memory", f"{PINNED_MIB} MiB given{limit}")
+
+
+def disk_lines(folders: Mapping[str, Path]) -> Iterator[Line]:
+    """What is free where files are written."""
+    for what, folder in folders.items():
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free / GIB
+        hint = f"less than {LEAST_DISK_GIB} GiB: caches, states and files of one training need about that much"
+        yield Line(what, f"{free:.0f} GiB free at {at_home(str(folder))}", hint if free < LEAST_DISK_GIB else "")
+
+
+def setting_lines() -> Iterator[Line]:
+    """Variables that change how a training runs, and accelerate's own settings."""
+    for name in VARIABLES:
+        if name in os.environ:
+            yield Line(name, at_home(os.environ[name]))
+    path = accelerate_config()
+    if path.is_file():
+        kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if is_telling(line)]
+        yield Line("accelerate's settings", f"{at_home(str(path))}: {'; '.join(kept)}")
+    else:
+        yield Line("accelerate's settings", "none, so what the command line says counts")
+
+
+def accelerate_config() -> Path:
+    """Where `accelerate launch` looks for its settings."""
+    given = os.environ.get("ACCELERATE_CONFIG_FILE")
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(given) if given else Path(home).expanduser() / "accelerate" / "default_config.yaml"
+
+
+def is_telling(line: str) -> bool:
+    """Whether a line of accelerate's settings says how processes and numbers are, and not where other machines are."""
+    telling = ("mixed_precision", "distributed_type", "num_processes", "num_machines", "dynamo_backend", "use_cpu")
+    return line.strip().startswith(telling)
+
+
+EIGHT_BITS = """
+import torch, bitsandbytes
+from bitsandbytes.optim import AdamW8bit
+weight = torch.nn.Parameter(torch.ones(8192, device={device!r}))
+weight.grad = torch.ones_like(weight)
+AdamW8bit([weight], lr=0.1).step()
+print("moved" if abs(weight.mean().item() - 0.9) < 0.01 else f"wrong: {{weight.mean().item()}}")
+"""
+
+
+def eight_bit_line(device: str) -> Line:
+    """One step of an 8-bit optimizer, in a process of its own, which a broken library may end."""
+    if version_of("bitsandbytes") is None:
+        return Line("8-bit optimizer", "bitsandbytes is missing", "only *8bit optimizers and nf4 need it")
+    command = [sys.executable, "-c", EIGHT_BITS.format(device=device)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return Line("8-bit optimizer", f"no answer in {SECONDS} s", "reinstall bitsandbytes", True)
+    if done.stdout.strip().endswith("moved"):
+        return Line("8-bit optimizer", "takes a step")
+    last = (done.stdout.strip() or done.stderr.strip() or f"ended with status {done.returncode}").splitlines()[-1]
+    way_out = "python3 -m pip install -U bitsandbytes; until it works use --optimizer_type AdamW and no nf4"
+    return Line("8-bit optimizer", f"fails: {last}", way_out, True)
+
+
+def output(command: Sequence[str]) -> str | None:
+    """What a program prints; None where it is missing or fails."""
+    try:
+        done = subprocess.run(list(command), capture_output=True, text=True, errors="replace", timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def version_of(name: str) -> str | None:
+    """The installed version of a package."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def at_home(path: str) -> str:
+    """A path without the name of the user, since the lines are shown to others."""
+    home = str(Path.home())
+    return f"~{path[len(home) :]}" if home != "/" and path.startswith(home) else path
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def all_lines(folder: Path) -> Iterator[Line]:
+    """Every finding, the slow ones last. `folder` is where trainings write."""
+    yield from python_lines()
+    yield from package_lines()
+    torch: Any = None
+    try:
+        import torch
+    except Exception as error:  # whatever a broken installation raises, the rest is still to be told
+        yield Line("torch", f"cannot be imported: {first_line(error)}", GET_TORCH, True)
+    if torch is not None:
+        asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        yield from card_lines(torch, output(asked))
+    if version_of("psutil") is not None:
+        yield from memory_lines(torch)
+    yield from disk_lines({"disk": folder, "temporary files": Path(tempfile.gettempdir())})
+    yield from setting_lines()
+    if torch is not None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        yield from product_lines(torch, torch.device(device))
+        yield eight_bit_line(device)
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    where = "where trainings write (default: this folder)"
+    parser.add_argument("--output_dir", type=Path, default=Path.cwd(), help=where)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print what is found. Gives the exit status: 0 nothing is wrong, 1 something is."""
+    args = setup_parser().parse_args(argv)
+    wrong = []
+    for line in all_lines(args.output_dir.resolve()):
+        print(line, flush=True)
+        if line.is_wrong:
+            wrong.append(line.what)
+    print(f"\n{len(wrong)} wrong: {', '.join(wrong)}" if wrong else "\nNothing is wrong.")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
