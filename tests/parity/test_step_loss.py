@@ -14,7 +14,7 @@ from library.architectures.sd.assembly import build
 from library.options.train import TrainOptions
 from library.training.run.conditioning import CaptionMemo
 from library.training.run.context import Models, StepContext
-from library.training.run.step import loss_of
+from library.training.run.step import loss_of, noised_of
 from library.types import Batch, Noised
 from networks.core.protocol import AdoptedNetwork
 
@@ -149,5 +149,7 @@ def test_latents_that_are_not_numbers_name_the_picture(tiny_sd_folder: Path) -> 
     run = context_of(options_for(tiny_sd_folder), [])
     pixels_BCHW = torch.zeros(2, 3, 64, 64)
     pixels_BCHW[1, 0, 0, 0] = torch.nan
+    batch = batch_of(seed=25, latents_BCHW=None, pixels_BCHW=pixels_BCHW)
+    assert loss_of(run, batch, 0).isnan(), "the step goes on, and its loss tells"
     with pytest.raises(ValueError, match=r"NaN for b\.png; add --no_half_vae"):
-        loss_of(run, batch_of(seed=25, latents_BCHW=None, pixels_BCHW=pixels_BCHW), 0)
+        noised_of(run, batch, 0)

@@ -1,5 +1,6 @@
 """Losses and gradients that are NaN: what a run does with them."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -222,6 +223,20 @@ def test_the_module_that_the_damage_comes_from_is_named(
     module = name.removesuffix(".weight")
     assert f"the output of denoiser.{module} is the first that is not finite, its input is finite" in done.stderr
     assert done.stderr.count("is the first that is not finite") == 1
+
+
+def test_a_vae_that_gives_nan_ends_the_run_and_names_a_picture(
+    train: Train, base_arguments: list[str], tiny_sd_folder: Path, tmp_path: Path
+) -> None:
+    """Where latents are not cached, the loss of the step shows it first."""
+    broken = shutil.copytree(tiny_sd_folder, tmp_path / "broken")
+    (path,) = (broken / "vae").glob("*.safetensors")
+    weights = load_file(path)
+    weights["encoder.conv_in.bias"][0] = float("nan")
+    save_file(weights, path, {"format": "pt"})
+    done = train([*base_arguments, "--pretrained_model_name_or_path", str(broken)])
+    assert done.status == 1 and "Traceback" not in done.stderr
+    assert re.search(r"the VAE gives NaN for \S+\.png, \S+\.png; add --no_half_vae", done.stderr)
 
 
 def test_a_gradient_that_is_damaged_after_a_finite_loss_is_traced(

@@ -21,7 +21,7 @@ from library.training.faults.out_of_memory import (
 )
 from library.training.planning.advice import ways_out
 from library.training.run.run import Run
-from library.training.run.step import describe_shape, loss_of, start_batch
+from library.training.run.step import describe_shape, loss_of, noised_of, start_batch
 from library.training.saving.checkpoints import Writer
 from library.types import Batch
 
@@ -57,6 +57,7 @@ def try_largest_batch(run: Run, writer: Writer, place: int) -> None:
         forward_and_backward(run, batch, place)
         seconds = time.perf_counter() - started
     if not math.isfinite(loss):
+        noised_of(run.context, batch, place)  # which tells where the VAE gave it
         raise UserError(f"--dry_run: the loss of the largest batch is {loss}; pictures: {', '.join(batch.keys)}")
     report(run, writer, sizes, shape, loss, seconds)
 

@@ -89,7 +89,7 @@ class Timing:
 
     step: int
     seconds: float
-    parts: Mapping[str, float]  # seconds of waiting for data, forward, backward, optimizer
+    parts: Mapping[str, float]  # seconds of waiting for data, copying, forward, backward, optimizer
     pictures_per_second: float  # of all processes
     tflops: float | None  # of one card, per second
     mfu: float | None  # a share of `peak_flops`

@@ -18,9 +18,9 @@ from library.types import Batch
 
 logger = logging.getLogger(__name__)
 
-Stage = Literal["waiting for data", "forward", "backward", "optimizer", "validation", "saving", "previews"]
-IN_STEP: tuple[Stage, ...] = ("waiting for data", "forward", "backward", "optimizer")
-ON_CARD: tuple[Stage, ...] = ("forward", "backward", "optimizer")  # the host only starts them
+Stage = Literal["waiting for data", "copying", "forward", "backward", "optimizer", "validation", "saving", "previews"]
+IN_STEP: tuple[Stage, ...] = ("waiting for data", "copying", "forward", "backward", "optimizer")
+ON_CARD: tuple[Stage, ...] = ("copying", "forward", "backward", "optimizer")  # the host only starts them
 BETWEEN: tuple[Stage, ...] = ("validation", "saving", "previews")
 
 NUM_REMEMBERED = 100  # steps that the middle is taken of
@@ -58,7 +58,7 @@ class StepTimes:
     clock: Callable[[], float] = time.perf_counter
 
     def __post_init__(self) -> None:
-        self._began: float | None = None
+        self._began: Any = None
         self._between = 0.0  # seconds since, that belong to no step
         self._spans: list[tuple[Stage, Any, Any]] = []
         self._shapes: list[BatchShape] = []
@@ -76,7 +76,7 @@ class StepTimes:
 
     def start(self) -> None:
         """The first step begins."""
-        self._began = self.clock()
+        self._began = self._mark()
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
@@ -113,14 +113,13 @@ class StepTimes:
 
     def end_step(self) -> None:
         """The step ends here and the next one begins; what is between them is told by `stage`."""
-        now = self.clock()
-        seconds = now - (self._began or now) - self._between
+        first, last, between = self._began, self._mark(), self._between
         pressure = pressure_of(self.device)
         faults = {name: count - self._pressure[name] for name, count in pressure.items()}
         spans, shapes, new_shapes = self._spans, self._shapes, self._new_shapes
         flops = sum(self._flops[shape] for shape in shapes)
         num_pictures = sum(shape[0] for shape in shapes)
-        self._began, self._between, self._pressure = now, 0.0, pressure
+        self._began, self._between, self._pressure = last, 0.0, pressure
         self._spans, self._shapes, self._new_shapes = [], [], set()
         self.settle()
 
@@ -128,6 +127,7 @@ class StepTimes:
             parts: defaultdict[Stage, float] = defaultdict(float)
             for name, began, ended in spans:
                 parts[name] += span(began, ended)
+            seconds = 0.0 if first is None else span(first, last) - between
             found = StepFigures(seconds, parts, num_pictures, flops)
             self._note_if_slow(found, new_shapes, shapes, faults)
             return found
@@ -146,6 +146,10 @@ class StepTimes:
             for name, seconds in found.parts.items():
                 self._parts[name] += seconds
         self._recent.append(found)
+
+    def _mark(self) -> Any:
+        """Now, by the clock of what computes: the host may be a step ahead of a card."""
+        return self._mark_on_card() if self.device.type == "cuda" else self.clock()
 
     def _mark_on_card(self) -> Any:
         event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol
 
@@ -27,6 +27,7 @@ from library.training.reporting.report import (
     rate_values,
 )
 from library.training.reporting.step_times import StepTimes
+from library.training.run.ahead import Ahead, copies_to
 from library.training.run.plan import Window
 from library.training.run.run import Run
 from library.training.run.setup import Prepared
@@ -80,13 +81,12 @@ def train(prepared: Prepared, interruption: Interruption, watch: StepWatch | Non
         for epoch in plan.epochs(progress.step) if progress.step < plan.max_train_steps else ():
             announce_epoch(epoch, plan.num_epochs)
             network.start_epoch(*run.context.models.network_view)
-            batches = batches_of(run, epoch, progress.step)
-            if watch is not None:
-                batches = watch.noting(batches)
+            ahead = batches_of(run, epoch, progress.step)
+            batches = ahead if watch is None else watch.noting(ahead)
             for window in plan.windows(epoch, progress.step):
                 if watch is not None:
                     watch.before_step()
-                own_losses = accumulate_gradient(run, window, batches)
+                own_losses = accumulate_gradient(run, window, batches, ahead.fetch)
                 losses, stops = run.processes.exchange(
                     network.trainable_parameters(),
                     own_losses,
@@ -175,31 +175,38 @@ def finish_step_of(
         finish_epoch(run.times, progress, epoch, writer, previews, interruption)
 
 
-def batches_of(run: Run, epoch: int, first_step: int) -> Iterator[Batch]:
+def batches_of(run: Run, epoch: int, first_step: int) -> Ahead:
     """This process's batches of an epoch, in order, from the one after `first_step` on; no other is read."""
-    processes, dataset = run.processes, run.options.dataset
+    processes, dataset, cache = run.processes, run.options.dataset, run.context.arch.text_cache
     windows = run.plan.windows(epoch, first_step)
     places = [place for window in windows for place in window.share(processes.rank, processes.count)]
-    return run.training_set.batches(
+    batches = run.training_set.batches(
         epoch,
         places,
         partial(run.plan.step_of, epoch),
         dataset.max_data_loader_n_workers,
         dataset.persistent_data_loader_workers,
     )
+    copies = copies_to(run.context.device, () if cache is None else cache.on_host)
+    return Ahead(batches, len(places), copies, run.times)
 
 
-def accumulate_gradient(run: Run, window: Window, batches: Iterator[Batch]) -> Tensor:
-    """Add the gradients of this process's share of a window; gives the losses of its batches."""
+def accumulate_gradient(
+    run: Run, window: Window, batches: Iterator[Batch], fetch_next: Callable[[], None] = lambda: None
+) -> Tensor:
+    """Add the gradients of this process's share of a window; gives the losses of its batches.
+
+    `fetch_next` is called once the device has got its work on a batch.
+    """
     losses = []
     for place in window.share(run.processes.rank, run.processes.count):
-        with run.times.stage("waiting for data"):
-            batch = next(batches)
+        batch = next(batches)
         doing = f"computing step {window.step + 1}, forward and backward"
         shape, predicted = describe_shape(batch), partial(ways_out, run, batch)
         with explained(doing, run.options, run.context.device, shape, lambda: sizes_of(run), predicted):
             loss = backward(run, batch, run.plan.batch_number(window.epoch, place), len(window.places), window.step)
         losses.append(loss)
+        fetch_next()
     return torch.stack(losses) if losses else torch.zeros(0)
 
 

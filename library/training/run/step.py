@@ -35,9 +35,13 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def noised_of(context: StepContext, batch: Batch, batch_number: int) -> Noised:
-    """The batch's latents with their noise and noise levels."""
-    latents_BCHW = latents_of(context, batch, lambda place: generator_for(context.seed, "vae", batch_number, place))
+def noised_of(context: StepContext, batch: Batch, batch_number: int, is_checked: bool = True) -> Noised:
+    """The batch's latents with their noise and noise levels. Raises UserError as `latents_of` does, if `is_checked`."""
+
+    def generator_of(place: int) -> torch.Generator:
+        return generator_for(context.seed, "vae", batch_number, place)
+
+    latents_BCHW = latents_of(context, batch, generator_of, is_checked)
     clean_BCHW = context.arch.codec.normalize(latents_BCHW)
     generator = generator_for(context.seed, "noise", batch_number)
     offsets_B = torch.tensor([level_offset(attributes) for attributes in batch.attributes])
@@ -47,8 +51,11 @@ def noised_of(context: StepContext, batch: Batch, batch_number: int) -> Noised:
 
 
 def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
-    """The loss of a batch, a scalar with gradient; every draw is a function of the seed and `batch_number`."""
-    noised = noised_of(context, batch, batch_number)
+    """The loss of a batch, a scalar with gradient; every draw is a function of the seed and `batch_number`.
+
+    Latents that are NaN make the loss NaN: who then asks `noised_of` hears of the VAE.
+    """
+    noised = noised_of(context, batch, batch_number, is_checked=False)
     told = inpainting_of(context, batch, context.seed, lambda place: ("batch", batch_number, place))
     condition = partial(varied_conditioning_of, context, batch, batch_number, told)
     losses_B = losses_of(context, context.arch.objective, batch, noised, condition)
