@@ -37,6 +37,7 @@ TOOLS = (
     "merge_models",
     "cache_latents",
     "report",
+    "compare_runs",
 )  # whose options pages speak of
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from library.training.report.comparison import comparison_of
 from library.training.report.page import data_of
 from library.training.report.record import Record
-from library.training.report.writer import report_of
+from library.training.report.writer import report_of, write_page
 from tests.browser import CHROMIUM, ask
 from tests.event_lines import EVIL, lines_of, whole_run
 
@@ -90,3 +91,40 @@ def test_a_run_that_has_just_begun_can_be_looked_at(tmp_path: Path) -> None:
             record.add(line)
         found, told = ask(report_of(record), "return document.title;", tmp_path)
         assert (found, told) == ("cat: running, or killed", [])
+
+
+COMPARE = """
+const range = document.querySelector("input[type=range]");
+const captions = () => [...document.querySelectorAll(".shown figcaption")].map((one) => one.textContent);
+const last = captions();
+range.value = 0;
+range.dispatchEvent(new Event("input"));
+return {
+  last, first: captions(), title: document.title,
+  headings: [...document.querySelectorAll("h2")].map((h) => h.textContent),
+  lines: plots.map((plot) => plot.data.slice(1).filter((values) => values.some((value) => value !== null)).length),
+  x: plots[0].data[0], text: document.body.innerText, width: document.documentElement.scrollWidth,
+};
+"""
+
+
+@in_browser
+def test_runs_are_compared_on_one_axis_and_side_by_side(tmp_path: Path) -> None:
+    """One of 20 steps and one of 2,500, whose points are four steps each."""
+    paths = []
+    for number, num_steps in enumerate((20, 2500)):
+        record = Record()
+        for line in lines_of(whole_run(num_steps, name=f"run{number}", seed=number)):
+            record.add(line)
+        paths.append(tmp_path / f"{number}-report.html")
+        write_page(paths[-1], report_of(record))
+    found, told = ask(comparison_of(paths), COMPARE, tmp_path)
+    assert told == [], told
+    assert found["headings"] == ["What differs", "Losses", "Validation", "Previews", "Training"]
+    assert found["title"] == "run0 and run1" and found["width"] <= 1250
+    assert found["x"] == sorted({*range(1, 21), *range(4, 2501, 4)})
+    assert len(found["lines"]) == 10 and min(found["lines"]) >= 2
+    assert "--learning_rate" in found["text"] and "max train steps" in found["text"]
+    assert found["last"][:2] == ["run0, step 20: a cat", "run1, step 2500: a cat"]
+    assert found["first"][:2] == ["run0, step 2: a cat", "run1, none: a cat"]
+    assert found["first"][2:4] == [f"run0, step 2: {EVIL}", f"run1, none: {EVIL}"]

@@ -73,7 +73,8 @@ function chart(title, x, lines, {wide = false, unit = "step", bars = false} = {}
     for (const [i, row] of [...plot.root.querySelectorAll(".u-series")].entries())
       if (series[i].class === "edge") row.remove();
     plots.push(plot);
-    new ResizeObserver(() => plot.setSize(sides())).observe(box);
+    const fit = () => { if (plot.width !== sides().width) plot.setSize(sides()); };
+    new ResizeObserver(() => requestAnimationFrame(fit)).observe(box);
   };
   return [box, draw];
 }

@@ -1,0 +1,86 @@
+"""What differs between runs, and which runs are meant."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from library.errors import UserError
+from library.training.report.comparison import differences, is_measured_alike, labels_of, read_run
+from library.training.report.record import Record
+from library.training.report.writer import report_of, write_page
+from library.training.reporting.events import Event
+from tests.event_lines import EVIL, audit, lines_of, plan, start, whole_run
+from tools import compare_runs
+
+
+def record_of(*told: Event) -> Record:
+    record = Record()
+    for line in lines_of(told):
+        record.add(line)
+    return record
+
+
+def test_options_data_and_versions_that_differ_are_listed_and_names_are_not() -> None:
+    first = record_of(start("a", learning_rate=1e-4, seed=3, log_events="a.jsonl"), audit("cats"), plan(10))
+    second = record_of(start("b", learning_rate=1e-4, network_dim=8, seed=4), audit("dogs"), plan(20))
+    second.sessions[-1]["versions"]["torch"] = "2.10"
+    assert differences([first, second]) == [
+        ["--seed", 3, 4],
+        ["max train steps", 10, 20],
+        ["pictures of cats", "9 x 2", None],
+        ["version of torch", "2.9", "2.10"],
+        ["--network_dim", None, 8],
+        ["pictures of dogs", None, "9 x 2"],
+    ]
+    assert differences([first, first, first]) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [({}, True), ({"validation_split": 0.2}, False), ({"validation_seed": 5}, False), ({"validation_seed": 1}, True)],
+)
+def test_validation_compares_where_the_same_is_measured(options: dict[str, float], wanted: bool) -> None:
+    """The plan's seed is 1, which draws the pictures where no validation_seed is given."""
+    first = record_of(start("a", validation_split=0.1), plan(10))
+    second = record_of(start("b", **{"validation_split": 0.1, **options}), plan(10))
+    assert is_measured_alike([first, second]) == wanted
+
+
+def test_runs_of_one_name_are_told_apart() -> None:
+    records = [record_of(start(name)) for name in ("cat", "cat", "cat", "dog")]
+    paths = [Path("/x/one/cat.jsonl"), Path("/x/two/cat.jsonl"), Path("/y/one/cat.jsonl"), Path("/x/dog.jsonl")]
+    assert labels_of(records, paths) == ["one/cat", "two/cat", "one/cat (2)", "dog"]
+
+
+def test_a_folder_a_report_and_a_file_of_events_are_the_same_run(tmp_path: Path) -> None:
+    lines = lines_of(whole_run(20))
+    record = Record()
+    for line in lines:
+        record.add(line)
+    write_page(tmp_path / "out" / "cat-report.html", report_of(record))
+    (tmp_path / "events.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    for path in (tmp_path / "out", tmp_path / "out" / "cat-report.html", tmp_path / "events.jsonl"):
+        assert read_run(path).as_json() == record.as_json()
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="holds 0 reports of runs"):
+        read_run(tmp_path)
+    for name in ("a", "b"):
+        write_page(tmp_path / f"{name}-report.html", report_of(record_of(start(name))))
+    with pytest.raises(UserError, match=r"2 reports of runs \(a-report\.html, b-report\.html\)"):
+        read_run(tmp_path)
+    with pytest.raises(UserError, match="ended before its training began"):
+        read_run(tmp_path / "a-report.html")
+    assert compare_runs.main([str(tmp_path), "--output", str(tmp_path / "x.html")]) == 1
+    assert "name two runs or more" in capsys.readouterr().err and not (tmp_path / "x.html").exists()
+
+
+def test_texts_of_others_are_data_here_too(tmp_path: Path) -> None:
+    paths = [tmp_path / "a-report.html", tmp_path / "b-report.html"]
+    for path in paths:
+        write_page(path, report_of(record_of(*whole_run(20, f"{EVIL}{path.name}"))))
+    assert compare_runs.main([*map(str, paths), "--output", str(tmp_path / "x.html")]) == 0
+    page = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert page.count("<script") == 4 and "<img" not in page and page.count("</title>") == 1

@@ -1,0 +1,42 @@
+"""Compare runs on one HTML page: what differs in their options, data and versions, losses on one axis, previews side by
+side. A run is its folder, its report, or a file that --log_events wrote."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.training.report.comparison import comparison_of
+from library.training.report.writer import write_page
+from tools.command import make_parser, run
+
+logger = logging.getLogger(__name__)
+
+EXAMPLE = "  python3 tools/compare_runs.py output/cat_rank8 output/cat_rank32 --output output/ranks.html"
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EXAMPLE)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders, reports, or files of events; two or more")
+    parser.add_argument(
+        "--output", type=Path, default=Path("comparison.html"), help="HTML file to write (default: comparison.html)"
+    )
+    return parser
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Raises UserError for a run that cannot be read."""
+    write_page(args.output, comparison_of(args.runs))
+    logger.info("wrote %s", args.output)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(setup_parser(), compare, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
