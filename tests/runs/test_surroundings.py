@@ -30,6 +30,17 @@ def test_one_that_fails_to_import_does_not_end_a_run(base_arguments: list[str], 
     assert (tmp_path / "out" / "mine.safetensors").is_file()
 
 
+def test_a_run_that_stores_in_its_form_finds_it(base_arguments: list[str], tmp_path: Path) -> None:
+    """In a process of its own, in which nothing has loaded it before."""
+    arguments = [*base_arguments, "--max_train_steps", "1", "--base_format", "nf4", "--mixed_precision", "bf16"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_network.py"), *arguments], capture_output=True, text=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "layers in nf4" in done.stderr
+    assert (tmp_path / "out" / "mine.safetensors").is_file()
+
+
 def test_a_hub_that_never_answers_is_given_up_in_seconds(tmp_path: Path) -> None:
     """In a fresh process, since the hub's client reads its address when it is imported."""
     code = (

@@ -31,6 +31,7 @@ from library.memory.planner.weights import STORED_FORMS, ModelWeights
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
+from library.training.optimization.hidden_library import show_bitsandbytes
 from library.training.run.compute import Compute
 from library.training.run.context import Models
 
@@ -42,11 +43,13 @@ NUM_STAYING = 2  # blocks of each kind, as sd-scripts has it
 def check_base(options: TrainOptions, arch: Architecture) -> None:
     """Raise UserError, before anything is read, for a form or a number of waiting blocks that cannot be had."""
     name = options.precision.denoiser_format
-    if name is not None and name.startswith("nf4") and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"--base_format {name} needs the library bitsandbytes, which is not installed; install it with "
-            "`pip install bitsandbytes`, or use --base_format int8"
-        )
+    if name is not None and name.startswith("nf4"):
+        show_bitsandbytes()
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"--base_format {name} needs the library bitsandbytes, which is not installed; install it with "
+                "`pip install bitsandbytes`, or use --base_format int8"
+            )
     if options.memory.blocks_to_swap:
         denoiser = without_values(arch.load).denoiser()
         waiting_blocks(options.memory.blocks_to_swap, arch.stacks(denoiser))
