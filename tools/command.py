@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from library.errors import UserError
+from library.training.optimization.hidden_library import hidden_bitsandbytes
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,8 @@ def run(
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        action(args)
+        with hidden_bitsandbytes():
+            action(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
