@@ -83,6 +83,9 @@ class Names:
     def of_report(self) -> Path:
         return self.folder / f"{self.output_name or 'last'}-report.html"
 
+    def of_sheet(self) -> Path:
+        return self.folder / f"{self.output_name or 'last'}-sheet.png"
+
     def has_stem(self, stem: str) -> bool:
         """Whether a file of weights, or the report, of this run may have that name, without its ending."""
         if stem in (self.of_best().stem, self.of_report().stem):

@@ -1,0 +1,116 @@
+"""Contact sheets against the previews that runs draw of the same weights, prompts and seeds."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from library.training.evaluation.contact_sheet import GAP, LABEL_HEIGHT, LABEL_WIDTH, arrange
+from tests.running import Finished, make_pictures
+from tests.runs.bases import BASES
+from tools import contact_sheet
+
+Train = Callable[..., Finished]
+PROMPTS = "a red cat --w 64 --h 64 --s 2 --d 3 --n blue\na dog --w 64 --h 64 --s 2 --d 8\n"
+
+
+def cells(sheet: Path, num_rows: int, num_columns: int) -> Any:
+    """The pixels of 64 x 64 pictures by row and column."""
+    pixels, pitch = np.asarray(Image.open(sheet)).astype(int), 64 + GAP
+    assert pixels.shape == (LABEL_HEIGHT + num_rows * pitch, LABEL_WIDTH + num_columns * pitch, 3)
+    return [
+        [
+            pixels[LABEL_HEIGHT + row * pitch :, LABEL_WIDTH + column * pitch :][:64, :64]
+            for column in range(num_columns)
+        ]
+        for row in range(num_rows)
+    ]
+
+
+def preview(folder: Path, event: str, index: int) -> Any:
+    (path,) = (folder / "sample").glob(f"mine_{event}_{index:02}_*.png")
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def without(words: list[str], *flags: str) -> list[str]:
+    """A command line without options that have a value."""
+    return [word for i, word in enumerate(words) if word not in flags and (i == 0 or words[i - 1] not in flags)]
+
+
+OTHERS = [pytest.param(name, marks=pytest.mark.nightly) for name in BASES if name not in ("sd", "flux")]
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", *OTHERS])
+def test_a_sheet_shows_what_the_run_drew(train: Train, tmp_path: Path, name: str) -> None:
+    """Two files of one run and the base model: rows in the order of their steps, whatever is drawn before them."""
+    base = BASES[name]
+    make_pictures(tmp_path / "data" / "1_thing", 2, seed=len(name))
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    model, out = base.build(tmp_path / "model"), tmp_path / "out"
+    words = [
+        *model, "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "64",
+        "--output_dir", str(out), "--output_name", "mine", "--network_module", base.module, "--network_dim", "4",
+        "--learning_rate", "3e-2", "--max_train_steps", "4", "--save_every_n_steps", "2", "--seed", "5",
+        "--max_data_loader_n_workers", "0", "--sample_prompts", str(tmp_path / "prompts.txt"), "--no_report",
+    ]  # fmt: skip
+    run = [*words, "--sample_every_n_steps", "2", "--sample_at_first", "--network_dropout", "0.1"]
+    assert train(run, script=base.script).status == 0
+    assert contact_sheet.main(["--script", f"{base.script}.py", *words]) == 0
+    rows = cells(out / "mine-sheet.png", 4, 2)
+    for row, event in enumerate(("e000000", "000002", "000004", "000004")):  # the last file and that of step 4 are one
+        for column in range(2):
+            assert np.abs(rows[row][column] - preview(out, event, column)).max() <= 1
+    assert np.abs(rows[0][0] - rows[1][0]).max() > 3 and np.abs(rows[1][0] - rows[2][0]).max() > 3
+
+
+def test_files_and_seeds_can_be_chosen(train: Train, base_arguments: list[str], tmp_path: Path) -> None:
+    """Each seed of a prompt is a column, and the order of the files does not change what they draw."""
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 3\n")
+    words = [*base_arguments, "--sample_prompts", str(tmp_path / "prompts.txt"), "--learning_rate", "1e-1"]
+    paths = []
+    for dim, module in (("2", "networks.loha"), ("4", "networks.lora")):
+        kind = ["--network_dim", dim, "--network_module", module, "--output_name", module[9:]]
+        assert train([*words, *kind]).status == 0
+        paths.append(str(tmp_path / "out" / f"{module[9:]}.safetensors"))
+    found = []
+    for number, files in enumerate((paths, paths[::-1])):
+        sheet = tmp_path / f"{number}.png"
+        chosen = ["--files", *files, "--seeds", "3", "4", "--sheet", str(sheet)]
+        assert contact_sheet.main(["--script", "train_network.py", *chosen, *without(words, "--output_dir")]) == 0
+        found.append(cells(sheet, 3, 2))
+    for column in range(2):
+        assert (found[0][1][column] == found[1][2][column]).all() and (found[0][2][column] == found[1][1][column]).all()
+        assert (found[0][0][column] == found[1][0][column]).all()
+        assert np.abs(found[0][1][column] - found[0][2][column]).max() > 3
+    assert np.abs(found[0][0][0] - found[0][0][1]).max() > 3
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--script", "nothing.py"], "is no training script"),
+        (["--script", "train_network.py"], "--sample_prompts names no prompts"),
+        (["--script", "train_network.py", "--sample_prompts", "x.txt"], "no folder to look for them in"),
+        (["--script", "train_network.py", "--sample_prompts", "x.txt", "--output_dir", "."], "holds no adapter files"),
+        (["--script", "train_network.py", "--sample_prompts", "x.txt", "--files", "no.pt"], "no.pt does not exist"),
+        (["--script", "train_network.py", "--side", "0"], "--side is 0"),
+    ],
+)
+def test_what_is_missing_is_said(
+    words: list[str], wanted: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert contact_sheet.main(words) == 1
+    assert wanted in capsys.readouterr().err
+
+
+def test_long_texts_are_cut_and_large_pictures_made_smaller() -> None:
+    pictures = [[Image.new("RGB", size, (200, 0, 0)) for size in ((512, 256), (64, 64))] for _ in range(2)]
+    sheet = arrange(pictures, ["a" * 500, "b\nc"], ["a cat " * 90, "猫"], side=128)
+    assert sheet.size == (LABEL_WIDTH + 2 * (128 + GAP), LABEL_HEIGHT + 2 * (64 + GAP))
+    pixels = np.asarray(sheet)
+    assert (pixels[LABEL_HEIGHT, LABEL_WIDTH] == (200, 0, 0)).all()
+    assert (pixels[LABEL_HEIGHT:, LABEL_WIDTH - GAP : LABEL_WIDTH] == 255).all()  # no label runs into a picture

@@ -1,0 +1,109 @@
+"""Draw a contact sheet: the same prompts and seeds with several adapter files and without one, from one load of the
+base model. The options of the training say which model that is and how it is stored."""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from library.checkpoints.files import atomic_path, read_metadata  # noqa: E402
+from library.errors import UserError  # noqa: E402
+from library.options.train import TrainOptions  # noqa: E402
+from library.training.command_line.checks import check_precision, check_values  # noqa: E402
+from library.training.command_line.cli import parse  # noqa: E402
+from library.training.evaluation.contact_sheet import arrange, draw_rows  # noqa: E402
+from library.training.evaluation.prompts import read_prompts, settle  # noqa: E402
+from library.training.saving.checkpoints import Names  # noqa: E402
+from library.types import Prompt  # noqa: E402
+from tools.command import make_parser, run  # noqa: E402
+from tools.plan_memory import card_of_script  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = """\
+  python3 tools/contact_sheet.py --script train_network.py --config_file configs/quickstart/train.toml \\
+    --sample_prompts configs/quickstart/prompts.txt --seeds 1 2"""
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.allow_abbrev = False  # an abbreviation is one of an option of the training
+    parser.add_argument("--script", required=True, help="training script, such as flux_train_network.py")
+    parser.add_argument("--files", type=Path, nargs="+", help="adapter files; unset: all of the run in --output_dir")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds of each prompt; unset: its own, else 1")
+    parser.add_argument("--sheet", type=Path, help="PNG to write; unset: <output_name>-sheet.png in --output_dir")
+    parser.add_argument("--side", type=int, default=256, help="most pixels of a picture in the sheet (default: 256)")
+    parser.epilog = f"all other options are those of the training.\n\n{parser.epilog}"
+    return parser
+
+
+def files_of_run(options: TrainOptions) -> list[Path]:
+    """The adapter files of a run in --output_dir by the steps that they were trained. Raises UserError for none."""
+    if not options.saving.output_dir:
+        raise UserError("--files names no adapter files, and --output_dir no folder to look for them in")
+    names = Names.build(options.saving)
+    found = [path for path in names.folder.glob(f"*.{names.extension}") if names.has_stem(path.stem)]
+    if not found:
+        raise UserError(f"--output_dir {names.folder} holds no adapter files of this name; name some with --files")
+    return sorted(found, key=lambda path: (steps_of(path), path.name))
+
+
+def steps_of(path: Path) -> int:
+    """The steps that a file says it was trained; 0 where it does not."""
+    text = read_metadata(path).get("ss_steps", "")
+    return int(text) if text.isdigit() else 0
+
+
+def columns_of(prompts: Sequence[Prompt], seeds: Sequence[int] | None) -> list[Prompt]:
+    """Each prompt with each seed."""
+    return [replace(p, seed=seed) for p in prompts for seed in seeds or [1 if p.seed is None else p.seed]]
+
+
+def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
+    """Raises UserError for options that are wrong, and for files that do not fit the base model."""
+    card = card_of_script(args.script)
+    parser = importlib.import_module(args.script.removesuffix(".py")).setup_parser()
+    options = card.options.from_args(parse(parser, training))
+    check_values(options)
+    check_precision(options)
+    if args.side < 1:
+        raise UserError(f"--side is {args.side}; use at least 1")
+    if not options.preview.sample_prompts:
+        raise UserError("--sample_prompts names no prompts to draw")
+    files = args.files or files_of_run(options)
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"--files {path} does not exist")
+    target = args.sheet or Names.build(options.saving).of_sheet() if options.saving.output_dir else args.sheet
+    if target is None:
+        raise UserError("--sheet is not set; name the PNG to write, or give --output_dir")
+    arch = card.build(options)
+    specs = read_prompts(Path(options.preview.sample_prompts))
+    columns = columns_of([settle(spec, arch.preview.defaults, arch.inpaints) for spec in specs], args.seeds)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    assert device is not None
+    rows = [None, *files]
+    pictures = list(draw_rows(options, arch, rows, columns, device))
+    labels = ["without an adapter", *(path.stem for path in files)]
+    sheet = arrange(pictures, labels, [f"{prompt.seed}: {prompt.text}" for prompt in columns], args.side)
+    with atomic_path(target) as temporary:
+        sheet.save(temporary, format="PNG")
+    logger.info("wrote %s", target)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = setup_parser()
+    own, training = parser.parse_known_args(argv)
+    return run(parser, lambda _: draw_sheet(own, training), ["--script", own.script])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
