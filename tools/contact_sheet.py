@@ -36,7 +36,7 @@ EXAMPLES = """\
 def setup_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, EXAMPLES)
     parser.allow_abbrev = False  # an abbreviation is one of an option of the training
-    parser.add_argument("--script", required=True, help="training script, such as flux_train_network.py")
+    parser.add_argument("--script", required=True, help="training script, such as train_network.py")
     parser.add_argument("--files", type=Path, nargs="+", help="adapter files; unset: all of the run in --output_dir")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of each prompt; unset: its own, else 1")
     parser.add_argument("--sheet", type=Path, help="PNG to write; unset: <output_name>-sheet.png in --output_dir")
