@@ -142,6 +142,7 @@ def our_steps(folder: Path, args: argparse.Namespace, overheads: list[float]) ->
     from library.options.train import TrainOptions
     from library.processes import of_accelerator
     from library.training.command_line.cli import parse
+    from library.training.reporting.event_stream import Events
     from library.training.run import loop, setup
     from library.training.run.update import Updates
 
@@ -150,7 +151,7 @@ def our_steps(folder: Path, args: argparse.Namespace, overheads: list[float]) ->
     accelerator = setup.open_accelerator(options)
     processes = of_accelerator(accelerator)
     training_set = setup.open_training_set(options, arch, 1, processes.count)
-    prepared = setup.prepare(options, arch, 1, training_set, accelerator, processes, None)
+    prepared = setup.prepare(options, arch, 1, training_set, accelerator, processes, None, Events())
     backward, take = loop.backward, Updates.take
     began, inside = [0.0], [0.0]
 

@@ -213,10 +213,11 @@ class WarningEvents(logging.Handler):
         else:
             self._events.emit(event)
 
-    def flush(self) -> None:
-        """Also called where the process is about to be ended from another thread."""
+    def close(self) -> None:
+        """Logging itself ends before the run does only where another thread is about to end the process."""
+        super().close()
         if self._events is not None:
-            self._events.flush()
+            self._events.end("stopped")
 
     def tell(self, events: Events) -> None:
         """From here on warnings go there."""

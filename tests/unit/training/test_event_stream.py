@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -110,6 +111,19 @@ def test_warnings_from_before_there_are_events_are_told_too() -> None:
         events.close()
     told = [(line["level"], line["logger"], line["text"]) for line in sink.lines]
     assert told == [("warning", "library.somewhere", "early 1"), ("error", "library.somewhere", "late")]
+
+
+def test_a_process_that_another_thread_ends_tells_that_it_was_stopped() -> None:
+    """`Interruption` does so where the main thread waits inside of torch; logging is shut down before."""
+    sink = Kept()
+    with warnings_told() as warnings:
+        warnings.tell(Events([sink]))
+        logging.getLogger("library.somewhere").error("SIGINT received")
+        ending = threading.Thread(target=warnings.close)
+        ending.start()
+        ending.join()
+    assert [line["event"] for line in sink.lines] == ["warning", "end"] and sink.lines[-1]["reason"] == "stopped"
+    assert sink.is_closed
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
