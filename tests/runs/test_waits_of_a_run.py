@@ -1,0 +1,86 @@
+"""In the steps of a whole run the host waits for the device in one place: where it hears of the step before."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import library.processes
+from library.memory.places.readback import Readback
+from library.processes import Processes
+from library.training.run.update import Updates
+from tests.device_reads import HostWaits, NoWaiting
+from tests.device_standin import OnDevice, device_without_float64
+from tests.running import Finished
+
+Train = Callable[..., Finished]
+NUM_STEPS = 5
+VALUES = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default)
+
+
+class NoReading(NoWaiting):
+    """Refuses, while it is on, copies that the host waits for, and values of tensors that are on the device."""
+
+    is_on = False
+    num_reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.is_on:
+            return func(*args, **(kwargs or {}))
+        if func in VALUES and any(isinstance(leaf, OnDevice) for leaf in tree_leaves((args, kwargs))):
+            raise HostWaits(f"{func} of a tensor on the device")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def tolist(self, tensor: OnDevice) -> Any:
+        if self.is_on:
+            raise HostWaits("tolist of a tensor on the device")
+        return tensor.inner.tolist()
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        before, self.is_on = self.is_on, False
+        self.num_reads += before
+        try:
+            yield
+        finally:
+            self.is_on = before
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(["--ema_decay", "0.9", "--scale_weight_norms", "0.01"], id="plain"),
+        pytest.param(
+            ["--cache_latents", "--network_train_unet_only", "--gradient_accumulation_steps", "2"],
+            id="accumulated",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_run_waits_once_a_step(
+    train: Train, base_arguments: list[str], monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    """Watched are the steps between the first one, which makes what all use, and the last one."""
+    watch = NoReading()
+    take, read = Updates.take, Readback.read
+
+    def watched_take(updates: Updates, window: Any, losses: Any) -> None:
+        watch.is_on = watch.is_on and window.step + 1 < NUM_STEPS
+        take(updates, window, losses)
+        watch.is_on = window.step + 1 < NUM_STEPS
+
+    def watched_read(readback: Readback) -> list[float]:
+        with watch.allowed():
+            return read(readback)
+
+    monkeypatch.setattr(Updates, "take", watched_take)
+    monkeypatch.setattr(Readback, "read", watched_read)
+    monkeypatch.setattr(OnDevice, "tolist", lambda tensor: watch.tolist(tensor))
+    with device_without_float64() as device, watch:
+        monkeypatch.setattr(library.processes, "of_accelerator", lambda accelerator: Processes(device=device))
+        done = train([*base_arguments, *more, "--max_train_steps", str(NUM_STEPS)])
+    assert done.status == 0, done.stderr
+    assert watch.num_reads >= NUM_STEPS - 1
