@@ -123,6 +123,10 @@ class Objective(Protocol):
         """The weighted error of every latent value, float32, shape BCHW."""
         ...
 
+    def on(self, device: torch.device) -> "Objective":
+        """The same objective with whatever it looks up on the device."""
+        ...
+
     def at_timestep(self, timestep: int) -> "Objective":
         """The same objective at one noise level (0..999, the share of noise in thousandths), for validation."""
         ...
@@ -205,4 +209,5 @@ class Architecture:
     inpaints: bool = False  # whether the denoiser is told of areas to paint anew, see `library.diffusion.inpainting`
     fit_to_sizes: Callable[[nn.Module, Sequence[tuple[int, int]]], None] = leave_sizes
     """Tells the denoiser the resolutions (width, height) of the data set."""
+    asks_host: str | None = None  # what the denoiser takes from the host in each step, which no CUDA graph can have
     vae_overflows_in_fp16: bool = False  # whether the VAE that comes with it gives NaN in fp16

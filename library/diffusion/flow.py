@@ -122,6 +122,10 @@ class FlowMatching:
         error_BCHW = pointwise_error(prediction_BCHW, target_BCHW, self.weighting.loss_type, threshold_B)
         return error_BCHW * scheme_weights(self.loss_scheme, noised.sigmas_B).view(-1, 1, 1, 1)
 
+    def on(self, device: torch.device) -> "FlowMatching":
+        """There is no table to move."""
+        return self
+
     def at_timestep(self, timestep: int) -> "FlowMatching":
         """The same objective at one noise level, for validation."""
         return replace(self, min_timestep=timestep, max_timestep=timestep)

@@ -3,7 +3,8 @@
 Letters: B samples, C channels, H height, W width, T timesteps of the schedule.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from library.options.loss import LossOptions
 from library.options.noise import NoiseOptions
 from library.options.train import TrainOptions
 from library.types import Noised
+
+TABLES = ("signal", "noise", "sigmas", "weights")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,7 @@ class DDPM:
     max_timestep: int
     noise: NoiseOptions
     weighting: LossOptions
+    tables: Mapping[str, Tensor] = field(default_factory=dict)  # those that are there already, see `on`
 
     @property
     def takes_offset(self) -> bool:
@@ -67,7 +71,7 @@ class DDPM:
             latents_BCHW=(signal_B111 * clean + noise_B111 * input_noise_BCHW).to(clean_BCHW.dtype),
             clean_BCHW=clean_BCHW,
             noise_BCHW=noise_BCHW.to(clean_BCHW.dtype),
-            sigmas_B=look_up(sigmas_of(self.abar_T), timesteps_B),
+            sigmas_B=self._look_up("sigmas", timesteps_B),
             timesteps_B=timesteps_B,
         )
 
@@ -92,8 +96,11 @@ class DDPM:
         if self.weighting.loss_type in ("huber", "smooth_l1"):
             threshold_B = huber_threshold(self.weighting, noised.sigmas_B, noised.timesteps_B, len(self.abar_T))
         error_BCHW = pointwise_error(prediction_BCHW, target_BCHW, self.weighting.loss_type, threshold_B)
-        weights_T = snr_weights(self.weighting, self.snr_T, self.predicts_velocity)
-        return error_BCHW * look_up(weights_T, noised.timesteps_B).view(-1, 1, 1, 1)
+        return error_BCHW * self._look_up("weights", noised.timesteps_B).view(-1, 1, 1, 1)
+
+    def on(self, device: torch.device) -> "DDPM":
+        """The same with its tables on the device."""
+        return replace(self, tables={name: send(self._table(name), device) for name in TABLES})
 
     def at_timestep(self, timestep: int) -> "DDPM":
         """The same objective at one noise level, for validation."""
@@ -101,13 +108,23 @@ class DDPM:
 
     def _scales(self, timesteps_B: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar) and sqrt(1 - abar), float32, shape B111."""
-        signal_B, noise_B = (look_up(t, timesteps_B) for t in (self.abar_T.sqrt(), (1 - self.abar_T).sqrt()))
+        signal_B, noise_B = (self._look_up(name, timesteps_B) for name in ("signal", "noise"))
         return signal_B.view(-1, 1, 1, 1), noise_B.view(-1, 1, 1, 1)
 
+    def _look_up(self, name: str, timesteps_B: Tensor) -> Tensor:
+        """A table's values at the timesteps, on their device; the table moves, so that no card is waited for."""
+        table_T = self.tables[name] if name in self.tables else self._table(name)
+        return send(table_T, timesteps_B.device)[timesteps_B]
 
-def look_up(table_T: Tensor, timesteps_B: Tensor) -> Tensor:
-    """The table's values at the timesteps, float32, on their device; the table moves, so that no card is waited for."""
-    return send(table_T.float(), timesteps_B.device)[timesteps_B]
+    def _table(self, name: str) -> Tensor:
+        """A value for each timestep, float32, computed in float64."""
+        if name == "signal":
+            return self.abar_T.sqrt().float()
+        if name == "noise":
+            return (1 - self.abar_T).sqrt().float()
+        if name == "sigmas":
+            return sigmas_of(self.abar_T).float()
+        return snr_weights(self.weighting, self.snr_T, self.predicts_velocity).float()
 
 
 def build_ddpm(options: TrainOptions) -> DDPM:

@@ -11,6 +11,7 @@ from library.options.console import ConsoleOptions
 from library.options.dataset import DatasetOptions
 from library.options.distributed import DistributedOptions
 from library.options.fit import FitOptions
+from library.options.graphs import GraphOptions
 from library.options.kernels import KernelOptions
 from library.options.loss import LossOptions
 from library.options.memory import MemoryOptions, PrecisionOptions
@@ -42,6 +43,7 @@ class TrainOptions(Options):
     run: RunOptions = group(RunOptions)
     precision: PrecisionOptions = group(PrecisionOptions)
     kernels: KernelOptions = group(KernelOptions)
+    graphs: GraphOptions = group(GraphOptions)
     memory: MemoryOptions = group(MemoryOptions)
     compiling: CompileOptions = group(CompileOptions)
     fit: FitOptions = group(FitOptions)

@@ -36,6 +36,7 @@ OURS = {  # the first of those and what sd-scripts does not have, with their def
     "base_arithmetic": "decoded",
     "base_format": None,
     "blocks_to_swap": None,
+    "cuda_graphs": False,
     "deterministic": False,
     "dry_run": False,
     "ema_decay": None,

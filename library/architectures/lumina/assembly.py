@@ -68,6 +68,7 @@ def build(options: LuminaOptions) -> Architecture:
         preview=build_preview(text),
         metadata=RECIPE.describe(options),
         cards=list_cards(),
+        asks_host="is told the lengths of captions",
         ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),
     )

@@ -19,6 +19,7 @@ from library.protocols import Architecture
 from library.training.optimization.lr_schedules import Schedule, build_schedule
 from library.training.optimization.optimizers import build_optimizer
 from library.training.run.context import Models
+from library.training.run.graphs import check_optimizer
 from library.training.run.network import create
 from networks.core.protocol import adopt, open_network_module
 
@@ -43,7 +44,10 @@ def rehearse(options: TrainOptions, arch: Architecture, max_train_steps: int) ->
             groups, _ = network.parameter_groups(*rates)
         # Some optimizers look at their parameters when they are made, which those on the meta device do not survive.
         stand_ins = [{**group, "params": [nn.Parameter(torch.zeros(2, 2))]} for group in groups]
-        schedule = build_schedule(options.schedule, build_optimizer(options.optimizer, stand_ins), max_train_steps)
+        built = build_optimizer(options.optimizer, stand_ins)
+        if options.graphs.cuda_graphs:
+            check_optimizer(built)
+        schedule = build_schedule(options.schedule, built, max_train_steps)
         take_first_step(options.schedule, schedule)
 
 

@@ -14,6 +14,7 @@ from library.training.optimization.optimizers import BuiltOptimizer
 from library.training.reporting.event_stream import Events
 from library.training.reporting.step_times import StepTimes
 from library.training.run.context import StepContext
+from library.training.run.fixed_step import FixedSteps
 from library.training.run.plan import Plan
 from library.training.run.told_steps import NormMeter
 
@@ -47,3 +48,4 @@ class Run:
     times: StepTimes = field(default_factory=StepTimes)
     events: Events = field(default_factory=Events)
     norms: NormMeter = field(default_factory=NormMeter)
+    fixed: FixedSteps | None = None  # computes the steps where these are recorded

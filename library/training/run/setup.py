@@ -3,7 +3,7 @@
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -33,6 +33,7 @@ from library.training.run.conditioning import CaptionMemo
 from library.training.run.context import Autocast, StepContext
 from library.training.run.events import plan_of
 from library.training.run.frozen_base import check_base
+from library.training.run.graphs import check_graphs, fixed_steps
 from library.training.run.models import LoadedModels, load_models
 from library.training.run.optimization import build_optimization
 from library.training.run.plan import Plan
@@ -150,6 +151,7 @@ def prepare(
     plan = Plan.build(options.run, training_set.num_batches, processes.count)
     progress = Progress(starting_step(options, plan, state))
     check_base(options, arch)
+    check_graphs(options, arch, compute.device, processes)
     check_arithmetic(options, arch, compute)
     rehearse(options, arch, plan.max_train_steps)
     prompts = wanted_prompts(options, arch) if processes.is_main else []
@@ -160,7 +162,8 @@ def prepare(
     optimization = build_optimization(options, network, loaded.models, plan.max_train_steps, compute.device)
     context = step_context(options, arch, seed, loaded, network, compute)
     times = StepTimes(compute.device, processes.count, peak_of(compute.device, compute.dtype))
-    run = Run(options, processes, training_set, plan, context, optimization, times, events, NormMeter(events.is_on))
+    norms, fixed = NormMeter(events.is_on), fixed_steps(options, context, optimization.optimizer)
+    run = Run(options, processes, training_set, plan, context, optimization, times, events, norms, fixed)
 
     charts = Charts(accelerator)
     validation = Validation(run, charts)
@@ -202,7 +205,7 @@ def step_context(
         return encode_frozen(encode, encoders, network, compute.autocast, arch.text.tokenize(captions))
 
     return StepContext(
-        arch=arch,
+        arch=replace(arch, objective=arch.objective.on(compute.device)),
         models=loaded.models,
         network=network,
         seed=seed,

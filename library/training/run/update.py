@@ -9,11 +9,9 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from library.errors import UserError
 from library.memory.places.readback import Readback
@@ -23,6 +21,7 @@ from library.training.optimization.rounding import stochastic_rounding
 from library.training.reporting.report import LimitedNorms
 from library.training.run.plan import Window
 from library.training.run.run import Run
+from library.training.run.skipping import can_leave_out, left_out_if
 from library.training.run.told import Told
 
 logger = logging.getLogger(__name__)
@@ -61,21 +60,11 @@ class Updates:
         if scaler is not None:
             scaler.unscale_(optimizer)
         rates = [float(rate) for rate in run.optimization.schedule.get_last_lr()]
-        parameters = run.context.network.trainable_parameters()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         run.norms.measure(optimizer, window.step)
-        values = torch.cat([losses.to(norm.device), norm.float().view(1)])
-        numbers = Readback(values)
-        if self.tells_late:
-            with left_out_if(optimizer, (~values.isfinite()).any()):
-                self._move(parameters, norm, window.step)
-        elif self._allows(window, numbers):
-            run.context.network.note_gradients()
-            self._move(parameters, norm, window.step)
-            run.optimization.schedule.step()
-        if scaler is not None:
-            scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        if run.fixed is not None:
+            numbers = Readback(run.fixed.update(losses))
+        else:
+            numbers = self._update(window, losses)
         limited = None
         if self._norm_limit is not None:
             limited = Readback(run.context.network.limit_norms(self._norm_limit, run.context.device))
@@ -112,6 +101,25 @@ class Updates:
             raise
         self.tell()
 
+    def _update(self, window: Window, losses: Tensor) -> Readback:
+        """Gives the losses and the norm of the gradient."""
+        run, optimizer, scaler = self._run, self._run.optimization.optimizer, self._run.optimization.scaler
+        parameters = run.context.network.trainable_parameters()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        values = torch.cat([losses.to(norm.device), norm.float().view(1)])
+        numbers = Readback(values)
+        if self.tells_late:
+            with left_out_if(optimizer, (~values.isfinite()).any()):
+                self._move(parameters, norm, window.step)
+        elif self._allows(window, numbers):
+            run.context.network.note_gradients()
+            self._move(parameters, norm, window.step)
+            run.optimization.schedule.step()
+        if scaler is not None:
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return numbers
+
     def _allows(self, window: Window, numbers: Readback) -> bool:
         *losses, norm = numbers.read()
         return self._guard.allows_step(window, losses, norm)
@@ -131,27 +139,13 @@ class Updates:
 def skips_by_itself(run: Run) -> bool:
     """Whether the optimizer leaves a step out by a number on the device, and nothing else must know of the step before.
 
-    torch's fused optimizers do, for loss scaling. A loss scale itself is found by reading, and a network that looks at
-    gradients must see good ones only.
+    A loss scale is found by reading, and a network that looks at gradients must see good ones only.
     """
-    optimizer = run.optimization.optimizer
     return (
-        getattr(optimizer, "_step_supports_amp_scaling", False)
-        and all(group.get("fused") for group in optimizer.param_groups)
+        can_leave_out(run.optimization.optimizer)
         and run.optimization.scaler is None
         and not run.context.network.looks_at_gradients
     )
-
-
-@contextmanager
-def left_out_if(optimizer: Optimizer, is_damaged: Tensor) -> Iterator[None]:
-    """Inside, a step of a fused optimizer changes nothing, its count of steps included, where `is_damaged` is true."""
-    fused: Any = optimizer
-    fused.found_inf = is_damaged.float()
-    try:
-        yield
-    finally:
-        del fused.found_inf
 
 
 def rounding_of(run: Run, step: int) -> AbstractContextManager[None]:

@@ -90,10 +90,11 @@ def run_of(max_grad_norm: float = 0.0, batches: tuple[Batch, ...] = (), **option
         trains_text_encoder=False,
         captions=None,  # type: ignore[arg-type]
     )
-    wanted = {"max_grad_norm": max_grad_norm, "optimizer_type": "SGD", **options_of_user}
+    wanted = {"max_grad_norm": max_grad_norm, "optimizer_type": "SGD", "max_train_steps": 10, **options_of_user}
     options = TrainOptions().with_values(wanted)
     built = build_optimizer(options.optimizer, [{"params": [network.weight], "lr": RATE}])
-    optimization = Optimization(built, build_schedule(options.schedule, built, 10), None, ["unet"])
+    schedule = build_schedule(options.schedule, built, options.run.max_train_steps)
+    optimization = Optimization(built, schedule, None, ["unet"])
     data: Any = SimpleNamespace(batches=lambda epoch, places, *_: iter([batches[place] for place in places]))
     return Run(options, ALONE, data, Plan(num_batches=4, accumulation=2, max_train_steps=10), context, optimization)
 
