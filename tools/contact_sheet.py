@@ -19,14 +19,19 @@ from library.errors import UserError  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
+from library.training.command_line.run_lock import run_lock  # noqa: E402
 from library.training.evaluation.contact_sheet import arrange, draw_rows  # noqa: E402
+from library.training.evaluation.pictures import data_url_of  # noqa: E402
 from library.training.evaluation.prompts import read_prompts, settle  # noqa: E402
+from library.training.report.writer import add_sheet  # noqa: E402
 from library.training.saving.checkpoints import Names  # noqa: E402
 from library.types import Prompt  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
 from tools.plan_memory import card_of_script  # noqa: E402
 
 logger = logging.getLogger(__name__)
+
+LARGEST_IN_REPORT = 1800, 12_000  # pixels of width and height
 
 EXAMPLES = """\
   python3 tools/contact_sheet.py --script train_network.py --config_file configs/quickstart/train.toml \\
@@ -97,6 +102,10 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     with atomic_path(target) as temporary:
         sheet.save(temporary, format="PNG")
     logger.info("wrote %s", target)
+    if options.saving.output_dir and (report := Names.build(options.saving).of_report()).is_file():
+        with run_lock(options):
+            add_sheet(report, data_url_of(sheet, *LARGEST_IN_REPORT))
+        logger.info("%s shows it too", report)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

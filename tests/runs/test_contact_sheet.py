@@ -1,6 +1,8 @@
 """Contact sheets against the previews that runs draw of the same weights, prompts and seeds."""
 
+import base64
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 from library.training.evaluation.contact_sheet import GAP, LABEL_HEIGHT, LABEL_WIDTH, arrange
+from library.training.report.writer import read_report
 from tests.running import Finished, make_pictures
 from tests.runs.bases import BASES
 from tools import contact_sheet
@@ -54,12 +57,16 @@ def test_a_sheet_shows_what_the_run_drew(train: Train, tmp_path: Path, name: str
         *model, "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "64",
         "--output_dir", str(out), "--output_name", "mine", "--network_module", base.module, "--network_dim", "4",
         "--learning_rate", "3e-2", "--max_train_steps", "4", "--save_every_n_steps", "2", "--seed", "5",
-        "--max_data_loader_n_workers", "0", "--sample_prompts", str(tmp_path / "prompts.txt"), "--no_report",
+        "--max_data_loader_n_workers", "0", "--sample_prompts", str(tmp_path / "prompts.txt"),
     ]  # fmt: skip
     run = [*words, "--sample_every_n_steps", "2", "--sample_at_first", "--network_dropout", "0.1"]
     assert train(run, script=base.script).status == 0
     assert contact_sheet.main(["--script", f"{base.script}.py", *words]) == 0
     rows = cells(out / "mine-sheet.png", 4, 2)
+    report = read_report(out / "mine-report.html")
+    assert report.step == 4 and report.sheet is not None
+    with Image.open(BytesIO(base64.b64decode(report.sheet.partition(",")[2]))) as shown:
+        assert shown.size == Image.open(out / "mine-sheet.png").size
     for row, event in enumerate(("e000000", "000002", "000004", "000004")):  # the last file and that of step 4 are one
         for column in range(2):
             assert np.abs(rows[row][column] - preview(out, event, column)).max() <= 1

@@ -9,7 +9,7 @@ from library.training.report.page import data_of
 from library.training.report.record import Record
 from library.training.report.writer import report_of, write_page
 from tests.browser import CHROMIUM, ask
-from tests.event_lines import EVIL, lines_of, whole_run
+from tests.event_lines import EVIL, lines_of, thumbnail, whole_run
 
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed; on Debian: apt install chromium")
 
@@ -89,7 +89,9 @@ def test_a_run_that_has_just_begun_can_be_looked_at(tmp_path: Path) -> None:
         record = Record()
         for line in lines[:number]:
             record.add(line)
-        found, told = ask(report_of(record), "return document.title;", tmp_path)
+        record.sheet = thumbnail(number)
+        script = "const sheet = document.querySelector('img.sheet'); await sheet.decode(); return document.title;"
+        found, told = ask(report_of(record), script, tmp_path)
         assert (found, told) == ("cat: running, or killed", [])
 
 

@@ -103,14 +103,14 @@ def told_picture(drawn: Drawn, path: Path, step: int, epoch: int) -> Preview:
     """The event of a picture that was written to `path`."""
     prompt, (width, height) = drawn.prompt, drawn.image.size
     return Preview(
-        step, epoch, drawn.index, prompt.text, prompt.seed, width, height, str(path), thumbnail_of(drawn.image)
+        step, epoch, drawn.index, prompt.text, prompt.seed, width, height, str(path), data_url_of(drawn.image)
     )
 
 
-def thumbnail_of(image: Image.Image) -> str:
-    """A smaller copy as a data: URL, some kilobytes long."""
+def data_url_of(image: Image.Image, width: int = THUMBNAIL_SIDE, height: int = THUMBNAIL_SIDE) -> str:
+    """A copy of at most this size as a data: URL, about a kilobyte for each 10,000 pixels."""
     small, content = image.convert("RGB"), BytesIO()
-    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    small.thumbnail((width, height))
     small.save(content, format="WEBP", quality=75)
     return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
 

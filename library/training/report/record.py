@@ -1,6 +1,6 @@
 """What the report shows of a run, put together from its events one after the other.
 
-It is bounded, plain, and a function of the events alone: the report holds it, a run that goes on reads it back from
+It is bounded, plain, and a function of the events: the report holds it, a run that goes on reads it back from
 there, and `tools/report.py` makes the same of a file of events.
 """
 
@@ -65,6 +65,7 @@ class Record:
     num_removed: int = 0
     warnings: list[dict[str, Any]] = field(default_factory=list)
     num_warnings_left_out: int = 0
+    sheet: str | None = None  # a contact sheet as a data: URL; the one thing that no event tells
 
     def add(self, line: Line) -> None:
         """Take in the next event; what is not shown, also of later versions, is passed over."""

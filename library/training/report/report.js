@@ -107,6 +107,12 @@ function previews() {
   section("Previews", ...slider(times.map((time) => ({label: label(time), figures: figures(time)})), "time"), all);
 }
 
+function sheet() {
+  if (!record.sheet) return;
+  const picture = make("img", {src: record.sheet, alt: "contact sheet", class: "sheet"});
+  section("Contact sheet", make("div", {class: "scroll"}, picture));
+}
+
 function files() {
   if (!record.files.length) return;
   const measured = new Map(record.validations.items.map((item) => [item.step, item]));
@@ -182,4 +188,4 @@ function run() {
   page.append(make("details", {}, make("summary", {}, "Stages"), table(["stage", "took"], stages)));
 }
 
-for (const part of [head, losses, validations, previews, files, optimization, speed, warnings, data, run]) part();
+for (const part of [head, losses, validations, previews, sheet, files, optimization, speed, warnings, data, run]) part();

@@ -51,6 +51,13 @@ class ReportWriter:
         self._due = self._clock() + EVERY_S
 
 
+def add_sheet(path: Path, picture: str) -> None:
+    """Put a contact sheet, a data: URL, into the report of a run that is over. Raises UserError for another file."""
+    record = read_report(path)
+    record.sheet = picture
+    write_page(path, report_of(record))
+
+
 def report_of(record: Record) -> str:
     """The page of a run."""
     return page_of(record.name, SCRIPT, record.as_json())

@@ -14,8 +14,8 @@ import pytest
 from library.errors import UserError
 from library.training.report.page import HERE, UPLOT, data_of, page_of
 from library.training.report.record import Record
-from library.training.report.writer import ReportWriter, earlier_record, read_report, report_of
-from tests.event_lines import EVIL, lines_of, whole_run
+from library.training.report.writer import ReportWriter, add_sheet, earlier_record, read_report, report_of, write_page
+from tests.event_lines import EVIL, lines_of, plan, start, thumbnail, whole_run
 
 
 class Elements(HTMLParser):
@@ -106,3 +106,16 @@ def test_what_is_no_report_is_said_and_replaced(content: str, tmp_path: Path, ca
     assert f"{path} is no report of this version" in caplog.text
     with pytest.raises(UserError, match="is no report"):
         read_report(path)
+
+
+def test_a_contact_sheet_joins_the_report_and_stays_when_the_run_goes_on(tmp_path: Path) -> None:
+    path, lines = tmp_path / "cat-report.html", lines_of(whole_run(30))
+    write_page(path, report_of(record_of_run(30)))
+    add_sheet(path, thumbnail(7))
+    assert read_report(path).sheet == thumbnail(7)
+    writer = ReportWriter(path, earlier_record(path))
+    writer.take(lines_of([start(), plan(40, first_step=30)]))
+    assert read_report(path).sheet == thumbnail(7)
+    writer = ReportWriter(path, earlier_record(path))
+    writer.take(lines)  # from the beginning: it shows what is gone
+    assert read_report(path).sheet is None
