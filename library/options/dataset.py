@@ -44,6 +44,12 @@ class DatasetOptions(Options):
         usual=True,
         help="Show what each batch holds (pictures, captions, sizes), then end without training.",
     )
+    audit_only: bool = option(
+        False,
+        own=True,
+        help="Look at every picture (near twins, blur, one colour, damage), say what stands out, and end. Needs no "
+        "base model; with --output_dir a page with the pictures is written.",
+    )
     cache_info: bool = option(
         False,
         help="Keep captions and picture sizes of each folder in a metadata_cache.json inside it, and read that file "
@@ -210,3 +216,8 @@ class DatasetOptions(Options):
         help="Keep the reading processes alive between epochs. Saves waiting at the start of each epoch and costs "
         "memory.",
     )
+
+    @property
+    def only_looks(self) -> bool:
+        """Whether the data are looked at and nothing is trained."""
+        return self.debug_dataset or self.audit_only

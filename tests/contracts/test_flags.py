@@ -32,6 +32,7 @@ SINCE_0_11 = {  # options that sd-scripts has since 0.11, on some of its scripts
 SINCE_0_11_OF_FLOW_MODELS = {"show_timesteps": None, "show_timesteps_resolution": "1024", "show_timesteps_offset": 0.0}
 OURS = {  # the first of those and what sd-scripts does not have, with their defaults; one a line
     **SINCE_0_11,
+    "audit_only": False,
     "autoresume": False,
     "base_arithmetic": "decoded",
     "base_format": None,

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +14,13 @@ from library.data.description.buckets import BucketRules
 from library.data.description.captions import fullest_captions, has_nested_wildcard
 from library.data.description.folder_audit import folder_lines
 from library.data.sources.samples import Draws, Sample, duplicated_stems
-from library.data.sources.scan import ScannedDataset, ScannedSubset, few
+from library.data.sources.scan import Picture, ScannedDataset, ScannedSubset, few
 
 MOST_COUNTED_AT_START = 2000  # captions; a fifth of a second of tokenizing
 COUNTED_AT_ONCE = 16
-MOST_ENLARGED = 2  # times its width and height, before the audit speaks of it
+MOST_ENLARGED = 1.5  # times its width and height, before the audit speaks of it
+MOST_ALIKE = 8  # captions of a subset that may all be one
+SHORTEST_STEM = 4  # letters of a name that say something in a caption
 
 Line = tuple[int, str]
 """(level of logging, text)"""
@@ -96,11 +99,31 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
     if subset.empty_caption:
         empty = subset.empty_caption
         yield logging.WARNING, f"{source} {len(empty)} captions are empty: {few(empty)}"
+    yield from wording_lines(subset, source)
     if config.captions.enable_wildcard:
         nested = [picture.path for picture in subset.pictures if has_nested_wildcard(picture.caption)]
         if nested:
             effect = "have braces inside braces, of which only the inner ones are alternatives"
             yield logging.WARNING, f"{source} {len(nested)} captions {effect}: {few(nested)}"
+
+
+def wording_lines(subset: ScannedSubset, source: str) -> Iterator[Line]:
+    """Captions that teach nothing: one for all pictures, or with the name of the file in it."""
+    without = set(subset.without_caption)
+    own = [picture for picture in subset.pictures if picture.caption and picture.path not in without]
+    if len(own) > MOST_ALIKE and len({picture.caption for picture in own}) == 1:
+        effect = "so no word is learned for what differs between the pictures"
+        yield logging.WARNING, f"{source} all {len(own)} captions are the same, {effect}: {own[0].caption[:80]!r}"
+    named = [picture.path for picture in own if is_named(picture)]
+    if named:
+        yield logging.WARNING, f"{source} {len(named)} captions contain the name of their file: {few(named)}"
+
+
+def is_named(picture: Picture) -> bool:
+    """Whether the caption holds the file's name, other than a word that people would write."""
+    stem = os.path.splitext(os.path.basename(picture.path))[0]
+    is_made_up = any(letter.isdigit() or letter == "_" for letter in stem)
+    return len(stem) >= SHORTEST_STEM and is_made_up and stem.lower() in picture.caption.lower()
 
 
 def enlarged_lines(samples: Sequence[Sample]) -> Iterator[Line]:

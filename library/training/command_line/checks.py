@@ -101,7 +101,7 @@ def check_choices(options: TrainOptions) -> None:
 
 def check_required(options: TrainOptions) -> None:
     """The model, the adapter and the place to write to are named."""
-    if options.dataset.debug_dataset:
+    if options.dataset.only_looks:
         return
     if not options.model.pretrained_model_name_or_path:
         raise UserError("--pretrained_model_name_or_path is not set; give the base model's file, folder or hub name")
@@ -114,7 +114,7 @@ def check_required(options: TrainOptions) -> None:
 def check_output(options: TrainOptions) -> None:
     """What is written at the end can be written: the folders can be made and the name fits."""
     saving = options.saving
-    if options.dataset.debug_dataset:
+    if options.dataset.only_looks:
         return
     for flag, folder in (("output_dir", saving.output_dir), ("logging_dir", options.trackers.logging_dir)):
         if folder:
@@ -177,7 +177,7 @@ def check_precision(options: TrainOptions) -> None:
                 "of them out"
             )
     check_arithmetic(options)
-    if precision.mixed_precision == "fp16" and not options.dataset.debug_dataset and not has_accelerator():
+    if precision.mixed_precision == "fp16" and not options.dataset.only_looks and not has_accelerator():
         raise UserError(
             "--mixed_precision fp16 needs a GPU and none is found; use --mixed_precision bf16 or no on the CPU"
         )

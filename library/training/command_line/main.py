@@ -103,6 +103,11 @@ def train_as_asked(
         return True
     with warnings_told() as warnings:
         check(options)
+        if latents is not None and options.dataset.audit_only:
+            from library.training.command_line.audit_only import audit_only
+
+            audit_only(options, latents)
+            return True
         if latents is not None and options.dataset.debug_dataset and not options.model.pretrained_model_name_or_path:
             show_dataset(options, latents)
             return True

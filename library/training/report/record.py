@@ -13,6 +13,7 @@ from typing import Any
 from library.training.report.thinning import Curves, Kept
 
 VERSION = 1
+MOST_FINDINGS = 20
 MOST_VALIDATIONS = 300
 MOST_TIMES = 40  # of previews
 MOST_PROMPTS = 16
@@ -50,6 +51,7 @@ class Record:
     sessions: list[dict[str, Any]] = field(default_factory=list)
     plan: dict[str, Any] | None = None
     audit: dict[str, Any] | None = None
+    findings: list[dict[str, Any]] = field(default_factory=list)
     stages: list[list[Any]] = field(default_factory=list)  # name, seconds of those that are over; of this session
     began: dict[str, float] = field(default_factory=dict)  # when those that are not did
     step: int = 0
@@ -71,9 +73,9 @@ class Record:
         """Take in the next event; what is not shown, also of later versions, is passed over."""
         self.updated = line["time"]
         take = {
-            "start": self._start, "audit": self._audit, "stage": self._stage, "plan": self._plan, "step": self._step,
-            "validation": self._validation, "preview": self._preview, "saved": self._saved, "removed": self._removed,
-            "warning": self._warning, "end": self._end,
+            "start": self._start, "audit": self._audit, "finding": self._finding, "stage": self._stage,
+            "plan": self._plan, "step": self._step, "validation": self._validation, "preview": self._preview,
+            "saved": self._saved, "removed": self._removed, "warning": self._warning, "end": self._end,
         }.get(line["event"])  # fmt: skip
         if take is not None:
             take(line)
@@ -93,10 +95,21 @@ class Record:
             }
         )
         del self.sessions[:-MOST_SESSIONS]
-        self.audit, self.stages, self.began = None, [], {}
+        self.audit, self.findings, self.stages, self.began = None, [], [], {}
 
     def _audit(self, line: Line) -> None:
         self.audit = {name: value for name, value in line.items() if name not in ("v", "event", "time")}
+
+    def _finding(self, line: Line) -> None:
+        if len(self.findings) >= MOST_FINDINGS:
+            return
+        pictures = [
+            picture
+            if picture["thumbnail"] and THUMBNAIL.fullmatch(picture["thumbnail"])
+            else {**picture, "thumbnail": None}
+            for picture in line["pictures"]
+        ]
+        self.findings.append({"text": line["text"], "pictures": pictures, "num_pictures": line["num_pictures"]})
 
     def _stage(self, line: Line) -> None:
         name = line["name"]
@@ -121,7 +134,7 @@ class Record:
 
     def _forget_earlier_sessions(self) -> None:
         """A run begins: what is known of others, which lie in the same file of events, goes."""
-        kept = {"updated", "audit", "stages", "began", "num_warnings_left_out"}
+        kept = {"updated", "audit", "findings", "stages", "began", "num_warnings_left_out"}
         number = self.sessions[-1]["time"] if self.sessions else 0.0
         fresh = Record(sessions=self.sessions[-1:], warnings=[one for one in self.warnings if one["session"] == number])
         for f in fields(self):

@@ -162,6 +162,20 @@ function data() {
   }
 }
 
+function findings() {
+  if (!record.findings.length) return;
+  section("What stands out in the pictures");
+  for (const {text, pictures, num_pictures} of record.findings) {
+    const figures = pictures.map(({file, note, thumbnail}) => {
+      const picture = thumbnail ? make("img", {src: thumbnail, alt: "", loading: "lazy"}) : null;
+      return make("figure", {}, picture, make("figcaption", {}, note ? `${file}: ${note}` : file));
+    });
+    const more = num_pictures - pictures.length;
+    page.append(make("h3", {}, text), make("div", {class: "shown"}, figures));
+    if (more) page.append(make("p", {class: "dim"}, `${more} more are in the log.`));
+  }
+}
+
 /** [length, count] pairs in at most 60 equal bins, at their first lengths, gaps filled with zero. */
 function binned(counts) {
   const first = counts[0][0], width = Math.ceil((counts.at(-1)[0] - first + 1) / 60);
@@ -188,4 +202,6 @@ function run() {
   page.append(make("details", {}, make("summary", {}, "Stages"), table(["stage", "took"], stages)));
 }
 
-for (const part of [head, losses, validations, previews, sheet, files, optimization, speed, warnings, data, run]) part();
+for (const part of [head, losses, validations, previews, sheet, files, optimization, speed, warnings, findings, data, run]) {
+  part();
+}

@@ -51,6 +51,25 @@ class Audit(Event):
 
 
 @dataclass(frozen=True)
+class FoundPicture:
+    """A picture of a finding; `thumbnail` is a data: URL of a smaller copy, None where there is none."""
+
+    file: str
+    note: str
+    thumbnail: str | None
+
+
+@dataclass(frozen=True)
+class Finding(Event):
+    """Something stands out in the pixels of the pictures, of which the first are told."""
+
+    event = "finding"
+    text: str
+    pictures: Sequence[FoundPicture]
+    num_pictures: int
+
+
+@dataclass(frozen=True)
 class Stage(Event):
     """A part of the run that takes its time, such as caching; `total` is None where no end is known."""
 
@@ -223,5 +242,5 @@ class End(Event):
 
 
 EVENTS: tuple[type[Event], ...] = (
-    Start, Audit, Stage, Plan, Step, Validation, Preview, Saved, Removed, Warned, End,
+    Start, Audit, Finding, Stage, Plan, Step, Validation, Preview, Saved, Removed, Warned, End,
 )  # fmt: skip

@@ -254,9 +254,29 @@ def test_equal_pictures_are_named(tmp_path, caplog):
 
 def test_pictures_that_are_enlarged_much_are_named(tmp_path, caplog):
     write_picture(tmp_path / "a/tiny.png", (8, 8)).with_suffix(".txt").write_text("a")
-    write_picture(tmp_path / "a/half.png", (32, 32)).with_suffix(".txt").write_text("a")
+    write_picture(tmp_path / "a/large.png", (44, 44)).with_suffix(".txt").write_text("a")
     text = audited(config(tmp_path, "", "enable_bucket = true\nmin_bucket_reso = 64"), caplog)
-    assert "1 pictures are enlarged more than 2 times" in text and "tiny.png (8x8)" in text
+    assert "1 pictures are enlarged more than 1.5 times" in text and "tiny.png (8x8)" in text
+
+
+@pytest.mark.parametrize(("count", "is_told"), [(9, True), (8, False)])
+def test_one_caption_for_all_is_named_where_pictures_are_many(tmp_path, caplog, count, is_told):
+    for number in range(count):
+        write_picture(tmp_path / f"a/p{number}.png", (64, 64)).with_suffix(".txt").write_text("a photo of sks")
+    text = audited(config(tmp_path, ""), caplog)
+    assert ("all 9 captions are the same" in text and "'a photo of sks'" in text) is is_told
+
+
+def test_a_stand_in_for_missing_captions_is_no_fault(tmp_path, caplog):
+    write_folder(tmp_path / "a", 12, caption=None)
+    assert "captions are the same" not in audited(config(tmp_path, "class_tokens = 'sks'"), caplog)
+
+
+def test_captions_with_the_name_of_their_file_are_named(tmp_path, caplog):
+    for stem, caption in (("IMG_0815", "img_0815, a cat"), ("IMG_0816", "a cat"), ("cats", "two cats"), ("a1", "a1")):
+        write_picture(tmp_path / f"a/{stem}.png", (64, 64)).with_suffix(".txt").write_text(caption)
+    assert "1 captions contain the name of their file: " in (text := audited(config(tmp_path, ""), caplog))
+    assert "IMG_0815.png" in text.partition("contain the name of their file")[2].splitlines()[0]
 
 
 def test_pictures_in_folders_below_are_counted_where_none_is_found(tmp_path):

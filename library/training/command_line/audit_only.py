@@ -1,0 +1,75 @@
+"""--audit_only: the data before anything trains on them, without a base model."""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from library.data.batches.dataset import NoDataFound, TrainingSet
+from library.data.batches.images import open_picture
+from library.data.description.findings import Finding, inspect
+from library.errors import UserError
+from library.options.train import TrainOptions
+from library.protocols import LatentSpec
+from library.training.evaluation.pictures import thumbnail_of
+from library.training.report.record import Record
+from library.training.report.writer import report_of, write_page
+from library.training.reporting.event_stream import plain
+from library.training.reporting.events import Audit, End, Event, FoundPicture, Start
+from library.training.reporting.events import Finding as Told
+from library.training.run.events import given, versions
+from library.training.saving.checkpoints import Names
+
+logger = logging.getLogger(__name__)
+
+MOST_SHOWN = 60  # pictures of a finding on the page
+
+
+def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
+    """Say what was found and what is wrong with it, and show it on a page where --output_dir says where to.
+
+    Raises UserError for mistakes in the description.
+    """
+    began = time.time()
+    try:
+        training_set = TrainingSet.build(options, latents, options.run.seed or 0, None, None)
+    except NoDataFound as error:
+        logger.error("No data found: %s", error)
+        return
+    training_set.audit(logger)
+    findings = inspect(training_set.samples, len(training_set.split.trained))
+    for finding in findings:
+        logger.warning("%s", finding.line)
+    if not findings:
+        logger.info("nothing stands out in the pictures")
+    if options.saving.output_dir:
+        events = [
+            Start(None, given(options), versions()),
+            Audit(**training_set.facts()),
+            *(Told(finding.text, shown(finding), len(finding.pictures)) for finding in findings),
+            End("finished", None, time.time() - began, None, None, None),
+        ]
+        path = Names.build(options.saving).of_audit()
+        write_page(path, report_of(record_of(events)))
+        logger.info("the same with the pictures: %s", path)
+
+
+def shown(finding: Finding) -> Sequence[FoundPicture]:
+    """The first pictures of a finding with a small copy of each that can be decoded."""
+    found = []
+    for path, note in finding.pictures[:MOST_SHOWN]:
+        try:
+            with open_picture(path) as image:
+                thumbnail = thumbnail_of(image)
+        except (UserError, OSError, ValueError, SyntaxError, MemoryError):
+            thumbnail = None
+        found.append(FoundPicture(str(Path(path)), note, thumbnail))
+    return found
+
+
+def record_of(events: Sequence[Event]) -> Record:
+    """What a page shows of these events."""
+    record = Record()
+    for event in events:
+        record.add(plain(event.as_line(time.time())))
+    return record

@@ -1,0 +1,120 @@
+"""What the pixels of pictures say: twins, blur, one colour, damage."""
+
+import itertools
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+
+from library.data.description.findings import BLURRED, EMPTY, MOST_BITS, findings_of
+from library.data.description.looks import HASH_BITS, Look, groups_of, look_at, sharpness_of, similar_pairs
+
+TRAINED = (256, 256)
+
+
+def scene(seed: int, side: int = 400) -> Image.Image:
+    """Coarse and fine structure with a few shapes whose edges are sharp."""
+    rng = np.random.default_rng(seed)
+    summed = np.zeros((side, side, 3))
+    for cells, strength in ((4, 110), (12, 60), (40, 30), (200, 20)):
+        small = Image.fromarray(rng.integers(0, 255, (cells, cells, 3), dtype=np.uint8))
+        summed += np.asarray(small.resize((side, side), Image.Resampling.BICUBIC)) / 255 * strength
+    image = Image.fromarray(summed.clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for _ in range(8):
+        x, y = (int(v) for v in rng.integers(0, side, 2))
+        draw.rectangle((x, y, x + side // 8, y + side // 6), fill=tuple(int(v) for v in rng.integers(0, 255, 3)))
+    return image
+
+
+def looked_at(image: Image.Image, path: Path, **how: int) -> Look:
+    image.save(path, **how)
+    return look_at(str(path), TRAINED)
+
+
+def bits_between(a: Look, b: Look) -> int:
+    return (a.hash ^ b.hash).bit_count()
+
+
+def test_copies_are_near_and_other_pictures_far(tmp_path: Path) -> None:
+    scenes = [scene(seed) for seed in range(610, 618)]
+    looks = [looked_at(image, tmp_path / f"{n}.png") for n, image in enumerate(scenes)]
+    assert min(bits_between(a, b) for a, b in itertools.combinations(looks, 2)) > 2 * MOST_BITS
+    for n, (image, look) in enumerate(zip(scenes, looks, strict=True)):
+        smaller = looked_at(image.resize((300, 300)), tmp_path / f"{n}s.png")
+        poorer = looked_at(image, tmp_path / f"{n}q.jpg", quality=35)
+        brighter = looked_at(image.point(lambda v: min(255, v * 1.15)), tmp_path / f"{n}b.png")
+        assert max(bits_between(look, other) for other in (smaller, poorer, brighter)) <= MOST_BITS
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_blur_is_told_from_a_blurred_background(tmp_path: Path, suffix: str) -> None:
+    image = scene(77)
+    blurred = image.filter(ImageFilter.GaussianBlur(5))
+    subject = blurred.copy()
+    subject.paste(image.crop((0, 0, 120, 120)), (150, 150))
+    found = [looked_at(i, tmp_path / f"x{n}{suffix}").sharpness for n, i in enumerate((image, subject, blurred))]
+    assert found[0] > 2 * BLURRED and found[1] > 2 * BLURRED and found[2] < BLURRED / 2
+
+
+def test_sharpness_is_the_variance_of_the_laplacian_of_the_sharpest_tile() -> None:
+    pixels = np.random.default_rng(9).integers(0, 255, (37, 50), dtype=np.uint8)
+    padded = np.pad(pixels.astype(np.float64), 1, mode="reflect")
+    laplacian = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:] - 4 * padded[1:-1, 1:-1]
+    tiles = [tile for row in np.array_split(laplacian, 4) for tile in np.array_split(row, 4, axis=1)]
+    assert sharpness_of(pixels) == pytest.approx(max(tile.var() for tile in tiles), rel=1e-9)
+
+
+def test_every_pair_is_found_that_comparing_all_finds() -> None:
+    rng = random.Random(31)
+    hashes = [rng.getrandbits(HASH_BITS) for _ in range(150)]
+    for value in hashes[:60]:
+        flipped = rng.sample(range(HASH_BITS), rng.randint(0, 10))
+        hashes.append(value ^ sum(1 << bit for bit in flipped))
+    found = list(similar_pairs(hashes, MOST_BITS))
+    near = {
+        (a, b)
+        for a, b in itertools.combinations(range(len(hashes)), 2)
+        if (hashes[a] ^ hashes[b]).bit_count() <= MOST_BITS
+    }
+    assert len(found) == len(set(found)) and {tuple(sorted(pair)) for pair in found} == near
+    assert len(near) > 20
+
+
+def test_pairs_that_hang_together_are_one_group() -> None:
+    assert groups_of([(5, 2), (7, 8), (2, 9), (8, 7)]) == [[2, 5, 9], [7, 8]]
+
+
+def test_what_stands_out_is_told_with_its_pictures_and_nothing_else() -> None:
+    fine = {"sharpness": 4 * BLURRED, "contrast": 5 * EMPTY}
+    rng = random.Random(82)
+    first, second, third, fourth = (rng.getrandbits(HASH_BITS) for _ in range(4))
+    looks = [
+        Look("a", first, **fine), Look("b", first ^ 0b11, **fine), Look("c", second, **fine),
+        Look("v", second ^ 4, **fine), Look("alone", third, **fine), Look("red", 0, 0.0, 0.5),
+        Look("blue", 0, 0.0, 0.5),
+        Look("soft", fourth, BLURRED / 2, 5 * EMPTY), Look("cut", problem="image file is truncated"),
+    ]  # fmt: skip
+    found = {
+        f.text.partition("pictures ")[2][:12]: [path for path, _ in f.pictures]
+        for f in findings_of(looks, {"a", "b", "c"})
+    }
+    assert found == {
+        "cannot be de": ["cut"],
+        "show one col": ["red", "blue"],
+        "of the valid": ["c", "v"],
+        "are nearly t": ["a", "b"],
+        "are blurred ": ["soft"],
+    }
+    (line,) = [f.line for f in findings_of(looks[2:4], {"c"})]
+    assert line.endswith("c (group 1, trained), v (group 1, validation)")
+    assert list(findings_of([looks[4]], {"alone"})) == []
+
+
+def test_a_picture_that_is_cut_off_is_told_and_not_raised(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jpg"
+    scene(3).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    assert "truncated" in (look_at(str(path), TRAINED).problem or "")
