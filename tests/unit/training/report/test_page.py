@@ -119,3 +119,21 @@ def test_a_contact_sheet_joins_the_report_and_stays_when_the_run_goes_on(tmp_pat
     writer = ReportWriter(path, earlier_record(path))
     writer.take(lines)  # from the beginning: it shows what is gone
     assert read_report(path).sheet is None
+
+
+def test_a_report_that_cannot_be_written_is_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "open in another program", "cat-report.html")
+
+    now, path = [0.0], tmp_path / "cat-report.html"
+    writer = ReportWriter(path, None, clock=lambda: now[0])
+    with monkeypatch.context() as locked:
+        locked.setattr("library.training.report.writer.write_page", refuse)
+        for _ in range(3):
+            writer.take(lines_of([plan(10)]))
+            now[0] += 31
+    assert not path.exists() and caplog.text.count("is tried again later") == 1
+    writer.take(lines_of([plan(10)]))
+    assert path.exists()
