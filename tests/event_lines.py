@@ -51,6 +51,7 @@ def plan(max_train_steps: int, first_step: int = 0) -> events.Plan:
         resumed_from="out/cat-state" if first_step else None, max_train_steps=max_train_steps, num_epochs=10,
         steps_per_epoch=max(1, max_train_steps // 10), batch_sizes=[2], accumulation=1,
         pictures={"train": 18, "validation": 3, "reg": 0}, num_processes=1, device="Some Card", peak_flops=1e14,
+        planned=events.Planned(8 * 2**30, 7 * 2**30, 0.19),
     )  # fmt: skip
 
 

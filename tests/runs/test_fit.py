@@ -1,5 +1,6 @@
 """--fit: the run is set up in the way that the planner chose, and says so."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,11 +46,15 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 def test_a_run_with_much_room_keeps_all_it_computes(train: Train, tmp_path: Path) -> None:
-    done = train(flux_arguments(tmp_path, "--fit", "12GB"), script="flux_train_network")
+    told = ["--log_events", str(tmp_path / "events.jsonl"), "--no_report"]
+    done = train(flux_arguments(tmp_path, "--fit", "12GB", *told), script="flux_train_network")
     assert done.status == 0, done.stderr
     assert "12.0 GiB (counted as this processor" in done.stderr
     assert "-> is chosen; --vae_batch_size 8 --text_encoder_batch_size 8 fixes it" in done.stderr
     assert metadata_of(tmp_path / "out" / "mine.safetensors")["ss_gradient_checkpointing"] == "False"
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    (planned,) = (line["planned"] for line in lines if line["event"] == "plan")
+    assert 0 < planned["tensor_bytes"] < planned["card_bytes"] < 12 * 1024 * MIB and planned["seconds"] > 0
 
 
 @pytest.mark.slow

@@ -70,6 +70,7 @@ def test_charts_are_drawn_the_slider_works_and_texts_stay_texts(page: str, tmp_p
     assert len(found["last"]) == len(found["first"]) == 4 and not set(found["last"]) & set(found["first"])
     assert found["captions"] == ["a cat", EVIL, "a dog"]
     assert found["text"].count("onerror=") >= 6  # prompt, folder, picture, tag, warning, file
+    assert "8 GiB, 0.19 s" in found["text"]
     assert found["width"] <= 1250 and "lowest validation loss" in found["text"]
 
 

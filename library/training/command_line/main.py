@@ -164,7 +164,7 @@ def train_network(
     from library.training.faults.out_of_memory import explained
     from library.training.faults.selftest import test_itself
     from library.training.optimization.hidden_library import hidden_bitsandbytes
-    from library.training.reporting.events import Audit
+    from library.training.reporting.events import Audit, Planned
     from library.training.run import setup
     from library.training.saving.hub import check_repository
     from library.training.saving.resume import find_state, with_rates_of_state
@@ -199,6 +199,8 @@ def train_network(
 
         assert isinstance(training_set, TrainingSet), "--dataset_class refuses --fit"
         options, arch, fitted = fit_run(options, build, arch, training_set, processes)
+        if (chosen := fitted.choice.chosen) is not None:
+            events.planned = Planned(chosen.device_bytes, chosen.tensor_bytes, chosen.seconds)
     else:
         fitted = None
     largest = training_set.limit_to_largest_batch() if options.faults.dry_run else None

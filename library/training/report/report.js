@@ -38,6 +38,10 @@ function head() {
     if (pace && !end) fact(duration(pace * (plan.max_train_steps - record.step)), "left");
     if (record.loss !== null) fact(short(record.loss), "loss, smoothed");
     if (record.best) fact(short(record.best.loss), `lowest validation loss, step ${record.best.step}`);
+    if (plan.planned) {
+      const {card_bytes: bytes, seconds} = plan.planned;
+      fact(`${short(bytes / 2 ** 30, 3)} GiB, ${short(seconds, 2)} s`, "planned by --fit: memory, forward and backward");
+    }
     fact(plan.base_model, `${plan.network}, ${short(plan.num_trained / 1e6, 3)} million parameters`);
     fact(plan.device, plan.num_processes > 1 ? `${plan.num_processes} processes` : "device");
   }

@@ -15,7 +15,7 @@ from typing import IO, Any, Protocol
 
 from library.errors import UserError
 from library.progress import State
-from library.training.reporting.events import End, EndReason, Event, Plan, Stage, Step, Warned
+from library.training.reporting.events import End, EndReason, Event, Plan, Planned, Stage, Step, Warned
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class Events:
         self._progress: dict[str, float] = {}
         self._started = clock()
         self.last_step: int | None = None
+        self.planned: Planned | None = None  # goes into the plan
         self.summary: str | None = None  # these two go into the last event
         self.file: str | None = None
         self._thread: threading.Thread | None = None

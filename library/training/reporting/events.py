@@ -81,6 +81,15 @@ class Stage(Event):
 
 
 @dataclass(frozen=True)
+class Planned:
+    """What --fit predicted for the largest batch of one process."""
+
+    card_bytes: int  # with what the card and its allocator add
+    tensor_bytes: int  # of them, at the peak
+    seconds: float  # of a forward and backward pass
+
+
+@dataclass(frozen=True)
 class Plan(Event):
     """Everything is loaded and training is about to begin."""
 
@@ -100,6 +109,7 @@ class Plan(Event):
     num_processes: int
     device: str
     peak_flops: float | None  # of one card in the number format of training, per second
+    planned: Planned | None = None  # None without --fit
 
 
 @dataclass(frozen=True)

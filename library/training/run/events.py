@@ -143,6 +143,7 @@ def plan_of(run: Run, counts: PictureCounts, first_step: int, resumed_from: str 
         num_processes=run.processes.count,
         device=name_of(context.device),
         peak_flops=run.times.peak,
+        planned=run.events.planned,
     )
 
 
