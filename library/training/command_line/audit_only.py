@@ -11,7 +11,7 @@ from library.data.description.findings import Finding, inspect
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
-from library.training.evaluation.pictures import thumbnail_of
+from library.training.evaluation.pictures import data_url_of
 from library.training.report.record import Record
 from library.training.report.writer import report_of, write_page
 from library.training.reporting.event_stream import plain
@@ -60,7 +60,7 @@ def shown(finding: Finding) -> Sequence[FoundPicture]:
     for path, note in finding.pictures[:MOST_SHOWN]:
         try:
             with open_picture(path) as image:
-                thumbnail = thumbnail_of(image)
+                thumbnail = data_url_of(image)
         except (UserError, OSError, ValueError, SyntaxError, MemoryError):
             thumbnail = None
         found.append(FoundPicture(str(Path(path)), note, thumbnail))
