@@ -166,6 +166,7 @@ class AdoptedNetwork:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self._trained: list[nn.Parameter] | None = None  # of this epoch: finding them takes a millisecond
 
     def apply_to(
         self, text_encoder: TextEncoder, denoiser: nn.Module, train_text_encoder: bool, train_denoiser: bool
@@ -221,9 +222,10 @@ class AdoptedNetwork:
         self._optional("prepare_grad_etc", text_encoder, denoiser)
 
     def start_epoch(self, text_encoder: TextEncoder, denoiser: nn.Module) -> None:
-        """Called before each epoch; the network is in training mode afterwards."""
+        """Called before each epoch; the network is in training mode afterwards, and what it trains stays the same."""
         self._optional("on_epoch_start", text_encoder, denoiser)
         self.module.train()
+        self._trained = self._trainable_parameters()
 
     def start_step(self, text_encoder: TextEncoder, denoiser: nn.Module) -> None:
         """Called before each micro-step."""
@@ -249,6 +251,9 @@ class AdoptedNetwork:
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimizer changes: the set whose gradient norm is limited."""
+        return self._trainable_parameters() if self._trained is None else list(self._trained)
+
+    def _trainable_parameters(self) -> list[nn.Parameter]:
         method = self._method("get_trainable_params")
         found = self.module.parameters() if method is None else method()
         return [parameter for parameter in found if parameter.requires_grad]

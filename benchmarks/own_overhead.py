@@ -1,0 +1,173 @@
+"""What a step costs besides models, gradients and optimizer: the trainer's own milliseconds, with the models stubbed.
+
+The script's own loop trains a LoRA with the layers of Stable Diffusion 1.5, each a few channels wide. In place of the
+denoiser stands one operation that gives every factor a gradient. Beside it a bare loop does the same operation, the
+same clipping and the same optimizer: the difference is the trainer's. CPU milliseconds of the thread, medians, so that
+what else the machine does counts little.
+
+    python benchmarks/own_overhead.py
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from benchmarks.trainer_tax import build_pictures  # noqa: E402
+
+LEVELS = (32, 64, 64, 64)
+WARM_UP = 20  # steps that make what all others use
+CASES = {
+    "plain": (),
+    "charts": ("--logging_dir", "logs"),
+    "events": ("--log_events", "events.jsonl"),
+    "four batches a step": ("--gradient_accumulation_steps", "4"),
+    "AdamW8bit": ("--optimizer_type", "AdamW8bit"),
+}
+
+
+class Touch(torch.autograd.Function):
+    """The first tensor, with a gradient for all others."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.weights = weights
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return None, *(torch.full_like(weight, 1e-3) for weight in ctx.weights)
+
+
+class Enough(Exception):
+    """The steps are taken."""
+
+
+class Watch:
+    """Stands where the loop looks for interruptions, once in every step."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.marks: list[float] = []
+        self.num_steps = num_steps
+
+    @property
+    def is_requested(self) -> bool:
+        self.marks.append(time.thread_time())
+        if len(self.marks) > self.num_steps:
+            raise Enough
+        return False
+
+
+def median_ms(marks: Sequence[float]) -> float:
+    """Milliseconds from one mark to the next, without the first steps."""
+    seconds = [after - before for before, after in zip(marks[WARM_UP:], marks[WARM_UP + 1 :], strict=False)]
+    return 1e3 * statistics.median(seconds)
+
+
+def build_model(folder: Path) -> None:
+    """A tiny Stable Diffusion 1.x whose U-Net has as many layers as that of 1.5."""
+    from diffusers import UNet2DConditionModel
+
+    from tests.tiny.sd import build_tiny_sd
+
+    build_tiny_sd(folder, seed=7)
+    width = json.loads((folder / "text_encoder" / "config.json").read_text())["hidden_size"]
+    torch.manual_seed(8)
+    unet = UNet2DConditionModel(block_out_channels=LEVELS, cross_attention_dim=width, attention_head_dim=8)
+    unet.save_pretrained(folder / "unet")
+
+
+def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, list[nn.Parameter]]:
+    """Of a step of the script's loop; the parameters that it trained."""
+    import train_network
+    from library.architectures.sd.assembly import build
+    from library.options.train import TrainOptions
+    from library.processes import of_accelerator
+    from library.training.command_line.cli import parse
+    from library.training.reporting.event_stream import Events, open_event_file
+    from library.training.run import loop, setup
+
+    words = [
+        "--pretrained_model_name_or_path", str(folder / "model"), "--train_data_dir", str(folder / "pictures"),
+        "--caption_extension", ".txt", "--resolution", "64", "--output_dir", str(folder / "out"), "--network_module",
+        "networks.lora", "--network_dim", "4", "--learning_rate", "1e-4", "--seed", "1", "--max_train_steps",
+        str(10**6), "--cache_latents", "--max_data_loader_n_workers", "0", "--network_train_unet_only", *more,
+    ]  # fmt: skip
+    options = TrainOptions.from_args(parse(train_network.setup_parser(), words))
+    arch = build(options)
+    accelerator = setup.open_accelerator(options)
+    processes = of_accelerator(accelerator)
+    training_set = setup.open_training_set(options, arch, 1, processes.count)
+    path = options.reports.log_events
+    events = Events([] if path is None else [open_event_file(Path(path), False)])
+    prepared = setup.prepare(options, arch, 1, training_set, accelerator, processes, None, events)
+    context = prepared.run.context
+    weights = context.network.trainable_parameters()
+
+    def predict(denoiser: nn.Module, noised: Any, conditioning: Any, batch: Any) -> Tensor:
+        touched: Tensor = Touch.apply(noised.latents_BCHW, *weights)  # type: ignore[no-untyped-call]
+        return touched
+
+    stubbed = replace(context, arch=replace(context.arch, predict=predict))
+    watch: Any = Watch(num_steps)
+    try:
+        loop.train(replace(prepared, run=replace(prepared.run, context=stubbed)), watch)
+    except Enough:
+        return median_ms(watch.marks), weights
+    raise AssertionError("the loop ended by itself")
+
+
+def bare_ms(weights: Sequence[nn.Parameter], num_steps: int, more: Sequence[str]) -> float:
+    """Of a step that does nothing but what must be done."""
+    if "AdamW8bit" in more:
+        import bitsandbytes
+
+        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(weights, lr=1e-4)
+    else:
+        optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
+    num_batches = int(more[-1]) if "--gradient_accumulation_steps" in more else 1
+    latents, marks = torch.randn(1, 4, 8, 8), []
+    for _ in range(num_steps + 1):
+        marks.append(time.thread_time())
+        for _ in range(num_batches):
+            touched: Tensor = Touch.apply(latents, *weights)  # type: ignore[no-untyped-call]
+            (touched.square().mean() / num_batches).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return median_ms(marks)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200, help="steps that are measured")
+    parser.add_argument("--case", choices=CASES, nargs="*", default=list(CASES), help="which cases")
+    args = parser.parse_args()
+    num_steps = WARM_UP + args.steps
+    torch.set_num_threads(1)  # hundreds of small tensors: threads would wait for each other
+    for case in args.case:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            build_model(folder / "model")
+            (folder / "pictures").mkdir()
+            build_pictures(folder / "pictures" / "200_x", 64, 8)
+            more = [str(folder / word) if word in ("logs", "events.jsonl") else word for word in CASES[case]]
+            ours, weights = our_ms(folder, num_steps, more)
+            bare = bare_ms(weights, num_steps, more)
+            print(f"{case}: {ours:.2f} ms a step, bare {bare:.2f}, our own {ours - bare:.2f}")
+
+
+if __name__ == "__main__":
+    main()
