@@ -1,0 +1,95 @@
+"""Which of several files to keep: their losses on the same pictures, compared picture by picture.
+
+The rule: of all files that are not clearly worse than the one with the lowest loss, the earliest. The lowest of many
+losses is lower than the others by chance alone, so "clearly" allows for all the comparisons at once: of F files each
+difference to the lowest is tested two-sided at 5 % / (F - 1), by Student's t over pictures (Bonferroni's correction;
+Dunn 1961, "Multiple Comparisons Among Means"). Whichever file is truly best, it is then called clearly worse with a
+probability of at most 2.5 %; and where several are equally good, one of them is named the winner with at most 5 %
+(Hsu 1984, "Constrained Simultaneous Confidence Intervals for Multiple Comparisons with the Best", has the idea).
+
+Letters: F files, N rows that were measured, G pictures, copies of one being one.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from math import nan, sqrt
+
+import torch
+from torch import Tensor
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over pictures and its interval, which is NaN for a single picture."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What is known of one file."""
+
+    loss: Estimate  # the interval is its own, at 95 %
+    to_best: Estimate  # its loss less the lowest one; the intervals of all files hold together
+    is_worse: bool  # than the best, by more than chance
+    is_copy: bool  # of the best, digit for digit
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which file is suggested."""
+
+    files: tuple[Compared, ...]  # in the order given
+    best: int
+    suggested: int
+    has_winner: bool  # every other file is clearly worse than the best
+    num_pictures: int
+
+
+def choose(losses_FG: Tensor, num_baselines: int = 0) -> Choice | None:
+    """Compare files that are given in the order of their steps; None where no loss is a number.
+
+    The first `num_baselines` rows, such as the base model alone, are compared and never suggested. A file whose loss is
+    not a number is clearly worse.
+    """
+    num_files, num_pictures = losses_FG.shape
+    is_finite = losses_FG.isfinite().all(1).tolist()
+    means = losses_FG.mean(1).tolist()
+    finite = [i for i in range(num_files) if is_finite[i]]
+    if not any(i >= num_baselines for i in finite):
+        return None
+    best = min((i for i in finite if i >= num_baselines), key=means.__getitem__)
+    num_different = len({tuple(losses_FG[i].tolist()) for i in finite})
+    level = (1 - CONFIDENCE) / max(1, num_different - 1)
+    files = []
+    for i, row_G in enumerate(losses_FG):
+        to_best = estimate(row_G - losses_FG[best], level)
+        is_worse = to_best.low > 0 if is_finite[i] else True
+        files.append(Compared(estimate(row_G), to_best, is_worse, is_finite[i] and row_G.equal(losses_FG[best])))
+    others = [file for file in files[num_baselines:] if not file.is_copy]
+    suggested = next(i for i in range(num_baselines, num_files) if not files[i].is_worse)
+    has_winner = bool(others) and all(file.is_worse for file in others)
+    return Choice(tuple(files), best, suggested, has_winner, num_pictures)
+
+
+def by_picture(losses_N: Tensor, pictures: Sequence[Hashable]) -> Tensor:
+    """The mean of the rows that are the same picture, shape G, float64; `pictures` says which is which."""
+    numbers = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}
+    index_N = torch.tensor([numbers[picture] for picture in pictures])
+    sums_G = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, index_N, losses_N.double())
+    return sums_G / torch.bincount(index_N, minlength=len(numbers))
+
+
+def estimate(values_G: Tensor, level: float = 1 - CONFIDENCE) -> Estimate:
+    """The mean of independent values, with the interval that misses the true one with the probability `level`."""
+    from scipy.special import stdtrit
+
+    mean, count = values_G.mean().item(), len(values_G)
+    if count < 2:
+        return Estimate(mean, nan, nan)
+    reach = float(stdtrit(count - 1, 1 - level / 2)) * values_G.std().item() / sqrt(count)
+    return Estimate(mean, mean - reach, mean + reach)

@@ -1,0 +1,113 @@
+"""Which file is suggested: a null experiment, files with true differences, and intervals."""
+
+from math import nan
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from library.training.evaluation.choice import Choice, by_picture, choose, estimate
+
+NUM_RUNS = 1500
+
+
+def chosen(losses_FG: np.ndarray, num_baselines: int = 0) -> Choice:
+    found = choose(torch.tensor(losses_FG), num_baselines)
+    assert found is not None
+    return found
+
+
+def runs_without_differences(num_files: int, num_pictures: int, kind: str, seed: int) -> np.ndarray:
+    """Losses, shape (runs, F, G), of files that differ by noise alone: pictures differ, and so do their spreads."""
+    rng = np.random.default_rng(seed)
+    shape = NUM_RUNS, num_files, num_pictures
+    noise = rng.normal(size=shape)
+    if kind == "walk":  # each file is the one before with a small change, as in a run
+        noise = noise.cumsum(1)
+    elif kind == "skewed":
+        noise = np.exp(noise)
+    spread = rng.uniform(0.5, 2.0, size=(NUM_RUNS, 1, num_pictures)) if kind != "equal" else 1.0
+    return 0.2 + 0.1 * rng.normal(size=(NUM_RUNS, 1, num_pictures)) + 1e-3 * spread * noise
+
+
+@pytest.mark.parametrize(
+    ("num_files", "num_pictures", "kind"),
+    [(2, 8, "equal"), (8, 4, "walk"), (8, 20, "equal"), (20, 12, "walk"), (5, 10, "skewed"), (2, 3, "skewed")],
+)
+def test_files_that_differ_by_noise_alone_name_no_winner(num_files: int, num_pictures: int, kind: str) -> None:
+    """A winner in at most 5 % of runs, and another file than the earliest in at most 2.5 %, up to three sigma."""
+    runs = runs_without_differences(num_files, num_pictures, kind, seed=num_files * 100 + num_pictures)
+    found = [chosen(losses_FG) for losses_FG in runs]
+    for rate, limit in (
+        (np.mean([one.has_winner for one in found]), 0.05),
+        (np.mean([one.suggested != 0 for one in found]), 0.025),
+    ):
+        assert rate <= limit + 3 * (limit * (1 - limit) / NUM_RUNS) ** 0.5
+    # the lowest loss alone would have named another one nearly always
+    assert np.mean([one.best != 0 for one in found]) > 0.4
+
+
+def test_two_files_without_a_difference_have_a_winner_as_often_as_stated() -> None:
+    """Too careful would be wrong as well: with two files and normal noise the rate is 5 % exactly."""
+    runs = runs_without_differences(2, 8, "equal", seed=5)
+    rate = np.mean([chosen(losses_FG).has_winner for losses_FG in runs])
+    assert rate == pytest.approx(0.05, abs=3 * (0.05 * 0.95 / NUM_RUNS) ** 0.5)
+
+
+def test_a_true_best_file_is_found_and_a_plateau_gives_its_beginning() -> None:
+    """Differences of two standard deviations of the noise on 12 pictures, first with one best file, then with three."""
+    for means, suggested, has_winner in (
+        ([4, 2, 0, 2, 4], 2, True),
+        ([4, 2, 0, 0, 0, 2], 2, False),
+    ):
+        found = []
+        for seed in range(300):
+            rng = np.random.default_rng([seed, suggested])
+            noise = rng.normal(size=(len(means), 12)) / 2**0.5  # of a difference: 1
+            found.append(chosen(np.array(means)[:, None] + noise + 10 * rng.normal(size=12)))
+        right = [one.suggested == suggested and one.has_winner == has_winner for one in found]
+        assert np.mean(right) > 0.9
+
+
+def test_copies_of_one_file_are_one_file() -> None:
+    rng = np.random.default_rng(3)
+    one, other = rng.normal(size=(2, 9))
+    found = chosen(np.stack([one] * 4))
+    assert (found.suggested, found.has_winner) == (0, False) and not any(file.is_worse for file in found.files)
+    assert all((file.to_best.low, file.to_best.high) == (0.0, 0.0) for file in found.files)
+    worse = one + 1 + 0.1 * other
+    found = chosen(np.stack([worse, one, one, worse]))  # copies make nothing more doubtful
+    assert (found.suggested, found.has_winner) == (1, True) and found.files[2].is_copy
+    alone = chosen(np.stack([worse, one]))
+    assert found.files[0] == alone.files[0]
+
+
+def test_intervals_are_those_of_t_tests_for_all_differences_at_once() -> None:
+    losses_FG = np.random.default_rng(4).normal(size=(5, 7)) + np.arange(5)[:, None]
+    found = chosen(losses_FG)
+    for row, file in zip(losses_FG, found.files, strict=True):
+        own = stats.ttest_1samp(row, 0).confidence_interval(0.95)
+        assert (file.loss.low, file.loss.high) == pytest.approx((own.low, own.high), rel=1e-9)
+        if not file.is_copy:
+            paired = stats.ttest_rel(row, losses_FG[found.best]).confidence_interval(1 - 0.05 / 4)
+            assert (file.to_best.low, file.to_best.high) == pytest.approx((paired.low, paired.high), rel=1e-9)
+
+
+def test_a_baseline_is_compared_and_never_suggested() -> None:
+    base = np.random.default_rng(6).normal(size=10)
+    found = chosen(np.stack([base, base + 0.5, base + 0.25]), num_baselines=1)
+    assert (found.best, found.suggested) == (2, 2) and not found.files[0].is_worse and found.files[1].is_worse
+
+
+def test_a_single_picture_decides_nothing_and_losses_that_are_no_numbers_lose() -> None:
+    found = chosen(np.array([[0.3], [0.1]]))
+    assert (found.best, found.suggested, found.has_winner) == (1, 0, False)
+    found = chosen(np.array([[nan, 0.1], [0.3, 0.2], [0.31, 0.21]]))
+    assert found.suggested == 1 and found.files[0].is_worse
+    assert choose(torch.full((2, 3), nan)) is None
+
+
+def test_rows_of_one_picture_count_once() -> None:
+    values = by_picture(torch.tensor([1.0, 2.0, 6.0]), ["a", "b", "a"])
+    assert values.tolist() == [3.5, 2.0] and estimate(values).mean == 2.75
