@@ -42,7 +42,7 @@ class Bar:
 def progress_bar(title: str, total: int, leave: bool = True) -> Iterator[Bar]:
     """A bar on standard error, in the main process; whoever `listening` has named hears of it too."""
     is_main = launched_rank() == 0
-    with tqdm(total=total, desc=title, disable=not is_main, leave=leave, smoothing=0) as shown:
+    with tqdm(total=total, desc=title, disable=not is_main, leave=leave, smoothing=0, dynamic_ncols=True) as shown:
         bar = Bar(title.rstrip("…"), total, shown, LISTENER.get() if is_main and total else None)
         bar.tell("begin")
         try:

@@ -64,7 +64,7 @@ def test_a_run_tells_everything_that_happens(train: Train, base_arguments: list[
     assert sum(count for _, count in audit["tags"]) == 16
 
     stages = [(one["name"], one["state"]) for one in of_kind(events, "stage")]
-    for name in ("loading", "caching latents", "training"):
+    for name in ("loading", "caching latents", "training", "validation steps", "previews"):
         assert stages.index((name, "begin")) < stages.index((name, "end"))
     caching = [one for one in of_kind(events, "stage") if one["name"] == "caching latents"]
     assert caching[-1]["done"] == caching[-1]["total"] == 6

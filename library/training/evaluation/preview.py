@@ -19,6 +19,7 @@ from library.memory.devices import place, release_memory
 from library.options.averaging import PREVIEWS
 from library.options.preview import PreviewOptions
 from library.options.train import TrainOptions
+from library.progress import progress_bar
 from library.protocols import Architecture, LiveText
 from library.randomness import generator_for
 from library.training.evaluation.eval_mode import evaluating
@@ -203,7 +204,7 @@ class Previews:
                 if vae is None:
                     vae = place(context.arch.load.vae(), context.device)
                 num_calls = sum(len(context.arch.preview.sampler(prompt).levels) for prompt in self._prompts)
-                with tqdm(total=num_calls, desc="previews", leave=False, dynamic_ncols=True) as bar:
+                with progress_bar("previews", num_calls, leave=False) as bar:
 
                     def goes_on() -> bool:
                         bar.update(1)

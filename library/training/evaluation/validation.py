@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from library.data.batches.validation_set import ValidationSet
 from library.data.sources.scan import few
 from library.options.averaging import VALIDATION
 from library.options.validation import ValidationOptions
+from library.progress import progress_bar
 from library.training.evaluation.eval_mode import evaluating
 from library.training.evaluation.validation_loss import Difference, batch_losses, noise_levels, paired_difference
 from library.training.reporting import events
@@ -187,12 +187,12 @@ class Validation:
         num_threads = run.options.dataset.max_data_loader_n_workers
         losses_NL = torch.zeros(len(self._rows), len(self._levels), dtype=torch.float64)
         firsts = [sum(len(names) for names in self._names[:i]) for i in range(len(self._names))]
-        told = tqdm(numbers, title, leave=False, disable=not processes.is_main, smoothing=0)
-        with evaluating(run, VALIDATION), told as bar:
+        with evaluating(run, VALIDATION), progress_bar(title, len(numbers), leave=False) as bar:
             batches = self._pictures.batches([self._places[i] for i in numbers], num_threads)
-            for i, batch in zip(bar, batches, strict=True):
+            for i, batch in zip(numbers, batches, strict=True):
                 losses_BL = batch_losses(run.context, batch, self._names[i], self._levels, self._seed)
                 losses_NL[firsts[i] : firsts[i] + len(batch.keys)] = losses_BL
+                bar.update(1)
         return processes.add_up(losses_NL)
 
     def _difference(self) -> Difference | None:

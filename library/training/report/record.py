@@ -52,7 +52,7 @@ class Record:
     plan: dict[str, Any] | None = None
     audit: dict[str, Any] | None = None
     findings: list[dict[str, Any]] = field(default_factory=list)
-    stages: list[list[Any]] = field(default_factory=list)  # name, seconds of those that are over; of this session
+    stages: dict[str, list[float]] = field(default_factory=dict)  # of this session: seconds so far, how often
     began: dict[str, float] = field(default_factory=dict)  # when those that are not did
     step: int = 0
     epoch: int = 0
@@ -95,7 +95,7 @@ class Record:
             }
         )
         del self.sessions[:-MOST_SESSIONS]
-        self.audit, self.findings, self.stages, self.began = None, [], [], {}
+        self.audit, self.findings, self.stages, self.began = None, [], {}, {}
 
     def _audit(self, line: Line) -> None:
         self.audit = {name: value for name, value in line.items() if name not in ("v", "event", "time")}
@@ -116,7 +116,8 @@ class Record:
         if line["state"] == "begin":
             self.began[name] = line["time"]
         elif line["state"] == "end" and name in self.began:
-            self.stages.append([name, round(line["time"] - self.began.pop(name), 3)])
+            seconds, count = self.stages.get(name, [0.0, 0])
+            self.stages[name] = [round(seconds + line["time"] - self.began.pop(name), 3), count + 1]
 
     def _plan(self, line: Line) -> None:
         first_step = line["first_step"]

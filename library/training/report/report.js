@@ -202,8 +202,8 @@ function run() {
   if (last.command) page.append(make("details", {}, make("summary", {}, "Command line"), make("pre", {}, last.command.map(word).join(" "))));
   page.append(make("details", {}, make("summary", {}, "Options that differ from their defaults"), table(["option", "value"], options)));
   page.append(make("details", {}, make("summary", {}, "Versions"), table(["", ""], Object.entries(last.versions))));
-  const stages = record.stages.map(([name, seconds]) => [name, duration(seconds)]);
-  page.append(make("details", {}, make("summary", {}, "Stages"), table(["stage", "took"], stages)));
+  const stages = Object.entries(record.stages).map(([name, [seconds, count]]) => [name, duration(seconds), count > 1 ? `${count} times` : ""]);
+  page.append(make("details", {}, make("summary", {}, "Stages"), table(["stage", "took", ""], stages)));
 }
 
 for (const part of [head, losses, validations, previews, sheet, files, optimization, speed, warnings, findings, data, run]) {

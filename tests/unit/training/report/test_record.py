@@ -75,6 +75,17 @@ def test_files_that_were_deleted_or_written_again_are_listed_once() -> None:
     assert record.num_removed == 1
 
 
+def test_stages_are_added_up_by_name() -> None:
+    told = [
+        start(),
+        *[events.Stage("previews", state, i, 4) for i in range(3) for state in ("begin", "progress", "end")],
+    ]
+    told.append(events.Stage("validation steps", "begin", 0, 9))
+    record = folded(lines_of(told))
+    assert record.stages == {"previews": [6.0, 3]}
+    assert folded(lines_of([start()]), record).stages == {}
+
+
 def test_warnings_are_counted_and_their_number_is_bounded() -> None:
     told = [events.Warned("warning", "x", "again")] * 5
     told += [events.Warned("error", "x", str(i)) for i in range(300)]
