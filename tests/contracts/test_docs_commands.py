@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from library.architectures.cards import list_network_arguments
-from library.options.support import NOT_YET, unsupported
+from library.options.support import UNSUPPORTED, unsupported
 from library.options.train import TrainOptions
 from library.training.command_line.config_file import read_config
 from library.training.evaluation.prompts import LINE_OPTIONS
@@ -206,4 +206,4 @@ def test_readme_says_of_every_network_module_whether_it_is_there() -> None:
 def test_options_that_the_page_calls_unsupported_are_refused() -> None:
     page = (ROOT / "docs" / "train_network.md").read_text(encoding="utf-8")
     named = set(FLAG.findall(page.split("## Not supported yet")[1]))
-    assert named == {f"--{name}" for name in NOT_YET}
+    assert named == {f"--{name}" for name in UNSUPPORTED}

@@ -276,7 +276,7 @@ def test_a_folder_without_pictures_ends_quietly_with_status_0(
         (["--pretrained_model_name_or_path", "nowhere/model.safetensors"], ["nowhere/model.safetensors"]),
         (["--v2"], ["--v2"]),
         (["--sample_every_n_steps", "2", "--sample_prompts", "nothing.txt"], ["--sample_prompts", "nothing.txt"]),
-        (["--deepspeed"], ["--deepspeed", "not supported yet"]),
+        (["--deepspeed"], ["--deepspeed", "not supported"]),
         (["--compile", "--compile_backend", "inducter"], ["--compile_backend inducter", "inductor"]),
         (["--torch_compile", "--dynamo_backend", "ofi"], ["--dynamo_backend ofi", "no such compiler"]),
         (["--compile", "--compile_backend", "eager", "--compile_mode", "max-autotune"], ["--compile_mode", "inductor"]),

@@ -32,7 +32,7 @@ ANY_CHOICE = ("max_token_length", "dynamo_backend", "sample_sampler", "zero_stag
 def check(options: TrainOptions) -> None:
     """Refuse what cannot work.
 
-    Raises UserError naming every flag that is not supported yet, else the first contradiction, with its way out.
+    Raises UserError naming every flag that is not supported, else the first contradiction, with its way out.
     """
     check_data(options)
     check_required(options)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
-from library.options.support import NOT_YET
+from library.options.support import UNSUPPORTED
 from library.options.train import TrainOptions
 from library.training.run.run import Run
 
@@ -185,7 +185,7 @@ def weight_savings(values: Mapping[str, Any], sizes: Sizes, is_predicted: bool) 
 
 def can_have(values: Mapping[str, Any], name: str) -> bool:
     """Whether this base model has an option that is not used yet."""
-    return name in values and name not in NOT_YET and not values[name]
+    return name in values and name not in UNSUPPORTED and not values[name]
 
 
 def wants(values: Mapping[str, Any], name: str, least: int) -> bool:

@@ -13,7 +13,7 @@ from library.architectures.flux.options import FluxModelOptions
 from library.architectures.sd3.options import Sd3TrainingOptions
 from library.options.base import RULE, Rule, group
 from library.options.rules import unused
-from library.options.support import DDP, DEEPSPEED, NOT_YET, unsupported
+from library.options.support import DDP, DEEPSPEED, INSTEAD, UNSUPPORTED, unsupported
 from library.options.train import TrainOptions
 from library.training.command_line import checks
 from library.training.command_line.checks import check, check_vae_precision, report_unused
@@ -61,23 +61,23 @@ def test_plain_run_passes_in_silence(caplog: pytest.LogCaptureFixture) -> None:
     assert warnings_of(caplog) == []
 
 
-@pytest.mark.parametrize("name", NOT_YET)
-def test_option_of_a_later_version_stops_the_run(name: str) -> None:
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_an_option_that_is_not_supported_stops_the_run(name: str) -> None:
     default = AllOptions.defaults()[name]
     value = {bool: True, float: 0.5}.get(type(default), 5)
     if default is None and "str" in str(next(kind for f, kind in AllOptions.leaves() if f.name == name)):
         value = "text"
-    assert refusal(**{name: value}).startswith(f"--{name} is not supported yet: ")
+    assert refusal(**{name: value}).startswith(f"--{name} is not supported: ")
 
 
-def test_all_options_of_later_versions_stand_in_one_message() -> None:
+def test_all_that_are_not_supported_stand_in_one_message() -> None:
     lines = refusal(zero_stage=3, deepspeed=True).splitlines()
     assert [line.split()[0] for line in lines] == ["--deepspeed", "--zero_stage"]
 
 
 @pytest.mark.parametrize("nothing", [None, False, "", 0, 0.0])
-def test_option_of_a_later_version_left_empty_by_a_front_end_passes(nothing: Any) -> None:
-    assert unsupported(made(**dict.fromkeys(NOT_YET, nothing))) == []
+def test_an_unsupported_option_left_empty_by_a_front_end_passes(nothing: Any) -> None:
+    assert unsupported(made(**dict.fromkeys(UNSUPPORTED, nothing))) == []
 
 
 @pytest.mark.parametrize("steps", [0, -1])
@@ -88,6 +88,12 @@ def test_previews_switched_off_pass(steps: int) -> None:
 def test_deepspeed_names_its_other_options_too() -> None:
     assert "--offload_param_device" in refusal(deepspeed=True, offload_param_device="cpu", zero_stage=2)
     assert "--zero_stage" not in refusal(deepspeed=True, offload_param_device="cpu", zero_stage=2)
+    assert {"deepspeed", *INSTEAD} == set(DEEPSPEED)
+
+
+@pytest.mark.parametrize("flag", ["--base_format", "--blocks_to_swap", "--optimizer_type", "--num_processes"])
+def test_what_takes_the_place_of_deepspeed_is_named(flag: str) -> None:
+    assert flag in refusal(deepspeed=True, offload_optimizer_device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -256,7 +262,7 @@ def test_fp16_without_a_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_each_line_about_support_is_about_a_real_option() -> None:
-    assert {*NOT_YET, *DDP, *DEEPSPEED} <= AllOptions.defaults().keys()
+    assert {*UNSUPPORTED, *DDP, *DEEPSPEED} <= AllOptions.defaults().keys()
 
 
 def test_rules_speak_of_options_that_exist() -> None:
