@@ -88,14 +88,17 @@ SLOW = [
 def test_gradients_are_those_of_plain_blocks_and_graphs_are_few(
     base: str, adapter: str, runner: str, form: str
 ) -> None:
-    """Graphs that run as they are round nothing in another order, but for DoRA's norms, which add up other columns."""
+    """Graphs that run as they are round nothing in another order, but for DoRA's norms, which add up other columns,
+    and turning by angles, which is compiled as sums: in heads of 12 values as here products of complex numbers are off
+    by a last bit."""
     backend = CountingBackend()
     wanted = gradients(base, adapter, runner, form)
     found = gradients(base, adapter, runner, form, settings=CompileSettings(backend, needs_full_graph=True))
     assert 0 < backend.num_graphs <= MOST_GRAPHS[base]
     assert len(found) == len(wanted) > 4
     for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, **(FLOAT32_SAME_MATH if adapter == "dora" else EXACT))
+        is_close = adapter == "dora" or base == "lumina"
+        torch.testing.assert_close(one, other, **(FLOAT32_SAME_MATH if is_close else EXACT))
 
 
 @pytest.mark.parametrize(

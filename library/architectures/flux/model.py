@@ -216,7 +216,9 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def queries_keys_values(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return heads(self.qkv(x_BTM), self.norm, self.head_width)
+        q, k, v = self.qkv(x_BTM).unflatten(-1, (3, -1, self.head_width)).permute(2, 0, 3, 1, 4)
+        # What a norm keeps for the backward pass would keep the values too, were it a view of all three.
+        return self.norm.query_norm(q.contiguous()), self.norm.key_norm(k.contiguous()), v
 
 
 class Modulation(nn.Module):

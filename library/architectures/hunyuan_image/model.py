@@ -142,7 +142,7 @@ def rotary(head_width: int, H: int, W: int, device: torch.device) -> Rope:
 
 def turn_picture(x_BNTD: Tensor, rope: Rope) -> Tensor:
     """Turn what is of the picture; text, which comes last, has no place."""
-    num_patches = len(rope[0])
+    num_patches = len(rope)
     return torch.cat([turn(x_BNTD[:, :, :num_patches], rope), x_BNTD[:, :, num_patches:]], dim=2)
 
 

@@ -118,8 +118,8 @@ class NextDiT(nn.Module):
         img_BIM = self.x_embedder(patchify(latents_BCHW, PATCH, channels_last=True).to(dtype))
         txt_BLM = self.cap_embedder(text_BLE[:, :L].to(dtype))
         time_BV = self.t_embedder(times_B, dtype)
-        cos_B1TD, sin_B1TD = rope_of(positions(is_text_BL, h, w)[:, None], self.config.rope_axes, (L + 1, h, w))
-        text_rope, picture_rope = (cos_B1TD[:, :, :L], sin_B1TD[:, :, :L]), (cos_B1TD[:, :, L:], sin_B1TD[:, :, L:])
+        rope = rope_of(positions(is_text_BL, h, w)[:, None], self.config.rope_axes, (L + 1, h, w))
+        text_rope, picture_rope = rope[:, :, :L], rope[:, :, L:]
         text_mask = mask = None  # without one, attention has faster kernels
         if min(num_text_B) < L:
             text_mask, mask = is_text_BL[:, None, None], key_mask(is_text_BL, h * w)
@@ -129,7 +129,7 @@ class NextDiT(nn.Module):
             img_BIM = self.runner(block, img_BIM, time_BV, picture_rope, None)
         x_BTM = torch.cat([txt_BLM, img_BIM], dim=1)
         for block in self.layers:
-            x_BTM = self.runner(block, x_BTM, time_BV, (cos_B1TD, sin_B1TD), mask)
+            x_BTM = self.runner(block, x_BTM, time_BV, rope, mask)
         return unpatchify(self.final_layer(x_BTM[:, L:], time_BV), h, w, PATCH, channels_last=True)
 
 

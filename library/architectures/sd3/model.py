@@ -190,6 +190,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: MMDiTConfig, has_output: bool = True) -> None:
         super().__init__()
         self.head_width = config.head_width
+        self.norms_queries = config.norms_queries
         self.qkv = nn.Linear(config.width, 3 * config.width)
         if config.norms_queries:
             self.ln_q: nn.Module = nn.RMSNorm(config.head_width, eps=EPS)
@@ -202,6 +203,8 @@ class SelfAttention(nn.Module):
     def queries_keys_values(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Three tensors of shape BNTD."""
         q, k, v = self.qkv(x_BTM).unflatten(-1, (3, -1, self.head_width)).permute(2, 0, 3, 1, 4)
+        # What a norm keeps for the backward pass would keep the values too, were it a view of all three.
+        q, k = (q.contiguous(), k.contiguous()) if self.norms_queries else (q, k)
         return self.ln_q(q).to(v.dtype), self.ln_k(k).to(v.dtype), v
 
 
@@ -285,6 +288,7 @@ class JointBlock(nn.Module):
             for (block, tokens), part in zip(streams, parts, strict=True)
         ]
         q, k, v = (torch.cat(both, dim=2) for both in zip(*projected, strict=True))
+        del projected  # which would last through the MLPs
         num_context = context_BTM.shape[1]
         if self.context_block.only_lends:
             return context_BTM, self.x_block.finish(x_BTM, attend(q[:, :, num_context:], k, v), parts[1])
