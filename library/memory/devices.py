@@ -50,7 +50,12 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         assert not torch.cuda.is_current_stream_capturing(), "a recorded step would copy whatever lies there later"
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=device.type != "mps")  # where memory cannot be pinned
+    return tensor.to(device, non_blocking=device.type in ("cuda", "cpu"))  # others may read memory that is gone by then
+
+
+def is_on(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a tensor is on a device, which may leave its number open, as `cuda` does."""
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
 
 
 def channels_last_where_it_fits(weights: Iterable[Tensor]) -> torch.memory_format:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from library.memory.devices import send
+from library.memory.devices import is_on, send
 from library.training.reporting.step_times import StepTimes
 from library.types import Batch
 
@@ -51,7 +51,7 @@ class CardCopies:
         computes.wait_event(self._done)
 
         def note(tensor: Tensor) -> Tensor:
-            if tensor.device == self._device:
+            if is_on(tensor, self._device):
                 tensor.record_stream(computes)  # its memory is the other stream's
             return tensor
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from library.memory.devices import send
+from library.memory.devices import is_on, send
 from library.training.run.context import StepContext
 from library.training.run.skipping import left_out_if
 from library.training.run.step import losses_of, noised_of, varied_conditioning_of
@@ -163,8 +163,9 @@ class FixedSteps:
         """Inside, the optimizer's groups have their learning rates as buffers; states and schedules know numbers."""
         groups = self._optimizer.param_groups
         before = [(group["lr"], group["capturable"]) for group in groups]
+        is_recorded = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         for group, rate in zip(groups, self._rates, strict=True):
-            group["lr"], group["capturable"] = rate, rate.device.type == "cuda"
+            group["lr"], group["capturable"] = rate, is_recorded
         try:
             yield
         finally:
@@ -183,5 +184,5 @@ def fill(buffer: Tensor, value: Tensor) -> None:
 
 def asks_host(batch: Batch, given: Named, device: torch.device) -> bool:
     """Whether a batch needs something that no record has: values on the host, or the model without its adapter."""
-    is_there = all(tensor.device == device for tensor in given.values())
+    is_there = all(is_on(tensor, device) for tensor in given.values())
     return not is_there or any(attributes.get("diff_output_preservation") for attributes in batch.attributes)

@@ -7,11 +7,20 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from library.memory.devices import importing, keep_imported, release_memory, survivable
+from library.memory.devices import importing, is_on, keep_imported, release_memory, survivable
 from tests.running import ROOT
 
 BACKENDS = {"cuda": "torch.cuda", "mps": "torch.mps"}
+
+
+def test_a_device_may_leave_its_number_open() -> None:
+    with FakeTensorMode():
+        there, here = torch.empty(2, device="cuda:0"), torch.empty(2)
+    assert is_on(there, torch.device("cuda")) and is_on(there, torch.device("cuda", 0))
+    assert not is_on(there, torch.device("cuda", 1)) and not is_on(there, torch.device("cpu"))
+    assert is_on(here, torch.device("cpu")) and not is_on(here, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("there", [*BACKENDS, None])
