@@ -306,7 +306,9 @@ def test_a_trace_of_steps_is_written_and_changes_nothing(
     assert done.status == 0, done.stderr
     trace = json.loads(gzip.decompress((tmp_path / "out" / "mine-profile.json.gz").read_bytes()))
     names = [event.get("name") for event in trace["traceEvents"]]
-    assert {names.count(stage) for stage in IN_STEP} == {traced} and "aten::addmm" in names
+    counts = {stage: names.count(stage) for stage in IN_STEP}
+    waited = counts.pop("waiting for data")  # for the batch of the next step, which the last one does not have
+    assert set(counts.values()) == {traced} and traced - 1 <= waited <= traced and "aten::addmm" in names
     plain, found = saved(tmp_path, "plain.safetensors"), saved(tmp_path)
     assert all(torch.equal(weight, found[name]) for name, weight in plain.items())
 
