@@ -45,8 +45,8 @@ class NormMeter:
         pairs, self._pairs = self._pairs, None
         if pairs is None:
             return None
-        values = iter(pairs.read())
-        return {name: Norms(next(values), next(values)) for name in names}
+        values = pairs.read()
+        return {name: Norms(*pair) for name, *pair in zip(names, values[::2], values[1::2], strict=False)}
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:
