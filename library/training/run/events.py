@@ -47,6 +47,7 @@ def told(options: TrainOptions, command: Sequence[str] | None, warnings: Warning
     with ExitStack() as stack:
         events = Events(open_sinks(options, stack))
         if not events.is_on:
+            warnings.tell(events)  # so that they are not kept
             yield events
             return
         stack.callback(events.close)

@@ -17,7 +17,7 @@ import pytest
 from library.options.train import TrainOptions
 from library.training.reporting.event_stream import Events, open_event_file, plain, warnings_told
 from library.training.reporting.events import EVENTS, VERSION, Removed, Stage
-from library.training.run.events import without_secrets
+from library.training.run.events import told, without_secrets
 from tests.running import ROOT
 
 FOREVER = """
@@ -111,6 +111,17 @@ def test_warnings_from_before_there_are_events_are_told_too() -> None:
         events.close()
     told = [(line["level"], line["logger"], line["text"]) for line in sink.lines]
     assert told == [("warning", "library.somewhere", "early 1"), ("error", "library.somewhere", "late")]
+
+
+def test_warnings_of_a_silent_run_are_not_kept() -> None:
+    options, sink = TrainOptions().with_values({"output_dir": "out", "no_report": True}), Kept()
+    with warnings_told() as warnings, told(options, None, warnings) as silent:
+        logging.getLogger("library.somewhere").warning("an hour later")
+        assert not silent.is_on
+        events = Events([sink])
+        warnings.tell(events)
+        events.close()
+    assert sink.lines == []
 
 
 def test_a_process_that_another_thread_ends_tells_that_it_was_stopped() -> None:
