@@ -83,6 +83,16 @@ def saved(number: int, reason: events.SavedFor = "step", name: str | None = None
     return events.Saved("weights", reason, number, 1, file, 9_400_000)
 
 
+def choice(steps: Sequence[int]) -> events.Choice:
+    """The last of the files is suggested."""
+    files = [(None, 0), *((f"out/cat-step{step:08}.safetensors", step) for step in steps)]
+    found = [
+        events.Candidate(file, step, 0.1 + gap, 0.09 + gap, 0.11 + gap, gap, 0.9 * gap, 1.1 * gap, gap > 0)
+        for (file, step), gap in zip(files, (0.02 * (len(steps) - i) for i in range(len(files))), strict=True)
+    ]
+    return events.Choice(files[-1][0], steps[-1], True, f"the others are worse {EVIL}", 9, 0.95, found)
+
+
 def whole_run(num_steps: int, name: str = "cat", seed: int = 0) -> Iterator[events.Event]:
     """A run with everything: ten evaluations, times of previews and saved files, and texts that are an attack."""
     rng = random.Random(seed)
@@ -103,5 +113,6 @@ def whole_run(num_steps: int, name: str = "cat", seed: int = 0) -> Iterator[even
             for index, prompt in enumerate(("a cat", EVIL, "a dog")):
                 yield preview(number, index, prompt)
             yield saved(number)
+    yield choice((num_steps // 10, num_steps // 5))
     yield saved(num_steps, "end", f"out/{EVIL}.safetensors")
     yield events.End("finished", num_steps, 60.0, None, "a step took 0.2 s", f"out/{name}.safetensors")

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from library.checkpoints.files import atomic_path, read_metadata  # noqa: E402
+from library.checkpoints.files import atomic_path  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
@@ -25,6 +25,7 @@ from library.training.evaluation.pictures import data_url_of  # noqa: E402
 from library.training.evaluation.prompts import read_prompts, settle  # noqa: E402
 from library.training.report.writer import add_sheet  # noqa: E402
 from library.training.saving.checkpoints import Names  # noqa: E402
+from library.training.saving.saved_files import files_of_run  # noqa: E402
 from library.types import Prompt  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
 from tools.plan_memory import card_of_script  # noqa: E402
@@ -50,21 +51,15 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def files_of_run(options: TrainOptions) -> list[Path]:
-    """The adapter files of a run in --output_dir by the steps that they were trained. Raises UserError for none."""
+def found_files(options: TrainOptions) -> list[Path]:
+    """The adapter files of the run in --output_dir. Raises UserError for none."""
     if not options.saving.output_dir:
         raise UserError("--files names no adapter files, and --output_dir no folder to look for them in")
     names = Names.build(options.saving)
-    found = [path for path in names.folder.glob(f"*.{names.extension}") if names.has_stem(path.stem)]
+    found = files_of_run(names)
     if not found:
         raise UserError(f"--output_dir {names.folder} holds no adapter files of this name; name some with --files")
-    return sorted(found, key=lambda path: (steps_of(path), path.name))
-
-
-def steps_of(path: Path) -> int:
-    """The steps that a file says it was trained; 0 where it does not."""
-    text = read_metadata(path).get("ss_steps", "")
-    return int(text) if text.isdigit() else 0
+    return found
 
 
 def columns_of(prompts: Sequence[Prompt], seeds: Sequence[int] | None) -> list[Prompt]:
@@ -83,7 +78,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
         raise UserError(f"--side is {args.side}; use at least 1")
     if not options.preview.sample_prompts:
         raise UserError("--sample_prompts names no prompts to draw")
-    files = args.files or files_of_run(options)
+    files = args.files or found_files(options)
     for path in files:
         if not path.is_file():
             raise UserError(f"--files {path} does not exist")

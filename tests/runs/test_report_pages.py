@@ -61,7 +61,8 @@ def test_charts_are_drawn_the_slider_works_and_texts_stay_texts(page: str, tmp_p
     found, told = ask(page, LOOK, tmp_path)
     assert told == [] and "failed" not in found, (told, found)
     assert found["headings"] == [
-        "Loss", "Validation", "Previews", "Saved", "Optimization", "Speed and memory", "Warnings", "Data", "Run",
+        "Loss", "Validation", "Previews", "Which file to keep", "Saved", "Optimization", "Speed and memory", "Warnings",
+        "Data", "Run",
     ]  # fmt: skip
     assert len(found["drawn"]) == 13 and min(found["drawn"]) >= 3  # axes, grid, and at least one line
     assert found["points"] == 782  # of 128 steps each
@@ -71,6 +72,8 @@ def test_charts_are_drawn_the_slider_works_and_texts_stay_texts(page: str, tmp_p
     assert found["captions"] == ["a cat", EVIL, "a dog"]
     assert found["text"].count("onerror=") >= 6  # prompt, folder, picture, tag, warning, file
     assert "8 GiB, 0.19 s" in found["text"]
+    assert "cat-step00000200.safetensors, step 20000: the others are worse" in found["text"]
+    assert found["text"].count("suggested") == 2  # in the comparison and beside the file
     assert found["width"] <= 1250 and "lowest validation loss" in found["text"]
 
 

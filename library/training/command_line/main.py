@@ -216,11 +216,13 @@ def train_network(
     if largest is not None:
         try_largest_batch(prepared.run, prepared.writer, largest)
         return True
+    from library.training.evaluation.choosing import told_choice
     from library.training.faults.failure import saved_on_error
     from library.training.optimization.nonfinite import last_good_saved
     from library.training.planning.correction import MemoryWatch
     from library.training.reporting.report import finished_line
     from library.training.run.loop import train
+    from library.training.saving.saved_files import files_of_run
 
     interruption.defer()
     started, first_step = time.monotonic(), prepared.progress.step
@@ -238,6 +240,11 @@ def train_network(
         logger.info("%s", speed)
         events.summary = speed
     is_over = prepared.progress.step >= prepared.run.plan.max_train_steps
+    if processes.is_main and is_over:
+        choice = prepared.validation.choose(files_of_run(prepared.writer.names))
+        if choice is not None:
+            events.emit(choice)
+            logger.info("%s", told_choice(choice))
     if processes.is_main and is_over:
         names, network = prepared.writer.names, options.network
         rank = f" of rank {network.network_dim}" if network.network_dim else ""

@@ -4,10 +4,11 @@ Letters: N pictures, L noise levels.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from math import inf, isfinite, isnan
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,15 +16,20 @@ from torch import Tensor
 
 from library.data.batches.validation_set import ValidationSet
 from library.data.sources.scan import few
-from library.options.averaging import VALIDATION
+from library.options.averaging import FILES, VALIDATION
+from library.options.train import TrainOptions
 from library.options.validation import ValidationOptions
-from library.progress import progress_bar
+from library.training.evaluation.choice import by_picture
+from library.training.evaluation.choosing import TOOL, Measured, choice_of
 from library.training.evaluation.eval_mode import evaluating
-from library.training.evaluation.validation_loss import Difference, batch_losses, noise_levels, paired_difference
+from library.training.evaluation.measurement import Measurement
+from library.training.evaluation.validation_loss import Difference, noise_levels, paired_difference
 from library.training.reporting import events
 from library.training.reporting.logs import Charts
 from library.training.reporting.progress import Progress
 from library.training.run.run import Run
+from library.training.saving.checkpoints import Schedule
+from library.training.saving.saved_files import steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +80,14 @@ class Evaluation:
         return list(self.losses_NL.mean(0).tolist())
 
 
+def measurement_of(options: TrainOptions, pictures: ValidationSet, seed: int) -> Measurement:
+    """What the options ask to measure; `seed` is that of the run, which --validation_seed replaces."""
+    wanted = options.validation
+    places = pictures.places_of(wanted.max_validation_steps or None)
+    seed = seed if wanted.validation_seed is None else wanted.validation_seed
+    return Measurement(pictures, places, noise_levels(options.noise), seed)
+
+
 class Validation:
     """Measures the pictures that are set aside when it is due; does nothing where there are none.
 
@@ -84,16 +98,13 @@ class Validation:
     def __init__(self, run: Run, charts: Charts) -> None:
         options = run.options.validation
         self._run, self._charts = run, charts
-        self._pictures: ValidationSet = run.training_set.validation
         self._timetable = Timetable.build(options)
-        self._seed = run.context.seed if options.validation_seed is None else options.validation_seed
-        self._places = self._pictures.places_of(options.max_validation_steps or None)
-        self._names = [self._pictures.names(place) for place in self._places]
-        self._rows = [name for names in self._names for name in names]
-        self._labels = [label for place in self._places for label in self._pictures.labels(place)]
-        self._levels = noise_levels(run.options.noise)
+        self._measurement = measurement_of(run.options, run.training_set.validation, run.context.seed)
+        self._rows, self._levels = self._measurement.rows, self._measurement.levels
         self._first: Evaluation | None = None
         self._last: Evaluation | None = None
+        self._schedule = Schedule.build(run.options.saving, run.plan.num_epochs)
+        self._kept: dict[int, list[float]] = {}  # by step the loss of each row where files are saved, and of the best
         self._measured_step: int | None = None  # of the last evaluation, also before a resume
         self._best_step, self._best_loss = 0, inf
         self._goes_on = False
@@ -118,7 +129,7 @@ class Validation:
     @property
     def num_pictures(self) -> int:
         """Pictures that are set aside, measured or not."""
-        return self._pictures.num_pictures
+        return self._measurement.pictures.num_pictures
 
     # When
 
@@ -177,23 +188,43 @@ class Validation:
         self._first = self._first or evaluation
         if evaluation.mean < self._best_loss:
             self._best_step, self._best_loss = step, evaluation.mean
+        self._kept[step] = evaluation.losses_NL.mean(1).tolist()
+        self._kept = {kept: losses for kept, losses in self._kept.items() if self._is_kept(kept)}
         self._run.events.emit(self._told(evaluation))
         return evaluation
 
+    def _is_kept(self, step: int) -> bool:
+        """Whether the losses after `step` are of use later: a file of it is saved, or it is the start or the best."""
+        epochs, rest = divmod(step, self._run.plan.steps_per_epoch)
+        ends_saved_epoch = not rest and self._schedule.saves_epoch(epochs)
+        is_end = step in (0, self._best_step, self._run.plan.max_train_steps)
+        return is_end or ends_saved_epoch or self._schedule.saves_step(step)
+
+    def choose(self, files: Sequence[Path]) -> events.Choice | None:
+        """Compare the saved files, in the order of their steps, as far as they were measured; says which were not.
+
+        None without validation, and where there is nothing to choose from.
+        """
+        averaging = self._run.options.averaging
+        if not self.is_on or len(files) < 2:
+            return None
+        are_same_weights = averaging.averages(FILES) == averaging.averages(VALIDATION)
+        found = [(path, steps_of(path)) for path in files] if are_same_weights else []
+        measured = [Measured(path, step, self._by_picture(step)) for path, step in found if step in self._kept]
+        if 0 in self._kept:
+            measured.insert(0, Measured(None, 0, self._by_picture(0)))
+        if missing := len(files) - sum(one.file is not None for one in measured):
+            text = "%d of %d saved files were not measured as they are; %s measures them all"
+            logger.info(text, missing, len(files), TOOL)
+        return choice_of(measured) if sum(one.file is not None for one in measured) > 1 else None
+
+    def _by_picture(self, step: int) -> Tensor:
+        return by_picture(torch.tensor(self._kept[step], dtype=torch.float64), self._rows)
+
     def _measure(self, title: str) -> Tensor:
-        """The losses of all pictures, shape NL; each process measures its share of the batches."""
-        run, processes = self._run, self._run.processes
-        numbers = range(processes.rank, len(self._places), processes.count)
-        num_threads = run.options.dataset.max_data_loader_n_workers
-        losses_NL = torch.zeros(len(self._rows), len(self._levels), dtype=torch.float64)
-        firsts = [sum(len(names) for names in self._names[:i]) for i in range(len(self._names))]
-        with evaluating(run, VALIDATION), progress_bar(title, len(numbers), leave=False) as bar:
-            batches = self._pictures.batches([self._places[i] for i in numbers], num_threads)
-            for i, batch in zip(numbers, batches, strict=True):
-                losses_BL = batch_losses(run.context, batch, self._names[i], self._levels, self._seed)
-                losses_NL[firsts[i] : firsts[i] + len(batch.keys)] = losses_BL
-                bar.update(1)
-        return processes.add_up(losses_NL)
+        """The losses of all pictures, shape NL."""
+        run, num_threads = self._run, self._run.options.dataset.max_data_loader_n_workers
+        return self._measurement.losses(run.context, run.processes, num_threads, title, evaluating(run, VALIDATION))
 
     def _difference(self) -> Difference | None:
         """How far the last evaluation lies above the first; None where it is the first."""
@@ -216,7 +247,7 @@ class Validation:
         """One line in the log, and another one where a loss is not a number."""
         broken_N = ~evaluation.losses_NL.isfinite().all(1)
         if broken_N.any():
-            names = few(self._labels[i] for i in broken_N.nonzero().flatten().tolist())
+            names = few(self._measurement.labels[i] for i in broken_N.nonzero().flatten().tolist())
             logger.error("validation after step %d: the loss is not a number for %s", evaluation.step, names)
         levels = ", ".join(f"{t}: {x:.4f}" for t, x in zip(self._levels, evaluation.level_means, strict=True))
         place = f"after step {evaluation.step}" if evaluation.step else "before the first step"
@@ -265,7 +296,7 @@ class Validation:
     @property
     def _fingerprint(self) -> str:
         """What is measured, and how."""
-        return blake2b(repr((self._rows, self._levels, self._seed)).encode(), digest_size=16).hexdigest()
+        return blake2b(repr((self._rows, self._levels, self._measurement.seed)).encode(), digest_size=16).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values; JSON gives every float back as it was."""
@@ -273,7 +304,13 @@ class Validation:
         if self._first is not None:
             first = {"step": self._first.step, "losses": self._first.losses_NL.tolist()}
         best = None if self._best_loss == inf else {"step": self._best_step, "loss": self._best_loss}
-        return {"fingerprint": self._fingerprint, "first": first, "best": best, "measured_step": self._measured_step}
+        return {
+            "fingerprint": self._fingerprint,
+            "first": first,
+            "best": best,
+            "measured_step": self._measured_step,
+            "kept": self._kept,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on comparing with the first evaluation; where other pictures are measured the comparison starts afresh."""
@@ -291,6 +328,7 @@ class Validation:
             self._first = Evaluation(int(first["step"]), torch.tensor(first["losses"], dtype=torch.float64))
         if best is not None:
             self._best_step, self._best_loss = int(best["step"]), float(best["loss"])
+        self._kept = {int(step): losses for step, losses in state_dict.get("kept", {}).items()}
 
 
 def finite(value: float) -> float | None:

@@ -61,6 +61,7 @@ class Record:
     curves: Curves = field(default_factory=Curves)
     validations: Kept = field(default_factory=lambda: Kept(MOST_VALIDATIONS))
     best: dict[str, Any] | None = None  # step, loss
+    choice: dict[str, Any] | None = None  # between the saved files
     prompts: dict[str, dict[str, Any]] = field(default_factory=dict)  # by number
     previews: Kept = field(default_factory=lambda: Kept(MOST_TIMES))
     files: list[dict[str, Any]] = field(default_factory=list)
@@ -74,7 +75,8 @@ class Record:
         self.updated = line["time"]
         take = {
             "start": self._start, "audit": self._audit, "finding": self._finding, "stage": self._stage,
-            "plan": self._plan, "step": self._step, "validation": self._validation, "preview": self._preview,
+            "plan": self._plan, "step": self._step, "validation": self._validation, "choice": self._choice,
+            "preview": self._preview,
             "saved": self._saved, "removed": self._removed, "warning": self._warning, "end": self._end,
         }.get(line["event"])  # fmt: skip
         if take is not None:
@@ -126,7 +128,7 @@ class Record:
         self.curves.cut(first_step)
         self.validations.keep_up_to(first_step)
         self.previews.keep_up_to(first_step)
-        self.step = first_step
+        self.step, self.choice = first_step, None
         self.plan = {name: value for name, value in line.items() if name not in ("v", "event", "time")}
         steps = line["max_train_steps"] // SMOOTHED_OVER
         self.smoothed.over = min(max(steps, FEWEST_SMOOTHED), MOST_SMOOTHED)
@@ -163,6 +165,9 @@ class Record:
         self.validations.add({name: line[name] for name in ("step", "loss", "error", "levels", "compared")})
         if line["best_loss"] is not None:
             self.best = {"step": line["best_step"], "loss": line["best_loss"]}
+
+    def _choice(self, line: Line) -> None:
+        self.choice = {name: value for name, value in line.items() if name not in ("v", "event", "time")}
 
     def _preview(self, line: Line) -> None:
         number = str(line["index"])

@@ -124,11 +124,32 @@ function files() {
     const loss = measured.get(file.step);
     const error = loss?.error ? ` ± ${short(loss.error, 2)}` : "";
     const isBest = file.kind === "weights" && record.best?.step === file.step;
-    const mark = isBest ? make("span", {class: "mark"}, "lowest validation loss") : "";
-    return [file.name, file.kind, file.step, file.epoch, loss ? short(loss.loss) + error : "–", megabytes(file.num_bytes), mark];
+    const isSuggested = file.file === record.choice?.suggested;
+    const mark = (text) => make("span", {class: "mark"}, text);
+    const marks = make("div", {}, isSuggested ? mark("suggested") : "", " ", isBest ? mark("lowest validation loss") : "");
+    return [file.name, file.kind, file.step, file.epoch, loss ? short(loss.loss) + error : "–", megabytes(file.num_bytes), marks];
   });
   const removed = record.num_removed ? make("p", {class: "dim"}, `${record.num_removed} older ones were deleted.`) : null;
   section("Saved", table(["file", "what", "step", "epoch", "validation loss", "size", ""], rows, [2, 3, 5]), removed);
+}
+
+function choice() {
+  if (!record.choice) return;
+  const {suggested, step, reason, num_pictures, confidence, candidates} = record.choice;
+  const name = (file) => file.split(/[\\/]/).at(-1);
+  const range = (low, high) => (low === null ? "" : ` (${short(low, 3)} to ${short(high, 3)})`);
+  const rows = candidates.map((one) => [
+    one.file === null ? "before training" : name(one.file),
+    one.step,
+    short(one.loss) + range(one.low, one.high),
+    one.difference ? short(one.difference, 3) + range(one.difference_low, one.difference_high) : "–",
+    one.is_worse ? "worse by more than chance" : "",
+    suggested !== null && one.file === suggested ? make("span", {class: "mark"}, "suggested") : "",
+  ]);
+  const text = suggested === null ? `No file is suggested: ${reason}.` : `${name(suggested)}, step ${step}: ${reason}.`;
+  const how = `${num_pictures} pictures; in brackets intervals of ${100 * confidence} %, those of the differences hold all together.`;
+  const heads = ["file", "step", "validation loss", "above the lowest", "", ""];
+  section("Which file to keep", make("p", {}, text), table(heads, rows, [1]), make("p", {class: "dim"}, how));
 }
 
 function warnings() {
@@ -206,6 +227,6 @@ function run() {
   page.append(make("details", {}, make("summary", {}, "Stages"), table(["stage", "took", ""], stages)));
 }
 
-for (const part of [head, losses, validations, previews, sheet, files, optimization, speed, warnings, findings, data, run]) {
+for (const part of [head, losses, validations, previews, sheet, choice, files, optimization, speed, warnings, findings, data, run]) {
   part();
 }

@@ -192,6 +192,35 @@ class Validation(Event):
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A file that was compared; `file` is None for the model before training. Intervals are None for one picture."""
+
+    file: str | None
+    step: int
+    loss: float
+    low: float | None
+    high: float | None
+    difference: float  # to the lowest loss of a file, picture by picture
+    difference_low: float | None  # of these intervals all hold together
+    difference_high: float | None
+    is_worse: bool  # than the best, by more than chance
+
+
+@dataclass(frozen=True)
+class Choice(Event):
+    """The saved files were compared on the same pictures; see library/training/evaluation/choice.py."""
+
+    event = "choice"
+    suggested: str | None
+    step: int | None
+    has_winner: bool  # every other file is worse by more than chance
+    reason: str
+    num_pictures: int
+    confidence: float
+    candidates: Sequence[Candidate]
+
+
+@dataclass(frozen=True)
 class Preview(Event):
     """A picture was drawn."""
 
@@ -252,5 +281,5 @@ class End(Event):
 
 
 EVENTS: tuple[type[Event], ...] = (
-    Start, Audit, Finding, Stage, Plan, Step, Validation, Preview, Saved, Removed, Warned, End,
+    Start, Audit, Finding, Stage, Plan, Step, Validation, Choice, Preview, Saved, Removed, Warned, End,
 )  # fmt: skip

@@ -1,0 +1,65 @@
+"""What validation measures, the same every time: pictures, their noise, and noise levels.
+
+Letters: N pictures, L noise levels.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from library.data.batches.validation_set import ValidationSet
+from library.processes import Processes
+from library.progress import progress_bar
+from library.training.evaluation.validation_loss import Name, batch_losses
+from library.training.run.context import StepContext
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Pictures that are set aside, at noise levels, with noise of the seed."""
+
+    pictures: ValidationSet
+    places: Sequence[int]  # the batches that are measured
+    levels: Sequence[int]
+    seed: int
+
+    @cached_property
+    def _names(self) -> list[list[Name]]:
+        return [self.pictures.names(place) for place in self.places]
+
+    @cached_property
+    def rows(self) -> list[Name]:
+        """What identifies the picture of each row."""
+        return [name for names in self._names for name in names]
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """How messages call the picture of each row."""
+        return [label for place in self.places for label in self.pictures.labels(place)]
+
+    def losses(
+        self,
+        context: StepContext,
+        processes: Processes,
+        num_threads: int,
+        title: str,
+        evaluating: AbstractContextManager[None],
+    ) -> Tensor:
+        """The losses of all pictures, shape NL, float64; each process measures its share of the batches.
+
+        `evaluating` puts the models in the state they are measured in, `title` is that of a bar on standard error.
+        """
+        numbers = range(processes.rank, len(self.places), processes.count)
+        losses_NL = torch.zeros(len(self.rows), len(self.levels), dtype=torch.float64)
+        with evaluating, progress_bar(title, len(numbers), leave=False) as bar:
+            batches = self.pictures.batches([self.places[i] for i in numbers], num_threads)
+            for i, batch in zip(numbers, batches, strict=True):
+                first = sum(map(len, self._names[:i]))
+                found_BL = batch_losses(context, batch, self._names[i], self.levels, self.seed)
+                losses_NL[first : first + len(batch.keys)] = found_BL
+                bar.update(1)
+        return processes.add_up(losses_NL)
