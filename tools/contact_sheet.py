@@ -51,8 +51,13 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def found_files(options: TrainOptions) -> list[Path]:
-    """The adapter files of the run in --output_dir. Raises UserError for none."""
+def chosen_files(named: list[Path] | None, options: TrainOptions) -> list[Path]:
+    """The files that --files names, else the adapter files of the run in --output_dir. Raises UserError for none."""
+    for path in named or ():
+        if not path.is_file():
+            raise UserError(f"--files {path} does not exist")
+    if named:
+        return named
     if not options.saving.output_dir:
         raise UserError("--files names no adapter files, and --output_dir no folder to look for them in")
     names = Names.build(options.saving)
@@ -60,6 +65,12 @@ def found_files(options: TrainOptions) -> list[Path]:
     if not found:
         raise UserError(f"--output_dir {names.folder} holds no adapter files of this name; name some with --files")
     return found
+
+
+def own_device() -> torch.device:
+    """The accelerator of this machine, else the CPU."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if device is None else device
 
 
 def columns_of(prompts: Sequence[Prompt], seeds: Sequence[int] | None) -> list[Prompt]:
@@ -78,20 +89,14 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
         raise UserError(f"--side is {args.side}; use at least 1")
     if not options.preview.sample_prompts:
         raise UserError("--sample_prompts names no prompts to draw")
-    files = args.files or found_files(options)
-    for path in files:
-        if not path.is_file():
-            raise UserError(f"--files {path} does not exist")
+    files = chosen_files(args.files, options)
     target = args.sheet or Names.build(options.saving).of_sheet() if options.saving.output_dir else args.sheet
     if target is None:
         raise UserError("--sheet is not set; name the PNG to write, or give --output_dir")
     arch = card.build(options)
     specs = read_prompts(Path(options.preview.sample_prompts))
     columns = columns_of([settle(spec, arch.preview.defaults, arch.inpaints) for spec in specs], args.seeds)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    assert device is not None
-    rows = [None, *files]
-    pictures = list(draw_rows(options, arch, rows, columns, device))
+    pictures = list(draw_rows(options, arch, [None, *files], columns, own_device()))
     labels = ["without an adapter", *(path.stem for path in files)]
     sheet = arrange(pictures, labels, [f"{prompt.seed}: {prompt.text}" for prompt in columns], args.side)
     with atomic_path(target) as temporary:

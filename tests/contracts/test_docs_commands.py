@@ -17,7 +17,7 @@ from library.options.train import TrainOptions
 from library.training.command_line.config_file import read_config
 from library.training.evaluation.prompts import LINE_OPTIONS
 from networks.core.arguments import parse_arguments
-from tools import contact_sheet, plan_memory, start
+from tools import choose_checkpoint, contact_sheet, plan_memory, start
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,6 +39,7 @@ TOOLS = (
     "report",
     "compare_runs",
     "contact_sheet",
+    "choose_checkpoint",
 )  # whose options pages speak of
 
 
@@ -73,8 +74,9 @@ def check_command(command: str) -> None:
         case ["python3" | "python", "tools/plan_memory.py", *arguments]:
             own, training = plan_memory.setup_parser().parse_known_args(arguments)
             check_script(own.script, training)
-        case ["python3" | "python", "tools/contact_sheet.py", *arguments]:
-            own, training = contact_sheet.setup_parser().parse_known_args(arguments)
+        case ["python3" | "python", "tools/contact_sheet.py" | "tools/choose_checkpoint.py" as tool, *arguments]:
+            module = contact_sheet if "sheet" in tool else choose_checkpoint
+            own, training = module.setup_parser().parse_known_args(arguments)
             check_script(own.script, training)
         case ["python3" | "python", script, *arguments] if script.startswith(("tools/", "benchmarks/")):
             check_tool(script, arguments)

@@ -8,7 +8,9 @@ import pytest
 
 from library.training.report.writer import read_report
 from tests.running import Finished, make_pictures
+from tests.runs.bases import BASES
 from tests.runs.test_events import events_of, of_kind
+from tools import choose_checkpoint
 
 Train = Callable[..., Finished]
 
@@ -58,3 +60,86 @@ def test_files_that_were_not_measured_are_told_of(train: Train, arguments: list[
     done = train([*arguments, "--validate_every_n_steps", "4"])
     assert "2 of 6 saved files were not measured as they are; python3 tools/choose_checkpoint.py" in done.stdout
     assert re.search(r"suggested file: mine", done.stdout)
+
+
+def same(found: float, expected: float) -> bool:
+    """A saved file against the weights in memory: float32 sums in another order."""
+    return found == pytest.approx(expected, rel=2e-5)
+
+
+CACHED = ["--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only"]
+OTHERS = [pytest.param(name, [], marks=pytest.mark.nightly) for name in BASES if name not in ("sd", "flux")]
+
+
+@pytest.mark.parametrize(("name", "words"), [("sd", []), ("flux", CACHED), *OTHERS])
+def test_the_tool_measures_what_the_run_measured(
+    train: Train, tmp_path: Path, name: str, words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every file on the same pictures with the same noise, also where the run cached everything."""
+    base, out, told = BASES[name], tmp_path / "out", tmp_path / "events.jsonl"
+    make_pictures(tmp_path / "data" / "1_thing", 8, seed=len(name))
+    arguments = [
+        *base.build(tmp_path / "model"), "--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt",
+        "--resolution", "64", "--output_dir", str(out), "--output_name", "mine", "--network_module", base.module,
+        "--network_dim", "4", "--learning_rate", "3e-2", "--max_train_steps", "4", "--save_every_n_steps", "2",
+        "--max_data_loader_n_workers", "0", "--validation_split", "0.5", "--log_events", str(told), *words,
+    ]  # fmt: skip
+    run = [*arguments, "--validate_every_n_steps", "2", "--validate_at_first", "--network_dropout", "0.1"]
+    assert train([*run, "--seed", "6"], script=base.script).status == 0
+    tool = ["--script", f"{base.script}.py", *arguments]  # without --seed: the files tell it
+    assert choose_checkpoint.main(tool) == 0
+    first, second = of_kind(events_of(told), "choice")
+    assert [one["step"] for one in second["candidates"]] == [0, 2, 4, 4]
+    for ours, runs in zip(second["candidates"], first["candidates"], strict=True):
+        assert same(ours["loss"], runs["loss"]) and ours["file"] == runs["file"]
+    printed = capfd.readouterr().out
+    assert "mine-step00000002.safetensors" in printed and "suggested file: " in printed
+    assert "learned by heart: with" in printed and "than on pictures that were set aside" in printed
+    report = read_report(out / "mine-report.html")
+    assert report.choice is not None and report.choice["candidates"] == second["candidates"]
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_copies_name_no_winner_and_trained_pictures_choose_nothing(
+    train: Train, base_arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], flips: bool
+) -> None:
+    """Copies of one file, first on pictures that are set aside, then without any, where mirror images are looked at."""
+    words = [*base_arguments, "--learning_rate", "0.03", *(["--flip_aug"] if flips else [])]
+    assert train([*words, "--validation_split", "0.34"]).status == 0
+    file, told = tmp_path / "out" / "mine.safetensors", tmp_path / "events.jsonl"
+    copies = [str(tmp_path / f"copy{i}.safetensors") for i in range(3)]
+    for copy in copies:
+        Path(copy).write_bytes(file.read_bytes())
+    tool = ["--script", "train_network.py", "--models", *copies, *words, "--log_events", str(told)]
+    assert choose_checkpoint.main([*tool, "--validation_split", "0.34"]) == 0
+    assert "all files measure the same" in capfd.readouterr().out
+    assert choose_checkpoint.main(tool) == 0
+    printed = capfd.readouterr()
+    aside, without = of_kind(events_of(told), "choice")
+    assert not aside["has_winner"] and aside["suggested"] == copies[0] and aside["num_pictures"] == 2
+    assert without["suggested"] is None and "no file is suggested: no picture is set aside" in printed.out
+    assert "may have been trained on pictures that are measured" in printed.err
+    memories = [one["memorised"] for one in without["candidates"][1:]]
+    if flips:
+        assert memories == [None] * 3 and "--flip_aug trained these too" in printed.err
+    else:
+        assert without["num_pictures"] == 6 and memories[0] == memories[2] and memories[0]["unseen"] == "mirrored"
+        assert memories[0]["low"] < memories[0]["more"] < memories[0]["high"]
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--script", "nothing.py"], "is no training script"),
+        (["--script", "train_network.py"], "no folder to look for them in"),
+        (["--script", "train_network.py", "--files", "no.pt"], "no.pt does not exist"),
+        (["--script", "train_network.py", "--files", "some.pt"], "--seed is not set and the files name none"),
+    ],
+)
+def test_what_is_missing_is_said(
+    words: list[str], wanted: str, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("some.pt").write_bytes(b"x")
+    assert choose_checkpoint.main(words) == 1
+    assert wanted in capfd.readouterr().err

@@ -97,6 +97,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
     num_variants: int = 0  # versions that a caption is drawn from; 0 makes it anew for every draw
     text_files: Mapping[int, TextFile] = field(default_factory=dict)  # text features on disk, by sample
     damaged: frozenset[int] = frozenset()  # samples found so while caching
+    is_mirrored: bool = False  # every picture, whatever flip_aug says
 
     def __getitem__(self, order: BatchOrder) -> PartialBatch | str:
         """The batch, or the sentence of what is wrong with a picture: exceptions lose theirs between processes."""
@@ -157,7 +158,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
     def taken(self, number: int, epoch: int, draw: int) -> Taken:
         """What a draw of this sample gives. Raises DamagedPicture."""
         subset = self.subsets[self.samples[number].subset]
-        is_flipped = subset.flip_aug and random_for(self.seed, "flip", epoch, draw).random() < 0.5
+        is_flipped = self.is_mirrored or (subset.flip_aug and random_for(self.seed, "flip", epoch, draw).random() < 0.5)
         if number in self.in_memory or number in self.files:
             return Taken(number, is_flipped, None, *self.cached(number, is_flipped))
         picture, mask = self.drawn(number, epoch, draw, is_flipped)

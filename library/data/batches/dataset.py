@@ -6,6 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -33,8 +34,8 @@ from library.data.description.dataset_digest import content_digests, dataset_ide
 from library.data.description.facts import dataset_facts
 from library.data.description.schema import DatasetConfig, NoDataFound, RunDataConfig, SubsetConfig, load_dataset_config
 from library.data.description.summary import dataset_metadata
-from library.data.description.validation_split import Split, split_datasets
-from library.data.sources.samples import Draws, Sample, build_draws, build_samples, check_pictures
+from library.data.description.validation_split import Split, identities_of, split_datasets, unchanging
+from library.data.sources.samples import Draws, Sample, build_draws, build_samples, check_pictures, fixed_shape
 from library.data.sources.scan import collect
 from library.errors import UserError
 from library.options.train import TrainOptions
@@ -239,10 +240,50 @@ class TrainingSet:
             return sum(math.prod(self.samples[number].shape.bucket) for number in numbers[place])
 
         largest = max(range(len(batches)), key=num_pixels)
-        kept = set(numbers[largest])
+        self._limit_to(set(numbers[largest]))
+        return largest
+
+    def _limit_to(self, kept: AbstractSet[int]) -> None:
         self.samples = tuple(s if i in kept else s._replace(num_draws=0) for i, s in enumerate(self.samples))
         self._maker = replace(self._maker, samples=self.samples)
-        return largest
+
+    # Measuring trained pictures
+
+    def limit_to_measured(self, count: int, batches_aside: Sequence[int]) -> list[int]:
+        """Forget all pictures but `batches_aside` of those that are set aside and, spread evenly, `count` trained ones.
+
+        To be called before anything is cached. Trained pictures are drawn as those that are set aside from here on:
+        cropped at the centre, with the whole caption. Gives the numbers of the trained samples.
+        """
+        trained = [
+            number
+            for number, sample in enumerate(self.samples)
+            if sample.dataset < len(self.datasets) and sample.num_draws and not self.subset_of(sample).is_reg
+        ]
+        count = min(count, len(trained))
+        chosen = [trained[i * len(trained) // count] for i in range(count)]
+        self._limit_to({*chosen, *self.validation.samples_of(batches_aside)})
+        samples = list(self.samples)
+        for number in chosen:
+            sample, subset = samples[number], self.subset_of(samples[number])
+            shape = sample.shape
+            if subset.random_crop and not self.rules[sample.dataset].enable_bucket:
+                shape = fixed_shape(sample.picture.size, shape.bucket, unchanging(subset))
+            samples[number] = sample._replace(num_draws=1, shape=shape)
+        self.samples = tuple(samples)
+        subsets = tuple(unchanging(subset) for subset in self._maker.subsets)
+        self._maker = replace(self._maker, samples=self.samples, subsets=subsets)
+        return chosen
+
+    def trained(self, numbers: Sequence[int], is_mirrored: bool = False) -> ValidationSet:
+        """Trained pictures as batches that are measured, with what is cached by now."""
+        chosen = set(numbers)
+        samples = [s._replace(num_draws=int(i in chosen)) for i, s in enumerate(self.samples)]
+        datasets = (*self.split.trained, *self.split.set_aside)
+        draws = build_draws(samples, [dataset.config for dataset in datasets], range(len(self.datasets)))
+        paths = sorted({samples[number].picture.path for number in numbers})
+        maker = replace(self._maker, seed=self._validation_seed, is_mirrored=is_mirrored)
+        return open_validation_set(maker, self._finished, draws, self.split.identities or identities_of(paths))
 
     # Latents
 

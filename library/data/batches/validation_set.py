@@ -58,7 +58,7 @@ class ValidationSet:
 
         Raises UserError naming a picture that cannot be read.
         """
-        if num_threads == 0 or all(sample in self.maker.in_memory for sample in self._samples_of(places)):
+        if num_threads == 0 or all(sample in self.maker.in_memory for sample in self.samples_of(places)):
             for place in places:
                 yield self.finish(self.maker[self._order(place)])
             return
@@ -74,7 +74,8 @@ class ValidationSet:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _samples_of(self, places: Sequence[int]) -> Iterator[int]:
+    def samples_of(self, places: Sequence[int]) -> Iterator[int]:
+        """The numbers of the samples in the batches at `places`."""
         return (int(self.maker.sample_of_draw[draw]) for place in places for draw in self.draws[place])
 
     def _order(self, place: int) -> BatchOrder:

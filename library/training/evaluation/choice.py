@@ -12,7 +12,7 @@ Letters: F files, N rows that were measured, G pictures, copies of one being one
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from math import nan, sqrt
+from math import isnan, nan, sqrt
 
 import torch
 from torch import Tensor
@@ -86,10 +86,23 @@ def by_picture(losses_N: Tensor, pictures: Sequence[Hashable]) -> Tensor:
 
 def estimate(values_G: Tensor, level: float = 1 - CONFIDENCE) -> Estimate:
     """The mean of independent values, with the interval that misses the true one with the probability `level`."""
+    count = len(values_G)
+    return within(values_G.mean().item(), values_G.std().item() / sqrt(count) if count > 1 else nan, count - 1, level)
+
+
+def estimate_of_difference(values_G: Tensor, others_G: Tensor, level: float = 1 - CONFIDENCE) -> Estimate:
+    """The mean of `values_G` less that of `others_G`, which are independent of each other (Welch 1947)."""
+    counts = len(values_G), len(others_G)
+    mean = (values_G.mean() - others_G.mean()).item()
+    variances = (values.var().item() / len(values) if len(values) > 1 else nan for values in (values_G, others_G))
+    return within(mean, sqrt(sum(variances)), min(counts) - 1, level)
+
+
+def within(mean: float, error: float, degrees: int, level: float) -> Estimate:
+    """The interval by Student's t around a mean with a standard error; NaN where that is."""
     from scipy.special import stdtrit
 
-    mean, count = values_G.mean().item(), len(values_G)
-    if count < 2:
+    if isnan(error):
         return Estimate(mean, nan, nan)
-    reach = float(stdtrit(count - 1, 1 - level / 2)) * values_G.std().item() / sqrt(count)
+    reach = float(stdtrit(degrees, 1 - level / 2)) * error
     return Estimate(mean, mean - reach, mean + reach)

@@ -2,14 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from library.training.evaluation.choice import CONFIDENCE, Choice, choose
+from library.training.evaluation.choice import CONFIDENCE, Choice, choose, estimate, estimate_of_difference
 from library.training.reporting import events
 
+TRAINED_ONLY = (
+    "no picture is set aside, and the loss on trained pictures falls on and on while they are learned by heart; "
+    "--validation_split sets some aside"
+)
 TOOL = "python3 tools/choose_checkpoint.py"
 
 
@@ -20,16 +26,17 @@ class Measured:
     file: Path | None  # None is the model that training began with
     step: int
     losses_G: Tensor
+    memorised: events.Memorised | None = None
 
     @property
     def name(self) -> str:
         return "before training" if self.file is None else self.file.name
 
 
-def choice_of(measured: Sequence[Measured]) -> events.Choice | None:
+def choice_of(measured: Sequence[Measured], is_held_out: bool = True) -> events.Choice | None:
     """What `choose` makes of files in the order of their steps, where what training began with stands first.
 
-    None where no loss is a number; a single picture suggests nothing.
+    None where no loss is a number. A single picture suggests nothing, and neither do trained ones (not `is_held_out`).
     """
     has_base = measured[0].file is None
     found = choose(torch.stack([one.losses_G for one in measured]), int(has_base))
@@ -46,15 +53,16 @@ def choice_of(measured: Sequence[Measured]) -> events.Choice | None:
             difference_low=compared.to_best.low,
             difference_high=compared.to_best.high,
             is_worse=compared.is_worse,
+            memorised=one.memorised,
         )
         for one, compared in zip(measured, found.files, strict=True)
     ]
-    is_told = found.num_pictures > 1
+    is_told = found.num_pictures > 1 and is_held_out
     return events.Choice(
         suggested=candidates[found.suggested].file if is_told else None,
         step=candidates[found.suggested].step if is_told else None,
         has_winner=found.has_winner,
-        reason=reason_of(found, measured),
+        reason=reason_of(found, measured) if is_held_out else TRAINED_ONLY,
         num_pictures=found.num_pictures,
         confidence=CONFIDENCE,
         candidates=candidates,
@@ -83,6 +91,66 @@ def reason_of(found: Choice, measured: Sequence[Measured]) -> str:
     if has_base and not found.files[0].is_worse:
         text += "; no file is better than the model before training by more than chance"
     return text
+
+
+def memorised(
+    unseen: tuple[Tensor, Tensor], trained: tuple[Tensor, Tensor], kind: Literal["held-out", "mirrored"]
+) -> events.Memorised:
+    """How much more the loss fell on trained pictures than on unseen ones, by (losses_G before, losses_G of the file).
+
+    Mirrored pictures are compared with their own. Others are other pictures: the errors of both sides add up, by Welch
+    1947, with the degrees of freedom of the smaller side, which is never too few.
+    """
+    falls_unseen_G, falls_trained_G = (before - after for before, after in (unseen, trained))
+    if kind == "mirrored":
+        found = estimate(falls_trained_G - falls_unseen_G)
+    else:
+        found = estimate_of_difference(falls_trained_G, falls_unseen_G)
+    return events.Memorised(found.mean, found.low, found.high, kind)
+
+
+def table_of(choice: events.Choice) -> list[str]:
+    """All files, in lines of columns."""
+    rows = [("file", "step", "loss", "above the lowest", "", "learned by heart")]
+    for one in choice.candidates:
+        rows.append(
+            (
+                "before training" if one.file is None else Path(one.file).name,
+                str(one.step),
+                f"{one.loss:.5f}{interval(one.low, one.high)}",
+                f"{one.difference:.5f}{interval(one.difference_low, one.difference_high)}" if one.difference else "-",
+                "clearly" if one.is_worse else "" if not one.difference else "may be chance",
+                told_memory(one.memorised),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def told_memory(memory: events.Memorised | None) -> str:
+    """How much more the loss fell on trained pictures."""
+    return "" if memory is None else f"{memory.more:.5f}{interval(memory.low, memory.high)}"
+
+
+def memory_line(choice: events.Choice) -> str | None:
+    """What the suggested file, else the last one, has learned by heart, in a line; None where that was not measured."""
+    files = [one for one in choice.candidates if one.memorised is not None]
+    if not files:
+        return None
+    one = next((one for one in files if one.file == choice.suggested), files[-1])
+    memory = one.memorised
+    assert memory is not None and one.file is not None
+    unseen = "pictures that were set aside" if memory.unseen == "held-out" else "their mirror images"
+    is_clear = memory.low is not None and memory.low > 0
+    doubt = "" if is_clear else ", which may be chance"
+    side = "more" if memory.more >= 0 else "less"
+    told = f"{abs(memory.more):.5f}{interval(memory.low, memory.high)} {side} on trained pictures than on {unseen}"
+    return f"learned by heart: with {Path(one.file).name} the loss fell by {told}{doubt}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """In brackets, nothing where there is none."""
+    return "" if low is None or high is None or isnan(low) else f" ({low:.5f} to {high:.5f})"
 
 
 def told_choice(choice: events.Choice) -> str:

@@ -2,8 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,30 +10,24 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from library.checkpoints.weights import open_weights
-from library.memory.blocks import plain
 from library.memory.devices import place, release_memory
 from library.options.train import TrainOptions
-from library.processes import ALONE
 from library.protocols import Architecture
+from library.training.evaluation.adapter_files import Row, installed, settle_models
 from library.training.evaluation.preview import decode, draw_latents, encode_prompts, generator_of
 from library.training.run.compute import Compute
 from library.training.run.conditioning import CaptionMemo
 from library.training.run.context import Models, StepContext
-from library.training.run.frozen_base import form_while_reading, settle_base
-from library.training.run.network import merge_base_weights
+from library.training.run.frozen_base import form_while_reading
 from library.training.run.text_caching import TEXT_PREFIXES
 from library.types import Conditioning, Prompt
-from networks.core.protocol import AdoptedNetwork, adopt, open_network_module
+from networks.core.protocol import AdoptedNetwork
 
 logger = logging.getLogger(__name__)
 
-READER = "networks.lora"  # its inference networks take every kind of adapter, by the keys of the file
 GAP = 6  # pixels between pictures
 LABEL_WIDTH, LABEL_HEIGHT, LINE = 210, 58, 17
 INK, PAPER = (30, 30, 30), (255, 255, 255)
-
-Row = Path | None
-"""An adapter file; None is the base model alone."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,8 @@ def draw_rows(
     compute = Compute.build(options.precision, device)
     loaded = load(options, arch, rows, prompts, compute)
     for row in rows:
-        with torch.no_grad(), installed(row, loaded) as context:
+        with torch.no_grad(), installed(row, loaded.models, compute) as network:
+            context = context_of(loaded, network)
             encoded = loaded.encoded
             if encoded is None:
                 encoded = encode_prompts(arch, loaded.models.text_encoders, compute.autocast, prompts)
@@ -81,38 +75,8 @@ def load(
     arch.fit_to_sizes(denoiser, [(prompt.width, prompt.height) for prompt in prompts])
     vae = place(arch.load.vae(), compute.device)
     models = Models(denoiser, encoders, vae, arch.view(encoders, denoiser))
-    merge_base_weights(options.network, open_network_module(READER), models, compute.device, compute.dtype)
-    settle_base(options, arch, models, compute, replace(ALONE, device=compute.device))
-    for model in (denoiser, *encoders):
-        model.eval().requires_grad_(False)
-    arch.run_blocks_with(denoiser, plain)
+    settle_models(options, arch, models, compute)
     return Loaded(arch, models, vae, compute, encoded)
-
-
-@contextmanager
-def installed(row: Row, loaded: Loaded) -> Iterator[StepContext]:
-    """The models with the adapter of a file, and afterwards without it."""
-    text_encoders, denoiser = loaded.models.network_view
-    if row is None:
-        yield context_of(loaded, adopt_nothing())
-        return
-    module = open_network_module(READER)
-    network, _ = module.create_network_from_weights(
-        1.0, str(row), loaded.models.vae, text_encoders, denoiser, for_inference=True
-    )
-    network.apply_to(text_encoders, denoiser)
-    try:
-        logger.info("%s", network.load_weights(str(row)))
-        network.to(loaded.compute.device).eval()
-        network.on_noise_levels(None)
-        yield context_of(loaded, adopt(network))
-    finally:
-        network.remove()
-
-
-def adopt_nothing() -> AdoptedNetwork:
-    """An adapter without modules."""
-    return AdoptedNetwork(nn.Module())
 
 
 def context_of(loaded: Loaded, network: AdoptedNetwork) -> StepContext:

@@ -4,7 +4,7 @@ Letters: N pictures, L noise levels.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,6 +26,7 @@ class Measurement:
     places: Sequence[int]  # the batches that are measured
     levels: Sequence[int]
     seed: int
+    noise: Sequence[Name] | None = None  # whose noise each row has; None is its own picture's
 
     @cached_property
     def _names(self) -> list[list[Name]]:
@@ -47,19 +48,20 @@ class Measurement:
         processes: Processes,
         num_threads: int,
         title: str,
-        evaluating: AbstractContextManager[None],
+        evaluating: AbstractContextManager[None] | None = None,
     ) -> Tensor:
         """The losses of all pictures, shape NL, float64; each process measures its share of the batches.
 
-        `evaluating` puts the models in the state they are measured in, `title` is that of a bar on standard error.
+        `evaluating` puts the models in the state they are measured in, where they are not; `title` is that of a bar.
         """
         numbers = range(processes.rank, len(self.places), processes.count)
+        names = self.rows if self.noise is None else self.noise
         losses_NL = torch.zeros(len(self.rows), len(self.levels), dtype=torch.float64)
-        with evaluating, progress_bar(title, len(numbers), leave=False) as bar:
+        with evaluating or nullcontext(), progress_bar(title, len(numbers), leave=False) as bar:
             batches = self.pictures.batches([self.places[i] for i in numbers], num_threads)
             for i, batch in zip(numbers, batches, strict=True):
                 first = sum(map(len, self._names[:i]))
-                found_BL = batch_losses(context, batch, self._names[i], self.levels, self.seed)
-                losses_NL[first : first + len(batch.keys)] = found_BL
+                rows = slice(first, first + len(batch.keys))
+                losses_NL[rows] = batch_losses(context, batch, names[rows], self.levels, self.seed)
                 bar.update(1)
         return processes.add_up(losses_NL)

@@ -144,11 +144,12 @@ function choice() {
     short(one.loss) + range(one.low, one.high),
     one.difference ? short(one.difference, 3) + range(one.difference_low, one.difference_high) : "–",
     one.is_worse ? "worse by more than chance" : "",
+    one.memorised ? short(one.memorised.more, 3) + range(one.memorised.low, one.memorised.high) : "",
     suggested !== null && one.file === suggested ? make("span", {class: "mark"}, "suggested") : "",
   ]);
   const text = suggested === null ? `No file is suggested: ${reason}.` : `${name(suggested)}, step ${step}: ${reason}.`;
   const how = `${num_pictures} pictures; in brackets intervals of ${100 * confidence} %, those of the differences hold all together.`;
-  const heads = ["file", "step", "validation loss", "above the lowest", "", ""];
+  const heads = ["file", "step", "validation loss", "above the lowest", "", candidates.some((one) => one.memorised) ? "learned by heart" : "", ""];
   section("Which file to keep", make("p", {}, text), table(heads, rows, [1]), make("p", {class: "dim"}, how));
 }
 

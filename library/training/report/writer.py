@@ -65,6 +65,13 @@ def add_sheet(path: Path, picture: str) -> None:
     write_page(path, report_of(record))
 
 
+def add_event(path: Path, line: Mapping[str, Any]) -> None:
+    """Put what happens after a run into its report. Raises UserError for another file."""
+    record = read_report(path)
+    record.add(line)
+    write_page(path, report_of(record))
+
+
 def report_of(record: Record) -> str:
     """The page of a run."""
     return page_of(record.name, SCRIPT, record.as_json())

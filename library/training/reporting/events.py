@@ -192,6 +192,16 @@ class Validation(Event):
 
 
 @dataclass(frozen=True)
+class Memorised:
+    """How much more the loss fell on trained pictures than on unseen ones, with its interval."""
+
+    more: float
+    low: float | None
+    high: float | None
+    unseen: Literal["held-out", "mirrored"]  # pictures that were set aside, or the trained ones mirrored
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A file that was compared; `file` is None for the model before training. Intervals are None for one picture."""
 
@@ -204,6 +214,7 @@ class Candidate:
     difference_low: float | None  # of these intervals all hold together
     difference_high: float | None
     is_worse: bool  # than the best, by more than chance
+    memorised: Memorised | None = None  # None where trained pictures were not measured
 
 
 @dataclass(frozen=True)

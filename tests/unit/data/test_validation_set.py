@@ -158,3 +158,22 @@ def test_cached_latents_serve_both_sides(tmp_path, to_disk):
 
 def changing_again(tmp_path: Path) -> TrainingSet:
     return open_set(write_config(tmp_path / "data.toml", CHANGING.replace("CROP", "false")))
+
+
+def test_trained_pictures_can_be_measured_as_those_that_are_set_aside(tmp_path):
+    """As many as are asked for, none of them set aside, with the whole caption, and mirrored pixel by pixel."""
+    training_set = changing(tmp_path)
+    aside = {key for batch in training_set.validation.batches([0, 1, 2, 3], 0) for key in batch.keys}
+    numbers = training_set.limit_to_measured(4, [0])
+    kept = {sample.picture.path for sample in training_set.samples if sample.num_draws}
+    assert len(numbers) == 4 and len(kept) == 6 and len(kept & aside) == 2  # one batch of two
+    plain, mirrored = (training_set.trained(numbers, is_mirrored) for is_mirrored in (False, True))
+    places = plain.places_of(None)
+    assert plain.num_pictures == 4 and [plain.names(i) for i in places] == [mirrored.names(i) for i in places]
+    for one, other in zip(plain.batches(places, 0), mirrored.batches(places, 0), strict=True):
+        assert one.keys == other.keys and not aside & set(one.keys) and one.captions == other.captions
+        assert one.pixels_BCHW is not None and other.pixels_BCHW is not None
+        assert torch.equal(one.pixels_BCHW.flip(-1), other.pixels_BCHW)
+        for key, caption in zip(one.keys, one.captions, strict=True):
+            start = "photo, a, b, c, d" if "wide" in key else "{e|f|g|h}, i"
+            assert caption == f"{start} {os.path.basename(key)[1]}"

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 
 from library.training.evaluation.choice import Choice, by_picture, choose, estimate
+from library.training.evaluation.choosing import memorised
 
 NUM_RUNS = 1500
 
@@ -111,3 +112,18 @@ def test_a_single_picture_decides_nothing_and_losses_that_are_no_numbers_lose() 
 def test_rows_of_one_picture_count_once() -> None:
     values = by_picture(torch.tensor([1.0, 2.0, 6.0]), ["a", "b", "a"])
     assert values.tolist() == [3.5, 2.0] and estimate(values).mean == 2.75
+
+
+def test_what_is_learned_by_heart_is_the_difference_of_two_falls() -> None:
+    rng = np.random.default_rng(7)
+    before, after = rng.normal(size=(2, 2, 9))
+    after -= [[0.5], [2.0]]  # the loss falls more on trained pictures, which come second
+    pairs = [(torch.tensor(before[side]), torch.tensor(after[side])) for side in range(2)]
+    falls = before - after
+    mirrored = memorised(pairs[0], pairs[1], "mirrored")
+    paired = stats.ttest_rel(falls[1], falls[0]).confidence_interval(0.95)
+    assert (mirrored.low, mirrored.high) == pytest.approx((paired.low, paired.high), rel=1e-9)
+    others = memorised(pairs[0], pairs[1], "held-out")
+    error = (falls[0].var(ddof=1) / 9 + falls[1].var(ddof=1) / 9) ** 0.5
+    assert others.more == pytest.approx(mirrored.more, rel=1e-12) == pytest.approx(falls[1].mean() - falls[0].mean())
+    assert others.high - others.more == pytest.approx(stats.t.ppf(0.975, 8) * error, rel=1e-9)

@@ -1,0 +1,172 @@
+"""Measure saved adapter files on the pictures that are set aside, all with the same noise, from one load of the base
+model, and say which file to keep. The options of the training say which model and pictures these are."""
+
+import argparse
+import importlib
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from library.checkpoints.files import read_metadata  # noqa: E402
+from library.data.batches.dataset import NoDataFound  # noqa: E402
+from library.errors import UserError  # noqa: E402
+from library.options.train import TrainOptions  # noqa: E402
+from library.training.command_line.checks import check_precision, check_values  # noqa: E402
+from library.training.command_line.cli import parse  # noqa: E402
+from library.training.command_line.run_lock import run_lock  # noqa: E402
+from library.training.evaluation.choice import by_picture  # noqa: E402
+from library.training.evaluation.choosing import (  # noqa: E402
+    Measured,
+    choice_of,
+    memorised,
+    memory_line,
+    table_of,
+    told_choice,
+)
+from library.training.evaluation.file_losses import FileLosses, Sides, for_measuring, losses_of_files  # noqa: E402
+from library.training.evaluation.measurement import Measurement  # noqa: E402
+from library.training.report.writer import add_event  # noqa: E402
+from library.training.reporting import events  # noqa: E402
+from library.training.reporting.event_stream import open_event_file, plain  # noqa: E402
+from library.training.run.setup import open_training_set  # noqa: E402
+from library.training.saving.checkpoints import Names  # noqa: E402
+from library.training.saving.saved_files import steps_of  # noqa: E402
+from tools.command import make_parser, run  # noqa: E402
+from tools.contact_sheet import chosen_files, own_device  # noqa: E402
+from tools.plan_memory import card_of_script  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = """\
+  python3 tools/choose_checkpoint.py --script train_network.py --config_file configs/quickstart/train.toml \\
+    --validation_split 0.1 --seed 42"""
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.allow_abbrev = False  # an abbreviation is one of an option of the training
+    parser.add_argument("--script", required=True, help="training script, such as train_network.py")
+    parser.add_argument(
+        "--files", "--models", type=Path, nargs="+", help="adapter files; unset: all of the run in --output_dir"
+    )
+    parser.epilog = f"all other options are those of the training.\n\n{parser.epilog}"
+    return parser
+
+
+def seed_of(options: TrainOptions, files: Sequence[Path]) -> int:
+    """--seed, else that which the files were trained with; it decides which pictures are set aside.
+
+    Raises UserError where neither says it.
+    """
+    if options.run.seed is not None:
+        return options.run.seed
+    found = {read_metadata(path).get("ss_seed", "") for path in files}
+    if len(found) != 1 or not (text := found.pop()).isdigit():
+        raise UserError("--seed is not set and the files name none in common; give that of the training")
+    logger.info("no --seed given: using --seed %s of the files", text)
+    return int(text)
+
+
+def warn_of_other_splits(options: TrainOptions, files: Sequence[Path], seed: int) -> None:
+    """Say which files may have trained on the pictures that are set aside here."""
+    wanted = seed if options.validation.validation_seed is None else options.validation.validation_seed
+    for path in files:
+        told = read_metadata(path)
+        if "ss_validation_split" not in told:
+            continue
+        own = told.get("ss_validation_seed", "None")
+        own = told.get("ss_seed", "") if own == "None" else own
+        share = options.validation.validation_split
+        if float(told["ss_validation_split"]) != share or own != str(wanted):
+            text = (
+                "%s was trained with --validation_split %s and the seed %s, here they are %g and %d: it may have been "
+                "trained on pictures that are measured"
+            )
+            logger.warning(text, path.name, told["ss_validation_split"], own, share, wanted)
+
+
+def measured_files(sides: Sides, found: Sequence[FileLosses]) -> list[Measured]:
+    """The files with their losses by picture, the base model first."""
+    unseen = sides.held_out or sides.mirrored
+    is_held_out = sides.held_out is not None
+
+    def side(one: FileLosses, of_trained: bool) -> tuple[Measurement, torch.Tensor]:
+        losses_NL = one.trained_NL if of_trained else one.held_out_NL if is_held_out else one.mirrored_NL
+        measurement = sides.trained if of_trained else unseen
+        assert losses_NL is not None and measurement is not None
+        return measurement, losses_NL
+
+    def by_its_pictures(one: FileLosses, of_trained: bool) -> torch.Tensor:
+        measurement, losses_NL = side(one, of_trained)
+        return by_picture(losses_NL.mean(1), measurement.rows)
+
+    base, measured = found[0], []
+    for one in found:
+        memory = None
+        if one.row is not None and unseen is not None:
+            unseen_pair, trained_pair = (
+                (by_its_pictures(base, of_trained), by_its_pictures(one, of_trained)) for of_trained in (False, True)
+            )
+            memory = memorised(unseen_pair, trained_pair, "held-out" if is_held_out else "mirrored")
+        losses_G = by_its_pictures(one, of_trained=not is_held_out)
+        measured.append(Measured(one.row, 0 if one.row is None else steps_of(one.row), losses_G, memory))
+    return measured
+
+
+def keep(choice: events.Choice, options: TrainOptions) -> None:
+    """Add the choice to the events and the report of the run, where it has them."""
+    line = plain(choice.as_line(time.time()))
+    if (path := options.reports.log_events) and path != "-":
+        file = open_event_file(Path(path), goes_on=True)
+        file.take([line])
+        file.close()
+    if options.saving.output_dir and (report := Names.build(options.saving).of_report()).is_file():
+        with run_lock(options):
+            add_event(report, line)
+        logger.info("%s shows it too", report)
+
+
+def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
+    """Raises UserError for options that are wrong, and for files that do not fit the base model."""
+    card = card_of_script(args.script)
+    parser = importlib.import_module(args.script.removesuffix(".py")).setup_parser()
+    options = for_measuring(card.options.from_args(parse(parser, training)))
+    check_values(options)
+    check_precision(options)
+    files = sorted(chosen_files(args.files, options), key=lambda path: (steps_of(path), path.name))
+    if options.dataset.dataset_class:
+        raise UserError("--dataset_class: its pictures are not known one by one, so none can be measured again")
+    seed = seed_of(options, files)
+    warn_of_other_splits(options, files, seed)
+    arch = card.build(options)
+    try:
+        training_set = open_training_set(options, arch, seed, 1)
+    except NoDataFound as error:
+        raise UserError(f"No data found: {error}") from error
+    sides, losses = losses_of_files(options, arch, training_set, seed, [None, *files], own_device())
+    choice = choice_of(measured_files(sides, list(losses)), is_held_out=sides.held_out is not None)
+    if choice is None:
+        raise UserError("the loss of every file is not a number; --mixed_precision bf16 or no is wider than fp16")
+    for text in table_of(choice):
+        print(text)
+    print(told_choice(choice))
+    if (text := memory_line(choice)) is not None:
+        print(text)
+    keep(choice, options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = setup_parser()
+    own, training = parser.parse_known_args(argv)
+    return run(parser, lambda _: choose_file(own, training), ["--script", own.script])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
