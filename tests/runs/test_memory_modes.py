@@ -189,3 +189,15 @@ def test_the_benchmark_for_cards_runs_in_small(subject: str) -> None:
     done = subprocess.run([*command, "--mode", mode], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["seconds"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["eager", "8bit", "graphs", "bare"])
+@pytest.mark.parametrize("subject", ["sd3", "flux", "sdxl"])
+def test_the_benchmark_of_steps_runs_in_small(subject: str, mode: str) -> None:
+    command = [sys.executable, "benchmarks/gpu_step.py", "--device", "cpu", "--tiny", "--child", "--models", subject]
+    done = subprocess.run([*command, "--modes", mode], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["seconds"] > 0 and found["trained"] > 1000
+    assert (found["flops"] > 0) == (mode == "eager")

@@ -1,0 +1,309 @@
+"""Seconds of a training step on a card, its share of the card's peak, and memory: SD 1.5, SDXL, SD3 medium, FLUX.1.
+
+Each as it is, compiled, with weights multiplied in 8 bits, with CUDA graphs, and beside them a bare loop on diffusers
+and PEFT with the same inputs, loss, optimizer and rank. Weights are of full size, random and made on the card, so
+nothing has to be downloaded. SD 1.5 has pictures of 512 pixels, the others of 1024; SD3 batch 3, the others batch 1.
+bf16, AdamW, a LoRA of rank 16, nothing recomputed unless asked for. Each mode runs in a process of its own; one that
+does not fit says so. TFLOP/s and MFU are of the arithmetic of the plain step, counted while it runs, against the card's
+peak in 16 bits.
+
+    python benchmarks/gpu_step.py
+    python benchmarks/gpu_step.py --models flux --modes eager bare --recompute
+    python benchmarks/gpu_step.py --device cpu --tiny      # whether it runs at all; its figures say nothing
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from benchmarks.gpu_memory import RANK, Mode, Subject, filled, flux, random_weight, sdxl  # noqa: E402
+from library.memory.blocks import BlockRunner, plain, recompute, run_blocks_with, stacks_of  # noqa: E402
+from library.memory.compiled import Compiled, CompileSettings  # noqa: E402
+from library.memory.frozen import frozen_layers, multiply_codes  # noqa: E402
+from library.memory.planner.cards import peak_of  # noqa: E402
+from library.memory.planner.counter import FlopCounter  # noqa: E402
+from library.training.run.fixed_step import CudaGraphs, Repeat  # noqa: E402
+from networks import lora  # noqa: E402
+
+NUM_WARM, NUM_TIMED = 3, 10
+MODES = ("eager", "compiled", "8bit", "8bit compiled", "graphs", "bare")
+IN_8_BITS = "int8_rotated"
+
+Step = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """diffusers' denoiser: how it is built, called with our inputs, and which of its modules are adapted."""
+
+    build: Callable[[], nn.Module]
+    call: Callable[[nn.Module, Any, Any], Tensor]
+    adapted: tuple[str, ...]  # parts of the names of their modules
+
+
+def sd15(is_tiny: bool) -> Subject:
+    from diffusers import UNet2DConditionModel
+
+    tiny = sdxl(True)
+    if is_tiny:
+        return tiny
+
+    def values() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (torch.randn(1, 4, 64, 64), torch.tensor([500]), torch.randn(1, 77, 768)), {}
+
+    return replace(tiny, build=lambda: UNet2DConditionModel(cross_attention_dim=768), values=values)
+
+
+def sd3(is_tiny: bool) -> Subject:
+    from library.architectures.sd3.assembly import view
+    from library.architectures.sd3.model import MMDiT, MMDiTConfig
+    from tests.tiny.sd3 import PLAIN
+
+    config = PLAIN if is_tiny else MMDiTConfig(1536, 24, 64, 6144, 2, 16, 4096, 2048, 192, False, frozenset())
+    batch, side, tokens = (1, 16, 9) if is_tiny else (3, 128, 154 + 256)
+
+    def values() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        context, pooled = torch.randn(batch, tokens, config.context_width), torch.randn(batch, config.pooled_width)
+        return (torch.randn(batch, 16, side, side), torch.full((batch,), 500.0), context, pooled), {}
+
+    return Subject(lambda: MMDiT(config), values, lambda model: view([], model)[1], stacks_of, run_blocks_with)
+
+
+def peer_of_unet(subject: Subject) -> Peer:
+    return Peer(subject.build, lambda model, values, named: model(*values, **named).sample, ("attentions.",))
+
+
+def peer_of_sd3(is_tiny: bool) -> Peer:
+    from diffusers import SD3Transformer2DModel
+
+    sizes: dict[str, Any] = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+    sizes |= {"sample_size": 128, "pos_embed_max_size": 192}
+    if is_tiny:
+        sizes = {"num_layers": 2, "num_attention_heads": 1, "caption_projection_dim": 64, "joint_attention_dim": 96}
+        sizes |= {"pooled_projection_dim": 48, "sample_size": 16, "pos_embed_max_size": 24}
+
+    def call(model: nn.Module, values: Any, named: Any) -> Tensor:
+        latents, timesteps, context, pooled = values
+        found: Tensor = model(latents, context, pooled, timesteps).sample
+        return found
+
+    return Peer(lambda: SD3Transformer2DModel(**sizes, out_channels=16), call, ("transformer_blocks.",))
+
+
+def peer_of_flux(is_tiny: bool) -> Peer:
+    from diffusers import FluxTransformer2DModel
+
+    sizes: dict[str, Any] = {"guidance_embeds": True}
+    if is_tiny:
+        sizes |= {"num_layers": 4, "num_single_layers": 6, "num_attention_heads": 2, "attention_head_dim": 32}
+        sizes |= {"joint_attention_dim": 32, "axes_dims_rope": (4, 14, 14)}
+
+    def call(model: nn.Module, values: Any, named: Any) -> Tensor:
+        latents, sigmas, text, pooled, guidance = values
+        B, C, H, W = latents.shape
+        patches = latents.view(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // 4, 4 * C)
+        places = torch.zeros(H // 2, W // 2, 3, device=latents.device)
+        places[..., 1] += torch.arange(H // 2, device=latents.device)[:, None]
+        places[..., 2] += torch.arange(W // 2, device=latents.device)[None]
+        found: Tensor = model(
+            hidden_states=patches,
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=sigmas,
+            guidance=guidance,
+            img_ids=places.flatten(0, 1),
+            txt_ids=torch.zeros(text.shape[1], 3, device=latents.device),
+        ).sample
+        return found
+
+    return Peer(lambda: FluxTransformer2DModel(**sizes), call, ("transformer_blocks.",))
+
+
+SUBJECTS: Mapping[str, tuple[Callable[[bool], Subject], Callable[[bool], Peer]]] = {
+    "sd15": (sd15, lambda is_tiny: peer_of_unet(sd15(is_tiny))),
+    "sdxl": (sdxl, lambda is_tiny: peer_of_unet(sdxl(is_tiny))),
+    "sd3": (sd3, peer_of_sd3),
+    "flux": (flux, peer_of_flux),
+}
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {key: moved(one, device) for key, one in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def optimizer_of(parameters: list[nn.Parameter], device: torch.device, is_recorded: bool) -> torch.optim.Optimizer:
+    on_card = device.type == "cuda"
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=on_card, capturable=is_recorded and on_card)
+
+
+def step_of(run: Callable[[], Any], optimizer: torch.optim.Optimizer, device: torch.device, keeps: bool) -> Step:
+    """Forward and backward pass and update; with `keeps` gradients stay where they are. Gives the loss."""
+
+    def step(before_backward: Callable[[], None] = lambda: None) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            output = run()
+        loss = getattr(output, "sample", output).float().square().mean()
+        before_backward()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not keeps)
+        return loss.detach()
+
+    return step
+
+
+def our_step(subject: Subject, mode: str, recomputes: bool, device: torch.device) -> tuple[Step, int]:
+    """A step with our denoiser and adapter, and how many values are trained."""
+    form = IN_8_BITS if mode.startswith("8bit") else "none"
+    model = filled(subject, Mode(form), device)
+    if form != "none":
+        multiply_codes(frozen_layers(model))
+    runner: BlockRunner = recompute if recomputes else plain
+    subject.run_blocks_with(model, Compiled(runner, CompileSettings()) if mode.endswith("compiled") else runner)
+    seen = subject.view(model)
+    network = lora.create_network(1.0, RANK, RANK, None, [], seen)
+    network.apply_to([], seen, False, True)
+    network.to(device)
+    values, named = (moved(value, device) for value in subject.values())
+    values = tuple(moved(value, device) for value in values)
+    optimizer = optimizer_of(list(network.parameters()), device, mode == "graphs")
+    run = step_of(lambda: model(*values, **named), optimizer, device, keeps=mode == "graphs")
+    return run, sum(p.numel() for p in network.parameters())
+
+
+def bare_step(subject: Subject, peer: Peer, recomputes: bool, device: torch.device) -> tuple[Step, int]:
+    """The same with diffusers' module and PEFT's adapter."""
+    from accelerate import init_empty_weights
+    from peft import LoraConfig, inject_adapter_in_model
+
+    with init_empty_weights(include_buffers=False):
+        model = peer.build()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            scale = 1.0 if parameter.ndim > 1 else 0.02
+            setattr(module, name, nn.Parameter(scale * random_weight(parameter, device)))
+    model.to(device).requires_grad_(False).train(recomputes)  # diffusers recomputes in train mode only
+    names = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+        and any(part in name for part in peer.adapted)
+        and (isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1))
+    ]
+    inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names), model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    if recomputes:
+        model.enable_gradient_checkpointing()
+    values, named = (moved(value, device) for value in subject.values())
+    values = tuple(moved(value, device) for value in values)
+    optimizer = optimizer_of(trained, device, False)
+    run = step_of(lambda: peer.call(model, values, named), optimizer, device, keeps=False)
+    return run, sum(p.numel() for p in trained)
+
+
+def measure(name: str, mode: str, is_tiny: bool, recomputes: bool, device: torch.device) -> dict[str, float]:
+    """Seconds, peak GiB, trained values, and for the plain mode the arithmetic."""
+    make_subject, make_peer = SUBJECTS[name]
+    subject = make_subject(is_tiny)
+    if mode == "bare":
+        step, num_trained = bare_step(subject, make_peer(is_tiny), recomputes, device)
+    else:
+        step, num_trained = our_step(subject, mode, recomputes, device)
+    on_card, flops = device.type == "cuda", 0
+    assert step().isfinite(), "random weights that give no finite loss"
+    if mode == "eager":
+        with FlopCounter() as counter:
+            step(lambda: setattr(counter, "in_backward", True))
+        flops = counter.flops
+    run: Callable[[], Any] = step
+    if mode == "graphs":
+        recorder = CudaGraphs() if on_card else Repeat()
+        run = recorder.record(step)  # type: ignore[arg-type]
+    for _ in range(NUM_WARM):
+        run()
+    if on_card:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(NUM_TIMED):
+        run()
+    if on_card:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / NUM_TIMED
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_card else 0.0
+    return {"seconds": seconds, "peak": peak, "trained": num_trained, "flops": flops}
+
+
+def child(args: argparse.Namespace) -> None:
+    """Measure one mode, and print what was found as JSON."""
+    try:
+        found = measure(args.models[0], args.modes[0], args.tiny, args.recompute, torch.device(args.device))
+    except torch.OutOfMemoryError:
+        found = {}
+    print(json.dumps(found))
+
+
+def found_in_child(args: argparse.Namespace, model: str, mode: str) -> dict[str, float] | str:
+    """The figures of one mode, or why there are none."""
+    command = [sys.executable, __file__, "--child", "--models", model, "--modes", mode, "--device", args.device]
+    command += ["--tiny"] * args.tiny + ["--recompute"] * args.recompute
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.seconds)
+    except subprocess.TimeoutExpired:
+        return f"not done within {args.seconds} s"
+    if done.returncode:
+        return f"fails: {done.stderr.strip().splitlines()[-1]}"
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found or "does not fit"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--recompute", action="store_true", help="recompute all blocks, in both")
+    parser.add_argument("--seconds", type=int, default=120, help="most that one mode may take")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="models of a few narrow blocks")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args)
+        return
+    device = torch.device(args.device)
+    peak = peak_of(device, torch.bfloat16)
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU: these figures say nothing of a card"
+    print(f"{card}, torch {torch.__version__}, peak {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'unknown'}")
+    for model in args.models:
+        print(f"{model:16} s/step  TFLOP/s    MFU  peak GiB   trained  bare / it")
+        results = {mode: found_in_child(args, model, mode) for mode in args.modes}
+        plain_one, bare = results.get("eager"), results.get("bare")
+        flops = plain_one["flops"] if isinstance(plain_one, dict) else 0.0
+        for mode, found in results.items():
+            if isinstance(found, str):
+                print(f"  {mode:14} {found}")
+                continue
+            rate = flops / found["seconds"]
+            share = f"{rate / peak:7.1%}" if peak else f"{'':>7}"
+            ratio = f"{bare['seconds'] / found['seconds']:11.2f}" if isinstance(bare, dict) else ""
+            figures = f"{found['seconds']:7.3f}{rate / 1e12:9.1f}{share}{found['peak']:10.2f}{found['trained']:10.0f}"
+            print(f"  {mode:14}{figures}{ratio}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
