@@ -37,6 +37,13 @@ class ValidationOptions(Options):
         at_least=1,
         help="Most batches to measure the validation loss on. Unset uses all.",
     )
+    early_stop_patience: int | None = option(
+        None,
+        own=True,
+        at_least=1,
+        help="End the run, and save, after N validations in a row that are each worse than the best one by more than "
+        "chance. Unset trains to the end.",
+    )
     keep_best_checkpoint: bool = option(
         False,
         usual=True,

@@ -40,6 +40,7 @@ OURS = {  # the first of those and what sd-scripts does not have, with their def
     "cuda_graphs": False,
     "deterministic": False,
     "dry_run": False,
+    "early_stop_patience": None,
     "ema_decay": None,
     "ema_update_after_step": 0,
     "ema_used_for": None,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.training.report.writer import read_report
+from library.training.saving.saved_files import steps_of
 from tests.running import Finished, make_pictures
 from tests.runs.bases import BASES
 from tests.runs.test_events import events_of, of_kind
@@ -60,6 +61,36 @@ def test_files_that_were_not_measured_are_told_of(train: Train, arguments: list[
     done = train([*arguments, "--validate_every_n_steps", "4"])
     assert "2 of 6 saved files were not measured as they are; python3 tools/choose_checkpoint.py" in done.stdout
     assert re.search(r"suggested file: mine", done.stdout)
+
+
+def early(arguments: list[str], patience: int, *more: str) -> list[str]:
+    """A rate that ruins the adapter after some steps, measured after every step."""
+    words = ["--learning_rate", "0.1", "--max_train_steps", "40", "--validate_every_n_steps", "1"]
+    return [*arguments, *words, "--early_stop_patience", str(patience), *more]
+
+
+def test_a_run_that_only_gets_worse_ends_early_and_goes_on_counting_when_resumed(
+    train: Train, arguments: list[str], tmp_path: Path
+) -> None:
+    told = tmp_path / "events.jsonl"
+    whole = train(early(arguments, 3, "--log_events", str(told), "--save_state"))
+    assert whole.status == 0, whole.stdout
+    events = events_of(told)
+    (line,) = re.findall(
+        r"the run ends after step (\d+): the last 3 validations were worse than that after step", whole.stdout
+    )
+    last = int(line)
+    assert last < 40 and of_kind(events, "step")[-1]["step"] == last
+    assert (events[-1]["reason"], events[-1]["step"]) == ("finished", last)
+    losses = {one["step"]: one["loss"] for one in of_kind(events, "validation")}
+    assert all(losses[step] > min(losses.values()) for step in range(last - 2, last + 1))
+    assert steps_of(tmp_path / "out" / "mine.safetensors") == last
+    (choice,) = of_kind(events, "choice")
+    assert choice["candidates"][-1]["step"] == last and choice["step"] < last
+
+    state = max(step for step in range(2, last, 2))  # the count has begun by then
+    resumed = train(early(arguments, 3, "--resume", str(tmp_path / "out" / f"mine-step{state:08d}-state")))
+    assert f"the run ends after step {last}: the last 3" in resumed.stdout
 
 
 def same(found: float, expected: float) -> bool:

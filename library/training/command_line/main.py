@@ -239,7 +239,7 @@ def train_network(
     if processes.is_main and (speed := prepared.run.times.summary()) is not None:
         logger.info("%s", speed)
         events.summary = speed
-    is_over = prepared.progress.step >= prepared.run.plan.max_train_steps
+    is_over = prepared.progress.step >= prepared.run.plan.max_train_steps or prepared.validation.ends_run
     if processes.is_main and is_over:
         choice = prepared.validation.choose(files_of_run(prepared.writer.names))
         if choice is not None:

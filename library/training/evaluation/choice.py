@@ -76,6 +76,11 @@ def choose(losses_FG: Tensor, num_baselines: int = 0) -> Choice | None:
     return Choice(tuple(files), best, suggested, has_winner, num_pictures)
 
 
+def is_clearly_worse(losses_G: Tensor, best_G: Tensor, num_compared: int) -> bool:
+    """Whether one of `num_compared` losses that are compared with the best lies above it by more than chance."""
+    return estimate(losses_G - best_G, (1 - CONFIDENCE) / num_compared).low > 0
+
+
 def by_picture(losses_N: Tensor, pictures: Sequence[Hashable]) -> Tensor:
     """The mean of the rows that are the same picture, shape G, float64; `pictures` says which is which."""
     numbers = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}

@@ -19,7 +19,7 @@ from library.data.sources.scan import few
 from library.options.averaging import FILES, VALIDATION
 from library.options.train import TrainOptions
 from library.options.validation import ValidationOptions
-from library.training.evaluation.choice import by_picture
+from library.training.evaluation.choice import by_picture, is_clearly_worse
 from library.training.evaluation.choosing import TOOL, Measured, choice_of
 from library.training.evaluation.eval_mode import evaluating
 from library.training.evaluation.measurement import Measurement
@@ -37,7 +37,7 @@ Kind = Literal["step", "epoch"]
 BARS: Mapping[Kind, str] = {"step": "validation steps", "epoch": "epoch validation steps"}  # front ends know the names
 NEEDS_PICTURES = (
     "validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps",
-    "validate_at_first", "keep_best_checkpoint",
+    "validate_at_first", "early_stop_patience", "keep_best_checkpoint",
 )  # fmt: skip
 
 
@@ -105,6 +105,8 @@ class Validation:
         self._last: Evaluation | None = None
         self._schedule = Schedule.build(run.options.saving, run.plan.num_epochs)
         self._kept: dict[int, list[float]] = {}  # by step the loss of each row where files are saved, and of the best
+        self._patience = options.early_stop_patience or None
+        self._num_evaluations = self._num_worse = 0  # the latter are the last ones, each clearly worse than the best
         self._measured_step: int | None = None  # of the last evaluation, also before a resume
         self._best_step, self._best_loss = 0, inf
         self._goes_on = False
@@ -189,16 +191,38 @@ class Validation:
         if evaluation.mean < self._best_loss:
             self._best_step, self._best_loss = step, evaluation.mean
         self._kept[step] = evaluation.losses_NL.mean(1).tolist()
+        self._count_worse(step)
         self._kept = {kept: losses for kept, losses in self._kept.items() if self._is_kept(kept)}
         self._run.events.emit(self._told(evaluation))
         return evaluation
 
     def _is_kept(self, step: int) -> bool:
-        """Whether the losses after `step` are of use later: a file of it is saved, or it is the start or the best."""
+        """Whether the losses after `step` are of use later: those of files, of the start, the best and the last."""
         epochs, rest = divmod(step, self._run.plan.steps_per_epoch)
         ends_saved_epoch = not rest and self._schedule.saves_epoch(epochs)
-        is_end = step in (0, self._best_step, self._run.plan.max_train_steps)
-        return is_end or ends_saved_epoch or self._schedule.saves_step(step)
+        is_marked = step in (0, self._best_step, self._measured_step, self._run.plan.max_train_steps)
+        return is_marked or ends_saved_epoch or self._schedule.saves_step(step)
+
+    def _count_worse(self, step: int) -> None:
+        """Take note of whether the evaluation after `step` is clearly worse than the best of all so far."""
+        self._num_evaluations += 1
+        is_worse = self._best_step in self._kept and is_clearly_worse(
+            self._by_picture(step), self._by_picture(self._best_step), max(1, self._num_evaluations - 1)
+        )
+        self._num_worse = self._num_worse + 1 if is_worse else 0
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether --early_stop_patience has run out."""
+        return self._patience is not None and self._num_worse >= self._patience
+
+    @property
+    def why_it_ends(self) -> str:
+        """The reason, in words."""
+        return (
+            f"the last {self._num_worse} validations were worse than that after step {self._best_step} by more than "
+            f"chance (--early_stop_patience {self._patience})"
+        )
 
     def choose(self, files: Sequence[Path]) -> events.Choice | None:
         """Compare the saved files, in the order of their steps, as far as they were measured; says which were not.
@@ -310,6 +334,7 @@ class Validation:
             "best": best,
             "measured_step": self._measured_step,
             "kept": self._kept,
+            "counts": [self._num_evaluations, self._num_worse],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -329,6 +354,7 @@ class Validation:
         if best is not None:
             self._best_step, self._best_loss = int(best["step"]), float(best["loss"])
         self._kept = {int(step): losses for step, losses in state_dict.get("kept", {}).items()}
+        self._num_evaluations, self._num_worse = state_dict.get("counts", (0, 0))
 
 
 def finite(value: float) -> float | None:

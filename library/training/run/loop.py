@@ -61,7 +61,7 @@ def train(prepared: Prepared, interruption: Interruption, watch: StepWatch | Non
     plan, average, is_main = run.plan, progress.average, run.processes.is_main
     network, device = run.context.network, run.context.device
     guard, norm_limit = NonFiniteGuard(run), wanted_norm_limit(run)
-    stops = False
+    stops = ends = False
     epoch = plan.epoch_of(progress.step)
     if progress.step == 0:
         previews.before_training(interruption)
@@ -78,7 +78,8 @@ def train(prepared: Prepared, interruption: Interruption, watch: StepWatch | Non
         updates.told_at_end(),
     ):
         run.times.start()
-        for epoch in plan.epochs(progress.step) if progress.step < plan.max_train_steps else ():
+        is_open = progress.step < plan.max_train_steps and not validation.ends_run
+        for epoch in plan.epochs(progress.step) if is_open else ():
             announce_epoch(epoch, plan.num_epochs)
             network.start_epoch(*run.context.models.network_view)
             ahead = batches_of(run, epoch, progress.step)
@@ -117,19 +118,23 @@ def train(prepared: Prepared, interruption: Interruption, watch: StepWatch | Non
                         with run.times.stage("saving"):
                             writer.save_best(progress.step, epoch)
                 finish_step(run.times, progress, epoch, writer, previews, interruption)
-                if stops:
+                ends = stops or validation.ends_run
+                if ends:
                     break
-            if stops and progress.step % plan.steps_per_epoch != 0:
+            if ends and progress.step % plan.steps_per_epoch != 0:
                 break
             if charts.are_on:
                 charts.log_epoch({"loss/epoch_average": average.mean}, progress.step, epoch)
             finish_epoch(run.times, progress, epoch, writer, previews, interruption)
-            if stops:
+            if ends:
                 break
     guard.report(progress.step)
     run.training_set.report_skipped(logger)
     if progress.step >= plan.max_train_steps:
         writer.save_end(progress, plan.num_epochs)
+    elif validation.ends_run:
+        logger.info("the run ends after step %d: %s", progress.step, validation.why_it_ends)
+        writer.save_end(progress, epoch)
     else:
         writer.save_interrupted(progress, epoch)
 
