@@ -19,6 +19,8 @@ LARGER_KERNELS = ("conv_dim=16", "conv_alpha=16")
 KINDS: Mapping[str, tuple[str, ...]] = {  # the words that are added to the quickstart's command
     "dora": ("--network_args", *LARGER_KERNELS, "dora_wd=True"),
     "pissa": ("--network_args", *LARGER_KERNELS, "init=pissa", "--learning_rate", "3e-4"),
+    "rslora": ("--network_args", *LARGER_KERNELS, "rslora=True", "--learning_rate", "5e-4"),
+    "ggpo": ("--network_args", *LARGER_KERNELS, "ggpo_sigma=0.01", "ggpo_beta=0.01"),
     "tlora": (
         "--network_module",
         "networks.tlora",
