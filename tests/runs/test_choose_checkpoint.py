@@ -60,6 +60,8 @@ def test_a_run_compares_its_files_from_the_validations_it_made(
 def test_files_that_were_not_measured_are_told_of(train: Train, arguments: list[str]) -> None:
     done = train([*arguments, "--validate_every_n_steps", "4", "--max_train_steps", "4"])
     assert "1 of 3 saved files were not measured as they are; python3 tools/choose_checkpoint.py" in done.stdout
+    pickled = train([*arguments, "--max_train_steps", "2", "--save_every_n_steps", "1", "--save_model_as", "pt"])
+    assert "2 of 3 saved files were not measured" in pickled.stdout  # one says no step and is not taken for the start
     assert re.search(r"suggested file: mine", done.stdout)
 
 
@@ -100,6 +102,9 @@ def test_a_run_that_only_gets_worse_ends_early_and_goes_on_counting_when_resumed
     state = tmp_path / "out" / f"mine-step{last - 1:08d}-state"  # the count stands at one
     resumed = train(early(arguments, 2, "--resume", str(state)))
     assert f"the run ends after step {last}: the last 2" in resumed.stdout
+    again = train(early(arguments, 2, "--autoresume", "--log_events", str(told)))
+    assert again.status == 0 and f"the run ends after step {last}: the last 2" in again.stdout
+    assert max(one["step"] for one in of_kind(events_of(told), "step")) == last  # nothing was trained any more
 
 
 def same(found: float, expected: float) -> bool:

@@ -234,7 +234,8 @@ class Validation:
             return None
         are_same_weights = averaging.averages(FILES) == averaging.averages(VALIDATION)
         found = [(path, steps_of(path)) for path in files] if are_same_weights else []
-        measured = [Measured(path, step, self._by_picture(step)) for path, step in found if step in self._kept]
+        known = [(path, step) for path, step in found if step and step in self._kept]  # 0: the file does not say
+        measured = [Measured(path, step, self._by_picture(step)) for path, step in known]
         if 0 in self._kept:
             measured.insert(0, Measured(None, 0, self._by_picture(0)))
         if missing := len(files) - sum(one.file is not None for one in measured):
