@@ -111,7 +111,7 @@ def memorised(
 
 def table_of(choice: events.Choice) -> list[str]:
     """All files, in lines of columns."""
-    rows = [("file", "step", "loss", "above the lowest", "", "learned by heart")]
+    rows = [("file", "step", "loss", "above the lowest", "more than chance", "learned by heart")]
     for one in choice.candidates:
         rows.append(
             (
@@ -119,7 +119,7 @@ def table_of(choice: events.Choice) -> list[str]:
                 str(one.step),
                 f"{one.loss:.5f}{interval(one.low, one.high)}",
                 f"{one.difference:.5f}{interval(one.difference_low, one.difference_high)}" if one.difference else "-",
-                "clearly" if one.is_worse else "" if not one.difference else "may be chance",
+                "yes" if one.is_worse else "no" if one.difference else "-",
                 told_memory(one.memorised),
             )
         )
