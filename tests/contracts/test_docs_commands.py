@@ -67,6 +67,8 @@ def check_command(command: str) -> None:
             return
         case ["accelerate", "launch", *arguments]:
             check_launch(arguments)
+        case ["python3" | "python", "-m", "pip", *_]:
+            return  # every environment has it, and looking for it makes setuptools give its distutils up
         case ["python3" | "python", "-m", module, *_]:
             assert importlib.util.find_spec(module) is not None, f"the requirements bring no module {module}"
         case ["python3" | "python", "tools/start.py", *arguments]:

@@ -96,7 +96,8 @@ def test_a_plain_model_that_is_widened_gives_what_it_gave(
     generator = torch.Generator().manual_seed(33)
     latents = torch.randn(2, 4, 8, 12, generator=generator)
     told = torch.randn(2, 5, 8, 12, generator=generator)
-    first, second = plain.load.denoiser(), wide.load.denoiser()
+    # In one layout: convolutions of 4 and of 9 channels that lie last are summed in another order.
+    first, second = (one.load.denoiser().to(memory_format=torch.contiguous_format) for one in (plain, wide))
     width = first.config.cross_attention_dim
     given: dict[str, Any] = {"encoder_hidden_states": torch.randn(2, 77, width, generator=generator)}
     if base == "sdxl":

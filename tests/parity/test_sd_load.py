@@ -25,7 +25,7 @@ def loader(tiny_sd_folder: Path):
 
 @torch.no_grad()
 def test_the_unet_is_the_one_that_diffusers_loads(loader, tiny_sd_folder):
-    theirs = UNet2DConditionModel.from_pretrained(tiny_sd_folder / "unet").eval()
+    theirs = UNet2DConditionModel.from_pretrained(tiny_sd_folder / "unet").eval().to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(51)
     latents_BCHW = torch.randn(2, 4, 8, 8, generator=generator)
     text_BTW = torch.randn(2, 77, 32, generator=generator)
@@ -36,7 +36,7 @@ def test_the_unet_is_the_one_that_diffusers_loads(loader, tiny_sd_folder):
 
 @torch.no_grad()
 def test_the_vae_is_the_one_that_diffusers_loads(loader, tiny_sd_folder):
-    theirs = AutoencoderKL.from_pretrained(tiny_sd_folder / "vae").eval()
+    theirs = AutoencoderKL.from_pretrained(tiny_sd_folder / "vae").eval().to(memory_format=torch.channels_last)
     pixels_BCHW = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(52))
     found, wanted = (m.encode(pixels_BCHW).latent_dist.parameters for m in (loader.vae(), theirs))
     torch.testing.assert_close(found, wanted, **EXACT)
