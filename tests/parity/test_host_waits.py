@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets lo
 SHAPE = BatchShape(2, 64, 64)
 ENCODES = ("sd", "sd2")  # whose captions are encoded in each step; the features of the others are cached
 
-ALIKE = ("sd2", "chroma")  # their steps are those of another one
+ALIKE = ("sd2", "sdxl", "chroma")  # their steps are those of another one
 
 
 def take_step(name: str, folder: Path, *more: str, is_recorded: bool = False) -> list[Tensor]:
