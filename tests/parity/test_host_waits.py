@@ -22,8 +22,8 @@ from library.training.run.step import loss_of, start_batch
 from library.training.run.text_caching import live_text
 from tests.device_reads import HostWaits, NothingComes, NoWaiting, move_fakes, on_device
 from tests.device_standin import DEVICE, device_without_float64
+from tests.parity.test_counting import opened
 from tests.runs.bases import BASES
-from tests.unit.training.planning.test_counting import opened
 
 pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
 
