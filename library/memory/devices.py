@@ -1,33 +1,13 @@
 """Number formats and devices, and giving memory back between the stages of a run."""
 
 import gc
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """Keep Python's collector away while modules are imported, whose hundred thousands of objects all stay."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def keep_imported() -> None:
-    """Let no later collection look through what was imported; once in a process, so that nothing piles up."""
-    if not gc.get_freeze_count():
-        gc.collect()
-        gc.freeze()
 
 
 def release_memory(keep_cache: bool = False) -> None:

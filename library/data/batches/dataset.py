@@ -1,19 +1,18 @@
 """The pictures of a run and the batches drawn from them."""
 
-import gc
 import logging
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
 from torch.utils.data import DataLoader
 
+from library.collector import without_collection
 from library.data.batches.batches import (
     BatchMaker,
     BatchOrder,
@@ -45,18 +44,6 @@ from library.types import Batch
 __all__ = ["NoDataFound", "TrainingSet"]
 
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Keep Python's garbage collector off: it would walk all pictures again and again, and none of them is garbage."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 class TrainingSet:

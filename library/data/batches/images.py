@@ -89,6 +89,14 @@ def read_size(path: str) -> Size:
     return (height, width) if turned else (width, height)
 
 
+def decode_all(image: Image.Image, path: str) -> None:
+    """Decode an opened picture. Raises DamagedPicture where its pixels are cut off or broken."""
+    try:
+        image.load()
+    except Exception as error:  # damaged pixels show as OSError, SyntaxError, struct.error, zlib.error, ...
+        raise DamagedPicture(f"{path} is damaged: {error}") from None
+
+
 def read_pixels(path: str, content: bytes | None = None) -> tuple[Pixels, Pixels | None]:
     """(RGB, alpha) of a picture of any kind, upright; alpha is None where there is none.
 
@@ -96,10 +104,7 @@ def read_pixels(path: str, content: bytes | None = None) -> tuple[Pixels, Pixels
     """
     with open_picture(path, content) as image:
         orientation = orientation_of(image)
-        try:
-            image.load()
-        except Exception as error:  # damaged pixels show as OSError, SyntaxError, struct.error, zlib.error, ...
-            raise DamagedPicture(f"{path} is damaged: {error}") from None
+        decode_all(image, path)
         upright = image.transpose(TRANSPOSITIONS[orientation]) if orientation in TRANSPOSITIONS else image
         has_alpha = upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info
         if upright.mode.startswith("I"):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from library.data.batches.images import open_picture
+from library.data.batches.images import TRANSPOSITIONS, decode_all, open_picture, orientation_of, read_pixels
 from library.data.description.buckets import Size
 from library.errors import UserError
 from library.progress import progress_bar
@@ -41,10 +41,8 @@ def look_at(path: str, trained: Size) -> Look:
     import imagehash
 
     try:
-        with open_picture(path) as image:
-            image.draft("L", trained)  # JPEG alone: its decoder halves the size on the way, for a part of the time
-            grey = image.convert("L")
-    except (UserError, OSError, ValueError, SyntaxError, MemoryError) as error:
+        grey = grey_of(path, trained)
+    except (UserError, OSError) as error:
         return Look(path, problem=str(error).removeprefix(path).strip())
     if grey.width > trained[0] and grey.height > trained[1]:
         ratio = max(trained[0] / grey.width, trained[1] / grey.height)
@@ -54,6 +52,18 @@ def look_at(path: str, trained: Size) -> Look:
     small = grey.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX)
     bits = imagehash.phash(small).hash.flatten()
     return Look(path, int("".join("1" if bit else "0" for bit in bits), 2), sharpness_of(pixels), deviation_of(pixels))
+
+
+def grey_of(path: str, trained: Size) -> Image.Image:
+    """The picture in grey, upright; a JPEG no larger than it is needed. Raises UserError where it cannot be decoded."""
+    with open_picture(path) as image:
+        if image.format == "JPEG":
+            orientation = orientation_of(image)
+            image.draft("L", trained)  # its decoder halves the size on the way, for a part of the time
+            decode_all(image, path)
+            grey = image.convert("L")
+            return grey.transpose(TRANSPOSITIONS[orientation]) if orientation in TRANSPOSITIONS else grey
+    return Image.fromarray(read_pixels(path)[0]).convert("L")
 
 
 def sharpness_of(grey_HW: NDArray[np.uint8]) -> float:

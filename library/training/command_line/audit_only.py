@@ -5,8 +5,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from library.data.batches.dataset import NoDataFound, TrainingSet
-from library.data.batches.images import open_picture
+from library.data.batches.images import read_pixels
 from library.data.description.findings import Finding, inspect
 from library.errors import UserError
 from library.options.train import TrainOptions
@@ -31,12 +33,9 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
     Raises UserError for mistakes in the description.
     """
     began = time.time()
-    try:
-        training_set = TrainingSet.build(options, latents, options.run.seed or 0, None, None)
-    except NoDataFound as error:
-        logger.error("No data found: %s", error)
+    training_set = audited(options, latents)
+    if training_set is None:
         return
-    training_set.audit(logger)
     findings = inspect(training_set.samples, len(training_set.split.trained))
     for finding in findings:
         logger.warning("%s", finding.line)
@@ -54,14 +53,27 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
         logger.info("the same with the pictures: %s", path)
 
 
+def audited(options: TrainOptions, latents: LatentSpec) -> TrainingSet | None:
+    """The pictures that are described, without a base model, what was found in them logged; None where there are none.
+
+    Captions are not measured in tokens.
+    """
+    try:
+        training_set = TrainingSet.build(options, latents, options.run.seed or 0, None, None)
+    except NoDataFound as error:
+        logger.error("No data found: %s", error)
+        return None
+    training_set.audit(logger)
+    return training_set
+
+
 def shown(finding: Finding) -> Sequence[FoundPicture]:
     """The first pictures of a finding with a small copy of each that can be decoded."""
     found = []
     for path, note in finding.pictures[:MOST_SHOWN]:
         try:
-            with open_picture(path) as image:
-                thumbnail = data_url_of(image)
-        except (UserError, OSError, ValueError, SyntaxError, MemoryError):
+            thumbnail = data_url_of(Image.fromarray(read_pixels(path)[0]))
+        except (UserError, OSError):
             thumbnail = None
         found.append(FoundPicture(str(Path(path)), note, thumbnail))
     return found

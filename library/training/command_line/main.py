@@ -138,27 +138,23 @@ def train_alone(
 
 
 def show_dataset(options: TrainOptions, latents: LatentSpec) -> None:
-    """Show the batches of the first epoch where no base model is named; captions are not measured in tokens."""
-    from library.data.batches.dataset import NoDataFound, TrainingSet
+    """Show the batches of the first epoch where no base model is named."""
     from library.data.batches.debug import show_batches
+    from library.training.command_line.audit_only import audited
 
     logger.info("no base model is named, so captions are not counted in tokens: --pretrained_model_name_or_path does")
-    try:
-        training_set = TrainingSet.build(options, latents, options.run.seed or 0, None, None)
-    except NoDataFound as error:
-        logger.error("No data found: %s", error)
-        return
-    training_set.audit(logger)
-    show_batches(training_set)
+    training_set = audited(options, latents)
+    if training_set is not None:
+        show_batches(training_set)
 
 
 def train_network(
     options: OptionsT, build: Callable[[OptionsT], Architecture], interruption: Interruption, events: Events
 ) -> bool:
     """Set the run up and train it; gives whether that came to its end, and was not stopped on the way."""
+    from library.collector import without_collection
     from library.data.batches.dataset import NoDataFound, TrainingSet
     from library.data.batches.debug import show_batches
-    from library.memory.devices import importing
     from library.processes import of_accelerator
     from library.training.faults.dry_run import try_largest_batch, without_writing
     from library.training.faults.out_of_memory import explained
@@ -171,7 +167,7 @@ def train_network(
 
     if options.faults.dry_run:
         options = without_writing(options)
-    with importing():
+    with without_collection():
         arch = build(options)
     report_unused(options, arch.ignores)
     check_inpainting(options, arch.inpaints)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from library.checkpoints.weights import without_values
+from library.collector import keep_imported, without_collection
 from library.errors import UserError
-from library.memory.devices import importing, keep_imported
 from library.options.optimizer import ScheduleOptions
 from library.options.train import TrainOptions
 from library.protocols import Architecture
@@ -65,7 +65,7 @@ def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:
 def sketched_models(arch: Architecture) -> Models:
     """The models that get adapters, on the meta device."""
     loader = without_values(arch.load)
-    with importing():  # nearly all of the time that this takes
+    with without_collection():  # imports, nearly all of the time that this takes
         encoders, denoiser = loader.text_encoders(), loader.denoiser()
     keep_imported()
     return Models(denoiser, encoders, None, arch.view(encoders, denoiser))

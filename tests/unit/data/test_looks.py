@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,29 @@ def test_what_stands_out_is_told_with_its_pictures_and_nothing_else() -> None:
     (line,) = [f.line for f in findings_of(looks[2:4], {"c"})]
     assert line.endswith("c (group 1, trained), v (group 1, validation)")
     assert list(findings_of([looks[4]], {"alone"})) == []
+
+
+def test_pictures_of_16_bits_and_turned_ones_look_as_they_are_trained(tmp_path: Path) -> None:
+    """Pillow alone would make the first white and leave the second lying on its side."""
+    image = scene(41).convert("L")
+    plain = looked_at(image, tmp_path / "plain.png")
+    deep = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    assert looked_at(deep, tmp_path / "deep.png") == replace(plain, path=str(tmp_path / "deep.png"))
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", quality=95, exif=exif)
+    assert bits_between(look_at(str(tmp_path / "turned.jpg"), TRAINED), plain) <= MOST_BITS
+
+
+@pytest.mark.parametrize("at", [45, 60, 400])
+def test_damage_of_any_kind_is_told(tmp_path: Path, at: int) -> None:
+    path = tmp_path / "broken.png"
+    scene(4).save(path)
+    content = bytearray(path.read_bytes())
+    content[at : at + 60] = bytes(60)
+    path.write_bytes(bytes(content))
+    assert look_at(str(path), TRAINED).problem
 
 
 def test_a_picture_that_is_cut_off_is_told_and_not_raised(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """How models lie in memory, and what is given back between the stages of a run."""
 
-import gc
 import subprocess
 import sys
 
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from library.memory.devices import importing, is_on, keep_imported, release_memory, survivable
+from library.memory.devices import is_on, release_memory, survivable
 from tests.running import ROOT
 
 BACKENDS = {"cuda": "torch.cuda", "mps": "torch.mps"}
@@ -34,20 +33,6 @@ def test_the_cache_of_the_card_that_is_there_is_emptied(monkeypatch: pytest.Monk
     assert emptied == []
     release_memory()
     assert emptied == ([there] if there else [])
-
-
-def test_the_collector_stays_away_from_imports_and_comes_back_whatever_happens() -> None:
-    assert gc.isenabled()
-    with pytest.raises(ImportError), importing():
-        assert not gc.isenabled()
-        raise ImportError
-    assert gc.isenabled()
-    gc.unfreeze()
-    keep_imported()
-    count = gc.get_freeze_count()
-    kept = [[] for _ in range(50)]  # type: ignore[var-annotated]
-    keep_imported()
-    assert gc.get_freeze_count() == count > len(kept), "only once in a process"
 
 
 CRASH = """

@@ -1,0 +1,21 @@
+"""When Python's garbage collector looks at what."""
+
+import gc
+
+import pytest
+
+from library.collector import keep_imported, without_collection
+
+
+def test_the_collector_stays_away_from_imports_and_comes_back_whatever_happens() -> None:
+    assert gc.isenabled()
+    with pytest.raises(ImportError), without_collection():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
+    gc.unfreeze()
+    keep_imported()
+    count = gc.get_freeze_count()
+    kept = [[] for _ in range(50)]  # type: ignore[var-annotated]
+    keep_imported()
+    assert gc.get_freeze_count() == count > len(kept), "only once in a process"
