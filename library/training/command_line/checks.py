@@ -114,6 +114,8 @@ def check_required(options: TrainOptions) -> None:
 def check_output(options: TrainOptions) -> None:
     """What is written at the end can be written: the folders can be made and the name fits."""
     saving = options.saving
+    if options.dataset.audit_only and saving.output_dir:
+        check_folder("output_dir", Path(saving.output_dir))
     if options.dataset.only_looks:
         return
     for flag, folder in (("output_dir", saving.output_dir), ("logging_dir", options.trackers.logging_dir)):

@@ -254,6 +254,12 @@ def test_more_multipliers_than_files_are_refused(tmp_path: Path) -> None:
     assert "2 values for 1" in refusal(base_weights=[str(weights)], base_weights_multiplier=[1.0, 0.5])
 
 
+def test_a_place_for_the_audit_that_cannot_be_is_refused_before_pictures_are_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "--output_dir" in refusal(audit_only=True, output_dir=str(tmp_path / "file" / "below"))
+    check(made(audit_only=True, network_module=None, pretrained_model_name_or_path=None, output_dir=None))
+
+
 def test_fp16_without_a_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "has_accelerator", lambda: False)
     assert "bf16" in refusal(mixed_precision="fp16")
