@@ -4,7 +4,8 @@ Shapes: B samples, C channels, H height, W width.
 """
 
 import signal
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from library.data.caching.text_files import Row, TextFile, stack_rows
 from library.data.description.buckets import crop_ltrb
 from library.data.description.captions import caption_variant, compose_caption, is_dropped
 from library.data.description.schema import SubsetConfig
-from library.data.sources.samples import Sample
+from library.data.sources.samples import Sample, Samples
 from library.errors import UserError
 from library.randomness import random_for
 from library.types import Batch
@@ -69,11 +70,27 @@ class Taken(NamedTuple):
     mask: Tensor | None  # HW
 
 
+@dataclass(frozen=True)
+class Orders:
+    """What the workers are asked for in an epoch, one after another."""
+
+    epoch: int
+    batches: Sequence[tuple[int, ...]]  # the draws of every batch of the epoch
+    places: Sequence[int]  # of those that are wanted
+    step_of: Callable[[int], int]  # optimizer step of the batch at a place
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[BatchOrder]:
+        return (BatchOrder(self.epoch, self.step_of(place), self.batches[place]) for place in self.places)
+
+
 @dataclass
 class BatchSampler(Sampler[BatchOrder]):
     """The orders of one epoch, in turn. The loader keeps this object, so that workers can live longer than an epoch."""
 
-    orders: list[BatchOrder] = field(default_factory=list)
+    orders: Orders
 
     def __iter__(self) -> Iterator[BatchOrder]:
         return iter(self.orders)
@@ -87,7 +104,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
     """Everything that a worker needs, in plain values that travel to any kind of process."""
 
     seed: int
-    samples: tuple[Sample, ...]
+    samples: Samples
     sample_of_draw: NDArray[np.int32]
     subsets: tuple[SubsetConfig, ...]
     prior_loss_weight: float
@@ -116,10 +133,10 @@ class BatchMaker(Dataset[PartialBatch | str]):
         pixels = [one.picture for one in taken if one.picture is not None]
         latents = [one.latent for one in taken if one.picture is None]
         if latents and pixels:
-            raise UserError(f"only some latents are cached of {', '.join(sample.picture.path for sample in samples)}")
+            raise UserError(f"only some latents are cached of {', '.join(sample.picture.key for sample in samples)}")
         captions = [self.caption(s, order, draw) for s, draw in zip(samples, order.draws, strict=True)]
         batch = Batch(
-            keys=[sample.picture.path for sample in samples],
+            keys=[sample.picture.key for sample in samples],
             captions=captions,
             pixels_BCHW=torch.stack([to_pixels(picture) for picture in pixels]) if pixels else None,
             latents_BCHW=None,
@@ -164,28 +181,26 @@ class BatchMaker(Dataset[PartialBatch | str]):
         picture, mask = self.drawn(number, epoch, draw, is_flipped)
         return Taken(number, is_flipped, picture, None, mask)
 
-    def stand_in(self, number: int, broken: Container[int], reason: str = "") -> int:
+    def stand_in(self, number: int, broken: AbstractSet[int], reason: str = "") -> int:
         """The sample that is drawn in place of a damaged one: the next of its bucket, of its own subset if it has one.
 
         So every batch keeps its size and the run its length. Raises UserError where no other is left.
         """
-        damaged = self.samples[number]
-        is_reg = self.subsets[damaged.subset].is_reg
-        alike: list[int] = [
-            other
-            for other in (*range(number + 1, len(self.samples)), *range(number))
-            if other not in broken
-            and self.samples[other].num_draws
-            and self.samples[other].dataset == damaged.dataset
-            and self.samples[other].shape.bucket == damaged.shape.bucket
-            and self.subsets[self.samples[other].subset].is_reg == is_reg
-        ]
-        if not alike:
+        samples, damaged = self.samples, self.samples[number]
+        fits = np.array([shape.bucket == damaged.shape.bucket for shape in samples.shapes])
+        is_reg = np.array([subset.is_reg for subset in self.subsets])
+        is_alike_N = (samples.draws_N > 0) & (samples.dataset_of_each() == damaged.dataset) & fits[samples.shape_N]
+        is_alike_N &= is_reg[samples.subset_of_each()] == is_reg[damaged.subset]
+        is_alike_N[list(broken)] = False
+        alike = np.flatnonzero(is_alike_N)
+        if not len(alike):
             raise UserError(
-                f"{reason or f'{damaged.picture.path} is damaged'}; no other picture of its size can stand in for it: "
+                f"{reason or f'{damaged.picture.key} is damaged'}; no other picture of its size can stand in for it: "
                 "mend it or take it out"
             )
-        return next((other for other in alike if self.samples[other].subset == damaged.subset), alike[0])
+        alike = np.roll(alike, -int(np.searchsorted(alike, number)))
+        own = alike[samples.subset_of_each()[alike] == damaged.subset]
+        return int(own[0] if len(own) else alike[0])
 
     def caption(self, sample: Sample, order: BatchOrder, draw: int) -> str:
         """The prompt of one draw."""
@@ -195,13 +210,13 @@ class BatchMaker(Dataset[PartialBatch | str]):
             return compose_caption(text, rules, rng, order.epoch, order.step, self.max_train_steps)
         if is_dropped(rules, rng, order.epoch):
             return ""
-        return caption_variant(sample.picture.path, text, rules, rng.randrange(self.num_variants))
+        return caption_variant(sample.picture.key, text, rules, rng.randrange(self.num_variants))
 
     def drawn(self, number: int, epoch: int, draw: int, is_flipped: bool) -> tuple[Pixels, Tensor | None]:
         """(RGB, mask) of one draw of a picture."""
         sample = self.samples[number]
         subset = self.subsets[sample.subset]
-        rgb, alpha = read_pixels(sample.picture.path)
+        rgb, alpha = read_pixels(sample.picture.key)
         check_size(sample, rgb)
         placement = self.placement(sample, epoch, draw, is_flipped)
         picture = place(rgb, placement, subset.resize_interpolation)
@@ -216,7 +231,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
     def placement(self, sample: Sample, epoch: int, draw: int, is_flipped: bool) -> Placement:
         """Where this draw is cut from."""
         subset = self.subsets[sample.subset]
-        face = face_of(sample.picture.path) if subset.face_crop_aug_range else None
+        face = face_of(sample.picture.key) if subset.face_crop_aug_range else None
         if face is not None and subset.face_crop_aug_range is not None:
             rng = random_for(self.seed, "crop", epoch, draw)
             zoom, target = subset.face_crop_aug_range, sample.shape.bucket
@@ -301,7 +316,7 @@ def check_size(sample: Sample, rgb: Pixels) -> None:
     size = (rgb.shape[1], rgb.shape[0])
     if size != sample.picture.size:
         raise UserError(
-            f"{sample.picture.path} is {size[0]}x{size[1]}, but was {sample.picture.size} at the start; start again"
+            f"{sample.picture.key} is {size[0]}x{size[1]}, but was {sample.picture.size} at the start; start again"
         )
 
 

@@ -10,13 +10,14 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
+import numpy as np
 from torch.utils.data import DataLoader
 
 from library.collector import without_collection
 from library.data.batches.batches import (
     BatchMaker,
-    BatchOrder,
     BatchSampler,
+    Orders,
     PartialBatch,
     finish_batch,
     hand_over,
@@ -27,14 +28,14 @@ from library.data.batches.validation_set import ValidationSet, open_validation_s
 from library.data.caching.latent_files import LatentFile, Latents
 from library.data.caching.text_files import Row, TextFile
 from library.data.description.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, log_lengths_later
-from library.data.description.buckets import BucketRules
+from library.data.description.buckets import BucketRules, Shape
 from library.data.description.captions import caption_variant
 from library.data.description.dataset_digest import content_digests, dataset_identity
 from library.data.description.facts import dataset_facts
 from library.data.description.schema import DatasetConfig, NoDataFound, RunDataConfig, SubsetConfig, load_dataset_config
 from library.data.description.summary import dataset_metadata
-from library.data.description.validation_split import Split, identities_of, split_datasets, unchanging
-from library.data.sources.samples import Draws, Sample, build_draws, build_samples, check_pictures, fixed_shape
+from library.data.description.validation_split import Split, identities_of_pictures, split_datasets, unchanging
+from library.data.sources.samples import Draws, Sample, Samples, build_draws, build_samples, check_pictures, fixed_shape
 from library.data.sources.scan import collect
 from library.errors import UserError
 from library.options.train import TrainOptions
@@ -54,7 +55,7 @@ class TrainingSet:
         config: RunDataConfig,
         split: Split,
         rules: tuple[BucketRules, ...],
-        samples: tuple[Sample, ...],
+        samples: Samples,
         draws: Draws,
         validation_draws: Draws,
         validation_seed: int,
@@ -78,7 +79,7 @@ class TrainingSet:
         self._memory: Mapping[int, Latents] = {}
         self._texts: Mapping[str, Row] = {}
         self._text_padding: Mapping[str, float] = {}
-        self._orders = BatchSampler()
+        self._orders = BatchSampler(Orders(1, (), (), int))
         self._skipped: Counter[str] = Counter()  # what is said of damaged pictures, and how often they were drawn
         self._lasting_loader: DataLoader[PartialBatch | str] | None = None
 
@@ -110,7 +111,7 @@ class TrainingSet:
         samples = build_samples(datasets, rules)
         configs = [dataset.config for dataset in datasets]
         draws = build_draws(samples, configs, range(num_trained))
-        validation_draws = build_draws(samples if split.set_aside else (), configs, range(num_trained, len(datasets)))
+        validation_draws = build_draws(samples, configs, range(num_trained, len(datasets)))
         validation_seed = options.validation.validation_seed
         maker = BatchMaker(
             seed=seed,
@@ -153,7 +154,7 @@ class TrainingSet:
     @property
     def picture_paths(self) -> list[str]:
         """The files of all pictures, one for each sample."""
-        return [sample.picture.path for sample in self.samples]
+        return [key for pictures in self.samples.subsets for key in pictures.each_key()]
 
     @cached_property
     def identity_with_contents(self) -> dict[str, Any]:
@@ -221,17 +222,23 @@ class TrainingSet:
         The numbers of batches and pictures stay. Largest are the most pixels together.
         """
         batches = epoch_batches(self.draws.buckets, self._maker.seed, 1)
-        numbers = [[int(self.draws.sample_of_draw[draw]) for draw in draws] for draws in batches]
+        pixels_M = [math.prod(shape.bucket) for shape in self.samples.shapes]
+
+        def numbers_at(place: int) -> list[int]:
+            return [int(number) for number in self.draws.sample_of_draw[list(batches[place])]]
 
         def num_pixels(place: int) -> int:
-            return sum(math.prod(self.samples[number].shape.bucket) for number in numbers[place])
+            return sum(pixels_M[self.samples.shape_N[number]] for number in numbers_at(place))
 
         largest = max(range(len(batches)), key=num_pixels)
-        self._limit_to(set(numbers[largest]))
+        self._limit_to(set(numbers_at(largest)))
         return largest
 
-    def _limit_to(self, kept: AbstractSet[int]) -> None:
-        self.samples = tuple(s if i in kept else s._replace(num_draws=0) for i, s in enumerate(self.samples))
+    def _limit_to(self, kept: AbstractSet[int], shapes: Mapping[int, Shape] | None = None) -> None:
+        draws_N = np.zeros_like(self.samples.draws_N)
+        rows = sorted(kept)
+        draws_N[rows] = self.samples.draws_N[rows]
+        self.samples = self.samples.changed(shapes or {}, draws_N)
         self._maker = replace(self._maker, samples=self.samples)
 
     # Measuring trained pictures
@@ -242,35 +249,35 @@ class TrainingSet:
         To be called before anything is cached. Trained pictures are drawn as those that are set aside from here on:
         cropped at the centre, with the whole caption. Gives the numbers of the trained samples.
         """
-        trained = [
-            number
-            for number, sample in enumerate(self.samples)
-            if sample.dataset < len(self.datasets) and sample.num_draws and not self.subset_of(sample).is_reg
-        ]
+        is_reg = np.array([subset.is_reg for subset in self._maker.subsets], dtype=bool)
+        is_trained_N = (self.samples.dataset_of_each() < len(self.datasets)) & ~is_reg[self.samples.subset_of_each()]
+        trained = np.flatnonzero(is_trained_N & (self.samples.draws_N > 0)).tolist()
         count = min(count, len(trained))
         chosen = [trained[i * len(trained) // count] for i in range(count)]
-        self._limit_to({*chosen, *self.validation.samples_of(batches_aside)})
-        samples = list(self.samples)
+        shapes: dict[int, Shape] = {}
         for number in chosen:
-            sample, subset = samples[number], self.subset_of(samples[number])
-            shape = sample.shape
+            sample = self.samples[number]
+            subset = self.subset_of(sample)
             if subset.random_crop and not self.rules[sample.dataset].enable_bucket:
-                shape = fixed_shape(sample.picture.size, shape.bucket, unchanging(subset))
-            samples[number] = sample._replace(num_draws=1, shape=shape)
-        self.samples = tuple(samples)
+                shapes[number] = fixed_shape(sample.picture.size, sample.shape.bucket, unchanging(subset))
+        self._limit_to({*chosen, *self.validation.samples_of(batches_aside)}, shapes)
+        draws_N = self.samples.draws_N.copy()
+        draws_N[chosen] = 1
+        self.samples = self.samples.changed({}, draws_N)
         subsets = tuple(unchanging(subset) for subset in self._maker.subsets)
         self._maker = replace(self._maker, samples=self.samples, subsets=subsets)
         return chosen
 
     def trained(self, numbers: Sequence[int], is_mirrored: bool = False) -> ValidationSet:
         """Trained pictures as batches that are measured, with what is cached by now."""
-        chosen = set(numbers)
-        samples = [s._replace(num_draws=int(i in chosen)) for i, s in enumerate(self.samples)]
+        draws_N = np.zeros_like(self.samples.draws_N)
+        draws_N[list(numbers)] = 1
+        samples = self.samples.changed({}, draws_N)
         datasets = (*self.split.trained, *self.split.set_aside)
         draws = build_draws(samples, [dataset.config for dataset in datasets], range(len(self.datasets)))
-        paths = sorted({samples[number].picture.path for number in numbers})
+        identities = {**self.split.identities, **identities_of_pictures(samples[number].picture for number in numbers)}
         maker = replace(self._maker, seed=self._validation_seed, is_mirrored=is_mirrored)
-        return open_validation_set(maker, self._finished, draws, self.split.identities or identities_of(paths))
+        return open_validation_set(maker, self._finished, draws, identities)
 
     # Latents
 
@@ -311,7 +318,7 @@ class TrainingSet:
                 continue
             picture, rules = sample.picture, self.subset_of(sample).captions
             variants = range(self._maker.num_variants if rules.varies else 1)
-            yield tuple(dict.fromkeys(caption_variant(picture.path, picture.caption, rules, v) for v in variants))
+            yield tuple(dict.fromkeys(caption_variant(picture.key, picture.caption, rules, v) for v in variants))
 
     def use_texts(self, files: Mapping[int, TextFile], memory: Mapping[str, Row], padding: Mapping[str, float]) -> None:
         """Draw cached text features, from the file of the sample or else from `memory`, which is by caption."""
@@ -336,7 +343,7 @@ class TrainingSet:
         """
         assert epoch >= 1, epoch
         draws = epoch_batches(self.draws.buckets, self._maker.seed, epoch)
-        orders = [BatchOrder(epoch, step_of(place), draws[place]) for place in places]
+        orders = Orders(epoch, draws, places, step_of)
         if not self._needs_workers:
             num_workers = 0
         num_workers = min(num_workers, os.cpu_count() or 1, self.num_batches)
@@ -351,10 +358,12 @@ class TrainingSet:
     @property
     def _needs_workers(self) -> bool:
         # Captions alone are cheaper to make than to send.
+        maker = self._maker
+        if any(pictures.masks is not None for pictures in self.samples.subsets):
+            return True
         return any(
-            number not in self._maker.in_memory or sample.picture.mask_path or number in self._maker.text_files
-            for number, sample in enumerate(self.samples)
-            if sample.num_draws and number not in self._maker.damaged
+            (number not in maker.in_memory or number in maker.text_files) and number not in maker.damaged
+            for number in np.flatnonzero(self.samples.draws_N).tolist()
         )
 
     def report_skipped(self, log: logging.Logger) -> None:
@@ -375,10 +384,10 @@ class TrainingSet:
             self._skipped[told] += 1
         return finish_batch(draft, self._memory, self._texts, self._text_padding)
 
-    def _from_workers(self, orders: list[BatchOrder], num_workers: int, persistent_workers: bool) -> Iterator[Batch]:
+    def _from_workers(self, orders: Orders, num_workers: int, persistent_workers: bool) -> Iterator[Batch]:
         loader = self._lasting_loader
         if loader is None or loader.num_workers != num_workers:
-            self._orders = BatchSampler()
+            self._orders = BatchSampler(orders)
             loader = DataLoader(
                 self._maker,
                 batch_size=None,

@@ -1,7 +1,10 @@
 """Which draws form which batch, in which order: a function of the seed and the epoch."""
 
+from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +26,42 @@ class Bucket:
         return -(-len(self.draws) // self.batch_size)
 
 
-def epoch_batches(buckets: Sequence[Bucket], seed: int, epoch: int) -> list[tuple[int, ...]]:
+@dataclass(frozen=True)
+class EpochBatches(Sequence[tuple[int, ...]]):
+    """The batches of an epoch, each a tuple of draws. Two numbers are kept for each draw, and no object."""
+
+    draws: "array[int]"  # of the first bucket, of the second, ...; shuffled in each
+    starts: "array[int]"  # of each batch in `draws`, shuffled
+    ends: "array[int]"  # of each bucket in `draws`
+    batch_sizes: tuple[int, ...]  # of each bucket
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, place: int) -> tuple[int, ...]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[tuple[int, ...]]: ...
+    def __getitem__(self, place: int | slice) -> tuple[int, ...] | list[tuple[int, ...]]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        start = self.starts[place]
+        bucket = bisect_right(self.ends, start)
+        return tuple(self.draws[start : min(start + self.batch_sizes[bucket], self.ends[bucket])])
+
+
+def epoch_batches(buckets: Sequence[Bucket], seed: int, epoch: int) -> EpochBatches:
     """The batches of an epoch (from 1), tuples of draws: every draw once, shuffled in its bucket, batches shuffled."""
-    batches: list[tuple[int, ...]] = []
+    found = EpochBatches(array("i"), array("i"), array("i"), tuple(bucket.batch_size for bucket in buckets))
     for number, bucket in enumerate(buckets):
-        draws = np.asarray(bucket.draws).tolist()
+        draws = array("i", np.asarray(bucket.draws, dtype=np.int32).tobytes())
         random_for(seed, "draw order", epoch, number).shuffle(draws)
-        batches += [tuple(draws[i : i + bucket.batch_size]) for i in range(0, len(draws), bucket.batch_size)]
-    random_for(seed, "batch order", epoch).shuffle(batches)
-    return batches
+        first = len(found.draws)
+        found.draws.extend(draws)
+        found.starts.extend(range(first, len(found.draws), bucket.batch_size))
+        found.ends.append(len(found.draws))
+    random_for(seed, "batch order", epoch).shuffle(found.starts)
+    return found
 
 
 def plain_batches(buckets: Sequence[Bucket]) -> tuple[tuple[int, ...], ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from library.data.batches.batches import BatchMaker
 from library.data.batches.validation_set import ValidationSet
 from library.data.description.schema import RunDataConfig, parse_numbers
+from library.data.sources.samples import Samples
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
@@ -91,8 +92,8 @@ class OwnDataset:
         """Nothing is set aside."""
         empty: Any = ()
         maker = BatchMaker(
-            seed=0, samples=(), sample_of_draw=empty, subsets=(), prior_loss_weight=1.0, max_train_steps=1, files={},
-            in_memory=frozenset(),
+            seed=0, samples=Samples(), sample_of_draw=empty, subsets=(), prior_loss_weight=1.0, max_train_steps=1,
+            files={}, in_memory=frozenset(),
         )  # fmt: skip
         return ValidationSet(maker, lambda draft: self._batch(1, 0), (), {})
 

@@ -42,11 +42,11 @@ class ValidationSet:
     def names(self, place: int) -> list[tuple[str | int, ...]]:
         """What identifies each picture of a batch, whatever its file is called: its content, width and height."""
         samples = [self._sample(draw) for draw in self.draws[place]]
-        return [(self.identities[sample.picture.path], *sample.shape.bucket) for sample in samples]
+        return [(self.identities[sample.picture.key], *sample.shape.bucket) for sample in samples]
 
     def labels(self, place: int) -> list[str]:
         """How messages call each picture of a batch: folder and file."""
-        paths = [self._sample(draw).picture.path for draw in self.draws[place]]
+        paths = [self._sample(draw).picture.key for draw in self.draws[place]]
         # ascii: a file name may hold bytes that are no text
         return [ascii(os.path.join(*os.path.abspath(path).split(os.sep)[-2:])) for path in paths]
 
@@ -89,7 +89,7 @@ def open_validation_set(
 
     def key(draw: int) -> tuple[str, str]:
         picture = maker.samples[int(draws.sample_of_draw[draw])].picture
-        return identities[picture.path], picture.caption
+        return identities[picture.key], picture.caption
 
     order = sorted(range(len(draws.sample_of_draw)), key=key)
     number_of = {draw: number for number, draw in enumerate(order)}

@@ -156,7 +156,7 @@ def plan_jobs(training_set: TrainingSet, spec: TextCacheSpec) -> tuple[list[Job]
     for number, texts in enumerate(training_set.caption_texts()):
         wanted = [text for text in texts if text]
         if wanted:
-            path = text_path(os.path.abspath(training_set.samples[number].picture.path), spec.suffix)
+            path = text_path(os.path.abspath(training_set.samples[number].picture.key), spec.suffix)
             files[number] = TextFile(path, spec.keys)
             texts_of[path].update(dict.fromkeys(wanted))
     return [Job(TextFile(path, spec.keys), tuple(texts)) for path, texts in texts_of.items()], files
@@ -164,7 +164,7 @@ def plan_jobs(training_set: TrainingSet, spec: TextCacheSpec) -> tuple[list[Job]
 
 def shared_job(training_set: TrainingSet, spec: TextCacheSpec, name: str, texts: Sequence[str]) -> Job:
     """What no picture has, in a hidden file in the first folder of pictures."""
-    first = min(os.path.dirname(os.path.abspath(sample.picture.path)) for sample in training_set.samples)
+    first = min(os.path.dirname(os.path.abspath(sample.picture.key)) for sample in training_set.samples)
     return Job(TextFile(os.path.join(first, f".{name}{spec.suffix}"), spec.keys), tuple(texts))
 
 

@@ -20,7 +20,7 @@ from library.data.caching.latent_files import Expected, LatentFile, Verdict, jud
 from library.data.caching.npz import DAMAGE, MISSING, open_npz
 from library.data.sources import picture_index
 from library.data.sources.picture_index import UNSETTLED, content_stamp, stamp_of
-from library.data.sources.scan import Picture
+from library.data.sources.pictures import Picture
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class VerifiedEntries:
         """What `judge` says, or said before about files that are still the same."""
         folder, name = os.path.split(file.path)
         now_ns = time.time_ns()
-        picture_stamp = stamp_of(os.stat(picture.path), now_ns)
+        picture_stamp = stamp_of(os.stat(picture.key), now_ns)
         mark = mark_of(file, picture, picture_stamp, expected)
         if picture_stamp != UNSETTLED:
             self.marks[file.path, file.tail] = mark
@@ -63,7 +63,7 @@ class VerifiedEntries:
         if is_settled and row is not None and row[0] == stamp and row[1] | FOREIGN == mark | FOREIGN:
             found = Verdict(None, is_foreign=bool(row[1] & FOREIGN))
         else:
-            found = judge(file, picture.path, picture.size, expected)
+            found = judge(file, picture.key, picture.size, expected)
         if is_settled and found.fault is None:
             self.sure.setdefault(folder, {})[name + file.tail] = stamp, mark | FOREIGN if found.is_foreign else mark
         return found
@@ -87,7 +87,7 @@ class VerifiedEntries:
 
 def mark_of(file: LatentFile, picture: Picture, picture_stamp: int, expected: Expected) -> int:
     """63 bits, the last one 0, of everything that an entry is checked against."""
-    facts = (os.path.basename(picture.path), picture.size, picture_stamp, file.tail, file.latent_shape, file.bucket)
+    facts = (os.path.basename(picture.key), picture.size, picture_stamp, file.tail, file.latent_shape, file.bucket)
     digest = blake2b(repr((VERSION, facts, expected)).encode(errors="surrogatepass"), digest_size=8)
     return (int.from_bytes(digest.digest(), "little") >> 1) & ~FOREIGN
 

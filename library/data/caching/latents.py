@@ -169,7 +169,7 @@ def plan_jobs(training_set: TrainingSet, to_disk: bool) -> list[Job]:
     for number, sample in enumerate(training_set.samples):
         if sample.num_draws:
             interpolation = training_set.subset_of(sample).resize_interpolation
-            groups[os.path.abspath(sample.picture.path), sample.shape, interpolation].append(number)
+            groups[os.path.abspath(sample.picture.key), sample.shape, interpolation].append(number)
     jobs, claimed, left_out = [], set(), []
     for (_, _, interpolation), users in groups.items():
         subsets = [training_set.subset_of(training_set.samples[user]) for user in users]
@@ -177,7 +177,7 @@ def plan_jobs(training_set: TrainingSet, to_disk: bool) -> list[Job]:
         file = file_of(sample, training_set.spec) if to_disk else None
         if file is not None:
             if (file.path, file.tail) in claimed:
-                left_out.append(sample.picture.path)
+                left_out.append(sample.picture.key)
                 file = None
             else:
                 claimed.add((file.path, file.tail))
@@ -195,7 +195,7 @@ def plan_jobs(training_set: TrainingSet, to_disk: bool) -> list[Job]:
 
 
 def file_of(sample: Sample, spec: LatentSpec) -> LatentFile:
-    return latent_file(sample.picture.path, sample.picture.size, sample.shape, spec)
+    return latent_file(sample.picture.key, sample.picture.size, sample.shape, spec)
 
 
 def old_file_of(file: LatentFile, picture: str) -> LatentFile:
@@ -217,7 +217,7 @@ def check_files(
         picture = job.sample.picture
         expected = Expected(job.sample.shape, job.interpolation, vae_identity, job.needs_flipped, job.needs_alpha)
         verdict = Verdict(MISSING)
-        for file in (job.file, old_file_of(job.file, picture.path)) if has_old_names else (job.file,):
+        for file in (job.file, old_file_of(job.file, picture.key)) if has_old_names else (job.file,):
             if skips_check and os.access(file.path, os.R_OK):
                 return Found(file, Verdict(None))
             found = entries.verdict(file, picture, expected)
@@ -368,7 +368,7 @@ def decode_or_damage(job: Job) -> Decoded | DamagedPicture:
 
 def decode(job: Job) -> Decoded:
     """Read, resize and crop the picture of a job, from one read of its file."""
-    path = job.sample.picture.path
+    path = job.sample.picture.key
     try:
         status = os.stat(path)
         with open(path, "rb") as file:
@@ -415,7 +415,7 @@ def generator_of(job: Job, decoded: Decoded, seed: int, is_flipped: int) -> Gene
 
 def check_latents(job: Job, latents: Latents, spec: LatentSpec) -> None:
     """Raise UserError naming the picture where the VAE gave NaN or another shape than the base model's."""
-    path = job.sample.picture.path
+    path = job.sample.picture.key
     for tensor in (latents.latents_CHW, latents.flipped_CHW):
         if tensor is None:
             continue
@@ -429,7 +429,7 @@ def check_latents(job: Job, latents: Latents, spec: LatentSpec) -> None:
 def origin_of(job: Job, decoded: Decoded, vae_identity: str) -> Origin:
     """What the entry is made from."""
     return Origin(
-        picture=os.path.basename(job.sample.picture.path),
+        picture=os.path.basename(job.sample.picture.key),
         picture_bytes=decoded.file_bytes,
         picture_mtime_ns=decoded.file_mtime_ns,
         picture_hash=decoded.file_hash,

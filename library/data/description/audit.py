@@ -5,21 +5,26 @@ import logging
 import os
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
+from numpy.typing import NDArray
 
 from library.data.description.buckets import BucketRules
 from library.data.description.captions import fullest_captions, has_nested_wildcard
 from library.data.description.folder_audit import folder_lines
-from library.data.sources.samples import Draws, Sample, duplicated_stems
-from library.data.sources.scan import Picture, ScannedDataset, ScannedSubset, few
+from library.data.sources.pictures import Pictures
+from library.data.sources.samples import Draws, Samples, duplicated_stems
+from library.data.sources.scan import ScannedDataset, ScannedSubset, few
 
 MOST_COUNTED_AT_START = 2000  # captions; a fifth of a second of tokenizing
 COUNTED_AT_ONCE = 16
 MOST_ENLARGED = 1.5  # times its width and height, before the audit speaks of it
 MOST_ALIKE = 8  # captions of a subset that may all be one
+MOST_REMEMBERED = 4096  # captions whose tokens need not be counted again
 SHORTEST_STEM = 4  # letters of a name that say something in a caption
 
 Line = tuple[int, str]
@@ -37,16 +42,15 @@ class TokenLimit:
 def audit_lines(
     datasets: Sequence[ScannedDataset],
     rules: Sequence[BucketRules],
-    samples: Sequence[Sample],
+    samples: Samples,
     draws: Draws,
     limit: TokenLimit | None,
 ) -> Iterator[Line]:
     """The report, one line at a time."""
     num_subsets = sum(len(dataset.subsets) for dataset in datasets)
-    subset_of_sample = np.array([sample.subset for sample in samples], dtype=np.int64)
-    draws_of_sample = np.array([sample.num_draws for sample in samples], dtype=np.int64)
-    num_draws = np.bincount(subset_of_sample, draws_of_sample, num_subsets).astype(int).tolist()
-    unused = np.bincount(subset_of_sample, draws_of_sample == 0, num_subsets).astype(int).tolist()
+    subset_N = samples.subset_of_each()
+    num_draws = np.bincount(subset_N, samples.draws_N, num_subsets).astype(int).tolist()
+    unused = np.bincount(subset_N, samples.draws_N == 0, num_subsets).astype(int).tolist()
     first_subset = 0
     for number, (dataset, rule) in enumerate(zip(datasets, rules, strict=True)):
         yield logging.INFO, f"dataset {number + 1}: {describe_size(rule)}, batch size {dataset.config.batch_size}"
@@ -58,10 +62,9 @@ def audit_lines(
             if bucket.dataset == number:
                 size = f"{bucket.size[0]}x{bucket.size[1]}"
                 yield logging.INFO, f"  bucket {size}: {len(bucket.draws)} draws, {bucket.num_batches} batches"
-        own = [sample for sample in samples if sample.dataset == number]
-        yield from enlarged_lines(own)
+        yield from enlarged_lines(samples, number)
         if not rule.enable_bucket:
-            yield from cut_lines(own, rule)
+            yield from cut_lines(dataset, rule)
     yield from pair_lines(datasets)
     if limit is not None:
         yield from length_lines(datasets, limit)
@@ -101,50 +104,68 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
         yield logging.WARNING, f"{source} {len(empty)} captions are empty: {few(empty)}"
     yield from wording_lines(subset, source)
     if config.captions.enable_wildcard:
-        nested = [picture.path for picture in subset.pictures if has_nested_wildcard(picture.caption)]
-        if nested:
-            effect = "have braces inside braces, of which only the inner ones are alternatives"
-            yield logging.WARNING, f"{source} {len(nested)} captions {effect}: {few(nested)}"
+        is_nested = np.fromiter(map(has_nested_wildcard, subset.pictures.captions), dtype=bool)
+        effect = "captions have braces inside braces, of which only the inner ones are alternatives"
+        yield from told(subset.pictures, is_nested, f"{source} {{}} {effect}")
+
+
+def told(pictures: Pictures, is_meant: NDArray[np.bool_], text: str) -> Iterator[Line]:
+    """A warning with the number of the pictures that are meant, and the first few of them; nothing where none is."""
+    rows = np.flatnonzero(is_meant)
+    if len(rows):
+        yield logging.WARNING, f"{text.format(len(rows))}: {few(pictures.keys_at(rows[:5]), count=len(rows))}"
 
 
 def wording_lines(subset: ScannedSubset, source: str) -> Iterator[Line]:
     """Captions that teach nothing: one for all pictures, or with the name of the file in it."""
-    without = set(subset.without_caption)
-    own = [picture for picture in subset.pictures if picture.caption and picture.path not in without]
-    if len(own) > MOST_ALIKE and len({picture.caption for picture in own}) == 1:
-        effect = "so no word is learned for what differs between the pictures"
-        yield logging.WARNING, f"{source} all {len(own)} captions are the same, {effect}: {own[0].caption[:80]!r}"
-    named = [picture.path for picture in own if is_named(picture)]
-    if named:
-        yield logging.WARNING, f"{source} {len(named)} captions contain the name of their file: {few(named)}"
+    without, pictures = set(subset.without_caption), subset.pictures
+    has_own = np.fromiter(map(bool, pictures.captions), dtype=bool, count=len(pictures))
+    if without:
+        has_own &= ~np.fromiter((key in without for key in pictures.each_key()), dtype=bool, count=len(pictures))
+    num_own = int(has_own.sum())
+    if num_own > MOST_ALIKE:
+        own = compress(pictures.captions, has_own)
+        first = next(own)
+        if all(caption == first for caption in own):
+            effect = "so no word is learned for what differs between the pictures"
+            yield logging.WARNING, f"{source} all {num_own} captions are the same, {effect}: {first[:80]!r}"
+    is_named = np.fromiter(map(names_file, pictures.names, pictures.captions), dtype=bool, count=len(pictures))
+    yield from told(pictures, is_named & has_own, f"{source} {{}} captions contain the name of their file")
 
 
-def is_named(picture: Picture) -> bool:
-    """Whether the caption holds the file's name, other than a word that people would write."""
-    stem = os.path.splitext(os.path.basename(picture.path))[0]
-    is_made_up = any(letter.isdigit() or letter == "_" for letter in stem)
-    return len(stem) >= SHORTEST_STEM and is_made_up and stem.lower() in picture.caption.lower()
+def names_file(name: str, caption: str) -> bool:
+    """Whether the caption holds the picture's name, other than a word that people would write."""
+    stem = os.path.splitext(os.path.basename(name))[0]
+    if len(stem) < SHORTEST_STEM or stem.lower() not in caption.lower():
+        return False
+    return any(letter.isdigit() or letter == "_" for letter in stem)
 
 
-def enlarged_lines(samples: Sequence[Sample]) -> Iterator[Line]:
+def enlarged_lines(samples: Samples, dataset: int) -> Iterator[Line]:
     """Pictures that are much smaller than what is trained: they teach blur."""
-    small = [
-        f"{sample.picture.path} ({sample.picture.size[0]}x{sample.picture.size[1]})"
-        for sample in samples
-        if sample.shape.resized[0] > MOST_ENLARGED * sample.picture.size[0]
-    ]
-    if small:
+    own = samples.own(dataset)
+    resized_M = np.array([shape.resized[0] for shape in samples.shapes])
+    widths_N = samples.sizes()[own, 0]
+    rows = np.flatnonzero(resized_M[samples.shape_N[own]] > MOST_ENLARGED * widths_N) + own.start
+    if len(rows):
+        sizes = [f"{width}x{height}" for width, height in samples.sizes()[rows[:5]].tolist()]
+        keys = samples.keys_at(rows[:5])
+        shown = few([f"{key} ({size})" for key, size in zip(keys, sizes, strict=True)], count=len(rows))
         effect = f"are enlarged more than {MOST_ENLARGED} times, which teaches blur"
-        yield logging.WARNING, f"  {len(small)} pictures {effect}: {few(small)}"
+        yield logging.WARNING, f"  {len(rows)} pictures {effect}: {shown}"
 
 
-def cut_lines(samples: Sequence[Sample], rule: BucketRules) -> Iterator[Line]:
+def cut_lines(dataset: ScannedDataset, rule: BucketRules) -> Iterator[Line]:
     """Without buckets, pictures of another size are cut, which may not be meant."""
-    other = [sample.picture.path for sample in samples if sample.picture.size != rule.resolution]
-    if other:
+    counts = [(subset.pictures.sizes_N2 != rule.resolution).any(axis=1) for subset in dataset.subsets]
+    count = int(sum(is_other.sum() for is_other in counts))
+    if count:
+        first: list[str] = []
+        for subset, is_other in zip(dataset.subsets, counts, strict=True):
+            first += subset.pictures.keys_at(np.flatnonzero(is_other)[:5])
         size = f"{rule.resolution[0]}x{rule.resolution[1]}"
         effect = f"are not {size} and are scaled or cut to it, as enable_bucket is off"
-        yield logging.WARNING, f"  {len(other)} pictures {effect}: {few(other)}"
+        yield logging.WARNING, f"  {count} pictures {effect}: {few(first, count=count)}"
 
 
 def pair_lines(datasets: Sequence[ScannedDataset]) -> Iterator[Line]:
@@ -173,25 +194,33 @@ def log_lengths_later(datasets: Sequence[ScannedDataset], limit: TokenLimit, log
 
 
 def length_lines(datasets: Sequence[ScannedDataset], limit: TokenLimit) -> Iterator[Line]:
-    """Captions of which the end does not reach the model."""
+    """Captions of which the end does not reach the model. Memory does not grow with the number of pictures."""
     known: dict[str, int] = {}
-    too_long: dict[str, int] = {}
+    shown: dict[str, int] = {}  # the first few
+    hashes = array("q")  # of the keys of all, for a picture may stand in several datasets
     for dataset in datasets:
         for subset in dataset.subsets:
-            for picture in subset.pictures:
-                for caption in fullest_captions(picture.caption, subset.config.captions):
+            pictures = subset.pictures
+            for row, text in enumerate(pictures.captions):
+                for caption in fullest_captions(text, subset.config.captions):
                     if len(caption.encode()) < limit.max_tokens:
                         continue  # a token is at least one byte, but for one that marks the start
                     if caption not in known:
+                        if len(known) >= MOST_REMEMBERED:
+                            known.clear()
                         known[caption] = limit.count(caption)
                     if known[caption] > limit.max_tokens:
-                        too_long[picture.path] = max(known[caption], too_long.get(picture.path, 0))
-    if too_long:
-        examples = few([f"{path} ({count})" for path, count in too_long.items()])
+                        key = pictures[row].key
+                        hashes.append(hash(key))
+                        if key in shown or len(shown) < 5:
+                            shown[key] = max(known[caption], shown.get(key, 0))
+    if hashes:
+        examples = [f"{key} ({count})" for key, count in shown.items()]
+        count = len(np.unique(np.frombuffer(hashes, dtype=np.int64)))
         yield (
             logging.WARNING,
             (
-                f"{len(too_long)} captions are longer than the {limit.max_tokens} tokens that reach the model, "
-                f"their ends are cut: {examples}"
+                f"{count} captions are longer than the {limit.max_tokens} tokens that reach the model, "
+                f"their ends are cut: {few(examples, count=count)}"
             ),
         )

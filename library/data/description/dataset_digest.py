@@ -10,7 +10,7 @@ from typing import Any
 
 from library.data.batches.threads import in_blocks
 from library.data.description.schema import RunDataConfig
-from library.data.sources.samples import Sample
+from library.data.sources.samples import Samples
 
 MAX_PICTURES = 20_000  # in larger sets looking into every file would hold up the start
 PART_BYTES = 1 << 17
@@ -44,7 +44,7 @@ def content_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def dataset_identity(config: RunDataConfig, samples: Sequence[Sample], num_batches: int) -> dict[str, Any]:
+def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) -> dict[str, Any]:
     """Counts and digests of pictures, captions and settings. A folder that moved as a whole is the same data."""
     settings = asdict(config)
     for dataset in settings["datasets"]:
@@ -53,11 +53,21 @@ def dataset_identity(config: RunDataConfig, samples: Sequence[Sample], num_batch
             for name in WHERE:
                 subset.pop(name)
     pictures, captions = blake2b(digest_size=16), blake2b(digest_size=16)
-    for sample in samples:
-        picture = sample.picture
-        facts = (ascii(basename(picture.path)), picture.size, sample.subset, sample.shape, sample.num_draws)
-        pictures.update(repr(facts).encode())
-        captions.update(ascii(picture.caption).encode() + b"\0")
+    first = 0
+    for subset, own in enumerate(samples.subsets):
+        rows = zip(
+            own.names,
+            own.sizes_N2.tolist(),
+            samples.shape_N[first : first + len(own)].tolist(),
+            samples.draws_N[first : first + len(own)].tolist(),
+            strict=True,
+        )
+        for name, size, shape, num_draws in rows:
+            facts = (ascii(basename(name)), tuple(size), subset, samples.shapes[shape], num_draws)
+            pictures.update(repr(facts).encode())
+        for caption in own.captions:
+            captions.update(ascii(caption).encode() + b"\0")
+        first += len(own)
     return {
         "num_pictures": len(samples),
         "num_batches": num_batches,

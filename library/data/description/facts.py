@@ -2,13 +2,15 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from library.data.description.audit import MOST_COUNTED_AT_START, TokenLimit
 from library.data.description.buckets import BucketRules
 from library.data.description.summary import tag_frequency
+from library.data.sources.columns import Texts
 from library.data.sources.samples import Draws
-from library.data.sources.scan import Picture, ScannedDataset, ScannedSubset
+from library.data.sources.scan import ScannedDataset, ScannedSubset
 
 MOST_NAMED = 100  # pictures that are left out
 MOST_TAGS = 50
@@ -28,7 +30,7 @@ def dataset_facts(
         "datasets": [describe(number, *pair, draws) for number, pair in enumerate(zip(datasets, rules, strict=True))],
         "dropped": [{"file": path, "reason": reason} for path, reason in dropped[:MOST_NAMED]],
         "num_dropped": len(dropped),
-        "caption_lengths": caption_lengths([p for subset in subsets for p in subset.pictures], limit),
+        "caption_lengths": caption_lengths([subset.pictures.captions for subset in subsets], limit),
         "tags": [[tag, count] for tag, count in sorted(tags.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_TAGS]],
     }
 
@@ -66,14 +68,14 @@ def describe(number: int, dataset: ScannedDataset, rule: BucketRules, draws: Dra
     }
 
 
-def caption_lengths(pictures: Sequence[Picture], limit: TokenLimit | None) -> dict[str, Any]:
+def caption_lengths(columns: Sequence[Texts], limit: TokenLimit | None) -> dict[str, Any]:
     """How many captions have which length, as [length, count] in order: in tokens, in words where counting takes long.
 
     `most` is how many tokens reach the model; None for words.
     """
-    in_tokens = limit is not None and len(pictures) <= MOST_COUNTED_AT_START
+    in_tokens = limit is not None and sum(map(len, columns)) <= MOST_COUNTED_AT_START
     count = limit.count if limit is not None and in_tokens else lambda caption: len(caption.split())
-    counts = Counter(count(picture.caption) for picture in pictures)
+    counts = Counter(map(count, chain.from_iterable(columns)))
     return {
         "unit": "tokens" if in_tokens else "words",
         "most": limit.max_tokens if limit is not None and in_tokens else None,

@@ -29,9 +29,9 @@ def inspect(samples: Sequence[Sample], num_trained: int, num_threads: int = 0) -
     """Look at every picture once. Those of datasets from `num_trained` on are only measured, not trained."""
     largest: dict[str, tuple[int, int]] = {}
     for sample in samples:
-        width, height = largest.get(sample.picture.path, (0, 0))
-        largest[sample.picture.path] = (max(width, sample.shape.bucket[0]), max(height, sample.shape.bucket[1]))
-    trained = {sample.picture.path for sample in samples if sample.dataset < num_trained}
+        width, height = largest.get(sample.picture.key, (0, 0))
+        largest[sample.picture.key] = (max(width, sample.shape.bucket[0]), max(height, sample.shape.bucket[1]))
+    trained = {sample.picture.key for sample in samples if sample.dataset < num_trained}
     return list(findings_of(look_at_all(list(largest.items()), num_threads), trained))
 
 

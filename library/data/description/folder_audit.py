@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from library.data.batches.images import picture_extensions
-from library.data.sources.scan import Picture, ScannedSubset, few
+from library.data.sources.pictures import Pictures
+from library.data.sources.scan import ScannedSubset, few
 
 CAPTION_ENDINGS = (".txt", ".caption", ".cap", ".tags")  # that tools for captions write
 OTHER_PICTURES = frozenset((".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".tga", ".psd"))
@@ -77,11 +78,11 @@ def caption_lines(subset: ScannedSubset, files: Mapping[str, Sequence[str]], sou
         yield logging.WARNING, f"{source} {len(alone)} captions have no picture: {few(alone)}"
 
 
-def equal_pictures(pictures: Iterable[Picture]) -> Iterator[tuple[str, str]]:
+def equal_pictures(pictures: Pictures) -> Iterator[tuple[str, str]]:
     """(path, path of the same content): only files of one size are read."""
     of_size: dict[int, list[str]] = defaultdict(list)
-    for picture in pictures:
-        of_size[os.path.getsize(picture.path)].append(picture.path)
+    for path in pictures.each_key():
+        of_size[os.path.getsize(path)].append(path)
     for paths in of_size.values():
         first: dict[str, str] = {}
         for path in paths if len(paths) > 1 else ():

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from library.data.description.buckets import BucketRules, ratio_error
+from library.data.description.buckets import BucketRules, Size, ratio_error
 from library.data.description.schema import RunDataConfig
-from library.data.sources.samples import Sample
+from library.data.sources.samples import Samples
 from library.data.sources.scan import ScannedDataset, ScannedSubset
 from library.options.train import TrainOptions
 
@@ -17,16 +17,13 @@ def dataset_metadata(
     config: RunDataConfig,
     datasets: Sequence[ScannedDataset],
     rules: Sequence[BucketRules],
-    samples: Sequence[Sample],
+    samples: Samples,
     options: TrainOptions,
     num_processes: int,
 ) -> dict[str, Any]:
     """The `ss_*` values that describe the data: a list of datasets for --dataset_config, else single keys."""
     frequencies = [tag_frequency(dataset) for dataset in datasets]
-    infos = [
-        bucket_info(rule, [sample for sample in samples if sample.dataset == number])
-        for number, rule in enumerate(rules)
-    ]
+    infos = [bucket_info(rule, samples, number) for number, rule in enumerate(rules)]
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     if config.is_from_file:
         merged: TagFrequency = {}
@@ -120,23 +117,29 @@ def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
     frequency: dict[str, Counter[str]] = {}
     for subset in dataset.subsets:
         counts = frequency.setdefault(subset.config.base_name, Counter())
-        for picture in subset.pictures:
-            text = picture.tags or "" if subset.config.style == "metadata" else picture.caption
+        texts = subset.pictures.captions if subset.pictures.tags is None else subset.pictures.tags
+        for text in texts:
             tags = dict.fromkeys(tag.strip().lower() for tag in text.replace("\n", ",").split(","))
             counts.update(tag for tag in tags if tag)
     return {name: dict(counts) for name, counts in frequency.items()}
 
 
-def bucket_info(rule: BucketRules, samples: Sequence[Sample]) -> dict[str, Any] | None:
+def bucket_info(rule: BucketRules, samples: Samples, dataset: int) -> dict[str, Any] | None:
     """Draws of each bucket and the mean change of aspect ratio; None without buckets."""
     if not rule.enable_bucket:
         return None
     counts: Counter[tuple[int, int]] = Counter()
-    errors = []
-    for sample in samples:
-        if sample.num_draws:
-            counts[sample.shape.bucket] += sample.num_draws
-            errors.append(ratio_error(sample.shape.bucket, sample.picture.size))
+    errors: list[float] = []
+    known: dict[tuple[int, Size], float] = {}
+    own = samples.own(dataset)
+    rows = zip(samples.shape_N[own].tolist(), samples.sizes()[own].tolist(), samples.draws_N[own].tolist(), strict=True)
+    for shape, (width, height), num_draws in rows:
+        if num_draws:
+            bucket = samples.shapes[shape].bucket
+            counts[bucket] += num_draws
+            if (shape, (width, height)) not in known:
+                known[shape, (width, height)] = ratio_error(bucket, (width, height))
+            errors.append(known[shape, (width, height)])
     buckets = {
         str(index): {"resolution": list(size), "count": counts[size]} for index, size in enumerate(sorted(counts))
     }

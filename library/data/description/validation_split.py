@@ -7,14 +7,17 @@ serves regularisation is trained, and one that any subset sets aside is trained 
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
+import numpy as np
+
 from library.data.description.audit import Line
 from library.data.description.schema import SubsetConfig
+from library.data.sources.pictures import Picture
 from library.data.sources.scan import ScannedDataset, ScannedSubset
 from library.errors import UserError
 from library.randomness import stream_seed
@@ -37,7 +40,7 @@ class Split:
 
     trained: tuple[ScannedDataset, ...]
     set_aside: tuple[ScannedDataset, ...]  # with settings that draw a picture the same way every time
-    identities: Mapping[str, str] = field(default_factory=dict)  # path of a picture -> what copies of it share
+    identities: Mapping[str, str] = field(default_factory=dict)  # key of one set aside -> what copies of it share
     lines: tuple[Line, ...] = ()  # what the log says about it
 
 
@@ -49,23 +52,26 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     if not any(share_of(subset.config) for subset in subsets):
         return Split(tuple(datasets), ())
-    identities = identities_of(sorted({picture.path for subset in subsets for picture in subset.pictures}))
-
-    def identities_in(subset: ScannedSubset) -> list[str]:
-        return [identities[picture.path] for picture in subset.pictures]
-
+    identities = dict(zip(map(id, subsets), identities_by_subset(subsets), strict=True))
     specs = [
-        SplitSpec(identities_in(subset), share_of(subset.config), seed_of(subset.config, seed))
+        SplitSpec(identities[id(subset)], share_of(subset.config), seed_of(subset.config, seed))
         for subset in subsets
         if share_of(subset.config)
     ]
-    always_trained = {identity for subset in subsets if subset.config.is_reg for identity in identities_in(subset)}
+    always_trained = {identity for subset in subsets if subset.config.is_reg for identity in identities[id(subset)]}
     aside = choose(specs, always_trained)
+    told: dict[str, str] = {}
+    lines: list[Line] = []
 
     def kept(subset: ScannedSubset, is_aside: bool) -> ScannedSubset:
-        pictures = tuple(p for p in subset.pictures if (identities[p.path] in aside) == is_aside)
-        return replace(subset, pictures=pictures)
+        own = identities[id(subset)]
+        rows = np.flatnonzero(np.fromiter((one in aside for one in own), dtype=bool, count=len(own)) == is_aside)
+        return replace(subset, pictures=subset.pictures.take(rows))
 
+    for subset in subsets:
+        measured_ones = kept(subset, is_aside=True).pictures
+        told.update(zip(measured_ones.each_key(), (one for one in identities[id(subset)] if one in aside), strict=True))
+        lines += split_lines(subset, len(measured_ones))
     trained = without_empty(
         replace(dataset, subsets=tuple(kept(subset, is_aside=False) for subset in dataset.subsets))
         for dataset in datasets
@@ -83,8 +89,7 @@ def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
         )
         for dataset in datasets
     )
-    lines = [line for subset in subsets for line in split_lines(subset, len(kept(subset, is_aside=True).pictures))]
-    return Split(trained, measured, identities, tuple(lines))
+    return Split(trained, measured, told, tuple(lines))
 
 
 def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[str]:
@@ -172,6 +177,25 @@ def split_lines(subset: ScannedSubset, num_aside: int) -> Iterator[Line]:
 # Identities
 
 
+def identities_by_subset(subsets: Sequence[ScannedSubset]) -> list[list[str]]:
+    """What is the same for copies of a picture, of every picture of each subset; files are read, places have theirs."""
+    files = sorted({key for subset in subsets if subset.pictures.places is None for key in subset.pictures.each_key()})
+    read = identities_of(files)
+    return [
+        [read[key] for key in subset.pictures.each_key()]
+        if (places := subset.pictures.places) is None
+        else [digest.tobytes().hex() for digest in places.digest_N16]
+        for subset in subsets
+    ]
+
+
+def identities_of_pictures(pictures: Iterable[Picture]) -> dict[str, str]:
+    """The same by key, for some pictures."""
+    placed = {picture.key: picture.place for picture in pictures}
+    read = identities_of([key for key, place in placed.items() if place is None])
+    return read | {key: place.digest for key, place in placed.items() if place is not None}
+
+
 def identities_of(paths: Sequence[str]) -> dict[str, str]:
     """What is the same for copies of a picture, wherever they lie and whatever they are called."""
     with ThreadPoolExecutor(16) as pool:
@@ -191,4 +215,9 @@ def identity_of(path: str) -> str:
             ends += file.read(END_BYTES)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return blake2b(ends + size.to_bytes(8, "big"), digest_size=16).hexdigest()
+    return digest_of_ends(ends, size)
+
+
+def digest_of_ends(ends: bytes, num_bytes: int) -> str:
+    """The digest of a file from its first and its last `END_BYTES` and its size."""
+    return blake2b(ends + num_bytes.to_bytes(8, "big"), digest_size=16).hexdigest()

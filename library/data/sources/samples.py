@@ -2,11 +2,13 @@
 
 import logging
 import os
-from collections.abc import Container, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice, repeat
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate, islice, repeat
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,8 @@ from library.data.batches.order import Bucket, regularisation_repeats
 from library.data.description.buckets import BucketRules, Shape, Size, assign_shapes, cover
 from library.data.description.folder_audit import pictures_below
 from library.data.description.schema import DatasetConfig, NoDataFound, SubsetConfig
-from library.data.sources.scan import Picture, ScannedDataset, ScannedSubset, few
+from library.data.sources.pictures import Picture, Pictures, in_blocks
+from library.data.sources.scan import ScannedDataset, ScannedSubset, few
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +35,89 @@ class Sample(NamedTuple):
     subset: int  # counted through all datasets
     shape: Shape
     num_draws: int  # in an epoch; 0 for a regularisation picture that is not needed
+
+
+@dataclass(frozen=True, eq=False)
+class Samples(Sequence[Sample]):
+    """The samples of a run, N of them, as columns. Each becomes an object only when it is asked for."""
+
+    subsets: tuple[Pictures, ...] = ()
+    dataset_of_subset: tuple[int, ...] = ()
+    shapes: tuple[Shape, ...] = ()
+    shape_N: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))  # place in `shapes`
+    draws_N: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+
+    def __len__(self) -> int:
+        return len(self.draws_N)
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """The number of the first sample after each subset."""
+        return list(accumulate(map(len, self.subsets)))
+
+    @overload
+    def __getitem__(self, number: int) -> Sample: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Sample]: ...
+    def __getitem__(self, number: int | slice) -> Sample | list[Sample]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        if number < 0:
+            number += len(self)
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        subset = bisect_right(self.ends, number)
+        pictures = self.subsets[subset]
+        picture = pictures[number - self.ends[subset] + len(pictures)]
+        shape = self.shapes[self.shape_N[number]]
+        return Sample(picture, self.dataset_of_subset[subset], subset, shape, int(self.draws_N[number]))
+
+    def __iter__(self) -> Iterator[Sample]:
+        first = 0
+        for subset, (dataset, pictures) in enumerate(zip(self.dataset_of_subset, self.subsets, strict=True)):
+            own = slice(first, first + len(pictures))
+            shapes = map(self.shapes.__getitem__, in_blocks(self.shape_N[own]))
+            rows = zip(pictures, repeat(dataset), repeat(subset), shapes, in_blocks(self.draws_N[own]), strict=False)
+            yield from map(Sample._make, rows)
+            first += len(pictures)
+
+    def subset_of_each(self) -> NDArray[np.int32]:
+        """The subset of each sample, counted through all datasets."""
+        return np.repeat(np.arange(len(self.subsets), dtype=np.int32), list(map(len, self.subsets)))
+
+    def dataset_of_each(self) -> NDArray[np.int32]:
+        """The dataset of each sample."""
+        return np.repeat(np.array(self.dataset_of_subset, dtype=np.int32), list(map(len, self.subsets)))
+
+    def own(self, dataset: int) -> slice:
+        """The numbers of a dataset's samples."""
+        edges = [0, *self.ends]
+        subsets = [place for place, number in enumerate(self.dataset_of_subset) if number == dataset]
+        return slice(edges[subsets[0]], edges[subsets[-1] + 1]) if subsets else slice(0, 0)
+
+    def keys_at(self, numbers: NDArray[Any]) -> list[str]:
+        """The keys of the pictures of these samples, which are in order."""
+        found: list[str] = []
+        first = 0
+        for pictures in self.subsets:
+            own = numbers[(numbers >= first) & (numbers < first + len(pictures))]
+            found += pictures.keys_at(own - first)
+            first += len(pictures)
+        return found
+
+    def sizes(self) -> NDArray[np.int32]:
+        """Width and height of each picture, shape (N, 2)."""
+        return np.concatenate([pictures.sizes_N2 for pictures in self.subsets]) if self.subsets else _NO_SIZES
+
+    def changed(self, shapes: Mapping[int, Shape], draws_N: NDArray[np.int32]) -> "Samples":
+        """The same pictures with other numbers of draws, those of `shapes` with another shape."""
+        shape_N = self.shape_N.copy()
+        for place, number in enumerate(shapes, len(self.shapes)):
+            shape_N[number] = place
+        return replace(self, shapes=(*self.shapes, *shapes.values()), shape_N=shape_N, draws_N=draws_N)
+
+
+_NO_SIZES = np.empty((0, 2), dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -84,23 +170,37 @@ def check_mask_sizes(pictures: Sequence[Picture]) -> None:
         raise UserError(f"{len(wrong)} masks do not have the size of their picture: {few(wrong, 3)}")
 
 
-def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRules]) -> tuple[Sample, ...]:
+def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRules]) -> Samples:
     """Every picture with its shape and its number of draws."""
-    samples: list[Sample] = []
-    first_subset = 0
-    for number, (dataset, rule) in enumerate(zip(datasets, rules, strict=True)):
-        draws = iter(draws_of_dataset(dataset))
-        for index, subset in enumerate(dataset.subsets, first_subset):
-            sizes = [picture.size for picture in subset.pictures]
+    shapes: dict[Shape, int] = {}
+    columns: list[NDArray[np.int32]] = []
+    draws: list[NDArray[np.int32]] = []
+    for dataset, rule in zip(datasets, rules, strict=True):
+        draws.append(draws_of_dataset(dataset))
+        for subset in dataset.subsets:
+            sizes_N2, size_N = unique_sizes(subset.pictures.sizes_N2)
+            sizes = [(width, height) for width, height in sizes_N2.tolist()]
             if rule.enable_bucket:
-                shapes = assign_shapes(sizes, rule)
+                found = assign_shapes(sizes, rule)
             else:
-                shapes = [fixed_shape(size, rule.resolution, subset.config) for size in sizes]
-            # `draws` goes on with the next subset, so it stands where the others have ended.
-            rows = zip(subset.pictures, repeat(number), repeat(index), shapes, draws, strict=False)
-            samples += map(Sample._make, rows)
-        first_subset += len(dataset.subsets)
-    return tuple(samples)
+                found = [fixed_shape(size, rule.resolution, subset.config) for size in sizes]
+            places = [shapes.setdefault(shape, len(shapes)) for shape in found]
+            columns.append(np.array(places, dtype=np.int32)[size_N])
+    subsets = tuple(subset.pictures for dataset in datasets for subset in dataset.subsets)
+    dataset_of_subset = tuple(number for number, dataset in enumerate(datasets) for _ in dataset.subsets)
+    return Samples(subsets, dataset_of_subset, tuple(shapes), joined(columns), joined(draws))
+
+
+def unique_sizes(sizes_N2: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(each size once, shape (M, 2); which of them each picture has)."""
+    codes_N = sizes_N2[:, 0].astype(np.int64) << 32 | sizes_N2[:, 1]
+    codes_M, place_N = np.unique(codes_N, return_inverse=True)
+    return np.stack([codes_M >> 32, codes_M & 0xFFFFFFFF], axis=1), place_N
+
+
+def joined(columns: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
+    """The columns one after another."""
+    return np.concatenate(columns) if columns else np.empty(0, dtype=np.int32)
 
 
 def fixed_shape(picture: Size, target: Size, subset: SubsetConfig) -> Shape:
@@ -110,17 +210,21 @@ def fixed_shape(picture: Size, target: Size, subset: SubsetConfig) -> Shape:
     return Shape(target, cover(picture, target))
 
 
-def draws_of_dataset(dataset: ScannedDataset) -> list[int]:
+def draws_of_dataset(dataset: ScannedDataset) -> NDArray[np.int32]:
     """The number of draws of every picture, in order of the subsets: repeats, balanced for regularisation pictures."""
     repeats = [(subset.config, subset.config.num_repeats, len(subset.pictures)) for subset in dataset.subsets]
     num_train_draws = sum(count * pictures for config, count, pictures in repeats if not config.is_reg)
     check_draws(num_train_draws)
     reg = [n for config, count, pictures in repeats if config.is_reg for n in [count] * pictures]
     balanced = iter(regularisation_repeats(num_train_draws, reg))
-    draws: list[int] = []
-    for config, count, pictures in repeats:
-        draws += islice(balanced, pictures) if config.is_reg else [count] * pictures
-    return draws
+    return joined(
+        [
+            np.array(list(islice(balanced, pictures)), dtype=np.int32)
+            if config.is_reg
+            else np.full(pictures, count, dtype=np.int32)
+            for config, count, pictures in repeats
+        ]
+    )
 
 
 def check_draws(num_draws: int) -> None:
@@ -137,13 +241,18 @@ def check_draws(num_draws: int) -> None:
         )
 
 
-def build_draws(samples: Sequence[Sample], configs: Sequence[DatasetConfig], chosen: Container[int]) -> Draws:
+def build_draws(samples: Samples, configs: Sequence[DatasetConfig], chosen: Container[int]) -> Draws:
     """Number the draws and sort them into buckets, ordered by dataset and size; only those of `chosen` datasets."""
-    counts = np.array([s.num_draws if s.dataset in chosen else 0 for s in samples], dtype=np.int64)
-    sample_of_draw = np.repeat(np.arange(len(samples), dtype=np.int32), counts)
-    keys = [(sample.dataset, sample.shape.bucket) for sample in samples]
+    is_chosen = np.array([dataset in chosen for dataset in range(len(configs))], dtype=bool)
+    dataset_N = samples.dataset_of_each()
+    counts_N = np.where(is_chosen[dataset_N], samples.draws_N, 0)
+    sample_of_draw = np.repeat(np.arange(len(samples), dtype=np.int32), counts_N)
+    # A number for each pair of dataset and shape that occurs, of which there are few, then one for each bucket.
+    pairs, pair_N = np.unique(dataset_N.astype(np.int64) << 32 | samples.shape_N, return_inverse=True)
+    keys = [(int(pair >> 32), samples.shapes[pair & 0xFFFFFFFF].bucket) for pair in pairs]
     places = {key: place for place, key in enumerate(sorted(set(keys)))}
-    place_of_draw = np.repeat(np.array([places[key] for key in keys], dtype=np.int32), counts)
+    place_of_pair = np.array([places[key] for key in keys], dtype=np.int32)
+    place_of_draw = np.repeat(place_of_pair[pair_N], counts_N) if len(pairs) else np.empty(0, dtype=np.int32)
     members = np.split(np.argsort(place_of_draw, kind="stable").astype(np.int32), np.cumsum(np.bincount(place_of_draw)))
     buckets = tuple(
         Bucket(dataset, size, configs[dataset].batch_size, draws)
@@ -157,12 +266,19 @@ def duplicated_stems(datasets: Sequence[ScannedDataset]) -> Iterator[tuple[str, 
     """Pairs of pictures of one subset that share caption file and cache names, because only their endings differ."""
     for dataset in datasets:
         for subset in dataset.subsets:
-            stems = {picture.path.rpartition(".")[0] for picture in subset.pictures}
-            if subset.config.style != "metadata" and len(stems) == len(subset.pictures):
-                continue  # every name has an ending and there is no pair, which is soon seen
+            if not may_share_stems(subset.pictures):
+                continue
             seen: dict[str, str] = {}
-            for picture in subset.pictures:
-                stem = os.path.splitext(picture.path)[0]
-                if stem in seen and seen[stem] != picture.path:
-                    yield seen[stem], picture.path
-                seen[stem] = picture.path
+            for key in subset.pictures.each_key():
+                stem = os.path.splitext(key)[0]
+                if stem in seen and seen[stem] != key:
+                    yield seen[stem], key
+                seen[stem] = key
+
+
+def may_share_stems(pictures: Pictures) -> bool:
+    """Whether any two names differ in their endings alone, or are the same. Only hashes are kept of them."""
+    names = pictures.names if pictures.places is None else pictures.each_key()
+    hashes_N = np.fromiter((hash(os.path.splitext(name)[0]) for name in names), dtype=np.int64, count=len(pictures))
+    hashes_N.sort()
+    return bool((hashes_N[1:] == hashes_N[:-1]).any())

@@ -8,35 +8,31 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from itertools import repeat
-from typing import NamedTuple
+from itertools import compress
+from typing import TypeVar
+
+import numpy as np
 
 from library.data.batches.images import picture_extensions, read_size
 from library.data.batches.threads import in_blocks
 from library.data.description.buckets import Size
 from library.data.description.captions import CaptionRules
 from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig
+from library.data.sources.columns import Texts
 from library.data.sources.folder_cache import CacheRow, FolderCache, fingerprint
 from library.data.sources.image_headers import HEAD_BYTES, plain_size
 from library.data.sources.metadata_file import MetadataEntry, read_metadata
 from library.data.sources.picture_index import UNSETTLED, Table, open_index, read_stamped, renewed, stamp_of
+from library.data.sources.pictures import Pictures
 from library.errors import UserError
 from library.options.config_file import BACKSLASH_HINT
 from library.options.encodings import likely_encoding, not_utf8
 
 logger = logging.getLogger(__name__)
 
+Value = TypeVar("Value")
+
 MOST_CAPTION_BYTES = 1 << 20  # counting the tokens of ten times as much takes a minute
-
-
-class Picture(NamedTuple):
-    """One picture of a subset. A tuple, for it takes a third of the time of a dataclass to make."""
-
-    path: str
-    caption: str  # as read: lines divided by newlines, without prefix, suffix and tag rules
-    size: Size  # width, height, upright
-    mask_path: str | None = None
-    tags: str | None = None  # the tags field of a metadata file, for statistics
 
 
 @dataclass(frozen=True)
@@ -44,11 +40,11 @@ class ScannedSubset:
     """What was found for a subset."""
 
     config: SubsetConfig
-    pictures: tuple[Picture, ...]
-    dropped: tuple[tuple[str, str], ...] = ()  # path, reason
-    without_caption: tuple[str, ...] = ()
-    empty_caption: tuple[str, ...] = ()
-    small: tuple[str, ...] = ()  # left out by skip_image_resolution
+    pictures: Pictures
+    dropped: tuple[tuple[str, str], ...] = ()  # key, reason
+    without_caption: Sequence[str] = ()  # keys
+    empty_caption: Sequence[str] = ()
+    small: Sequence[str] = ()  # left out by skip_image_resolution
 
 
 @dataclass(frozen=True)
@@ -67,11 +63,33 @@ class _Listing:
     paths: list[str] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     sizes: list[Size | str] = field(default_factory=list)  # of a picture that cannot be read: why
-    masks: Iterable[str | None] = repeat(None)
-    tags: Iterable[str | None] = repeat(None)
+    masks: list[str] | None = None
+    tags: list[str] | None = None
     dropped: list[tuple[str, str]] = field(default_factory=list)
     without_caption: list[str] = field(default_factory=list)
     empty_caption: list[str] = field(default_factory=list)
+
+    def found(self) -> ScannedSubset:
+        """The pictures with a size, as columns that need no object for each."""
+        unreadable = [(path, size) for path, size in zip(self.paths, self.sizes, strict=True) if isinstance(size, str)]
+        keeps = [isinstance(size, tuple) for size in self.sizes] if unreadable else None
+
+        def readable(column: list[Value]) -> list[Value]:
+            return column if keeps is None else list(compress(column, keeps))
+
+        sizes_N2 = np.array(readable(self.sizes), dtype=np.int32).reshape(-1, 2)
+        paths = readable(self.paths)
+        prefix = "" if self.config.style == "metadata" else os.path.join(self.config.image_dir or "", "")
+        pictures = Pictures(
+            Texts.of(path[len(prefix) :] for path in paths) if prefix else Texts.of(paths),
+            Texts.of(readable(self.captions)),
+            sizes_N2,
+            prefix,
+            None if self.masks is None else Texts.of(readable(self.masks)),
+            None if self.tags is None else Texts.of(readable(self.tags)),
+        )
+        dropped = (*self.dropped, *unreadable)
+        return ScannedSubset(self.config, pictures, dropped, tuple(self.without_caption), tuple(self.empty_caption))
 
 
 def collect(config: RunDataConfig, num_threads: int = 16) -> tuple[ScannedDataset, ...]:
@@ -99,14 +117,16 @@ def collect_dataset(config: DatasetConfig, num_threads: int) -> ScannedDataset:
 
 def without_small(found: ScannedSubset, limit: Size) -> ScannedSubset:
     """Only pictures of a larger area than `limit` has; nothing is said of the captions of the others."""
-    small = [picture.path for picture in found.pictures if math.prod(picture.size) <= math.prod(limit)]
+    sizes_N2 = found.pictures.sizes_N2.astype(np.int64)
+    is_small = sizes_N2.prod(axis=1) <= math.prod(limit)
+    small = found.pictures.keys_at(np.flatnonzero(is_small))
     left_out = set(small)
     return replace(
         found,
-        pictures=tuple(picture for picture in found.pictures if picture.path not in left_out),
+        pictures=found.pictures.take(np.flatnonzero(~is_small)),
         without_caption=tuple(path for path in found.without_caption if path not in left_out),
         empty_caption=tuple(path for path in found.empty_caption if path not in left_out),
-        small=tuple(small),
+        small=small,
     )
 
 
@@ -118,19 +138,7 @@ def collect_subset(config: SubsetConfig, num_threads: int) -> ScannedSubset:
         listing = list_folder(config, num_threads)
     if config.style == "masked":
         add_masks(listing)
-    rows = zip(listing.paths, listing.captions, listing.sizes, listing.masks, listing.tags, strict=False)
-    unreadable = [
-        (path, size) for path, size in zip(listing.paths, listing.sizes, strict=True) if isinstance(size, str)
-    ]
-    if unreadable:
-        rows = (row for row in rows if not isinstance(row[2], str))  # type: ignore[assignment]
-    return ScannedSubset(
-        config,
-        tuple(map(Picture._make, rows)),
-        (*listing.dropped, *unreadable),
-        tuple(listing.without_caption),
-        tuple(listing.empty_caption),
-    )
+    return listing.found()
 
 
 # Folders
@@ -378,7 +386,7 @@ def list_metadata(config: SubsetConfig, num_threads: int) -> _Listing:
     """The pictures that a metadata file names."""
     listing = _Listing(config)
     listings: dict[str, dict[str, str]] = {}
-    tags: list[str | None] = []
+    tags: list[str] = []
     for key, entry in read_metadata(config.metadata_file or ""):
         path = find_picture(key, config.image_dir, listings)
         if path is None:
@@ -393,7 +401,7 @@ def list_metadata(config: SubsetConfig, num_threads: int) -> _Listing:
             listing.empty_caption.append(path)
         listing.paths.append(path)
         listing.captions.append(caption)
-        tags.append(entry.tags)
+        tags.append(entry.tags or "")
     listing.tags = tags
     listing.sizes = sizes_anywhere(
         listing.paths, num_threads, f"reading sizes of {config.base_name}", config.keeps_index
@@ -442,7 +450,8 @@ def combined_caption(entry: MetadataEntry, rules: CaptionRules) -> str:
     return "\n".join(lines)
 
 
-def few(paths: Iterable[str], limit: int = 5) -> str:
-    """The first few of many, for messages."""
-    listed = list(paths)
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
+def few(paths: Iterable[str], limit: int = 5, count: int | None = None) -> str:
+    """The first few of many, for messages; `count` says how many there are where `paths` has not all."""
+    listed = paths if isinstance(paths, Sequence) else list(paths)
+    count = len(listed) if count is None else count
+    return ", ".join(listed[:limit]) + (f" and {count - limit} more" if count > limit else "")

@@ -53,7 +53,7 @@ def build(folder: Path, subset: str = "") -> TrainingSet:
 def fields_of(built: TrainingSet) -> tuple[object, ...]:
     """All that a build finds, as plain values."""
     buckets = [(b.dataset, b.size, b.batch_size, list(b.draws)) for b in built.draws.buckets]
-    return (built.datasets, built.rules, built.samples, built.draws.sample_of_draw.tolist(), buckets)
+    return (built.datasets, built.rules, list(built.samples), built.draws.sample_of_draw.tolist(), buckets)
 
 
 def from_scratch(folder: Path, subset: str = "") -> TrainingSet:

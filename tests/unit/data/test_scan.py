@@ -26,7 +26,7 @@ FOLDER = 'image_dir = "{here}/pictures"\ncaption_extension = ".txt"\n'
 
 
 def names(found: ScannedSubset) -> list[str]:
-    return [os.path.basename(picture.path) for picture in found.pictures]
+    return [os.path.basename(picture.key) for picture in found.pictures]
 
 
 def test_pictures_of_one_folder_are_sorted_and_not_searched_for_below(tmp_path):
@@ -202,7 +202,7 @@ def test_metadata_keys_are_paths_with_or_without_ending(tmp_path):
     keys = [str(folder / "p0.png"), "p1.png", "p2"]
     write_metadata(tmp_path, {key: {"caption": f"c{i}", "image_size": [9, 9]} for i, key in enumerate(keys)})
     found = scan(tmp_path, METADATA)
-    assert [(os.path.basename(p.path), p.caption, p.size) for p in found.pictures] == [
+    assert [(os.path.basename(p.key), p.caption, p.size) for p in found.pictures] == [
         (f"p{i}.png", f"c{i}", (48, 32)) for i in range(3)
     ]
 

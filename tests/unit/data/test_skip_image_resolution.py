@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 def trained(found: TrainingSet) -> list[tuple[int, str]]:
     """Number of the dataset and name of each picture."""
-    return [(sample.dataset, os.path.basename(sample.picture.path)[0]) for sample in found.samples]
+    return [(sample.dataset, os.path.basename(sample.picture.key)[0]) for sample in found.samples]
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def copies(tmp_path: Path) -> TrainingSet:
 
 
 def test_copies_under_other_names_are_on_the_same_side(copies, tmp_path):
-    pictures = names(sample.picture.path for sample in copies.samples)
+    pictures = names(sample.picture.key for sample in copies.samples)
     assert len(pictures) == 34 - 4  # c asks for none, so what is set aside elsewhere is left out of it
     aside, kept = names(set_aside(copies)), trained(copies)
     contents = [{(tmp_path / name).read_bytes() for name in side} for side in (aside, kept)]

@@ -151,7 +151,7 @@ def test_a_version_of_a_caption_depends_on_names_and_number_alone():
 def test_draws_take_every_version_and_the_empty_prompt_and_nothing_else(tmp_path):
     cached = cache(write_data(tmp_path), SHUFFLED, MEMORY)
     allowed = dict(
-        zip((s.picture.path for s in cached.training_set.samples), cached.training_set.caption_texts(), strict=True)
+        zip((s.picture.key for s in cached.training_set.samples), cached.training_set.caption_texts(), strict=True)
     )
     drawn: dict[str, set[str]] = {path: set() for path in allowed}
     for key, caption, row in draws_of(cached.training_set, epochs=40):

@@ -165,7 +165,7 @@ def test_trained_pictures_can_be_measured_as_those_that_are_set_aside(tmp_path):
     training_set = changing(tmp_path)
     aside = {key for batch in training_set.validation.batches([0, 1, 2, 3], 0) for key in batch.keys}
     numbers = training_set.limit_to_measured(4, [0])
-    kept = {sample.picture.path for sample in training_set.samples if sample.num_draws}
+    kept = {sample.picture.key for sample in training_set.samples if sample.num_draws}
     assert len(numbers) == 4 and len(kept) == 6 and len(kept & aside) == 2  # one batch of two
     plain, mirrored = (training_set.trained(numbers, is_mirrored) for is_mirrored in (False, True))
     places = plain.places_of(None)

@@ -1,0 +1,93 @@
+"""Many texts without an object for each: their bytes in one array, and where each ends in another."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 16384  # texts that become objects at a time
+ERRORS = "surrogatepass"  # names of files may hold bytes that are no text
+
+
+@dataclass(frozen=True, eq=False)
+class Texts(Sequence[str]):
+    """A column of N texts. Text i is `content[ends[i - 1]:ends[i]]` in UTF-8; iterating makes one block at a time."""
+
+    content: NDArray[np.uint8]
+    ends: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "Texts":
+        """The column of these texts."""
+        remaining, parts, lengths = iter(texts), [], []
+        while block := list(islice(remaining, BLOCK)):
+            joined = "".join(block)
+            part = joined.encode(errors=ERRORS)
+            is_ascii = len(part) == len(joined)
+            sizes = map(len, block) if is_ascii else (len(text.encode(errors=ERRORS)) for text in block)
+            lengths.append(np.fromiter(sizes, dtype=np.int64, count=len(block)))
+            parts.append(np.frombuffer(part, dtype=np.uint8))
+        return cls(_joined(parts, np.uint8), np.cumsum(_joined(lengths, np.int64)))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        if place < 0:
+            place += len(self)
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        start = self.ends[place - 1] if place else 0
+        return self.content[start : self.ends[place]].tobytes().decode(errors=ERRORS)
+
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        for first in range(0, len(self), BLOCK):
+            ends = self.ends[first : first + BLOCK]
+            part = self.content[start : ends[-1]].tobytes()
+            edges = [0, *(ends - start).tolist()]
+            start = int(ends[-1])
+            text = part.decode(errors=ERRORS)
+            if len(text) == len(part):
+                yield from (text[a:b] for a, b in pairwise(edges))
+            else:
+                yield from (part[a:b].decode(errors=ERRORS) for a, b in pairwise(edges))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Texts):
+            return NotImplemented
+        return np.array_equal(self.ends, other.ends) and np.array_equal(self.content, other.content)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """The bytes of each text."""
+        return np.diff(self.ends, prepend=0)
+
+    def take(self, rows: NDArray[Any]) -> "Texts":
+        """The texts at these places, in their order."""
+        lengths = self.lengths[rows]
+        ends = np.cumsum(lengths)
+        content = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
+        starts = self.ends[rows] - lengths
+        for first in range(0, len(ends), BLOCK):
+            block = slice(first, first + BLOCK)
+            low = int(ends[first] - lengths[first])
+            high = int(ends[block][-1])
+            moved = starts[block] - (ends[block] - lengths[block])
+            content[low:high] = self.content[np.arange(low, high) + np.repeat(moved, lengths[block])]
+        return Texts(content, ends)
+
+
+def _joined(parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
+    return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)

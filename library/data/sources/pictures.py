@@ -1,0 +1,136 @@
+"""What is known of the pictures of a subset before any is opened, column by column: a million of them are 200 MB."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import repeat
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from library.data.description.buckets import Size
+from library.data.sources.columns import Texts
+
+
+class Place(NamedTuple):
+    """Where in a larger file a picture lies: the bytes of a member of a tar file, a row of a Parquet file."""
+
+    file: str  # a path or a URL
+    start: int  # byte; in a Parquet file the row
+    num_bytes: int
+    digest: str  # of its size, beginning and end, in hexadecimal digits; copies share it
+
+
+class Picture(NamedTuple):
+    """One picture of a subset. A tuple, for it takes a third of the time of a dataclass to make."""
+
+    key: str  # its name in messages, and for what is drawn of it; of a picture that is a file, its path
+    caption: str  # as read: lines divided by newlines, without prefix, suffix and tag rules
+    size: Size  # width, height, upright
+    mask_path: str | None = None
+    tags: str | None = None  # the tags field of a metadata file, for statistics
+    place: Place | None = None  # None: the picture is the file `key`
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """The places of N pictures."""
+
+    files: tuple[str, ...]  # an empty one stands for pictures that are files of their own, whose names are URLs
+    file_N: NDArray[np.int32]
+    start_N: NDArray[np.int64]
+    bytes_N: NDArray[np.int64]
+    digest_N16: NDArray[np.uint8]
+
+    def of(self, number: int, name: str) -> Place:
+        """The place of one picture."""
+        start, num_bytes = int(self.start_N[number]), int(self.bytes_N[number])
+        return Place(self.files[self.file_N[number]] or name, start, num_bytes, self.digest_N16[number].tobytes().hex())
+
+    @property
+    def prefixes(self) -> list[str]:
+        """What stands before the names of the pictures of each file, in their keys."""
+        return [f"{file}/" if file else "" for file in self.files]
+
+    def take(self, rows: NDArray[Any]) -> "Places":
+        """Those of the pictures at `rows`."""
+        columns = (self.file_N, self.start_N, self.bytes_N, self.digest_N16)
+        return Places(self.files, *(column[rows] for column in columns))
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures(Sequence[Picture]):
+    """N pictures. Each becomes an object only when it is asked for."""
+
+    names: Texts  # keys without what `prefix` or the file of a place puts before them
+    captions: Texts
+    sizes_N2: NDArray[np.int32]
+    prefix: str = ""
+    masks: Texts | None = None
+    tags: Texts | None = None
+    places: Places | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, number: int) -> Picture: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Picture]: ...
+    def __getitem__(self, number: int | slice) -> Picture | list[Picture]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        width, height = self.sizes_N2[number].tolist()
+        name, places = self.names[number], self.places
+        return Picture(
+            (self.prefix if places is None else places.prefixes[places.file_N[number]]) + name,
+            self.captions[number],
+            (width, height),
+            None if self.masks is None else self.masks[number],
+            None if self.tags is None else self.tags[number],
+            None if places is None else places.of(number, name),
+        )
+
+    def __iter__(self) -> Iterator[Picture]:
+        nothing: Iterator[None] = repeat(None)
+        places = nothing if self.places is None else map(self.places.of, range(len(self)), self.names)
+        sizes = map(tuple, in_blocks(self.sizes_N2))
+        masks, tags = self.masks or nothing, self.tags or nothing
+        rows: Any = zip(self.each_key(), self.captions, sizes, masks, tags, places, strict=False)
+        return map(Picture._make, rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pictures) and len(self) == len(other) and all(map(Picture.__eq__, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def each_key(self) -> Iterator[str]:
+        """The key of each picture, in order."""
+        if self.places is None:
+            return map(self.prefix.__add__, self.names) if self.prefix else iter(self.names)
+        prefixes = map(self.places.prefixes.__getitem__, in_blocks(self.places.file_N))
+        return map(str.__add__, prefixes, self.names)
+
+    def keys_at(self, rows: NDArray[Any]) -> Sequence[str]:
+        """The keys of the pictures at `rows`."""
+        if self.places is None and not self.prefix:
+            return self.names.take(rows)
+        return Texts.of(self.take(rows).each_key())
+
+    def take(self, rows: NDArray[Any]) -> "Pictures":
+        """The pictures at `rows`, in their order."""
+        return replace(
+            self,
+            names=self.names.take(rows),
+            captions=self.captions.take(rows),
+            sizes_N2=self.sizes_N2[rows],
+            masks=None if self.masks is None else self.masks.take(rows),
+            tags=None if self.tags is None else self.tags.take(rows),
+            places=None if self.places is None else self.places.take(rows),
+        )
+
+
+def in_blocks(column: NDArray[Any], block: int = 16384) -> Iterator[Any]:
+    """The values of a column as Python's own, a block at a time."""
+    for first in range(0, len(column), block):
+        yield from column[first : first + block].tolist()

@@ -1,0 +1,166 @@
+"""Pictures as columns: what comes out is what went in, and nothing is an object that need not be one."""
+
+import gc
+import random
+import sys
+
+import numpy as np
+import pytest
+
+from library.data.batches.order import Bucket, epoch_batches
+from library.data.description.buckets import BucketRules, Shape
+from library.data.description.schema import DatasetConfig, SubsetConfig
+from library.data.sources.columns import BLOCK, Texts
+from library.data.sources.pictures import Picture, Pictures, Place, Places
+from library.data.sources.samples import Sample, build_draws, build_samples
+from library.data.sources.scan import ScannedDataset, ScannedSubset
+from library.randomness import random_for
+from tests.unit.data.builders import open_set, write_config, write_folder
+
+ALPHABETS = {"ascii": "ab ,1", "wide": "aé猫\U0001f431", "bytes of a file name": "a\udc80\udcff"}
+
+
+def random_texts(alphabet: str, count: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return ["".join(rng.choices(alphabet, k=rng.choice([0, 1, 7, 40]))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS.values(), ids=list(ALPHABETS))
+@pytest.mark.parametrize("count", [0, 1, 300, BLOCK + 3])
+def test_a_column_gives_back_its_texts(alphabet: str, count: int) -> None:
+    texts = random_texts(alphabet, count, seed=count)
+    column = Texts.of(texts)
+    places = random.Random(count).choices(range(-count, count), k=min(count, 50))
+    rows = np.array(places, dtype=np.int64) % max(count, 1)
+    assert list(column) == texts and len(column) == count and column == Texts.of(texts)
+    assert [column[place] for place in places] == [texts[place] for place in places]
+    assert list(column.take(rows)) == [texts[row] for row in rows]
+    assert column[1:4] == texts[1:4]
+    with pytest.raises(IndexError):
+        column[count]
+
+
+def test_columns_that_differ_in_where_a_text_ends_differ() -> None:
+    assert Texts.of(["ab", "c"]) != Texts.of(["a", "bc"])
+
+
+def made_up(count: int, seed: int) -> Pictures:
+    """Pictures in three files, the last of which stands for files of their own."""
+    rng = np.random.default_rng(seed)
+    return Pictures(
+        names=Texts.of(f"{i:07}.jpg" for i in range(count)),
+        captions=Texts.of(f"a picture, number {i}, of {i % 97}" for i in range(count)),
+        sizes_N2=rng.integers(40, 200, (count, 2), dtype=np.int32),
+        places=Places(
+            ("one.tar", "two.tar", ""),
+            np.sort(rng.integers(0, 3, count, dtype=np.int32)),
+            rng.integers(0, 1 << 40, count),
+            rng.integers(0, 1 << 20, count),
+            rng.integers(0, 256, (count, 16), dtype=np.uint8),
+        ),
+    )
+
+
+def test_pictures_are_the_same_one_by_one_in_a_row_and_taken_out() -> None:
+    pictures = made_up(50, seed=3)
+    listed = list(pictures)
+    rows = np.array([4, 49, 4, 0])
+    assert listed == [pictures[i] for i in range(50)]
+    assert list(pictures.take(rows)) == [listed[row] for row in rows]
+    assert list(pictures.keys_at(rows)) == [listed[row].key for row in rows]
+    assert listed[0].key == "one.tar/0000000.jpg" and listed[49].key == "0000049.jpg"
+    assert listed[49].place == Place(
+        "0000049.jpg",
+        int(pictures.places.start_N[49]),
+        int(pictures.places.bytes_N[49]),
+        bytes(pictures.places.digest_N16[49].tolist()).hex(),
+    )
+
+
+RULES = BucketRules.build((96, 96), True, 64, 128, 32, False, 32)
+
+
+def found_in(pictures: Pictures, **changed: object) -> ScannedDataset:
+    values = {name: None for name in SubsetConfig.__dataclass_fields__}
+    subset = SubsetConfig(**values | {"style": "dreambooth", "num_repeats": 2, "is_reg": False} | changed)
+    values = {name: None for name in DatasetConfig.__dataclass_fields__}
+    config = DatasetConfig(**values | {"batch_size": 3, "subsets": (subset,), "style": "dreambooth"})
+    return ScannedDataset(config, (ScannedSubset(subset, pictures),))
+
+
+def test_samples_are_the_same_one_by_one_and_in_a_row() -> None:
+    datasets = [found_in(made_up(20, seed=1)), found_in(made_up(30, seed=2), num_repeats=5)]
+    samples = build_samples(datasets, [RULES, RULES])
+    listed = list(samples)
+    assert listed == [samples[i] for i in range(50)] == samples[:50] and listed[-1] == samples[-1]
+    assert [sample.subset for sample in listed] == samples.subset_of_each().tolist() == [0] * 20 + [1] * 30
+    assert [sample.num_draws for sample in listed] == [2] * 20 + [5] * 30
+    assert [list(sample.picture.size) for sample in listed] == samples.sizes().tolist()
+    shape = Shape((64, 64), (70, 64))
+    draws_N = np.arange(50, dtype=np.int32)
+    changed = samples.changed({7: shape}, draws_N)
+    assert list(changed) == [
+        sample._replace(num_draws=i, shape=shape if i == 7 else sample.shape) for i, sample in enumerate(listed)
+    ]
+    with pytest.raises(IndexError):
+        samples[50]
+
+
+def test_every_draw_lies_in_the_bucket_of_its_sample() -> None:
+    datasets = [found_in(made_up(40, seed=5)), found_in(made_up(25, seed=6), num_repeats=3)]
+    samples = build_samples(datasets, [RULES, RULES])
+    draws = build_draws(samples, [dataset.config for dataset in datasets], {0, 1})
+    expected: dict[tuple[int, tuple[int, int]], list[Sample]] = {}
+    for sample in samples:
+        expected.setdefault((sample.dataset, sample.shape.bucket), []).extend([sample] * sample.num_draws)
+    assert [(bucket.dataset, bucket.size) for bucket in draws.buckets] == sorted(expected)
+    for bucket in draws.buckets:
+        drawn = [samples[int(draws.sample_of_draw[draw])] for draw in bucket.draws]
+        assert drawn == expected[bucket.dataset, bucket.size]
+
+
+@pytest.mark.parametrize("seed", [1, 88])
+def test_the_order_of_an_epoch_is_that_of_shuffled_lists(seed: int) -> None:
+    buckets = [
+        Bucket(0, (64, 64), 4, range(0, 23)),
+        Bucket(0, (96, 64), 3, range(23, 30)),
+        Bucket(1, (64, 64), 1, [30]),
+    ]
+    expected = []
+    for number, bucket in enumerate(buckets):
+        draws = list(bucket.draws)
+        random_for(seed, "draw order", 6, number).shuffle(draws)
+        expected += [tuple(draws[i : i + bucket.batch_size]) for i in range(0, len(draws), bucket.batch_size)]
+    random_for(seed, "batch order", 6).shuffle(expected)
+    found = epoch_batches(buckets, seed, 6)
+    assert list(found) == expected and found[2:4] == expected[2:4] and len(found) == len(expected)
+
+
+def test_a_plan_and_an_order_of_many_pictures_are_few_objects() -> None:
+    count = 20_000
+    pictures = made_up(count, seed=9)
+    gc.collect()
+    before = sys.getallocatedblocks()
+    samples = build_samples([found_in(pictures)], [RULES])
+    draws = build_draws(samples, [found_in(pictures).config], {0})
+    order = epoch_batches(draws.buckets, 1, 1)
+    gc.collect()
+    assert (sys.getallocatedblocks() - before) / count < 0.2, "an object for each picture would be 1 and more"
+    assert len(order) >= 2 * count / 3 and isinstance(samples[5].picture, Picture)
+
+
+def test_a_folder_becomes_few_objects(tmp_path) -> None:
+    """Measured between two sizes of one folder: what a run keeps besides its pictures is the same."""
+    kept = []
+    for count in (20, 220):
+        write_folder(tmp_path / f"pictures{count}", count)
+        config = f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{{here}}/pictures{count}"\n'
+        options = write_config(tmp_path / f"{count}.toml", config + 'caption_extension = ".txt"\n')
+        open_set(options)  # what is made once in a process
+        gc.collect()
+        before = sys.getallocatedblocks()
+        training_set = open_set(options)
+        gc.collect()
+        kept.append(sys.getallocatedblocks() - before)
+        del training_set
+    assert (kept[1] - kept[0]) / 200 < 0.2
