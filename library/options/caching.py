@@ -21,6 +21,12 @@ class CachingOptions(Options):
         help="Keep the encoded pictures in files beside them, so that the next run need not encode them again. Implies"
         " --cache_latents; entries that no longer fit the picture or the VAE are made anew.",
     )
+    cache_dir: str | None = option(
+        None,
+        own=True,
+        help="Folder for the index, latents and text features of tar shards and Parquet files, and for what is read "
+        "of pictures behind a URL. Unset keeps them beside local files; pictures behind a URL need it.",
+    )
     vae_batch_size: int = option(
         1,
         at_least=1,

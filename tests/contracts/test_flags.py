@@ -37,6 +37,7 @@ OURS = {  # the first of those and what sd-scripts does not have, with their def
     "base_arithmetic": "decoded",
     "base_format": None,
     "blocks_to_swap": None,
+    "cache_dir": None,
     "cuda_graphs": False,
     "deterministic": False,
     "dry_run": False,

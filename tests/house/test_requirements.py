@@ -18,7 +18,9 @@ MODULE_OF = {
     "pillow": "PIL",
     "pre-commit": "pre_commit",
 }
-NAMED_WHEN_MISSING = {"dadaptation", "lion_pytorch", "prodigyopt", "schedulefree", "wandb", "xformers"}
+NAMED_WHEN_MISSING = {
+    "dadaptation", "fsspec", "lion_pytorch", "prodigyopt", "pyarrow", "schedulefree", "wandb", "xformers",
+}  # fmt: skip
 COMMANDS = {"mypy", "pre_commit", "pytest-xdist", "ruff"}  # used from the command line
 
 

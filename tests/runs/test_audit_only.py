@@ -45,7 +45,7 @@ def test_what_stands_out_is_logged_and_shown(
 def test_nothing_is_written_without_a_place_and_good_pictures_are_said_to_be(
     train: Train, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "inspect", lambda samples, num_trained: [])
+    monkeypatch.setattr(module, "inspect", lambda samples, num_trained, storage: [])
     before = sorted(pictures.rglob("*"))
     done = train(
         ["--train_data_dir", str(pictures), "--resolution", "64", "--caption_extension", ".txt", "--audit_only"]

@@ -33,6 +33,7 @@ from library.data.description.buckets import crop_ltrb
 from library.data.description.captions import caption_variant, compose_caption, is_dropped
 from library.data.description.schema import SubsetConfig
 from library.data.sources.samples import Sample, Samples
+from library.data.sources.storage import Storage
 from library.errors import UserError
 from library.randomness import random_for
 from library.types import Batch
@@ -114,6 +115,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
     num_variants: int = 0  # versions that a caption is drawn from; 0 makes it anew for every draw
     text_files: Mapping[int, TextFile] = field(default_factory=dict)  # text features on disk, by sample
     damaged: frozenset[int] = frozenset()  # samples found so while caching
+    storage: Storage = field(default_factory=Storage)
     is_mirrored: bool = False  # every picture, whatever flip_aug says
 
     def __getitem__(self, order: BatchOrder) -> PartialBatch | str:
@@ -216,7 +218,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         """(RGB, mask) of one draw of a picture."""
         sample = self.samples[number]
         subset = self.subsets[sample.subset]
-        rgb, alpha = read_pixels(sample.picture.key)
+        rgb, alpha = read_pixels(sample.picture.key, self.storage.content(sample.picture))
         check_size(sample, rgb)
         placement = self.placement(sample, epoch, draw, is_flipped)
         picture = place(rgb, placement, subset.resize_interpolation)

@@ -30,13 +30,14 @@ from library.data.caching.text_files import Row, TextFile
 from library.data.description.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, log_lengths_later
 from library.data.description.buckets import BucketRules, Shape
 from library.data.description.captions import caption_variant
-from library.data.description.dataset_digest import content_digests, dataset_identity
+from library.data.description.dataset_digest import dataset_identity, picture_digests
 from library.data.description.facts import dataset_facts
 from library.data.description.schema import DatasetConfig, NoDataFound, RunDataConfig, SubsetConfig, load_dataset_config
 from library.data.description.summary import dataset_metadata
 from library.data.description.validation_split import Split, identities_of_pictures, split_datasets, unchanging
+from library.data.sources.collect import collect
 from library.data.sources.samples import Draws, Sample, Samples, build_draws, build_samples, check_pictures, fixed_shape
-from library.data.sources.scan import collect
+from library.data.sources.storage import Storage
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
@@ -102,7 +103,8 @@ class TrainingSet:
         if options.faults.dry_run:
             config = config.without_index()
         check_drawing(config, options)
-        found = collect(config)
+        storage = Storage(options.caching.cache_dir)
+        found = collect(config, storage)
         check_pictures(found)
         split = split_datasets(found, seed)
         datasets = (*split.trained, *split.set_aside)
@@ -122,6 +124,7 @@ class TrainingSet:
             max_train_steps=options.run.planned_steps(sum(b.num_batches for b in draws.buckets), num_processes),
             files={},
             in_memory=frozenset(),
+            storage=storage,
         )
         limit = None if count_tokens is None or max_tokens is None else TokenLimit(count_tokens, max_tokens)
         workers = options.dataset.max_data_loader_n_workers
@@ -159,7 +162,7 @@ class TrainingSet:
     @cached_property
     def identity_with_contents(self) -> dict[str, Any]:
         """The identity, and a digest of each picture's file as it is when this is first asked for."""
-        return {**self.identity, "contents": content_digests(self.picture_paths, max(1, self.num_workers))}
+        return {**self.identity, "contents": picture_digests(self.samples, max(1, self.num_workers))}
 
     # Counts
 
@@ -186,6 +189,11 @@ class TrainingSet:
     def batch_sizes(self) -> list[int]:
         """The batch size of each dataset."""
         return [dataset.config.batch_size for dataset in self.datasets]
+
+    @property
+    def storage(self) -> Storage:
+        """What opens the pictures."""
+        return self._maker.storage
 
     def batch_shapes(self) -> Iterator[tuple[int, tuple[int, int]]]:
         """How many pictures of which size (width, height) the full batches of each bucket have."""

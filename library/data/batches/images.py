@@ -56,13 +56,14 @@ def load_plugin(extension: str) -> bool:
     return True
 
 
-def open_picture(path: str, content: bytes | None = None) -> Image.Image:
-    """The picture with its header read; ValueError names a file that is none. `content` is the file, if read."""
+def open_picture(path: str, content: bytes | io.RawIOBase | None = None) -> Image.Image:
+    """The picture with its header read; ValueError names a file that is none. `content` is the file, read or open."""
     load_plugin(os.path.splitext(path)[1][1:].lower())
     try:
-        return Image.open(path if content is None else io.BytesIO(content))
+        opened: Any = io.BytesIO(content) if isinstance(content, bytes) else path if content is None else content
+        return Image.open(opened)
     except UnidentifiedImageError:
-        is_empty = not content if content is not None else os.path.getsize(path) == 0
+        is_empty = content == b"" if content is not None else os.path.getsize(path) == 0
         raise UserError(f"{path} is {'empty' if is_empty else 'not a picture that can be read'}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
@@ -79,9 +80,9 @@ def orientation_of(image: Image.Image) -> int:
     return value if value in TRANSPOSITIONS else 1
 
 
-def read_size(path: str) -> Size:
-    """(width, height) as `read_pixels` will give it, from the header alone."""
-    with open_picture(path) as image:
+def read_size(path: str, content: bytes | io.RawIOBase | None = None) -> Size:
+    """(width, height) as `read_pixels` will give it, from the header alone; `content` is the file, if read or open."""
+    with open_picture(path, content) as image:
         width, height = image.size
         turned = orientation_of(image) >= 5
     if width <= 0 or height <= 0:

@@ -21,7 +21,7 @@ from torch import Tensor
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.data.batches.dataset import TrainingSet
 from library.data.caching.npz import MISSING, clear_left_overs
-from library.data.caching.text_files import Identity, Row, TextFile, Verdict, judge, text_path, write_texts
+from library.data.caching.text_files import Identity, Row, TextFile, Verdict, judge, write_texts
 from library.data.sources.scan import few
 from library.errors import UserError
 from library.processes import ALONE, Processes
@@ -156,7 +156,7 @@ def plan_jobs(training_set: TrainingSet, spec: TextCacheSpec) -> tuple[list[Job]
     for number, texts in enumerate(training_set.caption_texts()):
         wanted = [text for text in texts if text]
         if wanted:
-            path = text_path(os.path.abspath(training_set.samples[number].picture.key), spec.suffix)
+            path = os.path.abspath(training_set.storage.cache_stem(training_set.samples[number].picture)) + spec.suffix
             files[number] = TextFile(path, spec.keys)
             texts_of[path].update(dict.fromkeys(wanted))
     return [Job(TextFile(path, spec.keys), tuple(texts)) for path, texts in texts_of.items()], files
@@ -164,7 +164,8 @@ def plan_jobs(training_set: TrainingSet, spec: TextCacheSpec) -> tuple[list[Job]
 
 def shared_job(training_set: TrainingSet, spec: TextCacheSpec, name: str, texts: Sequence[str]) -> Job:
     """What no picture has, in a hidden file in the first folder of pictures."""
-    first = min(os.path.dirname(os.path.abspath(sample.picture.key)) for sample in training_set.samples)
+    stem_of = training_set.storage.cache_stem
+    first = min(os.path.dirname(os.path.abspath(stem_of(sample.picture))) for sample in training_set.samples)
     return Job(TextFile(os.path.join(first, f".{name}{spec.suffix}"), spec.keys), tuple(texts))
 
 

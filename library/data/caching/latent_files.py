@@ -28,6 +28,8 @@ from torch import Tensor
 from library.checkpoints.files import atomic_path
 from library.data.caching.npz import DAMAGE, DAMAGED, MISSING, open_npz
 from library.data.description.buckets import Shape, Size, crop_ltrb
+from library.data.sources.pictures import Picture
+from library.data.sources.storage import Storage
 from library.errors import UserError
 from library.protocols import LatentSpec
 
@@ -81,7 +83,7 @@ class Origin:
 
     picture: str  # file name
     picture_bytes: int
-    picture_mtime_ns: int
+    picture_mtime_ns: int  # or another stamp, see storage.Version
     picture_hash: str
     bucket: list[int]
     resized: list[int]
@@ -90,10 +92,10 @@ class Origin:
     checksums: dict[str, int]  # of the arrays; another program that writes the entry anew does not renew them
 
 
-def latent_file(picture: str, size: Size, shape: Shape, spec: LatentSpec) -> LatentFile:
-    """The file and the keys of a picture's entry."""
+def latent_file(stem: str, size: Size, shape: Shape, spec: LatentSpec) -> LatentFile:
+    """The file and the keys of a picture's entry; `stem` is `Storage.cache_stem` of the picture."""
     width, height = (side // spec.downscale for side in shape.bucket)
-    path = f"{os.path.splitext(picture)[0]}_{size[0]:04d}x{size[1]:04d}{spec.cache_suffix}"
+    path = f"{stem}_{size[0]:04d}x{size[1]:04d}{spec.cache_suffix}"
     return LatentFile(
         path, f"_{height}x{width}", spec.had_keys_without_size, (spec.channels, height, width), shape.bucket
     )
@@ -188,7 +190,7 @@ class Verdict:
     is_foreign: bool = False  # written by another program
 
 
-def judge(file: LatentFile, picture: str, size: Size, expected: Expected) -> Verdict:
+def judge(file: LatentFile, picture: Picture, expected: Expected, storage: Storage) -> Verdict:
     """Whether the entry can stand for the picture.
 
     An entry with our note must come from this picture (same name, and same size and time, or same content), the same
@@ -201,8 +203,8 @@ def judge(file: LatentFile, picture: str, size: Size, expected: Expected) -> Ver
             latents_in(archive, file, expected.needs_flipped, expected.needs_alpha)
             origin = origin_in(archive, file.tail)
             if origin is not None:
-                return Verdict(origin_fault(origin, picture, expected))
-            return Verdict(foreign_fault(archive, file, picture, size), is_foreign=True)
+                return Verdict(origin_fault(origin, picture, expected, storage))
+            return Verdict(foreign_fault(archive, file, picture), is_foreign=True)
     except EntryError as error:
         return Verdict(str(error))
     except FileNotFoundError:
@@ -211,7 +213,7 @@ def judge(file: LatentFile, picture: str, size: Size, expected: Expected) -> Ver
         return Verdict(DAMAGED)
 
 
-def origin_fault(origin: Origin, picture: str, expected: Expected) -> str | None:
+def origin_fault(origin: Origin, picture: Picture, expected: Expected, storage: Storage) -> str | None:
     """What has changed since an entry was written."""
     if origin.vae != expected.vae:
         return "made with another VAE"
@@ -219,24 +221,23 @@ def origin_fault(origin: Origin, picture: str, expected: Expected) -> str | None
         return "made for another size or crop"
     if origin.interpolation != expected.interpolation:
         return "made with another resize_interpolation"
-    status = os.stat(picture)
-    if origin.picture != os.path.basename(picture) or origin.picture_bytes != status.st_size:
+    version = storage.version(picture)
+    if origin.picture != os.path.basename(picture.key) or origin.picture_bytes != version.num_bytes:
         return "made from another picture"
-    if origin.picture_mtime_ns != status.st_mtime_ns:
-        with open(picture, "rb") as content:
-            if content_hash(content.read()) != origin.picture_hash:
-                return "made from another picture"
+    if origin.picture_mtime_ns != version.stamp and content_hash(storage.whole(picture)[1]) != origin.picture_hash:
+        return "made from another picture"
     return None
 
 
-def foreign_fault(archive: Mapping[str, Any], file: LatentFile, picture: str, size: Size) -> str | None:
+def foreign_fault(archive: Mapping[str, Any], file: LatentFile, picture: Picture) -> str | None:
     """What speaks against an entry that another program wrote."""
+    size = picture.size
     for name, wanted in (("original_size", size), ("crop_ltrb", crop_ltrb(file.bucket, size))):
         key = f"{name}{file.tail}"
         values = np.asarray(archive[key], dtype=np.float64) if key in archive else np.empty(0)
         if values.shape != (len(wanted),) or not np.allclose(values, wanted, rtol=0, atol=0.01):
             return "made for another size or crop"
-    if os.stat(file.path).st_mtime_ns < os.stat(picture).st_mtime_ns:
+    if picture.place is None and os.stat(file.path).st_mtime_ns < os.stat(picture.key).st_mtime_ns:
         return "older than the picture"
     return None
 

@@ -21,6 +21,7 @@ from library.data.caching.npz import DAMAGE, MISSING, open_npz
 from library.data.sources import picture_index
 from library.data.sources.picture_index import UNSETTLED, content_stamp, stamp_of
 from library.data.sources.pictures import Picture
+from library.data.sources.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -37,20 +38,24 @@ class VerifiedEntries:
     """The indices of the folders of a run, and what this run adds to them."""
 
     known: dict[str, Rows]
+    storage: Storage
     sure: dict[str, Rows] = field(default_factory=dict)
     marks: dict[tuple[str, str], int] = field(default_factory=dict)  # of entries by path and tail
     written: dict[tuple[str, str], int] = field(default_factory=dict)  # stamps of files that this run wrote
 
     @classmethod
-    def open(cls, files: Iterable[LatentFile]) -> "VerifiedEntries":
+    def open(cls, files: Iterable[LatentFile], storage: Storage) -> "VerifiedEntries":
         """What is known about the folders of these files."""
-        return cls({folder: read_rows(folder) for folder in {os.path.dirname(file.path) for file in files}})
+        return cls({folder: read_rows(folder) for folder in {os.path.dirname(file.path) for file in files}}, storage)
 
     def verdict(self, file: LatentFile, picture: Picture, expected: Expected) -> Verdict:
         """What `judge` says, or said before about files that are still the same."""
         folder, name = os.path.split(file.path)
         now_ns = time.time_ns()
-        picture_stamp = stamp_of(os.stat(picture.key), now_ns)
+        if picture.place is None:
+            picture_stamp = stamp_of(os.stat(picture.key), now_ns)
+        else:
+            picture_stamp = hash(self.storage.version(picture))
         mark = mark_of(file, picture, picture_stamp, expected)
         if picture_stamp != UNSETTLED:
             self.marks[file.path, file.tail] = mark
@@ -63,7 +68,7 @@ class VerifiedEntries:
         if is_settled and row is not None and row[0] == stamp and row[1] | FOREIGN == mark | FOREIGN:
             found = Verdict(None, is_foreign=bool(row[1] & FOREIGN))
         else:
-            found = judge(file, picture.key, picture.size, expected)
+            found = judge(file, picture, expected, self.storage)
         if is_settled and found.fault is None:
             self.sure.setdefault(folder, {})[name + file.tail] = stamp, mark | FOREIGN if found.is_foreign else mark
         return found

@@ -30,11 +30,11 @@ from library.data.caching.npz import MISSING, clear_left_overs
 from library.data.description.buckets import Shape
 from library.data.sources.samples import Sample
 from library.data.sources.scan import few
+from library.data.sources.storage import Storage, Version
 from library.errors import UserError
 from library.options.caching import CachingOptions
 from library.processes import ALONE, Processes
 from library.progress import progress_bar
-from library.protocols import LatentSpec
 from library.randomness import generator_for
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,7 @@ class Decoded:
 
     picture: Pixels
     alpha: Pixels | None
-    file_bytes: int
-    file_mtime_ns: int
+    version: Version
     file_hash: str
 
 
@@ -98,11 +97,11 @@ def cache_latents(
     if processes.is_main:
         clear_left_overs(os.path.dirname(job.file.path) for job in on_disk if job.file is not None)
     if kept and processes.count > 1:
-        kept = passed_on(kept, processes.shared_folder("latents"), training_set.spec)
+        kept = passed_on(kept, processes.shared_folder("latents"), training_set)
     files: dict[int, LatentFile] = {}
     memory: dict[int, Latents] = {}
     damaged: dict[int, str] = {}
-    entries = VerifiedEntries.open(job.file for job in on_disk if job.file is not None)
+    entries = VerifiedEntries.open((job.file for job in on_disk if job.file is not None), training_set.storage)
 
     def encode_jobs(share: Sequence[Job]) -> None:
         for job, latents in encoded(share, encode, vae_identity, options.vae_batch_size, seed, training_set, entries):
@@ -148,13 +147,13 @@ def shared_out(jobs: Sequence[Job], rank: int, count: int) -> list[Job]:
     ]
 
 
-def passed_on(jobs: Sequence[Job], folder: str, spec: LatentSpec) -> list[Job]:
+def passed_on(jobs: Sequence[Job], folder: str, training_set: TrainingSet) -> list[Job]:
     """The jobs, those whose latents would stay in memory with files in `folder`."""
     passed = []
     for number, job in enumerate(jobs):
         if job.file is None:
-            file = file_of(job.sample, spec)
-            job = replace(job, file=replace(file, path=os.path.join(folder, f"{number}{spec.cache_suffix}")))
+            path = os.path.join(folder, f"{number}{training_set.spec.cache_suffix}")
+            job = replace(job, file=replace(file_of(job.sample, training_set), path=path))
         passed.append(job)
     return passed
 
@@ -174,7 +173,7 @@ def plan_jobs(training_set: TrainingSet, to_disk: bool) -> list[Job]:
     for (_, _, interpolation), users in groups.items():
         subsets = [training_set.subset_of(training_set.samples[user]) for user in users]
         sample = training_set.samples[users[0]]
-        file = file_of(sample, training_set.spec) if to_disk else None
+        file = file_of(sample, training_set) if to_disk else None
         if file is not None:
             if (file.path, file.tail) in claimed:
                 left_out.append(sample.picture.key)
@@ -194,13 +193,14 @@ def plan_jobs(training_set: TrainingSet, to_disk: bool) -> list[Job]:
     )
 
 
-def file_of(sample: Sample, spec: LatentSpec) -> LatentFile:
-    return latent_file(sample.picture.key, sample.picture.size, sample.shape, spec)
+def file_of(sample: Sample, training_set: TrainingSet) -> LatentFile:
+    stem = training_set.storage.cache_stem(sample.picture)
+    return latent_file(stem, sample.picture.size, sample.shape, training_set.spec)
 
 
-def old_file_of(file: LatentFile, picture: str) -> LatentFile:
+def old_file_of(file: LatentFile, stem: str) -> LatentFile:
     """`<stem>.npz`, the name that early sd-scripts used for every base model."""
-    return replace(file, path=os.path.splitext(picture)[0] + ".npz")
+    return replace(file, path=f"{stem}.npz")
 
 
 # What is true on disk
@@ -217,7 +217,8 @@ def check_files(
         picture = job.sample.picture
         expected = Expected(job.sample.shape, job.interpolation, vae_identity, job.needs_flipped, job.needs_alpha)
         verdict = Verdict(MISSING)
-        for file in (job.file, old_file_of(job.file, picture.key)) if has_old_names else (job.file,):
+        old = old_file_of(job.file, training_set.storage.cache_stem(picture))
+        for file in (job.file, old) if has_old_names else (job.file,):
             if skips_check and os.access(file.path, os.R_OK):
                 return Found(file, Verdict(None))
             found = entries.verdict(file, picture, expected)
@@ -299,12 +300,12 @@ def encoded(
         progress_bar("caching latents…", len(jobs)) as bar,
     ):
         writes: deque[Future[None]] = deque()
-        for batch, results in decoded_ahead(batches, max(1, training_set.num_workers)):
+        for batch, results in decoded_ahead(batches, training_set.storage, max(1, training_set.num_workers)):
             yield from ((job, one) for job, one in zip(batch, results, strict=True) if isinstance(one, DamagedPicture))
             pairs = [(job, one) for job, one in zip(batch, results, strict=True) if isinstance(one, Decoded)]
             jobs_left, decoded = [job for job, _ in pairs], [one for _, one in pairs]
             for (job, picture), latents in zip(pairs, encode_batch(jobs_left, decoded, encode, seed), strict=True):
-                check_latents(job, latents, training_set.spec)
+                check_latents(job, latents, training_set)
                 if job.file is not None:
                     origin = origin_of(job, picture, vae_identity)
                     writes.append(writer.submit(write_job, job, latents, origin, entries))
@@ -337,7 +338,7 @@ def equal_batches(jobs: Sequence[Job], count: int) -> Iterator[list[Job]]:
 
 
 def decoded_ahead(
-    batches: Sequence[list[Job]], num_threads: int
+    batches: Sequence[list[Job]], storage: Storage, num_threads: int
 ) -> Iterator[tuple[list[Job], list[Decoded | DamagedPicture]]]:
     """Every batch with its pictures; two batches for each thread are read ahead, not more."""
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
@@ -349,7 +350,7 @@ def decoded_ahead(
                 batch = next(remaining, None)
                 if batch is None:
                     break
-                waiting.append((batch, [pool.submit(decode_or_damage, job) for job in batch]))
+                waiting.append((batch, [pool.submit(decode_or_damage, job, storage) for job in batch]))
             if not waiting:
                 return
             batch, futures = waiting.popleft()
@@ -358,24 +359,18 @@ def decoded_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def decode_or_damage(job: Job) -> Decoded | DamagedPicture:
+def decode_or_damage(job: Job, storage: Storage) -> Decoded | DamagedPicture:
     """A picture ready for the VAE, or why there is none."""
     try:
-        return decode(job)
+        return decode(job, storage)
     except DamagedPicture as error:
         return error
 
 
-def decode(job: Job) -> Decoded:
+def decode(job: Job, storage: Storage) -> Decoded:
     """Read, resize and crop the picture of a job, from one read of its file."""
-    path = job.sample.picture.key
-    try:
-        status = os.stat(path)
-        with open(path, "rb") as file:
-            content = file.read()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    rgb, alpha = read_pixels(path, content)
+    version, content = storage.whole(job.sample.picture)
+    rgb, alpha = read_pixels(job.sample.picture.key, content)
     check_size(job.sample, rgb)
     placement = centred(job.sample.shape)
     placed_alpha = None
@@ -383,7 +378,7 @@ def decode(job: Job) -> Decoded:
         opaque = np.full(rgb.shape[:2], 255, dtype=np.uint8)
         placed_alpha = place(opaque if alpha is None else alpha, placement, job.interpolation)
     picture = place(rgb, placement, job.interpolation)
-    return Decoded(picture, placed_alpha, status.st_size, status.st_mtime_ns, content_hash(content))
+    return Decoded(picture, placed_alpha, version, content_hash(content))
 
 
 def encode_batch(jobs: Sequence[Job], decoded: Sequence[Decoded], encode: Encode, seed: int) -> list[Latents]:
@@ -413,7 +408,7 @@ def generator_of(job: Job, decoded: Decoded, seed: int, is_flipped: int) -> Gene
     return generator_for(seed, "vae", decoded.file_hash, width, height, is_flipped)
 
 
-def check_latents(job: Job, latents: Latents, spec: LatentSpec) -> None:
+def check_latents(job: Job, latents: Latents, training_set: TrainingSet) -> None:
     """Raise UserError naming the picture where the VAE gave NaN or another shape than the base model's."""
     path = job.sample.picture.key
     for tensor in (latents.latents_CHW, latents.flipped_CHW):
@@ -421,7 +416,7 @@ def check_latents(job: Job, latents: Latents, spec: LatentSpec) -> None:
             continue
         if not torch.isfinite(tensor).all():
             raise UserError(f"the VAE gives NaN for {path}; add --no_half_vae, or use a VAE made for fp16")
-        wanted = file_of(job.sample, spec).latent_shape
+        wanted = file_of(job.sample, training_set).latent_shape
         if tuple(tensor.shape) != wanted:
             raise UserError(f"the VAE gives latents of shape {tuple(tensor.shape)} for {path}, but {wanted} is needed")
 
@@ -430,8 +425,8 @@ def origin_of(job: Job, decoded: Decoded, vae_identity: str) -> Origin:
     """What the entry is made from."""
     return Origin(
         picture=os.path.basename(job.sample.picture.key),
-        picture_bytes=decoded.file_bytes,
-        picture_mtime_ns=decoded.file_mtime_ns,
+        picture_bytes=decoded.version.num_bytes,
+        picture_mtime_ns=decoded.version.stamp,
         picture_hash=decoded.file_hash,
         bucket=list(job.sample.shape.bucket),
         resized=list(job.sample.shape.resized),

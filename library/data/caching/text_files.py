@@ -10,7 +10,6 @@ A file is a numpy archive beside the picture, `<stem><suffix>`. Entries have no 
 
 import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -222,8 +221,3 @@ def filled_up(tensor: Tensor, length: int, value: float) -> Tensor:
     if len(tensor) == length:
         return tensor
     return torch.cat([tensor, tensor.new_full((length - len(tensor), *tensor.shape[1:]), value)])
-
-
-def text_path(picture: str, suffix: str) -> str:
-    """The file of a picture's captions."""
-    return os.path.splitext(picture)[0] + suffix

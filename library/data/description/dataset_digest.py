@@ -15,7 +15,28 @@ from library.data.sources.samples import Samples
 MAX_PICTURES = 20_000  # in larger sets looking into every file would hold up the start
 PART_BYTES = 1 << 17
 
-WHERE = ("keeps_index", "image_dir", "metadata_file", "conditioning_data_dir", "cache_info")
+WHERE = (
+    "keeps_index", "image_dir", "metadata_file", "conditioning_data_dir", "cache_info", "shards", "parquet",
+    "image_column", "caption_column",
+)  # fmt: skip
+
+
+def picture_digests(samples: Samples, num_threads: int) -> list[str]:
+    """The digests of the files of all pictures, of a picture in a larger file the one in the index; none of too many.
+
+    See `content_digests`.
+    """
+    if len(samples) > MAX_PICTURES:
+        return []
+    return [
+        digest
+        for pictures in samples.subsets
+        for digest in (
+            content_digests(list(pictures.each_key()), num_threads)
+            if pictures.places is None
+            else [digest.tobytes().hex()[:8] for digest in pictures.places.digest_N16]
+        )
+    ]
 
 
 def content_digests(paths: Sequence[str], num_threads: int) -> list[str]:

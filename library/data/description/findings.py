@@ -3,9 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from library.data.description.buckets import Size
 from library.data.description.looks import Look, groups_of, look_at_all, similar_pairs
+from library.data.sources.pictures import Picture
 from library.data.sources.samples import Sample
 from library.data.sources.scan import few
+from library.data.sources.storage import Storage
 
 MOST_BITS = 6  # of 64: copies of another size or quality, or with an edge cut off, differ in so few, others in 20
 BLURRED = 15.0  # variance of the Laplacian; a blur of 2 pixels leaves 5, sharp pictures have 50 and far more
@@ -25,14 +28,15 @@ class Finding:
         return f"{self.text}: " + few(f"{path} ({note})" if note else path for path, note in self.pictures)
 
 
-def inspect(samples: Sequence[Sample], num_trained: int, num_threads: int = 0) -> list[Finding]:
+def inspect(samples: Sequence[Sample], num_trained: int, storage: Storage, num_threads: int = 0) -> list[Finding]:
     """Look at every picture once. Those of datasets from `num_trained` on are only measured, not trained."""
-    largest: dict[str, tuple[int, int]] = {}
+    largest: dict[str, tuple[Picture, Size]] = {}
     for sample in samples:
-        width, height = largest.get(sample.picture.key, (0, 0))
-        largest[sample.picture.key] = (max(width, sample.shape.bucket[0]), max(height, sample.shape.bucket[1]))
+        key, (bucket_width, bucket_height) = sample.picture.key, sample.shape.bucket
+        _, (width, height) = largest.get(key, (sample.picture, (0, 0)))
+        largest[key] = sample.picture, (max(width, bucket_width), max(height, bucket_height))
     trained = {sample.picture.key for sample in samples if sample.dataset < num_trained}
-    return list(findings_of(look_at_all(list(largest.items()), num_threads), trained))
+    return list(findings_of(look_at_all(list(largest.values()), storage, num_threads), trained))
 
 
 def findings_of(looks: Sequence[Look], trained: set[str]) -> Iterator[Finding]:

@@ -28,6 +28,11 @@ INT = Kind("an int", lambda v: isinstance(v, int), int)
 FLOAT = Kind("a float (with a decimal point)", lambda v: isinstance(v, float))
 NUMBER = Kind("a number", lambda v: isinstance(v, (int, float)), float)
 TEXT = Kind("a string", lambda v: isinstance(v, str))
+TEXTS = Kind(
+    "a string or a list of strings",
+    lambda v: isinstance(v, str) or (isinstance(v, list) and bool(v) and all(isinstance(item, str) for item in v)),
+    lambda v: (v,) if isinstance(v, str) else tuple(v),
+)
 BOOL = Kind("true or false", lambda v: isinstance(v, bool))
 TABLE = Kind("a table", lambda v: isinstance(v, dict))
 FLOAT_PAIR = Kind("two floats, [1.0, 3.0]", lambda v: _is_pair(v, float), tuple)
@@ -99,6 +104,10 @@ SUBSET_KEYS = (
     _with_option("validation_split", SHARE, 0.0, GDS),
     _with_option("validation_seed", INT, None, GDS),
     Key("image_dir", TEXT, None, ONLY_S),
+    Key("shards", TEXTS, None, ONLY_S, ("dreambooth",)),
+    Key("parquet", TEXTS, None, ONLY_S, ("dreambooth",)),
+    Key("image_column", TEXT, None, GDS, ("dreambooth",)),
+    Key("caption_column", TEXT, None, GDS, ("dreambooth",)),
     Key("class_tokens", TEXT, None, GDS, ("dreambooth",)),
     Key("is_reg", BOOL, False, ONLY_S, ("dreambooth",)),
     Key("alpha_mask", BOOL, False, ONLY_S, ("dreambooth", "metadata"), "alpha_mask"),
@@ -111,9 +120,15 @@ SUBSET_KEYS = (
 ALL_KEYS = {key.name: key for key in (*DATASET_KEYS, *SUBSET_KEYS)}
 
 REQUIRED: dict[Style, tuple[str, ...]] = {
-    "dreambooth": ("image_dir",),
+    "dreambooth": (),  # one of SOURCES
     "metadata": ("metadata_file",),
     "masked": ("image_dir", "conditioning_data_dir"),
+}
+SOURCES = ("image_dir", "shards", "parquet")
+ONLY_OF: dict[str, tuple[str, ...]] = {  # keys of a subset that only some sources have a use for
+    "cache_info": ("image_dir",),
+    "image_column": ("parquet",),
+    "caption_column": ("parquet", "shards"),
 }
 
 

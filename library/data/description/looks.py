@@ -13,6 +13,8 @@ from PIL import Image
 
 from library.data.batches.images import TRANSPOSITIONS, decode_all, open_picture, orientation_of, read_pixels
 from library.data.description.buckets import Size
+from library.data.sources.pictures import Picture
+from library.data.sources.storage import Storage
 from library.errors import UserError
 from library.progress import progress_bar
 
@@ -32,16 +34,16 @@ class Look:
     problem: str | None = None
 
 
-def look_at(path: str, trained: Size) -> Look:
+def look_at(path: str, trained: Size, content: bytes | None = None) -> Look:
     """Decode a picture in grey, no larger than it is needed, and measure it at the size it is trained at.
 
-    One that is smaller than that is measured as it is: enlarging would blur it. The hash is ImageHash's `phash`, the
-    sharpness that of Pech-Pacheco et al. (2000), "Diatom autofocusing in brightfield microscopy".
+    `content` is its file, if read. A smaller one is measured as it is: enlarging would blur it. The hash is ImageHash's
+    `phash`, the sharpness that of Pech-Pacheco et al. (2000), "Diatom autofocusing in brightfield microscopy".
     """
     import imagehash
 
     try:
-        grey = grey_of(path, trained)
+        grey = grey_of(path, trained, content)
     except (UserError, OSError) as error:
         return Look(path, problem=str(error).removeprefix(path).strip())
     if grey.width > trained[0] and grey.height > trained[1]:
@@ -54,16 +56,16 @@ def look_at(path: str, trained: Size) -> Look:
     return Look(path, int("".join("1" if bit else "0" for bit in bits), 2), sharpness_of(pixels), deviation_of(pixels))
 
 
-def grey_of(path: str, trained: Size) -> Image.Image:
+def grey_of(path: str, trained: Size, content: bytes | None = None) -> Image.Image:
     """The picture in grey, upright; a JPEG no larger than it is needed. Raises UserError where it cannot be decoded."""
-    with open_picture(path) as image:
+    with open_picture(path, content) as image:
         if image.format == "JPEG":
             orientation = orientation_of(image)
             image.draft("L", trained)  # its decoder halves the size on the way, for a part of the time
             decode_all(image, path)
             grey = image.convert("L")
             return grey.transpose(TRANSPOSITIONS[orientation]) if orientation in TRANSPOSITIONS else grey
-    return Image.fromarray(read_pixels(path)[0]).convert("L")
+    return Image.fromarray(read_pixels(path, content)[0]).convert("L")
 
 
 def sharpness_of(grey_HW: NDArray[np.uint8]) -> float:
@@ -79,13 +81,21 @@ def deviation_of(values_HW: NDArray[np.uint8] | NDArray[np.int16]) -> float:
     return float(cv2.meanStdDev(values_HW)[1][0, 0])
 
 
-def look_at_all(pictures: Sequence[tuple[str, Size]], num_threads: int = 0) -> list[Look]:
-    """The looks of (path, size it is trained at), in order, with a bar; decoders leave Python to other threads."""
+def look_at_all(pictures: Sequence[tuple[Picture, Size]], storage: Storage, num_threads: int = 0) -> list[Look]:
+    """The looks of (picture, size it is trained at), in order, with a bar; decoders leave Python to other threads."""
     threads = num_threads or os.cpu_count() or 1
+
+    def look(pair: tuple[Picture, Size]) -> Look:
+        picture, trained = pair
+        try:
+            return look_at(picture.key, trained, storage.content(picture))
+        except UserError as error:
+            return Look(picture.key, problem=str(error))
+
     with ThreadPoolExecutor(threads) as pool, progress_bar("looking at pictures", len(pictures)) as bar:
         found = []
-        for look in pool.map(lambda picture: look_at(*picture), pictures):
-            found.append(look)
+        for one in pool.map(look, pictures):
+            found.append(one)
             bar.update(1)
         return found
 

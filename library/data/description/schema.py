@@ -5,13 +5,25 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from library.data.description.captions import CaptionRules
-from library.data.description.keys import ALL_KEYS, DATASET_KEYS, REQUIRED, SUBSET_KEYS, Key, Level, Style, stands_at
+from library.data.description.keys import (
+    ALL_KEYS,
+    DATASET_KEYS,
+    ONLY_OF,
+    REQUIRED,
+    SOURCES,
+    SUBSET_KEYS,
+    Key,
+    Level,
+    Style,
+    stands_at,
+)
 from library.errors import UserError
 from library.options.config_file import read_toml
 from library.options.dataset import DatasetOptions
@@ -27,12 +39,25 @@ class NoDataFound(UserError):
     """There is nothing at all to train on."""
 
 
+def without_secrets(url: str) -> str:
+    """A path or URL as others may see it: without user, password, signature and other parameters."""
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        return url
+    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
 @dataclass(frozen=True)
 class SubsetConfig:
-    """One folder or metadata file."""
+    """One folder, one metadata file, or some larger files that hold pictures."""
 
     style: Style
     image_dir: str | None
+    shards: tuple[str, ...] | None  # tar files, patterns of them among them
+    parquet: tuple[str, ...] | None
+    image_column: str | None
+    caption_column: str | None
     metadata_file: str | None
     conditioning_data_dir: str | None
     num_repeats: int
@@ -54,13 +79,18 @@ class SubsetConfig:
 
     @property
     def source(self) -> str:
-        """The folder or file that the pictures come from, for messages."""
-        return self.metadata_file or self.image_dir or ""
+        """The folder or files that the pictures come from, for messages."""
+        return self.metadata_file or self.image_dir or ", ".join(map(without_secrets, self.patterns))
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The larger files that the pictures lie in, patterns of them among them; none where pictures are files."""
+        return self.shards or self.parquet or ()
 
     @property
     def base_name(self) -> str:
         """How the metadata of the saved file calls it."""
-        return os.path.basename(os.path.normpath(self.source))
+        return os.path.basename(os.path.normpath(without_secrets(self.patterns[0]) if self.patterns else self.source))
 
 
 @dataclass(frozen=True)
@@ -190,12 +220,28 @@ def find_problems(content: Table, masked_loss: bool) -> list[str]:
         for j, subset in enumerate(subsets):
             subset_place = f"{place}['subsets'][{j}]"
             problems += table_problems(subset, subset_place, "subset", style)
+            if style == "dreambooth":
+                problems += source_problems(subset, subset_place)
             problems += [
                 f"{subset_place}['{name}'] is missing, a {style} subset needs it"
                 for name in REQUIRED[style]
                 if name not in subset
             ]
     return problems
+
+
+def source_problems(subset: Table, place: str) -> list[str]:
+    """What is wrong with where the pictures of a subset come from: one source, and keys that have a use for it."""
+    given = [name for name in SOURCES if name in subset]
+    if not given:
+        return [f"{place}['image_dir'] is missing: name a folder, or tar files as shards, or Parquet files as parquet"]
+    if len(given) > 1:
+        return [f"{place} has {' and '.join(given)}; each is a source of its own, put them into two subsets"]
+    return [
+        f"{place}['{name}'] does nothing with {given[0]}; it is for {' and '.join(sources)}"
+        for name, sources in ONLY_OF.items()
+        if name in subset and given[0] not in sources
+    ]
 
 
 def is_table_list(value: Any) -> bool:

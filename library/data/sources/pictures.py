@@ -16,9 +16,11 @@ class Place(NamedTuple):
     """Where in a larger file a picture lies: the bytes of a member of a tar file, a row of a Parquet file."""
 
     file: str  # a path or a URL
+    name: str  # of the picture in it
     start: int  # byte; in a Parquet file the row
     num_bytes: int
     digest: str  # of its size, beginning and end, in hexadecimal digits; copies share it
+    column: str = ""  # of a Parquet file
 
 
 class Picture(NamedTuple):
@@ -36,26 +38,36 @@ class Picture(NamedTuple):
 class Places:
     """The places of N pictures."""
 
-    files: tuple[str, ...]  # an empty one stands for pictures that are files of their own, whose names are URLs
+    files: tuple[str, ...]  # paths and URLs to open
+    shown: tuple[str, ...]  # how keys begin, without passwords and the like; "" for URLs of pictures
     file_N: NDArray[np.int32]
     start_N: NDArray[np.int64]
     bytes_N: NDArray[np.int64]
     digest_N16: NDArray[np.uint8]
+    column: str = ""  # of Parquet files
+    urls: Texts | None = None  # of pictures that are files of their own
 
     def of(self, number: int, name: str) -> Place:
         """The place of one picture."""
+        file = self.files[self.file_N[number]] if self.urls is None else self.urls[number]
         start, num_bytes = int(self.start_N[number]), int(self.bytes_N[number])
-        return Place(self.files[self.file_N[number]] or name, start, num_bytes, self.digest_N16[number].tobytes().hex())
+        return Place(file, name, start, num_bytes, self.digest_N16[number].tobytes().hex(), self.column)
 
     @property
     def prefixes(self) -> list[str]:
         """What stands before the names of the pictures of each file, in their keys."""
-        return [f"{file}/" if file else "" for file in self.files]
+        return [f"{file}/" if file else "" for file in self.shown]
 
     def take(self, rows: NDArray[Any]) -> "Places":
         """Those of the pictures at `rows`."""
-        columns = (self.file_N, self.start_N, self.bytes_N, self.digest_N16)
-        return Places(self.files, *(column[rows] for column in columns))
+        return replace(
+            self,
+            file_N=self.file_N[rows],
+            start_N=self.start_N[rows],
+            bytes_N=self.bytes_N[rows],
+            digest_N16=self.digest_N16[rows],
+            urls=None if self.urls is None else self.urls.take(rows),
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,13 +1,12 @@
 """From folders and metadata files to pictures: paths, captions, sizes. Nothing is decoded."""
 
 import logging
-import math
 import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import compress
 from typing import TypeVar
 
@@ -17,7 +16,7 @@ from library.data.batches.images import picture_extensions, read_size
 from library.data.batches.threads import in_blocks
 from library.data.description.buckets import Size
 from library.data.description.captions import CaptionRules
-from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig
+from library.data.description.schema import DatasetConfig, SubsetConfig
 from library.data.sources.columns import Texts
 from library.data.sources.folder_cache import CacheRow, FolderCache, fingerprint
 from library.data.sources.image_headers import HEAD_BYTES, plain_size
@@ -92,46 +91,8 @@ class _Listing:
         return ScannedSubset(self.config, pictures, dropped, tuple(self.without_caption), tuple(self.empty_caption))
 
 
-def collect(config: RunDataConfig, num_threads: int = 16) -> tuple[ScannedDataset, ...]:
-    """List the pictures of every subset, read their captions and headers.
-
-    Raises UserError for missing folders and files, captions that are not UTF-8 and masks that are missing.
-    """
-    return tuple(collect_dataset(dataset, num_threads) for dataset in config.datasets)
-
-
-def collect_dataset(config: DatasetConfig, num_threads: int) -> ScannedDataset:
-    """The pictures of one dataset; a source that was named before in it is left out."""
-    subsets, seen = [], set()
-    for subset in config.subsets:
-        source = os.path.normcase(os.path.abspath(subset.source))
-        if source in seen:
-            logger.warning("%s stands twice in one dataset; the second one is left out", subset.source)
-            continue
-        seen.add(source)
-        found = collect_subset(subset, num_threads)
-        limit = config.skip_image_resolution
-        subsets.append(found if limit is None else without_small(found, limit))
-    return ScannedDataset(config, tuple(subsets))
-
-
-def without_small(found: ScannedSubset, limit: Size) -> ScannedSubset:
-    """Only pictures of a larger area than `limit` has; nothing is said of the captions of the others."""
-    sizes_N2 = found.pictures.sizes_N2.astype(np.int64)
-    is_small = sizes_N2.prod(axis=1) <= math.prod(limit)
-    small = found.pictures.keys_at(np.flatnonzero(is_small))
-    left_out = set(small)
-    return replace(
-        found,
-        pictures=found.pictures.take(np.flatnonzero(~is_small)),
-        without_caption=tuple(path for path in found.without_caption if path not in left_out),
-        empty_caption=tuple(path for path in found.empty_caption if path not in left_out),
-        small=small,
-    )
-
-
-def collect_subset(config: SubsetConfig, num_threads: int) -> ScannedSubset:
-    """The pictures of one subset, in the order of their paths."""
+def collect_files(config: SubsetConfig, num_threads: int) -> ScannedSubset:
+    """The pictures of a folder or of a metadata file, in the order of their paths."""
     if config.style == "metadata":
         listing = list_metadata(config, num_threads)
     else:

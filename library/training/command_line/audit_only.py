@@ -36,7 +36,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
     training_set = audited(options, latents)
     if training_set is None:
         return
-    findings = inspect(training_set.samples, len(training_set.split.trained))
+    findings = inspect(training_set.samples, len(training_set.split.trained), training_set.storage)
     for finding in findings:
         logger.warning("%s", finding.line)
     if not findings:
@@ -45,7 +45,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
         events = [
             Start(None, given(options), versions()),
             Audit(**training_set.facts()),
-            *(Told(finding.text, shown(finding), len(finding.pictures)) for finding in findings),
+            *(Told(finding.text, shown(finding, training_set), len(finding.pictures)) for finding in findings),
             End("finished", None, time.time() - began, None, None, None),
         ]
         path = Names.build(options.saving).of_audit()
@@ -67,15 +67,18 @@ def audited(options: TrainOptions, latents: LatentSpec) -> TrainingSet | None:
     return training_set
 
 
-def shown(finding: Finding) -> Sequence[FoundPicture]:
+def shown(finding: Finding, training_set: TrainingSet) -> Sequence[FoundPicture]:
     """The first pictures of a finding with a small copy of each that can be decoded."""
+    notes = dict(finding.pictures[:MOST_SHOWN])
+    pictures = {sample.picture.key: sample.picture for sample in training_set.samples if sample.picture.key in notes}
     found = []
-    for path, note in finding.pictures[:MOST_SHOWN]:
+    for key, note in notes.items():
         try:
-            thumbnail = data_url_of(Image.fromarray(read_pixels(path)[0]))
+            content = training_set.storage.content(pictures[key])
+            thumbnail = data_url_of(Image.fromarray(read_pixels(key, content)[0]))
         except (UserError, OSError):
             thumbnail = None
-        found.append(FoundPicture(str(Path(path)), note, thumbnail))
+        found.append(FoundPicture(str(Path(key)) if pictures[key].place is None else key, note, thumbnail))
     return found
 
 

@@ -52,7 +52,8 @@ def made_up(count: int, seed: int) -> Pictures:
         captions=Texts.of(f"a picture, number {i}, of {i % 97}" for i in range(count)),
         sizes_N2=rng.integers(40, 200, (count, 2), dtype=np.int32),
         places=Places(
-            ("one.tar", "two.tar", ""),
+            ("a/one.tar?key", "two.tar", ""),
+            ("a/one.tar", "two.tar", ""),
             np.sort(rng.integers(0, 3, count, dtype=np.int32)),
             rng.integers(0, 1 << 40, count),
             rng.integers(0, 1 << 20, count),
@@ -68,8 +69,10 @@ def test_pictures_are_the_same_one_by_one_in_a_row_and_taken_out() -> None:
     assert listed == [pictures[i] for i in range(50)]
     assert list(pictures.take(rows)) == [listed[row] for row in rows]
     assert list(pictures.keys_at(rows)) == [listed[row].key for row in rows]
-    assert listed[0].key == "one.tar/0000000.jpg" and listed[49].key == "0000049.jpg"
+    assert listed[0].key == "a/one.tar/0000000.jpg" and listed[49].key == "0000049.jpg"
+    assert listed[0].place.file == "a/one.tar?key"
     assert listed[49].place == Place(
+        "",
         "0000049.jpg",
         int(pictures.places.start_N[49]),
         int(pictures.places.bytes_N[49]),

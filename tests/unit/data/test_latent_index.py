@@ -38,9 +38,9 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     judge = latent_index.judge
 
-    def judging(file, picture, size, expected) -> Verdict:
+    def judging(file, picture, expected, storage) -> Verdict:
         names.append(os.path.basename(file.path))
-        return judge(file, picture, size, expected)
+        return judge(file, picture, expected, storage)
 
     monkeypatch.setattr(latent_index, "judge", judging)
     return names

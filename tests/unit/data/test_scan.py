@@ -10,7 +10,8 @@ from PIL import Image
 
 from library.data.batches.images import read_size
 from library.data.description.schema import NoDataFound, load_dataset_config
-from library.data.sources.scan import ScannedSubset, collect
+from library.data.sources.collect import collect
+from library.data.sources.scan import ScannedSubset
 from tests.unit.data.builders import open_set, options_of, write_config, write_folder, write_picture
 
 

@@ -1,0 +1,60 @@
+"""From a description to pictures, wherever they come from."""
+
+import logging
+import math
+import os
+from dataclasses import replace
+
+import numpy as np
+
+from library.data.description.buckets import Size
+from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig
+from library.data.sources.indexed import collect_indexed
+from library.data.sources.scan import ScannedDataset, ScannedSubset, collect_files
+from library.data.sources.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+
+def collect(config: RunDataConfig, storage: Storage | None = None, num_threads: int = 16) -> tuple[ScannedDataset, ...]:
+    """List the pictures of every subset, read their captions and headers.
+
+    Raises UserError for missing folders and files, captions that are not UTF-8 and masks that are missing.
+    """
+    storage = storage or Storage()
+    return tuple(collect_dataset(dataset, storage, num_threads) for dataset in config.datasets)
+
+
+def collect_dataset(config: DatasetConfig, storage: Storage, num_threads: int) -> ScannedDataset:
+    """The pictures of one dataset; a source that was named before in it is left out."""
+    subsets, seen = [], set()
+    for subset in config.subsets:
+        source = subset.source if subset.patterns else os.path.normcase(os.path.abspath(subset.source))
+        if source in seen:
+            logger.warning("%s stands twice in one dataset; the second one is left out", subset.source)
+            continue
+        seen.add(source)
+        found = collect_subset(subset, storage, num_threads)
+        limit = config.skip_image_resolution
+        subsets.append(found if limit is None else without_small(found, limit))
+    return ScannedDataset(config, tuple(subsets))
+
+
+def without_small(found: ScannedSubset, limit: Size) -> ScannedSubset:
+    """Only pictures of a larger area than `limit` has; nothing is said of the captions of the others."""
+    sizes_N2 = found.pictures.sizes_N2.astype(np.int64)
+    is_small = sizes_N2.prod(axis=1) <= math.prod(limit)
+    small = found.pictures.keys_at(np.flatnonzero(is_small))
+    left_out = set(small)
+    return replace(
+        found,
+        pictures=found.pictures.take(np.flatnonzero(~is_small)),
+        without_caption=tuple(path for path in found.without_caption if path not in left_out),
+        empty_caption=tuple(path for path in found.empty_caption if path not in left_out),
+        small=small,
+    )
+
+
+def collect_subset(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
+    """The pictures of one subset, in the order of their paths, or of their places in larger files."""
+    return collect_indexed(config, storage, num_threads) if config.patterns else collect_files(config, num_threads)

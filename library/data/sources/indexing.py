@@ -1,0 +1,130 @@
+"""What an index has of each picture of a tar file or a Parquet file, found without reading more than it must."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from library.data.batches.images import picture_extensions, read_size
+from library.data.description.buckets import Size
+from library.data.description.validation_split import END_BYTES, digest_of_ends
+from library.data.sources.image_headers import HEAD_BYTES, plain_size
+from library.data.sources.ranges import RangeFile, Window
+from library.data.sources.tar_files import Member, members_of
+from library.errors import UserError
+
+CAPTION_FIELDS = ("caption", "text", "prompt")  # of a .json member, where caption_column does not say
+MOST_CAPTION_BYTES = 1 << 20
+
+
+class Row(NamedTuple):
+    """One picture."""
+
+    name: str  # in its file
+    start: int  # byte, or row of a Parquet file
+    num_bytes: int
+    width: int
+    height: int
+    caption: str | None  # lines, each stripped
+    digest: bytes  # 16 bytes, as `identity_of` has it
+    problem: str | None = None  # why it cannot be used, to be read after its name
+    url: str | None = None  # where it lies, if not in the file
+
+
+@dataclass(frozen=True)
+class CaptionRule:
+    """Where a caption is."""
+
+    ending: str  # of the member beside the picture that is asked first, without dot
+    field: str | None  # of .json members
+
+
+def rows_of_tar(window: Window, shown: str, rule: CaptionRule) -> list[Row]:
+    """The pictures of a tar file, in their order. Raises UserError for a damaged one, and for captions in no UTF-8."""
+    endings = {ending[1:] for ending in picture_extensions()}
+    wanted = (rule.ending, "txt", "json")
+    pictures: dict[str, Row] = {}
+    second: list[Row] = []
+    texts: dict[str, dict[str, str]] = {}
+    for member in members_of(window, shown):
+        if member.ending in endings:
+            row = row_of(window, member, shown)
+            if member.stem in pictures:
+                second.append(row._replace(problem=f"is left out, {pictures[member.stem].name} has the same name"))
+            else:
+                pictures[member.stem] = row
+        elif member.ending in wanted:
+            text = text_of(window, member, shown, rule)
+            if text is not None:
+                texts.setdefault(member.stem, {})[member.ending] = text
+    found = [
+        row._replace(caption=next((said[ending] for ending in wanted if ending in said), None))
+        for stem, row in pictures.items()
+        for said in (texts.get(stem, {}),)
+    ]
+    return sorted([*found, *second], key=lambda row: row.start)
+
+
+def row_of(window: Window, member: Member, shown: str) -> Row:
+    """A picture without its caption, from its beginning and its end."""
+    head = window.read(member.start, min(HEAD_BYTES, member.num_bytes))
+    problem, size = None, (0, 0)
+    try:
+        size = size_of_part(window, member, head, shown)
+    except (UserError, OSError) as error:
+        problem = str(error).removeprefix(f"{shown}/{member.name}").strip() or "cannot be read"
+    tail = window.read(member.start + max(0, member.num_bytes - END_BYTES), min(END_BYTES, member.num_bytes))
+    digest = bytes.fromhex(digest_of_ends(head[:END_BYTES] + tail, member.num_bytes))
+    return Row(member.name, member.start, member.num_bytes, *size, None, digest, problem)
+
+
+def size_of_part(window: Window, member: Member, head: bytes, shown: str) -> Size:
+    """The size of a picture in a larger file; where the first bytes do not tell, Pillow reads on."""
+    size = plain_size(head, member.num_bytes)
+    if size is None:
+        size = read_size(f"{shown}/{member.name}", RangeFile(window, member.start, member.num_bytes))
+    return size
+
+
+def text_of(window: Window, member: Member, shown: str, rule: CaptionRule) -> str | None:
+    """What a member says of its picture: its lines, each stripped; None where a .json says nothing."""
+    name = f"{shown}/{member.name}"
+    if member.num_bytes > MOST_CAPTION_BYTES:
+        raise UserError(f"the caption {name} has {member.num_bytes / 1e6:.1f} MB; no caption is that long")
+    content = window.read(member.start, member.num_bytes)
+    try:
+        text = content.decode("utf-8-sig")
+        said = field_of(json.loads(text), rule.field) if member.ending == "json" else text
+    except UnicodeDecodeError as error:
+        raise UserError(f"the caption {name} is not UTF-8: byte {error.start}; write the tar file anew") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} is not valid JSON: {error}") from None
+    return None if said is None else stripped_lines(said)
+
+
+def field_of(value: Any, field: str | None) -> str | None:
+    """The caption in the content of a .json member."""
+    if not isinstance(value, Mapping):
+        return None
+    fields: Iterable[str] = CAPTION_FIELDS if field is None else (field,)
+    return next((value[name] for name in fields if isinstance(value.get(name), str)), None)
+
+
+def stripped_lines(text: str) -> str:
+    """The lines of a caption, each stripped, without blank ones at the end."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return "\n".join([line.strip() for line in lines]).rstrip("\n")
+
+
+def row_of_bytes(name: str, number: int, content: bytes | None, caption: str | None, shown: str) -> Row:
+    """A picture whose bytes are a value of a Parquet file."""
+    if content is None:
+        return Row(name, number, 0, 0, 0, caption, bytes(16), "has no bytes in the file")
+    problem, size = None, (0, 0)
+    try:
+        size = plain_size(content[:HEAD_BYTES], len(content)) or read_size(f"{shown}/{name}", content)
+    except (UserError, OSError) as error:
+        problem = str(error).removeprefix(f"{shown}/{name}").strip() or "cannot be read"
+    ends = content[:END_BYTES] + content[max(0, len(content) - END_BYTES) :]
+    digest = bytes.fromhex(digest_of_ends(ends, len(content)))
+    return Row(name, number, len(content), *size, caption, digest, problem)

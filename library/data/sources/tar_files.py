@@ -1,0 +1,99 @@
+"""Tar files in the layout of WebDataset: `000001.jpg`, and `000001.txt` or `000001.json` with what is said of it.
+
+Only headers are read, and the ends of pictures, which tell copies. Names are those of POSIX tar with GNU's and pax's
+long ones. What belongs together has one name up to the first dot behind the last slash.
+"""
+
+import tarfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from library.data.sources.ranges import Window
+from library.errors import UserError
+
+BLOCK = 512
+LONGEST_NAME = 1 << 16
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+
+
+class Member(NamedTuple):
+    """One file in a tar file."""
+
+    name: str
+    start: int  # of its content
+    num_bytes: int
+
+    @property
+    def stem(self) -> str:
+        """What its name shares with those of the files that belong to it."""
+        folder, slash, name = self.name.rpartition("/")
+        return f"{folder}{slash}{name.partition('.')[0]}"
+
+    @property
+    def ending(self) -> str:
+        """What follows the stem, without dot."""
+        return self.name.rpartition("/")[2].partition(".")[2]
+
+
+def members_of(window: Window, shown: str) -> Iterator[Member]:
+    """The plain files of a tar file, in order; folders and links are passed over.
+
+    Raises UserError for a file that is no tar file, is compressed, or ends in the middle of a member; `shown` is how
+    messages call it.
+    """
+    place, next_name, next_bytes = 0, None, None
+    while len(block := window.read(place, BLOCK)) == BLOCK and block.strip(b"\0"):
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            raise UserError(f"{shown} {fault_of(block, place)}") from None
+        start = place + BLOCK
+        num_bytes = info.size if next_bytes is None else next_bytes
+        if info.type in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE):
+            num_bytes = 0
+        if start + num_bytes > window.file_bytes:
+            raise UserError(
+                f"{shown} is cut off: {info.name} would end at byte {start + num_bytes}, the file has "
+                f"{window.file_bytes}; copy it again"
+            )
+        place = start + -(-num_bytes // BLOCK) * BLOCK
+        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+            if num_bytes > LONGEST_NAME:
+                raise UserError(
+                    f"{shown} has a name of {num_bytes} bytes at byte {start}; it is damaged, write it anew"
+                )
+            content = window.read(start, num_bytes)
+            if info.type == tarfile.GNUTYPE_LONGNAME:
+                next_name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
+            else:
+                records = pax_records(content, shown, start)
+                next_name = records.get("path", next_name)
+                next_bytes = int(records["size"]) if records.get("size", "").isdigit() else None
+            continue
+        if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
+            yield Member(next_name or info.name, start, num_bytes)
+        elif info.type == tarfile.GNUTYPE_SPARSE:
+            raise UserError(f"{shown}: {info.name} is stored with holes (GNU sparse); write the tar file without -S")
+        next_name, next_bytes = None, None
+
+
+def pax_records(content: bytes, shown: str, place: int) -> dict[str, str]:
+    """The records of an extended header: `length key=value` and a line break, one after another."""
+    records: dict[str, str] = {}
+    rest = content
+    while rest.strip(b"\0"):
+        length, space, _ = rest.partition(b" ")
+        if not space or not length.isdigit() or not len(length) + 1 < int(length) <= len(rest):
+            raise UserError(f"{shown} has a damaged header at byte {place}; write it anew")
+        key, _, value = rest[len(length) + 1 : int(length)].rstrip(b"\n").partition(b"=")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        rest = rest[int(length) :]
+    return records
+
+
+def fault_of(block: bytes, place: int) -> str:
+    """What is wrong with a block that is no header."""
+    kind = COMPRESSED.get(block[:2])
+    if place == 0 and kind is not None:
+        return f"is compressed ({kind}), so no picture of it can be read alone; unpack it to .tar"
+    return "is not a tar file" if place == 0 else f"is damaged at byte {place}; copy it again"

@@ -1,0 +1,76 @@
+"""Training from tar shards and Parquet files: the adapter is that of the folder, and a cut run goes on bit for bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.running import Finished, make_pictures
+from tests.runs.test_resume import ALL_RANDOM, cut_and_go_on, saved
+from tests.unit.data.shard_builders import shards_of, write_parquet
+
+Train = Callable[..., Finished]
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, str]:
+    """Subsets of the same seven pictures, as a folder, as two shards, as rows of a Parquet file."""
+    folder = tmp_path / "pictures"
+    make_pictures(folder, 7, seed=3)
+    shards_of(folder, tmp_path / "shards", 2)
+    files = sorted(path for path in folder.iterdir() if path.suffix != ".txt")
+    columns: dict[str, list[object]] = {
+        "image": [{"bytes": file.read_bytes(), "path": file.name} for file in files],
+        "text": [file.with_suffix(".txt").read_text() for file in files],
+    }
+    write_parquet(tmp_path / "rows.parquet", columns)
+    return {
+        "folder": f'image_dir = "{folder.as_posix()}"',
+        "shards": f'shards = "{(tmp_path / "shards").as_posix()}/*.tar"',
+        "parquet": f'parquet = "{(tmp_path / "rows.parquet").as_posix()}"',
+    }
+
+
+def arguments_of(base_arguments: list[str], folder: Path, subset: str, *more: str) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    description = f"[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\n{subset}\nnum_repeats = 2\n"
+    (folder / "data.toml").write_text(description, encoding="utf-8")
+    kept = list(base_arguments)
+    place = kept.index("--train_data_dir")
+    del kept[place : place + 2]
+    return [*kept, "--dataset_config", str(folder / "data.toml"), "--output_dir", str(folder), *more]
+
+
+def equal(one: Path, other: Path) -> bool:
+    first, second = saved(one), saved(other)
+    return first.keys() == second.keys() and all(bool((first[key] == second[key]).all()) for key in first)
+
+
+@pytest.mark.parametrize("source", ["shards", "parquet"])
+def test_the_adapter_is_that_of_the_folder(
+    source: str, train: Train, base_arguments: list[str], sources: dict[str, str], tmp_path: Path
+) -> None:
+    options = ["--cache_latents_to_disk", "--validation_split", "0.3", "--shuffle_caption"]
+    for name in ("folder", source):
+        done = train(arguments_of(base_arguments, tmp_path / name, sources[name], *options))
+        assert done.status == 0, done.stderr
+        assert "2 of 7 pictures are set aside" in done.stderr
+    assert equal(tmp_path / "folder", tmp_path / source)
+
+
+def test_a_cut_run_goes_on_bit_for_bit(
+    train: Train, base_arguments: list[str], sources: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = arguments_of(base_arguments, tmp_path / "run", sources["shards"], *ALL_RANDOM, "--max_train_steps", "5")
+    cut_and_go_on(train, arguments, tmp_path, cuts=[2])
+
+
+@pytest.mark.slow
+def test_started_as_users_do_with_workers_that_read(
+    launch: Callable[..., Finished], train: Train, base_arguments: list[str], sources: dict[str, str], tmp_path: Path
+) -> None:
+    workers = ["--max_data_loader_n_workers", "2"]
+    done = launch(arguments_of(base_arguments, tmp_path / "shards_run", sources["shards"], *workers))
+    assert done.status == 0, done.stderr
+    assert train(arguments_of(base_arguments, tmp_path / "folder_run", sources["folder"])).status == 0
+    assert equal(tmp_path / "shards_run", tmp_path / "folder_run")

@@ -1,0 +1,77 @@
+"""Small tar shards and Parquet files of pictures that lie in a folder, and data sets that read them."""
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from library.data.batches.dataset import TrainingSet
+from library.data.sources.storage import Storage
+from tests.unit.data.builders import open_set, write_config
+
+DATASET = "[[datasets]]\nresolution = 64\nbatch_size = 2\nenable_bucket = true\nmin_bucket_reso = 64\n"
+DATASET += "max_bucket_reso = 128\n[[datasets.subsets]]\n"
+
+
+def write_tar(path: Path, members: Sequence[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT) -> Path:
+    """A tar file of these members, in order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def shards_of(folder: Path, target: Path, count: int, caption: str = "txt") -> list[Path]:
+    """The pictures of a folder in `count` shards, in order of their names, with what their .txt files say."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".png", ".jpg"))
+    size = -(-len(files) // count)
+    paths = []
+    for number in range(count):
+        members = []
+        for file in files[number * size : (number + 1) * size]:
+            members.append((file.name, file.read_bytes()))
+            said = file.with_suffix(".txt")
+            if said.exists():
+                text = said.read_bytes() if caption == "txt" else json.dumps({"caption": said.read_text()}).encode()
+                members.append((f"{file.stem}.{caption}", text))
+        paths.append(write_tar(target / f"{number:04}.tar", members))
+    return paths
+
+
+def write_parquet(path: Path, columns: Mapping[str, list[object]], group: int = 3) -> Path:
+    """A Parquet file with so many rows in a group."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.table(dict(columns)), path, row_group_size=group)
+    return path
+
+
+def open_subset(folder: Path, subset: str, *arguments: str) -> TrainingSet:
+    """The training set of one subset; {here} is the folder."""
+    options = write_config(folder / "data.toml", DATASET + subset)
+    values = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    return open_set(options.with_values({name: values[name] for name in values}))
+
+
+class CountedReads:
+    """What is read of larger files."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.reads: list[tuple[str, int, int]] = []
+        plain = Storage.read_range
+
+        def counting(storage: Storage, file: str, start: int, num_bytes: int) -> bytes:
+            self.reads.append((Path(file).name, start, num_bytes))
+            return plain(storage, file, start, num_bytes)
+
+        monkeypatch.setattr(Storage, "read_range", counting)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(count for _, _, count in self.reads)

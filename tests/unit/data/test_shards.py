@@ -1,0 +1,381 @@
+"""Tar shards and Parquet files train as the folder that they were made of, and are read in small parts."""
+
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from library.data.caching.latents import cache_latents
+from library.data.sources.ranges import Window
+from library.data.sources.storage import expanded
+from library.data.sources.tar_files import Member, members_of
+from library.errors import UserError
+from library.options.caching import CachingOptions
+from tests.unit.data.builders import averaging_vae, batches_of, content_of, open_set, write_config, write_picture
+from tests.unit.data.shard_builders import (
+    DATASET,
+    CountedReads,
+    open_subset,
+    shards_of,
+    write_parquet,
+    write_tar,
+)
+
+RANDOM = "shuffle_caption = true\nflip_aug = true\nrandom_crop = true\ncolor_aug = true\n"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Eleven pictures of three shapes, one of them turned by its tags, with captions of two lines."""
+    folder = tmp_path / "pictures"
+    for i in range(11):
+        path = write_picture(
+            folder / f"p{i:02}.{'jpg' if i % 3 else 'png'}", [(64, 64), (100, 64), (64, 100)][i % 3], i
+        )
+        path.with_suffix(".txt").write_text(f"a cat, number {i}, sitting\nsecond line {i}", encoding="utf-8")
+    return folder
+
+
+def rows_of(pictures_column: list[bytes], folder: Path) -> dict[str, list[object]]:
+    files = sorted(path for path in folder.iterdir() if path.suffix != ".txt")
+    return {
+        "image": [{"bytes": file.read_bytes(), "path": file.name} for file in files],
+        "caption": [file.with_suffix(".txt").read_text(encoding="utf-8") for file in files],
+    }
+
+
+def subset_of(kind: str, folder: Path, here: Path) -> str:
+    """The same pictures as a source of this kind, in folders beside."""
+    if kind == "folder":
+        return f'image_dir = "{folder.as_posix()}"\ncaption_extension = ".txt"\n'
+    if kind.startswith("tar"):
+        shards_of(folder, here / "shards", 3, caption=kind.partition(" ")[2])
+        return 'shards = "{here}/shards/{{0000..0002}}.tar"\n'.replace("{{", "{").replace("}}", "}")
+    columns = rows_of([], folder)
+    for number in range(2):
+        part = slice(6 * number, 6 * number + 6)
+        if kind == "parquet plain":
+            images = [image["bytes"] for image in columns["image"][part]]  # type: ignore[index]
+            content: dict[str, list[object]] = {"photo": images, "words": columns["caption"][part]}
+        else:
+            content = {name: column[part] for name, column in columns.items()}
+        write_parquet(here / "rows" / f"{number}.parquet", content)
+    named = 'image_column = "photo"\ncaption_column = "words"\n' if kind == "parquet plain" else ""
+    return f'parquet = "{{here}}/rows/*.parquet"\n{named}'
+
+
+KINDS = ["tar txt", "tar json", "parquet table", "parquet plain"]
+
+
+def without_names(training_set) -> list[object]:
+    """Everything of two epochs but what pictures are called."""
+    found = [content_of(batch)[1:] for epoch in (1, 2) for batch in batches_of(training_set, epoch)]
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wildcards", [False, True])
+def test_they_train_as_the_folder_does(kind: str, wildcards: bool, pictures: Path, tmp_path: Path) -> None:
+    settings = f"{RANDOM}num_repeats = 2\nenable_wildcard = {str(wildcards).lower()}\n"
+    plain = open_subset(tmp_path, subset_of("folder", pictures, tmp_path) + settings)
+    found = open_subset(tmp_path, subset_of(kind, pictures, tmp_path) + settings)
+    assert len(found.samples) == 11
+    assert without_names(found) == without_names(plain)
+    assert found.num_batches == plain.num_batches
+
+
+@pytest.mark.parametrize("kind", ["tar txt", "parquet table"])
+def test_they_are_split_as_the_folder_is(kind: str, pictures: Path, tmp_path: Path) -> None:
+    settings = "validation_split = 0.3\nvalidation_seed = 7\n"
+    aside = []
+    for source in ("folder", kind):
+        found = open_subset(tmp_path, subset_of(source, pictures, tmp_path) + settings)
+        validation = found.validation
+        names = [validation.names(place) for place in range(validation.num_batches)]
+        captions = [batch.captions for batch in validation.batches(range(validation.num_batches), 0)]
+        aside.append((names, captions, found.num_train_images))
+    assert aside[0] == aside[1] and aside[0][2] == 8
+
+
+def latents_of(found, folder: Path | None, **options: object) -> tuple[list[object], int]:
+    calls: list[int] = []
+    caching = CachingOptions(cache_latents=True, cache_latents_to_disk=folder is not None, vae_batch_size=3, **options)
+    cache_latents(found, averaging_vae(calls), "vae", caching, 4)
+    return [content_of(batch)[1:] for batch in batches_of(found)], sum(calls)
+
+
+@pytest.mark.parametrize("kind", ["tar txt", "parquet table"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_their_latents_are_those_of_the_folder_and_are_found_again(
+    kind: str, elsewhere: bool, pictures: Path, tmp_path: Path
+) -> None:
+    expected, _ = latents_of(open_subset(tmp_path, subset_of("folder", pictures, tmp_path)), None)
+    subset = subset_of(kind, pictures, tmp_path)
+    place = {"cache_dir": str(tmp_path / "caches")} if elsewhere else {}
+    first, num_first = latents_of(open_subset(tmp_path, subset, *sum(place.items(), ())), tmp_path)
+    again, num_again = latents_of(open_subset(tmp_path, subset, *sum(place.items(), ())), tmp_path)
+    assert first == again == expected and (num_first, num_again) == (11, 0)
+    files = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.npz")}
+    beside = "shards" if kind.startswith("tar") else "rows"
+    assert files == {"caches" if elsewhere else beside}
+
+
+def test_a_picture_that_was_replaced_in_a_shard_is_encoded_again_alone(pictures: Path, tmp_path: Path) -> None:
+    subset = subset_of("tar txt", pictures, tmp_path)
+    latents_of(open_subset(tmp_path, subset), tmp_path)
+    write_picture(pictures / "p03.png", (64, 64), seed=99)
+    shards_of(pictures, tmp_path / "shards", 3)
+    assert latents_of(open_subset(tmp_path, subset), tmp_path)[1] == 1
+
+
+def test_no_more_is_read_than_headers_and_ends_and_then_each_picture_alone(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(6):
+        write_picture(pictures / f"large{i}.png", (300, 200), seed=50 + i)  # 180 KB each
+    subset = subset_of("tar txt", pictures, tmp_path)
+    counted = CountedReads(monkeypatch)
+    found = open_subset(tmp_path, subset)
+    num_members = 17 + 11
+    assert 0 < counted.num_bytes < num_members * 3 * 5120
+    assert max(count for _, _, count in counted.reads) == 5120
+    counted.reads.clear()
+    assert len(open_subset(tmp_path, subset).samples) == 17 and counted.reads == []  # all of it is in the index
+    sample = next(sample for sample in found.samples if sample.picture.key.endswith("large3.png"))
+    content = found.storage.content(sample.picture)
+    assert content == (pictures / "large3.png").read_bytes()
+    assert counted.num_bytes == len(content) and len(counted.reads) == 1
+
+
+def test_of_a_parquet_file_no_more_than_a_group_of_rows_is_read_for_a_picture(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in sorted(pictures.glob("p*.png")) + sorted(pictures.glob("p*.jpg")):
+        write_picture(path, (300, 200), seed=len(path.name))
+    found = open_subset(tmp_path, subset_of("parquet table", pictures, tmp_path))
+    sizes = [(tmp_path / "rows" / f"{i}.parquet").stat().st_size for i in range(2)]
+    counted = CountedReads(monkeypatch)
+    place = found.samples[7].picture.place
+    assert place is not None and found.storage.read(place) == sorted(pictures.glob("p07.*"))[0].read_bytes()
+    assert counted.num_bytes < 0.7 * sizes[1] + (1 << 16), "the end of the file and the first of its two groups"
+    counted.reads.clear()
+    assert found.storage.read(found.samples[8].picture.place) and counted.reads == []  # of the same group
+
+
+def test_every_sample_names_its_shard_and_its_member(pictures: Path, tmp_path: Path) -> None:
+    keys = [sample.picture.key for sample in open_subset(tmp_path, subset_of("tar txt", pictures, tmp_path)).samples]
+    assert keys[0] == f"{tmp_path.as_posix()}/shards/0000.tar/p00.png"
+    assert keys[-1] == f"{tmp_path.as_posix()}/shards/0002.tar/p10.jpg"
+
+
+# The index
+
+
+def index_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(".picture_index-*"))
+
+
+def test_only_shards_that_changed_are_indexed_again(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subset = subset_of("tar txt", pictures, tmp_path)
+    open_subset(tmp_path, subset)
+    (pictures / "p05.txt").write_text("another caption")
+    again = shards_of(pictures, tmp_path / "again", 3)
+    shutil.copy(again[1], tmp_path / "shards" / "0001.tar")
+    counted = CountedReads(monkeypatch)
+    found = open_subset(tmp_path, subset)
+    assert {name for name, _, _ in counted.reads} == {"0001.tar"}
+    assert found.samples[5].picture.caption == "another caption" and len(found.samples) == 11
+    assert len(index_files(tmp_path / "shards")) == 1
+
+
+def test_an_interrupted_index_goes_on_where_it_was(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subset = subset_of("tar txt", pictures, tmp_path)
+    whole = (tmp_path / "shards" / "0001.tar").read_bytes()
+    (tmp_path / "shards" / "0001.tar").write_bytes(whole[:4000])
+    with pytest.raises(UserError, match=r"0001\.tar is cut off.*copy it again"):
+        open_subset(tmp_path, subset)
+    (tmp_path / "shards" / "0001.tar").write_bytes(whole)
+    counted = CountedReads(monkeypatch)
+    assert len(open_subset(tmp_path, subset).samples) == 11
+    assert "0000.tar" not in {name for name, _, _ in counted.reads}
+    assert [path.suffix for path in index_files(tmp_path / "shards")] == [".parquet"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 nothing PAR1", b"\0" * 300], ids=["empty", "marks", "zeros"])
+def test_a_damaged_index_is_made_again(content: bytes, pictures: Path, tmp_path: Path) -> None:
+    subset = subset_of("tar txt", pictures, tmp_path)
+    expected = list(open_subset(tmp_path, subset).samples)
+    (index,) = index_files(tmp_path / "shards")
+    index.write_bytes(content)
+    assert list(open_subset(tmp_path, subset).samples) == expected
+
+
+def test_nothing_is_written_where_nothing_is_to_be_written(pictures: Path, tmp_path: Path) -> None:
+    options = write_config(tmp_path / "data.toml", DATASET + subset_of("tar txt", pictures, tmp_path))
+    assert len(open_set(options.with_values({"dry_run": True})).samples) == 11
+    assert index_files(tmp_path / "shards") == []
+
+
+# What is wrong with them
+
+
+def png(size: tuple[int, int] = (64, 64), seed: int = 0) -> bytes:
+    import io
+
+    from PIL import Image
+
+    target = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(target, "PNG")
+    return target.getvalue()
+
+
+def test_pictures_that_cannot_be_used_are_left_out_and_named(tmp_path: Path) -> None:
+    members = [
+        ("a.png", png()),
+        ("a.txt", b"one"),
+        ("a.jpg", png(seed=1)),
+        ("b.png", b"no picture"),
+        ("b.txt", b"two"),
+        ("empty.png", b""),
+        ("c.png", png(seed=2)),
+        ("d.mask.png", png(seed=3)),
+        ("e.png", png(seed=4)),
+        ("e.txt", b" \n"),
+    ]
+    write_tar(tmp_path / "x.tar", members)
+    found = open_subset(tmp_path, 'shards = "{here}/x.tar"\nclass_tokens = "thing"\n')
+    (subset,) = found.datasets[0].subsets
+    assert [(p.key.rpartition("/")[2], p.caption) for p in subset.pictures] == [
+        ("a.png", "one"),
+        ("c.png", "thing"),
+        ("e.png", ""),
+    ]
+    reasons = {key.rpartition("/")[2]: reason for key, reason in subset.dropped}
+    assert reasons["a.jpg"] == "is left out, a.png has the same name"
+    assert set(reasons) == {"a.jpg", "b.png", "empty.png"} and "not a picture" in reasons["b.png"]
+    assert [key.rpartition("/")[2] for key in subset.without_caption] == ["c.png"]
+    assert [key.rpartition("/")[2] for key in subset.empty_caption] == ["e.png"]
+
+
+@pytest.mark.parametrize(
+    ("subset", "message"),
+    [
+        ('shards = "{here}/none-*.tar"', r"shards = .*none-\*\.tar' names no file that is there"),
+        ('shards = "{here}/{0..3}.tar"', r"shards: 3 of 4 files are not there: .*/1\.tar"),
+        ('shards = ["{here}/0.tar", "{here}/*.tar"]', r"names a file twice: .*/0\.tar"),
+        ('shards = "{here}/packed.tar.gz"', r"packed\.tar\.gz is compressed \(gzip\).*unpack it to \.tar"),
+        ('shards = "{here}/text.tar"', r"text\.tar is not a tar file"),
+        ('shards = "{here}/latin.tar"', r"latin\.tar/a\.txt is not UTF-8: byte 3"),
+        ('shards = "{here}/json.tar"', r"json\.tar/a\.json is not valid JSON"),
+        ('parquet = "{here}/text.tar"', r"text\.tar is not a Parquet file"),
+        (
+            'parquet = "{here}/other.parquet"',
+            r"no column of pictures that is known by its name; name it as image_column, it has a, b",
+        ),
+        ('parquet = "{here}/other.parquet"\nimage_column = "c"', r"image_column is 'c'.*no such column; it has a, b"),
+        ('parquet = "{here}/other.parquet"\nimage_column = "a"', r"image_column 'a' .* has int64, but must have bytes"),
+        ('shards = "{here}/0.tar"\nimage_dir = "{here}"', r"has image_dir and shards; each is a source of its own"),
+        (
+            'shards = "{here}/0.tar"\ncache_info = true',
+            r"\['cache_info'\] does nothing with shards; it is for image_dir",
+        ),
+        ('shards = "{here}/0.tar"\nimage_column = "a"', r"\['image_column'\] does nothing with shards.* for parquet"),
+        ("num_repeats = 2", r"\['image_dir'\] is missing: name a folder, or tar files as shards, or Parquet files"),
+        ("shards = 3", r"\['shards'\] is 3, but must be a string or a list of strings"),
+    ],
+)
+def test_sources_that_cannot_be_read_say_why(subset: str, message: str, tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("a.png", png())])
+    with tarfile.open(tmp_path / "packed.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "0.tar")
+    (tmp_path / "text.tar").write_text("words " * 300)
+    write_tar(tmp_path / "latin.tar", [("a.png", png()), ("a.txt", "caf\xe9".encode("latin-1"))])
+    write_tar(tmp_path / "json.tar", [("a.png", png()), ("a.json", b"{'caption'")])
+    write_parquet(tmp_path / "other.parquet", {"a": [1], "b": ["x"]})
+    with pytest.raises(UserError, match=message):
+        open_subset(tmp_path, subset)
+
+
+def test_a_shard_that_shrank_since_the_start_is_named(pictures: Path, tmp_path: Path) -> None:
+    found = open_subset(tmp_path, subset_of("tar txt", pictures, tmp_path))
+    (tmp_path / "shards" / "0000.tar").write_bytes(b"\0" * 2000)
+    with pytest.raises(UserError, match=r"0000\.tar ends at byte \d+, .*since it was indexed"):
+        batches_of(found)
+
+
+# Tar
+
+
+def window_of(path: Path) -> Window:
+    content = path.read_bytes()
+    return Window(lambda start, count: content[start : start + count], len(content), 700)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_those_that_tarfile_finds(form: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(form)
+    long = "d" * 90 + "/" + ("n" * 90 if form == tarfile.USTAR_FORMAT else "n\xe9" * 90)
+    names = ["a.jpg", "folder/b.seg.png", f"{long}.jpg", "empty.txt", "z.json"]
+    members = [(name, rng.bytes(int(rng.integers(0, 3000)) if name != "empty.txt" else 0)) for name in names]
+    path = write_tar(tmp_path / "x.tar", members, form)
+    with tarfile.open(path, "a", format=form) as archive:
+        folder = tarfile.TarInfo("a folder")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.jpg"
+        archive.addfile(link)
+    with tarfile.open(path) as archive:
+        expected = [Member(info.name, info.offset_data, info.size) for info in archive if info.isfile()]
+    assert list(members_of(window_of(path), "x")) == expected
+    assert [member.stem for member in expected][:2] == ["a", "folder/b"] and expected[1].ending == "seg.png"
+
+
+@pytest.mark.parametrize("place", [0, 100, 512, 1300])
+def test_a_tar_file_with_a_bit_turned_is_read_alike_or_refused(place: int, tmp_path: Path) -> None:
+    """Never anything else than UserError, whatever the header says."""
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"1" * 600), ("b.jpg", b"2" * 700)], tarfile.PAX_FORMAT)
+    content = bytearray(path.read_bytes())
+    for bit in range(0, 4096, 31):
+        turned = bytearray(content)
+        turned[(place + bit // 8) % len(content)] ^= 1 << bit % 8
+        path.write_bytes(turned)
+        try:
+            found = list(members_of(window_of(path), "x.tar"))
+        except UserError as error:
+            assert str(error).startswith("x.tar")
+        else:
+            assert all(member.start + member.num_bytes <= len(content) for member in found)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("{08..11}", ["08", "09", "10", "11"]),
+        ("{a,bc}-{1..2}.tar", ["a-1.tar", "a-2.tar", "bc-1.tar", "bc-2.tar"]),
+        ("{3..1}", []),
+        ("{x}", ["{x}"]),
+    ],
+)
+def test_braces_are_those_of_webdataset(pattern: str, found: list[str]) -> None:
+    assert expanded(pattern) == found
+
+
+def test_identity_of_a_folder_is_what_it_was_before_there_were_other_sources(pictures: Path, tmp_path: Path) -> None:
+    """Written down at commit a16282a: a state of then must not say that its data changed."""
+    found = open_subset(tmp_path, subset_of("folder", pictures, tmp_path))
+    assert found.identity == {
+        "num_pictures": 11,
+        "num_batches": 6,
+        "pictures": "876a5c64f10e86b86c8983e76d8d2a3e",
+        "captions": "2596df8627a5850b71d5d55781e5971f",
+        "settings": "ed157bfd1c1938d3a114bca2b64242e1",
+    }
