@@ -21,9 +21,10 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from library.architectures.flux.model import DoubleStreamBlock, FluxConfig, SingleStreamBlock, rotary  # noqa: E402
+from library.architectures.flux.model import DoubleStreamBlock, FluxConfig, SingleStreamBlock, positions  # noqa: E402
 from library.architectures.sd3.model import JointBlock, MMDiTConfig  # noqa: E402
 from library.memory.compiled import CompiledBlock, CompileSettings  # noqa: E402
+from library.models.rotary import Rotary  # noqa: E402
 from networks.core.adapter import Adapter  # noqa: E402
 from networks.core.kinds.joins import Add  # noqa: E402
 from networks.core.kinds.lora import LowRank  # noqa: E402
@@ -44,14 +45,14 @@ def tokens_of(count: int, width: int, dtype: torch.dtype) -> Tensor:
 
 def flux_double(num_tokens: int, dtype: torch.dtype) -> Built:
     side = int(num_tokens**0.5)
-    rope = rotary(FLUX.rope_axes, NUM_TEXT, side, side, torch.device("cpu"))
+    rope = Rotary(FLUX.rope_axes)(positions(NUM_TEXT, side, side, torch.device("cpu")), (1, side, side))
     vec = torch.randn(1, 3072, dtype=dtype)
     return DoubleStreamBlock(FLUX), (tokens_of(side**2, 3072, dtype), tokens_of(NUM_TEXT, 3072, dtype), vec, rope, None)
 
 
 def flux_single(num_tokens: int, dtype: torch.dtype) -> Built:
     side = int(num_tokens**0.5)
-    rope = rotary(FLUX.rope_axes, NUM_TEXT, side, side, torch.device("cpu"))
+    rope = Rotary(FLUX.rope_axes)(positions(NUM_TEXT, side, side, torch.device("cpu")), (1, side, side))
     x = tokens_of(side**2 + NUM_TEXT, 3072, dtype)
     return SingleStreamBlock(FLUX), (x, torch.randn(1, 3072, dtype=dtype), rope, None)
 

@@ -17,18 +17,41 @@ Rope = Tensor
 """Cosine and sine of the angle that each pair of neighbouring values of a head turns by, float32 (..., T, D / 2, 2)."""
 
 
-def rope_of(positions: Tensor, widths: Sequence[int], extents: Sequence[int], base: int = ROPE_BASE) -> Rope:
-    """The angles of tokens at whole `positions` (..., T, A), on their device.
+class AxisTables:
+    """Cosines and sines for the positions of one axis, each table made on the host once and kept on its device.
 
-    Axis a turns `widths[a]` values of a head, an even number, and its positions are below `extents[a]`.
+    A model has its own: the planner runs models whose tables have no values. One of 128 positions takes 28 kB.
     """
-    tables = [axis_table(width, extent, base) for width, extent in zip(widths, extents, strict=True)]
-    places = positions.long().unbind(-1)
-    cos, sin = (
-        torch.cat([send(table[kind], positions.device)[place] for table, place in zip(tables, places, strict=True)], -1)
-        for kind in (0, 1)
-    )
-    return torch.stack([cos, sin], dim=-1)
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[int, int, float, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, width: int, extent: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For the positions 0 to `extent` - 1, each of shape (extent, width / 2)."""
+        asked = (width, extent, base, device)
+        if asked not in self.kept:
+            cos, sin = axis_table(width, extent, base)
+            self.kept[asked] = send(cos, device), send(sin, device)
+        return self.kept[asked]
+
+
+class Rotary:
+    """The angles of tokens along axes of which axis a turns `widths[a]` values of a head, an even number."""
+
+    def __init__(self, widths: Sequence[int], base: int = ROPE_BASE) -> None:
+        self.widths = widths
+        self.base = base
+        self.tables = AxisTables()
+
+    def __call__(self, positions: Tensor, extents: Sequence[int]) -> Rope:
+        """Of tokens at whole `positions` (..., T, A), which are below `extents[a]`, on their device."""
+        places = positions.long().unbind(-1)
+        turned = [
+            [part[place] for part in self.tables(width, extent, self.base, positions.device)]
+            for width, extent, place in zip(self.widths, extents, places, strict=True)
+        ]
+        cos, sin = (torch.cat(parts, dim=-1) for parts in zip(*turned, strict=True))
+        return torch.stack([cos, sin], dim=-1)
 
 
 def axis_table(width: int, extent: int, base: float) -> tuple[Tensor, Tensor]:

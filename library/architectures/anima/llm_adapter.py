@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from library.architectures.anima.positions import Angles, text_angles, turn
+from library.models.rotary import AxisTables
 
 EPS = 1e-6
 MIN_TOKENS = 512  # the denoiser attends to so many; what a shorter caption leaves over is zero
@@ -93,6 +94,7 @@ class LLMAdapter(nn.Module):
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
         self.config = config
+        self.tables = AxisTables()
         self.embed = nn.Embedding(config.num_words, config.width)
         self.blocks = nn.ModuleList(LLMAdapterTransformerBlock(config) for _ in range(config.num_blocks))
         self.out_proj = nn.Linear(config.width, config.width)
@@ -102,8 +104,8 @@ class LLMAdapter(nn.Module):
         """Shape (B, max(L, 512), E); zero where `mask_BL` is 0. `source_BSE` must be zero where its mask is 0."""
         x_BLE = self.embed(ids_BL)
         head_width, device = self.config.head_width, x_BLE.device
-        angles = text_angles(head_width, ids_BL.shape[1], device)
-        source_angles = text_angles(head_width, source_BSE.shape[1], device)
+        angles = text_angles(self.tables, head_width, ids_BL.shape[1], device)
+        source_angles = text_angles(self.tables, head_width, source_BSE.shape[1], device)
         mask, source_mask = key_mask(mask_BL), key_mask(source_mask_BS)
         for block in self.blocks:
             x_BLE = block(x_BLE, source_BSE, mask, source_mask, angles, source_angles)

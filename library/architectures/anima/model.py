@@ -19,6 +19,7 @@ from library.architectures.anima.positions import Angles, picture_angles, turn
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.patches import patchify, unpatchify
+from library.models.rotary import AxisTables
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import sinusoids
 
@@ -85,6 +86,7 @@ class Anima(nn.Module):
         super().__init__()
         self.config = config
         self.runner: BlockRunner = plain
+        self.tables = AxisTables()
         c = config
         self.x_embedder = PatchEmbed((c.channels + MASK_CHANNELS) * PATCH**2, c.width)
         self.t_embedder = nn.Sequential(Sinusoids(c.width), TimestepEmbedding(c.width))
@@ -118,7 +120,7 @@ class Anima(nn.Module):
         time = self.t_embedding_norm(waves_BM), self.t_embedder[1](waves_BM)  # (B, M) and (B, 3 M)
         x_BTM = self.x_embedder(patchify(with_mask(latents_BCHW), PATCH).to(dtype))
         x_BTM = x_BTM.float() if dtype == torch.float16 else x_BTM  # the sum of all blocks is too large for float16
-        angles = picture_angles(self.config.head_width, h, w, x_BTM.device)
+        angles = picture_angles(self.tables, self.config.head_width, h, w, x_BTM.device)
         for block in self.blocks:
             x_BTM = self.runner(block, x_BTM, text_BLE, *time, angles)
         # channels come out last, which is not how they went in

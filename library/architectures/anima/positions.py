@@ -6,8 +6,7 @@ Letters: T tokens, D head width, N heads, B samples, h and w sides in patches.
 import torch
 from torch import Tensor
 
-from library.memory.devices import send
-from library.models.rotary import axis_table
+from library.models.rotary import AxisTables
 
 BASE = 10_000
 STRETCH = 4.0  # rows and columns are told apart over four times the distance that Cosmos was first made for
@@ -27,21 +26,20 @@ def stretched_base(width: int) -> float:
     return float(BASE * STRETCH ** (width / (width - 2)))
 
 
-def picture_angles(head_width: int, h: int, w: int, device: torch.device) -> Angles:
+def picture_angles(tables: AxisTables, head_width: int, h: int, w: int, device: torch.device) -> Angles:
     """The angles of a picture's patches, row by row; it is the first frame, which turns nothing."""
     first, side, _ = axes_of(head_width)
     base = stretched_base(side)
-    rows, columns = axis_table(side, h, base), axis_table(side, w, base)
-    cos_of_row, sin_of_row = (send(table, device).repeat_interleave(w, 0) for table in rows)
-    cos_of_column, sin_of_column = (send(table, device).repeat(h, 1) for table in columns)
+    rows, columns = tables(side, h, base, device), tables(side, w, base, device)
+    cos_of_row, sin_of_row = (table.repeat_interleave(w, 0) for table in rows)
+    cos_of_column, sin_of_column = (table.repeat(h, 1) for table in columns)
     still = torch.zeros(h * w, first // 2, device=device)
     return torch.cat([still + 1, cos_of_row, cos_of_column], -1), torch.cat([still, sin_of_row, sin_of_column], -1)
 
 
-def text_angles(head_width: int, num_tokens: int, device: torch.device) -> Angles:
+def text_angles(tables: AxisTables, head_width: int, num_tokens: int, device: torch.device) -> Angles:
     """The angles of tokens in a row."""
-    cos, sin = axis_table(head_width, num_tokens, BASE)
-    return send(cos, device), send(sin, device)
+    return tables(head_width, num_tokens, BASE, device)
 
 
 def turn(x_BNTD: Tensor, angles: Angles) -> Tensor:

@@ -97,7 +97,6 @@ def build_flux(options: FluxOptions) -> Architecture:
         preview=build_preview(text, loader, masks_text),
         metadata=RECIPE.describe(options, architecture=f"flux-1-{kind}/lora"),
         cards=list_cards(),
-        asks_host="makes its tables of positions",
         ignores={**RECIPE.ignores, **schnell_ignores},
         text_cache=build_text_cache(options, loader, text),
     )
@@ -125,7 +124,6 @@ def build_chroma(options: FluxOptions) -> Architecture:
         ),
         metadata=CHROMA_RECIPE.describe(options, architecture="chroma/lora"),
         cards=list_cards(),
-        asks_host="makes its tables of positions",
         ignores=CHROMA_RECIPE.ignores,
         text_cache=build_t5_cache(options, loader, text),
     )

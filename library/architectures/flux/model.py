@@ -25,7 +25,7 @@ from library.architectures.flux.layers import EPS, MLPEmbedder, RMSNorm
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.models.patches import patchify, unpatchify
-from library.models.rotary import Rope, rope_of, turn
+from library.models.rotary import Rope, Rotary, turn
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES, sinusoids
 
@@ -93,6 +93,7 @@ class Flux(nn.Module):
         self.config = config
         self.adapter_targets = TARGETS if config.approximator is None else CHROMA_TARGETS
         self.runner: BlockRunner = plain
+        self.rotary = Rotary(config.rope_axes)
         c = config
         self.img_in = nn.Linear(c.in_features, c.width)
         if c.approximator is not None:
@@ -131,7 +132,7 @@ class Flux(nn.Module):
         img_BTM = self.img_in(patchify(latents_BCHW, PATCH).to(dtype))
         txt_BLM = self.txt_in(text_BLE.to(dtype))
         vecs = self.modulation(sigmas_B, pooled_BE, guidance_B, dtype)
-        rope = rotary(self.config.rope_axes, txt_BLM.shape[1], h, w, img_BTM.device)
+        rope = self.rotary(positions(txt_BLM.shape[1], h, w, img_BTM.device), (1, h, w))
         mask = None if text_mask_BL is None else key_mask(text_mask_BL, h * w)
         for block in self.double_blocks:
             img_BTM, txt_BLM = self.runner(block, img_BTM, txt_BLM, next(vecs), rope, mask)
@@ -172,12 +173,12 @@ class Flux(nn.Module):
         yield last
 
 
-def rotary(axes: tuple[int, int, int], num_text: int, h: int, w: int, device: torch.device) -> Rope:
-    """Rotary positions: text lies at (0, 0, 0), the picture's row y and column x at (0, y, x)."""
+def positions(num_text: int, h: int, w: int, device: torch.device) -> Tensor:
+    """Where tokens lie, shape (T, 3): text at (0, 0, 0), the picture's row y and column x at (0, y, x)."""
     ids_T3 = torch.zeros(num_text + h * w, 3, dtype=torch.long, device=device)
     ids_T3[num_text:, 1] = torch.arange(h, device=device).repeat_interleave(w)
     ids_T3[num_text:, 2] = torch.arange(w, device=device).repeat(h)
-    return rope_of(ids_T3, axes, (1, h, w))
+    return ids_T3
 
 
 def key_mask(text_mask_BL: Tensor, num_patches: int) -> Tensor:

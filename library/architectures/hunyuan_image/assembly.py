@@ -67,7 +67,6 @@ def build(options: HunyuanImageOptions) -> Architecture:
         preview=build_preview(text),
         metadata=RECIPE.describe(options),
         cards=list_cards(),
-        asks_host="makes its tables of positions",
         ignores={**RECIPE.ignores, **ignored_attention(options.hunyuan_image.attn_mode)},
         text_cache=build_text_cache(options, loader, text),
     )

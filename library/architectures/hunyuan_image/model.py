@@ -15,7 +15,7 @@ from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, si
 from library.architectures.hunyuan_image.adapters import TARGETS
 from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
-from library.models.rotary import Rope, rope_of, turn
+from library.models.rotary import Rope, Rotary, turn
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES, sinusoids
 
@@ -88,6 +88,8 @@ class HunyuanImage(nn.Module):
         super().__init__()
         self.config = config
         self.runner: BlockRunner = plain
+        # Half of a head turns with the row, half with the column.
+        self.rotary = Rotary([config.head_width // NUM_AXES] * NUM_AXES, ROPE_BASE)
         c = config
         self.byt5_in = GlyphMapper(c.glyph_width, c.glyph_mlp_width, c.width)
         self.img_in = PatchEmbed(c.channels, c.width)
@@ -121,7 +123,7 @@ class HunyuanImage(nn.Module):
         vec_BM = self.time_in(timesteps_B)
         text_BLM = self.txt_in(text_BLE.to(dtype), timesteps_B, text_mask_BL.bool())
         txt_BLM = torch.cat([self.byt5_in(glyphs_BGE.to(dtype)), text_BLM], dim=1)
-        rope = rotary(self.config.head_width, H, W, img_BTM.device)
+        rope = self.rotary(positions(H, W, img_BTM.device), (H, W))
         mask = key_mask(torch.cat([glyph_mask_BG, text_mask_BL], dim=1), H * W)
         for block in self.double_blocks:
             img_BTM, txt_BLM = self.runner(block, img_BTM, txt_BLM, vec_BM, rope, mask)
@@ -132,12 +134,11 @@ class HunyuanImage(nn.Module):
         return out_BTC.transpose(1, 2).unflatten(2, (H, W))  # type: ignore[no-untyped-call,no-any-return]
 
 
-def rotary(head_width: int, H: int, W: int, device: torch.device) -> Rope:
-    """Rotary positions (Su et al. 2021) of the picture: half of a head turns with the row, half with the column."""
+def positions(H: int, W: int, device: torch.device) -> Tensor:
+    """Where the picture's tokens lie, shape (T, 2): row and column."""
     rows = torch.arange(H, device=device).repeat_interleave(W)
     columns = torch.arange(W, device=device).repeat(H)
-    places = torch.stack([rows, columns], dim=-1)
-    return rope_of(places, [head_width // NUM_AXES] * NUM_AXES, (H, W), ROPE_BASE)
+    return torch.stack([rows, columns], dim=-1)
 
 
 def turn_picture(x_BNTD: Tensor, rope: Rope) -> Tensor:

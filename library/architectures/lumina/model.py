@@ -17,7 +17,7 @@ from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, plain
 from library.memory.devices import send
 from library.models.patches import patchify, unpatchify
-from library.models.rotary import Rope, rope_of, turn
+from library.models.rotary import Rope, Rotary, turn
 from library.models.shapes import ShapeReader
 from library.models.sinusoids import FREQUENCIES, sinusoids
 
@@ -88,6 +88,7 @@ class NextDiT(nn.Module):
         super().__init__()
         self.config = config
         self.runner: BlockRunner = plain
+        self.rotary = Rotary(config.rope_axes)
         c = config
         self.t_embedder = TimestepEmbedder(c.time_width)
         self.cap_embedder = nn.Sequential(nn.RMSNorm(c.text_width, eps=EPS), nn.Linear(c.text_width, c.width))
@@ -118,7 +119,7 @@ class NextDiT(nn.Module):
         img_BIM = self.x_embedder(patchify(latents_BCHW, PATCH, channels_last=True).to(dtype))
         txt_BLM = self.cap_embedder(text_BLE[:, :L].to(dtype))
         time_BV = self.t_embedder(times_B, dtype)
-        rope = rope_of(positions(is_text_BL, h, w)[:, None], self.config.rope_axes, (L + 1, h, w))
+        rope = self.rotary(positions(is_text_BL, h, w)[:, None], (L + 1, h, w))
         text_rope, picture_rope = rope[:, :, :L], rope[:, :, L:]
         text_mask = mask = None  # without one, attention has faster kernels
         if min(num_text_B) < L:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from library.models import rotary
-from library.models.rotary import rope_of, turn
+from library.models.rotary import Rotary, turn
 
 
 @pytest.mark.parametrize("is_strided", [False, True], ids=["contiguous", "strided"])
@@ -14,7 +14,7 @@ def test_both_ways_of_turning_are_rotations_by_the_angles(
 ) -> None:
     generator = torch.Generator().manual_seed(31)
     positions = torch.randint(0, 9, (7, 2), generator=generator)
-    rope = rope_of(positions, (16, 16), (9, 9))
+    rope = Rotary((16, 16))(positions, (9, 9))
     x = torch.randn(2, 7, 3, 32, generator=generator).to(dtype)
     x = x.transpose(1, 2) if is_strided else x.transpose(1, 2).contiguous()
     angles = torch.cat([positions[:, a, None] * 10_000.0 ** -(torch.arange(0, 16, 2).double() / 16) for a in (0, 1)], 1)
@@ -32,3 +32,21 @@ def test_both_ways_of_turning_are_rotations_by_the_angles(
         found.append((y, torch.autograd.grad((y.float() * weights).sum(), one)[0]))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_the_tables_of_an_axis_are_made_once_for_each_extent(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, make = [], rotary.axis_table
+
+    def watched(width: int, extent: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+        made.append((width, extent))
+        return make(width, extent, base)
+
+    monkeypatch.setattr(rotary, "axis_table", watched)
+    turning, generator = Rotary((4, 8)), torch.Generator().manual_seed(32)
+    found = []
+    for extents in ((5, 6), (6, 5), (5, 6)):
+        positions = torch.stack([torch.randint(0, extent, (7,), generator=generator) for extent in extents], -1)
+        found.append((positions, turning(positions, extents)))
+    assert sorted(made) == [(4, 5), (4, 6), (8, 5), (8, 6)]
+    for positions, rope in found:
+        torch.testing.assert_close(rope, Rotary((4, 8))(positions, (6, 6)), rtol=0, atol=0)
