@@ -20,6 +20,13 @@ def launched_count() -> int:
     return max(int(os.environ.get(name, "1")) for name in names)
 
 
+def fsdp_version() -> int | None:
+    """Which FSDP `accelerate config` was told to use; None for none."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("1", "true", "yes", "on"):
+        return None
+    return int(os.environ.get("FSDP_VERSION", "1"))
+
+
 def let_idle_threads_sleep() -> None:
     """Make OpenMP's threads sleep while they wait, unless OMP_WAIT_POLICY says otherwise; to be called before torch is
     imported.

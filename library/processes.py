@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.launcher import launched_count
+from library.launcher import fsdp_version, launched_count
 
 logger = logging.getLogger(__name__)
 
@@ -134,25 +134,37 @@ class Processes:
                 logger.info("%s: waiting for %d of %d processes", what, len(missing), self.count)
 
     def exchange(
-        self, parameters: Sequence[nn.Parameter], losses: Tensor, num_losses: int, stops: bool
+        self,
+        parameters: Sequence[nn.Parameter],
+        losses: Tensor,
+        num_losses: int,
+        stops: bool,
+        order: "Order | None" = None,
     ) -> tuple[Tensor, bool]:
         """Add up the gradients of all processes; gives the losses of all, and whether one wants to stop.
 
         `losses` are those of this process's share of `num_losses` batches, in order; the result has all of them in
         order. One buffer and one reduction carry everything, in float32. A gradient that no process has stays None.
+        Raises RuntimeError where processes that have to do something in one `order` did not.
         """
         if self.count == 1:
             return losses, stops
         shared = torch.zeros(num_losses, device=self.device)
         shared[self.rank :: self.count] = losses.to(self.device, torch.float32)
         has_gradient = [p.grad is not None for p in parameters]
-        flags = torch.tensor([*has_gradient, stops], dtype=torch.float32, device=self.device)
+        orders = [0.0] * (0 if order is None else self.count)
+        if order is not None:
+            orders[self.rank] = float(order.digest)
+        flags = torch.tensor([*has_gradient, stops, *orders], dtype=torch.float32, device=self.device)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([g.reshape(-1).to(self.device, torch.float32) for g in gradients] + [flags, shared])
         self._all_reduce(flat)
         sizes = [p.numel() for p in parameters]
         *sums, flags, shared = torch.split(flat, [*sizes, len(flags), num_losses])
-        is_there = (flags > 0).tolist()
+        told = flags.tolist()
+        if order is not None:
+            order.require_same(told[len(parameters) + 1 :], self.rank)
+        is_there = [number > 0 for number in told[: len(parameters) + 1]]
         for parameter, total, is_used in zip(parameters, sums, is_there, strict=False):
             parameter.grad = total.view_as(parameter).to(parameter.dtype) if is_used else None
         return shared.clone(), is_there[-1]
@@ -206,6 +218,23 @@ class Processes:
 ALONE = Processes()
 
 
+@dataclass(frozen=True)
+class Order:
+    """What a process did, in order, that the others of its group have to do alike."""
+
+    digest: int  # below 2**24, which float32 holds exactly
+    group_size: int
+
+    def require_same(self, digests: Sequence[float], rank: int) -> None:
+        """Raise RuntimeError where the group of `rank` has more than one of the digests of all processes."""
+        first = rank // self.group_size * self.group_size
+        if len(set(digests[first : first + self.group_size])) > 1:
+            raise RuntimeError(
+                "processes that share the base model (--shard_base) computed its blocks in different orders, so this "
+                "step has wrong weights; it moves nothing"
+            )
+
+
 class ProcessLost(UserError):
     """Another process of the run has ended, so that this one cannot go on."""
 
@@ -236,11 +265,18 @@ def of_accelerator(accelerator: Any) -> Processes:
     Raises UserError for its configurations that this suite does not train with.
     """
     kind = accelerator.distributed_type.name
-    if kind not in PLAIN:
+    if fsdp_version() == 1:
+        raise UserError(
+            "accelerate is configured for FSDP 1, which spreads a model that is trained; the base model is frozen here "
+            "and the adapter is small: run `accelerate config` again with FSDP version 2, which means --shard_base, or "
+            "give --multi_gpu to accelerate launch"
+        )
+    if kind not in PLAIN and fsdp_version() != 2:
         raise UserError(
             f"accelerate is configured for {kind}, which spreads a model over processes; the base model is frozen here "
             "and the adapter is small, so plain data-parallel training is what works: run `accelerate config` again "
-            f"without {kind}, or give --multi_gpu to accelerate launch"
+            f"without {kind}, or give --multi_gpu to accelerate launch. A base model that does not fit one card is "
+            "spread over several with --shard_base"
         )
     check_count(launched_count(), accelerator.num_processes)
     if accelerator.num_processes == 1:

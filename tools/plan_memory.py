@@ -65,6 +65,8 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
     options = card.options.from_args(parse(parser, arguments))
     if not options.network.network_module:
         raise UserError("--network_module is not set; networks.lora trains a LoRA")
+    if options.distributed.shard_base and not options.distributed.shard_group:
+        raise UserError("--shard_base: say with --shard_group over how many processes the base model is to be spread")
     check_precision(options)
     check_network(options)
     batch = described_batch(options)

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from library.memory.blocks import BlockRunner
 from library.memory.frozen import frozen_layers
+from library.memory.places.spread import Shelved
 from library.memory.places.streamed import Waiting
 
 logger = logging.getLogger(__name__)
@@ -104,4 +105,4 @@ class Compiled:
 
 def waits(block: nn.Module) -> bool:
     """Whether weights of a block come through a ring while it computes; compiled code would read them too early."""
-    return any(isinstance(layer.handle, Waiting) for layer in frozen_layers(block))
+    return any(isinstance(layer.handle, Waiting | Shelved) for layer in frozen_layers(block))

@@ -186,10 +186,10 @@ def store_all_in(form: Form, layers: Iterable[nn.Module]) -> int:
 
 
 def multiply_codes(layers: Iterable[FrozenLayer]) -> int:
-    """Let those of the layers compute with 8-bit numbers that can, before their weights wait; gives how many do."""
+    """Let those of the layers compute with 8-bit numbers that can; gives how many do."""
     count = 0
     for layer in layers:
-        codes = layer.form.codes(layer.own_parts()) if isinstance(layer, FrozenLinear) else None
+        codes = layer.form.codes(layer.handle()) if isinstance(layer, FrozenLinear) else None
         layer.multiplies_codes = codes is not None and codes.can_be_multiplied
         count += layer.multiplies_codes
     return count

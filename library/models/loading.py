@@ -18,8 +18,9 @@ from library.checkpoints.quantised import times, turn_regularly
 from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.memory.devices import channels_last_where_it_fits
-from library.memory.forms.form import AS_IN_FILE, AsInFile, WantedForm
+from library.memory.forms.form import AS_IN_FILE, AsInFile, TakenAway, WantedForm
 from library.memory.forms.named import FORMS
+from library.memory.forms.plain import Plain
 from library.memory.forms.scaled import Scaled
 from library.memory.frozen import keep_in, layers_in_blocks, store_in
 
@@ -41,7 +42,7 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Wa
 
     With a `form` the weights inside its blocks are stored in it, each as soon as it is read: the most memory that this
     takes is the result and one weight. With AS_IN_FILE those that the file has in 8 bits stay as they are, and so do
-    those that it has in the form that is asked for.
+    those that it has in the form that is asked for. Where layers are taken away all of them are stored in some form.
 
     Raises UserError naming missing weights and wrong shapes; names that the model does not know are warned of.
     """
@@ -84,14 +85,19 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Wa
         keep_in(Scaled(times, turn), layer, parts, wanted[name].shape, dtype)
         return True
 
+    take = None
+    if isinstance(form, TakenAway):
+        take, form = form.take, form.form
+    otherwise = (Plain() if take is not None else None) if isinstance(form, AsInFile) else form
     stored = set()
     for path, layer in layers_in_blocks(model).items() if form is not None else ():
-        if keep(name := f"{path}.weight", layer):
-            stored.add(name)
-        elif not isinstance(form, AsInFile):
-            assert form is not None
-            store_in(form, layer, read(name))
-            stored.add(name)
+        if not keep(name := f"{path}.weight", layer):
+            if otherwise is None:
+                continue
+            store_in(otherwise, layer, read(name))
+        stored.add(name)
+        if take is not None:
+            take(layer)
     model.load_state_dict({name: read(name) for name in wanted if name not in stored}, assign=True, strict=not stored)
     return model.requires_grad_(False).eval()
 

@@ -29,6 +29,21 @@ class DistributedOptions(Options):
         ignored=FLAT_BUFFER,
         help="Tell a distributed run that the graph of the computation never changes.",
     )
+    shard_base: bool = option(
+        False,
+        own=True,
+        help="Spread the weights of the frozen denoiser over the processes of a run: each keeps its share, and a block "
+        "is whole only while it computes. For base models that do not fit one card; needs fast links between the "
+        "cards. An FSDP2 configuration of accelerate means the same.",
+    )
+    shard_group: int | None = option(
+        None,
+        at_least=2,
+        own=True,
+        needs="shard_base",
+        help="How many processes share one copy of the weights with --shard_base. Unset is those of one machine: "
+        "machines then exchange nothing but the adapter's gradients.",
+    )
     deepspeed: bool = option(
         False,
         help="Train through DeepSpeed, which spreads optimizer, gradients and weights over devices.",

@@ -53,6 +53,8 @@ OURS = {  # the first of those and what sd-scripts does not have, with their def
     "on_nonfinite": "skip",
     "profile": 0,
     "selftest": False,
+    "shard_base": False,
+    "shard_group": None,
     "stochastic_rounding": False,
     "trace_nonfinite": False,
     "unsloth_offload_checkpointing": False,

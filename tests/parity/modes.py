@@ -7,15 +7,17 @@ from itertools import combinations, product
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from library.memory.activations import recompute_from_main_memory
-from library.memory.blocks import BlockRunner, Every, plain, recompute
+from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute
 from library.memory.forms.form import Form
 from library.memory.forms.named import FORMS
 from library.memory.forms.plain import Plain
 from library.memory.frozen import FrozenLayer, frozen_layers, layers_in_blocks, multiply_codes, store_all_in
 from library.memory.places.ring import Ring
+from library.memory.places.spread import Spread
 from library.memory.places.streamed import stream
 from networks.core.protocol import adopt
 from tests.parity.deep import DEEP
@@ -105,6 +107,8 @@ def gradients(
         assert ring is not None
         if change is not None:
             change(ring)
+    elif mode.place == "spread":
+        spread_over_all(model, deep.stacks(model), device)
     model.to(device)
     deep.run_blocks_with(model, RUNNERS[mode.runner]())
     network = with_adapter(mode.adapter, deep.seen(model)).to(device)
@@ -116,6 +120,16 @@ def gradients(
         loss.backward()
         results = [loss.detach(), *(p.grad for p in network.parameters() if p.grad is not None)]
     return results
+
+
+def spread_over_all(model: nn.Module, stacks: Stacks, device: torch.device = CPU) -> Spread:
+    """Spread a model over all processes of torch's group."""
+    spread = Spread(device, dist.get_world_size(), dist.get_world_size())
+    store_all_in(Plain(), layers_in_blocks(model).values())
+    for layer in frozen_layers(model):
+        spread.take(layer)
+    spread.settle(stacks)
+    return spread
 
 
 def with_adapter(name: str, seen: nn.Module) -> nn.Module:

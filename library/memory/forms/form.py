@@ -3,11 +3,12 @@
 Letters: O outputs, I inputs of a weight as a matrix; the inputs of a convolution are its channels times its kernel.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.memory.forms.codes import Codes
 
@@ -40,5 +41,15 @@ class AsInFile:
 
 
 AS_IN_FILE = AsInFile()
-WantedForm = Form | AsInFile
+
+
+@dataclass(frozen=True)
+class TakenAway:
+    """Asks for weights in a form, and for each layer as soon as its weight is stored: so the model is never whole."""
+
+    form: Form | AsInFile
+    take: Callable[[nn.Module], None]
+
+
+WantedForm = Form | AsInFile | TakenAway
 """What weights are to be stored in while they are read."""

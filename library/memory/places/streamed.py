@@ -1,7 +1,7 @@
 """Lets blocks of a frozen model wait in main memory until they compute."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,32 +9,16 @@ from torch import Tensor, nn
 
 from library.memory.blocks import Stacks
 from library.memory.forms.form import Parts
-from library.memory.frozen import FrozenLayer, frozen_layers
+from library.memory.frozen import frozen_layers
 from library.memory.places.pinning import pin
 from library.memory.places.ring import NUM_SLOTS, Ring
+from library.memory.places.spans import Span, parts_in, spans
 from library.memory.places.streams import CardStreams, HostStreams, StagedStreams, Streams
 
 logger = logging.getLogger(__name__)
 
-ALIGNMENT = 256  # bytes: where parts begin, as the card's own allocations do
-
 MakeMaster = Callable[[int, int], tuple[Tensor, bool]]
 """(number of the block, bytes) to its flat master, and whether another process fills it."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where one part of one layer lies among the bytes of its block."""
-
-    layer: FrozenLayer
-    name: str
-    part: Tensor  # on the meta device: shape, layout and dtype
-    start: int
-    end: int
-
-    def within(self, bytes_N: Tensor) -> Tensor:
-        """The part as a view of the bytes."""
-        return bytes_N[self.start : self.end].view(self.part.dtype).as_strided(self.part.shape, self.part.stride())
 
 
 def own_master(block: int, num_bytes: int) -> tuple[Tensor, bool]:
@@ -44,7 +28,7 @@ def own_master(block: int, num_bytes: int) -> tuple[Tensor, bool]:
 
 def stream(
     stacks: Stacks, waiting: Sequence[int], device: torch.device, make_master: MakeMaster = own_master
-) -> Ring | None:
+) -> Ring[Tensor, Tensor] | None:
     """Let `waiting[i]` blocks of stack i wait in main memory, and give their weights through slots on `device`.
 
     The weights of these blocks must be frozen, see `library.memory.frozen`. Norms, biases and whatever else is no
@@ -53,7 +37,7 @@ def stream(
     blocks = [stack[i] for stack, count in zip(stacks, waiting, strict=True) for i in chosen(len(stack), count)]
     if not blocks:
         return None
-    layouts = [list(spans(block)) for block in blocks]
+    layouts = [list(spans(frozen_layers(block))) for block in blocks]
     masters = [take_out(number, layout, make_master) for number, layout in enumerate(layouts)]
     ring = Ring(masters, open_streams(masters, device))
     for number, layout in enumerate(layouts):
@@ -75,18 +59,6 @@ def bytes_of_parts(block: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for layer in frozen_layers(block) for p in layer.own_parts().values())
 
 
-def spans(block: nn.Module) -> Iterator[Span]:
-    """The parts of a block's frozen layers, one after the other."""
-    start = 0
-    for layer in frozen_layers(block):
-        for name, part in layer.own_parts().items():
-            # Convolutions compute with their channels last, see library.memory.devices.place.
-            wanted = part.to("meta", memory_format=torch.channels_last if part.ndim == 4 else torch.contiguous_format)
-            end = start + part.numel() * part.element_size()
-            yield Span(layer, name, wanted, start, end)
-            start = -(-end // ALIGNMENT) * ALIGNMENT
-
-
 def take_out(number: int, layout: Sequence[Span], make_master: MakeMaster) -> Tensor:
     """Move the parts of a block from its layers into a master."""
     master, is_filled = make_master(number, layout[-1].end if layout else 0)
@@ -101,23 +73,20 @@ def take_out(number: int, layout: Sequence[Span], make_master: MakeMaster) -> Te
 class Waiting:
     """The handle of a layer whose block waits in main memory."""
 
-    ring: Ring
+    ring: Ring[Tensor, Tensor]
     number: int  # of the block in the ring
     layout: Sequence[Span]
 
     def __call__(self) -> Parts:
         """The parts where the block's slot is."""
-        return self.parts_in(self.ring.need(self.number))
+        return parts_in(self.layout, self.ring.need(self.number))
 
     def copied(self, device: torch.device) -> Parts:
         """The parts straight from main memory, past the ring."""
-        return {name: part.to(device) for name, part in self.parts_in(self.ring.masters[self.number]).items()}
-
-    def parts_in(self, bytes_N: Tensor) -> Parts:
-        return {span.name: span.within(bytes_N) for span in self.layout}
+        return {name: part.to(device) for name, part in parts_in(self.layout, self.ring.masters[self.number]).items()}
 
 
-def open_streams(masters: Sequence[Tensor], device: torch.device) -> Streams:
+def open_streams(masters: Sequence[Tensor], device: torch.device) -> Streams[Tensor, Tensor]:
     """The fastest way from these masters to the device, which the log names."""
     largest, total = max(map(len, masters)), sum(map(len, masters))
     what = f"{len(masters)} blocks ({total / 1e9:.2f} GB) wait in main memory"

@@ -6,7 +6,7 @@ sees the slot filled.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,12 +15,16 @@ NUM_STAGING = 2
 NAN_BYTE = 0xFF  # repeated, it is NaN in every floating-point format
 
 
-class Streams(Protocol):
+MasterT = TypeVar("MasterT", contravariant=True)
+SlotT = TypeVar("SlotT")
+
+
+class Streams(Protocol[MasterT, SlotT]):
     """Slots on the device, and a way to fill them."""
 
-    slots: list[Tensor]
+    slots: list[SlotT]
 
-    def start(self, slot: int, master: Tensor) -> None: ...
+    def start(self, slot: int, master: MasterT) -> None: ...
     def ready(self, slot: int) -> None: ...
 
 

@@ -15,13 +15,14 @@ class Allowed:
     recompute_every: Sequence[int | None] = (None, 3, 2, 1)
     inputs_wait: Sequence[bool] = (False, True)
     num_waiting: int | None = None  # None for any number
+    shared_by: int = 1  # processes; where it is more than one, no block waits in main memory
 
     def ways(self) -> Iterator[Way]:
         """Every combination, with no blocks waiting or the number that is set."""
         for form in self.forms:
             for every in self.recompute_every:
                 for wait in self.inputs_wait if every is not None else (False,):
-                    yield Way(form, every, wait, self.num_waiting or 0)
+                    yield Way(form, every, wait, self.num_waiting or 0, self.shared_by)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def choose(step: CountedStep, allowed: Allowed, card: Card, correction: float = 
 def fitted(step: CountedStep, way: Way, allowed: Allowed, card: Card, correction: float) -> Predicted:
     """A way with as few blocks waiting as make it fit, or with as many as can wait."""
     found = predict(step, way, card, correction)
-    if allowed.num_waiting is not None:
+    if allowed.num_waiting is not None or allowed.shared_by > 1:
         return found
     for number in range(1, step.most_waiting + 1):
         if found.device_bytes <= card.memory_bytes:

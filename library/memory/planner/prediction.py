@@ -24,6 +24,7 @@ class Way:
     recompute_every: int | None = None  # blocks: 1 for all, 2 for every second; None for none
     inputs_wait: bool = False  # what is recomputed from lies in main memory between the passes
     num_waiting: int = 0  # --blocks_to_swap
+    shared_by: int = 1  # processes over which the weights of the denoiser are spread, --shard_base
 
     def recomputes(self, place: int) -> bool:
         return self.recompute_every is not None and place % self.recompute_every == 0
@@ -68,7 +69,11 @@ def predict(step: CountedStep, way: Way, card: Card, correction: float = 1.0) ->
     denoiser_form, text_form = step.own_forms
     text = STORED_FORMS[text_form if way.form == denoiser_form else way.form]
     encoders = sum(encoder.resident_bytes(text, ()) for encoder in step.encoders)
-    weights = step.weights.resident_bytes(form, waiting) + encoders + step.other_bytes
+    if way.shared_by > 1:
+        own = step.weights.shared_bytes(form, way.shared_by)
+    else:
+        own = step.weights.resident_bytes(form, waiting)
+    weights = own + encoders + step.other_bytes
     held = step.optimizer.state + step.held_gradient_bytes
     within = held + peak_of(moves) + step.weights.decoded_bytes(form)
     stepping = step.gradient_bytes + max(step.optimizer.rise, step.optimizer.state)

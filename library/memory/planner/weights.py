@@ -133,6 +133,14 @@ class ModelWeights:
         slots = NUM_SLOTS * max((sizes[place] for place in waiting), default=0)
         return self.fixed_bytes + sum(map(form.num_bytes, self.storable)) + staying + slots
 
+    def shared_bytes(self, form: StoredForm, num_processes: int) -> int:
+        """Bytes on one device where the weights lie spread over as many.
+
+        Beside the share two blocks are together at a time, and one of them is there twice while it comes.
+        """
+        sizes = [*self.block_bytes(form), *map(form.num_bytes, self.storable)]
+        return self.fixed_bytes + ceil(sum(sizes) / num_processes) + (NUM_SLOTS + 1) * max(sizes, default=0)
+
     def decoded_bytes(self, form: StoredForm) -> int:
         """The most that decoding one weight takes for a moment."""
         matrices = [*self.storable, *(matrix for block in self.blocks for matrix in block)]

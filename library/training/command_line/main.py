@@ -162,9 +162,11 @@ def train_network(
     from library.training.optimization.hidden_library import hidden_bitsandbytes
     from library.training.reporting.events import Audit, Planned
     from library.training.run import setup
+    from library.training.run.sharding import as_launched, settled_sharding
     from library.training.saving.hub import check_repository
     from library.training.saving.resume import find_state, with_rates_of_state
 
+    options = as_launched(options)
     if options.faults.dry_run:
         options = without_writing(options)
     with without_collection():
@@ -174,6 +176,7 @@ def train_network(
     check_vae_precision(options, arch.vae_overflows_in_fp16)
     accelerator = setup.open_accelerator(options)
     processes = of_accelerator(accelerator)
+    options = settled_sharding(options, processes)
     facts = find_state(options, processes)
     options = with_rates_of_state(options, facts)
     if processes.is_main:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -54,14 +55,19 @@ class Measurement:
 
         `evaluating` puts the models in the state they are measured in, where they are not; `title` is that of a bar.
         """
-        numbers = range(processes.rank, len(self.places), processes.count)
+        numbers = list(range(processes.rank, len(self.places), processes.count))
+        num_own = len(numbers)
+        if context.models.spread is not None and num_own < ceil(len(self.places) / processes.count):
+            numbers.append(len(self.places) - 1)  # in step with the others, for nothing
         names = self.rows if self.noise is None else self.noise
         losses_NL = torch.zeros(len(self.rows), len(self.levels), dtype=torch.float64)
         with evaluating or nullcontext(), progress_bar(title, len(numbers), leave=False) as bar:
             batches = self.pictures.batches([self.places[i] for i in numbers], num_threads)
-            for i, batch in zip(numbers, batches, strict=True):
+            for number, (i, batch) in enumerate(zip(numbers, batches, strict=True)):
                 first = sum(map(len, self._names[:i]))
                 rows = slice(first, first + len(batch.keys))
-                losses_NL[rows] = batch_losses(context, batch, names[rows], self.levels, self.seed)
+                losses = batch_losses(context, batch, names[rows], self.levels, self.seed)
+                if number < num_own:
+                    losses_NL[rows] = losses
                 bar.update(1)
         return processes.add_up(losses_NL)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -141,30 +142,39 @@ class Previews:
         prompts: Sequence[Prompt],
         encoded: Mapping[str, Conditioning] | None,
         cached: Mapping[str, Conditioning] | None = None,
+        is_drawing: bool = False,
     ) -> None:
         """`encoded` is what `encode_prompts` gave; None where text encoders train, so that it changes.
 
-        `cached` has the features of encoders that have left memory.
+        `cached` has the features of encoders that have left memory. `is_drawing` says whether the main process draws,
+        which alone has prompts: those that share its base model go along.
         """
         self._run, self._charts, self._prompts = run, charts, prompts
+        spread = run.context.models.spread
+        self._shared_base = spread if is_drawing and spread is not None and spread.has_main else None
         self._encoded, self._cached = encoded, cached
         self._timetable = Timetable.build(run.options.preview)
 
     @classmethod
     def build(
-        cls, run: Run, charts: Charts, prompts: Sequence[Prompt], cached: Mapping[str, Conditioning] | None = None
+        cls,
+        run: Run,
+        charts: Charts,
+        prompts: Sequence[Prompt],
+        cached: Mapping[str, Conditioning] | None = None,
+        is_drawing: bool = False,
     ) -> "Previews":
         """The previews of `prompts`, see `wanted_prompts`. Those that frozen text encoders read are encoded here, once.
 
         `cached` is given where text encoders have left memory.
         """
         if not run.context.models.text_encoders:
-            return cls(run, charts, prompts, cached)
+            return cls(run, charts, prompts, cached, is_drawing=is_drawing)
         encoded = None
         if prompts and not run.context.trains_text_encoder:
             with evaluating(run, PREVIEWS):
                 encoded = encoded_now(run.context, prompts, cached)
-        return cls(run, charts, prompts, encoded, cached)
+        return cls(run, charts, prompts, encoded, cached, is_drawing)
 
     def before_training(self, interruption: Interruption) -> None:
         """Draw if --sample_at_first asks for it."""
@@ -191,10 +201,16 @@ class Previews:
         return all(is_written(path_of, since) for path_of in (*paths, *grids))
 
     def _draw_all(self, event: str, step: int, epoch: int, interruption: Interruption) -> bool:
+        """Draw in the main process, with the weights that others have of its base model; False as in `after_step`."""
+        shared = self._shared_base
+        if shared is not None and not self._run.processes.is_main:
+            shared.follow(0)
         if not self._prompts:
             return True
-        if interruption.is_requested:
-            return False
+        with nullcontext() if shared is None else shared.lead():
+            return not interruption.is_requested and self._draw_each(event, step, epoch, interruption)
+
+    def _draw_each(self, event: str, step: int, epoch: int, interruption: Interruption) -> bool:
         run, context, drawn = self._run, self._run.context, []
         announce(f"\ngenerating sample images at step / サンプル画像生成 ステップ: {step}")
         try:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from library.errors import UserError
 from library.memory.blocks import BlockRunner
 from library.memory.frozen import frozen_layers
+from library.memory.places.spread import Shelved
 from library.memory.places.streamed import Waiting
 from library.training.evaluation.eval_mode import eval_mode
 from library.training.run.adapter import block_runner
@@ -149,8 +150,8 @@ def moved(value: Tensor, noise: float, generator: torch.Generator) -> Tensor:
 
 @contextmanager
 def plain_weights(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let the layers of a block that waits in main memory have their weights from there, past the ring."""
-    waiting = {layer: layer.handle for layer in frozen_layers(block) if isinstance(layer.handle, Waiting)}
+    """Let the layers of a block that waits elsewhere have copies of their weights, which nothing else uses."""
+    waiting = {layer: layer.handle for layer in frozen_layers(block) if isinstance(layer.handle, Waiting | Shelved)}
     try:
         for layer, handle in waiting.items():
             layer.handle = partial(dict, handle.copied(device))
@@ -178,8 +179,8 @@ def report(findings: Sequence[Finding], calls: Sequence[Call]) -> None:
     if wrong:
         raise UserError(
             f"--selftest: {len(wrong)} of {len(findings)} gradients in {len(calls)} blocks are not those of the plain "
-            f"mode: {'; '.join(lines)}. Train without --blocks_to_swap, --base_format or --gradient_checkpointing, and "
-            "report this: it is a fault of the program or of the card's memory"
+            f"mode: {'; '.join(lines)}. Train without --blocks_to_swap, --shard_base, --base_format or "
+            "--gradient_checkpointing, and report this: it is a fault of the program or of the card's memory"
         )
     logger.info(
         "self-test: %d gradients in %d blocks are those of the plain mode: off by %.1e at most, where rounding alone "

@@ -52,7 +52,8 @@ def lines(step: CountedStep, used: Way, allowed: Allowed, card: Card) -> Iterato
 
 def candidates(step: CountedStep, allowed: Allowed, card: Card) -> Iterator[Predicted]:
     """Every way, with no blocks waiting, half of those that can, and all of those."""
-    numbers = sorted({0, step.most_waiting // 2, step.most_waiting})
+    most = step.most_waiting if allowed.shared_by == 1 else 0
+    numbers = sorted({0, most // 2, most})
     for way in allowed.ways():
         yield from (predict(step, replace(way, num_waiting=number), card) for number in numbers)
 

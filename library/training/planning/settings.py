@@ -19,7 +19,13 @@ def way_of(options: TrainOptions) -> Way:
         recompute_every=memory.gradient_checkpointing_every if memory.recomputes else None,
         inputs_wait=memory.offloads_inputs,
         num_waiting=memory.blocks_to_swap or 0,
+        shared_by=shared_by(options),
     )
+
+
+def shared_by(options: TrainOptions) -> int:
+    """Over how many processes the denoiser is spread; a run has settled that by its processes."""
+    return (options.distributed.shard_group or 1) if options.distributed.shard_base else 1
 
 
 def values_of(way: Way) -> dict[str, Any]:
@@ -30,6 +36,8 @@ def values_of(way: Way) -> dict[str, Any]:
         "gradient_checkpointing_every": way.recompute_every or 1,
         "cpu_offload_checkpointing": way.inputs_wait,
         "blocks_to_swap": way.num_waiting or None,
+        "shard_base": way.shared_by > 1,
+        "shard_group": way.shared_by if way.shared_by > 1 else None,
     }
 
 
@@ -64,6 +72,7 @@ def allowed_by(options: TrainOptions) -> Allowed:
         recompute_every=(way.recompute_every,) if memory.recomputes else EVERY,
         inputs_wait=(True,) if way.inputs_wait or memory.cpu_offload_checkpointing else (False, True),
         num_waiting=memory.blocks_to_swap,
+        shared_by=way.shared_by,
     )
 
 
@@ -71,6 +80,6 @@ def allowed_ever(options: TrainOptions) -> Allowed:
     """All that a user could set, in the form that the weights have and in two smaller ones."""
     form = options.precision.denoiser_format
     if options.precision.multiplies_codes:
-        return replace(Allowed(), forms=(form,), recompute_every=EVERY)
+        return replace(Allowed(), forms=(form,), recompute_every=EVERY, shared_by=shared_by(options))
     smaller = {None: ("int8", "nf4"), "bf16": ("int8", "nf4"), "nf4": (), "nf4_double": ()}.get(form, ("nf4",))
-    return replace(Allowed(), forms=(form, *smaller), recompute_every=EVERY)
+    return replace(Allowed(), forms=(form, *smaller), recompute_every=EVERY, shared_by=shared_by(options))

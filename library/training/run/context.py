@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.memory.places.spread import Spread
 from library.protocols import Architecture, LiveText
 from library.training.run.conditioning import CaptionMemo
 from networks.core.protocol import AdoptedNetwork
@@ -23,6 +24,7 @@ class Models:
     text_encoders: list[nn.Module]
     vae: nn.Module | None  # None once every latent is cached
     network_view: tuple[nn.Module | list[nn.Module], nn.Module]  # (text encoders, denoiser) as network modules see them
+    spread: Spread | None = None  # the denoiser's weights, where they lie spread over processes
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,4 @@ class StepContext:
     captions: CaptionMemo
     live_text: LiveText | None = None  # the text encoders in memory where the outputs of others are cached
     vae_batch_size: int = 1
+    preserves_in_step: bool = False  # whether each batch asks the base model too, since those of others may have to

@@ -13,7 +13,7 @@ from library.checkpoints.weights import without_values
 from library.errors import UserError
 from library.memory.blocks import Stacks
 from library.memory.devices import place
-from library.memory.forms.form import AS_IN_FILE, WantedForm
+from library.memory.forms.form import AS_IN_FILE, TakenAway, WantedForm
 from library.memory.forms.named import FORMS
 from library.memory.forms.plain import Plain
 from library.memory.forms.scaled import Scaled
@@ -26,6 +26,7 @@ from library.memory.frozen import (
     store_all_in,
 )
 from library.memory.places.shared import place_for, shared_masters
+from library.memory.places.spread import Spread
 from library.memory.places.streamed import bytes_of_parts, stream
 from library.memory.planner.weights import STORED_FORMS, ModelWeights
 from library.options.train import TrainOptions
@@ -93,12 +94,21 @@ def waiting_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
     return split(num_blocks)
 
 
-def form_while_reading(options: TrainOptions) -> WantedForm | None:
+def open_spread(options: TrainOptions, processes: Processes) -> Spread | None:
+    """What spreads the denoiser over processes, where --shard_base asks for it and processes are to share it."""
+    size = options.distributed.shard_group
+    if not options.distributed.shard_base or size is None or processes.count == 1:
+        return None
+    return Spread(processes.device, processes.count, size)
+
+
+def form_while_reading(options: TrainOptions, spread: Spread | None = None) -> WantedForm | None:
     """The form that the denoiser's weights get as they are read; None where merging needs them whole first."""
     if options.network.base_weights:
         return None
     name = options.precision.denoiser_format
-    return AS_IN_FILE if name is None else FORMS[name]
+    form = AS_IN_FILE if name is None else FORMS[name]
+    return form if spread is None else TakenAway(form, spread.take)
 
 
 def settle_base(
@@ -122,6 +132,8 @@ def settle_base(
         logger.info("text encoders: %d layers in %s", count, precision.text_encoder_format)
     if options.memory.blocks_to_swap:
         let_blocks_wait(options.memory.blocks_to_swap, arch.stacks(models.denoiser), compute.device, processes)
+    if models.spread is not None:
+        spread_blocks(models.spread, models.denoiser, arch.stacks(models.denoiser))
     place(models.denoiser, compute.device)
 
 
@@ -143,10 +155,27 @@ def why_not(layer: FrozenLayer) -> str:
     """What keeps a layer from it."""
     if not isinstance(layer, FrozenLinear):
         return "convolutions"
-    codes = layer.form.codes(layer.own_parts())
+    codes = layer.form.codes(layer.handle())
     if codes is None or codes.scales.ndim > 2:
         return "whose form has factors within a row or no codes"
     return "whose sizes are no multiples of 8 (int8) or 16 (fp8)"
+
+
+def spread_blocks(spread: Spread, denoiser: nn.Module, stacks: Stacks) -> None:
+    """Spread what was not taken while it was read, as after merging, and bring the shares together by block."""
+    store_all_in(Plain(), layers_in_blocks(denoiser).values())
+    for layer in frozen_layers(denoiser):
+        spread.take(layer)
+    spread.settle(stacks)
+    logger.info(
+        "denoiser: %d blocks and layers (%.2f GB) spread over %d processes, %.2f GB in each; the two that are together "
+        "at a time take up to %.2f GB more",
+        spread.num_blocks,
+        spread.num_bytes / 1e9,
+        spread.group_size,
+        spread.num_bytes / spread.group_size / 1e9,
+        2 * spread.most_bytes / 1e9,
+    )
 
 
 def let_blocks_wait(num_blocks: int, stacks: Stacks, device: torch.device, processes: Processes) -> None:

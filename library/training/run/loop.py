@@ -18,7 +18,7 @@ from library.training.optimization.optimizers import effective_rates
 from library.training.planning.advice import ways_out
 from library.training.reporting.logs import Charts
 from library.training.reporting.profile import profiled
-from library.training.reporting.progress import Progress
+from library.training.reporting.progress import Part, Progress
 from library.training.reporting.report import (
     LimitedNorms,
     announce_epoch,
@@ -31,6 +31,7 @@ from library.training.run.ahead import Ahead, copies_to
 from library.training.run.plan import Window
 from library.training.run.run import Run
 from library.training.run.setup import Prepared
+from library.training.run.sharding import order_of
 from library.training.run.step import describe_shape, loss_of, start_batch
 from library.training.run.told import Told
 from library.training.run.told_steps import told_step
@@ -93,6 +94,7 @@ def train(prepared: Prepared, interruption: Interruption, watch: StepWatch | Non
                     own_losses,
                     len(window.places),
                     interruption.is_requested,
+                    order_of(run),
                 )
                 updates.tell()
                 progress.is_moving = True
@@ -171,10 +173,11 @@ def finish_step_of(
     finished_epochs, rest = divmod(progress.step, run.plan.steps_per_epoch)
     epoch = finished_epochs + bool(rest)
     ends_epoch = not rest or progress.step >= run.plan.max_train_steps
-    if previews.are_drawn(step_event(progress.step), state.written_at):
-        progress.done.add("step previews")
-    if previews.are_drawn(epoch_event(epoch), state.written_at):
-        progress.done.add("epoch previews")
+    drawn: dict[Part, str] = {"step previews": step_event(progress.step), "epoch previews": epoch_event(epoch)}
+    for part, event in drawn.items():
+        is_drawn = previews.are_drawn(event, state.written_at)  # of the main process's prompts; others have none
+        if run.processes.share(f"drawn {part}", "yes" if is_drawn else "no") == "yes":
+            progress.done.add(part)
     finish_step(run.times, progress, epoch, writer, previews, interruption)
     if ends_epoch:
         finish_epoch(run.times, progress, epoch, writer, previews, interruption)
@@ -182,9 +185,9 @@ def finish_step_of(
 
 def batches_of(run: Run, epoch: int, first_step: int) -> Ahead:
     """This process's batches of an epoch, in order, from the one after `first_step` on; no other is read."""
-    processes, dataset, cache = run.processes, run.options.dataset, run.context.arch.text_cache
+    dataset, cache = run.options.dataset, run.context.arch.text_cache
     windows = run.plan.windows(epoch, first_step)
-    places = [place for window in windows for place in window.share(processes.rank, processes.count)]
+    places = [place for window in windows for place in passes_of(run, window)]
     batches = run.training_set.batches(
         epoch,
         places,
@@ -204,23 +207,36 @@ def accumulate_gradient(
     `fetch_next` is called once the device has got its work on a batch.
     """
     losses = []
-    for place in window.share(run.processes.rank, run.processes.count):
+    num_own = len(window.share(run.processes.rank, run.processes.count))
+    for number, place in enumerate(passes_of(run, window)):
         batch = next(batches)
+        # The gradient of a loss that is divided by infinity is zero.
+        size = len(window.places) if number < num_own else math.inf
         doing = f"computing step {window.step + 1}, forward and backward"
         shape, predicted = describe_shape(batch), partial(ways_out, run, batch)
         with explained(doing, run.options, run.context.device, shape, lambda: sizes_of(run), predicted):
-            loss = backward(run, batch, run.plan.batch_number(window.epoch, place), len(window.places), window.step)
+            loss = backward(run, batch, run.plan.batch_number(window.epoch, place), size, window.step)
         losses.append(loss)
         fetch_next()
-    return torch.stack(losses) if losses else torch.zeros(0)
+    return torch.stack(losses[:num_own]) if num_own else torch.zeros(0)
 
 
-def backward(run: Run, batch: Batch, batch_number: int, window_size: int, step: int) -> Tensor:
+def passes_of(run: Run, window: Window) -> list[int]:
+    """The places that this process computes for a window: its share, and in step with others a stand-in."""
+    processes = run.processes
+    share = [*window.share(processes.rank, processes.count)]
+    stand_in = None
+    if run.context.models.spread is not None:
+        stand_in = window.stand_in(processes.rank, processes.count)
+    return share if stand_in is None else [*share, stand_in]
+
+
+def backward(run: Run, batch: Batch, batch_number: int, window_size: float, step: int) -> Tensor:
     """Add the gradient of one batch; gives its loss."""
     if run.fixed is not None:
         with run.times.counted(batch), run.times.stage("forward"):  # and backward, which is one with it
             start_batch(run.context, batch_number, step)
-            return run.fixed.gradients(batch, batch_number, window_size)
+            return run.fixed.gradients(batch, batch_number, int(window_size))
     with run.times.counted(batch) as turn_back:
         with run.times.stage("forward"):
             start_batch(run.context, batch_number, step)

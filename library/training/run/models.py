@@ -17,7 +17,7 @@ from library.processes import Processes
 from library.protocols import Architecture, LatentCodec, LiveText
 from library.training.run.compute import Compute
 from library.training.run.context import Models
-from library.training.run.frozen_base import form_while_reading
+from library.training.run.frozen_base import form_while_reading, open_spread
 from library.training.run.text_caching import live_text, prepare_text
 from library.types import Conditioning
 
@@ -49,9 +49,10 @@ def load_models(
     release_memory(options.memory.highvram)
     text = prepare_text(options, arch, training_set, compute.device, compute.autocast, prompts, processes)
     release_memory(options.memory.highvram)
-    denoiser = arch.load.denoiser(form_while_reading(options))
+    spread = open_spread(options, processes)
+    denoiser = arch.load.denoiser(form_while_reading(options, spread))
     arch.fit_to_sizes(denoiser, [dataset.resolution for dataset in training_set.config.datasets])
-    models = Models(denoiser, text.encoders, vae, arch.view(text.encoders, denoiser))
+    models = Models(denoiser, text.encoders, vae, arch.view(text.encoders, denoiser), spread)
     return LoadedModels(models, live_text(options, arch.text_cache), text.prompts)
 
 

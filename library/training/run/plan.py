@@ -24,6 +24,14 @@ class Window:
         """The places that one process computes; none where the last window of an epoch is shorter than the group."""
         return self.places[rank::num_processes]
 
+    def stand_in(self, rank: int, num_processes: int) -> int | None:
+        """What a process computes for nothing that has a batch fewer than others, where all have to go in step.
+
+        It is a batch that another one computes too, so that no other part of an adapter gets a gradient.
+        """
+        most = ceil(len(self.places) / num_processes)
+        return None if len(self.share(rank, num_processes)) == most else self.places[-1]
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -39,6 +39,7 @@ from library.training.run.optimization import build_optimization
 from library.training.run.plan import Plan
 from library.training.run.rehearsal import rehearse
 from library.training.run.run import Run
+from library.training.run.sharding import preserves_in_step
 from library.training.run.text_caching import cached_text, check_text_caching
 from library.training.run.told_steps import NormMeter
 from library.training.run.writer import build_writer, go_on
@@ -161,6 +162,7 @@ def prepare(
     network = attach_adapter(options, arch, seed, loaded.models, compute, processes)
     optimization = build_optimization(options, network, loaded.models, plan.max_train_steps, compute.device)
     context = step_context(options, arch, seed, loaded, network, compute)
+    context = replace(context, preserves_in_step=preserves_in_step(training_set, loaded.models.spread))
     times = StepTimes(compute.device, processes.count, peak_of(compute.device, compute.dtype))
     norms, fixed = NormMeter(events.is_on), fixed_steps(options, context, optimization.optimizer)
     run = Run(options, processes, training_set, plan, context, optimization, times, events, norms, fixed)
@@ -177,7 +179,8 @@ def prepare(
         counts = PictureCounts(training_set.num_train_images, validation.num_pictures, training_set.num_reg_images)
         announce_run(plan, counts, training_set.batch_sizes, options.run.gradient_accumulation_steps)
         events.emit(plan_of(run, counts, progress.step, None if state is None else str(state.path)))
-    previews = Previews.build(run, charts, prompts, loaded.prompts)
+    is_drawing = processes.share("are there previews", "yes" if prompts else "no") == "yes"
+    previews = Previews.build(run, charts, prompts, loaded.prompts, is_drawing)
     resumed = state if state is not None and state.step == progress.step else None
     return Prepared(run, progress, writer, charts, previews, validation, resumed)
 

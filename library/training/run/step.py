@@ -10,12 +10,15 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from library.data.description.schema import level_offset
+from library.errors import UserError
 from library.memory.devices import send
 from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
 from library.training.run.context import StepContext
 from library.training.run.latents import inpainting_of, latents_of
 from library.types import Batch, Conditioning, Noised
+
+PRESERVATION = "diff_output_preservation"  # of a subset's custom_attributes
 
 
 def start_batch(context: StepContext, batch_number: int, step: int) -> None:
@@ -121,9 +124,14 @@ def preserve_output(
     """The target, but that marked samples are to keep the prediction of the model without its adapter (differential
     output preservation)."""
     target_BCHW = objective.target(noised)
-    keep = [bool(attributes.get("diff_output_preservation")) for attributes in batch.attributes]
-    if not any(keep):
+    keep = [bool(attributes.get(PRESERVATION)) for attributes in batch.attributes]
+    if not any(keep) and not context.preserves_in_step:
         return target_BCHW
+    if context.models.spread is not None and not context.preserves_in_step:
+        raise UserError(
+            f"--shard_base: {PRESERVATION} in custom_attributes of a --dataset_class asks the base model alone, and "
+            "the other processes do not know of it; leave one of them out"
+        )
     context.network.set_multiplier(0.0)
     try:
         with torch.no_grad(), context.autocast():

@@ -13,7 +13,7 @@ from library.architectures.flux.options import FluxModelOptions
 from library.architectures.sd3.options import Sd3TrainingOptions
 from library.options.base import RULE, Rule, group
 from library.options.rules import unused
-from library.options.support import DDP, DEEPSPEED, INSTEAD, UNSUPPORTED, unsupported
+from library.options.support import DEEPSPEED, INSTEAD, OTHERS, UNSUPPORTED, unsupported
 from library.options.train import TrainOptions
 from library.training.command_line import checks
 from library.training.command_line.checks import check, check_vae_precision, report_unused
@@ -268,7 +268,7 @@ def test_fp16_without_a_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_each_line_about_support_is_about_a_real_option() -> None:
-    assert {*UNSUPPORTED, *DDP, *DEEPSPEED} <= AllOptions.defaults().keys()
+    assert {*UNSUPPORTED, *OTHERS, *DEEPSPEED} <= AllOptions.defaults().keys()
 
 
 def test_rules_speak_of_options_that_exist() -> None:

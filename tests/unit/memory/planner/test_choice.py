@@ -83,6 +83,20 @@ def test_blocks_that_wait_leave_two_slots_and_cost_the_bus_where_it_is_slow() ->
     assert fast.host_bytes == 3 * 40 * MIB
 
 
+@pytest.mark.parametrize("shared_by", [2, 8])
+def test_a_base_that_is_shared_takes_a_share_and_three_blocks(shared_by: int) -> None:
+    """Of 20 and 8 x 40 MiB: two blocks are together, and one is there twice while it comes."""
+    whole, shared = (predict(counted_step(), Way(shared_by=number), card(0)) for number in (1, shared_by))
+    spread = (20 + NUM_BLOCKS * 40) * MIB
+    assert whole.tensor_bytes - shared.tensor_bytes == spread - spread / shared_by - 3 * 40 * MIB
+    assert shared.seconds == whole.seconds
+
+
+def test_nothing_waits_in_main_memory_where_the_base_is_shared() -> None:
+    choice = choose(counted_step(), Allowed(shared_by=4), card(0))
+    assert {found.way.num_waiting for found in choice.candidates} == {0} and choice.chosen is None
+
+
 def test_inputs_that_wait_are_counted_out_and_over_the_bus() -> None:
     step = counted_step()
     stays, waits = (predict(step, Way(recompute_every=1, inputs_wait=wait), card(0)) for wait in (False, True))

@@ -1,0 +1,74 @@
+"""A base model whose weights lie spread over two processes: the same gradients, half of the memory in each."""
+
+import os
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+
+from tests.parity.deep import DEEP
+from tests.parity.modes import ADAPTERS, ALL_FORMS, RUNNERS
+from tests.ranks import Job, Rank, run_ranks
+
+CALLS = "tests.parity.spread_calls"
+COUNT = 2
+MODES = [
+    "/".join(values)
+    for _, *values in zip(range(max(len(ADAPTERS), len(ALL_FORMS))), cycle(DEEP), cycle(ALL_FORMS), cycle(RUNNERS),
+                          cycle(ADAPTERS), strict=False)
+]  # fmt: skip
+JOBS = {"compared": MODES, "kept": [], "one_alone": [], "out_of_order": [], "peaks": []}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Rank]]:
+    """What both processes gave for each of the jobs."""
+    folder = tmp_path_factory.mktemp("ranks")
+    jobs = [Job(words, COUNT, str(new_folder(folder / name)), call=f"{CALLS}:{name}") for name, words in JOBS.items()]
+    found = dict(zip(JOBS, run_ranks(jobs, folder), strict=True))
+    for name, ranks in found.items():
+        assert [rank.status for rank in ranks] == [0] * COUNT, (name, [rank.said for rank in ranks])
+    return found
+
+
+def new_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def test_gradients_are_those_of_a_model_that_is_whole(given: dict[str, list[Rank]]) -> None:
+    """Exactly, but for convolutions: contiguous weights of the reference go through other kernels in the backward."""
+    assert {values.split("/")[0] for values in MODES} == set(DEEP)
+    for rank in given["compared"]:
+        for mode, (num_gradients, off) in zip(MODES, rank.gave, strict=True):
+            assert num_gradients > 10
+            assert off <= (1e-4 if mode.startswith("sd/") else 0.0), mode
+
+
+def test_each_process_keeps_its_share_and_the_model_nothing(given: dict[str, list[Rank]]) -> None:
+    for rank in given["kept"]:
+        whole, own, left = rank.gave
+        assert own * COUNT == whole > 10_000 and left == 0
+
+
+def test_others_follow_one_that_computes_alone_also_where_it_fails(given: dict[str, list[Rank]]) -> None:
+    first, second = (rank.gave for rank in given["one_alone"])
+    assert first == [True] * 4 and second == [True]
+
+
+def test_blocks_that_are_asked_for_in_different_orders_are_noticed_before_weights_move(
+    given: dict[str, list[Rank]],
+) -> None:
+    for rank in given["out_of_order"]:
+        alike, different = rank.gave
+        assert alike == "" and "computed its blocks in different orders" in different
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be measured anew")
+def test_no_process_ever_has_the_whole_model_while_it_is_read(given: dict[str, list[Rank]]) -> None:
+    """The most is the share and a weight in three copies: as it is read, as bytes, and the share that is cut."""
+    for rank in given["peaks"]:
+        whole, spread, plain = rank.gave
+        one = whole / 12
+        assert whole / COUNT * 0.9 < spread < whole / COUNT + 3.5 * one < 0.8 * whole
+        assert plain > 0.95 * whole

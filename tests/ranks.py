@@ -1,0 +1,160 @@
+"""Runs of several processes that are forked from one, which has imported everything: a run costs no imports.
+
+`python -m tests.ranks <jobs.json>` does them one after the other. Each process gets what torch's launcher would tell
+it, and its own folder for what it says; gloo carries what they exchange.
+"""
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.running import ROOT
+
+MOST_SECONDS = 120  # of a run
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its command line, how many processes, and what else they are told.
+
+    With `call`, as `module:function`, the function is called in place of a script, with the arguments.
+    """
+
+    arguments: list[str]
+    count: int
+    folder: str  # of what they say
+    script: str = "train_network"
+    environment: dict[str, str] = field(default_factory=dict)
+    call: str | None = None
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What became of one process. `status` is that of waitpid: SIGKILL's is -9."""
+
+    status: int
+    said: str
+    gave: Any = None  # by the function, as JSON
+
+
+def run_ranks(jobs: Sequence[Job], folder: Path, timeout: float = 300) -> list[list[Rank]]:
+    """Run the jobs; gives the processes of each in the order of their ranks."""
+    path = folder / "ranks.json"
+    path.write_text(json.dumps([asdict(job) for job in jobs]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ranks", str(path)], cwd=ROOT, env=environment, capture_output=True,
+        timeout=timeout, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [[Rank(**rank) for rank in ranks] for ranks in json.loads(done.stdout)]
+
+
+# In the process that forks
+
+
+def main() -> None:
+    """Run the jobs of a file and write what became of them to standard output."""
+    from tests.killing import import_all
+    from tests.running import SCRIPTS
+
+    jobs = [Job(**one) for one in json.loads(Path(sys.argv[1]).read_text())]
+    for script in {job.script for job in jobs if job.call is None}:
+        import_all(script, SCRIPTS[script])
+    for call in {job.call for job in jobs if job.call is not None}:
+        importlib.import_module(call.partition(":")[0])
+    print(json.dumps([[asdict(rank) for rank in forked(job)] for job in jobs]))
+
+
+def forked(job: Job) -> list[Rank]:
+    """Run one job in children."""
+    port = free_port()
+    ranks = range(job.count)
+    children = {fork(job, rank, port): rank for rank in ranks}
+    statuses: dict[int, int] = {}
+    end = time.monotonic() + MOST_SECONDS
+    while children:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            statuses[children.pop(child)] = os.waitstatus_to_exitcode(status)
+            continue
+        time.sleep(0.02)
+        if time.monotonic() > end:  # they wait for each other in vain
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+    return [Rank(statuses[rank], said_by(job, rank).read_text(errors="replace"), given(job, rank)) for rank in ranks]
+
+
+def said_by(job: Job, rank: int) -> Path:
+    return Path(job.folder) / f"said_{rank}"
+
+
+def given(job: Job, rank: int) -> Any:
+    path = Path(job.folder) / f"gave_{rank}"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def fork(job: Job, rank: int, port: int) -> int:
+    """Start one process; gives its number."""
+    child = os.fork()
+    if child:
+        return child
+    status = 70
+    try:
+        output = os.open(said_by(job, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.count, "LOCAL_WORLD_SIZE": job.count}
+        os.environ.update({name: str(value) for name, value in told.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+        os.environ.update(job.environment)
+        status = start(job) if job.call is None else call(job, rank)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def start(job: Job) -> int:
+    """What the script's file does."""
+    from library.training.command_line.main import main as train
+    from tests.running import SCRIPTS
+
+    card = SCRIPTS[job.script]
+    parser = importlib.import_module(job.script).setup_parser()
+    return train(parser, card.options, card.build, job.arguments)
+
+
+def call(job: Job, rank: int) -> int:
+    """Call the function among all processes and keep what it gives."""
+    import torch.distributed as dist
+
+    assert job.call is not None
+    module, _, name = job.call.partition(":")
+    dist.init_process_group("gloo")
+    found = getattr(importlib.import_module(module), name)(*job.arguments)
+    (Path(job.folder) / f"gave_{rank}").write_text(json.dumps(found))
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    main()

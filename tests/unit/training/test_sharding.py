@@ -1,0 +1,69 @@
+"""What --shard_base does not go with, and what accelerate's configuration asks for."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+
+from library.options.train import TrainOptions
+from library.processes import Order, Processes
+from library.training.run.plan import Window
+from library.training.run.sharding import as_launched, settled_sharding
+
+FOUR = Processes(1, 4, 1, 4)
+
+
+def options(**values: object) -> TrainOptions:
+    return TrainOptions().with_values({"shard_base": True, **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "processes", "said"),
+    [
+        ({"shard_group": 3}, FOUR, "4 processes cannot be divided into groups of 3.*--shard_group 2 or 4"),
+        ({"shard_group": 8}, FOUR, "--shard_group 2 or 4"),
+        ({}, Processes(0, 2, 0, 1), "each machine has one process.*--shard_group 2"),
+        ({"blocks_to_swap": 4}, FOUR, "--shard_base and --blocks_to_swap"),
+        ({"compile": True}, FOUR, "leave out --compile"),
+        ({"torch_compile": True}, FOUR, "leave out --compile"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_with_a_way_out(
+    values: dict[str, object], processes: Processes, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        settled_sharding(options(**values), processes)
+
+
+def test_the_processes_of_a_machine_share_unless_told_otherwise(caplog: pytest.LogCaptureFixture) -> None:
+    assert settled_sharding(options(), Processes(5, 8, 1, 4)).distributed.shard_group == 4
+    assert settled_sharding(options(shard_group=2), FOUR).distributed.shard_group == 2
+    with caplog.at_level(logging.WARNING):
+        alone = settled_sharding(options(), Processes())
+    assert not alone.distributed.shard_base and "no effect with one process" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("is_on", "version", "wanted"), [("true", "2", True), ("false", "2", False), ("1", "1", False)]
+)
+def test_fsdp2_of_accelerate_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch, is_on: str, version: str, wanted: bool
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", is_on)
+    monkeypatch.setenv("FSDP_VERSION", version)
+    assert as_launched(TrainOptions()).distributed.shard_base is wanted
+
+
+def test_one_that_has_no_batch_left_goes_along_with_another() -> None:
+    window = Window(3, 1, range(8, 13), True)
+    shares = [window.share(rank, 4) for rank in range(4)]
+    assert [len(share) for share in shares] == [2, 1, 1, 1]
+    assert [window.stand_in(rank, 4) for rank in range(4)] == [None, 12, 12, 12]
+    assert [replace(window, places=range(8, 12)).stand_in(rank, 4) for rank in range(4)] == [None] * 4
+
+
+def test_orders_are_compared_within_a_group_only() -> None:
+    order = Order(7, 2)
+    order.require_same([7.0, 7.0, 3.0, 3.0], 1)
+    with pytest.raises(RuntimeError, match="different orders"):
+        order.require_same([7.0, 7.0, 3.0, 4.0], 2)
