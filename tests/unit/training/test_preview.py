@@ -111,7 +111,9 @@ def run(tiny_sd_folder: Path, tmp_path: Path) -> Any:
     """As much of a run as drawing takes; its network does nothing."""
     options = options_for(tiny_sd_folder, output_dir=str(tmp_path / "out"), sample_every_n_steps=2)
     arch = build(options)
-    models = SimpleNamespace(denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders(), vae=None, spread=None)
+    models = SimpleNamespace(
+        denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders(), vae=None, spread=None
+    )
     context = SimpleNamespace(
         arch=arch,
         seed=5,
