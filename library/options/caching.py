@@ -27,6 +27,14 @@ class CachingOptions(Options):
         help="Folder for the index, latents and text features of tar shards and Parquet files, and for what is read "
         "of pictures behind a URL. Unset keeps them beside local files; pictures behind a URL need it.",
     )
+    remote_cache_gb: float = option(
+        20.0,
+        own=True,
+        at_least=0.001,
+        needs="cache_dir",
+        help="Size of what --cache_dir keeps of pictures that were read over the network; what was not used longest "
+        "is deleted first.",
+    )
     vae_batch_size: int = option(
         1,
         at_least=1,

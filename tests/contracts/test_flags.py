@@ -52,6 +52,7 @@ OURS = {  # the first of those and what sd-scripts does not have, with their def
     "no_report": False,
     "on_nonfinite": "skip",
     "profile": 0,
+    "remote_cache_gb": 20.0,
     "selftest": False,
     "shard_base": False,
     "shard_group": None,

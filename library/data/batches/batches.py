@@ -128,6 +128,9 @@ class BatchMaker(Dataset[PartialBatch | str]):
     def draft(self, order: BatchOrder) -> PartialBatch:
         """Read, crop and mirror the pictures of an order, or read their latents."""
         skipped: list[str] = []
+        numbers = self.sample_of_draw[list(order.draws)].tolist()
+        unread = [number for number in numbers if number not in self.in_memory and number not in self.files]
+        self.storage.read_ahead(self.samples[number].picture for number in unread)
         taken = [self.taken_or_stand_in(order.epoch, draw, skipped) for draw in order.draws]
         numbers, flips = [one.number for one in taken], [one.is_flipped for one in taken]
         samples = [self.samples[number] for number in numbers]

@@ -103,7 +103,7 @@ class TrainingSet:
         if options.faults.dry_run:
             config = config.without_index()
         check_drawing(config, options)
-        storage = Storage(options.caching.cache_dir)
+        storage = Storage(options.caching.cache_dir, options.caching.remote_cache_gb)
         found = collect(config, storage)
         check_pictures(found)
         split = split_datasets(found, seed)

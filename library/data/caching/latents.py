@@ -28,9 +28,10 @@ from library.data.caching.latent_files import (
 from library.data.caching.latent_index import VerifiedEntries
 from library.data.caching.npz import MISSING, clear_left_overs
 from library.data.description.buckets import Shape
+from library.data.sources.pictures import Version
 from library.data.sources.samples import Sample
 from library.data.sources.scan import few
-from library.data.sources.storage import Storage, Version
+from library.data.sources.storage import Storage
 from library.errors import UserError
 from library.options.caching import CachingOptions
 from library.processes import ALONE, Processes

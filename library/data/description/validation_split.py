@@ -11,18 +11,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 
 import numpy as np
 
 from library.data.description.audit import Line
 from library.data.description.schema import SubsetConfig
-from library.data.sources.pictures import Picture
+from library.data.sources.pictures import END_BYTES, Picture, digest_of_ends
 from library.data.sources.scan import ScannedDataset, ScannedSubset
 from library.errors import UserError
 from library.randomness import stream_seed
-
-END_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -216,8 +213,3 @@ def identity_of(path: str) -> str:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     return digest_of_ends(ends, size)
-
-
-def digest_of_ends(ends: bytes, num_bytes: int) -> str:
-    """The digest of a file from its first and its last `END_BYTES` and its size."""
-    return blake2b(ends + num_bytes.to_bytes(8, "big"), digest_size=16).hexdigest()

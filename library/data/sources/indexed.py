@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,20 @@ from numpy.typing import NDArray
 from library.data.description.captions import CaptionRules
 from library.data.description.schema import SubsetConfig, without_secrets
 from library.data.sources.columns import Texts
-from library.data.sources.indexing import CaptionRule, Row, row_of, row_of_bytes, rows_of_tar
+from library.data.sources.indexing import CaptionRule, Row, row_of, row_of_bytes, rows_of_tar, stripped_lines
+from library.data.sources.names import folder_name, short_digest
 from library.data.sources.parquet_files import Columns, ParquetRows, columns_of
-from library.data.sources.pictures import Pictures, Places
+from library.data.sources.pictures import FileStamp, Pictures, Places
 from library.data.sources.scan import ScannedSubset, caption_of, few
 from library.data.sources.shard_index import IndexedFiles, read_index
-from library.data.sources.storage import FileStamp, Storage, folder_name, short_digest
+from library.data.sources.storage import Storage, is_remote
 from library.data.sources.tar_files import Member
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 NEWLINE = 10
+URLS_AT_ONCE = 16
 
 
 def collect_indexed(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
@@ -39,6 +42,8 @@ def collect_indexed(config: SubsetConfig, storage: Storage, num_threads: int) ->
     twice = sorted({file for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else []
     if twice:
         raise UserError(f"{key} = {config.source!r} names a file twice: {few(map(without_secrets, twice))}")
+    if any(map(is_remote, files)):
+        storage.required_cache_dir(f"{key} behind a URL")
     shown = [without_secrets(file) for file in files]
     stamps = stamps_of(files, shown, key, storage, num_threads)
     rule = CaptionRule(config.caption_extension.removeprefix("."), config.caption_column)
@@ -99,17 +104,18 @@ def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storag
     """The rows of a Parquet file."""
     opened = ParquetRows(storage.file(file), shown)
     columns = columns_of(opened.schema, config.image_column, config.caption_column, shown)
-    digits = len(str(opened.num_rows))
+    digits, folder = len(str(opened.num_rows)), os.path.dirname(file)
     rows: list[Row] = []
-    for batch in opened.batches([name for name in (columns.image, columns.caption) if name is not None]):
-        images = batch[columns.image]
-        captions = [None] * len(images) if columns.caption is None else batch[columns.caption]
-        for image, caption in zip(images, captions, strict=True):
-            name = f"{len(rows):0{digits}}"
+    with ThreadPoolExecutor(URLS_AT_ONCE, thread_name_prefix="look at URLs") as pool:
+        for batch in opened.batches([name for name in (columns.image, columns.caption) if name is not None]):
+            images = batch[columns.image]
+            captions = [None] * len(images) if columns.caption is None else batch[columns.caption]
+            lines = [None if caption is None else stripped_lines(caption) for caption in captions]
             if columns.is_url:
-                rows.append(row_of_url(image, caption, os.path.dirname(file), storage))
+                rows += pool.map(partial(row_of_url, folder=folder, storage=storage), images, lines)
             else:
-                rows.append(row_of_bytes(name, len(rows), image, caption, shown))
+                for image, caption in zip(images, lines, strict=True):
+                    rows.append(row_of_bytes(f"{len(rows):0{digits}}", len(rows), image, caption, shown))
     return rows
 
 
@@ -117,14 +123,17 @@ def row_of_url(url: str | None, caption: str | None, folder: str, storage: Stora
     """A picture that lies elsewhere: at a URL, or at a path from the folder of the Parquet file on."""
     if not url:
         return Row("?", 0, 0, 0, 0, caption, bytes(16), "has no URL")
-    whole = url if "://" in url else os.path.join(folder, url)
+    whole = url if is_remote(url) else f"{folder}/{url}" if folder else url
+    if is_remote(whole):
+        storage.required_cache_dir("pictures behind a URL")
     shown = without_secrets(whole)
     try:
         window = storage.window(whole)
-    except (FileNotFoundError, UserError) as error:
-        reason = "is not there" if isinstance(error, FileNotFoundError) else str(error)
-        return Row(shown, 0, 0, 0, 0, caption, bytes(16), reason, whole)
-    found = row_of(window, Member(shown, 0, window.file_bytes), "")
+        found = row_of(window, Member(shown, 0, window.file_bytes), "")
+    except FileNotFoundError:
+        return Row(shown, 0, 0, 0, 0, caption, bytes(16), "is not there", whole)
+    except UserError as error:
+        return Row(shown, 0, 0, 0, 0, caption, bytes(16), str(error).removeprefix(shown).strip(), whole)
     return found._replace(caption=caption, url=whole)
 
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from library.data.batches.images import picture_extensions, read_size
 from library.data.description.buckets import Size
-from library.data.description.validation_split import END_BYTES, digest_of_ends
 from library.data.sources.image_headers import HEAD_BYTES, plain_size
+from library.data.sources.pictures import END_BYTES, digest_of, digest_of_ends
 from library.data.sources.ranges import RangeFile, Window
 from library.data.sources.tar_files import Member, members_of
 from library.errors import UserError
@@ -125,6 +125,4 @@ def row_of_bytes(name: str, number: int, content: bytes | None, caption: str | N
         size = plain_size(content[:HEAD_BYTES], len(content)) or read_size(f"{shown}/{name}", content)
     except (UserError, OSError) as error:
         problem = str(error).removeprefix(f"{shown}/{name}").strip() or "cannot be read"
-    ends = content[:END_BYTES] + content[max(0, len(content) - END_BYTES) :]
-    digest = bytes.fromhex(digest_of_ends(ends, len(content)))
-    return Row(name, number, len(content), *size, caption, digest, problem)
+    return Row(name, number, len(content), *size, caption, bytes.fromhex(digest_of(content)), problem)

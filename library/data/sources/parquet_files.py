@@ -104,19 +104,25 @@ class ParquetRows:
 
     def value(self, column: str, row: int) -> bytes:
         """The bytes in one row of a column. Raises UserError where the file is not the one that was indexed."""
+        first, values = self._group(column, row)
+        if row - first >= len(values) or not values[row - first].is_valid:
+            raise UserError(f"{self.shown} has no picture in row {row}: it was replaced since the start; start again")
+        content: bytes = values[row - first].as_py()
+        return content
+
+    def group(self, column: str, row: int) -> Iterator[tuple[int, bytes]]:
+        """(row, bytes) of all rows that have to be read for one of them."""
+        first, values = self._group(column, row)
+        return ((first + place, value.as_py()) for place, value in enumerate(values) if value.is_valid)
+
+    def _group(self, column: str, row: int) -> tuple[int, Any]:
+        """(first row of the group, its values)."""
         with self._lock:
             group = bisect_right(self._firsts, row) - 1
             if self._kept is None or self._kept[0] != (column, group):
                 self._kept = None
                 self._kept = (column, group), self._column(column, group)
-            values = self._kept[1]
-            place = row - self._firsts[group]
-        if place >= len(values) or not values[place].is_valid:
-            raise UserError(
-                f"{self.shown} has no picture in row {row}: it was replaced since it was indexed; start again"
-            )
-        content = values[place].as_py()
-        return content if isinstance(content, bytes) else str(content).encode()
+            return self._firsts[group], self._kept[1]
 
     def _column(self, column: str, group: int) -> Any:
         try:

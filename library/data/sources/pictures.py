@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from itertools import repeat
 from typing import Any, NamedTuple, overload
 
@@ -10,6 +11,32 @@ from numpy.typing import NDArray
 
 from library.data.description.buckets import Size
 from library.data.sources.columns import Texts
+
+END_BYTES = 4096
+
+
+class FileStamp(NamedTuple):
+    """What differs once a file is another one."""
+
+    num_bytes: int
+    mark: str
+
+
+class Version(NamedTuple):
+    """What differs once a picture is another one."""
+
+    num_bytes: int
+    stamp: int  # nanoseconds of a file's last change; of a part of a file, bits of the digest in the index
+
+
+def digest_of_ends(ends: bytes, num_bytes: int) -> str:
+    """The digest of a file, from its first and its last `END_BYTES` and its size, in which only copies agree."""
+    return blake2b(ends + num_bytes.to_bytes(8, "big"), digest_size=16).hexdigest()
+
+
+def digest_of(content: bytes) -> str:
+    """The same from the whole file."""
+    return digest_of_ends(content[:END_BYTES] + content[max(0, len(content) - END_BYTES) :], len(content))
 
 
 class Place(NamedTuple):

@@ -19,8 +19,9 @@ import numpy as np
 
 from library.checkpoints.files import atomic_path
 from library.data.sources.indexing import Row
+from library.data.sources.names import short_digest
 from library.data.sources.parquet_files import pyarrow_parquet
-from library.data.sources.storage import FileStamp, short_digest
+from library.data.sources.pictures import FileStamp
 from library.progress import progress_bar
 
 logger = logging.getLogger(__name__)

@@ -3,44 +3,35 @@
 import os
 import re
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from glob import glob
-from hashlib import blake2b
-from typing import Any, NamedTuple
-from urllib.parse import quote
+from typing import Any
 
 from library.data.description.schema import without_secrets
+from library.data.sources import remote
+from library.data.sources.disk_cache import DiskCache
+from library.data.sources.names import folder_name, safe_name, short_digest
 from library.data.sources.parquet_files import ParquetRows
-from library.data.sources.pictures import Picture, Place
+from library.data.sources.pictures import FileStamp, Picture, Place, Version, digest_of
 from library.data.sources.ranges import RangeFile, Window
 from library.errors import UserError
 
-SAFE = " +,=@"  # characters of a name, besides letters, digits and `_.-~`, that every file system takes
 CHUNK_BYTES = 5120  # a picture's end, the header behind it, and the beginning of the next one
 BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<choices>[^{}]*,[^{}]*))\}")
-GLOB = re.compile(r"[*?\[]")
-
-
-class FileStamp(NamedTuple):
-    """What differs once a file is another one."""
-
-    num_bytes: int
-    mark: str
-
-
-class Version(NamedTuple):
-    """What differs once a picture is another one."""
-
-    num_bytes: int
-    stamp: int  # nanoseconds of a file's last change; of a part of a file, bits of the digest in the index
+GLOB, GLOB_IN_URL = re.compile(r"[*?\[]"), re.compile(r"\*")
+REMOTE_CHUNK_BYTES = 16384  # a request takes longer than so much more in its answer
+READ_FOLDER = "read"
+GB = 10**9
 
 
 @dataclass
 class Opened:
-    """Parquet files that stay open, in this process."""
+    """What stays open in this process."""
 
     files: dict[str, ParquetRows] = field(default_factory=dict)
+    cache: DiskCache | None = None
     lock: Any = field(default_factory=threading.Lock)
 
     def __reduce__(self) -> tuple[type["Opened"], tuple[()]]:
@@ -52,6 +43,7 @@ class Storage:
     """Reads pictures. Travels to workers as plain values; what is opened is opened there."""
 
     cache_dir: str | None = None
+    remote_cache_gb: float = 20.0  # of pictures that were read over the network
     opened: Opened = field(default_factory=Opened, compare=False, repr=False)
 
     def content(self, picture: Picture) -> bytes | None:
@@ -78,17 +70,65 @@ class Storage:
 
     def read(self, place: Place) -> bytes:
         """The bytes at a place. Raises UserError naming a file that cannot be read, or that ends before."""
-        if not place.column:
-            return self.read_range(place.file, place.start, place.num_bytes)
+        if is_remote(place.file):
+            return self._read_remote(place)
+        if place.column:
+            return self._rows(place.file).value(place.column, place.start)
+        return self.read_range(place.file, place.start, place.num_bytes)
+
+    def read_ahead(self, pictures: Iterable[Picture]) -> None:
+        """Bring what lies behind URLs to the disk, at the same time: its reading waits for one answer, not for each."""
+        places = [picture.place for picture in pictures if picture.place is not None]
+        places = [place for place in places if is_remote(place.file) and not place.column]
+        missing = [place for place in dict.fromkeys(places) if not self.disk_cache.path(name_of(place)).exists()]
+        if len(missing) > 1:
+            ranges = [(place.file, place.start, place.num_bytes) for place in missing]
+            for place, content in zip(missing, remote.read_ranges(ranges), strict=True):
+                if content is not None:
+                    self.disk_cache.put(name_of(place), content)
+
+    @property
+    def disk_cache(self) -> DiskCache:
+        """Where pictures that came over the network are kept."""
+        cache_dir = self.required_cache_dir("pictures behind a URL")
+        if self.opened.cache is None:
+            self.opened.cache = DiskCache(os.path.join(cache_dir, READ_FOLDER), int(self.remote_cache_gb * GB))
+        return self.opened.cache
+
+    def required_cache_dir(self, what: str) -> str:
+        """--cache_dir. Raises UserError where it is not given."""
+        if self.cache_dir is None:
+            raise UserError(f"{what} need --cache_dir, a folder on a disk: the index and what was read is kept there")
+        return self.cache_dir
+
+    def _read_remote(self, place: Place) -> bytes:
+        content = self.disk_cache.get(name_of(place))
+        if content is not None and digest_of(content) == place.digest:
+            return content
+        if place.column:
+            # All pictures of the group come with the one that is asked for, and each is asked for sooner or later.
+            for row, value in self._rows(place.file).group(place.column, place.start):
+                self.disk_cache.put(name_of(place._replace(start=row)), value)
+                content = value if row == place.start else content
+        else:
+            content = self.read_range(place.file, place.start, place.num_bytes)
+            self.disk_cache.put(name_of(place), content)
+        if content is None or digest_of(content) != place.digest:
+            raise UserError(f"{without_secrets(place.file)} was replaced since it was indexed; start again")
+        return content
+
+    def _rows(self, file: str) -> ParquetRows:
         with self.opened.lock:
-            if place.file not in self.opened.files:
-                self.opened.files[place.file] = ParquetRows(self.file(place.file), without_secrets(place.file))
-        return self.opened.files[place.file].value(place.column, place.start)
+            if file not in self.opened.files:
+                self.opened.files[file] = ParquetRows(self.file(file), without_secrets(file))
+            return self.opened.files[file]
 
     # Files
 
     def read_range(self, file: str, start: int, num_bytes: int) -> bytes:
         """Some bytes of a file."""
+        if is_remote(file):
+            return remote.read_url(file, start, num_bytes)
         try:
             with open(file, "rb", buffering=0) as opened:
                 opened.seek(start)
@@ -106,25 +146,29 @@ class Storage:
 
     def stamp(self, file: str) -> FileStamp:
         """The size of a file and what differs once it is another one. Raises FileNotFoundError, OSError."""
+        if is_remote(file):
+            return remote.stamp_of_url(file)
         status = os.stat(file)
         return FileStamp(status.st_size, str(status.st_mtime_ns))
 
     def window(self, file: str, file_bytes: int | None = None) -> Window:
         """A file to be read from front to back, some of it passed over."""
         num_bytes = self.stamp(file).num_bytes if file_bytes is None else file_bytes
-        return Window(partial(self.read_range, file), num_bytes, CHUNK_BYTES)
+        return Window(partial(self.read_range, file), num_bytes, REMOTE_CHUNK_BYTES if is_remote(file) else CHUNK_BYTES)
 
     def file(self, file: str) -> RangeFile:
         """A file object."""
         return RangeFile(self.window(file))
 
     def matching(self, pattern: str) -> list[str]:
-        """The files that a pattern names, in order: `{000..013}` counts, `*`, `?` and `[]` match what is there."""
-        return [
-            file
-            for path in expanded(pattern)
-            for file in (sorted(glob(path)) if GLOB.search(path) and not os.path.exists(path) else [path])
-        ]
+        """The files that a pattern names, in order: `{000..013}` counts, `*` matches what is there, `?` on a disk."""
+        found: list[str] = []
+        for path in expanded(pattern):
+            if is_remote(path):
+                found += remote.matching_urls(path) if GLOB_IN_URL.search(path) else [path]
+            else:
+                found += sorted(glob(path)) if GLOB.search(path) and not os.path.exists(path) else [path]
+        return found
 
     def cache_stem(self, picture: Picture) -> str:
         """The path that names of its cache files begin with: beside a picture, in a folder beside a larger file.
@@ -135,8 +179,10 @@ class Storage:
         if place is None:
             return os.path.splitext(picture.key)[0]
         shard = picture.key.removesuffix(place.name).rstrip("/")
-        name = quote(os.path.splitext(place.name)[0], safe=SAFE).lstrip(".") if shard else short_digest(picture.key)
+        name = safe_name(os.path.splitext(place.name)[0]) if shard else short_digest(picture.key)
         folder, file = os.path.split(shard)
+        if is_remote(picture.key):
+            self.required_cache_dir("caches of pictures behind a URL")
         folder = folder if self.cache_dir is None else os.path.join(self.cache_dir, folder_name(folder))
         return os.path.join(folder, f"{os.path.splitext(file)[0] or 'pictures'}.cache", name)
 
@@ -144,6 +190,11 @@ class Storage:
 def is_remote(file: str) -> bool:
     """Whether a name is a URL."""
     return "://" in file
+
+
+def name_of(place: Place) -> str:
+    """What a picture is called in the disk cache. Its digest tells whether the content is still the one."""
+    return f"{without_secrets(place.file)} {place.start} {'' if place.column else place.num_bytes} {place.column}"
 
 
 def expanded(pattern: str) -> list[str]:
@@ -159,14 +210,3 @@ def expanded(pattern: str) -> list[str]:
         middles = match["choices"].split(",")
     before, after = pattern[: match.start()], pattern[match.end() :]
     return [before + middle + rest for middle in middles for rest in expanded(after)]
-
-
-def folder_name(folder: str) -> str:
-    """One name for a path or a URL of a folder, which people recognise and no other folder has."""
-    whole = folder if "://" in folder else os.path.abspath(folder)
-    return f"{quote(os.path.basename(whole), safe=SAFE).lstrip('.') or 'pictures'}-{short_digest(whole)[:8]}"
-
-
-def short_digest(text: str) -> str:
-    """32 hexadecimal digits."""
-    return blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()

@@ -36,7 +36,7 @@ GROUPS_WITHOUT_EFFECT = (
 WITHOUT_EFFECT = (
     "seed", "max_data_loader_n_workers", "persistent_data_loader_workers", "skip_cache_check", "tokenizer_cache_dir",
     "train_data_dir", "reg_data_dir", "in_json", "dataset_config", "conditioning_data_dir", "cache_info",
-    "network_weights", "lowram", "highvram", "cache_latents_to_disk", "trace_nonfinite",
+    "network_weights", "lowram", "highvram", "cache_latents_to_disk", "cache_dir", "remote_cache_gb", "trace_nonfinite",
     "dry_run", "exit_status_on_stop", "fit", "selftest", "blocks_to_swap", "split_mode", "cpu_offload_checkpointing",
     "unsloth_offload_checkpointing", "gradient_checkpointing_every",
 )  # fmt: skip

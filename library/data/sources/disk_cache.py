@@ -1,0 +1,82 @@
+"""Pictures that were read over the network, on disk, as many as fit a stated size; those not used longest go first."""
+
+import os
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from library.data.sources.names import short_digest
+from library.errors import UserError
+
+PRUNE_EVERY = 0.05  # of the size: so much is written between two looks at the folder
+KEPT_OF_FULL = 0.9  # of the size: what stays after a look that found more
+
+
+@dataclass
+class Written:
+    """What this process has written since it looked at the folder last."""
+
+    num_bytes: int = 0
+    has_looked: bool = False
+
+
+@dataclass(frozen=True)
+class DiskCache:
+    """Contents by name, shared by all processes that name the folder. A file is there whole or not at all."""
+
+    folder: str
+    max_bytes: int
+    written: Written = field(default_factory=Written, compare=False, repr=False)
+
+    def path(self, name: str) -> Path:
+        """The file of a content."""
+        digest = short_digest(name)
+        return Path(self.folder, digest[:2], digest)
+
+    def get(self, name: str) -> bytes | None:
+        """The content; None where it is not there."""
+        path = self.path(name)
+        try:
+            content = path.read_bytes()
+            os.utime(path)  # it was used now
+        except OSError:
+            return None
+        return content
+
+    def put(self, name: str, content: bytes) -> None:
+        """Keep a content. Raises UserError where the folder cannot be written."""
+        path = self.path(name)
+        if len(content) > self.max_bytes:
+            return
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"--cache_dir: {self.folder} cannot be written: {error.strerror}; name another folder, or make room"
+            ) from None
+        self.written.num_bytes += len(content)
+        if not self.written.has_looked or self.written.num_bytes > PRUNE_EVERY * self.max_bytes:
+            self.prune()
+
+    def prune(self) -> None:
+        """Delete what was not used longest, where there is more than fits."""
+        self.written.num_bytes, self.written.has_looked = 0, True
+        found: list[tuple[float, int, str]] = []
+        for entry in (entry for folder in Path(self.folder).glob("??") for entry in os.scandir(folder)):
+            try:
+                status = entry.stat()
+            except FileNotFoundError:  # another process was faster
+                continue
+            found.append((status.st_mtime, status.st_size, entry.path))
+        total = sum(size for _, size, _ in found)
+        if total <= self.max_bytes:
+            return
+        for _, size, path in sorted(found):
+            if total <= KEPT_OF_FULL * self.max_bytes:
+                return
+            Path(path).unlink(missing_ok=True)
+            total -= size
