@@ -112,7 +112,8 @@ def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, li
     training_set = setup.open_training_set(options, arch, 1, processes.count)
     path = options.reports.log_events
     events = Events([] if path is None else [open_event_file(Path(path), False)])
-    prepared = setup.prepare(options, arch, 1, training_set, accelerator, processes, None, events)
+    wanted = setup.Wanted(options, 1, None, events)
+    (prepared,) = setup.prepare(options, arch, 1, training_set, accelerator, processes, [wanted])
     context = prepared.run.context
     weights = context.network.trainable_parameters()
 
@@ -123,7 +124,7 @@ def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, li
     stubbed = replace(context, arch=replace(context.arch, predict=predict))
     watch: Any = Watch(num_steps)
     try:
-        loop.train(replace(prepared, run=replace(prepared.run, context=stubbed)), watch)
+        loop.train([replace(prepared, run=replace(prepared.run, context=stubbed))], watch)
     except Enough:
         return median_ms(watch.marks), weights
     raise AssertionError("the loop ended by itself")

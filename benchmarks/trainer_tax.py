@@ -151,7 +151,8 @@ def our_steps(folder: Path, args: argparse.Namespace, overheads: list[float]) ->
     accelerator = setup.open_accelerator(options)
     processes = of_accelerator(accelerator)
     training_set = setup.open_training_set(options, arch, 1, processes.count)
-    prepared = setup.prepare(options, arch, 1, training_set, accelerator, processes, None, Events())
+    wanted = setup.Wanted(options, 1, None, Events())
+    (prepared,) = setup.prepare(options, arch, 1, training_set, accelerator, processes, [wanted])
     backward, take = loop.backward, Updates.take
     began, inside = [0.0], [0.0]
 
@@ -165,7 +166,7 @@ def our_steps(folder: Path, args: argparse.Namespace, overheads: list[float]) ->
 
     loop.backward, Updates.take = timed_backward, timed_take  # type: ignore[method-assign]
     turnstile: Any = Turnstile()
-    threading.Thread(target=loop.train, args=(prepared, turnstile), daemon=True).start()
+    threading.Thread(target=loop.train, args=([prepared], turnstile), daemon=True).start()
     for seconds in turnstile.steps():
         overheads.append(seconds - inside[0])
         yield seconds

@@ -154,3 +154,9 @@ class Options:
     def defaults(cls) -> dict[str, Any]:
         """What every option below this class is when nobody sets it."""
         return {f.name: f.default for f, _ in cls.leaves()}
+
+
+def changes(before: Options, after: Options) -> dict[str, Any]:
+    """The options that have another value afterwards, by name."""
+    values = before.flat()
+    return {name: value for name, value in after.flat().items() if value != values[name]}

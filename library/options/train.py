@@ -23,6 +23,7 @@ from library.options.preview import PreviewOptions
 from library.options.reports import ReportOptions
 from library.options.run import FaultOptions, RunOptions
 from library.options.saving import HubOptions, MetadataOptions, SavingOptions, StateOptions
+from library.options.sweep import SweepOptions
 from library.options.trackers import TrackerOptions
 from library.options.validation import ValidationOptions
 
@@ -40,6 +41,7 @@ class TrainOptions(Options):
     optimizer: OptimizerOptions = group(OptimizerOptions)
     schedule: ScheduleOptions = group(ScheduleOptions)
     averaging: AveragingOptions = group(AveragingOptions)
+    sweep: SweepOptions = group(SweepOptions)
     run: RunOptions = group(RunOptions)
     precision: PrecisionOptions = group(PrecisionOptions)
     kernels: KernelOptions = group(KernelOptions)

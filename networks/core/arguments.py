@@ -90,6 +90,11 @@ class NetworkArguments:
     of_model: Mapping[str, Any] = field(default_factory=dict)  # those that AdapterTargets give a meaning to, if given
 
     @property
+    def draws(self) -> bool:
+        """Whether adapters leave something out at random, or add noise, while they train."""
+        return bool(self.neuron_dropout or self.rank_dropout or self.module_dropout or self.perturbs)
+
+    @property
     def perturbs(self) -> bool:
         """Whether GGPO is on, which takes both of its arguments."""
         is_given = self.ggpo_sigma is not None and self.ggpo_beta is not None

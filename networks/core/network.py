@@ -14,6 +14,7 @@ from networks.core.arguments import NetworkArguments
 from networks.core.files.foreign_names import in_own_names
 from networks.core.files.reading_writing import load_into, network_tensors, read_adapters, save_network
 from networks.core.kinds.scaled import ScaledDelta
+from networks.core.side_by_side import Beside, SideBySide
 from networks.core.sites.rules import SiteSettings
 from networks.core.sites.targets import AdapterTargets
 from networks.core.summary import describe_part, describe_rates
@@ -91,6 +92,13 @@ class AdapterNetwork(nn.Module):
         """Give every layer its own forward back."""
         for member in reversed(self.members):
             member.adapter.remove()
+
+    def put_beside(self, others: Sequence["AdapterNetwork"]) -> SideBySide:
+        """This network and others, all of them installed, on the layers of one model: each acts on its own rows."""
+        networks = [self, *others]
+        for network in reversed(networks):
+            network.remove()
+        return SideBySide([Beside([m.adapter for m in n.members], n.arguments.draws) for n in networks])
 
     def merge_to(
         self,

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -72,7 +73,8 @@ class Network(Protocol):
     None before pictures are drawn,
     `on_gradients()` before each optimizer step, when its gradients are complete and not clipped yet,
     `apply_max_norm_regularization(limit, device) -> (count, mean, maximum)`,
-    `merge_to(text_encoder, unet, weights, dtype, device)`.
+    `merge_to(text_encoder, unet, weights, dtype, device)`,
+    `put_beside(others) -> Turns` for --sweep, once all of these networks are installed.
     """
 
     def apply_to(
@@ -90,6 +92,25 @@ class Network(Protocol):
     def on_epoch_start(self, text_encoder: TextEncoder, unet: nn.Module) -> None: ...
     def get_trainable_params(self) -> Iterable[nn.Parameter]: ...
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None: ...
+
+
+class Turns(Protocol):
+    """Which of several networks on one model act at a time; they are known by their places in a list."""
+
+    def only(self, place: int) -> AbstractContextManager[None]:
+        """In the block the model runs with one network alone."""
+        ...
+
+    def together(self, seeds: Mapping[int, int], device: torch.device) -> AbstractContextManager[None]:
+        """In the block every input has as many equal parts, along its first axis, as there are `seeds` of networks.
+
+        Each part runs with its own network, which draws what it leaves out from a stream of its seed.
+        """
+        ...
+
+    def share_stacked(self, places: Sequence[int]) -> float:
+        """In how many of the layers these networks are one product, as a share; in the others they run in turn."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -159,6 +180,22 @@ def adopt(network: Any) -> "AdoptedNetwork":
             "(networks/core/protocol.py says what a network must offer)"
         )
     return AdoptedNetwork(network)
+
+
+def side_by_side(networks: Sequence["AdoptedNetwork"], name: str) -> Turns:
+    """Let networks of the module `name`, all of them installed, act on rows of their own.
+
+    Raises UserError for networks that cannot.
+    """
+    method = networks[0]._method("put_beside")
+    if method is None or any(type(one.module) is not type(networks[0].module) for one in networks):
+        raise UserError(
+            f"--sweep does not work with --network_module {name}: its adapters take the layers of the base model for "
+            "themselves, so that several of them cannot act on rows of their own; use one of networks.*, or train one "
+            "after the other"
+        )
+    turns: Turns = method([network.module for network in networks[1:]])
+    return turns
 
 
 class AdoptedNetwork:

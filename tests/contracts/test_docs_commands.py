@@ -16,6 +16,7 @@ from library.options.support import UNSUPPORTED, unsupported
 from library.options.train import TrainOptions
 from library.training.command_line.config_file import read_config
 from library.training.evaluation.prompts import LINE_OPTIONS
+from library.training.sweep.combinations import combinations_of
 from networks.core.arguments import parse_arguments
 from tools import choose_checkpoint, contact_sheet, plan_memory, start
 
@@ -108,7 +109,10 @@ def check_script(script: str, arguments: list[str]) -> None:
         flag = word.split("=")[0]
         assert not word.startswith("--") or flag in parser._option_string_actions, f"{script} has no option {flag}"
     args = parse(parser, arguments)
-    assert unsupported(TrainOptions.from_args(args)) == []
+    options = TrainOptions.from_args(args)
+    assert unsupported(options) == []
+    if options.sweep.sweep:
+        combinations_of(options)
     if args.network_module and args.network_module.startswith("networks."):
         given = dict(item.split("=", 1) for item in args.network_args or ())
         parse_arguments(given, args.network_dropout, list_network_arguments())

@@ -257,7 +257,7 @@ def test_a_gradient_that_is_damaged_after_a_finite_loss_is_traced(
 
     def prepare(*arguments: Any) -> Any:
         prepared = honest(*arguments)
-        block = prepared.run.context.models.denoiser.up_blocks[0].resnets[0]
+        block = prepared[0].run.context.models.denoiser.up_blocks[0].resnets[0]
         block.register_forward_pre_hook(lambda module, inputs: (Poisoned.apply(inputs[0]), *inputs[1:]))
         return prepared
 

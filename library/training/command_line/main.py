@@ -4,11 +4,13 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, TypeVar
 
 from library.diffusion.flow import FlowMatching
 from library.errors import UserError
+from library.options.base import changes
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
 from library.training.command_line.checks import (
@@ -19,11 +21,16 @@ from library.training.command_line.checks import (
     report_unused,
 )
 from library.training.command_line.cli import from_program, parse
-from library.training.command_line.run_lock import run_lock
+from library.training.command_line.run_lock import run_locks
 from library.training.command_line.show_timesteps import asked_preview, show_timesteps
 from library.training.faults.interruption import Interrupted, Interruption
-from library.training.reporting.event_stream import Events, WarningEvents, warnings_told
+from library.training.reporting.event_stream import EventsOfAll, WarningEvents, warnings_told
+from library.training.reporting.speaking import speaking_of
 from library.training.saving.resume import AlreadyComplete
+from library.training.sweep.combinations import shared_and_own
+
+if TYPE_CHECKING:
+    from library.training.run.setup import Prepared
 
 logger = logging.getLogger(__name__)
 
@@ -126,13 +133,17 @@ def train_alone(
     from library.training.run.cuda_kernels import cuda_kernels
     from library.training.run.events import told
 
+    options, adapters = shared_and_own(options)
+    for label, own in adapters.items() if options.sweep.sweep else ():
+        with speaking_of(label):
+            check(own)
     with (
-        run_lock(options),
-        told(options, command, warnings) as events,
+        run_locks([options, *adapters.values()]),
+        told(adapters.values(), command, warnings) as events,
         cuda_kernels(options.kernels),
         deterministic(options.faults.deterministic),
     ):
-        is_over = train_network(options, build, interruption, events)
+        is_over = train_network(options, build, interruption, events, adapters)
         events.end("finished" if is_over else "stopped")
         return is_over
 
@@ -149,7 +160,11 @@ def show_dataset(options: TrainOptions, latents: LatentSpec) -> None:
 
 
 def train_network(
-    options: OptionsT, build: Callable[[OptionsT], Architecture], interruption: Interruption, events: Events
+    options: OptionsT,
+    build: Callable[[OptionsT], Architecture],
+    interruption: Interruption,
+    events: EventsOfAll,
+    adapters: Mapping[str, OptionsT],
 ) -> bool:
     """Set the run up and train it; gives whether that came to its end, and was not stopped on the way."""
     from library.collector import without_collection
@@ -166,7 +181,7 @@ def train_network(
     from library.training.saving.hub import check_repository
     from library.training.saving.resume import find_state, with_rates_of_state
 
-    options = as_launched(options)
+    asked, options = options, as_launched(options)
     if options.faults.dry_run:
         options = without_writing(options)
     with without_collection():
@@ -199,7 +214,8 @@ def train_network(
         assert isinstance(training_set, TrainingSet), "--dataset_class refuses --fit"
         options, arch, fitted = fit_run(options, build, arch, training_set, processes)
         if (chosen := fitted.choice.chosen) is not None:
-            events.planned = Planned(chosen.device_bytes, chosen.tensor_bytes, chosen.seconds)
+            for each in events.each:
+                each.planned = Planned(chosen.device_bytes, chosen.tensor_bytes, chosen.seconds)
     else:
         fitted = None
     largest = training_set.limit_to_largest_batch() if options.faults.dry_run else None
@@ -208,50 +224,69 @@ def train_network(
         explained("loading the models and caching", options, accelerator.device, ""),
         hidden_bitsandbytes(),
     ):
-        prepared = setup.prepare(options, arch, seed, training_set, accelerator, processes, facts, events)
+        of_each = {label: own.with_values(changes(asked, options)) for label, own in adapters.items()}
+        wanted = [
+            setup.Wanted(own, seed if own.run.seed in (None, options.run.seed) else own.run.seed, facts, each, label)
+            for (label, own), each in zip(of_each.items(), events.each, strict=True)
+        ]
+        prepared = setup.prepare(options, arch, seed, training_set, accelerator, processes, wanted)
+    first = prepared[0]
     if options.faults.selftest:
         with explained("testing itself (--selftest)", options, accelerator.device, ""):
-            test_itself(prepared.run)
+            test_itself(first.run)
     if largest is not None:
-        try_largest_batch(prepared.run, prepared.writer, largest)
+        try_largest_batch([one.run for one in prepared], first.writer, largest)
         return True
-    from library.training.evaluation.choosing import told_choice
     from library.training.faults.failure import saved_on_error
     from library.training.optimization.nonfinite import last_good_saved
     from library.training.planning.correction import MemoryWatch
-    from library.training.reporting.report import finished_line
     from library.training.run.loop import train
-    from library.training.saving.saved_files import files_of_run
 
     interruption.defer()
-    started, first_step = time.monotonic(), prepared.progress.step
+    started, first_step = time.monotonic(), first.progress.step
     try:
-        with (
-            events.stage("training"),
-            last_good_saved(prepared.writer),
-            saved_on_error(prepared.writer, prepared.progress, prepared.run.plan),
-            processes.failures_told(),
-        ):
-            train(prepared, interruption, MemoryWatch.build(prepared.run, fitted))
+        with ExitStack() as stack:
+            stack.enter_context(events.stage("training"))
+            for one in prepared:
+                stack.enter_context(last_good_saved(one.writer))
+                stack.enter_context(saved_on_error(one.writer, one.progress, one.run.plan))
+            stack.enter_context(processes.failures_told())
+            train(prepared, interruption, MemoryWatch.build(first.run, fitted))
     finally:
-        prepared.charts.close()
-    if processes.is_main and (speed := prepared.run.times.summary()) is not None:
+        first.charts.close()
+    if processes.is_main and (speed := first.run.times.summary()) is not None:
         logger.info("%s", speed)
-        events.summary = speed
-    is_over = prepared.progress.step >= prepared.run.plan.max_train_steps or prepared.validation.ends_run
-    if processes.is_main and is_over:
-        choice = prepared.validation.choose(files_of_run(prepared.writer.names))
-        if choice is not None:
-            events.emit(choice)
-            logger.info("%s", told_choice(choice))
-    if processes.is_main and is_over:
-        names, network = prepared.writer.names, options.network
-        rank = f" of rank {network.network_dim}" if network.network_dim else ""
-        num_steps, seconds = prepared.progress.step - first_step, time.monotonic() - started
-        what = f"{network.network_module}{rank} on {arch.name}"
-        best, events.file = prepared.validation.best, str(names.of_end())
-        logger.info("%s", finished_line(what, num_steps, seconds, names.of_end(), best, names.of_best()))
-    return is_over
+        for each in events.each:
+            each.summary = speed
+    are_over = [has_come_to_end(one) for one in prepared]
+    for one in (one for one, is_over in zip(prepared, are_over, strict=True) if processes.is_main and is_over):
+        with speaking_of(one.run.label):
+            tell_end(one, first_step, time.monotonic() - started)
+    return all(are_over)
+
+
+def has_come_to_end(prepared: "Prepared") -> bool:
+    """Whether an adapter was not stopped on the way."""
+    progress = prepared.progress
+    return progress.step >= prepared.run.plan.max_train_steps or bool(progress.ended)
+
+
+def tell_end(prepared: "Prepared", first_step: int, seconds: float) -> None:
+    """Say what a complete run has trained, in `seconds` from `first_step` on, and which file is suggested."""
+    from library.training.evaluation.choosing import told_choice
+    from library.training.reporting.report import finished_line
+    from library.training.saving.saved_files import files_of_run
+
+    run, names, network = prepared.run, prepared.writer.names, prepared.run.options.network
+    choice = prepared.validation.choose(files_of_run(names))
+    if choice is not None:
+        run.events.emit(choice)
+        logger.info("%s", told_choice(choice))
+    rank = f" of rank {network.network_dim}" if network.network_dim else ""
+    what = f"{network.network_module}{rank} on {run.context.arch.name}"
+    best, run.events.file = prepared.validation.best, str(names.of_end())
+    num_steps = prepared.progress.step - first_step
+    logger.info("%s", finished_line(what, num_steps, seconds, names.of_end(), best, names.of_best()))
 
 
 OUR_FAULT = (

@@ -11,8 +11,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -25,6 +25,16 @@ logger = logging.getLogger(__name__)
 LOCKED_ERRORS = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # by another process
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # by the file system
 FAR_BYTE = 1 << 30  # Windows forbids others to read what is locked, so the lock lies behind the text
+
+
+@contextmanager
+def run_locks(adapters: Iterable[TrainOptions]) -> Iterator[None]:
+    """Hold the locks of all names that a run writes files under, each once."""
+    by_name = {options.saving.output_name: options for options in adapters}
+    with ExitStack() as stack:
+        for options in by_name.values():
+            stack.enter_context(run_lock(options))
+        yield
 
 
 @contextmanager

@@ -19,7 +19,13 @@ def evaluating(run: Run, use: str) -> Iterator[None]:
     """
     run.context.network.set_noise_levels(None)
     modules = [run.context.models.denoiser, *run.context.models.text_encoders, run.context.network.module]
-    with torch.no_grad(), random_streams_kept(run.context.device), eval_mode(modules), shown_weights(run, use):
+    with (
+        run.context.alone(),
+        torch.no_grad(),
+        random_streams_kept(run.context.device),
+        eval_mode(modules),
+        shown_weights(run, use),
+    ):
         yield
 
 

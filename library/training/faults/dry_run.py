@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from library.training.planning.advice import ways_out
 from library.training.run.run import Run
 from library.training.run.step import describe_shape, loss_of, noised_of, start_batch
 from library.training.saving.checkpoints import Writer
+from library.training.sweep.together import backward_together
 from library.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -38,23 +40,27 @@ def without_writing(options: OptionsT) -> OptionsT:
     return options.with_values({**in_memory, **silent, **afresh})
 
 
-def try_largest_batch(run: Run, writer: Writer, place: int) -> None:
+def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
     """Train the batch at `place` of the first epoch for one step, and once more without a step; log what it needs.
+
+    `runs` are those of all adapters.
 
     The second pass has the optimizer's memory beside it, so it shows the peak of training. Raises UserError where the
     loss is not finite, OutOfMemoryError where memory runs out.
     """
+    run = runs[0]
     (batch,) = run.training_set.batches(1, [place], lambda place: 0, 0, False)
     shape, sizes = describe_shape(batch), sizes_of(run)
     logger.info("dry run: memory while loading and caching: %s", memory_figures(run.context.device))
     doing, predicted = "training the largest batch (--dry_run)", partial(ways_out, run, batch)
     with explained(doing, run.options, run.context.device, shape, lambda: sizes, predicted):
-        loss = forward_and_backward(run, batch, place)
-        run.optimization.optimizer.step()
-        run.optimization.optimizer.zero_grad(set_to_none=True)
+        loss = forward_and_backward(runs, batch, place)
+        for one in runs:
+            one.optimization.optimizer.step()
+            one.optimization.optimizer.zero_grad(set_to_none=True)
         reset_peak(run.context.device)
         started = time.perf_counter()
-        forward_and_backward(run, batch, place)
+        forward_and_backward(runs, batch, place)
         seconds = time.perf_counter() - started
     if not math.isfinite(loss):
         noised_of(run.context, batch, place)  # which tells where the VAE gave it
@@ -62,8 +68,12 @@ def try_largest_batch(run: Run, writer: Writer, place: int) -> None:
     report(run, writer, sizes, shape, loss, seconds)
 
 
-def forward_and_backward(run: Run, batch: Batch, place: int) -> float:
-    """One pass with gradients; gives the loss."""
+def forward_and_backward(runs: Sequence[Run], batch: Batch, place: int) -> float:
+    """One pass with gradients; gives the loss; of several adapters that of the first, or one that is not finite."""
+    if len(runs) > 1:
+        losses = [float(loss) for loss in backward_together(runs, batch, place, 1, 0)]
+        return next((loss for loss in losses if not math.isfinite(loss)), losses[0])
+    (run,) = runs
     start_batch(run.context, place, 0)
     loss = loss_of(run.context, batch, place)
     torch.autograd.backward(loss)

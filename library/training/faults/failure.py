@@ -24,8 +24,8 @@ class StoppedByError(Exception):
 def saved_on_error(writer: Writer, progress: Progress, plan: Plan) -> Iterator[None]:
     """Save weights and state when an error ends the run; raises StoppedByError then.
 
-    The error itself is passed on where no step has been finished, in other processes than the main one, and where
-    saving fails too, which is logged.
+    The error itself is passed on where no step has been finished or the adapter has ended before, in other processes
+    than the main one, and where saving fails too, which is logged.
     """
     first_step = progress.step
     try:
@@ -33,7 +33,7 @@ def saved_on_error(writer: Writer, progress: Progress, plan: Plan) -> Iterator[N
     except NOTHING_TO_SAVE:
         raise
     except Exception as error:
-        if not writer.is_main or progress.step == first_step:
+        if not writer.is_main or progress.step == first_step or progress.ended:
             raise
         try:
             told = writer.save_failed(progress, plan.epoch_of(progress.step - 1))

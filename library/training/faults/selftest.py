@@ -91,7 +91,7 @@ def test_itself(run: Run) -> None:
     (batch,) = run.training_set.batches(1, [0], lambda place: 0, 0, False)
     recorder = Recorder(block_runner(run.options.memory))
     context.arch.run_blocks_with(context.models.denoiser, recorder)
-    with eval_mode([network]):  # nothing is left to chance: the second pass is to see the same network
+    with context.alone(), eval_mode([network]):  # nothing is left to chance: the second pass is to see the same network
         start_batch(context, 0, 0)
         torch.autograd.backward(loss_of(context, batch, 0))
         found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}

@@ -73,7 +73,7 @@ def found_damage(run: Run, batch: Batch, batch_number: int, step: int, parameter
     trace = Trace()
     for parameter in parameters:
         parameter.grad = None
-    with watched(parts_of(run), trace):
+    with run.context.alone(), watched(parts_of(run), trace):
         start_batch(run.context, batch_number, step)
         loss = loss_of(run.context, batch, batch_number)
         if trace.damaged_output is None:

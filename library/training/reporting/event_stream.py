@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -136,6 +136,40 @@ class Events:
                 logger.debug("where it failed:", exc_info=error)
 
 
+class EventsOfAll:
+    """The events of every adapter of a run: what concerns all is told to each."""
+
+    def __init__(self, each: Sequence[Events]) -> None:
+        self.each = tuple(each)
+
+    @property
+    def is_on(self) -> bool:
+        return any(one.is_on for one in self.each)
+
+    def emit(self, event: Event) -> None:
+        for one in self.each:
+            one.emit(event)
+
+    def tell_progress(self, name: str, state: State, done: int, total: int) -> None:
+        for one in self.each:
+            one.tell_progress(name, state, done, total)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        with ExitStack() as stack:
+            for one in self.each:
+                stack.enter_context(one.stage(name))
+            yield
+
+    def end(self, reason: EndReason, error: str | None = None) -> None:
+        for one in self.each:
+            one.end(reason, error)
+
+    def close(self) -> None:
+        for one in self.each:
+            one.close()
+
+
 def plain(value: Any) -> Any:
     """`value` as JSON can hold it: tables, lists, texts, numbers; None for a number that is not finite."""
     if isinstance(value, float):
@@ -205,7 +239,7 @@ class WarningEvents(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self._waiting: list[Warned] = []
-        self._events: Events | None = None
+        self._events: EventsOfAll | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         event = Warned(record.levelname.lower(), record.name, record.getMessage())
@@ -220,7 +254,7 @@ class WarningEvents(logging.Handler):
         if self._events is not None:
             self._events.end("stopped")
 
-    def tell(self, events: Events) -> None:
+    def tell(self, events: EventsOfAll) -> None:
         """From here on warnings go there."""
         self._events = events
         for event in self._waiting:

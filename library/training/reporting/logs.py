@@ -107,9 +107,14 @@ class Charts:
     A tracker that fails, on a full disk or without a network, is given up with one warning: charts never end a run.
     """
 
-    def __init__(self, accelerator: Any) -> None:
-        self._accelerator = accelerator
-        self._failed: set[str] = set()  # names of trackers that are given up
+    def __init__(self, accelerator: Any, prefix: str = "", failed: set[str] | None = None) -> None:
+        """`prefix` stands before the names of all values; `failed` are names of trackers that are given up."""
+        self._accelerator, self._prefix = accelerator, prefix
+        self._failed: set[str] = set() if failed is None else failed
+
+    def named(self, label: str) -> "Charts":
+        """The same charts for one of several adapters, whose values have its label before their names."""
+        return Charts(self._accelerator, f"{label}/", self._failed) if label else self
 
     @property
     def are_on(self) -> bool:
@@ -138,12 +143,13 @@ class Charts:
         self._log(values, epoch, step, epoch)
 
     def _log(self, values: Mapping[str, float], x: int, step: int, epoch: int) -> None:
+        values = {f"{self._prefix}{name}": value for name, value in values.items()}
         for tracker in self._trackers():
             with self._given_up_on_failure(tracker):
                 if tracker.name == "wandb":
                     tracker.log({**values, "global_step": step, "epoch": epoch})
                 else:
-                    tracker.log(dict(values), step=x)
+                    tracker.log(values, step=x)
 
     def log_pictures(self, pictures: Sequence[Drawn], step: int, epoch: int) -> None:
         """Pictures as `sample_<index>` on the axis of steps; wandb shows the prompt beneath."""
@@ -152,10 +158,13 @@ class Charts:
                 if tracker.name == "wandb":
                     import wandb
 
-                    shown = {f"sample_{one.index}": wandb.Image(one.image, caption=one.prompt.text) for one in pictures}
+                    shown = {
+                        f"{self._prefix}sample_{one.index}": wandb.Image(one.image, caption=one.prompt.text)
+                        for one in pictures
+                    }
                     tracker.log({**shown, "global_step": step, "epoch": epoch})
                 else:
-                    images = {f"sample_{one.index}": np.asarray(one.image)[None] for one in pictures}
+                    images = {f"{self._prefix}sample_{one.index}": np.asarray(one.image)[None] for one in pictures}
                     tracker.log_images(images, step=step, dataformats="NHWC")
 
     def close(self) -> None:

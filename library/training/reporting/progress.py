@@ -42,6 +42,7 @@ class Progress:
     average: LossAverage = field(default_factory=LossAverage)
     is_moving: bool = False  # while the optimizer moves the weights, which then belong to no step
     done: set[Part] = field(default_factory=set)  # of what is due after `step`
+    ended: str = ""  # why the adapter has ended before the others of its run
 
     def advance(self) -> None:
         """Count a step; nothing of what is due after it is done."""

@@ -56,16 +56,34 @@ def announce_epoch(epoch: int, num_epochs: int) -> None:
     announce(f"\nepoch {epoch}/{num_epochs}\n")
 
 
-def progress_bar(max_train_steps: int, finished_steps: int, is_shown: bool) -> "tqdm[None]":
-    """The bar called `steps`, on standard error."""
-    return tqdm(
-        total=max_train_steps,
-        initial=finished_steps,
-        smoothing=0,
-        desc="steps",
-        dynamic_ncols=True,
-        disable=not is_shown,
-    )
+class StepBar:
+    """The bar called `steps`, on standard error, behind which stands the loss: of several adapters the lowest."""
+
+    def __init__(self, max_train_steps: int, finished_steps: int, is_shown: bool) -> None:
+        self._bar = tqdm(
+            total=max_train_steps,
+            initial=finished_steps,
+            smoothing=0,
+            desc="steps",
+            dynamic_ncols=True,
+            disable=not is_shown,
+        )
+        self._step = finished_steps
+        self._values: dict[str, dict[str, float]] = {}  # by label
+
+    def __enter__(self) -> "StepBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, step: int, values: dict[str, float], label: str = "") -> None:
+        """Show that an adapter has taken `step` steps, and its `bar_values`."""
+        self._bar.update(max(0, step - self._step))
+        self._step = max(step, self._step)
+        self._values[label] = values
+        lowest = min(self._values, key=lambda name: self._values[name]["avr_loss"])
+        self._bar.set_postfix({**self._values[lowest], **({"of": lowest} if lowest else {})})
 
 
 def finished_line(

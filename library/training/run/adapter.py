@@ -1,5 +1,6 @@
 """The second stage of the set-up: the adapter on the models, and how their blocks run."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,6 @@ from library.memory.compiled import Compiled, CompileSettings
 from library.options.compiling import CompileOptions
 from library.options.memory import MemoryOptions
 from library.options.train import TrainOptions
-from library.processes import Processes
 from library.protocols import Architecture
 from library.randomness import stream_seed
 from library.training.run.compute import Compute
@@ -19,19 +19,15 @@ from library.training.run.network import open_network
 from networks.core.protocol import AdoptedNetwork
 
 
-def attach_adapter(
-    options: TrainOptions, arch: Architecture, seed: int, models: Models, compute: Compute, processes: Processes
-) -> AdoptedNetwork:
+def attach_adapter(options: TrainOptions, seed: int, models: Models, compute: Compute) -> AdoptedNetwork:
     """The adapter, installed on the models' layers, with its starting weights.
 
     After the models, since it takes the forward of their layers; before the optimizer, which needs its parameters.
-    What the adapter draws when it is made depends on the seed alone, not on what was loaded or cached before.
+    What the adapter draws when it is made depends on the seed alone, not on what was loaded, cached or merged before.
     Raises UserError for a module, an argument or a file that does not fit.
     """
     torch.manual_seed(stream_seed(seed, "adapter"))
-    network = open_network(options, arch, models, compute, processes)
-    choose_block_runner(options, arch, models, network)
-    return network
+    return open_network(options, models, compute)
 
 
 def trains_text_encoders(options: TrainOptions) -> bool:
@@ -42,18 +38,21 @@ def trains_text_encoders(options: TrainOptions) -> bool:
     return any(rate != 0 for rate in rates if rate is not None)
 
 
-def choose_block_runner(options: TrainOptions, arch: Architecture, models: Models, network: AdoptedNetwork) -> None:
+def choose_block_runner(
+    options: TrainOptions, arch: Architecture, models: Models, networks: Sequence[AdoptedNetwork]
+) -> None:
     """Say how blocks run where gradients flow: plainly, or computed again. The base model stays in eval mode."""
     for model in (models.denoiser, *models.text_encoders):
         model.eval().requires_grad_(False)
-    network.module.train()
+    for network in networks:
+        network.module.train()
     runner = block_runner(options.memory)
     if options.compiling.is_on:
         runner = Compiled(runner, compile_settings(options.compiling))
     arch.run_blocks_with(models.denoiser, runner)
     for encoder in models.text_encoders if trains_text_encoders(options) else []:
         run_encoder_layers_with(encoder, block_runner(options.memory))
-    if options.memory.recomputes:
+    for network in networks if options.memory.recomputes else ():
         network.enable_gradient_checkpointing()
 
 

@@ -1,7 +1,7 @@
 """What one batch's loss depends on, besides the batch."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,3 +42,5 @@ class StepContext:
     live_text: LiveText | None = None  # the text encoders in memory where the outputs of others are cached
     vae_batch_size: int = 1
     preserves_in_step: bool = False  # whether each batch asks the base model too, since those of others may have to
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext
+    """In the block the models run with this network alone, where others act on the same layers (--sweep)."""

@@ -1,7 +1,7 @@
 """What a run tells of itself, from its first word to its last: --log_events and the report."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +21,7 @@ from library.training.report.writer import ReportWriter, earlier_record
 from library.training.reporting.event_stream import (
     FLAG,
     Events,
+    EventsOfAll,
     JsonLines,
     Sink,
     WarningEvents,
@@ -38,21 +39,25 @@ HIDDEN = "***"
 
 
 @contextmanager
-def told(options: TrainOptions, command: Sequence[str] | None, warnings: WarningEvents) -> Iterator[Events]:
-    """The events of a run, in its main process; the last one says how the block ended.
+def told(
+    adapters: Iterable[TrainOptions], command: Sequence[str] | None, warnings: WarningEvents
+) -> Iterator[EventsOfAll]:
+    """The events of a run, of each of its adapters, in its main process; the last one says how the block ended.
 
     A run that is not stopped and not ended by an error is finished. With --log_events - standard output has events
     alone, and what else would go there goes to standard error.
     """
     with ExitStack() as stack:
-        events = Events(open_sinks(options, stack))
+        of_each = [(options, Events(open_sinks(options, stack))) for options in adapters]
+        events = EventsOfAll([one for _, one in of_each])
         if not events.is_on:
             warnings.tell(events)  # so that they are not kept
             yield events
             return
         stack.callback(events.close)
         stack.enter_context(listening(events.tell_progress))
-        events.emit(Start(without_secrets(command, options), given(options), versions()))
+        for options, one in of_each:
+            one.emit(Start(without_secrets(command, options), given(options), versions()))
         warnings.tell(events)
         try:
             yield events

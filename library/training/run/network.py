@@ -24,20 +24,26 @@ def network_keywords(options: NetworkOptions) -> dict[str, Any]:
     return {"dropout": options.network_dropout, **parse_network_args(options.network_args)}
 
 
-def open_network(
+def settle_models(
     options: TrainOptions, arch: Architecture, models: Models, compute: Compute, processes: Processes
-) -> AdoptedNetwork:
-    """The adapter, installed, with its starting weights; it and the denoiser are on the device afterwards.
+) -> None:
+    """Merge --base_weights, store the frozen models as they are to stay, and bring the denoiser to the device.
+
+    Raises UserError where the module of the network cannot be imported or a file does not fit.
+    """
+    if options.network.base_weights:
+        merge_base_weights(options.network, opened(options.network), models, compute.device, compute.dtype)
+    settle_base(options, arch, models, compute, processes)
+
+
+def open_network(options: TrainOptions, models: Models, compute: Compute) -> AdoptedNetwork:
+    """The adapter, installed on models that are settled, with its starting weights; it is on the device afterwards.
 
     Raises UserError where the module cannot be imported, an argument is wrong, or a file does not fit.
     """
     wanted = options.network
-    assert wanted.network_module is not None
     announce(f"import network module: {wanted.network_module}")
-    module = open_network_module(wanted.network_module)
-    merge_base_weights(wanted, module, models, compute.device, compute.dtype)
-    settle_base(options, arch, models, compute, processes)
-    network = adopt(create(wanted, module, models))
+    network = adopt(create(wanted, opened(wanted), models))
     network.apply_to(
         *models.network_view,
         not wanted.network_train_unet_only,
@@ -48,6 +54,12 @@ def open_network(
     is_full = options.precision.full_fp16 or options.precision.full_bf16
     network.module.to(compute.device, compute.dtype if is_full else None)
     return network
+
+
+def opened(wanted: NetworkOptions) -> NetworkModule:
+    """The module that makes the network."""
+    assert wanted.network_module is not None
+    return open_network_module(wanted.network_module)
 
 
 def create(wanted: NetworkOptions, module: NetworkModule, models: Models) -> Any:

@@ -17,6 +17,7 @@ from library.training.run.context import StepContext
 from library.training.run.fixed_step import FixedSteps
 from library.training.run.plan import Plan
 from library.training.run.told_steps import NormMeter
+from networks.core.protocol import Turns
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run."""
+    """The training of one adapter."""
 
     options: TrainOptions
     processes: Processes
@@ -49,3 +50,6 @@ class Run:
     events: Events = field(default_factory=Events)
     norms: NormMeter = field(default_factory=NormMeter)
     fixed: FixedSteps | None = None  # computes the steps where these are recorded
+    label: str = ""  # what the adapter is called where others train beside it (--sweep)
+    place: int = 0  # among them
+    turns: Turns | None = None  # says which of them act; None where there is one

@@ -2,9 +2,11 @@
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -25,8 +27,9 @@ from library.training.reporting.event_stream import Events
 from library.training.reporting.logs import Charts, run_folder, start_trackers, tracker_kind
 from library.training.reporting.progress import Progress
 from library.training.reporting.report import PictureCounts, announce_run
+from library.training.reporting.speaking import speaking_of
 from library.training.reporting.step_times import StepTimes
-from library.training.run.adapter import attach_adapter, trains_text_encoders
+from library.training.run.adapter import attach_adapter, choose_block_runner, trains_text_encoders
 from library.training.run.arithmetic import check_arithmetic
 from library.training.run.compute import Compute
 from library.training.run.conditioning import CaptionMemo
@@ -35,6 +38,7 @@ from library.training.run.events import plan_of
 from library.training.run.frozen_base import check_base
 from library.training.run.graphs import check_graphs, fixed_steps
 from library.training.run.models import LoadedModels, load_models
+from library.training.run.network import settle_models
 from library.training.run.optimization import build_optimization
 from library.training.run.plan import Plan
 from library.training.run.rehearsal import rehearse
@@ -44,17 +48,28 @@ from library.training.run.text_caching import cached_text, check_text_caching
 from library.training.run.told_steps import NormMeter
 from library.training.run.writer import build_writer, go_on
 from library.training.saving.checkpoints import Writer, save_dtype
-from library.training.saving.resume import starting_step
+from library.training.saving.resume import starting_steps
 from library.training.saving.state import StateManifest
-from library.types import Conditioning, Tokens
-from networks.core.protocol import AdoptedNetwork
+from library.types import Conditioning, Prompt, Tokens
+from networks.core.protocol import AdoptedNetwork, Turns, side_by_side
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """One adapter that the run is to train; several of them share the base model and the batches (--sweep)."""
+
+    options: TrainOptions  # of its run alone
+    seed: int  # of the adapter, its noise and its dropout
+    state: StateManifest | None  # that it goes on from
+    events: Events
+    label: str = ""  # what it is called where there are others
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """A run that is ready to start."""
+    """One adapter that is ready to be trained."""
 
     run: Run
     progress: Progress
@@ -139,50 +154,131 @@ def prepare(
     training_set: TrainingData,
     accelerator: Any,
     processes: Processes,
-    state: StateManifest | None,
-    events: Events,
-) -> Prepared:
-    """Load the models, attach the adapter, build the optimization, and put the run where `state` left it.
+    adapters: Sequence[Wanted],
+) -> list[Prepared]:
+    """Load the models, attach the adapters, build what moves each of them, and put each where its state left it.
 
-    Raises UserError for settings that only show here to be wrong, such as a network argument.
+    `options` and `seed` are those of what all `adapters` share: pictures, base model, plan. Raises UserError for
+    settings that only show here to be wrong, such as a network argument.
     """
     save_dtype(options.saving.save_precision)
     require_same_data(training_set, processes)
     compute = Compute.build(options.precision, processes.device)
     plan = Plan.build(options.run, training_set.num_batches, processes.count)
-    progress = Progress(starting_step(options, plan, state))
+    first_steps = starting_steps([one.options for one in adapters], plan, [one.state for one in adapters])
     check_base(options, arch)
     check_graphs(options, arch, compute.device, processes)
     check_arithmetic(options, arch, compute)
-    rehearse(options, arch, plan.max_train_steps)
+    for one in adapters:
+        rehearse(one.options, arch, plan.max_train_steps)
     prompts = wanted_prompts(options, arch) if processes.is_main else []
 
     texts = texts_of(prompts, arch.preview.worded)
     loaded = load_models(options, arch, seed, training_set, compute, texts, processes)
-    network = attach_adapter(options, arch, seed, loaded.models, compute, processes)
-    optimization = build_optimization(options, network, loaded.models, plan.max_train_steps, compute.device)
-    context = step_context(options, arch, seed, loaded, network, compute)
-    context = replace(context, preserves_in_step=preserves_in_step(training_set, loaded.models.spread))
+    settle_models(options, arch, loaded.models, compute, processes)
+    networks = []
+    for one in adapters:
+        with speaking_of(one.label):
+            networks.append(attach_adapter(one.options, one.seed, loaded.models, compute))
+    turns = None
+    if len(networks) > 1:
+        turns = side_by_side(networks, options.network.network_module or "")
+        logger.info("%s", told_turns(len(networks), turns.share_stacked(range(len(networks)))))
+    choose_block_runner(options, arch, loaded.models, networks)
     times = StepTimes(compute.device, processes.count, peak_of(compute.device, compute.dtype))
-    norms, fixed = NormMeter(events.is_on), fixed_steps(options, context, optimization.optimizer)
-    run = Run(options, processes, training_set, plan, context, optimization, times, events, norms, fixed)
-
+    shared = Shared(arch, loaded, compute, processes, training_set, plan, times, turns)
     charts = Charts(accelerator)
+    prepared = []
+    for place, (one, network, first_step) in enumerate(zip(adapters, networks, first_steps, strict=True)):
+        with speaking_of(one.label):
+            run = run_of(one, network, shared, place)
+            prepared.append(ready_to_start(run, one, Progress(first_step), charts, prompts, loaded.prompts))
+    if processes.is_main:
+        start_trackers(accelerator, options)
+        counts = counts_of(prepared[0])
+        announce_run(plan, counts, training_set.batch_sizes, options.run.gradient_accumulation_steps)
+        for one, ready in zip(adapters, prepared, strict=True):
+            resumed_from = None if one.state is None else str(one.state.path)
+            one.events.emit(plan_of(ready.run, counts, ready.progress.step, resumed_from))
+    return prepared
+
+
+def told_turns(count: int, share: float) -> str:
+    """How `count` adapters compute, where a `share` of the layers has them in one product."""
+    if share == 1:
+        return f"{count} adapters share each pass of the base model; every layer computes them in one product"
+    return (
+        f"{count} adapters share each pass of the base model; {1 - share:.0%} of its adapted layers compute them one "
+        "after another: kinds other than LoRA, DoRA, LoRA-FA and DyLoRA, convolutions, adapters with dropout, and "
+        "layers that not all of them adapt"
+    )
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all adapters of a run have in common."""
+
+    arch: Architecture
+    loaded: LoadedModels
+    compute: Compute
+    processes: Processes
+    training_set: TrainingData
+    plan: Plan
+    times: StepTimes
+    turns: Turns | None  # None where there is one adapter
+
+
+def run_of(wanted: Wanted, network: AdoptedNetwork, shared: Shared, place: int) -> Run:
+    """The run of one adapter, the one at `place` among all."""
+    options, arch, compute = wanted.options, shared.arch, shared.compute
+    models = shared.loaded.models
+    optimization = build_optimization(options, network, models, shared.plan.max_train_steps, compute.device)
+    alone = nullcontext if shared.turns is None else partial(shared.turns.only, place)
+    context = step_context(options, arch, wanted.seed, shared.loaded, network, compute, alone)
+    context = replace(context, preserves_in_step=preserves_in_step(shared.training_set, models.spread))
+    return Run(
+        options=options,
+        processes=shared.processes,
+        training_set=shared.training_set,
+        plan=shared.plan,
+        context=context,
+        optimization=optimization,
+        times=shared.times,
+        events=wanted.events,
+        norms=NormMeter(wanted.events.is_on),
+        fixed=fixed_steps(options, context, optimization.optimizer),
+        label=wanted.label,
+        place=place,
+        turns=shared.turns,
+    )
+
+
+def ready_to_start(
+    run: Run,
+    wanted: Wanted,
+    progress: Progress,
+    charts: Charts,
+    prompts: Sequence[Prompt],
+    encoded: Mapping[str, Conditioning] | None,
+) -> Prepared:
+    """One adapter with everything that writes, draws and measures, where its state left it."""
+    state = wanted.state
+    charts = charts.named(run.label)
     validation = Validation(run, charts)
     writer = build_writer(run, progress, validation)
-    if not options.faults.dry_run:
+    if not run.options.faults.dry_run:
         writer.check_space()
     if state is not None:  # after everything that has a memory is there, and before anything is drawn or measured
         go_on(run, progress, validation, state)
-    if processes.is_main:
-        start_trackers(accelerator, options)
-        counts = PictureCounts(training_set.num_train_images, validation.num_pictures, training_set.num_reg_images)
-        announce_run(plan, counts, training_set.batch_sizes, options.run.gradient_accumulation_steps)
-        events.emit(plan_of(run, counts, progress.step, None if state is None else str(state.path)))
-    is_drawing = processes.share("are there previews", "yes" if prompts else "no") == "yes"
-    previews = Previews.build(run, charts, prompts, loaded.prompts, is_drawing)
+    is_drawing = run.processes.share("are there previews", "yes" if prompts else "no") == "yes"
+    previews = Previews.build(run, charts, prompts, encoded, is_drawing)
     resumed = state if state is not None and state.step == progress.step else None
     return Prepared(run, progress, writer, charts, previews, validation, resumed)
+
+
+def counts_of(prepared: Prepared) -> PictureCounts:
+    training_set = prepared.run.training_set
+    return PictureCounts(training_set.num_train_images, prepared.validation.num_pictures, training_set.num_reg_images)
 
 
 def require_same_data(training_set: TrainingData, processes: Processes) -> None:
@@ -200,12 +296,14 @@ def step_context(
     loaded: LoadedModels,
     network: AdoptedNetwork,
     compute: Compute,
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepContext:
     encoders, live = loaded.models.text_encoders, loaded.live_text
     encode = arch.text.encode if live is None else live.encode
 
     def encode_captions(captions: Sequence[str]) -> Conditioning:
-        return encode_frozen(encode, encoders, network, compute.autocast, arch.text.tokenize(captions))
+        with alone():
+            return encode_frozen(encode, encoders, network, compute.autocast, arch.text.tokenize(captions))
 
     return StepContext(
         arch=replace(arch, objective=arch.objective.on(compute.device)),
@@ -218,6 +316,7 @@ def step_context(
         captions=CaptionMemo(encode_captions, arch.text_cache.padding if arch.text_cache else {}),
         live_text=live,
         vae_batch_size=options.caching.vae_batch_size,
+        alone=alone,
     )
 
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,13 @@ from library.training.run.latents import inpainting_of, latents_of
 from library.types import Batch, Conditioning, Noised
 
 PRESERVATION = "diff_output_preservation"  # of a subset's custom_attributes
+
+
+class Acting(Protocol):
+    """The adapters that act in a step: those of one network, or of several."""
+
+    def set_noise_levels(self, levels_B: Tensor | None) -> None: ...
+    def set_multiplier(self, multiplier: float) -> None: ...
 
 
 def start_batch(context: StepContext, batch_number: int, step: int) -> None:
@@ -66,15 +74,24 @@ def loss_of(context: StepContext, batch: Batch, batch_number: int) -> Tensor:
 
 
 def losses_of(
-    context: StepContext, objective: Objective, batch: Batch, noised: Noised, condition: Callable[[], Conditioning]
+    context: StepContext,
+    objective: Objective,
+    batch: Batch,
+    noised: Noised,
+    condition: Callable[[], Conditioning],
+    acting: Acting | None = None,
 ) -> Tensor:
-    """The loss of each sample, masked but without the weights of subsets, shape B; `condition` gives text features."""
+    """The loss of each sample, masked but without the weights of subsets, shape B; `condition` gives text features.
+
+    `acting` are the adapters where those are not the network of the context alone.
+    """
+    acting = context.network if acting is None else acting
     with context.autocast():
         conditioning = condition()
-        context.network.set_noise_levels(objective.noise_levels(noised))
+        acting.set_noise_levels(objective.noise_levels(noised))
         output_BCHW = context.arch.predict(context.models.denoiser, noised, conditioning, batch)
         prediction_BCHW = objective.estimate(output_BCHW, noised)
-    target_BCHW = preserve_output(context, objective, batch, noised, condition, conditioning)
+    target_BCHW = preserve_output(context, objective, batch, noised, condition, conditioning, acting)
     loss_BCHW = objective.loss(prediction_BCHW, target_BCHW, noised)
     if batch.masks_B1HW is not None:
         masks_B1HW = send(batch.masks_B1HW, loss_BCHW.device)
@@ -107,7 +124,11 @@ def live_conditioning_of(context: StepContext, batch: Batch) -> Conditioning:
 
 def varied_conditioning_of(context: StepContext, batch: Batch, batch_number: int, told: Conditioning) -> Conditioning:
     """The same with what the base model varies from step to step in training, such as a text encoder left out."""
-    conditioning = conditioning_of(context, batch, told)
+    return vary(context, conditioning_of(context, batch, told), batch_number)
+
+
+def vary(context: StepContext, conditioning: Conditioning, batch_number: int) -> Conditioning:
+    """Text features as training sees them in this batch."""
     if context.arch.vary is None:
         return conditioning
     return context.arch.vary(conditioning, generator_for(context.seed, "conditioning", batch_number))
@@ -120,6 +141,7 @@ def preserve_output(
     noised: Noised,
     condition: Callable[[], Conditioning],
     conditioning: Conditioning,
+    acting: Acting,
 ) -> Tensor:
     """The target, but that marked samples are to keep the prediction of the model without its adapter (differential
     output preservation)."""
@@ -132,7 +154,7 @@ def preserve_output(
             f"--shard_base: {PRESERVATION} in custom_attributes of a --dataset_class asks the base model alone, and "
             "the other processes do not know of it; leave one of them out"
         )
-    context.network.set_multiplier(0.0)
+    acting.set_multiplier(0.0)
     try:
         with torch.no_grad(), context.autocast():
             if context.trains_text_encoder:
@@ -140,6 +162,6 @@ def preserve_output(
             output_BCHW = context.arch.predict(context.models.denoiser, noised, conditioning, batch)
             base_BCHW = objective.estimate(output_BCHW, noised)
     finally:
-        context.network.set_multiplier(1.0)
+        acting.set_multiplier(1.0)
     keep_B111 = send(torch.tensor(keep), target_BCHW.device).view(-1, 1, 1, 1)
     return torch.where(keep_B111, base_BCHW.to(target_BCHW.dtype), target_BCHW)

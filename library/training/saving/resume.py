@@ -157,6 +157,21 @@ def starting_step(options: TrainOptions, plan: Plan, facts: StateManifest | None
     return step
 
 
+def starting_steps(options: Sequence[TrainOptions], plan: Plan, states: Sequence[StateManifest | None]) -> list[int]:
+    """The same of all adapters of a run. Raises AlreadyComplete where none of them has anything left to do."""
+    steps: list[int | None] = []
+    complete = AlreadyComplete()
+    for wanted, facts in zip(options, states, strict=True):
+        try:
+            steps.append(starting_step(wanted, plan, facts))
+        except AlreadyComplete as error:
+            steps.append(None)
+            complete = error
+    if all(step is None for step in steps):
+        raise complete
+    return [plan.max_train_steps if step is None else step for step in steps]
+
+
 def is_unfinished(facts: StateManifest, options: TrainOptions) -> bool:
     """Whether the last file is still to be written once the last step of a run is taken."""
     return "end" not in facts.done or not Names.build(options.saving).of_end().exists()

@@ -71,6 +71,10 @@ class NestedRank(nn.Module):
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
         return add_product(base, hidden, part(factor(self.lora_up), 1, *self._rows_of_this_call()))
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        rows = self._rows_of_this_call()
+        return part(factor(self.lora_down), 0, *rows), part(factor(self.lora_up), 1, *rows)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         return factor(self.lora_up).flatten(1), factor(self.lora_down).flatten(1)
 

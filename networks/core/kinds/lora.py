@@ -50,6 +50,9 @@ class LowRank(nn.Module):
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
         return add_product(base, hidden, factor(self.lora_up))
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return factor(self.lora_down), factor(self.lora_up)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         return factor(self.lora_up).flatten(1), factor(self.lora_down).flatten(1)
 

@@ -153,10 +153,15 @@ class ScaledDelta(nn.Module):
                 assert self.layer is not None
                 out = add_noise(out, x, self.layer, self.get_buffer(DEVIATION))
             return self.delta.up(self._drop_and_scale(self.delta.down(x), strength), out)
-        columns = self._columns(self.dora_scale)
+        columns = self.columns()
+        assert columns is not None
         whole = columns if strength == 1 else 1 + strength * (columns - 1)
         out = base(scale_columns(x, whole))
         return self.delta.up(self._drop_and_scale(self.delta.down(x, columns), strength), out)
+
+    def columns(self) -> Tensor | None:
+        """What DoRA multiplies every input column by, (1, I) or (1, I, 1, 1); None without magnitudes."""
+        return None if self.dora_scale is None else self._columns(self.dora_scale)
 
     def weight(self) -> Tensor:
         return self.delta.weight() * self._unit_strength

@@ -69,6 +69,9 @@ class FromStart(nn.Module):
     def up(self, hidden: Tensor, base: Tensor) -> Tensor:
         return add_product(base, hidden, self._up())
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self._down(), self._up()
+
     def factors(self) -> tuple[Tensor, Tensor]:
         return self._up().flatten(1), self._down().flatten(1)
 

@@ -9,7 +9,7 @@ import torch
 from library.errors import UserError
 from library.training.reporting.step_times import StepTimes
 from library.training.run.ahead import Ahead, NoCopies, moved
-from library.training.run.loop import accumulate_gradient
+from library.training.run.loop import accumulate_gradients
 from library.training.run.plan import Window
 from library.types import Batch
 from tests.unit.training.test_loop import batch_of, run_of
@@ -56,7 +56,7 @@ def test_a_batch_is_fetched_and_copied_while_the_one_before_computes() -> None:
         log.append("computes")
         ahead.fetch()
 
-    losses = [accumulate_gradient(run, Window(i, 1, range(i, i + 1), False), ahead, fetch) for i in range(3)]
+    losses = [accumulate_gradients([run], Window(i, 1, range(i, i + 1), False), ahead, fetch)[0] for i in range(3)]
     assert log == [
         "fetch 0", "start 0", "ready 0", "computes",
         "fetch 1", "start 1", "ready 1", "computes",

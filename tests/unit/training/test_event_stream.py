@@ -115,7 +115,7 @@ def test_warnings_from_before_there_are_events_are_told_too() -> None:
 
 def test_warnings_of_a_silent_run_are_not_kept() -> None:
     options, sink = TrainOptions().with_values({"output_dir": "out", "no_report": True}), Kept()
-    with warnings_told() as warnings, told(options, None, warnings) as silent:
+    with warnings_told() as warnings, told([options], None, warnings) as silent:
         logging.getLogger("library.somewhere").warning("an hour later")
         assert not silent.is_on
         events = Events([sink])

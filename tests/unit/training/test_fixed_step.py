@@ -10,7 +10,7 @@ from torch import Tensor
 
 from library.training.optimization.nonfinite import NonFiniteGuard
 from library.training.run.fixed_step import FixedSteps, Repeat, Work
-from library.training.run.loop import accumulate_gradient
+from library.training.run.loop import accumulate_gradients
 from library.training.run.plan import Window
 from library.training.run.run import Run
 from library.training.run.told import Told
@@ -71,7 +71,7 @@ def train(run: Run, steps: list[list[Batch]]) -> tuple[list[Told], list[Tensor]]
     with updates.told_at_end():
         for step, made in enumerate(steps):
             window = Window(step, 1, range(2 * step, 2 * step + len(made)), False)
-            losses = accumulate_gradient(run, window, iter(made))
+            losses = accumulate_gradients([run], window, iter(made))[0]
             updates.tell()
             updates.take(window, losses)
             weights.append(weight_of(run).detach().clone())

@@ -15,7 +15,7 @@ from library.training.optimization.lr_schedules import build_schedule
 from library.training.optimization.nonfinite import NonFiniteError, NonFiniteGuard
 from library.training.optimization.optimizers import build_optimizer
 from library.training.run.context import Models, StepContext
-from library.training.run.loop import accumulate_gradient
+from library.training.run.loop import accumulate_gradients
 from library.training.run.plan import Plan, Window
 from library.training.run.run import Optimization, Run
 from library.training.run.told import Told
@@ -106,7 +106,7 @@ def weight_of(run: Run) -> float:
 def step(run: Run, window: Window, *batches: Batch) -> list[float]:
     told: list[Told] = []
     updates = Updates(run, NonFiniteGuard(run), None, told.append)
-    updates.take(window, accumulate_gradient(run, window, iter(batches)))
+    updates.take(window, accumulate_gradients([run], window, iter(batches))[0])
     updates.tell()
     return told[0].losses
 

@@ -115,6 +115,7 @@ def run(tiny_sd_folder: Path, tmp_path: Path) -> Any:
         denoiser=arch.load.denoiser(), text_encoders=arch.load.text_encoders(), vae=None, spread=None
     )
     context = SimpleNamespace(
+        alone=nullcontext,
         arch=arch,
         seed=5,
         device=torch.device("cpu"),

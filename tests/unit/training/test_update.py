@@ -11,7 +11,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.training.optimization.nonfinite import NonFiniteError, NonFiniteGuard
 from library.training.optimization.nonfinite_trace import first_damage
-from library.training.run.loop import accumulate_gradient
+from library.training.run.loop import accumulate_gradients
 from library.training.run.plan import Window
 from library.training.run.run import Run
 from library.training.run.told import Told
@@ -44,7 +44,7 @@ def taken(values: list[float], is_late: bool, **options: Any) -> tuple[Run, list
     with updates.told_at_end():
         for step, batch in enumerate(batches):
             window = Window(step, 1, range(step, step + 1), False)
-            losses = accumulate_gradient(run, window, iter([batch]))
+            losses = accumulate_gradients([run], window, iter([batch]))[0]
             updates.tell()
             updates.take(window, losses)
             weights.append(run.context.network.module.weight.detach().clone())  # type: ignore[operator, union-attr]
@@ -75,7 +75,7 @@ def test_a_step_is_told_when_the_next_one_is_computed() -> None:
     told: list[Told] = []
     updates = Updates(run, NonFiniteGuard(run), None, told.append)
     window = Window(0, 1, range(1), False)
-    updates.take(window, accumulate_gradient(run, window, iter([batch_of(2.0)])))
+    updates.take(window, accumulate_gradients([run], window, iter([batch_of(2.0)]))[0])
     assert not told and run.optimization.schedule.state_dict()["last_epoch"] == 0
     updates.tell()
     updates.tell()
@@ -90,7 +90,7 @@ def test_an_error_leaves_no_step_untold_and_stays_the_error() -> None:
     updates = Updates(run, NonFiniteGuard(run), None, told.append)
     window = Window(0, 1, range(1), False)
     with pytest.raises(UserError, match="no such picture"), updates.told_at_end():
-        updates.take(window, accumulate_gradient(run, window, iter([batch_of(2.0)])))
+        updates.take(window, accumulate_gradients([run], window, iter([batch_of(2.0)]))[0])
         raise UserError("no such picture")
     assert len(told) == 1
 
@@ -118,7 +118,7 @@ def test_only_an_optimizer_that_leaves_steps_out_by_itself_is_told_late(options:
 
 def test_looking_for_damage_leaves_the_gradients_of_a_later_step() -> None:
     run = run_of(optimizer_type="AdamW")
-    accumulate_gradient(run, Window(1, 1, range(1), False), iter([batch_of(2.0)]))
+    accumulate_gradients([run], Window(1, 1, range(1), False), iter([batch_of(2.0)]))[0]
     (parameter,) = run.context.network.trainable_parameters()
     assert parameter.grad is not None
     before = parameter.grad.clone()

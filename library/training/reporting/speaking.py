@@ -1,0 +1,38 @@
+"""Whose lines are logged, where several adapters train in one run."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MARK = "speaks_of"
+
+
+class Prefix(logging.Filter):
+    """Puts a label before the lines of one thread, once each."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__()
+        self._label, self._thread = label, threading.get_ident()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.thread == self._thread and not hasattr(record, MARK):
+            setattr(record, MARK, self._label)
+            record.msg = f"{self._label}: {record.msg}"
+        return True
+
+
+@contextmanager
+def speaking_of(label: str) -> Iterator[None]:
+    """In the block every line that is logged begins with the label, if there is one."""
+    if not label:
+        yield
+        return
+    prefix, handlers = Prefix(label), list(logging.getLogger().handlers)
+    for handler in handlers:
+        handler.addFilter(prefix)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(prefix)

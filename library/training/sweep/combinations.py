@@ -1,0 +1,217 @@
+"""--sweep: which adapters it asks for, what each of them is called, and the options that each would have alone."""
+
+import logging
+import re
+from argparse import ArgumentTypeError
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from library.errors import UserError
+from library.options.base import RULE, Rule, scalar_type
+from library.options.dataset import DatasetOptions
+from library.options.loss import LossOptions
+from library.options.noise import NoiseOptions
+from library.options.rules import check_number, is_set, unused
+from library.options.train import TrainOptions
+
+logger = logging.getLogger(__name__)
+
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
+
+SHORT: Mapping[str, str] = {  # what can be swept -> how names of files call it; "" where the value says it all
+    "learning_rate": "lr",
+    "unet_lr": "unetlr",
+    "text_encoder_lr": "telr",
+    "network_module": "",
+    "network_dim": "dim",
+    "network_alpha": "alpha",
+    "network_dropout": "dropout",
+    "network_weights": "from_",
+    "scale_weight_norms": "maxnorm",
+    "optimizer_type": "",
+    "max_grad_norm": "clip",
+    "lr_scheduler": "",
+    "lr_scheduler_type": "",
+    "lr_warmup_steps": "warmup",
+    "lr_decay_steps": "decay",
+    "lr_scheduler_num_cycles": "cycles",
+    "lr_scheduler_power": "power",
+    "lr_scheduler_timescale": "timescale",
+    "lr_scheduler_min_lr_ratio": "minlr",
+    "ema_decay": "ema",
+    "ema_update_after_step": "emaafter",
+    "seed": "seed",
+}
+TABLES = ("network_args", "optimizer_args", "lr_scheduler_args")  # options whose keys can be swept, the first without
+NONE = "none"  # stands for an option that is not given
+FORM = "write OPTION=A,B, such as learning_rate=1e-4,2e-4; A|B where values have commas in them"
+OF_DATA = "it changes the pictures, and all adapters see the same batches; train one run after the other"
+OF_LOSS = "it changes what the losses mean, so that adapters could not be compared; train one run after the other"
+OF_ALL = "all adapters share it with the base model and the run; train one run after the other"
+
+
+@dataclass(frozen=True)
+class Combination(Generic[OptionsT]):
+    """One adapter of a sweep."""
+
+    label: str  # such as lr1e-4-dim8
+    chosen: Mapping[str, str]  # word of --sweep -> value, both as they were given
+    options: OptionsT  # of its run alone
+
+
+def shared_and_own(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
+    """What all adapters of a run share, and what each would have alone, by its label; without --sweep one of label "".
+
+    Of what differs between adapters the shared options have the first one's. Raises UserError for a sweep that cannot
+    be.
+    """
+    if not options.sweep.sweep:
+        return options, {"": options}
+    check_together(options)
+    found = combinations_of(options)
+    logger.info("--sweep: %d adapters in one run: %s", len(found), ", ".join(one.label for one in found))
+    values = options.flat()
+    of_all = {name: values[name] for name in ("sweep", "output_name", "seed", "log_events")}
+    return found[0].options.with_values(of_all), {one.label: one.options for one in found}
+
+
+def check_together(options: TrainOptions) -> None:
+    """Raise UserError for an option that several adapters in one run cannot have."""
+    if options.graphs.cuda_graphs:
+        raise UserError("--cuda_graphs records the step of one adapter; leave it out with --sweep")
+    if options.compiling.is_on:
+        flag = "compile" if options.compiling.compile else "torch_compile"
+        raise UserError(
+            f"--{flag} compiles blocks for one adapter, but with --sweep those that run change between training and "
+            "validation; leave it out"
+        )
+    if options.reports.log_events == "-":
+        raise UserError("--log_events - mixes the events of all adapters of --sweep; name a file, each gets its own")
+    if options.fit.fit:
+        raise UserError("--fit counts the step of one adapter; leave it out with --sweep")
+    if options.state.resume or options.state.autoresume:
+        raise UserError("--sweep cannot go on from a state; leave out --resume and --autoresume")
+
+
+def combinations_of(options: OptionsT) -> list[Combination[OptionsT]]:
+    """Every combination of the values of --sweep, the last word changing fastest.
+
+    Raises UserError for a word that cannot be swept, a value that its option cannot have, and names that clash.
+    """
+    words = [word_of(item, options) for item in options.sweep.sweep or ()]
+    names = [name for name, _ in words]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"--sweep names {twice} twice; give all of its values in one word")
+    warn_of_replaced(options, names)
+    found = []
+    for texts in product(*(texts for _, texts in words)):
+        chosen = dict(zip(names, texts, strict=True))
+        label = "-".join(f"{short_name(name)}{short_value(text)}" for name, text in chosen.items())
+        found.append(Combination(label, chosen, alone(options, chosen, label)))
+    if len(found) < 2:
+        raise UserError(f"--sweep {' '.join(options.sweep.sweep or ())} names a single adapter; give it two or more")
+    labels = [one.label for one in found]
+    if clash := next((label for label in labels if labels.count(label) > 1), None):
+        raise UserError(f"--sweep: two adapters would have the name {clash}; give values whose names differ")
+    return found
+
+
+def word_of(item: str, options: TrainOptions) -> tuple[str, list[str]]:
+    """(what is swept, its values) of a word of --sweep. Raises UserError where it cannot be swept."""
+    name, equals, text = item.partition("=")
+    name = name.strip().removeprefix("--")
+    texts = [value.strip() for value in text.split("|" if "|" in text else ",")]
+    if not equals or not name or not all(texts):
+        raise UserError(f"--sweep {item!r}: {FORM}")
+    if twice := next((value for value in texts if texts.count(value) > 1), None):
+        raise UserError(f"--sweep {name}: {twice} stands there twice")
+    if name in SHORT or (name.partition(".")[0] in TABLES and "." in name):
+        return name, texts
+    if name in options.flat():
+        raise UserError(f"--sweep {name}: {why_not(name)}")
+    return f"{TABLES[0]}.{name}", texts  # which the network module holds to what it knows
+
+
+def why_not(name: str) -> str:
+    """Why an option cannot differ between the adapters of a run."""
+    if name in TABLES:
+        return f"sweep one of its keys, such as {name}.KEY=A,B"
+    if name in DatasetOptions.defaults():
+        return OF_DATA
+    return OF_LOSS if name in {**LossOptions.defaults(), **NoiseOptions.defaults()} else OF_ALL
+
+
+def warn_of_replaced(options: TrainOptions, names: Sequence[str]) -> None:
+    """Say which options are given beside a sweep that replaces them."""
+    values, defaults = options.flat(), type(options).defaults()
+    for name in names:
+        table, _, key = name.partition(".")
+        if key:
+            given = any(item.partition("=")[0] == key for item in values[table] or ())
+        else:  # a seed is that of the pictures and their order, and the module is named to be there
+            given = name not in ("seed", "network_module") and is_set(values[name], defaults[name])
+        if given:
+            logger.warning("--%s has no effect: --sweep gives every adapter its own", f"{table} {key}" if key else name)
+
+
+def short_name(name: str) -> str:
+    """What names of files call a word."""
+    return SHORT.get(name, name.rpartition(".")[2].replace("_", ""))
+
+
+def short_value(text: str) -> str:
+    """A value in the name of a file: of a path its last part, of a dotted name too."""
+    text = Path(text).stem if "/" in text or "\\" in text or text.endswith(".safetensors") else text
+    is_number = re.fullmatch(r"[-+\d.e%, ]+", text) is not None
+    return re.sub(r"[^\w.+-]+", "_", (text if is_number else text.rpartition(".")[2]).replace("%", "pct"))
+
+
+def alone(options: OptionsT, chosen: Mapping[str, str], label: str) -> OptionsT:
+    """The options of one adapter's run alone. Raises UserError for a value that cannot be, or does nothing."""
+    values = options.flat()
+    new: dict[str, Any] = {"sweep": None, "output_name": "-".join(filter(None, (options.saving.output_name, label)))}
+    for name, text in chosen.items():
+        table, _, key = name.partition(".")
+        if key:
+            others = [item for item in new.get(table, values[table]) or () if item.partition("=")[0] != key]
+            new[table] = [*others, *([] if text == NONE else [f"{key}={text}"])]
+        else:
+            new[name] = value_of(options, name, text)
+    if options.reports.log_events:
+        path = Path(options.reports.log_events)
+        new["log_events"] = str(path.with_name(f"{path.stem}-{label}{path.suffix}"))
+    found = options.with_values(new)
+    for line in idle(found, chosen):
+        raise UserError(f"--sweep {line}")
+    return found
+
+
+def value_of(options: TrainOptions, name: str, text: str) -> Any:
+    """The value of an option, as the command line would read it."""
+    field, hint = next((field, hint) for field, hint in type(options).leaves() if field.name == name)
+    if text.lower() == NONE and field.default is None:
+        return None
+    kind = field.metadata.get("type", scalar_type(hint))
+    try:
+        found = [kind(part) for part in text.split()] if field.metadata.get("nargs") else kind(text)
+    except (ValueError, ArgumentTypeError) as error:
+        raise UserError(f"--sweep {name}: {text!r} is no value of --{name}: {error}") from error
+    for number in found if isinstance(found, list) else [found]:
+        if isinstance(number, int | float):
+            check_number(name, number, field.metadata.get(RULE, Rule()))
+    return found
+
+
+def idle(options: TrainOptions, chosen: Mapping[str, str]) -> Iterator[str]:
+    """A line for every word that makes no difference between adapters."""
+    for line in unused(options, {}):
+        name = line.partition(" ")[0].removeprefix("--")
+        if name in chosen:
+            yield line.removeprefix("--")
+    network = options.network
+    has_own = network.unet_lr is not None or network.network_train_text_encoder_only
+    if "learning_rate" in chosen and has_own and (network.text_encoder_lr or network.network_train_unet_only):
+        yield "learning_rate has no effect with --unet_lr and --text_encoder_lr; sweep these"

@@ -1,0 +1,139 @@
+"""The gradients of adapters that share one pass of the base model are those of a pass of their own.
+
+They differ by how sums over more rows are rounded. The factors are random, for those that start at zero hide others.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from library.options.train import TrainOptions
+from library.processes import of_accelerator
+from library.training.command_line.cli import parse
+from library.training.reporting.event_stream import Events
+from library.training.run import frozen_base, loop, setup
+from library.training.run.run import Run
+from library.training.sweep.together import backward_together
+from tests.running import SCRIPTS, make_pictures
+from tests.runs.bases import BASES
+from tests.tolerances import SUMS_OF_A_PASS
+
+KINDS: Mapping[str, dict[str, Any]] = {
+    "LoRA": {"network_dim": 5, "network_alpha": 2},
+    "DoRA": {"network_dim": 3, "network_args": ["dora_wd=True"]},
+    "LoRA-FA": {"network_dim": 4, "network_module": "networks.lora_fa"},
+    "DyLoRA": {"network_dim": 6, "network_module": "networks.dylora", "network_args": ["unit=2"]},
+}
+DROPPING = {"network_dropout": 0.3, "network_args": ["rank_dropout=0.2", "module_dropout=0.1"]}
+OTHERS: Mapping[str, dict[str, Any]] = {
+    "another seed and dropout": {"network_dim": 5, "seed": 23, **DROPPING},
+    "DoRA with dropout": {"network_dim": 2, "network_dropout": 0.2, "network_args": ["dora_wd=True"]},
+    "LoHa": {"network_dim": 3, "network_module": "networks.loha"},
+    "OFT": {"network_dim": 2, "network_module": "networks.oft_v2"},
+    "GGPO": {"network_dim": 4, "network_args": ["ggpo_sigma=0.1", "ggpo_beta=0.1"]},
+    "T-LoRA": {"network_dim": 4, "network_module": "networks.tlora"},
+    "some layers": {"network_dim": 4, "network_args": ["exclude_patterns=.*(attn1|proj_in|q_proj).*"]},
+}
+CONVOLUTIONS: Mapping[str, dict[str, Any]] = {
+    "convolutions": {"network_dim": 4, "network_args": ["conv_dim=2"]},
+    "DoRA of convolutions": {"network_dim": 4, "network_args": ["conv_dim=3", "dora_wd=True", "train_norm=True"]},
+    "LoRA-FA of convolutions": {"network_dim": 2, "network_module": "networks.lora_fa", "network_args": ["conv_dim=5"]},
+    "attention alone": {"network_dim": 2},
+}
+MODES: Mapping[str, list[str]] = {
+    "recomputed": ["--gradient_checkpointing"],
+    "recomputed from main memory": ["--gradient_checkpointing", "--cpu_offload_checkpointing"],
+    "streamed": ["--blocks_to_swap", "1", "--gradient_checkpointing"],
+    "in four bits": ["--base_format", "nf4"],
+    "in eight bits": ["--base_format", "int8_rotated", "--network_train_unet_only"],
+    "cached texts": ["--cache_text_encoder_outputs", "--network_train_unet_only"],
+}
+
+
+def prepared(folder: Path, name: str, adapters: Mapping[str, dict[str, Any]], *more: str) -> list[Run]:
+    """Adapters on one tiny base model, with random factors."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    base = BASES[name]
+    make_pictures(folder / "data" / "1_thing", 2, seed=73)
+    words = [
+        *base.build(folder / "model"), "--train_data_dir", str(folder / "data"), "--caption_extension", ".txt",
+        "--resolution", "64", "--train_batch_size", "2", "--output_dir", str(folder / "out"), "--network_module",
+        "networks.lora", "--learning_rate", "1e-3", "--max_data_loader_n_workers", "0", *more,
+    ]  # fmt: skip
+    card = SCRIPTS[base.script]
+    options: TrainOptions = card.options.from_args(parse(importlib.import_module(base.script).setup_parser(), words))
+    accelerator = setup.open_accelerator(options)
+    arch, processes = card.build(options), of_accelerator(accelerator)
+    training_set = setup.open_training_set(options, arch, 21, 1)
+    wanted = [
+        setup.Wanted(
+            options.with_values({"output_name": label, **values}), values.get("seed", 21), None, Events(), label
+        )
+        for label, values in adapters.items()
+    ]
+    ready = setup.prepare(options, arch, 21, training_set, accelerator, processes, wanted)
+    runs, generator = [one.run for one in ready], torch.Generator().manual_seed(74)
+    for run in runs:
+        run.context.network.start_epoch(*run.context.models.network_view)
+        for tensor in run.context.network.trainable_parameters():
+            tensor.data += 0.05 * torch.randn(tensor.shape, generator=generator)
+    return runs
+
+
+def gradients_of(run: Run) -> Iterator[tuple[str, torch.Tensor]]:
+    """By name, taken away."""
+    for name, parameter in run.context.network.module.named_parameters():
+        if parameter.grad is not None:
+            yield name, parameter.grad
+            parameter.grad = None
+
+
+def compare(runs: list[Run], tolerance: float) -> None:
+    """Losses and gradients of a window of two batches, together and of each adapter alone."""
+    training_set = runs[0].training_set
+    (batch,) = training_set.batches(1, [0], lambda place: 0, 0, False)
+    together = [backward_together(runs, batch, number, 2, 3) for number in (6, 7)]
+    found = [dict(gradients_of(run)) for run in runs]
+    for i, (run, gradients) in enumerate(zip(runs, found, strict=True)):
+        alone = [loop.backward(run, batch, number, 2, 3) for number in (6, 7)]
+        torch.testing.assert_close(torch.stack([one[i] for one in together]), torch.stack(alone), rtol=1e-5, atol=0)
+        wanted = dict(gradients_of(run))
+        assert gradients.keys() == wanted.keys() and wanted
+        size = torch.stack([tensor.norm() for tensor in wanted.values()]).norm()
+        for name, gradient in wanted.items():
+            off = (gradients[name] - gradient).norm() / (gradient.norm() + 1e-3 * size)
+            assert off < tolerance, (run.label, name, float(off))
+    losses = [float(one) for one in together[0]]
+    assert len(set(losses)) == len(losses)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "flux" else pytest.param(name, marks=pytest.mark.nightly) for name in BASES]
+)
+def test_every_kind_on_every_base_model(fresh_process: None, tmp_path: Path, name: str) -> None:
+    compare(prepared(tmp_path, name, KINDS), SUMS_OF_A_PASS)
+
+
+def test_convolutions_and_norms(fresh_process: None, tmp_path: Path) -> None:
+    compare(prepared(tmp_path, "sd", CONVOLUTIONS, "--network_train_unet_only"), SUMS_OF_A_PASS)
+
+
+def test_kinds_and_dropouts_that_run_in_turn(fresh_process: None, tmp_path: Path) -> None:
+    runs = prepared(tmp_path, "anima", OTHERS, "--gradient_checkpointing")
+    compare(runs, SUMS_OF_A_PASS)
+    assert runs[0].turns is not None and runs[0].turns.share_stacked(range(len(runs))) == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.nightly
+def test_ways_of_saving_memory(fresh_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.setattr(frozen_base, "NUM_STAYING", 1)  # of the two blocks of a tiny model
+    adapters = {**KINDS, "dropout": {"network_dim": 5, **DROPPING}}
+    compare(prepared(tmp_path, "sd3", adapters, *MODES[mode]), SUMS_OF_A_PASS)

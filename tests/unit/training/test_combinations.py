@@ -1,0 +1,96 @@
+"""--sweep: names, options of each adapter, and what is refused."""
+
+import logging
+
+import pytest
+
+from library.errors import UserError
+from library.options.train import TrainOptions
+from library.training.sweep.combinations import combinations_of, shared_and_own
+
+
+def options_of(*sweep: str, **values: object) -> TrainOptions:
+    given = {"output_dir": "out", "output_name": "cat", "network_module": "networks.lora", "sweep": list(sweep)}
+    return TrainOptions().with_values({**given, **values})
+
+
+def test_every_combination_has_a_name_and_its_options() -> None:
+    words = ("learning_rate=5e-5,1e-4", "network_dim=8,16", "optimizer_args.betas=0.9,0.99|0.8,0.9", "conv_dim=none,4")
+    found = combinations_of(options_of(*words, optimizer_args=["eps=1e-6"], network_args=["verbose=True"]))
+    assert len(found) == 16
+    assert found[0].label == "lr5e-5-dim8-betas0.9_0.99-convdimnone"
+    last = found[-1].options
+    assert last.saving.output_name == "cat-lr1e-4-dim16-betas0.8_0.9-convdim4"
+    assert (last.optimizer.learning_rate, last.network.network_dim) == (1e-4, 16)
+    assert last.optimizer.optimizer_args == ["eps=1e-6", "betas=0.8,0.9"]
+    assert last.network.network_args == ["verbose=True", "conv_dim=4"] and last.sweep.sweep is None
+    assert found[0].options.network.network_args == ["verbose=True"]
+
+
+def test_paths_and_dotted_names_are_short_in_names_of_files() -> None:
+    words = (
+        "network_module=networks.lora,networks.loha",
+        "network_weights=a/one.safetensors,none",
+        "lr_warmup_steps=9%,3",
+    )
+    assert [one.label for one in combinations_of(options_of(*words))][:2] == [
+        "lora-from_one-warmup9_",
+        "lora-from_one-warmup3",
+    ]
+
+
+def test_what_is_shared_keeps_name_seed_and_events() -> None:
+    shared, own = shared_and_own(options_of("seed=3,4", seed=1, log_events="e/x.jsonl"))
+    assert (shared.saving.output_name, shared.run.seed, shared.reports.log_events) == ("cat", 1, "e/x.jsonl")
+    assert [one.run.seed for one in own.values()] == [3, 4]
+    assert [one.reports.log_events for one in own.values()] == ["e/x-seed3.jsonl", "e/x-seed4.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["learning_rate"], "write OPTION=A,B"),
+        (["learning_rate=1e-4,,2"], "write OPTION=A,B"),
+        (["network_dim=4,4"], "4 stands there twice"),
+        (["network_dim=4,8", "network_dim=2"], "names network_dim twice"),
+        (["network_dim=4"], "names a single adapter"),
+        (["network_dim=4,x"], "'x' is no value of --network_dim"),
+        (["network_dim=0,4"], "--network_dim is 0; use at least 1"),
+        (["train_batch_size=1,2"], "train_batch_size: it changes the pictures"),
+        (["min_snr_gamma=1,5"], "min_snr_gamma: it changes what the losses mean"),
+        (["mixed_precision=no,bf16"], "mixed_precision: all adapters share it"),
+        (["network_args=a,b"], "sweep one of its keys, such as network_args.KEY=A,B"),
+        (["network_weights=a/x.safetensors,b/x.safetensors"], "two adapters would have the name from_x"),
+        (["ema_update_after_step=1,2"], "ema_update_after_step has no effect without --ema_decay"),
+    ],
+)
+def test_words_that_cannot_be_swept(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        combinations_of(options_of(*words))
+
+
+def test_a_rate_that_others_replace_is_refused() -> None:
+    with pytest.raises(UserError, match="learning_rate has no effect with --unet_lr"):
+        combinations_of(options_of("learning_rate=1e-4,1e-3", unet_lr=1e-4, network_train_unet_only=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"cuda_graphs": True}, "--cuda_graphs records the step of one adapter"),
+        ({"compile": True}, "--compile compiles blocks for one adapter"),
+        ({"log_events": "-"}, "mixes the events of all adapters"),
+    ],
+)
+def test_options_that_several_adapters_cannot_have(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        shared_and_own(options_of("network_dim=4,8", **values))
+
+
+def test_an_option_that_the_sweep_replaces_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        combinations_of(options_of("network_dim=4,8", "conv_dim=2,3", network_dim=16, network_args=["conv_dim=1"]))
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "--network_dim has no effect",
+        "--network_args conv_dim has no effect",
+    ]
