@@ -34,7 +34,7 @@ def test_paths_and_dotted_names_are_short_in_names_of_files() -> None:
         "lr_warmup_steps=9%,3",
     )
     assert [one.label for one in combinations_of(options_of(*words))][:2] == [
-        "lora-from_one-warmup10pct",
+        "lora-from_one-warmup9pct",
         "lora-from_one-warmup3",
     ]
 
