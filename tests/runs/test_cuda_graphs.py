@@ -85,17 +85,25 @@ def repeat_in_place_of_recording(monkeypatch: pytest.MonkeyPatch) -> list[FixedS
     return made
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "chroma", "sd3", "hunyuan_image")]
+SLOW = [pytest.param(name, (), marks=pytest.mark.slow) for name in ("sdxl", "chroma", "sd3", "hunyuan_image")]
 
 
-@pytest.mark.parametrize("name", ["flux", "anima", *SLOW])
+IN_8_BITS = pytest.param("sd", ("--base_format", "int8_rotated", "--base_arithmetic", "8bit"), id="8bit")
+
+
+@pytest.mark.parametrize(("name", "more"), [("flux", ()), ("anima", ()), IN_8_BITS, *SLOW])
 def test_other_models_train_the_same_in_that_form(
-    name: str, train: Train, base_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    more: tuple[str, ...],
+    train: Train,
+    base_arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base, made = BASES[name], repeat_in_place_of_recording(monkeypatch)
     arguments = [
         *base_arguments, *base.build(tmp_path / "model"), "--network_module", base.module, "--network_train_unet_only",
-        "--cache_latents", "--cache_text_encoder_outputs", "--max_train_steps", "5",
+        "--cache_latents", "--max_train_steps", "5", *more, *(["--cache_text_encoder_outputs"] if name != "sd" else []),
     ]  # fmt: skip
     plain = train([*arguments, "--output_name", "plain"], script=base.script)
     fixed = train([*arguments, "--output_name", "fixed", "--cuda_graphs"], script=base.script)
