@@ -24,7 +24,6 @@ from library.architectures.sdxl import assembly as sdxl
 from library.architectures.sdxl.options import SdxlOptions
 from library.data.batches.dataset import NoDataFound, TrainingSet
 from library.errors import UserError
-from library.memory.devices import place
 from library.options.train import TrainOptions
 from library.processes import of_accelerator
 from library.protocols import Architecture, LatentCodec
@@ -85,7 +84,7 @@ def cache_to_disk(args: argparse.Namespace) -> None:
     codec, load_vae = open_vae(options)
     seed = options.run.seed or 0
     training_set = TrainingSet.build(options, codec.spec, seed, None, None, processes.count)
-    encode_pictures(place(load_vae(), processes.device), codec, options.caching, seed, training_set, processes)
+    encode_pictures(load_vae, codec, options.caching, seed, training_set, processes)
 
 
 def run(action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:

@@ -18,7 +18,7 @@ from library.training.command_line.config_file import read_config
 from library.training.evaluation.prompts import LINE_OPTIONS
 from library.training.sweep.combinations import combinations_of
 from networks.core.arguments import parse_arguments
-from tools import choose_checkpoint, contact_sheet, plan_memory, start
+from tools import choose_checkpoint, contact_sheet, make_shards, plan_memory, start
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,6 +41,7 @@ TOOLS = (
     "compare_runs",
     "contact_sheet",
     "choose_checkpoint",
+    "make_shards",
 )  # whose options pages speak of
 
 
@@ -81,6 +82,9 @@ def check_command(command: str) -> None:
             module = contact_sheet if "sheet" in tool else choose_checkpoint
             own, training = module.setup_parser().parse_known_args(arguments)
             check_script(own.script, training)
+        case ["python3" | "python", "tools/make_shards.py", *arguments]:
+            own, training = make_shards.setup_parser().parse_known_args(arguments)
+            check_script(own.script or "train_network.py", training)
         case ["python3" | "python", script, *arguments] if script.startswith(("tools/", "benchmarks/")):
             check_tool(script, arguments)
         case ["python3" | "python", script, *arguments]:

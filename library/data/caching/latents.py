@@ -79,7 +79,7 @@ class Found:
 def cache_latents(
     training_set: TrainingSet,
     encode: Encode,
-    vae_identity: str,
+    vae_identity: Callable[[], str],
     options: CachingOptions,
     seed: int,
     processes: Processes = ALONE,
@@ -208,20 +208,27 @@ def old_file_of(file: LatentFile, stem: str) -> LatentFile:
 
 
 def check_files(
-    jobs: Sequence[Job], vae_identity: str, skips_check: bool, training_set: TrainingSet, entries: VerifiedEntries
+    jobs: Sequence[Job],
+    vae_identity: Callable[[], str],
+    skips_check: bool,
+    training_set: TrainingSet,
+    entries: VerifiedEntries,
 ) -> tuple[list[tuple[Job, LatentFile]], list[Job]]:
     """(jobs that need no encoding, with their files; the others), and a line in the log about both."""
     has_old_names = training_set.spec.had_keys_without_size
+    vae = "" if skips_check else vae_identity()  # which may have to load it
 
     def look(job: Job) -> Found:
         assert job.file is not None
         picture = job.sample.picture
-        expected = Expected(job.sample.shape, job.interpolation, vae_identity, job.needs_flipped, job.needs_alpha)
         verdict = Verdict(MISSING)
         old = old_file_of(job.file, training_set.storage.cache_stem(picture))
         for file in (job.file, old) if has_old_names else (job.file,):
-            if skips_check and os.access(file.path, os.R_OK):
-                return Found(file, Verdict(None))
+            if skips_check:
+                if os.access(file.path, os.R_OK):
+                    return Found(file, Verdict(None))
+                continue
+            expected = Expected(job.sample.shape, job.interpolation, vae, job.needs_flipped, job.needs_alpha)
             found = entries.verdict(file, picture, expected)
             if found.fault is None:
                 return Found(file, found)
@@ -284,7 +291,7 @@ def report_check(jobs: Sequence[Job], finds: Sequence[Found], skips_check: bool)
 def encoded(
     jobs: Sequence[Job],
     encode: Encode,
-    vae_identity: str,
+    vae_identity: Callable[[], str],
     vae_batch_size: int,
     seed: int,
     training_set: TrainingSet,
@@ -308,7 +315,7 @@ def encoded(
             for (job, picture), latents in zip(pairs, encode_batch(jobs_left, decoded, encode, seed), strict=True):
                 check_latents(job, latents, training_set)
                 if job.file is not None:
-                    origin = origin_of(job, picture, vae_identity)
+                    origin = origin_of(job, picture, vae_identity())
                     writes.append(writer.submit(write_job, job, latents, origin, entries))
                 yield job, latents
             bar.update(len(batch))

@@ -1,7 +1,8 @@
 """The first stage of the set-up: the frozen models, and what is encoded once with them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
 
 import torch
@@ -60,29 +61,35 @@ def prepare_vae(
     options: TrainOptions, arch: Architecture, seed: int, training_set: TrainingData, processes: Processes
 ) -> nn.Module | None:
     """The VAE on the device, or None where it has encoded every picture already and may leave memory."""
-    vae = place(arch.load.vae(), processes.device)
     if not options.caching.cache_latents:
-        return vae
+        return place(arch.load.vae(), processes.device)
     assert isinstance(training_set, TrainingSet), "--dataset_class refuses --cache_latents"
-    encode_pictures(vae, arch.codec, options.caching, seed, training_set, processes)
+    encode_pictures(arch.load.vae, arch.codec, options.caching, seed, training_set, processes)
     return None
 
 
 def encode_pictures(
-    vae: nn.Module,
+    load_vae: Callable[[], nn.Module],
     codec: LatentCodec,
     caching: CachingOptions,
     seed: int,
     training_set: TrainingSet,
     processes: Processes,
 ) -> None:
-    """Cache the latents of every picture with a VAE that is on the device."""
+    """Cache the latents of every picture.
+
+    The VAE is not loaded where every entry is there and is trusted (--skip_cache_check).
+    """
+
+    @cache
+    def vae() -> nn.Module:
+        return place(load_vae(), processes.device)
 
     def encode(pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         with torch.no_grad():
-            return codec.encode(vae, pixels_BCHW.to(processes.device), generators).float().cpu()
+            return codec.encode(vae(), pixels_BCHW.to(processes.device), generators).float().cpu()
 
-    cache_latents(training_set, encode, identity_of(vae), caching, seed, processes)
+    cache_latents(training_set, encode, cache(lambda: identity_of(vae())), caching, seed, processes)
 
 
 def identity_of(module: nn.Module) -> str:

@@ -136,7 +136,7 @@ def test_latents_of_remote_pictures_lie_under_the_cache_folder_and_pictures_are_
     counts = []
     for _ in range(2):
         calls: list[int] = []
-        cache_latents(open_remote(tmp_path, SHARDS), averaging_vae(calls), "vae", options, 1)
+        cache_latents(open_remote(tmp_path, SHARDS), averaging_vae(calls), lambda: "vae", options, 1)
         counts.append(sum(calls))
         shards.asked.clear()
     assert counts == [2 * COUNT, 0]  # with their mirrored copies

@@ -1,0 +1,180 @@
+"""tools/make_shards.py: what it writes trains as what it was made of, and needs neither VAE nor text encoders."""
+
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import toml
+import torch
+
+from library.architectures.sdxl.load import SdxlLoader
+from tests.running import Finished, make_pictures
+from tests.runs.bases import BASES
+from tests.runs.test_resume import saved
+from tests.unit.data.builders import batches_of, content_of, open_set, options_of, write_picture
+from tools import make_shards
+
+Train = Callable[..., Finished]
+
+DESCRIPTION = """
+[general]
+caption_extension = ".txt"
+enable_bucket = true
+min_bucket_reso = 64
+max_bucket_reso = 128
+bucket_reso_steps = 64
+
+[[datasets]]
+resolution = 64
+batch_size = 2
+
+  [[datasets.subsets]]
+  image_dir = "{here}/cats"
+  num_repeats = 2
+  shuffle_caption = true
+  class_tokens = "a thing"
+  custom_attributes = {{ diff_output_preservation = true }}
+
+  [[datasets.subsets]]
+  image_dir = "{here}/other/cats"
+  num_repeats = 0
+
+  [[datasets.subsets]]
+  metadata = 1
+
+[[datasets]]
+resolution = [128, 64]
+batch_size = 1
+skip_image_resolution = 64
+
+  [[datasets.subsets]]
+  image_dir = "{here}/cats"
+  flip_aug = true
+"""
+
+
+@pytest.fixture
+def described(tmp_path: Path) -> Path:
+    """A data set of which pictures have names of all kinds, some no caption, some several lines."""
+    names = ["plain", "two.dots", "with space", "caf\xe9", ".hidden x", "n" * 120, "last_1_2_3_4"]
+    for i, name in enumerate(names):
+        path = write_picture(
+            tmp_path / "cats" / f"{name}.{'PNG' if i == 2 else 'png'}", [(64, 64), (100, 70)][i % 2], i
+        )
+        if i != 1:
+            path.with_suffix(".txt").write_text(f"tag {i}, other, third\nsecond {i}", encoding="utf-8")
+    write_picture(tmp_path / "other" / "cats" / "z.png", (64, 64), seed=90)
+    text = DESCRIPTION.replace("  [[datasets.subsets]]\n  metadata = 1\n", "").format(here=tmp_path.as_posix())
+    (tmp_path / "data.toml").write_text(text, encoding="utf-8")
+    return tmp_path / "data.toml"
+
+
+def contents(path: Path) -> list[object]:
+    found = open_set(options_of("--dataset_config", str(path)))
+    return [content_of(batch)[1:] for epoch in (1, 2) for batch in batches_of(found, epoch)]
+
+
+@pytest.mark.parametrize("shard_mb", ["1000", "0.03"])
+def test_shards_train_as_what_they_are_made_of(shard_mb: str, described: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    assert make_shards.main(["--dataset_config", str(described), "--out", str(out), "--shard_mb", shard_mb]) == 0
+    assert capsys.readouterr().out.strip() == str(out / "dataset.toml")
+    assert contents(out / "dataset.toml") == contents(described)
+    shards = sorted(out.glob("*.tar"))
+    assert len(shards) == (1 if shard_mb == "1000" else 4) and shards[0].name == "cats-00000.tar"
+    names: list[str] = []
+    for path in shards:
+        with tarfile.open(path) as archive:
+            names += archive.getnames()
+    stems = [name.partition(".")[0] for name in names if not name.endswith(".txt")]
+    assert len(stems) == 7 == len(set(stems)) and {"plain", "with space", "last_1_2_3_4"} <= set(stems)
+    assert len(list(out.glob(".picture_index-*.parquet"))) == 1  # both datasets read the same shards
+
+
+def test_the_same_pictures_give_the_same_shards(described: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        assert make_shards.main(["--dataset_config", str(described), "--out", str(tmp_path / name)]) == 0
+    assert (tmp_path / "one" / "cats-00000.tar").read_bytes() == (tmp_path / "two" / "cats-00000.tar").read_bytes()
+
+
+def test_captions_of_a_metadata_file_and_of_parquet_stay(tmp_path: Path) -> None:
+    for i in range(3):
+        write_picture(tmp_path / "p" / f"p{i}.png", (64, 64), seed=i)
+    entries = {f"p{i}": {"caption": f"said {i}", "tags": "x, y"} for i in range(3)}
+    (tmp_path / "meta.json").write_text(json.dumps(entries))
+    text = f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{(tmp_path / "p").as_posix()}"\n'
+    (tmp_path / "data.toml").write_text(f'{text}metadata_file = "{(tmp_path / "meta.json").as_posix()}"\n')
+    assert make_shards.main(["--dataset_config", str(tmp_path / "data.toml"), "--out", str(tmp_path / "out")]) == 0
+    assert contents(tmp_path / "out" / "dataset.toml") == contents(tmp_path / "data.toml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "{out}"], "--dataset_config is missing"),
+        (["--out", "{out}", "--dataset_config", "{data}", "--shard_mb", "0"], "--shard_mb is 0, but must be above 0"),
+        (["--out", "{out}", "--dataset_config", "{data}", "--cache_latents_to_disk"], "needs --script"),
+        (["--out", "{out}", "--dataset_config", "{data}", "--script", "x.py"], "--script x.py is no training script"),
+    ],
+)
+def test_what_is_missing_is_said(arguments: list[str], message: str, described: Path, tmp_path: Path, capsys) -> None:
+    given = [word.format(out=tmp_path / "out", data=described) for word in arguments]
+    assert make_shards.main(given) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_masks_are_refused_before_anything_is_written(described: Path, tmp_path: Path, capsys) -> None:
+    text = described.read_text().replace(
+        'image_dir = "', f'conditioning_data_dir = "{tmp_path / "cats"}"\nimage_dir = "'
+    )
+    described.write_text(text.replace('class_tokens = "a thing"\n', ""))
+    arguments = ["--dataset_config", str(described), "--out", str(tmp_path / "out"), "--masked_loss"]
+    assert make_shards.main(arguments) == 1
+    assert "shards have no place for masks" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_with_caches_beside_them_neither_vae_nor_text_encoders_are_loaded(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_process: None
+) -> None:
+    """The adapter is that of the folder, with everything encoded in the run itself."""
+    make_pictures(tmp_path / "pictures", 5, seed=8)
+    text = "[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\ncaption_extension = '.txt'\n"
+    (tmp_path / "data.toml").write_text(f'{text}image_dir = "{(tmp_path / "pictures").as_posix()}"\nflip_aug = true\n')
+    common = [
+        *BASES["sdxl"].build(tmp_path / "base"), "--network_train_unet_only", "--seed", "6", "--network_dim", "2",
+        "--network_module", "networks.lora", "--learning_rate", "1e-3", "--max_train_steps", "3", "--no_report",
+        "--max_data_loader_n_workers", "0", "--output_name", "mine",
+    ]  # fmt: skip
+    caches = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
+    out = tmp_path / "out"
+    made = [*common, "--dataset_config", str(tmp_path / "data.toml"), "--out", str(out), *caches]
+    assert make_shards.main(["--script", "sdxl_train_network.py", *made]) == 0
+    plain = [*common, "--dataset_config", str(tmp_path / "data.toml"), "--output_dir", str(tmp_path / "plain")]
+    done = train([*plain, "--cache_latents", "--cache_text_encoder_outputs"], script="sdxl_train_network")
+    assert done.status == 0, done.stderr
+
+    for part in ("vae", "text_encoders"):
+        sketch = getattr(SdxlLoader, part)
+
+        def load(self: SdxlLoader, part: str = part, sketch: Callable[..., object] = sketch) -> object:
+            assert torch.get_default_device().type == "meta", f"{part} were loaded"  # without weights, to count
+            return sketch(self)
+
+        monkeypatch.setattr(SdxlLoader, part, load)
+    cached = [*common, "--dataset_config", str(out / "dataset.toml"), "--output_dir", str(tmp_path / "cached"), *caches]
+    done = train([*cached, "--skip_cache_check"], script="sdxl_train_network")
+    assert done.status == 0, done.stderr
+    one, other = saved(tmp_path / "plain"), saved(tmp_path / "cached")
+    assert one.keys() == other.keys() and all(bool((one[key] == other[key]).all()) for key in one)
+
+
+def test_the_dataset_file_says_what_the_old_one_said(described: Path, tmp_path: Path) -> None:
+    assert make_shards.main(["--dataset_config", str(described), "--out", str(tmp_path / "out")]) == 0
+    before, after = (toml.loads(path.read_text("utf-8")) for path in (described, tmp_path / "out" / "dataset.toml"))
+    assert [len(dataset["subsets"]) for dataset in after["datasets"]] == [1, 1]  # the one of no repeats is gone
+    first, second = before["datasets"][0]["subsets"][0], after["datasets"][0]["subsets"][0]
+    assert {name: value for name, value in first.items() if name != "image_dir"} == {
+        name: value for name, value in second.items() if name != "shards"
+    }

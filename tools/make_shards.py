@@ -1,0 +1,252 @@
+"""Write the pictures of a dataset file as tar shards, with an index and a dataset file that reads them; on request also
+latents and text features, so that training loads neither VAE nor text encoders."""
+
+import argparse
+import importlib
+import io
+import logging
+import os
+import sys
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import toml  # noqa: E402
+
+from library.checkpoints.files import atomic_path  # noqa: E402
+from library.data.batches.dataset import NoDataFound, TrainingSet  # noqa: E402
+from library.data.description.keys import ALL_KEYS, SOURCES  # noqa: E402
+from library.data.description.schema import (  # noqa: E402
+    DatasetConfig,
+    RunDataConfig,
+    SubsetConfig,
+    load_dataset_config,
+    read_description,
+)
+from library.data.sources.collect import collect, collect_subset  # noqa: E402
+from library.data.sources.names import safe_name  # noqa: E402
+from library.data.sources.pictures import Picture  # noqa: E402
+from library.data.sources.scan import ScannedSubset  # noqa: E402
+from library.data.sources.storage import Storage  # noqa: E402
+from library.errors import UserError  # noqa: E402
+from library.options.train import TrainOptions  # noqa: E402
+from library.processes import of_accelerator  # noqa: E402
+from library.progress import progress_bar  # noqa: E402
+from library.training.command_line.checks import check_data  # noqa: E402
+from library.training.command_line.cli import parse  # noqa: E402
+from library.training.run.compute import Compute  # noqa: E402
+from library.training.run.models import encode_pictures  # noqa: E402
+from library.training.run.setup import open_accelerator, open_training_set  # noqa: E402
+from library.training.run.text_caching import cached_text, prepare_text  # noqa: E402
+from tools.command import make_parser, run  # noqa: E402
+from tools.plan_memory import card_of_script  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = """\
+  python3 tools/make_shards.py --dataset_config configs/examples/dataset.toml --out shards
+  python3 tools/make_shards.py --script train_network.py --pretrained_model_name_or_path base.safetensors \\
+    --dataset_config configs/examples/dataset.toml --out shards --cache_latents_to_disk"""
+DESCRIPTION = "dataset.toml"
+CACHES = ("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk")
+ENDING = ".txt"
+LONGEST_NAME = 90  # letters, with which a name stays in a header of 1988
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A picture as a member of a shard, and what is said of it."""
+
+    picture: Picture
+    stem: str
+    caption: str | None  # None where there is none, for which class_tokens may stand in
+
+    @property
+    def name(self) -> str:
+        """The member's name; its ending is the one of the file, since it says how the picture is read."""
+        return f"{self.stem}{os.path.splitext(self.picture.key)[1].lower()}"
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.allow_abbrev = False  # an abbreviation is one of an option of the training
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards, the index and the dataset file")
+    parser.add_argument(
+        "--shard_mb", type=float, default=1000.0, help="size at which a shard is full (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--script", help=f"training script, such as train_network.py; needed for --{CACHES[0]} and --{CACHES[1]}"
+    )
+    parser.epilog = f"all other options are those of the training, --dataset_config among them.\n\n{parser.epilog}"
+    return parser
+
+
+def packed(found: ScannedSubset) -> Iterator[Packed]:
+    """The pictures of a subset with names for a shard: their own where these are plain and no other has them."""
+    without, names = set(found.without_caption), set[str]()
+    digits = len(str(len(found.pictures)))
+    for number, picture in enumerate(found.pictures):
+        own = os.path.splitext(os.path.basename(picture.key))[0]
+        is_plain = own == safe_name(own) and "." not in own and len(own) <= LONGEST_NAME and own not in names
+        stem = own if is_plain else f"{number:0{digits}}"
+        while stem in names:
+            stem += "_"
+        names.add(stem)
+        yield Packed(picture, stem, None if picture.key in without else picture.caption)
+
+
+def write_shards(found: ScannedSubset, out: Path, name: str, shard_bytes: float, storage: Storage) -> str:
+    """Write the pictures of a subset, the captions beside them; gives the pattern of the files."""
+    number, members = 0, iter(packed(found))
+    one: Packed | None = next(members, None)
+    with progress_bar(f"packing {name}", len(found.pictures)) as bar:
+        while one is not None:
+            with atomic_path(out / f"{name}-{number:05}.tar") as temporary, tarfile.open(temporary, "w") as archive:
+                while one is not None and (not archive.offset or archive.offset < shard_bytes):
+                    add_member(archive, one.name, storage.whole(one.picture)[1])
+                    if one.caption is not None:
+                        add_member(archive, f"{one.stem}{ENDING}", one.caption.encode(errors="surrogatepass"))
+                    bar.update(1)
+                    one = next(members, None)
+            number += 1
+    return f"{name}-{{00000..{number - 1:05}}}.tar"
+
+
+def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Add a file without owner and time, so that the same pictures give the same shard."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
+def refuse_masks(dataset: DatasetConfig) -> None:
+    """Raise UserError for masks in a folder of their own, which a shard has no place for."""
+    if dataset.style == "masked":
+        source = dataset.subsets[0].conditioning_data_dir
+        raise UserError(
+            f"conditioning_data_dir {source}: shards have no place for masks; put them into the pictures as their "
+            "transparency and set alpha_mask, or train this dataset from its folders"
+        )
+
+
+def pack(config: RunDataConfig, out: Path, shard_bytes: float, storage: Storage) -> list[list[str]]:
+    """Write the shards of every source once; gives the pattern for each subset of each dataset."""
+    patterns: dict[tuple[Any, ...], str] = {}
+    names: set[str] = set()
+    wanted: list[list[str]] = []
+    for dataset in config.datasets:
+        refuse_masks(dataset)
+        wanted.append([])
+        for subset in dataset.subsets:
+            rules = subset.captions
+            key = (subset.source, subset.caption_extension, subset.caption_column, subset.image_column)
+            key = (*key, rules.enable_wildcard, rules.caption_separator)  # what decides the caption as it is read
+            if key not in patterns:
+                found = collect_subset(subset, storage, num_threads=16)
+                if not found.pictures:
+                    raise NoDataFound(f"there are no pictures in {subset.source}; leave the subset out")
+                name = name_of(subset, names)
+                patterns[key] = write_shards(found, out, name, shard_bytes, storage)
+            wanted[-1].append((out / patterns[key]).resolve().as_posix())
+    return wanted
+
+
+def name_of(subset: SubsetConfig, taken: set[str]) -> str:
+    """What the shards of a subset are called: as its folder, and no two alike."""
+    own = safe_name(os.path.splitext(subset.base_name)[0].strip("*?[]{}")).replace("%", "_") or "pictures"
+    name, number = own, 2
+    while name in taken:
+        name, number = f"{own}_{number}", number + 1
+    taken.add(name)
+    return name
+
+
+def described(content: Mapping[str, Any], patterns: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The dataset file with shards in place of what they were made of; subsets that are never drawn are gone."""
+    gone = (*SOURCES, "metadata_file", "caption_extension", "cache_info", "caption_column", "image_column")
+    datasets = []
+    for dataset, wanted in zip(content["datasets"], patterns, strict=True):
+        subsets = [subset for subset in dataset["subsets"] if is_drawn(subset, dataset, content)]
+        datasets.append(
+            {**{name: value for name, value in dataset.items() if name not in gone and name != "subsets"}}
+            | {
+                "subsets": [
+                    {"shards": pattern, **{name: value for name, value in subset.items() if name not in gone}}
+                    for subset, pattern in zip(subsets, wanted, strict=True)
+                ]
+            }
+        )
+    general = {name: value for name, value in content.get("general", {}).items() if name not in gone}
+    return {"general": {**general, "caption_extension": ENDING}, "datasets": datasets}
+
+
+def is_drawn(subset: Mapping[str, Any], dataset: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
+    """Whether a subset of the file is one of the run: `num_repeats = 0` switches it off."""
+    name, default = "num_repeats", ALL_KEYS["num_repeats"].default
+    tables = (subset, dataset, content.get("general", {}))
+    return int(next((table[name] for table in tables if name in table), default)) > 0
+
+
+def read_options(args: argparse.Namespace, training: Sequence[str]) -> TrainOptions:
+    """The options of the training. Raises UserError for what is missing or contradicts."""
+    script = args.script or "train_network.py"
+    card = card_of_script(script)
+    parser = importlib.import_module(script.removesuffix(".py")).setup_parser()
+    options: TrainOptions = card.options.from_args(parse(parser, training))
+    if options.dataset.dataset_config is None:
+        raise UserError("--dataset_config is missing: it says which pictures are to be packed")
+    if args.shard_mb <= 0:
+        raise UserError(f"--shard_mb is {args.shard_mb:g}, but must be above 0")
+    asked = [name for name in CACHES if options.flat().get(name)]
+    if asked and args.script is None:
+        raise UserError(f"--{asked[0]} needs --script, the training script of the base model that it is made with")
+    check_data(options)
+    return options
+
+
+def make_shards(args: argparse.Namespace, training: Sequence[str]) -> None:
+    """Raises UserError for options that are wrong, and for pictures that cannot be read."""
+    options = read_options(args, training)
+    config, storage = load_dataset_config(options), Storage(options.caching.cache_dir)
+    patterns = pack(config, args.out, args.shard_mb * 1e6, storage)
+    path = args.out / DESCRIPTION
+    with atomic_path(path) as temporary:
+        temporary.write_text(toml.dumps(described(read_description(str(options.dataset.dataset_config)), patterns)))
+    options = options.with_values({"dataset_config": path, "cache_dir": None})
+    count = sum(len(subset.pictures) for dataset in collect(load_dataset_config(options)) for subset in dataset.subsets)
+    logger.info("%d pictures are in the shards of %s", count, args.out)
+    fill_caches(args.script, options)
+    print(path)
+
+
+def fill_caches(script: str | None, options: TrainOptions) -> None:
+    """Encode what is asked for, and keep it beside the shards."""
+    caches_text = bool(options.flat().get(CACHES[1]))
+    if not options.caching.cache_latents_to_disk and not caches_text:
+        return
+    assert script is not None
+    arch = card_of_script(script).build(options)
+    processes = of_accelerator(open_accelerator(options))
+    training_set: TrainingSet = open_training_set(options, arch, options.run.seed or 0, processes.count)
+    if options.caching.cache_latents_to_disk:
+        encode_pictures(arch.load.vae, arch.codec, options.caching, options.run.seed or 0, training_set, processes)
+    if caches_text:
+        if cached_text(options, arch.text_cache) is None:
+            raise UserError(f"--{CACHES[1]} does nothing here: every text encoder trains, or none is cached")
+        compute = Compute.build(options.precision, processes.device)
+        prepare_text(options, arch, training_set, compute.device, compute.autocast, [], processes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = setup_parser()
+    own, training = parser.parse_known_args(argv)
+    return run(parser, lambda _: make_shards(own, training), ["--out", str(own.out)])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
