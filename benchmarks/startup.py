@@ -8,6 +8,11 @@ no index beside the pictures and leaves one, the second run finds it. Baselines,
     bare look   list the folder, ask for size and time of every picture and caption
 
     python benchmarks/startup.py --folder /tmp/startup --sizes 1000 10000 100000
+
+With --index the pictures are rows of an index of tar shards that is made up, with no pixels behind it: what a start
+with very many costs once it is known what they are. Once with cold caches of the system, as far as they are, and again.
+
+    python benchmarks/startup.py --folder /tmp/startup --index 1000000
 """
 
 import argparse
@@ -32,6 +37,11 @@ NUM_KINDS = 40
 KINDS = ("bare read", "first run", "bare look", "second run")
 
 
+def tags_of(number: int) -> str:
+    """The caption of a picture."""
+    return f"1girl, solo, long hair, smile, outdoors, blue sky, style {number % 997}, number {number}"
+
+
 def build_folder(folder: Path, count: int) -> None:
     """Small pictures of forty sizes, three JPEG to one PNG, with a line of tags each; kept if they are there."""
     import numpy as np
@@ -51,8 +61,43 @@ def build_folder(folder: Path, count: int) -> None:
     for i in range(count):
         content, extension = contents[i % NUM_KINDS]
         (folder / f"{i:06}.{extension}").write_bytes(content)
-        tags = f"1girl, solo, long hair, smile, outdoors, blue sky, style {i % 997}, number {i}"
-        (folder / f"{i:06}.txt").write_text(tags)
+        (folder / f"{i:06}.txt").write_text(tags_of(i))
+
+
+def build_index(folder: Path, count: int) -> None:
+    """Shards of a thousand pictures that are not there, and an index that says they are; kept if it is there."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    from library.data.description.schema import load_dataset_config
+    from library.data.sources.indexed import described_files, index_path
+    from library.data.sources.shard_index import ABOUT, schema_of_rows
+    from library.data.sources.storage import Storage
+
+    num_files = -(-count // 1000)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(num_files):
+        if not (path := folder / f"{number:06}.tar").exists():
+            path.touch()
+    config = load_dataset_config(options_for(str(folder), f'shards = "{folder}/{{000000..{num_files - 1:06}}}.tar"'))  # type: ignore[arg-type]
+    (subset,) = config.datasets[0].subsets
+    _, shown, known = described_files(subset, Storage(), 16)
+    path = index_path(shown, known, Storage())
+    if path.exists():
+        return
+    rng = np.random.default_rng(0)
+    numbers = np.arange(count)
+    sides = (4 * rng.integers(8, 40, (NUM_KINDS, 2)))[numbers % NUM_KINDS]
+    columns = {
+        "file": (numbers // 1000).astype(np.int32), "name": [f"{i:07}.jpg" for i in range(count)],
+        "start": numbers % 1000 * 300_000, "num_bytes": rng.integers(50_000, 290_000, count),
+        "width": sides[:, 0].astype(np.int32), "height": sides[:, 1].astype(np.int32),
+        "caption": list(map(tags_of, range(count))),
+        "digest": [rng.bytes(16) for _ in range(count)], "problem": [None] * count, "url": [None] * count,
+    }  # fmt: skip
+    table = pa.table(columns, schema=schema_of_rows()).replace_schema_metadata({ABOUT: known.about()})
+    parquet.write_table(table, path, compression="zstd")
 
 
 def bare_read(folder: str) -> None:
@@ -73,9 +118,11 @@ def bare_look(folder: str) -> None:
         os.stat(f"{folder}/{name}")
 
 
-def options_for(folder: str) -> object:
-    """The options of a run on the pictures of a folder."""
-    import library.data.batches.dataset  # noqa: F401, imports are not measured
+def options_for(folder: str, subset: str | None = None) -> object:
+    """The options of a run on the pictures of a folder, or of another subset."""
+    import pyarrow.parquet  # noqa: F401, imports are not measured
+
+    import library.data.batches.dataset  # noqa: F401
     from library.options.train import TrainOptions
 
     parser = argparse.ArgumentParser()
@@ -83,7 +130,8 @@ def options_for(folder: str) -> object:
     config = Path(folder).with_suffix(".toml")
     config.write_text(
         "[[datasets]]\nresolution = 64\nbatch_size = 4\nenable_bucket = true\nmin_bucket_reso = 64\n"
-        f'max_bucket_reso = 128\n[[datasets.subsets]]\nimage_dir = "{folder}"\ncaption_extension = ".txt"\n'
+        'max_bucket_reso = 128\ncaption_extension = ".txt"\n[[datasets.subsets]]\n'
+        + (subset or f'image_dir = "{folder}"')
     )
     return TrainOptions.from_args(parser.parse_args(["--dataset_config", str(config)]))
 
@@ -96,7 +144,7 @@ def ready(options: object) -> object:
     spec = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_sd.npz", had_keys_without_size=True)
     training_set = TrainingSet.build(options, spec, 1, None, None)  # type: ignore[arg-type]
     training_set.audit(logging.getLogger("audit"))
-    return training_set, training_set.batches(1, range(training_set.num_batches), lambda i: i, 0, False)
+    return training_set, training_set.batches(1, range(training_set.num_batches), int, 0, False)
 
 
 def resident_bytes() -> int:
@@ -106,12 +154,14 @@ def resident_bytes() -> int:
 
 def measure(kind: str, folder: str) -> dict[str, float]:
     """CPU and wall seconds and memory of one kind, in this process."""
-    if kind in ("first run", "second run"):
-        options = options_for(folder)
+    if kind in ("first run", "second run", "index"):
+        shards = f'shards = "{folder}/{{000000..{len(list(Path(folder).glob("*.tar"))) - 1:06}}}.tar"'
+        options = options_for(folder, shards if kind == "index" else None)
         work: Callable[[], object] = lambda: ready(options)  # noqa: E731
     else:
         work = lambda: {"bare read": bare_read, "bare look": bare_look}[kind](folder)  # noqa: E731
     gc.collect()
+    blocks = sys.getallocatedblocks()
     memory, peak = resident_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cpu, wall = time.process_time(), time.perf_counter()
     kept = work()
@@ -119,6 +169,7 @@ def measure(kind: str, folder: str) -> dict[str, float]:
     gc.collect()
     grown = max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - peak)
     found = {"cpu": cpu, "wall": wall, "kept": max(0, resident_bytes() - memory), "peak": grown}
+    found["objects"] = sys.getallocatedblocks() - blocks
     del kept
     return found
 
@@ -156,17 +207,35 @@ def report(folder: Path, count: int, rounds: int) -> None:
         )
 
 
+def report_index(folder: Path, count: int, rounds: int) -> None:
+    """Print what a start with an index of so many pictures costs."""
+    build_index(folder, count)
+    for start in ("first", "again"):
+        found = [measured("index", folder) for _ in range(1 if start == "first" else rounds)]
+        median = {name: statistics.median(one[name] for one in found) for name in found[0]}
+        print(
+            f"{count:>7} pictures of an index, {start}: {median['cpu']:.2f} CPU s, {median['wall']:.2f} s, "
+            f"{median['kept'] / count / 1000:.3f} kB a picture (peak {median['peak'] / count / 1000:.3f}), "
+            f"{median['objects'] / count:.4f} objects a picture",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", help="where the pictures are made and kept; a temporary folder if not given")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10000, 100000])
+    parser.add_argument("--index", type=int, help="pictures of an index that is made up, in place of --sizes")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--measure", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=(*KINDS, "index"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.measure, args.folder)))
         return
     with tempfile.TemporaryDirectory() as temporary:
+        if args.index:
+            report_index(Path(args.folder or temporary) / f"index_{args.index}", args.index, args.rounds)
+            return
         for size in args.sizes:
             report(Path(args.folder or temporary) / f"pictures_{size}", size, args.rounds)
 

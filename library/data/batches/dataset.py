@@ -33,7 +33,7 @@ from library.data.description.captions import caption_variant
 from library.data.description.dataset_digest import dataset_identity, picture_digests
 from library.data.description.facts import dataset_facts
 from library.data.description.schema import DatasetConfig, NoDataFound, RunDataConfig, SubsetConfig, load_dataset_config
-from library.data.description.summary import dataset_metadata
+from library.data.description.summary import TagFrequency, dataset_metadata, tag_frequency
 from library.data.description.validation_split import Split, identities_of_pictures, split_datasets, unchanging
 from library.data.sources.collect import collect
 from library.data.sources.samples import Draws, Sample, Samples, build_draws, build_samples, check_pictures, fixed_shape
@@ -218,11 +218,18 @@ class TrainingSet:
 
     def facts(self) -> dict[str, Any]:
         """The same as plain values, for programs."""
-        return dataset_facts(self.datasets, self.rules, self.draws, self._token_limit)
+        return dataset_facts(self.datasets, self.rules, self.draws, self._tag_frequencies, self._token_limit)
 
     def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
         """The `ss_*` values that describe the data; tables and lists are to be written as JSON."""
-        return dataset_metadata(self.config, self.datasets, self.rules, self.samples, options, num_processes)
+        frequencies = self._tag_frequencies
+        return dataset_metadata(
+            self.config, self.datasets, self.rules, self.samples, frequencies, options, num_processes
+        )
+
+    @cached_property
+    def _tag_frequencies(self) -> list[TagFrequency]:
+        return [tag_frequency(dataset) for dataset in self.datasets]
 
     def limit_to_largest_batch(self) -> int:
         """Forget the draws of all other pictures, so that only these are cached; gives its place in the first epoch.

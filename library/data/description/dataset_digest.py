@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import blake2b
+from itertools import islice
 from os.path import basename
 from typing import Any
 
@@ -14,6 +15,7 @@ from library.data.sources.samples import Samples
 
 MAX_PICTURES = 20_000  # in larger sets looking into every file would hold up the start
 PART_BYTES = 1 << 17
+AT_ONCE = 4096  # pictures whose facts are digested together
 
 WHERE = (
     "keeps_index", "image_dir", "metadata_file", "conditioning_data_dir", "cache_info", "shards", "parquet",
@@ -76,19 +78,25 @@ def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) 
     pictures, captions = blake2b(digest_size=16), blake2b(digest_size=16)
     first = 0
     for subset, own in enumerate(samples.subsets):
-        rows = zip(
-            own.names,
-            own.sizes_N2.tolist(),
-            samples.shape_N[first : first + len(own)].tolist(),
-            samples.draws_N[first : first + len(own)].tolist(),
-            strict=True,
-        )
-        for name, size, shape, num_draws in rows:
-            facts = (ascii(basename(name)), tuple(size), subset, samples.shapes[shape], num_draws)
-            pictures.update(repr(facts).encode())
-        for caption in own.captions:
-            captions.update(ascii(caption).encode() + b"\0")
+        rows = slice(first, first + len(own))
         first += len(own)
+        numbers = zip(
+            *own.sizes_N2.T.tolist(), samples.shape_N[rows].tolist(), samples.draws_N[rows].tolist(), strict=True
+        )
+        told: dict[tuple[int, ...], str] = {}  # all but the name, which is the same for many
+        parts: list[str] = []
+        for name, row in zip(own.names, numbers, strict=True):
+            if row not in told:
+                width, height, shape, num_draws = row
+                told[row] = repr(((width, height), subset, samples.shapes[shape], num_draws))[1:]
+            parts.append(f"({ascii(basename(name))!r}, {told[row]}")
+            if len(parts) == AT_ONCE:
+                pictures.update("".join(parts).encode())
+                parts.clear()
+        pictures.update("".join(parts).encode())
+        remaining = iter(own.captions)
+        while block := list(islice(remaining, AT_ONCE)):
+            captions.update("".join([f"{caption!a}\0" for caption in block]).encode())
     return {
         "num_pictures": len(samples),
         "num_batches": num_batches,

@@ -7,7 +7,7 @@ from typing import Any
 
 from library.data.description.audit import MOST_COUNTED_AT_START, TokenLimit
 from library.data.description.buckets import BucketRules
-from library.data.description.summary import tag_frequency
+from library.data.description.summary import TagFrequency
 from library.data.sources.columns import Texts
 from library.data.sources.samples import Draws
 from library.data.sources.scan import ScannedDataset, ScannedSubset
@@ -17,14 +17,21 @@ MOST_TAGS = 50
 
 
 def dataset_facts(
-    datasets: Sequence[ScannedDataset], rules: Sequence[BucketRules], draws: Draws, limit: TokenLimit | None
+    datasets: Sequence[ScannedDataset],
+    rules: Sequence[BucketRules],
+    draws: Draws,
+    frequencies: Sequence[TagFrequency],
+    limit: TokenLimit | None,
 ) -> dict[str, Any]:
-    """Datasets with their subsets and buckets, pictures that are left out, lengths of captions, commonest tags."""
+    """Datasets with their subsets and buckets, pictures that are left out, lengths of captions, commonest tags.
+
+    `frequencies` are those of the datasets.
+    """
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     dropped = [one for subset in subsets for one in left_out(subset)]
     tags: Counter[str] = Counter()
-    for dataset in datasets:
-        for counts in tag_frequency(dataset).values():
+    for frequency in frequencies:
+        for counts in frequency.values():
             tags.update(counts)
     return {
         "datasets": [describe(number, *pair, draws) for number, pair in enumerate(zip(datasets, rules, strict=True))],

@@ -10,6 +10,8 @@ from library.data.sources.samples import Samples
 from library.data.sources.scan import ScannedDataset, ScannedSubset
 from library.options.train import TrainOptions
 
+MOST_TAGS = 100_000  # of a folder; a header of safetensors may have 100 MB
+
 TagFrequency = dict[str, dict[str, int]]
 
 
@@ -18,11 +20,14 @@ def dataset_metadata(
     datasets: Sequence[ScannedDataset],
     rules: Sequence[BucketRules],
     samples: Samples,
+    frequencies: Sequence[TagFrequency],
     options: TrainOptions,
     num_processes: int,
 ) -> dict[str, Any]:
-    """The `ss_*` values that describe the data: a list of datasets for --dataset_config, else single keys."""
-    frequencies = [tag_frequency(dataset) for dataset in datasets]
+    """The `ss_*` values that describe the data: a list of datasets for --dataset_config, else single keys.
+
+    `frequencies` are those of the datasets.
+    """
     infos = [bucket_info(rule, samples, number) for number, rule in enumerate(rules)]
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     if config.is_from_file:
@@ -113,15 +118,29 @@ def describe_subset(subset: ScannedSubset) -> dict[str, Any]:
 
 
 def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
-    """How many pictures carry each tag, by folder; tags stand between commas, in captions or in a metadata file."""
+    """How many pictures carry each tag, by folder; tags stand between commas, in captions or in a metadata file.
+
+    Of more tags than a file's header has room for only the commonest are counted; sentences have no two alike.
+    """
     frequency: dict[str, Counter[str]] = {}
     for subset in dataset.subsets:
-        counts = frequency.setdefault(subset.config.base_name, Counter())
+        name = subset.config.base_name
+        counts = frequency.setdefault(name, Counter())
         texts = subset.pictures.captions if subset.pictures.tags is None else subset.pictures.tags
         for text in texts:
-            tags = dict.fromkeys(tag.strip().lower() for tag in text.replace("\n", ",").split(","))
-            counts.update(tag for tag in tags if tag)
-    return {name: dict(counts) for name, counts in frequency.items()}
+            if "\n" in text:
+                text = text.replace("\n", ",")
+            tags = dict.fromkeys([tag.strip().lower() for tag in text.split(",")])
+            tags.pop("", None)
+            counts.update(tags.keys())
+            if len(counts) > 2 * MOST_TAGS:
+                frequency[name] = counts = commonest(counts)
+    return {name: dict(commonest(counts)) for name, counts in frequency.items()}
+
+
+def commonest(counts: Counter[str]) -> Counter[str]:
+    """The counts of the tags that are kept; all of them where there are few."""
+    return counts if len(counts) <= MOST_TAGS else Counter(dict(counts.most_common(MOST_TAGS)))
 
 
 def bucket_info(rule: BucketRules, samples: Samples, dataset: int) -> dict[str, Any] | None:

@@ -35,6 +35,37 @@ def collect_indexed(config: SubsetConfig, storage: Storage, num_threads: int) ->
 
     Raises UserError for files that are missing, damaged or of another kind.
     """
+    files, shown, known = described_files(config, storage, num_threads)
+    rule = CaptionRule(config.caption_extension.removeprefix("."), config.caption_column)
+
+    def rows_of(number: int) -> Sequence[Row]:
+        if config.shards:
+            window = storage.window(files[number], known.stamps[number].num_bytes)
+            return rows_of_tar(window, shown[number], rule)
+        return rows_of_parquet(files[number], shown[number], config, storage)
+
+    path, title = index_path(shown, known, storage), f"indexing {config.base_name}"
+    table = read_index(path, known, rows_of, num_threads, title, config.keeps_index)
+    column = ""
+    if config.parquet:
+        column = columns_of_file(files[0], shown[0], config, storage).image
+    found = found_in(table, config, files, shown, column)
+    del table
+    release_memory()
+    return found
+
+
+def release_memory() -> None:
+    """Give back what pyarrow keeps for the next table."""
+    import pyarrow as pa
+
+    pa.default_memory_pool().release_unused()
+
+
+def described_files(
+    config: SubsetConfig, storage: Storage, num_threads: int
+) -> tuple[list[str], list[str], IndexedFiles]:
+    """(the files of a subset, how they are shown, what an index of them must say). Raises UserError."""
     key = "shards" if config.shards else "parquet"
     files = [file for pattern in config.patterns for file in storage.matching(pattern)]
     if not files:
@@ -46,23 +77,12 @@ def collect_indexed(config: SubsetConfig, storage: Storage, num_threads: int) ->
         storage.required_cache_dir(f"{key} behind a URL")
     shown = [without_secrets(file) for file in files]
     stamps = stamps_of(files, shown, key, storage, num_threads)
-    rule = CaptionRule(config.caption_extension.removeprefix("."), config.caption_column)
-
-    def rows_of(number: int) -> Sequence[Row]:
-        if config.shards:
-            window = storage.window(files[number], stamps[number].num_bytes)
-            return rows_of_tar(window, shown[number], rule)
-        return rows_of_parquet(files[number], shown[number], config, storage)
-
-    told = [rule.ending, rule.field] if config.shards else [config.image_column, config.caption_column]
+    told = [config.image_column, config.caption_column]
+    if config.shards:
+        told = [config.caption_extension.removeprefix("."), config.caption_column]
     folder = os.path.dirname(shown[0])
     known = IndexedFiles([name.removeprefix(f"{folder}/") for name in shown], stamps, f"{key} {told}")
-    path, title = index_path(shown, known, storage), f"indexing {config.base_name}"
-    table = read_index(path, known, rows_of, num_threads, title, config.keeps_index)
-    column = ""
-    if config.parquet:
-        column = columns_of_file(files[0], shown[0], config, storage).image
-    return found_in(table, config, files, shown, column)
+    return files, shown, known
 
 
 def stamps_of(

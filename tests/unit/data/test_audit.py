@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from library.data.batches.dataset import NoDataFound, TrainingSet
-from tests.unit.data.builders import SPEC, options_of, write_config, write_folder, write_picture
+from library.data.description import summary
+from tests.unit.data.builders import SPEC, open_set, options_of, write_config, write_folder, write_picture
 
 
 def audited(options, caplog, count_tokens=None, max_tokens=None) -> str:
@@ -283,3 +284,16 @@ def test_pictures_in_folders_below_are_counted_where_none_is_found(tmp_path):
     write_folder(tmp_path / "a" / "more" / "deep", 3)
     with pytest.raises(NoDataFound, match=r"no training pictures in .*; 3 lie in folders below it, .*deep \(3\)"):
         TrainingSet.build(config(tmp_path, ""), SPEC, 1, None, None)
+
+
+def test_of_more_tags_than_a_file_holds_the_commonest_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "pictures", 12, caption="a cat, it sat on the mat of number")
+    config = '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{here}/pictures"\n'
+    options = write_config(tmp_path / "data.toml", config + 'caption_extension = ".txt"\n')
+    whole = open_set(options).metadata(options)["ss_tag_frequency"]["pictures"]
+    assert len(whole) == 13 and whole["a cat"] == 12
+    monkeypatch.setattr(summary, "MOST_TAGS", 3)
+    few = open_set(options).metadata(options)["ss_tag_frequency"]["pictures"]
+    assert len(few) == 3 and few["a cat"] == 12 and all(whole[tag] == count for tag, count in few.items())

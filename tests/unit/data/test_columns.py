@@ -1,8 +1,10 @@
 """Pictures as columns: what comes out is what went in, and nothing is an object that need not be one."""
 
 import gc
+import os
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,3 +169,30 @@ def test_a_folder_becomes_few_objects(tmp_path) -> None:
         kept.append(sys.getallocatedblocks() - before)
         del training_set
     assert (kept[1] - kept[0]) / 200 < 0.2
+
+
+def private_bytes() -> int:
+    """What this process has written to and shares with no other."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty:"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells")
+def test_a_forked_worker_copies_nothing_of_the_pictures_it_looks_at() -> None:
+    """Objects would be copied with their pages, for looking at one changes its count of references."""
+    count = 300_000
+    samples = build_samples([found_in(made_up(count, seed=4))], [RULES])
+    gc.collect()
+    ours, theirs = os.pipe()
+    if (worker := os.fork()) == 0:
+        gc.disable()
+        before = private_bytes()
+        keys = sum(len(samples[number].picture.key) for number in range(0, count, 5))
+        os.write(theirs, f"{private_bytes() - before} {keys}".encode())
+        os._exit(0)
+    os.waitpid(worker, 0)
+    grown, keys = map(int, os.read(ours, 100).split())
+    os.close(ours)
+    os.close(theirs)
+    columns = samples.subsets[0].captions.content.nbytes + samples.subsets[0].names.content.nbytes
+    assert keys > count and columns > 10e6 and grown < columns / 4
