@@ -18,3 +18,11 @@ class SweepOptions(Options):
         "learning_rate=1e-4,2e-4 network_dim=8,16. Each has files of its own, <output_name>-lr1e-4-dim8. Words that "
         "are no option are keys of --network_args; optimizer_args.weight_decay=0,0.01 is a key of --optimizer_args.",
     )
+    sweep_stop_after: int | None = option(
+        None,
+        own=True,
+        at_least=1,
+        needs="sweep",
+        help="End adapters of --sweep early that are worse than the best one by more than chance, at every validation "
+        "from this step on. Unset trains all of them to the end.",
+    )

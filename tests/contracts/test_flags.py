@@ -58,6 +58,7 @@ OURS = {  # the first of those and what sd-scripts does not have, with their def
     "shard_group": None,
     "stochastic_rounding": False,
     "sweep": None,
+    "sweep_stop_after": None,
     "trace_nonfinite": False,
     "unsloth_offload_checkpointing": False,
     "keep_best_checkpoint": False,

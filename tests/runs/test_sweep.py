@@ -1,11 +1,16 @@
 """Adapters that train together over one base model are those that train alone."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from library.checkpoints.files import load_state_dict
+from library.checkpoints.files import load_state_dict, read_metadata
+from library.training.report.page import data_of
+from library.training.report.writer import read_report
 from tests.running import Finished, make_pictures
 from tests.runs.bases import BASES
 from tests.tolerances import SUMS_OF_A_RUN
@@ -53,3 +58,71 @@ def test_every_combination_gives_the_file_of_its_run_alone(train: Train, words: 
         assert train([*words, *own], "flux_train_network").status == 0
         name = f"mine-dim{dim}-lr{rate}-dropout{drop}.safetensors"
         assert_same_files(tmp_path / "out" / name, tmp_path / "out" / "alone.safetensors")
+
+
+MEASURED = ["--validation_split", "0.5", "--validate_every_n_steps", "2", "--network_train_unet_only"]
+
+
+def test_a_sweep_that_is_cut_and_goes_on_is_the_uninterrupted_one(
+    train: Train, words: list[str], tmp_path: Path
+) -> None:
+    """With dropout, averages and a seed of each adapter, from the last step that all have a state of."""
+    more = [
+        *MEASURED, "--sweep", "network_dim=2,3", "seed=4,5", "--network_dropout", "0.2", "--optimizer_type", "AdamW",
+        "--learning_rate", "1e-3", "--ema_decay", "0.5", "--gradient_accumulation_steps", "2", "--save_state",
+        "--save_every_n_steps", "1", "--max_train_steps", "4", "--lr_scheduler", "cosine",
+    ]  # fmt: skip
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    assert train([*words, *more, "--output_dir", str(whole)], "flux_train_network").status == 0
+    rest.mkdir()
+    for folder in whole.glob("*-state"):  # one of them has come a step further
+        step = folder.name.removesuffix("-state").rpartition("-")[2]
+        if step in ("step00000001", "step00000002") or folder.name == "mine-dim3-seed5-step00000003-state":
+            shutil.copytree(folder, rest / folder.name)
+    done = train([*words, *more, "--output_dir", str(rest), "--autoresume"], "flux_train_network")
+    assert done.status == 0, done.stderr
+    assert done.stderr.count("at step 2 of 4") == 4 and "uninterrupted" not in done.stderr
+    names = {path.name for path in whole.glob("*.safetensors") if "step" not in path.name}
+    assert len(names) == 4
+    for name in names:
+        one, other = load_state_dict(whole / name), load_state_dict(rest / name)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    told = [line.partition("INFO")[2] for line in done.stderr.splitlines() if "validation after step 4" in line]
+    assert len(told) == 4
+    named = train(
+        [*words, *more, "--output_dir", str(rest), "--resume", str(whole / "last-state")], "flux_train_network"
+    )
+    assert named.status == 1 and "is no state of an adapter of --sweep" in named.stderr
+
+
+def test_an_adapter_whose_losses_are_not_finite_ends_alone(train: Train, words: list[str], tmp_path: Path) -> None:
+    more = ["--sweep", "learning_rate=0.5,1e38", "--max_grad_norm", "0", "--on_nonfinite", "stop", *MEASURED]
+    done = train([*words, *more], "flux_train_network")
+    assert done.status == 0, done.stderr
+    assert "lr1e38: step 2" in done.stderr and "The other adapters go on" in done.stderr
+    alone = [*words, *more[2:], "--network_train_unet_only", "--output_name", "alone"]
+    assert train(alone, "flux_train_network").status == 0
+    assert_same_files(tmp_path / "out" / "mine-lr0.5.safetensors", tmp_path / "out" / "alone.safetensors")
+    assert not (tmp_path / "out" / "mine-lr1e38.safetensors").exists()
+
+
+def test_worse_adapters_end_early_and_all_are_ranked(train: Train, words: list[str], tmp_path: Path) -> None:
+    """A rate that is far too high soon gives losses that are no numbers."""
+    make_pictures(tmp_path / "data" / "1_more", 20, seed=72)
+    more = [
+        *MEASURED, "--validate_every_n_steps", "1", "--sweep", "learning_rate=1e-3,1e6", "--sweep_stop_after", "2",
+        "--max_grad_norm", "0", "--log_events", str(tmp_path / "events.jsonl"),
+    ]  # fmt: skip
+    done = train([word for word in [*words, *more] if word != "--no_report"], "flux_train_network")
+    assert done.status == 0, done.stderr
+    assert "lr1e6: ends after step 2: another one was better by more than chance" in done.stderr
+    assert read_metadata(tmp_path / "out" / "mine-lr1e6.safetensors")["ss_steps"] == "2"
+    page = data_of((tmp_path / "out" / "mine-sweep.html").read_text(encoding="utf-8"))
+    rows = {row["label"]: row for row in page["rows"]}
+    assert [row["label"] for row in page["rows"]][-1] == "lr1e6" and rows["lr1e6"]["compared"]["is_worse"]
+    assert page["num_pictures"] == 12 and rows["lr1e-3"]["step"] == 3 and rows["lr1e6"]["step"] == 2
+    for label in rows:
+        lines = [json.loads(line) for line in (tmp_path / f"events-{label}.jsonl").read_text().splitlines()]
+        assert (lines[0]["event"], lines[-1]["event"], lines[-1]["reason"]) == ("start", "end", "finished")
+        assert len([line for line in lines if line["event"] == "step"]) == rows[label]["step"]
+        assert read_report(tmp_path / "out" / f"mine-{label}-report.html").plan is not None

@@ -31,6 +31,7 @@ from library.training.sweep.combinations import shared_and_own
 
 if TYPE_CHECKING:
     from library.training.run.setup import Prepared
+    from library.training.sweep.record import SweepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +180,9 @@ def train_network(
     from library.training.run import setup
     from library.training.run.sharding import as_launched, settled_sharding
     from library.training.saving.hub import check_repository
-    from library.training.saving.resume import find_state, with_rates_of_state
+    from library.training.saving.resume import with_rates_of_state
+    from library.training.sweep.record import SweepRecord
+    from library.training.sweep.states import find_states
 
     asked, options = options, as_launched(options)
     if options.faults.dry_run:
@@ -192,11 +195,11 @@ def train_network(
     accelerator = setup.open_accelerator(options)
     processes = of_accelerator(accelerator)
     options = settled_sharding(options, processes)
-    facts = find_state(options, processes)
-    options = with_rates_of_state(options, facts)
+    found = find_states(options, adapters, processes)
+    options = with_rates_of_state(options, found.by_label.get(""))
     if processes.is_main:
         check_repository(options.hub)
-    seed = setup.choose_seed(options.run.seed, processes, facts)
+    seed = setup.choose_seed(options.run.seed, processes, found.of_run)
     try:
         training_set = setup.open_training_data(options, arch, seed, processes.count)
     except NoDataFound as error:
@@ -224,12 +227,14 @@ def train_network(
         explained("loading the models and caching", options, accelerator.device, ""),
         hidden_bitsandbytes(),
     ):
-        of_each = {label: own.with_values(changes(asked, options)) for label, own in adapters.items()}
+        sweep = found.record or (SweepRecord(seed) if options.sweep.sweep else None)
+        settled = changes(asked, options)
         wanted = [
-            setup.Wanted(own, seed if own.run.seed in (None, options.run.seed) else own.run.seed, facts, each, label)
-            for (label, own), each in zip(of_each.items(), events.each, strict=True)
+            setup.wanted(own.with_values(settled), seed, found.by_label.get(label), each, label)
+            for (label, own), each in zip(adapters.items(), events.each, strict=True)
+            if sweep is None or label not in sweep.ended
         ]
-        prepared = setup.prepare(options, arch, seed, training_set, accelerator, processes, wanted)
+        prepared = setup.prepare(options, arch, seed, training_set, accelerator, processes, wanted, sweep)
     first = prepared[0]
     if options.faults.selftest:
         with explained("testing itself (--selftest)", options, accelerator.device, ""):
@@ -262,7 +267,21 @@ def train_network(
     for one in (one for one, is_over in zip(prepared, are_over, strict=True) if processes.is_main and is_over):
         with speaking_of(one.run.label):
             tell_end(one, first_step, time.monotonic() - started)
+    if processes.is_main and sweep is not None and all(are_over):
+        rank_adapters(options, prepared, sweep)
     return all(are_over)
+
+
+def rank_adapters(options: TrainOptions, prepared: Sequence["Prepared"], sweep: "SweepRecord") -> None:
+    """Say which adapters of a sweep are better than others, and write the page that shows it."""
+    from library.training.saving.checkpoints import Names
+    from library.training.sweep.ranking import rank, tell_ranking
+    from library.training.sweep.standing import standing_of
+
+    names = Names.build(options.saving)
+    page = None if options.reports.no_report else names.of_sweep()
+    title = f"Sweep of {options.saving.output_name or names.folder.name}"
+    tell_ranking(rank(standing_of(prepared, sweep)), title, page)
 
 
 def has_come_to_end(prepared: "Prepared") -> bool:
@@ -276,8 +295,12 @@ def tell_end(prepared: "Prepared", first_step: int, seconds: float) -> None:
     from library.training.evaluation.choosing import told_choice
     from library.training.reporting.report import finished_line
     from library.training.saving.saved_files import files_of_run
+    from library.training.sweep.record import NOT_FINITE
 
     run, names, network = prepared.run, prepared.writer.names, prepared.run.options.network
+    if prepared.progress.ended == NOT_FINITE:  # which was told
+        run.events.end("error", f"it ended alone: {NOT_FINITE}")
+        return
     choice = prepared.validation.choose(files_of_run(names))
     if choice is not None:
         run.events.emit(choice)

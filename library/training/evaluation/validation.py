@@ -243,6 +243,19 @@ class Validation:
             logger.info(text, missing, len(files), TOOL)
         return choice_of(measured) if sum(one.file is not None for one in measured) > 1 else None
 
+    @property
+    def num_evaluations(self) -> int:
+        """How many there were."""
+        return self._num_evaluations
+
+    def losses_after(self, step: int) -> list[float] | None:
+        """Of each picture, as they were measured after `step`; None where they were not."""
+        return self._by_picture(step).tolist() if step == self._measured_step and step in self._kept else None
+
+    def last_losses(self) -> list[float] | None:
+        """Of each picture, at the last evaluation; None before there is one."""
+        return None if self._measured_step is None else self.losses_after(self._measured_step)
+
     def _by_picture(self, step: int) -> Tensor:
         return by_picture(torch.tensor(self._kept[step], dtype=torch.float64), self._rows)
 

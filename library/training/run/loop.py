@@ -21,6 +21,7 @@ from library.training.run.run import Run
 from library.training.run.setup import Prepared
 from library.training.run.step import describe_shape, loss_of, start_batch
 from library.training.run.trainee import Trainee
+from library.training.sweep.ranking import clearly_worse
 from library.training.sweep.together import backward_together
 from library.types import Batch
 
@@ -45,6 +46,7 @@ def train(adapters: Sequence[Prepared], interruption: Interruption, watch: StepW
     plan, is_main = run.plan, run.processes.is_main
     bar = StepBar(plan.max_train_steps, step, is_main)
     trainees = [Trainee(one, interruption, bar) for one in adapters]
+    num_adapters = len(adapters) + (0 if run.sweep is None else len(run.sweep.ended))  # also of those that are over
     stops = False
     epoch = plan.epoch_of(step)
     for one in trainees:
@@ -81,7 +83,7 @@ def train(adapters: Sequence[Prepared], interruption: Interruption, watch: StepW
                 for one in going:
                     with one.ending_alone(len(going) > 1):
                         one.finish_step(window, stops)
-                going = going_on(going, epoch)
+                going = going_on(without_worse(going, step, epoch, num_adapters), epoch)
                 if stops or not going:
                     break
             if stops or not going:
@@ -90,6 +92,22 @@ def train(adapters: Sequence[Prepared], interruption: Interruption, watch: StepW
     for one in going:
         with one.speaking():
             one.end(epoch)
+
+
+def without_worse(going: list[Trainee], step: int, epoch: int, num_adapters: int) -> list[Trainee]:
+    """The adapters without those that --sweep_stop_after ends, whose files are saved."""
+    after = going[0].run.options.sweep.sweep_stop_after if going else None
+    if after is None or step < after:
+        return going
+    losses = {one.run.label: one.validation.losses_after(step) for one in going}
+    measured = {label: found for label, found in losses.items() if found is not None}
+    if len(measured) < len(going):
+        return going
+    worse = clearly_worse(measured, num_adapters, going[0].validation.num_evaluations)
+    for one in (one for one in going if one.run.label in worse):
+        with one.speaking():
+            one.drop(epoch)
+    return [one for one in going if not one.progress.ended]
 
 
 def going_on(trainees: Sequence[Trainee], epoch: int) -> list[Trainee]:

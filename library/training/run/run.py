@@ -17,6 +17,7 @@ from library.training.run.context import StepContext
 from library.training.run.fixed_step import FixedSteps
 from library.training.run.plan import Plan
 from library.training.run.told_steps import NormMeter
+from library.training.sweep.record import SweepRecord
 from networks.core.protocol import Turns
 
 
@@ -53,3 +54,4 @@ class Run:
     label: str = ""  # what the adapter is called where others train beside it (--sweep)
     place: int = 0  # among them
     turns: Turns | None = None  # says which of them act; None where there is one
+    sweep: SweepRecord | None = None  # what they know of each other; None without --sweep

@@ -50,6 +50,7 @@ from library.training.run.writer import build_writer, go_on
 from library.training.saving.checkpoints import Writer, save_dtype
 from library.training.saving.resume import starting_steps
 from library.training.saving.state import StateManifest
+from library.training.sweep.record import SweepRecord
 from library.types import Conditioning, Prompt, Tokens
 from networks.core.protocol import AdoptedNetwork, Turns, side_by_side
 
@@ -78,6 +79,17 @@ class Prepared:
     previews: Previews
     validation: Validation
     resumed: StateManifest | None  # the state, if the run goes on at its step
+
+
+def wanted(options: TrainOptions, seed: int, state: StateManifest | None, events: Events, label: str = "") -> Wanted:
+    """An adapter of a run with this seed, which is its own too unless --sweep gives it another one.
+
+    All adapters are measured with the noise of the run's seed.
+    """
+    own = options.run.seed if label and options.run.seed is not None else seed
+    if own != seed and options.validation.validation_seed is None:
+        options = options.with_values({"validation_seed": seed})
+    return Wanted(options, own, state, events, label)
 
 
 def choose_seed(seed: int | None, processes: Processes, state: StateManifest | None) -> int:
@@ -155,6 +167,7 @@ def prepare(
     accelerator: Any,
     processes: Processes,
     adapters: Sequence[Wanted],
+    sweep: SweepRecord | None = None,
 ) -> list[Prepared]:
     """Load the models, attach the adapters, build what moves each of them, and put each where its state left it.
 
@@ -186,7 +199,7 @@ def prepare(
         logger.info("%s", told_turns(len(networks), turns.share_stacked(range(len(networks)))))
     choose_block_runner(options, arch, loaded.models, networks)
     times = StepTimes(compute.device, processes.count, peak_of(compute.device, compute.dtype))
-    shared = Shared(arch, loaded, compute, processes, training_set, plan, times, turns)
+    shared = Shared(arch, loaded, compute, processes, training_set, plan, times, turns, sweep)
     charts = Charts(accelerator)
     prepared = []
     for place, (one, network, first_step) in enumerate(zip(adapters, networks, first_steps, strict=True)):
@@ -226,6 +239,7 @@ class Shared:
     plan: Plan
     times: StepTimes
     turns: Turns | None  # None where there is one adapter
+    sweep: SweepRecord | None
 
 
 def run_of(wanted: Wanted, network: AdoptedNetwork, shared: Shared, place: int) -> Run:
@@ -250,6 +264,7 @@ def run_of(wanted: Wanted, network: AdoptedNetwork, shared: Shared, place: int) 
         label=wanted.label,
         place=place,
         turns=shared.turns,
+        sweep=shared.sweep,
     )
 
 

@@ -27,6 +27,7 @@ from library.training.run.told_steps import told_step
 from library.training.run.update import Updates, wanted_norm_limit
 from library.training.saving.checkpoints import Writer
 from library.training.saving.state import StateManifest
+from library.training.sweep.record import NOT_FINITE, Ended
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class Trainee:
             except NonFiniteError as error:
                 if not has_others:
                     raise
-                self.progress.ended = "its losses were not finite"
+                self.note_end(NOT_FINITE)
                 logger.error("%s. The other adapters go on", error)
 
     def begin(self) -> None:
@@ -116,15 +117,27 @@ class Trainee:
                 prepared.charts.log_epoch({"loss/epoch_average": average}, progress.step, window.epoch)
             finish_epoch(run.times, progress, window.epoch, writer, prepared.previews, self._interruption)
 
+    def note_end(self, why: str) -> None:
+        """The adapter ends here, before the run is over."""
+        self.progress.ended = why
+        if self.run.sweep is not None:
+            self.run.sweep.ended[self.run.label] = Ended(self.progress.step, why, self.validation.last_losses())
+
+    def drop(self, epoch: int) -> None:
+        """End the adapter because another one is clearly better (--sweep_stop_after)."""
+        self.note_end("another one was better by more than chance (--sweep_stop_after)")
+        logger.info("ends after step %d: %s", self.progress.step, self.progress.ended)
+        self.prepared.writer.save_end(self.progress, epoch)
+
     def end(self, epoch: int) -> None:
         """Save what the run has come to."""
         progress, writer, validation = self.progress, self.prepared.writer, self.prepared.validation
         self._guard.report(progress.step)
-        progress.ended = progress.ended or validation.why_it_ends if validation.ends_run else ""
         if progress.step >= self.run.plan.max_train_steps:
             writer.save_end(progress, self.run.plan.num_epochs)
         elif validation.ends_run:
-            logger.info("the run ends after step %d: %s", progress.step, validation.why_it_ends)
+            self.note_end(validation.why_it_ends)
+            logger.info("the run ends after step %d: %s", progress.step, progress.ended)
             writer.save_end(progress, epoch)
         else:
             writer.save_interrupted(progress, epoch)

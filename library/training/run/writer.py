@@ -23,6 +23,7 @@ from library.training.saving.hub import Uploads
 from library.training.saving.rescue import bytes_of_tensors
 from library.training.saving.resume import recorded_options, report_differences
 from library.training.saving.state import OptimizerState, Stateful, StateManifest, restore, save_state
+from library.training.sweep.record import PART
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ def stateful_parts(run: Run, progress: Progress, validation: Validation) -> dict
         parts["average"] = optimization.average
     if validation.is_on:
         parts["validation"] = validation
+    if run.sweep is not None:
+        parts[PART] = run.sweep
     return parts if optimization.scaler is None else {**parts, "scaler": optimization.scaler}
 
 

@@ -83,6 +83,9 @@ class Names:
     def of_report(self) -> Path:
         return self.folder / f"{self.output_name or 'last'}-report.html"
 
+    def of_sweep(self) -> Path:
+        return self.folder / f"{self.output_name or 'last'}-sweep.html"
+
     def of_audit(self) -> Path:
         return self.folder / f"{self.output_name or 'last'}-audit.html"
 

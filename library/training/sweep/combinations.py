@@ -92,8 +92,11 @@ def check_together(options: TrainOptions) -> None:
         raise UserError("--log_events - mixes the events of all adapters of --sweep; name a file, each gets its own")
     if options.fit.fit:
         raise UserError("--fit counts the step of one adapter; leave it out with --sweep")
-    if options.state.resume or options.state.autoresume:
-        raise UserError("--sweep cannot go on from a state; leave out --resume and --autoresume")
+    if options.hub.resume_from_huggingface:
+        raise UserError(
+            "--resume_from_huggingface fetches the state of one adapter, and --sweep needs those of all; fetch them "
+            "and name one of the folders with --resume"
+        )
 
 
 def combinations_of(options: OptionsT) -> list[Combination[OptionsT]]:

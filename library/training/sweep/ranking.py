@@ -1,0 +1,154 @@
+"""Which adapters of a sweep are better than others, by the loss on the same pictures with the same noise.
+
+The statistics are those of `library.training.evaluation.choice`: differences picture by picture, Student's t, and
+Bonferroni's correction for all that are compared.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.training.evaluation.choice import CONFIDENCE, Compared, choose, is_clearly_worse
+from library.training.evaluation.choosing import interval
+from library.training.report.page import page_of
+from library.training.report.writer import write_page
+from library.training.reporting.event_stream import plain
+
+logger = logging.getLogger(__name__)
+
+SCRIPT = "sweep.js"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of one adapter."""
+
+    label: str
+    step: int  # of the weights in its file
+    losses_G: Sequence[float] | None  # of each picture that is set aside; None where it was never measured
+    ended: str  # why it ended before the others; "" where it did not
+    file: str | None  # by its name; None where none of the end was written
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One adapter among all; `compared` is None where it was not measured."""
+
+    measured: Measured
+    compared: Compared | None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """All adapters, the lowest loss first and those that were not measured last."""
+
+    rows: Sequence[Ranked]
+    num_pictures: int
+
+    @property
+    def verdict(self) -> str:
+        """What is more than chance, in a sentence without its end."""
+        known = [row for row in self.rows if row.compared is not None]
+        if not known:
+            return "nothing is ranked: no picture is set aside; --validation_split does that"
+        if self.num_pictures < 2:
+            return "a single picture tells no difference from chance; set more aside with --validation_split"
+        best = known[0].measured.label
+        rest = [row.measured.label for row in known[1:] if row.compared is not None and not row.compared.is_worse]
+        if not rest:
+            return f"{best} is better than every other adapter by more than chance"
+        return f"{best} has the lowest loss, and is not better than {', '.join(rest)} by more than chance"
+
+
+def rank(adapters: Sequence[Measured]) -> Ranking:
+    """Compare adapters by their last evaluations."""
+    known = [one for one in adapters if one.losses_G]
+    found = choose(torch.tensor([one.losses_G for one in known], dtype=torch.float64)) if known else None
+    if found is None:
+        return Ranking([Ranked(one, None) for one in adapters], 0)
+    rows = [Ranked(one, compared) for one, compared in zip(known, found.files, strict=True)]
+    rows.sort(key=lambda row: nan_last(row.compared))
+    others = [Ranked(one, None) for one in adapters if not one.losses_G]
+    return Ranking([*rows, *others], found.num_pictures)
+
+
+def nan_last(compared: Compared | None) -> tuple[bool, float]:
+    """A key for sorting by loss."""
+    assert compared is not None
+    mean = compared.loss.mean
+    return (mean != mean, mean)
+
+
+def table_of(ranking: Ranking) -> list[str]:
+    """The ranking in lines of columns."""
+    rows = [("", "adapter", "step", "loss", "above the lowest", "more than chance", "")]
+    for place, row in enumerate(ranking.rows, 1):
+        one, compared = row.measured, row.compared
+        if compared is None:
+            rows.append(("-", one.label, str(one.step), "-", "-", "-", one.ended))
+            continue
+        loss, gap = compared.loss, compared.to_best
+        is_best = row is ranking.rows[0] or compared.is_copy
+        rows.append(
+            (
+                str(place),
+                one.label,
+                str(one.step),
+                f"{loss.mean:.5f}{interval(loss.low, loss.high)}",
+                "-" if is_best else f"{gap.mean:.5f}{interval(gap.low, gap.high)}",
+                "-" if is_best else "yes" if compared.is_worse else "no",
+                one.ended,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def tell_ranking(ranking: Ranking, title: str, page: Path | None) -> None:
+    """Log the ranking, and write its page where that is wanted."""
+    for line in table_of(ranking) if ranking.num_pictures else ():
+        logger.info("%s", line)
+    told = "" if page is None else f"; the ranking is {page}"
+    logger.info("sweep: %s%s", ranking.verdict, told)
+    if page is not None:
+        try:
+            write_page(page, page_of(title, SCRIPT, data_of(ranking, title)))
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", page, error)
+
+
+def data_of(ranking: Ranking, title: str) -> Mapping[str, Any]:
+    """What the page shows."""
+    rows = [
+        {
+            "label": row.measured.label,
+            "step": row.measured.step,
+            "ended": row.measured.ended,
+            "file": row.measured.file,
+            "compared": None if row.compared is None else asdict(row.compared),
+        }
+        for row in ranking.rows
+    ]
+    data = {"title": title, "verdict": ranking.verdict, "num_pictures": ranking.num_pictures, "rows": rows}
+    found: dict[str, Any] = plain({**data, "confidence": CONFIDENCE})
+    return found
+
+
+def clearly_worse(losses: Mapping[str, Sequence[float]], num_adapters: int, num_looks: int) -> list[str]:
+    """The adapters that are worse than the best of these by more than chance, or not numbers at all, by label.
+
+    Of `num_adapters` that a sweep began with each is tested at the `num_looks`-th evaluation, k, with 1 / (k (k + 1))
+    of the 5 % that all looks together may err; these shares add up to 1, however many looks there are.
+    """
+    tensors = {label: torch.tensor(values, dtype=torch.float64) for label, values in losses.items()}
+    finite = {label: losses_G for label, losses_G in tensors.items() if bool(losses_G.isfinite().all())}
+    if not finite:
+        return []
+    best = min(finite, key=lambda label: float(finite[label].mean()))
+    count = max(1, num_adapters - 1) * num_looks * (num_looks + 1)
+    worse = {label for label, losses_G in finite.items() if is_clearly_worse(losses_G, finite[best], count)}
+    return [label for label in losses if label in worse or label not in finite]

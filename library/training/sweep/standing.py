@@ -1,0 +1,27 @@
+"""Where the adapters of a sweep stand when it is over."""
+
+from collections.abc import Iterator, Sequence
+
+from library.training.run.setup import Prepared
+from library.training.sweep.ranking import Measured
+from library.training.sweep.record import SweepRecord
+
+
+def standing_of(prepared: Sequence[Prepared], sweep: SweepRecord) -> list[Measured]:
+    """What is known of each adapter: those that ended before a resume are told of by the record alone."""
+    return [*of_record(prepared, sweep), *of_prepared(prepared)]
+
+
+def of_record(prepared: Sequence[Prepared], sweep: SweepRecord) -> Iterator[Measured]:
+    here = {one.run.label for one in prepared}
+    for label, ended in sweep.ended.items():
+        if label not in here:
+            yield Measured(label, ended.step, ended.losses_G, ended.why, None)
+
+
+def of_prepared(prepared: Sequence[Prepared]) -> Iterator[Measured]:
+    for one in prepared:
+        path = one.writer.names.of_end()
+        file = path.name if path.exists() else None
+        losses_G = one.validation.last_losses()
+        yield Measured(one.run.label, one.progress.step, losses_G, one.progress.ended, file)

@@ -1,0 +1,147 @@
+"""The states that a sweep goes on from: one of each adapter, all of one step."""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from library.checkpoints.tree_json import put_together
+from library.errors import UserError
+from library.options.train import TrainOptions
+from library.processes import Processes
+from library.training.saving.checkpoints import Names
+from library.training.saving.resume import clear_up, find_state
+from library.training.saving.state import (
+    STATE_NAME,
+    StateManifest,
+    is_state_name,
+    read_facts,
+    require_undamaged,
+)
+from library.training.sweep.record import PART, Ended, SweepRecord
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FoundStates:
+    """What a run goes on from."""
+
+    by_label: Mapping[str, StateManifest]
+    record: SweepRecord | None = None  # of a sweep that goes on
+
+    @property
+    def of_run(self) -> StateManifest | None:
+        """A state that has the seed of what all adapters share; None where the run starts at the beginning."""
+        first = next(iter(self.by_label.values()), None)
+        return first if first is None or self.record is None else replace(first, seed=self.record.seed)
+
+
+def find_states(options: TrainOptions, adapters: Mapping[str, TrainOptions], processes: Processes) -> FoundStates:
+    """The states that --resume names or --autoresume finds, by label; none for a run that starts at the beginning.
+
+    Of a sweep those of the last step of which every adapter has one that had not ended by then. Raises UserError where
+    there is no such step among what --resume names, or another process finds other states.
+    """
+    if not options.sweep.sweep:
+        facts = find_state(options, processes)
+        return FoundStates({} if facts is None else {"": facts})
+    found: dict[str, StateManifest] = {}
+    if processes.is_main:
+        for own in adapters.values():
+            clear_up(own)
+        found = newest_of_all(options, adapters)
+    told = processes.share("states", json.dumps({label: str(facts.path) for label, facts in found.items()}))
+    if not processes.is_main:
+        found = {label: read_facts(Path(path)) for label, path in json.loads(told).items()}
+    processes.require_same("the states", f"those of step {[facts.step for facts in found.values()]}")
+    if not found:
+        return FoundStates({})
+    seed = record_of(next(iter(found.values()))).seed
+    return FoundStates(found, SweepRecord(seed, ended_in(found.values())))
+
+
+def newest_of_all(options: TrainOptions, adapters: Mapping[str, TrainOptions]) -> dict[str, StateManifest]:
+    """The whole states of the last step that all adapters have, as this process finds them."""
+    wanted = options.state
+    if wanted.resume:
+        found = beside(Path(wanted.resume), adapters)
+        missing = [label for label in adapters if label not in {**found, **ended_in(found.values())}]
+        if missing:
+            raise UserError(
+                f"--resume {wanted.resume}: there is no whole state of that step of {', '.join(missing)}; name a state "
+                "of a step of which every adapter of --sweep has one"
+            )
+        for facts in found.values():
+            require_undamaged(facts)
+        return found
+    if not wanted.autoresume:
+        return {}
+    states = {label: {facts.step: facts for facts in states_of(own)} for label, own in adapters.items()}
+    for step in sorted({step for steps in states.values() for step in steps}, reverse=True):
+        found = {label: steps[step] for label, steps in states.items() if step in steps}
+        if all(label in {**found, **ended_in(found.values())} for label in adapters) and are_undamaged(found.values()):
+            return found
+    logger.info("--autoresume: there is no step of which every adapter has a state; starting at the beginning")
+    return {}
+
+
+def states_of(options: TrainOptions) -> Iterator[StateManifest]:
+    """The states of one adapter, of each step the one last after which less is left to do."""
+    names = Names.build(options.saving)
+    found = []
+    for folder in sorted(names.folder.iterdir()) if names.folder.is_dir() else ():
+        if is_state_name(folder.name, names.starts) and folder.is_dir():
+            try:
+                found.append(read_facts(folder))
+            except UserError as error:
+                logger.warning("%s is left out: %s", folder.name, error)
+    yield from sorted(found, key=lambda facts: len(facts.done))
+
+
+def beside(named: Path, adapters: Mapping[str, TrainOptions]) -> dict[str, StateManifest]:
+    """The states beside one of them that --resume names, by label. Raises UserError for a state of no adapter."""
+    names = {label: Names.build(own.saving).starts[0] for label, own in adapters.items()}
+    match = STATE_NAME.fullmatch(named.name)
+    if match is None or match["start"] not in names.values():
+        raise UserError(
+            f"--resume {named} is no state of an adapter of --sweep: name one of them, such as "
+            f"{next(iter(names.values()))}-step00000010-state, and the others are found beside it"
+        )
+    step = read_facts(named).step
+    rest = named.name.removeprefix(match["start"])
+    found = {}
+    for label, name in names.items():
+        folder = named.with_name(f"{name}{rest}")
+        if folder.is_dir() and (facts := read_facts(folder)).step == step:
+            found[label] = facts
+    return found
+
+
+def ended_in(states: Iterable[StateManifest]) -> dict[str, Ended]:
+    """Who had ended when these states were written: those that were written later know of more."""
+    ended: dict[str, Ended] = {}
+    for facts in states:
+        ended |= record_of(facts).ended
+    return ended
+
+
+def record_of(facts: StateManifest) -> SweepRecord:
+    """What a state knows of the sweep. Raises UserError for the state of a run without one."""
+    if PART not in facts.parts:
+        raise UserError(
+            f"--resume {facts.path} is the state of a run without --sweep; leave --sweep out to go on from it"
+        )
+    return SweepRecord.of(put_together(facts.parts[PART], {}))
+
+
+def are_undamaged(states: Iterable[StateManifest]) -> bool:
+    """Whether all of their files are as they were written; says which is not."""
+    try:
+        for facts in states:
+            require_undamaged(facts)
+    except UserError as error:
+        logger.warning("a step is left out: %s", error)
+        return False
+    return True

@@ -1,0 +1,72 @@
+"""Which adapters of a sweep are called worse: by more than chance, whatever was looked at before."""
+
+from math import nan
+
+import pytest
+import torch
+
+from library.training.sweep.ranking import Measured, clearly_worse, rank, table_of
+
+
+def measured(label: str, losses_G: list[float] | None, ended: str = "") -> Measured:
+    return Measured(label, 8, losses_G, ended, f"{label}.safetensors")
+
+
+def test_adapters_stand_by_their_loss_and_those_not_measured_last() -> None:
+    common_G = torch.randn(9, generator=torch.Generator().manual_seed(81), dtype=torch.float64) + 5
+    wobble_G = 0.01 * torch.randn(9, generator=torch.Generator().manual_seed(82), dtype=torch.float64)
+    ranking = rank(
+        [
+            measured("unmeasured", None, "its losses were not finite"),
+            measured("worse", (common_G + 0.2 + wobble_G).tolist()),
+            measured("broken", [nan] * 9),
+            measured("close", (common_G + wobble_G).tolist()),
+            measured("best", (common_G - 0.0001).tolist()),
+        ]
+    )
+    assert [row.measured.label for row in ranking.rows][2:] == ["worse", "broken", "unmeasured"]
+    verdicts = {row.measured.label: row.compared and row.compared.is_worse for row in ranking.rows}
+    assert verdicts == {"best": False, "close": False, "worse": True, "broken": True, "unmeasured": None}
+    first, second = (row.measured.label for row in ranking.rows[:2])
+    assert ranking.verdict == f"{first} has the lowest loss, and is not better than {second} by more than chance"
+    lines = table_of(ranking)
+    assert len(lines) == 6 and lines[3].split()[-1] == "yes" and lines[5].endswith("its losses were not finite")
+
+
+@pytest.mark.parametrize(
+    ("losses", "verdict"),
+    [
+        ([None, None], "nothing is ranked: no picture is set aside"),
+        ([[1.0], [2.0]], "a single picture tells no difference from chance"),
+        ([[1.0, 2.0, 3.0], [2.0, 3.1, 4.0]], "a0 is better than every other adapter by more than chance"),
+    ],
+)
+def test_what_is_said_of_them(losses: list[list[float] | None], verdict: str) -> None:
+    assert rank([measured(f"a{i}", one) for i, one in enumerate(losses)]).verdict.startswith(verdict)
+
+
+def test_adapters_that_are_equally_good_are_seldom_dropped() -> None:
+    """Four that differ by chance alone, looked at 15 times: in at most 5 % of sweeps one is dropped."""
+    generator, num_sweeps, dropped = torch.Generator().manual_seed(83), 300, 0
+    for _ in range(num_sweeps):
+        pictures_G = torch.randn(10, generator=generator, dtype=torch.float64)
+        for look in range(1, 16):
+            own_AG = pictures_G + 0.1 * torch.randn(4, 10, generator=generator, dtype=torch.float64)
+            if clearly_worse({str(i): row.tolist() for i, row in enumerate(own_AG)}, 4, look):
+                dropped += 1
+                break
+    assert dropped / num_sweeps <= 0.05 + 0.025  # two standard errors of the share
+
+
+def test_what_is_clearly_worse_or_no_number_is_dropped_and_later_only_what_is_clearer() -> None:
+    pictures_G = torch.arange(8.0, dtype=torch.float64)
+    wobble_G = 0.02 * torch.randn(8, generator=torch.Generator().manual_seed(84), dtype=torch.float64)
+    losses = {
+        "nan": [1.0] * 7 + [nan],
+        "best": pictures_G.tolist(),
+        "worse": (pictures_G + 0.5 + wobble_G).tolist(),
+        "slightly": (pictures_G + 0.025 + wobble_G).tolist(),
+    }
+    assert clearly_worse(losses, 4, 1) == ["nan", "worse", "slightly"]
+    assert clearly_worse(losses, 4, 40) == ["nan", "worse"]
+    assert clearly_worse({"nan": losses["nan"]}, 2, 1) == []
