@@ -32,6 +32,7 @@ from library.architectures.flux.model import Flux  # noqa: E402
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig  # noqa: E402
 from library.architectures.lumina.model import LuminaConfig, NextDiT  # noqa: E402
 from library.architectures.sd3.model import MMDiT, MMDiTConfig  # noqa: E402
+from library.memory.devices import place  # noqa: E402
 from library.memory.planner.counter import OperationCounter  # noqa: E402
 from tests.parity import (  # noqa: E402  # noqa: E402
     test_anima_model,
@@ -80,9 +81,10 @@ def random_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def ours_of(kind: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype) -> Any:
+    """Laid out in memory as runs have it."""
     with torch.device("meta"):
         model = kind(config)
-    return random_model(model, dtype)
+    return place(random_model(model, dtype), torch.device("cpu"))
 
 
 def theirs_of(name: str, arguments: Mapping[str, Any], state: dict[str, Tensor]) -> Any:
