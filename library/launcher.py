@@ -20,6 +20,11 @@ def launched_count() -> int:
     return max(int(os.environ.get(name, "1")) for name in names)
 
 
+def restart_count() -> int:
+    """How often the launcher has started the processes anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def fsdp_version() -> int | None:
     """Which FSDP `accelerate config` was told to use; None for none."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("1", "true", "yes", "on"):

@@ -17,29 +17,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, Protocol
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.launcher import fsdp_version, launched_count
+from library.heartbeat import Heartbeat, Store
+from library.launcher import fsdp_version, launched_count, restart_count
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.1
+SHORT_SECONDS, POLL_SECONDS = 0.005, 0.1  # from one look at the store to the next
 SAY_AFTER_SECONDS = 60.0
 LOOK_FOR_S = 5  # for the reason of a process that has ended
+OF_CONNECTIONS = ("onnection closed", "onnection reset", "onnection refused", "roken pipe", "NCCL", "timed out")
 PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_XPU", "MULTI_HPU")
-
-
-class Store(Protocol):
-    """The key-value store through which processes find each other; torch.distributed.Store is one."""
-
-    def set(self, key: str, value: str) -> None: ...
-    def get(self, key: str) -> bytes: ...
-    def check(self, keys: list[str]) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +46,7 @@ class Processes:
     local_count: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     store: Store | None = None  # None where there is only one process
+    heartbeat: Heartbeat | None = None
 
     @property
     def is_main(self) -> bool:
@@ -79,7 +74,7 @@ class Processes:
             return text
         if self.is_main:
             self.store.set(what, text)
-        return self.store.get(what).decode()
+        return self._wait_for(what)
 
     def merged(self, what: str, own: Mapping[int, str]) -> dict[int, str]:
         """The tables of all processes in one, for all; each is to be called for `what` once."""
@@ -89,7 +84,7 @@ class Processes:
         return {
             int(number): str(text)
             for rank in range(self.count)
-            for number, text in json.loads(self.store.get(f"{what} {rank}"))
+            for number, text in json.loads(self._wait_for(f"{what} {rank}"))
         }
 
     def share_seed(self, seed: int) -> int:
@@ -114,13 +109,13 @@ class Processes:
             if self.store is None:
                 return folder
             self.store.set(key, folder)
-        assert self.store is not None
-        return self.store.get(key).decode()
+        return self._wait_for(key)
 
     def wait_for_all(self, what: str) -> None:
         """Return once every process has come to `what`, each of which has its own name.
 
         No collective runs meanwhile, so there is no time limit: one process may have hours of work more than another.
+        Raises ProcessLost where one is gone.
         """
         if self.store is None:
             return
@@ -128,6 +123,7 @@ class Processes:
         missing = [f"{what}/{rank}" for rank in range(self.count)]
         said_at = time.monotonic()
         while missing := [key for key in missing if not self.store.check([key])]:
+            self.require_all()
             time.sleep(POLL_SECONDS)
             if time.monotonic() - said_at > SAY_AFTER_SECONDS:
                 said_at = time.monotonic()
@@ -177,32 +173,69 @@ class Processes:
             raise ProcessLost(f"{self.lost()} ({first_line(error)})") from error
 
     def lost(self) -> str:
-        """Which of the other processes has ended, and why, as far as that can be told."""
-        assert self.store is not None
-        told = "the connection to another process broke; its own lines say why"
-        try:
-            for _ in range(LOOK_FOR_S):
-                for rank in range(self.count):
-                    if rank != self.rank and self.store.check([f"failure/{rank}"]):
-                        return f"process {rank} ended with an error: {self.store.get(f'failure/{rank}').decode()}"
-                    if rank != self.rank and has_ended(self.store.get(f"process/{rank}").decode()):
-                        return (
-                            f"process {rank} is gone without a word: something killed it, such as the system where "
-                            "main memory was full"
-                        )
+        """Which of the other processes has ended, and why, as far as that can be told; this one ends because of it."""
+        return self._found(LOOK_FOR_S) or "the connection to another process broke; its own lines say why"
+
+    def _found(self, num_looks: int) -> str | None:
+        """What has become of another process, looked for once a second; None where nothing is known."""
+        if self.heartbeat is None:
+            return None
+        for number in range(num_looks):
+            if (found := self.heartbeat.lost or self.heartbeat.find()) is not None:
+                self.heartbeat.is_told = True
+                return found
+            if number + 1 < num_looks:
                 time.sleep(1)
-        except RuntimeError:  # the store is gone too: it lay in the process that ended, or in the launcher
-            return told
-        return told
+        return None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process is known to be gone: nothing that needs all of them will be any more."""
+        return self.heartbeat is not None and self.heartbeat.lost is not None
+
+    def require_all(self) -> None:
+        """Raise ProcessLost where another process is known to be gone."""
+        if self.heartbeat is not None and self.heartbeat.lost is not None:
+            self.heartbeat.is_told = True
+            raise ProcessLost(self.heartbeat.lost)
+
+    def _wait_for(self, key: str) -> str:
+        """What another process says, once it does. Raises ProcessLost where one is gone."""
+        assert self.store is not None
+        pause = SHORT_SECONDS
+        while not self.store.check([key]):
+            self.require_all()
+            time.sleep(pause)
+            pause = min(2 * pause, POLL_SECONDS)
+        return self.store.get(key).decode()
 
     @contextmanager
-    def failures_told(self) -> Iterator[None]:
-        """Tell the other processes why this one ends."""
+    def taking_part(self, *signals: type[Exception]) -> Iterator[None]:
+        """What a process does among the others, from its first word to them to its last; see `failures_told`."""
+        try:
+            with self.failures_told(*signals):
+                yield
+        finally:
+            if self.heartbeat is not None:
+                self.heartbeat.stop()
+
+    @contextmanager
+    def failures_told(self, *signals: type[Exception]) -> Iterator[None]:
+        """Tell the other processes why this one ends.
+
+        Raises ProcessLost in place of what comes of another one's end: a broken connection, and the `signals` by which
+        a launcher ends all others then.
+        """
         try:
             yield
         except Exception as error:
-            if self.store is not None and not isinstance(error, ProcessLost):
-                with suppress(RuntimeError):  # the store may be gone
+            if self.store is None or isinstance(error, ProcessLost):
+                raise
+            is_broken = isinstance(error, RuntimeError) and any(word in str(error) for word in OF_CONNECTIONS)
+            if (is_broken or isinstance(error, signals)) and (found := self._found(LOOK_FOR_S if is_broken else 1)):
+                raise ProcessLost(f"{found} ({first_line(error)})") from error
+            with suppress(RuntimeError):  # the store may be gone
+                if not self.store.check([f"failure/{self.rank}"]):
                     self.store.set(f"failure/{self.rank}", first_line(error))
             raise
 
@@ -244,21 +277,6 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
-def has_ended(process: str) -> bool:
-    """Whether a process, as host and number, is known to have ended: one on another machine is not."""
-    host, _, number = process.rpartition(" ")
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    state = Path(f"/proc/{number}/stat")
-    return state.is_file() and state.read_text().rpartition(")")[2].split()[0] == "Z"
-
-
 def of_accelerator(accelerator: Any) -> Processes:
     """The processes that accelerate set up.
 
@@ -282,13 +300,14 @@ def of_accelerator(accelerator: Any) -> Processes:
     if accelerator.num_processes == 1:
         return Processes(device=accelerator.device)
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-    from torch.distributed.rendezvous import rendezvous
 
     state = accelerator.state
-    store, rank, count = next(iter(rendezvous("env://")))
+    store, rank, count = meet()
     store.set_timeout(timedelta(days=7))
     shared = PrefixStore("lora", store)
     shared.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
+    heartbeat = Heartbeat(PrefixStore("lora", store.clone()), rank, count)
+    heartbeat.start()
     return Processes(
         rank=rank,
         count=count,
@@ -296,7 +315,33 @@ def of_accelerator(accelerator: Any) -> Processes:
         local_count=local_count(count),
         device=accelerator.device,
         store=shared,
+        heartbeat=heartbeat,
     )
+
+
+def meet() -> tuple[Any, int, int]:
+    """(store, rank, count) of this attempt, where all processes find each other.
+
+    A launcher that starts them anew (--max_restarts) may keep the store of the attempt before, with what was said in
+    it: each attempt has names of its own.
+    """
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, count = next(iter(rendezvous("env://")))
+    return PrefixStore(f"attempt/{restart_count()}", store), rank, count
+
+
+@cache
+def way_to_meet() -> str:
+    """What torch has to be told so that its processes `meet` too."""
+    from torch.distributed.rendezvous import register_rendezvous_handler
+
+    def found(url: str, **given: Any) -> Iterator[tuple[Any, int, int]]:
+        yield meet()
+
+    register_rendezvous_handler("attempt", found)  # type: ignore[no-untyped-call]
+    return "attempt://"
 
 
 def check_count(launched: int, count: int) -> None:

@@ -36,6 +36,9 @@ class Job:
     script: str = "train_network"
     environment: dict[str, str] = field(default_factory=dict)
     call: str | None = None
+    killed: int | None = None  # the process that gets SIGKILL when another calls a function for the first time:
+    killer: int = 0
+    killed_at: str = ""  # as `module:function`
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,9 @@ def fork(job: Job, rank: int, port: int) -> int:
         os.environ.update({name: str(value) for name, value in told.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
         os.environ.update(job.environment)
+        (Path(job.folder) / f"number_{rank}").write_text(str(os.getpid()))
+        if job.killed is not None and rank == job.killer:
+            watch(job)
         status = start(job) if job.call is None else call(job, rank)
     except BaseException:
         traceback.print_exc()
@@ -131,6 +137,23 @@ def fork(job: Job, rank: int, port: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def watch(job: Job) -> None:
+    """Kill another process when this one first calls the function that the job names."""
+    module, _, name = job.killed_at.partition(":")
+    home = importlib.import_module(module)
+    plain = getattr(home, name)
+
+    def kills(*arguments: Any, **keywords: Any) -> Any:
+        path = Path(job.folder) / f"number_{job.killed}"
+        number = path.read_text()
+        if number:
+            path.write_text("")
+            os.kill(int(number), signal.SIGKILL)
+        return plain(*arguments, **keywords)
+
+    setattr(home, name, kills)
 
 
 def start(job: Job) -> int:

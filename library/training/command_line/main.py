@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from library.diffusion.flow import FlowMatching
 from library.errors import UserError
@@ -30,6 +30,7 @@ from library.training.saving.resume import AlreadyComplete
 from library.training.sweep.combinations import shared_and_own
 
 if TYPE_CHECKING:
+    from library.processes import Processes
     from library.training.run.setup import Prepared
     from library.training.sweep.record import SweepRecord
 
@@ -167,22 +168,12 @@ def train_network(
     events: EventsOfAll,
     adapters: Mapping[str, OptionsT],
 ) -> bool:
-    """Set the run up and train it; gives whether that came to its end, and was not stopped on the way."""
+    """Open the base model and find the other processes, then train among them; gives what `train_among` does."""
     from library.collector import without_collection
-    from library.data.batches.dataset import NoDataFound, TrainingSet
-    from library.data.batches.debug import show_batches
     from library.processes import of_accelerator
-    from library.training.faults.dry_run import try_largest_batch, without_writing
-    from library.training.faults.out_of_memory import explained
-    from library.training.faults.selftest import test_itself
-    from library.training.optimization.hidden_library import hidden_bitsandbytes
-    from library.training.reporting.events import Audit, Planned
-    from library.training.run import setup
+    from library.training.faults.dry_run import without_writing
+    from library.training.run.setup import open_accelerator
     from library.training.run.sharding import as_launched, settled_sharding
-    from library.training.saving.hub import check_repository
-    from library.training.saving.resume import with_rates_of_state
-    from library.training.sweep.record import SweepRecord
-    from library.training.sweep.states import find_states
 
     asked, options = options, as_launched(options)
     if options.faults.dry_run:
@@ -192,11 +183,44 @@ def train_network(
     report_unused(options, arch.ignores)
     check_inpainting(options, arch.inpaints)
     check_vae_precision(options, arch.vae_overflows_in_fp16)
-    accelerator = setup.open_accelerator(options)
+    accelerator = open_accelerator(options)
     processes = of_accelerator(accelerator)
-    options = settled_sharding(options, processes)
+    with processes.taking_part(Interrupted):
+        options = settled_sharding(options, processes)
+        return train_among(processes, accelerator, asked, options, build, arch, interruption, events, adapters)
+
+
+def train_among(
+    processes: "Processes",
+    accelerator: Any,
+    asked: OptionsT,
+    options: OptionsT,
+    build: Callable[[OptionsT], Architecture],
+    arch: Architecture,
+    interruption: Interruption,
+    events: EventsOfAll,
+    adapters: Mapping[str, OptionsT],
+) -> bool:
+    """Set the run up and train it; gives whether that came to its end, and was not stopped on the way.
+
+    `options` are what became of those that were `asked` for by what was found so far.
+    """
+    from library.data.batches.dataset import NoDataFound, TrainingSet
+    from library.data.batches.debug import show_batches
+    from library.training.faults.dry_run import try_largest_batch
+    from library.training.faults.out_of_memory import explained
+    from library.training.faults.selftest import test_itself
+    from library.training.optimization.hidden_library import hidden_bitsandbytes
+    from library.training.reporting.events import Audit, Planned
+    from library.training.run import setup
+    from library.training.saving.hub import check_repository
+    from library.training.saving.resume import with_batches_of_state, with_rates_of_state
+    from library.training.sweep.record import SweepRecord
+    from library.training.sweep.states import find_states
+
     found = find_states(options, adapters, processes)
     options = with_rates_of_state(options, found.by_label.get(""))
+    options = with_batches_of_state(options, found.of_run, processes.count)
     if processes.is_main:
         check_repository(options.hub)
     seed = setup.choose_seed(options.run.seed, processes, found.of_run)

@@ -224,10 +224,10 @@ class Previews:
 
                     def goes_on() -> bool:
                         bar.update(1)
-                        return not interruption.is_requested
+                        return not (interruption.is_requested or run.processes.is_lost)
 
                     for index in range(len(self._prompts)):
-                        if not interruption.is_requested:
+                        if not (interruption.is_requested or run.processes.is_lost):
                             drawn += self._draw_one(event, step, epoch, index, vae, goes_on)
                 del vae
             if len(drawn) > 1:

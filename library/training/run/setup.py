@@ -15,9 +15,10 @@ from library.data.batches.dataset import TrainingSet
 from library.data.batches.own_dataset import open_own_dataset
 from library.data.batches.training_data import TrainingData
 from library.data.description.schema import RunDataConfig, level_offset
+from library.launcher import restart_count
 from library.memory.planner.cards import peak_of
 from library.options.train import TrainOptions
-from library.processes import Processes
+from library.processes import Processes, way_to_meet
 from library.protocols import Architecture, Objective
 from library.training.evaluation.eval_mode import eval_mode
 from library.training.evaluation.preview import Previews, texts_of, wanted_prompts
@@ -150,12 +151,15 @@ def open_accelerator(options: TrainOptions) -> Any:
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     minutes = options.distributed.ddp_timeout
-    limits = [InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))] if minutes else []
+    limits = InitProcessGroupKwargs(
+        timeout=timedelta(minutes=minutes) if minutes else None,
+        init_method=way_to_meet() if restart_count() else None,
+    )
     return Accelerator(
         mixed_precision=options.precision.mixed_precision,
         log_with=tracker_kind(options.trackers),
         project_dir=run_folder(options.trackers),
-        kwargs_handlers=limits,
+        kwargs_handlers=[limits],
     )
 
 

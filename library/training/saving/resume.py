@@ -67,6 +67,33 @@ def with_rates_of_state(options: OptionsT, facts: StateManifest | None) -> Optio
     return options.with_values(kept)
 
 
+def with_batches_of_state(options: OptionsT, facts: StateManifest | None, num_processes: int) -> OptionsT:
+    """The options with as many accumulated batches as make a step of another number of processes the same step.
+
+    Whoever sets another --gradient_accumulation_steps than the state has means it. Raises UserError where the batches
+    of a step cannot be shared out.
+    """
+    own = options.run.gradient_accumulation_steps
+    if facts is None or facts.num_processes == num_processes:
+        return options
+    if own != int(facts.options.get("gradient_accumulation_steps", own)):
+        return options
+    whole = facts.num_processes * own
+    if whole % num_processes:
+        fitting = [str(n) for n in range(1, whole + 1) if whole % n == 0]
+        raise UserError(
+            f"the state {facts.path} comes from {facts.num_processes} processes, which averaged {whole} batches in "
+            f"each step; {num_processes} cannot share these out. Start {' or '.join(fitting)} processes, or set "
+            "another --gradient_accumulation_steps to go on with other steps"
+        )
+    logger.info(
+        "the state comes from %d processes and this run has %d: --gradient_accumulation_steps %d keeps the %d batches "
+        "of a step",
+        facts.num_processes, num_processes, whole // num_processes, whole,
+    )  # fmt: skip
+    return options.with_values({"gradient_accumulation_steps": whole // num_processes})
+
+
 def find_state(options: TrainOptions, processes: Processes) -> StateManifest | None:
     """The state that --resume names or --autoresume finds; None for a run that starts at the beginning.
 

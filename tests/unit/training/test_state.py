@@ -29,6 +29,7 @@ from library.training.saving.resume import (
     recorded_options,
     report_differences,
     starting_step,
+    with_batches_of_state,
     with_rates_of_state,
 )
 from library.training.saving.state import OptimizerState, StateManifest, read_facts, restore, save_state
@@ -456,3 +457,18 @@ def test_passwords_are_not_written(tmp_path: Path) -> None:
     options = replace(base, hub=replace(base.hub, huggingface_token="hf_secret"))
     folder = written(tmp_path / "x-state", options=options)
     assert "hf_secret" not in (folder / "train_state.json").read_text()
+
+
+@pytest.mark.parametrize(("count", "own", "wanted"), [(1, 2, 8), (8, 2, 1), (2, 2, 4), (3, 5, 5), (4, 2, 2)])
+def test_a_step_of_another_number_of_processes_has_as_many_batches(count: int, own: int, wanted: int) -> None:
+    """The state is one of four processes with two batches each; five is another number than the state's, and meant."""
+    base = TrainOptions().with_values({"gradient_accumulation_steps": 2})
+    facts = StateManifest(Path("s"), 1, 0, 4, recorded_options(base), DATASET, {})
+    given = base.with_values({"gradient_accumulation_steps": own})
+    assert with_batches_of_state(given, facts, count).run.gradient_accumulation_steps == wanted
+
+
+def test_batches_that_cannot_be_shared_out_are_said_with_the_numbers_that_can() -> None:
+    facts = StateManifest(Path("s"), 1, 0, 4, recorded_options(TrainOptions()), DATASET, {})
+    with pytest.raises(UserError, match=r"4 batches in each step; 3 cannot share these out\. Start 1 or 2 or 4 "):
+        with_batches_of_state(TrainOptions(), facts, 3)

@@ -1,0 +1,89 @@
+"""One of several processes dies: the others end soon, name it, and what was learned is saved."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from library.checkpoints.files import load_state_dict
+from tests.ranks import Job, Rank, run_ranks
+from tests.runs.test_processes import children_of, on_the_cpu, process_of_rank, two_processes, wait_for
+
+GONE = "process 1 is gone without a word"
+MOST_SECONDS = 45  # of a run with its imports, on a busy machine; a connection that breaks unnoticed takes half an hour
+
+
+def run(arguments: list[str], folder: Path, killed_at: str, *, killed: int = 1, killer: int = 0) -> list[Rank]:
+    """Two processes, one of which is killed when the other calls a function."""
+    started = time.monotonic()
+    job = Job(arguments, 2, str(folder), killed=killed, killer=killer, killed_at=killed_at)
+    (ranks,) = run_ranks([job], folder)
+    assert time.monotonic() - started < MOST_SECONDS
+    assert ranks[killed].status == -signal.SIGKILL
+    return ranks
+
+
+def test_one_that_dies_while_pictures_are_encoded_is_named(base_arguments: list[str], tmp_path: Path) -> None:
+    words = [*base_arguments, "--cache_latents_to_disk"]
+    main, _ = run(words, tmp_path, "library.data.caching.latents:encoded")
+    assert main.status == 1 and GONE in main.said and "Traceback" not in main.said
+
+
+@pytest.mark.slow
+def test_the_death_of_the_main_process_is_noticed_by_the_others(base_arguments: list[str], tmp_path: Path) -> None:
+    words = [*base_arguments, "--cache_latents_to_disk"]
+    _, other = run(words, tmp_path, "library.data.caching.latents:encoded", killed=0, killer=1)
+    assert other.status == 1
+    assert "process 0 is gone without a word" in other.said or "the main process" in other.said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_one_that_dies_while_pictures_are_drawn_is_named_and_the_run_saved(
+    base_arguments: list[str], tmp_path: Path, is_shared: bool
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 200\na dog --w 64 --h 64 --s 200\n")
+    words = [*base_arguments, "--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "2"]
+    words += ["--shard_base"] if is_shared else []
+    main, _ = run(words, tmp_path, "library.training.evaluation.preview:draw_latents")
+    assert main.status == 1 and GONE in main.said
+    assert [path.name for path in (tmp_path / "out").glob("*-state")] == ["mine-step00000002-state"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
+def test_a_run_that_is_restarted_by_its_launcher_ends_as_the_undisturbed_one(
+    base_arguments: list[str], tmp_path: Path
+) -> None:
+    """As users start it: `accelerate launch --max_restarts 2`, and a process is killed in mid-run."""
+    words = [*base_arguments, "--max_train_steps", "60", "--autoresume", "--network_dropout", "0.1"]
+    words += ["--lr_scheduler", "cosine"]
+    whole = [*words, "--output_dir", str(tmp_path / "whole")]
+    done = subprocess.run(restarted(whole), capture_output=True, timeout=300, env=on_the_cpu("true"))
+    assert done.returncode == 0, done.stderr.decode()
+    said = tmp_path / "said"
+    with said.open("w") as file:
+        launcher = subprocess.Popen(restarted(words), env=on_the_cpu("true"), stdout=file, stderr=file)
+        wait_for(lambda: re.search(r" [5-9]/60 ", said.read_text()), 200)
+        os.kill(process_of_rank(launcher.pid, 1), signal.SIGKILL)
+        assert launcher.wait(timeout=300) == 0, said.read_text()
+    assert not children_alive(launcher.pid)
+    text = said.read_text()
+    assert GONE in text and "60/60" in text
+    ours, theirs = (load_state_dict(tmp_path / name / "mine.safetensors") for name in ("out", "whole"))
+    assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
+
+
+def restarted(arguments: list[str]) -> list[str]:
+    command = two_processes(arguments)
+    place = command.index("--multi_gpu")
+    return [*command[:place], "--max_restarts", "2", *command[place:]]
+
+
+def children_alive(launcher: int) -> bool:
+    return Path(f"/proc/{launcher}").exists() and bool(children_of(launcher))
