@@ -24,7 +24,9 @@ from library.training.command_line.checks import check_network, check_precision 
 from library.training.command_line.cli import parse  # noqa: E402
 from library.training.planning.counting import BatchShape, CountedRun, count_run  # noqa: E402
 from library.training.planning.fit import fit_to  # noqa: E402
+from library.training.planning.fit_run import sweep_of  # noqa: E402
 from library.training.run.rehearsal import quiet  # noqa: E402
+from library.training.sweep.combinations import shared_and_own  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
 
 CARD = torch.device("cuda")  # whose rules count; none need be there
@@ -71,8 +73,9 @@ def count(name: str, arguments: Sequence[str]) -> tuple[TrainOptions, Architectu
     check_network(options)
     batch = described_batch(options)
     with quiet():  # the run itself will say it
+        options, adapters = shared_and_own(options)
         arch = card.build(options)
-        return options, arch, batch, count_run(options, arch, batch, CARD)
+        return options, arch, batch, count_run(options, arch, batch, CARD, list(adapters.values()))
 
 
 def described_batch(options: TrainOptions) -> BatchShape:
@@ -92,10 +95,13 @@ def plan(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Print a table for each card."""
     sizes = [parse_size("--cards", text) for text in args.cards.split(",")]
     options, arch, batch, counted = count(args.script, training)
+    with quiet():
+        _, adapters = shared_and_own(options)
+        sweep = sweep_of(options, arch, batch, CARD, list(adapters.values()))
     print(f"{arch.name}, {batch.count} x {batch.width}x{batch.height}, {options.network.network_module}")
     for size in sizes:
         print()
-        for line in fit_to(counted, options, typical_card(size)).lines():
+        for line in fit_to(counted, options, typical_card(size), sweep).lines():
             print(line)
 
 

@@ -101,10 +101,13 @@ class Turns(Protocol):
         """In the block the model runs with one network alone."""
         ...
 
-    def together(self, seeds: Mapping[int, int], device: torch.device) -> AbstractContextManager[None]:
+    def together(
+        self, seeds: Mapping[int, int], device: torch.device, draws: bool = True
+    ) -> AbstractContextManager[None]:
         """In the block every input has as many equal parts, along its first axis, as there are `seeds` of networks.
 
-        Each part runs with its own network, which draws what it leaves out from a stream of its seed.
+        Each part runs with its own network, which draws what it leaves out from a stream of its seed, unless nothing
+        depends on what is drawn (not `draws`).
         """
         ...
 

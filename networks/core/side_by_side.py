@@ -34,6 +34,7 @@ class SideBySide:
         self.acting: tuple[int, ...] = ()
         self.streams = Streams()
         self.device = torch.device("cpu")
+        self.has_streams = False
         layers: dict[nn.Module, dict[int, Adapter]] = {}
         for place, network in enumerate(networks):
             for adapter in network.adapters:
@@ -48,13 +49,14 @@ class SideBySide:
             yield
 
     @contextmanager
-    def together(self, seeds: Mapping[int, int], device: torch.device) -> Iterator[None]:
+    def together(self, seeds: Mapping[int, int], device: torch.device, draws: bool = True) -> Iterator[None]:
         """In the block the first axis of every layer's input has as many equal parts as there are `seeds`.
 
-        They belong to the networks at these places, in this order, which draw from streams of these seeds.
+        They belong to the networks at these places, in this order, which draw from streams of these seeds, or all from
+        one where nothing depends on what is drawn (not `draws`).
         """
-        self.device = device
-        if any(self.draws[place] for place in seeds):
+        self.device, self.has_streams = device, draws and any(self.draws[place] for place in seeds)
+        if self.has_streams:
             self.streams.start(seeds, device)
         with self._acting(tuple(seeds)):
             yield
@@ -111,7 +113,8 @@ class SharedLayer:
         out = self._base(x) if any(self._adds(place) for place in places) else None
         outs = [None] * count if out is None else list(out.chunk(count))
         draws = any(self._turns.draws[place] for place in places if place in self._adapters)
-        streams = self._turns.streams.call(places, self._turns.device) if draws else nullcontext()
+        has_streams = draws and self._turns.has_streams
+        streams = self._turns.streams.call(places, self._turns.device) if has_streams else nullcontext()
         parts = []
         with streams as call:
             for place, part, done in zip(places, x.chunk(count), outs, strict=True):

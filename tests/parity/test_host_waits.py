@@ -41,10 +41,10 @@ def take_step(name: str, folder: Path, *more: str, is_recorded: bool = False) ->
     cached = () if name in ENCODES else ("--cache_text_encoder_outputs", "--network_train_unet_only")
     options, arch = opened(name, folder, *cached, *more)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
-        sketch = sketch_run(options, arch)
+        sketch = sketch_run(options, arch, [options])
         _, conditioning = count_captions(options, arch, sketch.encoders, SHAPE.count)
         batch = fake_batch(options, arch, SHAPE, conditioning)
-    models, network, on_host = sketch.models, sketch.network, arch.text_cache.on_host if arch.text_cache else ()
+    models, (network,), on_host = sketch.models, sketch.networks, arch.text_cache.on_host if arch.text_cache else ()
     with device_without_float64(), NoWaiting():
         move_fakes([models.denoiser, *models.text_encoders, network.module])
         network.prepare_gradients(*models.network_view)

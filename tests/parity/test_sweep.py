@@ -11,16 +11,22 @@ from typing import Any
 import pytest
 import torch
 
+from library.memory.planner.steps import peak_of
 from library.options.train import TrainOptions
 from library.processes import of_accelerator
 from library.training.command_line.cli import parse
+from library.training.planning.counting import BatchShape, count_run
 from library.training.reporting.event_stream import Events
 from library.training.run import frozen_base, loop, setup
+from library.training.run.adapter import choose_block_runner
 from library.training.run.run import Run
 from library.training.sweep.together import backward_together
 from tests.running import SCRIPTS, make_pictures
 from tests.runs.bases import BASES
 from tests.tolerances import SUMS_OF_A_PASS
+from tests.unit.memory.planner.made_up import allocated_peak
+
+CPU = torch.device("cpu")
 
 KINDS: Mapping[str, dict[str, Any]] = {
     "LoRA": {"network_dim": 5, "network_alpha": 2},
@@ -54,7 +60,9 @@ MODES: Mapping[str, list[str]] = {
 }
 
 
-def prepared(folder: Path, name: str, adapters: Mapping[str, dict[str, Any]], *more: str) -> list[Run]:
+def prepared(
+    folder: Path, name: str, adapters: Mapping[str, dict[str, Any]], *more: str, size: str = "64"
+) -> list[Run]:
     """Adapters on one tiny base model, with random factors."""
     from accelerate.state import AcceleratorState, PartialState
 
@@ -64,7 +72,7 @@ def prepared(folder: Path, name: str, adapters: Mapping[str, dict[str, Any]], *m
     make_pictures(folder / "data" / "1_thing", 2, seed=73)
     words = [
         *base.build(folder / "model"), "--train_data_dir", str(folder / "data"), "--caption_extension", ".txt",
-        "--resolution", "64", "--train_batch_size", "2", "--output_dir", str(folder / "out"), "--network_module",
+        "--resolution", size, "--train_batch_size", "2", "--output_dir", str(folder / "out"), "--network_module",
         "networks.lora", "--learning_rate", "1e-3", "--max_data_loader_n_workers", "0", *more,
     ]  # fmt: skip
     card = SCRIPTS[base.script]
@@ -137,3 +145,29 @@ def test_ways_of_saving_memory(fresh_process: None, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(frozen_base, "NUM_STAYING", 1)  # of the two blocks of a tiny model
     adapters = {**KINDS, "dropout": {"network_dim": 5, **DROPPING}}
     compare(prepared(tmp_path, "sd3", adapters, *MODES[mode]), SUMS_OF_A_PASS)
+
+
+@pytest.mark.parametrize(
+    "recomputes",
+    [pytest.param(False, id="keeps all", marks=pytest.mark.nightly), pytest.param(True, id="recomputes all")],
+)
+def test_the_shared_step_takes_what_is_counted(fresh_process: None, tmp_path: Path, recomputes: bool) -> None:
+    more = ["--cache_latents", "--network_train_unet_only", *(["--gradient_checkpointing"] if recomputes else [])]
+    two = {label: KINDS[label] for label in ("LoRA", "DoRA")}
+    runs = prepared(tmp_path, "flux", two, *more, size="256,192")
+    context, (batch,) = runs[0].context, runs[0].training_set.batches(1, [0], lambda place: 0, 0, False)
+    shape = BatchShape(2, 256, 192)
+    adapters = [run.options for run in runs]
+    counted = count_run(adapters[0], context.arch, shape, CPU, adapters).step
+    alone = count_run(adapters[0], context.arch, shape, CPU).step
+    choose_block_runner(adapters[0], context.arch, context.models, [run.context.network for run in runs])
+    for caption in batch.captions:
+        context.captions([caption])
+        for run in runs:
+            run.context.captions([caption])
+    real = allocated_peak(lambda: backward_together(runs, batch, 0, 1, 0))
+    planned = peak_of(list(counted.timeline.moves(lambda place: recomputes, lambda place: True)))
+    assert planned == pytest.approx(real, rel=0.03)
+    sizes = [sum(p.numel() * 4 for p in run.context.network.trainable_parameters()) for run in runs]
+    assert (alone.gradient_bytes, counted.gradient_bytes) == (sizes[0], sum(sizes))
+    assert counted.optimizer.state > alone.optimizer.state

@@ -239,7 +239,8 @@ def train_among(
         from library.training.planning.fit_run import fit_run
 
         assert isinstance(training_set, TrainingSet), "--dataset_class refuses --fit"
-        options, arch, fitted = fit_run(options, build, arch, training_set, processes)
+        together = [own.with_values(changes(asked, options)) for own in adapters.values()]
+        options, arch, fitted = fit_run(options, build, arch, training_set, processes, together)
         if (chosen := fitted.choice.chosen) is not None:
             for each in events.each:
                 each.planned = Planned(chosen.device_bytes, chosen.tensor_bytes, chosen.seconds)

@@ -52,7 +52,7 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
     (batch,) = run.training_set.batches(1, [place], lambda place: 0, 0, False)
     shape, sizes = describe_shape(batch), sizes_of(run)
     logger.info("dry run: memory while loading and caching: %s", memory_figures(run.context.device))
-    doing, predicted = "training the largest batch (--dry_run)", partial(ways_out, run, batch)
+    doing, predicted = "training the largest batch (--dry_run)", partial(ways_out, runs, batch)
     with explained(doing, run.options, run.context.device, shape, lambda: sizes, predicted):
         loss = forward_and_backward(runs, batch, place)
         for one in runs:

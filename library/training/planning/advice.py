@@ -20,20 +20,22 @@ MOST_LINES = 6
 WORTH = 0.02  # of what is needed: less is not worth a line
 
 
-def ways_out(run: Run, batch: Batch) -> list[str]:
+def ways_out(runs: Sequence[Run], batch: Batch) -> list[str]:
     """A line for each way of running this step that needs less than the one in use, the fastest first, each saving more
-    than the one before it.
+    than the one before it. `runs` are those of all adapters that share the step.
 
     Nothing is computed or loaded; it takes some seconds. None for network modules of third parties, which may need real
     weights to be counted, and where nothing saves much.
     """
+    run = runs[0]
     name, device = run.options.network.network_module, run.context.device
     if name is None or not name.startswith(OURS):
         return []
     height, width = batch.height_width
     shape = BatchShape(len(batch.keys), width, height)
-    step = count_run(run.options, run.context.arch, shape, device).step
-    return few(list(lines(step, way_of(run.options), allowed_ever(run.options), card_like(device))))
+    step = count_run(run.options, run.context.arch, shape, device, [one.options for one in runs]).step
+    fewer = ["fewer adapters in one --sweep need about that much less"] if len(runs) > 1 else []
+    return fewer + few(list(lines(step, way_of(run.options), allowed_ever(run.options), card_like(device))))
 
 
 def card_like(device: torch.device) -> Card:

@@ -7,10 +7,11 @@ have shapes only.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from library.checkpoints.weights import without_values
@@ -41,8 +42,9 @@ from library.training.run.rehearsal import quiet
 from library.training.run.setup import step_context
 from library.training.run.step import loss_of
 from library.training.run.text_caching import cached_text, live_text
+from library.training.sweep.together import losses_together, repeated
 from library.types import Batch, Conditioning
-from networks.core.protocol import AdoptedNetwork, adopt, open_network_module
+from networks.core.protocol import AdoptedNetwork, adopt, open_network_module, side_by_side
 
 T = TypeVar("T")
 
@@ -78,25 +80,37 @@ class Sketch:
     models: Models  # those that stay while training
     encoders: Sequence[nn.Module]  # all text encoders
     vae: nn.Module
-    network: AdoptedNetwork
+    networks: Sequence[AdoptedNetwork]  # of several adapters that share a step (--sweep), else one
 
 
-def count_run(options: TrainOptions, arch: Architecture, batch: BatchShape, device: torch.device) -> CountedRun:
-    """Count a run on `device` whose largest batch is `batch`. Raises UserError as setting up the run would."""
+def count_run(
+    options: TrainOptions,
+    arch: Architecture,
+    batch: BatchShape,
+    device: torch.device,
+    adapters: Sequence[TrainOptions] = (),
+) -> CountedRun:
+    """Count a run on `device` whose largest batch is `batch`. Raises UserError as setting up the run would.
+
+    `adapters` are the options of each where several share the base model, without the dropout that they may have.
+    """
+    adapters = adapters or (options,)
     with quiet(), torch.random.fork_rng(devices=[]), matrices_forgotten():
         with FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if device.type == "cpu" else norms_as_on_cards():
-            sketch = sketch_run(options, arch)
-            denoiser, network = sketch.models.denoiser, sketch.network
+            sketch = sketch_run(options, arch, adapters)
+            denoiser, networks = sketch.models.denoiser, sketch.networks
             with shortened(arch.chains(denoiser)) as stands_for:
                 pictures = count_pictures(options, arch, sketch.vae, batch)
                 captions, conditioning = count_captions(options, arch, sketch.encoders, batch.count)
                 timeline = count_step(options, arch, sketch, fake_batch(options, arch, batch, conditioning), stands_for)
-                optimizer = count_update(options, arch, network)
+                optimizer = together(
+                    [count_update(own, arch, one) for own, one in zip(adapters, networks, strict=True)]
+                )
     vae = [] if sketch.models.vae is None else [sketch.models.vae]
     own = set(denoiser.modules())
     places = [place for place, block in enumerate(timeline.blocks) if block in own]
     blocks = [timeline.blocks[place] for place in places]
-    gradients = sum(p.numel() * p.element_size() for p in network.trainable_parameters())
+    gradients = sum(p.numel() * p.element_size() for one in networks for p in one.trainable_parameters())
     waiting = WaitingBlocks(arch.stacks(denoiser), blocks)
     step = CountedStep(
         timeline=timeline,
@@ -105,7 +119,7 @@ def count_run(options: TrainOptions, arch: Architecture, batch: BatchShape, devi
         encoders=tuple(ModelWeights.of(e, storable_layers(e), ()) for e in sketch.models.text_encoders),
         own_forms=(options.precision.denoiser_format, options.precision.text_encoder_format),
         other_bytes=bytes_of(*vae),
-        adapter_bytes=bytes_of(network.module),
+        adapter_bytes=bytes_of(*(one.module for one in networks)),
         gradient_bytes=gradients,
         held_gradient_bytes=gradients if options.run.gradient_accumulation_steps > 1 else 0,
         optimizer=optimizer,
@@ -121,7 +135,7 @@ def storable_layers(model: nn.Module) -> list[nn.Module]:
     return [*layers_in_blocks(model).values(), *frozen_layers(model)]
 
 
-def sketch_run(options: TrainOptions, arch: Architecture) -> Sketch:
+def sketch_run(options: TrainOptions, arch: Architecture, adapters: Sequence[TrainOptions]) -> Sketch:
     """The models as the run will have them, in the fake mode that is on."""
     encoders, denoiser, vae = load_fakes(arch, form_to_count(options))
     if options.precision.multiplies_codes:
@@ -131,6 +145,12 @@ def sketch_run(options: TrainOptions, arch: Architecture) -> Sketch:
         live = live_text(options, arch.text_cache)
         staying = encoders[: 0 if live is None else live.num_encoders]
     models = Models(denoiser, staying, None if options.caching.cache_latents else vae, arch.view(staying, denoiser))
+    networks = [sketch_network(own, arch, models) for own in adapters]
+    return Sketch(models, encoders, vae, networks)
+
+
+def sketch_network(options: TrainOptions, arch: Architecture, models: Models) -> AdoptedNetwork:
+    """The adapter, installed on the models."""
     wanted = options.network
     assert wanted.network_module is not None
     with counter_for(arch):  # which answers for values that a network module may look at
@@ -143,7 +163,7 @@ def sketch_run(options: TrainOptions, arch: Architecture) -> Sketch:
     if options.precision.full_fp16 or options.precision.full_bf16:
         give_fakes(network.module, DTYPES[options.precision.mixed_precision])
     network.module.train()
-    return Sketch(models, encoders, vae, network)
+    return network
 
 
 def form_to_count(options: TrainOptions) -> WantedForm | None:
@@ -251,9 +271,15 @@ def count_step(
 ) -> Timeline:
     """Forward and backward pass, with all blocks recomputed and with none; gradients are there already where a step
     has several passes."""
-    models, network = sketch.models, sketch.network
+    models, networks = sketch.models, sketch.networks
     loaded = LoadedModels(models, live_text(options, arch.text_cache), None)
-    context = step_context(options, arch, 0, loaded, network, Compute.build(options.precision, CPU))
+    compute = Compute.build(options.precision, CPU)
+    turns = side_by_side(networks, options.network.network_module or "") if len(networks) > 1 else None
+    contexts = [
+        step_context(options, arch, 0, loaded, one, compute, nullcontext if turns is None else partial(turns.only, i))
+        for i, one in enumerate(networks)
+    ]
+    seeds = dict.fromkeys(range(len(networks)), 0)
     num_passes = 1 if options.run.gradient_accumulation_steps == 1 else 2
 
     def give_runner(runner: BlockRunner) -> None:
@@ -261,17 +287,31 @@ def count_step(
         for encoder in models.text_encoders if trains_text_encoders(options) else []:
             run_encoder_layers_with(encoder, runner)
 
+    def loss() -> Tensor:
+        if turns is None:
+            return loss_of(contexts[0], batch, 0)
+        losses = losses_together(contexts, batch, repeated(batch, len(contexts)), 0)
+        return torch.stack(list(losses)).sum()
+
     def count(runner: BlockRunner) -> CountedPass:
-        for parameter in network.trainable_parameters():
+        for parameter in (p for one in networks for p in one.trainable_parameters()):
             parameter.grad = None
         counter = counter_for(arch)
-        staying = [models.denoiser, *models.text_encoders, network.module]
+        staying = [models.denoiser, *models.text_encoders, *(one.module for one in networks)]
         counter.leave_out(tensors_of(*staying, *([] if models.vae is None else [models.vae])))
-        network.start_step(*models.network_view)
-        network.start_optimizer_step(0, 0)
-        return count_pass(lambda: loss_of(context, batch, 0), give_runner, runner, counter, num_passes)
+        for one in networks:
+            one.start_step(*models.network_view)
+            one.start_optimizer_step(0, 0)
+        with nullcontext() if turns is None else turns.together(seeds, CPU, draws=False):
+            return count_pass(loss, give_runner, runner, counter, num_passes)
 
     return Timeline.build(count(plain), count(recompute), stands_for)
+
+
+def together(optimizers: Sequence[CountedOptimizer]) -> CountedOptimizer:
+    """The memory of all, which step one after another."""
+    states = sum(one.state for one in optimizers)
+    return CountedOptimizer(states, states + max(one.rise - one.state for one in optimizers))
 
 
 def count_update(options: TrainOptions, arch: Architecture, network: AdoptedNetwork) -> CountedOptimizer:

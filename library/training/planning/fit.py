@@ -6,12 +6,20 @@ from typing import Any
 
 from library.memory.planner.cards import Card
 from library.memory.planner.choice import Allowed, Choice, choose
-from library.memory.planner.prediction import CONTEXT_BYTES
+from library.memory.planner.prediction import CONTEXT_BYTES, predict
 from library.memory.planner.stages import Stage
 from library.memory.planner.table import in_gib, table_of
 from library.options.train import TrainOptions
 from library.training.planning.counting import CountedRun
 from library.training.planning.settings import allowed_by, changes, describe, in_words
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Several adapters that share a step."""
+
+    num_adapters: int
+    alone: CountedRun  # one of them, the largest
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,7 @@ class Fit:
     allowed: Allowed
     choice: Choice
     stage_sizes: Mapping[str, int]  # how many are encoded at a time, by the option that says it; 0 where none fits
+    sweep: Sweep | None = None  # where several adapters share the step
 
     def values(self) -> dict[str, Any]:
         """The options that were chosen, where they are other than the user's; none where nothing fits."""
@@ -44,11 +53,24 @@ class Fit:
             yield "times are those of products in 16 bits: what --base_arithmetic 8bit makes of them is not predicted"
         for stage in self.counted.stages:
             yield self.stage_line(stage)
+        if self.sweep is not None:
+            yield self.sweep_line(self.sweep)
         if self.choice.chosen is None:
             yield self.shortage()
         else:
             fixed = in_words(self.values(), type(self.options).defaults())
             yield f"-> is chosen; {fixed} fixes it" if fixed else "-> is what the options say"
+
+    def sweep_line(self, sweep: "Sweep") -> str:
+        """How many adapters fit, in the way that is chosen, else in the one that takes least."""
+        found = self.choice.chosen or self.choice.least
+        alone = predict(sweep.alone.step, found.way, self.choice.card)
+        each = (found.device_bytes - alone.device_bytes) / (sweep.num_adapters - 1)
+        most = max(0, int((self.choice.card.memory_bytes - alone.device_bytes) // each) + 1)
+        return (
+            f"{sweep.num_adapters} adapters share the step (--sweep): with {describe(found.way)} one takes "
+            f"{in_gib(alone.device_bytes)} and each more {in_gib(round(each))}; about {most} fit"
+        )
 
     def stage_line(self, stage: Stage) -> str:
         size = self.stage_sizes[stage.option]
@@ -78,7 +100,7 @@ WITHOUT_CARD = {
 SMALLER_WEIGHTS = "--base_format or --fit_formats int8 nf4 store them in fewer bits"
 
 
-def fit_to(counted: CountedRun, options: TrainOptions, card: Card) -> Fit:
+def fit_to(counted: CountedRun, options: TrainOptions, card: Card, sweep: Sweep | None = None) -> Fit:
     """The choice for a card; whatever the user has set stays as it is."""
     values, defaults = options.flat(), type(options).defaults()
     room = card.memory_bytes - CONTEXT_BYTES
@@ -88,4 +110,4 @@ def fit_to(counted: CountedRun, options: TrainOptions, card: Card) -> Fit:
         is_free = wanted == defaults[stage.option]
         sizes[stage.option] = stage.most_that_fits(room) if is_free else wanted
     allowed = allowed_by(options)
-    return Fit(options, counted, allowed, choose(counted.step, allowed, card), sizes)
+    return Fit(options, counted, allowed, choose(counted.step, allowed, card), sizes, sweep)

@@ -1,7 +1,7 @@
 """--fit: sets a run up in the fastest way that the card has room for."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
 from library.training.planning.counting import BatchShape, CountedRun, count_run
-from library.training.planning.fit import Fit, fit_to
+from library.training.planning.fit import Fit, Sweep, fit_to
 from library.training.run.rehearsal import OURS, quiet
 
 logger = logging.getLogger(__name__)
@@ -49,12 +49,18 @@ def card_of(options: TrainOptions, processes: Processes) -> Card:
     return replace(card, flops=flops, bus=bus)
 
 
-def counted_run(options: TrainOptions, arch: Architecture, batch: BatchShape, device: torch.device) -> CountedRun:
+def counted_run(
+    options: TrainOptions,
+    arch: Architecture,
+    batch: BatchShape,
+    device: torch.device,
+    adapters: Sequence[TrainOptions] = (),
+) -> CountedRun:
     """The count. Raises UserError for network modules of third parties that need real weights."""
     name = options.network.network_module
     assert name is not None
     try:
-        return count_run(options, arch, batch, device)
+        return count_run(options, arch, batch, device, adapters)
     except UserError:
         raise
     except Exception as error:  # whatever code of others meets that looks at values which are not there
@@ -66,20 +72,38 @@ def counted_run(options: TrainOptions, arch: Architecture, batch: BatchShape, de
         ) from error
 
 
+def sweep_of(
+    options: TrainOptions,
+    arch: Architecture,
+    batch: BatchShape,
+    device: torch.device,
+    adapters: Sequence[TrainOptions],
+) -> Sweep | None:
+    """What one of several adapters takes: the one of the highest rank; None where there is one."""
+    if len(adapters) < 2:
+        return None
+    largest = max(adapters, key=lambda own: own.network.network_dim or 0)
+    return Sweep(len(adapters), counted_run(options, arch, batch, device, [largest]))
+
+
 def fit_run(
     options: OptionsT,
     build: Callable[[OptionsT], Architecture],
     arch: Architecture,
     training_set: TrainingSet,
     processes: Processes,
+    adapters: Sequence[TrainOptions] = (),
 ) -> tuple[OptionsT, Architecture, Fit]:
     """The options with what was chosen for the largest batch, and the base model built for them; logs the candidates.
+
+    `adapters` are the options of each where several share the step.
 
     Raises UserError where nothing fits.
     """
     card = card_of(options, processes)
-    counted = counted_run(options, arch, largest_batch(training_set), processes.device)
-    found = fit_to(counted, options, card)
+    batch = largest_batch(training_set)
+    counted = counted_run(options, arch, batch, processes.device, adapters)
+    found = fit_to(counted, options, card, sweep_of(options, arch, batch, processes.device, adapters))
     if found.choice.chosen is None:
         raise UserError("\n  ".join([f"--fit {options.fit.fit}", *found.lines()]))
     for line in found.lines() if processes.is_main else ():

@@ -150,7 +150,7 @@ def accumulate_gradients(
         # The gradient of a loss that is divided by infinity is zero.
         size = len(window.places) if number < num_own else math.inf
         doing = f"computing step {window.step + 1}, forward and backward"
-        shape, predicted = describe_shape(batch), partial(ways_out, run, batch)
+        shape, predicted = describe_shape(batch), partial(ways_out, runs, batch)
         with explained(doing, run.options, run.context.device, shape, lambda: sizes_of(run), predicted):
             batch_number = run.plan.batch_number(window.epoch, place)
             if len(runs) == 1:

@@ -90,8 +90,6 @@ def check_together(options: TrainOptions) -> None:
         )
     if options.reports.log_events == "-":
         raise UserError("--log_events - mixes the events of all adapters of --sweep; name a file, each gets its own")
-    if options.fit.fit:
-        raise UserError("--fit counts the step of one adapter; leave it out with --sweep")
     if options.hub.resume_from_huggingface:
         raise UserError(
             "--resume_from_huggingface fetches the state of one adapter, and --sweep needs those of all; fetch them "

@@ -41,6 +41,14 @@ def test_it_prints_a_table_for_each_card(tmp_path: Path, capsys: pytest.CaptureF
     assert printed.count("encoding captions: 0.7 GiB with --text_encoder_batch_size 8") == 2
 
 
+def test_how_many_adapters_of_a_sweep_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = arguments_for(tmp_path / "model", "--cards", "1GB,8GB", "--resolution", "256", "--sweep")
+    assert main([*arguments, "network_dim=2,4,8"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("3 adapters share the step")]
+    one, more = (int(line.partition("about ")[2].split()[0]) for line in lines)
+    assert 3 < one < more
+
+
 def test_the_data_set_says_how_large_the_largest_batch_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "data.toml"
     config.write_text(

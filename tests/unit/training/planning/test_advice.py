@@ -52,4 +52,4 @@ def test_modules_of_third_parties_are_not_counted(monkeypatch: pytest.MonkeyPatc
         options=made(network_module="lycoris.kohya"), context=SimpleNamespace(device=None)
     )  # counting would fail
     batch: Any = None
-    assert ways_out(run, batch) == []
+    assert ways_out([run], batch) == []
