@@ -27,8 +27,9 @@ from library.data.batches.images import (
     place,
     read_pixels,
 )
-from library.data.caching.latent_files import LatentFile, Latents
-from library.data.caching.text_files import Row, TextFile, stack_rows
+from library.data.caching.latent_files import Latents
+from library.data.caching.stores import LatentFiles, TextFiles
+from library.data.caching.text_files import Row, stack_rows
 from library.data.description.buckets import crop_ltrb
 from library.data.description.captions import caption_variant, compose_caption, is_dropped
 from library.data.description.schema import SubsetConfig
@@ -110,10 +111,10 @@ class BatchMaker(Dataset[PartialBatch | str]):
     subsets: tuple[SubsetConfig, ...]
     prior_loss_weight: float
     max_train_steps: int
-    files: Mapping[int, LatentFile]  # latents on disk, by sample
+    files: LatentFiles
     in_memory: frozenset[int]  # samples whose latents the main process keeps
     num_variants: int = 0  # versions that a caption is drawn from; 0 makes it anew for every draw
-    text_files: Mapping[int, TextFile] = field(default_factory=dict)  # text features on disk, by sample
+    text_files: TextFiles = field(default_factory=TextFiles)
     damaged: frozenset[int] = frozenset()  # samples found so while caching
     storage: Storage = field(default_factory=Storage)
     is_mirrored: bool = False  # every picture, whatever flip_aug says
@@ -159,8 +160,8 @@ class BatchMaker(Dataset[PartialBatch | str]):
             ),
         )
         texts = [
-            self.text_files[number].read(caption) if caption and number in self.text_files else None
-            for number, caption in zip(numbers, captions, strict=True)
+            self.text_files.file(sample, self.storage).read(caption) if caption and number in self.text_files else None
+            for number, sample, caption in zip(numbers, samples, captions, strict=True)
         ]
         return PartialBatch(batch, numbers, flips, latents, [one.mask for one in taken], texts, skipped)
 
@@ -251,7 +252,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
         subset = self.subsets[sample.subset]
         latent = mask = None
         if number in self.files:
-            stored = self.files[number].read(subset.flip_aug, subset.alpha_mask)
+            stored = self.files.file(number, sample, self.storage).read(subset.flip_aug, subset.alpha_mask)
             latent, mask = pick(stored, is_flipped)
         if sample.picture.mask_path is not None:
             mask = file_mask(sample, centred(sample.shape, is_flipped), subset.resize_interpolation)

@@ -25,8 +25,8 @@ from library.data.batches.batches import (
 )
 from library.data.batches.order import epoch_batches
 from library.data.batches.validation_set import ValidationSet, open_validation_set
-from library.data.caching.latent_files import LatentFile, Latents
-from library.data.caching.text_files import Row, TextFile
+from library.data.caching.latent_files import Latents
+from library.data.caching.stores import LatentFiles, LatentStore, TextStore
 from library.data.description.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, log_lengths_later
 from library.data.description.buckets import BucketRules, Shape
 from library.data.description.captions import caption_variant
@@ -77,9 +77,8 @@ class TrainingSet:
         self.num_workers = num_workers
         self._maker = maker
         self._token_limit = token_limit
-        self._memory: Mapping[int, Latents] = {}
-        self._texts: Mapping[str, Row] = {}
-        self._text_padding: Mapping[str, float] = {}
+        self._latents: Mapping[int, Latents] = {}
+        self._texts = TextStore()
         self._orders = BatchSampler(Orders(1, (), (), int))
         self._skipped: Counter[str] = Counter()  # what is said of damaged pictures, and how often they were drawn
         self._lasting_loader: DataLoader[PartialBatch | str] | None = None
@@ -122,7 +121,7 @@ class TrainingSet:
             subsets=tuple(subset.config for dataset in datasets for subset in dataset.subsets),
             prior_loss_weight=options.dataset.prior_loss_weight,
             max_train_steps=options.run.planned_steps(sum(b.num_batches for b in draws.buckets), num_processes),
-            files={},
+            files=LatentFiles(),
             in_memory=frozenset(),
             storage=storage,
         )
@@ -296,17 +295,13 @@ class TrainingSet:
 
     # Latents
 
-    def use_latents(
-        self, files: Mapping[int, LatentFile], memory: Mapping[int, Latents], damaged: frozenset[int] = frozenset()
-    ) -> None:
-        """Draw cached latents, by number of the sample, in place of pixels; others stand in for `damaged` samples.
-
-        Raises UserError where no other can.
-        """
-        self._memory = memory
-        self._maker = replace(self._maker, files=files, in_memory=frozenset(memory), damaged=damaged)
-        for number in damaged:
-            self._maker.stand_in(number, damaged)
+    def use_latents(self, store: LatentStore) -> None:
+        """Draw cached latents in place of pixels. Raises UserError where none can stand in for a damaged picture."""
+        self._latents = store.memory
+        in_memory = frozenset(store.memory)
+        self._maker = replace(self._maker, files=store.files, in_memory=in_memory, damaged=store.damaged)
+        for number in store.damaged:
+            self._maker.stand_in(number, store.damaged)
         self.close()
 
     # Captions
@@ -335,10 +330,10 @@ class TrainingSet:
             variants = range(self._maker.num_variants if rules.varies else 1)
             yield tuple(dict.fromkeys(caption_variant(picture.key, picture.caption, rules, v) for v in variants))
 
-    def use_texts(self, files: Mapping[int, TextFile], memory: Mapping[str, Row], padding: Mapping[str, float]) -> None:
-        """Draw cached text features, from the file of the sample or else from `memory`, which is by caption."""
-        self._texts, self._text_padding = memory, padding
-        self._maker = replace(self._maker, text_files=files)
+    def use_texts(self, store: TextStore) -> None:
+        """Draw cached text features in place of captions."""
+        self._texts = store
+        self._maker = replace(self._maker, text_files=store.files)
         self.close()
 
     # Batches
@@ -397,7 +392,7 @@ class TrainingSet:
             if told not in self._skipped:
                 logger.warning("%s; it is left out, another picture of its size takes its place", told)
             self._skipped[told] += 1
-        return finish_batch(draft, self._memory, self._texts, self._text_padding)
+        return finish_batch(draft, self._latents, self._texts.memory, self._texts.padding)
 
     def _from_workers(self, orders: Orders, num_workers: int, persistent_workers: bool) -> Iterator[Batch]:
         loader = self._lasting_loader

@@ -16,11 +16,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.data.batches.dataset import TrainingSet
 from library.data.caching.npz import MISSING, clear_left_overs
+from library.data.caching.stores import TextFiles, TextStore
 from library.data.caching.text_files import Identity, Row, TextFile, Verdict, judge, write_texts
 from library.data.sources.scan import few
 from library.errors import UserError
@@ -114,7 +116,7 @@ def cache_texts(
         if prompts:
             write_missing([shown], lambda: open_encoders().prompts, spec, identity, skips_check, threads, ALONE)
         kept = KeptTexts({"": empty.file.read("")}, {text: shown.file.read(text) for text in prompts})
-        training_set.use_texts(files, kept.captions, spec.padding)
+        training_set.use_texts(TextStore(files, kept.captions, spec.padding))
         return kept
     texts = list(dict.fromkeys(["", *(text for texts in training_set.caption_texts() for text in texts)]))
     logger.info("caching text encoder outputs of %d captions in memory", len(texts) + len(prompts))
@@ -124,7 +126,7 @@ def cache_texts(
         prompt_rows = encode_rows(prompts, lambda: open_encoders().prompts, spec, bar)
     kept = KeptTexts(passed_on(rows, texts, processes), prompt_rows)
     logger.info("they take %.2f GB", sum(map(row_bytes, (*kept.captions.values(), *kept.prompts.values()))) / 1e9)
-    training_set.use_texts({}, kept.captions, spec.padding)
+    training_set.use_texts(TextStore(memory=kept.captions, padding=spec.padding))
     return kept
 
 
@@ -145,20 +147,20 @@ def passed_on(rows: Mapping[str, Row], texts: Sequence[str], processes: Processe
     return dict(found)
 
 
-def plan_jobs(training_set: TrainingSet, spec: TextCacheSpec) -> tuple[list[Job], dict[int, TextFile]]:
-    """(what each file is to hold, the file of each sample).
+def plan_jobs(training_set: TrainingSet, spec: TextCacheSpec) -> tuple[list[Job], TextFiles]:
+    """(what each file is to hold, which samples have one).
 
     Samples that share a picture, or pictures that differ only in their endings, share a file: it holds the captions of
     all of them.
     """
     texts_of: dict[str, dict[str, None]] = defaultdict(dict)
-    files: dict[int, TextFile] = {}
+    files = TextFiles(spec.suffix, spec.keys, np.zeros(len(training_set.samples), dtype=bool))
     for number, texts in enumerate(training_set.caption_texts()):
         wanted = [text for text in texts if text]
         if wanted:
-            path = os.path.abspath(training_set.storage.cache_stem(training_set.samples[number].picture)) + spec.suffix
-            files[number] = TextFile(path, spec.keys)
-            texts_of[path].update(dict.fromkeys(wanted))
+            file = files.file(training_set.samples[number], training_set.storage)
+            files.has_N[number] = True
+            texts_of[file.path].update(dict.fromkeys(wanted))
     return [Job(TextFile(path, spec.keys), tuple(texts)) for path, texts in texts_of.items()], files
 
 

@@ -22,11 +22,11 @@ from library.data.caching.latent_files import (
     Origin,
     Verdict,
     content_hash,
-    latent_file,
     write_entry,
 )
 from library.data.caching.latent_index import VerifiedEntries
 from library.data.caching.npz import MISSING, clear_left_overs
+from library.data.caching.stores import LatentFiles, LatentStore, usual_latent_file
 from library.data.description.buckets import Shape
 from library.data.sources.pictures import Version
 from library.data.sources.samples import Sample
@@ -134,8 +134,9 @@ def cache_latents(
         logger.warning(
             "%d pictures are damaged and left out, others of their size take their place: %s", len(told), few(told)
         )
-    files = {user: file for user, file in files.items() if user not in damaged}
-    training_set.use_latents(files, memory, frozenset(damaged))
+    kept_files = {user: file for user, file in files.items() if user not in damaged}
+    on_disk_files = LatentFiles.of(kept_files, training_set.samples, training_set.spec, training_set.storage)
+    training_set.use_latents(LatentStore(on_disk_files, memory, frozenset(damaged)))
 
 
 def shared_out(jobs: Sequence[Job], rank: int, count: int) -> list[Job]:
@@ -195,8 +196,7 @@ def plan_jobs(training_set: TrainingSet, to_disk: bool) -> list[Job]:
 
 
 def file_of(sample: Sample, training_set: TrainingSet) -> LatentFile:
-    stem = training_set.storage.cache_stem(sample.picture)
-    return latent_file(stem, sample.picture.size, sample.shape, training_set.spec)
+    return usual_latent_file(sample, training_set.spec, training_set.storage)
 
 
 def old_file_of(file: LatentFile, stem: str) -> LatentFile:

@@ -592,3 +592,21 @@ def test_latents_in_memory_do_not_come_from_old_files_beside_the_pictures(folder
         path.rename(path.with_name(path.name.partition("_")[0] + ".npz"))
     encoded = cache_on_machines([folder, folder], MEMORY)
     assert [count for _, count in encoded] == [3, 3]
+
+
+def test_where_latents_on_disk_lie_is_not_kept_for_each_picture(tmp_path: Path) -> None:
+    """Two pictures of one name, of which one stays in memory, an old name, and the rest, which only follow a rule."""
+    for i in range(40):
+        write_picture(tmp_path / "a" / f"p{i}.png", (64, 64), seed=i)
+    write_picture(tmp_path / "a" / "p3.jpg", (64, 64), seed=77)
+    config = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
+    first = open_set(write_config(tmp_path / "data.toml", config))
+    cache_latents(first, averaging_vae(), lambda: "vae", DISK, 1)
+    expected = [content_of(batch) for batch in batches_of(first)]
+    os.rename(tmp_path / "a" / "p7_0064x0064_sd.npz", tmp_path / "a" / "p7.npz")
+    found = open_set(write_config(tmp_path / "data.toml", config))
+    cache_latents(found, averaging_vae(), lambda: "vae", DISK, 1)
+    files = found._maker.files
+    names = [os.path.basename(files.others[number].path) for number in files.others]
+    assert names == ["p7.npz"] and int(files.has_N.sum()) == 40 and len(found._maker.in_memory) == 1
+    assert [content_of(batch) for batch in batches_of(found)] == expected
