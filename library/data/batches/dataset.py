@@ -102,6 +102,9 @@ class TrainingSet:
         if options.faults.dry_run:
             config = config.without_index()
         check_drawing(config, options)
+        subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
+        if options.caching.cache_dir is not None and not any(subset.patterns for subset in subsets):
+            logger.warning("--cache_dir has no effect: it is for shards and parquet, caches of files lie beside them")
         storage = Storage(options.caching.cache_dir, options.caching.remote_cache_gb)
         found = collect(config, storage)
         check_pictures(found)

@@ -127,6 +127,7 @@ REQUIRED: dict[Style, tuple[str, ...]] = {
 SOURCES = ("image_dir", "shards", "parquet")
 ONLY_OF: dict[str, tuple[str, ...]] = {  # keys of a subset that only some sources have a use for
     "cache_info": ("image_dir",),
+    "caption_extension": ("image_dir", "shards"),
     "image_column": ("parquet",),
     "caption_column": ("parquet", "shards"),
 }

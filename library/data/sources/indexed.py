@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 NEWLINE = 10
 URLS_AT_ONCE = 16
+MOST_GROUP_BYTES = 64 << 20  # of rows that are read for one of them, before somebody is told
 
 
 def collect_indexed(config: SubsetConfig, storage: Storage, num_threads: int) -> ScannedSubset:
@@ -35,6 +36,8 @@ def collect_indexed(config: SubsetConfig, storage: Storage, num_threads: int) ->
 
     Raises UserError for files that are missing, damaged or of another kind.
     """
+    if config.cache_info:
+        logger.warning("cache_info has no effect on %s, whose pictures have an index", config.source)
     files, shown, known = described_files(config, storage, num_threads)
     rule = CaptionRule(config.caption_extension.removeprefix("."), config.caption_column)
 
@@ -124,6 +127,15 @@ def rows_of_parquet(file: str, shown: str, config: SubsetConfig, storage: Storag
     """The rows of a Parquet file."""
     opened = ParquetRows(storage.file(file), shown)
     columns = columns_of(opened.schema, config.image_column, config.caption_column, shown)
+    num_rows, num_bytes = opened.largest_group(columns.image)
+    if num_bytes > MOST_GROUP_BYTES and not columns.is_url:
+        logger.warning(
+            "%s: to read one picture, %d are read (%.0f MB), for a group of rows is the least; tools/make_shards.py "
+            "writes tar files, of which each picture is read alone",
+            shown,
+            num_rows,
+            num_bytes / 1e6,
+        )
     digits, folder = len(str(opened.num_rows)), os.path.dirname(file)
     rows: list[Row] = []
     with ThreadPoolExecutor(URLS_AT_ONCE, thread_name_prefix="look at URLs") as pool:

@@ -90,6 +90,15 @@ class ParquetRows:
         """The columns, as pyarrow describes them."""
         return self._file.schema_arrow
 
+    def largest_group(self, column: str) -> tuple[int, int]:
+        """(rows, bytes) of the group that takes most to read for one picture."""
+        found = [(0, 0)]
+        for group in map(self._file.metadata.row_group, range(self._file.num_row_groups)):
+            for place in range(group.num_columns):
+                if group.column(place).path_in_schema == column:
+                    found.append((group.num_rows, group.column(place).total_compressed_size))
+        return max(found, key=lambda pair: pair[1])
+
     @property
     def num_rows(self) -> int:
         return int(self._file.metadata.num_rows)

@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from library.data.sources.indexing import Row
 from library.data.sources.names import short_digest
 from library.data.sources.parquet_files import pyarrow_parquet
 from library.data.sources.pictures import FileStamp
+from library.errors import UserError
 from library.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -82,14 +83,27 @@ def read_index(
         return known
     if not is_kept:
         return make_index(path, files, rows_of, num_threads, title, None)
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(only_one(path))
+        except OSError as error:
+            told = "%s cannot be written, so every start makes it again (%s); give --cache_dir a folder that can"
+            logger.warning(told, path, error.strerror)
+            return make_index(path, files, rows_of, num_threads, title, None)
+        known = open_index(path, files)  # another process may have made it meanwhile
+        if known is not None:
+            return known
+        return make_index(path, files, rows_of, num_threads, title, parts_of(path))
+
+
+def write_table(table: Any, path: Path) -> None:
+    """Write a table, whole or not at all. Raises UserError where there is no room for it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with only_one(path):
-            known = open_index(path, files)  # another process may have made it meanwhile
-            return known or make_index(path, files, rows_of, num_threads, title, parts_of(path))
-    except PermissionError as error:
-        logger.warning("%s cannot be written, so every start makes it again: %s; give --cache_dir", path, error)
-        return make_index(path, files, rows_of, num_threads, title, None)
+        with atomic_path(path) as temporary:
+            pyarrow_parquet().write_table(table, temporary, compression="zstd")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; make room, or give another --cache_dir") from None
 
 
 def parts_of(path: Path) -> Path:
@@ -121,7 +135,6 @@ def make_index(
     """Read the files whose rows are not known, `num_threads` at a time, and write the index."""
     import pyarrow as pa
 
-    parquet = pyarrow_parquet()
     found = known_tables(path, files)
 
     def rows_or_part(number: int) -> Any:
@@ -131,8 +144,7 @@ def make_index(
             return table
         table = table_of(rows_of(number), number)
         if part is not None:
-            with atomic_path(part) as temporary:
-                parquet.write_table(table, temporary)
+            write_table(table, part)
         return table
 
     missing = [number for number in range(len(files.names)) if number not in found]
@@ -147,8 +159,7 @@ def make_index(
     table = pa.concat_tables([found[number] for number in range(len(files.names))]).combine_chunks()
     table = table.replace_schema_metadata({ABOUT: files.about()})
     if parts is not None:
-        with atomic_path(path) as temporary:
-            parquet.write_table(table, temporary, compression="zstd")
+        write_table(table, path)
         shutil.rmtree(parts, ignore_errors=True)
     return table
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -123,7 +124,7 @@ def batches_of(run: Run, epoch: int, first_step: int) -> Ahead:
     """This process's batches of an epoch, in order, from the one after `first_step` on; no other is read."""
     dataset, cache = run.options.dataset, run.context.arch.text_cache
     windows = run.plan.windows(epoch, first_step)
-    places = [place for window in windows for place in passes_of(run, window)]
+    places = array("i", (place for window in windows for place in passes_of(run, window)))  # may be a million
     batches = run.training_set.batches(
         epoch,
         places,

@@ -2,12 +2,15 @@
 
 import shutil
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from library.data.caching.latents import cache_latents
+from library.data.sources import indexed, shard_index
 from library.data.sources.ranges import Window
 from library.data.sources.storage import expanded
 from library.data.sources.tar_files import Member, members_of
@@ -164,6 +167,38 @@ def test_of_a_parquet_file_no_more_than_a_group_of_rows_is_read_for_a_picture(
     assert found.storage.read(found.samples[8].picture.place) and counted.reads == []  # of the same group
 
 
+def test_large_groups_of_rows_are_told_with_a_way_out(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(indexed, "MOST_GROUP_BYTES", 20_000)
+    columns = rows_of([], pictures)
+    write_parquet(tmp_path / "rows" / "0.parquet", columns, group=2)
+    open_subset(tmp_path, 'parquet = "{here}/rows/*.parquet"\n')
+    assert "make_shards" not in caplog.text
+    write_parquet(tmp_path / "rows" / "1.parquet", columns, group=11)
+    open_subset(tmp_path, 'parquet = "{here}/rows/*.parquet"\n')
+    assert "1.parquet: to read one picture, 11 are read" in caplog.text and "make_shards.py" in caplog.text
+
+
+def test_of_several_processes_one_makes_the_index(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subset = subset_of("tar txt", pictures, tmp_path)
+    options = write_config(tmp_path / "data.toml", DATASET + subset)
+    made: list[str] = []
+    plain = indexed.rows_of_tar
+
+    def noting(window: Window, shown: str, rule: object) -> object:
+        made.append(Path(shown).name)
+        time.sleep(0.05)
+        return plain(window, shown, rule)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(indexed, "rows_of_tar", noting)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: len(open_set(options).samples), range(3)))
+    assert found == [11] * 3 and sorted(made) == ["0000.tar", "0001.tar", "0002.tar"]
+
+
 def test_every_sample_names_its_shard_and_its_member(pictures: Path, tmp_path: Path) -> None:
     keys = [sample.picture.key for sample in open_subset(tmp_path, subset_of("tar txt", pictures, tmp_path)).samples]
     assert keys[0] == f"{tmp_path.as_posix()}/shards/0000.tar/p00.png"
@@ -220,6 +255,33 @@ def test_nothing_is_written_where_nothing_is_to_be_written(pictures: Path, tmp_p
     options = write_config(tmp_path / "data.toml", DATASET + subset_of("tar txt", pictures, tmp_path))
     assert len(open_set(options.with_values({"dry_run": True})).samples) == 11
     assert index_files(tmp_path / "shards") == []
+
+
+def test_where_the_index_cannot_be_written_it_stays_in_memory(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a file").write_text("no folder")
+    found = open_subset(tmp_path, subset_of("tar txt", pictures, tmp_path), "cache_dir", str(tmp_path / "a file"))
+    assert len(found.samples) == 11 and "cannot be written, so every start makes it again" in caplog.text
+
+
+def test_a_full_disk_is_told_and_what_is_done_stays(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subset = subset_of("tar txt", pictures, tmp_path)
+    plain = shard_index.atomic_path
+
+    def full(path: Path) -> object:
+        if Path(path).name.startswith(".picture_index"):
+            raise OSError(28, "No space left on device")
+        return plain(path)
+
+    monkeypatch.setattr(shard_index, "atomic_path", full)
+    with pytest.raises(UserError, match=r"\.picture_index-.* cannot be written: No space left.*make room"):
+        open_subset(tmp_path, subset)
+    monkeypatch.undo()
+    counted = CountedReads(monkeypatch)
+    assert len(open_subset(tmp_path, subset).samples) == 11 and counted.reads == []
 
 
 # What is wrong with them
@@ -286,6 +348,10 @@ def test_pictures_that_cannot_be_used_are_left_out_and_named(tmp_path: Path) -> 
             'shards = "{here}/0.tar"\ncache_info = true',
             r"\['cache_info'\] does nothing with shards; it is for image_dir",
         ),
+        (
+            'parquet = "x"\ncaption_extension = ".txt"',
+            r"_extension'\] does nothing with parquet; .* and shards",
+        ),
         ('shards = "{here}/0.tar"\nimage_column = "a"', r"\['image_column'\] does nothing with shards.* for parquet"),
         ("num_repeats = 2", r"\['image_dir'\] is missing: name a folder, or tar files as shards, or Parquet files"),
         ("shards = 3", r"\['shards'\] is 3, but must be a string or a list of strings"),
@@ -308,6 +374,15 @@ def test_a_shard_that_shrank_since_the_start_is_named(pictures: Path, tmp_path: 
     (tmp_path / "shards" / "0000.tar").write_bytes(b"\0" * 2000)
     with pytest.raises(UserError, match=r"0000\.tar ends at byte \d+, .*since it was indexed"):
         batches_of(found)
+
+
+def test_options_without_effect_are_told(pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_subset(tmp_path, subset_of("folder", pictures, tmp_path), "cache_dir", str(tmp_path / "caches"))
+    assert "--cache_dir has no effect" in caplog.text
+    caplog.clear()
+    shards = subset_of("tar txt", pictures, tmp_path)
+    open_subset(tmp_path, shards, "cache_dir", str(tmp_path / "caches"), "cache_info", True)
+    assert "--cache_dir" not in caplog.text and "cache_info has no effect on" in caplog.text
 
 
 # Tar
