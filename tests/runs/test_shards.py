@@ -7,6 +7,7 @@ import pytest
 
 from tests.running import Finished, make_pictures
 from tests.runs.test_resume import ALL_RANDOM, cut_and_go_on, saved
+from tests.unit.data.object_store import BUCKET, SECRET, object_store
 from tests.unit.data.shard_builders import shards_of, write_parquet
 
 Train = Callable[..., Finished]
@@ -74,3 +75,26 @@ def test_started_as_users_do_with_workers_that_read(
     assert done.status == 0, done.stderr
     assert train(arguments_of(base_arguments, tmp_path / "folder_run", sources["folder"])).status == 0
     assert equal(tmp_path / "shards_run", tmp_path / "folder_run")
+
+
+@pytest.mark.slow
+def test_started_as_users_do_with_shards_of_a_bucket_whose_answers_break_off(
+    launch: Callable[..., Finished],
+    train: Train,
+    base_arguments: list[str],
+    sources: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with object_store(monkeypatch) as store:
+        store.fill(tmp_path / "shards", "cats/")
+        store.cuts = 3
+        options = ["--max_data_loader_n_workers", "2", "--cache_dir", str(tmp_path / "caches")]
+        shards = f'shards = "s3://{BUCKET}/cats/*.tar"'
+        done = launch(arguments_of(base_arguments, tmp_path / "bucket_run", shards, *options))
+        assert done.status == 0, done.stderr
+        assert store.cuts == 0
+    assert train(arguments_of(base_arguments, tmp_path / "folder_run", sources["folder"])).status == 0
+    assert equal(tmp_path / "bucket_run", tmp_path / "folder_run")
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert not written and SECRET not in done.stderr + done.stdout
