@@ -47,7 +47,7 @@ def equal(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(bool((first[key] == second[key]).all()) for key in first)
 
 
-@pytest.mark.parametrize("source", ["shards", "parquet"])
+@pytest.mark.parametrize("source", ["shards", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_the_adapter_is_that_of_the_folder(
     source: str, train: Train, base_arguments: list[str], sources: dict[str, str], tmp_path: Path
 ) -> None:
