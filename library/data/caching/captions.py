@@ -81,10 +81,10 @@ def digest_of_words(tokenizers: Sequence[Any]) -> str:
 
 
 @dataclass(frozen=True)
-class KeptTexts:
-    """Text features that stay in memory, by text."""
+class CachedTexts:
+    """What text encoders made of captions and of prompts of previews, the latter by text."""
 
-    captions: Mapping[str, Row]
+    store: TextStore
     prompts: Mapping[str, Row]
 
 
@@ -94,8 +94,8 @@ def cache_texts(
     prompts: Sequence[str],
     skips_check: bool,
     processes: Processes = ALONE,
-) -> KeptTexts:
-    """Encode what is not cached yet and let the training set draw text features; gives those kept in memory.
+) -> CachedTexts:
+    """Encode what is not cached yet; gives where the text features of all captions are, and those of prompts.
 
     `prompts` are those of previews, which only the main process has. Several processes share the captions out, and pass
     those that are to stay in memory on in a temporary folder. Files that are not true any more are made again, and only
@@ -115,19 +115,17 @@ def cache_texts(
         write_missing([empty, *jobs], lambda: open_encoders().captions, spec, identity, skips_check, threads, processes)
         if prompts:
             write_missing([shown], lambda: open_encoders().prompts, spec, identity, skips_check, threads, ALONE)
-        kept = KeptTexts({"": empty.file.read("")}, {text: shown.file.read(text) for text in prompts})
-        training_set.use_texts(TextStore(files, kept.captions, spec.padding))
-        return kept
+        store = TextStore(files, {"": empty.file.read("")}, spec.padding)
+        return CachedTexts(store, {text: shown.file.read(text) for text in prompts})
     texts = list(dict.fromkeys(["", *(text for texts in training_set.caption_texts() for text in texts)]))
     logger.info("caching text encoder outputs of %d captions in memory", len(texts) + len(prompts))
     share = texts[processes.local_rank :: processes.local_count]
     with progress_bar(TITLE, len(share) + len(prompts)) as bar:
         rows = encode_rows(share, lambda: open_encoders().captions, spec, bar)
         prompt_rows = encode_rows(prompts, lambda: open_encoders().prompts, spec, bar)
-    kept = KeptTexts(passed_on(rows, texts, processes), prompt_rows)
-    logger.info("they take %.2f GB", sum(map(row_bytes, (*kept.captions.values(), *kept.prompts.values()))) / 1e9)
-    training_set.use_texts(TextStore(memory=kept.captions, padding=spec.padding))
-    return kept
+    store = TextStore(memory=passed_on(rows, texts, processes), padding=spec.padding)
+    logger.info("they take %.2f GB", sum(map(row_bytes, (*store.memory.values(), *prompt_rows.values()))) / 1e9)
+    return CachedTexts(store, prompt_rows)
 
 
 def passed_on(rows: Mapping[str, Row], texts: Sequence[str], processes: Processes) -> Mapping[str, Row]:

@@ -83,8 +83,8 @@ def cache_latents(
     options: CachingOptions,
     seed: int,
     processes: Processes = ALONE,
-) -> None:
-    """Encode what is not cached yet and let the training set draw latents in place of pixels.
+) -> LatentStore:
+    """Encode what is not cached yet; gives where the latents of all pictures are.
 
     Each picture's posterior sample is drawn with its own generator, so it does not depend on batches or on what was
     cached. Entries on disk that are not true any more are made again, alone; see `latent_files.judge`. An interrupted
@@ -136,7 +136,7 @@ def cache_latents(
         )
     kept_files = {user: file for user, file in files.items() if user not in damaged}
     on_disk_files = LatentFiles.of(kept_files, training_set.samples, training_set.spec, training_set.storage)
-    training_set.use_latents(LatentStore(on_disk_files, memory, frozenset(damaged)))
+    return LatentStore(on_disk_files, memory, frozenset(damaged))
 
 
 def shared_out(jobs: Sequence[Job], rank: int, count: int) -> list[Job]:

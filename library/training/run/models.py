@@ -76,7 +76,7 @@ def encode_pictures(
     training_set: TrainingSet,
     processes: Processes,
 ) -> None:
-    """Cache the latents of every picture.
+    """Cache the latents of every picture, and let the training set draw them in place of pixels.
 
     The VAE is not loaded where every entry is there and is trusted (--skip_cache_check).
     """
@@ -89,7 +89,8 @@ def encode_pictures(
         with torch.no_grad():
             return codec.encode(vae(), pixels_BCHW.to(processes.device), generators).float().cpu()
 
-    cache_latents(training_set, encode, cache(lambda: identity_of(vae())), caching, seed, processes)
+    store = cache_latents(training_set, encode, cache(lambda: identity_of(vae())), caching, seed, processes)
+    training_set.use_latents(store)
 
 
 def identity_of(module: nn.Module) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 from library.checkpoints.weights import open_weights
 from library.data.batches.dataset import TrainingSet
 from library.data.batches.training_data import TrainingData
-from library.data.caching.captions import Encode, Encoders, KeptTexts, TextEncoding, cache_texts
+from library.data.caching.captions import CachedTexts, Encode, Encoders, TextEncoding, cache_texts
 from library.data.caching.text_files import stack_rows
 from library.errors import UserError
 from library.options.caching import TextCachingOptions
@@ -32,12 +32,14 @@ class RunText:
     """The text encoders on the device, and what those that are cached made of captions and prompts."""
 
     encoders: list[nn.Module]
-    kept: KeptTexts | None
+    cached: CachedTexts | None
 
     @property
     def prompts(self) -> Mapping[str, Conditioning] | None:
         """Cached conditioning of each prompt of the previews, by text; None where nothing is cached."""
-        return None if self.kept is None else {text: stack_rows([row], {}) for text, row in self.kept.prompts.items()}
+        if self.cached is None:
+            return None
+        return {text: stack_rows([row], {}) for text, row in self.cached.prompts.items()}
 
 
 def cached_text(options: TrainOptions, spec: TextCacheSpec | None) -> TextCacheSpec | None:
@@ -128,9 +130,10 @@ def prepare_text(
 
     encoding = TextEncoding(spec, open_encoders, options.precision.mixed_precision)
     assert isinstance(training_set, TrainingSet), "--dataset_class refuses --cache_text_encoder_outputs"
-    kept = cache_texts(training_set, encoding, prompts, options.caching.skip_cache_check, processes)
+    cached = cache_texts(training_set, encoding, prompts, options.caching.skip_cache_check, processes)
+    training_set.use_texts(cached.store)
     live = live_text(options, spec)
-    return RunText([] if live is None else [encoder.to(device) for encoder in live.load()], kept)
+    return RunText([] if live is None else [encoder.to(device) for encoder in live.load()], cached)
 
 
 def frozen_encode(pipeline: TextPipeline, encoders: Sequence[nn.Module], autocast: Autocast) -> Encode:

@@ -58,7 +58,7 @@ def cache(
     """A training set with cached latents, and how many pictures (and mirrored copies) were encoded for it."""
     calls: list[int] = []
     training_set = open_folder(folder, arguments, spec)
-    cache_latents(training_set, averaging_vae(calls), lambda: vae, options, seed)
+    training_set.use_latents(cache_latents(training_set, averaging_vae(calls), lambda: vae, options, seed))
     return training_set, sum(calls)
 
 
@@ -109,7 +109,7 @@ def cache_larger(folder: Path) -> int:
     """Cache the pictures at 128x64; how many were encoded."""
     calls: list[int] = []
     larger = open_set(options_of("--resolution 128,64", "--train_data_dir", str(folder)))
-    cache_latents(larger, averaging_vae(calls), lambda: "vae", DISK, 1)
+    larger.use_latents(cache_latents(larger, averaging_vae(calls), lambda: "vae", DISK, 1))
     return sum(calls)
 
 
@@ -237,7 +237,7 @@ def test_only_subsets_that_mirror_get_mirrored_copies(tmp_path, options):
     text = "[[datasets]]\nresolution = 64\n" + subset % ("a", "true") + subset % ("b", "false")
     training_set = open_set(write_config(tmp_path / "data.toml", text))
     calls: list[int] = []
-    cache_latents(training_set, averaging_vae(calls), lambda: "vae", options, 1)
+    training_set.use_latents(cache_latents(training_set, averaging_vae(calls), lambda: "vae", options, 1))
     assert sum(calls) == 3
     drawn = {
         (b.keys[0][-7], str(b.latents_BCHW.tolist())) for epoch in range(1, 12) for b in batches_of(training_set, epoch)
@@ -252,7 +252,9 @@ def test_one_picture_in_two_datasets_is_encoded_once_at_one_size_and_apart_at_tw
         text = "".join(one.replace("{}", str(size)) for size in sizes)
         training_set = open_set(write_config(tmp_path / "data.toml", text))
         calls: list[int] = []
-        cache_latents(training_set, averaging_vae(calls), lambda sizes=sizes: f"vae of {sizes}", DISK, 1)
+        training_set.use_latents(
+            cache_latents(training_set, averaging_vae(calls), lambda sizes=sizes: f"vae of {sizes}", DISK, 1)
+        )
         shapes = sorted(tuple(batch.latents_BCHW.shape) for batch in batches_of(training_set))
         assert sum(calls) == num_encoded
         assert shapes == [(1, 4, size // 8, size // 8) for size in sizes]
@@ -364,7 +366,7 @@ def test_another_bucket_of_the_same_shape_of_picture_is_noticed(folder):
     cache(folder)
     training_set = open_set(options_of("--resolution 128", "--train_data_dir", str(folder)))
     calls: list[int] = []
-    cache_latents(training_set, averaging_vae(calls), lambda: "vae", DISK, 1)
+    training_set.use_latents(cache_latents(training_set, averaging_vae(calls), lambda: "vae", DISK, 1))
     assert sum(calls) == 3
 
 
@@ -520,7 +522,7 @@ def test_regularisation_pictures_that_are_not_needed_are_not_encoded(tmp_path):
         options_of("--resolution 64", "--train_data_dir", f"{tmp_path}/train", "--reg_data_dir", f"{tmp_path}/reg")
     )
     calls: list[int] = []
-    cache_latents(training_set, averaging_vae(calls), lambda: "vae", MEMORY, 1)
+    training_set.use_latents(cache_latents(training_set, averaging_vae(calls), lambda: "vae", MEMORY, 1))
     assert sum(calls) == 2
     assert len(latents_by_key(training_set)) == 2
 
@@ -534,7 +536,7 @@ def test_masks_of_files_are_drawn_with_cached_latents(tmp_path):
         f"conditioning_data_dir = '{tmp_path.as_posix()}/m'\n"
     )
     training_set = open_set(options_of("--masked_loss", "--dataset_config", str(config)))
-    cache_latents(training_set, averaging_vae(), lambda: "vae", MEMORY, 1)
+    training_set.use_latents(cache_latents(training_set, averaging_vae(), lambda: "vae", MEMORY, 1))
     (batch,) = batches_of(training_set)
     assert np.abs(batch.masks_B1HW[0, 0].numpy() - np.array(Image.open(mask))[..., 0] / 255).max() < 1e-6
 
@@ -550,7 +552,9 @@ def cache_on_machines(folders: list[Path], options: CachingOptions) -> list[tupl
         calls: list[int] = []
         training_set = open_folder(folders[rank])
         processes = Processes(rank, len(folders), local_rank=0, local_count=1, store=board)
-        cache_latents(training_set, averaging_vae(calls), lambda: "vae", options, 1, processes)
+        training_set.use_latents(
+            cache_latents(training_set, averaging_vae(calls), lambda: "vae", options, 1, processes)
+        )
         return {Path(key).name: value for key, value in latents_by_key(training_set).items()}, sum(calls)
 
     with ThreadPoolExecutor(len(folders)) as pool:
@@ -601,11 +605,11 @@ def test_where_latents_on_disk_lie_is_not_kept_for_each_picture(tmp_path: Path) 
     write_picture(tmp_path / "a" / "p3.jpg", (64, 64), seed=77)
     config = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
     first = open_set(write_config(tmp_path / "data.toml", config))
-    cache_latents(first, averaging_vae(), lambda: "vae", DISK, 1)
+    first.use_latents(cache_latents(first, averaging_vae(), lambda: "vae", DISK, 1))
     expected = [content_of(batch) for batch in batches_of(first)]
     os.rename(tmp_path / "a" / "p7_0064x0064_sd.npz", tmp_path / "a" / "p7.npz")
     found = open_set(write_config(tmp_path / "data.toml", config))
-    cache_latents(found, averaging_vae(), lambda: "vae", DISK, 1)
+    found.use_latents(cache_latents(found, averaging_vae(), lambda: "vae", DISK, 1))
     files = found._maker.files
     names = [os.path.basename(files.others[number].path) for number in files.others]
     assert names == ["p7.npz"] and int(files.has_N.sum()) == 40 and len(found._maker.in_memory) == 1

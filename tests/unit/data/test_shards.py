@@ -105,7 +105,7 @@ def test_they_are_split_as_the_folder_is(kind: str, pictures: Path, tmp_path: Pa
 def latents_of(found, folder: Path | None, **options: object) -> tuple[list[object], int]:
     calls: list[int] = []
     caching = CachingOptions(cache_latents=True, cache_latents_to_disk=folder is not None, vae_batch_size=3, **options)
-    cache_latents(found, averaging_vae(calls), lambda: "vae", caching, 4)
+    found.use_latents(cache_latents(found, averaging_vae(calls), lambda: "vae", caching, 4))
     return [content_of(batch)[1:] for batch in batches_of(found)], sum(calls)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from library.data.batches.dataset import TrainingSet
-from library.data.caching.captions import Encoders, KeptTexts, TextEncoding, cache_texts
+from library.data.caching.captions import CachedTexts, Encoders, TextEncoding, cache_texts
 from library.data.caching.text_files import TextFile, stack_rows
 from library.data.description.captions import CaptionRules, caption_variant
 from library.options.caching import TextCachingOptions
@@ -61,7 +61,7 @@ def write_data(
 @dataclasses.dataclass
 class Cached:
     training_set: TrainingSet
-    kept: KeptTexts
+    kept: CachedTexts
     calls: list[list[str]]
     num_loads: int
 
@@ -113,6 +113,7 @@ def cache(
         return Encoders(encode or pipeline(calls), pipeline(calls, is_prompt=True))
 
     kept = cache_texts(training_set, TextEncoding(spec, load, dtype), prompts, skips_check, processes)
+    training_set.use_texts(kept.store)
     return Cached(training_set, kept, calls, len(loads))
 
 
@@ -237,8 +238,8 @@ def test_every_caption_comes_back_bit_for_bit(tmp_path):
     texts = next(cached.training_set.caption_texts())
     for text in texts:
         assert_same(TextFile(str(file_of(folder)), KEYS).read(text), features(text))
-    assert list(cached.kept.captions) == [""] and list(cached.kept.prompts) == ["a prompt", "no"]
-    assert_same(cached.kept.captions[""], features(""))
+    assert list(cached.kept.store.memory) == [""] and list(cached.kept.prompts) == ["a prompt", "no"]
+    assert_same(cached.kept.store.memory[""], features(""))
     assert_same(cached.kept.prompts["no"], features("no", is_prompt=True))
 
 

@@ -144,12 +144,12 @@ def test_cached_latents_serve_both_sides(tmp_path, to_disk):
     training_set = changing(tmp_path, crop=False)
     calls: list[int] = []
     options = CachingOptions(cache_latents=True, cache_latents_to_disk=to_disk)
-    cache_latents(training_set, averaging_vae(calls), lambda: "vae", options, 1)
+    training_set.use_latents(cache_latents(training_set, averaging_vae(calls), lambda: "vae", options, 1))
     assert sum(calls) == 6 * 2 + 6  # mirrored copies of what is trained only
     batches = list(training_set.validation.batches(training_set.validation.places_of(None), 2))
     assert all(batch.latents_BCHW is not None and batch.pixels_BCHW is None for batch in batches)
     again = changing_again(tmp_path)
-    cache_latents(again, averaging_vae(calls), lambda: "vae", options, 1)
+    again.use_latents(cache_latents(again, averaging_vae(calls), lambda: "vae", options, 1))
     assert sum(calls) == 18 * (1 if to_disk else 2)
     for batch, other in zip(batches, again.validation.batches(again.validation.places_of(None), 0), strict=True):
         assert batch.latents_BCHW is not None and other.latents_BCHW is not None
