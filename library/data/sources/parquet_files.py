@@ -6,6 +6,7 @@ bytes may also be a column of their own, or a column of URLs stands in for them.
 
 import threading
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -69,10 +70,36 @@ def is_struct(kind: Any) -> bool:
     return str(kind).startswith("struct<")
 
 
-class ParquetRows:
-    """A Parquet file that stays open. Keeps the last group of rows that was read."""
+class KeptGroups:
+    """Groups of rows that were read last, of all files together, up to a size; one that is larger is kept alone."""
 
-    def __init__(self, file: RangeFile, shown: str) -> None:
+    def __init__(self, max_bytes: int = 256 << 20) -> None:
+        self.max_bytes = max_bytes
+        self._values: OrderedDict[tuple[str, str, int], Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(values.nbytes for values in self._values.values())
+
+    def get(self, key: tuple[str, str, int]) -> Any:
+        """The values of (file, column, group); None where they are not kept."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
+
+    def put(self, key: tuple[str, str, int], values: Any) -> None:
+        with self._lock:
+            self._values[key] = values
+            while len(self._values) > 1 and self.num_bytes > self.max_bytes:
+                self._values.popitem(last=False)
+
+
+class ParquetRows:
+    """A Parquet file that stays open."""
+
+    def __init__(self, file: RangeFile, shown: str, kept: KeptGroups | None = None) -> None:
         """Raises UserError for a file that is none, or is damaged."""
         parquet = pyarrow_parquet()
         self.shown = shown
@@ -82,7 +109,7 @@ class ParquetRows:
             raise UserError(f"{shown} is not a Parquet file, or is damaged: {error}") from None
         counts = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         self._firsts = list(accumulate(counts, initial=0))[:-1]
-        self._kept: tuple[tuple[str, int], Any] | None = None
+        self._kept = kept or KeptGroups()
         self._lock = threading.Lock()
 
     @property
@@ -126,12 +153,14 @@ class ParquetRows:
 
     def _group(self, column: str, row: int) -> tuple[int, Any]:
         """(first row of the group, its values)."""
-        with self._lock:
-            group = bisect_right(self._firsts, row) - 1
-            if self._kept is None or self._kept[0] != (column, group):
-                self._kept = None
-                self._kept = (column, group), self._column(column, group)
-            return self._firsts[group], self._kept[1]
+        group = bisect_right(self._firsts, row) - 1
+        key = self.shown, column, group
+        with self._lock:  # a file is read by one thread at a time
+            values = self._kept.get(key)
+            if values is None:
+                values = self._column(column, group)
+                self._kept.put(key, values)
+        return self._firsts[group], values
 
     def _column(self, column: str, group: int) -> Any:
         try:

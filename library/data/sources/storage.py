@@ -13,7 +13,7 @@ from library.data.description.schema import without_secrets
 from library.data.sources import remote
 from library.data.sources.disk_cache import DiskCache
 from library.data.sources.names import folder_name, safe_name, short_digest
-from library.data.sources.parquet_files import ParquetRows
+from library.data.sources.parquet_files import KeptGroups, ParquetRows
 from library.data.sources.pictures import FileStamp, Picture, Place, Version, digest_of
 from library.data.sources.ranges import RangeFile, Window
 from library.errors import UserError
@@ -23,6 +23,7 @@ BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<choices>[^{}]*,[^
 GLOB, GLOB_IN_URL = re.compile(r"[*?\[]"), re.compile(r"\*")
 REMOTE_CHUNK_BYTES = 16384  # a request takes longer than so much more in its answer
 READ_FOLDER = "read"
+MOST_OPEN = 64  # Parquet files; what stands at the end of one can have megabytes
 GB = 10**9
 
 
@@ -31,6 +32,7 @@ class Opened:
     """What stays open in this process."""
 
     files: dict[str, ParquetRows] = field(default_factory=dict)
+    groups: KeptGroups = field(default_factory=KeptGroups)
     cache: DiskCache | None = None
     lock: Any = field(default_factory=threading.Lock)
 
@@ -120,7 +122,9 @@ class Storage:
     def _rows(self, file: str) -> ParquetRows:
         with self.opened.lock:
             if file not in self.opened.files:
-                self.opened.files[file] = ParquetRows(self.file(file), without_secrets(file))
+                if len(self.opened.files) >= MOST_OPEN:
+                    self.opened.files.pop(next(iter(self.opened.files)))
+                self.opened.files[file] = ParquetRows(self.file(file), without_secrets(file), self.opened.groups)
             return self.opened.files[file]
 
     # Files

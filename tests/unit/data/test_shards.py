@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from library.data.caching.latents import cache_latents
-from library.data.sources import indexed, shard_index
+from library.data.sources import indexed, shard_index, storage
 from library.data.sources.ranges import Window
 from library.data.sources.storage import expanded
 from library.data.sources.tar_files import Member, members_of
@@ -165,6 +165,23 @@ def test_of_a_parquet_file_no_more_than_a_group_of_rows_is_read_for_a_picture(
     assert counted.num_bytes < 0.7 * sizes[1] + (1 << 16), "the end of the file and the first of its two groups"
     counted.reads.clear()
     assert found.storage.read(found.samples[8].picture.place) and counted.reads == []  # of the same group
+
+
+def test_no_more_groups_of_rows_stay_in_memory_than_a_size_allows(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(5):
+        write_parquet(tmp_path / "rows" / f"{i}.parquet", rows_of([], pictures), group=4)
+    monkeypatch.setattr(storage, "MOST_OPEN", 3)
+    found = open_subset(tmp_path, 'parquet = "{here}/rows/*.parquet"\n')
+    opened = found.storage.opened
+    opened.groups.max_bytes = 150_000
+    files = sorted(path for path in pictures.iterdir() if path.suffix != ".txt")
+    for number in [0, 54, 20, 13, 40, 1, 54]:
+        place = found.samples[number].picture.place
+        assert place is not None and found.storage.read(place) == files[number % 11].read_bytes()
+        assert opened.groups.num_bytes <= 150_000 and len(opened.files) <= 3
+    assert opened.groups.num_bytes > 50_000
 
 
 def test_large_groups_of_rows_are_told_with_a_way_out(
