@@ -22,6 +22,7 @@ PACKAGES = {  # protocol -> what pip installs for it
     "hf": "huggingface_hub", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "sftp": "paramiko", "ssh": "paramiko",
     "oci": "ocifs", "oss": "ossfs", "webdav": "webdav4", "dropbox": "dropboxdrivefs", "gdrive": "gdrivefs",
 }  # fmt: skip
+MARKS = ("ETag", "etag", "blob_id", "xet_hash", "LastModified", "last_modified", "mtime")  # the surest first
 URL = re.compile(r"\w+://[^\s'\"<>)]+")
 SIGNED = re.compile(r"(?i)\b((?:x-amz-[\w-]+|signature|token|key|password|secret)=)[^\s&'\"]+")
 
@@ -53,8 +54,7 @@ def stamp_of_url(url: str) -> FileStamp:
         info = file_system.info(path, **_limit(file_system))
         if info.get("size") is None:
             raise UserError(f"{without_secrets(url)}: the server does not tell the size, so no part can be asked for")
-        names = ("ETag", "etag", "LastModified", "last_modified", "mtime", "last_commit", "blob_id")
-        return FileStamp(int(info["size"]), " ".join(str(info[name]) for name in names if info.get(name)))
+        return FileStamp(int(info["size"]), next((str(info[name]) for name in MARKS if info.get(name)), ""))
 
     return tried(ask, url)
 

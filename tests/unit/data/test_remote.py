@@ -143,6 +143,22 @@ def test_latents_of_remote_pictures_lie_under_the_cache_folder_and_pictures_are_
     assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.npz")} == {"caches"}
 
 
+def test_file_systems_that_wait_for_each_answer_serve_too(pictures: Path, tmp_path: Path) -> None:
+    """fsspec has two kinds; s3:// and https:// are of the one, hf:// and this are of the other."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in shards_of(pictures, tmp_path / "made", 2):
+        memory.pipe_file(f"/cats/{path.name}", path.read_bytes())
+    plain = open_subset(tmp_path, f'image_dir = "{pictures.as_posix()}"\ncaption_extension = ".txt"\n')
+    found = open_remote(tmp_path, 'shards = "memory://cats/*.tar"\n')
+    assert found.samples[0].picture.key == "memory:///cats/0000.tar/p0.png"
+    assert contents(found) == contents(plain)
+    memory.rm("/cats/0001.tar")
+    again = open_remote(tmp_path, 'shards = "memory://cats/*.tar"\n')
+    assert len(again.samples) == COUNT / 2
+
+
 # Faults
 
 
