@@ -20,6 +20,7 @@ import toml  # noqa: E402
 
 from library.checkpoints.files import atomic_path  # noqa: E402
 from library.data.batches.dataset import NoDataFound, TrainingSet  # noqa: E402
+from library.data.batches.images import open_picture, picture_extensions  # noqa: E402
 from library.data.description.keys import ALL_KEYS, SOURCES  # noqa: E402
 from library.data.description.schema import (  # noqa: E402
     DatasetConfig,
@@ -67,9 +68,24 @@ class Packed:
     caption: str | None  # None where there is none, for which class_tokens may stand in
 
     @property
-    def name(self) -> str:
-        """The member's name; its ending is the one of the file, since it says how the picture is read."""
-        return f"{self.stem}{os.path.splitext(self.picture.key)[1].lower()}"
+    def text(self) -> bytes | None:
+        """What is written of the caption. Raises UserError for one that is no text."""
+        try:
+            return None if self.caption is None else self.caption.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the caption of {self.picture.key} has half of a character at place {error.start}, which no file of "
+                "text can hold; mend it in the metadata file"
+            ) from None
+
+
+def ending_of(picture: Picture, content: bytes) -> str:
+    """The ending that says how a picture is read: that of its file, else that of its format."""
+    ending = os.path.splitext(picture.key)[1].lower()
+    if ending in picture_extensions():
+        return ending
+    with open_picture(picture.key, content) as image:
+        return f".{str(image.format).lower()}".replace(".jpeg", ".jpg")
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -108,9 +124,10 @@ def write_shards(found: ScannedSubset, out: Path, name: str, shard_bytes: float,
         while one is not None:
             with atomic_path(out / f"{name}-{number:05}.tar") as temporary, tarfile.open(temporary, "w") as archive:
                 while one is not None and (not archive.offset or archive.offset < shard_bytes):
-                    add_member(archive, one.name, storage.whole(one.picture)[1])
-                    if one.caption is not None:
-                        add_member(archive, f"{one.stem}{ENDING}", one.caption.encode(errors="surrogatepass"))
+                    content, text = storage.whole(one.picture)[1], one.text
+                    add_member(archive, f"{one.stem}{ending_of(one.picture, content)}", content)
+                    if text is not None:
+                        add_member(archive, f"{one.stem}{ENDING}", text)
                     bar.update(1)
                     one = next(members, None)
             number += 1

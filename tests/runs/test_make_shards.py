@@ -14,6 +14,7 @@ from tests.running import Finished, make_pictures
 from tests.runs.bases import BASES
 from tests.runs.test_resume import saved
 from tests.unit.data.builders import batches_of, content_of, open_set, options_of, write_picture
+from tests.unit.data.shard_builders import shards_of, write_parquet
 from tools import make_shards
 
 Train = Callable[..., Finished]
@@ -99,7 +100,36 @@ def test_the_same_pictures_give_the_same_shards(described: Path, tmp_path: Path)
     assert (tmp_path / "one" / "cats-00000.tar").read_bytes() == (tmp_path / "two" / "cats-00000.tar").read_bytes()
 
 
-def test_captions_of_a_metadata_file_and_of_parquet_stay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["shards", "parquet"])
+def test_larger_files_are_packed_anew(kind: str, tmp_path: Path) -> None:
+    """Rows of a Parquet file have neither names nor endings."""
+    make_pictures(tmp_path / "p", 4, seed=2)
+    if kind == "shards":
+        shards_of(tmp_path / "p", tmp_path / "made", 2)
+        source = f'shards = "{(tmp_path / "made").as_posix()}/*.tar"'
+    else:
+        files = sorted(path for path in (tmp_path / "p").iterdir() if path.suffix != ".txt")
+        texts = [file.with_suffix(".txt").read_text() for file in files]
+        pictures: list[object] = [file.read_bytes() for file in files]
+        write_parquet(tmp_path / "rows.parquet", {"img": pictures, "words": list(texts)})
+        source = f'parquet = "{(tmp_path / "rows.parquet").as_posix()}"\ncaption_column = "words"'
+    (tmp_path / "data.toml").write_text(f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{source}\n")
+    assert make_shards.main(["--dataset_config", str(tmp_path / "data.toml"), "--out", str(tmp_path / "out")]) == 0
+    assert len(contents(tmp_path / "out" / "dataset.toml")) == 8
+    assert contents(tmp_path / "out" / "dataset.toml") == contents(tmp_path / "data.toml")
+
+
+def test_a_caption_that_is_no_text_is_named(tmp_path: Path, capsys) -> None:
+    write_picture(tmp_path / "p" / "a.png", (64, 64))
+    (tmp_path / "meta.json").write_text('{"a": {"caption": "half \\ud83d of it"}}')
+    text = f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{(tmp_path / "p").as_posix()}"\n'
+    (tmp_path / "data.toml").write_text(f'{text}metadata_file = "{(tmp_path / "meta.json").as_posix()}"\n')
+    assert make_shards.main(["--dataset_config", str(tmp_path / "data.toml"), "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "a.png has half of a character at place 5" in error and not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_captions_of_a_metadata_file_stay(tmp_path: Path) -> None:
     for i in range(3):
         write_picture(tmp_path / "p" / f"p{i}.png", (64, 64), seed=i)
     entries = {f"p{i}": {"caption": f"said {i}", "tags": "x, y"} for i in range(3)}
