@@ -71,7 +71,7 @@ class SideBySide:
 
     def share_stacked(self, places: Sequence[int]) -> float:
         """How many of the layers compute the adapters of these networks in one product, as a share."""
-        return sum(layer.is_stacked(tuple(places)) for layer in self.layers) / len(self.layers)
+        return sum(layer.stack_of(tuple(places)) is not None for layer in self.layers) / len(self.layers)
 
 
 class SharedLayer:
@@ -79,15 +79,16 @@ class SharedLayer:
 
     def __init__(self, layer: nn.Module, adapters: Mapping[int, Adapter], turns: SideBySide) -> None:
         self._adapters, self._turns = adapters, turns
-        self._stacked: dict[tuple[int, ...], bool] = {}
+        self._stacked: dict[tuple[int, ...], Sequence[ScaledDelta] | None] = {}
         self._base: Forward = take_forward(layer, self.forward)
 
-    def is_stacked(self, places: tuple[int, ...]) -> bool:
-        """Whether one product computes all of these networks."""
+    def stack_of(self, places: tuple[int, ...]) -> Sequence[ScaledDelta] | None:
+        """The changes of these networks, where one product computes all of them."""
         if places not in self._stacked:
             found = [self._adapters[place].change for place in places if place in self._adapters]
             draws = any(self._turns.draws[place] for place in places)
-            self._stacked[places] = len(found) == len(places) and not draws and can_be_stacked(found)
+            is_possible = len(found) == len(places) and not draws and can_be_stacked(found)
+            self._stacked[places] = found if is_possible else None  # type: ignore[assignment]
         return self._stacked[places]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,8 +103,7 @@ class SharedLayer:
         strengths = [self._strength(place) for place in places]
         if not any(strengths):
             return self._base(x)
-        changes = [self._adapters[place].change for place in places if place in self._adapters]
-        if self.is_stacked(places) and can_be_stacked(changes):
+        if (changes := self.stack_of(places)) is not None:
             return stacked(changes, x, self._base, strengths)
         return self._one_by_one(places, x)
 

@@ -1,10 +1,10 @@
-"""Several low-rank changes of one Linear at once, each on rows of its own: a sweep's adapters in one product.
+"""Several low-rank changes of one layer at once, each on rows of its own: a sweep's adapters in one product.
 
-Letters: M changes, N rows of each (samples times positions), O output features, I input features, R the largest rank.
+Letters: M changes, N rows of each (samples times positions), O outputs, I inputs, R the largest rank.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import Protocol, TypeGuard, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ def can_be_stacked(changes: Sequence[object]) -> TypeGuard[Sequence[ScaledDelta]
     """Whether `stacked` computes these changes of one layer, apart from what dropout would leave out."""
     return all(
         isinstance(change, ScaledDelta)
-        and isinstance(change.layer, nn.Linear)
+        and looks_at_single_places(change.layer)
         and isinstance(change.delta, Paired)
         and change.scalar is None
         and change.noise_ranks is None
@@ -36,17 +36,29 @@ def can_be_stacked(changes: Sequence[object]) -> TypeGuard[Sequence[ScaledDelta]
     )
 
 
+def looks_at_single_places(layer: nn.Module | None) -> bool:
+    """Whether each position or pixel is multiplied for itself: a Linear, or a convolution that is one."""
+    if isinstance(layer, nn.Conv2d):
+        return (*layer.kernel_size, *layer.stride, *layer.padding) == (1, 1, 1, 1, 0, 0)
+    return isinstance(layer, nn.Linear)
+
+
 def stacked(changes: Sequence[ScaledDelta], x: Tensor, base: Forward, strengths: Sequence[float]) -> Tensor:
     """What the layer computes where change m acts on the m-th of M equal parts of x, along its first axis.
 
     Factors of lower rank are filled up with zeros, which add nothing. The layer itself runs once over all rows.
     """
-    columns = [change.columns() for change in changes]
-    rows_MNI = x.reshape(len(changes), -1, x.shape[-1])
-    whole_M1I = whole_columns(columns, strengths)
-    out = base(x if whole_M1I is None else scale_columns(rows_MNI, whole_M1I).view_as(x))
+    columns, is_conv = [change.columns() for change in changes], isinstance(changes[0].layer, nn.Conv2d)
+    whole = whole_columns(columns, strengths)
+    shape = (len(changes), -1, *x.shape[1:]) if is_conv else (len(changes), -1, x.shape[-1])
+    parts = x.reshape(shape)
+    out = base(x if whole is None else scale_columns(parts, whole).view_as(x))
     downs_MRI, ups_MOR = padded_factors(changes, columns, strengths)
-    hidden_MNR = torch.bmm(in_dtype_of(downs_MRI, rows_MNI), downs_MRI.transpose(1, 2))
+    parts = in_dtype_of(downs_MRI, parts)
+    if is_conv:  # (M, B, I, h, w)
+        hidden = downs_MRI[:, None] @ parts.flatten(3)
+        return out + (ups_MOR[:, None] @ hidden).to(out.dtype).reshape(out.shape)
+    hidden_MNR = torch.bmm(parts, downs_MRI.transpose(1, 2))
     if hidden_MNR.dtype == out.dtype and out.is_contiguous():
         flat_MNO = out.view(len(changes), -1, out.shape[-1])
         return torch.baddbmm(flat_MNO, hidden_MNR, ups_MOR.transpose(1, 2)).view_as(out)
@@ -69,18 +81,16 @@ def padded_factors(
     changes: Sequence[ScaledDelta], columns: Sequence[Tensor | None], strengths: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """(downs_MRI, ups_MOR): all factors, with columns, strength and alpha / rank multiplied in."""
-    pairs = [paired(change.delta).pair() for change in changes]
+    pairs = [[factor.flatten(1) for factor in cast(Paired, change.delta).pair()] for change in changes]
     most = max(len(down_RI) for down_RI, _ in pairs)
+    scales = [strength * change.scale for change, strength in zip(changes, strengths, strict=True)]
+    common = scales[0] if len(set(scales)) == 1 else 1.0
     downs, ups = [], []
-    for change, one, strength, (down_RI, up_OR) in zip(changes, columns, strengths, pairs, strict=True):
-        scale, missing = strength * change.scale, most - len(down_RI)
-        down_RI = down_RI if one is None else down_RI * one.to(down_RI.dtype)
-        up_OR = up_OR if scale == 1 else up_OR * scale
+    for one, scale, (down_RI, up_OR) in zip(columns, scales, pairs, strict=True):
+        missing = most - len(down_RI)
+        down_RI = down_RI if one is None else down_RI * one.flatten(1).to(down_RI.dtype)
+        up_OR = up_OR if scale == common else up_OR * scale
         downs.append(pad(down_RI, (0, 0, 0, missing)) if missing else down_RI)
         ups.append(pad(up_OR, (0, missing)) if missing else up_OR)
-    return torch.stack(downs), torch.stack(ups)
-
-
-def paired(delta: object) -> Paired:
-    assert isinstance(delta, Paired)
-    return delta
+    ups_MOR = torch.stack(ups)
+    return torch.stack(downs), ups_MOR if common == 1 else ups_MOR * common
