@@ -175,7 +175,8 @@ def call(job: Job, rank: int) -> int:
     dist.init_process_group("gloo")
     found = getattr(importlib.import_module(module), name)(*job.arguments)
     (Path(job.folder) / f"gave_{rank}").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    if dist.is_initialized():  # a run of a script ends it
+        dist.destroy_process_group()
     return 0
 
 

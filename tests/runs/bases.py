@@ -65,3 +65,8 @@ BASES: Mapping[str, Base] = {
         adapts_text_encoders=False,
     ),
 }
+
+
+def base_of(name: str) -> Base:
+    """The base model of that name."""
+    return BASES[name]

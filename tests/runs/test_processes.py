@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from library.checkpoints.files import load_state_dict, read_metadata
-from tests.running import ROOT, Finished, make_pictures
+from tests.running import ROOT, Finished, launch_command, make_pictures
 from tests.unit.training.test_run_lock import OtherRun, other_run  # noqa: F401
 
 Train = Callable[..., Finished]
@@ -40,6 +41,13 @@ def launch_two(arguments: list[str], count: int = 2, use_cpu: str = "true") -> F
     return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
+def launch_one(arguments: list[str]) -> Finished:
+    """A run of one process with as many threads as each of several has: those decide how sums are rounded."""
+    command = [*launch_command("train_network.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, timeout=300, env=on_the_cpu("true"))
+    return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
 @pytest.fixture
 def arguments(base_arguments: list[str], tmp_path: Path) -> list[str]:
     """Nine batches an epoch, so that the last window has one batch for two processes."""
@@ -48,7 +56,7 @@ def arguments(base_arguments: list[str], tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_doubled_accumulation(train: Train, arguments: list[str], tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_doubled_accumulation(arguments: list[str], tmp_path: Path) -> None:
     """Sums of float32 gradients in another order: weights agree to 1e-5 of the largest after ten steps.
 
     Adam divides a gradient by its own size, so the rounding of a small one counts as much as that of a large one.
@@ -60,7 +68,7 @@ def test_two_processes_equal_one_with_doubled_accumulation(train: Train, argumen
     told = ["--log_events", str(tmp_path / "events.jsonl")]
     two = launch_two([*words, "--save_state", "--logging_dir", str(tmp_path / "logs"), *told])
     assert two.status == 0, two.stderr
-    one = train([*words, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")])
+    one = launch_one([*words, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")])
     assert one.status == 0, one.stderr
     first = load_state_dict(tmp_path / "out" / "mine.safetensors")
     second = load_state_dict(tmp_path / "one" / "mine.safetensors")
@@ -102,19 +110,36 @@ def cosine_with_warmup(warmup: int, length: int) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_state_of_two_processes_goes_on_with_one(train: Train, arguments: list[str], tmp_path: Path) -> None:
+def test_a_state_of_two_processes_goes_on_with_one(arguments: list[str], tmp_path: Path) -> None:
+    """With as many batches a step, whether that is asked for or follows by itself."""
     done = launch_two([*arguments, "--save_state", "--save_every_n_steps", "4"])
     assert done.status == 0, done.stderr
     state = tmp_path / "out" / "mine-step00000004-state"
-    resumed = train([
-        *arguments, "--gradient_accumulation_steps", "2", "--resume", str(state), "--output_dir", str(tmp_path / "one")
-    ])  # fmt: skip
-    assert resumed.status == 0, resumed.stderr
-    assert "a step averages as many batches as before" in resumed.stderr
-    first = load_state_dict(tmp_path / "out" / "mine.safetensors")
-    second = load_state_dict(tmp_path / "one" / "mine.safetensors")
-    for key in first:
-        torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-5 * float(second[key].abs().max()) + 1e-9)
+    for name, more in (("asked", ["--gradient_accumulation_steps", "2"]), ("by itself", [])):
+        resumed = launch_one([*arguments, *more, "--resume", str(state), "--output_dir", str(tmp_path / name)])
+        assert resumed.status == 0, resumed.stderr
+        assert "a step averages as many batches as before" in resumed.stderr
+        assert ("keeps the 2 batches of a step" in resumed.stderr) == (not more)
+        first = load_state_dict(tmp_path / "out" / "mine.safetensors")
+        second = load_state_dict(tmp_path / name / "mine.safetensors")
+        for key in first:
+            limit = 1e-5 * float(second[key].abs().max()) + 1e-9
+            torch.testing.assert_close(first[key], second[key], rtol=0, atol=limit)
+
+
+@pytest.mark.slow
+def test_two_processes_choose_a_file_as_one_does(arguments: list[str], tmp_path: Path) -> None:
+    """The same measurements on pictures that are set aside, so the same best file and the same suggestion."""
+    words = [*arguments, "--validation_split", "0.3", "--validate_at_first", "--early_stop_patience", "2"]
+    words += ["--max_train_epochs", "6", "--save_every_n_epochs", "1", "--learning_rate", "0.02", "--lr_scheduler"]
+    words += ["constant_with_warmup", "--keep_best_checkpoint"]
+    two = launch_two(words)
+    one = launch_one([*words, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")])
+    assert two.status == one.status == 0, two.stderr
+    told = [re.findall(r"(?:suggested file|no file is suggested): .*", run.stderr) for run in (two, one)]
+    assert told[0] == told[1] and len(told[0]) == 1
+    names = [sorted(path.name for path in (tmp_path / name).glob("*.safetensors")) for name in ("out", "one")]
+    assert names[0] == names[1] and "mine-best.safetensors" in names[0]
 
 
 @pytest.mark.slow

@@ -1,0 +1,186 @@
+"""What several processes bring and what they say to each other: pictures a second of 2 and 4 against one, the share of
+a step that is spent on exchanging, and the bytes that really go over the network beside those that theory wants.
+
+The script's own loop trains the tiny models, each process with one thread; gloo carries what is exchanged. Bytes are
+those of the loopback interface in a network of the benchmark's own, where nobody else sends (Linux, as root); elsewhere
+that column is empty.
+
+    python benchmarks/scaling.py
+    python benchmarks/scaling.py --models flux --counts 1 2 --steps 20
+"""
+
+import argparse
+import ctypes
+import fcntl
+import os
+import socket
+import statistics
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.ranks import Job, run_ranks  # noqa: E402
+
+NEW_NETWORK = 0x40000000  # CLONE_NEWNET
+GET_FLAGS, SET_FLAGS, IS_UP = 0x8913, 0x8914, 1
+WARM_UP = 4  # steps that make what all others use
+BATCH = 4
+
+
+def open_network() -> bool:
+    """Put this process and those that it starts into a network of their own; gives whether that can be had."""
+    if sys.platform != "linux" or ctypes.CDLL(None).unshare(NEW_NETWORK) != 0:
+        return False
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        request = struct.pack("16sh14x", b"lo", 0)
+        (flags,) = struct.unpack_from("h", fcntl.ioctl(one, GET_FLAGS, request), 16)
+        fcntl.ioctl(one, SET_FLAGS, struct.pack("16sh14x", b"lo", flags | IS_UP))
+    return True
+
+
+def bytes_sent() -> int:
+    """What has gone over the loopback interface of this network, headers included."""
+    lines = Path("/proc/self/net/dev").read_text().splitlines()
+    return int(next(line for line in lines if line.strip().startswith("lo:")).partition(":")[2].split()[8])
+
+
+# In each process
+
+
+class Watch:
+    """Notes how long is spent on exchanging, and what each step took."""
+
+    def __init__(self) -> None:
+        self.exchanging = 0.0
+        self.steps: list[tuple[float, ...]] = []  # seconds, those spent on exchanging, bytes of all, bytes fetched
+        self.last: tuple[float, ...] | None = None
+        self.fetched = self.buffer_bytes = 0
+
+    def timed(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return plain(*arguments, **named)
+            finally:
+                self.exchanging += time.perf_counter() - began
+
+        return call
+
+    def after_step(self) -> None:
+        sent = bytes_sent() if sys.platform == "linux" else 0
+        now = time.perf_counter(), self.exchanging, float(sent), float(self.fetched)
+        if self.last is not None:
+            self.steps.append(tuple(after - before for after, before in zip(now, self.last, strict=True)))
+        self.last = now
+
+
+def train(script: str, *arguments: str) -> dict[str, Any]:
+    """Train among the processes of torch's group; gives what was measured."""
+    import importlib
+
+    from library.memory.places import spread
+    from library.processes import Processes
+    from library.training.command_line.main import main as run
+    from tests.running import SCRIPTS
+
+    watch, processes_type, streams = Watch(), Processes, spread.GatheredStreams
+    exchange, start = processes_type.exchange, streams.start
+
+    def watched_exchange(self: Processes, parameters: Any, *others: Any) -> Any:
+        watch.buffer_bytes = 4 * sum(parameter.numel() for parameter in parameters)
+        found = watch.timed(exchange)(self, parameters, *others)
+        watch.after_step()
+        return found
+
+    def watched_start(self: spread.GatheredStreams, slot: int, master: spread.Shelf) -> None:
+        watch.fetched += sum(parameter.numel() for parameter in master.parameters())
+        start(self, slot, master)
+
+    processes_type.exchange = watched_exchange  # type: ignore[method-assign]
+    streams.start = watch.timed(watched_start)  # type: ignore[method-assign]
+    streams.ready = watch.timed(streams.ready)  # type: ignore[method-assign]
+    card = SCRIPTS[script]
+    assert run(importlib.import_module(script).setup_parser(), card.options, card.build, arguments) == 0
+    kept = watch.steps[WARM_UP:]
+    medians = [statistics.median(column) for column in zip(*kept, strict=True)]
+    return {"medians": medians, "buffer_bytes": watch.buffer_bytes}
+
+
+# Before and after
+
+
+def command_line(model: str, folder: Path, num_steps: int) -> tuple[str, list[str]]:
+    """The script and what it is given."""
+    from tests.running import make_pictures
+    from tests.runs.bases import base_of
+
+    base = base_of(model)
+    (folder / model).mkdir()
+    words = [*base.build(folder / model), "--network_module", base.module, "--network_dim", "16", "--no_report"]
+    if not (folder / "data").exists():
+        make_pictures(folder / "data" / "40_thing", 8)
+    words += ["--train_data_dir", str(folder / "data"), "--resolution", "64", "--train_batch_size", str(BATCH)]
+    words += ["--max_train_steps", str(num_steps + WARM_UP + 2), "--cache_latents", "--network_train_unet_only"]
+    words += ["--output_dir", str(folder / "out"), "--seed", "3", "--max_data_loader_n_workers", "0"]
+    return base.script, [*words, "--caption_extension", ".txt"]
+
+
+def measured(model: str, ways: Sequence[tuple[int, bool]], num_steps: int) -> list[list[dict[str, Any]]]:
+    """What each process measured, for each number of processes with or without a base that is spread."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        script, words = command_line(model, folder, num_steps)
+        jobs = []
+        for number, (count, is_spread) in enumerate(ways):
+            (folder / str(number)).mkdir()
+            more = ["--shard_base"] if is_spread else []
+            jobs.append(Job([script, *words, *more], count, str(folder / str(number)), call="benchmarks.scaling:train"))
+        found = run_ranks(jobs, folder, timeout=1800)
+    for ranks in found:
+        assert all(rank.status == 0 for rank in ranks), ranks[0].said
+    return [[rank.gave for rank in ranks] for ranks in found]
+
+
+def wanted_bytes(buffer_bytes: int, fetched: float, count: int) -> float:
+    """What all processes together must send in a step.
+
+    A sum of N buffers that all get, in a ring: each sends its buffer 2 (N - 1) / N times. A block of a base that is
+    spread comes together by each process sending its share to all others.
+    """
+    return (count - 1) * (2 * buffer_bytes + fetched)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["sd", "flux"])
+    parser.add_argument("--counts", nargs="+", type=int, default=[1, 2, 4], help="numbers of processes; 1 comes first")
+    parser.add_argument("--steps", type=int, default=30)
+    wanted = parser.parse_args()
+    is_counted = open_network()
+    ways = [(count, is_spread) for count in wanted.counts for is_spread in ((False,) if count == 1 else (False, True))]
+    print(f"{os.cpu_count()} processors, {BATCH} pictures a process, medians of {wanted.steps} steps")
+    print("model | processes | base | s/step | pictures/s against one | exchanging | MB sent | MB in theory | ratio")
+    for model in wanted.models:
+        rate = None
+        for (count, is_spread), ranks in zip(ways, measured(model, ways, wanted.steps), strict=True):
+            seconds, exchanging, sent, fetched = (
+                statistics.mean(column) for column in zip(*(r["medians"] for r in ranks), strict=True)
+            )
+            rate = rate or BATCH / seconds
+            theory = wanted_bytes(ranks[0]["buffer_bytes"], fetched, count)
+            told = [model, count, "spread" if is_spread else "whole", f"{seconds:.3f}"]
+            told += [f"{count * BATCH / seconds / rate:.2f}", f"{exchanging / seconds:.0%}"]
+            told += [f"{sent / 1e6:.2f}" if is_counted else "-", f"{theory / 1e6:.2f}"]
+            print(" | ".join(map(str, told)), "|", f"{sent / theory:.2f}" if is_counted and theory else "-")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
