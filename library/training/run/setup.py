@@ -289,7 +289,7 @@ def ready_to_start(
         writer.check_space()
     if state is not None:  # after everything that has a memory is there, and before anything is drawn or measured
         go_on(run, progress, validation, state)
-    is_drawing = run.processes.share("are there previews", "yes" if prompts else "no") == "yes"
+    is_drawing = run.processes.share(f"are there previews {run.label}", "yes" if prompts else "no") == "yes"
     previews = Previews.build(run, charts, prompts, encoded, is_drawing)
     resumed = state if state is not None and state.step == progress.step else None
     return Prepared(run, progress, writer, charts, previews, validation, resumed)
