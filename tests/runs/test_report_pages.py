@@ -8,6 +8,7 @@ from library.training.report.comparison import comparison_of
 from library.training.report.page import data_of
 from library.training.report.record import Record
 from library.training.report.writer import report_of, write_page
+from library.training.sweep.ranking import Measured, rank, tell_ranking
 from tests.browser import CHROMIUM, ask
 from tests.event_lines import EVIL, lines_of, thumbnail, whole_run
 
@@ -134,3 +135,16 @@ def test_runs_are_compared_on_one_axis_and_side_by_side(tmp_path: Path) -> None:
     assert found["last"][:2] == ["run0, step 20: a cat", "run1, step 2500: a cat"]
     assert found["first"][:2] == ["run0, step 2: a cat", "run1, none: a cat"]
     assert found["first"][2:4] == [f"run0, step 2: {EVIL}", f"run1, none: {EVIL}"]
+
+
+@in_browser
+def test_the_adapters_of_a_sweep_are_shown_by_rank(tmp_path: Path) -> None:
+    """Their names come from values that others may have written."""
+    known = [Measured("lr1", 8, [2.0, 3.0, 2.5], "", "lr1.safetensors"), Measured(EVIL, 8, [1.0, 2.1, 1.5], "", None)]
+    page = tmp_path / "cat-sweep.html"
+    tell_ranking(rank([*known, Measured("lr9", 3, None, "its losses were not finite", None)]), "Sweep of cat", page)
+    script = "return [...document.querySelectorAll('tr')].map((tr) => [...tr.children].map((td) => td.textContent));"
+    rows, told = ask(page.read_text(encoding="utf-8"), script, tmp_path)
+    assert told == []
+    assert [row[:3] for row in rows[1:]] == [["1", EVIL, "8"], ["2", "lr1", "8"], ["–", "lr9", "3"]]
+    assert rows[2][5:7] == ["more than chance", "lr1.safetensors"] and rows[3][7] == "its losses were not finite"
