@@ -283,12 +283,6 @@ def of_accelerator(accelerator: Any) -> Processes:
     Raises UserError for its configurations that this suite does not train with.
     """
     kind = accelerator.distributed_type.name
-    if fsdp_version() == 1:
-        raise UserError(
-            "accelerate is configured for FSDP 1, which spreads a model that is trained; the base model is frozen here "
-            "and the adapter is small: run `accelerate config` again with FSDP version 2, which means --shard_base, or "
-            "give --multi_gpu to accelerate launch"
-        )
     if kind not in PLAIN and fsdp_version() != 2:
         raise UserError(
             f"accelerate is configured for {kind}, which spreads a model over processes; the base model is frozen here "

@@ -190,10 +190,11 @@ def test_merged_files_are_in_a_base_that_is_shared_afterwards(arguments: Argumen
 @pytest.mark.slow
 def test_an_fsdp2_configuration_of_accelerate_means_the_same(arguments: Arguments, tmp_path: Path) -> None:
     """As users start it, in real processes."""
-    done = launched([*arguments("flux"), "--output_dir", str(tmp_path / "out")], "2")
+    words = [*arguments("flux"), "--output_dir", str(tmp_path / "out")]
+    done = launched(words, "2")
     assert done.status == 0, done.stderr
     assert "accelerate is configured for FSDP2" in done.stderr and "spread over 2 processes" in done.stderr
-    done = launched([*arguments("sd"), "--output_dir", str(tmp_path / "out")], "1")
+    done = launched(words, "1")
     assert done.status != 0 and "FSDP 1" in done.stderr
 
 

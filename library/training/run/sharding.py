@@ -18,7 +18,16 @@ OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 
 def as_launched(options: OptionsT) -> OptionsT:
-    """The options with --shard_base where accelerate is configured for FSDP2, which asks for the same."""
+    """The options with --shard_base where accelerate is configured for FSDP2, which asks for the same.
+
+    Raises UserError for FSDP 1; to be called before accelerate is set up, which has errors of its own for it.
+    """
+    if fsdp_version() == 1:
+        raise UserError(
+            "accelerate is configured for FSDP 1, which spreads a model that is trained; the base model is frozen here "
+            "and the adapter is small: run `accelerate config` again with FSDP version 2, which means --shard_base, or "
+            "give --multi_gpu to accelerate launch"
+        )
     if fsdp_version() != 2 or options.distributed.shard_base:
         return options
     logger.info("accelerate is configured for FSDP2: --shard_base spreads the frozen base model over the processes")

@@ -44,7 +44,7 @@ def test_the_processes_of_a_machine_share_unless_told_otherwise(caplog: pytest.L
 
 
 @pytest.mark.parametrize(
-    ("is_on", "version", "wanted"), [("true", "2", True), ("false", "2", False), ("1", "1", False)]
+    ("is_on", "version", "wanted"), [("true", "2", True), ("false", "2", False), ("no", "1", False)]
 )
 def test_fsdp2_of_accelerate_asks_for_it(
     monkeypatch: pytest.MonkeyPatch, is_on: str, version: str, wanted: bool
@@ -52,6 +52,12 @@ def test_fsdp2_of_accelerate_asks_for_it(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", is_on)
     monkeypatch.setenv("FSDP_VERSION", version)
     assert as_launched(TrainOptions()).distributed.shard_base is wanted
+
+
+def test_fsdp1_of_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"configured for FSDP 1.*FSDP version 2"):
+        as_launched(TrainOptions())
 
 
 def test_one_that_has_no_batch_left_goes_along_with_another() -> None:
