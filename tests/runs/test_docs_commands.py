@@ -15,6 +15,7 @@ from tests.contracts.test_docs_commands import PAGES, ROOT, commands_of
 from tests.running import Finished, make_pictures
 from tests.runs.bases import BASES
 from tests.tiny.sd import build_tiny_sd
+from tests.tiny.sdxl import build_tiny_sdxl
 from tools import convert_lora, merge_lora
 
 Train = Callable[..., Finished]
@@ -59,6 +60,7 @@ def add_adapter_files(place: Path, train: Train) -> None:
     """What the pages about tools start from: a base model and adapters for it."""
     sd = build_tiny_sd(place / "sd", 51, layout="safetensors")
     shutil.copy(sd, "sd15.safetensors")
+    build_tiny_sdxl(place, 53, layout="safetensors").rename("sdxl.safetensors")
     words = f"--pretrained_model_name_or_path {sd} --train_data_dir pictures --resolution 64 --caption_extension .txt "
     words += "--learning_rate 1e-2 --output_dir . --max_train_steps 1 "
     dylora = "--network_module networks.dylora --network_dim 32 --network_args unit=4 --output_name cat"
