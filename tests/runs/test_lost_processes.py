@@ -57,18 +57,19 @@ def test_one_that_dies_while_pictures_are_drawn_is_named_and_the_run_saved(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found below /proc")
+@pytest.mark.parametrize("name", ["accelerate", "torchrun"])
 def test_a_run_that_is_restarted_by_its_launcher_ends_as_the_undisturbed_one(
-    base_arguments: list[str], tmp_path: Path
+    name: str, base_arguments: list[str], tmp_path: Path
 ) -> None:
-    """As users start it: `accelerate launch --max_restarts 2`, and a process is killed in mid-run."""
+    """As users start it, with `--max_restarts 2`, and a process is killed in mid-run."""
     words = [*base_arguments, "--max_train_steps", "60", "--autoresume", "--network_dropout", "0.1"]
     words += ["--lr_scheduler", "cosine"]
     whole = [*words, "--output_dir", str(tmp_path / "whole")]
-    done = subprocess.run(restarted(whole), capture_output=True, timeout=300, env=on_the_cpu("true"))
+    done = subprocess.run(restarted(whole, name), capture_output=True, timeout=300, env=on_the_cpu("true"))
     assert done.returncode == 0, done.stderr.decode()
     said = tmp_path / "said"
     with said.open("w") as file:
-        launcher = subprocess.Popen(restarted(words), env=on_the_cpu("true"), stdout=file, stderr=file)
+        launcher = subprocess.Popen(restarted(words, name), env=on_the_cpu("true"), stdout=file, stderr=file)
         wait_for(lambda: re.search(r" [5-9]/60 ", said.read_text()), 200)
         os.kill(process_of_rank(launcher.pid, 1), signal.SIGKILL)
         assert launcher.wait(timeout=300) == 0, said.read_text()
@@ -79,8 +80,12 @@ def test_a_run_that_is_restarted_by_its_launcher_ends_as_the_undisturbed_one(
     assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
 
 
-def restarted(arguments: list[str]) -> list[str]:
+def restarted(arguments: list[str], launcher: str) -> list[str]:
     command = two_processes(arguments)
+    if launcher == "torchrun":
+        script = next(word for word in command if word.endswith("train_network.py"))
+        options = ["--standalone", "--nproc_per_node", "2", "--max_restarts", "2"]
+        return [sys.executable, "-m", "torch.distributed.run", *options, *command[command.index(script) :]]
     place = command.index("--multi_gpu")
     return [*command[:place], "--max_restarts", "2", *command[place:]]
 
