@@ -16,6 +16,7 @@ from torch import nn
 from library.architectures.sd.assembly import build
 from library.options.preview import PreviewOptions
 from library.options.saving import SavingOptions
+from library.processes import ALONE
 from library.training.evaluation.eval_mode import evaluating
 from library.training.evaluation.pictures import Drawn, parameters_of, picture_path, write_grid, write_picture
 from library.training.evaluation.preview import (
@@ -127,7 +128,9 @@ def run(tiny_sd_folder: Path, tmp_path: Path) -> Any:
     )
     built = SimpleNamespace(eval=lambda: None, train=lambda: None)
     optimization = SimpleNamespace(built=built, average=None)
-    return SimpleNamespace(options=options, context=context, optimization=optimization, events=Events())
+    return SimpleNamespace(
+        options=options, context=context, optimization=optimization, events=Events(), processes=ALONE
+    )
 
 
 def previews_of(run: Any, *prompts: Prompt) -> tuple[Previews, Charts]:
