@@ -258,6 +258,7 @@ def test_files_hold_the_average_unless_they_are_to_hold_what_was_trained(
         assert "ss_ema_decay" not in file.metadata()
 
 
+@pytest.mark.slow
 def test_a_bf16_adapter_that_is_rounded_at_random_moves_and_resumes_bit_for_bit(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:

@@ -162,6 +162,7 @@ def test_tensorboard_gets_the_pictures(
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_draws_and_neither_notices(
     base_arguments: list[str], prompts: list[str], tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def test_the_adapter_is_that_of_the_folder(
     assert equal(tmp_path / "folder", tmp_path / source)
 
 
+@pytest.mark.slow
 def test_a_cut_run_goes_on_bit_for_bit(
     train: Train, base_arguments: list[str], sources: dict[str, str], tmp_path: Path
 ) -> None:
