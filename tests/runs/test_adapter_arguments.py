@@ -57,6 +57,7 @@ def test_the_full_example_of_the_page_trains_and_its_low_rank_part_loads_in_diff
     assert num_loaded == sum(key.endswith(".alpha") for key in weights)
 
 
+@pytest.mark.slow
 def test_every_argument_together_trains_and_goes_on_from_its_file(
     train: Train, base_arguments: list[str], tmp_path: Path
 ) -> None:
