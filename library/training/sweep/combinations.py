@@ -5,6 +5,7 @@ import re
 from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -45,6 +46,7 @@ SHORT: Mapping[str, str] = {  # what can be swept -> how names of files call it;
     "ema_update_after_step": "emaafter",
     "seed": "seed",
 }
+NEAR = 0.9  # a slip of an option's name; the nearest key of --network_args, network_reg_dims, is at 0.81
 TABLES = ("network_args", "optimizer_args", "lr_scheduler_args")  # options whose keys can be swept, the first without
 NONE = "none"  # stands for an option that is not given
 FORM = "write OPTION=A,B, such as learning_rate=1e-4,2e-4; A|B where values have commas in them"
@@ -133,6 +135,8 @@ def word_of(item: str, options: TrainOptions) -> tuple[str, list[str]]:
         return name, texts
     if name in options.flat():
         raise UserError(f"--sweep {name}: {why_not(name)}")
+    if near := get_close_matches(name, SHORT, n=1, cutoff=NEAR):
+        raise UserError(f"--sweep {name}: there is no such option; did you mean {near[0]}?")
     return f"{TABLES[0]}.{name}", texts  # which the network module holds to what it knows
 
 
