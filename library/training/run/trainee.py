@@ -2,13 +2,13 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 from torch import Tensor
 
-from library.training.evaluation.preview import Previews, epoch_event, step_event
+from library.training.evaluation.preview import epoch_event, step_event
 from library.training.faults.interruption import Interruption
 from library.training.faults.out_of_memory import explained, sizes_of
 from library.training.optimization.nonfinite import NonFiniteError, NonFiniteGuard, last_good_saved
@@ -17,7 +17,6 @@ from library.training.reporting.logs import Charts
 from library.training.reporting.progress import Part, Progress
 from library.training.reporting.report import LimitedNorms, StepBar, bar_values, rate_values
 from library.training.reporting.speaking import speaking_of
-from library.training.reporting.step_times import StepTimes
 from library.training.run.plan import Window
 from library.training.run.run import Run
 from library.training.run.setup import Prepared
@@ -25,7 +24,6 @@ from library.training.run.sharding import order_of
 from library.training.run.told import Told
 from library.training.run.told_steps import told_step
 from library.training.run.update import Updates, wanted_norm_limit
-from library.training.saving.checkpoints import Writer
 from library.training.saving.state import StateManifest
 from library.training.sweep.record import NOT_FINITE, Ended
 
@@ -70,7 +68,7 @@ class Trainee:
         if prepared.validation.before_training(progress):
             prepared.writer.save_best(progress.step, epoch)
         if prepared.resumed is not None:
-            finish_step_of(prepared.resumed, self.run, progress, prepared.writer, prepared.previews, self._interruption)
+            self._finish_step_of(prepared.resumed)
 
     def start_epoch(self) -> None:
         """To be called before each epoch."""
@@ -109,13 +107,13 @@ class Trainee:
             if is_best:
                 with run.times.stage("saving"):
                     writer.save_best(progress.step, window.epoch)
-        finish_step(run.times, progress, window.epoch, writer, prepared.previews, self._interruption)
+        self._after_step(window.epoch)
         is_cut = is_last and not (stops or validation.ends_run)  # by the end of the run
         if progress.step % plan.steps_per_epoch == 0 or is_cut:
             if prepared.charts.are_on:
                 average = progress.average.mean
                 prepared.charts.log_epoch({"loss/epoch_average": average}, progress.step, window.epoch)
-            finish_epoch(run.times, progress, window.epoch, writer, prepared.previews, self._interruption)
+            self._after_epoch(window.epoch)
 
     def note_end(self, why: str) -> None:
         """The adapter ends here, before the run is over."""
@@ -142,47 +140,48 @@ class Trainee:
         else:
             writer.save_interrupted(progress, epoch)
 
+    def _after_step(self, epoch: int) -> None:
+        """Save and draw what is due after a step and not done."""
+        prepared = self.prepared
+        self._save_and_draw("step previews", epoch, prepared.writer.save_after_step, prepared.previews.after_step)
 
-def finish_step(
-    times: StepTimes, progress: Progress, epoch: int, writer: Writer, previews: Previews, interruption: Interruption
-) -> None:
-    """Save and draw what is due after a step and not done; weights are safe before pictures take their time."""
-    with times.stage("saving"):
-        writer.save_after_step(progress, epoch)
-    with times.stage("previews"):
-        if "step previews" not in progress.done and previews.after_step(progress.step, epoch, interruption):
-            progress.done.add("step previews")
+    def _after_epoch(self, epoch: int) -> None:
+        """The same after an epoch, which the end of the run may have cut short."""
+        prepared = self.prepared
+        self._save_and_draw("epoch previews", epoch, prepared.writer.save_after_epoch, prepared.previews.after_epoch)
 
+    def _save_and_draw(
+        self,
+        part: Part,
+        epoch: int,
+        save: Callable[[Progress, int], None],
+        draw: Callable[[int, int, Interruption], bool],
+    ) -> None:
+        """Weights are safe before pictures take their time."""
+        times, progress = self.run.times, self.progress
+        with times.stage("saving"):
+            save(progress, epoch)
+        with times.stage("previews"):
+            if part not in progress.done and draw(progress.step, epoch, self._interruption):
+                progress.done.add(part)
 
-def finish_epoch(
-    times: StepTimes, progress: Progress, epoch: int, writer: Writer, previews: Previews, interruption: Interruption
-) -> None:
-    """The same after an epoch, which the end of the run may have cut short."""
-    with times.stage("saving"):
-        writer.save_after_epoch(progress, epoch)
-    with times.stage("previews"):
-        if "epoch previews" not in progress.done and previews.after_epoch(progress.step, epoch, interruption):
-            progress.done.add("epoch previews")
+    def _finish_step_of(self, state: StateManifest) -> None:
+        """Make what was due at the step of a state and was not done when the run was stopped.
 
-
-def finish_step_of(
-    state: StateManifest, run: Run, progress: Progress, writer: Writer, previews: Previews, interruption: Interruption
-) -> None:
-    """Make what was due at the step of a state and was not done when the run was stopped.
-
-    Pictures are drawn after the state is written, so it cannot know of them: those on disk that are not older count.
-    """
-    finished_epochs, rest = divmod(progress.step, run.plan.steps_per_epoch)
-    epoch = finished_epochs + bool(rest)
-    ends_epoch = not rest or progress.step >= run.plan.max_train_steps
-    drawn: dict[Part, str] = {"step previews": step_event(progress.step), "epoch previews": epoch_event(epoch)}
-    for part, event in drawn.items():
-        is_drawn = previews.are_drawn(event, state.written_at)  # of the main process's prompts; others have none
-        if run.processes.share(f"drawn {part} {run.label}", "yes" if is_drawn else "no") == "yes":
-            progress.done.add(part)
-    finish_step(run.times, progress, epoch, writer, previews, interruption)
-    if ends_epoch:
-        finish_epoch(run.times, progress, epoch, writer, previews, interruption)
+        Pictures are drawn after the state is written, so it cannot know of them: those on disk that are not older
+        count.
+        """
+        run, progress, previews = self.run, self.progress, self.prepared.previews
+        finished_epochs, rest = divmod(progress.step, run.plan.steps_per_epoch)
+        epoch = finished_epochs + bool(rest)
+        drawn: dict[Part, str] = {"step previews": step_event(progress.step), "epoch previews": epoch_event(epoch)}
+        for part, event in drawn.items():
+            is_drawn = previews.are_drawn(event, state.written_at)  # of the main process's prompts; others have none
+            if run.processes.share(f"drawn {part} {run.label}", "yes" if is_drawn else "no") == "yes":
+                progress.done.add(part)
+        self._after_step(epoch)
+        if not rest or progress.step >= run.plan.max_train_steps:
+            self._after_epoch(epoch)
 
 
 def report_step(run: Run, progress: Progress, charts: Charts, bar: StepBar, told: Told) -> None:
