@@ -7,6 +7,7 @@ Bonferroni's correction for all that are compared.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +71,15 @@ def rank(adapters: Sequence[Measured]) -> Ranking:
     found = choose(torch.tensor([one.losses_G for one in known], dtype=torch.float64)) if known else None
     if found is None:
         return Ranking([Ranked(one, None) for one in adapters], 0)
-    rows = [Ranked(one, compared) for one, compared in zip(known, found.files, strict=True)]
-    rows.sort(key=lambda row: nan_last(row.compared))
+    pairs = sorted(zip(known, found.files, strict=True), key=lambda pair: nan_last(pair[1].loss.mean))
+    rows = [Ranked(one, compared) for one, compared in pairs]
     others = [Ranked(one, None) for one in adapters if not one.losses_G]
     return Ranking([*rows, *others], found.num_pictures)
 
 
-def nan_last(compared: Compared | None) -> tuple[bool, float]:
+def nan_last(mean: float) -> tuple[bool, float]:
     """A key for sorting by loss."""
-    assert compared is not None
-    mean = compared.loss.mean
-    return (mean != mean, mean)
+    return isnan(mean), mean
 
 
 def table_of(ranking: Ranking) -> list[str]:
