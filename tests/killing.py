@@ -48,15 +48,20 @@ class Ended:
 
 def run_jobs(jobs: Sequence[Job], folder: Path, timeout: float = 600) -> list[Ended]:
     """Run the jobs one after the other, forked from one process that has imported everything."""
+    return [Ended(**one) for one in told_by("tests.killing", jobs, folder, timeout)]
+
+
+def told_by(module: str, jobs: Sequence[Any], folder: Path, timeout: float) -> Any:
+    """What `module`, run as a program on these dataclasses, writes to standard output as JSON."""
     path = folder / "jobs.json"
     path.write_text(json.dumps([asdict(job) for job in jobs]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.killing", str(path)], cwd=ROOT, env=environment, capture_output=True,
-        timeout=timeout, text=True,
+        [sys.executable, "-m", module, str(path)], cwd=ROOT, env=environment, capture_output=True, timeout=timeout,
+        text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return [Ended(**one) for one in json.loads(done.stdout)]
+    return json.loads(done.stdout)
 
 
 # In the process that forks

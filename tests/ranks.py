@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -18,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.running import ROOT
+from tests.killing import import_all, told_by
 
 MOST_SECONDS = 120  # of a run
 
@@ -52,15 +51,7 @@ class Rank:
 
 def run_ranks(jobs: Sequence[Job], folder: Path, timeout: float = 300) -> list[list[Rank]]:
     """Run the jobs; gives the processes of each in the order of their ranks."""
-    path = folder / "ranks.json"
-    path.write_text(json.dumps([asdict(job) for job in jobs]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ranks", str(path)], cwd=ROOT, env=environment, capture_output=True,
-        timeout=timeout, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [[Rank(**rank) for rank in ranks] for ranks in json.loads(done.stdout)]
+    return [[Rank(**rank) for rank in ranks] for ranks in told_by("tests.ranks", jobs, folder, timeout)]
 
 
 # In the process that forks
@@ -68,7 +59,6 @@ def run_ranks(jobs: Sequence[Job], folder: Path, timeout: float = 300) -> list[l
 
 def main() -> None:
     """Run the jobs of a file and write what became of them to standard output."""
-    from tests.killing import import_all
     from tests.running import SCRIPTS
 
     jobs = [Job(**one) for one in json.loads(Path(sys.argv[1]).read_text())]
