@@ -27,6 +27,7 @@ from library.memory.frozen import keep_in, layers_in_blocks, store_in
 logger = logging.getLogger(__name__)
 
 NUM_NAMES_SHOWN = 5
+NUMBERS_IN_CACHE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,7 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Wa
 
     def read(name: str) -> Tensor:
         value = read_number(weights, name, wanted[name])
-        # one pass for number format and layout: each pass more over a U-Net costs as long as reading it
-        return value.to(dtype, memory_format=layout if value.ndim == 4 else torch.preserve_format)
+        return cast(value, dtype, layout if value.ndim == 4 else torch.preserve_format)
 
     def keep(name: str, layer: nn.Module) -> bool:
         quantised = weights.quantised.get(name)
@@ -100,6 +100,23 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Wa
             take(layer)
     model.load_state_dict({name: read(name) for name in wanted if name not in stored}, assign=True, strict=not stored)
     return model.requires_grad_(False).eval()
+
+
+def cast(value: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    """What `value.to(dtype, memory_format=layout)` gives, bit for bit, in a faster way where that one is slow.
+
+    In general one pass does number format and layout: each pass more over a U-Net costs as long as reading it. But
+    torch turns float16 into bfloat16 one number at a time. By way of float32, which is exact, it takes a quarter of
+    the time (half of it where the layout changes too), as long as the parts stay in the processor's cache.
+    """
+    is_slow = (value.dtype, dtype, value.device.type) == (torch.float16, torch.bfloat16, "cpu")
+    if not is_slow or value.ndim == 0 or value.numel() == 0:
+        return value.to(dtype, memory_format=layout)
+    found = torch.empty_like(value, dtype=dtype, memory_format=layout)
+    num_rows = max(1, NUMBERS_IN_CACHE * len(value) // value.numel())
+    for rows, target in zip(torch.split(value, num_rows), torch.split(found, num_rows), strict=True):
+        target.copy_(rows.float().to(dtype))
+    return found
 
 
 def read_number(weights: Weights, name: str, wanted: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Weights into modules."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -7,7 +8,8 @@ from torch import nn
 from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.memory.devices import place
-from library.models.loading import materialise
+from library.models import loading
+from library.models.loading import cast, materialise
 
 
 def weights(dtype: torch.dtype) -> Weights:
@@ -48,3 +50,28 @@ def test_convolution_weights_come_in_the_layout_that_they_keep(has_frames: bool)
     assert weight.is_contiguous(memory_format=torch.channels_last) is not has_frames
     assert torch.equal(weight, tensors["0.weight"].float())
     assert place(loaded, torch.device("cpu")).get_parameter("0.weight").data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize("layout", [torch.preserve_format, torch.channels_last], ids=["as it is", "channels last"])
+@pytest.mark.parametrize("numbers_at_once", [100, 1 << 18], ids=["in parts", "whole"])
+def test_every_float16_becomes_the_nearest_bfloat16(
+    layout: torch.memory_format, numbers_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "NUMBERS_IN_CACHE", numbers_at_once)
+    bits = torch.randperm(1 << 16, generator=torch.Generator().manual_seed(83)).to(torch.int32)
+    value = bits.to(torch.int16).view(torch.float16).reshape(64, 32, 8, 4)
+    found = cast(value, torch.bfloat16, layout)
+    assert found.is_contiguous(memory_format=torch.channels_last) == (layout is torch.channels_last)
+    # to the nearest, ties to even: bfloat16 is the upper half of float32, which holds every float16
+    upper = value.float().numpy().view(np.uint32).astype(np.uint64)
+    nearest = (upper + 0x7FFF + ((upper >> 16) & 1)) >> 16
+    of_numbers = ~value.isnan().numpy()
+    assert np.array_equal(found.contiguous().view(torch.uint16).numpy()[of_numbers], nearest[of_numbers])
+    assert np.array_equal(found.isnan().numpy(), ~of_numbers)
+
+
+def test_a_single_float16_and_none_at_all_are_cast_too() -> None:
+    for value in (torch.tensor(0.1, dtype=torch.float16), torch.empty(0, 3, dtype=torch.float16)):
+        found = cast(value, torch.bfloat16, torch.preserve_format)
+        assert found.shape == value.shape
+        assert torch.equal(found, value.to(torch.bfloat16))
