@@ -4,13 +4,13 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from library.checkpoints.quantised import open_checkpoint
 from library.checkpoints.weights import WEIGHT_SUFFIXES, Weights
 from library.errors import UserError
+from library.suggestions import nearest_name
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ def find_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
 def nearby(path: Path) -> str:
     """A hint for a path that does not exist: the nearest name in its folder, or the part of it that exists."""
     if path.parent.is_dir():
-        near = get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
-        return f"; did you mean {path.parent / near[0]}?" if near else ""
+        near = nearest_name(path.name, (other.name for other in path.parent.iterdir()))
+        return f"; did you mean {path.parent / near}?" if near else ""
     existing = next((parent for parent in path.parents if parent.is_dir()), None)
     return f"; of that path only {existing} exists" if existing and existing != Path(".") else ""
 

@@ -3,12 +3,12 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
 from library.checkpoints.model_card import ArgumentForm
 from library.errors import UserError
+from library.suggestions import nearest_name
 from networks.core.argument_values import (
     LrWeights,
     parse_bool,
@@ -209,9 +209,8 @@ def parse_arguments(
 def _parse(key: str, value: Any, parsers: Mapping[str, Parse]) -> Any:
     name = SYNONYMS.get(key, key)
     if name not in parsers:
-        names = {known.lower(): known for known in (*parsers, *SYNONYMS)}
-        near = get_close_matches(key.lower(), names, n=1, cutoff=0.5)
-        hint = f"did you mean {names[near[0]]}?" if near else f"known: {', '.join(SUPPORTED)}"
+        near = nearest_name(key, (*parsers, *SYNONYMS), least=0.5)
+        hint = f"did you mean {near}?" if near else f"known: {', '.join(SUPPORTED)}"
         raise UserError(f"--network_args {key}={value}: there is no argument {key}; {hint}")
     is_list = isinstance(value, (list, tuple)) and not name.endswith("_patterns")
     text = ",".join(map(str, value)) if is_list else str(value)

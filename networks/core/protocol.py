@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from library.checkpoints.files import atomic_path
 from library.errors import UserError
+from library.suggestions import nearest_name
 
 logger = logging.getLogger(__name__)
 
@@ -410,5 +410,5 @@ def _way_out(name: str) -> str:
     if package is not None:
         return f"install it with: pip install {package}"
     known = [*_own_modules(), "lycoris.kohya"]
-    near = get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}, or a Python file of your own"
+    near = nearest_name(name, known)
+    return f"did you mean {near}?" if near else f"there are: {', '.join(known)}, or a Python file of your own"

@@ -1,6 +1,5 @@
 """The dataset file and its fallbacks as frozen values: subset, else dataset, general, option, default."""
 
-import difflib
 import json
 import logging
 import math
@@ -29,6 +28,7 @@ from library.options.config_file import read_toml
 from library.options.dataset import DatasetOptions
 from library.options.encodings import not_utf8
 from library.options.train import TrainOptions
+from library.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -279,8 +279,7 @@ def table_problems(table: Table, place: str, level: Level, style: Style | None) 
 
 
 def unknown_key(place: str, name: str, allowed: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(name, [*allowed, *ALL_KEYS], n=1)
-    return f"{place} is not a key" + (f"; did you mean {nearest[0]}?" if nearest else "")
+    return f"{place} is not a key{did_you_mean(name, [*allowed, *ALL_KEYS])}"
 
 
 def where_it_belongs(key: Key, level: Level) -> str:

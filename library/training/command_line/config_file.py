@@ -5,7 +5,6 @@ form gave them. So values are read generously: what can only mean one thing is t
 """
 
 import argparse
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from library.errors import UserError
 from library.options.base import int_or_float
 from library.options.config_file import read_toml
+from library.suggestions import nearest_name
 
 SECRETS = ("wandb_api_key", "huggingface_token")
 
@@ -102,8 +102,8 @@ def flatten(tables: Mapping[str, Any], path: Path, warnings: list[str]) -> dict[
 
 def nearest(key: str, actions: Mapping[str, argparse.Action]) -> str:
     """A hint at the option that `key` looks like, or nothing."""
-    close = difflib.get_close_matches(key, actions, n=1, cutoff=0.75)
-    return f" (nearest: {close[0]})" if close else ""
+    near = nearest_name(key, actions, least=0.75)
+    return f" (nearest: {near})" if near else ""
 
 
 def whole_chunks(max_token_length: int, where: str, warnings: list[str]) -> int | None:

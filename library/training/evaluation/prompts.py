@@ -6,9 +6,8 @@
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,13 @@ from library.errors import UserError
 from library.options.config_file import read_toml
 from library.options.encodings import not_utf8
 from library.protocols import PromptDefaults
+from library.suggestions import did_you_mean
 from library.types import Prompt
 
 logger = logging.getLogger(__name__)
 
 FLAG = "--sample_prompts"
+NEAR = 0.5  # share of letters from which on a misspelt name is recognised
 SMALLEST_SIDE = 64
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
@@ -157,7 +158,7 @@ def parse_line(line: str, place: str) -> PromptSpec:
         key = LINE_OPTIONS.get(letters.lower())
         if key is None:
             raise UserError(
-                f"{FLAG} {place}: --{letters} is no option of a prompt{nearest(letters.lower(), LINE_OPTIONS)}. "
+                f"{FLAG} {place}: --{letters} is no option of a prompt{did_you_mean(letters, LINE_OPTIONS, NEAR)}. "
                 f"There are {', '.join(f'--{name}' for name in LINE_OPTIONS)}, each with a space before its value; "
                 'a prompt that itself has " --" in it can stand in a .toml or .json file'
             )
@@ -194,7 +195,9 @@ def spec_of(table: Mapping[str, Any], place: str) -> PromptSpec:
                 "leave it out"
             )
         if key not in KEYS:
-            raise UserError(f"{FLAG} {place}: there is no {key!r}{nearest(key, KEYS)}. There are {', '.join(KEYS)}")
+            raise UserError(
+                f"{FLAG} {place}: there is no {key!r}{did_you_mean(key, KEYS, NEAR)}. There are {', '.join(KEYS)}"
+            )
         if value is not None:
             values[key] = checked(key, value, place)
     if "prompt" not in values:
@@ -229,17 +232,12 @@ def check_sampler(name: Any, what: str) -> None:
     """Raise UserError for a name that no sampler has; `what` says where it stands."""
     known = [*SAMPLERS, *ALIASES]
     if name not in known:
-        raise UserError(f"{what} is {name!r}{nearest(str(name), known)}; use one of {', '.join(known)}")
+        raise UserError(f"{what} is {name!r}{did_you_mean(str(name), known, NEAR)}; use one of {', '.join(known)}")
 
 
 def named(key: str) -> str:
     """A setting as TOML and as a line of text have it: `width (--w)`."""
     return f"{key} (--{next(letters for letters, name in LINE_OPTIONS.items() if name == key)})"
-
-
-def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def settle(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False) -> Prompt:

@@ -15,8 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from library.errors import UserError
 from library.options.optimizer import ScheduleOptions
+from library.suggestions import did_you_mean
 from library.training.command_line.keyword_args import call_with_keywords, read_keyword_args
-from library.training.optimization.optimizers import BuiltOptimizer, import_class, nearest
+from library.training.optimization.optimizers import BuiltOptimizer, import_class
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ def check_name(name: str, known: list[str]) -> None:
         )
     if name not in known:
         raise UserError(
-            f"--lr_scheduler {name} is unknown{nearest(name, known)}. It may be one of {', '.join(known)}; "
+            f"--lr_scheduler {name} is unknown{did_you_mean(name, known)}. It may be one of {', '.join(known)}; "
             "other classes go to --lr_scheduler_type"
         )
 

@@ -5,7 +5,6 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 
 from library.errors import UserError
 from library.options.optimizer import OptimizerOptions
+from library.suggestions import did_you_mean
 from library.training.command_line.keyword_args import call_with_keywords, read_keyword_args
 from library.training.optimization.hidden_library import show_bitsandbytes
 from library.training.optimization.muon import MuonWithAdamW
@@ -173,16 +173,9 @@ def class_path(wanted: str) -> tuple[str, Mapping[str, Any]]:
     if wanted in of_torch:
         return f"torch.optim.{wanted}", {}
     raise UserError(
-        f"--optimizer_type {wanted} is unknown{nearest(wanted, [*KNOWN, *of_torch])}. It may be one of "
+        f"--optimizer_type {wanted} is unknown{did_you_mean(wanted, [*KNOWN, *of_torch])}. It may be one of "
         f"{', '.join(KNOWN)}, a class of torch.optim in its exact spelling, or a path such as package.module.Class"
     )
-
-
-def nearest(wanted: str, names: Sequence[str]) -> str:
-    """ "; did you mean ...?" if one of the names is close."""
-    lower = {name.lower(): name for name in names}
-    close = get_close_matches(wanted.lower(), lower, n=1)
-    return f"; did you mean {lower[close[0]]}?" if close else ""
 
 
 def import_class(path: str, flag: str, wanted: str) -> type[Any]:
@@ -205,7 +198,7 @@ def import_class(path: str, flag: str, wanted: str) -> type[Any]:
     value = getattr(module, class_name, None)
     if not inspect.isclass(value):
         raise UserError(
-            f"{flag} {wanted}: {module_name} has no class {class_name}{nearest(class_name, list(vars(module)))}"
+            f"{flag} {wanted}: {module_name} has no class {class_name}{did_you_mean(class_name, vars(module))}"
         )
     return value
 

@@ -5,7 +5,6 @@ import re
 from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -17,6 +16,7 @@ from library.options.loss import LossOptions
 from library.options.noise import NoiseOptions
 from library.options.rules import check_number, is_set, unused
 from library.options.train import TrainOptions
+from library.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +135,8 @@ def word_of(item: str, options: TrainOptions) -> tuple[str, list[str]]:
         return name, texts
     if name in options.flat():
         raise UserError(f"--sweep {name}: {why_not(name)}")
-    if near := get_close_matches(name, SHORT, n=1, cutoff=NEAR):
-        raise UserError(f"--sweep {name}: there is no such option; did you mean {near[0]}?")
+    if hint := did_you_mean(name, SHORT, NEAR):
+        raise UserError(f"--sweep {name}: there is no such option{hint}")
     return f"{TABLES[0]}.{name}", texts  # which the network module holds to what it knows
 
 

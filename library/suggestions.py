@@ -1,0 +1,19 @@
+"""Which known name a misspelt one comes near."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+USUAL = 0.6  # the share of matching letters from which on a name counts as near
+
+
+def nearest_name(given: str, known: Iterable[str], least: float = USUAL) -> str | None:
+    """The known name that is nearest to `given`, whatever its case; None if none has `least` of its letters."""
+    by_lower_case = {name.lower(): name for name in known}
+    near = get_close_matches(given.lower(), by_lower_case, n=1, cutoff=least)
+    return by_lower_case[near[0]] if near else None
+
+
+def did_you_mean(given: str, known: Iterable[str], least: float = USUAL) -> str:
+    """The end of a sentence about a name that nothing has: "; did you mean ...?", or nothing."""
+    near = nearest_name(given, known, least)
+    return f"; did you mean {near}?" if near else ""

@@ -1,0 +1,20 @@
+"""Which known name a misspelt one comes near."""
+
+import pytest
+
+from library.suggestions import did_you_mean, nearest_name
+
+KNOWN = ["AdamW", "AdamW8bit", "Lion", "Prodigy"]
+
+
+@pytest.mark.parametrize(
+    ("given", "near"), [("adamw", "AdamW"), ("AdamW_8bit", "AdamW8bit"), ("LIONS", "Lion"), ("sgd", None), ("", None)]
+)
+def test_the_nearest_name_is_found_whatever_its_case(given: str, near: str | None) -> None:
+    assert nearest_name(given, iter(KNOWN)) == near
+    assert did_you_mean(given, KNOWN) == (f"; did you mean {near}?" if near else "")
+
+
+def test_how_near_it_must_be_can_be_said() -> None:
+    assert nearest_name("Prod", KNOWN) == "Prodigy"  # 2 x 4 of 4 + 7 letters, 0.73
+    assert nearest_name("Prod", KNOWN, least=0.75) is None
