@@ -291,7 +291,7 @@ def lines_of(text: str, folder: Path) -> list[str]:
     lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
     kept = [line for line in lines if line and not re.search(r"\d+%\||it/s|s/it", line)]
     varying = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|\d+(\.\d+)? ?(s|ms|min)\b|\d{14}|\b[0-9a-f]{40}\b"
-    return [re.sub(varying, "#", line) for line in kept]
+    return [re.sub(r"(a step took #).*", r"\1", re.sub(varying, "#", line)) for line in kept]  # where it went varies
 
 
 if __name__ == "__main__":
