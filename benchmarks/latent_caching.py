@@ -80,8 +80,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     from library.architectures.sd.assembly import LATENT_SCALE, LATENTS
     from library.data.batches.batches import to_pixels
-    from library.data.batches.dataset import TrainingSet
     from library.data.caching.latents import cache_latents, decode, plan_jobs
+    from library.data.description.plan import DataPlan, build_plan
     from library.data.sources.picture_index import SETTLED_NS
     from library.models.latents import KlLatents
     from library.options.train import TrainOptions
@@ -96,20 +96,20 @@ def main() -> None:
         folder = Path(temporary) / "1_x"
         build_pictures(folder, args.side, args.count)
 
-        def opened(flag: str) -> tuple[TrainingSet, TrainOptions]:
+        def opened(flag: str) -> tuple[DataPlan, TrainOptions]:
             options = argparse.ArgumentParser()
             TrainOptions.add_to(options)
             given = ["--train_data_dir", temporary, "--resolution", str(args.side), flag]
             given += ["--vae_batch_size", str(args.vae_batch_size), "--max_data_loader_n_workers", str(args.workers)]
             chosen = TrainOptions.from_args(options.parse_args(given))
-            return TrainingSet.build(chosen, codec.spec, 1, None, None), chosen
+            return build_plan(chosen, codec.spec, 1, None, None), chosen
 
         def caching(flag: str) -> tuple[float, float]:
-            training_set, options = opened(flag)
-            return seconds_of(lambda: cache_latents(training_set, encode, "a vae", options.caching, 1))
+            plan, options = opened(flag)
+            return seconds_of(lambda: cache_latents(plan, encode, lambda: "a vae", options.caching, 1))
 
-        training_set, _ = opened("--cache_latents")
-        pictures = [to_pixels(decode(job).picture) for job in plan_jobs(training_set, False)]
+        plan, _ = opened("--cache_latents")
+        pictures = [to_pixels(decode(job, plan.storage).picture) for job in plan_jobs(plan, False)]
         batches = [
             torch.stack(pictures[i : i + args.vae_batch_size]) for i in range(0, len(pictures), args.vae_batch_size)
         ]

@@ -109,11 +109,11 @@ def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, li
     arch = build(options)
     accelerator = setup.open_accelerator(options)
     processes = of_accelerator(accelerator)
-    training_set = setup.open_training_set(options, arch, 1, processes.count)
+    plan = setup.open_data_plan(options, arch, 1, processes.count)
     path = options.reports.log_events
     events = Events([] if path is None else [open_event_file(Path(path), False)])
     wanted = setup.Wanted(options, 1, None, events)
-    (prepared,) = setup.prepare(options, arch, 1, training_set, accelerator, processes, [wanted])
+    (prepared,) = setup.prepare(options, arch, 1, plan, accelerator, processes, [wanted])
     context = prepared.run.context
     weights = context.network.trainable_parameters()
 

@@ -122,7 +122,7 @@ def options_for(folder: str, subset: str | None = None) -> object:
     """The options of a run on the pictures of a folder, or of another subset."""
     import pyarrow.parquet  # noqa: F401, imports are not measured
 
-    import library.data.batches.dataset  # noqa: F401
+    import library.data.batches.training_data  # noqa: F401
     from library.options.train import TrainOptions
 
     parser = argparse.ArgumentParser()
@@ -138,13 +138,14 @@ def options_for(folder: str, subset: str | None = None) -> object:
 
 def ready(options: object) -> object:
     """The measured part of a start."""
-    from library.data.batches.dataset import TrainingSet
+    from library.data.batches.training_data import open_batches
+    from library.data.description.plan import build_plan
     from library.protocols import LatentSpec
 
     spec = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_sd.npz", had_keys_without_size=True)
-    training_set = TrainingSet.build(options, spec, 1, None, None)  # type: ignore[arg-type]
-    training_set.audit(logging.getLogger("audit"))
-    return training_set, training_set.batches(1, range(training_set.num_batches), int, 0, False)
+    plan = build_plan(options, spec, 1, None, None)  # type: ignore[arg-type]
+    plan.audit(logging.getLogger("audit"))
+    return plan, open_batches(plan).of_epoch(1, range(plan.num_batches), int, 0, False)
 
 
 def resident_bytes() -> int:

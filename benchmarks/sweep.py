@@ -75,16 +75,16 @@ def toy(args: argparse.Namespace, folder: Path, *network_args: str) -> tuple[Wor
     options = TrainOptions.from_args(parse(train_network.setup_parser(), words))
     accelerator = setup.open_accelerator(options)
     arch, processes = build(options), of_accelerator(accelerator)
-    training_set = setup.open_training_set(options, arch, 1, 1)
+    plan = setup.open_data_plan(options, arch, 1, 1)
     wanted = [
         setup.Wanted(options.with_values({"learning_rate": 1e-4 * (i + 1)}), 1, None, Events(), f"adapter {i}")
         for i in range(args.adapters)
     ]
-    prepared = setup.prepare(options, arch, 1, training_set, accelerator, processes, wanted)
+    prepared = setup.prepare(options, arch, 1, plan, accelerator, processes, wanted)
     runs = [one.run for one in prepared]
     for run in runs:
         run.context.network.start_epoch(*run.context.models.network_view)
-    batches = list(training_set.batches(1, range(4), lambda place: 0, 0, False))
+    batches = list(runs[0].batches.of_epoch(1, range(4), lambda place: 0, 0, False))
 
     def update(run: Run) -> None:
         torch.nn.utils.clip_grad_norm_(run.context.network.trainable_parameters(), 1.0)

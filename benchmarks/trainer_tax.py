@@ -150,9 +150,9 @@ def our_steps(folder: Path, args: argparse.Namespace, overheads: list[float]) ->
     arch = build(options)
     accelerator = setup.open_accelerator(options)
     processes = of_accelerator(accelerator)
-    training_set = setup.open_training_set(options, arch, 1, processes.count)
+    plan = setup.open_data_plan(options, arch, 1, processes.count)
     wanted = setup.Wanted(options, 1, None, Events())
-    (prepared,) = setup.prepare(options, arch, 1, training_set, accelerator, processes, [wanted])
+    (prepared,) = setup.prepare(options, arch, 1, plan, accelerator, processes, [wanted])
     backward, take = loop.backward, Updates.take
     began, inside = [0.0], [0.0]
 

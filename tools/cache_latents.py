@@ -22,7 +22,8 @@ from library.architectures.flux.options import FluxOptions
 from library.architectures.sd import assembly as sd
 from library.architectures.sdxl import assembly as sdxl
 from library.architectures.sdxl.options import SdxlOptions
-from library.data.batches.dataset import NoDataFound, TrainingSet
+from library.data.description.plan import build_plan
+from library.data.description.schema import NoDataFound
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.processes import of_accelerator
@@ -83,8 +84,8 @@ def cache_to_disk(args: argparse.Namespace) -> None:
     processes = of_accelerator(open_accelerator(options))
     codec, load_vae = open_vae(options)
     seed = options.run.seed or 0
-    training_set = TrainingSet.build(options, codec.spec, seed, None, None, processes.count)
-    encode_pictures(load_vae, codec, options.caching, seed, training_set, processes)
+    plan = build_plan(options, codec.spec, seed, None, None, processes.count)
+    encode_pictures(load_vae, codec, options.caching, seed, plan, processes)
 
 
 def run(action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:

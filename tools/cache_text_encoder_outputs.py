@@ -16,7 +16,7 @@ from library import train_util as train_util
 from library.errors import UserError
 from library.processes import of_accelerator
 from library.training.run.compute import Compute
-from library.training.run.setup import open_accelerator, open_training_set
+from library.training.run.setup import open_accelerator, open_data_plan
 from library.training.run.text_caching import prepare_text
 from tools.cache_latents import build, read_options, run, setup_parser
 
@@ -35,8 +35,8 @@ def cache_to_disk(args: argparse.Namespace) -> None:
         )
     processes = of_accelerator(open_accelerator(options))
     compute = Compute.build(options.precision, processes.device)
-    training_set = open_training_set(options, arch, options.run.seed or 0, processes.count)
-    prepare_text(options, arch, training_set, compute.device, compute.autocast, [], processes)
+    plan = open_data_plan(options, arch, options.run.seed or 0, processes.count)
+    prepare_text(options, arch, plan, compute.device, compute.autocast, [], processes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from library.checkpoints.files import read_metadata  # noqa: E402
-from library.data.batches.dataset import NoDataFound  # noqa: E402
+from library.data.description.schema import NoDataFound  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
@@ -35,7 +35,7 @@ from library.training.evaluation.measurement import Measurement  # noqa: E402
 from library.training.report.writer import add_event  # noqa: E402
 from library.training.reporting import events  # noqa: E402
 from library.training.reporting.event_stream import open_event_file, plain  # noqa: E402
-from library.training.run.setup import open_training_set  # noqa: E402
+from library.training.run.setup import open_data_plan  # noqa: E402
 from library.training.saving.checkpoints import Names  # noqa: E402
 from library.training.saving.saved_files import steps_of  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
@@ -147,10 +147,10 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     warn_of_other_splits(options, files, seed)
     arch = card.build(options)
     try:
-        training_set = open_training_set(options, arch, seed, 1)
+        plan = open_data_plan(options, arch, seed, 1)
     except NoDataFound as error:
         raise UserError(f"No data found: {error}") from error
-    sides, losses = losses_of_files(options, arch, training_set, seed, [None, *files], own_device())
+    sides, losses = losses_of_files(options, arch, plan, seed, [None, *files], own_device())
     choice = choice_of(measured_files(sides, list(losses)), is_held_out=sides.held_out is not None)
     if choice is None:
         raise UserError("the loss of every file is not a number; --mixed_precision bf16 or no is wider than fp16")

@@ -19,11 +19,11 @@ sys.path.insert(0, str(ROOT))
 import toml  # noqa: E402
 
 from library.checkpoints.files import atomic_path  # noqa: E402
-from library.data.batches.dataset import NoDataFound, TrainingSet  # noqa: E402
 from library.data.batches.images import open_picture, picture_extensions  # noqa: E402
 from library.data.description.keys import ALL_KEYS, SOURCES  # noqa: E402
 from library.data.description.schema import (  # noqa: E402
     DatasetConfig,
+    NoDataFound,
     RunDataConfig,
     SubsetConfig,
     load_dataset_config,
@@ -42,7 +42,7 @@ from library.training.command_line.checks import check_data  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
 from library.training.run.compute import Compute  # noqa: E402
 from library.training.run.models import encode_pictures  # noqa: E402
-from library.training.run.setup import open_accelerator, open_training_set  # noqa: E402
+from library.training.run.setup import open_accelerator, open_data_plan  # noqa: E402
 from library.training.run.text_caching import cached_text, prepare_text  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
 from tools.plan_memory import card_of_script  # noqa: E402
@@ -249,14 +249,14 @@ def fill_caches(script: str | None, options: TrainOptions) -> None:
     assert script is not None
     arch = card_of_script(script).build(options)
     processes = of_accelerator(open_accelerator(options))
-    training_set: TrainingSet = open_training_set(options, arch, options.run.seed or 0, processes.count)
+    plan = open_data_plan(options, arch, options.run.seed or 0, processes.count)
     if options.caching.cache_latents_to_disk:
-        encode_pictures(arch.load.vae, arch.codec, options.caching, options.run.seed or 0, training_set, processes)
+        encode_pictures(arch.load.vae, arch.codec, options.caching, options.run.seed or 0, plan, processes)
     if caches_text:
         if cached_text(options, arch.text_cache) is None:
             raise UserError(f"--{CACHES[1]} does nothing here: every text encoder trains, or none is cached")
         compute = Compute.build(options.precision, processes.device)
-        prepare_text(options, arch, training_set, compute.device, compute.autocast, [], processes)
+        prepare_text(options, arch, plan, compute.device, compute.autocast, [], processes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from networks import dylora, lora, lora_fa
 from networks.core.arguments import SUPPORTED
 from networks.core.protocol import parse_network_args
 from tests.fuzz.budget import any_input, works_or_says_why
-from tests.unit.data.builders import open_set, options_of, write_folder
+from tests.unit.data.builders import options_of, plan_of, write_folder
 from tests.unit.networks.toy import toy_models
 
 PROMPT_DEFAULTS = PromptDefaults(num_steps=30, width=512, height=512, scale=7.5, size_step=8, sampler="ddim")
@@ -64,7 +64,7 @@ def test_tables_of_a_dataset_file(
         dataset, subset = {"resolution": 64, **dataset}, {**subset, "image_dir": str(pictures)}
     path = tmp_path / "dataset.toml"
     path.write_text(written({"general": general, "datasets": [{**dataset, "subsets": [subset]}]}), encoding="utf-8")
-    works_or_says_why(lambda: open_set(options_of("--dataset_config", str(path))))
+    works_or_says_why(lambda: plan_of(options_of("--dataset_config", str(path))))
 
 
 @any_input(15)
@@ -79,7 +79,7 @@ def test_one_key_of_a_dataset_file_with_any_value(pictures: Path, tmp_path: Path
     subset = {"image_dir": str(pictures), **tables["subset"]}
     path = tmp_path / "dataset.toml"
     path.write_text(written({"datasets": [{**tables["dataset"], "subsets": [subset]}]}), encoding="utf-8")
-    works_or_says_why(lambda: open_set(options_of("--dataset_config", str(path))))
+    works_or_says_why(lambda: plan_of(options_of("--dataset_config", str(path))))
 
 
 @any_input(15)
@@ -87,7 +87,7 @@ def test_one_key_of_a_dataset_file_with_any_value(pictures: Path, tmp_path: Path
 def test_bytes_as_a_dataset_file(tmp_path: Path, content: bytes, ending: str) -> None:
     path = tmp_path / f"dataset{ending}"
     path.write_bytes(content)
-    works_or_says_why(lambda: open_set(options_of("--dataset_config", str(path))))
+    works_or_says_why(lambda: plan_of(options_of("--dataset_config", str(path))))
 
 
 arguments = st.one_of(

@@ -18,7 +18,7 @@ from library.training.saving.state import OptimizerState, require_undamaged, res
 from tests.fuzz.budget import any_input, works_or_says_why
 from tests.unit.data import test_cache as latents
 from tests.unit.data import test_text_cache as texts
-from tests.unit.data.builders import open_set, options_of, write_folder
+from tests.unit.data.builders import options_of, plan_of, write_folder
 from tests.unit.training.test_state import DATASET
 
 atoms = st.one_of(
@@ -120,7 +120,7 @@ def test_an_array_of_a_text_cache_is_another(tmp_path_factory: pytest.TempPathFa
     array = np.zeros(data.draw(shapes), data.draw(dtypes))
     texts.rewrite(file, leaves_note=data.draw(st.booleans()), **{name: array})
     skips = data.draw(st.booleans())
-    works_or_says_why(lambda: texts.draws_of(texts.cache(folder, skips_check=skips).training_set))
+    works_or_says_why(lambda: texts.draws_of(texts.cache(folder, skips_check=skips).batches))
 
 
 @any_input(6)
@@ -138,4 +138,4 @@ def test_bytes_of_files_of_a_folder_are_others(tmp_path_factory: pytest.TempPath
     )
     line = "--resolution 64 --caption_extension .txt --train_data_dir"
     works_or_says_why(lambda: latents.latents_by_key(latents.cache(folder)[0]))
-    works_or_says_why(lambda: open_set(options_of(line, str(folder))).audit(latents.logging.getLogger("fuzz")))
+    works_or_says_why(lambda: plan_of(options_of(line, str(folder))).audit(latents.logging.getLogger("fuzz")))

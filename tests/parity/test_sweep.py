@@ -79,14 +79,14 @@ def prepared(
     options: TrainOptions = card.options.from_args(parse(importlib.import_module(base.script).setup_parser(), words))
     accelerator = setup.open_accelerator(options)
     arch, processes = card.build(options), of_accelerator(accelerator)
-    training_set = setup.open_training_set(options, arch, 21, 1)
+    plan = setup.open_data_plan(options, arch, 21, 1)
     wanted = [
         setup.Wanted(
             options.with_values({"output_name": label, **values}), values.get("seed", 21), None, Events(), label
         )
         for label, values in adapters.items()
     ]
-    ready = setup.prepare(options, arch, 21, training_set, accelerator, processes, wanted)
+    ready = setup.prepare(options, arch, 21, plan, accelerator, processes, wanted)
     runs, generator = [one.run for one in ready], torch.Generator().manual_seed(74)
     for run in runs:
         run.context.network.start_epoch(*run.context.models.network_view)
@@ -105,8 +105,7 @@ def gradients_of(run: Run) -> Iterator[tuple[str, torch.Tensor]]:
 
 def compare(runs: list[Run], tolerance: float) -> None:
     """Losses and gradients of a window of two batches, together and of each adapter alone."""
-    training_set = runs[0].training_set
-    (batch,) = training_set.batches(1, [0], lambda place: 0, 0, False)
+    (batch,) = runs[0].batches.of_epoch(1, [0], lambda place: 0, 0, False)
     together = [backward_together(runs, batch, number, 2, 3) for number in (6, 7)]
     found = [dict(gradients_of(run)) for run in runs]
     for i, (run, gradients) in enumerate(zip(runs, found, strict=True)):
@@ -155,7 +154,7 @@ def test_the_shared_step_takes_what_is_counted(fresh_process: None, tmp_path: Pa
     more = ["--cache_latents", "--network_train_unet_only", *(["--gradient_checkpointing"] if recomputes else [])]
     two = {label: KINDS[label] for label in ("LoRA", "DoRA")}
     runs = prepared(tmp_path, "flux", two, *more, size="256,192")
-    context, (batch,) = runs[0].context, runs[0].training_set.batches(1, [0], lambda place: 0, 0, False)
+    context, (batch,) = runs[0].context, runs[0].batches.of_epoch(1, [0], lambda place: 0, 0, False)
     shape = BatchShape(2, 256, 192)
     adapters = [run.options for run in runs]
     counted = count_run(adapters[0], context.arch, shape, CPU, adapters).step

@@ -13,7 +13,7 @@ from library.architectures.sdxl.load import SdxlLoader
 from tests.running import Finished, make_pictures
 from tests.runs.bases import BASES
 from tests.runs.test_resume import saved
-from tests.unit.data.builders import batches_of, content_of, open_set, options_of, write_picture
+from tests.unit.data.builders import batches_of, content_of, options_of, plan_of, write_picture
 from tests.unit.data.shard_builders import shards_of, write_parquet
 from tools import make_shards
 
@@ -73,7 +73,7 @@ def described(tmp_path: Path) -> Path:
 
 
 def contents(path: Path) -> list[object]:
-    found = open_set(options_of("--dataset_config", str(path)))
+    found = plan_of(options_of("--dataset_config", str(path)))
     return [content_of(batch)[1:] for epoch in (1, 2) for batch in batches_of(found, epoch)]
 
 

@@ -74,12 +74,11 @@ def test_training_is_that_of_a_folder_without_the_pictures_that_are_set_aside(
     train: Train, split_arguments: list[str], pictures: Path, tmp_path: Path
 ) -> None:
     train([*split_arguments, "--validation_seed", "3", "--cache_latents_to_disk", "--output_dir", str(tmp_path / "a")])
-    from library.data.batches.dataset import TrainingSet
-    from tests.unit.data.builders import SPEC, options_of
+    from tests.unit.data.builders import options_of, plan_of, validation_of
 
     arguments = ["--train_data_dir", str(pictures), "--validation_split", "0.34"]
-    training_set = TrainingSet.build(options_of("--resolution 64 --validation_seed 3", *arguments), SPEC, 1, None, None)
-    aside = [key for batch in training_set.validation.batches([0, 1], 0) for key in batch.keys]
+    plan = plan_of(options_of("--resolution 64 --validation_seed 3", *arguments))
+    aside = [key for batch in validation_of(plan).batches([0, 1], 0) for key in batch.keys]
     assert len(aside) == 2
     for path in aside:
         Path(path).unlink()

@@ -5,7 +5,6 @@ Shapes: B samples, C channels, H height, W width.
 
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -33,7 +32,7 @@ from library.data.caching.text_files import Row, stack_rows
 from library.data.description.buckets import crop_ltrb
 from library.data.description.captions import caption_variant, compose_caption, is_dropped
 from library.data.description.schema import SubsetConfig
-from library.data.sources.samples import Sample, Samples
+from library.data.sources.samples import Sample, Samples, stand_in
 from library.data.sources.storage import Storage
 from library.errors import UserError
 from library.randomness import random_for
@@ -113,7 +112,7 @@ class BatchMaker(Dataset[PartialBatch | str]):
     max_train_steps: int
     files: LatentFiles
     in_memory: frozenset[int]  # samples whose latents the main process keeps
-    num_variants: int = 0  # versions that a caption is drawn from; 0 makes it anew for every draw
+    num_variants: int = 0  # see DataPlan
     text_files: TextFiles = field(default_factory=TextFiles)
     damaged: frozenset[int] = frozenset()  # samples found so while caching
     storage: Storage = field(default_factory=Storage)
@@ -169,13 +168,13 @@ class BatchMaker(Dataset[PartialBatch | str]):
         """What a draw gives; for a damaged picture, which is told in `skipped`, what another one in its place gives."""
         number, broken = int(self.sample_of_draw[draw]), set(self.damaged)
         if number in broken:
-            number = self.stand_in(number, broken)
+            number = stand_in(self.samples, self.subsets, number, broken)
         while True:
             try:
                 return self.taken(number, epoch, draw)
             except DamagedPicture as error:
                 broken.add(number)
-                number = self.stand_in(number, broken, str(error))
+                number = stand_in(self.samples, self.subsets, number, broken, str(error))
                 skipped.append(str(error))
 
     def taken(self, number: int, epoch: int, draw: int) -> Taken:
@@ -186,27 +185,6 @@ class BatchMaker(Dataset[PartialBatch | str]):
             return Taken(number, is_flipped, None, *self.cached(number, is_flipped))
         picture, mask = self.drawn(number, epoch, draw, is_flipped)
         return Taken(number, is_flipped, picture, None, mask)
-
-    def stand_in(self, number: int, broken: AbstractSet[int], reason: str = "") -> int:
-        """The sample that is drawn in place of a damaged one: the next of its bucket, of its own subset if it has one.
-
-        So every batch keeps its size and the run its length. Raises UserError where no other is left.
-        """
-        samples, damaged = self.samples, self.samples[number]
-        fits = np.array([shape.bucket == damaged.shape.bucket for shape in samples.shapes])
-        is_reg = np.array([subset.is_reg for subset in self.subsets])
-        is_alike_N = (samples.draws_N > 0) & (samples.dataset_of_each() == damaged.dataset) & fits[samples.shape_N]
-        is_alike_N &= is_reg[samples.subset_of_each()] == is_reg[damaged.subset]
-        is_alike_N[list(broken)] = False
-        alike = np.flatnonzero(is_alike_N)
-        if not len(alike):
-            raise UserError(
-                f"{reason or f'{damaged.picture.key} is damaged'}; no other picture of its size can stand in for it: "
-                "mend it or take it out"
-            )
-        alike = np.roll(alike, -int(np.searchsorted(alike, number)))
-        own = alike[samples.subset_of_each()[alike] == damaged.subset]
-        return int(own[0] if len(own) else alike[0])
 
     def caption(self, sample: Sample, order: BatchOrder, draw: int) -> str:
         """The prompt of one draw."""

@@ -2,23 +2,22 @@
 
 import logging
 
-from library.data.batches.training_data import TrainingData
+from library.data.batches.training_data import TrainingData, open_batches
 
 logger = logging.getLogger(__name__)
 
 
-def show_batches(training_set: TrainingData) -> None:
+def show_batches(data: TrainingData) -> None:
     """Log every batch of the first epoch: pictures, captions, sizes, loss weights, shapes of the tensors."""
-    for number, batch in enumerate(
-        training_set.batches(1, range(training_set.num_batches), lambda index: index, 0, False)
-    ):
+    batches = open_batches(data)
+    for number, batch in enumerate(batches.of_epoch(1, range(data.num_batches), lambda index: index, 0, False)):
         tensors = {
             "pixels": batch.pixels_BCHW,
             "latents": batch.latents_BCHW,
             "masks": batch.masks_B1HW,
         }
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if tensor is not None)
-        logger.info("batch %d of %d: %s", number + 1, training_set.num_batches, shapes)
+        logger.info("batch %d of %d: %s", number + 1, data.num_batches, shapes)
         for place, (key, caption) in enumerate(zip(batch.keys, batch.captions, strict=True)):
             height, width, top, left, target_height, target_width = batch.sizes_B6[place].tolist()
             logger.info(

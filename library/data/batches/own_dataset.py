@@ -98,7 +98,7 @@ class OwnDataset:
         )  # fmt: skip
         return ValidationSet(maker, lambda draft: self._batch(1, 0), (), {})
 
-    def batches(
+    def of_epoch(
         self,
         epoch: int,
         places: Sequence[int],
@@ -127,9 +127,9 @@ class OwnDataset:
             "ss_total_batch_size": size * num_processes * accumulation,
         }
 
-    def limit_to_largest_batch(self) -> int:
+    def limited_to_largest_batch(self) -> tuple["OwnDataset", int]:
         """The first: the sizes of others are not known."""
-        return 0
+        return self, 0
 
     def report_skipped(self, log: logging.Logger) -> None:
         """Nothing is left out here."""

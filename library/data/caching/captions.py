@@ -20,10 +20,10 @@ import numpy as np
 from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, save_safetensors
-from library.data.batches.dataset import TrainingSet
 from library.data.caching.npz import MISSING, clear_left_overs
 from library.data.caching.stores import TextFiles, TextStore
 from library.data.caching.text_files import Identity, Row, TextFile, Verdict, judge, write_texts
+from library.data.description.plan import DataPlan
 from library.data.sources.scan import few
 from library.errors import UserError
 from library.processes import ALONE, Processes
@@ -89,7 +89,7 @@ class CachedTexts:
 
 
 def cache_texts(
-    training_set: TrainingSet,
+    plan: DataPlan,
     encoding: TextEncoding,
     prompts: Sequence[str],
     skips_check: bool,
@@ -105,19 +105,19 @@ def cache_texts(
     spec = encoding.spec
     open_encoders = cache(encoding.open_encoders)
     if spec.options.cache_text_encoder_outputs_to_disk:
-        jobs, files = plan_jobs(training_set, spec)
-        empty = shared_job(training_set, spec, "empty_prompt", [""])
-        shown = shared_job(training_set, spec, "preview_prompts", prompts)
+        jobs, files = plan_jobs(plan, spec)
+        empty = shared_job(plan, spec, "empty_prompt", [""])
+        shown = shared_job(plan, spec, "preview_prompts", prompts)
         if processes.is_main:
             clear_left_overs(os.path.dirname(job.file.path) for job in (empty, *jobs))
         identity = cache(encoding.identity)
-        threads = training_set.num_workers
+        threads = plan.num_workers
         write_missing([empty, *jobs], lambda: open_encoders().captions, spec, identity, skips_check, threads, processes)
         if prompts:
             write_missing([shown], lambda: open_encoders().prompts, spec, identity, skips_check, threads, ALONE)
         store = TextStore(files, {"": empty.file.read("")}, spec.padding)
         return CachedTexts(store, {text: shown.file.read(text) for text in prompts})
-    texts = list(dict.fromkeys(["", *(text for texts in training_set.caption_texts() for text in texts)]))
+    texts = list(dict.fromkeys(["", *(text for texts in plan.caption_texts() for text in texts)]))
     logger.info("caching text encoder outputs of %d captions in memory", len(texts) + len(prompts))
     share = texts[processes.local_rank :: processes.local_count]
     with progress_bar(TITLE, len(share) + len(prompts)) as bar:
@@ -145,27 +145,27 @@ def passed_on(rows: Mapping[str, Row], texts: Sequence[str], processes: Processe
     return dict(found)
 
 
-def plan_jobs(training_set: TrainingSet, spec: TextCacheSpec) -> tuple[list[Job], TextFiles]:
+def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], TextFiles]:
     """(what each file is to hold, which samples have one).
 
     Samples that share a picture, or pictures that differ only in their endings, share a file: it holds the captions of
     all of them.
     """
     texts_of: dict[str, dict[str, None]] = defaultdict(dict)
-    files = TextFiles(spec.suffix, spec.keys, np.zeros(len(training_set.samples), dtype=bool))
-    for number, texts in enumerate(training_set.caption_texts()):
+    files = TextFiles(spec.suffix, spec.keys, np.zeros(len(plan.samples), dtype=bool))
+    for number, texts in enumerate(plan.caption_texts()):
         wanted = [text for text in texts if text]
         if wanted:
-            file = files.file(training_set.samples[number], training_set.storage)
+            file = files.file(plan.samples[number], plan.storage)
             files.has_N[number] = True
             texts_of[file.path].update(dict.fromkeys(wanted))
     return [Job(TextFile(path, spec.keys), tuple(texts)) for path, texts in texts_of.items()], files
 
 
-def shared_job(training_set: TrainingSet, spec: TextCacheSpec, name: str, texts: Sequence[str]) -> Job:
+def shared_job(plan: DataPlan, spec: TextCacheSpec, name: str, texts: Sequence[str]) -> Job:
     """What no picture has, in a hidden file in the first folder of pictures."""
-    stem_of = training_set.storage.cache_stem
-    first = min(os.path.dirname(os.path.abspath(stem_of(sample.picture))) for sample in training_set.samples)
+    stem_of = plan.storage.cache_stem
+    first = min(os.path.dirname(os.path.abspath(stem_of(sample.picture))) for sample in plan.samples)
     return Job(TextFile(os.path.join(first, f".{name}{spec.suffix}"), spec.keys), tuple(texts))
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Generator, Tensor
 
 from library.data.batches.batches import check_size, to_pixels
-from library.data.batches.dataset import TrainingSet
 from library.data.batches.images import DamagedPicture, Pixels, centred, place, read_pixels
 from library.data.batches.threads import in_blocks
 from library.data.caching.latent_files import (
@@ -28,8 +27,9 @@ from library.data.caching.latent_index import VerifiedEntries
 from library.data.caching.npz import MISSING, clear_left_overs
 from library.data.caching.stores import LatentFiles, LatentStore, usual_latent_file
 from library.data.description.buckets import Shape
+from library.data.description.plan import DataPlan
 from library.data.sources.pictures import Version
-from library.data.sources.samples import Sample
+from library.data.sources.samples import Sample, stand_in
 from library.data.sources.scan import few
 from library.data.sources.storage import Storage
 from library.errors import UserError
@@ -77,7 +77,7 @@ class Found:
 
 
 def cache_latents(
-    training_set: TrainingSet,
+    plan: DataPlan,
     encode: Encode,
     vae_identity: Callable[[], str],
     options: CachingOptions,
@@ -92,27 +92,27 @@ def cache_latents(
     temporary folder. Damaged pictures are named and left out. Raises UserError naming a picture that cannot be read,
     that is damaged while no other can stand in, or that the VAE turns into NaN.
     """
-    jobs = plan_jobs(training_set, options.cache_latents_to_disk)
+    jobs = plan_jobs(plan, options.cache_latents_to_disk)
     on_disk = [job for job in jobs if job.file is not None]
     kept = [job for job in jobs if job.file is None]
     if processes.is_main:
         clear_left_overs(os.path.dirname(job.file.path) for job in on_disk if job.file is not None)
     if kept and processes.count > 1:
-        kept = passed_on(kept, processes.shared_folder("latents"), training_set)
+        kept = passed_on(kept, processes.shared_folder("latents"), plan)
     files: dict[int, LatentFile] = {}
     memory: dict[int, Latents] = {}
     damaged: dict[int, str] = {}
-    entries = VerifiedEntries.open((job.file for job in on_disk if job.file is not None), training_set.storage)
+    entries = VerifiedEntries.open((job.file for job in on_disk if job.file is not None), plan.storage)
 
     def encode_jobs(share: Sequence[Job]) -> None:
-        for job, latents in encoded(share, encode, vae_identity, options.vae_batch_size, seed, training_set, entries):
+        for job, latents in encoded(share, encode, vae_identity, options.vae_batch_size, seed, plan, entries):
             if isinstance(latents, DamagedPicture):
                 damaged.update((user, str(latents)) for user in job.users)
             elif job.file is None:
                 memory.update((user, latents) for user in job.users)
 
     def stale_ones(candidates: Sequence[Job], when: str) -> list[Job]:
-        usable, stale = check_files(candidates, vae_identity, options.skip_cache_check, training_set, entries)
+        usable, stale = check_files(candidates, vae_identity, options.skip_cache_check, plan, entries)
         for job, file in usable:
             files.update((user, file) for user in job.users)
         processes.wait_for_all(f"checking the latent cache{when}")  # so that all share out the same list
@@ -134,8 +134,10 @@ def cache_latents(
         logger.warning(
             "%d pictures are damaged and left out, others of their size take their place: %s", len(told), few(told)
         )
+    for number in damaged:
+        stand_in(plan.samples, plan.subsets, number, damaged.keys())
     kept_files = {user: file for user, file in files.items() if user not in damaged}
-    on_disk_files = LatentFiles.of(kept_files, training_set.samples, training_set.spec, training_set.storage)
+    on_disk_files = LatentFiles.of(kept_files, plan.samples, plan.spec, plan.storage)
     return LatentStore(on_disk_files, memory, frozenset(damaged))
 
 
@@ -149,33 +151,33 @@ def shared_out(jobs: Sequence[Job], rank: int, count: int) -> list[Job]:
     ]
 
 
-def passed_on(jobs: Sequence[Job], folder: str, training_set: TrainingSet) -> list[Job]:
+def passed_on(jobs: Sequence[Job], folder: str, plan: DataPlan) -> list[Job]:
     """The jobs, those whose latents would stay in memory with files in `folder`."""
     passed = []
     for number, job in enumerate(jobs):
         if job.file is None:
-            path = os.path.join(folder, f"{number}{training_set.spec.cache_suffix}")
-            job = replace(job, file=replace(file_of(job.sample, training_set), path=path))
+            path = os.path.join(folder, f"{number}{plan.spec.cache_suffix}")
+            job = replace(job, file=replace(file_of(job.sample, plan), path=path))
         passed.append(job)
     return passed
 
 
-def plan_jobs(training_set: TrainingSet, to_disk: bool) -> list[Job]:
+def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
     """What is to be encoded, small pictures first.
 
     Two pictures that differ only in their ending claim the same entry of the same file, and so do two crops or filters
     of one picture for one bucket. The first one gets it, the others stay in memory.
     """
     groups: dict[tuple[str, Shape, str | None], list[int]] = defaultdict(list)
-    for number, sample in enumerate(training_set.samples):
+    for number, sample in enumerate(plan.samples):
         if sample.num_draws:
-            interpolation = training_set.subset_of(sample).resize_interpolation
+            interpolation = plan.subset_of(sample).resize_interpolation
             groups[os.path.abspath(sample.picture.key), sample.shape, interpolation].append(number)
     jobs, claimed, left_out = [], set(), []
     for (_, _, interpolation), users in groups.items():
-        subsets = [training_set.subset_of(training_set.samples[user]) for user in users]
-        sample = training_set.samples[users[0]]
-        file = file_of(sample, training_set) if to_disk else None
+        subsets = [plan.subset_of(plan.samples[user]) for user in users]
+        sample = plan.samples[users[0]]
+        file = file_of(sample, plan) if to_disk else None
         if file is not None:
             if (file.path, file.tail) in claimed:
                 left_out.append(sample.picture.key)
@@ -195,8 +197,8 @@ def plan_jobs(training_set: TrainingSet, to_disk: bool) -> list[Job]:
     )
 
 
-def file_of(sample: Sample, training_set: TrainingSet) -> LatentFile:
-    return usual_latent_file(sample, training_set.spec, training_set.storage)
+def file_of(sample: Sample, plan: DataPlan) -> LatentFile:
+    return usual_latent_file(sample, plan.spec, plan.storage)
 
 
 def old_file_of(file: LatentFile, stem: str) -> LatentFile:
@@ -211,18 +213,18 @@ def check_files(
     jobs: Sequence[Job],
     vae_identity: Callable[[], str],
     skips_check: bool,
-    training_set: TrainingSet,
+    plan: DataPlan,
     entries: VerifiedEntries,
 ) -> tuple[list[tuple[Job, LatentFile]], list[Job]]:
     """(jobs that need no encoding, with their files; the others), and a line in the log about both."""
-    has_old_names = training_set.spec.had_keys_without_size
+    has_old_names = plan.spec.had_keys_without_size
     vae = "" if skips_check else vae_identity()  # which may have to load it
 
     def look(job: Job) -> Found:
         assert job.file is not None
         picture = job.sample.picture
         verdict = Verdict(MISSING)
-        old = old_file_of(job.file, training_set.storage.cache_stem(picture))
+        old = old_file_of(job.file, plan.storage.cache_stem(picture))
         for file in (job.file, old) if has_old_names else (job.file,):
             if skips_check:
                 if os.access(file.path, os.R_OK):
@@ -239,7 +241,7 @@ def check_files(
     def look_at_block(block: Sequence[Job]) -> list[Found]:
         return [look(job) for job in block]
 
-    finds = in_blocks(look_at_block, jobs, max(1, training_set.num_workers), "checking latent cache")
+    finds = in_blocks(look_at_block, jobs, max(1, plan.num_workers), "checking latent cache")
     usable = [(job, find.file) for job, find in zip(jobs, finds, strict=True) if find.file is not None]
     stale = [job for job, find in zip(jobs, finds, strict=True) if find.file is None]
     report_check(jobs, finds, skips_check)
@@ -294,7 +296,7 @@ def encoded(
     vae_identity: Callable[[], str],
     vae_batch_size: int,
     seed: int,
-    training_set: TrainingSet,
+    plan: DataPlan,
     entries: VerifiedEntries,
 ) -> Iterator[tuple[Job, Latents | DamagedPicture]]:
     """Every job with its latents, written to its file if it has one; threads decode pictures ahead of the VAE."""
@@ -308,12 +310,12 @@ def encoded(
         progress_bar("caching latents…", len(jobs)) as bar,
     ):
         writes: deque[Future[None]] = deque()
-        for batch, results in decoded_ahead(batches, training_set.storage, max(1, training_set.num_workers)):
+        for batch, results in decoded_ahead(batches, plan.storage, max(1, plan.num_workers)):
             yield from ((job, one) for job, one in zip(batch, results, strict=True) if isinstance(one, DamagedPicture))
             pairs = [(job, one) for job, one in zip(batch, results, strict=True) if isinstance(one, Decoded)]
             jobs_left, decoded = [job for job, _ in pairs], [one for _, one in pairs]
             for (job, picture), latents in zip(pairs, encode_batch(jobs_left, decoded, encode, seed), strict=True):
-                check_latents(job, latents, training_set)
+                check_latents(job, latents, plan)
                 if job.file is not None:
                     origin = origin_of(job, picture, vae_identity())
                     writes.append(writer.submit(write_job, job, latents, origin, entries))
@@ -416,7 +418,7 @@ def generator_of(job: Job, decoded: Decoded, seed: int, is_flipped: int) -> Gene
     return generator_for(seed, "vae", decoded.file_hash, width, height, is_flipped)
 
 
-def check_latents(job: Job, latents: Latents, training_set: TrainingSet) -> None:
+def check_latents(job: Job, latents: Latents, plan: DataPlan) -> None:
     """Raise UserError naming the picture where the VAE gave NaN or another shape than the base model's."""
     path = job.sample.picture.key
     for tensor in (latents.latents_CHW, latents.flipped_CHW):
@@ -424,7 +426,7 @@ def check_latents(job: Job, latents: Latents, training_set: TrainingSet) -> None
             continue
         if not torch.isfinite(tensor).all():
             raise UserError(f"the VAE gives NaN for {path}; add --no_half_vae, or use a VAE made for fp16")
-        wanted = file_of(job.sample, training_set).latent_shape
+        wanted = file_of(job.sample, plan).latent_shape
         if tuple(tensor.shape) != wanted:
             raise UserError(f"the VAE gives latents of shape {tuple(tensor.shape)} for {path}, but {wanted} is needed")
 

@@ -85,3 +85,6 @@ class TextStore:
     files: TextFiles = field(default_factory=TextFiles)
     memory: Mapping[str, Row] = field(default_factory=dict)
     padding: Mapping[str, float] = field(default_factory=dict)  # what fills a key whose captions differ in length
+
+
+NO_LATENTS, NO_TEXTS = LatentStore(), TextStore()

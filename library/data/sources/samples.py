@@ -4,6 +4,7 @@ import logging
 import os
 from bisect import bisect_right
 from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -260,6 +261,30 @@ def build_draws(samples: Samples, configs: Sequence[DatasetConfig], chosen: Cont
         if len(draws)
     )
     return Draws(sample_of_draw, buckets)
+
+
+def stand_in(
+    samples: Samples, subsets: Sequence[SubsetConfig], number: int, broken: AbstractSet[int], reason: str = ""
+) -> int:
+    """The sample that is drawn in place of a damaged one: the next of its bucket, of its own subset if it has one.
+
+    So every batch keeps its size and the run its length. Raises UserError where no other is left.
+    """
+    damaged = samples[number]
+    fits = np.array([shape.bucket == damaged.shape.bucket for shape in samples.shapes])
+    is_reg = np.array([subset.is_reg for subset in subsets])
+    is_alike_N = (samples.draws_N > 0) & (samples.dataset_of_each() == damaged.dataset) & fits[samples.shape_N]
+    is_alike_N &= is_reg[samples.subset_of_each()] == is_reg[damaged.subset]
+    is_alike_N[list(broken)] = False
+    alike = np.flatnonzero(is_alike_N)
+    if not len(alike):
+        raise UserError(
+            f"{reason or f'{damaged.picture.key} is damaged'}; no other picture of its size can stand in for it: "
+            "mend it or take it out"
+        )
+    alike = np.roll(alike, -int(np.searchsorted(alike, number)))
+    own = alike[samples.subset_of_each()[alike] == damaged.subset]
+    return int(own[0] if len(own) else alike[0])
 
 
 def duplicated_stems(datasets: Sequence[ScannedDataset]) -> Iterator[tuple[str, str]]:

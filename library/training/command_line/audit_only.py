@@ -7,9 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from library.data.batches.dataset import NoDataFound, TrainingSet
 from library.data.batches.images import read_pixels
 from library.data.description.findings import Finding, inspect
+from library.data.description.plan import DataPlan, build_plan
+from library.data.description.schema import NoDataFound
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
@@ -33,10 +34,10 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
     Raises UserError for mistakes in the description.
     """
     began = time.time()
-    training_set = audited(options, latents)
-    if training_set is None:
+    plan = audited(options, latents)
+    if plan is None:
         return
-    findings = inspect(training_set.samples, len(training_set.split.trained), training_set.storage)
+    findings = inspect(plan.samples, len(plan.split.trained), plan.storage)
     for finding in findings:
         logger.warning("%s", finding.line)
     if not findings:
@@ -44,8 +45,8 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
     if options.saving.output_dir:
         events = [
             Start(None, given(options), versions()),
-            Audit(**training_set.facts()),
-            *(Told(finding.text, shown(finding, training_set), len(finding.pictures)) for finding in findings),
+            Audit(**plan.facts()),
+            *(Told(finding.text, shown(finding, plan), len(finding.pictures)) for finding in findings),
             End("finished", None, time.time() - began, None, None, None),
         ]
         path = Names.build(options.saving).of_audit()
@@ -53,28 +54,28 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
         logger.info("the same with the pictures: %s", path)
 
 
-def audited(options: TrainOptions, latents: LatentSpec) -> TrainingSet | None:
+def audited(options: TrainOptions, latents: LatentSpec) -> DataPlan | None:
     """The pictures that are described, without a base model, what was found in them logged; None where there are none.
 
     Captions are not measured in tokens.
     """
     try:
-        training_set = TrainingSet.build(options, latents, options.run.seed or 0, None, None)
+        plan = build_plan(options, latents, options.run.seed or 0, None, None)
     except NoDataFound as error:
         logger.error("No data found: %s", error)
         return None
-    training_set.audit(logger)
-    return training_set
+    plan.audit(logger)
+    return plan
 
 
-def shown(finding: Finding, training_set: TrainingSet) -> Sequence[FoundPicture]:
+def shown(finding: Finding, plan: DataPlan) -> Sequence[FoundPicture]:
     """The first pictures of a finding with a small copy of each that can be decoded."""
     notes = dict(finding.pictures[:MOST_SHOWN])
-    pictures = {sample.picture.key: sample.picture for sample in training_set.samples if sample.picture.key in notes}
+    pictures = {sample.picture.key: sample.picture for sample in plan.samples if sample.picture.key in notes}
     found = []
     for key, note in notes.items():
         try:
-            content = training_set.storage.content(pictures[key])
+            content = plan.storage.content(pictures[key])
             thumbnail = data_url_of(Image.fromarray(read_pixels(key, content)[0]))
         except (UserError, OSError):
             thumbnail = None

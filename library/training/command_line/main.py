@@ -156,9 +156,9 @@ def show_dataset(options: TrainOptions, latents: LatentSpec) -> None:
     from library.training.command_line.audit_only import audited
 
     logger.info("no base model is named, so captions are not counted in tokens: --pretrained_model_name_or_path does")
-    training_set = audited(options, latents)
-    if training_set is not None:
-        show_batches(training_set)
+    plan = audited(options, latents)
+    if plan is not None:
+        show_batches(plan)
 
 
 def train_network(
@@ -205,8 +205,9 @@ def train_among(
 
     `options` are what became of those that were `asked` for by what was found so far.
     """
-    from library.data.batches.dataset import NoDataFound, TrainingSet
     from library.data.batches.debug import show_batches
+    from library.data.description.plan import DataPlan
+    from library.data.description.schema import NoDataFound
     from library.training.faults.dry_run import try_largest_batch
     from library.training.faults.out_of_memory import explained
     from library.training.faults.selftest import test_itself
@@ -225,28 +226,30 @@ def train_among(
         check_repository(options.hub)
     seed = setup.choose_seed(options.run.seed, processes, found.of_run)
     try:
-        training_set = setup.open_training_data(options, arch, seed, processes.count)
+        data = setup.open_training_data(options, arch, seed, processes.count)
     except NoDataFound as error:
         logger.error("No data found: %s", error)
         events.end("error", f"No data found: {error}")
         return True
     if options.dataset.debug_dataset:
-        show_batches(training_set)
+        show_batches(data)
         return True
     if events.is_on:
-        events.emit(Audit(**training_set.facts()))
+        events.emit(Audit(**data.facts()))
     if options.fit.fit is not None:
         from library.training.planning.fit_run import fit_run
 
-        assert isinstance(training_set, TrainingSet), "--dataset_class refuses --fit"
+        assert isinstance(data, DataPlan), "--dataset_class refuses --fit"
         together = [own.with_values(changes(asked, options)) for own in adapters.values()]
-        options, arch, fitted = fit_run(options, build, arch, training_set, processes, together)
+        options, arch, fitted = fit_run(options, build, arch, data, processes, together)
         if (chosen := fitted.choice.chosen) is not None:
             for each in events.each:
                 each.planned = Planned(chosen.device_bytes, chosen.tensor_bytes, chosen.seconds)
     else:
         fitted = None
-    largest = training_set.limit_to_largest_batch() if options.faults.dry_run else None
+    largest = None
+    if options.faults.dry_run:
+        data, largest = data.limited_to_largest_batch()
     with (
         events.stage("loading"),
         explained("loading the models and caching", options, accelerator.device, ""),
@@ -259,7 +262,7 @@ def train_among(
             for (label, own), each in zip(adapters.items(), events.each, strict=True)
             if sweep is None or label not in sweep.ended
         ]
-        prepared = setup.prepare(options, arch, seed, training_set, accelerator, processes, wanted, sweep)
+        prepared = setup.prepare(options, arch, seed, data, accelerator, processes, wanted, sweep)
     first = prepared[0]
     if options.faults.selftest:
         with explained("testing itself (--selftest)", options, accelerator.device, ""):

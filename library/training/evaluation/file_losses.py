@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.weights import open_weights
-from library.data.batches.dataset import TrainingSet
+from library.data.batches.planned import PlannedBatches
 from library.data.batches.validation_set import ValidationSet
+from library.data.caching.stores import NO_LATENTS, NO_TEXTS
+from library.data.description.plan import DataPlan
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.processes import ALONE
@@ -64,7 +66,7 @@ def for_measuring(options: OptionsT) -> OptionsT:
 def losses_of_files(
     options: TrainOptions,
     arch: Architecture,
-    training_set: TrainingSet,
+    plan: DataPlan,
     seed: int,
     rows: Sequence[Row],
     device: torch.device,
@@ -73,25 +75,27 @@ def losses_of_files(
 
     Raises UserError for a file that does not fit.
     """
-    aside = measurement_of(options, training_set.validation, seed)
-    has_flips = any(s.config.flip_aug for dataset in training_set.datasets for s in dataset.subsets)
-    numbers = training_set.limit_to_measured(len(aside.rows) or MOST_MIRRORED, aside.places)
+    aside = measurement_of(options, PlannedBatches(plan, NO_LATENTS, NO_TEXTS).validation, seed)
+    has_flips = any(s.config.flip_aug for dataset in plan.datasets for s in dataset.subsets)
+    kept_aside = set(aside.pictures.samples_of(aside.places))
+    plan, numbers = plan.limited_to_measured(len(aside.rows) or MOST_MIRRORED, kept_aside)
     if not aside.rows:  # mirrored pictures have no latents of their own in a cache
         options = options.with_values({"cache_latents": False, "cache_latents_to_disk": False})
     compute, processes = Compute.build(options.precision, device), replace(ALONE, device=device)
-    loaded = load_models(options, arch, seed, training_set, compute, (), processes)
+    loaded = load_models(options, arch, seed, plan, compute, (), processes)
     if not loaded.models.text_encoders:
         check_text_parts(rows)
     settle_models(options, arch, loaded.models, compute)
-    aside = measurement_of(options, training_set.validation, seed)  # with what is cached
-    trained = all_of(training_set.trained(numbers), aside)
+    batches = PlannedBatches(plan, loaded.latents, loaded.texts)
+    aside = measurement_of(options, batches.validation, seed)  # with what is cached
+    trained = all_of(batches.measured(numbers), aside)
     if aside.rows:
         sides = Sides(aside, replace(trained, noise=aside.rows), None)
     elif has_flips:
         logger.warning("trained pictures are not compared with their mirror images: --flip_aug trained these too")
         sides = Sides(None, trained, None)
     else:
-        sides = Sides(None, trained, all_of(training_set.trained(numbers, is_mirrored=True), aside))
+        sides = Sides(None, trained, all_of(batches.measured(numbers, is_mirrored=True), aside))
     num_threads = options.dataset.max_data_loader_n_workers
 
     def measured() -> Iterator[FileLosses]:

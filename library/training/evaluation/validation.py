@@ -99,7 +99,7 @@ class Validation:
         options = run.options.validation
         self._run, self._charts = run, charts
         self._timetable = Timetable.build(options)
-        self._measurement = measurement_of(run.options, run.training_set.validation, run.context.seed)
+        self._measurement = measurement_of(run.options, run.batches.validation, run.context.seed)
         self._rows, self._levels = self._measurement.rows, self._measurement.levels
         self._first: Evaluation | None = None
         self._last: Evaluation | None = None

@@ -49,7 +49,7 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
     loss is not finite, OutOfMemoryError where memory runs out.
     """
     run = runs[0]
-    (batch,) = run.training_set.batches(1, [place], lambda place: 0, 0, False)
+    (batch,) = run.batches.of_epoch(1, [place], lambda place: 0, 0, False)
     shape, sizes = describe_shape(batch), sizes_of(run)
     logger.info("dry run: memory while loading and caching: %s", memory_figures(run.context.device))
     doing, predicted = "training the largest batch (--dry_run)", partial(ways_out, runs, batch)

@@ -88,7 +88,7 @@ def test_itself(run: Run) -> None:
     """Compare the first batch's gradients in the run's mode with the plain ones. Raises UserError where they differ."""
     context = run.context
     network = context.network.module
-    (batch,) = run.training_set.batches(1, [0], lambda place: 0, 0, False)
+    (batch,) = run.batches.of_epoch(1, [0], lambda place: 0, 0, False)
     recorder = Recorder(block_runner(run.options.memory))
     context.arch.run_blocks_with(context.models.denoiser, recorder)
     with context.alone(), eval_mode([network]):  # nothing is left to chance: the second pass is to see the same network

@@ -97,7 +97,7 @@ class NonFiniteGuard:
     def redraw(self, window: Window, place: int) -> Batch:
         """A batch once more: every draw is a function of the seed and its place."""
         step_of = partial(self.run.plan.step_of, window.epoch)
-        return next(iter(self.run.training_set.batches(window.epoch, [place], step_of, 0, False)))
+        return next(iter(self.run.batches.of_epoch(window.epoch, [place], step_of, 0, False)))
 
     def report(self, step: int) -> None:
         """The count at the end, if there is something to count. Raises NonFiniteError where no step was good."""

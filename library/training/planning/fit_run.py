@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from library.data.batches.dataset import TrainingSet
+from library.data.description.plan import DataPlan
 from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.memory.planner.cards import Card, measured_card, parse_size
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 
-def largest_batch(training_set: TrainingSet) -> BatchShape:
+def largest_batch(plan: DataPlan) -> BatchShape:
     """The batch with the most pixels."""
-    shapes = [BatchShape(count, *size) for count, size in training_set.batch_shapes()]
+    shapes = [BatchShape(count, *size) for count, size in plan.batch_shapes()]
     return max(shapes, key=lambda shape: shape.num_pixels)
 
 
@@ -90,7 +90,7 @@ def fit_run(
     options: OptionsT,
     build: Callable[[OptionsT], Architecture],
     arch: Architecture,
-    training_set: TrainingSet,
+    plan: DataPlan,
     processes: Processes,
     adapters: Sequence[TrainOptions] = (),
 ) -> tuple[OptionsT, Architecture, Fit]:
@@ -101,7 +101,7 @@ def fit_run(
     Raises UserError where nothing fits.
     """
     card = card_of(options, processes)
-    batch = largest_batch(training_set)
+    batch = largest_batch(plan)
     counted = counted_run(options, arch, batch, processes.device, adapters)
     found = fit_to(counted, options, card, sweep_of(options, arch, batch, processes.device, adapters))
     if found.choice.chosen is None:

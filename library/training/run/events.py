@@ -143,7 +143,7 @@ def plan_of(run: Run, counts: PictureCounts, first_step: int, resumed_from: str 
         max_train_steps=plan.max_train_steps,
         num_epochs=plan.num_epochs,
         steps_per_epoch=plan.steps_per_epoch,
-        batch_sizes=run.training_set.batch_sizes,
+        batch_sizes=run.data.batch_sizes,
         accumulation=plan.accumulation,
         pictures=pictures,
         num_processes=run.processes.count,

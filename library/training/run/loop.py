@@ -89,7 +89,7 @@ def train(adapters: Sequence[Prepared], interruption: Interruption, watch: StepW
                     break
             if stops or not going:
                 break
-    run.training_set.report_skipped(logger)
+    run.batches.report_skipped(logger)
     for one in going:
         with one.speaking():
             one.end(epoch)
@@ -125,7 +125,7 @@ def batches_of(run: Run, epoch: int, first_step: int) -> Ahead:
     dataset, cache = run.options.dataset, run.context.arch.text_cache
     windows = run.plan.windows(epoch, first_step)
     places = array("i", (place for window in windows for place in passes_of(run, window)))  # may be a million
-    batches = run.training_set.batches(
+    batches = run.batches.of_epoch(
         epoch,
         places,
         partial(run.plan.step_of, epoch),

@@ -8,9 +8,10 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
-from library.data.batches.dataset import TrainingSet
 from library.data.batches.training_data import TrainingData
 from library.data.caching.latents import cache_latents
+from library.data.caching.stores import NO_LATENTS, NO_TEXTS, LatentStore, TextStore
+from library.data.description.plan import DataPlan
 from library.memory.devices import place, release_memory
 from library.options.caching import CachingOptions
 from library.options.train import TrainOptions
@@ -25,18 +26,20 @@ from library.types import Conditioning
 
 @dataclass(frozen=True)
 class LoadedModels:
-    """What the base model has become."""
+    """What the base model has become, and what it made of the data."""
 
     models: Models
     live_text: LiveText | None  # the text encoders in memory where the outputs of others are cached
     prompts: Mapping[str, Conditioning] | None  # cached features of the previews' prompts; None where none are cached
+    latents: LatentStore = NO_LATENTS
+    texts: TextStore = NO_TEXTS
 
 
 def load_models(
     options: TrainOptions,
     arch: Architecture,
     seed: int,
-    training_set: TrainingData,
+    data: TrainingData,
     compute: Compute,
     prompts: Sequence[str],
     processes: Processes,
@@ -46,26 +49,25 @@ def load_models(
     One model after the other, the largest last: VAE and text encoders that have encoded everything leave memory before
     the denoiser comes, so the peak of a cached run is the denoiser alone.
     """
-    vae = prepare_vae(options, arch, seed, training_set, processes)
+    vae, latents = prepare_vae(options, arch, seed, data, processes)
     release_memory(options.memory.highvram)
-    text = prepare_text(options, arch, training_set, compute.device, compute.autocast, prompts, processes)
+    text = prepare_text(options, arch, data, compute.device, compute.autocast, prompts, processes)
     release_memory(options.memory.highvram)
     spread = open_spread(options, processes)
     denoiser = arch.load.denoiser(form_while_reading(options, spread))
-    arch.fit_to_sizes(denoiser, [dataset.resolution for dataset in training_set.config.datasets])
+    arch.fit_to_sizes(denoiser, [dataset.resolution for dataset in data.config.datasets])
     models = Models(denoiser, text.encoders, vae, arch.view(text.encoders, denoiser), spread)
-    return LoadedModels(models, live_text(options, arch.text_cache), text.prompts)
+    return LoadedModels(models, live_text(options, arch.text_cache), text.prompts, latents, text.store)
 
 
 def prepare_vae(
-    options: TrainOptions, arch: Architecture, seed: int, training_set: TrainingData, processes: Processes
-) -> nn.Module | None:
-    """The VAE on the device, or None where it has encoded every picture already and may leave memory."""
+    options: TrainOptions, arch: Architecture, seed: int, data: TrainingData, processes: Processes
+) -> tuple[nn.Module | None, LatentStore]:
+    """The VAE on the device, or None where it has encoded every picture already and may leave memory; its latents."""
     if not options.caching.cache_latents:
-        return place(arch.load.vae(), processes.device)
-    assert isinstance(training_set, TrainingSet), "--dataset_class refuses --cache_latents"
-    encode_pictures(arch.load.vae, arch.codec, options.caching, seed, training_set, processes)
-    return None
+        return place(arch.load.vae(), processes.device), NO_LATENTS
+    assert isinstance(data, DataPlan), "--dataset_class refuses --cache_latents"
+    return None, encode_pictures(arch.load.vae, arch.codec, options.caching, seed, data, processes)
 
 
 def encode_pictures(
@@ -73,10 +75,10 @@ def encode_pictures(
     codec: LatentCodec,
     caching: CachingOptions,
     seed: int,
-    training_set: TrainingSet,
+    plan: DataPlan,
     processes: Processes,
-) -> None:
-    """Cache the latents of every picture, and let the training set draw them in place of pixels.
+) -> LatentStore:
+    """Cache the latents of every picture.
 
     The VAE is not loaded where every entry is there and is trusted (--skip_cache_check).
     """
@@ -89,8 +91,7 @@ def encode_pictures(
         with torch.no_grad():
             return codec.encode(vae(), pixels_BCHW.to(processes.device), generators).float().cpu()
 
-    store = cache_latents(training_set, encode, cache(lambda: identity_of(vae())), caching, seed, processes)
-    training_set.use_latents(store)
+    return cache_latents(plan, encode, cache(lambda: identity_of(vae())), caching, seed, processes)
 
 
 def identity_of(module: nn.Module) -> str:

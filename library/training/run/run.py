@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.optim import Optimizer
 
-from library.data.batches.training_data import TrainingData
+from library.data.batches.training_data import TrainingBatches, TrainingData
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.optimization.average import WeightAverage
@@ -43,7 +43,8 @@ class Run:
 
     options: TrainOptions
     processes: Processes
-    training_set: TrainingData
+    data: TrainingData
+    batches: TrainingBatches
     plan: Plan
     context: StepContext
     optimization: Optimization

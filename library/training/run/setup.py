@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from library.data.batches.dataset import TrainingSet
 from library.data.batches.own_dataset import open_own_dataset
-from library.data.batches.training_data import TrainingData
+from library.data.batches.training_data import TrainingBatches, TrainingData, open_batches
+from library.data.description.plan import DataPlan, build_plan
 from library.data.description.schema import RunDataConfig, level_offset
 from library.launcher import restart_count
 from library.memory.planner.cards import peak_of
@@ -111,26 +111,26 @@ def choose_seed(seed: int | None, processes: Processes, state: StateManifest | N
 
 
 def open_training_data(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> TrainingData:
-    """The batches of --dataset_class, else the pictures that are described; logs what was found."""
+    """The class of --dataset_class, else the pictures that are described; logs what was found."""
     name = options.dataset.dataset_class
     if name is None:
-        return open_training_set(options, arch, seed, num_processes)
+        return open_data_plan(options, arch, seed, num_processes)
     own = open_own_dataset(import_class(name, "--dataset_class", name), options, arch.codec.spec, seed)
     own.audit(logger)
     return own
 
 
-def open_training_set(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> TrainingSet:
+def open_data_plan(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> DataPlan:
     """Read the dataset description and the pictures' headers, and log what was found."""
     text, cached = arch.text, cached_text(options, arch.text_cache)
     check_text_caching(options, arch.text_cache)
-    training_set = TrainingSet.build(options, arch.codec.spec, seed, text.count_tokens, text.max_tokens, num_processes)
+    plan = build_plan(options, arch.codec.spec, seed, text.count_tokens, text.max_tokens, num_processes)
     if cached is not None:
-        training_set.fix_captions(cached.options.text_cache_variants)
-    training_set.audit(logger)
-    for line in idle_offsets(training_set.config, arch.objective):
+        plan = plan.with_fixed_captions(cached.options.text_cache_variants)
+    plan.audit(logger)
+    for line in idle_offsets(plan.config, arch.objective):
         logger.warning("%s", line)
-    return training_set
+    return plan
 
 
 def idle_offsets(config: RunDataConfig, objective: Objective) -> Iterator[str]:
@@ -167,7 +167,7 @@ def prepare(
     options: TrainOptions,
     arch: Architecture,
     seed: int,
-    training_set: TrainingData,
+    data: TrainingData,
     accelerator: Any,
     processes: Processes,
     adapters: Sequence[Wanted],
@@ -179,9 +179,9 @@ def prepare(
     settings that only show here to be wrong, such as a network argument.
     """
     save_dtype(options.saving.save_precision)
-    require_same_data(training_set, processes)
+    require_same_data(data, processes)
     compute = Compute.build(options.precision, processes.device)
-    plan = Plan.build(options.run, training_set.num_batches, processes.count)
+    plan = Plan.build(options.run, data.num_batches, processes.count)
     first_steps = starting_steps([one.options for one in adapters], plan, [one.state for one in adapters])
     check_base(options, arch)
     check_graphs(options, arch, compute.device, processes)
@@ -191,7 +191,7 @@ def prepare(
     prompts = wanted_prompts(options, arch) if processes.is_main else []
 
     texts = texts_of(prompts, arch.preview.worded)
-    loaded = load_models(options, arch, seed, training_set, compute, texts, processes)
+    loaded = load_models(options, arch, seed, data, compute, texts, processes)
     settle_models(options, arch, loaded.models, compute, processes)
     networks = []
     for one in adapters:
@@ -203,7 +203,8 @@ def prepare(
         logger.info("%s", told_turns(len(networks), turns.share_stacked(range(len(networks)))))
     choose_block_runner(options, arch, loaded.models, networks)
     times = StepTimes(compute.device, processes.count, peak_of(compute.device, compute.dtype))
-    shared = Shared(arch, loaded, compute, processes, training_set, plan, times, turns, sweep)
+    batches = open_batches(data, loaded.latents, loaded.texts)
+    shared = Shared(arch, loaded, compute, processes, data, batches, plan, times, turns, sweep)
     charts = Charts(accelerator)
     prepared = []
     for place, (one, network, first_step) in enumerate(zip(adapters, networks, first_steps, strict=True)):
@@ -213,7 +214,7 @@ def prepare(
     if processes.is_main:
         start_trackers(accelerator, options)
         counts = counts_of(prepared[0])
-        announce_run(plan, counts, training_set.batch_sizes, options.run.gradient_accumulation_steps)
+        announce_run(plan, counts, data.batch_sizes, options.run.gradient_accumulation_steps)
         for one, ready in zip(adapters, prepared, strict=True):
             resumed_from = None if one.state is None else str(one.state.path)
             one.events.emit(plan_of(ready.run, counts, ready.progress.step, resumed_from))
@@ -239,7 +240,8 @@ class Shared:
     loaded: LoadedModels
     compute: Compute
     processes: Processes
-    training_set: TrainingData
+    data: TrainingData
+    batches: TrainingBatches
     plan: Plan
     times: StepTimes
     turns: Turns | None  # None where there is one adapter
@@ -253,11 +255,12 @@ def run_of(wanted: Wanted, network: AdoptedNetwork, shared: Shared, place: int) 
     optimization = build_optimization(options, network, models, shared.plan.max_train_steps, compute.device)
     alone = nullcontext if shared.turns is None else partial(shared.turns.only, place)
     context = step_context(options, arch, wanted.seed, shared.loaded, network, compute, alone)
-    context = replace(context, preserves_in_step=preserves_in_step(shared.training_set, models.spread))
+    context = replace(context, preserves_in_step=preserves_in_step(shared.data, models.spread))
     return Run(
         options=options,
         processes=shared.processes,
-        training_set=shared.training_set,
+        data=shared.data,
+        batches=shared.batches,
         plan=shared.plan,
         context=context,
         optimization=optimization,
@@ -296,16 +299,16 @@ def ready_to_start(
 
 
 def counts_of(prepared: Prepared) -> PictureCounts:
-    training_set = prepared.run.training_set
-    return PictureCounts(training_set.num_train_images, prepared.validation.num_pictures, training_set.num_reg_images)
+    data = prepared.run.data
+    return PictureCounts(data.num_train_images, prepared.validation.num_pictures, data.num_reg_images)
 
 
-def require_same_data(training_set: TrainingData, processes: Processes) -> None:
+def require_same_data(data: TrainingData, processes: Processes) -> None:
     """Raise UserError where processes found different pictures: each would train its share of another epoch."""
     if processes.count > 1:
-        data = training_set.identity
-        size = f"{data['num_pictures']} pictures in {data['num_batches']} batches"
-        processes.require_same("the dataset", f"{size} ({data['pictures']}, {data['captions']}, {data['settings']})")
+        found = data.identity
+        size = f"{found['num_pictures']} pictures in {found['num_batches']} batches"
+        processes.require_same("the dataset", f"{size} ({found['pictures']}, {found['captions']}, {found['settings']})")
 
 
 def step_context(

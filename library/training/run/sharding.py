@@ -70,11 +70,11 @@ def settled_sharding(options: OptionsT, processes: Processes) -> OptionsT:
     return options.with_values({"shard_group": size})
 
 
-def preserves_in_step(training_set: TrainingData, spread: Spread | None) -> bool:
+def preserves_in_step(data: TrainingData, spread: Spread | None) -> bool:
     """Whether every batch has to ask the base model alone, since one of another process may."""
     if spread is None:
         return False
-    subsets = [subset for dataset in training_set.config.datasets for subset in dataset.subsets]
+    subsets = [subset for dataset in data.config.datasets for subset in dataset.subsets]
     return any(bool(subset.custom_attributes.get(PRESERVATION)) for subset in subsets)
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from library.checkpoints.weights import open_weights
-from library.data.batches.dataset import TrainingSet
 from library.data.batches.training_data import TrainingData
 from library.data.caching.captions import CachedTexts, Encode, Encoders, TextEncoding, cache_texts
+from library.data.caching.stores import NO_TEXTS, TextStore
 from library.data.caching.text_files import stack_rows
+from library.data.description.plan import DataPlan
 from library.errors import UserError
 from library.options.caching import TextCachingOptions
 from library.options.train import TrainOptions
@@ -33,6 +34,11 @@ class RunText:
 
     encoders: list[nn.Module]
     cached: CachedTexts | None
+
+    @property
+    def store(self) -> TextStore:
+        """The text features of captions; none where nothing is cached."""
+        return NO_TEXTS if self.cached is None else self.cached.store
 
     @property
     def prompts(self) -> Mapping[str, Conditioning] | None:
@@ -101,7 +107,7 @@ def check_text_caching(options: TrainOptions, spec: TextCacheSpec | None) -> Non
 def prepare_text(
     options: TrainOptions,
     arch: Architecture,
-    training_set: TrainingData,
+    data: TrainingData,
     device: torch.device,
     autocast: Autocast,
     prompts: Sequence[str],
@@ -129,9 +135,8 @@ def prepare_text(
         )
 
     encoding = TextEncoding(spec, open_encoders, options.precision.mixed_precision)
-    assert isinstance(training_set, TrainingSet), "--dataset_class refuses --cache_text_encoder_outputs"
-    cached = cache_texts(training_set, encoding, prompts, options.caching.skip_cache_check, processes)
-    training_set.use_texts(cached.store)
+    assert isinstance(data, DataPlan), "--dataset_class refuses --cache_text_encoder_outputs"
+    cached = cache_texts(data, encoding, prompts, options.caching.skip_cache_check, processes)
     live = live_text(options, spec)
     return RunText([] if live is None else [encoder.to(device) for encoder in live.load()], cached)
 

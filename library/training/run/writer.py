@@ -48,7 +48,7 @@ def stateful_parts(run: Run, progress: Progress, validation: Validation) -> dict
 def go_on(run: Run, progress: Progress, validation: Validation, state: StateManifest) -> None:
     """Put the run where the state left it, at the step that --initial_step or --initial_epoch may have moved."""
     first_step = progress.step
-    data, optimization = run.training_set, run.optimization
+    data, optimization = run.data, run.optimization
     report_differences(state, run.options, data.identity_with_contents, run.processes.count, data.picture_paths)
     rates = base_rates(optimization.optimizer)
     restore(state, run.context.network.module, stateful_parts(run, progress, validation))
@@ -73,21 +73,21 @@ def bytes_of_state(run: Run) -> int:
 
 def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer:
     """What writes the checkpoints; the base files are hashed in the background meanwhile."""
-    options, training_set, plan, built = run.options, run.training_set, run.plan, run.optimization.built
+    options, data, plan, built = run.options, run.data, run.plan, run.optimization.built
     facts = RunFacts(
         session_id=secrets.randbelow(2**32),
         started_at=time.time(),
         seed=run.context.seed,
-        num_train_images=training_set.num_train_images,
+        num_train_images=data.num_train_images,
         num_validation_images=validation.num_pictures,
-        num_reg_images=training_set.num_reg_images,
+        num_reg_images=data.num_reg_images,
         num_batches_per_epoch=plan.num_batches,
         num_epochs=plan.num_epochs,
         max_train_steps=plan.max_train_steps,
         optimizer=built.name,
         has_relative_step=built.has_relative_step,
         network_args=network_keywords(options.network),
-        datasets=training_set.metadata(options, run.processes.count),
+        datasets=data.metadata(options, run.processes.count),
     )
     executor = ThreadPoolExecutor(1, thread_name_prefix="hash")
     base_files = executor.submit(base_file_metadata, options)
@@ -101,7 +101,7 @@ def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer
             seed=run.context.seed,
             num_processes=run.processes.count,
             options=recorded_options(options),
-            dataset=training_set.identity_with_contents,
+            dataset=data.identity_with_contents,
             network=run.context.network.module,
             keepers=stateful_parts(run, progress, validation),
             done=done,

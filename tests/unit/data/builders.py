@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from library.data.batches.dataset import TrainingSet
+from library.data.batches.planned import PlannedBatches
+from library.data.batches.training_data import open_batches
+from library.data.batches.validation_set import ValidationSet
+from library.data.description.plan import DataPlan, build_plan
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
 from library.types import Batch
@@ -50,16 +53,22 @@ def write_config(path: Path, text: str) -> TrainOptions:
     return options_of("--dataset_config", str(path))
 
 
-def open_set(options: TrainOptions, seed: int = 1, spec: LatentSpec = SPEC) -> TrainingSet:
-    return TrainingSet.build(options, spec, seed, None, None)
+def plan_of(options: TrainOptions, seed: int = 1, spec: LatentSpec = SPEC) -> DataPlan:
+    return build_plan(options, spec, seed, None, None)
 
 
 def batches_of(
-    training_set: TrainingSet, epoch: int = 1, first: int = 0, workers: int = 0, persistent: bool = False
+    found: DataPlan | PlannedBatches, epoch: int = 1, first: int = 0, workers: int = 0, persistent: bool = False
 ) -> list[Batch]:
     """The batches of an epoch, one optimizer step each."""
-    places = range(first, training_set.num_batches)
-    return list(training_set.batches(epoch, places, lambda i: (epoch - 1) * 100 + i, workers, persistent))
+    batches = open_batches(found) if isinstance(found, DataPlan) else found
+    places = range(first, batches.plan.num_batches)
+    return list(batches.of_epoch(epoch, places, lambda i: (epoch - 1) * 100 + i, workers, persistent))
+
+
+def validation_of(plan: DataPlan) -> ValidationSet:
+    """The pictures that are set aside, nothing cached."""
+    return open_batches(plan).validation
 
 
 def content_of(batch: Batch) -> tuple[object, ...]:

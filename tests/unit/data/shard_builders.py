@@ -9,9 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from library.data.batches.dataset import TrainingSet
+from library.data.description.plan import DataPlan
 from library.data.sources.storage import Storage
-from tests.unit.data.builders import open_set, write_config
+from tests.unit.data.builders import plan_of, write_config
 
 DATASET = "[[datasets]]\nresolution = 64\nbatch_size = 2\nenable_bucket = true\nmin_bucket_reso = 64\n"
 DATASET += "max_bucket_reso = 128\n[[datasets.subsets]]\n"
@@ -52,11 +52,11 @@ def write_parquet(path: Path, columns: Mapping[str, list[object]], group: int = 
     return path
 
 
-def open_subset(folder: Path, subset: str, *arguments: str) -> TrainingSet:
+def open_subset(folder: Path, subset: str, *arguments: str) -> DataPlan:
     """The training set of one subset; {here} is the folder."""
     options = write_config(folder / "data.toml", DATASET + subset)
     values = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    return open_set(options.with_values({name: values[name] for name in values}))
+    return plan_of(options.with_values({name: values[name] for name in values}))
 
 
 class CountedReads:

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from library.data.batches.dataset import NoDataFound, TrainingSet
 from library.data.description import summary
-from tests.unit.data.builders import SPEC, open_set, options_of, write_config, write_folder, write_picture
+from library.data.description.plan import build_plan
+from library.data.description.schema import NoDataFound
+from tests.unit.data.builders import SPEC, options_of, plan_of, write_config, write_folder, write_picture
 
 
 def audited(options, caplog, count_tokens=None, max_tokens=None) -> str:
-    training_set = TrainingSet.build(options, SPEC, 1, count_tokens, max_tokens)
+    plan = build_plan(options, SPEC, 1, count_tokens, max_tokens)
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        training_set.audit(logging.getLogger("audit"))
+        plan.audit(logging.getLogger("audit"))
     return caplog.text
 
 
@@ -79,7 +80,7 @@ def test_very_many_captions_are_counted_beside_the_run(tmp_path, caplog, monkeyp
         threads.append(threading.current_thread().name)
         return len(caption.split())
 
-    monkeypatch.setattr("library.data.batches.dataset.MOST_COUNTED_AT_START", 39)
+    monkeypatch.setattr("library.data.description.plan.MOST_COUNTED_AT_START", 39)
     text = audited(config(tmp_path, ""), caplog, words, 4)
     assert "40 pictures" in text and "looked for meanwhile" in text and "longer" not in text
     (counting,) = (thread for thread in threading.enumerate() if thread.name == "count tokens")
@@ -125,7 +126,7 @@ def test_metadata_of_folders(tmp_path):
         f"{arguments} --train_batch_size 2 --gradient_accumulation_steps 3 --keep_tokens 1",
         "--train_data_dir", f"{tmp_path}/train", "--reg_data_dir", f"{tmp_path}/reg",
     )  # fmt: skip
-    found = TrainingSet.build(options, SPEC, 1, None, None).metadata(options, num_processes=2)
+    found = build_plan(options, SPEC, 1, None, None).metadata(options, num_processes=2)
     assert found == {
         "ss_batch_size_per_device": 2,
         "ss_total_batch_size": 12,
@@ -155,7 +156,7 @@ def test_metadata_of_a_dataset_file(tmp_path, has_buckets):
     options = write_config(
         tmp_path / "data.toml", one + "num_repeats = 2\nclass_tokens = 'c'\n" + one.replace("64", "128", 1)
     )
-    found = TrainingSet.build(options, SPEC, 1, None, None).metadata(options)
+    found = build_plan(options, SPEC, 1, None, None).metadata(options)
     assert found.keys() == {"ss_datasets", "ss_tag_frequency", "ss_dataset_dirs"}
     assert found["ss_tag_frequency"] == {"a": {"x": 2, "y 0": 1, "y 1": 1}}
     assert found["ss_dataset_dirs"] == {
@@ -205,7 +206,7 @@ def test_tags_of_metadata_files_are_counted_without_captions(tmp_path):
     write_folder(tmp_path / "a", 1)
     (tmp_path / "meta.json").write_text('{"p0": {"caption": "words", "tags": "x, Y, x"}}')
     options = options_of("--resolution 64", "--train_data_dir", f"{tmp_path}/a", "--in_json", f"{tmp_path}/meta.json")
-    found = TrainingSet.build(options, SPEC, 1, None, None).metadata(options)
+    found = build_plan(options, SPEC, 1, None, None).metadata(options)
     assert found["ss_tag_frequency"] == {"meta.json": {"x": 1, "y": 1}}
     assert found["ss_dataset_dirs"] == {"meta.json": {"n_repeats": 1, "img_count": 1}}
     assert found["ss_bucket_info"] is None
@@ -283,7 +284,7 @@ def test_captions_with_the_name_of_their_file_are_named(tmp_path, caplog):
 def test_pictures_in_folders_below_are_counted_where_none_is_found(tmp_path):
     write_folder(tmp_path / "a" / "more" / "deep", 3)
     with pytest.raises(NoDataFound, match=r"no training pictures in .*; 3 lie in folders below it, .*deep \(3\)"):
-        TrainingSet.build(config(tmp_path, ""), SPEC, 1, None, None)
+        build_plan(config(tmp_path, ""), SPEC, 1, None, None)
 
 
 def test_of_more_tags_than_a_file_holds_the_commonest_are_counted(
@@ -292,8 +293,8 @@ def test_of_more_tags_than_a_file_holds_the_commonest_are_counted(
     write_folder(tmp_path / "pictures", 12, caption="a cat, it sat on the mat of number")
     config = '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{here}/pictures"\n'
     options = write_config(tmp_path / "data.toml", config + 'caption_extension = ".txt"\n')
-    whole = open_set(options).metadata(options)["ss_tag_frequency"]["pictures"]
+    whole = plan_of(options).metadata(options)["ss_tag_frequency"]["pictures"]
     assert len(whole) == 13 and whole["a cat"] == 12
     monkeypatch.setattr(summary, "MOST_TAGS", 3)
-    few = open_set(options).metadata(options)["ss_tag_frequency"]["pictures"]
+    few = plan_of(options).metadata(options)["ss_tag_frequency"]["pictures"]
     assert len(few) == 3 and few["a cat"] == 12 and all(whole[tag] == count for tag, count in few.items())

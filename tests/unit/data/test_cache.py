@@ -14,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from library.data.batches.dataset import TrainingSet
+from library.data.batches.planned import PlannedBatches
+from library.data.batches.training_data import open_batches
 from library.data.caching.latents import cache_latents, plan_jobs, shared_out
+from library.data.description.plan import DataPlan
 from library.options.caching import CachingOptions
 from library.processes import Processes
 from library.protocols import LatentSpec
@@ -24,8 +26,8 @@ from tests.unit.data.builders import (
     averaging_vae,
     batches_of,
     content_of,
-    open_set,
     options_of,
+    plan_of,
     write_config,
     write_picture,
 )
@@ -43,8 +45,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def open_folder(folder: Path, arguments: str = "", spec: LatentSpec = SPEC) -> TrainingSet:
-    return open_set(options_of(f"--resolution 64 {arguments}", "--train_data_dir", str(folder)), spec=spec)
+def open_folder(folder: Path, arguments: str = "", spec: LatentSpec = SPEC) -> DataPlan:
+    return plan_of(options_of(f"--resolution 64 {arguments}", "--train_data_dir", str(folder)), spec=spec)
 
 
 def cache(
@@ -54,21 +56,21 @@ def cache(
     vae: str = "vae",
     spec: LatentSpec = SPEC,
     seed: int = 1,
-) -> tuple[TrainingSet, int]:
-    """A training set with cached latents, and how many pictures (and mirrored copies) were encoded for it."""
+) -> tuple[PlannedBatches, int]:
+    """Batches with cached latents, and how many pictures (and mirrored copies) were encoded for it."""
     calls: list[int] = []
-    training_set = open_folder(folder, arguments, spec)
-    training_set.use_latents(cache_latents(training_set, averaging_vae(calls), lambda: vae, options, seed))
-    return training_set, sum(calls)
+    plan = open_folder(folder, arguments, spec)
+    store = cache_latents(plan, averaging_vae(calls), lambda: vae, options, seed)
+    return open_batches(plan, store), sum(calls)
 
 
 def file_of(folder: Path, name: str = "p0_0064x0064_sd.npz") -> Path:
     return folder / "2_a" / name
 
 
-def latents_by_key(training_set: TrainingSet) -> dict[str, list]:
+def latents_by_key(batches: PlannedBatches) -> dict[str, list]:
     found = {}
-    for batch in batches_of(training_set):
+    for batch in batches_of(batches):
         assert batch.pixels_BCHW is None and batch.latents_BCHW is not None
         found.update(zip(batch.keys, batch.latents_BCHW.tolist(), strict=True))
     return found
@@ -108,8 +110,8 @@ def test_files_have_the_names_and_the_layout_of_sd_scripts(folder):
 def cache_larger(folder: Path) -> int:
     """Cache the pictures at 128x64; how many were encoded."""
     calls: list[int] = []
-    larger = open_set(options_of("--resolution 128,64", "--train_data_dir", str(folder)))
-    larger.use_latents(cache_latents(larger, averaging_vae(calls), lambda: "vae", DISK, 1))
+    larger = plan_of(options_of("--resolution 128,64", "--train_data_dir", str(folder)))
+    cache_latents(larger, averaging_vae(calls), lambda: "vae", DISK, 1)
     return sum(calls)
 
 
@@ -128,8 +130,8 @@ def test_an_entry_without_a_size_is_used_for_the_size_that_it_has_and_no_other(f
     wanted = latents_by_key(cache(folder)[0])
     for path in (folder / "2_a").glob("*.npz"):
         rewrite(path, keeps_origin, tail="")
-    training_set, num_encoded = cache(folder)
-    assert num_encoded == 0 and latents_by_key(training_set) == wanted
+    batches, num_encoded = cache(folder)
+    assert num_encoded == 0 and latents_by_key(batches) == wanted
     with caplog.at_level(logging.INFO):
         assert cache_larger(folder) == 3
     assert "3 without latents of this size" in caplog.text
@@ -156,7 +158,7 @@ def test_a_new_entry_takes_the_place_of_one_without_a_size(folder):
 
 
 def test_mirrored_copies_are_encodings_of_the_mirrored_picture_and_are_drawn(folder):
-    training_set, num_encoded = cache(folder, "--flip_aug")
+    batches, num_encoded = cache(folder, "--flip_aug")
     assert num_encoded == 6
     pixels = torch.from_numpy(np.array(Image.open(folder / "2_a/p0.png"))).permute(2, 0, 1)[None] / 127.5 - 1
     means = torch.nn.functional.avg_pool2d(pixels, 8)[0]
@@ -166,7 +168,7 @@ def test_mirrored_copies_are_encodings_of_the_mirrored_picture_and_are_drawn(fol
         plain, flipped = archive["latents_8x8"].tolist(), archive["latents_flipped_8x8"].tolist()
     drawn = []
     for epoch in range(1, 12):
-        for batch in batches_of(training_set, epoch):
+        for batch in batches_of(batches, epoch):
             drawn += [
                 latent for key, latent in zip(batch.keys, batch.latents_BCHW.tolist(), strict=True) if "p0" in key
             ]
@@ -177,10 +179,10 @@ def test_masks_are_kept_in_the_file_and_mirrored_with_the_draw(folder):
     path = write_picture(folder / "2_a/q.png", (64, 64), seed=30, mode="RGBA")
     alpha = np.array(Image.open(path))[..., 3].astype(np.float32) / 255
     for options in (DISK, MEMORY):
-        training_set, _ = cache(folder, "--alpha_mask --flip_aug --train_batch_size 4", options)
+        batches, _ = cache(folder, "--alpha_mask --flip_aug --train_batch_size 4", options)
         seen = set()
         for epoch in range(1, 8):
-            for batch in batches_of(training_set, epoch):
+            for batch in batches_of(batches, epoch):
                 assert batch.masks_B1HW is not None
                 for key, mask in zip(batch.keys, batch.masks_B1HW[:, 0].numpy(), strict=True):
                     if key.endswith("q.png"):
@@ -197,8 +199,8 @@ def test_masks_are_kept_in_the_file_and_mirrored_with_the_draw(folder):
 def test_a_mask_in_the_file_is_not_used_when_it_is_not_asked_for(folder):
     write_picture(folder / "2_a/q.png", (64, 64), seed=31, mode="RGBA")
     cache(folder, "--alpha_mask")
-    training_set, num_encoded = cache(folder)
-    assert num_encoded == 0 and all(batch.masks_B1HW is None for batch in batches_of(training_set))
+    batches, num_encoded = cache(folder)
+    assert num_encoded == 0 and all(batch.masks_B1HW is None for batch in batches_of(batches))
 
 
 # The numbers do not depend on how they came about
@@ -224,9 +226,9 @@ def test_another_seed_samples_the_posterior_otherwise(folder):
 
 def test_batches_of_latents_do_not_depend_on_workers(folder):
     for options in (DISK, MEMORY):
-        training_set, _ = cache(folder, "--flip_aug", options)
-        alone = [content_of(batch) for batch in batches_of(training_set)]
-        assert [content_of(batch) for batch in batches_of(training_set, workers=2)] == alone
+        batches, _ = cache(folder, "--flip_aug", options)
+        alone = [content_of(batch) for batch in batches_of(batches)]
+        assert [content_of(batch) for batch in batches_of(batches, workers=2)] == alone
 
 
 @pytest.mark.parametrize("options", [DISK, MEMORY])
@@ -235,12 +237,12 @@ def test_only_subsets_that_mirror_get_mirrored_copies(tmp_path, options):
         write_picture(tmp_path / f"{name}/p.png", seed=70 + ord(name))
     subset = "[[datasets.subsets]]\nimage_dir = '{here}/%s'\nflip_aug = %s\n"
     text = "[[datasets]]\nresolution = 64\n" + subset % ("a", "true") + subset % ("b", "false")
-    training_set = open_set(write_config(tmp_path / "data.toml", text))
+    plan = plan_of(write_config(tmp_path / "data.toml", text))
     calls: list[int] = []
-    training_set.use_latents(cache_latents(training_set, averaging_vae(calls), lambda: "vae", options, 1))
+    batches = open_batches(plan, cache_latents(plan, averaging_vae(calls), lambda: "vae", options, 1))
     assert sum(calls) == 3
     drawn = {
-        (b.keys[0][-7], str(b.latents_BCHW.tolist())) for epoch in range(1, 12) for b in batches_of(training_set, epoch)
+        (b.keys[0][-7], str(b.latents_BCHW.tolist())) for epoch in range(1, 12) for b in batches_of(batches, epoch)
     }
     assert sorted(name for name, _ in drawn) == ["a", "a", "b"]
 
@@ -250,12 +252,12 @@ def test_one_picture_in_two_datasets_is_encoded_once_at_one_size_and_apart_at_tw
     one = "[[datasets]]\nresolution = {}\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
     for sizes, num_encoded in (((64, 64), 1), ((64, 128), 2)):
         text = "".join(one.replace("{}", str(size)) for size in sizes)
-        training_set = open_set(write_config(tmp_path / "data.toml", text))
+        plan = plan_of(write_config(tmp_path / "data.toml", text))
         calls: list[int] = []
-        training_set.use_latents(
-            cache_latents(training_set, averaging_vae(calls), lambda sizes=sizes: f"vae of {sizes}", DISK, 1)
+        batches = open_batches(
+            plan, cache_latents(plan, averaging_vae(calls), lambda sizes=sizes: f"vae of {sizes}", DISK, 1)
         )
-        shapes = sorted(tuple(batch.latents_BCHW.shape) for batch in batches_of(training_set))
+        shapes = sorted(tuple(batch.latents_BCHW.shape) for batch in batches_of(batches))
         assert sum(calls) == num_encoded
         assert shapes == [(1, 4, size // 8, size // 8) for size in sizes]
     with np.load(tmp_path / "a/p_0064x0064_sd.npz") as archive:
@@ -340,13 +342,13 @@ def test_an_entry_that_is_not_true_is_made_again_alone_and_said_so(folder, caplo
     before = {key: value for key, value in latents_by_key(cache(folder)[0]).items() if "p0" not in key}
     spoil(folder)
     caplog.clear()
-    training_set, num_encoded = cache(folder)
+    batches, num_encoded = cache(folder)
     assert num_encoded == 1
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert "latent cache: 2 entries are used, 0 are missing, 1 are made again" in line
     assert re.search(reason, line)
     assert "p0_0064x0064_sd.npz" in line
-    found = latents_by_key(training_set)
+    found = latents_by_key(batches)
     assert {key: value for key, value in found.items() if "p0" not in key} == before
     assert found == latents_by_key(cache(folder, options=MEMORY)[0])
     assert cache(folder)[1] == 0
@@ -364,9 +366,9 @@ def test_other_settings_make_every_entry_again(folder, arguments, vae):
 
 def test_another_bucket_of_the_same_shape_of_picture_is_noticed(folder):
     cache(folder)
-    training_set = open_set(options_of("--resolution 128", "--train_data_dir", str(folder)))
+    plan = plan_of(options_of("--resolution 128", "--train_data_dir", str(folder)))
     calls: list[int] = []
-    training_set.use_latents(cache_latents(training_set, averaging_vae(calls), lambda: "vae", DISK, 1))
+    cache_latents(plan, averaging_vae(calls), lambda: "vae", DISK, 1)
     assert sum(calls) == 3
 
 
@@ -397,18 +399,18 @@ def test_a_note_does_not_vouch_for_latents_that_another_program_wrote(folder, ca
     latents = np.ones((4, 8, 8), np.float32)
     rewrite(file_of(folder), keeps_origin=True, latents=latents)
     with caplog.at_level(logging.INFO):
-        training_set, num_encoded = cache(folder)
+        batches, num_encoded = cache(folder)
     assert num_encoded == 0 and "1 cache entries do not say" in caplog.text
-    assert latents.tolist() in latents_by_key(training_set).values()
+    assert latents.tolist() in latents_by_key(batches).values()
 
 
 def test_the_old_name_without_a_size_is_used_where_no_other_is_and_said_so(folder, caplog):
     cache(folder)
     rewrite(file_of(folder))
     os.rename(file_of(folder), file_of(folder, "p0.npz"))
-    training_set, num_encoded = cache(folder)
+    batches, num_encoded = cache(folder)
     assert num_encoded == 0 and "1 latents come from files with the old name" in caplog.text
-    assert not file_of(folder).exists() and len(latents_by_key(training_set)) == 3
+    assert not file_of(folder).exists() and len(latents_by_key(batches)) == 3
 
 
 def test_an_old_name_of_another_shape_is_left_alone_and_not_used(folder):
@@ -439,9 +441,9 @@ def test_what_skipping_lets_through_stops_the_run_by_name(folder, spoil, words):
     cache(folder)
     spoil(folder)
     skipping = CachingOptions(cache_latents=True, cache_latents_to_disk=True, skip_cache_check=True)
-    training_set, _ = cache(folder, options=skipping)
+    batches, _ = cache(folder, options=skipping)
     with pytest.raises(ValueError, match=rf"p0_0064x0064_sd\.npz is {words}"):
-        batches_of(training_set)
+        batches_of(batches)
 
 
 # Interruption and failure
@@ -459,9 +461,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_leaves_nothing_half_don
     with pytest.raises(KeyboardInterrupt):
         cache_latents(open_folder(folder), interrupted, lambda: "vae", DISK, 1)
     assert sorted(path.suffix for path in (folder / "2_a").iterdir()) == [".npz", ".npz", ".png", ".png", ".png"]
-    training_set, num_encoded = cache(folder)
+    batches, num_encoded = cache(folder)
     assert num_encoded == 1
-    assert latents_by_key(training_set) == latents_by_key(cache(folder, options=MEMORY)[0])
+    assert latents_by_key(batches) == latents_by_key(cache(folder, options=MEMORY)[0])
 
 
 def test_a_write_that_fails_keeps_the_old_file_and_names_the_way_out(folder, monkeypatch):
@@ -499,12 +501,12 @@ def test_latents_of_another_shape_than_the_base_models_are_refused(folder):
 def test_a_damaged_picture_is_left_out_and_named(folder, options, caplog):
     path = folder / "2_a/p2.png"
     path.write_bytes(path.read_bytes()[:5000])
-    training_set, _ = cache(folder, options=options)
+    batches, _ = cache(folder, options=options)
     assert "1 pictures are damaged and left out" in caplog.text and "p2.png is damaged" in caplog.text
-    batches = list(training_set.batches(1, range(training_set.num_batches), int, 0, False))
-    drawn = [key for batch in batches for key in batch.keys]
-    assert all(batch.latents_BCHW is not None for batch in batches)
-    assert len(drawn) == training_set.num_train_images and str(path) not in drawn
+    found = list(batches.of_epoch(1, range(batches.plan.num_batches), int, 0, False))
+    drawn = [key for batch in found for key in batch.keys]
+    assert all(batch.latents_BCHW is not None for batch in found)
+    assert len(drawn) == batches.plan.num_train_images and str(path) not in drawn
 
 
 def test_damaged_pictures_without_another_of_their_size_end_the_start(folder):
@@ -518,13 +520,13 @@ def test_regularisation_pictures_that_are_not_needed_are_not_encoded(tmp_path):
     write_picture(tmp_path / "train/1_a/p.png")
     for i in range(3):
         write_picture(tmp_path / f"reg/1_b/r{i}.png", seed=50 + i)
-    training_set = open_set(
+    plan = plan_of(
         options_of("--resolution 64", "--train_data_dir", f"{tmp_path}/train", "--reg_data_dir", f"{tmp_path}/reg")
     )
     calls: list[int] = []
-    training_set.use_latents(cache_latents(training_set, averaging_vae(calls), lambda: "vae", MEMORY, 1))
+    batches = open_batches(plan, cache_latents(plan, averaging_vae(calls), lambda: "vae", MEMORY, 1))
     assert sum(calls) == 2
-    assert len(latents_by_key(training_set)) == 2
+    assert len(latents_by_key(batches)) == 2
 
 
 def test_masks_of_files_are_drawn_with_cached_latents(tmp_path):
@@ -535,9 +537,9 @@ def test_masks_of_files_are_drawn_with_cached_latents(tmp_path):
         f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{tmp_path.as_posix()}/a'\n"
         f"conditioning_data_dir = '{tmp_path.as_posix()}/m'\n"
     )
-    training_set = open_set(options_of("--masked_loss", "--dataset_config", str(config)))
-    training_set.use_latents(cache_latents(training_set, averaging_vae(), lambda: "vae", MEMORY, 1))
-    (batch,) = batches_of(training_set)
+    plan = plan_of(options_of("--masked_loss", "--dataset_config", str(config)))
+    batches = open_batches(plan, cache_latents(plan, averaging_vae(), lambda: "vae", MEMORY, 1))
+    (batch,) = batches_of(batches)
     assert np.abs(batch.masks_B1HW[0, 0].numpy() - np.array(Image.open(mask))[..., 0] / 255).max() < 1e-6
 
 
@@ -550,12 +552,10 @@ def cache_on_machines(folders: list[Path], options: CachingOptions) -> list[tupl
 
     def run(rank: int) -> tuple[dict[str, list], int]:
         calls: list[int] = []
-        training_set = open_folder(folders[rank])
+        plan = open_folder(folders[rank])
         processes = Processes(rank, len(folders), local_rank=0, local_count=1, store=board)
-        training_set.use_latents(
-            cache_latents(training_set, averaging_vae(calls), lambda: "vae", options, 1, processes)
-        )
-        return {Path(key).name: value for key, value in latents_by_key(training_set).items()}, sum(calls)
+        batches = open_batches(plan, cache_latents(plan, averaging_vae(calls), lambda: "vae", options, 1, processes))
+        return {Path(key).name: value for key, value in latents_by_key(batches).items()}, sum(calls)
 
     with ThreadPoolExecutor(len(folders)) as pool:
         return list(pool.map(run, range(len(folders))))
@@ -582,8 +582,8 @@ def test_a_file_is_written_by_one_process_only(folder):
         f"[[datasets]]\nresolution = [{width}, 64]\n[[datasets.subsets]]\nimage_dir = '{{here}}/2_a'\n"
         for width in (64, 128)
     )
-    training_set = open_set(write_config(folder / "data.toml", text))
-    jobs = plan_jobs(training_set, to_disk=True)
+    plan = plan_of(write_config(folder / "data.toml", text))
+    jobs = plan_jobs(plan, to_disk=True)
     shares = [shared_out(jobs, rank, 2) for rank in range(2)]
     assert sorted(len(share) for share in shares) == [2, 4] and len({id(job) for s in shares for job in s}) == len(jobs)
     paths = [{job.file.path for job in share} for share in shares]
@@ -604,13 +604,13 @@ def test_where_latents_on_disk_lie_is_not_kept_for_each_picture(tmp_path: Path) 
         write_picture(tmp_path / "a" / f"p{i}.png", (64, 64), seed=i)
     write_picture(tmp_path / "a" / "p3.jpg", (64, 64), seed=77)
     config = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/a'\n"
-    first = open_set(write_config(tmp_path / "data.toml", config))
-    first.use_latents(cache_latents(first, averaging_vae(), lambda: "vae", DISK, 1))
+    plan = plan_of(write_config(tmp_path / "data.toml", config))
+    first = open_batches(plan, cache_latents(plan, averaging_vae(), lambda: "vae", DISK, 1))
     expected = [content_of(batch) for batch in batches_of(first)]
     os.rename(tmp_path / "a" / "p7_0064x0064_sd.npz", tmp_path / "a" / "p7.npz")
-    found = open_set(write_config(tmp_path / "data.toml", config))
-    found.use_latents(cache_latents(found, averaging_vae(), lambda: "vae", DISK, 1))
-    files = found._maker.files
+    found = plan_of(write_config(tmp_path / "data.toml", config))
+    store = cache_latents(found, averaging_vae(), lambda: "vae", DISK, 1)
+    files = store.files
     names = [os.path.basename(files.others[number].path) for number in files.others]
-    assert names == ["p7.npz"] and int(files.has_N.sum()) == 40 and len(found._maker.in_memory) == 1
-    assert [content_of(batch) for batch in batches_of(found)] == expected
+    assert names == ["p7.npz"] and int(files.has_N.sum()) == 40 and len(store.memory) == 1
+    assert [content_of(batch) for batch in batches_of(open_batches(found, store))] == expected

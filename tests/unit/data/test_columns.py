@@ -17,7 +17,7 @@ from library.data.sources.pictures import Picture, Pictures, Place, Places
 from library.data.sources.samples import Sample, build_draws, build_samples
 from library.data.sources.scan import ScannedDataset, ScannedSubset
 from library.randomness import random_for
-from tests.unit.data.builders import open_set, write_config, write_folder
+from tests.unit.data.builders import plan_of, write_config, write_folder
 
 ALPHABETS = {"ascii": "ab ,1", "wide": "aé猫\U0001f431", "bytes of a file name": "a\udc80\udcff"}
 
@@ -161,13 +161,13 @@ def test_a_folder_becomes_few_objects(tmp_path) -> None:
         write_folder(tmp_path / f"pictures{count}", count)
         config = f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{{here}}/pictures{count}"\n'
         options = write_config(tmp_path / f"{count}.toml", config + 'caption_extension = ".txt"\n')
-        open_set(options)  # what is made once in a process
+        plan_of(options)  # what is made once in a process
         gc.collect()
         before = sys.getallocatedblocks()
-        training_set = open_set(options)
+        plan = plan_of(options)
         gc.collect()
         kept.append(sys.getallocatedblocks() - before)
-        del training_set
+        del plan
     assert (kept[1] - kept[0]) / 200 < 0.2
 
 

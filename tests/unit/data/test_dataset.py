@@ -18,11 +18,14 @@ from PIL import Image
 
 from library.data.batches.batches import BatchMaker, BatchOrder, PartialBatch
 from library.data.batches.debug import show_batches
+from library.data.batches.planned import maker_of
+from library.data.batches.training_data import open_batches
+from library.data.caching.stores import NO_LATENTS, NO_TEXTS
 from tests.unit.data.builders import (
     batches_of,
     content_of,
-    open_set,
     options_of,
+    plan_of,
     write_config,
     write_folder,
     write_picture,
@@ -71,34 +74,35 @@ def rich(tmp_path: Path):
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(rich):
-    training_set = open_set(rich)
-    alone = [content_of(batch) for batch in batches_of(training_set, epoch=2)]
+    plan = plan_of(rich)
+    alone = [content_of(batch) for batch in batches_of(plan, epoch=2)]
     for workers in (1, 2):
-        assert [content_of(batch) for batch in batches_of(training_set, epoch=2, workers=workers)] == alone
+        assert [content_of(batch) for batch in batches_of(plan, epoch=2, workers=workers)] == alone
 
 
 def test_an_epoch_can_begin_in_the_middle_without_reading_what_was_before(rich, monkeypatch):
-    training_set = open_set(rich)
-    whole = [content_of(batch) for batch in batches_of(training_set, epoch=3)]
+    plan = plan_of(rich)
+    whole = [content_of(batch) for batch in batches_of(plan, epoch=3)]
     read = []
     original = BatchMaker.draft
     monkeypatch.setattr(BatchMaker, "draft", lambda self, order: read.append(order) or original(self, order))
-    assert [content_of(batch) for batch in batches_of(training_set, epoch=3, first=4)] == whole[4:]
+    assert [content_of(batch) for batch in batches_of(plan, epoch=3, first=4)] == whole[4:]
     assert len(read) == len(whole) - 4
-    assert batches_of(training_set, epoch=3, first=len(whole)) == []
+    assert batches_of(plan, epoch=3, first=len(whole)) == []
 
 
 def test_workers_that_live_on_give_every_epoch_right_even_after_one_was_left_early(rich):
-    training_set = open_set(rich)
-    plain = {epoch: [content_of(batch) for batch in batches_of(training_set, epoch)] for epoch in (1, 2)}
-    early = iter(training_set.batches(1, range(training_set.num_batches), lambda i: i, 2, True))
+    plan = plan_of(rich)
+    lasting = open_batches(plan)
+    plain = {epoch: [content_of(batch) for batch in batches_of(plan, epoch)] for epoch in (1, 2)}
+    early = iter(lasting.of_epoch(1, range(plan.num_batches), lambda i: i, 2, True))
     assert content_of(next(early)) == plain[1][0]
     children = {child.pid for child in multiprocessing.active_children()}
     early.close()
-    lasting = [content_of(b) for b in batches_of(training_set, 2, workers=2, persistent=True)]
-    assert lasting == plain[2]
+    again = [content_of(b) for b in batches_of(lasting, 2, workers=2, persistent=True)]
+    assert again == plain[2]
     assert len(children) == 2 and {child.pid for child in multiprocessing.active_children()} == children
-    training_set.close()
+    lasting.close()
     assert wait_for(lambda: not multiprocessing.active_children())
 
 
@@ -110,8 +114,8 @@ def wait_for(condition, seconds: float = 10) -> bool:
 
 
 def test_no_worker_is_left_when_an_epoch_is_broken_off(rich):
-    training_set = open_set(rich)
-    batches = iter(training_set.batches(1, range(training_set.num_batches), lambda i: i, 2, False))
+    plan = plan_of(rich)
+    batches = iter(open_batches(plan).of_epoch(1, range(plan.num_batches), lambda i: i, 2, False))
     next(batches)
     assert len(multiprocessing.active_children()) == 2
     batches.close()
@@ -119,10 +123,10 @@ def test_no_worker_is_left_when_an_epoch_is_broken_off(rich):
 
 
 def test_what_workers_need_travels_to_fresh_processes(rich):
-    training_set = open_set(rich)
-    maker = pickle.loads(pickle.dumps(training_set._maker))
+    plan = plan_of(rich)
+    maker = maker_of(plan, NO_LATENTS, NO_TEXTS)
     order = BatchOrder(2, 7, (0, 1))
-    draft, expected = maker[order], training_set._maker[order]
+    draft, expected = pickle.loads(pickle.dumps(maker))[order], maker[order]
     assert isinstance(draft, PartialBatch) and content_of(draft.batch) == content_of(expected.batch)
 
 
@@ -135,19 +139,19 @@ def test_workers_import_nothing_heavy():
 
 
 def test_every_draw_comes_once_in_an_epoch_and_other_epochs_draw_otherwise(rich):
-    training_set = open_set(rich)
-    epochs = [batches_of(training_set, epoch) for epoch in (1, 2)]
+    plan = plan_of(rich)
+    epochs = [batches_of(plan, epoch) for epoch in (1, 2)]
     counts = [Counter(os.path.basename(os.path.dirname(k)) for b in batches for k in b.keys) for batches in epochs]
     # Eight training draws in the first dataset, so two regularisation pictures are drawn eight times.
     assert counts[0] == counts[1] == {"wide": 3 * 2 + 3, "tall": 2, "reg": 8}
     assert [content_of(b) for b in epochs[0]] != [content_of(b) for b in epochs[1]]
-    assert training_set.num_batches == len(epochs[0])
-    assert (training_set.num_train_images, training_set.num_reg_images) == (11, 2)
+    assert plan.num_batches == len(epochs[0])
+    assert (plan.num_train_images, plan.num_reg_images) == (11, 2)
 
 
 def test_batches_hold_one_size_of_one_dataset(rich):
     sizes = Counter()
-    for batch in batches_of(open_set(rich)):
+    for batch in batches_of(plan_of(rich)):
         assert batch.pixels_BCHW is not None
         count, _, height, width = batch.pixels_BCHW.shape
         assert {tuple(row[4:]) for row in batch.sizes_B6.tolist()} == {(height, width)}
@@ -158,7 +162,7 @@ def test_batches_hold_one_size_of_one_dataset(rich):
 
 def test_regularisation_pictures_carry_the_prior_weight_and_attributes_stay_with_their_subset(rich):
     seen = set()
-    for batch in batches_of(open_set(rich)):
+    for batch in batches_of(plan_of(rich)):
         for key, weight, attributes in zip(batch.keys, batch.loss_weights_B.tolist(), batch.attributes, strict=True):
             folder = os.path.basename(os.path.dirname(key))
             assert weight == (0.25 if folder == "reg" else 1.0)
@@ -179,8 +183,8 @@ def test_draws_of_one_epoch_do_not_share_their_chances(tmp_path):
 
 
 def test_another_seed_draws_other_batches(rich):
-    assert [content_of(b) for b in batches_of(open_set(rich, 1))] != [
-        content_of(b) for b in batches_of(open_set(rich, 2))
+    assert [content_of(b) for b in batches_of(plan_of(rich, 1))] != [
+        content_of(b) for b in batches_of(plan_of(rich, 2))
     ]
 
 
@@ -188,9 +192,9 @@ def test_the_warm_up_of_tags_follows_the_step(tmp_path):
     write_folder(tmp_path / "a", 1, caption="a,b,c,d,e")
     options = options_of("--caption_extension .txt --resolution 64 --token_warmup_step 0.5 --max_train_steps 16")
     options = with_folders(options, tmp_path, "a")
-    training_set = open_set(options)
+    plan = plan_of(options)
     for step, count in ((0, 1), (4, 3), (8, 5)):
-        (batch,) = training_set.batches(1, [0], lambda i, step=step: step, 0, False)
+        (batch,) = open_batches(plan).of_epoch(1, [0], lambda i, step=step: step, 0, False)
         assert batch.captions[0].count(",") == count - 1
 
 
@@ -199,7 +203,7 @@ def test_a_share_of_warm_up_follows_the_epochs(tmp_path):
     options = with_folders(
         options_of("--resolution 64 --max_train_epochs 3 --gradient_accumulation_steps 3"), tmp_path, "a"
     )
-    assert open_set(options)._maker.max_train_steps == 6
+    assert plan_of(options).max_train_steps == 6
 
 
 def with_folders(options, tmp_path: Path, *names: str):
@@ -212,7 +216,7 @@ def with_folders(options, tmp_path: Path, *names: str):
 
 
 def folder_set(tmp_path: Path, arguments: str):
-    return open_set(options_of(f"--resolution 64 {arguments}", "--train_data_dir", str(tmp_path)))
+    return plan_of(options_of(f"--resolution 64 {arguments}", "--train_data_dir", str(tmp_path)))
 
 
 def test_pixels_lie_between_minus_one_and_one_and_are_the_pictures(tmp_path):
@@ -331,7 +335,7 @@ def masked_set(tmp_path: Path, keys: str = ""):
         f"[[datasets]]\nresolution = 64\n{keys}\n[[datasets.subsets]]\nimage_dir = '{tmp_path.as_posix()}/a'\n"
         f"conditioning_data_dir = '{tmp_path.as_posix()}/m'\n"
     )
-    return open_set(options_of("--masked_loss", "--dataset_config", str(path)))
+    return plan_of(options_of("--masked_loss", "--dataset_config", str(path)))
 
 
 def test_masks_are_the_red_channel_cropped_like_the_picture(tmp_path):
@@ -357,10 +361,10 @@ def test_with_buckets_a_mask_of_another_size_is_named_and_without_it_is_stretche
 def test_a_damaged_picture_is_named_with_and_without_workers(tmp_path):
     path = write_picture(tmp_path / "1_a/p.png", (90, 90))
     path.write_bytes(path.read_bytes()[:9000])
-    training_set = folder_set(tmp_path, "")
+    plan = folder_set(tmp_path, "")
     for workers in (0, 1):
         with pytest.raises(ValueError, match=r"^\S*p\.png is damaged: [^\n]*; no other picture of its size can"):
-            batches_of(training_set, workers=workers)
+            batches_of(plan, workers=workers)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -370,20 +374,20 @@ def test_another_picture_of_its_size_stands_in_for_a_damaged_one_and_it_is_count
         write_picture(tmp_path / name, size, seed=3)
     whole = [key for batch in batches_of(folder_set(tmp_path, "")) for key in batch.keys]
     damaged.write_bytes(damaged.read_bytes()[:9000])
-    training_set = folder_set(tmp_path, "")
-    found = [key for batch in batches_of(training_set, workers=workers) for key in batch.keys]
+    batches = open_batches(folder_set(tmp_path, ""))
+    found = [key for batch in batches_of(batches, workers=workers) for key in batch.keys]
     assert found == [key.replace("p1.png", "p2.png") for key in whole], "of its own folder, in its place"
     assert caplog.text.count("p1.png is damaged") == 1
-    training_set.report_skipped(logging.getLogger())
+    batches.report_skipped(logging.getLogger())
     assert "1 damaged pictures were left out 2 times in all" in caplog.text
 
 
 def test_a_picture_that_changed_its_size_during_the_run_is_named(tmp_path):
     path = write_picture(tmp_path / "1_a/p.png")
-    training_set = folder_set(tmp_path, "")
+    plan = folder_set(tmp_path, "")
     write_picture(path, (70, 70))
     with pytest.raises(ValueError, match=r"p\.png is 70x70, but was"):
-        batches_of(training_set)
+        batches_of(plan)
 
 
 @pytest.mark.parametrize("flag", ["--random_crop", "--color_aug", "--face_crop_aug_range 1,2"])
@@ -402,6 +406,6 @@ def test_face_crops_and_buckets_exclude_each_other(tmp_path):
 
 def test_debugging_shows_every_picture_caption_and_shape(rich, caplog):
     with caplog.at_level(logging.INFO):
-        show_batches(open_set(rich))
+        show_batches(plan_of(rich))
     assert caplog.text.count("loss weight") == 19
     assert "pixels (3, 3, 64, 64)" in caplog.text and "loss weight 0.25" in caplog.text

@@ -11,7 +11,7 @@ import pytest
 from library.data.caching import npz
 from library.errors import UserError
 from tests.unit.data import test_text_cache as texts
-from tests.unit.data.builders import open_set, options_of, write_folder
+from tests.unit.data.builders import options_of, plan_of, write_folder
 from tests.unit.data.test_cache import cache, file_of, folder, latents_by_key  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
@@ -47,8 +47,8 @@ SPOILED = [put_pipe, put_one_array, put_bomb]
 def test_latents_are_made_anew(folder: Path, spoil, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     before = latents_by_key(cache(folder)[0])
     spoil(file_of(folder))
-    training_set, num_encoded = cache(folder)
-    assert num_encoded == 1 and latents_by_key(training_set) == before
+    plan, num_encoded = cache(folder)
+    assert num_encoded == 1 and latents_by_key(plan) == before
     assert "1 damaged" in caplog.text
 
 
@@ -64,7 +64,7 @@ def test_encoded_captions_are_made_anew(tmp_path: Path, spoil) -> None:  # type:
 def test_a_pipe_in_the_place_of_a_picture_is_no_picture(tmp_path: Path) -> None:
     write_folder(tmp_path / "1_a", 2)
     put_pipe(tmp_path / "1_a/p0.png")
-    assert open_set(options_of("--resolution 64 --train_data_dir", str(tmp_path))).num_train_images == 1
+    assert plan_of(options_of("--resolution 64 --train_data_dir", str(tmp_path))).num_train_images == 1
 
 
 @pytest.mark.parametrize("kind", ["pipe", "large"])
@@ -73,11 +73,11 @@ def test_a_caption_file_that_is_none_is_named(tmp_path: Path, kind: str) -> None
     options = options_of("--resolution 64 --caption_extension .txt --train_data_dir", str(tmp_path))
     if kind == "pipe":
         put_pipe(tmp_path / "1_a/p0.txt")
-        assert open_set(options).num_train_images == 1
+        assert plan_of(options).num_train_images == 1
         return
     (tmp_path / "1_a/p0.txt").write_bytes(b"a, " * (1 << 20))
     with pytest.raises(UserError, match=r"p0\.txt has 3\.1 MB; no caption is that long"):
-        open_set(options)
+        plan_of(options)
 
 
 def test_what_dead_processes_left_is_cleared_away_and_what_may_be_alive_stays(folder: Path) -> None:  # noqa: F811

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from library.data.batches.images import read_pixels, read_size
-from tests.unit.data.builders import open_set, options_of, write_config, write_folder, write_picture
+from tests.unit.data.builders import options_of, plan_of, write_config, write_folder, write_picture
 from tests.unit.data.test_cache import cache, file_of, latents_by_key
 
 
@@ -40,11 +40,11 @@ def test_a_picture_that_claims_a_hundred_thousand_pixels_a_side_is_refused(tmp_p
 def test_it_is_left_out_of_the_training_set_by_name(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data" / "1_thing", 2)
     (folder / "bomb.png").write_bytes(png(100_000, 100_000))
-    training_set = open_set(options_of(f"--train_data_dir {tmp_path / 'data'} --resolution 64"))
-    (subset,) = training_set.datasets[0].subsets
+    plan = plan_of(options_of(f"--train_data_dir {tmp_path / 'data'} --resolution 64"))
+    (subset,) = plan.datasets[0].subsets
     ((path, reason),) = subset.dropped
     assert path.endswith("bomb.png") and "exceeds limit" in reason
-    assert training_set.num_train_images == 2
+    assert plan.num_train_images == 2
 
 
 def test_an_animated_picture_gives_its_first_frame(tmp_path: Path) -> None:
@@ -107,4 +107,4 @@ def test_a_folder_without_rights_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     )
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ValueError, match="1_thing cannot be read: Permission denied; change its rights"):
-        open_set(options)
+        plan_of(options)

@@ -54,9 +54,9 @@ def test_entries_that_were_written_or_checked_are_not_opened_again(folder, judge
     first = latents_by_key(cache(folder)[0])
     settle()
     judged.clear()
-    training_set, num_encoded = cache(folder)
+    plan, num_encoded = cache(folder)
     assert (num_encoded, judged) == (0, [])
-    assert latents_by_key(training_set) == first
+    assert latents_by_key(plan) == first
     (folder / "2_a" / latent_index.FILE_NAME).unlink()
     assert cache(folder)[1] == 0 and len(judged) == 3
     judged.clear()

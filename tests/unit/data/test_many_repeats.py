@@ -7,7 +7,7 @@ import pytest
 
 from library.data.sources import samples
 from library.errors import UserError
-from tests.unit.data.builders import open_set, options_of, write_folder
+from tests.unit.data.builders import options_of, plan_of, write_folder
 
 
 @pytest.mark.parametrize("has_regularisation", [False, True])
@@ -16,7 +16,7 @@ def test_an_epoch_that_is_too_long_is_refused_before_it_is_laid_out(tmp_path: Pa
     write_folder(tmp_path / "reg/1_cat", 1)
     reg = ["--reg_data_dir", str(tmp_path / "reg")] if has_regularisation else []
     with pytest.raises(UserError, match="num_repeats: an epoch would have 2000000000 samples, more than 10000000"):
-        open_set(options_of("--resolution 64 --train_data_dir", str(tmp_path / "data"), *reg))
+        plan_of(options_of("--resolution 64 --train_data_dir", str(tmp_path / "data"), *reg))
 
 
 def test_a_long_one_is_warned_of(
@@ -25,5 +25,5 @@ def test_a_long_one_is_warned_of(
     monkeypatch.setattr(samples, "MANY_DRAWS", 100)
     write_folder(tmp_path / "data/60_cat", 2)
     with caplog.at_level(logging.WARNING):
-        assert open_set(options_of("--resolution 64 --train_data_dir", str(tmp_path / "data"))).num_batches == 120
+        assert plan_of(options_of("--resolution 64 --train_data_dir", str(tmp_path / "data"))).num_batches == 120
     assert "an epoch has 120 samples, which are put in order before it begins" in caplog.text

@@ -41,7 +41,7 @@ def options_with(**values: Any) -> TrainOptions:
 
 
 def captions(data: OwnDataset, epoch: int, places: range) -> list[str]:
-    return [batch.captions[0] for batch in data.batches(epoch, places, lambda place: 0, 0, False)]
+    return [batch.captions[0] for batch in data.of_epoch(epoch, places, lambda place: 0, 0, False)]
 
 
 def test_it_is_made_and_asked_as_sd_scripts_does() -> None:
@@ -103,4 +103,4 @@ def test_a_class_of_another_kind_is_named_with_what_it_must_offer() -> None:
     with pytest.raises(ValueError, match="has no batches"):
         OwnDataset([], "my.Thing", 3, SPEC)
     with pytest.raises(ValueError, match="batch 0 is int, not a table"):
-        next(OwnDataset([5], "my.Thing", 3, SPEC).batches(1, [0], lambda place: 0, 0, False))
+        next(OwnDataset([5], "my.Thing", 3, SPEC).of_epoch(1, [0], lambda place: 0, 0, False))

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from library.data.batches.dataset import TrainingSet
 from library.data.batches.threads import BLOCK, in_blocks
+from library.data.description.plan import DataPlan
 from library.data.sources import picture_index, scan
 from library.data.sources.scan import ScannedSubset
-from tests.unit.data.builders import open_set, write_config, write_folder, write_picture
+from tests.unit.data.builders import plan_of, write_config, write_folder, write_picture
 
 LONG_AGO = 1_500_000_000
 
@@ -46,17 +46,17 @@ def age(folder: Path) -> None:
         os.utime(path, (LONG_AGO, LONG_AGO))
 
 
-def build(folder: Path, subset: str = "") -> TrainingSet:
-    return open_set(write_config(folder.parent / "data.toml", CONFIG + subset))
+def build(folder: Path, subset: str = "") -> DataPlan:
+    return plan_of(write_config(folder.parent / "data.toml", CONFIG + subset))
 
 
-def fields_of(built: TrainingSet) -> tuple[object, ...]:
+def fields_of(built: DataPlan) -> tuple[object, ...]:
     """All that a build finds, as plain values."""
     buckets = [(b.dataset, b.size, b.batch_size, list(b.draws)) for b in built.draws.buckets]
     return (built.datasets, built.rules, list(built.samples), built.draws.sample_of_draw.tolist(), buckets)
 
 
-def from_scratch(folder: Path, subset: str = "") -> TrainingSet:
+def from_scratch(folder: Path, subset: str = "") -> DataPlan:
     """A build of a copy without an index, put in the folder's place for the time."""
     kept = folder.with_name("kept")
     folder.rename(kept)
@@ -109,7 +109,7 @@ def test_captions_with_other_endings_have_their_own_table(folder, opened):
     for _ in range(2):
         opened.clear()
         build(folder)
-        noted = open_set(write_config(folder.parent / "note.toml", other))
+        noted = plan_of(write_config(folder.parent / "note.toml", other))
         assert [sample.picture.caption for sample in noted.samples][:2] == ["another", ""]
     assert opened == []
 
@@ -243,7 +243,7 @@ def test_pictures_that_a_metadata_file_names_are_remembered_too(folder, opened):
     config = CONFIG.replace('caption_extension = ".txt"', 'metadata_file = "{here}/meta.json"')
 
     def read() -> ScannedSubset:
-        return open_set(write_config(folder.parent / "meta.toml", config)).datasets[0].subsets[0]
+        return plan_of(write_config(folder.parent / "meta.toml", config)).datasets[0].subsets[0]
 
     first = read()
     assert [picture.size for picture in first.pictures] == [(64, 64), (128, 64)] and opened == ["p1.png", "wide.png"]

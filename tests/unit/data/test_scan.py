@@ -12,7 +12,7 @@ from library.data.batches.images import read_size
 from library.data.description.schema import NoDataFound, load_dataset_config
 from library.data.sources.collect import collect
 from library.data.sources.scan import ScannedSubset
-from tests.unit.data.builders import open_set, options_of, write_config, write_folder, write_picture
+from tests.unit.data.builders import options_of, plan_of, write_config, write_folder, write_picture
 
 
 def scan(tmp_path: Path, subset: str, dataset: str = "", arguments: str = "") -> ScannedSubset:
@@ -123,14 +123,14 @@ def test_a_folder_named_twice_in_one_dataset_counts_once(tmp_path, caplog):
         tmp_path / "data.toml",
         f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{FOLDER}[[datasets.subsets]]\n{FOLDER}num_repeats = 3\n",
     )
-    assert open_set(options).num_train_images == 2
+    assert plan_of(options).num_train_images == 2
     assert "stands twice in one dataset" in caplog.text
 
 
 def test_a_folder_named_in_two_datasets_counts_twice(tmp_path):
     write_folder(tmp_path / "pictures", 2)
     one = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{FOLDER}"
-    assert open_set(write_config(tmp_path / "data.toml", one + one + "num_repeats = 3\n")).num_train_images == 8
+    assert plan_of(write_config(tmp_path / "data.toml", one + one + "num_repeats = 3\n")).num_train_images == 8
 
 
 def test_a_subset_without_pictures_is_an_error_and_none_at_all_is_no_data(tmp_path):
@@ -139,14 +139,14 @@ def test_a_subset_without_pictures_is_an_error_and_none_at_all_is_no_data(tmp_pa
     empty = '[[datasets.subsets]]\nimage_dir = "{here}/nothing"\n'
     text = "[[datasets]]\nresolution = 64\n"
     with pytest.raises(ValueError, match=r"there are no pictures in .*nothing"):
-        open_set(write_config(tmp_path / "data.toml", f"{text}[[datasets.subsets]]\n{FOLDER}{empty}"))
+        plan_of(write_config(tmp_path / "data.toml", f"{text}[[datasets.subsets]]\n{FOLDER}{empty}"))
     for only in (
         text + empty,
         text + empty.replace("nothing", "missing"),
         "[[datasets]]\nresolution = 64\nsubsets = []\n",
     ):
         with pytest.raises(NoDataFound):
-            open_set(write_config(tmp_path / "data.toml", only))
+            plan_of(write_config(tmp_path / "data.toml", only))
 
 
 # cache_info

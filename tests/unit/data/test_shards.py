@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from library.data.batches.training_data import open_batches
 from library.data.caching.latents import cache_latents
 from library.data.sources import indexed, shard_index, storage
 from library.data.sources.ranges import Window
@@ -16,7 +17,15 @@ from library.data.sources.storage import expanded
 from library.data.sources.tar_files import Member, members_of
 from library.errors import UserError
 from library.options.caching import CachingOptions
-from tests.unit.data.builders import averaging_vae, batches_of, content_of, open_set, write_config, write_picture
+from tests.unit.data.builders import (
+    averaging_vae,
+    batches_of,
+    content_of,
+    plan_of,
+    validation_of,
+    write_config,
+    write_picture,
+)
 from tests.unit.data.shard_builders import (
     DATASET,
     CountedReads,
@@ -72,9 +81,9 @@ def subset_of(kind: str, folder: Path, here: Path) -> str:
 KINDS = ["tar txt", "tar json", "parquet table", "parquet plain"]
 
 
-def without_names(training_set) -> list[object]:
+def without_names(plan) -> list[object]:
     """Everything of two epochs but what pictures are called."""
-    found = [content_of(batch)[1:] for epoch in (1, 2) for batch in batches_of(training_set, epoch)]
+    found = [content_of(batch)[1:] for epoch in (1, 2) for batch in batches_of(plan, epoch)]
     return found
 
 
@@ -95,7 +104,7 @@ def test_they_are_split_as_the_folder_is(kind: str, pictures: Path, tmp_path: Pa
     aside = []
     for source in ("folder", kind):
         found = open_subset(tmp_path, subset_of(source, pictures, tmp_path) + settings)
-        validation = found.validation
+        validation = validation_of(found)
         names = [validation.names(place) for place in range(validation.num_batches)]
         captions = [batch.captions for batch in validation.batches(range(validation.num_batches), 0)]
         aside.append((names, captions, found.num_train_images))
@@ -105,8 +114,8 @@ def test_they_are_split_as_the_folder_is(kind: str, pictures: Path, tmp_path: Pa
 def latents_of(found, folder: Path | None, **options: object) -> tuple[list[object], int]:
     calls: list[int] = []
     caching = CachingOptions(cache_latents=True, cache_latents_to_disk=folder is not None, vae_batch_size=3, **options)
-    found.use_latents(cache_latents(found, averaging_vae(calls), lambda: "vae", caching, 4))
-    return [content_of(batch)[1:] for batch in batches_of(found)], sum(calls)
+    batches = open_batches(found, cache_latents(found, averaging_vae(calls), lambda: "vae", caching, 4))
+    return [content_of(batch)[1:] for batch in batches_of(batches)], sum(calls)
 
 
 @pytest.mark.parametrize("kind", ["tar txt", "parquet table"])
@@ -212,7 +221,7 @@ def test_of_several_processes_one_makes_the_index(
 
     monkeypatch.setattr(indexed, "rows_of_tar", noting)
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda _: len(open_set(options).samples), range(3)))
+        found = list(pool.map(lambda _: len(plan_of(options).samples), range(3)))
     assert found == [11] * 3 and sorted(made) == ["0000.tar", "0001.tar", "0002.tar"]
 
 
@@ -270,7 +279,7 @@ def test_a_damaged_index_is_made_again(content: bytes, pictures: Path, tmp_path:
 
 def test_nothing_is_written_where_nothing_is_to_be_written(pictures: Path, tmp_path: Path) -> None:
     options = write_config(tmp_path / "data.toml", DATASET + subset_of("tar txt", pictures, tmp_path))
-    assert len(open_set(options.with_values({"dry_run": True})).samples) == 11
+    assert len(plan_of(options.with_values({"dry_run": True})).samples) == 11
     assert index_files(tmp_path / "shards") == []
 
 

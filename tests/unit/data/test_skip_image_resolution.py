@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from library.data.batches.dataset import TrainingSet
+from library.data.description.plan import DataPlan
 from library.data.description.schema import NoDataFound
 from library.errors import UserError
 from library.options.train import TrainOptions
-from tests.unit.data.builders import open_set, options_of, write_config, write_picture
+from tests.unit.data.builders import options_of, plan_of, write_config, write_picture
 
 SIZES = {"a": (64, 64), "b": (128, 32), "c": (65, 64), "d": (96, 128), "e": (300, 20)}  # area of b: that of a
 SUBSET = "[[datasets.subsets]]\nimage_dir = '{here}/2_cat'\ncaption_extension = '.txt'\n"
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def trained(found: TrainingSet) -> list[tuple[int, str]]:
+def trained(found: DataPlan) -> list[tuple[int, str]]:
     """Number of the dataset and name of each picture."""
     return [(sample.dataset, os.path.basename(sample.picture.key)[0]) for sample in found.samples]
 
@@ -41,7 +41,7 @@ def trained(found: TrainingSet) -> list[tuple[int, str]]:
 )
 def test_the_flag_goes_by_the_area_of_the_picture_itself(folder: Path, words: str, kept: str) -> None:
     options = options_of(f"--resolution 64 --caption_extension .txt {words} --train_data_dir", str(folder))
-    found = open_set(options)
+    found = plan_of(options)
     assert trained(found) == [(0, name) for name in kept]
     assert found.num_train_images == 2 * len(kept)
 
@@ -54,10 +54,10 @@ def two_sizes(folder: Path, general: str = "") -> TrainOptions:
 
 def test_each_dataset_over_one_folder_has_its_own_and_the_file_wins_over_general(folder: Path) -> None:
     low = [(0, name) for name in "abcde"]
-    assert trained(open_set(two_sizes(folder))) == [*low, (1, "d")]
+    assert trained(plan_of(two_sizes(folder))) == [*low, (1, "d")]
     options = two_sizes(folder, "[general]\nskip_image_resolution = 64\n")
-    assert trained(open_set(options)) == [*low[2:], (1, "d")]
-    datasets = open_set(options).metadata(options)["ss_datasets"]
+    assert trained(plan_of(options)) == [*low[2:], (1, "d")]
+    datasets = plan_of(options).metadata(options)["ss_datasets"]
     assert [dataset["skip_image_resolution"] for dataset in datasets] == [[64, 64], [96, 64]]
     assert [dataset["num_train_images"] for dataset in datasets] == [3, 1]
 
@@ -67,7 +67,7 @@ def test_audit_names_them_and_says_nothing_of_their_captions(folder: Path, caplo
         "--resolution 64 --caption_extension .txt --skip_image_resolution 64 --train_data_dir", str(folder)
     )
     with caplog.at_level(logging.INFO):
-        open_set(options).audit(logging.getLogger("audit"))
+        plan_of(options).audit(logging.getLogger("audit"))
     assert "2 pictures are left out by skip_image_resolution" in caplog.text and "a.png" in caplog.text
     assert "captions are missing" not in caplog.text
 
@@ -75,15 +75,15 @@ def test_audit_names_them_and_says_nothing_of_their_captions(folder: Path, caplo
 def test_where_none_is_left_the_error_says_why(folder: Path) -> None:
     words = "--resolution 64 --caption_extension .txt --skip_image_resolution 512 --train_data_dir"
     with pytest.raises(NoDataFound, match="skip_image_resolution leaves out 5 as too small"):
-        open_set(options_of(words, str(folder)))
+        plan_of(options_of(words, str(folder)))
     text = (
         f"[[datasets]]\nresolution = 64\n{SUBSET}[[datasets]]\nresolution = 64\nskip_image_resolution = 200\n{SUBSET}"
     )
     with pytest.raises(UserError, match=r"no pictures in .*2_cat; skip_image_resolution leaves out 5"):
-        open_set(write_config(folder / "data.toml", text))
+        plan_of(write_config(folder / "data.toml", text))
 
 
 def test_a_text_that_is_no_size_is_refused(folder: Path) -> None:
     words = "--resolution 64 --skip_image_resolution 512x512 --train_data_dir"
     with pytest.raises(UserError, match=r"--skip_image_resolution is '512x512', but must look like 512 or 768,512"):
-        open_set(options_of(words, str(folder)))
+        plan_of(options_of(words, str(folder)))

@@ -11,21 +11,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.data.batches.dataset import TrainingSet
+from library.data.description.plan import DataPlan
 from library.data.description.validation_split import SplitSpec, choose, identity_of
-from tests.unit.data.builders import batches_of, open_set, options_of, write_config, write_folder, write_picture
+from tests.unit.data.builders import (
+    batches_of,
+    options_of,
+    plan_of,
+    validation_of,
+    write_config,
+    write_folder,
+    write_picture,
+)
 
 
 def names(paths) -> set[str]:
     return {f"{os.path.basename(os.path.dirname(path))}/{os.path.basename(path)}" for path in paths}
 
 
-def trained(training_set: TrainingSet) -> set[str]:
-    return names(key for batch in batches_of(training_set) for key in batch.keys)
+def trained(plan: DataPlan) -> set[str]:
+    return names(key for batch in batches_of(plan) for key in batch.keys)
 
 
-def set_aside(training_set: TrainingSet) -> list[str]:
-    pictures = training_set.validation
+def set_aside(plan: DataPlan) -> list[str]:
+    pictures = validation_of(plan)
     return [key for batch in pictures.batches(pictures.places_of(None), 0) for key in batch.keys]
 
 
@@ -91,15 +99,15 @@ def test_subsets_with_other_seeds_agree_about_pictures_they_share():
 def test_both_sides_of_a_folder_make_the_whole(tmp_path):
     write_folder(tmp_path / "3_a", 10)
     arguments = ["--train_data_dir", str(tmp_path), "--caption_extension", ".txt", "--validation_split", "0.3"]
-    training_set = open_set(options_of("--resolution 64 --train_batch_size 2", *arguments))
-    aside = set_aside(training_set)
-    assert len(aside) == 3 == training_set.validation.num_pictures  # repeats do not count
-    assert training_set.num_train_images == 7 * 3 == len(batches_of(training_set)) * 2 - 1
-    assert trained(training_set) | names(aside) == {f"3_a/p{i}.png" for i in range(10)}
-    assert not trained(training_set) & names(aside)
-    other = open_set(options_of("--resolution 64", *arguments), seed=2)
+    plan = plan_of(options_of("--resolution 64 --train_batch_size 2", *arguments))
+    aside = set_aside(plan)
+    assert len(aside) == 3 == validation_of(plan).num_pictures  # repeats do not count
+    assert plan.num_train_images == 7 * 3 == len(batches_of(plan)) * 2 - 1
+    assert trained(plan) | names(aside) == {f"3_a/p{i}.png" for i in range(10)}
+    assert not trained(plan) & names(aside)
+    other = plan_of(options_of("--resolution 64", *arguments), seed=2)
     assert set_aside(other) != aside
-    fixed = [open_set(options_of("--resolution 64 --validation_seed 3", *arguments), seed=seed) for seed in (1, 2)]
+    fixed = [plan_of(options_of("--resolution 64 --validation_seed 3", *arguments), seed=seed) for seed in (1, 2)]
     assert set_aside(fixed[0]) == set_aside(fixed[1])
 
 
@@ -107,7 +115,7 @@ def test_the_choice_does_not_depend_on_where_the_data_lies(tmp_path):
     write_folder(tmp_path / "here/1_a", 12)
     shutil.copytree(tmp_path / "here/1_a", tmp_path / "there/5_b")
     arguments = "--resolution 64 --validation_split 0.25"
-    here, there = (open_set(options_of(arguments, "--train_data_dir", str(tmp_path / n))) for n in ("here", "there"))
+    here, there = (plan_of(options_of(arguments, "--train_data_dir", str(tmp_path / n))) for n in ("here", "there"))
     assert [os.path.basename(p) for p in set_aside(here)] == [os.path.basename(p) for p in set_aside(there)]
 
 
@@ -136,7 +144,7 @@ validation_seed = 1
 
 
 @pytest.fixture
-def copies(tmp_path: Path) -> TrainingSet:
+def copies(tmp_path: Path) -> DataPlan:
     """Three folders with the same ten pictures under other names; two of them also serve regularisation."""
     write_folder(tmp_path / "a", 10)
     for folder in ("b", "c"):
@@ -147,7 +155,7 @@ def copies(tmp_path: Path) -> TrainingSet:
     for i in (3, 4):
         shutil.copy(tmp_path / f"a/p{i}.png", tmp_path / f"reg/r{i}.png")
     write_folder(tmp_path / "d", 2, seed=5)
-    return open_set(write_config(tmp_path / "data.toml", COPIES))
+    return plan_of(write_config(tmp_path / "data.toml", COPIES))
 
 
 def test_copies_under_other_names_are_on_the_same_side(copies, tmp_path):
@@ -170,10 +178,10 @@ def test_the_log_says_what_is_set_aside_and_what_is_left_out(copies, caplog):
 
 def test_a_share_that_sets_nothing_aside_says_so(tmp_path, caplog):
     write_folder(tmp_path / "1_a", 4)
-    training_set = open_set(options_of("--resolution 64 --validation_split 0.1", "--train_data_dir", str(tmp_path)))
-    training_set.audit(logging.getLogger("audit"))
+    plan = plan_of(options_of("--resolution 64 --validation_split 0.1", "--train_data_dir", str(tmp_path)))
+    plan.audit(logging.getLogger("audit"))
     assert "validation_split 0.1 sets no picture aside: 0.1 of 4 pictures rounds to none" in caplog.text
-    assert training_set.validation.num_batches == 0 and training_set.num_train_images == 4
+    assert validation_of(plan).num_batches == 0 and plan.num_train_images == 4
 
 
 def test_a_subset_can_be_set_aside_whole_but_not_everything(tmp_path):
@@ -181,11 +189,11 @@ def test_a_subset_can_be_set_aside_whole_but_not_everything(tmp_path):
     write_folder(tmp_path / "1_b", 3, seed=1)
     text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/1_a'\n[[datasets]]\n"
     text += "resolution = 128\nvalidation_split = 1.0\n[[datasets.subsets]]\nimage_dir = '{here}/1_b'\n"
-    training_set = open_set(write_config(tmp_path / "data.toml", text))
-    assert names(set_aside(training_set)) == {f"1_b/p{i}.png" for i in range(3)}
-    assert training_set.batch_sizes == [1] and training_set.num_batches == 2
+    plan = plan_of(write_config(tmp_path / "data.toml", text))
+    assert names(set_aside(plan)) == {f"1_b/p{i}.png" for i in range(3)}
+    assert plan.batch_sizes == [1] and plan.num_batches == 2
     with pytest.raises(ValueError, match=r"every picture aside, nothing is left to train on; use less than 1\.0"):
-        open_set(options_of("--resolution 64 --validation_split 1.0", "--train_data_dir", str(tmp_path)))
+        plan_of(options_of("--resolution 64 --validation_split 1.0", "--train_data_dir", str(tmp_path)))
 
 
 def test_metadata_files_and_masks_are_split_too(tmp_path):
@@ -193,28 +201,28 @@ def test_metadata_files_and_masks_are_split_too(tmp_path):
     (tmp_path / "m.json").write_text(json.dumps({f"p{i}": {"caption": f"picture {i}"} for i in range(8)}))
     text = "[[datasets]]\nresolution = 64\nvalidation_split = 0.25\n[[datasets.subsets]]\n"
     text += "image_dir = '{here}/a'\nmetadata_file = '{here}/m.json'\nnum_repeats = 3\n"
-    training_set = open_set(write_config(tmp_path / "data.toml", text))
-    assert len(set_aside(training_set)) == 2 and training_set.num_train_images == 18
-    assert not names(set_aside(training_set)) & trained(training_set)
+    plan = plan_of(write_config(tmp_path / "data.toml", text))
+    assert len(set_aside(plan)) == 2 and plan.num_train_images == 18
+    assert not names(set_aside(plan)) & trained(plan)
 
     for i in range(8):
         write_picture(tmp_path / f"masks/p{i}.png", seed=50 + i)
     text = text.replace("metadata_file = '{here}/m.json'", "conditioning_data_dir = '{here}/masks'")
     write_config(tmp_path / "masked.toml", text)
-    masked = open_set(options_of("--masked_loss", "--dataset_config", str(tmp_path / "masked.toml")))
-    batches = list(masked.validation.batches([0, 1], 0))
+    masked = plan_of(options_of("--masked_loss", "--dataset_config", str(tmp_path / "masked.toml")))
+    batches = list(validation_of(masked).batches([0, 1], 0))
     assert all(batch.masks_B1HW is not None for batch in batches)
 
 
 def test_a_cache_of_captions_and_sizes_holds_both_sides(tmp_path):
     write_folder(tmp_path / "1_a", 6)
     arguments = "--resolution 64 --validation_split 0.5 --cache_info --caption_extension .txt"
-    first, second = (open_set(options_of(arguments, "--train_data_dir", str(tmp_path))) for _ in range(2))
+    first, second = (plan_of(options_of(arguments, "--train_data_dir", str(tmp_path))) for _ in range(2))
     assert len(json.loads((tmp_path / "1_a/metadata_cache.json").read_text())) == 6
     captions = [
         {
             key: caption
-            for batch in s.validation.batches(range(3), 0)
+            for batch in validation_of(s).batches(range(3), 0)
             for key, caption in zip(batch.keys, batch.captions, strict=True)
         }
         for s in (first, second)

@@ -15,15 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.data.batches.dataset import TrainingSet
+from library.data.batches.training_data import TrainingBatches, open_batches
 from library.data.caching.captions import CachedTexts, Encoders, TextEncoding, cache_texts
 from library.data.caching.text_files import TextFile, stack_rows
 from library.data.description.captions import CaptionRules, caption_variant
+from library.data.description.plan import DataPlan
 from library.options.caching import TextCachingOptions
 from library.processes import ALONE, Processes
 from library.protocols import TextCacheSpec
 from library.types import Conditioning
-from tests.unit.data.builders import batches_of, open_set, options_of, write_folder, write_picture
+from tests.unit.data.builders import batches_of, options_of, plan_of, write_folder, write_picture
 from tests.unit.test_processes import Board
 
 KEYS = ("hidden", "pooled", "mask")
@@ -60,7 +61,8 @@ def write_data(
 
 @dataclasses.dataclass
 class Cached:
-    training_set: TrainingSet
+    plan: DataPlan
+    batches: TrainingBatches
     kept: CachedTexts
     calls: list[list[str]]
     num_loads: int
@@ -95,8 +97,8 @@ def cache(
     processes: Processes = ALONE,
 ) -> Cached:
     line = f"--resolution 64 --train_batch_size 2 --caption_extension .txt {arguments}"
-    training_set = open_set(options_of(line, "--train_data_dir", str(folder)), seed=seed)
-    training_set.fix_captions(options.text_cache_variants)
+    plan = plan_of(options_of(line, "--train_data_dir", str(folder)), seed=seed)
+    plan = plan.with_fixed_captions(options.text_cache_variants)
     calls: list[list[str]] = []
     loads: list[int] = []
     spec = TextCacheSpec(
@@ -112,16 +114,15 @@ def cache(
         loads.append(1)
         return Encoders(encode or pipeline(calls), pipeline(calls, is_prompt=True))
 
-    kept = cache_texts(training_set, TextEncoding(spec, load, dtype), prompts, skips_check, processes)
-    training_set.use_texts(kept.store)
-    return Cached(training_set, kept, calls, len(loads))
+    kept = cache_texts(plan, TextEncoding(spec, load, dtype), prompts, skips_check, processes)
+    return Cached(plan, open_batches(plan, texts=kept.store), kept, calls, len(loads))
 
 
-def draws_of(training_set: TrainingSet, epochs: int = 1, workers: int = 0) -> list[tuple[str, str, dict[str, Tensor]]]:
+def draws_of(batches: TrainingBatches, epochs: int = 1, workers: int = 0) -> list[tuple[str, str, dict[str, Tensor]]]:
     """(picture, caption, features) of every draw."""
     found = []
     for epoch in range(1, epochs + 1):
-        for batch in batches_of(training_set, epoch, workers=workers):
+        for batch in batches_of(batches, epoch, workers=workers):
             assert batch.conditioning is not None
             for place, (key, caption) in enumerate(zip(batch.keys, batch.captions, strict=True)):
                 found.append((key, caption, {name: tensor[place] for name, tensor in batch.conditioning.items()}))
@@ -151,16 +152,14 @@ def test_a_version_of_a_caption_depends_on_names_and_number_alone():
 
 def test_draws_take_every_version_and_the_empty_prompt_and_nothing_else(tmp_path):
     cached = cache(write_data(tmp_path), SHUFFLED, MEMORY)
-    allowed = dict(
-        zip((s.picture.key for s in cached.training_set.samples), cached.training_set.caption_texts(), strict=True)
-    )
+    allowed = dict(zip((s.picture.key for s in cached.plan.samples), cached.plan.caption_texts(), strict=True))
     drawn: dict[str, set[str]] = {path: set() for path in allowed}
-    for key, caption, row in draws_of(cached.training_set, epochs=40):
+    for key, caption, row in draws_of(cached.batches, epochs=40):
         drawn[key].add(caption)
         assert_same(row, features(caption))
     for path, texts in allowed.items():
         assert len(texts) == 8 and drawn[path] == {*texts, ""}
-    num_empty = sum(caption == "" for _, caption, _ in draws_of(cached.training_set, epochs=40))
+    num_empty = sum(caption == "" for _, caption, _ in draws_of(cached.batches, epochs=40))
     assert abs(num_empty / 240 - 0.3) < 0.09  # three standard deviations of 240 draws
 
 
@@ -168,13 +167,13 @@ def test_a_caption_that_never_changes_is_drawn_as_without_caching(tmp_path):
     """The same prompts, dropped in the same draws, and one encoding each."""
     words = "--caption_dropout_rate 0.4 --caption_dropout_every_n_epochs 3"
     cached = cache(write_data(tmp_path), words, MEMORY)
-    plain = open_set(
+    plain = plan_of(
         options_of(
             f"--resolution 64 --train_batch_size 2 --caption_extension .txt {words}", "--train_data_dir", str(tmp_path)
         )
     )
     for epoch in range(1, 4):
-        with_cache = [batch.captions for batch in batches_of(cached.training_set, epoch)]
+        with_cache = [batch.captions for batch in batches_of(cached.batches, epoch)]
         assert with_cache == [batch.captions for batch in batches_of(plain, epoch)]
     assert all(caption == "" for captions in with_cache for caption in captions)
     assert len(cached.encoded) == len(set(cached.encoded)) == 4
@@ -183,7 +182,7 @@ def test_a_caption_that_never_changes_is_drawn_as_without_caching(tmp_path):
 def test_wildcards_prefix_and_tag_dropout_are_part_of_the_versions(tmp_path):
     folder = write_data(tmp_path, caption="{red|blue} cat, x, y")
     cached = cache(folder, "--enable_wildcard --caption_tag_dropout_rate 0.5 --caption_prefix photo", MEMORY)
-    texts = [text for texts in cached.training_set.caption_texts() for text in texts]
+    texts = [text for texts in cached.plan.caption_texts() for text in texts]
     assert {"photo red cat" in text for text in texts} == {True, False}
     assert not any("{" in text for text in texts) and len(set(texts)) > 6
 
@@ -193,14 +192,14 @@ def test_the_seed_decides_which_version_is_drawn_and_not_what_is_cached(tmp_path
     first = cache(folder, SHUFFLED, seed=1)
     second = cache(folder, SHUFFLED, seed=2)
     assert second.num_loads == 0
-    draws = [[caption for _, caption, _ in draws_of(one.training_set)] for one in (first, second)]
+    draws = [[caption for _, caption, _ in draws_of(one.batches)] for one in (first, second)]
     assert sorted(draws[0]) != sorted(draws[1])
 
 
 @pytest.mark.parametrize("options", [MEMORY, DISK], ids=["memory", "disk"])
 def test_workers_and_places_change_nothing(tmp_path, options):
     cached = cache(write_data(tmp_path), SHUFFLED, options)
-    alone, shared = draws_of(cached.training_set, 2), draws_of(cached.training_set, 2, workers=2)
+    alone, shared = draws_of(cached.batches, 2), draws_of(cached.batches, 2, workers=2)
     for (key, caption, row), (key2, caption2, row2) in zip(alone, shared, strict=True):
         assert (key, caption) == (key2, caption2)
         assert_same(row, row2)
@@ -218,7 +217,7 @@ def test_tag_warm_up_is_refused(tmp_path):
 def test_files_have_the_layout_of_sd_scripts_and_more_versions_beside_it(tmp_path):
     folder = write_data(tmp_path)
     cached = cache(folder, SHUFFLED)
-    first, *others = next(cached.training_set.caption_texts())
+    first, *others = next(cached.plan.caption_texts())
     with np.load(file_of(folder), allow_pickle=False) as archive:
         assert archive["hidden"].dtype == np.float32 and archive["hidden"].shape == (5, 3)
         assert archive["mask"].dtype == bool and archive["applies"].shape == () and bool(archive["applies"])
@@ -235,7 +234,7 @@ def test_files_have_the_layout_of_sd_scripts_and_more_versions_beside_it(tmp_pat
 def test_every_caption_comes_back_bit_for_bit(tmp_path):
     folder = write_data(tmp_path)
     cached = cache(folder, SHUFFLED, prompts=["a prompt", "no"])
-    texts = next(cached.training_set.caption_texts())
+    texts = next(cached.plan.caption_texts())
     for text in texts:
         assert_same(TextFile(str(file_of(folder)), KEYS).read(text), features(text))
     assert list(cached.kept.store.memory) == [""] and list(cached.kept.prompts) == ["a prompt", "no"]
@@ -249,9 +248,7 @@ def test_a_second_run_loads_no_encoders(tmp_path):
     again = cache(folder, SHUFFLED, prompts=["a prompt"])
     assert (first.num_loads, again.num_loads) == (1, 0)
     assert len(first.encoded) == 3 * 8 + 2
-    for (_, caption, row), (_, caption2, row2) in zip(
-        draws_of(first.training_set), draws_of(again.training_set), strict=True
-    ):
+    for (_, caption, row), (_, caption2, row2) in zip(draws_of(first.batches), draws_of(again.batches), strict=True):
         assert caption == caption2
         assert_same(row, row2)
     assert list(again.kept.prompts) == ["a prompt"]
@@ -266,7 +263,7 @@ def test_only_the_captions_that_changed_are_encoded_again(tmp_path, caplog):
     assert again.encoded == ["another"]
     assert "text cache: 3 files are used, 0 are missing, 1 are made again (1 made for other captions:" in caplog.text
     assert "p1_tiny_te.npz" in caplog.text
-    for key, caption, row in draws_of(again.training_set):
+    for key, caption, row in draws_of(again.batches):
         assert (caption == "another") == key.endswith("p1.png")
         assert_same(row, features(caption))
 
@@ -345,18 +342,18 @@ def test_a_damaged_file_is_made_anew(tmp_path, damage):
         path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"no archive"}[damage])
     again = cache(folder)
     assert len(again.encoded) == 1
-    assert len(draws_of(again.training_set)) == 6
+    assert len(draws_of(again.batches)) == 6
 
 
 def test_flipped_bits_are_found_when_they_are_read(tmp_path):
     folder = write_data(tmp_path)
     cached = cache(folder)
     content = bytearray(file_of(folder).read_bytes())
-    place = content.index(features(next(cached.training_set.caption_texts())[0])["pooled"].numpy().tobytes())
+    place = content.index(features(next(cached.plan.caption_texts())[0])["pooled"].numpy().tobytes())
     content[place] ^= 1
     file_of(folder).write_bytes(content)
     with pytest.raises(ValueError, match=r"p0_tiny_te.npz is damaged.*delete it and run again"):
-        draws_of(cached.training_set)
+        draws_of(cached.batches)
 
 
 def test_skipping_the_check_trusts_files_by_name(tmp_path):
@@ -365,7 +362,7 @@ def test_skipping_the_check_trusts_files_by_name(tmp_path):
     rewrite(file_of(folder), False, pooled=np.full(4, 7, dtype=np.float32))
     trusted = cache(folder, identity="others", skips_check=True)
     assert trusted.num_loads == 0
-    pooled = {os.path.basename(key): row["pooled"].tolist() for key, _, row in draws_of(trusted.training_set)}
+    pooled = {os.path.basename(key): row["pooled"].tolist() for key, _, row in draws_of(trusted.batches)}
     assert pooled["p0.png"] == [7, 7, 7, 7] and pooled["p1.png"] != [7, 7, 7, 7]
 
 
@@ -374,7 +371,7 @@ def test_skipping_the_check_does_not_train_another_caption(tmp_path):
     cache(folder)
     (folder / "2_a/p1.txt").write_text("another")
     with pytest.raises(ValueError, match=r"p1_tiny_te.npz is without the caption 'another'; run again without --skip"):
-        draws_of(cache(folder, skips_check=True).training_set)
+        draws_of(cache(folder, skips_check=True).batches)
 
 
 def test_pictures_that_differ_in_their_endings_share_a_file(tmp_path):
@@ -383,7 +380,7 @@ def test_pictures_that_differ_in_their_endings_share_a_file(tmp_path):
     write_picture(folder / "3_b/p0.png", seed=6)
     cached = cache(folder, SHUFFLED)
     assert len(cached.encoded) == len(set(cached.encoded)) == 8 + 2  # the empty prompt, and b's class word
-    for _, caption, row in draws_of(cached.training_set, 3):
+    for _, caption, row in draws_of(cached.batches, 3):
         assert_same(row, features(caption))
 
 
@@ -398,7 +395,7 @@ def test_batches_of_captions_are_as_large_as_wished(tmp_path):
     options = dataclasses.replace(DISK, text_encoder_batch_size=5)
     cached = cache(write_data(tmp_path), "--shuffle_caption", options)
     assert {len(call) for call in cached.calls} <= {1, 2, 3, 4, 5} and max(map(len, cached.calls)) == 5
-    for _, caption, row in draws_of(cached.training_set):
+    for _, caption, row in draws_of(cached.batches):
         assert_same(row, features(caption))
 
 
@@ -454,7 +451,7 @@ def test_machines_with_disks_of_their_own_each_have_every_caption(tmp_path, opti
     write_data(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     for cached in cache_on_machines([tmp_path / "one", tmp_path / "two"], options):
-        for _, caption, row in draws_of(cached.training_set, epochs=3):
+        for _, caption, row in draws_of(cached.batches, epochs=3):
             assert_same(row, features(caption))
 
 

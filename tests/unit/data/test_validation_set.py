@@ -7,10 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.data.batches.dataset import TrainingSet
+from library.data.batches.training_data import open_batches
 from library.data.caching.latents import cache_latents
+from library.data.description.plan import DataPlan
 from library.options.caching import CachingOptions
-from tests.unit.data.builders import averaging_vae, batches_of, content_of, open_set, write_config, write_folder
+from tests.unit.data.builders import (
+    averaging_vae,
+    batches_of,
+    content_of,
+    plan_of,
+    validation_of,
+    write_config,
+    write_folder,
+)
 
 CHANGING = """
 [general]
@@ -38,20 +47,20 @@ validation_split = 0.5
 """
 
 
-def changing(tmp_path: Path, crop: bool = True) -> TrainingSet:
+def changing(tmp_path: Path, crop: bool = True) -> DataPlan:
     write_folder(tmp_path / "wide", 6, (130, 64), "a, b, c, d", seed=1)
     write_folder(tmp_path / "tall", 6, (64, 130), "{e|f|g|h}, i", seed=2)
-    return open_set(write_config(tmp_path / "data.toml", CHANGING.replace("CROP", str(crop).lower())))
+    return plan_of(write_config(tmp_path / "data.toml", CHANGING.replace("CROP", str(crop).lower())))
 
 
-def contents(training_set: TrainingSet, num_threads: int = 0) -> list[tuple[object, ...]]:
-    pictures = training_set.validation
+def contents(plan: DataPlan, num_threads: int = 0) -> list[tuple[object, ...]]:
+    pictures = validation_of(plan)
     return [content_of(batch) for batch in pictures.batches(pictures.places_of(None), num_threads)]
 
 
 def test_nothing_is_shuffled_dropped_cropped_at_random_or_mirrored(tmp_path):
-    training_set = changing(tmp_path)
-    batches = list(training_set.validation.batches(training_set.validation.places_of(None), 0))
+    plan = changing(tmp_path)
+    batches = list(validation_of(plan).batches(validation_of(plan).places_of(None), 0))
     keys = [key for batch in batches for key in batch.keys]
     assert len(keys) == 6 and Counter(os.path.basename(os.path.dirname(key)) for key in keys) == {"wide": 3, "tall": 3}
     for batch in batches:
@@ -61,56 +70,56 @@ def test_nothing_is_shuffled_dropped_cropped_at_random_or_mirrored(tmp_path):
             assert caption == expected
         assert batch.loss_weights_B.tolist() == [1.0] * len(batch.keys)
     plain = changing_nothing(tmp_path)
-    assert contents(training_set) == plain == contents(training_set)
+    assert contents(plan) == plain == contents(plan)
 
 
 def changing_nothing(tmp_path: Path) -> list[tuple[object, ...]]:
     """The same pictures from a file in which nothing changes."""
     text = CHANGING[CHANGING.index("[[datasets]]") :].replace("CROP", "false")
     head = '[general]\nenable_bucket = true\nmin_bucket_reso = 64\ncaption_extension = ".txt"\n'
-    return contents(open_set(write_config(tmp_path / "plain.toml", head + text)))
+    return contents(plan_of(write_config(tmp_path / "plain.toml", head + text)))
 
 
 def test_alternatives_of_a_caption_are_drawn_once_for_all_by_the_seed_of_validation(tmp_path):
     write_folder(tmp_path / "a", 20, caption="{e|f|g|h}")
     text = "[[datasets]]\nresolution = 64\nvalidation_split = 0.9\nenable_wildcard = true\ncaption_extension = '.txt'\n"
     options = write_config(tmp_path / "data.toml", text + "[[datasets.subsets]]\nimage_dir = '{here}/a'\n")
-    training_set = open_set(options)
+    plan = plan_of(options)
 
-    def captions(training_set: TrainingSet) -> list[str]:
-        return [batch.captions[0] for batch in training_set.validation.batches(range(18), 0)]
+    def captions(plan: DataPlan) -> list[str]:
+        return [batch.captions[0] for batch in validation_of(plan).batches(range(18), 0)]
 
-    drawn = captions(training_set)
-    list(batches_of(training_set))
-    assert captions(training_set) == drawn and len({caption[0] for caption in drawn}) == 4
+    drawn = captions(plan)
+    list(batches_of(plan))
+    assert captions(plan) == drawn and len({caption[0] for caption in drawn}) == 4
 
 
 def test_threads_read_the_same_batches(tmp_path):
-    training_set = changing(tmp_path)
-    alone = contents(training_set)
+    plan = changing(tmp_path)
+    alone = contents(plan)
     assert len(alone) == 4
     for num_threads in (1, 3):
-        assert contents(training_set, num_threads) == alone
+        assert contents(plan, num_threads) == alone
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
 def test_another_one_that_is_set_aside_stands_in_for_a_damaged_picture(tmp_path, num_threads, caplog):
-    training_set = changing(tmp_path)
-    aside = {key for batch in training_set.validation.batches(range(4), 0) for key in batch.keys}
-    path = Path(next(iter(training_set.validation.batches([0], 0))).keys[0])
+    plan = changing(tmp_path)
+    aside = {key for batch in validation_of(plan).batches(range(4), 0) for key in batch.keys}
+    path = Path(next(iter(validation_of(plan).batches([0], 0))).keys[0])
     path.write_bytes(path.read_bytes()[:2000])
-    measured = {key for batch in training_set.validation.batches(range(4), num_threads) for key in batch.keys}
+    measured = {key for batch in validation_of(plan).batches(range(4), num_threads) for key in batch.keys}
     assert measured == aside - {str(path)} and f"{path} is damaged" in caplog.text
 
 
 def test_a_limit_on_batches_spreads_over_all_of_them(tmp_path):
-    pictures = changing(tmp_path).validation
+    pictures = validation_of(changing(tmp_path))
     assert pictures.places_of(None) == pictures.places_of(9) == [0, 1, 2, 3]
     assert pictures.places_of(2) == [0, 2] and pictures.places_of(1) == [0]
 
 
 def test_names_and_order_follow_the_contents_and_not_what_files_are_called(tmp_path):
-    one = changing(tmp_path / "one").validation
+    one = validation_of(changing(tmp_path / "one"))
     (tmp_path / "two").mkdir()
     numbers = iter(reversed(range(100)))
     for folder in ("wide", "tall"):
@@ -119,7 +128,7 @@ def test_names_and_order_follow_the_contents_and_not_what_files_are_called(tmp_p
             target = tmp_path / "two" / folder / f"other{next(numbers):02}.png"
             target.write_bytes(picture.read_bytes())
             target.with_suffix(".txt").write_bytes(picture.with_suffix(".txt").read_bytes())
-    two = open_set(write_config(tmp_path / "two" / "data.toml", CHANGING.replace("CROP", "true"))).validation
+    two = validation_of(plan_of(write_config(tmp_path / "two" / "data.toml", CHANGING.replace("CROP", "true"))))
     assert [one.names(place) for place in range(4)] == [two.names(place) for place in range(4)]
     assert len({name for place in range(4) for name in one.names(place)}) == 6
     captions = [[batch.captions for batch in pictures.batches(range(4), 0)] for pictures in (one, two)]
@@ -134,40 +143,40 @@ def test_copies_of_a_picture_have_one_name(tmp_path):
     text += "".join(f"[[datasets.subsets]]\nimage_dir = '{{here}}/{name}'\n" for name in "ab")
     text += "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{here}/c'\n"
     write_folder(tmp_path / "c", 1, seed=2)
-    pictures = open_set(write_config(tmp_path / "data.toml", text)).validation
+    pictures = validation_of(plan_of(write_config(tmp_path / "data.toml", text)))
     names = pictures.names(0)
     assert names[0] == names[1] != names[2] == names[3]
 
 
 @pytest.mark.parametrize("to_disk", [False, True])
 def test_cached_latents_serve_both_sides(tmp_path, to_disk):
-    training_set = changing(tmp_path, crop=False)
+    plan = changing(tmp_path, crop=False)
     calls: list[int] = []
     options = CachingOptions(cache_latents=True, cache_latents_to_disk=to_disk)
-    training_set.use_latents(cache_latents(training_set, averaging_vae(calls), lambda: "vae", options, 1))
+    validation = open_batches(plan, cache_latents(plan, averaging_vae(calls), lambda: "vae", options, 1)).validation
     assert sum(calls) == 6 * 2 + 6  # mirrored copies of what is trained only
-    batches = list(training_set.validation.batches(training_set.validation.places_of(None), 2))
+    batches = list(validation.batches(validation.places_of(None), 2))
     assert all(batch.latents_BCHW is not None and batch.pixels_BCHW is None for batch in batches)
-    again = changing_again(tmp_path)
-    again.use_latents(cache_latents(again, averaging_vae(calls), lambda: "vae", options, 1))
+    plan = changing_again(tmp_path)
+    again = open_batches(plan, cache_latents(plan, averaging_vae(calls), lambda: "vae", options, 1)).validation
     assert sum(calls) == 18 * (1 if to_disk else 2)
-    for batch, other in zip(batches, again.validation.batches(again.validation.places_of(None), 0), strict=True):
+    for batch, other in zip(batches, again.batches(again.places_of(None), 0), strict=True):
         assert batch.latents_BCHW is not None and other.latents_BCHW is not None
         assert torch.equal(batch.latents_BCHW, other.latents_BCHW)
 
 
-def changing_again(tmp_path: Path) -> TrainingSet:
-    return open_set(write_config(tmp_path / "data.toml", CHANGING.replace("CROP", "false")))
+def changing_again(tmp_path: Path) -> DataPlan:
+    return plan_of(write_config(tmp_path / "data.toml", CHANGING.replace("CROP", "false")))
 
 
 def test_trained_pictures_can_be_measured_as_those_that_are_set_aside(tmp_path):
     """As many as are asked for, none of them set aside, with the whole caption, and mirrored pixel by pixel."""
-    training_set = changing(tmp_path)
-    aside = {key for batch in training_set.validation.batches([0, 1, 2, 3], 0) for key in batch.keys}
-    numbers = training_set.limit_to_measured(4, [0])
-    kept = {sample.picture.key for sample in training_set.samples if sample.num_draws}
+    plan = changing(tmp_path)
+    aside = {key for batch in validation_of(plan).batches([0, 1, 2, 3], 0) for key in batch.keys}
+    limited, numbers = plan.limited_to_measured(4, list(validation_of(plan).samples_of([0])))
+    kept = {sample.picture.key for sample in limited.samples if sample.num_draws}
     assert len(numbers) == 4 and len(kept) == 6 and len(kept & aside) == 2  # one batch of two
-    plain, mirrored = (training_set.trained(numbers, is_mirrored) for is_mirrored in (False, True))
+    plain, mirrored = (open_batches(limited).measured(numbers, is_mirrored) for is_mirrored in (False, True))
     places = plain.places_of(None)
     assert plain.num_pictures == 4 and [plain.names(i) for i in places] == [mirrored.names(i) for i in places]
     for one, other in zip(plain.batches(places, 0), mirrored.batches(places, 0), strict=True):

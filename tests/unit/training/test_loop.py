@@ -95,8 +95,10 @@ def run_of(max_grad_norm: float = 0.0, batches: tuple[Batch, ...] = (), **option
     built = build_optimizer(options.optimizer, [{"params": [network.weight], "lr": RATE}])
     schedule = build_schedule(options.schedule, built, options.run.max_train_steps)
     optimization = Optimization(built, schedule, None, ["unet"])
-    data: Any = SimpleNamespace(batches=lambda epoch, places, *_: iter([batches[place] for place in places]))
-    return Run(options, ALONE, data, Plan(num_batches=4, accumulation=2, max_train_steps=10), context, optimization)
+    data: Any = None
+    drawn: Any = SimpleNamespace(of_epoch=lambda epoch, places, *_: iter([batches[place] for place in places]))
+    plan = Plan(num_batches=4, accumulation=2, max_train_steps=10)
+    return Run(options, ALONE, data, drawn, plan, context, optimization)
 
 
 def weight_of(run: Run) -> float:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from library.data.batches.training_data import open_batches
 from library.options.caching import TextCachingOptions
 from library.processes import Processes
 from library.protocols import TextCacheSpec
 from library.training.run.text_caching import RunText, prepare_text
 from library.types import Conditioning
-from tests.unit.data.builders import batches_of, open_set, options_of, write_folder
+from tests.unit.data.builders import batches_of, options_of, plan_of, write_folder
 
 
 class Words:
@@ -56,8 +57,8 @@ class Board:
 def prepare(folder: Path, to_disk: bool, processes: Processes, encoded: list[str]) -> tuple[RunText, list[Any]]:
     """What one process has: its text encoders, and the captions and features of its batches."""
     options = options_of("--resolution 64 --caption_extension .txt", "--train_data_dir", str(folder))
-    training_set = open_set(options)
-    training_set.fix_captions(8)
+    plan = plan_of(options)
+    plan = plan.with_fixed_captions(8)
 
     def load() -> list[nn.Module]:
         return [nn.Identity()]
@@ -71,8 +72,11 @@ def prepare(folder: Path, to_disk: bool, processes: Processes, encoded: list[str
         load=SimpleNamespace(text_encoders=load),
     )
     arch: Any = parts
-    text = prepare_text(options, arch, training_set, torch.device("cpu"), nullcontext, [], processes)
-    batches = [(b.captions, (b.conditioning or {})["length"].tolist()) for b in batches_of(training_set)]
+    text = prepare_text(options, arch, plan, torch.device("cpu"), nullcontext, [], processes)
+    batches = [
+        (b.captions, (b.conditioning or {})["length"].tolist())
+        for b in batches_of(open_batches(plan, texts=text.store))
+    ]
     return text, batches
 
 
@@ -107,7 +111,7 @@ def test_encoders_without_adapters_stay_off_the_card_where_that_is_asked_for(
     spec = TextCacheSpec(TextCachingOptions(text_encoder_cpu=on_cpu), "_te.npz", (), lambda: "", tokenizers=())
     load = SimpleNamespace(text_encoders=lambda: [nn.Linear(2, 2)])
     arch: Any = SimpleNamespace(text_cache=spec, load=load)
-    text = prepare_text(options, arch, open_set(options), torch.device("meta"), nullcontext, [], Processes())
+    text = prepare_text(options, arch, plan_of(options), torch.device("meta"), nullcontext, [], Processes())
     assert {p.device.type for p in text.encoders[0].parameters()} == {place}
     assert ("--text_encoder_cpu has no effect" in caplog.text) == (on_cpu and adapted)
 
@@ -116,8 +120,8 @@ def test_encoders_without_adapters_stay_off_the_card_where_that_is_asked_for(
 def test_encoders_that_fill_a_cache_stay_off_the_card_too(tmp_path: Path, on_cpu: bool) -> None:
     write_folder(tmp_path / "1_a", 1)
     options = options_of("--resolution 64 --caption_extension .txt", "--train_data_dir", str(tmp_path))
-    training_set = open_set(options)
-    training_set.fix_captions(8)
+    plan = plan_of(options)
+    plan = plan.with_fixed_captions(8)
     encoder = nn.Linear(2, 2)
     wanted = TextCachingOptions(cache_text_encoder_outputs=True, text_encoder_cpu=on_cpu)
     spec = TextCacheSpec(wanted, "_words_te.npz", ("length",), lambda: "words", tokenizers=())
@@ -127,5 +131,5 @@ def test_encoders_that_fill_a_cache_stay_off_the_card_too(tmp_path: Path, on_cpu
         text_cache=spec,
         load=SimpleNamespace(text_encoders=lambda: [encoder]),
     )
-    prepare_text(options, arch, training_set, torch.device("meta"), nullcontext, [], Processes())
+    prepare_text(options, arch, plan, torch.device("meta"), nullcontext, [], Processes())
     assert encoder.weight.device.type == ("cpu" if on_cpu else "meta")

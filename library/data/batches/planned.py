@@ -1,0 +1,158 @@
+"""The batches of a run, built last: of the plan of its data and of what is cached."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from library.data.batches.batches import (
+    BatchMaker,
+    BatchSampler,
+    Orders,
+    PartialBatch,
+    finish_batch,
+    hand_over,
+    start_worker,
+)
+from library.data.batches.order import epoch_batches
+from library.data.batches.validation_set import ValidationSet, open_validation_set
+from library.data.caching.stores import LatentStore, TextStore
+from library.data.description.plan import DataPlan
+from library.data.description.validation_split import identities_of_pictures
+from library.data.sources.samples import build_draws
+from library.errors import UserError
+from library.types import Batch
+
+logger = logging.getLogger(__name__)
+
+
+class PlannedBatches:
+    """Batches as a function of the seed, the epoch and the place in it, with what the stores have in place of pixels
+    and captions.
+
+    Of itself only the worker processes change, and the count of damaged pictures that were left out.
+    """
+
+    def __init__(self, plan: DataPlan, latents: LatentStore, texts: TextStore) -> None:
+        self.plan = plan
+        self._latents, self._texts = latents, texts
+        self._maker = maker_of(plan, latents, texts)
+        self._skipped: Counter[str] = Counter()  # what is said of damaged pictures, and how often they were drawn
+        self._orders = BatchSampler(Orders(1, (), (), int))
+        self._lasting_loader: DataLoader[PartialBatch | str] | None = None
+
+    @cached_property
+    def validation(self) -> ValidationSet:
+        """The pictures that are set aside."""
+        maker = replace(self._maker, seed=self.plan.validation_seed)
+        return open_validation_set(maker, self._finished, self.plan.draws_aside, self.plan.split.identities)
+
+    def measured(self, numbers: Sequence[int], is_mirrored: bool = False) -> ValidationSet:
+        """Some samples that are trained, as batches that are measured like those that are set aside."""
+        plan = self.plan
+        draws_N = np.zeros_like(plan.samples.draws_N)
+        draws_N[list(numbers)] = 1
+        samples = plan.samples.changed({}, draws_N)
+        datasets = (*plan.split.trained, *plan.split.set_aside)
+        draws = build_draws(samples, [dataset.config for dataset in datasets], range(len(plan.datasets)))
+        identities = {**plan.split.identities, **identities_of_pictures(samples[number].picture for number in numbers)}
+        maker = replace(self._maker, seed=plan.validation_seed, is_mirrored=is_mirrored)
+        return open_validation_set(maker, self._finished, draws, identities)
+
+    def of_epoch(
+        self,
+        epoch: int,
+        places: Sequence[int],
+        step_of: Callable[[int], int],
+        num_workers: int,
+        persistent_workers: bool,
+    ) -> Iterator[Batch]:
+        """The batches of an epoch (from 1) at `places` (from 0), in their order; the others are not read.
+
+        `step_of(i)` is the optimizer step that batch i belongs to. With `persistent_workers` the worker processes live
+        until `close`. Raises UserError naming a picture that cannot be read.
+        """
+        assert epoch >= 1, epoch
+        draws = epoch_batches(self.plan.draws.buckets, self.plan.seed, epoch)
+        orders = Orders(epoch, draws, places, step_of)
+        if not self._needs_workers:
+            num_workers = 0
+        num_workers = min(num_workers, os.cpu_count() or 1, self.plan.num_batches)
+        if num_workers == 0:
+            return (self._finished(self._maker[order]) for order in orders)
+        return self._from_workers(orders, num_workers, persistent_workers)
+
+    def close(self) -> None:
+        """End worker processes that outlive an epoch."""
+        self._lasting_loader = None
+
+    def report_skipped(self, log: logging.Logger) -> None:
+        """Say how often damaged pictures were left out, if there were any."""
+        if self._skipped:
+            log.warning(
+                "%d damaged pictures were left out %d times in all, others of their size took their place",
+                len(self._skipped),
+                self._skipped.total(),
+            )
+
+    @cached_property
+    def _needs_workers(self) -> bool:
+        # Captions alone are cheaper to make than to send.
+        maker = self._maker
+        if any(pictures.masks is not None for pictures in maker.samples.subsets):
+            return True
+        return any(
+            (number not in maker.in_memory or number in maker.text_files) and number not in maker.damaged
+            for number in np.flatnonzero(maker.samples.draws_N).tolist()
+        )
+
+    def _finished(self, draft: PartialBatch | str) -> Batch:
+        if isinstance(draft, str):
+            raise UserError(draft)
+        for told in draft.skipped:
+            if told not in self._skipped:
+                logger.warning("%s; it is left out, another picture of its size takes its place", told)
+            self._skipped[told] += 1
+        return finish_batch(draft, self._latents.memory, self._texts.memory, self._texts.padding)
+
+    def _from_workers(self, orders: Orders, num_workers: int, persistent_workers: bool) -> Iterator[Batch]:
+        loader = self._lasting_loader
+        if loader is None or loader.num_workers != num_workers:
+            self._orders = BatchSampler(orders)
+            loader = DataLoader(
+                self._maker,
+                batch_size=None,
+                sampler=self._orders,
+                num_workers=num_workers,
+                collate_fn=cast("Any", hand_over),
+                worker_init_fn=start_worker,
+                persistent_workers=persistent_workers,
+            )
+            self._lasting_loader = loader if persistent_workers else None
+        self._orders.orders = orders
+        for draft in loader:
+            yield self._finished(draft)
+
+
+def maker_of(plan: DataPlan, latents: LatentStore, texts: TextStore) -> BatchMaker:
+    """What workers need of a plan, and of what is cached."""
+    return BatchMaker(
+        seed=plan.seed,
+        samples=plan.samples,
+        sample_of_draw=plan.draws.sample_of_draw,
+        subsets=plan.subsets,
+        prior_loss_weight=plan.prior_loss_weight,
+        max_train_steps=plan.max_train_steps,
+        files=latents.files,
+        in_memory=frozenset(latents.memory),
+        num_variants=plan.num_variants,
+        text_files=texts.files,
+        damaged=latents.damaged,
+        storage=plan.storage,
+    )

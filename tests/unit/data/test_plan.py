@@ -1,0 +1,72 @@
+"""What a run trains on is decided once: whoever needs something else makes another plan of it."""
+
+import dataclasses
+import pickle
+from pathlib import Path
+
+import pytest
+
+from library.data.batches.training_data import open_batches
+from library.data.caching.latents import cache_latents
+from library.data.description.plan import DataPlan
+from library.errors import UserError
+from library.options.caching import CachingOptions
+from library.options.train import TrainOptions
+from tests.unit.data.builders import (
+    averaging_vae,
+    batches_of,
+    content_of,
+    options_of,
+    plan_of,
+    validation_of,
+    write_folder,
+)
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> TrainOptions:
+    write_folder(tmp_path / "2_a", 5, (64, 64), "one, two", seed=1)
+    write_folder(tmp_path / "1_b", 3, (96, 64), "three, four", seed=2)
+    words = "--resolution 64 --enable_bucket --min_bucket_reso 64 --train_batch_size 2 --caption_extension .txt"
+    return options_of(f"{words} --shuffle_caption --validation_split 0.3", "--train_data_dir", str(tmp_path))
+
+
+def drawn(plan: DataPlan) -> list[object]:
+    """Everything that comes of a plan."""
+    aside = validation_of(plan)
+    pictures = [content_of(batch) for batch in aside.batches(range(aside.num_batches), 0)]
+    return [*(content_of(batch) for epoch in (1, 2) for batch in batches_of(plan, epoch)), *pictures]
+
+
+def test_nothing_that_is_made_of_a_plan_changes_it(options: TrainOptions) -> None:
+    plan = plan_of(options)
+    before, fields = drawn(plan), pickle.dumps(plan)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.num_variants = 3  # type: ignore[misc]
+    fixed = plan.with_fixed_captions(3)
+    limited, place = plan.limited_to_largest_batch()
+    measured, numbers = plan.limited_to_measured(2, list(validation_of(plan).samples_of([0])))
+    assert fixed.num_variants == 3 and len(numbers) == 2 and place < plan.num_batches
+    assert sum(limited.samples.draws_N > 0) == 2 and sum(measured.samples.draws_N > 0) > 2
+    latents = cache_latents(limited, averaging_vae(), lambda: "vae", CachingOptions(cache_latents=True), 1)
+    (batch,) = open_batches(limited, latents).of_epoch(1, [place], lambda place: 0, 0, False)
+    assert batch.latents_BCHW is not None and len(latents.memory) == 2
+    assert drawn(plan) == before and pickle.dumps(plan) == fields
+
+
+def test_batches_with_and_without_a_cache_can_be_drawn_side_by_side(options: TrainOptions) -> None:
+    plan = plan_of(options)
+    plain = open_batches(plan)
+    cached = open_batches(
+        plan, cache_latents(plan, averaging_vae(), lambda: "vae", CachingOptions(cache_latents=True), 1)
+    )
+    for one, other in zip(batches_of(plain), batches_of(cached), strict=True):
+        assert one.keys == other.keys and one.captions == other.captions
+        assert one.pixels_BCHW is not None and one.latents_BCHW is None
+        assert other.pixels_BCHW is None and other.latents_BCHW is not None
+
+
+def test_captions_that_change_with_the_step_cannot_be_fixed(options: TrainOptions) -> None:
+    plan = plan_of(options.with_values({"token_warmup_step": 3.0}))
+    with pytest.raises(UserError, match=r"1_b: --token_warmup_step .*--cache_text_encoder_outputs"):
+        plan.with_fixed_captions(2)
