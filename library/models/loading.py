@@ -18,7 +18,7 @@ from library.checkpoints.quantised import times, turn_regularly
 from library.checkpoints.weights import Weights
 from library.errors import UserError
 from library.memory.devices import channels_last_where_it_fits
-from library.memory.forms.form import AS_IN_FILE, AsInFile, TakenAway, WantedForm
+from library.memory.forms.form import AS_IN_FILE, AsInFile, AsRead, WantedForm
 from library.memory.forms.named import FORMS
 from library.memory.forms.plain import Plain
 from library.memory.forms.scaled import Scaled
@@ -43,7 +43,8 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Wa
 
     With a `form` the weights inside its blocks are stored in it, each as soon as it is read: the most memory that this
     takes is the result and one weight. With AS_IN_FILE those that the file has in 8 bits stay as they are, and so do
-    those that it has in the form that is asked for. Where layers are taken away all of them are stored in some form.
+    those that it has in the form that is asked for, unless they are changed. Where layers are taken away all of them
+    are stored in some form.
 
     Raises UserError naming missing weights and wrong shapes; names that the model does not know are warned of.
     """
@@ -69,14 +70,17 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Wa
         )
 
     layout = channels_last_where_it_fits(wanted.values())
+    asked = form if isinstance(form, AsRead) else AsRead(form)
 
     def read(name: str) -> Tensor:
         value = read_number(weights, name, wanted[name])
-        return cast(value, dtype, layout if value.ndim == 4 else torch.preserve_format)
+        value = cast(value, dtype, layout if value.ndim == 4 else torch.preserve_format)
+        change = asked.changes.get(name)
+        return value if change is None else change(value)
 
     def keep(name: str, layer: nn.Module) -> bool:
-        quantised = weights.quantised.get(name)
-        if quantised is None or form not in (AS_IN_FILE, FORMS[quantised.kind]):
+        quantised = None if name in asked.changes else weights.quantised.get(name)
+        if quantised is None or asked.form not in (AS_IN_FILE, FORMS[quantised.kind]):
             return False
         parts = quantised.read()
         if parts is None:
@@ -85,19 +89,19 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Wa
         keep_in(Scaled(times, turn), layer, parts, wanted[name].shape, dtype)
         return True
 
-    take = None
-    if isinstance(form, TakenAway):
-        take, form = form.take, form.form
-    otherwise = (Plain() if take is not None else None) if isinstance(form, AsInFile) else form
+    is_stored = asked.form is not None or asked.take is not None
+    otherwise = None if isinstance(asked.form, AsInFile) else asked.form
+    if asked.take is not None:
+        otherwise = otherwise or Plain()
     stored = set()
-    for path, layer in layers_in_blocks(model).items() if form is not None else ():
+    for path, layer in layers_in_blocks(model).items() if is_stored else ():
         if not keep(name := f"{path}.weight", layer):
             if otherwise is None:
                 continue
             store_in(otherwise, layer, read(name))
         stored.add(name)
-        if take is not None:
-            take(layer)
+        if asked.take is not None:
+            asked.take(layer)
     model.load_state_dict({name: read(name) for name in wanted if name not in stored}, assign=True, strict=not stored)
     return model.requires_grad_(False).eval()
 

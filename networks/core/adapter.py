@@ -51,5 +51,9 @@ class Adapter:
         for name in self.change.changed_parameters:
             base = getattr(self.site.module, name)
             assert isinstance(base, Tensor)
-            found[name] = self.change.merged(base, self.multiplier, name)
+            found[name] = self.merged_into(base, name)
         return found
+
+    def merged_into(self, base: Tensor, name: str) -> Tensor:
+        """What `base` becomes, in place of the layer's own parameter of that name."""
+        return self.change.merged(base, self.multiplier, name)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from networks.core.arguments import NetworkArguments
 from networks.core.files.foreign_names import in_own_names
 from networks.core.files.reading_writing import load_into, network_tensors, read_adapters, save_network
 from networks.core.kinds.scaled import ScaledDelta
+from networks.core.protocol import Merging
 from networks.core.side_by_side import Beside, SideBySide
 from networks.core.sites.rules import SiteSettings
 from networks.core.sites.targets import AdapterTargets
@@ -112,20 +114,31 @@ class AdapterNetwork(nn.Module):
 
         The products are computed on `device`. The network itself is not installed.
         """
+        for part in self.merging(weights_sd, device):
+            weight = getattr(part.layer, part.parameter)
+            assert isinstance(weight, nn.Parameter)
+            with torch.no_grad():
+                merged = part.merged(weight).to(weight.device, dtype or weight.dtype)
+                if merged.dtype == weight.dtype:
+                    weight.copy_(merged)  # in place: the memory format stays, and with it the order of the sums
+                else:
+                    weight.data = merged
+
+    def merging(self, weights_sd: Mapping[str, Tensor], device: torch.device | str | None = None) -> Iterator[Merging]:
+        """The same parameter by parameter, for who has the values of the base model one at a time.
+
+        The layers of this network may be on the meta device.
+        """
+        for member in self.members:
+            make_room(module_of(member.adapter))
         for line in load_into(self.adapters, weights_sd, "--base_weights").warnings():
             logger.warning(line)
-        with torch.no_grad():
-            for member in self.members:
-                if device is not None:
-                    module_of(member.adapter).to(device)
-                for name, value in member.adapter.merged().items():
-                    weight = getattr(member.adapter.site.module, name)
-                    assert isinstance(weight, nn.Parameter)
-                    merged = value.to(weight.device, dtype or weight.dtype)
-                    if merged.dtype == weight.dtype:
-                        weight.copy_(merged)  # in place: the memory format stays, and with it the order of the sums
-                    else:
-                        weight.data = merged
+        for member in self.members:
+            if device is not None:
+                module_of(member.adapter).to(device)
+            for name in member.adapter.change.changed_parameters:
+                merged = partial(member.adapter.merged_into, name=name)
+                yield Merging(member.adapter.site.module, name, merged)
 
     def load_weights(self, file: str) -> str:
         """Load a file; modules it lacks keep their start. Gives a sentence on what was loaded.
@@ -282,6 +295,13 @@ def module_of(adapter: Adapter) -> nn.Module:
     """The change as the module that it is."""
     assert isinstance(adapter.change, nn.Module)
     return adapter.change
+
+
+def make_room(change: nn.Module) -> None:
+    """Give parameters that came without values memory for those of a file: magnitudes of a layer that has none."""
+    for name, parameter in change.named_parameters(recurse=False):
+        if parameter.is_meta:
+            setattr(change, name, nn.Parameter(torch.zeros_like(parameter, device="cpu")))
 
 
 def describe(members: Sequence[Member], targets: AdapterTargets) -> Iterator[str]:

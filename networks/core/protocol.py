@@ -26,6 +26,7 @@ TextEncoder = nn.Module | list[nn.Module] | None
 """A single model where the base model has one text encoder, a list otherwise."""
 
 TRUE_WORDS = ("true", "1", "yes", "y", "on")  # of --network_args that are True or False
+OURS = "networks."  # how the names of our own modules begin
 PACKAGES = {"lycoris": "lycoris-lora"}  # import name -> what pip installs
 
 
@@ -74,6 +75,7 @@ class Network(Protocol):
     `on_gradients()` before each optimizer step, when its gradients are complete and not clipped yet,
     `apply_max_norm_regularization(limit, device) -> (count, mean, maximum)`,
     `merge_to(text_encoder, unet, weights, dtype, device)`,
+    `merging(weights, device) -> Iterable[Merging]`, which ours have, so that files are merged while the base is read,
     `put_beside(others) -> Turns` for --sweep, once all of these networks are installed.
     """
 
@@ -92,6 +94,15 @@ class Network(Protocol):
     def on_epoch_start(self, text_encoder: TextEncoder, unet: nn.Module) -> None: ...
     def get_trainable_params(self) -> Iterable[nn.Parameter]: ...
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Merging:
+    """What a parameter of the base model becomes when an adapter is merged into it."""
+
+    layer: nn.Module
+    parameter: str
+    merged: Callable[[Tensor], Tensor]
 
 
 class Turns(Protocol):
@@ -229,6 +240,11 @@ class AdoptedNetwork:
     ) -> None:
         """Add the weights of a file to the base model for good (--base_weights)."""
         self._needed("merge_to", "--base_weights")(text_encoder, denoiser, weights, dtype, device)
+
+    def merging(self, weights: Mapping[str, Tensor], device: torch.device | str) -> Iterable[Merging]:
+        """The same parameter by parameter, for who has the weights of the base model one at a time."""
+        found: Iterable[Merging] = self._needed("merging", "--base_weights")(weights, device)
+        return found
 
     def enable_gradient_checkpointing(self) -> None:
         """Tell the network that layers are computed twice."""

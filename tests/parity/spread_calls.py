@@ -1,22 +1,27 @@
 """What processes of a group do together in test_spread.py; each function is called in all of them."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights
-from library.memory.forms.form import AS_IN_FILE, TakenAway
-from library.memory.frozen import FrozenLayer, frozen_layers
+from library.memory.forms.form import AS_IN_FILE, AsRead
+from library.memory.frozen import FrozenLayer, frozen_layers, layers_in_blocks
 from library.memory.places.spread import Spread
 from library.models.loading import materialise
 from library.processes import Order, Processes
+from library.training.run.compute import Compute
+from library.training.run.frozen_models import load_frozen
 from tests.parity.deep import DEEP
 from tests.parity.modes import CPU, Mode, gradients, spread_over_all
+from tests.parity.opened import opened_with
 
 WIDTH, NUM_LAYERS = 1024, 12
+T = TypeVar("T")
 
 
 def compared(*modes: str) -> list[tuple[int, float]]:
@@ -94,7 +99,7 @@ def peaks() -> tuple[int, int, int]:
     weights = Weights("made up", shapes, read)
     spread = Spread(CPU, dist.get_world_size(), dist.get_world_size())
     spread.mesh  # noqa: B018
-    first = grown(weights, TakenAway(AS_IN_FILE, spread.take))
+    first = grown(weights, AsRead(AS_IN_FILE, take=spread.take))
     layers: list[Any] = list(spread.shares)
     assert all(isinstance(layer, FrozenLayer) for layer in layers)
     assert torch.equal(layers[3].weight, read(names[3]))
@@ -106,10 +111,35 @@ def grown(weights: Weights, form: Any) -> int:
     with torch.device("meta"):
         model = nn.Module()
         model.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(NUM_LAYERS)])
+    return growth(lambda: materialise(model, weights, torch.float32, form))[0]
+
+
+def growth(make: Callable[[], T]) -> tuple[int, T]:
+    """By how much the peak of main memory lies above what there was before while something is made; and that."""
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    materialise(model, weights, torch.float32, form)
-    return resident("VmHWM") - before
+    made = make()
+    return resident("VmHWM") - before, made
+
+
+def merged(*arguments: str) -> tuple[int, int, int, int, bool]:
+    """A FLUX.1 model into which files are merged as it is read: bytes of the weights that are spread, of the largest
+    of them, and by how much main memory grew: spread, then whole. And whether both have the same weights."""
+    options, arch = opened_with("flux", list(arguments))
+    compute = Compute.build(options.precision, CPU)
+    spread = Spread(CPU, dist.get_world_size(), dist.get_world_size())
+    spread.mesh  # noqa: B018
+    load_frozen(options, arch, [], None, compute, "networks.lora")  # imports and what the allocator keeps
+    first, ours = growth(lambda: load_frozen(options, arch, [], None, compute, "networks.lora", spread))
+    second, theirs = growth(lambda: load_frozen(options, arch, [], None, compute, "networks.lora"))
+    layers = layers_in_blocks(theirs.denoiser)
+    sizes = [layer.weight.numel() * layer.weight.element_size() for layer in layers.values()]
+    found = dict(ours.denoiser.named_modules())
+    is_same = [torch.equal(found[path].weight, layer.weight) for path, layer in layers.items()]
+    rest = [n for n in theirs.denoiser.state_dict() if n.rpartition(".")[0] not in layers or not n.endswith("weight")]
+    own, whole = ours.denoiser.state_dict(), theirs.denoiser.state_dict()
+    is_same += [torch.equal(own[name], whole[name]) for name in rest]
+    return sum(sizes), max(sizes), first, second, all(is_same) and len(is_same) > 50
 
 
 def resident(name: str) -> int:

@@ -1,6 +1,5 @@
 """What is counted of a run from headers alone, against the allocator's events of the same step on real weights."""
 
-import importlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ from library.memory.planner.steps import peak_of
 from library.memory.planner.weights import STORED_FORMS
 from library.options.train import TrainOptions
 from library.protocols import Architecture
-from library.training.command_line.cli import parse
 from library.training.planning.counting import BatchShape, CountedRun, count_run, longest_caption
 from library.training.run.compute import Compute
 from library.training.run.context import Models
@@ -27,6 +25,7 @@ from library.training.run.setup import step_context
 from library.training.run.step import loss_of
 from library.types import Batch
 from networks.core.protocol import adopt, open_network_module
+from tests.parity.opened import opened_with
 from tests.running import SCRIPTS
 from tests.runs.bases import BASES
 from tests.runs.test_memory_modes import in_8_bits
@@ -44,14 +43,7 @@ FAST = (("sd", False), ("flux", True))  # the others repeat what these hold
 
 def opened(name: str, folder: Path, *more: str) -> tuple[TrainOptions, Architecture]:
     """Options and parts of a tiny base model, whose denoiser alone is adapted."""
-    base = BASES[name]
-    card = SCRIPTS[base.script]
-    arguments = [
-        *base.build(folder), "--network_module", base.module, "--network_dim", "4", "--cache_latents",
-        "--network_train_unet_only", *more,
-    ]  # fmt: skip
-    options = card.options.from_args(parse(importlib.import_module(base.script).setup_parser(), arguments))
-    return options, card.build(options)
+    return opened_with(name, [*BASES[name].build(folder), "--cache_latents", "--network_train_unet_only", *more])
 
 
 def real_step(options: TrainOptions, arch: Architecture, shape: BatchShape, recomputes: bool) -> Callable[[], None]:

@@ -1,14 +1,21 @@
 """A base model whose weights lie spread over two processes: the same gradients, half of the memory in each."""
 
 import os
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from library.architectures.flux.adapters import view
+from library.architectures.flux.load import empty_flux
+from networks.core.protocol import open_network_module
 from tests.parity.deep import DEEP
 from tests.parity.modes import ADAPTERS, ALL_FORMS, RUNNERS
 from tests.ranks import Job, Rank, run_ranks
+from tests.tiny.flux import CONFIG, build_tiny_flux
 
 CALLS = "tests.parity.spread_calls"
 COUNT = 2
@@ -24,8 +31,9 @@ JOBS = {"compared": MODES, "kept": [], "one_alone": [], "out_of_order": [], "pea
 def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Rank]]:
     """What both processes gave for each of the jobs."""
     folder = tmp_path_factory.mktemp("ranks")
-    jobs = [Job(words, COUNT, str(new_folder(folder / name)), call=f"{CALLS}:{name}") for name, words in JOBS.items()]
-    found = dict(zip(JOBS, run_ranks(jobs, folder), strict=True))
+    told = {**JOBS, "merged": wide_flux(new_folder(folder / "model"))}
+    jobs = [Job(words, COUNT, str(new_folder(folder / name)), call=f"{CALLS}:{name}") for name, words in told.items()]
+    found = dict(zip(told, run_ranks(jobs, folder), strict=True))
     for name, ranks in found.items():
         assert [rank.status for rank in ranks] == [0] * COUNT, (name, [rank.said for rank in ranks])
     return found
@@ -34,6 +42,19 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Rank]]:
 def new_folder(path: Path) -> Path:
     path.mkdir()
     return path
+
+
+def wide_flux(folder: Path) -> list[str]:
+    """A FLUX.1 model of 64 MB in float32, and an adapter of it that is to be merged; gives the arguments."""
+    words = build_tiny_flux(folder, 75)
+    model = empty_flux(replace(CONFIG, width=256, mlp_width=1024, num_double=5, num_single=5))
+    generator = torch.Generator().manual_seed(76)
+    values = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in model.state_dict().items()}
+    save_file(values, words[words.index("--pretrained_model_name_or_path") + 1])
+    network = open_network_module("networks.lora_flux").create_network(1.0, 4, 1.0, None, *view([], model))
+    tensors = {name: torch.randn(t.shape, generator=generator) for name, t in network.state_dict().items()}
+    save_file(tensors, folder / "adapter.safetensors")
+    return [*words, "--base_weights", str(folder / "adapter.safetensors"), "--mixed_precision", "no"]
 
 
 def test_gradients_are_those_of_a_model_that_is_whole(given: dict[str, list[Rank]]) -> None:
@@ -72,3 +93,13 @@ def test_no_process_ever_has_the_whole_model_while_it_is_read(given: dict[str, l
         one = whole / 12
         assert whole / COUNT * 0.9 < spread < whole / COUNT + 3.5 * one < 0.8 * whole
         assert plain > 0.95 * whole
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be measured anew")
+def test_files_are_merged_into_each_weight_before_it_is_spread(given: dict[str, list[Rank]]) -> None:
+    """The most is the share and the largest weight in five copies: those of plain reading, the product and the sum."""
+    for rank in given["merged"]:
+        whole, largest, spread, plain, is_same = rank.gave
+        assert is_same
+        assert whole / COUNT * 0.5 < spread < whole / COUNT + 6 * largest < 0.8 * whole, rank.gave
+        assert plain > 0.95 * whole, rank.gave

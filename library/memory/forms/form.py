@@ -4,7 +4,7 @@ Letters: O outputs, I inputs of a weight as a matrix; the inputs of a convolutio
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -44,12 +44,13 @@ AS_IN_FILE = AsInFile()
 
 
 @dataclass(frozen=True)
-class TakenAway:
-    """Asks for weights in a form, and for each layer as soon as its weight is stored: so the model is never whole."""
+class AsRead:
+    """Says what else becomes of each weight as soon as it is read: so the model is never whole, nor there twice."""
 
-    form: Form | AsInFile
-    take: Callable[[nn.Module], None]
+    form: Form | AsInFile | None
+    changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # by name, before it is stored
+    take: Callable[[nn.Module], None] | None = None  # takes a layer away whose weight is stored
 
 
-WantedForm = Form | AsInFile | TakenAway
+WantedForm = Form | AsInFile | AsRead
 """What weights are to be stored in while they are read."""

@@ -15,7 +15,6 @@ from library.protocols import Architecture
 from library.training.run.compute import Compute
 from library.training.run.context import Models
 from library.training.run.frozen_base import settle_base
-from library.training.run.network import merge_base_weights
 from networks.core.protocol import AdoptedNetwork, adopt, open_network_module
 
 logger = logging.getLogger(__name__)
@@ -27,8 +26,7 @@ Row = Path | None
 
 
 def settle_models(options: TrainOptions, arch: Architecture, models: Models, compute: Compute) -> None:
-    """Store the models as in a training with these options, --base_weights included; nothing of them trains."""
-    merge_base_weights(options.network, open_network_module(READER), models, compute.device, compute.dtype)
+    """Store the models as in a training with these options; nothing of them trains."""
     settle_base(options, arch, models, compute, replace(ALONE, device=compute.device))
     for model in (models.denoiser, *models.text_encoders):
         model.eval().requires_grad_(False)

@@ -13,12 +13,12 @@ from library.checkpoints.weights import open_weights
 from library.memory.devices import place, release_memory
 from library.options.train import TrainOptions
 from library.protocols import Architecture
-from library.training.evaluation.adapter_files import Row, installed, settle_models
+from library.training.evaluation.adapter_files import READER, Row, installed, settle_models
 from library.training.evaluation.preview import decode, draw_latents, encode_prompts, generator_of
 from library.training.run.compute import Compute
 from library.training.run.conditioning import CaptionMemo
 from library.training.run.context import Models, StepContext
-from library.training.run.frozen_base import form_while_reading
+from library.training.run.frozen_models import load_frozen
 from library.training.run.text_caching import TEXT_PREFIXES
 from library.types import Conditioning, Prompt
 from networks.core.protocol import AdoptedNetwork
@@ -71,10 +71,9 @@ def load(
         encoded = encode_prompts(arch, encoders, compute.autocast, prompts)
         encoders = []
         release_memory(options.memory.highvram)
-    denoiser = arch.load.denoiser(form_while_reading(options))
-    arch.fit_to_sizes(denoiser, [(prompt.width, prompt.height) for prompt in prompts])
     vae = place(arch.load.vae(), compute.device)
-    models = Models(denoiser, encoders, vae, arch.view(encoders, denoiser))
+    models = load_frozen(options, arch, encoders, vae, compute, READER)
+    arch.fit_to_sizes(models.denoiser, [(prompt.width, prompt.height) for prompt in prompts])
     settle_models(options, arch, models, compute)
     return Loaded(arch, models, vae, compute, encoded)
 

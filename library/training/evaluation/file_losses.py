@@ -20,7 +20,7 @@ from library.errors import UserError
 from library.options.train import TrainOptions
 from library.processes import ALONE
 from library.protocols import Architecture
-from library.training.evaluation.adapter_files import Row, installed, settle_models
+from library.training.evaluation.adapter_files import READER, Row, installed, settle_models
 from library.training.evaluation.measurement import Measurement
 from library.training.evaluation.validation import measurement_of
 from library.training.run.compute import Compute
@@ -82,7 +82,7 @@ def losses_of_files(
     if not aside.rows:  # mirrored pictures have no latents of their own in a cache
         options = options.with_values({"cache_latents": False, "cache_latents_to_disk": False})
     compute, processes = Compute.build(options.precision, device), replace(ALONE, device=device)
-    loaded = load_models(options, arch, seed, plan, compute, (), processes)
+    loaded = load_models(options, arch, seed, plan, compute, (), processes, READER)
     if not loaded.models.text_encoders:
         check_text_parts(rows)
     settle_models(options, arch, loaded.models, compute)

@@ -12,9 +12,9 @@ from library.memory.planner.prediction import CountedStep, Predicted, Way, predi
 from library.memory.planner.table import in_gib
 from library.training.planning.counting import BatchShape, count_run
 from library.training.planning.settings import allowed_ever, describe, way_of
-from library.training.run.rehearsal import OURS
 from library.training.run.run import Run
 from library.types import Batch
+from networks.core.protocol import OURS
 
 MOST_LINES = 6
 WORTH = 0.02  # of what is needed: less is not worth a line

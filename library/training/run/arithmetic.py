@@ -16,7 +16,7 @@ from library.memory.frozen import FrozenLinear, frozen_layers
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.run.compute import Compute
-from library.training.run.rehearsal import OURS
+from networks.core.protocol import OURS
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from library.checkpoints.weights import without_values
 from library.errors import UserError
 from library.memory.blocks import Stacks
 from library.memory.devices import place
-from library.memory.forms.form import AS_IN_FILE, TakenAway, WantedForm
+from library.memory.forms.form import AS_IN_FILE, AsInFile, Form
 from library.memory.forms.named import FORMS
 from library.memory.forms.plain import Plain
 from library.memory.forms.scaled import Scaled
@@ -102,13 +102,15 @@ def open_spread(options: TrainOptions, processes: Processes) -> Spread | None:
     return Spread(processes.device, processes.count, size)
 
 
-def form_while_reading(options: TrainOptions, spread: Spread | None = None) -> WantedForm | None:
-    """The form that the denoiser's weights get as they are read; None where merging needs them whole first."""
-    if options.network.base_weights:
-        return None
+def form_while_reading(options: TrainOptions) -> Form | AsInFile | None:
+    """The form that the denoiser's weights get as they are read.
+
+    None where --base_weights are merged into weights that get no other form than that of the file.
+    """
     name = options.precision.denoiser_format
-    form = AS_IN_FILE if name is None else FORMS[name]
-    return form if spread is None else TakenAway(form, spread.take)
+    if name is not None:
+        return FORMS[name]
+    return None if options.network.base_weights else AS_IN_FILE
 
 
 def settle_base(
@@ -116,7 +118,7 @@ def settle_base(
 ) -> None:
     """Store the frozen models as they are to stay, and bring the denoiser to the device.
 
-    After --base_weights are merged, which needs whole weights; before the adapter, which may look at them.
+    After --base_weights are merged; before the adapter, which may look at the weights.
     """
     precision = options.precision
     kept = sum(isinstance(layer.form, Scaled) for layer in frozen_layers(models.denoiser))
@@ -162,7 +164,7 @@ def why_not(layer: FrozenLayer) -> str:
 
 
 def spread_blocks(spread: Spread, denoiser: nn.Module, stacks: Stacks) -> None:
-    """Spread what was not taken while it was read, as after merging, and bring the shares together by block."""
+    """Spread what was not taken while it was read, and bring the shares together by block."""
     store_all_in(Plain(), layers_in_blocks(denoiser).values())
     for layer in frozen_layers(denoiser):
         spread.take(layer)

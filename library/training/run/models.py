@@ -19,7 +19,8 @@ from library.processes import Processes
 from library.protocols import Architecture, LatentCodec, LiveText
 from library.training.run.compute import Compute
 from library.training.run.context import Models
-from library.training.run.frozen_base import form_while_reading, open_spread
+from library.training.run.frozen_base import open_spread
+from library.training.run.frozen_models import load_frozen
 from library.training.run.text_caching import live_text, prepare_text
 from library.types import Conditioning
 
@@ -43,20 +44,21 @@ def load_models(
     compute: Compute,
     prompts: Sequence[str],
     processes: Processes,
+    reader: str,
 ) -> LoadedModels:
     """Encode pictures, captions and prompts where they are to be cached, then load what trains.
 
     One model after the other, the largest last: VAE and text encoders that have encoded everything leave memory before
-    the denoiser comes, so the peak of a cached run is the denoiser alone.
+    the denoiser comes, so the peak of a cached run is the denoiser alone. `reader` is the network module that reads
+    --base_weights.
     """
     vae, latents = prepare_vae(options, arch, seed, data, processes)
     release_memory(options.memory.highvram)
     text = prepare_text(options, arch, data, compute.device, compute.autocast, prompts, processes)
     release_memory(options.memory.highvram)
     spread = open_spread(options, processes)
-    denoiser = arch.load.denoiser(form_while_reading(options, spread))
-    arch.fit_to_sizes(denoiser, [dataset.resolution for dataset in data.config.datasets])
-    models = Models(denoiser, text.encoders, vae, arch.view(text.encoders, denoiser), spread)
+    models = load_frozen(options, arch, text.encoders, vae, compute, reader, spread)
+    arch.fit_to_sizes(models.denoiser, [dataset.resolution for dataset in data.config.datasets])
     return LoadedModels(models, live_text(options, arch.text_cache), text.prompts, latents, text.store)
 
 

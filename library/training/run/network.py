@@ -3,17 +3,12 @@
 import logging
 from typing import Any
 
-import torch
-
 from library.errors import UserError
 from library.options.network import NetworkOptions
 from library.options.train import TrainOptions
-from library.processes import Processes
-from library.protocols import Architecture
 from library.training.reporting.report import announce
 from library.training.run.compute import Compute
 from library.training.run.context import Models
-from library.training.run.frozen_base import settle_base
 from networks.core.protocol import AdoptedNetwork, NetworkModule, adopt, open_network_module, parse_network_args
 
 logger = logging.getLogger(__name__)
@@ -22,18 +17,6 @@ logger = logging.getLogger(__name__)
 def network_keywords(options: NetworkOptions) -> dict[str, Any]:
     """--network_args as the module gets them: strings, and `dropout` from --network_dropout where they have none."""
     return {"dropout": options.network_dropout, **parse_network_args(options.network_args)}
-
-
-def settle_models(
-    options: TrainOptions, arch: Architecture, models: Models, compute: Compute, processes: Processes
-) -> None:
-    """Merge --base_weights, store the frozen models as they are to stay, and bring the denoiser to the device.
-
-    Raises UserError where the module of the network cannot be imported or a file does not fit.
-    """
-    if options.network.base_weights:
-        merge_base_weights(options.network, opened(options.network), models, compute.device, compute.dtype)
-    settle_base(options, arch, models, compute, processes)
 
 
 def open_network(options: TrainOptions, models: Models, compute: Compute) -> AdoptedNetwork:
@@ -85,23 +68,3 @@ def create(wanted: NetworkOptions, module: NetworkModule, models: Models) -> Any
     if network is None:
         raise UserError(f"--network_module {wanted.network_module} made no network; see its own messages above")
     return network
-
-
-def merge_base_weights(
-    wanted: NetworkOptions, module: NetworkModule, models: Models, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Add every --base_weights file to the frozen models; a missing multiplier is 1."""
-    files = wanted.base_weights or []
-    multipliers = wanted.base_weights_multiplier or []
-    if len(multipliers) > len(files):
-        raise UserError(
-            f"--base_weights_multiplier has {len(multipliers)} values, but --base_weights names {len(files)} files"
-        )
-    text_encoder, denoiser = models.network_view
-    for i, file in enumerate(files):
-        multiplier = multipliers[i] if i < len(multipliers) else 1.0
-        network, weights = module.create_network_from_weights(
-            multiplier, file, models.vae, text_encoder, denoiser, for_inference=True
-        )
-        adopt(network).merge_to(text_encoder, denoiser, weights, dtype, device)
-        announce(f"merged {file} into the base model with multiplier {multiplier}")

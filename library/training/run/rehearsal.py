@@ -21,9 +21,7 @@ from library.training.optimization.optimizers import build_optimizer
 from library.training.run.context import Models
 from library.training.run.graphs import check_optimizer
 from library.training.run.network import create
-from networks.core.protocol import adopt, open_network_module
-
-OURS = "networks."  # modules of others may compute with weights while they are made
+from networks.core.protocol import OURS, adopt, open_network_module
 
 
 def rehearse(options: TrainOptions, arch: Architecture, max_train_steps: int) -> None:
@@ -37,7 +35,7 @@ def rehearse(options: TrainOptions, arch: Architecture, max_train_steps: int) ->
     with quiet(), torch.random.fork_rng(devices=[]):
         module = open_network_module(name)
         groups = [{"params": [], "lr": options.optimizer.learning_rate}]
-        if name.startswith(OURS):
+        if name.startswith(OURS):  # modules of others may compute with weights while they are made
             with torch.device("meta"):
                 network = adopt(create(options.network, module, sketched_models(arch)))
             rates = options.network.text_encoder_lr, options.network.unet_lr, options.optimizer.learning_rate

@@ -36,10 +36,9 @@ from library.training.run.compute import Compute
 from library.training.run.conditioning import CaptionMemo
 from library.training.run.context import Autocast, StepContext
 from library.training.run.events import plan_of
-from library.training.run.frozen_base import check_base
+from library.training.run.frozen_base import check_base, settle_base
 from library.training.run.graphs import check_graphs, fixed_steps
 from library.training.run.models import LoadedModels, load_models
-from library.training.run.network import settle_models
 from library.training.run.optimization import build_optimization
 from library.training.run.plan import Plan
 from library.training.run.rehearsal import rehearse
@@ -191,8 +190,9 @@ def prepare(
     prompts = wanted_prompts(options, arch) if processes.is_main else []
 
     texts = texts_of(prompts, arch.preview.worded)
-    loaded = load_models(options, arch, seed, data, compute, texts, processes)
-    settle_models(options, arch, loaded.models, compute, processes)
+    reader = options.network.network_module or ""
+    loaded = load_models(options, arch, seed, data, compute, texts, processes, reader)
+    settle_base(options, arch, loaded.models, compute, processes)
     networks = []
     for one in adapters:
         with speaking_of(one.label):

@@ -53,10 +53,15 @@ def test_more_blocks_than_there_are_is_said_before_anything_is_read(tiny_sd_fold
 
 @pytest.mark.parametrize(
     ("values", "wanted"),
-    [({}, AS_IN_FILE), ({"base_format": "int8"}, FORMS["int8"]), ({"base_weights": ["a.safetensors"]}, None)],
-    ids=["as in the file", "int8", "merged first"],
+    [
+        ({}, AS_IN_FILE),
+        ({"base_format": "int8"}, FORMS["int8"]),
+        ({"base_weights": ["a.safetensors"]}, None),
+        ({"base_weights": ["a.safetensors"], "base_format": "int8"}, FORMS["int8"]),
+    ],
+    ids=["as in the file", "int8", "merged", "merged and int8"],
 )
-def test_weights_are_stored_while_they_are_read_unless_they_are_merged(
+def test_weights_are_stored_while_they_are_read_as_in_the_file_unless_they_are_merged(
     values: dict[str, object], wanted: object, tiny_sd_folder: object
 ) -> None:
     assert form_while_reading(options(tiny_sd_folder, **values)) is wanted

@@ -1,0 +1,103 @@
+"""--base_weights that are merged while the base model is read, against merging into a model that is there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from library.errors import UserError
+from library.memory.forms.named import FORMS
+from library.memory.frozen import layers_in_blocks, store_all_in
+from library.memory.places.spread import Spread
+from library.options.train import TrainOptions
+from library.protocols import Architecture
+from library.training.run.compute import Compute
+from library.training.run.context import Models
+from library.training.run.frozen_models import load_frozen
+from networks.core.protocol import adopt, open_network_module
+from tests.parity.opened import opened_with
+from tests.runs.bases import BASES
+
+pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
+
+KINDS = {  # network module -> arguments, for one base model each: all of what a file can hold
+    "sd": ("networks.lora", {"conv_dim": "2", "train_norm": "True", "dora_wd": "True"}),
+    "sdxl": ("networks.lokr", {"factor": "2", "conv_dim": "2"}),
+    "flux": ("networks.oft_v2", {}),
+    "chroma": ("networks.lora_flux", {}),
+    "sd3": ("networks.loha", {}),
+    "lumina": ("networks.boft", {}),
+    "anima": ("networks.lora_anima", {"train_llm_adapter": "True"}),
+    "hunyuan_image": ("networks.dylora", {}),
+}
+FAST = ("sd", "flux")
+
+
+def adapter_file(path: Path, arch: Architecture, seed: int, module: str, arguments: dict[str, str]) -> str:
+    """A file for the base model, all of its parameters random."""
+    encoders = arch.load.text_encoders()
+    view = arch.view(encoders, arch.load.denoiser())
+    network = open_network_module(module).create_network(1.0, 4, 2.0, None, *view, **arguments)
+    network.apply_to(*view, True, True)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    network.save_weights(str(path), None, {})
+    return str(path)
+
+
+def merged_afterwards(options: TrainOptions, arch: Architecture, compute: Compute, reader: str) -> Models:
+    """The models, whole as numbers, with one file after the other merged into them."""
+    encoders, denoiser = arch.load.text_encoders(), arch.load.denoiser()
+    models = Models(denoiser, encoders, None, arch.view(encoders, denoiser))
+    for file, multiplier in zip(options.network.base_weights or (), (1.0, 0.5), strict=True):
+        network, weights = open_network_module(reader).create_network_from_weights(
+            multiplier, file, None, *models.network_view, for_inference=True
+        )
+        adopt(network).merge_to(*models.network_view, weights, compute.dtype, compute.device)
+    return models
+
+
+def with_files(name: str, folder: Path, *more: str) -> tuple[TrainOptions, Architecture, str]:
+    """A base model with two files to be merged, the second at half of its strength; and the module that reads them."""
+    module, arguments = KINDS[name]
+    words = [*BASES[name].build(folder), *more]
+    _, arch = opened_with(name, words)
+    files = [adapter_file(folder / f"{seed}.safetensors", arch, seed, module, arguments) for seed in (1, 2)]
+    merged = ["--base_weights", *files, "--base_weights_multiplier", "1.0", "0.5"]
+    return *opened_with(name, [*words, *merged]), module
+
+
+def assert_same(found: nn.Module, wanted: nn.Module) -> None:
+    ours, theirs = found.state_dict(), wanted.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value) and ours[name].stride() == value.stride(), name
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.nightly) for n in KINDS])
+@pytest.mark.parametrize("form", ["", "int8"])
+def test_what_is_merged_while_it_is_read_is_what_is_merged_afterwards(name: str, form: str, tmp_path: Path) -> None:
+    words = ["--base_format", form] if form else []
+    options, arch, reader = with_files(name, tmp_path, "--mixed_precision", "bf16", *words)
+    compute = Compute.build(options.precision, torch.device("cpu"))
+    wanted = merged_afterwards(options, arch, compute, reader)
+    found = load_frozen(options, arch, arch.load.text_encoders(), None, compute, reader)
+    plain = arch.load.denoiser()
+    changed = [n for n, value in wanted.denoiser.state_dict().items() if not torch.equal(value, plain.state_dict()[n])]
+    assert len(changed) > 10
+    if form:
+        store_all_in(FORMS[form], layers_in_blocks(wanted.denoiser).values())
+    assert_same(found.denoiser, wanted.denoiser)
+    for ours, theirs in zip(found.text_encoders, wanted.text_encoders, strict=True):
+        assert_same(ours, theirs)
+
+
+def test_modules_of_others_need_whole_weights(tmp_path: Path) -> None:
+    words = BASES["flux"].build(tmp_path)
+    options, arch = opened_with("flux", [*words, "--base_weights", "a.safetensors"])
+    compute = Compute.build(options.precision, torch.device("cpu"))
+    spread = Spread(torch.device("cpu"), 2, 2)
+    with pytest.raises(UserError, match=r"--base_weights and --shard_base with --network_module lycoris\.kohya.*merge"):
+        load_frozen(options, arch, [], None, compute, "lycoris.kohya", spread)
