@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 
 @contextmanager
@@ -17,8 +18,8 @@ def without_collection() -> Iterator[None]:
             gc.enable()
 
 
+@cache
 def keep_imported() -> None:
     """Let no later collection look through what was imported; once in a process, so that nothing piles up."""
-    if not gc.get_freeze_count():
-        gc.collect()
-        gc.freeze()
+    gc.collect()
+    gc.freeze()
