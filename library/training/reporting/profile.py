@@ -1,9 +1,12 @@
 """--profile: a trace of some steps, of what the processor and the card do when."""
 
+import gzip
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,8 +31,12 @@ def profiled(num_steps: int, path: Path, device: torch.device) -> Iterator[Calla
 
     def write(found: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            found.export_chrome_trace(str(temporary))
+        # torch would pack the trace line by line, of which it has a hundred thousand for each second of training
+        with atomic_path(path) as packed, TemporaryDirectory(dir=path.parent) as folder:
+            plain = Path(folder) / "trace.json"
+            found.export_chrome_trace(str(plain))
+            with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=6) as target:
+                shutil.copyfileobj(source, target)
         logger.info("a trace of steps for https://ui.perfetto.dev: %s", path)
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
