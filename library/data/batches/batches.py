@@ -26,9 +26,9 @@ from library.data.batches.images import (
     place,
     read_pixels,
 )
-from library.data.caching.latent_files import Latents
-from library.data.caching.stores import LatentFiles, TextFiles
-from library.data.caching.text_files import Row, stack_rows
+from library.data.caching.latent_files import LatentFile, Latents
+from library.data.caching.stores import CacheFiles
+from library.data.caching.text_files import Row, TextFile, stack_rows
 from library.data.description.buckets import crop_ltrb
 from library.data.description.captions import caption_variant, compose_caption, is_dropped
 from library.data.description.schema import SubsetConfig
@@ -110,10 +110,10 @@ class BatchMaker(Dataset[PartialBatch | str]):
     subsets: tuple[SubsetConfig, ...]
     prior_loss_weight: float
     max_train_steps: int
-    files: LatentFiles
+    files: CacheFiles[LatentFile]
     in_memory: frozenset[int]  # samples whose latents the main process keeps
     num_variants: int = 0  # see DataPlan
-    text_files: TextFiles = field(default_factory=TextFiles)
+    text_files: CacheFiles[TextFile] = field(default_factory=CacheFiles)
     damaged: frozenset[int] = frozenset()  # samples found so while caching
     storage: Storage = field(default_factory=Storage)
     is_mirrored: bool = False  # every picture, whatever flip_aug says
@@ -159,7 +159,9 @@ class BatchMaker(Dataset[PartialBatch | str]):
             ),
         )
         texts = [
-            self.text_files.file(sample, self.storage).read(caption) if caption and number in self.text_files else None
+            self.text_files.file(number, sample, self.storage).read(caption)
+            if caption and number in self.text_files
+            else None
             for number, sample, caption in zip(numbers, samples, captions, strict=True)
         ]
         return PartialBatch(batch, numbers, flips, latents, [one.mask for one in taken], texts, skipped)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from library.data.batches.batches import BatchMaker
 from library.data.batches.validation_set import ValidationSet
-from library.data.caching.stores import LatentFiles
+from library.data.caching.stores import CacheFiles
 from library.data.description.schema import RunDataConfig, parse_numbers
 from library.data.sources.samples import Samples
 from library.errors import UserError
@@ -94,7 +94,7 @@ class OwnDataset:
         empty: Any = ()
         maker = BatchMaker(
             seed=0, samples=Samples(), sample_of_draw=empty, subsets=(), prior_loss_weight=1.0, max_train_steps=1,
-            files=LatentFiles(), in_memory=frozenset(),
+            files=CacheFiles(), in_memory=frozenset(),
         )  # fmt: skip
         return ValidationSet(maker, lambda draft: self._batch(1, 0), (), {})
 

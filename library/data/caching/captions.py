@@ -8,9 +8,8 @@ import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -20,11 +19,11 @@ import numpy as np
 from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, save_safetensors
-from library.data.caching.npz import MISSING, clear_left_overs
-from library.data.caching.stores import TextFiles, TextStore
-from library.data.caching.text_files import Identity, Row, TextFile, Verdict, judge, write_texts
+from library.data.caching.filling import Codec, Found, fill
+from library.data.caching.npz import MISSING, Verdict, clear_left_overs
+from library.data.caching.stores import CacheFiles, TextStore, usual_text_file
+from library.data.caching.text_files import WORDS, Identity, Row, TextFile, judge, write_texts
 from library.data.description.plan import DataPlan
-from library.data.sources.scan import few
 from library.errors import UserError
 from library.processes import ALONE, Processes
 from library.progress import Bar, progress_bar
@@ -46,6 +45,10 @@ class Job:
 
     file: TextFile
     texts: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        return self.file.path
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,13 @@ def cache_texts(
         if processes.is_main:
             clear_left_overs(os.path.dirname(job.file.path) for job in (empty, *jobs))
         identity = cache(encoding.identity)
-        threads = plan.num_workers
-        write_missing([empty, *jobs], lambda: open_encoders().captions, spec, identity, skips_check, threads, processes)
+        if not skips_check and any(os.path.exists(job.path) for job in (empty, *jobs)):
+            identity()  # once, before threads ask for it
+        of_captions = text_codec(lambda: open_encoders().captions, spec, identity)
+        of_prompts = text_codec(lambda: open_encoders().prompts, spec, identity)
+        fill(of_captions, [empty, *jobs], skips_check, plan.num_workers, processes)
         if prompts:
-            write_missing([shown], lambda: open_encoders().prompts, spec, identity, skips_check, threads, ALONE)
+            fill(of_prompts, [shown], skips_check, plan.num_workers, ALONE)
         store = TextStore(files, {"": empty.file.read("")}, spec.padding)
         return CachedTexts(store, {text: shown.file.read(text) for text in prompts})
     texts = list(dict.fromkeys(["", *(text for texts in plan.caption_texts() for text in texts)]))
@@ -136,7 +142,7 @@ def passed_on(rows: Mapping[str, Row], texts: Sequence[str], processes: Processe
     numbers = {text: number for number, text in enumerate(texts)}
     own = {f"{numbers[text]}/{name}": tensor for text, row in rows.items() for name, tensor in row.items()}
     save_safetensors(folder / f"{processes.local_rank}.safetensors", own)
-    processes.wait_for_all("caching text encoder outputs")
+    processes.wait_for_all(WORDS.caching)
     found: dict[str, dict[str, Tensor]] = {}
     for rank in range(processes.local_count):
         for key, tensor in load_state_dict(folder / f"{rank}.safetensors").items():
@@ -145,21 +151,22 @@ def passed_on(rows: Mapping[str, Row], texts: Sequence[str], processes: Processe
     return dict(found)
 
 
-def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], TextFiles]:
+def plan_jobs(plan: DataPlan, spec: TextCacheSpec) -> tuple[list[Job], CacheFiles[TextFile]]:
     """(what each file is to hold, which samples have one).
 
     Samples that share a picture, or pictures that differ only in their endings, share a file: it holds the captions of
     all of them.
     """
     texts_of: dict[str, dict[str, None]] = defaultdict(dict)
-    files = TextFiles(spec.suffix, spec.keys, np.zeros(len(plan.samples), dtype=bool))
+    usual = partial(usual_text_file, spec.suffix, spec.keys)
+    has_N = np.zeros(len(plan.samples), dtype=bool)
     for number, texts in enumerate(plan.caption_texts()):
         wanted = [text for text in texts if text]
         if wanted:
-            file = files.file(plan.samples[number], plan.storage)
-            files.has_N[number] = True
-            texts_of[file.path].update(dict.fromkeys(wanted))
-    return [Job(TextFile(path, spec.keys), tuple(texts)) for path, texts in texts_of.items()], files
+            has_N[number] = True
+            texts_of[usual(plan.samples[number], plan.storage).path].update(dict.fromkeys(wanted))
+    jobs = [Job(TextFile(path, spec.keys), tuple(texts)) for path, texts in texts_of.items()]
+    return jobs, CacheFiles(usual, has_N)
 
 
 def shared_job(plan: DataPlan, spec: TextCacheSpec, name: str, texts: Sequence[str]) -> Job:
@@ -169,115 +176,55 @@ def shared_job(plan: DataPlan, spec: TextCacheSpec, name: str, texts: Sequence[s
     return Job(TextFile(os.path.join(first, f".{name}{spec.suffix}"), spec.keys), tuple(texts))
 
 
-# What is true on disk
+def text_codec(encode: Callable[[], Encode], spec: TextCacheSpec, identity: Callable[[], Identity]) -> Codec[Job]:
+    """How files of captions are checked and made."""
 
+    def judge_job(job: Job) -> Verdict:
+        return judge(job.file, job.texts, identity()) if os.path.exists(job.path) else Verdict(MISSING)
 
-def write_missing(
-    jobs: Sequence[Job],
-    encode: Callable[[], Encode],
-    spec: TextCacheSpec,
-    identity: Callable[[], Identity],
-    skips_check: bool,
-    num_threads: int,
-    processes: Processes,
-) -> None:
-    """Bring every file up to date, each process its share of them."""
-
-    def missing_ones(candidates: Sequence[Job], when: str) -> list[tuple[Job, Verdict]]:
-        verdicts = check_files(candidates, identity, skips_check, num_threads)
-        processes.wait_for_all(f"checking text encoder outputs{when}")  # so that all share out the same list
-        return [(job, verdict) for job, verdict in zip(candidates, verdicts, strict=True) if verdict.fault is not None]
-
-    def write_share(share: Sequence[tuple[Job, Verdict]], when: str) -> None:
-        count = sum(len(job.texts) - len(verdict.texts) for job, verdict in share)
+    def make(share: Sequence[Found[Job]]) -> None:
         if share:
-            logger.info("caching text encoder outputs of %d captions on disk", count)
-            write_files(share, count, encode, spec, identity)
-        processes.wait_for_all(f"caching text encoder outputs{when}")
+            write_files(share, encode, spec, identity)
 
-    missing = missing_ones(jobs, "")
-    write_share(missing[processes.rank :: processes.count], "")
-    if processes.num_machines > 1:  # what another machine wrote on a disk of its own is missing here
-        missing = missing_ones([job for job, _ in missing], " again")
-        write_share(missing[processes.local_rank :: processes.local_count], " again")
+    return Codec(WORDS, judge_job, make)
 
 
 def write_files(
-    missing: Sequence[tuple[Job, Verdict]],
-    count: int,
-    encode: Callable[[], Encode],
-    spec: TextCacheSpec,
-    identity: Callable[[], Identity],
+    missing: Sequence[Found[Job]], encode: Callable[[], Encode], spec: TextCacheSpec, identity: Callable[[], Identity]
 ) -> None:
-    """Encode the `count` captions that files lack, and write the files."""
-    uses = Counter(text for job, verdict in missing for text in job.texts if text not in verdict.texts)
+    """Encode the captions that files lack, and write the files."""
+    uses = Counter(text for one in missing for text in lacking(one))
+    count = uses.total()
+    logger.info("caching text encoder outputs of %d captions on disk", count)
     rows: dict[str, Row] = {}
     with progress_bar(TITLE, count) as bar:
         for group in grouped(missing, spec.options.text_encoder_batch_size or 1):
-            needed = [text for job, verdict in group for text in job.texts if text not in verdict.texts]
+            needed = [text for one in group for text in lacking(one)]
             new = [text for text in dict.fromkeys(needed) if text not in rows]
             rows.update(encode_rows(new, encode, spec, bar))
             bar.update(len(needed) - len(new))
-            for job, verdict in group:
-                kept = {text: job.file.read(text) if text in verdict.texts else rows[text] for text in job.texts}
-                write_texts(job.file.path, kept, spec.keys, spec.constants, identity())
+            for one in group:
+                file, kept = one.asked.file, one.verdict.kept
+                features = {text: file.read(text) if text in kept else rows[text] for text in one.asked.texts}
+                write_texts(file.path, features, spec.keys, spec.constants, identity())
             rows = dict(islice(((text, row) for text, row in rows.items() if uses[text] > 1), MAX_REPEATED))
 
 
-def check_files(
-    jobs: Sequence[Job], identity: Callable[[], Identity], skips_check: bool, num_threads: int
-) -> list[Verdict]:
-    """What of each job lies on disk, and a line in the log about it."""
-
-    def look(job: Job) -> Verdict:
-        if not os.path.exists(job.file.path):
-            return Verdict(frozenset(), MISSING)
-        if skips_check:
-            return Verdict(frozenset(job.texts))
-        return judge(job.file, job.texts, identity())
-
-    verdicts: list[Verdict] = []
-    if not skips_check and any(os.path.exists(job.file.path) for job in jobs):
-        identity()  # once, before the threads ask for it
-    with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        with progress_bar("checking text cache", len(jobs), leave=False) as bar:
-            for verdict in pool.map(look, jobs):
-                verdicts.append(verdict)
-                bar.update(1)
-    report_check(jobs, verdicts, skips_check)
-    return verdicts
-
-
-def report_check(jobs: Sequence[Job], verdicts: Sequence[Verdict], skips_check: bool) -> None:
-    """One line that says what is used, what is missing, what is made again and why."""
-    faults: dict[str, list[str]] = defaultdict(list)
-    for job, verdict in zip(jobs, verdicts, strict=True):
-        if verdict.fault is not None:
-            faults[verdict.fault].append(job.file.path)
-    missing = faults.pop(MISSING, [])
-    num_stale = sum(len(paths) for paths in faults.values())
-    reasons = "; ".join(f"{len(paths)} {reason}: {few(paths, 2)}" for reason, paths in faults.items())
-    logger.log(
-        logging.WARNING if num_stale else logging.INFO,
-        "text cache: %d files are used%s, %d are missing, %d are made again%s",
-        len(jobs) - len(missing) - num_stale,
-        " unchecked (--skip_cache_check)" if skips_check else "",
-        len(missing),
-        num_stale,
-        f" ({reasons})" if reasons else "",
-    )
+def lacking(found: Found[Job]) -> list[str]:
+    """The captions that are to be encoded for a file."""
+    return [text for text in found.asked.texts if text not in found.verdict.kept]
 
 
 # Encoding
 
 
-def grouped(missing: Sequence[tuple[Job, Verdict]], batch_size: int) -> Iterator[list[tuple[Job, Verdict]]]:
+def grouped(missing: Sequence[Found[Job]], batch_size: int) -> Iterator[list[Found[Job]]]:
     """Neighbouring files that together have a batch of captions to encode."""
-    group: list[tuple[Job, Verdict]] = []
+    group: list[Found[Job]] = []
     count = 0
-    for job, verdict in missing:
-        group.append((job, verdict))
-        count += len(job.texts) - len(verdict.texts)
+    for one in missing:
+        group.append(one)
+        count += len(lacking(one))
         if count >= batch_size:
             yield group
             group, count = [], 0

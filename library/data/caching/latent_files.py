@@ -25,17 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.checkpoints.files import atomic_path
-from library.data.caching.npz import DAMAGE, DAMAGED, MISSING, open_npz
+from library.data.caching.npz import DAMAGE, CacheWords, EntryError, Verdict, fault_of, open_npz, reading, writing
 from library.data.description.buckets import Shape, Size, crop_ltrb
 from library.data.sources.pictures import Picture
 from library.data.sources.storage import Storage
-from library.errors import UserError
 from library.protocols import LatentSpec
 
-
-class EntryError(UserError):
-    """An entry of a cache file that cannot be used; the message is the reason, to be read after "is"."""
+WORDS = CacheWords(
+    "latent cache", "entries", "latents", "cache_latents", "checking the latent cache", "caching latents"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +60,8 @@ class LatentFile:
 
         Raises UserError naming a file that is missing, damaged, or holds another size or NaN.
         """
-        try:
-            with open_npz(self.path) as archive:
-                return latents_in(archive, entry_in(archive, self), needs_flipped, needs_alpha)
-        except EntryError as error:
-            reason = str(error)
-        except FileNotFoundError:
-            reason = MISSING
-        except DAMAGE as error:
-            reason = f"{DAMAGED}: {error}"
-        delete = "delete it and " if reason.startswith(DAMAGED) else ""  # a start does not read all of every file
-        raise UserError(
-            f"the latent cache {self.path} is {reason}; {delete}run again without --skip_cache_check to make it anew"
-        )
+        with reading(self.path, WORDS) as archive:
+            return latents_in(archive, entry_in(archive, self), needs_flipped, needs_alpha)
 
 
 @dataclass(frozen=True)
@@ -182,14 +169,6 @@ class Expected:
     needs_alpha: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether an entry is still true."""
-
-    fault: str | None  # what is wrong, to be read after "is"
-    is_foreign: bool = False  # written by another program
-
-
 def judge(file: LatentFile, picture: Picture, expected: Expected, storage: Storage) -> Verdict:
     """Whether the entry can stand for the picture.
 
@@ -205,12 +184,8 @@ def judge(file: LatentFile, picture: Picture, expected: Expected, storage: Stora
             if origin is not None:
                 return Verdict(origin_fault(origin, picture, expected, storage))
             return Verdict(foreign_fault(archive, file, picture), is_foreign=True)
-    except EntryError as error:
-        return Verdict(str(error))
-    except FileNotFoundError:
-        return Verdict(MISSING)
-    except DAMAGE:
-        return Verdict(DAMAGED)
+    except DAMAGE as error:
+        return Verdict(fault_of(error))
 
 
 def origin_fault(origin: Origin, picture: Picture, expected: Expected, storage: Storage) -> str | None:
@@ -259,14 +234,8 @@ def write_entry(file: LatentFile, latents: Latents, size: Size, origin: Origin) 
     note = asdict(origin) | {"checksums": checksums_of(values, "")}
     values["origin"] = np.frombuffer(json.dumps(note).encode(), dtype=np.uint8)
     arrays = other_entries(file) | {f"{name}{file.tail}": array for name, array in values.items()}
-    try:
-        with atomic_path(file.path) as temporary, temporary.open("wb") as target:
-            np.savez(target, **arrays)
-    except OSError as error:
-        raise UserError(
-            f"the latent cache {file.path} cannot be written ({error.strerror}); --cache_latents_to_disk writes beside "
-            "the pictures, --cache_latents alone keeps latents in memory"
-        ) from None
+    with writing(file.path, WORDS) as temporary, temporary.open("wb") as target:
+        np.savez(target, **arrays)
 
 
 def other_entries(file: LatentFile) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from library.checkpoints.files import atomic_path
-from library.data.caching.latent_files import Expected, LatentFile, Verdict, judge
-from library.data.caching.npz import DAMAGE, MISSING, open_npz
+from library.data.caching.latent_files import Expected, LatentFile, judge
+from library.data.caching.npz import DAMAGE, MISSING, Verdict, open_npz
 from library.data.sources import picture_index
 from library.data.sources.picture_index import UNSETTLED, content_stamp, stamp_of
 from library.data.sources.pictures import Picture

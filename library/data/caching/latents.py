@@ -3,9 +3,10 @@
 import logging
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,19 +14,11 @@ from torch import Generator, Tensor
 
 from library.data.batches.batches import check_size, to_pixels
 from library.data.batches.images import DamagedPicture, Pixels, centred, place, read_pixels
-from library.data.batches.threads import in_blocks
-from library.data.caching.latent_files import (
-    Expected,
-    LatentFile,
-    Latents,
-    Origin,
-    Verdict,
-    content_hash,
-    write_entry,
-)
+from library.data.caching.filling import Codec, Found, fill
+from library.data.caching.latent_files import WORDS, Expected, LatentFile, Latents, Origin, content_hash, write_entry
 from library.data.caching.latent_index import VerifiedEntries
-from library.data.caching.npz import MISSING, clear_left_overs
-from library.data.caching.stores import LatentFiles, LatentStore, usual_latent_file
+from library.data.caching.npz import Verdict, clear_left_overs
+from library.data.caching.stores import CacheFiles, LatentStore, usual_latent_file
 from library.data.description.buckets import Shape
 from library.data.description.plan import DataPlan
 from library.data.sources.pictures import Version
@@ -57,6 +50,12 @@ class Job:
     needs_alpha: bool
     file: LatentFile | None  # None keeps the latents in memory
 
+    @property
+    def path(self) -> str:
+        """Its file, where it has one."""
+        assert self.file is not None
+        return self.file.path
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -66,14 +65,6 @@ class Decoded:
     alpha: Pixels | None
     version: Version
     file_hash: str
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What lies on disk for a job; no file where it must be encoded."""
-
-    file: LatentFile | None
-    verdict: Verdict
 
 
 def cache_latents(
@@ -96,10 +87,9 @@ def cache_latents(
     on_disk = [job for job in jobs if job.file is not None]
     kept = [job for job in jobs if job.file is None]
     if processes.is_main:
-        clear_left_overs(os.path.dirname(job.file.path) for job in on_disk if job.file is not None)
+        clear_left_overs(os.path.dirname(job.path) for job in on_disk)
     if kept and processes.count > 1:
         kept = passed_on(kept, processes.shared_folder("latents"), plan)
-    files: dict[int, LatentFile] = {}
     memory: dict[int, Latents] = {}
     damaged: dict[int, str] = {}
     entries = VerifiedEntries.open((job.file for job in on_disk if job.file is not None), plan.storage)
@@ -111,23 +101,19 @@ def cache_latents(
             elif job.file is None:
                 memory.update((user, latents) for user in job.users)
 
-    def stale_ones(candidates: Sequence[Job], when: str) -> list[Job]:
-        usable, stale = check_files(candidates, vae_identity, options.skip_cache_check, plan, entries)
-        for job, file in usable:
-            files.update((user, file) for user in job.users)
-        processes.wait_for_all(f"checking the latent cache{when}")  # so that all share out the same list
-        return stale
+    def make(share: Sequence[Found[Job]]) -> None:
+        encode_jobs([one.asked for one in share])
+        entries.write()
 
-    encode_jobs(shared_out(kept, processes.local_rank, processes.local_count))
-    stale = stale_ones(on_disk, "") if on_disk else []
-    encode_jobs(shared_out(stale, processes.rank, processes.count))
-    entries.write()
-    processes.wait_for_all("caching latents")
-    if on_disk and processes.num_machines > 1:  # what another machine wrote on a disk of its own is missing here
-        stale = stale_ones(stale, " again")
-        encode_jobs(shared_out(stale, processes.local_rank, processes.local_count))
-        processes.wait_for_all("caching latents again")
-    files.update((user, job.file) for job in (*kept, *stale) if job.file is not None for user in job.users)
+    encode_jobs(kept[processes.local_rank :: processes.local_count])
+    if on_disk:
+        skips_check = options.skip_cache_check
+        vae = "" if skips_check else vae_identity()  # which may have to load it
+        codec = Codec(WORDS, partial(judge_job, entries, vae), make, partial(named_jobs, plan), remark)
+        kept += fill(codec, on_disk, skips_check, plan.num_workers, processes)
+    else:
+        processes.wait_for_all(WORDS.caching)
+    files = {user: job.file for job in kept if job.file is not None for user in job.users}
     damaged = processes.merged("damaged pictures", damaged)
     if damaged:
         told = sorted(set(damaged.values()))
@@ -136,19 +122,16 @@ def cache_latents(
         )
     for number in damaged:
         stand_in(plan.samples, plan.subsets, number, damaged.keys())
-    kept_files = {user: file for user, file in files.items() if user not in damaged}
-    on_disk_files = LatentFiles.of(kept_files, plan.samples, plan.spec, plan.storage)
-    return LatentStore(on_disk_files, memory, frozenset(damaged))
+    usable = {user: file for user, file in files.items() if user not in damaged}
+    return LatentStore(files_by_sample(usable, plan), memory, frozenset(damaged))
 
 
-def shared_out(jobs: Sequence[Job], rank: int, count: int) -> list[Job]:
-    """One process's share of the jobs. Entries of one file go to one process, since each rewrites the whole file."""
-    numbers: dict[str | int, int] = {}
-    return [
-        job
-        for place, job in enumerate(jobs)
-        if numbers.setdefault(place if job.file is None else job.file.path, len(numbers)) % count == rank
-    ]
+def files_by_sample(files: Mapping[int, LatentFile], plan: DataPlan) -> CacheFiles[LatentFile]:
+    """These files, by number of the sample."""
+    has_N = np.zeros(len(plan.samples), dtype=bool)
+    has_N[list(files)] = True
+    others = {number: file for number, file in files.items() if file_of(plan.samples[number], plan) != file}
+    return CacheFiles(partial(usual_latent_file, plan.spec), has_N, others)
 
 
 def passed_on(jobs: Sequence[Job], folder: str, plan: DataPlan) -> list[Job]:
@@ -198,80 +181,33 @@ def plan_jobs(plan: DataPlan, to_disk: bool) -> list[Job]:
 
 
 def file_of(sample: Sample, plan: DataPlan) -> LatentFile:
-    return usual_latent_file(sample, plan.spec, plan.storage)
-
-
-def old_file_of(file: LatentFile, stem: str) -> LatentFile:
-    """`<stem>.npz`, the name that early sd-scripts used for every base model."""
-    return replace(file, path=f"{stem}.npz")
+    return usual_latent_file(plan.spec, sample, plan.storage)
 
 
 # What is true on disk
 
 
-def check_files(
-    jobs: Sequence[Job],
-    vae_identity: Callable[[], str],
-    skips_check: bool,
-    plan: DataPlan,
-    entries: VerifiedEntries,
-) -> tuple[list[tuple[Job, LatentFile]], list[Job]]:
-    """(jobs that need no encoding, with their files; the others), and a line in the log about both."""
-    has_old_names = plan.spec.had_keys_without_size
-    vae = "" if skips_check else vae_identity()  # which may have to load it
-
-    def look(job: Job) -> Found:
-        assert job.file is not None
-        picture = job.sample.picture
-        verdict = Verdict(MISSING)
-        old = old_file_of(job.file, plan.storage.cache_stem(picture))
-        for file in (job.file, old) if has_old_names else (job.file,):
-            if skips_check:
-                if os.access(file.path, os.R_OK):
-                    return Found(file, Verdict(None))
-                continue
-            expected = Expected(job.sample.shape, job.interpolation, vae, job.needs_flipped, job.needs_alpha)
-            found = entries.verdict(file, picture, expected)
-            if found.fault is None:
-                return Found(file, found)
-            if verdict.fault == MISSING:
-                verdict = found
-        return Found(None, verdict)
-
-    def look_at_block(block: Sequence[Job]) -> list[Found]:
-        return [look(job) for job in block]
-
-    finds = in_blocks(look_at_block, jobs, max(1, plan.num_workers), "checking latent cache")
-    usable = [(job, find.file) for job, find in zip(jobs, finds, strict=True) if find.file is not None]
-    stale = [job for job, find in zip(jobs, finds, strict=True) if find.file is None]
-    report_check(jobs, finds, skips_check)
-    return usable, stale
+def named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
+    """The job with each name that its file may have: early sd-scripts used `<stem>.npz` for every base model."""
+    assert job.file is not None
+    yield job
+    if plan.spec.had_keys_without_size:
+        stem = plan.storage.cache_stem(job.sample.picture)
+        yield replace(job, file=replace(job.file, path=f"{stem}.npz"))
 
 
-def report_check(jobs: Sequence[Job], finds: Sequence[Found], skips_check: bool) -> None:
-    """One line that says what is used, what is missing, what is made again and why; others about doubtful entries."""
-    faults: dict[str, list[str]] = defaultdict(list)
-    foreign, old_names = [], []
-    for job, find in zip(jobs, finds, strict=True):
-        assert job.file is not None
-        if find.verdict.fault is not None:
-            faults[find.verdict.fault].append(job.file.path)
-        elif find.file is not None and find.file.path != job.file.path:
-            old_names.append(find.file.path)
-        elif find.verdict.is_foreign:
-            foreign.append(job.file.path)
-    missing = faults.pop(MISSING, [])
-    num_stale = sum(len(paths) for paths in faults.values())
-    reasons = "; ".join(f"{len(paths)} {reason}: {few(paths, 2)}" for reason, paths in faults.items())
-    logger.log(
-        logging.WARNING if num_stale else logging.INFO,
-        "latent cache: %d entries are used%s, %d are missing, %d are made again%s",
-        len(jobs) - len(missing) - num_stale,
-        " unchecked (--skip_cache_check)" if skips_check else "",
-        len(missing),
-        num_stale,
-        f" ({reasons})" if reasons else "",
-    )
+def judge_job(entries: VerifiedEntries, vae: str, job: Job) -> Verdict:
+    """Whether the job's file has what it needs."""
+    assert job.file is not None
+    expected = Expected(job.sample.shape, job.interpolation, vae, job.needs_flipped, job.needs_alpha)
+    return entries.verdict(job.file, job.sample.picture, expected)
+
+
+def remark(found: Sequence[Found[Job]]) -> None:
+    """Say which entries are used although they do not tell what made them."""
+    used = [one for one in found if one.verdict.fault is None]
+    old_names = [one.job.path for one in used if one.job.path != one.path]
+    foreign = [one.path for one in used if one.verdict.is_foreign and one.job.path == one.path]
     if foreign:
         logger.info(
             "%d cache entries do not say which VAE made them; delete them if it was another: %s",

@@ -1,4 +1,4 @@
-"""Numpy archives on disk: what can become of them, and what a killed process leaves of them."""
+"""The archives of a cache on disk: what can become of them, and what a killed process leaves of them."""
 
 import os
 import re
@@ -7,11 +7,13 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from library.checkpoints.files import atomic_path
 from library.errors import UserError
 
 DAMAGE = (
@@ -33,6 +35,70 @@ MISSING, DAMAGED = "missing", "damaged"
 MOST_BYTES = 1 << 30  # of all arrays in one archive; the largest of ours, eight captions of T5, have 64 MB
 LEFT_OVER = re.compile(r"\.(.+\.[0-9a-f]{12}\.npz|.+\.npz\.\d+\.tmp|\.\w+_index\.[0-9a-f]{12})")
 DEAD_AFTER_S = 3600.0  # writing one takes seconds; other runs may be writing into the same folder
+
+
+@dataclass(frozen=True)
+class CacheWords:
+    """How messages speak of a cache."""
+
+    name: str
+    entries: str  # what is counted
+    content: str
+    flag: str  # that keeps the content in memory; with `_to_disk` on disk
+    checking: str  # what processes wait for
+    caching: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether what lies on disk is still true."""
+
+    fault: str | None  # what is wrong, to be read after "is"
+    kept: frozenset[str] = frozenset()  # captions of a file that need not be encoded again
+    is_foreign: bool = False  # written by another program
+
+
+class EntryError(UserError):
+    """An entry of a file that cannot be used; the message is the reason, to be read after "is"."""
+
+
+def fault_of(error: BaseException) -> str:
+    """What is wrong with a file, to be read after "is"; `error` is one of DAMAGE."""
+    if isinstance(error, EntryError):
+        return str(error)
+    return MISSING if isinstance(error, FileNotFoundError) else DAMAGED
+
+
+@contextmanager
+def reading(path: str, words: CacheWords) -> Iterator[Mapping[str, Any]]:
+    """An open archive. Raises UserError naming a file that is missing or damaged, or the EntryError of the block."""
+    try:
+        with open_npz(path) as archive:
+            yield archive
+        return
+    except DAMAGE as error:
+        fault = fault_of(error)
+        reason = f"{fault}: {error}" if fault == DAMAGED else fault
+    delete = "delete it and " if fault == DAMAGED else ""  # a start does not read all of every file
+    raise UserError(
+        f"the {words.name} {path} is {reason}; {delete}run again without --skip_cache_check to make it anew"
+    )
+
+
+@contextmanager
+def writing(path: str, words: CacheWords) -> Iterator[Path]:
+    """A temporary file that becomes the one at `path`, whole or not at all.
+
+    Raises UserError naming a folder that cannot be written.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(
+            f"the {words.name} {path} cannot be written ({error.strerror}); --{words.flag}_to_disk writes beside the "
+            f"pictures, --{words.flag} alone keeps {words.content} in memory"
+        ) from None
 
 
 @contextmanager

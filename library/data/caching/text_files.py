@@ -21,11 +21,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from library.checkpoints.files import atomic_path
-from library.data.caching.npz import DAMAGE, DAMAGED, MISSING, open_npz, require_plain_file, require_small
-from library.errors import UserError
+from library.data.caching.npz import (
+    DAMAGE,
+    DAMAGED,
+    CacheWords,
+    EntryError,
+    Verdict,
+    fault_of,
+    reading,
+    require_plain_file,
+    require_small,
+    writing,
+)
 from library.types import Conditioning
 
+WORDS = CacheWords(
+    "text cache", "files", "captions", "cache_text_encoder_outputs",
+    "checking text encoder outputs", "caching text encoder outputs",
+)  # fmt: skip
 FOREIGN = "by another program, which does not say for which caption and text encoder"
 NOTE = "captions"
 DTYPES = {
@@ -81,35 +94,17 @@ class TextFile:
         A file without a note has one caption, and is taken at its word. Raises UserError naming a file that is
         missing, damaged, or without this caption.
         """
-        try:
-            with open_npz(self.path) as archive:
-                note = Note.read(archive)
-                if note is None:
-                    return {key: torch.from_numpy(archive[key]) for key in self.keys}
-                if text in note.texts:
-                    return row_in(archive, note, note.texts.index(text), self.keys)
-            reason = f"without the caption {text!r}"
-        except FileNotFoundError:
-            reason = MISSING
-        except DAMAGE as error:
-            reason = f"{DAMAGED}: {error}"
-        delete = "delete it and " if reason.startswith(DAMAGED) else ""  # a start does not read all of every file
-        raise UserError(
-            f"the text cache {self.path} is {reason}; {delete}run again without --skip_cache_check to make it anew"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Which captions of a file are true; `fault` says what is wrong with the others, to be read after "is"."""
-
-    texts: frozenset[str]
-    fault: str | None = None
+        with reading(self.path, WORDS) as archive:
+            note = Note.read(archive)
+            if note is None:
+                return {key: torch.from_numpy(archive[key]) for key in self.keys}
+            if text not in note.texts:
+                raise EntryError(f"without the caption {text!r}")
+            return row_in(archive, note, note.texts.index(text), self.keys)
 
 
 def judge(file: TextFile, texts: Sequence[str], identity: Identity) -> Verdict:
     """What of the captions `texts` need not be encoded again. Only the directory and the note of the file are read."""
-    nothing: frozenset[str] = frozenset()
     try:
         require_plain_file(file.path)
         with zipfile.ZipFile(file.path) as archive:
@@ -117,20 +112,18 @@ def judge(file: TextFile, texts: Sequence[str], identity: Identity) -> Verdict:
             found = {info.filename.removesuffix(".npy"): info.CRC for info in archive.infolist()}
             notes = {NOTE: npy_array(archive.read(f"{NOTE}.npy"))} if NOTE in found else {}
         note = Note.read(notes)
-    except FileNotFoundError:
-        return Verdict(nothing, MISSING)
-    except DAMAGE:
-        return Verdict(nothing, DAMAGED)
+    except DAMAGE as error:
+        return Verdict(fault_of(error))
     if note is None or any(found.get(name) != checksum for name, checksum in note.checksums.items()):
-        return Verdict(nothing, FOREIGN)
+        return Verdict(FOREIGN)
     if note.identity != identity.encoders:
-        return Verdict(nothing, "made with other text encoders or settings")
+        return Verdict("made with other text encoders or settings")
     if note.tokenizers not in (None, identity.tokenizers):
-        return Verdict(nothing, "made with another tokenizer")
+        return Verdict("made with another tokenizer")
     if not names_of(file.keys, len(note.texts)) <= set(note.checksums):
-        return Verdict(nothing, DAMAGED)
+        return Verdict(DAMAGED)
     usable = frozenset(texts) & frozenset(note.texts)
-    return Verdict(usable, None if len(usable) == len(set(texts)) else "made for other captions")
+    return Verdict(None if len(usable) == len(set(texts)) else "made for other captions", usable)
 
 
 def names_of(keys: Sequence[str], num_texts: int) -> set[str]:
@@ -170,15 +163,9 @@ def write_texts(
     checksums = {name: zlib.crc32(content) for name, content in contents.items()}
     note = json.dumps(asdict(Note(list(rows), identity.encoders, dtypes, checksums, identity.tokenizers)))
     contents[NOTE] = npy_bytes(np.frombuffer(note.encode(), dtype=np.uint8))
-    try:
-        with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-            for name, content in contents.items():
-                archive.writestr(f"{name}.npy", content)
-    except OSError as error:
-        raise UserError(
-            f"the text cache {path} cannot be written ({error.strerror}); --cache_text_encoder_outputs_to_disk writes "
-            "beside the pictures, --cache_text_encoder_outputs alone keeps captions in memory"
-        ) from None
+    with writing(path, WORDS) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in contents.items():
+            archive.writestr(f"{name}.npy", content)
 
 
 def as_array(tensor: Tensor, keeps_bits: bool) -> NDArray[Any]:

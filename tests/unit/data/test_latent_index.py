@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from library.data.caching import latent_index
-from library.data.caching.latent_files import Verdict
+from library.data.caching.npz import Verdict
 from library.data.sources import picture_index
 from tests.unit.data.test_cache import (
     cache,

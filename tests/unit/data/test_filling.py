@@ -1,0 +1,108 @@
+"""What the caches of latents and of text features do alike, with a cache of small text files."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from library.data.caching.filling import Codec, Found, fill
+from library.data.caching.npz import MISSING, CacheWords, Verdict, writing
+from library.errors import UserError
+from library.processes import ALONE, Processes
+from tests.unit.test_processes import Board
+
+WORDS = CacheWords("word cache", "words", "words", "cache_words", "checking words", "caching words")
+
+
+@dataclass(frozen=True)
+class Job:
+    path: str
+    word: str
+
+
+@dataclass
+class Cache:
+    """Files that hold a word each; `made` are those that were written."""
+
+    made: list[str] = field(default_factory=list)
+
+    @property
+    def codec(self) -> Codec[Job]:
+        return Codec(WORDS, self.judge, self.make, self.named)
+
+    def named(self, job: Job) -> Iterator[Job]:
+        yield job
+        yield replace(job, path=job.path.replace(".txt", ".old"))
+
+    def judge(self, job: Job) -> Verdict:
+        path = Path(job.path)
+        if not path.exists():
+            return Verdict(MISSING)
+        return Verdict(None if path.read_text() == job.word else "of another word")
+
+    def make(self, share: Sequence[Found[Job]]) -> None:
+        for one in share:
+            with writing(one.path, WORDS) as temporary:
+                temporary.write_text(one.asked.word)
+            self.made.append(Path(one.path).name)
+
+
+def jobs_of(folder: Path, *words: str) -> list[Job]:
+    return [Job(str(folder / f"{word}.txt"), word) for word in words]
+
+
+def test_what_is_true_is_left_and_what_is_not_is_named_with_its_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    jobs, cache = jobs_of(tmp_path, "a", "b", "c", "d"), Cache()
+    Path(jobs[0].path).write_text("a")
+    Path(jobs[1].path).write_text("x")
+    (tmp_path / "c.old").write_text("c")
+    with caplog.at_level(logging.INFO):
+        found = fill(cache.codec, jobs, False, 1, ALONE)
+    assert cache.made == ["b.txt", "d.txt"]
+    assert sorted(Path(job.path).name for job in found) == ["a.txt", "b.txt", "c.old", "d.txt"]
+    line = "word cache: 2 words are used, 1 are missing, 1 are made again (1 of another word: "
+    assert f"{line}{jobs[1].path})" in caplog.text
+    fill(cache.codec, jobs, False, 1, ALONE)
+    assert len(cache.made) == 2
+
+
+def test_unchecked_files_are_trusted_by_each_of_their_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    jobs, cache = jobs_of(tmp_path, "a", "b"), Cache()
+    (tmp_path / "a.old").write_text("x")
+    with caplog.at_level(logging.INFO):
+        fill(cache.codec, jobs, True, 1, ALONE)
+    assert cache.made == ["b.txt"]
+    assert "word cache: 1 words are used unchecked (--skip_cache_check), 1 are missing" in caplog.text
+
+
+@pytest.mark.parametrize("per_machine", [3, 1], ids=["one machine", "machines with disks of their own"])
+def test_processes_share_files_out_and_each_machine_has_them_all(tmp_path: Path, per_machine: int) -> None:
+    """Two jobs of one file go to one process, or the second would write over the first."""
+    board, words = Board(), ["a", "b", "c", "d", "e"]
+
+    def run(rank: int) -> list[str]:
+        processes = Processes(rank, 3, local_rank=rank % per_machine, local_count=per_machine, store=board)
+        folder = tmp_path / str(rank // per_machine)
+        cache, jobs = Cache(), jobs_of(folder, *words)
+        fill(cache.codec, [*jobs, jobs[0]], False, 1, processes)
+        return cache.made
+
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(run, range(3)))
+    num_machines = 3 // per_machine
+    for machine in range(num_machines):
+        assert sorted(path.stem for path in (tmp_path / str(machine)).iterdir()) == words
+    assert sum("a.txt" in own for own in made) == num_machines
+    assert sorted(set(word for own in made for word in own)) == [f"{word}.txt" for word in words]
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"the word cache .* cannot be written .*--cache_words alone keeps words"):
+        fill(Cache().codec, jobs_of(tmp_path / "file", "a"), False, 1, ALONE)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
