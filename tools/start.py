@@ -285,8 +285,9 @@ def pytest_command(python: Path, slow: bool, pytest_arguments: "list[str]") -> "
         "-n",
         str(num_threads()),
         "--dist",
-        "loadfile",
-    ]  # a file's tests share models that are costly to make
+        "loadfile",  # a file's tests share models that are costly to make
+        "--no-loadscope-reorder",  # by number of tests, which puts files of a single long one last
+    ]
     return [str(python), "-m", "pytest", "-m", tier, *in_parallel, *pytest_arguments]
 
 

@@ -133,7 +133,8 @@ def test_test_command_chooses_the_tier_and_passes_arguments_on(
     monkeypatch.setattr(start, "num_threads", lambda: 3)
     command = start.pytest_command(PYTHON, slow, ["-k", "dataset"])
     assert command == [
-        str(PYTHON), "-m", "pytest", "-m", tier, "-n", "3", "--dist", "loadfile", "-k", "dataset"
+        str(PYTHON), "-m", "pytest", "-m", tier, "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder",
+        "-k", "dataset",
     ]  # fmt: skip
 
 
