@@ -70,9 +70,10 @@ class TextCacheSpec:
     options: TextCachingOptions
     suffix: str  # "_te_outputs.npz"
     keys: tuple[str, ...]
-    identity: Callable[[], str]
-    """A digest of all that decides the values besides the caption: the encoders' weights (`weights.fingerprint`), their
-    dtype, token limits, masks. It is asked for before any encoder is loaded."""
+    encoders: Callable[[], str]
+    """A digest of the encoders' weights (`weights.fingerprint`). It is asked for before any is loaded; raises NotThere
+    where their files are not there."""
+    settings: str  # what else decides the values besides the caption: dtype, token limits, masks
     tokenizers: tuple[Any, ...]  # of transformers; another one makes other features of the same caption
     constants: Mapping[str, Tensor] = field(
         default_factory=dict

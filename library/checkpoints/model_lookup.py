@@ -9,7 +9,7 @@ from typing import Any
 
 from library.checkpoints.quantised import open_checkpoint
 from library.checkpoints.weights import WEIGHT_SUFFIXES, Weights
-from library.errors import UserError
+from library.errors import NotThere, UserError
 from library.suggestions import nearest_name
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def find_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
     if path.exists():
         return path
     if path.is_absolute() or path.suffix.lower() in WEIGHT_SUFFIXES or not re.fullmatch(HUB_NAME, name):
-        raise UserError(f"{flag} {name} does not exist{nearby(path)}")
+        raise NotThere(f"{flag} {name} does not exist{nearby(path)}")
     return fetch_model(flag, name, parts)
 
 
@@ -55,7 +55,7 @@ def fetch_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
         try:
             snapshot = fetch_snapshot(name, [*small, *weights])
         except ConnectionError as error:
-            raise UserError(
+            raise NotThere(
                 f"{flag} {name} is neither a file nor a folder here, and the hub does not give it ({error}). "
                 "Check the path; or download the model elsewhere and give the path of its folder or file"
             ) from error
@@ -122,15 +122,15 @@ def open_model(flag: str, name: str, kind: str) -> tuple[dict[str, Any] | None, 
 def open_part(flag: str, folder: Path, kind: str) -> tuple[dict[str, Any], Weights]:
     """Configuration and weights of the part `kind` of a diffusers folder: "unet", "vae", "text_encoder", ...
 
-    Raises UserError naming what is missing.
+    Raises NotThere naming what is missing.
     """
     if not (folder / "config.json").is_file():
         files = sorted(file.name for file in folder.parent.glob("*") if file.suffix.lower() in WEIGHT_SUFFIXES)
         hint = f"; to use {files[0]} in it, give the path of that file" if files else ""
-        raise UserError(f"{flag} {folder.parent} is no diffusers folder: {folder / 'config.json'} is missing{hint}")
+        raise NotThere(f"{flag} {folder.parent} is no diffusers folder: {folder / 'config.json'} is missing{hint}")
     file = find_weight_file(folder, kind)
     if file is None:
-        raise UserError(f"{flag}: {folder} has no weights; expected {weight_files(kind)[0][0]} in it")
+        raise NotThere(f"{flag}: {folder} has no weights; expected {weight_files(kind)[0][0]} in it")
     logger.info("%s: %s", kind, file)
     return read_json(folder / "config.json"), open_file(flag, file)
 

@@ -11,7 +11,7 @@ from library.checkpoints.base_model import BaseModel, Third, WeightFile
 from library.checkpoints.model_card import ModelCard
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.models.clip import THIRDS, clip_from_any, open_clip_name
-from library.models.identify import base_of_folder, refuse_other, refuse_other_file
+from library.models.identify import base_of_folder, refuse_other, refuse_other_file, text_encoder_in
 from library.models.unet import unet_layout
 from library.models.unet_keys import UNET_PREFIX, UnetLayout, unet_from_ldm
 
@@ -48,7 +48,9 @@ def open_checkpoint(cards: Sequence[ModelCard], flag: str, path: Path, layout: C
 
 def open_single(cards: Sequence[ModelCard], flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
     weights = model_lookup.open_file(flag, path)
-    refuse_other_file(cards, flag, weights, layout.base, [encoder.prefix for encoder in layout.encoders])
+    refuse_other_file(cards, flag, weights, layout.base)
+    for encoder in layout.encoders:
+        text_encoder_in(flag, weights, encoder.prefix)
     numbers = configure(with_prefix(weights, UNET_PREFIX), unet_layout)
     placed: list[Placed] = [
         (layout.unet_names(unet_from_ldm(f"{stem}.", numbers)[:-1], numbers), UNET_PREFIX + stem)

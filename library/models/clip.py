@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights, configure, renamed, selected
 from library.memory.devices import send
-from library.models.loading import Component, materialise
+from library.models.loading import Component, MaybeComponent, materialise
 from library.models.names import swap_stem
 from library.models.shapes import Shapes, count, heads_of, shape_of
 
@@ -160,7 +160,7 @@ def clip_body(encoder: nn.Module) -> Any:
     return getattr(encoder, "text_model", encoder)
 
 
-def load_clip(component: Component, dtype: torch.dtype) -> nn.Module:
+def load_clip(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
     """The encoder with its weights in `dtype`, frozen, on the CPU; with a projection where the component has one."""
     projects = PROJECTION in component.weights.shapes
     encoder: nn.Module = empty_clip(component.config, projects)

@@ -17,7 +17,7 @@ TOKENIZER = TokenizerFiles(
 )
 
 
-def load_tokenizer(model: Path, cache_dir: str | None, num_words: int) -> Any:
+def load_tokenizer(model: Path, cache_dir: str | None, num_words: int | None) -> Any:
     """CLIP's tokenizer for the checkpoint at `model`, a folder or a single file; its text encoder knows `num_words`.
 
     Looked for in tokenizer/ of the folder or beside the file, then in --tokenizer_cache_dir, then on the hub, from
@@ -29,7 +29,7 @@ def load_tokenizer(model: Path, cache_dir: str | None, num_words: int) -> Any:
     logger.info("tokenizer: %s", folder)
     tokenizer = read_tokenizer(lambda: CLIPTokenizer.from_pretrained(str(folder), local_files_only=True), folder)
     largest = max(tokenizer.get_vocab().values())
-    if largest >= num_words:
+    if num_words is not None and largest >= num_words:
         raise UserError(
             f"the tokenizer in {folder} has ids up to {largest}, the text encoder knows {num_words} words: "
             f"it belongs to another model than {model}; put the right one into its place"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, with_prefix
-from library.errors import UserError
+from library.errors import NotThere, UserError
 from library.models.latents import KlLatents
 from library.models.loading import Component
 from library.models.shapes import shape_of
@@ -69,7 +69,7 @@ def open_ae(model: str, base_flag: str, name: str | None, base: Path, whole: Wei
     prefix = next((p for p in prefixes if f"{p}decoder.conv_in.weight" in weights.shapes), None)
     if prefix is None:
         if name is None:
-            raise UserError(f"--ae is missing: {base} has no VAE in it; give ae.safetensors")
+            raise NotThere(f"--ae is missing: {base} has no VAE in it; give ae.safetensors")
         first = ", ".join(list(weights.shapes)[:3]) or "none"
         raise UserError(f"--ae {name} is no VAE: it has no decoder.conv_in.weight (first names: {first})")
     return checked_ae(model, "--ae", single_vae(with_prefix(weights, prefix)))

@@ -9,8 +9,8 @@ from typing import NoReturn
 from library.checkpoints import model_lookup
 from library.checkpoints.model_card import ModelCard, Shapes, recognise
 from library.checkpoints.model_lookup import read_json
-from library.checkpoints.weights import Weights
-from library.errors import UserError
+from library.checkpoints.weights import Weights, with_prefix
+from library.errors import NotThere, UserError
 from library.models.unet_keys import UNET_NAME, UNET_PREFIX
 from library.models.vae_keys import VAE_PREFIX
 
@@ -102,21 +102,24 @@ def way_out(found: ModelCard, wanted: ModelCard) -> str:
     return f"use {found.script}" + (f" with {found.script_flag}" if found.script_flag else "")
 
 
-def refuse_other_file(
-    cards: Sequence[ModelCard], flag: str, weights: Weights, wanted: str, text_prefixes: Sequence[str]
-) -> None:
-    """Raise UserError when a single file is no whole checkpoint of a U-Net model `wanted`, naming what it is."""
+def refuse_other_file(cards: Sequence[ModelCard], flag: str, weights: Weights, wanted: str) -> None:
+    """Raise UserError when a single file is no checkpoint of a U-Net model `wanted`, naming what it is."""
     names = list(weights.shapes)
     refuse_variants(cards, flag, weights.origin, weights.shapes)
     refuse_other(cards, flag, weights.origin, base_of_file(cards, weights.shapes), wanted, "checkpoint")
     if not any(re.match(UNET_NAME, name) for name in names):
         refuse_unknown_file(flag, weights)
-    for prefix in text_prefixes:
-        if not any(name.startswith(prefix) for name in names):
-            raise UserError(
-                f"{flag} {weights.origin} has a U-Net but no text encoder (nothing begins with {prefix!r}); "
-                "use a full checkpoint"
-            )
+
+
+def text_encoder_in(flag: str, weights: Weights, prefix: str) -> Weights:
+    """The text encoder in a checkpoint of a U-Net model, whose names begin with `prefix`. Raises NotThere."""
+    found = with_prefix(weights, prefix)
+    if not found.shapes:
+        raise NotThere(
+            f"{flag} {weights.origin} has a U-Net but no text encoder (nothing begins with {prefix!r}); "
+            "use a full checkpoint"
+        )
+    return found
 
 
 def refuse_variants(cards: Sequence[ModelCard], flag: str, origin: str, shapes: Shapes) -> None:

@@ -5,24 +5,25 @@ is initialised twice and the peak is about the weights themselves.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from library.checkpoints.quantised import times, turn_regularly
 from library.checkpoints.weights import Weights
-from library.errors import UserError
+from library.errors import NotThere, UserError
 from library.memory.devices import channels_last_where_it_fits
 from library.memory.forms.form import AS_IN_FILE, AsInFile, AsRead, WantedForm
 from library.memory.forms.named import FORMS
 from library.memory.forms.plain import Plain
 from library.memory.forms.scaled import Scaled
 from library.memory.frozen import keep_in, layers_in_blocks, store_in
+from library.models.shapes import shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,40 @@ class Component:
 
     config: Mapping[str, Any]
     weights: Weights
+
+
+@dataclass(frozen=True)
+class Absent:
+    """In place of the `Component` of a model whose files are not there: who needs it after all hears why."""
+
+    reason: str
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        raise NotThere(self.reason)
+
+    @property
+    def weights(self) -> Weights:
+        raise NotThere(self.reason)
+
+
+MaybeComponent = Component | Absent
+ComponentT = TypeVar("ComponentT")
+
+
+def open_if_there(may_be_absent: bool, open_it: Callable[[], ComponentT]) -> ComponentT | Absent:
+    """What is opened, or, where a run may do without it, the reason why its files cannot be."""
+    try:
+        return open_it()
+    except NotThere as error:
+        if not may_be_absent:
+            raise
+        return Absent(str(error))
+
+
+def first_side(component: Component | Absent, name: str) -> int | None:
+    """The first side of a weight, which for embeddings is the number of words; None where the files are not there."""
+    return None if isinstance(component, Absent) else shape_of(component.weights.shapes, name)[0]
 
 
 def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: WantedForm | None = None) -> nn.Module:

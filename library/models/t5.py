@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import UserError
 from library.memory.devices import send
-from library.models.loading import Component, materialise
+from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import TokenizerFiles, check_ids, read_tokenizer
 
@@ -79,7 +79,7 @@ def empty_t5(config: Mapping[str, Any]) -> Any:
     return model
 
 
-def load_t5(component: Component, dtype: torch.dtype) -> nn.Module:
+def load_t5(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
     """The encoder with its weights in `dtype`, frozen, on the CPU."""
     model: Any = empty_t5(component.config)
     names = {WORDS[1]: WORDS[0]} | {key: key for key in component.weights.shapes}
@@ -105,7 +105,7 @@ def count_t5_tokens(tokenizer: Any, caption: str) -> int:
     return len(tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def load_t5_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int) -> Any:
+def load_t5_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
     """T5's tokenizer for an encoder that knows `num_words`.
 
     Looked for in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into

@@ -72,10 +72,10 @@ def read_tokenizer(read: Callable[[], Any], place: Path) -> Any:
         raise UserError(f"the tokenizer {place} cannot be read ({reason}); put its files there again") from error
 
 
-def check_ids(owner: str, tokenizer: Any, folder: Path, num_words: int) -> None:
-    """Raise UserError where a tokenizer has ids that its text encoder has no word for."""
+def check_ids(owner: str, tokenizer: Any, folder: Path, num_words: int | None) -> None:
+    """Raise UserError where a tokenizer has ids that its text encoder has no word for; None if that is not there."""
     largest = max(tokenizer.get_vocab().values())
-    if largest >= num_words:
+    if num_words is not None and largest >= num_words:
         raise UserError(
             f"the tokenizer in {folder} has ids up to {largest}, {owner} knows {num_words} words: it belongs to "
             "another model; put the right one into its place"

@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, renamed, selected, with_prefix
-from library.errors import UserError
+from library.errors import NotThere, UserError
 from library.models.loading import Component
 from library.models.shapes import Shapes, count, norm_groups, shape_of
 from library.models.vae_keys import VAE_PREFIX, vae_from_ldm, vae_from_old_diffusers
@@ -56,13 +57,20 @@ def vae_of_checkpoint(flag: str, weights: Weights) -> Component:
     """The VAE that lies in a whole checkpoint. Raises UserError naming `flag` when there is none."""
     vae = with_prefix(weights, VAE_PREFIX)
     if not vae.shapes:
-        raise UserError(f"{flag} {weights.origin} has no VAE (nothing begins with {VAE_PREFIX!r}); give one with --vae")
+        raise NotThere(f"{flag} {weights.origin} has no VAE (nothing begins with {VAE_PREFIX!r}); give one with --vae")
     return single_vae(vae)
 
 
 def vae_of_folder(config: Mapping[str, Any], weights: Weights) -> Component:
     """The VAE of a diffusers folder."""
     return Component(config, renamed(weights, vae_from_old_diffusers))
+
+
+def vae_of_base(flag: str, path: Path, whole: Weights | None) -> Component:
+    """The VAE of a base model: of a diffusers folder, or of the single file `whole`. Raises NotThere without one."""
+    if whole is not None:
+        return vae_of_checkpoint(flag, whole)
+    return vae_of_folder(*model_lookup.open_part(flag, path / "vae", "vae"))
 
 
 def open_vae(name: str, needs: VaeNeeds) -> Component:

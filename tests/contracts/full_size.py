@@ -17,6 +17,7 @@ from library.models.clip import PROJECTION, empty_clip
 from library.models.loading import Component
 from library.models.unet import empty_unet
 from library.models.unet_keys import UnetLayout
+from library.models.vae import vae_of_checkpoint
 
 DATA = Path(__file__).parent / "data"
 SDXL_LAYOUT = UnetLayout(layers_per_block=2, has_attention=(False, True, True))
@@ -35,9 +36,13 @@ def checkpoint(model: str) -> Weights:
 
 def parts(model: str) -> dict[str, Component]:
     """The parts of the checkpoint of "sd21" or "sdxl" under the paths of diffusers and transformers."""
+    whole = checkpoint(model)
+    vae = {"vae": vae_of_checkpoint("--flag", whole)}
     if model == "sdxl":
-        return sdxl.single_file_parts("--flag", checkpoint(model), own_vae=True)
-    return sd.single_file_parts("--flag", checkpoint(model), "sd2", own_vae=True)
+        found = sdxl.single_file_parts("--flag", whole)
+        assert isinstance(found.clip_l, Component) and isinstance(found.clip_g, Component)
+        return {"unet": found.unet, "text_encoder": found.clip_l, "text_encoder_2": found.clip_g, **vae}
+    return {**sd.single_file_parts("--flag", whole, "sd2"), **vae}
 
 
 def empty_encoders(found: dict[str, Component]) -> list[nn.Module]:

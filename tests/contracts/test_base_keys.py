@@ -8,7 +8,7 @@ from library.models.clip import clip_body, empty_clip
 from library.models.loading import Component, same_matrix
 from library.models.unet import empty_unet, unet_layout
 from library.models.unet_keys import UNET_PREFIX, UnetLayout, unet_from_ldm, unet_to_ldm
-from library.models.vae import empty_vae
+from library.models.vae import empty_vae, vae_of_checkpoint
 from library.models.vae_keys import VAE_PREFIX, vae_from_ldm, vae_to_ldm
 from tests.tiny.sd import full_size_keys
 
@@ -23,7 +23,7 @@ def checkpoint() -> Weights:
 
 
 def parts() -> dict[str, Component]:
-    return single_file_parts(BASE_FLAG, checkpoint(), "sd1", own_vae=True)
+    return {**single_file_parts(BASE_FLAG, checkpoint(), "sd1"), "vae": vae_of_checkpoint(BASE_FLAG, checkpoint())}
 
 
 def test_the_inventory_is_whole():

@@ -115,6 +115,8 @@ def run_command(command: str, place: Path, train: Train) -> None:
 def test_commands_of_a_page_run_one_after_another(page: Path, place: Path, train: Train) -> None:
     if page.name in ("tools.md", "file_format.md"):
         add_adapter_files(place, train)
+    if page.name == "scale.md":
+        build_tiny_sdxl(place, 53, layout="safetensors").rename("sdxl.safetensors")
     for command in runnable(page):
         run_command(command, place, train)
 

@@ -69,7 +69,7 @@ def build_with(loads: list[int]) -> Callable[[CachingOptions], Architecture]:
             return (real if text_encoders else []), seen
 
         spec = TextCacheSpec(
-            options.text_caching, "_tiny_te.npz", ("hidden_state",), lambda: fingerprint(loader.clip.weights), ()
+            options.text_caching, "_tiny_te.npz", ("hidden_state",), lambda: fingerprint(loader.clip.weights), "", ()
         )
         return dataclasses.replace(arch, load=CountingLoader(loader, loads), view=view, text_cache=spec)
 

@@ -105,14 +105,12 @@ def build_text(options: AnimaOptions, loader: AnimaLoader) -> AnimaText:
 def build_text_cache(options: AnimaOptions, loader: AnimaLoader, text: AnimaText) -> TextCacheSpec:
     """Files that hold what sd-scripts' do. Their rate of dropped captions is 0: a dropped caption is one of its own."""
 
-    def identity() -> str:
-        return f"{fingerprint(loader.text.weights)} {loader.dtype} {text.identity}"
-
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_anima_te.npz",
         keys=("prompt_embeds", "attn_mask", "t5_input_ids", "t5_attn_mask"),
-        identity=identity,
+        encoders=lambda: fingerprint(loader.text.weights),
+        settings=f"{loader.dtype} {text.identity}",
         tokenizers=(text.qwen3_tokenizer, text.t5_tokenizer),
         constants={"caption_dropout_rate": torch.tensor(0.0)},
     )

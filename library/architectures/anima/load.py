@@ -20,8 +20,7 @@ from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.memory.forms.form import WantedForm
 from library.models.identify import refuse_other_folder, refuse_other_model
-from library.models.loading import Component, materialise
-from library.models.shapes import shape_of
+from library.models.loading import Absent, MaybeComponent, first_side, materialise, open_if_there
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +37,16 @@ class AnimaLoader:
     path: Path  # the file of the denoiser
     config: AnimaConfig
     denoiser_weights: Weights
-    text: Component
-    vae_component: Component
+    text: MaybeComponent
+    vae_component: MaybeComponent
     dtype: torch.dtype
     vae_dtype: torch.dtype
     takes_pictures_alone: bool  # whether the VAE computes in two dimensions
 
     @property
-    def num_qwen3_words(self) -> int:
-        return shape_of(self.text.weights.shapes, qwen3.WORDS)[0]
+    def num_qwen3_words(self) -> int | None:
+        """None where the encoder is not there."""
+        return first_side(self.text, qwen3.WORDS)
 
     def text_encoders(self) -> list[nn.Module]:
         return [qwen3.load_qwen3(self.text, self.dtype)]
@@ -77,8 +77,10 @@ def open_loader(options: AnimaOptions) -> AnimaLoader:
         path=path,
         config=configure(weights, read_config),
         denoiser_weights=weights,
-        text=qwen3.open_qwen3(options.text.qwen3),
-        vae_component=open_vae(options.model.vae),
+        text=open_if_there(
+            options.text_caching.cache_text_encoder_outputs_to_disk, lambda: qwen3.open_qwen3(options.text.qwen3)
+        ),
+        vae_component=open_if_there(options.caching.cache_latents_to_disk, lambda: open_vae(options.model.vae)),
         dtype=dtype,
         vae_dtype=torch.float32 if options.model.no_half_vae else dtype,
         takes_pictures_alone=options.computing.qwen_image_vae_2d,
@@ -157,6 +159,8 @@ def check_fit(loader: AnimaLoader) -> None:
             f"{BASE_FLAG} {loader.path}: its text adapter gives {config.adapter.width} features, the transformer "
             f"listens to {config.text_width}"
         )
+    if isinstance(loader.text, Absent):
+        return
     width = loader.text.config["hidden_size"]
     if width != config.adapter.source_width:
         raise UserError(

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
-from library.errors import UserError
+from library.errors import NotThere, UserError
 from library.memory.devices import send
-from library.models.loading import Component, materialise
+from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import TokenizerFiles, check_ids, holds_byte_pairs, read_tokenizer
 
@@ -34,7 +34,7 @@ FOLDER = "text_encoder"  # of a diffusers folder
 def open_qwen3(name: str | None) -> Component:
     """The encoder from a file or a folder. Raises UserError naming the flag when it is something else."""
     if not name:
-        raise UserError(f"{FLAG} is missing: give the file or folder of {HUB_NAME}")
+        raise NotThere(f"{FLAG} is missing: give the file or folder of {HUB_NAME}")
     return qwen3_component(model_lookup.open_model(FLAG, name, FOLDER)[1])
 
 
@@ -75,7 +75,7 @@ def empty_qwen3(config: Mapping[str, Any]) -> Any:
         return Qwen3Model(Qwen3Config.from_dict({**config, "use_cache": False}))
 
 
-def load_qwen3(component: Component, dtype: torch.dtype) -> nn.Module:
+def load_qwen3(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
     """The encoder with its weights in `dtype`, frozen, on the CPU."""
     return materialise(empty_qwen3(component.config), component.weights, dtype)
 
@@ -90,7 +90,7 @@ def encode_qwen3(encoder: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
     return torch.where(send(mask_BS, device)[..., None].bool(), states_BSE, 0)
 
 
-def load_qwen3_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int) -> Any:
+def load_qwen3_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
     """Qwen3's tokenizer for an encoder that knows `num_words`; padding goes behind the caption.
 
     Looked for in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into

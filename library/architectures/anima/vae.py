@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, renamed
-from library.errors import UserError
+from library.errors import NotThere, UserError
 from library.models.loading import Component
 from library.models.shapes import Shapes, shape_of
 from library.protocols import LatentSpec
@@ -76,7 +76,7 @@ def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 def open_vae(name: str | None) -> Component:
     """The VAE of --vae. Raises UserError naming the flag when it is missing or something else."""
     if not name:
-        raise UserError(f"{FLAG} is missing: give qwen_image_vae.safetensors, or a folder in diffusers' layout")
+        raise NotThere(f"{FLAG} is missing: give qwen_image_vae.safetensors, or a folder in diffusers' layout")
     return vae_component(model_lookup.open_model(FLAG, name, FOLDER)[1])
 
 

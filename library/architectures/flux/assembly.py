@@ -178,15 +178,12 @@ def build_text_cache(options: FluxOptions, loader: FluxLoader, text: FluxText) -
     masks, clip = text.t5.masks_padding, loader.clip
     assert clip is not None
 
-    def identity() -> str:
-        encoders = fingerprint(clip.weights, loader.t5.weights)
-        return f"{encoders} {clip.config['hidden_act']} {loader.dtype} {text.t5.num_tokens} {masks}"
-
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_flux_te.npz",
         keys=("l_pooled", "t5_out", "t5_attn_mask"),
-        identity=identity,
+        encoders=lambda: f"{fingerprint(clip.weights, loader.t5.weights)} {clip.config['hidden_act']}",
+        settings=f"{loader.dtype} {text.t5.num_tokens} {masks}",
         tokenizers=(text.clip.tokenizer, text.t5.tokenizer),
         constants={"txt_ids": torch.zeros(text.t5.num_tokens, 3), "apply_t5_attn_mask": torch.tensor(masks)},
         live=LiveText(lambda: [loader.clip_l()], ("l_pooled",), text.encode_clip, 1, excluded_by="train_t5xxl"),
@@ -202,7 +199,8 @@ def build_t5_cache(options: FluxOptions, loader: FluxLoader, text: T5Text) -> Te
         options=options.text_caching,
         suffix="_flux_te.npz",
         keys=("t5_out", "t5_attn_mask"),
-        identity=lambda: f"{fingerprint(loader.t5.weights)} {loader.dtype} {text.num_tokens} {text.masks_padding}",
+        encoders=lambda: fingerprint(loader.t5.weights),
+        settings=f"{loader.dtype} {text.num_tokens} {text.masks_padding}",
         tokenizers=(text.tokenizer,),
         constants={
             "l_pooled": torch.zeros(77, 1),

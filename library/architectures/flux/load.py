@@ -13,13 +13,13 @@ from library.architectures.flux.model import PATCH, Flux, FluxConfig, read_confi
 from library.architectures.flux.options import FluxOptions
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
-from library.errors import UserError
+from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
 from library.memory.forms.form import WantedForm
 from library.models.clip import clip_component, clip_of_folder, load_clip
 from library.models.flux_vae import CHANNELS, open_ae
 from library.models.identify import card_of, refuse_other_folder, refuse_other_model
-from library.models.loading import Component, materialise
+from library.models.loading import Absent, Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component, t5_of_folder
 from library.models.vae import empty_vae
@@ -41,20 +41,21 @@ class FluxLoader:
     path: Path  # the folder or file of the denoiser
     config: FluxConfig
     denoiser_weights: Weights
-    clip: Component | None  # None for Chroma
-    t5: Component
-    ae: Component
+    clip: MaybeComponent | None  # None for Chroma
+    t5: MaybeComponent
+    ae: MaybeComponent
     dtype: torch.dtype
     vae_dtype: torch.dtype
 
     @property
-    def num_clip_words(self) -> int:
+    def num_clip_words(self) -> int | None:
+        """None where the encoder is not there."""
         assert self.clip is not None
-        return shape_of(self.clip.weights.shapes, "embeddings.token_embedding.weight")[0]
+        return first_side(self.clip, "embeddings.token_embedding.weight")
 
     @property
-    def num_t5_words(self) -> int:
-        return shape_of(self.t5.weights.shapes, "shared.weight")[0]
+    def num_t5_words(self) -> int | None:
+        return first_side(self.t5, "shared.weight")
 
     @property
     def is_schnell(self) -> bool:
@@ -93,13 +94,18 @@ def open_loader(options: FluxOptions) -> FluxLoader:
     weights = denoiser_of(path, whole, kind)
     config = configure(weights, read_config)
     title = title_of(kind)
+    texts_are_cached = options.text_caching.cache_text_encoder_outputs_to_disk
     loader = FluxLoader(
         path=path,
         config=config,
         denoiser_weights=weights,
-        clip=open_clip(wanted["clip_l"], path, whole, folders["clip_l"]) if "clip_l" in folders else None,
-        t5=open_t5(wanted["t5xxl"], path, whole, folders["t5xxl"]),
-        ae=open_ae(title, BASE_FLAG, wanted["ae"], path, whole),
+        clip=open_if_there(texts_are_cached, lambda: open_clip(wanted["clip_l"], path, whole, folders["clip_l"]))
+        if "clip_l" in folders
+        else None,
+        t5=open_if_there(texts_are_cached, lambda: open_t5(wanted["t5xxl"], path, whole, folders["t5xxl"])),
+        ae=open_if_there(
+            options.caching.cache_latents_to_disk, lambda: open_ae(title, BASE_FLAG, wanted["ae"], path, whole)
+        ),
         dtype=DTYPES[options.precision.mixed_precision],
         vae_dtype=vae_dtype_of(options),
     )
@@ -176,7 +182,7 @@ def open_text_encoder(
         if whole is None:
             return Component(*model_lookup.open_part(BASE_FLAG, base / folder, folder))
         if not any(key.startswith(prefixes[0]) for key in whole.shapes):
-            raise UserError(f"{flag} is missing: {base} has no such text encoder in it")
+            raise NotThere(f"{flag} is missing: {base} has no such text encoder in it")
         return with_prefix(whole, prefixes[0])
     config, weights = model_lookup.open_model(flag, name, folder)
     if config is not None:
@@ -196,7 +202,7 @@ def check_fit(loader: FluxLoader, title: str) -> None:
         ("--clip_l", loader.clip, config.pooled_width),
         ("--t5xxl", loader.t5, config.text_width),
     ):
-        if component is None:
+        if component is None or isinstance(component, Absent):
             continue
         name = "embeddings.token_embedding.weight" if flag == "--clip_l" else "shared.weight"
         found = shape_of(component.weights.shapes, name)[1]

@@ -98,16 +98,16 @@ def build_text(options: HunyuanImageOptions, loader: HunyuanImageLoader) -> Huny
 def build_text_cache(options: HunyuanImageOptions, loader: HunyuanImageLoader, text: HunyuanImageText) -> TextCacheSpec:
     """Files that hold what sd-scripts' do."""
 
-    def identity() -> str:
-        encoders = fingerprint(loader.qwen.weights, loader.byt5.weights)
-        heads = loader.qwen.config["num_attention_heads"]
-        return f"{encoders} {heads} {loader.text_dtype} {loader.shrinks_qwen}"
+    def encoders() -> str:
+        weights = fingerprint(loader.qwen.weights, loader.byt5.weights)
+        return f"{weights} {loader.qwen.config['num_attention_heads']}"
 
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_hi_te.npz",
         keys=("vlm_embed", "vlm_mask", "byt5_embed", "byt5_mask", "ocr_mask"),
-        identity=identity,
+        encoders=encoders,
+        settings=f"{loader.text_dtype} {loader.shrinks_qwen}",
         tokenizers=(text.qwen_tokenizer, text.byt5_tokenizer),
         padding={"vlm_embed": 0.0, "vlm_mask": 0.0},
         can_train=False,

@@ -17,13 +17,13 @@ from library.architectures.hunyuan_image.qwen import load_qwen, qwen_component
 from library.architectures.hunyuan_image.vae import MARK, SCALE, compute_in_chunks, empty_vae, vae_component
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, renamed, with_prefix
-from library.errors import UserError
+from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
 from library.memory.forms.form import WantedForm
 from library.memory.forms.fp8 import Fp8Rows
 from library.memory.frozen import layers_in_blocks, store_all_in
 from library.models.identify import refuse_other_folder, refuse_other_model
-from library.models.loading import Component, materialise
+from library.models.loading import Absent, Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component, t5_of_folder
 from library.protocols import LatentSpec
@@ -46,9 +46,9 @@ class HunyuanImageLoader:
     path: Path  # the folder or file of the denoiser
     config: HunyuanImageConfig
     denoiser_weights: Weights
-    vae_component: Component
-    qwen: Component
-    byt5: Component
+    vae_component: MaybeComponent
+    qwen: MaybeComponent
+    byt5: MaybeComponent
     dtype: torch.dtype
     text_dtype: torch.dtype
     vae_dtype: torch.dtype
@@ -56,8 +56,9 @@ class HunyuanImageLoader:
     vae_chunk_rows: int | None = None  # of each convolution that are computed at a time; None for all
 
     @property
-    def num_qwen_words(self) -> int:
-        return shape_of(self.qwen.weights.shapes, QWEN_WORDS)[0]
+    def num_qwen_words(self) -> int | None:
+        """None where the encoder is not there."""
+        return first_side(self.qwen, QWEN_WORDS)
 
     def text_encoders(self) -> list[nn.Module]:
         qwen = load_qwen(self.qwen, self.text_dtype)
@@ -93,13 +94,16 @@ def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
     path = model_lookup.find_model(BASE_FLAG, name, [(folder,) for folder in needed])
     weights = denoiser_of(path, None if path.is_dir() else model_lookup.open_file(BASE_FLAG, path))
     dtype = DTYPES[options.precision.mixed_precision]
+    texts_are_cached = options.text_caching.cache_text_encoder_outputs_to_disk
     loader = HunyuanImageLoader(
         path=path,
         config=configure(weights, read_config),
         denoiser_weights=weights,
-        vae_component=checked_vae(open_component("vae", wanted["vae"], path)),
-        qwen=open_component("text_encoder", wanted["text_encoder"], path),
-        byt5=open_component("byt5", wanted["byt5"], path),
+        vae_component=open_if_there(
+            options.caching.cache_latents_to_disk, lambda: checked_vae(open_component("vae", wanted["vae"], path))
+        ),
+        qwen=open_if_there(texts_are_cached, lambda: open_component("text_encoder", wanted["text_encoder"], path)),
+        byt5=open_if_there(texts_are_cached, lambda: open_component("byt5", wanted["byt5"], path)),
         dtype=dtype,
         text_dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # Qwen's states do not fit float16
         vae_dtype=torch.float32 if options.model.no_half_vae or dtype == torch.float32 else torch.float16,
@@ -134,7 +138,7 @@ def open_component(part: str, name: str | None, base: Path) -> Component:
     """One of the other models, from the file or folder of its flag or from the diffusers folder of the base."""
     flag, folder = f"--{part}", FOLDERS[part]
     if name is None and not base.is_dir():
-        raise UserError(f"{flag} is missing: {base} is the transformer alone")
+        raise NotThere(f"{flag} is missing: {base} is the transformer alone")
     if name is None:
         opened: tuple[dict[str, Any] | None, Weights] = model_lookup.open_part(BASE_FLAG, base / folder, folder)
     else:
@@ -187,6 +191,8 @@ def check_fit(loader: HunyuanImageLoader) -> None:
         ("--text_encoder", loader.qwen, QWEN_WORDS, config.text_width),
         ("--byt5", loader.byt5, GLYPH_WORDS, config.glyph_width),
     ):
+        if isinstance(component, Absent):
+            continue
         num_words, found = shape_of(component.weights.shapes, words)
         if found != width:
             raise UserError(

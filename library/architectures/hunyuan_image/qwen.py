@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import UserError
 from library.memory.devices import send
-from library.models.loading import Component, materialise
+from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import TokenizerFiles, holds_byte_pairs, read_tokenizer
 
@@ -103,7 +103,7 @@ def empty_qwen(config: Mapping[str, Any]) -> Any:
     return model
 
 
-def load_qwen(component: Component, dtype: torch.dtype) -> nn.Module:
+def load_qwen(component: MaybeComponent, dtype: torch.dtype) -> nn.Module:
     """The encoder with its weights in `dtype`, frozen, on the CPU."""
     return materialise(empty_qwen(component.config), component.weights, dtype)
 
@@ -123,7 +123,7 @@ def tokenize_qwen(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> t
     return found["input_ids"], found["attention_mask"]
 
 
-def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int) -> Any:
+def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
     """Qwen2.5-VL's tokenizer for an encoder that knows `num_words`.
 
     Looked for in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
@@ -139,7 +139,7 @@ def load_qwen_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_word
     )
     num_tokens = len(tokenizer(TEMPLATE.partition("{}")[0])["input_ids"])
     largest = max(tokenizer.get_vocab().values())
-    if num_tokens != NUM_TEMPLATE_TOKENS or largest >= num_words:
+    if num_tokens != NUM_TEMPLATE_TOKENS or (num_words is not None and largest >= num_words):
         raise UserError(
             f"the tokenizer in {folder} makes {num_tokens} tokens of the system prompt, Qwen2.5-VL's makes "
             f"{NUM_TEMPLATE_TOKENS}, and has ids up to {largest} for {num_words} words: it belongs to another model; "

@@ -103,16 +103,13 @@ def build_text(options: LuminaOptions, loader: LuminaLoader) -> LuminaText:
 
 
 def build_text_cache(options: LuminaOptions, loader: LuminaLoader, text: LuminaText) -> TextCacheSpec:
-    def identity() -> str:
-        settings = (loader.dtype, text.num_tokens, text.system_prompt)
-        return f"{fingerprint(loader.gemma.weights)} {' '.join(map(str, settings))}"
-
     keys = ("hidden_state", "attention_mask", "input_ids")
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_lumina_te.npz",
         keys=keys,
-        identity=identity,
+        encoders=lambda: fingerprint(loader.gemma.weights),
+        settings=f"{loader.dtype} {text.num_tokens} {text.system_prompt}",
         tokenizers=(text.tokenizer,),
         on_host=("attention_mask",),
         live=LiveText(loader.text_encoders, keys, text.encode, 1),

@@ -15,7 +15,7 @@ from library.checkpoints.model_lookup import fetch_snapshot
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import UserError
 from library.memory.devices import send
-from library.models.loading import Component, materialise
+from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, count, shape_of
 from library.models.tokenizer_files import read_tokenizer
 
@@ -82,7 +82,7 @@ def empty_gemma(config: Mapping[str, Any]) -> Any:
         return Gemma2Model(Gemma2Config.from_dict({**config, "use_cache": False}))
 
 
-def load_gemma(component: Component, dtype: Any) -> nn.Module:
+def load_gemma(component: MaybeComponent, dtype: Any) -> nn.Module:
     """The encoder with its weights in `dtype`, frozen, on the CPU."""
     return materialise(empty_gemma(component.config), component.weights, dtype)
 
@@ -95,7 +95,7 @@ def encode_gemma(encoder: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return states_BTE
 
 
-def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int) -> Any:
+def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_words: int | None) -> Any:
     """Gemma's tokenizer for an encoder that knows `num_words`.
 
     Looked for in `folders`, then in --tokenizer_cache_dir, then on the hub, from where it is saved into
@@ -108,7 +108,7 @@ def load_gemma_tokenizer(folders: Sequence[Path], cache_dir: str | None, num_wor
     tokenizer = read_tokenizer(lambda: PreTrainedTokenizerFast(tokenizer_file=str(file)), file)
     words = tokenizer.get_vocab()
     lacks = [word for word in (BEGIN, PADDING) if word not in words]
-    if lacks or max(words.values()) >= num_words:
+    if lacks or (num_words is not None and max(words.values()) >= num_words):
         why = f"does not know {lacks[0]}" if lacks else f"has ids up to {max(words.values())}, Gemma knows {num_words}"
         raise UserError(f"the tokenizer {file} {why}: it belongs to another model; put the right one into its place")
     return tokenizer

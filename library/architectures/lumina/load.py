@@ -13,12 +13,12 @@ from library.architectures.lumina.model import PATCH, LuminaConfig, NextDiT, rea
 from library.architectures.lumina.options import LuminaOptions
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
-from library.errors import UserError
+from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
 from library.memory.forms.form import WantedForm
 from library.models.flux_vae import CHANNELS, open_ae
 from library.models.identify import refuse_other_folder, refuse_other_model
-from library.models.loading import Component, materialise
+from library.models.loading import Absent, Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.shapes import shape_of
 from library.models.vae import empty_vae
 
@@ -38,14 +38,15 @@ class LuminaLoader:
     path: Path  # the folder or file of the denoiser
     config: LuminaConfig
     denoiser_weights: Weights
-    gemma: Component
-    ae: Component
+    gemma: MaybeComponent
+    ae: MaybeComponent
     dtype: torch.dtype
     vae_dtype: torch.dtype
 
     @property
-    def num_words(self) -> int:
-        return shape_of(self.gemma.weights.shapes, "embed_tokens.weight")[0]
+    def num_words(self) -> int | None:
+        """None where the encoder is not there."""
+        return first_side(self.gemma, "embed_tokens.weight")
 
     def text_encoders(self) -> list[nn.Module]:
         return [load_gemma(self.gemma, self.dtype)]
@@ -75,8 +76,12 @@ def open_loader(options: LuminaOptions) -> LuminaLoader:
         path=path,
         config=configure(weights, read_config),
         denoiser_weights=weights,
-        gemma=open_gemma(wanted["gemma2"], path, whole),
-        ae=open_ae(MODEL, BASE_FLAG, wanted["ae"], path, whole),
+        gemma=open_if_there(
+            options.text_caching.cache_text_encoder_outputs_to_disk, lambda: open_gemma(wanted["gemma2"], path, whole)
+        ),
+        ae=open_if_there(
+            options.caching.cache_latents_to_disk, lambda: open_ae(MODEL, BASE_FLAG, wanted["ae"], path, whole)
+        ),
         dtype=dtype,
         vae_dtype=torch.float32 if options.model.no_half_vae else dtype,
     )
@@ -118,7 +123,7 @@ def open_gemma(name: str | None, base: Path, whole: Weights | None) -> Component
     if name is None:
         assert whole is not None
         if not any(key.startswith(GEMMA_MARK) for key in whole.shapes):
-            raise UserError(f"{GEMMA_FLAG} is missing: {base} has no such text encoder in it")
+            raise NotThere(f"{GEMMA_FLAG} is missing: {base} has no such text encoder in it")
         return gemma_component(whole)
     config, weights = model_lookup.open_model(GEMMA_FLAG, name, folder)
     try:
@@ -135,6 +140,8 @@ def check_fit(loader: LuminaLoader) -> None:
             f"{BASE_FLAG} {loader.path}: the transformer takes {config.in_features} values a patch, training feeds "
             f"{CHANNELS * PATCH**2}; use a checkpoint of Lumina Image 2.0"
         )
+    if isinstance(loader.gemma, Absent):
+        return
     found = shape_of(loader.gemma.weights.shapes, "embed_tokens.weight")[1]
     if found != config.text_width:
         raise UserError(

@@ -19,13 +19,14 @@ from library.models.identify import (
     refuse_other,
     refuse_other_file,
     refuse_other_folder,
+    text_encoder_in,
     warn_of_other_prediction,
 )
-from library.models.loading import Component, materialise
+from library.models.loading import Component, MaybeComponent, materialise, open_if_there
 from library.models.shapes import count, shape_of
 from library.models.unet import HEAD_WIDTH, check_unet_input, empty_unet, for_inpainting, unet_component
 from library.models.unet_keys import UNET_PREFIX
-from library.models.vae import VaeNeeds, empty_vae, open_vae, vae_of_checkpoint, vae_of_folder
+from library.models.vae import VaeNeeds, empty_vae, open_vae, vae_of_base
 from library.options.train import TrainOptions
 
 BASE_FLAG = "--pretrained_model_name_or_path"
@@ -42,7 +43,7 @@ class SdLoader:
 
     path: Path  # the folder or file of the checkpoint
     unet: Component
-    vae_component: Component
+    vae_component: MaybeComponent
     clip: Component
     dtype: torch.dtype
     vae_dtype: torch.dtype
@@ -84,15 +85,19 @@ def open_loader(options: TrainOptions) -> SdLoader:
     path = model_lookup.find_model(BASE_FLAG, name, (("unet",), ("vae",), ("text_encoder",)))
     if path.is_dir():
         warn_of_other_prediction(path, options.model.v_parameterization)
-    parts = open_parts(BASE_FLAG, path, base, own_vae=options.model.vae is None)
-    if options.model.vae is not None:
-        parts["vae"] = open_vae(options.model.vae, VaeNeeds(TITLES[base], LATENT_CHANNELS, LATENT_SCALE))
+    whole = None if path.is_dir() else model_lookup.open_file(BASE_FLAG, path)
+    parts = open_parts(BASE_FLAG, path, base, whole)
+    needs = VaeNeeds(TITLES[base], LATENT_CHANNELS, LATENT_SCALE)
+    vae = options.model.vae
     check_unet_input(f"{BASE_FLAG} {path}", parts["unet"], LATENT_CHANNELS, options.dataset.train_inpainting)
     dtype = DTYPES[options.precision.mixed_precision]
     return SdLoader(
         path=path,
         unet=parts["unet"],
-        vae_component=parts["vae"],
+        vae_component=open_if_there(
+            options.caching.cache_latents_to_disk,
+            lambda: vae_of_base(BASE_FLAG, path, whole) if vae is None else open_vae(vae, needs),
+        ),
         clip=parts["text_encoder"],
         dtype=dtype,
         vae_dtype=torch.float32 if options.model.no_half_vae else dtype,
@@ -101,40 +106,32 @@ def open_loader(options: TrainOptions) -> SdLoader:
     )
 
 
-def open_parts(flag: str, path: Path, base: str, own_vae: bool) -> dict[str, Component]:
-    """unet, text_encoder and, when `own_vae`, vae of a folder or single file of the model `base` ("sd1", "sd2")."""
-    if path.is_dir():
-        return folder_parts(flag, path, base, own_vae)
-    return single_file_parts(flag, model_lookup.open_file(flag, path), base, own_vae)
+def open_parts(flag: str, path: Path, base: str, whole: Weights | None) -> dict[str, Component]:
+    """unet and text_encoder of a folder, or of the single file `whole`, of the model `base` ("sd1", "sd2")."""
+    return folder_parts(flag, path, base) if whole is None else single_file_parts(flag, whole, base)
 
 
-def folder_parts(flag: str, path: Path, base: str, own_vae: bool) -> dict[str, Component]:
-    """The parts of a diffusers folder, the VAE only when `own_vae`."""
+def folder_parts(flag: str, path: Path, base: str) -> dict[str, Component]:
+    """The U-Net and the text encoder of a diffusers folder."""
     cards = list_cards()
     class_name = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
     refuse_other_folder(cards, flag, path, base)
     parts = {"unet": Component(*model_lookup.open_part(flag, path / "unet", "unet"))}
     refuse_other(cards, flag, str(path), base_of_folder(cards, class_name, parts["unet"].weights.shapes), base)
     parts["text_encoder"] = clip_of_folder(*model_lookup.open_part(flag, path / "text_encoder", "text_encoder"))
-    if own_vae:
-        parts["vae"] = vae_of_folder(*model_lookup.open_part(flag, path / "vae", "vae"))
     return parts
 
 
-def single_file_parts(flag: str, weights: Weights, base: str, own_vae: bool) -> dict[str, Component]:
-    """The parts of a checkpoint in Stability's layout, the VAE only when `own_vae`.
+def single_file_parts(flag: str, weights: Weights, base: str) -> dict[str, Component]:
+    """The U-Net and the text encoder of a checkpoint in Stability's layout.
 
-    Names outside the three parts (averages of training, schedule buffers) are left alone.
+    Names outside of the parts (averages of training, schedule buffers) are left alone.
     """
-    prefix = CLIP_PREFIXES[base]
-    refuse_other_file(list_cards(), flag, weights, base, (prefix,))
-    clip = with_prefix(weights, prefix)
-    parts = {
+    refuse_other_file(list_cards(), flag, weights, base)
+    clip = text_encoder_in(flag, weights, CLIP_PREFIXES[base])
+    return {
         "unet": unet_component(with_prefix(weights, UNET_PREFIX), HEAD_WIDTH if base == "sd2" else None),
         "text_encoder": clip_component(clip, "gelu", num_layers=NUM_SD2_LAYERS)
         if base == "sd2"
         else clip_component(clip, "quick_gelu"),
     }
-    if own_vae:
-        parts["vae"] = vae_of_checkpoint(flag, weights)
-    return parts

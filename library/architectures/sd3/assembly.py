@@ -22,10 +22,12 @@ from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_flow
 from library.diffusion.noise_levels import FINEST_LEVEL, shift_sigmas, shifted_scheme, takes_offset
 from library.diffusion.samplers import FlowSampler, Sampler
+from library.errors import needing
 from library.models.clip import PROJECTION
 from library.models.clip_tokenizer import load_tokenizer
 from library.models.clip_tokens import ClipTokens
 from library.models.latents import KlLatents
+from library.models.loading import Absent
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5_tokenizer
@@ -106,7 +108,8 @@ def build_text(options: Sd3Options, loader: Sd3Loader) -> Sd3Text:
     t5 = None
     if loader.t5 is not None:
         folders = [folder / T5_TOKENIZER for folder in folders_beside(loader.path, text.t5xxl)]
-        t5 = load_t5_tokenizer(folders, cache_dir, loader.t5.config["vocab_size"])
+        num_words = None if isinstance(loader.t5, Absent) else loader.t5.config["vocab_size"]
+        t5 = load_t5_tokenizer(folders, cache_dir, num_words)
     return Sd3Text(ClipTokens(clip), t5, text.t5xxl_max_token_length, text.apply_lg_attn_mask, text.apply_t5_attn_mask)
 
 
@@ -116,16 +119,16 @@ def build_text_cache(options: Sd3Options, loader: Sd3Loader, text: Sd3Text) -> T
     clip_keys = ("lg_out", "lg_pooled", "clip_l_attn_mask", "clip_g_attn_mask")
     t5_keys = () if loader.t5 is None else ("t5_out", "t5_attn_mask")
 
-    def identity() -> str:
+    def encoders() -> str:
         parts = (*loader.clips, *([] if loader.t5 is None else [loader.t5]))
-        encoders = fingerprint(*(part.weights for part in parts))
-        return f"{encoders} {loader.dtype} {text.num_t5_tokens} {masks_clip} {masks_t5}"
+        return fingerprint(*(part.weights for part in parts))
 
     return TextCacheSpec(
         options=options.text_caching,
         suffix="_sd3_te.npz",
         keys=(*clip_keys, *t5_keys),
-        identity=identity,
+        encoders=encoders,
+        settings=f"{loader.dtype} {text.num_t5_tokens} {masks_clip} {masks_t5}",
         tokenizers=(text.clip.tokenizer, *([] if text.t5_tokenizer is None else [text.t5_tokenizer])),
         constants={"apply_lg_attn_mask": torch.tensor(masks_clip), "apply_t5_attn_mask": torch.tensor(masks_t5)},
         live=LiveText(loader.clip_encoders, clip_keys, text.encode_clips, len(loader.clips), excluded_by="train_t5xxl"),
@@ -151,7 +154,8 @@ def build_variation(options: Sd3Options, loader: Sd3Loader) -> Variation | None:
     text, position = options.text, options.sd3.pos_emb_random_crop_rate
     if not any((text.clip_l_dropout_rate, text.clip_g_dropout_rate, text.t5_dropout_rate, position)):
         return None
-    clip_l = loader.clips[0].weights.shapes
+    with needing("--clip_l_dropout_rate and the like are told which features are CLIP-L's by its file"):
+        clip_l = loader.clips[0].weights.shapes
     return Variation(
         clip_l=text.clip_l_dropout_rate,
         clip_g=text.clip_g_dropout_rate,

@@ -13,13 +13,12 @@ from library.architectures.sd3.model import MMDiT, MMDiTConfig, read_config
 from library.architectures.sd3.options import Sd3Options, Sd3TextOptions
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
-from library.errors import UserError
+from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
 from library.memory.forms.form import WantedForm
 from library.models.clip import PROJECTION, clip_component, load_clip
 from library.models.identify import base_of_file, refuse_other, refuse_other_folder
-from library.models.loading import Component, materialise
-from library.models.shapes import shape_of
+from library.models.loading import Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.t5 import load_t5, t5_component
 from library.models.vae import VaeNeeds, empty_vae, open_vae, vae_of_checkpoint
 
@@ -41,16 +40,16 @@ class Sd3Loader:
     path: Path
     mmdit: Weights
     config: MMDiTConfig
-    vae_component: Component
-    clips: tuple[Component, Component]  # CLIP-L, CLIP-G
-    t5: Component | None
+    vae_component: MaybeComponent
+    clips: tuple[MaybeComponent, MaybeComponent]  # CLIP-L, CLIP-G
+    t5: MaybeComponent | None
     dtype: torch.dtype
     vae_dtype: torch.dtype
 
     @property
-    def num_clip_words(self) -> int:
-        """Size of the vocabulary that both CLIPs have."""
-        return shape_of(self.clips[0].weights.shapes, "embeddings.token_embedding.weight")[0]
+    def num_clip_words(self) -> int | None:
+        """Size of the vocabulary that both CLIPs have; None where CLIP-L is not there."""
+        return first_side(self.clips[0], "embeddings.token_embedding.weight")
 
     def text_encoders(self) -> list[nn.Module]:
         return self.clip_encoders() if self.t5 is None else [*self.clip_encoders(), load_t5(self.t5, self.dtype)]
@@ -77,12 +76,16 @@ def open_loader(options: Sd3Options) -> Sd3Loader:
     mmdit = with_prefix(base, DENOISER_PREFIX if any(k.startswith(DENOISER_PREFIX) for k in base.shapes) else "")
     mmdit = of_denoiser(mmdit)
     config = configure(mmdit, read_config)
-    if options.model.vae is None:
-        vae = vae_of_checkpoint(BASE_FLAG, base)
-    else:
-        vae = open_vae(options.model.vae, VaeNeeds("SD3", LATENT_CHANNELS, LATENT_SCALE))
-    clips = (open_clip("clip_l", options.text, base), open_clip("clip_g", options.text, base))
-    t5 = open_t5(options.text, base)
+    name, needs = options.model.vae, VaeNeeds("SD3", LATENT_CHANNELS, LATENT_SCALE)
+    vae = open_if_there(
+        options.caching.cache_latents_to_disk,
+        lambda: vae_of_checkpoint(BASE_FLAG, base) if name is None else open_vae(name, needs),
+    )
+    texts_are_cached = options.text_caching.cache_text_encoder_outputs_to_disk
+    clip_l = open_if_there(texts_are_cached, lambda: open_clip("clip_l", options.text, base))
+    clip_g = open_if_there(texts_are_cached, lambda: open_clip("clip_g", options.text, base))
+    clips = (clip_l, clip_g)
+    t5 = open_if_there(texts_are_cached, lambda: open_t5(options.text, base, texts_are_cached))
     check_widths(config, clips, t5)
     dtype = DTYPES[options.precision.mixed_precision]
     return Sd3Loader(
@@ -124,7 +127,7 @@ def existing(flag: str, name: str) -> Path:
     """The path of a file or folder. Raises UserError naming the nearest where there is none."""
     path = Path(name).expanduser()
     if not path.exists():
-        raise UserError(f"{flag} {name} does not exist{model_lookup.nearby(path)}")
+        raise NotThere(f"{flag} {name} does not exist{model_lookup.nearby(path)}")
     return path
 
 
@@ -139,7 +142,7 @@ def open_clip(name: str, options: Sd3TextOptions, base: Weights) -> Component:
     """CLIP-L or CLIP-G, from its own file or folder or from the base. Raises UserError where neither has it."""
     weights = text_weights(name, options, base)
     if weights is None:
-        raise UserError(
+        raise NotThere(
             f"{BASE_FLAG} {base.origin} has no text encoder {name} (nothing begins with {TEXT_PREFIXES[name]!r}); "
             f"give it with --{name}"
         )
@@ -148,14 +151,15 @@ def open_clip(name: str, options: Sd3TextOptions, base: Weights) -> Component:
     return clip_component(weights, ACTIVATIONS[name], projects=True)
 
 
-def open_t5(options: Sd3TextOptions, base: Weights) -> Component | None:
+def open_t5(options: Sd3TextOptions, base: Weights, is_cached: bool = False) -> Component | None:
     """T5, None where neither --t5xxl nor the base has it: SD3 can do without."""
     weights = text_weights("t5xxl", options, base)
     if weights is None:
         logger.warning(
             "no T5: %s has none and --t5xxl is not given; the model is shown zeros in its place, and long captions "
-            "are cut at CLIP's 75 tokens",
+            "are cut at CLIP's 75 tokens%s",
             base.origin,
+            ". Where captions were cached with T5, give --t5xxl: its file need not be there" if is_cached else "",
         )
         return None
     return t5_component(weights)
@@ -189,16 +193,16 @@ def with_projection(weights: Weights) -> Weights:
     )
 
 
-def check_widths(config: MMDiTConfig, clips: Sequence[Component], t5: Component | None) -> None:
-    """Raise UserError where the text encoders do not fit the denoiser."""
-    pooled = [clip.weights.shapes[PROJECTION][0] for clip in clips]
-    if sum(pooled) != config.pooled_width:
+def check_widths(config: MMDiTConfig, clips: Sequence[MaybeComponent], t5: MaybeComponent | None) -> None:
+    """Raise UserError where the text encoders that are there do not fit the denoiser."""
+    pooled = [clip.weights.shapes[PROJECTION][0] for clip in clips if isinstance(clip, Component)]
+    if len(pooled) == len(clips) and sum(pooled) != config.pooled_width:
         raise UserError(
             f"--clip_l and --clip_g give {pooled[0]} and {pooled[1]} pooled features ({clips[0].weights.origin}, "
             f"{clips[1].weights.origin}), the model takes {config.pooled_width} together; are they swapped, or of "
             "another model?"
         )
-    if t5 is not None and t5.config["d_model"] != config.context_width:
+    if isinstance(t5, Component) and t5.config["d_model"] != config.context_width:
         raise UserError(
             f"--t5xxl {t5.weights.origin} gives {t5.config['d_model']} features, the model takes "
             f"{config.context_width}; use T5-XXL v1.1"

@@ -81,8 +81,11 @@ def build_text_cache(options: SdxlOptions, loader: SdxlLoader, text: SdxlText) -
     """How the outputs of both text encoders are kept."""
     model = options.model
 
-    def identity() -> str:
-        weights = fingerprint(loader.clip_l.weights, loader.clip_g.weights)
-        return f"{weights} {loader.dtype} {model.max_token_length or CHUNK_TOKENS} {model.weighted_captions}"
-
-    return TextCacheSpec(options.text_caching, "_te_outputs.npz", CACHE_KEYS, identity, (text.tokens.tokenizer,))
+    return TextCacheSpec(
+        options=options.text_caching,
+        suffix="_te_outputs.npz",
+        keys=CACHE_KEYS,
+        encoders=lambda: fingerprint(loader.clip_l.weights, loader.clip_g.weights),
+        settings=f"{loader.dtype} {model.max_token_length or CHUNK_TOKENS} {model.weighted_captions}",
+        tokenizers=(text.tokens.tokenizer,),
+    )

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from library.architectures.cards import list_cards
+from library.architectures.sdxl.options import SdxlOptions
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.errors import UserError
@@ -19,9 +20,10 @@ from library.models.identify import (
     refuse_other,
     refuse_other_file,
     refuse_other_folder,
+    text_encoder_in,
     warn_of_other_prediction,
 )
-from library.models.loading import Component, materialise
+from library.models.loading import Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.shapes import shape_of
 from library.models.unet import (
     HEAD_WIDTH,
@@ -32,12 +34,12 @@ from library.models.unet import (
     unet_component,
 )
 from library.models.unet_keys import UNET_PREFIX, UnetLayout
-from library.models.vae import VaeNeeds, empty_vae, open_vae, vae_of_checkpoint, vae_of_folder
-from library.options.train import TrainOptions
+from library.models.vae import VaeNeeds, empty_vae, open_vae, vae_of_base
 
 BASE_FLAG = "--pretrained_model_name_or_path"
 LATENT_CHANNELS = 4
 LATENT_SCALE = 0.13025  # brings the latents of SDXL's VAE to about unit variance
+POOLED_WIDTH = 1280  # of OpenCLIP's bigG, which the checkpoint does not tell without it
 CLIP_L_PREFIX = "conditioner.embedders.0.transformer."
 CLIP_G_PREFIX = "conditioner.embedders.1.model."
 
@@ -48,9 +50,9 @@ class SdxlLoader:
 
     path: Path  # the folder or file of the checkpoint
     unet: Component
-    vae_component: Component
-    clip_l: Component
-    clip_g: Component
+    vae_component: MaybeComponent
+    clip_l: MaybeComponent
+    clip_g: MaybeComponent
     dtype: torch.dtype
     vae_dtype: torch.dtype
     uses_xformers: bool
@@ -62,11 +64,10 @@ class SdxlLoader:
         return unet_layout_of(self.unet)
 
     @property
-    def num_words(self) -> int:
-        """Size of the vocabulary that both text encoders know."""
-        return min(
-            shape_of(clip.weights.shapes, "embeddings.token_embedding.weight")[0] for clip in (self.clip_l, self.clip_g)
-        )
+    def num_words(self) -> int | None:
+        """Size of the vocabulary that both text encoders know; None where neither is there."""
+        found = [first_side(clip, "embeddings.token_embedding.weight") for clip in (self.clip_l, self.clip_g)]
+        return min((number for number in found if number is not None), default=None)
 
     def text_encoders(self) -> list[nn.Module]:
         """CLIP-L and OpenCLIP's bigG, the second with its projection."""
@@ -89,7 +90,7 @@ def unet_layout_of(unet: Component) -> UnetLayout:
     return UnetLayout(int(unet.config.get("layers_per_block", 2)), attends)
 
 
-def open_loader(options: TrainOptions) -> SdxlLoader:
+def open_loader(options: SdxlOptions) -> SdxlLoader:
     """Open the checkpoint that the options name; of the files only headers are read.
 
     Raises UserError naming the flag when a file is missing, broken, incomplete or another kind of model.
@@ -101,17 +102,20 @@ def open_loader(options: TrainOptions) -> SdxlLoader:
     path = model_lookup.find_model(BASE_FLAG, name, parts_of_folder)
     if path.is_dir():
         warn_of_other_prediction(path, options.model.v_parameterization)
-    parts = open_parts(BASE_FLAG, path, own_vae=options.model.vae is None)
-    if options.model.vae is not None:
-        parts["vae"] = open_vae(options.model.vae, VaeNeeds("SDXL", LATENT_CHANNELS, LATENT_SCALE))
-    check_unet_input(f"{BASE_FLAG} {path}", parts["unet"], LATENT_CHANNELS, options.dataset.train_inpainting)
+    whole = None if path.is_dir() else model_lookup.open_file(BASE_FLAG, path)
+    parts = open_parts(BASE_FLAG, path, whole, options.text_caching.cache_text_encoder_outputs_to_disk)
+    needs, vae = VaeNeeds("SDXL", LATENT_CHANNELS, LATENT_SCALE), options.model.vae
+    check_unet_input(f"{BASE_FLAG} {path}", parts.unet, LATENT_CHANNELS, options.dataset.train_inpainting)
     dtype = DTYPES[options.precision.mixed_precision]
     return SdxlLoader(
         path=path,
-        unet=parts["unet"],
-        vae_component=parts["vae"],
-        clip_l=parts["text_encoder"],
-        clip_g=parts["text_encoder_2"],
+        unet=parts.unet,
+        vae_component=open_if_there(
+            options.caching.cache_latents_to_disk,
+            lambda: vae_of_base(BASE_FLAG, path, whole) if vae is None else open_vae(vae, needs),
+        ),
+        clip_l=parts.clip_l,
+        clip_g=parts.clip_g,
         dtype=dtype,
         vae_dtype=torch.float32 if options.model.no_half_vae else dtype,
         uses_xformers=wants_xformers(options.memory),
@@ -119,46 +123,52 @@ def open_loader(options: TrainOptions) -> SdxlLoader:
     )
 
 
-def open_parts(flag: str, path: Path, own_vae: bool) -> dict[str, Component]:
-    """unet, text_encoder, text_encoder_2 and, when `own_vae`, vae of a folder or a single file."""
-    if path.is_dir():
-        return folder_parts(flag, path, own_vae)
-    return single_file_parts(flag, model_lookup.open_file(flag, path), own_vae)
+@dataclass(frozen=True)
+class Parts:
+    """The U-Net and both text encoders of a checkpoint."""
+
+    unet: Component
+    clip_l: MaybeComponent
+    clip_g: MaybeComponent
 
 
-def folder_parts(flag: str, path: Path, own_vae: bool) -> dict[str, Component]:
-    """The parts of a diffusers folder, the VAE only when `own_vae`."""
+def open_parts(flag: str, path: Path, whole: Weights | None, may_lack_text: bool = False) -> Parts:
+    """Those of a folder, or of the single file `whole`; the text encoders may be absent where nothing needs them."""
+    return folder_parts(flag, path, may_lack_text) if whole is None else single_file_parts(flag, whole, may_lack_text)
+
+
+def folder_parts(flag: str, path: Path, may_lack_text: bool = False) -> Parts:
+    """Those of a diffusers folder."""
     cards = list_cards()
     class_name = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
     refuse_other_folder(cards, flag, path, "sdxl")
-    parts = {"unet": Component(*model_lookup.open_part(flag, path / "unet", "unet"))}
-    refuse_other(cards, flag, str(path), base_of_folder(cards, class_name, parts["unet"].weights.shapes), "sdxl")
+    unet = Component(*model_lookup.open_part(flag, path / "unet", "unet"))
+    refuse_other(cards, flag, str(path), base_of_folder(cards, class_name, unet.weights.shapes), "sdxl")
     if not (path / "text_encoder").is_dir() and (path / "text_encoder_2").is_dir():
         raise UserError(f"{flag} {path}: this is the SDXL refiner; only the base model is trained")
-    parts["text_encoder"] = clip_of_folder(*model_lookup.open_part(flag, path / "text_encoder", "text_encoder"))
-    second = model_lookup.open_part(flag, path / "text_encoder_2", "text_encoder_2")
-    parts["text_encoder_2"] = clip_of_folder(*second, projects=True)
-    configure(parts["text_encoder_2"].weights, lambda shapes: shape_of(shapes, PROJECTION))
-    if own_vae:
-        parts["vae"] = vae_of_folder(*model_lookup.open_part(flag, path / "vae", "vae"))
-    return parts
+
+    def clip(folder: str, projects: bool) -> Component:
+        return clip_of_folder(*model_lookup.open_part(flag, path / folder, folder), projects=projects)
+
+    clip_g = open_if_there(may_lack_text, lambda: clip("text_encoder_2", True))
+    if isinstance(clip_g, Component):
+        configure(clip_g.weights, lambda shapes: shape_of(shapes, PROJECTION))
+    return Parts(unet, open_if_there(may_lack_text, lambda: clip("text_encoder", False)), clip_g)
 
 
-def single_file_parts(flag: str, weights: Weights, own_vae: bool) -> dict[str, Component]:
-    """The parts of a checkpoint in Stability's layout, the VAE only when `own_vae`.
+def single_file_parts(flag: str, weights: Weights, may_lack_text: bool = False) -> Parts:
+    """Those of a checkpoint in Stability's layout.
 
-    Names outside the four parts (averages of training, schedule buffers) are left alone.
+    Names outside of the parts (averages of training, schedule buffers) are left alone.
     """
-    refuse_other_file(list_cards(), flag, weights, "sdxl", (CLIP_L_PREFIX, CLIP_G_PREFIX))
-    clip_g = clip_component(with_prefix(weights, CLIP_G_PREFIX), "gelu", projects=True)
+    refuse_other_file(list_cards(), flag, weights, "sdxl")
+
+    def clip(prefix: str, activation: str, projects: bool) -> Component:
+        return clip_component(text_encoder_in(flag, weights, prefix), activation, projects=projects)
+
+    clip_l = open_if_there(may_lack_text, lambda: clip(CLIP_L_PREFIX, "quick_gelu", False))
+    clip_g = open_if_there(may_lack_text, lambda: clip(CLIP_G_PREFIX, "gelu", True))
     unet = unet_component(with_prefix(weights, UNET_PREFIX), HEAD_WIDTH)
-    pooled_width = clip_g.config["projection_dim"]
+    pooled_width = clip_g.config["projection_dim"] if isinstance(clip_g, Component) else POOLED_WIDTH
     sizes = configure(unet.weights, lambda shapes: size_embedding_config(shapes, pooled_width))
-    parts = {
-        "unet": Component({**unet.config, **sizes}, unet.weights),
-        "text_encoder": clip_component(with_prefix(weights, CLIP_L_PREFIX), "quick_gelu"),
-        "text_encoder_2": clip_g,
-    }
-    if own_vae:
-        parts["vae"] = vae_of_checkpoint(flag, weights)
-    return parts
+    return Parts(Component({**unet.config, **sizes}, unet.weights), clip_l, clip_g)

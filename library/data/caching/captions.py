@@ -24,7 +24,7 @@ from library.data.caching.npz import MISSING, Verdict, clear_left_overs
 from library.data.caching.stores import CacheFiles, TextStore, usual_text_file
 from library.data.caching.text_files import WORDS, Identity, Row, TextFile, judge, write_texts
 from library.data.description.plan import DataPlan
-from library.errors import UserError
+from library.errors import NotThere, UserError, needing
 from library.processes import ALONE, Processes
 from library.progress import Bar, progress_bar
 from library.protocols import TextCacheSpec
@@ -68,11 +68,22 @@ class TextEncoding:
     dtype: str  # that the encoders run in
 
     def identity(self) -> Identity:
-        """All that decides what a caption becomes."""
-        told = blake2b(f"{self.spec.identity()} {self.dtype} {self.spec.keys}".encode(), digest_size=16)
-        for name, tensor in sorted(self.spec.constants.items()):
+        """All that decides what a caption becomes. Raises NotThere where the files of the encoders are not there."""
+        return Identity(
+            self._digest(f"{self.spec.encoders()} "), self._digest(""), digest_of_words(self.spec.tokenizers)
+        )
+
+    def identity_of_files(self, jobs: Sequence["Job"]) -> Identity:
+        """The same for encoders that are not there: their digest is that of the first file, for which all must be."""
+        first = next((note.identity for job in jobs if (note := job.file.note()) is not None), "")
+        return Identity(first, self._digest(""), digest_of_words(self.spec.tokenizers), is_of_files=True)
+
+    def _digest(self, encoders: str) -> str:
+        spec = self.spec
+        told = blake2b(f"{encoders}{spec.settings} {self.dtype} {spec.keys}".encode(), digest_size=16)
+        for name, tensor in sorted(spec.constants.items()):
             told.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.tolist()}".encode())
-        return Identity(told.hexdigest(), digest_of_words(self.spec.tokenizers))
+        return told.hexdigest()
 
 
 def digest_of_words(tokenizers: Sequence[Any]) -> str:
@@ -113,7 +124,7 @@ def cache_texts(
         shown = shared_job(plan, spec, "preview_prompts", prompts)
         if processes.is_main:
             clear_left_overs(os.path.dirname(job.file.path) for job in (empty, *jobs))
-        identity = cache(encoding.identity)
+        identity = cache(lambda: identity_of(encoding, [empty, *jobs]))
         if not skips_check and any(os.path.exists(job.path) for job in (empty, *jobs)):
             identity()  # once, before threads ask for it
         of_captions = text_codec(lambda: open_encoders().captions, spec, identity)
@@ -132,6 +143,19 @@ def cache_texts(
     store = TextStore(memory=passed_on(rows, texts, processes), padding=spec.padding)
     logger.info("they take %.2f GB", sum(map(row_bytes, (*store.memory.values(), *prompt_rows.values()))) / 1e9)
     return CachedTexts(store, prompt_rows)
+
+
+def identity_of(encoding: TextEncoding, jobs: Sequence[Job]) -> Identity:
+    """What files are held against: the text encoders, or, where these are not there, what can be known without."""
+    try:
+        return encoding.identity()
+    except NotThere as error:
+        logger.info(
+            "text features are not held against their encoders, which are not there (%s): one set of encoders must "
+            "have made them all, with these settings and these tokenizers",
+            error,
+        )
+        return encoding.identity_of_files(jobs)
 
 
 def passed_on(rows: Mapping[str, Row], texts: Sequence[str], processes: Processes) -> Mapping[str, Row]:
@@ -184,6 +208,9 @@ def text_codec(encode: Callable[[], Encode], spec: TextCacheSpec, identity: Call
 
     def make(share: Sequence[Found[Job]]) -> None:
         if share:
+            count, first = sum(len(lacking(one)) for one in share), share[0]
+            with needing(f"{count} captions are to be encoded ({first.path} is {first.verdict.fault})"):
+                encode()
             write_files(share, encode, spec, identity)
 
     return Codec(WORDS, judge_job, make)

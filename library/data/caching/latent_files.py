@@ -153,6 +153,15 @@ def origin_in(archive: Mapping[str, Any], tail: str) -> Origin | None:
     return origin if origin.checksums == checksums_of(archive, tail) else None
 
 
+def origin_of_file(file: LatentFile) -> Origin | None:
+    """The note of an entry on disk; None where it is missing, damaged, or by another program."""
+    try:
+        with open_npz(file.path) as archive:
+            return origin_in(archive, entry_in(archive, file).tail)
+    except DAMAGE:
+        return None
+
+
 def content_hash(content: bytes) -> str:
     """A digest of a picture's file."""
     return blake2b(content, digest_size=16).hexdigest()

@@ -15,7 +15,16 @@ from torch import Generator, Tensor
 from library.data.batches.batches import check_size, to_pixels
 from library.data.batches.images import DamagedPicture, Pixels, centred, place, read_pixels
 from library.data.caching.filling import Codec, Found, fill
-from library.data.caching.latent_files import WORDS, Expected, LatentFile, Latents, Origin, content_hash, write_entry
+from library.data.caching.latent_files import (
+    WORDS,
+    Expected,
+    LatentFile,
+    Latents,
+    Origin,
+    content_hash,
+    origin_of_file,
+    write_entry,
+)
 from library.data.caching.latent_index import VerifiedEntries
 from library.data.caching.npz import Verdict, clear_left_overs
 from library.data.caching.stores import CacheFiles, LatentStore, usual_latent_file
@@ -25,7 +34,7 @@ from library.data.sources.pictures import Version
 from library.data.sources.samples import Sample, stand_in
 from library.data.sources.scan import few
 from library.data.sources.storage import Storage
-from library.errors import UserError
+from library.errors import NotThere, UserError, needing
 from library.options.caching import CachingOptions
 from library.processes import ALONE, Processes
 from library.progress import progress_bar
@@ -108,7 +117,7 @@ def cache_latents(
     encode_jobs(kept[processes.local_rank :: processes.local_count])
     if on_disk:
         skips_check = options.skip_cache_check
-        vae = "" if skips_check else vae_identity()  # which may have to load it
+        vae = "" if skips_check else expected_vae(vae_identity, on_disk)
         codec = Codec(WORDS, partial(judge_job, entries, vae), make, partial(named_jobs, plan), remark)
         kept += fill(codec, on_disk, skips_check, plan.num_workers, processes)
     else:
@@ -187,6 +196,21 @@ def file_of(sample: Sample, plan: DataPlan) -> LatentFile:
 # What is true on disk
 
 
+def expected_vae(vae_identity: Callable[[], str], jobs: Sequence[Job]) -> str:
+    """The VAE that entries must come from: that of the run, which may have to be loaded.
+
+    Where its files are not there one VAE must have made all of them, the one that the first entry says.
+    """
+    try:
+        return vae_identity()
+    except NotThere as error:
+        logger.info(
+            "latents are not held against their VAE, which is not there (%s): one VAE must have made them all", error
+        )
+    origins = (origin_of_file(job.file) for job in jobs if job.file is not None)
+    return next((origin.vae for origin in origins if origin is not None), "")
+
+
 def named_jobs(plan: DataPlan, job: Job) -> Iterator[Job]:
     """The job with each name that its file may have: early sd-scripts used `<stem>.npz` for every base model."""
     assert job.file is not None
@@ -238,6 +262,8 @@ def encoded(
     """Every job with its latents, written to its file if it has one; threads decode pictures ahead of the VAE."""
     if not jobs:
         return
+    with needing(f"{len(jobs)} pictures are to be encoded, {jobs[0].sample.picture.key} among them"):
+        vae_identity()
     logger.info("caching latents...")
     batches = list(equal_batches(jobs, vae_batch_size))
     # One thread: entries of two sizes may share a file. What is encoded is written even if the run is interrupted.

@@ -28,6 +28,7 @@ from library.data.caching.npz import (
     EntryError,
     Verdict,
     fault_of,
+    open_npz,
     reading,
     require_plain_file,
     require_small,
@@ -59,6 +60,7 @@ class Note:
     dtypes: dict[str, str]  # of the features as the encoders gave them
     checksums: dict[str, int]  # of the entries; another program that writes some anew does not renew them
     tokenizers: str | None = None  # a digest of their words; None in files that do not say
+    settings: str | None = None  # a digest of the settings alone; None in files that do not say
 
     @classmethod
     def read(cls, archive: Mapping[str, Any]) -> "Note | None":
@@ -78,7 +80,9 @@ class Identity:
     """Digests of all that decides what a caption becomes."""
 
     encoders: str  # with the settings
+    settings: str
     tokenizers: str
+    is_of_files: bool = False  # the encoders are not there: they are told by a file, and settings count by themselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,14 @@ class TextFile:
 
     path: str
     keys: tuple[str, ...]
+
+    def note(self) -> Note | None:
+        """What the file says of itself; None where it is missing, damaged, or by another program."""
+        try:
+            with open_npz(self.path) as archive:
+                return Note.read(archive)
+        except DAMAGE:
+            return None
 
     def read(self, text: str) -> Row:
         """The features of one caption, in the dtype that the encoders gave.
@@ -118,6 +130,9 @@ def judge(file: TextFile, texts: Sequence[str], identity: Identity) -> Verdict:
         return Verdict(FOREIGN)
     if note.identity != identity.encoders:
         return Verdict("made with other text encoders or settings")
+    if identity.is_of_files and note.settings != identity.settings:
+        older = "" if note.settings else ", or before files said which"
+        return Verdict(f"made with other settings{older}")
     if note.tokenizers not in (None, identity.tokenizers):
         return Verdict("made with another tokenizer")
     if not names_of(file.keys, len(note.texts)) <= set(note.checksums):
@@ -161,11 +176,15 @@ def write_texts(
             arrays[entry_name(key, number)] = as_array(row[key], keeps_bits=number > 0)
     contents = {name: npy_bytes(array) for name, array in arrays.items()}
     checksums = {name: zlib.crc32(content) for name, content in contents.items()}
-    note = json.dumps(asdict(Note(list(rows), identity.encoders, dtypes, checksums, identity.tokenizers)))
+    note = json.dumps(asdict(note_of(rows, dtypes, checksums, identity)))
     contents[NOTE] = npy_bytes(np.frombuffer(note.encode(), dtype=np.uint8))
     with writing(path, WORDS) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, content in contents.items():
             archive.writestr(f"{name}.npy", content)
+
+
+def note_of(rows: Mapping[str, Row], dtypes: dict[str, str], checksums: dict[str, int], identity: Identity) -> Note:
+    return Note(list(rows), identity.encoders, dtypes, checksums, identity.tokenizers, identity.settings)
 
 
 def as_array(tensor: Tensor, keeps_bits: bool) -> NDArray[Any]:

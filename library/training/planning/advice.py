@@ -6,6 +6,7 @@ from math import ceil
 
 import torch
 
+from library.errors import NotThere
 from library.memory.planner.cards import Card, typical_card
 from library.memory.planner.choice import Allowed
 from library.memory.planner.prediction import CountedStep, Predicted, Way, predict
@@ -33,7 +34,10 @@ def ways_out(runs: Sequence[Run], batch: Batch) -> list[str]:
         return []
     height, width = batch.height_width
     shape = BatchShape(len(batch.keys), width, height)
-    step = count_run(run.options, run.context.arch, shape, device, [one.options for one in runs]).step
+    try:
+        step = count_run(run.options, run.context.arch, shape, device, [one.options for one in runs]).step
+    except NotThere:  # a run whose features are cached may lack text encoders, with which captions are counted
+        return []
     fewer = ["fewer adapters in one --sweep need about that much less"] if len(runs) > 1 else []
     return fewer + few(list(lines(step, way_of(run.options), allowed_ever(run.options), card_like(device))))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from library.checkpoints.weights import without_values
+from library.errors import NotThere
 from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_layers_with
 from library.memory.devices import DTYPES
 from library.memory.forms.form import AS_IN_FILE, WantedForm
@@ -79,7 +80,7 @@ class Sketch:
 
     models: Models  # those that stay while training
     encoders: Sequence[nn.Module]  # all text encoders
-    vae: nn.Module
+    vae: nn.Module | None
     networks: Sequence[AdoptedNetwork]  # of several adapters that share a step (--sweep), else one
 
 
@@ -177,12 +178,16 @@ def form_to_count(options: TrainOptions) -> WantedForm | None:
     return None if options.network.base_weights else AS_IN_FILE
 
 
-def load_fakes(arch: Architecture, form: WantedForm | None) -> tuple[list[nn.Module], nn.Module, nn.Module]:
-    """(text encoders, denoiser, VAE), frozen."""
+def load_fakes(arch: Architecture, form: WantedForm | None) -> tuple[list[nn.Module], nn.Module, nn.Module | None]:
+    """(text encoders, denoiser, VAE), frozen; no VAE where its files are not there."""
     loader = without_values(arch.load)
     with unset_fake_temporarily():
-        encoders, denoiser, vae = loader.text_encoders(), loader.denoiser(form), loader.vae()
-    for model in (*encoders, denoiser, vae):
+        encoders, denoiser = loader.text_encoders(), loader.denoiser(form)
+        try:
+            vae = loader.vae()
+        except NotThere:  # then it has encoded everything elsewhere
+            vae = None
+    for model in (*encoders, denoiser, *([] if vae is None else [vae])):
         give_fakes(model.eval().requires_grad_(False))
     return encoders, denoiser, vae
 
@@ -225,9 +230,9 @@ def rise_of(arch: Architecture, models: Sequence[nn.Module], run: Callable[[], T
     return counter.peak, found
 
 
-def count_pictures(options: TrainOptions, arch: Architecture, vae: nn.Module, shape: BatchShape) -> Stage | None:
+def count_pictures(options: TrainOptions, arch: Architecture, vae: nn.Module | None, shape: BatchShape) -> Stage | None:
     """Encoding pictures before training; None where they are encoded in the steps."""
-    if not options.caching.cache_latents:
+    if not options.caching.cache_latents or vae is None:
         return None
 
     pixels_BCHW = torch.empty(1, 3, shape.height, shape.width)

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from library.data.description.plan import DataPlan
-from library.errors import UserError
+from library.errors import UserError, needing
 from library.memory.devices import DTYPES
 from library.memory.planner.cards import Card, measured_card, parse_size
 from library.memory.planner.prediction import CONTEXT_BYTES
@@ -61,7 +61,8 @@ def counted_run(
     name = options.network.network_module
     assert name is not None
     try:
-        return count_run(options, arch, batch, device, adapters)
+        with needing("--fit counts captions with the text encoders"):
+            return count_run(options, arch, batch, device, adapters)
     except UserError:
         raise
     except Exception as error:  # whatever code of others meets that looks at values which are not there

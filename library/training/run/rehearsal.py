@@ -12,7 +12,7 @@ from torch import nn
 
 from library.checkpoints.weights import without_values
 from library.collector import keep_imported, without_collection
-from library.errors import UserError
+from library.errors import NotThere, UserError
 from library.options.optimizer import ScheduleOptions
 from library.options.train import TrainOptions
 from library.protocols import Architecture
@@ -64,7 +64,11 @@ def sketched_models(arch: Architecture) -> Models:
     """The models that get adapters, on the meta device."""
     loader = without_values(arch.load)
     with without_collection():  # imports, nearly all of the time that this takes
-        encoders, denoiser = loader.text_encoders(), loader.denoiser()
+        try:
+            encoders = loader.text_encoders()
+        except NotThere:  # then captions are cached, and they get no adapter
+            encoders = []
+        denoiser = loader.denoiser()
     keep_imported()
     return Models(denoiser, encoders, None, arch.view(encoders, denoiser))
 

@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from library.checkpoints.weights import without_values
 from library.data.batches.own_dataset import open_own_dataset
 from library.data.batches.training_data import TrainingBatches, TrainingData, open_batches
 from library.data.description.plan import DataPlan, build_plan
 from library.data.description.schema import RunDataConfig, level_offset
+from library.errors import needing
 from library.launcher import restart_count
 from library.memory.planner.cards import peak_of
 from library.options.train import TrainOptions
@@ -188,7 +190,9 @@ def prepare(
     for one in adapters:
         rehearse(one.options, arch, plan.max_train_steps)
     prompts = wanted_prompts(options, arch) if processes.is_main else []
-
+    if prompts:
+        with needing("--sample_prompts draws pictures"):
+            without_values(arch.load).vae()
     texts = texts_of(prompts, arch.preview.worded)
     reader = options.network.network_module or ""
     loaded = load_models(options, arch, seed, data, compute, texts, processes, reader)

@@ -14,7 +14,7 @@ from library.data.caching.captions import CachedTexts, Encode, Encoders, TextEnc
 from library.data.caching.stores import NO_TEXTS, TextStore
 from library.data.caching.text_files import stack_rows
 from library.data.description.plan import DataPlan
-from library.errors import UserError
+from library.errors import UserError, needing
 from library.options.caching import TextCachingOptions
 from library.options.train import TrainOptions
 from library.processes import Processes
@@ -138,7 +138,10 @@ def prepare_text(
     assert isinstance(data, DataPlan), "--dataset_class refuses --cache_text_encoder_outputs"
     cached = cache_texts(data, encoding, prompts, options.caching.skip_cache_check, processes)
     live = live_text(options, spec)
-    return RunText([] if live is None else [encoder.to(device) for encoder in live.load()], cached)
+    if live is None:
+        return RunText([], cached)
+    with needing("text encoders get an adapter without --network_train_unet_only"):
+        return RunText([encoder.to(device) for encoder in live.load()], cached)
 
 
 def frozen_encode(pipeline: TextPipeline, encoders: Sequence[nn.Module], autocast: Autocast) -> Encode:

@@ -20,6 +20,7 @@ from library.data.caching.captions import CachedTexts, Encoders, TextEncoding, c
 from library.data.caching.text_files import TextFile, stack_rows
 from library.data.description.captions import CaptionRules, caption_variant
 from library.data.description.plan import DataPlan
+from library.errors import NotThere, UserError
 from library.options.caching import TextCachingOptions
 from library.processes import ALONE, Processes
 from library.protocols import TextCacheSpec
@@ -87,12 +88,13 @@ def cache(
     arguments: str = "",
     options: TextCachingOptions = DISK,
     prompts: Sequence[str] = (),
-    identity: str = "encoders",
+    identity: str | None = "encoders",  # None where their files are not there
     words: str = "a cat",
     constants: Mapping[str, Tensor] | None = None,
     seed: int = 1,
     skips_check: bool = False,
     dtype: str = "bf16",
+    settings: str = "",
     encode: Callable[[Sequence[str]], Conditioning] | None = None,
     processes: Processes = ALONE,
 ) -> Cached:
@@ -101,16 +103,24 @@ def cache(
     plan = plan.with_fixed_captions(options.text_cache_variants)
     calls: list[list[str]] = []
     loads: list[int] = []
+
+    def encoders() -> str:
+        if identity is None:
+            raise NotThere("--t5xxl x does not exist")
+        return identity
+
     spec = TextCacheSpec(
         options,
         "_tiny_te.npz",
         KEYS,
-        lambda: identity,
+        encoders,
+        settings,
         (Tokenizer(words),),
         constants or {"applies": torch.tensor(True)},
     )
 
     def load() -> Encoders:
+        encoders()
         loads.append(1)
         return Encoders(encode or pipeline(calls), pipeline(calls, is_prompt=True))
 
@@ -461,3 +471,17 @@ def test_machines_with_a_common_disk_share_the_captions_out(tmp_path):
     alone = cache(write_data(tmp_path / "alone"), SHUFFLED)
     assert sum(len(cached.encoded) for cached in found) == len(alone.encoded)
     assert all(cached.encoded for cached in found)
+
+
+def test_without_encoders_their_settings_still_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What made the first file is taken for the encoders of all; settings and tokenizers are known without them."""
+    caplog.set_level(logging.INFO)
+    first = cache(write_data(tmp_path), settings="512 tokens")
+    same = cache(tmp_path, identity=None, settings="512 tokens")
+    assert not same.num_loads and first.num_loads and "(--t5xxl x does not exist)" in caplog.text
+    changes: list[dict[str, Any]] = [
+        {"settings": "256 tokens"}, {"words": "b"}, {"constants": {"applies": torch.tensor(False)}},
+    ]  # fmt: skip
+    for changed in changes:
+        with pytest.raises(UserError, match=r"captions are to be encoded \(.* is made with (other settings|another)"):
+            cache(tmp_path, **{"identity": None, "settings": "512 tokens", **changed})

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from library.architectures.cards import list_cards
+from library.architectures.sdxl.load import CLIP_G_PREFIX, single_file_parts
 from library.checkpoints.model_card import ModelCard
-from library.checkpoints.weights import Weights
+from library.checkpoints.weights import Weights, selected
+from library.errors import NotThere
 from library.models.identify import (
     base_of_file,
     base_of_folder,
@@ -19,6 +21,9 @@ from library.models.identify import (
     refuse_other_model,
     way_out,
 )
+from library.models.loading import Absent
+from library.models.unet_keys import UNET_PREFIX
+from tests.contracts.full_size import checkpoint
 
 ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 PROJECTION = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
@@ -69,15 +74,14 @@ def test_the_way_out_is_a_flag_between_generations_and_a_script_between_models()
 def test_the_refiner_is_called_by_its_name():
     refiner = weights("conditioner.embedders.0.model.ln_final.weight", "model.diffusion_model.label_emb.0.0.weight")
     with pytest.raises(ValueError, match=r"--flag a\.safetensors: this is the SDXL refiner; only the base model is"):
-        refuse_other_file(CARDS, "--flag", refiner, "sdxl", ())
+        refuse_other_file(CARDS, "--flag", refiner, "sdxl")
 
 
 def test_an_sdxl_file_without_its_second_text_encoder_names_what_is_missing():
-    names = ("conditioner.embedders.0.transformer.x", "model.diffusion_model.label_emb.0.0.weight")
+    found = checkpoint("sdxl")
+    found = selected(found, {name: name for name in found.shapes if not name.startswith(CLIP_G_PREFIX)})
     with pytest.raises(ValueError, match=r"has a U-Net but no text encoder .*conditioner.embedders.1.model"):
-        refuse_other_file(
-            CARDS, "--flag", weights(*names), "sdxl", ("conditioner.embedders.0.", "conditioner.embedders.1.model")
-        )
+        single_file_parts("--flag", found)
 
 
 @pytest.mark.parametrize("wanted", ["sd1", "sdxl"])
@@ -86,7 +90,7 @@ def test_a_file_of_an_unknown_transformer_is_not_taken_for_a_unet(wanted: str) -
     found = weights("model.diffusion_model.blocks.0.attn.qkv.weight", "vae.encoder.conv_in.weight")
     assert base_of_file(CARDS, found.shapes) is None
     with pytest.raises(ValueError, match=r"its denoiser is of no model that a script trains .*blocks\.0\.attn\.qkv"):
-        refuse_other_file(CARDS, "--flag", found, wanted, ())
+        refuse_other_file(CARDS, "--flag", found, wanted)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
@@ -132,3 +136,14 @@ def test_one_base_model_has_the_surest_sign_in_each_checkpoint_that_people_have(
     shapes = {key: tuple(shape) for key, shape in content.items()}
     surest = {card.name: max((s.certainty for s in card.checkpoint if s.is_in(shapes)), default=0) for card in CARDS}
     assert [name for name, certainty in surest.items() if certainty == max(surest.values())] == [base]
+
+
+def test_a_file_of_the_unet_alone_is_enough_where_nothing_needs_the_rest() -> None:
+    """Its size embedding cannot be told from the file alone: bigG's width is that of every SDXL model."""
+    found = checkpoint("sdxl")
+    alone = selected(found, {name: name for name in found.shapes if name.startswith(UNET_PREFIX)})
+    whole, lone = single_file_parts("--flag", found), single_file_parts("--flag", alone, may_lack_text=True)
+    assert lone.unet.config == whole.unet.config
+    assert isinstance(lone.clip_l, Absent) and isinstance(lone.clip_g, Absent)
+    with pytest.raises(NotThere, match=r"--flag sdxl has a U-Net but no text encoder.*use a full checkpoint"):
+        lone.clip_g.config  # noqa: B018

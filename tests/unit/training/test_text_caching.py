@@ -64,7 +64,7 @@ def prepare(folder: Path, to_disk: bool, processes: Processes, encoded: list[str
         return [nn.Identity()]
 
     wanted = TextCachingOptions(cache_text_encoder_outputs=True, cache_text_encoder_outputs_to_disk=to_disk)
-    spec = TextCacheSpec(wanted, "_words_te.npz", ("length",), lambda: "words", tokenizers=())
+    spec = TextCacheSpec(wanted, "_words_te.npz", ("length",), lambda: "words", "", tokenizers=())
     parts = SimpleNamespace(
         text=Words(encoded),
         preview=SimpleNamespace(text=Words(encoded)),
@@ -108,7 +108,7 @@ def test_encoders_without_adapters_stay_off_the_card_where_that_is_asked_for(
     write_folder(tmp_path / "1_a", 1)
     options = options_of("--resolution 64 --caption_extension .txt", "--train_data_dir", str(tmp_path))
     options = options.with_values({"network_train_unet_only": not adapted})
-    spec = TextCacheSpec(TextCachingOptions(text_encoder_cpu=on_cpu), "_te.npz", (), lambda: "", tokenizers=())
+    spec = TextCacheSpec(TextCachingOptions(text_encoder_cpu=on_cpu), "_te.npz", (), lambda: "", "", tokenizers=())
     load = SimpleNamespace(text_encoders=lambda: [nn.Linear(2, 2)])
     arch: Any = SimpleNamespace(text_cache=spec, load=load)
     text = prepare_text(options, arch, plan_of(options), torch.device("meta"), nullcontext, [], Processes())
@@ -124,7 +124,7 @@ def test_encoders_that_fill_a_cache_stay_off_the_card_too(tmp_path: Path, on_cpu
     plan = plan.with_fixed_captions(8)
     encoder = nn.Linear(2, 2)
     wanted = TextCachingOptions(cache_text_encoder_outputs=True, text_encoder_cpu=on_cpu)
-    spec = TextCacheSpec(wanted, "_words_te.npz", ("length",), lambda: "words", tokenizers=())
+    spec = TextCacheSpec(wanted, "_words_te.npz", ("length",), lambda: "words", "", tokenizers=())
     arch: Any = SimpleNamespace(
         text=Words([]),
         preview=SimpleNamespace(text=Words([])),

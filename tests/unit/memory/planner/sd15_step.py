@@ -31,7 +31,7 @@ TEXT_WIDTH = 768
 
 def built(changed: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
     """(U-Net, adapter of rank 16 on it), on the meta device."""
-    parts = sd.single_file_parts("--flag", checkpoint("sd15"), "sd1", own_vae=False)
+    parts = sd.single_file_parts("--flag", checkpoint("sd15"), "sd1")
     unet = empty_unet({**parts["unet"].config, **changed}).requires_grad_(False).eval()
     unet.adapter_targets = TARGETS
     seen: tuple[list[nn.Module], nn.Module] = ([], unet)
