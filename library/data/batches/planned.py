@@ -1,6 +1,7 @@
 """The batches of a run, built last: of the plan of its data and of what is cached."""
 
 import logging
+import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from library.data.batches.batches import (
     start_worker,
 )
 from library.data.batches.order import epoch_batches
+from library.data.batches.shared import SharedMaker
 from library.data.batches.validation_set import ValidationSet, open_validation_set
 from library.data.caching.stores import LatentStore, TextStore
 from library.data.description.plan import DataPlan
@@ -121,12 +123,16 @@ class PlannedBatches:
             self._skipped[told] += 1
         return finish_batch(draft, self._latents.memory, self._texts.memory, self._texts.padding)
 
+    @cached_property
+    def _for_workers(self) -> BatchMaker | SharedMaker:
+        return self._maker if multiprocessing.get_start_method() == "fork" else SharedMaker.of(self._maker)
+
     def _from_workers(self, orders: Orders, num_workers: int, persistent_workers: bool) -> Iterator[Batch]:
         loader = self._lasting_loader
         if loader is None or loader.num_workers != num_workers:
             self._orders = BatchSampler(orders)
             loader = DataLoader(
-                self._maker,
+                self._for_workers,
                 batch_size=None,
                 sampler=self._orders,
                 num_workers=num_workers,

@@ -1,0 +1,68 @@
+"""What worker processes need, for those that are started afresh, as on macOS and Windows.
+
+A forked worker sees its parent's memory. Others get everything pickled, and a million pictures would be copied into
+each of them. So the columns go into memory that all of them share, and what is pickled does not grow with the pictures.
+"""
+
+import pickle
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from library.data.batches.batches import BatchMaker, BatchOrder, PartialBatch
+from library.errors import UserError
+
+ALIGNMENT = 64  # bytes; no column has larger values
+
+
+@dataclass(frozen=True, eq=False)
+class SharedMaker(Dataset[PartialBatch | str]):
+    """A maker of batches whose columns are not copied into the processes that it travels to."""
+
+    content: bytes  # pickled, without the columns
+    columns: Tensor  # uint8, one after another, in shared memory
+    sizes: tuple[int, ...]  # bytes of each
+
+    @classmethod
+    def of(cls, maker: BatchMaker) -> "SharedMaker":
+        """Raises UserError where shared memory has no room for the columns."""
+        buffers: list[pickle.PickleBuffer] = []
+        content = pickle.dumps(maker, protocol=5, buffer_callback=buffers.append)
+        raw = [buffer.raw() for buffer in buffers]
+        sizes = tuple(one.nbytes for one in raw)
+        columns = torch.empty(sum(map(aligned, sizes)), dtype=torch.uint8)
+        try:
+            columns.share_memory_()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise UserError(
+                f"--max_data_loader_n_workers: shared memory has no room for the {len(columns) / 1e6:.0f} MB that "
+                f"describe the pictures ({error}); give it more (docker run --shm-size), or use 0"
+            ) from error
+        for column, one in zip(slices_of(columns, sizes), raw, strict=True):
+            column[:] = np.frombuffer(one, dtype=np.uint8)
+        return cls(content, columns, sizes)
+
+    @cached_property
+    def maker(self) -> BatchMaker:
+        """The maker, whose arrays are views of the shared columns."""
+        maker: BatchMaker = pickle.loads(self.content, buffers=slices_of(self.columns, self.sizes))
+        return maker
+
+    def __getitem__(self, order: BatchOrder) -> PartialBatch | str:
+        return self.maker[order]
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def slices_of(columns: Tensor, sizes: tuple[int, ...]) -> list[np.ndarray[tuple[int], np.dtype[np.uint8]]]:
+    """Each column as bytes."""
+    values = columns.numpy()
+    starts = accumulate(map(aligned, sizes), initial=0)
+    return [values[start : start + size] for start, size in zip(starts, sizes, strict=False)]

@@ -1,0 +1,88 @@
+"""Worker processes that are started afresh read the columns of the plan where they lie."""
+
+import multiprocessing
+import pickle
+from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from library.data.batches.batches import BatchMaker
+from library.data.batches.planned import maker_of
+from library.data.batches.shared import SharedMaker
+from library.data.batches.training_data import open_batches
+from library.data.caching.stores import NO_LATENTS, NO_TEXTS, CacheFiles
+from library.data.description.buckets import Shape
+from library.data.sources.samples import Samples
+from library.errors import UserError
+from tests.unit.data.builders import batches_of, content_of, options_of, plan_of, write_folder
+from tests.unit.data.test_columns import made_up
+
+
+def maker_for(count: int) -> BatchMaker:
+    """A maker for pictures that are nowhere."""
+    shapes = (Shape((64, 64), (64, 64)),)
+    samples = Samples((made_up(count, 3),), (0,), shapes, np.zeros(count, np.int32), np.ones(count, np.int32))
+    order = np.random.default_rng(4).permutation(count).astype(np.int32)
+    return BatchMaker(1, samples, order, (), 1.0, 10, CacheFiles(), frozenset())
+
+
+def test_what_is_pickled_for_a_worker_does_not_grow_with_the_pictures() -> None:
+    few, many = (len(ForkingPickler.dumps(SharedMaker.of(maker_for(count)))) for count in (200, 20_000))
+    assert many - few < 100 and many < 5_000
+    assert len(ForkingPickler.dumps(maker_for(20_000))) > 1_000_000  # what it is without
+
+
+def test_what_arrives_is_the_same_and_lies_in_the_shared_columns() -> None:
+    maker = maker_for(1_000)
+    shared = SharedMaker.of(maker)
+    assert shared.columns.is_shared()
+    arrived = pickle.loads(ForkingPickler.dumps(shared))
+    assert list(arrived.maker.samples) == list(maker.samples)
+    assert np.array_equal(arrived.maker.sample_of_draw, maker.sample_of_draw)
+    columns, pictures = arrived.columns.numpy(), arrived.maker.samples.subsets[0]
+    for array in (arrived.maker.sample_of_draw, pictures.names.content, pictures.captions.ends, pictures.sizes_N2):
+        assert np.shares_memory(array, columns)
+    shared.columns.zero_()
+    assert not arrived.maker.sample_of_draw.any()
+
+
+def test_a_plan_without_pictures_travels_too() -> None:
+    assert len(pickle.loads(ForkingPickler.dumps(SharedMaker.of(maker_for(0)))).maker.samples) == 0
+
+
+@pytest.fixture
+def starting_afresh() -> Iterator[None]:
+    """Worker processes start as on macOS and Windows."""
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(usual, force=True)
+
+
+def test_workers_that_start_afresh_give_the_batches_of_this_process(
+    tmp_path: Path, starting_afresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[SharedMaker] = []
+    of = SharedMaker.of
+    monkeypatch.setattr(SharedMaker, "of", lambda maker: made.append(of(maker)) or made[-1])
+    write_folder(tmp_path / "2_a", 3, (70, 64), "one, two, three")
+    words = "--resolution 64 --train_batch_size 2 --caption_extension .txt --shuffle_caption --flip_aug"
+    plan = plan_of(options_of(words, "--train_data_dir", str(tmp_path)))
+    expected = [content_of(batch) for batch in batches_of(plan)]
+    assert [content_of(batch) for batch in batches_of(open_batches(plan), workers=1)] == expected
+    assert len(made) == 1
+
+
+def test_full_shared_memory_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(tensor: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    write_folder(tmp_path / "1_a", 2)
+    plan = plan_of(options_of("--resolution 64", "--train_data_dir", str(tmp_path)))
+    with pytest.raises(UserError, match=r"--max_data_loader_n_workers: shared memory .*No space left.*use 0"):
+        SharedMaker.of(maker_of(plan, NO_LATENTS, NO_TEXTS))
