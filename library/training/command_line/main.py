@@ -30,7 +30,9 @@ from library.training.saving.resume import AlreadyComplete
 from library.training.sweep.combinations import shared_and_own
 
 if TYPE_CHECKING:
+    from library.data.batches.training_data import TrainingData
     from library.processes import Processes
+    from library.training.planning.fit import Fit
     from library.training.run.setup import Prepared
     from library.training.sweep.record import SweepRecord
 
@@ -206,13 +208,12 @@ def train_among(
     `options` are what became of those that were `asked` for by what was found so far.
     """
     from library.data.batches.debug import show_batches
-    from library.data.description.plan import DataPlan
     from library.data.description.schema import NoDataFound
     from library.training.faults.dry_run import try_largest_batch
     from library.training.faults.out_of_memory import explained
     from library.training.faults.selftest import test_itself
     from library.training.optimization.hidden_library import hidden_bitsandbytes
-    from library.training.reporting.events import Audit, Planned
+    from library.training.reporting.events import Audit
     from library.training.run import setup
     from library.training.saving.hub import check_repository
     from library.training.saving.resume import with_batches_of_state, with_rates_of_state
@@ -236,17 +237,8 @@ def train_among(
         return True
     if events.is_on:
         events.emit(Audit(**data.facts()))
-    if options.fit.fit is not None:
-        from library.training.planning.fit_run import fit_run
-
-        assert isinstance(data, DataPlan), "--dataset_class refuses --fit"
-        together = [own.with_values(changes(asked, options)) for own in adapters.values()]
-        options, arch, fitted = fit_run(options, build, arch, data, processes, together)
-        if (chosen := fitted.choice.chosen) is not None:
-            for each in events.each:
-                each.planned = Planned(chosen.device_bytes, chosen.tensor_bytes, chosen.seconds)
-    else:
-        fitted = None
+    together = [own.with_values(changes(asked, options)) for own in adapters.values()]
+    options, arch, fitted = fitted_to_memory(options, build, arch, data, processes, together, events)
     largest = None
     if options.faults.dry_run:
         data, largest = data.limited_to_largest_batch()
@@ -270,12 +262,54 @@ def train_among(
     if largest is not None:
         try_largest_batch([one.run for one in prepared], first.writer, largest)
         return True
+    is_over = train_prepared(prepared, events, interruption, processes, fitted)
+    if processes.is_main and sweep is not None and is_over:
+        rank_adapters(options, prepared, sweep)
+    return is_over
+
+
+def fitted_to_memory(
+    options: OptionsT,
+    build: Callable[[OptionsT], Architecture],
+    arch: Architecture,
+    data: "TrainingData",
+    processes: "Processes",
+    adapters: Sequence[OptionsT],
+    events: EventsOfAll,
+) -> "tuple[OptionsT, Architecture, Fit | None]":
+    """The options with what --fit chooses, and the base model built for them; without it, both as they are."""
+    if options.fit.fit is None:
+        return options, arch, None
+    from library.data.description.plan import DataPlan
+    from library.training.planning.fit_run import fit_run
+    from library.training.reporting.events import Planned
+
+    assert isinstance(data, DataPlan), "--dataset_class refuses --fit"
+    options, arch, fitted = fit_run(options, build, arch, data, processes, adapters)
+    if (chosen := fitted.choice.chosen) is not None:
+        for each in events.each:
+            each.planned = Planned(chosen.device_bytes, chosen.tensor_bytes, chosen.seconds)
+    return options, arch, fitted
+
+
+def train_prepared(
+    prepared: "Sequence[Prepared]",
+    events: EventsOfAll,
+    interruption: Interruption,
+    processes: "Processes",
+    fitted: "Fit | None",
+) -> bool:
+    """Train, and say what was trained; gives whether all adapters came to their end.
+
+    What was trained so far is saved if an error or a number that is not finite ends it.
+    """
     from library.training.faults.failure import saved_on_error
     from library.training.optimization.nonfinite import last_good_saved
     from library.training.planning.correction import MemoryWatch
     from library.training.run.loop import train
 
     interruption.defer()
+    first = prepared[0]
     started, first_step = time.monotonic(), first.progress.step
     try:
         with ExitStack() as stack:
@@ -295,8 +329,6 @@ def train_among(
     for one in (one for one, is_over in zip(prepared, are_over, strict=True) if processes.is_main and is_over):
         with speaking_of(one.run.label):
             tell_end(one, first_step, time.monotonic() - started)
-    if processes.is_main and sweep is not None and all(are_over):
-        rank_adapters(options, prepared, sweep)
     return all(are_over)
 
 
