@@ -2,14 +2,19 @@
 latents and text features, so that training loads neither VAE nor text encoders."""
 
 import argparse
+import glob
 import importlib
 import io
+import json
 import logging
 import os
+import re
 import sys
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import toml  # noqa: E402
 
-from library.checkpoints.files import atomic_path  # noqa: E402
+from library.checkpoints.files import atomic_path, remove_temporary  # noqa: E402
 from library.data.batches.images import open_picture, picture_extensions  # noqa: E402
 from library.data.description.keys import ALL_KEYS, SOURCES  # noqa: E402
 from library.data.description.schema import (  # noqa: E402
@@ -37,7 +42,7 @@ from library.data.sources.storage import Storage  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.processes import of_accelerator  # noqa: E402
-from library.progress import progress_bar  # noqa: E402
+from library.progress import Bar, progress_bar  # noqa: E402
 from library.training.command_line.checks import check_data  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
 from library.training.run.compute import Compute  # noqa: E402
@@ -117,21 +122,125 @@ def packed(found: ScannedSubset) -> Iterator[Packed]:
 
 
 def write_shards(found: ScannedSubset, out: Path, name: str, shard_bytes: float, storage: Storage) -> str:
-    """Write the pictures of a subset, the captions beside them; gives the pattern of the files."""
-    number, members = 0, iter(packed(found))
-    one: Packed | None = next(members, None)
+    """Write the pictures of a subset, the captions beside them; gives the pattern of the files.
+
+    Shards that an earlier call finished are kept from the first on, as long as they are what this one would write.
+    """
+    remove_temporary(out, lambda stem: re.fullmatch(rf"{re.escape(name)}-\d{{5}}", stem) is not None)
+    journal, members = Journal(out / f".{name}-shards.json"), iter(packed(found))
+    shards, members = kept_shards(journal.read(), members, out, shard_bytes, storage)
     with progress_bar(f"packing {name}", len(found.pictures)) as bar:
-        while one is not None:
-            with atomic_path(out / f"{name}-{number:05}.tar") as temporary, tarfile.open(temporary, "w") as archive:
-                while one is not None and (not archive.offset or archive.offset < shard_bytes):
-                    content, text = storage.whole(one.picture)[1], one.text
-                    add_member(archive, f"{one.stem}{ending_of(one.picture, content)}", content)
-                    if text is not None:
-                        add_member(archive, f"{one.stem}{ENDING}", text)
-                    bar.update(1)
-                    one = next(members, None)
-            number += 1
-    return f"{name}-{{00000..{number - 1:05}}}.tar"
+        if shards:
+            bar.update(sum(shard.num_pictures for shard in shards))
+            logger.info("%d shards of %s with %d pictures are kept as they are", len(shards), name, bar.done)
+        while (first := next(members, None)) is not None:
+            path = out / f"{name}-{len(shards):05}.tar"
+            with atomic_path(path) as temporary:
+                held, is_full = write_shard(temporary, chain([first], members), shard_bytes, storage, bar)
+                inputs = digest_of_inputs(held, shard_bytes, storage)
+                size, digest = temporary.stat().st_size, digest_of_file(temporary)
+            shards.append(Shard(path.name, size, digest, len(held), is_full, inputs))
+            journal.write(shards)
+    for path in sorted(out.glob(f"{glob.escape(name)}-*.tar")):
+        if re.fullmatch(rf"{re.escape(name)}-\d{{5}}\.tar", path.name) and path.name not in {s.name for s in shards}:
+            logger.info("%s, of an earlier packing, is deleted", path)
+            path.unlink()
+    return f"{name}-{{00000..{len(shards) - 1:05}}}.tar"
+
+
+def write_shard(
+    path: Path, members: Iterator[Packed], shard_bytes: float, storage: Storage, bar: Bar
+) -> tuple[list[Packed], bool]:
+    """Write one shard of the next pictures; gives those that it holds, and whether it is full."""
+    held: list[Packed] = []
+    with tarfile.open(path, "w") as archive:
+        for one in members:
+            content, text = storage.whole(one.picture)[1], one.text
+            add_member(archive, f"{one.stem}{ending_of(one.picture, content)}", content)
+            if text is not None:
+                add_member(archive, f"{one.stem}{ENDING}", text)
+            held.append(one)
+            bar.update(1)
+            if archive.offset >= shard_bytes:
+                return held, True
+    return held, False
+
+
+# What an earlier call finished
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard that is complete, and what it was made of."""
+
+    name: str
+    num_bytes: int
+    digest: str
+    num_pictures: int
+    is_full: bool
+    inputs: str  # digest of pictures and captions as they were, and of the size of shards
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The file beside the shards of a subset that says which of them are complete."""
+
+    path: Path
+
+    def read(self) -> list[Shard]:
+        """None of them where there is no such file, or where it is damaged."""
+        try:
+            return [Shard(**row) for row in json.loads(self.path.read_text(encoding="utf-8"))]
+        except FileNotFoundError:
+            return []
+        except (ValueError, TypeError):
+            logger.warning("%s is damaged: its shards are packed anew", self.path)
+            return []
+
+    def write(self, shards: Sequence[Shard]) -> None:
+        with atomic_path(self.path) as temporary:
+            temporary.write_text(json.dumps([asdict(shard) for shard in shards]), encoding="utf-8")
+
+
+def kept_shards(
+    known: Sequence[Shard], members: Iterator[Packed], out: Path, shard_bytes: float, storage: Storage
+) -> tuple[list[Shard], Iterator[Packed]]:
+    """Those at the beginning that this call would write too, each read once, and the pictures that are left."""
+    kept: list[Shard] = []
+    for shard in known:
+        held = list(islice(members, shard.num_pictures))
+        following = next(members, None)
+        members = members if following is None else chain([following], members)
+        grows = following is not None and not shard.is_full
+        if grows or not is_kept(shard, held, out / shard.name, shard_bytes, storage):
+            return kept, chain(held, members)
+        kept.append(shard)
+    return kept, members
+
+
+def is_kept(shard: Shard, held: Sequence[Packed], path: Path, shard_bytes: float, storage: Storage) -> bool:
+    """Whether a shard is still what these pictures make, and lies there as it was written."""
+    if len(held) != shard.num_pictures or digest_of_inputs(held, shard_bytes, storage) != shard.inputs:
+        return False
+    if path.is_file() and path.stat().st_size == shard.num_bytes and digest_of_file(path) == shard.digest:
+        return True
+    logger.warning("%s is not as it was packed, and is packed anew", path)
+    return False
+
+
+def digest_of_inputs(members: Sequence[Packed], shard_bytes: float, storage: Storage) -> str:
+    told = blake2b(f"{shard_bytes}".encode(), digest_size=16)
+    for one in members:
+        told.update(repr((one.stem, one.picture.key, tuple(storage.version(one.picture)), one.text)).encode())
+    return told.hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    told = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            told.update(piece)
+    return told.hexdigest()
 
 
 def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -100,6 +100,71 @@ def test_the_same_pictures_give_the_same_shards(described: Path, tmp_path: Path)
     assert (tmp_path / "one" / "cats-00000.tar").read_bytes() == (tmp_path / "two" / "cats-00000.tar").read_bytes()
 
 
+def packed_shards(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((*out.glob("*.tar"), *out.glob(".*-shards.json")))}
+
+
+def pack(out: Path, described: Path, *more: str) -> int:
+    return make_shards.main(["--dataset_config", str(described), "--out", str(out), "--shard_mb", "0.03", *more])
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 12])
+def test_an_interrupted_packing_goes_on_with_the_shard_it_was_at(
+    stop_at: int, described: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C, while the member of that number is written: all that lies there is whole."""
+    assert pack(tmp_path / "whole", described) == 0
+    out, add, calls, stops = tmp_path / "out", make_shards.add_member, list[str](), [stop_at]
+
+    def counted(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+        calls.append(name)
+        if stops and len(calls) == stops[0]:
+            raise KeyboardInterrupt
+        add(archive, name, content)
+
+    monkeypatch.setattr(make_shards, "add_member", counted)
+    assert pack(out, described) == 130 and "stopped" in capsys.readouterr().err
+    finished = packed_shards(out)
+    assert finished.items() <= {**packed_shards(tmp_path / "whole"), **finished}.items()
+    assert {name for name in finished if name.endswith(".tar")} <= packed_shards(tmp_path / "whole").keys()
+    assert not [path for path in out.glob(".*") if path.name != ".cats-shards.json"]
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    (out / ".cats-00003.0123456789ab.tar").write_bytes(b"of one that was killed")
+    calls.clear()
+    stops.clear()
+    assert pack(out, described) == 0
+    assert packed_shards(out) == packed_shards(tmp_path / "whole")
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert len(calls) < 13 if stamps else len(calls) == 13  # 7 pictures, 6 captions
+    assert (out / "dataset.toml").read_text() == (tmp_path / "whole" / "dataset.toml").read_text().replace(
+        "/whole/", "/out/"
+    )
+    assert not list(out.glob(".cats-00003.*"))
+
+
+def test_what_changed_since_is_packed_anew_and_the_rest_kept(described: Path, tmp_path: Path) -> None:
+    """A shard that was damaged, and one whose caption is another; of fewer pictures the last shards go."""
+    out = tmp_path / "out"
+    assert pack(out, described) == 0
+    whole = packed_shards(out)
+    names = sorted(name for name in whole if name.endswith(".tar"))
+    damaged = out / names[1]
+    damaged.write_bytes(whole[names[1]][:-1] + b"x")
+    first = (out / names[0]).stat().st_mtime_ns
+    assert pack(out, described) == 0
+    assert packed_shards(out) == whole and (out / names[0]).stat().st_mtime_ns == first
+    with tarfile.open(out / names[2]) as archive:
+        caption = next(name for name in archive.getnames() if name.endswith(".txt"))
+    source = next(path for path in (tmp_path / "cats").glob("*.txt") if path.stem == Path(caption).stem)
+    source.write_text("another one")
+    assert pack(out, described) == 0
+    assert pack(tmp_path / "anew", described) == 0
+    changed = packed_shards(out)
+    assert changed == packed_shards(tmp_path / "anew") and changed[names[1]] == whole[names[1]]
+    assert pack(out, described, "--shard_mb", "1000") == 0
+    assert [path.name for path in out.glob("*.tar")] == ["cats-00000.tar"]
+
+
 @pytest.mark.parametrize("kind", ["shards", "parquet"])
 def test_larger_files_are_packed_anew(kind: str, tmp_path: Path) -> None:
     """Rows of a Parquet file have neither names nor endings."""
