@@ -28,7 +28,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from library.data.description.plan import DataPlan
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -136,7 +141,7 @@ def options_for(folder: str, subset: str | None = None) -> object:
     return TrainOptions.from_args(parser.parse_args(["--dataset_config", str(config)]))
 
 
-def ready(options: object) -> object:
+def ready(options: object) -> "tuple[DataPlan, object]":
     """The measured part of a start."""
     from library.data.batches.training_data import open_batches
     from library.data.description.plan import build_plan
@@ -146,6 +151,15 @@ def ready(options: object) -> object:
     plan = build_plan(options, spec, 1, None, None)  # type: ignore[arg-type]
     plan.audit(logging.getLogger("audit"))
     return plan, open_batches(plan).of_epoch(1, range(plan.num_batches), int, 0, False)
+
+
+def bytes_to_worker(plan: "DataPlan") -> int:
+    """What each worker process gets that is started afresh; a forked one gets nothing."""
+    from library.data.batches.planned import maker_of
+    from library.data.batches.shared import SharedMaker
+    from library.data.caching.stores import NO_LATENTS, NO_TEXTS
+
+    return len(ForkingPickler.dumps(SharedMaker.of(maker_of(plan, NO_LATENTS, NO_TEXTS))))
 
 
 def resident_bytes() -> int:
@@ -158,7 +172,7 @@ def measure(kind: str, folder: str) -> dict[str, float]:
     if kind in ("first run", "second run", "index"):
         shards = f'shards = "{folder}/{{000000..{len(list(Path(folder).glob("*.tar"))) - 1:06}}}.tar"'
         options = options_for(folder, shards if kind == "index" else None)
-        work: Callable[[], object] = lambda: ready(options)  # noqa: E731
+        work: Callable[[], Any] = lambda: ready(options)  # noqa: E731
     else:
         work = lambda: {"bare read": bare_read, "bare look": bare_look}[kind](folder)  # noqa: E731
     gc.collect()
@@ -171,7 +185,8 @@ def measure(kind: str, folder: str) -> dict[str, float]:
     grown = max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - peak)
     found = {"cpu": cpu, "wall": wall, "kept": max(0, resident_bytes() - memory), "peak": grown}
     found["objects"] = sys.getallocatedblocks() - blocks
-    del kept
+    if kind == "index":
+        found["sent"] = bytes_to_worker(kept[0])
     return found
 
 
@@ -217,7 +232,7 @@ def report_index(folder: Path, count: int, rounds: int) -> None:
         print(
             f"{count:>7} pictures of an index, {start}: {median['cpu']:.2f} CPU s, {median['wall']:.2f} s, "
             f"{median['kept'] / count / 1000:.3f} kB a picture (peak {median['peak'] / count / 1000:.3f}), "
-            f"{median['objects'] / count:.4f} objects a picture",
+            f"{median['objects'] / count:.4f} objects a picture, {median['sent'] / 1000:.1f} kB to a fresh worker",
             flush=True,
         )
 
