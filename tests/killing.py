@@ -1,6 +1,7 @@
 """Runs of a script that are killed at a chosen file operation.
 
-`python -m tests.killing <jobs.json>` imports everything once and forks for each run, so that a run costs no imports.
+`python -m tests.killing <jobs.json>` imports everything once and forks for each run, so that a run costs no imports,
+and no look of Python's collector through them, which would copy their memory too.
 A run counts what it does to files: it opens one to write, renames, replaces, removes, makes a folder, or has the
 safetensors library write, which happens outside Python. At the chosen number it gets SIGKILL, before the operation; a
 file of safetensors can also be left half written. Times and session ids are fixed, so that whole folders compare.
@@ -20,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from library.checkpoints.model_card import ModelCard
+from library.collector import keep_imported
 from tests.running import ROOT
 
 WRITES = set("wax+")
@@ -75,6 +77,7 @@ def main() -> None:
     for script in {job.script for job in jobs}:
         import_all(script, SCRIPTS[script])
     fix_times()
+    keep_imported()
     print(json.dumps([asdict(forked(job)) for job in jobs]))
 
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from library.collector import keep_imported
 from tests.killing import import_all, told_by
 
 MOST_SECONDS = 120  # of a run
@@ -66,6 +67,7 @@ def main() -> None:
         import_all(script, SCRIPTS[script])
     for call in {job.call for job in jobs if job.call is not None}:
         importlib.import_module(call.partition(":")[0])
+    keep_imported()
     print(json.dumps([[asdict(rank) for rank in forked(job)] for job in jobs]))
 
 
