@@ -207,3 +207,23 @@ def launched(arguments: list[str], version: str) -> Finished:
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, timeout=300, env=environment)
     return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@pytest.mark.slow
+def test_adapters_of_a_sweep_share_a_base_that_is_spread(arguments: Arguments, tmp_path: Path) -> None:
+    """Ranks and seeds, with dropout; pictures, losses and files are those of one process."""
+    words = [*arguments("flux"), "--sweep", "network_dim=2,3", "seed=92,93", "--network_dropout", "0.2"]
+    said = run(
+        [
+            ("two", 2, [*words, "--shard_base"]),
+            ("one", 1, [*words, "--gradient_accumulation_steps", "2"]),
+        ],
+        "flux",
+        tmp_path,
+    )
+    assert "spread over 2 processes" in said["two"] and "4 adapters share each pass" in said["two"]
+    names = sorted(path.name for path in (tmp_path / "one" / "out").glob("*.safetensors"))
+    assert len(names) == 4 and all(off(tmp_path, "two", "one", name) <= 1e-5 for name in names)
+    assert losses(said["two"]) == losses(said["one"]) and len(losses(said["two"])) == 4 * 4
+    drawn = pictures_of(tmp_path, "two")
+    assert drawn == pictures_of(tmp_path, "one") and len(drawn) == 2 * 4

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from library.checkpoints.files import load_state_dict, read_metadata
+from library.options.train import TrainOptions
 from library.training.report.page import data_of
 from library.training.report.writer import read_report
+from library.training.run import loop, optimization
+from library.training.sweep import together
 from tests.running import Finished, make_pictures
 from tests.runs.bases import BASES
 from tests.tolerances import SUMS_OF_A_RUN
@@ -43,8 +46,8 @@ def assert_same_files(one: Path, other: Path) -> None:
 
 def test_every_combination_gives_the_file_of_its_run_alone(train: Train, words: list[str], tmp_path: Path) -> None:
     """Ranks, rates, dropout and seeds: the seed is that of an adapter, so it alone does not change the batches."""
-    together = ["--sweep", "network_dim=2,3", "learning_rate=0.5,1", "network_dropout=0.2,0"]
-    done = train([*words, *together], "flux_train_network")
+    combined = ["--sweep", "network_dim=2,3", "learning_rate=0.5,1", "network_dropout=0.2,0"]
+    done = train([*words, *combined], "flux_train_network")
     assert done.status == 0, done.stderr
     names = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
     assert names == {
@@ -105,6 +108,34 @@ def test_an_adapter_whose_losses_are_not_finite_ends_alone(train: Train, words: 
     assert train(alone, "flux_train_network").status == 0
     assert_same_files(tmp_path / "out" / "mine-lr0.5.safetensors", tmp_path / "out" / "alone.safetensors")
     assert not (tmp_path / "out" / "mine-lr1e38.safetensors").exists()
+
+
+def test_each_adapter_has_a_loss_scale_of_its_own(
+    train: Train, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with fp16, here for float32: one begins with a scale at which its gradients overflow, and skips steps until it
+    has found a smaller one, while the other trains."""
+    scales = {"0.5": 2.0**127, "1": 8.0}
+    made: list[torch.amp.GradScaler] = []
+
+    def make(options: TrainOptions, device: torch.device) -> torch.amp.GradScaler:
+        made.append(torch.amp.GradScaler("cpu", init_scale=scales[f"{options.optimizer.learning_rate:g}"]))
+        return made[-1]
+
+    one_loss, losses = loop.loss_of, together.losses_together
+    monkeypatch.setattr(optimization, "gradient_scaler", make)
+    monkeypatch.setattr(loop, "loss_of", lambda *given: 64 * one_loss(*given))  # overflow float32 at 2^127
+    monkeypatch.setattr(together, "losses_together", lambda *given: [64 * loss for loss in losses(*given)])
+    more = ["--max_train_steps", "14", "--network_train_unet_only", "--network_dim", "2"]
+    done = train([*words, *more, "--sweep", "learning_rate=0.5,1"], "flux_train_network")
+    assert done.status == 0, done.stderr
+    found = [scaler.get_scale() for scaler in made]
+    assert 2.0**115 < found[0] < 2.0**127 and found[1] == 8.0
+    for rate in scales:
+        alone = ["--learning_rate", rate, "--output_name", "alone"]
+        assert train([*words, *more, *alone], "flux_train_network").status == 0
+        assert made[-1].get_scale() == found[list(scales).index(rate)]
+        assert_same_files(tmp_path / "out" / f"mine-lr{rate}.safetensors", tmp_path / "out" / "alone.safetensors")
 
 
 def test_worse_adapters_end_early_and_all_are_ranked(train: Train, words: list[str], tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""Runs of two processes that end early: all of them at the same step, as one process does."""
+
+from pathlib import Path
+
+import pytest
+
+from library.checkpoints.files import load_state_dict, read_metadata
+from tests.ranks import Job, Rank, run_ranks
+from tests.running import make_pictures
+from tests.runs.bases import BASES
+from tests.tolerances import SUMS_OF_A_RUN
+
+pytestmark = pytest.mark.slow
+WARMED = ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "4"]  # the best loss is an early one
+RUNS = {
+    "patience": ["--learning_rate", "2000", *WARMED, "--early_stop_patience", "2", "--max_train_steps", "9"],
+    "sweep": ["--sweep", "learning_rate=1e-3,1e6", "--sweep_stop_after", "2", "--max_train_steps", "3"],
+    "both": ["--sweep", "learning_rate=1e-3,2000", *WARMED, "--early_stop_patience", "2", "--max_train_steps", "5"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Rank]]]:
+    """Where files lie, and what the processes of each run said: "<name> 2" of two, "<name> 1" of one."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_pictures(folder / "data" / "1_thing", 25, seed=71)
+    (folder / "model").mkdir()
+    words = [
+        *BASES["flux"].build(folder / "model"), "--train_data_dir", str(folder / "data"), "--caption_extension",
+        ".txt", "--resolution", "64", "--train_batch_size", "2", "--output_name", "mine", "--network_module",
+        "networks.lora_flux", "--network_dim", "2", "--optimizer_type", "SGD", "--seed", "8", "--max_grad_norm", "0",
+        "--max_data_loader_n_workers", "0", "--save_precision", "float", "--no_report", "--network_train_unet_only",
+        "--validation_split", "0.5", "--validate_every_n_steps", "1",
+    ]  # fmt: skip
+    jobs = []
+    for name, more in RUNS.items():
+        for count, accumulated in ((2, "1"), (1, "2")):
+            own = folder / f"{name} {count}"
+            own.mkdir()
+            told = [*words, *more, "--gradient_accumulation_steps", accumulated, "--output_dir", str(own / "out")]
+            jobs.append(Job(told, count, str(own), "flux_train_network"))
+    found = run_ranks(jobs, folder)
+    return folder, {Path(job.folder).name: ranks for job, ranks in zip(jobs, found, strict=True)}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_both_processes_end_where_one_does(name: str, runs: tuple[Path, dict[str, list[Rank]]]) -> None:
+    folder, found = runs
+    for rank in (*found[f"{name} 2"], *found[f"{name} 1"]):
+        assert rank.status == 0, rank.said
+    two, one = (told_ends(found[f"{name} {count}"][0].said) for count in (2, 1))
+    assert two == one and len(two) == 1
+    files = {path.name: path for path in (folder / f"{name} 1" / "out").glob("*.safetensors")}
+    assert files.keys() == {path.name for path in (folder / f"{name} 2" / "out").glob("*.safetensors")}
+    for file, path in files.items():
+        other = folder / f"{name} 2" / "out" / file
+        assert read_metadata(path)["ss_steps"] == read_metadata(other)["ss_steps"]
+        wanted, ours = load_state_dict(path), load_state_dict(other)
+        for key, tensor in wanted.items():
+            assert float((ours[key] - tensor).norm()) <= SUMS_OF_A_RUN * float(tensor.norm()), (file, key)
+
+
+def told_ends(said: str) -> list[str]:
+    """What is said of ends before the last step."""
+    lines = [line.partition("INFO")[2].strip() for line in said.splitlines()]
+    return [line for line in lines if "ends after step" in line]
