@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 from tests.running import Finished, make_pictures
@@ -99,3 +100,37 @@ def test_started_as_users_do_with_shards_of_a_bucket_whose_answers_break_off(
     assert equal(tmp_path / "bucket_run", tmp_path / "folder_run")
     written = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     assert not written and SECRET not in done.stderr + done.stdout
+
+
+def test_credentials_in_urls_reach_nothing_that_a_run_writes_or_says(
+    train: Train,
+    base_arguments: list[str],
+    sources: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Metadata, state, report, events, charts, caches, and the lines of a run that goes on and of one that fails."""
+    with object_store(monkeypatch) as store:
+        store.fill(tmp_path / "shards", "cats/")
+        base = store.url.replace("http://", f"http://me:{SECRET}@")
+        names = sorted(path.name for path in (tmp_path / "shards").glob("*.tar"))
+        url = f"{base}/{BUCKET}/cats/{{{','.join(names)}}}?X-Amz-Signature={SECRET}"
+        out = tmp_path / "run"
+        told = [
+            "--cache_dir", str(tmp_path / "caches"), "--cache_latents_to_disk", "--validation_split", "0.3",
+            "--save_state", "--log_events", str(out / "events.jsonl"), "--log_with", "tensorboard", "--logging_dir",
+            str(out / "logs"), "--save_every_n_steps", "2",
+        ]  # fmt: skip
+        words = arguments_of([w for w in base_arguments if w != "--no_report"], out, f'shards = "{url}"', *told)
+        done = [train(words), train([*words, "--resume", str(out / "mine-step00000002-state")])]
+        assert [one.status for one in done] == [0, 0], done[-1].stderr
+        (tmp_path / "caches" / "read").rename(tmp_path / "gone")
+        store.statuses = ["403 Forbidden"] * 500
+        done.append(train([word for word in words if not word.startswith("--cache_latents")]))
+        assert done[-1].status == 1 and "cannot be read" in done[-1].stderr
+    assert not [one for one in done if SECRET in one.stdout + one.stderr]
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path != out / "data.toml"]
+    assert len([path for path in files if path.parent == out]) >= 5
+    assert not [path for path in files if SECRET.encode() in path.read_bytes() or SECRET in path.name]
+    for index in (path for path in files if path.suffix == ".parquet" and path.name.startswith(".picture_index")):
+        assert SECRET not in str(pyarrow.parquet.read_table(index).to_pydict())

@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -270,6 +271,18 @@ def test_wrong_keys_are_said_at_once(shards: ObjectStore, tmp_path: Path, caplog
 def test_urls_that_cannot_be_opened_say_why(subset: str, message: str, store: ObjectStore, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         open_remote(tmp_path, subset)
+
+
+@pytest.mark.parametrize(("protocol", "package"), [("hf", "huggingface_hub"), ("s3", "s3fs")])
+def test_a_package_that_is_missing_is_named(
+    protocol: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.registry import _registry
+
+    monkeypatch.delitem(_registry, protocol, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"{protocol}:// needs the package {package}: python3 -m pip install {package}"):
+        open_remote(tmp_path, f'shards = "{protocol}://datasets/me/cats/x.tar"')
 
 
 def test_remote_pictures_need_a_folder_for_what_is_kept(tmp_path: Path) -> None:
