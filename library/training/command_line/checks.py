@@ -52,7 +52,7 @@ def check_data(options: TrainOptions) -> None:
     check_values(options)
     check_buckets(options)
     dataset = options.dataset
-    if dataset.dataset_config is None:
+    if dataset.dataset_config is None and dataset.dataset_class is None:
         if not dataset.train_data_dir:
             raise UserError(
                 "no pictures are named; give --dataset_config with a TOML file, or --train_data_dir with a folder"

@@ -61,6 +61,12 @@ def test_plain_run_passes_in_silence(caplog: pytest.LogCaptureFixture) -> None:
     assert warnings_of(caplog) == []
 
 
+def test_a_class_that_makes_batches_needs_no_folder_and_no_size() -> None:
+    described = {"train_data_dir": None, "resolution": None}
+    assert refusal(**described).startswith("no pictures are named")
+    check(made(**described, dataset_class="my_data.Pictures"))
+
+
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_an_option_that_is_not_supported_stops_the_run(name: str) -> None:
     default = AllOptions.defaults()[name]
