@@ -20,7 +20,7 @@ from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.data.caching.filling import Codec, Found, fill
-from library.data.caching.npz import MISSING, Verdict, clear_left_overs
+from library.data.caching.npz import MISSING, Verdict
 from library.data.caching.stores import CacheFiles, TextStore, usual_text_file
 from library.data.caching.text_files import WORDS, Identity, Row, TextFile, judge, write_texts
 from library.data.description.plan import DataPlan
@@ -122,8 +122,6 @@ def cache_texts(
         jobs, files = plan_jobs(plan, spec)
         empty = shared_job(plan, spec, "empty_prompt", [""])
         shown = shared_job(plan, spec, "preview_prompts", prompts)
-        if processes.is_main:
-            clear_left_overs(os.path.dirname(job.file.path) for job in (empty, *jobs))
         identity = cache(lambda: identity_of(encoding, [empty, *jobs]))
         if not skips_check and any(os.path.exists(job.path) for job in (empty, *jobs)):
             identity()  # once, before threads ask for it

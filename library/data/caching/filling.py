@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from library.data.batches.threads import in_blocks
-from library.data.caching.npz import MISSING, CacheWords, Verdict
+from library.data.caching.npz import MISSING, CacheWords, Verdict, clear_left_overs
 from library.data.sources.scan import few
 from library.processes import Processes
 
@@ -61,10 +61,12 @@ def fill(
 ) -> list[JobT]:
     """Bring every file up to date, each process its share; gives the jobs with the files that hold them.
 
-    What is in order is left alone, so an interrupted run goes on where it was. With `skips_check` files are trusted by
-    their names.
+    What is in order is left alone, so an interrupted run goes on where it was; what a killed one had not finished is
+    deleted. With `skips_check` files are trusted by their names.
     """
     usable: list[JobT] = []
+    if processes.is_main:
+        clear_left_overs(os.path.dirname(job.path) for job in jobs)
 
     def stale_ones(candidates: Sequence[JobT], when: str) -> list[Found[JobT]]:
         found = check_files(codec, candidates, skips_check, num_threads)

@@ -26,7 +26,7 @@ from library.data.caching.latent_files import (
     write_entry,
 )
 from library.data.caching.latent_index import VerifiedEntries
-from library.data.caching.npz import Verdict, clear_left_overs
+from library.data.caching.npz import Verdict
 from library.data.caching.stores import CacheFiles, LatentStore, usual_latent_file
 from library.data.description.buckets import Shape
 from library.data.description.plan import DataPlan
@@ -95,8 +95,6 @@ def cache_latents(
     jobs = plan_jobs(plan, options.cache_latents_to_disk)
     on_disk = [job for job in jobs if job.file is not None]
     kept = [job for job in jobs if job.file is None]
-    if processes.is_main:
-        clear_left_overs(os.path.dirname(job.path) for job in on_disk)
     if kept and processes.count > 1:
         kept = passed_on(kept, processes.shared_folder("latents"), plan)
     memory: dict[int, Latents] = {}
