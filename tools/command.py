@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from library.errors import UserError
+from library.training.command_line.console import setup_plain_logging
 from library.training.optimization.hidden_library import hidden_bitsandbytes
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ def run(
 ) -> int:
     """Parse, act, and give the exit status: 0 done, 1 for what the user can put right, 130 when interrupted."""
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    setup_plain_logging()
     try:
         with hidden_bitsandbytes():
             action(args)

@@ -10,6 +10,8 @@ from library.errors import UserError
 from library.launcher import launched_rank
 from library.options.console import ConsoleOptions
 
+CONSOLE = "console of "  # how the name of the one handler begins that shows log lines
+
 
 class PlainFormatter(logging.Formatter):
     """The bare message; warnings and errors carry their level in front."""
@@ -34,6 +36,13 @@ class WithoutNoise(logging.Filter):
         return not any(record.name.startswith(name) and words in record.getMessage() for name, words in NOISE)
 
 
+def setup_plain_logging() -> None:
+    """Send bare lines to standard error, as commands do, until `setup_logging` says otherwise."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.set_name(f"{CONSOLE}a command")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+
+
 def setup_logging(options: ConsoleOptions) -> None:
     """Send log lines where the user wants them, line by line, and make standard output and error UTF-8.
 
@@ -45,10 +54,10 @@ def setup_logging(options: ConsoleOptions) -> None:
     for stream in (sys.stdout, sys.stderr):
         use_utf8(stream)
     root = logging.getLogger()
-    name = f"console of {options!r}"
+    name = f"{CONSOLE}{options!r}"
     if any(handler.name == name for handler in root.handlers):
         return
-    for handler in [h for h in root.handlers if (h.name or "").startswith("console of ")]:
+    for handler in [h for h in root.handlers if (h.name or "").startswith(CONSOLE)]:
         root.removeHandler(handler)
         handler.close()
     handler = build_handler(options)
