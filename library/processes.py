@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 SHORT_SECONDS, POLL_SECONDS = 0.005, 0.1  # from one look at the store to the next
 SAY_AFTER_SECONDS = 60.0
 LOOK_FOR_S = 5  # for the reason of a process that has ended
+HEARD_WITHIN_S = 6.0  # the others look every two seconds, and those that wait for a word every second
 OF_CONNECTIONS = ("onnection closed", "onnection reset", "onnection refused", "roken pipe", "NCCL", "timed out")
 PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_XPU", "MULTI_HPU")
 
@@ -231,13 +232,27 @@ class Processes:
         except Exception as error:
             if self.store is None or isinstance(error, ProcessLost):
                 raise
-            is_broken = isinstance(error, RuntimeError) and any(word in str(error) for word in OF_CONNECTIONS)
+            is_broken = isinstance(error, torch.distributed.DistError) or (
+                isinstance(error, RuntimeError) and any(word in str(error) for word in OF_CONNECTIONS)
+            )
             if (is_broken or isinstance(error, signals)) and (found := self._found(LOOK_FOR_S if is_broken else 1)):
                 raise ProcessLost(f"{found} ({first_line(error)})") from error
             with suppress(RuntimeError):  # the store may be gone
                 if not self.store.check([f"failure/{self.rank}"]):
                     self.store.set(f"failure/{self.rank}", first_line(error))
+                    if not isinstance(error, signals):
+                        self._let_others_hear()
             raise
+
+    def _let_others_hear(self) -> None:
+        """Stay until the others have ended too, a few seconds at most: the main process takes what was said with it."""
+        if self.rank != 0 or self.heartbeat is None or self.store is None:
+            return
+        end = time.monotonic() + HEARD_WITHIN_S
+        others = list(range(1, self.count))
+        while others and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+            others = [r for r in others if not (self.store.check([f"over/{r}"]) or self.store.check([f"failure/{r}"]))]
 
     def add_up(self, values: Tensor) -> Tensor:
         """The sum of the tensors of all processes, each of which must call it; on the CPU."""

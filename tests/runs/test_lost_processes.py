@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,25 @@ def test_one_that_dies_while_pictures_are_encoded_is_named(base_arguments: list[
     words = [*base_arguments, "--cache_latents_to_disk"]
     main, _ = run(words, tmp_path, "library.data.caching.latents:encoded")
     assert main.status == 1 and GONE in main.said and "Traceback" not in main.said
+
+
+def test_an_error_of_the_main_process_alone_is_told_by_the_other(base_arguments: list[str], tmp_path: Path) -> None:
+    """A picture that only it was to encode: the other waits, and ends with that error, not with a broken connection."""
+    words = [*base_arguments, "--cache_latents_to_disk", "--max_train_steps", "1"]
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    (first,) = run_ranks([Job(words, 2, str(tmp_path / "first"))], tmp_path)
+    assert [rank.status for rank in first] == [0, 0]
+    next(tmp_path.rglob("*_sd.npz")).unlink()
+    shutil.copytree(words[words.index("--pretrained_model_name_or_path") + 1], tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "vae")
+    words += ["--pretrained_model_name_or_path", str(tmp_path / "model")]
+    started = time.monotonic()
+    ((main, other),) = run_ranks([Job(words, 2, str(tmp_path / "second"))], tmp_path)
+    assert time.monotonic() - started < MOST_SECONDS
+    assert main.status == other.status == 1
+    assert "1 pictures are to be encoded" in main.said and "Traceback" not in main.said + other.said
+    assert "process 0 ended with an error: UserError: 1 pictures are to be encoded" in other.said
 
 
 @pytest.mark.slow

@@ -4,12 +4,15 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from library.heartbeat import Heartbeat, Times
+from library.processes import Processes, ProcessLost
 from tests.unit.test_processes import Board
 
 HOST = socket.gethostname()
@@ -97,3 +100,31 @@ def test_one_that_is_done_misses_nobody() -> None:
     said["process/0"] = ended()
     time.sleep(0.2)
     assert heart.lost is None and not quits and said["over/1"] == "1"
+
+
+def of_rank(rank: int, store: Board) -> Processes:
+    return Processes(rank, 2, store=store, heartbeat=Heartbeat(store, rank, 2, QUICK))
+
+
+def test_a_store_that_breaks_under_a_wait_is_told_as_the_end_of_who_had_it() -> None:
+    """torch says it in one of many ways, and in one type."""
+    torch_said = "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"
+    with pytest.raises(ProcessLost, match=r"the main process, or its machine, cannot be reached.*got 0 bytes"):
+        with of_rank(1, Gone({"process/0": "elsewhere 5"})).failures_told():
+            raise torch.distributed.DistNetworkError(torch_said)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_main_process_stays_until_the_others_know_why_it_ends(rank: int) -> None:
+    """It has the store, in which the reason stands; the others need not stay."""
+    said = board(_0=f"{HOST} {os.getpid()}", _1=f"{HOST} {os.getpid()}")
+    timer = threading.Timer(0.4, said.__setitem__, ("over/1", "1"))
+    timer.start()
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="no picture"):
+        with of_rank(rank, said).failures_told():
+            raise ValueError("no picture")
+    took = time.monotonic() - started
+    timer.cancel()
+    assert said[f"failure/{rank}"] == "ValueError: no picture"
+    assert 0.3 < took < 3 if rank == 0 else took < 0.3

@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, save_safetensors
-from library.data.caching.filling import Codec, Found, fill
+from library.data.caching.filling import WAY_OUT, Codec, Found, fill
 from library.data.caching.npz import MISSING, Verdict
 from library.data.caching.stores import CacheFiles, TextStore, usual_text_file
 from library.data.caching.text_files import WORDS, Identity, Row, TextFile, judge, write_texts
@@ -207,7 +207,8 @@ def text_codec(encode: Callable[[], Encode], spec: TextCacheSpec, identity: Call
     def make(share: Sequence[Found[Job]]) -> None:
         if share:
             count, first = sum(len(lacking(one)) for one in share), share[0]
-            with needing(f"{count} captions are to be encoded ({first.path} is {first.verdict.fault})"):
+            what = f"{count} captions are to be encoded ({first.path} is {first.verdict.fault})"
+            with needing(f"{what}; {WAY_OUT.format('text encoders')}"):
                 encode()
             write_files(share, encode, spec, identity)
 

@@ -20,6 +20,8 @@ from library.processes import Processes
 
 logger = logging.getLogger(__name__)
 
+WAY_OUT = "give the {}, or fill the cache on another machine"  # where what encodes is not there
+
 
 class HasPath(Protocol):
     """What is to be in a file."""

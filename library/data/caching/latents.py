@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from library.data.batches.batches import check_size, to_pixels
 from library.data.batches.images import DamagedPicture, Pixels, centred, place, read_pixels
-from library.data.caching.filling import Codec, Found, fill
+from library.data.caching.filling import WAY_OUT, Codec, Found, fill
 from library.data.caching.latent_files import (
     WORDS,
     Expected,
@@ -260,7 +260,9 @@ def encoded(
     """Every job with its latents, written to its file if it has one; threads decode pictures ahead of the VAE."""
     if not jobs:
         return
-    with needing(f"{len(jobs)} pictures are to be encoded, {jobs[0].sample.picture.key} among them"):
+    with needing(
+        f"{len(jobs)} pictures are to be encoded, such as {jobs[0].sample.picture.key}; {WAY_OUT.format('VAE')}"
+    ):
         vae_identity()
     logger.info("caching latents...")
     batches = list(equal_batches(jobs, vae_batch_size))
