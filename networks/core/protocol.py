@@ -157,6 +157,8 @@ def open_network_module(name: str) -> NetworkModule:
             "(networks/core/protocol.py says what it must offer)"
         )
     from_weights = getattr(module, "create_network_from_weights", None) or _cannot_read_files(name)
+    if not name.startswith(OURS):
+        from_weights = _reading_explained(name, from_weights)
     return OpenedModule(name, _explained(name, create), from_weights)
 
 
@@ -403,6 +405,24 @@ def _explained(name: str, create: Callable[..., Any]) -> Callable[..., Any]:
             raise UserError(f"--network_module {name} cannot make a network ({error}): {hint}") from error
 
     return create_network
+
+
+def _reading_explained(name: str, create: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Tensor]]]:
+    """The same of `create_network_from_weights`."""
+
+    def create_network_from_weights(
+        multiplier: float, file: str, *arguments: Any, **keywords: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        try:
+            found: tuple[Any, dict[str, Tensor]] = create(multiplier, file, *arguments, **keywords)
+            return found
+        except AssertionError as error:
+            raise UserError(
+                f"--network_module {name} cannot read {file} for this base model ({error}); use one of networks.*, "
+                "which read files of most kinds, or merge it into the base model with tools/merge_lora.py"
+            ) from error
+
+    return create_network_from_weights
 
 
 def _cannot_read_files(name: str) -> Callable[..., tuple[Any, dict[str, Tensor]]]:

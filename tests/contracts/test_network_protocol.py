@@ -79,6 +79,14 @@ def test_a_module_that_only_makes_fresh_networks_says_so_when_files_are_asked_fo
         module.create_network_from_weights(1.0, "x", None, None, None)  # type: ignore[arg-type]
 
 
+def test_a_file_that_another_module_asserts_about_is_named_with_a_way_out(own_file: Path) -> None:
+    """As LyCORIS does where its preset names a layer of the base model twice."""
+    text = "def create_network(*_, **__): ...\ndef create_network_from_weights(*_, **__): assert False, 'twice'\n"
+    own_file.write_text(text)
+    with pytest.raises(ValueError, match=r"users_network cannot read x\.pt .*\(twice\).*use one of networks\.\*"):
+        open_network_module("users_network").create_network_from_weights(1.0, "x.pt", None, None, None)  # type: ignore[arg-type]
+
+
 class Least(nn.Module):
     """A network with only what it must have, in the oldest form: two arguments, no names."""
 

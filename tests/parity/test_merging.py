@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from library.errors import UserError
 from library.memory.forms.named import FORMS
 from library.memory.frozen import layers_in_blocks, store_all_in
-from library.memory.places.spread import Spread
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.run.compute import Compute
@@ -92,12 +90,3 @@ def test_what_is_merged_while_it_is_read_is_what_is_merged_afterwards(name: str,
     assert_same(found.denoiser, wanted.denoiser)
     for ours, theirs in zip(found.text_encoders, wanted.text_encoders, strict=True):
         assert_same(ours, theirs)
-
-
-def test_modules_of_others_need_whole_weights(tmp_path: Path) -> None:
-    words = BASES["flux"].build(tmp_path)
-    options, arch = opened_with("flux", [*words, "--base_weights", "a.safetensors"])
-    compute = Compute.build(options.precision, torch.device("cpu"))
-    spread = Spread(torch.device("cpu"), 2, 2)
-    with pytest.raises(UserError, match=r"--base_weights and --shard_base with --network_module lycoris\.kohya.*merge"):
-        load_frozen(options, arch, [], None, compute, "lycoris.kohya", spread)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.weights import without_values
-from library.errors import UserError
 from library.memory.forms.form import AsRead
 from library.memory.places.spread import Spread
 from library.options.network import NetworkOptions
@@ -37,15 +36,11 @@ def load_frozen(
 
     Networks of our own are merged weight by weight as these are read, before they are stored in another form or spread
     over processes: no more than one of them is ever there as numbers. Networks of others, where `reader` is such a
-    module, need all of them. Raises UserError for a file that does not fit.
+    module, need all of them, which --shard_base excludes (`settled_sharding`). Raises UserError for a file that does
+    not fit.
     """
     merges, is_ours = bool(options.network.base_weights), reader.startswith(OURS)
-    if merges and spread is not None and not is_ours:
-        raise UserError(
-            f"--base_weights and --shard_base with --network_module {reader}: its networks are merged into whole "
-            "weights, which no process has; merge the files into the base model with tools/merge_lora.py first, or "
-            "use one of networks.*"
-        )
+    assert is_ours or spread is None or not merges
     changes = changes_while_reading(options.network, arch, text_encoders, compute, reader) if is_ours else {}
     form = None if merges and not is_ours else form_while_reading(options)
     if changes or spread is not None:

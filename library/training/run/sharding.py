@@ -11,6 +11,7 @@ from library.options.train import TrainOptions
 from library.processes import Order, Processes
 from library.training.run.run import Run
 from library.training.run.step import PRESERVATION
+from networks.core.protocol import OURS
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,13 @@ def settled_sharding(options: OptionsT, processes: Processes) -> OptionsT:
         raise UserError(
             "--shard_base and --blocks_to_swap put the same weights at two places, spread over cards and in main "
             "memory; leave one of them out"
+        )
+    reader = options.network.network_module or ""
+    if options.network.base_weights and not reader.startswith(OURS):
+        raise UserError(
+            f"--base_weights and --shard_base with --network_module {reader}: its networks are merged into whole "
+            "weights, which no process has; merge the files into the base model with tools/merge_lora.py first, or "
+            "use one of networks.*"
         )
     if options.compiling.is_on:
         raise UserError(

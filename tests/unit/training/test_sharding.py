@@ -26,6 +26,11 @@ def options(**values: object) -> TrainOptions:
         ({"blocks_to_swap": 4}, FOUR, "--shard_base and --blocks_to_swap"),
         ({"compile": True}, FOUR, "leave out --compile"),
         ({"torch_compile": True}, FOUR, "leave out --compile"),
+        (
+            {"base_weights": ["a.safetensors"], "network_module": "lycoris.kohya"},
+            FOUR,
+            r"--base_weights and --shard_base with --network_module lycoris\.kohya.*tools/merge_lora\.py first",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_refused_with_a_way_out(
