@@ -11,10 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from library.architectures.sd.adapters import view
+from library.checkpoints.files import load_state_dict
+from networks import boft
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.kinds.boft import BLOCKS, SCALES, Boft, fits, fresh, read, sizes_for
 from networks.core.kinds.turned import Turned, turn
-from tests.tolerances import FLOAT64
+from tests.parity.test_lora_merge import tiny_clip
+from tests.tolerances import FLOAT32_DEEP, FLOAT64
 from tests.unit.networks.test_joins import Largest
 
 peft: Any = pytest.importorskip("peft")
@@ -159,3 +163,40 @@ def test_a_folder_that_peft_saved_is_read(tmp_path: Path) -> None:
     for i, module in enumerate(file.modules.values()):
         assert module.rank == 4
         torch.testing.assert_close(module.merged(weights[i], 1.0), merged[i].weight, **FLOAT32_SOLVE)
+
+
+@torch.no_grad()
+def test_peft_loads_what_ours_saved(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd_folder, subfolder="unet")
+    generator = torch.Generator().manual_seed(6241)
+    given: Any = (torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([31, 742]),
+                  torch.randn(2, 5, unet.config.cross_attention_dim, generator=generator))  # fmt: skip
+    alone: Tensor = unet(*given).sample
+    text, seen = view([tiny_clip(6242, torch.float32)], unet)
+    network = boft.create_network(1.0, 4, 1, None, text, seen, enable_conv="True")
+    network.apply_to(text, seen, False, True)
+    torch.manual_seed(6243)
+    for parameter in network.parameters():
+        parameter.add_(torch.randn(parameter.shape) * 0.2)
+    network.eval()
+    expected: Tensor = unet(*given).sample
+    assert (alone - expected).abs().max() > 0.05
+    network.save_weights(str(tmp_path / "ours.safetensors"), None, {})
+    saved = load_state_dict(tmp_path / "ours.safetensors")
+
+    plain = UNet2DConditionModel.from_pretrained(tiny_sd_folder, subfolder="unet")
+    names = {f"lora_unet_{name}".replace(".", "_"): name for name, _ in plain.named_modules()}
+    targets = sorted({names[key.split(".")[0]] for key in saved})
+    assert any(isinstance(plain.get_submodule(name), nn.Conv2d) for name in targets)
+    config = peft.BOFTConfig(boft_block_size=4, target_modules=targets, init_weights=False)
+    theirs: Any = peft.get_peft_model(plain, config)
+    named = {}
+    for key, tensor in saved.items():
+        module, leaf = key.split(".")
+        is_row = leaf == SCALES and isinstance(unet.get_submodule(names[module]), nn.Conv2d)
+        named[f"base_model.model.{names[module]}.{leaf}"] = tensor.view(1, -1) if is_row else tensor
+    loaded = peft.set_peft_model_state_dict(theirs, named)
+    assert not loaded.unexpected_keys and not [key for key in loaded.missing_keys if "boft_" in key]
+    torch.testing.assert_close(theirs(*given).sample, expected, **FLOAT32_DEEP)
