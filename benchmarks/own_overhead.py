@@ -97,7 +97,8 @@ def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, li
     from library.processes import of_accelerator
     from library.training.command_line.cli import parse
     from library.training.reporting.event_stream import Events, open_event_file
-    from library.training.run import loop, setup
+    from library.training.run import loop
+    from library.training.setup import prepare as setup
 
     words = [
         "--pretrained_model_name_or_path", str(folder / "model"), "--train_data_dir", str(folder / "pictures"),

@@ -61,8 +61,9 @@ def toy(args: argparse.Namespace, folder: Path, *network_args: str) -> tuple[Wor
     from library.processes import of_accelerator
     from library.training.command_line.cli import parse
     from library.training.reporting.event_stream import Events
-    from library.training.run import loop, setup
+    from library.training.run import loop
     from library.training.run.run import Run
+    from library.training.setup import prepare as setup
     from library.training.sweep.together import backward_together
 
     words = [

@@ -143,8 +143,9 @@ def our_steps(folder: Path, args: argparse.Namespace, overheads: list[float]) ->
     from library.processes import of_accelerator
     from library.training.command_line.cli import parse
     from library.training.reporting.event_stream import Events
-    from library.training.run import loop, setup
+    from library.training.run import loop
     from library.training.run.update import Updates
+    from library.training.setup import prepare as setup
 
     options = TrainOptions.from_args(parse(train_network.setup_parser(), arguments_of(folder, args, 10**6)))
     arch = build(options)

@@ -88,7 +88,7 @@ def import_all(script: str, card: ModelCard) -> None:
     names = (script, card.build.__module__, "networks.lora", "diffusers", "cv2")
     late = (
         "library.training.run.loop",
-        "library.training.run.setup",
+        "library.training.setup.prepare",
         "library.data.batches.debug",
         "transformers.optimization",
     )
@@ -99,8 +99,8 @@ def import_all(script: str, card: ModelCard) -> None:
 def fix_times() -> None:
     """Times and session ids that get into files."""
     from library.training.evaluation import pictures
-    from library.training.run import writer
     from library.training.saving import checkpoints
+    from library.training.setup import writer
 
     still: Any = SimpleNamespace(time=lambda: NOW, strftime=lambda form: "20270115080000")
     for module in (pictures, checkpoints, writer):

@@ -32,8 +32,8 @@ from library.training.command_line.checks import check_data
 from library.training.command_line.cli import add_missing, build_parser, from_program, parse
 from library.training.command_line.main import report_error
 from library.training.faults.interruption import Interrupted, Interruption
-from library.training.run.models import encode_pictures
-from library.training.run.setup import open_accelerator
+from library.training.setup.models import encode_pictures
+from library.training.setup.prepare import open_accelerator
 
 
 def setup_parser() -> argparse.ArgumentParser:

@@ -15,9 +15,9 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library import train_util as train_util
 from library.errors import UserError
 from library.processes import of_accelerator
-from library.training.run.compute import Compute
-from library.training.run.setup import open_accelerator, open_data_plan
-from library.training.run.text_caching import prepare_text
+from library.training.setup.compute import Compute
+from library.training.setup.prepare import open_accelerator, open_data_plan
+from library.training.setup.text_caching import prepare_text
 from tools.cache_latents import build, read_options, run, setup_parser
 
 __all__ = ["cache_to_disk", "main", "setup_parser", "train_util"]

@@ -25,7 +25,7 @@ from library.training.command_line.cli import parse  # noqa: E402
 from library.training.planning.counting import BatchShape, CountedRun, count_run  # noqa: E402
 from library.training.planning.fit import fit_to  # noqa: E402
 from library.training.planning.fit_run import sweep_of  # noqa: E402
-from library.training.run.rehearsal import quiet  # noqa: E402
+from library.training.setup.rehearsal import quiet  # noqa: E402
 from library.training.sweep.combinations import shared_and_own  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
 

@@ -16,7 +16,7 @@ from library.training.command_line.cli import from_program, normalize, parse_wor
 from library.training.command_line.config_file import basic_string, read_config
 from library.training.optimization.lr_schedules import build_schedule
 from library.training.optimization.optimizers import build_optimizer
-from library.training.run.rehearsal import quiet, take_first_step
+from library.training.setup.rehearsal import quiet, take_first_step
 from tests.fuzz.budget import any_input, works_or_says_why
 from tests.running import SCRIPTS
 

@@ -14,8 +14,8 @@ from library.memory.frozen import FrozenLayer, frozen_layers, layers_in_blocks
 from library.memory.places.spread import Spread
 from library.models.loading import materialise
 from library.processes import Order, Processes
-from library.training.run.compute import Compute
-from library.training.run.frozen_models import load_frozen
+from library.training.setup.compute import Compute
+from library.training.setup.frozen_models import load_frozen
 from tests.parity.deep import DEEP
 from tests.parity.modes import CPU, Mode, gradients, spread_over_all
 from tests.parity.opened import opened_with

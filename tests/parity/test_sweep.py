@@ -17,9 +17,11 @@ from library.processes import of_accelerator
 from library.training.command_line.cli import parse
 from library.training.planning.counting import BatchShape, count_run
 from library.training.reporting.event_stream import Events
-from library.training.run import frozen_base, loop, setup
-from library.training.run.adapter import choose_block_runner
+from library.training.run import loop
 from library.training.run.run import Run
+from library.training.setup import frozen_base
+from library.training.setup import prepare as setup
+from library.training.setup.adapter import choose_block_runner
 from library.training.sweep.together import backward_together
 from tests.running import SCRIPTS, make_pictures
 from tests.runs.bases import BASES

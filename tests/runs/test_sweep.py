@@ -12,7 +12,8 @@ from library.checkpoints.files import load_state_dict, read_metadata
 from library.options.train import TrainOptions
 from library.training.report.page import data_of
 from library.training.report.writer import read_report
-from library.training.run import loop, optimization
+from library.training.run import loop
+from library.training.setup import optimization
 from library.training.sweep import together
 from tests.running import Finished, make_pictures
 from tests.runs.bases import BASES

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from library.data.batches.training_data import TrainingData
     from library.processes import Processes
     from library.training.planning.fit import Fit
-    from library.training.run.setup import Prepared
+    from library.training.setup.prepare import Prepared
     from library.training.sweep.record import SweepRecord
 
 logger = logging.getLogger(__name__)
@@ -134,8 +134,8 @@ def train_alone(
 ) -> bool:
     """Train while no other run writes the same files, and tell of it; gives whether the run came to its end."""
     from library.training.faults.deterministic import deterministic
-    from library.training.run.cuda_kernels import cuda_kernels
     from library.training.run.events import told
+    from library.training.setup.cuda_kernels import cuda_kernels
 
     options, adapters = shared_and_own(options)
     for label, own in adapters.items() if options.sweep.sweep else ():
@@ -174,8 +174,8 @@ def train_network(
     from library.collector import without_collection
     from library.processes import of_accelerator
     from library.training.faults.dry_run import without_writing
-    from library.training.run.setup import open_accelerator
     from library.training.run.sharding import as_launched, settled_sharding
+    from library.training.setup.prepare import open_accelerator
 
     asked, options = options, as_launched(options)
     if options.faults.dry_run:
@@ -214,9 +214,9 @@ def train_among(
     from library.training.faults.selftest import test_itself
     from library.training.optimization.hidden_library import hidden_bitsandbytes
     from library.training.reporting.events import Audit
-    from library.training.run import setup
     from library.training.saving.hub import check_repository
     from library.training.saving.resume import with_batches_of_state, with_rates_of_state
+    from library.training.setup import prepare as setup
     from library.training.sweep.record import SweepRecord
     from library.training.sweep.states import find_states
 

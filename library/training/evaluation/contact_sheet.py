@@ -15,11 +15,11 @@ from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.evaluation.adapter_files import READER, Row, installed, settle_models
 from library.training.evaluation.preview import decode, draw_latents, encode_prompts, generator_of
-from library.training.run.compute import Compute
 from library.training.run.conditioning import CaptionMemo
 from library.training.run.context import Models, StepContext
-from library.training.run.frozen_models import load_frozen
-from library.training.run.text_caching import TEXT_PREFIXES
+from library.training.setup.compute import Compute
+from library.training.setup.frozen_models import load_frozen
+from library.training.setup.text_caching import TEXT_PREFIXES
 from library.types import Conditioning, Prompt
 from networks.core.protocol import AdoptedNetwork
 

@@ -23,10 +23,10 @@ from library.protocols import Architecture
 from library.training.evaluation.adapter_files import READER, Row, installed, settle_models
 from library.training.evaluation.measurement import Measurement
 from library.training.evaluation.validation import measurement_of
-from library.training.run.compute import Compute
-from library.training.run.models import load_models
-from library.training.run.setup import step_context
-from library.training.run.text_caching import TEXT_PREFIXES
+from library.training.setup.compute import Compute
+from library.training.setup.models import load_models
+from library.training.setup.prepare import step_context
+from library.training.setup.text_caching import TEXT_PREFIXES
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from library.processes import Processes
 from library.protocols import Architecture
 from library.training.planning.counting import BatchShape, CountedRun, count_run
 from library.training.planning.fit import Fit, Sweep, fit_to
-from library.training.run.rehearsal import quiet
+from library.training.setup.rehearsal import quiet
 from networks.core.protocol import OURS
 
 logger = logging.getLogger(__name__)

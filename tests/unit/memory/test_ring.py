@@ -15,7 +15,7 @@ from library.memory.places import pinning, shared
 from library.memory.places.shared import shared_masters
 from library.memory.places.streamed import chosen, stream
 from library.memory.places.streams import CardStreams, HostStreams, StagedStreams
-from library.training.run.frozen_base import waiting_blocks
+from library.training.setup.frozen_base import waiting_blocks
 from tests.parity.deep import DEEP
 
 CPU = torch.device("cpu")

@@ -17,9 +17,9 @@ from library.memory.frozen import store_all_in
 from library.options.memory import EIGHT_BIT_FORMS
 from library.options.train import TrainOptions
 from library.training.command_line.checks import check
-from library.training.run.arithmetic import check_arithmetic, kind_of, try_kind
-from library.training.run.compute import Compute
-from library.training.run.frozen_base import settle_arithmetic
+from library.training.setup.arithmetic import check_arithmetic, kind_of, try_kind
+from library.training.setup.compute import Compute
+from library.training.setup.frozen_base import settle_arithmetic
 from tests.unit.training.test_checks import NEEDED
 
 COMPUTE = Compute(torch.device("cpu"), torch.float32, nullcontext)

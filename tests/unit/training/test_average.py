@@ -13,7 +13,7 @@ from library.options.network import NetworkOptions
 from library.options.optimizer import OptimizerOptions
 from library.training.evaluation.eval_mode import shown_weights
 from library.training.optimization.average import WeightAverage
-from library.training.run.optimization import build_average
+from library.training.setup.optimization import build_average
 from networks.core.protocol import adopt
 
 training_utils: Any = pytest.importorskip("diffusers.training_utils")

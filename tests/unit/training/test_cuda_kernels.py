@@ -10,7 +10,7 @@ from library.options.kernels import KernelOptions
 from library.options.rules import unused
 from library.options.train import TrainOptions
 from library.training.faults.deterministic import deterministic
-from library.training.run.cuda_kernels import cuda_kernels
+from library.training.setup.cuda_kernels import cuda_kernels
 from tests.running import Finished
 
 

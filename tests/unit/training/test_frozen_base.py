@@ -13,7 +13,7 @@ from library.memory.forms.form import AS_IN_FILE
 from library.memory.forms.named import FORMS
 from library.options.rules import unused
 from library.options.train import TrainOptions
-from library.training.run.frozen_base import check_base, form_while_reading
+from library.training.setup.frozen_base import check_base, form_while_reading
 from tests.unit.training.test_checks import NEEDED
 
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from library.options.train import TrainOptions
 from library.processes import Processes
-from library.training.run.adapter import trains_text_encoders
-from library.training.run.models import identity_of
-from library.training.run.optimization import allow_fp16_gradients, group_names
-from library.training.run.setup import choose_seed
+from library.training.setup.adapter import trains_text_encoders
+from library.training.setup.models import identity_of
+from library.training.setup.optimization import allow_fp16_gradients, group_names
+from library.training.setup.prepare import choose_seed
 
 
 def options_of(**values: Any) -> TrainOptions:

@@ -12,7 +12,7 @@ from library.architectures.anima.assembly import build
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.vae_2d import PictureConv, StripedNorm
 from library.training.planning.counting import BatchShape, count_run
-from library.training.run.models import identity_of
+from library.training.setup.models import identity_of
 from tests.running import Finished
 from tests.tiny.anima import build_tiny_anima
 

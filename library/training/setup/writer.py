@@ -16,13 +16,13 @@ from library.training.evaluation.eval_mode import shown_weights
 from library.training.evaluation.validation import Validation
 from library.training.optimization.lr_schedules import base_rates, follow_rates
 from library.training.reporting.progress import Part, Progress
-from library.training.run.network import network_keywords
 from library.training.run.run import Run
 from library.training.saving.checkpoints import Names, Schedule, Writer
 from library.training.saving.hub import Uploads
 from library.training.saving.rescue import bytes_of_tensors
 from library.training.saving.resume import recorded_options, report_differences
 from library.training.saving.state import OptimizerState, Stateful, StateManifest, restore, save_state
+from library.training.setup.network import network_keywords
 from library.training.sweep.record import PART
 
 logger = logging.getLogger(__name__)

@@ -32,26 +32,26 @@ from library.training.reporting.progress import Progress
 from library.training.reporting.report import PictureCounts, announce_run
 from library.training.reporting.speaking import speaking_of
 from library.training.reporting.step_times import StepTimes
-from library.training.run.adapter import attach_adapter, choose_block_runner, trains_text_encoders
-from library.training.run.arithmetic import check_arithmetic
-from library.training.run.compute import Compute
 from library.training.run.conditioning import CaptionMemo
 from library.training.run.context import Autocast, StepContext
 from library.training.run.events import plan_of
-from library.training.run.frozen_base import check_base, settle_base
-from library.training.run.graphs import check_graphs, fixed_steps
-from library.training.run.models import LoadedModels, load_models
-from library.training.run.optimization import build_optimization
 from library.training.run.plan import Plan
-from library.training.run.rehearsal import rehearse
 from library.training.run.run import Run
 from library.training.run.sharding import preserves_in_step
-from library.training.run.text_caching import cached_text, check_text_caching
 from library.training.run.told_steps import NormMeter
-from library.training.run.writer import build_writer, go_on
 from library.training.saving.checkpoints import Writer, save_dtype
 from library.training.saving.resume import starting_steps
 from library.training.saving.state import StateManifest
+from library.training.setup.adapter import attach_adapter, choose_block_runner, trains_text_encoders
+from library.training.setup.arithmetic import check_arithmetic
+from library.training.setup.compute import Compute
+from library.training.setup.frozen_base import check_base, settle_base
+from library.training.setup.graphs import check_graphs, fixed_steps
+from library.training.setup.models import LoadedModels, load_models
+from library.training.setup.optimization import build_optimization
+from library.training.setup.rehearsal import rehearse
+from library.training.setup.text_caching import cached_text, check_text_caching
+from library.training.setup.writer import build_writer, go_on
 from library.training.sweep.record import SweepRecord
 from library.types import Conditioning, Prompt, Tokens
 from networks.core.protocol import AdoptedNetwork, Turns, side_by_side

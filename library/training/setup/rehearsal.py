@@ -19,8 +19,8 @@ from library.protocols import Architecture
 from library.training.optimization.lr_schedules import Schedule, build_schedule
 from library.training.optimization.optimizers import build_optimizer
 from library.training.run.context import Models
-from library.training.run.graphs import check_optimizer
-from library.training.run.network import create
+from library.training.setup.graphs import check_optimizer
+from library.training.setup.network import create
 from networks.core.protocol import OURS, adopt, open_network_module
 
 

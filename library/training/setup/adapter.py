@@ -13,9 +13,9 @@ from library.options.memory import MemoryOptions
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.randomness import stream_seed
-from library.training.run.compute import Compute
 from library.training.run.context import Models
-from library.training.run.network import open_network
+from library.training.setup.compute import Compute
+from library.training.setup.network import open_network
 from networks.core.protocol import AdoptedNetwork
 
 

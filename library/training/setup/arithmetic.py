@@ -15,7 +15,7 @@ from library.memory.forms.named import FORMS
 from library.memory.frozen import FrozenLinear, frozen_layers
 from library.options.train import TrainOptions
 from library.protocols import Architecture
-from library.training.run.compute import Compute
+from library.training.setup.compute import Compute
 from networks.core.protocol import OURS
 
 logger = logging.getLogger(__name__)

@@ -33,8 +33,8 @@ from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
 from library.training.optimization.hidden_library import show_bitsandbytes
-from library.training.run.compute import Compute
 from library.training.run.context import Models
+from library.training.setup.compute import Compute
 
 logger = logging.getLogger(__name__)
 
