@@ -106,7 +106,7 @@ def sdxl(is_tiny: bool) -> Subject:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from library.architectures.sd.assembly import view
-    from library.models.unet import run_unet_blocks_with, unet_stacks
+    from library.models.unet.unet import run_unet_blocks_with, unet_stacks
     from tests.tiny.sd import CLIP, UNET
 
     config: dict[str, Any] = {

@@ -83,7 +83,7 @@ def main() -> None:
     from library.data.caching.latents import cache_latents, decode, plan_jobs
     from library.data.description.plan import DataPlan, build_plan
     from library.data.sources.picture_index import SETTLED_NS
-    from library.models.latents import KlLatents
+    from library.models.vae.latents import KlLatents
     from library.options.train import TrainOptions
 
     codec, vae = KlLatents(LATENTS, LATENT_SCALE), build_vae(args.vae)

@@ -10,10 +10,10 @@ from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.base_model import BaseModel, Third, WeightFile
 from library.checkpoints.model_card import ModelCard
 from library.checkpoints.weights import Weights, configure, with_prefix
-from library.models.clip import THIRDS, clip_from_any, open_clip_name
+from library.models.clip.clip import THIRDS, clip_from_any, open_clip_name
 from library.models.identify import base_of_folder, refuse_other, refuse_other_file, text_encoder_in
-from library.models.unet import unet_layout
-from library.models.unet_keys import UNET_PREFIX, UnetLayout, unet_from_ldm
+from library.models.unet.keys import UNET_PREFIX, UnetLayout, unet_from_ldm
+from library.models.unet.unet import unet_layout
 
 Placed = tuple[ModuleNames, str | Third]
 """A module, and where a file has its weight: the name before ".weight", or a third of the rows of a key."""

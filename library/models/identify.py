@@ -11,8 +11,8 @@ from library.checkpoints.model_card import ModelCard, Shapes, recognise
 from library.checkpoints.model_lookup import read_json
 from library.checkpoints.weights import Weights, with_prefix
 from library.errors import NotThere, UserError
-from library.models.unet_keys import UNET_NAME, UNET_PREFIX
-from library.models.vae_keys import VAE_PREFIX
+from library.models.unet.keys import UNET_NAME, UNET_PREFIX
+from library.models.vae.keys import VAE_PREFIX
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from library.architectures.sd.adapters import view as sd_view
 from library.architectures.sdxl import load as sdxl
 from library.architectures.sdxl.adapters import build_view
 from library.checkpoints.weights import Weights
-from library.models.clip import PROJECTION, empty_clip
+from library.models.clip.clip import PROJECTION, empty_clip
 from library.models.loading import Component
-from library.models.unet import empty_unet
-from library.models.unet_keys import UnetLayout
-from library.models.vae import vae_of_checkpoint
+from library.models.unet.keys import UnetLayout
+from library.models.unet.unet import empty_unet
+from library.models.vae.vae import vae_of_checkpoint
 
 DATA = Path(__file__).parent / "data"
 SDXL_LAYOUT = UnetLayout(layers_per_block=2, has_attention=(False, True, True))

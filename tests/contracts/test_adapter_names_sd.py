@@ -6,8 +6,8 @@ import pytest
 from torch import nn
 
 from library.architectures.sd.adapters import view
-from library.models.clip import empty_clip
-from library.models.unet import empty_unet
+from library.models.clip.clip import empty_clip
+from library.models.unet.unet import empty_unet
 from networks.core.sites.targets import Site, find_sites
 from tests.contracts.test_base_keys import parts
 from tests.tiny.sd import full_size_keys

@@ -6,11 +6,11 @@ import torch
 from library.architectures.sd.load import CLIP_PREFIXES, NUM_SD2_LAYERS
 from library.architectures.sdxl.load import CLIP_G_PREFIX, CLIP_L_PREFIX
 from library.checkpoints.weights import Weights
-from library.models.clip import PROJECTION, clip_from_any, from_open_clip, open_clip_name
+from library.models.clip.clip import PROJECTION, clip_from_any, from_open_clip, open_clip_name
 from library.models.loading import same_matrix
-from library.models.unet import empty_unet, unet_layout
-from library.models.unet_keys import UNET_PREFIX, UnetLayout, unet_from_ldm, unet_to_ldm
-from library.models.vae import empty_vae
+from library.models.unet.keys import UNET_PREFIX, UnetLayout, unet_from_ldm, unet_to_ldm
+from library.models.unet.unet import empty_unet, unet_layout
+from library.models.vae.vae import empty_vae
 from tests.contracts.full_size import SDXL_LAYOUT, checkpoint, empty_encoders, facts, parts
 
 LAYOUTS = {"sd21": UnetLayout(2, (True, True, True, False)), "sdxl": SDXL_LAYOUT}

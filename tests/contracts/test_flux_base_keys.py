@@ -13,10 +13,10 @@ from library.architectures.flux.keys import from_diffusers, our_keys, source_key
 from library.architectures.flux.load import CLIP_PREFIXES, denoiser_of, empty_flux
 from library.architectures.flux.model import read_config
 from library.checkpoints.weights import Weights, with_prefix
-from library.models.clip import clip_component, empty_clip
-from library.models.flux_vae import checked_ae
+from library.models.clip.clip import clip_component, empty_clip
 from library.models.t5 import T5_XXL_NAMES, empty_t5, t5_component
-from library.models.vae import empty_vae, single_vae
+from library.models.vae.flux import checked_ae
+from library.models.vae.vae import empty_vae, single_vae
 
 FACTS: Mapping[str, Any] = json.loads(gzip.decompress((Path(__file__).parent / "data" / "flux1.json.gz").read_bytes()))
 COUNTS = {"dit": 780, "ae": 244, "clip_l": 196, "t5xxl": 220}

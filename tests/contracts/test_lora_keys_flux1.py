@@ -15,7 +15,7 @@ from torch import nn
 from library.architectures.flux.adapters import view
 from library.architectures.flux.load import empty_flux
 from library.architectures.flux.model import FluxConfig
-from library.models.clip import empty_clip
+from library.models.clip.clip import empty_clip
 from library.models.t5 import empty_t5
 from networks.lora_flux import create_network, create_network_from_weights
 from tests.contracts.saved import listed_shapes, saved_shapes, saved_tensors

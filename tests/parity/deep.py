@@ -21,7 +21,7 @@ from library.architectures.sd import assembly as sd
 from library.architectures.sd3 import assembly as sd3
 from library.architectures.sd3.model import MMDiT
 from library.memory.blocks import BlockRunner, Stacks, run_blocks_with, stacks_of
-from library.models.unet import run_unet_blocks_with, unet_stacks
+from library.models.unet.unet import run_unet_blocks_with, unet_stacks
 from library.protocols import AdapterView
 from tests.tiny import anima as tiny_anima
 from tests.tiny import flux as tiny_flux

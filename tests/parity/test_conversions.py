@@ -23,7 +23,7 @@ from library.architectures.sd3 import adapters as sd3_adapters
 from library.architectures.sdxl import adapters as sdxl_adapters
 from library.checkpoints.adapter_names import BaseNames, FileNaming
 from library.checkpoints.files import load_state_dict, save_safetensors
-from library.models.unet_keys import UnetLayout
+from library.models.unet.keys import UnetLayout
 from networks import lora
 from networks.core.files.adapter_file import adapter_tensors, parse_adapter
 from networks.core.files.renaming import rename

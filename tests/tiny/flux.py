@@ -11,7 +11,7 @@ from torch import Tensor
 from library.architectures.flux.keys import SWAPPED, source_keys
 from library.architectures.flux.model import Flux, FluxConfig
 from library.checkpoints.fused_tensors import swap_halves
-from library.models.vae_keys import vae_to_ldm
+from library.models.vae.keys import vae_to_ldm
 from tests.tiny.init import fixed_init
 from tests.tiny.sd import CLIP, write_tokenizer
 from tests.tiny.sd import VAE as SD_VAE

@@ -11,8 +11,8 @@ from torch import nn
 from library.architectures.cards import list_network_arguments
 from library.architectures.flux.keys import APPROXIMATOR, STACKS, SWAPPED, TOP, sources
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
-from library.models.clip import clip_body
-from library.models.clip_view import ClipView
+from library.models.clip.clip import clip_body
+from library.models.clip.view import ClipView
 from networks.core.sites.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
 
 NUM_BLOCKS = {"double_blocks": 19, "single_blocks": 38}

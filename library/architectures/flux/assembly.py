@@ -19,11 +19,11 @@ from library.architectures.flux.predict import predict, predict_chroma, preview_
 from library.architectures.flux.text import FluxText, T5Text
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
-from library.models.clip_tokenizer import load_tokenizer
-from library.models.clip_tokens import ClipTokens
-from library.models.flux_vae import mapped_latents
+from library.models.clip.tokenizer import load_tokenizer
+from library.models.clip.tokens import ClipTokens
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
 from library.models.t5 import load_t5_tokenizer
+from library.models.vae.flux import mapped_latents
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 
 logger = logging.getLogger(__name__)

@@ -16,13 +16,13 @@ from library.checkpoints.weights import Weights, configure, selected, with_prefi
 from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
 from library.memory.forms.form import WantedForm
-from library.models.clip import clip_component, clip_of_folder, load_clip
-from library.models.flux_vae import CHANNELS, open_ae
+from library.models.clip.clip import clip_component, clip_of_folder, load_clip
 from library.models.identify import card_of, refuse_other_folder, refuse_other_model
 from library.models.loading import Absent, Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component, t5_of_folder
-from library.models.vae import empty_vae
+from library.models.vae.flux import CHANNELS, open_ae
+from library.models.vae.vae import empty_vae
 
 BASE_FLAG = "--pretrained_model_name_or_path"
 DENOISER_PREFIXES = ("model.diffusion_model.", "")

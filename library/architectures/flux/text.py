@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from library.memory.devices import send
-from library.models.clip_tokens import ClipTokens
+from library.models.clip.tokens import ClipTokens
 from library.models.t5 import count_t5_tokens, encode_t5, tokenize_t5
 from library.types import Conditioning, Tokens
 

@@ -15,8 +15,8 @@ from library.architectures.hunyuan_image.text import HunyuanImageText
 from library.architectures.hunyuan_image.vae import SCALE
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
-from library.models.latents import KlLatents
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside, ignored_attention
+from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, Preview, PromptDefaults, TextCacheSpec
 
 SAMPLING_SHIFT = 5.0  # that the model draws pictures with

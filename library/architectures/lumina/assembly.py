@@ -15,8 +15,8 @@ from library.architectures.lumina.text import LuminaText
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.errors import UserError
-from library.models.flux_vae import mapped_latents
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
+from library.models.vae.flux import mapped_latents
 from library.protocols import Architecture, LiveText, Preview, PromptDefaults, TextCacheSpec
 
 GEMMA_TOKENS = 256

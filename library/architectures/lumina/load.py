@@ -16,11 +16,11 @@ from library.checkpoints.weights import Weights, configure, selected, with_prefi
 from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
 from library.memory.forms.form import WantedForm
-from library.models.flux_vae import CHANNELS, open_ae
 from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Absent, Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.shapes import shape_of
-from library.models.vae import empty_vae
+from library.models.vae.flux import CHANNELS, open_ae
+from library.models.vae.vae import empty_vae
 
 MODEL = "Lumina Image 2.0"
 BASE_FLAG, GEMMA_FLAG = "--pretrained_model_name_or_path", "--gemma2"

@@ -12,11 +12,11 @@ from library.architectures.sd.predict import predict
 from library.architectures.sd.text import ClipText
 from library.diffusion.objective import build_ddpm
 from library.errors import UserError
-from library.models.clip_tokenizer import load_tokenizer
-from library.models.clip_tokens import CHUNK_TOKENS, OPEN_CLIP_PAD, ClipTokens
-from library.models.latents import KlLatents
-from library.models.unet import run_unet_blocks_with, unet_chains, unet_stacks
-from library.models.unet_preview import build_unet_preview
+from library.models.clip.tokenizer import load_tokenizer
+from library.models.clip.tokens import CHUNK_TOKENS, OPEN_CLIP_PAD, ClipTokens
+from library.models.unet.preview import build_unet_preview
+from library.models.unet.unet import run_unet_blocks_with, unet_chains, unet_stacks
+from library.models.vae.latents import KlLatents
 from library.options.train import TrainOptions
 from library.protocols import Architecture, LatentSpec
 

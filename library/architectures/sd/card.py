@@ -7,7 +7,7 @@ from library.architectures.sd.assembly import build, metadata
 from library.architectures.sd.load import TITLES
 from library.architectures.sd.merging import open_base_model, seen_by_networks
 from library.checkpoints.model_card import ALL, KOHYA, Certainty, Gap, ModelCard, Reader, Sign
-from library.models.unet_card import (
+from library.models.unet.card import (
     ADAPTED_CLIP,
     ADAPTED_TEXT_INPUT,
     ADAPTED_UNET,

@@ -13,7 +13,7 @@ from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.memory.forms.form import WantedForm
 from library.models.attention import wants_xformers, with_attention
-from library.models.clip import clip_component, clip_of_folder, load_clip
+from library.models.clip.clip import clip_component, clip_of_folder, load_clip
 from library.models.identify import (
     base_of_folder,
     refuse_other,
@@ -24,9 +24,9 @@ from library.models.identify import (
 )
 from library.models.loading import Component, MaybeComponent, materialise, open_if_there
 from library.models.shapes import count, shape_of
-from library.models.unet import HEAD_WIDTH, check_unet_input, empty_unet, for_inpainting, unet_component
-from library.models.unet_keys import UNET_PREFIX
-from library.models.vae import VaeNeeds, empty_vae, open_vae, vae_of_base
+from library.models.unet.keys import UNET_PREFIX
+from library.models.unet.unet import HEAD_WIDTH, check_unet_input, empty_unet, for_inpainting, unet_component
+from library.models.vae.vae import VaeNeeds, empty_vae, open_vae, vae_of_base
 from library.options.train import TrainOptions
 
 BASE_FLAG = "--pretrained_model_name_or_path"

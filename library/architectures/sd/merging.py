@@ -11,8 +11,8 @@ from library.architectures.sd.load import CLIP_PREFIXES, open_parts
 from library.checkpoints import model_lookup
 from library.checkpoints.base_model import BaseModel
 from library.models.base_checkpoint import CheckpointLayout, EncoderPlace, open_checkpoint
-from library.models.clip import empty_clip
-from library.models.unet import empty_unet
+from library.models.clip.clip import empty_clip
+from library.models.unet.unet import empty_unet
 
 ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512"}
 LAYOUTS = {

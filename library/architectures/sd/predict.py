@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from library.models.unet import unet_input
+from library.models.unet.unet import unet_input
 from library.types import Batch, Conditioning, Noised
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from library.memory.devices import send
-from library.models.clip import clip_body
-from library.models.clip_tokens import ClipTokens, emphasize, join_chunks
+from library.models.clip.clip import clip_body
+from library.models.clip.tokens import ClipTokens, emphasize, join_chunks
 from library.types import Conditioning, Tokens
 
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from library.architectures.cards import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
-from library.models.clip import clip_body
-from library.models.clip_view import ClipView
+from library.models.clip.clip import clip_body
+from library.models.clip.view import ClipView
 from networks.core.sites.targets import AdapterTargets, Embedders, Part, thirds
 
 MAX_DEPTH = 38  # of SD3.5 large; the others have 24 blocks

@@ -23,14 +23,14 @@ from library.diffusion.flow import IGNORES, FlowMatching, build_flow
 from library.diffusion.noise_levels import FINEST_LEVEL, shift_sigmas, shifted_scheme, takes_offset
 from library.diffusion.samplers import FlowSampler, Sampler
 from library.errors import needing
-from library.models.clip import PROJECTION
-from library.models.clip_tokenizer import load_tokenizer
-from library.models.clip_tokens import ClipTokens
-from library.models.latents import KlLatents
+from library.models.clip.clip import PROJECTION
+from library.models.clip.tokenizer import load_tokenizer
+from library.models.clip.tokens import ClipTokens
 from library.models.loading import Absent
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5_tokenizer
+from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, LatentSpec, LiveText, Preview, PromptDefaults, TextCacheSpec, leave_sizes
 from library.types import Prompt
 

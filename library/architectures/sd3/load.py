@@ -16,11 +16,11 @@ from library.checkpoints.weights import Weights, configure, selected, with_prefi
 from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
 from library.memory.forms.form import WantedForm
-from library.models.clip import PROJECTION, clip_component, load_clip
+from library.models.clip.clip import PROJECTION, clip_component, load_clip
 from library.models.identify import base_of_file, refuse_other, refuse_other_folder
 from library.models.loading import Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.t5 import load_t5, t5_component
-from library.models.vae import VaeNeeds, empty_vae, open_vae, vae_of_checkpoint
+from library.models.vae.vae import VaeNeeds, empty_vae, open_vae, vae_of_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from library.memory.devices import send
-from library.models.clip import clip_body
-from library.models.clip_tokens import OPEN_CLIP_PAD, ClipTokens
+from library.models.clip.clip import clip_body
+from library.models.clip.tokens import OPEN_CLIP_PAD, ClipTokens
 from library.models.t5 import count_t5_tokens, encode_t5, tokenize_t5
 from library.types import Conditioning, Tokens
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from library.architectures.cards import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
-from library.models import unet_names
-from library.models.clip import clip_body
-from library.models.clip_view import ClipView
-from library.models.unet_keys import UnetLayout, unet_to_ldm
+from library.models.clip.clip import clip_body
+from library.models.clip.view import ClipView
+from library.models.unet import names as unet_names
+from library.models.unet.keys import UnetLayout, unet_to_ldm
 from library.protocols import AdapterView
 from networks.core.sites.targets import AdapterTargets, BlockList, Part
 

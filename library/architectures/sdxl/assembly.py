@@ -13,12 +13,12 @@ from library.architectures.sdxl.predict import predict
 from library.architectures.sdxl.text import CACHE_KEYS, SdxlText
 from library.checkpoints.weights import fingerprint
 from library.diffusion.objective import build_ddpm
-from library.models.clip_tokenizer import load_tokenizer
-from library.models.clip_tokens import CHUNK_TOKENS, ClipTokens
-from library.models.latents import KlLatents
+from library.models.clip.tokenizer import load_tokenizer
+from library.models.clip.tokens import CHUNK_TOKENS, ClipTokens
 from library.models.recipe import Recipe
-from library.models.unet import run_unet_blocks_with, unet_chains, unet_stacks
-from library.models.unet_preview import build_unet_preview
+from library.models.unet.preview import build_unet_preview
+from library.models.unet.unet import run_unet_blocks_with, unet_chains, unet_stacks
+from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, LatentSpec, TextCacheSpec
 
 LATENTS = LatentSpec(

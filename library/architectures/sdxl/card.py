@@ -5,7 +5,7 @@ from library.architectures.sdxl.assembly import RECIPE, build
 from library.architectures.sdxl.merging import open_base_model, seen_by_networks
 from library.architectures.sdxl.options import SdxlOptions
 from library.checkpoints.model_card import DIFFUSERS, GENERIC, KOHYA, Certainty, ModelCard, Reader, Sign
-from library.models.unet_card import ADAPTED_TEXT_INPUT, ADAPTED_UNET, READERS
+from library.models.unet.card import ADAPTED_TEXT_INPUT, ADAPTED_UNET, READERS
 
 TEXT_WIDTH = 2048
 

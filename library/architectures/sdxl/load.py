@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.memory.devices import DTYPES
 from library.memory.forms.form import WantedForm
 from library.models.attention import wants_xformers, with_attention
-from library.models.clip import PROJECTION, clip_component, clip_of_folder, load_clip
+from library.models.clip.clip import PROJECTION, clip_component, clip_of_folder, load_clip
 from library.models.identify import (
     base_of_folder,
     refuse_other,
@@ -25,7 +25,8 @@ from library.models.identify import (
 )
 from library.models.loading import Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.shapes import shape_of
-from library.models.unet import (
+from library.models.unet.keys import UNET_PREFIX, UnetLayout
+from library.models.unet.unet import (
     HEAD_WIDTH,
     check_unet_input,
     empty_unet,
@@ -33,8 +34,7 @@ from library.models.unet import (
     size_embedding_config,
     unet_component,
 )
-from library.models.unet_keys import UNET_PREFIX, UnetLayout
-from library.models.vae import VaeNeeds, empty_vae, open_vae, vae_of_base
+from library.models.vae.vae import VaeNeeds, empty_vae, open_vae, vae_of_base
 
 BASE_FLAG = "--pretrained_model_name_or_path"
 LATENT_CHANNELS = 4

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from library.memory.devices import send
-from library.models.unet import unet_input
+from library.models.unet.unet import unet_input
 from library.types import Batch, Conditioning, Noised
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.models.clip import hidden_states, pool_at_end
-from library.models.clip_tokens import OPEN_CLIP_PAD, ClipTokens, emphasize, join_chunks
+from library.models.clip.clip import hidden_states, pool_at_end
+from library.models.clip.tokens import OPEN_CLIP_PAD, ClipTokens, emphasize, join_chunks
 from library.types import Conditioning, Tokens
 
 CACHE_KEYS = ("hidden_state1", "hidden_state2", "pool2")

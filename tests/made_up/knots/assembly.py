@@ -7,9 +7,9 @@ from library.architectures.knots.options import KnotsOptions
 from library.architectures.knots.predict import predict
 from library.architectures.knots.text import ByteText
 from library.diffusion.objective import build_ddpm
-from library.models.latents import KlLatents
 from library.models.recipe import OTHER_ATTENTION, Recipe
-from library.models.unet_preview import build_unet_preview
+from library.models.unet.preview import build_unet_preview
+from library.models.vae.latents import KlLatents
 from library.protocols import Architecture, LatentSpec
 
 RECIPE = Recipe(

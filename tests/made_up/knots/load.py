@@ -16,7 +16,7 @@ from library.memory.devices import DTYPES
 from library.memory.forms.form import Form
 from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Component, materialise
-from library.models.vae import empty_vae, vae_of_checkpoint
+from library.models.vae.vae import empty_vae, vae_of_checkpoint
 
 BASE_FLAG = "--pretrained_model_name_or_path"
 DENOISER_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "bytes_encoder."

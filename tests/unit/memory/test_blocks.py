@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from library.memory.blocks import BlockRunner, plain, recompute, run_blocks_with, run_encoder_layers_with
-from library.models.unet import run_unet_blocks_with
+from library.models.unet.unet import run_unet_blocks_with
 from tests.tiny.init import fixed_init
 from tests.tiny.sd import CLIP, UNET
 from tests.tolerances import FLOAT32_SAME_MATH

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.models.emphasis import parse_emphasis
+from library.models.clip.emphasis import parse_emphasis
 
 CASES = {
     "a cat": [("a cat", 1.0)],

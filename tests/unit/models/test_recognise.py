@@ -22,7 +22,7 @@ from library.models.identify import (
     way_out,
 )
 from library.models.loading import Absent
-from library.models.unet_keys import UNET_PREFIX
+from library.models.unet.keys import UNET_PREFIX
 from tests.contracts.full_size import checkpoint
 
 ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from library.models import tokenizer_files
-from library.models.clip_tokenizer import TOKENIZER_HUB_NAME, find_tokenizer, load_tokenizer
+from library.models.clip.tokenizer import TOKENIZER_HUB_NAME, find_tokenizer, load_tokenizer
 
 
 def test_a_caption_is_wrapped_and_filled_with_the_end_token(open_sd, tiny_sd_folder):

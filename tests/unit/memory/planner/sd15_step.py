@@ -21,7 +21,7 @@ from library.memory.planner.fakes import give_fakes
 from library.memory.planner.repeats import shortened
 from library.memory.planner.steps import Timeline, count_pass, peak_of
 from library.memory.planner.weights import bytes_of, tensors_of
-from library.models.unet import empty_unet, run_unet_blocks_with, unet_chains
+from library.models.unet.unet import empty_unet, run_unet_blocks_with, unet_chains
 from networks import lora
 from tests.contracts.full_size import checkpoint
 

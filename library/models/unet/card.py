@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from library.checkpoints.model_card import ALL, DIFFUSERS, GENERIC, KOHYA, Gap, Program, Reader
-from library.models.unet_keys import UNET_NAME
+from library.models.unet.keys import UNET_NAME
 
 # In checkpoints: the layout of a single file, and of a diffusers folder, whose names begin with its folder here.
 UNET = rf"^({UNET_NAME}|unet\.)"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.models.emphasis import parse_emphasis
+from library.models.clip.emphasis import parse_emphasis
 
 CHUNK_TOKENS = 75  # of a caption in one chunk; with begin and end these are CLIP's 77 positions
 OPEN_CLIP_PAD = 0  # what OpenCLIP's models were trained with after the end token; OpenAI's repeat the end token

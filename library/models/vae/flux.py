@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, with_prefix
 from library.errors import NotThere, UserError
-from library.models.latents import KlLatents
 from library.models.loading import Component
 from library.models.shapes import shape_of
-from library.models.vae import single_vae, vae_of_folder
+from library.models.vae.latents import KlLatents
+from library.models.vae.vae import single_vae, vae_of_folder
 from library.protocols import LatentSpec
 
 logger = logging.getLogger(__name__)
