@@ -98,7 +98,8 @@ def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, li
     from library.training.command_line.cli import parse
     from library.training.reporting.event_stream import Events, open_event_file
     from library.training.run import loop
-    from library.training.setup import prepare as setup
+    from library.training.setup import opening, runs
+    from library.training.setup.prepare import prepare
 
     words = [
         "--pretrained_model_name_or_path", str(folder / "model"), "--train_data_dir", str(folder / "pictures"),
@@ -108,13 +109,13 @@ def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, li
     ]  # fmt: skip
     options = TrainOptions.from_args(parse(train_network.setup_parser(), words))
     arch = build(options)
-    accelerator = setup.open_accelerator(options)
+    accelerator = opening.open_accelerator(options)
     processes = of_accelerator(accelerator)
-    plan = setup.open_data_plan(options, arch, 1, processes.count)
+    plan = opening.open_data_plan(options, arch, 1, processes.count)
     path = options.reports.log_events
     events = Events([] if path is None else [open_event_file(Path(path), False)])
-    wanted = setup.Wanted(options, 1, None, events)
-    (prepared,) = setup.prepare(options, arch, 1, plan, accelerator, processes, [wanted])
+    wanted = runs.Wanted(options, 1, None, events)
+    (prepared,) = prepare(options, arch, 1, plan, accelerator, processes, [wanted])
     context = prepared.run.context
     weights = context.network.trainable_parameters()
 

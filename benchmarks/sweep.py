@@ -63,7 +63,8 @@ def toy(args: argparse.Namespace, folder: Path, *network_args: str) -> tuple[Wor
     from library.training.reporting.event_stream import Events
     from library.training.run import loop
     from library.training.run.run import Run
-    from library.training.setup import prepare as setup
+    from library.training.setup import opening, runs
+    from library.training.setup.prepare import prepare
     from library.training.sweep.together import backward_together
 
     words = [
@@ -74,14 +75,14 @@ def toy(args: argparse.Namespace, folder: Path, *network_args: str) -> tuple[Wor
         "--network_train_unet_only", *(["--network_args", *network_args] if network_args else []),
     ]  # fmt: skip
     options = TrainOptions.from_args(parse(train_network.setup_parser(), words))
-    accelerator = setup.open_accelerator(options)
+    accelerator = opening.open_accelerator(options)
     arch, processes = build(options), of_accelerator(accelerator)
-    plan = setup.open_data_plan(options, arch, 1, 1)
+    plan = opening.open_data_plan(options, arch, 1, 1)
     wanted = [
-        setup.Wanted(options.with_values({"learning_rate": 1e-4 * (i + 1)}), 1, None, Events(), f"adapter {i}")
+        runs.Wanted(options.with_values({"learning_rate": 1e-4 * (i + 1)}), 1, None, Events(), f"adapter {i}")
         for i in range(args.adapters)
     ]
-    prepared = setup.prepare(options, arch, 1, plan, accelerator, processes, wanted)
+    prepared = prepare(options, arch, 1, plan, accelerator, processes, wanted)
     runs = [one.run for one in prepared]
     for run in runs:
         run.context.network.start_epoch(*run.context.models.network_view)

@@ -145,15 +145,16 @@ def our_steps(folder: Path, args: argparse.Namespace, overheads: list[float]) ->
     from library.training.reporting.event_stream import Events
     from library.training.run import loop
     from library.training.run.update import Updates
-    from library.training.setup import prepare as setup
+    from library.training.setup import opening, runs
+    from library.training.setup.prepare import prepare
 
     options = TrainOptions.from_args(parse(train_network.setup_parser(), arguments_of(folder, args, 10**6)))
     arch = build(options)
-    accelerator = setup.open_accelerator(options)
+    accelerator = opening.open_accelerator(options)
     processes = of_accelerator(accelerator)
-    plan = setup.open_data_plan(options, arch, 1, processes.count)
-    wanted = setup.Wanted(options, 1, None, Events())
-    (prepared,) = setup.prepare(options, arch, 1, plan, accelerator, processes, [wanted])
+    plan = opening.open_data_plan(options, arch, 1, processes.count)
+    wanted = runs.Wanted(options, 1, None, Events())
+    (prepared,) = prepare(options, arch, 1, plan, accelerator, processes, [wanted])
     backward, take = loop.backward, Updates.take
     began, inside = [0.0], [0.0]
 

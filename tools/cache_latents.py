@@ -33,7 +33,7 @@ from library.training.command_line.cli import add_missing, build_parser, from_pr
 from library.training.command_line.main import report_error
 from library.training.faults.interruption import Interrupted, Interruption
 from library.training.setup.models import encode_pictures
-from library.training.setup.prepare import open_accelerator
+from library.training.setup.opening import open_accelerator
 
 
 def setup_parser() -> argparse.ArgumentParser:

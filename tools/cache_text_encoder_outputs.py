@@ -16,7 +16,7 @@ from library import train_util as train_util
 from library.errors import UserError
 from library.processes import of_accelerator
 from library.training.setup.compute import Compute
-from library.training.setup.prepare import open_accelerator, open_data_plan
+from library.training.setup.opening import open_accelerator, open_data_plan
 from library.training.setup.text_caching import prepare_text
 from tools.cache_latents import build, read_options, run, setup_parser
 

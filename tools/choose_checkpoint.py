@@ -37,7 +37,7 @@ from library.training.reporting import events  # noqa: E402
 from library.training.reporting.event_stream import open_event_file, plain  # noqa: E402
 from library.training.saving.checkpoints import Names  # noqa: E402
 from library.training.saving.saved_files import steps_of  # noqa: E402
-from library.training.setup.prepare import open_data_plan  # noqa: E402
+from library.training.setup.opening import open_data_plan  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
 from tools.contact_sheet import chosen_files, own_device  # noqa: E402
 from tools.plan_memory import card_of_script  # noqa: E402

@@ -47,7 +47,7 @@ from library.training.command_line.checks import check_data  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
 from library.training.setup.compute import Compute  # noqa: E402
 from library.training.setup.models import encode_pictures  # noqa: E402
-from library.training.setup.prepare import open_accelerator, open_data_plan  # noqa: E402
+from library.training.setup.opening import open_accelerator, open_data_plan  # noqa: E402
 from library.training.setup.text_caching import cached_text, prepare_text  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
 from tools.plan_memory import card_of_script  # noqa: E402

@@ -22,7 +22,7 @@ from library.training.setup.compute import Compute
 from library.training.setup.frozen_base import form_while_reading, settle_arithmetic
 from library.training.setup.models import LoadedModels
 from library.training.setup.network import create
-from library.training.setup.prepare import step_context
+from library.training.setup.runs import step_context
 from library.types import Batch
 from networks.core.protocol import adopt, open_network_module
 from tests.parity.opened import opened_with

@@ -19,9 +19,10 @@ from library.training.planning.counting import BatchShape, count_run
 from library.training.reporting.event_stream import Events
 from library.training.run import loop
 from library.training.run.run import Run
-from library.training.setup import frozen_base
-from library.training.setup import prepare as setup
+from library.training.setup import frozen_base, opening
 from library.training.setup.adapter import choose_block_runner
+from library.training.setup.prepare import prepare
+from library.training.setup.runs import Wanted
 from library.training.sweep.together import backward_together
 from tests.running import SCRIPTS, make_pictures
 from tests.runs.bases import BASES
@@ -79,16 +80,14 @@ def prepared(
     ]  # fmt: skip
     card = SCRIPTS[base.script]
     options: TrainOptions = card.options.from_args(parse(importlib.import_module(base.script).setup_parser(), words))
-    accelerator = setup.open_accelerator(options)
+    accelerator = opening.open_accelerator(options)
     arch, processes = card.build(options), of_accelerator(accelerator)
-    plan = setup.open_data_plan(options, arch, 21, 1)
+    plan = opening.open_data_plan(options, arch, 21, 1)
     wanted = [
-        setup.Wanted(
-            options.with_values({"output_name": label, **values}), values.get("seed", 21), None, Events(), label
-        )
+        Wanted(options.with_values({"output_name": label, **values}), values.get("seed", 21), None, Events(), label)
         for label, values in adapters.items()
     ]
-    ready = setup.prepare(options, arch, 21, plan, accelerator, processes, wanted)
+    ready = prepare(options, arch, 21, plan, accelerator, processes, wanted)
     runs, generator = [one.run for one in ready], torch.Generator().manual_seed(74)
     for run in runs:
         run.context.network.start_epoch(*run.context.models.network_view)

@@ -14,8 +14,7 @@ from library.options.train import TrainOptions
 from library.processes import ALONE, Processes
 from library.training.optimization.optimizers import build_optimizer
 from library.training.run.fixed_step import FixedSteps, Repeat
-from library.training.setup import graphs
-from library.training.setup import prepare as setup
+from library.training.setup import graphs, prepare, runs
 from library.training.setup.graphs import check_graphs, check_optimizer
 from tests.running import Finished
 from tests.runs.bases import BASES
@@ -81,8 +80,8 @@ def repeat_in_place_of_recording(monkeypatch: pytest.MonkeyPatch) -> list[FixedS
     made: list[FixedSteps] = []
     honest = graphs.fixed_steps
     monkeypatch.setattr(graphs, "CudaGraphs", Repeat)
-    monkeypatch.setattr(setup, "check_graphs", lambda *_: None)
-    monkeypatch.setattr(setup, "fixed_steps", lambda *given: made.append(honest(*given)) or made[-1])
+    monkeypatch.setattr(prepare, "check_graphs", lambda *_: None)
+    monkeypatch.setattr(runs, "fixed_steps", lambda *given: made.append(honest(*given)) or made[-1])
     return made
 
 

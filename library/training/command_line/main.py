@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from library.data.batches.training_data import TrainingData
     from library.processes import Processes
     from library.training.planning.fit import Fit
-    from library.training.setup.prepare import Prepared
+    from library.training.run.prepared import Prepared
     from library.training.sweep.record import SweepRecord
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def train_network(
     from library.processes import of_accelerator
     from library.training.faults.dry_run import without_writing
     from library.training.run.sharding import as_launched, settled_sharding
-    from library.training.setup.prepare import open_accelerator
+    from library.training.setup.opening import open_accelerator
 
     asked, options = options, as_launched(options)
     if options.faults.dry_run:
@@ -216,7 +216,8 @@ def train_among(
     from library.training.reporting.events import Audit
     from library.training.saving.hub import check_repository
     from library.training.saving.resume import with_batches_of_state, with_rates_of_state
-    from library.training.setup import prepare as setup
+    from library.training.setup import opening, runs
+    from library.training.setup.prepare import prepare
     from library.training.sweep.record import SweepRecord
     from library.training.sweep.states import find_states
 
@@ -225,9 +226,9 @@ def train_among(
     options = with_batches_of_state(options, found.of_run, processes.count)
     if processes.is_main:
         check_repository(options.hub)
-    seed = setup.choose_seed(options.run.seed, processes, found.of_run)
+    seed = opening.choose_seed(options.run.seed, processes, found.of_run)
     try:
-        data = setup.open_training_data(options, arch, seed, processes.count)
+        data = opening.open_training_data(options, arch, seed, processes.count)
     except NoDataFound as error:
         logger.error("No data found: %s", error)
         events.end("error", f"No data found: {error}")
@@ -250,11 +251,11 @@ def train_among(
         sweep = found.record or (SweepRecord(seed) if options.sweep.sweep else None)
         settled = changes(asked, options)
         wanted = [
-            setup.wanted(own.with_values(settled), seed, found.by_label.get(label), each, label)
+            runs.wanted(own.with_values(settled), seed, found.by_label.get(label), each, label)
             for (label, own), each in zip(adapters.items(), events.each, strict=True)
             if sweep is None or label not in sweep.ended
         ]
-        prepared = setup.prepare(options, arch, seed, data, accelerator, processes, wanted, sweep)
+        prepared = prepare(options, arch, seed, data, accelerator, processes, wanted, sweep)
     first = prepared[0]
     if options.faults.selftest:
         with explained("testing itself (--selftest)", options, accelerator.device, ""):

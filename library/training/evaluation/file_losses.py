@@ -25,7 +25,7 @@ from library.training.evaluation.measurement import Measurement
 from library.training.evaluation.validation import measurement_of
 from library.training.setup.compute import Compute
 from library.training.setup.models import load_models
-from library.training.setup.prepare import step_context
+from library.training.setup.runs import step_context
 from library.training.setup.text_caching import TEXT_PREFIXES
 
 logger = logging.getLogger(__name__)

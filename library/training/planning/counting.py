@@ -40,8 +40,8 @@ from library.training.setup.adapter import trains_text_encoders
 from library.training.setup.compute import Compute
 from library.training.setup.models import LoadedModels
 from library.training.setup.network import create
-from library.training.setup.prepare import step_context
 from library.training.setup.rehearsal import quiet
+from library.training.setup.runs import step_context
 from library.training.setup.text_caching import cached_text, live_text
 from library.training.sweep.together import losses_together, repeated
 from library.types import Batch, Conditioning

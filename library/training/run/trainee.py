@@ -18,13 +18,13 @@ from library.training.reporting.progress import Part, Progress
 from library.training.reporting.report import LimitedNorms, StepBar, bar_values, rate_values
 from library.training.reporting.speaking import speaking_of
 from library.training.run.plan import Window
+from library.training.run.prepared import Prepared
 from library.training.run.run import Run
 from library.training.run.sharding import order_of
 from library.training.run.told import Told
 from library.training.run.told_steps import told_step
 from library.training.run.update import Updates, wanted_norm_limit
 from library.training.saving.state import StateManifest
-from library.training.setup.prepare import Prepared
 from library.training.sweep.record import NOT_FINITE, Ended
 
 logger = logging.getLogger(__name__)

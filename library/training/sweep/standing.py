@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from library.training.setup.prepare import Prepared
+from library.training.run.prepared import Prepared
 from library.training.sweep.ranking import Measured
 from library.training.sweep.record import SweepRecord
 

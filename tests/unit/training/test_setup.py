@@ -11,8 +11,8 @@ from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.setup.adapter import trains_text_encoders
 from library.training.setup.models import identity_of
+from library.training.setup.opening import choose_seed
 from library.training.setup.optimization import allow_fp16_gradients, group_names
-from library.training.setup.prepare import choose_seed
 
 
 def options_of(**values: Any) -> TrainOptions:

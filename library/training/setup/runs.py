@@ -1,0 +1,169 @@
+"""The run of one adapter, on models that all adapters share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import nn
+
+from library.data.batches.training_data import TrainingBatches, TrainingData
+from library.options.train import TrainOptions
+from library.processes import Processes
+from library.protocols import Architecture
+from library.training.evaluation.eval_mode import eval_mode
+from library.training.evaluation.preview import Previews
+from library.training.evaluation.validation import Validation
+from library.training.reporting.event_stream import Events
+from library.training.reporting.logs import Charts
+from library.training.reporting.progress import Progress
+from library.training.reporting.step_times import StepTimes
+from library.training.run.conditioning import CaptionMemo
+from library.training.run.context import Autocast, StepContext
+from library.training.run.plan import Plan
+from library.training.run.prepared import Prepared
+from library.training.run.run import Run
+from library.training.run.sharding import preserves_in_step
+from library.training.run.told_steps import NormMeter
+from library.training.saving.state import StateManifest
+from library.training.setup.adapter import trains_text_encoders
+from library.training.setup.compute import Compute
+from library.training.setup.graphs import fixed_steps
+from library.training.setup.models import LoadedModels
+from library.training.setup.optimization import build_optimization
+from library.training.setup.writer import build_writer, go_on
+from library.training.sweep.record import SweepRecord
+from library.types import Conditioning, Prompt, Tokens
+from networks.core.protocol import AdoptedNetwork, Turns
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One adapter that the run is to train; several of them share the base model and the batches (--sweep)."""
+
+    options: TrainOptions  # of its run alone
+    seed: int  # of the adapter, its noise and its dropout
+    state: StateManifest | None  # that it goes on from
+    events: Events
+    label: str = ""  # what it is called where there are others
+
+
+def wanted(options: TrainOptions, seed: int, state: StateManifest | None, events: Events, label: str = "") -> Wanted:
+    """An adapter of a run with this seed, which is its own too unless --sweep gives it another one.
+
+    All adapters are measured with the noise of the run's seed.
+    """
+    own = options.run.seed if label and options.run.seed is not None else seed
+    if own != seed and options.validation.validation_seed is None:
+        options = options.with_values({"validation_seed": seed})
+    return Wanted(options, own, state, events, label)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all adapters of a run have in common."""
+
+    arch: Architecture
+    loaded: LoadedModels
+    compute: Compute
+    processes: Processes
+    data: TrainingData
+    batches: TrainingBatches
+    plan: Plan
+    times: StepTimes
+    turns: Turns | None  # None where there is one adapter
+    sweep: SweepRecord | None
+
+
+def run_of(wanted: Wanted, network: AdoptedNetwork, shared: Shared, place: int) -> Run:
+    """The run of one adapter, the one at `place` among all."""
+    options, arch, compute = wanted.options, shared.arch, shared.compute
+    models = shared.loaded.models
+    optimization = build_optimization(options, network, models, shared.plan.max_train_steps, compute.device)
+    alone = nullcontext if shared.turns is None else partial(shared.turns.only, place)
+    context = step_context(options, arch, wanted.seed, shared.loaded, network, compute, alone)
+    context = replace(context, preserves_in_step=preserves_in_step(shared.data, models.spread))
+    return Run(
+        options=options,
+        processes=shared.processes,
+        data=shared.data,
+        batches=shared.batches,
+        plan=shared.plan,
+        context=context,
+        optimization=optimization,
+        times=shared.times,
+        events=wanted.events,
+        norms=NormMeter(wanted.events.is_on),
+        fixed=fixed_steps(options, context, optimization.optimizer),
+        label=wanted.label,
+        place=place,
+        turns=shared.turns,
+        sweep=shared.sweep,
+    )
+
+
+def ready_to_start(
+    run: Run,
+    wanted: Wanted,
+    progress: Progress,
+    charts: Charts,
+    prompts: Sequence[Prompt],
+    encoded: Mapping[str, Conditioning] | None,
+) -> Prepared:
+    """One adapter with everything that writes, draws and measures, where its state left it."""
+    state = wanted.state
+    charts = charts.named(run.label)
+    validation = Validation(run, charts)
+    writer = build_writer(run, progress, validation)
+    if not run.options.faults.dry_run:
+        writer.check_space()
+    if state is not None:  # after everything that has a memory is there, and before anything is drawn or measured
+        go_on(run, progress, validation, state)
+    is_drawing = run.processes.share(f"are there previews {run.label}", "yes" if prompts else "no") == "yes"
+    previews = Previews.build(run, charts, prompts, encoded, is_drawing)
+    resumed = state if state is not None and state.step == progress.step else None
+    return Prepared(run, progress, writer, charts, previews, validation, resumed)
+
+
+def step_context(
+    options: TrainOptions,
+    arch: Architecture,
+    seed: int,
+    loaded: LoadedModels,
+    network: AdoptedNetwork,
+    compute: Compute,
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> StepContext:
+    encoders, live = loaded.models.text_encoders, loaded.live_text
+    encode = arch.text.encode if live is None else live.encode
+
+    def encode_captions(captions: Sequence[str]) -> Conditioning:
+        with alone():
+            return encode_frozen(encode, encoders, network, compute.autocast, arch.text.tokenize(captions))
+
+    return StepContext(
+        arch=replace(arch, objective=arch.objective.on(compute.device)),
+        models=loaded.models,
+        network=network,
+        seed=seed,
+        device=compute.device,
+        autocast=compute.autocast,
+        trains_text_encoder=trains_text_encoders(options),
+        captions=CaptionMemo(encode_captions, arch.text_cache.padding if arch.text_cache else {}),
+        live_text=live,
+        vae_batch_size=options.caching.vae_batch_size,
+        alone=alone,
+    )
+
+
+def encode_frozen(
+    encode: Callable[[Sequence[nn.Module], Tokens], Conditioning],
+    text_encoders: Sequence[nn.Module],
+    network: AdoptedNetwork,
+    autocast: Autocast,
+    tokens: Tokens,
+) -> Conditioning:
+    """What frozen text encoders make of captions, adapters that do not train included, their dropout off."""
+    assert text_encoders, "the text encoders have left memory, batches carry their cached outputs"
+    with eval_mode([network.module]), autocast():
+        return encode(text_encoders, tokens)
