@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import toml  # noqa: E402
 
 from library.checkpoints.files import atomic_path, remove_temporary  # noqa: E402
+from library.checkpoints.hashes import digest_of_file  # noqa: E402
 from library.data.batches.images import open_picture, picture_extensions  # noqa: E402
 from library.data.description.keys import ALL_KEYS, SOURCES  # noqa: E402
 from library.data.description.schema import (  # noqa: E402
@@ -232,14 +233,6 @@ def digest_of_inputs(members: Sequence[Packed], shard_bytes: float, storage: Sto
     told = blake2b(f"{shard_bytes}".encode(), digest_size=16)
     for one in members:
         told.update(repr((one.stem, one.picture.key, tuple(storage.version(one.picture)), one.text)).encode())
-    return told.hexdigest()
-
-
-def digest_of_file(path: Path) -> str:
-    told = blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            told.update(piece)
     return told.hexdigest()
 
 

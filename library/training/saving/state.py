@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.checkpoints.folders import atomic_folder
+from library.checkpoints.hashes import digest_of_file
 from library.checkpoints.tree_json import put_together, take_apart
 from library.errors import UserError
 from library.training.reporting.progress import Part
@@ -171,14 +172,6 @@ def require_undamaged(facts: StateManifest) -> None:
 def damaged(folder: Path, name: str) -> str:
     """What is said of a state that has changed on the disk."""
     return f"--resume {folder} is damaged: {name} is not as it was written; copy it again or use another state"
-
-
-def digest_of_file(path: Path) -> str:
-    digest = blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def digest_of_text(text: str) -> str:
