@@ -33,6 +33,18 @@ KINDS: Mapping[str, str] = {  # the words that are added to the quickstart's com
     " --network_args conv_dim=16 conv_alpha=16 tlora_min_rank=8 tlora_power=0.25",
     "rslora": "--network_args conv_dim=16 conv_alpha=16 rslora=True --learning_rate 5e-4",
     "ggpo": "--network_args conv_dim=16 conv_alpha=16 ggpo_sigma=0.01 ggpo_beta=0.01",
+    "boft": "--network_module networks.boft --network_dim 16"
+    " --network_args enable_conv=True boft_n_butterfly_factor=2 train_norm=True"
+    " --flip_aug --caption_dropout_rate 0.1 --min_snr_gamma 5"
+    " --learning_rate 3e-3 --text_encoder_lr 1.5e-3 --max_train_steps 800",
+    "oft": "--network_module networks.oft_v2 --network_dim 32"
+    " --network_args enable_conv=True train_norm=True"
+    " --flip_aug --caption_dropout_rate 0.1 --min_snr_gamma 5"
+    " --learning_rate 2e-3 --text_encoder_lr 1e-3 --max_train_steps 900",
+    "lora_fa": "--network_module networks.lora_fa --network_dim 64 --network_alpha 64"
+    " --network_args conv_dim=64 conv_alpha=16 train_norm=True"
+    " --network_dropout 0.1 --flip_aug --caption_dropout_rate 0.1 --min_snr_gamma 5"
+    " --learning_rate 2e-3 --text_encoder_lr 1e-3 --max_train_steps 900",
     "pissa": "--network_args conv_dim=16 conv_alpha=16 init=pissa --learning_rate 3e-4",
 }
 MOST_BEFORE, LEAST_AFTER = 0.1, 0.7
