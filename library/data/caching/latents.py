@@ -83,8 +83,12 @@ def cache_latents(
     options: CachingOptions,
     seed: int,
     processes: Processes = ALONE,
+    load_vae: Callable[[], object] = lambda: None,
 ) -> LatentStore:
     """Encode what is not cached yet; gives where the latents of all pictures are.
+
+    `load_vae` is called before anything is encoded, so that a VAE that is not there is told before pictures are read;
+    `vae_identity`, which takes as long as reading it, only for files.
 
     Each picture's posterior sample is drawn with its own generator, so it does not depend on batches or on what was
     cached. Entries on disk that are not true any more are made again, alone; see `latent_files.judge`. An interrupted
@@ -102,7 +106,7 @@ def cache_latents(
     entries = VerifiedEntries.open((job.file for job in on_disk if job.file is not None), plan.storage)
 
     def encode_jobs(share: Sequence[Job]) -> None:
-        for job, latents in encoded(share, encode, vae_identity, options.vae_batch_size, seed, plan, entries):
+        for job, latents in encoded(share, encode, load_vae, vae_identity, options.vae_batch_size, seed, plan, entries):
             if isinstance(latents, DamagedPicture):
                 damaged.update((user, str(latents)) for user in job.users)
             elif job.file is None:
@@ -251,6 +255,7 @@ def remark(found: Sequence[Found[Job]]) -> None:
 def encoded(
     jobs: Sequence[Job],
     encode: Encode,
+    load_vae: Callable[[], object],
     vae_identity: Callable[[], str],
     vae_batch_size: int,
     seed: int,
@@ -263,7 +268,7 @@ def encoded(
     with needing(
         f"{len(jobs)} pictures are to be encoded, such as {jobs[0].sample.picture.key}; {WAY_OUT.format('VAE')}"
     ):
-        vae_identity()
+        load_vae()
     logger.info("caching latents...")
     batches = list(equal_batches(jobs, vae_batch_size))
     # One thread: entries of two sizes may share a file. What is encoded is written even if the run is interrupted.

@@ -93,7 +93,7 @@ def encode_pictures(
         with torch.no_grad():
             return codec.encode(vae(), pixels_BCHW.to(processes.device), generators).float().cpu()
 
-    return cache_latents(plan, encode, cache(lambda: identity_of(vae())), caching, seed, processes)
+    return cache_latents(plan, encode, cache(lambda: identity_of(vae())), caching, seed, processes, vae)
 
 
 def identity_of(module: nn.Module) -> str:

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -515,6 +516,24 @@ def test_damaged_pictures_without_another_of_their_size_end_the_start(folder):
         path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"\.png is damaged; no other picture of its size can stand in for it"):
         cache(folder, options=MEMORY)
+
+
+def test_the_vae_is_loaded_first_and_its_weights_are_read_again_for_files_alone(folder: Path) -> None:
+    """Hashing a VAE takes as long as loading it."""
+    told: list[str] = []
+
+    def encode(pixels_BCHW: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+        told.append("encoded")
+        return averaging_vae()(pixels_BCHW, generators)
+
+    def identity() -> str:
+        told.append("hashed")
+        return "vae"
+
+    for options, wanted in ((MEMORY, {"loaded", "encoded"}), (DISK, {"loaded", "encoded", "hashed"})):
+        told.clear()
+        cache_latents(open_folder(folder), encode, identity, options, 1, load_vae=lambda: told.append("loaded"))
+        assert told[0] == "loaded" and set(told) == wanted
 
 
 def test_regularisation_pictures_that_are_not_needed_are_not_encoded(tmp_path):
