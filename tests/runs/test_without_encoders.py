@@ -99,11 +99,11 @@ def test_what_needs_a_model_that_is_not_there_is_named_before_any_work(
         return done.stderr
 
     said = refusal("--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "1")
-    assert f"--sample_prompts draws pictures: --ae {ae} does not exist" in said
+    assert f"--sample_prompts draws pictures; give the VAE, or leave it out: --ae {ae} does not exist" in said
     assert f"--ae {ae} does not exist" in refusal(but=("--cache_latents_to_disk",))
     assert "--clip_l" in refusal(but=("--cache_text_encoder_outputs_to_disk",))
     said = refusal(but=("--network_train_unet_only",))
-    assert "text encoders get an adapter without --network_train_unet_only: --clip_l" in said
+    assert "text encoders get an adapter without --network_train_unet_only; give them, or that option: --clip_l" in said
     said = refusal("--t5xxl_max_token_length", "16")
     assert "made with other settings" in said and f"--t5xxl {t5} does not exist" not in said.partition("captions")[0]
     assert "captions are to be encoded" in said and "does not exist" in said

@@ -61,7 +61,7 @@ def counted_run(
     name = options.network.network_module
     assert name is not None
     try:
-        with needing("--fit counts captions with the text encoders"):
+        with needing("--fit counts captions with the text encoders; give them, or leave it out"):
             return count_run(options, arch, batch, device, adapters)
     except UserError:
         raise

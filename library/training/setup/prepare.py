@@ -63,7 +63,7 @@ def prepare(
         rehearse(one.options, arch, plan.max_train_steps)
     prompts = wanted_prompts(options, arch) if processes.is_main else []
     if prompts:
-        with needing("--sample_prompts draws pictures"):
+        with needing("--sample_prompts draws pictures; give the VAE, or leave it out"):
             without_values(arch.load).vae()
     texts = texts_of(prompts, arch.preview.worded)
     reader = options.network.network_module or ""

@@ -140,7 +140,7 @@ def prepare_text(
     live = live_text(options, spec)
     if live is None:
         return RunText([], cached)
-    with needing("text encoders get an adapter without --network_train_unet_only"):
+    with needing("text encoders get an adapter without --network_train_unet_only; give them, or that option"):
         return RunText([encoder.to(device) for encoder in live.load()], cached)
 
 
