@@ -129,7 +129,7 @@ def write_shards(found: ScannedSubset, out: Path, name: str, shard_bytes: float,
     """
     remove_temporary(out, lambda stem: re.fullmatch(rf"{re.escape(name)}-\d{{5}}", stem) is not None)
     journal, members = Journal(out / f".{name}-shards.json"), iter(packed(found))
-    shards, members = kept_shards(journal.read(), members, out, shard_bytes, storage)
+    shards, members = kept_shards(journal.read(), members, len(found.pictures), out, shard_bytes, storage)
     with progress_bar(f"packing {name}", len(found.pictures)) as bar:
         if shards:
             bar.update(sum(shard.num_pictures for shard in shards))
@@ -204,15 +204,23 @@ class Journal:
 
 
 def kept_shards(
-    known: Sequence[Shard], members: Iterator[Packed], out: Path, shard_bytes: float, storage: Storage
+    known: Sequence[Shard],
+    members: Iterator[Packed],
+    num_pictures: int,
+    out: Path,
+    shard_bytes: float,
+    storage: Storage,
 ) -> tuple[list[Shard], Iterator[Packed]]:
-    """Those at the beginning that this call would write too, each read once, and the pictures that are left."""
+    """Those at the beginning that this call would write too, each read once, and the pictures that are left.
+
+    `num_pictures` is how many `members` there are.
+    """
     kept: list[Shard] = []
+    num_left = num_pictures
     for shard in known:
         held = list(islice(members, shard.num_pictures))
-        following = next(members, None)
-        members = members if following is None else chain([following], members)
-        grows = following is not None and not shard.is_full
+        num_left -= len(held)
+        grows = num_left > 0 and not shard.is_full
         if grows or not is_kept(shard, held, out / shard.name, shard_bytes, storage):
             return kept, chain(held, members)
         kept.append(shard)
