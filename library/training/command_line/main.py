@@ -238,8 +238,7 @@ def train_among(
         return True
     if events.is_on:
         events.emit(Audit(**data.facts()))
-    together = [own.with_values(changes(asked, options)) for own in adapters.values()]
-    options, arch, fitted = fitted_to_memory(options, build, arch, data, processes, together, events)
+    options, arch, fitted = fitted_to_memory(asked, options, build, arch, data, processes, adapters, events)
     largest = None
     if options.faults.dry_run:
         data, largest = data.limited_to_largest_batch()
@@ -270,12 +269,13 @@ def train_among(
 
 
 def fitted_to_memory(
+    asked: OptionsT,
     options: OptionsT,
     build: Callable[[OptionsT], Architecture],
     arch: Architecture,
     data: "TrainingData",
     processes: "Processes",
-    adapters: Sequence[OptionsT],
+    adapters: Mapping[str, OptionsT],
     events: EventsOfAll,
 ) -> "tuple[OptionsT, Architecture, Fit | None]":
     """The options with what --fit chooses, and the base model built for them; without it, both as they are."""
@@ -286,7 +286,8 @@ def fitted_to_memory(
     from library.training.reporting.events import Planned
 
     assert isinstance(data, DataPlan), "--dataset_class refuses --fit"
-    options, arch, fitted = fit_run(options, build, arch, data, processes, adapters)
+    together = [own.with_values(changes(asked, options)) for own in adapters.values()]
+    options, arch, fitted = fit_run(options, build, arch, data, processes, together)
     if (chosen := fitted.choice.chosen) is not None:
         for each in events.each:
             each.planned = Planned(chosen.device_bytes, chosen.tensor_bytes, chosen.seconds)
