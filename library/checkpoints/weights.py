@@ -2,11 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from hashlib import blake2b
 from io import RawIOBase
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from library.checkpoints.files import (
     LENGTH_BYTES,
     PICKLE_STARTS,
+    TensorEntry,
     holds_safetensors,
     load_state_dict,
     read_header,
@@ -45,6 +48,57 @@ class Weights:
     read: Callable[[str], Tensor]  # in memory of its own
     quantised: Mapping[str, Quantised] = field(default_factory=dict)  # those of which `read` gives decoded values
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the headers
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a safetensors file."""
+
+    path: Path
+    opened: os.stat_result  # of the file, when its header was read
+    start: int
+    entry: TensorEntry
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        raw = torch.empty(self.entry.end - self.entry.start, dtype=torch.uint8)
+        with self._at_start() as file:
+            read_into(file, raw.numpy().data, self.path)
+        return raw.view(self.entry.dtype).reshape(self.entry.shape)
+
+    def pieces(self, num_bytes: int) -> Iterator[Tensor]:
+        """Its rows, some after others, about `num_bytes` at a time, each time in the memory of those before."""
+        shape = self.entry.shape
+        size_of_row = prod(shape[1:]) * self.entry.dtype.itemsize
+        num_rows = min(shape[0], max(1, num_bytes // max(1, size_of_row)))
+        rows = torch.empty(num_rows, *shape[1:], dtype=self.entry.dtype)
+        with self._at_start() as file:
+            for left in range(shape[0], 0, -max(1, num_rows)):
+                piece = rows[:left]
+                read_into(file, piece.reshape(-1).view(torch.uint8).numpy().data, self.path)
+                yield piece
+
+    @contextmanager
+    def _at_start(self) -> Iterator[RawIOBase]:
+        with self.path.open("rb", buffering=0) as file:
+            stat = os.fstat(file.fileno())
+            if (stat.st_size, stat.st_mtime_ns) != (self.opened.st_size, self.opened.st_mtime_ns):
+                raise UserError(f"{self.path} was changed while it was being read; start again")
+            file.seek(self.start)
+            yield file
+
+
+@dataclass(frozen=True)
+class FromFiles:
+    """Reads tensors as they lie in safetensors files."""
+
+    places: Mapping[str, Place]
+
+    def __call__(self, name: str) -> Tensor:
+        return self.places[name].read()
+
+    def under(self, old_names: Mapping[str, str]) -> "FromFiles":
+        return FromFiles({new: self.places[old] for new, old in old_names.items()})
 
 
 LoaderT = TypeVar("LoaderT")
@@ -105,20 +159,10 @@ def open_safetensors(path: Path) -> Weights:
     """
     opened = path.stat()
     header = read_header(path)
-
-    def read(name: str) -> Tensor:
-        entry = header.tensors[name]
-        raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-        with path.open("rb", buffering=0) as file:
-            stat = os.fstat(file.fileno())
-            if (stat.st_size, stat.st_mtime_ns) != (opened.st_size, opened.st_mtime_ns):
-                raise UserError(f"{path} was changed while it was being read; start again")
-            file.seek(LENGTH_BYTES + header.num_bytes + entry.start)
-            read_into(file, raw.numpy().data, path)
-        return raw.view(entry.dtype).reshape(entry.shape)
-
+    data = LENGTH_BYTES + header.num_bytes
+    places = {name: Place(path, opened, data + entry.start, entry) for name, entry in header.tensors.items()}
     shapes = {name: entry.shape for name, entry in header.tensors.items()}
-    return Weights(str(path), shapes, read, metadata=header.metadata)
+    return Weights(str(path), shapes, FromFiles(places), metadata=header.metadata)
 
 
 def fingerprint(*parts: Weights) -> str:
@@ -163,7 +207,13 @@ def open_sharded(index: Path) -> Weights:
         raise UserError(f"{index} lists weights that its files do not hold: {', '.join(absent[:3])}; download it again")
     shapes = {name: files[file].shapes[name] for name, file in weight_map.items()}
     metadata = {key: value for file in files.values() for key, value in file.metadata.items()}
-    return Weights(str(index), shapes, lambda name: files[weight_map[name]].read(name), metadata=metadata)
+    places = {}
+    for name, file in weight_map.items():
+        if isinstance(reader := files[file].read, FromFiles):
+            places[name] = reader.places[name]
+    are_all = len(places) == len(weight_map)
+    read = FromFiles(places) if are_all else lambda name: files[weight_map[name]].read(name)
+    return Weights(str(index), shapes, read, metadata=metadata)
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -203,10 +253,11 @@ def refuse_stranger(path: Path) -> None:
 
 def selected(weights: Weights, old_names: Mapping[str, str]) -> Weights:
     """The tensors `old_names` lists, under their new names."""
+    given = weights.read
     return replace(
         weights,
         shapes={new: weights.shapes[old] for new, old in old_names.items()},
-        read=lambda name: weights.read(old_names[name]),
+        read=given.under(old_names) if isinstance(given, FromFiles) else lambda name: given(old_names[name]),
         quantised={new: weights.quantised[old] for new, old in old_names.items() if old in weights.quantised},
     )
 

@@ -43,7 +43,7 @@ def channels_last_where_it_fits(weights: Iterable[Tensor]) -> torch.memory_forma
 
     A model with convolutions over frames keeps its layout: torch's switch knows one number of dimensions at a time.
     """
-    return torch.channels_last if all(weight.ndim <= 4 for weight in weights) else torch.preserve_format
+    return torch.channels_last if all(weight.ndim <= 4 for weight in weights) else torch.contiguous_format
 
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:

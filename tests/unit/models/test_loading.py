@@ -1,11 +1,14 @@
 """Weights into modules."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from library.checkpoints.weights import Weights
+from library.checkpoints.weights import Weights, open_weights
 from library.errors import UserError
 from library.memory.devices import place
 from library.models import loading
@@ -53,11 +56,11 @@ def test_convolution_weights_come_in_the_layout_that_they_keep(has_frames: bool)
 
 
 @pytest.mark.parametrize("layout", [torch.preserve_format, torch.channels_last], ids=["as it is", "channels last"])
-@pytest.mark.parametrize("numbers_at_once", [100, 1 << 18], ids=["in parts", "whole"])
+@pytest.mark.parametrize("bytes_at_once", [100, 1 << 19], ids=["in parts", "whole"])
 def test_every_float16_becomes_the_nearest_bfloat16(
-    layout: torch.memory_format, numbers_at_once: int, monkeypatch: pytest.MonkeyPatch
+    layout: torch.memory_format, bytes_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "NUMBERS_IN_CACHE", numbers_at_once)
+    monkeypatch.setattr(loading, "BYTES_IN_CACHE", bytes_at_once)
     bits = torch.randperm(1 << 16, generator=torch.Generator().manual_seed(83)).to(torch.int32)
     value = bits.to(torch.int16).view(torch.float16).reshape(64, 32, 8, 4)
     found = cast(value, torch.bfloat16, layout)
@@ -75,3 +78,24 @@ def test_a_single_float16_and_none_at_all_are_cast_too() -> None:
         found = cast(value, torch.bfloat16, torch.preserve_format)
         assert found.shape == value.shape
         assert torch.equal(found, value.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("bytes_at_once", [64, 1 << 19], ids=["in parts", "whole"])
+def test_what_changes_on_the_way_from_a_file_is_what_torch_makes_of_it(
+    stored: torch.dtype, bytes_at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces that the next overwrites; kernels of one number are matrices in some files."""
+    monkeypatch.setattr(loading, "BYTES_IN_CACHE", bytes_at_once)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(5, 7, 3), nn.Linear(9, 4), nn.Conv2d(6, 8, 1, bias=False), nn.Embedding(0, 3))
+    generator = torch.Generator().manual_seed(5107)
+    tensors = {
+        name: torch.randn(weight.shape, generator=generator).to(stored) for name, weight in model.state_dict().items()
+    }
+    tensors["2.weight"] = tensors["2.weight"].flatten(1)
+    save_file(tensors, tmp_path / "a.safetensors")
+    loaded = materialise(model, open_weights(tmp_path / "a.safetensors"), torch.bfloat16).state_dict()
+    for name, value in loaded.items():
+        assert torch.equal(value, tensors[name].to(torch.bfloat16).reshape(value.shape)), name
+    assert loaded["0.weight"].is_contiguous(memory_format=torch.channels_last)
