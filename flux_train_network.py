@@ -4,6 +4,7 @@ import argparse
 
 from library import train_util as train_util
 from library.architectures.flux.options import FluxOptions
+from library.collector import importing
 from library.launcher import let_idle_threads_sleep
 from library.training.command_line.cli import build_parser
 
@@ -26,7 +27,8 @@ class FluxNetworkTrainer:
 
 if __name__ == "__main__":
     let_idle_threads_sleep()
-    from library.architectures.flux.assembly import LATENTS, build, build_objective
-    from library.training.command_line.main import main
+    with importing("scripts"):
+        from library.architectures.flux.assembly import LATENTS, build, build_objective
+        from library.training.command_line.main import main
 
     raise SystemExit(main(setup_parser(), FluxOptions, build, latents=LATENTS, objective=build_objective))

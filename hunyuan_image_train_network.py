@@ -4,6 +4,7 @@ import argparse
 
 from library import train_util as train_util
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
+from library.collector import importing
 from library.launcher import let_idle_threads_sleep
 from library.training.command_line.cli import build_parser
 
@@ -29,7 +30,8 @@ class HunyuanImageNetworkTrainer:
 
 if __name__ == "__main__":
     let_idle_threads_sleep()
-    from library.architectures.hunyuan_image.assembly import LATENTS, build, build_objective
-    from library.training.command_line.main import main
+    with importing("scripts"):
+        from library.architectures.hunyuan_image.assembly import LATENTS, build, build_objective
+        from library.training.command_line.main import main
 
     raise SystemExit(main(setup_parser(), HunyuanImageOptions, build, latents=LATENTS, objective=build_objective))

@@ -4,6 +4,7 @@ import argparse
 
 from library import train_util as train_util
 from library.architectures.sd3.options import Sd3Options
+from library.collector import importing
 from library.launcher import let_idle_threads_sleep
 from library.training.command_line.cli import build_parser
 
@@ -28,7 +29,8 @@ class Sd3NetworkTrainer:
 
 if __name__ == "__main__":
     let_idle_threads_sleep()
-    from library.architectures.sd3.assembly import LATENTS, build, build_objective
-    from library.training.command_line.main import main
+    with importing("scripts"):
+        from library.architectures.sd3.assembly import LATENTS, build, build_objective
+        from library.training.command_line.main import main
 
     raise SystemExit(main(setup_parser(), Sd3Options, build, latents=LATENTS, objective=build_objective))

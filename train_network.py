@@ -3,6 +3,7 @@
 import argparse
 
 from library import train_util as train_util
+from library.collector import importing
 from library.launcher import let_idle_threads_sleep
 from library.options.train import TrainOptions
 from library.training.command_line.cli import build_parser
@@ -26,7 +27,8 @@ class NetworkTrainer:
 
 if __name__ == "__main__":
     let_idle_threads_sleep()
-    from library.architectures.sd.assembly import LATENTS, build
-    from library.training.command_line.main import main
+    with importing("scripts"):
+        from library.architectures.sd.assembly import LATENTS, build
+        from library.training.command_line.main import main
 
     raise SystemExit(main(setup_parser(), TrainOptions, build, latents=LATENTS))

@@ -77,7 +77,7 @@ def main() -> None:
     for script in {job.script for job in jobs}:
         import_all(script, SCRIPTS[script])
     fix_times()
-    keep_imported()
+    keep_imported("tests")
     print(json.dumps([asdict(forked(job)) for job in jobs]))
 
 

@@ -67,7 +67,7 @@ def main() -> None:
         import_all(script, SCRIPTS[script])
     for call in {job.call for job in jobs if job.call is not None}:
         importlib.import_module(call.partition(":")[0])
-    keep_imported()
+    keep_imported("tests")
     print(json.dumps([[asdict(rank) for rank in forked(job)] for job in jobs]))
 
 

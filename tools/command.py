@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from library.errors import UserError
+from library.hidden_libraries import BITSANDBYTES, hidden
 from library.training.command_line.console import setup_plain_logging
-from library.training.optimization.hidden_library import hidden_bitsandbytes
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def run(
     args = parser.parse_args(argv)
     setup_plain_logging()
     try:
-        with hidden_bitsandbytes():
+        with hidden(BITSANDBYTES):
             action(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

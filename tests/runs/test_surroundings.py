@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from library.training.optimization.hidden_library import NAME
+from library.hidden_libraries import BITSANDBYTES
 from tests.running import ROOT
 
 ERRORS = [
@@ -21,8 +21,8 @@ ERRORS = [
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_one_that_fails_to_import_does_not_end_a_run(base_arguments: list[str], tmp_path: Path, error: str) -> None:
-    (tmp_path / "broken" / NAME).mkdir(parents=True)
-    (tmp_path / "broken" / NAME / "__init__.py").write_text(f"raise {error}")
+    (tmp_path / "broken" / BITSANDBYTES).mkdir(parents=True)
+    (tmp_path / "broken" / BITSANDBYTES / "__init__.py").write_text(f"raise {error}")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "broken")}
     command = [sys.executable, str(ROOT / "train_network.py"), *base_arguments, "--max_train_steps", "1"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

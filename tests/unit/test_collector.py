@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from library.collector import keep_imported, without_collection
+from library.collector import importing, keep_imported, without_collection
 
 
 def test_the_collector_stays_away_from_imports_and_comes_back_whatever_happens() -> None:
@@ -14,8 +14,11 @@ def test_the_collector_stays_away_from_imports_and_comes_back_whatever_happens()
         raise ImportError
     assert gc.isenabled()
     keep_imported.cache_clear()
-    keep_imported()
+    with importing("this"):
+        assert not gc.isenabled()
+    assert gc.isenabled()
     count = gc.get_freeze_count()
     kept = [[] for _ in range(50)]  # type: ignore[var-annotated]
-    keep_imported()
+    with importing("this"):
+        pass
     assert gc.get_freeze_count() == count > len(kept), "only once in a process"

@@ -171,7 +171,8 @@ def train_network(
     adapters: Mapping[str, OptionsT],
 ) -> bool:
     """Open the base model and find the other processes, then train among them; gives what `train_among` does."""
-    from library.collector import without_collection
+    from library.collector import importing
+    from library.hidden_libraries import find_neither
     from library.processes import of_accelerator
     from library.training.faults.dry_run import without_writing
     from library.training.run.sharding import as_launched, settled_sharding
@@ -180,7 +181,8 @@ def train_network(
     asked, options = options, as_launched(options)
     if options.faults.dry_run:
         options = without_writing(options)
-    with without_collection():
+    with importing("tokenizers"):
+        find_neither()
         arch = build(options)
     report_unused(options, arch.ignores)
     check_inpainting(options, arch.inpaints)
@@ -209,10 +211,10 @@ def train_among(
     """
     from library.data.batches.debug import show_batches
     from library.data.description.schema import NoDataFound
+    from library.hidden_libraries import BITSANDBYTES, hidden
     from library.training.faults.dry_run import try_largest_batch
     from library.training.faults.out_of_memory import explained
     from library.training.faults.selftest import test_itself
-    from library.training.optimization.hidden_library import hidden_bitsandbytes
     from library.training.reporting.events import Audit
     from library.training.saving.hub import check_repository
     from library.training.saving.resume import with_batches_of_state, with_rates_of_state
@@ -245,7 +247,7 @@ def train_among(
     with (
         events.stage("loading"),
         explained("loading the models and caching", options, accelerator.device, ""),
-        hidden_bitsandbytes(),
+        hidden(BITSANDBYTES),
     ):
         sweep = found.record or (SweepRecord(seed) if options.sweep.sweep else None)
         settled = changes(asked, options)

@@ -11,10 +11,10 @@ import torch
 from torch.optim import Optimizer
 
 from library.errors import UserError
+from library.hidden_libraries import BITSANDBYTES, show
 from library.options.optimizer import OptimizerOptions
 from library.suggestions import did_you_mean
 from library.training.command_line.keyword_args import call_with_keywords, read_keyword_args
-from library.training.optimization.hidden_library import show_bitsandbytes
 from library.training.optimization.muon import MuonWithAdamW
 
 logger = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ def import_class(path: str, flag: str, wanted: str) -> type[Any]:
 
 def import_optimizer(path: str, wanted: str) -> type[Optimizer]:
     """The optimizer class at a dotted path."""
-    show_bitsandbytes()
+    show(BITSANDBYTES)
     cls = import_class(path, "--optimizer_type", wanted)
     if not issubclass(cls, Optimizer):
         raise UserError(f"--optimizer_type {wanted}: {path} is not an optimizer (a subclass of torch.optim.Optimizer)")

@@ -11,6 +11,7 @@ from torch import nn
 
 from library.checkpoints.weights import without_values
 from library.errors import UserError
+from library.hidden_libraries import BITSANDBYTES, show
 from library.memory.blocks import Stacks
 from library.memory.devices import place
 from library.memory.forms.form import AS_IN_FILE, AsInFile, Form
@@ -32,7 +33,6 @@ from library.memory.planner.weights import STORED_FORMS, ModelWeights
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
-from library.training.optimization.hidden_library import show_bitsandbytes
 from library.training.run.context import Models
 from library.training.setup.compute import Compute
 
@@ -45,7 +45,7 @@ def check_base(options: TrainOptions, arch: Architecture) -> None:
     """Raise UserError, before anything is read, for a form or a number of waiting blocks that cannot be had."""
     name = options.precision.denoiser_format
     if name is not None and name.startswith("nf4"):
-        show_bitsandbytes()
+        show(BITSANDBYTES)
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError(
                 f"--base_format {name} needs the library bitsandbytes, which is not installed; install it with "

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+from library.collector import importing
 from library.data.batches.own_dataset import open_own_dataset
 from library.data.batches.training_data import TrainingData
 from library.data.description.plan import DataPlan, build_plan
 from library.data.description.schema import RunDataConfig, level_offset
+from library.hidden_libraries import hidden
 from library.launcher import restart_count
 from library.options.train import TrainOptions
 from library.processes import Processes, way_to_meet
@@ -77,7 +79,8 @@ def idle_offsets(config: RunDataConfig, objective: Objective) -> Iterator[str]:
 
 def open_accelerator(options: TrainOptions) -> Any:
     """accelerate's view of the device, the processes and the trackers."""
-    from accelerate import Accelerator, InitProcessGroupKwargs
+    with importing("accelerate"), hidden("boto3"):  # which it wants for Amazon's SageMaker
+        from accelerate import Accelerator, InitProcessGroupKwargs
 
     minutes = options.distributed.ddp_timeout
     limits = InitProcessGroupKwargs(

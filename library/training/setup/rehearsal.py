@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from library.checkpoints.weights import without_values
-from library.collector import keep_imported, without_collection
+from library.collector import importing
 from library.errors import NotThere, UserError
 from library.options.optimizer import ScheduleOptions
 from library.options.train import TrainOptions
@@ -63,13 +63,12 @@ def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:
 def sketched_models(arch: Architecture) -> Models:
     """The models that get adapters, on the meta device."""
     loader = without_values(arch.load)
-    with without_collection():  # imports, nearly all of the time that this takes
+    with importing("models"):  # nearly all of the time that this takes
         try:
             encoders = loader.text_encoders()
         except NotThere:  # then captions are cached, and they get no adapter
             encoders = []
         denoiser = loader.denoiser()
-    keep_imported()
     return Models(denoiser, encoders, None, arch.view(encoders, denoiser))
 
 

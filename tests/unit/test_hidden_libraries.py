@@ -1,0 +1,42 @@
+"""bitsandbytes and scipy are out of the way of runs that do not use them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+from library.hidden_libraries import BITSANDBYTES, hidden, show
+from tests.running import ROOT
+
+
+def test_nobody_finds_it_in_the_block_and_everybody_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, BITSANDBYTES, raising=False)
+    with hidden(BITSANDBYTES):
+        assert importlib.util.find_spec(BITSANDBYTES) is None
+    assert BITSANDBYTES not in sys.modules
+    with hidden(BITSANDBYTES):
+        show(BITSANDBYTES)
+        assert BITSANDBYTES not in sys.modules
+
+
+def test_one_that_is_loaded_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, BITSANDBYTES, os)
+    with hidden(BITSANDBYTES):
+        assert sys.modules[BITSANDBYTES] is os
+    assert sys.modules[BITSANDBYTES] is os
+
+
+def test_a_run_imports_no_scipy_and_finds_it_where_it_wants_it() -> None:
+    """In a process of its own: what diffusers and transformers found out they keep."""
+    code = """
+import sys
+from library.hidden_libraries import find_neither
+find_neither()
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel
+assert "scipy" not in sys.modules, "imported on the side"
+from scipy.special import stdtrit
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
