@@ -32,6 +32,16 @@ PREFIXES: tuple[tuple[str, Naming], ...] = (
     ("text_encoder_3.", "diffusers"),
 )
 
+MODELS = (
+    "unet.", "transformer.", "diffusion_model.", "text_encoder.", "text_encoder_2.", "text_encoder_3.",
+    "text_conditioner.",
+)  # fmt: skip
+"""What stands before a path in a file that says in which model of a pipeline it is."""
+
+ROOTLESS = (PEFT_PREFIX, "lycoris_", "lora_transformer_", "lora_unet_", "net.", "model.diffusion_model.", *MODELS)
+"""What programs put before a path without saying whose it is, or before paths of the other layout: PEFT, LyCORIS in
+the hands of SimpleTuner and others, OneTrainer."""
+
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 ENDINGS: tuple[tuple[str, str], ...] = (  # (pattern, the leaf that kohya's format has for it; "" for itself)
     (r"lora_down\.weight|lora_A(?:\.[\w-]+)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight", DOWN),
@@ -112,6 +122,19 @@ def _kronecker_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[in
         elif found is not None and side == 1:
             seconds[found.module] = shape[1]
     return {key: (rows, columns * seconds[m]) for m, (key, rows, columns) in firsts.items() if m in seconds}
+
+
+def tells_no_model(name: str) -> bool:
+    """Whether the beginning of a module's name leaves open in which model of a pipeline it is, and in whose layout."""
+    is_bare = naming_of(name) in ("unknown", "peft") or name.startswith(("lycoris_", "lora_transformer_"))
+    return is_bare or f".{PEFT_PREFIX}" in name
+
+
+def path_alone(name: str) -> str:
+    """The name of a module without all that programs put before its path."""
+    while (path := next((name[len(p) :] for p in ROOTLESS if name.startswith(p)), name)) != name:
+        name = path
+    return name
 
 
 def without_peft_prefix(name: str) -> str:

@@ -6,12 +6,12 @@ checkpoint below `diffusion_model.` and `text_encoders.`) and `diffusers` (its m
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from library.checkpoints.adapter_keys import underscored
+from library.checkpoints.adapter_keys import MODELS, path_alone, underscored
 
 FileNaming = Literal["kohya", "generic", "diffusers"]
 NAMINGS: tuple[FileNaming, ...] = ("kohya", "generic", "diffusers")
@@ -47,13 +47,19 @@ class ModuleNames:
     @property
     def spellings(self) -> tuple[str, ...]:
         """Every name that leads to this module."""
-        whole = (self.diffusers,) if isinstance(self.diffusers, str) else tuple(p.diffusers for p in self.diffusers)
-        return (self.kohya, self.generic, *whole, *self.aliases)
+        whole = (self.diffusers,) if isinstance(self.diffusers, str) else ()
+        of_pieces = (name for names in self.names_of_pieces for name in names)
+        return (self.kohya, self.generic, *whole, *of_pieces, *self.aliases)
+
+    @property
+    def names_of_pieces(self) -> tuple[tuple[str, str], ...]:
+        """What files call each piece: as diffusers does, or by its number in the whole, as OMI's format does."""
+        return tuple((piece.diffusers, f"{self.generic}.{i}") for i, piece in enumerate(self.pieces))
 
     def piece_of(self, name: str) -> int | None:
         """Which piece a file calls `name`, None for a name of the whole module."""
         flat = underscored(name)
-        return next((i for i, piece in enumerate(self.pieces) if underscored(piece.diffusers) == flat), None)
+        return next((i for i, names in enumerate(self.names_of_pieces) if flat in map(underscored, names)), None)
 
     def in_block(self, number: str) -> "ModuleNames":
         """The names of the same layer in another block, of a layer in block 0 whose paths have no earlier number."""
@@ -78,6 +84,7 @@ OTHER_PREFIXES: Mapping[str, tuple[str, ...]] = {  # OMI's, of which OneTrainer 
     "lora_te_": ("clip_l_",),
     "lora_te1_": ("clip_l_",),
     "lora_te2_": ("clip_g_",),
+    "lora_te3_": ("t5_",),
 }
 
 
@@ -118,3 +125,21 @@ class BaseNames:
             if any(underscored(spelling) == flat for spelling in module.spellings):
                 return module
         return None
+
+
+def placed(modules: Collection[str], tables: Sequence[BaseNames]) -> dict[str, str]:
+    """The modules of a file that no table knows by their names, but some table under another beginning -> that name.
+
+    Of the tables the one counts that knows most of them; what it does not know either is left out.
+    """
+    strangers = [name for name in modules if not any(table.find(name) for table in tables)]
+    found: dict[str, str] = {}
+    for table in tables if strangers else ():
+        here = {name: other for name in strangers if (other := _under_a_model(path_alone(name), table)) is not None}
+        found = here if len(here) > len(found) else found
+    return found
+
+
+def _under_a_model(path: str, table: BaseNames) -> str | None:
+    """A path as the first model of a base model has it in which it is."""
+    return next((f"{model}{path}" for model in MODELS if table.find(f"{model}{path}") is not None), None)

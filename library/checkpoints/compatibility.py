@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from library.checkpoints.adapter_keys import AdapterKey, underscored
+from library.checkpoints.adapter_keys import AdapterKey, tells_no_model, underscored
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.model_card import PROGRAMS, ModelCard, Program, Reader
 from library.checkpoints.recognition import recognise_adapter
@@ -86,8 +86,10 @@ def parse(text: str, shape: tuple[int, ...]) -> Key:
     if found is None or READ.fullmatch(found.ending) is None:
         return Key(text, underscored(text), "", shape, None, part_of(text))
     naming = next((naming for naming in NAMINGS if naming == found.naming), None)
-    if re.match(r"lycoris_|model\.diffusion_model\.", found.module) or (naming == "kohya" and "." in found.module):
-        naming = None  # names that LyCORIS gives without a preset, or of a whole checkpoint
+    if re.match(r"model\.diffusion_model\.", found.module) or (naming == "kohya" and "." in found.module):
+        naming = None  # names of a whole checkpoint
+    if tells_no_model(found.module):
+        naming = None  # some programs look for some of these, but for each base model others
     return Key(text, underscored(found.module), found.ending, shape, naming, part_of(found.module))
 
 

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from library.checkpoints.adapter_keys import WIDE_LEAVES, AdapterKey, composed_shapes, underscored
+from library.checkpoints.adapter_keys import WIDE_LEAVES, AdapterKey, composed_shapes, tells_no_model, underscored
+from library.checkpoints.adapter_names import placed
 from library.checkpoints.model_card import ModelCard, recognise
 from library.errors import UserError
 
@@ -19,6 +20,7 @@ def recognise_adapter(
     the metadata names. Text encoders are shared by several base models, so a file of these alone is of the one that
     its metadata names.
     """
+    shapes = _in_models(cards, shapes)
     told = base_in_metadata(cards, metadata)
     if told is not None and all(re.match(TEXT_ENCODER, underscored(key)) for key in shapes):
         return told
@@ -45,6 +47,21 @@ def require_card(
         known = ", ".join(card.title for card in cards)
         raise UserError(f"{origin}: its keys do not tell which base model it is for; supported: {known}")
     return card
+
+
+def _in_models(cards: Sequence[ModelCard], shapes: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
+    """The shapes by keys that say in which model of a pipeline their module is; others stay as they are."""
+    modules = {key: found.module for key in shapes if (found := AdapterKey.parse(key)) is not None}
+    open_ones = {module for module in modules.values() if tells_no_model(module)}
+    if not open_ones:
+        return shapes
+    others = placed(open_ones, [card.names for card in cards])
+
+    def under_a_model(key: str) -> str:
+        module = modules.get(key, "")
+        return others[module] + key[len(module) :] if module in others else key
+
+    return {under_a_model(key): shape for key, shape in shapes.items()}
 
 
 def _flat(key: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.anima import adapters as anima_adapters
+from library.architectures.cards import list_cards
 from library.architectures.flux import adapters as flux_adapters
 from library.architectures.hunyuan_image import adapters as hunyuan_image_adapters
 from library.architectures.lumina import adapters as lumina_adapters
@@ -23,9 +24,11 @@ from library.architectures.sd3 import adapters as sd3_adapters
 from library.architectures.sdxl import adapters as sdxl_adapters
 from library.checkpoints.adapter_names import BaseNames, FileNaming
 from library.checkpoints.files import load_state_dict, save_safetensors
+from library.checkpoints.recognition import recognise_adapter
 from library.models.unet.keys import UnetLayout
 from networks import lora
 from networks.core.files.adapter_file import adapter_tensors, parse_adapter
+from networks.core.files.foreign_names import in_a_model
 from networks.core.files.renaming import rename
 from tests.parity import test_anima_model, test_flux_model, test_hunyuan_image_model, test_lumina_model, test_sd3_model
 from tests.tiny import sd, sdxl
@@ -313,6 +316,83 @@ def place(names: BaseNames, name: str) -> str:
     found = names.find(name)
     assert found is not None
     return found.kohya
+
+
+SPELLINGS: Mapping[
+    str, Callable[[str, str], str]
+] = {  # (the model in diffusers' pipeline, the path in it) -> as in a file
+    "OneTrainer": lambda model, path: f"lora_{model}_{path.replace('.', '_')}.lora_{{}}.weight",
+    "SimpleTuner": lambda model, path: f"lycoris_{path.replace('.', '_')}.lora_{{}}.weight",
+    "PEFT": lambda model, path: f"base_model.model.{path}.lora_{{}}.weight",
+    "PEFT in a pipeline": lambda model, path: f"{model}.base_model.model.{path}.lora_{{}}.default.weight",
+    "no prefix": lambda model, path: f"{path}.lora_{{}}.weight",
+}
+OF_KOHYA = ("OneTrainer", "SimpleTuner")  # which call the factors lora_down and lora_up
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_names_that_do_not_say_in_which_model_they_are(pair: Pair, spelling: str) -> None:
+    """Found by their paths: the same tensors as under diffusers' names, and the same base model."""
+    denoiser = next(iter(pair.theirs))  # a text adapter's paths begin like those of Anima's own blocks
+    theirs = {key: tensor for key, tensor in diffusers_file(pair).items() if key.startswith(f"{denoiser}.")}
+    spelled = {}
+    for key, tensor in theirs.items():
+        name, _, factor = key.removesuffix(".weight").rpartition(".lora_")
+        ending = {"A": "down", "B": "up"}[factor] if spelling in OF_KOHYA else factor
+        spelled[SPELLINGS[spelling](*name.split(".", 1)).format(ending)] = tensor
+    assert len(spelled) == len(theirs)
+    file = in_a_model(parse_adapter(spelled, {}, "a.safetensors"), [pair.names])
+    found, wanted = adapter_tensors(rename(file, pair.names, "kohya").file), converted(theirs, pair.names, "kohya")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+    cards = list_cards()
+    shapes, like = ({k: tuple(t.shape) for k, t in tensors.items()} for tensors in (spelled, theirs))
+    assert recognise_adapter(cards, shapes, {}) is recognise_adapter(cards, like, {})
+
+
+def test_projections_by_their_number_in_the_fused_layer() -> None:
+    """OMI's format, in which OneTrainer keeps its backups: the paths of the original checkpoint, and pieces of it."""
+    pair = PAIRS["flux"]()
+    pieces = {"attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2}
+    theirs = {
+        key: tensor
+        for key, tensor in diffusers_file(pair).items()
+        if key.startswith("transformer.transformer_blocks.0.") and any(f".{piece}." in key for piece in pieces)
+    }
+    spelled = {}
+    for key, tensor in theirs.items():
+        path, _, factor = key.removeprefix("transformer.transformer_blocks.0.").partition(".lora_")
+        ending = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[factor]
+        spelled[f"transformer.double_blocks.0.img_attn.qkv.{pieces[path]}.{ending}"] = tensor
+    file = in_a_model(parse_adapter(spelled, {}, "a.safetensors"), [pair.names])
+    found, wanted = adapter_tensors(rename(file, pair.names, "kohya").file), converted(theirs, pair.names, "kohya")
+    assert len(spelled) == 6 and found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+
+
+def test_network_weights_take_names_that_do_not_say_in_which_model_they_are(tmp_path: Path) -> None:
+    """OneTrainer's for FLUX.1, with a text encoder beside."""
+    pair = PAIRS["flux"]()
+    names = {module.kohya for module in pair.names.modules if "_double_blocks_0_" in module.kohya}
+    theirs = {
+        key: tensor
+        for key, tensor in diffusers_file(pair).items()
+        if place(pair.names, key.rpartition(".lora_")[0]) in names
+    }
+    spelled = {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 5),
+               "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(5, 2)}  # fmt: skip
+    for key, tensor in theirs.items():
+        name, _, factor = key.removesuffix(".weight").rpartition(".lora_")
+        ending = {"A": "lora_down.weight", "B": "lora_up.weight"}[factor]
+        spelled[f"lora_{name.replace('.', '_')}.{ending}"] = tensor
+        spelled[f"lora_{name.replace('.', '_')}.alpha"] = torch.tensor(float(theirs[f"{name}.lora_A.weight"].shape[0]))
+    save_safetensors(tmp_path / "a.safetensors", spelled)
+    network, _ = lora.create_network_from_weights(1.0, str(tmp_path / "a.safetensors"), None, [], with_names(pair))
+    network.apply_to([], pair.seen, False, True)
+    network.load_weights(str(tmp_path / "a.safetensors"))
+    network.eval()
+    assert network.adapters.keys() == names
+    torch.testing.assert_close(pair.predict(), loaded_by_diffusers(pair, theirs), **FLOAT32_DEEP)
 
 
 def test_what_is_not_merged_of_base_weights_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

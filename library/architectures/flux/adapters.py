@@ -76,6 +76,12 @@ def t5_module(path: str) -> ModuleNames:
     )
 
 
+def chroma_t5_module(path: str) -> ModuleNames:
+    """Of Chroma it is the only text encoder, so OneTrainer gives it no number."""
+    found = t5_module(path)
+    return replace(found, aliases=(*found.aliases, f"lora_te_{path.replace('.', '_')}"))
+
+
 NAMES = BaseNames(
     "flux",
     (
@@ -88,7 +94,7 @@ CHROMA_NAMES = BaseNames(
     "chroma",
     (
         *map(denoiser_module, chroma_paths()),
-        *(t5_module(f"encoder.block.{n}.{name}") for n in range(NUM_T5_BLOCKS) for name in T5_BLOCK),
+        *(chroma_t5_module(f"encoder.block.{n}.{name}") for n in range(NUM_T5_BLOCKS) for name in T5_BLOCK),
     ),
 )
 T5 = Part("lora_te3", blocks=("T5Attention", "T5DenseGatedActDense"), needs="train_t5xxl")

@@ -1,22 +1,17 @@
 """Adapter files whose modules have other programs' names, brought to the names of this network."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from library.checkpoints.adapter_keys import PEFT_PREFIX, AdapterKey, naming_of, without_peft_prefix
-from library.checkpoints.adapter_names import BaseNames
+from library.checkpoints.adapter_keys import PEFT_PREFIX, AdapterKey, path_alone
+from library.checkpoints.adapter_names import BaseNames, ModuleNames, placed
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, adapter_tensors, parse_adapter, read_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
-
-MODELS_OF_PEFT = (
-    "unet.", "transformer.", "diffusion_model.", "text_encoder.", "text_encoder_2.", "text_encoder_3.",
-    "text_conditioner.",
-)  # fmt: skip
 
 
 def in_own_names(tensors: Mapping[str, Tensor], names: BaseNames | None, file: str | Path) -> Mapping[str, Tensor]:
@@ -25,37 +20,52 @@ def in_own_names(tensors: Mapping[str, Tensor], names: BaseNames | None, file: s
     A file that has these names already, or whose base model lists no others, comes back as it is. Raises UserError
     naming the keys that have no place in this base model, or naming a module that stands twice.
     """
-    if names is None or not any(key.startswith(PEFT_PREFIX) or is_foreign(key, names) for key in tensors):
+    if names is None or not any(is_foreign(module, names) for module in modules_of(tensors)):
         return tensors
     path = Path(file)
     read = read_adapter_file(path) if path.exists() else parse_adapter(tensors, {}, str(file))
     return adapter_tensors(rename(in_a_model(read, [names]), names, "kohya").file)
 
 
-def is_foreign(key: str, names: BaseNames) -> bool:
-    """Whether a key is of a module of this base model under another name than kohya's."""
-    found = AdapterKey.parse(key)
-    module = names.find(found.module) if found else None
-    return module is not None and found is not None and module.kohya != found.module
+def modules_of(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """The modules of a file, each by every key that it has."""
+    return (found.module for key in tensors if (found := AdapterKey.parse(key)) is not None)
+
+
+def is_foreign(module: str, names: BaseNames) -> bool:
+    """Whether a module of this base model has another name than kohya's."""
+    found = names.find(module)
+    if found is not None:
+        return found.kohya != module
+    return module.startswith(PEFT_PREFIX) or bool(placed([module], [names]))
 
 
 def in_a_model(file: AdapterFile, tables: Sequence[BaseNames]) -> AdapterFile:
-    """A file that PEFT wrote alone, which names modules after a model that it does not name, with the prefix of the
-    model in which all of them are; other files as they are.
+    """A file whose modules are named without their model, as PEFT, LyCORIS and OneTrainer do, with the names that they
+    have in a model of one of `tables`; other modules as they are.
 
-    Raises UserError where there is none among `tables`.
+    Raises UserError for a file by PEFT of which none of `tables` knows a module.
     """
-    paths = [without_peft_prefix(name) for name in file.modules]
-    if not all(name.startswith(PEFT_PREFIX) for name in file.modules) or any(naming_of(p) != "unknown" for p in paths):
+    others = placed(file.modules.keys(), tables)
+    if not others and all(name.startswith(PEFT_PREFIX) and find_in(tables, name) is None for name in file.modules):
+        raise UserError(
+            f"{file.origin}: PEFT wrote it for a model that is none of those known here (first module: "
+            f"{path_alone(next(iter(file.modules)))}); names of diffusers' and of the original modules are known"
+        )
+    if not others:
         return file
-    for prefix in MODELS_OF_PEFT:
-        if any(all(names.find(prefix + path) is not None for path in paths) for names in tables):
-            modules = {prefix + path: module for path, module in zip(paths, file.modules.values(), strict=True)}
-            return replace(file, modules={name: _renamed(module, name) for name, module in modules.items()})
-    raise UserError(
-        f"{file.origin}: PEFT wrote it for a model that is none of those known here (first module: {paths[0]}); "
-        "names of diffusers' and of the original modules are known"
-    )
+    modules: dict[str, ModuleWeights] = {}
+    for name, module in file.modules.items():
+        other = others.get(name, name)
+        if other in modules:
+            raise UserError(f"{file.origin} has the module {other} twice, under different names; remove one of them")
+        modules[other] = _renamed(module, other) if other != name else module
+    return replace(file, modules=modules)
+
+
+def find_in(tables: Sequence[BaseNames], name: str) -> ModuleNames | None:
+    """The module that a name is of in the first table that knows it."""
+    return next((found for table in tables if (found := table.find(name)) is not None), None)
 
 
 def _renamed(module: ModuleWeights, name: str) -> ModuleWeights:
