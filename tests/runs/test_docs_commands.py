@@ -14,6 +14,7 @@ import pytest
 from tests.contracts.test_docs_commands import PAGES, ROOT, commands_of
 from tests.running import Finished, make_pictures
 from tests.runs.bases import BASES
+from tests.tiny.flux import build_tiny_flux
 from tests.tiny.sd import build_tiny_sd
 from tests.tiny.sdxl import build_tiny_sdxl
 from tools import convert_lora, merge_lora
@@ -23,11 +24,11 @@ NOT_RUN = {  # beginning of a command -> where it is tested, or why it cannot be
     "source .venv/bin/activate": "a matter of the shell",
     "python3 tools/start.py": "tests/runs/test_quickstart.py and tests/unit/tools/test_start.py",
     "python3 -m": "programs of others",
-    "python3 benchmarks/gpu_memory.py": "needs a card; tests/runs/test_memory_modes.py runs it in small",
+    "python3 benchmarks/gpu_": "needs a card; tests/runs/test_memory_modes.py runs both in small",
     "accelerate launch --multi_gpu": "tests/runs/test_processes.py",
 }
 BASE_OF_SCRIPT = {base.script: name for name, base in reversed(BASES.items())}
-FAST = {"README.md", "tools.md", "faults.md", "file_format.md"}
+SLOW = {"train_network.md", "sweep.md"}  # many trainings
 
 
 def runnable(page: Path) -> list[str]:
@@ -36,7 +37,7 @@ def runnable(page: Path) -> list[str]:
 
 def page_parameters() -> list[object]:
     pages = [page for page in PAGES if runnable(page)]
-    return [pytest.param(p, id=p.stem, marks=() if p.name in FAST else pytest.mark.slow) for p in pages]
+    return [pytest.param(p, id=p.stem, marks=pytest.mark.slow if p.name in SLOW else ()) for p in pages]
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_pictures(tmp_path / "pictures" / "10_mycat", 2)
     make_pictures(tmp_path / "regularisation" / "1_cat", 2)
     (tmp_path / "configs" / "examples").mkdir(parents=True)
-    (tmp_path / "configs" / "quickstart").symlink_to(ROOT / "configs" / "quickstart")
+    add_quickstart(tmp_path / "configs" / "quickstart")
     example = (ROOT / "configs" / "examples" / "dataset.toml").read_text(encoding="utf-8")
     example = example.replace("resolution = 512", "resolution = 64").replace(
         "min_bucket_reso = 256", "min_bucket_reso = 64"
@@ -54,6 +55,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "configs" / "examples" / "dataset.toml").write_text(example, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def add_quickstart(folder: Path) -> None:
+    """The quickstart's files, with two of its prompts and two steps for each: all take minutes to draw."""
+    folder.mkdir()
+    for path in (ROOT / "configs" / "quickstart").iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "prompts.txt").unlink()
+    lines = (ROOT / "configs" / "quickstart" / "prompts.txt").read_text(encoding="utf-8").splitlines()[1:3]
+    assert all(" --s 20 " in line for line in lines)
+    (folder / "prompts.txt").write_text("\n".join(line.replace(" --s 20 ", " --s 2 ") for line in lines))
 
 
 def add_adapter_files(place: Path, train: Train) -> None:
@@ -117,6 +129,9 @@ def test_commands_of_a_page_run_one_after_another(page: Path, place: Path, train
         add_adapter_files(place, train)
     if page.name == "scale.md":
         build_tiny_sdxl(place, 53, layout="safetensors").rename("sdxl.safetensors")
+    if page.name == "memory.md":
+        build_tiny_flux(place, 54)
+        (place / "flux1.safetensors").rename("flux1-dev.safetensors")
     for command in runnable(page):
         run_command(command, place, train)
 
