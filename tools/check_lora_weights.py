@@ -33,10 +33,10 @@ from networks.core.files.inspection import (
     group_tensors,
     module_facts,
     structure_problem,
-    value_problems,
 )
-from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.module_weights import ModuleWeights, value_problems
 from networks.core.files.renaming import some_keys
+from networks.core.kinds.leaves import ALPHA
 from tools.command import make_parser, run
 
 EXAMPLES = """\
@@ -71,16 +71,21 @@ def judge(tensors: dict[str, Tensor], metadata: Mapping[str, str], origin: str) 
     base = recognise_adapter(cards, shapes, metadata)
     found: list[str] = []
     facts: list[ModuleFacts] = []
+    lone = [module.keys[ALPHA] for module in modules.values() if module.tensors.keys() == {ALPHA}]
     for module in tqdm(modules.values(), desc="modules", disable=None, leave=False):
         found += value_problems(module)
+        if module.keys.get(ALPHA) in lone:
+            continue
         wrong = structure_problem(module)
         if wrong is None:
             facts.append(module_facts(module))
         else:
             found.append(wrong)
-    if not modules:
+    if len(modules) == len(lone):
         found.append(f"there are no weights of an adapter (first keys: {', '.join(list(tensors)[:3]) or 'none'})")
     warnings = list(oddities(list(modules.values()), facts, unknown, base))
+    if lone and len(modules) > len(lone):
+        warnings.append(f"alphas without weights, which change nothing: {some_keys(lone)}")
     name = base.name if base else None
     return Report(
         origin, name, count_dtypes(tensors), facts, by_block(facts), readings(cards, shapes, metadata), found, warnings

@@ -14,6 +14,7 @@ import argparse
 import logging
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from uuid import uuid4
@@ -107,6 +108,13 @@ def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str
             raise UserError(
                 f"{adapter.file.origin}: {len(missing)} of its {len(names)} modules are not in --sd_model {base.path}, "
                 f"the first is {missing[0]}; was it made for another base model?"
+            )
+        twice = [
+            kohya for kohya, times in Counter(f.kohya for f in names.values() if f is not None).items() if times > 1
+        ]
+        if twice:
+            raise UserError(
+                f"{adapter.file.origin} has the module {twice[0]} twice, under different names; remove one of them"
             )
         for name, found in names.items():
             assert found is not None

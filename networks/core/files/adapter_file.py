@@ -68,6 +68,7 @@ def read_adapter_file(path: str | Path, flag: str = "") -> AdapterFile:
     except (ValueError, OSError) as error:
         raise UserError(f"{flag}: {error}" if flag else str(error)) from error
     file = parse_adapter(tensors, metadata, where)
+    file = without_lone_alphas(file)
     settings = peft_settings(Path(path))
     if settings is not None:
         file = replace(file, modules={n: with_alpha(m, settings) for n, m in file.modules.items()})
@@ -77,7 +78,8 @@ def read_adapter_file(path: str | Path, flag: str = "") -> AdapterFile:
 def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str) -> AdapterFile:
     """Sort the tensors of an adapter file by module.
 
-    Raises UserError when there is no adapter among them, or when the factors of a module do not belong together.
+    Raises UserError when there is no adapter among them, when the factors of a module do not belong together, or for
+    values that are not finite.
     """
     leaves: dict[str, dict[str, Tensor]] = {}
     keys: dict[str, dict[str, str]] = {}
@@ -95,8 +97,9 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], or
     settings = diffusers_settings(metadata)
     modules = {}
     for name, group in leaves.items():
-        modules[name] = with_alpha(ModuleWeights(name, group, keys[name]), settings)
+        modules[name] = with_alpha(ModuleWeights(name, group, keys[name], origin=origin), settings)
         modules[name].check(origin)
+        modules[name].check_values(origin)
     if not modules:
         first = ", ".join(list(tensors)[:3]) or "none"
         raise UserError(f"{origin} has no weights of an adapter (first keys: {first}); give a LoRA file")
@@ -130,18 +133,39 @@ COMPUTED: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind.read is not No
 LOW_RANK: tuple[Kind, ...] = (*(kind for kind in COMPUTED if kind.is_low_rank), norm.KIND)
 
 
+def without_lone_alphas(file: AdapterFile) -> AdapterFile:
+    """The file without alphas that have no weights beside them, which tools that leave out blocks forget; a warning
+    says so."""
+    lone = [name for name, module in file.modules.items() if module.tensors.keys() == {ALPHA}]
+    if not lone or len(lone) == len(file.modules):
+        return file
+    logger.warning(
+        "%s has %d alphas without weights, such as %s; they change nothing and are left out",
+        file.origin, len(lone), file.modules[lone[0]].keys[ALPHA],
+    )  # fmt: skip
+    return replace(file, modules={name: module for name, module in file.modules.items() if name not in lone})
+
+
 def require_kinds(file: AdapterFile, kinds: Collection[Kind], purpose: str) -> None:
-    """Raise UserError unless every module is of one of `kinds` and every key was understood."""
+    """Raise UserError unless every module is of one of `kinds` and has nothing else, and every key was understood."""
     other = {module.name: module for module in file.modules.values() if module.kind not in kinds}
     if other:
         name, module = next(iter(other.items()))
         raise UserError(
-            f"{file.origin}: {len(other)} modules cannot be {purpose}, the first is {name} ({module.kind.words})"
+            f"{file.origin}: {len(other)} modules cannot be {purpose}, the first is {name} ({module.kind.words}: "
+            f"{', '.join(module.tensors)})"
         )
+    for module in file.modules.values():
+        if (beside := module.beside) is not None:
+            raise UserError(
+                f"{file.origin} has {module.keys[beside]}, which is not understood beside {module.kind.words}, so it "
+                f"cannot be {purpose}; use the program that wrote it"
+            )
     if file.unknown:
         raise UserError(
             f"{file.origin} has {len(file.unknown)} keys that are not understood, so it cannot be {purpose}; the first "
-            f"is {next(iter(file.unknown))}"
+            f"is {next(iter(file.unknown))}. `tools/convert_lora.py --to kohya --drop_unsupported` writes it without "
+            "them, which changes what it does"
         )
 
 

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from library.checkpoints.adapter_keys import AdapterKey, underscored
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.kinds.leaves import ALPHA
 
 PREFIX = re.compile(
     r"^(lora_unet|lora_te\d?|lycoris|diffusion_model|unet|transformer|text_encoder(_\d)?|text_encoders_.*?transformer)_"
@@ -65,21 +64,11 @@ def group_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, ModuleWeight
 
 def structure_problem(module: ModuleWeights) -> str | None:
     """Why the tensors of a module do not belong together, None when they do."""
-    if not module.tensors.keys() - {ALPHA}:
-        return f"{module.keys[ALPHA]} is an alpha without weights"
     try:
         module.check("the file")
     except ValueError as error:
         return str(error)
     return None
-
-
-def value_problems(module: ModuleWeights) -> Iterator[str]:
-    """The tensors of a module that hold infinity or NaN, one sentence each."""
-    for leaf, tensor in module.tensors.items():
-        num_bad = int((~torch.isfinite(tensor.float())).sum()) if tensor.is_floating_point() else 0
-        if num_bad:
-            yield f"{module.keys[leaf]} has {num_bad} of {tensor.numel()} values that are not finite"
 
 
 def module_facts(module: ModuleWeights) -> ModuleFacts:

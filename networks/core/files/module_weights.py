@@ -1,6 +1,6 @@
 """The weights that an adapter file has for one module, whatever trainer wrote them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -28,6 +28,7 @@ class ModuleWeights:
     tensors: Mapping[str, Tensor]
     keys: Mapping[str, str]
     alpha_elsewhere: float | None = None  # recorded beside the tensors: in the metadata or in adapter_config.json
+    origin: str = ""  # the file, for messages
 
     @property
     def kind(self) -> Kind:
@@ -39,6 +40,11 @@ class ModuleWeights:
         """The kind as reports name it: LoRA of kernels larger than 1x1 is "conv"."""
         kind = self.kind
         return "conv" if kind is lora.KIND and prod(self.shape[2:]) > 1 else kind.name
+
+    @property
+    def beside(self) -> str | None:
+        """A leaf that its kind does not know, such as a change of the bias beside a LoRA; None where there is none."""
+        return next((leaf for leaf in self.tensors if leaf not in self.kind.leaves and leaf != ALPHA), None)
 
     @property
     def is_low_rank(self) -> bool:
@@ -90,7 +96,7 @@ class ModuleWeights:
         try:
             return change_of(leaves)
         except ValueError as error:
-            raise UserError(f"{self.name}: {error}") from None
+            raise UserError(f"{self._place}: {error}") from None
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """What is added to the layer's weight, in its shape; for DoRA before the magnitudes."""
@@ -139,8 +145,10 @@ class ModuleWeights:
         return replace(self, tensors=tensors, keys=keys, alpha_elsewhere=None)
 
     def check(self, origin: str) -> None:
-        """Raise UserError where the tensors do not belong together."""
+        """Raise UserError where the tensors do not belong together, or are none that anything can be computed with."""
         kind = self.kind
+        if (unusable := next(self._unusable(), None)) is not None:
+            raise UserError(f"{origin} has {unusable}")
         wrong = kind.fault(self.name, self.tensors, self.keys) if kind.fault is not None else None
         if wrong is not None:
             raise UserError(f"{origin}{'' if wrong.startswith(':') else ' '}{wrong}")
@@ -149,12 +157,34 @@ class ModuleWeights:
             there = next(self.keys[leaf] for leaf in (*kind.needs, *kind.core) if leaf in self.tensors)
             raise UserError(f"{origin} has {there} without its {missing[0]}; the file is incomplete")
 
+    def check_values(self, origin: str) -> None:
+        """Raise UserError where values are not finite: nothing that is computed with them would be."""
+        if (wrong := next(value_problems(self), None)) is not None:
+            raise UserError(f"{origin}: {wrong}; the file is damaged, take another one or one of an earlier step")
+
+    def _unusable(self) -> Iterator[str]:
+        """What no kind of adapter can have, one phrase for each tensor."""
+        for leaf, tensor in self.tensors.items():
+            key, shape = self.keys.get(leaf, f"{self.name}.{leaf}"), list(tensor.shape)
+            if tensor.numel() == 0:
+                yield f"{key} of the shape {shape}, which is empty; the file is incomplete"
+            elif leaf == ALPHA and tensor.numel() != 1:
+                yield f"{key} of the shape {shape}; it needs one number"
+            elif leaf in self.kind.needs and not tensor.is_floating_point():
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                yield f"{key} as {dtype}, whole numbers whose scale it does not say; use a file in fp32, bf16 or fp16"
+
+    @property
+    def _place(self) -> str:
+        """The module and the file that it is from."""
+        return f"{self.origin}: {self.name}" if self.origin else self.name
+
     def _describe(self, misfit: Misfit) -> str:
         if misfit.leaf:
             sizes = prod(misfit.change), prod(misfit.base)
-            return f"{self.name}.{misfit.leaf} has {sizes[0]} values, the base model's layer {sizes[1]}"
+            return f"{self._place}.{misfit.leaf} has {sizes[0]} values, the base model's layer {sizes[1]}"
         return (
-            f"{self.name} changes a weight of the shape {list(misfit.change)}, but the base model's is "
+            f"{self._place} changes a weight of the shape {list(misfit.change)}, but the base model's is "
             f"{list(misfit.base)}; the adapter was made for another base model"
         )
 
@@ -164,3 +194,13 @@ def alpha_tensor(alpha: float, like: Tensor) -> Tensor:
     exact = torch.tensor(alpha, dtype=torch.float32)
     rounded = exact.to(like.dtype)
     return rounded if like.is_floating_point() and float(rounded) == float(exact) else exact
+
+
+def value_problems(module: ModuleWeights) -> Iterator[str]:
+    """The tensors of a module that hold infinity or NaN, one sentence each."""
+    for leaf, tensor in module.tensors.items():
+        if not tensor.is_floating_point() or tensor.is_meta:  # shapes alone have no values
+            continue
+        num_bad = int((~torch.isfinite(tensor.float())).sum())
+        if num_bad:
+            yield f"{module.keys[leaf]} has {num_bad} of {tensor.numel()} values that are not finite"

@@ -17,6 +17,7 @@ from library.checkpoints.files import is_safetensors, load_state_dict, save_pick
 from library.checkpoints.hashes import with_hashes
 from library.errors import UserError
 from networks.core.adapter import Adapter
+from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import norm
 from networks.core.kinds.change import StoredOtherwise
 from networks.core.kinds.kind import Kind
@@ -93,6 +94,10 @@ def group_by_module(
         )
     for module, group in groups.items():
         check_complete(module, group, source)
+        if group.keys() - SHARED:
+            weights = ModuleWeights(module, group, {leaf: f"{module}.{leaf}" for leaf in group})
+            weights.check(source)
+            weights.check_values(source)
     return {module: group for module, group in groups.items() if group.keys() - SHARED}
 
 

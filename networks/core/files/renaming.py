@@ -39,15 +39,16 @@ def rename(file: AdapterFile, names: BaseNames, to: FileNaming, drop_unsupported
     lost = list(unsupported_keys(file, names, to))
     if lost and not drop_unsupported:
         raise UserError(
-            f"{file.origin}: the {to} naming has no place for {some_keys(lost)}; --drop_unsupported leaves them out, "
-            "which changes what the adapter does"
+            f"{file.origin}: the {to} naming has no place for {some_keys(lost)}; `tools/convert_lora.py "
+            "--drop_unsupported` leaves them out, which changes what the adapter does"
         )
     modules: dict[str, ModuleWeights] = {}
     widened = []
     for found, members in group_by_place(file, names, frozenset(lost)).items():
         dtypes = {dtype for member in members for dtype in rows.dtypes_of(member.tensors)}
         for name, tensors in in_naming(found, members, to, file.origin):
-            modules[name] = ModuleWeights(name, tensors, {leaf: f"{name}.{ending(leaf, to)}" for leaf in tensors})
+            keys = {leaf: f"{name}.{ending(leaf, to)}" for leaf in tensors}
+            modules[name] = ModuleWeights(name, tensors, keys, origin=file.origin)
             if not dtypes >= rows.dtypes_of(tensors):
                 widened.append(name)
     if not modules:

@@ -1,6 +1,7 @@
 """Adapter files of every naming, read into modules and written back."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
 from library.checkpoints.hashes import sshs_hashes
+from library.errors import UserError
 from networks.core.files.adapter_file import (
+    COMPUTED,
     adapter_tensors,
     parse_adapter,
     read_adapter_file,
@@ -19,6 +22,7 @@ from networks.core.files.adapter_file import (
     save_adapter_file,
 )
 from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.reading_writing import group_by_module
 from networks.core.kinds import lora
 from tests.tolerances import EXACT, FLOAT64
 
@@ -110,6 +114,67 @@ def test_files_that_cannot_be_used_say_why() -> None:
         parse_adapter({"model.diffusion_model.out.2.weight": up.popitem()[1]}, {}, "base.safetensors")
     with pytest.raises(ValueError, match=r"--model: no_such.safetensors does not exist"):
         read_adapter_file("no_such.safetensors", "--model")
+
+
+UNUSABLE = {  # leaf -> its tensor, and what is said of it
+    "two alphas": ({"alpha": torch.ones(2)}, "has lora_unet_x.alpha of the shape [2]; it needs one number"),
+    "no alpha in it": ({"alpha": torch.ones(0)}, "has lora_unet_x.alpha of the shape [0], which is empty"),
+    "rank 0": (
+        {"lora_down.weight": torch.ones(0, 5), "lora_up.weight": torch.ones(4, 0)},
+        "has lora_unet_x.lora_down.weight of the shape [0, 5], which is empty",
+    ),
+    "bytes": (
+        {"lora_down.weight": torch.ones(3, 5, dtype=torch.int8)},
+        "has lora_unet_x.lora_down.weight as int8, whole numbers whose scale it does not say",
+    ),
+    "NaN": (
+        {"lora_up.weight": torch.full((4, 3), torch.nan)},
+        "cat.safetensors: lora_unet_x.lora_up.weight has 12 of 12 values that are not finite; the file is damaged",
+    ),
+    "infinite alpha": ({"alpha": torch.tensor(torch.inf)}, "lora_unet_x.alpha has 1 of 1 values that are not finite"),
+}
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_tensors_that_nothing_can_be_computed_with_are_named(what: str) -> None:
+    """By tools, which read the file whole, and by a network, which has its tensors."""
+    leaves, said = UNUSABLE[what]
+    whole = {"lora_down.weight": randn(41, 3, 5), "lora_up.weight": randn(42, 4, 3), "alpha": torch.tensor(2.0)}
+    tensors = {f"lora_unet_x.{leaf}": tensor for leaf, tensor in {**whole, **leaves}.items()}
+    for read in (
+        lambda: parse_adapter(tensors, {}, "cat.safetensors"),
+        lambda: group_by_module(tensors, "cat.safetensors"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)) as refused:
+            read()
+        assert str(refused.value).startswith("cat.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_alpha_is_one_number_in_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+    tensors = {"lora_unet_x.lora_down.weight": randn(43, 4, 5), "lora_unet_x.lora_up.weight": randn(44, 4, 4)}
+    file = parse_adapter({**tensors, "lora_unet_x.alpha": torch.full(shape, 2.0)}, {}, "")
+    assert file.modules["lora_unet_x"].scale == 0.5
+
+
+@pytest.mark.parametrize("leaf", ["diff_b", "scalar", "bias_values"])
+def test_what_a_kind_does_not_know_is_not_left_out_in_silence(leaf: str) -> None:
+    tensors = {"lora_unet_x.lora_down.weight": randn(45, 3, 5), "lora_unet_x.lora_up.weight": randn(46, 4, 3)}
+    file = parse_adapter({**tensors, f"lora_unet_x.{leaf}": torch.ones(4)}, {}, "cat.safetensors")
+    with pytest.raises(
+        UserError, match=rf"cat.safetensors has lora_unet_x.{leaf}, which is not understood beside LoRA"
+    ):
+        require_kinds(file, COMPUTED, "merged")
+
+
+def test_alphas_of_blocks_that_were_taken_out_are_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = {"lora_unet_x.lora_down.weight": randn(47, 3, 5), "lora_unet_x.lora_up.weight": randn(48, 4, 3)}
+    save_safetensors(tmp_path / "a.safetensors", {**tensors, "lora_unet_y.alpha": torch.tensor(2.0)})
+    file = read_adapter_file(tmp_path / "a.safetensors")
+    assert file.modules.keys() == {"lora_unet_x"}
+    assert "has 1 alphas without weights, such as lora_unet_y.alpha; they change nothing" in caplog.text
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -12,8 +12,8 @@ from networks.core.files.inspection import (
     module_facts,
     place_of,
     structure_problem,
-    value_problems,
 )
+from networks.core.files.module_weights import value_problems
 
 NAME = "lora_unet_down_blocks_0_attentions_0_proj_in"
 
@@ -94,7 +94,6 @@ def test_blocks_add_up_and_are_sorted_by_number() -> None:
         ({"lora_up.weight": None}, "lora_down.weight without its up factor"),
         ({"lora_down.weight": None}, "lora_up.weight without its down factor"),
         ({"lora_down.weight": torch.ones(4, 5)}, "do not fit together"),
-        ({"lora_down.weight": None, "lora_up.weight": None}, "is an alpha without weights"),
     ],
 )
 def test_structural_damage(damage: dict[str, Tensor | None], says: str) -> None:

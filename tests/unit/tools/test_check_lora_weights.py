@@ -52,6 +52,14 @@ def test_values_that_are_not_finite_end_with_1(
     assert json.loads(capsys.readouterr().out)["is_usable"] is False
 
 
+def test_alphas_alone_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = tensors(954)
+    del content[f"{CONV}.lora_down.weight"], content[f"{CONV}.lora_up.weight"]
+    save_safetensors(tmp_path / "a.safetensors", content)
+    assert main(["--model", str(tmp_path / "a.safetensors")]) == 0
+    assert f"warning: alphas without weights, which change nothing: {CONV}.alpha" in capsys.readouterr().out
+
+
 def test_half_a_pair_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = tensors(953)
     del content[f"{CONV}.lora_down.weight"]

@@ -363,3 +363,30 @@ def test_paths_that_other_programs_start_show_the_help_with_examples(script: str
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "examples:\n  python3 tools/" in done.stdout
+
+
+@pytest.mark.parametrize("damage", ["NaN", "another size", "twice"])
+def test_a_file_that_cannot_be_merged_is_named_with_its_key_and_nothing_is_written(
+    damage: str, tiny_sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two files the second is at fault."""
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    width = load_state_dict(tiny_sd_folder / "unet" / "diffusion_pytorch_model.safetensors")[
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    ].shape[0]
+    good = {f"{name}.lora_down.weight": torch.ones(2, width), f"{name}.lora_up.weight": torch.ones(width, 2)}
+    bad = dict(good)
+    if damage == "NaN":
+        bad[f"{name}.lora_up.weight"] = torch.full((width, 2), torch.nan)
+    elif damage == "another size":
+        bad[f"{name}.lora_up.weight"] = torch.ones(width + 1, 2)
+    else:
+        path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+        bad |= {f"{path}.lora_A.weight": torch.ones(2, width), f"{path}.lora_B.weight": torch.ones(width, 2)}
+    for stem, tensors in (("good", good), ("bad", bad)):
+        save_safetensors(tmp_path / f"{stem}.safetensors", tensors)
+    words = ["--models", str(tmp_path / "good.safetensors"), str(tmp_path / "bad.safetensors")]
+    assert merge_lora.main(["--sd_model", str(tiny_sd_folder), *words, "--save_to", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "bad.safetensors" in said and name in said and "good.safetensors" not in said
+    assert not (tmp_path / "out").exists()
