@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -372,3 +374,18 @@ def test_compiled_blocks_train_the_same_adapter(train: Train, base_arguments: li
     plain, compiled = saved(tmp_path, "plain.safetensors"), saved(tmp_path, "compiled.safetensors")
     assert all(torch.equal(weight, compiled[name]) for name, weight in plain.items())
     torch._dynamo.reset()
+
+
+def test_no_worker_outlives_the_training(
+    train: Train, base_arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else torch waits five seconds for each when Python ends, kills it, and shows that as a failure."""
+    left: list[int] = []
+
+    def ended(run: Any, log: Any) -> None:
+        left.append(len(multiprocessing.active_children()))
+
+    monkeypatch.setattr("library.data.batches.planned.PlannedBatches.report_skipped", ended)
+    words = [*base_arguments, "--max_data_loader_n_workers", "2", "--persistent_data_loader_workers"]
+    assert train(words).status == 0
+    assert left == [0]

@@ -4,7 +4,7 @@ import logging
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
@@ -48,6 +48,7 @@ class PlannedBatches:
         self._skipped: Counter[str] = Counter()  # what is said of damaged pictures, and how often they were drawn
         self._orders = BatchSampler(Orders(1, (), (), int))
         self._lasting_loader: DataLoader[PartialBatch | str] | None = None
+        self._reading: Generator[Batch, None, None] | None = None  # the epoch that workers read
 
     @cached_property
     def validation(self) -> ValidationSet:
@@ -88,11 +89,18 @@ class PlannedBatches:
         num_workers = min(num_workers, os.cpu_count() or 1, self.plan.num_batches)
         if num_workers == 0:
             return (self._finished(self._maker[order]) for order in orders)
-        return self._from_workers(orders, num_workers, persistent_workers)
+        self._reading = self._from_workers(orders, num_workers, persistent_workers)
+        return self._reading
 
     def close(self) -> None:
-        """End worker processes that outlive an epoch."""
-        self._lasting_loader = None
+        """End the worker processes, also within an epoch.
+
+        Those that outlive an epoch are not left to the end of Python: torch waits there five seconds for each, kills
+        it, and takes that for a failure.
+        """
+        if self._reading is not None:
+            self._reading.close()  # it holds the loader
+        self._reading = self._lasting_loader = None
 
     def report_skipped(self, log: logging.Logger) -> None:
         """Say how often damaged pictures were left out, if there were any."""
@@ -127,7 +135,7 @@ class PlannedBatches:
     def _for_workers(self) -> BatchMaker | SharedMaker:
         return self._maker if multiprocessing.get_start_method() == "fork" else SharedMaker.of(self._maker)
 
-    def _from_workers(self, orders: Orders, num_workers: int, persistent_workers: bool) -> Iterator[Batch]:
+    def _from_workers(self, orders: Orders, num_workers: int, persistent_workers: bool) -> Generator[Batch, None, None]:
         loader = self._lasting_loader
         if loader is None or loader.num_workers != num_workers:
             self._orders = BatchSampler(orders)

@@ -56,6 +56,7 @@ def train(adapters: Sequence[Prepared], interruption: Interruption, watch: StepW
     num_profiled = run.options.trackers.profile if is_main else 0
     profile = adapters[0].writer.names.of_profile()
     with ExitStack() as stack:
+        stack.callback(run.batches.close)
         stack.enter_context(bar)
         profile_step = stack.enter_context(profiled(num_profiled, profile, run.context.device))
         for one in trainees:
