@@ -71,8 +71,36 @@ TARGETS = AdapterTargets(
 )
 
 
+class UNet2DConditionModel(nn.Module):
+    """The U-Net's layers under the paths that files name them by, which are diffusers'."""
+
+    adapter_targets = TARGETS
+
+
+class TimeLayers(nn.Module):
+    """The two layers that embed the timestep.
+
+    LyCORIS's preset `full`, its default, names these layers, and since version 4 also the class that diffusers has for
+    them. It refuses a layer that is named twice, so the view has another class.
+    """
+
+
 def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[nn.Module, nn.Module]:
     """(text encoder, U-Net) for `create_network` and `apply_to`; every layer is the real one."""
     (encoder,) = text_encoders
-    denoiser.adapter_targets = TARGETS  # type: ignore[assignment]  # a plain attribute beside the modules
-    return ClipView(clip_body(encoder)), denoiser
+    return ClipView(clip_body(encoder)), unet_view(denoiser)
+
+
+def unet_view(unet: nn.Module) -> nn.Module:
+    """diffusers' U-Net, of which only the embedder of timesteps has another class."""
+    root = UNet2DConditionModel()
+    for name, child in unet.named_children():
+        root.add_module(name, with_children(TimeLayers(), child) if name == "time_embedding" else child)
+    return root
+
+
+def with_children(parent: nn.Module, of: nn.Module) -> nn.Module:
+    """`parent` with the modules of another one."""
+    for name, child in of.named_children():
+        parent.add_module(name, child)
+    return parent
