@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import nn
 
-from library.errors import UserError
 from library.options.memory import MemoryOptions
 
 logger = logging.getLogger(__name__)
@@ -14,7 +13,8 @@ logger = logging.getLogger(__name__)
 def wants_xformers(memory: MemoryOptions) -> bool:
     """Whether attention runs in xformers; torch's scaled dot product attention is used otherwise.
 
-    Raises UserError when --xformers is given and the package is missing.
+    It computes the same, so it also stands in for a missing xformers, with a warning: front ends ask for that by
+    default.
     """
     from importlib.util import find_spec
 
@@ -22,10 +22,11 @@ def wants_xformers(memory: MemoryOptions) -> bool:
         logger.info("--mem_eff_attn: torch's scaled dot product attention (sdpa) is used, which needs as little memory")
         return False
     if memory.xformers and find_spec("xformers") is None:
-        raise UserError(
-            "--xformers needs the package xformers, which is not installed: run `pip install xformers`, or give --sdpa "
-            "instead, which uses the attention built into torch"
+        logger.warning(
+            "--xformers: the package xformers is not installed; torch's scaled dot product attention (sdpa) is used, "
+            "which computes the same in as little memory"
         )
+        return False
     return memory.xformers
 
 

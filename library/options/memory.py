@@ -49,7 +49,7 @@ class MemoryOptions(Options):
         False,
         help="Do not empty the card's memory cache while caching. A little faster where memory is plentiful.",
     )
-    xformers: bool = option(False, help="Compute attention with the xformers library, which must be installed.")
+    xformers: bool = option(False, help="Compute attention with the xformers library, where it is installed.")
     sdpa: bool = option(False, help="Compute attention with PyTorch's scaled dot product, fast and sparing of memory.")
     mem_eff_attn: bool = option(
         False,

@@ -269,8 +269,12 @@ def test_mem_eff_attn_says_what_is_used(tiny_sd_folder, caplog):
     assert "sdpa" in caplog.text
 
 
-def test_every_attention_runs_in_torchs_own_kernel(open_sd, tiny_sd_folder):
-    unet = open_sd(tiny_sd_folder).load.denoiser()
+@pytest.mark.parametrize("xformers", [False, True])
+def test_every_attention_runs_in_torchs_own_kernel(open_sd, tiny_sd_folder, monkeypatch, caplog, xformers):
+    """Also where xformers is asked for and is not there, as front ends do by default."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    unet = open_sd(tiny_sd_folder, xformers=xformers).load.denoiser()
+    assert ("the package xformers is not installed" in caplog.text) == xformers
     assert {type(p).__name__ for p in unet.attn_processors.values()} == {"AttnProcessor2_0"}
 
 

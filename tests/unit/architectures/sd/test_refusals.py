@@ -203,14 +203,6 @@ def test_a_file_without_decoder_is_no_vae(open_sd, tiny_sd_file, tmp_path):
         open_sd(tiny_sd_file, vae=str(tmp_path / "x.safetensors"))
 
 
-def test_xformers_that_is_not_installed_is_named(open_sd, tiny_sd_file, monkeypatch):
-    import importlib.util
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"--xformers needs the package xformers.*give --sdpa"):
-        open_sd(tiny_sd_file, xformers=True)
-
-
 @pytest.mark.parametrize("clip_skip", [0, 3])
 def test_clip_skip_beyond_the_layers_is_refused(open_sd, tiny_sd_file, clip_skip):
     with pytest.raises(ValueError, match=f"--clip_skip is {clip_skip}, the text encoder has 2 layers; use 1 to 2"):
