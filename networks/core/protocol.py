@@ -169,7 +169,7 @@ def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise UserError(f"--network_args {item!r} has no '='; write key=value, such as conv_dim=8")
-        if key in arguments:
+        if arguments.get(key, value) != value:
             logger.warning("--network_args %s is given twice; %s counts, not %s", key, value, arguments[key])
         arguments[key] = value
     return arguments
@@ -393,12 +393,15 @@ def _trained_groups(
 
 
 def _explained(name: str, create: Callable[..., Any]) -> Callable[..., Any]:
-    """`create_network` whose failed assertions, which are how others refuse settings, name the module and a way out."""
+    """`create_network` whose failed assertions and ValueErrors, which are how others refuse settings, name the module
+    and a way out."""
 
     def create_network(*arguments: Any, **keywords: Any) -> Any:
         try:
             return create(*arguments, **keywords)
-        except AssertionError as error:
+        except (AssertionError, ValueError) as error:
+            if name.startswith(OURS):
+                raise
             hint = "check --network_dim and --network_args against the documentation of that module"
             if name.startswith("lycoris.") and "duplicated lora name" in str(error):
                 hint = 'its preset names a layer of this base model twice; add --network_args "preset=attn-mlp"'

@@ -11,6 +11,7 @@ from torch import nn
 
 from library.architectures.sd.adapters import view
 from library.checkpoints.files import load_state_dict, read_metadata
+from library.errors import UserError
 from networks.core.protocol import AdoptedNetwork, adopt, open_network_module
 from tests.parity.test_lora_merge import tiny_clip, tiny_unet
 from tests.tolerances import FLOAT32_DEEP
@@ -99,3 +100,11 @@ def test_a_preset_that_does_not_fit_the_model_says_which_does() -> None:
     unet = tiny_unet(507, torch.float32)
     with pytest.raises(ValueError, match=r"lycoris\.kohya cannot make a network .*preset=attn-mlp"):
         module.create_network(1.0, 2, 1.0, None, None, unet, algo="lokr", preset="full")  # type: ignore[arg-type]
+
+
+def test_a_rank_that_does_not_fit_the_model_is_no_fault_of_the_program(models: Any) -> None:
+    """Front ends give LyCORIS's BOFT a conv_dim of 1, which divides few layers."""
+    _, viewed = models
+    module = open_network_module("lycoris.kohya")
+    with pytest.raises(UserError, match=r"lycoris\.kohya cannot make a network .*check --network_dim"):
+        module.create_network(1.0, 4, 1.0, None, *viewed, algo="boft", preset="full", conv_dim="1")  # type: ignore[arg-type]
