@@ -1,5 +1,6 @@
 """Rank, alpha and learning rate of one module, from the network arguments and the place of the module."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from networks.core.argument_values import LrPreset, LrWeights
 from networks.core.arguments import NetworkArguments
 from networks.core.sites.site_selection import Choices, Expressions
 from networks.core.sites.targets import AdapterTargets, BlockList, Part, Site
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CONV_ALPHA = 1.0
 NO_RANKS: Expressions[int] = Expressions()
@@ -213,8 +216,14 @@ def _side(name: str, weights: LrWeights | None, num_blocks: int) -> tuple[float,
         return (1.0,) * num_blocks
     if isinstance(weights, LrPreset):
         return preset_factors(weights, num_blocks)
-    if len(weights) > num_blocks:
+    if any(weight != 1 for weight in weights[num_blocks:]):
         raise UserError(f"--network_args {name} has {len(weights)} entries; there are {num_blocks} such blocks here")
+    if len(weights) > num_blocks:  # front ends have one form, of twelve entries, for all base models
+        logger.warning(
+            "--network_args %s has %d entries, of which the first %d count: there are no more such blocks here",
+            name, len(weights), num_blocks,
+        )  # fmt: skip
+        weights = weights[:num_blocks]
     if len(weights) == 1 and name != "mid_lr_weight":
         return weights * num_blocks
     return weights + (1.0,) * (num_blocks - len(weights))

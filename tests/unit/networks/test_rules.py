@@ -98,9 +98,12 @@ def test_padding_entries_have_the_factor_1() -> None:
     assert factors(padded, mid_lr_weight=(0.0,)) == (1, 1, 0, 1, 1)
 
 
-def test_a_list_that_is_too_long_is_an_error() -> None:
+def test_a_list_that_is_too_long_is_an_error_unless_the_rest_is_1(caplog: pytest.LogCaptureFixture) -> None:
+    """lora-scripts has one form for all base models and writes twelve entries for SDXL too."""
     with pytest.raises(ValueError, match="mid_lr_weight has 2 entries; there are 1"):
-        factors(mid_lr_weight=(1.0, 1.0))
+        factors(mid_lr_weight=(1.0, 0.5))
+    assert factors(mid_lr_weight=(0.5, 1.0)) == factors(mid_lr_weight=(0.5,))
+    assert "mid_lr_weight has 2 entries, of which the first 1 count" in caplog.text
 
 
 @pytest.mark.parametrize(
