@@ -157,7 +157,7 @@ def test_the_last_of_repeated_lists_wins(parser: argparse.ArgumentParser) -> Non
     assert parser.parse_args(["--text_encoder_lr", "1e-5", "2e-5"]).text_encoder_lr == [1e-5, 2e-5]
 
 
-@pytest.mark.parametrize("words", [["--no_such_option"], ["--mixed_precision", "fp32"], ["--max_token_length", "75"]])
+@pytest.mark.parametrize("words", [["--no_such_option"], ["--mixed_precision", "fp32"], ["--max_token_length", "100"]])
 def test_bad_option_ends_with_status_2(parser: argparse.ArgumentParser, words: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parser.parse_args(words)

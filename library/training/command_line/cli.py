@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         parser.error("--output_config needs --config_file with the path of the file to write")
     if not typed.config_file:
         start_logging(parser, typed)
+        warn_of_repeats(parser, argv)
         return normalize(unset_empty(typed, parser))
     path = config_path(typed.config_file)
     try:
@@ -80,7 +82,33 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     logger.info("options are read from %s", path)
     for warning in config.warnings:
         logger.warning("%s", warning)
+    warn_of_repeats(parser, argv)
     return normalize(unset_empty(args, parser))
+
+
+def warn_of_repeats(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
+    """Name what an option that is typed again loses: the last one counts alone, and lists do not add up."""
+    for flag, given in typed_values(parser, sys.argv[1:] if argv is None else argv).items():
+        lost = [word for words in given[:-1] for word in words if word not in given[-1]]
+        if lost and flag.removeprefix("--") not in SECRETS:
+            logger.warning(
+                "%s is given %d times and the last one counts: %s has no effect%s", flag, len(given), " ".join(lost),
+                f"; write all values behind one {flag}" if parser._option_string_actions[flag].nargs else "",
+            )  # fmt: skip
+
+
+def typed_values(parser: argparse.ArgumentParser, words: Sequence[str]) -> Mapping[str, list[list[str]]]:
+    """What follows each option on a command line without mistakes, once for every time that it is typed."""
+    flags, found = parser._option_string_actions, dict[str, list[list[str]]]()
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if word.startswith("--"):
+            action = flags.get(flag) or next((flags[name] for name in flags if name.startswith(flag)), None)
+            values = found.setdefault(action.option_strings[0] if action else flag, [])
+            values.append([value] if equals else [])
+        elif found:
+            values[-1].append(word)
+    return found
 
 
 def from_program(parser: argparse.ArgumentParser, given: argparse.Namespace) -> argparse.Namespace:
@@ -138,8 +166,8 @@ def unset_empty(args: argparse.Namespace, parser: argparse.ArgumentParser) -> ar
 def normalize(args: argparse.Namespace) -> argparse.Namespace:
     """The options with what one implies for another made plain; normalizing twice changes nothing.
 
-    Caching to disk implies caching, the old spelling --caption_extention wins, and 0 is unset for counts that mean
-    "never" or "not at all" then.
+    Caching to disk implies caching, the old spelling --caption_extention wins, 0 is unset for counts that mean "never"
+    or "not at all" then, and captions of 75 tokens are what an unset length means.
     """
     values: dict[str, Any] = dict(vars(args))
     for name in ("cache_latents", "cache_text_encoder_outputs"):
@@ -150,6 +178,8 @@ def normalize(args: argparse.Namespace) -> argparse.Namespace:
     for name in ZERO_MEANS_NEVER:
         if values.get(name) == 0:
             values[name] = None
+    if values.get("max_token_length") == 75:
+        values["max_token_length"] = None
     return argparse.Namespace(**values)
 
 

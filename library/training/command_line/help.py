@@ -82,6 +82,11 @@ class TrainingParser(argparse.ArgumentParser):
         listed = [entry for entry in found if entry[0].dest not in self._own]
         return listed if len(found) > 1 and listed else found
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As argparse's; 75 is no choice of --max_token_length, but how sd-scripts' documentation calls its default."""
+        if (action.dest, value) != ("max_token_length", 75):
+            super()._check_value(action, value)
+
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line, without the usage, and end with status 2."""
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")

@@ -252,6 +252,27 @@ def test_unknown_option_names_the_nearest_and_ends_with_status_2(capsys: pytest.
     assert "unrecognized arguments: --netwrk_dim=4 (nearest: --network_dim) --zzz 1" in message
 
 
+def test_what_an_option_loses_that_is_typed_again_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Some programs write a list as one option for each value, of which argparse keeps the last."""
+    words = ["--network_args", "conv_dim=4", "--network_args=conv_alpha=1", "--seed", "3", "--seed", "3", "--lowram"]
+    secrets = ["--huggingface_token", "hf_a", "--huggingface_token", "hf_b"]
+    args = parse(PARSER, [*words, "--network_arg", "rank_dropout=0.1", "unit=2", "--lowram", *secrets])
+    assert (args.network_args, args.seed) == (["rank_dropout=0.1", "unit=2"], 3)
+    (record,) = caplog.records
+    assert record.message == (
+        "--network_args is given 3 times and the last one counts: conv_dim=4 conv_alpha=1 has no effect; write all "
+        "values behind one --network_args"
+    )
+
+
+def test_captions_of_75_tokens_are_the_usual_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(PARSER, ["--max_token_length", "75"]).max_token_length is None
+    assert parse(PARSER, ["--max_token_length", "150"]).max_token_length == 150
+    with pytest.raises(SystemExit):
+        parse(PARSER, ["--max_token_length", "76"])
+    assert "invalid choice: 76" in capsys.readouterr().err
+
+
 def test_empty_value_on_the_command_line_is_unset() -> None:
     args = parse(PARSER, ["--vae=", "--resume", "", "--network_args", "--caption_separator="])
     assert (args.vae, args.resume, args.network_args, args.caption_separator) == (None, None, None, "")
