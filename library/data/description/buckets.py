@@ -51,7 +51,9 @@ class BucketRules:
         if not enable_bucket:
             return cls(resolution, False, min_reso, max_reso, step, no_upscale)
         if step <= 0 or step % needed_step:
-            raise UserError(f"bucket_reso_steps is {step}, but this model needs a multiple of {needed_step}")
+            raise UserError(
+                f"bucket_reso_steps is {step}, but this model needs a multiple of {needed_step}; set {needed_step}"
+            )
         if no_upscale:
             logger.warning("bucket_no_upscale: min_bucket_reso and max_bucket_reso have no effect")
             return cls(resolution, True, min_reso, max_reso, step, True)
