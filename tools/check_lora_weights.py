@@ -25,6 +25,7 @@ from library.checkpoints.files import load_state_dict, read_metadata
 from library.checkpoints.model_card import ModelCard
 from library.checkpoints.recognition import recognise_adapter
 from library.models.identify import card_of
+from networks.core.files.adapter_file import PeftSettings, diffusers_settings, peft_settings, with_alpha
 from networks.core.files.inspection import (
     BlockFacts,
     ModuleFacts,
@@ -35,6 +36,7 @@ from networks.core.files.inspection import (
     structure_problem,
 )
 from networks.core.files.module_weights import ModuleWeights, value_problems
+from networks.core.files.reading_writing import file_in_folder, read_adapters
 from networks.core.files.renaming import some_keys
 from networks.core.kinds.leaves import ALPHA
 from tools.command import make_parser, run
@@ -60,12 +62,20 @@ class Report:
 
 def check(path: Path) -> Report:
     """Read a file and judge it. Raises UserError when it cannot be read."""
-    return judge(load_state_dict(path), read_metadata(path), str(path))
+    origin = str(path)
+    path = file_in_folder(path, origin)
+    return judge(load_state_dict(path), read_metadata(path), origin, peft_settings(path))
 
 
-def judge(tensors: dict[str, Tensor], metadata: Mapping[str, str], origin: str) -> Report:
-    """Judge the tensors of an adapter file."""
+def judge(
+    tensors: dict[str, Tensor], metadata: Mapping[str, str], origin: str, settings: PeftSettings | None = None
+) -> Report:
+    """Judge the tensors of an adapter file; `settings` are those that PEFT saves beside it."""
     modules, unknown = group_tensors(tensors)
+    recorded = diffusers_settings(metadata) if settings is None else settings
+    modules = {
+        n: module if structure_problem(module) else with_alpha(module, recorded) for n, module in modules.items()
+    }
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     cards = list_cards()
     base = recognise_adapter(cards, shapes, metadata)
@@ -78,7 +88,7 @@ def judge(tensors: dict[str, Tensor], metadata: Mapping[str, str], origin: str) 
             continue
         wrong = structure_problem(module)
         if wrong is None:
-            facts.append(module_facts(module))
+            facts.append(module_facts(with_alpha(module, recorded)))
         else:
             found.append(wrong)
     if len(modules) == len(lone):
@@ -169,7 +179,7 @@ def listed(numbers: Sequence[float]) -> str:
 
 def list_keys(path: Path) -> Iterator[str]:
     """Every key with its dtype, shape and norm."""
-    for key, tensor in load_state_dict(path).items():
+    for key, tensor in read_adapters(path).items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         yield f"{key} {dtype} {list(tensor.shape)} norm {float(tensor.double().norm()):.4g}"
 
@@ -178,7 +188,7 @@ def setup_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
     parser = make_parser(__doc__, EXAMPLES)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", type=Path, help="the adapter file")
+    which.add_argument("--model", type=Path, help="the adapter file, or folder by PEFT")
     which.add_argument("file", type=Path, nargs="?", help="the same, without the option's name")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print everything as JSON, single modules included")

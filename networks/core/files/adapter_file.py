@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 DIFFUSERS_SETTINGS = "lora_adapter_metadata"  # JSON in the metadata of files by diffusers, alpha among it
 PEFT_SETTINGS = "adapter_config.json"  # beside files by PEFT
 
+PeftSettings = Mapping[str, Mapping[str, Any]]
+"""PEFT's settings by part of a pipeline ("unet", "text_encoder"), "" for those of a file by PEFT alone."""
+
 
 @dataclass(frozen=True)
 class AdapterFile:
@@ -172,7 +175,7 @@ def require_kinds(file: AdapterFile, kinds: Collection[Kind], purpose: str) -> N
 # --- alpha that is recorded beside the tensors ---
 
 
-def diffusers_settings(metadata: Mapping[str, str]) -> Mapping[str, Mapping[str, Any]]:
+def diffusers_settings(metadata: Mapping[str, str]) -> PeftSettings:
     """PEFT's settings by part ("unet", "text_encoder") from the metadata of a file by diffusers; {} for others."""
     if DIFFUSERS_SETTINGS not in metadata:
         return {}
@@ -188,7 +191,7 @@ def diffusers_settings(metadata: Mapping[str, str]) -> Mapping[str, Mapping[str,
     return parts
 
 
-def peft_settings(path: Path) -> Mapping[str, Mapping[str, Any]] | None:
+def peft_settings(path: Path) -> PeftSettings | None:
     """PEFT's settings for a file that it saved, from the adapter_config.json beside it."""
     beside = path.parent / PEFT_SETTINGS
     if path.stem != PEFT_STEM or not beside.is_file():
@@ -199,8 +202,8 @@ def peft_settings(path: Path) -> Mapping[str, Mapping[str, Any]] | None:
         raise UserError(f"{beside} is damaged: {error}") from error
 
 
-def with_alpha(module: ModuleWeights, settings: Mapping[str, Mapping[str, Any]]) -> ModuleWeights:
-    """The module with the alpha that the settings of its part record; alpha_pattern goes before lora_alpha."""
+def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
+    """The module with the alpha that the settings of its part record; what they say of single layers goes first."""
     if not settings or not module.kind.has_alpha or ALPHA in module.tensors:
         return module
     name = without_peft_prefix(module.name)
@@ -208,9 +211,18 @@ def with_alpha(module: ModuleWeights, settings: Mapping[str, Mapping[str, Any]])
     own = settings.get(part)
     if own is None:
         own, path = settings.get("", {}), name
-    patterns = own.get("alpha_pattern") or {}
-    alpha = next((v for p, v in patterns.items() if re.fullmatch(rf"(?:.*\.)?{p}", path)), own.get("lora_alpha"))
+    alpha = of_layer(own.get("alpha_pattern"), path, own.get("lora_alpha", own.get("alpha")))
     if alpha is None:
         return module
+    if module.kind.is_whole:  # PEFT divides by the rank that was asked for also where no factor has it
+        rank = of_layer(own.get("rank_pattern"), path, own.get("r")) or module.rank
+        scaled = module.tensors[module.kind.scaled].float() * (alpha / rank)
+        return replace(module, tensors={**module.tensors, module.kind.scaled: scaled})
     factor = math.sqrt(module.rank) if own.get("use_rslora") else 1.0  # rank-stabilised: alpha / sqrt(rank)
-    return replace(module, alpha_elsewhere=float(alpha) * factor)
+    return replace(module, alpha_elsewhere=alpha * factor)
+
+
+def of_layer(patterns: Mapping[str, float] | None, path: str, otherwise: float | None) -> float | None:
+    """The number that the first pattern which fits the end of a path has in PEFT's settings."""
+    found = next((n for p, n in (patterns or {}).items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", path)), otherwise)
+    return None if found is None else float(found)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from networks.core.kinds import lora
+from networks.core.kinds import lora, rows
 from networks.core.kinds.change import AdditiveChange, Change, LowRankChange, Misfit
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.leaves import ALPHA, DORA_SCALE
 from networks.core.kinds.table import change_of, kind_of
+
+PEFT_MAGNITUDES = ".lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,14 @@ class ModuleWeights:
         assert shape_of is not None
         return shape_of(self.name, self.tensors)
 
+    @property
+    def magnitudes(self) -> Tensor:
+        """Those of DoRA: (O, 1), (1, I), (O, 1, 1, 1) or (1, I, 1, 1)."""
+        found = self.tensors[DORA_SCALE]
+        if PEFT_MAGNITUDES in self.keys.get(DORA_SCALE, "") or found.dim() == 1:
+            return rows.peft_magnitudes(found, len(self.shape))
+        return found
+
     def change(self, dtype: torch.dtype | None = torch.float32) -> Change:
         """What the module does to its layer, computed in `dtype` or in that of the file.
 
@@ -93,6 +103,8 @@ class ModuleWeights:
         leaves = {leaf: tensor.to(dtype or tensor.dtype) for leaf, tensor in self.tensors.items()}
         if self.kind.has_alpha:
             leaves[ALPHA] = torch.tensor(self.alpha, dtype=torch.float64)
+        if self.is_dora and self.kind.shape_of is not None:
+            leaves[DORA_SCALE] = self.magnitudes.to(dtype or self.magnitudes.dtype)
         try:
             return change_of(leaves)
         except ValueError as error:

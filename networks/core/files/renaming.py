@@ -114,14 +114,16 @@ def with_alpha_tensor(module: ModuleWeights) -> dict[str, Tensor]:
     tensors = dict(module.tensors)
     if module.kind.has_alpha and ALPHA not in tensors:
         tensors[ALPHA] = torch.tensor(module.alpha, dtype=torch.float32)
-    if DORA_SCALE in tensors:
-        tensors[DORA_SCALE] = rows.magnitudes_like(tensors, tensors[DORA_SCALE])
+    if DORA_SCALE in tensors and module.kind.shape_of is not None:
+        tensors[DORA_SCALE] = module.magnitudes
     return tensors
 
 
 def without_alpha(module: ModuleWeights) -> dict[str, Tensor]:
     """The tensors with the scale multiplied into one of them."""
     tensors = {leaf: tensor for leaf, tensor in module.tensors.items() if leaf != ALPHA}
+    if DORA_SCALE in tensors and module.kind.shape_of is not None:
+        tensors[DORA_SCALE] = module.magnitudes
     return fold_scale(tensors, module.kind.scaled, module.scale) if module.kind.scaled else tensors
 
 

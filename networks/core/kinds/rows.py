@@ -55,8 +55,9 @@ def join_rows(pieces: Mapping[int, Leaves], rows: Sequence[slice]) -> dict[str, 
     return {DOWN: down.to(dtype), UP: up}
 
 
-def magnitudes_like(leaves: Leaves, magnitudes: Tensor) -> Tensor:
-    """PEFT's magnitudes, one number per output, with the dimensions of the weight; others as they are."""
-    if DOWN not in leaves or magnitudes.dim() != 1:
-        return magnitudes
-    return magnitudes.view(-1, *(1,) * (leaves[DOWN].dim() - 1))
+def peft_magnitudes(magnitudes: Tensor, num_dimensions: int) -> Tensor:
+    """PEFT's magnitudes, one number per output, along the first axis of a weight; it has them as (O,) or (1, O, 1, 1).
+
+    Where a convolution has as many outputs as inputs, the latter is what others have for one number per input.
+    """
+    return magnitudes.reshape(-1, *(1,) * (num_dimensions - 1))

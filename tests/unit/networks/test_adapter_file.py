@@ -81,6 +81,13 @@ def test_alpha_that_diffusers_records_in_the_metadata_counts() -> None:
     assert parse_adapter(tensors, metadata, "").modules["unet.a.to_q"].scale == 2
 
 
+def test_a_pattern_of_alternatives_fits_the_end_of_a_path() -> None:
+    tensors = {"unet.a.to_q.lora_A.weight": randn(8, 4, 5), "unet.a.to_q.lora_B.weight": randn(9, 5, 4)}
+    recorded = {"unet.lora_alpha": 8, "unet.alpha_pattern": {"to_k|to_q": 2}}
+    metadata = {"lora_adapter_metadata": json.dumps(recorded)}
+    assert parse_adapter(tensors, metadata, "").modules["unet.a.to_q"].scale == 0.5
+
+
 def test_rank_stabilised_alpha_of_pefts_settings_is_divided_by_the_root_of_the_rank(tmp_path: Path) -> None:
     tensors = {"base_model.model.q.lora_A.weight": randn(10, 4, 5), "base_model.model.q.lora_B.weight": randn(11, 5, 4)}
     save_safetensors(tmp_path / "adapter_model.safetensors", tensors)
