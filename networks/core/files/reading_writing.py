@@ -19,7 +19,7 @@ from library.errors import UserError
 from networks.core.adapter import Adapter
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import norm
-from networks.core.kinds.change import StoredOtherwise
+from networks.core.kinds.change import StoredOtherwise, in_shape_of
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.leaves import ALPHA, DORA_SCALE
 from networks.core.kinds.oft import TurnedOutputs
@@ -178,8 +178,8 @@ def in_own_form(name: str, adapter: Adapter, group: Mapping[str, Tensor], source
     if not isinstance(change, ScaledDelta) or not kind.is_low_rank:
         return group if kind.own_form is None else kind.own_form(group)
     if not isinstance(change.delta, StoredOtherwise):
-        own = change.state_dict()  # a matrix stands for a 1x1 convolution: LoHa and what is made of it know no kernel
-        return {k: t.view_as(own[k]) if k in own and (*t.shape, 1, 1) == own[k].shape else t for k, t in group.items()}
+        own = change.state_dict()
+        return {leaf: in_shape_of(tensor, own[leaf]) if leaf in own else tensor for leaf, tensor in group.items()}
     apart = change.delta.apart(group)
     if apart is None:
         raise UserError(change.delta.refusal(name, rank_and_alpha(group)[0], source))

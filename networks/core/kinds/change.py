@@ -173,18 +173,25 @@ def stand_in(shape: tuple[int, ...]) -> nn.Module:
 
 
 def fill(delta: nn.Module, leaves: Mapping[str, Tensor]) -> None:
-    """Give a delta on the meta device the tensors of a file, in the dtypes they have there.
-
-    A matrix stands for a 1x1 convolution, of which some programs keep no kernel.
-    """
+    """Give a delta on the meta device the tensors of a file, in the dtypes they have there."""
     own, given = delta.state_dict(), {}
     for name, tensor in own.items():
-        found = leaves.get(name)
-        if found is not None and (*found.shape, 1, 1) == tensor.shape:
-            found = found.view(tensor.shape)
+        found = in_shape_of(leaves[name], tensor) if name in leaves else None
         if found is None or found.shape != tensor.shape:
             shape = "missing" if found is None else list(found.shape)
             raise UserError(f"{name} is {shape}, but {list(tensor.shape)} fits the rest")
         given[name] = found
     delta.load_state_dict(given, assign=True)
     delta.requires_grad_(False)
+
+
+def in_shape_of(found: Tensor, own: Tensor) -> Tensor:
+    """A tensor of a file in the shape that it has here, where the two differ in how a kernel is written alone.
+
+    A matrix stands for a convolution, of which some programs keep no kernel, and a 1x1 kernel for a Linear layer, which
+    other checkpoints have where this has the one; anything else comes back as it is.
+    """
+    if found.shape == own.shape or found.dim() < 2 or own.dim() < 2:
+        return found
+    has_same_rows = found.shape[0] == own.shape[0] and found.numel() == own.numel()
+    return found.reshape(own.shape) if has_same_rows and 2 in (found.dim(), own.dim()) else found

@@ -153,7 +153,7 @@ def fault_of_pair(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | N
     if DOWN not in leaves:
         return None
     up, down = leaves[UP], leaves[DOWN]
-    if up.dim() not in (2, 4) or up.dim() != down.dim():
+    if up.dim() not in (2, 4) or down.dim() not in (2, 4) or up.dim() > down.dim():  # LyCORIS's DyLoRA has 2 and 4
         return (
             f": the factors of {name} have the shapes {list(up.shape)} and {list(down.shape)}; both "
             "must have 2 dimensions, or 4 for a convolution"

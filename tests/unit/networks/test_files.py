@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, read_metadata
 from library.checkpoints.hashes import sshs_legacy_hash, sshs_model_hash
+from networks.core.files.adapter_file import parse_adapter
 from networks.core.network import AdapterNetwork
 from networks.lora import create_network, create_network_from_weights
 from tests.unit.networks.toy import randomize, toy_models
@@ -155,3 +157,43 @@ def test_half_a_pair_of_factors_is_named(tmp_path: Path) -> None:
     torch.save(source, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"lora_unet_mid_attention_to_q has .* belong together"):
         trained(221).load_weights(str(tmp_path / "x.pt"))
+
+
+WRITTEN: dict[str, Callable[[str, Tensor], Tensor]] = {
+    "Linear layers as 1x1 kernels": lambda leaf, t: t[..., None, None] if t.dim() == 2 else t,
+    "kernels as matrices": lambda leaf, t: t.flatten(1) if t.dim() == 4 else t,
+    "up factors as matrices": lambda leaf, t: t.flatten(1) if leaf == "lora_up.weight" and t.dim() == 4 else t,
+}
+
+
+@pytest.mark.parametrize("way", ["load_weights", "dim_from_weights", "merge"])
+@pytest.mark.parametrize("written", WRITTEN)
+def test_the_same_numbers_in_other_dimensions_compute_the_same(tmp_path: Path, written: str, way: str) -> None:
+    """Extracted from another layout of the base model, by programs that know no kernels, and by LyCORIS's DyLoRA."""
+    text, unet = toy_models(231)
+    first = create_network(1.0, 4, 2.0, None, text, unet, conv_dim="2")
+    randomize(first, 232)
+    first.apply_to(text, unet)
+    x = torch.randn(1, 6, 4, 4, generator=torch.Generator().manual_seed(233))
+    expected = unet(x)
+    tensors = {key: WRITTEN[written](key.partition(".")[2], t) for key, t in first.state_dict().items()}
+    first.remove()
+    torch.save(tensors, tmp_path / "x.pt")
+    if way == "load_weights":
+        second = create_network(1.0, 4, 2.0, None, text, unet, conv_dim="2")
+    else:
+        second, weights = create_network_from_weights(
+            1.0, str(tmp_path / "x.pt"), None, text, unet, for_inference=way == "merge"
+        )
+    if way == "merge":
+        second.merge_to(text, unet, weights, torch.float32, "cpu")
+    else:
+        second.apply_to(text, unet)
+        second.load_weights(str(tmp_path / "x.pt"))
+    torch.testing.assert_close(unet(x), expected, rtol=1e-5, atol=1e-6)
+    for name, module in parse_adapter(tensors, {}, "x.pt").modules.items():
+        weight = first.adapters[name].site.module.weight
+        assert isinstance(weight, Tensor)
+        plain = torch.zeros_like(weight)
+        change = module.merged(plain, 1.0)
+        torch.testing.assert_close(change, first.adapters[name].change.merged(plain), rtol=1e-5, atol=1e-6)
