@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.architectures.cards import list_cards
 from library.checkpoints.compatibility import Reading, describe, problems, readings
-from library.checkpoints.files import load_state_dict, read_metadata
+from library.checkpoints.files import file_in_folder, load_state_dict, read_metadata
 from library.checkpoints.model_card import ModelCard
 from library.checkpoints.recognition import recognise_adapter
 from library.models.identify import card_of
@@ -36,7 +36,7 @@ from networks.core.files.inspection import (
     structure_problem,
 )
 from networks.core.files.module_weights import ModuleWeights, value_problems
-from networks.core.files.reading_writing import file_in_folder, read_adapters
+from networks.core.files.reading_writing import read_adapters
 from networks.core.files.renaming import some_keys
 from networks.core.kinds.leaves import ALPHA
 from tools.command import make_parser, run

@@ -42,6 +42,9 @@ ROOTLESS = (PEFT_PREFIX, "lycoris_", "lora_transformer_", "lora_unet_", "net.", 
 """What programs put before a path without saying whose it is, or before paths of the other layout: PEFT, LyCORIS in
 the hands of SimpleTuner and others, OneTrainer."""
 
+TEXT_ENCODERS = ("lora_te", "text_encoder", "clip_l.", "clip_g.", "t5.")
+TEXT_PATHS = ("text_model", "encoder.", "encoder_")  # of CLIP and T5, which no denoiser has
+
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 ENDINGS: tuple[tuple[str, str], ...] = (  # (pattern, the leaf that kohya's format has for it; "" for itself)
     (r"lora_down\.weight|lora_A(?:\.[\w-]+)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight", DOWN),
@@ -135,6 +138,11 @@ def path_alone(name: str) -> str:
     while (path := next((name[len(p) :] for p in ROOTLESS if name.startswith(p)), name)) != name:
         name = path
     return name
+
+
+def is_of_text_encoder(name: str) -> bool:
+    """Whether a module or key is of a text encoder, by what it begins with in any naming."""
+    return name.startswith(TEXT_ENCODERS) or path_alone(name).startswith(TEXT_PATHS)
 
 
 def without_peft_prefix(name: str) -> str:

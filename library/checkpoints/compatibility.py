@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from library.checkpoints.adapter_keys import AdapterKey, tells_no_model, underscored
+from library.checkpoints.adapter_keys import AdapterKey, is_of_text_encoder, tells_no_model, underscored
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.model_card import PROGRAMS, ModelCard, Program, Reader
 from library.checkpoints.recognition import recognise_adapter
@@ -94,7 +94,7 @@ def parse(text: str, shape: tuple[int, ...]) -> Key:
 
 
 def part_of(module: str) -> Part:
-    return "text" if re.match(r"(lora_te|text_encoder)", module) is not None else "denoiser"
+    return "text" if is_of_text_encoder(module) else "denoiser"
 
 
 @dataclass(frozen=True)

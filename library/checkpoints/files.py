@@ -27,6 +27,7 @@ LENGTH_BYTES = 8
 MAX_DIMENSIONS = 64  # of a tensor in torch
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02")  # torch's zip archives, and what torch before 1.6 wrote
+PEFT_STEM = "adapter_model"  # of the file in a folder that PEFT saves
 TEMPORARY = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{12}")  # the stem that `atomic_path` gives a file until it is whole
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -139,6 +140,18 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a table of tensors")
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def file_in_folder(path: Path, where: str) -> Path:
+    """The file in a folder that PEFT saved; a path of anything else as it is. Raises UserError for another folder."""
+    if not path.is_dir():
+        return path
+    found = next(
+        (file for suffix in ("safetensors", "bin") if (file := path / f"{PEFT_STEM}.{suffix}").is_file()), None
+    )
+    if found is None:
+        raise UserError(f"{where} is a folder without {PEFT_STEM}.safetensors, which PEFT saves; give an adapter file")
+    return found
 
 
 def is_safetensors(path: str | Path) -> bool:

@@ -2,10 +2,20 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from library.checkpoints.adapter_keys import WIDE_LEAVES, AdapterKey, composed_shapes, tells_no_model, underscored
+from library.checkpoints.adapter_keys import (
+    WIDE_LEAVES,
+    AdapterKey,
+    composed_shapes,
+    is_of_text_encoder,
+    tells_no_model,
+    underscored,
+)
 from library.checkpoints.adapter_names import placed
+from library.checkpoints.files import file_in_folder
 from library.checkpoints.model_card import ModelCard, recognise
+from library.checkpoints.weights import open_weights
 from library.errors import UserError
 
 TEXT_ENCODER = r"(lora_te\d?|text_encoders?(_\d)?)_"
@@ -30,6 +40,12 @@ def recognise_adapter(
         {_flat(key): tuple(shape) if _tells_width(key) else products.get(key, ()) for key, shape in shapes.items()},
         lambda card: card.adapter,
     )
+
+
+def keys_of_text_encoders(path: Path) -> list[str]:
+    """The keys of an adapter file, or of a folder by PEFT, that change a text encoder; of the file only the header is
+    read."""
+    return [key for key in open_weights(file_in_folder(path, str(path))).shapes if is_of_text_encoder(key)]
 
 
 def base_in_metadata(cards: Sequence[ModelCard], metadata: Mapping[str, str]) -> ModelCard | None:

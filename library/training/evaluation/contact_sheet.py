@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from library.checkpoints.weights import open_weights
+from library.checkpoints.recognition import keys_of_text_encoders
 from library.memory.devices import place, release_memory
 from library.options.train import TrainOptions
 from library.protocols import Architecture
@@ -19,7 +19,6 @@ from library.training.run.conditioning import CaptionMemo
 from library.training.run.context import Models, StepContext
 from library.training.setup.compute import Compute
 from library.training.setup.frozen_models import load_frozen
-from library.training.setup.text_caching import TEXT_PREFIXES
 from library.types import Conditioning, Prompt
 from networks.core.protocol import AdoptedNetwork
 
@@ -67,7 +66,7 @@ def load(
     encoders = [encoder.to(compute.device).eval() for encoder in arch.load.text_encoders()]
     files = [*map(Path, options.network.base_weights or ()), *(row for row in rows if row is not None)]
     encoded = None
-    if not any(name.startswith(TEXT_PREFIXES) for file in files for name in open_weights(file).shapes):
+    if not any(keys_of_text_encoders(file) for file in files):
         encoded = encode_prompts(arch, encoders, compute.autocast, prompts)
         encoders = []
         release_memory(options.memory.highvram)

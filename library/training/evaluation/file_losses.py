@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from library.checkpoints.weights import open_weights
+from library.checkpoints.recognition import keys_of_text_encoders
 from library.data.batches.planned import PlannedBatches
 from library.data.batches.validation_set import ValidationSet
 from library.data.caching.stores import NO_LATENTS, NO_TEXTS
@@ -26,7 +26,6 @@ from library.training.evaluation.validation import measurement_of
 from library.training.setup.compute import Compute
 from library.training.setup.models import load_models
 from library.training.setup.runs import step_context
-from library.training.setup.text_caching import TEXT_PREFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +119,7 @@ def all_of(pictures: ValidationSet, like: Measurement) -> Measurement:
 def check_text_parts(rows: Sequence[Row]) -> None:
     """Raise UserError for a file that changes text encoders, which have left memory."""
     for row in rows:
-        if row is not None and any(name.startswith(TEXT_PREFIXES) for name in open_weights(row).shapes):
+        if row is not None and keys_of_text_encoders(row):
             raise UserError(
                 f"{row} changes the text encoders, whose outputs --cache_text_encoder_outputs takes without it; leave "
                 "that option out"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.checkpoints.weights import open_weights
+from library.checkpoints.recognition import keys_of_text_encoders
 from library.data.batches.training_data import TrainingData
 from library.data.caching.captions import CachedTexts, Encode, Encoders, TextEncoding, cache_texts
 from library.data.caching.stores import NO_TEXTS, TextStore
@@ -24,8 +24,6 @@ from library.types import Conditioning
 from networks.core.protocol import is_switched_on
 
 logger = logging.getLogger(__name__)
-
-TEXT_PREFIXES = ("lora_te", "text_encoder", "text_model")
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def check_text_caching(options: TrainOptions, spec: TextCacheSpec | None) -> Non
         )
         return
     for file in options.network.base_weights or ():
-        changed = [name for name in open_weights(Path(file)).shapes if name.startswith(TEXT_PREFIXES)]
+        changed = keys_of_text_encoders(Path(file))
         if changed:
             raise UserError(
                 f"--base_weights {file} changes the text encoder ({changed[0]} and others), whose outputs "

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.adapter_keys import AdapterKey
-from library.checkpoints.files import is_safetensors, load_state_dict, save_pickle_state_dict, save_safetensors
+from library.checkpoints.files import (
+    file_in_folder,
+    is_safetensors,
+    load_state_dict,
+    save_pickle_state_dict,
+    save_safetensors,
+)
 from library.checkpoints.hashes import with_hashes
 from library.errors import UserError
 from networks.core.adapter import Adapter
@@ -27,7 +33,6 @@ from networks.core.kinds.scaled import ScaledDelta
 from networks.core.kinds.table import KINDS, SHARED, kind_of
 from networks.core.kinds.turned import Turned
 
-PEFT_STEM = "adapter_model"
 EXACT = frozenset(leaf for kind in KINDS for leaf in kind.exact)  # what no --save_precision rounds
 
 
@@ -56,18 +61,6 @@ class LoadReport:
 def read_adapters(path: str | Path) -> dict[str, Tensor]:
     """The tensors of an adapter file, or of a folder by PEFT. Raises UserError for a file that cannot be read."""
     return load_state_dict(file_in_folder(Path(path), str(path)))
-
-
-def file_in_folder(path: Path, where: str) -> Path:
-    """The file in a folder that PEFT saved; a path of anything else as it is. Raises UserError for another folder."""
-    if not path.is_dir():
-        return path
-    found = next(
-        (file for suffix in ("safetensors", "bin") if (file := path / f"{PEFT_STEM}.{suffix}").is_file()), None
-    )
-    if found is None:
-        raise UserError(f"{where} is a folder without {PEFT_STEM}.safetensors, which PEFT saves; give an adapter file")
-    return found
 
 
 def group_by_module(

@@ -1,9 +1,13 @@
 """Which base model an adapter file is for, from a few of its keys."""
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from library.architectures.cards import list_cards
-from library.checkpoints.recognition import require_card
+from library.checkpoints.files import save_safetensors
+from library.checkpoints.recognition import keys_of_text_encoders, require_card
 from tests.recognising import base_of
 
 ATTN2 = "transformer_blocks_0_attn2_to_k.lora_down.weight"
@@ -63,3 +67,28 @@ def test_a_file_gets_the_card_of_its_base_model() -> None:
     for base, key, shape in CASES:
         if base is not None:
             assert require_card(list_cards(), {key: shape}, {}, "x").name == base
+
+
+LAYER = "encoder.layers.0.mlp.fc1"
+OF_TEXT = (
+    "lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+    f"text_encoder.text_model.{LAYER}", f"text_encoder_2.{LAYER}", f"clip_g.text_model.{LAYER}",
+    f"text_encoders.clip_l.transformer.text_model.{LAYER}", "t5.encoder.block.0.layer.0.SelfAttention.q",
+    f"base_model.model.text_model.{LAYER}", f"base_model.model.{LAYER}", f"text_encoder.base_model.model.{LAYER}",
+    "lycoris_text_model_encoder_layers_0_mlp_fc1", f"text_model.{LAYER}",
+)  # fmt: skip
+OF_DENOISER = (
+    "lora_unet_mid_block_attentions_0_proj_in", "unet.mid_block.attentions.0.proj_in", "net.blocks.0.self_attn.q_proj",
+    "lora_transformer_transformer_blocks_0_attn_to_q", "transformer.context_embedder", "lora_unet_txt_in",
+    "base_model.model.transformer_blocks.0.attn.to_q", "text_conditioner.blocks.0.self_attn.q_proj",
+    "lycoris_context_refiner_0_attn_to_q", "diffusion_model.txt_in.individual_token_refiner.blocks.0.mlp.fc1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*OF_TEXT, *OF_DENOISER])
+def test_text_encoders_are_told_in_every_naming(name: str, tmp_path: Path) -> None:
+    """Also in a folder by PEFT: outputs of text encoders that --base_weights change are not to be cached before."""
+    key = f"{name}.lora_A.weight"
+    save_safetensors(tmp_path / "adapter_model.safetensors", {key: torch.ones(2, 3)})
+    expected = [key] if name in OF_TEXT else []
+    assert keys_of_text_encoders(tmp_path) == keys_of_text_encoders(tmp_path / "adapter_model.safetensors") == expected
