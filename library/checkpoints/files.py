@@ -139,7 +139,15 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a table of tensors")
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {str(name): as_tensor(str(name), value) for name, value in content.items()}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def as_tensor(name: str, value: Any) -> Tensor | None:
+    """A value of a pickled table; None for what is no weight. An alpha may be a plain number, without which an adapter
+    would be of another strength."""
+    is_alpha = name.endswith(".alpha") and isinstance(value, int | float)
+    return torch.tensor(float(value)) if is_alpha else value if isinstance(value, Tensor) else None
 
 
 def file_in_folder(path: Path, where: str) -> Path:

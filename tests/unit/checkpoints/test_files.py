@@ -163,3 +163,10 @@ def test_tensors_that_are_views_are_written_by_value(tmp_path: Path) -> None:
     save_safetensors(tmp_path / "x.safetensors", {"t": matrix.t(), "half": matrix.bfloat16()[::2]})
     loaded = load_state_dict(tmp_path / "x.safetensors")
     assert torch.equal(loaded["t"], matrix.t()) and torch.equal(loaded["half"], matrix.bfloat16()[::2])
+
+
+def test_an_alpha_that_was_pickled_as_a_number_is_read(tmp_path: Path) -> None:
+    torch.save({"a.alpha": 4, "b.alpha": 0.5, "a.lora_up.weight": torch.ones(2, 2), "epoch": 3}, tmp_path / "a.pt")
+    found = load_state_dict(tmp_path / "a.pt")
+    assert found.keys() == {"a.alpha", "b.alpha", "a.lora_up.weight"}
+    assert (float(found["a.alpha"]), float(found["b.alpha"])) == (4.0, 0.5)
