@@ -13,8 +13,6 @@ import pytest
 from tools import start
 from tools.quickstart_picture import draw_before_and_after
 
-pytestmark = pytest.mark.nightly
-
 KINDS: Mapping[str, str] = {  # the words that are added to the quickstart's command
     "loha": "--network_module networks.loha --network_dim 8 --network_alpha 8"
     " --network_args conv_dim=8 conv_alpha=8 train_norm=True"
@@ -52,6 +50,7 @@ PAGE = start.ROOT / "docs" / "networks.md"
 IN_8_BITS = "--base_format int8_rotated --base_arithmetic 8bit"
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("words", [*KINDS.values(), IN_8_BITS], ids=[*KINDS, "in 8 bits"])
 def test_it_learns(words: str, tmp_path: Path) -> None:
     command = [*start.training_command(Path(sys.executable), start.num_threads()), "--output_dir", str(tmp_path)]
