@@ -134,6 +134,54 @@ def test_convert_flux_lora_renames_either_way(tmp_path: Path, flux: dict[str, Pa
     assert found.keys() == expected.keys()
 
 
+def write_lora(path: Path, *modules: str) -> Path:
+    """Random factors of rank 2 with an alpha of 1 for these modules."""
+    generator, tensors = torch.Generator().manual_seed(31), {}
+    for name in modules:
+        tensors[f"{name}.lora_down.weight"] = torch.randn(2, 8, generator=generator)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(6, 2, generator=generator)
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, path)
+    return path
+
+
+def test_a_lora_of_anima_gets_comfyuis_names_and_its_own_back(tmp_path: Path) -> None:
+    """As programs call it after a training: two paths and nothing else."""
+    names = ("lora_unet_blocks_0_self_attn_q_proj", "lora_te_layers_1_mlp_gate_proj")
+    source = write_lora(tmp_path / "anima.safetensors", *names)
+    command = loaded("networks/convert_anima_lora_to_comfy.py")
+    assert command.main([str(source), str(tmp_path / "comfy.safetensors")]) == 0
+    text = "text_encoders.qwen3_06b.transformer.model"
+    paths = ("diffusion_model.blocks.0.self_attn.q_proj", f"{text}.layers.1.mlp.gate_proj")
+    before, after = load_file(source), load_file(tmp_path / "comfy.safetensors")
+    assert set(after) == {f"{path}.lora_{factor}.weight" for path in paths for factor in "AB"}
+    for name, path in zip(names, paths, strict=True):
+        expected = 0.5 * before[f"{name}.lora_up.weight"] @ before[f"{name}.lora_down.weight"]
+        found = after[f"{path}.lora_B.weight"] @ after[f"{path}.lora_A.weight"]
+        torch.testing.assert_close(found, expected, **FLOAT32_DEEP)
+    words = ["--reverse", str(tmp_path / "comfy.safetensors"), str(tmp_path / "back.safetensors")]
+    assert command.main(words) == 0
+    assert load_file(tmp_path / "back.safetensors").keys() == before.keys()
+
+
+def test_a_lora_of_hunyuan_image_gets_comfyuis_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("lora_unet_double_blocks_0_img_mlp_fc1", "lora_unet_single_blocks_3_modulation_linear")
+    source = write_lora(tmp_path / "hunyuan.safetensors", *names)
+    command = loaded("networks/convert_hunyuan_image_lora_to_comfy.py")
+    words = [str(source), str(tmp_path / "comfy.safetensors")]
+    assert command.main(words) == 0
+    assert {key.partition(".")[0] for key in load_file(tmp_path / "comfy.safetensors")} == {
+        "lora_unet_double_blocks_0_img_mlp_0",
+        "lora_unet_single_blocks_3_modulation_lin",
+    }
+    assert command.main(["--reverse", *words]) == 1
+    assert "needs no renaming here" in capsys.readouterr().err
+    anima = write_lora(tmp_path / "anima.safetensors", "lora_unet_blocks_0_self_attn_q_proj")
+    assert command.main([str(anima), str(tmp_path / "no.safetensors")]) == 1
+    assert "is an adapter of Anima" in capsys.readouterr().err
+    assert not (tmp_path / "no.safetensors").exists()
+
+
 def test_merging_and_resizing_can_be_called_as_coppylora_does(tmp_path: Path) -> None:
     """As functions of modules loaded by path, with text for paths and without the options it does not know."""
     first, second = (str(adapter_files.write(tmp_path / f"{n}.safetensors", n)) for n in (1, 2))

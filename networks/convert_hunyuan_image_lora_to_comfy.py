@@ -1,0 +1,14 @@
+"""The path under which other programs rename a HunyuanImage LoRA for ComfyUI: tools/convert_for_comfyui.py."""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.convert_for_comfyui import command
+
+main = command(__doc__, "hunyuan_image", "kohya", None)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Rename the keys of an adapter file for ComfyUI, as two commands of sd-scripts do that have doors in networks/.
+
+tools/convert_lora.py is the command to type; it knows all base models and namings.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from library.checkpoints.adapter_names import FileNaming
+from library.errors import UserError
+from tools.command import check_output, run
+from tools.convert_lora import card_for_file, convert, read_adapter
+
+
+def command(description: str | None, base: str, to: FileNaming, back: FileNaming | None) -> Callable[..., int]:
+    """The `main` of a door: files of the base model named `base` get the naming `to`, with --reverse that of `back`.
+
+    `back` is None where no naming of sd-scripts' own is written.
+    """
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        return run(setup_parser(description), partial(rename, base, to, back), argv)
+
+    return main
+
+
+def setup_parser(description: str | None) -> argparse.ArgumentParser:
+    """The commands' options."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("src_path", type=Path, help="the adapter file to read")
+    parser.add_argument("dst_path", type=Path, help="the adapter file to write")
+    parser.add_argument("--reverse", action="store_true", help="from ComfyUI's names to those that training writes")
+    return parser
+
+
+def rename(base: str, to: FileNaming, back: FileNaming | None, args: argparse.Namespace) -> None:
+    """Read, rename and write. Raises UserError for a file of another base model, and where nothing can be done."""
+    card = card_for_file(read_adapter(args.src_path, "src_path"), str(args.src_path))
+    if card.name != base:
+        raise UserError(f"{args.src_path} is an adapter of {card.title}; tools/convert_lora.py renames it")
+    if args.reverse and back is None:
+        raise UserError(
+            f"--reverse: {args.src_path} needs no renaming here, training and all tools read and write ComfyUI's names "
+            f"for {card.title}; give it to --network_weights as it is"
+        )
+    check_output("dst_path", args.dst_path)
+    renamed = convert(args.src_path, args.dst_path, (back or to) if args.reverse else to, drop_unsupported=False)
+    print(f"{args.dst_path}: {len(renamed.file.modules)} modules renamed")
