@@ -1,4 +1,4 @@
-"""--network_module networks.oft: goes on from files of sd-scripts' OFT modules and of LyCORIS's diag-oft."""
+"""--network_module networks.oft: outputs are turned, as sd-scripts' OFT modules do; goes on from such files."""
 
 from networks.core.factory import network_module
 from networks.core.kinds.oft import DOOR

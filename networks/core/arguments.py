@@ -69,7 +69,8 @@ class NetworkArguments:
     block_share: bool = False  # networks.oft_v2: all inputs of a layer share one block
     block_num: int = 0  # networks.boft: how many blocks, in place of their size
     boft_n_butterfly_factor: int = 1  # networks.boft: how many factors turn one after the other
-    enable_conv: bool = False  # networks.oft_v2, networks.boft: kernels larger than 1x1, without a size of their own
+    enable_conv: bool = False  # networks.oft, oft_v2 and boft: kernels larger than 1x1, without a size of their own
+    enable_all_linear: bool = False  # networks.oft: all layers of the blocks, not those of attention alone
     auto_adjust: bool = True  # networks.oft_v2, networks.boft: the nearest size where one does not divide a layer
     decompose_both: bool = False  # networks.lokr: the small matrix is a product too, where it is large enough
     full_matrix: bool = False  # networks.lokr: neither matrix is a product
@@ -136,6 +137,7 @@ SUPPORTED: Mapping[str, Parse] = {
     "block_num": parse_rank,
     "boft_n_butterfly_factor": parse_unit,
     "enable_conv": parse_bool,
+    "enable_all_linear": parse_bool,
     "auto_adjust": parse_bool,
     "decompose_both": parse_bool,
     "full_matrix": parse_bool,

@@ -58,7 +58,9 @@ def fresh_members(
             form = Form(
                 has_core=arguments.use_tucker and site.kind == "conv",
                 is_decomposed=arguments.dora_wd,
-                widths=split_widths(targets, place, site, arguments),
+                widths=targets.widths_of(site.path, site.module)
+                if door.make_fresh is not None
+                else split_widths(targets, place, site, arguments),
             )
             yield make_member(door, place, site, allotment, arguments, multiplier, form)
     if arguments.train_norm:
@@ -144,6 +146,10 @@ def make_member(
 ) -> Member:
     """One adapter, not installed yet; in the form of `leaves`, where those of a file are given."""
     drops = Dropout(arguments.neuron_dropout, arguments.rank_dropout, arguments.module_dropout)
+    if door.make_fresh is not None and leaves is None:
+        alpha = 0.0 if allotment.alpha is None else allotment.alpha
+        fresh = door.make_fresh(site.module, site.path, allotment.rank, alpha, drops, form.widths)
+        return Member(Adapter(site, fresh, multiplier), place.text_encoder, allotment)
     if door.make_change is not None:
         turned = door.make_change(site.module, allotment.rank, drops, arguments.use_scalar, leaves)
         return Member(Adapter(site, turned, multiplier), place.text_encoder, allotment)

@@ -42,6 +42,7 @@ FORM_ARGUMENTS = (
     "block_share",
     "block_num",
     "enable_conv",
+    "enable_all_linear",
     "train_norm",
     "rslora",
     "network_reg_dims",
@@ -53,7 +54,9 @@ OF_DOORS = {  # network modules -> arguments that no other has
     "networks.lokr": ("factor", "decompose_both", "full_matrix"),
     "networks.oft_v2": ("coft", "coft_eps", "block_share"),
     "networks.boft": ("block_num", "boft_n_butterfly_factor"),
-    "networks.oft_v2 and networks.boft": ("block_size", "enable_conv", "auto_adjust"),
+    "networks.oft_v2 and networks.boft": ("block_size", "auto_adjust"),
+    "networks.oft, networks.oft_v2 and networks.boft": ("enable_conv",),
+    "networks.oft": ("enable_all_linear",),
 }
 ONE_WEIGHT = (
     "its magnitudes divide by the norm of one changed weight, but with T-LoRA every sample of a batch has its own"
@@ -98,15 +101,20 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
         arguments = arguments_of(door, parse_arguments(network_args, neuron_dropout, targets.known_arguments))
         rank, arguments = settled(door, network_dim, arguments)
         alpha = DEFAULT_ALPHA if network_alpha is None else float(network_alpha)
+        if door.settle_alpha is not None:
+            alpha, arguments = door.settle_alpha(alpha, arguments)
         if rank < 0 or alpha < 0:
             raise UserError(f"--network_dim is {rank} and --network_alpha {alpha:g}; neither can be negative")
         check_choices(targets, arguments, unet)
         chosen = door if door.with_arguments is None else door.with_arguments(arguments)
         members: list[Member] = []
         for place in places(targets, text_encoder, unet):
+            if place.text_encoder is not None and door.denoiser_only:
+                continue
             if not place.part.needs or arguments.of_model.get(place.part.needs):
                 rules = make_rules(rank, alpha, arguments, targets, is_denoiser=place.text_encoder is None)
-                members += fresh_members(chosen, targets, place, rules, arguments, multiplier)
+                searched = place if door.narrow is None else replace(place, part=door.narrow(place.part, arguments))
+                members += fresh_members(chosen, targets, searched, rules, arguments, multiplier)
         if not members:
             raise UserError(
                 f"nothing to train: with --network_dim {rank} and these --network_args every module has the rank 0"

@@ -32,6 +32,8 @@ MAY_NAME_MODELS = {
     "networks/lora_sd3.py": DOORS,
     "networks/oft_flux.py": DOORS,
     "networks/convert_flux_lora.py": DOORS,
+    "networks/convert_anima_lora_to_comfy.py": DOORS,
+    "networks/convert_hunyuan_image_lora_to_comfy.py": DOORS,
     "networks/flux_extract_lora.py": DOORS,
     "networks/flux_merge_lora.py": DOORS,
     "networks/sdxl_merge_lora.py": DOORS,

@@ -101,7 +101,7 @@ T5 = Part("lora_te3", blocks=("T5Attention", "T5DenseGatedActDense"), needs="tra
 
 
 TARGETS = AdapterTargets(
-    denoiser=Part("lora_unet", blocks=("DoubleStreamBlock", "SingleStreamBlock")),
+    denoiser=Part("lora_unet", blocks=("DoubleStreamBlock", "SingleStreamBlock"), attention=("SelfAttention",)),
     text_encoders=(
         Part("lora_te1", blocks=("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")),
         T5,

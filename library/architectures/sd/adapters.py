@@ -62,6 +62,7 @@ TARGETS = AdapterTargets(
     denoiser=Part(
         "lora_unet",
         blocks=("Transformer2DModel",),
+        attention=("Attention",),
         conv_blocks=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
     ),
     text_encoders=(Part("lora_te", blocks=("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")),),

@@ -69,6 +69,7 @@ TARGETS = AdapterTargets(
     denoiser=Part(
         "lora_unet",
         blocks=("Transformer2DModel",),
+        attention=("Attention",),
         conv_blocks=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
     ),
     text_encoders=(Part("lora_te1", blocks=CLIP_BLOCKS), Part("lora_te2", blocks=CLIP_BLOCKS)),

@@ -16,6 +16,9 @@ MakeChange = Callable[..., Change]
 Settle = Callable[[int | None, Any, int], tuple[int, Any]]
 """(--network_dim, network arguments, the default rank) -> the rank and the arguments in the core's own terms."""
 
+MakeFresh = Callable[[nn.Module, str, int, float, Any, tuple[int, ...] | None], Change]
+"""(the layer, its path, rank, alpha, dropouts, the outputs of each projection of a fused layer) -> a new change."""
+
 MakeSplit = Callable[[nn.Linear, int, tuple[int, ...]], Delta]
 """(a fused layer, the rank of each projection, the outputs of each) -> the change of its weight."""
 
@@ -84,6 +87,7 @@ class Door:
     make_delta: MakeDelta | None = None  # of what adds to the weight
     make_core: MakeDelta | None = None  # the same with use_tucker, for kernels larger than 1x1
     make_change: MakeChange | None = None  # of what does something else
+    make_fresh: MakeFresh | None = None  # the same where no file says what it is like, and that takes more
     make_split: MakeSplit | None = None  # with split_qkv
     kinds: tuple[Kind, ...] = ()  # what files may hold that it trains further, beside norms
     check: Callable[[Any], None] | None = None  # tells what comes of the settings, or raises UserError
@@ -92,6 +96,9 @@ class Door:
     default_rank: int = 4
     arguments: tuple[str, ...] = ()  # network arguments that few doors have
     settle: Settle | None = None  # where arguments mean something else than for other kinds
+    settle_alpha: Callable[[float, Any], tuple[float, Any]] | None = None  # the same of --network_alpha
+    narrow: Callable[[Any, Any], Any] | None = None  # (a part of the model, arguments) -> where new adapters go there
+    denoiser_only: bool = False  # text encoders get no new adapters
     with_arguments: Callable[[Any], "Door"] | None = None  # the same door for these arguments
     refuses: Mapping[str, str] = field(default_factory=dict)  # network argument -> why it does not work with this kind
     takes: frozenset[str] = frozenset()  # of the arguments that few kinds have (`FOR_FEW`), those that this one has

@@ -1,11 +1,15 @@
 """OFT as sd-scripts' networks.oft and LyCORIS's diag-oft store it: a layer's outputs turned by blocks.
 
-These are read, merged and trained further; new adapters turn inputs, see oft_v2.py.
+sd-scripts puts new ones on layers of attention alone, unless `enable_all_linear` is given. Those of oft_v2.py turn
+inputs, which costs less.
 
 Letters: O outputs, T everything but the last axis, D blocks, b block size.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +21,8 @@ from networks.core.kinds.kind import Door, Kind
 from networks.core.kinds.leaves import ALPHA
 from networks.core.kinds.scaled import NO_DROPOUT, Dropout
 from networks.core.kinds.turned import change_of_turn
+
+logger = logging.getLogger(__name__)
 
 BLOCKS, RESCALE, MATRICES = "oft_blocks", "rescale", "oft_diag"
 PIECES = tuple(f"{BLOCKS}.{i}" for i in range(4))  # of a layer whose rows are several projections
@@ -208,15 +214,30 @@ def further(
     has_scalar: bool = False,
     leaves: Leaves | None = None,
 ) -> TurnedOutputs:
-    """The change of a layer in the form of a file. Raises UserError without one."""
-    if leaves is None:
-        raise UserError(
-            "networks.oft only goes on from files: give one with --network_weights and add "
-            "--dim_from_weights; for a new adapter use --network_module networks.oft_v2"
-        )
+    """The change of a layer in the form of a file."""
+    assert leaves is not None  # new ones are made by `fresh`
     zeros = {leaf: torch.zeros_like(t, dtype=torch.float32) for leaf, t in leaves.items() if leaf != ALPHA}
     zeros |= {leaf: tensor.float() for leaf, tensor in leaves.items() if leaf == ALPHA}
     return TurnedOutputs(layer, zeros, drops)
+
+
+def fresh(
+    layer: nn.Module, path: str, num_blocks: int, limit: float, drops: Dropout, widths: tuple[int, ...] | None
+) -> TurnedOutputs:
+    """A new change that turns nothing yet: `num_blocks` blocks for each projection of the layer.
+
+    Raises UserError for a number that does not divide the outputs.
+    """
+    assert isinstance(layer.weight, Tensor)
+    leaves = {ALPHA: torch.tensor(limit, device="cpu")}  # the trainer also makes adapters without memory, to check them
+    for name, width in zip((BLOCKS,) if widths is None else PIECES, widths or (len(layer.weight),), strict=False):
+        if width % num_blocks or width == num_blocks:
+            raise UserError(
+                f"--network_dim {num_blocks} is the number of blocks that outputs are turned in, and {path} has "
+                f"{width} of them; use a smaller number that divides it, such as 4, or --network_module networks.oft_v2"
+            )
+        leaves[name] = torch.zeros(num_blocks, width // num_blocks, width // num_blocks)
+    return TurnedOutputs(layer, leaves, drops)
 
 
 # --- in files ---
@@ -278,12 +299,40 @@ KINDS = (KIND, IN_PIECES, AS_MATRICES)
 # --- as --network_module ---
 
 
+def settle(num_blocks: int | None, arguments: Any, default: int) -> tuple[int, Any]:
+    """(the number of blocks, network arguments) as the core of the networks understands them."""
+    number = default if num_blocks is None else num_blocks
+    conv_dim = number if arguments.enable_conv and arguments.conv_dim is None else arguments.conv_dim
+    return number, replace(arguments, conv_dim=conv_dim)
+
+
+def settle_limit(alpha: float, arguments: Any) -> tuple[float, Any]:
+    """--network_alpha is the limit of angles, the same for all kernels."""
+    if alpha >= 1:
+        logger.warning(
+            "--network_alpha %g limits no angle: networks.oft takes it for the limit, where 0.001 or less holds them",
+            alpha,
+        )
+    return alpha, replace(arguments, conv_alpha=alpha if arguments.conv_alpha is None else arguments.conv_alpha)
+
+
+def attention_alone(part: Any, arguments: Any) -> Any:
+    """Where new adapters go: to attention, where the base model says what that is, unless all layers are asked for."""
+    return part if arguments.enable_all_linear or not part.attention else replace(part, blocks=part.attention)
+
+
 DOOR = Door(
     make_change=further,
+    make_fresh=fresh,
+    settle=settle,
+    settle_alpha=settle_limit,
+    narrow=attention_alone,
+    denoiser_only=True,
+    arguments=("enable_conv", "enable_all_linear"),
     kinds=(KIND, IN_PIECES),
     refuses={
         **REFUSED,
-        "use_scalar": "it goes on from files, whose angles move as they are",
+        "use_scalar": "its angles move as they are",
         "dora_wd": "no program that reads OFT applies magnitudes",
     },
 )

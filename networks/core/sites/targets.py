@@ -23,6 +23,7 @@ class Part:
 
     prefix: str  # of every weight name saved for this part: "lora_unet", "lora_te1"
     blocks: tuple[str, ...]  # class names; every Linear and Conv2d below them is a candidate
+    attention: tuple[str, ...] = ()  # classes of attention inside the blocks, for kinds that adapt nothing else
     conv_blocks: tuple[str, ...] = ()  # searched too when kernels larger than 1x1 are adapted
     exclude: tuple[str, ...] = ()  # patterns of whole paths that are left out, unless include_patterns readmits them
     needs: str = ""  # the network argument, such as train_t5xxl, without which this part is left alone

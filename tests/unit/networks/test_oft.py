@@ -79,7 +79,10 @@ def test_it_is_said_what_does_not_count(caplog: pytest.LogCaptureFixture) -> Non
         assert said in caplog.text
     loha.create_network(1.0, 3, 2.0, None, *toy_models(8042), coft="True", enable_conv="1")
     assert "--network_args coft has no effect; it belongs to networks.oft_v2" in caplog.text
-    assert "--network_args enable_conv has no effect; it belongs to networks.oft_v2 and networks.boft" in caplog.text
+    assert (
+        "--network_args enable_conv has no effect; it belongs to networks.oft, networks.oft_v2 and networks.boft"
+        in caplog.text
+    )
 
 
 def test_boft_refuses_two_ways_to_say_a_size_and_tells_which_counts(caplog: pytest.LogCaptureFixture) -> None:
