@@ -109,7 +109,7 @@ def in_kohya_names(file: AdapterFile) -> AdapterFile:
     """The file with kohya's names of modules."""
     if all(naming_of(name) == "kohya" and not name.startswith("oft_") for name in file.modules):
         return file
-    return rename(file, card_for_file(file, file.origin).names, "kohya").file
+    return rename(file, card_for_file(file, file.origin).names, "kohya", keeps_pieces=True).file
 
 
 def add_factors(

@@ -302,7 +302,9 @@ def merge(args: argparse.Namespace) -> None:
     if args.sd_model is not None:
         base = open_base_model("--sd_model", args.sd_model)
         if any(module.pieces for module in base.names.modules):  # diffusers has several modules for one of the base
-            adapters = [Weighted(rename(a.file, base.names, "kohya").file, a.ratio) for a in adapters]
+            adapters = [
+                Weighted(rename(a.file, base.names, "kohya", keeps_pieces=True).file, a.ratio) for a in adapters
+            ]
         num = merge_into_checkpoint(base, adapters, args.save_to, dtype, save_dtype, device, not args.no_metadata)
         print(f"{args.save_to}: {len(adapters)} adapters merged into {num} modules")
         return

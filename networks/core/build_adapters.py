@@ -12,7 +12,7 @@ from networks.core.argument_values import ORTHOGONAL
 from networks.core.arguments import NetworkArguments
 from networks.core.kinds import norm
 from networks.core.kinds.change import Leaves
-from networks.core.kinds.joins import Add, Decompose
+from networks.core.kinds.joins import Add, Decompose, are_per_output
 from networks.core.kinds.kind import Door
 from networks.core.kinds.leaves import DORA_SCALE
 from networks.core.kinds.noise_ranks import NoiseRanks
@@ -79,10 +79,12 @@ def members_of_file(
     multiplier: float,
     groups: Mapping[str, Mapping[str, Tensor]],
     source: str,
+    is_merged: bool,
 ) -> Iterator[Member]:
     """The adapters of one part of the base model that a file has weights for.
 
-    Modules of a kind that the door does not train are read as they are.
+    Modules of a kind that the door does not train are read as they are, and of a file that `is_merged` those whose
+    magnitudes it does not train either.
     """
     part = place.part
     norms = find_norms(part, place.root, part.blocks + part.conv_blocks, Filters(include=(".*",)))
@@ -96,7 +98,7 @@ def members_of_file(
         assert kind.rank_of is not None
         rank = kind.rank_of(group)
         alpha = kind.alpha_of(group)
-        if kind not in door.kinds:
+        if kind not in door.kinds or (is_merged and DORA_SCALE in group and are_per_output(group[DORA_SCALE])):
             adapter = Adapter(site, change_of(group, site.module), multiplier)
             yield Member(adapter, place.text_encoder, rules.with_rate(site, rank, alpha))
             continue

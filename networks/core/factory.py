@@ -16,7 +16,7 @@ from networks.core.files.reading_writing import group_by_module, read_adapters
 from networks.core.kinds import norm
 from networks.core.kinds.kind import FOR_FEW, Door
 from networks.core.kinds.leaves import DORA_SCALE
-from networks.core.kinds.table import KINDS, kind_of
+from networks.core.kinds.table import KINDS, PIECES, kind_of
 from networks.core.network import AdapterNetwork, Member
 from networks.core.sites.rules import make_rules
 from networks.core.sites.site_selection import check_choices
@@ -150,13 +150,16 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
         targets = targets_of(unet)
         arguments = arguments_of(door, parse_arguments(network_args, neuron_dropout, targets.known_arguments))
         warn_of_ranks(arguments)
-        weights = dict(in_own_names(read_adapters(file) if weights_sd is None else weights_sd, targets.names, file))
-        groups = group_by_module(weights, str(file), KINDS if for_inference else (*door.kinds, norm.KIND))
+        given = read_adapters(file) if weights_sd is None else weights_sd
+        weights = dict(in_own_names(given, targets.names, file, keeps_pieces=for_inference))
+        groups = group_by_module(weights, str(file), (*KINDS, PIECES) if for_inference else (*door.kinds, norm.KIND))
         chosen = door if door.with_arguments is None else door.with_arguments(arguments)
         members: list[Member] = []
         for place in places(targets, text_encoder, unet):
             rules = rates_alone(arguments, targets, is_denoiser=place.text_encoder is None)
-            members += members_of_file(chosen, targets, place, rules, arguments, multiplier, groups, str(file))
+            members += members_of_file(
+                chosen, targets, place, rules, arguments, multiplier, groups, str(file), for_inference
+            )
         if not members:
             raise UserError(
                 f"{file}: none of its {len(groups)} modules is in this base model; was it made for another?"

@@ -25,6 +25,7 @@ from library.architectures.sdxl import adapters as sdxl_adapters
 from library.checkpoints.adapter_names import BaseNames, FileNaming
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.checkpoints.recognition import recognise_adapter
+from library.errors import UserError
 from library.models.unet.keys import UnetLayout
 from networks import lora
 from networks.core.files.adapter_file import adapter_tensors, parse_adapter
@@ -39,7 +40,7 @@ from tests.tiny.init import fixed_init
 from tests.tiny.lumina import tiny_lumina
 from tests.tiny.sd3 import CONFIGS, diffusers_mmdit, mmdit_weights, tiny_mmdit
 from tests.tolerances import FLOAT32_DEEP
-from tools import merge_lora
+from tools import convert_lora, merge_lora
 
 SEED = 7
 Tensors = dict[str, Tensor]
@@ -395,6 +396,74 @@ def test_network_weights_take_names_that_do_not_say_in_which_model_they_are(tmp_
     torch.testing.assert_close(pair.predict(), loaded_by_diffusers(pair, theirs), **FLOAT32_DEEP)
 
 
+def halves(size: int) -> tuple[int, int]:
+    return (2, size // 2) if size % 2 == 0 else (1, size)
+
+
+def file_of_kind(pair: Pair, kind: str) -> tuple[Tensors, dict[str, Tensor]]:
+    """(a file in SimpleTuner's names on every layer of theirs, what becomes of each weight, computed in float64)."""
+    generator = torch.Generator().manual_seed(13)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tensors, after = {}, {}
+    for name, layer in pair.their_layers.items():
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        stem, (num_rows, num_columns) = f"lycoris_{name.split('.', 1)[1].replace('.', '_')}", weight.flatten(1).shape
+        if kind == "LoKr":
+            (outer, inner), (columns, n) = halves(num_rows), halves(num_columns)
+            leaves = {"lokr_w1": randn(outer, columns), "lokr_w2_a": randn(inner, 2), "lokr_w2_b": randn(2, n)}
+            change = torch.kron(leaves["lokr_w1"].double(), leaves["lokr_w2_a"].double() @ leaves["lokr_w2_b"].double())
+            scale = 0.25
+        elif kind == "LoHa":
+            sizes = {"hada_w1_a": (num_rows, 2), "hada_w1_b": (2, num_columns)}
+            sizes |= {leaf.replace("w1", "w2"): shape for leaf, shape in sizes.items()}
+            leaves = {leaf: randn(*shape) for leaf, shape in sizes.items()}
+            a1, b1, a2, b2 = (tensor.double() for tensor in leaves.values())
+            change, scale = (a1 @ b1) * (a2 @ b2), 0.25
+        else:
+            leaves = {"lora_down.weight": randn(2, num_columns), "lora_up.weight": randn(num_rows, 2)}
+            change, scale = leaves["lora_up.weight"].double() @ leaves["lora_down.weight"].double(), 0.25
+        size = 0.3 * float(weight.std()) if weight.numel() > 1 else 0.3
+        first = next(iter(leaves))
+        leaves[first] = leaves[first] * size
+        changed = weight.double() + size * scale * change.view(weight.shape)
+        if kind == "DoRA":
+            wide = (-1, *(1,) * (weight.dim() - 1))
+            leaves["dora_scale"] = (
+                weight.flatten(1).norm(dim=1).view(wide) * (1 + 0.2 * randn(num_rows).view(wide)).abs()
+            )
+            changed = changed / changed.flatten(1).norm(dim=1).view(wide) * leaves["dora_scale"]
+        tensors |= {f"{stem}.{leaf}": tensor for leaf, tensor in leaves.items()}
+        tensors[f"{stem}.alpha"] = torch.tensor([0.5])  # of rank 2
+        after[name] = changed
+    return tensors, after
+
+
+@pytest.mark.parametrize("kind", ["LoKr", "LoHa", "DoRA"])
+@pytest.mark.parametrize("base", ["flux", "sd3", "lumina"])
+def test_what_is_no_lora_of_parts_of_a_fused_layer_is_merged(base: str, kind: str, tmp_path: Path) -> None:
+    """Also where diffusers has the halves of a layer's rows the other way round."""
+    pair = PAIRS[base if base != "sd3" else next(name for name in PAIRS if name in CONFIGS)]()
+    tensors, after = file_of_kind(pair, kind)
+    path = str(tmp_path / "a.safetensors")
+    save_safetensors(path, tensors)
+    network, weights = lora.create_network_from_weights(1.0, path, None, [], with_names(pair), for_inference=True)
+    with pytest.raises(UserError, match=f"is {kind} of a part of lora_unet_.*--base_weights"):
+        lora.create_network_from_weights(1.0, path, None, [], with_names(pair))
+    known = {name for name in after if place(pair.names, name) in network.adapters}
+    assert any(pair.names.find(name).piece_of(name) is not None for name in known)  # type: ignore[union-attr]
+    network.merge_to([], pair.seen, weights, torch.float32, "cpu")
+    with torch.no_grad():
+        for name in known:
+            weight = pair.their_layers[name].weight
+            assert isinstance(weight, Tensor)
+            weight.copy_(after[name])
+    torch.testing.assert_close(pair.predict(), pair.their_prediction(), **FLOAT32_DEEP)
+
+
 def test_what_is_not_merged_of_base_weights_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pair = PAIRS["sd1"]()
     save_safetensors(tmp_path / "a.safetensors", kohya_file(pair))
@@ -413,3 +482,27 @@ def test_merge_lora_takes_diffusers_names_of_every_layer(tmp_path: Path) -> None
     pair.seen.load_state_dict(load_state_dict(tmp_path / "merged.safetensors"))
     found = pair.predict()
     torch.testing.assert_close(found, loaded_by_diffusers(pair, diffusers_file(pair)), **FLOAT32_DEEP)
+
+
+def test_merge_lora_takes_lokr_of_parts_of_a_fused_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SimpleTuner's and ai-toolkit's for FLUX.1: into a checkpoint, and into one LoRA of the largest rank there is."""
+    pair = flux()
+    tensors, after = file_of_kind(pair, "LoKr")
+    model, file = build_tiny_flux(tmp_path / "model", SEED)[1], str(tmp_path / "a.safetensors")
+    save_safetensors(file, tensors)
+    merged, one = str(tmp_path / "merged.safetensors"), str(tmp_path / "one.safetensors")
+    assert merge_lora.main(["--sd_model", model, "--models", file, "--save_to", merged]) == 0
+    as_lora = ["--base_model", model, "--models", file, "--new_rank", "999", "--save_to", one]
+    assert merge_lora.main(as_lora) == 0
+    again = str(tmp_path / "again.safetensors")
+    assert merge_lora.main(["--sd_model", model, "--models", one, "--save_to", again]) == 0
+    with torch.no_grad():
+        for name, layer in pair.their_layers.items():
+            layer.weight.copy_(after[name])  # type: ignore[union-attr, operator]
+    for path in (merged, again):
+        pair.seen.load_state_dict(load_state_dict(path))
+        torch.testing.assert_close(pair.predict(), pair.their_prediction(), **FLOAT32_DEEP)
+    words = ["--model", file, "--save_to", one, "--to", "kohya"]
+    assert convert_lora.main(words) == 1
+    assert "is LoKr of a part of lora_unet_" in capsys.readouterr().err
+    assert convert_lora.main([*words, "--drop_unsupported"]) == 0

@@ -29,7 +29,7 @@ from networks.core.files.reading_writing import save_network
 from networks.core.kinds import norm
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.leaves import ALPHA
-from networks.core.kinds.table import KINDS
+from networks.core.kinds.table import KINDS, PIECES
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def save_adapter_file(path: str | Path, file: AdapterFile, dtype: torch.dtype | 
     save_network(path, adapter_tensors(file, dtype), file.metadata)
 
 
-COMPUTED: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind.read is not None)
+COMPUTED: tuple[Kind, ...] = (*(kind for kind in KINDS if kind.read is not None), PIECES)
 LOW_RANK: tuple[Kind, ...] = (*(kind for kind in COMPUTED if kind.is_low_rank), norm.KIND)
 
 

@@ -14,17 +14,20 @@ from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
 
 
-def in_own_names(tensors: Mapping[str, Tensor], names: BaseNames | None, file: str | Path) -> Mapping[str, Tensor]:
+def in_own_names(
+    tensors: Mapping[str, Tensor], names: BaseNames | None, file: str | Path, keeps_pieces: bool = False
+) -> Mapping[str, Tensor]:
     """The tensors of an adapter file under kohya's names, the strengths that other namings keep elsewhere included.
 
-    A file that has these names already, or whose base model lists no others, comes back as it is. Raises UserError
-    naming the keys that have no place in this base model, or naming a module that stands twice.
+    `keeps_pieces` is for merging, see `rename`. A file that has these names already, or whose base model lists no
+    others, comes back as it is. Raises UserError naming the keys that have no place in this base model, or naming a
+    module that stands twice.
     """
     if names is None or not any(is_foreign(module, names) for module in modules_of(tensors)):
         return tensors
     path = Path(file)
     read = read_adapter_file(path) if path.exists() else parse_adapter(tensors, {}, str(file))
-    return adapter_tensors(rename(in_a_model(read, [names]), names, "kohya").file)
+    return adapter_tensors(rename(in_a_model(read, [names]), names, "kohya", keeps_pieces=keeps_pieces).file)
 
 
 def modules_of(tensors: Mapping[str, Tensor]) -> Iterator[str]:

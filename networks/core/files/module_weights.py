@@ -12,7 +12,7 @@ from networks.core.kinds import lora, rows
 from networks.core.kinds.change import AdditiveChange, Change, LowRankChange, Misfit
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.leaves import ALPHA, DORA_SCALE
-from networks.core.kinds.table import change_of, kind_of
+from networks.core.kinds.table import PIECES, change_of, kind_of
 
 PEFT_MAGNITUDES = ".lora_magnitude_vector"
 
@@ -46,6 +46,8 @@ class ModuleWeights:
     @property
     def beside(self) -> str | None:
         """A leaf that its kind does not know, such as a change of the bias beside a LoRA; None where there is none."""
+        if self.kind is PIECES:  # each was asked before it became a part of one
+            return None
         return next((leaf for leaf in self.tensors if leaf not in self.kind.leaves and leaf != ALPHA), None)
 
     @property

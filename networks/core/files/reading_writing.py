@@ -26,11 +26,13 @@ from networks.core.adapter import Adapter
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import norm
 from networks.core.kinds.change import StoredOtherwise, in_shape_of
+from networks.core.kinds.joins import PER_OUTPUT, are_per_output
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.leaves import ALPHA, DORA_SCALE
 from networks.core.kinds.oft import TurnedOutputs
+from networks.core.kinds.pieces import by_rows, is_in_rows, whole_and_leaf
 from networks.core.kinds.scaled import ScaledDelta
-from networks.core.kinds.table import KINDS, SHARED, kind_of
+from networks.core.kinds.table import KINDS, PIECES, SHARED, kind_of
 from networks.core.kinds.turned import Turned
 
 EXACT = frozenset(leaf for kind in KINDS for leaf in kind.exact)  # what no --save_precision rounds
@@ -74,10 +76,11 @@ def group_by_module(
     for key, tensor in tensors.items():
         module, _, leaf = key.partition(".")
         if (found := AdapterKey.parse(key)) is not None:
-            module, leaf = found.module, found.ending  # other spellings are brought to these before they come here
+            module, leaf = whole_and_leaf(found.module, found.ending)  # other spellings are brought to these before
         groups.setdefault(module, {})[leaf] = tensor
     known = leaves_of(kinds)
-    foreign = sorted({leaf for group in groups.values() for leaf in group} - set(known))
+    own = {leaf for group in groups.values() for leaf in group if PIECES not in kinds or not is_in_rows((leaf,))}
+    foreign = sorted(own - set(known))
     if foreign:
         door = next((kind.door for kind in KINDS if kind.door and foreign[0] in kind.leaves), "")
         way_out = "For files made by LyCORIS use --network_module lycoris.kohya"
@@ -98,7 +101,7 @@ def kinds_of(adapters: Mapping[str, Adapter]) -> tuple[Kind, ...]:
     """What files may hold for a network: the kinds of its door, and norms."""
     changes = [adapter.change for adapter in adapters.values() if not isinstance(adapter.change, norm.Norm)]
     doors = {kind_of(change.state_dict()).door for change in changes if isinstance(change, nn.Module)}
-    return tuple(kind for kind in KINDS if kind is norm.KIND or kind.door in doors)
+    return tuple(kind for kind in (*KINDS, PIECES) if kind is norm.KIND or kind.door in doors)
 
 
 def leaves_of(kinds: Sequence[Kind]) -> tuple[str, ...]:
@@ -111,6 +114,10 @@ def leaves_of(kinds: Sequence[Kind]) -> tuple[str, ...]:
 def check_complete(module: str, group: Mapping[str, Tensor], source: str) -> None:
     """Raise UserError where a module lacks what its kind needs."""
     kind = kind_of(group)
+    if kind is PIECES:
+        for name, own in by_rows(group).items():
+            check_complete(f"{module}.{name}", own, source)
+        return
     if all(leaf in group for leaf in kind.needs) and (kind.needs or group.keys() <= {ALPHA}):
         return
     has = f"{source}: {module} has {' and '.join(group)}"
@@ -241,12 +248,10 @@ def check_kind(name: str, change: ScaledDelta, group: Mapping[str, Tensor], sour
         )
     if DORA_SCALE not in group:
         return
-    if group[DORA_SCALE].shape[:1] != (1,) and group[DORA_SCALE].numel() != 1:
-        raise UserError(
-            f"{name}.{DORA_SCALE} has the shape {list(group[DORA_SCALE].shape)} in {source}: one magnitude for each "
-            "output (PEFT, LyCORIS with wd_on_output=True). Here there is one for each input, (1, inputs), which is "
-            "what inference programs apply exactly; the one cannot be turned into the other"
-        )
+    if change.dora_scale is not None and change.dora_scale.shape == group[DORA_SCALE].shape:
+        return  # of a file that is merged, they can be of either kind
+    if are_per_output(group[DORA_SCALE]):
+        raise UserError(f"{name}.{DORA_SCALE} has the shape {list(group[DORA_SCALE].shape)} in {source}: {PER_OUTPUT}")
     if change.dora_scale is None:
         raise UserError(
             f"{name} has magnitudes (DoRA) in {source}; set --network_args dora_wd=True, or add --dim_from_weights to "

@@ -14,8 +14,9 @@ from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.kinds import norm, rows
+from networks.core.kinds import lora, norm, oft_v2, rows
 from networks.core.kinds.leaves import ALPHA, DORA_SCALE
+from networks.core.kinds.pieces import leaf_of
 from networks.core.kinds.table import held_leaves
 
 SEPARABLE = frozenset((DORA_SCALE, *norm.KIND.leaves))  # without these the rest of a module still is an adapter
@@ -30,13 +31,18 @@ class Renamed:
     widened: tuple[str, ...]  # modules whose factors became float32, so that the scale could be multiplied in
 
 
-def rename(file: AdapterFile, names: BaseNames, to: FileNaming, drop_unsupported: bool = False) -> Renamed:
+def rename(
+    file: AdapterFile, names: BaseNames, to: FileNaming, drop_unsupported: bool = False, keeps_pieces: bool = False
+) -> Renamed:
     """The file in the naming `to`.
 
-    Raises UserError naming the keys that `to` cannot hold, unless they are to be dropped, and for a file in which one
-    module stands twice.
+    With `keeps_pieces` modules that only diffusers has apart, and whose factors cannot be joined to those of one, come
+    as `kinds.pieces`, which can be merged but not saved. Raises UserError naming the keys that `to` cannot hold, unless
+    they are to be dropped, and for a file in which one module stands twice.
     """
-    lost = list(unsupported_keys(file, names, to))
+    if not keeps_pieces and not drop_unsupported and to != "diffusers":
+        refuse_apart(file, names)
+    lost = list(unsupported_keys(file, names, to, keeps_pieces))
     if lost and not drop_unsupported:
         raise UserError(
             f"{file.origin}: the {to} naming has no place for {some_keys(lost)}; `tools/convert_lora.py "
@@ -80,9 +86,12 @@ def in_naming(
             if i in pieces:
                 yield piece.diffusers, without_alpha(pieces[i])
         return
+    if None not in pieces and not all(is_plain(piece) for piece in pieces.values()):
+        yield found.kohya, in_rows(found, pieces)
+        return
     whole = pieces[None] if None in pieces else join_pieces(found, pieces, origin)
     if found.swaps_pair and found.is_in_diffusers(whole.name) != (to == "diffusers"):
-        whole = replace(whole, tensors=rows.swap_halves(whole.tensors))
+        whole = swap_halves(whole, origin)
     if to == "kohya":
         yield found.kohya, with_alpha_tensor(whole)
     elif to == "generic":
@@ -93,7 +102,54 @@ def in_naming(
         yield from split_rows(found, without_alpha(whole), origin)
 
 
-def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming) -> Iterator[str]:
+def is_plain(module: ModuleWeights) -> bool:
+    """Whether it is a LoRA of which rows can be taken and joined."""
+    return module.kind is lora.KIND and not module.is_dora
+
+
+def in_rows(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights]) -> dict[str, Tensor]:
+    """Each piece as a change of its own rows."""
+    total, tensors, first = sum(piece.share for piece in found.pieces), {}, 0
+    for i, piece in enumerate(found.pieces):
+        if i in pieces:
+            own = with_alpha_tensor(pieces[i])
+            own |= {ALPHA: own[ALPHA].reshape(())} if ALPHA in own else {}
+            named = {leaf_of(first, first + piece.share, total, leaf): tensor for leaf, tensor in own.items()}
+            tensors.update(named)
+        first += piece.share
+    return tensors
+
+
+def refuse_apart(file: AdapterFile, names: BaseNames) -> None:
+    """Raise UserError for a piece of a layer whose factors are none of the whole layer."""
+    for module in file.modules.values():
+        found = names.find(module.name)
+        is_piece = found is not None and found.piece_of(module.name) is not None
+        if found is not None and is_piece and module.kind.read is not None and not is_plain(module):
+            what = "DoRA" if module.is_dora else module.kind.words
+            raise UserError(
+                f"{file.origin}: {module.name} is {what} of a part of {found.kohya}, which is one layer outside of "
+                "diffusers and has no such factors there. It can be merged: into a checkpoint, with --base_weights, or "
+                "into a LoRA with tools/merge_lora.py --base_model and --new_rank"
+            )
+
+
+def swap_halves(module: ModuleWeights, origin: str) -> ModuleWeights:
+    """The halves of the rows exchanged, where there are twice as many rows as inputs."""
+    if module.kind is oft_v2.KIND:  # turns inputs, of every row alike
+        return module
+    if module.kind.shape_of is not None and module.shape[0] != 2 * module.shape[1]:
+        return module
+    swapped = None if module.kind.shape_of is None else rows.swap_halves(module.tensors)
+    if swapped is None:
+        raise UserError(
+            f"{origin}: the halves of the rows of {module.name} have another order in diffusers, and its "
+            f"{module.kind.words} cannot be brought into it; leave this layer out"
+        )
+    return replace(module, tensors=swapped)
+
+
+def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming, keeps_pieces: bool = False) -> Iterator[str]:
     """The keys that a naming has no place for: whole modules that make no sense without one, and single tensors."""
     for module in file.modules.values():
         found = names.find(module.name)
@@ -101,7 +157,10 @@ def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming) -> Ite
             yield from module.keys.values()
             continue
         # What is joined from pieces has no more than diffusers has.
-        held = held_leaves("diffusers" if found.piece_of(module.name) is not None else to)
+        is_piece = found.piece_of(module.name) is not None
+        held = held_leaves("diffusers" if is_piece else to)
+        if is_piece and keeps_pieces and module.kind.read is not None:
+            held = module.kind.leaves | {ALPHA}
         foreign = [leaf for leaf in module.tensors if held is not None and leaf not in held]
         is_empty = held is not None and module.tensors.keys() == {ALPHA}
         loses_all = is_empty or any(leaf not in SEPARABLE for leaf in foreign)

@@ -9,13 +9,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from library.errors import UserError
+
 EPS = 1.1920929e-07  # of float32: what readers of dora_scale add to the norm
 CANCELLED = 1e-3  # of |W0|^2: below it the expansion of the norm has lost digits, and the column is summed directly
 MAX_DIRECT_COLUMNS = 64
 LOST = 1e-7  # of |W0|^2: what lies below it is noise of the expansion
 TINY = 1e-30  # squared norm of an empty column, whose root has a gradient
+PER_OUTPUT = (
+    "one magnitude for each output (PEFT, LyCORIS with wd_on_output=True). Here there is one for each input, "
+    "(1, inputs), which is what inference programs apply exactly; the one cannot be turned into the other. It can be "
+    "merged, with --base_weights or tools/merge_lora.py, but not trained further"
+)
 CHUNK_VALUES = 2**22  # values of the base weight that are copied at once
 HOST = torch.device("cpu")
+
+
+def are_per_output(magnitudes: Tensor) -> bool:
+    """Whether magnitudes are of rows, (O, 1) or (O, 1, 1, 1), and not of the columns that are trained here."""
+    return magnitudes.numel() != 1 and magnitudes.shape[0] != 1
 
 
 class Join(Protocol):
@@ -77,6 +89,8 @@ class Decompose:
     def columns(
         self, weight: Tensor, magnitudes: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float
     ) -> Tensor:
+        if are_per_output(magnitudes):
+            raise UserError(f"dora_scale has the shape {list(magnitudes.shape)}: {PER_OUTPUT}")
         dtype = torch.promote_types(up_OR.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
             up_OR, down_RN = up_OR.to(dtype), down_RN.to(dtype)

@@ -29,13 +29,21 @@ def take_rows(leaves: Leaves, rows: slice) -> dict[str, Tensor]:
     return {DOWN: leaves[DOWN].clone(), UP: leaves[UP][rows].clone()}
 
 
-def swap_halves(leaves: Leaves) -> dict[str, Tensor]:
-    """The halves of the rows exchanged, where there are twice as many rows as inputs."""
-    if UP not in leaves or DOWN not in leaves or leaves[UP].shape[0] != 2 * leaves[DOWN].shape[1]:
-        return dict(leaves)
-    num_rows = leaves[UP].shape[0]
-    by_row = [leaf for leaf in (UP, DORA_SCALE) if leaf in leaves and leaves[leaf].shape[0] == num_rows]
-    return {**leaves, **{leaf: leaves[leaf].roll(num_rows // 2, 0) for leaf in by_row}}
+BY_ROW = (UP, "hada_w1_a", "hada_w2_a")  # a row of these is a row of the layer
+OUTER, INNER = ("lokr_w1", "lokr_w1_a"), ("lokr_w2", "lokr_w2_a")  # row l K + k of the layer is row l here, k there
+
+
+def swap_halves(leaves: Leaves) -> dict[str, Tensor] | None:
+    """The halves of the rows exchanged; None where the tensors cannot say that."""
+    by_row: tuple[str, ...] = BY_ROW
+    if outer := [leaves[leaf] for leaf in OUTER if leaf in leaves]:
+        by_row = INNER if len(outer[0]) == 1 else OUTER
+    moved = [leaf for leaf in by_row if leaf in leaves]
+    if not moved or any(len(leaves[leaf]) % 2 for leaf in moved):
+        return None
+    if DORA_SCALE in leaves and len(leaves[DORA_SCALE]) > 1:
+        moved.append(DORA_SCALE)
+    return {**leaves, **{leaf: leaves[leaf].roll(len(leaves[leaf]) // 2, 0) for leaf in moved}}
 
 
 def join_rows(pieces: Mapping[int, Leaves], rows: Sequence[slice]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from library.checkpoints.adapter_names import FileNaming
 from library.errors import UserError
-from networks.core.kinds import boft, loha, lokr, lora, norm, oft, oft_v2, tucker
+from networks.core.kinds import boft, loha, lokr, lora, norm, oft, oft_v2, pieces, tucker
 from networks.core.kinds.change import Change, Leaves
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.leaves import ALPHA, DORA_SCALE
@@ -29,6 +29,8 @@ SHARED = frozenset((ALPHA, DORA_SCALE))
 def kind_of(leaves: Collection[str]) -> Kind:
     """The kind that a module with these leaves is; of incomplete modules the one that they belong to."""
     there = frozenset(leaves)
+    if pieces.is_in_rows(there):
+        return PIECES
     complete = (kind for kind in KINDS if kind.needs and there.issuperset(kind.needs))
     begun = (kind for kind in reversed(KINDS) if there & (kind.leaves - SHARED))
     return next(complete, next(begun, OTHER))
@@ -43,6 +45,10 @@ def change_of(leaves: Leaves, layer: nn.Module | None = None) -> Change:
     if kind.read is None:
         raise UserError(f"{kind.words} is not computed here")
     return kind.read(leaves, layer)
+
+
+PIECES = pieces.kind_with(change_of)
+"""Several modules of a file in one layer of the base model. It is no row of the table: no file has it."""
 
 
 def held_leaves(naming: FileNaming) -> frozenset[str] | None:

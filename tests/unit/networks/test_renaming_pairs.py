@@ -48,3 +48,30 @@ def test_magnitudes_of_the_rows_move_with_them() -> None:
 def test_a_layer_of_more_parts_keeps_its_order() -> None:
     before = file(30)
     assert torch.equal(up_of(rename(before, NAMES, "diffusers").file), up_of(before))
+
+
+KINDS = {
+    "LoKr": {"lokr_w1": (2, 5), "lokr_w2": (5, 1)},
+    "factorised LoKr": {"lokr_w1_a": (2, 3), "lokr_w1_b": (3, 5), "lokr_w2_a": (5, 3), "lokr_w2_b": (3, 1)},
+    "LoKr with one row": {"lokr_w1": (1, 5), "lokr_w2_a": (10, 3), "lokr_w2_b": (3, 1)},
+    "LoHa": {"hada_w1_a": (10, 3), "hada_w1_b": (3, 5), "hada_w2_a": (10, 3), "hada_w2_b": (3, 5)},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_other_kinds_move_too(kind: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    theirs = {
+        f"{PAIR.diffusers}.{leaf}": torch.randn(shape, generator=generator) for leaf, shape in KINDS[kind].items()
+    }
+    file = parse_adapter(theirs, {}, "a.safetensors")
+    (before,), (after,) = file.modules.values(), rename(file, NAMES, "kohya").file.modules.values()
+    weight = before.weight()
+    torch.testing.assert_close(after.weight(), torch.cat([weight[5:], weight[:5]]))
+
+
+def test_rows_that_cannot_move_are_named() -> None:
+    """An outer matrix of 5 rows: the halves are no rows of either matrix."""
+    theirs = {f"{PAIR.diffusers}.lokr_w1": torch.randn(5, 5), f"{PAIR.diffusers}.lokr_w2": torch.randn(2, 1)}
+    with pytest.raises(ValueError, match=r"the halves of the rows of transformer\.norm\.linear have another order"):
+        rename(parse_adapter(theirs, {}, "a.safetensors"), NAMES, "kohya")

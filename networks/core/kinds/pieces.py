@@ -1,0 +1,110 @@
+"""Changes of some of a layer's rows each: a file of a program that has several layers where this one is.
+
+The factors of a LoRA can be joined to those of the whole layer; those of a LoKr, a LoHa, a rotation or with magnitudes
+cannot. So each keeps its own, under names such as `rows_1_2_of_3.lokr_w1`: the second third of the rows. They are
+merged and not trained, and are in no file.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from networks.core.kinds.change import Change, Forward, Leaves, Misfit
+from networks.core.kinds.kind import Kind
+
+LEAF = re.compile(r"(rows_(\d+)_(\d+)_of_(\d+))\.(.+)")
+IN_NAME = re.compile(r"(.+)\.(rows_\d+_\d+_of_\d+)")
+
+MakeOne = Callable[[Leaves], Change]
+
+
+def leaf_of(first: int, stop: int, total: int, leaf: str) -> str:
+    """The name of a leaf of the rows from `first` to `stop`, in shares of which the layer has `total`."""
+    return f"rows_{first}_{stop}_of_{total}.{leaf}"
+
+
+def is_in_rows(leaves: Collection[str]) -> bool:
+    return any(LEAF.fullmatch(leaf) for leaf in leaves)
+
+
+def by_rows(leaves: Leaves) -> dict[str, dict[str, Tensor]]:
+    """The leaves of each piece by the name of its rows."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for text, tensor in leaves.items():
+        match = LEAF.fullmatch(text)
+        if match is not None:
+            found.setdefault(match[1], {})[match[5]] = tensor
+    return found
+
+
+def whole_and_leaf(module: str, leaf: str) -> tuple[str, str]:
+    """The name of a module and of a leaf of a key whose module names rows; others as they are."""
+    match = IN_NAME.fullmatch(module)
+    return (module, leaf) if match is None else (match[1], f"{match[2]}.{leaf}")
+
+
+class InRows(nn.Module):
+    """W with each change made to its own rows; rows of no change stay as they are."""
+
+    changed_parameters = ("weight",)
+    fast_leaf = ""
+
+    def __init__(self, changes: Mapping[str, Change]) -> None:
+        super().__init__()
+        for name, change in changes.items():
+            assert isinstance(change, nn.Module)
+            self.add_module(name, change)
+
+    @property
+    def changes(self) -> dict[str, Change]:
+        return dict(self.named_children())  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
+        raise UserError("changes of parts of a layer's rows can be merged, but not trained; tools/merge_lora.py merges")
+
+    def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
+        whole: Tensor | None = None
+        for name, change in self.changes.items():
+            match = LEAF.fullmatch(f"{name}.weight")
+            assert match is not None
+            first, stop, total = (int(number) for number in match.groups()[1:4])
+            unit, rest = divmod(len(base), total)
+            if rest:
+                raise Misfit("", (total, *base.shape[1:]), tuple(base.shape))
+            rows = slice(first * unit, stop * unit)
+            part = change.merged(base[rows], strength)
+            whole = base.to(part.dtype, copy=True) if whole is None else whole
+            whole[rows] = part
+        assert whole is not None
+        return whole
+
+    def norm(self) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([one.norm().double() for one in self.changes.values()]))
+        return norm
+
+    def scale_(self, ratio: Tensor) -> None:
+        for change in self.changes.values():
+            change.scale_(ratio)
+
+    def leaves(self) -> Mapping[str, Tensor]:
+        pieces = self.changes.items()
+        return {f"{name}.{leaf}": tensor for name, change in pieces for leaf, tensor in change.leaves().items()}
+
+    def load(self, leaves: Leaves) -> None:
+        changes = self.changes
+        for name, own in by_rows(leaves).items():
+            changes[name].load(own)
+
+
+def kind_with(make_one: MakeOne) -> Kind:
+    """The kind; `make_one` reads the change of one piece."""
+
+    def read(leaves: Leaves, layer: nn.Module | None) -> Change:
+        return InRows({name: make_one(own) for name, own in by_rows(leaves).items()}).requires_grad_(False)
+
+    return Kind(
+        name="pieces", words="several changes of one layer", needs=(), read=read, may_have=(), rank_of=lambda leaves: 1
+    )
