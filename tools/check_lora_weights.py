@@ -192,7 +192,7 @@ def setup_parser() -> argparse.ArgumentParser:
     which.add_argument("file", type=Path, nargs="?", help="the same, without the option's name")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print everything as JSON, single modules included")
-    how.add_argument("--show_all_keys", action="store_true", help="also list every key: dtype, shape, norm")
+    how.add_argument("-s", "--show_all_keys", action="store_true", help="also list every key: dtype, shape, norm")
     return parser
 
 

@@ -29,7 +29,16 @@ from networks.core.kinds import lora
 from networks.core.kinds.svd import best_factors, clamped
 from networks.core.sites.targets import Site
 from tools.base_models import adapter_sites, card_for, open_base_model
-from tools.command import add_device, add_save_precision, check_output, device_of, dtype_of, make_parser, run
+from tools.command import (
+    PRECISIONS,
+    add_device,
+    add_save_precision,
+    check_output,
+    device_of,
+    dtype_of,
+    make_parser,
+    run,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +173,15 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--v_parameterization", action="store_true", help="say in the LoRA that the model predicts velocity"
     )
+    parser.add_argument(
+        "--load_precision",
+        choices=tuple(PRECISIONS),
+        help="has no effect: weights are compared in the precision they have",
+    )
+    for model in ("original", "tuned"):
+        parser.add_argument(
+            f"--load_{model}_model_to", help="has no effect: weights are read one by one into main memory"
+        )
     add_save_precision(parser, "float")
     add_device(parser)
     parser.add_argument("--no_metadata", action="store_true", help="write no modelspec.* metadata")
@@ -196,6 +214,8 @@ def check_bases(args: argparse.Namespace, org: BaseModel, tuned: BaseModel) -> N
 def extract(args: argparse.Namespace) -> None:
     """Read both checkpoints and write their difference."""
     check(args)
+    if args.load_precision is not None:
+        logger.warning("--load_precision has no effect: weights are compared in the precision they have")
     device = device_of(args.device)
     org = open_base_model("--model_org", args.model_org)
     tuned = open_base_model("--model_tuned", args.model_tuned)

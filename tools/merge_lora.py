@@ -225,6 +225,7 @@ def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
     """The command's options; `new_rank` is the default of --new_rank."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--sd_model", type=Path, help="checkpoint to merge into: a single file or a diffusers folder")
+    parser.add_argument("--v2", action="store_true", help="has no effect: checkpoints are recognised")
     parser.add_argument("--save_to", type=Path, required=True, help="the file or, for a folder, the folder to write")
     parser.add_argument(
         "--base_model", type=Path, help="without --sd_model: the checkpoint that OFT, BOFT or DoRA was trained on"

@@ -21,7 +21,7 @@ from tests.tiny.flux import build_tiny_flux, tiny_flux
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.networks.toy import randomize
 from tests.unit.tools import adapter_files
-from tools import merge_lora
+from tools import check_lora_weights, merge_lora
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,6 +132,31 @@ def test_convert_flux_lora_renames_either_way(tmp_path: Path, flux: dict[str, Pa
     assert loaded("networks/convert_flux_lora.py").main([*words, "--dst_path", str(tmp_path / "out.safetensors")]) == 0
     found, expected = load_file(tmp_path / "out.safetensors"), load_file(tmp_path / "expected.safetensors")
     assert found.keys() == expected.keys()
+
+
+def test_extract_lora_takes_what_kohya_ss_gives_it(
+    tmp_path: Path, tiny_sd_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = load_file(tiny_sd_file)
+    key = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    ends = [torch.randn(size, 1, generator=torch.Generator().manual_seed(size)) for size in tensors[key].shape]
+    save_file({**tensors, key: tensors[key] + 0.1 * ends[0] @ ends[1].T}, tmp_path / "tuned.safetensors")
+    save_to = tmp_path / "found.safetensors"
+    words = ["--load_precision", "fp16", "--save_precision", "fp16", "--save_to", str(save_to), "--model_org",
+             str(tiny_sd_file), "--model_tuned", str(tmp_path / "tuned.safetensors"), "--dim", "2", "--device", "cpu",
+             "--clamp_quantile", "1", "--min_diff", "0.01", "--load_original_model_to", "cpu",
+             "--load_tuned_model_to", "cpu"]  # fmt: skip
+    assert loaded("networks/extract_lora_from_models.py").main(words) == 0
+    module = read_adapter_file(save_to).modules["lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"]
+    found = module.tensors["lora_up.weight"].float() @ module.tensors["lora_down.weight"].float()
+    torch.testing.assert_close(found, 0.1 * ends[0] @ ends[1].T, atol=1e-3, rtol=1e-2)
+    assert "--load_precision has no effect" in caplog.text
+
+
+def test_older_options_of_the_commands_are_known() -> None:
+    merge = loaded("networks/merge_lora.py").setup_parser()
+    assert merge.parse_args(["--v2", "--save_to", "x.safetensors", "--models", "y.safetensors"]).v2
+    assert check_lora_weights.setup_parser().parse_args(["-s", "x.safetensors"]).show_all_keys
 
 
 def write_lora(path: Path, *modules: str) -> Path:
