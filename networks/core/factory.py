@@ -164,7 +164,7 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
             raise UserError(
                 f"{file}: none of its {len(groups)} modules is in this base model; was it made for another?"
             )
-        network = AdapterNetwork(members, targets, arguments, chosen.start_step)
+        network = AdapterNetwork(members, targets, arguments, chosen.start_step, str(file))
         if not for_inference:
             check_forms(door, arguments, groups, str(file))
             if door.check is not None:

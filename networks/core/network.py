@@ -53,8 +53,11 @@ class AdapterNetwork(nn.Module):
         targets: AdapterTargets,
         arguments: NetworkArguments,
         start_step: StartStep | None = None,
+        file: str = "",
     ) -> None:
+        """`file` is the one that it was made of, for messages."""
         super().__init__()
+        self.file = file
         self.members = list(members)
         self.targets = targets
         self.arguments = arguments
@@ -131,7 +134,7 @@ class AdapterNetwork(nn.Module):
         """
         for member in self.members:
             make_room(module_of(member.adapter))
-        for line in load_into(self.adapters, weights_sd, "--base_weights").warnings():
+        for line in load_into(self.adapters, weights_sd, f"--base_weights {self.file}".rstrip()).warnings():
             logger.warning(line)
         for member in self.members:
             if device is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.adapter_keys import AdapterKey
+from library.checkpoints.adapter_keys import AdapterKey, naming_of
 from library.checkpoints.files import (
     file_in_folder,
     is_safetensors,
@@ -72,6 +72,7 @@ def group_by_module(
 
     Raises UserError for a file of another kind than `kinds` or with other names, saying what to do.
     """
+    refuse_strangers(tensors, source)
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         module, _, leaf = key.partition(".")
@@ -95,6 +96,28 @@ def group_by_module(
             weights.check(source)
             weights.check_values(source)
     return {module: group for module, group in groups.items() if group.keys() - SHARED}
+
+
+def refuse_strangers(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError for keys that are of no adapter, and for a file whose modules are none of this base model: what
+    belongs to it has kohya's names here."""
+    parsed = {key: AdapterKey.parse(key) for key in tensors if naming_of(key) != "kohya"}
+    unknown = [key for key, found in parsed.items() if found is None]
+    if unknown and len(unknown) == len(tensors):
+        raise UserError(
+            f"{source} has no weights of an adapter (first keys: {', '.join(unknown[:3])}); give a LoRA file"
+        )
+    if unknown:
+        raise UserError(
+            f"{source} has {len(unknown)} keys that are of no adapter, the first is {unknown[0]}; "
+            "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without them, which changes what it does"
+        )
+    elsewhere = list(dict.fromkeys(found.module for found in parsed.values() if found and found.ending != found.leaf))
+    if elsewhere:
+        raise UserError(
+            f"{source}: {len(elsewhere)} of its modules are not in this base model, the first is {elsewhere[0]}; was "
+            "it made for another?"
+        )
 
 
 def kinds_of(adapters: Mapping[str, Adapter]) -> tuple[Kind, ...]:

@@ -197,3 +197,28 @@ def test_the_same_numbers_in_other_dimensions_compute_the_same(tmp_path: Path, w
         plain = torch.zeros_like(weight)
         change = module.merged(plain, 1.0)
         torch.testing.assert_close(change, first.adapters[name].change.merged(plain), rtol=1e-5, atol=1e-6)
+
+
+STRANGERS = {
+    "a checkpoint": (
+        ["model.diffusion_model.out.2.weight"], [], r"has no weights of an adapter \(first keys: model\.diff",
+    ),
+    "an embedding beside": (
+        ["bundle_emb.cat.string_to_param.*"], ["lora_unet_mid_attention_to_q.alpha"],
+        r"has 1 keys that are of no adapter, the first is bundle_emb\.cat.*--drop_unsupported",
+    ),
+    "another base model": (
+        ["transformer.x.lora_A.weight", "transformer.x.lora_B.weight"], [],
+        r"1 of its modules are not in this base model, the first is transformer\.x; was it made for another",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", STRANGERS)
+def test_files_that_are_no_adapters_of_this_base_model_say_what_they_are(tmp_path: Path, what: str) -> None:
+    """And not that they were made by LyCORIS."""
+    keys, more, said = STRANGERS[what]
+    torch.save({key: torch.ones(2, 2) for key in keys} | {key: torch.ones(()) for key in more}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=said) as refused:
+        create_network_from_weights(1.0, str(tmp_path / "x.pt"), None, *toy_models(241))
+    assert "lycoris" not in str(refused.value) and "x.pt" in str(refused.value)
