@@ -217,9 +217,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def queries_keys_values(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x_BTM).unflatten(-1, (3, -1, self.head_width)).permute(2, 0, 3, 1, 4)
-        # What a norm keeps for the backward pass would keep the values too, were it a view of all three.
-        return self.norm.query_norm(q.contiguous()), self.norm.key_norm(k.contiguous()), v
+        return heads(self.qkv(x_BTM), self.norm, self.head_width)
 
 
 class Modulation(nn.Module):
@@ -305,11 +303,18 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, x_BTM: Tensor, vec: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
         shift, scale, gate = self.modulation(vec)
-        qkv, mlp = self.linear1(modulate(self.pre_norm(x_BTM), shift, scale)).split(self.widths, dim=-1)
-        attended_BTM = attend(*heads(qkv, self.norm, self.head_width), rope, mask)
+        mlp, q, k, v = self.parts(modulate(self.pre_norm(x_BTM), shift, scale))
+        attended_BTM = attend(q, k, v, rope, mask)
+        del q, k, v  # turned copies of them are kept
         y_BTM: Tensor = self.linear2(torch.cat([attended_BTM, gelu(mlp, approximate="tanh")], dim=-1))
         after_BTM: Tensor = x_BTM + gate * y_BTM
         return after_BTM
+
+    def parts(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What goes through the MLP, queries, keys and values, none as a view of all, which would be kept with it."""
+        qkv, mlp = self.linear1(x_BTM).split(self.widths, dim=-1)
+        q, k, v = heads(qkv, self.norm, self.head_width)
+        return mlp.contiguous(), q, k, v.contiguous()
 
 
 class LastModulation(nn.Sequential):

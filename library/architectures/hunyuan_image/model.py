@@ -170,6 +170,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous()  # it is kept for the backward pass, and were it a part of something, all of that
         return rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype) * self.weight.to(x.dtype)
 
 
@@ -364,13 +365,18 @@ class MMSingleStreamBlock(nn.Module):
 
     def forward(self, x_BTM: Tensor, vec_BM: Tensor, rope: Rope, mask: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(vec_BM)
-        qkv, mlp = self.linear1(modulate(self.pre_norm(x_BTM), shift, scale)).split(self.widths, dim=-1)
-        q, k, v = split_heads(qkv, self.head_width)
-        q, k = turn_picture(self.q_norm(q), rope), turn_picture(self.k_norm(k), rope)
-        attended_BTM = attend(q, k, v, mask)
+        mlp, q, k, v = self.parts(modulate(self.pre_norm(x_BTM), shift, scale))
+        attended_BTM = attend(turn_picture(q, rope), turn_picture(k, rope), v, mask)
+        del q, k, v  # turned copies of them are kept
         y_BTM: Tensor = self.linear2(torch.cat([attended_BTM, gelu(mlp, approximate="tanh")], dim=-1))
         after_BTM: Tensor = x_BTM + gate * y_BTM
         return after_BTM
+
+    def parts(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What goes through the MLP, queries, keys and values, none as a view of all, which would be kept with it."""
+        qkv, mlp = self.linear1(x_BTM).split(self.widths, dim=-1)
+        q, k, v = split_heads(qkv, self.head_width)
+        return mlp.contiguous(), self.q_norm(q), self.k_norm(k), v.contiguous()
 
 
 class FinalLayer(nn.Module):

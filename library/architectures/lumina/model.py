@@ -180,7 +180,9 @@ class JointAttention(nn.Module):
 
     def forward(self, x_BTM: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x_BTM).unflatten(-1, (-1, self.head_width)).transpose(1, 2).split(self.heads, dim=1)
-        q, k = (turn(norm(part), rope).to(v.dtype) for norm, part in ((self.q_norm, q), (self.k_norm, k)))
+        # What a norm keeps for the backward pass would keep the values too, were it a view of all three.
+        norms = ((self.q_norm, q.contiguous()), (self.k_norm, k.contiguous()))
+        q, k = (turn(norm(part), rope).to(v.dtype) for norm, part in norms)
         repeats = self.heads[0] // self.heads[1]
         k_BNTD, v_BNTD = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
         attended = scaled_dot_product_attention(q, k_BNTD, v_BNTD, attn_mask=mask)

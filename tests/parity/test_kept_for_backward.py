@@ -1,0 +1,43 @@
+"""What the forward pass keeps for the backward pass is no part of something larger, which would be kept whole."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.parity.test_counting import BatchShape, opened, real_step
+from tests.runs.bases import BASES
+
+pytestmark = pytest.mark.usefixtures("fresh_process")  # reading options sets logging up
+
+SHARE = 0.03  # shifts, scales and gates are parts of one vector; the last layer takes the picture's part of all tokens
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("name", BASES)
+def test_no_part_keeps_the_whole(name: str, precision: str, tmp_path: Path) -> None:
+    options, arch = opened(name, tmp_path / "model", "--mixed_precision", precision)
+    step = real_step(options, arch, BatchShape(2, 256, 192), recomputes=False)
+    kept: dict[int, list[Tensor]] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if not (tensor.is_leaf and tensor.requires_grad):
+            kept.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    sizes = {key: parts[0].untyped_storage().nbytes() for key, parts in kept.items()}
+    idle = sum(sizes[key] - bytes_of_union(parts) for key, parts in kept.items())
+    assert idle < SHARE * sum(sizes.values())
+
+
+def bytes_of_union(parts: list[Tensor]) -> int:
+    """Of tensors in one storage."""
+    size = parts[0].element_size()
+    is_used = torch.zeros(parts[0].untyped_storage().nbytes() // size, dtype=torch.bool)
+    places = torch.arange(len(is_used))
+    for part in parts:
+        is_used[places.as_strided(part.shape, part.stride(), part.storage_offset()).flatten()] = True
+    return size * int(is_used.sum())
