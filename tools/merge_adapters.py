@@ -21,7 +21,7 @@ from library.errors import UserError
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_kinds
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
-from networks.core.kinds import lora, norm
+from networks.core.kinds import full, lora, norm
 from networks.core.kinds.svd import balanced, best_factors, concatenated, svd_of_product
 from tools.convert_lora import card_for_file
 
@@ -69,6 +69,11 @@ def merge_adapters(
         file = in_kohya_names(adapter.file)
         require_kinds(file, COMPUTED, "merged")
         for name, module in file.modules.items():
+            if full.DIFF_B in module.tensors or (module.kind is full.KIND and len(module.shape) == 1):
+                raise UserError(
+                    f"{file.origin}: {name} changes a bias or a norm, which no LoRA does; merge it into a checkpoint "
+                    "with --sd_model"
+                )
             if needs_base(module) and (base is None or ranks is None):
                 raise UserError(refusal(file, module, has_base=base is not None))
             sums.setdefault(name, []).append((module, adapter.ratio))

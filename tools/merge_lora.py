@@ -164,6 +164,8 @@ def merged_thirds(
         rows = third.of(new)
         for module, ratio in changes[name]:
             if module.kind is not norm.KIND:
+                if module.changes("bias"):
+                    raise UserError(f"{module.origin}: {name} changes a bias that is stored with others; leave it out")
                 rows.copy_(module.merged(rows, ratio, dtype))
     return new
 

@@ -54,13 +54,13 @@ ENDINGS: tuple[tuple[str, str], ...] = (  # (pattern, the leaf that kohya's form
     (r"boft_R(?:\.[\w-]+)?", "boft_R"),
     (r"oft_(?:blocks|diag)(?:\.\d)?", ""),
     (r"boft_s(?:\.[\w-]+)?", "boft_s"),
-    (r"lora_mid\.weight|alpha|w_norm|b_norm|hada_\w+|lokr_\w+", ""),
+    (r"lora_mid\.weight|alpha|w_norm|b_norm|hada_\w+|lokr_\w+|diff(?:_b)?", ""),
 )
 KEY_PATTERNS = tuple((re.compile(rf"(.+?)\.({pattern})"), leaf) for pattern, leaf in ENDINGS)
 PROCESSOR_KEY = re.compile(r"(.+)\.processor\.((to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight)")  # of old diffusers
 # Words that are too common to end a dotted name, but are leaves after kohya's names, which have no dots.
 KOHYA_KEY = re.compile(
-    r"([^.]+)\.(scalar|scale|rescale|diff|diff_b|bias_\w+|oft_\w+|oft_blocks|on_input|weight|bias|a[12]\.weight|b[12]\.weight)"
+    r"([^.]+)\.(scalar|scale|rescale|bias_\w+|oft_\w+|oft_blocks|on_input|weight|bias|a[12]\.weight|b[12]\.weight)"
 )
 WIDE_LEAVES = frozenset((DOWN, "hada_w1_b"))  # of Linear layers: as wide as the module's input
 KRONECKER_SIDES = {"lokr_w1": 0, "lokr_w1_b": 0, "lokr_w2": 1, "lokr_w2_b": 1}  # their columns multiply to the width

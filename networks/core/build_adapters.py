@@ -10,10 +10,10 @@ from library.errors import UserError
 from networks.core.adapter import Adapter
 from networks.core.argument_values import ORTHOGONAL
 from networks.core.arguments import NetworkArguments
-from networks.core.kinds import norm
+from networks.core.kinds import full, norm
 from networks.core.kinds.change import Leaves
 from networks.core.kinds.joins import Add, Decompose, are_per_output
-from networks.core.kinds.kind import Door
+from networks.core.kinds.kind import Door, Kind
 from networks.core.kinds.leaves import DORA_SCALE
 from networks.core.kinds.noise_ranks import NoiseRanks
 from networks.core.kinds.scaled import Dropout, ScaledDelta
@@ -90,9 +90,9 @@ def members_of_file(
     norms = find_norms(part, place.root, part.blocks + part.conv_blocks, Filters(include=(".*",)))
     for site in (*all_sites(part, place.root, targets), *norms):
         group = groups.get(site.name)
-        if group is None or ((kind := kind_of(group)) is norm.KIND) != (site.kind == "norm"):
+        if group is None or not fits_site(kind := kind_of(group), site):
             continue
-        if site.kind == "norm":
+        if kind is norm.KIND:
             yield norm_member(place, site, rules.with_rate(site, 0, 0.0), multiplier)
             continue
         assert kind.rank_of is not None
@@ -119,6 +119,11 @@ def members_of_file(
             rank, alpha = rank // 2, alpha / 2
         form = Form(kind.has_core(group), DORA_SCALE in group or arguments.dora_wd, widths)
         yield make_member(door, place, site, rules.with_rate(site, rank, alpha), arguments, multiplier, form, group)
+
+
+def fits_site(kind: Kind, site: Site) -> bool:
+    """Whether a kind changes layers of this sort: norms have one of their own, and whole weights change anything."""
+    return kind is full.KIND or (kind is norm.KIND) == (site.kind == "norm")
 
 
 def rates_alone(arguments: NetworkArguments, targets: AdapterTargets, is_denoiser: bool) -> Rules:

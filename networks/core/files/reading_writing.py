@@ -130,7 +130,8 @@ def kinds_of(adapters: Mapping[str, Adapter]) -> tuple[Kind, ...]:
 def leaves_of(kinds: Sequence[Kind]) -> tuple[str, ...]:
     """Every leaf of some kinds, those they share at the two ends of the first."""
     own = [kind for kind in kinds if kind is not norm.KIND]
-    first = (leaf for kind in own for leaf in (*kind.needs, *kind.core) if kind.read is not None)
+    first = (leaf for kind in own for leaf in (*kind.needs, *kind.core, *kind.may_have) if kind.read is not None)
+    first = (leaf for leaf in first if leaf not in SHARED)
     return tuple(dict.fromkeys((ALPHA, *first, DORA_SCALE, *norm.KIND.needs, *norm.KIND.may_have)))
 
 

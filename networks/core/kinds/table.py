@@ -6,7 +6,7 @@ from torch import nn
 
 from library.checkpoints.adapter_names import FileNaming
 from library.errors import UserError
-from networks.core.kinds import boft, loha, lokr, lora, norm, oft, oft_v2, pieces, tucker
+from networks.core.kinds import boft, full, loha, lokr, lora, norm, oft, oft_v2, pieces, tucker
 from networks.core.kinds.change import Change, Leaves
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.leaves import ALPHA, DORA_SCALE
@@ -22,6 +22,7 @@ KINDS: tuple[Kind, ...] = (
     oft_v2.KIND,
     boft.KIND,
     *oft.KINDS,
+    full.KIND,
 )
 SHARED = frozenset((ALPHA, DORA_SCALE))
 
