@@ -371,6 +371,12 @@ def doubtful(options: TrainOptions) -> Iterator[str]:
             "--zero_terminal_snr leaves no signal at the last timestep, where a model that predicts noise learns "
             "nothing; it is meant for --v_parameterization"
         )
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if options.precision.mixed_precision == "no" and launched != "no":
+        yield (
+            f"accelerate launch has --mixed_precision {launched}, which has no effect: the script's own option counts, "
+            f"and that is no; give --mixed_precision {launched} to the script"
+        )
     yield from low_rate(options)
 
 

@@ -57,6 +57,16 @@ def refusal(**values: Any) -> str:
     return str(refused.value)
 
 
+@pytest.mark.parametrize(("of_script", "is_told"), [("no", True), ("bf16", False)])
+def test_a_precision_that_the_launcher_alone_has_is_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, of_script: str, is_told: bool
+) -> None:
+    """Programs give it to accelerate launch and forget the script, which then trains in 32 bits."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    told = [line for line in warnings_of(caplog, mixed_precision=of_script) if "accelerate launch" in line]
+    assert len(told) == is_told and all("give --mixed_precision fp16 to the script" in line for line in told)
+
+
 def test_plain_run_passes_in_silence(caplog: pytest.LogCaptureFixture) -> None:
     assert warnings_of(caplog) == []
 
