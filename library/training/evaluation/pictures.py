@@ -19,8 +19,8 @@ from library.options.saving import SavingOptions
 from library.training.reporting.events import Preview
 from library.types import Prompt
 
-FOLDER = "sample"  # in --output_dir; front ends look there
-GRID_FOLDER = "grid"  # in that, apart from what front ends take for a prompt's picture
+FOLDER = "sample"  # in --output_dir; front ends show all that lies there, and fail at a folder in it
+GRID_FOLDER = "sample_grid"  # beside that
 GRID_GAP = 4  # pixels
 TIMESTAMP = "%Y%m%d%H%M%S"
 THUMBNAIL_SIDE = 256  # pixels of the longer side of the copy that events hold
@@ -51,11 +51,11 @@ def picture_path(
 
 
 def grid_path(options: SavingOptions, event: str, timestamp: str | None = None) -> Path:
-    """`sample/grid/<name>_<event>_<YYYYmmddHHMMSS>.png`."""
+    """`sample_grid/<name>_<event>_<YYYYmmddHHMMSS>.png`."""
     assert options.output_dir is not None
     name = f"{options.output_name}_" if options.output_name else ""
     timestamp = timestamp or time.strftime(TIMESTAMP)
-    return Path(options.output_dir) / FOLDER / GRID_FOLDER / f"{name}{event}_{timestamp}.png"
+    return Path(options.output_dir) / GRID_FOLDER / f"{name}{event}_{timestamp}.png"
 
 
 def is_written(path_of: Callable[[str], Path], since: float) -> bool:
@@ -70,8 +70,8 @@ def is_written(path_of: Callable[[str], Path], since: float) -> bool:
 def preview_folders(options: SavingOptions) -> tuple[Path, Path]:
     """Where the pictures of a run lie, and their grids."""
     assert options.output_dir is not None
-    folder = Path(options.output_dir) / FOLDER
-    return folder, folder / GRID_FOLDER
+    folder = Path(options.output_dir)
+    return folder / FOLDER, folder / GRID_FOLDER
 
 
 def is_preview_stem(options: SavingOptions, stem: str) -> bool:

@@ -260,10 +260,11 @@ def test_of_two_states_of_a_step_the_one_with_less_left_to_do_is_taken(tmp_path:
 def test_files_that_a_killed_process_had_not_finished_are_removed(tmp_path: Path) -> None:
     own = [
         "x.safetensors", "x-best.ckpt", "x-000001.safetensors", "x-step00000009.safetensors",
-        "sample/x_000002_00_20270115080000_1.png", "sample/grid/x_e000002_20270115080000.png",
+        "sample/x_000002_00_20270115080000_1.png", "sample_grid/x_e000002_20270115080000.png",
     ]  # fmt: skip
     of_others = ["xy.safetensors", "x-y.safetensors", "sample/xy_000002_00_20270115080000.png", "sample/x_a.png"]
-    (tmp_path / "sample" / "grid").mkdir(parents=True)
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "sample_grid").mkdir()
     for name in (*own, *of_others):
         path = tmp_path / name
         path.touch()
