@@ -25,7 +25,7 @@ from library.data.sources.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = ".latent_index"
+FILE_NAME = ".latent_index.npz"
 VERSION = 1
 FOREIGN = 1  # the bit of a mark that says who wrote the entry
 

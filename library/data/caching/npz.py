@@ -33,7 +33,7 @@ DAMAGE = (
 MISSING, DAMAGED = "missing", "damaged"
 
 MOST_BYTES = 1 << 30  # of all arrays in one archive; the largest of ours, eight captions of T5, have 64 MB
-LEFT_OVER = re.compile(r"\.(.+\.[0-9a-f]{12}\.npz|.+\.npz\.\d+\.tmp|\.\w+_index\.[0-9a-f]{12})")
+LEFT_OVER = re.compile(r"\.(.+\.[0-9a-f]{12}\.npz|.+\.npz\.\d+\.tmp)")
 DEAD_AFTER_S = 3600.0  # writing one takes seconds; other runs may be writing into the same folder
 
 

@@ -25,7 +25,7 @@ from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = ".picture_index"
+FILE_NAME = ".picture_index.npz"  # an ending that front ends expect among pictures
 VERSION = 1
 MIN_FILES = 256  # smaller folders are read in no time and get no index
 SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use, FAT's

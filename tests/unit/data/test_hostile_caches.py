@@ -82,7 +82,7 @@ def test_a_caption_file_that_is_none_is_named(tmp_path: Path, kind: str) -> None
 
 def test_what_dead_processes_left_is_cleared_away_and_what_may_be_alive_stays(folder: Path) -> None:  # noqa: F811
     beside = folder / "2_a"
-    old = [".p0_0064x0064_sd.0123456789ab.npz", ".p0_0064x0064_sd.npz.4711.tmp", "..latent_index.0123456789ab"]
+    old = [".p0_0064x0064_sd.0123456789ab.npz", ".p0_0064x0064_sd.npz.4711.tmp", "..latent_index.0123456789ab.npz"]
     young = [".p1_0064x0064_sd.0123456789ab.npz"]
     others = [".p2_notes.npz", "p3.0123456789ab.npz"]
     for name in (*old, *young, *others):

@@ -102,10 +102,20 @@ def test_other_settings_are_checked_anew(folder, arguments, vae):  # noqa: F811
     assert cache(folder, arguments, vae=vae)[1] > 0
 
 
+def test_only_files_of_known_endings_lie_beside_pictures(folder):  # noqa: F811
+    """kohya-colab trains no folder in which anything else lies than pictures, captions and .npz."""
+    cache(folder)
+    settle()
+    cache(folder)
+    names = {path.name for path in (folder / "2_a").iterdir()}
+    assert {latent_index.FILE_NAME, picture_index.FILE_NAME} <= names
+    assert {Path(name).suffix for name in names} <= {".png", ".txt", ".npz"}
+
+
 def test_entries_of_other_programs_stay_known_as_such(folder, judged, caplog):  # noqa: F811
     cache(folder)
     settle()
-    for path in (folder / "2_a").glob("*.npz"):
+    for path in (folder / "2_a").glob("p*.npz"):
         rewrite(path)
     settle()
     for _ in range(2):
