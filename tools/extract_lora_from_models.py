@@ -49,10 +49,22 @@ EXAMPLES = """\
       --save_to tuned_locon.safetensors --dim 32 --conv_dim 16 --save_precision fp16"""
 
 
+def difference_of(org: BaseModel, tuned: BaseModel, name: str) -> Tensor:
+    """What was added to a weight, in float64. Raises UserError naming the checkpoint whose values are not finite."""
+    weights = [base.read(name).double() for base in (org, tuned)]
+    for flag, base, weight in zip(("--model_org", "--model_tuned"), (org, tuned), weights, strict=True):
+        if num_bad := int((~torch.isfinite(weight)).sum()):
+            raise UserError(
+                f"{flag} {base.path}: {name} has {num_bad} of {weight.numel()} values that are not finite; the "
+                "checkpoint is damaged, take another one"
+            )
+    return weights[1] - weights[0]
+
+
 def differences(org: BaseModel, tuned: BaseModel, sites: Sequence[Site]) -> dict[str, float]:
     """The largest change of a value in each layer, by name."""
     return {
-        site.name: float((tuned.read(site.name).double() - org.read(site.name).double()).abs().max())
+        site.name: float(difference_of(org, tuned, site.name).abs().max())
         for site in tqdm(sites, desc="comparing text encoders", unit="layer")
     }
 
@@ -89,7 +101,7 @@ def extract_modules(
         rank = args.conv_dim if site.kind == "conv" else args.dim
         if rank is None:
             continue
-        difference = tuned.read(site.name).double() - org.read(site.name).double()
+        difference = difference_of(org, tuned, site.name)
         module, module_missed, module_total = extract_module(site, difference, rank, args.clamp_quantile, device)
         modules.append(module)
         missed, total = missed + module_missed, total + module_total

@@ -145,6 +145,8 @@ def approximate(
     change = torch.zeros_like(weight)
     for module, ratio in terms:
         change += module.merged(weight, ratio, dtype) - weight
+    if not bool(torch.isfinite(change).all()):
+        raise UserError(f"--base_model has values that are not finite in {name}; the checkpoint is damaged")
     matrix_ON = change.flatten(1)
     exact_ON = matrix_ON if device.type == "mps" else matrix_ON.double()  # which has no float64
     up_OR, down_RN = (factor.to(dtype) for factor in best_factors(exact_ON, rank_for(tuple(weight.shape), ranks)))

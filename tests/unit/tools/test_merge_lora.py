@@ -346,6 +346,23 @@ def test_extracting_refuses_what_it_cannot_do(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("part", ["model.diffusion_model.middle_block.1", "cond_stage_model"])
+def test_extracting_from_a_damaged_checkpoint_names_the_layer(
+    tmp_path: Path, tiny_sd_file: Path, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NaN is above no --min_diff, so a text encoder with some would pass for an equal one."""
+    tensors = load_state_dict(tiny_sd_file)
+    key = next(key for key in tensors if key.startswith(part) and key.endswith(("to_q.weight", "q_proj.weight")))
+    tensors[key][0, 0] = torch.nan
+    save_safetensors(tmp_path / "tuned.safetensors", tensors)
+    words = ("--model_org", tiny_sd_file, "--model_tuned", tmp_path / "tuned.safetensors")
+    assert extract(*words, "--save_to", tmp_path / "x.safetensors") == 1
+    said = capsys.readouterr().err
+    assert f"--model_tuned {tmp_path / 'tuned.safetensors'}: lora_" in said
+    assert f"has 1 of {tensors[key].numel()} values that are not finite" in said
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 def test_adapter_given_as_checkpoint_is_told_from_one(
     tmp_path: Path, tiny_sd_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
