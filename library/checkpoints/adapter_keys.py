@@ -58,6 +58,7 @@ ENDINGS: tuple[tuple[str, str], ...] = (  # (pattern, the leaf that kohya's form
 )
 KEY_PATTERNS = tuple((re.compile(rf"(.+?)\.({pattern})"), leaf) for pattern, leaf in ENDINGS)
 PROCESSOR_KEY = re.compile(r"(.+)\.processor\.((to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight)")  # of old diffusers
+OWN_PROCESSOR_KEY = re.compile(r"(.+\.processor\.\w+_lora\d?)\.((down|up)\.weight)")  # of a model's own trainer
 # Words that are too common to end a dotted name, but are leaves after kohya's names, which have no dots.
 KOHYA_KEY = re.compile(
     r"([^.]+)\.(scalar|scale|rescale|bias_\w+|oft_\w+|oft_blocks|on_input|weight|bias|a[12]\.weight|b[12]\.weight)"
@@ -82,6 +83,8 @@ class AdapterKey:
             layer = "to_out.0" if match[3] == "to_out" else match[3]
             module = f"{match[1]}.{layer}"
             return cls(module, match[2], DOWN if match[4] == "down" else UP, naming_of(module))
+        if match := OWN_PROCESSOR_KEY.fullmatch(text):
+            return cls(match[1], match[2], DOWN if match[3] == "down" else UP, naming_of(match[1]))
         for pattern, leaf in KEY_PATTERNS:
             if match := pattern.fullmatch(text):
                 return cls(match[1], match[2], leaf or match[2], naming_of(match[1]))

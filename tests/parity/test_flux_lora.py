@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from library.architectures.cards import list_cards
 from library.architectures.flux.adapters import NAMES
 from library.architectures.flux.model import PATCH
 from library.models.patches import patchify
 from networks import dylora, lora, lora_fa, lora_flux
 from networks.core.files.adapter_file import adapter_tensors, parse_adapter, read_adapter_file
+from networks.core.files.foreign_names import in_a_model
 from networks.core.files.renaming import rename
 from tests.contracts.test_lora_keys_flux1 import FACTS
 from tests.parity.denoisers import save_trained
@@ -19,6 +21,7 @@ from tests.parity.test_flux_model import inputs, oracle, oracle_output
 from tests.tiny.flux import tiny_flux
 from tests.tolerances import FLOAT32_DEEP
 from tests.unit.networks.toy import randomize
+from tools.convert_lora import card_for_file
 
 DOORS = {"lora_flux": lora_flux, "lora": lora, "lora_fa": lora_fa, "dylora": dylora}
 
@@ -100,3 +103,29 @@ def test_lycoris_finds_the_blocks_by_their_class_names() -> None:
     network: Any = lycoris.create_network(1.0, 4, 2, None, [], model, algo="lora", preset="attn-mlp")
     ours = lora_flux.create_network(1.0, 4, 2, None, [], model)
     assert {module.lora_name for module in network.unet_loras} == set(ours.adapters)
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_files_of_xlabs_are_what_diffusers_makes_of_them(prefix: str) -> None:
+    """Of two double blocks and the outputs of a single one; its q, k and v are a part of a layer, and refused."""
+    from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_diffusers
+
+    generator = torch.Generator().manual_seed(3)
+    sizes = {"qkv_lora1": (48, 16), "proj_lora1": (16, 16), "qkv_lora2": (48, 16), "proj_lora2": (16, 16)}
+    layers = {f"double_blocks.{n}.processor.{name}": size for n in (0, 18) for name, size in sizes.items()}
+    layers["single_blocks.37.processor.proj_lora"] = (16, 80)
+    tensors: dict[str, Tensor] = {}
+    for name, (outputs, inputs_) in layers.items():
+        tensors[f"{prefix}{name}.down.weight"] = torch.randn(4, inputs_, generator=generator)
+        tensors[f"{prefix}{name}.up.weight"] = torch.randn(outputs, 4, generator=generator)
+    file = in_a_model(parse_adapter(tensors, {}, "xlabs.safetensors"), [card.names for card in list_cards()])
+    assert card_for_file(file, "xlabs.safetensors").name == "flux"
+    ours = rename(file, NAMES, "kohya").file.modules
+    theirs = rename(parse_adapter(_convert_xlabs_flux_lora_to_diffusers(dict(tensors)), {}, ""), NAMES, "kohya")
+    assert ours.keys() == theirs.file.modules.keys() and len(ours) == len(layers)
+    for name, module in theirs.file.modules.items():
+        assert torch.equal(ours[name].weight(), module.weight())
+    more = {f"{prefix}single_blocks.0.processor.qkv_lora.{side}.weight": torch.ones(4, 4) for side in ("down", "up")}
+    file = in_a_model(parse_adapter({**tensors, **more}, {}, "xlabs.safetensors"), [NAMES])
+    with pytest.raises(ValueError, match=r"no place for .*single_blocks\.0\.processor\.qkv_lora"):
+        rename(file, NAMES, "kohya")

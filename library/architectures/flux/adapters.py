@@ -21,6 +21,10 @@ LINEAR1_SHARES = (1, 1, 1, 4)  # the MLP is four times as wide as the model
 NUM_CLIP_LAYERS, NUM_T5_BLOCKS, NUM_APPROXIMATOR_LAYERS = 12, 24, 5
 MODULATION = ("_mod.lin", ".modulation.lin", ".adaLN_modulation.1")  # how the paths end that Chroma has not
 VECTORS = ("time_in.", "guidance_in.", "vector_in.")  # how paths begin that make FLUX.1's modulation
+PROCESSORS = {  # of XLabs's trainer -> the layers whose outputs they change
+    "qkv_lora1": "img_attn.qkv", "proj_lora1": "img_attn.proj",
+    "qkv_lora2": "txt_attn.qkv", "proj_lora2": "txt_attn.proj", "proj_lora": "linear2",
+}  # fmt: skip
 CLIP_LAYER = (*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
 T5_BLOCK = (
     *(f"layer.0.SelfAttention.{name}" for name in ("q", "k", "v", "o")),
@@ -48,11 +52,14 @@ def denoiser_module(path: str) -> ModuleNames:
     found = sources(path)
     shares = LINEAR1_SHARES if path.endswith(".linear1") else QKV_SHARES
     whole = f"transformer.{found[0]}"
+    own = (f"diffusion_model.{path.removesuffix(layer)}processor.{name}"
+           for name, layer in PROCESSORS.items() if path.endswith(f".{layer}"))  # fmt: skip
     pieces = tuple(Piece(f"transformer.{name}", share) for name, share in zip(found, shares, strict=False))
     return ModuleNames(
         kohya=f"lora_unet_{path.replace('.', '_')}",
         generic=f"diffusion_model.{path}",
         diffusers=whole if len(found) == 1 else pieces,
+        aliases=tuple(own),
         swaps_pair=f"{path}." == SWAPPED,
     )
 
