@@ -82,13 +82,8 @@ def rewrite(path: Path, keeps_origin: bool = False, tail: str = TAIL, **changes:
     """Write the one entry of a file again as another program would: some arrays changed or (None) left out."""
     with np.load(path) as archive:
         arrays = {key.removesuffix(TAIL): archive[key] for key in archive.files}
-    if not keeps_origin:
-        del arrays["origin"]
-    arrays.update({key: value for key, value in changes.items() if value is not None})
-    for key, value in changes.items():
-        if value is None:
-            del arrays[key]
-    np.savez(path, **{key + tail: array for key, array in arrays.items()})
+    arrays |= {**({} if keeps_origin else {"origin": None}), **changes}
+    np.savez(path, **{key + tail: array for key, array in arrays.items() if array is not None})
 
 
 # Names and layout
