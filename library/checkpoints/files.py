@@ -147,7 +147,7 @@ def as_tensor(name: str, value: Any) -> Tensor | None:
     """A value of a pickled table; None for what is no weight. An alpha may be a plain number, without which an adapter
     would be of another strength."""
     is_alpha = name.endswith(".alpha") and isinstance(value, int | float)
-    return torch.tensor(float(value)) if is_alpha else value if isinstance(value, Tensor) else None
+    return torch.tensor(float(value), device="cpu") if is_alpha else value if isinstance(value, Tensor) else None
 
 
 def file_in_folder(path: Path, where: str) -> Path:

@@ -396,6 +396,20 @@ def test_network_weights_take_names_that_do_not_say_in_which_model_they_are(tmp_
     torch.testing.assert_close(pair.predict(), loaded_by_diffusers(pair, theirs), **FLOAT32_DEEP)
 
 
+def test_a_rehearsal_without_memory_takes_the_names_of_other_programs(pair: Pair, tmp_path: Path) -> None:
+    """As each training makes its network before anything is loaded; q, k and v are joined, alphas made."""
+    path = str(tmp_path / "theirs.safetensors")
+    save_safetensors(path, diffusers_file(pair))
+    seen = with_names(pair)
+    wanted, values = lora.create_network_from_weights(1.0, path, None, [], seen)
+    with torch.device("meta"):
+        network, weights = lora.create_network_from_weights(1.0, path, None, [], seen)
+    assert {name: p.shape for name, p in network.named_parameters()} == {
+        name: p.shape for name, p in wanted.named_parameters()
+    }
+    assert weights.keys() == values.keys() and all(torch.equal(weights[key], value) for key, value in values.items())
+
+
 def halves(size: int) -> tuple[int, int]:
     return (2, size // 2) if size % 2 == 0 else (1, size)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from library.checkpoints.adapter_keys import PEFT_PREFIX, AdapterKey, path_alone
@@ -26,8 +27,9 @@ def in_own_names(
     if names is None or not any(is_foreign(module, names) for module in modules_of(tensors)):
         return tensors
     path = Path(file)
-    read = read_adapter_file(path) if path.exists() else parse_adapter(tensors, {}, str(file))
-    return adapter_tensors(rename(in_a_model(read, [names]), names, "kohya", keeps_pieces=keeps_pieces).file)
+    with torch.device("cpu"):  # a training is rehearsed with a network that has no memory, but with the values of files
+        read = read_adapter_file(path) if path.exists() else parse_adapter(tensors, {}, str(file))
+        return adapter_tensors(rename(in_a_model(read, [names]), names, "kohya", keeps_pieces=keeps_pieces).file)
 
 
 def modules_of(tensors: Mapping[str, Tensor]) -> Iterator[str]:
