@@ -270,10 +270,12 @@ class AdapterNetwork(nn.Module):
     ) -> Callable[[Member], float]:
         """The learning rate of a member; a list that is too short is continued with its last value."""
         listed = [text_encoder_lr] if isinstance(text_encoder_lr, (int, float)) else list(text_encoder_lr or [])
-        if len(listed) > len(self.targets.text_encoders):
+        num_encoders = len(self.targets.text_encoders)
+        lost = listed[num_encoders:]
+        if set(lost) - set(listed[:num_encoders][-1:]):  # front ends write one value twice for all base models
             logger.warning(
                 "--text_encoder_lr has %d values, but the base model has %d text encoder(s); %s has no effect",
-                len(listed), len(self.targets.text_encoders), listed[len(self.targets.text_encoders) :],
+                len(listed), num_encoders, lost,
             )  # fmt: skip
 
         def rate(member: Member) -> float:

@@ -264,7 +264,7 @@ class AdoptedNetwork:
             result = with_many(text_encoder_lr, unet_lr, learning_rate)
         else:
             first_lr = text_encoder_lr[0] if text_encoder_lr else None
-            if text_encoder_lr and len(text_encoder_lr) > 1:
+            if text_encoder_lr and len(set(text_encoder_lr)) > 1:
                 logger.warning(
                     "--text_encoder_lr: this network module takes one value; %s is used, %s is not",
                     first_lr, text_encoder_lr[1:],

@@ -172,6 +172,9 @@ def test_text_encoder_rates_beyond_the_encoders_warn(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         assert groups_of([1e-5, 2e-5], None, 1e-3)["textencoder"] == (1e-5, 4)
     assert "has 2 values, but the base model has 1 text encoder(s)" in caplog.text
+    caplog.clear()
+    assert groups_of([1e-5, 1e-5], None, 1e-3)["textencoder"] == (1e-5, 4)  # as kohya_ss writes one value
+    assert not caplog.records
 
 
 def test_loraplus_trains_up_factors_faster_in_groups_of_their_own() -> None:
