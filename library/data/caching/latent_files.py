@@ -218,8 +218,9 @@ def foreign_fault(archive: Mapping[str, Any], file: LatentFile, picture: Picture
     size = picture.size
     for name, wanted in (("original_size", size), ("crop_ltrb", crop_ltrb(file.bucket, size))):
         key = f"{name}{file.tail}"
-        values = np.asarray(archive[key], dtype=np.float64) if key in archive else np.empty(0)
-        if values.shape != (len(wanted),) or not np.allclose(values, wanted, rtol=0, atol=0.01):
+        values = np.asarray(archive[key]) if key in archive else np.empty(0)
+        is_like = values.dtype.kind in "iuf" and values.shape == (len(wanted),)
+        if not is_like or not np.allclose(values, wanted, rtol=0, atol=0.01):
             return "made for another size or crop"
     if picture.place is None and os.stat(file.path).st_mtime_ns < os.stat(picture.key).st_mtime_ns:
         return "older than the picture"

@@ -151,12 +151,14 @@ def entry_name(key: str, number: int) -> str:
 
 
 def row_in(archive: Mapping[str, Any], note: Note, number: int, keys: Sequence[str]) -> Row:
-    """The features of caption `number` in an open archive."""
+    """The features of caption `number` in an open archive; EntryError where their kind of number is another."""
     row = {}
     for key in keys:
         values, dtype = np.asarray(archive[entry_name(key, number)]), DTYPES[note.dtypes[key]]
         is_bits = dtype == torch.bfloat16 and values.dtype == np.uint16
         tensor = torch.from_numpy(values.view(np.int16) if is_bits else values)
+        if not is_bits and not torch.can_cast(tensor.dtype, dtype):
+            raise EntryError(f"holding {key} of the type {values.dtype}, which {note.dtypes[key]} cannot stand for")
         row[key] = tensor.view(dtype) if is_bits else tensor.to(dtype)
     return row
 

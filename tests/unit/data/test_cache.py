@@ -391,6 +391,15 @@ def test_entries_of_sd_scripts_are_used_and_their_unknown_vae_is_said(folder, ca
     assert "3 cache entries do not say which VAE made them" in caplog.text
 
 
+def test_sizes_that_another_program_wrote_are_real_numbers(folder, caplog):
+    """The real part of these would fit."""
+    cache(folder)
+    rewrite(file_of(folder), original_size=np.array([64 + 1j, 64 + 1j], np.complex64))
+    with caplog.at_level(logging.INFO):
+        assert cache(folder)[1] == 1
+    assert "1 made for another size or crop" in caplog.text
+
+
 def test_a_note_does_not_vouch_for_latents_that_another_program_wrote(folder, caplog):
     cache(folder)
     latents = np.ones((4, 8, 8), np.float32)

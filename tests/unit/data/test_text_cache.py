@@ -376,6 +376,14 @@ def test_skipping_the_check_trusts_files_by_name(tmp_path):
     assert pooled["p0.png"] == [7, 7, 7, 7] and pooled["p1.png"] != [7, 7, 7, 7]
 
 
+def test_skipping_the_check_trains_no_half_of_complex_numbers(tmp_path):
+    folder = write_data(tmp_path)
+    cache(folder)
+    rewrite(file_of(folder), True, pooled=np.full(4, 7 + 1j, dtype=np.complex64))
+    with pytest.raises(ValueError, match=r"p0_tiny_te.*holding pooled of the type complex64, which float32 cannot"):
+        draws_of(cache(folder, skips_check=True).batches)
+
+
 def test_skipping_the_check_does_not_train_another_caption(tmp_path):
     folder = write_data(tmp_path)
     cache(folder)
