@@ -119,7 +119,7 @@ def told(pictures: Pictures, is_meant: NDArray[np.bool_], text: str) -> Iterator
 def wording_lines(subset: ScannedSubset, source: str) -> Iterator[Line]:
     """Captions that teach nothing: one for all pictures, or with the name of the file in it."""
     without, pictures = set(subset.without_caption), subset.pictures
-    has_own = np.fromiter(map(bool, pictures.captions), dtype=bool, count=len(pictures))
+    has_own = pictures.captions.lengths > 0
     if without:
         has_own &= ~np.fromiter((key in without for key in pictures.each_key()), dtype=bool, count=len(pictures))
     num_own = int(has_own.sum())
@@ -129,16 +129,19 @@ def wording_lines(subset: ScannedSubset, source: str) -> Iterator[Line]:
         if all(caption == first for caption in own):
             effect = "so no word is learned for what differs between the pictures"
             yield logging.WARNING, f"{source} all {num_own} captions are the same, {effect}: {first[:80]!r}"
-    is_named = np.fromiter(map(names_file, pictures.names, pictures.captions), dtype=bool, count=len(pictures))
+    is_named = np.zeros(len(pictures), dtype=bool)
+    is_named[[*captions_with_names(pictures)]] = True
     yield from told(pictures, is_named & has_own, f"{source} {{}} captions contain the name of their file")
 
 
-def names_file(name: str, caption: str) -> bool:
-    """Whether the caption holds the picture's name, other than a word that people would write."""
-    stem = os.path.splitext(os.path.basename(name))[0]
-    if len(stem) < SHORTEST_STEM or stem.lower() not in caption.lower():
-        return False
-    return any(letter.isdigit() or letter == "_" for letter in stem)
+def captions_with_names(pictures: Pictures) -> Iterator[int]:
+    """The rows whose caption holds the picture's name, other than a word that people would write."""
+    names = map(os.path.basename, pictures.names) if pictures.prefix == "" else iter(pictures.names)
+    pairs = zip(map(str.lower, names), map(str.lower, pictures.captions), strict=True)
+    for row, (name, caption) in enumerate(pairs):
+        stem = name.rpartition(".")[0]
+        if stem in caption and len(stem) >= SHORTEST_STEM and any(sign.isdigit() or sign == "_" for sign in stem):
+            yield row
 
 
 def enlarged_lines(samples: Samples, dataset: int) -> Iterator[Line]:

@@ -23,7 +23,7 @@ def folder_lines(subset: ScannedSubset) -> Iterator[Line]:
     config = subset.config
     if config.style == "metadata" or not config.image_dir or not os.path.isdir(config.image_dir):
         return
-    files = by_ending(sorted(os.listdir(config.image_dir)))
+    files = by_ending(os.listdir(config.image_dir))
     source, read = f"  {config.source}:", set(picture_extensions())
     unread = sorted(
         name for ending, names in files.items() if ending not in read and is_picture(ending) for name in names
@@ -47,8 +47,8 @@ def by_ending(names: Iterable[str]) -> dict[str, list[str]]:
     for name in names:
         _, dot, ending = name.rpartition(".")
         if dot:
-            found[f".{ending}"].append(name)
-    return found
+            found[ending].append(name)
+    return {f".{ending}": of_ending for ending, of_ending in found.items()}
 
 
 def is_picture(ending: str) -> bool:
@@ -69,13 +69,13 @@ def caption_lines(subset: ScannedSubset, files: Mapping[str, Sequence[str]], sou
                 f'{wanted}: set caption_extension = "{ending}", or --caption_extension {ending}',
             )
     pictures = {name[: -len(ending)] for ending, names in files.items() if is_picture(ending) for name in names}
-    shared = {stem.rsplit("_", 4)[0] for stem in pictures if stem.count("_") >= 4}  # of cuttings of one picture
-    described = pictures | shared
     last = f".{wanted.rpartition('.')[2]}"  # a caption's ending may have two dots
-    captions = [name for name in files.get(last, ()) if name.endswith(wanted)]
-    alone = [name for name in captions if name[: -len(wanted)] not in described]
+    alone = {name[: -len(wanted)] for name in files.get(last, ()) if name.endswith(wanted)} - pictures
     if alone:
-        yield logging.WARNING, f"{source} {len(alone)} captions have no picture: {few(alone)}"
+        alone -= {stem.rsplit("_", 4)[0] for stem in pictures if stem.count("_") >= 4}  # cuttings of one picture
+    if alone:
+        names = sorted(stem + wanted for stem in alone)
+        yield logging.WARNING, f"{source} {len(alone)} captions have no picture: {few(names)}"
 
 
 def equal_pictures(pictures: Pictures) -> Iterator[tuple[str, str]]:

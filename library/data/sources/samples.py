@@ -302,8 +302,8 @@ def duplicated_stems(datasets: Sequence[ScannedDataset]) -> Iterator[tuple[str, 
 
 
 def may_share_stems(pictures: Pictures) -> bool:
-    """Whether any two names differ in their endings alone, or are the same. Only hashes are kept of them."""
+    """Whether any two names differ in their endings, which all have, alone, or are the same. Only hashes are kept."""
     names = pictures.names if pictures.places is None else pictures.each_key()
-    hashes_N = np.fromiter((hash(os.path.splitext(name)[0]) for name in names), dtype=np.int64, count=len(pictures))
+    hashes_N = np.fromiter((hash(name.rpartition(".")[0]) for name in names), dtype=np.int64, count=len(pictures))
     hashes_N.sort()
     return bool((hashes_N[1:] == hashes_N[:-1]).any())

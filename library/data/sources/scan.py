@@ -169,7 +169,7 @@ def list_folder(config: SubsetConfig, num_threads: int) -> _Listing:
     except NotUtf8:
         check_encodings(folder, (file for file in files if file is not None))
         raise
-    listing.captions = [caption_of(text, config.captions) for text in texts]
+    listing.captions = [caption_of(text, config.captions) if "\n" in text else text for text in texts]
     if None in files or "" in listing.captions:
         note_missing(listing, files)
     return listing
@@ -310,8 +310,6 @@ def size_of(path: str) -> tuple[int, Size | str]:
 
 def caption_of(text: str, rules: CaptionRules) -> str:
     """The caption in the stripped lines of a file: the first, or with enable_wildcard every one that is not blank."""
-    if "\n" not in text:
-        return text
     if rules.enable_wildcard:
         return "\n".join(line for line in text.split("\n") if line)
     return text.partition("\n")[0]
