@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from library.checkpoints.files import atomic_path  # noqa: E402
+from library.checkpoints.files import atomic_path, file_in_folder  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
@@ -52,12 +52,15 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def chosen_files(named: list[Path] | None, options: TrainOptions) -> list[Path]:
-    """The files that --files names, else the adapter files of the run in --output_dir. Raises UserError for none."""
+    """The files that --files names, PEFT's in its folders, else the adapter files of the run in --output_dir.
+
+    Raises UserError for none.
+    """
     for path in named or ():
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"--files {path} does not exist")
     if named:
-        return named
+        return [file_in_folder(path, f"--files {path}") for path in named]
     if not options.saving.output_dir:
         raise UserError("--files names no adapter files, and --output_dir no folder to look for them in")
     names = Names.build(options.saving)

@@ -105,9 +105,14 @@ def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str
         names = {name: base.names.find(name) for name in adapter.file.modules}
         missing = [name for name, found in names.items() if found is None or found.kohya not in here]
         if missing:
+            way_out = "was it made for another base model?"
+            if 2 * len(missing) < len(names):  # layers that other programs adapt too
+                way_out = (
+                    "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without what has no place here"
+                )
             raise UserError(
                 f"{adapter.file.origin}: {len(missing)} of its {len(names)} modules are not in --sd_model {base.path}, "
-                f"the first is {missing[0]}; was it made for another base model?"
+                f"the first is {missing[0]}; {way_out}"
             )
         twice = [
             kohya for kohya, times in Counter(f.kohya for f in names.values() if f is not None).items() if times > 1
