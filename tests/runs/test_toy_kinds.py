@@ -25,7 +25,8 @@ KINDS: Mapping[str, str] = {  # the words that are added to the quickstart's com
     " --learning_rate 2e-3 --max_train_steps 800",
     "olora": "--network_args conv_dim=16 conv_alpha=16 init=olora train_norm=True"
     " --learning_rate 3e-4 --max_train_steps 700",
-    "orthogonal": "--network_args conv_dim=16 conv_alpha=16 init=orthogonal train_norm=True",
+    "orthogonal": "--network_args conv_dim=16 conv_alpha=16 init=orthogonal train_norm=True"
+    " --flip_aug --caption_dropout_rate 0.1 --min_snr_gamma 5 --max_train_steps 600",
     "dora": "--network_args conv_dim=16 conv_alpha=16 dora_wd=True",
     "tlora": "--network_module networks.tlora"
     " --network_args conv_dim=16 conv_alpha=16 tlora_min_rank=8 tlora_power=0.25",
