@@ -4,14 +4,12 @@ import hashlib
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from library.data.batches.images import picture_extensions
 from library.data.sources.pictures import Pictures
-from library.data.sources.scan import ScannedSubset, few
+from library.data.sources.scan import CAPTION_ENDINGS, ScannedSubset, few
 
-CAPTION_ENDINGS = (".txt", ".caption", ".cap", ".tags")  # that tools for captions write
-OTHER_PICTURES = frozenset((".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".tga", ".psd"))
 MOST_COMPARED = 20_000  # pictures; looking for equal ones reads their sizes from the disk
 MOST_VISITED = 2_000  # folders, where pictures are looked for deeper down
 
@@ -23,59 +21,35 @@ def folder_lines(subset: ScannedSubset) -> Iterator[Line]:
     config = subset.config
     if config.style == "metadata" or not config.image_dir or not os.path.isdir(config.image_dir):
         return
-    files = by_ending(os.listdir(config.image_dir))
-    source, read = f"  {config.source}:", set(picture_extensions())
-    unread = sorted(
-        name for ending, names in files.items() if ending not in read and is_picture(ending) for name in names
-    )
+    source = f"  {config.source}:"
+    unread = sorted(name for name in subset.aside if name.rpartition(".")[2].lower() not in CAPTION_ENDINGS)
     if unread:
         effect = "pictures have endings that are not read; convert or rename them to .png or .jpg"
         yield logging.WARNING, f"{source} {len(unread)} {effect}: {few(unread)}"
-    yield from caption_lines(subset, files, source)
+    yield from caption_lines(subset, unread, source)
     if len(subset.pictures) <= MOST_COMPARED:
         pairs = [f"{os.path.basename(b)} is {os.path.basename(a)}" for a, b in equal_pictures(subset.pictures)]
         if pairs:
             yield logging.WARNING, f"{source} {len(pairs)} pictures are there twice and count twice: {few(pairs)}"
 
 
-def by_ending(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names of files by what stands from the last dot on; those without one are left out.
-
-    Endings are few and names may be a hundred thousand, so that what is asked of an ending is asked once.
-    """
-    found: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        _, dot, ending = name.rpartition(".")
-        if dot:
-            found[ending].append(name)
-    return {f".{ending}": of_ending for ending, of_ending in found.items()}
-
-
-def is_picture(ending: str) -> bool:
-    """Whether files with this ending are pictures, whatever its case and whether they are read or not."""
-    return ending.lower() in OTHER_PICTURES or ending.lower() in picture_extensions()
-
-
-def caption_lines(subset: ScannedSubset, files: Mapping[str, Sequence[str]], source: str) -> Iterator[Line]:
-    """Captions under another ending than caption_extension, and captions whose picture is missing."""
+def caption_lines(subset: ScannedSubset, unread: Sequence[str], source: str) -> Iterator[Line]:
+    """Captions under another ending than caption_extension, and captions whose picture is missing; those of pictures
+    that are not read have theirs."""
     wanted = subset.config.caption_extension
     stems = {os.path.splitext(os.path.basename(path))[0] for path in subset.without_caption}
     for ending in CAPTION_ENDINGS if stems else ():
-        beside = sum(name[: -len(ending)] in stems for name in files.get(ending, ()))
-        if ending != wanted and beside:
+        beside = sum(name.endswith(f".{ending}") and os.path.splitext(name)[0] in stems for name in subset.aside)
+        if beside:
             yield (
                 logging.WARNING,
-                f"{source} {beside} of the missing captions lie there as {ending} files, but caption_extension is "
-                f'{wanted}: set caption_extension = "{ending}", or --caption_extension {ending}',
+                f"{source} {beside} of the missing captions lie there as .{ending} files, but caption_extension is "
+                f'{wanted}: set caption_extension = ".{ending}", or --caption_extension .{ending}',
             )
-    pictures = {name[: -len(ending)] for ending, names in files.items() if is_picture(ending) for name in names}
-    last = f".{wanted.rpartition('.')[2]}"  # a caption's ending may have two dots
-    alone = {name[: -len(wanted)] for name in files.get(last, ()) if name.endswith(wanted)} - pictures
+    described = {os.path.splitext(name)[0] for name in unread}
+    alone = [name for name in subset.alone if name[: -len(wanted)] not in described]
     if alone:
-        alone -= {stem.rsplit("_", 4)[0] for stem in pictures if stem.count("_") >= 4}  # cuttings of one picture
-    if alone:
-        names = sorted(stem + wanted for stem in alone)
-        yield logging.WARNING, f"{source} {len(alone)} captions have no picture: {few(names)}"
+        yield logging.WARNING, f"{source} {len(alone)} captions have no picture: {few(alone)}"
 
 
 def equal_pictures(pictures: Pictures) -> Iterator[tuple[str, str]]:

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
+OTHER_PICTURES = frozenset(("gif", "tif", "tiff", "heic", "heif", "avif", "jxl", "tga", "psd"))
+CAPTION_ENDINGS = ("txt", "caption", "cap", "tags")  # that tools for captions write
 MOST_CAPTION_BYTES = 1 << 20  # counting the tokens of ten times as much takes a minute
 
 
@@ -44,6 +46,8 @@ class ScannedSubset:
     without_caption: Sequence[str] = ()  # keys
     empty_caption: Sequence[str] = ()
     small: Sequence[str] = ()  # left out by skip_image_resolution
+    aside: Sequence[str] = ()  # names in image_dir that end like pictures or captions and are not read
+    alone: Sequence[str] = ()  # names of captions in image_dir that are no picture's
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class _Listing:
     dropped: list[tuple[str, str]] = field(default_factory=list)
     without_caption: list[str] = field(default_factory=list)
     empty_caption: list[str] = field(default_factory=list)
+    aside: list[str] = field(default_factory=list)
+    alone: list[str] = field(default_factory=list)
 
     def found(self) -> ScannedSubset:
         """The pictures with a size, as columns that need no object for each."""
@@ -88,7 +94,15 @@ class _Listing:
             None if self.tags is None else Texts.of(readable(self.tags)),
         )
         dropped = (*self.dropped, *unreadable)
-        return ScannedSubset(self.config, pictures, dropped, tuple(self.without_caption), tuple(self.empty_caption))
+        return ScannedSubset(
+            self.config,
+            pictures,
+            dropped,
+            tuple(self.without_caption),
+            tuple(self.empty_caption),
+            aside=tuple(self.aside),
+            alone=tuple(self.alone),
+        )
 
 
 def collect_files(config: SubsetConfig, num_threads: int) -> ScannedSubset:
@@ -112,17 +126,22 @@ class Folder:
     pictures: list[str]  # sorted
     dropped: list[tuple[str, str]]  # path of what has a picture's name but is no file, and why
     captions: list[str]
+    aside: list[str]  # names that end like pictures or captions and are neither
 
 
 def look_into(folder: str, caption_extension: str | None = None) -> Folder:
     """List a folder without opening anything in it."""
     endings = {extension[1:] for extension in picture_extensions()}
-    found = Folder([], [], [])
+    similar = {extension.lower() for extension in (*endings, *OTHER_PICTURES, *CAPTION_ENDINGS)}
+    found = Folder([], [], [], [])
     with opened_folder(folder) as entries:
         for entry in entries:
             name = entry.name
-            is_picture = name.rpartition(".")[2] in endings and "." in name
+            ending = name.rpartition(".")[2]
+            is_picture = ending in endings and "." in name
             if not is_picture and (caption_extension is None or not name.endswith(caption_extension)):
+                if ending.lower() in similar and "." in name:
+                    found.aside.append(name)
                 continue
             try:
                 if entry.is_file():
@@ -160,7 +179,8 @@ def list_folder(config: SubsetConfig, num_threads: int) -> _Listing:
     files = caption_files(folder, inside, config.caption_extension)
     prefix = os.path.join(folder, "")
     listing.paths = [prefix + name for name in inside.pictures]
-    listing.dropped = inside.dropped
+    listing.dropped, listing.aside = inside.dropped, inside.aside
+    listing.alone = sorted(set(inside.captions).difference(files))
     try:
         if config.cache_info:
             texts = read_with_cache(listing, files, num_threads)
@@ -188,19 +208,15 @@ def note_missing(listing: _Listing, files: Sequence[str | None]) -> None:
 def caption_files(folder: str, inside: Folder, extension: str) -> Sequence[str | None]:
     """The name of each picture's caption file; None where there is none."""
     listed = set(inside.captions)
-    stems = [picture[: picture.rindex(".")] or picture for picture in inside.pictures]
-    own = [stem + extension for stem in stems]
+    own = [(picture[: picture.rindex(".")] or picture) + extension for picture in inside.pictures]
     if listed.issuperset(own):
         return own
-    return [
-        name if name in listed else other_caption_file(folder, stem, extension)
-        for stem, name in zip(stems, own, strict=True)
-    ]
+    return [name if name in listed else other_caption_file(folder, name, extension) for name in own]
 
 
-def other_caption_file(folder: str, stem: str, extension: str) -> str | None:
+def other_caption_file(folder: str, own: str, extension: str) -> str | None:
     """The caption file of a picture whose own is not in the listing of the folder."""
-    names = [stem + extension]  # which a file system may find all the same, spelt in another way
+    names, stem = [own], own.removesuffix(extension)  # a file system may find the first, spelt in another way
     if stem.count("_") >= 4:  # face detection names its cuttings `..._cx_cy_w_h`
         names.append(stem.rsplit("_", 4)[0] + extension)
     return next((name for name in names if os.path.isfile(os.path.join(folder, name))), None)

@@ -298,3 +298,13 @@ def test_of_more_tags_than_a_file_holds_the_commonest_are_counted(
     monkeypatch.setattr(summary, "MOST_TAGS", 3)
     few = plan_of(options).metadata(options)["ss_tag_frequency"]["pictures"]
     assert len(few) == 3 and few["a cat"] == 12 and all(whole[tag] == count for tag, count in few.items())
+
+
+def test_files_that_are_left_aside_are_named_by_what_they_are(tmp_path, caplog):
+    """Endings in another case and of other programs; captions of such pictures are not alone, folders are no files."""
+    write_folder(tmp_path / "a", 2)
+    for name in ("b.GIF", "c.Png", "b.txt", "d.TXT", "e.json", "txt", "f.npz", "lost.txt"):
+        (tmp_path / "a" / name).write_text("x")
+    text = audited(config(tmp_path, ""), caplog)
+    assert "2 pictures have endings that are not read; convert or rename them to .png or .jpg: b.GIF, c.Png" in text
+    assert "1 captions have no picture: lost.txt" in text
