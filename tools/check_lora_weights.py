@@ -73,9 +73,6 @@ def judge(
     """Judge the tensors of an adapter file; `settings` are those that PEFT saves beside it."""
     modules, unknown = group_tensors(tensors)
     recorded = diffusers_settings(metadata) if settings is None else settings
-    modules = {
-        n: module if structure_problem(module) else with_alpha(module, recorded) for n, module in modules.items()
-    }
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     cards = list_cards()
     base = recognise_adapter(cards, shapes, metadata)

@@ -72,13 +72,20 @@ def test_merged_weights_are_those_of_peft(tmp_path: Path, what: str) -> None:
         torch.testing.assert_close(found, after[name], **FLOAT32_SAME_MATH)
 
 
-@pytest.mark.parametrize("where", ["beside the file", "in its metadata"])
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ("beside the file", "patterns of alternatives"),
+        ("in its metadata", "patterns of alternatives"),
+        ("beside the file", "LoKr of whole matrices"),
+    ],
+)
 def test_the_norm_of_the_change_counts_alpha_that_is_recorded_elsewhere(
-    tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, where: str, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    before, after = saved(tmp_path / "saved", "patterns of alternatives")
+    before, after = saved(tmp_path / "saved", what)
     shutil.copytree(tmp_path / "saved", tmp_path / "read")
     if where == "in its metadata":
         settings = json.loads((tmp_path / "read" / "adapter_config.json").read_text())
