@@ -27,6 +27,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.checkpoints import model_lookup
+from library.checkpoints.adapter_keys import is_of_text_encoder
 from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.files import is_safetensors, read_metadata, save_pickle_state_dict, save_safetensors
 from library.errors import UserError
@@ -39,7 +40,7 @@ from networks.core.files.adapter_file import (
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
 from networks.core.kinds import norm
-from tools.base_models import open_base_model
+from tools.base_models import card_for, open_base_model
 from tools.command import (
     PRECISIONS,
     add_device,
@@ -105,14 +106,9 @@ def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str
         names = {name: base.names.find(name) for name in adapter.file.modules}
         missing = [name for name, found in names.items() if found is None or found.kohya not in here]
         if missing:
-            way_out = "was it made for another base model?"
-            if 2 * len(missing) < len(names):  # layers that other programs adapt too
-                way_out = (
-                    "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without what has no place here"
-                )
             raise UserError(
                 f"{adapter.file.origin}: {len(missing)} of its {len(names)} modules are not in --sd_model {base.path}, "
-                f"the first is {missing[0]}; {way_out}"
+                f"the first is {missing[0]}; {way_out(base, missing, len(names))}"
             )
         twice = [
             kohya for kohya, times in Counter(f.kohya for f in names.values() if f is not None).items() if times > 1
@@ -125,6 +121,16 @@ def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str
             assert found is not None
             changes.setdefault(found.kohya, []).append((adapter.file.modules[name], adapter.ratio))
     return changes
+
+
+def way_out(base: BaseModel, missing: Sequence[str], num_modules: int) -> str:
+    """What to do about modules that a checkpoint lacks: its base model may have them in another file, or never."""
+    have_place = [card_for(base).names.find(name) is not None for name in missing]
+    if not any(have_place) and 2 * len(missing) < num_modules:  # layers that other programs adapt too
+        return "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without what has no place here"
+    if all(have_place) and all(map(is_of_text_encoder, missing)):
+        return "they are of a text encoder; give a checkpoint that holds all parts of the model"
+    return "was it made for another base model?"
 
 
 def merged_tensors(

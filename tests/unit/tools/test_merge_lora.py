@@ -19,7 +19,7 @@ from library.options.train import TrainOptions
 from networks import lora
 from networks.core.files.adapter_file import AdapterFile, parse_adapter, read_adapter_file
 from tests.tolerances import FLOAT32_DEEP, FLOAT32_SAME_MATH
-from tools import extract_lora_from_models, merge_lora
+from tools import convert_lora, extract_lora_from_models, merge_lora
 from tools.base_models import adapter_sites, open_base_model
 from tools.merge_adapters import Weighted, merge_adapters
 
@@ -166,6 +166,27 @@ def test_modules_that_the_checkpoint_lacks_are_named(
     assert merge("--sd_model", tiny_sd_file, "--models", tmp_path / "a.safetensors", "--save_to", out) == 1
     assert name in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_the_way_out_for_modules_that_the_checkpoint_lacks_leads_out(
+    tmp_path: Path, tiny_sd_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the base model never has can be left out by a command; text encoders are in another file."""
+    adapter, out = write_adapter(tmp_path / "a.safetensors", tiny_sd_file, 77), tmp_path / "m.safetensors"
+    tensors, pair = load_state_dict(adapter), ("lora_down.weight", "lora_up.weight")
+    for name, said in (
+        ("lora_te_text_projection", "convert_lora.py --to kohya --drop_unsupported"),
+        ("lora_te_text_model_encoder_layers_11_mlp_fc1", "give a checkpoint that holds all parts"),
+    ):
+        more = {f"{name}.{leaf}": torch.ones(2, 2) for leaf in pair}
+        save_safetensors(tmp_path / "b.safetensors", {**tensors, **more}, read_metadata(adapter))
+        assert merge("--sd_model", tiny_sd_file, "--models", tmp_path / "b.safetensors", "--save_to", out) == 1
+        told = capsys.readouterr().err
+        assert name in told and said in told
+        if "convert_lora" in said:
+            paths = ["--model", str(tmp_path / "b.safetensors"), "--save_to", str(tmp_path / "c.safetensors")]
+            assert convert_lora.main([*paths, "--to", "kohya", "--drop_unsupported"]) == 0
+            assert merge("--sd_model", tiny_sd_file, "--models", tmp_path / "c.safetensors", "--save_to", out) == 0
 
 
 @pytest.mark.parametrize(
