@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from library.checkpoints.files import atomic_path, file_in_folder  # noqa: E402
+from library.checkpoints.files import atomic_path, file_in_folder, told_path  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
@@ -49,6 +49,11 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--side", type=int, default=256, help="most pixels of a picture in the sheet (default: 256)")
     parser.epilog = f"all other options are those of the training.\n\n{parser.epilog}"
     return parser
+
+
+def labels_of(files: Sequence[Path]) -> list[str]:
+    """What stands beside each row of the sheet, the one without an adapter first."""
+    return ["without an adapter", *(told_path(path).name.removesuffix(path.suffix) for path in files)]
 
 
 def chosen_files(named: list[Path] | None, options: TrainOptions) -> list[Path]:
@@ -100,7 +105,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     specs = read_prompts(Path(options.preview.sample_prompts))
     columns = columns_of([settle(spec, arch.preview.defaults, arch.inpaints) for spec in specs], args.seeds)
     pictures = list(draw_rows(options, arch, [None, *files], columns, own_device()))
-    labels = ["without an adapter", *(path.stem for path in files)]
+    labels = labels_of(files)
     sheet = arrange(pictures, labels, [f"{prompt.seed}: {prompt.text}" for prompt in columns], args.side)
     with atomic_path(target) as temporary:
         sheet.save(temporary, format="PNG")

@@ -162,6 +162,11 @@ def file_in_folder(path: Path, where: str) -> Path:
     return found
 
 
+def told_path(path: Path) -> Path:
+    """What an adapter file is called by in what people read: of PEFT's, whose names are all the same, the folder."""
+    return path.parent if path.stem == PEFT_STEM and path.parent.name else path
+
+
 def is_safetensors(path: str | Path) -> bool:
     """Whether a file that is to be written gets the safetensors format, by its extension; others are pickled."""
     return Path(path).suffix.lower() in SAFETENSORS_SUFFIXES
