@@ -2,7 +2,8 @@
 
 Each token has a factor of its own, which brings its largest value to the largest that its format holds and is
 multiplied out after the product. The factors of the weight's rows are multiplied out there as well, or, where the sum
-runs over rows, into the gradient before it is rounded.
+runs over rows, into the gradient before it is rounded. Of a few tokens, such as the one that modulates a block for a
+whole picture, what rounding left is multiplied too, as tokens of its own: the kernels take as long for 17 as for one.
 
 Letters: T tokens, O outputs, I inputs; K what a product sums over, N what it gives.
 """
@@ -19,6 +20,7 @@ MULTIPLES = {torch.int8: 8, FP8: 16, torch.float8_e5m2: 16}
 """Formats of codes that can be multiplied; of what the cards' kernels want both sides of a weight to be a multiple."""
 
 FEWEST_ROWS = 17  # that cards multiply in int8
+MOST_TWICE = FEWEST_ROWS // 2  # tokens whose remainders are multiplied as well
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Codes:
 def output(x: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
     """x (..., I) times the weight's transpose, (..., O) in the dtype of x."""
     x_TI = x.reshape(-1, x.shape[-1])
-    rounded_TI, factors_T1 = rounded(x_TI if weight.turn is None else weight.turn(x_TI), weight.codes_OI.dtype)
-    y_TO = product(rounded_TI, weight.codes_OI.t(), x.dtype) * factors_T1
+    turned_TI = x_TI if weight.turn is None else weight.turn(x_TI)
+    y_TO = products_of_rounded(turned_TI, weight.codes_OI.dtype, weight.codes_OI.t(), x.dtype)
     y_TO *= weight.scales_of_outputs
     if bias is not None:
         y_TO += bias
@@ -57,11 +59,20 @@ def output(x: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
 def input_gradient(gradient: Tensor, weight: Codes) -> Tensor:
     """The gradient (..., O) of the output times the weight, (..., I) in the dtype of the gradient."""
     scaled_TO = gradient.reshape(-1, gradient.shape[-1]) * weight.scales_of_outputs
-    rounded_TO, factors_T1 = rounded(scaled_TO, weight.codes_OI.dtype)
     codes_OI = columns_first(weight.codes_OI) if gradient.device.type == "cuda" else weight.codes_OI
-    dx_TI = (product(rounded_TO, codes_OI, gradient.dtype) * factors_T1).to(gradient.dtype)
+    dx_TI = products_of_rounded(scaled_TO, weight.codes_OI.dtype, codes_OI, gradient.dtype).to(gradient.dtype)
     dx_TI = dx_TI if weight.turn is None else weight.turn(dx_TI)
     return dx_TI.reshape(*gradient.shape[:-1], -1)
+
+
+def products_of_rounded(x_TK: Tensor, kind: torch.dtype, codes_KN: Tensor, dtype: torch.dtype) -> Tensor:
+    """x times codes of a kind, (T, N) in float32, with x rounded to 8 bits, that of a few tokens to twice as many."""
+    rounded_TK, factors_T1 = rounded(x_TK, kind)
+    if len(x_TK) > MOST_TWICE:
+        return product(rounded_TK, codes_KN, dtype) * factors_T1
+    left_TK, factors_of_left_T1 = rounded(x_TK / factors_T1 - rounded_TK.float(), kind)
+    large_TN, small_TN = product(torch.cat([rounded_TK, left_TK]), codes_KN, dtype).chunk(2)
+    return (large_TN + small_TN * factors_of_left_T1) * factors_T1
 
 
 def rounded(x_TK: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
