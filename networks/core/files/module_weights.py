@@ -168,7 +168,7 @@ class ModuleWeights:
             raise UserError(f"{origin}{'' if wrong.startswith(':') else ' '}{wrong}")
         missing = [leaf for leaf in kind.needs if leaf not in self.tensors] if kind.rank_of is not None else []
         if missing:
-            there = next(self.keys[leaf] for leaf in (*kind.needs, *kind.core) if leaf in self.tensors)
+            there = next(self.keys[leaf] for leaf in self.tensors if leaf != ALPHA)
             raise UserError(f"{origin} has {there} without its {missing[0]}; the file is incomplete")
 
     def check_values(self, origin: str) -> None:
@@ -184,7 +184,7 @@ class ModuleWeights:
                 yield f"{key} of the shape {shape}, which is empty; the file is incomplete"
             elif leaf == ALPHA and tensor.numel() != 1:
                 yield f"{key} of the shape {shape}; it needs one number"
-            elif leaf in self.kind.needs and not tensor.is_floating_point():
+            elif leaf != ALPHA and leaf in self.kind.leaves and not tensor.is_floating_point():
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 yield f"{key} as {dtype}, whole numbers whose scale it does not say; use a file in fp32, bf16 or fp16"
 

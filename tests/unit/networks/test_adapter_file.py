@@ -118,6 +118,8 @@ def test_files_that_cannot_be_used_say_why() -> None:
         parse_adapter(down, {}, "half.safetensors")
     with pytest.raises(ValueError, match=r"up is \[4, 3\], down is \[2, 5\]"):
         parse_adapter({**down, **up}, {}, "odd.safetensors")
+    with pytest.raises(UserError, match=r"has lora_unet_x\.diff_b without its diff; the file is incomplete"):
+        parse_adapter({"lora_unet_x.diff_b": randn(14, 4)}, {}, "bias.safetensors")
     with pytest.raises(ValueError, match="no weights of an adapter"):
         parse_adapter({"model.diffusion_model.out.2.weight": up.popitem()[1]}, {}, "base.safetensors")
     with pytest.raises(ValueError, match=r"--model: no_such.safetensors does not exist"):
@@ -134,6 +136,10 @@ UNUSABLE = {  # leaf -> its tensor, and what is said of it
     "bytes": (
         {"lora_down.weight": torch.ones(3, 5, dtype=torch.int8)},
         "has lora_unet_x.lora_down.weight as int8, whole numbers whose scale it does not say",
+    ),
+    "magnitudes in bytes": (
+        {"dora_scale": torch.ones(1, 5, dtype=torch.int8)},
+        "has lora_unet_x.dora_scale as int8, whole numbers whose scale it does not say",
     ),
     "NaN": (
         {"lora_up.weight": torch.full((4, 3), torch.nan)},
