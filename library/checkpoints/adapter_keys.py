@@ -143,6 +143,11 @@ def path_alone(name: str) -> str:
     return name
 
 
+def under(other: str, key: str, module: str, leaf: str) -> str:
+    """A key of `module` with another name of it; old keys of diffusers have the processor in the middle of the name."""
+    return other + (key[len(module) :] if key.startswith(module) else f".{leaf}")
+
+
 def is_of_text_encoder(name: str) -> bool:
     """Whether a module or key is of a text encoder, by what it begins with in any naming."""
     return name.startswith(TEXT_ENCODERS) or path_alone(name).startswith(TEXT_PATHS)

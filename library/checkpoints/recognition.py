@@ -10,6 +10,7 @@ from library.checkpoints.adapter_keys import (
     composed_shapes,
     is_of_text_encoder,
     tells_no_model,
+    under,
     underscored,
 )
 from library.checkpoints.adapter_names import placed
@@ -66,18 +67,17 @@ def require_card(
 
 
 def _in_models(cards: Sequence[ModelCard], shapes: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
-    """The shapes by keys that say in which model of a pipeline their module is; others stay as they are."""
-    modules = {key: found.module for key in shapes if (found := AdapterKey.parse(key)) is not None}
-    open_ones = {module for module in modules.values() if tells_no_model(module)}
-    if not open_ones:
-        return shapes
-    others = placed(open_ones, [card.names for card in cards])
+    """The shapes by keys that begin with their module, and say in which model of a pipeline that is where it is known;
+    keys of no adapter stay as they are."""
+    parsed = {key: AdapterKey.parse(key) for key in shapes}
+    open_ones = {found.module for found in parsed.values() if found is not None and tells_no_model(found.module)}
+    others = placed(open_ones, [card.names for card in cards]) if open_ones else {}
 
-    def under_a_model(key: str) -> str:
-        module = modules.get(key, "")
-        return others[module] + key[len(module) :] if module in others else key
+    def whole(key: str) -> str:
+        found = parsed[key]
+        return key if found is None else under(others.get(found.module, found.module), key, found.module, found.leaf)
 
-    return {under_a_model(key): shape for key, shape in shapes.items()}
+    return {whole(key): shape for key, shape in shapes.items()}
 
 
 def _flat(key: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.checkpoints.adapter_keys import PEFT_PREFIX, AdapterKey, path_alone
+from library.checkpoints.adapter_keys import PEFT_PREFIX, AdapterKey, path_alone, under
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, placed
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, adapter_tensors, parse_adapter, read_adapter_file
@@ -75,4 +75,5 @@ def find_in(tables: Sequence[BaseNames], name: str) -> ModuleNames | None:
 
 def _renamed(module: ModuleWeights, name: str) -> ModuleWeights:
     """A module and its keys under another name."""
-    return replace(module, name=name, keys={leaf: name + key[len(module.name) :] for leaf, key in module.keys.items()})
+    keys = {leaf: under(name, key, module.name, leaf) for leaf, key in module.keys.items()}
+    return replace(module, name=name, keys=keys)

@@ -8,9 +8,12 @@ import torch
 from library.architectures.cards import list_cards
 from library.checkpoints.files import save_safetensors
 from library.checkpoints.recognition import keys_of_text_encoders, require_card
+from networks.core.files.adapter_file import parse_adapter
+from networks.core.files.foreign_names import in_a_model
 from tests.recognising import base_of
 
 ATTN2 = "transformer_blocks_0_attn2_to_k.lora_down.weight"
+OLD = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight"  # of older diffusers
 
 CASES = [
     ("sd1", "lora_unet_down_blocks_0_attentions_0_" + ATTN2, (4, 768)),
@@ -23,6 +26,10 @@ CASES = [
     ("sd2", "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight", (4, 1024)),
     ("sd2", "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora.down.weight", (4, 1024)),
     ("sdxl", "lora_unet_input_blocks_4_1_" + ATTN2, (4, 2048)),
+    ("sd1", OLD, (4, 768)),
+    ("sd2", f"unet.{OLD}", (4, 1024)),
+    ("sdxl", OLD, (4, 2048)),
+    ("sdxl", f"unet.{OLD}", (4, 2048)),
     ("sdxl", "lora_unet_middle_block_1_transformer_blocks_9_attn1_to_q.lora_down.weight", (4, 1280)),
     ("sdxl", "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", (4, 1280)),
     ("sdxl", "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q.lora_A.weight", (4, 640)),
@@ -92,3 +99,11 @@ def test_text_encoders_are_told_in_every_naming(name: str, tmp_path: Path) -> No
     save_safetensors(tmp_path / "adapter_model.safetensors", {key: torch.ones(2, 3)})
     expected = [key] if name in OF_TEXT else []
     assert keys_of_text_encoders(tmp_path) == keys_of_text_encoders(tmp_path / "adapter_model.safetensors") == expected
+
+
+def test_a_key_with_a_processor_in_its_name_has_a_readable_one_in_a_model() -> None:
+    down, up = torch.ones(4, 768), torch.ones(320, 4)
+    file = parse_adapter({OLD: down, OLD.replace("down.weight", "up.weight"): up}, {}, "old.safetensors")
+    (module,) = in_a_model(file, [card.names for card in list_cards()]).modules.values()
+    assert module.name == f"unet.{OLD.partition('.processor')[0]}.to_k"
+    assert set(module.keys.values()) == {f"{module.name}.lora_down.weight", f"{module.name}.lora_up.weight"}
