@@ -232,9 +232,11 @@ def fresh(
     leaves = {ALPHA: torch.tensor(limit, device="cpu")}  # the trainer also makes adapters without memory, to check them
     for name, width in zip((BLOCKS,) if widths is None else PIECES, widths or (len(layer.weight),), strict=False):
         if width % num_blocks or width == num_blocks:
+            fits = max((number for number in range(1, min(num_blocks, width)) if width % number == 0), default=1)
             raise UserError(
                 f"--network_dim {num_blocks} is the number of blocks that outputs are turned in, and {path} has "
-                f"{width} of them; use a smaller number that divides it, such as 4, or --network_module networks.oft_v2"
+                f"{width} of them; use a smaller number that divides it, such as {fits}, or --network_module "
+                "networks.oft_v2"
             )
         leaves[name] = torch.zeros(num_blocks, width // num_blocks, width // num_blocks)
     return TurnedOutputs(layer, leaves, drops)

@@ -86,9 +86,11 @@ def test_a_saved_network_is_trained_further(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
-def test_blocks_that_do_not_divide_a_layer_are_refused_with_a_number_that_does() -> None:
-    with pytest.raises(UserError, match=r"--network_dim 5 is the number of blocks .*attn1\.to_q has \d+ of them"):
-        on_sd(709, blocks=5)
+@pytest.mark.parametrize(("blocks", "fits"), [(5, 4), (3, 2), (16, 8)])
+def test_blocks_that_do_not_divide_a_layer_are_refused_with_a_number_that_does(blocks: int, fits: int) -> None:
+    said = rf"--network_dim {blocks} is the number of blocks .*attn1\.to_q has 16 of them; .* such as {fits},"
+    with pytest.raises(UserError, match=said):
+        on_sd(709, blocks=blocks)
 
 
 def test_an_alpha_of_lora_limits_nothing_and_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
