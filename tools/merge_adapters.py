@@ -23,6 +23,7 @@ from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
 from networks.core.kinds import full, lora, norm
 from networks.core.kinds.svd import balanced, best_factors, concatenated, svd_of_product
+from networks.core.kinds.table import PIECES
 from tools.convert_lora import card_for_file
 
 logger = logging.getLogger(__name__)
@@ -104,8 +105,10 @@ def refusal(file: AdapterFile, module: ModuleWeights, has_base: bool) -> str:
     what = "DoRA" if module.is_dora else module.kind.words
     if has_base:
         return f"{file.origin}: {module.name} is {what}, which is no LoRA exactly; give --new_rank instead of --concat"
+    has_no_factors = module.kind in (full.KIND, PIECES) and not module.is_dora
+    why = "which has no factors to add" if has_no_factors else "whose change depends on the base weight"
     return (
-        f"{file.origin}: {module.name} is {what}, whose change depends on the base weight; name the checkpoint that it "
+        f"{file.origin}: {module.name} is {what}, {why}; name the checkpoint that it "
         "was trained on with --base_model and a rank with --new_rank, or merge it into a checkpoint with --sd_model"
     )
 

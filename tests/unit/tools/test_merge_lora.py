@@ -292,6 +292,14 @@ def test_files_in_different_namings_are_added_module_by_module(tmp_path: Path) -
     torch.testing.assert_close(module.weight(), 2 * up @ down, **FLOAT32_SAME_MATH)
 
 
+def test_a_whole_weight_has_no_factors_to_add(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its change is the same on every base weight."""
+    save_safetensors(tmp_path / "a.safetensors", {f"{ATTENTION}_proj_in.diff": torch.ones(8, 8)})
+    words = ("--models", tmp_path / "a.safetensors", "--save_to", tmp_path / "m.safetensors", "--new_rank", "4")
+    assert merge(*words) == 1
+    assert "is a whole weight, which has no factors to add; name the checkpoint" in capsys.readouterr().err
+
+
 def test_dora_cannot_be_added_to_another_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generator = torch.Generator().manual_seed(81)
     tensors = {
