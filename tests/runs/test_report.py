@@ -40,7 +40,7 @@ def test_the_report_of_a_run_and_that_of_its_events_are_the_same_bytes(
     assert [(one["name"], one["step"]) for one in record.files if one["kind"] == "weights"] == [("mine.safetensors", 7)]
     assert record.plan is not None and record.plan["resumed_from"].endswith("mine-state")
     left = sorted(re.sub(r"_\d{14}", "", path.name) for path in (tmp_path / "out").iterdir())
-    assert left == ["mine-report.html", "mine-state", "mine.safetensors", "sample"]
+    assert left == ["mine-report.html", "mine-state", "mine.safetensors", "sample", "sample_grid"]
 
 
 def test_a_report_that_a_killed_run_left_half_is_cleared_away(
