@@ -125,7 +125,7 @@ class Folder:
 
     pictures: list[str]  # sorted
     dropped: list[tuple[str, str]]  # path of what has a picture's name but is no file, and why
-    captions: list[str]
+    captions: set[str]
     aside: list[str]  # names that end like pictures or captions and are neither
 
 
@@ -133,7 +133,7 @@ def look_into(folder: str, caption_extension: str | None = None) -> Folder:
     """List a folder without opening anything in it."""
     endings = {extension[1:] for extension in picture_extensions()}
     similar = {extension.lower() for extension in (*endings, *OTHER_PICTURES, *CAPTION_ENDINGS)}
-    found = Folder([], [], [], [])
+    found = Folder([], [], set(), [])
     with opened_folder(folder) as entries:
         for entry in entries:
             name = entry.name
@@ -145,14 +145,15 @@ def look_into(folder: str, caption_extension: str | None = None) -> Folder:
                 continue
             try:
                 if entry.is_file():
-                    (found.pictures if is_picture else found.captions).append(name)
+                    add = found.pictures.append if is_picture else found.captions.add
+                    add(name)
                 elif is_picture and entry.is_symlink() and not entry.is_dir():
                     found.dropped.append((os.path.join(folder, name), "is a link to nothing"))
             except OSError as error:
                 if is_picture:
                     found.dropped.append((os.path.join(folder, name), f"cannot be followed: {error.strerror}"))
                 else:
-                    found.captions.append(name)  # whoever reads it learns why not
+                    found.captions.add(name)  # whoever reads it learns why not
     found.pictures.sort()
     found.dropped.sort()
     return found
@@ -180,7 +181,7 @@ def list_folder(config: SubsetConfig, num_threads: int) -> _Listing:
     prefix = os.path.join(folder, "")
     listing.paths = [prefix + name for name in inside.pictures]
     listing.dropped, listing.aside = inside.dropped, inside.aside
-    listing.alone = sorted(set(inside.captions).difference(files))
+    listing.alone = sorted(inside.captions.difference(files))
     try:
         if config.cache_info:
             texts = read_with_cache(listing, files, num_threads)
@@ -189,7 +190,7 @@ def list_folder(config: SubsetConfig, num_threads: int) -> _Listing:
     except NotUtf8:
         check_encodings(folder, (file for file in files if file is not None))
         raise
-    listing.captions = [caption_of(text, config.captions) if "\n" in text else text for text in texts]
+    listing.captions = [caption_of(text, config.captions) for text in texts]
     if None in files or "" in listing.captions:
         note_missing(listing, files)
     return listing
@@ -207,11 +208,10 @@ def note_missing(listing: _Listing, files: Sequence[str | None]) -> None:
 
 def caption_files(folder: str, inside: Folder, extension: str) -> Sequence[str | None]:
     """The name of each picture's caption file; None where there is none."""
-    listed = set(inside.captions)
     own = [(picture[: picture.rindex(".")] or picture) + extension for picture in inside.pictures]
-    if listed.issuperset(own):
+    if inside.captions.issuperset(own):
         return own
-    return [name if name in listed else other_caption_file(folder, name, extension) for name in own]
+    return [name if name in inside.captions else other_caption_file(folder, name, extension) for name in own]
 
 
 def other_caption_file(folder: str, own: str, extension: str) -> str | None:
@@ -326,6 +326,8 @@ def size_of(path: str) -> tuple[int, Size | str]:
 
 def caption_of(text: str, rules: CaptionRules) -> str:
     """The caption in the stripped lines of a file: the first, or with enable_wildcard every one that is not blank."""
+    if "\n" not in text:
+        return text
     if rules.enable_wildcard:
         return "\n".join(line for line in text.split("\n") if line)
     return text.partition("\n")[0]
