@@ -158,8 +158,8 @@ def open_network_module(name: str) -> NetworkModule:
         )
     from_weights = getattr(module, "create_network_from_weights", None) or _cannot_read_files(name)
     if not name.startswith(OURS):
-        from_weights = _reading_explained(name, from_weights)
-    return OpenedModule(name, _explained(name, create), from_weights)
+        create, from_weights = _explained(name, create), _reading_explained(name, from_weights)
+    return OpenedModule(name, create, from_weights)
 
 
 def parse_network_args(items: Sequence[str] | None) -> dict[str, str]:
@@ -400,8 +400,6 @@ def _explained(name: str, create: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return create(*arguments, **keywords)
         except (AssertionError, ValueError) as error:
-            if name.startswith(OURS):
-                raise
             hint = "check --network_dim and --network_args against the documentation of that module"
             if name.startswith("lycoris.") and "duplicated lora name" in str(error):
                 hint = 'its preset names a layer of this base model twice; add --network_args "preset=attn-mlp"'
