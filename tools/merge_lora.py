@@ -14,7 +14,6 @@ import argparse
 import logging
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from uuid import uuid4
@@ -37,7 +36,7 @@ from networks.core.files.adapter_file import (
     require_kinds,
     save_adapter_file,
 )
-from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.module_weights import ModuleWeights, named_twice
 from networks.core.files.renaming import rename
 from networks.core.kinds import norm
 from tools.base_models import card_for, open_base_model
@@ -110,16 +109,14 @@ def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str
                 f"{adapter.file.origin}: {len(missing)} of its {len(names)} modules are not in --sd_model {base.path}, "
                 f"the first is {missing[0]}; {way_out(base, missing, len(names))}"
             )
-        twice = [
-            kohya for kohya, times in Counter(f.kohya for f in names.values() if f is not None).items() if times > 1
-        ]
-        if twice:
-            raise UserError(
-                f"{adapter.file.origin} has the module {twice[0]} twice, under different names; remove one of them"
-            )
+        own: dict[str, ModuleWeights] = {}
         for name, found in names.items():
             assert found is not None
-            changes.setdefault(found.kohya, []).append((adapter.file.modules[name], adapter.ratio))
+            if found.kohya in own:
+                raise named_twice(adapter.file.origin, found.kohya)
+            own[found.kohya] = adapter.file.modules[name]
+        for name, module in own.items():
+            changes.setdefault(name, []).append((module, adapter.ratio))
     return changes
 
 

@@ -25,7 +25,7 @@ from library.checkpoints.adapter_keys import AdapterKey, without_peft_prefix
 from library.checkpoints.files import PEFT_STEM, file_in_folder, is_safetensors, load_state_dict, read_metadata
 from library.errors import UserError
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.files.reading_writing import save_network
+from networks.core.files.reading_writing import WITHOUT_THEM, save_network
 from networks.core.kinds import norm
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.leaves import ALPHA
@@ -167,8 +167,7 @@ def require_kinds(file: AdapterFile, kinds: Collection[Kind], purpose: str) -> N
     if file.unknown:
         raise UserError(
             f"{file.origin} has {len(file.unknown)} keys that are not understood, so it cannot be {purpose}; the first "
-            f"is {next(iter(file.unknown))}. `tools/convert_lora.py --to kohya --drop_unsupported` writes it without "
-            "them, which changes what it does"
+            f"is {next(iter(file.unknown))}. {WITHOUT_THEM}"
         )
 
 

@@ -11,7 +11,7 @@ from library.checkpoints.adapter_keys import PEFT_PREFIX, AdapterKey, path_alone
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, placed
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, adapter_tensors, parse_adapter, read_adapter_file
-from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.module_weights import ModuleWeights, named_twice
 from networks.core.files.renaming import rename
 
 
@@ -63,7 +63,7 @@ def in_a_model(file: AdapterFile, tables: Sequence[BaseNames]) -> AdapterFile:
     for name, module in file.modules.items():
         other = others.get(name, name)
         if other in modules:
-            raise UserError(f"{file.origin} has the module {other} twice, under different names; remove one of them")
+            raise named_twice(file.origin, other)
         modules[other] = _renamed(module, other) if other != name else module
     return replace(file, modules=modules)
 

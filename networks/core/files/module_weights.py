@@ -210,6 +210,11 @@ def alpha_tensor(alpha: float, like: Tensor) -> Tensor:
     return rounded if like.is_floating_point() and float(rounded) == float(exact) else exact
 
 
+def named_twice(origin: str, name: str) -> UserError:
+    """The error of a file that has a module under two names."""
+    return UserError(f"{origin} has the module {name} twice, under different names; remove one of them")
+
+
 def value_problems(module: ModuleWeights) -> Iterator[str]:
     """The tensors of a module that hold infinity or NaN, one sentence each."""
     for leaf, tensor in module.tensors.items():

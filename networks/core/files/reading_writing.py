@@ -35,6 +35,9 @@ from networks.core.kinds.scaled import ScaledDelta
 from networks.core.kinds.table import KINDS, PIECES, SHARED, kind_of
 from networks.core.kinds.turned import Turned
 
+WITHOUT_THEM = (
+    "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without them, which changes what it does"
+)
 EXACT = frozenset(leaf for kind in KINDS for leaf in kind.exact)  # what no --save_precision rounds
 
 
@@ -109,8 +112,7 @@ def refuse_strangers(tensors: Mapping[str, Tensor], source: str) -> None:
         )
     if unknown:
         raise UserError(
-            f"{source} has {len(unknown)} keys that are of no adapter, the first is {unknown[0]}; "
-            "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without them, which changes what it does"
+            f"{source} has {len(unknown)} keys that are of no adapter, the first is {unknown[0]}; {WITHOUT_THEM}"
         )
     elsewhere = list(dict.fromkeys(found.module for found in parsed.values() if found and found.ending != found.leaf))
     if elsewhere:

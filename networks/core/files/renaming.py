@@ -13,7 +13,7 @@ from torch import Tensor
 from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile
-from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.module_weights import ModuleWeights, named_twice
 from networks.core.kinds import lora, norm, oft_v2, rows
 from networks.core.kinds.leaves import ALPHA, DORA_SCALE
 from networks.core.kinds.pieces import leaf_of
@@ -80,7 +80,7 @@ def in_naming(
     """(name, tensors) of one module of the base model, which can be several where diffusers has pieces of it."""
     pieces = {found.piece_of(member.name): member for member in members}
     if len(pieces) < len(members) or (len(members) > 1 and None in pieces):
-        raise UserError(f"{origin} has the module {found.kohya} twice, under different names; remove one of them")
+        raise named_twice(origin, found.kohya)
     if None not in pieces and to == "diffusers":
         for i, piece in enumerate(found.pieces):
             if i in pieces:

@@ -65,6 +65,12 @@ def block_size_for(num_columns: int, wanted: int, may_adjust: bool) -> int:
     return min(divisors, key=lambda size: (abs(size - wanted), size))
 
 
+def with_kernels(size: int, arguments: Any) -> Any:
+    """The arguments where `enable_conv` asks for larger kernels too, of `size` where they have none of their own."""
+    conv_dim = size if arguments.enable_conv and arguments.conv_dim is None else arguments.conv_dim
+    return replace(arguments, conv_dim=conv_dim)
+
+
 def settle(rank: int | None, arguments: Any, default: int) -> tuple[int, Any]:
     """(block size, network arguments) as the core of the networks understands them.
 
@@ -78,9 +84,8 @@ def settle(rank: int | None, arguments: Any, default: int) -> tuple[int, Any]:
     if given:
         logger.warning("--network_args %s has no effect: a rotation has no alpha", ", ".join(given))
     size = default if size is None else size
-    conv_dim = size if arguments.enable_conv and arguments.conv_dim is None else arguments.conv_dim
     settled = replace(
-        arguments, conv_dim=conv_dim, only_patterns=arguments.include_patterns, include_patterns=(),
-        conv_alpha=None, block_alphas=None, conv_block_alphas=None,
+        with_kernels(size, arguments), only_patterns=arguments.include_patterns, include_patterns=(), conv_alpha=None,
+        block_alphas=None, conv_block_alphas=None,
     )  # fmt: skip
     return size, settled

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.kinds.blocks import REFUSED, refuse_magnitudes
+from networks.core.kinds.blocks import REFUSED, refuse_magnitudes, with_kernels
 from networks.core.kinds.change import Change, Forward, Leaves, Misfit
 from networks.core.kinds.kind import Door, Kind
 from networks.core.kinds.leaves import ALPHA
@@ -304,8 +304,7 @@ KINDS = (KIND, IN_PIECES, AS_MATRICES)
 def settle(num_blocks: int | None, arguments: Any, default: int) -> tuple[int, Any]:
     """(the number of blocks, network arguments) as the core of the networks understands them."""
     number = default if num_blocks is None else num_blocks
-    conv_dim = number if arguments.enable_conv and arguments.conv_dim is None else arguments.conv_dim
-    return number, replace(arguments, conv_dim=conv_dim)
+    return number, with_kernels(number, arguments)
 
 
 def settle_limit(alpha: float, arguments: Any) -> tuple[float, Any]:
