@@ -5,7 +5,7 @@ Letters: O rows of a weight, N its columns, R rank.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from math import prod
@@ -33,10 +33,18 @@ WORTH_TELLING = 1e-5  # of the norm of a sum: what a LoRA misses beyond rounding
 
 @dataclass(frozen=True)
 class Weighted:
-    """An adapter file and how much of it is merged."""
+    """An adapter file and how much of it is merged, as a whole and of each module."""
 
     file: AdapterFile
     ratio: float
+    strength_of: Callable[[str], float] = lambda name: 1.0  # by the name of the module in any naming
+
+    def ratio_of(self, name: str) -> float:
+        return self.ratio * self.strength_of(name)
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether nothing of a module is merged."""
+        return self.strength_of(name) == 0
 
 
 Terms = Sequence[tuple[ModuleWeights, float]]
@@ -70,6 +78,8 @@ def merge_adapters(
         file = in_kohya_names(adapter.file)
         require_kinds(file, COMPUTED, "merged")
         for name, module in file.modules.items():
+            if adapter.leaves_out(name):
+                continue
             if full.DIFF_B in module.tensors or (module.kind is full.KIND and len(module.shape) == 1):
                 raise UserError(
                     f"{file.origin}: {name} changes a bias or a norm, which no LoRA does; merge it into a checkpoint "
@@ -77,7 +87,7 @@ def merge_adapters(
                 )
             if needs_base(module) and (base is None or ranks is None):
                 raise UserError(refusal(file, module, has_base=base is not None))
-            sums.setdefault(name, []).append((module, adapter.ratio))
+            sums.setdefault(name, []).append((module, adapter.ratio_of(name)))
     if base is not None and not any(needs_base(module) for terms in sums.values() for module, _ in terms):
         logger.warning("--base_model has no effect: what --models add to a weight does not depend on it")
     merged = []

@@ -92,6 +92,8 @@ def merge(args: argparse.Namespace) -> None:
         merge_lora.merge(args)
         return
     ratios = merge_lora.check(args)
+    if args.lbws:
+        raise UserError("--lbws names the blocks of a U-Net, and FLUX.1 has none; leave it out")
     device, save_dtype, dtype = device_of(args.device), dtype_of(args.save_precision), PRECISIONS[args.precision]
     parts = opened_parts(args)
     files = [in_kohya_names(read_adapter(path, "--models")) for path in args.models]

@@ -15,6 +15,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -39,6 +40,7 @@ from networks.core.files.adapter_file import (
 from networks.core.files.module_weights import ModuleWeights, named_twice
 from networks.core.files.renaming import rename
 from networks.core.kinds import norm
+from tools import block_weights
 from tools.base_models import card_for, open_base_model
 from tools.command import (
     PRECISIONS,
@@ -50,7 +52,7 @@ from tools.command import (
     make_parser,
     run,
 )
-from tools.convert_lora import read_adapter
+from tools.convert_lora import card_for_file, read_adapter
 from tools.merge_adapters import Weighted, largest_ranks, merge_adapters, merged_metadata, modelspec, path_of
 
 logger = logging.getLogger(__name__)
@@ -116,7 +118,8 @@ def changes_by_module(base: BaseModel, adapters: Sequence[Weighted]) -> dict[str
                 raise named_twice(adapter.file.origin, found.kohya)
             own[found.kohya] = adapter.file.modules[name]
         for name, module in own.items():
-            changes.setdefault(name, []).append((module, adapter.ratio))
+            if not adapter.leaves_out(name):
+                changes.setdefault(name, []).append((module, adapter.ratio_of(name)))
     return changes
 
 
@@ -242,6 +245,7 @@ def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--models", type=Path, nargs="+", required=True, help="LoRA files of any trainer")
     parser.add_argument("--ratios", type=float, nargs="+", help="strength of each file; unset: 1 for all")
+    parser.add_argument("--lbws", nargs="+", help=block_weights.help_text())
     parser.add_argument("--concat", action="store_true", help="without --sd_model: exact, the ranks add")
     parser.add_argument(
         "--shuffle", action="store_true", help="has no effect: sums are exact or the best approximation"
@@ -304,18 +308,29 @@ def check(args: argparse.Namespace) -> list[float]:
     return ratios
 
 
+def weighted(
+    files: Sequence[AdapterFile], ratios: Sequence[float], lbws: Sequence[str] | None, base: BaseModel | None
+) -> list[Weighted]:
+    """The files with how much of them is merged; --lbws are for the checkpoint's base model, else each file's."""
+    lists = block_weights.parse_lists(lbws, len(files))
+    plain = [Weighted(file, ratio) for file, ratio in zip(files, ratios, strict=True)]
+    if not lists:
+        return plain
+    cards = [card_for_file(file, file.origin) if base is None else card_for(base) for file in files]
+    strengths = map(block_weights.strength_by_block, files, cards, lists)
+    return [replace(one, strength_of=strength) for one, strength in zip(plain, strengths, strict=True)]
+
+
 def merge(args: argparse.Namespace) -> None:
     """Read, merge and write."""
     ratios = check(args)
     device, save_dtype, dtype = device_of(args.device), dtype_of(args.save_precision), PRECISIONS[args.precision]
     files = [read_adapter(path, "--models") for path in args.models]
-    adapters = [Weighted(file, ratio) for file, ratio in zip(files, ratios, strict=True)]
-    if args.sd_model is not None:
-        base = open_base_model("--sd_model", args.sd_model)
+    base = None if args.sd_model is None else open_base_model("--sd_model", args.sd_model)
+    adapters = weighted(files, ratios, args.lbws, base)
+    if base is not None:
         if any(module.pieces for module in base.names.modules):  # diffusers has several modules for one of the base
-            adapters = [
-                Weighted(rename(a.file, base.names, "kohya", keeps_pieces=True).file, a.ratio) for a in adapters
-            ]
+            adapters = [replace(a, file=rename(a.file, base.names, "kohya", keeps_pieces=True).file) for a in adapters]
         num = merge_into_checkpoint(base, adapters, args.save_to, dtype, save_dtype, device, not args.no_metadata)
         print(f"{args.save_to}: {len(adapters)} adapters merged into {num} modules")
         return

@@ -82,6 +82,19 @@ class Reader:
     """Why it refuses a whole file, by its modules (underscored name -> naming); None where it does not."""
 
 
+# --- the strength of an adapter by block ---
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """How lists of block weights speak of a base model: one number for each block that a list of this length names."""
+
+    lists: tuple[tuple[str, ...], ...]  # the names of the blocks, in lists of different lengths
+    block_of: Callable[[str], str | None]
+    """The block of a module by its generic name; None outside of all blocks."""
+    missing: frozenset[str] = frozenset()  # blocks that some list names, but this base model lacks
+
+
 # --- the card ---
 
 ArgumentForm = Literal["rank", "ranks", "blocks", "flag", "word"]
@@ -111,6 +124,7 @@ class ModelCard:
     """(text encoders, denoiser) of a checkpoint as network modules see them, on the meta device."""
     adapter_metadata: Callable[[str, bool], Mapping[str, str]]
     """What an adapter for a checkpoint says of it, by `BaseModel.architecture` and whether it predicts velocity."""
+    block_weights: BlockWeights | None = None  # None where no program gives it lists of them
     script_flag: str = ""  # with which the script trains it
     folders: tuple[str, ...] = ()  # of a diffusers folder with a U-Net, where nothing names its pipeline
     variants: Mapping[str, str] = field(default_factory=dict)  # pattern of names -> what has them, but is not trained

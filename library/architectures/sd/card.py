@@ -6,7 +6,8 @@ from library.architectures.sd.adapters import NAMES, SD2_NAMES, TARGETS
 from library.architectures.sd.assembly import build, metadata
 from library.architectures.sd.load import TITLES
 from library.architectures.sd.merging import open_base_model, seen_by_networks
-from library.checkpoints.model_card import ALL, KOHYA, Certainty, Gap, ModelCard, Reader, Sign
+from library.checkpoints.model_card import ALL, KOHYA, BlockWeights, Certainty, Gap, ModelCard, Reader, Sign
+from library.models.unet.block_weights import BASE, MID, block_of, every_block, side
 from library.models.unet.card import (
     ADAPTED_CLIP,
     ADAPTED_TEXT_INPUT,
@@ -27,6 +28,9 @@ NO_OUTER_LAYERS = Gap(
 PACKED_QKV = Gap(
     KOHYA, r"lora_te_.*_self_attn_[qkv]_proj", "q, k and v of SD 2's text encoder are one matrix in the checkpoint"
 )
+
+WITH_ATTENTION = (BASE, *side("IN", 1, 2, 4, 5, 7, 8), MID, *side("OUT", *range(3, 12)))
+BLOCK_WEIGHTS = BlockWeights((WITH_ATTENTION, every_block()), block_of)
 
 
 def adapter_metadata(is_v2: bool, architecture: str, predicts_velocity: bool) -> dict[str, str]:
@@ -60,6 +64,7 @@ CARDS = (
         open_for_merging=partial(open_base_model, "sd1"),
         seen_by_networks=partial(seen_by_networks, "sd1"),
         adapter_metadata=partial(adapter_metadata, False),
+        block_weights=BLOCK_WEIGHTS,
     ),
     ModelCard(
         name="sd2",
@@ -87,5 +92,6 @@ CARDS = (
         open_for_merging=partial(open_base_model, "sd2"),
         seen_by_networks=partial(seen_by_networks, "sd2"),
         adapter_metadata=partial(adapter_metadata, True),
+        block_weights=BLOCK_WEIGHTS,
     ),
 )

@@ -4,10 +4,17 @@ from library.architectures.sdxl.adapters import NAMES, TARGETS
 from library.architectures.sdxl.assembly import RECIPE, build
 from library.architectures.sdxl.merging import open_base_model, seen_by_networks
 from library.architectures.sdxl.options import SdxlOptions
-from library.checkpoints.model_card import DIFFUSERS, GENERIC, KOHYA, Certainty, ModelCard, Reader, Sign
+from library.checkpoints.model_card import DIFFUSERS, GENERIC, KOHYA, BlockWeights, Certainty, ModelCard, Reader, Sign
+from library.models.unet.block_weights import BASE, MID, block_of, every_block, side
 from library.models.unet.card import ADAPTED_TEXT_INPUT, ADAPTED_UNET, READERS
 
 TEXT_WIDTH = 2048
+
+WITH_ATTENTION = (BASE, *side("IN", 4, 5, 7, 8), MID, *side("OUT", *range(6)))
+OWN_BLOCKS = (BASE, *side("IN", *range(9)), MID, *side("OUT", *range(9)))
+BLOCK_WEIGHTS = BlockWeights(
+    (WITH_ATTENTION, OWN_BLOCKS, every_block()), block_of, missing=frozenset(every_block()) - frozenset(OWN_BLOCKS)
+)
 
 
 def adapter_metadata(architecture: str, predicts_velocity: bool) -> dict[str, str]:
@@ -42,5 +49,6 @@ CARDS = (
         open_for_merging=open_base_model,
         seen_by_networks=seen_by_networks,
         adapter_metadata=adapter_metadata,
+        block_weights=BLOCK_WEIGHTS,
     ),
 )

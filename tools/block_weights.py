@@ -1,0 +1,112 @@
+"""--lbws of the commands that merge: for each adapter file a list of numbers by which the blocks of a U-Net count."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+from library.architectures.cards import list_cards
+from library.checkpoints.model_card import BlockWeights, ModelCard
+from library.errors import UserError
+from networks.core.files.adapter_file import AdapterFile
+
+logger = logging.getLogger(__name__)
+
+
+def help_text() -> str:
+    """What --lbws takes, with the lengths that the base models have."""
+    lengths = [f"{lengths_of(card)} for {card.title}" for card in list_cards() if card.block_weights is not None]
+    return (
+        "a list for each file, such as [1,0,0,1,...]: strength by block, times --ratios, the first number for the text "
+        f"encoders; {', '.join(lengths)}"
+    )
+
+
+def lengths_of(card: ModelCard) -> str:
+    """How many numbers a list of block weights may have."""
+    return " or ".join(str(len(names)) for names in card.block_weights.lists) if card.block_weights else "none"
+
+
+@dataclass(frozen=True)
+class BlockStrength:
+    """How much the modules of one base model count, by the block that they are in; 1 outside of the blocks named."""
+
+    card: ModelCard
+    by_block: dict[str, float]
+
+    def __call__(self, name: str) -> float:
+        block = self.block_of(name)
+        return 1.0 if block is None else self.by_block.get(block, 1.0)
+
+    def block_of(self, name: str) -> str | None:
+        """The block of a module by its name in any naming; None outside of all."""
+        found, lists = self.card.names.find(name), self.card.block_weights
+        assert lists is not None
+        return None if found is None else lists.block_of(found.generic)
+
+
+def parse_lists(texts: Sequence[str] | None, num_files: int) -> list[tuple[float, ...]]:
+    """The lists of --lbws, none where it is not given. Raises UserError unless each file has one."""
+    if not texts:
+        return []
+    if len(texts) != num_files:
+        raise UserError(
+            f"--lbws has {len(texts)} lists, but --models {num_files}; give one for each file, in quotes where it "
+            "has spaces"
+        )
+    return [parse_list(text) for text in texts]
+
+
+def parse_list(text: str) -> tuple[float, ...]:
+    """`[1, 0.5]` or `1,0.5` as numbers."""
+    try:
+        found = json.loads(text if text.strip().startswith("[") else f"[{text}]")
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(is_number(value) for value in found):
+        raise UserError(f'--lbws has "{text}", which is no list of numbers; write it as [1,0,0.5,...]')
+    return tuple(float(value) for value in found)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def strength_by_block(file: AdapterFile, card: ModelCard, numbers: tuple[float, ...]) -> Callable[[str], float]:
+    """How much each module of a file counts, by a list of --lbws.
+
+    Raises UserError where the base model has no such list; what the list does not reach is warned of.
+    """
+    lists = card.block_weights
+    if lists is None:
+        raise UserError(
+            f"--lbws names the blocks of a U-Net, but {file.origin} is for {card.title}, which has none; leave it out"
+        )
+    names = next((names for names in lists.lists if len(names) == len(numbers)), None)
+    if names is None:
+        raise UserError(
+            f"--lbws has a list of {len(numbers)} numbers; {file.origin} is for {card.title}, give {lengths_of(card)}"
+        )
+    strength = BlockStrength(card, dict(zip(names, numbers, strict=True)))
+    if not any(map(strength, file.modules)):
+        raise UserError(f"--lbws leaves out every module of {file.origin}; leave out the file or give other numbers")
+    warn_of_the_rest(file, lists, strength)
+    return strength
+
+
+def warn_of_the_rest(file: AdapterFile, lists: BlockWeights, strength: BlockStrength) -> None:
+    """Say which modules no number of a list reaches, and which numbers no module can have."""
+    blocks = [strength.block_of(name) for name in file.modules]
+    beyond = sorted({block or "outside of all blocks" for block in blocks if block not in strength.by_block})
+    if beyond:
+        num = sum(block not in strength.by_block for block in blocks)
+        logger.warning(
+            "--lbws: %d of the %d modules of %s are in no block that a list of %d names (%s); they keep --ratios",
+            num, len(blocks), file.origin, len(strength.by_block), ", ".join(beyond),
+        )  # fmt: skip
+    in_vain = [block for block, value in strength.by_block.items() if block in lists.missing and value not in (0, 1)]
+    if in_vain:
+        logger.warning(
+            "--lbws: the numbers for %s have no effect, %s lacks these blocks", ", ".join(in_vain), strength.card.title
+        )
