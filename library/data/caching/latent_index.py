@@ -19,7 +19,7 @@ from library.checkpoints.files import atomic_path
 from library.data.caching.latent_files import Expected, LatentFile, judge
 from library.data.caching.npz import DAMAGE, MISSING, Verdict, open_npz
 from library.data.sources import picture_index
-from library.data.sources.picture_index import UNSETTLED, content_stamp, stamp_of
+from library.data.sources.picture_index import UNSETTLED, stamp_of
 from library.data.sources.pictures import Picture
 from library.data.sources.storage import Storage
 
@@ -75,7 +75,7 @@ class VerifiedEntries:
 
     def note_written(self, file: LatentFile) -> None:
         """Remember that this run has just written an entry."""
-        self.written[file.path, file.tail] = content_stamp(os.stat(file.path))
+        self.written[file.path, file.tail] = stamp_of(os.stat(file.path))
 
     def write(self) -> None:
         """Put what is sure beside the pictures. What was written a moment ago may yet change, and is checked again."""

@@ -136,9 +136,9 @@ def wording_lines(subset: ScannedSubset, source: str) -> Iterator[Line]:
 
 def captions_with_names(pictures: Pictures) -> Iterator[int]:
     """The rows whose caption holds the picture's name, other than a word that people would write."""
-    names = map(os.path.basename, pictures.names) if pictures.prefix == "" else iter(pictures.names)
-    pairs = zip(map(str.lower, names), map(str.lower, pictures.captions), strict=True)
-    for row, (name, caption) in enumerate(pairs):
+    names = pictures.names.lowered()
+    files = map(os.path.basename, names) if pictures.prefix == "" else iter(names)
+    for row, (name, caption) in enumerate(zip(files, pictures.captions.lowered(), strict=True)):
         stem = name.rpartition(".")[0]
         if stem in caption and len(stem) >= SHORTEST_STEM and any(sign.isdigit() or sign == "_" for sign in stem):
             yield row

@@ -1,4 +1,4 @@
-"""Many texts without an object for each: their bytes in one array, and where each ends in another."""
+"""Many texts and sizes without an object for each: the bytes of texts in one array, where each ends in another."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,8 @@ from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+from library.data.description.buckets import Size
 
 BLOCK = 16384  # texts that become objects at a time
 ERRORS = "surrogatepass"  # names of files may hold bytes that are no text
@@ -20,7 +22,7 @@ class Texts(Sequence[str]):
     ends: NDArray[np.int64]
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> "Texts":
+    def of(cls, texts: Iterable[str] = ()) -> "Texts":
         """The column of these texts."""
         remaining, parts, lengths = iter(texts), [], []
         while block := list(islice(remaining, BLOCK)):
@@ -58,9 +60,9 @@ class Texts(Sequence[str]):
             start = int(ends[-1])
             text = part.decode(errors=ERRORS)
             if len(text) == len(part):
-                yield from (text[a:b] for a, b in pairwise(edges))
+                yield from [text[a:b] for a, b in pairwise(edges)]
             else:
-                yield from (part[a:b].decode(errors=ERRORS) for a, b in pairwise(edges))
+                yield from [part[a:b].decode(errors=ERRORS) for a, b in pairwise(edges)]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Texts):
@@ -70,9 +72,21 @@ class Texts(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
     @property
+    def has_lines(self) -> bool:
+        """Whether any of the texts has more than one line."""
+        return bool((self.content == ord("\n")).any())
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """The bytes of each text."""
         return np.diff(self.ends, prepend=0)
+
+    def lowered(self) -> "Texts":
+        """The texts in lower case."""
+        content = self.content.tobytes()
+        if content.isascii():
+            return Texts(np.frombuffer(content.lower(), dtype=np.uint8), self.ends)
+        return Texts.of(map(str.lower, self))
 
     def take(self, rows: NDArray[Any]) -> "Texts":
         """The texts at these places, in their order."""
@@ -87,6 +101,34 @@ class Texts(Sequence[str]):
             moved = starts[block] - (ends[block] - lengths[block])
             content[low:high] = self.content[np.arange(low, high) + np.repeat(moved, lengths[block])]
         return Texts(content, ends)
+
+
+@dataclass(frozen=True, eq=False)
+class Sizes(Sequence[Size]):
+    """A column of N sizes: width and height of each."""
+
+    array_N2: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, sizes: Sequence[Size]) -> "Sizes":
+        """The column of these sizes."""
+        return cls(np.array(sizes, dtype=np.int32).reshape(-1, 2))
+
+    def __len__(self) -> int:
+        return len(self.array_N2)
+
+    @overload
+    def __getitem__(self, place: int) -> Size: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Sizes": ...
+    def __getitem__(self, place: int | slice) -> "Size | Sizes":
+        if isinstance(place, slice):
+            return Sizes(self.array_N2[place])
+        width, height = self.array_N2[place].tolist()
+        return width, height
+
+    def __iter__(self) -> Iterator[Size]:
+        return map(tuple, self.array_N2.tolist())
 
 
 def _joined(parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:

@@ -7,6 +7,7 @@ index, or one of another version, costs time and nothing else; so does a folder 
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,30 +23,33 @@ from library.checkpoints.files import atomic_path
 from library.data.batches.threads import in_blocks
 from library.data.caching.npz import DAMAGE, open_npz
 from library.data.description.buckets import Size
+from library.data.sources.columns import Sizes, Texts
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = ".picture_index.npz"  # an ending that front ends expect among pictures
-VERSION = 1
+VERSION = 2
 MIN_FILES = 256  # smaller folders are read in no time and get no index
 SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use, FAT's
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 UNSETTLED = 0  # the stamp of files that may change again without a change of their time
 
 Value = TypeVar("Value")
+Stamps = NDArray[np.int64]
 Read = Callable[[str], tuple[int, Value]]
 """path to (stamp, value)"""
 
 
-def content_stamp(status: os.stat_result) -> int:
-    """One number for size, time of the last edit and time of the last change of any kind."""
-    return hash((status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+def stamp_of(status: os.stat_result, now_ns: float = math.inf) -> int:
+    """One number for size, time of the last edit and time of the last change of any kind.
 
-
-def stamp_of(status: os.stat_result, now_ns: int) -> int:
-    """The same, or UNSETTLED where the last edit is so recent that another one could leave the same time behind."""
-    return UNSETTLED if status.st_mtime_ns > now_ns - SETTLED_NS else content_stamp(status)
+    UNSETTLED where the last edit was so short before `now_ns` that another one could leave the same time behind.
+    """
+    edited_ns = status.st_mtime_ns
+    if edited_ns > now_ns - SETTLED_NS:
+        return UNSETTLED
+    return hash((status.st_size, edited_ns, status.st_ctime_ns))
 
 
 def read_stamped(path: str, num_bytes: int | None = None) -> tuple[os.stat_result, bytes]:
@@ -67,19 +71,27 @@ class Table(Generic[Value]):
     """Files of one kind: a stamp and a value for each name."""
 
     names: list[str] = field(default_factory=list)
-    stamps: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    values: list[Value] = field(default_factory=list)
+    stamps: Stamps = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    values: Sequence[Value] = ()
 
     def equals(self, other: "Table[Value]") -> bool:
         """Whether nothing has to be written; the values belong to the stamps."""
         return self.names == other.names and np.array_equal(self.stamps, other.stamps)
 
-    def known(self, names: list[str], stamps: NDArray[np.int64]) -> list[Value | None]:
-        """The value of each file, None where it is new or edited."""
+    def _are_same(self, stamps: Stamps) -> NDArray[np.bool_]:
+        are_same: NDArray[np.bool_] = (stamps == self.stamps) & (stamps != UNSETTLED)
+        return are_same
+
+    def edited(self, stamps: Stamps) -> list[str]:
+        """The names of the files that are not as they were, given the stamps that all have now."""
+        return [self.names[row] for row in np.flatnonzero(~self._are_same(stamps))]
+
+    def known(self, names: list[str], stamps: Stamps) -> list[Value | None] | None:
+        """The value of each file, None where it is new or edited; None in place of the list where no file is."""
         if names == self.names:
-            same = (stamps == self.stamps) & (stamps != UNSETTLED)
+            same = self._are_same(stamps)
             if same.all():
-                return list(self.values)
+                return None
             return [value if is_same else None for value, is_same in zip(self.values, same.tolist(), strict=True)]
         rows = dict(zip(self.names, zip(self.stamps.tolist(), self.values, strict=True), strict=True))
         found: list[Value | None] = []
@@ -89,18 +101,15 @@ class Table(Generic[Value]):
         return found
 
 
-def look_at(folder: str, names: Sequence[str], num_threads: int) -> NDArray[np.int64]:
+def look_at(folder: str, names: Sequence[str], num_threads: int) -> Stamps:
     """The stamps that files have; UNSETTLED for one that is gone."""
     now_ns = time.time_ns()
 
     def look(block: Sequence[str]) -> list[int]:
-        stamps = []
-        for name in block:
-            try:
-                stamps.append(stamp_of(os.stat(before + name, dir_fd=handle), now_ns))
-            except OSError:
-                stamps.append(UNSETTLED)
-        return stamps
+        try:
+            return [stamp_of(os.stat(before + name, dir_fd=handle), now_ns) for name in block]
+        except OSError:
+            return [UNSETTLED] if len(block) == 1 else [stamp for name in block for stamp in look([name])]
 
     with opened(folder) as (before, handle):
         return np.array(in_blocks(look, names, num_threads), dtype=np.int64)
@@ -123,7 +132,13 @@ def opened(folder: str) -> Iterator[tuple[str, int | None]]:
 
 
 def renewed(
-    table: Table[Value], folder: str, names: list[str], read: Read[Value], num_threads: int, title: str | None
+    table: Table[Value],
+    folder: str,
+    names: list[str],
+    read: Read[Value],
+    num_threads: int,
+    title: str | None,
+    stamps: Stamps | None = None,
 ) -> Table[Value]:
     """The table of these files as they are: what it knows is taken from it, the rest is read."""
 
@@ -134,9 +149,11 @@ def renewed(
         found = in_blocks(read_block, names, num_threads, title)
         stamps = np.array([stamp for stamp, _ in found], dtype=np.int64)
         return Table(names, stamps, [value for _, value in found])
-    stamps = look_at(folder, names, num_threads)
+    stamps = look_at(folder, names, num_threads) if stamps is None else stamps
     known = table.known(names, stamps)
-    unknown = [place for place, value in enumerate(known) if value is None] if None in known else []
+    if known is None:
+        return table
+    unknown = [place for place, value in enumerate(known) if value is None]
     found = in_blocks(read_block, [names[place] for place in unknown], num_threads, title)
     values: Any = known
     for place, (stamp, value) in zip(unknown, found, strict=True):
@@ -151,6 +168,7 @@ class FolderIndex:
     folder: str
     sizes: Table[Size | str] = field(default_factory=Table)  # of a picture that cannot be read: why
     captions: dict[str, Table[str]] = field(default_factory=dict)
+    paired: frozenset[str] = frozenset()  # endings of captions of which every picture has its own, in their order
 
     def replace_with(self, sizes: Table[Size | str], captions: Mapping[str, Table[str]]) -> None:
         """Write the tables as they are now, if anything differs and the folder is large enough to profit."""
@@ -166,11 +184,9 @@ class FolderIndex:
             logger.debug("the index of %s is not written: %s", self.folder, error)
 
 
-def open_index(folder: str, num_pictures: int) -> FolderIndex:
-    """What is known about a folder; nothing where it is small, or where there is no index or a damaged one."""
+def open_index(folder: str) -> FolderIndex:
+    """What is known about a folder; nothing where there is no index or a damaged one."""
     path = Path(folder) / FILE_NAME
-    if num_pictures < MIN_FILES:
-        return FolderIndex(folder)
     try:
         with open_npz(path) as archive:
             return FolderIndex(folder, *read_tables(archive))
@@ -187,42 +203,49 @@ def open_index(folder: str, num_pictures: int) -> FolderIndex:
 def written_tables(sizes: Table[Size | str], captions: Mapping[str, Table[str]]) -> dict[str, Any]:
     """The arrays of the archive. Names are separated by zero bytes, which no name holds; texts have their lengths."""
     sides = [size if isinstance(size, tuple) else (0, 0) for size in sizes.values]
+    paired = [ending for ending, table in captions.items() if table.names == own_captions(sizes.names, ending)]
+    about = {"version": VERSION, "caption_extensions": list(captions), "paired": paired}
     arrays: dict[str, Any] = {
-        "about": _bytes(json.dumps({"version": VERSION, "caption_extensions": list(captions)}).encode()),
+        "about": _bytes(json.dumps(about).encode()),
         "picture_names": _bytes(os.fsencode("\0".join(sizes.names))),
         "picture_stamps": sizes.stamps,
-        "picture_sizes": np.array(sides, dtype=np.int32).reshape(-1, 2),
+        "picture_sizes": Sizes.of(sides).array_N2,
     }
     for number, table in enumerate(captions.values()):
         arrays[f"caption_names_{number}"] = _bytes(os.fsencode("\0".join(table.names)))
         arrays[f"caption_stamps_{number}"] = table.stamps
-        arrays[f"caption_lengths_{number}"] = np.array([len(text) for text in table.values], dtype=np.int32)
-        arrays[f"caption_texts_{number}"] = _bytes("".join(table.values).encode())
+        texts = Texts.of(table.values)
+        arrays[f"caption_lengths_{number}"] = texts.lengths.astype(np.int32)
+        arrays[f"caption_texts_{number}"] = texts.content
     return arrays
 
 
-def read_tables(archive: Mapping[str, Any]) -> tuple[Table[Size | str], dict[str, Table[str]]]:
-    """The tables of an archive; ValueError or another kind of DAMAGE where it is not what `written_tables` gives."""
+def own_captions(pictures: Sequence[str], ending: str) -> list[str]:
+    """The name that the caption file of each picture has."""
+    return [(picture[: picture.rindex(".")] or picture) + ending for picture in pictures]
+
+
+def read_tables(archive: Mapping[str, Any]) -> tuple[Table[Size | str], dict[str, Table[str]], frozenset[str]]:
+    """The fields of a FolderIndex; ValueError or another kind of DAMAGE where they are not what was written."""
     about = json.loads(archive["about"].tobytes())
     if about["version"] != VERSION:
         raise UserError(f"it has version {about['version']}, this program writes {VERSION}")
-    interned: dict[Size, Size] = {}
-    sides = [interned.setdefault(size, size) for size in map(tuple, archive["picture_sizes"].tolist())]
-    sizes = _table(archive["picture_names"], archive["picture_stamps"], sides)
+    sizes = _table(archive["picture_names"], archive["picture_stamps"], Sizes(archive["picture_sizes"].reshape(-1, 2)))
     captions = {}
     for number, extension in enumerate(about["caption_extensions"]):
-        text = archive[f"caption_texts_{number}"].tobytes().decode()
-        ends = np.cumsum(archive[f"caption_lengths_{number}"]).tolist()
-        texts = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        content, lengths = archive[f"caption_texts_{number}"], archive[f"caption_lengths_{number}"]
+        texts = Texts(content, np.cumsum(lengths, dtype=np.int64))
+        if lengths.min(initial=0) < 0 or lengths.sum() != len(content):
+            raise UserError("its texts do not have their lengths")
         captions[extension] = _table(archive[f"caption_names_{number}"], archive[f"caption_stamps_{number}"], texts)
-    return sizes, captions
+    return sizes, captions, frozenset(about["paired"]).intersection(captions)
 
 
 def _bytes(content: bytes) -> NDArray[np.uint8]:
     return np.frombuffer(content, dtype=np.uint8)
 
 
-def _table(names: NDArray[np.uint8], stamps: NDArray[np.int64], values: list[Any]) -> Table[Any]:
+def _table(names: NDArray[np.uint8], stamps: Stamps, values: Sequence[Any]) -> Table[Any]:
     table = Table(os.fsdecode(names.tobytes()).split("\0") if len(names) else [], stamps, values)
     if not len(table.names) == len(table.stamps) == len(table.values):
         raise UserError("its tables do not fit together")

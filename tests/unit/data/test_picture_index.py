@@ -60,7 +60,7 @@ def from_scratch(folder: Path, subset: str = "") -> DataPlan:
     """A build of a copy without an index, put in the folder's place for the time."""
     kept = folder.with_name("kept")
     folder.rename(kept)
-    shutil.copytree(kept, folder, ignore=shutil.ignore_patterns(picture_index.FILE_NAME))
+    shutil.copytree(kept, folder, symlinks=True, ignore=shutil.ignore_patterns(picture_index.FILE_NAME))
     try:
         return build(folder, subset)
     finally:
@@ -147,6 +147,11 @@ EDITS = {
     ),
     "picture deleted": lambda f: (f / "p2.png").unlink(),
     "picture added": lambda f: write_picture(f / "p9.png", (128, 64)),
+    "picture of another kind added": lambda f: (f / "p9.gif").write_bytes(b"GIF89a"),
+    "caption of no picture added": lambda f: (f / "p9.txt").write_text("alone"),
+    "folder in place of a picture": lambda f: ((f / "p2.png").unlink(), (f / "p2.png").mkdir()),
+    "link to nothing in place of a picture": lambda f: ((f / "p2.png").unlink(), (f / "p2.png").symlink_to("gone")),
+    "caption emptied": lambda f: (f / "p1.txt").write_text(""),
     "picture damaged": lambda f: (f / "p2.png").write_bytes(b""),
     "everything touched": lambda f: [path.touch() for path in f.glob("p*")],
     "index cut short": lambda f: spoil(f, lambda content: content[: len(content) // 2]),
@@ -167,8 +172,28 @@ def spoil(folder: Path, change: object) -> None:
     path.write_bytes(change(path.read_bytes()))
 
 
+def give_all_captions(folder: Path) -> None:
+    """Every picture has its own caption file, which is what a folder is recognised by without looking through it."""
+    (folder / "wide.txt").write_text("one, two")
+    age(folder)
+
+
+def test_a_folder_whose_files_are_known_is_not_looked_through(folder, opened, monkeypatch):
+    give_all_captions(folder)
+    first = fields_of(build(folder))
+    opened.clear()
+    (folder / "p2.txt").write_text("another")
+    assert fields_of(build(folder)) != first
+    monkeypatch.setattr(scan, "look_into", None)
+    build(folder)
+    assert set(opened) == {"p2.txt"}
+
+
+@pytest.mark.parametrize("all_have_captions", [False, True])
 @pytest.mark.parametrize("edit", EDITS.values(), ids=list(EDITS))
-def test_every_kind_of_edit_is_noticed(folder, edit):
+def test_every_kind_of_edit_is_noticed(folder, edit, all_have_captions):
+    if all_have_captions:
+        give_all_captions(folder)
     before = fields_of(build(folder))
     edit(folder)
     after = fields_of(build(folder))
@@ -210,7 +235,7 @@ def test_an_index_of_another_version_is_made_again(folder, monkeypatch, opened):
     monkeypatch.undo()
     monkeypatch.setattr(picture_index, "MIN_FILES", 1)
     build(folder)
-    assert picture_index.open_index(str(folder), 5).sizes.names
+    assert picture_index.open_index(str(folder)).sizes.names
 
 
 @pytest.mark.skipif(os.name == "nt", reason="folders cannot be read-only there")
