@@ -82,7 +82,7 @@ def main() -> None:
     from library.data.batches.batches import to_pixels
     from library.data.caching.latents import cache_latents, decode, plan_jobs
     from library.data.description.plan import DataPlan, build_plan
-    from library.data.sources.picture_index import SETTLED_NS
+    from library.data.sources.folders.picture_index import SETTLED_NS
     from library.models.vae.latents import KlLatents
     from library.options.train import TrainOptions
 

@@ -76,8 +76,8 @@ def build_index(folder: Path, count: int) -> None:
     import pyarrow.parquet as parquet
 
     from library.data.description.schema import load_dataset_config
-    from library.data.sources.indexed import described_files, index_path
-    from library.data.sources.shard_index import ABOUT, schema_of_rows
+    from library.data.sources.shards.indexed import described_files, index_path
+    from library.data.sources.shards.shard_index import ABOUT, schema_of_rows
     from library.data.sources.storage import Storage
 
     num_files = -(-count // 1000)

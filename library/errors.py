@@ -1,6 +1,6 @@
-"""The one error that is shown to the user as a sentence."""
+"""The one error that is shown to the user as a sentence, and how such a sentence names many things."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -23,3 +23,10 @@ def needing(what: str) -> Iterator[None]:
         yield
     except NotThere as error:
         raise UserError(f"{what}: {error}") from error
+
+
+def few(paths: Iterable[str], limit: int = 5, count: int | None = None) -> str:
+    """The first few of many, for messages; `count` says how many there are where `paths` has not all."""
+    listed = paths if isinstance(paths, Sequence) else list(paths)
+    count = len(listed) if count is None else count
+    return ", ".join(listed[:limit]) + (f" and {count - limit} more" if count > limit else "")

@@ -38,7 +38,7 @@ from library.data.description.schema import (  # noqa: E402
 from library.data.sources.collect import collect, collect_subset  # noqa: E402
 from library.data.sources.names import safe_name  # noqa: E402
 from library.data.sources.pictures import Picture  # noqa: E402
-from library.data.sources.scan import ScannedSubset  # noqa: E402
+from library.data.sources.scanned import ScannedSubset  # noqa: E402
 from library.data.sources.storage import Storage  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from library.checkpoints.quantised import times, turn_regularly
 from library.checkpoints.weights import FromFiles, Weights
-from library.errors import NotThere, UserError
+from library.errors import NotThere, UserError, few
 from library.memory.devices import channels_last_where_it_fits
 from library.memory.forms.form import AS_IN_FILE, AsInFile, AsRead, WantedForm
 from library.memory.forms.named import FORMS
@@ -27,7 +27,6 @@ from library.models.shapes import shape_of
 
 logger = logging.getLogger(__name__)
 
-NUM_NAMES_SHOWN = 5
 BYTES_IN_CACHE = 1 << 19
 
 
@@ -88,13 +87,13 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Wa
     if missing:
         raise UserError(
             f"{weights.origin} is incomplete: {len(missing)} of the {len(wanted)} weights of "
-            f"{type(model).__name__} are missing: {first_names(missing)}"
+            f"{type(model).__name__} are missing: {few(missing)}"
         )
     unknown = [name for name in weights.shapes if name not in wanted and not name.endswith("position_ids")]
     if unknown:
         logger.warning(
             "%s has %d weights that %s does not know, they are not used: %s",
-            weights.origin, len(unknown), type(model).__name__, first_names(unknown),
+            weights.origin, len(unknown), type(model).__name__, few(unknown),
         )  # fmt: skip
     wrong = [name for name, tensor in wanted.items() if not same_matrix(weights.shapes[name], tuple(tensor.shape))]
     if wrong:
@@ -193,8 +192,3 @@ def read_number(weights: Weights, name: str, wanted: Tensor) -> Tensor:
 def same_matrix(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Equal shapes, a 1x1 convolution counting as the matrix it is."""
     return a == b or (prod(a) == prod(b) and a[:2] == b[:2] and len(a) != len(b) and set(a[2:] + b[2:]) == {1})
-
-
-def first_names(names: list[str]) -> str:
-    more = len(names) - NUM_NAMES_SHOWN
-    return ", ".join(names[:NUM_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

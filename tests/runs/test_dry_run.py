@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from library.data.caching import latents
-from library.data.sources import picture_index
+from library.data.sources.folders import picture_index
 from library.training.run import loop
 from tests.running import Finished, make_pictures
 

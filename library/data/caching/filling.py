@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 
 from library.data.batches.threads import in_blocks
 from library.data.caching.npz import MISSING, CacheWords, Verdict, clear_left_overs
-from library.data.sources.scan import few
+from library.errors import few
 from library.processes import Processes
 
 logger = logging.getLogger(__name__)

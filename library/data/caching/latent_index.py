@@ -18,8 +18,8 @@ import numpy as np
 from library.checkpoints.files import atomic_path
 from library.data.caching.latent_files import Expected, LatentFile, judge
 from library.data.caching.npz import DAMAGE, MISSING, Verdict, open_npz
-from library.data.sources import picture_index
-from library.data.sources.picture_index import UNSETTLED, stamp_of
+from library.data.sources.folders import picture_index
+from library.data.sources.folders.picture_index import UNSETTLED, stamp_of
 from library.data.sources.pictures import Picture
 from library.data.sources.storage import Storage
 

@@ -32,9 +32,8 @@ from library.data.description.buckets import Shape
 from library.data.description.plan import DataPlan
 from library.data.sources.pictures import Version
 from library.data.sources.samples import Sample, stand_in
-from library.data.sources.scan import few
 from library.data.sources.storage import Storage
-from library.errors import NotThere, UserError, needing
+from library.errors import NotThere, UserError, few, needing
 from library.options.caching import CachingOptions
 from library.processes import ALONE, Processes
 from library.progress import progress_bar

@@ -18,7 +18,8 @@ from library.data.description.captions import fullest_captions, has_nested_wildc
 from library.data.description.folder_audit import folder_lines
 from library.data.sources.pictures import Pictures
 from library.data.sources.samples import Draws, Samples, duplicated_stems
-from library.data.sources.scan import ScannedDataset, ScannedSubset, few
+from library.data.sources.scanned import ScannedDataset, ScannedSubset
+from library.errors import few
 
 MOST_COUNTED_AT_START = 2000  # captions; a fifth of a second of tokenizing
 COUNTED_AT_ONCE = 16

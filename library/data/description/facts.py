@@ -10,7 +10,7 @@ from library.data.description.buckets import BucketRules
 from library.data.description.summary import TagFrequency
 from library.data.sources.columns import Texts
 from library.data.sources.samples import Draws
-from library.data.sources.scan import ScannedDataset, ScannedSubset
+from library.data.sources.scanned import ScannedDataset, ScannedSubset
 
 MOST_NAMED = 100  # pictures that are left out
 MOST_TAGS = 50

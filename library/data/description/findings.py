@@ -7,8 +7,8 @@ from library.data.description.buckets import Size
 from library.data.description.looks import Look, groups_of, look_at_all, similar_pairs
 from library.data.sources.pictures import Picture
 from library.data.sources.samples import Sample
-from library.data.sources.scan import few
 from library.data.sources.storage import Storage
+from library.errors import few
 
 MOST_BITS = 6  # of 64: copies of another size or quality, or with an edge cut off, differ in so few, others in 20
 BLURRED = 15.0  # variance of the Laplacian; a blur of 2 pixels leaves 5, sharp pictures have 50 and far more

@@ -7,8 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from library.data.batches.images import picture_extensions
+from library.data.sources.folders.listing import CAPTION_ENDINGS
 from library.data.sources.pictures import Pictures
-from library.data.sources.scan import CAPTION_ENDINGS, ScannedSubset, few
+from library.data.sources.scanned import ScannedSubset
+from library.errors import few
 
 MOST_COMPARED = 20_000  # pictures; looking for equal ones reads their sizes from the disk
 MOST_VISITED = 2_000  # folders, where pictures are looked for deeper down

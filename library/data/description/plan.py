@@ -22,7 +22,7 @@ from library.data.description.summary import TagFrequency, dataset_metadata, tag
 from library.data.description.validation_split import Split, split_datasets, unchanging
 from library.data.sources.collect import collect
 from library.data.sources.samples import Draws, Sample, Samples, build_draws, build_samples, check_pictures, fixed_shape
-from library.data.sources.scan import ScannedDataset
+from library.data.sources.scanned import ScannedDataset
 from library.data.sources.storage import Storage
 from library.errors import UserError
 from library.options.train import TrainOptions

@@ -17,7 +17,7 @@ import numpy as np
 from library.data.description.audit import Line
 from library.data.description.schema import SubsetConfig
 from library.data.sources.pictures import END_BYTES, Picture, digest_of_ends
-from library.data.sources.scan import ScannedDataset, ScannedSubset
+from library.data.sources.scanned import ScannedDataset, ScannedSubset
 from library.errors import UserError
 from library.randomness import stream_seed
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from library.data.description.buckets import Size
 from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig
-from library.data.sources.indexed import collect_indexed
-from library.data.sources.scan import ScannedDataset, ScannedSubset, collect_files
+from library.data.sources.folders.scan import collect_files
+from library.data.sources.scanned import ScannedDataset, ScannedSubset
+from library.data.sources.shards.indexed import collect_indexed
 from library.data.sources.storage import Storage
 
 logger = logging.getLogger(__name__)

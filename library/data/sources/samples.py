@@ -20,8 +20,8 @@ from library.data.description.buckets import BucketRules, Shape, Size, assign_sh
 from library.data.description.folder_audit import pictures_below
 from library.data.description.schema import DatasetConfig, NoDataFound, SubsetConfig
 from library.data.sources.pictures import Picture, Pictures, in_blocks
-from library.data.sources.scan import ScannedDataset, ScannedSubset, few
-from library.errors import UserError
+from library.data.sources.scanned import ScannedDataset, ScannedSubset
+from library.errors import UserError, few
 
 logger = logging.getLogger(__name__)
 

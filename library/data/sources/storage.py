@@ -10,12 +10,12 @@ from glob import glob
 from typing import Any
 
 from library.data.description.schema import without_secrets
-from library.data.sources import remote
-from library.data.sources.disk_cache import DiskCache
 from library.data.sources.names import folder_name, safe_name, short_digest
-from library.data.sources.parquet_files import KeptGroups, ParquetRows
 from library.data.sources.pictures import FileStamp, Picture, Place, Version, digest_of
-from library.data.sources.ranges import RangeFile, Window
+from library.data.sources.shards import remote
+from library.data.sources.shards.disk_cache import DiskCache
+from library.data.sources.shards.parquet_files import KeptGroups, ParquetRows
+from library.data.sources.shards.ranges import RangeFile, Window
 from library.errors import UserError
 
 CHUNK_BYTES = 5120  # a picture's end, the header behind it, and the beginning of the next one

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from library.data.batches.validation_set import ValidationSet
-from library.data.sources.scan import few
+from library.errors import few
 from library.options.averaging import FILES, VALIDATION
 from library.options.train import TrainOptions
 from library.options.validation import ValidationOptions

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from library.errors import UserError
+from library.errors import UserError, few
 from library.training.optimization.nonfinite_trace import first_damage
 from library.training.run.plan import Window
 from library.training.run.run import Run
@@ -90,8 +90,7 @@ class NonFiniteGuard:
             if self.run.options.faults.trace_nonfinite and not self.was_traced:
                 trace = first_damage(self.run, batch, number, window.step)
                 self.was_traced = True
-        more = f" and {len(samples) - MAX_NAMED} more" if len(samples) > MAX_NAMED else ""
-        told = f"step {window.step + 1}: {what}; pictures: {', '.join(samples[:MAX_NAMED])}{more}"
+        told = f"step {window.step + 1}: {what}; pictures: {few(samples, MAX_NAMED)}"
         return told if trace is None else f"{told}; {trace}"
 
     def redraw(self, window: Window, place: int) -> Batch:

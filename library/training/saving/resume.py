@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 
 from library.checkpoints.files import remove_temporary
 from library.checkpoints.folders import tidy
-from library.data.sources.scan import few
-from library.errors import UserError
+from library.errors import UserError, few
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.training.command_line.config_file import SECRETS

@@ -15,7 +15,7 @@ from library.data.description.schema import DatasetConfig, SubsetConfig
 from library.data.sources.columns import BLOCK, Texts
 from library.data.sources.pictures import Picture, Pictures, Place, Places
 from library.data.sources.samples import Sample, build_draws, build_samples
-from library.data.sources.scan import ScannedDataset, ScannedSubset
+from library.data.sources.scanned import ScannedDataset, ScannedSubset
 from library.randomness import random_for
 from tests.unit.data.builders import plan_of, write_config, write_folder
 

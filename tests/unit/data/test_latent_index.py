@@ -9,7 +9,7 @@ import pytest
 
 from library.data.caching import latent_index
 from library.data.caching.npz import Verdict
-from library.data.sources import picture_index
+from library.data.sources.folders import picture_index
 from tests.unit.data.test_cache import (
     cache,
     edit_picture,

@@ -10,8 +10,8 @@ from PIL import Image
 
 from library.data.batches.threads import BLOCK, in_blocks
 from library.data.description.plan import DataPlan
-from library.data.sources import picture_index, scan
-from library.data.sources.scan import ScannedSubset
+from library.data.sources.folders import picture_index, reading, scan
+from library.data.sources.scanned import ScannedSubset
 from tests.unit.data.builders import plan_of, write_config, write_folder, write_picture
 
 LONG_AGO = 1_500_000_000
@@ -72,13 +72,13 @@ def from_scratch(folder: Path, subset: str = "") -> DataPlan:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of files that are read."""
     names: list[str] = []
-    read_stamped = scan.read_stamped
+    read_stamped = reading.read_stamped
 
-    def reading(path: str, num_bytes: int | None = None) -> tuple[os.stat_result, bytes]:
+    def noted(path: str, num_bytes: int | None = None) -> tuple[os.stat_result, bytes]:
         names.append(os.path.basename(path))
         return read_stamped(path, num_bytes)
 
-    monkeypatch.setattr(scan, "read_stamped", reading)
+    monkeypatch.setattr(reading, "read_stamped", noted)
     return names
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from library.data.caching.latents import cache_latents
-from library.data.sources import remote
-from library.data.sources.disk_cache import DiskCache
-from library.data.sources.indexing import HEAD_BYTES
+from library.data.sources.shards import remote
+from library.data.sources.shards.disk_cache import DiskCache
+from library.data.sources.shards.indexing import HEAD_BYTES
 from library.data.sources.storage import REMOTE_CHUNK_BYTES, Storage
 from library.errors import UserError
 from library.options.caching import CachingOptions

@@ -11,7 +11,7 @@ from PIL import Image
 from library.data.batches.images import read_size
 from library.data.description.schema import NoDataFound, load_dataset_config
 from library.data.sources.collect import collect
-from library.data.sources.scan import ScannedSubset
+from library.data.sources.scanned import ScannedSubset
 from tests.unit.data.builders import options_of, plan_of, write_config, write_folder, write_picture
 
 
@@ -159,7 +159,8 @@ def test_the_folder_cache_has_the_layout_of_sd_scripts_and_is_used(tmp_path, mon
     assert {path: (entry["caption"], entry["resolution"]) for path, entry in entries.items()} == {
         f"{tmp_path.as_posix()}/pictures/p{i}.png": (f"x {i}", [64, 64]) for i in range(2)
     }
-    monkeypatch.setattr("library.data.sources.scan.read_size", lambda path: pytest.fail(f"{path} was opened"))
+    reader = "library.data.sources.folders.reading.read_size"
+    monkeypatch.setattr(reader, lambda path: pytest.fail(f"{path} was opened"))
     assert scan(tmp_path, FOLDER + "cache_info = true").pictures == first.pictures
 
 

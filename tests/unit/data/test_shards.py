@@ -11,10 +11,11 @@ import pytest
 
 from library.data.batches.training_data import open_batches
 from library.data.caching.latents import cache_latents
-from library.data.sources import indexed, shard_index, storage
-from library.data.sources.ranges import Window
+from library.data.sources import storage
+from library.data.sources.shards import indexed, shard_index
+from library.data.sources.shards.ranges import Window
+from library.data.sources.shards.tar_files import Member, members_of
 from library.data.sources.storage import expanded
-from library.data.sources.tar_files import Member, members_of
 from library.errors import UserError
 from library.options.caching import CachingOptions
 from tests.unit.data.builders import (

@@ -11,7 +11,7 @@ import pytest
 
 from library.checkpoints import model_lookup, weights
 from library.data.description.schema import load_dataset_config
-from library.data.sources.metadata_file import read_metadata
+from library.data.sources.folders.metadata_file import read_metadata
 from library.errors import UserError
 from library.options.config_file import read_toml
 from library.training.evaluation.prompts import read_prompts
@@ -41,6 +41,6 @@ def test_the_option_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
 
     monkeypatch.setattr(Path, "read_bytes", refused)
     monkeypatch.setattr(weights, "refuse_stranger", refused)
-    monkeypatch.setattr("library.data.sources.metadata_file.open", refused, raising=False)
+    monkeypatch.setattr("library.data.sources.folders.metadata_file.open", refused, raising=False)
     with pytest.raises(UserError, match=rf"{flag} .*{file} cannot be read: Permission denied; change its rights"):
         read(path)

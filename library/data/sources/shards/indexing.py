@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from library.data.batches.images import picture_extensions, read_size
 from library.data.description.buckets import Size
-from library.data.sources.image_headers import HEAD_BYTES, plain_size
+from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
 from library.data.sources.pictures import END_BYTES, digest_of, digest_of_ends
-from library.data.sources.ranges import RangeFile, Window
-from library.data.sources.tar_files import Member, members_of
+from library.data.sources.shards.ranges import RangeFile, Window
+from library.data.sources.shards.tar_files import Member, members_of
 from library.errors import UserError
 
 CAPTION_FIELDS = ("caption", "text", "prompt")  # of a .json member, where caption_column does not say

@@ -1,0 +1,87 @@
+"""From metadata files to pictures: paths, captions, sizes."""
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+
+from library.data.description.buckets import Size
+from library.data.description.captions import CaptionRules
+from library.data.description.schema import SubsetConfig
+from library.data.sources.columns import Texts
+from library.data.sources.folders.listing import look_into
+from library.data.sources.folders.metadata_file import MetadataEntry, read_metadata
+from library.data.sources.folders.picture_index import (
+    open_index,
+    renewed,
+)
+from library.data.sources.folders.reading import size_of
+from library.data.sources.scanned import Listing
+
+
+def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
+    """The pictures that a metadata file names."""
+    listing = Listing(config)
+    listings: dict[str, dict[str, str]] = {}
+    captions: list[str] = []
+    tags: list[str] = []
+    for key, entry in read_metadata(config.metadata_file or ""):
+        path = find_picture(key, config.image_dir, listings)
+        if path is None:
+            listing.dropped.append(
+                (key, "there is no such picture" + (f" in {config.image_dir}" if config.image_dir else ""))
+            )
+            continue
+        caption = combined_caption(entry, config.captions)
+        if entry.caption is None and entry.tags is None:
+            listing.without_caption.append(path)
+        elif not caption:
+            listing.empty_caption.append(path)
+        listing.names.append(path)
+        captions.append(caption)
+        tags.append(entry.tags or "")
+    listing.captions, listing.tags = Texts.of(captions), tags
+    listing.sizes = sizes_anywhere(
+        listing.names, num_threads, f"reading sizes of {config.base_name}", config.keeps_index
+    )
+    return listing
+
+
+def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_index: bool) -> list[Size | str]:
+    """The sizes of pictures that may lie in several folders, from the indices of those with many."""
+    by_folder: dict[str, list[str]] = defaultdict(list)
+    for path in dict.fromkeys(paths):
+        by_folder[os.path.dirname(path)].append(os.path.basename(path))
+    sizes: dict[str, Size | str] = {}
+    for folder, names in by_folder.items():
+        names.sort()
+        index = open_index(folder or ".")
+        table = renewed(index.sizes, folder or ".", names, size_of, num_threads, title)
+        if keeps_index:
+            index.replace_with(table, index.captions)
+        sizes.update((os.path.join(folder, name), size) for name, size in zip(names, table.values, strict=True))
+    return [sizes[os.path.join(*os.path.split(path))] for path in paths]
+
+
+def find_picture(key: str, image_dir: str | None, listings: dict[str, dict[str, str]]) -> str | None:
+    """A metadata key's file: a path with or without ending, absolute or below image_dir (else the working folder)."""
+    path = key if os.path.isabs(key) else os.path.join(image_dir or "", key)
+    if os.path.isfile(path):
+        return path
+    folder, name = os.path.split(path)
+    if folder not in listings:
+        pictures = look_into(folder or ".").pictures if os.path.isdir(folder or ".") else []
+        listings[folder] = {}
+        for picture in pictures:
+            listings[folder].setdefault(os.path.splitext(picture)[0], os.path.join(folder, picture))
+    return listings[folder].get(name)
+
+
+def combined_caption(entry: MetadataEntry, rules: CaptionRules) -> str:
+    """Caption and tags of a metadata entry; with enable_wildcard the tags are added to every caption line."""
+    lines = [line.strip() for line in (entry.caption or "").splitlines() if line.strip()]
+    if not rules.enable_wildcard:
+        lines = lines[:1]
+    tags = (entry.tags or "").strip().replace("\n", rules.caption_separator)
+    if tags:
+        lines = [f"{line}{rules.caption_separator}{tags}" for line in lines] or [tags]
+    return "\n".join(lines)

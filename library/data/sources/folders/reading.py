@@ -1,0 +1,87 @@
+"""The size of a picture and the caption in a file, each with the stamp of what it was read from. Nothing is decoded."""
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+
+from library.data.batches.images import read_size
+from library.data.description.buckets import Size
+from library.data.description.captions import CaptionRules
+from library.data.sources.columns import Texts
+from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
+from library.data.sources.folders.picture_index import (
+    UNSETTLED,
+    read_stamped,
+    stamp_of,
+)
+from library.errors import UserError, few
+from library.options.encodings import likely_encoding, not_utf8
+
+MOST_CAPTION_BYTES = 1 << 20  # counting the tokens of ten times as much takes a minute
+
+
+class NotUtf8(UserError):
+    """A caption file in another encoding."""
+
+
+def check_encodings(folder: str, names: Iterable[str]) -> None:
+    """Raise UserError naming all caption files that are not UTF-8, with the encoding that fits each."""
+    wrong = []
+    for name in names:
+        try:
+            read_caption(os.path.join(folder, name))
+        except NotUtf8 as error:
+            wrong.append((name, likely_encoding(read_stamped(os.path.join(folder, name))[1]) or "no encoding fits"))
+            first = error
+    if len(wrong) == 1:
+        raise first
+    if wrong:
+        listed = few([f"{name} ({encoding})" for name, encoding in wrong], 20)
+        raise UserError(
+            f"{len(wrong)} caption files in {folder} are not UTF-8; save them as UTF-8. The encoding that fits each: "
+            f"{listed}"
+        )
+
+
+def read_caption(path: str) -> tuple[int, str]:
+    """(stamp, lines of a caption file, each stripped); ValueError names a file that cannot be read."""
+    try:
+        status, content = read_stamped(path)
+        if len(content) > MOST_CAPTION_BYTES:
+            raise UserError(
+                f"the caption file {path} has {len(content) / 1e6:.1f} MB; no caption is that long, so it seems to be "
+                "another kind of file: put it elsewhere, or set another caption_extension"
+            )
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise NotUtf8(f"the caption file {path} {not_utf8(content, error)}") from None
+    except OSError as error:
+        raise UserError(f"the caption file {path} cannot be read: {error.strerror}") from None
+    lines = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return stamp_of(status, time.time_ns()), "\n".join([line.strip() for line in lines]).rstrip("\n")
+
+
+def size_of(path: str) -> tuple[int, Size | str]:
+    """(stamp, size of a picture); in place of the size the reason why there is none."""
+    try:
+        status, head = read_stamped(path, HEAD_BYTES)
+        size = plain_size(head, status.st_size) or read_size(path)
+    except (ValueError, OSError) as error:
+        return UNSETTLED, str(error).removeprefix(path).strip() or "unknown"
+    return stamp_of(status, time.time_ns()), size
+
+
+def caption_of(text: str, rules: CaptionRules) -> str:
+    """The caption in the stripped lines of a file: the first, or with enable_wildcard every one that is not blank."""
+    if "\n" not in text:
+        return text
+    if rules.enable_wildcard:
+        return "\n".join(line for line in text.split("\n") if line)
+    return text.partition("\n")[0]
+
+
+def captions_of(texts: Sequence[str], rules: CaptionRules) -> Texts:
+    """The column of captions in the texts of files."""
+    if isinstance(texts, Texts) and not texts.has_lines:
+        return texts
+    return Texts.of(caption_of(text, rules) for text in texts)

@@ -1,0 +1,173 @@
+"""From folders to pictures: paths, captions, sizes. Nothing is decoded."""
+
+import logging
+import os
+from collections.abc import Sequence
+
+from library.data.batches.threads import in_blocks
+from library.data.description.buckets import Size
+from library.data.description.schema import SubsetConfig
+from library.data.sources.columns import Texts
+from library.data.sources.folders.folder_cache import CacheRow, FolderCache, fingerprint
+from library.data.sources.folders.listing import Folder, look_again, look_into
+from library.data.sources.folders.metadata_listing import list_metadata
+from library.data.sources.folders.picture_index import (
+    FolderIndex,
+    Table,
+    open_index,
+    own_captions,
+    renewed,
+)
+from library.data.sources.folders.reading import (
+    NotUtf8,
+    caption_of,
+    captions_of,
+    check_encodings,
+    read_caption,
+    size_of,
+)
+from library.data.sources.scanned import Listing, ScannedSubset
+from library.errors import UserError, few
+from library.options.config_file import BACKSLASH_HINT
+
+logger = logging.getLogger(__name__)
+
+
+def collect_files(config: SubsetConfig, num_threads: int) -> ScannedSubset:
+    """The pictures of a folder or of a metadata file, in the order of their paths."""
+    if config.style == "metadata":
+        listing = list_metadata(config, num_threads)
+    else:
+        listing = list_folder(config, num_threads)
+    if config.style == "masked":
+        add_masks(listing)
+    return listing.found()
+
+
+def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
+    """The pictures of image_dir with their captions and sizes, from the folder's index where that is still true."""
+    folder = config.image_dir or ""
+    listing = Listing(config)
+    if not os.path.isdir(folder):
+        escaped = any(character < " " for character in folder)  # "C:\\train" in TOML has a tab in it
+        hint = f": {BACKSLASH_HINT}" if escaped else ""
+        logger.warning("image_dir %s is not a folder%s", repr(folder) if escaped else folder, hint)
+        return listing
+    index = FolderIndex(folder) if config.cache_info else open_index(folder)
+    files: Sequence[str | None]
+    if inside := look_again(index, config.caption_extension, num_threads):
+        files = index.captions[config.caption_extension].names
+    else:
+        inside = look_into(folder, config.caption_extension)
+        files = caption_files(folder, inside, config.caption_extension)
+    listing.names, listing.dropped, listing.aside = inside.pictures, inside.dropped, inside.aside
+    listing.alone = sorted(inside.captions.difference(files))
+    try:
+        if config.cache_info:
+            texts = read_with_cache(listing, files, num_threads)
+        else:
+            texts = read_with_index(listing, index, inside, files, num_threads)
+    except NotUtf8:
+        check_encodings(folder, (file for file in files if file is not None))
+        raise
+    listing.captions = captions_of(texts, config.captions)
+    if None in files or not listing.captions.lengths.all():
+        note_missing(listing, files)
+    return listing
+
+
+def note_missing(listing: Listing, files: Sequence[str | None]) -> None:
+    """Put class_tokens in the place of captions without a file, and list what is missing or empty."""
+    captions = list(listing.captions)
+    for place, (path, file) in enumerate(zip(listing.paths, files, strict=True)):
+        if file is None:
+            captions[place] = listing.config.class_tokens or ""
+            listing.without_caption.append(path)
+        elif not captions[place]:
+            listing.empty_caption.append(path)
+    listing.captions = Texts.of(captions)
+
+
+def caption_files(folder: str, inside: Folder, extension: str) -> Sequence[str | None]:
+    """The name of each picture's caption file; None where there is none."""
+    own = own_captions(inside.pictures, extension)
+    if inside.captions.issuperset(own):
+        return own
+    return [name if name in inside.captions else other_caption_file(folder, name, extension) for name in own]
+
+
+def other_caption_file(folder: str, own: str, extension: str) -> str | None:
+    """The caption file of a picture whose own is not in the listing of the folder."""
+    names, stem = [own], own.removesuffix(extension)  # a file system may find the first, spelt in another way
+    if stem.count("_") >= 4:  # face detection names its cuttings `..._cx_cy_w_h`
+        names.append(stem.rsplit("_", 4)[0] + extension)
+    return next((name for name in names if os.path.isfile(os.path.join(folder, name))), None)
+
+
+def read_with_index(
+    listing: Listing, index: FolderIndex, inside: Folder, files: Sequence[str | None], num_threads: int
+) -> Sequence[str]:
+    """Fill in sizes and give the text of each picture's caption file, from the index of the folder and the files."""
+    config, folder = listing.config, index.folder
+    names = list(dict.fromkeys(file for file in files if file is not None))
+    known_captions = index.captions.get(config.caption_extension, Table())
+    captions = renewed(known_captions, folder, names, read_caption, num_threads, None, inside.stamps[1])
+    title = f"reading sizes of {config.base_name}"
+    sizes = renewed(index.sizes, folder, inside.pictures, size_of, num_threads, title, inside.stamps[0])
+    if config.keeps_index:
+        index.replace_with(sizes, index.captions | {config.caption_extension: captions})
+    listing.sizes = sizes.values
+    if len(names) == len(files):
+        return captions.values
+    texts: dict[str | None, str] = dict(zip(names, captions.values, strict=True))
+    return [texts.get(file, "") for file in files]
+
+
+def read_with_cache(listing: Listing, files: Sequence[str | None], num_threads: int) -> Sequence[str]:
+    """The same from sd-scripts' metadata_cache.json, which is written anew."""
+    config, paths = listing.config, listing.paths
+    cache = FolderCache.open(config)
+
+    def read(block: Sequence[int]) -> list[CacheRow]:
+        return [cached_or_read(cache, config, paths[place], files[place]) for place in block]
+
+    rows = in_blocks(read, range(len(paths)), num_threads, f"reading sizes of {config.base_name}")
+    if config.keeps_index:
+        cache.write(row for row in rows if not isinstance(row[2], str))
+    listing.sizes = [row[2] for row in rows]
+    return [row[1] for row in rows]
+
+
+def cached_or_read(cache: FolderCache, config: SubsetConfig, path: str, file: str | None) -> CacheRow:
+    """Path, caption, size and what both were read from, of one picture and its caption file."""
+    caption_path = None if file is None else os.path.join(config.image_dir or "", file)
+    picture_print = fingerprint(path)
+    caption_print = None if caption_path is None else fingerprint(caption_path)
+    known = cache.lookup(path, picture_print, caption_print)
+    size: Size | str
+    if known is None:
+        text = "" if caption_path is None else caption_of(read_caption(caption_path)[1], config.captions)
+        size = size_of(path)[1]
+    else:
+        text, size = known
+    return path, config.class_tokens or "" if file is None else text, size, picture_print, caption_print
+
+
+def add_masks(listing: Listing) -> None:
+    """Find the mask of every picture; ValueError names those without one and masks without a picture."""
+    folder = listing.config.conditioning_data_dir or ""
+    if not os.path.isdir(folder):
+        raise UserError(f"conditioning_data_dir {folder} is not a folder")
+    masks: dict[str, str] = {}
+    for name in look_into(folder).pictures:
+        masks.setdefault(os.path.splitext(name)[0], os.path.join(folder, name))
+    stems = [os.path.splitext(os.path.basename(path))[0] for path in listing.paths]
+    missing = [path for path, stem in zip(listing.paths, stems, strict=True) if stem not in masks]
+    if missing:
+        raise UserError(f"{len(missing)} pictures have no mask in {folder}: {few(missing)}")
+    surplus = [masks[stem] for stem in sorted(masks.keys() - set(stems))]
+    if surplus:
+        raise UserError(
+            f"{len(surplus)} masks in {folder} belong to no picture of {listing.config.image_dir}: {few(surplus)}"
+        )
+    listing.masks = [masks[stem] for stem in stems]

@@ -1,0 +1,83 @@
+"""What was found of a subset and of a dataset."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from library.data.description.buckets import Size
+from library.data.description.schema import DatasetConfig, SubsetConfig
+from library.data.sources.columns import Sizes, Texts
+from library.data.sources.pictures import Pictures
+
+
+@dataclass(frozen=True)
+class ScannedSubset:
+    """What was found for a subset."""
+
+    config: SubsetConfig
+    pictures: Pictures
+    dropped: tuple[tuple[str, str], ...] = ()  # key, reason
+    without_caption: Sequence[str] = ()  # keys
+    empty_caption: Sequence[str] = ()
+    small: Sequence[str] = ()  # left out by skip_image_resolution
+    aside: Sequence[str] = ()  # names in image_dir that end like pictures or captions and are not read
+    alone: Sequence[str] = ()  # names of captions in image_dir that are no picture's
+
+
+@dataclass(frozen=True)
+class ScannedDataset:
+    """What was found for a dataset."""
+
+    config: DatasetConfig
+    subsets: tuple[ScannedSubset, ...]
+
+
+@dataclass
+class Listing:
+    """The pictures of a subset, column by column: a hundred thousand of them take a moment to make."""
+
+    config: SubsetConfig
+    names: list[str] = field(default_factory=list)
+    captions: Texts = field(default_factory=Texts.of)
+    sizes: Sequence[Size | str] = ()  # of a picture that cannot be read: why
+    masks: list[str] | None = None
+    tags: list[str] | None = None
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    without_caption: list[str] = field(default_factory=list)
+    empty_caption: list[str] = field(default_factory=list)
+    aside: list[str] = field(default_factory=list)
+    alone: list[str] = field(default_factory=list)
+
+    @property
+    def prefix(self) -> str:
+        """What stands before a name in the path of a picture."""
+        return "" if self.config.style == "metadata" else os.path.join(self.config.image_dir or "", "")
+
+    @property
+    def paths(self) -> list[str]:
+        """The path of each picture."""
+        return [self.prefix + name for name in self.names]
+
+    def found(self) -> ScannedSubset:
+        """The pictures with a size, as columns that need no object for each."""
+        masks, tags = (None if texts is None else Texts.of(texts) for texts in (self.masks, self.tags))
+        if isinstance(self.sizes, Sizes):  # as an index has them
+            sizes, dropped = self.sizes, []
+        else:
+            sizes = Sizes.of([(0, 0) if isinstance(size, str) else size for size in self.sizes])
+            whys = zip(self.names, self.sizes, strict=True)
+            dropped = [(self.prefix + name, why) for name, why in whys if isinstance(why, str)]
+        pictures = Pictures(Texts.of(self.names), self.captions, sizes.array_N2, self.prefix, masks, tags)
+        if dropped:
+            pictures = pictures.take(np.flatnonzero(sizes.array_N2.any(axis=1)))
+        return ScannedSubset(
+            self.config,
+            pictures,
+            (*self.dropped, *dropped),
+            tuple(self.without_caption),
+            tuple(self.empty_caption),
+            aside=tuple(self.aside),
+            alone=tuple(self.alone),
+        )
