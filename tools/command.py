@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from library.checkpoints.files import SAFETENSORS_SUFFIXES, is_safetensors
 from library.errors import UserError
 from library.hidden_libraries import BITSANDBYTES, hidden
 from library.training.command_line.console import setup_plain_logging
@@ -15,6 +16,14 @@ from library.training.command_line.console import setup_plain_logging
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FILE_PRECISIONS = {
+    **dict.fromkeys(("float32", "fp32", "float"), torch.float32),
+    **dict.fromkeys(("float16", "fp16", "half"), torch.float16),
+    **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
+    **dict.fromkeys(("fp8", "fp8_e4m3fn", "float8_e4m3fn"), torch.float8_e4m3fn),
+    **dict.fromkeys(("fp8_e5m2", "float8_e5m2"), torch.float8_e5m2),
+}
+"""Precisions of whole checkpoints by the words that programs have for them."""
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".sft")
 
 
@@ -64,6 +73,20 @@ def add_save_precision(parser: argparse.ArgumentParser, unset: str) -> None:
     parser.add_argument("--save_precision", choices=tuple(PRECISIONS), help=f"precision of the file; unset: {unset}")
 
 
+def add_file_precision(parser: argparse.ArgumentParser, flag: str) -> None:
+    """The precision of a checkpoint, by any of the words of `FILE_PRECISIONS`."""
+    parser.add_argument(flag, help="precision of the file: float32, fp16, bf16, fp8 ...; unset: that of each tensor")
+
+
+def dtype_of_file(flag: str, name: str | None) -> torch.dtype | None:
+    """The dtype of a word on the command line. Raises UserError for one that is not known."""
+    if name is None:
+        return None
+    if name.lower() not in FILE_PRECISIONS:
+        raise UserError(f"{flag} is {name}; known are {', '.join(FILE_PRECISIONS)}")
+    return FILE_PRECISIONS[name.lower()]
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="device to compute on, for example cuda (default: cpu)")
 
@@ -77,6 +100,12 @@ def check_output(flag: str, path: Path) -> None:
     """Raise UserError unless the extension says how to write the file."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{flag} {path}: the name must end in one of {', '.join(SUFFIXES)}, which chooses the format")
+
+
+def check_safetensors_output(flag: str, path: Path) -> None:
+    """Raise UserError unless the extension is one of safetensors."""
+    if not is_safetensors(path):
+        raise UserError(f"{flag} {path}: the name must end in {' or '.join(SAFETENSORS_SUFFIXES)}, the one format here")
 
 
 def device_of(name: str) -> torch.device:

@@ -42,6 +42,12 @@ TOOLS = (
     "contact_sheet",
     "choose_checkpoint",
     "make_shards",
+    "convert_diffusers_to_flux",
+    "merge_sd3_safetensors",
+    "resize_images",
+    "captions_to_metadata",
+    "clean_metadata",
+    "interrogate_lora",
 )  # whose options pages speak of
 
 

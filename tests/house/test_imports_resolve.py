@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OURS = ("library", "networks", "tools", "tests", "benchmarks")
+OURS = ("library", "networks", "tools", "finetune", "tests", "benchmarks")
 FILES = [path for top in OURS for path in sorted((ROOT / top).rglob("*.py"))] + sorted(ROOT.glob("*.py"))
 MADE_UP = ("library.architectures.knots", "tests.made_up.knots")  # where a test puts a package, and where it lies
 

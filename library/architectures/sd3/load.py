@@ -196,11 +196,11 @@ def with_projection(weights: Weights) -> Weights:
 def check_widths(config: MMDiTConfig, clips: Sequence[MaybeComponent], t5: MaybeComponent | None) -> None:
     """Raise UserError where the text encoders that are there do not fit the denoiser."""
     pooled = [clip.weights.shapes[PROJECTION][0] for clip in clips if isinstance(clip, Component)]
-    if len(pooled) == len(clips) and sum(pooled) != config.pooled_width:
+    if len(pooled) == len(clips) == 2 and (sum(pooled) != config.pooled_width or pooled[0] > pooled[1]):
         raise UserError(
             f"--clip_l and --clip_g give {pooled[0]} and {pooled[1]} pooled features ({clips[0].weights.origin}, "
-            f"{clips[1].weights.origin}), the model takes {config.pooled_width} together; are they swapped, or of "
-            "another model?"
+            f"{clips[1].weights.origin}), the model takes {config.pooled_width} together, fewer of CLIP-L; are they "
+            "swapped, or of another model?"
         )
     if isinstance(t5, Component) and t5.config["d_model"] != config.context_width:
         raise UserError(

@@ -146,6 +146,8 @@ def test_encoders_of_other_models_are_refused(sd3_file: Path) -> None:
     files = own_files(sd3_file.parent)
     assert "--clip_l and --clip_g give 16 and 16 pooled features" in refusal(sd3_file, clip_g=files["clip_l"])
     assert "is no T5 encoder" in refusal(sd3_file, t5xxl=files["clip_l"])
+    swapped = refusal(sd3_file, clip_l=files["clip_g"], clip_g=files["clip_l"])
+    assert "give 32 and 16 pooled features" in swapped and "are they swapped" in swapped
 
 
 def test_weights_that_are_missing_are_named(sd3_file: Path, tmp_path: Path) -> None:

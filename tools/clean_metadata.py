@@ -1,0 +1,133 @@
+"""Clean the tags and captions of a metadata file of drawings, as taggers and caption models write them.
+
+Tags: underscores become spaces, ratings go, and so does a tag that another one says more exactly ("shirt" beside "white
+shirt"). Where several people are in the picture, hair, eyes, sleeves and hairstyles that are there more than once go,
+since nobody can tell whose they are. Captions: "a cartoon lady" and the like become "a girl".
+"""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.captions_to_metadata import read_table, write_table
+from tools.command import make_parser, run
+
+logger = logging.getLogger(__name__)
+
+HAIR_LENGTH = re.compile(r"(long|short|medium) hair")
+HAIR = re.compile(r"[\w-]+ hair")
+OF_ONE_PERSON = (
+    HAIR_LENGTH,
+    re.compile(r"(bob|hime) cut"),
+    re.compile(r"[\w-]+ eyes"),
+    re.compile(r"[\w-]+ sleeves|sleeveless"),
+    re.compile(
+        r"ponytail|braid|ahoge|twintails|sidelocks|two side up|two tails|[\w-]+ braid|[\w-]+ bun|single (hair|side) bun"
+    ),
+)
+SAID_AGAIN = re.compile(r"[\w-]+|hair ornament")  # tags that a longer one can say too
+UNDERSCORE = re.compile(r"(?<!\^)_|_(?!\^)")  # but the one of a face, ^_^
+
+DRAWN, PEOPLE = "(?:anime|cartoon)", "(?:lady|female|woman|person)"
+CAPTION_RULES = tuple(
+    (re.compile(rf"\b{pattern}"), new)
+    for pattern, new in (
+        (r"anime anime\b", "anime"),
+        (r"young ", ""),
+        (rf"{DRAWN} women\b", "girls"),
+        (rf"{DRAWN} (?:girl|character|{PEOPLE})(s?)\b", r"girl\1"),
+        (r"(?:women|people)\b", "girls"),
+        (rf"{PEOPLE}(s?)\b", r"girl\1"),
+        (r"a cartoon figure(s?)\b", r"a figure\1"),
+        (r"(?:a cartoon|an anime cartoon) (image|picture)\b", r"a \1"),
+        (r"a cartoon (?:anime )?drawing\b", "a drawing"),
+        (r"girl girl\b", "girl"),
+        (r"an girl", "a girl"),
+        (r"a image\b", "an image"),
+    )
+)
+EXAMPLES = """\
+  python3 tools/clean_metadata.py pictures.json pictures_clean.json"""
+
+
+def clean_tags(text: str) -> str:
+    """The tags that are worth learning, with commas between them."""
+    tags = [tag.strip() for tag in UNDERSCORE.sub(" ", text).split(",") if tag.strip()]
+    end = next((i for i, tag in enumerate(tags) if i and tag.startswith("rating")), len(tags))
+    tags = tags[:end]
+    if any("girls" in tag or "boys" in tag for tag in tags):
+        tags = without_attributes(tags)
+    said = [tag for tag in tags if SAID_AGAIN.fullmatch(tag) and any(is_more_exact(other, tag) for other in tags)]
+    return ", ".join(tag for tag in tags if tag not in said)
+
+
+def is_more_exact(other: str, tag: str) -> bool:
+    """Whether a tag is another one with words before it."""
+    return re.fullmatch(rf"(\w+ )+{re.escape(tag)}", other) is not None
+
+
+def without_attributes(tags: Sequence[str]) -> list[str]:
+    """The tags of several people without attributes that are there more than once; one length of hair may be all's."""
+    left = list(tags)
+    for pattern in OF_ONE_PERSON:
+        found = [tag for tag in left if pattern.fullmatch(tag)]
+        if len(found) > 1:
+            left = [tag for tag in left if tag not in found]
+    colours = [tag for tag in left if HAIR.fullmatch(tag) and not HAIR_LENGTH.fullmatch(tag)]
+    return [tag for tag in left if tag not in colours] if len(colours) > 1 else left
+
+
+def clean_caption(text: str) -> str:
+    """The caption with one word for all who are drawn; each rule is used until it changes nothing."""
+    for pattern, new in CAPTION_RULES:
+        while (changed := pattern.sub(new, text)) != text:
+            text = changed
+    return text
+
+
+CLEANERS: dict[str, Callable[[str], str]] = {"tags": clean_tags, "caption": clean_caption}
+
+
+def clean(args: argparse.Namespace) -> None:
+    """Read, clean and write; what lacks tags or a caption is counted."""
+    if args.old_out_json is not None:  # as this command was called when it had a folder before the two files
+        logger.warning("%s has no effect: whatever the metadata file has is cleaned", args.in_json)
+        args.in_json, args.out_json = args.out_json, args.old_out_json
+    table = read_table(args.in_json)
+    num_changed = 0
+    for field, cleaner in CLEANERS.items():
+        entries = [entry for entry in table.values() if entry.get(field) is not None]
+        if len(entries) < len(table):
+            logger.warning("%d of %d entries have no %s", len(table) - len(entries), len(table), field)
+        for entry in entries:
+            old, entry[field] = entry[field], cleaner(entry[field])
+            num_changed += old != entry[field]
+            if args.debug and old != entry[field]:
+                print(f"{old}\n  -> {entry[field]}")
+    write_table(args.out_json, table)
+    print(f"{args.out_json}: {num_changed} texts changed in {len(table)} entries")
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument("in_json", type=Path, help="the metadata file to read")
+    parser.add_argument("out_json", type=Path, help="the metadata file to write")
+    parser.add_argument("old_out_json", type=Path, nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("--debug", action="store_true", help="show every text that changes")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run(setup_parser(), clean, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Write FLUX.1's or Chroma's transformer from diffusers' folder as one file in the original layout.
+
+Its weights are the same: q, k and v, which diffusers has apart, lie below each other in one tensor, under other names.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from library.architectures.cards import list_cards
+from library.architectures.flux.keys import DIFFUSERS_MARK, from_diffusers, our_keys
+from library.checkpoints import model_lookup
+from library.checkpoints.files import save_safetensors
+from library.checkpoints.weights import Weights
+from library.errors import UserError
+from library.models.identify import base_of_file
+from tools.command import add_file_precision, check_safetensors_output, dtype_of_file, make_parser, run
+
+FLAG = "--diffusers_path"
+FOLDER = "transformer"
+MODELS = ("flux", "chroma")
+PIECE = re.compile(r"-\d{5}-of-\d{5}(\.safetensors)$")
+EXAMPLES = """\
+  python3 tools/convert_diffusers_to_flux.py --diffusers_path FLUX.1-dev --save_to flux1-dev.safetensors \\
+      --save_precision bf16"""
+
+
+def open_transformer(path: Path) -> Weights:
+    """The transformer of a diffusers folder, of its own folder, or of its file, under the original names.
+
+    Raises UserError for one that is missing, incomplete or of another model.
+    """
+    path = path.expanduser()
+    if path.is_dir():
+        own = path / FOLDER if (path / FOLDER).is_dir() else path
+        weights = model_lookup.open_part(FLAG, own, FOLDER)[1]
+    else:
+        weights = model_lookup.open_file(FLAG, index_of(path) if PIECE.search(path.name) else path)
+    if DIFFUSERS_MARK not in weights.shapes:
+        first = ", ".join(list(weights.shapes)[:3]) or "none"
+        raise UserError(f"{FLAG} {path} is no FLUX.1 transformer in diffusers' layout (first names: {first})")
+    original = from_diffusers(weights)
+    card = base_of_file(list_cards(), original.shapes)
+    if card is None or card.name not in MODELS:
+        raise UserError(f"{FLAG} {path} is {'of no model that is known' if card is None else f'{card.called} model'}")
+    strangers = sorted(set(original.shapes) - set(our_keys(weights.shapes)))
+    if strangers:
+        raise UserError(f"{FLAG} {path}: {strangers[0]} has no place in the original layout; it is another variant")
+    return original
+
+
+def index_of(piece: Path) -> Path:
+    """The index of a checkpoint in several files, one of which is given. Raises UserError where it is not there."""
+    index = piece.with_name(PIECE.sub(r"\1.index.json", piece.name))
+    if not index.is_file():
+        raise UserError(f"{FLAG} {piece} is one of several files, and {index.name} is not beside it; download it too")
+    return index
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument(FLAG, type=Path, required=True, help="a diffusers folder, its transformer's folder, or a file")
+    parser.add_argument("--save_to", type=Path, required=True, help="the .safetensors file to write")
+    parser.add_argument("--mem_eff_load_save", action="store_true", help="has no effect: weights are read one by one")
+    add_file_precision(parser, "--save_precision")
+    return parser
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Read, rename and write."""
+    check_safetensors_output("--save_to", args.save_to)
+    dtype = dtype_of_file("--save_precision", args.save_precision)
+    weights = open_transformer(args.diffusers_path)
+    keys = tqdm(weights.shapes, desc="converting", unit="tensor")
+    tensors = {key: weights.read(key).to(dtype) if dtype is not None else weights.read(key) for key in keys}
+    save_safetensors(args.save_to, tensors, {"format": "pt"})
+    print(f"{args.save_to}: {len(tensors)} weights")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run(setup_parser(), convert, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Which words a LoRA changes most: every token of the vocabulary through the text encoder with and without it.
+
+A LoRA that was trained on a trigger word moves the features of that word further than those of others, so the list can
+tell the word that nobody wrote down. It needs a part for the text encoder, of Stable Diffusion 1.x, 2.x or XL.
+"""
+
+import argparse
+import copy
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from library.architectures.cards import list_cards
+from library.checkpoints import model_lookup
+from library.checkpoints.model_card import ModelCard
+from library.errors import UserError
+from library.models.clip.clip import clip_body
+from library.models.identify import base_of_checkpoint
+from library.protocols import Architecture
+from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_kinds
+from networks.core.files.module_weights import ModuleWeights
+from tools.command import add_device, device_of, make_parser, run
+from tools.convert_lora import read_adapter
+
+ENCODERS = ("text_encoder.", "text_encoder_2.")  # how the names that diffusers gives their modules begin
+BODY = "text_model."
+EXAMPLES = """\
+  python3 tools/interrogate_lora.py --sd_model sd15.safetensors --model cat.safetensors"""
+
+
+def open_architecture(flag: str, name: str) -> tuple[ModelCard, Architecture]:
+    """The base model of a checkpoint, of which only the text encoders will be loaded. Raises UserError."""
+    path = model_lookup.find_model(flag, name, (("unet",), ("text_encoder",)))
+    card = base_of_checkpoint(list_cards(), flag, path)
+    if not card.folders:
+        known = ", ".join(other.title for other in list_cards() if other.folders)
+        raise UserError(f"{flag} {name} is {card.called} model; words are looked for with {known}")
+    values: dict[str, Any] = card.options.defaults() | {"pretrained_model_name_or_path": str(path)}
+    if card.script_flag:
+        values[card.script_flag.removeprefix("--")] = True
+    return card, card.build(card.options.from_args(argparse.Namespace(**values)))
+
+
+def by_encoder(card: ModelCard, file: AdapterFile, num_encoders: int) -> list[dict[str, ModuleWeights]]:
+    """For each text encoder what the file has of it, by path. Raises UserError where it has nothing."""
+    require_kinds(file, COMPUTED, "looked into")
+    found: list[dict[str, ModuleWeights]] = [{} for _ in range(num_encoders)]
+    for name, module in file.modules.items():
+        names = card.names.find(name)
+        for prefix, modules in zip(ENCODERS, found, strict=False):
+            if names is not None and isinstance(names.diffusers, str) and names.diffusers.startswith(prefix):
+                modules[names.diffusers.removeprefix(prefix).removeprefix(BODY)] = module
+    if not any(found):
+        raise UserError(
+            f"{file.origin} changes no text encoder of {card.title}, so no word is changed: it was trained with "
+            "--network_train_unet_only, or for another base model"
+        )
+    return found
+
+
+def adapted(encoder: nn.Module, modules: dict[str, ModuleWeights]) -> nn.Module:
+    """A copy of a text encoder that computes what it computes with the adapter."""
+    merged = copy.deepcopy(encoder)
+    body = clip_body(merged)
+    for path, module in modules.items():
+        layer = body.get_submodule(path)
+        for leaf in ("weight", "bias"):
+            if module.changes(leaf):
+                parameter = getattr(layer, leaf)
+                parameter.data = module.merged(parameter.data, 1.0, torch.float32, leaf)
+    return merged
+
+
+def hidden_states(encoder: nn.Module, ids_BT: Tensor, clip_skip: int) -> Tensor:
+    """(B, T, W) after the layer that --clip_skip says, normed."""
+    states: Sequence[Tensor] = encoder(ids_BT, output_hidden_states=True).hidden_states
+    normed: Tensor = clip_body(encoder).final_layer_norm(states[-clip_skip])
+    return normed
+
+
+def batches_of_words(tokenizer: Any, batch_size: int) -> Iterator[Tensor]:
+    """Ids of shape (B, 3): the beginning, one token, the end; of all tokens in the order of their ids."""
+    for first in range(0, max(tokenizer.all_special_ids) + 1, batch_size):
+        ids = range(first, min(first + batch_size, max(tokenizer.all_special_ids) + 1))
+        yield torch.tensor([[tokenizer.bos_token_id, token, tokenizer.eos_token_id] for token in ids])
+
+
+@torch.no_grad()
+def changes_of_words(
+    encoder: nn.Module, modules: dict[str, ModuleWeights], tokenizer: Any, batch_size: int, clip_skip: int,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """By how much the features of each token change, the mean over positions and channels of the absolute values."""
+    num_layers = len(clip_body(encoder).encoder.layers)
+    if not 1 <= clip_skip <= num_layers:
+        raise UserError(f"--clip_skip is {clip_skip}, the text encoder has {num_layers} layers; use 1 to {num_layers}")
+    plain, changed = encoder.to(device), adapted(encoder, modules).to(device)
+    batches = list(batches_of_words(tokenizer, batch_size))
+    found = []
+    for ids_BT in tqdm(batches, desc="words", unit="batch"):
+        states = [hidden_states(model, ids_BT.to(device), clip_skip) for model in (plain, changed)]
+        found.append((states[1] - states[0]).abs().mean(dim=(1, 2)).float().cpu())
+    return torch.cat(found)
+
+
+def interrogate(args: argparse.Namespace) -> None:
+    """Compare every word and show those that change most."""
+    device = device_of(args.device)
+    for flag in ("batch_size", "top"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} is {getattr(args, flag)}; it must be at least 1")
+    file = read_adapter(args.model, "--model")
+    card, arch = open_architecture("--sd_model", args.sd_model)
+    encoders, tokenizer = arch.load.text_encoders(), arch.text.tokenizer  # type: ignore[attr-defined]
+    parts = [pair for pair in zip(encoders, by_encoder(card, file, len(encoders)), strict=True) if pair[1]]
+    clip_skip = args.clip_skip or 1
+    sums_N = sum(changes_of_words(*pair, tokenizer, args.batch_size, clip_skip, device) for pair in parts)
+    assert isinstance(sums_N, Tensor)
+    means_N = sums_N / len(parts)
+    for place, token in enumerate(means_N.argsort(descending=True)[: args.top].tolist()):
+        word = tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens([token]))
+        print(f"[{place:3d}]: {token:5d} {word:<20s}: {means_N[token]:.5f}")
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument("--v2", action="store_true", help="has no effect: checkpoints are recognised")
+    parser.add_argument("--sd_model", required=True, help="checkpoint that the LoRA is for: a file or diffusers folder")
+    parser.add_argument("--model", type=Path, required=True, help="the LoRA, of any kind and trainer")
+    parser.add_argument("--batch_size", type=int, default=16, help="words at a time (default: 16)")
+    parser.add_argument("--clip_skip", type=int, help="compare the output of this layer from the end; unset: the last")
+    parser.add_argument("--top", type=int, default=100, help="how many words to show (default: 100)")
+    add_device(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run(setup_parser(), interrogate, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

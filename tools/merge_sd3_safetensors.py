@@ -1,0 +1,167 @@
+"""Put the parts of Stable Diffusion 3 or 3.5 that lie in files of their own into one file.
+
+Every weight is copied as it is stored, 8-bit ones with their scales, unless a precision is given. The parts are looked
+at first: text encoders that do not fit the transformer are refused.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tqdm import tqdm
+
+from library.architectures.cards import list_cards
+from library.architectures.sd3.load import (
+    DENOISER_PREFIX,
+    TEXT_PREFIXES,
+    check_widths,
+    open_clip,
+    open_t5,
+    text_weights,
+)
+from library.architectures.sd3.merging import config_of
+from library.architectures.sd3.options import Sd3TextOptions
+from library.checkpoints import model_lookup
+from library.checkpoints.files import read_metadata, save_safetensors
+from library.checkpoints.weights import Weights, open_weights
+from library.errors import UserError
+from library.models.identify import base_of_file, refuse_other
+from library.models.vae.keys import VAE_PREFIX
+from library.models.vae.vae import vae_of_checkpoint
+from tools.command import add_file_precision, check_safetensors_output, dtype_of_file, make_parser, run
+
+logger = logging.getLogger(__name__)
+
+WHOLE = (DENOISER_PREFIX, VAE_PREFIX, *TEXT_PREFIXES.values())  # what names in a file of several parts begin with
+LDM_VAE = "encoder.mid.block_1.conv1.weight"
+EXAMPLES = """\
+  python3 tools/merge_sd3_safetensors.py --dit sd3.5_large.safetensors --clip_l clip_l.safetensors \\
+      --clip_g clip_g.safetensors --t5xxl t5xxl_fp16.safetensors --output sd3.5_large_all.safetensors"""
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """One file, and what the names of its weights get in front where they do not say whose they are."""
+
+    flag: str
+    path: Path
+    prefix: str
+
+    def names(self, weights: Weights) -> dict[str, str]:
+        """Name in the one file -> name in this file."""
+        return {key if key.startswith(WHOLE) else f"{self.prefix}{key}": key for key in weights.shapes}
+
+
+def parts_of(args: argparse.Namespace) -> list[PartFile]:
+    """The files that are given, the transformer first."""
+    texts = [(f"--{name}", getattr(args, name), prefix) for name, prefix in TEXT_PREFIXES.items()]
+    given = [("--dit", args.dit, DENOISER_PREFIX), ("--vae", args.vae, VAE_PREFIX), *texts]
+    return [PartFile(flag, path, prefix) for flag, path, prefix in given if path is not None]
+
+
+def gathered(parts: Sequence[PartFile], opened: Sequence[Weights]) -> dict[str, tuple[Weights, str]]:
+    """Where every weight of the one file is read; of a part that two files have the later one counts."""
+    found: dict[str, tuple[Weights, str]] = {}
+    for part, weights in zip(parts, opened, strict=True):
+        names = part.names(weights)
+        again = [key for key in found if key.startswith(part.prefix)]
+        if again:
+            logger.warning("%s takes the place of what %s has of that part", part.flag, found[again[0]][0].origin)
+        found = {key: place for key, place in found.items() if key not in again}
+        found |= {new: (weights, old) for new, old in names.items()}
+    return found
+
+
+def as_weights(places: dict[str, tuple[Weights, str]], origin: str) -> Weights:
+    """The one file before it is written."""
+
+    def read(key: str) -> torch.Tensor:
+        weights, name = places[key]
+        return weights.read(name)
+
+    return Weights(origin, {key: weights.shapes[name] for key, (weights, name) in places.items()}, read)
+
+
+def check(parts: Sequence[PartFile]) -> None:
+    """Raise UserError unless the files are the parts of one SD3 model, naming the one that is not."""
+    opened = [model_lookup.open_file(part.flag, existing(part)) for part in parts]
+    dit = opened[0]
+    cards = list_cards()
+    found = base_of_file(cards, {f"{DENOISER_PREFIX}{key}": shape for key, shape in dit.shapes.items()} | dit.shapes)
+    refuse_other(cards, "--dit", dit.origin, found, "sd3", "transformer")
+    if found is None:
+        raise UserError(f"--dit {dit.origin} has no joint_blocks, so it is no transformer of SD3")
+    for part, weights in zip(parts[1:], opened[1:], strict=True):
+        if part.flag == "--vae" and not any(key.removeprefix(VAE_PREFIX) == LDM_VAE for key in weights.shapes):
+            raise UserError(
+                f"--vae {part.path} has nothing called {LDM_VAE}, so it is no VAE in the original layout (diffusers' "
+                "has other names); take the one that lies beside the transformer's file"
+            )
+    whole = as_weights(gathered(parts, opened), dit.origin)
+    there = [name for name in TEXT_PREFIXES if text_weights(name, Sd3TextOptions(), whole) is not None]
+    clips = [open_clip(name, Sd3TextOptions(), whole) for name in ("clip_l", "clip_g") if name in there]
+    t5 = open_t5(Sd3TextOptions(), whole) if "t5xxl" in there else None
+    check_widths(config_of(whole), clips if len(clips) == 2 else [], t5)
+    missing = [f"--{name}" for name in TEXT_PREFIXES if name not in there]
+    if not any(key.startswith(VAE_PREFIX) for key in whole.shapes):
+        missing.append("--vae")
+    else:
+        vae_of_checkpoint("--vae", whole)
+    if missing:
+        logger.warning("the file will be without %s, which is given in no file", ", ".join(missing))
+
+
+def existing(part: PartFile) -> Path:
+    """The path of a file. Raises UserError where there is none, or a folder."""
+    path = model_lookup.find_model(part.flag, str(part.path), ())
+    if path.is_dir():
+        raise UserError(f"{part.flag} {path} is a folder; give a file of weights")
+    return path
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Look at the parts, read them and write them as one."""
+    check_safetensors_output("--output", args.output)
+    dtype = dtype_of_file("--save_precision", args.save_precision)
+    parts = parts_of(args)
+    check(parts)
+    # Scales of 8-bit weights belong to the numbers beside them: both are copied, or the weights decoded.
+    opened = [open_weights(p.path) if dtype is None else model_lookup.open_file(p.flag, p.path) for p in parts]
+    whole = as_weights(gathered(parts, opened), str(args.output))
+    tensors = {}
+    for key in tqdm(whole.shapes, desc="merging", unit="tensor"):
+        tensor = whole.read(key)
+        tensors[key] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    kept = {key: value for key, value in read_metadata(args.dit).items() if "hash" not in key}
+    save_safetensors(args.output, tensors, kept or {"format": "pt"})
+    print(f"{args.output}: {len(tensors)} weights of {len(parts)} files")
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument("--dit", type=Path, required=True, help="file of the transformer, which may hold other parts")
+    parser.add_argument("--vae", type=Path, help="file of the VAE in the original layout")
+    parser.add_argument("--clip_l", type=Path, help="file of CLIP-L")
+    parser.add_argument("--clip_g", type=Path, help="file of CLIP-G")
+    parser.add_argument("--t5xxl", type=Path, help="file of T5-XXL")
+    parser.add_argument("--output", type=Path, default=Path("merged_model.safetensors"), help="the file to write")
+    parser.add_argument("--device", help="has no effect: weights are read one by one into main memory")
+    add_file_precision(parser, "--save_precision")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run(setup_parser(), merge, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

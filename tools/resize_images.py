@@ -1,0 +1,157 @@
+"""Write the pictures of a folder smaller, at one or several resolutions, for datasets of several sizes.
+
+Each picture keeps its shape; a resolution is an area, so 512x512 makes 362x724 of a tall one. Pictures are never
+enlarged. `cat.png` becomes `cat+512x512.jpg`; files that are no pictures are copied. Training resizes by itself: this
+saves disk and the time of reading large files.
+"""
+
+import argparse
+import logging
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from PIL import Image
+from tqdm import tqdm
+
+from library.checkpoints.files import atomic_path
+from library.data.batches.images import Pixels, picture_extensions, read_pixels, resize
+from library.data.description.buckets import Size
+from library.errors import UserError
+from tools.command import make_parser, run
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RESOLUTIONS = "512x512,384x384,256x256,128x128"
+FILTERS = {name: name for name in ("area", "cubic", "nearest", "linear", "box")} | {"lanczos4": "lanczos"}
+JPEG_QUALITY = 100
+EXAMPLES = """\
+  python3 tools/resize_images.py pictures pictures_small --max_resolution 1024x1024,512x512 --divisible_by 64 \\
+      --copy_associated_files"""
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """What becomes of each picture."""
+
+    resolutions: tuple[Size, ...]
+    divisible_by: int
+    interpolation: str | None
+    ending: str  # ".png" or ".jpg"
+
+    def suffixes(self) -> tuple[str, ...]:
+        """What the names of the new files have after that of the picture."""
+        return tuple(f"+{width}x{height}" for width, height in self.resolutions)
+
+
+def parse_resolutions(text: str) -> tuple[Size, ...]:
+    """`1024x1024,512x512` as sizes. Raises UserError for anything else."""
+    found = [re.fullmatch(r"(\d+)x(\d+)", part.strip()) for part in text.split(",")]
+    sizes = tuple((int(match[1]), int(match[2])) for match in found if match is not None)
+    if len(sizes) < len(found) or not all(map(min, sizes)):
+        raise UserError(f'--max_resolution is "{text}"; give sizes such as 1024x1024, with commas between them')
+    return sizes
+
+
+def fitted(size: Size, limit: Size) -> Size:
+    """The size of a picture at an area of at most `limit`'s, in its own shape."""
+    factor = min(1.0, sqrt(limit[0] * limit[1] / (size[0] * size[1])))
+    return (max(1, int(size[0] * factor)), max(1, int(size[1] * factor)))
+
+
+def resized(pixels: Pixels, limit: Size, resizing: Resizing) -> Pixels:
+    """The picture at an area, cut around its middle to sides that can be divided."""
+    scaled = resize(pixels, fitted((pixels.shape[1], pixels.shape[0]), limit), resizing.interpolation)
+    height, width = (side - side % resizing.divisible_by for side in scaled.shape[:2])
+    top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
+    return scaled[top : top + height, left : left + width]
+
+
+def write_sizes(picture: Path, folder: Path, resizing: Resizing) -> None:
+    """Write one picture at every resolution. Raises UserError for one that cannot be read, or is too small."""
+    pixels, _ = read_pixels(str(picture))
+    for limit, suffix in zip(resizing.resolutions, resizing.suffixes(), strict=True):
+        found = resized(pixels, limit, resizing)
+        if 0 in found.shape:
+            raise UserError(f"{picture} has less than --divisible_by {resizing.divisible_by} pixels on a side")
+        with atomic_path(folder / f"{picture.stem}{suffix}{resizing.ending}") as temporary:
+            Image.fromarray(found).save(temporary, quality=JPEG_QUALITY)
+
+
+def check_names(pictures: Sequence[Path]) -> None:
+    """Raise UserError where two pictures would be written to the same file."""
+    names: dict[str, Path] = {}
+    for picture in pictures:
+        other = names.setdefault(picture.stem, picture)
+        if other is not picture:
+            raise UserError(f"{other} and {picture.name} have one name but for their ending; rename one of them")
+
+
+def resize_all(args: argparse.Namespace) -> None:
+    """Write every picture of a folder at every resolution, and copy the other files."""
+    source, target = args.src_img_folder, args.dst_img_folder
+    if not source.is_dir():
+        raise UserError(f"{source} is no folder")
+    if target.resolve() == source.resolve():
+        raise UserError(f"{target} is the folder of the pictures themselves; name another one for the new files")
+    if args.divisible_by < 1:
+        raise UserError(f"--divisible_by is {args.divisible_by}; it must be at least 1")
+    filter_name = FILTERS[args.interpolation] if args.interpolation else None
+    ending = ".png" if args.save_as_png else ".jpg"
+    resizing = Resizing(parse_resolutions(args.max_resolution), args.divisible_by, filter_name, ending)
+    files = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
+    pictures = [path for path in files if path.suffix in picture_extensions()]
+    check_names(pictures)
+    target.mkdir(parents=True, exist_ok=True)
+    for picture in tqdm(pictures, desc="resizing", unit="picture"):
+        write_sizes(picture, target, resizing)
+    num_copied = copy_others([path for path in files if path not in set(pictures)], pictures, target, resizing, args)
+    print(f"{target}: {len(pictures)} pictures at {len(resizing.resolutions)} resolutions, {num_copied} other files")
+
+
+def copy_others(
+    files: Sequence[Path], pictures: Sequence[Path], target: Path, resizing: Resizing, args: argparse.Namespace
+) -> int:
+    """Copy what is no picture, files of a picture's name for each of its sizes where that is asked for."""
+    stems = {picture.stem for picture in pictures}
+    copies = [
+        (file, target / f"{file.stem}{suffix}{file.suffix}")
+        for file in files
+        for suffix in (resizing.suffixes() if args.copy_associated_files and file.stem in stems else ("",))
+    ]
+    for file, copy in copies:
+        shutil.copy(file, copy)
+    return len(copies)
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument("src_img_folder", type=Path, help="the folder of the pictures")
+    parser.add_argument("dst_img_folder", type=Path, help="the folder to write to")
+    parser.add_argument("--max_resolution", default=DEFAULT_RESOLUTIONS, help="areas: 1024x1024,512x512")
+    parser.add_argument("--divisible_by", type=int, default=1, help="cut sides to multiples of this")
+    parser.add_argument("--interpolation", choices=tuple(FILTERS), help="filter; unset: area, which averages")
+    parser.add_argument("--save_as_png", action="store_true", help="write .png instead of .jpg")
+    parser.add_argument(
+        "--copy_associated_files",
+        action="store_true",
+        help="copy captions and others of a picture's name for each size",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run(setup_parser(), resize_all, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
