@@ -4,6 +4,7 @@ import argparse
 
 from library import train_util as train_util
 from library.architectures.flux.options import FluxOptions
+from library.architectures.scripts import OtherScripts
 from library.collector import importing
 from library.launcher import let_idle_threads_sleep
 from library.training.command_line.cli import build_parser
@@ -11,7 +12,11 @@ from library.training.command_line.cli import build_parser
 
 def setup_parser() -> argparse.ArgumentParser:
     """Every option of this script; front ends read it."""
-    return build_parser(FluxOptions, parts="--clip_l clip_l.safetensors --t5xxl t5xxl.safetensors --ae ae.safetensors")
+    return build_parser(
+        FluxOptions,
+        parts="--clip_l clip_l.safetensors --t5xxl t5xxl.safetensors --ae ae.safetensors",
+        elsewhere=OtherScripts("flux_train_network.py"),
+    )
 
 
 class FluxNetworkTrainer:

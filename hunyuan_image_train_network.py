@@ -4,6 +4,7 @@ import argparse
 
 from library import train_util as train_util
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
+from library.architectures.scripts import OtherScripts
 from library.collector import importing
 from library.launcher import let_idle_threads_sleep
 from library.training.command_line.cli import build_parser
@@ -14,6 +15,7 @@ def setup_parser() -> argparse.ArgumentParser:
     return build_parser(
         HunyuanImageOptions,
         parts="--text_encoder qwen_2.5_vl.safetensors --byt5 byt5.safetensors --vae vae.safetensors",
+        elsewhere=OtherScripts("hunyuan_image_train_network.py"),
     )
 
 

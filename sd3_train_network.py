@@ -3,6 +3,7 @@
 import argparse
 
 from library import train_util as train_util
+from library.architectures.scripts import OtherScripts
 from library.architectures.sd3.options import Sd3Options
 from library.collector import importing
 from library.launcher import let_idle_threads_sleep
@@ -12,7 +13,9 @@ from library.training.command_line.cli import build_parser
 def setup_parser() -> argparse.ArgumentParser:
     """Every option of this script; front ends read it."""
     return build_parser(
-        Sd3Options, parts="--clip_l clip_l.safetensors --clip_g clip_g.safetensors --t5xxl t5xxl.safetensors"
+        Sd3Options,
+        parts="--clip_l clip_l.safetensors --clip_g clip_g.safetensors --t5xxl t5xxl.safetensors",
+        elsewhere=OtherScripts("sd3_train_network.py"),
     )
 
 

@@ -3,6 +3,7 @@
 import argparse
 
 from library import train_util as train_util
+from library.architectures.scripts import OtherScripts
 from library.architectures.sdxl.options import SdxlOptions
 from library.collector import importing
 from library.launcher import let_idle_threads_sleep
@@ -11,7 +12,7 @@ from library.training.command_line.cli import build_parser
 
 def setup_parser() -> argparse.ArgumentParser:
     """Every option of this script; front ends read it."""
-    return build_parser(SdxlOptions)
+    return build_parser(SdxlOptions, elsewhere=OtherScripts("sdxl_train_network.py"))
 
 
 class SdxlNetworkTrainer:

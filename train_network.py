@@ -3,6 +3,7 @@
 import argparse
 
 from library import train_util as train_util
+from library.architectures.scripts import OtherScripts
 from library.collector import importing
 from library.launcher import let_idle_threads_sleep
 from library.options.train import TrainOptions
@@ -11,7 +12,7 @@ from library.training.command_line.cli import build_parser
 
 def setup_parser() -> argparse.ArgumentParser:
     """Every option of this script; front ends read it."""
-    return build_parser(TrainOptions)
+    return build_parser(TrainOptions, elsewhere=OtherScripts("train_network.py"))
 
 
 class NetworkTrainer:

@@ -1,7 +1,7 @@
 """Which words a LoRA changes most: every token of the vocabulary through the text encoder with and without it.
 
 A LoRA that was trained on a trigger word moves the features of that word further than those of others, so the list can
-tell the word that nobody wrote down. It needs a part for the text encoder, of Stable Diffusion 1.x, 2.x or XL.
+tell the word that nobody wrote down. It needs a part for the text encoder, and a base model with a U-Net.
 """
 
 import argparse

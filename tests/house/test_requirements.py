@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OURS = {"library", "networks", "tools", "tests", "benchmarks", *(path.stem for path in ROOT.glob("*.py"))}
+OURS = {"library", "networks", "tools", "finetune", "tests", "benchmarks", *(path.stem for path in ROOT.glob("*.py"))}
 MODULE_OF = {
     "charset-normalizer": "charset_normalizer",
     "huggingface-hub": "huggingface_hub",
@@ -46,7 +46,7 @@ def imported_by(path: Path) -> set[str]:
     return names - OURS - set(sys.stdlib_module_names)
 
 
-PROGRAM = [*sources("library", "networks", "tools"), *sorted(ROOT.glob("*.py"))]
+PROGRAM = [*sources("library", "networks", "tools", "finetune"), *sorted(ROOT.glob("*.py"))]
 TESTS = sources("tests", "benchmarks")
 
 

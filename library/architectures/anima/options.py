@@ -1,5 +1,6 @@
 """The options that only Anima has."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from library.options.base import Options, group, option, redeclared
@@ -73,6 +74,22 @@ class AnimaSamplingOptions(FlowSamplingOptions):
 
     timestep_sampling: str = redeclared(FlowSamplingOptions, "timestep_sampling", "sigmoid")
     discrete_flow_shift: float = redeclared(FlowSamplingOptions, "discrete_flow_shift", 1.0)
+
+
+INSTEAD: Mapping[str, str] = {
+    "training_shift": "here it is --discrete_flow_shift with --timestep_sampling shift",
+    "guidance_scale": "the model is trained without guidance; --l in the line of a prompt guides its preview",
+    "model_prediction_type": "the model is trained in one way, as with raw",
+    "ae": "here it is --vae",
+    "t5xxl_max_token_length": "here it is --t5_max_token_length",
+    "t5xxl": "here it is --qwen3",
+    "clip_l": "here it is --qwen3",
+    "gemma2": "here it is --qwen3",
+    "text_encoder": "here it is --qwen3",
+    "gemma2_max_token_length": "here it is --qwen3_max_token_length",
+    "split_mode": "here it is --blocks_to_swap",
+}
+"""What options of other scripts are here, as the error for one of them ends."""
 
 
 @dataclass(frozen=True)

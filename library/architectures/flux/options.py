@@ -1,6 +1,7 @@
 """The options that only FLUX.1 and Chroma have."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -59,6 +60,19 @@ class FluxPredictionOptions(FlowPredictionOptions):
     """What the output of the denoiser is compared as."""
 
     model_prediction_type: str = redeclared(FlowPredictionOptions, "model_prediction_type", "sigma_scaled")
+
+
+INSTEAD: Mapping[str, str] = {
+    "training_shift": "here it is --discrete_flow_shift with --timestep_sampling shift",
+    "clip_g": "the model has CLIP-L and T5 alone",
+    "apply_lg_attn_mask": "CLIP-L gives one vector here, which needs no mask",
+    "t5_max_token_length": "here it is --t5xxl_max_token_length",
+    "text_encoder": "here they are --clip_l and --t5xxl",
+    "qwen3": "here it is --t5xxl",
+    "gemma2": "here it is --t5xxl",
+    "sample_batch_size": "previews are drawn one by one",
+}
+"""What options of other scripts are here, as the error for one of them ends."""
 
 
 @dataclass(frozen=True)

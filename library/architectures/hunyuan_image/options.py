@@ -1,6 +1,7 @@
 """The options that only HunyuanImage 2.1 has."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -70,6 +71,19 @@ class HunyuanImagePrecisionOptions(PrecisionOptions):
     @property
     def denoiser_format(self) -> str | None:
         return super().denoiser_format or ("fp8" if self.fp8_scaled else None)
+
+
+INSTEAD: Mapping[str, str] = {
+    "training_shift": "here it is --discrete_flow_shift with --timestep_sampling shift",
+    "guidance_scale": "the model is trained without guidance; --l in the line of a prompt guides its preview",
+    "ae": "here it is --vae",
+    "t5xxl": "here they are --text_encoder and --byt5",
+    "clip_l": "here they are --text_encoder and --byt5",
+    "qwen3": "here it is --text_encoder",
+    "gemma2": "here it is --text_encoder",
+    "split_mode": "here it is --blocks_to_swap",
+}
+"""What options of other scripts are here, as the error for one of them ends."""
 
 
 @dataclass(frozen=True)

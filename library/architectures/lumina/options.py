@@ -1,5 +1,6 @@
 """The options that only Lumina Image 2.0 has."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from library.options.base import Options, group, option, redeclared
@@ -57,6 +58,21 @@ class LuminaSamplingOptions(FlowSamplingOptions):
         "nextdit_shift as flux_shift from uniform draws.",
     )
     discrete_flow_shift: float = redeclared(FlowSamplingOptions, "discrete_flow_shift", 6.0)
+
+
+INSTEAD: Mapping[str, str] = {
+    "training_shift": "here it is --discrete_flow_shift with --timestep_sampling shift",
+    "guidance_scale": "the model is trained without guidance; --l in the line of a prompt guides its preview",
+    "t5xxl_max_token_length": "here it is --gemma2_max_token_length",
+    "t5_max_token_length": "here it is --gemma2_max_token_length",
+    "qwen3_max_token_length": "here it is --gemma2_max_token_length",
+    "t5xxl": "here it is --gemma2",
+    "clip_l": "here it is --gemma2",
+    "qwen3": "here it is --gemma2",
+    "text_encoder": "here it is --gemma2",
+    "split_mode": "here it is --blocks_to_swap",
+}
+"""What options of other scripts are here, as the error for one of them ends."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The options that only Stable Diffusion 3 has."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from library.options.base import Options, group, option
@@ -65,6 +66,22 @@ class Sd3TrainingOptions(Options):
         help="How far the drawn noise levels are pushed toward pure noise. 1 leaves them alone, 3 is what SD3 draws "
         "pictures with.",
     )
+
+
+INSTEAD: Mapping[str, str] = {
+    "discrete_flow_shift": "here it is --training_shift",
+    "timestep_sampling": "here it is --weighting_scheme",
+    "sigmoid_scale": "here it is --logit_std with --weighting_scheme logit_normal",
+    "guidance_scale": "the model is trained without guidance; --l in the line of a prompt guides its preview",
+    "model_prediction_type": "the model is trained in one way, as with raw",
+    "ae": "here it is --vae",
+    "t5_max_token_length": "here it is --t5xxl_max_token_length",
+    "text_encoder": "here they are --clip_l, --clip_g and --t5xxl",
+    "qwen3": "here they are --clip_l, --clip_g and --t5xxl",
+    "gemma2": "here they are --clip_l, --clip_g and --t5xxl",
+    "split_mode": "here it is --blocks_to_swap",
+}
+"""What options of other scripts are here, as the error for one of them ends."""
 
 
 @dataclass(frozen=True)

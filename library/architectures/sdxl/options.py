@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from library.models.unet.options import INSTEAD as INSTEAD
 from library.options.base import Options, group, option
 from library.options.caching import TextCachingOptions
 from library.options.model import ReadingOptions

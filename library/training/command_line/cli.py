@@ -3,7 +3,7 @@
 import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,18 @@ ZERO_MEANS_NEVER = (
 )  # fmt: skip
 
 
-def build_parser(*groups: type[Options], parts: str = "") -> argparse.ArgumentParser:
+def build_parser(
+    *groups: type[Options], parts: str = "", elsewhere: Callable[[str], str] = lambda option: ""
+) -> argparse.ArgumentParser:
     """A parser with the options of all groups: no positionals, nothing required, prefixes of flags accepted.
 
-    `parts` are the options that name the files of a base model besides its first, for the example in the help.
+    `parts` are the options that name the files of a base model besides its first, for the example in the help;
+    `elsewhere` says what there is to say of an option that only other scripts have.
     """
     usual, own = (
         frozenset(f.name for kind in groups for f, _ in kind.leaves() if f.metadata.get(key)) for key in (USUAL, OWN)
     )
-    parser = TrainingParser(usual, parts, own)
+    parser = TrainingParser(usual, parts, own, elsewhere)
     for kind in groups:
         kind.add_to(parser)
     return parser
@@ -71,7 +74,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
             write_config(path, chosen(typed, parser))
             logger.info("wrote the options to %s", path)
             parser.exit(0)
-        config = read_config(path, {action.dest: action for action in parser._actions if action.dest != "help"})
+        actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+        config = read_config(path, actions, elsewhere_of(parser))
     except ConfigFileError as error:
         start_logging(parser, typed)
         logger.error("%s", error)
@@ -123,7 +127,7 @@ def from_program(parser: argparse.ArgumentParser, given: argparse.Namespace) -> 
     unchanged = {name for name, value in plain.items() if name in actions and value == actions[name].default}
     warnings: list[str] = []
     asked = {name: value for name, value in plain.items() if name not in unchanged}
-    values = read_values(asked, "the calling program", actions, warnings)
+    values = read_values(asked, "the calling program", actions, warnings, elsewhere_of(parser))
     for warning in warnings:
         logger.warning("%s", warning)
     defaults = {name: action.default for name, action in actions.items()}
@@ -151,10 +155,19 @@ def parse_words(
     """What `argv` says above the values of `beneath`. An unknown option ends with status 2, naming the nearest."""
     args, unknown = parser.parse_known_args(argv, beneath)
     if unknown:
-        flags = parser._option_string_actions
-        hints = [word + nearest(word.split("=")[0], flags) if word.startswith("-") else word for word in unknown]
+        hints = [word + hint(parser, word.split("=")[0]) if word.startswith("-") else word for word in unknown]
         parser.error(f"unrecognized arguments: {' '.join(hints)}")
     return args
+
+
+def hint(parser: argparse.ArgumentParser, flag: str) -> str:
+    """Which scripts have an unknown option, else the nearest one that this script has."""
+    return elsewhere_of(parser)(flag.lstrip("-")) or nearest(flag, parser._option_string_actions)
+
+
+def elsewhere_of(parser: argparse.ArgumentParser) -> Callable[[str], str]:
+    """What is said of an option that only other scripts have; nothing where a program brings a parser of its own."""
+    return parser.elsewhere if isinstance(parser, TrainingParser) else lambda option: ""
 
 
 def unset_empty(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:

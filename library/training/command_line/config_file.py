@@ -6,7 +6,7 @@ form gave them. So values are read generously: what can only mean one thing is t
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,21 +37,24 @@ def config_path(config_file: str) -> Path:
     return Path(config_file if config_file.endswith(".toml") else config_file + ".toml")
 
 
-def read_config(path: Path, actions: Mapping[str, argparse.Action]) -> Config:
-    """The options in a file, by destination; `actions` are those of the parser.
+def read_config(
+    path: Path, actions: Mapping[str, argparse.Action], elsewhere: Callable[[str], str] = lambda option: ""
+) -> Config:
+    """The options in a file, by destination; `actions` are those of the parser, `elsewhere` tells other scripts'.
 
     Tables are opened one level and their names mean nothing. Keys that are no option are left out and named in the
     warnings. Raises ConfigFileError.
     """
     warnings: list[str] = []
     given = flatten(load_toml(path), path, warnings)
-    values = read_values(given, str(path), actions, warnings)
+    values = read_values(given, str(path), actions, warnings, elsewhere)
     return Config(path, values, warnings)
 
 
 def read_values(
-    given: Mapping[str, Any], where: str, actions: Mapping[str, argparse.Action], warnings: list[str]
-) -> dict[str, Any]:
+    given: Mapping[str, Any], where: str, actions: Mapping[str, argparse.Action], warnings: list[str],
+    elsewhere: Callable[[str], str] = lambda option: "",
+) -> dict[str, Any]:  # fmt: skip
     """The options among `given`, which `where` says, as what they hold; what else there is to say joins `warnings`.
 
     Raises ConfigFileError for a value that its option cannot take.
@@ -62,7 +65,7 @@ def read_values(
         if key in ("config_file", "output_config"):
             continue  # about the file itself; the command line has said it
         if key not in actions:
-            unknown.append(key + nearest(key, actions))
+            unknown.append(key + (elsewhere(key) or nearest(key, actions)))
             continue
         converted = convert(value, actions[key])
         if isinstance(converted, Refused):

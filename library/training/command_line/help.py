@@ -4,7 +4,7 @@ import argparse
 import copy
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 EVERYTHING = "--help_all"
@@ -57,8 +57,14 @@ class TrainingParser(argparse.ArgumentParser):
     --help_all is no option of it, so that --hel still means --help and programs that list the options do not show it.
     """
 
-    def __init__(self, usual: frozenset[str], parts: str = "", own: frozenset[str] = frozenset()) -> None:
-        self._own = own
+    def __init__(
+        self,
+        usual: frozenset[str],
+        parts: str = "",
+        own: frozenset[str] = frozenset(),
+        elsewhere: Callable[[str], str] = lambda option: "",
+    ) -> None:
+        self._own, self.elsewhere = own, elsewhere
         super().__init__(
             usage="%(prog)s [options]",
             description=EXAMPLES.format(parts=f"      {parts} \\\n" if parts else ""),
@@ -77,10 +83,13 @@ class TrainingParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
-        """What an abbreviation could mean: of several, options that sd-scripts does not have are not meant."""
+        """What an abbreviation could mean: of several, options that sd-scripts does not have are not meant, and none
+        is where another script has an option of that whole name."""
         found: list[Any] = super()._get_option_tuples(option_string)  # type: ignore[misc]
         listed = [entry for entry in found if entry[0].dest not in self._own]
-        return listed if len(found) > 1 and listed else found
+        meant = listed if len(found) > 1 and listed else found
+        name = option_string.partition("=")[0].lstrip("-")
+        return [] if len(meant) > 1 and self.elsewhere(name) else meant
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """As argparse's; 75 is no choice of --max_token_length, but how sd-scripts' documentation calls its default."""

@@ -1,0 +1,62 @@
+"""Which script has which options of its own, by listing the packages beside this file; imports no torch."""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from library.options.train import TrainOptions
+
+
+@dataclass(frozen=True)
+class Script:
+    """One training script: a package's options.py has its class of options and says how those of others are called."""
+
+    name: str  # "knots_train_network.py"
+    options: type[TrainOptions]
+    instead: Mapping[str, str]  # option of other scripts -> the end of a sentence about it
+
+
+def list_scripts() -> tuple[Script, ...]:
+    """The script of every package that has options.py; one without a class of its own has the common options."""
+    packages = [p.name for p in pkgutil.iter_modules([str(Path(__file__).parent)]) if p.ispkg]
+    names = [name for name in packages if (Path(__file__).parent / name / "options.py").is_file()]
+    return tuple(script_of(name) for name in names)
+
+
+def script_of(package: str) -> Script:
+    module = importlib.import_module(f"library.architectures.{package}.options")
+    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, TrainOptions)]
+    own = [kind for kind in classes if kind is not TrainOptions]
+    name = getattr(module, "SCRIPT", f"{package}_train_network.py")
+    return Script(name, own[-1] if own else TrainOptions, getattr(module, "INSTEAD", {}))
+
+
+@dataclass(frozen=True)
+class OtherScripts:
+    """What there is to say of an option that only others have than the script of this name."""
+
+    name: str
+
+    @cached_property
+    def scripts(self) -> Mapping[str, tuple[frozenset[str], Mapping[str, str]]]:
+        """(its options, what those of others are there) by script; made when it is asked for first, after a mistake."""
+        return {script.name: (frozenset(script.options.defaults()), script.instead) for script in list_scripts()}
+
+    def __call__(self, option: str) -> str:
+        """The hint behind an option, "" for one that this script has, or none."""
+        has = [script for script, (options, _) in self.scripts.items() if option in options]
+        if not has or self.name in has:
+            return ""
+        told = self.scripts[self.name][1].get(option) if self.name in self.scripts else None
+        return f" ({words_for(has, list(self.scripts))}{f'; {told}' if told else ''})"
+
+
+def words_for(has: list[str], scripts: list[str]) -> str:
+    """Which scripts have an option, or which have it not where these are fewer."""
+    lack = [script for script in scripts if script not in has]
+    named = has if len(has) <= len(lack) else lack
+    listed = " and ".join(filter(None, (", ".join(named[:-1]), named[-1])))
+    return f"an option of {listed}" if named is has else f"an option of every script but {listed}"

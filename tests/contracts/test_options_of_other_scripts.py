@@ -1,0 +1,66 @@
+"""An option that another script has: the error and the warning say which, and what it is called here."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from library.architectures.cards import list_cards
+from library.architectures.scripts import Script, list_scripts
+from library.training.command_line.cli import parse
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = list_scripts()
+FLAG = re.compile(r"--([a-z_0-9]+)(?: ([a-z_]+))?")
+ALL = {name for script in SCRIPTS for name in script.options.defaults()}
+IN_PROMPTS = {"l"}
+
+
+def parser_of(script: Script):  # type: ignore[no-untyped-def]
+    return importlib.import_module(script.name.removesuffix(".py")).setup_parser()
+
+
+def test_the_scripts_are_those_of_the_cards() -> None:
+    assert {(s.name, s.options) for s in SCRIPTS} == {(card.script, card.options) for card in list_cards()}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_what_stands_in_for_an_option_is_there(script: Script) -> None:
+    own = script.options.defaults()
+    actions = {action.dest: action for action in parser_of(script)._actions}
+    for name, words in script.instead.items():
+        assert name in ALL - own.keys(), f"{name} is no option that others have and {script.name} has not"
+        for flag, value in FLAG.findall(words):
+            assert flag in own or flag in IN_PROMPTS, f"{script.name} has no --{flag}"
+            if value and flag in own and actions[flag].choices:
+                assert value in actions[flag].choices
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_every_option_of_others_is_named(script: Script, capsys: pytest.CaptureFixture[str]) -> None:
+    """But for one that is short for an option of this script alone, as `--text_encoder` is for --text_encoder_lr."""
+    parser = parser_of(script)
+    names = [n for n in sorted(ALL - script.options.defaults().keys()) if not parser._get_option_tuples(f"--{n}")]
+    assert len(ALL - script.options.defaults().keys()) - len(names) <= 1
+    for words in ([f"--{name}=x" for name in names], [word for name in names for word in (f"--{name}", "x")]):
+        with pytest.raises(SystemExit) as ended:
+            parse(parser, words)
+        assert ended.value.code == 2
+        told = dict(re.findall(r"--(\w+)(?:=x)? \((an option of [^()]+)\)", capsys.readouterr().err))
+        assert list(told) == names
+        for name, said in told.items():
+            has = {other.name for other in SCRIPTS if name in other.options.defaults()}
+            named = set(re.findall(r"\w+\.py", said))
+            assert named == ({other.name for other in SCRIPTS} - has if "every script but" in said else has)
+            assert said.endswith(script.instead.get(name, ".py"))
+
+
+def test_a_config_file_gets_the_same_hint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (script,) = (script for script in SCRIPTS if "training_shift" in script.options.defaults())
+    (tmp_path / "train.toml").write_text("discrete_flow_shift = 3.0\nlerning_rate = 1.0\nguidance_scale = 1.0\n")
+    args = parse(parser_of(script), ["--config_file", str(tmp_path / "train.toml")])
+    assert not hasattr(args, "discrete_flow_shift")
+    assert "discrete_flow_shift (an option of every script but" in caplog.text
+    assert "here it is --training_shift)" in caplog.text
+    assert "lerning_rate (nearest: learning_rate), guidance_scale (an option of flux_train_network.py;" in caplog.text
