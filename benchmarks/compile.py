@@ -26,9 +26,9 @@ from library.architectures.sd3.model import JointBlock, MMDiTConfig  # noqa: E40
 from library.memory.compiled import CompiledBlock, CompileSettings  # noqa: E402
 from library.models.rotary import Rotary  # noqa: E402
 from networks.core.adapter import Adapter  # noqa: E402
-from networks.core.kinds.joins import Add  # noqa: E402
+from networks.core.changes.joins import Add  # noqa: E402
+from networks.core.changes.scaled import ScaledDelta  # noqa: E402
 from networks.core.kinds.lora import LowRank  # noqa: E402
-from networks.core.kinds.scaled import ScaledDelta  # noqa: E402
 from networks.core.sites.targets import Site  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -25,7 +25,7 @@ from torch import Tensor  # noqa: E402
 
 from library.memory.forms.codes import Codes, input_gradient, output  # noqa: E402
 from library.memory.forms.named import FORMS  # noqa: E402
-from library.options.memory import EIGHT_BIT_FORMS  # noqa: E402
+from library.options.machine.memory import EIGHT_BIT_FORMS  # noqa: E402
 
 SHAPES = ((3072, 3072), (12288, 3072), (3072, 12288))  # outputs, inputs of FLUX.1's layers
 SMALL_TOKENS, SMALL_SIDE = 32, 512  # for fp8 on a CPU

@@ -27,9 +27,9 @@ from benchmarks.reading_in_a_form import CONFIG as FLUX  # noqa: E402
 from benchmarks.trainer_tax import build_pictures  # noqa: E402
 from library.architectures.flux.model import Flux  # noqa: E402
 from networks.core.adapter import Adapter  # noqa: E402
-from networks.core.kinds.joins import Add  # noqa: E402
+from networks.core.changes.joins import Add  # noqa: E402
+from networks.core.changes.scaled import ScaledDelta  # noqa: E402
 from networks.core.kinds.lora import LowRank  # noqa: E402
-from networks.core.kinds.scaled import ScaledDelta  # noqa: E402
 from networks.core.side_by_side import Beside, SideBySide  # noqa: E402
 from networks.core.sites.targets import Site  # noqa: E402
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 def upload(args: argparse.Namespace, src: str | Path, dest_suffix: str = "", force_sync_upload: bool = False) -> None:
     """Send a file or a folder to --huggingface_repo_id; an error is logged. The upload is always waited for."""
-    from library.options.saving import HubOptions
+    from library.options.output.saving import HubOptions
     from library.training.saving import hub
 
     options = HubOptions.from_args(argparse.Namespace(**{**HubOptions.defaults(), **vars(args)}))

@@ -6,7 +6,7 @@ import logging
 
 def setup_logging(args: argparse.Namespace | None = None, log_level: str | None = None, reset: bool = False) -> None:
     """Send log lines where the options of the console say; without `reset` only where they go nowhere yet."""
-    from library.options.console import ConsoleOptions
+    from library.options.output.console import ConsoleOptions
     from library.training.command_line import console
 
     root = logging.getLogger()

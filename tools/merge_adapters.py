@@ -18,11 +18,11 @@ from tqdm import tqdm
 from library.checkpoints.adapter_keys import naming_of
 from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
+from networks.core.changes.svd import balanced, best_factors, concatenated, svd_of_product
 from networks.core.files.adapter_file import COMPUTED, AdapterFile, require_kinds
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
 from networks.core.kinds import full, lora, norm
-from networks.core.kinds.svd import balanced, best_factors, concatenated, svd_of_product
 from networks.core.kinds.table import PIECES
 from tools.convert_lora import card_for_file
 

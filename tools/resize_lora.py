@@ -21,10 +21,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.errors import UserError
 from library.randomness import generator_for
-from networks.core.files.adapter_file import COMPUTED, AdapterFile, read_adapter_file, require_kinds, save_adapter_file
-from networks.core.files.module_weights import ModuleWeights
-from networks.core.kinds import lora, norm
-from networks.core.kinds.svd import (
+from networks.core.changes.svd import (
     MIN_SINGULAR_VALUE,
     balanced,
     largest_of_product,
@@ -33,6 +30,9 @@ from networks.core.kinds.svd import (
     rank_by_sum,
     svd_of_product,
 )
+from networks.core.files.adapter_file import COMPUTED, AdapterFile, read_adapter_file, require_kinds, save_adapter_file
+from networks.core.files.module_weights import ModuleWeights
+from networks.core.kinds import lora, norm
 from tools.command import (
     add_device,
     add_save_precision,

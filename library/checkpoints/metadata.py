@@ -17,8 +17,8 @@ from typing import Any
 
 from library.checkpoints.hashes import sha256_of_file, webui_hash
 from library.errors import UserError
-from library.options.averaging import FILES
 from library.options.train import TrainOptions
+from library.options.training.averaging import FILES
 
 KEPT_WITHOUT_METADATA = (
     "ss_v2",

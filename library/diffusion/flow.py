@@ -16,10 +16,10 @@ from library.diffusion.noise import draw_normal, draw_strength
 from library.diffusion.noise_levels import LevelSampler, check_timestep_range, sampled, scheme_weights, takes_offset
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error
 from library.memory.devices import send
-from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
-from library.options.loss import LossOptions
-from library.options.noise import NoiseOptions
 from library.options.train import TrainOptions
+from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
+from library.options.training.loss import LossOptions
+from library.options.training.noise import NoiseOptions
 from library.types import Noised
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
+from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
 
 
 class LevelSampler(Protocol):

@@ -14,9 +14,9 @@ from library.diffusion.noise_levels import check_timestep_range, draw_timesteps
 from library.diffusion.schedules import NUM_TIMESTEPS, ddpm_abar, sigmas_of, snr_of
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error, snr_weights
 from library.memory.devices import send
-from library.options.loss import LossOptions
-from library.options.noise import NoiseOptions
 from library.options.train import TrainOptions
+from library.options.training.loss import LossOptions
+from library.options.training.noise import NoiseOptions
 from library.types import Noised
 
 TABLES = ("signal", "noise", "sigmas", "weights")

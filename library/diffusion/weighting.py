@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.options.loss import LossOptions
+from library.options.training.loss import LossOptions
 
 MAX_SNR = 1000.0  # the first timesteps are nearly clean; without a cap they would rule the weights
 

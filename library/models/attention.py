@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from library.options.memory import MemoryOptions
+from library.options.machine.memory import MemoryOptions
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 from library.options.base import Options
-from library.options.distributed import DistributedOptions
+from library.options.machine.distributed import DistributedOptions
 from library.options.rules import asks, is_set
 
 

@@ -2,30 +2,30 @@
 
 from dataclasses import dataclass
 
-from library.options.averaging import AveragingOptions
 from library.options.base import Options, group
 from library.options.caching import CachingOptions
-from library.options.compiling import CompileOptions
 from library.options.config_file import ConfigFileOptions
-from library.options.console import ConsoleOptions
 from library.options.dataset import DatasetOptions
-from library.options.distributed import DistributedOptions
-from library.options.fit import FitOptions
-from library.options.graphs import GraphOptions
-from library.options.kernels import KernelOptions
-from library.options.loss import LossOptions
-from library.options.memory import MemoryOptions, PrecisionOptions
+from library.options.machine.compiling import CompileOptions
+from library.options.machine.distributed import DistributedOptions
+from library.options.machine.fit import FitOptions
+from library.options.machine.graphs import GraphOptions
+from library.options.machine.kernels import KernelOptions
+from library.options.machine.memory import MemoryOptions, PrecisionOptions
 from library.options.model import ModelOptions
-from library.options.network import NetworkOptions
-from library.options.noise import NoiseOptions
-from library.options.optimizer import OptimizerOptions, ScheduleOptions
-from library.options.preview import PreviewOptions
-from library.options.reports import ReportOptions
-from library.options.run import FaultOptions, RunOptions
-from library.options.saving import HubOptions, MetadataOptions, SavingOptions, StateOptions
-from library.options.sweep import SweepOptions
-from library.options.trackers import TrackerOptions
-from library.options.validation import ValidationOptions
+from library.options.output.console import ConsoleOptions
+from library.options.output.preview import PreviewOptions
+from library.options.output.reports import ReportOptions
+from library.options.output.saving import HubOptions, MetadataOptions, SavingOptions, StateOptions
+from library.options.output.trackers import TrackerOptions
+from library.options.training.averaging import AveragingOptions
+from library.options.training.loss import LossOptions
+from library.options.training.network import NetworkOptions
+from library.options.training.noise import NoiseOptions
+from library.options.training.optimizer import OptimizerOptions, ScheduleOptions
+from library.options.training.run import FaultOptions, RunOptions
+from library.options.training.sweep import SweepOptions
+from library.options.training.validation import ValidationOptions
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from networks.core.changes.change import Change, Forward
 from networks.core.forward_patch import give_forward_back, take_forward
-from networks.core.kinds.change import Change, Forward
 from networks.core.sites.targets import Site
 
 

@@ -10,14 +10,14 @@ from library.errors import UserError
 from networks.core.adapter import Adapter
 from networks.core.argument_values import ORTHOGONAL
 from networks.core.arguments import NetworkArguments
+from networks.core.changes.change import Leaves
+from networks.core.changes.joins import Add, Decompose, are_per_output
+from networks.core.changes.leaves import DORA_SCALE
+from networks.core.changes.noise_ranks import NoiseRanks
+from networks.core.changes.scaled import Dropout, ScaledDelta
+from networks.core.changes.split import are_apart
 from networks.core.kinds import full, norm
-from networks.core.kinds.change import Leaves
-from networks.core.kinds.joins import Add, Decompose, are_per_output
 from networks.core.kinds.kind import Door, Kind
-from networks.core.kinds.leaves import DORA_SCALE
-from networks.core.kinds.noise_ranks import NoiseRanks
-from networks.core.kinds.scaled import Dropout, ScaledDelta
-from networks.core.kinds.split import are_apart
 from networks.core.kinds.starts import FromStart, starting_delta
 from networks.core.kinds.table import change_of, kind_of
 from networks.core.network import Member

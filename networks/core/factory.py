@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from library.errors import UserError
 from networks.core.arguments import NetworkArguments, parse_arguments
 from networks.core.build_adapters import Place, fresh_members, members_of_file, rates_alone, starts_at_weight
+from networks.core.changes.leaves import DORA_SCALE
 from networks.core.files.foreign_names import in_own_names
 from networks.core.files.reading_writing import group_by_module, read_adapters
 from networks.core.kinds import norm
 from networks.core.kinds.kind import FOR_FEW, Door
-from networks.core.kinds.leaves import DORA_SCALE
 from networks.core.kinds.table import KINDS, PIECES, kind_of
 from networks.core.network import AdapterNetwork, Member
 from networks.core.sites.rules import make_rules

@@ -3,7 +3,7 @@
 from torch import nn
 
 from library.errors import UserError
-from networks.core.kinds.change import Forward
+from networks.core.changes.change import Forward
 
 
 def take_forward(layer: nn.Module, forward: Forward) -> Forward:

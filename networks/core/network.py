@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from library.errors import UserError
 from networks.core.adapter import Adapter
 from networks.core.arguments import NetworkArguments
+from networks.core.changes.scaled import ScaledDelta
 from networks.core.files.foreign_names import in_own_names
 from networks.core.files.reading_writing import load_into, network_tensors, read_adapters, save_network
-from networks.core.kinds.scaled import ScaledDelta
 from networks.core.protocol import Merging
 from networks.core.side_by_side import Beside, SideBySide
 from networks.core.sites.rules import SiteSettings

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from networks.core.adapter import Adapter
+from networks.core.changes.change import Forward
+from networks.core.changes.scaled import ScaledDelta
+from networks.core.changes.stacked import can_be_stacked, stacked
 from networks.core.forward_patch import take_forward
-from networks.core.kinds.change import Forward
-from networks.core.kinds.scaled import ScaledDelta
-from networks.core.kinds.stacked import can_be_stacked, stacked
 from networks.core.streams import Streams
 
 

@@ -6,11 +6,11 @@ from typing import Any
 from torch import nn
 
 from networks.core.adapter import Adapter
-from networks.core.kinds.change import Change
+from networks.core.changes.change import Change
+from networks.core.changes.scaled import ScaledDelta
+from networks.core.changes.turned import Turned
 from networks.core.kinds.norm import Norm
 from networks.core.kinds.oft import TurnedOutputs
-from networks.core.kinds.scaled import ScaledDelta
-from networks.core.kinds.turned import Turned
 from networks.core.sites.targets import BlockList
 
 FORMS = ("DoRA", "a Tucker core", "a trained strength")  # of `ScaledDelta.forms`, in this order

@@ -208,9 +208,9 @@ def test_what_has_no_gradient_and_what_is_counted_is_not_compiled() -> None:
 
 def test_layers_of_other_strength_share_a_graph() -> None:
     """Their alphas differ, which are numbers and no tensors."""
-    from networks.core.kinds.joins import Add
+    from networks.core.changes.joins import Add
+    from networks.core.changes.scaled import ScaledDelta
     from networks.core.kinds.lora import LowRank
-    from networks.core.kinds.scaled import ScaledDelta
 
     class Adapted(nn.Module):
         def __init__(self, alpha: float) -> None:

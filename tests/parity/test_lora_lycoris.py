@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.core.adapter import Adapter
-from networks.core.kinds.joins import Add, Decompose
+from networks.core.changes.joins import Add, Decompose
 from networks.core.kinds.lora import LowRank
 from networks.core.kinds.tucker import Tucker
 from networks.core.sites.targets import kind_of

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from library.architectures.sd.adapters import view
 from library.checkpoints.files import load_state_dict
 from networks import oft_v2
-from networks.core.kinds.blocks import block_size_for
+from networks.core.changes.blocks import block_size_for
 from networks.core.kinds.oft_v2 import ANGLES, OftV2, fresh
 from networks.core.kinds.table import change_of
 from tests.parity.test_lora_merge import tiny_clip

@@ -7,15 +7,15 @@ from typing import TypeVar
 
 from library.options.base import Options, group, option, redeclared
 from library.options.caching import TextCachingOptions
-from library.options.flow import (
+from library.options.machine.memory import PrecisionOptions
+from library.options.model import ReadingOptions
+from library.options.train import TrainOptions
+from library.options.training.flow import (
     FlowPredictionOptions,
     FlowSamplingOptions,
     FlowWeightingOptions,
     TimestepPreviewOptions,
 )
-from library.options.memory import PrecisionOptions
-from library.options.model import ReadingOptions
-from library.options.train import TrainOptions
 
 OptionsT = TypeVar("OptionsT", bound="HunyuanImageOptions")
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from library.options.base import Options, group, option, redeclared
 from library.options.caching import TextCachingOptions
-from library.options.flow import (
+from library.options.model import ReadingOptions
+from library.options.train import TrainOptions
+from library.options.training.flow import (
     FlowPredictionOptions,
     FlowSamplingOptions,
     FlowWeightingOptions,
     TimestepPreviewOptions,
 )
-from library.options.model import ReadingOptions
-from library.options.train import TrainOptions
 
 TIMESTEP_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift")
 

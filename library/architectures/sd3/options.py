@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from library.options.base import Options, group, option
 from library.options.caching import TextCachingOptions
-from library.options.flow import FlowWeightingOptions, TimestepPreviewOptions
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
+from library.options.training.flow import FlowWeightingOptions, TimestepPreviewOptions
 
 
 @dataclass(frozen=True)

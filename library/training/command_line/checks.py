@@ -7,11 +7,11 @@ from pathlib import Path, PureWindowsPath
 
 from library.errors import UserError
 from library.memory.planner.cards import parse_size
-from library.options.memory import EIGHT_BIT_FORMS
-from library.options.optimizer import OptimizerOptions
+from library.options.machine.memory import EIGHT_BIT_FORMS
 from library.options.rules import check_ranges, is_set, unused
 from library.options.support import unsupported
 from library.options.train import TrainOptions
+from library.options.training.optimizer import OptimizerOptions
 from library.training.evaluation.preview import Timetable
 from library.training.evaluation.prompts import check_sampler, read_prompts
 from library.training.optimization.optimizers import class_path, wanted_type

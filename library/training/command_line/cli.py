@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from library.options.base import OWN, USUAL, Options
-from library.options.console import ConsoleOptions
+from library.options.output.console import ConsoleOptions
 from library.training.command_line.config_file import (
     SECRETS,
     ConfigFileError,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from library.errors import UserError
 from library.launcher import launched_rank
-from library.options.console import ConsoleOptions
+from library.options.output.console import ConsoleOptions
 
 CONSOLE = "console of "  # how the name of the one handler begins that shows log lines
 

@@ -12,8 +12,8 @@ from library.diffusion.flow import NUM_TIMESTEPS, FlowMatching
 from library.diffusion.noise_levels import scheme_weights
 from library.errors import UserError
 from library.launcher import launched_rank
-from library.options.flow import TimestepPreviewOptions
 from library.options.train import TrainOptions
+from library.options.training.flow import TimestepPreviewOptions
 from library.training.reporting.report import announce
 
 logger = logging.getLogger(__name__)

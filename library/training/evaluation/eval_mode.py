@@ -45,7 +45,7 @@ def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def shown_weights(run: Run, use: str) -> Iterator[None]:
-    """The weights for `use`, one of `library.options.averaging`, and afterwards those of training, bit for bit.
+    """The weights for `use`, one of those in `library.options.training.averaging`; afterwards those of training again.
 
     What a schedule-free optimizer has averaged, or the average of --ema_decay where --ema_used_for says so.
     """

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from library.checkpoints.files import atomic_path
-from library.options.saving import SavingOptions
+from library.options.output.saving import SavingOptions
 from library.training.reporting.events import Preview
 from library.types import Prompt
 

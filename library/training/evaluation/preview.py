@@ -17,9 +17,9 @@ from library.diffusion.guidance import guided, needs_negative
 from library.diffusion.samplers import Level
 from library.errors import UserError
 from library.memory.devices import place, release_memory
-from library.options.averaging import PREVIEWS
-from library.options.preview import PreviewOptions
+from library.options.output.preview import PreviewOptions
 from library.options.train import TrainOptions
+from library.options.training.averaging import PREVIEWS
 from library.progress import progress_bar
 from library.protocols import Architecture, LiveText
 from library.randomness import generator_for

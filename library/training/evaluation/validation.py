@@ -16,9 +16,9 @@ from torch import Tensor
 
 from library.data.batches.validation_set import ValidationSet
 from library.errors import few
-from library.options.averaging import FILES, VALIDATION
 from library.options.train import TrainOptions
-from library.options.validation import ValidationOptions
+from library.options.training.averaging import FILES, VALIDATION
+from library.options.training.validation import ValidationOptions
 from library.training.evaluation.choice import by_picture, is_clearly_worse
 from library.training.evaluation.choosing import TOOL, Measured, choice_of
 from library.training.evaluation.eval_mode import evaluating

@@ -12,7 +12,7 @@ from math import nan, sqrt
 import torch
 from torch import Generator, Tensor
 
-from library.options.noise import NoiseOptions
+from library.options.training.noise import NoiseOptions
 from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
 from library.training.run.context import StepContext

@@ -14,7 +14,7 @@ import numpy as np
 
 from library.errors import UserError
 from library.options.config_file import read_toml
-from library.options.trackers import TrackerOptions
+from library.options.output.trackers import TrackerOptions
 from library.options.train import TrainOptions
 from library.training.evaluation.pictures import Drawn
 

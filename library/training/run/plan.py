@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from library.options.run import RunOptions
+from library.options.training.run import RunOptions
 
 
 @dataclass(frozen=True)

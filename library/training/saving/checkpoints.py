@@ -19,7 +19,7 @@ from library.checkpoints.folders import remove_folder
 from library.checkpoints.metadata import file_metadata, modelspec_metadata
 from library.checkpoints.model_card import ModelCard
 from library.errors import UserError
-from library.options.saving import SavingOptions, StateOptions
+from library.options.output.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
 from library.training.faults.out_of_memory import in_words
 from library.training.reporting.event_stream import Events

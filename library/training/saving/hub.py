@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.options.saving import HubOptions
+from library.options.output.saving import HubOptions
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import torch
 from library.memory.activations import recompute_from_main_memory
 from library.memory.blocks import BlockRunner, Every, plain, recompute, run_encoder_layers_with
 from library.memory.compiled import Compiled, CompileSettings
-from library.options.compiling import CompileOptions
-from library.options.memory import MemoryOptions
+from library.options.machine.compiling import CompileOptions
+from library.options.machine.memory import MemoryOptions
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.randomness import stream_seed

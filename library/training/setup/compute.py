@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from library.memory.devices import DTYPES
-from library.options.memory import PrecisionOptions
+from library.options.machine.memory import PrecisionOptions
 from library.training.run.context import Autocast
 
 

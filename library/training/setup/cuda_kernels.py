@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from library.options.kernels import KernelOptions
+from library.options.machine.kernels import KernelOptions
 
 logger = logging.getLogger(__name__)
 

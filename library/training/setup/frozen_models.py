@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from library.checkpoints.weights import without_values
 from library.memory.forms.form import AsRead
 from library.memory.places.spread import Spread
-from library.options.network import NetworkOptions
 from library.options.train import TrainOptions
+from library.options.training.network import NetworkOptions
 from library.protocols import Architecture
 from library.training.reporting.report import announce
 from library.training.run.context import Models

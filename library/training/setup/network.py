@@ -4,8 +4,8 @@ import logging
 from typing import Any
 
 from library.errors import UserError
-from library.options.network import NetworkOptions
 from library.options.train import TrainOptions
+from library.options.training.network import NetworkOptions
 from library.training.reporting.report import announce
 from library.training.run.context import Models
 from library.training.setup.compute import Compute

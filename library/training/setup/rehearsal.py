@@ -13,8 +13,8 @@ from torch import nn
 from library.checkpoints.weights import without_values
 from library.collector import importing
 from library.errors import NotThere, UserError
-from library.options.optimizer import ScheduleOptions
 from library.options.train import TrainOptions
+from library.options.training.optimizer import ScheduleOptions
 from library.protocols import Architecture
 from library.training.optimization.lr_schedules import Schedule, build_schedule
 from library.training.optimization.optimizers import build_optimizer

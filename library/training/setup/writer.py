@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from library.checkpoints.metadata import RunFacts, base_file_metadata, training_metadata
-from library.options.averaging import FILES
+from library.options.training.averaging import FILES
 from library.training.evaluation.eval_mode import shown_weights
 from library.training.evaluation.validation import Validation
 from library.training.optimization.lr_schedules import base_rates, follow_rates

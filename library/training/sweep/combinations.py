@@ -12,10 +12,10 @@ from typing import Any, Generic, TypeVar
 from library.errors import UserError
 from library.options.base import RULE, Rule, scalar_type
 from library.options.dataset import DatasetOptions
-from library.options.loss import LossOptions
-from library.options.noise import NoiseOptions
 from library.options.rules import check_number, is_set, unused
 from library.options.train import TrainOptions
+from library.options.training.loss import LossOptions
+from library.options.training.noise import NoiseOptions
 from library.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)

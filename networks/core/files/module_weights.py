@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from networks.core.kinds import lora, rows
-from networks.core.kinds.change import AdditiveChange, Change, LowRankChange, Misfit
+from networks.core.changes import rows
+from networks.core.changes.change import AdditiveChange, Change, LowRankChange, Misfit
+from networks.core.changes.leaves import ALPHA, DORA_SCALE
+from networks.core.kinds import lora
 from networks.core.kinds.kind import Kind
-from networks.core.kinds.leaves import ALPHA, DORA_SCALE
 from networks.core.kinds.table import PIECES, change_of, kind_of
 
 PEFT_MAGNITUDES = ".lora_magnitude_vector"

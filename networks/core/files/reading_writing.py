@@ -23,17 +23,17 @@ from library.checkpoints.files import (
 from library.checkpoints.hashes import with_hashes
 from library.errors import UserError
 from networks.core.adapter import Adapter
+from networks.core.changes.change import StoredOtherwise, in_shape_of
+from networks.core.changes.joins import PER_OUTPUT, are_per_output
+from networks.core.changes.leaves import ALPHA, DORA_SCALE
+from networks.core.changes.scaled import ScaledDelta
+from networks.core.changes.turned import Turned
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import norm
-from networks.core.kinds.change import StoredOtherwise, in_shape_of
-from networks.core.kinds.joins import PER_OUTPUT, are_per_output
 from networks.core.kinds.kind import Kind
-from networks.core.kinds.leaves import ALPHA, DORA_SCALE
 from networks.core.kinds.oft import TurnedOutputs
 from networks.core.kinds.pieces import by_rows, is_in_rows, whole_and_leaf
-from networks.core.kinds.scaled import ScaledDelta
 from networks.core.kinds.table import KINDS, PIECES, SHARED, kind_of
-from networks.core.kinds.turned import Turned
 
 WITHOUT_THEM = (
     "`tools/convert_lora.py --to kohya --drop_unsupported` writes it without them, which changes what it does"

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames
 from library.errors import UserError
+from networks.core.changes import rows
+from networks.core.changes.leaves import ALPHA, DORA_SCALE
 from networks.core.files.adapter_file import AdapterFile
 from networks.core.files.module_weights import ModuleWeights, named_twice
-from networks.core.kinds import lora, norm, oft_v2, rows
-from networks.core.kinds.leaves import ALPHA, DORA_SCALE
+from networks.core.kinds import lora, norm, oft_v2
 from networks.core.kinds.pieces import leaf_of
 from networks.core.kinds.table import held_leaves
 

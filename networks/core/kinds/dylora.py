@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.randomness import random_for
 from networks.core.arguments import NetworkArguments
-from networks.core.kinds.change import factor
-from networks.core.kinds.leaves import UP
+from networks.core.changes.change import factor
+from networks.core.changes.leaves import UP
+from networks.core.changes.scaled import ScaledDelta
 from networks.core.kinds.lora import LowRank, add_product, run_like, start_up_moving
-from networks.core.kinds.scaled import ScaledDelta
 from networks.core.network import AdapterNetwork
 from networks.core.sites.targets import Site
 

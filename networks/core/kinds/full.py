@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.kinds.change import Change, Forward, Leaves, Misfit, in_shape_of
+from networks.core.changes.change import Change, Forward, Leaves, Misfit, in_shape_of
 from networks.core.kinds.kind import Kind
 
 DIFF, DIFF_B = "diff", "diff_b"

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from library.checkpoints.adapter_names import FileNaming
-from networks.core.kinds.change import Change, Delta, Leaves, MakeDelta
-from networks.core.kinds.leaves import ALPHA, DORA_SCALE
+from networks.core.changes.change import Change, Delta, Leaves, MakeDelta
+from networks.core.changes.leaves import ALPHA, DORA_SCALE
 
 MakeChange = Callable[..., Change]
 """(the layer, its rank, dropouts, whether a strength is trained, the tensors of a file or None) -> its change."""

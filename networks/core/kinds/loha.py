@@ -10,11 +10,11 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from networks.core.kinds import products
-from networks.core.kinds.change import Leaves
+from networks.core.changes import products
+from networks.core.changes.change import Leaves, check_kernel
+from networks.core.changes.scaled import read_with
 from networks.core.kinds.kind import Door, Kind
-from networks.core.kinds.lora import add_product, check_kernel, run_like
-from networks.core.kinds.scaled import read_with
+from networks.core.kinds.lora import add_product, run_like
 
 NEEDS = W1_A, W1_B, W2_A, W2_B = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
 CORE = "hada_t1", "hada_t2"

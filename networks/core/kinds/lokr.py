@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from networks.core.kinds.change import Delta, Leaves, fill, in_dtype_of, stand_in
-from networks.core.kinds.joins import scale_columns
+from networks.core.changes.change import Delta, Leaves, check_kernel, fill, in_dtype_of, stand_in
+from networks.core.changes.joins import scale_columns
+from networks.core.changes.scaled import ScaledDelta
 from networks.core.kinds.kind import Door, Kind
 from networks.core.kinds.loha import IS_3X3
-from networks.core.kinds.lora import check_kernel
-from networks.core.kinds.scaled import ScaledDelta
 
 logger = logging.getLogger(__name__)
 

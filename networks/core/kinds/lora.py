@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from library.errors import UserError
-from networks.core.kinds.change import Leaves, factor, in_dtype_of
+from networks.core.changes.change import Leaves, check_kernel, factor, in_dtype_of
+from networks.core.changes.leaves import ALPHA, DOWN, UP
+from networks.core.changes.scaled import read_with
 from networks.core.kinds.kind import Kind
-from networks.core.kinds.leaves import ALPHA, DOWN, UP
-from networks.core.kinds.scaled import read_with
 
 
 class LowRank(nn.Module):
@@ -85,16 +84,6 @@ def run_like(layer: nn.Module, x: Tensor, weight: Tensor, columns: Tensor | None
     if not isinstance(layer, nn.Conv2d):
         return linear(x, weight)
     return conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
-
-
-def check_kernel(layer: nn.Module) -> nn.Module:
-    """The layer. Raises UserError for a convolution that cannot be adapted."""
-    if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
-        raise UserError(
-            f"a convolution with groups={layer.groups} and padding_mode={layer.padding_mode!r} cannot be adapted; "
-            "give its block the rank 0"
-        )
-    return layer
 
 
 def narrow_like(layer: nn.Conv2d, rank: int, in_channels: int | None = None) -> nn.Conv2d:

@@ -6,9 +6,9 @@ from math import sqrt
 
 from torch import nn
 
-from networks.core.kinds.change import Delta, factor
+from networks.core.changes.change import Delta, factor
+from networks.core.changes.split import SplitRank
 from networks.core.kinds.lora import LowRank
-from networks.core.kinds.split import SplitRank
 from networks.core.network import AdapterNetwork
 
 logger = logging.getLogger(__name__)

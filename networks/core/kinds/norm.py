@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 
-from networks.core.kinds.change import Change, Forward, Leaves, Misfit
+from networks.core.changes.change import Change, Forward, Leaves, Misfit
 from networks.core.kinds.kind import Kind
 
 W_NORM = "w_norm"

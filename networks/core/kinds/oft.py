@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.kinds.blocks import REFUSED, refuse_magnitudes, with_kernels
-from networks.core.kinds.change import Change, Forward, Leaves, Misfit
+from networks.core.changes.blocks import REFUSED, refuse_magnitudes, with_kernels
+from networks.core.changes.change import Change, Forward, Leaves, Misfit
+from networks.core.changes.leaves import ALPHA
+from networks.core.changes.scaled import NO_DROPOUT, Dropout
+from networks.core.changes.turned import change_of_turn
 from networks.core.kinds.kind import Door, Kind
-from networks.core.kinds.leaves import ALPHA
-from networks.core.kinds.scaled import NO_DROPOUT, Dropout
-from networks.core.kinds.turned import change_of_turn
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.kinds.blocks import REFUSED, block_size_for, refuse_magnitudes, row_length, settle
-from networks.core.kinds.change import Change, Leaves
+from networks.core.changes.blocks import REFUSED, block_size_for, refuse_magnitudes, row_length, settle
+from networks.core.changes.change import Change, Leaves
+from networks.core.changes.scaled import NO_DROPOUT, Dropout
+from networks.core.changes.turned import Turned
 from networks.core.kinds.kind import Door, Kind
-from networks.core.kinds.scaled import NO_DROPOUT, Dropout
-from networks.core.kinds.turned import Turned
 
 logger = logging.getLogger(__name__)
 

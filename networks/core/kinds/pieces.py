@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from networks.core.kinds.change import Change, Forward, Leaves, Misfit
+from networks.core.changes.change import Change, Forward, Leaves, Misfit
 from networks.core.kinds.kind import Kind
 
 LEAF = re.compile(r"(rows_(\d+)_(\d+)_of_(\d+))\.(.+)")

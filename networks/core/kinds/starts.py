@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks.core.argument_values import OLORA, ORTHOGONAL, PISSA_WITH_ITERATIONS
-from networks.core.kinds.change import Delta, factor, in_dtype_of
-from networks.core.kinds.leaves import ALPHA, DOWN, START, UP
+from networks.core.changes.change import Delta, factor, in_dtype_of
+from networks.core.changes.leaves import ALPHA, DOWN, START, UP
+from networks.core.changes.svd import OVERSAMPLED
 from networks.core.kinds.lora import LowRank, add_product, run_like
-from networks.core.kinds.svd import OVERSAMPLED
 
 START_DOWN, START_UP = f"lora_down{START}", f"lora_up{START}"
 DAMPING = 10.0  # of PEFT's orthogonal factors

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from networks.core.changes.change import Leaves
+from networks.core.changes.leaves import DOWN, UP
+from networks.core.changes.scaled import read_with
 from networks.core.kinds import lora
-from networks.core.kinds.change import Leaves
 from networks.core.kinds.kind import Kind
-from networks.core.kinds.leaves import DOWN, UP
 from networks.core.kinds.lora import add_product, narrow_like, run_down, start_up_moving
-from networks.core.kinds.scaled import read_with
 
 MID = "lora_mid.weight"
 

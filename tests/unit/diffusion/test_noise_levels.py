@@ -17,7 +17,7 @@ from library.diffusion.noise_levels import (
     shift_sigmas,
     shifted_scheme,
 )
-from library.options.flow import FlowSamplingOptions, FlowWeightingOptions
+from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions
 
 N = 200_000
 KS_LIMIT = 1.95 / N**0.5  # Kolmogorov-Smirnov's 99.9 % point

@@ -15,7 +15,7 @@ from library.diffusion.samplers import (
     even_sigmas,
 )
 from library.diffusion.schedules import abar_of, ddpm_abar, scaled_linear_betas
-from library.options.preview import PreviewOptions
+from library.options.output.preview import PreviewOptions
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 
 

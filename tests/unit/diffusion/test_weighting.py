@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from library.diffusion.weighting import huber_threshold, pointwise_error, snr_weights
-from library.options.loss import LossOptions
+from library.options.training.loss import LossOptions
 
 SNRS = (1175.4705882352941, 300.0, 5.0, 1.0, 0.37, 0.0046819)
 

@@ -9,7 +9,7 @@ from library.memory.forms.form import Form
 from library.memory.forms.int8 import turn
 from library.memory.forms.named import FORMS
 from library.memory.frozen import multiply_codes, store_all_in, store_in
-from library.options.memory import EIGHT_BIT_FORMS
+from library.options.machine.memory import EIGHT_BIT_FORMS
 from tests.tolerances import FLOAT32_SAME_MATH
 
 

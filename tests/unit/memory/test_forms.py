@@ -233,7 +233,7 @@ def test_every_form_takes_what_the_planner_counts_and_chunks_change_nothing(
 
 
 def test_the_forms_are_those_that_the_option_offers() -> None:
-    from library.options.memory import PrecisionOptions
+    from library.options.machine.memory import PrecisionOptions
 
     (field,) = (f for f, _ in PrecisionOptions.leaves() if f.name == "base_format")
     assert tuple(FORMS) == tuple(field.metadata["choices"])

@@ -5,9 +5,9 @@ from typing import Any
 from torch import nn
 
 from networks.core.adapter import Adapter
-from networks.core.kinds.change import Delta
-from networks.core.kinds.joins import Add, Join
-from networks.core.kinds.scaled import NO_DROPOUT, Dropout, ScaledDelta
+from networks.core.changes.change import Delta
+from networks.core.changes.joins import Add, Join
+from networks.core.changes.scaled import NO_DROPOUT, Dropout, ScaledDelta
 from networks.core.sites.targets import Site, kind_of
 
 

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from library.randomness import random_for
 from networks import dylora, lora
+from networks.core.changes.scaled import Dropout, ScaledDelta
 from networks.core.kinds.dylora import STREAM, NestedRank, nested_rank
-from networks.core.kinds.scaled import Dropout, ScaledDelta
 from networks.core.network import AdapterNetwork
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, module_of

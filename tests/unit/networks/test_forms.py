@@ -14,8 +14,8 @@ from torch.nn.functional import group_norm, layer_norm
 from library.checkpoints.files import load_state_dict
 from networks import dylora, lora_fa
 from networks.core.adapter import Adapter
+from networks.core.changes.scaled import ScaledDelta
 from networks.core.kinds.norm import Norm, fresh_norm
-from networks.core.kinds.scaled import ScaledDelta
 from networks.core.network import AdapterNetwork
 from networks.core.protocol import adopt
 from networks.core.sites.targets import Part, Site, find_norms

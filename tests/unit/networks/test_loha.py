@@ -10,7 +10,7 @@ from torch import nn
 
 from library.checkpoints.files import load_state_dict, save_safetensors
 from networks import loha
-from networks.core.kinds.joins import Decompose
+from networks.core.changes.joins import Decompose
 from networks.core.kinds.loha import LoHa
 from networks.core.network import AdapterNetwork
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from networks import lora, lora_fa
-from networks.core.kinds.change import Delta, factor
+from networks.core.changes.change import Delta, factor
 from networks.core.kinds.lora import LowRank
 from networks.core.kinds.lora_fa import frozen_down
 from networks.core.sites.targets import kind_of

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames
+from networks.core.changes.leaves import ALPHA, DORA_SCALE, DOWN, UP
 from networks.core.files.adapter_file import AdapterFile, parse_adapter
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename
-from networks.core.kinds.leaves import ALPHA, DORA_SCALE, DOWN, UP
 
 PAIR = ModuleNames("lora_unet_mod", "diffusion_model.mod", "transformer.norm.linear", swaps_pair=True)
 NAMES = BaseNames("toy", (PAIR,))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from networks import dylora, lora, lora_fa
-from networks.core.kinds.split import SplitRank, expand, fold
+from networks.core.changes.split import SplitRank, expand, fold
 from networks.core.network import AdapterNetwork
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.unit.networks.toy import randomize

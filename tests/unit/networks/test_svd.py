@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from networks.core.kinds.svd import (
+from networks.core.changes.svd import (
     balanced,
     best_factors,
     clamped,

@@ -11,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from library.diffusion.objective import DDPM
 from library.diffusion.schedules import ddpm_abar
-from library.options.loss import LossOptions
-from library.options.noise import NoiseOptions
+from library.options.training.loss import LossOptions
+from library.options.training.noise import NoiseOptions
 from library.types import Noised
 from networks import loha, lora, lora_fa, tlora
+from networks.core.changes.noise_ranks import NoiseRanks
+from networks.core.changes.split import SplitRank
 from networks.core.kinds.lora import LowRank
-from networks.core.kinds.noise_ranks import NoiseRanks
-from networks.core.kinds.split import SplitRank
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double
 from tests.unit.networks.toy import randomize, toy_models

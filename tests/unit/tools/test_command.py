@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from library.options.console import ConsoleOptions
+from library.options.output.console import ConsoleOptions
 from library.training.command_line.console import setup_logging
 from tools.command import run
 

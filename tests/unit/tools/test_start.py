@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from library.options.config_file import read_toml
-from library.options.saving import SavingOptions
+from library.options.output.saving import SavingOptions
 from library.training.saving.checkpoints import Names
 from tools import start
 

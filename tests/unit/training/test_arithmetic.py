@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.memory.forms.codes import FP8
 from library.memory.forms.named import FORMS
 from library.memory.frozen import store_all_in
-from library.options.memory import EIGHT_BIT_FORMS
+from library.options.machine.memory import EIGHT_BIT_FORMS
 from library.options.train import TrainOptions
 from library.training.command_line.checks import check
 from library.training.setup.arithmetic import check_arithmetic, kind_of, try_kind

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from library.options.averaging import FILES, PREVIEWS, VALIDATION, AveragingOptions
-from library.options.network import NetworkOptions
-from library.options.optimizer import OptimizerOptions
+from library.options.training.averaging import FILES, PREVIEWS, VALIDATION, AveragingOptions
+from library.options.training.network import NetworkOptions
+from library.options.training.optimizer import OptimizerOptions
 from library.training.evaluation.eval_mode import shown_weights
 from library.training.optimization.average import WeightAverage
 from library.training.setup.optimization import build_average

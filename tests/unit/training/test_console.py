@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from library.options.console import ConsoleOptions
+from library.options.output.console import ConsoleOptions
 from library.training.command_line.console import level_of
 
 ROOT = Path(__file__).parents[3]
 CODE = """
 import logging
-from library.options.console import ConsoleOptions
+from library.options.output.console import ConsoleOptions
 from library.training.command_line.console import setup_logging
 for _ in range(2):
     setup_logging(ConsoleOptions({level!r}, {file!r}, {simple}))
@@ -68,7 +68,7 @@ def test_what_nobody_can_act_on_goes_to_the_file_only(tmp_path: Path, level: str
     path = tmp_path / "log.txt" if place == "file" else None
     code = f"""
 import logging, warnings
-from library.options.console import ConsoleOptions
+from library.options.output.console import ConsoleOptions
 from library.training.command_line.console import setup_logging
 setup_logging(ConsoleOptions({level}, {None if path is None else str(path)!r}, False))
 logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward from somewhere")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from library.options.kernels import KernelOptions
+from library.options.machine.kernels import KernelOptions
 from library.options.rules import unused
 from library.options.train import TrainOptions
 from library.training.faults.deterministic import deterministic

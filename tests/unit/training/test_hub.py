@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from library.options.saving import HubOptions
+from library.options.output.saving import HubOptions
 from library.training.saving.hub import Uploads, check_repository, fetch_state
 
 OPTIONS = replace(HubOptions(), huggingface_repo_id="me/cats", huggingface_token="secret")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from library.options.trackers import TrackerOptions
+from library.options.output.trackers import TrackerOptions
 from library.options.train import TrainOptions
 from library.training.evaluation.pictures import Drawn
 from library.training.reporting.logs import Charts, start_trackers

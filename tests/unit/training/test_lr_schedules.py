@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from library.options.optimizer import OptimizerOptions, ScheduleOptions
+from library.options.training.optimizer import OptimizerOptions, ScheduleOptions
 from library.training.optimization.lr_schedules import Schedule, base_rates, build_schedule, follow_rates, steps_of
 from library.training.optimization.optimizers import BuiltOptimizer, build_optimizer
 

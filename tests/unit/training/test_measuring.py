@@ -10,7 +10,7 @@ import torch
 from library.diffusion.flow import build_flow
 from library.diffusion.noise_levels import LevelSampler
 from library.diffusion.objective import build_ddpm
-from library.options.noise import NoiseOptions
+from library.options.training.noise import NoiseOptions
 from library.randomness import generator_for
 from library.training.evaluation.validation import Timetable
 from library.training.evaluation.validation_loss import Difference, corrupt_each, noise_levels, paired_difference

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.options.optimizer import OptimizerOptions
+from library.options.training.optimizer import OptimizerOptions
 from library.training.optimization.muon import MuonWithAdamW, is_matrix
 from library.training.optimization.optimizers import build_optimizer
 

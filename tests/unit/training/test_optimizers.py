@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.options.optimizer import OptimizerOptions
+from library.options.training.optimizer import OptimizerOptions
 from library.training.command_line.keyword_args import read_keyword_args
 from library.training.optimization.optimizers import KNOWN, BuiltOptimizer, build_optimizer, effective_rates
 

@@ -3,8 +3,8 @@
 import pytest
 
 from library.errors import UserError
-from library.options.optimizer import ScheduleOptions
 from library.options.rules import check_ranges
+from library.options.training.optimizer import ScheduleOptions
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from library.options.run import RunOptions
+from library.options.training.run import RunOptions
 from library.training.run.plan import Plan
 
 

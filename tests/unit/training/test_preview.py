@@ -14,8 +14,8 @@ from PIL import Image
 from torch import nn
 
 from library.architectures.sd.assembly import build
-from library.options.preview import PreviewOptions
-from library.options.saving import SavingOptions
+from library.options.output.preview import PreviewOptions
+from library.options.output.saving import SavingOptions
 from library.processes import ALONE
 from library.training.evaluation.eval_mode import evaluating
 from library.training.evaluation.pictures import Drawn, parameters_of, picture_path, write_grid, write_picture

@@ -10,7 +10,7 @@ import torch
 
 from library.architectures.cards import list_cards
 from library.checkpoints.files import save_safetensors
-from library.options.saving import HubOptions
+from library.options.output.saving import HubOptions
 from library.options.train import TrainOptions
 from library.training.saving.checkpoints import Names, Schedule, Writer, readers_line
 from library.training.saving.hub import Uploads

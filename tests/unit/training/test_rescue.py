@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from library.checkpoints.files import load_state_dict, save_safetensors
-from library.options.saving import HubOptions
+from library.options.output.saving import HubOptions
 from library.options.train import TrainOptions
 from library.training.reporting.progress import Progress
 from library.training.saving import checkpoints, rescue

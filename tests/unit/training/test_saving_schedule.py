@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.options.saving import SavingOptions
+from library.options.output.saving import SavingOptions
 from library.training.saving.checkpoints import Names, Schedule, save_dtype
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from library.checkpoints.tree_json import put_together, take_apart
 from library.data.description.dataset_digest import content_digests
 from library.errors import UserError
-from library.options.run import RunOptions
-from library.options.saving import SavingOptions, StateOptions
+from library.options.output.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
+from library.options.training.run import RunOptions
 from library.processes import ALONE, Processes
 from library.training.reporting.progress import Part
 from library.training.run.plan import Plan

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from library.architectures.sd.assembly import build
-from library.options.memory import MemoryOptions, PrecisionOptions
+from library.options.machine.memory import MemoryOptions, PrecisionOptions
 from library.options.model import ModelOptions
 from library.options.train import TrainOptions
 from library.protocols import Architecture

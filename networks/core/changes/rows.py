@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from networks.core.kinds.change import Leaves
-from networks.core.kinds.leaves import DORA_SCALE, DOWN, UP
+from networks.core.changes.change import Leaves
+from networks.core.changes.leaves import DORA_SCALE, DOWN, UP
 
 SPELLED_ELSEWHERE = {DOWN: "lora_A.weight", UP: "lora_B.weight"}  # in the namings that keep no alpha
 

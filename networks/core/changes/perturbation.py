@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 from torch.nn.grad import conv2d_input
 
-from networks.core.kinds.joins import squared_rows
+from networks.core.changes.joins import squared_rows
 
 NUM_SEEDS = 2**62
 

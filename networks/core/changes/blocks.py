@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from library.errors import UserError
-from networks.core.kinds.change import Leaves
-from networks.core.kinds.leaves import DORA_SCALE
+from networks.core.changes.change import Leaves
+from networks.core.changes.leaves import DORA_SCALE
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from networks.core.kinds.blocks import row_length
-from networks.core.kinds.change import Forward, Misfit
-from networks.core.kinds.joins import scale_columns
-from networks.core.kinds.lora import check_kernel
-from networks.core.kinds.scaled import NO_DROPOUT, SCALAR, Dropout
+from networks.core.changes.blocks import row_length
+from networks.core.changes.change import Forward, Misfit, check_kernel
+from networks.core.changes.joins import scale_columns
+from networks.core.changes.scaled import NO_DROPOUT, SCALAR, Dropout
 
 
 class Rotation(Protocol):

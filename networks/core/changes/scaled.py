@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from networks.core.kinds.change import (
+from networks.core.changes.change import (
     Delta,
     Forward,
     Leaves,
@@ -18,10 +18,10 @@ from networks.core.kinds.change import (
     parts_of,
     stand_in,
 )
-from networks.core.kinds.joins import Add, Decompose, Join, scale_columns
-from networks.core.kinds.leaves import ALPHA, DORA_SCALE, DOWN, START, UP
-from networks.core.kinds.noise_ranks import NoiseRanks
-from networks.core.kinds.perturbation import Perturbation, add_noise
+from networks.core.changes.joins import Add, Decompose, Join, scale_columns
+from networks.core.changes.leaves import ALPHA, DORA_SCALE, DOWN, START, UP
+from networks.core.changes.noise_ranks import NoiseRanks
+from networks.core.changes.perturbation import Perturbation, add_noise
 
 DEVIATION = "ggpo_deviation"  # in memory and in states only
 SCALAR = "scalar"  # in memory only: files have it multiplied into the factor that starts at zero

@@ -195,3 +195,13 @@ def in_shape_of(found: Tensor, own: Tensor) -> Tensor:
         return found
     has_same_rows = found.shape[0] == own.shape[0] and found.numel() == own.numel()
     return found.reshape(own.shape) if has_same_rows and 2 in (found.dim(), own.dim()) else found
+
+
+def check_kernel(layer: nn.Module) -> nn.Module:
+    """The layer. Raises UserError for a convolution that cannot be adapted."""
+    if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
+        raise UserError(
+            f"a convolution with groups={layer.groups} and padding_mode={layer.padding_mode!r} cannot be adapted; "
+            "give its block the rank 0"
+        )
+    return layer

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from networks.core.kinds.change import Forward, in_dtype_of
-from networks.core.kinds.joins import scale_columns
-from networks.core.kinds.scaled import ScaledDelta
+from networks.core.changes.change import Forward, in_dtype_of
+from networks.core.changes.joins import scale_columns
+from networks.core.changes.scaled import ScaledDelta
 
 
 @runtime_checkable

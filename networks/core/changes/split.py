@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from networks.core.kinds.change import factor, in_dtype_of
-from networks.core.kinds.leaves import ALPHA, DOWN, UP
+from networks.core.changes.change import factor, in_dtype_of
+from networks.core.changes.leaves import ALPHA, DOWN, UP
 
 
 class SplitRank(nn.Module):
