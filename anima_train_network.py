@@ -27,7 +27,7 @@ class AnimaNetworkTrainer:
         from library.architectures.anima.assembly import LATENTS, build, build_objective
         from library.training.command_line.main import train_for_program
 
-        train_for_program(args, setup_parser(), AnimaOptions, build, LATENTS, build_objective)
+        train_for_program(self, args, setup_parser(), AnimaOptions, build, LATENTS, build_objective)
 
 
 if __name__ == "__main__":

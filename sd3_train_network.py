@@ -27,7 +27,7 @@ class Sd3NetworkTrainer:
         from library.architectures.sd3.assembly import LATENTS, build, build_objective
         from library.training.command_line.main import train_for_program
 
-        train_for_program(args, setup_parser(), Sd3Options, build, LATENTS, build_objective)
+        train_for_program(self, args, setup_parser(), Sd3Options, build, LATENTS, build_objective)
 
 
 if __name__ == "__main__":

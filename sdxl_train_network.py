@@ -23,7 +23,7 @@ class SdxlNetworkTrainer:
         from library.architectures.sdxl.assembly import LATENTS, build
         from library.training.command_line.main import train_for_program
 
-        train_for_program(args, setup_parser(), SdxlOptions, build, LATENTS)
+        train_for_program(self, args, setup_parser(), SdxlOptions, build, LATENTS)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class NetworkTrainer:
         from library.architectures.sd.assembly import LATENTS, build
         from library.training.command_line.main import train_for_program
 
-        train_for_program(args, setup_parser(), TrainOptions, build, LATENTS)
+        train_for_program(self, args, setup_parser(), TrainOptions, build, LATENTS)
 
 
 if __name__ == "__main__":

@@ -88,3 +88,6 @@ class BucketManager:
         order = sorted(range(len(self.resos)), key=lambda i: self.resos[i])
         self.resos = [self.resos[i] for i in order]
         self.buckets = [self.buckets[i] for i in order]
+
+
+AS_IMPORTED = dict(globals())  # by which it is told what a program puts here that nothing uses

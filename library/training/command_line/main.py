@@ -21,6 +21,7 @@ from library.training.command_line.checks import (
     report_unused,
 )
 from library.training.command_line.cli import from_program, parse
+from library.training.command_line.replaced import refuse_replaced
 from library.training.command_line.run_lock import run_locks
 from library.training.command_line.show_timesteps import asked_preview, show_timesteps
 from library.training.faults.interruption import Interrupted, Interruption
@@ -79,6 +80,7 @@ def main(
 
 
 def train_for_program(
+    trainer: object,
     args: argparse.Namespace,
     parser: argparse.ArgumentParser,
     options_type: type[OptionsT],
@@ -87,10 +89,12 @@ def train_for_program(
     objective: Callable[[OptionsT], FlowMatching] | None = None,
 ) -> None:
     """Train as a program asks that imports a script: signals stay with the program, and what would end a run as a line
-    on the screen is raised, such as UserError. A run that has nothing left to do returns.
+    on the screen is raised, such as UserError. A run that has nothing left to do returns. `trainer` is what the program
+    calls, and may have replaced methods of.
     """
     from accelerate.state import AcceleratorState
 
+    refuse_replaced(trainer)
     AcceleratorState._reset_state()  # a program may train twice, with another precision
     options = options_type.from_args(from_program(parser, args))
     try:

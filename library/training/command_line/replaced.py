@@ -1,0 +1,83 @@
+"""Programs that replace methods of the trainers, as plug-ins of sd-scripts do, are told that nobody calls them.
+
+sd-scripts' trainer asks its own methods at every turn; here a run is stages of plain functions, and `train` is all that
+a trainer has. So a method of one of those names never acts, whoever defined it.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+from library.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+EVENTS = "--log_events tells a program of every step, loss and picture while they happen"
+BASE_MODEL = "a base model is a package in library/architectures, and docs/architectures.md says how to add one"
+LOSS = "--loss_type, --min_snr_gamma and the options of noise levels say what the loss is"
+NETWORK = "--network_module takes a module of your own, which is told of every step"
+TRAINED = "--network_train_unet_only and --text_encoder_lr say what is trained"
+METADATA = "--training_comment and --metadata_title with its like say what the file tells"
+FORMATS = "--mixed_precision, --fp8_base and --base_format say in which format models are"
+CHECKS = "options are checked here by what they declare; check your own before you call train"
+
+NEVER_CALLED: Mapping[str, Sequence[str]] = {  # what does their work -> names of methods
+    EVENTS: (
+        "sample_images", "generate_step_logs", "step_logging", "epoch_logging", "val_logging", "accelerator_logging",
+    ),
+    BASE_MODEL: (
+        "load_target_model", "load_unet_lazily", "get_tokenize_strategy", "get_tokenizers", "load_tokenizer",
+        "get_latents_caching_strategy", "get_text_encoding_strategy", "get_text_encoder_outputs_caching_strategy",
+        "get_models_for_text_encoding", "cache_text_encoder_outputs_if_needed", "get_text_cond", "call_unet",
+        "encode_images_to_latents", "shift_scale_latents", "get_noise_scheduler", "get_noise_pred_and_target",
+        "get_flow_pred_and_target",
+    ),
+    LOSS: ("process_batch", "post_process_loss"),
+    NETWORK: ("post_process_network", "all_reduce_network", "on_step_start", "on_validation_step_end"),
+    TRAINED: ("is_train_text_encoder", "get_text_encoders_train_flags", "is_text_encoder_not_needed_for_training"),
+    METADATA: ("update_metadata", "get_sai_model_spec"),
+    FORMATS: (
+        "cast_text_encoder", "cast_vae", "cast_unet", "prepare_text_encoder_fp8", "prepare_unet_with_accelerator",
+        "prepare_text_encoder_grad_ckpt_workaround",
+    ),
+    CHECKS: ("assert_extra_args",),
+}  # fmt: skip
+
+FIRST_SCRIPT, FIRST_TRAINER = "train_network", "NetworkTrainer"
+KEPT = "AS_IMPORTED"  # what the modules that programs import call their first contents
+
+
+def refuse_replaced(trainer: object) -> None:
+    """Raise UserError where a program replaces methods of a trainer that would never be called, saying what does their
+    work; warn of what it puts into the modules that programs import.
+
+    In sd-scripts every trainer is a NetworkTrainer, so what a program puts there is meant for all.
+    """
+    first = vars(sys.modules[FIRST_SCRIPT]).get(FIRST_TRAINER) if FIRST_SCRIPT in sys.modules else None
+    names = {*dir(trainer), *dir(first)}
+    found = {work: [name for name in methods if name in names] for work, methods in NEVER_CALLED.items()}
+    told = [f"{', '.join(methods)} ({work})" for work, methods in found.items() if methods]
+    if told:
+        raise UserError(
+            f"this program replaces methods of {type(trainer).__name__} that are never called here: {'; '.join(told)}. "
+            "Leave them out, or train with sd-scripts"
+        )
+    for module, changed in changed_modules().items():
+        logger.warning(
+            "this program sets %s of %s, which has no effect: nothing here uses it", ", ".join(changed), module
+        )
+
+
+def changed_modules() -> dict[str, list[str]]:
+    """What a program has put into the modules that keep what they had when they were imported."""
+    loaded = [(name, module) for name, module in sys.modules.items() if name.startswith("library.")]
+    doors = {name: vars(module) for name, module in loaded if isinstance(module, ModuleType)}  # None: it may not load
+    changed = {name: changed_names(values, values[KEPT]) for name, values in doors.items() if KEPT in values}
+    return {name: names for name, names in sorted(changed.items()) if names}
+
+
+def changed_names(values: Mapping[str, object], before: Mapping[str, object]) -> list[str]:
+    """The names that have other values than before, or had none."""
+    own = {KEPT, *(name for name, value in values.items() if name in before and before[name] is value)}
+    return sorted(name for name in values if name not in own and not name.startswith("__"))
