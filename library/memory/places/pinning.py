@@ -1,5 +1,6 @@
 """Main memory that a card reads by itself."""
 
+import weakref
 from collections.abc import Sequence
 
 import psutil
@@ -10,9 +11,10 @@ MOST = 0.4  # of main memory: Windows pins about half, and what is pinned is los
 
 
 def pin(masters: Sequence[Tensor]) -> str | None:
-    """Pin buffers where they lie; gives None, or in words why none of them is pinned.
+    """Pin buffers where they lie until they are gone; gives None, or in words why none of them is pinned.
 
-    torch's own pinned memory comes in powers of two, up to twice of what is asked for.
+    torch's own pinned memory comes in powers of two, up to twice of what is asked for. Memory that is given back while
+    it is pinned stays taken, and what comes to lie there next cannot be pinned: --fit makes rings in turn.
     """
     num_bytes, limit = sum(map(len, masters)), int(MOST * psutil.virtual_memory().total)
     if num_bytes > limit:
@@ -24,4 +26,6 @@ def pin(masters: Sequence[Tensor]) -> str | None:
             for pinned in masters[:i]:
                 runtime.cudaHostUnregister(pinned.data_ptr())
             return f"the system refused it ({status})"
+    for master in masters:
+        weakref.finalize(master, runtime.cudaHostUnregister, master.data_ptr()).atexit = False
     return None

@@ -73,13 +73,14 @@ def test_no_block_that_waits_is_no_ring() -> None:
 
 
 class Runtime:
-    """Stands in for the card's library: refuses the second buffer."""
+    """Stands in for the card's library, which pins so many buffers."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = most
         self.pinned: list[int] = []
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
-        if self.pinned:
+        if len(self.pinned) == self.most or address in self.pinned:
             return 2
         self.pinned.append(address)
         return 0
@@ -90,14 +91,25 @@ class Runtime:
 
 
 def test_pinning_is_all_or_nothing_and_leaves_most_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = Runtime()
+    runtime = Runtime(most=1)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     masters = [torch.zeros(100, dtype=torch.uint8) for _ in range(2)]
-    assert pinning.pin(masters[:1]) is None and len(runtime.pinned) == 1
-    runtime.pinned.clear()
     assert pinning.pin(masters) == "the system refused it (2)" and runtime.pinned == []
     monkeypatch.setattr(pinning.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 400}))
     assert "more than 40% of the main memory" in str(pinning.pin(masters))
+
+
+def test_what_is_pinned_is_so_as_long_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(most=3)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    masters = [torch.zeros(100, dtype=torch.uint8) for _ in range(3)]
+    addresses = [master.data_ptr() for master in masters]
+    assert pinning.pin(masters) is None and runtime.pinned == addresses
+    part = masters[0][10:20]
+    del masters
+    assert runtime.pinned == addresses[:1]
+    del part
+    assert runtime.pinned == []
 
 
 class FakeCuda:
