@@ -1,8 +1,8 @@
 """Write the pictures of a folder smaller, at one or several resolutions, for datasets of several sizes.
 
 Each picture keeps its shape; a resolution is an area, so 512x512 makes 362x724 of a tall one. Pictures are never
-enlarged. `cat.png` becomes `cat+512x512.jpg`; files that are no pictures are copied. Training resizes by itself: this
-saves disk and the time of reading large files.
+enlarged. `cat.png` becomes `cat+512x512.jpg`; files that are no pictures are copied, but for caches of the old ones.
+Training resizes by itself: this saves disk and the time of reading large files.
 """
 
 import argparse
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_RESOLUTIONS = "512x512,384x384,256x256,128x128"
 FILTERS = {name: name for name in ("area", "cubic", "nearest", "linear", "box")} | {"lanczos4": "lanczos"}
 JPEG_QUALITY = 100
+CACHES = (".npz", "metadata_cache.json")  # how the names of files end that hold what was made of the old pictures
 EXAMPLES = """\
   python3 tools/resize_images.py pictures pictures_small --max_resolution 1024x1024,512x512 --divisible_by 64 \\
       --copy_associated_files"""
@@ -112,7 +113,8 @@ def resize_all(args: argparse.Namespace) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for picture in tqdm(pictures, desc="resizing", unit="picture"):
         write_sizes(picture, target, resizing)
-    num_copied = copy_others([path for path in files if path not in set(pictures)], pictures, target, resizing, args)
+    others = [path for path in files if path not in set(pictures) and not path.name.endswith(CACHES)]
+    num_copied = copy_others(others, pictures, target, resizing, args)
     print(f"{target}: {len(pictures)} pictures at {len(resizing.resolutions)} resolutions, {num_copied} other files")
 
 

@@ -66,6 +66,7 @@ def test_captions_come_along_for_each_size_and_other_files_once(tmp_path: Path) 
     (tmp_path / "in" / "a.txt").write_text("a cat")
     (tmp_path / "in" / "notes.md").write_text("n")
     (tmp_path / "in" / "below").mkdir()
+    (tmp_path / "in" / "a_0040x0040_sdxl.npz").write_text("a cache of the old picture")
     words = ("--max_resolution", "32x32,16x16")
     assert resized(tmp_path / "in", tmp_path / "plain", *words) == 0
     assert {path.name for path in (tmp_path / "plain").iterdir()} == {
