@@ -36,7 +36,8 @@ def script_of(package: str) -> Script:
 
 @dataclass(frozen=True)
 class OtherScripts:
-    """What there is to say of an option that only others have than the script of this name."""
+    """What there is to say of an option that others have and the script of this name has not: other scripts, earlier
+    versions and other programs."""
 
     name: str
 
@@ -46,12 +47,14 @@ class OtherScripts:
         return {script.name: (frozenset(script.options.defaults()), script.instead) for script in list_scripts()}
 
     def __call__(self, option: str) -> str:
-        """The hint behind an option, "" for one that this script has, or none."""
+        """The hint behind an option, "" for one that this script has, or of which nothing is known."""
         has = [script for script, (options, _) in self.scripts.items() if option in options]
-        if not has or self.name in has:
+        if self.name in has:
             return ""
         told = self.scripts[self.name][1].get(option) if self.name in self.scripts else None
-        return f" ({words_for(has, list(self.scripts))}{f'; {told}' if told else ''})"
+        whose = words_for(has, list(self.scripts)) if has else None
+        hint = "; ".join(words for words in (whose, told) if words)
+        return f" ({hint})" if hint else ""
 
 
 def words_for(has: list[str], scripts: list[str]) -> str:

@@ -15,6 +15,7 @@ SCRIPTS = list_scripts()
 FLAG = re.compile(r"--([a-z_0-9]+)(?: ([a-z_]+))?")
 ALL = {name for script in SCRIPTS for name in script.options.defaults()}
 IN_PROMPTS = {"l"}
+OF_OTHER_PROGRAMS = {"dit", "dit_path", "timestep_sample_method"}  # musubi-tuner, sd-scripts before Anima was released
 
 
 def parser_of(script: Script):  # type: ignore[no-untyped-def]
@@ -30,7 +31,7 @@ def test_what_stands_in_for_an_option_is_there(script: Script) -> None:
     own = script.options.defaults()
     actions = {action.dest: action for action in parser_of(script)._actions}
     for name, words in script.instead.items():
-        assert name in ALL - own.keys(), f"{name} is no option that others have and {script.name} has not"
+        assert name in (ALL | OF_OTHER_PROGRAMS) - own.keys(), f"{name} is {script.name}'s own, or nobody's"
         for flag, value in FLAG.findall(words):
             assert flag in own or flag in IN_PROMPTS, f"{script.name} has no --{flag}"
             if value and flag in own and actions[flag].choices:
@@ -64,3 +65,24 @@ def test_a_config_file_gets_the_same_hint(tmp_path: Path, caplog: pytest.LogCapt
     assert "discrete_flow_shift (an option of every script but" in caplog.text
     assert "here it is --training_shift)" in caplog.text
     assert "lerning_rate (nearest: learning_rate), guidance_scale (an option of flux_train_network.py;" in caplog.text
+
+
+def test_options_of_other_programs_and_earlier_versions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    (script,) = (script for script in SCRIPTS if "timestep_sample_method" in script.instead)
+    with pytest.raises(SystemExit):
+        parse(parser_of(script), ["--dit_path=x", "--qwen3_path", "y", "--vae_path=z", "--timestep_sample_method=w"])
+    said = capsys.readouterr().err
+    assert "--dit_path=x (here it is --pretrained_model_name_or_path) --qwen3_path (nearest: --qwen3) y" in said
+    assert "--vae_path=z (nearest: --vae) --timestep_sample_method=w (here it is --timestep_sampling)" in said
+
+
+@pytest.mark.parametrize("words", [["--text_encoder", "qwen.safetensors"], ["--text_encoder=qwen.safetensors"]])
+def test_a_file_for_what_is_short_for_a_number_is_told(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for script in SCRIPTS:
+        if "text_encoder" in script.options.defaults():
+            continue
+        with pytest.raises(SystemExit):
+            parse(parser_of(script), [*words, "--seed", "3"])
+        said = capsys.readouterr().err
+        assert f"unrecognized arguments: {words[0]} (an option of hunyuan_image_train_network.py; " in said
+        assert parse(parser_of(script), ["--text_encoder", "1e-5"]).text_encoder_lr in (1e-5, [1e-5])

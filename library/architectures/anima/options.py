@@ -77,6 +77,9 @@ class AnimaSamplingOptions(FlowSamplingOptions):
 
 
 INSTEAD: Mapping[str, str] = {
+    "dit": "here it is --pretrained_model_name_or_path",
+    "dit_path": "here it is --pretrained_model_name_or_path",
+    "timestep_sample_method": "here it is --timestep_sampling",
     "training_shift": "here it is --discrete_flow_shift with --timestep_sampling shift",
     "guidance_scale": "the model is trained without guidance; --l in the line of a prompt guides its preview",
     "model_prediction_type": "the model is trained in one way, as with raw",
@@ -89,7 +92,7 @@ INSTEAD: Mapping[str, str] = {
     "gemma2_max_token_length": "here it is --qwen3_max_token_length",
     "split_mode": "here it is --blocks_to_swap",
 }
-"""What options of other scripts are here, as the error for one of them ends."""
+"""What options of other scripts and programs are here, as the error for one of them ends."""
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class FluxPredictionOptions(FlowPredictionOptions):
 
 
 INSTEAD: Mapping[str, str] = {
+    "dit": "here it is --pretrained_model_name_or_path",
     "training_shift": "here it is --discrete_flow_shift with --timestep_sampling shift",
     "clip_g": "the model has CLIP-L and T5 alone",
     "apply_lg_attn_mask": "CLIP-L gives one vector here, which needs no mask",
@@ -72,7 +73,7 @@ INSTEAD: Mapping[str, str] = {
     "gemma2": "here it is --t5xxl",
     "sample_batch_size": "previews are drawn one by one",
 }
-"""What options of other scripts are here, as the error for one of them ends."""
+"""What options of other scripts and programs are here, as the error for one of them ends."""
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,8 @@ class HunyuanImagePrecisionOptions(PrecisionOptions):
 
 
 INSTEAD: Mapping[str, str] = {
+    "dit": "here it is --pretrained_model_name_or_path",
+    "dit_path": "here it is --pretrained_model_name_or_path",
     "training_shift": "here it is --discrete_flow_shift with --timestep_sampling shift",
     "guidance_scale": "the model is trained without guidance; --l in the line of a prompt guides its preview",
     "ae": "here it is --vae",
@@ -83,7 +85,7 @@ INSTEAD: Mapping[str, str] = {
     "gemma2": "here it is --text_encoder",
     "split_mode": "here it is --blocks_to_swap",
 }
-"""What options of other scripts are here, as the error for one of them ends."""
+"""What options of other scripts and programs are here, as the error for one of them ends."""
 
 
 @dataclass(frozen=True)

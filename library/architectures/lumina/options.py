@@ -61,6 +61,7 @@ class LuminaSamplingOptions(FlowSamplingOptions):
 
 
 INSTEAD: Mapping[str, str] = {
+    "dit": "here it is --pretrained_model_name_or_path",
     "training_shift": "here it is --discrete_flow_shift with --timestep_sampling shift",
     "guidance_scale": "the model is trained without guidance; --l in the line of a prompt guides its preview",
     "t5xxl_max_token_length": "here it is --gemma2_max_token_length",
@@ -72,7 +73,7 @@ INSTEAD: Mapping[str, str] = {
     "text_encoder": "here it is --gemma2",
     "split_mode": "here it is --blocks_to_swap",
 }
-"""What options of other scripts are here, as the error for one of them ends."""
+"""What options of other scripts and programs are here, as the error for one of them ends."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ class Sd3TrainingOptions(Options):
 
 
 INSTEAD: Mapping[str, str] = {
+    "dit": "here it is --pretrained_model_name_or_path",
     "discrete_flow_shift": "here it is --training_shift",
     "timestep_sampling": "here it is --weighting_scheme",
     "sigmoid_scale": "here it is --logit_std with --weighting_scheme logit_normal",
@@ -81,7 +82,7 @@ INSTEAD: Mapping[str, str] = {
     "gemma2": "here they are --clip_l, --clip_g and --t5xxl",
     "split_mode": "here it is --blocks_to_swap",
 }
-"""What options of other scripts are here, as the error for one of them ends."""
+"""What options of other scripts and programs are here, as the error for one of them ends."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +154,27 @@ def parse_words(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, beneath: argparse.Namespace | None = None
 ) -> argparse.Namespace:
     """What `argv` says above the values of `beneath`. An unknown option ends with status 2, naming the nearest."""
+    refuse_misread(parser, sys.argv[1:] if argv is None else argv)
     args, unknown = parser.parse_known_args(argv, beneath)
     if unknown:
         hints = [word + hint(parser, word.split("=")[0]) if word.startswith("-") else word for word in unknown]
         parser.error(f"unrecognized arguments: {' '.join(hints)}")
     return args
+
+
+def refuse_misread(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """End with the error for an unknown option where the whole name of another script's option is short for one of this
+    script that cannot take its value: a file for --text_encoder, which --text_encoder_lr would be."""
+    for word, following in pairwise((*words, "")):
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--") or flag in parser._option_string_actions:
+            continue
+        told = elsewhere_of(parser)(flag.removeprefix("--"))
+        for action, *_ in parser._get_option_tuples(flag) if told else ():
+            try:
+                parser._get_value(action, value if equals else following)
+            except argparse.ArgumentError:
+                parser.error(f"unrecognized arguments: {word}{told}")
 
 
 def hint(parser: argparse.ArgumentParser, flag: str) -> str:

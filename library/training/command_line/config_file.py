@@ -104,8 +104,9 @@ def flatten(tables: Mapping[str, Any], path: Path, warnings: list[str]) -> dict[
 
 
 def nearest(key: str, actions: Mapping[str, argparse.Action]) -> str:
-    """A hint at the option that `key` looks like, or nothing."""
-    near = nearest_name(key, actions, least=0.75)
+    """A hint at the option that `key` looks like, or nothing. Other programs call a file's option `vae_path`."""
+    stem = key.removesuffix("_path")
+    near = stem if stem in actions else nearest_name(key, actions, least=0.75)
     return f" (nearest: {near})" if near else ""
 
 
