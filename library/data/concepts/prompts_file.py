@@ -1,0 +1,331 @@
+"""--prompts_file: which prompts are to be seen otherwise, from a TOML file in one of two forms.
+
+`[[prompts]]` are pairs as they are trained. `[[targets]]` are sliders, each of which becomes two or four pairs for
+every neutral prompt and size. What stands above them holds for all that do not say otherwise. Formats: LECO and
+ai-toolkit, as sd-scripts reads them.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from library.errors import UserError
+from library.options.config_file import read_toml
+from library.options.encodings import not_utf8
+from library.suggestions import did_you_mean
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--prompts_file"
+ERASE, ENHANCE = "erase", "enhance"
+DEFAULT_SIDE = 512
+LARGEST_SIDE, LARGEST_BATCH, LARGEST_NUMBER = 1 << 14, 1 << 10, 1000.0
+
+SHARED_KEYS = ("guidance_scale", "dynamic_resolution", "batch_size", "dynamic_crops", "multiplier", "weight")
+PAIR_KEYS = ("target", "positive", "unconditional", "neutral", "action", "resolution", *SHARED_KEYS)
+NEUTRAL_LISTS = ("neutrals", "neutral_prompt_file", "prompt_file")
+SLIDER_KEYS = (
+    "target_class", "positive", "negative", "neutral", *NEUTRAL_LISTS, "resolution", "resolutions", *SHARED_KEYS,
+)  # fmt: skip
+TEXT_KEYS = (
+    "target", "target_class", "positive", "negative", "unconditional", "neutral", "action", "neutral_prompt_file",
+    "prompt_file",
+)  # fmt: skip
+FLAG_KEYS = ("dynamic_resolution", "dynamic_crops")
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """What one prompt is to become, everything filled in: an entry of the file, or one way of a slider."""
+
+    place: str  # "prompts.toml, [[prompts]] number 2", for messages
+    target: str
+    positive: str
+    unconditional: str
+    neutral: str
+    action: str  # ERASE or ENHANCE
+    guidance_scale: float
+    height: int
+    width: int
+    dynamic_resolution: bool
+    batch_size: int
+    dynamic_crops: bool
+    multiplier: float
+    weight: float
+
+    @property
+    def has_drawn_size(self) -> bool:
+        """Whether each batch has another size."""
+        return self.dynamic_resolution and self.height == self.width
+
+    @property
+    def push(self) -> float:
+        """How far the neutral prompt is moved along the way from `unconditional` to `positive`; below 0 away."""
+        return -self.guidance_scale if self.action == ERASE else self.guidance_scale
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What is asked for it, each prompt once."""
+        return tuple(dict.fromkeys((self.target, self.positive, self.unconditional, self.neutral)))
+
+
+def read_prompt_pairs(path: Path) -> list[PromptPair]:
+    """The pairs of a file, sliders opened.
+
+    Raises UserError naming the file, the entry, the key and the way out.
+    """
+    if path.suffix.lower() in (".yaml", ".yml", ".json", ".txt"):
+        raise UserError(f"{FLAG} is {path}; it must be a TOML file, docs/train_leco.md shows how others are rewritten")
+    tables = read_toml(path, FLAG)
+    if not tables:
+        raise UserError(f'{FLAG} {path} is empty; it needs [[prompts]] with target = "...", or [[targets]]')
+    shared, entries = entries_of(tables, path)
+    check_shared(shared, entries, path)
+    pairs = [pair for entry in entries for pair in pairs_of(entry, shared, path.parent)]
+    for pair in pairs:
+        check_teaches(pair)
+    return pairs
+
+
+class Entry(NamedTuple):
+    """An entry of the file as it stands there."""
+
+    place: str
+    values: Mapping[str, Any]
+    is_pair: bool  # a pair as it is trained, and not a slider
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Those that it may have."""
+        return PAIR_KEYS if self.is_pair else SLIDER_KEYS
+
+
+def entries_of(tables: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], list[Entry]]:
+    """(what stands above the entries, the entries)."""
+    heads = [name for name in ("prompts", "targets", "slider") if name in tables]
+    if len(heads) > 1:
+        raise UserError(
+            f"{FLAG} {path} has {' and '.join(heads)}, of which one would be ignored; put them into two files"
+        )
+    shared = dict(tables)
+    if heads == ["slider"]:
+        inner = shared.pop("slider")
+        if shared or not isinstance(inner, dict):
+            raise UserError(f"{FLAG} {path}: all of it belongs into [slider]: move {', '.join(shared) or 'it'} there")
+        shared = dict(inner)
+    head = "prompts" if heads == ["prompts"] else "targets"
+    if head not in shared:
+        if "target" not in shared and "target_class" not in shared:
+            raise UserError(f'{FLAG} {path} names no prompts; it needs [[prompts]] with target = "...", or [[targets]]')
+        return {}, [Entry(str(path), shared, is_pair="target_class" not in shared)]
+    listed = shared.pop(head)
+    if not isinstance(listed, list) or not listed or not all(isinstance(entry, dict) for entry in listed):
+        raise UserError(f"{FLAG} {path}: {head} is not a list of tables; begin each entry with [[{head}]]")
+    entries = []
+    for number, values in enumerate(listed, start=1):
+        is_pair = "target_class" not in values if head == "prompts" else "target" in values
+        entries.append(Entry(f"{path}, [[{head}]] number {number}", values, is_pair))
+    return shared, entries
+
+
+def check_shared(shared: Mapping[str, Any], entries: Sequence[Entry], path: Path) -> None:
+    """Raise UserError for what stands above the entries and none of them can have."""
+    known = [key for entry in entries for key in entry.keys]
+    for key in shared:
+        if key not in known:
+            raise unknown(key, known, str(path))
+
+
+def unknown(key: str, known: Sequence[str], place: str) -> UserError:
+    """What to say of a key that is not known there."""
+    names = ", ".join(dict.fromkeys(known))
+    return UserError(f"{FLAG} {place}: there is no {key!r} here{did_you_mean(key, known)}. There are {names}")
+
+
+def pairs_of(entry: Entry, shared: Mapping[str, Any], folder: Path) -> list[PromptPair]:
+    """The pairs of an entry; `shared` is what it has where it says nothing, `folder` where its files lie."""
+    place, own = entry.place, entry.values
+    if "target" in own and "target_class" in own:
+        raise UserError(
+            f"{FLAG} {place} has target and target_class; the first makes a pair, the second a slider: keep one"
+        )
+    for key in own:
+        if key not in entry.keys:
+            raise unknown(key, entry.keys, place)
+    inherited = {key: value for key, value in shared.items() if key in entry.keys}
+    for group in ((*NEUTRAL_LISTS, "neutral"), ("resolution", "resolutions")):
+        if own.keys() & set(group):  # an entry says all of it or nothing
+            inherited = {key: value for key, value in inherited.items() if key not in group}
+    values = {key: checked(key, value, place) for key, value in {**inherited, **own}.items()}
+    if entry.is_pair and "target" not in values:
+        raise UserError(f'{FLAG} {place} names nothing that is to change; give target = "..."')
+    pairs = [pair_of(place, values)] if entry.is_pair else list(slider_pairs(place, values, folder))
+    if fixed := [pair for pair in pairs if pair.dynamic_resolution and not pair.has_drawn_size]:
+        logger.warning(
+            "%s %s: dynamic_resolution has no effect on %d x %d (height x width), only squares vary",
+            FLAG, place, fixed[0].height, fixed[0].width,
+        )  # fmt: skip
+    return pairs
+
+
+def checked(key: str, value: Any, place: str) -> Any:
+    """A value in its type. Sizes and lists are read where they are used."""
+    what = f"{FLAG} {place}: {key} is {value!r}"
+    if key in TEXT_KEYS:
+        if not isinstance(value, str):
+            raise UserError(f"{what}; give text in quotes")
+        if key == "action" and value not in (ERASE, ENHANCE):
+            raise UserError(f'{what}; use "{ERASE}", which is the default, or "{ENHANCE}"')
+        return value
+    if key in FLAG_KEYS:
+        if not isinstance(value, bool):
+            raise UserError(f"{what}; use true or false")
+        return value
+    if key in (*NEUTRAL_LISTS, "resolution", "resolutions"):
+        return value
+    if not is_number(value):
+        raise UserError(f"{what}; give a number")
+    if key == "batch_size":
+        return whole(value, 1, LARGEST_BATCH, what)
+    if key == "weight" and value <= 0:
+        raise UserError(f"{what}; the loss is multiplied by it, so it must be above 0")
+    if key == "multiplier" and value == 0:
+        raise UserError(f"{what}, with which the adapter does nothing and learns nothing; 1.0 is the default")
+    if abs(value) > LARGEST_NUMBER:
+        raise UserError(f"{what}; use a number of at most {LARGEST_NUMBER:g}")
+    return float(value)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def whole(value: Any, least: int, most: int, what: str) -> int:
+    """A whole number within its range."""
+    if not is_number(value) or value != int(value) or not least <= value <= most:
+        raise UserError(f"{what}; give a whole number from {least} to {most}")
+    return int(value)
+
+
+def pair_of(place: str, values: Mapping[str, Any], size: Any = None) -> PromptPair:
+    """The pair of these values, of which only `target` must be there."""
+    height, width = size_of(values.get("resolution", DEFAULT_SIDE), place) if size is None else size
+    unconditional = values.get("unconditional", "")
+    return PromptPair(
+        place=place,
+        target=values["target"],
+        positive=values.get("positive", values["target"]),
+        unconditional=unconditional,
+        neutral=values.get("neutral", unconditional),
+        action=values.get("action", ERASE),
+        guidance_scale=values.get("guidance_scale", 1.0),
+        height=height,
+        width=width,
+        dynamic_resolution=values.get("dynamic_resolution", False),
+        batch_size=values.get("batch_size", 1),
+        dynamic_crops=values.get("dynamic_crops", False),
+        multiplier=values.get("multiplier", 1.0),
+        weight=values.get("weight", 1.0),
+    )
+
+
+def size_of(value: Any, place: str) -> tuple[int, int]:
+    """(height, width) of a side, or of [height, width]."""
+    what = f"{FLAG} {place}: resolution is {value!r}"
+    sides = value if isinstance(value, list) else [value, value]
+    if len(sides) != 2:
+        raise UserError(f"{what}; give one side, such as 512, or [height, width]")
+    height, width = (whole(side, 1, LARGEST_SIDE, what) for side in sides)
+    return height, width
+
+
+def sizes_of(values: Mapping[str, Any], place: str) -> list[tuple[int, int]]:
+    """The sizes of a slider: one, or each of a list of [height, width]."""
+    if "resolution" in values and "resolutions" in values:
+        raise UserError(f"{FLAG} {place} has resolution and resolutions, of which one would be ignored; keep one")
+    value = values.get("resolutions", values.get("resolution", DEFAULT_SIDE))
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        return [size_of(one, place) for one in value]
+    height, width = size_of(value, place)
+    if "resolutions" in values and isinstance(value, list):
+        logger.warning(
+            "%s %s: resolutions = [%d, %d] is one size, %d high and %d wide; two squares are [[%d, %d], [%d, %d]]",
+            FLAG, place, height, width, height, width, height, height, width, width,
+        )  # fmt: skip
+    return [(height, width)]
+
+
+def slider_pairs(place: str, values: Mapping[str, Any], folder: Path) -> Iterator[PromptPair]:
+    """Both ways of a slider, for each neutral prompt and size: at `multiplier` toward positive and away from negative,
+    at its opposite the other way."""
+    positive, negative = (values.get(key, "") for key in ("positive", "negative"))
+    has_positive, has_negative = bool(positive.strip()), bool(negative.strip())
+    if not has_positive and not has_negative:
+        raise UserError(f"{FLAG} {place} has neither positive nor negative; give one end of the slider, or both")
+    if positive == negative:
+        raise UserError(f"{FLAG} {place}: positive and negative are both {positive!r}; give two ends of the slider")
+    multiplier = values.get("multiplier", 1.0)
+    if has_positive and has_negative:
+        ways = [
+            (negative, positive, ERASE, multiplier),
+            (positive, negative, ENHANCE, multiplier),
+            (positive, negative, ERASE, -multiplier),
+            (negative, positive, ENHANCE, -multiplier),
+        ]
+    elif has_negative:
+        ways = [(negative, "", ERASE, multiplier), (negative, "", ENHANCE, -multiplier)]
+    else:
+        ways = [(positive, "", ENHANCE, multiplier), (positive, "", ERASE, -multiplier)]
+    for neutral in neutrals_of(values, place, folder):
+        for size in sizes_of(values, place):
+            for end, other_end, action, strength in ways:
+                more = {"target": values.get("target_class", ""), "positive": end, "unconditional": other_end}
+                more |= {"neutral": neutral, "action": action, "multiplier": strength}
+                yield pair_of(place, {**values, **more}, size)
+
+
+def neutrals_of(values: Mapping[str, Any], place: str, folder: Path) -> list[str]:
+    """The neutral prompts of a slider: those listed and those in files, or the one that is named."""
+    lists = [key for key in NEUTRAL_LISTS if key in values]
+    if lists and "neutral" in values:
+        raise UserError(f"{FLAG} {place} has neutral and {lists[0]}, of which one would be ignored; keep one")
+    if not lists:
+        return [values.get("neutral", "")]
+    found: list[str] = []
+    if "neutrals" in values:
+        listed = values["neutrals"]
+        if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
+            raise UserError(f'{FLAG} {place}: neutrals is {listed!r}; give a list of texts, such as ["", "a photo"]')
+        found += listed
+    for key in ("neutral_prompt_file", "prompt_file"):
+        if key in values:
+            found += lines_of(folder / values[key], f"{FLAG} {place}: {key}")
+    if not found:
+        raise UserError(f'{FLAG} {place}: {" and ".join(lists)} name no prompt; [""] is the empty one')
+    return found
+
+
+def lines_of(path: Path, what: str) -> list[str]:
+    """The lines of a text file that are not empty."""
+    if not path.is_file():
+        raise UserError(f"{what} is {path}, but there is no such file; it is looked for beside the TOML file")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} {not_utf8(content, error)}") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def check_teaches(pair: PromptPair) -> None:
+    """Raise UserError for a pair whose target is what the base model says already."""
+    if pair.neutral == pair.target and (pair.positive == pair.unconditional or pair.guidance_scale == 0):
+        same = f"positive and unconditional are both {pair.positive!r}"
+        reason = "guidance_scale is 0" if pair.guidance_scale == 0 else same
+        raise UserError(
+            f"{FLAG} {pair.place} teaches nothing: {reason}, so {pair.target!r} is to stay what it is; name another "
+            "positive, unconditional or neutral prompt"
+        )

@@ -1,0 +1,34 @@
+"""Concepts that are changed by prompts alone."""
+
+from dataclasses import dataclass
+
+from library.options.base import Options, option
+
+MOST_DENOISING_STEPS = 1000  # as many as the schedule has
+
+
+@dataclass(frozen=True)
+class ConceptOptions(Options):
+    """Which prompts are to be seen otherwise, and on what (LECO)."""
+
+    prompts_file: str | None = option(
+        None,
+        usual=True,
+        help="TOML file with the prompts: what each of them is to become, at which size. docs/train_leco.md has every "
+        "key.",
+    )
+    max_denoising_steps: int = option(
+        40,
+        usual=True,
+        at_least=2,
+        at_most=MOST_DENOISING_STEPS,
+        help="Steps from noise to a picture. Each training step draws how many of them it takes, 1 to one less than "
+        "this, before it learns from what is there by then.",
+    )
+    leco_denoise_guidance_scale: float = option(
+        3.0,
+        usual=True,
+        at_least=0,
+        help="Strength of classifier-free guidance on that way; guidance_scale in the file is how far the concept is "
+        "moved.",
+    )

@@ -1,0 +1,220 @@
+"""--prompts_file: what each form means, and what is said of mistakes."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from library.data.concepts.prompts_file import PromptPair, read_prompt_pairs
+
+
+def written(folder: Path, text: str, name: str = "prompts.toml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def pairs_in(folder: Path, text: str) -> list[PromptPair]:
+    return read_prompt_pairs(written(folder, text))
+
+
+def told(pair: PromptPair) -> tuple[str, str, str, str, str, float]:
+    return pair.target, pair.positive, pair.unconditional, pair.neutral, pair.action, pair.multiplier
+
+
+def refusal(folder: Path, text: str, name: str = "prompts.toml") -> str:
+    with pytest.raises(ValueError) as refused:
+        read_prompt_pairs(written(folder, text, name))
+    message = str(refused.value)
+    assert message.startswith("--prompts_file ") and name in message and "\n" not in message
+    return message
+
+
+def test_a_target_alone_is_erased_with_the_defaults(tmp_path: Path) -> None:
+    (pair,) = pairs_in(tmp_path, '[[prompts]]\ntarget = "van gogh"\n')
+    assert told(pair) == ("van gogh", "van gogh", "", "", "erase", 1.0)
+    assert (pair.height, pair.width, pair.batch_size, pair.weight, pair.guidance_scale) == (512, 512, 1, 1.0, 1.0)
+    assert not pair.dynamic_resolution and not pair.dynamic_crops
+    assert pair.push == -1.0
+
+
+def test_everything_can_be_said(tmp_path: Path) -> None:
+    (pair,) = pairs_in(
+        tmp_path,
+        """
+        [[prompts]]
+        target = "cat"
+        positive = "fluffy cat"
+        unconditional = "bald cat"
+        neutral = "animal"
+        action = "enhance"
+        guidance_scale = 2.5
+        resolution = [512, 768]
+        batch_size = 3
+        dynamic_crops = true
+        multiplier = -1.5
+        weight = 0.5
+        """,
+    )
+    assert told(pair) == ("cat", "fluffy cat", "bald cat", "animal", "enhance", -1.5)
+    assert (pair.height, pair.width, pair.batch_size, pair.weight, pair.push) == (512, 768, 3, 0.5, 2.5)
+    assert pair.dynamic_crops
+
+
+def test_neutral_is_the_unconditional_prompt_where_nothing_is_said(tmp_path: Path) -> None:
+    (pair,) = pairs_in(tmp_path, '[[prompts]]\ntarget = "cat"\nunconditional = "ugly"\n')
+    assert pair.neutral == "ugly"
+
+
+def test_what_stands_above_holds_for_all_that_say_nothing_else(tmp_path: Path) -> None:
+    text = (
+        'resolution = 768\naction = "enhance"\n[[prompts]]\ntarget = "a"\n[[prompts]]\ntarget = "b"\nresolution = 256\n'
+    )
+    first, second = pairs_in(tmp_path, text)
+    assert (first.height, second.height) == (768, 256)
+    assert first.action == second.action == "enhance"
+
+
+def test_a_slider_with_both_ends_is_four_pairs(tmp_path: Path) -> None:
+    pairs = pairs_in(
+        tmp_path,
+        """
+        guidance_scale = 2.0
+        neutral = "photo"
+        [[targets]]
+        target_class = "person"
+        positive = "old"
+        negative = "young"
+        multiplier = 0.5
+        weight = 2
+        """,
+    )
+    assert [told(pair) for pair in pairs] == [
+        ("person", "young", "old", "photo", "erase", 0.5),
+        ("person", "old", "young", "photo", "enhance", 0.5),
+        ("person", "old", "young", "photo", "erase", -0.5),
+        ("person", "young", "old", "photo", "enhance", -0.5),
+    ]
+    assert {pair.weight for pair in pairs} == {2.0} and {abs(pair.push) for pair in pairs} == {2.0}
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        ("positive", [("", "old", "", "", "enhance", 1.0), ("", "old", "", "", "erase", -1.0)]),
+        ("negative", [("", "old", "", "", "erase", 1.0), ("", "old", "", "", "enhance", -1.0)]),
+    ],
+)
+def test_a_slider_with_one_end_is_two_pairs(tmp_path: Path, end: str, expected: list[object]) -> None:
+    assert [told(pair) for pair in pairs_in(tmp_path, f'[[targets]]\n{end} = "old"\n')] == expected
+
+
+def test_a_slider_has_its_pairs_for_each_neutral_prompt_and_size(tmp_path: Path) -> None:
+    written(tmp_path, "a painting\n\n  a photo \n", "neutrals.txt")
+    text = """
+        neutrals = ["", "a drawing"]
+        neutral_prompt_file = "neutrals.txt"
+        resolutions = [[512, 512], [768, 512]]
+        [[targets]]
+        positive = "old"
+        [[targets]]
+        positive = "large"
+        neutral = "a house"
+        resolution = 64
+    """
+    pairs = pairs_in(tmp_path, text)
+    first, second = pairs[:16], pairs[16:]
+    assert [pair.neutral for pair in first[::4]] == ["", "a drawing", "a painting", "a photo"]
+    assert {(pair.height, pair.width) for pair in first} == {(512, 512), (768, 512)}
+    assert [(pair.neutral, pair.height) for pair in second] == [("a house", 64)] * 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[[targets]]\ntarget = "x"\n',
+        'target = "x"\n',
+        '[slider]\ntarget = "x"\n',
+        '[[slider.targets]]\ntarget = "x"\n',
+        'target = "x"\n[[prompts]]\nbatch_size = 1\n',
+    ],
+)
+def test_every_form_that_sd_scripts_reads_is_read(tmp_path: Path, text: str) -> None:
+    assert [told(pair) for pair in pairs_in(tmp_path, text)] == [("x", "x", "", "", "erase", 1.0)]
+
+
+@pytest.mark.parametrize(
+    "text", ['[[prompts]]\ntarget_class = "cat"\npositive = "old"\n', 'target_class = "cat"\npositive = "old"\n']
+)
+def test_a_target_class_makes_a_slider_wherever_it_stands(tmp_path: Path, text: str) -> None:
+    assert [pair.action for pair in pairs_in(tmp_path, text)] == ["enhance", "erase"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty; it needs [[prompts]]"),
+        ("batch_size = 1\n", "names no prompts"),
+        ("prompts = []\n", "prompts is not a list of tables; begin each entry with [[prompts]]"),
+        ('[prompts]\ntarget = "x"\n', "begin each entry with [[prompts]]"),
+        ('[[prompts]]\ntarget = "x"\n[[targets]]\npositive = "y"\n', "has prompts and targets"),
+        ('batch_size = 1\n[slider]\ntarget = "x"\n', "belongs into [slider]: move batch_size there"),
+        ('[[prompts]]\npositive = "x"\n', '[[prompts]] number 1 names nothing that is to change; give target = "..."'),
+        ('[[prompts]]\ntarget = "x"\n[[prompts]]\ntaget = "y"\n', "number 2: there is no 'taget' here; did you mean"),
+        ('[[targets]]\npositive = "x"\naction = "erase"\n', "there is no 'action' here"),
+        ('resolutoin = 64\n[[prompts]]\ntarget = "x"\n', "there is no 'resolutoin' here; did you mean resolution?"),
+        ('[[prompts]]\ntarget = "x"\ntarget_class = "y"\n', "has target and target_class"),
+        ("[[prompts]]\ntarget = 5\n", "target is 5; give text in quotes"),
+        ('[[prompts]]\ntarget = "x"\naction = "delete"\n', "action is 'delete'; use \"erase\""),
+        ('[[prompts]]\ntarget = "x"\nresolution = 512.5\n', "resolution is 512.5; give a whole number"),
+        ('[[prompts]]\ntarget = "x"\nresolution = [1, 2, 3]\n', "resolution is [1, 2, 3]; give one side"),
+        ('[[prompts]]\ntarget = "x"\nresolution = "512"\n', "resolution is '512'; give a whole number"),
+        ('[[prompts]]\ntarget = "x"\nbatch_size = 0\n', "batch_size is 0; give a whole number from 1"),
+        ('[[prompts]]\ntarget = "x"\nguidance_scale = "1"\n', "guidance_scale is '1'; give a number"),
+        ('[[prompts]]\ntarget = "x"\nguidance_scale = inf\n', "guidance_scale is inf; give a number"),
+        ('[[prompts]]\ntarget = "x"\nguidance_scale = 1e9\n', "use a number of at most 1000"),
+        ('[[prompts]]\ntarget = "x"\nmultiplier = 0\n', "with which the adapter does nothing"),
+        ('[[prompts]]\ntarget = "x"\nweight = -1\n', "must be above 0"),
+        ('[[prompts]]\ntarget = "x"\ndynamic_crops = 1\n', "dynamic_crops is 1; use true or false"),
+        ('[[prompts]]\ntarget = ""\n', "teaches nothing: positive and unconditional are both ''"),
+        ('[[prompts]]\ntarget = "x"\nneutral = "x"\nguidance_scale = 0\n', "teaches nothing: guidance_scale is 0"),
+        ('[[targets]]\ntarget_class = "x"\n', "has neither positive nor negative"),
+        ('[[targets]]\npositive = "x"\nnegative = "x"\n', "positive and negative are both 'x'"),
+        ('[[targets]]\npositive = "x"\nneutrals = "y"\n', "neutrals is 'y'; give a list of texts"),
+        ('[[targets]]\npositive = "x"\nneutrals = []\n', "neutrals name no prompt"),
+        ('[[targets]]\npositive = "x"\nneutral = "y"\nneutrals = ["z"]\n', "has neutral and neutrals"),
+        ('[[targets]]\npositive = "x"\nprompt_file = "no.txt"\n', "no.txt, but there is no such file"),
+        ('[[targets]]\npositive = "x"\nresolution = 64\nresolutions = 64\n', "has resolution and resolutions"),
+        ("[[prompts]\n", "is not valid TOML"),
+    ],
+)  # fmt: skip
+def test_each_mistake_is_one_sentence_with_the_way_out(tmp_path: Path, text: str, words: str) -> None:
+    assert words in refusal(tmp_path, text)
+
+
+def test_yaml_of_other_programs_is_told_from_toml(tmp_path: Path) -> None:
+    assert "must be a TOML file, docs/train_leco.md" in refusal(tmp_path, "- target: x\n", "prompts.yaml")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="but there is no such file"):
+        read_prompt_pairs(tmp_path / "no.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[[targets]]\npositive = "x"\nresolutions = [512, 768]\n', "is one size, 512 high and 768 wide; two squares"),
+        (
+            '[[prompts]]\ntarget = "x"\nresolution = [512, 768]\ndynamic_resolution = true\n',
+            "dynamic_resolution has no effect on 512 x 768",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_hardly_meant_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, words: str
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        pairs_in(tmp_path, text)
+    (record,) = caplog.records
+    assert words in record.message
