@@ -108,6 +108,10 @@ class Objective(Protocol):
         ...
 
     def corrupt(self, clean_BCHW: Tensor, generator: torch.Generator, offsets_B: Tensor | None = None) -> Noised: ...
+    def draw_noise(self, clean_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+        """The noise that `corrupt` adds, float32."""
+        ...
+
     def noise_levels(self, noised: Noised) -> Tensor:
         """How far each sample is on the way from the clean latent, 0, to pure noise, 1; float32, shape B."""
         ...
@@ -212,3 +216,4 @@ class Architecture:
     """Tells the denoiser the resolutions (width, height) of the data set."""
     asks_host: str | None = None  # what the denoiser takes from the host in each step, which no CUDA graph can have
     vae_overflows_in_fp16: bool = False  # whether the VAE that comes with it gives NaN in fp16
+    tells_sizes: bool = False  # whether the denoiser is told how large pictures were and where they were cut

@@ -23,6 +23,25 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Concept:
+    """What a batch of a prompt teaches in place of pictures (LECO).
+
+    The adapted model draws the caption from pure noise, `num_denoised` of `num_steps` steps far and guided away from
+    `unconditional`. What it says there is to become what the base model says of `neutral`, moved `push` times the way
+    from what that says of `unconditional` to what it says of `positive`.
+    """
+
+    positive: str
+    unconditional: str
+    neutral: str
+    push: float  # below 0 away from it
+    multiplier: float  # how strongly the adapter acts meanwhile
+    num_steps: int
+    num_denoised: int
+    guidance: float  # of classifier-free guidance on the way; 1 is without
+
+
+@dataclass(frozen=True)
 class Batch:
     """Samples of one bucket; what was not cached is None and computed in the step."""
 
@@ -36,6 +55,7 @@ class Batch:
     sizes_B6: Tensor  # original height and width, crop top and left, target height and width
     attributes: list[Mapping[str, Any]]  # custom_attributes of the subset
     crops_B2: Tensor | None = None  # where the pictures were really cut from the resized ones: top and left
+    concept: Concept | None = None  # where there are no pictures, and all captions are one
 
     @property
     def height_width(self) -> tuple[int, int]:

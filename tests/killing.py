@@ -71,11 +71,11 @@ def told_by(module: str, jobs: Sequence[Any], folder: Path, timeout: float) -> A
 
 def main() -> None:
     """Run the jobs of a file and write what became of them to standard output."""
-    from tests.running import SCRIPTS
+    from tests.running import STARTED
 
     jobs = [Job(**one) for one in json.loads(Path(sys.argv[1]).read_text())]
     for script in {job.script for job in jobs}:
-        import_all(script, SCRIPTS[script])
+        import_all(script, STARTED[script])
     fix_times()
     keep_imported("tests")
     print(json.dumps([asdict(forked(job)) for job in jobs]))
@@ -134,9 +134,9 @@ def start(job: Job) -> int:
     import importlib
 
     from library.training.command_line.main import main as train
-    from tests.running import SCRIPTS
+    from tests.running import STARTED
 
-    card = SCRIPTS[job.script]
+    card = STARTED[job.script]
     parser = importlib.import_module(job.script).setup_parser()
     return train(parser, card.options, card.build, job.arguments)
 

@@ -60,11 +60,11 @@ def run_ranks(jobs: Sequence[Job], folder: Path, timeout: float = 300) -> list[l
 
 def main() -> None:
     """Run the jobs of a file and write what became of them to standard output."""
-    from tests.running import SCRIPTS
+    from tests.running import STARTED
 
     jobs = [Job(**one) for one in json.loads(Path(sys.argv[1]).read_text())]
     for script in {job.script for job in jobs if job.call is None}:
-        import_all(script, SCRIPTS[script])
+        import_all(script, STARTED[script])
     for call in {job.call for job in jobs if job.call is not None}:
         importlib.import_module(call.partition(":")[0])
     keep_imported("tests")
@@ -151,9 +151,9 @@ def watch(job: Job) -> None:
 def start(job: Job) -> int:
     """What the script's file does."""
     from library.training.command_line.main import main as train
-    from tests.running import SCRIPTS
+    from tests.running import STARTED
 
-    card = SCRIPTS[job.script]
+    card = STARTED[job.script]
     parser = importlib.import_module(job.script).setup_parser()
     return train(parser, card.options, card.build, job.arguments)
 

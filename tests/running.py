@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,17 @@ import pytest
 from PIL import Image
 
 from library.architectures.cards import list_cards
+from library.architectures.sdxl.leco import SdxlLecoOptions
 from library.checkpoints.model_card import ModelCard
+from library.options.leco import LecoOptions
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS: Mapping[str, ModelCard] = {card.script.removesuffix(".py"): card for card in list_cards()}
+STARTED: Mapping[str, ModelCard] = {  # those that train on prompts alone too
+    **SCRIPTS,
+    "train_leco": replace(SCRIPTS["train_network"], options=LecoOptions),
+    "sdxl_train_leco": replace(SCRIPTS["sdxl_train_network"], options=SdxlLecoOptions),
+}
 
 
 @dataclass(frozen=True)
@@ -98,12 +105,12 @@ def train(fresh_process: None, capfd: pytest.CaptureFixture[str]) -> Callable[..
         AcceleratorState._reset_state()
         PartialState._reset_state()
         capfd.readouterr()
-        assembly = importlib.import_module(SCRIPTS[script].build.__module__)
+        assembly = importlib.import_module(STARTED[script].build.__module__)
         parser = importlib.import_module(script).setup_parser()
         try:
             status = main(
                 parser,
-                SCRIPTS[script].options,
+                STARTED[script].options,
                 assembly.build,
                 arguments,
                 latents=assembly.LATENTS,

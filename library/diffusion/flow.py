@@ -65,7 +65,7 @@ class FlowMatching:
         Offsets move the normal values behind the levels, where such are (`takes_offset`).
         """
         clean = clean_BCHW.float()
-        noise_BCHW = draw_normal(clean.shape, generator, clean.device)
+        noise_BCHW = self.draw_noise(clean, generator)
         input_noise_BCHW = noise_BCHW
         if self.noise.ip_noise_gamma:
             gamma = draw_strength(self.noise.ip_noise_gamma, self.noise.ip_noise_gamma_random_strength, generator)
@@ -81,6 +81,10 @@ class FlowMatching:
             sigmas_B=sigmas_B,
             timesteps_B=timesteps_B.floor() if self.tells_whole_timesteps else timesteps_B,
         )
+
+    def draw_noise(self, clean_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+        """White noise for latents, float32."""
+        return draw_normal(clean_BCHW.shape, generator, clean_BCHW.device)
 
     def draw_timesteps(
         self, B: int, H: int, W: int, generator: torch.Generator, offsets_B: Tensor | None = None

@@ -28,8 +28,13 @@ def guided(
         return positive_BCHW
     assert negative is not None
     negative_BCHW = predict(negative).float()
-    guided_BCHW = negative_BCHW + prompt.scale * (positive_BCHW - negative_BCHW)
+    guided_BCHW = away_from(negative_BCHW, positive_BCHW, prompt.scale)
     return limit_length(guided_BCHW, positive_BCHW, prompt.renorm_cfg) if prompt.renorm_cfg else guided_BCHW
+
+
+def away_from(negative_BCHW: Tensor, positive_BCHW: Tensor, scale: float) -> Tensor:
+    """The way from what is said of the negative prompt to what is said of the other, `scale` times as far."""
+    return negative_BCHW + scale * (positive_BCHW - negative_BCHW)
 
 
 def needs_negative(prompt: Prompt) -> bool:

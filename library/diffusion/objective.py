@@ -27,8 +27,8 @@ class DDPM:
     """Predict the noise, or the velocity (Salimans and Ho 2022), at one of 1000 discrete noise levels.
 
     `corrupt` draws from its generator in this order, and only what is switched on: noise; strength and values of the
-    noise offset; for each multires pass its shrink factor and its noise; timesteps; strength and values of the extra
-    input noise. Strengths are one number for the batch.
+    noise offset; for each multires pass its shrink factor and its noise (so far `draw_noise` draws too); timesteps;
+    strength and values of the extra input noise. Strengths are one number for the batch.
     """
 
     abar_T: Tensor  # float64, what latents are noised with
@@ -52,12 +52,7 @@ class DDPM:
         """
         o = self.noise
         clean = clean_BCHW.float()
-        noise_BCHW = draw_normal(clean.shape, generator, clean.device)
-        if o.noise_offset:
-            strength = draw_strength(o.noise_offset, o.noise_offset_random_strength, generator)
-            noise_BCHW = add_offset(noise_BCHW, clean, strength, o.adaptive_noise_scale, generator)
-        if o.multires_noise_iterations:
-            noise_BCHW = add_coarse_noise(noise_BCHW, o.multires_noise_iterations, o.multires_noise_discount, generator)
+        noise_BCHW = self.draw_noise(clean, generator)
         drawn_B = draw_timesteps(
             len(clean), self.min_timestep, self.max_timestep, generator, num_timesteps=len(self.abar_T)
         )
@@ -74,6 +69,17 @@ class DDPM:
             sigmas_B=self._look_up("sigmas", timesteps_B),
             timesteps_B=timesteps_B,
         )
+
+    def draw_noise(self, clean_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+        """The noise for latents, float32, with the offset and the coarse noise that are asked for."""
+        o, clean = self.noise, clean_BCHW.float()
+        noise_BCHW = draw_normal(clean.shape, generator, clean.device)
+        if o.noise_offset:
+            strength = draw_strength(o.noise_offset, o.noise_offset_random_strength, generator)
+            noise_BCHW = add_offset(noise_BCHW, clean, strength, o.adaptive_noise_scale, generator)
+        if o.multires_noise_iterations:
+            noise_BCHW = add_coarse_noise(noise_BCHW, o.multires_noise_iterations, o.multires_noise_discount, generator)
+        return noise_BCHW
 
     def noise_levels(self, noised: Noised) -> Tensor:
         """The timestep as a share of all, 0 to 0.999."""
@@ -112,9 +118,12 @@ class DDPM:
         return signal_B.view(-1, 1, 1, 1), noise_B.view(-1, 1, 1, 1)
 
     def _look_up(self, name: str, timesteps_B: Tensor) -> Tensor:
-        """A table's values at the timesteps, on their device; the table moves, so that no card is waited for."""
+        """A table's values at the timesteps, on their device; the table moves, so that no card is waited for.
+
+        Timesteps of a sampler are floats.
+        """
         table_T = self.tables[name] if name in self.tables else self._table(name)
-        return send(table_T, timesteps_B.device)[timesteps_B]
+        return send(table_T, timesteps_B.device)[timesteps_B.long()]
 
     def _table(self, name: str) -> Tensor:
         """A value for each timestep, float32, computed in float64."""

@@ -60,11 +60,14 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """--sample_sampler -> (class of diffusers, what it is built with beside the noise schedule)"""
 
+DDPM_SAMPLER = "ddpm"
+"""The way back that these models are made for (Ho et al. 2020), with noise in each step; no --sample_sampler."""
+
 ALIASES = {f"k_{name}": name for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
 
 
 def build_ddpm_sampler(name: str, num_steps: int, *, predicts_velocity: bool, zero_terminal_snr: bool) -> Sampler:
-    """The sampler called `name` (a key of SAMPLERS or ALIASES) for a DDPM model.
+    """The sampler called `name` (a key of SAMPLERS or ALIASES, or DDPM_SAMPLER) for a DDPM model.
 
     A schedule that ends without any signal is walked from its very last timestep (Lin et al. 2024); its last abar is
     2^-24 rather than 0, where most methods divide by it.
@@ -72,7 +75,7 @@ def build_ddpm_sampler(name: str, num_steps: int, *, predicts_velocity: bool, ze
     import diffusers
 
     name = ALIASES.get(name, name)
-    class_name, keywords = SAMPLERS[name]
+    class_name, keywords = SAMPLERS[name] if name != DDPM_SAMPLER else ("DDPMScheduler", {"clip_sample": False})
     kind = getattr(diffusers, class_name)
     schedule: dict[str, Any] = {
         "num_train_timesteps": NUM_TIMESTEPS,

@@ -19,6 +19,7 @@ from library.options.output.reports import ReportOptions
 from library.options.output.saving import HubOptions, MetadataOptions, SavingOptions, StateOptions
 from library.options.output.trackers import TrackerOptions
 from library.options.training.averaging import AveragingOptions
+from library.options.training.concepts import ConceptOptions
 from library.options.training.loss import LossOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.noise import NoiseOptions
@@ -61,3 +62,8 @@ class TrainOptions(Options):
     validation: ValidationOptions = group(ValidationOptions)
     distributed: DistributedOptions = group(DistributedOptions)
     faults: FaultOptions = group(FaultOptions)
+
+    @property
+    def concepts(self) -> ConceptOptions | None:
+        """What is trained by prompts alone in place of pictures (LECO); None where pictures are trained."""
+        return None

@@ -318,7 +318,11 @@ class AdoptedNetwork:
 
     def set_multiplier(self, multiplier: float) -> None:
         """How strongly the network acts: 0 is the base model."""
-        self._needed("set_multiplier", "differential output preservation")(multiplier)
+        self._needed("set_multiplier", "training on prompts or with differential output preservation")(multiplier)
+
+    def act_fully(self) -> None:
+        """Let the network act as its file will; one that cannot be told does so anyway."""
+        self._optional("set_multiplier", 1.0)
 
     @property
     def can_limit_norms(self) -> bool:

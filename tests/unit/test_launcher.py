@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.running import ROOT, SCRIPTS
+from tests.running import ROOT, STARTED
 
 AT_THE_IMPORT_OF_TORCH = """
 import os, runpy, sys
@@ -23,7 +23,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", STARTED)
 @pytest.mark.parametrize(("own", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
 def test_scripts_let_idle_threads_sleep_unless_the_user_says_otherwise(
     script: str, own: str | None, policy: str

@@ -86,8 +86,13 @@ class TimeLayers(nn.Module):
     """
 
 
-def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """(text encoder, U-Net) for `create_network` and `apply_to`; every layer is the real one."""
+def view(text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> tuple[nn.Module | list[nn.Module], nn.Module]:
+    """(text encoder, U-Net) for `create_network` and `apply_to`; every layer is the real one.
+
+    The first is an empty list once the text encoder has left memory.
+    """
+    if not text_encoders:
+        return [], unet_view(denoiser)
     (encoder,) = text_encoders
     return ClipView(clip_body(encoder)), unet_view(denoiser)
 

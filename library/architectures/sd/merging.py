@@ -39,4 +39,4 @@ def seen_by_networks(base: str, path: Path) -> tuple[list[nn.Module], nn.Module]
     flag = "the checkpoint"
     parts = open_parts(flag, path, base, None if path.is_dir() else model_lookup.open_file(flag, path))
     encoder, unet = view([empty_clip(parts["text_encoder"].config)], empty_unet(parts["unet"].config))
-    return [encoder], unet
+    return encoder if isinstance(encoder, list) else [encoder], unet

@@ -66,6 +66,7 @@ def build(options: SdxlOptions) -> Architecture:
         chains=unet_chains,
         inpaints=loader.inpaints,
         vae_overflows_in_fp16=True,
+        tells_sizes=True,
     )
 
 

@@ -15,11 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.data.batches.batches import BatchMaker
-from library.data.batches.validation_set import ValidationSet
-from library.data.caching.stores import CacheFiles
+from library.data.batches.validation_set import ValidationSet, nothing_aside
 from library.data.description.schema import RunDataConfig, parse_numbers
-from library.data.sources.samples import Samples
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
@@ -91,12 +88,7 @@ class OwnDataset:
     @property
     def validation(self) -> ValidationSet:
         """Nothing is set aside."""
-        empty: Any = ()
-        maker = BatchMaker(
-            seed=0, samples=Samples(), sample_of_draw=empty, subsets=(), prior_loss_weight=1.0, max_train_steps=1,
-            files=CacheFiles(), in_memory=frozenset(),
-        )  # fmt: skip
-        return ValidationSet(maker, lambda draft: self._batch(1, 0), (), {})
+        return nothing_aside()
 
     def of_epoch(
         self,
@@ -116,8 +108,7 @@ class OwnDataset:
 
     def facts(self) -> dict[str, Any]:
         """Nothing is known before it is drawn."""
-        lengths: dict[str, Any] = {"unit": "words", "most": None, "counts": []}
-        return {"datasets": [], "dropped": [], "num_dropped": 0, "caption_lengths": lengths, "tags": []}
+        return nothing_known()
 
     def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
         size, accumulation = self.batch_sizes[0], options.run.gradient_accumulation_steps
@@ -144,6 +135,12 @@ class OwnDataset:
         if not isinstance(item, Mapping):
             raise UserError(f"{FLAG} {self._name}: batch {number} is {type(item).__name__}, not a table of its parts")
         return batch_of(item, f"{FLAG} {self._name}: batch {number}", self.spec)
+
+
+def nothing_known() -> dict[str, Any]:
+    """The facts of data without pictures that are described."""
+    lengths: dict[str, Any] = {"unit": "words", "most": None, "counts": []}
+    return {"datasets": [], "dropped": [], "num_dropped": 0, "caption_lengths": lengths, "tags": []}
 
 
 def batch_of(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:

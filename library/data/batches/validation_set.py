@@ -5,10 +5,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 from library.data.batches.batches import BatchMaker, BatchOrder, PartialBatch
 from library.data.batches.order import plain_batches
-from library.data.sources.samples import Draws, Sample
+from library.data.caching.stores import CacheFiles
+from library.data.sources.samples import Draws, Sample, Samples
 from library.types import Batch
 
 
@@ -80,6 +82,17 @@ class ValidationSet:
 
     def _order(self, place: int) -> BatchOrder:
         return BatchOrder(epoch=1, step=0, draws=self.draws[place])
+
+
+def nothing_aside() -> ValidationSet:
+    """No picture."""
+    empty: Any = ()
+    maker = BatchMaker(
+        seed=0, samples=Samples(), sample_of_draw=empty, subsets=(), prior_loss_weight=1.0, max_train_steps=1,
+        files=CacheFiles(), in_memory=frozenset(),
+    )  # fmt: skip
+    finish: Any = None  # there is nothing to finish
+    return ValidationSet(maker, finish, (), {})
 
 
 def open_validation_set(

@@ -126,7 +126,10 @@ def check_unet_input(what: str, unet: Component, num_latent_channels: int, inpai
             f"inpainting {num_latent_channels + MASK_CHANNELS}; other conditioned variants are not supported"
         )
     elif not inpaints:
-        raise UserError(f"{what} is an inpainting model (its U-Net takes {channels} channels); add --train_inpainting")
+        raise UserError(
+            f"{what} is an inpainting model (its U-Net takes {channels} channels); add --train_inpainting, which needs "
+            "pictures, or use the plain model"
+        )
 
 
 def for_inpainting(unet: Any, num_latent_channels: int) -> Any:

@@ -12,6 +12,7 @@ from library.options.rules import check_ranges, is_set, unused
 from library.options.support import unsupported
 from library.options.train import TrainOptions
 from library.options.training.optimizer import OptimizerOptions
+from library.training.command_line.concept_checks import check_concepts, ignored_for_concepts
 from library.training.evaluation.preview import Timetable
 from library.training.evaluation.prompts import check_sampler, read_prompts
 from library.training.optimization.optimizers import class_path, wanted_type
@@ -51,6 +52,9 @@ def check_data(options: TrainOptions) -> None:
     """The part of it that holds where pictures are encoded and nothing is trained."""
     check_values(options)
     check_buckets(options)
+    if options.concepts is not None:
+        check_concepts(options, options.concepts)
+        return
     dataset = options.dataset
     if dataset.dataset_config is None and dataset.dataset_class is None:
         if not dataset.train_data_dir:
@@ -72,6 +76,7 @@ def check_values(options: TrainOptions) -> None:
 
 def report_unused(options: TrainOptions, ignores: Mapping[str, str]) -> None:
     """Warn of every option that is given and does nothing; `ignores` are those that do nothing for the base model."""
+    ignores = {**ignores, **ignored_for_concepts(options)}
     for line in (*unused(options, ignores), *idle_previews(options), *doubtful(options)):
         logger.warning("%s", line)
 

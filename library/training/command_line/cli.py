@@ -3,12 +3,13 @@
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from library.options.base import OWN, USUAL, Options
+from library.options.leco import IDLE, REFUSED, LecoOptions
 from library.options.output.console import ConsoleOptions
 from library.training.command_line.config_file import (
     SECRETS,
@@ -20,7 +21,7 @@ from library.training.command_line.config_file import (
     write_config,
 )
 from library.training.command_line.console import setup_logging
-from library.training.command_line.help import TrainingParser
+from library.training.command_line.help import EXAMPLES, EXAMPLES_OF_PROMPTS, TrainingParser
 
 logger = logging.getLogger(__name__)
 
@@ -32,20 +33,30 @@ ZERO_MEANS_NEVER = (
 
 
 def build_parser(
-    *groups: type[Options], parts: str = "", elsewhere: Callable[[str], str] = lambda option: ""
+    *groups: type[Options],
+    parts: str = "",
+    elsewhere: Callable[[str], str] = lambda option: "",
+    examples: str = EXAMPLES,
+    left_out: Collection[str] = (),
 ) -> argparse.ArgumentParser:
     """A parser with the options of all groups: no positionals, nothing required, prefixes of flags accepted.
 
-    `parts` are the options that name the files of a base model besides its first, for the example in the help;
-    `elsewhere` says what there is to say of an option that only other scripts have.
+    `parts` are the options that name the files of a base model besides its first, for the `examples` in the help,
+    which does not show the options `left_out`; `elsewhere` says what there is to say of an option that only other
+    scripts have.
     """
     usual, own = (
         frozenset(f.name for kind in groups for f, _ in kind.leaves() if f.metadata.get(key)) for key in (USUAL, OWN)
     )
-    parser = TrainingParser(usual, parts, own, elsewhere)
+    parser = TrainingParser(usual, parts, own, elsewhere, examples, frozenset(left_out))
     for kind in groups:
         kind.add_to(parser)
     return parser
+
+
+def build_parser_of_prompts(kind: type[LecoOptions], elsewhere: Callable[[str], str]) -> argparse.ArgumentParser:
+    """The parser of a script that trains on prompts alone; what has no effect then is parsed and not shown."""
+    return build_parser(kind, elsewhere=elsewhere, examples=EXAMPLES_OF_PROMPTS, left_out=(*IDLE, *REFUSED))
 
 
 def add_missing(parser: argparse.ArgumentParser, kind: type[Options]) -> None:

@@ -28,10 +28,37 @@ Train a LoRA-family adapter. Three commands to begin with:
 --help shows the usual options, --help_all all of them; docs/ explains both."""
 
 
+EXAMPLES_OF_PROMPTS = """\
+Change concepts of a model from prompts alone, without pictures (LECO). Two commands to begin with:
+
+  a first training; prompts.toml has [[prompts]] with target = "van gogh" and action = "erase"
+    python3 %(prog)s --pretrained_model_name_or_path model.safetensors \\
+{parts}      --prompts_file prompts.toml --output_dir output --output_name no_van_gogh \\
+      --network_dim 8 --network_alpha 4 --learning_rate 1e-4 --max_train_steps 500 \\
+      --mixed_precision bf16 --gradient_checkpointing
+
+  the same options kept in a file, as a training that the same command goes on with after any stop
+    python3 %(prog)s --config_file train.toml --save_every_n_steps 100 \\
+      --save_state --autoresume
+
+--help shows the usual options, --help_all all of them; docs/train_leco.md explains both."""
+
+
 class FullHelp(
     argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter, argparse.MetavarTypeHelpFormatter
 ):
-    """Every option with the type of its value, its help, and its default where that says something."""
+    """Every option with the type of its value, its help, and its default where that says something.
+
+    Options in `left_out` are not shown; groups of which none is, are left out too.
+    """
+
+    def __init__(self, left_out: frozenset[str], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.left_out = left_out
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if action.dest not in self.left_out:
+            super().add_argument(action)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False, "", argparse.SUPPRESS):
@@ -40,10 +67,10 @@ class FullHelp(
 
 
 class UsualHelp(FullHelp):
-    """The same for the options in `usual`; groups without any of them are left out."""
+    """The same for the options in `usual`."""
 
-    def __init__(self, usual: frozenset[str], *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, usual: frozenset[str], left_out: frozenset[str], *args: Any, **kwargs: Any) -> None:
+        super().__init__(left_out, *args, **kwargs)
         self.usual = usual
 
     def add_argument(self, action: argparse.Action) -> None:
@@ -63,12 +90,15 @@ class TrainingParser(argparse.ArgumentParser):
         parts: str = "",
         own: frozenset[str] = frozenset(),
         elsewhere: Callable[[str], str] = lambda option: "",
+        examples: str = EXAMPLES,
+        left_out: frozenset[str] = frozenset(),
     ) -> None:
-        self._own, self.elsewhere = own, elsewhere
+        """Options in `left_out`, which do nothing here, are parsed and not shown."""
+        self._own, self.elsewhere, self._left_out = own, elsewhere, left_out
         super().__init__(
             usage="%(prog)s [options]",
-            description=EXAMPLES.format(parts=f"      {parts} \\\n" if parts else ""),
-            formatter_class=functools.partial(UsualHelp, usual),
+            description=examples.format(parts=f"      {parts} \\\n" if parts else ""),
+            formatter_class=functools.partial(UsualHelp, usual, left_out),
         )
 
     def parse_known_args(  # type: ignore[override]
@@ -77,7 +107,7 @@ class TrainingParser(argparse.ArgumentParser):
         """As argparse's; the word --help_all prints the help of all options and ends the process."""
         if EVERYTHING in (sys.argv[1:] if args is None else args):
             full = copy.copy(self)
-            full.formatter_class = FullHelp
+            full.formatter_class = functools.partial(FullHelp, self._left_out)
             full.print_help()
             self.exit(0)
         return super().parse_known_args(args, namespace)

@@ -1,12 +1,12 @@
 """Looking at the model in the middle of training without a trace: previews and validation."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
 
+from library.training.run.modes import eval_mode
 from library.training.run.run import Run
 
 
@@ -14,10 +14,12 @@ from library.training.run.run import Run
 def evaluating(run: Run, use: str) -> Iterator[None]:
     """The weights for `use` (`shown_weights`), dropout off, no gradients; afterwards all is as it was, bit for bit.
 
-    Adapters use all they have: DyLoRA its full rank, T-LoRA too unless it is told of noise levels, as in validation.
-    The random streams of torch and Python are put back.
+    Adapters use all they have: DyLoRA its full rank, T-LoRA too unless it is told of noise levels, as in validation,
+    and all of them their full strength, which a batch of a concept sets anew. The random streams of torch and Python
+    are put back.
     """
     run.context.network.set_noise_levels(None)
+    run.context.network.act_fully()
     modules = [run.context.models.denoiser, *run.context.models.text_encoders, run.context.network.module]
     with (
         run.context.alone(),
@@ -27,20 +29,6 @@ def evaluating(run: Run, use: str) -> Iterator[None]:
         shown_weights(run, use),
     ):
         yield
-
-
-@contextmanager
-def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Evaluation mode, and then for every part the mode it had."""
-    roots = list(modules)
-    modes = [(module, module.training) for root in roots for module in root.modules()]
-    for root in roots:
-        root.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from library.diffusion.guidance import guided, needs_negative
-from library.diffusion.samplers import Level
 from library.errors import UserError
 from library.memory.devices import place, release_memory
 from library.options.output.preview import PreviewOptions
@@ -40,6 +39,7 @@ from library.training.faults.interruption import Interrupted, Interruption
 from library.training.reporting.logs import Charts
 from library.training.reporting.report import announce
 from library.training.run.context import Autocast, StepContext
+from library.training.run.denoising import denoise
 from library.training.run.run import Run
 from library.types import Batch, Conditioning, Noised, Prompt
 
@@ -311,19 +311,17 @@ def draw_latents(
     positive, negative = (on_device(encoded.get(text), context.device) for text in texts)
     assert positive is not None
     told = told_of_prompt(context, prompt, batch, generator.initial_seed())
-    latents_BCHW = sampler.start(torch.randn(shape, generator=generator).to(context.device))
-    for n, level in enumerate(sampler.levels):
-        noised = noised_at(level, sampler.denoiser_input(latents_BCHW, n))
 
-        def ask(conditioning: Conditioning, noised: Noised = noised) -> Tensor:
+    def say(noised: Noised, progress: float) -> Tensor:
+        def ask(conditioning: Conditioning) -> Tensor:
             with context.autocast():
                 return predict(context.models.denoiser, noised, {**conditioning, **told}, batch)
 
-        prediction_BCHW = guided(ask, positive, negative, prompt, (n + 1) / len(sampler.levels))
-        latents_BCHW = sampler.step(prediction_BCHW, latents_BCHW, n, generator)
-        if not goes_on():
-            return None
-    if not latents_BCHW.isfinite().all():
+        return guided(ask, positive, negative, prompt, progress)
+
+    noise_BCHW = torch.randn(shape, generator=generator).to(context.device)
+    latents_BCHW = denoise(sampler, say, sampler.start(noise_BCHW), generator, goes_on=goes_on)
+    if latents_BCHW is not None and not latents_BCHW.isfinite().all():
         raise UserError("the latents are not a number: the denoiser overflows, or the adapter has diverged")
     return latents_BCHW
 
@@ -338,13 +336,6 @@ def decode(context: StepContext, vae: nn.Module, latents_BCHW: Tensor) -> Image.
 
 def on_device(conditioning: Conditioning | None, device: torch.device) -> Conditioning | None:
     return None if conditioning is None else {name: tensor.to(device) for name, tensor in conditioning.items()}
-
-
-def noised_at(level: Level, latents_BCHW: Tensor) -> Noised:
-    """The latents as the denoiser gets them; what is unknown while sampling, clean latents and noise, is NaN."""
-    unknown_BCHW = torch.full_like(latents_BCHW, torch.nan)
-    sigma_B, timestep_B = (torch.tensor([value], device=latents_BCHW.device) for value in (level.sigma, level.timestep))
-    return Noised(latents_BCHW, unknown_BCHW, unknown_BCHW, sigma_B, timestep_B)
 
 
 def batch_of(prompt: Prompt) -> Batch:

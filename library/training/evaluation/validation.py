@@ -110,7 +110,7 @@ class Validation:
         self._measured_step: int | None = None  # of the last evaluation, also before a resume
         self._best_step, self._best_loss = 0, inf
         self._goes_on = False
-        if not self.is_on:
+        if not self.is_on and run.options.concepts is None:
             self._warn_of_idle_options()
 
     def _warn_of_idle_options(self) -> None:

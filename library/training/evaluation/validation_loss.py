@@ -17,7 +17,8 @@ from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
 from library.training.run.context import StepContext
 from library.training.run.latents import inpainting_of, latents_of
-from library.training.run.step import conditioning_of, losses_of
+from library.training.run.step import losses_of
+from library.training.run.text_features import conditioning_of
 from library.types import Batch, Noised
 
 NUM_LEVELS = 4

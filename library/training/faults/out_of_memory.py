@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
+from library.options.leco import IDLE
 from library.options.support import UNSUPPORTED
 from library.options.train import TrainOptions
 from library.training.run.run import Run
@@ -129,8 +130,15 @@ def in_words(num_bytes: int) -> str:
 
 def savings(options: TrainOptions, sizes: Sizes, device: torch.device, is_predicted: bool = False) -> Iterator[str]:
     """Options that are not used yet, those that save most first, with the bytes where they are known; without those of
-    running blocks and storing weights where these are predicted."""
-    values = options.flat()
+    running blocks and storing weights where these are predicted, and those that do nothing in this run."""
+    idle = () if options.concepts is None else tuple(f"--{name} " for name in IDLE)
+    yield from (line for line in every_saving(options.flat(), sizes, device, is_predicted) if not line.startswith(idle))
+    if options.concepts is not None:
+        yield "a smaller batch_size in the --prompts_file needs as much less for activations"
+
+
+def every_saving(values: Mapping[str, Any], sizes: Sizes, device: torch.device, is_predicted: bool) -> Iterator[str]:
+    """The same, whatever the run trains on."""
     yield from activation_savings(values, is_predicted)
     yield from weight_savings(values, sizes, is_predicted)
     if wants(values, "vae_batch_size", 1):

@@ -26,11 +26,11 @@ def ways_out(runs: Sequence[Run], batch: Batch) -> list[str]:
     than the one before it. `runs` are those of all adapters that share the step.
 
     Nothing is computed or loaded; it takes some seconds. None for network modules of third parties, which may need real
-    weights to be counted, and where nothing saves much.
+    weights to be counted, for concepts, whose steps are not counted, and where nothing saves much.
     """
     run = runs[0]
     name, device = run.options.network.network_module, run.context.device
-    if name is None or not name.startswith(OURS):
+    if name is None or not name.startswith(OURS) or batch.concept is not None:
         return []
     height, width = batch.height_width
     shape = BatchShape(len(batch.keys), width, height)

@@ -161,7 +161,7 @@ function warnings() {
 }
 
 function data() {
-  if (!audit) return;
+  if (!audit || !audit.datasets.length) return;
   const subsets = audit.datasets.flatMap(({subsets}) => subsets);
   const sources = subsets.map((s) => [s.source, s.num_pictures, s.num_repeats, s.num_without_caption, s.is_reg ? "regularisation" : ""]);
   section("Data", table(["pictures of", "number", "repeats", "without caption", ""], sources, [1, 2, 3]));

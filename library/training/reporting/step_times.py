@@ -99,11 +99,12 @@ class StepTimes:
         """The forward and backward pass of a batch; what it gives is to be called between the two.
 
         The operations are counted for the first batch of each shape; that pass takes some tenths of a second longer.
+        Those of a concept are not, whose batches of one shape differ in how often they ask the denoiser.
         """
         height, width = batch.height_width
         shape = len(batch.keys), height, width
         self._shapes.append(shape)
-        if shape in self._flops:
+        if shape in self._flops or batch.concept is not None:
             yield lambda: None
             return
         self._new_shapes.add(shape)
@@ -117,7 +118,7 @@ class StepTimes:
         pressure = pressure_of(self.device)
         faults = {name: count - self._pressure[name] for name, count in pressure.items()}
         spans, shapes, new_shapes = self._spans, self._shapes, self._new_shapes
-        flops = sum(self._flops[shape] for shape in shapes)
+        flops = sum(self._flops[shape] for shape in shapes) if self._flops.keys() >= set(shapes) else None
         num_pictures = sum(shape[0] for shape in shapes)
         self._began, self._between, self._pressure = last, 0.0, pressure
         self._spans, self._shapes, self._new_shapes = [], [], set()
@@ -204,7 +205,7 @@ class StepTimes:
         self, found: StepFigures, new: set[BatchShape], shapes: list[BatchShape], faults: Mapping[str, int]
     ) -> None:
         """A line in the log where a step took much longer than the middle of those before, and why if that is known."""
-        if len(self._recent) < NUM_KNOWN:
+        if len(self._recent) < NUM_KNOWN or found.flops is None:  # nobody knows how long it should take
             return
         middle = median(before.seconds for before in self._recent)
         extra = found.seconds - middle

@@ -15,8 +15,10 @@ from library.errors import UserError
 from library.memory.devices import send
 from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
+from library.training.run.concepts import concept_target, partly_drawn
 from library.training.run.context import StepContext
 from library.training.run.latents import inpainting_of, latents_of
+from library.training.run.text_features import conditioning_of
 from library.types import Batch, Conditioning, Noised
 
 PRESERVATION = "diff_output_preservation"  # of a subset's custom_attributes
@@ -47,7 +49,12 @@ def seed_everything(seed: int) -> None:
 
 
 def noised_of(context: StepContext, batch: Batch, batch_number: int, is_checked: bool = True) -> Noised:
-    """The batch's latents with their noise and noise levels. Raises UserError as `latents_of` does, if `is_checked`."""
+    """The batch's latents with their noise and noise levels; without pictures what the adapted model has drawn so far.
+
+    Raises UserError as `latents_of` does, if `is_checked`.
+    """
+    if batch.concept is not None:
+        return partly_drawn(context, batch, batch.concept, batch_number)
 
     def generator_of(place: int) -> torch.Generator:
         return generator_for(context.seed, "vae", batch_number, place)
@@ -91,7 +98,10 @@ def losses_of(
         acting.set_noise_levels(objective.noise_levels(noised))
         output_BCHW = context.arch.predict(context.models.denoiser, noised, conditioning, batch)
         prediction_BCHW = objective.estimate(output_BCHW, noised)
-    target_BCHW = preserve_output(context, objective, batch, noised, condition, conditioning, acting)
+    if batch.concept is not None:
+        target_BCHW = concept_target(context, objective, batch, batch.concept, noised)
+    else:
+        target_BCHW = preserve_output(context, objective, batch, noised, condition, conditioning, acting)
     loss_BCHW = objective.loss(prediction_BCHW, target_BCHW, noised)
     if batch.masks_B1HW is not None:
         masks_B1HW = send(batch.masks_B1HW, loss_BCHW.device)
@@ -103,23 +113,6 @@ def describe_shape(batch: Batch) -> str:
     """How many pictures of which size, for messages."""
     height, width = batch.height_width
     return f"{len(batch.keys)} pictures of {width}x{height}"
-
-
-def conditioning_of(context: StepContext, batch: Batch, told: Conditioning) -> Conditioning:
-    """Text features of the batch, with gradient where a text encoder trains, beside what it is `told` of pictures."""
-    found = {**told, **(batch.conditioning or {})}
-    if context.models.text_encoders:  # what they give takes the place of what they gave before training
-        trains = context.trains_text_encoder
-        found |= live_conditioning_of(context, batch) if trains else context.captions(batch.captions)
-    cache = context.arch.text_cache
-    stay = () if cache is None else cache.on_host
-    return {name: t if name in stay else send(t, context.device) for name, t in found.items()}
-
-
-def live_conditioning_of(context: StepContext, batch: Batch) -> Conditioning:
-    """The text features of the encoders in memory, with gradient."""
-    encode = context.arch.text.encode if context.live_text is None else context.live_text.encode
-    return encode(context.models.text_encoders, context.arch.text.tokenize(batch.captions))
 
 
 def varied_conditioning_of(context: StepContext, batch: Batch, batch_number: int, told: Conditioning) -> Conditioning:

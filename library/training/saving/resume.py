@@ -35,7 +35,8 @@ GROUPS_WITHOUT_EFFECT = (
 WITHOUT_EFFECT = (
     "seed", "max_data_loader_n_workers", "persistent_data_loader_workers", "skip_cache_check", "tokenizer_cache_dir",
     "train_data_dir", "reg_data_dir", "in_json", "dataset_config", "conditioning_data_dir", "cache_info",
-    "network_weights", "lowram", "highvram", "cache_latents_to_disk", "cache_dir", "remote_cache_gb", "trace_nonfinite",
+    "prompts_file", "network_weights", "lowram", "highvram", "cache_latents_to_disk", "cache_dir", "remote_cache_gb",
+    "trace_nonfinite",
     "dry_run", "exit_status_on_stop", "fit", "selftest", "blocks_to_swap", "split_mode", "cpu_offload_checkpointing",
     "unsloth_offload_checkpointing", "gradient_checkpointing_every",
 )  # fmt: skip
@@ -269,13 +270,15 @@ def dataset_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> It
     changed = [name for name in ("pictures", "captions", "settings") if before.get(name) != now[name]]
     if not changed:
         return
-    counts = f"{before.get('num_pictures')} pictures in {before.get('num_batches')} batches then"
+    counts = ""
+    if now["num_pictures"]:
+        counts = f"; {before.get('num_pictures')} pictures in {before.get('num_batches')} batches then"
+        counts += f", {now['num_pictures']} in {now['num_batches']} now"
     yield (
         logging.WARNING,
         (
-            f"the dataset is not the one of the state (its {' and '.join(changed)} differ; {counts}, "
-            f"{now['num_pictures']} in {now['num_batches']} now): the run goes on, but not as the uninterrupted one "
-            "would have"
+            f"the dataset is not the one of the state (its {' and '.join(changed)} differ{counts}): the run goes on, "
+            "but not as the uninterrupted one would have"
         ),
     )
 

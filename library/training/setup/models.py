@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from library.data.batches.training_data import TrainingData
 from library.data.caching.latents import cache_latents
 from library.data.caching.stores import NO_LATENTS, NO_TEXTS, LatentStore, TextStore
+from library.data.concepts.prompt_pairs import PromptPairs
 from library.data.description.plan import DataPlan
 from library.memory.devices import place, release_memory
 from library.options.caching import CachingOptions
@@ -34,6 +35,7 @@ class LoadedModels:
     prompts: Mapping[str, Conditioning] | None  # cached features of the previews' prompts; None where none are cached
     latents: LatentStore = NO_LATENTS
     texts: TextStore = NO_TEXTS
+    concepts: Mapping[str, Conditioning] | None = None  # features of all prompts where there are no pictures
 
 
 def load_models(
@@ -59,13 +61,15 @@ def load_models(
     spread = open_spread(options, processes)
     models = load_frozen(options, arch, text.encoders, vae, compute, reader, spread)
     arch.fit_to_sizes(models.denoiser, [dataset.resolution for dataset in data.config.datasets])
-    return LoadedModels(models, live_text(options, arch.text_cache), text.prompts, latents, text.store)
+    return LoadedModels(models, live_text(options, arch.text_cache), text.prompts, latents, text.store, text.concepts)
 
 
 def prepare_vae(
     options: TrainOptions, arch: Architecture, seed: int, data: TrainingData, processes: Processes
 ) -> tuple[nn.Module | None, LatentStore]:
     """The VAE on the device, or None where it has encoded every picture already and may leave memory; its latents."""
+    if isinstance(data, PromptPairs):
+        return None, NO_LATENTS
     if not options.caching.cache_latents:
         return place(arch.load.vae(), processes.device), NO_LATENTS
     assert isinstance(data, DataPlan), "--dataset_class refuses --cache_latents"

@@ -9,8 +9,10 @@ from typing import Any
 from library.collector import importing
 from library.data.batches.own_dataset import open_own_dataset
 from library.data.batches.training_data import TrainingData
+from library.data.concepts.prompt_pairs import open_prompt_pairs
 from library.data.description.plan import DataPlan, build_plan
 from library.data.description.schema import RunDataConfig, level_offset
+from library.errors import UserError
 from library.hidden_libraries import hidden
 from library.launcher import restart_count
 from library.options.train import TrainOptions
@@ -19,7 +21,7 @@ from library.protocols import Architecture, Objective
 from library.training.optimization.optimizers import import_class
 from library.training.reporting.logs import run_folder, tracker_kind
 from library.training.saving.state import StateManifest
-from library.training.setup.text_caching import cached_text, check_text_caching
+from library.training.setup.text_caching import cached_text, check_text_caching, files_that_change_text
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +44,26 @@ def choose_seed(seed: int | None, processes: Processes, state: StateManifest | N
 
 
 def open_training_data(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> TrainingData:
-    """The class of --dataset_class, else the pictures that are described; logs what was found."""
+    """The prompts of --prompts_file where the script trains on these, the class of --dataset_class, else the pictures
+    that are described; logs what was found."""
+    if options.concepts is not None:
+        require_no_text_changes(options)
+        return open_prompt_pairs(options, arch, seed, num_processes)
     name = options.dataset.dataset_class
     if name is None:
         return open_data_plan(options, arch, seed, num_processes)
     own = open_own_dataset(import_class(name, "--dataset_class", name), options, arch.codec.spec, seed)
     own.audit(logger)
     return own
+
+
+def require_no_text_changes(options: TrainOptions) -> None:
+    """Raise UserError for --base_weights that would change what the prompts are encoded with, which comes first."""
+    for file, changed in files_that_change_text(options):
+        raise UserError(
+            f"--base_weights {file} changes the text encoder ({changed} and others), which encodes the prompts before "
+            "anything is merged; merge the file into the base model with tools/merge_lora.py first"
+        )
 
 
 def open_data_plan(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> DataPlan:

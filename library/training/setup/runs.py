@@ -11,7 +11,6 @@ from library.data.batches.training_data import TrainingBatches, TrainingData
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
-from library.training.evaluation.eval_mode import eval_mode
 from library.training.evaluation.preview import Previews
 from library.training.evaluation.validation import Validation
 from library.training.reporting.event_stream import Events
@@ -20,6 +19,7 @@ from library.training.reporting.progress import Progress
 from library.training.reporting.step_times import StepTimes
 from library.training.run.conditioning import CaptionMemo
 from library.training.run.context import Autocast, StepContext
+from library.training.run.modes import eval_mode
 from library.training.run.plan import Plan
 from library.training.run.prepared import Prepared
 from library.training.run.run import Run
@@ -134,10 +134,13 @@ def step_context(
     compute: Compute,
     alone: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepContext:
-    encoders, live = loaded.models.text_encoders, loaded.live_text
+    encoders, live, concepts = loaded.models.text_encoders, loaded.live_text, loaded.concepts
     encode = arch.text.encode if live is None else live.encode
 
     def encode_captions(captions: Sequence[str]) -> Conditioning:
+        if concepts is not None:
+            (caption,) = captions  # `CaptionMemo` asks for one at a time
+            return concepts[caption]
         with alone():
             return encode_frozen(encode, encoders, network, compute.autocast, arch.text.tokenize(captions))
 

@@ -1,7 +1,7 @@
 """The text encoders of a run: on the device, or gone once every caption is encoded."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from library.data.batches.training_data import TrainingData
 from library.data.caching.captions import CachedTexts, Encode, Encoders, TextEncoding, cache_texts
 from library.data.caching.stores import NO_TEXTS, TextStore
 from library.data.caching.text_files import stack_rows
+from library.data.concepts.prompt_pairs import PromptPairs
 from library.data.description.plan import DataPlan
 from library.errors import UserError, needing
 from library.options.caching import TextCachingOptions
@@ -26,24 +27,24 @@ from networks.core.protocol import is_switched_on
 logger = logging.getLogger(__name__)
 
 
+Encoded = Mapping[str, Conditioning]
+"""The conditioning of each text, first axis 1."""
+
+
 @dataclass(frozen=True)
 class RunText:
     """The text encoders on the device, and what those that are cached made of captions and prompts."""
 
     encoders: list[nn.Module]
-    cached: CachedTexts | None
+    store: TextStore = NO_TEXTS  # the text features of captions; none where nothing is cached
+    prompts: Encoded | None = None  # of the previews; None where nothing is cached
+    concepts: Encoded | None = None  # all that is trained on where there are no pictures
 
-    @property
-    def store(self) -> TextStore:
-        """The text features of captions; none where nothing is cached."""
-        return NO_TEXTS if self.cached is None else self.cached.store
-
-    @property
-    def prompts(self) -> Mapping[str, Conditioning] | None:
-        """Cached conditioning of each prompt of the previews, by text; None where nothing is cached."""
-        if self.cached is None:
-            return None
-        return {text: stack_rows([row], {}) for text, row in self.cached.prompts.items()}
+    @classmethod
+    def beside(cls, cached: CachedTexts, encoders: list[nn.Module]) -> "RunText":
+        """The encoders that stay, where others have encoded everything."""
+        prompts = {text: stack_rows([row], {}) for text, row in cached.prompts.items()}
+        return cls(encoders, cached.store, prompts)
 
 
 def cached_text(options: TrainOptions, spec: TextCacheSpec | None) -> TextCacheSpec | None:
@@ -92,14 +93,19 @@ def check_text_caching(options: TrainOptions, spec: TextCacheSpec | None) -> Non
             "each step; --network_train_unet_only trains the denoiser alone"
         )
         return
+    for file, changed in files_that_change_text(options):
+        raise UserError(
+            f"--base_weights {file} changes the text encoder ({changed} and others), whose outputs "
+            "--cache_text_encoder_outputs takes before anything is merged; merge the file into the base model with "
+            "tools/merge_lora.py first, or leave out --cache_text_encoder_outputs"
+        )
+
+
+def files_that_change_text(options: TrainOptions) -> Iterator[tuple[str, str]]:
+    """Each of --base_weights that adapts a text encoder, with one of its keys that do."""
     for file in options.network.base_weights or ():
-        changed = keys_of_text_encoders(Path(file))
-        if changed:
-            raise UserError(
-                f"--base_weights {file} changes the text encoder ({changed[0]} and others), whose outputs "
-                "--cache_text_encoder_outputs takes before anything is merged; merge the file into the base model with "
-                "tools/merge_lora.py first, or leave out --cache_text_encoder_outputs"
-            )
+        if changed := keys_of_text_encoders(Path(file)):
+            yield file, changed[0]
 
 
 def prepare_text(
@@ -118,12 +124,14 @@ def prepare_text(
     """
     spec = cached_text(options, arch.text_cache)
     on_cpu = arch.text_cache is not None and arch.text_cache.options.text_encoder_cpu
+    if isinstance(data, PromptPairs):
+        return encode_concepts(arch, data.texts, prompts, torch.device("cpu") if on_cpu else device, autocast)
     if spec is None:
         is_adapted = not options.network.network_train_unet_only
         if on_cpu and is_adapted:
             logger.warning("--text_encoder_cpu has no effect: text encoders that get an adapter stay on the card")
         place = torch.device("cpu") if on_cpu and not is_adapted else device
-        return RunText([encoder.to(place) for encoder in arch.load.text_encoders()], None)
+        return RunText([encoder.to(place) for encoder in arch.load.text_encoders()])
     encodes_on = torch.device("cpu") if on_cpu else device
 
     def open_encoders() -> Encoders:
@@ -137,9 +145,23 @@ def prepare_text(
     cached = cache_texts(data, encoding, prompts, options.caching.skip_cache_check, processes)
     live = live_text(options, spec)
     if live is None:
-        return RunText([], cached)
+        return RunText.beside(cached, [])
     with needing("text encoders get an adapter without --network_train_unet_only; give them, or that option"):
-        return RunText([encoder.to(device) for encoder in live.load()], cached)
+        return RunText.beside(cached, [encoder.to(device) for encoder in live.load()])
+
+
+def encode_concepts(
+    arch: Architecture, texts: Sequence[str], prompts: Sequence[str], device: torch.device, autocast: Autocast
+) -> RunText:
+    """What the text encoders make of all that is trained on and of the previews' prompts; then they leave memory."""
+    encoders = [encoder.to(device).eval() for encoder in arch.load.text_encoders()]
+    read, draw = (frozen_encode(pipeline, encoders, autocast) for pipeline in (arch.text, arch.preview.text))
+    return RunText([], prompts=encoded_each(draw, prompts), concepts=encoded_each(read, texts))
+
+
+def encoded_each(encode: Encode, texts: Sequence[str]) -> Encoded:
+    """The conditioning of each text, encoded by itself, on the CPU."""
+    return {text: {name: tensor.cpu() for name, tensor in encode([text]).items()} for text in texts}
 
 
 def frozen_encode(pipeline: TextPipeline, encoders: Sequence[nn.Module], autocast: Autocast) -> Encode:

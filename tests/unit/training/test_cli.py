@@ -302,7 +302,7 @@ def test_file_with_every_default_of_a_front_end_changes_nothing(tmp_path: Path) 
         assert TrainOptions.from_args(Namespace(**{**vars(args), "config_file": None})) == TrainOptions()
 
 
-@pytest.mark.parametrize("script", sorted(path.stem for path in ROOT.glob("*train_network.py")))
+@pytest.mark.parametrize("script", sorted(path.stem for path in ROOT.glob("*train_*.py")))
 def test_parsing_loads_no_heavy_library(script: str) -> None:
     code = (
         f"import sys; from {script} import setup_parser; from library.training.command_line.cli import parse;"

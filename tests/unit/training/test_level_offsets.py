@@ -42,7 +42,7 @@ def noised(objective: Any, attributes: list[dict[str, Any]]) -> Any:
     context = SimpleNamespace(
         arch=SimpleNamespace(objective=objective, codec=codec), seed=82, device=torch.device("cpu")
     )
-    batch = SimpleNamespace(latents_BCHW=latents_BCHW, attributes=attributes)
+    batch = SimpleNamespace(latents_BCHW=latents_BCHW, attributes=attributes, concept=None)
     return noised_of(context, batch, 5)  # type: ignore[arg-type]
 
 

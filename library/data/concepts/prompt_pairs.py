@@ -1,0 +1,238 @@
+"""Batches of prompts in place of pictures: what a run trains on that changes concepts (LECO)."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+
+from library.data.batches.own_dataset import nothing_known
+from library.data.batches.validation_set import ValidationSet, nothing_aside
+from library.data.concepts.prompts_file import FLAG, PromptPair, read_prompt_pairs
+from library.data.description.schema import RunDataConfig
+from library.errors import UserError
+from library.options.train import TrainOptions
+from library.options.training.concepts import ConceptOptions
+from library.protocols import Architecture
+from library.randomness import random_for
+from library.types import Batch, Concept
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_SIDE = 64
+STEP_OF_DRAWN_SIDES = 64
+NUM_PREVIEWED = 16  # pairs that the metadata of a file shows
+PREVIEWED = ("target", "positive", "unconditional", "neutral", "action", "multiplier", "weight")
+
+
+class Drawn(NamedTuple):
+    """What a batch is, as far as it is drawn."""
+
+    pair: PromptPair
+    num_denoised: int
+    height: int
+    width: int
+    sizes: tuple[int, ...]  # original height and width, crop top and left, target height and width
+
+    @property
+    def num_pixels(self) -> int:
+        return self.pair.batch_size * self.height * self.width
+
+
+class PromptPairs:
+    """The pairs of a file in turn, each time all of them in another order; the run is one epoch.
+
+    Each batch is a function of the seed and its number.
+    """
+
+    def __init__(
+        self, pairs: Sequence[PromptPair], concepts: ConceptOptions, file: str, seed: int, num_batches: int
+    ) -> None:
+        self.pairs, self.num_batches = list(pairs), num_batches
+        self.config = RunDataConfig((), is_from_file=False)
+        self._concepts, self._file, self._seed = concepts, file, seed
+
+    @property
+    def texts(self) -> list[str]:
+        """Every prompt that is asked, once."""
+        return list(dict.fromkeys(text for pair in self.pairs for text in pair.texts))
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        return sorted({pair.batch_size for pair in self.pairs})
+
+    num_train_images = num_reg_images = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The pairs in a few words that two runs can compare."""
+        texts = repr([{**asdict(pair), "place": ""} for pair in self.pairs])
+        return {
+            "num_pictures": 0,
+            "num_batches": self.num_batches,
+            "pictures": "none",
+            "captions": blake2b(texts.encode(), digest_size=16).hexdigest(),
+            "settings": "prompts alone",
+        }
+
+    @property
+    def identity_with_contents(self) -> dict[str, Any]:
+        return self.identity
+
+    @property
+    def picture_paths(self) -> list[str]:
+        return []
+
+    @property
+    def validation(self) -> ValidationSet:
+        """Nothing is set aside."""
+        return nothing_aside()
+
+    def of_epoch(
+        self,
+        epoch: int,
+        places: Sequence[int],
+        step_of: Callable[[int], int],
+        num_workers: int,
+        persistent_workers: bool,
+    ) -> Iterator[Batch]:
+        """The batches at `places`, made in this process when they are asked for."""
+        return (self._batch(place) for place in places)
+
+    def audit(self, log: logging.Logger) -> None:
+        """Say what is trained."""
+        actions = Counter(pair.action for pair in self.pairs)
+        sizes = {f"{p.height}x{p.width}{' and smaller' if p.has_drawn_size else ''}" for p in self.pairs}
+        log.info(
+            "%s: %d pairs of prompts (%s), %d different prompts; height x width %s",
+            self._file,
+            len(self.pairs),
+            ", ".join(f"{count} {action}" for action, count in actions.items()),
+            len(self.texts),
+            ", ".join(sorted(sizes)),
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """There are no pictures to tell of."""
+        return nothing_known()
+
+    def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
+        """What files say of the prompts, with sd-scripts' keys."""
+        preview = [{name: getattr(pair, name) for name in PREVIEWED} for pair in self.pairs[:NUM_PREVIEWED]]
+        return {
+            "ss_leco_prompt_count": len(self.pairs),
+            "ss_leco_prompts_file": Path(self._file).name,
+            "ss_leco_preview": json.dumps(preview, ensure_ascii=False),
+            "ss_leco_max_denoising_steps": self._concepts.max_denoising_steps,
+            "ss_leco_denoise_guidance_scale": self._concepts.leco_denoise_guidance_scale,
+        }
+
+    def limited_to_largest_batch(self) -> tuple["PromptPairs", int]:
+        """All of them, and the place of a batch that needs the most memory, and among those the most time."""
+
+        def need(place: int) -> tuple[int, int]:
+            drawn = self._drawn(place)
+            return drawn.num_pixels, drawn.num_denoised
+
+        return self, max(range(self.num_batches), key=need)
+
+    def report_skipped(self, log: logging.Logger) -> None:
+        """Nothing is left out here."""
+
+    def close(self) -> None:
+        """There are no worker processes."""
+
+    def _drawn(self, number: int) -> Drawn:
+        turn, place = divmod(number, len(self.pairs))
+        order = list(range(len(self.pairs)))
+        random_for(self._seed, "concept order", turn).shuffle(order)
+        pair = self.pairs[order[place]]
+        rng = random_for(self._seed, "concept", number)
+        num_denoised = rng.randint(1, self._concepts.max_denoising_steps - 1)
+        height, width = drawn_size(pair.height, rng) if pair.has_drawn_size else (pair.height, pair.width)
+        sizes = told_sizes(height, width, rng if pair.dynamic_crops else None)
+        return Drawn(pair, num_denoised, height, width, sizes)
+
+    def _batch(self, number: int) -> Batch:
+        drawn = self._drawn(number)
+        pair, count = drawn.pair, drawn.pair.batch_size
+        return Batch(
+            keys=[f"{pair.target!r} of {pair.place}"] * count,
+            captions=[pair.target] * count,
+            pixels_BCHW=None,
+            latents_BCHW=None,
+            conditioning=None,
+            loss_weights_B=torch.full((count,), pair.weight),
+            masks_B1HW=None,
+            sizes_B6=torch.tensor([drawn.sizes] * count, dtype=torch.float32),
+            attributes=[{}] * count,
+            concept=Concept(
+                positive=pair.positive,
+                unconditional=pair.unconditional,
+                neutral=pair.neutral,
+                push=pair.push,
+                multiplier=pair.multiplier,
+                num_steps=self._concepts.max_denoising_steps,
+                num_denoised=drawn.num_denoised,
+                guidance=self._concepts.leco_denoise_guidance_scale,
+            ),
+        )
+
+
+def drawn_size(most: int, rng: Random) -> tuple[int, int]:
+    """A height and a width from half of `most` to all of it, each by itself, in whole steps."""
+    low, high = max(1, most // 2 // STEP_OF_DRAWN_SIDES), max(1, most // STEP_OF_DRAWN_SIDES)
+    height, width = (STEP_OF_DRAWN_SIDES * rng.randint(low, high) for _ in range(2))
+    return height, width
+
+
+def told_sizes(height: int, width: int, rng: Random | None) -> tuple[int, ...]:
+    """The whole of a picture; with `rng` a part of one that is up to three times as large."""
+    if rng is None:
+        return height, width, 0, 0, height, width
+    scale = 1 + 2 * rng.random()
+    original = int(height * scale), int(width * scale)
+    top, left = (rng.randrange(max(1, whole - side)) for whole, side in zip(original, (height, width), strict=True))
+    return *original, top, left, height, width
+
+
+def open_prompt_pairs(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> PromptPairs:
+    """The pairs that --prompts_file names, as many batches of them as the run takes.
+
+    Raises UserError for a file that does not fit, or not this base model; warns of prompts that are cut.
+    """
+    concepts = options.concepts
+    assert concepts is not None and concepts.prompts_file is not None
+    pairs = read_prompt_pairs(Path(concepts.prompts_file))
+    step = arch.preview.defaults.size_step
+    for pair in pairs:
+        check_size(pair, step)
+    if idle := [pair for pair in pairs if pair.dynamic_crops and not arch.tells_sizes]:
+        logger.warning("%s %s: dynamic_crops has no effect, this base model is told no sizes", FLAG, idle[0].place)
+    num_batches = options.run.max_train_steps * options.run.gradient_accumulation_steps * num_processes
+    found = PromptPairs(pairs, concepts, concepts.prompts_file, seed, num_batches)
+    for text in found.texts:
+        if (num_tokens := arch.text.count_tokens(text)) > arch.text.max_tokens:
+            logger.warning(
+                "%s: a prompt of %d tokens, of which the first %d are used: %s",
+                FLAG, num_tokens, arch.text.max_tokens, text,
+            )  # fmt: skip
+    found.audit(logger)
+    return found
+
+
+def check_size(pair: PromptPair, step: int) -> None:
+    """Raise UserError for a size that the base model cannot draw."""
+    for side in (pair.height, pair.width):
+        if side < SMALLEST_SIDE or side % step:
+            near = max(SMALLEST_SIDE, side - side % step)
+            raise UserError(
+                f"{FLAG} {pair.place}: resolution has a side of {side}; use {near}, at least {SMALLEST_SIDE} and a "
+                f"multiple of {step}"
+            )

@@ -1,0 +1,27 @@
+"""What can be said, before anything is loaded, of a run that is trained by prompts alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from library.data.concepts.prompts_file import FLAG, read_prompt_pairs
+from library.errors import UserError
+from library.options.leco import IDLE, REFUSED
+from library.options.rules import asks
+from library.options.train import TrainOptions
+from library.options.training.concepts import ConceptOptions
+
+
+def check_concepts(options: TrainOptions, concepts: ConceptOptions) -> None:
+    """Raise UserError for options that cannot be had without pictures, and for mistakes in --prompts_file."""
+    values = options.flat()
+    for name, why in REFUSED.items():
+        if asks(values[name]):
+            raise UserError(f"--{name} does not work with {FLAG}: {why}")
+    if not concepts.prompts_file:
+        raise UserError(f"{FLAG} is not set; give the TOML file with the prompts that are trained")
+    read_prompt_pairs(Path(concepts.prompts_file))
+
+
+def ignored_for_concepts(options: TrainOptions) -> Mapping[str, str]:
+    """Options that do nothing without pictures, each with the reason; none where there are some."""
+    return {} if options.concepts is None else IDLE

@@ -1,0 +1,121 @@
+"""What a batch of a prompt is trained on in place of pictures, and what it is to become (LECO).
+
+Sources: Gandikota et al. 2023, "Erasing Concepts from Diffusion Models"; 2023, "Concept Sliders". As there, the way to
+the latents has no gradient.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from library.diffusion.guidance import away_from
+from library.diffusion.samplers import DDPM_SAMPLER
+from library.protocols import Objective
+from library.randomness import generator_for
+from library.training.run.context import StepContext
+from library.training.run.denoising import denoise, noised_at
+from library.training.run.modes import eval_mode
+from library.training.run.text_features import conditioning_of
+from library.types import Batch, Concept, Noised, Prompt
+
+Answers = Mapping[str, Tensor]
+"""What the denoiser says of each text, float32."""
+
+
+def partly_drawn(context: StepContext, batch: Batch, concept: Concept, batch_number: int) -> Noised:
+    """The batch's latents: drawn by the adapted model, as far as the concept says, at the level that they have by then.
+
+    The network acts at the concept's multiplier from here on: the backward pass may compute its layers again.
+    """
+    (caption,) = set(batch.captions)
+    sampler = context.arch.preview.sampler(way_of(context, batch, concept))
+    ask = asked(context, batch, [caption] if concept.guidance == 1 else [concept.unconditional, caption])
+
+    def say(noised: Noised, progress: float) -> Tensor:
+        said = ask(noised)
+        return away_from(said.get(concept.unconditional, said[caption]), said[caption], concept.guidance)
+
+    generator = generator_for(context.seed, "concept", batch_number)
+    noise_BCHW = context.arch.objective.draw_noise(blank_latents(context, batch), generator)
+    context.network.set_multiplier(concept.multiplier)
+    context.network.set_noise_levels(None)
+    with torch.no_grad(), eval_mode([context.network.module]):
+        latents_BCHW = denoise(sampler, say, sampler.start(noise_BCHW), generator, concept.num_denoised)
+    assert latents_BCHW is not None
+    place = concept.num_denoised
+    return noised_at(sampler.levels[place], sampler.denoiser_input(latents_BCHW, place))
+
+
+def concept_target(
+    context: StepContext, objective: Objective, batch: Batch, concept: Concept, noised: Noised
+) -> Tensor:
+    """What the adapted model is to say of the latents, float32, from what the base model says of three prompts."""
+    context.network.set_multiplier(0.0)
+    try:
+        with torch.no_grad():
+            said = asked(context, batch, [concept.neutral, concept.positive, concept.unconditional])(noised)
+    finally:
+        context.network.set_multiplier(concept.multiplier)
+    neutral_BCHW, positive_BCHW, unconditional_BCHW = (
+        objective.estimate(said[text], noised) for text in (concept.neutral, concept.positive, concept.unconditional)
+    )
+    return neutral_BCHW + concept.push * (positive_BCHW - unconditional_BCHW)
+
+
+def asked(context: StepContext, batch: Batch, texts: Sequence[str]) -> Callable[[Noised], Answers]:
+    """Asks the denoiser about several texts in one call; equal ones are asked once."""
+    texts = list(dict.fromkeys(texts))
+    count, size = len(texts), len(batch.keys)
+    many = replace(
+        batch,
+        keys=batch.keys * count,
+        captions=[text for text in texts for _ in range(size)],
+        loss_weights_B=batch.loss_weights_B.repeat(count),
+        sizes_B6=batch.sizes_B6.repeat(count, 1),
+        attributes=batch.attributes * count,
+    )
+    with torch.no_grad(), context.autocast():
+        conditioning = conditioning_of(context, many, {})
+
+    def ask(noised: Noised) -> Answers:
+        repeated = Noised(
+            latents_BCHW=noised.latents_BCHW.repeat(count, 1, 1, 1),
+            clean_BCHW=noised.clean_BCHW.repeat(count, 1, 1, 1),
+            noise_BCHW=noised.noise_BCHW.repeat(count, 1, 1, 1),
+            sigmas_B=noised.sigmas_B.repeat(count),
+            timesteps_B=noised.timesteps_B.repeat(count),
+        )
+        with context.autocast():
+            output_BCHW = context.arch.predict(context.models.denoiser, repeated, conditioning, many)
+        return dict(zip(texts, output_BCHW.float().chunk(count), strict=True))
+
+    return ask
+
+
+def blank_latents(context: StepContext, batch: Batch) -> Tensor:
+    """Zeros in the shape of the batch's latents, on the device."""
+    spec = context.arch.codec.spec
+    height, width = (side // spec.downscale for side in batch.height_width)
+    return torch.zeros(len(batch.keys), spec.channels, height, width, device=context.device)
+
+
+def way_of(context: StepContext, batch: Batch, concept: Concept) -> Prompt:
+    """The batch as a prompt of the previews, whose sampler draws it."""
+    defaults = context.arch.preview.defaults
+    height, width = batch.height_width
+    return Prompt(
+        text=batch.captions[0],
+        negative=concept.unconditional,
+        width=width,
+        height=height,
+        seed=None,
+        num_steps=concept.num_steps,
+        scale=concept.guidance,
+        sampler=None if defaults.sampler is None else DDPM_SAMPLER,
+        guidance_scale=defaults.guidance_scale,
+        cfg_trunc_ratio=defaults.cfg_trunc_ratio,
+        renorm_cfg=defaults.renorm_cfg,
+        flow_shift=defaults.flow_shift,
+    )

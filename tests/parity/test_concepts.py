@@ -1,0 +1,234 @@
+"""One step of LECO against diffusers' pipelines and a float64 recomputation, on U-Nets with the adapter merged in."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from library.architectures.sdxl.options import SdxlOptions
+from library.options.train import TrainOptions
+from library.protocols import Architecture
+from library.randomness import generator_for
+from library.training.run.concepts import partly_drawn
+from library.training.run.conditioning import CaptionMemo
+from library.training.run.context import Models, StepContext
+from library.training.run.denoising import noised_at
+from library.training.run.step import loss_of
+from library.types import Batch, Concept, Noised
+from networks import lora
+from networks.core.protocol import AdoptedNetwork
+from tests.tolerances import FLOAT32_SAMPLED
+
+SEED, NUMBER, STEPS = 3, 17, 8
+CAPTION, POSITIVE, UNCONDITIONAL, NEUTRAL = "a red cat", "a dog", "red", "and"
+CONCEPT = Concept(
+    positive=POSITIVE, unconditional=UNCONDITIONAL, neutral=NEUTRAL, push=-1.5, multiplier=-0.7, num_steps=STEPS,
+    num_denoised=5, guidance=2.5,
+)  # fmt: skip
+
+
+def batch_of(concept: Concept = CONCEPT, sizes: tuple[float, ...] = (96, 64, 0, 0, 96, 64)) -> Batch:
+    """Two samples of 96 x 64 (height x width)."""
+    return Batch(
+        keys=["one", "other"], captions=[CAPTION] * 2, pixels_BCHW=None, latents_BCHW=None, conditioning=None,
+        loss_weights_B=torch.full((2,), 0.3), masks_B1HW=None, sizes_B6=torch.tensor([sizes] * 2), attributes=[{}, {}],
+        concept=concept,
+    )  # fmt: skip
+
+
+def options_for(kind: type[TrainOptions], folder: Path, **values: Any) -> Any:
+    return kind().with_values({"pretrained_model_name_or_path": str(folder), **values})
+
+
+def context_of(arch: Architecture) -> StepContext:
+    """An adapter with random weights on the tiny model, whose text encoders have encoded everything and are gone."""
+    encoders, denoiser = arch.load.text_encoders(), arch.load.denoiser()
+    view = arch.view([], denoiser)
+    torch.manual_seed(5)
+    module = lora.create_network(1.0, 4, 4.0, None, view[0], view[1], conv_dim="2", conv_alpha="2")
+    network = AdoptedNetwork(module)
+    network.apply_to(*view, False, True)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "lora_up" in name:
+                parameter.normal_(0, 0.1)
+    return StepContext(
+        arch=arch,
+        models=Models(denoiser, [], None, view),
+        network=network,
+        seed=SEED,
+        device=torch.device("cpu"),
+        autocast=nullcontext,
+        trains_text_encoder=False,
+        captions=CaptionMemo(lambda captions: arch.text.encode(encoders, arch.text.tokenize(captions))),
+    )
+
+
+def sd_context(folder: Path, **values: Any) -> StepContext:
+    from library.architectures.sd.assembly import build
+
+    return context_of(build(options_for(TrainOptions, folder, **values)))
+
+
+def sdxl_context(folder: Path) -> StepContext:
+    from library.architectures.sdxl.assembly import build
+
+    return context_of(build(options_for(SdxlOptions, folder)))
+
+
+@torch.no_grad()
+def merge_into(unet: Any, context: StepContext, multiplier: float) -> Any:
+    """The adapter's changes in the weights of a U-Net of diffusers, layer by layer of the same path."""
+    module: Any = context.network.module
+    paths = {id(layer): path for path, layer in context.models.denoiser.named_modules()}
+    for adapter in module.adapters.values():
+        adapter.multiplier = multiplier
+        layer = unet.get_submodule(paths[id(adapter.site.module)])
+        for name, value in adapter.merged().items():
+            getattr(layer, name).copy_(value)
+    return unet
+
+
+def pipeline_of(kind: str, folder: Path, **settings: Any) -> Any:
+    import diffusers
+
+    own = {} if kind.endswith("XLPipeline") else {"safety_checker": None, "requires_safety_checker": False}
+    pipeline = getattr(diffusers, kind).from_pretrained(str(folder), local_files_only=True, **own)
+    pipeline.scheduler = diffusers.DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, **settings
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def drawn_by(pipeline: Any, **more: Any) -> Tensor:
+    """The latents of two pictures after five of eight steps."""
+    seen: list[Tensor] = []
+
+    def look(_: Any, index: int, timestep: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(values["latents"].clone())
+        return values
+
+    pipeline(
+        CAPTION, negative_prompt=UNCONDITIONAL, height=96, width=64, num_inference_steps=STEPS, guidance_scale=2.5,
+        num_images_per_prompt=2, generator=generator_for(SEED, "concept", NUMBER), output_type="latent",
+        callback_on_step_end=look, **more,
+    )  # fmt: skip
+    return seen[4]
+
+
+@pytest.mark.parametrize("velocity", [False, True])
+def test_the_latents_are_those_of_the_pipeline_with_the_adapter_merged(tiny_sd_folder: Path, velocity: bool) -> None:
+    context = sd_context(tiny_sd_folder, v_parameterization=velocity)
+    pipeline = pipeline_of(
+        "StableDiffusionPipeline", tiny_sd_folder, prediction_type="v_prediction" if velocity else "epsilon"
+    )
+    merge_into(pipeline.unet, context, CONCEPT.multiplier)
+    noised = partly_drawn(context, batch_of(), CONCEPT, NUMBER)
+    torch.testing.assert_close(noised.latents_BCHW, drawn_by(pipeline), **FLOAT32_SAMPLED)
+    assert noised.timesteps_B.tolist() == [pipeline.scheduler.timesteps[5].item()] * 2 == [250.0] * 2
+
+
+def test_sdxl_is_told_the_sizes_that_were_drawn(tiny_sdxl_folder: Path) -> None:
+    context = sdxl_context(tiny_sdxl_folder)
+    pipeline = pipeline_of("StableDiffusionXLPipeline", tiny_sdxl_folder)
+    merge_into(pipeline.unet, context, CONCEPT.multiplier)
+    sizes = {"original_size": (150, 140), "crops_coords_top_left": (31, 7), "target_size": (96, 64)}
+    expected = drawn_by(pipeline, **{**sizes, **{f"negative_{name}": size for name, size in sizes.items()}})
+    noised = partly_drawn(context, batch_of(sizes=(150, 140, 31, 7, 96, 64)), CONCEPT, NUMBER)
+    torch.testing.assert_close(noised.latents_BCHW, expected, **FLOAT32_SAMPLED)
+    other = partly_drawn(context, batch_of(), CONCEPT, NUMBER)
+    assert (other.latents_BCHW - expected).abs().max() > 0.01, "sizes count"
+
+
+def test_without_guidance_the_unconditional_prompt_is_not_asked(tiny_sd_folder: Path) -> None:
+    context = sd_context(tiny_sd_folder)
+    asked: list[int] = []
+
+    def predict(denoiser: Any, noised: Noised, conditioning: Any, batch: Batch) -> Tensor:
+        asked.append(len(noised.latents_BCHW))
+        return context.arch.predict(denoiser, noised, conditioning, batch)
+
+    counting = replace(context, arch=replace(context.arch, predict=predict))
+    loss_of(counting, batch_of(replace(CONCEPT, guidance=1.0)), NUMBER)
+    assert asked == [2] * 5 + [2] + [6], "the way, the adapted model, the base model about three prompts"
+    asked.clear()
+    loss_of(counting, batch_of(replace(CONCEPT, neutral=UNCONDITIONAL)), NUMBER)
+    assert asked == [4] * 5 + [2] + [4], "equal prompts are asked once"
+
+
+@torch.no_grad()
+def say(unet: Any, context: StepContext, text: str, noised: Noised) -> Tensor:
+    """What a U-Net in float64 says of the latents."""
+    features = context.captions([text] * 2)["hidden_state"].double()
+    said: Tensor = unet(noised.latents_BCHW.double(), noised.timesteps_B, encoder_hidden_states=features).sample
+    return said
+
+
+def snr(timestep: int) -> float:
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    abar = torch.cumprod(1 - betas, 0)[timestep].item()
+    return abar / (1 - abar)
+
+
+@pytest.mark.parametrize(("velocity", "gamma"), [(False, None), (False, 5.0), (True, 5.0)])
+def test_target_and_loss_are_those_of_a_float64_recomputation(
+    tiny_sd_folder: Path, velocity: bool, gamma: float | None
+) -> None:
+    context = sd_context(tiny_sd_folder, v_parameterization=velocity, min_snr_gamma=gamma)
+    noised = partly_drawn(context, batch_of(), CONCEPT, NUMBER)
+    loss = loss_of(context, batch_of(), NUMBER)
+
+    base = pipeline_of("StableDiffusionPipeline", tiny_sd_folder).unet.double()
+    target = say(base, context, NEUTRAL, noised) - 1.5 * (
+        say(base, context, POSITIVE, noised) - say(base, context, UNCONDITIONAL, noised)
+    )
+    adapted = merge_into(base, context, CONCEPT.multiplier)
+    ratio = snr(250)
+    weight = 1.0 if gamma is None else min(gamma, ratio) / (ratio + 1 if velocity else ratio)
+    expected = (say(adapted, context, CAPTION, noised) - target).square().mean() * 0.3 * weight
+    # Both float32 U-Nets are off by some 1e-6 of what they say, of which the loss takes the difference, about a third.
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0.0)
+    assert expected > 1e-3
+
+
+def test_the_gradient_is_that_of_the_last_prediction_alone(tiny_sd_folder: Path) -> None:
+    """Not of the way to the latents, nor of the target; and the adapter keeps its strength for the backward pass."""
+    context = sd_context(tiny_sd_folder)
+    batch = batch_of()
+    loss_of(context, batch, NUMBER).backward()
+    module: Any = context.network.module
+    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    assert found and all(adapter.multiplier == CONCEPT.multiplier for adapter in module.adapters.values())
+    module.zero_grad()
+
+    noised = partly_drawn(context, batch, CONCEPT, NUMBER)
+    assert not noised.latents_BCHW.requires_grad
+    at_rest = noised_at(type("Level", (), {"timestep": 250.0, "sigma": 1.0})(), noised.latents_BCHW.detach())
+    said = context.models.denoiser(
+        at_rest.latents_BCHW, 250, encoder_hidden_states=context.captions([CAPTION] * 2)["hidden_state"]
+    ).sample
+    base = pipeline_of("StableDiffusionPipeline", tiny_sd_folder).unet.double()
+    parts = [say(base, context, text, noised).float() for text in (NEUTRAL, POSITIVE, UNCONDITIONAL)]
+    ((said - (parts[0] - 1.5 * (parts[1] - parts[2]))).square().mean() * 0.3).backward()
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_every_draw_is_a_function_of_the_batch_number(tiny_sd_folder: Path) -> None:
+    context = sd_context(tiny_sd_folder, noise_offset=0.1)
+    first, other = loss_of(context, batch_of(), 7), loss_of(context, batch_of(), 8)
+    torch.manual_seed(99)
+    assert loss_of(context, batch_of(), 7).item() == first.item() != other.item()
+
+
+def test_the_noise_offset_shifts_whole_channels_of_the_start(tiny_sd_folder: Path) -> None:
+    plain, shifted = sd_context(tiny_sd_folder), sd_context(tiny_sd_folder, noise_offset=0.5)
+    blank = torch.zeros(2, 4, 12, 8)
+    noise, other = (c.arch.objective.draw_noise(blank, generator_for(1, "x")) for c in (plain, shifted))
+    difference = other - noise
+    assert difference.flatten(2).std(2).max() < 1e-6 < difference.abs().min()

@@ -1,0 +1,290 @@
+"""train_leco.py and sdxl_train_leco.py from prompts to adapter files, on tiny models."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from library.checkpoints.files import load_state_dict, read_metadata
+from tests.ranks import Job, run_ranks
+from tests.running import Finished
+from tests.runs.bases import BASES
+from tests.runs.test_stopped import stop_in_step  # noqa: F401
+from tests.tiny.inpainting import widen_folder
+
+Train = Callable[..., Finished]
+Leco = Callable[..., Finished]
+
+PAIRS = """
+resolution = 64
+[[prompts]]
+target = "cat"
+batch_size = 2
+multiplier = -1.5
+[[prompts]]
+target = "a red dog"
+positive = "an and"
+unconditional = "red"
+neutral = "dog"
+action = "enhance"
+guidance_scale = 2.0
+weight = 0.5
+"""
+
+
+@pytest.fixture
+def leco(train: Train, tiny_sd_folder: Path, tmp_path: Path) -> Leco:
+    """`leco(...)` trains three steps on two pairs into `tmp_path / "out"`."""
+    (tmp_path / "pairs.toml").write_text(PAIRS)
+    words = [
+        "--pretrained_model_name_or_path", str(tiny_sd_folder), "--prompts_file", str(tmp_path / "pairs.toml"),
+        "--output_dir", str(tmp_path / "out"), "--output_name", "mine", "--learning_rate", "1e-2",
+        "--max_train_steps", "3", "--max_denoising_steps", "4", "--seed", "5", "--no_report",
+    ]  # fmt: skip
+
+    def run(*more: str, script: str = "train_leco", status: int = 0) -> Finished:
+        done = train([*words, *more], script=script)
+        assert done.status == status, done.stderr
+        return done
+
+    return run
+
+
+def saved(folder: Path, name: str = "mine.safetensors") -> dict[str, Tensor]:
+    return load_state_dict(folder / name)
+
+
+@pytest.mark.parametrize("base", ["sd", "sd2", "sdxl"])
+def test_a_run_leaves_an_adapter_of_the_denoiser_that_says_what_it_learned(
+    leco: Leco, tmp_path: Path, base: str
+) -> None:
+    """No step asks the VAE, whose weights are NaN here."""
+    model = BASES[base].build(tmp_path / "model")
+    (vae,) = (tmp_path / "model" / "vae").glob("*.safetensors")
+    save_file({name: tensor * torch.nan for name, tensor in load_file(vae).items()}, vae)
+    more = ["--v_parameterization"] if base == "sd2" else []
+    script = "sdxl_train_leco" if base == "sdxl" else "train_leco"
+    done = leco(*model, *more, "--save_every_n_steps", "2", "--training_comment", "bye", script=script)
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"mine.safetensors", "mine-step00000002.safetensors"}
+    weights = saved(out)
+    assert all(key.startswith("lora_unet_") for key in weights)
+    moved = [key for key, tensor in weights.items() if "lora_up" in key and tensor.abs().max() > 0]
+    assert len(moved) == sum("lora_up" in key for key in weights) > 10
+    assert {tensor.shape[0] for key, tensor in weights.items() if "lora_down" in key} == {4}
+    told = read_metadata(out / "mine.safetensors")
+    assert (told["ss_leco_prompt_count"], told["ss_leco_prompts_file"]) == ("2", "pairs.toml")
+    assert [pair["target"] for pair in json.loads(told["ss_leco_preview"])] == ["cat", "a red dog"]
+    assert (told["ss_network_module"], told["ss_network_dim"], told["ss_network_alpha"]) == ("networks.lora", "4", "1")
+    assert told["ss_training_comment"] == "bye"
+    assert "2 pairs of prompts (1 erase, 1 enhance), 6 different prompts; height x width 64x64" in done.stderr
+    idle = [line for line in done.stderr.splitlines() if "no effect" in line]
+    assert "3 steps in" in done.stderr and all("is given 2 times" in line for line in idle)
+
+
+EVERYTHING = [
+    "--network_dropout", "0.1", "--network_args", "rank_dropout=0.1", "module_dropout=0.1", "conv_dim=2",
+    "--noise_offset", "0.1", "--gradient_accumulation_steps", "2", "--lr_scheduler", "cosine", "--ema_decay", "0.7",
+    "--sample_every_n_steps", "2", "--save_state", "--save_every_n_steps", "2", "--max_train_steps", "5",
+]  # fmt: skip
+
+
+def test_a_run_that_is_cut_and_goes_on_is_the_uninterrupted_one(leco: Leco, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
+    (tmp_path / "pairs.toml").write_text(
+        PAIRS.replace("resolution = 64", "resolution = 128\ndynamic_resolution = true")
+    )
+    everything = [*EVERYTHING, "--sample_prompts", str(tmp_path / "prompts.txt")]
+    whole = leco(*everything, "--output_dir", str(tmp_path / "whole"))
+    state = tmp_path / "whole" / "mine-step00000002-state"
+    rest = leco(*everything, "--output_dir", str(tmp_path / "rest"), "--resume", str(state))
+    assert "uninterrupted" not in rest.stderr
+    assert len(whole.losses) == 5 and rest.losses == whole.losses[2:]
+    one, other = (saved(tmp_path / name) for name in ("whole", "rest"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    pictures = [[path.read_bytes() for path in sorted((tmp_path / name / "sample").glob("*000004_00*.png"))]
+                for name in ("whole", "rest")]  # fmt: skip
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 1
+
+
+def test_other_prompts_at_a_resume_are_told(leco: Leco, tmp_path: Path) -> None:
+    leco("--save_state", "--save_every_n_steps", "2")
+    (tmp_path / "pairs.toml").write_text(PAIRS.replace("dog", "cat"))
+    done = leco("--resume", str(tmp_path / "out" / "mine-step00000002-state"))
+    assert "is not the one of the state (its captions differ): the run goes on" in done.stderr
+    assert "pictures in" not in done.stderr
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(
+    leco: Leco,
+    tmp_path: Path,
+    stop_in_step: Callable[[int, int], None],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stop_in_step(1, signal.SIGTERM)
+    leco("--autoresume", "--exit_status_on_stop", status=143)
+    assert list((tmp_path / "out").glob("mine*state"))
+    monkeypatch.undo()
+    leco("--autoresume")
+    leco("--output_dir", str(tmp_path / "whole"))
+    one, other = saved(tmp_path / "out"), saved(tmp_path / "whole")
+    assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+def test_previews_are_drawn_at_full_strength(leco: Leco, tmp_path: Path) -> None:
+    """After a step at -1.5: the same picture as that of the saved file, drawn before the first step of another run."""
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
+    draw = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--max_train_steps", "1"]
+    (tmp_path / "pairs.toml").write_text('[[prompts]]\ntarget = "cat"\nresolution = 64\nmultiplier = -1.5\n')
+    leco(*draw, "--sample_every_n_steps", "1")
+    file = str(tmp_path / "out" / "mine.safetensors")
+    leco(*draw, "--sample_at_first", "--network_weights", file, "--output_dir", str(tmp_path / "again"))
+    (after,) = (tmp_path / "out" / "sample").glob("*000001_00*.png")
+    (first,) = (tmp_path / "again" / "sample").glob("*e000000_00*.png")
+    assert after.read_bytes() == first.read_bytes()
+
+
+@pytest.mark.parametrize("more", [["--gradient_checkpointing"], ["--blocks_to_swap", "3"], ["--xformers"]])
+def test_ways_of_saving_memory_change_no_loss(leco: Leco, more: list[str]) -> None:
+    """The backward pass computes blocks again at the strength of the pair, -1.5 for one of them."""
+    plain = leco("--network_args", "conv_dim=2").losses
+    assert leco(*more, "--network_args", "conv_dim=2").losses == plain
+
+
+def test_the_selftest_knows_the_strength_of_the_pair(leco: Leco) -> None:
+    done = leco("--gradient_checkpointing", "--selftest", "--max_train_steps", "1")
+    assert "selftest" in done.stderr
+
+
+def test_a_dry_run_takes_the_largest_batch_and_writes_nothing(leco: Leco, tmp_path: Path) -> None:
+    done = leco("--dry_run", "--max_train_steps", "40")
+    assert "the largest batch has 2 pictures of 64x64" in done.stderr and "40 steps in 1 epochs" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+KINDS = {
+    "dora": ["networks.lora", "dora_wd=True", "use_scalar=True", "module_dropout=0.1"],
+    "lora_fa": ["networks.lora_fa"],
+    "dylora": ["networks.dylora", "unit=2"],
+    "tlora": ["networks.tlora"],
+    "loha": ["networks.loha", "dora_wd=True"],
+    "lokr": ["networks.lokr", "factor=2"],
+    "oft": ["networks.oft"],
+    "boft": ["networks.boft"],
+    "oft_v2": ["networks.oft_v2", "train_norm=True"],
+    "ggpo": ["networks.lora", "ggpo_sigma=0.03", "ggpo_beta=0.01"],
+    "lycoris": ["lycoris.kohya", "algo=lokr"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["sd", "sdxl"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_learns(leco: Leco, tmp_path: Path, base: str, kind: str) -> None:
+    """Both strengths of a slider; what is saved has moved between the first step and the last."""
+    (tmp_path / "pairs.toml").write_text('[[targets]]\npositive = "cat"\nnegative = "dog"\nresolution = 64\n')
+    module, *arguments = KINDS[kind]
+    words = [*BASES[base].build(tmp_path / "model"), "--network_module", module]
+    words += ["--network_args", *arguments] if arguments else []
+    leco(*words, "--save_every_n_steps", "1", script="sdxl_train_leco" if base == "sdxl" else "train_leco")
+    first, last = (saved(tmp_path / "out", name) for name in ("mine-step00000001.safetensors", "mine.safetensors"))
+    assert first.keys() == last.keys() and all(tensor.isfinite().all() for tensor in last.values())
+    assert all(key.startswith("lora_unet_") for key in last)
+    moved = sum(not torch.equal(first[key], last[key]) for key in last)
+    assert moved > len(last) / 5
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batches(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "pairs.toml").write_text(PAIRS)
+    words = [
+        "--pretrained_model_name_or_path", str(tiny_sd_folder), "--prompts_file", str(tmp_path / "pairs.toml"),
+        "--output_name", "mine", "--learning_rate", "0.3", "--optimizer_type", "SGD", "--max_train_steps", "3",
+        "--max_denoising_steps", "4", "--seed", "5", "--no_report", "--output_dir",
+    ]  # fmt: skip
+    runs = {"one": (1, ["--gradient_accumulation_steps", "2"]), "two": (2, [])}
+    jobs = []
+    for name, (count, more) in runs.items():
+        (tmp_path / name).mkdir()
+        jobs.append(Job([*words, str(tmp_path / name / "out"), *more], count, str(tmp_path / name), "train_leco"))
+    for ranks in run_ranks(jobs, tmp_path):
+        assert all(rank.status == 0 for rank in ranks), [rank.said[-2000:] for rank in ranks]
+    one, two = (saved(tmp_path / name / "out") for name in runs)
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-5, atol=1e-7)
+
+
+def test_a_mistake_in_the_prompts_is_told_before_the_model_is_looked_for(leco: Leco, tmp_path: Path) -> None:
+    (tmp_path / "pairs.toml").write_text('[[prompts]]\ntarget = "cat"\nacton = "erase"\n')
+    done = leco("--pretrained_model_name_or_path", "nowhere.safetensors", status=1)
+    (line,) = [line for line in done.stderr.splitlines() if "ERROR" in line]
+    assert "[[prompts]] number 1: there is no 'acton' here; did you mean action?" in line
+
+
+def test_a_size_that_the_model_cannot_draw_is_refused(leco: Leco, tmp_path: Path) -> None:
+    (tmp_path / "pairs.toml").write_text('[[prompts]]\ntarget = "cat"\nresolution = 100\n')
+    assert "resolution has a side of 100; use 96" in leco(status=1).stderr
+
+
+def test_options_that_need_pictures_are_warned_of(leco: Leco) -> None:
+    done = leco(
+        "--train_data_dir", "pictures", "--resolution", "512", "--cache_latents", "--validation_split", "0.1",
+        "--min_timestep", "10", "--text_encoder_lr", "1e-4", "--max_train_steps", "1",
+    )  # fmt: skip
+    warned = [line for line in done.stderr.splitlines() if "WARNING" in line and "has no effect" in line]
+    for name in (
+        "train_data_dir",
+        "resolution",
+        "cache_latents",
+        "validation_split",
+        "min_timestep",
+        "text_encoder_lr",
+    ):
+        assert sum(f"--{name} has no effect" in line for line in warned) == 1, name
+    assert any("--resolution has no effect: --prompts_file has a resolution for each prompt" in line for line in warned)
+
+
+def test_a_model_that_inpaints_is_refused(leco: Leco, tiny_sd_folder: Path, tmp_path: Path) -> None:
+    model = widen_folder(tiny_sd_folder, tmp_path / "model", 3)
+    done = leco("--pretrained_model_name_or_path", str(model), status=1)
+    assert "is an inpainting model (its U-Net takes 9 channels)" in done.stderr
+    assert "add --train_inpainting, which needs pictures, or use the plain model" in done.stderr
+    done = leco("--train_inpainting", status=1)
+    assert "--train_inpainting does not work with --prompts_file: there are no pictures to mask" in done.stderr
+
+
+def test_base_weights_that_change_the_text_encoder_are_refused(
+    leco: Leco, train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    assert train([*base_arguments, "--output_dir", str(tmp_path / "other"), "--max_train_steps", "1"]).status == 0
+    done = leco("--base_weights", str(tmp_path / "other" / "mine.safetensors"), status=1)
+    assert "changes the text encoder (" in done.stderr and "which encodes the prompts before" in done.stderr
+
+
+def test_only_the_merged_denoiser_is_the_base_model(leco: Leco, tmp_path: Path) -> None:
+    leco()
+    plain = leco("--max_train_steps", "2").losses
+    file: Any = str(tmp_path / "out" / "mine.safetensors")
+    done = leco("--base_weights", file, "--max_train_steps", "2", "--output_dir", str(tmp_path / "more"))
+    assert done.losses != plain
+
+
+@pytest.mark.slow
+def test_it_is_started_as_users_do(launch: Callable[..., Finished], tiny_sd_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "pairs.toml").write_text(PAIRS)
+    done = launch(
+        [
+            "--pretrained_model_name_or_path", str(tiny_sd_folder), "--prompts_file", str(tmp_path / "pairs.toml"),
+            "--output_dir", str(tmp_path / "out"), "--learning_rate", "1e-3", "--max_train_steps", "2",
+            "--max_denoising_steps", "3", "--mixed_precision", "bf16",
+        ],
+        script="train_leco.py",
+    )  # fmt: skip
+    assert done.status == 0, done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"last.safetensors", "last-report.html"}

@@ -1,0 +1,118 @@
+"""Scripts that train on prompts alone: their options, what is refused before anything is loaded, and what they show."""
+
+import importlib
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from library.architectures.sdxl.leco import SdxlLecoOptions
+from library.options.leco import IDLE, REFUSED, LecoOptions
+from library.training.command_line.checks import check, report_unused
+from library.training.command_line.cli import parse
+from library.training.faults.out_of_memory import Sizes, savings
+from library.training.run.sharding import settled_sharding
+
+SCRIPTS = {"train_leco": LecoOptions, "sdxl_train_leco": SdxlLecoOptions}
+VALUES = {"max_train_epochs": 3, "fit": "8GB", "sweep": ["network_dim=4,8"]}
+DEFAULTS = {
+    "prompts_file": None, "max_denoising_steps": 40, "leco_denoise_guidance_scale": 3.0, "network_module":
+    "networks.lora", "network_dim": 4, "network_alpha": 1.0, "network_dropout": None, "network_args": None,
+    "network_weights": None, "dim_from_weights": False, "unet_lr": None, "save_model_as": "safetensors",
+    "no_metadata": False, "training_comment": None, "max_train_steps": 1600, "learning_rate": 2e-6,
+}  # fmt: skip
+"""Options of the scripts in sd-scripts 0.11, with their defaults."""
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.toml"
+    path.write_text('[[prompts]]\ntarget = "cat"\n')
+    return path
+
+
+def made(prompts: Path | None, **values: Any) -> SdxlLecoOptions:
+    words = ["--pretrained_model_name_or_path", "model", "--output_dir", "out", "--learning_rate", "1e-4"]
+    args = importlib.import_module("sdxl_train_leco").setup_parser().parse_args(words)
+    for name, value in {"prompts_file": None if prompts is None else str(prompts), **values}.items():
+        setattr(args, name, value)
+    return SdxlLecoOptions.from_args(args)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_options_are_those_of_sd_scripts(script: str) -> None:
+    args = importlib.import_module(script).setup_parser().parse_args([])
+    assert {name: getattr(args, name) for name in DEFAULTS} == DEFAULTS
+
+
+def test_only_the_denoiser_is_trained_whatever_is_asked(prompts: Path) -> None:
+    assert made(prompts).network.network_train_unet_only
+    check(made(prompts))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_needs_pictures_or_epochs_is_refused_with_the_way_out(prompts: Path, name: str) -> None:
+    value = VALUES.get(name, True if SdxlLecoOptions.defaults()[name] is False else 2)
+    with pytest.raises(
+        ValueError, match=f"^--{name} does not work with --prompts_file: .*; (leave it out|use --|train)"
+    ):
+        check(made(prompts, **{name: value}))
+
+
+def test_the_prompts_must_be_named() -> None:
+    with pytest.raises(ValueError, match="--prompts_file is not set; give the TOML file"):
+        check(made(None))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 1001])
+def test_a_way_without_a_part_is_refused(prompts: Path, steps: int) -> None:
+    with pytest.raises(ValueError, match=f"--max_denoising_steps is {steps}; use at"):
+        check(made(prompts, max_denoising_steps=steps))
+
+
+def test_every_option_without_effect_is_one_and_is_warned_of(prompts: Path, caplog: pytest.LogCaptureFixture) -> None:
+    defaults = SdxlLecoOptions.defaults()
+    assert IDLE.keys() <= defaults.keys()
+    numbers = {name: (value or 0) + 1 for name, value in defaults.items()
+               if name in IDLE.keys() - REFUSED.keys() and isinstance(value, bool | int | float)}  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        report_unused(made(prompts, **numbers), {})
+    told = [re.match(r"--(\w+) has no effect: ", record.message) for record in caplog.records]
+    assert {found[1] for found in told if found} >= numbers.keys() and len(numbers) > 20
+
+
+def test_a_spread_base_that_accelerate_asks_for_is_refused(prompts: Path) -> None:
+    options = made(prompts, shard_base=True)
+    processes: Any = None
+    with pytest.raises(ValueError, match="accelerate is configured for FSDP2, which means --shard_base: each process"):
+        settled_sharding(options, processes)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_no_option_without_effect_and_examples_that_parse(
+    script: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = importlib.import_module(script).setup_parser()
+    shown = {}
+    for word in ("--help", "--help_all"):
+        with pytest.raises(SystemExit):
+            parse(parser, [word])
+        shown[word] = capsys.readouterr().out
+        found = set(re.findall(r"^  --(\w+)", shown[word], re.MULTILINE))
+        assert {"prompts_file", "max_denoising_steps", "network_dim", "resume"} <= found
+        assert not found & {*IDLE, *REFUSED}
+    commands = re.findall(r"^ +python3 \S+ (.*)$", shown["--help"].replace("\\\n", " "), re.MULTILINE)
+    assert len(commands) == 2 and all(parser.parse_known_args(line.split())[1] == [] for line in commands)
+    programs = {action.dest for action in parser._actions}
+    assert {"train_data_dir", "cache_latents"} <= programs, "config files of front ends have them"
+
+
+def test_advice_for_too_little_memory_names_nothing_without_effect(prompts: Path) -> None:
+    import torch
+
+    lines = list(savings(made(prompts), Sizes(10**9, 0, 0, 10**6), torch.device("cpu")))
+    assert any(line.startswith("--gradient_checkpointing ") for line in lines)
+    assert "a smaller batch_size in the --prompts_file needs as much less for activations" in lines
+    assert not [line for line in lines for name in IDLE if line.startswith(f"--{name} ")]
