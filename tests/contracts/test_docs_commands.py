@@ -185,7 +185,7 @@ def test_options_named_in_the_text_exist(page: Path) -> None:
 
     known = {*FLAGS_OF_OTHERS, *(f"--{letters}" for letters in LINE_OPTIONS)}
     known |= set(launch_command_parser()._option_string_actions)
-    scripts = (path.stem for path in ROOT.glob("*train_network.py"))
+    scripts = (path.stem for path in ROOT.glob("*train_*.py"))
     for module in (*scripts, *(f"tools.{name}" for name in TOOLS)):
         known |= set(importlib.import_module(module).setup_parser()._option_string_actions)
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
@@ -208,9 +208,10 @@ def table_rows(page: Path) -> list[list[str]]:
 
 
 def test_readme_says_of_every_script_whether_it_is_there() -> None:
-    rows = [row for row in table_rows(ROOT / "README.md") if row[0].strip("`").endswith("train_network.py")]
+    ends = ("train_network.py", "train_leco.py")
+    rows = [row for row in table_rows(ROOT / "README.md") if row[0].strip("`").endswith(ends)]
     works = {row[0].strip("`") for row in rows if row[2] == "works"}
-    assert len({row[0] for row in rows}) == 7
+    assert len({row[0] for row in rows}) == 9
     assert works == {row[0].strip("`") for row in rows if (ROOT / row[0].strip("`")).exists()}
 
 

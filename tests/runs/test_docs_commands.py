@@ -27,7 +27,9 @@ NOT_RUN = {  # beginning of a command -> where it is tested, or why it cannot be
     "python3 benchmarks/gpu_": "needs a card; tests/runs/test_memory_modes.py runs both in small",
     "accelerate launch --multi_gpu": "tests/runs/test_processes.py",
 }
-BASE_OF_SCRIPT = {base.script: name for name, base in reversed(BASES.items())}
+BASE_OF_SCRIPT = {
+    **{base.script: name for name, base in reversed(BASES.items())}, "train_leco": "sd", "sdxl_train_leco": "sdxl",
+}  # fmt: skip
 SLOW = {"train_network.md", "sweep.md"}  # many trainings
 
 
@@ -48,6 +50,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_pictures(tmp_path / "regularisation" / "1_cat", 2)
     (tmp_path / "configs" / "examples").mkdir(parents=True)
     add_quickstart(tmp_path / "configs" / "quickstart")
+    (tmp_path / "configs" / "leco").mkdir()
+    for path in (ROOT / "configs" / "leco").glob("*.toml"):
+        text = path.read_text(encoding="utf-8").replace("resolution = 512", "resolution = 64")
+        (tmp_path / "configs" / "leco" / path.name).write_text(text.replace("resolution = 1024", "resolution = 64"))
     example = (ROOT / "configs" / "examples" / "dataset.toml").read_text(encoding="utf-8")
     example = example.replace("resolution = 512", "resolution = 64").replace(
         "min_bucket_reso = 256", "min_bucket_reso = 64"
@@ -105,6 +111,8 @@ def with_tiny_models(words: list[str], folder: Path, script: str) -> list[str]:
     for place, word in enumerate(kept):
         if word.endswith("_n_steps"):
             kept[place + 1] = "1"
+    if "--prompts_file" in kept:
+        kept += ["--max_denoising_steps", "4"]
     return [*kept, "--max_train_epochs", "0", "--max_train_steps", "2"]
 
 

@@ -1,0 +1,66 @@
+"""What LECO does to pictures: the toy base model of the quickstart, judged by the pixels of what it draws."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.running import ROOT, Finished
+from tools.toy_sampling import Prompt, load_pipeline, merge_lora, sample
+from tools.toy_world import Scene, look_at
+
+BASE = ROOT / "configs" / "quickstart" / "toy_base"
+NUM_PICTURES = 16
+
+
+def drawn(caption: str, file: Path | None = None, strength: float = 1.0) -> list[Scene]:
+    """What pictures of a caption show, without an adapter or with one at a strength; always of the same seeds."""
+    pipeline: Any = load_pipeline(BASE)
+    if file is not None:
+        up = {key: tensor * strength if "lora_up" in key else tensor for key, tensor in load_file(file).items()}
+        merge_lora(pipeline, up)
+    return [look_at(picture) for picture in sample(pipeline, [Prompt(caption, seed) for seed in range(NUM_PICTURES)])]
+
+
+def trained(train: Callable[..., Finished], prompts: Path, folder: Path, *more: str) -> Path:
+    words = [
+        "--pretrained_model_name_or_path", str(BASE), "--prompts_file", str(prompts), "--output_dir", str(folder),
+        "--output_name", "mine", "--network_dim", "8", "--network_alpha", "8", "--max_denoising_steps", "10", "--seed",
+        "3", "--no_report", *more,
+    ]  # fmt: skip
+    done = train(words, script="train_leco")
+    assert done.status == 0, done.stderr
+    return folder / "mine.safetensors"
+
+
+@pytest.mark.slow
+def test_an_erased_concept_is_gone(train: Callable[..., Finished], tmp_path: Path) -> None:
+    """It is drawn no more often than of the empty prompt, which it is pushed beyond; other concepts stay."""
+    caption, other = "a large red circle on a white background", "a large blue square on a black background"
+    (tmp_path / "prompts.toml").write_text(f'[[prompts]]\ntarget = "{caption}"\nresolution = 64\nbatch_size = 2\n')
+    file = trained(train, tmp_path / "prompts.toml", tmp_path, "--learning_rate", "1e-3", "--max_train_steps", "40")
+
+    def red(scenes: list[Scene]) -> int:
+        return sum(scene.colour == "red" for scene in scenes)
+
+    before, after, of_nothing = red(drawn(caption)), red(drawn(caption, file)), red(drawn(""))
+    assert before > NUM_PICTURES / 2 and after <= of_nothing < before
+    blue = [sum(scene.colour == "blue" for scene in drawn(other, *more)) for more in ((), (file,))]
+    assert blue[1] > blue[0] / 2 > 0
+
+
+@pytest.mark.nightly
+def test_a_slider_goes_both_ways(train: Callable[..., Finished], tmp_path: Path) -> None:
+    """The file of the documentation: at -1 more circles are small than without, at 1 no fewer are large."""
+    prompts = ROOT / "configs" / "leco" / "toy_slider.toml"
+    file = trained(train, prompts, tmp_path, "--learning_rate", "3e-4", "--max_train_steps", "80")
+    caption = "a red circle on a white background"
+    plain, up, down = drawn(caption), drawn(caption, file), drawn(caption, file, -1.0)
+
+    def count(scenes: list[Scene], size: str) -> int:
+        return sum(scene.size == size and (scene.colour, scene.shape) == ("red", "circle") for scene in scenes)
+
+    assert count(up, "large") >= count(plain, "large") > NUM_PICTURES / 2
+    assert count(down, "small") > NUM_PICTURES / 2 > count(plain, "small")
