@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isclose, sqrt
 from pathlib import Path
 from uuid import uuid4
 
@@ -305,7 +306,23 @@ def check(args: argparse.Namespace) -> list[float]:
         args.save_to.parent.mkdir(parents=True, exist_ok=True)
     else:
         check_output("--save_to", args.save_to)
+    if args.concat:
+        warn_of_compensation(ratios)
     return ratios
+
+
+def warn_of_compensation(ratios: Sequence[float]) -> None:
+    """Say that a ratio is the strength itself, where all ratios are what makes it 1 in sd-scripts' --concat.
+
+    There both factors are multiplied, and alpha stays while n files of one rank have n times the rank: the strength is
+    ratio * ratio / n, so programs that take the difference of two files ask for 1.41 and -1.41.
+    """
+    needed = sqrt(len(ratios))
+    if len(ratios) > 1 and all(isclose(abs(ratio), needed, rel_tol=0.01) for ratio in ratios):
+        logger.warning(
+            "--ratios: %.2f with --concat is %.2f times the change of a file; in sd-scripts it is once the change, "
+            "give 1 for that", needed, needed,
+        )  # fmt: skip
 
 
 def weighted(

@@ -252,6 +252,20 @@ def test_concatenation_is_the_sum_of_the_changes(ranks: list[int], alpha: float,
     torch.testing.assert_close(merged["lora_unet_n"].tensors["w_norm"].double(), norm, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("ratios", "is_warned"), [((1.41, -1.41), True), ((1, -1), False), ((1.41, -1), False)])
+def test_ratios_that_are_one_in_sd_scripts_are_warned_of(
+    tmp_path: Path, tiny_sd_file: Path, ratios: tuple[float, float], is_warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There two files at 1.41 and alpha kept at twice the rank act at 1; here at 1.41, as the numbers say."""
+    a, b = (write_adapter(tmp_path / f"{seed}.safetensors", tiny_sd_file, seed) for seed in (85, 86))
+    out = tmp_path / "m.safetensors"
+    assert merge("--models", a, b, "--ratios", *ratios, "--concat", "--save_to", out) == 0
+    assert ("1.41 times the change of a file; in sd-scripts it is once" in caplog.text) == is_warned
+    name = f"{ATTENTION}_proj_in"
+    first, second, merged = (read_adapter_file(path).modules[name].weight(torch.float64) for path in (a, b, out))
+    torch.testing.assert_close(merged, ratios[0] * first + ratios[1] * second, **FLOAT32_SAME_MATH)
+
+
 def test_svd_merge_is_the_truncated_decomposition_of_the_sum() -> None:
     adapters = [Weighted(small_file(77, 3, 2.0), 1.0), Weighted(small_file(78, 2, 1.0), -0.5)]
     merged = {module.name: module for module in merge_adapters(adapters, (2, 3), torch.float64, CPU)}
