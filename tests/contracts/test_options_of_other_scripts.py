@@ -59,12 +59,15 @@ def test_every_option_of_others_is_named(script: Script, capsys: pytest.CaptureF
 
 def test_a_config_file_gets_the_same_hint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (script,) = (script for script in SCRIPTS if "training_shift" in script.options.defaults())
-    (tmp_path / "train.toml").write_text("discrete_flow_shift = 3.0\nlerning_rate = 1.0\nguidance_scale = 1.0\n")
+    keys = ("discrete_flow_shift = 3.0", "lerning_rate = 1.0", "guidance_scale = 1.0", 'ae = ""', "split_mode = false")
+    (tmp_path / "train.toml").write_text("\n".join(keys))
     args = parse(parser_of(script), ["--config_file", str(tmp_path / "train.toml")])
     assert not hasattr(args, "discrete_flow_shift")
-    assert "discrete_flow_shift (an option of every script but" in caplog.text
+    assert "train.toml: ignored: discrete_flow_shift (an option of every script but" in caplog.text
     assert "here it is --training_shift)" in caplog.text
-    assert "lerning_rate (nearest: learning_rate), guidance_scale (an option of flux_train_network.py;" in caplog.text
+    assert "train.toml: ignored: guidance_scale (an option of flux_train_network.py;" in caplog.text
+    assert "train.toml: ignored, no such option: lerning_rate (nearest: learning_rate)" in caplog.text
+    assert "split_mode" not in caplog.text and "ae (" not in caplog.text  # not given
 
 
 def test_options_of_other_programs_and_earlier_versions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
