@@ -22,7 +22,7 @@ from library.architectures.flux.options import FluxOptions
 from library.architectures.sd import assembly as sd
 from library.architectures.sdxl import assembly as sdxl
 from library.architectures.sdxl.options import SdxlOptions
-from library.data.description.plan import build_plan
+from library.data.description.plan import DataPlan, build_plan
 from library.data.description.schema import NoDataFound
 from library.errors import UserError
 from library.options.train import TrainOptions
@@ -80,12 +80,18 @@ def open_vae(options: TrainOptions) -> tuple[LatentCodec, Callable[[], nn.Module
 
 def cache_to_disk(args: argparse.Namespace) -> None:
     """Encode every picture whose cache file is missing or outdated. Raises UserError."""
+    cache_pictures(args)
+
+
+def cache_pictures(args: argparse.Namespace) -> DataPlan:
+    """The same, and gives the pictures with their buckets."""
     options = read_options(args, cache_latents=True, cache_latents_to_disk=True)
     processes = of_accelerator(open_accelerator(options))
     codec, load_vae = open_vae(options)
     seed = options.run.seed or 0
     plan = build_plan(options, codec.spec, seed, None, None, processes.count)
     encode_pictures(load_vae, codec, options.caching, seed, plan, processes)
+    return plan
 
 
 def run(action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:

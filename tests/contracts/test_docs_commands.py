@@ -47,6 +47,7 @@ TOOLS = (
     "resize_images",
     "captions_to_metadata",
     "clean_metadata",
+    "prepare_metadata",
     "interrogate_lora",
 )  # whose options pages speak of
 

@@ -41,6 +41,7 @@ MAY_NAME_MODELS = {
     "tools/convert_diffusers_to_flux.py": "a command of sd-scripts for one model, whose layout it writes",
     "tools/merge_sd3_safetensors.py": "a command of sd-scripts for one model, whose parts are files of their own",
     "tools/cache_latents.py": OPTIONS,
+    "tools/prepare_metadata.py": OPTIONS,
     "tools/cache_text_encoder_outputs.py": OPTIONS,
     "tools/extract_lora_from_models.py": OPTIONS,
     "tools/plan_memory.py": "the example of its help is a command line of one model",

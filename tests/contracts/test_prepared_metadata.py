@@ -1,0 +1,62 @@
+"""finetune/prepare_buckets_latents.py, and the training that finds what it has encoded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from finetune import merge_captions_to_metadata, prepare_buckets_latents
+from tests.running import make_pictures
+
+
+def describe(tmp_path: Path) -> Path:
+    """Three pictures, of which one is wide, and a metadata file with an entry too many."""
+    folder = make_pictures(tmp_path / "pictures", 2, side=72)
+    Image.open(folder / "00.png").resize((160, 72)).save(folder / "wide.png")
+    (folder / "wide.txt").write_text("a wide cat")
+    out = tmp_path / "captions.json"
+    assert merge_captions_to_metadata.main([str(folder), str(out), "--caption_extension", ".txt"]) == 0
+    table = json.loads(out.read_text())
+    table["elsewhere"] = {"caption": "no picture"}
+    out.write_text(json.dumps(table))
+    return folder
+
+
+def test_training_takes_the_latents_that_were_prepared(
+    tmp_path: Path, fresh_process: None, tiny_sdxl_folder: Path, train: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = describe(tmp_path)
+    make_pictures(tmp_path / "more", 1)
+    (tmp_path / "more" / "00.png").rename(folder / "new.png")
+    paths = [str(folder), str(tmp_path / "captions.json"), str(tmp_path / "out.json"), str(tiny_sdxl_folder)]
+    sizes = ["--max_resolution", "64,64", "--min_bucket_reso", "32", "--max_bucket_reso", "128"]
+    words = [*sizes, "--bucket_reso_steps", "32", "--flip_aug", "--batch_size", "2", "--max_data_loader_n_workers", "0"]
+    assert prepare_buckets_latents.main([*paths, *words]) == 0
+    assert "1 of 4 pictures have no entry in" in caplog.text and "new.png; tools/captions_to_metadata.py" in caplog.text
+    table = json.loads((tmp_path / "out.json").read_text())
+    assert {key: entry.get("train_resolution") for key, entry in table.items()} == {
+        "00": [64, 64], "01": [64, 64], "wide": [96, 32], "elsewhere": None,
+    }  # fmt: skip
+    files = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
+    assert sorted(files) == ["00_0072x0072_sdxl.npz", "01_0072x0072_sdxl.npz", "wide_0160x0072_sdxl.npz"]
+    training = ["--pretrained_model_name_or_path", str(tiny_sdxl_folder), "--train_data_dir", str(folder), "--in_json",
+                str(tmp_path / "out.json"), "--resolution", "64,64", "--enable_bucket", "--min_bucket_reso", "32",
+                "--max_bucket_reso", "128", "--bucket_reso_steps", "32", "--flip_aug", "--cache_latents_to_disk",
+                "--output_dir", str(tmp_path / "trained"), "--network_module", "networks.lora", "--network_dim", "2",
+                "--learning_rate", "1e-3", "--max_train_steps", "1", "--max_data_loader_n_workers", "0"]  # fmt: skip
+    done = train(training, "sdxl_train_network")
+    assert done.status == 0 and "latent cache: 3 entries are used, 0 are missing" in done.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")} == files
+
+
+def test_a_model_without_a_unet_is_sent_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.tiny.flux import build_tiny_flux
+
+    paths = [str(describe(tmp_path)), str(tmp_path / "captions.json"), str(tmp_path / "out.json")]
+    assert prepare_buckets_latents.main([*paths, build_tiny_flux(tmp_path / "flux", 5)[1]]) == 1
+    assert "is a FLUX model, whose pictures are encoded by its script" in capsys.readouterr().err
+    assert prepare_buckets_latents.main([str(tmp_path), *paths[1:], "none.safetensors"]) == 1
+    assert "has no pictures; --recursive" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()

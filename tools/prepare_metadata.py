@@ -1,0 +1,118 @@
+"""Encode the pictures of a metadata file, and write into the file at which size each is trained.
+
+The latents lie beside the pictures, where training with --cache_latents_to_disk and the same sizes finds them. Training
+here needs no sizes in the file: it takes each from the picture's header.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.architectures.cards import list_cards
+from library.checkpoints import model_lookup
+from library.data.description.buckets import Size
+from library.data.sources.folders.metadata_listing import find_picture
+from library.errors import UserError
+from library.models.identify import base_of_checkpoint
+from tools.cache_latents import cache_pictures
+from tools.captions_to_metadata import list_pictures, read_table, write_table
+from tools.command import make_parser, run
+
+logger = logging.getLogger(__name__)
+
+LATENT_STEP = 8  # pixels of a picture that one latent stands for
+TAKEN_OVER = (
+    "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale", "mixed_precision", "flip_aug",
+    "alpha_mask", "skip_existing",
+)  # fmt: skip
+EXAMPLES = """\
+  python3 tools/prepare_metadata.py pictures pictures.json prepared.json sd15.safetensors --max_resolution 512,512"""
+
+
+def options_of(args: argparse.Namespace) -> argparse.Namespace:
+    """The options of tools/cache_latents.py. Raises UserError for a base model that it does not know by a U-Net."""
+    name = args.model_name_or_path
+    path = model_lookup.find_model("model_name_or_path", name, (("unet",), ("vae",)))
+    card = base_of_checkpoint(list_cards(), "model_name_or_path", path)
+    if not card.folders:
+        raise UserError(
+            f"{name} is {card.called} model, whose pictures are encoded by its script with --cache_latents_to_disk, or "
+            "by tools/make_shards.py"
+        )
+    values: dict[str, Any] = {key: getattr(args, key) for key in TAKEN_OVER}
+    values |= {
+        "pretrained_model_name_or_path": str(path),
+        "sdxl": card.name == "sdxl",
+        "v2": card.script_flag == "--v2",
+    }
+    values |= {"train_data_dir": str(args.train_data_dir), "in_json": str(args.in_json), "enable_bucket": True}
+    values |= {"resolution": args.max_resolution, "vae_batch_size": args.batch_size}
+    if args.max_data_loader_n_workers is not None:
+        values["max_data_loader_n_workers"] = args.max_data_loader_n_workers
+    return argparse.Namespace(**values)
+
+
+def note_sizes(table: dict[str, Any], folder: Path, sizes: dict[str, Size]) -> None:
+    """Write the size of each picture's bucket into its entry, in steps of a latent."""
+    listings: dict[str, dict[str, str]] = {}
+    for key, entry in table.items():
+        size = sizes.get(find_picture(key, str(folder), listings) or "")
+        if size is not None:
+            entry["train_resolution"] = [side - side % LATENT_STEP for side in size]
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Encode the pictures and write the table."""
+    table = read_table(args.in_json)
+    pictures = list_pictures(args.train_data_dir, args.recursive)
+    plan = cache_pictures(options_of(args))
+    sizes = {sample.picture.key: sample.shape.bucket for sample in plan.samples}
+    strangers = [path for path in pictures if str(path) not in sizes]
+    if strangers:
+        logger.warning(
+            "%d of %d pictures have no entry in %s and are left out, the first is %s; "
+            "tools/captions_to_metadata.py makes entries",
+            len(strangers), len(pictures), args.in_json, strangers[0],
+        )  # fmt: skip
+    note_sizes(table, args.train_data_dir, sizes)
+    write_table(args.out_json, table)
+    print(f"{args.out_json}: sizes of {len(sizes)} pictures, {len(table)} entries")
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument("train_data_dir", type=Path, help="the folder of the pictures")
+    parser.add_argument("in_json", type=Path, help="the metadata file to read")
+    parser.add_argument("out_json", type=Path, help="the metadata file to write")
+    parser.add_argument("model_name_or_path", help="the base model, whose VAE encodes")
+    parser.add_argument("--v2", action="store_true", help="has no effect: checkpoints are recognised")
+    parser.add_argument("--batch_size", type=int, default=1, help="pictures that are encoded together")
+    parser.add_argument("--max_data_loader_n_workers", type=int, help="processes that read pictures")
+    parser.add_argument("--max_resolution", default="512,512", help="width,height whose area buckets have")
+    parser.add_argument("--min_bucket_reso", type=int, default=256, help="shortest side of a bucket")
+    parser.add_argument("--max_bucket_reso", type=int, default=1024, help="longest side of a bucket")
+    parser.add_argument("--bucket_reso_steps", type=int, default=64, help="sides of buckets are multiples of this")
+    parser.add_argument("--bucket_no_upscale", action="store_true", help="never enlarge a picture")
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="format of the VAE")
+    parser.add_argument("--full_path", action="store_true", help="has no effect: keys are found either way")
+    parser.add_argument("--flip_aug", action="store_true", help="encode mirrored copies too")
+    parser.add_argument("--alpha_mask", action="store_true", help="keep the alpha channel as a mask")
+    parser.add_argument("--skip_existing", action="store_true", help="trust latents that are there by their name")
+    parser.add_argument("--recursive", action="store_true", help="count pictures in the folders below too")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run(setup_parser(), prepare, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
