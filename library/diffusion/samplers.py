@@ -6,12 +6,14 @@ Letters: B samples, C channels, H height, W width, T timesteps of the schedule, 
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
+from math import sqrt
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from library.diffusion.noise import draw_normal
 from library.diffusion.schedules import BETA_END, BETA_START, NUM_TIMESTEPS, ddpm_abar, sigmas_of
 
 
@@ -60,6 +62,7 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """--sample_sampler -> (class of diffusers, what it is built with beside the noise schedule)"""
 
+LEAST_ABAR = 2.0**-24
 DDPM_SAMPLER = "ddpm"
 """The way back that these models are made for (Ho et al. 2020), with noise in each step; no --sample_sampler."""
 
@@ -70,19 +73,21 @@ def build_ddpm_sampler(name: str, num_steps: int, *, predicts_velocity: bool, ze
     """The sampler called `name` (a key of SAMPLERS or ALIASES, or DDPM_SAMPLER) for a DDPM model.
 
     A schedule that ends without any signal is walked from its very last timestep (Lin et al. 2024); its last abar is
-    2^-24 rather than 0, where most methods divide by it.
+    LEAST_ABAR rather than 0, where most methods divide by it.
     """
+    if name == DDPM_SAMPLER:
+        return AncestralSampler(num_steps, predicts_velocity, zero_terminal_snr)
     import diffusers
 
     name = ALIASES.get(name, name)
-    class_name, keywords = SAMPLERS[name] if name != DDPM_SAMPLER else ("DDPMScheduler", {"clip_sample": False})
+    class_name, keywords = SAMPLERS[name]
     kind = getattr(diffusers, class_name)
     schedule: dict[str, Any] = {
         "num_train_timesteps": NUM_TIMESTEPS,
         "prediction_type": "v_prediction" if predicts_velocity else "epsilon",
     }
     if zero_terminal_snr:
-        schedule["trained_betas"] = betas_of(ddpm_abar(zero_terminal_snr=True).clamp(min=2.0**-24)).tolist()
+        schedule["trained_betas"] = betas_of(ddpm_abar(zero_terminal_snr=True).clamp(min=LEAST_ABAR)).tolist()
         if "timestep_spacing" in inspect.signature(kind.__init__).parameters:
             schedule["timestep_spacing"] = "trailing"
     else:
@@ -143,6 +148,44 @@ class MultistepSampler(DdpmSampler):
         weights = adams_bashforth(sigmas, index, len(self._slopes))
         parts = [float(weight) * slope for weight, slope in zip(weights, self._slopes, strict=True)]
         return latents_BCHW + torch.stack(parts).sum(0)
+
+
+class AncestralSampler:
+    """The posterior of the latents one level down, drawn anew in each step (Ho et al. 2020, algorithm 2).
+
+    diffusers has it too, but lets the host wait for the card in each step, to bring the noise there; training takes
+    many such steps.
+    """
+
+    def __init__(self, num_steps: int, predicts_velocity: bool, zero_terminal_snr: bool) -> None:
+        width = NUM_TIMESTEPS // num_steps
+        timesteps = [width * n for n in reversed(range(num_steps))]
+        if zero_terminal_snr:
+            timesteps = [round(NUM_TIMESTEPS - NUM_TIMESTEPS * n / num_steps) - 1 for n in range(num_steps)]
+        abars: list[float] = ddpm_abar(zero_terminal_snr).clamp(min=LEAST_ABAR)[timesteps].tolist()
+        self._predicts_velocity, self._abars = predicts_velocity, [*abars, 1.0]
+        self.levels = [Level(float(t), sqrt((1 - abar) / abar)) for t, abar in zip(timesteps, abars, strict=True)]
+
+    def start(self, noise_BCHW: Tensor) -> Tensor:
+        return noise_BCHW
+
+    def denoiser_input(self, latents_BCHW: Tensor, index: int) -> Tensor:
+        return latents_BCHW
+
+    def step(self, prediction_BCHW: Tensor, latents_BCHW: Tensor, index: int, generator: torch.Generator) -> Tensor:
+        abar, abar_below = self._abars[index : index + 2]
+        alpha = abar / abar_below
+        if self._predicts_velocity:
+            clean_BCHW = sqrt(abar) * latents_BCHW - sqrt(1 - abar) * prediction_BCHW
+        else:
+            clean_BCHW = (latents_BCHW - sqrt(1 - abar) * prediction_BCHW) / sqrt(abar)
+        weight_clean = sqrt(abar_below) * (1 - alpha) / (1 - abar)
+        weight_latents = sqrt(alpha) * (1 - abar_below) / (1 - abar)
+        mean_BCHW = weight_clean * clean_BCHW + weight_latents * latents_BCHW
+        if index == len(self.levels) - 1:
+            return mean_BCHW
+        deviation = sqrt((1 - alpha) * (1 - abar_below) / (1 - abar))
+        return mean_BCHW + deviation * draw_normal(tuple(mean_BCHW.shape), generator, mean_BCHW.device)
 
 
 def adams_bashforth(positions: Any, index: int, order: int) -> list[float]:

@@ -20,6 +20,7 @@ from library.training.setup.compute import Compute
 from library.training.setup.models import LoadedModels
 from library.training.setup.runs import step_context
 from library.training.setup.text_caching import live_text
+from library.types import Concept
 from tests.device_reads import HostWaits, NothingComes, NoWaiting, move_fakes, on_device
 from tests.device_standin import DEVICE, device_without_float64
 from tests.parity.test_counting import opened
@@ -33,10 +34,13 @@ ENCODES = ("sd", "sd2")  # whose captions are encoded in each step; the features
 ALIKE = ("sd2", "sdxl", "chroma")  # their steps are those of another one
 
 
-def take_step(name: str, folder: Path, *more: str, is_recorded: bool = False) -> list[Tensor]:
+def take_step(
+    name: str, folder: Path, *more: str, is_recorded: bool = False, concept: Concept | None = None
+) -> list[Tensor]:
     """Forward and backward pass of a batch on the device; gives the gradients.
 
-    With `is_recorded` a step is taken in the form that can be recorded, the optimizer's part included.
+    With a `concept` the batch is one without pictures. With `is_recorded` a step is taken in the form that can be
+    recorded, the optimizer's part included.
     """
     cached = () if name in ENCODES else ("--cache_text_encoder_outputs", "--network_train_unet_only")
     options, arch = opened(name, folder, *cached, *more)
@@ -59,6 +63,9 @@ def take_step(name: str, folder: Path, *more: str, is_recorded: bool = False) ->
         batch = replace(
             batch, latents_BCHW=on_device(batch.latents_BCHW), conditioning=there if conditioning else None, **real
         )
+        if concept is not None:
+            captions = batch.captions[:1] * SHAPE.count
+            batch = replace(batch, latents_BCHW=None, conditioning=None, captions=captions, concept=concept)
         start_batch(context, 0, 0)
         if is_recorded:
             optimizer = torch.optim.AdamW(network.trainable_parameters(), fused=True)
@@ -98,6 +105,12 @@ def test_a_base_model_says_whether_its_steps_can_be_recorded(name: str, tmp_path
     else:
         with pytest.raises(HostWaits, match=r"comes to the device|stays on the host"):
             take_step(name, tmp_path / "again", *cached, is_recorded=True)
+
+
+def test_a_batch_of_a_concept_does_not_make_the_host_wait(tmp_path: Path) -> None:
+    concept = Concept("a dog", "", "a cat", push=-1.5, multiplier=-0.5, num_steps=5, num_denoised=3, guidance=3.0)
+    gradients = take_step("sd", tmp_path / "model", "--network_train_unet_only", concept=concept)
+    assert len(gradients) > 10 and all(gradient.device == DEVICE for gradient in gradients)
 
 
 KINDS = {

@@ -66,6 +66,43 @@ def test_a_schedule_that_ends_in_noise_alone_is_walked_from_its_end(name: str) -
     assert x_BCHW.isfinite().all()
 
 
+@pytest.mark.parametrize("velocity", [False, True])
+@pytest.mark.parametrize("num_steps", [2, 7, 10, 40])
+def test_the_ancestral_steps_are_those_of_diffusers(num_steps: int, velocity: bool) -> None:
+    """Its tables are float32, which near abar 1 leaves five digits of 1 - abar."""
+    import diffusers
+
+    scheduler = diffusers.DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        prediction_type="v_prediction" if velocity else "epsilon",
+    )  # fmt: skip
+    scheduler.set_timesteps(num_steps)
+    ours = build_ddpm_sampler("ddpm", num_steps, predicts_velocity=velocity, zero_terminal_snr=False)
+    assert [level.timestep for level in ours.levels] == scheduler.timesteps.tolist()
+    x_BCHW = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(4))
+    for n, timestep in enumerate(scheduler.timesteps):
+        said_BCHW = torch.randn(x_BCHW.shape, generator=torch.Generator().manual_seed(n))
+        theirs = scheduler.step(said_BCHW, timestep, x_BCHW, generator=torch.Generator().manual_seed(9)).prev_sample
+        found = ours.step(said_BCHW, x_BCHW, n, torch.Generator().manual_seed(9))
+        torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-4)
+        x_BCHW = theirs
+
+
+@pytest.mark.parametrize("num_steps", [3, 10])
+def test_an_ancestral_way_from_noise_alone_begins_at_its_end(num_steps: int) -> None:
+    """A denoiser that knows the clean latents leads there, whatever noise is drawn on the way."""
+    ours = build_ddpm_sampler("ddpm", num_steps, predicts_velocity=True, zero_terminal_snr=True)
+    assert ours.levels[0].timestep == 999 and len(ours.levels) == num_steps
+    clean_BCHW = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(2)
+    x_BCHW = ours.start(torch.randn(clean_BCHW.shape, generator=generator))
+    for n, level in enumerate(ours.levels):
+        abar = 1 / (1 + level.sigma**2)
+        noise_BCHW = (x_BCHW - abar**0.5 * clean_BCHW) / (1 - abar) ** 0.5
+        x_BCHW = ours.step(abar**0.5 * noise_BCHW - (1 - abar) ** 0.5 * clean_BCHW, x_BCHW, n, generator)
+    assert (x_BCHW - clean_BCHW).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("name", ["euler_a", "dpm_2_a"])
 def test_ancestral_noise_comes_from_the_generator_of_the_picture(name: str) -> None:
     clean_BCHW = torch.zeros(1, 4, 4, 4)
