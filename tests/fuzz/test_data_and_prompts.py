@@ -12,6 +12,7 @@ import toml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from library.data.concepts.prompts_file import PAIR_KEYS, SLIDER_KEYS, read_prompt_pairs
 from library.data.description.schema import ALL_KEYS
 from library.protocols import PromptDefaults
 from library.training.command_line.config_file import basic_string
@@ -137,3 +138,23 @@ def test_tables_of_a_prompt_file(tmp_path: Path, tables: list[dict[str, Any]]) -
     path = tmp_path / "prompts.toml"
     path.write_text(written({"prompt": {"width": 64, "subset": tables}}), encoding="utf-8")
     works_or_says_why(lambda: [settle(wish, PROMPT_DEFAULTS) for wish in read_prompts(path)])
+
+
+words = st.text(string.ascii_lowercase + "_", min_size=1, max_size=12)
+keys_of_pairs = st.one_of(st.sampled_from(sorted({*PAIR_KEYS, *SLIDER_KEYS})), words)
+odd = st.one_of(values, st.lists(st.lists(numbers, max_size=2), max_size=2))
+
+
+@any_input(60)
+@given(
+    head=st.sampled_from(["prompts", "targets", "slider"]),
+    start=st.sampled_from(["target", "target_class", "positive", "negative"]),
+    shared=st.dictionaries(keys_of_pairs, odd, max_size=1),
+    entry=st.dictionaries(keys_of_pairs, odd, max_size=2),
+)
+def test_tables_of_a_file_of_prompt_pairs(tmp_path: Path, head: str, start: str, shared: Any, entry: Any) -> None:
+    whole = {start: "a cat", **entry}
+    tables = {head: whole} if head == "slider" else {**shared, head: [whole]}
+    path = tmp_path / "prompts.toml"
+    path.write_text(written(tables), encoding="utf-8")
+    works_or_says_why(lambda: read_prompt_pairs(path))

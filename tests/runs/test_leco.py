@@ -83,7 +83,7 @@ def test_a_run_leaves_an_adapter_of_the_denoiser_that_says_what_it_learned(
     assert [pair["target"] for pair in json.loads(told["ss_leco_preview"])] == ["cat", "a red dog"]
     assert (told["ss_network_module"], told["ss_network_dim"], told["ss_network_alpha"]) == ("networks.lora", "4", "1")
     assert told["ss_training_comment"] == "bye"
-    assert "2 pairs of prompts (1 erase, 1 enhance), 6 different prompts; height x width 64x64" in done.stderr
+    assert "pairs.toml: 2 (1 erase, 1 enhance), with 6 different prompts; height x width 64x64" in done.stderr
     idle = [line for line in done.stderr.splitlines() if "no effect" in line]
     assert "3 steps in" in done.stderr and all("is given 2 times" in line for line in idle)
 

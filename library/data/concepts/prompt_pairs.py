@@ -110,7 +110,7 @@ class PromptPairs:
         actions = Counter(pair.action for pair in self.pairs)
         sizes = {f"{p.height}x{p.width}{' and smaller' if p.has_drawn_size else ''}" for p in self.pairs}
         log.info(
-            "%s: %d pairs of prompts (%s), %d different prompts; height x width %s",
+            "pairs of prompts in %s: %d (%s), with %d different prompts; height x width %s",
             self._file,
             len(self.pairs),
             ", ".join(f"{count} {action}" for action, count in actions.items()),

@@ -24,4 +24,8 @@ def check_concepts(options: TrainOptions, concepts: ConceptOptions) -> None:
 
 def ignored_for_concepts(options: TrainOptions) -> Mapping[str, str]:
     """Options that do nothing without pictures, each with the reason; none where there are some."""
-    return {} if options.concepts is None else IDLE
+    if options.concepts is None:
+        return {}
+    if options.preview.sample_prompts:
+        return IDLE
+    return {**IDLE, **dict.fromkeys(("vae", "no_half_vae"), "pictures are neither encoded nor drawn")}

@@ -83,6 +83,14 @@ def test_every_option_without_effect_is_one_and_is_warned_of(prompts: Path, capl
     assert {found[1] for found in told if found} >= numbers.keys() and len(numbers) > 20
 
 
+def test_a_vae_is_for_previews_alone(prompts: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        report_unused(made(prompts, vae="vae.safetensors", sample_prompts="p.txt", sample_every_n_steps=1), {})
+        assert not caplog.records
+        report_unused(made(prompts, vae="vae.safetensors"), {})
+    assert "--vae has no effect: pictures are neither encoded nor drawn" in caplog.text
+
+
 def test_a_spread_base_that_accelerate_asks_for_is_refused(prompts: Path) -> None:
     options = made(prompts, shard_base=True)
     processes: Any = None
