@@ -34,7 +34,7 @@ from library.memory.compiled import Compiled, CompileSettings  # noqa: E402
 from library.memory.frozen import frozen_layers, multiply_codes  # noqa: E402
 from library.memory.planner.cards import peak_of  # noqa: E402
 from library.memory.planner.counter import FlopCounter  # noqa: E402
-from library.training.run.fixed_step import CudaGraphs, Repeat  # noqa: E402
+from library.training.step.fixed_step import CudaGraphs, Repeat  # noqa: E402
 from networks import lora  # noqa: E402
 
 NUM_WARM, NUM_TIMED = 3, 10

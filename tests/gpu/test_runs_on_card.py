@@ -99,16 +99,16 @@ def test_previews_and_validation(base_arguments: list[str], tmp_path: Path, on_c
 def test_a_step_that_is_not_finite_is_skipped(
     base_arguments: list[str], tmp_path: Path, on_card: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from library.training.run import step
+    from library.training.step import losses
 
-    losses_of, seen = step.losses_of, []
+    losses_of, seen = losses.losses_of, []
 
     def broken(*given: object, **named: object) -> Tensor:
         seen.append(None)
         losses_B: Tensor = losses_of(*given, **named)  # type: ignore[arg-type]
         return losses_B * float("nan") if len(seen) == 2 else losses_B
 
-    monkeypatch.setattr(step, "losses_of", broken)
+    monkeypatch.setattr(losses, "losses_of", broken)
     done = on_card([*base_arguments, "--mixed_precision", "bf16"])
     assert done.status == 0 and "1 of 4 steps were left out" in done.stderr
     assert all(weight.isfinite().all() for weight in saved(tmp_path, "mine").values())

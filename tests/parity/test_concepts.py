@@ -13,11 +13,11 @@ from library.architectures.sdxl.options import SdxlOptions
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.randomness import generator_for
-from library.training.run.concepts import partly_drawn
-from library.training.run.conditioning import CaptionMemo
-from library.training.run.context import Models, StepContext
-from library.training.run.denoising import noised_at
-from library.training.run.step import loss_of
+from library.training.step.concepts import partly_drawn
+from library.training.step.conditioning import CaptionMemo
+from library.training.step.context import Models, StepContext
+from library.training.step.denoising import noised_at
+from library.training.step.losses import loss_of
 from library.types import Batch, Concept, Noised
 from networks import lora
 from networks.core.protocol import AdoptedNetwork

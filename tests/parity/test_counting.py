@@ -16,13 +16,13 @@ from library.memory.planner.weights import STORED_FORMS
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.planning.counting import BatchShape, CountedRun, count_run, longest_caption
-from library.training.run.context import Models
-from library.training.run.step import loss_of
 from library.training.setup.compute import Compute
 from library.training.setup.frozen_base import form_while_reading, settle_arithmetic
 from library.training.setup.models import LoadedModels
 from library.training.setup.network import create
 from library.training.setup.runs import step_context
+from library.training.step.context import Models
+from library.training.step.losses import loss_of
 from library.types import Batch
 from networks.core.protocol import adopt, open_network_module
 from tests.parity.opened import opened_with

@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import (
 )
 
 from library.training.planning.counting import BatchShape, count_captions, fake_batch, sketch_run
-from library.training.run.fixed_step import FixedSteps, Work
-from library.training.run.step import loss_of, start_batch
 from library.training.setup.compute import Compute
 from library.training.setup.models import LoadedModels
 from library.training.setup.runs import step_context
 from library.training.setup.text_caching import live_text
+from library.training.step.fixed_step import FixedSteps, Work
+from library.training.step.losses import loss_of, start_batch
 from library.types import Concept
 from tests.device_reads import HostWaits, NothingComes, NoWaiting, move_fakes, on_device
 from tests.device_standin import DEVICE, device_without_float64

@@ -16,7 +16,7 @@ from library.architectures.hunyuan_image.vae import ChunkedConv2d, compute_in_ch
 from library.diffusion.guidance import guided
 from library.protocols import Architecture
 from library.training.evaluation.preview import batch_of
-from library.training.run.denoising import noised_at
+from library.training.step.denoising import noised_at
 from library.types import Prompt
 from tests.parity.test_hunyuan_image_model import oracle
 from tests.tiny.hunyuan_image import VAE, build_tiny_hunyuan_image, tiny_hunyuan_image, tiny_parts, whole_qwen

@@ -10,9 +10,9 @@ from library.memory.forms.named import FORMS
 from library.memory.frozen import layers_in_blocks, store_all_in
 from library.options.train import TrainOptions
 from library.protocols import Architecture
-from library.training.run.context import Models
 from library.training.setup.compute import Compute
 from library.training.setup.frozen_models import load_frozen
+from library.training.step.context import Models
 from networks.core.protocol import adopt, open_network_module
 from tests.parity.opened import opened_with
 from tests.runs.bases import BASES

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from library.architectures.sd.assembly import build
 from library.options.train import TrainOptions
-from library.training.run.conditioning import CaptionMemo
-from library.training.run.context import Models, StepContext
-from library.training.run.step import loss_of, noised_of
+from library.training.step.conditioning import CaptionMemo
+from library.training.step.context import Models, StepContext
+from library.training.step.losses import loss_of, noised_of
 from library.types import Batch, Noised
 from networks.core.protocol import AdoptedNetwork
 

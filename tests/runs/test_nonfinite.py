@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from library.training.optimization.nonfinite import MAX_IN_A_ROW
 from library.training.run import loop
-from library.training.run.context import StepContext
 from library.training.run.run import Run
 from library.training.setup import optimization
 from library.training.setup import prepare as setup
+from library.training.step.context import StepContext
 from tests.running import Finished
 
 Train = Callable[..., Finished]

@@ -12,9 +12,9 @@ from library.memory.blocks import plain
 from library.options.train import TrainOptions
 from library.processes import ALONE
 from library.protocols import Architecture
-from library.training.run.context import Models
 from library.training.setup.compute import Compute
 from library.training.setup.frozen_base import settle_base
+from library.training.step.context import Models
 from networks.core.protocol import AdoptedNetwork, adopt, open_network_module
 
 logger = logging.getLogger(__name__)

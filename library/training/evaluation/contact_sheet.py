@@ -15,10 +15,10 @@ from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.training.evaluation.adapter_files import READER, Row, installed, settle_models
 from library.training.evaluation.preview import decode, draw_latents, encode_prompts, generator_of
-from library.training.run.conditioning import CaptionMemo
-from library.training.run.context import Models, StepContext
 from library.training.setup.compute import Compute
 from library.training.setup.frozen_models import load_frozen
+from library.training.step.conditioning import CaptionMemo
+from library.training.step.context import Models, StepContext
 from library.types import Conditioning, Prompt
 from networks.core.protocol import AdoptedNetwork
 

@@ -6,8 +6,8 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from library.training.run.modes import eval_mode
 from library.training.run.run import Run
+from library.training.step.modes import eval_mode
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from library.data.batches.validation_set import ValidationSet
 from library.processes import Processes
 from library.progress import progress_bar
 from library.training.evaluation.validation_loss import Name, batch_losses
-from library.training.run.context import StepContext
+from library.training.step.context import StepContext
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from library.data.batches.batches import to_pixels
 from library.data.batches.images import centred, place, read_pixels
 from library.data.description.buckets import Shape, cover
 from library.diffusion.inpainting import draw_mask
-from library.training.run.context import StepContext
-from library.training.run.latents import masked_feature
+from library.training.step.context import StepContext
+from library.training.step.latents import masked_feature
 from library.types import Batch, Conditioning, Prompt
 
 OPAQUE = 128  # of an alpha channel, and above; what is below is painted anew

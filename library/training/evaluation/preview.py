@@ -38,9 +38,9 @@ from library.training.evaluation.prompts import read_prompts, settle
 from library.training.faults.interruption import Interrupted, Interruption
 from library.training.reporting.logs import Charts
 from library.training.reporting.report import announce
-from library.training.run.context import Autocast, StepContext
-from library.training.run.denoising import denoise
 from library.training.run.run import Run
+from library.training.step.context import Autocast, StepContext
+from library.training.step.denoising import denoise
 from library.types import Batch, Conditioning, Noised, Prompt
 
 logger = logging.getLogger(__name__)

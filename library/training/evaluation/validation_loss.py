@@ -15,10 +15,10 @@ from torch import Generator, Tensor
 from library.options.training.noise import NoiseOptions
 from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
-from library.training.run.context import StepContext
-from library.training.run.latents import inpainting_of, latents_of
-from library.training.run.step import losses_of
-from library.training.run.text_features import conditioning_of
+from library.training.step.context import StepContext
+from library.training.step.latents import inpainting_of, latents_of
+from library.training.step.losses import losses_of
+from library.training.step.text_features import conditioning_of
 from library.types import Batch, Noised
 
 NUM_LEVELS = 4

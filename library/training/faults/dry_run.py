@@ -22,8 +22,8 @@ from library.training.faults.out_of_memory import (
 )
 from library.training.planning.advice import ways_out
 from library.training.run.run import Run
-from library.training.run.step import describe_shape, loss_of, noised_of, start_batch
 from library.training.saving.checkpoints import Writer
+from library.training.step.losses import describe_shape, loss_of, noised_of, start_batch
 from library.training.sweep.together import backward_together
 from library.types import Batch
 

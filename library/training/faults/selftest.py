@@ -21,10 +21,10 @@ from library.memory.blocks import BlockRunner
 from library.memory.frozen import frozen_layers
 from library.memory.places.spread import Shelved
 from library.memory.places.streamed import Waiting
-from library.training.run.modes import eval_mode
 from library.training.run.run import Run
-from library.training.run.step import loss_of, start_batch
 from library.training.setup.adapter import block_runner
+from library.training.step.losses import loss_of, start_batch
+from library.training.step.modes import eval_mode
 
 logger = logging.getLogger(__name__)
 

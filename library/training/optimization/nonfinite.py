@@ -20,9 +20,9 @@ from library.errors import UserError, few
 from library.training.optimization.nonfinite_trace import first_damage
 from library.training.run.plan import Window
 from library.training.run.run import Run
-from library.training.run.step import noised_of
 from library.training.saving.checkpoints import NonFiniteWeights, Writer, weights_are_finite
 from library.training.saving.rescue import NotWrittenError
+from library.training.step.losses import noised_of
 from library.types import Batch
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.training.run.run import Run
-from library.training.run.step import loss_of, start_batch
+from library.training.step.losses import loss_of, start_batch
 from library.types import Batch
 
 

@@ -34,8 +34,6 @@ from library.protocols import Architecture
 from library.randomness import generator_for
 from library.training.optimization.optimizers import build_optimizer
 from library.training.planning.waiting import WaitingBlocks
-from library.training.run.context import Models
-from library.training.run.step import loss_of
 from library.training.setup.adapter import trains_text_encoders
 from library.training.setup.compute import Compute
 from library.training.setup.models import LoadedModels
@@ -43,6 +41,8 @@ from library.training.setup.network import create
 from library.training.setup.rehearsal import quiet
 from library.training.setup.runs import step_context
 from library.training.setup.text_caching import cached_text, live_text
+from library.training.step.context import Models
+from library.training.step.losses import loss_of
 from library.training.sweep.together import losses_together, repeated
 from library.types import Batch, Conditioning
 from networks.core.protocol import AdoptedNetwork, adopt, open_network_module, side_by_side

@@ -20,8 +20,8 @@ from library.training.run.ahead import Ahead, copies_to
 from library.training.run.plan import Window
 from library.training.run.prepared import Prepared
 from library.training.run.run import Run
-from library.training.run.step import describe_shape, loss_of, start_batch
 from library.training.run.trainee import Trainee
+from library.training.step.losses import describe_shape, loss_of, start_batch
 from library.training.sweep.ranking import clearly_worse
 from library.training.sweep.together import backward_together
 from library.types import Batch

@@ -1,4 +1,4 @@
-"""The parts of one run, put together once in `setup.py` and read everywhere else."""
+"""The parts of one run, put together once in `training/setup` and read everywhere else."""
 
 from dataclasses import dataclass, field
 
@@ -13,10 +13,10 @@ from library.training.optimization.lr_schedules import Schedule
 from library.training.optimization.optimizers import BuiltOptimizer
 from library.training.reporting.event_stream import Events
 from library.training.reporting.step_times import StepTimes
-from library.training.run.context import StepContext
-from library.training.run.fixed_step import FixedSteps
 from library.training.run.plan import Plan
 from library.training.run.told_steps import NormMeter
+from library.training.step.context import StepContext
+from library.training.step.fixed_step import FixedSteps
 from library.training.sweep.record import SweepRecord
 from networks.core.protocol import Turns
 

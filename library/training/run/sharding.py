@@ -11,7 +11,7 @@ from library.options.leco import REFUSED
 from library.options.train import TrainOptions
 from library.processes import Order, Processes
 from library.training.run.run import Run
-from library.training.run.step import PRESERVATION
+from library.training.step.losses import PRESERVATION
 from networks.core.protocol import OURS
 
 logger = logging.getLogger(__name__)

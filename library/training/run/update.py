@@ -21,8 +21,8 @@ from library.training.optimization.rounding import stochastic_rounding
 from library.training.reporting.report import LimitedNorms
 from library.training.run.plan import Window
 from library.training.run.run import Run
-from library.training.run.skipping import can_leave_out, left_out_if
 from library.training.run.told import Told
+from library.training.step.skipping import can_leave_out, left_out_if
 
 logger = logging.getLogger(__name__)
 

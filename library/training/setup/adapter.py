@@ -13,9 +13,9 @@ from library.options.machine.memory import MemoryOptions
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.randomness import stream_seed
-from library.training.run.context import Models
 from library.training.setup.compute import Compute
 from library.training.setup.network import open_network
+from library.training.step.context import Models
 from networks.core.protocol import AdoptedNetwork
 
 

@@ -7,7 +7,7 @@ import torch
 
 from library.memory.devices import DTYPES
 from library.options.machine.memory import PrecisionOptions
-from library.training.run.context import Autocast
+from library.training.step.context import Autocast
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ from library.memory.planner.weights import STORED_FORMS, ModelWeights
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
-from library.training.run.context import Models
 from library.training.setup.compute import Compute
+from library.training.step.context import Models
 
 logger = logging.getLogger(__name__)
 

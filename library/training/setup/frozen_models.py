@@ -14,9 +14,9 @@ from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
 from library.protocols import Architecture
 from library.training.reporting.report import announce
-from library.training.run.context import Models
 from library.training.setup.compute import Compute
 from library.training.setup.frozen_base import form_while_reading
+from library.training.step.context import Models
 from networks.core.protocol import OURS, adopt, open_network_module
 
 Change = Callable[[Tensor], Tensor]

@@ -9,10 +9,10 @@ from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
 from library.training.optimization.optimizers import BuiltOptimizer
-from library.training.run.context import StepContext
-from library.training.run.fixed_step import CudaGraphs, FixedSteps
-from library.training.run.skipping import can_leave_out
 from library.training.setup.adapter import trains_text_encoders
+from library.training.step.context import StepContext
+from library.training.step.fixed_step import CudaGraphs, FixedSteps
+from library.training.step.skipping import can_leave_out
 from networks.core.protocol import parse_network_args
 
 OURS = ("networks.lora", "networks.loha", "networks.lokr", "networks.oft", "networks.boft")

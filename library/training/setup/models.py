@@ -18,11 +18,11 @@ from library.options.caching import CachingOptions
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture, LatentCodec, LiveText
-from library.training.run.context import Models
 from library.training.setup.compute import Compute
 from library.training.setup.frozen_base import open_spread
 from library.training.setup.frozen_models import load_frozen
 from library.training.setup.text_caching import live_text, prepare_text
+from library.training.step.context import Models
 from library.types import Conditioning
 
 

@@ -7,8 +7,8 @@ from library.errors import UserError
 from library.options.train import TrainOptions
 from library.options.training.network import NetworkOptions
 from library.training.reporting.report import announce
-from library.training.run.context import Models
 from library.training.setup.compute import Compute
+from library.training.step.context import Models
 from networks.core.protocol import AdoptedNetwork, NetworkModule, adopt, open_network_module, parse_network_args
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from library.options.train import TrainOptions
 from library.training.optimization.average import WeightAverage
 from library.training.optimization.lr_schedules import build_schedule
 from library.training.optimization.optimizers import build_optimizer
-from library.training.run.context import Models
 from library.training.run.run import Optimization
 from library.training.setup.adapter import trains_text_encoders
+from library.training.step.context import Models
 from networks.core.protocol import AdoptedNetwork
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from library.options.training.optimizer import ScheduleOptions
 from library.protocols import Architecture
 from library.training.optimization.lr_schedules import Schedule, build_schedule
 from library.training.optimization.optimizers import build_optimizer
-from library.training.run.context import Models
 from library.training.setup.graphs import check_optimizer
 from library.training.setup.network import create
+from library.training.step.context import Models
 from networks.core.protocol import OURS, adopt, open_network_module
 
 

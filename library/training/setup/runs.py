@@ -17,9 +17,6 @@ from library.training.reporting.event_stream import Events
 from library.training.reporting.logs import Charts
 from library.training.reporting.progress import Progress
 from library.training.reporting.step_times import StepTimes
-from library.training.run.conditioning import CaptionMemo
-from library.training.run.context import Autocast, StepContext
-from library.training.run.modes import eval_mode
 from library.training.run.plan import Plan
 from library.training.run.prepared import Prepared
 from library.training.run.run import Run
@@ -32,6 +29,9 @@ from library.training.setup.graphs import fixed_steps
 from library.training.setup.models import LoadedModels
 from library.training.setup.optimization import build_optimization
 from library.training.setup.writer import build_writer, go_on
+from library.training.step.conditioning import CaptionMemo
+from library.training.step.context import Autocast, StepContext
+from library.training.step.modes import eval_mode
 from library.training.sweep.record import SweepRecord
 from library.types import Conditioning, Prompt, Tokens
 from networks.core.protocol import AdoptedNetwork, Turns

@@ -20,7 +20,7 @@ from library.options.caching import TextCachingOptions
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture, LiveText, TextCacheSpec, TextPipeline
-from library.training.run.context import Autocast
+from library.training.step.context import Autocast
 from library.types import Conditioning
 from networks.core.protocol import is_switched_on
 

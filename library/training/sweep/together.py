@@ -13,11 +13,11 @@ from torch import Tensor
 
 from library.memory.devices import send
 from library.randomness import stream_seed
-from library.training.run.context import StepContext
-from library.training.run.latents import inpainting_of
 from library.training.run.run import Run
-from library.training.run.step import losses_of, noised_of, start_batch, varied_conditioning_of, vary
-from library.training.run.text_features import conditioning_of
+from library.training.step.context import StepContext
+from library.training.step.latents import inpainting_of
+from library.training.step.losses import losses_of, noised_of, start_batch, varied_conditioning_of, vary
+from library.training.step.text_features import conditioning_of
 from library.types import Batch, Conditioning, Noised
 
 T = TypeVar("T")

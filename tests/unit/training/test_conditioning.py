@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from library.training.run.conditioning import CaptionMemo
+from library.training.step.conditioning import CaptionMemo
 from library.types import Conditioning
 
 

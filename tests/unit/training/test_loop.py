@@ -14,12 +14,12 @@ from library.processes import ALONE
 from library.training.optimization.lr_schedules import build_schedule
 from library.training.optimization.nonfinite import NonFiniteError, NonFiniteGuard
 from library.training.optimization.optimizers import build_optimizer
-from library.training.run.context import Models, StepContext
 from library.training.run.loop import accumulate_gradients
 from library.training.run.plan import Plan, Window
 from library.training.run.run import Optimization, Run
 from library.training.run.told import Told
 from library.training.run.update import Updates
+from library.training.step.context import Models, StepContext
 from library.types import Batch, Noised
 from networks.core.protocol import AdoptedNetwork
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from library.memory.devices import is_on, send
-from library.training.run.context import StepContext
-from library.training.run.skipping import left_out_if
-from library.training.run.step import losses_of, noised_of, varied_conditioning_of
+from library.training.step.context import StepContext
+from library.training.step.losses import losses_of, noised_of, varied_conditioning_of
+from library.training.step.skipping import left_out_if
 from library.types import Batch, Noised
 
 Named = Mapping[str, Tensor]

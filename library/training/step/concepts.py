@@ -14,10 +14,10 @@ from library.diffusion.guidance import away_from
 from library.diffusion.samplers import DDPM_SAMPLER
 from library.protocols import Objective
 from library.randomness import generator_for
-from library.training.run.context import StepContext
-from library.training.run.denoising import denoise, noised_at
-from library.training.run.modes import eval_mode
-from library.training.run.text_features import conditioning_of
+from library.training.step.context import StepContext
+from library.training.step.denoising import denoise, noised_at
+from library.training.step.modes import eval_mode
+from library.training.step.text_features import conditioning_of
 from library.types import Batch, Concept, Noised, Prompt
 
 Answers = Mapping[str, Tensor]

@@ -11,7 +11,7 @@ from library.diffusion.inpainting import FEATURE, blank, draw_mask, told_of
 from library.errors import UserError
 from library.memory.devices import send
 from library.randomness import generator_for, stream_seed
-from library.training.run.context import StepContext
+from library.training.step.context import StepContext
 from library.types import Batch, Conditioning
 
 Place = tuple[str | int, ...]

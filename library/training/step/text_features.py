@@ -1,7 +1,7 @@
 """What the denoiser is conditioned on in a batch."""
 
 from library.memory.devices import send
-from library.training.run.context import StepContext
+from library.training.step.context import StepContext
 from library.types import Batch, Conditioning
 
 

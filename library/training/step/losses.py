@@ -15,10 +15,10 @@ from library.errors import UserError
 from library.memory.devices import send
 from library.protocols import Objective
 from library.randomness import generator_for, stream_seed
-from library.training.run.concepts import concept_target, partly_drawn
-from library.training.run.context import StepContext
-from library.training.run.latents import inpainting_of, latents_of
-from library.training.run.text_features import conditioning_of
+from library.training.step.concepts import concept_target, partly_drawn
+from library.training.step.context import StepContext
+from library.training.step.latents import inpainting_of, latents_of
+from library.training.step.text_features import conditioning_of
 from library.types import Batch, Conditioning, Noised
 
 PRESERVATION = "diff_output_preservation"  # of a subset's custom_attributes

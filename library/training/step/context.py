@@ -10,7 +10,7 @@ from torch import nn
 
 from library.memory.places.spread import Spread
 from library.protocols import Architecture, LiveText
-from library.training.run.conditioning import CaptionMemo
+from library.training.step.conditioning import CaptionMemo
 from networks.core.protocol import AdoptedNetwork
 
 Autocast = Callable[[], AbstractContextManager[Any]]
