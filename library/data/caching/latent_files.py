@@ -200,7 +200,7 @@ def judge(file: LatentFile, picture: Picture, expected: Expected, storage: Stora
 def origin_fault(origin: Origin, picture: Picture, expected: Expected, storage: Storage) -> str | None:
     """What has changed since an entry was written."""
     if origin.vae != expected.vae:
-        return "made with another VAE"
+        return "made with another VAE, or with it in another precision"
     if origin.bucket != list(expected.shape.bucket) or origin.resized != list(expected.shape.resized):
         return "made for another size or crop"
     if origin.interpolation != expected.interpolation:
