@@ -320,10 +320,6 @@ class AdoptedNetwork:
         """How strongly the network acts: 0 is the base model."""
         self._needed("set_multiplier", "training on prompts or with differential output preservation")(multiplier)
 
-    def act_fully(self) -> None:
-        """Let the network act as its file will; one that cannot be told does so anyway."""
-        self._optional("set_multiplier", 1.0)
-
     @property
     def can_limit_norms(self) -> bool:
         """Whether --scale_weight_norms works with this network."""

@@ -19,7 +19,8 @@ def evaluating(run: Run, use: str) -> Iterator[None]:
     are put back.
     """
     run.context.network.set_noise_levels(None)
-    run.context.network.act_fully()
+    if run.options.concepts is not None:
+        run.context.network.set_multiplier(1.0)
     modules = [run.context.models.denoiser, *run.context.models.text_encoders, run.context.network.module]
     with (
         run.context.alone(),
