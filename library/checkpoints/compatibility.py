@@ -64,9 +64,10 @@ OFT = frozenset(("oft_blocks", "rescale"))
 OFT_PREFIX = "oft_unet_"  # of the names in files by networks.oft
 READ = re.compile(  # endings that programs look for
     r"lora_(?:down|up|mid|A|B)\.weight|alpha|dora_scale|w_norm|b_norm|hada_(?:w[12]_[ab]|t[12])"
-    r"|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks|rescale"
+    r"|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks|rescale|lora_magnitude_vector(?:\.weight)?"
 )
-DIFFUSERS_LEAVES = LOW_RANK | {"dora_scale"}
+PEFT_MAGNITUDES = frozenset(("lora_magnitude_vector", "lora_magnitude_vector.weight"))  # of DoRA per output
+DIFFUSERS_LEAVES = LOW_RANK | PEFT_MAGNITUDES | {"dora_scale"}
 
 
 def readings(
@@ -158,6 +159,12 @@ def why_leaf_unused(program: Program, content: Content, key: Key) -> str | None:
         return "it has no norm weights and no DoRA: what is left acts as plain LoRA"
     if program in ("Forge", "stable-diffusion.cpp") and content.leaves[key.module].keys() & OFT:
         return "it has no OFT"
+    if key.leaf in PEFT_MAGNITUDES and (program != "diffusers" or key.naming != "diffusers"):
+        return "it does not look for lora_magnitude_vector: what is left acts as plain LoRA"
+    if key.leaf == "lora_magnitude_vector" and key.part == "text":
+        return (
+            "for text encoders it looks for lora_magnitude_vector.weight: what is left acts as DoRA of other magnitudes"
+        )
     if program == "diffusers" and key.leaf == "dora_scale":
         return "it drops dora_scale: what is left acts as plain LoRA"
     if program == "ComfyUI" and key.leaf in NORM and key.part == "text":
@@ -180,10 +187,8 @@ def why_inexact(program: Program, content: Content, key: Key) -> str | None:
 
 
 def is_dora_per_output(leaves: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the magnitudes are of output rows, in the way programs tell: by the length of the first axis."""
-    up = leaves.get("lora_up.weight") or leaves.get("lora_B.weight")
-    scale = leaves.get("dora_scale")
-    return up[:1] == scale[:1] if up and scale else False
+    """Whether the magnitudes are of output rows: programs see that the first axis is as long as the weight's."""
+    return leaves.get("dora_scale", (1,))[:1] != (1,)
 
 
 # --- files that a program refuses as a whole ---

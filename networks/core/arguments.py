@@ -54,6 +54,7 @@ class NetworkArguments:
     train_norm: bool = False
     dora_wd: bool = False
     dora_constant_norm: bool = False  # the norm of DoRA is left out of the backward pass
+    wd_on_output: bool = False  # DoRA with one magnitude per output in place of one per input
     loraplus_lr_ratio: float | None = None
     loraplus_unet_lr_ratio: float | None = None
     loraplus_text_encoder_lr_ratio: float | None = None
@@ -123,6 +124,7 @@ SUPPORTED: Mapping[str, Parse] = {
     "train_norm": parse_bool,
     "dora_wd": parse_bool,
     "dora_constant_norm": parse_bool,
+    "wd_on_output": parse_bool,
     "loraplus_lr_ratio": parse_number,
     "loraplus_unet_lr_ratio": parse_number,
     "loraplus_text_encoder_lr_ratio": parse_number,
@@ -167,6 +169,7 @@ OF_MODELS: Mapping[ArgumentForm, Parse] = {  # what base models have besides; Ad
 SYNONYMS: Mapping[str, str] = {  # another spelling -> the argument
     "dyloRA": "unit",
     "rs_lora": "rslora",
+    "wd_on_out": "wd_on_output",
     "oft_block_size": "block_size",
     "boft_block_size": "block_size",
     "boft_block_num": "block_num",
@@ -254,6 +257,7 @@ def _check_together(arguments: NetworkArguments) -> None:
         ("conv_unit", "conv_dim", adapts_conv),
         ("use_tucker", "conv_dim or conv_block_dims: it is for kernels larger than 1x1", adapts_conv),
         ("dora_constant_norm", "dora_wd", arguments.dora_wd),
+        ("wd_on_output", "dora_wd", arguments.dora_wd),
         ("ggpo_sigma", "ggpo_beta", arguments.ggpo_beta is not None),
         ("ggpo_beta", "ggpo_sigma", arguments.ggpo_sigma is not None),
     ):

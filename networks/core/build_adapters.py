@@ -11,7 +11,7 @@ from networks.core.adapter import Adapter
 from networks.core.argument_values import ORTHOGONAL
 from networks.core.arguments import NetworkArguments
 from networks.core.changes.change import Leaves
-from networks.core.changes.joins import Add, Decompose, are_per_output
+from networks.core.changes.joins import Add, Decompose, Join, are_per_output
 from networks.core.changes.leaves import DORA_SCALE
 from networks.core.changes.noise_ranks import NoiseRanks
 from networks.core.changes.scaled import Dropout, ScaledDelta
@@ -32,6 +32,7 @@ class Form:
 
     has_core: bool = False
     is_decomposed: bool = False
+    is_per_output: bool = False  # of magnitudes, where it is decomposed
     widths: tuple[int, ...] | None = None  # outputs of each projection that is adapted apart
 
 
@@ -58,6 +59,7 @@ def fresh_members(
             form = Form(
                 has_core=arguments.use_tucker and site.kind == "conv",
                 is_decomposed=arguments.dora_wd,
+                is_per_output=arguments.wd_on_output,
                 widths=targets.widths_of(site.path, site.module)
                 if door.make_fresh is not None
                 else split_widths(targets, place, site, arguments),
@@ -79,12 +81,10 @@ def members_of_file(
     multiplier: float,
     groups: Mapping[str, Mapping[str, Tensor]],
     source: str,
-    is_merged: bool,
 ) -> Iterator[Member]:
     """The adapters of one part of the base model that a file has weights for.
 
-    Modules of a kind that the door does not train are read as they are, and of a file that `is_merged` those whose
-    magnitudes it does not train either.
+    Modules of a kind that the door does not train are read as they are.
     """
     part = place.part
     norms = find_norms(part, place.root, part.blocks + part.conv_blocks, Filters(include=(".*",)))
@@ -98,7 +98,7 @@ def members_of_file(
         assert kind.rank_of is not None
         rank = kind.rank_of(group)
         alpha = kind.alpha_of(group)
-        if kind not in door.kinds or (is_merged and DORA_SCALE in group and are_per_output(group[DORA_SCALE])):
+        if kind not in door.kinds:
             adapter = Adapter(site, change_of(group, site.module), multiplier)
             yield Member(adapter, place.text_encoder, rules.with_rate(site, rank, alpha))
             continue
@@ -117,7 +117,9 @@ def members_of_file(
                     "with it have even ranks; leave init out to train it further as it is"
                 )
             rank, alpha = rank // 2, alpha / 2
-        form = Form(kind.has_core(group), DORA_SCALE in group or arguments.dora_wd, widths)
+        has_magnitudes = DORA_SCALE in group
+        is_per_output = are_per_output(group[DORA_SCALE]) if has_magnitudes else arguments.wd_on_output
+        form = Form(kind.has_core(group), has_magnitudes or arguments.dora_wd, is_per_output, widths)
         yield make_member(door, place, site, rules.with_rate(site, rank, alpha), arguments, multiplier, form, group)
 
 
@@ -177,7 +179,9 @@ def make_member(
         delta = make(site.module, allotment.rank)
     weight = site.module.weight
     assert isinstance(weight, Tensor)
-    join = Decompose(weight, arguments.dora_constant_norm) if form.is_decomposed else Add()
+    join: Join = Add()
+    if form.is_decomposed:
+        join = Decompose(weight, arguments.dora_constant_norm, form.is_per_output)
     change = ScaledDelta(site.module, delta, join, allotment.alpha, drops, arguments.use_scalar)
     if arguments.perturbs:
         change.perturb(arguments.ggpo_sigma or 0.0, arguments.ggpo_beta or 0.0)

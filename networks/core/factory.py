@@ -144,8 +144,8 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
         """Adapters on the modules that a file names, with its ranks and alphas, and the file's tensors.
 
         The weights themselves are not loaded. Tucker cores, magnitudes and norms are there where the file has them. Of
-        the network arguments the dropouts, the LoRA+ ratios, use_scalar, dora_wd, split_qkv, network_reg_lrs and the
-        *_lr_weight lists count. Raises UserError when the file cannot be used.
+        the network arguments the dropouts, the LoRA+ ratios, use_scalar, dora_wd, wd_on_output, dora_constant_norm,
+        split_qkv, network_reg_lrs and the *_lr_weight lists count. Raises UserError when the file cannot be used.
         """
         targets = targets_of(unet)
         arguments = arguments_of(door, parse_arguments(network_args, neuron_dropout, targets.known_arguments))
@@ -157,9 +157,7 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
         members: list[Member] = []
         for place in places(targets, text_encoder, unet):
             rules = rates_alone(arguments, targets, is_denoiser=place.text_encoder is None)
-            members += members_of_file(
-                chosen, targets, place, rules, arguments, multiplier, groups, str(file), for_inference
-            )
+            members += members_of_file(chosen, targets, place, rules, arguments, multiplier, groups, str(file))
         if not members:
             raise UserError(
                 f"{file}: none of its {len(groups)} modules is in this base model; was it made for another?"

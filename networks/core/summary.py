@@ -13,7 +13,7 @@ from networks.core.kinds.norm import Norm
 from networks.core.kinds.oft import TurnedOutputs
 from networks.core.sites.targets import BlockList
 
-FORMS = ("DoRA", "a Tucker core", "a trained strength")  # of `ScaledDelta.forms`, in this order
+FORMS = ("DoRA", "DoRA per output", "a Tucker core", "a trained strength")  # of `ScaledDelta.forms`, in this order
 
 
 def describe_part(part: str, adapters: Sequence[Adapter], layout: BlockList | None) -> Iterator[str]:

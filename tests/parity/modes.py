@@ -33,6 +33,7 @@ RUNNERS: Mapping[str, Callable[[], BlockRunner]] = {
 ADAPTERS: Mapping[str, tuple[str, dict[str, str]]] = {
     "lora": ("networks.lora", {}),
     "dora": ("networks.lora", {"dora_wd": "True"}),
+    "dora_per_output": ("networks.lora", {"dora_wd": "True", "wd_on_output": "True"}),
     "loha": ("networks.loha", {}),
     "lokr": ("networks.lokr", {"factor": "2"}),
     "oft_v2": ("networks.oft_v2", {}),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from library.architectures.cards import list_cards
@@ -55,6 +56,9 @@ def num_adapted(pipeline: Any) -> int:
     return sum(isinstance(module, BaseTunerLayer) for part in parts for module in part.modules())
 
 
+MAGNITUDES = {"dora_wd": "True", "wd_on_output": "True", "conv_dim": "2"}
+
+
 @pytest.mark.parametrize("naming", ["kohya", "diffusers"])
 @pytest.mark.parametrize("kind", MODULES)
 def test_prediction(tiny_sd_folder: Path, tmp_path: Path, naming: Any, kind: str) -> None:
@@ -72,6 +76,30 @@ def test_prediction(tiny_sd_folder: Path, tmp_path: Path, naming: Any, kind: str
     torch.testing.assert_close(predict(pipeline, seed), ours, **FLOAT32_DEEP)
 
 
+def test_magnitudes_per_output_are_those_of_peft_in_diffusers_and_come_back(
+    tiny_sd_folder: Path, tmp_path: Path
+) -> None:
+    pipeline = load_pipeline(tiny_sd_folder)
+    alone = predict(pipeline, 7061)
+    network = trained(pipeline, 7062, **MAGNITUDES)
+    ours = predict(pipeline, 7061)
+    assert (ours - alone).abs().max() > 0.05
+    network.save_weights(str(tmp_path / "ours.safetensors"), None, {})
+    network.remove()
+    convert(tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors", "diffusers", drop_unsupported=False)
+    shapes = {key: tensor.shape for key, tensor in load_file(tmp_path / "theirs.safetensors").items()}
+    assert sum(key.endswith(".lora_magnitude_vector.weight") for key in shapes) == len(network.adapters)
+    (said,) = (reading for reading in readings(list_cards(), shapes, {}) if reading.program == "diffusers")
+    assert said.amount == "all"
+    pipeline.load_lora_weights(tmp_path, weight_name="theirs.safetensors")
+    assert num_adapted(pipeline) == len(network.adapters)
+    torch.testing.assert_close(predict(pipeline, 7061), ours, **FLOAT32_DEEP)
+    convert(tmp_path / "theirs.safetensors", tmp_path / "back.safetensors", "kohya", drop_unsupported=False)
+    first, back = load_file(tmp_path / "ours.safetensors"), load_file(tmp_path / "back.safetensors")
+    for key in (key for key in first if key.endswith("dora_scale")):
+        torch.testing.assert_close(back[key], first[key], rtol=0, atol=0)
+
+
 UNET = "lora_unet_down_blocks_0_attentions_0_proj_in"
 NORM = "lora_unet_conv_norm_out"
 OWN = "unet.down_blocks.0.attentions.0.proj_in"
@@ -85,6 +113,7 @@ ODD_FILES: dict[str, dict[str, Tensor]] = {
     "alpha in its own naming": {**LORA_AB, f"{OWN}.alpha": torch.ones(())},
     "two namings": {**LORA, **{key.replace(OWN, GENERIC): tensor for key, tensor in LORA_AB.items()}},
     "DoRA": {**LORA, f"{UNET}.dora_scale": torch.ones(1, 16, 1, 1)},
+    "DoRA by PEFT": {**LORA_AB, f"{OWN}.lora_magnitude_vector": torch.ones(1, 16, 1, 1)},
     "LoRA": LORA,
 }  # fmt: skip
 
@@ -101,4 +130,4 @@ def test_what_we_say_of_diffusers_is_what_it_does(tiny_sd_folder: Path, tmp_path
     except ValueError:
         assert said.amount == "none"
     assert num_adapted(pipeline) == (0 if said.amount == "none" else 1)
-    assert said.amount == {"LoRA": "all", "DoRA": "some"}.get(what, "none")
+    assert said.amount == {"LoRA": "all", "DoRA by PEFT": "all", "DoRA": "some"}.get(what, "none")

@@ -115,6 +115,7 @@ def test_a_batch_of_a_concept_does_not_make_the_host_wait(tmp_path: Path) -> Non
 
 KINDS = {
     "dora": ("lora", "dora_wd=True"),
+    "dora_per_output": ("lora", "dora_wd=True wd_on_output=True"),
     "dropouts": ("lora", "rank_dropout=0.3 module_dropout=0.3"),
     "ggpo": ("lora", "ggpo_sigma=0.03 ggpo_beta=0.01"),
     "dylora": ("dylora", "unit=2"),

@@ -41,6 +41,7 @@ DROPPING = {"network_dropout": 0.3, "network_args": ["rank_dropout=0.2", "module
 OTHERS: Mapping[str, dict[str, Any]] = {
     "another seed and dropout": {"network_dim": 5, "seed": 23, **DROPPING},
     "DoRA with dropout": {"network_dim": 2, "network_dropout": 0.2, "network_args": ["dora_wd=True"]},
+    "DoRA per output": {"network_dim": 3, "network_args": ["dora_wd=True", "wd_on_output=True"]},
     "LoHa": {"network_dim": 3, "network_module": "networks.loha"},
     "OFT": {"network_dim": 2, "network_module": "networks.oft_v2"},
     "GGPO": {"network_dim": 4, "network_args": ["ggpo_sigma=0.1", "ggpo_beta=0.1"]},

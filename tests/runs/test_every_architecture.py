@@ -123,6 +123,7 @@ def test_memory_modes_change_memory_and_hardly_the_loss(run: Callable[..., Finis
 KINDS = {
     "dora": ["networks.lora", "dora_wd=True", "use_scalar=True", "rank_dropout=0.1", "module_dropout=0.1",
              "loraplus_lr_ratio=4"],
+    "dora_per_output": ["networks.lora", "dora_wd=True", "wd_on_output=True", "module_dropout=0.1"],
     "lora_fa": ["networks.lora_fa", "rank_dropout=0.1"],
     "dylora": ["networks.dylora", "unit=2"],
     "tlora": ["networks.tlora", "rank_dropout=0.1"],

@@ -103,8 +103,8 @@ def told_turns(count: int, share: float) -> str:
         return f"{count} adapters share each pass of the base model; every layer computes them in one product"
     return (
         f"{count} adapters share each pass of the base model; {1 - share:.0%} of its adapted layers compute them one "
-        "after another: kinds other than LoRA, DoRA, LoRA-FA and DyLoRA, kernels larger than 1x1, adapters with "
-        "dropout, and layers that not all of them adapt"
+        "after another: kinds other than LoRA, DoRA per input, LoRA-FA and DyLoRA, kernels larger than 1x1, adapters "
+        "with dropout, and layers that not all of them adapt"
     )
 
 

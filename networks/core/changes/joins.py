@@ -1,46 +1,43 @@
 """How a change meets the base weight.
 
-Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
+Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w, K inputs or
+outputs, whichever have magnitudes.
 """
 
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from library.errors import UserError
-
-EPS = 1.1920929e-07  # of float32: what readers of dora_scale add to the norm
+EPS = 1.1920929e-07  # of float32: what readers of dora_scale add to the norm of columns
 CANCELLED = 1e-3  # of |W0|^2: below it the expansion of the norm has lost digits, and the column is summed directly
-MAX_DIRECT_COLUMNS = 64
+MAX_DIRECT = 64  # columns or rows
 LOST = 1e-7  # of |W0|^2: what lies below it is noise of the expansion
 TINY = 1e-30  # squared norm of an empty column, whose root has a gradient
-PER_OUTPUT = (
-    "one magnitude for each output (PEFT, LyCORIS with wd_on_output=True). Here there is one for each input, "
-    "(1, inputs), which is what inference programs apply exactly; the one cannot be turned into the other. It can be "
-    "merged, with --base_weights or tools/merge_lora.py, but not trained further"
-)
 CHUNK_VALUES = 2**22  # values of the base weight that are copied at once
 HOST = torch.device("cpu")
 
 
 def are_per_output(magnitudes: Tensor) -> bool:
-    """Whether magnitudes are of rows, (O, 1) or (O, 1, 1, 1), and not of the columns that are trained here."""
+    """Whether magnitudes are of rows, (O,), (O, 1) or (O, 1, 1, 1), and not of columns, (1, I) or (1, I, 1, 1)."""
     return magnitudes.numel() != 1 and magnitudes.shape[0] != 1
 
 
 class Join(Protocol):
     """The rule that makes one weight out of the base weight and its change."""
 
+    is_per_output: bool  # scales are of outputs, else of inputs
+
     def magnitudes(self) -> Tensor | None:
         """What this rule trains beside the change, as it starts; None where there is nothing."""
         ...
 
-    def columns(
+    def scales(
         self, weight: Tensor, magnitudes: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float
     ) -> Tensor:
-        """The factor of every input column of W0 + strength * up @ down, at least in float32; with magnitudes only."""
+        """The factor of every column, or row, of W0 + strength * up @ down, in the shape of the magnitudes and at least
+        in float32; with magnitudes only."""
         ...
 
     def merge(self, base: Tensor, change: Tensor, strength: float, magnitudes: Tensor | None) -> Tensor:
@@ -51,10 +48,12 @@ class Join(Protocol):
 class Add:
     """W = W0 + dW."""
 
+    is_per_output = False
+
     def magnitudes(self) -> Tensor | None:
         return None
 
-    def columns(
+    def scales(
         self, weight: Tensor, magnitudes: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float
     ) -> Tensor:
         raise AssertionError("a sum has no magnitudes")
@@ -64,81 +63,99 @@ class Add:
 
 
 class Decompose:
-    """DoRA (Liu et al. 2024, arXiv:2402.09353): W = m (W0 + dW) / |W0 + dW|, m and the norm one number per column.
+    """DoRA (Liu et al. 2024, arXiv:2402.09353): W = m (W0 + dW) / |W0 + dW|, m and the norm one number per column, or
+    per row with `is_per_output`, as PEFT has it and LyCORIS with wd_on_output.
 
-    A column is everything that meets one input channel: the norm runs over outputs and kernel positions. m starts as
-    the norm of W0, which is kept from then on. At strength s the weight is W0 + s (W - W0).
+    A column is everything that meets one input channel: the norm runs over outputs and kernel positions. A row is
+    everything that one output sees. m starts as the norm of W0, which is kept from then on. At strength s the weight is
+    W0 + s (W - W0).
 
     The norm costs no matrix of the size of W0: with dW = s B A,
-    |W0 + dW|^2 = |W0|^2 + 2 s <B'W0, A> + s^2 <(B'B) A, A>, column by column.
+    |W0 + dW|^2 = |W0|^2 + 2 s <B'W0, A> + s^2 <(B'B) A, A>, column by column, and
+    |W0 + dW|^2 = |W0|^2 + 2 s <W0 A', B> + s^2 <B (A A'), B>, row by row.
     """
 
-    def __init__(self, weight: Tensor | None, has_constant_norm: bool = False) -> None:
+    def __init__(self, weight: Tensor | None, has_constant_norm: bool = False, is_per_output: bool = False) -> None:
         """`weight` (O, I) or (O, I, h, w) is W0; `has_constant_norm` leaves the norm out of the backward pass.
 
         Without W0, as tools have it, this merges and nothing else.
         """
-        self.has_constant_norm = has_constant_norm
+        self.has_constant_norm, self.is_per_output = has_constant_norm, is_per_output
         if weight is not None:
-            self._squares_I = squared_columns(weight)
-            self._shape = (1, -1, *(1,) * (weight.dim() - 2))
+            kernel = (1,) * (weight.dim() - 2)
+            self._squares_K = squared_rows(weight) if is_per_output else squared_columns(weight)
+            self._shape = (-1, 1, *kernel) if is_per_output else (1, -1, *kernel)
 
     def magnitudes(self) -> Tensor:
-        return (self._squares_I.clamp_min(TINY).sqrt() + EPS).view(self._shape)
+        return (self._squares_K.clamp_min(TINY).sqrt() + self._eps).view(self._shape)
 
-    def columns(
+    def scales(
         self, weight: Tensor, magnitudes: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float
     ) -> Tensor:
-        if are_per_output(magnitudes):
-            raise UserError(f"dora_scale has the shape {list(magnitudes.shape)}: {PER_OUTPUT}")
         dtype = torch.promote_types(up_OR.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
             up_OR, down_RN = up_OR.to(dtype), down_RN.to(dtype)
             strength = strength.to(dtype) if isinstance(strength, Tensor) else strength
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.has_constant_norm):
-                norms_I = self._squared_norms(weight, up_OR, down_RN, strength).clamp_min(TINY).sqrt()
-            columns: Tensor = magnitudes.to(dtype) / (norms_I + EPS).view(self._shape)
-        return columns
+                norms_K = self._squared_norms(weight, up_OR, down_RN, strength).clamp_min(TINY).sqrt()
+            scales: Tensor = magnitudes.to(dtype) / (norms_K + self._eps).view(self._shape)
+        return scales
 
     def merge(self, base: Tensor, change: Tensor, strength: float, magnitudes: Tensor | None) -> Tensor:
-        """Magnitudes of other programs can be per output, (O, 1, ...) or (O,): the norm then runs over inputs."""
+        """The shape of the magnitudes tells what they are of: (1, I, ...), else (O, 1, ...) or (O,)."""
         assert magnitudes is not None
         magnitudes = magnitudes.to(base)
         axis = 1 if magnitudes.dim() > 1 and magnitudes.shape[:2] == (1, base.shape[1]) else 0
         whole = base + change
         norms = torch.linalg.vector_norm(whole, dim=[d for d in range(whole.dim()) if d != axis], keepdim=True)
-        merged: Tensor = whole * (magnitudes.reshape(norms.shape) / (norms + EPS))
+        norms = norms + EPS if axis else norms.clamp_min(TINY**0.5)
+        merged: Tensor = whole * (magnitudes.reshape(norms.shape) / norms)
         return merged if strength == 1 else base + strength * (merged - base)
 
+    @property
+    def _eps(self) -> float:
+        """PEFT divides by the norms of rows as they are."""
+        return 0.0 if self.is_per_output else EPS
+
     def _squared_norms(self, weight: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float) -> Tensor:
-        """|W0 + strength * up @ down|^2 of every column."""
-        if self._squares_I.device != weight.device or self._squares_I.dtype != up_OR.dtype:
-            self._squares_I = self._squares_I.to(weight.device, up_OR.dtype)
-        squares_I, num_columns = self._squares_I, weight.shape[1]
-        crossed_RN = _Project.apply(up_OR, weight)  # type: ignore[no-untyped-call]
-        cross_N = (crossed_RN * down_RN).sum(0)
-        product_N = ((up_OR.t() @ up_OR @ down_RN) * down_RN).sum(0)
-        changes_I = (2 * strength * cross_N + strength**2 * product_N).view(num_columns, -1).sum(1)
-        norms_I = torch.maximum(squares_I + changes_I, LOST * squares_I)
-        return self._direct_where_cancelled(norms_I, weight, up_OR, down_RN, strength)
+        """|W0 + strength * up @ down|^2 of every column or row."""
+        if self._squares_K.device != weight.device or self._squares_K.dtype != up_OR.dtype:
+            self._squares_K = self._squares_K.to(weight.device, up_OR.dtype)
+        if self.is_per_output:
+            crossed_OR = _ProjectRows.apply(down_RN, weight)  # type: ignore[no-untyped-call]
+            cross_K = (crossed_OR * up_OR).sum(1)
+            product_K = ((up_OR @ (down_RN @ down_RN.t())) * up_OR).sum(1)
+            changes_K = 2 * strength * cross_K + strength**2 * product_K
+        else:
+            crossed_RN = _Project.apply(up_OR, weight)  # type: ignore[no-untyped-call]
+            cross_N = (crossed_RN * down_RN).sum(0)
+            product_N = ((up_OR.t() @ up_OR @ down_RN) * down_RN).sum(0)
+            changes_K = (2 * strength * cross_N + strength**2 * product_N).view(weight.shape[1], -1).sum(1)
+        norms_K = torch.maximum(self._squares_K + changes_K, LOST * self._squares_K)
+        return self._direct_where_cancelled(norms_K, weight, up_OR, down_RN, strength)
 
     def _direct_where_cancelled(
-        self, norms_I: Tensor, weight: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float
+        self, norms_K: Tensor, weight: Tensor, up_OR: Tensor, down_RN: Tensor, strength: Tensor | float
     ) -> Tensor:
-        """The same with the columns that the change cancels almost wholly, up to a number of them, summed directly.
+        """The same with the columns or rows that the change cancels almost wholly, up to a number of them, summed
+        directly.
 
         That number is fixed, so that a graphics card never waits for the answer how many there are.
         """
-        shares_I = norms_I.detach() / self._squares_I.clamp_min(TINY)
+        shares_K = norms_K.detach() / self._squares_K.clamp_min(TINY)
         on_host = weight.device == HOST and not torch.compiler.is_compiling()
-        if on_host and bool((shares_I >= CANCELLED).all()):
-            return norms_I
-        shares, places = torch.topk(shares_I, min(MAX_DIRECT_COLUMNS, len(shares_I)), largest=False)
-        base = weight[:, places].to(up_OR.dtype).flatten(1)
-        down_chosen = down_RN.view(len(down_RN), weight.shape[1], -1)[:, places].flatten(1)
-        whole = base + strength * (up_OR @ down_chosen)
-        direct = whole.square().sum(0).view(len(places), -1).sum(1)
-        return norms_I.index_put((places,), torch.where(shares < CANCELLED, direct, norms_I[places]))
+        if on_host and bool((shares_K >= CANCELLED).all()):
+            return norms_K
+        shares, places = torch.topk(shares_K, min(MAX_DIRECT, len(shares_K)), largest=False)
+        if self.is_per_output:
+            whole = weight[places].to(up_OR.dtype).flatten(1) + strength * (up_OR[places] @ down_RN)
+            direct = whole.square().sum(1)
+        else:
+            base = weight[:, places].to(up_OR.dtype).flatten(1)
+            down_chosen = down_RN.view(len(down_RN), weight.shape[1], -1)[:, places].flatten(1)
+            whole = base + strength * (up_OR @ down_chosen)
+            direct = whole.square().sum(0).view(len(places), -1).sum(1)
+        return norms_K.index_put((places,), torch.where(shares < CANCELLED, direct, norms_K[places]))
 
 
 class _Project(torch.autograd.Function):
@@ -157,6 +174,24 @@ class _Project(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         with torch.autocast(grad_RN.device.type, enabled=False):
             return torch.cat([part_ON @ grad_RN.t() for _, part_ON in _row_parts(weight, grad_RN.dtype)]), None
+
+
+class _ProjectRows(torch.autograd.Function):
+    """W0 @ down' for a frozen W0 of any dtype and memory format, in the dtype of `down` and without a copy of W0."""
+
+    @staticmethod
+    def forward(ctx: Any, down_RN: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return torch.cat([part_ON @ down_RN.t() for _, part_ON in _row_parts(weight, down_RN.dtype)])
+
+    @staticmethod
+    def backward(ctx: Any, grad_OR: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        with torch.autocast(grad_OR.device.type, enabled=False):
+            grad_RN = grad_OR.new_zeros(grad_OR.shape[1], weight[0].numel())
+            for rows, part_ON in _row_parts(weight, grad_OR.dtype):
+                grad_RN.addmm_(grad_OR[rows].t(), part_ON)
+            return grad_RN, None
 
 
 class _ScaleColumns(torch.autograd.Function):
@@ -186,6 +221,17 @@ def scale_columns(x: Tensor, columns: Tensor) -> Tensor:
     per_axis = columns if columns.dim() == x.dim() else columns.view(*(1,) * (x.dim() - 1), -1)
     scaled: Tensor = _ScaleColumns.apply(x, per_axis)  # type: ignore[no-untyped-call]
     return scaled
+
+
+def scale_outputs(out: Tensor, scales_O: Tensor, layer: nn.Module) -> Tensor:
+    """What a layer gave, its bias left out, multiplied by a number for each output."""
+    shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (1, -1)
+    scaled = scale_columns(out, scales_O.view(shape))
+    bias = layer.bias
+    if not isinstance(bias, Tensor):
+        return scaled
+    kept = (bias * (1 - scales_O)).view(shape if len(shape) == 4 else (-1,))
+    return scaled + kept.to(scaled.dtype)
 
 
 def squared_columns(weight: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from networks.core.changes.change import Leaves
 from networks.core.changes.leaves import DORA_SCALE, DOWN, UP
 
 SPELLED_ELSEWHERE = {DOWN: "lora_A.weight", UP: "lora_B.weight"}  # in the namings that keep no alpha
+PEFT_MAGNITUDES = "lora_magnitude_vector"
+PEFT_MAGNITUDES_IN_MEMORY = f"{PEFT_MAGNITUDES}.weight"  # PEFT reads both, transformers' text encoders this alone
 
 
 def num_rows(leaves: Leaves) -> int:
@@ -25,8 +27,9 @@ def dtypes_of(leaves: Leaves) -> frozenset[torch.dtype]:
 
 
 def take_rows(leaves: Leaves, rows: slice) -> dict[str, Tensor]:
-    """The LoRA of some of the rows: these rows of up and all of down."""
-    return {DOWN: leaves[DOWN].clone(), UP: leaves[UP][rows].clone()}
+    """The LoRA of some of the rows: these rows of up, and of magnitudes per output, and all of down."""
+    magnitudes = {DORA_SCALE: leaves[DORA_SCALE][rows].clone()} if DORA_SCALE in leaves else {}
+    return {DOWN: leaves[DOWN].clone(), UP: leaves[UP][rows].clone(), **magnitudes}
 
 
 BY_ROW = (UP, "hada_w1_a", "hada_w2_a")  # a row of these is a row of the layer
@@ -49,7 +52,8 @@ def swap_halves(leaves: Leaves) -> dict[str, Tensor] | None:
 def join_rows(pieces: Mapping[int, Leaves], rows: Sequence[slice]) -> dict[str, Tensor]:
     """One LoRA for all pieces: exact at the same rank where they share down, else at the sum of their ranks.
 
-    `rows` has where each piece lies; the rows of those that are missing are zero.
+    `rows` has where each piece lies; the rows of those that are missing are zero. Magnitudes per output, which all have
+    or none, are below each other: the norm of a row is the same in the whole.
     """
     downs = [leaves[DOWN] for leaves in pieces.values()]
     ups = [leaves[UP] for leaves in pieces.values()]
@@ -60,7 +64,8 @@ def join_rows(pieces: Mapping[int, Leaves], rows: Sequence[slice]) -> dict[str, 
     for n, i in enumerate(pieces):
         first = 0 if is_shared else sum(down.shape[0] for down in downs[:n])
         up[rows[i], first : first + ups[n].shape[1]] = ups[n].to(dtype)
-    return {DOWN: down.to(dtype), UP: up}
+    magnitudes = [pieces[i][DORA_SCALE] for i in sorted(pieces) if DORA_SCALE in pieces[i]]
+    return {DOWN: down.to(dtype), UP: up, **({DORA_SCALE: torch.cat(magnitudes)} if magnitudes else {})}
 
 
 def peft_magnitudes(magnitudes: Tensor, num_dimensions: int) -> Tensor:
@@ -69,3 +74,8 @@ def peft_magnitudes(magnitudes: Tensor, num_dimensions: int) -> Tensor:
     Where a convolution has as many outputs as inputs, the latter is what others have for one number per input.
     """
     return magnitudes.reshape(-1, *(1,) * (num_dimensions - 1))
+
+
+def as_peft_magnitudes(magnitudes: Tensor) -> Tensor:
+    """The other way round, of (O, 1) or (O, 1, 1, 1)."""
+    return magnitudes.flatten() if magnitudes.dim() == 2 else magnitudes.transpose(0, 1).contiguous()

@@ -18,7 +18,7 @@ from networks.core.changes.change import (
     parts_of,
     stand_in,
 )
-from networks.core.changes.joins import Add, Decompose, Join, scale_columns
+from networks.core.changes.joins import Add, Decompose, Join, are_per_output, scale_columns, scale_outputs
 from networks.core.changes.leaves import ALPHA, DORA_SCALE, DOWN, START, UP
 from networks.core.changes.noise_ranks import NoiseRanks
 from networks.core.changes.perturbation import Perturbation, add_noise
@@ -49,7 +49,8 @@ class ScaledDelta(nn.Module):
     `scalar` (use_scalar) is a trained number that multiplies the change. It starts at 0, and what else would start at
     zero then moves, so the change still starts at zero. `dora_scale` (1, I) or (1, I, 1, 1) are the magnitudes of a
     join that has some: every input column of the changed weight is brought to its magnitude, which is done to the input
-    instead, so that no weight is built. Dropout acts between down and up; the norms are those of the whole change.
+    instead, so that no weight is built; or (O, 1) or (O, 1, 1, 1), those of its rows, which is done to the output.
+    Dropout acts between down and up; the norms are those of the whole change.
     """
 
     alpha: Tensor
@@ -103,7 +104,7 @@ class ScaledDelta(nn.Module):
         if DORA_SCALE in leaves:
             weight = None if layer is None else layer.weight
             assert weight is None or isinstance(weight, Tensor)
-            change.join = Decompose(weight)
+            change.join = Decompose(weight, is_per_output=are_per_output(leaves[DORA_SCALE]))
             change.dora_scale = nn.Parameter(leaves[DORA_SCALE], requires_grad=False)
         return change
 
@@ -137,7 +138,8 @@ class ScaledDelta(nn.Module):
     def forms(self) -> tuple[str, ...]:
         """What is particular to this change, in a user's words."""
         found = (
-            ("DoRA", self.dora_scale is not None),
+            ("DoRA", self.dora_scale is not None and not self.join.is_per_output),
+            ("DoRA per output", self.join.is_per_output),
             ("a Tucker core", self.delta.has_core),
             ("a trained strength", self.scalar is not None),
         )
@@ -153,15 +155,17 @@ class ScaledDelta(nn.Module):
                 assert self.layer is not None
                 out = add_noise(out, x, self.layer, self.get_buffer(DEVIATION))
             return self.delta.up(self._drop_and_scale(self.delta.down(x), strength), out)
-        columns = self.columns()
+        columns = self.scales()
         assert columns is not None
+        if self.join.is_per_output:
+            return self._with_scaled_outputs(x, base, strength, columns)
         whole = columns if strength == 1 else 1 + strength * (columns - 1)
         out = base(scale_columns(x, whole))
         return self.delta.up(self._drop_and_scale(self.delta.down(x, columns), strength), out)
 
-    def columns(self) -> Tensor | None:
-        """What DoRA multiplies every input column by, (1, I) or (1, I, 1, 1); None without magnitudes."""
-        return None if self.dora_scale is None else self._columns(self.dora_scale)
+    def scales(self) -> Tensor | None:
+        """What DoRA multiplies every column of the changed weight by, or every row; None without magnitudes."""
+        return None if self.dora_scale is None else self._scales(self.dora_scale)
 
     def weight(self) -> Tensor:
         return self.delta.weight() * self._unit_strength
@@ -233,7 +237,7 @@ class ScaledDelta(nn.Module):
         assert self.dora_scale is not None
         device = self._base_weight.device
         ones = torch.ones_like(self.dora_scale, device=device)
-        self.dora_scale.copy_(ones / self._columns(ones, device))
+        self.dora_scale.copy_(ones / self._scales(ones, device))
 
     @property
     def _base_weight(self) -> Tensor:
@@ -250,15 +254,23 @@ class ScaledDelta(nn.Module):
         strength: Tensor = self.scale * self.scalar
         return strength
 
-    def _columns(self, magnitudes: Tensor, device: torch.device | None = None) -> Tensor:
-        """The factor of every input column of the changed weight."""
+    def _with_scaled_outputs(self, x: Tensor, base: Forward, strength: float, rows: Tensor) -> Tensor:
+        """The layer where every row of the changed weight is multiplied by one of `rows`."""
+        assert self.layer is not None
+        alone = base(x)
+        out = self.delta.up(self._drop_and_scale(self.delta.down(x), 1.0), alone)
+        out = scale_outputs(out, rows.flatten(), self.layer)
+        return out if strength == 1 else torch.lerp(alone, out, strength)
+
+    def _scales(self, magnitudes: Tensor, device: torch.device | None = None) -> Tensor:
+        """The factor of every column, or row, of the changed weight."""
         strength = self._unit_strength
         if isinstance(strength, Tensor) and device is not None:
             strength = strength.to(device)
         up_OR, down_RN = self.delta.factors()
         if device is not None:
             up_OR, down_RN = up_OR.to(device), down_RN.to(device)
-        return self.join.columns(self._base_weight, magnitudes, up_OR, down_RN, strength)
+        return self.join.scales(self._base_weight, magnitudes, up_OR, down_RN, strength)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScaledDelta":
         """Move or cast. Magnitudes are never rounded to 16 bits: they would change the base model's own columns."""

@@ -32,6 +32,7 @@ def can_be_stacked(changes: Sequence[object]) -> TypeGuard[Sequence[ScaledDelta]
         and isinstance(change.delta, Paired)
         and change.scalar is None
         and change.noise_ranks is None
+        and not change.join.is_per_output
         for change in changes
     )
 
@@ -48,7 +49,7 @@ def stacked(changes: Sequence[ScaledDelta], x: Tensor, base: Forward, strengths:
 
     Factors of lower rank are filled up with zeros, which add nothing. The layer itself runs once over all rows.
     """
-    columns, is_conv = [change.columns() for change in changes], isinstance(changes[0].layer, nn.Conv2d)
+    columns, is_conv = [change.scales() for change in changes], isinstance(changes[0].layer, nn.Conv2d)
     whole = whole_columns(columns, strengths)
     shape = (len(changes), -1, *x.shape[1:]) if is_conv else (len(changes), -1, x.shape[-1])
     parts = x.reshape(shape)

@@ -14,7 +14,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from networks.core.changes.blocks import row_length
 from networks.core.changes.change import Forward, Misfit, check_kernel
-from networks.core.changes.joins import scale_columns
+from networks.core.changes.joins import scale_outputs
 from networks.core.changes.scaled import NO_DROPOUT, SCALAR, Dropout
 
 
@@ -95,7 +95,8 @@ class Turned(nn.Module):
         scales_O = self.rotation.output_scales()
         if scales_O is None:
             return self._turned(x, base, turns, strength)
-        out = self._scale(self._turned(x, base, turns, 1.0), scales_O)
+        assert self.layer is not None
+        out = scale_outputs(self._turned(x, base, turns, 1.0), scales_O, self.layer)
         return out if strength == 1 else torch.lerp(alone := base(x), out.to(alone.dtype), strength)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
@@ -172,17 +173,6 @@ class Turned(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         turned: Tensor = _TurnedConv.apply(x, turns, self.layer, strength)  # type: ignore[no-untyped-call]
         return turned
-
-    def _scale(self, out: Tensor, scales_O: Tensor) -> Tensor:
-        """Outputs without their bias multiplied by `scales_O`."""
-        assert self.layer is not None
-        shape = (1, -1, 1, 1) if isinstance(self.layer, nn.Conv2d) else (1, -1)
-        scaled = scale_columns(out, scales_O.view(shape))
-        bias = self.layer.bias
-        if not isinstance(bias, Tensor):
-            return scaled
-        kept = (bias * (1 - scales_O)).view(shape if len(shape) == 4 else (-1,))
-        return scaled + kept.to(scaled.dtype)
 
 
 def turn(x_TN: Tensor, turns: Tensor, is_transposed: bool = False) -> Tensor:

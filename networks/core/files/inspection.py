@@ -81,13 +81,20 @@ def module_facts(module: ModuleWeights) -> ModuleFacts:
         name=module.name,
         part=part,
         block=block,
-        kind="DoRA" if module.is_dora else module.form,
+        kind=form_of(module),
         rank=module.rank if has_rank else None,
         alpha=module.alpha if kind.has_alpha else None,
         down_norm=down,
         up_norm=up,
         update_norm=None if kind.read is None else float(module.change(torch.float64).norm()),
     )
+
+
+def form_of(module: ModuleWeights) -> str:
+    """The kind as reports name it."""
+    if not module.is_dora:
+        return module.form
+    return "DoRA per output" if module.is_dora_per_output else "DoRA"
 
 
 def norm(tensor: Tensor) -> float:

@@ -10,12 +10,11 @@ from torch import Tensor
 from library.errors import UserError
 from networks.core.changes import rows
 from networks.core.changes.change import AdditiveChange, Change, LowRankChange, Misfit
+from networks.core.changes.joins import are_per_output
 from networks.core.changes.leaves import ALPHA, DORA_SCALE
 from networks.core.kinds import lora
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.table import PIECES, change_of, kind_of
-
-PEFT_MAGNITUDES = ".lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,11 @@ class ModuleWeights:
         return DORA_SCALE in self.tensors
 
     @property
+    def is_dora_per_output(self) -> bool:
+        """Whether magnitudes are of outputs, as PEFT's are."""
+        return self.is_dora and self.kind.shape_of is not None and are_per_output(self.magnitudes)
+
+    @property
     def is_larger_kernel(self) -> bool:
         """Whether it changes a convolution that is larger than 1x1."""
         return prod(self.shape[2:]) > 1
@@ -94,7 +98,7 @@ class ModuleWeights:
     def magnitudes(self) -> Tensor:
         """Those of DoRA: (O, 1), (1, I), (O, 1, 1, 1) or (1, I, 1, 1)."""
         found = self.tensors[DORA_SCALE]
-        if PEFT_MAGNITUDES in self.keys.get(DORA_SCALE, "") or found.dim() == 1:
+        if f".{rows.PEFT_MAGNITUDES}" in self.keys.get(DORA_SCALE, "") or found.dim() == 1:
             return rows.peft_magnitudes(found, len(self.shape))
         return found
 

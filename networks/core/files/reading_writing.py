@@ -24,7 +24,7 @@ from library.checkpoints.hashes import with_hashes
 from library.errors import UserError
 from networks.core.adapter import Adapter
 from networks.core.changes.change import StoredOtherwise, in_shape_of
-from networks.core.changes.joins import PER_OUTPUT, are_per_output
+from networks.core.changes.joins import are_per_output
 from networks.core.changes.leaves import ALPHA, DORA_SCALE
 from networks.core.changes.scaled import ScaledDelta
 from networks.core.changes.turned import Turned
@@ -274,14 +274,15 @@ def check_kind(name: str, change: ScaledDelta, group: Mapping[str, Tensor], sour
         )
     if DORA_SCALE not in group:
         return
-    if change.dora_scale is not None and change.dora_scale.shape == group[DORA_SCALE].shape:
-        return  # of a file that is merged, they can be of either kind
-    if are_per_output(group[DORA_SCALE]):
-        raise UserError(f"{name}.{DORA_SCALE} has the shape {list(group[DORA_SCALE].shape)} in {source}: {PER_OUTPUT}")
     if change.dora_scale is None:
         raise UserError(
             f"{name} has magnitudes (DoRA) in {source}; set --network_args dora_wd=True, or add --dim_from_weights to "
             "take the form from the file"
+        )
+    if (is_per_output := are_per_output(group[DORA_SCALE])) != change.join.is_per_output:
+        raise UserError(
+            f"{name} has one magnitude for each {'output' if is_per_output else 'input'} (DoRA) in {source}; set "
+            f"--network_args wd_on_output={is_per_output}, or add --dim_from_weights to take the form from the file"
         )
 
 

@@ -4,7 +4,7 @@ The generic and the diffusers naming have no alpha: the scale alpha / rank is mu
 such a file has the rank for alpha, so its scale is 1.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,6 +54,8 @@ def rename(
     for found, members in group_by_place(file, names, frozenset(lost)).items():
         dtypes = {dtype for member in members for dtype in rows.dtypes_of(member.tensors)}
         for name, tensors in in_naming(found, members, to, file.origin):
+            if to == "diffusers" and DORA_SCALE in tensors:
+                tensors = {**tensors, DORA_SCALE: rows.as_peft_magnitudes(tensors[DORA_SCALE])}
             keys = {leaf: f"{name}.{ending(leaf, to)}" for leaf in tensors}
             modules[name] = ModuleWeights(name, tensors, keys, origin=file.origin)
             if not dtypes >= rows.dtypes_of(tensors):
@@ -87,7 +89,7 @@ def in_naming(
             if i in pieces:
                 yield piece.diffusers, without_alpha(pieces[i])
         return
-    if None not in pieces and not all(is_plain(piece) for piece in pieces.values()):
+    if None not in pieces and not can_join(found, pieces.values()):
         yield found.kohya, in_rows(found, pieces)
         return
     whole = pieces[None] if None in pieces else join_pieces(found, pieces, origin)
@@ -103,9 +105,12 @@ def in_naming(
         yield from split_rows(found, without_alpha(whole), origin)
 
 
-def is_plain(module: ModuleWeights) -> bool:
-    """Whether it is a LoRA of which rows can be taken and joined."""
-    return module.kind is lora.KIND and not module.is_dora
+def can_join(found: ModuleNames, pieces: Collection[ModuleWeights]) -> bool:
+    """Whether pieces are one LoRA of the whole layer: plain ones, or all that there are with magnitudes per output."""
+    if not all(piece.kind is lora.KIND for piece in pieces):
+        return False
+    num_dora = sum(piece.is_dora for piece in pieces)
+    return num_dora == 0 or (all(p.is_dora_per_output for p in pieces) and len(pieces) == len(found.pieces))
 
 
 def in_rows(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights]) -> dict[str, Tensor]:
@@ -123,10 +128,10 @@ def in_rows(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights]) -> d
 
 def refuse_apart(file: AdapterFile, names: BaseNames) -> None:
     """Raise UserError for a piece of a layer whose factors are none of the whole layer."""
-    for module in file.modules.values():
-        found = names.find(module.name)
-        is_piece = found is not None and found.piece_of(module.name) is not None
-        if found is not None and is_piece and module.kind.read is not None and not is_plain(module):
+    for found, members in group_by_place(file, names, frozenset()).items():
+        pieces = [m for m in members if found.piece_of(m.name) is not None and m.kind.read is not None]
+        if pieces and not can_join(found, pieces):
+            module = next((m for m in pieces if m.is_dora or m.kind is not lora.KIND), pieces[0])
             what = "DoRA" if module.is_dora else module.kind.words
             raise UserError(
                 f"{file.origin}: {module.name} is {what} of a part of {found.kohya}, which is one layer outside of "
@@ -160,6 +165,8 @@ def unsupported_keys(file: AdapterFile, names: BaseNames, to: FileNaming, keeps_
         # What is joined from pieces has no more than diffusers has.
         is_piece = found.piece_of(module.name) is not None
         held = held_leaves("diffusers" if is_piece else to)
+        if held is not None and module.kind is lora.KIND and module.is_dora_per_output:
+            held |= {DORA_SCALE}  # PEFT has magnitudes of this kind alone
         if is_piece and keeps_pieces and module.kind.read is not None:
             held = module.kind.leaves | {ALPHA}
         foreign = [leaf for leaf in module.tensors if held is not None and leaf not in held]
@@ -235,6 +242,8 @@ def fold_scale(tensors: Mapping[str, Tensor], scaled: str, scale: float) -> dict
 
 def ending(leaf: str, naming: FileNaming) -> str:
     """The end of a key."""
+    if naming == "diffusers" and leaf == DORA_SCALE:
+        return rows.PEFT_MAGNITUDES_IN_MEMORY
     return leaf if naming == "kohya" else rows.SPELLED_ELSEWHERE.get(leaf, leaf)
 
 

@@ -99,6 +99,8 @@ KINDS = [
     ("Tucker", "AAANS", LORA | {"lora_unet_mid_block_resnets_0_conv1.lora_mid.weight": (4, 4, 3, 3)}),
     ("DoRA per input", "AAASS", LORA | {f"{NAME}.dora_scale": (1, 768)}),
     ("DoRA per output", "NNNSS", LORA | {f"{NAME}.dora_scale": (320, 1)}),
+    ("LoKr per output", "NNNNS", {f"{NAME}.lokr_w1": (4, 4), f"{NAME}.lokr_w2": (80, 192),
+                                  f"{NAME}.dora_scale": (320, 1)}),
     ("norms", "AAANS", LORA | {"lora_unet_conv_norm_out.w_norm": (320,), "lora_unet_conv_norm_out.b_norm": (320,)}),
     ("half a norm", "AASNS", LORA | {"lora_unet_conv_norm_out.w_norm": (320,)}),
     ("norms of CLIP", "SAANS", LORA | {"lora_te_text_model_final_layer_norm.w_norm": (768,),

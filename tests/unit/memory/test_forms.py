@@ -141,7 +141,9 @@ def test_the_backward_pass_asks_the_handle_for_the_weight_again() -> None:
     torch.testing.assert_close(x.grad, before.sum(0).expand(3, 6), **FLOAT32_SAME_MATH)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"dora_wd": "True"}, {"split_qkv": "True"}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"dora_wd": "True"}, {"dora_wd": "True", "wd_on_output": "True"}, {"split_qkv": "True"}], ids=str
+)
 def test_adapters_train_on_them_as_on_the_decoded_weight(arguments: dict[str, str]) -> None:
     base = toy_transformer(0)
     assert store_all_in(Fp8Rows(), layers_in_blocks(base).values()) > 0

@@ -36,7 +36,7 @@ ANY_KIND: dict[str, st.SearchStrategy[str]] = {
     "use_scalar": flags,
     "train_norm": flags,
 }
-DORA = {"dora_wd": flags, "dora_constant_norm": flags}
+DORA = {"dora_wd": flags, "dora_constant_norm": flags, "wd_on_output": flags}
 KINDS: dict[str, tuple[Any, dict[str, st.SearchStrategy[str]]]] = {
     "lora": (lora, {**ANY_KIND, **DORA, "use_tucker": flags}),
     "lora_fa": (lora_fa, {**ANY_KIND, **DORA}),

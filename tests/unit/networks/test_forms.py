@@ -34,6 +34,8 @@ FORMS: dict[str, dict[str, str]] = {
     "scalar": {"use_scalar": "1"},
     "norms": {"train_norm": "true"},
     "dora": {"dora_wd": "True"},
+    "dora per output": {"dora_wd": "True", "wd_on_output": "True"},
+    "everything per output": {**EVERYTHING, "wd_on_out": "True"},
     "everything": EVERYTHING,
 }
 CONV, LINEAR, NORM = "lora_unet_mid_resnet_conv1", "lora_unet_mid_attention_to_q", "lora_unet_mid_attention_norm"
@@ -166,12 +168,14 @@ def test_magnitudes_are_saved_in_float32_whatever_the_precision(tmp_path: Path, 
     assert set(dtypes.values()) == {precision}
 
 
-def test_a_plain_lora_goes_on_as_dora_from_what_it_computes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wd_on_output", ["True", "False"])
+def test_a_plain_lora_goes_on_as_dora_from_what_it_computes(tmp_path: Path, wd_on_output: str) -> None:
     network, text, unet = trained(1571)
     expected = outputs(text, unet, 1572)
     network.save_weights(str(tmp_path / "x.safetensors"), None, {})
     network.remove()
-    second, _ = create_network_from_weights(1.0, str(tmp_path / "x.safetensors"), None, text, unet, dora_wd="True")
+    forms = {"dora_wd": "True", "wd_on_output": wd_on_output}
+    second, _ = create_network_from_weights(1.0, str(tmp_path / "x.safetensors"), None, text, unet, **forms)
     second.apply_to(text, unet)
     second.load_weights(str(tmp_path / "x.safetensors"))
     assert "dora_scale" in dict(second.adapters[LINEAR].change.named_parameters())
@@ -184,6 +188,16 @@ def test_a_plain_lora_goes_on_as_dora_from_what_it_computes(tmp_path: Path) -> N
         ({"conv_dim": "3", "use_tucker": "True"}, {"conv_dim": "3"}, "set --network_args use_tucker=True"),
         ({"conv_dim": "3"}, {"conv_dim": "3", "use_tucker": "True"}, "set --network_args use_tucker=False"),
         ({"dora_wd": "True"}, {}, "set --network_args dora_wd=True"),
+        (
+            {"dora_wd": "1"},
+            FORMS["dora per output"],
+            "each input (DoRA) in {file}; set --network_args wd_on_output=False",
+        ),
+        (
+            FORMS["dora per output"],
+            {"dora_wd": "1"},
+            "each output (DoRA) in {file}; set --network_args wd_on_output=True",
+        ),
     ],
 )
 def test_a_file_of_another_form_names_the_argument_to_set(
@@ -192,7 +206,7 @@ def test_a_file_of_another_form_names_the_argument_to_set(
     trained(1581, **in_file)[0].save_weights(str(tmp_path / "x.safetensors"), None, {})
     network = trained(1582, **asked)[0]
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message.format(file=tmp_path / "x.safetensors"))):
         network.load_weights(str(tmp_path / "x.safetensors"))
     assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
 
@@ -202,14 +216,6 @@ def test_norms_of_a_file_that_are_not_trained_are_told_of(tmp_path: Path, caplog
     with caplog.at_level(logging.WARNING):
         trained(1592)[0].load_weights(str(tmp_path / "x.safetensors"))
     assert re.search(r"has weights for 3 modules such as lora_unet_down_0_attention_norm .* not used", caplog.text)
-
-
-def test_magnitudes_per_output_are_refused_with_the_reason(tmp_path: Path) -> None:
-    source = dict(trained(1601)[0].state_dict())
-    source[f"{LINEAR}.dora_scale"] = torch.ones(6, 1)
-    torch.save(source, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"has the shape \[6, 1\] .*one magnitude for each output"):
-        trained(1602, dora_wd="True")[0].load_weights(str(tmp_path / "x.pt"))
 
 
 @pytest.mark.parametrize("leaf", ["lora_mid.weight", "dora_scale", "b_norm"])
@@ -327,7 +333,9 @@ def test_only_affine_layer_and_group_norms_are_found() -> None:
     assert [site.name for site in find_norms(part, model, part.blocks)] == ["lora_unet_block_with_weights"]
 
 
-@pytest.mark.parametrize(("argument", "needs"), [("use_tucker", "conv_dim"), ("dora_constant_norm", "dora_wd")])
+@pytest.mark.parametrize(
+    ("argument", "needs"), [("use_tucker", "conv_dim"), ("dora_constant_norm", "dora_wd"), ("wd_on_output", "dora_wd")]
+)
 def test_an_argument_without_the_one_it_needs_has_no_effect_and_says_so(
     argument: str, needs: str, caplog: pytest.LogCaptureFixture
 ) -> None:

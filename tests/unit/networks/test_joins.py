@@ -1,4 +1,4 @@
-"""DoRA: magnitudes per input column, whose norms are computed without the matrix."""
+"""DoRA: magnitudes per input column or per output row, whose norms are computed without the matrix."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,9 +37,10 @@ def decomposed(
     multiplier: float = 1.0,
     has_scalar: bool = False,
     is_constant: bool = False,
+    is_per_output: bool = False,
 ) -> Adapter:
     """A trained adapter of rank 3 and alpha 2 in the dtype of the layer."""
-    join = Decompose(layer.weight, is_constant)
+    join = Decompose(layer.weight, is_constant, is_per_output)
     adapter = adapter_on(layer, delta(layer, 3), 2.0, join, drops, multiplier, has_scalar)
     adapter.change.to(layer.weight.dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -70,23 +71,25 @@ def formula(layer: Any, adapter: Adapter, multiplier: float, is_constant: bool =
     """W0 + s (m (W0 + dW) / |W0 + dW| - W0), from whole matrices."""
     scalar = 1.0 if adapter.change.scalar is None else adapter.change.scalar
     whole = layer.weight + product_of(adapter) * scalar * 2.0 / 3
-    axes = [0, 2, 3][: whole.dim() - 1]
-    norm = whole.square().sum(axes, keepdim=True).sqrt() + EPS
+    is_per_output = adapter.change.join.is_per_output
+    axes = [1 if is_per_output else 0, 2, 3][: whole.dim() - 1]
+    norm = whole.square().sum(axes, keepdim=True).sqrt() + (0 if is_per_output else EPS)
     norm = norm.detach() if is_constant else norm
     assert adapter.change.dora_scale is not None
     return layer.weight + multiplier * (adapter.change.dora_scale * whole / norm - layer.weight)
 
 
+@pytest.mark.parametrize("is_per_output", [False, True])
 @pytest.mark.parametrize("is_constant", [False, True])
 @pytest.mark.parametrize("has_scalar", [False, True])
 @pytest.mark.parametrize("multiplier", [1.0, 0.7])
 @pytest.mark.parametrize(("name", "delta"), CASES)
 def test_output_gradients_and_merged_weight_are_those_of_the_formula(
-    name: str, delta: type, multiplier: float, has_scalar: bool, is_constant: bool
+    name: str, delta: type, multiplier: float, has_scalar: bool, is_constant: bool, is_per_output: bool
 ) -> None:
     make, shape = LAYERS[name]
     layer = frozen(make, 1201)
-    adapter = decomposed(layer, 1202, delta, NO_DROPOUT, multiplier, has_scalar, is_constant)
+    adapter = decomposed(layer, 1202, delta, NO_DROPOUT, multiplier, has_scalar, is_constant, is_per_output)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     wanted = formula(layer, adapter, multiplier, is_constant)
     torch.testing.assert_close(adapter.merged()["weight"], wanted, **FLOAT64)
@@ -101,12 +104,13 @@ def test_output_gradients_and_merged_weight_are_those_of_the_formula(
         torch.testing.assert_close(one, other, **FLOAT64)
 
 
+@pytest.mark.parametrize("is_per_output", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LAYERS)
-def test_at_the_start_nothing_changes_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+def test_at_the_start_nothing_changes_bit_for_bit(name: str, dtype: torch.dtype, is_per_output: bool) -> None:
     make, shape = LAYERS[name]
     layer = frozen(make, 1211, dtype)
-    adapter = adapter_on(layer, LowRank(layer, 3), 2.0, Decompose(layer.weight))
+    adapter = adapter_on(layer, LowRank(layer, 3), 2.0, Decompose(layer.weight, is_per_output=is_per_output))
     x = torch.randn(shape).to(dtype)
     alone = layer(x)
     adapter.install()
@@ -137,9 +141,10 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_neither_pass_makes_a_tensor_of_the_size_of_the_weight() -> None:
+@pytest.mark.parametrize("is_per_output", [False, True])
+def test_neither_pass_makes_a_tensor_of_the_size_of_the_weight(is_per_output: bool) -> None:
     layer = frozen(lambda: nn.Linear(96, 128), 1231, torch.float32)
-    adapter = decomposed(layer, 1232)
+    adapter = decomposed(layer, 1232, is_per_output=is_per_output)
     adapter.install()
     x = torch.randn(2, 96, requires_grad=True)
     with Largest() as largest:
@@ -179,7 +184,7 @@ def columns_of(adapter: Adapter) -> Tensor:
     assert adapter.change.dora_scale is not None
     weight = adapter.site.module.weight
     assert isinstance(weight, Tensor)
-    return adapter.change.join.columns(
+    return adapter.change.join.scales(
         weight, adapter.change.dora_scale, *adapter.change.factors(), adapter.change.scale
     )
 
@@ -227,6 +232,43 @@ def test_the_expansion_alone_loses_what_the_direct_sum_keeps(monkeypatch: pytest
     assert guarded < 1e-4 < 1e-3 < worst()
 
 
+def test_rows_that_the_change_cancels_almost_wholly_keep_their_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows of 4000 numbers, whose squares the expansion sums, three are left with a five hundredth."""
+    torch.manual_seed(1265)
+    layer = nn.Linear(4000, 9, bias=False).requires_grad_(False)
+    adapter = decomposed(layer, 1266, is_per_output=True)
+    with torch.no_grad():
+        adapter.change.get_parameter("lora_down.weight").copy_(layer.weight[2:5] * -1.5 * (1 - 2e-3))
+        adapter.change.get_parameter("lora_up.weight").copy_(torch.eye(9)[:, 2:5])
+    norms = (layer.weight.double() + product_of(adapter).double() * 2 / 3).norm(dim=1)
+    assert adapter.change.dora_scale is not None
+    expected = adapter.change.dora_scale.double().flatten() / norms
+
+    def worst() -> float:
+        return ((columns_of(adapter).flatten() - expected) / expected).abs().max().item()
+
+    guarded = worst()
+    grads = torch.autograd.grad(columns_of(adapter).sum(), list(adapter.change.parameters()))
+    assert all(grad.isfinite().all() for grad in grads)
+    monkeypatch.setattr("networks.core.changes.joins.CANCELLED", 0.0)
+    assert guarded < 1e-4 < 1e-3 < worst()
+
+
+def test_empty_rows_stay_finite() -> None:
+    layer = frozen(lambda: nn.Linear(7, 5), 1275, torch.float32)
+    layer.weight[3] = 0
+    adapter = decomposed(layer, 1276, is_per_output=True)
+    with torch.no_grad():
+        adapter.change.get_parameter("lora_up.weight")[3] = 0
+    merged = adapter.merged()["weight"]
+    assert merged.isfinite().all() and not merged[3].any()
+    adapter.install()
+    y = layer(torch.randn(4, 7))
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter.change.parameters())
+
+
 def test_empty_columns_stay_finite() -> None:
     layer = frozen(lambda: nn.Linear(7, 5), 1271, torch.float32)
     layer.weight[:, 3] = 0
@@ -251,11 +293,12 @@ def test_columns_are_scaled_in_float32_and_rounded_once() -> None:
     assert not torch.equal(scaled, x * columns.bfloat16())
 
 
+@pytest.mark.parametrize("is_per_output", [False, True])
 @pytest.mark.parametrize("name", ["linear", "3x3"])
-def test_under_autocast_output_is_bf16_and_gradients_are_float32(name: str) -> None:
+def test_under_autocast_output_is_bf16_and_gradients_are_float32(name: str, is_per_output: bool) -> None:
     make, shape = LAYERS[name]
     layer = frozen(make, 1291, torch.float32)
-    adapter = decomposed(layer, 1292, Tucker if name == "3x3" else LowRank)
+    adapter = decomposed(layer, 1292, Tucker if name == "3x3" else LowRank, is_per_output=is_per_output)
     x = torch.randn(shape)
     adapter.install()
     exact = layer(x)

@@ -41,6 +41,7 @@ CASES: dict[str, Case] = {
             "conv": {"conv_dim": "2"},
             "core": {"conv_dim": "2", "use_tucker": "True"},
             "everything": EVERYTHING,
+            "per output": {**EVERYTHING, "wd_on_output": "1"},
         },
         scaled="hada_w2_a", fast="hada_w2_a",
     ),
@@ -53,6 +54,7 @@ CASES: dict[str, Case] = {
             "both": {"factor": "3", "decompose_both": "True"},
             "core": {"conv_dim": "1", "use_tucker": "True", "factor": "1"},
             "everything": {**EVERYTHING, "factor": "2"},
+            "per output": {**EVERYTHING, "factor": "2", "wd_on_output": "1"},
         },
         scaled="lokr_w1", fast="lokr_w1",
     ),
@@ -154,7 +156,7 @@ def test_norms_are_limited(kind: str, form: str) -> None:
     changes: list[Any] = [adapter.change for adapter in network.adapters.values() if adapter.site.kind != "norm"]
     limit = 0.5 * max(change.norm().item() for change in changes)
     count, mean, maximum = network.apply_max_norm_regularization(limit, "cpu")
-    assert count > 0 and mean <= maximum <= limit * 1.0001
+    assert count > 0 and mean <= maximum * 1.000001 <= limit * 1.0001  # a mean of equal numbers is rounded
     assert max(change.norm().item() for change in changes) == pytest.approx(limit, rel=1e-4)
 
 

@@ -24,6 +24,7 @@ FORMS: dict[str, dict[str, str]] = {
     "conv": {"conv_dim": "2"},
     "core": {"conv_dim": "2", "use_tucker": "True"},
     "everything": {"conv_dim": "2", "use_tucker": "1", "use_scalar": "1", "train_norm": "1", "dora_wd": "1"},
+    "per output": {"conv_dim": "2", "dora_wd": "1", "wd_on_output": "1"},
 }
 
 

@@ -34,6 +34,7 @@ def outputs(models: tuple[nn.Module, nn.Module], seed: int) -> list[Tensor]:
         {"rank_dropout": "0.2", "module_dropout": "0.2", "dropout": "0.2"},
         {"use_scalar": "True"},
         {"dora_wd": "True"},
+        {"dora_wd": "True", "wd_on_output": "True"},
         {"train_norm": "True"},
     ],
     ids=lambda options: "+".join(options) or "plain",

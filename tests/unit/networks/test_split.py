@@ -52,7 +52,9 @@ def test_q_k_v_and_the_rest_are_split_and_other_layers_are_not() -> None:
 
 
 @pytest.mark.parametrize("door", [lora, lora_fa])
-@pytest.mark.parametrize("arguments", [{}, {"dora_wd": "True"}, {"use_scalar": "True"}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"dora_wd": "True"}, {"dora_wd": "True", "wd_on_output": "True"}, {"use_scalar": "True"}], ids=str
+)
 def test_the_file_is_a_plain_lora_of_the_trained_strength(
     door: ModuleType, arguments: dict[str, str], tmp_path: Path
 ) -> None:

@@ -121,7 +121,11 @@ def outputs(models: tuple[nn.Module, nn.Module]) -> Tensor:
     return torch.cat([models[1](x[0]).flatten(), models[0](x[1]).flatten()])
 
 
-@pytest.mark.parametrize("arguments", [{}, {"dora_wd": "True"}, {"rslora": "True"}], ids=["plain", "dora", "rslora"])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"dora_wd": "True"}, {"dora_wd": "True", "wd_on_output": "True"}, {"rslora": "True"}],
+    ids=["plain", "dora", "dora per output", "rslora"],
+)
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_saved_file_goes_on_with_and_without_the_start(tmp_path: Path, init: str, arguments: dict[str, str]) -> None:
     made, models = network(lora, init=init, **arguments)

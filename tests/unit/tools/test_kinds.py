@@ -23,6 +23,7 @@ from tools import check_lora_weights, convert_lora, merge_lora, resize_lora, sho
 KINDS: dict[str, tuple[str, int, dict[str, str]]] = {
     "lora": ("lora", 3, {}),
     "dora": ("lora", 3, {"dora_wd": "True"}),
+    "dora per output": ("lora", 3, {"dora_wd": "True", "wd_on_output": "True", "conv_dim": "2"}),
     "tucker": ("lora", 3, {"conv_dim": "2", "use_tucker": "True"}),
     "loha": ("loha", 3, {"conv_dim": "2"}),
     "lokr": ("lokr", 2, {"factor": "2", "conv_dim": "2"}),
@@ -32,7 +33,14 @@ KINDS: dict[str, tuple[str, int, dict[str, str]]] = {
     "boft": ("boft", 4, {"boft_n_butterfly_factor": "2"}),
     "oft": ("oft", 0, {}),
 }
-DEPENDS = {"dora": "DoRA", "oft_v2": "OFT", "shared oft_v2": "OFT", "boft": "BOFT", "oft": "OFT of outputs"}
+DEPENDS = {
+    "dora": "DoRA",
+    "dora per output": "DoRA",
+    "oft_v2": "OFT",
+    "shared oft_v2": "OFT",
+    "boft": "BOFT",
+    "oft": "OFT of outputs",
+}
 CONV_RANK = 40  # of the tiny U-Net's matrices and kernels the largest has fewer rows
 Made = tuple[Path, dict[str, Tensor], dict[str, Tensor]]
 
@@ -133,7 +141,7 @@ def test_what_depends_on_the_base_weight_says_so(
     ):
         assert merge_lora.main([*words, *more]) == 1
         assert re.search(said, capsys.readouterr().err)
-    if kind != "dora":
+    if not kind.startswith("dora"):
         assert merge_lora.main([*words, "--base_model", str(tiny_sd_folder)]) == 1
         assert "--new_rank is needed: --models have no rank" in capsys.readouterr().err
         assert resize_lora.main(["--model", str(made[0]), "--save_to", str(tmp_path / "c.safetensors")]) == 1
