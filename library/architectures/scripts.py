@@ -60,6 +60,8 @@ class OtherScripts:
 def words_for(has: list[str], scripts: list[str]) -> str:
     """Which scripts have an option, or which have it not where these are fewer."""
     lack = [script for script in scripts if script not in has]
+    if not lack:
+        return "an option of every other script"
     named = has if len(has) <= len(lack) else lack
     listed = " and ".join(filter(None, (", ".join(named[:-1]), named[-1])))
     return f"an option of {listed}" if named is has else f"an option of every script but {listed}"

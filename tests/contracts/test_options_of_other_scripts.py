@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.architectures.cards import list_cards
-from library.architectures.scripts import Script, list_scripts
+from library.architectures.scripts import Script, list_scripts, words_for
 from library.training.command_line.cli import parse
 
 ROOT = Path(__file__).parents[2]
@@ -89,3 +89,16 @@ def test_a_file_for_what_is_short_for_a_number_is_told(words: list[str], capsys:
         said = capsys.readouterr().err
         assert f"unrecognized arguments: {words[0]} (an option of hunyuan_image_train_network.py; " in said
         assert parse(parser_of(script), ["--text_encoder", "1e-5"]).text_encoder_lr in (1e-5, [1e-5])
+
+
+@pytest.mark.parametrize(
+    ("has", "words"),
+    [
+        ("a", "an option of a"),
+        ("abc", "an option of every script but d and e"),
+        ("abcd", "an option of every script but e"),
+        ("abcde", "an option of every other script"),
+    ],
+)
+def test_the_fewer_scripts_are_named(has: str, words: str) -> None:
+    assert words_for(list(has), list("abcde")) == words
