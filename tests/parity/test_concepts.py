@@ -155,10 +155,10 @@ def test_without_guidance_the_unconditional_prompt_is_not_asked(tiny_sd_folder: 
 
     counting = replace(context, arch=replace(context.arch, predict=predict))
     loss_of(counting, batch_of(replace(CONCEPT, guidance=1.0)), NUMBER)
-    assert asked == [2] * 5 + [2] + [6], "the way, the adapted model, the base model about three prompts"
+    assert asked == [2] * 5 + [6] + [2], "the way, the base model about three prompts, the adapted model"
     asked.clear()
     loss_of(counting, batch_of(replace(CONCEPT, neutral=UNCONDITIONAL)), NUMBER)
-    assert asked == [4] * 5 + [2] + [4], "equal prompts are asked once"
+    assert asked == [4] * 5 + [4] + [2], "equal prompts are asked once"
 
 
 @torch.no_grad()

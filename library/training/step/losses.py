@@ -93,14 +93,14 @@ def losses_of(
     `acting` are the adapters where those are not the network of the context alone.
     """
     acting = context.network if acting is None else acting
+    if batch.concept is not None:  # first, while nothing is kept for the backward pass
+        target_BCHW = concept_target(context, objective, batch, batch.concept, noised)
     with context.autocast():
         conditioning = condition()
         acting.set_noise_levels(objective.noise_levels(noised))
         output_BCHW = context.arch.predict(context.models.denoiser, noised, conditioning, batch)
         prediction_BCHW = objective.estimate(output_BCHW, noised)
-    if batch.concept is not None:
-        target_BCHW = concept_target(context, objective, batch, batch.concept, noised)
-    else:
+    if batch.concept is None:
         target_BCHW = preserve_output(context, objective, batch, noised, condition, conditioning, acting)
     loss_BCHW = objective.loss(prediction_BCHW, target_BCHW, noised)
     if batch.masks_B1HW is not None:
