@@ -4,7 +4,6 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -150,7 +149,9 @@ def test_previews_are_drawn_at_full_strength(leco: Leco, tmp_path: Path) -> None
     assert after.read_bytes() == first.read_bytes()
 
 
-@pytest.mark.parametrize("more", [["--gradient_checkpointing"], ["--blocks_to_swap", "3"], ["--xformers"]])
+@pytest.mark.parametrize(
+    "more", [["--gradient_checkpointing"], pytest.param(["--blocks_to_swap", "3"], marks=pytest.mark.slow)]
+)
 def test_ways_of_saving_memory_change_no_loss(leco: Leco, more: list[str]) -> None:
     """The backward pass computes blocks again at the strength of the pair, -1.5 for one of them."""
     plain = leco("--network_args", "conv_dim=2").losses
@@ -267,10 +268,11 @@ def test_base_weights_that_change_the_text_encoder_are_refused(
     assert "changes the text encoder (" in done.stderr and "which encodes the prompts before" in done.stderr
 
 
+@pytest.mark.slow
 def test_only_the_merged_denoiser_is_the_base_model(leco: Leco, tmp_path: Path) -> None:
     leco()
-    plain = leco("--max_train_steps", "2").losses
-    file: Any = str(tmp_path / "out" / "mine.safetensors")
+    plain = leco("--max_train_steps", "2", "--output_dir", str(tmp_path / "plain")).losses
+    file = str(tmp_path / "out" / "mine.safetensors")
     done = leco("--base_weights", file, "--max_train_steps", "2", "--output_dir", str(tmp_path / "more"))
     assert done.losses != plain
 
