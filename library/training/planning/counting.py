@@ -154,8 +154,15 @@ def sketch_network(options: TrainOptions, arch: Architecture, models: Models) ->
     """The adapter, installed on the models."""
     wanted = options.network
     assert wanted.network_module is not None
-    with counter_for(arch):  # which answers for values that a network module may look at
-        network = adopt(create(wanted, open_network_module(wanted.network_module), models))
+    module = open_network_module(wanted.network_module)
+    if wanted.dim_from_weights:
+        with unset_fake_temporarily():  # the file's own values tell ranks and forms
+            network = adopt(create(wanted, module, models))
+        give_fakes(network.module)
+    else:
+        with counter_for(arch):  # which answers for values that a network module may look at
+            network = adopt(create(wanted, module, models))
+    with counter_for(arch):
         network.apply_to(
             *models.network_view,
             not wanted.network_train_unet_only,
