@@ -10,16 +10,16 @@ from library.errors import UserError
 from networks.core.adapter import Adapter
 from networks.core.argument_values import ORTHOGONAL
 from networks.core.arguments import NetworkArguments
-from networks.core.changes.change import Leaves
+from networks.core.changes.change import Change, Leaves
 from networks.core.changes.joins import Add, Decompose, Join, are_per_output
 from networks.core.changes.leaves import DORA_SCALE
 from networks.core.changes.noise_ranks import NoiseRanks
 from networks.core.changes.scaled import Dropout, ScaledDelta
 from networks.core.changes.split import are_apart
-from networks.core.kinds import full, norm
+from networks.core.kinds import full, norm, pieces
 from networks.core.kinds.kind import Door, Kind
 from networks.core.kinds.starts import FromStart, starting_delta
-from networks.core.kinds.table import change_of, kind_of
+from networks.core.kinds.table import PIECES, change_of, kind_of
 from networks.core.network import Member
 from networks.core.sites.rules import Rules, SiteSettings, make_rules
 from networks.core.sites.site_selection import all_sites, chosen_sites, extra_classes, filters_of
@@ -81,10 +81,12 @@ def members_of_file(
     multiplier: float,
     groups: Mapping[str, Mapping[str, Tensor]],
     source: str,
+    is_merged: bool,
 ) -> Iterator[Member]:
     """The adapters of one part of the base model that a file has weights for.
 
-    Modules of a kind that the door does not train are read as they are.
+    Modules of a kind that the door does not train are read as they are, and of a file that `is_merged` those whose rows
+    are several.
     """
     part = place.part
     norms = find_norms(part, place.root, part.blocks + part.conv_blocks, Filters(include=(".*",)))
@@ -98,6 +100,9 @@ def members_of_file(
         assert kind.rank_of is not None
         rank = kind.rank_of(group)
         alpha = kind.alpha_of(group)
+        if kind is PIECES and not is_merged:
+            yield member_in_rows(door, place, site, rules, arguments, multiplier, group)
+            continue
         if kind not in door.kinds:
             adapter = Adapter(site, change_of(group, site.module), multiplier)
             yield Member(adapter, place.text_encoder, rules.with_rate(site, rank, alpha))
@@ -117,10 +122,36 @@ def members_of_file(
                     "with it have even ranks; leave init out to train it further as it is"
                 )
             rank, alpha = rank // 2, alpha / 2
-        has_magnitudes = DORA_SCALE in group
-        is_per_output = are_per_output(group[DORA_SCALE]) if has_magnitudes else arguments.wd_on_output
-        form = Form(kind.has_core(group), has_magnitudes or arguments.dora_wd, is_per_output, widths)
+        form = replace(form_of_file(group, arguments), widths=widths)
         yield make_member(door, place, site, rules.with_rate(site, rank, alpha), arguments, multiplier, form, group)
+
+
+def form_of_file(leaves: Leaves, arguments: NetworkArguments) -> Form:
+    """The form that a module of a file has; magnitudes can be new."""
+    has_magnitudes = DORA_SCALE in leaves
+    is_per_output = are_per_output(leaves[DORA_SCALE]) if has_magnitudes else arguments.wd_on_output
+    return Form(kind_of(leaves).has_core(leaves), has_magnitudes or arguments.dora_wd, is_per_output)
+
+
+def member_in_rows(
+    door: Door,
+    place: Place,
+    site: Site,
+    rules: Rules,
+    arguments: NetworkArguments,
+    multiplier: float,
+    leaves: Leaves,
+) -> Member:
+    """The adapter of a layer of which a file has several changes, each of its own rows; not installed yet."""
+    layer, changes = site.module, {}
+    assert isinstance(layer, nn.Linear)
+    for name, own in pieces.by_rows(leaves).items():
+        kind = kind_of(own)
+        assert kind.rank_of is not None
+        part = replace(site, module=pieces.LinearRows(layer, pieces.rows_of(name, layer.out_features)))
+        settings = rules.with_rate(site, kind.rank_of(own), kind.alpha_of(own))
+        changes[name] = make_change(door, place, part, settings, arguments, form_of_file(own, arguments), own)
+    return Member(Adapter(site, pieces.InRows(changes), multiplier), place.text_encoder, rules.with_rate(site, 0, 0.0))
 
 
 def fits_site(kind: Kind, site: Site) -> bool:
@@ -154,14 +185,26 @@ def make_member(
     leaves: Leaves | None = None,
 ) -> Member:
     """One adapter, not installed yet; in the form of `leaves`, where those of a file are given."""
+    change = make_change(door, place, site, allotment, arguments, form, leaves)
+    return Member(Adapter(site, change, multiplier), place.text_encoder, allotment)
+
+
+def make_change(
+    door: Door,
+    place: Place,
+    site: Site,
+    allotment: SiteSettings,
+    arguments: NetworkArguments,
+    form: Form,
+    leaves: Leaves | None,
+) -> Change:
+    """The change of one layer."""
     drops = Dropout(arguments.neuron_dropout, arguments.rank_dropout, arguments.module_dropout)
     if door.make_fresh is not None and leaves is None:
         alpha = 0.0 if allotment.alpha is None else allotment.alpha
-        fresh = door.make_fresh(site.module, site.path, allotment.rank, alpha, drops, form.widths)
-        return Member(Adapter(site, fresh, multiplier), place.text_encoder, allotment)
+        return door.make_fresh(site.module, site.path, allotment.rank, alpha, drops, form.widths)
     if door.make_change is not None:
-        turned = door.make_change(site.module, allotment.rank, drops, arguments.use_scalar, leaves)
-        return Member(Adapter(site, turned, multiplier), place.text_encoder, allotment)
+        return door.make_change(site.module, allotment.rank, drops, arguments.use_scalar, leaves)
     if form.widths is not None:
         assert isinstance(site.module, nn.Linear) and door.make_split is not None
         delta = door.make_split(site.module, allotment.rank, form.widths)
@@ -187,7 +230,7 @@ def make_member(
         change.perturb(arguments.ggpo_sigma or 0.0, arguments.ggpo_beta or 0.0)
     if arguments.tlora and place.text_encoder is None:  # captions are encoded once for all noise levels
         change.noise_ranks = NoiseRanks(arguments.tlora_min_rank, arguments.tlora_power)
-    return Member(Adapter(site, change, multiplier), place.text_encoder, allotment)
+    return change
 
 
 def starts_at_weight(arguments: NetworkArguments) -> bool:

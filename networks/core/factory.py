@@ -12,10 +12,12 @@ from library.errors import UserError
 from networks.core.arguments import NetworkArguments, parse_arguments
 from networks.core.build_adapters import Place, fresh_members, members_of_file, rates_alone, starts_at_weight
 from networks.core.changes.leaves import DORA_SCALE
+from networks.core.files.file_spelling import spelling_of
 from networks.core.files.foreign_names import in_own_names
 from networks.core.files.reading_writing import group_by_module, read_adapters
 from networks.core.kinds import norm
 from networks.core.kinds.kind import FOR_FEW, Door
+from networks.core.kinds.pieces import by_rows
 from networks.core.kinds.table import KINDS, PIECES, kind_of
 from networks.core.network import AdapterNetwork, Member
 from networks.core.sites.rules import make_rules
@@ -151,18 +153,26 @@ def network_module(door: Door) -> tuple[CreateNetwork, CreateFromWeights]:
         arguments = arguments_of(door, parse_arguments(network_args, neuron_dropout, targets.known_arguments))
         warn_of_ranks(arguments)
         given = read_adapters(file) if weights_sd is None else weights_sd
-        weights = dict(in_own_names(given, targets.names, file, keeps_pieces=for_inference))
-        groups = group_by_module(weights, str(file), (*KINDS, PIECES) if for_inference else (*door.kinds, norm.KIND))
+        weights = dict(in_own_names(given, targets.names, file, keeps_pieces=True))
+        kinds = KINDS if for_inference else (*door.kinds, norm.KIND)
+        groups = group_by_module(weights, str(file), (*kinds, PIECES))
+        spelling = None
+        if not for_inference and any(kind_of(group) is PIECES for group in groups.values()):
+            check_pieces(door, groups, str(file))
+            assert targets.names is not None
+            spelling = spelling_of(given, targets.names, file)
         chosen = door if door.with_arguments is None else door.with_arguments(arguments)
         members: list[Member] = []
         for place in places(targets, text_encoder, unet):
             rules = rates_alone(arguments, targets, is_denoiser=place.text_encoder is None)
-            members += members_of_file(chosen, targets, place, rules, arguments, multiplier, groups, str(file))
+            members += members_of_file(
+                chosen, targets, place, rules, arguments, multiplier, groups, str(file), for_inference
+            )
         if not members:
             raise UserError(
                 f"{file}: none of its {len(groups)} modules is in this base model; was it made for another?"
             )
-        network = AdapterNetwork(members, targets, arguments, chosen.start_step, str(file))
+        network = AdapterNetwork(members, targets, arguments, chosen.start_step, str(file), spelling)
         if not for_inference:
             check_forms(door, arguments, groups, str(file))
             if door.check is not None:
@@ -246,15 +256,30 @@ def check_forms(
     door: Door, arguments: NetworkArguments, groups: Mapping[str, Mapping[str, Tensor]], source: str
 ) -> None:
     """Raise UserError where a file that is to be trained further has what this kind does not support."""
+    parts = [own for group in groups.values() for own in (by_rows(group).values() or [group])]
     found = {
-        "use_tucker": any(kind_of(group).has_core(group) for group in groups.values()),
-        "dora_wd": any(DORA_SCALE in group for group in groups.values()),
+        "use_tucker": any(kind_of(own).has_core(own) for own in parts),
+        "dora_wd": any(DORA_SCALE in own for own in parts),
     }
     refused = refused_by(door, arguments)
     for name, is_there in found.items():
         if is_there and name in refused:
             raise UserError(
                 f"{source} was trained with {name}, which does not work with this --network_module: {refused[name]}"
+            )
+
+
+def check_pieces(door: Door, groups: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
+    """Raise UserError where a file has a part of a layer apart that this kind does not train as such."""
+    for module, group in groups.items():
+        for name, own in by_rows(group).items():
+            kind = kind_of(own)
+            if kind.is_low_rank and kind in door.kinds:
+                continue
+            way_out = f"use --network_module {kind.door}" if kind.is_low_rank else "merge it with --base_weights"
+            raise UserError(
+                f"{source} has {kind.words} of a part of {module} ({name.replace('_', ' ')}), which is one layer here; "
+                f"this --network_module cannot train it further: {way_out}"
             )
 
 

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from library.errors import UserError
 from networks.core.adapter import Adapter
 from networks.core.arguments import NetworkArguments
+from networks.core.changes.change import Change
 from networks.core.changes.scaled import ScaledDelta
+from networks.core.files.file_spelling import FileSpelling
 from networks.core.files.foreign_names import in_own_names
 from networks.core.files.reading_writing import load_into, network_tensors, read_adapters, save_network
+from networks.core.kinds.pieces import InRows, changes_in, fast_leaves
 from networks.core.protocol import Merging
 from networks.core.side_by_side import Beside, SideBySide
 from networks.core.sites.rules import SiteSettings
@@ -54,9 +57,12 @@ class AdapterNetwork(nn.Module):
         arguments: NetworkArguments,
         start_step: StartStep | None = None,
         file: str = "",
+        spelling: FileSpelling | None = None,
     ) -> None:
-        """`file` is the one that it was made of, for messages."""
+        """`file` is the one that it was made of, for messages; `spelling` what its modules are called in files, where
+        these are other names than kohya's."""
         super().__init__()
+        self.spelling = spelling
         self.file = file
         self.members = list(members)
         self.targets = targets
@@ -73,6 +79,10 @@ class AdapterNetwork(nn.Module):
     def adapters(self) -> Mapping[str, Adapter]:
         """The adapters by name, text encoders first."""
         return {member.adapter.site.name: member.adapter for member in self.members}
+
+    def changes(self) -> Iterator[Change]:
+        """The changes of all layers; of a layer whose rows are changed apart, each."""
+        return (change for member in self.members for change in changes_in(member.adapter.change))
 
     def apply_to(
         self, text_encoder: Any, unet: nn.Module, train_text_encoder: bool = True, train_unet: bool = True
@@ -148,14 +158,17 @@ class AdapterNetwork(nn.Module):
 
         Raises UserError when nothing in the file fits, or when a rank differs.
         """
-        report = load_into(self.adapters, in_own_names(read_adapters(file), self.targets.names, file), str(file))
+        has_pieces = any(isinstance(member.adapter.change, InRows) for member in self.members)
+        weights = in_own_names(read_adapters(file), self.targets.names, file, keeps_pieces=has_pieces)
+        report = load_into(self.adapters, weights, str(file))
         for line in report.warnings():
             logger.warning(line)
         return report.summary()
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """Write the adapters whole or not at all: .safetensors with metadata and hashes, else a pickled table."""
-        save_network(file, network_tensors(self.adapters, dtype), metadata)
+        tensors = network_tensors(self.adapters, dtype)
+        save_network(file, tensors if self.spelling is None else self.spelling.restore(tensors), metadata)
 
     def set_multiplier(self, multiplier: float) -> None:
         """How strongly the changes act: 0 is the base model."""
@@ -179,7 +192,7 @@ class AdapterNetwork(nn.Module):
             block += "" if allotment.expression is None else f" reg_lr_{allotment.expression}"
             ratio = self._loraplus_ratio(member)
             for name, parameter in module_of(member.adapter).named_parameters():
-                is_plus = ratio is not None and name == member.adapter.change.fast_leaf
+                is_plus = ratio is not None and name in fast_leaves(member.adapter.change)
                 lr = rate * ratio if is_plus and ratio is not None else rate
                 if lr == 0:
                     continue
@@ -219,21 +232,19 @@ class AdapterNetwork(nn.Module):
 
         With T-LoRA it decides which ranks act; without a level all of them do.
         """
-        for member in self.members:
-            change = member.adapter.change
+        for change in self.changes():
             if isinstance(change, ScaledDelta) and change.noise_ranks is not None:
                 change.noise_levels_B = levels_B
 
     def looks_at_gradients(self) -> bool:
         """Whether a change does something in `on_gradients`."""
-        changes = (member.adapter.change for member in self.members)
-        return any(isinstance(change, ScaledDelta) and change.perturbation is not None for change in changes)
+        return any(isinstance(change, ScaledDelta) and change.perturbation is not None for change in self.changes())
 
     def on_gradients(self) -> None:
         """Look at the gradients of an optimizer step, all batches and processes together, before they are clipped."""
-        for member in self.members:
-            if isinstance(member.adapter.change, ScaledDelta):
-                member.adapter.change.note_gradients()
+        for change in self.changes():
+            if isinstance(change, ScaledDelta):
+                change.note_gradients()
 
     def get_trainable_params(self) -> list[nn.Parameter]:
         """What the optimizer changes: the set whose gradient norm is limited."""

@@ -11,6 +11,7 @@ from networks.core.changes.scaled import ScaledDelta
 from networks.core.changes.turned import Turned
 from networks.core.kinds.norm import Norm
 from networks.core.kinds.oft import TurnedOutputs
+from networks.core.kinds.pieces import changes_in
 from networks.core.sites.targets import BlockList
 
 FORMS = ("DoRA", "DoRA per output", "a Tucker core", "a trained strength")  # of `ScaledDelta.forms`, in this order
@@ -18,8 +19,8 @@ FORMS = ("DoRA", "DoRA per output", "a Tucker core", "a trained strength")  # of
 
 def describe_part(part: str, adapters: Sequence[Adapter], layout: BlockList | None) -> Iterator[str]:
     """Modules, ranks, alphas, forms and parameters of one part of the base model; by block where blocks differ."""
-    modules = [(a.site, a.change) for a in adapters if not isinstance(a.change, Norm)]
-    num_norms = len(adapters) - len(modules)
+    num_norms = sum(isinstance(a.change, Norm) for a in adapters)
+    modules = [(a.site, change) for a in adapters if not isinstance(a.change, Norm) for change in changes_in(a.change)]
     num_values = sum(p.numel() for a in adapters if isinstance(a.change, nn.Module) for p in a.change.parameters())
     scaled = [change for _, change in modules if isinstance(change, ScaledDelta)]
     forms = [f"{words} in {count}" for words in FORMS if (count := sum(words in change.forms for change in scaled))]

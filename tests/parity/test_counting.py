@@ -95,6 +95,30 @@ def test_the_step_of_a_base_model_takes_what_is_counted(name: str, recomputes: b
     assert planned_peak(counted, recomputes) == pytest.approx(real, rel=SHARES.get(name, SHARE))
 
 
+def test_what_dora_per_output_keeps_is_counted(tmp_path: Path) -> None:
+    words = ["--network_args", "dora_wd=True", "wd_on_output=True"]
+    options, arch = opened("flux", tmp_path / "model", "--mixed_precision", "no", *words)
+    counted = count_run(options, arch, SHAPE, CPU)
+    torch.manual_seed(99)
+    real = allocated_peak(real_step(options, arch, SHAPE, False))
+    assert planned_peak(counted, False) == pytest.approx(real, rel=SHARE)
+
+
+def test_an_adapter_made_of_a_file_is_counted(tmp_path: Path) -> None:
+    """A LoKr of q, k and v apart."""
+    leaves = {"lokr_w1": (4, 4), "lokr_w2_a": (16, 2), "lokr_w2_b": (2, 16)}
+    stems = [f"lycoris_transformer_blocks_{i}_attn_to_{part}" for i in (0, 1) for part in "qkv"]
+    path = tmp_path / "theirs.safetensors"
+    save_file({f"{stem}.{leaf}": torch.ones(leaves[leaf]) for stem in stems for leaf in leaves}, path)
+    options, arch = opened("flux", tmp_path / "model", "--mixed_precision", "no")
+    of_file = {"network_module": "networks.lokr", "network_weights": str(path), "dim_from_weights": True}
+    options = options.with_values({**of_file, "network_dim": None})
+    counted = count_run(options, arch, SHAPE, CPU)
+    torch.manual_seed(101)
+    real = allocated_peak(real_step(options, arch, SHAPE, False))
+    assert planned_peak(counted, False) == pytest.approx(real, rel=SHARE)
+
+
 @pytest.mark.parametrize("recomputes", [False, True], ids=["keeps all", "recomputes all"])
 def test_what_products_in_8_bits_take_is_counted(recomputes: bool, tmp_path: Path) -> None:
     """Rounded activations, and sums in 32 bits before their factors are multiplied out. CPUs cast these in a copy of

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.running import Finished
 from tests.runs.test_validation import charts, scalars
 from tests.tiny.flux import build_tiny_flux
 
 Train = Callable[..., Finished]
+LOKR = {"lokr_w1": (4, 4), "lokr_w2_a": (16, 2), "lokr_w2_b": (2, 16)}  # of 64 inputs and outputs
+LOHA = {f"hada_w{i}_{side}": (64, 2) if side == "a" else (2, 64) for i in (1, 2) for side in "ab"}
 
 
 @pytest.fixture(scope="session")
@@ -260,3 +262,33 @@ def test_lycoris_trains_under_the_names_that_our_adapters_have(
     assert done.status == 0, done.stderr
     ours, theirs = ({key.split(".")[0] for key in saved(tmp_path, name)} for name in ("ours", "theirs"))
     assert ours == theirs
+
+
+@pytest.mark.parametrize("kind", ["lokr", "loha"])
+def test_a_file_with_q_k_and_v_apart_is_trained_further_resumed_and_saved_under_its_names(
+    train_flux: Train, arguments: list[str], tmp_path: Path, kind: str
+) -> None:
+    generator, tensors = torch.Generator().manual_seed(61), {}
+    for block in ("lycoris_transformer_blocks_0_attn_", "lycoris_single_transformer_blocks_0_attn_"):
+        for part in ("to_q", "to_k", "to_v"):
+            shapes = LOKR if kind == "lokr" else LOHA
+            leaves = {leaf: 0.1 * torch.randn(shape, generator=generator) for leaf, shape in shapes.items()}
+            tensors |= {f"{block}{part}.{leaf}": tensor for leaf, tensor in leaves.items()}
+            tensors[f"{block}{part}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    door = ["--network_module", f"networks.{kind}", "--network_train_unet_only", "--save_state"]
+    further = [*arguments, *door, "--network_weights", str(tmp_path / "theirs.safetensors"), "--dim_from_weights"]
+    whole = [*further, "--save_every_n_steps", "2", "--network_args", "loraplus_lr_ratio=2", "rank_dropout=0.1"]
+    done = train_flux([*whole, "--output_name", "whole"])
+    assert done.status == 0, done.stderr
+    state = str(tmp_path / "out" / "whole-step00000002-state")
+    done = train_flux([*whole, "--output_name", "resumed", "--resume", state])
+    assert done.status == 0, done.stderr
+    expected, resumed = saved(tmp_path, "whole"), saved(tmp_path, "resumed")
+    assert expected.keys() == tensors.keys()
+    assert all(torch.equal(weight, resumed[key]) for key, weight in expected.items())
+    moved = [not torch.equal(expected[key], tensor) for key, tensor in tensors.items() if not key.endswith(".alpha")]
+    assert all(moved)
+    again = [*arguments, *door, "--network_weights", str(tmp_path / "out" / "whole.safetensors"), "--dim_from_weights"]
+    done = train_flux([*again, "--output_name", "again", "--max_train_steps", "1"])
+    assert done.status == 0 and saved(tmp_path, "again").keys() == tensors.keys(), done.stderr

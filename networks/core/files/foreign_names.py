@@ -20,7 +20,7 @@ def in_own_names(
 ) -> Mapping[str, Tensor]:
     """The tensors of an adapter file under kohya's names, the strengths that other namings keep elsewhere included.
 
-    `keeps_pieces` is for merging, see `rename`. A file that has these names already, or whose base model lists no
+    `keeps_pieces` as in `rename`. A file that has these names already, or whose base model lists no
     others, comes back as it is. Raises UserError naming the keys that have no place in this base model, or naming a
     module that stands twice.
     """

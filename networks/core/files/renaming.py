@@ -37,9 +37,9 @@ def rename(
 ) -> Renamed:
     """The file in the naming `to`.
 
-    With `keeps_pieces` modules that only diffusers has apart, and whose factors cannot be joined to those of one, come
-    as `kinds.pieces`, which can be merged but not saved. Raises UserError naming the keys that `to` cannot hold, unless
-    they are to be dropped, and for a file in which one module stands twice.
+    With `keeps_pieces` modules that only diffusers has apart come as `kinds.pieces`, if the factors of one layer's
+    cannot be joined to those of one. Raises UserError naming the keys that `to` cannot hold, unless they are to be
+    dropped, and for a file in which one module stands twice.
     """
     if not keeps_pieces and not drop_unsupported and to != "diffusers":
         refuse_apart(file, names)
@@ -51,9 +51,11 @@ def rename(
         )
     modules: dict[str, ModuleWeights] = {}
     widened = []
-    for found, members in group_by_place(file, names, frozenset(lost)).items():
+    groups = group_by_place(file, names, frozenset(lost))
+    are_apart = keeps_pieces and any(is_apart(found, members) for found, members in groups.items())
+    for found, members in groups.items():
         dtypes = {dtype for member in members for dtype in rows.dtypes_of(member.tensors)}
-        for name, tensors in in_naming(found, members, to, file.origin):
+        for name, tensors in in_naming(found, members, to, file.origin, are_apart):
             if to == "diffusers" and DORA_SCALE in tensors:
                 tensors = {**tensors, DORA_SCALE: rows.as_peft_magnitudes(tensors[DORA_SCALE])}
             keys = {leaf: f"{name}.{ending(leaf, to)}" for leaf in tensors}
@@ -78,9 +80,12 @@ def group_by_place(file: AdapterFile, names: BaseNames, lost: frozenset[str]) ->
 
 
 def in_naming(
-    found: ModuleNames, members: Sequence[ModuleWeights], to: FileNaming, origin: str
+    found: ModuleNames, members: Sequence[ModuleWeights], to: FileNaming, origin: str, are_apart: bool
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name, tensors) of one module of the base model, which can be several where diffusers has pieces of it."""
+    """(name, tensors) of one module of the base model, which can be several where diffusers has pieces of it.
+
+    With `are_apart` pieces stay so, whether they could be joined or not.
+    """
     pieces = {found.piece_of(member.name): member for member in members}
     if len(pieces) < len(members) or (len(members) > 1 and None in pieces):
         raise named_twice(origin, found.kohya)
@@ -89,7 +94,7 @@ def in_naming(
             if i in pieces:
                 yield piece.diffusers, without_alpha(pieces[i])
         return
-    if None not in pieces and not can_join(found, pieces.values()):
+    if None not in pieces and (are_apart or not can_join(found, pieces.values())):
         yield found.kohya, in_rows(found, pieces)
         return
     whole = pieces[None] if None in pieces else join_pieces(found, pieces, origin)
@@ -113,30 +118,40 @@ def can_join(found: ModuleNames, pieces: Collection[ModuleWeights]) -> bool:
     return num_dora == 0 or (all(p.is_dora_per_output for p in pieces) and len(pieces) == len(found.pieces))
 
 
+def is_apart(found: ModuleNames, members: Sequence[ModuleWeights]) -> bool:
+    """Whether these are pieces of a layer whose factors are none of the whole layer."""
+    pieces = [m for m in members if found.piece_of(m.name) is not None and m.kind.read is not None]
+    return bool(pieces) and not can_join(found, pieces)
+
+
 def in_rows(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights]) -> dict[str, Tensor]:
     """Each piece as a change of its own rows."""
-    total, tensors, first = sum(piece.share for piece in found.pieces), {}, 0
-    for i, piece in enumerate(found.pieces):
+    tensors = {}
+    for i in range(len(found.pieces)):
         if i in pieces:
             own = with_alpha_tensor(pieces[i])
             own |= {ALPHA: own[ALPHA].reshape(())} if ALPHA in own else {}
-            named = {leaf_of(first, first + piece.share, total, leaf): tensor for leaf, tensor in own.items()}
-            tensors.update(named)
-        first += piece.share
+            tensors.update({leaf_of(*shares_of(found, i), leaf): tensor for leaf, tensor in own.items()})
     return tensors
+
+
+def shares_of(found: ModuleNames, i: int) -> tuple[int, int, int]:
+    """Where the rows of piece i begin and end, and of how many, in units that all pieces have in common."""
+    shares = [piece.share for piece in found.pieces]
+    return sum(shares[:i]), sum(shares[: i + 1]), sum(shares)
 
 
 def refuse_apart(file: AdapterFile, names: BaseNames) -> None:
     """Raise UserError for a piece of a layer whose factors are none of the whole layer."""
     for found, members in group_by_place(file, names, frozenset()).items():
-        pieces = [m for m in members if found.piece_of(m.name) is not None and m.kind.read is not None]
-        if pieces and not can_join(found, pieces):
-            module = next((m for m in pieces if m.is_dora or m.kind is not lora.KIND), pieces[0])
+        if is_apart(found, members):
+            module = next((m for m in members if m.is_dora or m.kind is not lora.KIND), members[0])
             what = "DoRA" if module.is_dora else module.kind.words
             raise UserError(
                 f"{file.origin}: {module.name} is {what} of a part of {found.kohya}, which is one layer outside of "
-                "diffusers and has no such factors there. It can be merged: into a checkpoint, with --base_weights, or "
-                "into a LoRA with tools/merge_lora.py --base_model and --new_rank"
+                "diffusers and has no such factors there. With --dim_from_weights it can be trained further. "
+                "It can be merged: into a checkpoint, with --base_weights, or into a LoRA with tools/merge_lora.py "
+                "--base_model and --new_rank"
             )
 
 

@@ -19,6 +19,7 @@ from networks.core.changes.joins import scale_columns
 from networks.core.changes.scaled import ScaledDelta
 from networks.core.kinds.kind import Door, Kind
 from networks.core.kinds.loha import IS_3X3
+from networks.core.kinds.pieces import changes_in
 
 logger = logging.getLogger(__name__)
 
@@ -323,7 +324,8 @@ def with_arguments(arguments: Any) -> Door:
 
 def tell_whole(network: Any) -> None:
     """Say how many modules have no rank."""
-    changes = [change for adapter in network.adapters.values() if isinstance(change := adapter.change, ScaledDelta)]
+    inside = [change for adapter in network.adapters.values() for change in changes_in(adapter.change)]
+    changes = [change for change in inside if isinstance(change, ScaledDelta)]
     num_whole = sum(change.delta.is_whole for change in changes)
     if num_whole:
         logger.info(

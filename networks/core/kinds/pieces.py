@@ -1,17 +1,17 @@
 """Changes of some of a layer's rows each: a file of a program that has several layers where this one is.
 
 The factors of a LoRA can be joined to those of the whole layer; those of a LoKr, a LoHa, a rotation or with magnitudes
-cannot. So each keeps its own, under names such as `rows_1_2_of_3.lokr_w1`: the second third of the rows. They are
-merged and not trained, and are in no file.
+cannot. So each keeps its own, under names such as `rows_1_2_of_3.lokr_w1`: the second third of the rows. These names
+are in memory and in states alone; files have those that they had (networks/core/files/file_spelling.py).
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
 from networks.core.changes.change import Change, Forward, Leaves, Misfit
 from networks.core.kinds.kind import Kind
 
@@ -46,8 +46,37 @@ def whole_and_leaf(module: str, leaf: str) -> tuple[str, str]:
     return (module, leaf) if match is None else (match[1], f"{match[2]}.{leaf}")
 
 
+def rows_of(name: str, num_rows: int) -> slice:
+    """The rows of a layer with `num_rows` that a piece has. Raises `Misfit` where they are no whole number."""
+    match = LEAF.fullmatch(f"{name}.weight")
+    assert match is not None
+    first, stop, total = (int(number) for number in match.groups()[1:4])
+    unit, rest = divmod(num_rows, total)
+    if rest:
+        raise Misfit("", (total,), (num_rows,))
+    return slice(first * unit, stop * unit)
+
+
+class LinearRows(nn.Linear):
+    """Some rows of a Linear layer, as changes see a layer; it has no tensors of its own."""
+
+    def __init__(self, whole: nn.Linear, rows: slice) -> None:
+        nn.Module.__init__(self)
+        object.__setattr__(self, "whole", whole)
+        self.rows, self.in_features, self.out_features = rows, whole.in_features, rows.stop - rows.start
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        if name not in ("weight", "bias"):
+            return super().__getattr__(name)
+        parameter = getattr(self.whole, name)
+        return cast(Tensor, None) if parameter is None else parameter[self.rows]
+
+
 class InRows(nn.Module):
-    """W with each change made to its own rows; rows of no change stay as they are."""
+    """W with each change made to its own rows; rows of no change stay as they are.
+
+    The layer runs once for all changes that leave its input alone, and once more for each that does not.
+    """
 
     changed_parameters = ("weight",)
     fast_leaf = ""
@@ -63,18 +92,23 @@ class InRows(nn.Module):
         return dict(self.named_children())  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        raise UserError("changes of parts of a layer's rows can be merged, but not trained; tools/merge_lora.py merges")
+        out = base(x)
+        parts, end = [], 0
+        for name, change in sorted(self.changes.items(), key=lambda piece: rows_of(piece[0], out.shape[-1]).start):
+            rows = rows_of(name, out.shape[-1])
+
+            def base_rows(z: Tensor, rows: slice = rows) -> Tensor:
+                return (out if z is x else base(z))[..., rows]
+
+            parts += [out[..., end : rows.start]] if end < rows.start else []
+            parts.append(change.forward(x, base_rows, strength))
+            end = rows.stop
+        return torch.cat([*parts, out[..., end:]], -1) if end < out.shape[-1] else torch.cat(parts, -1)
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
         whole: Tensor | None = None
         for name, change in self.changes.items():
-            match = LEAF.fullmatch(f"{name}.weight")
-            assert match is not None
-            first, stop, total = (int(number) for number in match.groups()[1:4])
-            unit, rest = divmod(len(base), total)
-            if rest:
-                raise Misfit("", (total, *base.shape[1:]), tuple(base.shape))
-            rows = slice(first * unit, stop * unit)
+            rows = rows_of(name, len(base))
             part = change.merged(base[rows], strength)
             whole = base.to(part.dtype, copy=True) if whole is None else whole
             whole[rows] = part
@@ -97,6 +131,18 @@ class InRows(nn.Module):
         changes = self.changes
         for name, own in by_rows(leaves).items():
             changes[name].load(own)
+
+
+def changes_in(change: Change) -> Iterator[Change]:
+    """The changes that one is made of: itself, or those of its rows."""
+    yield from change.changes.values() if isinstance(change, InRows) else (change,)
+
+
+def fast_leaves(change: Change) -> frozenset[str]:
+    """The parameters that LoRA+ trains faster, by their names in the module."""
+    if isinstance(change, InRows):
+        return frozenset(f"{name}.{one.fast_leaf}" for name, one in change.changes.items())
+    return frozenset((change.fast_leaf,))
 
 
 def kind_with(make_one: MakeOne) -> Kind:

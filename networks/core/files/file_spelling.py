@@ -1,0 +1,85 @@
+"""What a file of another program calls the modules of a network, for files that are saved as that one was.
+
+Files whose q, k and v are apart have no place under kohya's names, where they are one layer. A network that was made of
+one is saved under the names that the file had, so that the program that wrote it reads it back.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from library.checkpoints.adapter_keys import AdapterKey
+from library.checkpoints.adapter_names import BaseNames, placed
+from networks.core.changes import rows
+from networks.core.changes.leaves import ALPHA, DORA_SCALE
+from networks.core.files.adapter_file import parse_adapter
+from networks.core.files.module_weights import ModuleWeights
+from networks.core.files.renaming import shares_of, swap_halves, without_alpha
+from networks.core.kinds.pieces import leaf_of
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """One module in the file."""
+
+    name: str
+    keys: Mapping[str, str]  # by leaf
+    is_swapped: bool  # the halves of its rows have the other order there
+
+
+@dataclass(frozen=True)
+class FileSpelling:
+    """The modules of a file by their names here."""
+
+    modules: Mapping[str, Spelled]
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a network under the keys of the file.
+
+        Where a module has no alpha there, its strength is multiplied into one of its factors.
+        """
+        groups: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            module, leaf = module_and_leaf(key)
+            groups.setdefault(module, {})[leaf] = tensor
+        return {key: tensor for name, leaves in groups.items() for key, tensor in self._one(name, leaves).items()}
+
+    def _one(self, name: str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        spelled = self.modules[name]
+        module = ModuleWeights(spelled.name, leaves, {}, origin=name)
+        module = swap_halves(module, name) if spelled.is_swapped else module
+        found = dict(module.tensors)
+        if module.kind.has_alpha and ALPHA not in spelled.keys:
+            found = without_alpha(module)
+        if DORA_SCALE in found and rows.PEFT_MAGNITUDES in spelled.keys.get(DORA_SCALE, ""):
+            found[DORA_SCALE] = rows.as_peft_magnitudes(found[DORA_SCALE])
+        return {spelled.keys.get(leaf, f"{spelled.name}.{leaf}"): tensor for leaf, tensor in found.items()}
+
+
+def module_and_leaf(key: str) -> tuple[str, str]:
+    """(module with its rows, leaf) of a key in memory."""
+    found = AdapterKey.parse(key)
+    assert found is not None
+    return found.module, found.leaf
+
+
+def spelling_of(tensors: Mapping[str, Tensor], names: BaseNames, file: str | Path) -> FileSpelling:
+    """What a file calls its modules; all of them are of the base model that `names` are of."""
+    read = parse_adapter(tensors, {}, str(file))
+    others = placed(read.modules.keys(), [names])
+    modules = {}
+    for name, module in read.modules.items():
+        known = others.get(name, name)
+        found = names.find(known)
+        assert found is not None
+        piece = found.piece_of(known)
+        own = (
+            found.kohya
+            if piece is None
+            else module_and_leaf(f"{found.kohya}.{leaf_of(*shares_of(found, piece), ALPHA)}")[0]
+        )
+        is_swapped = found.swaps_pair and found.is_in_diffusers(known)
+        modules[own] = Spelled(name, module.keys, is_swapped)
+    return FileSpelling(modules)
