@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests.device_standin import DEVICE, OnDevice
 
+OURS = ("networks.core.kinds", "networks.core.changes")  # what adapters are made of, beside modules
+
 
 class HostWaits(Exception):
     """The host would wait until the device has done all it was given."""
@@ -72,7 +74,7 @@ def move_fakes(models: Iterable[nn.Module]) -> None:
                 if isinstance(old, FakeTensor):
                     made[old] = made.get(old, on_device(old))
                     part[name] = made[old]
-                elif isinstance(old, nn.Module) or type(old).__module__.startswith("networks.core.kinds"):
+                elif isinstance(old, nn.Module) or type(old).__module__.startswith(OURS):
                     waiting.append(old)
 
 
