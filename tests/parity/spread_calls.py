@@ -1,5 +1,7 @@
 """What processes of a group do together in test_spread.py; each function is called in all of them."""
 
+import ctypes
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,6 +118,8 @@ def grown(weights: Weights, form: Any) -> int:
 
 def growth(make: Callable[[], T]) -> tuple[int, T]:
     """By how much the peak of main memory lies above what there was before while something is made; and that."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator holds free would be used first, and not be seen
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     made = make()

@@ -101,5 +101,6 @@ def test_files_are_merged_into_each_weight_before_it_is_spread(given: dict[str, 
     for rank in given["merged"]:
         whole, largest, spread, plain, is_same = rank.gave
         assert is_same
-        assert whole / COUNT * 0.5 < spread < whole / COUNT + 6 * largest < 0.8 * whole, rank.gave
-        assert plain > 0.95 * whole, rank.gave
+        rest = plain - whole  # what is not spread
+        assert rest > -0.05 * whole, rank.gave
+        assert whole / COUNT * 0.5 < spread < whole / COUNT + max(0, rest) + 6 * largest < 0.8 * plain, rank.gave

@@ -16,6 +16,7 @@ from tests.running import Finished, make_pictures
 from tests.runs.bases import BASES
 from tests.tiny.flux import build_tiny_flux
 from tests.tiny.sd import build_tiny_sd
+from tests.tiny.sd3 import build_tiny_sd3
 from tests.tiny.sdxl import build_tiny_sdxl
 from tools import convert_lora, merge_lora
 
@@ -87,8 +88,17 @@ def add_adapter_files(place: Path, train: Train) -> None:
     for name in ("style", "my_cat"):
         shutil.copy("cat.safetensors", f"{name}.safetensors")
     assert convert_lora.main(shlex.split("--model cat.safetensors --save_to from_peft.safetensors --to diffusers")) == 0
+    add_parts_of_models(place)
     merged = "--sd_model sd15.safetensors --models cat.safetensors --save_to tuned.safetensors"
     assert merge_lora.main(merged.split()) == 0
+
+
+def add_parts_of_models(place: Path) -> None:
+    """A FLUX.1 as diffusers has it, and an SD3 whose text encoders are files of their own."""
+    build_tiny_flux(place / "FLUX.1-dev", 55, "diffusers")
+    build_tiny_sd3(place / "sd3", 57, with_text=False).rename("sd3.5_large.safetensors")
+    for name, part in {"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl_fp16": "t5xxl"}.items():
+        (place / "sd3" / f"{part}.safetensors").rename(f"{name}.safetensors")
 
 
 def with_tiny_models(words: list[str], folder: Path, script: str) -> list[str]:
