@@ -244,6 +244,14 @@ def test_json_lines(tmp_path):
     assert [picture.caption for picture in found.pictures] == ["x", "y,z"]
 
 
+def test_metadata_keys_can_be_paths_as_they_were_typed_below_the_working_folder(tmp_path, monkeypatch):
+    write_picture(tmp_path / "pictures" / "mine" / "a.png", (64, 64))
+    (tmp_path / "meta.json").write_text(json.dumps({"pictures/mine/a.png": {"caption": "a cat"}}))
+    monkeypatch.chdir(tmp_path)
+    (picture,) = scan(tmp_path, METADATA).pictures
+    assert (picture.key, picture.caption) == ("pictures/mine/a.png", "a cat")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [

@@ -63,10 +63,11 @@ def sizes_anywhere(paths: Sequence[str], num_threads: int, title: str, keeps_ind
 
 
 def find_picture(key: str, image_dir: str | None, listings: dict[str, dict[str, str]]) -> str | None:
-    """A metadata key's file: a path with or without ending, absolute or below image_dir (else the working folder)."""
+    """A metadata key's file: a path with or without ending, absolute, below image_dir, or below the working folder."""
     path = key if os.path.isabs(key) else os.path.join(image_dir or "", key)
-    if os.path.isfile(path):
-        return path
+    for whole in (path, key):  # --full_path of sd-scripts' commands writes paths as they were typed
+        if os.path.isfile(whole):
+            return whole
     folder, name = os.path.split(path)
     if folder not in listings:
         pictures = look_into(folder or ".").pictures if os.path.isdir(folder or ".") else []
