@@ -6,7 +6,7 @@ ai-toolkit, as sd-scripts reads them.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -18,6 +18,9 @@ from library.options.encodings import not_utf8
 from library.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
+
+Warn = Callable[..., None]
+"""Takes a message and what stands in its places, as a logger does."""
 
 FLAG = "--prompts_file"
 ERASE, ENHANCE = "erase", "enhance"
@@ -72,8 +75,8 @@ class PromptPair:
         return tuple(dict.fromkeys((self.target, self.positive, self.unconditional, self.neutral)))
 
 
-def read_prompt_pairs(path: Path) -> list[PromptPair]:
-    """The pairs of a file, sliders opened.
+def read_prompt_pairs(path: Path, warn: Warn = logger.warning) -> list[PromptPair]:
+    """The pairs of a file, sliders opened; `warn` is told of what has no effect or another one than it seems.
 
     Raises UserError naming the file, the entry, the key and the way out.
     """
@@ -84,7 +87,7 @@ def read_prompt_pairs(path: Path) -> list[PromptPair]:
         raise UserError(f'{FLAG} {path} is empty; it needs [[prompts]] with target = "...", or [[targets]]')
     shared, entries = entries_of(tables, path)
     check_shared(shared, entries, path)
-    pairs = [pair for entry in entries for pair in pairs_of(entry, shared, path.parent)]
+    pairs = [pair for entry in entries for pair in pairs_of(entry, shared, path.parent, warn)]
     for pair in pairs:
         check_teaches(pair)
     return pairs
@@ -145,7 +148,7 @@ def unknown(key: str, known: Sequence[str], place: str) -> UserError:
     return UserError(f"{FLAG} {place}: there is no {key!r} here{did_you_mean(key, known)}. There are {names}")
 
 
-def pairs_of(entry: Entry, shared: Mapping[str, Any], folder: Path) -> list[PromptPair]:
+def pairs_of(entry: Entry, shared: Mapping[str, Any], folder: Path, warn: Warn) -> list[PromptPair]:
     """The pairs of an entry; `shared` is what it has where it says nothing, `folder` where its files lie."""
     place, own = entry.place, entry.values
     if "target" in own and "target_class" in own:
@@ -162,9 +165,9 @@ def pairs_of(entry: Entry, shared: Mapping[str, Any], folder: Path) -> list[Prom
     values = {key: checked(key, value, place) for key, value in {**inherited, **own}.items()}
     if entry.is_pair and "target" not in values:
         raise UserError(f'{FLAG} {place} names nothing that is to change; give target = "..."')
-    pairs = [pair_of(place, values)] if entry.is_pair else list(slider_pairs(place, values, folder))
+    pairs = [pair_of(place, values)] if entry.is_pair else list(slider_pairs(place, values, folder, warn))
     if fixed := [pair for pair in pairs if pair.dynamic_resolution and not pair.has_drawn_size]:
-        logger.warning(
+        warn(
             "%s %s: dynamic_resolution has no effect on %d x %d (height x width), only squares vary",
             FLAG, place, fixed[0].height, fixed[0].width,
         )  # fmt: skip
@@ -242,7 +245,7 @@ def size_of(value: Any, place: str) -> tuple[int, int]:
     return height, width
 
 
-def sizes_of(values: Mapping[str, Any], place: str) -> list[tuple[int, int]]:
+def sizes_of(values: Mapping[str, Any], place: str, warn: Warn) -> list[tuple[int, int]]:
     """The sizes of a slider: one, or each of a list of [height, width]."""
     if "resolution" in values and "resolutions" in values:
         raise UserError(f"{FLAG} {place} has resolution and resolutions, of which one would be ignored; keep one")
@@ -251,14 +254,14 @@ def sizes_of(values: Mapping[str, Any], place: str) -> list[tuple[int, int]]:
         return [size_of(one, place) for one in value]
     height, width = size_of(value, place)
     if "resolutions" in values and isinstance(value, list):
-        logger.warning(
+        warn(
             "%s %s: resolutions = [%d, %d] is one size, %d high and %d wide; two squares are [[%d, %d], [%d, %d]]",
             FLAG, place, height, width, height, width, height, height, width, width,
         )  # fmt: skip
     return [(height, width)]
 
 
-def slider_pairs(place: str, values: Mapping[str, Any], folder: Path) -> Iterator[PromptPair]:
+def slider_pairs(place: str, values: Mapping[str, Any], folder: Path, warn: Warn) -> Iterator[PromptPair]:
     """Both ways of a slider, for each neutral prompt and size: at `multiplier` toward positive and away from negative,
     at its opposite the other way."""
     positive, negative = (values.get(key, "") for key in ("positive", "negative"))
@@ -279,8 +282,9 @@ def slider_pairs(place: str, values: Mapping[str, Any], folder: Path) -> Iterato
         ways = [(negative, "", ERASE, multiplier), (negative, "", ENHANCE, -multiplier)]
     else:
         ways = [(positive, "", ENHANCE, multiplier), (positive, "", ERASE, -multiplier)]
+    sizes = sizes_of(values, place, warn)
     for neutral in neutrals_of(values, place, folder):
-        for size in sizes_of(values, place):
+        for size in sizes:
             for end, other_end, action, strength in ways:
                 more = {"target": values.get("target_class", ""), "positive": end, "unconditional": other_end}
                 more |= {"neutral": neutral, "action": action, "multiplier": strength}

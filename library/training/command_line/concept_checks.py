@@ -19,7 +19,11 @@ def check_concepts(options: TrainOptions, concepts: ConceptOptions) -> None:
             raise UserError(f"--{name} does not work with {FLAG}: {why}")
     if not concepts.prompts_file:
         raise UserError(f"{FLAG} is not set; give the TOML file with the prompts that are trained")
-    read_prompt_pairs(Path(concepts.prompts_file))
+    read_prompt_pairs(Path(concepts.prompts_file), warn=said_later)
+
+
+def said_later(*message: object) -> None:
+    """What is odd about the file is told where the run opens it."""
 
 
 def ignored_for_concepts(options: TrainOptions) -> Mapping[str, str]:

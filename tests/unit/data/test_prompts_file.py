@@ -218,3 +218,11 @@ def test_what_is_hardly_meant_is_warned_of_once(
         pairs_in(tmp_path, text)
     (record,) = caplog.records
     assert words in record.message
+
+
+def test_each_oddity_is_told_once_and_where_it_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = '[[targets]]\npositive = "p"\nresolutions = [64, 128]\nneutrals = ["", "a photo", "a painting"]'
+    told: list[object] = []
+    with caplog.at_level(logging.WARNING):
+        read_prompt_pairs(written(tmp_path, text), warn=lambda *message: told.append(message))
+    assert len(told) == 1 and caplog.records == []
