@@ -9,6 +9,7 @@ from math import isfinite
 from library.architectures.cards import list_cards
 from library.checkpoints.model_card import BlockWeights, ModelCard
 from library.errors import UserError
+from library.options.rules import is_number
 from networks.core.files.adapter_file import AdapterFile
 
 logger = logging.getLogger(__name__)
@@ -64,13 +65,9 @@ def parse_list(text: str) -> tuple[float, ...]:
         found = json.loads(text if text.strip().startswith("[") else f"[{text}]")
     except ValueError:
         found = None
-    if not isinstance(found, list) or not all(is_number(value) for value in found):
+    if not isinstance(found, list) or not all(is_number(value) and isfinite(value) for value in found):
         raise UserError(f'--lbws has "{text}", which is no list of numbers; write it as [1,0,0.5,...]')
     return tuple(float(value) for value in found)
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def strength_by_block(file: AdapterFile, card: ModelCard, numbers: tuple[float, ...]) -> Callable[[str], float]:

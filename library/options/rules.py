@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from math import isfinite
-from typing import Any
+from typing import Any, TypeGuard
 
 from library.errors import UserError
 from library.options.base import RULE, Options, Rule
@@ -18,13 +18,18 @@ def is_set(value: Any, default: Any) -> bool:
     return value != default and value not in (None, False, "", 0, "no", [])
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a number, which true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_ranges(options: Options) -> None:
     """Raise UserError for the first number that lies where it means nothing, naming its option."""
     values = options.flat()
     for field, _ in type(options).leaves():
         value = values[field.name]
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not isinstance(number, bool):
+            if is_number(number):
                 check_number(field.name, number, field.metadata.get(RULE, Rule()))
 
 

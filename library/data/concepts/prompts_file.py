@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from library.errors import UserError
 from library.options.config_file import read_toml
 from library.options.encodings import not_utf8
+from library.options.rules import is_number
 from library.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -189,7 +190,7 @@ def checked(key: str, value: Any, place: str) -> Any:
         return value
     if key in (*NEUTRAL_LISTS, "resolution", "resolutions"):
         return value
-    if not is_number(value):
+    if not is_number(value) or not isfinite(value):
         raise UserError(f"{what}; give a number")
     if key == "batch_size":
         return whole(value, 1, LARGEST_BATCH, what)
@@ -202,13 +203,9 @@ def checked(key: str, value: Any, place: str) -> Any:
     return float(value)
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-
-
 def whole(value: Any, least: int, most: int, what: str) -> int:
     """A whole number within its range."""
-    if not is_number(value) or value != int(value) or not least <= value <= most:
+    if not is_number(value) or not isfinite(value) or value != int(value) or not least <= value <= most:
         raise UserError(f"{what}; give a whole number from {least} to {most}")
     return int(value)
 

@@ -14,6 +14,7 @@ from typing import Any
 from library.errors import UserError
 from library.options.base import int_or_float
 from library.options.config_file import read_toml
+from library.options.rules import is_number
 from library.suggestions import nearest_name
 
 SECRETS = ("wandb_api_key", "huggingface_token")
@@ -169,17 +170,17 @@ def convert_flag(value: Any, dest: str) -> Any:
 def convert_scalar(value: Any, action: argparse.Action) -> Any:
     """One value of an option that takes values."""
     kind = action.type
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    has_number = is_number(value)
     if value is False and kind in (int, float, int_or_float):
         return kind(0) if kind in (int, float) else 0
     if kind is int:
-        return int(value) if is_number and value == int_of(value) else Refused("a whole number")
+        return int(value) if has_number and value == int_of(value) else Refused("a whole number")
     if kind is float:
         # Where the default is an int the metadata shows the number as it was written.
-        return (value if isinstance(action.default, int) else float(value)) if is_number else Refused("a number")
+        return (value if isinstance(action.default, int) else float(value)) if has_number else Refused("a number")
     if kind is int_or_float:
         # 100.0 steps were meant where a share of the run cannot be.
-        if is_number and value >= 0 and (value < 1 or value == int_of(value)):
+        if has_number and value >= 0 and (value < 1 or value == int_of(value)):
             return int(value) if value == int_of(value) else value
         if isinstance(value, str):
             try:
@@ -187,7 +188,7 @@ def convert_scalar(value: Any, action: argparse.Action) -> Any:
             except argparse.ArgumentTypeError:
                 pass
         return Refused("a whole number of steps or a share of the run below 1.0")
-    if isinstance(value, str) or is_number:
+    if isinstance(value, str) or has_number:
         return Path(value) if kind is Path and isinstance(value, str) else str(value)
     return Refused("text")
 

@@ -16,6 +16,7 @@ from library.diffusion.samplers import ALIASES, SAMPLERS
 from library.errors import UserError
 from library.options.config_file import read_toml
 from library.options.encodings import not_utf8
+from library.options.rules import is_number
 from library.protocols import PromptDefaults
 from library.suggestions import did_you_mean
 from library.types import Prompt
@@ -216,8 +217,7 @@ def checked(key: str, value: Any, place: str) -> Any:
         return value
     if key == "seed" and value == -1:
         return None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not isfinite(value) or (key in WHOLE and value != int(value)):
+    if not is_number(value) or not isfinite(value) or (key in WHOLE and value != int(value)):
         kind = "a whole number" if key in WHOLE else "a number"
         raise UserError(f"{FLAG} {place}: {named(key)} is {value!r}; give {kind}")
     low, high = WHOLE[key] if key in WHOLE else REAL[key]
