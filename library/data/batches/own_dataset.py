@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from library.data.batches.validation_set import ValidationSet, nothing_aside
+from library.data.description.facts import nothing_known
 from library.data.description.schema import RunDataConfig, parse_numbers
 from library.errors import UserError
 from library.options.train import TrainOptions
@@ -135,12 +136,6 @@ class OwnDataset:
         if not isinstance(item, Mapping):
             raise UserError(f"{FLAG} {self._name}: batch {number} is {type(item).__name__}, not a table of its parts")
         return batch_of(item, f"{FLAG} {self._name}: batch {number}", self.spec)
-
-
-def nothing_known() -> dict[str, Any]:
-    """The facts of data without pictures that are described."""
-    lengths: dict[str, Any] = {"unit": "words", "most": None, "counts": []}
-    return {"datasets": [], "dropped": [], "num_dropped": 0, "caption_lengths": lengths, "tags": []}
 
 
 def batch_of(item: Mapping[str, Any], place: str, spec: LatentSpec) -> Batch:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from library.data.batches.own_dataset import nothing_known
 from library.data.batches.validation_set import ValidationSet, nothing_aside
 from library.data.concepts.prompts_file import FLAG, PromptPair, read_prompt_pairs
+from library.data.description.facts import nothing_known
 from library.data.description.schema import RunDataConfig
 from library.errors import UserError
 from library.options.train import TrainOptions

@@ -42,6 +42,12 @@ def dataset_facts(
     }
 
 
+def nothing_known() -> dict[str, Any]:
+    """The facts of data without pictures that are described."""
+    lengths: dict[str, Any] = {"unit": "words", "most": None, "counts": []}
+    return {"datasets": [], "dropped": [], "num_dropped": 0, "caption_lengths": lengths, "tags": []}
+
+
 def left_out(subset: ScannedSubset) -> list[tuple[str, str]]:
     """(path, reason) of every picture that is not trained."""
     return [*subset.dropped, *((path, "outside of skip_image_resolution") for path in subset.small)]

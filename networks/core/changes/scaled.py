@@ -155,13 +155,13 @@ class ScaledDelta(nn.Module):
                 assert self.layer is not None
                 out = add_noise(out, x, self.layer, self.get_buffer(DEVIATION))
             return self.delta.up(self._drop_and_scale(self.delta.down(x), strength), out)
-        columns = self.scales()
-        assert columns is not None
+        scales = self.scales()
+        assert scales is not None
         if self.join.is_per_output:
-            return self._with_scaled_outputs(x, base, strength, columns)
-        whole = columns if strength == 1 else 1 + strength * (columns - 1)
+            return self._with_scaled_outputs(x, base, strength, scales)
+        whole = scales if strength == 1 else 1 + strength * (scales - 1)
         out = base(scale_columns(x, whole))
-        return self.delta.up(self._drop_and_scale(self.delta.down(x, columns), strength), out)
+        return self.delta.up(self._drop_and_scale(self.delta.down(x, scales), strength), out)
 
     def scales(self) -> Tensor | None:
         """What DoRA multiplies every column of the changed weight by, or every row; None without magnitudes."""
