@@ -20,7 +20,7 @@ from library.checkpoints.files import atomic_path
 from library.data.batches.images import picture_extensions
 from library.data.sources.folders.metadata_file import read_metadata
 from library.errors import UserError
-from library.options.encodings import not_utf8
+from library.options.encodings import decoded
 from tools.command import make_parser, run
 
 logger = logging.getLogger(__name__)
@@ -62,14 +62,7 @@ def texts_of(pictures: Sequence[Path], extension: str) -> Iterator[tuple[Path, s
     """Each picture with the text of its caption file, None where there is none. Raises UserError."""
     for picture in pictures:
         file = picture.with_suffix(extension)
-        if not file.is_file():
-            yield picture, None
-            continue
-        content = file.read_bytes()
-        try:
-            yield picture, content.decode("utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} {not_utf8(content, error)}") from None
+        yield picture, decoded(file.read_bytes(), str(file)).strip() if file.is_file() else None
 
 
 def key_of(picture: Path, is_full: bool) -> str:

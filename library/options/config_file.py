@@ -7,7 +7,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.options.base import Options, option
-from library.options.encodings import not_utf8
+from library.options.encodings import decoded
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,9 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be read: {error.strerror}; change its rights") from error
+    text = decoded(content, f"{flag} {path}")
     try:
-        text = content.decode("utf-8-sig")
         tables: dict[str, Any] = tomllib.loads(text)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag} {path} {not_utf8(content, error)}") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         hint = "; " + BACKSLASH_HINT if is_about_backslash(str(error)) else ""
         raise UserError(f"{flag} {path} is not valid TOML: {error}{hint}") from None

@@ -1,5 +1,7 @@
 """Which encoding a text that is not UTF-8 is likely to have."""
 
+from library.errors import UserError
+
 COMMON = {
     "utf_16": "UTF-16",
     "cp932": "Shift-JIS (cp932)",
@@ -17,6 +19,14 @@ def likely_encoding(content: bytes) -> str | None:
 
     best = from_bytes(content, cp_isolation=list(COMMON)).best()
     return None if best is None else COMMON.get(best.encoding, best.encoding)
+
+
+def decoded(content: bytes, what: str) -> str:
+    """A text in UTF-8, a byte order mark skipped. Raises UserError, beginning with `what`, where it is in another."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {not_utf8(content, error)}") from None
 
 
 def not_utf8(content: bytes, error: UnicodeDecodeError) -> str:

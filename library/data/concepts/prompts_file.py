@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from library.errors import UserError
 from library.options.config_file import read_toml
-from library.options.encodings import not_utf8
+from library.options.encodings import decoded
 from library.options.rules import is_number
 from library.suggestions import did_you_mean
 
@@ -313,12 +313,8 @@ def lines_of(path: Path, what: str) -> list[str]:
     """The lines of a text file that are not empty."""
     if not path.is_file():
         raise UserError(f"{what} is {path}, but there is no such file; it is looked for beside the TOML file")
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path} {not_utf8(content, error)}") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    lines = decoded(path.read_bytes(), f"{what} {path}").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def check_teaches(pair: PromptPair) -> None:

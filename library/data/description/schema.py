@@ -26,7 +26,7 @@ from library.data.description.keys import (
 from library.errors import UserError
 from library.options.config_file import read_toml
 from library.options.dataset import DatasetOptions
-from library.options.encodings import not_utf8
+from library.options.encodings import decoded
 from library.options.train import TrainOptions
 from library.suggestions import did_you_mean
 
@@ -173,13 +173,11 @@ def read_description(path: str) -> dict[str, Any]:
         return read_toml(Path(path), "--dataset_config")
     try:
         raw = Path(path).read_bytes()
-        content = json.loads(raw.decode("utf-8-sig"))
+        content = json.loads(decoded(raw, f"--dataset_config {path}"))
     except FileNotFoundError:
         raise UserError(f"--dataset_config is {path}, but there is no such file") from None
     except OSError as error:
         raise UserError(f"--dataset_config {path} cannot be read: {error.strerror}; change its rights") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--dataset_config {path} {not_utf8(raw, error)}") from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"--dataset_config {path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):

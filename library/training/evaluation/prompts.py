@@ -15,7 +15,7 @@ from typing import Any
 from library.diffusion.samplers import ALIASES, SAMPLERS
 from library.errors import UserError
 from library.options.config_file import read_toml
-from library.options.encodings import not_utf8
+from library.options.encodings import decoded
 from library.options.rules import is_number
 from library.protocols import PromptDefaults
 from library.suggestions import did_you_mean
@@ -95,11 +95,9 @@ def read_prompts(path: Path) -> list[PromptSpec]:
         raise UserError(f"{FLAG} is {path}, but there is no such file")
     try:
         content = path.read_bytes()
-        text = content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{FLAG} {path} cannot be read: {error.strerror}; change its rights") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{FLAG} {path} {not_utf8(content, error)}") from None
+    text = decoded(content, f"{FLAG} {path}")
     return list(specs_in_text(path, text) if kind == ".txt" else specs_in_json(path, text))
 
 

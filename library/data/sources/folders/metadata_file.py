@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.errors import UserError
-from library.options.encodings import not_utf8
+from library.options.encodings import decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,7 @@ def read_metadata(path: str) -> Iterator[tuple[str, MetadataEntry]]:
             content = file.read()
     except OSError as error:
         raise UserError(f"metadata_file {path} cannot be read: {error.strerror}; change its rights") from error
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"metadata_file {path} {not_utf8(content, error)}") from None
+    text = decoded(content, f"metadata_file {path}")
     yield from _json_lines(path, io.StringIO(text)) if path.lower().endswith(".jsonl") else _json_table(path, text)
 
 
