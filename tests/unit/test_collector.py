@@ -21,4 +21,5 @@ def test_the_collector_stays_away_from_imports_and_comes_back_whatever_happens()
     kept = [[] for _ in range(50)]  # type: ignore[var-annotated]
     with importing("this"):
         pass
-    assert gc.get_freeze_count() == count > len(kept), "only once in a process"
+    # What was kept may go, one by one, when nothing refers to it any more: the count falls then, but it never grows.
+    assert len(kept) < gc.get_freeze_count() <= count, "only once in a process"
