@@ -1,22 +1,32 @@
-"""The path under which other programs start tools/merge_lora.py."""
+"""The path under which other programs start tools/merge_lora.py.
+
+Their --ratios for --concat are made for sd-scripts' way to count them, so here they count as there.
+"""
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools import merge_lora
-from tools.command import completed
-from tools.merge_lora import main, setup_parser
+from tools.command import completed, run
+from tools.merge_adapters import of_both_factors
+from tools.merge_lora import setup_parser
 
 __all__ = ["main", "merge", "setup_parser"]
 
 
 def merge(args: argparse.Namespace) -> None:
     """The command as a function, for programs that import this file. Raises UserError."""
-    merge_lora.merge(completed(setup_parser(), args))
+    merge_lora.merge(completed(setup_parser(), args), of_both_factors)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run(setup_parser(), merge, argv)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,27 @@ class Weighted:
 Terms = Sequence[tuple[ModuleWeights, float]]
 """The changes of one module by all files, with their ratios."""
 
+Strengths = Callable[[Sequence[float], Sequence[int]], list[float]]
+"""(ratios, ranks) of the changes of one module -> how much of each counts."""
+
+
+def as_given(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
+    """A ratio is the strength."""
+    return list(ratios)
+
+
+def of_both_factors(ratios: Sequence[float], ranks: Sequence[int]) -> list[float]:
+    """What ratios come to in sd-scripts' --concat: both factors are multiplied, and alpha stays while the ranks add."""
+    return [ratio * abs(ratio) * rank / sum(ranks) for ratio, rank in zip(ratios, ranks, strict=True)]
+
+
+@dataclass(frozen=True)
+class Joining:
+    """How the factors of several files become those of one, where the result is exact."""
+
+    strengths: Strengths = as_given
+    shuffling: torch.Generator | None = None  # puts the ranks in another order, so that no file can be cut out again
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -66,12 +87,13 @@ def merge_adapters(
     dtype: torch.dtype,
     device: torch.device,
     base: BaseModel | None = None,
+    joining: Joining = Joining(),
 ) -> list[ModuleWeights]:
     """The modules of one LoRA in kohya's names whose change is the sum of ratio * change, in `dtype`.
 
-    `ranks` are those of Linear layers and 1x1 convolutions, and of larger kernels; None joins the factors, so the
-    result is exact and the ranks add. What OFT, BOFT and DoRA change depends on the weight that they change, which is
-    read from `base`. Raises UserError for kinds that cannot be added.
+    `ranks` are those of Linear layers and 1x1 convolutions, and of larger kernels; None joins the factors as `joining`
+    says, so the result is exact and the ranks add. What OFT, BOFT and DoRA change depends on the weight that they
+    change, which is read from `base`. Raises UserError for kinds that cannot be added.
     """
     sums: dict[str, list[tuple[ModuleWeights, float]]] = {}
     for adapter in adapters:
@@ -93,12 +115,12 @@ def merge_adapters(
     merged = []
     for name, terms in tqdm(sums.items(), desc="merging", unit="module"):
         if terms[0][0].kind is norm.KIND:
-            merged.append(Merged(add_norms(name, terms)))
+            merged.append(Merged(add_norms(name, terms, joining)))
         elif any(needs_base(module) for module, _ in terms):
             assert base is not None and ranks is not None
             merged.append(approximate(name, terms, ranks, base.read(name), dtype, device))
         else:
-            merged.append(add_factors(name, terms, ranks, dtype, device))
+            merged.append(add_factors(name, terms, ranks, dtype, device, joining))
     missed, total = sum(one.missed for one in merged), sum(one.total for one in merged)
     if missed > WORTH_TELLING**2 * total:
         logger.info("the LoRA misses %.1f%% of the sum of the changes (norm)", 100 * (missed / total) ** 0.5)
@@ -131,16 +153,26 @@ def in_kohya_names(file: AdapterFile) -> AdapterFile:
 
 
 def add_factors(
-    name: str, terms: Terms, ranks: tuple[int, int] | None, dtype: torch.dtype, device: torch.device
+    name: str,
+    terms: Terms,
+    ranks: tuple[int, int] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    joining: Joining,
 ) -> Merged:
     """The sum of low-rank changes of one module."""
     shape = max((module.shape for module, _ in terms), key=len)  # a LoHa does not tell 1x1 convolutions from matrices
     for module, _ in terms:
         if not module.is_low_rank or module.shape[:2] != shape[:2] or prod(module.shape) != prod(shape):
             raise UserError(f"{name} has different shapes in --models; they were made for different base models")
-    factors = [tuple(factor.to(device) for factor in module.factors(dtype)) for module, _ in terms]
-    up_OR, down_RN = concatenated(factors, [ratio * module.scale for module, ratio in terms])  # type: ignore[arg-type]
+    factors = [(up_OR.to(device), down_RN.to(device)) for up_OR, down_RN in (m.factors(dtype) for m, _ in terms)]
+    strengths = joining.strengths([ratio for _, ratio in terms], [len(down_RN) for _, down_RN in factors])
+    scales = [strength * module.scale for strength, (module, _) in zip(strengths, terms, strict=True)]
+    up_OR, down_RN = concatenated(factors, scales)
     if ranks is None:
+        if joining.shuffling is not None:
+            order = torch.randperm(len(down_RN), generator=joining.shuffling).to(device)
+            up_OR, down_RN = up_OR[:, order], down_RN[order]
         return Merged(of_factors(name, up_OR, down_RN, shape))
     rank = rank_for(shape, ranks)
     u_OK, s_K, v_KN = svd_of_product(up_OR, down_RN)
@@ -178,12 +210,13 @@ def of_factors(name: str, up_OR: Tensor, down_RN: Tensor, shape: tuple[int, ...]
     return ModuleWeights(name, lora.leaves_of(up_OR.cpu(), down_RN.cpu(), shape, alpha), {})
 
 
-def add_norms(name: str, terms: Terms) -> ModuleWeights:
+def add_norms(name: str, terms: Terms, joining: Joining) -> ModuleWeights:
     """The sum of norm changes of one module."""
     total: dict[str, Tensor] = {}
-    for module, ratio in terms:
+    strengths = joining.strengths([ratio for _, ratio in terms], [1] * len(terms))
+    for (module, _), strength in zip(terms, strengths, strict=True):
         for leaf, tensor in module.tensors.items():
-            total[leaf] = total.get(leaf, 0) + ratio * tensor.float()  # type: ignore[assignment]
+            total[leaf] = total.get(leaf, 0) + strength * tensor.float()  # type: ignore[assignment]
     return ModuleWeights(name, total, {})
 
 

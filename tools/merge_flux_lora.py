@@ -21,7 +21,7 @@ from tools import merge_lora
 from tools.base_models import open_base_model
 from tools.command import PRECISIONS, check_output, device_of, dtype_of, run
 from tools.convert_lora import read_adapter
-from tools.merge_adapters import Weighted, in_kohya_names
+from tools.merge_adapters import Strengths, Weighted, as_given, in_kohya_names
 from tools.merge_lora import merge_into_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -86,10 +86,10 @@ def without_text_encoders(file: AdapterFile, parts: Sequence[BaseModel]) -> Adap
     return replace(file, modules={name: module for name, module in file.modules.items() if name in here})
 
 
-def merge(args: argparse.Namespace) -> None:
-    """Read, merge and write."""
+def merge(args: argparse.Namespace, strengths: Strengths = as_given) -> None:
+    """Read, merge and write; `strengths` says what --ratios mean with --concat."""
     if args.sd_model is None and args.clip_l is None and args.t5xxl is None:
-        merge_lora.merge(args)
+        merge_lora.merge(args, strengths)
         return
     ratios = merge_lora.check(args)
     if args.lbws:

@@ -12,11 +12,12 @@ log says how much the one LoRA misses.
 
 import argparse
 import logging
+import secrets
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import isclose, sqrt
+from math import isclose
 from pathlib import Path
 from uuid import uuid4
 
@@ -32,6 +33,7 @@ from library.checkpoints.adapter_keys import is_of_text_encoder
 from library.checkpoints.base_model import BaseModel, WeightFile
 from library.checkpoints.files import is_safetensors, read_metadata, save_pickle_state_dict, save_safetensors
 from library.errors import UserError
+from library.randomness import generator_for
 from networks.core.files.adapter_file import (
     COMPUTED,
     AdapterFile,
@@ -54,7 +56,18 @@ from tools.command import (
     run,
 )
 from tools.convert_lora import card_for_file, read_adapter
-from tools.merge_adapters import Weighted, largest_ranks, merge_adapters, merged_metadata, modelspec, path_of
+from tools.merge_adapters import (
+    Joining,
+    Strengths,
+    Weighted,
+    as_given,
+    largest_ranks,
+    merge_adapters,
+    merged_metadata,
+    modelspec,
+    of_both_factors,
+    path_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +262,9 @@ def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--lbws", nargs="+", help=block_weights.help_text())
     parser.add_argument("--concat", action="store_true", help="without --sd_model: exact, the ranks add")
     parser.add_argument(
-        "--shuffle", action="store_true", help="has no effect: sums are exact or the best approximation"
+        "--shuffle",
+        action="store_true",
+        help="with --concat: in random order, so that the files cannot be cut out of it again; else there is none",
     )
     parser.add_argument(
         "--new_rank", type=int, default=new_rank, help="without --sd_model: rank of the result; unset: the largest one"
@@ -306,22 +321,25 @@ def check(args: argparse.Namespace) -> list[float]:
         args.save_to.parent.mkdir(parents=True, exist_ok=True)
     else:
         check_output("--save_to", args.save_to)
-    if args.concat:
-        warn_of_compensation(ratios)
     return ratios
 
 
-def warn_of_compensation(ratios: Sequence[float]) -> None:
-    """Say that a ratio is the strength itself, where all ratios are what makes it 1 in sd-scripts' --concat.
+def tell_strengths(ratios: Sequence[float], strengths: Strengths) -> None:
+    """Say what --ratios come to with --concat where they are not the strengths, or look as if they should not be.
 
-    There both factors are multiplied, and alpha stays while n files of one rank have n times the rank: the strength is
-    ratio * ratio / n, so programs that take the difference of two files ask for 1.41 and -1.41.
+    In sd-scripts 1.41 and -1.41 are the difference of two files of one rank.
     """
-    needed = sqrt(len(ratios))
-    if len(ratios) > 1 and all(isclose(abs(ratio), needed, rel_tol=0.01) for ratio in ratios):
+    alike = [1] * len(ratios)
+    if strengths is not as_given:
+        logger.info(
+            "--ratios with --concat act as in sd-scripts: as %s where the ranks are equal; "
+            "tools/merge_lora.py takes them as they are",
+            ", ".join(f"{strength:.2f}" for strength in strengths(ratios, alike)),
+        )  # fmt: skip
+    elif len(ratios) > 1 and all(isclose(abs(s), 1, rel_tol=0.02) for s in of_both_factors(ratios, alike)):
         logger.warning(
-            "--ratios: %.2f with --concat is %.2f times the change of a file; in sd-scripts it is once the change, "
-            "give 1 for that", needed, needed,
+            "--ratios: %.2f with --concat is %.2f times the change of a file; in sd-scripts, and in %s, it is once the "
+            "change, give 1 for that", abs(ratios[0]), abs(ratios[0]), "networks/merge_lora.py",
         )  # fmt: skip
 
 
@@ -338,8 +356,8 @@ def weighted(
     return [replace(one, strength_of=strength) for one, strength in zip(plain, strengths, strict=True)]
 
 
-def merge(args: argparse.Namespace) -> None:
-    """Read, merge and write."""
+def merge(args: argparse.Namespace, strengths: Strengths = as_given) -> None:
+    """Read, merge and write; `strengths` says what --ratios mean with --concat."""
     ratios = check(args)
     device, save_dtype, dtype = device_of(args.device), dtype_of(args.save_precision), PRECISIONS[args.precision]
     files = [read_adapter(path, "--models") for path in args.models]
@@ -352,7 +370,12 @@ def merge(args: argparse.Namespace) -> None:
         print(f"{args.save_to}: {len(adapters)} adapters merged into {num} modules")
         return
     trained_on = None if args.base_model is None else open_base_model("--base_model", args.base_model)
-    modules = merge_adapters(adapters, ranks_of(args, adapters), dtype, device, trained_on)
+    joining = Joining()
+    if args.concat:
+        tell_strengths(ratios, strengths)
+        shuffling = generator_for(secrets.randbits(62), "--shuffle") if args.shuffle else None
+        joining = Joining(strengths, shuffling)
+    modules = merge_adapters(adapters, ranks_of(args, adapters), dtype, device, trained_on, joining)
     metadata = merged_metadata(adapters, modules, args.save_to, not args.no_metadata)
     file = AdapterFile(str(args.save_to), {module.name: module for module in modules}, metadata, {})
     save_adapter_file(args.save_to, file, save_dtype or dtype)
