@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.memory.few_pixels import quicken
+
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
 
 
@@ -54,6 +56,7 @@ def place(module: nn.Module, device: torch.device) -> nn.Module:
         moved = moved.to(memory_format=layout)  # type: ignore[call-overload]
         if device.type == "cpu":
             protect_group_norms(moved)
+            quicken(moved)
     return moved
 
 

@@ -1,0 +1,114 @@
+"""Convolutions of few pixels as one matrix product, which makes them up to five times faster on a CPU.
+
+On every call oneDNN lays the weight of a convolution out anew. That takes longer than the product itself where weights
+are large and images small, as in the lower half of a U-Net: at 8 x 8 pixels and 1280 channels three times as long.
+Here the pixels that each output looks at are laid side by side instead, and the weight stays where it is.
+
+Letters: O output channels, I input channels, H W pixels, h w kernel, N = h * w * I.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear, pad
+
+
+def is_better(outputs: torch.Size, weight: Tensor, layer: nn.Conv2d) -> bool:
+    """Whether to go this way for outputs (B, O, H, W): where they have fewer pixels than channels, on a CPU."""
+    return (
+        weight.device.type == "cpu"
+        and outputs[0] * outputs[2] * outputs[3] < outputs[1]
+        and weight.is_contiguous(memory_format=torch.channels_last)
+        and layer.groups == 1
+        and layer.dilation == (1, 1)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def shape_of_output(x: torch.Size, layer: nn.Conv2d) -> torch.Size:
+    """(B, O, H, W) of the output for an input (B, I, H, W), without dilation."""
+    height, width = (
+        (side + 2 * border - size) // step + 1
+        for side, border, size, step in zip(x[2:], borders_of(layer), layer.kernel_size, layer.stride, strict=True)
+    )
+    return torch.Size((x[0], layer.out_channels, height, width))
+
+
+def output(x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Conv2d) -> Tensor:
+    """What the layer makes of `x` (B, I, H, W) with a weight (O, I, h, w) that is channels last; so is the result."""
+    (top, left), (down, right) = borders_of(layer), layer.stride
+    x_BHWI = pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
+    seen_BHWIhw = x_BHWI.unfold(1, weight.shape[2], down).unfold(2, weight.shape[3], right)
+    columns_BHWN = seen_BHWIhw.permute(0, 1, 2, 4, 5, 3).flatten(3)
+    return linear(columns_BHWN, as_matrix(weight), bias).permute(0, 3, 1, 2)
+
+
+def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, layer: nn.Conv2d) -> Tensor:
+    """The gradient of an input of `shape` (B, I, H, W), from that of the output (B, O, H, W)."""
+    (top, left), (down, right) = borders_of(layer), layer.stride
+    batch, channels, height, width = shape
+    columns_BHWN = gradient.permute(0, 2, 3, 1) @ as_matrix(weight)
+    rows, places = columns_BHWN.shape[1:3]
+    columns_BHWhwI = columns_BHWN.view(*columns_BHWN.shape[:3], *weight.shape[2:], channels)
+    if columns_BHWhwI.shape[1:5] == (height, width, 1, 1):
+        return columns_BHWhwI[:, :, :, 0, 0].permute(0, 3, 1, 2)
+    x_BHWI = gradient.new_zeros(batch, height + 2 * top, width + 2 * left, channels)
+    for i in range(weight.shape[2]):
+        for j in range(weight.shape[3]):
+            x_BHWI[:, i : i + down * rows : down, j : j + right * places : right] += columns_BHWhwI[:, :, :, i, j]
+    inner_BHWI = x_BHWI[:, top : top + height, left : left + width]
+    return inner_BHWI.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
+def borders_of(layer: nn.Conv2d) -> tuple[int, ...]:
+    """The pixels of zeros above and below, and left and right."""
+    assert not isinstance(layer.padding, str)
+    return layer.padding
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """A weight (O, I, h, w) that is channels last as (O, N), in the same memory."""
+    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+
+
+class FewPixels(nn.Conv2d):
+    """A convolution with a frozen weight that goes this way where it is better."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        is_plain = x.dim() == 4 and dtype == weight.dtype and not weight.requires_grad
+        if not is_plain or not is_better(shape_of_output(x.shape, self), weight, self):
+            left_to_torch: Tensor = super()._conv_forward(x, weight, bias)
+            return left_to_torch
+        y: Tensor = _Product.apply(x.to(dtype), weight, bias, self)  # type: ignore[no-untyped-call]
+        return y
+
+
+# Network modules find layers by the name of their class.
+FewPixels.__name__ = FewPixels.__qualname__ = "Conv2d"
+
+
+class _Product(torch.autograd.Function):
+    """The product, of which nothing is kept but the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Conv2d) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.layer = x.shape, layer
+        return output(x, weight, bias, layer)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        return input_gradient(gradient, weight, ctx.shape, ctx.layer), None, None, None
+
+
+def quicken(module: nn.Module) -> None:
+    """Let the frozen convolutions of a model go this way where it is better; in place, after it was laid out."""
+    for layer in module.modules():
+        if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+            layer.__class__ = FewPixels
