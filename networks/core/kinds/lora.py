@@ -69,8 +69,7 @@ def run_down(layer: nn.Module, x: Tensor, columns: Tensor | None) -> Tensor:
     """What a down factor makes of x, whose channels are multiplied by `columns` if there are some."""
     if columns is not None:
         return run_like(layer, x, factor(layer), columns)
-    hidden: Tensor = layer(in_dtype_of(factor(layer), x))
-    return hidden
+    return run_like(layer, x, factor(layer))
 
 
 def run_like(layer: nn.Module, x: Tensor, weight: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -83,6 +82,9 @@ def run_like(layer: nn.Module, x: Tensor, weight: Tensor, columns: Tensor | None
     x = in_dtype_of(weight, x)
     if not isinstance(layer, nn.Conv2d):
         return linear(x, weight)
+    pixels_BHWI = pixels_in_rows(x)
+    if pixels_BHWI is not None and looks_at_one_pixel(layer):
+        return linear(pixels_BHWI, weight.flatten(1)).permute(0, 3, 1, 2)
     return conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
 
 
@@ -104,11 +106,25 @@ def narrow_like(layer: nn.Conv2d, rank: int, in_channels: int | None = None) -> 
 def add_product(base: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
     """`base` plus what an up factor of (O, R) or (O, R, 1, 1) makes of the R channels, in the dtype of `base`."""
     if up.dim() == 4:
-        return base + conv2d(hidden, up).to(base.dtype)
+        pixels_BHWO, hidden_BHWR = pixels_in_rows(base), pixels_in_rows(hidden)
+        if pixels_BHWO is None or hidden_BHWR is None:
+            return base + conv2d(hidden, up).to(base.dtype)
+        return add_product(pixels_BHWO, hidden_BHWR, up.flatten(1)).permute(0, 3, 1, 2)
     if base.dim() > 1 and hidden.dtype == base.dtype and base.is_contiguous():
         # One pass over the outputs instead of two: the product is added where it is made.
         return torch.addmm(base.flatten(0, -2), hidden.flatten(0, -2), up.t()).view_as(base)
     return base + linear(hidden, up).to(base.dtype)
+
+
+def pixels_in_rows(x: Tensor) -> Tensor | None:
+    """The pixels of images (B, C, H, W) as (B, H, W, C) in the same memory; None where they do not lie so."""
+    pixels_BHWC = x.permute(0, 2, 3, 1)
+    return pixels_BHWC if pixels_BHWC.is_contiguous() else None
+
+
+def looks_at_one_pixel(layer: nn.Conv2d) -> bool:
+    """Whether a convolution is a product of every pixel with the same matrix."""
+    return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0)
 
 
 # --- in files ---
