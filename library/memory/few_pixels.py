@@ -16,10 +16,13 @@ from torch.nn.functional import linear, pad
 
 
 def is_better(outputs: torch.Size, weight: Tensor, layer: nn.Conv2d) -> bool:
-    """Whether to go this way for outputs (B, O, H, W): where they have fewer pixels than channels, on a CPU."""
+    """Whether to go this way for outputs (B, O, H, W), on a CPU.
+
+    Where they have fewer pixels than channels, or where the kernel is one pixel: then nothing is laid side by side.
+    """
     return (
         weight.device.type == "cpu"
-        and outputs[0] * outputs[2] * outputs[3] < outputs[1]
+        and (outputs[0] * outputs[2] * outputs[3] < outputs[1] or layer.kernel_size == (1, 1))
         and weight.is_contiguous(memory_format=torch.channels_last)
         and layer.groups == 1
         and layer.dilation == (1, 1)
