@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isclose
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -31,7 +30,13 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_keys import is_of_text_encoder
 from library.checkpoints.base_model import BaseModel, WeightFile
-from library.checkpoints.files import is_safetensors, read_metadata, save_pickle_state_dict, save_safetensors
+from library.checkpoints.files import (
+    atomic_folder,
+    is_safetensors,
+    read_metadata,
+    save_pickle_state_dict,
+    save_safetensors,
+)
 from library.errors import UserError
 from library.randomness import generator_for
 from networks.core.files.adapter_file import (
@@ -213,7 +218,6 @@ def write_folder(
     progress: "tqdm[None]",
 ) -> None:
     """A copy of the diffusers folder with other weights; it appears under its name when it is complete."""
-    temporary = save_to.parent / f".{save_to.name}.{uuid4().hex[:12]}"
     parts = {file.part: file for file in base.files}
 
     def replaced(folder: str, names: list[str]) -> list[str]:
@@ -221,16 +225,12 @@ def write_folder(
         is_part = Path(folder).parent == base.path and Path(folder).name in parts
         return [name for name in names if is_part and name != "config.json"]
 
-    try:
-        shutil.copytree(base.path, temporary, ignore=replaced)
+    with atomic_folder(save_to) as folder:
+        shutil.copytree(base.path, folder, ignore=replaced)
         for part, file in parts.items():
             name = model_lookup.weight_files(part)[0][0]
             tensors = merged_tensors(file, changes, dtype, save_dtype, device, progress)
-            save_safetensors(temporary / part / name, tensors, {"format": "pt"})
-        temporary.rename(save_to)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            save_safetensors(folder / part / name, tensors, {"format": "pt"})
 
 
 def checkpoint_metadata(base: BaseModel, adapters: Sequence[Weighted], save_to: Path) -> dict[str, str]:
@@ -318,7 +318,6 @@ def check(args: argparse.Namespace) -> list[float]:
     if args.sd_model is not None and args.sd_model.is_dir():
         if args.save_to.exists():
             raise UserError(f"--save_to {args.save_to} exists already; name a folder that does not")
-        args.save_to.parent.mkdir(parents=True, exist_ok=True)
     else:
         check_output("--save_to", args.save_to)
     return ratios

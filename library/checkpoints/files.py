@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import stat
 import struct
 import sys
@@ -126,21 +127,29 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
     if holds_safetensors(path):
         with open_safetensors(path, device) as reader:
             return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118, it is no mapping
-    maps = mmap and is_zipfile(path) and not is_safetensors(path)  # given a path, torch.load goes by its extension
-    try:
-        with path.open("rb") as file:
-            content: Any = torch.load(path if maps else file, map_location=device, weights_only=True, mmap=maps)
-    except Exception as error:  # unpickling raises whatever the broken or foreign file leads to
-        raise UserError(
-            f"{path} cannot be read as a file of plain tensors: {error}. Files that hold other Python objects are not "
-            "opened, because that could run code; convert it to .safetensors with a program you trust"
-        ) from error
+    content = load_pickle(path, device, mmap)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a table of tensors")
     tensors = {str(name): as_tensor(str(name), value) for name, value in content.items()}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def load_pickle(path: Path, device: str | torch.device = "cpu", mmap: bool = False) -> Any:
+    """What a pickled file holds: tensors, numbers and texts in tables. Nothing in it is executed.
+
+    Raises UserError for a broken file and for one with other objects.
+    """
+    maps = mmap and is_zipfile(path) and not is_safetensors(path)  # given a path, torch.load goes by its extension
+    try:
+        with path.open("rb") as file:
+            return torch.load(path if maps else file, map_location=device, weights_only=True, mmap=maps)
+    except Exception as error:  # unpickling raises whatever the broken or foreign file leads to
+        raise UserError(
+            f"{path} cannot be read as a file of plain tensors: {error}. Files that hold other Python objects are not "
+            "opened, because that could run code; convert it to .safetensors with a program you trust"
+        ) from error
 
 
 def as_tensor(name: str, value: Any) -> Tensor | None:
@@ -223,6 +232,22 @@ def remove_temporary(folder: Path, is_wanted: Callable[[str], bool]) -> None:
             entry.unlink()
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` for a folder, to be made; it gets the name `path` when the block ends well.
+
+    When the block fails, nothing stays of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid4().hex[:12]}"
+    try:
+        yield temporary
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def save_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -233,10 +258,15 @@ def save_safetensors(
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, dict(metadata) if metadata else None)
 
 
-def save_pickle_state_dict(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a .ckpt or .pt file that `torch.load(weights_only=True)` reads, whole or not at all. It has no metadata."""
+def save_pickle_state_dict(
+    path: str | Path, tensors: Mapping[str, Tensor], counts: Mapping[str, int] | None = None
+) -> None:
+    """Write a .ckpt or .pt file that `torch.load(weights_only=True)` reads, whole or not at all. It has no metadata.
+
+    With `counts`, such as epochs, these stand beside a table `state_dict`, as training programs write it.
+    """
     with atomic_path(path) as temporary:
-        torch.save(dict(tensors), temporary)
+        torch.save(dict(tensors) if counts is None else {"state_dict": dict(tensors), **counts}, temporary)
 
 
 def _broken(path: Path, problem: str) -> UserError:

@@ -101,9 +101,16 @@ def weight_files(kind: str) -> tuple[tuple[str, ...], ...]:
 NUM_FORMATS = len(weight_files("unet"))
 
 
-def find_weight_file(folder: Path, kind: str) -> Path | None:
-    """The file that holds the weights of one part of a diffusers folder, None when there is none."""
-    names = [name for names in weight_files(kind) for name in names if "*" not in name]
+def find_weight_file(folder: Path, kind: str, variant: str | None = None) -> Path | None:
+    """The file that holds the weights of one part of a diffusers folder, None when there is none.
+
+    `variant` asks for those that have it in their name, as `fp16`.
+    """
+    formats = weight_files(kind)
+    if variant is None:
+        names = [name for names in formats for name in names if "*" not in name]
+    else:
+        names = [f"{name.stem}.{variant}{name.suffix}" for name in (Path(formats[0][0]), Path(formats[2][0]))]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
@@ -119,7 +126,7 @@ def open_model(flag: str, name: str, kind: str) -> tuple[dict[str, Any] | None, 
     return open_part(flag, path if (path / "config.json").is_file() else path / kind, kind)
 
 
-def open_part(flag: str, folder: Path, kind: str) -> tuple[dict[str, Any], Weights]:
+def open_part(flag: str, folder: Path, kind: str, variant: str | None = None) -> tuple[dict[str, Any], Weights]:
     """Configuration and weights of the part `kind` of a diffusers folder: "unet", "vae", "text_encoder", ...
 
     Raises NotThere naming what is missing.
@@ -128,9 +135,10 @@ def open_part(flag: str, folder: Path, kind: str) -> tuple[dict[str, Any], Weigh
         files = sorted(file.name for file in folder.parent.glob("*") if file.suffix.lower() in WEIGHT_SUFFIXES)
         hint = f"; to use {files[0]} in it, give the path of that file" if files else ""
         raise NotThere(f"{flag} {folder.parent} is no diffusers folder: {folder / 'config.json'} is missing{hint}")
-    file = find_weight_file(folder, kind)
+    file = find_weight_file(folder, kind, variant)
     if file is None:
-        raise NotThere(f"{flag}: {folder} has no weights; expected {weight_files(kind)[0][0]} in it")
+        name, ending = weight_files(kind)[0][0], "" if variant is None else f".{variant}"
+        raise NotThere(f"{flag}: {folder} has no weights; expected {Path(name).stem}{ending}.safetensors in it")
     logger.info("%s: %s", kind, file)
     return read_json(folder / "config.json"), open_file(flag, file)
 

@@ -13,7 +13,7 @@ from library.checkpoints.weights import Weights, configure, with_prefix
 from library.models.clip.clip import THIRDS, clip_from_any, open_clip_name
 from library.models.identify import base_of_folder, refuse_other, refuse_other_file, text_encoder_in
 from library.models.unet.keys import UNET_PREFIX, UnetLayout, unet_from_ldm
-from library.models.unet.unet import unet_layout
+from library.models.unet.unet import layout_of_config, unet_layout
 
 Placed = tuple[ModuleNames, str | Third]
 """A module, and where a file has its weight: the name before ".weight", or a third of the rows of a key."""
@@ -65,8 +65,7 @@ def open_folder(cards: Sequence[ModelCard], flag: str, path: Path, layout: Check
     class_name = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
     config, unet = model_lookup.open_part(flag, path / "unet", "unet")
     refuse_other(cards, flag, str(path), base_of_folder(cards, class_name, unet.shapes), layout.base)
-    attends = tuple(kind.startswith("CrossAttn") for kind in config.get("down_block_types", ()))
-    numbers = UnetLayout(int(config.get("layers_per_block", 2)), attends)
+    numbers = layout_of_config(config)
     parts: list[tuple[str, Weights, list[Placed]]] = [
         ("unet", unet, [(layout.unet_names(stem, numbers), stem) for stem in stems(unet, "")])
     ]

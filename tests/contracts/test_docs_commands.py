@@ -42,6 +42,7 @@ TOOLS = (
     "contact_sheet",
     "choose_checkpoint",
     "make_shards",
+    "convert_stable_diffusion",
     "convert_diffusers_to_flux",
     "merge_sd3_safetensors",
     "resize_images",

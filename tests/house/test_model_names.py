@@ -38,6 +38,8 @@ MAY_NAME_MODELS = {
     "networks/flux_merge_lora.py": DOORS,
     "networks/sdxl_merge_lora.py": DOORS,
     "tools/merge_flux_lora.py": "a command of sd-scripts for one model, whose text encoders are files of their own",
+    "tools/convert_stable_diffusion.py": "a command of sd-scripts for one family, whose layouts it writes",
+    "tools/convert_diffusers20_original_sd.py": DOORS,
     "tools/convert_diffusers_to_flux.py": "a command of sd-scripts for one model, whose layout it writes",
     "tools/merge_sd3_safetensors.py": "a command of sd-scripts for one model, whose parts are files of their own",
     "tools/cache_latents.py": OPTIONS,

@@ -79,6 +79,7 @@ def add_adapter_files(place: Path, train: Train) -> None:
     """What the pages about tools start from: a base model and adapters for it."""
     sd = build_tiny_sd(place / "sd", 51, layout="safetensors")
     shutil.copy(sd, "sd15.safetensors")
+    build_tiny_sd(place / "sd15_folder", 51)
     build_tiny_sdxl(place, 53, layout="safetensors").rename("sdxl.safetensors")
     words = f"--pretrained_model_name_or_path {sd} --train_data_dir pictures --resolution 64 --caption_extension .txt "
     words += "--learning_rate 1e-2 --output_dir . --max_train_steps 1 "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from library.checkpoints.weights import Weights, configure, renamed, selected
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, materialise
-from library.models.names import swap_stem
+from library.models.names import inverse, swap_stem
 from library.models.shapes import Shapes, count, heads_of, shape_of
 
 HEAD_WIDTH = 64
@@ -111,6 +111,41 @@ def open_clip_name(key: str) -> str:
     if layer:
         return f"encoder.layers.{layer[1]}.{swap_stem(layer[2], OPEN_CLIP_LAYER) or layer[2]}"
     return swap_stem(key, OPEN_CLIP_STEMS) or key
+
+
+def to_open_clip(weights: Weights) -> Weights:
+    """The inverse of `from_open_clip`: transformers' text encoder under OpenCLIP's names, q, k and v in one tensor."""
+    sources: dict[str, tuple[str, ...]] = {}  # new name -> the old ones, whose rows lie below each other
+    for key in weights.shapes:
+        third = re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.([qkv]_proj)\.(weight|bias)", key)
+        if third is None:
+            sources[open_clip_key(key)] = (key,)
+        elif third[2] == THIRDS[0]:
+            new = f"transformer.resblocks.{third[1]}.attn.in_proj_{third[3]}"
+            sources[new] = tuple(f"encoder.layers.{third[1]}.self_attn.{name}.{third[3]}" for name in THIRDS)
+
+    def read(name: str) -> Tensor:
+        tensors = [weights.read(old) for old in sources[name]]
+        if name == "text_projection":
+            return tensors[0].t().contiguous()
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    def shape(name: str, first: tuple[int, ...]) -> tuple[int, ...]:
+        return first[::-1] if name == "text_projection" else (len(sources[name]) * first[0], *first[1:])
+
+    return Weights(weights.origin, {new: shape(new, weights.shapes[old[0]]) for new, old in sources.items()}, read)
+
+
+def open_clip_key(name: str) -> str:
+    """OpenCLIP's name of a weight that both have whole."""
+    if name == "embeddings.position_embedding.weight":
+        return "positional_embedding"
+    if name == PROJECTION:
+        return "text_projection"
+    layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name)
+    if layer:
+        return f"transformer.resblocks.{layer[1]}.{swap_stem(layer[2], inverse(OPEN_CLIP_LAYER)) or layer[2]}"
+    return swap_stem(name, inverse(OPEN_CLIP_STEMS)) or name
 
 
 def without_layers_from(weights: Weights, first: int) -> Weights:

@@ -43,6 +43,12 @@ def unet_layout(ldm_shapes: Shapes) -> UnetLayout:
     return UnetLayout(per_level - 1, tuple(f"input_blocks.{n}.1.proj_in.weight" in ldm_shapes for n in firsts))
 
 
+def layout_of_config(config: Mapping[str, Any]) -> UnetLayout:
+    """The same by the configuration in a diffusers folder."""
+    attends = tuple(kind.startswith("CrossAttn") for kind in config.get("down_block_types", ()))
+    return UnetLayout(int(config.get("layers_per_block", 2)), attends)
+
+
 def unet_config(shapes: Shapes, head_width: int | None = None) -> dict[str, Any]:
     """Arguments of diffusers' UNet2DConditionModel."""
     levels = range(count(shapes, r"down_blocks\.(\d+)\."))

@@ -1,0 +1,109 @@
+"""The parts of Stable Diffusion 1.x and 2.x in one file, and in diffusers' folders."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.architectures.sd.load import CLIP_PREFIXES, NUM_SD2_LAYERS
+from library.checkpoints.weights import Weights, renamed, selected
+from library.models.clip.clip import to_open_clip
+from library.models.loading import Component
+from library.models.shapes import count
+from library.models.unet.keys import UNET_PREFIX, unet_to_ldm
+from library.models.unet.unet import layout_of_config
+from library.models.vae.keys import VAE_PREFIX, vae_to_ldm
+
+PARTS = ("unet", "vae", "text_encoder")
+VAE_SIDE = 256  # of the pictures that Stable Diffusion's VAE was trained on; diffusers cuts tiles of that size
+LAST_LAYER, ONE_MORE = (f"transformer.resblocks.{n}." for n in (NUM_SD2_LAYERS - 1, NUM_SD2_LAYERS))
+
+
+def in_single_file(base: str, parts: Mapping[str, Component], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The weights of unet, vae and text_encoder in `dtype`, under the names of Stability's checkpoints of `base`.
+
+    The projections of attention are as these have them: 1x1 convolutions, but in the U-Net of SD 2.x matrices.
+    """
+    unet, vae = parts["unet"], parts["vae"].weights
+    layout = layout_of_config(unet.config)
+    num_levels = count(vae.shapes, r"encoder\.down_blocks\.(\d+)\.")
+    text = without_ids(parts["text_encoder"].weights)
+    text = to_open_clip(text) if base == "sd2" else renamed(text, lambda key: f"text_model.{key}")
+    for weights, prefix, name_of in (
+        (unet.weights, UNET_PREFIX, lambda key: unet_to_ldm(key, layout)),
+        (text, CLIP_PREFIXES[base], lambda key: key),
+        (vae, VAE_PREFIX, lambda key: vae_to_ldm(key, num_levels)),
+    ):
+        for key in weights.shapes:
+            value = weights.read(key)
+            if is_projection(key):
+                value = as_convolution(value) if weights is vae or base == "sd1" else as_matrix(value)
+            yield prefix + name_of(key), value.to(dtype)
+
+
+def is_projection(key: str) -> bool:
+    """Whether a weight, by diffusers' name, goes into or out of attention over the pixels of a picture."""
+    ends = ("proj_in.weight", "proj_out.weight", "to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
+    return ".attentions." in key and ".transformer_blocks." not in key and key.endswith(ends)
+
+
+def as_convolution(weight: Tensor) -> Tensor:
+    return weight if weight.dim() == 4 else weight[:, :, None, None]
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    return weight.flatten(1)
+
+
+def made_up(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """What a file of SD 2.x has and nothing computes from: the last layer (here a copy of the one before), the
+    projection of the text and the temperature, with which programs recognise and load it."""
+    prefix = CLIP_PREFIXES["sd2"]
+    last = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix + LAST_LAYER)}
+    copies = {key.replace(LAST_LAYER, ONE_MORE): tensor.clone() for key, tensor in last.items()}
+    words = tensors[f"{prefix}token_embedding.weight"]
+    projection = torch.ones(words.shape[1], words.shape[1], dtype=words.dtype)
+    return {**copies, f"{prefix}text_projection": projection, f"{prefix}logit_scale": torch.tensor(1, dtype=dtype)}
+
+
+def other_weights(whole: Weights, found: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """What else a single file has, as it is stored: averages of training, buffers of schedules, positions."""
+    prefix = CLIP_PREFIXES["sd1"]
+    for key in whole.shapes:
+        is_old = key.startswith(tuple(f"{prefix}{part}." for part in ("embeddings", "encoder", "final_layer_norm")))
+        name = f"{prefix}text_model.{key.removeprefix(prefix)}" if is_old else key
+        if name not in found:
+            yield name, whole.read(key)
+
+
+def in_folder(part: str, component: Component, dtype: torch.dtype, is_linear: bool) -> Iterator[tuple[str, Tensor]]:
+    """The weights of one part in `dtype`, under the names that diffusers and transformers save them with.
+
+    `is_linear` says whether the U-Net's projections are matrices, else they are 1x1 convolutions.
+    """
+    weights = component.weights
+    if part == "text_encoder":
+        weights = renamed(without_ids(weights), lambda key: f"text_model.{key}")
+    for key in weights.shapes:
+        value = weights.read(key)
+        if part != "text_encoder" and is_projection(key):
+            value = as_matrix(value) if part == "vae" or is_linear else as_convolution(value)
+        yield key, value.to(dtype)
+
+
+def folder_config(
+    part: str, config: Mapping[str, Any], reference: Mapping[str, Any], is_linear: bool
+) -> dict[str, Any]:
+    """config.json of a part: what its weights tell, and what they do not as in the same part of another model."""
+    if part == "unet":
+        found = {**reference, **config, "use_linear_projection": is_linear}
+        return {"_class_name": "UNet2DConditionModel", **found}
+    if part == "vae":
+        return {"sample_size": VAE_SIDE, **config, "_class_name": "AutoencoderKL"}
+    return {**config, "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+
+
+def without_ids(text: Weights) -> Weights:
+    """A text encoder without the numbers of its positions, which old files have and models make themselves."""
+    return selected(text, {key: key for key in text.shapes if not key.endswith("position_ids")})

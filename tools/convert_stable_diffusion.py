@@ -1,0 +1,268 @@
+"""Convert Stable Diffusion 1.x and 2.x between one file and a diffusers folder, or write either in another precision.
+
+A name that ends in .safetensors, .ckpt, .pt or .sft is written as a file, one without an ending as a folder. What is
+read is recognised.
+"""
+
+import argparse
+import ast
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from library.architectures.cards import list_cards
+from library.architectures.sd import layouts
+from library.architectures.sd.load import TITLES, single_file_parts
+from library.checkpoints import model_lookup
+from library.checkpoints.files import (
+    atomic_folder,
+    holds_safetensors,
+    is_safetensors,
+    load_pickle,
+    save_pickle_state_dict,
+    save_safetensors,
+)
+from library.checkpoints.weights import Weights
+from library.errors import UserError
+from library.models.clip.clip import clip_of_folder
+from library.models.identify import base_of_checkpoint
+from library.models.loading import Component
+from library.models.vae.vae import vae_of_checkpoint, vae_of_folder
+from tools.command import PRECISIONS, SUFFIXES, make_parser, run
+
+logger = logging.getLogger(__name__)
+
+SOURCE, TARGET = "model_to_load", "model_to_save"
+REFERENCES = {"sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2": "stabilityai/stable-diffusion-2-1"}
+COUNTS = ("epoch", "global_step")
+EXAMPLES = """\
+  python3 tools/convert_stable_diffusion.py sd15_folder sd15.safetensors --fp16
+  python3 tools/convert_stable_diffusion.py sd15.safetensors sd15_folder --reference_model other_sd15"""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is to be written in another layout."""
+
+    path: Path
+    base: str  # "sd1" or "sd2"
+    parts: Mapping[str, Component]
+    whole: Weights | None  # the single file, None for a folder
+
+
+def opened(name: str, wanted: str | None, variant: str | None) -> Opened:
+    """Open the model; of its files only headers are read. Raises UserError for one of another kind."""
+    path = model_lookup.find_model(SOURCE, name, tuple((part,) for part in layouts.PARTS))
+    card = base_of_checkpoint(list_cards(), SOURCE, path)
+    if card.name not in TITLES:
+        raise UserError(f"{SOURCE} {path}: this is {card.called} model; this command is for SD 1.x and SD 2.x")
+    if wanted not in (None, card.name):
+        raise UserError(
+            f"{SOURCE} {path}: this is {card.called} model; leave out --{'v1' if wanted == 'sd1' else 'v2'}"
+        )
+    if not path.is_dir():
+        if variant is not None:
+            raise UserError(f"--variant is of files in a diffusers folder; {SOURCE} {path} is a file, leave it out")
+        whole = model_lookup.open_file(SOURCE, path)
+        parts = {**single_file_parts(SOURCE, whole, card.name), "vae": vae_of_checkpoint(SOURCE, whole)}
+        return Opened(path, card.name, parts, whole)
+    unet, vae, text = (model_lookup.open_part(SOURCE, path / part, part, variant) for part in layouts.PARTS)
+    parts = {"unet": Component(*unet), "vae": vae_of_folder(*vae), "text_encoder": clip_of_folder(*text)}
+    return Opened(path, card.name, parts, None)
+
+
+# --- one file ---
+
+
+def write_file(model: Opened, args: argparse.Namespace, dtype: torch.dtype | None) -> int:
+    """Write all parts into one file; gives the number of weights."""
+    num = sum(len(part.weights.shapes) for part in model.parts.values())
+    named = tqdm(layouts.in_single_file(model.base, model.parts, dtype or torch.float32), "converting", num)
+    tensors: dict[str, Tensor] = dict(named)
+    if model.whole is not None:
+        tensors.update(layouts.other_weights(model.whole, tensors))
+    elif model.base == "sd2":
+        tensors.update(layouts.made_up(tensors, dtype))
+    if is_safetensors(args.model_to_save):
+        if args.epoch or args.global_step:
+            logger.warning("--epoch and --global_step have no effect: a .safetensors file has no place for them")
+        save_safetensors(args.model_to_save, tensors, metadata_of(args.metadata))
+    else:
+        if args.metadata is not None:
+            logger.warning("--metadata has no effect: only a .safetensors file has a place for it")
+        before = counts_in(model.path)
+        save_pickle_state_dict(args.model_to_save, tensors, {n: getattr(args, n) + before.get(n, 0) for n in COUNTS})
+    return len(tensors)
+
+
+def metadata_of(text: str | None) -> dict[str, str]:
+    """--metadata as a table of texts. Raises UserError for anything else."""
+    try:
+        found = {} if text is None else ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(word, str) for item in found.items() for word in item):
+        raise UserError(f"""--metadata {text} is no table of texts; write it as '{{"name": "my model"}}'""")
+    return found
+
+
+def counts_in(path: Path) -> dict[str, int]:
+    """The epochs and steps that a file which a training program pickled was trained."""
+    content = {} if path.is_dir() or holds_safetensors(path) else load_pickle(path, mmap=True)
+    found = {name: content.get(name) for name in COUNTS} if isinstance(content, Mapping) else {}
+    return {name: value for name, value in found.items() if isinstance(value, int)}
+
+
+# --- a diffusers folder ---
+
+
+def reference_of(model: Opened, name: str | None) -> Path:
+    """The folder that scheduler and tokenizer are taken from. Raises UserError where it lacks them."""
+    if name is None and model.whole is None:
+        path = model.path
+    elif name is not None and Path(name).expanduser().exists():
+        path = Path(name).expanduser()
+    else:
+        try:
+            wanted = ("scheduler/*.json", "tokenizer/*", "unet/config.json")
+            path = model_lookup.fetch_snapshot(name or REFERENCES[model.base], wanted)
+        except ConnectionError as error:
+            raise UserError(
+                f"--reference_model {name or 'is not given'}: a file has neither scheduler nor tokenizer, and "
+                f"{name or REFERENCES[model.base]} cannot be downloaded ({error}); give a diffusers folder of "
+                f"{TITLES[model.base]}"
+            ) from error
+    missing = [part for part in ("scheduler/scheduler_config.json", "tokenizer") if not (path / part).exists()]
+    if missing:
+        raise UserError(f"--reference_model {path} has no {missing[0]}; give a diffusers folder of the same model")
+    return path
+
+
+def write_folder(model: Opened, args: argparse.Namespace, dtype: torch.dtype | None, reference: Path) -> int:
+    """Write the folder, with scheduler and tokenizer of `reference`; gives the number of weights."""
+    other = model_lookup.read_json(reference / "unet" / "config.json")
+    is_linear = model.parts["unet"].config.get("use_linear_projection", False)
+    if model.whole is not None and model.base == "sd2":  # the file has matrices, whatever programs make of it
+        is_linear = args.unet_use_linear_projection or bool(other.get("use_linear_projection"))
+    num = 0
+    with atomic_folder(args.model_to_save) as folder:
+        for part, component in model.parts.items():
+            (folder / part).mkdir(parents=True)
+            config = layouts.folder_config(part, component.config, other, is_linear)
+            write_json(folder / part / "config.json", config)
+            named = layouts.in_folder(part, component, dtype or torch.float32, is_linear)
+            tensors = dict(tqdm(named, part, len(component.weights.shapes)))
+            formats = model_lookup.weight_files(part)
+            if args.use_safetensors:
+                save_safetensors(folder / part / formats[0][0], tensors, {"format": "pt"})
+            else:
+                save_pickle_state_dict(folder / part / formats[2][0], tensors)
+            num += len(tensors)
+        shutil.copytree(reference / "tokenizer", folder / "tokenizer")
+        write_scheduler(reference, folder)
+    return num
+
+
+def write_scheduler(reference: Path, folder: Path) -> None:
+    """The scheduler of another folder as diffusers' DDIMScheduler, and the table of all parts."""
+    from diffusers import DDIMScheduler
+
+    DDIMScheduler.from_pretrained(reference, subfolder="scheduler").save_pretrained(folder / "scheduler")
+    parts = {
+        "unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"),
+        "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
+        "scheduler": ("diffusers", "DDIMScheduler"),
+        **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None)),
+    }  # fmt: skip
+    about = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+    write_json(folder / "model_index.json", {**about, **parts})
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# --- the command ---
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument(SOURCE, help="a single file, a diffusers folder or the name of one on the hub")
+    parser.add_argument(TARGET, type=Path, help="the file or, without an ending, the folder to write")
+    parser.add_argument("--v1", action="store_true", help="the model must be SD 1.x, which is recognised without it")
+    parser.add_argument("--v2", action="store_true", help="the model must be SD 2.x, which is recognised without it")
+    parser.add_argument(
+        "--unet_use_linear_projection", action="store_true",
+        help="in a folder of SD 2.x: projections of attention as matrices, as Stability has them",
+    )  # fmt: skip
+    precision = parser.add_mutually_exclusive_group()
+    for name in PRECISIONS:
+        precision.add_argument(f"--{name}", action="store_true", help=f"write {name}; without a precision float")
+    precision.add_argument("--save_precision_as", choices=tuple(PRECISIONS), help="the same in one word")
+    parser.add_argument("--epoch", type=int, default=0, help="epochs to note in a .ckpt, added to those in the old one")
+    parser.add_argument("--global_step", type=int, default=0, help="the same for steps")
+    parser.add_argument("--metadata", help="""metadata of a .safetensors file, as '{"name": "my model"}'""")
+    parser.add_argument("--variant", help="which files of a folder to read: fp16 for those that end in .fp16")
+    parser.add_argument(
+        "--reference_model", help="folder or hub name of the model whose scheduler and tokenizer a folder gets"
+    )
+    parser.add_argument("--use_safetensors", action="store_true", help="in a folder: .safetensors instead of .bin")
+    return parser
+
+
+def dtype_asked(args: argparse.Namespace) -> torch.dtype | None:
+    """The precision on the command line, None where there is none."""
+    asked = next((name for name in PRECISIONS if getattr(args, name)), args.save_precision_as)
+    return None if asked is None else PRECISIONS[asked]
+
+
+def is_file_name(path: Path) -> bool:
+    """Whether a file is to be written. Raises UserError for an ending that is of no format."""
+    if path.suffix and path.suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f"{TARGET} {path} ends in {path.suffix}: a file ends in one of {', '.join(SUFFIXES)}, a folder's name has "
+            "no dot"
+        )
+    return bool(path.suffix)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Read, rename and write."""
+    if args.v1 and args.v2:
+        raise UserError("--v1 and --v2 exclude each other; the model is recognised without them")
+    to_file, dtype = is_file_name(args.model_to_save), dtype_asked(args)
+    metadata_of(args.metadata)
+    folder_only = {"--reference_model": args.reference_model, "--use_safetensors": args.use_safetensors}
+    folder_only["--unet_use_linear_projection"] = args.unet_use_linear_projection
+    file_only = {"--epoch": args.epoch, "--global_step": args.global_step, "--metadata": args.metadata}
+    for flag in (flag for flag, value in (folder_only if to_file else file_only).items() if value):
+        logger.warning("%s has no effect: %s is a %s", flag, args.model_to_save, "file" if to_file else "folder")
+    model = opened(args.model_to_load, "sd1" if args.v1 else "sd2" if args.v2 else None, args.variant)
+    if to_file:
+        num = write_file(model, args, dtype)
+    else:
+        if args.model_to_save.exists():
+            raise UserError(f"{TARGET} {args.model_to_save} exists already; name a folder that does not")
+        num = write_folder(model, args, dtype, reference_of(model, args.reference_model))
+    print(f"{args.model_to_save}: {num} weights of {TITLES[model.base]}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run(setup_parser(), convert, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
