@@ -8,6 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 from library.options.train import TrainOptions
+from library.options.training.concepts import ConceptOptions
+
+ROOT = Path(__file__).parents[2]  # of the scripts
+BY_PROMPTS = "train_leco.py"  # what the names of scripts end in that train concepts by prompts alone
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ class OtherScripts:
 
     def __call__(self, option: str) -> str:
         """The hint behind an option, "" for one that this script has, or of which nothing is known."""
+        if option in ConceptOptions.defaults() and not self.name.endswith(BY_PROMPTS):
+            names = sorted((path.name for path in ROOT.glob(f"*{BY_PROMPTS}")), key=len)
+            return f" (an option of {' and '.join(names)}, which train concepts by prompts alone)"
         has = [script for script, (options, _) in self.scripts.items() if option in options]
         if self.name in has:
             return ""

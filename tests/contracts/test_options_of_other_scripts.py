@@ -102,3 +102,16 @@ def test_a_file_for_what_is_short_for_a_number_is_told(words: list[str], capsys:
 )
 def test_the_fewer_scripts_are_named(has: str, words: str) -> None:
     assert words_for(list(has), list("abcde")) == words
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_options_for_prompts_alone_name_the_scripts_that_have_them(
+    script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    hint = " (an option of train_leco.py and sdxl_train_leco.py, which train concepts by prompts alone)"
+    with pytest.raises(SystemExit):
+        parse(parser_of(script), ["--prompts_file", "erase.toml", "--max_denoising_steps=20"])
+    assert f"--prompts_file{hint} erase.toml --max_denoising_steps=20{hint}" in capsys.readouterr().err
+    (tmp_path / "train.toml").write_text("leco_denoise_guidance_scale = 2.0")
+    parse(parser_of(script), ["--config_file", str(tmp_path / "train.toml")])
+    assert f"ignored: leco_denoise_guidance_scale{hint}" in caplog.text
