@@ -24,6 +24,7 @@ from library.architectures.sdxl import assembly as sdxl
 from library.architectures.sdxl.options import SdxlOptions
 from library.data.description.plan import DataPlan, build_plan
 from library.data.description.schema import NoDataFound
+from library.data.sources.folders.metadata_file import MetadataEntry
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.processes import of_accelerator
@@ -83,13 +84,13 @@ def cache_to_disk(args: argparse.Namespace) -> None:
     cache_pictures(args)
 
 
-def cache_pictures(args: argparse.Namespace) -> DataPlan:
-    """The same, and gives the pictures with their buckets."""
+def cache_pictures(args: argparse.Namespace, entries: Sequence[tuple[str, MetadataEntry]] | None = None) -> DataPlan:
+    """The same, and gives the pictures with their buckets; `entries` where the metadata file is read already."""
     options = read_options(args, cache_latents=True, cache_latents_to_disk=True)
     processes = of_accelerator(open_accelerator(options))
     codec, load_vae = open_vae(options)
     seed = options.run.seed or 0
-    plan = build_plan(options, codec.spec, seed, None, None, processes.count)
+    plan = build_plan(options, codec.spec, seed, None, None, processes.count, entries)
     encode_pictures(load_vae, codec, options.caching, seed, plan, processes)
     return plan
 

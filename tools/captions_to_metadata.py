@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.checkpoints.files import atomic_path
 from library.data.batches.images import picture_extensions
-from library.data.sources.folders.metadata_file import read_metadata
+from library.data.sources.folders.metadata_file import read_table
 from library.errors import UserError
 from library.options.encodings import decoded
 from tools.command import make_parser, run
@@ -44,12 +44,10 @@ def list_pictures(folder: Path, is_recursive: bool) -> list[Path]:
     return found
 
 
-def read_table(path: Path) -> dict[str, Any]:
-    """The entries of a metadata file as they stand there. Raises UserError for one that training would refuse."""
-    for _ in read_metadata(str(path)):
-        pass
-    table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
-    return table
+def check_name(path: Path) -> None:
+    """Raise UserError where a table would get the name of a file of lines."""
+    if path.suffix.lower() == ".jsonl":
+        raise UserError(f"{path}: a table is written, not lines; give a name that ends in .json")
 
 
 def write_table(path: Path, table: dict[str, Any]) -> None:
@@ -82,11 +80,10 @@ def collect(args: argparse.Namespace) -> None:
     """Read the files and write the table."""
     if args.recursive and not args.full_path:
         raise UserError("--recursive needs --full_path: names alone do not tell the pictures of several folders apart")
-    if args.out_json.suffix.lower() == ".jsonl":
-        raise UserError(f"{args.out_json}: a table is written, not lines; give a name that ends in .json")
+    check_name(args.out_json)
     extension = args.caption_extention or args.caption_extension or ENDINGS[args.field]
     source = args.in_json or (args.out_json if args.out_json.is_file() else None)
-    table = read_table(source) if source is not None else {}
+    table = read_table(str(source)) if source is not None else {}
     pictures = list_pictures(args.train_data_dir, args.recursive)
     check_keys(pictures, args.full_path)
     missing: list[Path] = []

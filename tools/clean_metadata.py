@@ -15,7 +15,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.captions_to_metadata import read_table, write_table
+from library.data.sources.folders.metadata_file import read_table
+from tools.captions_to_metadata import check_name, write_table
 from tools.command import make_parser, run
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,8 @@ def clean(args: argparse.Namespace) -> None:
     if args.old_out_json is not None:  # as this command was called when it had a folder before the two files
         logger.warning("%s has no effect: whatever the metadata file has is cleaned", args.in_json)
         args.in_json, args.out_json = args.out_json, args.old_out_json
-    table = read_table(args.in_json)
+    check_name(args.out_json)
+    table = read_table(str(args.in_json))
     num_changed = 0
     for field, cleaner in CLEANERS.items():
         entries = [entry for entry in table.values() if entry.get(field) is not None]

@@ -17,11 +17,12 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.architectures.cards import list_cards
 from library.checkpoints import model_lookup
 from library.data.description.buckets import Size
+from library.data.sources.folders.metadata_file import entries_of, read_table
 from library.data.sources.folders.metadata_listing import find_picture
 from library.errors import UserError
 from library.models.identify import base_of_checkpoint
 from tools.cache_latents import cache_pictures
-from tools.captions_to_metadata import list_pictures, read_table, write_table
+from tools.captions_to_metadata import check_name, list_pictures, write_table
 from tools.command import make_parser, run
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,10 @@ def note_sizes(table: dict[str, Any], folder: Path, sizes: dict[str, Size]) -> N
 
 def prepare(args: argparse.Namespace) -> None:
     """Encode the pictures and write the table."""
-    table = read_table(args.in_json)
+    check_name(args.out_json)
+    table = read_table(str(args.in_json))
     pictures = list_pictures(args.train_data_dir, args.recursive)
-    plan = cache_pictures(options_of(args))
+    plan = cache_pictures(options_of(args), entries_of(table))
     sizes = {sample.picture.key: sample.shape.bucket for sample in plan.samples}
     strangers = [path for path in pictures if str(path) not in sizes]
     if strangers:

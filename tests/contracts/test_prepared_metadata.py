@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from PIL import Image
 
 from finetune import merge_captions_to_metadata, prepare_buckets_latents
+from library.data.sources.folders import metadata_file
 from tests.running import make_pictures
 
 
@@ -33,7 +35,9 @@ def test_training_takes_the_latents_that_were_prepared(
     paths = [str(folder), str(tmp_path / "captions.json"), str(tmp_path / "out.json"), str(tiny_sdxl_folder)]
     sizes = ["--max_resolution", "64,64", "--min_bucket_reso", "32", "--max_bucket_reso", "128"]
     words = [*sizes, "--bucket_reso_steps", "32", "--flip_aug", "--batch_size", "2", "--max_data_loader_n_workers", "0"]
-    assert prepare_buckets_latents.main([*paths, *words]) == 0
+    with patch.object(metadata_file, "decoded", wraps=metadata_file.decoded) as reading:
+        assert prepare_buckets_latents.main([*paths, *words]) == 0
+    assert reading.call_count == 1  # the table that is written is the one whose pictures are encoded
     assert "1 of 4 pictures have no entry in" in caplog.text and "new.png; tools/captions_to_metadata.py" in caplog.text
     table = json.loads((tmp_path / "out.json").read_text())
     assert {key: entry.get("train_resolution") for key, entry in table.items()} == {

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -220,14 +220,18 @@ def build_plan(
     count_tokens: Callable[[str], int] | None,
     max_tokens: int | None,
     num_processes: int = 1,
+    entries: Sequence[tuple[str, Any]] | None = None,
 ) -> DataPlan:
     """Read the description, list the pictures and sort them into buckets; no picture is decoded.
 
+    `entries` are what --in_json says, where a caller has read it already.
     Raises NoDataFound where there is nothing to train on, UserError for every other mistake in the description.
     """
     config = load_dataset_config(options)
     if options.faults.dry_run:
         config = config.without_index()
+    if entries is not None:
+        config = config.with_entries(entries)
     check_drawing(config, options)
     subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
     if options.caching.cache_dir is not None and not any(subset.patterns for subset in subsets):

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class SubsetConfig:
     validation_seed: int | None
     captions: CaptionRules
     keeps_index: bool = True  # whether what was read of the pictures may be written down for the next start
+    entries: Sequence[tuple[str, Any]] | None = field(default=None, repr=False, compare=False)  # read already, by key
 
     @property
     def source(self) -> str:
@@ -119,9 +120,15 @@ class RunDataConfig:
 
     def without_index(self) -> "RunDataConfig":
         """The same, but nothing is written beside the pictures."""
-        datasets = [
-            replace(d, subsets=tuple(replace(subset, keeps_index=False) for subset in d.subsets)) for d in self.datasets
-        ]
+        return self._with(keeps_index=False)
+
+    def with_entries(self, entries: Sequence[tuple[str, Any]]) -> "RunDataConfig":
+        """The same, whose one metadata file is read already."""
+        return self._with(entries=entries)
+
+    def _with(self, **values: Any) -> "RunDataConfig":
+        """Every subset with other values."""
+        datasets = (replace(d, subsets=tuple(replace(subset, **values) for subset in d.subsets)) for d in self.datasets)
         return replace(self, datasets=tuple(datasets))
 
 

@@ -209,3 +209,17 @@ def test_a_metadata_file_is_cleaned_as_it_was_called_of_old(tmp_path: Path, capl
     assert "pictures has no effect" in caplog.text and "1 of 2 entries have no tags" in caplog.text
     expected = {"a": {"tags": "b c", "train_resolution": [8, 8]}, "d": {"caption": "a girl"}}
     assert json.loads((tmp_path / "out.json").read_text()) == expected
+
+
+def test_lines_are_read_and_a_table_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (
+        {"image_path": "a.png", "tags": "long_hair", "note": 1},
+        {"image_path": "b.png", "caption": "a cartoon lady"},
+    )
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.json")]
+    assert clean_captions_and_tags.main(words) == 0
+    table = json.loads((tmp_path / "out.json").read_text())
+    assert table == {"a.png": {"tags": "long hair", "note": 1}, "b.png": {"caption": "a girl"}}
+    assert clean_captions_and_tags.main([words[0], str(tmp_path / "out.jsonl")]) == 1
+    assert "a table is written, not lines" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,21 @@ class MetadataEntry:
 
 def read_metadata(path: str) -> Iterator[tuple[str, MetadataEntry]]:
     """(key, entry) of every picture; ValueError names the file, and the line or key of a mistake."""
+    for key, value in _values(path):
+        yield key, _entry(value)
+
+
+def read_table(path: str) -> dict[str, dict[str, Any]]:
+    """Everything that the file says, by key; lines become a table. Raises UserError as `read_metadata`."""
+    return dict(_values(path))
+
+
+def entries_of(table: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, MetadataEntry]]:
+    """What `read_metadata` gives, of a table that is read already."""
+    return [(key, _entry(value)) for key, value in table.items()]
+
+
+def _values(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if not os.path.isfile(path):
         raise UserError(f"metadata_file {path}: there is no such file")
     try:
@@ -32,7 +47,7 @@ def read_metadata(path: str) -> Iterator[tuple[str, MetadataEntry]]:
     yield from _json_lines(path, io.StringIO(text)) if path.lower().endswith(".jsonl") else _json_table(path, text)
 
 
-def _json_table(path: str, text: str) -> Iterator[tuple[str, MetadataEntry]]:
+def _json_table(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         table = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -40,10 +55,10 @@ def _json_table(path: str, text: str) -> Iterator[tuple[str, MetadataEntry]]:
     if not isinstance(table, dict):
         raise UserError(f"metadata_file {path} must hold a table of pictures, not {type(table).__name__}")
     for key, value in table.items():
-        yield key, _entry(value, f"{path}: {key}")
+        yield key, _checked(value, f"{path}: {key}")
 
 
-def _json_lines(path: str, lines: Iterator[str] | Any) -> Iterator[tuple[str, MetadataEntry]]:
+def _json_lines(path: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -53,13 +68,18 @@ def _json_lines(path: str, lines: Iterator[str] | Any) -> Iterator[tuple[str, Me
             raise UserError(f"metadata_file {path}, line {number} is not valid JSON: {error}") from None
         if not isinstance(value, dict) or not isinstance(value.get("image_path"), str):
             raise UserError(f"metadata_file {path}, line {number}: image_path is missing")
-        yield value["image_path"], _entry(value, f"{path}, line {number}")
+        key = value.pop("image_path")
+        yield key, _checked(value, f"{path}, line {number}")
 
 
-def _entry(value: Any, place: str) -> MetadataEntry:
+def _checked(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"metadata_file {place} must be a table with caption or tags, not {value!r}")
     for name in ("caption", "tags"):
         if value.get(name) is not None and not isinstance(value[name], str):
             raise UserError(f"metadata_file {place}: {name} is {value[name]!r}, but must be a string")
+    return value
+
+
+def _entry(value: Mapping[str, Any]) -> MetadataEntry:
     return MetadataEntry(value.get("caption"), value.get("tags"))

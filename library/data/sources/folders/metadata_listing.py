@@ -24,7 +24,7 @@ def list_metadata(config: SubsetConfig, num_threads: int) -> Listing:
     listings: dict[str, dict[str, str]] = {}
     captions: list[str] = []
     tags: list[str] = []
-    for key, entry in read_metadata(config.metadata_file or ""):
+    for key, entry in read_metadata(config.metadata_file or "") if config.entries is None else config.entries:
         path = find_picture(key, config.image_dir, listings)
         if path is None:
             listing.dropped.append(
