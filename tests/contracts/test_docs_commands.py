@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -134,10 +135,17 @@ def check_script(script: str, arguments: list[str]) -> None:
 
 
 def check_tool(script: str, arguments: list[str]) -> None:
+    options = options_of_tool(script)
+    for word in arguments:
+        assert not word.startswith("--") or word in options, f"{script} has no option {word}"
+
+
+@cache
+def options_of_tool(script: str) -> frozenset[str]:
+    """As the tool shows them in a process of its own, where its folder comes first among those of modules."""
     shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    for word in arguments:
-        assert not word.startswith("--") or word in shown.stdout, f"{script} has no option {word}"
+    return frozenset(FLAG.findall(shown.stdout))
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
