@@ -195,7 +195,7 @@ def test_options_named_in_the_text_exist(page: Path) -> None:
 
     known = {*FLAGS_OF_OTHERS, *(f"--{letters}" for letters in LINE_OPTIONS)}
     known |= set(launch_command_parser()._option_string_actions)
-    scripts = (path.stem for end in ("network", "leco") for path in ROOT.glob(f"*train_{end}.py"))
+    scripts = (path.stem for path in ROOT.glob("*train_*.py"))
     for module in (*scripts, *(f"tools.{name}" for name in TOOLS)):
         known |= set(importlib.import_module(module).setup_parser()._option_string_actions)
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
