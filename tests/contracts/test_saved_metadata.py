@@ -37,6 +37,7 @@ def test_a_plain_run_writes_these_93_keys(
     assert found["ss_optimizer"] == "torch.optim.adamw.AdamW"
     assert found["ss_num_train_images"] == "12" and found["ss_num_epochs"] == "1" and found["ss_steps"] == "4"
     assert found["ss_resolution"] == "(64, 64)" and found["ss_min_bucket_reso"] == "None"
+    assert found["ss_bucket_info"] == "null"  # JSON without buckets too
     assert json.loads(found["ss_dataset_dirs"]) == {"2_thing": {"n_repeats": 2, "img_count": 6}}
     assert sum(json.loads(found["ss_tag_frequency"])["2_thing"].values()) == 6 * 4
     assert found["ss_new_sd_model_hash"] == hashlib.sha256(tiny_sd_file.read_bytes()).hexdigest()

@@ -61,7 +61,7 @@ def dataset_metadata(
         "ss_dataset_dirs": dataset_dirs([subset for subset in subsets if not subset.config.is_reg]),
         "ss_reg_dataset_dirs": dataset_dirs([subset for subset in subsets if subset.config.is_reg]),
         "ss_tag_frequency": frequencies[0],
-        "ss_bucket_info": infos[0],
+        "ss_bucket_info": "null" if infos[0] is None else infos[0],  # JSON either way
     }
 
 

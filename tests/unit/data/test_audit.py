@@ -209,7 +209,7 @@ def test_tags_of_metadata_files_are_counted_without_captions(tmp_path):
     found = build_plan(options, SPEC, 1, None, None).metadata(options)
     assert found["ss_tag_frequency"] == {"meta.json": {"x": 1, "y": 1}}
     assert found["ss_dataset_dirs"] == {"meta.json": {"n_repeats": 1, "img_count": 1}}
-    assert found["ss_bucket_info"] is None
+    assert found["ss_bucket_info"] == "null"
 
 
 def test_captions_under_another_ending_are_counted_with_the_key_to_set(tmp_path, caplog):
