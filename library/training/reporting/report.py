@@ -143,7 +143,7 @@ def rate_values(
     """The learning rates of a step by the names that charts use.
 
     `lr/<name>` for every group; beside it `lr/textencoder` for the first group where a text encoder may train and
-    `lr/group<i>` for the others; `lr/d*lr/<name>` where the optimizer finds the rate by itself.
+    `lr/group<i>` for the others; `lr/d*lr/<name>` and `lr/d*lr/group<i>` where the optimizer finds the rate by itself.
     """
     values: dict[str, float] = {}
     for i, rate in enumerate(rates):
@@ -153,4 +153,6 @@ def rate_values(
     for i, rate in enumerate(rates):
         is_text_encoder = i == 0 and first_is_text_encoder
         values.setdefault("lr/textencoder" if is_text_encoder else f"lr/group{i}", float(rate))
+        if effective is not None and not is_text_encoder:
+            values.setdefault(f"lr/d*lr/group{i}", effective[i])
     return values

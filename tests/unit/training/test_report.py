@@ -44,8 +44,14 @@ def test_with_the_unet_alone_no_group_is_called_textencoder() -> None:
 
 
 def test_rates_that_the_optimizer_finds_are_shown_beside() -> None:
-    values = rate_values([1.0], ["unet"], [3e-5], False)
-    assert values["lr/d*lr/unet"] == 3e-5
+    assert rate_values([1.0, 0.5], ["textencoder", "unet"], [3e-5, 2e-5], True) == {
+        "lr/textencoder": 1.0,
+        "lr/unet": 0.5,
+        "lr/group1": 0.5,
+        "lr/d*lr/textencoder": 3e-5,
+        "lr/d*lr/unet": 2e-5,
+        "lr/d*lr/group1": 2e-5,
+    }
 
 
 def test_a_standard_output_that_takes_nothing_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
