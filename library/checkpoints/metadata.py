@@ -64,13 +64,13 @@ class RunFacts:
 def training_metadata(options: TrainOptions, architecture: Mapping[str, str], facts: RunFacts) -> dict[str, str]:
     """The `ss_*` keys that stay the same in every file of a run, but for the hashes of the base files."""
     o = options
-    text_encoder_lr = o.network.text_encoder_lr[0] if o.network.text_encoder_lr else None
+    text_rates = o.network.text_encoder_lr or []
     values: dict[str, Any] = {
         "ss_session_id": facts.session_id,
         "ss_training_started_at": facts.started_at,
         "ss_output_name": o.saving.output_name,
         "ss_learning_rate": o.optimizer.learning_rate,
-        "ss_text_encoder_lr": text_encoder_lr,
+        "ss_text_encoder_lr": text_rates if len(text_rates) > 1 else next(iter(text_rates), None),
         "ss_unet_lr": o.network.unet_lr,
         "ss_num_train_images": facts.num_train_images,
         "ss_num_validation_images": facts.num_validation_images,

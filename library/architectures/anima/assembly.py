@@ -49,7 +49,7 @@ RECIPE = Recipe(
     },
     records=(
         "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
-        "discrete_flow_shift",
+        "discrete_flow_shift", "text_encoder_lr",
     ),
 )  # fmt: skip
 CODEC = QwenImageLatents()

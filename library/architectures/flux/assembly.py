@@ -49,6 +49,7 @@ RECIPE = Recipe(
     records=(
         "model_type", "apply_t5_attn_mask", "guidance_scale", "weighting_scheme", "logit_mean", "logit_std",
         "mode_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type", "discrete_flow_shift",
+        "text_encoder_lr",
     ),
 )  # fmt: skip
 CHROMA_RECIPE = replace(

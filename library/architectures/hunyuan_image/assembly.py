@@ -42,7 +42,7 @@ RECIPE = Recipe(
     },
     records=(
         "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type",
-        "discrete_flow_shift",
+        "discrete_flow_shift", "text_encoder_lr",
     ),
 )  # fmt: skip
 LATENTS = SPEC

@@ -42,7 +42,7 @@ RECIPE = Recipe(
     },
     records=(
         "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
-        "model_prediction_type", "discrete_flow_shift",
+        "model_prediction_type", "discrete_flow_shift", "text_encoder_lr",
     ),
 )  # fmt: skip
 CODEC = mapped_latents("_lumina.npz")

@@ -64,6 +64,7 @@ RECIPE = Recipe(
     },
     records=(
         "apply_lg_attn_mask", "apply_t5_attn_mask", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
+        "text_encoder_lr",
     ),
 )  # fmt: skip
 

@@ -1,0 +1,59 @@
+"""What files tell of the options, where readers of LoRA files expect one spelling."""
+
+import argparse
+import importlib
+from collections.abc import Mapping
+
+import pytest
+
+from library.checkpoints.metadata import RunFacts, training_metadata
+from tests.running import SCRIPTS
+
+FACTS = RunFacts(
+    session_id=1,
+    started_at=2.0,
+    seed=3,
+    num_train_images=4,
+    num_validation_images=0,
+    num_reg_images=0,
+    num_batches_per_epoch=4,
+    num_epochs=1,
+    max_train_steps=4,
+    optimizer="torch.optim.adamw.AdamW",
+    has_relative_step=False,
+    network_args={},
+    datasets={},
+)
+
+
+def told(script: str, arguments: str) -> Mapping[str, str]:
+    """The metadata of a run of `script`."""
+    options_type = SCRIPTS[script].options
+    parser = argparse.ArgumentParser()
+    options_type.add_to(parser)
+    options = options_type.from_args(parser.parse_args(arguments.split()))
+    recipe = vars(importlib.import_module(SCRIPTS[script].build.__module__)).get("RECIPE")  # SD has none
+    return training_metadata(options, {} if recipe is None else recipe.describe(options), FACTS)
+
+
+@pytest.mark.parametrize(
+    ("script", "rates", "value"),
+    [
+        ("train_network", "5e-5", "5e-05"),
+        ("sdxl_train_network", "5e-5", "5e-05"),
+        ("sdxl_train_network", "5e-5 1e-5", "[5e-05, 1e-05]"),
+        ("flux_train_network", "5e-5", "[5e-05]"),
+        ("flux_train_network", "5e-5 1e-5", "[5e-05, 1e-05]"),
+        ("sd3_train_network", "5e-5 1e-5 0", "[5e-05, 1e-05, 0.0]"),
+        ("lumina_train_network", "5e-5", "[5e-05]"),
+        ("anima_train_network", "5e-5", "[5e-05]"),
+        ("hunyuan_image_train_network", "5e-5", "[5e-05]"),
+    ],
+)
+def test_every_rate_of_a_text_encoder_is_told(script: str, rates: str, value: str) -> None:
+    assert told(script, f"--text_encoder_lr {rates}")["ss_text_encoder_lr"] == value
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_no_rate_of_text_encoders_is_none(script: str) -> None:
+    assert told(script, "--learning_rate 1e-4")["ss_text_encoder_lr"] == "None"
