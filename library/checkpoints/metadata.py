@@ -164,7 +164,7 @@ def modelspec_metadata(options: TrainOptions, architecture: Mapping[str, str], s
         "date": datetime.fromtimestamp(int(saved_at)).isoformat(),
         "timestep_range": _timestep_range(options.noise.min_timestep, options.noise.max_timestep),
         "encoder_layer": None if options.model.clip_skip is None else str(options.model.clip_skip),
-        "thumbnail": _thumbnail(texts.metadata_thumbnail),
+        "thumbnail": thumbnail_url(texts.metadata_thumbnail),
     }
     values.update((name, getattr(texts, f"metadata_{name}")) for name in MODELSPEC_TEXTS)
     found = {key: value for key, value in architecture.items() if key.startswith("modelspec.")}
@@ -214,7 +214,7 @@ def _timestep_range(low: int | None, high: int | None) -> str | None:
     return f"{0 if low is None else low},{1000 if high is None else high}"
 
 
-def _thumbnail(value: str | None) -> str | None:
+def thumbnail_url(value: str | None) -> str | None:
     """A picture file as a data URL; a data URL passes through.
 
     Raises UserError where --metadata_thumbnail is neither.

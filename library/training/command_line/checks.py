@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 
+from library.checkpoints.metadata import thumbnail_url
 from library.errors import UserError
 from library.memory.planner.cards import parse_size
 from library.options.machine.memory import EIGHT_BIT_FORMS
@@ -127,6 +128,7 @@ def check_output(options: TrainOptions) -> None:
         if folder:
             check_folder(flag, Path(folder))
     check_output_name(saving.output_name or "")
+    thumbnail_url(options.metadata.metadata_thumbnail)
     path = Names.build(saving).of_end()
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
         raise UserError(

@@ -227,6 +227,7 @@ def test_debug_dataset_needs_no_model_and_no_output() -> None:
         {"network_train_unet_only": True, "network_train_text_encoder_only": True},
         {"dim_from_weights": True},
         {"network_weights": "no/such/file.safetensors"},
+        {"metadata_thumbnail": "no/such/picture.png"},
         {"base_weights": ["no/such/file.safetensors"]},
         {"min_timestep": 501, "max_timestep": 500},
         {"min_timestep": 1001},
