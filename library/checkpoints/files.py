@@ -1,5 +1,6 @@
 """Tensors in files: read lazily and checked, written whole or not at all."""
 
+import errno
 import json
 import logging
 import os
@@ -27,8 +28,11 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 LENGTH_BYTES = 8
 MAX_DIMENSIONS = 64  # of a tensor in torch
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+WEIGHT_SUFFIXES = (*SAFETENSORS_SUFFIXES, ".ckpt", ".pt", ".pth", ".bin")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02")  # torch's zip archives, and what torch before 1.6 wrote
+FULL_BYTES = 1 << 20  # free on a disk that a file has just filled, but for what does not make a block
 PEFT_STEM = "adapter_model"  # of the file in a folder that PEFT saves
+OBJECT_IN_PICKLE = re.compile(r"GLOBAL ([\w.]+)")  # in what torch says of one that it does not open
 TEMPORARY = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{12}")  # the stem that `atomic_path` gives a file until it is whole
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -124,6 +128,7 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", mmap: 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is a folder, not a file of weights")
+    refuse_stranger(path)
     if holds_safetensors(path):
         with open_safetensors(path, device) as reader:
             return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118, it is no mapping
@@ -146,9 +151,17 @@ def load_pickle(path: Path, device: str | torch.device = "cpu", mmap: bool = Fal
         with path.open("rb") as file:
             return torch.load(path if maps else file, map_location=device, weights_only=True, mmap=maps)
     except Exception as error:  # unpickling raises whatever the broken or foreign file leads to
+        found = OBJECT_IN_PICKLE.search(str(error))
+        if found or type(error).__name__ == "UnpicklingError":
+            what = f" ({found[1]})" if found else ""
+            raise UserError(
+                f"{path} cannot be read as a file of plain tensors: it holds other Python objects{what}, which are not "
+                "opened, because that could run code; convert it to .safetensors with a program you trust"
+            ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
         raise UserError(
-            f"{path} cannot be read as a file of plain tensors: {error}. Files that hold other Python objects are not "
-            "opened, because that could run code; convert it to .safetensors with a program you trust"
+            f"{path} cannot be read as a file of plain tensors: it is cut short or damaged ({reason}); download or "
+            "copy it again"
         ) from error
 
 
@@ -196,6 +209,26 @@ def holds_safetensors(path: str | Path) -> bool:
     return is_safetensors(path) and not start.startswith(PICKLE_STARTS)
 
 
+def refuse_stranger(path: Path) -> None:
+    """Raise UserError for the files that downloads leave in place of a checkpoint, saying what they are."""
+    with path.open("rb") as file:
+        start = file.read(256)
+    if not start:
+        raise UserError(f"{path} is empty; download or copy it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+    if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
+        raise UserError(f"{path} is a web page: the page about the download was saved instead of the download")
+    if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
+        raise UserError(f"{path} is a text file, not a checkpoint; it begins with {start[:40].decode('ascii')!r}")
+    is_named = path.suffix.lower() in WEIGHT_SUFFIXES
+    if not (is_named or holds_safetensors(path) or start.startswith(PICKLE_STARTS)):
+        raise UserError(
+            f"{path} is no checkpoint: it holds neither safetensors nor a PyTorch pickle (it begins with "
+            f"{start[:8]!r}); other formats, such as GGUF, are not read"
+        )
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; it takes the place of `path` when the block ends well.
@@ -233,6 +266,19 @@ def remove_temporary(folder: Path, is_wanted: Callable[[str], bool]) -> None:
 
 
 @contextmanager
+def full_disk_named(path: str | Path) -> Iterator[None]:
+    """Raise OSError naming `path` for what writers raise where a disk is full: each has an error of its own."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, RuntimeError, shutil.Error) as error:
+        if "No space left" in str(error) or shutil.disk_usage(Path(path).parent).free < FULL_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
+@contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a path beside `path` for a folder, to be made; it gets the name `path` when the block ends well.
 
@@ -241,7 +287,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid4().hex[:12]}"
     try:
-        yield temporary
+        with full_disk_named(path):
+            yield temporary
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -254,7 +301,7 @@ def save_safetensors(
     """Write tensors and metadata to a safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, full_disk_named(path):
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, dict(metadata) if metadata else None)
 
 
@@ -265,7 +312,7 @@ def save_pickle_state_dict(
 
     With `counts`, such as epochs, these stand beside a table `state_dict`, as training programs write it.
     """
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, full_disk_named(path):
         torch.save(dict(tensors) if counts is None else {"state_dict": dict(tensors), **counts}, temporary)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from library.checkpoints.files import WEIGHT_SUFFIXES
 from library.checkpoints.quantised import open_checkpoint
-from library.checkpoints.weights import WEIGHT_SUFFIXES, Weights
+from library.checkpoints.weights import Weights
 from library.errors import NotThere, UserError
 from library.suggestions import nearest_name
 

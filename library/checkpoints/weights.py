@@ -17,17 +17,15 @@ from torch import Tensor
 
 from library.checkpoints.files import (
     LENGTH_BYTES,
-    PICKLE_STARTS,
     TensorEntry,
     holds_safetensors,
     load_state_dict,
     read_header,
+    refuse_stranger,
 )
 from library.errors import UserError
 
 ConfigT = TypeVar("ConfigT")
-
-WEIGHT_SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
@@ -229,26 +227,6 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if outside:
         raise UserError(f"{index} names files outside its folder: {', '.join(outside[:3])}; they are not opened")
     return dict(weight_map)
-
-
-def refuse_stranger(path: Path) -> None:
-    """Raise UserError for the files that downloads leave in place of a checkpoint, saying what they are."""
-    with path.open("rb") as file:
-        start = file.read(256)
-    if not start:
-        raise UserError(f"{path} is empty; download or copy it again")
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
-    if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
-        raise UserError(f"{path} is a web page: the page about the download was saved instead of the download")
-    if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
-        raise UserError(f"{path} is a text file, not a checkpoint; it begins with {start[:40].decode('ascii')!r}")
-    is_named = path.suffix.lower() in WEIGHT_SUFFIXES
-    if not (is_named or holds_safetensors(path) or start.startswith(PICKLE_STARTS)):
-        raise UserError(
-            f"{path} is no checkpoint: it holds neither safetensors nor a PyTorch pickle (it begins with "
-            f"{start[:8]!r}); other formats, such as GGUF, are not read"
-        )
 
 
 def selected(weights: Weights, old_names: Mapping[str, str]) -> Weights:

@@ -20,6 +20,7 @@ from library.checkpoints.files import (
     save_pickle_state_dict,
     save_safetensors,
 )
+from library.errors import UserError
 
 TWO = {
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
@@ -128,6 +129,26 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: py
     with pytest.raises(ValueError, match=r"evil\.ckpt.*plain tensors"):
         load_state_dict("evil.ckpt")
     assert not Path("should-not-be-made").exists()
+
+
+def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path) -> None:
+    torch.save({"w": torch.randn(4000)}, tmp_path / "a.pt")
+    whole = (tmp_path / "a.pt").read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
+    for content, said in (
+        (b"", "is empty; download or copy it again"),
+        (whole[: len(whole) // 2], "it is cut short or damaged ("),
+        (pointer, "is a Git LFS pointer, not the file itself"),
+        (b"<!DOCTYPE html><html>", "is a web page: the page about the download was saved"),
+        (b"Entry not found", "is a text file, not a checkpoint; it begins with 'Entry not found'"),
+    ):
+        (tmp_path / "a.pt").write_bytes(content)
+        with pytest.raises(UserError) as refused:
+            load_state_dict(tmp_path / "a.pt")
+        assert said in str(refused.value) and "\n" not in str(refused.value)
+    torch.save({"w": Payload}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"it holds other Python objects \(tests.unit.checkpoints.test_files.Payload\)"):
+        load_state_dict(tmp_path / "a.pt")
 
 
 def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path: Path) -> None:
