@@ -29,7 +29,7 @@ def rename(args: argparse.Namespace) -> None:
     """Read, rename and write; what the other naming has no place for is left out and named."""
     if args.src == args.dst:
         raise UserError(f"--src and --dst are both {args.src}; there is nothing to rename")
-    check_output("--dst_path", args.dst_path)
+    check_output("--dst_path", args.dst_path, [args.src_path])
     convert(args.src_path, args.dst_path, NAMINGS[args.dst], drop_unsupported=True)  # type: ignore[arg-type]
 
 

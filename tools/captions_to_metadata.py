@@ -21,7 +21,7 @@ from library.data.batches.images import picture_extensions
 from library.data.sources.folders.metadata_file import read_table
 from library.errors import UserError
 from library.options.encodings import decoded
-from tools.command import make_parser, run
+from tools.command import check_place, make_parser, run
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +45,10 @@ def list_pictures(folder: Path, is_recursive: bool) -> list[Path]:
 
 
 def check_name(path: Path) -> None:
-    """Raise UserError where a table would get the name of a file of lines."""
+    """Raise UserError where a table would get the name of a file of lines, or cannot be written."""
     if path.suffix.lower() == ".jsonl":
         raise UserError(f"{path}: a table is written, not lines; give a name that ends in .json")
+    check_place("out_json", path)
 
 
 def write_table(path: Path, table: dict[str, Any]) -> None:

@@ -2,8 +2,9 @@
 
 import argparse
 import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -96,16 +97,50 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return None if name is None else PRECISIONS[name]
 
 
-def check_output(flag: str, path: Path) -> None:
-    """Raise UserError unless the extension says how to write the file."""
+def check_output(flag: str, path: Path, inputs: Iterable[Path | None] = ()) -> None:
+    """Raise UserError unless the extension says how to write the file, and nothing is in the way of it."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{flag} {path}: the name must end in one of {', '.join(SUFFIXES)}, which chooses the format")
+    check_place(flag, path, inputs)
 
 
-def check_safetensors_output(flag: str, path: Path) -> None:
-    """Raise UserError unless the extension is one of safetensors."""
+def check_safetensors_output(flag: str, path: Path, inputs: Iterable[Path | None] = ()) -> None:
+    """The same where safetensors is the one format."""
     if not is_safetensors(path):
         raise UserError(f"{flag} {path}: the name must end in {' or '.join(SAFETENSORS_SUFFIXES)}, the one format here")
+    check_place(flag, path, inputs)
+
+
+def check_place(flag: str, path: Path, inputs: Iterable[Path | None] = ()) -> None:
+    """Raise UserError where no file of this name can be written, or one of `inputs` would be lost by it."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder; give the name of a file")
+    if any(given is not None and same_file(path, given) for given in inputs):
+        raise UserError(f"{flag} {path} is a file that is read too and would be lost; give another name")
+    check_folder(flag, path)
+
+
+def check_new_folder(flag: str, path: Path) -> None:
+    """Raise UserError unless a folder can be made there."""
+    if path.exists():
+        raise UserError(f"{flag} {path} exists already; name a folder that does not")
+    check_folder(flag, path)
+
+
+def check_folder(flag: str, path: Path) -> None:
+    """Raise UserError where nothing can be written beside `path`; folders that are missing will be made."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise UserError(f"{flag} {path}: {folder} is a file, in which nothing can lie; give another folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{flag} {path}: nothing may be written into {folder}; change its rights, or give another folder"
+        )
+
+
+def same_file(path: Path, other: Path) -> bool:
+    """Whether two paths are of one file, also by way of links."""
+    return path.exists() and other.exists() and path.samefile(other)
 
 
 def device_of(name: str) -> torch.device:

@@ -37,7 +37,7 @@ def open_transformer(path: Path) -> Weights:
 
     Raises UserError for one that is missing, incomplete or of another model.
     """
-    path = path.expanduser()
+    path = model_lookup.find_model(FLAG, str(path), ((FOLDER, ""),))
     if path.is_dir():
         own = path / FOLDER if (path / FOLDER).is_dir() else path
         weights = model_lookup.open_part(FLAG, own, FOLDER)[1]
@@ -76,7 +76,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def convert(args: argparse.Namespace) -> None:
     """Read, rename and write."""
-    check_safetensors_output("--save_to", args.save_to)
+    check_safetensors_output("--save_to", args.save_to, [args.diffusers_path])
     dtype = dtype_of_file("--save_precision", args.save_precision)
     weights = open_transformer(args.diffusers_path)
     keys = tqdm(weights.shapes, desc="converting", unit="tensor")

@@ -45,6 +45,6 @@ def rename(base: str, to: FileNaming, back: FileNaming | None, args: argparse.Na
             f"--reverse: {args.src_path} needs no renaming here, training and all tools read and write ComfyUI's names "
             f"for {card.title}; give it to --network_weights as it is"
         )
-    check_output("dst_path", args.dst_path)
+    check_output("dst_path", args.dst_path, [args.src_path])
     renamed = convert(args.src_path, args.dst_path, (back or to) if args.reverse else to, drop_unsupported=False)
     print(f"{args.dst_path}: {len(renamed.file.modules)} modules renamed")

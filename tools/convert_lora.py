@@ -90,7 +90,7 @@ def best_namings(card: ModelCard) -> str:
 
 
 def convert_and_tell(args: argparse.Namespace) -> None:
-    check_output("--save_to", args.save_to)
+    check_output("--save_to", args.save_to, [args.model])
     renamed = convert(args.model, args.save_to, args.to, args.drop_unsupported)
     print(f"{args.save_to}: {len(renamed.file.modules)} modules in the {args.to} naming")
 

@@ -39,7 +39,7 @@ from library.models.clip.clip import clip_of_folder
 from library.models.identify import base_of_checkpoint
 from library.models.loading import Component
 from library.models.vae.vae import vae_of_checkpoint, vae_of_folder
-from tools.command import PRECISIONS, SUFFIXES, make_parser, run
+from tools.command import PRECISIONS, SUFFIXES, check_new_folder, check_output, make_parser, run
 
 logger = logging.getLogger(__name__)
 
@@ -249,12 +249,14 @@ def convert(args: argparse.Namespace) -> None:
     file_only = {"--epoch": args.epoch, "--global_step": args.global_step, "--metadata": args.metadata}
     for flag in (flag for flag, value in (folder_only if to_file else file_only).items() if value):
         logger.warning("%s has no effect: %s is a %s", flag, args.model_to_save, "file" if to_file else "folder")
+    if to_file:
+        check_output(TARGET, args.model_to_save, [Path(args.model_to_load)])
+    else:
+        check_new_folder(TARGET, args.model_to_save)
     model = opened(args.model_to_load, "sd1" if args.v1 else "sd2" if args.v2 else None, args.variant)
     if to_file:
         num = write_file(model, args, dtype)
     else:
-        if args.model_to_save.exists():
-            raise UserError(f"{TARGET} {args.model_to_save} exists already; name a folder that does not")
         num = write_folder(model, args, dtype, reference_of(model, args.reference_model))
     print(f"{args.model_to_save}: {num} weights of {TITLES[model.base]}")
 

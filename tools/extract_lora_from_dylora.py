@@ -26,7 +26,7 @@ from networks.core.files.adapter_file import AdapterFile, read_adapter_file, req
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora, norm
 from networks.core.kinds.dylora import nested_rank
-from tools.command import check_output, make_parser, run, with_comment
+from tools.command import check_output, check_place, make_parser, run, with_comment
 
 logger = logging.getLogger(__name__)
 
@@ -226,6 +226,8 @@ def extract(args: argparse.Namespace) -> None:
     nested = open_nested(args.model)
     ranks = choose_ranks(nested, args.unit, args.rank)
     if args.save_to is not None:
+        for rank in ranks:
+            check_place("--save_to", path_at(args.save_to, rank), [args.model])
         for rank in tqdm(ranks, desc="cutting", unit="file"):
             save_adapter_file(path_at(args.save_to, rank), cut_file(nested, rank))
     if args.report:

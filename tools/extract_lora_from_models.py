@@ -210,7 +210,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--clamp_quantile is {args.clamp_quantile:g}; give a value above 0.5 and up to 1, which is off"
         )
-    check_output("--save_to", args.save_to)
+    check_output("--save_to", args.save_to, [args.model_org, args.model_tuned])
 
 
 def check_bases(args: argparse.Namespace, org: BaseModel, tuned: BaseModel) -> None:

@@ -54,7 +54,7 @@ def opened_parts(args: argparse.Namespace) -> list[tuple[BaseModel, Path]]:
         if (path is None) != (save_to is None):
             raise UserError(f"{flag} and {flag}_save_to belong together: what to merge into, and the file to write")
         if path is not None:
-            check_output(f"{flag}_save_to", save_to)
+            check_output(f"{flag}_save_to", save_to, [*args.models, args.sd_model, args.clip_l, args.t5xxl])
             parts.append((opener(flag, path), save_to))
     return parts
 

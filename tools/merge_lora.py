@@ -54,6 +54,7 @@ from tools.command import (
     PRECISIONS,
     add_device,
     add_save_precision,
+    check_new_folder,
     check_output,
     device_of,
     dtype_of,
@@ -316,10 +317,9 @@ def check(args: argparse.Namespace) -> list[float]:
         if args.sd_model is not None:
             raise UserError(f"--{flag} is the rank of one LoRA made of several; it has no meaning with --sd_model")
     if args.sd_model is not None and args.sd_model.is_dir():
-        if args.save_to.exists():
-            raise UserError(f"--save_to {args.save_to} exists already; name a folder that does not")
+        check_new_folder("--save_to", args.save_to)
     else:
-        check_output("--save_to", args.save_to)
+        check_output("--save_to", args.save_to, [*args.models, args.sd_model, args.base_model])
     return ratios
 
 

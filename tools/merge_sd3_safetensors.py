@@ -128,7 +128,7 @@ def existing(part: PartFile) -> Path:
 
 def merge(args: argparse.Namespace) -> None:
     """Look at the parts, read them and write them as one."""
-    check_safetensors_output("--output", args.output)
+    check_safetensors_output("--output", args.output, [part.path for part in parts_of(args)])
     dtype = dtype_of_file("--save_precision", args.save_precision)
     parts = parts_of(args)
     check(parts)

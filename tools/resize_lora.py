@@ -233,7 +233,7 @@ def measure_of(args: argparse.Namespace) -> Measure:
 def resize(args: argparse.Namespace) -> None:
     """Read, resize and write."""
     measure = measure_of(args)
-    check_output("--save_to", args.save_to)
+    check_output("--save_to", args.save_to, [args.model])
     file = read_adapter_file(args.model, "--model")
     resized = resize_file(file, measure, device_of(args.device), args.verbose)
     save_adapter_file(args.save_to, resized, dtype_of(args.save_precision))

@@ -17,7 +17,7 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.checkpoints.files import holds_safetensors, read_header
+from library.checkpoints.files import file_in_folder, holds_safetensors, read_header, refuse_stranger
 from library.errors import UserError
 from tools.command import make_parser, run
 
@@ -113,8 +113,10 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def show(path: Path, key: str | None, is_json: bool, num_tags: int) -> Iterator[str]:
     """The lines to print. Raises UserError for a file or key that cannot be shown."""
+    path = file_in_folder(path, f"--model {path}")
     if not path.is_file():
         raise UserError(f"--model {path} does not exist")
+    refuse_stranger(path)
     if not holds_safetensors(path):
         raise UserError(f"--model {path}: only safetensors files have metadata")
     metadata = read_header(path).metadata

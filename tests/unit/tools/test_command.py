@@ -3,13 +3,20 @@
 import argparse
 import importlib.util
 import logging
+import os
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from library.errors import UserError
 from library.options.output.console import ConsoleOptions
 from library.training.command_line.console import setup_logging
-from tools.command import run
+from tests.unit.tools import adapter_files
+from tools.command import check_new_folder, check_output, run
+from tools.resize_lora import main as resize
 
 NAME = "bitsandbytes"
 
@@ -37,3 +44,59 @@ def test_a_line_is_shown_once_where_a_command_takes_options_of_a_training(
     assert run(argparse.ArgumentParser(), act, []) == 0
     told = capsys.readouterr().err.splitlines()
     assert [line.split()[-1] for line in told] == ["before", "after"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.safetensors").write_bytes(b"in")
+    (tmp_path / "link.safetensors").symlink_to("in.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    given = [None, Path("none.safetensors"), tmp_path / "in.safetensors"]
+    check_output("--save_to", Path("new/folder/out.safetensors"), given)
+    check_new_folder("--save_to", Path("new/folder"))
+    for name, words in (
+        ("in.safetensors", "is a file that is read too and would be lost"),
+        ("link.safetensors", "is a file that is read too and would be lost"),
+        ("folder.safetensors", "is a folder; give the name of a file"),
+        ("in.safetensors/out.safetensors", "in.safetensors is a file, in which nothing can lie"),
+        ("out.gguf", "the name must end in one of"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check_output("--save_to", Path(name), given)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    with pytest.raises(UserError, match=f"nothing may be written into {tmp_path}; change its rights"):
+        check_output("--save_to", Path("new/out.safetensors"))
+    with pytest.raises(UserError, match="exists already"):
+        check_new_folder("--save_to", tmp_path)
+    assert sorted(os.listdir()) == ["folder.safetensors", "in.safetensors", "link.safetensors"]
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ending: str
+) -> None:
+    """The writers of both formats raise errors of their own there, of which one does not say what it is about."""
+    model = adapter_files.write(tmp_path / "in.safetensors", 71)
+
+    def fill(*_: object, **__: object) -> None:
+        if ending == ".pt":
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fill)
+    monkeypatch.setattr("torch.save", fill)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4096))
+    out = tmp_path / f"out{ending}"
+    assert resize(["--model", str(model), "--save_to", str(out), "--new_rank", "1"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("error")] == [
+        f"error: [Errno 28] No space left on device: '{out}'"
+    ]
+    assert os.listdir(tmp_path) == ["in.safetensors"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 30))
+    if ending == ".pt":
+        with pytest.raises(RuntimeError, match="unexpected pos"):  # another fault of the writer stays what it is
+            resize(["--model", str(model), "--save_to", str(out), "--new_rank", "1"])
