@@ -59,11 +59,16 @@ def merged_tensors(
 
 
 def tell_differences(models: Sequence[Weights], show_skipped: bool) -> None:
-    """Say which weights the files do not share, by name where that is asked for."""
+    """Say which weights the files do not share, by name where that is asked for. Raises UserError where all are."""
     first = models[0].shapes
     for model in models[1:]:
         skipped = [key for key in model.shapes if key not in first]
         missing = [key for key in first if key not in model.shapes]
+        if len(missing) == len(first):
+            raise UserError(
+                f"--models: {model.origin} and {models[0].origin} have no weight in common; give checkpoints of one "
+                "base model in one layout"
+            )
         if skipped:
             names = f": {', '.join(skipped)}" if show_skipped else "; --show_skipped names them"
             logger.warning("%s: %d weights that the first file lacks are left out%s", model.origin, len(skipped), names)
@@ -94,7 +99,7 @@ def merge(args: argparse.Namespace) -> None:
     ratios = args.ratios or [1 / len(args.models)] * len(args.models)
     if len(ratios) != len(args.models):
         raise UserError(f"--ratios has {len(ratios)} values, but --models {len(args.models)}; give one for each file")
-    check_output("--output", args.output)
+    check_output("--output", args.output, args.models)
     device = device_of(args.device)
     folders = [path for path in args.models if path.is_dir()]
     if folders:

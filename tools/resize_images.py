@@ -109,6 +109,8 @@ def resize_all(args: argparse.Namespace) -> None:
     resizing = Resizing(parse_resolutions(args.max_resolution), args.divisible_by, filter_name, ending)
     files = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
     pictures = [path for path in files if path.suffix in picture_extensions()]
+    if not pictures:
+        raise UserError(f"{source} has no pictures")
     check_names(pictures)
     target.mkdir(parents=True, exist_ok=True)
     for picture in tqdm(pictures, desc="resizing", unit="picture"):

@@ -70,6 +70,11 @@ class Record:
     num_warnings_left_out: int = 0
     sheet: str | None = None  # a contact sheet as a data: URL; the one thing that no event tells
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no event was taken in."""
+        return self.updated == 0
+
     def add(self, line: Line) -> None:
         """Take in the next event; what is not shown, also of later versions, is passed over."""
         self.updated = line["time"]

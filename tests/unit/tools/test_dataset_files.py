@@ -94,6 +94,12 @@ def test_sizes_that_cannot_be_made_are_refused(
     assert said in capsys.readouterr().err
 
 
+def test_a_folder_without_pictures_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "from").mkdir()
+    assert resized(tmp_path / "from", tmp_path / "to") == 1
+    assert f"{tmp_path / 'from'} has no pictures" in capsys.readouterr().err and not (tmp_path / "to").exists()
+
+
 def test_folders_that_would_be_mixed_up_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_picture(tmp_path / "in" / "a.png", 40, 40)
     assert resized(tmp_path / "in", tmp_path / "in") == 1

@@ -73,3 +73,14 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path: Path, capsys: pytes
         assert merge_models.main([*words, "--output", str(tmp_path / "out.safetensors")]) == 1
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_files_without_a_common_weight_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = write(tmp_path, 21)
+    save_file({"lora_unet_a.lora_up.weight": torch.ones(2, 2)}, tmp_path / "lora.safetensors")
+    save_file({}, tmp_path / "none.safetensors")
+    for others in ((first, tmp_path / "lora.safetensors"), (tmp_path / "none.safetensors", first)):
+        words = ["--models", *map(str, others), "--output", str(tmp_path / "m.safetensors")]
+        assert merge_models.main(words) == 1
+        assert "have no weight in common; give checkpoints of one base model" in capsys.readouterr().err
+    assert not (tmp_path / "m.safetensors").exists()
