@@ -189,7 +189,9 @@ class ModuleWeights:
                 yield f"{key} of the shape {shape}, which is empty; the file is incomplete"
             elif leaf == ALPHA and tensor.numel() != 1:
                 yield f"{key} of the shape {shape}; it needs one number"
-            elif leaf != ALPHA and leaf in self.kind.leaves and not tensor.is_floating_point():
+            elif (
+                leaf in self.kind.leaves and leaf not in (ALPHA, *self.kind.switches) and not tensor.is_floating_point()
+            ):
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 yield f"{key} as {dtype}, whole numbers whose scale it does not say; use a file in fp32, bf16 or fp16"
 

@@ -48,6 +48,7 @@ class Kind:
     own_form: Callable[[Leaves], dict[str, Tensor]] | None = None  # leaves of other programs as they are here
     fault: Callable[[str, Leaves, Mapping[str, str]], str | None] | None = None  # (name, leaves, keys) -> what is wrong
     alpha_is_strength: bool = True  # else it is another number of the change, and never left out or made up
+    switches: tuple[str, ...] = ()  # leaves that are 0 or 1, and whole numbers therefore
     door: str = ""  # the --network_module that trains it further
     is_whole: bool = False  # no factor has a rank: alpha counts as the rank, whatever is recorded
 

@@ -8,7 +8,7 @@ from library.checkpoints.adapter_names import FileNaming
 from library.errors import UserError
 from networks.core.changes.change import Change, Leaves
 from networks.core.changes.leaves import ALPHA, DORA_SCALE
-from networks.core.kinds import boft, full, loha, lokr, lora, norm, oft, oft_v2, pieces, tucker
+from networks.core.kinds import boft, full, glora, ia3, loha, lokr, lora, norm, oft, oft_v2, pieces, tucker
 from networks.core.kinds.kind import Kind
 
 OTHER = Kind(name="other", words="another kind of adapter", needs=())
@@ -23,6 +23,8 @@ KINDS: tuple[Kind, ...] = (
     boft.KIND,
     *oft.KINDS,
     full.KIND,
+    glora.KIND,
+    ia3.KIND,
 )
 SHARED = frozenset((ALPHA, DORA_SCALE))
 

@@ -102,7 +102,9 @@ def test_rank_stabilised_alpha_of_pefts_settings_is_divided_by_the_root_of_the_r
         (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"), "loha"),
         (("lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha"), "lokr"),
         (("diff", "diff_b"), "full"),
-        (("a1.weight", "b1.weight"), "other"),
+        (("weight", "on_input"), "ia3"),
+        (("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"), "glora"),
+        (("bias", "scalar"), "other"),
     ],
 )
 def test_kinds_without_low_rank_factors_are_recognised(leaves: tuple[str, ...], form: str) -> None:

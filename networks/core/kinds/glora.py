@@ -1,0 +1,109 @@
+"""GLoRA: a low-rank change of the inputs of a layer, and one of its weight.
+
+As LyCORIS writes it. It is read and merged; nothing trains it here.
+
+Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from networks.core.changes.change import Change, Forward, Leaves, Misfit, in_shape_of
+from networks.core.changes.leaves import ALPHA
+from networks.core.kinds.kind import Kind
+
+NEEDS = A1, A2, B1, B2 = "a1.weight", "a2.weight", "b1.weight", "b2.weight"
+
+
+class GLoRA(nn.Module):
+    """GLoRA (Chavan et al. 2023, arXiv:2306.07967) as LyCORIS has it: W + alpha / R (W a1 a2 + b1 b2).
+
+    `a1.weight` (I, R), `a2.weight` (R, I), `b1.weight` (O, R), `b2.weight` (R, I) or (R, I, h, w); those of
+    convolutions with a 1x1 kernel behind.
+    """
+
+    changed_parameters = ("weight",)
+    fast_leaf = ""
+
+    def __init__(self, leaves: Leaves) -> None:
+        super().__init__()
+        for leaf in NEEDS:
+            factor = nn.Module()
+            factor.register_buffer("weight", leaves[leaf])
+            self.add_module(leaf.partition(".")[0], factor)
+        self.register_buffer(ALPHA, leaves.get(ALPHA))
+
+    def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
+        raise UserError("GLoRA of LyCORIS can be merged, but not trained; merge it with tools/merge_lora.py")
+
+    def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
+        own = self._weight_alone()
+        if in_shape_of(own, base).shape != base.shape:
+            raise Misfit("", tuple(own.shape), tuple(base.shape))
+        a1_IR, a2_RI = (self._matrix(leaf).to(base.device) for leaf in (A1, A2))
+        # Pixels of a kernel first, so that the inputs are columns.
+        turned = (base.movedim(1, -1) @ a1_IR @ a2_RI).movedim(-1, 1)
+        return base + strength * self._scale * (turned + in_shape_of(own, base).to(base.device))
+
+    def norm(self) -> Tensor:
+        """Of a1 a2 and b1 b2 together: what the first changes depends on the weight."""
+        inputs = self._matrix(A1) @ self._matrix(A2)
+        return self._scale * torch.hypot(inputs.norm(), self._weight_alone().norm())
+
+    def scale_(self, ratio: Tensor) -> None:
+        for leaf in (A2, B2):
+            own = self.get_buffer(leaf)
+            own.mul_(ratio.to(own))
+
+    def leaves(self) -> Mapping[str, Tensor]:
+        return self.state_dict()
+
+    def load(self, leaves: Leaves) -> None:
+        self.load_state_dict(dict(leaves))
+
+    @property
+    def _scale(self) -> float:
+        alpha = self.get_buffer(ALPHA) if self.alpha is not None else None
+        return 1.0 if alpha is None else float(alpha) / len(self._matrix(A2))
+
+    def _matrix(self, leaf: str) -> Tensor:
+        return self.get_buffer(leaf).flatten(1)
+
+    def _weight_alone(self) -> Tensor:
+        """b1 b2, the part that does not depend on the weight."""
+        b2 = self.get_buffer(B2)
+        return (self._matrix(B1) @ self._matrix(B2)).reshape(-1, *b2.shape[1:])
+
+
+def read(leaves: Leaves, layer: nn.Module | None) -> Change:
+    """The change of a module from a file."""
+    return GLoRA(leaves)
+
+
+def rank_of(leaves: Leaves) -> int:
+    return leaves[A2].shape[0]
+
+
+def shape_of(name: str, leaves: Leaves) -> tuple[int, ...]:
+    """Of the weight."""
+    return (leaves[B1].shape[0], *leaves[B2].shape[1:])
+
+
+def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
+    """Why the factors of a module do not fit together, None where they do."""
+    if not all(leaf in leaves for leaf in NEEDS):
+        return None  # told as what is missing
+    inner = [leaves[A1].shape[1], leaves[A2].shape[0], leaves[B1].shape[1], leaves[B2].shape[0]]
+    if len(set(inner)) == 1 and leaves[A1].shape[0] == leaves[A2].shape[1] == leaves[B2].shape[1]:
+        return None
+    shapes = ", ".join(str(list(leaves[leaf].shape)) for leaf in NEEDS)
+    return f": the factors of {name} do not fit together: a1, a2, b1 and b2 are {shapes}; LyCORIS before 2.0 has others"
+
+
+KIND = Kind(
+    name="glora", words="GLoRA", needs=NEEDS, read=read, may_have=(ALPHA,), rank_of=rank_of, shape_of=shape_of,
+    fault=fault,
+)  # fmt: skip

@@ -1,0 +1,79 @@
+"""(IA)^3: every output, or every input, of a layer times a number of its own.
+
+As LyCORIS writes it. It is read and merged; nothing trains it here.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from library.errors import UserError
+from networks.core.changes.change import Change, Forward, Leaves, Misfit
+from networks.core.kinds.kind import Kind
+
+WEIGHT, ON_INPUT = "weight", "on_input"
+
+
+class IA3(nn.Module):
+    """(IA)^3 (Liu et al. 2022, arXiv:2205.05638): rows of W, or with `on_input` its columns, times 1 + `weight`.
+
+    `weight` has one number for each, in any shape. A bias stays as it is, as in LyCORIS.
+    """
+
+    changed_parameters = ("weight",)
+    fast_leaf = ""
+    weight: Tensor
+    on_input: Tensor
+
+    def __init__(self, leaves: Leaves) -> None:
+        super().__init__()
+        self.register_buffer(WEIGHT, leaves[WEIGHT])
+        self.register_buffer(ON_INPUT, leaves[ON_INPUT])
+
+    def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
+        raise UserError("(IA)^3 of LyCORIS can be merged, but not trained; merge it with tools/merge_lora.py")
+
+    def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
+        axis = 1 if bool(self.on_input) else 0
+        if base.dim() < 2 or base.shape[axis] != self.weight.numel():
+            needed = [*base.shape[:axis], self.weight.numel(), *base.shape[axis + 1 :]]
+            raise Misfit("", tuple(needed), tuple(base.shape))
+        numbers = self.weight.flatten().to(base.device).view(-1, *(1,) * (base.dim() - axis - 1))
+        return base + strength * base * numbers
+
+    def norm(self) -> Tensor:
+        """How far the numbers are from 1: the change itself depends on the weight."""
+        norm: Tensor = self.weight.norm()
+        return norm
+
+    def scale_(self, ratio: Tensor) -> None:
+        self.weight.mul_(ratio.to(self.weight))
+
+    def leaves(self) -> Mapping[str, Tensor]:
+        return self.state_dict()
+
+    def load(self, leaves: Leaves) -> None:
+        self.load_state_dict(dict(leaves))
+
+
+def read(leaves: Leaves, layer: nn.Module | None) -> Change:
+    """The change of a module from a file."""
+    return IA3(leaves)
+
+
+def rank_of(leaves: Leaves) -> int:
+    """One number for each row or column."""
+    return 1
+
+
+def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
+    """Why the tensors of a module are none of this kind, None where they are."""
+    if ON_INPUT in leaves and leaves[ON_INPUT].numel() != 1:
+        return f"has {keys[ON_INPUT]} of the shape {list(leaves[ON_INPUT].shape)}; it needs one number"
+    return None
+
+
+KIND = Kind(
+    name="ia3", words="(IA)^3", needs=(WEIGHT, ON_INPUT), read=read, may_have=(), rank_of=rank_of, fault=fault,
+    switches=(ON_INPUT,), is_whole=True,
+)  # fmt: skip
