@@ -39,6 +39,7 @@ from networks.core.files.inspection import (
 from networks.core.files.module_weights import ModuleWeights, value_problems
 from networks.core.files.reading_writing import read_adapters
 from networks.core.files.renaming import some_keys
+from networks.core.kinds.adalora import as_lora
 from tools.command import make_parser, run
 
 EXAMPLES = """\
@@ -68,9 +69,10 @@ def check(path: Path) -> Report:
 
 
 def judge(
-    tensors: dict[str, Tensor], metadata: Mapping[str, str], origin: str, settings: PeftSettings | None = None
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], origin: str, settings: PeftSettings | None = None
 ) -> Report:
     """Judge the tensors of an adapter file; `settings` are those that PEFT saves beside it."""
+    tensors = as_lora(tensors, origin)
     modules, unknown = group_tensors(tensors)
     recorded = diffusers_settings(metadata) if settings is None else settings
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}

@@ -28,6 +28,7 @@ from networks.core.changes.leaves import ALPHA
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.reading_writing import WITHOUT_THEM, save_network
 from networks.core.kinds import norm
+from networks.core.kinds.adalora import alpha_of, as_lora
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.table import KINDS, PIECES
 
@@ -87,6 +88,7 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], or
     leaves: dict[str, dict[str, Tensor]] = {}
     keys: dict[str, dict[str, str]] = {}
     unknown: dict[str, Tensor] = {}
+    tensors = as_lora(tensors, origin)
     for key, tensor in tensors.items():
         found = AdapterKey.parse(key)
         if found is None:
@@ -218,7 +220,7 @@ def with_alpha(module: ModuleWeights, settings: PeftSettings) -> ModuleWeights:
         scaled = module.tensors[module.kind.scaled].float() * (alpha / rank)
         return replace(module, tensors={**module.tensors, module.kind.scaled: scaled})
     factor = math.sqrt(module.rank) if own.get("use_rslora") else 1.0  # rank-stabilised: alpha / sqrt(rank)
-    return replace(module, alpha_elsewhere=alpha * factor)
+    return replace(module, alpha_elsewhere=alpha_of(alpha * factor, module.rank, own))
 
 
 def of_layer(patterns: Mapping[str, float] | None, path: str, otherwise: float | None) -> float | None:

@@ -13,6 +13,7 @@ from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, adapter_tensors, parse_adapter, read_adapter_file
 from networks.core.files.module_weights import ModuleWeights, named_twice
 from networks.core.files.renaming import rename
+from networks.core.kinds.adalora import as_lora
 
 
 def in_own_names(
@@ -24,6 +25,7 @@ def in_own_names(
     others, comes back as it is. Raises UserError naming the keys that have no place in this base model, or naming a
     module that stands twice.
     """
+    tensors = as_lora(tensors, str(file))
     if names is None or not any(is_foreign(module, names) for module in modules_of(tensors)):
         return tensors
     path = Path(file)

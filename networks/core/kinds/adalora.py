@@ -1,0 +1,49 @@
+"""AdaLoRA as PEFT saves it, read as the LoRA that it is: the singular values are multiplied into the down factor.
+
+`lora_A` (R, I), `lora_E` (R, 1) and `lora_B` (O, R) have no `.weight` behind their names. Modules keep the ranks that
+were found worth it, which may be none.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from library.errors import UserError
+
+KEY = re.compile(r"(?P<module>.+)\.lora_(?P<leaf>[ABE])(?:\.(?!weight$)[\w-]+)?")
+LEAVES = ("A", "B", "E")
+INITIAL_RANK = "init_r"  # PEFT's setting that a pruned module still divides alpha by
+EPSILON = 1e-5  # which PEFT adds to it
+
+
+def alpha_of(alpha: float, rank: int, settings: Mapping[str, Any]) -> float:
+    """The alpha that counts for a module of this rank; PEFT's is for the rank before pruning."""
+    return alpha * rank / (settings[INITIAL_RANK] + EPSILON) if INITIAL_RANK in settings else alpha
+
+
+def as_lora(tensors: Mapping[str, Tensor], origin: str) -> Mapping[str, Tensor]:
+    """The tensors of a file with `lora_A.weight` and `lora_B.weight` in place of the three of each module of AdaLoRA.
+
+    Raises UserError where the three do not belong together. Other files come back as they are.
+    """
+    found = {key: match for key in tensors if (match := KEY.fullmatch(key)) is not None}
+    if not any(match["leaf"] == "E" for match in found.values()):
+        return tensors
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, match in found.items():
+        modules.setdefault(match["module"], {})[match["leaf"]] = tensors[key]
+    made = {key: tensor for key, tensor in tensors.items() if key not in found}
+    for name, own in modules.items():
+        missing = [leaf for leaf in LEAVES if leaf not in own]
+        if missing:
+            raise UserError(f"{origin} has {name} without its lora_{missing[0]}; the file is incomplete")
+        a_RI, b_OR, e_R = own["A"], own["B"], own["E"].flatten()
+        if not len(a_RI) == b_OR.shape[-1] == len(e_R):
+            shapes = ", ".join(str(list(own[leaf].shape)) for leaf in LEAVES)
+            raise UserError(f"{origin}: lora_A, lora_B and lora_E of {name} do not fit together: {shapes}")
+        if len(e_R):
+            made[f"{name}.lora_A.weight"] = (e_R.float()[:, None] * a_RI.float()).to(a_RI.dtype)
+            made[f"{name}.lora_B.weight"] = b_OR
+    return made
