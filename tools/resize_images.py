@@ -110,7 +110,7 @@ def resize_all(args: argparse.Namespace) -> None:
     files = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
     pictures = [path for path in files if path.suffix in picture_extensions()]
     if not pictures:
-        raise UserError(f"{source} has no pictures")
+        raise UserError(f"{source} has no pictures; folders below it are not looked into")
     check_names(pictures)
     target.mkdir(parents=True, exist_ok=True)
     for picture in tqdm(pictures, desc="resizing", unit="picture"):
