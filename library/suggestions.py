@@ -14,6 +14,6 @@ def nearest_name(given: str, known: Iterable[str], least: float = USUAL) -> str 
 
 
 def did_you_mean(given: str, known: Iterable[str], least: float = USUAL) -> str:
-    """The end of a sentence about a name that nothing has: "; did you mean ...?", or nothing."""
+    """What stands behind a name that nothing has: " (did you mean ...?)", or nothing."""
     near = nearest_name(given, known, least)
-    return f"; did you mean {near}?" if near else ""
+    return f" (did you mean {near}?)" if near else ""

@@ -12,7 +12,7 @@ KNOWN = ["AdamW", "AdamW8bit", "Lion", "Prodigy"]
 )
 def test_the_nearest_name_is_found_whatever_its_case(given: str, near: str | None) -> None:
     assert nearest_name(given, iter(KNOWN)) == near
-    assert did_you_mean(given, KNOWN) == (f"; did you mean {near}?" if near else "")
+    assert did_you_mean(given, KNOWN) == (f" (did you mean {near}?)" if near else "")
 
 
 def test_how_near_it_must_be_can_be_said() -> None:

@@ -88,7 +88,7 @@ def test_json_says_the_same_as_toml(tmp_path):
 MISTAKES = [
     (
         SUBSET + "num_repeat = 2",
-        r"data['datasets'][0]['subsets'][0]['num_repeat'] is not a key; did you mean num_repeats?",
+        r"data['datasets'][0]['subsets'][0]['num_repeat'] is not a key (did you mean num_repeats?)",
     ),
     (
         SUBSET + "batch_size = 2",
@@ -98,7 +98,7 @@ MISTAKES = [
         "[general]\nalpha_mask = true\n" + SUBSET,
         "data['general']['alpha_mask'] may not stand here; it belongs into [[datasets.sub",
     ),
-    ("[genral]\n" + SUBSET, "data['genral'] is not a key; did you mean general?"),
+    ("[genral]\n" + SUBSET, "data['genral'] is not a key (did you mean general?)"),
     (SUBSET + "num_repeats = '2'", "['num_repeats'] is '2', but must be an int"),
     (SUBSET + "flip_aug = 1", "['flip_aug'] is 1, but must be true or false"),
     (SUBSET + "face_crop_aug_range = [1, 3]", "['face_crop_aug_range'] is [1, 3], but must be two floats"),

@@ -340,7 +340,7 @@ def test_previews_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
     assert f"{path}, line 1: width (--w) is 'wide'" in refusal(**previews)
     path.write_text("a cat")
     check(made(**previews))
-    assert "--sample_sampler is 'eular'; did you mean euler?" in refusal(**previews, sample_sampler="eular")
+    assert "--sample_sampler is 'eular' (did you mean euler?)" in refusal(**previews, sample_sampler="eular")
     with pytest.raises(ValueError, match=r"none\.txt, but there is no such file"):
         check(made(sample_every_n_steps=2, sample_prompts="none.txt"))
 
