@@ -7,7 +7,7 @@ are left out. Whole numbers, such as positions of tokens, are the first file's.
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.checkpoints import model_lookup
 from library.checkpoints.files import read_metadata
 from library.checkpoints.weights import Weights
-from library.errors import UserError
+from library.errors import UserError, few
 from tools.command import PRECISIONS, add_device, check_output, device_of, make_parser, run
 from tools.merge_adapters import modelspec
 from tools.merge_lora import write
@@ -76,6 +76,17 @@ def tell_differences(models: Sequence[Weights], show_skipped: bool) -> None:
             logger.warning("%s lacks %d weights, which count as the first file's", model.origin, len(missing))
 
 
+def tell_broken(output: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Say which of the weights that are saved hold NaN or infinity; some checkpoints have them where nothing reads."""
+    broken = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        logger.warning(
+            "%s: %d weights have values that are not finite, which no picture survives where they are read: %s; they "
+            "are so in --models, or too large for --saving_precision",
+            output, len(broken), few(broken),
+        )  # fmt: skip
+
+
 def setup_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = make_parser(__doc__, EXAMPLES)
@@ -111,6 +122,7 @@ def merge(args: argparse.Namespace) -> None:
     tensors = merged_tensors(models, ratios, args.unet_only, PRECISIONS[args.precision], device)
     dtype = PRECISIONS[args.saving_precision]
     saved = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    tell_broken(args.output, saved)
     kept = read_metadata(args.models[0])
     about = {key: kept[key] for key in ("modelspec.sai_model_spec", "modelspec.architecture") if key in kept}
     write(args.output, saved, {**about, **modelspec(args.output, args.models)})

@@ -84,3 +84,13 @@ def test_files_without_a_common_weight_are_refused(tmp_path: Path, capsys: pytes
         assert merge_models.main(words) == 1
         assert "have no weight in common; give checkpoints of one base model" in capsys.readouterr().err
     assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_weights_that_are_no_numbers_any_more_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken, large = torch.full((2,), float("nan")), torch.full((2,), 1e5)
+    paths = write(tmp_path, 13, average=broken, bias=large), write(tmp_path, 14, average=broken, bias=large)
+    words = ["--models", *map(str, paths)]
+    merge(tmp_path, *words)
+    assert "1 weights have values that are not finite" in caplog.text and ": average; they are so" in caplog.text
+    merge(tmp_path, *words, "--saving_precision", "fp16")
+    assert "2 weights have values that are not finite" in caplog.text and ": average, bias; they are so" in caplog.text
