@@ -30,13 +30,13 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from networks.core.changes.change import Delta  # noqa: E402
 from networks.core.changes.joins import EPS, Add, Decompose  # noqa: E402
 from networks.core.changes.scaled import ScaledDelta  # noqa: E402
-from networks.core.kinds.boft import fresh as fresh_boft  # noqa: E402
 from networks.core.kinds.dylora import NestedRank  # noqa: E402
 from networks.core.kinds.loha import LoHa  # noqa: E402
 from networks.core.kinds.lokr import fresh as fresh_lokr  # noqa: E402
 from networks.core.kinds.lora import LowRank  # noqa: E402
 from networks.core.kinds.lora_fa import frozen_down  # noqa: E402
-from networks.core.kinds.oft_v2 import fresh as fresh_oft  # noqa: E402
+from networks.core.kinds.rotations.boft import fresh as fresh_boft  # noqa: E402
+from networks.core.kinds.rotations.oft_v2 import fresh as fresh_oft  # noqa: E402
 from networks.core.kinds.tucker import Tucker  # noqa: E402
 from networks.core.sites.targets import kind_of  # noqa: E402
 

@@ -10,8 +10,8 @@ from networks.core.changes.change import Change
 from networks.core.changes.scaled import ScaledDelta
 from networks.core.changes.turned import Turned
 from networks.core.kinds.norm import Norm
-from networks.core.kinds.oft import TurnedOutputs
 from networks.core.kinds.pieces import changes_in
+from networks.core.kinds.rotations.oft import TurnedOutputs
 from networks.core.sites.targets import BlockList
 
 FORMS = ("DoRA", "DoRA per output", "a Tucker core", "a trained strength")  # of `ScaledDelta.forms`, in this order

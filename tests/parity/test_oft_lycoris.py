@@ -14,7 +14,7 @@ from networks import lora, oft, oft_flux, oft_v2
 from networks.core.changes.scaled import Dropout
 from networks.core.files.adapter_file import parse_adapter
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.kinds.oft import TurnedOutputs
+from networks.core.kinds.rotations.oft import TurnedOutputs
 from networks.core.kinds.table import change_of, kind_of
 from tests.parity.test_lora_merge import tiny_clip, tiny_unet
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64

@@ -31,8 +31,8 @@ from networks.core.changes.turned import Turned
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import norm
 from networks.core.kinds.kind import Kind
-from networks.core.kinds.oft import TurnedOutputs
 from networks.core.kinds.pieces import by_rows, is_in_rows, whole_and_leaf
+from networks.core.kinds.rotations.oft import TurnedOutputs
 from networks.core.kinds.table import KINDS, PIECES, SHARED, kind_of
 
 WITHOUT_THEM = (

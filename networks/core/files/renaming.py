@@ -16,8 +16,9 @@ from networks.core.changes import rows
 from networks.core.changes.leaves import ALPHA, DORA_SCALE
 from networks.core.files.adapter_file import AdapterFile
 from networks.core.files.module_weights import ModuleWeights, named_twice
-from networks.core.kinds import lora, norm, oft_v2
+from networks.core.kinds import lora, norm
 from networks.core.kinds.pieces import leaf_of
+from networks.core.kinds.rotations import oft_v2
 from networks.core.kinds.table import held_leaves
 
 SEPARABLE = frozenset((DORA_SCALE, *norm.KIND.leaves))  # without these the rest of a module still is an adapter

@@ -8,8 +8,9 @@ from library.checkpoints.adapter_names import FileNaming
 from library.errors import UserError
 from networks.core.changes.change import Change, Leaves
 from networks.core.changes.leaves import ALPHA, DORA_SCALE
-from networks.core.kinds import boft, full, glora, ia3, loha, lokr, lora, norm, oft, oft_v2, pieces, tucker
+from networks.core.kinds import full, glora, ia3, loha, lokr, lora, norm, pieces, tucker
 from networks.core.kinds.kind import Kind
+from networks.core.kinds.rotations import boft, oft, oft_v2
 
 OTHER = Kind(name="other", words="another kind of adapter", needs=())
 # The first that is complete decides.

@@ -13,7 +13,7 @@ from networks import boft, loha, oft_v2
 from networks.core.changes.turned import Turned
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.files.module_weights import ModuleWeights
-from networks.core.kinds.oft_v2 import ANGLES, OftV2, fresh
+from networks.core.kinds.rotations.oft_v2 import ANGLES, OftV2, fresh
 from networks.core.network import AdapterNetwork
 from tests.tolerances import FLOAT64
 from tests.unit.networks.test_forms import CONV, LINEAR, outputs, perturb
