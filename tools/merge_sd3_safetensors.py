@@ -128,9 +128,9 @@ def existing(part: PartFile) -> Path:
 
 def merge(args: argparse.Namespace) -> None:
     """Look at the parts, read them and write them as one."""
-    check_safetensors_output("--output", args.output, [part.path for part in parts_of(args)])
-    dtype = dtype_of_file("--save_precision", args.save_precision)
     parts = parts_of(args)
+    check_safetensors_output("--output", args.output, [part.path for part in parts])
+    dtype = dtype_of_file("--save_precision", args.save_precision)
     check(parts)
     # Scales of 8-bit weights belong to the numbers beside them: both are copied, or the weights decoded.
     opened = [open_weights(p.path) if dtype is None else model_lookup.open_file(p.flag, p.path) for p in parts]

@@ -65,6 +65,12 @@ def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, layer: n
     return inner_BHWI.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
+def pads_with_zeros(layer: nn.Module) -> bool:
+    """Whether it is torch's own convolution of images, whose subclasses may compute something else, with a number of
+    zeros around these."""
+    return type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
 def borders_of(layer: nn.Conv2d) -> tuple[int, ...]:
     """The pixels of zeros above and below, and left and right."""
     assert not isinstance(layer.padding, str)
@@ -113,5 +119,5 @@ class _Product(torch.autograd.Function):
 def quicken(module: nn.Module) -> None:
     """Let the frozen convolutions of a model go this way where it is better; in place, after it was laid out."""
     for layer in module.modules():
-        if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        if pads_with_zeros(layer):
             layer.__class__ = FewPixels

@@ -131,9 +131,7 @@ class _Product(torch.autograd.Function):
 
 def can_be_frozen(layer: nn.Module) -> bool:
     """Whether there is a frozen twin of a layer; subclasses may compute something else, and are left alone."""
-    return type(layer) is nn.Linear or (
-        type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    )
+    return type(layer) is nn.Linear or few_pixels.pads_with_zeros(layer)
 
 
 def layers_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
