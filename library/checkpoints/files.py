@@ -230,6 +230,19 @@ def refuse_stranger(path: Path) -> None:
 
 
 @contextmanager
+def full_disk_named(path: str | Path) -> Iterator[None]:
+    """Raise OSError naming `path` for what writers raise where a disk is full: each has an error of its own."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, RuntimeError, shutil.Error) as error:
+        if "No space left" in str(error) or shutil.disk_usage(Path(path).parent).free < FULL_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
+@contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; it takes the place of `path` when the block ends well.
 
@@ -242,7 +255,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         temporary.touch(exist_ok=False)
         mode = stat.S_IMODE(temporary.stat().st_mode)
-        yield temporary
+        with full_disk_named(path):
+            yield temporary
         temporary.chmod(mode)  # some writers make files that only their owner can read
         _flush_to_disk(temporary)
         os.replace(temporary, path)
@@ -263,19 +277,6 @@ def remove_temporary(folder: Path, is_wanted: Callable[[str], bool]) -> None:
             stem = match["stem"]
         if stem != entry.stem and entry.is_file() and is_wanted(stem):
             entry.unlink()
-
-
-@contextmanager
-def full_disk_named(path: str | Path) -> Iterator[None]:
-    """Raise OSError naming `path` for what writers raise where a disk is full: each has an error of its own."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (SafetensorError, RuntimeError, shutil.Error) as error:
-        if "No space left" in str(error) or shutil.disk_usage(Path(path).parent).free < FULL_BYTES:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        raise
 
 
 @contextmanager
@@ -301,7 +302,7 @@ def save_safetensors(
     """Write tensors and metadata to a safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
-    with atomic_path(path) as temporary, full_disk_named(path):
+    with atomic_path(path) as temporary:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, dict(metadata) if metadata else None)
 
 
@@ -312,7 +313,7 @@ def save_pickle_state_dict(
 
     With `counts`, such as epochs, these stand beside a table `state_dict`, as training programs write it.
     """
-    with atomic_path(path) as temporary, full_disk_named(path):
+    with atomic_path(path) as temporary:
         torch.save(dict(tensors) if counts is None else {"state_dict": dict(tensors), **counts}, temporary)
 
 
