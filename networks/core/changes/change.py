@@ -124,6 +124,23 @@ class Delta(Protocol):
         ...
 
 
+class MergedOnly(nn.Module):
+    """What the changes share that are read from files and merged, but not trained: their tensors are buffers."""
+
+    words: str  # what a reader knows it by
+    changed_parameters = ("weight",)
+    fast_leaf = ""
+
+    def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
+        raise UserError(f"{self.words} of LyCORIS can be merged, but not trained; merge it with tools/merge_lora.py")
+
+    def leaves(self) -> Mapping[str, Tensor]:
+        return self.state_dict()
+
+    def load(self, leaves: Leaves) -> None:
+        self.load_state_dict(dict(leaves))
+
+
 @runtime_checkable
 class StoredOtherwise(Protocol):
     """A delta whose tensors in memory are others than those that files have."""

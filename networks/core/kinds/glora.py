@@ -10,23 +10,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
-from networks.core.changes.change import Change, Forward, Leaves, Misfit, in_shape_of
+from networks.core.changes.change import Change, Leaves, MergedOnly, Misfit, in_shape_of
 from networks.core.changes.leaves import ALPHA
 from networks.core.kinds.kind import Kind
 
 NEEDS = A1, A2, B1, B2 = "a1.weight", "a2.weight", "b1.weight", "b2.weight"
 
 
-class GLoRA(nn.Module):
+class GLoRA(MergedOnly):
     """GLoRA (Chavan et al. 2023, arXiv:2306.07967) as LyCORIS has it: W + alpha / R (W a1 a2 + b1 b2).
 
     `a1.weight` (I, R), `a2.weight` (R, I), `b1.weight` (O, R), `b2.weight` (R, I) or (R, I, h, w); those of
     convolutions with a 1x1 kernel behind.
     """
 
-    changed_parameters = ("weight",)
-    fast_leaf = ""
+    words = "GLoRA"
 
     def __init__(self, leaves: Leaves) -> None:
         super().__init__()
@@ -35,9 +33,6 @@ class GLoRA(nn.Module):
             factor.register_buffer("weight", leaves[leaf])
             self.add_module(leaf.partition(".")[0], factor)
         self.register_buffer(ALPHA, leaves.get(ALPHA))
-
-    def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        raise UserError("GLoRA of LyCORIS can be merged, but not trained; merge it with tools/merge_lora.py")
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
         own = self._weight_alone()
@@ -57,12 +52,6 @@ class GLoRA(nn.Module):
         for leaf in (A2, B2):
             own = self.get_buffer(leaf)
             own.mul_(ratio.to(own))
-
-    def leaves(self) -> Mapping[str, Tensor]:
-        return self.state_dict()
-
-    def load(self, leaves: Leaves) -> None:
-        self.load_state_dict(dict(leaves))
 
     @property
     def _scale(self) -> float:
@@ -104,6 +93,6 @@ def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
 
 
 KIND = Kind(
-    name="glora", words="GLoRA", needs=NEEDS, read=read, may_have=(ALPHA,), rank_of=rank_of, shape_of=shape_of,
+    name="glora", words=GLoRA.words, needs=NEEDS, read=read, may_have=(ALPHA,), rank_of=rank_of, shape_of=shape_of,
     fault=fault,
 )  # fmt: skip

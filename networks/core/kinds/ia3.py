@@ -7,21 +7,19 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from library.errors import UserError
-from networks.core.changes.change import Change, Forward, Leaves, Misfit
+from networks.core.changes.change import Change, Leaves, MergedOnly, Misfit
 from networks.core.kinds.kind import Kind
 
 WEIGHT, ON_INPUT = "weight", "on_input"
 
 
-class IA3(nn.Module):
+class IA3(MergedOnly):
     """(IA)^3 (Liu et al. 2022, arXiv:2205.05638): rows of W, or with `on_input` its columns, times 1 + `weight`.
 
     `weight` has one number for each, in any shape. A bias stays as it is, as in LyCORIS.
     """
 
-    changed_parameters = ("weight",)
-    fast_leaf = ""
+    words = "(IA)^3"
     weight: Tensor
     on_input: Tensor
 
@@ -29,9 +27,6 @@ class IA3(nn.Module):
         super().__init__()
         self.register_buffer(WEIGHT, leaves[WEIGHT])
         self.register_buffer(ON_INPUT, leaves[ON_INPUT])
-
-    def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
-        raise UserError("(IA)^3 of LyCORIS can be merged, but not trained; merge it with tools/merge_lora.py")
 
     def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
         axis = 1 if bool(self.on_input) else 0
@@ -48,12 +43,6 @@ class IA3(nn.Module):
 
     def scale_(self, ratio: Tensor) -> None:
         self.weight.mul_(ratio.to(self.weight))
-
-    def leaves(self) -> Mapping[str, Tensor]:
-        return self.state_dict()
-
-    def load(self, leaves: Leaves) -> None:
-        self.load_state_dict(dict(leaves))
 
 
 def read(leaves: Leaves, layer: nn.Module | None) -> Change:
@@ -74,6 +63,6 @@ def fault(name: str, leaves: Leaves, keys: Mapping[str, str]) -> str | None:
 
 
 KIND = Kind(
-    name="ia3", words="(IA)^3", needs=(WEIGHT, ON_INPUT), read=read, may_have=(), rank_of=rank_of, fault=fault,
+    name="ia3", words=IA3.words, needs=(WEIGHT, ON_INPUT), read=read, may_have=(), rank_of=rank_of, fault=fault,
     switches=(ON_INPUT,), is_whole=True,
 )  # fmt: skip
