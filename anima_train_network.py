@@ -6,7 +6,7 @@ from library import train_util as train_util
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.scripts import OtherScripts
 from library.collector import importing
-from library.launcher import let_idle_threads_sleep
+from library.launcher import set_openmp_wait_policy
 from library.training.command_line.cli import build_parser
 
 
@@ -31,7 +31,7 @@ class AnimaNetworkTrainer:
 
 
 if __name__ == "__main__":
-    let_idle_threads_sleep()
+    set_openmp_wait_policy()
     with importing("scripts"):
         from library.architectures.anima.assembly import LATENTS, build, build_objective
         from library.training.command_line.main import main

@@ -13,6 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from library.launcher import set_openmp_wait_policy
+
+    set_openmp_wait_policy()  # before torch is imported
 
 from tools.toy_sampling import count_right, load_pipeline, merge_lora, read_prompts, sample
 from tools.toy_world import Picture

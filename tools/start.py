@@ -216,10 +216,10 @@ def ready_python(venv: Path, requirement_names: "tuple[str, ...]") -> Path:
 def child_environment() -> "dict[str, str]":
     """Return the environment of everything that is started here.
 
-    UTF-8 output, no model hub, packages from `.venv`; threads that wait sleep, unless OMP_WAIT_POLICY says otherwise.
+    UTF-8 output, no model hub, packages from `.venv`.
     """
     settings = {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "PIP_USER": "0"}
-    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **settings}
+    return {**os.environ, **settings}
 
 
 def run(command: "list[str]", keep_errors_in: "deque | None" = None, quiet: bool = False) -> int:

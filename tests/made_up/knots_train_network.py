@@ -3,7 +3,7 @@
 import argparse
 
 from library.architectures.knots.options import KnotsOptions
-from library.launcher import let_idle_threads_sleep
+from library.launcher import set_openmp_wait_policy
 from library.training.command_line.cli import build_parser
 
 
@@ -13,7 +13,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    let_idle_threads_sleep()
+    set_openmp_wait_policy()
     from library.architectures.knots.assembly import LATENTS, build
     from library.training.command_line.main import main
 

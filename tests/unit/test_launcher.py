@@ -1,11 +1,13 @@
-"""What is set before torch is imported."""
+"""Thread settings that must be made before torch is imported."""
 
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
+from library import launcher
 from tests.running import ROOT, STARTED
 
 AT_THE_IMPORT_OF_TORCH = """
@@ -14,23 +16,55 @@ import os, runpy, sys
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"))
+            print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))
             raise SystemExit(0)
 
 sys.meta_path.insert(0, Watch())
+os.getloadavg = lambda: (0.0, 0.0, 0.0)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch does not use libgomp")
 @pytest.mark.parametrize("script", STARTED)
-@pytest.mark.parametrize(("own", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_scripts_let_idle_threads_sleep_unless_the_user_says_otherwise(
-    script: str, own: str | None, policy: str
-) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    if own is not None:
-        environment["OMP_WAIT_POLICY"] = own
+@pytest.mark.parametrize(
+    ("own", "expected"), [({}, ["None", "10000"]), ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "None"])]
+)
+def test_scripts_set_the_policy_before_torch_is_imported(script: str, own: dict[str, str], expected: list[str]) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in NAMES} | own
     command = [sys.executable, "-c", AT_THE_IMPORT_OF_TORCH, str(ROOT / f"{script}.py")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout.split()) == (0, [policy]), done.stderr
+    assert (done.returncode, done.stdout.split()) == (0, expected), done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch does not use libgomp")
+@pytest.mark.parametrize(
+    ("load", "busy_cores", "policy", "spin_count"),
+    [
+        (0.1, 2.0, None, "10000"),  # an idle minute: a moment's work does not count
+        (3.0, 0.1, None, "10000"),  # a program that has just ended
+        (3.0, 1.0, "PASSIVE", None),
+    ],
+)
+def test_threads_sleep_only_where_another_program_keeps_cores_busy(
+    load: float, busy_cores: float, policy: str | None, spin_count: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(launcher, "count_busy_cores", lambda seconds: busy_cores)
+    launcher.set_openmp_wait_policy()
+    assert (environment.get("OMP_WAIT_POLICY"), environment.get("GOMP_SPINCOUNT")) == (policy, spin_count)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")
+def test_a_busy_program_counts_as_a_busy_core() -> None:
+    program = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.3)
+        assert launcher.count_busy_cores(0.5) > 0.5
+    finally:
+        program.kill()
+        program.wait()

@@ -267,13 +267,6 @@ def test_a_training_that_was_stopped_is_not_followed_by_a_picture_of_an_older_on
     assert [command[1] for command in started] == ["-m"]
 
 
-def test_threads_that_wait_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert start.child_environment()["OMP_WAIT_POLICY"] == "PASSIVE"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert start.child_environment()["OMP_WAIT_POLICY"] == "ACTIVE"
-
-
 def test_failed_training_ends_the_quickstart_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(start, "ready_python", lambda venv, names: PYTHON)

@@ -1,0 +1,74 @@
+"""Time the README's quickstart training with the thread settings that it chooses, against fixed ones.
+
+    python benchmarks/quickstart.py
+    python benchmarks/quickstart.py --busy_cores 1
+
+Each round trains `--steps` steps with every setting in turn, so that all share the machine's state; the figure is the
+median time of a step. `--busy_cores N` keeps N cores busy with another program meanwhile. Run it on a machine that is
+idle otherwise: "chosen" should stay within 1.1 times "spinning" there, and within 1.1 times "sleeping" on a busy one.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.start import num_threads, training_command  # noqa: E402
+
+SETTINGS = {
+    "chosen": {},
+    "spinning": {"OMP_WAIT_POLICY": "ACTIVE"},
+    "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"},
+}
+SET_BY_SCRIPTS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+LOAD_AVERAGE_S = 45  # until one busy core raises the one-minute load average above 0.5
+
+
+def time_steps(setting: dict[str, str], num_steps: int) -> list[float]:
+    """Train and return the seconds between the ends of consecutive steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        events = Path(folder, "events.jsonl")
+        command = training_command(Path(sys.executable), num_threads())
+        command += ["--output_dir", folder, "--log_events", str(events), "--max_train_steps", str(num_steps)]
+        inherited = {name: value for name, value in os.environ.items() if name not in SET_BY_SCRIPTS}
+        environment = {**inherited, "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", **setting}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+        lines = map(json.loads, events.read_text().splitlines())
+        times = [event["time"] for event in lines if event["event"] == "step"]
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
+
+
+def main() -> None:
+    """Print the median step time of each setting, and its ratio to the fastest."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--busy_cores", type=int, default=0, help="cores that another program keeps busy")
+    args = parser.parse_args()
+    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy_cores)]
+    try:
+        if programs:
+            time.sleep(LOAD_AVERAGE_S)
+        seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}
+        for _ in range(args.rounds):
+            for name, setting in SETTINGS.items():
+                seconds[name] += time_steps(setting, args.steps)
+    finally:
+        for program in programs:
+            program.kill()
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, median in medians.items():
+        print(f"{name:10} {median:.3f} s a step, {median / min(medians.values()):.2f} of the fastest")
+
+
+if __name__ == "__main__":
+    main()
