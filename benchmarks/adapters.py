@@ -27,9 +27,9 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn.functional import conv2d, linear  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
+from networks.core.changes.alpha import ScaledDelta  # noqa: E402
 from networks.core.changes.change import Delta  # noqa: E402
-from networks.core.changes.joins import EPS, Add, Decompose  # noqa: E402
-from networks.core.changes.scaled import ScaledDelta  # noqa: E402
+from networks.core.changes.dora import EPS, Add, Decompose  # noqa: E402
 from networks.core.kinds.dylora import NestedRank  # noqa: E402
 from networks.core.kinds.loha import LoHa  # noqa: E402
 from networks.core.kinds.lokr import fresh as fresh_lokr  # noqa: E402
@@ -38,7 +38,7 @@ from networks.core.kinds.lora_fa import frozen_down  # noqa: E402
 from networks.core.kinds.rotations.boft import fresh as fresh_boft  # noqa: E402
 from networks.core.kinds.rotations.oft_v2 import fresh as fresh_oft  # noqa: E402
 from networks.core.kinds.tucker import Tucker  # noqa: E402
-from networks.core.sites.targets import kind_of  # noqa: E402
+from networks.core.targets.targets import kind_of  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

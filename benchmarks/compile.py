@@ -25,11 +25,11 @@ from library.architectures.flux.model import DoubleStreamBlock, FluxConfig, Sing
 from library.architectures.sd3.model import JointBlock, MMDiTConfig  # noqa: E402
 from library.memory.compiled import CompiledBlock, CompileSettings  # noqa: E402
 from library.models.rotary import Rotary  # noqa: E402
-from networks.core.adapter import Adapter  # noqa: E402
-from networks.core.changes.joins import Add  # noqa: E402
-from networks.core.changes.scaled import ScaledDelta  # noqa: E402
+from networks.core.changes.adapter import Adapter  # noqa: E402
+from networks.core.changes.alpha import ScaledDelta  # noqa: E402
+from networks.core.changes.dora import Add  # noqa: E402
 from networks.core.kinds.lora import LowRank  # noqa: E402
-from networks.core.sites.targets import Site  # noqa: E402
+from networks.core.targets.targets import Site  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FLUX = FluxConfig(64, 3072, 128, 12288, 4096, 768, 19, 38, True)

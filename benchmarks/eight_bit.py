@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from library.memory.forms.codes import Codes, input_gradient, output  # noqa: E402
-from library.memory.forms.named import FORMS  # noqa: E402
+from library.memory.formats.codes import Codes, input_gradient, output  # noqa: E402
+from library.memory.formats.named import FORMS  # noqa: E402
 from library.options.machine.memory import EIGHT_BIT_FORMS  # noqa: E402
 
 SHAPES = ((3072, 3072), (12288, 3072), (3072, 12288))  # outputs, inputs of FLUX.1's layers

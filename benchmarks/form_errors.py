@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from library.memory.forms.form import Parts  # noqa: E402
-from library.memory.forms.named import FORMS  # noqa: E402
+from library.memory.formats.format import Parts  # noqa: E402
+from library.memory.formats.named import FORMS  # noqa: E402
 
 OUT, IN, TOKENS = 3072, 3072, 1024  # a projection of FLUX.1's attention
 

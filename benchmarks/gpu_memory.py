@@ -28,10 +28,10 @@ from torch import Tensor, nn  # noqa: E402
 
 from library.memory.activations import recompute_from_main_memory  # noqa: E402
 from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute, run_blocks_with, stacks_of  # noqa: E402
-from library.memory.forms.named import FORMS  # noqa: E402
-from library.memory.forms.plain import Plain  # noqa: E402
+from library.memory.formats.named import FORMS  # noqa: E402
+from library.memory.formats.plain import Plain  # noqa: E402
 from library.memory.frozen import layers_in_blocks, store_in  # noqa: E402
-from library.memory.places.streamed import chosen, stream  # noqa: E402
+from library.memory.offload.streamed import chosen, stream  # noqa: E402
 from networks import lora  # noqa: E402
 
 RANK, NUM_WARM, NUM_TIMED = 16, 2, 5

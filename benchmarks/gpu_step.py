@@ -32,8 +32,8 @@ from benchmarks.gpu_memory import RANK, Mode, Subject, filled, flux, random_weig
 from library.memory.blocks import BlockRunner, plain, recompute, run_blocks_with, stacks_of  # noqa: E402
 from library.memory.compiled import Compiled, CompileSettings  # noqa: E402
 from library.memory.frozen import frozen_layers, multiply_codes  # noqa: E402
-from library.memory.planner.cards import peak_of  # noqa: E402
 from library.memory.planner.counter import FlopCounter  # noqa: E402
+from library.memory.planner.gpus import peak_of  # noqa: E402
 from library.training.step.fixed_step import CudaGraphs, Repeat  # noqa: E402
 from networks import lora  # noqa: E402
 

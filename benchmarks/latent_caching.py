@@ -79,10 +79,10 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     from library.architectures.sd.assembly import LATENT_SCALE, LATENTS
-    from library.data.batches.batches import to_pixels
     from library.data.caching.latents import cache_latents, decode, plan_jobs
-    from library.data.description.plan import DataPlan, build_plan
-    from library.data.sources.folders.picture_index import SETTLED_NS
+    from library.data.decoding.tensors import to_pixels
+    from library.data.plan.data_plan import DataPlan, build_plan
+    from library.data.sources.folders.image_index import SETTLED_NS
     from library.models.vae.latents import KlLatents
     from library.options.train import TrainOptions
 

@@ -96,10 +96,11 @@ def our_ms(folder: Path, num_steps: int, more: Sequence[str]) -> tuple[float, li
     from library.options.train import TrainOptions
     from library.processes import of_accelerator
     from library.training.command_line.cli import parse
+    from library.training.loop import loop
+    from library.training.models import opening
     from library.training.reporting.event_stream import Events, open_event_file
-    from library.training.run import loop
-    from library.training.setup import opening, runs
-    from library.training.setup.prepare import prepare
+    from library.training.run import runs
+    from library.training.run.prepare import prepare
 
     words = [
         "--pretrained_model_name_or_path", str(folder / "model"), "--train_data_dir", str(folder / "pictures"),

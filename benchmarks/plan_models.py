@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from library.memory.planner.cards import parse_size, typical_card  # noqa: E402
+from library.memory.planner.gpus import parse_size, typical_card  # noqa: E402
 from library.memory.planner.table import in_gib  # noqa: E402
 from library.training.planning.fit import Fit, fit_to  # noqa: E402
 from library.training.planning.settings import describe  # noqa: E402

@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from library.architectures.flux.model import FluxConfig  # noqa: E402
-from library.memory.forms.named import FORMS  # noqa: E402
+from library.memory.formats.named import FORMS  # noqa: E402
 
 CONFIG = FluxConfig(
     in_features=64,
@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 from benchmarks.reading_in_a_form import empty
 from library.checkpoints.weights import open_weights
-from library.memory.forms.named import FORMS
+from library.memory.formats.named import FORMS
 from library.models.loading import materialise
 
 def status(word):

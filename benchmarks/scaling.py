@@ -85,12 +85,12 @@ def train(script: str, *arguments: str) -> dict[str, Any]:
     """Train among the processes of torch's group; gives what was measured."""
     import importlib
 
-    from library.memory.places import spread
+    from library.memory.offload import sharded
     from library.processes import Processes
     from library.training.command_line.main import main as run
     from tests.running import SCRIPTS
 
-    watch, processes_type, streams = Watch(), Processes, spread.GatheredStreams
+    watch, processes_type, streams = Watch(), Processes, sharded.GatheredStreams
     exchange, start = processes_type.exchange, streams.start
 
     def watched_exchange(self: Processes, parameters: Any, *others: Any) -> Any:
@@ -99,7 +99,7 @@ def train(script: str, *arguments: str) -> dict[str, Any]:
         watch.after_step()
         return found
 
-    def watched_start(self: spread.GatheredStreams, slot: int, master: spread.Shelf) -> None:
+    def watched_start(self: sharded.GatheredStreams, slot: int, master: sharded.Shelf) -> None:
         watch.fetched += sum(parameter.numel() for parameter in master.parameters())
         start(self, slot, master)
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from library.data.description.plan import DataPlan
+    from library.data.plan.data_plan import DataPlan
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -77,8 +77,8 @@ def build_index(folder: Path, count: int) -> None:
 
     from library.data.description.schema import load_dataset_config
     from library.data.sources.shards.indexed import described_files, index_path
-    from library.data.sources.shards.shard_index import ABOUT, schema_of_rows
-    from library.data.sources.storage import Storage
+    from library.data.sources.shards.parquet_index import ABOUT, schema_of_rows
+    from library.data.sources.storage.storage import Storage
 
     num_files = -(-count // 1000)
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def options_for(folder: str, subset: str | None = None) -> object:
     """The options of a run on the pictures of a folder, or of another subset."""
     import pyarrow.parquet  # noqa: F401, imports are not measured
 
-    import library.data.batches.training_data  # noqa: F401
+    import library.data.training_data  # noqa: F401
     from library.options.train import TrainOptions
 
     parser = argparse.ArgumentParser()
@@ -143,8 +143,8 @@ def options_for(folder: str, subset: str | None = None) -> object:
 
 def ready(options: object) -> "tuple[DataPlan, object]":
     """The measured part of a start."""
-    from library.data.batches.training_data import open_batches
-    from library.data.description.plan import build_plan
+    from library.data.plan.data_plan import build_plan
+    from library.data.training_data import open_batches
     from library.protocols import LatentSpec
 
     spec = LatentSpec(channels=4, downscale=8, bucket_step=64, cache_suffix="_sd.npz", had_keys_without_size=True)

@@ -26,12 +26,12 @@ from torch import Tensor, nn  # noqa: E402
 from benchmarks.reading_in_a_form import CONFIG as FLUX  # noqa: E402
 from benchmarks.trainer_tax import build_pictures  # noqa: E402
 from library.architectures.flux.model import Flux  # noqa: E402
-from networks.core.adapter import Adapter  # noqa: E402
-from networks.core.changes.joins import Add  # noqa: E402
-from networks.core.changes.scaled import ScaledDelta  # noqa: E402
+from networks.core.changes.adapter import Adapter  # noqa: E402
+from networks.core.changes.alpha import ScaledDelta  # noqa: E402
+from networks.core.changes.dora import Add  # noqa: E402
 from networks.core.kinds.lora import LowRank  # noqa: E402
-from networks.core.side_by_side import Beside, SideBySide  # noqa: E402
-from networks.core.sites.targets import Site  # noqa: E402
+from networks.core.network.multiplexer import Beside, SideBySide  # noqa: E402
+from networks.core.targets.targets import Site  # noqa: E402
 
 CPU = torch.device("cpu")
 TOY_SIDE = 64
@@ -60,12 +60,13 @@ def toy(args: argparse.Namespace, folder: Path, *network_args: str) -> tuple[Wor
     from library.options.train import TrainOptions
     from library.processes import of_accelerator
     from library.training.command_line.cli import parse
+    from library.training.loop import loop
+    from library.training.loop.stacked_step import backward_together
+    from library.training.models import opening
     from library.training.reporting.event_stream import Events
-    from library.training.run import loop
-    from library.training.run.run import Run
-    from library.training.setup import opening, runs
-    from library.training.setup.prepare import prepare
-    from library.training.sweep.together import backward_together
+    from library.training.run import runs
+    from library.training.run.prepare import prepare
+    from library.training.run_parts import Run
 
     words = [
         "--pretrained_model_name_or_path", str(ROOT / "configs/quickstart/toy_base"), "--train_data_dir",

@@ -142,10 +142,11 @@ def our_steps(folder: Path, args: argparse.Namespace) -> Iterator[float]:
     from library.options.train import TrainOptions
     from library.processes import of_accelerator
     from library.training.command_line.cli import parse
+    from library.training.loop import loop
+    from library.training.models import opening
     from library.training.reporting.event_stream import Events
-    from library.training.run import loop
-    from library.training.setup import opening, runs
-    from library.training.setup.prepare import prepare
+    from library.training.run import runs
+    from library.training.run.prepare import prepare
 
     options = TrainOptions.from_args(parse(train_network.setup_parser(), arguments_of(folder, args, 10**6)))
     arch = build(options)

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.model_card import ModelCard
+from library.checkpoints.base_model_spec import BaseModelSpec
 from library.diffusion.samplers import Sampler
 from library.memory.blocks import BlockRunner, Stacks, chains_of, run_blocks_with, stacks_of
-from library.memory.forms.form import WantedForm
+from library.memory.formats.format import WantedForm
 from library.options.caching import TextCachingOptions
 from library.types import Batch, Conditioning, Noised, Prompt, Tokens
 
@@ -183,7 +183,7 @@ AdapterView = Callable[[Sequence[nn.Module], nn.Module], tuple[nn.Module | list[
 """(text encoders, denoiser) as network modules see them: paths are the names in files, leaves are the real layers.
 
 The first value is a single module where the base model has one text encoder, a list otherwise: LyCORIS picks its
-prefixes by that. The second carries `adapter_targets` (networks.core.sites.targets.AdapterTargets) as an attribute.
+prefixes by that. The second carries `adapter_targets` (networks.core.targets.targets.AdapterTargets) as an attribute.
 """
 
 
@@ -205,7 +205,7 @@ class Architecture:
     preview: Preview
     metadata: Mapping[str, str]  # ss_v2, ss_base_model_version and the modelspec keys that are the model's own
     ignores: Mapping[str, str] = field(default_factory=dict)  # option that does nothing here -> why
-    cards: Sequence[ModelCard] = ()  # of all base models: by them it is told which programs read what is saved
+    specs: Sequence[BaseModelSpec] = ()  # of all base models: by them it is told which programs read what is saved
     text_cache: TextCacheSpec | None = None  # None where text encoder outputs cannot be cached
     vary: Vary | None = None  # None where conditioning is used as it is
     run_blocks_with: Callable[[nn.Module, BlockRunner], None] = run_blocks_with  # gives the denoiser its runner

@@ -14,7 +14,7 @@ from library.data.description.buckets import (
     shape_without_upscale,
 )
 from library.training.command_line.cli import parse
-from library.training.command_line.config_file import SECRETS
+from library.training.config_file import SECRETS
 
 logger = logging.getLogger(__name__)
 

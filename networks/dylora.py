@@ -1,10 +1,10 @@
 """--network_module networks.dylora: DyLoRA, an adapter that can be cut to a smaller rank after training."""
 
-from networks.core.changes.split import SplitRank
-from networks.core.factory import network_module
+from networks.core.changes.qkv_split import SplitRank
 from networks.core.kinds import lora, tucker
 from networks.core.kinds.dylora import NestedRank, check_units, draw_rank
 from networks.core.kinds.kind import Door
+from networks.core.network.factory import network_module
 
 create_network, create_network_from_weights = network_module(
     Door(

@@ -1,9 +1,9 @@
 """--network_module networks.lora: LoRA on the Linear and convolution layers of any base model."""
 
-from networks.core.changes.split import SplitRank
-from networks.core.factory import network_module
+from networks.core.changes.qkv_split import SplitRank
 from networks.core.kinds import lora, tucker
 from networks.core.kinds.kind import Door
+from networks.core.network.factory import network_module
 
 DOOR = Door(
     lora.LowRank,

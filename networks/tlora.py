@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from networks.core.factory import network_module
+from networks.core.network.factory import network_module
 from networks.lora import DOOR
 
 create_network, create_network_from_weights = network_module(replace(DOOR, is_tlora=True))

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from library.checkpoints.model_card import ModelCard
+from library.checkpoints.base_model_spec import BaseModelSpec
 from library.collector import keep_imported
 from tests.running import ROOT
 
@@ -81,15 +81,15 @@ def main() -> None:
     print(json.dumps([asdict(forked(job)) for job in jobs]))
 
 
-def import_all(script: str, card: ModelCard) -> None:
+def import_all(script: str, spec: BaseModelSpec) -> None:
     """Everything that a run imports, so that no fork has to."""
     import importlib
 
-    names = (script, card.build.__module__, "networks.lora", "diffusers", "cv2")
+    names = (script, spec.build.__module__, "networks.lora", "diffusers", "cv2")
     late = (
-        "library.training.run.loop",
-        "library.training.setup.prepare",
-        "library.data.batches.debug",
+        "library.training.loop.loop",
+        "library.training.run.prepare",
+        "library.data.debug_dataset",
         "transformers.optimization",
     )
     for name in (*names, *late, "accelerate", "safetensors.torch", "diffusers.optimization", "torch.utils.data"):
@@ -98,12 +98,12 @@ def import_all(script: str, card: ModelCard) -> None:
 
 def fix_times() -> None:
     """Times and session ids that get into files."""
-    from library.training.evaluation import pictures
+    from library.training.reporting import sample_images
+    from library.training.run import writer
     from library.training.saving import checkpoints
-    from library.training.setup import writer
 
     still: Any = SimpleNamespace(time=lambda: NOW, strftime=lambda form: "20270115080000")
-    for module in (pictures, checkpoints, writer):
+    for module in (sample_images, checkpoints, writer):
         module.time = still  # type: ignore[attr-defined]
     writer.secrets = SimpleNamespace(randbelow=lambda limit: 7)  # type: ignore[attr-defined]
 
@@ -136,9 +136,9 @@ def start(job: Job) -> int:
     from library.training.command_line.main import main as train
     from tests.running import STARTED
 
-    card = STARTED[job.script]
+    spec = STARTED[job.script]
     parser = importlib.import_module(job.script).setup_parser()
-    return train(parser, card.options, card.build, job.arguments)
+    return train(parser, spec.options, spec.build, job.arguments)
 
 
 def watch(job: Job, note: Callable[[str], object]) -> None:

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.architectures.cards import list_cards
 from library.architectures.sdxl.leco import SdxlLecoOptions
-from library.checkpoints.model_card import ModelCard
+from library.architectures.specs import list_specs
+from library.checkpoints.base_model_spec import BaseModelSpec
 from library.options.leco import LecoOptions
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS: Mapping[str, ModelCard] = {card.script.removesuffix(".py"): card for card in list_cards()}
-STARTED: Mapping[str, ModelCard] = {  # those that train on prompts alone too
+SCRIPTS: Mapping[str, BaseModelSpec] = {spec.script.removesuffix(".py"): spec for spec in list_specs()}
+STARTED: Mapping[str, BaseModelSpec] = {  # those that train on prompts alone too
     **SCRIPTS,
     "train_leco": replace(SCRIPTS["train_network"], options=LecoOptions),
     "sdxl_train_leco": replace(SCRIPTS["sdxl_train_network"], options=SdxlLecoOptions),

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from library.architectures.cards import list_cards
+from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_model import BaseModel
-from library.checkpoints.model_card import ModelCard
-from library.models.identify import base_of_checkpoint, card_of
-from networks.core.sites.targets import AdapterTargets, Site, find_sites
+from library.checkpoints.base_model_spec import BaseModelSpec
+from library.models.identify import base_of_checkpoint, spec_of
+from networks.core.targets.targets import AdapterTargets, Site, find_sites
 
 
 def open_base_model(flag: str, path: Path) -> BaseModel:
@@ -16,12 +16,12 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
     Raises UserError naming `flag` when it is missing, broken or of a kind that nothing is merged into.
     """
     path = model_lookup.find_model(flag, str(path), (("unet",), ("text_encoder",)))
-    return base_of_checkpoint(list_cards(), flag, path).open_for_merging(flag, path)
+    return base_of_checkpoint(list_specs(), flag, path).open_for_merging(flag, path)
 
 
-def card_for(base: BaseModel) -> ModelCard:
-    """The card of an opened checkpoint's base model."""
-    return card_of(list_cards(), base.names.base)
+def card_for(base: BaseModel) -> BaseModelSpec:
+    """The spec of an opened checkpoint's base model."""
+    return spec_of(list_specs(), base.names.base)
 
 
 def adapter_sites(base: BaseModel, with_convolutions: bool) -> tuple[list[Site], list[Site]]:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
-from library.architectures.cards import list_cards
-from library.checkpoints.model_card import BlockWeights, ModelCard
+from library.architectures.specs import list_specs
+from library.checkpoints.base_model_spec import BaseModelSpec, BlockWeights
 from library.errors import UserError
 from library.options.rules import is_number
 from networks.core.files.adapter_file import AdapterFile
@@ -17,23 +17,23 @@ logger = logging.getLogger(__name__)
 
 def help_text() -> str:
     """What --lbws takes, with the lengths that the base models have."""
-    lengths = [f"{lengths_of(card)} for {card.title}" for card in list_cards() if card.block_weights is not None]
+    lengths = [f"{lengths_of(spec)} for {spec.title}" for spec in list_specs() if spec.block_weights is not None]
     return (
         "a list for each file, such as [1,0,0,1,...]: strength by block, times --ratios, the first number for the text "
         f"encoders; {', '.join(lengths)}"
     )
 
 
-def lengths_of(card: ModelCard) -> str:
+def lengths_of(spec: BaseModelSpec) -> str:
     """How many numbers a list of block weights may have."""
-    return " or ".join(str(len(names)) for names in card.block_weights.lists) if card.block_weights else "none"
+    return " or ".join(str(len(names)) for names in spec.block_weights.lists) if spec.block_weights else "none"
 
 
 @dataclass(frozen=True)
 class BlockStrength:
     """How much the modules of one base model count, by the block that they are in; 1 outside of the blocks named."""
 
-    card: ModelCard
+    spec: BaseModelSpec
     by_block: dict[str, float]
 
     def __call__(self, name: str) -> float:
@@ -42,7 +42,7 @@ class BlockStrength:
 
     def block_of(self, name: str) -> str | None:
         """The block of a module by its name in any naming; None outside of all."""
-        found, lists = self.card.names.find(name), self.card.block_weights
+        found, lists = self.spec.names.find(name), self.spec.block_weights
         assert lists is not None
         return None if found is None else lists.block_of(found.generic)
 
@@ -70,22 +70,22 @@ def parse_list(text: str) -> tuple[float, ...]:
     return tuple(float(value) for value in found)
 
 
-def strength_by_block(file: AdapterFile, card: ModelCard, numbers: tuple[float, ...]) -> Callable[[str], float]:
+def strength_by_block(file: AdapterFile, spec: BaseModelSpec, numbers: tuple[float, ...]) -> Callable[[str], float]:
     """How much each module of a file counts, by a list of --lbws.
 
     Raises UserError where the base model has no such list; what the list does not reach is warned of.
     """
-    lists = card.block_weights
+    lists = spec.block_weights
     if lists is None:
         raise UserError(
-            f"--lbws names the blocks of a U-Net, but {file.origin} is for {card.title}, which has none; leave it out"
+            f"--lbws names the blocks of a U-Net, but {file.origin} is for {spec.title}, which has none; leave it out"
         )
     names = next((names for names in lists.lists if len(names) == len(numbers)), None)
     if names is None:
         raise UserError(
-            f"--lbws has a list of {len(numbers)} numbers; {file.origin} is for {card.title}, give {lengths_of(card)}"
+            f"--lbws has a list of {len(numbers)} numbers; {file.origin} is for {spec.title}, give {lengths_of(spec)}"
         )
-    strength = BlockStrength(card, dict(zip(names, numbers, strict=True)))
+    strength = BlockStrength(spec, dict(zip(names, numbers, strict=True)))
     if not any(map(strength, file.modules)):
         raise UserError(f"--lbws leaves out every module of {file.origin}; leave out the file or give other numbers")
     warn_of_the_rest(file, lists, strength)
@@ -105,5 +105,5 @@ def warn_of_the_rest(file: AdapterFile, lists: BlockWeights, strength: BlockStre
     in_vain = [block for block, value in strength.by_block.items() if block in lists.missing and value not in (0, 1)]
     if in_vain:
         logger.warning(
-            "--lbws: the numbers for %s have no effect, %s lacks these blocks", ", ".join(in_vain), strength.card.title
+            "--lbws: the numbers for %s have no effect, %s lacks these blocks", ", ".join(in_vain), strength.spec.title
         )

@@ -22,8 +22,8 @@ from library.architectures.flux.options import FluxOptions
 from library.architectures.sd import assembly as sd
 from library.architectures.sdxl import assembly as sdxl
 from library.architectures.sdxl.options import SdxlOptions
-from library.data.description.plan import DataPlan, build_plan
 from library.data.description.schema import NoDataFound
+from library.data.plan.data_plan import DataPlan, build_plan
 from library.data.sources.folders.metadata_file import MetadataEntry
 from library.errors import UserError
 from library.options.train import TrainOptions
@@ -32,9 +32,9 @@ from library.protocols import Architecture, LatentCodec
 from library.training.command_line.checks import check_data
 from library.training.command_line.cli import add_missing, build_parser, from_program, parse
 from library.training.command_line.main import report_error
-from library.training.faults.interruption import Interrupted, Interruption
-from library.training.setup.models import encode_pictures
-from library.training.setup.opening import open_accelerator
+from library.training.failures.interruption import Interrupted, Interruption
+from library.training.models.base_model import encode_pictures
+from library.training.models.opening import open_accelerator
 
 
 def setup_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.checkpoints.files import atomic_path
-from library.data.batches.images import picture_extensions
+from library.data.description.image_extensions import image_extensions
 from library.data.sources.folders.metadata_file import read_table
 from library.errors import UserError
 from library.options.encodings import decoded
@@ -35,7 +35,7 @@ def list_pictures(folder: Path, is_recursive: bool) -> list[Path]:
     """The pictures of a folder in the order of their paths. Raises UserError where there are none."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder")
-    endings = picture_extensions()
+    endings = image_extensions()
     entries = folder.rglob("*") if is_recursive else folder.iterdir()
     found = sorted(path for path in entries if path.suffix in endings and path.is_file())
     if not found:

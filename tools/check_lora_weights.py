@@ -19,13 +19,13 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.architectures.cards import list_cards
+from library.architectures.specs import list_specs
+from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import Reading, describe, problems, readings
 from library.checkpoints.files import file_in_folder, load_state_dict, read_metadata
-from library.checkpoints.model_card import ModelCard
 from library.checkpoints.recognition import recognise_adapter
-from library.models.identify import card_of
-from networks.core.changes.leaves import ALPHA
+from library.models.identify import spec_of
+from networks.core.changes.parameter_keys import ALPHA
 from networks.core.files.adapter_file import PeftSettings, diffusers_settings, peft_settings, with_alpha
 from networks.core.files.inspection import (
     BlockFacts,
@@ -76,8 +76,8 @@ def judge(
     modules, unknown = group_tensors(tensors)
     recorded = diffusers_settings(metadata) if settings is None else settings
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    cards = list_cards()
-    base = recognise_adapter(cards, shapes, metadata)
+    specs = list_specs()
+    base = recognise_adapter(specs, shapes, metadata)
     found: list[str] = []
     facts: list[ModuleFacts] = []
     lone = [module.keys[ALPHA] for module in modules.values() if module.tensors.keys() == {ALPHA}]
@@ -97,12 +97,12 @@ def judge(
         warnings.append(f"alphas without weights, which change nothing: {some_keys(lone)}")
     name = base.name if base else None
     return Report(
-        origin, name, count_dtypes(tensors), facts, by_block(facts), readings(cards, shapes, metadata), found, warnings
+        origin, name, count_dtypes(tensors), facts, by_block(facts), readings(specs, shapes, metadata), found, warnings
     )
 
 
 def oddities(
-    modules: Sequence[ModuleWeights], facts: Sequence[ModuleFacts], unknown: Sequence[str], base: ModelCard | None
+    modules: Sequence[ModuleWeights], facts: Sequence[ModuleFacts], unknown: Sequence[str], base: BaseModelSpec | None
 ) -> Iterator[str]:
     """What a user should know about a usable file."""
     if unknown:
@@ -148,7 +148,7 @@ def finite(value: Any) -> Any:
 
 def as_text(report: Report) -> Iterator[str]:
     """The report in lines."""
-    base = "unknown base model" if report.base is None else card_of(list_cards(), report.base).title
+    base = "unknown base model" if report.base is None else spec_of(list_specs(), report.base).title
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report.dtypes.items())
     yield f"{report.origin}: {sum(report.dtypes.values())} keys ({dtypes}), {len(report.modules)} modules, {base}"
     yield from block_table(report.blocks)

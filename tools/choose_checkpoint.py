@@ -30,14 +30,14 @@ from library.training.evaluation.choosing import (  # noqa: E402
     table_of,
     told_choice,
 )
-from library.training.evaluation.file_losses import FileLosses, Sides, for_measuring, losses_of_files  # noqa: E402
 from library.training.evaluation.measurement import Measurement  # noqa: E402
-from library.training.report.writer import add_event  # noqa: E402
+from library.training.models.opening import open_data_plan  # noqa: E402
+from library.training.offline.file_losses import FileLosses, Sides, for_measuring, losses_of_files  # noqa: E402
+from library.training.report_page.writer import add_event  # noqa: E402
 from library.training.reporting import events  # noqa: E402
 from library.training.reporting.event_stream import open_event_file, plain  # noqa: E402
 from library.training.saving.checkpoints import Names  # noqa: E402
 from library.training.saving.saved_files import steps_of  # noqa: E402
-from library.training.setup.opening import open_data_plan  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
 from tools.contact_sheet import chosen_files, own_device  # noqa: E402
 from tools.plan_memory import card_of_script  # noqa: E402

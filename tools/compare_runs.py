@@ -10,8 +10,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.training.report.comparison import comparison_of
-from library.training.report.writer import write_page
+from library.training.report_page.comparison import comparison_of
+from library.training.report_page.writer import write_page
 from tools.command import make_parser, run
 
 logger = logging.getLogger(__name__)

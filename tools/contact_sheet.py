@@ -20,10 +20,10 @@ from library.options.train import TrainOptions  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
 from library.training.command_line.run_lock import run_lock  # noqa: E402
-from library.training.evaluation.contact_sheet import arrange, draw_rows  # noqa: E402
-from library.training.evaluation.pictures import data_url_of  # noqa: E402
 from library.training.evaluation.prompts import read_prompts, settle  # noqa: E402
-from library.training.report.writer import add_sheet  # noqa: E402
+from library.training.offline.contact_sheet import arrange, draw_rows  # noqa: E402
+from library.training.report_page.writer import add_sheet  # noqa: E402
+from library.training.reporting.sample_images import data_url_of  # noqa: E402
 from library.training.saving.checkpoints import Names  # noqa: E402
 from library.training.saving.saved_files import files_of_run  # noqa: E402
 from library.types import Prompt  # noqa: E402

@@ -14,8 +14,8 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from tqdm import tqdm
 
-from library.architectures.cards import list_cards
-from library.architectures.flux.keys import DIFFUSERS_MARK, from_diffusers, our_keys
+from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, from_diffusers, our_keys
+from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.files import save_safetensors
 from library.checkpoints.weights import Weights
@@ -47,9 +47,9 @@ def open_transformer(path: Path) -> Weights:
         first = ", ".join(list(weights.shapes)[:3]) or "none"
         raise UserError(f"{FLAG} {path} is no FLUX.1 transformer in diffusers' layout (first names: {first})")
     original = from_diffusers(weights)
-    card = base_of_file(list_cards(), original.shapes)
-    if card is None or card.name not in MODELS:
-        raise UserError(f"{FLAG} {path} is {'of no model that is known' if card is None else f'{card.called} model'}")
+    spec = base_of_file(list_specs(), original.shapes)
+    if spec is None or spec.name not in MODELS:
+        raise UserError(f"{FLAG} {path} is {'of no model that is known' if spec is None else f'{spec.called} model'}")
     strangers = sorted(set(original.shapes) - set(our_keys(weights.shapes)))
     if strangers:
         raise UserError(f"{FLAG} {path}: {strangers[0]} has no place in the original layout; it is another variant")

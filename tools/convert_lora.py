@@ -14,10 +14,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.architectures.cards import list_cards
+from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
+from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import programs_that_read
-from library.checkpoints.model_card import ModelCard
 from library.checkpoints.recognition import require_card
 from library.errors import UserError
 from networks.core.files.adapter_file import AdapterFile, read_adapter_file, save_adapter_file
@@ -32,27 +32,27 @@ EXAMPLES = """\
   python3 tools/convert_lora.py --model from_peft.safetensors --save_to for_comfyui.safetensors --to kohya"""
 
 
-def card_for_file(file: AdapterFile, origin: str) -> ModelCard:
-    """The card of the base model that a file is for. Raises UserError where that cannot be told."""
+def card_for_file(file: AdapterFile, origin: str) -> BaseModelSpec:
+    """The spec of the base model that a file is for. Raises UserError where that cannot be told."""
     shapes = {module.keys[leaf]: t.shape for module in file.modules.values() for leaf, t in module.tensors.items()}
-    return require_card(list_cards(), shapes, file.metadata, origin)
+    return require_card(list_specs(), shapes, file.metadata, origin)
 
 
 def read_adapter(path: Path, flag: str) -> AdapterFile:
     """Read an adapter file of any trainer; what PEFT saved alone is recognised by its modules. Raises UserError naming
     `flag`."""
-    return in_a_model(read_adapter_file(path, flag), [card.names for card in list_cards()])
+    return in_a_model(read_adapter_file(path, flag), [spec.names for spec in list_specs()])
 
 
 def convert(model: Path, save_to: Path, to: FileNaming, drop_unsupported: bool) -> Renamed:
     """Write `model` to `save_to` in another naming. Raises UserError saying why that is not possible."""
     file = read_adapter(model, "--model")
-    card = card_for_file(file, f"--model {model}")
-    if not programs_that_read(card, to):
+    spec = card_for_file(file, f"--model {model}")
+    if not programs_that_read(spec, to):
         raise UserError(
-            f"--to {to}: no program reads adapters of {card.title} in that naming; {best_namings(card)} are read"
+            f"--to {to}: no program reads adapters of {spec.title} in that naming; {best_namings(spec)} are read"
         )
-    renamed = rename(file, card.names, to, drop_unsupported)
+    renamed = rename(file, spec.names, to, drop_unsupported)
     if renamed.dropped:
         logger.warning("left out, the %s naming has no place for them: %s", to, some_keys(renamed.dropped))
     if renamed.widened:
@@ -84,9 +84,9 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def best_namings(card: ModelCard) -> str:
+def best_namings(spec: BaseModelSpec) -> str:
     """The namings of a base model that some program reads."""
-    return " and ".join(naming for naming in NAMINGS if programs_that_read(card, naming))
+    return " and ".join(naming for naming in NAMINGS if programs_that_read(spec, naming))
 
 
 def convert_and_tell(args: argparse.Namespace) -> None:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from library.architectures.cards import list_cards
 from library.architectures.sd import layouts
 from library.architectures.sd.load import TITLES, single_file_parts
+from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.files import (
     atomic_folder,
@@ -64,22 +64,22 @@ class Opened:
 def opened(name: str, wanted: str | None, variant: str | None) -> Opened:
     """Open the model; of its files only headers are read. Raises UserError for one of another kind."""
     path = model_lookup.find_model(SOURCE, name, tuple((part,) for part in layouts.PARTS))
-    card = base_of_checkpoint(list_cards(), SOURCE, path)
-    if card.name not in TITLES:
-        raise UserError(f"{SOURCE} {path}: this is {card.called} model; this command is for SD 1.x and SD 2.x")
-    if wanted not in (None, card.name):
+    spec = base_of_checkpoint(list_specs(), SOURCE, path)
+    if spec.name not in TITLES:
+        raise UserError(f"{SOURCE} {path}: this is {spec.called} model; this command is for SD 1.x and SD 2.x")
+    if wanted not in (None, spec.name):
         raise UserError(
-            f"{SOURCE} {path}: this is {card.called} model; leave out --{'v1' if wanted == 'sd1' else 'v2'}"
+            f"{SOURCE} {path}: this is {spec.called} model; leave out --{'v1' if wanted == 'sd1' else 'v2'}"
         )
     if not path.is_dir():
         if variant is not None:
             raise UserError(f"--variant is of files in a diffusers folder; {SOURCE} {path} is a file, leave it out")
         whole = model_lookup.open_file(SOURCE, path)
-        parts = {**single_file_parts(SOURCE, whole, card.name), "vae": vae_of_checkpoint(SOURCE, whole)}
-        return Opened(path, card.name, parts, whole)
+        parts = {**single_file_parts(SOURCE, whole, spec.name), "vae": vae_of_checkpoint(SOURCE, whole)}
+        return Opened(path, spec.name, parts, whole)
     unet, vae, text = (model_lookup.open_part(SOURCE, path / part, part, variant) for part in layouts.PARTS)
     parts = {"unet": Component(*unet), "vae": vae_of_folder(*vae), "text_encoder": clip_of_folder(*text)}
-    return Opened(path, card.name, parts, None)
+    return Opened(path, spec.name, parts, None)
 
 
 # --- one file ---

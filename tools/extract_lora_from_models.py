@@ -27,7 +27,7 @@ from networks.core.changes.svd import best_factors, clamped
 from networks.core.files.adapter_file import AdapterFile, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import lora
-from networks.core.sites.targets import Site
+from networks.core.targets.targets import Site
 from tools.base_models import adapter_sites, card_for, open_base_model
 from tools.command import (
     PRECISIONS,

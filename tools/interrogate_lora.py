@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from library.architectures.cards import list_cards
+from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
-from library.checkpoints.model_card import ModelCard
+from library.checkpoints.base_model_spec import BaseModelSpec
 from library.errors import UserError
 from library.models.clip.clip import clip_body
 from library.models.identify import base_of_checkpoint
@@ -36,31 +36,31 @@ EXAMPLES = """\
   python3 tools/interrogate_lora.py --sd_model sd15.safetensors --model cat.safetensors"""
 
 
-def open_architecture(flag: str, name: str) -> tuple[ModelCard, Architecture]:
+def open_architecture(flag: str, name: str) -> tuple[BaseModelSpec, Architecture]:
     """The base model of a checkpoint, of which only the text encoders will be loaded. Raises UserError."""
     path = model_lookup.find_model(flag, name, (("unet",), ("text_encoder",)))
-    card = base_of_checkpoint(list_cards(), flag, path)
-    if not card.folders:
-        known = ", ".join(other.title for other in list_cards() if other.folders)
-        raise UserError(f"{flag} {name} is {card.called} model; words are looked for with {known}")
-    values: dict[str, Any] = card.options.defaults() | {"pretrained_model_name_or_path": str(path)}
-    if card.script_flag:
-        values[card.script_flag.removeprefix("--")] = True
-    return card, card.build(card.options.from_args(argparse.Namespace(**values)))
+    spec = base_of_checkpoint(list_specs(), flag, path)
+    if not spec.folders:
+        known = ", ".join(other.title for other in list_specs() if other.folders)
+        raise UserError(f"{flag} {name} is {spec.called} model; words are looked for with {known}")
+    values: dict[str, Any] = spec.options.defaults() | {"pretrained_model_name_or_path": str(path)}
+    if spec.script_flag:
+        values[spec.script_flag.removeprefix("--")] = True
+    return spec, spec.build(spec.options.from_args(argparse.Namespace(**values)))
 
 
-def by_encoder(card: ModelCard, file: AdapterFile, num_encoders: int) -> list[dict[str, ModuleWeights]]:
+def by_encoder(spec: BaseModelSpec, file: AdapterFile, num_encoders: int) -> list[dict[str, ModuleWeights]]:
     """For each text encoder what the file has of it, by path. Raises UserError where it has nothing."""
     require_kinds(file, COMPUTED, "looked into")
     found: list[dict[str, ModuleWeights]] = [{} for _ in range(num_encoders)]
     for name, module in file.modules.items():
-        names = card.names.find(name)
+        names = spec.names.find(name)
         for prefix, modules in zip(ENCODERS, found, strict=False):
             if names is not None and isinstance(names.diffusers, str) and names.diffusers.startswith(prefix):
                 modules[names.diffusers.removeprefix(prefix).removeprefix(BODY)] = module
     if not any(found):
         raise UserError(
-            f"{file.origin} changes no text encoder of {card.title}, so no word is changed: it was trained with "
+            f"{file.origin} changes no text encoder of {spec.title}, so no word is changed: it was trained with "
             "--network_train_unet_only, or for another base model"
         )
     return found
@@ -118,9 +118,9 @@ def interrogate(args: argparse.Namespace) -> None:
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} is {getattr(args, flag)}; it must be at least 1")
     file = read_adapter(args.model, "--model")
-    card, arch = open_architecture("--sd_model", args.sd_model)
+    spec, arch = open_architecture("--sd_model", args.sd_model)
     encoders, tokenizer = arch.load.text_encoders(), arch.text.tokenizer  # type: ignore[attr-defined]
-    parts = [pair for pair in zip(encoders, by_encoder(card, file, len(encoders)), strict=True) if pair[1]]
+    parts = [pair for pair in zip(encoders, by_encoder(spec, file, len(encoders)), strict=True) if pair[1]]
     clip_skip = args.clip_skip or 1
     sums_N = sum(changes_of_words(*pair, tokenizer, args.batch_size, clip_skip, device) for pair in parts)
     assert isinstance(sums_N, Tensor)

@@ -25,7 +25,8 @@ import toml  # noqa: E402
 
 from library.checkpoints.files import atomic_path, remove_temporary  # noqa: E402
 from library.checkpoints.hashes import digest_of_file  # noqa: E402
-from library.data.batches.images import open_picture, picture_extensions  # noqa: E402
+from library.data.decoding.images import open_picture  # noqa: E402
+from library.data.description.image_extensions import image_extensions  # noqa: E402
 from library.data.description.keys import ALL_KEYS, SOURCES  # noqa: E402
 from library.data.description.schema import (  # noqa: E402
     DatasetConfig,
@@ -36,20 +37,20 @@ from library.data.description.schema import (  # noqa: E402
     read_description,
 )
 from library.data.sources.collect import collect, collect_subset  # noqa: E402
+from library.data.sources.images import Picture  # noqa: E402
 from library.data.sources.names import safe_name  # noqa: E402
-from library.data.sources.pictures import Picture  # noqa: E402
 from library.data.sources.scanned import ScannedSubset  # noqa: E402
-from library.data.sources.storage import Storage  # noqa: E402
+from library.data.sources.storage.storage import Storage  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.processes import of_accelerator  # noqa: E402
 from library.progress import Bar, progress_bar  # noqa: E402
 from library.training.command_line.checks import check_data  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
-from library.training.setup.compute import Compute  # noqa: E402
-from library.training.setup.models import encode_pictures  # noqa: E402
-from library.training.setup.opening import open_accelerator, open_data_plan  # noqa: E402
-from library.training.setup.text_caching import cached_text, prepare_text  # noqa: E402
+from library.training.models.base_model import encode_pictures  # noqa: E402
+from library.training.models.compute import Compute  # noqa: E402
+from library.training.models.opening import open_accelerator, open_data_plan  # noqa: E402
+from library.training.models.text_caching import cached_text, prepare_text  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
 from tools.plan_memory import card_of_script  # noqa: E402
 
@@ -88,7 +89,7 @@ class Packed:
 def ending_of(picture: Picture, content: bytes) -> str:
     """The ending that says how a picture is read: that of its file, else that of its format."""
     ending = os.path.splitext(picture.key)[1].lower()
-    if ending in picture_extensions():
+    if ending in image_extensions():
         return ending
     with open_picture(picture.key, content) as image:
         return f".{str(image.format).lower()}".replace(".jpeg", ".jpg")

@@ -17,7 +17,6 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 import torch
 from tqdm import tqdm
 
-from library.architectures.cards import list_cards
 from library.architectures.sd3.load import (
     DENOISER_PREFIX,
     TEXT_PREFIXES,
@@ -28,12 +27,13 @@ from library.architectures.sd3.load import (
 )
 from library.architectures.sd3.merging import config_of
 from library.architectures.sd3.options import Sd3TextOptions
+from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.files import read_metadata, save_safetensors
 from library.checkpoints.weights import Weights, open_weights
 from library.errors import UserError
 from library.models.identify import base_of_file, refuse_other
-from library.models.vae.keys import VAE_PREFIX
+from library.models.vae.checkpoint_keys import VAE_PREFIX
 from library.models.vae.vae import vae_of_checkpoint
 from tools.command import add_file_precision, check_safetensors_output, dtype_of_file, make_parser, run
 
@@ -93,9 +93,9 @@ def check(parts: Sequence[PartFile]) -> None:
     """Raise UserError unless the files are the parts of one SD3 model, naming the one that is not."""
     opened = [model_lookup.open_file(part.flag, existing(part)) for part in parts]
     dit = opened[0]
-    cards = list_cards()
-    found = base_of_file(cards, {f"{DENOISER_PREFIX}{key}": shape for key, shape in dit.shapes.items()} | dit.shapes)
-    refuse_other(cards, "--dit", dit.origin, found, "sd3", "transformer")
+    specs = list_specs()
+    found = base_of_file(specs, {f"{DENOISER_PREFIX}{key}": shape for key, shape in dit.shapes.items()} | dit.shapes)
+    refuse_other(specs, "--dit", dit.origin, found, "sd3", "transformer")
     if found is None:
         raise UserError(f"--dit {dit.origin} has no joint_blocks, so it is no transformer of SD3")
     for part, weights in zip(parts[1:], opened[1:], strict=True):

@@ -13,19 +13,19 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from library.architectures.cards import list_cards  # noqa: E402
-from library.checkpoints.model_card import ModelCard  # noqa: E402
+from library.architectures.specs import list_specs  # noqa: E402
+from library.checkpoints.base_model_spec import BaseModelSpec  # noqa: E402
 from library.data.description.schema import load_dataset_config, parse_numbers  # noqa: E402
 from library.errors import UserError  # noqa: E402
-from library.memory.planner.cards import parse_size, typical_card  # noqa: E402
+from library.memory.planner.gpus import parse_size, typical_card  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.protocols import Architecture  # noqa: E402
 from library.training.command_line.checks import check_network, check_precision  # noqa: E402
 from library.training.command_line.cli import parse  # noqa: E402
+from library.training.models.check_batches import quiet  # noqa: E402
 from library.training.planning.counting import BatchShape, CountedRun, count_run  # noqa: E402
 from library.training.planning.fit import fit_to  # noqa: E402
 from library.training.planning.fit_run import sweep_of  # noqa: E402
-from library.training.setup.rehearsal import quiet  # noqa: E402
 from library.training.sweep.combinations import shared_and_own  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
 
@@ -37,9 +37,9 @@ EXAMPLES = """\
     --cache_latents --cache_text_encoder_outputs --resolution 1024"""
 
 
-def card_of_script(name: str) -> ModelCard:
+def card_of_script(name: str) -> BaseModelSpec:
     """The base model that a training script is for. Raises UserError naming the scripts where it is none."""
-    found = {card.script: card for card in reversed(list_cards())}
+    found = {card.script: card for card in reversed(list_specs())}
     script = f"{name.removesuffix('.py')}.py"
     if script not in found:
         raise UserError(f"--script {name} is no training script; use one of {', '.join(sorted(found, key=len))}")

@@ -14,7 +14,7 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.architectures.cards import list_cards
+from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.data.description.buckets import Size
 from library.data.sources.folders.metadata_file import entries_of, read_table
@@ -40,17 +40,17 @@ def options_of(args: argparse.Namespace) -> argparse.Namespace:
     """The options of tools/cache_latents.py. Raises UserError for a base model that it does not know by a U-Net."""
     name = args.model_name_or_path
     path = model_lookup.find_model("model_name_or_path", name, (("unet",), ("vae",)))
-    card = base_of_checkpoint(list_cards(), "model_name_or_path", path)
-    if not card.folders:
+    spec = base_of_checkpoint(list_specs(), "model_name_or_path", path)
+    if not spec.folders:
         raise UserError(
-            f"{name} is {card.called} model, whose pictures are encoded by its script with --cache_latents_to_disk, or "
+            f"{name} is {spec.called} model, whose pictures are encoded by its script with --cache_latents_to_disk, or "
             "by tools/make_shards.py"
         )
     values: dict[str, Any] = {key: getattr(args, key) for key in TAKEN_OVER}
     values |= {
         "pretrained_model_name_or_path": str(path),
-        "sdxl": card.name == "sdxl",
-        "v2": card.script_flag == "--v2",
+        "sdxl": spec.name == "sdxl",
+        "v2": spec.script_flag == "--v2",
     }
     values |= {"train_data_dir": str(args.train_data_dir), "in_json": str(args.in_json), "enable_bucket": True}
     values |= {"resolution": args.max_resolution, "vae_batch_size": args.batch_size}

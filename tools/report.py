@@ -10,7 +10,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.errors import UserError
-from library.training.report.writer import read_events, report_of, write_page
+from library.training.report_page.writer import read_events, report_of, write_page
 from tools.command import make_parser, run
 
 logger = logging.getLogger(__name__)

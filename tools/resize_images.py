@@ -22,8 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from library.checkpoints.files import atomic_path
-from library.data.batches.images import Pixels, picture_extensions, read_pixels, resize
+from library.data.decoding.images import Pixels, read_pixels, resize
 from library.data.description.buckets import Size
+from library.data.description.image_extensions import image_extensions
 from library.errors import UserError
 from tools.command import make_parser, run
 
@@ -108,7 +109,7 @@ def resize_all(args: argparse.Namespace) -> None:
     ending = ".png" if args.save_as_png else ".jpg"
     resizing = Resizing(parse_resolutions(args.max_resolution), args.divisible_by, filter_name, ending)
     files = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
-    pictures = [path for path in files if path.suffix in picture_extensions()]
+    pictures = [path for path in files if path.suffix in image_extensions()]
     if not pictures:
         raise UserError(f"{source} has no pictures; folders below it are not looked into")
     check_names(pictures)

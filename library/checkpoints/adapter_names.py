@@ -99,7 +99,7 @@ def _behind_other_prefixes(kohya: str) -> Iterator[str]:
 class BaseNames:
     """The modules of one base model that adapters may change."""
 
-    base: str  # `ModelCard.name`
+    base: str  # `BaseModelSpec.name`
     modules: tuple[ModuleNames, ...]
     stacks: tuple[str, ...] = ()
     """Lists of blocks of any length, by kohya's name before the number; `modules` has those of the usual length."""

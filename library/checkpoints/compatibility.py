@@ -12,7 +12,7 @@ from typing import Literal
 
 from library.checkpoints.adapter_keys import AdapterKey, is_of_text_encoder, tells_no_model, underscored
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
-from library.checkpoints.model_card import PROGRAMS, ModelCard, Program, Reader
+from library.checkpoints.base_model_spec import PROGRAMS, BaseModelSpec, Program, Reader
 from library.checkpoints.recognition import recognise_adapter
 
 Part = Literal["denoiser", "text"]
@@ -71,13 +71,13 @@ DIFFUSERS_LEAVES = LOW_RANK | PEFT_MAGNITUDES | {"dora_scale"}
 
 
 def readings(
-    cards: Sequence[ModelCard], shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]
+    specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]
 ) -> tuple[Reading, ...]:
     """What each program does with an adapter file that has these keys; empty where the base model cannot be told."""
-    card = recognise_adapter(cards, shapes, metadata)
-    if card is None:
+    spec = recognise_adapter(specs, shapes, metadata)
+    if spec is None:
         return ()
-    content = Content(card, tuple(parse(text, tuple(shape)) for text, shape in shapes.items()))
+    content = Content(spec, tuple(parse(text, tuple(shape)) for text, shape in shapes.items()))
     return tuple(read_by(program, content) for program in PROGRAMS)
 
 
@@ -102,7 +102,7 @@ def part_of(module: str) -> Part:
 class Content:
     """A file as the rules see it."""
 
-    card: ModelCard
+    spec: BaseModelSpec
     keys: tuple[Key, ...]
 
     @cached_property
@@ -117,9 +117,9 @@ class Content:
 def read_by(program: Program, content: Content) -> Reading:
     """Apply the rules of one program to a file."""
     keys = content.keys
-    reader = content.card.readers.get(program)
+    reader = content.spec.readers.get(program)
     if reader is None:
-        reason = f"it takes no adapters of {content.card.title}"
+        reason = f"it takes no adapters of {content.spec.title}"
         return Reading(program, len(keys), tuple(key.text for key in keys), (), (reason,))
     unused: dict[str, str] = {}
     for key in keys:
@@ -228,9 +228,9 @@ DIFFUSERS_REFUSALS: tuple[Callable[[Content], str | None], ...] = (
 )
 
 
-def programs_that_read(card: ModelCard, naming: FileNaming) -> list[Program]:
+def programs_that_read(spec: BaseModelSpec, naming: FileNaming) -> list[Program]:
     """The programs that take the denoiser's keys of a base model in a naming."""
-    return [program for program, reader in card.readers.items() if naming in reader.denoiser]
+    return [program for program, reader in spec.readers.items() if naming in reader.denoiser]
 
 
 # --- in words ---

@@ -14,8 +14,8 @@ from library.checkpoints.adapter_keys import (
     underscored,
 )
 from library.checkpoints.adapter_names import placed
+from library.checkpoints.base_model_spec import BaseModelSpec, recognise
 from library.checkpoints.files import file_in_folder
-from library.checkpoints.model_card import ModelCard, recognise
 from library.checkpoints.weights import open_weights
 from library.errors import UserError
 
@@ -23,23 +23,23 @@ TEXT_ENCODER = r"(lora_te\d?|text_encoders?(_\d)?)_"
 
 
 def recognise_adapter(
-    cards: Sequence[ModelCard], shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]
-) -> ModelCard | None:
+    specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]
+) -> BaseModelSpec | None:
     """The base model whose modules the keys of an adapter file name, None where they do not tell.
 
     `shapes` has every key of the file. Sizes decide where base models share names, and where that leaves several, what
     the metadata names. Text encoders are shared by several base models, so a file of these alone is of the one that
     its metadata names.
     """
-    shapes = _in_models(cards, shapes)
-    told = base_in_metadata(cards, metadata)
+    shapes = _in_models(specs, shapes)
+    told = base_in_metadata(specs, metadata)
     if told is not None and all(re.match(TEXT_ENCODER, underscored(key)) for key in shapes):
         return told
     products = composed_shapes(shapes)
     return recognise(
-        sorted(cards, key=lambda card: card is not told),
+        sorted(specs, key=lambda spec: spec is not told),
         {_flat(key): tuple(shape) if _tells_width(key) else products.get(key, ()) for key, shape in shapes.items()},
-        lambda card: card.adapter,
+        lambda spec: spec.adapter,
     )
 
 
@@ -49,29 +49,29 @@ def keys_of_text_encoders(path: Path) -> list[str]:
     return [key for key in open_weights(file_in_folder(path, str(path))).shapes if is_of_text_encoder(key)]
 
 
-def base_in_metadata(cards: Sequence[ModelCard], metadata: Mapping[str, str]) -> ModelCard | None:
+def base_in_metadata(specs: Sequence[BaseModelSpec], metadata: Mapping[str, str]) -> BaseModelSpec | None:
     """The base model that the header of an adapter file names, None where it names none that is known."""
     version = metadata.get("ss_base_model_version", "")
-    return next((card for card in cards if re.match(card.version, version)), None)
+    return next((spec for spec in specs if re.match(spec.version, version)), None)
 
 
 def require_card(
-    cards: Sequence[ModelCard], shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str], origin: str
-) -> ModelCard:
+    specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str], origin: str
+) -> BaseModelSpec:
     """The base model that an adapter file is for. Raises UserError naming `origin` where none is recognised."""
-    card = recognise_adapter(cards, shapes, metadata)
-    if card is None:
-        known = ", ".join(card.title for card in cards)
+    spec = recognise_adapter(specs, shapes, metadata)
+    if spec is None:
+        known = ", ".join(spec.title for spec in specs)
         raise UserError(f"{origin}: its keys do not tell which base model it is for; supported: {known}")
-    return card
+    return spec
 
 
-def _in_models(cards: Sequence[ModelCard], shapes: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
+def _in_models(specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
     """The shapes by keys that begin with their module, and say in which model of a pipeline that is where it is known;
     keys of no adapter stay as they are."""
     parsed = {key: AdapterKey.parse(key) for key in shapes}
     open_ones = {found.module for found in parsed.values() if found is not None and tells_no_model(found.module)}
-    others = placed(open_ones, [card.names for card in cards]) if open_ones else {}
+    others = placed(open_ones, [spec.names for spec in specs]) if open_ones else {}
 
     def whole(key: str) -> str:
         found = parsed[key]

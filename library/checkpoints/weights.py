@@ -32,7 +32,7 @@ ConfigT = TypeVar("ConfigT")
 class Quantised:
     """A weight that lies in the file as 8-bit codes with scales."""
 
-    kind: str  # by the names of `library.memory.forms.named`
+    kind: str  # by the names of `library.memory.formats.named`
     group_size: int | None  # inputs that are turned together, where they are
     read: Callable[[], Mapping[str, Tensor] | None]  # `codes` and `scales`; None where it is none after all
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from library.diffusion.noise import draw_normal, draw_strength
-from library.diffusion.noise_levels import LevelSampler, check_timestep_range, sampled, scheme_weights, takes_offset
+from library.diffusion.timesteps import LevelSampler, check_timestep_range, sampled, scheme_weights, takes_offset
 from library.diffusion.weighting import check_huber, huber_threshold, pointwise_error
 from library.memory.devices import send
 from library.options.train import TrainOptions

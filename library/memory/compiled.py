@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from library.memory.blocks import BlockRunner
 from library.memory.frozen import frozen_layers
-from library.memory.places.spread import Shelved
-from library.memory.places.streamed import Waiting
+from library.memory.offload.sharded import Shelved
+from library.memory.offload.streamed import Waiting
 
 logger = logging.getLogger(__name__)
 

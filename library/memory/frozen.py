@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.grad import conv2d_input
 
-from library.memory import few_pixels
-from library.memory.forms.codes import Codes, input_gradient, output
-from library.memory.forms.form import Decoder, Form, Parts
+from library.memory import small_convolutions
+from library.memory.formats.codes import Codes, input_gradient, output
+from library.memory.formats.format import Decoder, Form, Parts
 
 Handle = Callable[[], Parts]
 """Gives the stored parts of a weight, from wherever they wait, each time it is called."""
@@ -91,14 +91,14 @@ class FrozenConv2d(FrozenLayer, nn.Conv2d):  # type: ignore[misc, override]
     """A frozen nn.Conv2d whose padding is a number of zeros."""
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if few_pixels.is_better(few_pixels.shape_of_output(x.shape, self), weight, self):
-            return few_pixels.output(x, weight, bias, self)
+        if small_convolutions.is_better(small_convolutions.shape_of_output(x.shape, self), weight, self):
+            return small_convolutions.output(x, weight, bias, self)
         y: Tensor = self._conv_forward(x, weight, bias)
         return y
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
-        if few_pixels.is_better(gradient.shape, weight, self):
-            return few_pixels.input_gradient(gradient, weight, shape, self)
+        if small_convolutions.is_better(gradient.shape, weight, self):
+            return small_convolutions.input_gradient(gradient, weight, shape, self)
         geometry = self.stride, self.padding, self.dilation, self.groups
         x_gradient: Tensor = conv2d_input(shape, weight, gradient, *geometry)  # type: ignore[no-untyped-call]
         return x_gradient
@@ -131,7 +131,7 @@ class _Product(torch.autograd.Function):
 
 def can_be_frozen(layer: nn.Module) -> bool:
     """Whether there is a frozen twin of a layer; subclasses may compute something else, and are left alone."""
-    return type(layer) is nn.Linear or few_pixels.pads_with_zeros(layer)
+    return type(layer) is nn.Linear or small_convolutions.pads_with_zeros(layer)
 
 
 def layers_in_blocks(model: nn.Module) -> dict[str, nn.Module]:

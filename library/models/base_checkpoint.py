@@ -8,11 +8,11 @@ from pathlib import Path
 from library.checkpoints import model_lookup
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.checkpoints.base_model import BaseModel, Third, WeightFile
-from library.checkpoints.model_card import ModelCard
+from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.models.clip.clip import THIRDS, clip_from_any, open_clip_name
 from library.models.identify import base_of_folder, refuse_other, refuse_other_file, text_encoder_in
-from library.models.unet.keys import UNET_PREFIX, UnetLayout, unet_from_ldm
+from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_from_ldm
 from library.models.unet.unet import layout_of_config, unet_layout
 
 Placed = tuple[ModuleNames, str | Third]
@@ -32,23 +32,23 @@ class EncoderPlace:
 class CheckpointLayout:
     """Where a base model's checkpoints have what adapters change."""
 
-    base: str  # `ModelCard.name`
+    base: str  # `BaseModelSpec.name`
     architecture: str  # modelspec.architecture of a merged file
     unet_names: Callable[[str, UnetLayout], ModuleNames]  # by diffusers' path
     encoders: tuple[EncoderPlace, ...]
 
 
-def open_checkpoint(cards: Sequence[ModelCard], flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
+def open_checkpoint(specs: Sequence[BaseModelSpec], flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
     """Open a single file or a diffusers folder; of the files only headers are read.
 
     Raises UserError naming `flag` when it is broken or another kind of model.
     """
-    return open_folder(cards, flag, path, layout) if path.is_dir() else open_single(cards, flag, path, layout)
+    return open_folder(specs, flag, path, layout) if path.is_dir() else open_single(specs, flag, path, layout)
 
 
-def open_single(cards: Sequence[ModelCard], flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
+def open_single(specs: Sequence[BaseModelSpec], flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
     weights = model_lookup.open_file(flag, path)
-    refuse_other_file(cards, flag, weights, layout.base)
+    refuse_other_file(specs, flag, weights, layout.base)
     for encoder in layout.encoders:
         text_encoder_in(flag, weights, encoder.prefix)
     numbers = configure(with_prefix(weights, UNET_PREFIX), unet_layout)
@@ -61,10 +61,10 @@ def open_single(cards: Sequence[ModelCard], flag: str, path: Path, layout: Check
     return assemble(path, layout, [("", weights, placed)])
 
 
-def open_folder(cards: Sequence[ModelCard], flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
+def open_folder(specs: Sequence[BaseModelSpec], flag: str, path: Path, layout: CheckpointLayout) -> BaseModel:
     class_name = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
     config, unet = model_lookup.open_part(flag, path / "unet", "unet")
-    refuse_other(cards, flag, str(path), base_of_folder(cards, class_name, unet.shapes), layout.base)
+    refuse_other(specs, flag, str(path), base_of_folder(specs, class_name, unet.shapes), layout.base)
     numbers = layout_of_config(config)
     parts: list[tuple[str, Weights, list[Placed]]] = [
         ("unet", unet, [(layout.unet_names(stem, numbers), stem) for stem in stems(unet, "")])

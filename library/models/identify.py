@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from library.checkpoints import model_lookup
-from library.checkpoints.model_card import ModelCard, Shapes, recognise
+from library.checkpoints.base_model_spec import BaseModelSpec, Shapes, recognise
 from library.checkpoints.model_lookup import read_json
 from library.checkpoints.weights import Weights, with_prefix
 from library.errors import NotThere, UserError
-from library.models.unet.keys import UNET_NAME, UNET_PREFIX
-from library.models.vae.keys import VAE_PREFIX
+from library.models.unet.checkpoint_keys import UNET_NAME, UNET_PREFIX
+from library.models.vae.checkpoint_keys import VAE_PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -30,62 +30,62 @@ NO_MODELS = (  # told only when there is no U-Net: old checkpoints may carry suc
 )  # fmt: skip
 
 
-def base_of_file(cards: Sequence[ModelCard], shapes: Shapes) -> ModelCard | None:
+def base_of_file(specs: Sequence[BaseModelSpec], shapes: Shapes) -> BaseModelSpec | None:
     """The base model of a single file, None where its names do not tell."""
-    return recognise(cards, shapes, lambda card: card.checkpoint)
+    return recognise(specs, shapes, lambda spec: spec.checkpoint)
 
 
-def base_of_folder(cards: Sequence[ModelCard], class_name: str, unet_shapes: Shapes) -> ModelCard | None:
+def base_of_folder(specs: Sequence[BaseModelSpec], class_name: str, unet_shapes: Shapes) -> BaseModelSpec | None:
     """The base model of a diffusers folder with a U-Net, by its pipeline's class name and the U-Net's names."""
-    named = bases_of_pipeline(cards, class_name)
+    named = bases_of_pipeline(specs, class_name)
     if len(named) == 1:
         return named[0]
-    return base_of_file(cards, {f"unet.{name}": shape for name, shape in unet_shapes.items()})
+    return base_of_file(specs, {f"unet.{name}": shape for name, shape in unet_shapes.items()})
 
 
-def bases_of_pipeline(cards: Sequence[ModelCard], class_name: str) -> tuple[ModelCard, ...]:
+def bases_of_pipeline(specs: Sequence[BaseModelSpec], class_name: str) -> tuple[BaseModelSpec, ...]:
     """The base models that a pipeline of diffusers is for: those with the longest beginning of its class name."""
-    lengths = [max((len(s) for s in card.pipelines if class_name.startswith(s)), default=0) for card in cards]
-    return tuple(card for card, length in zip(cards, lengths, strict=True) if length and length == max(lengths))
+    lengths = [max((len(s) for s in spec.pipelines if class_name.startswith(s)), default=0) for spec in specs]
+    return tuple(spec for spec, length in zip(specs, lengths, strict=True) if length and length == max(lengths))
 
 
-def base_of_checkpoint(cards: Sequence[ModelCard], flag: str, path: Path) -> ModelCard:
+def base_of_checkpoint(specs: Sequence[BaseModelSpec], flag: str, path: Path) -> BaseModelSpec:
     """The base model of a file or folder, recognised by names alone.
 
     Raises UserError naming `flag` for one that is broken or of no base model that is known, saying what it is.
     """
     if not path.is_dir():
         weights = model_lookup.open_file(flag, path)
-        found = base_of_file(cards, weights.shapes)
+        found = base_of_file(specs, weights.shapes)
         return found or refuse_unknown_file(flag, weights)
     class_name = read_json(path / "model_index.json").get("_class_name", "")
-    named = bases_of_pipeline(cards, class_name)
+    named = bases_of_pipeline(specs, class_name)
     if not named:
         refuse_unknown_folder(flag, path, class_name)
     if len(named) == 1:
         return named[0]
-    found = base_of_folder(cards, class_name, model_lookup.open_part(flag, path / "unet", "unet")[1].shapes)
+    found = base_of_folder(specs, class_name, model_lookup.open_part(flag, path / "unet", "unet")[1].shapes)
     if found is None:  # whatever has names is of the family
         raise UserError(f"{flag} {path}: the U-Net in it has no weights")
     return found
 
 
-def refuse_other_folder(cards: Sequence[ModelCard], flag: str, folder: Path, wanted: str) -> None:
+def refuse_other_folder(specs: Sequence[BaseModelSpec], flag: str, folder: Path, wanted: str) -> None:
     """Raise UserError where a diffusers folder names the pipeline of another model than `wanted`, or of one that no
     script trains. A folder that names none passes, and so does one with a U-Net, which tells more than a name."""
     class_name = read_json(folder / "model_index.json").get("_class_name", "")
-    named = bases_of_pipeline(cards, class_name)
-    is_told = len(named) == 1 or (named and not card_of(cards, wanted).folders)
-    refuse_other(cards, flag, str(folder), named[0] if is_told else base_of_parts(cards, folder), wanted)
+    named = bases_of_pipeline(specs, class_name)
+    is_told = len(named) == 1 or (named and not spec_of(specs, wanted).folders)
+    refuse_other(specs, flag, str(folder), named[0] if is_told else base_of_parts(specs, folder), wanted)
     if not named:
         refuse_unknown_folder(flag, folder, class_name)
 
 
-def base_of_parts(cards: Sequence[ModelCard], folder: Path) -> ModelCard | None:
+def base_of_parts(specs: Sequence[BaseModelSpec], folder: Path) -> BaseModelSpec | None:
     """The one base model that has more of its folders there than others have, None where several have as many."""
-    there = [card for card in cards if card.folders and all((folder / name).is_dir() for name in card.folders)]
-    most = max((len(card.folders) for card in there), default=0)
-    found = [card for card in there if len(card.folders) == most]
+    there = [spec for spec in specs if spec.folders and all((folder / name).is_dir() for name in spec.folders)]
+    most = max((len(spec.folders) for spec in there), default=0)
+    found = [spec for spec in there if len(spec.folders) == most]
     return found[0] if len(found) == 1 else None
 
 
@@ -95,18 +95,18 @@ def refuse_unknown_folder(flag: str, folder: Path, class_name: str) -> None:
         raise UserError(f"{flag} {folder}: its model_index.json names {class_name}, which no script trains yet")
 
 
-def way_out(found: ModelCard, wanted: ModelCard) -> str:
+def way_out(found: BaseModelSpec, wanted: BaseModelSpec) -> str:
     """What to do with a model of another kind than is wanted."""
     if found.script == wanted.script:
         return f"add {found.script_flag}" if found.script_flag else f"leave out {wanted.script_flag}"
     return f"use {found.script}" + (f" with {found.script_flag}" if found.script_flag else "")
 
 
-def refuse_other_file(cards: Sequence[ModelCard], flag: str, weights: Weights, wanted: str) -> None:
+def refuse_other_file(specs: Sequence[BaseModelSpec], flag: str, weights: Weights, wanted: str) -> None:
     """Raise UserError when a single file is no checkpoint of a U-Net model `wanted`, naming what it is."""
     names = list(weights.shapes)
-    refuse_variants(cards, flag, weights.origin, weights.shapes)
-    refuse_other(cards, flag, weights.origin, base_of_file(cards, weights.shapes), wanted, "checkpoint")
+    refuse_variants(specs, flag, weights.origin, weights.shapes)
+    refuse_other(specs, flag, weights.origin, base_of_file(specs, weights.shapes), wanted, "checkpoint")
     if not any(re.match(UNET_NAME, name) for name in names):
         refuse_unknown_file(flag, weights)
 
@@ -122,9 +122,9 @@ def text_encoder_in(flag: str, weights: Weights, prefix: str) -> Weights:
     return found
 
 
-def refuse_variants(cards: Sequence[ModelCard], flag: str, origin: str, shapes: Shapes) -> None:
+def refuse_variants(specs: Sequence[BaseModelSpec], flag: str, origin: str, shapes: Shapes) -> None:
     """Raise UserError for a file of a model that looks like one of those known and is not trained."""
-    for pattern, what in (item for card in cards for item in card.variants.items()):
+    for pattern, what in (item for spec in specs for item in spec.variants.items()):
         if any(re.search(pattern, name) for name in shapes):
             raise UserError(f"{flag} {origin}: this is {what}")
 
@@ -147,22 +147,27 @@ def refuse_unknown_file(flag: str, weights: Weights) -> NoReturn:
     )
 
 
-def refuse_other_model(cards: Sequence[ModelCard], flag: str, origin: str, shapes: Shapes, wanted: str) -> None:
+def refuse_other_model(specs: Sequence[BaseModelSpec], flag: str, origin: str, shapes: Shapes, wanted: str) -> None:
     """Raise UserError for a file in which another base model than `wanted` is recognised."""
-    refuse_variants(cards, flag, origin, shapes)
-    refuse_other(cards, flag, origin, base_of_file(cards, shapes), wanted)
+    refuse_variants(specs, flag, origin, shapes)
+    refuse_other(specs, flag, origin, base_of_file(specs, shapes), wanted)
 
 
 def refuse_other(
-    cards: Sequence[ModelCard], flag: str, origin: str, found: ModelCard | None, wanted: str, kind: str = "model"
+    specs: Sequence[BaseModelSpec],
+    flag: str,
+    origin: str,
+    found: BaseModelSpec | None,
+    wanted: str,
+    kind: str = "model",
 ) -> None:
     """Raise UserError for a folder or file in which another base model was recognised; None stands for no model."""
     if found is not None and found.name != wanted:
-        raise UserError(f"{flag} {origin}: this is {found.called} {kind}; {way_out(found, card_of(cards, wanted))}")
+        raise UserError(f"{flag} {origin}: this is {found.called} {kind}; {way_out(found, spec_of(specs, wanted))}")
 
 
-def card_of(cards: Sequence[ModelCard], name: str) -> ModelCard:
-    return next(card for card in cards if card.name == name)
+def spec_of(specs: Sequence[BaseModelSpec], name: str) -> BaseModelSpec:
+    return next(spec for spec in specs if spec.name == name)
 
 
 def warn_of_other_prediction(path: Path, predicts_velocity: bool) -> None:

@@ -18,10 +18,10 @@ from library.checkpoints.quantised import times, turn_regularly
 from library.checkpoints.weights import FromFiles, Weights
 from library.errors import NotThere, UserError, few
 from library.memory.devices import channels_last_where_it_fits
-from library.memory.forms.form import AS_IN_FILE, AsInFile, AsRead, WantedForm
-from library.memory.forms.named import FORMS
-from library.memory.forms.plain import Plain
-from library.memory.forms.scaled import Scaled
+from library.memory.formats.format import AS_IN_FILE, AsInFile, AsRead, WantedForm
+from library.memory.formats.named import FORMS
+from library.memory.formats.plain import Plain
+from library.memory.formats.scaled import Scaled
 from library.memory.frozen import keep_in, layers_in_blocks, store_in
 from library.models.shapes import shape_of
 

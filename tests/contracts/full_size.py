@@ -15,7 +15,7 @@ from library.architectures.sdxl.adapters import build_view
 from library.checkpoints.weights import Weights
 from library.models.clip.clip import PROJECTION, empty_clip
 from library.models.loading import Component
-from library.models.unet.keys import UnetLayout
+from library.models.unet.checkpoint_keys import UnetLayout
 from library.models.unet.unet import empty_unet
 from library.models.vae.vae import vae_of_checkpoint
 

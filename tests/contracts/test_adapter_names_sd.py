@@ -8,7 +8,7 @@ from torch import nn
 from library.architectures.sd.adapters import view
 from library.models.clip.clip import empty_clip
 from library.models.unet.unet import empty_unet
-from networks.core.sites.targets import Site, find_sites
+from networks.core.targets.targets import Site, find_sites
 from tests.contracts.test_base_keys import parts
 from tests.tiny.sd import full_size_keys
 

@@ -9,7 +9,7 @@ import pytest
 from library.architectures.sd.adapters import SD2_NAMES
 from library.architectures.sdxl.adapters import NAMES
 from library.models.clip.clip import clip_from_any
-from library.models.unet.keys import UNET_PREFIX
+from library.models.unet.checkpoint_keys import UNET_PREFIX
 from tests.contracts.full_size import facts, parts
 from tests.recognising import base_of
 

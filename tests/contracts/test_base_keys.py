@@ -6,9 +6,9 @@ from library.architectures.sd.load import BASE_FLAG, CLIP_PREFIXES, single_file_
 from library.checkpoints.weights import Weights
 from library.models.clip.clip import clip_body, empty_clip
 from library.models.loading import Component, same_matrix
-from library.models.unet.keys import UNET_PREFIX, UnetLayout, unet_from_ldm, unet_to_ldm
+from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_from_ldm, unet_to_ldm
 from library.models.unet.unet import empty_unet, unet_layout
-from library.models.vae.keys import VAE_PREFIX, vae_from_ldm, vae_to_ldm
+from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_from_ldm, vae_to_ldm
 from library.models.vae.vae import empty_vae, vae_of_checkpoint
 from tests.tiny.sd import full_size_keys
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.architectures.anima.keys import diffusers_key
+from library.architectures.anima.checkpoint_keys import diffusers_key
 from library.architectures.anima.load import PREFIXES, denoiser_of
 from library.architectures.anima.model import Anima, read_config
 from library.architectures.anima.qwen3 import PREFIXES as QWEN3_PREFIXES

@@ -8,7 +8,7 @@ from library.architectures.sdxl.load import CLIP_G_PREFIX, CLIP_L_PREFIX
 from library.checkpoints.weights import Weights
 from library.models.clip.clip import PROJECTION, clip_from_any, from_open_clip, open_clip_name
 from library.models.loading import same_matrix
-from library.models.unet.keys import UNET_PREFIX, UnetLayout, unet_from_ldm, unet_to_ldm
+from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_from_ldm, unet_to_ldm
 from library.models.unet.unet import empty_unet, unet_layout
 from library.models.vae.vae import empty_vae
 from tests.contracts.full_size import SDXL_LAYOUT, checkpoint, empty_encoders, facts, parts

@@ -12,7 +12,7 @@ from torch import nn
 
 from library.architectures.flux.adapters import CHROMA_NAMES, view_chroma
 from library.architectures.flux.approximator import ApproximatorConfig
-from library.architectures.flux.keys import from_diffusers
+from library.architectures.flux.checkpoint_keys import from_diffusers
 from library.architectures.flux.load import denoiser_of, empty_flux
 from library.architectures.flux.model import FluxConfig, read_config
 from library.checkpoints.weights import Weights

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from library.architectures.cards import list_network_arguments
+from library.architectures.specs import list_network_arguments
 from library.options.support import UNSUPPORTED, unsupported
 from library.options.train import TrainOptions
-from library.training.command_line.config_file import read_config
+from library.training.config_file import read_config
 from library.training.evaluation.prompts import LINE_OPTIONS
 from library.training.sweep.combinations import combinations_of
-from networks.core.arguments import parse_arguments
+from networks.core.arguments.parsing import parse_arguments
 from tools import choose_checkpoint, contact_sheet, make_shards, plan_memory, start
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.architectures.flux.keys import from_diffusers, our_keys, source_keys
+from library.architectures.flux.checkpoint_keys import from_diffusers, our_keys, source_keys
 from library.architectures.flux.load import CLIP_PREFIXES, denoiser_of, empty_flux
 from library.architectures.flux.model import read_config
 from library.checkpoints.weights import Weights, with_prefix

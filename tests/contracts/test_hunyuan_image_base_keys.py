@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from library.architectures.hunyuan_image.keys import from_diffusers
+from library.architectures.hunyuan_image.checkpoint_keys import from_diffusers
 from library.architectures.hunyuan_image.load import checked_vae, component_of_file, denoiser_of
 from library.architectures.hunyuan_image.model import read_config
 from library.architectures.hunyuan_image.qwen import empty_qwen, qwen_component

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.architectures.cards import list_cards
 from library.architectures.hunyuan_image.adapters import NAMES, view
 from library.architectures.hunyuan_image.model import HunyuanImage, read_config
+from library.architectures.specs import list_specs
 from library.checkpoints.compatibility import readings
 from library.checkpoints.files import load_state_dict, save_safetensors
 from networks.lora_hunyuan_image import create_network, create_network_from_weights
@@ -127,7 +127,7 @@ def test_files_of_sd_scripts_merge_into_the_base_model_as_ours_do(tmp_path: Path
 def test_ComfyUI_is_known_to_read_all_of_our_file_and_some_of_that_of_sd_scripts(denoiser: nn.Module) -> None:
     amounts = []
     for shapes in (shapes_of(denoiser), FACTS["default"]):
-        found = readings(list_cards(), {key: tuple(shape) for key, shape in shapes.items()}, {})
+        found = readings(list_specs(), {key: tuple(shape) for key, shape in shapes.items()}, {})
         amounts += [reading.amount for reading in found if reading.program == "ComfyUI"]
     assert amounts == ["all", "some"]
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from library.architectures.lumina.adapters import NAMES, view
+from library.architectures.lumina.checkpoint_keys import from_diffusers, source_keys
 from library.architectures.lumina.gemma import GEMMA_PREFIXES, empty_gemma, gemma_component
-from library.architectures.lumina.keys import from_diffusers, source_keys
 from library.architectures.lumina.load import denoiser_of, empty_lumina
 from library.architectures.lumina.model import read_config
 from library.checkpoints.weights import Weights

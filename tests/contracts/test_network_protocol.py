@@ -50,7 +50,7 @@ def test_networks_lora_opens_and_its_functions_take_what_the_trainer_gives() -> 
     [
         ("networks.lorra", "there is no such module; did you mean networks.lora?"),
         ("my_own_file", "there are: networks.boft, networks.dylora, networks.loha, networks.lokr, networks.lora,"),
-        ("networks.core.sites.targets", "it lacks the function create_network"),
+        ("networks.core.targets.targets", "it lacks the function create_network"),
     ],
 )
 def test_a_module_that_cannot_be_opened_is_named_with_the_way_out(name: str, message: str) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from library.architectures.cards import list_cards
 from library.architectures.scripts import Script, list_scripts, words_for
+from library.architectures.specs import list_specs
 from library.training.command_line.cli import parse
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ def parser_of(script: Script):  # type: ignore[no-untyped-def]
 
 
 def test_the_scripts_are_those_of_the_cards() -> None:
-    assert {(s.name, s.options) for s in SCRIPTS} == {(card.script, card.options) for card in list_cards()}
+    assert {(s.name, s.options) for s in SCRIPTS} == {(spec.script, spec.options) for spec in list_specs()}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)

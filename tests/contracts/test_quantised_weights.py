@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from library.checkpoints.quantised import open_checkpoint, regular_hadamard
 from library.errors import UserError
-from library.memory.forms.form import AS_IN_FILE
-from library.memory.forms.named import FORMS
-from library.memory.forms.scaled import Scaled
+from library.memory.formats.format import AS_IN_FILE
+from library.memory.formats.named import FORMS
+from library.memory.formats.scaled import Scaled
 from library.memory.frozen import FrozenLayer
 from library.models.loading import materialise
 from tests.tolerances import FLOAT32_SAME_MATH

@@ -2,7 +2,7 @@
 
 import torch
 
-from library.memory.planner.cards import peak_of
+from library.memory.planner.gpus import peak_of
 from library.training.reporting.step_times import StepTimes, pressure_of
 from tests.gpu.card import DEVICE, ON_CARD
 from tests.unit.training.test_step_times import batch_of

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.memory.places.readback import Readback
+from library.memory.offload.readback import Readback
+from library.training.loop.ahead import Ahead, CardCopies
 from library.training.reporting.step_times import StepTimes
-from library.training.run.ahead import Ahead, CardCopies
 from tests.gpu.card import CARD_ONLY, DEVICE, ON_CARD
 from tests.running import Finished
 from tests.runs.bases import BASES

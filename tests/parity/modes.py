@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from library.memory.activations import recompute_from_main_memory
 from library.memory.blocks import BlockRunner, Every, Stacks, plain, recompute
-from library.memory.forms.form import Form
-from library.memory.forms.named import FORMS
-from library.memory.forms.plain import Plain
+from library.memory.formats.format import Form
+from library.memory.formats.named import FORMS
+from library.memory.formats.plain import Plain
 from library.memory.frozen import FrozenLayer, frozen_layers, layers_in_blocks, multiply_codes, store_all_in
-from library.memory.places.ring import Ring
-from library.memory.places.spread import Spread
-from library.memory.places.streamed import stream
+from library.memory.offload.ring import Ring
+from library.memory.offload.sharded import Spread
+from library.memory.offload.streamed import stream
 from networks.core.protocol import adopt
 from tests.parity.deep import DEEP
 from tests.unit.networks.toy import randomize

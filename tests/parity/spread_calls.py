@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from library.checkpoints.weights import Weights
-from library.memory.forms.form import AS_IN_FILE, AsRead
+from library.memory.formats.format import AS_IN_FILE, AsRead
 from library.memory.frozen import FrozenLayer, frozen_layers, layers_in_blocks
-from library.memory.places.spread import Spread
+from library.memory.offload.sharded import Spread
 from library.models.loading import materialise
 from library.processes import Order, Processes
-from library.training.setup.compute import Compute
-from library.training.setup.frozen_models import load_frozen
+from library.training.models.compute import Compute
+from library.training.models.frozen_models import load_frozen
 from tests.parity.deep import DEEP
 from tests.parity.modes import CPU, Mode, gradients, spread_over_all
 from tests.parity.opened import opened_with

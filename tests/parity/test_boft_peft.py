@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from library.architectures.sd.adapters import view
 from library.checkpoints.files import load_state_dict
 from networks import boft
-from networks.core.changes.turned import Turned, turn
+from networks.core.changes.orthogonal import Turned, turn
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.kinds.rotations.boft import BLOCKS, SCALES, Boft, fits, fresh, read, sizes_for
 from tests.parity.test_lora_merge import tiny_clip

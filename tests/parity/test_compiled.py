@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from library.memory.blocks import Every, plain, recompute
 from library.memory.compiled import Compiled, CompiledBlock, CompileSettings
-from library.memory.forms.plain import Plain
+from library.memory.formats.plain import Plain
 from library.memory.frozen import frozen_layers, layers_in_blocks, multiply_codes, store_all_in
-from library.memory.places.streamed import stream
+from library.memory.offload.streamed import stream
 from library.memory.planner.counter import FlopCounter
 from tests.parity.deep import DEEP
 from tests.parity.modes import ALL_FORMS, RUNNERS, with_adapter
@@ -208,8 +208,8 @@ def test_what_has_no_gradient_and_what_is_counted_is_not_compiled() -> None:
 
 def test_layers_of_other_strength_share_a_graph() -> None:
     """Their alphas differ, which are numbers and no tensors."""
-    from networks.core.changes.joins import Add
-    from networks.core.changes.scaled import ScaledDelta
+    from networks.core.changes.alpha import ScaledDelta
+    from networks.core.changes.dora import Add
     from networks.core.kinds.lora import LowRank
 
     class Adapted(nn.Module):

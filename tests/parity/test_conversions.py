@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.anima import adapters as anima_adapters
-from library.architectures.cards import list_cards
 from library.architectures.flux import adapters as flux_adapters
 from library.architectures.hunyuan_image import adapters as hunyuan_image_adapters
 from library.architectures.lumina import adapters as lumina_adapters
 from library.architectures.sd import adapters as sd_adapters
 from library.architectures.sd3 import adapters as sd3_adapters
 from library.architectures.sdxl import adapters as sdxl_adapters
+from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import BaseNames, FileNaming
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.checkpoints.recognition import recognise_adapter
 from library.errors import UserError
-from library.models.unet.keys import UnetLayout
+from library.models.unet.checkpoint_keys import UnetLayout
 from networks import lora
 from networks.core.files.adapter_file import adapter_tensors, parse_adapter
 from networks.core.files.foreign_names import in_a_model
@@ -347,9 +347,9 @@ def test_names_that_do_not_say_in_which_model_they_are(pair: Pair, spelling: str
     found, wanted = adapter_tensors(rename(file, pair.names, "kohya").file), converted(theirs, pair.names, "kohya")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
-    cards = list_cards()
+    specs = list_specs()
     shapes, like = ({k: tuple(t.shape) for k, t in tensors.items()} for tensors in (spelled, theirs))
-    assert recognise_adapter(cards, shapes, {}) is recognise_adapter(cards, like, {})
+    assert recognise_adapter(specs, shapes, {}) is recognise_adapter(specs, like, {})
 
 
 def test_projections_by_their_number_in_the_fused_layer() -> None:

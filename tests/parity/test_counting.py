@@ -9,18 +9,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.memory.blocks import plain, recompute
-from library.memory.planner.cards import typical_card
+from library.memory.planner.gpus import typical_card
 from library.memory.planner.prediction import Way, predict
 from library.memory.planner.steps import peak_of
 from library.memory.planner.weights import STORED_FORMS
 from library.options.train import TrainOptions
 from library.protocols import Architecture
+from library.training.models.base_model import LoadedModels
+from library.training.models.compute import Compute
+from library.training.models.frozen_base import form_while_reading, settle_arithmetic
+from library.training.models.network import create
+from library.training.models.step_context import step_context
 from library.training.planning.counting import BatchShape, CountedRun, count_run, longest_caption
-from library.training.setup.compute import Compute
-from library.training.setup.frozen_base import form_while_reading, settle_arithmetic
-from library.training.setup.models import LoadedModels
-from library.training.setup.network import create
-from library.training.setup.runs import step_context
 from library.training.step.context import Models
 from library.training.step.losses import loss_of
 from library.types import Batch

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from library.architectures.cards import list_cards
 from library.architectures.sd.adapters import view
+from library.architectures.specs import list_specs
 from library.checkpoints.compatibility import readings
 from library.checkpoints.files import save_safetensors
-from networks.core.network import AdapterNetwork
+from networks.core.network.network import AdapterNetwork
 from networks.lora import create_network
 from tests.tolerances import FLOAT32_DEEP
 from tools.convert_lora import convert
@@ -89,7 +89,7 @@ def test_magnitudes_per_output_are_those_of_peft_in_diffusers_and_come_back(
     convert(tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors", "diffusers", drop_unsupported=False)
     shapes = {key: tensor.shape for key, tensor in load_file(tmp_path / "theirs.safetensors").items()}
     assert sum(key.endswith(".lora_magnitude_vector.weight") for key in shapes) == len(network.adapters)
-    (said,) = (reading for reading in readings(list_cards(), shapes, {}) if reading.program == "diffusers")
+    (said,) = (reading for reading in readings(list_specs(), shapes, {}) if reading.program == "diffusers")
     assert said.amount == "all"
     pipeline.load_lora_weights(tmp_path, weight_name="theirs.safetensors")
     assert num_adapted(pipeline) == len(network.adapters)
@@ -123,7 +123,7 @@ def test_what_we_say_of_diffusers_is_what_it_does(tiny_sd_folder: Path, tmp_path
     tensors = ODD_FILES[what]
     save_safetensors(tmp_path / "odd.safetensors", tensors)
     shapes = {key: t.shape for key, t in tensors.items()}
-    (said,) = (reading for reading in readings(list_cards(), shapes, {}) if reading.program == "diffusers")
+    (said,) = (reading for reading in readings(list_specs(), shapes, {}) if reading.program == "diffusers")
     pipeline = load_pipeline(tiny_sd_folder)
     try:
         pipeline.load_lora_weights(tmp_path, weight_name="odd.safetensors")

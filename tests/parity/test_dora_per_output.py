@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks.core.adapter import Adapter
+from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import Delta
-from networks.core.changes.joins import Decompose
-from networks.core.changes.rows import peft_magnitudes
+from networks.core.changes.dora import Decompose
+from networks.core.changes.qkv_rows import peft_magnitudes
 from networks.core.kinds.loha import LoHa
 from networks.core.kinds.lokr import fresh
 from networks.core.kinds.lora import LowRank

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.cards import list_cards
 from library.architectures.flux.adapters import NAMES
 from library.architectures.flux.model import PATCH
+from library.architectures.specs import list_specs
 from library.models.patches import patchify
 from networks import dylora, lora, lora_fa, lora_flux
 from networks.core.files.adapter_file import adapter_tensors, parse_adapter, read_adapter_file
@@ -118,7 +118,7 @@ def test_files_of_xlabs_are_what_diffusers_makes_of_them(prefix: str) -> None:
     for name, (outputs, inputs_) in layers.items():
         tensors[f"{prefix}{name}.down.weight"] = torch.randn(4, inputs_, generator=generator)
         tensors[f"{prefix}{name}.up.weight"] = torch.randn(outputs, 4, generator=generator)
-    file = in_a_model(parse_adapter(tensors, {}, "xlabs.safetensors"), [card.names for card in list_cards()])
+    file = in_a_model(parse_adapter(tensors, {}, "xlabs.safetensors"), [spec.names for spec in list_specs()])
     assert card_for_file(file, "xlabs.safetensors").name == "flux"
     ours = rename(file, NAMES, "kohya").file.modules
     theirs = rename(parse_adapter(_convert_xlabs_flux_lora_to_diffusers(dict(tensors)), {}, ""), NAMES, "kohya")

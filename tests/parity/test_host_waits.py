@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
+from library.training.models.base_model import LoadedModels
+from library.training.models.compute import Compute
+from library.training.models.step_context import step_context
+from library.training.models.text_caching import live_text
 from library.training.planning.counting import BatchShape, count_captions, fake_batch, sketch_run
-from library.training.setup.compute import Compute
-from library.training.setup.models import LoadedModels
-from library.training.setup.runs import step_context
-from library.training.setup.text_caching import live_text
 from library.training.step.fixed_step import FixedSteps, Work
 from library.training.step.losses import loss_of, start_batch
 from library.types import Concept

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks.core.adapter import Adapter
-from networks.core.changes.joins import Decompose
+from networks.core.changes.adapter import Adapter
+from networks.core.changes.dora import Decompose
 from networks.core.kinds.loha import LoHa
 from tests.unit.networks.one_layer import adapter_on, module_of
 

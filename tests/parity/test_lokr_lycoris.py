@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks.core.adapter import Adapter
-from networks.core.changes.joins import Decompose
+from networks.core.changes.adapter import Adapter
+from networks.core.changes.dora import Decompose
 from networks.core.kinds.lokr import factorize, fresh
 from networks.core.kinds.table import change_of, kind_of
 from tests.unit.networks.one_layer import adapter_on, module_of

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks.core.adapter import Adapter
-from networks.core.changes.joins import Add, Decompose
+from networks.core.changes.adapter import Adapter
+from networks.core.changes.dora import Add, Decompose
 from networks.core.kinds.lora import LowRank
 from networks.core.kinds.tucker import Tucker
-from networks.core.sites.targets import kind_of
+from networks.core.targets.targets import kind_of
 from tests.unit.networks.one_layer import adapter_on
 
 locon: Any = pytest.importorskip("lycoris.modules.locon")

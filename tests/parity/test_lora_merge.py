@@ -9,7 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from library.architectures.sd.adapters import view
 from library.memory.blocks import recompute
 from library.models.unet.unet import run_unet_blocks_with
-from networks.core.network import AdapterNetwork
+from networks.core.network.network import AdapterNetwork
 from networks.lora import create_network
 from tests.tiny.init import fixed_init
 from tests.tiny.sd import CLIP, UNET

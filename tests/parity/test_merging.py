@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from library.memory.forms.named import FORMS
+from library.memory.formats.named import FORMS
 from library.memory.frozen import layers_in_blocks, store_all_in
 from library.options.train import TrainOptions
 from library.protocols import Architecture
-from library.training.setup.compute import Compute
-from library.training.setup.frozen_models import load_frozen
+from library.training.models.compute import Compute
+from library.training.models.frozen_models import load_frozen
 from library.training.step.context import Models
 from networks.core.protocol import adopt, open_network_module
 from tests.parity.opened import opened_with

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from library.architectures.sd.adapters import view
 from library.checkpoints.files import load_state_dict, save_safetensors
 from networks import lora, oft, oft_flux, oft_v2
-from networks.core.changes.scaled import Dropout
+from networks.core.changes.alpha import Dropout
 from networks.core.files.adapter_file import parse_adapter
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds.rotations.oft import TurnedOutputs

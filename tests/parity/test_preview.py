@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from library.architectures.sd.assembly import build
-from library.training.evaluation.pictures import to_image
 from library.training.evaluation.preview import decode, draw_latents, encode_prompts, generator_of
+from library.training.reporting.sample_images import to_image
 from library.types import Prompt
 from tests.parity.test_step_loss import options_for
 from tests.tolerances import FLOAT32_SAMPLED

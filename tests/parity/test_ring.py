@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.memory.forms.plain import Plain
+from library.memory.formats.plain import Plain
 from library.memory.frozen import layers_in_blocks, store_all_in
-from library.memory.places import streamed
-from library.memory.places.ring import Ring
-from library.memory.places.streamed import stream
+from library.memory.offload import streamed
+from library.memory.offload.ring import Ring
+from library.memory.offload.streamed import stream
 from tests.parity.deep import DEEP
 from tests.parity.modes import Mode, gradients
 

@@ -9,9 +9,9 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 
 from library.architectures.sd.assembly import build
 from library.checkpoints.weights import Weights
-from library.models.unet.keys import UNET_PREFIX, UnetLayout, unet_from_ldm, unet_to_ldm
+from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_from_ldm, unet_to_ldm
 from library.models.unet.unet import empty_unet, unet_config, unet_layout
-from library.models.vae.keys import VAE_PREFIX, vae_to_ldm
+from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_to_ldm
 from library.models.vae.vae import empty_vae, single_vae, vae_config
 from library.options.model import ModelOptions
 from library.options.train import TrainOptions

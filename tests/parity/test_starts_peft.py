@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from networks.core.argument_values import INITS
+from networks.core.arguments.values import INITS
+from networks.core.kinds.init import FromStart, starting_delta
 from networks.core.kinds.lora import LowRank
-from networks.core.kinds.starts import FromStart, starting_delta
 from tests.tolerances import EXACT, FLOAT32_SAME_MATH
 from tests.unit.networks.one_layer import adapter_on, module_of
 

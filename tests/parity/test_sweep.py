@@ -15,15 +15,15 @@ from library.memory.planner.steps import peak_of
 from library.options.train import TrainOptions
 from library.processes import of_accelerator
 from library.training.command_line.cli import parse
+from library.training.loop import loop
+from library.training.loop.stacked_step import backward_together
+from library.training.models import frozen_base, opening
+from library.training.models.block_running import choose_block_runner
 from library.training.planning.counting import BatchShape, count_run
 from library.training.reporting.event_stream import Events
-from library.training.run import loop
-from library.training.run.run import Run
-from library.training.setup import frozen_base, opening
-from library.training.setup.adapter import choose_block_runner
-from library.training.setup.prepare import prepare
-from library.training.setup.runs import Wanted
-from library.training.sweep.together import backward_together
+from library.training.run.prepare import prepare
+from library.training.run.runs import Wanted
+from library.training.run_parts import Run
 from tests.running import SCRIPTS, make_pictures
 from tests.runs.bases import BASES
 from tests.tolerances import SUMS_OF_A_PASS

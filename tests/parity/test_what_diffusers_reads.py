@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.anima import adapters as anima
-from library.architectures.cards import list_cards
 from library.architectures.flux import adapters as flux
 from library.architectures.lumina import adapters as lumina
 from library.architectures.sd3 import adapters as sd3
+from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import NAMINGS, FileNaming
 from library.checkpoints.compatibility import Reading, readings
 from networks.core.files.adapter_file import AdapterFile, adapter_tensors
@@ -199,7 +199,7 @@ CASES = [(base, variant, naming) for base, variants in VARIANTS.items() for vari
 
 def said_of_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Reading:
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    (said,) = (reading for reading in readings(list_cards(), shapes, metadata) if reading.program == "diffusers")
+    (said,) = (reading for reading in readings(list_specs(), shapes, metadata) if reading.program == "diffusers")
     return said
 
 

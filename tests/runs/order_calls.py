@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.training.run import loop
-from library.training.run.plan import Window
-from library.training.run.run import Run
+from library.training.loop import loop
+from library.training.run_parts import Run
+from library.training.step.accumulation import Window
 from tests.ranks import Job, start
 
 

@@ -9,7 +9,7 @@ from jsonschema import Draft202012Validator
 from PIL import Image
 
 from library.training.command_line import audit_only as module
-from library.training.report.page import data_of
+from library.training.report_page.page import data_of
 from library.training.reporting.events import Event
 from tests.running import ROOT, SCRIPTS, Finished, make_pictures
 

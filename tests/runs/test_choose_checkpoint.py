@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from library.training.report.writer import read_report
+from library.training.report_page.writer import read_report
 from library.training.saving.saved_files import steps_of
 from tests.running import Finished, make_pictures
 from tests.runs.bases import BASES

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.training.evaluation.contact_sheet import GAP, LABEL_HEIGHT, LABEL_WIDTH, arrange
-from library.training.report.writer import read_report
+from library.training.offline.contact_sheet import GAP, LABEL_HEIGHT, LABEL_WIDTH, arrange
+from library.training.report_page.writer import read_report
 from tests.running import Finished, make_pictures
 from tests.runs.bases import BASES
 from tools import contact_sheet

@@ -12,9 +12,10 @@ from library.checkpoints.files import load_state_dict
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.processes import ALONE, Processes
+from library.training.models import graphs
+from library.training.models.graphs import check_graphs, check_optimizer
 from library.training.optimization.optimizers import build_optimizer
-from library.training.setup import graphs, prepare, runs
-from library.training.setup.graphs import check_graphs, check_optimizer
+from library.training.run import prepare, runs
 from library.training.step.fixed_step import FixedSteps, Repeat
 from tests.running import Finished
 from tests.runs.bases import BASES

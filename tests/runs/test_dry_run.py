@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from library.data.caching import latents
-from library.data.sources.folders import picture_index
-from library.training.run import loop
+from library.data.sources.folders import image_index
+from library.training.loop import loop
 from tests.running import Finished, make_pictures
 
 Train = Callable[..., Finished]
@@ -28,7 +28,7 @@ def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(
     options: list[str],
 ) -> None:
     """Pictures of 96x64 make the largest bucket; folders of any size would get an index in a real run."""
-    monkeypatch.setattr(picture_index, "MIN_FILES", 1)
+    monkeypatch.setattr(image_index, "MIN_FILES", 1)
     make_pictures(tmp_path / "data" / "1_small", 3, side=64)
     make_pictures(tmp_path / "data" / "1_large", 2, side=128)
     before = everything_below(tmp_path)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from library.checkpoints.files import load_state_dict
-from library.training.run import loop
-from library.training.run.run import Run
-from library.training.run.update import Updates
+from library.training.loop import loop
+from library.training.loop.update import Updates
+from library.training.run_parts import Run
 from tests.running import Finished, launch_command
 
 Train = Callable[..., Finished]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from library.memory.planner.cards import TYPICAL
+from library.memory.planner.gpus import TYPICAL
 from library.memory.planner.prediction import Way, predict
 from library.training.planning import correction
 from library.training.planning.correction import Gauge

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from library.training.faults.interruption import Interruption
+from library.training.failures.interruption import Interruption
 from tests.running import ROOT
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="other systems have other signals")
@@ -19,7 +19,7 @@ import logging, sys
 from datetime import timedelta
 from pathlib import Path
 from torch.distributed import TCPStore
-from library.training.faults.interruption import Interruption
+from library.training.failures.interruption import Interruption
 logging.basicConfig()
 interruption = Interruption()
 interruption.install()
@@ -78,7 +78,7 @@ def test_a_launcher_that_is_gone_once_training_has_begun_is_told_by_the_loop_alo
         monkeypatch.setattr(os, "getppid", lambda: launcher + 1)
         assert interruption.is_requested
 
-    monkeypatch.setattr("library.training.faults.interruption.time.sleep", begin_training)
+    monkeypatch.setattr("library.training.failures.interruption.time.sleep", begin_training)
     monkeypatch.setattr(os, "kill", lambda *what: sent.append(what))
     interruption._watch(reader, writer)
     monkeypatch.undo()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from library.checkpoints.files import LENGTH_BYTES, read_header
-from library.data.caching.npz import LEFT_OVER
+from library.data.decoding.npz import LEFT_OVER
 from tests.killing import Job, run_jobs
 from tests.running import make_pictures
 from tests.runs.bases import BASES

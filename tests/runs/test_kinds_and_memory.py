@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.training.setup import frozen_base
+from library.training.models import frozen_base
 from tests.running import Finished, make_pictures
 from tests.runs.bases import BASES
 

@@ -167,7 +167,7 @@ def test_a_mode_tests_itself_and_trains_as_without_the_test(
 def test_a_fault_in_the_mode_ends_the_run_before_it_begins(
     run: Callable[..., Finished], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from library.memory.places.ring import Ring
+    from library.memory.offload.ring import Ring
 
     need = Ring.need
 

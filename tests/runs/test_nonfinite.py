@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.training.optimization.nonfinite import MAX_IN_A_ROW
-from library.training.run import loop
-from library.training.run.run import Run
-from library.training.setup import optimization
-from library.training.setup import prepare as setup
+from library.training.failures.nonfinite import MAX_IN_A_ROW
+from library.training.loop import loop
+from library.training.run import optimization
+from library.training.run import prepare as setup
+from library.training.run_parts import Run
 from library.training.step.context import StepContext
 from tests.running import Finished
 

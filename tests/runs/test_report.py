@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from library.training.report.writer import read_report
+from library.training.report_page.writer import read_report
 from tests.running import Finished
 from tools import report
 
@@ -60,7 +60,7 @@ def test_a_run_that_ends_early_says_why_in_its_report(
     def fail(*_: object) -> None:
         raise RuntimeError("the <b>card</b> is gone")
 
-    monkeypatch.setattr("library.training.run.trainee.report_step", fail)
+    monkeypatch.setattr("library.training.loop.adapter_run.report_step", fail)
     assert train(arguments).status == 1
     end = read_report(tmp_path / "out" / "mine-report.html").sessions[-1]["end"]
     assert end["reason"] == "error" and "the <b>card</b> is gone" in end["error"]

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from library.training.report.comparison import comparison_of
-from library.training.report.page import data_of
-from library.training.report.record import Record
-from library.training.report.writer import report_of, write_page
+from library.training.report_page.comparison import comparison_of
+from library.training.report_page.page import data_of
+from library.training.report_page.record import Record
+from library.training.report_page.writer import report_of, write_page
 from library.training.sweep.ranking import Measured, rank, tell_ranking
 from tests.browser import CHROMIUM, ask
 from tests.event_lines import EVIL, lines_of, thumbnail, whole_run

@@ -201,7 +201,7 @@ def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_an_interruption_at_the_end_of_an_epoch_still_saves_the_epoch(
     train: Train, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from library.training.faults.interruption import Interruption
+    from library.training.failures.interruption import Interruption
 
     asked = iter([False] * 8 + [True] * 9)
     monkeypatch.setattr(Interruption, "is_requested", property(lambda _: next(asked)))
@@ -214,7 +214,7 @@ def test_an_interruption_at_the_end_of_an_epoch_still_saves_the_epoch(
 def test_an_interruption_inside_an_epoch_puts_no_average_of_it_into_the_charts(
     train: Train, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from library.training.faults.interruption import Interruption
+    from library.training.failures.interruption import Interruption
 
     asked = iter([False, True])
     monkeypatch.setattr(Interruption, "is_requested", property(lambda _: next(asked)))

@@ -16,7 +16,7 @@ Train = Callable[..., Finished]
 @pytest.fixture
 def stop_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """`stop_in_step(2, signal.SIGTERM)` sends the signal while that step is computed."""
-    from library.training.run.update import Updates
+    from library.training.loop.update import Updates
 
     def arrange(number: int, name: int) -> None:
         honest = Updates.take

@@ -10,11 +10,10 @@ import torch
 
 from library.checkpoints.files import load_state_dict, read_metadata
 from library.options.train import TrainOptions
-from library.training.report.page import data_of
-from library.training.report.writer import read_report
-from library.training.run import loop
-from library.training.setup import optimization
-from library.training.sweep import together
+from library.training.loop import loop, stacked_step
+from library.training.report_page.page import data_of
+from library.training.report_page.writer import read_report
+from library.training.run import optimization
 from tests.running import Finished, make_pictures
 from tests.runs.bases import BASES
 from tests.tolerances import SUMS_OF_A_RUN
@@ -123,10 +122,10 @@ def test_each_adapter_has_a_loss_scale_of_its_own(
         made.append(torch.amp.GradScaler("cpu", init_scale=scales[f"{options.optimizer.learning_rate:g}"]))
         return made[-1]
 
-    one_loss, losses = loop.loss_of, together.losses_together
+    one_loss, losses = loop.loss_of, stacked_step.losses_together
     monkeypatch.setattr(optimization, "gradient_scaler", make)
     monkeypatch.setattr(loop, "loss_of", lambda *given: 64 * one_loss(*given))  # overflow float32 at 2^127
-    monkeypatch.setattr(together, "losses_together", lambda *given: [64 * loss for loss in losses(*given)])
+    monkeypatch.setattr(stacked_step, "losses_together", lambda *given: [64 * loss for loss in losses(*given)])
     more = ["--max_train_steps", "14", "--network_train_unet_only", "--network_dim", "2"]
     done = train([*words, *more, "--sweep", "learning_rate=0.5,1"], "flux_train_network")
     assert done.status == 0, done.stderr

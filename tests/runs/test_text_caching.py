@@ -14,14 +14,14 @@ from torch import nn
 from library.architectures.sd.assembly import build as build_sd
 from library.architectures.sd.load import SdLoader
 from library.checkpoints.weights import fingerprint
-from library.memory.forms.form import Form
+from library.memory.formats.format import Form
 from library.options.base import group
 from library.options.caching import TextCachingOptions
 from library.options.train import TrainOptions
 from library.protocols import Architecture, TextCacheSpec
 from library.training.command_line.cli import build_parser
 from library.training.command_line.main import main
-from library.training.run.loop import loss_of
+from library.training.loop.loop import loss_of
 from tests.running import Finished
 
 Run = Callable[[list[str]], tuple[Finished, list[float], int]]
@@ -92,7 +92,7 @@ def run(fresh_process: None, capfd: pytest.CaptureFixture[str], monkeypatch: pyt
             losses.append(loss.item())
             return loss
 
-        monkeypatch.setattr("library.training.run.loop.loss_of", noted)
+        monkeypatch.setattr("library.training.loop.loop.loss_of", noted)
         status = main(build_parser(CachingOptions), CachingOptions, build_with(loads), arguments)
         out, err = capfd.readouterr()
         return Finished(status, out, err), losses, len(loads)

@@ -9,9 +9,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import library.processes
-from library.memory.places.readback import Readback
+from library.memory.offload.readback import Readback
 from library.processes import Processes
-from library.training.run.update import Updates
+from library.training.loop.update import Updates
 from tests.device_reads import HostWaits, NoWaiting
 from tests.device_standin import OnDevice, device_without_float64
 from tests.running import Finished

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.architectures.anima.keys import diffusers_key
+from library.architectures.anima.checkpoint_keys import diffusers_key
 from library.architectures.anima.llm_adapter import AdapterConfig
 from library.architectures.anima.model import Anima, AnimaConfig
 from library.architectures.anima.vae import ENDS, MIDDLE, QUANT, RESIDUAL

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from library.architectures.flux.keys import SWAPPED, source_keys
+from library.architectures.flux.checkpoint_keys import SWAPPED, source_keys
 from library.architectures.flux.model import Flux, FluxConfig
 from library.checkpoints.fused_tensors import swap_halves
-from library.models.vae.keys import vae_to_ldm
+from library.models.vae.checkpoint_keys import vae_to_ldm
 from tests.tiny.init import fixed_init
 from tests.tiny.sd import CLIP, write_tokenizer
 from tests.tiny.sd import VAE as SD_VAE

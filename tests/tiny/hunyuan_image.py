@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from library.architectures.hunyuan_image.keys import SWAPPED, source_keys
+from library.architectures.hunyuan_image.checkpoint_keys import SWAPPED, source_keys
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig
 from library.architectures.hunyuan_image.qwen import TEMPLATE, qwen_config
 from library.checkpoints.fused_tensors import swap_halves

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from library.models.unet.keys import UNET_PREFIX
+from library.models.unet.checkpoint_keys import UNET_PREFIX
 
 NUM_MORE = 5  # channels: the mask, and four of what is kept
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from library.architectures.lumina.keys import source_keys
+from library.architectures.lumina.checkpoint_keys import source_keys
 from library.architectures.lumina.model import LuminaConfig, NextDiT
 from tests.tiny.flux import VAE, ldm_vae
 from tests.tiny.init import fixed_init

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from library.architectures.sd.load import CLIP_PREFIXES
-from library.models.unet.keys import UNET_PREFIX, UnetLayout, unet_to_ldm
-from library.models.vae.keys import VAE_PREFIX, vae_to_ldm
+from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_to_ldm
+from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_to_ldm
 from tests.tiny.init import fixed_init
 from tests.tiny.open_clip import to_open_clip
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from library.architectures.sd3.load import DENOISER_PREFIX, TEXT_PREFIXES
 from library.architectures.sd3.model import MMDiT, MMDiTConfig
-from library.models.vae.keys import VAE_PREFIX, vae_to_ldm
+from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_to_ldm
 from tests.tiny.flux import write_t5_tokenizer
 from tests.tiny.init import fixed_init
 from tests.tiny.sd import write_tokenizer

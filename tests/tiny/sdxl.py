@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.sdxl.load import CLIP_G_PREFIX, CLIP_L_PREFIX
-from library.models.unet.keys import UNET_PREFIX, UnetLayout, unet_to_ldm
+from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout, unet_to_ldm
 from tests.tiny.init import fixed_init
 from tests.tiny.open_clip import to_open_clip
 from tests.tiny.sd import CLIP, SCHEDULER, VAE, vae_tensors, write_tokenizer

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from library.architectures.anima.keys import BLOCK, TOP, diffusers_path
-from library.architectures.cards import list_network_arguments
+from library.architectures.anima.checkpoint_keys import BLOCK, TOP, diffusers_path
+from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
-from networks.core.sites.targets import AdapterTargets, Part
+from networks.core.targets.targets import AdapterTargets, Part
 
 NUM_BLOCKS, NUM_ADAPTER_BLOCKS, NUM_TEXT_LAYERS = 28, 6, 28  # of the first release; there are deeper ones
 ADAPTER_BLOCK = (

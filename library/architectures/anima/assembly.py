@@ -14,7 +14,7 @@ from library.architectures.anima.predict import predict, preview_sampler
 from library.architectures.anima.qwen3 import load_qwen3_tokenizer
 from library.architectures.anima.text import AnimaText
 from library.architectures.anima.vae import QwenImageLatents
-from library.architectures.cards import list_cards
+from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.errors import UserError
@@ -74,7 +74,7 @@ def build(options: AnimaOptions) -> Architecture:
         view=view,
         preview=build_preview(text),
         metadata=RECIPE.describe(options),
-        cards=list_cards(),
+        specs=list_specs(),
         ignores={**RECIPE.ignores, **ignored_attention(options.computing.attn_mode)},
         text_cache=build_text_cache(options, loader, text),
     )

@@ -8,17 +8,17 @@ import torch
 from torch import nn
 
 from library.architectures.anima import qwen3
-from library.architectures.anima.keys import ADAPTER
+from library.architectures.anima.checkpoint_keys import ADAPTER
 from library.architectures.anima.model import Anima, AnimaConfig, read_config
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.vae import SPEC, empty_vae, open_vae
 from library.architectures.anima.vae_2d import take_pictures_alone
-from library.architectures.cards import list_cards
+from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
-from library.memory.forms.form import WantedForm
+from library.memory.formats.format import WantedForm
 from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Absent, MaybeComponent, first_side, materialise, open_if_there
 
@@ -103,7 +103,7 @@ def open_base(name: str | None) -> tuple[Path, Weights]:
     if not path.exists():
         raise UserError(f"{BASE_FLAG} {name} does not exist{model_lookup.nearby(path)}")
     if path.is_dir():
-        refuse_other_folder(list_cards(), BASE_FLAG, path, "anima")
+        refuse_other_folder(list_specs(), BASE_FLAG, path, "anima")
         raise UserError(f"{BASE_FLAG} {path} is a folder; Anima is read from the file of its transformer")
     return path, denoiser_of(path, model_lookup.open_file(BASE_FLAG, path))
 
@@ -113,7 +113,7 @@ def denoiser_of(path: Path, whole: Weights) -> Weights:
     prefix = next((p for p in PREFIXES if f"{p}{MARK}" in whole.shapes), None)
     if prefix is None:
         names = list(whole.shapes)
-        refuse_other_model(list_cards(), BASE_FLAG, str(path), whole.shapes, "anima")
+        refuse_other_model(list_specs(), BASE_FLAG, str(path), whole.shapes, "anima")
         raise UserError(
             f"{BASE_FLAG} {path}: nothing in it is called {MARK}, so it is no Anima transformer (first names: "
             f"{', '.join(names[:3]) or 'none'})"

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from library.architectures.anima.adapters import ADAPTER_BLOCK, TEXT_LAYER, denoiser_module, text_module
-from library.architectures.anima.keys import BLOCK, TOP
+from library.architectures.anima.checkpoint_keys import BLOCK, TOP
 from library.architectures.anima.load import ADAPTER_MARK, MARK, PREFIXES, empty_anima
 from library.architectures.anima.model import read_config
 from library.architectures.anima.qwen3 import PREFIXES as QWEN3_PREFIXES

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from library.architectures.cards import list_network_arguments
-from library.architectures.flux.keys import APPROXIMATOR, STACKS, SWAPPED, TOP, sources
+from library.architectures.flux.checkpoint_keys import APPROXIMATOR, STACKS, SWAPPED, TOP, sources
+from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
 from library.models.clip.clip import clip_body
 from library.models.clip.view import ClipView
-from networks.core.sites.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
+from networks.core.targets.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
 
 NUM_BLOCKS = {"double_blocks": 19, "single_blocks": 38}
 QKV_SHARES = (1, 1, 1)

@@ -11,12 +11,12 @@ from functools import partial
 
 import torch
 
-from library.architectures.cards import list_cards
 from library.architectures.flux.adapters import view, view_chroma
 from library.architectures.flux.load import FluxLoader, open_loader
 from library.architectures.flux.options import FluxOptions
 from library.architectures.flux.predict import predict, predict_chroma, preview_sampler
 from library.architectures.flux.text import FluxText, T5Text
+from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.models.clip.tokenizer import load_tokenizer
@@ -97,7 +97,7 @@ def build_flux(options: FluxOptions) -> Architecture:
         view=view,
         preview=build_preview(text, loader, masks_text),
         metadata=RECIPE.describe(options, architecture=f"flux-1-{kind}/lora"),
-        cards=list_cards(),
+        specs=list_specs(),
         ignores={**RECIPE.ignores, **schnell_ignores},
         text_cache=build_text_cache(options, loader, text),
     )
@@ -124,7 +124,7 @@ def build_chroma(options: FluxOptions) -> Architecture:
             sampler=lambda prompt: preview_sampler(prompt, is_shifted=True),
         ),
         metadata=CHROMA_RECIPE.describe(options, architecture="chroma/lora"),
-        cards=list_cards(),
+        specs=list_specs(),
         ignores=CHROMA_RECIPE.ignores,
         text_cache=build_t5_cache(options, loader, text),
     )

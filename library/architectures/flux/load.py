@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.architectures.cards import list_cards
-from library.architectures.flux.keys import DIFFUSERS_MARK, from_diffusers
+from library.architectures.flux.checkpoint_keys import DIFFUSERS_MARK, from_diffusers
 from library.architectures.flux.model import PATCH, Flux, FluxConfig, read_config
 from library.architectures.flux.options import FluxOptions
+from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
-from library.memory.forms.form import WantedForm
+from library.memory.formats.format import WantedForm
 from library.models.clip.clip import clip_component, clip_of_folder, load_clip
-from library.models.identify import card_of, refuse_other_folder, refuse_other_model
+from library.models.identify import refuse_other_folder, refuse_other_model, spec_of
 from library.models.loading import Absent, Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.shapes import shape_of
 from library.models.t5 import load_t5, t5_component, t5_of_folder
@@ -132,7 +132,7 @@ def empty_flux(config: FluxConfig) -> Flux:
 
 def title_of(kind: str) -> str:
     """What messages call the model of a --model_type."""
-    return card_of(list_cards(), kind).title
+    return spec_of(list_specs(), kind).title
 
 
 def denoiser_of(path: Path, whole: Weights | None, kind: str) -> Weights:
@@ -141,13 +141,13 @@ def denoiser_of(path: Path, whole: Weights | None, kind: str) -> Weights:
     Raises UserError saying which model it is where it is another.
     """
     if whole is None:
-        refuse_other_folder(list_cards(), BASE_FLAG, path, kind)
+        refuse_other_folder(list_specs(), BASE_FLAG, path, kind)
         folder = FOLDERS[kind]["denoiser"]
         _, weights = model_lookup.open_part(BASE_FLAG, path / folder, folder)
     else:
         prefix = next(p for p in DENOISER_PREFIXES if any(key.startswith(p) for key in whole.shapes))
         weights = with_prefix(whole, prefix)
-    refuse_other_model(list_cards(), BASE_FLAG, str(path), (whole or weights).shapes, kind)
+    refuse_other_model(list_specs(), BASE_FLAG, str(path), (whole or weights).shapes, kind)
     if DIFFUSERS_MARK in weights.shapes:
         return from_diffusers(weights)
     if "double_blocks.0.img_attn.qkv.weight" not in weights.shapes:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from library.architectures.flux.adapters import CLIP_LAYER, T5_BLOCK, clip_module, denoiser_module, t5_module, view
-from library.architectures.flux.keys import APPROXIMATOR, DIFFUSERS_MARK, STACKS, TOP
+from library.architectures.flux.checkpoint_keys import APPROXIMATOR, DIFFUSERS_MARK, STACKS, TOP
 from library.architectures.flux.load import CLIP_PREFIXES, DENOISER_PREFIXES, T5_MARK, empty_flux, title_of
 from library.architectures.flux.model import read_config
 from library.checkpoints import model_lookup

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from library.diffusion.noise_levels import resolution_shift, shift_sigmas
 from library.diffusion.samplers import FlowSampler, Sampler, even_sigmas
+from library.diffusion.timesteps import resolution_shift, shift_sigmas
 from library.types import Batch, Conditioning, Noised, Prompt
 
 

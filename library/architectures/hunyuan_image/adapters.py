@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from library.architectures.cards import list_network_arguments
-from library.architectures.hunyuan_image.keys import DOUBLE, SINGLE, sources
+from library.architectures.hunyuan_image.checkpoint_keys import DOUBLE, SINGLE, sources
+from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
-from networks.core.sites.targets import AdapterTargets, Part, qkv_and_rest, thirds
+from networks.core.targets.targets import AdapterTargets, Part, qkv_and_rest, thirds
 
 NUM_BLOCKS = {"double_blocks": 20, "single_blocks": 40}
 QKV_SHARES = (1, 1, 1)

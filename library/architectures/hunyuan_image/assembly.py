@@ -5,7 +5,6 @@ The assembly, and the table of contents of this package.
 
 from pathlib import Path
 
-from library.architectures.cards import list_cards
 from library.architectures.hunyuan_image.adapters import view
 from library.architectures.hunyuan_image.load import SPEC, HunyuanImageLoader, open_loader
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
@@ -13,6 +12,7 @@ from library.architectures.hunyuan_image.predict import predict, preview_sampler
 from library.architectures.hunyuan_image.qwen import load_qwen_tokenizer
 from library.architectures.hunyuan_image.text import HunyuanImageText
 from library.architectures.hunyuan_image.vae import SCALE
+from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.models.recipe import OTHER_ATTENTION, Recipe, folders_beside, ignored_attention
@@ -66,7 +66,7 @@ def build(options: HunyuanImageOptions) -> Architecture:
         view=view,
         preview=build_preview(text),
         metadata=RECIPE.describe(options),
-        cards=list_cards(),
+        specs=list_specs(),
         ignores={**RECIPE.ignores, **ignored_attention(options.hunyuan_image.attn_mode)},
         text_cache=build_text_cache(options, loader, text),
     )

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.architectures.cards import list_cards
-from library.architectures.hunyuan_image.keys import DIFFUSERS_MARK, from_diffusers
+from library.architectures.hunyuan_image.checkpoint_keys import DIFFUSERS_MARK, from_diffusers
 from library.architectures.hunyuan_image.model import HunyuanImage, HunyuanImageConfig, read_config
 from library.architectures.hunyuan_image.options import HunyuanImageOptions
 from library.architectures.hunyuan_image.qwen import WORDS as QWEN_WORDS
 from library.architectures.hunyuan_image.qwen import load_qwen, qwen_component
 from library.architectures.hunyuan_image.vae import MARK, SCALE, compute_in_chunks, empty_vae, vae_component
+from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, renamed, with_prefix
 from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
-from library.memory.forms.form import WantedForm
-from library.memory.forms.fp8 import Fp8Rows
+from library.memory.formats.format import WantedForm
+from library.memory.formats.fp8 import Fp8Rows
 from library.memory.frozen import layers_in_blocks, store_all_in
 from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Absent, Component, MaybeComponent, first_side, materialise, open_if_there
@@ -117,7 +117,7 @@ def open_loader(options: HunyuanImageOptions) -> HunyuanImageLoader:
 def denoiser_of(path: Path, whole: Weights | None) -> Weights:
     """The denoiser's weights under our names. Raises UserError saying which model it is where it is another."""
     if whole is None:
-        refuse_other_folder(list_cards(), BASE_FLAG, path, "hunyuan_image")
+        refuse_other_folder(list_specs(), BASE_FLAG, path, "hunyuan_image")
         _, weights = model_lookup.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
     else:
         prefix = next(p for p in DENOISER_PREFIXES if not p or any(key.startswith(p) for key in whole.shapes))
@@ -126,7 +126,7 @@ def denoiser_of(path: Path, whole: Weights | None) -> Weights:
         return from_diffusers(weights)
     if GLYPH_MARK not in weights.shapes:
         names = list(weights.shapes)
-        refuse_other_model(list_cards(), BASE_FLAG, str(path), (whole or weights).shapes, "hunyuan_image")
+        refuse_other_model(list_specs(), BASE_FLAG, str(path), (whole or weights).shapes, "hunyuan_image")
         raise UserError(
             f"{BASE_FLAG} {path}: it has no {GLYPH_MARK}, so it is no transformer of HunyuanImage 2.1 (first names: "
             f"{', '.join(names[:3]) or 'none'})"

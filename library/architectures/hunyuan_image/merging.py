@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from library.architectures.hunyuan_image.adapters import denoiser_module, view
-from library.architectures.hunyuan_image.keys import DIFFUSERS_MARK, DOUBLE, SINGLE
+from library.architectures.hunyuan_image.checkpoint_keys import DIFFUSERS_MARK, DOUBLE, SINGLE
 from library.architectures.hunyuan_image.load import DENOISER_PREFIXES, GLYPH_MARK
 from library.architectures.hunyuan_image.model import HunyuanImage, read_config
 from library.checkpoints.adapter_names import ModuleNames

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from library.diffusion.noise_levels import shift_sigmas
 from library.diffusion.samplers import FlowSampler, Sampler, even_sigmas
+from library.diffusion.timesteps import shift_sigmas
 from library.types import Batch, Conditioning, Noised, Prompt
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from library.architectures.cards import list_network_arguments
-from library.architectures.lumina.keys import BLOCK, TOP, sources
+from library.architectures.lumina.checkpoint_keys import BLOCK, TOP, sources
+from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
-from networks.core.sites.targets import AdapterTargets, Embedders, Part
+from networks.core.targets.targets import AdapterTargets, Embedders, Part
 
 NUM_BLOCKS = {"context_refiner": 2, "noise_refiner": 2, "layers": 26}
 QKV_SHARES = (3, 1, 1)  # 24 heads of queries, 8 each of keys and values

@@ -5,13 +5,13 @@ The assembly, and the table of contents of this package.
 
 from dataclasses import replace
 
-from library.architectures.cards import list_cards
 from library.architectures.lumina.adapters import view
 from library.architectures.lumina.gemma import load_gemma_tokenizer
 from library.architectures.lumina.load import LuminaLoader, open_loader
 from library.architectures.lumina.options import LuminaOptions
 from library.architectures.lumina.predict import predict, preview_sampler
 from library.architectures.lumina.text import LuminaText
+from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_sampled_flow
 from library.errors import UserError
@@ -67,7 +67,7 @@ def build(options: LuminaOptions) -> Architecture:
         view=view,
         preview=build_preview(text),
         metadata=RECIPE.describe(options),
-        cards=list_cards(),
+        specs=list_specs(),
         asks_host="is told the lengths of captions",
         ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),

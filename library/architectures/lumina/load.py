@@ -6,16 +6,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.architectures.cards import list_cards
+from library.architectures.lumina.checkpoint_keys import DIFFUSERS_MARK, from_diffusers
 from library.architectures.lumina.gemma import gemma_component, gemma_of_folder, load_gemma
-from library.architectures.lumina.keys import DIFFUSERS_MARK, from_diffusers
 from library.architectures.lumina.model import PATCH, LuminaConfig, NextDiT, read_config
 from library.architectures.lumina.options import LuminaOptions
+from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
-from library.memory.forms.form import WantedForm
+from library.memory.formats.format import WantedForm
 from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Absent, Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.shapes import shape_of
@@ -98,7 +98,7 @@ def empty_lumina(config: LuminaConfig) -> NextDiT:
 def denoiser_of(path: Path, whole: Weights | None) -> Weights:
     """The denoiser's weights under our names. Raises UserError saying which model it is where it is another."""
     if whole is None:
-        refuse_other_folder(list_cards(), BASE_FLAG, path, "lumina")
+        refuse_other_folder(list_specs(), BASE_FLAG, path, "lumina")
         _, weights = model_lookup.open_part(BASE_FLAG, path / FOLDERS["denoiser"], FOLDERS["denoiser"])
     else:
         prefix = next(p for p in DENOISER_PREFIXES if any(key.startswith(p) for key in whole.shapes))
@@ -107,7 +107,7 @@ def denoiser_of(path: Path, whole: Weights | None) -> Weights:
         weights = from_diffusers(weights)
     if MARK not in weights.shapes:
         names = list(whole.shapes if whole else weights.shapes)
-        refuse_other_model(list_cards(), BASE_FLAG, str(path), (whole or weights).shapes, "lumina")
+        refuse_other_model(list_specs(), BASE_FLAG, str(path), (whole or weights).shapes, "lumina")
         raise UserError(
             f"{BASE_FLAG} {path}: nothing in it is called {MARK}, so it is no Lumina Image 2.0 transformer (first "
             f"names: {', '.join(names[:3]) or 'none'})"

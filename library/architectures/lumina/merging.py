@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from library.architectures.lumina.adapters import GEMMA_LAYER, denoiser_module, gemma_module
+from library.architectures.lumina.checkpoint_keys import BLOCK, DIFFUSERS_MARK, STACKS, TOP
 from library.architectures.lumina.gemma import GEMMA_PREFIXES
-from library.architectures.lumina.keys import BLOCK, DIFFUSERS_MARK, STACKS, TOP
 from library.architectures.lumina.load import DENOISER_PREFIXES, MARK, empty_lumina
 from library.architectures.lumina.model import read_config
 from library.checkpoints.adapter_names import ModuleNames

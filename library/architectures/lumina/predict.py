@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from library.diffusion.noise_levels import check_shift, shift_sigmas
 from library.diffusion.samplers import FlowSampler, Sampler, even_sigmas
+from library.diffusion.timesteps import check_shift, shift_sigmas
 from library.types import Batch, Conditioning, Noised, Prompt
 
 

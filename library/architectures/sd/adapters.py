@@ -8,14 +8,14 @@ from functools import partial
 
 from torch import nn
 
-from library.architectures.cards import list_network_arguments
 from library.architectures.sd.load import NUM_SD2_LAYERS
+from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.models.clip.clip import clip_body
 from library.models.clip.view import ClipView
 from library.models.unet import names as unet_names
-from library.models.unet.keys import UnetLayout
-from networks.core.sites.targets import AdapterTargets, BlockList, Part
+from library.models.unet.checkpoint_keys import UnetLayout
+from networks.core.targets.targets import AdapterTargets, BlockList, Part
 
 LAYOUT = UnetLayout(layers_per_block=2, has_attention=(True, True, True, False))
 DEPTHS = (1, 1, 1, 1)

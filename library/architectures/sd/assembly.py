@@ -5,11 +5,11 @@ The assembly, and the table of contents of this package.
 
 import logging
 
-from library.architectures.cards import list_cards
 from library.architectures.sd.adapters import view
 from library.architectures.sd.load import LATENT_CHANNELS, LATENT_SCALE, SdLoader, open_loader
 from library.architectures.sd.predict import predict
 from library.architectures.sd.text import ClipText
+from library.architectures.specs import list_specs
 from library.diffusion.objective import build_ddpm
 from library.errors import UserError
 from library.models.clip.tokenizer import load_tokenizer
@@ -44,7 +44,7 @@ def build(options: TrainOptions) -> Architecture:
         view=view,
         preview=build_unet_preview(options, text.reading_emphasis(), predict),
         metadata=metadata(options.model.v2, options.model.v_parameterization),
-        cards=list_cards(),
+        specs=list_specs(),
         run_blocks_with=run_unet_blocks_with,
         stacks=unet_stacks,
         chains=unet_chains,

@@ -11,9 +11,9 @@ from library.checkpoints.weights import Weights, renamed, selected
 from library.models.clip.clip import to_open_clip
 from library.models.loading import Component
 from library.models.shapes import count
-from library.models.unet.keys import UNET_PREFIX, unet_to_ldm
+from library.models.unet.checkpoint_keys import UNET_PREFIX, unet_to_ldm
 from library.models.unet.unet import layout_of_config
-from library.models.vae.keys import VAE_PREFIX, vae_to_ldm
+from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_to_ldm
 
 PARTS = ("unet", "vae", "text_encoder")
 VAE_SIDE = 256  # of the pictures that Stable Diffusion's VAE was trained on; diffusers cuts tiles of that size

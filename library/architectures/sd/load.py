@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.architectures.cards import list_cards
+from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
-from library.memory.forms.form import WantedForm
+from library.memory.formats.format import WantedForm
 from library.models.attention import wants_xformers, with_attention
 from library.models.clip.clip import clip_component, clip_of_folder, load_clip
 from library.models.identify import (
@@ -24,7 +24,7 @@ from library.models.identify import (
 )
 from library.models.loading import Component, MaybeComponent, materialise, open_if_there
 from library.models.shapes import count, shape_of
-from library.models.unet.keys import UNET_PREFIX
+from library.models.unet.checkpoint_keys import UNET_PREFIX
 from library.models.unet.unet import HEAD_WIDTH, check_unet_input, empty_unet, for_inpainting, unet_component
 from library.models.vae.vae import VaeNeeds, empty_vae, open_vae, vae_of_base
 from library.options.train import TrainOptions
@@ -113,11 +113,11 @@ def open_parts(flag: str, path: Path, base: str, whole: Weights | None) -> dict[
 
 def folder_parts(flag: str, path: Path, base: str) -> dict[str, Component]:
     """The U-Net and the text encoder of a diffusers folder."""
-    cards = list_cards()
+    specs = list_specs()
     class_name = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
-    refuse_other_folder(cards, flag, path, base)
+    refuse_other_folder(specs, flag, path, base)
     parts = {"unet": Component(*model_lookup.open_part(flag, path / "unet", "unet"))}
-    refuse_other(cards, flag, str(path), base_of_folder(cards, class_name, parts["unet"].weights.shapes), base)
+    refuse_other(specs, flag, str(path), base_of_folder(specs, class_name, parts["unet"].weights.shapes), base)
     parts["text_encoder"] = clip_of_folder(*model_lookup.open_part(flag, path / "text_encoder", "text_encoder"))
     return parts
 
@@ -127,7 +127,7 @@ def single_file_parts(flag: str, weights: Weights, base: str) -> dict[str, Compo
 
     Names outside of the parts (averages of training, schedule buffers) are left alone.
     """
-    refuse_other_file(list_cards(), flag, weights, base)
+    refuse_other_file(list_specs(), flag, weights, base)
     clip = text_encoder_in(flag, weights, CLIP_PREFIXES[base])
     return {
         "unet": unet_component(with_prefix(weights, UNET_PREFIX), HEAD_WIDTH if base == "sd2" else None),

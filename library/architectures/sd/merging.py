@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.cards import list_cards
 from library.architectures.sd.adapters import clip_module, unet_module, view
 from library.architectures.sd.load import CLIP_PREFIXES, open_parts
+from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_model import BaseModel
 from library.models.base_checkpoint import CheckpointLayout, EncoderPlace, open_checkpoint
@@ -31,7 +31,7 @@ def open_base_model(base: str, flag: str, path: Path) -> BaseModel:
 
     Raises UserError naming `flag` when it is broken or another kind of model.
     """
-    return open_checkpoint(list_cards(), flag, path, LAYOUTS[base])
+    return open_checkpoint(list_specs(), flag, path, LAYOUTS[base])
 
 
 def seen_by_networks(base: str, path: Path) -> tuple[list[nn.Module], nn.Module]:

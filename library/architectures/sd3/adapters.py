@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from library.architectures.cards import list_network_arguments
+from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
 from library.models.clip.clip import clip_body
 from library.models.clip.view import ClipView
-from networks.core.sites.targets import AdapterTargets, Embedders, Part, thirds
+from networks.core.targets.targets import AdapterTargets, Embedders, Part, thirds
 
 MAX_DEPTH = 38  # of SD3.5 large; the others have 24 blocks
 NUM_CLIP_LAYERS = {"clip_l": 12, "clip_g": 32}

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from library.architectures.cards import list_cards
 from library.architectures.sd3.adapters import view
 from library.architectures.sd3.conditioning_dropout import Variation
 from library.architectures.sd3.load import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHIFT, Sd3Loader, open_loader
@@ -18,10 +17,11 @@ from library.architectures.sd3.options import Sd3Options
 from library.architectures.sd3.positions import side_of
 from library.architectures.sd3.predict import predict
 from library.architectures.sd3.text import Sd3Text
+from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.flow import IGNORES, FlowMatching, build_flow
-from library.diffusion.noise_levels import FINEST_LEVEL, shift_sigmas, shifted_scheme, takes_offset
 from library.diffusion.samplers import FlowSampler, Sampler
+from library.diffusion.timesteps import FINEST_LEVEL, shift_sigmas, shifted_scheme, takes_offset
 from library.errors import needing
 from library.models.clip.clip import PROJECTION
 from library.models.clip.tokenizer import load_tokenizer
@@ -87,7 +87,7 @@ def build(options: Sd3Options) -> Architecture:
         view=view,
         preview=build_preview(text),
         metadata=metadata(options, loader.config),
-        cards=list_cards(),
+        specs=list_specs(),
         ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),
         vary=build_variation(options, loader),

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.architectures.cards import list_cards
 from library.architectures.sd3.model import MMDiT, MMDiTConfig, read_config
 from library.architectures.sd3.options import Sd3Options, Sd3TextOptions
+from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, selected, with_prefix
 from library.errors import NotThere, UserError
 from library.memory.devices import DTYPES
-from library.memory.forms.form import WantedForm
+from library.memory.formats.format import WantedForm
 from library.models.clip.clip import PROJECTION, clip_component, load_clip
 from library.models.identify import base_of_file, refuse_other, refuse_other_folder
 from library.models.loading import Component, MaybeComponent, first_side, materialise, open_if_there
@@ -106,15 +106,15 @@ def open_base(name: str | None) -> tuple[Path, Weights]:
         raise UserError(f"{BASE_FLAG} is missing: give the .safetensors file of an SD3 or SD3.5 model")
     path = existing(BASE_FLAG, name)
     if path.is_dir():
-        refuse_other_folder(list_cards(), BASE_FLAG, path, "sd3")
+        refuse_other_folder(list_specs(), BASE_FLAG, path, "sd3")
         raise UserError(
             f"{BASE_FLAG} {path} is a folder; SD3 is read from a single file, such as the sd3_medium.safetensors or "
             "sd3.5_large.safetensors that lies beside the diffusers folders of the same repository"
         )
     weights = model_lookup.open_file(BASE_FLAG, path)
-    cards = list_cards()
-    found = base_of_file(cards, weights.shapes)
-    refuse_other(cards, BASE_FLAG, str(path), found, "sd3", "checkpoint")
+    specs = list_specs()
+    found = base_of_file(specs, weights.shapes)
+    refuse_other(specs, BASE_FLAG, str(path), found, "sd3", "checkpoint")
     if found is None:
         first = ", ".join(list(weights.shapes)[:3]) or "none"
         raise UserError(

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from library.architectures.cards import list_network_arguments
+from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
 from library.models.clip.clip import clip_body
 from library.models.clip.view import ClipView
 from library.models.unet import names as unet_names
-from library.models.unet.keys import UnetLayout, unet_to_ldm
+from library.models.unet.checkpoint_keys import UnetLayout, unet_to_ldm
 from library.protocols import AdapterView
-from networks.core.sites.targets import AdapterTargets, BlockList, Part
+from networks.core.targets.targets import AdapterTargets, BlockList, Part
 
 LAYOUT = UnetLayout(layers_per_block=2, has_attention=(False, True, True))
 DEPTHS = (0, 2, 10)

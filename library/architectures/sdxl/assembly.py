@@ -5,12 +5,12 @@ The assembly, and the table of contents of this package.
 
 from functools import partial
 
-from library.architectures.cards import list_cards
 from library.architectures.sdxl.adapters import build_view
 from library.architectures.sdxl.load import LATENT_CHANNELS, LATENT_SCALE, SdxlLoader, open_loader
 from library.architectures.sdxl.options import SdxlOptions
 from library.architectures.sdxl.predict import predict
 from library.architectures.sdxl.text import CACHE_KEYS, SdxlText
+from library.architectures.specs import list_specs
 from library.checkpoints.weights import fingerprint
 from library.diffusion.objective import build_ddpm
 from library.models.clip.tokenizer import load_tokenizer
@@ -58,7 +58,7 @@ def build(options: SdxlOptions) -> Architecture:
         view=build_view(loader.layout),
         preview=build_unet_preview(options, text.reading_emphasis(), call),
         metadata=RECIPE.describe(options, prediction_type="v" if options.model.v_parameterization else "epsilon"),
-        cards=list_cards(),
+        specs=list_specs(),
         ignores=RECIPE.ignores,
         text_cache=build_text_cache(options, loader, text),
         run_blocks_with=run_unet_blocks_with,

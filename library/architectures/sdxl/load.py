@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.architectures.cards import list_cards
 from library.architectures.sdxl.options import SdxlOptions
+from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
-from library.memory.forms.form import WantedForm
+from library.memory.formats.format import WantedForm
 from library.models.attention import wants_xformers, with_attention
 from library.models.clip.clip import PROJECTION, clip_component, clip_of_folder, load_clip
 from library.models.identify import (
@@ -25,7 +25,7 @@ from library.models.identify import (
 )
 from library.models.loading import Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.shapes import shape_of
-from library.models.unet.keys import UNET_PREFIX, UnetLayout
+from library.models.unet.checkpoint_keys import UNET_PREFIX, UnetLayout
 from library.models.unet.unet import (
     HEAD_WIDTH,
     check_unet_input,
@@ -139,11 +139,11 @@ def open_parts(flag: str, path: Path, whole: Weights | None, may_lack_text: bool
 
 def folder_parts(flag: str, path: Path, may_lack_text: bool = False) -> Parts:
     """Those of a diffusers folder."""
-    cards = list_cards()
+    specs = list_specs()
     class_name = model_lookup.read_json(path / "model_index.json").get("_class_name", "")
-    refuse_other_folder(cards, flag, path, "sdxl")
+    refuse_other_folder(specs, flag, path, "sdxl")
     unet = Component(*model_lookup.open_part(flag, path / "unet", "unet"))
-    refuse_other(cards, flag, str(path), base_of_folder(cards, class_name, unet.weights.shapes), "sdxl")
+    refuse_other(specs, flag, str(path), base_of_folder(specs, class_name, unet.weights.shapes), "sdxl")
     if not (path / "text_encoder").is_dir() and (path / "text_encoder_2").is_dir():
         raise UserError(f"{flag} {path}: this is the SDXL refiner; only the base model is trained")
 
@@ -161,7 +161,7 @@ def single_file_parts(flag: str, weights: Weights, may_lack_text: bool = False) 
 
     Names outside of the parts (averages of training, schedule buffers) are left alone.
     """
-    refuse_other_file(list_cards(), flag, weights, "sdxl")
+    refuse_other_file(list_specs(), flag, weights, "sdxl")
 
     def clip(prefix: str, activation: str, projects: bool) -> Component:
         return clip_component(text_encoder_in(flag, weights, prefix), activation, projects=projects)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.cards import list_cards
 from library.architectures.sdxl.adapters import build_view, clip_module, unet_module
 from library.architectures.sdxl.load import CLIP_G_PREFIX, CLIP_L_PREFIX, open_parts, unet_layout_of
+from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.base_model import BaseModel
 from library.models.base_checkpoint import CheckpointLayout, EncoderPlace, open_checkpoint
@@ -30,7 +30,7 @@ def open_base_model(flag: str, path: Path) -> BaseModel:
 
     Raises UserError naming `flag` when it is broken or another kind of model.
     """
-    return open_checkpoint(list_cards(), flag, path, LAYOUT)
+    return open_checkpoint(list_specs(), flag, path, LAYOUT)
 
 
 def seen_by_networks(path: Path) -> tuple[list[nn.Module], nn.Module]:

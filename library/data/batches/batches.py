@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from library.data.batches.images import (
+from library.data.caching.latent_files import LatentFile, Latents
+from library.data.caching.stores import CacheFiles
+from library.data.caching.text_files import Row, TextFile, stack_rows
+from library.data.decoding.images import (
     DamagedPicture,
     Pixels,
     Placement,
@@ -26,14 +29,12 @@ from library.data.batches.images import (
     place,
     read_pixels,
 )
-from library.data.caching.latent_files import LatentFile, Latents
-from library.data.caching.stores import CacheFiles
-from library.data.caching.text_files import Row, TextFile, stack_rows
+from library.data.decoding.tensors import to_mask, to_pixels
 from library.data.description.buckets import crop_ltrb
 from library.data.description.captions import caption_variant, compose_caption, is_dropped
 from library.data.description.schema import SubsetConfig
-from library.data.sources.samples import Sample, Samples, stand_in
-from library.data.sources.storage import Storage
+from library.data.plan.samples import Sample, Samples, check_size, stand_in
+from library.data.sources.storage.storage import Storage
 from library.errors import UserError
 from library.randomness import random_for
 from library.types import Batch
@@ -297,15 +298,6 @@ def corner_of(placement: Placement) -> tuple[int, int]:
     return placement.top, placement.resized[0] - placement.target[0] - placement.left
 
 
-def check_size(sample: Sample, rgb: Pixels) -> None:
-    """Raise UserError for a picture that is not the size it was when the run started."""
-    size = (rgb.shape[1], rgb.shape[0])
-    if size != sample.picture.size:
-        raise UserError(
-            f"{sample.picture.key} is {size[0]}x{size[1]}, but was {sample.picture.size} at the start; start again"
-        )
-
-
 def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -> Tensor:
     """The mask file's red channel, placed like its picture; one of another size is stretched to the target."""
     assert sample.picture.mask_path is not None
@@ -313,16 +305,6 @@ def file_mask(sample: Sample, placement: Placement, interpolation: str | None) -
     if (red.shape[1], red.shape[0]) != sample.picture.size:
         placement = Placement(placement.target, 0, 0, placement.target, placement.is_flipped)
     return to_mask(place(red, placement, interpolation))
-
-
-def to_mask(values: Pixels) -> Tensor:
-    """0..255 as float32 0..1."""
-    return torch.from_numpy(values).float() / 255
-
-
-def to_pixels(rgb: Pixels) -> Tensor:
-    """HWC 0..255 as float32 CHW -1..1."""
-    return torch.from_numpy(rgb).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def start_worker(_: int) -> None:

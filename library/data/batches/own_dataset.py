@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from library.data.batches.validation_set import ValidationSet, nothing_aside
-from library.data.description.facts import nothing_known
 from library.data.description.schema import RunDataConfig, parse_numbers
+from library.data.plan.audit_values import nothing_known
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec

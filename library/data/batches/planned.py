@@ -21,13 +21,13 @@ from library.data.batches.batches import (
     hand_over,
     start_worker,
 )
-from library.data.batches.order import epoch_batches
 from library.data.batches.shared import SharedMaker
 from library.data.batches.validation_set import ValidationSet, open_validation_set
 from library.data.caching.stores import LatentStore, TextStore
-from library.data.description.plan import DataPlan
-from library.data.description.validation_split import identities_of_pictures
-from library.data.sources.samples import build_draws
+from library.data.plan.data_plan import DataPlan
+from library.data.plan.order import epoch_batches
+from library.data.plan.samples import build_draws
+from library.data.plan.validation_split import identities_of_pictures
 from library.errors import UserError
 from library.types import Batch
 

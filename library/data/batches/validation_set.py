@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from library.data.batches.batches import BatchMaker, BatchOrder, PartialBatch
-from library.data.batches.order import plain_batches
 from library.data.caching.stores import CacheFiles
-from library.data.sources.samples import Draws, Sample, Samples
+from library.data.plan.order import plain_batches
+from library.data.plan.samples import Draws, Sample, Samples
 from library.types import Batch
 
 

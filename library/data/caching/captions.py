@@ -20,10 +20,10 @@ from torch import Tensor
 
 from library.checkpoints.files import load_state_dict, save_safetensors
 from library.data.caching.filling import WAY_OUT, Codec, Found, fill
-from library.data.caching.npz import MISSING, Verdict
 from library.data.caching.stores import CacheFiles, TextStore, usual_text_file
 from library.data.caching.text_files import WORDS, Identity, Row, TextFile, judge, write_texts
-from library.data.description.plan import DataPlan
+from library.data.decoding.npz import MISSING, Verdict
+from library.data.plan.data_plan import DataPlan
 from library.errors import NotThere, UserError, needing
 from library.processes import ALONE, Processes
 from library.progress import Bar, progress_bar

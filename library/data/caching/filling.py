@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from library.data.batches.threads import in_blocks
-from library.data.caching.npz import MISSING, CacheWords, Verdict, clear_left_overs
+from library.data.decoding.npz import MISSING, CacheWords, Verdict, clear_left_overs
+from library.data.decoding.threads import in_blocks
 from library.errors import few
 from library.processes import Processes
 

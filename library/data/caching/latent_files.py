@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.data.caching.npz import DAMAGE, CacheWords, EntryError, Verdict, fault_of, open_npz, reading, writing
+from library.data.decoding.npz import DAMAGE, CacheWords, EntryError, Verdict, fault_of, open_npz, reading, writing
 from library.data.description.buckets import Shape, Size, crop_ltrb
-from library.data.sources.pictures import Picture
-from library.data.sources.storage import Storage
+from library.data.sources.images import Picture
+from library.data.sources.storage.storage import Storage
 from library.protocols import LatentSpec
 
 WORDS = CacheWords(

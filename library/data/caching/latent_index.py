@@ -17,11 +17,11 @@ import numpy as np
 
 from library.checkpoints.files import atomic_path
 from library.data.caching.latent_files import Expected, LatentFile, judge
-from library.data.caching.npz import DAMAGE, MISSING, Verdict, open_npz
-from library.data.sources.folders import picture_index
-from library.data.sources.folders.picture_index import UNSETTLED, stamp_of
-from library.data.sources.pictures import Picture
-from library.data.sources.storage import Storage
+from library.data.decoding.npz import DAMAGE, MISSING, Verdict, open_npz
+from library.data.sources.folders import image_index
+from library.data.sources.folders.image_index import UNSETTLED, stamp_of
+from library.data.sources.images import Picture
+from library.data.sources.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class VerifiedEntries:
                 self.sure.setdefault(folder, {})[name + tail] = written, self.marks[path, tail]
         for folder, rows in self.sure.items():
             known = self.known.get(folder, {})
-            if len(rows) >= picture_index.MIN_FILES and rows.items() - known.items():
+            if len(rows) >= image_index.MIN_FILES and rows.items() - known.items():
                 write_rows(folder, known | rows)
 
 

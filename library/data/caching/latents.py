@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from library.data.batches.batches import check_size, to_pixels
-from library.data.batches.images import DamagedPicture, Pixels, centred, place, read_pixels
 from library.data.caching.filling import WAY_OUT, Codec, Found, fill
 from library.data.caching.latent_files import (
     WORDS,
@@ -26,13 +24,15 @@ from library.data.caching.latent_files import (
     write_entry,
 )
 from library.data.caching.latent_index import VerifiedEntries
-from library.data.caching.npz import Verdict
 from library.data.caching.stores import CacheFiles, LatentStore, usual_latent_file
+from library.data.decoding.images import DamagedPicture, Pixels, centred, place, read_pixels
+from library.data.decoding.npz import Verdict
+from library.data.decoding.tensors import to_pixels
 from library.data.description.buckets import Shape
-from library.data.description.plan import DataPlan
-from library.data.sources.pictures import Version
-from library.data.sources.samples import Sample, stand_in
-from library.data.sources.storage import Storage
+from library.data.plan.data_plan import DataPlan
+from library.data.plan.samples import Sample, check_size, stand_in
+from library.data.sources.images import Version
+from library.data.sources.storage.storage import Storage
 from library.errors import NotThere, UserError, few, needing
 from library.options.caching import CachingOptions
 from library.processes import ALONE, Processes

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from library.data.caching.latent_files import LatentFile, Latents, latent_file
 from library.data.caching.text_files import Row, TextFile
-from library.data.sources.samples import Sample
-from library.data.sources.storage import Storage
+from library.data.plan.samples import Sample
+from library.data.sources.storage.storage import Storage
 from library.protocols import LatentSpec
 
 FileT = TypeVar("FileT")

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from library.data.caching.npz import (
+from library.data.decoding.npz import (
     DAMAGE,
     DAMAGED,
     CacheWords,

@@ -14,8 +14,8 @@ import torch
 
 from library.data.batches.validation_set import ValidationSet, nothing_aside
 from library.data.concepts.prompts_file import FLAG, PromptPair, read_prompt_pairs
-from library.data.description.facts import nothing_known
 from library.data.description.schema import RunDataConfig
+from library.data.plan.audit_values import nothing_known
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.options.training.concepts import ConceptOptions

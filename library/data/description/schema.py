@@ -451,9 +451,9 @@ def folder_dataset(data: DatasetOptions, fallbacks: Table) -> DatasetConfig:
 
 def num_pictures_in(folder: str) -> int:
     """How many files of a folder are pictures by their ending; those of its folders do not count."""
-    from library.data.batches.images import picture_extensions
+    from library.data.description.image_extensions import image_extensions
 
-    return sum(os.path.splitext(name)[1] in picture_extensions() for name in os.listdir(folder))
+    return sum(os.path.splitext(name)[1] in image_extensions() for name in os.listdir(folder))
 
 
 def numbered_folders(flag: str, parent: str, is_reg: bool) -> list[Table]:

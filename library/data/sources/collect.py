@@ -12,7 +12,7 @@ from library.data.description.schema import DatasetConfig, RunDataConfig, Subset
 from library.data.sources.folders.scan import collect_files
 from library.data.sources.scanned import ScannedDataset, ScannedSubset
 from library.data.sources.shards.indexed import collect_indexed
-from library.data.sources.storage import Storage
+from library.data.sources.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
 

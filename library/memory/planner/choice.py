@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from library.memory.planner.cards import Card
+from library.memory.planner.gpus import Card
 from library.memory.planner.prediction import CountedStep, Predicted, Way, predict
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from library.memory.planner.cards import GIB, Card
+from library.memory.planner.gpus import GIB, Card
 from library.memory.planner.steps import CountedOptimizer, Move, Timeline, peak_of
 from library.memory.planner.weights import STORED_FORMS, ModelWeights, multiplied
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from library.memory.planner.cards import GIB
 from library.memory.planner.choice import Choice
+from library.memory.planner.gpus import GIB
 from library.memory.planner.prediction import Predicted, Way
 
 HEADINGS = ("", "way", "memory", "of it tensors", "main memory", "a pass")

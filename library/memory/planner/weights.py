@@ -7,7 +7,7 @@ from math import ceil
 from torch import Tensor, nn
 
 from library.memory.frozen import FrozenLayer
-from library.memory.places.ring import NUM_SLOTS
+from library.memory.offload.ring import NUM_SLOTS
 
 
 def tensors_of(*modules: nn.Module) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from library.checkpoints.adapter_names import ModuleNames
-from library.models.unet.keys import UnetLayout, unet_to_ldm
+from library.models.unet.checkpoint_keys import UnetLayout, unet_to_ldm
 
 WIDENING_LEVELS = (1, 2)  # their first residual block has more output than input channels
 RESNET = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2")

@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.memory.blocks import BlockRunner, Stacks, run_library_blocks_with
 from library.models.loading import Component
 from library.models.shapes import Shapes, count, heads_of, norm_groups, shape_of
-from library.models.unet.keys import UnetLayout, unet_from_ldm
+from library.models.unet.checkpoint_keys import UnetLayout, unet_from_ldm
 from library.types import Conditioning, Noised
 
 logger = logging.getLogger(__name__)

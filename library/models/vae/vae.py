@@ -13,7 +13,7 @@ from library.checkpoints.weights import Weights, configure, renamed, selected, w
 from library.errors import NotThere, UserError
 from library.models.loading import Component
 from library.models.shapes import Shapes, count, norm_groups, shape_of
-from library.models.vae.keys import VAE_PREFIX, vae_from_ldm, vae_from_old_diffusers
+from library.models.vae.checkpoint_keys import VAE_PREFIX, vae_from_ldm, vae_from_old_diffusers
 
 logger = logging.getLogger(__name__)
 

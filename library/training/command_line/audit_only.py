@@ -7,20 +7,20 @@ from pathlib import Path
 
 from PIL import Image
 
-from library.data.batches.images import read_pixels
-from library.data.description.findings import Finding, inspect
-from library.data.description.plan import DataPlan, build_plan
+from library.data.decoding.images import read_pixels
 from library.data.description.schema import NoDataFound
+from library.data.plan.audit_findings import Finding, inspect
+from library.data.plan.data_plan import DataPlan, build_plan
 from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
-from library.training.evaluation.pictures import data_url_of
-from library.training.report.record import Record
-from library.training.report.writer import report_of, write_page
+from library.training.report_page.record import Record
+from library.training.report_page.writer import report_of, write_page
 from library.training.reporting.event_stream import plain
 from library.training.reporting.events import Audit, End, Event, FoundPicture, Start
 from library.training.reporting.events import Finding as Told
-from library.training.run.events import given, versions
+from library.training.reporting.sample_images import data_url_of
+from library.training.run.run_events import given, versions
 from library.training.saving.checkpoints import Names
 
 logger = logging.getLogger(__name__)

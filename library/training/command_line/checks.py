@@ -7,7 +7,7 @@ from pathlib import Path, PureWindowsPath
 
 from library.checkpoints.metadata import thumbnail_url
 from library.errors import UserError
-from library.memory.planner.cards import parse_size
+from library.memory.planner.gpus import parse_size
 from library.options.machine.memory import EIGHT_BIT_FORMS
 from library.options.rules import check_ranges, is_set, unused
 from library.options.support import unsupported
@@ -17,7 +17,7 @@ from library.training.command_line.concept_checks import check_concepts, ignored
 from library.training.evaluation.preview import Timetable
 from library.training.evaluation.prompts import check_sampler, read_prompts
 from library.training.optimization.optimizers import class_path, wanted_type
-from library.training.reporting.logs import tracker_kind
+from library.training.reporting.trackers import tracker_kind
 from library.training.saving.checkpoints import Names
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,9 @@ from typing import Any
 from library.options.base import OWN, USUAL, Options
 from library.options.leco import IDLE, REFUSED, LecoOptions
 from library.options.output.console import ConsoleOptions
-from library.training.command_line.config_file import (
+from library.training.command_line.console import setup_logging
+from library.training.command_line.help import EXAMPLES, EXAMPLES_OF_PROMPTS, TrainingParser
+from library.training.config_file import (
     SECRETS,
     ConfigFileError,
     config_path,
@@ -20,8 +22,6 @@ from library.training.command_line.config_file import (
     read_values,
     write_config,
 )
-from library.training.command_line.console import setup_logging
-from library.training.command_line.help import EXAMPLES, EXAMPLES_OF_PROMPTS, TrainingParser
 
 logger = logging.getLogger(__name__)
 

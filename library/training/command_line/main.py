@@ -24,18 +24,18 @@ from library.training.command_line.cli import from_program, parse
 from library.training.command_line.replaced import refuse_replaced
 from library.training.command_line.run_lock import run_locks
 from library.training.command_line.show_timesteps import asked_preview, show_timesteps
-from library.training.faults.interruption import Interrupted, Interruption
+from library.training.failures.interruption import Interrupted, Interruption
 from library.training.reporting.event_stream import EventsOfAll, WarningEvents, warnings_told
-from library.training.reporting.speaking import speaking_of
+from library.training.reporting.log_prefix import speaking_of
 from library.training.saving.resume import AlreadyComplete
 from library.training.sweep.combinations import shared_and_own
 
 if TYPE_CHECKING:
-    from library.data.batches.training_data import TrainingData
+    from library.data.training_data import TrainingData
     from library.processes import Processes
+    from library.training.loop.prepared import Prepared
     from library.training.planning.fit import Fit
-    from library.training.run.prepared import Prepared
-    from library.training.sweep.record import SweepRecord
+    from library.training.sweep_record import SweepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +137,9 @@ def train_alone(
     warnings: WarningEvents,
 ) -> bool:
     """Train while no other run writes the same files, and tell of it; gives whether the run came to its end."""
-    from library.training.faults.deterministic import deterministic
-    from library.training.run.events import told
-    from library.training.setup.cuda_kernels import cuda_kernels
+    from library.training.models.cuda_kernels import cuda_kernels
+    from library.training.run.deterministic import deterministic
+    from library.training.run.run_events import told
 
     options, adapters = shared_and_own(options)
     for label, own in adapters.items() if options.sweep.sweep else ():
@@ -158,7 +158,7 @@ def train_alone(
 
 def show_dataset(options: TrainOptions, latents: LatentSpec) -> None:
     """Show the batches of the first epoch where no base model is named."""
-    from library.data.batches.debug import show_batches
+    from library.data.debug_dataset import show_batches
     from library.training.command_line.audit_only import audited
 
     logger.info("no base model is named, so captions are not counted in tokens: --pretrained_model_name_or_path does")
@@ -178,9 +178,9 @@ def train_network(
     from library.collector import importing
     from library.hidden_libraries import find_neither
     from library.processes import of_accelerator
-    from library.training.faults.dry_run import without_writing
-    from library.training.run.sharding import as_launched, settled_sharding
-    from library.training.setup.opening import open_accelerator
+    from library.training.models.opening import open_accelerator
+    from library.training.run.dry_run import without_writing
+    from library.training.run.shard_base_checks import as_launched, settled_sharding
 
     asked, options = options, as_launched(options)
     if options.faults.dry_run:
@@ -213,19 +213,20 @@ def train_among(
 
     `options` are what became of those that were `asked` for by what was found so far.
     """
-    from library.data.batches.debug import show_batches
+    from library.data.debug_dataset import show_batches
     from library.data.description.schema import NoDataFound
     from library.hidden_libraries import BITSANDBYTES, hidden
-    from library.training.faults.dry_run import try_largest_batch
-    from library.training.faults.out_of_memory import explained
-    from library.training.faults.selftest import test_itself
+    from library.training.failures.out_of_memory import explained
+    from library.training.models import opening
     from library.training.reporting.events import Audit
+    from library.training.run import runs
+    from library.training.run.dry_run import try_largest_batch
+    from library.training.run.prepare import prepare
+    from library.training.run.selftest import test_itself
     from library.training.saving.hub import check_repository
     from library.training.saving.resume import with_batches_of_state, with_rates_of_state
-    from library.training.setup import opening, runs
-    from library.training.setup.prepare import prepare
-    from library.training.sweep.record import SweepRecord
     from library.training.sweep.states import find_states
+    from library.training.sweep_record import SweepRecord
 
     found = find_states(options, adapters, processes)
     options = with_rates_of_state(options, found.by_label.get(""))
@@ -287,7 +288,7 @@ def fitted_to_memory(
     """The options with what --fit chooses, and the base model built for them; without it, both as they are."""
     if options.fit.fit is None:
         return options, arch, None
-    from library.data.description.plan import DataPlan
+    from library.data.plan.data_plan import DataPlan
     from library.training.planning.fit_run import fit_run
     from library.training.reporting.events import Planned
 
@@ -311,10 +312,12 @@ def train_prepared(
 
     What was trained so far is saved if an error or a number that is not finite ends it.
     """
-    from library.training.faults.failure import saved_on_error
-    from library.training.optimization.nonfinite import last_good_saved
+    from library.training.failures.failure import saved_on_error
+    from library.training.failures.nonfinite import last_good_saved
+    from library.training.loop.loop import train
+    from library.training.planning.advice import ways_out
     from library.training.planning.correction import MemoryWatch
-    from library.training.run.loop import train
+    from library.training.sweep.ranking import clearly_worse
 
     interruption.defer()
     first = prepared[0]
@@ -326,7 +329,7 @@ def train_prepared(
                 stack.enter_context(last_good_saved(one.writer))
                 stack.enter_context(saved_on_error(one.writer, one.progress, one.run.plan))
             stack.enter_context(processes.failures_told())
-            train(prepared, interruption, MemoryWatch.build(first.run, fitted))
+            train(prepared, interruption, MemoryWatch.build(first.run, fitted), ways_out, clearly_worse)
     finally:
         first.charts.close()
     if processes.is_main and (speed := first.run.times.summary()) is not None:
@@ -361,9 +364,9 @@ def has_come_to_end(prepared: "Prepared") -> bool:
 def tell_end(prepared: "Prepared", first_step: int, seconds: float) -> None:
     """Say what a complete run has trained, in `seconds` from `first_step` on, and which file is suggested."""
     from library.training.evaluation.choosing import told_choice
-    from library.training.reporting.report import finished_line
+    from library.training.reporting.console_lines import finished_line
     from library.training.saving.saved_files import files_of_run
-    from library.training.sweep.record import NOT_FINITE
+    from library.training.sweep_record import NOT_FINITE
 
     run, names, network = prepared.run, prepared.writer.names, prepared.run.options.network
     if prepared.progress.ended == NOT_FINITE:  # which was told
@@ -391,7 +394,7 @@ def report_error(error: Exception) -> None:
     What the user can put right is a sentence, and so is what the operating system refuses. Anything else is a fault of
     ours and keeps its traceback.
     """
-    from library.training.faults.failure import StoppedByError
+    from library.training.failures.failure import StoppedByError
 
     if isinstance(error, StoppedByError) and isinstance(error.__cause__, Exception):
         report_error(error.__cause__)

@@ -9,12 +9,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from library.diffusion.flow import NUM_TIMESTEPS, FlowMatching
-from library.diffusion.noise_levels import scheme_weights
+from library.diffusion.timesteps import scheme_weights
 from library.errors import UserError
 from library.launcher import launched_rank
 from library.options.train import TrainOptions
 from library.options.training.flow import TimestepPreviewOptions
-from library.training.reporting.report import announce
+from library.training.reporting.console_lines import announce
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from library.data.batches.batches import to_pixels
-from library.data.batches.images import centred, place, read_pixels
+from library.data.decoding.images import centred, place, read_pixels
+from library.data.decoding.tensors import to_pixels
 from library.data.description.buckets import Shape, cover
 from library.diffusion.inpainting import draw_mask
 from library.training.step.context import StepContext

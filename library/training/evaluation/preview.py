@@ -22,9 +22,12 @@ from library.options.training.averaging import PREVIEWS
 from library.progress import progress_bar
 from library.protocols import Architecture, LiveText
 from library.randomness import generator_for
-from library.training.evaluation.eval_mode import evaluating
 from library.training.evaluation.painted import told_of_prompt
-from library.training.evaluation.pictures import (
+from library.training.evaluation.prompts import read_prompts, settle
+from library.training.evaluation.without_side_effects import evaluating
+from library.training.failures.interruption import Interrupted, Interruption
+from library.training.reporting.console_lines import announce
+from library.training.reporting.sample_images import (
     Drawn,
     grid_path,
     is_written,
@@ -34,11 +37,8 @@ from library.training.evaluation.pictures import (
     write_grid,
     write_picture,
 )
-from library.training.evaluation.prompts import read_prompts, settle
-from library.training.faults.interruption import Interrupted, Interruption
-from library.training.reporting.logs import Charts
-from library.training.reporting.report import announce
-from library.training.run.run import Run
+from library.training.reporting.trackers import Charts
+from library.training.run_parts import Run
 from library.training.step.context import Autocast, StepContext
 from library.training.step.denoising import denoise
 from library.types import Batch, Conditioning, Noised, Prompt

@@ -21,13 +21,13 @@ from library.options.training.averaging import FILES, VALIDATION
 from library.options.training.validation import ValidationOptions
 from library.training.evaluation.choice import by_picture, is_clearly_worse
 from library.training.evaluation.choosing import TOOL, Measured, choice_of
-from library.training.evaluation.eval_mode import evaluating
 from library.training.evaluation.measurement import Measurement
 from library.training.evaluation.validation_loss import Difference, noise_levels, paired_difference
+from library.training.evaluation.without_side_effects import evaluating
 from library.training.reporting import events
-from library.training.reporting.logs import Charts
 from library.training.reporting.progress import Progress
-from library.training.run.run import Run
+from library.training.reporting.trackers import Charts
+from library.training.run_parts import Run
 from library.training.saving.checkpoints import Schedule
 from library.training.saving.saved_files import steps_of
 

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from library.errors import UserError
 from library.hidden_libraries import BITSANDBYTES, show
+from library.options.keyword_args import call_with_keywords, read_keyword_args
 from library.options.training.optimizer import OptimizerOptions
 from library.suggestions import did_you_mean
-from library.training.command_line.keyword_args import call_with_keywords, read_keyword_args
 from library.training.optimization.muon import MuonWithAdamW
 
 logger = logging.getLogger(__name__)

@@ -7,13 +7,13 @@ from math import ceil
 import torch
 
 from library.errors import NotThere
-from library.memory.planner.cards import Card, typical_card
 from library.memory.planner.choice import Allowed
+from library.memory.planner.gpus import Card, typical_card
 from library.memory.planner.prediction import CountedStep, Predicted, Way, predict
 from library.memory.planner.table import in_gib
 from library.training.planning.counting import BatchShape, count_run
 from library.training.planning.settings import allowed_ever, describe, way_of
-from library.training.run.run import Run
+from library.training.run_parts import Run
 from library.types import Batch
 from networks.core.protocol import OURS
 

@@ -8,10 +8,10 @@ import torch
 
 from library.memory.planner.choice import choose
 from library.memory.planner.table import in_gib
+from library.training.models.block_running import choose_block_runner
 from library.training.planning.fit import Fit
 from library.training.planning.settings import describe, values_of
-from library.training.run.run import Run
-from library.training.setup.adapter import choose_block_runner
+from library.training.run_parts import Run
 from library.types import Batch
 
 logger = logging.getLogger(__name__)

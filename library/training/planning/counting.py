@@ -18,9 +18,9 @@ from library.checkpoints.weights import without_values
 from library.errors import NotThere
 from library.memory.blocks import BlockRunner, plain, recompute, run_encoder_layers_with
 from library.memory.devices import DTYPES
-from library.memory.forms.form import AS_IN_FILE, WantedForm
-from library.memory.forms.int8 import matrices_forgotten
-from library.memory.forms.named import FORMS
+from library.memory.formats.format import AS_IN_FILE, WantedForm
+from library.memory.formats.int8 import matrices_forgotten
+from library.memory.formats.named import FORMS
 from library.memory.frozen import frozen_layers, layers_in_blocks, multiply_codes
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes, norms_as_on_cards
@@ -32,18 +32,18 @@ from library.memory.planner.weights import ModelWeights, bytes_of, tensors_of
 from library.options.train import TrainOptions
 from library.protocols import Architecture
 from library.randomness import generator_for
+from library.training.loop.stacked_step import losses_together, repeated
+from library.training.models.base_model import LoadedModels
+from library.training.models.block_running import trains_text_encoders
+from library.training.models.check_batches import quiet
+from library.training.models.compute import Compute
+from library.training.models.network import create
+from library.training.models.step_context import step_context
+from library.training.models.text_caching import cached_text, live_text
 from library.training.optimization.optimizers import build_optimizer
 from library.training.planning.waiting import WaitingBlocks
-from library.training.setup.adapter import trains_text_encoders
-from library.training.setup.compute import Compute
-from library.training.setup.models import LoadedModels
-from library.training.setup.network import create
-from library.training.setup.rehearsal import quiet
-from library.training.setup.runs import step_context
-from library.training.setup.text_caching import cached_text, live_text
 from library.training.step.context import Models
 from library.training.step.losses import loss_of
-from library.training.sweep.together import losses_together, repeated
 from library.types import Batch, Conditioning
 from networks.core.protocol import AdoptedNetwork, adopt, open_network_module, side_by_side
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from library.memory.planner.cards import Card
 from library.memory.planner.choice import Allowed, Choice, choose
+from library.memory.planner.gpus import Card
 from library.memory.planner.prediction import CONTEXT_BYTES, predict
 from library.memory.planner.stages import Stage
 from library.memory.planner.table import in_gib, table_of

@@ -7,17 +7,17 @@ from typing import TypeVar
 
 import torch
 
-from library.data.description.plan import DataPlan
+from library.data.plan.data_plan import DataPlan
 from library.errors import UserError, needing
 from library.memory.devices import DTYPES
-from library.memory.planner.cards import Card, measured_card, parse_size
+from library.memory.planner.gpus import Card, measured_card, parse_size
 from library.memory.planner.prediction import CONTEXT_BYTES
 from library.options.train import TrainOptions
 from library.processes import Processes
 from library.protocols import Architecture
+from library.training.models.check_batches import quiet
 from library.training.planning.counting import BatchShape, CountedRun, count_run
 from library.training.planning.fit import Fit, Sweep, fit_to
-from library.training.setup.rehearsal import quiet
 from networks.core.protocol import OURS
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from torch import nn
 
 from library.errors import UserError
 from library.memory.blocks import Stacks
-from library.memory.places.streamed import chosen
-from library.training.setup.frozen_base import waiting_blocks
+from library.memory.offload.streamed import chosen
+from library.training.models.frozen_base import waiting_blocks
 
 
 @dataclass(frozen=True)

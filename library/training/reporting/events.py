@@ -40,7 +40,7 @@ class Start(Event):
 
 @dataclass(frozen=True)
 class Audit(Event):
-    """What was found in the data; see library/data/description/facts.py."""
+    """What was found in the data; see library/data/plan/audit_values.py."""
 
     event = "audit"
     datasets: Sequence[Mapping[str, Any]]

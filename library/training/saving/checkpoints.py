@@ -13,19 +13,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import describe, readings
 from library.checkpoints.files import is_safetensors, read_header
 from library.checkpoints.folders import remove_folder
 from library.checkpoints.metadata import file_metadata, modelspec_metadata
-from library.checkpoints.model_card import ModelCard
 from library.errors import UserError
+from library.formatting import format_bytes
 from library.options.output.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
-from library.training.faults.out_of_memory import in_words
+from library.training.reporting.console_lines import announce
 from library.training.reporting.event_stream import Events
 from library.training.reporting.events import Removed, Saved, SavedFor
 from library.training.reporting.progress import Part, Progress
-from library.training.reporting.report import announce
 from library.training.saving.hub import Uploads
 from library.training.saving.rescue import NotWrittenError, bytes_of_tensors, free_bytes, write_somewhere
 from networks.core.protocol import AdoptedNetwork
@@ -191,7 +191,7 @@ class Writer:
     write_state: Callable[[Path, int, int, Collection[Part]], None]  # (folder, step, epoch, what is done of the step)
     uploads: Uploads
     state_bytes: Callable[[], int] = lambda: 0  # about what a state takes
-    cards: Sequence[ModelCard] = ()  # of the base models that files are recognised by
+    specs: Sequence[BaseModelSpec] = ()  # of the base models that files are recognised by
     rescued: dict[str, Path] = field(default_factory=dict)  # the newest files that are not at their places, by kind
     events: Events = field(default_factory=Events)
     told: set[str] = field(default_factory=set)  # what was said about readers, so that it is said once
@@ -314,14 +314,14 @@ class Writer:
         num_states = self._states.most_files(self.options.run.max_train_steps) if wanted.save_state else 0
         num_states += wanted.save_state or wanted.save_state_on_train_end or wanted.autoresume
         needed = one_file * (num_files + 1) + one_state * num_states
-        told = f"--output_dir {folder}: {in_words(free)} are free on its disk"
+        told = f"--output_dir {folder}: {format_bytes(free)} are free on its disk"
         if free < one_file:
-            raise UserError(f"{told}, and the adapter takes {in_words(one_file)}; make room or name another folder")
+            raise UserError(f"{told}, and the adapter takes {format_bytes(one_file)}; make room or name another folder")
         if free < needed:
             logger.warning(
                 "%s, and the run may write %s (%d files of %s, %d states of %s): make room, or keep fewer with "
                 "--save_last_n_steps or --save_last_n_epochs",
-                told, in_words(needed), num_files + 1, in_words(one_file), num_states, in_words(one_state),
+                told, format_bytes(needed), num_files + 1, format_bytes(one_file), num_states, format_bytes(one_state),
             )  # fmt: skip
 
     @property
@@ -377,7 +377,7 @@ class Writer:
 
     def _tell_readers(self, path: Path) -> None:
         """Log which programs use the keys of a file; in later files of a run only if something has changed."""
-        line = readers_line(self.cards, path)
+        line = readers_line(self.specs, path)
         if line is not None and line not in self.told:
             self.told.add(line)
             logger.info("%s: %s", path.name, line)
@@ -394,7 +394,7 @@ class Writer:
         return file_metadata(training, modelspec, step=step, epoch=epoch, saved_at=saved_at, is_full=is_full)
 
 
-def readers_line(cards: Sequence[ModelCard], path: Path) -> str | None:
+def readers_line(specs: Sequence[BaseModelSpec], path: Path) -> str | None:
     """How many keys a file has and which programs use them; None where that is not known."""
     if not is_safetensors(path):
         return None
@@ -402,7 +402,7 @@ def readers_line(cards: Sequence[ModelCard], path: Path) -> str | None:
         header = read_header(path)
     except (OSError, ValueError) as error:  # a network of a third party may write what it likes
         return f"its keys cannot be read back: {error}"
-    found = readings(cards, {key: entry.shape for key, entry in header.tensors.items()}, header.metadata)
+    found = readings(specs, {key: entry.shape for key, entry in header.tensors.items()}, header.metadata)
     return f"{len(header.tensors)} keys, {describe(found)}" if found else None
 
 

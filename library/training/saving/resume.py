@@ -13,9 +13,8 @@ from library.checkpoints.folders import tidy
 from library.errors import UserError, few
 from library.options.train import TrainOptions
 from library.processes import Processes
-from library.training.command_line.config_file import SECRETS
-from library.training.evaluation.pictures import is_preview_stem, preview_folders
-from library.training.run.plan import Plan
+from library.training.config_file import SECRETS
+from library.training.reporting.sample_images import is_preview_stem, preview_folders
 from library.training.saving.checkpoints import Names
 from library.training.saving.hub import fetch_state
 from library.training.saving.state import (
@@ -26,6 +25,7 @@ from library.training.saving.state import (
     read_facts,
     require_undamaged,
 )
+from library.training.step.accumulation import Plan
 
 logger = logging.getLogger(__name__)
 

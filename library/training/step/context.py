@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.memory.places.spread import Spread
+from library.memory.offload.sharded import Spread
 from library.protocols import Architecture, LiveText
 from library.training.step.conditioning import CaptionMemo
 from networks.core.protocol import AdoptedNetwork

@@ -15,8 +15,8 @@ import torch
 
 from library.training.evaluation.choice import CONFIDENCE, Compared, choose, is_clearly_worse
 from library.training.evaluation.choosing import interval
-from library.training.report.page import page_of
-from library.training.report.writer import write_page
+from library.training.report_page.page import page_of
+from library.training.report_page.writer import write_page
 from library.training.reporting.event_stream import plain
 
 logger = logging.getLogger(__name__)

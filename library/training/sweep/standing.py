@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from library.training.run.prepared import Prepared
+from library.training.loop.prepared import Prepared
 from library.training.sweep.ranking import Measured
-from library.training.sweep.record import SweepRecord
+from library.training.sweep_record import SweepRecord
 
 
 def standing_of(prepared: Sequence[Prepared], sweep: SweepRecord) -> list[Measured]:

@@ -19,7 +19,7 @@ from library.training.saving.state import (
     read_facts,
     require_undamaged,
 )
-from library.training.sweep.record import PART, Ended, SweepRecord
+from library.training.sweep_record import PART, Ended, SweepRecord
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from library.errors import UserError
 from networks.core.changes.change import Leaves
-from networks.core.changes.leaves import DORA_SCALE
+from networks.core.changes.parameter_keys import DORA_SCALE
 
 logger = logging.getLogger(__name__)
 

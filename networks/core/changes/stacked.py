@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from networks.core.changes.alpha import ScaledDelta
 from networks.core.changes.change import Forward, in_dtype_of
-from networks.core.changes.joins import scale_columns
-from networks.core.changes.scaled import ScaledDelta
+from networks.core.changes.dora import scale_columns
 
 
 @runtime_checkable

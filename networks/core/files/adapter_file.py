@@ -24,7 +24,7 @@ from torch import Tensor
 from library.checkpoints.adapter_keys import AdapterKey, without_peft_prefix
 from library.checkpoints.files import PEFT_STEM, file_in_folder, is_safetensors, load_state_dict, read_metadata
 from library.errors import UserError
-from networks.core.changes.leaves import ALPHA
+from networks.core.changes.parameter_keys import ALPHA
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.reading_writing import WITHOUT_THEM, save_network
 from networks.core.kinds import norm

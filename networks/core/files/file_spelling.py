@@ -12,12 +12,12 @@ from torch import Tensor
 
 from library.checkpoints.adapter_keys import AdapterKey
 from library.checkpoints.adapter_names import BaseNames, placed
-from networks.core.changes import rows
-from networks.core.changes.leaves import ALPHA, DORA_SCALE
+from networks.core.changes import qkv_rows
+from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.files.adapter_file import parse_adapter
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import shares_of, swap_halves, without_alpha
-from networks.core.kinds.pieces import leaf_of
+from networks.core.kinds.qkv_pieces import leaf_of
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class FileSpelling:
         found = dict(module.tensors)
         if module.kind.has_alpha and ALPHA not in spelled.keys:
             found = without_alpha(module)
-        if DORA_SCALE in found and rows.PEFT_MAGNITUDES in spelled.keys.get(DORA_SCALE, ""):
-            found[DORA_SCALE] = rows.as_peft_magnitudes(found[DORA_SCALE])
+        if DORA_SCALE in found and qkv_rows.PEFT_MAGNITUDES in spelled.keys.get(DORA_SCALE, ""):
+            found[DORA_SCALE] = qkv_rows.as_peft_magnitudes(found[DORA_SCALE])
         return {spelled.keys.get(leaf, f"{spelled.name}.{leaf}"): tensor for leaf, tensor in found.items()}
 
 

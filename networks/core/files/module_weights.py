@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from networks.core.changes import rows
+from networks.core.changes import qkv_rows
 from networks.core.changes.change import AdditiveChange, Change, LowRankChange, Misfit
-from networks.core.changes.joins import are_per_output
-from networks.core.changes.leaves import ALPHA, DORA_SCALE
+from networks.core.changes.dora import are_per_output
+from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.kinds import lora
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.table import PIECES, change_of, kind_of
@@ -98,8 +98,8 @@ class ModuleWeights:
     def magnitudes(self) -> Tensor:
         """Those of DoRA: (O, 1), (1, I), (O, 1, 1, 1) or (1, I, 1, 1)."""
         found = self.tensors[DORA_SCALE]
-        if f".{rows.PEFT_MAGNITUDES}" in self.keys.get(DORA_SCALE, "") or found.dim() == 1:
-            return rows.peft_magnitudes(found, len(self.shape))
+        if f".{qkv_rows.PEFT_MAGNITUDES}" in self.keys.get(DORA_SCALE, "") or found.dim() == 1:
+            return qkv_rows.peft_magnitudes(found, len(self.shape))
         return found
 
     def change(self, dtype: torch.dtype | None = torch.float32) -> Change:

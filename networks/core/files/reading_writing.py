@@ -22,16 +22,16 @@ from library.checkpoints.files import (
 )
 from library.checkpoints.hashes import with_hashes
 from library.errors import UserError
-from networks.core.adapter import Adapter
+from networks.core.changes.adapter import Adapter
+from networks.core.changes.alpha import ScaledDelta
 from networks.core.changes.change import StoredOtherwise, in_shape_of
-from networks.core.changes.joins import are_per_output
-from networks.core.changes.leaves import ALPHA, DORA_SCALE
-from networks.core.changes.scaled import ScaledDelta
-from networks.core.changes.turned import Turned
+from networks.core.changes.dora import are_per_output
+from networks.core.changes.orthogonal import Turned
+from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds import norm
 from networks.core.kinds.kind import Kind
-from networks.core.kinds.pieces import by_rows, is_in_rows, whole_and_leaf
+from networks.core.kinds.qkv_pieces import by_rows, is_in_rows, whole_and_leaf
 from networks.core.kinds.rotations.oft import TurnedOutputs
 from networks.core.kinds.table import KINDS, PIECES, SHARED, kind_of
 

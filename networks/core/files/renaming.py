@@ -12,12 +12,12 @@ from torch import Tensor
 
 from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames
 from library.errors import UserError
-from networks.core.changes import rows
-from networks.core.changes.leaves import ALPHA, DORA_SCALE
+from networks.core.changes import qkv_rows
+from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 from networks.core.files.adapter_file import AdapterFile
 from networks.core.files.module_weights import ModuleWeights, named_twice
 from networks.core.kinds import lora, norm
-from networks.core.kinds.pieces import leaf_of
+from networks.core.kinds.qkv_pieces import leaf_of
 from networks.core.kinds.rotations import oft_v2
 from networks.core.kinds.table import held_leaves
 
@@ -55,13 +55,13 @@ def rename(
     groups = group_by_place(file, names, frozenset(lost))
     are_apart = keeps_pieces and any(is_apart(found, members) for found, members in groups.items())
     for found, members in groups.items():
-        dtypes = {dtype for member in members for dtype in rows.dtypes_of(member.tensors)}
+        dtypes = {dtype for member in members for dtype in qkv_rows.dtypes_of(member.tensors)}
         for name, tensors in in_naming(found, members, to, file.origin, are_apart):
             if to == "diffusers" and DORA_SCALE in tensors:
-                tensors = {**tensors, DORA_SCALE: rows.as_peft_magnitudes(tensors[DORA_SCALE])}
+                tensors = {**tensors, DORA_SCALE: qkv_rows.as_peft_magnitudes(tensors[DORA_SCALE])}
             keys = {leaf: f"{name}.{ending(leaf, to)}" for leaf in tensors}
             modules[name] = ModuleWeights(name, tensors, keys, origin=file.origin)
-            if not dtypes >= rows.dtypes_of(tensors):
+            if not dtypes >= qkv_rows.dtypes_of(tensors):
                 widened.append(name)
     if not modules:
         raise UserError(f"{file.origin}: the {to} naming can hold none of its {len(file.modules)} modules")
@@ -162,7 +162,7 @@ def swap_halves(module: ModuleWeights, origin: str) -> ModuleWeights:
         return module
     if module.kind.shape_of is not None and module.shape[0] != 2 * module.shape[1]:
         return module
-    swapped = None if module.kind.shape_of is None else rows.swap_halves(module.tensors)
+    swapped = None if module.kind.shape_of is None else qkv_rows.swap_halves(module.tensors)
     if swapped is None:
         raise UserError(
             f"{origin}: the halves of the rows of {module.name} have another order in diffusers, and its "
@@ -214,11 +214,11 @@ def split_rows(
     found: ModuleNames, tensors: Mapping[str, Tensor], origin: str
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """One LoRA per piece."""
-    num_rows, num_shares = rows.num_rows(tensors), sum(piece.share for piece in found.pieces)
+    num_rows, num_shares = qkv_rows.num_rows(tensors), sum(piece.share for piece in found.pieces)
     if num_rows % num_shares:
         raise UserError(f"{origin}: {found.kohya} has {num_rows} outputs, which is no multiple of {num_shares}")
     for piece, of_piece in zip(found.pieces, rows_of_pieces(found, num_rows // num_shares), strict=True):
-        yield piece.diffusers, rows.take_rows(tensors, of_piece)
+        yield piece.diffusers, qkv_rows.take_rows(tensors, of_piece)
 
 
 def rows_of_pieces(found: ModuleNames, unit: int) -> Iterator[slice]:
@@ -232,10 +232,10 @@ def rows_of_pieces(found: ModuleNames, unit: int) -> Iterator[slice]:
 def join_pieces(found: ModuleNames, pieces: Mapping[int | None, ModuleWeights], origin: str) -> ModuleWeights:
     """One LoRA for all pieces; the rows of a piece that the file lacks are zero."""
     folded = {i: without_alpha(module) for i, module in pieces.items() if i is not None}
-    units = {rows.num_rows(folded[i]) / piece.share for i, piece in enumerate(found.pieces) if i in folded}
+    units = {qkv_rows.num_rows(folded[i]) / piece.share for i, piece in enumerate(found.pieces) if i in folded}
     if len(units) > 1 or not next(iter(units)).is_integer():
         raise UserError(f"{origin}: the sizes of the pieces of {found.kohya} do not fit together")
-    tensors = rows.join_rows(folded, list(rows_of_pieces(found, int(next(iter(units))))))
+    tensors = qkv_rows.join_rows(folded, list(rows_of_pieces(found, int(next(iter(units))))))
     return ModuleWeights(found.kohya, tensors, {leaf: f"{found.kohya}.{leaf}" for leaf in tensors})
 
 
@@ -259,8 +259,8 @@ def fold_scale(tensors: Mapping[str, Tensor], scaled: str, scale: float) -> dict
 def ending(leaf: str, naming: FileNaming) -> str:
     """The end of a key."""
     if naming == "diffusers" and leaf == DORA_SCALE:
-        return rows.PEFT_MAGNITUDES_IN_MEMORY
-    return leaf if naming == "kohya" else rows.SPELLED_ELSEWHERE.get(leaf, leaf)
+        return qkv_rows.PEFT_MAGNITUDES_IN_MEMORY
+    return leaf if naming == "kohya" else qkv_rows.SPELLED_ELSEWHERE.get(leaf, leaf)
 
 
 def some_keys(keys: Iterable[str], most: int = 6) -> str:

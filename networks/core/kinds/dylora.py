@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.randomness import random_for
-from networks.core.arguments import NetworkArguments
+from networks.core.arguments.parsing import NetworkArguments
+from networks.core.changes.alpha import ScaledDelta
 from networks.core.changes.change import factor
-from networks.core.changes.leaves import UP
-from networks.core.changes.scaled import ScaledDelta
+from networks.core.changes.parameter_keys import UP
+from networks.core.kinds.kind import Network
 from networks.core.kinds.lora import LowRank, add_product, run_like, start_up_moving
-from networks.core.network import AdapterNetwork
-from networks.core.sites.targets import Site
+from networks.core.targets.targets import Site
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def part(weight: Tensor, axis: int, first: int, end: int) -> Tensor:
     return torch.cat([weight.detach().narrow(axis, 0, first), weight.narrow(axis, first, end - first)], axis)
 
 
-def draw_rank(network: AdapterNetwork, seed: int, step: int) -> None:
+def draw_rank(network: Network, seed: int, step: int) -> None:
     """Choose the rank of optimizer step `step` (from 0), one for all modules, every multiple of the unit equally often.
 
     It is a function of seed and step, so it is the same in every process, in every batch of an accumulation window, in
@@ -124,7 +124,7 @@ def draw_rank(network: AdapterNetwork, seed: int, step: int) -> None:
         delta.use_rows(*rows[key])
 
 
-def check_units(network: AdapterNetwork) -> None:
+def check_units(network: Network) -> None:
     """Log which ranks are trained. Raises UserError naming the nearest multiples where a rank is none of its unit."""
     for site, delta in nested_modules(network):
         unit = unit_of(site, network.arguments)
@@ -145,7 +145,7 @@ def check_units(network: AdapterNetwork) -> None:
         )  # fmt: skip
 
 
-def measure_of(network: AdapterNetwork) -> tuple[int, int]:
+def measure_of(network: Network) -> tuple[int, int]:
     """(full rank, unit) of the network: the largest rank of its plain layers; of its convolutions if that is all."""
     modules = nested_modules(network)
     plain = [(delta.rank, unit_of(site, network.arguments)) for site, delta in modules if site.kind == "plain"]
@@ -157,7 +157,7 @@ def unit_of(site: Site, arguments: NetworkArguments) -> int:
     return arguments.unit if site.kind == "plain" else arguments.conv_unit
 
 
-def nested_modules(network: AdapterNetwork) -> list[tuple[Site, NestedRank]]:
+def nested_modules(network: Network) -> list[tuple[Site, NestedRank]]:
     """The modules that have a rank; trained norms have none."""
     found = []
     for member in network.members:

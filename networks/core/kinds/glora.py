@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.core.changes.change import Change, Leaves, MergedOnly, Misfit, in_shape_of
-from networks.core.changes.leaves import ALPHA
+from networks.core.changes.parameter_keys import ALPHA
 from networks.core.kinds.kind import Kind
 
 NEEDS = A1, A2, B1, B2 = "a1.weight", "a2.weight", "b1.weight", "b2.weight"

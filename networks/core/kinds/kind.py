@@ -1,14 +1,16 @@
 """A kind of adapter as files have it, and the door through which it is trained."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from library.checkpoints.adapter_names import FileNaming
+from networks.core.arguments.parsing import NetworkArguments
+from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import Change, Delta, Leaves, MakeDelta
-from networks.core.changes.leaves import ALPHA, DORA_SCALE
+from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
 
 MakeChange = Callable[..., Change]
 """(the layer, its rank, dropouts, whether a strength is trained, the tensors of a file or None) -> its change."""
@@ -21,6 +23,22 @@ MakeFresh = Callable[[nn.Module, str, int, float, Any, tuple[int, ...] | None], 
 
 MakeSplit = Callable[[nn.Linear, int, tuple[int, ...]], Delta]
 """(a fused layer, the rank of each projection, the outputs of each) -> the change of its weight."""
+
+
+class Member(Protocol):
+    """One adapter of a network, as the hooks of a kind see it."""
+
+    @property
+    def adapter(self) -> Adapter: ...
+
+
+class Network(Protocol):
+    """All adapters of a run, as the hooks of a kind see them."""
+
+    arguments: NetworkArguments
+
+    @property
+    def members(self) -> Sequence[Member]: ...
 
 
 @dataclass(frozen=True)

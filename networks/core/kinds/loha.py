@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from networks.core.changes import products
+from networks.core.changes.alpha import read_with
 from networks.core.changes.change import Leaves, check_kernel
-from networks.core.changes.scaled import read_with
 from networks.core.kinds.kind import Door, Kind
 from networks.core.kinds.lora import add_product, run_like
 

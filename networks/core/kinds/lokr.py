@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
+from networks.core.changes.alpha import ScaledDelta
 from networks.core.changes.change import Delta, Leaves, check_kernel, fill, in_dtype_of, stand_in
-from networks.core.changes.joins import scale_columns
-from networks.core.changes.scaled import ScaledDelta
+from networks.core.changes.dora import scale_columns
 from networks.core.kinds.kind import Door, Kind
 from networks.core.kinds.loha import IS_3X3
-from networks.core.kinds.pieces import changes_in
+from networks.core.kinds.qkv_pieces import changes_in
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
+from networks.core.changes.alpha import read_with
 from networks.core.changes.change import Leaves, check_kernel, factor, in_dtype_of
-from networks.core.changes.leaves import ALPHA, DOWN, UP
-from networks.core.changes.scaled import read_with
+from networks.core.changes.parameter_keys import ALPHA, DOWN, UP
 from networks.core.kinds.kind import Kind
 
 

@@ -7,9 +7,9 @@ from math import sqrt
 from torch import nn
 
 from networks.core.changes.change import Delta, factor
-from networks.core.changes.split import SplitRank
+from networks.core.changes.qkv_split import SplitRank
+from networks.core.kinds.kind import Network
 from networks.core.kinds.lora import LowRank
-from networks.core.network import AdapterNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def freeze(down: nn.Module, rank: int) -> None:
     down.register_buffer("weight", weight)
 
 
-def warn_of_ratios(network: AdapterNetwork) -> None:
+def warn_of_ratios(network: Network) -> None:
     """Say what LoRA+ comes to where there is no down factor to compare with."""
     given = [name for name in LORAPLUS_RATIOS if getattr(network.arguments, name)]
     if given:

@@ -7,8 +7,8 @@ from torch import nn
 from library.checkpoints.adapter_names import FileNaming
 from library.errors import UserError
 from networks.core.changes.change import Change, Leaves
-from networks.core.changes.leaves import ALPHA, DORA_SCALE
-from networks.core.kinds import full, glora, ia3, loha, lokr, lora, norm, pieces, tucker
+from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE
+from networks.core.kinds import full, glora, ia3, loha, lokr, lora, norm, qkv_pieces, tucker
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.rotations import boft, oft, oft_v2
 
@@ -33,7 +33,7 @@ SHARED = frozenset((ALPHA, DORA_SCALE))
 def kind_of(leaves: Collection[str]) -> Kind:
     """The kind that a module with these leaves is; of incomplete modules the one that they belong to."""
     there = frozenset(leaves)
-    if pieces.is_in_rows(there):
+    if qkv_pieces.is_in_rows(there):
         return PIECES
     complete = (kind for kind in KINDS if kind.needs and there.issuperset(kind.needs))
     begun = (kind for kind in reversed(KINDS) if there & (kind.leaves - SHARED))
@@ -51,7 +51,7 @@ def change_of(leaves: Leaves, layer: nn.Module | None = None) -> Change:
     return kind.read(leaves, layer)
 
 
-PIECES = pieces.kind_with(change_of)
+PIECES = qkv_pieces.kind_with(change_of)
 """Several modules of a file in one layer of the base model. It is no row of the table: no file has it."""
 
 

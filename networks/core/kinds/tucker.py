@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from networks.core.changes.alpha import read_with
 from networks.core.changes.change import Leaves
-from networks.core.changes.leaves import DOWN, UP
-from networks.core.changes.scaled import read_with
+from networks.core.changes.parameter_keys import DOWN, UP
 from networks.core.kinds import lora
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.lora import add_product, narrow_like, run_down, start_up_moving

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from library.architectures.cards import list_network_arguments
+from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
-from networks.core.sites.targets import AdapterTargets, Part
+from networks.core.targets.targets import AdapterTargets, Part
 
 NUM_BLOCKS = 2
 LAYERS = ("mix", "lift")

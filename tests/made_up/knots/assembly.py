@@ -1,11 +1,11 @@
 """Knots: the assembly, and the table of contents of this package."""
 
-from library.architectures.cards import list_cards
 from library.architectures.knots.adapters import view
 from library.architectures.knots.load import open_loader
 from library.architectures.knots.options import KnotsOptions
 from library.architectures.knots.predict import predict
 from library.architectures.knots.text import ByteText
+from library.architectures.specs import list_specs
 from library.diffusion.objective import build_ddpm
 from library.models.recipe import OTHER_ATTENTION, Recipe
 from library.models.unet.preview import build_unet_preview
@@ -35,6 +35,6 @@ def build(options: KnotsOptions) -> Architecture:
         view=view,
         preview=build_unet_preview(options, text, predict),
         metadata=RECIPE.describe(options),
-        cards=list_cards(),
+        specs=list_specs(),
         ignores=RECIPE.ignores,
     )

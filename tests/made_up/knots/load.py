@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.architectures.cards import list_cards
 from library.architectures.knots.model import ByteEncoder, Knots, KnotsConfig, read_config
 from library.architectures.knots.options import KnotsOptions
+from library.architectures.specs import list_specs
 from library.checkpoints import model_lookup
 from library.checkpoints.weights import Weights, configure, with_prefix
 from library.errors import UserError
 from library.memory.devices import DTYPES
-from library.memory.forms.form import Form
+from library.memory.formats.format import Form
 from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Component, materialise
 from library.models.vae.vae import empty_vae, vae_of_checkpoint
@@ -53,10 +53,10 @@ def empty_knots(config: KnotsConfig) -> Knots:
 def open_denoiser(flag: str, path: Path) -> tuple[Weights, Weights]:
     """(the whole file, the denoiser in it). Raises UserError naming `flag` for another model, saying which."""
     if path.is_dir():
-        refuse_other_folder(list_cards(), flag, path, "knots")
+        refuse_other_folder(list_specs(), flag, path, "knots")
         raise UserError(f"{flag} {path} is a folder; Knots is one file")
     whole = model_lookup.open_file(flag, path)
-    refuse_other_model(list_cards(), flag, str(path), whole.shapes, "knots")
+    refuse_other_model(list_specs(), flag, str(path), whole.shapes, "knots")
     denoiser = with_prefix(whole, DENOISER_PREFIX)
     if not denoiser.shapes:
         raise UserError(f"{flag} {path}: nothing in it begins with {DENOISER_PREFIX!r}, so it is no Knots model")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.architectures.cards import list_cards
+from library.architectures.specs import list_specs
 from library.checkpoints.files import save_safetensors
 from library.checkpoints.recognition import keys_of_text_encoders, require_card
 from networks.core.files.adapter_file import parse_adapter
@@ -67,13 +67,13 @@ def test_one_key_tells_the_base_model(base: str | None, key: str, shape: tuple[i
 
 def test_an_unknown_base_model_is_refused_and_those_that_are_known_are_named() -> None:
     with pytest.raises(ValueError, match=r"x\.safetensors: its keys do not tell.*Anima, FLUX\.1, .*Diffusion 1\.x"):
-        require_card(list_cards(), {"something.else": (4, 4)}, {}, "x.safetensors")
+        require_card(list_specs(), {"something.else": (4, 4)}, {}, "x.safetensors")
 
 
 def test_a_file_gets_the_card_of_its_base_model() -> None:
     for base, key, shape in CASES:
         if base is not None:
-            assert require_card(list_cards(), {key: shape}, {}, "x").name == base
+            assert require_card(list_specs(), {key: shape}, {}, "x").name == base
 
 
 LAYER = "encoder.layers.0.mlp.fc1"
@@ -104,6 +104,6 @@ def test_text_encoders_are_told_in_every_naming(name: str, tmp_path: Path) -> No
 def test_a_key_with_a_processor_in_its_name_has_a_readable_one_in_a_model() -> None:
     down, up = torch.ones(4, 768), torch.ones(320, 4)
     file = parse_adapter({OLD: down, OLD.replace("down.weight", "up.weight"): up}, {}, "old.safetensors")
-    (module,) = in_a_model(file, [card.names for card in list_cards()]).modules.values()
+    (module,) = in_a_model(file, [spec.names for spec in list_specs()]).modules.values()
     assert module.name == f"unet.{OLD.partition('.processor')[0]}.to_k"
     assert set(module.keys.values()) == {f"{module.name}.lora_down.weight", f"{module.name}.lora_up.weight"}

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from library.architectures.cards import list_cards
+from library.architectures.specs import list_specs
 from library.checkpoints.compatibility import Reading, describe, problems, readings
 
 Shapes = dict[str, tuple[int, ...]]
@@ -35,11 +35,11 @@ def clips(make: Callable[[str, int], Shapes], prefix: str, width: int = 768) -> 
 
 def amounts(shapes: Shapes) -> str:
     """One letter per program: A all, S some, N none."""
-    return "".join(reading.amount[0].upper() for reading in readings(list_cards(), shapes, {}))
+    return "".join(reading.amount[0].upper() for reading in readings(list_specs(), shapes, {}))
 
 
 def by(program: str, shapes: Shapes) -> Reading:
-    return next(reading for reading in readings(list_cards(), shapes, {}) if reading.program == program)
+    return next(reading for reading in readings(list_specs(), shapes, {}) if reading.program == program)
 
 
 def lumina_block(place: str, has_modulation: bool = True) -> Shapes:
@@ -219,7 +219,7 @@ BOTH_CLIPS = {f"lora_te{n}_{CLIP.format(0).replace('.', '_')}.lora_down.weight":
 @pytest.mark.parametrize("version", ["sdxl_base_v1-0", "5-medium"])
 def test_forge_reads_text_encoders_alone_under_diffusers_names(version: str) -> None:
     """Beside a denoiser of that naming it refuses the file for the denoiser's keys."""
-    found = {r.program: r.amount for r in readings(list_cards(), TEXT_ONLY, {"ss_base_model_version": version})}
+    found = {r.program: r.amount for r in readings(list_specs(), TEXT_ONLY, {"ss_base_model_version": version})}
     assert found["Forge"] == "all" and found["ComfyUI"] == "all" and found["A1111-style"] == "none"
     denoiser = {key for n in range(7) for key in ab(f"unet.down_blocks.1.attentions.{n}.proj_in", 640)}
     assert by("Forge", TEXT_ONLY | dict.fromkeys(denoiser, (4, 640))).amount == "none"
@@ -239,14 +239,14 @@ def test_files_of_text_encoders_are_of_the_base_model_that_their_metadata_names(
 ) -> None:
     shapes = {key.replace("lora_te_encoder_block", "lora_te3_encoder_block"): shape for key, shape in shapes.items()}
     (found,) = (
-        r for r in readings(list_cards(), shapes, {"ss_base_model_version": version}) if r.program == "diffusers"
+        r for r in readings(list_specs(), shapes, {"ss_base_model_version": version}) if r.program == "diffusers"
     )
     assert found.amount == "none" and found.reasons[0].startswith(says)
 
 
 def test_the_denoiser_says_more_than_the_metadata() -> None:
     shapes = ab("diffusion_model.blocks.0.cross_attn.q_proj", 2048)
-    assert readings(list_cards(), shapes, {"ss_base_model_version": "flux1"}) == readings(list_cards(), shapes, {})
+    assert readings(list_specs(), shapes, {"ss_base_model_version": "flux1"}) == readings(list_specs(), shapes, {})
 
 
 def test_stable_diffusion_cpp_loses_q_k_v_of_the_text_encoder_of_sd2() -> None:
@@ -267,17 +267,17 @@ def test_peft_names_are_read_by_none() -> None:
 
 
 def test_the_line_groups_programs_by_what_they_use() -> None:
-    line = describe(readings(list_cards(), ab(SD1_UNET) | ab(SD1_FF), {}))
+    line = describe(readings(list_specs(), ab(SD1_UNET) | ab(SD1_FF), {}))
     assert line == "all used by diffusers, stable-diffusion.cpp; some by ComfyUI (2 of 4); none by Forge, A1111-style"
 
 
 def test_the_line_for_an_unknown_base_model() -> None:
-    assert readings(list_cards(), {"x.lora_A.weight": (4, 4)}, {}) == ()
+    assert readings(list_specs(), {"x.lora_A.weight": (4, 4)}, {}) == ()
     assert describe(()) == "its keys do not tell which base model they are for"
 
 
 def test_reasons_are_given_once_and_name_the_program() -> None:
-    found = readings(list_cards(), LORA | {f"{NAME}.dora_scale": (1, 768)}, {})
+    found = readings(list_specs(), LORA | {f"{NAME}.dora_scale": (1, 768)}, {})
     assert list(problems(found)) == [
         "diffusers: it drops dora_scale: what is left acts as plain LoRA",
         "stable-diffusion.cpp: it has no norm weights and no DoRA: what is left acts as plain LoRA",

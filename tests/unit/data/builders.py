@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from library.data.batches.planned import PlannedBatches
-from library.data.batches.training_data import open_batches
 from library.data.batches.validation_set import ValidationSet
-from library.data.description.plan import DataPlan, build_plan
+from library.data.plan.data_plan import DataPlan, build_plan
+from library.data.training_data import open_batches
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
 from library.types import Batch

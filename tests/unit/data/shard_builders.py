@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from library.data.description.plan import DataPlan
-from library.data.sources.storage import Storage
+from library.data.plan.data_plan import DataPlan
+from library.data.sources.storage.storage import Storage
 from tests.unit.data.builders import plan_of, write_config
 
 DATASET = "[[datasets]]\nresolution = 64\nbatch_size = 2\nenable_bucket = true\nmin_bucket_reso = 64\n"

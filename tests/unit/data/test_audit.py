@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from library.data.description import summary
-from library.data.description.plan import build_plan
 from library.data.description.schema import NoDataFound
+from library.data.plan import summary
+from library.data.plan.data_plan import build_plan
 from tests.unit.data.builders import SPEC, options_of, plan_of, write_config, write_folder, write_picture
 
 
@@ -80,7 +80,7 @@ def test_very_many_captions_are_counted_beside_the_run(tmp_path, caplog, monkeyp
         threads.append(threading.current_thread().name)
         return len(caption.split())
 
-    monkeypatch.setattr("library.data.description.plan.MOST_COUNTED_AT_START", 39)
+    monkeypatch.setattr("library.data.plan.data_plan.MOST_COUNTED_AT_START", 39)
     text = audited(config(tmp_path, ""), caplog, words, 4)
     assert "40 pictures" in text and "looked for meanwhile" in text and "longer" not in text
     (counting,) = (thread for thread in threading.enumerate() if thread.name == "count tokens")

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from library.data.batches.planned import PlannedBatches
-from library.data.batches.training_data import open_batches
 from library.data.caching.filling import shared_out
 from library.data.caching.latents import cache_latents, plan_jobs
-from library.data.description.plan import DataPlan
+from library.data.plan.data_plan import DataPlan
+from library.data.training_data import open_batches
 from library.options.caching import CachingOptions
 from library.processes import Processes
 from library.protocols import LatentSpec

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from library.data.batches.order import Bucket, epoch_batches
 from library.data.description.buckets import BucketRules, Shape
 from library.data.description.schema import DatasetConfig, SubsetConfig
+from library.data.plan.order import Bucket, epoch_batches
+from library.data.plan.samples import Sample, build_draws, build_samples
 from library.data.sources.columns import BLOCK, Texts
-from library.data.sources.pictures import Picture, Pictures, Place, Places
-from library.data.sources.samples import Sample, build_draws, build_samples
+from library.data.sources.images import Picture, Pictures, Place, Places
 from library.data.sources.scanned import ScannedDataset, ScannedSubset
 from library.randomness import random_for
 from tests.unit.data.builders import plan_of, write_config, write_folder

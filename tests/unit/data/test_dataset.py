@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from library.data.batches.batches import BatchMaker, BatchOrder, PartialBatch
-from library.data.batches.debug import show_batches
 from library.data.batches.planned import maker_of
-from library.data.batches.training_data import open_batches
 from library.data.caching.stores import NO_LATENTS, NO_TEXTS
+from library.data.debug_dataset import show_batches
+from library.data.training_data import open_batches
 from tests.unit.data.builders import (
     batches_of,
     content_of,

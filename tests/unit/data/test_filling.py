@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from library.data.caching.filling import Codec, Found, fill
-from library.data.caching.npz import MISSING, CacheWords, Verdict, writing
+from library.data.decoding.npz import MISSING, CacheWords, Verdict, writing
 from library.errors import UserError
 from library.processes import ALONE, Processes
 from tests.unit.test_processes import Board

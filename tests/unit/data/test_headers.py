@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from library.data.batches.images import orientation_of
+from library.data.decoding.images import orientation_of
 from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
 
 MODES = {"PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"), "JPEG": ("RGB", "L", "CMYK"), "WEBP": ("RGB", "RGBA")}

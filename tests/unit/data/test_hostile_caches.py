@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from library.data.caching import npz
+from library.data.decoding import npz
 from library.errors import UserError
 from tests.unit.data import test_text_cache as texts
 from tests.unit.data.builders import options_of, plan_of, write_folder

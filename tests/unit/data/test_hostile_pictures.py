@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.data.batches.images import read_pixels, read_size
+from library.data.decoding.images import read_pixels, read_size
 from tests.unit.data.builders import options_of, plan_of, write_config, write_folder, write_picture
 from tests.unit.data.test_cache import cache, file_of, latents_by_key
 

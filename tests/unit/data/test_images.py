@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from library.data.batches.images import (
+from library.data.decoding.images import (
     Face,
     Placement,
     apply_gamma,

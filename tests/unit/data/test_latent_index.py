@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from library.data.caching import latent_index
-from library.data.caching.npz import Verdict
-from library.data.sources.folders import picture_index
+from library.data.decoding.npz import Verdict
+from library.data.sources.folders import image_index
 from tests.unit.data.test_cache import (
     cache,
     edit_picture,
@@ -33,8 +33,8 @@ TICK_S = 0.02  # more than a tick of the clock that files get their times from
 @pytest.fixture(autouse=True)
 def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The cache files that are opened for a check. Every folder counts as large, files as settled at once."""
-    monkeypatch.setattr(picture_index, "MIN_FILES", 1)
-    monkeypatch.setattr(picture_index, "SETTLED_NS", 0)
+    monkeypatch.setattr(image_index, "MIN_FILES", 1)
+    monkeypatch.setattr(image_index, "SETTLED_NS", 0)
     names: list[str] = []
     judge = latent_index.judge
 
@@ -108,7 +108,7 @@ def test_only_files_of_known_endings_lie_beside_pictures(folder):  # noqa: F811
     settle()
     cache(folder)
     names = {path.name for path in (folder / "2_a").iterdir()}
-    assert {latent_index.FILE_NAME, picture_index.FILE_NAME} <= names
+    assert {latent_index.FILE_NAME, image_index.FILE_NAME} <= names
     assert {Path(name).suffix for name in names} <= {".png", ".txt", ".npz"}
 
 
@@ -168,11 +168,11 @@ def test_entries_of_two_sizes_in_one_file(folder, judged):  # noqa: F811
 
 
 def test_small_folders_and_unsettled_files_have_no_index(folder, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(picture_index, "MIN_FILES", 4)
+    monkeypatch.setattr(image_index, "MIN_FILES", 4)
     cache(folder)
     assert not list((folder / "2_a").glob(".*"))
-    monkeypatch.setattr(picture_index, "MIN_FILES", 1)
-    monkeypatch.setattr(picture_index, "SETTLED_NS", 10**12)
+    monkeypatch.setattr(image_index, "MIN_FILES", 1)
+    monkeypatch.setattr(image_index, "SETTLED_NS", 10**12)
     cache(folder)
     cache(folder)
     assert not (folder / "2_a" / latent_index.FILE_NAME).exists()

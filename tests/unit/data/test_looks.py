@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from library.data.description.findings import BLURRED, EMPTY, MOST_BITS, findings_of
-from library.data.description.looks import HASH_BITS, Look, groups_of, look_at, sharpness_of, similar_pairs
+from library.data.plan.audit_findings import BLURRED, EMPTY, MOST_BITS, findings_of
+from library.data.plan.audit_pixels import HASH_BITS, Look, groups_of, look_at, sharpness_of, similar_pairs
 
 TRAINED = (256, 256)
 

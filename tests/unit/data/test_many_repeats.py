@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from library.data.sources import samples
+from library.data.plan import samples
 from library.errors import UserError
 from tests.unit.data.builders import options_of, plan_of, write_folder
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.data.batches.order import Bucket, epoch_batches, regularisation_repeats
+from library.data.plan.order import Bucket, epoch_batches, regularisation_repeats
 
 BUCKETS = (
     Bucket(0, (64, 64), 4, tuple(range(10))),

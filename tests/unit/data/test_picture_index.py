@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from library.data.batches.threads import BLOCK, in_blocks
-from library.data.description.plan import DataPlan
-from library.data.sources.folders import picture_index, reading, scan
+from library.data.decoding.threads import BLOCK, in_blocks
+from library.data.plan.data_plan import DataPlan
+from library.data.sources.folders import image_index, reading, scan
 from library.data.sources.scanned import ScannedSubset
 from tests.unit.data.builders import plan_of, write_config, write_folder, write_picture
 
@@ -33,7 +33,7 @@ num_repeats = 2
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Five pictures and captions whose last edit is long ago, in a folder that counts as large."""
-    monkeypatch.setattr(picture_index, "MIN_FILES", 1)
+    monkeypatch.setattr(image_index, "MIN_FILES", 1)
     folder = write_folder(tmp_path / "pictures", 4, caption="a tag")
     write_picture(folder / "wide.png", (128, 64))
     (folder / "p3.txt").write_text("\ufefffirst\r\n\r\nsecond ねこ\n", encoding="utf-8")
@@ -60,7 +60,7 @@ def from_scratch(folder: Path, subset: str = "") -> DataPlan:
     """A build of a copy without an index, put in the folder's place for the time."""
     kept = folder.with_name("kept")
     folder.rename(kept)
-    shutil.copytree(kept, folder, symlinks=True, ignore=shutil.ignore_patterns(picture_index.FILE_NAME))
+    shutil.copytree(kept, folder, symlinks=True, ignore=shutil.ignore_patterns(image_index.FILE_NAME))
     try:
         return build(folder, subset)
     finally:
@@ -85,7 +85,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("subset", ["", 'enable_wildcard = true\nclass_tokens = "cat"\n'])
 def test_a_build_from_the_index_equals_one_from_scratch_and_reads_nothing(folder, opened, subset):
     first = fields_of(build(folder, subset))
-    assert (folder / picture_index.FILE_NAME).is_file() and len(opened) == 9
+    assert (folder / image_index.FILE_NAME).is_file() and len(opened) == 9
     opened.clear()
     assert fields_of(build(folder, subset)) == first
     assert opened == []
@@ -158,7 +158,7 @@ EDITS = {
     "index with one bit turned": lambda f: spoil(f, lambda c: c[:700] + bytes([c[700] ^ 1]) + c[701:]),
     "index of garbage": lambda f: spoil(f, lambda content: b"\x80garbage" * 99),
     "index empty": lambda f: spoil(f, lambda content: b""),
-    "index gone": lambda f: (f / picture_index.FILE_NAME).unlink(),
+    "index gone": lambda f: (f / image_index.FILE_NAME).unlink(),
 }
 
 
@@ -167,7 +167,7 @@ if os.name == "nt":  # where a file has no time of its last change of any kind
 
 
 def spoil(folder: Path, change: object) -> None:
-    path = folder / picture_index.FILE_NAME
+    path = folder / image_index.FILE_NAME
     assert callable(change)
     path.write_bytes(change(path.read_bytes()))
 
@@ -230,12 +230,12 @@ def test_a_damaged_index_is_made_again_and_said_so(folder, caplog, opened):
 
 
 def test_an_index_of_another_version_is_made_again(folder, monkeypatch, opened):
-    monkeypatch.setattr(picture_index, "VERSION", 0)
+    monkeypatch.setattr(image_index, "VERSION", 0)
     build(folder)
     monkeypatch.undo()
-    monkeypatch.setattr(picture_index, "MIN_FILES", 1)
+    monkeypatch.setattr(image_index, "MIN_FILES", 1)
     build(folder)
-    assert picture_index.open_index(str(folder)).sizes.names
+    assert image_index.open_index(str(folder)).sizes.names
 
 
 @pytest.mark.skipif(os.name == "nt", reason="folders cannot be read-only there")
@@ -246,16 +246,16 @@ def test_a_read_only_folder_has_no_index_and_no_error(folder):
         build(folder)
     finally:
         folder.chmod(stat.S_IRWXU)
-    assert not (folder / picture_index.FILE_NAME).exists()
+    assert not (folder / image_index.FILE_NAME).exists()
 
 
 def test_an_index_that_cannot_be_written_is_no_error(folder, monkeypatch, caplog):
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(picture_index, "atomic_path", refuse)
+    monkeypatch.setattr(image_index, "atomic_path", refuse)
     assert len(build(folder).samples) == 5
-    assert not (folder / picture_index.FILE_NAME).exists() and caplog.text.count("WARNING") == 0
+    assert not (folder / image_index.FILE_NAME).exists() and caplog.text.count("WARNING") == 0
 
 
 def test_small_folders_get_no_index(tmp_path):
@@ -279,7 +279,7 @@ def test_pictures_that_a_metadata_file_names_are_remembered_too(folder, opened):
 
 @pytest.mark.parametrize("is_slow", [False, True])
 def test_blocks_keep_the_order_and_the_first_mistake(monkeypatch, is_slow):
-    monkeypatch.setattr("library.data.batches.threads.SLOW_READ_S", -1 if is_slow else 60)
+    monkeypatch.setattr("library.data.decoding.threads.SLOW_READ_S", -1 if is_slow else 60)
     items = list(range(3 * BLOCK + 7))
     assert in_blocks(lambda block: [2 * n for n in block], items, 4) == [2 * n for n in items]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from library.data.caching.latents import cache_latents
-from library.data.sources.shards import remote
-from library.data.sources.shards.disk_cache import DiskCache
 from library.data.sources.shards.indexing import HEAD_BYTES
-from library.data.sources.storage import REMOTE_CHUNK_BYTES, Storage
+from library.data.sources.storage import object_storage
+from library.data.sources.storage.disk_cache import DiskCache
+from library.data.sources.storage.storage import REMOTE_CHUNK_BYTES, Storage
 from library.errors import UserError
 from library.options.caching import CachingOptions
 from tests.unit.data.builders import averaging_vae, batches_of, content_of, write_picture
@@ -29,7 +29,7 @@ def server() -> Iterator[ObjectStore]:
     import s3fs
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote, "FIRST_WAIT_S", 0.01)
+        patch.setattr(object_storage, "FIRST_WAIT_S", 0.01)
         with object_store(patch) as found:
             yield found
     s3fs.S3FileSystem.clear_instance_cache()  # another server has another address
@@ -189,7 +189,7 @@ def test_an_answer_that_takes_too_long_is_asked_for_again(
     shards: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = open_remote(tmp_path, SHARDS)
-    monkeypatch.setattr(remote, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(object_storage, "TIMEOUT_S", 0.3)
     shards.wait_s, shards.waits = 1.0, 1
     began = time.monotonic()
     place = found.samples[0].picture.place

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from library.data.batches.images import read_size
+from library.data.decoding.images import read_size
 from library.data.description.schema import NoDataFound, load_dataset_config
 from library.data.sources.collect import collect
 from library.data.sources.scanned import ScannedSubset

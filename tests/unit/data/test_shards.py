@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from library.data.batches.training_data import open_batches
 from library.data.caching.latents import cache_latents
-from library.data.sources import storage
-from library.data.sources.shards import indexed, shard_index
-from library.data.sources.shards.ranges import Window
+from library.data.sources.shards import indexed, parquet_index
 from library.data.sources.shards.tar_files import Member, members_of
-from library.data.sources.storage import expanded
+from library.data.sources.storage import storage
+from library.data.sources.storage.ranges import Window
+from library.data.sources.storage.storage import expanded
+from library.data.training_data import open_batches
 from library.errors import UserError
 from library.options.caching import CachingOptions
 from tests.unit.data.builders import (
@@ -296,14 +296,14 @@ def test_a_full_disk_is_told_and_what_is_done_stays(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subset = subset_of("tar txt", pictures, tmp_path)
-    plain = shard_index.atomic_path
+    plain = parquet_index.atomic_path
 
     def full(path: Path) -> object:
         if Path(path).name.startswith(".picture_index"):
             raise OSError(28, "No space left on device")
         return plain(path)
 
-    monkeypatch.setattr(shard_index, "atomic_path", full)
+    monkeypatch.setattr(parquet_index, "atomic_path", full)
     with pytest.raises(UserError, match=r"\.picture_index-.* cannot be written: No space left.*make room"):
         open_subset(tmp_path, subset)
     monkeypatch.undo()

@@ -13,10 +13,10 @@ import torch
 from library.data.batches.batches import BatchMaker
 from library.data.batches.planned import maker_of
 from library.data.batches.shared import SharedMaker
-from library.data.batches.training_data import open_batches
 from library.data.caching.stores import NO_LATENTS, NO_TEXTS, CacheFiles
 from library.data.description.buckets import Shape
-from library.data.sources.samples import Samples
+from library.data.plan.samples import Samples
+from library.data.training_data import open_batches
 from library.errors import UserError
 from tests.unit.data.builders import batches_of, content_of, options_of, plan_of, write_folder
 from tests.unit.data.test_columns import made_up

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.data.description.plan import DataPlan
-from library.data.description.validation_split import SplitSpec, choose, identity_of
+from library.data.plan.data_plan import DataPlan
+from library.data.plan.validation_split import SplitSpec, choose, identity_of
 from tests.unit.data.builders import (
     batches_of,
     options_of,

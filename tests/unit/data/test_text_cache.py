@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.data.batches.training_data import TrainingBatches, open_batches
 from library.data.caching.captions import CachedTexts, Encoders, TextEncoding, cache_texts
 from library.data.caching.text_files import TextFile, stack_rows
 from library.data.description.captions import CaptionRules, caption_variant
-from library.data.description.plan import DataPlan
+from library.data.plan.data_plan import DataPlan
+from library.data.training_data import TrainingBatches, open_batches
 from library.errors import NotThere, UserError
 from library.options.caching import TextCachingOptions
 from library.processes import ALONE, Processes

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.diffusion.noise_levels import (
+from library.diffusion.timesteps import (
     draw_scheme,
     resolution_shift,
     sampled,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from library.diffusion.noise_levels import draw_timesteps
+from library.diffusion.timesteps import draw_timesteps
 
 
 def draw(n: int, low: int, high: int, seed: int) -> torch.Tensor:

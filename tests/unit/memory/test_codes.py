@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.memory.forms.codes import FP8, Codes, columns_first, input_gradient, output
-from library.memory.forms.form import Form
-from library.memory.forms.int8 import turn
-from library.memory.forms.named import FORMS
+from library.memory.formats.codes import FP8, Codes, columns_first, input_gradient, output
+from library.memory.formats.format import Form
+from library.memory.formats.int8 import turn
+from library.memory.formats.named import FORMS
 from library.memory.frozen import multiply_codes, store_all_in, store_in
 from library.options.machine.memory import EIGHT_BIT_FORMS
 from tests.tolerances import FLOAT32_SAME_MATH

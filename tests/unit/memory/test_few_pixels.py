@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from library.memory import few_pixels
+from library.memory import small_convolutions
 from library.memory.devices import place
-from library.memory.forms.plain import Plain
+from library.memory.formats.plain import Plain
 from library.memory.frozen import store_in
 
 SHAPES = [
@@ -33,7 +33,7 @@ def counted() -> Iterator[list[str]]:
     ways: list[str] = []
 
     def spying(name: str) -> Any:
-        right = getattr(few_pixels, name)
+        right = getattr(small_convolutions, name)
 
         def call(*args: Any) -> Tensor:
             ways.append(name)
@@ -42,7 +42,7 @@ def counted() -> Iterator[list[str]]:
 
         return call
 
-    with patch.multiple(few_pixels, **{name: spying(name) for name in ("output", "input_gradient")}):
+    with patch.multiple(small_convolutions, **{name: spying(name) for name in ("output", "input_gradient")}):
         yield ways
 
 

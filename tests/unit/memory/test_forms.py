@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from library.memory.forms.codes import FP8
-from library.memory.forms.form import Form
-from library.memory.forms.fp8 import Fp8Rows
-from library.memory.forms.int8 import Int8Rows, group_size, hadamard
-from library.memory.forms.named import FORMS
-from library.memory.forms.plain import Plain
+from library.memory.formats.codes import FP8
+from library.memory.formats.format import Form
+from library.memory.formats.fp8 import Fp8Rows
+from library.memory.formats.int8 import Int8Rows, group_size, hadamard
+from library.memory.formats.named import FORMS
+from library.memory.formats.plain import Plain
 from library.memory.frozen import FrozenLinear, layers_in_blocks, store_all_in, store_in
 from library.memory.planner.weights import STORED_FORMS, Matrix
 from networks import lora
@@ -176,7 +176,7 @@ def test_nf4_is_what_bitsandbytes_makes_of_the_whole_weight(
     """Decoded by hand: for rows that 64 does not divide its own kernel for CPUs takes other factors."""
     from bitsandbytes.functional import dequantize_blockwise, get_4bit_type, quantize_4bit
 
-    monkeypatch.setattr("library.memory.forms.chunks.NUM_VALUES", 64 * 96)  # several chunks, the last one shorter
+    monkeypatch.setattr("library.memory.formats.chunks.NUM_VALUES", 64 * 96)  # several chunks, the last one shorter
     weight = random_weight(shape, 9)
     parts = FORMS[name].encode(weight)
     codes, state = quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=name == "nf4_double")
@@ -191,7 +191,7 @@ def test_nf4_is_what_bitsandbytes_makes_of_the_whole_weight(
 
 @pytest.mark.parametrize("shape", WEIGHTS.values(), ids=WEIGHTS)
 def test_int8_is_off_by_half_a_step_of_its_row(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("library.memory.forms.chunks.NUM_VALUES", 64 * 96)
+    monkeypatch.setattr("library.memory.formats.chunks.NUM_VALUES", 64 * 96)
     weight = random_weight(shape, 10)
     if len(weight) > 1:
         weight[0] = 0
@@ -229,7 +229,7 @@ def test_every_form_takes_what_the_planner_counts_and_chunks_change_nothing(
     whole = FORMS[name].encode(weight)
     num_bytes = sum(part.numel() * part.element_size() for part in whole.values())
     assert num_bytes == STORED_FORMS[name].num_bytes(Matrix.of(weight))
-    monkeypatch.setattr("library.memory.forms.chunks.NUM_VALUES", 64 * 512)
+    monkeypatch.setattr("library.memory.formats.chunks.NUM_VALUES", 64 * 512)
     for key, part in FORMS[name].encode(weight).items():
         assert part.dtype == whole[key].dtype and torch.equal(part.view(torch.uint8), whole[key].view(torch.uint8))
 

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from library.errors import UserError
-from library.memory.forms.plain import Plain
+from library.memory.formats.plain import Plain
 from library.memory.frozen import layers_in_blocks, store_all_in
-from library.memory.places import pinning, shared
-from library.memory.places.shared import shared_masters
-from library.memory.places.streamed import chosen, stream
-from library.memory.places.streams import CardStreams, HostStreams, StagedStreams
-from library.training.setup.frozen_base import waiting_blocks
+from library.memory.offload import pinning, shared
+from library.memory.offload.shared import shared_masters
+from library.memory.offload.streamed import chosen, stream
+from library.memory.offload.streams import CardStreams, HostStreams, StagedStreams
+from library.training.models.frozen_base import waiting_blocks
 from tests.parity.deep import DEEP
 
 CPU = torch.device("cpu")

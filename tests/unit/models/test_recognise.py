@@ -7,34 +7,34 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.architectures.cards import list_cards
 from library.architectures.sdxl.load import CLIP_G_PREFIX, single_file_parts
-from library.checkpoints.model_card import ModelCard
+from library.architectures.specs import list_specs
+from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.weights import Weights, selected
 from library.errors import NotThere
 from library.models.identify import (
     base_of_file,
     base_of_folder,
-    card_of,
     refuse_other_file,
     refuse_other_folder,
     refuse_other_model,
+    spec_of,
     way_out,
 )
 from library.models.loading import Absent
-from library.models.unet.keys import UNET_PREFIX
+from library.models.unet.checkpoint_keys import UNET_PREFIX
 from tests.contracts.full_size import checkpoint
 
 ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 PROJECTION = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
 
 
-CARDS = list_cards()
+SPECS = list_specs()
 DATA = Path(__file__).parents[2] / "contracts" / "data"
 
 
-def named(card: ModelCard | None) -> str | None:
-    return card.name if card else None
+def named(spec: BaseModelSpec | None) -> str | None:
+    return spec.name if spec else None
 
 
 def weights(*names: str) -> Weights:
@@ -51,20 +51,20 @@ def weights(*names: str) -> Weights:
     ],
 )
 def test_generations_differ_by_the_width_of_the_text_and_small_ones_by_their_projections(shapes, wanted):
-    assert named(base_of_file(CARDS, shapes)) == wanted
+    assert named(base_of_file(SPECS, shapes)) == wanted
 
 
 def test_a_file_without_a_unet_is_of_no_base_model():
-    assert base_of_file(CARDS, {"encoder.conv_in.weight": (1,)}) is None
+    assert base_of_file(SPECS, {"encoder.conv_in.weight": (1,)}) is None
 
 
 def test_the_size_embedding_makes_a_unet_sdxls_whatever_the_pipeline_is_called():
-    assert named(base_of_folder(CARDS, "", {"add_embedding.linear_1.weight": (4, 4)})) == "sdxl"
-    assert named(base_of_folder(CARDS, "StableDiffusionXLImg2ImgPipeline", {})) == "sdxl"
+    assert named(base_of_folder(SPECS, "", {"add_embedding.linear_1.weight": (4, 4)})) == "sdxl"
+    assert named(base_of_folder(SPECS, "StableDiffusionXLImg2ImgPipeline", {})) == "sdxl"
 
 
 def test_the_way_out_is_a_flag_between_generations_and_a_script_between_models():
-    sd1, sd2, sdxl, flux = (card_of(CARDS, name) for name in ("sd1", "sd2", "sdxl", "flux"))
+    sd1, sd2, sdxl, flux = (spec_of(SPECS, name) for name in ("sd1", "sd2", "sdxl", "flux"))
     assert way_out(sd2, sd1) == "add --v2"
     assert way_out(sd1, sd2) == "leave out --v2"
     assert way_out(sd2, sdxl) == "use train_network.py with --v2"
@@ -74,7 +74,7 @@ def test_the_way_out_is_a_flag_between_generations_and_a_script_between_models()
 def test_the_refiner_is_called_by_its_name():
     refiner = weights("conditioner.embedders.0.model.ln_final.weight", "model.diffusion_model.label_emb.0.0.weight")
     with pytest.raises(ValueError, match=r"--flag a\.safetensors: this is the SDXL refiner; only the base model is"):
-        refuse_other_file(CARDS, "--flag", refiner, "sdxl")
+        refuse_other_file(SPECS, "--flag", refiner, "sdxl")
 
 
 def test_an_sdxl_file_without_its_second_text_encoder_names_what_is_missing():
@@ -88,9 +88,9 @@ def test_an_sdxl_file_without_its_second_text_encoder_names_what_is_missing():
 def test_a_file_of_an_unknown_transformer_is_not_taken_for_a_unet(wanted: str) -> None:
     """Files of all parts begin their denoiser's names alike, whatever it is."""
     found = weights("model.diffusion_model.blocks.0.attn.qkv.weight", "vae.encoder.conv_in.weight")
-    assert base_of_file(CARDS, found.shapes) is None
+    assert base_of_file(SPECS, found.shapes) is None
     with pytest.raises(ValueError, match=r"its denoiser is of no model that a script trains .*blocks\.0\.attn\.qkv"):
-        refuse_other_file(CARDS, "--flag", found, wanted)
+        refuse_other_file(SPECS, "--flag", found, wanted)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
@@ -103,18 +103,18 @@ def test_chroma_shares_a_script_with_the_model_that_it_looks_like_and_has_a_flag
         ("chroma", flux, "FLUX model; leave out --model_type chroma"),
     ):
         with pytest.raises(ValueError, match=f"this is a {way}"):
-            refuse_other_model(CARDS, "--flag", "a.safetensors", found.shapes, wanted)
-    refuse_other_model(CARDS, "--flag", "a.safetensors", chroma.shapes, "chroma")
+            refuse_other_model(SPECS, "--flag", "a.safetensors", found.shapes, wanted)
+    refuse_other_model(SPECS, "--flag", "a.safetensors", chroma.shapes, "chroma")
     with pytest.raises(ValueError, match="this is a Chroma Radiance model, which has no latents"):
-        refuse_other_model(CARDS, "--flag", "a", weights(*chroma.shapes, f"{prefix}nerf_image_embedder.x").shapes, "x")
+        refuse_other_model(SPECS, "--flag", "a", weights(*chroma.shapes, f"{prefix}nerf_image_embedder.x").shapes, "x")
 
 
 def test_a_unet_with_two_text_encoders_is_sdxls_where_nothing_names_the_pipeline(tmp_path: Path) -> None:
     for part in ("unet", "text_encoder", "text_encoder_2"):
         (tmp_path / part).mkdir()
     with pytest.raises(ValueError, match=r"this is an SDXL model; use sdxl_train_network\.py"):
-        refuse_other_folder(CARDS, "--flag", tmp_path, "sd1")
-    refuse_other_folder(CARDS, "--flag", tmp_path, "sdxl")
+        refuse_other_folder(SPECS, "--flag", tmp_path, "sd1")
+    refuse_other_folder(SPECS, "--flag", tmp_path, "sdxl")
 
 
 FULL_SIZE = [  # (file of names, where they are in it, the base model)
@@ -134,7 +134,7 @@ def test_one_base_model_has_the_surest_sign_in_each_checkpoint_that_people_have(
     for step in path:
         content = content[step]
     shapes = {key: tuple(shape) for key, shape in content.items()}
-    surest = {card.name: max((s.certainty for s in card.checkpoint if s.is_in(shapes)), default=0) for card in CARDS}
+    surest = {spec.name: max((s.certainty for s in spec.checkpoint if s.is_in(shapes)), default=0) for spec in SPECS}
     assert [name for name, certainty in surest.items() if certainty == max(surest.values())] == [base]
 
 

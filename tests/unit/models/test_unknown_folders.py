@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from library.architectures.cards import list_cards
+from library.architectures.specs import list_specs
 from library.errors import UserError
 from library.models.identify import refuse_other_folder
 from tests.running import SCRIPTS, Finished, make_pictures
@@ -35,16 +35,16 @@ def test_no_script_takes_them_for_another_model(train, tmp_path: Path, script: s
 
 def test_known_folders_are_sent_to_their_script_and_unnamed_ones_pass(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"this is an SDXL model; use sdxl_train_network\.py"):
-        refuse_other_folder(list_cards(), "--x", folder_of(tmp_path / "a", "StableDiffusionXLPipeline"), "flux")
+        refuse_other_folder(list_specs(), "--x", folder_of(tmp_path / "a", "StableDiffusionXLPipeline"), "flux")
     with pytest.raises(UserError, match=r"this is an SD 1\.x model; use train_network\.py"):
-        refuse_other_folder(list_cards(), "--x", folder_of(tmp_path / "b", "StableDiffusionPipeline"), "flux")
-    refuse_other_folder(list_cards(), "--x", folder_of(tmp_path / "c", "FluxPipeline"), "flux")
-    refuse_other_folder(list_cards(), "--x", folder_of(tmp_path / "d", None), "flux")
+        refuse_other_folder(list_specs(), "--x", folder_of(tmp_path / "b", "StableDiffusionPipeline"), "flux")
+    refuse_other_folder(list_specs(), "--x", folder_of(tmp_path / "c", "FluxPipeline"), "flux")
+    refuse_other_folder(list_specs(), "--x", folder_of(tmp_path / "d", None), "flux")
     with pytest.raises(UserError, match=r"this is a Chroma model; add --model_type chroma"):
-        refuse_other_folder(list_cards(), "--x", folder_of(tmp_path / "f", "ChromaPipeline"), "flux")
+        refuse_other_folder(list_specs(), "--x", folder_of(tmp_path / "f", "ChromaPipeline"), "flux")
     custom = folder_of(tmp_path / "e", "SomebodysOwnPipeline")
     (custom / "unet").mkdir()
-    refuse_other_folder(list_cards(), "--x", custom, "sd1")  # its U-Net tells more than its name
+    refuse_other_folder(list_specs(), "--x", custom, "sd1")  # its U-Net tells more than its name
 
 
 @pytest.mark.parametrize("class_name", UNKNOWN)

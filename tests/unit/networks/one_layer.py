@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import nn
 
-from networks.core.adapter import Adapter
+from networks.core.changes.adapter import Adapter
+from networks.core.changes.alpha import NO_DROPOUT, Dropout, ScaledDelta
 from networks.core.changes.change import Delta
-from networks.core.changes.joins import Add, Join
-from networks.core.changes.scaled import NO_DROPOUT, Dropout, ScaledDelta
-from networks.core.sites.targets import Site, kind_of
+from networks.core.changes.dora import Add, Join
+from networks.core.targets.targets import Site, kind_of
 
 
 def adapter_on(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from networks.core.adapter import Adapter
-from networks.core.changes.scaled import Dropout
+from networks.core.changes.adapter import Adapter
+from networks.core.changes.alpha import Dropout
 from networks.core.kinds.lora import LowRank
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from networks import dylora, lora, lora_fa
-from networks.core.arguments import SUPPORTED
+from networks.core.arguments.parsing import SUPPORTED
 from tests.unit.networks.toy import toy_models
 
 chances = st.sampled_from(["0", "0.1", "0.5", "0.9"])

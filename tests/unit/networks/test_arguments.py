@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from library.architectures.cards import list_cards, list_network_arguments
-from library.checkpoints.model_card import ModelCard
-from networks.core.argument_values import LrPreset, Selection, parse_bool
-from networks.core.arguments import SUPPORTED, NetworkArguments, parse_arguments
-from networks.core.sites.targets import AdapterTargets
+from library.architectures.specs import list_network_arguments, list_specs
+from library.checkpoints.base_model_spec import BaseModelSpec
+from networks.core.arguments.parsing import SUPPORTED, NetworkArguments, parse_arguments
+from networks.core.arguments.values import LrPreset, Selection, parse_bool
+from networks.core.targets.targets import AdapterTargets
 
 ARCHITECTURES = Path(__file__).parents[3] / "library" / "architectures"
 
@@ -133,27 +133,27 @@ def test_arguments_of_base_models_are_typed_too() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("card", list_cards(), ids=lambda card: card.name)
-def test_every_base_model_knows_the_arguments_of_the_others_and_how_they_are_written(card: ModelCard) -> None:
+@pytest.mark.parametrize("spec", list_specs(), ids=lambda spec: spec.name)
+def test_every_base_model_knows_the_arguments_of_the_others_and_how_they_are_written(spec: BaseModelSpec) -> None:
     """One of theirs is read, and warned of when the network is made; it is no unknown argument."""
-    package = next(path for path in ARCHITECTURES.iterdir() if card in cards_in(path))
+    package = next(path for path in ARCHITECTURES.iterdir() if spec in specs_in(path))
     declared = vars(importlib.import_module(f"library.architectures.{package.name}.adapters")).values()
     (targets,) = (
-        each for each in declared if isinstance(each, AdapterTargets) and each.arguments == card.network_arguments
+        each for each in declared if isinstance(each, AdapterTargets) and each.arguments == spec.network_arguments
     )
     assert targets.known_arguments == list_network_arguments()
     got = parse_arguments({"in_dims": "1,2", "train_llm_adapter": "yes"}, of_models=targets.known_arguments).of_model
     assert got == {"in_dims": (1, 2), "train_llm_adapter": True}
 
 
-def cards_in(package: Path) -> tuple[ModelCard, ...]:
-    is_one = (package / "card.py").is_file()
-    return importlib.import_module(f"library.architectures.{package.name}.card").CARDS if is_one else ()
+def specs_in(package: Path) -> tuple[BaseModelSpec, ...]:
+    is_one = (package / "spec.py").is_file()
+    return importlib.import_module(f"library.architectures.{package.name}.spec").SPECS if is_one else ()
 
 
 def test_no_two_base_models_write_an_argument_differently() -> None:
     for name, form in list_network_arguments().items():
-        assert {card.network_arguments[name] for card in list_cards() if name in card.network_arguments} == {form}
+        assert {spec.network_arguments[name] for spec in list_specs() if name in spec.network_arguments} == {form}
 
 
 def test_expressions_and_patterns_keep_their_order() -> None:

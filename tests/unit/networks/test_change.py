@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.files import load_state_dict, save_safetensors
-from networks.core.adapter import Adapter
+from networks.core.changes.adapter import Adapter
 from networks.core.changes.change import Change, Forward, Misfit
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.reading_writing import network_tensors
 from networks.core.kinds import table
 from networks.core.kinds.kind import Kind
-from networks.core.sites.targets import Site
+from networks.core.targets.targets import Site
 from tests.tolerances import FLOAT64
 from tests.unit.networks.one_layer import double
 

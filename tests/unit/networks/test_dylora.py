@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from library.randomness import random_for
 from networks import dylora, lora
-from networks.core.changes.scaled import Dropout, ScaledDelta
+from networks.core.changes.alpha import Dropout, ScaledDelta
 from networks.core.kinds.dylora import STREAM, NestedRank, nested_rank
-from networks.core.network import AdapterNetwork
+from networks.core.network.network import AdapterNetwork
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, module_of
 from tests.unit.networks.toy import randomize, toy_models

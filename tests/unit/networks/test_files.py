@@ -12,7 +12,7 @@ from torch import Tensor
 from library.checkpoints.files import load_state_dict, read_metadata
 from library.checkpoints.hashes import sshs_legacy_hash, sshs_model_hash
 from networks.core.files.adapter_file import parse_adapter
-from networks.core.network import AdapterNetwork
+from networks.core.network.network import AdapterNetwork
 from networks.lora import create_network, create_network_from_weights
 from tests.unit.networks.toy import randomize, toy_models
 

@@ -13,12 +13,12 @@ from torch.nn.functional import group_norm, layer_norm
 
 from library.checkpoints.files import load_state_dict
 from networks import dylora, lora_fa
-from networks.core.adapter import Adapter
-from networks.core.changes.scaled import ScaledDelta
+from networks.core.changes.adapter import Adapter
+from networks.core.changes.alpha import ScaledDelta
 from networks.core.kinds.norm import Norm, fresh_norm
-from networks.core.network import AdapterNetwork
+from networks.core.network.network import AdapterNetwork
 from networks.core.protocol import adopt
-from networks.core.sites.targets import Part, Site, find_norms
+from networks.core.targets.targets import Part, Site, find_norms
 from networks.lora import create_network, create_network_from_weights
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import double, module_of

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks import loha, lora, lora_fa, tlora
-from networks.core.changes.perturbation import Perturbation, add_noise, draw
+from networks.core.changes.ggpo import Perturbation, add_noise, draw
 from networks.core.kinds.lora import LowRank
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, module_of

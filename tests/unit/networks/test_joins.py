@@ -10,9 +10,9 @@ from torch.nn.functional import conv2d, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from networks.core.adapter import Adapter
-from networks.core.changes.joins import CANCELLED, EPS, Add, Decompose, scale_columns
-from networks.core.changes.scaled import Dropout
+from networks.core.changes.adapter import Adapter
+from networks.core.changes.alpha import Dropout
+from networks.core.changes.dora import CANCELLED, EPS, Add, Decompose, scale_columns
 from networks.core.kinds.lora import LowRank
 from networks.core.kinds.tucker import Tucker
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
@@ -159,7 +159,7 @@ def test_neither_pass_makes_a_tensor_of_the_size_of_the_weight(is_per_output: bo
 def test_a_16_bit_weight_in_any_memory_format_has_the_norms_of_float64(
     delta: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("networks.core.changes.joins.CHUNK_VALUES", 200)  # rows in several parts
+    monkeypatch.setattr("networks.core.changes.dora.CHUNK_VALUES", 200)  # rows in several parts
     layer = frozen(lambda: nn.Conv2d(7, 20, 3, padding=1), 1241, torch.float32).to(torch.bfloat16)
     layer.to(memory_format=torch.channels_last)
     adapter = decomposed(layer, 1242, delta)
@@ -228,7 +228,7 @@ def test_the_expansion_alone_loses_what_the_direct_sum_keeps(monkeypatch: pytest
         return ((columns_of(adapter).flatten() - expected) / expected).abs().max().item()
 
     guarded = worst()
-    monkeypatch.setattr("networks.core.changes.joins.CANCELLED", 0.0)
+    monkeypatch.setattr("networks.core.changes.dora.CANCELLED", 0.0)
     assert guarded < 1e-4 < 1e-3 < worst()
 
 
@@ -250,7 +250,7 @@ def test_rows_that_the_change_cancels_almost_wholly_keep_their_digits(monkeypatc
     guarded = worst()
     grads = torch.autograd.grad(columns_of(adapter).sum(), list(adapter.change.parameters()))
     assert all(grad.isfinite().all() for grad in grads)
-    monkeypatch.setattr("networks.core.changes.joins.CANCELLED", 0.0)
+    monkeypatch.setattr("networks.core.changes.dora.CANCELLED", 0.0)
     assert guarded < 1e-4 < 1e-3 < worst()
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from library.checkpoints.files import load_state_dict
 from networks import boft, loha, lokr, lora, oft_v2
-from networks.core.network import AdapterNetwork
+from networks.core.network.network import AdapterNetwork
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.unit.networks.test_forms import CONV, LINEAR, assert_same, outputs, perturb
 from tests.unit.networks.toy import toy_models

@@ -10,9 +10,9 @@ from torch import nn
 
 from library.checkpoints.files import load_state_dict, save_safetensors
 from networks import loha
-from networks.core.changes.joins import Decompose
+from networks.core.changes.dora import Decompose
 from networks.core.kinds.loha import LoHa
-from networks.core.network import AdapterNetwork
+from networks.core.network.network import AdapterNetwork
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
 from tests.unit.networks.test_forms import CONV, LINEAR, perturb

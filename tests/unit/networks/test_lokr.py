@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from library.checkpoints.files import save_safetensors
 from networks import loha, lokr, lora
-from networks.core.changes.joins import Decompose
-from networks.core.changes.scaled import Dropout
+from networks.core.changes.alpha import Dropout
+from networks.core.changes.dora import Decompose
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.kinds.lokr import LoKr
-from networks.core.network import AdapterNetwork
+from networks.core.network.network import AdapterNetwork
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
 from tests.unit.networks.test_forms import CONV, LINEAR, assert_same, outputs, perturb

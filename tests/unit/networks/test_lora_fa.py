@@ -13,7 +13,7 @@ from networks import lora, lora_fa
 from networks.core.changes.change import Delta, factor
 from networks.core.kinds.lora import LowRank
 from networks.core.kinds.lora_fa import frozen_down
-from networks.core.sites.targets import kind_of
+from networks.core.targets.targets import kind_of
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.unit.networks.one_layer import adapter_on, module_of
 from tests.unit.networks.toy import randomize, toy_models

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from library.checkpoints.files import load_state_dict, save_safetensors
 from networks import boft, loha, oft_v2
-from networks.core.changes.turned import Turned
+from networks.core.changes.orthogonal import Turned
 from networks.core.files.adapter_file import read_adapter_file
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.kinds.rotations.oft_v2 import ANGLES, OftV2, fresh
-from networks.core.network import AdapterNetwork
+from networks.core.network.network import AdapterNetwork
 from tests.tolerances import FLOAT64
 from tests.unit.networks.test_forms import CONV, LINEAR, outputs, perturb
 from tests.unit.networks.test_joins import Largest

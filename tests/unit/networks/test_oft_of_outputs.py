@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from library.architectures.sd.adapters import view
 from library.errors import UserError
 from networks import oft, oft_flux
-from networks.core.network import AdapterNetwork
+from networks.core.network.network import AdapterNetwork
 from tests.parity.test_lora_merge import tiny_clip, tiny_unet
 from tests.tiny.flux import tiny_flux
 from tests.tolerances import FLOAT32_DEEP

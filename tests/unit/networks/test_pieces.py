@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from networks.core.changes.alpha import ScaledDelta
 from networks.core.changes.change import Delta
-from networks.core.changes.joins import Add, Decompose, Join
-from networks.core.changes.scaled import ScaledDelta
+from networks.core.changes.dora import Add, Decompose, Join
 from networks.core.kinds.loha import LoHa
 from networks.core.kinds.lokr import fresh
 from networks.core.kinds.lora import LowRank
-from networks.core.kinds.pieces import InRows, LinearRows, changes_in, fast_leaves, rows_of
+from networks.core.kinds.qkv_pieces import InRows, LinearRows, changes_in, fast_leaves, rows_of
 from tests.tolerances import FLOAT64
 
 PARTS = {"rows_0_1_of_4": (0, 6), "rows_2_4_of_4": (12, 24)}  # the second quarter is not changed

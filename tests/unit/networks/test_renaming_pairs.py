@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from library.checkpoints.adapter_names import BaseNames, FileNaming, ModuleNames
-from networks.core.changes.leaves import ALPHA, DORA_SCALE, DOWN, UP
+from networks.core.changes.parameter_keys import ALPHA, DORA_SCALE, DOWN, UP
 from networks.core.files.adapter_file import AdapterFile, parse_adapter
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.renaming import rename

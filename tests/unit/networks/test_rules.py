@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
-from networks.core.argument_values import LrPreset
-from networks.core.arguments import NetworkArguments
-from networks.core.sites.rules import Rules, SiteSettings, make_lr_factors, make_rules, preset_factors
-from networks.core.sites.targets import AdapterTargets, BlockList, Part, Site
+from networks.core.arguments.parsing import NetworkArguments
+from networks.core.arguments.values import LrPreset
+from networks.core.targets.rules import Rules, SiteSettings, make_lr_factors, make_rules, preset_factors
+from networks.core.targets.targets import AdapterTargets, BlockList, Part, Site
 
 LAYOUT = BlockList(("", r"^down\.0\.", r"^down\.1\.", r"^mid\.", r"^up\.0\."), down=3, mid=1, up=1)
 TARGETS = AdapterTargets(Part("lora_unet", ()), block_list=LAYOUT)

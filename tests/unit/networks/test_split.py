@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from networks import dylora, lora, lora_fa
-from networks.core.changes.split import SplitRank, expand, fold
-from networks.core.network import AdapterNetwork
+from networks.core.changes.qkv_split import SplitRank, expand, fold
+from networks.core.network.network import AdapterNetwork
 from tests.tolerances import FLOAT32_SAME_MATH
 from tests.unit.networks.toy import randomize
 from tests.unit.networks.toy_transformer import ToyTransformer, toy_transformer

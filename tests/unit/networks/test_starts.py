@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from library.memory.forms.named import FORMS
+from library.memory.formats.named import FORMS
 from library.memory.frozen import store_in
 from networks import dylora, loha, lora, lora_fa, tlora
-from networks.core.adapter import Adapter
-from networks.core.kinds.starts import FromStart, starting_delta
+from networks.core.changes.adapter import Adapter
+from networks.core.kinds.init import FromStart, starting_delta
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double, module_of
 from tests.unit.networks.toy import randomize, toy_models

@@ -5,7 +5,7 @@ import re
 import pytest
 from torch import nn
 
-from networks.core.sites.targets import BlockList, Part, find_sites, kind_of
+from networks.core.targets.targets import BlockList, Part, find_sites, kind_of
 from tests.unit.networks.toy import toy_models
 
 

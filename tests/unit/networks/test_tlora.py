@@ -15,8 +15,8 @@ from library.options.training.loss import LossOptions
 from library.options.training.noise import NoiseOptions
 from library.types import Noised
 from networks import loha, lora, lora_fa, tlora
-from networks.core.changes.noise_ranks import NoiseRanks
-from networks.core.changes.split import SplitRank
+from networks.core.changes.qkv_split import SplitRank
+from networks.core.changes.tlora import NoiseRanks
 from networks.core.kinds.lora import LowRank
 from tests.tolerances import FLOAT32_SAME_MATH, FLOAT64
 from tests.unit.networks.one_layer import adapter_on, double

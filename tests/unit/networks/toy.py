@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from networks.core.sites.targets import AdapterTargets, BlockList, Part
+from networks.core.targets.targets import AdapterTargets, BlockList, Part
 
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("Transformer2DModel",), conv_blocks=("ResnetBlock2D",)),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from networks.core.sites.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
+from networks.core.targets.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
 
 TARGETS = AdapterTargets(
     denoiser=Part(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from library.checkpoints.files import read_metadata
 from networks.core.files.adapter_file import read_adapter_file
-from networks.core.sites.targets import Site
+from networks.core.targets.targets import Site
 from tests.tiny.anima import build_tiny_anima
 from tests.tiny.chroma import build_tiny_chroma
 from tests.tiny.flux import build_tiny_flux

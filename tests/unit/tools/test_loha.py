@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.cards import list_cards
+from library.architectures.specs import list_specs
 from library.checkpoints.adapter_names import BaseNames
 from library.checkpoints.files import load_state_dict, read_metadata, save_safetensors
 from networks.core.files.adapter_file import read_adapter_file
@@ -16,7 +16,7 @@ from networks.core.files.module_weights import ModuleWeights
 from tests.tolerances import FLOAT32_SAME_MATH
 from tools import check_lora_weights, convert_lora, merge_lora, resize_lora
 
-TABLES = [card.names for card in list_cards()]
+TABLES = [spec.names for spec in list_specs()]
 WIDTHS = {"sd1": 768, "sd2": 1024, "sdxl": 2048, "flux": 3072, "hunyuan_image": 3584}  # by which models are told apart
 CONV = "lora_unet_up_blocks_2_resnets_1_conv1"
 RANK, ALPHA = 2, 3.0

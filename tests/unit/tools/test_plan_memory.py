@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from library.memory.planner.cards import GIB
+from library.memory.planner.gpus import GIB
 from library.memory.planner.steps import flops_of, peak_of
 from library.memory.planner.weights import OWN
 from tests.contracts.header_only import FULL_SIZE

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from library.errors import UserError
+from library.training.loop.ahead import Ahead, NoCopies, moved
+from library.training.loop.loop import accumulate_gradients
 from library.training.reporting.step_times import StepTimes
-from library.training.run.ahead import Ahead, NoCopies, moved
-from library.training.run.loop import accumulate_gradients
-from library.training.run.plan import Window
+from library.training.step.accumulation import Window
 from library.types import Batch
 from tests.unit.training.test_loop import batch_of, run_of
 

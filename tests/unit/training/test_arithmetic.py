@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from library.architectures.sd.assembly import build
 from library.errors import UserError
-from library.memory.forms.codes import FP8
-from library.memory.forms.named import FORMS
+from library.memory.formats.codes import FP8
+from library.memory.formats.named import FORMS
 from library.memory.frozen import store_all_in
 from library.options.machine.memory import EIGHT_BIT_FORMS
 from library.options.train import TrainOptions
 from library.training.command_line.checks import check
-from library.training.setup.arithmetic import check_arithmetic, kind_of, try_kind
-from library.training.setup.compute import Compute
-from library.training.setup.frozen_base import settle_arithmetic
+from library.training.models.arithmetic import check_arithmetic, kind_of, try_kind
+from library.training.models.compute import Compute
+from library.training.models.frozen_base import settle_arithmetic
 from tests.unit.training.test_checks import NEEDED
 
 COMPUTE = Compute(torch.device("cpu"), torch.float32, nullcontext)

@@ -11,9 +11,9 @@ from torch import nn
 from library.options.training.averaging import FILES, PREVIEWS, VALIDATION, AveragingOptions
 from library.options.training.network import NetworkOptions
 from library.options.training.optimizer import OptimizerOptions
-from library.training.evaluation.eval_mode import shown_weights
-from library.training.optimization.average import WeightAverage
-from library.training.setup.optimization import build_average
+from library.training.evaluation.without_side_effects import shown_weights
+from library.training.optimization.ema import WeightAverage
+from library.training.run.optimization import build_average
 from networks.core.protocol import adopt
 
 training_utils: Any = pytest.importorskip("diffusers.training_utils")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from library.options.config_file import read_toml
 from library.options.train import TrainOptions
 from library.training.command_line.cli import build_parser, normalize, parse
-from library.training.command_line.config_file import ConfigFileError, read_config, write_config
+from library.training.config_file import ConfigFileError, read_config, write_config
 
 ROOT = Path(__file__).parents[3]
 PARSER = build_parser(TrainOptions)

@@ -12,8 +12,8 @@ from library.architectures.sdxl.leco import SdxlLecoOptions
 from library.options.leco import IDLE, REFUSED, LecoOptions
 from library.training.command_line.checks import check, report_unused
 from library.training.command_line.cli import parse
-from library.training.faults.out_of_memory import Sizes, savings
-from library.training.run.sharding import settled_sharding
+from library.training.failures.out_of_memory import Sizes, savings
+from library.training.run.shard_base_checks import settled_sharding
 
 SCRIPTS = {"train_leco": LecoOptions, "sdxl_train_leco": SdxlLecoOptions}
 VALUES = {"max_train_epochs": 3, "fit": "8GB", "sweep": ["network_dim=4,8"]}

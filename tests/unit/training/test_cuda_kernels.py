@@ -9,8 +9,8 @@ import torch
 from library.options.machine.kernels import KernelOptions
 from library.options.rules import unused
 from library.options.train import TrainOptions
-from library.training.faults.deterministic import deterministic
-from library.training.setup.cuda_kernels import cuda_kernels
+from library.training.models.cuda_kernels import cuda_kernels
+from library.training.run.deterministic import deterministic
 from tests.running import Finished
 
 
@@ -73,7 +73,7 @@ def test_a_machine_without_a_card_is_told(monkeypatch: pytest.MonkeyPatch, caplo
 def test_a_run_computes_with_them(
     train: Callable[..., Finished], base_arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import library.training.run.loop as loop
+    import library.training.loop.loop as loop
 
     seen, real = [], loop.train
 

@@ -17,7 +17,7 @@ import pytest
 from library.options.train import TrainOptions
 from library.training.reporting.event_stream import Events, open_event_file, plain, warnings_told
 from library.training.reporting.events import EVENTS, VERSION, Removed, Stage
-from library.training.run.events import told, without_secrets
+from library.training.run.run_events import told, without_secrets
 from tests.running import ROOT
 
 FOREVER = """

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.training.optimization.nonfinite import NonFiniteGuard
-from library.training.run.loop import accumulate_gradients
-from library.training.run.plan import Window
-from library.training.run.run import Run
-from library.training.run.told import Told
-from library.training.run.update import Updates
+from library.training.failures.nonfinite import NonFiniteGuard
+from library.training.loop.loop import accumulate_gradients
+from library.training.loop.update import Updates
+from library.training.reporting.step_result import Told
+from library.training.run_parts import Run
+from library.training.step.accumulation import Window
 from library.training.step.fixed_step import FixedSteps, Repeat, Work
 from library.types import Batch
 from tests.unit.training.test_loop import batch_of, run_of

@@ -9,11 +9,11 @@ import pytest
 from library.architectures.flux.options import FluxOptions
 from library.architectures.sd.assembly import build
 from library.errors import UserError
-from library.memory.forms.form import AS_IN_FILE
-from library.memory.forms.named import FORMS
+from library.memory.formats.format import AS_IN_FILE
+from library.memory.formats.named import FORMS
 from library.options.rules import unused
 from library.options.train import TrainOptions
-from library.training.setup.frozen_base import check_base, form_while_reading
+from library.training.models.frozen_base import check_base, form_while_reading
 from tests.unit.training.test_checks import NEEDED
 
 

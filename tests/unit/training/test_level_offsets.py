@@ -12,7 +12,7 @@ from torch import Tensor
 from library.data.description.schema import load_dataset_config
 from library.diffusion.objective import build_ddpm
 from library.errors import UserError
-from library.training.setup.opening import idle_offsets
+from library.training.models.opening import idle_offsets
 from library.training.step.losses import noised_of
 from tests.unit.data.builders import options_of, write_config
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from library.options.output.trackers import TrackerOptions
 from library.options.train import TrainOptions
-from library.training.evaluation.pictures import Drawn
-from library.training.reporting.logs import Charts, start_trackers
+from library.training.reporting.sample_images import Drawn
+from library.training.reporting.trackers import Charts, start_trackers
 from tests.parity.test_preview import prompt_of
 
 

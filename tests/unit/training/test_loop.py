@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from library.options.train import TrainOptions
 from library.processes import ALONE
+from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard
+from library.training.loop.loop import accumulate_gradients
+from library.training.loop.update import Updates
 from library.training.optimization.lr_schedules import build_schedule
-from library.training.optimization.nonfinite import NonFiniteError, NonFiniteGuard
 from library.training.optimization.optimizers import build_optimizer
-from library.training.run.loop import accumulate_gradients
-from library.training.run.plan import Plan, Window
-from library.training.run.run import Optimization, Run
-from library.training.run.told import Told
-from library.training.run.update import Updates
+from library.training.reporting.step_result import Told
+from library.training.run_parts import Optimization, Run
+from library.training.step.accumulation import Plan, Window
 from library.training.step.context import Models, StepContext
 from library.types import Batch, Noised
 from networks.core.protocol import AdoptedNetwork

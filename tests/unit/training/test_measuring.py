@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from library.diffusion.flow import build_flow
-from library.diffusion.noise_levels import LevelSampler
 from library.diffusion.objective import build_ddpm
+from library.diffusion.timesteps import LevelSampler
 from library.options.training.noise import NoiseOptions
 from library.randomness import generator_for
 from library.training.evaluation.validation import Timetable

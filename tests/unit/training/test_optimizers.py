@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from library.options.keyword_args import read_keyword_args
 from library.options.training.optimizer import OptimizerOptions
-from library.training.command_line.keyword_args import read_keyword_args
 from library.training.optimization.optimizers import KNOWN, BuiltOptimizer, build_optimizer, effective_rates
 
 # A rate at which each name gets somewhere within 60 steps of the small problem below.

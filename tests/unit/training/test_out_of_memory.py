@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.training.faults.out_of_memory import (
+from library.training.failures.out_of_memory import (
     OutOfMemoryError,
     Sizes,
     bytes_of,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from library.options.training.run import RunOptions
-from library.training.run.plan import Plan
+from library.training.step.accumulation import Plan
 
 
 def plan(num_batches: int, accumulation: int = 1, **run: int) -> Plan:

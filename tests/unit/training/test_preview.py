@@ -17,8 +17,6 @@ from library.architectures.sd.assembly import build
 from library.options.output.preview import PreviewOptions
 from library.options.output.saving import SavingOptions
 from library.processes import ALONE
-from library.training.evaluation.eval_mode import evaluating
-from library.training.evaluation.pictures import Drawn, parameters_of, picture_path, write_grid, write_picture
 from library.training.evaluation.preview import (
     Previews,
     Timetable,
@@ -28,8 +26,10 @@ from library.training.evaluation.preview import (
     texts_of,
     wanted_prompts,
 )
-from library.training.faults.interruption import Interrupted, Interruption
+from library.training.evaluation.without_side_effects import evaluating
+from library.training.failures.interruption import Interrupted, Interruption
 from library.training.reporting.event_stream import Events
+from library.training.reporting.sample_images import Drawn, parameters_of, picture_path, write_grid, write_picture
 from library.types import Prompt
 from networks.core.protocol import AdoptedNetwork
 from tests.parity.test_preview import prompt_of

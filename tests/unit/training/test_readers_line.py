@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.architectures.cards import list_cards
+from library.architectures.specs import list_specs
 from library.checkpoints.files import save_safetensors
 from library.options.output.saving import HubOptions
 from library.options.train import TrainOptions
@@ -22,21 +22,21 @@ LOKR = {f"{NAME}.lokr_w1": torch.ones(2, 2), f"{NAME}.lokr_w2": torch.ones(3, 4)
 
 def test_a_lokr_of_a_third_party(tmp_path: Path) -> None:
     save_safetensors(tmp_path / "x.safetensors", LOKR)
-    assert readers_line(list_cards(), tmp_path / "x.safetensors") == (
+    assert readers_line(list_specs(), tmp_path / "x.safetensors") == (
         "3 keys, all used by ComfyUI, Forge, A1111-style, stable-diffusion.cpp; none by diffusers"
     )
 
 
 def test_other_formats_and_unknown_keys_are_passed_over(tmp_path: Path) -> None:
     save_safetensors(tmp_path / "x.safetensors", {"anything": torch.ones(2)})
-    assert readers_line(list_cards(), tmp_path / "x.safetensors") is None
-    assert readers_line(list_cards(), tmp_path / "x.ckpt") is None
+    assert readers_line(list_specs(), tmp_path / "x.safetensors") is None
+    assert readers_line(list_specs(), tmp_path / "x.ckpt") is None
 
 
 def test_a_file_that_cannot_be_read_back_does_not_stop_the_run(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"none")
-    assert "cannot be read back" in (readers_line(list_cards(), tmp_path / "x.safetensors") or "")
-    assert "cannot be read back" in (readers_line(list_cards(), tmp_path / "absent.safetensors") or "")
+    assert "cannot be read back" in (readers_line(list_specs(), tmp_path / "x.safetensors") or "")
+    assert "cannot be read back" in (readers_line(list_specs(), tmp_path / "absent.safetensors") or "")
 
 
 class Lokr(torch.nn.Module):
@@ -59,7 +59,7 @@ def test_the_line_is_logged_once_a_run(tmp_path: Path, caplog: pytest.LogCapture
         metadata={},
         base_files=done,
         saved_weights=nullcontext,
-        cards=list_cards(),
+        specs=list_specs(),
         write_state=lambda folder, step, epoch, done: None,
         uploads=Uploads(HubOptions()),
     )

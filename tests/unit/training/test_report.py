@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from library.training.reporting.console_lines import announce, duration, finished_line, rate_values
 from library.training.reporting.progress import LossAverage
-from library.training.reporting.report import announce, duration, finished_line, rate_values
 
 
 def test_average_keeps_the_last_loss_of_each_place_of_an_epoch() -> None:

@@ -9,10 +9,10 @@ from torch import nn
 
 from library.options.train import TrainOptions
 from library.processes import Processes
-from library.training.setup.adapter import trains_text_encoders
-from library.training.setup.models import identity_of
-from library.training.setup.opening import choose_seed
-from library.training.setup.optimization import allow_fp16_gradients, group_names
+from library.training.models.base_model import identity_of
+from library.training.models.block_running import trains_text_encoders
+from library.training.models.opening import choose_seed
+from library.training.run.optimization import allow_fp16_gradients, group_names
 
 
 def options_of(**values: Any) -> TrainOptions:

@@ -7,8 +7,8 @@ import pytest
 
 from library.options.train import TrainOptions
 from library.processes import Order, Processes
-from library.training.run.plan import Window
-from library.training.run.sharding import as_launched, settled_sharding
+from library.training.run.shard_base_checks import as_launched, settled_sharding
+from library.training.step.accumulation import Window
 
 FOUR = Processes(1, 4, 1, 4)
 

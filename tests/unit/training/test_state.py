@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.tree_json import put_together, take_apart
-from library.data.description.dataset_digest import content_digests
+from library.data.plan.dataset_digest import content_digests
 from library.errors import UserError
 from library.options.output.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
 from library.options.training.run import RunOptions
 from library.processes import ALONE, Processes
 from library.training.reporting.progress import Part
-from library.training.run.plan import Plan
 from library.training.saving.resume import (
     AlreadyComplete,
     find_state,
@@ -33,6 +32,7 @@ from library.training.saving.resume import (
     with_rates_of_state,
 )
 from library.training.saving.state import OptimizerState, StateManifest, read_facts, restore, save_state
+from library.training.step.accumulation import Plan
 from tests.unit.test_processes import Board
 
 DATASET = {"num_pictures": 6, "num_batches": 3, "pictures": "a", "captions": "b", "settings": "c"}

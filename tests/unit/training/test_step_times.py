@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from library.memory.blocks import plain, recompute
-from library.memory.forms.named import FORMS
+from library.memory.formats.named import FORMS
 from library.memory.frozen import frozen_layers, multiply_codes, store_in
-from library.memory.planner.cards import PEAKS, peak_of
 from library.memory.planner.counter import FlopCounter
+from library.memory.planner.gpus import PEAKS, peak_of
 from library.training.reporting.step_times import IN_STEP, StepTimes
 from library.types import Batch
 

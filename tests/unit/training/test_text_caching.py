@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from library.data.batches.training_data import open_batches
+from library.data.training_data import open_batches
 from library.options.caching import TextCachingOptions
 from library.processes import Processes
 from library.protocols import TextCacheSpec
-from library.training.setup.text_caching import RunText, prepare_text
+from library.training.models.text_caching import RunText, prepare_text
 from library.types import Conditioning
 from tests.unit.data.builders import batches_of, options_of, plan_of, write_folder
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.training.run.told_steps import EVERY, NormMeter
+from library.training.reporting.step_events import EVERY, NormMeter
 
 
 def groups() -> torch.optim.Optimizer:

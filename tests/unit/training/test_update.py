@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.training.optimization.nonfinite import NonFiniteError, NonFiniteGuard
-from library.training.optimization.nonfinite_trace import first_damage
-from library.training.run.loop import accumulate_gradients
-from library.training.run.plan import Window
-from library.training.run.run import Run
-from library.training.run.told import Told
-from library.training.run.update import Updates, skips_by_itself
+from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard
+from library.training.failures.nonfinite_trace import first_damage
+from library.training.loop.loop import accumulate_gradients
+from library.training.loop.update import Updates, skips_by_itself
+from library.training.reporting.step_result import Told
+from library.training.run_parts import Run
+from library.training.step.accumulation import Window
 from library.types import Batch
 from tests.unit.training.test_loop import batch_of, run_of
 

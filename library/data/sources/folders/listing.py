@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from library.data.batches.images import picture_extensions
-from library.data.sources.folders.picture_index import (
+from library.data.description.image_extensions import image_extensions
+from library.data.sources.folders.image_index import (
     FolderIndex,
     Stamps,
     look_at,
@@ -65,7 +65,7 @@ def add_link(found: Folder, entry: os.DirEntry[str], caption_extension: str | No
 
 def told_apart(names: Iterable[str], caption_extension: str | None) -> Folder:
     """What the names of files say they are."""
-    endings = {extension[1:] for extension in picture_extensions()}
+    endings = {extension[1:] for extension in image_extensions()}
     similar = {extension.lower() for extension in (*endings, *OTHER_PICTURES, *CAPTION_ENDINGS)}
     told = Folder([], [], set(), [])
     for name in names:

@@ -8,12 +8,12 @@ from library.data.description.buckets import Size
 from library.data.description.captions import CaptionRules
 from library.data.description.schema import SubsetConfig
 from library.data.sources.columns import Texts
-from library.data.sources.folders.listing import look_into
-from library.data.sources.folders.metadata_file import MetadataEntry, read_metadata
-from library.data.sources.folders.picture_index import (
+from library.data.sources.folders.image_index import (
     open_index,
     renewed,
 )
+from library.data.sources.folders.listing import look_into
+from library.data.sources.folders.metadata_file import MetadataEntry, read_metadata
 from library.data.sources.folders.reading import size_of
 from library.data.sources.scanned import Listing
 

@@ -4,12 +4,12 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 
-from library.data.batches.images import read_size
+from library.data.decoding.images import read_size
 from library.data.description.buckets import Size
 from library.data.description.captions import CaptionRules
 from library.data.sources.columns import Texts
 from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
-from library.data.sources.folders.picture_index import (
+from library.data.sources.folders.image_index import (
     UNSETTLED,
     read_stamped,
     stamp_of,

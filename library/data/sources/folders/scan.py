@@ -4,20 +4,20 @@ import logging
 import os
 from collections.abc import Sequence
 
-from library.data.batches.threads import in_blocks
+from library.data.decoding.threads import in_blocks
 from library.data.description.buckets import Size
 from library.data.description.schema import SubsetConfig
 from library.data.sources.columns import Texts
 from library.data.sources.folders.folder_cache import CacheRow, FolderCache, fingerprint
-from library.data.sources.folders.listing import Folder, look_again, look_into
-from library.data.sources.folders.metadata_listing import list_metadata
-from library.data.sources.folders.picture_index import (
+from library.data.sources.folders.image_index import (
     FolderIndex,
     Table,
     open_index,
     own_captions,
     renewed,
 )
+from library.data.sources.folders.listing import Folder, look_again, look_into
+from library.data.sources.folders.metadata_listing import list_metadata
 from library.data.sources.folders.reading import (
     NotUtf8,
     caption_of,

@@ -15,14 +15,14 @@ from library.data.description.captions import CaptionRules
 from library.data.description.schema import SubsetConfig, without_secrets
 from library.data.sources.columns import Texts
 from library.data.sources.folders.reading import caption_of
+from library.data.sources.images import FileStamp, Pictures, Places
 from library.data.sources.names import folder_name, short_digest
-from library.data.sources.pictures import FileStamp, Pictures, Places
 from library.data.sources.scanned import ScannedSubset
 from library.data.sources.shards.indexing import CaptionRule, Row, row_of, row_of_bytes, rows_of_tar, stripped_lines
-from library.data.sources.shards.parquet_files import Columns, ParquetRows, columns_of
-from library.data.sources.shards.shard_index import IndexedFiles, read_index
+from library.data.sources.shards.parquet_index import IndexedFiles, read_index
 from library.data.sources.shards.tar_files import Member
-from library.data.sources.storage import Storage, is_remote
+from library.data.sources.storage.parquet_files import Columns, ParquetRows, columns_of
+from library.data.sources.storage.storage import Storage, is_remote
 from library.errors import UserError, few
 
 logger = logging.getLogger(__name__)

@@ -5,12 +5,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from library.data.batches.images import picture_extensions, read_size
+from library.data.decoding.images import read_size
 from library.data.description.buckets import Size
+from library.data.description.image_extensions import image_extensions
 from library.data.sources.folders.image_headers import HEAD_BYTES, plain_size
-from library.data.sources.pictures import END_BYTES, digest_of, digest_of_ends
-from library.data.sources.shards.ranges import RangeFile, Window
+from library.data.sources.images import END_BYTES, digest_of, digest_of_ends
 from library.data.sources.shards.tar_files import Member, members_of
+from library.data.sources.storage.ranges import RangeFile, Window
 from library.errors import UserError
 
 CAPTION_FIELDS = ("caption", "text", "prompt")  # of a .json member, where caption_column does not say
@@ -41,7 +42,7 @@ class CaptionRule:
 
 def rows_of_tar(window: Window, shown: str, rule: CaptionRule) -> list[Row]:
     """The pictures of a tar file, in their order. Raises UserError for a damaged one, and for captions in no UTF-8."""
-    endings = {ending[1:] for ending in picture_extensions()}
+    endings = {ending[1:] for ending in image_extensions()}
     wanted = (rule.ending, "txt", "json")
     pictures: dict[str, Row] = {}
     second: list[Row] = []

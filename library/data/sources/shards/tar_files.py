@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from library.data.sources.shards.ranges import Window
+from library.data.sources.storage.ranges import Window
 from library.errors import UserError
 
 BLOCK = 512

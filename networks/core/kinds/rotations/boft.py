@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from networks.core.changes.alpha import NO_DROPOUT, Dropout
 from networks.core.changes.blocks import REFUSED, block_size_for, num_outputs, refuse_magnitudes, row_length, settle
 from networks.core.changes.change import Change, Leaves
-from networks.core.changes.scaled import NO_DROPOUT, Dropout
-from networks.core.changes.turned import Turned
+from networks.core.changes.orthogonal import Turned
 from networks.core.kinds.kind import Door, Kind
 
 logger = logging.getLogger(__name__)

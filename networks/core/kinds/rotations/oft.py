@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from networks.core.changes.alpha import NO_DROPOUT, Dropout
 from networks.core.changes.blocks import REFUSED, refuse_magnitudes, with_kernels
 from networks.core.changes.change import Change, Forward, Leaves, Misfit
-from networks.core.changes.leaves import ALPHA
-from networks.core.changes.scaled import NO_DROPOUT, Dropout
-from networks.core.changes.turned import change_of_turn
+from networks.core.changes.orthogonal import change_of_turn
+from networks.core.changes.parameter_keys import ALPHA
 from networks.core.kinds.kind import Door, Kind
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from anima_train_network import setup_parser
 from library.architectures.anima.assembly import build
 from library.architectures.anima.options import AnimaOptions
 from library.architectures.anima.vae_2d import PictureConv, StripedNorm
+from library.training.models.base_model import identity_of
 from library.training.planning.counting import BatchShape, count_run
-from library.training.setup.models import identity_of
 from tests.running import Finished
 from tests.tiny.anima import build_tiny_anima
 

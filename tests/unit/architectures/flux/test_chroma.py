@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from flux_train_network import setup_parser
-from library.architectures.cards import list_cards
 from library.architectures.flux.assembly import build
 from library.architectures.flux.load import open_loader
 from library.architectures.flux.options import FluxOptions
+from library.architectures.specs import list_specs
 from library.checkpoints.recognition import recognise_adapter
 from library.errors import UserError
 from library.protocols import Architecture
@@ -154,5 +154,5 @@ def test_an_adapter_file_is_told_by_its_layers_and_then_by_its_header(
     modules: tuple[str, ...], version: str | None, base: str
 ) -> None:
     shapes = {f"lora_unet_{module}.lora_down.weight": (4, 3072) for module in modules}
-    card = recognise_adapter(list_cards(), shapes, {"ss_base_model_version": version} if version else {})
-    assert card is not None and card.name == base
+    spec = recognise_adapter(list_specs(), shapes, {"ss_base_model_version": version} if version else {})
+    assert spec is not None and spec.name == base

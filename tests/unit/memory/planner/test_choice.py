@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from library.memory.planner.cards import GIB, Card, measured_card, parse_size, typical_card
 from library.memory.planner.choice import Allowed, choose
+from library.memory.planner.gpus import GIB, Card, measured_card, parse_size, typical_card
 from library.memory.planner.prediction import ALLOCATOR_SHARE, CONTEXT_BYTES, CountedStep, Way, predict
 from library.memory.planner.stages import Stage
 from library.memory.planner.steps import CountedOptimizer, CountedPass, Segment, Timeline

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.memory.forms.named import FORMS
+from library.memory.formats.named import FORMS
 from library.memory.frozen import store_in
 from library.memory.planner.weights import STORED_FORMS, Matrix
 from tests.unit.memory.planner.made_up import allocated_peak

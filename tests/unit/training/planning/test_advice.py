@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from library.memory.planner.cards import typical_card
 from library.memory.planner.choice import Allowed
+from library.memory.planner.gpus import typical_card
 from library.memory.planner.prediction import Way
 from library.training.planning import advice
 from library.training.planning.advice import few, lines, ways_out

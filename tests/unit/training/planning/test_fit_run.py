@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from library.memory.planner.cards import GIB, Card
+from library.memory.planner.gpus import GIB, Card
 from library.processes import Processes
 from library.training.planning import fit_run
 from library.training.planning.counting import BatchShape

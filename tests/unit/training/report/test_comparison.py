@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from library.training.report.comparison import differences, is_measured_alike, labels_of, read_run
-from library.training.report.record import Record
-from library.training.report.writer import report_of, write_page
+from library.training.report_page.comparison import differences, is_measured_alike, labels_of, read_run
+from library.training.report_page.record import Record
+from library.training.report_page.writer import report_of, write_page
 from library.training.reporting.events import Event
 from tests.event_lines import EVIL, audit, lines_of, plan, start, whole_run
 from tools import compare_runs

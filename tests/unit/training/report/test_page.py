@@ -12,9 +12,16 @@ from typing import Any
 import pytest
 
 from library.errors import UserError
-from library.training.report.page import HERE, UPLOT, data_of, page_of
-from library.training.report.record import Record
-from library.training.report.writer import ReportWriter, add_sheet, earlier_record, read_report, report_of, write_page
+from library.training.report_page.page import HERE, UPLOT, data_of, page_of
+from library.training.report_page.record import Record
+from library.training.report_page.writer import (
+    ReportWriter,
+    add_sheet,
+    earlier_record,
+    read_report,
+    report_of,
+    write_page,
+)
 from tests.event_lines import EVIL, lines_of, plan, start, thumbnail, whole_run
 
 
@@ -130,7 +137,7 @@ def test_a_report_that_cannot_be_written_is_tried_again(
     now, path = [0.0], tmp_path / "cat-report.html"
     writer = ReportWriter(path, None, clock=lambda: now[0])
     with monkeypatch.context() as locked:
-        locked.setattr("library.training.report.writer.write_page", refuse)
+        locked.setattr("library.training.report_page.writer.write_page", refuse)
         for _ in range(3):
             writer.take(lines_of([plan(10)]))
             now[0] += 31

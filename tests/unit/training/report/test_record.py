@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from library.errors import UserError
-from library.training.report.record import Record
-from library.training.report.writer import record_of
+from library.training.report_page.record import Record
+from library.training.report_page.writer import record_of
 from library.training.reporting import events
 from tests.event_lines import EVIL, lines_of, plan, preview, saved, start, step, validation, whole_run
 

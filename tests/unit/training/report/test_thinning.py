@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from library.training.report.thinning import DIGITS, MOST_BUCKETS, Curves, Kept
+from library.training.report_page.thinning import DIGITS, MOST_BUCKETS, Curves, Kept
 
 
 @pytest.mark.parametrize("num_steps", [7, MOST_BUCKETS, MOST_BUCKETS + 1, 13_577])

@@ -1,0 +1,113 @@
+"""FLUX.1 and Chroma as everybody outside this package knows them."""
+
+from collections.abc import Mapping
+from functools import partial
+
+from library.architectures.flux.adapters import CHROMA_NAMES, CHROMA_TARGETS, NAMES, TARGETS
+from library.architectures.flux.assembly import CHROMA_RECIPE, RECIPE, build
+from library.architectures.flux.merging import open_base_model, seen_by_networks
+from library.architectures.flux.options import FluxOptions
+from library.checkpoints.adapter_names import FileNaming
+from library.checkpoints.base_model_spec import (
+    ALL,
+    DIFFUSERS,
+    GENERIC,
+    KOHYA,
+    NONE,
+    BaseModelSpec,
+    Certainty,
+    Gap,
+    Reader,
+    Sign,
+)
+
+WIDTH = 3072
+NO_T5 = Gap(ALL, r"(lora_te3|text_encoder_2|text_encoders_t5xxl)_.*", "it has no place for LoRA of FLUX.1's T5")
+T5_OF_DIFFUSERS = Gap(
+    DIFFUSERS, r"text_encoder_2_encoder_block_.*", "it has no place for LoRA of T5 under diffusers' names"
+)
+INPUTS = r"lora_unet_(img|txt|time|vector|guidance)_in(_.*)?"
+NO_INPUTS = Gap(KOHYA, INPUTS, "it has no place for LoRA of FLUX.1's input layers")
+CHROMA_ONLY = r"distilled_guidance_layer"
+CHROMA_INPUTS = Gap(
+    KOHYA, r"lora_unet_(img|txt)_in", "it has no place under kohya's names for LoRA of Chroma's input layers"
+)
+MODULATION = r"_(mod|modulation)_lin|_norm1?(_context)?_linear"  # in blocks; Chroma has none
+
+LOST_INPUTS = Gap(KOHYA, INPUTS, "it does not find FLUX.1's input layers under kohya's names")
+LOST_PARTS = Gap(
+    KOHYA,
+    rf"lora_unet_(img_in|txt_in|{CHROMA_ONLY}_.*)",
+    "it does not find Chroma's input layers and approximator under kohya's names",
+)
+LOST_LAYERS = Gap(
+    DIFFUSERS,
+    rf"transformer_{CHROMA_ONLY}_layers_.*",
+    "it does not find the layers of Chroma's approximator under diffusers' names",
+)
+
+
+def refuse_approximator(modules: Mapping[str, FileNaming | None]) -> str | None:
+    """Why diffusers refuses a whole file that has one under kohya's names; None where it does not."""
+    if any(naming == "kohya" and CHROMA_ONLY in name for name, naming in modules.items()):
+        return "it refuses LoRA of Chroma's approximator under kohya's names"
+    return None
+
+
+SPECS = (
+    BaseModelSpec(
+        name="flux",
+        title="FLUX.1",
+        called="a FLUX",
+        script="flux_train_network.py",
+        options=FluxOptions,
+        build=build,
+        checkpoint=(Sign(r"double_blocks\.|single_transformer_blocks\.", Certainty.SHARED),),
+        adapter=(
+            Sign(r"^transformer_transformer_blocks_.*_attn_to_q_", width=WIDTH),
+            Sign(r"_((double|single)_blocks|single_transformer_blocks)_\d+_", Certainty.SHARED),
+        ),
+        version=r"flux",
+        pipelines=("Flux",),
+        readers={
+            "ComfyUI": Reader(ALL, ALL, gaps=(T5_OF_DIFFUSERS,)),
+            "Forge": Reader(ALL, KOHYA | DIFFUSERS, gaps=(T5_OF_DIFFUSERS,)),
+            "diffusers": Reader(KOHYA | DIFFUSERS, KOHYA | DIFFUSERS, gaps=(NO_T5, NO_INPUTS)),
+            "stable-diffusion.cpp": Reader(ALL, KOHYA | GENERIC, gaps=(LOST_INPUTS,)),
+        },
+        names=NAMES,
+        network_arguments=TARGETS.arguments,
+        open_for_merging=partial(open_base_model, "flux"),
+        seen_by_networks=partial(seen_by_networks, "flux"),
+        adapter_metadata=RECIPE.of_checkpoint,
+    ),
+    BaseModelSpec(
+        name="chroma",
+        title="Chroma",
+        called="a Chroma",
+        script="flux_train_network.py",
+        script_flag="--model_type chroma",
+        options=FluxOptions,
+        build=build,
+        checkpoint=(Sign(rf"\b{CHROMA_ONLY}\."),),
+        adapter=(
+            Sign(rf"_{CHROMA_ONLY}_"),
+            # Its blocks have the names of FLUX.1's: where a file has no other names, its header tells.
+            Sign(r"^transformer_transformer_blocks_.*_attn_to_q_", width=WIDTH, unless=MODULATION),
+            Sign(r"_((double|single)_blocks|single_transformer_blocks)_\d+_", Certainty.SHARED, unless=MODULATION),
+        ),
+        version=r"chroma",
+        pipelines=("Chroma",),
+        variants={r"\bnerf_image_embedder\.": "a Chroma Radiance model, which has no latents and is not supported"},
+        readers={
+            "ComfyUI": Reader(ALL, GENERIC),
+            "diffusers": Reader(KOHYA | DIFFUSERS, NONE, gaps=(CHROMA_INPUTS,), refuses=refuse_approximator),
+            "stable-diffusion.cpp": Reader(ALL, KOHYA | GENERIC, gaps=(LOST_PARTS, LOST_LAYERS)),
+        },
+        names=CHROMA_NAMES,
+        network_arguments=CHROMA_TARGETS.arguments,
+        open_for_merging=partial(open_base_model, "chroma"),
+        seen_by_networks=partial(seen_by_networks, "chroma"),
+        adapter_metadata=CHROMA_RECIPE.of_checkpoint,
+    ),
+)

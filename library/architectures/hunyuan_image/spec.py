@@ -1,0 +1,39 @@
+"""HunyuanImage 2.1 as everybody outside this package knows it."""
+
+from library.architectures.hunyuan_image.adapters import NAMES, TARGETS
+from library.architectures.hunyuan_image.assembly import RECIPE, build
+from library.architectures.hunyuan_image.merging import open_base_model, seen_by_networks
+from library.architectures.hunyuan_image.options import HunyuanImageOptions
+from library.checkpoints.base_model_spec import GENERIC, KOHYA, NONE, BaseModelSpec, Gap, Reader, Sign
+
+WIDTH = 3584
+ORIGINAL_NAMES = Gap(
+    KOHYA,
+    r".*_((img|txt)_mlp_fc[12]|(img|txt)_mod_linear|modulation_linear)$",
+    "it expects mlp_0, mlp_2, mod_lin, modulation_lin in place of mlp_fc1, mlp_fc2, mod_linear, modulation_linear",
+)
+
+SPECS = (
+    BaseModelSpec(
+        name="hunyuan_image",
+        title="HunyuanImage 2.1",
+        called="a HunyuanImage",
+        script="hunyuan_image_train_network.py",
+        options=HunyuanImageOptions,
+        build=build,
+        checkpoint=(Sign(r"txt_in\.individual_token_refiner|byt5_in\."),),
+        adapter=(
+            Sign(r"_blocks_\d+_(img|txt)_(mod_linear|mlp_fc[12])|_single_blocks_\d+_modulation_linear"),
+            Sign(r"_((double|single)_blocks|single_transformer_blocks)_\d+_", width=WIDTH),
+            Sign(r"^transformer_transformer_blocks_", width=WIDTH),
+        ),
+        version=r"hunyuan-image",
+        pipelines=("HunyuanImage",),
+        readers={"ComfyUI": Reader(KOHYA | GENERIC, NONE, gaps=(ORIGINAL_NAMES,))},
+        names=NAMES,
+        network_arguments=TARGETS.arguments,
+        open_for_merging=open_base_model,
+        seen_by_networks=seen_by_networks,
+        adapter_metadata=RECIPE.of_checkpoint,
+    ),
+)

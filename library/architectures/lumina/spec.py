@@ -1,0 +1,56 @@
+"""Lumina Image 2.0 as everybody outside this package knows it."""
+
+import re
+from collections.abc import Mapping
+
+from library.architectures.lumina.adapters import NAMES, TARGETS
+from library.architectures.lumina.assembly import RECIPE, build
+from library.architectures.lumina.merging import open_base_model, seen_by_networks
+from library.architectures.lumina.options import LuminaOptions
+from library.checkpoints.adapter_names import FileNaming
+from library.checkpoints.base_model_spec import DIFFUSERS, GENERIC, KOHYA, NONE, BaseModelSpec, Reader, Sign
+
+BLOCK = frozenset(("attention_qkv", "attention_out", *(f"feed_forward_w{n}" for n in (1, 2, 3)), "adaLN_modulation_1"))
+
+
+def refuse_parts_of_blocks(modules: Mapping[str, FileNaming | None]) -> str | None:
+    """Why diffusers takes nothing: its converter of generic names counts the blocks of each stack and takes every
+    module of each."""
+    if not any(naming == "generic" and not name.startswith("text_") for name, naming in modules.items()):
+        return None
+    stacks: dict[str, dict[int, set[str]]] = {}
+    for module in modules:
+        place = re.fullmatch(r"diffusion_model_(layers|noise_refiner|context_refiner)_(\d+)_(.*)", module)
+        if place is None:
+            return f"it refuses Lumina 2's {module} in the generic naming, where it expects blocks alone"
+        stacks.setdefault(place[1], {}).setdefault(int(place[2]), set()).add(place[3])
+    for stack, blocks in stacks.items():
+        whole = BLOCK - {"adaLN_modulation_1"} if stack == "context_refiner" else BLOCK
+        if blocks.keys() != set(range(len(blocks))) or any(found != whole for found in blocks.values()):
+            return f"of Lumina 2's {stack} it takes every module of every block from the first, in the generic naming"
+    return None
+
+
+SPECS = (
+    BaseModelSpec(
+        name="lumina",
+        title="Lumina Image 2.0",
+        called="a Lumina",
+        script="lumina_train_network.py",
+        options=LuminaOptions,
+        build=build,
+        checkpoint=(Sign(r"cap_embedder\.|context_refiner\."),),
+        adapter=(Sign(r"_(noise_refiner|context_refiner)_|(unet|diffusion_model|transformer)_layers_\d+_"),),
+        version=r"lumina",
+        pipelines=("Lumina",),
+        readers={
+            "ComfyUI": Reader(KOHYA | GENERIC, KOHYA | GENERIC),
+            "diffusers": Reader(GENERIC | DIFFUSERS, NONE, refuses=refuse_parts_of_blocks),
+        },
+        names=NAMES,
+        network_arguments=TARGETS.arguments,
+        open_for_merging=open_base_model,
+        seen_by_networks=seen_by_networks,
+        adapter_metadata=RECIPE.of_checkpoint,
+    ),
+)

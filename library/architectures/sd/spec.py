@@ -1,0 +1,97 @@
+"""Stable Diffusion 1.x and 2.x as everybody outside this package knows them."""
+
+from functools import partial
+
+from library.architectures.sd.adapters import NAMES, SD2_NAMES, TARGETS
+from library.architectures.sd.assembly import build, metadata
+from library.architectures.sd.load import TITLES
+from library.architectures.sd.merging import open_base_model, seen_by_networks
+from library.checkpoints.base_model_spec import ALL, KOHYA, BaseModelSpec, BlockWeights, Certainty, Gap, Reader, Sign
+from library.models.unet.block_weights import BASE, MID, block_of, every_block, side
+from library.models.unet.spec import (
+    ADAPTED_CLIP,
+    ADAPTED_TEXT_INPUT,
+    ADAPTED_UNET,
+    ATTENTION_INPUT,
+    READERS,
+    TEXT_INPUT,
+    UNET,
+)
+from library.options.train import TrainOptions
+
+SD1_TEXT_WIDTH, SD2_TEXT_WIDTH = 768, 1024
+NO_OUTER_LAYERS = Gap(
+    ALL,
+    r".*_(conv_in|conv_out|time_embedding_linear_[12])",
+    "it does not look for conv_in, conv_out and time_embedding",
+)
+PACKED_QKV = Gap(
+    KOHYA, r"lora_te_.*_self_attn_[qkv]_proj", "q, k and v of SD 2's text encoder are one matrix in the checkpoint"
+)
+
+WITH_ATTENTION = (BASE, *side("IN", 1, 2, 4, 5, 7, 8), MID, *side("OUT", *range(3, 12)))
+BLOCK_WEIGHTS = BlockWeights((WITH_ATTENTION, every_block()), block_of)
+
+
+def adapter_metadata(is_v2: bool, architecture: str, predicts_velocity: bool) -> dict[str, str]:
+    """What an adapter for a checkpoint says of it."""
+    return metadata(is_v2, predicts_velocity)
+
+
+SPECS = (
+    BaseModelSpec(
+        name="sd1",
+        title="Stable Diffusion 1.x",
+        called=f"an {TITLES['sd1']}",
+        script="train_network.py",
+        options=TrainOptions,
+        build=build,
+        checkpoint=(
+            Sign(UNET, Certainty.FAMILY),
+            Sign(TEXT_INPUT, Certainty.SHARED, width=SD1_TEXT_WIDTH),
+        ),
+        adapter=(
+            Sign(ADAPTED_UNET, Certainty.FAMILY),
+            Sign(ADAPTED_CLIP, Certainty.FAMILY),
+            Sign(ADAPTED_TEXT_INPUT, width=SD1_TEXT_WIDTH),
+        ),
+        version=r"sd_v1",
+        pipelines=("StableDiffusion",),
+        folders=("unet",),
+        readers={**READERS, "stable-diffusion.cpp": Reader(ALL, KOHYA, gaps=(NO_OUTER_LAYERS,))},
+        names=NAMES,
+        network_arguments=TARGETS.arguments,
+        open_for_merging=partial(open_base_model, "sd1"),
+        seen_by_networks=partial(seen_by_networks, "sd1"),
+        adapter_metadata=partial(adapter_metadata, False),
+        block_weights=BLOCK_WEIGHTS,
+    ),
+    BaseModelSpec(
+        name="sd2",
+        title="Stable Diffusion 2.x",
+        called=f"an {TITLES['sd2']}",
+        script="train_network.py",
+        options=TrainOptions,
+        build=build,
+        script_flag="--v2",
+        checkpoint=(
+            Sign(r"cond_stage_model\.model\."),
+            Sign(TEXT_INPUT, Certainty.SHARED, width=SD2_TEXT_WIDTH),
+            Sign(ATTENTION_INPUT, Certainty.PART, num_axes=2),  # SD 1.x has 1x1 convolutions there
+        ),
+        adapter=(
+            Sign(ADAPTED_TEXT_INPUT, width=SD2_TEXT_WIDTH),
+            Sign(rf"{ADAPTED_CLIP}.*_[qkv]_proj_", width=SD2_TEXT_WIDTH),
+        ),
+        version=r"sd_v2",
+        pipelines=("StableDiffusion",),
+        folders=("unet",),
+        readers={**READERS, "stable-diffusion.cpp": Reader(ALL, KOHYA, gaps=(PACKED_QKV,))},
+        names=SD2_NAMES,
+        network_arguments=TARGETS.arguments,
+        open_for_merging=partial(open_base_model, "sd2"),
+        seen_by_networks=partial(seen_by_networks, "sd2"),
+        adapter_metadata=partial(adapter_metadata, True),
+        block_weights=BLOCK_WEIGHTS,
+    ),
+)

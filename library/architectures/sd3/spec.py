@@ -1,0 +1,57 @@
+"""Stable Diffusion 3 and 3.5 as everybody outside this package knows them."""
+
+from library.architectures.sd3.adapters import NAMES, TARGETS
+from library.architectures.sd3.assembly import RECIPE, build
+from library.architectures.sd3.merging import open_base_model, seen_by_networks
+from library.architectures.sd3.options import Sd3Options
+from library.checkpoints.base_model_spec import (
+    ALL,
+    DIFFUSERS,
+    GENERIC,
+    KOHYA,
+    BaseModelSpec,
+    Certainty,
+    Gap,
+    Reader,
+    Sign,
+)
+
+T5_OF_DIFFUSERS = Gap(
+    DIFFUSERS, r"text_encoder_3_encoder_block_.*", "it has no place for LoRA of T5 under diffusers' names"
+)
+
+
+def adapter_metadata(architecture: str, predicts_velocity: bool) -> dict[str, str]:
+    """What an adapter for a checkpoint says of it: which of the sizes it is."""
+    version = architecture.removeprefix("stable-diffusion-3-")
+    return {**RECIPE.of_checkpoint(architecture), "ss_base_model_version": version}
+
+
+SPECS = (
+    BaseModelSpec(
+        name="sd3",
+        title="Stable Diffusion 3",
+        called="an SD3",
+        script="sd3_train_network.py",
+        options=Sd3Options,
+        build=build,
+        checkpoint=(Sign(r"joint_blocks\."),),
+        adapter=(
+            Sign(r"_joint_blocks_"),
+            Sign(r"^transformer_transformer_blocks_", Certainty.SHARED, unless=r"_single_transformer_blocks_"),
+        ),
+        version=r"(5-)?(medium|large)|sd3",
+        pipelines=("StableDiffusion3",),
+        readers={
+            "ComfyUI": Reader(ALL, ALL, gaps=(T5_OF_DIFFUSERS,)),
+            "Forge": Reader(KOHYA | GENERIC, KOHYA | DIFFUSERS, gaps=(T5_OF_DIFFUSERS,)),
+            "diffusers": Reader(DIFFUSERS, DIFFUSERS, gaps=(T5_OF_DIFFUSERS,)),
+            "stable-diffusion.cpp": Reader(GENERIC | DIFFUSERS, GENERIC),
+        },
+        names=NAMES,
+        network_arguments=TARGETS.arguments,
+        open_for_merging=open_base_model,
+        seen_by_networks=seen_by_networks,
+        adapter_metadata=adapter_metadata,
+    ),
+)

@@ -1,0 +1,246 @@
+"""Pictures as arrays: reading, resizing, cropping, mirroring, colour.
+
+Arrays are uint8, HWC or HW; sizes are (width, height).
+"""
+
+import io
+import os
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from library.data.description.buckets import Shape, Size
+from library.data.description.image_extensions import load_plugin
+from library.errors import UserError
+
+Pixels = NDArray[np.uint8]
+
+ORIENTATION = 0x0112  # EXIF
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class DamagedPicture(UserError):
+    """A picture with a good header whose pixels cannot be decoded; the message names it."""
+
+
+def open_picture(path: str, content: bytes | io.RawIOBase | None = None) -> Image.Image:
+    """The picture with its header read; ValueError names a file that is none. `content` is the file, read or open."""
+    load_plugin(os.path.splitext(path)[1][1:].lower())
+    try:
+        opened: Any = io.BytesIO(content) if isinstance(content, bytes) else path if content is None else content
+        return Image.open(opened)
+    except UnidentifiedImageError:
+        is_empty = content == b"" if content is not None else os.path.getsize(path) == 0
+        raise UserError(f"{path} is {'empty' if is_empty else 'not a picture that can be read'}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8. Reads no pixels: a PNG's tags count only where they stand before the pixels."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # broken tags are no reason to lose the picture; Pillow raises many kinds here
+        return 1
+    return value if value in TRANSPOSITIONS else 1
+
+
+def read_size(path: str, content: bytes | io.RawIOBase | None = None) -> Size:
+    """(width, height) as `read_pixels` will give it, from the header alone; `content` is the file, if read or open."""
+    with open_picture(path, content) as image:
+        width, height = image.size
+        turned = orientation_of(image) >= 5
+    if width <= 0 or height <= 0:
+        raise UserError(f"{path} is {width}x{height} pixels")
+    return (height, width) if turned else (width, height)
+
+
+def decode_all(image: Image.Image, path: str) -> None:
+    """Decode an opened picture. Raises DamagedPicture where its pixels are cut off or broken."""
+    try:
+        image.load()
+    except Exception as error:  # damaged pixels show as OSError, SyntaxError, struct.error, zlib.error, ...
+        raise DamagedPicture(f"{path} is damaged: {error}") from None
+
+
+def read_pixels(path: str, content: bytes | None = None) -> tuple[Pixels, Pixels | None]:
+    """(RGB, alpha) of a picture of any kind, upright; alpha is None where there is none.
+
+    Raises DamagedPicture where its pixels are cut off or broken, ValueError where it cannot be read at all.
+    """
+    with open_picture(path, content) as image:
+        orientation = orientation_of(image)
+        decode_all(image, path)
+        upright = image.transpose(TRANSPOSITIONS[orientation]) if orientation in TRANSPOSITIONS else image
+        has_alpha = upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info
+        if upright.mode.startswith("I"):
+            return _from_16_bits(upright), None
+        if has_alpha:
+            rgba = np.asarray(upright.convert("RGBA"))
+            return np.ascontiguousarray(rgba[..., :3]), np.ascontiguousarray(rgba[..., 3])
+        return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB")), None
+
+
+def _from_16_bits(image: Image.Image) -> Pixels:
+    # Pillow's own conversion clips at 255, which turns 16-bit grey pictures white.
+    grey = np.asarray(image).astype(np.int64)
+    grey_8bit = ((np.clip(grey, 0, 65535) + 128) // 257).astype(np.uint8)
+    return np.repeat(grey_8bit[..., None], 3, axis=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the training picture lies: resize to `resized`, cut `target` from (left, top), mirror."""
+
+    resized: Size
+    left: int
+    top: int
+    target: Size
+    is_flipped: bool = False
+
+
+def centred(shape: Shape, is_flipped: bool = False) -> Placement:
+    """Cut from the middle."""
+    left, top = (shape.resized[0] - shape.bucket[0]) // 2, (shape.resized[1] - shape.bucket[1]) // 2
+    return Placement(shape.resized, left, top, shape.bucket, is_flipped)
+
+
+def cropped_at_random(shape: Shape, rng: random.Random, is_flipped: bool = False) -> Placement:
+    """Cut anywhere."""
+    left = rng.randint(0, shape.resized[0] - shape.bucket[0])
+    top = rng.randint(0, shape.resized[1] - shape.bucket[1])
+    return Placement(shape.resized, left, top, shape.bucket, is_flipped)
+
+
+@dataclass(frozen=True, slots=True)
+class Face:
+    """A face in pixels of the picture: centre and size."""
+
+    cx: int
+    cy: int
+    width: int
+    height: int
+
+
+def face_of(path: str) -> Face | None:
+    """The face that a file name `..._cx_cy_w_h` tells of."""
+    parts = os.path.splitext(os.path.basename(path))[0].split("_")
+    if len(parts) < 5:
+        return None
+    try:
+        face = Face(*(int(part) for part in parts[-4:]))
+    except ValueError:
+        return None
+    return face if face.width > 0 and face.height > 0 else None
+
+
+def cropped_at_face(
+    picture: Size,
+    target: Size,
+    face: Face,
+    zoom_range: tuple[float, float],
+    wanders: bool,
+    rng: random.Random,
+    is_flipped: bool = False,
+) -> Placement:
+    """Cut around the face, which becomes so large that the shorter target side is `zoom` of its larger sides.
+
+    The zoom is drawn from `zoom_range`, but the picture is never enlarged more than it must be to cover the target. The
+    face stays near the middle; `wanders` moves it by a triangular offset that shows more of the background.
+    """
+    size, short = max(face.width, face.height), min(target)
+    least = max(target[0] / picture[0], target[1] / picture[1])
+    ceiling = max(1.0, least)
+    low = min(ceiling, max(least, short / (size * zoom_range[1])))
+    high = min(ceiling, max(low, short / (size * zoom_range[0])))
+    scale = rng.uniform(low, high)
+    resized = (max(target[0], int(picture[0] * scale + 0.5)), max(target[1], int(picture[1] * scale + 0.5)))
+    corner = []
+    for side, length, centre in zip(target, resized, (face.cx, face.cy), strict=True):
+        middle = int(centre * scale + 0.5)
+        start = middle - side // 2
+        if wanders:
+            reach = max(length - middle, middle)
+            start += rng.randint(0, reach) + rng.randint(0, reach) - reach
+        elif zoom_range[0] != zoom_range[1]:
+            jitter = int(size * scale) // 20
+            start += rng.randint(-jitter, jitter)
+        corner.append(max(0, min(start, length - side)))
+    return Placement(resized, corner[0], corner[1], target, is_flipped)
+
+
+def place(pixels: Pixels, placement: Placement, interpolation: str | None) -> Pixels:
+    """Resize, cut and mirror an array."""
+    resized = resize(pixels, placement.resized, interpolation)
+    width, height = placement.target
+    cut = resized[placement.top : placement.top + height, placement.left : placement.left + width]
+    return np.array(cut[:, ::-1] if placement.is_flipped else cut, order="C")
+
+
+def chosen_filter(size: Size, target: Size, interpolation: str | None) -> str:
+    """The resampling filter: the given one, else area where no side grows, else lanczos."""
+    if interpolation is not None:
+        return interpolation
+    return "area" if target[0] <= size[0] and target[1] <= size[1] else "lanczos"
+
+
+def resize(pixels: Pixels, target: Size, interpolation: str | None) -> Pixels:
+    """The array at another size. Lanczos and box are Pillow's, the others OpenCV's, as in sd-scripts."""
+    size = (pixels.shape[1], pixels.shape[0])
+    if size == target:
+        return pixels
+    name = chosen_filter(size, target, interpolation)
+    if name in ("lanczos", "box"):
+        kind = Image.Resampling.LANCZOS if name == "lanczos" else Image.Resampling.BOX
+        return np.array(Image.fromarray(pixels).resize(target, kind))
+    import cv2
+
+    kinds: dict[str, int] = {
+        "nearest": cv2.INTER_NEAREST_EXACT,
+        "bilinear": cv2.INTER_LINEAR,
+        "linear": cv2.INTER_LINEAR,
+        "bicubic": cv2.INTER_CUBIC,
+        "cubic": cv2.INTER_CUBIC,
+        "area": cv2.INTER_AREA,
+    }
+    resized: Any = cv2.resize(pixels, target, interpolation=kinds[name])
+    return np.asarray(resized, dtype=np.uint8)
+
+
+def change_colour(rgb: Pixels, rng: random.Random) -> Pixels:
+    """One draw in three changes: half of these turn the hue by up to 16 degrees, half get a gamma of 0.95 to 1.05."""
+    if rng.random() >= 0.33:
+        return rgb
+    if rng.random() < 0.5:
+        return turn_hue(rgb, rng.uniform(-8, 8))
+    return apply_gamma(rgb, rng.uniform(0.95, 1.05))
+
+
+def turn_hue(rgb: Pixels, half_degrees: float) -> Pixels:
+    """Turn the hue; a unit is two degrees, OpenCV's for 8-bit pictures."""
+    import cv2
+
+    hsv = np.asarray(cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV))
+    hue = np.rint(hsv[..., 0].astype(np.float32) + half_degrees) % 180
+    hsv[..., 0] = hue.astype(np.uint8)
+    return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), dtype=np.uint8)
+
+
+def apply_gamma(rgb: Pixels, gamma: float) -> Pixels:
+    """The power of values from 0 to 1, so black stays black and white stays white."""
+    table = np.rint(255 * (np.arange(256) / 255) ** gamma).astype(np.uint8)
+    return table[rgb]

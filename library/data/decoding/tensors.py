@@ -1,0 +1,16 @@
+"""Decoded images and masks as the tensors that models take."""
+
+import torch
+from torch import Tensor
+
+from library.data.decoding.images import Pixels
+
+
+def to_mask(values_HW: Pixels) -> Tensor:
+    """Scale uint8 0..255 to float32 0..1."""
+    return torch.from_numpy(values_HW).float() / 255
+
+
+def to_pixels(rgb_HWC: Pixels) -> Tensor:
+    """Turn uint8 HWC, 0..255, into float32 CHW, -1..1."""
+    return torch.from_numpy(rgb_HWC).permute(2, 0, 1).float() / 127.5 - 1

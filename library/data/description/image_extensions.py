@@ -1,0 +1,26 @@
+"""File name extensions of images, with the formats that Pillow reads through a plug-in where one is installed."""
+
+from PIL import Image
+
+EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")
+PLUGINS = {"avif": "pillow_avif", "jxl": "pillow_jxl"}
+
+
+def image_extensions() -> tuple[str, ...]:
+    """Return the extensions of image files with their dot, in lower and in upper case, including those of plug-ins."""
+    found = [*EXTENSIONS, *(extension for extension in PLUGINS if load_plugin(extension))]
+    return tuple(f".{extension}" for extension in found) + tuple(f".{extension.upper()}" for extension in found)
+
+
+def load_plugin(extension: str) -> bool:
+    """Register Pillow's plug-in for this extension; return whether Pillow can read such files now."""
+    if f".{extension}" in Image.registered_extensions():
+        return True
+    module = PLUGINS.get(extension)
+    if module is None:
+        return False
+    try:
+        __import__(module)
+    except ImportError:
+        return False
+    return True

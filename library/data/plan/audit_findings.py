@@ -1,0 +1,76 @@
+"""What is wrong with pictures that only their pixels show: twins, blur, nothing on them, damage."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from library.data.description.buckets import Size
+from library.data.plan.audit_pixels import Look, groups_of, look_at_all, similar_pairs
+from library.data.plan.samples import Sample
+from library.data.sources.images import Picture
+from library.data.sources.storage.storage import Storage
+from library.errors import few
+
+MOST_BITS = 6  # of 64: copies of another size or quality, or with an edge cut off, differ in so few, others in 20
+BLURRED = 15.0  # variance of the Laplacian; a blur of 2 pixels leaves 5, sharp pictures have 50 and far more
+EMPTY = 6.0  # standard deviation of grey values of 256: one colour, but for noise
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that stands out, and the pictures it is about: (path, a word on it)."""
+
+    text: str
+    pictures: tuple[tuple[str, str], ...]
+
+    @property
+    def line(self) -> str:
+        """The same for the log, with the first few pictures."""
+        return f"{self.text}: " + few(f"{path} ({note})" if note else path for path, note in self.pictures)
+
+
+def inspect(samples: Sequence[Sample], num_trained: int, storage: Storage, num_threads: int = 0) -> list[Finding]:
+    """Look at every picture once. Those of datasets from `num_trained` on are only measured, not trained."""
+    largest: dict[str, tuple[Picture, Size]] = {}
+    for sample in samples:
+        key, (bucket_width, bucket_height) = sample.picture.key, sample.shape.bucket
+        _, (width, height) = largest.get(key, (sample.picture, (0, 0)))
+        largest[key] = sample.picture, (max(width, bucket_width), max(height, bucket_height))
+    trained = {sample.picture.key for sample in samples if sample.dataset < num_trained}
+    return list(findings_of(look_at_all(list(largest.values()), storage, num_threads), trained))
+
+
+def findings_of(looks: Sequence[Look], trained: set[str]) -> Iterator[Finding]:
+    """What stands out, the gravest first; a kind that no picture has gives nothing."""
+    damaged = [(look.path, look.problem) for look in looks if look.problem is not None]
+    yield from told(
+        damaged, "{} pictures cannot be decoded and would be left out in mid-run; save them anew or remove them"
+    )
+    whole = [look for look in looks if look.problem is None]
+    empty = [look for look in whole if look.contrast < EMPTY]
+    yield from told(
+        [(look.path, f"contrast {look.contrast:.1f}") for look in empty],
+        "{} pictures show one colour alone; remove them",
+    )
+    shown = [look for look in whole if look.contrast >= EMPTY]  # empty ones all look alike
+    groups = groups_of(list(similar_pairs([look.hash for look in shown], MOST_BITS)))
+    across: list[tuple[str, str]] = []
+    within: list[tuple[str, str]] = []
+    for number, group in enumerate(groups, 1):
+        paths = [shown[place].path for place in group]
+        kinds = {path in trained for path in paths}
+        (across if len(kinds) == 2 else within).extend((path, f"group {number}") for path in paths)
+    yield from told(
+        [(path, f"{note}, {'trained' if path in trained else 'validation'}") for path, note in across],
+        "{} pictures of the validation are nearly the same as trained ones, so it measures what was learned by heart; "
+        "keep each motif on one side",
+    )
+    yield from told(within, "{} pictures are nearly the same as others; each counts, keep the best of every group")
+    blurred = [(look.path, f"sharpness {look.sharpness:.0f}") for look in shown if look.sharpness < BLURRED]
+    yield from told(blurred, "{} pictures are blurred all over, which is learned too; remove them or find sharp ones")
+
+
+def told(pictures: Iterable[tuple[str, str | None]], text: str) -> Iterator[Finding]:
+    """The finding, if there is a picture of it."""
+    listed = tuple((path, note or "") for path, note in pictures)
+    if listed:
+        yield Finding(text.format(len(listed)), listed)

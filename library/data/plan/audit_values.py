@@ -1,0 +1,96 @@
+"""What was found in the data, as plain values for programs; audit.py says it in words."""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+from library.data.description.buckets import BucketRules
+from library.data.plan.audit import MOST_COUNTED_AT_START, TokenLimit
+from library.data.plan.samples import Draws
+from library.data.plan.summary import TagFrequency
+from library.data.sources.columns import Texts
+from library.data.sources.scanned import ScannedDataset, ScannedSubset
+
+MOST_NAMED = 100  # pictures that are left out
+MOST_TAGS = 50
+
+
+def dataset_facts(
+    datasets: Sequence[ScannedDataset],
+    rules: Sequence[BucketRules],
+    draws: Draws,
+    frequencies: Sequence[TagFrequency],
+    limit: TokenLimit | None,
+) -> dict[str, Any]:
+    """Datasets with their subsets and buckets, pictures that are left out, lengths of captions, commonest tags.
+
+    `frequencies` are those of the datasets.
+    """
+    subsets = [subset for dataset in datasets for subset in dataset.subsets]
+    dropped = [one for subset in subsets for one in left_out(subset)]
+    tags: Counter[str] = Counter()
+    for frequency in frequencies:
+        for counts in frequency.values():
+            tags.update(counts)
+    return {
+        "datasets": [describe(number, *pair, draws) for number, pair in enumerate(zip(datasets, rules, strict=True))],
+        "dropped": [{"file": path, "reason": reason} for path, reason in dropped[:MOST_NAMED]],
+        "num_dropped": len(dropped),
+        "caption_lengths": caption_lengths([subset.pictures.captions for subset in subsets], limit),
+        "tags": [[tag, count] for tag, count in sorted(tags.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_TAGS]],
+    }
+
+
+def nothing_known() -> dict[str, Any]:
+    """The facts of data without pictures that are described."""
+    lengths: dict[str, Any] = {"unit": "words", "most": None, "counts": []}
+    return {"datasets": [], "dropped": [], "num_dropped": 0, "caption_lengths": lengths, "tags": []}
+
+
+def left_out(subset: ScannedSubset) -> list[tuple[str, str]]:
+    """(path, reason) of every picture that is not trained."""
+    return [*subset.dropped, *((path, "outside of skip_image_resolution") for path in subset.small)]
+
+
+def describe(number: int, dataset: ScannedDataset, rule: BucketRules, draws: Draws) -> dict[str, Any]:
+    """One dataset."""
+    return {
+        "resolution": list(rule.resolution),
+        "batch_size": dataset.config.batch_size,
+        "subsets": [
+            {
+                "source": subset.config.source,
+                "num_pictures": len(subset.pictures),
+                "num_repeats": subset.config.num_repeats,
+                "is_reg": subset.config.is_reg,
+                "num_without_caption": len(subset.without_caption) + len(subset.empty_caption),
+            }
+            for subset in dataset.subsets
+        ],
+        "buckets": [
+            {
+                "width": bucket.size[0],
+                "height": bucket.size[1],
+                "num_draws": len(bucket.draws),
+                "num_batches": bucket.num_batches,
+            }
+            for bucket in draws.buckets
+            if bucket.dataset == number
+        ],
+    }
+
+
+def caption_lengths(columns: Sequence[Texts], limit: TokenLimit | None) -> dict[str, Any]:
+    """How many captions have which length, as [length, count] in order: in tokens, in words where counting takes long.
+
+    `most` is how many tokens reach the model; None for words.
+    """
+    in_tokens = limit is not None and sum(map(len, columns)) <= MOST_COUNTED_AT_START
+    count = limit.count if limit is not None and in_tokens else lambda caption: len(caption.split())
+    counts = Counter(map(count, chain.from_iterable(columns)))
+    return {
+        "unit": "tokens" if in_tokens else "words",
+        "most": limit.max_tokens if limit is not None and in_tokens else None,
+        "counts": [[length, number] for length, number in sorted(counts.items())],
+    }

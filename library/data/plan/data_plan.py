@@ -1,0 +1,296 @@
+"""What a run trains on, decided before anything is encoded or drawn."""
+
+import logging
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from library.collector import without_collection
+from library.data.description.buckets import BucketRules, Shape
+from library.data.description.captions import caption_variant
+from library.data.description.schema import DatasetConfig, RunDataConfig, SubsetConfig, load_dataset_config
+from library.data.plan.audit import MOST_COUNTED_AT_START, TokenLimit, audit_lines, log_lengths_later
+from library.data.plan.audit_values import dataset_facts
+from library.data.plan.dataset_digest import dataset_identity, picture_digests
+from library.data.plan.order import epoch_batches
+from library.data.plan.samples import Draws, Sample, Samples, build_draws, build_samples, check_pictures, fixed_shape
+from library.data.plan.summary import TagFrequency, dataset_metadata, tag_frequency
+from library.data.plan.validation_split import Split, split_datasets, unchanging
+from library.data.sources.collect import collect
+from library.data.sources.scanned import ScannedDataset
+from library.data.sources.storage.storage import Storage
+from library.errors import UserError
+from library.options.train import TrainOptions
+from library.protocols import LatentSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class DataPlan:
+    """The pictures of a run: their shapes and buckets, how often each is drawn, and how.
+
+    It draws nothing, and knows no cache: caches take a plan and give stores, and batches are built of plan and stores.
+    Whoever needs fewer pictures, or draws them otherwise, makes another plan of it before anything is cached.
+    """
+
+    config: RunDataConfig
+    split: Split
+    rules: tuple[BucketRules, ...]  # of the datasets that are trained
+    samples: Samples  # those that are trained, then those that are set aside
+    draws: Draws  # of an epoch
+    draws_aside: Draws  # of what is set aside, each picture once
+    subsets: tuple[SubsetConfig, ...]  # how the pictures of each are drawn, counted through all datasets
+    seed: int
+    validation_seed: int
+    prior_loss_weight: float
+    max_train_steps: int  # for the warm-up of tags
+    spec: LatentSpec
+    storage: Storage
+    num_workers: int
+    token_limit: TokenLimit | None  # None leaves captions unmeasured
+    num_variants: int = 0  # versions that a caption is drawn from; 0 makes it anew for every draw
+
+    @property
+    def datasets(self) -> tuple[ScannedDataset, ...]:
+        """Those that are trained."""
+        return self.split.trained
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the data is, in a few words that two runs can compare."""
+        return dataset_identity(self.config, self.samples, self.num_batches)
+
+    @cached_property
+    def identity_with_contents(self) -> dict[str, Any]:
+        """The identity, and a digest of each picture's file as it is when this is first asked for."""
+        return {**self.identity, "contents": picture_digests(self.samples, max(1, self.num_workers))}
+
+    @property
+    def picture_paths(self) -> list[str]:
+        """The files of all pictures, one for each sample."""
+        return [key for pictures in self.samples.subsets for key in pictures.each_key()]
+
+    # Counts
+
+    @property
+    def num_train_images(self) -> int:
+        """Draws of training pictures in an epoch, repeats included."""
+        return self._count(is_reg=False)
+
+    @property
+    def num_reg_images(self) -> int:
+        """Regularisation pictures times their own repeats, whether they are needed or not."""
+        return self._count(is_reg=True)
+
+    def _count(self, is_reg: bool) -> int:
+        subsets = [subset for dataset in self.datasets for subset in dataset.subsets]
+        return sum(len(s.pictures) * s.config.num_repeats for s in subsets if s.config.is_reg == is_reg)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in an epoch."""
+        return sum(bucket.num_batches for bucket in self.draws.buckets)
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """The batch size of each dataset."""
+        return [dataset.config.batch_size for dataset in self.datasets]
+
+    def batch_shapes(self) -> Iterator[tuple[int, tuple[int, int]]]:
+        """How many pictures of which size (width, height) the full batches of each bucket have."""
+        for bucket in self.draws.buckets:
+            first = self.samples[int(self.draws.sample_of_draw[int(bucket.draws[0])])]
+            yield min(bucket.batch_size, len(bucket.draws)), first.shape.bucket
+
+    def subset_of(self, sample: Sample) -> SubsetConfig:
+        """The settings of a sample's subset."""
+        return self.subsets[sample.subset]
+
+    def caption_texts(self) -> Iterator[tuple[str, ...]]:
+        """For each sample the versions of its caption, without repetition; none for one that is not drawn."""
+        for sample in self.samples:
+            if not sample.num_draws:
+                yield ()
+                continue
+            picture, rules = sample.picture, self.subset_of(sample).captions
+            variants = range(self.num_variants if rules.varies else 1)
+            yield tuple(dict.fromkeys(caption_variant(picture.key, picture.caption, rules, v) for v in variants))
+
+    # What is said of it
+
+    def audit(self, log: logging.Logger) -> None:
+        """Log what was found and what is wrong with it; in large sets, captions that are too long follow later."""
+        counts_at_once = len(self.samples) <= MOST_COUNTED_AT_START
+        limit = self.token_limit if counts_at_once else None
+        for level, line in audit_lines(self.datasets, self.rules, self.samples, self.draws, limit):
+            log.log(level, "%s", line)
+        if self.token_limit is not None and not counts_at_once:
+            log_lengths_later(self.datasets, self.token_limit, log)
+        for level, line in self.split.lines:
+            log.log(level, "%s", line)
+
+    def facts(self) -> dict[str, Any]:
+        """The same as plain values, for programs."""
+        return dataset_facts(self.datasets, self.rules, self.draws, self._tag_frequencies, self.token_limit)
+
+    def metadata(self, options: TrainOptions, num_processes: int = 1) -> dict[str, Any]:
+        """The `ss_*` values that describe the data; tables and lists are to be written as JSON."""
+        frequencies = self._tag_frequencies
+        return dataset_metadata(
+            self.config, self.datasets, self.rules, self.samples, frequencies, options, num_processes
+        )
+
+    @cached_property
+    def _tag_frequencies(self) -> list[TagFrequency]:
+        return [tag_frequency(dataset) for dataset in self.datasets]
+
+    # Other plans
+
+    def with_fixed_captions(self, num_variants: int) -> "DataPlan":
+        """Each caption is drawn from `num_variants` versions of it, which `caption_texts` lists, and the empty prompt.
+
+        Raises UserError for a subset whose captions are other ones in every step.
+        """
+        for subset in self.subsets:
+            if subset.captions.token_warmup_step > 0:
+                raise UserError(
+                    f"{subset.source}: --token_warmup_step makes other captions in every step, and "
+                    "--cache_text_encoder_outputs keeps a few of each picture; leave one of them out"
+                )
+        return replace(self, num_variants=num_variants)
+
+    def limited_to_largest_batch(self) -> tuple["DataPlan", int]:
+        """Without draws of pictures that are not in the largest batch, so that only these are cached; and its place in
+        the first epoch.
+
+        The numbers of batches and pictures stay. Largest are the most pixels together.
+        """
+        batches = epoch_batches(self.draws.buckets, self.seed, 1)
+        pixels_M = [math.prod(shape.bucket) for shape in self.samples.shapes]
+
+        def numbers_at(place: int) -> list[int]:
+            return [int(number) for number in self.draws.sample_of_draw[list(batches[place])]]
+
+        def num_pixels(place: int) -> int:
+            return sum(pixels_M[self.samples.shape_N[number]] for number in numbers_at(place))
+
+        largest = max(range(len(batches)), key=num_pixels)
+        return self._limited_to(numbers_at(largest)), largest
+
+    def limited_to_measured(self, count: int, aside: Collection[int]) -> tuple["DataPlan", list[int]]:
+        """With `count` trained pictures, spread evenly, and of those that are set aside the samples `aside`.
+
+        Trained pictures are drawn as those that are set aside: cropped at the centre, with the whole caption. Gives the
+        numbers of the trained samples too.
+        """
+        is_reg = np.array([subset.is_reg for subset in self.subsets], dtype=bool)
+        is_trained_N = (self.samples.dataset_of_each() < len(self.datasets)) & ~is_reg[self.samples.subset_of_each()]
+        trained = np.flatnonzero(is_trained_N & (self.samples.draws_N > 0)).tolist()
+        count = min(count, len(trained))
+        chosen = [trained[i * len(trained) // count] for i in range(count)]
+        shapes: dict[int, Shape] = {}
+        for number in chosen:
+            sample = self.samples[number]
+            subset = self.subset_of(sample)
+            if subset.random_crop and not self.rules[sample.dataset].enable_bucket:
+                shapes[number] = fixed_shape(sample.picture.size, sample.shape.bucket, unchanging(subset))
+        limited = self._limited_to([*chosen, *aside], shapes, draws_once=chosen)
+        return replace(limited, subsets=tuple(unchanging(subset) for subset in self.subsets)), chosen
+
+    def _limited_to(
+        self, kept: Collection[int], shapes: Mapping[int, Shape] | None = None, draws_once: Collection[int] = ()
+    ) -> "DataPlan":
+        draws_N: NDArray[np.int32] = np.zeros_like(self.samples.draws_N)
+        draws_N[list(kept)] = self.samples.draws_N[list(kept)]
+        draws_N[list(draws_once)] = 1
+        return replace(self, samples=self.samples.changed(shapes or {}, draws_N))
+
+
+@without_collection()
+def build_plan(
+    options: TrainOptions,
+    spec: LatentSpec,
+    seed: int,
+    count_tokens: Callable[[str], int] | None,
+    max_tokens: int | None,
+    num_processes: int = 1,
+    entries: Sequence[tuple[str, Any]] | None = None,
+) -> DataPlan:
+    """Read the description, list the pictures and sort them into buckets; no picture is decoded.
+
+    `entries` are what --in_json says, where a caller has read it already.
+    Raises NoDataFound where there is nothing to train on, UserError for every other mistake in the description.
+    """
+    config = load_dataset_config(options)
+    if options.faults.dry_run:
+        config = config.without_index()
+    if entries is not None:
+        config = config.with_entries(entries)
+    check_drawing(config, options)
+    subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
+    if options.caching.cache_dir is not None and not any(subset.patterns for subset in subsets):
+        logger.warning("--cache_dir has no effect: it is for shards and parquet, caches of files lie beside them")
+    storage = Storage(options.caching.cache_dir, options.caching.remote_cache_gb)
+    found = collect(config, storage)
+    check_pictures(found)
+    split = split_datasets(found, seed)
+    datasets = (*split.trained, *split.set_aside)
+    num_trained = len(split.trained)
+    rules = tuple(bucket_rules(dataset.config, spec) for dataset in datasets)
+    samples = build_samples(datasets, rules)
+    configs = [dataset.config for dataset in datasets]
+    draws = build_draws(samples, configs, range(num_trained))
+    validation_seed = options.validation.validation_seed
+    return DataPlan(
+        config=config,
+        split=split,
+        rules=rules[:num_trained],
+        samples=samples,
+        draws=draws,
+        draws_aside=build_draws(samples, configs, range(num_trained, len(datasets))),
+        subsets=tuple(subset.config for dataset in datasets for subset in dataset.subsets),
+        seed=seed,
+        validation_seed=seed if validation_seed is None else validation_seed,
+        prior_loss_weight=options.dataset.prior_loss_weight,
+        max_train_steps=options.run.planned_steps(sum(b.num_batches for b in draws.buckets), num_processes),
+        spec=spec,
+        storage=storage,
+        num_workers=options.dataset.max_data_loader_n_workers,
+        token_limit=None if count_tokens is None or max_tokens is None else TokenLimit(count_tokens, max_tokens),
+    )
+
+
+def bucket_rules(config: DatasetConfig, spec: LatentSpec) -> BucketRules:
+    """The shapes that a dataset's pictures get."""
+    return BucketRules.build(
+        config.resolution,
+        config.enable_bucket,
+        config.min_bucket_reso,
+        config.max_bucket_reso,
+        config.bucket_reso_steps,
+        config.bucket_no_upscale,
+        spec.bucket_step,
+    )
+
+
+def check_drawing(config: RunDataConfig, options: TrainOptions) -> None:
+    """Raise UserError for ways of drawing that exclude each other."""
+    is_cached = options.caching.cache_latents or options.caching.cache_latents_to_disk
+    for dataset in config.datasets:
+        for subset in dataset.subsets:
+            if subset.face_crop_aug_range is not None and dataset.enable_bucket:
+                raise UserError(
+                    f"{subset.source}: face_crop_aug_range cannot be used with enable_bucket; leave one of them out"
+                )
+            for name in ("random_crop", "color_aug", "face_crop_aug_range"):
+                if is_cached and getattr(subset, name):
+                    raise UserError(
+                        f"{subset.source}: --{name} draws another picture each time and --cache_latents keeps one; "
+                        "leave one of them out"
+                    )

@@ -1,0 +1,106 @@
+"""What the data of a run is, in a few words that two runs can compare."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from hashlib import blake2b
+from itertools import islice
+from os.path import basename
+from typing import Any
+
+from library.data.decoding.threads import in_blocks
+from library.data.description.schema import RunDataConfig
+from library.data.plan.samples import Samples
+
+MAX_PICTURES = 20_000  # in larger sets looking into every file would hold up the start
+PART_BYTES = 1 << 17
+AT_ONCE = 4096  # pictures whose facts are digested together
+
+WHERE = (
+    "keeps_index", "entries", "image_dir", "metadata_file", "conditioning_data_dir", "cache_info", "shards", "parquet",
+    "image_column", "caption_column",
+)  # fmt: skip
+
+
+def picture_digests(samples: Samples, num_threads: int) -> list[str]:
+    """The digests of the files of all pictures, of a picture in a larger file the one in the index; none of too many.
+
+    See `content_digests`.
+    """
+    if len(samples) > MAX_PICTURES:
+        return []
+    return [
+        digest
+        for pictures in samples.subsets
+        for digest in (
+            content_digests(list(pictures.each_key()), num_threads)
+            if pictures.places is None
+            else [digest.tobytes().hex()[:8] for digest in pictures.places.digest_N16]
+        )
+    ]
+
+
+def content_digests(paths: Sequence[str], num_threads: int) -> list[str]:
+    """A short digest of each file's length, its first, middle and last 128 KB; none for very large sets.
+
+    What an editor saves anew differs in all of them; a file that cannot be read has an empty digest.
+    """
+
+    def look(block: Sequence[str]) -> list[str]:
+        return [content_digest(path) for path in block]
+
+    return in_blocks(look, paths, num_threads) if len(paths) <= MAX_PICTURES else []
+
+
+def content_digest(path: str) -> str:
+    """The digest of one file, eight hexadecimal digits."""
+    try:
+        with open(path, "rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            digest = blake2b(str(num_bytes).encode(), digest_size=4)
+            for start in sorted({0, max(0, (num_bytes - PART_BYTES) // 2), max(0, num_bytes - PART_BYTES)}):
+                file.seek(start)
+                digest.update(file.read(PART_BYTES))
+    except OSError:
+        return ""
+    return digest.hexdigest()
+
+
+def dataset_identity(config: RunDataConfig, samples: Samples, num_batches: int) -> dict[str, Any]:
+    """Counts and digests of pictures, captions and settings. A folder that moved as a whole is the same data."""
+    settings = asdict(config)
+    for dataset in settings["datasets"]:
+        dataset.pop("skip_image_resolution")  # what it leaves out shows in the pictures
+        for subset in dataset["subsets"]:
+            for name in WHERE:
+                subset.pop(name)
+    pictures, captions = blake2b(digest_size=16), blake2b(digest_size=16)
+    first = 0
+    for subset, own in enumerate(samples.subsets):
+        rows = slice(first, first + len(own))
+        first += len(own)
+        numbers = zip(
+            *own.sizes_N2.T.tolist(), samples.shape_N[rows].tolist(), samples.draws_N[rows].tolist(), strict=True
+        )
+        told: dict[tuple[int, ...], str] = {}  # all but the name, which is the same for many
+        parts: list[str] = []
+        for name, row in zip(own.names, numbers, strict=True):
+            if row not in told:
+                width, height, shape, num_draws = row
+                told[row] = repr(((width, height), subset, samples.shapes[shape], num_draws))[1:]
+            parts.append(f"({ascii(basename(name))!r}, {told[row]}")
+            if len(parts) == AT_ONCE:
+                pictures.update("".join(parts).encode())
+                parts.clear()
+        pictures.update("".join(parts).encode())
+        remaining = iter(own.captions)
+        while block := list(islice(remaining, AT_ONCE)):
+            captions.update("".join([f"{caption!a}\0" for caption in block]).encode())
+    return {
+        "num_pictures": len(samples),
+        "num_batches": num_batches,
+        "pictures": pictures.hexdigest(),
+        "captions": captions.hexdigest(),
+        "settings": blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16).hexdigest(),
+    }

@@ -1,0 +1,86 @@
+"""What lies in a folder and is not trained: files that a subset does not read, and pictures that stand in it twice."""
+
+import hashlib
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from library.data.description.image_extensions import image_extensions
+from library.data.sources.folders.listing import CAPTION_ENDINGS
+from library.data.sources.images import Pictures
+from library.data.sources.scanned import ScannedSubset
+from library.errors import few
+
+MOST_COMPARED = 20_000  # pictures; looking for equal ones reads their sizes from the disk
+MOST_VISITED = 2_000  # folders, where pictures are looked for deeper down
+
+Line = tuple[int, str]
+
+
+def folder_lines(subset: ScannedSubset) -> Iterator[Line]:
+    """A line for each kind of file of image_dir that is left aside, and for pictures with the same content."""
+    config = subset.config
+    if config.style == "metadata" or not config.image_dir or not os.path.isdir(config.image_dir):
+        return
+    source = f"  {config.source}:"
+    unread = sorted(name for name in subset.aside if name.rpartition(".")[2].lower() not in CAPTION_ENDINGS)
+    if unread:
+        effect = "pictures have endings that are not read; convert or rename them to .png or .jpg"
+        yield logging.WARNING, f"{source} {len(unread)} {effect}: {few(unread)}"
+    yield from caption_lines(subset, unread, source)
+    if len(subset.pictures) <= MOST_COMPARED:
+        pairs = [f"{os.path.basename(b)} is {os.path.basename(a)}" for a, b in equal_pictures(subset.pictures)]
+        if pairs:
+            yield logging.WARNING, f"{source} {len(pairs)} pictures are there twice and count twice: {few(pairs)}"
+
+
+def caption_lines(subset: ScannedSubset, unread: Sequence[str], source: str) -> Iterator[Line]:
+    """Captions under another ending than caption_extension, and captions whose picture is missing; those of pictures
+    that are not read have theirs."""
+    wanted = subset.config.caption_extension
+    stems = {os.path.splitext(os.path.basename(path))[0] for path in subset.without_caption}
+    for ending in CAPTION_ENDINGS if stems else ():
+        beside = sum(name.endswith(f".{ending}") and os.path.splitext(name)[0] in stems for name in subset.aside)
+        if beside:
+            yield (
+                logging.WARNING,
+                f"{source} {beside} of the missing captions lie there as .{ending} files, but caption_extension is "
+                f'{wanted}: set caption_extension = ".{ending}", or --caption_extension .{ending}',
+            )
+    described = {os.path.splitext(name)[0] for name in unread}
+    alone = [name for name in subset.alone if name[: -len(wanted)] not in described]
+    if alone:
+        yield logging.WARNING, f"{source} {len(alone)} captions have no picture: {few(alone)}"
+
+
+def equal_pictures(pictures: Pictures) -> Iterator[tuple[str, str]]:
+    """(path, path of the same content): only files of one size are read."""
+    of_size: dict[int, list[str]] = defaultdict(list)
+    for path in pictures.each_key():
+        of_size[os.path.getsize(path)].append(path)
+    for paths in of_size.values():
+        first: dict[str, str] = {}
+        for path in paths if len(paths) > 1 else ():
+            with open(path, "rb") as file:
+                digest = hashlib.sha256(file.read()).hexdigest()
+            if digest in first:
+                yield first[digest], path
+            else:
+                first[digest] = path
+
+
+def pictures_below(folder: str) -> str:
+    """A hint for a folder without pictures: how many lie in its subfolders; empty where none do."""
+    found: dict[str, int] = {}
+    endings = image_extensions()
+    for number, (inside, _, names) in enumerate(os.walk(folder)):
+        if number > MOST_VISITED:
+            break
+        count = sum(name.endswith(endings) for name in names)
+        if count and inside != folder:
+            found[inside] = count
+    if not found:
+        return ""
+    places = few([f"{path} ({count})" for path, count in found.items()], 3)
+    return f"; {sum(found.values())} lie in folders below it, which are not searched: {places}"

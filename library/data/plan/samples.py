@@ -1,0 +1,318 @@
+"""From what was found to what is drawn: the shape of every picture, its repeats, and the buckets."""
+
+import logging
+import os
+from bisect import bisect_right
+from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate, islice, repeat
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from library.data.decoding.images import Pixels, read_size
+from library.data.description.buckets import BucketRules, Shape, Size, assign_shapes, cover
+from library.data.description.schema import DatasetConfig, NoDataFound, SubsetConfig
+from library.data.plan.folder_audit import pictures_below
+from library.data.plan.order import Bucket, regularisation_repeats
+from library.data.sources.images import Picture, Pictures, in_blocks
+from library.data.sources.scanned import ScannedDataset, ScannedSubset
+from library.errors import UserError, few
+
+logger = logging.getLogger(__name__)
+
+MANY_DRAWS, MAX_DRAWS = 1_000_000, 10_000_000  # of an epoch; ten million take half a minute and 1.3 GB
+
+
+class Sample(NamedTuple):
+    """One picture as a dataset trains it; the same picture in two datasets is two samples."""
+
+    picture: Picture
+    dataset: int
+    subset: int  # counted through all datasets
+    shape: Shape
+    num_draws: int  # in an epoch; 0 for a regularisation picture that is not needed
+
+
+@dataclass(frozen=True, eq=False)
+class Samples(Sequence[Sample]):
+    """The samples of a run, N of them, as columns. Each becomes an object only when it is asked for."""
+
+    subsets: tuple[Pictures, ...] = ()
+    dataset_of_subset: tuple[int, ...] = ()
+    shapes: tuple[Shape, ...] = ()
+    shape_N: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))  # place in `shapes`
+    draws_N: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+
+    def __len__(self) -> int:
+        return len(self.draws_N)
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """The number of the first sample after each subset."""
+        return list(accumulate(map(len, self.subsets)))
+
+    @overload
+    def __getitem__(self, number: int) -> Sample: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Sample]: ...
+    def __getitem__(self, number: int | slice) -> Sample | list[Sample]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        if number < 0:
+            number += len(self)
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        subset = bisect_right(self.ends, number)
+        pictures = self.subsets[subset]
+        picture = pictures[number - self.ends[subset] + len(pictures)]
+        shape = self.shapes[self.shape_N[number]]
+        return Sample(picture, self.dataset_of_subset[subset], subset, shape, int(self.draws_N[number]))
+
+    def __iter__(self) -> Iterator[Sample]:
+        first = 0
+        for subset, (dataset, pictures) in enumerate(zip(self.dataset_of_subset, self.subsets, strict=True)):
+            own = slice(first, first + len(pictures))
+            shapes = map(self.shapes.__getitem__, in_blocks(self.shape_N[own]))
+            rows = zip(pictures, repeat(dataset), repeat(subset), shapes, in_blocks(self.draws_N[own]), strict=False)
+            yield from map(Sample._make, rows)
+            first += len(pictures)
+
+    def subset_of_each(self) -> NDArray[np.int32]:
+        """The subset of each sample, counted through all datasets."""
+        return np.repeat(np.arange(len(self.subsets), dtype=np.int32), list(map(len, self.subsets)))
+
+    def dataset_of_each(self) -> NDArray[np.int32]:
+        """The dataset of each sample."""
+        return np.repeat(np.array(self.dataset_of_subset, dtype=np.int32), list(map(len, self.subsets)))
+
+    def own(self, dataset: int) -> slice:
+        """The numbers of a dataset's samples."""
+        edges = [0, *self.ends]
+        subsets = [place for place, number in enumerate(self.dataset_of_subset) if number == dataset]
+        return slice(edges[subsets[0]], edges[subsets[-1] + 1]) if subsets else slice(0, 0)
+
+    def keys_at(self, numbers: NDArray[Any]) -> list[str]:
+        """The keys of the pictures of these samples, which are in order."""
+        found: list[str] = []
+        first = 0
+        for pictures in self.subsets:
+            own = numbers[(numbers >= first) & (numbers < first + len(pictures))]
+            found += pictures.keys_at(own - first)
+            first += len(pictures)
+        return found
+
+    def sizes(self) -> NDArray[np.int32]:
+        """Width and height of each picture, shape (N, 2)."""
+        return np.concatenate([pictures.sizes_N2 for pictures in self.subsets]) if self.subsets else _NO_SIZES
+
+    def changed(self, shapes: Mapping[int, Shape], draws_N: NDArray[np.int32]) -> "Samples":
+        """The same pictures with other numbers of draws, those of `shapes` with another shape."""
+        shape_N = self.shape_N.copy()
+        for place, number in enumerate(shapes, len(self.shapes)):
+            shape_N[number] = place
+        return replace(self, shapes=(*self.shapes, *shapes.values()), shape_N=shape_N, draws_N=draws_N)
+
+
+_NO_SIZES = np.empty((0, 2), dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Every draw of an epoch by number, and the buckets they lie in."""
+
+    sample_of_draw: NDArray[np.int32]
+    buckets: tuple[Bucket, ...]
+
+
+def check_pictures(datasets: Sequence[ScannedDataset]) -> None:
+    """Raise NoDataFound where there is nothing to train on, ValueError where a subset is empty or masks do not fit."""
+    subsets = [subset for dataset in datasets for subset in dataset.subsets]
+    if not any(subset.pictures and not subset.config.is_reg for subset in subsets):
+        sources = [subset.config.source for subset in subsets if not subset.config.is_reg]
+        below = "".join(pictures_below(source) for source in sources) + small_ones(subsets)
+        raise NoDataFound(
+            f"no training pictures in {few(sources)}{below}" if sources else "no subset is left to train on"
+        )
+    for subset in subsets:
+        if not subset.pictures:
+            reasons = few([f"{path}: {reason}" for path, reason in subset.dropped], 3)
+            raise UserError(
+                f"there are no pictures in {subset.config.source}"
+                + (f" that can be used ({reasons})" if reasons else "")
+                + small_ones([subset])
+                + "; name another folder or leave the subset out"
+            )
+    for dataset in datasets:
+        if dataset.config.style == "masked" and dataset.config.enable_bucket:
+            check_mask_sizes([picture for subset in dataset.subsets for picture in subset.pictures])
+
+
+def small_ones(subsets: Sequence[ScannedSubset]) -> str:
+    """How many pictures skip_image_resolution leaves out, to be read after what there is none of."""
+    count = sum(len(subset.small) for subset in subsets)
+    return f"; skip_image_resolution leaves out {count} as too small, lower it to train them" if count else ""
+
+
+def check_mask_sizes(pictures: Sequence[Picture]) -> None:
+    """With buckets a mask is scaled and cropped like its picture, so it must have its size; ValueError names others."""
+    with ThreadPoolExecutor(16) as pool:
+        sizes = list(pool.map(lambda picture: read_size(picture.mask_path or ""), pictures))
+    wrong = [
+        f"{picture.mask_path} is {size[0]}x{size[1]}, its picture {picture.size[0]}x{picture.size[1]}"
+        for picture, size in zip(pictures, sizes, strict=True)
+        if size != picture.size
+    ]
+    if wrong:
+        raise UserError(f"{len(wrong)} masks do not have the size of their picture: {few(wrong, 3)}")
+
+
+def build_samples(datasets: Sequence[ScannedDataset], rules: Sequence[BucketRules]) -> Samples:
+    """Every picture with its shape and its number of draws."""
+    shapes: dict[Shape, int] = {}
+    columns: list[NDArray[np.int32]] = []
+    draws: list[NDArray[np.int32]] = []
+    for dataset, rule in zip(datasets, rules, strict=True):
+        draws.append(draws_of_dataset(dataset))
+        for subset in dataset.subsets:
+            sizes_N2, size_N = unique_sizes(subset.pictures.sizes_N2)
+            sizes = [(width, height) for width, height in sizes_N2.tolist()]
+            if rule.enable_bucket:
+                found = assign_shapes(sizes, rule)
+            else:
+                found = [fixed_shape(size, rule.resolution, subset.config) for size in sizes]
+            places = [shapes.setdefault(shape, len(shapes)) for shape in found]
+            columns.append(np.array(places, dtype=np.int32)[size_N])
+    subsets = tuple(subset.pictures for dataset in datasets for subset in dataset.subsets)
+    dataset_of_subset = tuple(number for number, dataset in enumerate(datasets) for _ in dataset.subsets)
+    return Samples(subsets, dataset_of_subset, tuple(shapes), joined(columns), joined(draws))
+
+
+def unique_sizes(sizes_N2: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(each size once, shape (M, 2); which of them each picture has)."""
+    codes_N = sizes_N2[:, 0].astype(np.int64) << 32 | sizes_N2[:, 1]
+    codes_M, place_N = np.unique(codes_N, return_inverse=True)
+    return np.stack([codes_M >> 32, codes_M & 0xFFFFFFFF], axis=1), place_N
+
+
+def joined(columns: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
+    """The columns one after another."""
+    return np.concatenate(columns) if columns else np.empty(0, dtype=np.int32)
+
+
+def fixed_shape(picture: Size, target: Size, subset: SubsetConfig) -> Shape:
+    """The shape without buckets: just covering the target; random_crop cuts from a larger picture as it is."""
+    if subset.random_crop and picture[0] >= target[0] and picture[1] >= target[1]:
+        return Shape(target, picture)
+    return Shape(target, cover(picture, target))
+
+
+def draws_of_dataset(dataset: ScannedDataset) -> NDArray[np.int32]:
+    """The number of draws of every picture, in order of the subsets: repeats, balanced for regularisation pictures."""
+    repeats = [(subset.config, subset.config.num_repeats, len(subset.pictures)) for subset in dataset.subsets]
+    num_train_draws = sum(count * pictures for config, count, pictures in repeats if not config.is_reg)
+    check_draws(num_train_draws)
+    reg = [n for config, count, pictures in repeats if config.is_reg for n in [count] * pictures]
+    balanced = iter(regularisation_repeats(num_train_draws, reg))
+    return joined(
+        [
+            np.array(list(islice(balanced, pictures)), dtype=np.int32)
+            if config.is_reg
+            else np.full(pictures, count, dtype=np.int32)
+            for config, count, pictures in repeats
+        ]
+    )
+
+
+def check_draws(num_draws: int) -> None:
+    """Raise UserError where an epoch is too long to be put in order, say so where that takes a while."""
+    if num_draws > MAX_DRAWS:
+        raise UserError(
+            f"num_repeats: an epoch would have {num_draws} samples, more than {MAX_DRAWS}; repeats only say how long "
+            "an epoch is, so lower them, and give --max_train_steps or --max_train_epochs for a longer training"
+        )
+    if num_draws > MANY_DRAWS:
+        logger.warning(
+            "num_repeats: an epoch has %d samples, which are put in order before it begins; that takes a while",
+            num_draws,
+        )
+
+
+def build_draws(samples: Samples, configs: Sequence[DatasetConfig], chosen: Container[int]) -> Draws:
+    """Number the draws and sort them into buckets, ordered by dataset and size; only those of `chosen` datasets."""
+    is_chosen = np.array([dataset in chosen for dataset in range(len(configs))], dtype=bool)
+    dataset_N = samples.dataset_of_each()
+    counts_N = np.where(is_chosen[dataset_N], samples.draws_N, 0)
+    sample_of_draw = np.repeat(np.arange(len(samples), dtype=np.int32), counts_N)
+    # A number for each pair of dataset and shape that occurs, of which there are few, then one for each bucket.
+    pairs, pair_N = np.unique(dataset_N.astype(np.int64) << 32 | samples.shape_N, return_inverse=True)
+    keys = [(int(pair >> 32), samples.shapes[pair & 0xFFFFFFFF].bucket) for pair in pairs]
+    places = {key: place for place, key in enumerate(sorted(set(keys)))}
+    place_of_pair = np.array([places[key] for key in keys], dtype=np.int32)
+    place_of_draw = np.repeat(place_of_pair[pair_N], counts_N) if len(pairs) else np.empty(0, dtype=np.int32)
+    members = np.split(np.argsort(place_of_draw, kind="stable").astype(np.int32), np.cumsum(np.bincount(place_of_draw)))
+    buckets = tuple(
+        Bucket(dataset, size, configs[dataset].batch_size, draws)
+        for (dataset, size), draws in zip(places, members, strict=False)
+        if len(draws)
+    )
+    return Draws(sample_of_draw, buckets)
+
+
+def stand_in(
+    samples: Samples, subsets: Sequence[SubsetConfig], number: int, broken: AbstractSet[int], reason: str = ""
+) -> int:
+    """The sample that is drawn in place of a damaged one: the next of its bucket, of its own subset if it has one.
+
+    So every batch keeps its size and the run its length. Raises UserError where no other is left.
+    """
+    damaged = samples[number]
+    fits = np.array([shape.bucket == damaged.shape.bucket for shape in samples.shapes])
+    is_reg = np.array([subset.is_reg for subset in subsets])
+    is_alike_N = (samples.draws_N > 0) & (samples.dataset_of_each() == damaged.dataset) & fits[samples.shape_N]
+    is_alike_N &= is_reg[samples.subset_of_each()] == is_reg[damaged.subset]
+    is_alike_N[list(broken)] = False
+    alike = np.flatnonzero(is_alike_N)
+    if not len(alike):
+        raise UserError(
+            f"{reason or f'{damaged.picture.key} is damaged'}; no other picture of its size can stand in for it: "
+            "mend it or take it out"
+        )
+    alike = np.roll(alike, -int(np.searchsorted(alike, number)))
+    own = alike[samples.subset_of_each()[alike] == damaged.subset]
+    return int(own[0] if len(own) else alike[0])
+
+
+def duplicated_stems(datasets: Sequence[ScannedDataset]) -> Iterator[tuple[str, str]]:
+    """Pairs of pictures of one subset that share caption file and cache names, because only their endings differ."""
+    for dataset in datasets:
+        for subset in dataset.subsets:
+            if not may_share_stems(subset.pictures):
+                continue
+            seen: dict[str, str] = {}
+            for key in subset.pictures.each_key():
+                stem = os.path.splitext(key)[0]
+                if stem in seen and seen[stem] != key:
+                    yield seen[stem], key
+                seen[stem] = key
+
+
+def may_share_stems(pictures: Pictures) -> bool:
+    """Whether any two names differ in their endings, which all have, alone, or are the same. Only hashes are kept."""
+    names = pictures.names if pictures.places is None else pictures.each_key()
+    hashes_N = np.fromiter((hash(name.rpartition(".")[0]) for name in names), dtype=np.int64, count=len(pictures))
+    hashes_N.sort()
+    return bool((hashes_N[1:] == hashes_N[:-1]).any())
+
+
+def check_size(sample: Sample, rgb: Pixels) -> None:
+    """Raise UserError for a picture that is not the size it was when the run started."""
+    size = (rgb.shape[1], rgb.shape[0])
+    if size != sample.picture.size:
+        raise UserError(
+            f"{sample.picture.key} is {size[0]}x{size[1]}, but was {sample.picture.size} at the start; start again"
+        )

@@ -1,0 +1,177 @@
+"""What the saved file's metadata says about the data; programs that show adapters read it."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from library.data.description.buckets import BucketRules, Size, ratio_error
+from library.data.description.schema import RunDataConfig
+from library.data.plan.samples import Samples
+from library.data.sources.scanned import ScannedDataset, ScannedSubset
+from library.options.train import TrainOptions
+
+MOST_TAGS = 100_000  # of a folder; a header of safetensors may have 100 MB
+
+TagFrequency = dict[str, dict[str, int]]
+
+
+def dataset_metadata(
+    config: RunDataConfig,
+    datasets: Sequence[ScannedDataset],
+    rules: Sequence[BucketRules],
+    samples: Samples,
+    frequencies: Sequence[TagFrequency],
+    options: TrainOptions,
+    num_processes: int,
+) -> dict[str, Any]:
+    """The `ss_*` values that describe the data: a list of datasets for --dataset_config, else single keys.
+
+    `frequencies` are those of the datasets.
+    """
+    infos = [bucket_info(rule, samples, number) for number, rule in enumerate(rules)]
+    subsets = [subset for dataset in datasets for subset in dataset.subsets]
+    if config.is_from_file:
+        merged: TagFrequency = {}
+        for frequency in frequencies:
+            for name, counts in frequency.items():
+                merged.setdefault(name, counts)  # a folder that several datasets use counts once
+        return {
+            "ss_datasets": [
+                describe_dataset(dataset, rule, frequency, info)
+                for dataset, rule, frequency, info in zip(datasets, rules, frequencies, infos, strict=True)
+            ],
+            "ss_tag_frequency": merged,
+            "ss_dataset_dirs": dataset_dirs([subset for subset in subsets if not subset.config.is_reg]),
+        }
+    (dataset,), (rule,) = datasets, rules
+    data, accumulation = options.dataset, options.run.gradient_accumulation_steps
+    return {
+        "ss_batch_size_per_device": dataset.config.batch_size,
+        "ss_total_batch_size": dataset.config.batch_size * num_processes * accumulation,
+        "ss_resolution": str(rule.resolution),
+        "ss_color_aug": data.color_aug,
+        "ss_flip_aug": data.flip_aug,
+        "ss_random_crop": data.random_crop,
+        "ss_shuffle_caption": data.shuffle_caption,
+        "ss_enable_bucket": rule.enable_bucket,
+        "ss_bucket_no_upscale": dataset.config.bucket_no_upscale,
+        "ss_min_bucket_reso": rule.min_reso if rule.enable_bucket else None,
+        "ss_max_bucket_reso": rule.max_reso if rule.enable_bucket else None,
+        "ss_keep_tokens": data.keep_tokens,
+        "ss_dataset_dirs": dataset_dirs([subset for subset in subsets if not subset.config.is_reg]),
+        "ss_reg_dataset_dirs": dataset_dirs([subset for subset in subsets if subset.config.is_reg]),
+        "ss_tag_frequency": frequencies[0],
+        "ss_bucket_info": "null" if infos[0] is None else infos[0],  # JSON either way
+    }
+
+
+def describe_dataset(
+    dataset: ScannedDataset, rule: BucketRules, frequency: TagFrequency, info: dict[str, Any] | None
+) -> dict[str, Any]:
+    """One dataset in `ss_datasets`."""
+    config = dataset.config
+    counts = {
+        is_reg: sum(len(s.pictures) * s.config.num_repeats for s in dataset.subsets if s.config.is_reg == is_reg)
+        for is_reg in (False, True)
+    }
+    return {
+        "is_dreambooth": config.style != "metadata",
+        "batch_size_per_device": config.batch_size,
+        "num_train_images": counts[False],
+        "num_reg_images": counts[True],
+        "resolution": list(rule.resolution),
+        "enable_bucket": rule.enable_bucket,
+        "min_bucket_reso": rule.min_reso if rule.enable_bucket else None,
+        "max_bucket_reso": rule.max_reso if rule.enable_bucket else None,
+        "skip_image_resolution": config.skip_image_resolution and list(config.skip_image_resolution),
+        "tag_frequency": frequency,
+        "bucket_info": info,
+        "resize_interpolation": config.resize_interpolation,
+        "subsets": [describe_subset(subset) for subset in dataset.subsets],
+    }
+
+
+def describe_subset(subset: ScannedSubset) -> dict[str, Any]:
+    """One subset in `ss_datasets`."""
+    config = subset.config
+    described = {
+        "img_count": len(subset.pictures),
+        "num_repeats": config.num_repeats,
+        "color_aug": config.color_aug,
+        "flip_aug": config.flip_aug,
+        "random_crop": config.random_crop,
+        "shuffle_caption": config.captions.shuffle_caption,
+        "keep_tokens": config.captions.keep_tokens,
+        "keep_tokens_separator": config.captions.keep_tokens_separator,
+        "secondary_separator": config.captions.secondary_separator,
+        "enable_wildcard": config.captions.enable_wildcard,
+        "caption_prefix": config.captions.caption_prefix,
+        "caption_suffix": config.captions.caption_suffix,
+        "resize_interpolation": config.resize_interpolation,
+    }
+    if config.style == "metadata":
+        if config.image_dir:
+            described["image_dir"] = config.image_dir.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+        described["metadata_file"] = config.base_name
+        return described
+    return described | {"image_dir": config.base_name, "class_tokens": config.class_tokens, "is_reg": config.is_reg}
+
+
+def tag_frequency(dataset: ScannedDataset) -> TagFrequency:
+    """How many pictures carry each tag, by folder; tags stand between commas, in captions or in a metadata file.
+
+    Of more tags than a file's header has room for only the commonest are counted; sentences have no two alike.
+    """
+    frequency: dict[str, Counter[str]] = {}
+    for subset in dataset.subsets:
+        name = subset.config.base_name
+        counts = frequency.setdefault(name, Counter())
+        texts = subset.pictures.captions if subset.pictures.tags is None else subset.pictures.tags
+        for text in texts:
+            if "\n" in text:
+                text = text.replace("\n", ",")
+            tags = dict.fromkeys([tag.strip().lower() for tag in text.split(",")])
+            tags.pop("", None)
+            counts.update(tags.keys())
+            if len(counts) > 2 * MOST_TAGS:
+                frequency[name] = counts = commonest(counts)
+    return {name: dict(commonest(counts)) for name, counts in frequency.items()}
+
+
+def commonest(counts: Counter[str]) -> Counter[str]:
+    """The counts of the tags that are kept; all of them where there are few."""
+    return counts if len(counts) <= MOST_TAGS else Counter(dict(counts.most_common(MOST_TAGS)))
+
+
+def bucket_info(rule: BucketRules, samples: Samples, dataset: int) -> dict[str, Any] | None:
+    """Draws of each bucket and the mean change of aspect ratio; None without buckets."""
+    if not rule.enable_bucket:
+        return None
+    counts: Counter[tuple[int, int]] = Counter()
+    errors: list[float] = []
+    known: dict[tuple[int, Size], float] = {}
+    own = samples.own(dataset)
+    rows = zip(samples.shape_N[own].tolist(), samples.sizes()[own].tolist(), samples.draws_N[own].tolist(), strict=True)
+    for shape, (width, height), num_draws in rows:
+        if num_draws:
+            bucket = samples.shapes[shape].bucket
+            counts[bucket] += num_draws
+            if (shape, (width, height)) not in known:
+                known[shape, (width, height)] = ratio_error(bucket, (width, height))
+            errors.append(known[shape, (width, height)])
+    buckets = {
+        str(index): {"resolution": list(size), "count": counts[size]} for index, size in enumerate(sorted(counts))
+    }
+    return {"buckets": buckets, "mean_img_ar_error": sum(errors) / len(errors) if errors else 0.0}
+
+
+def dataset_dirs(subsets: Sequence[ScannedSubset]) -> dict[str, dict[str, int]]:
+    """Repeats and pictures by folder name; further folders of one name get ` (2)`, ` (3)`."""
+    described: dict[str, dict[str, int]] = {}
+    for subset in subsets:
+        name, number = subset.config.base_name, 2
+        while name in described:
+            name = f"{subset.config.base_name} ({number})"
+            number += 1
+        described[name] = {"n_repeats": subset.config.num_repeats, "img_count": len(subset.pictures)}
+    return described

@@ -1,0 +1,215 @@
+"""Which pictures are trained and which are only measured.
+
+A picture is on one side of the run, whatever is asked for: copies of it in several subsets go together, one that also
+serves regularisation is trained, and one that any subset sets aside is trained nowhere.
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from library.data.description.schema import SubsetConfig
+from library.data.plan.audit import Line
+from library.data.sources.images import END_BYTES, Picture, digest_of_ends
+from library.data.sources.scanned import ScannedDataset, ScannedSubset
+from library.errors import UserError
+from library.randomness import stream_seed
+
+
+@dataclass(frozen=True)
+class SplitSpec:
+    """What one subset asks for."""
+
+    identities: Sequence[str]  # of its pictures; copies share one
+    share: float  # 0..1
+    seed: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """Both sides of a run, without subsets and datasets that are left empty."""
+
+    trained: tuple[ScannedDataset, ...]
+    set_aside: tuple[ScannedDataset, ...]  # with settings that draw a picture the same way every time
+    identities: Mapping[str, str] = field(default_factory=dict)  # key of one set aside -> what copies of it share
+    lines: tuple[Line, ...] = ()  # what the log says about it
+
+
+def split_datasets(datasets: Sequence[ScannedDataset], seed: int) -> Split:
+    """Set pictures aside as validation_split and validation_seed (else `seed`) of each subset ask for.
+
+    Raises UserError where nothing is left to train on, or a picture cannot be read.
+    """
+    subsets = [subset for dataset in datasets for subset in dataset.subsets]
+    if not any(share_of(subset.config) for subset in subsets):
+        return Split(tuple(datasets), ())
+    identities = dict(zip(map(id, subsets), identities_by_subset(subsets), strict=True))
+    specs = [
+        SplitSpec(identities[id(subset)], share_of(subset.config), seed_of(subset.config, seed))
+        for subset in subsets
+        if share_of(subset.config)
+    ]
+    always_trained = {identity for subset in subsets if subset.config.is_reg for identity in identities[id(subset)]}
+    aside = choose(specs, always_trained)
+    told: dict[str, str] = {}
+    lines: list[Line] = []
+
+    def kept(subset: ScannedSubset, is_aside: bool) -> ScannedSubset:
+        own = identities[id(subset)]
+        rows = np.flatnonzero(np.fromiter((one in aside for one in own), dtype=bool, count=len(own)) == is_aside)
+        return replace(subset, pictures=subset.pictures.take(rows))
+
+    for subset in subsets:
+        measured_ones = kept(subset, is_aside=True).pictures
+        told.update(zip(measured_ones.each_key(), (one for one in identities[id(subset)] if one in aside), strict=True))
+        lines += split_lines(subset, len(measured_ones))
+    trained = without_empty(
+        replace(dataset, subsets=tuple(kept(subset, is_aside=False) for subset in dataset.subsets))
+        for dataset in datasets
+    )
+    if not any(not subset.config.is_reg for dataset in trained for subset in dataset.subsets):
+        raise UserError("validation_split sets every picture aside, nothing is left to train on; use less than 1.0")
+    measured = without_empty(
+        replace(
+            dataset,
+            subsets=tuple(
+                replace(kept(subset, is_aside=True), config=unchanging(subset.config))
+                for subset in dataset.subsets
+                if share_of(subset.config)
+            ),
+        )
+        for dataset in datasets
+    )
+    return Split(trained, measured, told, tuple(lines))
+
+
+def choose(specs: Sequence[SplitSpec], always_trained: AbstractSet[str]) -> set[str]:
+    """The identities that are set aside.
+
+    Of n pictures a subset gets round(n * share) (halves to even), at least one less than n below a share of 1: those
+    whose rank, a function of seed and identity, is lowest. Pictures that another subset has set aside count, pictures
+    that another subset keeps are passed over; larger shares choose first.
+    """
+    aside: set[str] = set()
+    trained = set(always_trained)
+    for wish in sorted(specs, key=lambda wish: -wish.share):
+        counts = Counter(wish.identities)
+        num_pictures = len(wish.identities)
+        limit = num_pictures if wish.share == 1 else num_pictures - 1
+        wanted = min(round(num_pictures * wish.share), limit)
+        num_aside = sum(count for identity, count in counts.items() if identity in aside)
+        for identity in sorted(counts.keys() - aside - trained, key=lambda identity: rank_of(identity, wish.seed)):
+            if num_aside >= wanted:
+                break
+            if num_aside + counts[identity] <= limit:
+                aside.add(identity)
+                num_aside += counts[identity]
+        trained |= counts.keys() - aside
+    return aside
+
+
+def rank_of(identity: str, seed: int) -> tuple[int, str]:
+    """The order in which pictures are set aside."""
+    return stream_seed(seed, "validation split", identity), identity
+
+
+def share_of(config: SubsetConfig) -> float:
+    """The share that a subset sets aside; regularisation pictures are always trained."""
+    return 0.0 if config.is_reg else config.validation_split
+
+
+def seed_of(config: SubsetConfig, seed: int) -> int:
+    return seed if config.validation_seed is None else config.validation_seed
+
+
+def unchanging(config: SubsetConfig) -> SubsetConfig:
+    """The settings of a subset, without what makes every draw of a picture another one, each picture once."""
+    captions = replace(
+        config.captions,
+        shuffle_caption=False,
+        caption_dropout_rate=0.0,
+        caption_dropout_every_n_epochs=0,
+        caption_tag_dropout_rate=0.0,
+        token_warmup_step=0,
+    )
+    return replace(
+        config,
+        num_repeats=1,
+        captions=captions,
+        flip_aug=False,
+        color_aug=False,
+        random_crop=False,
+        face_crop_aug_range=None,
+    )
+
+
+def without_empty(datasets: Iterator[ScannedDataset]) -> tuple[ScannedDataset, ...]:
+    """The datasets with those subsets that have pictures."""
+    filled = [replace(d, subsets=tuple(subset for subset in d.subsets if subset.pictures)) for d in datasets]
+    return tuple(dataset for dataset in filled if dataset.subsets)
+
+
+def split_lines(subset: ScannedSubset, num_aside: int) -> Iterator[Line]:
+    """What there is to say about one subset."""
+    config, num_pictures = subset.config, len(subset.pictures)
+    share = share_of(config)
+    if share and num_aside:
+        yield logging.INFO, f"  {config.source}: {num_aside} of {num_pictures} pictures are set aside for validation"
+    elif share:
+        reason = f"{share:g} of {num_pictures} pictures rounds to none"
+        if round(num_pictures * share):
+            reason = "the others are trained in other subsets or as regularisation pictures, or it is the only one"
+        yield logging.WARNING, f"  {config.source}: validation_split {share:g} sets no picture aside: {reason}"
+    elif num_aside:
+        effect = "are left out of training: another subset sets them aside for validation"
+        yield logging.WARNING, f"  {config.source}: {num_aside} of {num_pictures} pictures {effect}"
+
+
+# Identities
+
+
+def identities_by_subset(subsets: Sequence[ScannedSubset]) -> list[list[str]]:
+    """What is the same for copies of a picture, of every picture of each subset; files are read, places have theirs."""
+    files = sorted({key for subset in subsets if subset.pictures.places is None for key in subset.pictures.each_key()})
+    read = identities_of(files)
+    return [
+        [read[key] for key in subset.pictures.each_key()]
+        if (places := subset.pictures.places) is None
+        else [digest.tobytes().hex() for digest in places.digest_N16]
+        for subset in subsets
+    ]
+
+
+def identities_of_pictures(pictures: Iterable[Picture]) -> dict[str, str]:
+    """The same by key, for some pictures."""
+    placed = {picture.key: picture.place for picture in pictures}
+    read = identities_of([key for key, place in placed.items() if place is None])
+    return read | {key: place.digest for key, place in placed.items() if place is not None}
+
+
+def identities_of(paths: Sequence[str]) -> dict[str, str]:
+    """What is the same for copies of a picture, wherever they lie and whatever they are called."""
+    with ThreadPoolExecutor(16) as pool:
+        return dict(zip(paths, pool.map(identity_of, paths), strict=True))
+
+
+def identity_of(path: str) -> str:
+    """A hash of the file's size, beginning and end: compressed pictures that agree in these are copies.
+
+    Raises UserError naming a file that cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            ends = file.read(END_BYTES)
+            file.seek(max(0, size - END_BYTES))
+            ends += file.read(END_BYTES)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    return digest_of_ends(ends, size)

@@ -1,0 +1,252 @@
+"""The index of a folder: what its pictures and captions said, so that only what was edited is read again.
+
+One file beside the pictures, a numpy archive. For each kind of file it holds a table: names, stamps, and for pictures
+their sizes, for captions their text. A row counts only while the stamp of its file is unchanged. A missing or damaged
+index, or one of another version, costs time and nothing else; so does a folder that cannot be written.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from library.checkpoints.files import atomic_path
+from library.data.decoding.npz import DAMAGE, open_npz
+from library.data.decoding.threads import in_blocks
+from library.data.description.buckets import Size
+from library.data.sources.columns import Sizes, Texts
+from library.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = ".picture_index.npz"  # an ending that front ends expect among pictures
+VERSION = 2
+MIN_FILES = 256  # smaller folders are read in no time and get no index
+SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use, FAT's
+READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+UNSETTLED = 0  # the stamp of files that may change again without a change of their time
+
+Value = TypeVar("Value")
+Stamps = NDArray[np.int64]
+Read = Callable[[str], tuple[int, Value]]
+"""path to (stamp, value)"""
+
+
+def stamp_of(status: os.stat_result, now_ns: float = math.inf) -> int:
+    """One number for size, time of the last edit and time of the last change of any kind.
+
+    UNSETTLED where the last edit was so short before `now_ns` that another one could leave the same time behind.
+    """
+    edited_ns = status.st_mtime_ns
+    if edited_ns > now_ns - SETTLED_NS:
+        return UNSETTLED
+    return hash((status.st_size, edited_ns, status.st_ctime_ns))
+
+
+def read_stamped(path: str, num_bytes: int | None = None) -> tuple[os.stat_result, bytes]:
+    """(status, content) of a file, or its first bytes. The status is the one before the content was read."""
+    handle = os.open(path, READ_FLAGS)
+    try:
+        status = os.fstat(handle)
+        wanted = status.st_size if num_bytes is None or status.st_size < num_bytes else num_bytes
+        content = os.read(handle, wanted)
+        while len(content) < wanted and (more := os.read(handle, wanted - len(content))):
+            content += more
+    finally:
+        os.close(handle)
+    return status, content
+
+
+@dataclass(frozen=True)
+class Table(Generic[Value]):
+    """Files of one kind: a stamp and a value for each name."""
+
+    names: list[str] = field(default_factory=list)
+    stamps: Stamps = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    values: Sequence[Value] = ()
+
+    def equals(self, other: "Table[Value]") -> bool:
+        """Whether nothing has to be written; the values belong to the stamps."""
+        return self.names == other.names and np.array_equal(self.stamps, other.stamps)
+
+    def _are_same(self, stamps: Stamps) -> NDArray[np.bool_]:
+        are_same: NDArray[np.bool_] = (stamps == self.stamps) & (stamps != UNSETTLED)
+        return are_same
+
+    def edited(self, stamps: Stamps) -> list[str]:
+        """The names of the files that are not as they were, given the stamps that all have now."""
+        return [self.names[row] for row in np.flatnonzero(~self._are_same(stamps))]
+
+    def known(self, names: list[str], stamps: Stamps) -> list[Value | None] | None:
+        """The value of each file, None where it is new or edited; None in place of the list where no file is."""
+        if names == self.names:
+            same = self._are_same(stamps)
+            if same.all():
+                return None
+            return [value if is_same else None for value, is_same in zip(self.values, same.tolist(), strict=True)]
+        rows = dict(zip(self.names, zip(self.stamps.tolist(), self.values, strict=True), strict=True))
+        found: list[Value | None] = []
+        for name, stamp in zip(names, stamps.tolist(), strict=True):
+            row = rows.get(name)
+            found.append(row[1] if row is not None and row[0] == stamp != UNSETTLED else None)
+        return found
+
+
+def look_at(folder: str, names: Sequence[str], num_threads: int) -> Stamps:
+    """The stamps that files have; UNSETTLED for one that is gone."""
+    now_ns = time.time_ns()
+
+    def look(block: Sequence[str]) -> list[int]:
+        try:
+            return [stamp_of(os.stat(before + name, dir_fd=handle), now_ns) for name in block]
+        except OSError:
+            return [UNSETTLED] if len(block) == 1 else [stamp for name in block for stamp in look([name])]
+
+    with opened(folder) as (before, handle):
+        return np.array(in_blocks(look, names, num_threads), dtype=np.int64)
+
+
+@contextmanager
+def opened(folder: str) -> Iterator[tuple[str, int | None]]:
+    """What stands before the names of files in a folder, and the open folder that they are looked for in.
+
+    By an open folder a file is found in 1.7 us here, by its path in 2.0; Windows knows paths only.
+    """
+    if os.stat not in os.supports_dir_fd:
+        yield f"{folder}/", None
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield "", handle
+    finally:
+        os.close(handle)
+
+
+def renewed(
+    table: Table[Value],
+    folder: str,
+    names: list[str],
+    read: Read[Value],
+    num_threads: int,
+    title: str | None,
+    stamps: Stamps | None = None,
+) -> Table[Value]:
+    """The table of these files as they are: what it knows is taken from it, the rest is read."""
+
+    def read_block(block: Sequence[str]) -> list[tuple[int, Value]]:
+        return [read(f"{folder}/{name}") for name in block]
+
+    if not table.names:
+        found = in_blocks(read_block, names, num_threads, title)
+        stamps = np.array([stamp for stamp, _ in found], dtype=np.int64)
+        return Table(names, stamps, [value for _, value in found])
+    stamps = look_at(folder, names, num_threads) if stamps is None else stamps
+    known = table.known(names, stamps)
+    if known is None:
+        return table
+    unknown = [place for place, value in enumerate(known) if value is None]
+    found = in_blocks(read_block, [names[place] for place in unknown], num_threads, title)
+    values: Any = known
+    for place, (stamp, value) in zip(unknown, found, strict=True):
+        stamps[place], values[place] = stamp, value
+    return Table(names, stamps, values)
+
+
+@dataclass(frozen=True)
+class FolderIndex:
+    """The tables of one folder. Captions have one for each ending."""
+
+    folder: str
+    sizes: Table[Size | str] = field(default_factory=Table)  # of a picture that cannot be read: why
+    captions: dict[str, Table[str]] = field(default_factory=dict)
+    paired: frozenset[str] = frozenset()  # endings of captions of which every picture has its own, in their order
+
+    def replace_with(self, sizes: Table[Size | str], captions: Mapping[str, Table[str]]) -> None:
+        """Write the tables as they are now, if anything differs and the folder is large enough to profit."""
+        is_equal = self.sizes.equals(sizes) and all(
+            name in self.captions and self.captions[name].equals(table) for name, table in captions.items()
+        )
+        if is_equal or len(sizes.names) < MIN_FILES:
+            return
+        try:
+            with atomic_path(Path(self.folder) / FILE_NAME) as temporary, temporary.open("wb") as file:
+                np.savez(file, **written_tables(sizes, captions))
+        except OSError as error:
+            logger.debug("the index of %s is not written: %s", self.folder, error)
+
+
+def open_index(folder: str) -> FolderIndex:
+    """What is known about a folder; nothing where there is no index or a damaged one."""
+    path = Path(folder) / FILE_NAME
+    try:
+        with open_npz(path) as archive:
+            return FolderIndex(folder, *read_tables(archive))
+    except FileNotFoundError:
+        pass
+    except DAMAGE as error:
+        logger.warning("%s cannot be used and is made again: %s", path, error)
+    return FolderIndex(folder)
+
+
+# The archive
+
+
+def written_tables(sizes: Table[Size | str], captions: Mapping[str, Table[str]]) -> dict[str, Any]:
+    """The arrays of the archive. Names are separated by zero bytes, which no name holds; texts have their lengths."""
+    sides = [size if isinstance(size, tuple) else (0, 0) for size in sizes.values]
+    paired = [ending for ending, table in captions.items() if table.names == own_captions(sizes.names, ending)]
+    about = {"version": VERSION, "caption_extensions": list(captions), "paired": paired}
+    arrays: dict[str, Any] = {
+        "about": _bytes(json.dumps(about).encode()),
+        "picture_names": _bytes(os.fsencode("\0".join(sizes.names))),
+        "picture_stamps": sizes.stamps,
+        "picture_sizes": Sizes.of(sides).array_N2,
+    }
+    for number, table in enumerate(captions.values()):
+        arrays[f"caption_names_{number}"] = _bytes(os.fsencode("\0".join(table.names)))
+        arrays[f"caption_stamps_{number}"] = table.stamps
+        texts = Texts.of(table.values)
+        arrays[f"caption_lengths_{number}"] = texts.lengths.astype(np.int32)
+        arrays[f"caption_texts_{number}"] = texts.content
+    return arrays
+
+
+def own_captions(pictures: Sequence[str], ending: str) -> list[str]:
+    """The name that the caption file of each picture has."""
+    return [(picture[: picture.rindex(".")] or picture) + ending for picture in pictures]
+
+
+def read_tables(archive: Mapping[str, Any]) -> tuple[Table[Size | str], dict[str, Table[str]], frozenset[str]]:
+    """The fields of a FolderIndex; ValueError or another kind of DAMAGE where they are not what was written."""
+    about = json.loads(archive["about"].tobytes())
+    if about["version"] != VERSION:
+        raise UserError(f"it has version {about['version']}, this program writes {VERSION}")
+    sizes = _table(archive["picture_names"], archive["picture_stamps"], Sizes(archive["picture_sizes"].reshape(-1, 2)))
+    captions = {}
+    for number, extension in enumerate(about["caption_extensions"]):
+        content, lengths = archive[f"caption_texts_{number}"], archive[f"caption_lengths_{number}"]
+        texts = Texts(content, np.cumsum(lengths, dtype=np.int64))
+        if lengths.min(initial=0) < 0 or lengths.sum() != len(content):
+            raise UserError("its texts do not have their lengths")
+        captions[extension] = _table(archive[f"caption_names_{number}"], archive[f"caption_stamps_{number}"], texts)
+    return sizes, captions, frozenset(about["paired"]).intersection(captions)
+
+
+def _bytes(content: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(content, dtype=np.uint8)
+
+
+def _table(names: NDArray[np.uint8], stamps: Stamps, values: Sequence[Any]) -> Table[Any]:
+    table = Table(os.fsdecode(names.tobytes()).split("\0") if len(names) else [], stamps, values)
+    if not len(table.names) == len(table.stamps) == len(table.values):
+        raise UserError("its tables do not fit together")
+    return table

@@ -1,0 +1,217 @@
+"""The index of a source of larger files: one Parquet file with a row for each picture, made once.
+
+Its columns are those of `indexing.Row` and the number of the file; `about` in its metadata lists the files with their
+stamps. Files that were replaced are indexed again, alone. Each file that is done is written down at once, so an
+interrupted start goes on where it was. Several processes of one machine wait for the first of them.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from library.checkpoints.files import atomic_path
+from library.data.sources.images import FileStamp
+from library.data.sources.names import short_digest
+from library.data.sources.shards.indexing import Row
+from library.data.sources.storage.parquet_files import pyarrow_parquet
+from library.errors import UserError
+from library.progress import progress_bar
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+ABOUT = b"about"
+
+
+@dataclass(frozen=True)
+class IndexedFiles:
+    """The larger files of a source, as the index knows them."""
+
+    names: Sequence[str]  # without passwords and the like
+    stamps: Sequence[FileStamp]
+    rule: str  # what else decides the rows
+
+    def about(self) -> bytes:
+        """What the metadata of the index says."""
+        files = [[name, *stamp] for name, stamp in zip(self.names, self.stamps, strict=True)]
+        return json.dumps({"version": VERSION, "rule": self.rule, "files": files}).encode()
+
+
+def schema_of_rows() -> Any:
+    """The columns of an index, as pyarrow describes them."""
+    import pyarrow as pa
+
+    fields = {
+        "file": pa.int32(), "name": pa.string(), "start": pa.int64(), "num_bytes": pa.int64(), "width": pa.int32(),
+        "height": pa.int32(), "caption": pa.string(), "digest": pa.binary(16), "problem": pa.string(),
+        "url": pa.string(),
+    }  # fmt: skip
+    return pa.schema(list(fields.items()))
+
+
+def table_of(rows: Sequence[Row], number: int) -> Any:
+    """The rows of one file."""
+    import pyarrow as pa
+
+    columns = [[number] * len(rows), *([row[i] for row in rows] for i in range(len(Row._fields)))]
+    schema = schema_of_rows()
+    return pa.table([pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)], schema=schema)
+
+
+def read_index(
+    path: Path,
+    files: IndexedFiles,
+    rows_of: Callable[[int], Sequence[Row]],
+    num_threads: int,
+    title: str,
+    is_kept: bool,
+) -> Any:
+    """The table of all files, in their order; `rows_of` reads a file by its number where the index does not know it.
+
+    An index that cannot be read is made again. Where it cannot be written, or is not to be kept, it stays in memory.
+    """
+    known = open_index(path, files)
+    if known is not None:
+        return known
+    if not is_kept:
+        return make_index(path, files, rows_of, num_threads, title, None)
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(only_one(path))
+        except OSError as error:
+            told = "%s cannot be written, so every start makes it again (%s); give --cache_dir a folder that can"
+            logger.warning(told, path, error.strerror)
+            return make_index(path, files, rows_of, num_threads, title, None)
+        known = open_index(path, files)  # another process may have made it meanwhile
+        if known is not None:
+            return known
+        return make_index(path, files, rows_of, num_threads, title, parts_of(path))
+
+
+def write_table(table: Any, path: Path) -> None:
+    """Write a table, whole or not at all. Raises UserError where there is no room for it."""
+    try:
+        with atomic_path(path) as temporary:
+            pyarrow_parquet().write_table(table, temporary, compression="zstd")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; make room, or give another --cache_dir") from None
+
+
+def parts_of(path: Path) -> Path:
+    """The folder of what is done of an index."""
+    return path.with_name(f"{path.name}.parts")
+
+
+def open_index(path: Path, files: IndexedFiles) -> Any:
+    """The table of an index that is true; None where there is none, or it is of other files."""
+    parquet = pyarrow_parquet()
+    try:
+        table = parquet.read_table(path, memory_map=True)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be used and is made again: %s", path, error)
+        return None
+    return table if (table.schema.metadata or {}).get(ABOUT) == files.about() else None
+
+
+def make_index(
+    path: Path,
+    files: IndexedFiles,
+    rows_of: Callable[[int], Sequence[Row]],
+    num_threads: int,
+    title: str,
+    parts: Path | None,
+) -> Any:
+    """Read the files whose rows are not known, `num_threads` at a time, and write the index."""
+    import pyarrow as pa
+
+    found = known_tables(path, files)
+
+    def rows_or_part(number: int) -> Any:
+        mark = short_digest(f"{VERSION} {files.rule} {files.names[number]} {files.stamps[number]}")
+        part = None if parts is None else parts / f"{mark}.parquet"
+        if part is not None and (table := open_part(part)) is not None:
+            return table
+        table = table_of(rows_of(number), number)
+        if part is not None:
+            write_table(table, part)
+        return table
+
+    missing = [number for number in range(len(files.names)) if number not in found]
+    pool = ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="index")
+    try:
+        with progress_bar(title, len(missing)) as bar:
+            for number, table in zip(missing, pool.map(rows_or_part, missing), strict=True):
+                found[number] = with_number(table, number)
+                bar.update(1)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    table = pa.concat_tables([found[number] for number in range(len(files.names))]).combine_chunks()
+    table = table.replace_schema_metadata({ABOUT: files.about()})
+    if parts is not None:
+        write_table(table, path)
+        shutil.rmtree(parts, ignore_errors=True)
+    return table
+
+
+def known_tables(path: Path, files: IndexedFiles) -> dict[int, Any]:
+    """What an index that is no longer true knows of files that have stayed as they were, by their number."""
+    parquet = pyarrow_parquet()
+    try:
+        table = parquet.read_table(path)
+        about = json.loads(table.schema.metadata[ABOUT])
+        old = {name: (place, FileStamp(*stamp)) for place, (name, *stamp) in enumerate(about["files"])}
+        if (about["version"], about["rule"]) != (VERSION, files.rule):
+            return {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    edges = np.searchsorted(table["file"].to_numpy(), np.arange(len(old) + 1))
+    found: dict[int, Any] = {}
+    for number, (name, stamp) in enumerate(zip(files.names, files.stamps, strict=True)):
+        place, before = old.get(name, (0, None))
+        if before == stamp:
+            found[number] = with_number(table.slice(edges[place], edges[place + 1] - edges[place]), number)
+    return found
+
+
+def with_number(table: Any, number: int) -> Any:
+    """The rows as those of another file."""
+    import pyarrow as pa
+
+    column = pa.array(np.full(len(table), number, dtype=np.int32))
+    return table.replace_schema_metadata(None).set_column(0, table.schema.field(0), column)
+
+
+def open_part(path: Path) -> Any:
+    """The table of a file that was done before an interruption; None where it was not, or is damaged."""
+    parquet = pyarrow_parquet()
+    try:
+        table = parquet.read_table(path)
+    except (OSError, ValueError):
+        return None
+    return table if table.schema.equals(schema_of_rows()) else None
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Let one process of this machine at a time into the block, where the system has locks that end with a process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: each process makes the index, and the last one's stays
+        yield
+        return
+    lock = path.with_name(f"{path.name}.lock")
+    with lock.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        lock.unlink(missing_ok=True)

@@ -1,0 +1,184 @@
+"""Parquet files with a picture and a caption in each row, as the Hugging Face hub has them.
+
+A column of a group of rows is the least that can be read of them. `image` is a table with `bytes` and `path` there; the
+bytes may also be a column of their own, or a column of URLs stands in for them.
+"""
+
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from library.data.sources.storage.ranges import RangeFile
+from library.errors import UserError
+
+IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+URL_COLUMNS = ("url", "image_url", "img_url", "URL")
+CAPTION_COLUMNS = ("caption", "text", "prompt", "TEXT", "txt", "description")
+BATCH_ROWS = 64  # that are looked at together
+
+
+def pyarrow_parquet() -> Any:
+    """The package that reads and writes Parquet. Raises UserError saying how to get it."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("shards and parquet need the package pyarrow: python3 -m pip install pyarrow") from None
+    return pyarrow.parquet
+
+
+class Columns(NamedTuple):
+    """Where pictures and captions are."""
+
+    image: str  # as pyarrow calls it: `image.bytes` is a field of the table `image`
+    is_url: bool
+    caption: str | None
+
+
+def columns_of(schema: Any, image: str | None, caption: str | None, shown: str) -> Columns:
+    """The columns of a file, those that are named or the first of the usual ones. Raises UserError listing them."""
+    names = list(schema.names)
+    listed = f"it has {', '.join(names) or 'none'}"
+    for key, name in (("image_column", image), ("caption_column", caption)):
+        if name is not None and name not in names:
+            raise UserError(f"{key} is {name!r}, but {shown} has no such column; {listed}")
+    image = image or next((name for name in (*IMAGE_COLUMNS, *URL_COLUMNS) if name in names), None)
+    if image is None:
+        raise UserError(
+            f"{shown} has no column of pictures that is known by its name; name it as image_column, {listed}"
+        )
+    caption = caption or next((name for name in CAPTION_COLUMNS if name in names), None)
+    if caption is not None and not is_text(schema.field(caption).type):
+        raise UserError(f"caption_column {caption!r} of {shown} has {schema.field(caption).type}, but must have texts")
+    kind = schema.field(image).type
+    if is_struct(kind) and "bytes" in [kind.field(i).name for i in range(kind.num_fields)]:
+        return Columns(f"{image}.bytes", False, caption)
+    if is_text(kind):
+        return Columns(image, True, caption)
+    if "binary" not in str(kind):
+        raise UserError(f"image_column {image!r} of {shown} has {kind}, but must have bytes of pictures, or URLs")
+    return Columns(image, False, caption)
+
+
+def is_text(kind: Any) -> bool:
+    return str(kind) in ("string", "large_string", "string_view") or str(kind).startswith("dictionary<values=string")
+
+
+def is_struct(kind: Any) -> bool:
+    return str(kind).startswith("struct<")
+
+
+class KeptGroups:
+    """Groups of rows that were read last, of all files together, up to a size; one that is larger is kept alone."""
+
+    def __init__(self, max_bytes: int = 256 << 20) -> None:
+        self.max_bytes = max_bytes
+        self._values: OrderedDict[tuple[str, str, int], Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(values.nbytes for values in self._values.values())
+
+    def get(self, key: tuple[str, str, int]) -> Any:
+        """The values of (file, column, group); None where they are not kept."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
+
+    def put(self, key: tuple[str, str, int], values: Any) -> None:
+        with self._lock:
+            self._values[key] = values
+            while len(self._values) > 1 and self.num_bytes > self.max_bytes:
+                self._values.popitem(last=False)
+
+
+class ParquetRows:
+    """A Parquet file that stays open."""
+
+    def __init__(self, file: RangeFile, shown: str, kept: KeptGroups | None = None) -> None:
+        """Raises UserError for a file that is none, or is damaged."""
+        parquet = pyarrow_parquet()
+        self.shown = shown
+        try:
+            self._file = parquet.ParquetFile(file, pre_buffer=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{shown} is not a Parquet file, or is damaged: {error}") from None
+        counts = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+        self._firsts = list(accumulate(counts, initial=0))[:-1]
+        self._kept = kept or KeptGroups()
+        self._lock = threading.Lock()
+
+    @property
+    def schema(self) -> Any:
+        """The columns, as pyarrow describes them."""
+        return self._file.schema_arrow
+
+    def largest_group(self, column: str) -> tuple[int, int]:
+        """(rows, bytes) of the group that takes most to read for one picture."""
+        found = [(0, 0)]
+        for group in map(self._file.metadata.row_group, range(self._file.num_row_groups)):
+            for place in range(group.num_columns):
+                if group.column(place).path_in_schema == column:
+                    found.append((group.num_rows, group.column(place).total_compressed_size))
+        return max(found, key=lambda pair: pair[1])
+
+    @property
+    def num_rows(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    def batches(self, columns: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
+        """The values of some columns, some rows at a time."""
+        try:
+            for batch in self._file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
+                yield {name: _values(batch, name) for name in columns}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.shown} is damaged: {error}") from None
+
+    def value(self, column: str, row: int) -> bytes:
+        """The bytes in one row of a column. Raises UserError where the file is not the one that was indexed."""
+        first, values = self._group(column, row)
+        if row - first >= len(values) or not values[row - first].is_valid:
+            raise UserError(f"{self.shown} has no picture in row {row}: it was replaced since the start; start again")
+        content: bytes = values[row - first].as_py()
+        return content
+
+    def group(self, column: str, row: int) -> Iterator[tuple[int, bytes]]:
+        """(row, bytes) of all rows that have to be read for one of them."""
+        first, values = self._group(column, row)
+        return ((first + place, value.as_py()) for place, value in enumerate(values) if value.is_valid)
+
+    def _group(self, column: str, row: int) -> tuple[int, Any]:
+        """(first row of the group, its values)."""
+        group = bisect_right(self._firsts, row) - 1
+        key = self.shown, column, group
+        with self._lock:  # a file is read by one thread at a time
+            values = self._kept.get(key)
+            if values is None:
+                values = self._column(column, group)
+                self._kept.put(key, values)
+        return self._firsts[group], values
+
+    def _column(self, column: str, group: int) -> Any:
+        try:
+            return _leaf(self._file.read_row_group(group, columns=[column], use_threads=False), column)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{self.shown} cannot be read any more: {error}") from None
+
+
+def _leaf(table: Any, column: str) -> Any:
+    """A column, or the field of a table in one."""
+    import pyarrow.compute as compute
+
+    name, dot, field = column.partition(".")
+    if column in table.schema.names or not dot:
+        return table.column(column)
+    return compute.struct_field(table.column(name), field)
+
+
+def _values(batch: Any, column: str) -> list[Any]:
+    values: list[Any] = _leaf(batch, column).to_pylist()
+    return values

@@ -1,0 +1,35 @@
+"""The form that stores a frozen weight in 8-bit floating point, with a factor for each row."""
+
+import torch
+from torch import Tensor
+
+from library.memory.formats.chunks import encode_in_chunks
+from library.memory.formats.codes import FP8, Codes
+from library.memory.formats.format import Parts
+
+LARGEST = 448.0  # of float8_e4m3fn
+SMALLEST = -24  # exponent of a factor: float16 holds no smaller power of two
+
+
+class Fp8Rows:
+    """Two parts: 8-bit `codes` (O, I), and `scales` (O, 1) in the dtype that the weight had.
+
+    A factor is the power of two that brings its row's largest value just below what the format holds: multiplying by it
+    rounds nothing, so each value is off by at most 1/16 of itself, or by a 2^-17th of the row's largest.
+    """
+
+    def encode(self, weight: Tensor) -> Parts:
+        return encode_in_chunks(weight, encode_rows)
+
+    def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return (parts["codes"].to(dtype) * parts["scales"].to(dtype)).reshape(shape)
+
+    def codes(self, parts: Parts) -> Codes:
+        return Codes(parts["codes"], parts["scales"])
+
+
+def encode_rows(weight_OI: Tensor) -> Parts:
+    values_OI = weight_OI.float()
+    largest_O1 = values_OI.abs().amax(dim=1, keepdim=True)
+    scales_O1 = torch.exp2((largest_O1 / LARGEST).log2().ceil().clamp(min=SMALLEST))
+    return {"codes": (values_OI / scales_O1).to(FP8), "scales": scales_O1.to(weight_OI.dtype)}

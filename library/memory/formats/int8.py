@@ -1,0 +1,75 @@
+"""The form that stores a frozen weight in 8-bit integers, with a factor for each row."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from library.memory.formats.chunks import encode_in_chunks
+from library.memory.formats.codes import Codes
+from library.memory.formats.format import Parts
+
+LARGEST = 127  # the range is symmetric, so that zero stays zero
+MOST_ROTATED = 256  # inputs of one rotation: more spread outliers little further and cost more to undo
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """Two parts: `codes` (O, I), and `scales` (O, 1) in float32; each value is off by at most half its row's factor.
+
+    With `is_rotated` groups of inputs are turned by a Hadamard matrix before they are rounded and turned back when they
+    are decoded (QuaRot, arXiv:2404.00456). One large value would make the factor of its row large; turned, it is
+    shared by its whole group.
+    """
+
+    is_rotated: bool = False
+
+    def encode(self, weight: Tensor) -> Parts:
+        return encode_in_chunks(weight, self.encode_rows)
+
+    def encode_rows(self, weight_OI: Tensor) -> Parts:
+        values_OI = turn(weight_OI.float()) if self.is_rotated else weight_OI.float()
+        largest_O1 = values_OI.abs().amax(dim=1, keepdim=True)
+        scales_O1 = torch.where(largest_O1 > 0, largest_O1 / LARGEST, 1.0)
+        return {"codes": (values_OI / scales_O1).round().to(torch.int8), "scales": scales_O1}
+
+    def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        weight_OI = parts["codes"].to(dtype) * parts["scales"].to(dtype)
+        return (turn(weight_OI) if self.is_rotated else weight_OI).reshape(shape)
+
+    def codes(self, parts: Parts) -> Codes:
+        return Codes(parts["codes"], parts["scales"], turn if self.is_rotated else None)
+
+
+def turn(weight_OI: Tensor) -> Tensor:
+    """Each group of inputs times a Hadamard matrix, which is its own inverse."""
+    size = group_size(weight_OI.shape[1])
+    turned: Tensor = weight_OI.reshape(-1, size) @ hadamard(size, weight_OI.dtype, weight_OI.device)
+    return turned.reshape(weight_OI.shape)
+
+
+def group_size(num_inputs: int) -> int:
+    """The largest power of two up to 256 that divides the number of inputs; 1, which turns nothing, where it is odd."""
+    return min(num_inputs & -num_inputs, MOST_ROTATED)
+
+
+@contextmanager
+def matrices_forgotten() -> Iterator[None]:
+    """Do not keep what is made within, where tensors may have no values."""
+    try:
+        yield
+    finally:
+        hadamard.cache_clear()
+
+
+@cache
+def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The symmetric orthogonal matrix (size, size) of Sylvester's construction; `size` is a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    orthogonal: Tensor = matrix / size**0.5
+    return orthogonal.to(device, dtype)

@@ -1,0 +1,91 @@
+"""The form that stores a frozen weight in 4 bits: bitsandbytes' NF4 (QLoRA, arXiv:2305.14314)."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.memory.formats.chunks import encode_in_chunks
+from library.memory.formats.format import Parts
+
+GROUP = 64  # values that share a factor
+FACTOR_GROUP = 256  # factors that share one, where they are quantised too
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """Two codes to a byte in `codes`, and a factor for every 64 values in `absmax`: 4.5 bits a value.
+
+    With `is_double` the factors are 8-bit codes themselves, with `absmax_scales` for every 256 of them and their mean
+    in `absmax_mean`: 4.13 bits a value.
+    """
+
+    is_double: bool = False
+
+    def encode(self, weight: Tensor) -> Parts:
+        parts = encode_in_chunks(weight, encode_rows)
+        if not self.is_double:
+            return parts
+        mean = parts["absmax"].mean()
+        absmax, state = functional().quantize_blockwise(parts["absmax"] - mean, blocksize=FACTOR_GROUP)
+        return {
+            "codes": parts["codes"],
+            "absmax": absmax,
+            "absmax_scales": state.absmax,
+            "absmax_mean": mean.reshape(1),
+        }
+
+    def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        device = parts["codes"].device
+        state = functional().QuantState(
+            absmax=self.factors(parts),
+            # In one row: bitsandbytes 0.50 takes wrong factors on CPUs where 64 does not divide the length of a row,
+            # and compiles its code anew where that is odd.
+            shape=torch.Size((1, shape.numel())),
+            code=table("nf4", device),
+            blocksize=GROUP,
+            quant_type="nf4",
+            dtype=dtype,
+        )
+        weight: Tensor = functional().dequantize_4bit(parts["codes"], state)
+        return weight.reshape(shape)
+
+    def codes(self, parts: Parts) -> None:
+        return None
+
+    def factors(self, parts: Parts) -> Tensor:
+        """The factor of every group of values, float32."""
+        if not self.is_double:
+            return parts["absmax"]
+        state = functional().QuantState(
+            absmax=parts["absmax_scales"],
+            code=table("factors", parts["codes"].device),
+            blocksize=FACTOR_GROUP,
+            dtype=torch.float32,
+        )
+        factors: Tensor = functional().dequantize_blockwise(parts["absmax"], state)
+        return (factors + parts["absmax_mean"]).float()
+
+
+def encode_rows(weight_OI: Tensor) -> Parts:
+    codes, state = functional().quantize_4bit(weight_OI.contiguous(), blocksize=GROUP, quant_type="nf4")
+    return {"codes": codes, "absmax": state.absmax}
+
+
+def functional() -> Any:
+    """bitsandbytes' functions, imported only by runs that use them."""
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional
+
+
+@cache
+def table(kind: str, device: torch.device) -> Tensor:
+    """The numbers that codes stand for, float32."""
+    if kind == "nf4":
+        nf4: Tensor = functional().get_4bit_type("nf4", device=device)
+        return nf4
+    dynamic: Tensor = functional().create_dynamic_map().to(device)
+    return dynamic

@@ -1,0 +1,24 @@
+"""The form that stores a frozen weight as it is."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from library.memory.formats.format import Parts
+
+
+@dataclass(frozen=True)
+class Plain:
+    """One part, `values`, in the shape and layout that the weight had; in `dtype`, None for the weight's own."""
+
+    dtype: torch.dtype | None = None
+
+    def encode(self, weight: Tensor) -> Parts:
+        return {"values": weight.detach().to(self.dtype or weight.dtype)}
+
+    def decode(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return parts["values"].to(dtype)
+
+    def codes(self, parts: Parts) -> None:
+        return None

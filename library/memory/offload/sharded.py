@@ -1,0 +1,241 @@
+"""Lets the frozen weights of a model lie spread over processes: each keeps a share, and a block is whole only while it
+computes.
+
+The shares are torch's: each block has a module of its own beside the model, whose parameters are the bytes of the
+block's layers, and `fully_shard` spreads these. The model itself is as it was, with its class names, hooks and
+adapters; its layers ask for their weights through a handle, as those do that wait in main memory.
+
+A block is brought together by all processes that share it, so all of them must ask for the same blocks in the same
+order. Where one alone computes, the others `follow` it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from library.memory.blocks import Stacks
+from library.memory.formats.format import Parts
+from library.memory.frozen import FrozenLayer, frozen_layers
+from library.memory.offload.ring import NUM_SLOTS, Ring
+from library.memory.offload.spans import ALIGNMENT, Span, parts_in, spans
+
+NOBODY = -1  # in place of a block's number: the one that was followed is done
+
+
+class Shelf(nn.Module):
+    """The bytes of one block's layers, spread over the processes of a mesh."""
+
+    def __init__(self, shares: Sequence[Any], mesh: Any) -> None:
+        """`shares` are distributed tensors of bytes, one for each layer."""
+        from torch.distributed.fsdp import fully_shard
+
+        super().__init__()
+        for number, share in enumerate(shares):
+            whole = torch.empty(share.shape, dtype=torch.uint8, device="meta")
+            self.register_parameter(f"layer_{number}", nn.Parameter(whole, requires_grad=False))
+        fully_shard(self, mesh=mesh)
+        self.load_state_dict({f"layer_{number}": share for number, share in enumerate(shares)}, assign=True)
+
+    def begin(self) -> "Arrival":
+        """Start to bring the bytes together."""
+        return cast(Arrival, cast(Any, self).unshard(async_op=True))
+
+    def whole(self) -> list[Tensor]:
+        """The bytes of each layer, while they are together."""
+        return [parameter.detach() for parameter in self.parameters()]
+
+    def part(self) -> None:
+        """Keep this process's share alone."""
+        cast(Any, self).reshard()
+
+
+class Arrival(Protocol):
+    """A block that is being brought together."""
+
+    def wait(self) -> None: ...
+
+
+class GatheredStreams:
+    """Slots that hold blocks which were brought together; what is begun runs beside the arithmetic on cards."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.slots: list[list[Tensor]] = [[] for _ in range(num_slots)]
+        self.held: list[Shelf | None] = [None] * num_slots
+        self.coming: dict[int, Arrival] = {}
+
+    def start(self, slot: int, master: Shelf) -> None:
+        self.slots[slot] = []
+        self.arrived(slot)  # a block that nobody asked for after all
+        held = self.held[slot]
+        if held is not None:
+            held.part()
+        self.held[slot] = master
+        self.coming[slot] = master.begin()
+
+    def ready(self, slot: int) -> None:
+        self.arrived(slot)
+        held = self.held[slot]
+        assert held is not None
+        self.slots[slot] = held.whole()
+
+    def arrived(self, slot: int) -> None:
+        arrival = self.coming.pop(slot, None)
+        if arrival is not None:
+            arrival.wait()
+
+
+@dataclass(frozen=True)
+class Shelved:
+    """The handle of a layer whose weight is spread over processes."""
+
+    ring: Ring[Shelf, list[Tensor]]
+    number: int  # of its block in the ring
+    place: int  # among the layers of the block
+    layout: Sequence[Span]
+
+    def __call__(self) -> Parts:
+        return parts_in(self.layout, self.ring.need(self.number)[self.place])
+
+    def copied(self, device: torch.device) -> Parts:
+        """The parts, which stay what they are when other blocks come."""
+        return {name: part.clone() for name, part in self().items()}
+
+
+@dataclass(frozen=True)
+class Share:
+    """A layer whose weight is spread and not yet in any block: the handle brings it together by itself."""
+
+    layout: Sequence[Span]
+    bytes: Any  # a distributed tensor of bytes
+
+    def __call__(self) -> Parts:
+        return parts_in(self.layout, self.bytes.full_tensor())
+
+
+@dataclass
+class Spread:
+    """The frozen layers of one model, spread over the processes of a group.
+
+    With several groups each has the whole model: machines whose network is slow share nothing but gradients.
+    """
+
+    device: torch.device
+    num_processes: int
+    group_size: int  # processes that share one copy
+    shares: dict[FrozenLayer, Share] = field(default_factory=dict)
+    ring: Ring[Shelf, list[Tensor]] | None = None
+    sizes: list[int] = field(default_factory=list)  # bytes of each block
+
+    @cached_property
+    def mesh(self) -> Any:
+        """torch's mesh; the first to ask for it must be all processes together."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        num_groups = self.num_processes // self.group_size
+        if num_groups == 1:
+            return init_device_mesh(self.device.type, (self.num_processes,), mesh_dim_names=("shard",))
+        sizes = num_groups, self.group_size
+        return init_device_mesh(self.device.type, sizes, mesh_dim_names=("replicate", "shard"))
+
+    @property
+    def group(self) -> Any:
+        """The processes that share this one's copy."""
+        return self.mesh.get_group("shard")
+
+    @property
+    def has_main(self) -> bool:
+        """Whether the main process is in this one's group."""
+        return 0 in dist.get_process_group_ranks(self.group)
+
+    def take(self, layer: nn.Module) -> None:
+        """Keep this process's share of a frozen layer's weight; to be called by all processes, in one order."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        assert isinstance(layer, FrozenLayer)
+        if layer in self.shares:
+            return
+        layout = list(spans([layer]))
+        num_bytes = padded(layout[-1].end, ALIGNMENT * self.group_size)
+        whole = torch.zeros(num_bytes, dtype=torch.uint8)
+        for span in layout:
+            span.within(whole).copy_(layer.own_parts()[span.name])
+            delattr(layer, span.name)
+        length = num_bytes // self.group_size
+        start = self.mesh.get_local_rank("shard") * length
+        own = whole[start : start + length].clone().to(self.device)
+        placements = [Replicate()] * (self.mesh.ndim - 1) + [Shard(0)]
+        shared = DTensor.from_local(own, self.mesh, placements, run_check=False, shape=whole.shape, stride=(1,))
+        self.shares[layer] = Share(layout, shared)
+        layer.handle = self.shares[layer]
+
+    def settle(self, stacks: Stacks) -> None:
+        """Bring the shares together by block; layers outside of the blocks of `stacks` stand each for itself."""
+        blocks = [
+            [layer for layer in frozen_layers(block) if layer in self.shares] for stack in stacks for block in stack
+        ]
+        inside = {layer for layers in blocks for layer in layers}
+        blocks += [[layer] for layer in self.shares if layer not in inside]
+        blocks = [layers for layers in blocks if layers]
+        self.sizes = [sum(self.shares[layer].bytes.numel() for layer in layers) for layers in blocks]
+        shelves = [Shelf([self.shares[layer].bytes for layer in layers], self.mesh) for layers in blocks]
+        self.ring = Ring(shelves, GatheredStreams(NUM_SLOTS))
+        for number, layers in enumerate(blocks):
+            for place, layer in enumerate(layers):
+                layer.handle = Shelved(self.ring, number, place, self.shares.pop(layer).layout)
+
+    @property
+    def digest(self) -> int:
+        """Of the blocks that were asked for, in order; the same in all processes of a group."""
+        assert self.ring is not None
+        return self.ring.digest
+
+    @property
+    def num_blocks(self) -> int:
+        """What is brought together at a time: blocks, and layers outside of blocks."""
+        return len(self.sizes)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights that are spread."""
+        return sum(self.sizes)
+
+    @property
+    def most_bytes(self) -> int:
+        """Of the largest block."""
+        return max(self.sizes)
+
+    @contextmanager
+    def lead(self) -> Iterator[None]:
+        """Let this process compute alone, as long as the others of its group `follow` it."""
+        assert self.ring is not None
+        self.ring.turns = self.tell
+        try:
+            yield
+        finally:
+            self.ring.turns = None
+            self.tell(NOBODY)
+
+    def tell(self, number: int) -> None:
+        """Tell those that follow which block is asked for."""
+        dist.broadcast(torch.tensor([number], device=self.device), dist.get_rank(), group=self.group)
+
+    def follow(self, leader: int) -> None:
+        """Bring together what another process asks for, until it is done."""
+        assert self.ring is not None
+        said = torch.zeros(1, dtype=torch.int64, device=self.device)
+        while True:
+            dist.broadcast(said, leader, group=self.group)
+            number = int(said)
+            if number == NOBODY:
+                return
+            self.ring.need(number)
+
+
+def padded(size: int, step: int) -> int:
+    return -(-size // step) * step

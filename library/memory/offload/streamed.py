@@ -1,0 +1,105 @@
+"""Lets blocks of a frozen model wait in main memory until they compute."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from library.memory.blocks import Stacks
+from library.memory.formats.format import Parts
+from library.memory.frozen import frozen_layers
+from library.memory.offload.pinning import pin
+from library.memory.offload.ring import NUM_SLOTS, Ring
+from library.memory.offload.spans import Span, parts_in, spans
+from library.memory.offload.streams import CardStreams, HostStreams, StagedStreams, Streams
+
+logger = logging.getLogger(__name__)
+
+MakeMaster = Callable[[int, int], tuple[Tensor, bool]]
+"""(number of the block, bytes) to its flat master, and whether another process fills it."""
+
+
+def own_master(block: int, num_bytes: int) -> tuple[Tensor, bool]:
+    """Memory of this process alone."""
+    return torch.empty(num_bytes, dtype=torch.uint8), False
+
+
+def stream(
+    stacks: Stacks, waiting: Sequence[int], device: torch.device, make_master: MakeMaster = own_master
+) -> Ring[Tensor, Tensor] | None:
+    """Let `waiting[i]` blocks of stack i wait in main memory, and give their weights through slots on `device`.
+
+    The weights of these blocks must be frozen, see `library.memory.frozen`. Norms, biases and whatever else is no
+    frozen layer's weight stay with the model. Gives the ring; None where no block waits.
+    """
+    blocks = [stack[i] for stack, count in zip(stacks, waiting, strict=True) for i in chosen(len(stack), count)]
+    if not blocks:
+        return None
+    layouts = [list(spans(frozen_layers(block))) for block in blocks]
+    masters = [take_out(number, layout, make_master) for number, layout in enumerate(layouts)]
+    ring = Ring(masters, open_streams(masters, device))
+    for number, layout in enumerate(layouts):
+        for layer in {span.layer: None for span in layout}:
+            layer.handle = Waiting(ring, number, [span for span in layout if span.layer is layer])
+    return ring
+
+
+def chosen(num_blocks: int, count: int) -> list[int]:
+    """Which of the blocks wait: evenly spread, so that others compute while one comes, and never the last.
+
+    Where forward turns into backward a block that waits would have no time to come.
+    """
+    return [i * (num_blocks - 1) // count for i in range(count)]
+
+
+def bytes_of_parts(block: nn.Module) -> int:
+    """What the frozen layers of a block take."""
+    return sum(p.numel() * p.element_size() for layer in frozen_layers(block) for p in layer.own_parts().values())
+
+
+def take_out(number: int, layout: Sequence[Span], make_master: MakeMaster) -> Tensor:
+    """Move the parts of a block from its layers into a master."""
+    master, is_filled = make_master(number, layout[-1].end if layout else 0)
+    for span in layout:
+        if not is_filled:
+            span.within(master).copy_(span.layer.own_parts()[span.name])
+        delattr(span.layer, span.name)
+    return master
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The handle of a layer whose block waits in main memory."""
+
+    ring: Ring[Tensor, Tensor]
+    number: int  # of the block in the ring
+    layout: Sequence[Span]
+
+    def __call__(self) -> Parts:
+        """The parts where the block's slot is."""
+        return parts_in(self.layout, self.ring.need(self.number))
+
+    def copied(self, device: torch.device) -> Parts:
+        """The parts straight from main memory, past the ring."""
+        return {name: part.to(device) for name, part in parts_in(self.layout, self.ring.masters[self.number]).items()}
+
+
+def open_streams(masters: Sequence[Tensor], device: torch.device) -> Streams[Tensor, Tensor]:
+    """The fastest way from these masters to the device, which the log names."""
+    largest, total = max(map(len, masters)), sum(map(len, masters))
+    what = f"{len(masters)} blocks ({total / 1e9:.2f} GB) wait in main memory"
+    if device.type != "cuda":
+        logger.info("%s; without a card this saves nothing and costs a copy of each block in each pass", what)
+        return HostStreams(NUM_SLOTS, largest, device)
+    reason = pin(masters)
+    if reason is None:
+        logger.info("%s, which is pinned: they are copied while others compute", what)
+        return CardStreams(NUM_SLOTS, largest, device)
+    logger.warning(
+        "%s, which is not pinned: %s; they are copied twice, which can take longer than the others compute",
+        what,
+        reason,
+    )
+    return StagedStreams(NUM_SLOTS, largest, device)

@@ -1,0 +1,44 @@
+"""An error in mid-run: what has been learned is saved before the run ends."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from library.training.failures.interruption import Interrupted
+from library.training.failures.nonfinite import NonFiniteError
+from library.training.reporting.progress import Progress
+from library.training.saving.checkpoints import NonFiniteWeights, SavedElsewhere, Writer
+from library.training.saving.rescue import NotWrittenError
+from library.training.step.accumulation import Plan
+
+logger = logging.getLogger(__name__)
+
+NOTHING_TO_SAVE = (Interrupted, NonFiniteError, NonFiniteWeights, NotWrittenError, SavedElsewhere)  # or it was tried
+
+
+class StoppedByError(Exception):
+    """A run was ended by an error, which is the cause of this one, and saved; the text says what and how to go on."""
+
+
+@contextmanager
+def saved_on_error(writer: Writer, progress: Progress, plan: Plan) -> Iterator[None]:
+    """Save weights and state when an error ends the run; raises StoppedByError then.
+
+    The error itself is passed on where no step has been finished or the adapter has ended before, in other processes
+    than the main one, and where saving fails too, which is logged.
+    """
+    first_step = progress.step
+    try:
+        yield
+    except NOTHING_TO_SAVE:
+        raise
+    except Exception as error:
+        if not writer.is_main or progress.step == first_step or progress.ended:
+            raise
+        try:
+            told = writer.save_failed(progress, plan.epoch_of(progress.step - 1))
+        except Exception as second:  # whatever ended the run may stand in the way here too; the first error counts
+            logger.error("the run could not be saved either: %s: %s", type(second).__name__, second)
+            logger.debug("where that failed:", exc_info=second)
+            raise error from None
+        raise StoppedByError(told) from error

@@ -1,0 +1,151 @@
+"""Losses and gradients that are NaN or infinite: noticed, explained, skipped, and the end of the run if they go on.
+
+A step counts as damaged where a loss of its batches or the norm of its gradient is not finite; that norm is one number
+for all parameters and is needed for clipping anyway, so watching it costs one read of a number a step. A damaged step
+is left out: weights, optimizer and learning rate stay as they were. The step is counted all the same, so that the
+length of the run and the names of files do not depend on it; accelerate does so with steps that fp16 scaling drops.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from math import isfinite
+from pathlib import Path
+
+import torch
+
+from library.errors import UserError, few
+from library.training.failures.nonfinite_trace import first_damage
+from library.training.run_parts import Run
+from library.training.saving.checkpoints import NonFiniteWeights, Writer, weights_are_finite
+from library.training.saving.rescue import NotWrittenError
+from library.training.step.accumulation import Window
+from library.training.step.losses import noised_of
+from library.types import Batch
+
+logger = logging.getLogger(__name__)
+
+MAX_IN_A_ROW = 5  # damaged steps that --on_nonfinite skip leaves out before it gives up
+MAX_NAMED = 8  # pictures in a message
+MIN_LOSS_SCALE = 1.0  # fp16 gradients that overflow at a larger loss scale only say that the scale is too large
+
+
+class NonFiniteError(UserError):
+    """The run cannot go on. `last_good` is (step, epoch) of the last step that moved the weights, None before one."""
+
+    def __init__(self, message: str, last_good: tuple[int, int] | None) -> None:
+        super().__init__(message)
+        self.last_good = last_good
+
+
+@dataclass
+class NonFiniteGuard:
+    """Decides for each step whether it may move the weights, and remembers how many did not.
+
+    It is given the losses and the gradient of all processes, so all of them decide alike.
+    """
+
+    run: Run
+    last_good: tuple[int, int] | None = None  # steps finished with it, epoch
+    num_skipped: int = 0
+    num_in_a_row: int = 0
+    was_traced: bool = False
+
+    def allows_step(self, window: Window, losses: Sequence[float], norm: float) -> bool:
+        """Whether the step of `window` may move the weights; `losses` are its batches', `norm` the whole gradient's.
+
+        Raises NonFiniteError where the run should end instead.
+        """
+        losses_are_finite = all(isfinite(loss) for loss in losses)
+        if isfinite(norm) and losses_are_finite:
+            self.last_good, self.num_in_a_row = (window.step + 1, window.epoch), 0
+            return True
+        if losses_are_finite and searches_loss_scale(self.run.optimization.scaler):
+            logger.info("step %d is left out: fp16 gradients overflow, the loss scale is halved", window.step + 1)
+            return False
+        self.num_skipped += 1
+        self.num_in_a_row += 1
+        told = self.explain(window, losses, norm)
+        if not weights_are_finite(self.run.context.network.module):
+            raise NonFiniteError(f"{told}. The adapter's weights are damaged themselves: {advice(self.run)}", None)
+        if self.run.options.faults.on_nonfinite == "stop":
+            raise NonFiniteError(f"{told}. --on_nonfinite stop ends the run; {advice(self.run)}", self.last_good)
+        if self.num_in_a_row > MAX_IN_A_ROW:
+            raise NonFiniteError(
+                f"{told}. {self.num_in_a_row} steps in a row were not finite; {advice(self.run)}", self.last_good
+            )
+        logger.warning("%s. The step is left out: weights and learning rate stay as they were", told)
+        return False
+
+    def explain(self, window: Window, losses: Sequence[float], norm: float) -> str:
+        """What is known of a damaged step: number, pictures, noise levels, with --trace_nonfinite the module."""
+        broken = {place: loss for place, loss in zip(window.places, losses, strict=True) if not isfinite(loss)}
+        what = f"loss {next(iter(broken.values()))}" if broken else f"gradient norm {norm} with a finite loss"
+        samples, trace = [], None
+        for place in broken or window.places:
+            batch, number = self.redraw(window, place), self.run.plan.batch_number(window.epoch, place)
+            samples += describe_samples(self.run, batch, number)
+            if self.run.options.faults.trace_nonfinite and not self.was_traced:
+                trace = first_damage(self.run, batch, number, window.step)
+                self.was_traced = True
+        told = f"step {window.step + 1}: {what}; pictures: {few(samples, MAX_NAMED)}"
+        return told if trace is None else f"{told}; {trace}"
+
+    def redraw(self, window: Window, place: int) -> Batch:
+        """A batch once more: every draw is a function of the seed and its place."""
+        step_of = partial(self.run.plan.step_of, window.epoch)
+        return next(iter(self.run.batches.of_epoch(window.epoch, [place], step_of, 0, False)))
+
+    def report(self, step: int) -> None:
+        """The count at the end, if there is something to count. Raises NonFiniteError where no step was good."""
+        if self.num_skipped and self.last_good is None:
+            raise NonFiniteError(f"none of {step} steps had a finite loss and gradient; {advice(self.run)}", None)
+        if self.num_skipped:
+            logger.warning("%d of %d steps were left out: loss or gradient was not finite", self.num_skipped, step)
+
+
+def searches_loss_scale(scaler: torch.amp.GradScaler | None) -> bool:
+    """Whether gradients overflow only because GradScaler tries large scales, as it does at the start of a run."""
+    return scaler is not None and scaler.get_scale() > MIN_LOSS_SCALE
+
+
+def describe_samples(run: Run, batch: Batch, batch_number: int) -> list[str]:
+    """Every picture of a batch with its noise level."""
+    timesteps = noised_of(run.context, batch, batch_number).timesteps_B.tolist()
+    return [f"{key} (timestep {level:g})" for key, level in zip(batch.keys, timesteps, strict=True)]
+
+
+def advice(run: Run) -> str:
+    """What to try."""
+    if run.options.precision.mixed_precision == "fp16":
+        return "fp16 overflows easily: try --mixed_precision bf16, or a lower --learning_rate"
+    return "try a lower --learning_rate, and look at the pictures that are named; --trace_nonfinite names the module"
+
+
+@contextmanager
+def last_good_saved(writer: Writer) -> Iterator[None]:
+    """Save the adapter as it was after the last good step when a run ends because of damaged ones.
+
+    Damaged weights are never written; what was saved before stays.
+    """
+    try:
+        yield
+    except NonFiniteError as error:
+        if error.last_good is None:
+            raise NonFiniteError(f"{error}. Nothing is saved now; files saved before stay", None) from error
+        step, epoch = error.last_good
+        path = writer.names.of_step(step)
+        raise NonFiniteError(f"{error}. {saved_as(writer, path, step, epoch)}", error.last_good) from error
+
+
+def saved_as(writer: Writer, path: Path, step: int, epoch: int) -> str:
+    """Write the adapter, in the main process; a sentence about it."""
+    if not writer.is_main:
+        return "The main process saves the adapter"
+    try:
+        place = writer.write(path, step, epoch)
+    except (NonFiniteWeights, NotWrittenError) as error:
+        return str(error)
+    return f"The adapter as it was after step {step} is saved as {place}"

@@ -1,0 +1,126 @@
+"""Which module a NaN or infinity comes from: one batch is computed once more with an eye on every output."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.training.run_parts import Run
+from library.training.step.losses import loss_of, start_batch
+from library.types import Batch
+
+
+@dataclass
+class Trace:
+    """What was seen, in the order of the computation."""
+
+    damaged_output: str | None = None  # the first module that gave one
+    input_was_finite: bool = True
+    finite_gradients: list[str] = field(default_factory=list)  # modules in the order of the backward pass
+    damaged_gradient: str | None = None
+
+    def see_output(self, name: str, inputs: Any, output: Any) -> None:
+        """Note a module that gives what is not finite, and watch the gradients of one that does not."""
+        if self.damaged_output is None and not all(is_finite(t) for t in tensors_in(output)):
+            self.damaged_output = name
+            self.input_was_finite = all(is_finite(t) for t in tensors_in(inputs))
+        for tensor in tensors_in(output):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self.see_gradient, name))  # type: ignore[no-untyped-call]
+
+    def see_gradient(self, name: str, gradient: Tensor) -> None:
+        """Note the first gradient that is not finite, and how far the backward pass came before."""
+        if self.damaged_gradient is not None:
+            return
+        if is_finite(gradient):
+            self.finite_gradients.append(name)
+        else:
+            self.damaged_gradient = name
+
+    def sentence(self, damaged_parameter: str | None) -> str:
+        """The finding in words."""
+        if self.damaged_output is not None:
+            state = "finite" if self.input_was_finite else "not finite either"
+            return f"the output of {self.damaged_output} is the first that is not finite, its input is {state}"
+        if self.damaged_gradient is not None:
+            before = f", it is still finite at {self.finite_gradients[-1]}" if self.finite_gradients else ""
+            return f"the gradient is first not finite at the output of {self.damaged_gradient}{before}"
+        if damaged_parameter is not None:
+            return f"all outputs are finite, the gradient of {damaged_parameter} is not"
+        return "computed once more, outputs and gradients are finite: the batch alone does not explain it"
+
+
+def first_damage(run: Run, batch: Batch, batch_number: int, step: int) -> str:
+    """Compute forward and backward of a batch again, with the draws of the run, and say where the damage begins.
+
+    Checks every output by itself, so it is slow.
+    """
+    parameters = run.context.network.trainable_parameters()
+    kept = [parameter.grad for parameter in parameters]  # those of a later step may be there
+    try:
+        return found_damage(run, batch, batch_number, step, parameters)
+    finally:
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+
+
+def found_damage(run: Run, batch: Batch, batch_number: int, step: int, parameters: Sequence[nn.Parameter]) -> str:
+    """The same, replacing the gradients of the trained `parameters`."""
+    trace = Trace()
+    for parameter in parameters:
+        parameter.grad = None
+    with run.context.alone(), watched(parts_of(run), trace):
+        start_batch(run.context, batch_number, step)
+        loss = loss_of(run.context, batch, batch_number)
+        if trace.damaged_output is None:
+            torch.autograd.backward(loss if run.optimization.scaler is None else run.optimization.scaler.scale(loss))
+    names = {id(parameter): name for name, parameter in run.context.network.module.named_parameters()}
+    damaged = [p for p in parameters if p.grad is not None and not is_finite(p.grad)]
+    return trace.sentence(f"adapter.{names[id(damaged[0])]}" if damaged else None)
+
+
+def parts_of(run: Run) -> Mapping[str, nn.Module]:
+    """The models of a step by the names that the report uses."""
+    models, adapter = run.context.models, run.context.network.module
+    encoders = models.text_encoders
+    names = ["text_encoder"] if len(encoders) == 1 else [f"text_encoder_{i + 1}" for i in range(len(encoders))]
+    return {"denoiser": models.denoiser, **dict(zip(names, encoders, strict=True)), "adapter": adapter}
+
+
+@contextmanager
+def watched(parts: Mapping[str, nn.Module], trace: Trace) -> Iterator[None]:
+    """Show every module's output to `trace` while the block runs."""
+
+    def hook(name: str) -> Any:
+        return lambda _, inputs, output: trace.see_output(name, inputs, output)
+
+    handles = []
+    for part, root in parts.items():
+        for name, module in root.named_modules():
+            handles.append(module.register_forward_hook(hook(f"{part}.{name}" if name else part)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The floating-point tensors of whatever a module takes or gives."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from tensors_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from tensors_in(inner)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.detach().isfinite().all())

@@ -1,0 +1,205 @@
+"""Out of memory: what was being done, how much there was, and which options save how much."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.errors import UserError
+from library.formatting import format_bytes
+from library.options.leco import IDLE
+from library.options.support import UNSUPPORTED
+from library.options.train import TrainOptions
+from library.training.run_parts import Run
+
+WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "cannot allocate memory")
+
+
+class OutOfMemoryError(UserError):
+    """Memory ran out; the message says where and what saves some."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes in memory of the parts of a run."""
+
+    denoiser: int = 0
+    text_encoders: int = 0
+    vae: int = 0
+    num_trained: int = 0  # parameters, not bytes
+
+
+def sizes_of(run: Run) -> Sizes:
+    """What the parts of a run take."""
+    models = run.context.models
+    return Sizes(
+        bytes_of(models.denoiser),
+        sum(bytes_of(encoder) for encoder in models.text_encoders),
+        0 if models.vae is None else bytes_of(models.vae),
+        sum(p.numel() for p in run.context.network.trainable_parameters()),
+    )
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Bytes of a model's weights and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: torch's own for cards, and RuntimeError on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in WORDS)
+
+
+@contextmanager
+def explained(
+    doing: str,
+    options: TrainOptions,
+    device: torch.device,
+    shape: str,
+    sizes: Callable[[], Sizes] = Sizes,
+    ways_out: Callable[[], Sequence[str]] = tuple,
+) -> Iterator[None]:
+    """Turn running out of memory in this block into OutOfMemoryError; `shape` tells of the batch, "" where none is.
+
+    `ways_out` predicts what other ways of running the block would save; see library.training.planning.advice.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        predicted = ways_out()
+        others = savings(options, sizes(), device, is_predicted=bool(predicted))
+        lines = [
+            f"out of memory while {doing}{f', {shape}' if shape else ''}",
+            f"memory: {memory_figures(device)}",
+            *(f"to save memory: {line} (predicted)" for line in predicted),
+            *(f"to save memory: {line}" for line in others),
+            f"the error itself: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+        ]
+        raise OutOfMemoryError("\n  ".join(lines)) from error
+
+
+def memory_figures(device: torch.device) -> str:
+    """Peak use and size of the device's memory."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return (
+            f"peak {format_bytes(peak)} in tensors, {format_bytes(reserved)} taken from the card, "
+            f"{format_bytes(free)} of {format_bytes(total)} free now"
+        )
+    peak, total = resident_peak(), main_memory()
+    return f"peak {format_bytes(peak)} of this process" + (f", {format_bytes(total)} in the machine" if total else "")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start measuring the peak anew, where the device can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def resident_peak() -> int:
+    """The most main memory that this process ever used, in bytes; 0 where the system does not say."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main_memory() -> int:
+    """The machine's main memory in bytes; 0 where the system does not say."""
+    if sys.platform == "win32":
+        return 0
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def savings(options: TrainOptions, sizes: Sizes, device: torch.device, is_predicted: bool = False) -> Iterator[str]:
+    """Options that are not used yet, those that save most first, with the bytes where they are known; without those of
+    running blocks and storing weights where these are predicted, and those that do nothing in this run."""
+    idle = () if options.concepts is None else tuple(f"--{name} " for name in IDLE)
+    yield from (line for line in every_saving(options.flat(), sizes, device, is_predicted) if not line.startswith(idle))
+    if options.concepts is not None:
+        yield "a smaller batch_size in the --prompts_file needs as much less for activations"
+
+
+def every_saving(values: Mapping[str, Any], sizes: Sizes, device: torch.device, is_predicted: bool) -> Iterator[str]:
+    """The same, whatever the run trains on."""
+    yield from activation_savings(values, is_predicted)
+    yield from weight_savings(values, sizes, is_predicted)
+    if wants(values, "vae_batch_size", 1):
+        yield "--vae_batch_size 1 encodes one picture at a time"
+    if optimizer_is_adamw(values) and sizes.num_trained:
+        saved = format_bytes(6 * sizes.num_trained)
+        yield f"--optimizer_type AdamW8bit keeps the optimizer's memory in 8 bits: {saved} less"
+    if sizes.num_trained:
+        held = format_bytes(16 * sizes.num_trained)
+        yield f"a smaller --network_dim shrinks the adapter, its gradient and its optimizer, about {held} together"
+    if device.type == "cpu":
+        yield "other programs that run on this machine use its memory too"
+
+
+def activation_savings(values: Mapping[str, Any], is_predicted: bool) -> Iterator[str]:
+    """What makes activations smaller."""
+    if not is_predicted and not values["gradient_checkpointing"]:
+        yield (
+            "--gradient_checkpointing keeps only the inputs of the blocks, which is most of what a step needs besides "
+            "the weights"
+        )
+    size = values["train_batch_size"]
+    if size > 1 and values["dataset_config"] is None:
+        yield (
+            f"--train_batch_size {size // 2} needs {size // 2 / size:.0%} of the activations; "
+            "--gradient_accumulation_steps makes up for it"
+        )
+    elif values["dataset_config"] is not None:
+        yield "a smaller batch_size in the --dataset_config needs as much less for activations"
+    yield "a smaller resolution needs less by the square of its side"
+
+
+def weight_savings(values: Mapping[str, Any], sizes: Sizes, is_predicted: bool) -> Iterator[str]:
+    """What makes the frozen models smaller, or lets them leave."""
+    frozen = sizes.denoiser + sizes.text_encoders + sizes.vae
+    if values["mixed_precision"] == "no":
+        yield f"--mixed_precision bf16 halves models and activations{less(frozen // 2)}"
+    if not values["cache_latents"]:
+        yield f"--cache_latents lets the VAE leave before training{less(sizes.vae)}"
+    if can_have(values, "cache_text_encoder_outputs"):
+        yield f"--cache_text_encoder_outputs lets the text encoders leave before training{less(sizes.text_encoders)}"
+    elif not values["network_train_unet_only"]:
+        yield "--network_train_unet_only needs no activations of the text encoder"
+    if is_predicted:
+        return
+    if not values["base_format"] and not values["fp8_base"]:
+        yield f"--base_format int8 keeps the denoiser in 8 bits{less(sizes.denoiser // 2)}"
+    if can_have(values, "blocks_to_swap"):
+        whole = format_bytes(sizes.denoiser)
+        yield f"--blocks_to_swap N keeps N blocks of the denoiser in main memory, which has {whole} in all"
+
+
+def can_have(values: Mapping[str, Any], name: str) -> bool:
+    """Whether this base model has an option that is not used yet."""
+    return name in values and name not in UNSUPPORTED and not values[name]
+
+
+def wants(values: Mapping[str, Any], name: str, least: int) -> bool:
+    return bool(values[name] > least)
+
+
+def less(num_bytes: int) -> str:
+    return f": {format_bytes(num_bytes)} less" if num_bytes else ""
+
+
+def optimizer_is_adamw(values: Mapping[str, Any]) -> bool:
+    """Whether the optimizer keeps two 32-bit numbers for each parameter."""
+    return (values["optimizer_type"] or "AdamW").lower() == "adamw" and not values["use_8bit_adam"]

@@ -1,0 +1,221 @@
+"""One adapter on its way through a run: what becomes of its gradients, and what is measured, saved and drawn of it."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import Tensor
+
+from library.processes import Order
+from library.training.evaluation.preview import epoch_event, step_event
+from library.training.failures.interruption import Interruption
+from library.training.failures.nonfinite import NonFiniteError, NonFiniteGuard, last_good_saved
+from library.training.failures.out_of_memory import explained, sizes_of
+from library.training.loop.prepared import Prepared
+from library.training.loop.update import Updates, wanted_norm_limit
+from library.training.optimization.optimizers import effective_rates
+from library.training.reporting.console_lines import LimitedNorms, StepBar, bar_values, rate_values
+from library.training.reporting.log_prefix import speaking_of
+from library.training.reporting.progress import Part, Progress
+from library.training.reporting.step_events import told_step
+from library.training.reporting.step_result import Told
+from library.training.reporting.trackers import Charts
+from library.training.run_parts import Run
+from library.training.saving.state import StateManifest
+from library.training.step.accumulation import Window
+from library.training.sweep_record import NOT_FINITE, Ended
+
+logger = logging.getLogger(__name__)
+
+
+class Trainee:
+    """What a run does for one adapter, step by step; the loop says when, and computes the gradients."""
+
+    def __init__(self, prepared: Prepared, interruption: Interruption, bar: StepBar) -> None:
+        self.prepared, self._interruption = prepared, interruption
+        self.run, self.progress, self.validation = prepared.run, prepared.progress, prepared.validation
+        self._guard = NonFiniteGuard(self.run)
+        tell = partial(report_step, self.run, self.progress, prepared.charts, bar)
+        with self.speaking():
+            self.updates = Updates(self.run, self._guard, wanted_norm_limit(self.run), tell)
+
+    @contextmanager
+    def speaking(self) -> Iterator[None]:
+        """Lines in the block are about this adapter."""
+        with speaking_of(self.run.label):
+            yield
+
+    @contextmanager
+    def ending_alone(self, has_others: bool) -> Iterator[None]:
+        """Where losses are not finite in the block, this adapter is saved and ends, if it `has_others` beside it."""
+        with self.speaking():
+            try:
+                with last_good_saved(self.prepared.writer) if has_others else speaking_of(""):
+                    yield
+            except NonFiniteError as error:
+                if not has_others:
+                    raise
+                self.note_end(NOT_FINITE)
+                logger.error("%s. The other adapters go on", error)
+
+    def begin(self) -> None:
+        """What is due before the first step."""
+        prepared, progress, epoch = self.prepared, self.progress, self.run.plan.epoch_of(self.progress.step)
+        if progress.step == 0:
+            prepared.previews.before_training(self._interruption)
+        if prepared.validation.before_training(progress):
+            prepared.writer.save_best(progress.step, epoch)
+        if prepared.resumed is not None:
+            self._finish_step_of(prepared.resumed)
+
+    def start_epoch(self) -> None:
+        """To be called before each epoch."""
+        self.run.context.network.start_epoch(*self.run.context.models.network_view)
+
+    def move(self, window: Window, own_losses: Tensor, wants_stop: bool) -> bool:
+        """Move the weights by the gradients of `window`; gives whether one of the processes wants to stop.
+
+        `own_losses` are those of this process's batches. Raises NonFiniteError where the adapter cannot go on.
+        """
+        run, device = self.run, self.run.context.device
+        parameters = run.context.network.trainable_parameters()
+        num_losses = len(window.places)
+        losses, stops = run.processes.exchange(parameters, own_losses, num_losses, wants_stop, order_of(run))
+        self.updates.tell()
+        self.progress.is_moving = True
+        with explained("the optimizer moved the weights", run.options, device, "", lambda: sizes_of(run)):
+            with run.times.stage("optimizer"):
+                self.updates.take(window, losses)
+        return stops
+
+    def finish_step(self, window: Window, stops: bool) -> None:
+        """Count the step, and measure, save and draw what is due after it."""
+        prepared, progress, run = self.prepared, self.progress, self.run
+        validation, writer, plan = prepared.validation, prepared.writer, self.run.plan
+        progress.advance()
+        is_last = progress.step >= plan.max_train_steps
+        is_due = writer.schedule.saves_step(progress.step) or prepared.previews.are_due(progress.step)
+        is_due = is_due or validation.is_due(progress.step) or window.ends_epoch or is_last or stops
+        if is_due or not self.updates.tells_late:
+            self.updates.tell()
+        if not stops:
+            with run.times.stage("validation"):
+                ends_epoch = window.ends_epoch or is_last
+                is_best = validation.after_step(progress.step, window.epoch, ends_epoch, progress.average.mean)
+            if is_best:
+                with run.times.stage("saving"):
+                    writer.save_best(progress.step, window.epoch)
+        self._after_step(window.epoch)
+        is_cut = is_last and not (stops or validation.ends_run)  # by the end of the run
+        if progress.step % plan.steps_per_epoch == 0 or is_cut:
+            if prepared.charts.are_on:
+                average = progress.average.mean
+                prepared.charts.log_epoch({"loss/epoch_average": average}, progress.step, window.epoch)
+            self._after_epoch(window.epoch)
+
+    def note_end(self, why: str) -> None:
+        """The adapter ends here, before the run is over."""
+        self.progress.ended = why
+        if self.run.sweep is not None:
+            self.run.sweep.ended[self.run.label] = Ended(self.progress.step, why, self.validation.last_losses())
+
+    def drop(self, epoch: int) -> None:
+        """End the adapter because another one is clearly better (--sweep_stop_after)."""
+        self.note_end("another one was better by more than chance (--sweep_stop_after)")
+        logger.info("ends after step %d: %s", self.progress.step, self.progress.ended)
+        self.prepared.writer.save_end(self.progress, epoch)
+
+    def end(self, epoch: int) -> None:
+        """Save what the run has come to."""
+        progress, writer, validation = self.progress, self.prepared.writer, self.prepared.validation
+        self._guard.report(progress.step)
+        if progress.step >= self.run.plan.max_train_steps:
+            writer.save_end(progress, self.run.plan.num_epochs)
+        elif validation.ends_run:
+            self.note_end(validation.why_it_ends)
+            logger.info("the run ends after step %d: %s", progress.step, progress.ended)
+            writer.save_end(progress, epoch)
+        else:
+            writer.save_interrupted(progress, epoch)
+
+    def _after_step(self, epoch: int) -> None:
+        """Save and draw what is due after a step and not done."""
+        prepared = self.prepared
+        self._save_and_draw("step previews", epoch, prepared.writer.save_after_step, prepared.previews.after_step)
+
+    def _after_epoch(self, epoch: int) -> None:
+        """The same after an epoch, which the end of the run may have cut short."""
+        prepared = self.prepared
+        self._save_and_draw("epoch previews", epoch, prepared.writer.save_after_epoch, prepared.previews.after_epoch)
+
+    def _save_and_draw(
+        self,
+        part: Part,
+        epoch: int,
+        save: Callable[[Progress, int], None],
+        draw: Callable[[int, int, Interruption], bool],
+    ) -> None:
+        """Weights are safe before pictures take their time."""
+        times, progress = self.run.times, self.progress
+        with times.stage("saving"):
+            save(progress, epoch)
+        with times.stage("previews"):
+            if part not in progress.done and draw(progress.step, epoch, self._interruption):
+                progress.done.add(part)
+
+    def _finish_step_of(self, state: StateManifest) -> None:
+        """Make what was due at the step of a state and was not done when the run was stopped.
+
+        Pictures are drawn after the state is written, so it cannot know of them: those on disk that are not older
+        count.
+        """
+        run, progress, previews = self.run, self.progress, self.prepared.previews
+        finished_epochs, rest = divmod(progress.step, run.plan.steps_per_epoch)
+        epoch = finished_epochs + bool(rest)
+        drawn: dict[Part, str] = {"step previews": step_event(progress.step), "epoch previews": epoch_event(epoch)}
+        for part, event in drawn.items():
+            is_drawn = previews.are_drawn(event, state.written_at)  # of the main process's prompts; others have none
+            if run.processes.share(f"drawn {part} {run.label}", "yes" if is_drawn else "no") == "yes":
+                progress.done.add(part)
+        self._after_step(epoch)
+        if not rest or progress.step >= run.plan.max_train_steps:
+            self._after_epoch(epoch)
+
+
+def report_step(run: Run, progress: Progress, charts: Charts, bar: StepBar, told: Told) -> None:
+    """Put the losses of a step into the running average, the events, the bar, and the charts: there a point a batch.
+
+    The average leaves out losses that are not finite: the step that they belong to moved nothing.
+    """
+    window = told.window
+    for place, loss in zip(window.places, told.losses, strict=True):
+        if math.isfinite(loss):
+            progress.average.add(place, loss)
+        if charts.are_on:
+            step = window.step + 1 if place == window.places[-1] else window.step
+            values = step_values(run, loss, progress.average.mean, told.rates, told.limited)
+            charts.log_step(values, step, window.epoch)
+    if run.events.is_on:
+        run.events.emit(told_step(told, progress.average.mean, run.optimization.group_names, run.norms, run.times))
+    bar.show(window.step + 1, bar_values(progress.average.mean, told.limited), run.label)
+
+
+def step_values(
+    run: Run, loss: float, average: float, rates: list[float], norms: LimitedNorms | None
+) -> dict[str, float]:
+    """What the charts show of a batch."""
+    effective = effective_rates(run.optimization.optimizer, run.optimization.built.name)
+    is_first_text_encoder = not run.options.network.network_train_unet_only
+    values = rate_values(rates, run.optimization.group_names, effective, is_first_text_encoder)
+    if effective is not None and "prodigyplus" in run.optimization.built.name.lower():
+        values["lr/d*lr"] = effective[0]
+    limited = {} if norms is None else norms.chart_values()
+    return {**run.times.chart_values(), **limited, "loss/current": loss, "loss/average": average, **values}
+
+
+def order_of(run: Run) -> Order | None:
+    """The blocks that this process has asked for, where those that share a base model have to ask alike."""
+    spread = run.context.models.spread
+    return None if spread is None else Order(spread.digest, spread.group_size)

@@ -1,0 +1,223 @@
+"""The training loop."""
+
+import logging
+import math
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from library.training.failures.interruption import Interruption
+from library.training.failures.out_of_memory import explained, sizes_of
+from library.training.loop.adapter_run import Trainee
+from library.training.loop.ahead import Ahead, copies_to
+from library.training.loop.prepared import Prepared
+from library.training.loop.stacked_step import backward_together
+from library.training.reporting.console_lines import StepBar, announce_epoch
+from library.training.reporting.profile import profiled
+from library.training.run_parts import Run
+from library.training.step.accumulation import Window
+from library.training.step.losses import describe_shape, loss_of, start_batch
+from library.types import Batch
+
+logger = logging.getLogger(__name__)
+
+
+class StepWatch(Protocol):
+    """Looks on at the steps."""
+
+    def noting(self, batches: Iterator[Batch]) -> Iterator[Batch]: ...
+    def before_step(self) -> None: ...
+    def after_step(self) -> None: ...
+
+
+class FindWorse(Protocol):
+    """Names the adapters of a sweep that are significantly worse than the best (--sweep_stop_after)."""
+
+    def __call__(self, losses: Mapping[str, Sequence[float]], num_adapters: int, num_looks: int) -> list[str]:
+        """Take each adapter's validation losses by label; `num_adapters` counts those that have ended too."""
+        ...
+
+
+MemoryHints = Callable[[Sequence[Run], Batch], list[str]]
+"""(the adapters that share the step, its batch) -> options that need less memory, a line each, for OutOfMemoryError."""
+
+
+def no_hints(runs: Sequence[Run], batch: Batch) -> list[str]:
+    """Return no hint."""
+    return []
+
+
+def train(
+    adapters: Sequence[Prepared],
+    interruption: Interruption,
+    watch: StepWatch | None = None,
+    memory_hints: MemoryHints = no_hints,
+    find_worse: FindWorse | None = None,
+) -> None:
+    """Train from where the run stands to the last step, or to the step in which the user interrupts.
+
+    Either way each adapter is saved. `watch` is called around the arithmetic of each step; `find_worse` is required
+    for --sweep_stop_after. A resumed run first makes what was due at the step of its state and had not been done.
+    """
+    run, step = adapters[0].run, adapters[0].progress.step  # of what all adapters share
+    plan, is_main = run.plan, run.processes.is_main
+    bar = StepBar(plan.max_train_steps, step, is_main)
+    trainees = [Trainee(one, interruption, bar) for one in adapters]
+    num_adapters = len(adapters) + (0 if run.sweep is None else len(run.sweep.ended))  # also of those that are over
+    stops = False
+    epoch = plan.epoch_of(step)
+    for one in trainees:
+        with one.speaking():
+            one.begin()
+    num_profiled = run.options.trackers.profile if is_main else 0
+    profile = adapters[0].writer.names.of_profile()
+    with ExitStack() as stack:
+        stack.callback(run.batches.close)
+        stack.enter_context(bar)
+        profile_step = stack.enter_context(profiled(num_profiled, profile, run.context.device))
+        for one in trainees:
+            stack.enter_context(one.updates.told_at_end())
+        run.times.start()
+        going = going_on(trainees, epoch)
+        for epoch in plan.epochs(step) if step < plan.max_train_steps and going else ():
+            announce_epoch(epoch, plan.num_epochs)
+            for one in going:
+                one.start_epoch()
+            ahead = batches_of(run, epoch, step)
+            batches = ahead if watch is None else watch.noting(ahead)
+            for window in plan.windows(epoch, step):
+                if watch is not None:
+                    watch.before_step()
+                losses = accumulate_gradients([one.run for one in going], window, batches, ahead.fetch, memory_hints)
+                wants_stop = interruption.is_requested
+                for one, own_losses in zip(going, losses, strict=True):
+                    with one.ending_alone(len(going) > 1):
+                        stops = one.move(window, own_losses, wants_stop) or stops
+                run.times.end_step()
+                profile_step()
+                if watch is not None:
+                    watch.after_step()
+                step += 1
+                for one in going:
+                    with one.ending_alone(len(going) > 1):
+                        one.finish_step(window, stops)
+                if find_worse is not None:
+                    going = without_worse(going, step, epoch, num_adapters, find_worse)
+                going = going_on(going, epoch)
+                if stops or not going:
+                    break
+            if stops or not going:
+                break
+    run.batches.report_skipped(logger)
+    for one in going:
+        with one.speaking():
+            one.end(epoch)
+
+
+def without_worse(
+    going: list[Trainee], step: int, epoch: int, num_adapters: int, find_worse: FindWorse
+) -> list[Trainee]:
+    """The adapters without those that --sweep_stop_after ends, whose files are saved."""
+    after = going[0].run.options.sweep.sweep_stop_after if going else None
+    if after is None or step < after:
+        return going
+    losses = {one.run.label: one.validation.losses_after(step) for one in going}
+    measured = {label: found for label, found in losses.items() if found is not None}
+    if len(measured) < len(going):
+        return going
+    worse = find_worse(measured, num_adapters, going[0].validation.num_evaluations)
+    for one in (one for one in going if one.run.label in worse):
+        with one.speaking():
+            one.drop(epoch)
+    return [one for one in going if not one.progress.ended]
+
+
+def going_on(trainees: Sequence[Trainee], epoch: int) -> list[Trainee]:
+    """Those that train on; what the others come to is saved."""
+    for one in trainees:
+        if one.validation.ends_run and not one.progress.ended:
+            with one.speaking():
+                one.end(epoch)
+    return [one for one in trainees if not one.progress.ended]
+
+
+def batches_of(run: Run, epoch: int, first_step: int) -> Ahead:
+    """This process's batches of an epoch, in order, from the one after `first_step` on; no other is read."""
+    dataset, cache = run.options.dataset, run.context.arch.text_cache
+    windows = run.plan.windows(epoch, first_step)
+    places = array("i", (place for window in windows for place in passes_of(run, window)))  # may be a million
+    batches = run.batches.of_epoch(
+        epoch,
+        places,
+        partial(run.plan.step_of, epoch),
+        dataset.max_data_loader_n_workers,
+        dataset.persistent_data_loader_workers,
+    )
+    copies = copies_to(run.context.device, () if cache is None else cache.on_host)
+    return Ahead(batches, len(places), copies, run.times)
+
+
+def accumulate_gradients(
+    runs: Sequence[Run],
+    window: Window,
+    batches: Iterator[Batch],
+    fetch_next: Callable[[], None] = lambda: None,
+    memory_hints: MemoryHints = no_hints,
+) -> list[Tensor]:
+    """Add the gradients of this process's share of a window; gives the losses of its batches, for each adapter.
+
+    `fetch_next` is called once the device has got its work on a batch.
+    """
+    run = runs[0]
+    losses: list[list[Tensor]] = [[] for _ in runs]
+    num_own = len(window.share(run.processes.rank, run.processes.count))
+    for number, place in enumerate(passes_of(run, window)):
+        batch = next(batches)
+        # The gradient of a loss that is divided by infinity is zero.
+        size = len(window.places) if number < num_own else math.inf
+        doing = f"computing step {window.step + 1}, forward and backward"
+        shape, predicted = describe_shape(batch), partial(memory_hints, runs, batch)
+        with explained(doing, run.options, run.context.device, shape, lambda: sizes_of(run), predicted):
+            batch_number = run.plan.batch_number(window.epoch, place)
+            if len(runs) == 1:
+                found = [backward(run, batch, batch_number, size, window.step)]
+            else:
+                found = backward_together(runs, batch, batch_number, size, window.step)
+        for own, loss in zip(losses, found, strict=True):
+            own.append(loss)
+        fetch_next()
+    return [torch.stack(own[:num_own]) if num_own else torch.zeros(0) for own in losses]
+
+
+def passes_of(run: Run, window: Window) -> list[int]:
+    """The places that this process computes for a window: its share, and in step with others a stand-in."""
+    processes = run.processes
+    share = [*window.share(processes.rank, processes.count)]
+    stand_in = None
+    if run.context.models.spread is not None:
+        stand_in = window.stand_in(processes.rank, processes.count)
+    return share if stand_in is None else [*share, stand_in]
+
+
+def backward(run: Run, batch: Batch, batch_number: int, window_size: float, step: int) -> Tensor:
+    """Add the gradient of one batch; gives its loss."""
+    if run.fixed is not None:
+        with run.times.counted(batch), run.times.stage("forward"):  # and backward, which is one with it
+            start_batch(run.context, batch_number, step)
+            return run.fixed.gradients(batch, batch_number, int(window_size))
+    with run.context.alone(), run.times.counted(batch) as turn_back:
+        with run.times.stage("forward"):
+            start_batch(run.context, batch_number, step)
+            loss = loss_of(run.context, batch, batch_number)
+            scaled = loss / window_size
+        turn_back()
+        with run.times.stage("backward"):
+            torch.autograd.backward(
+                scaled if run.optimization.scaler is None else run.optimization.scaler.scale(scaled)
+            )
+    return loss.detach().float()

@@ -1,0 +1,138 @@
+"""One batch for several adapters at once: the frozen model runs once over the rows of all of them.
+
+Letters: M adapters, B samples of the batch, C channels, H height, W width.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from library.memory.devices import send
+from library.randomness import stream_seed
+from library.training.run_parts import Run
+from library.training.step.context import StepContext
+from library.training.step.latents import inpainting_of
+from library.training.step.losses import losses_of, noised_of, start_batch, varied_conditioning_of, vary
+from library.training.step.text_features import conditioning_of
+from library.types import Batch, Conditioning, Noised
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ActingTogether:
+    """The networks that act on the rows of a batch, each on its own part of them."""
+
+    contexts: Sequence[StepContext]
+
+    def set_noise_levels(self, levels_B: Tensor | None) -> None:
+        count = len(self.contexts)
+        parts = [None] * count if levels_B is None else levels_B.chunk(count)
+        for context, part in zip(self.contexts, parts, strict=True):
+            context.network.set_noise_levels(part)
+
+    def set_multiplier(self, multiplier: float) -> None:
+        for context in self.contexts:
+            context.network.set_multiplier(multiplier)
+
+
+def backward_together(
+    runs: Sequence[Run], batch: Batch, batch_number: int, window_size: float, step: int
+) -> list[Tensor]:
+    """Add to every adapter's gradients those of one batch; gives the loss of each.
+
+    Noise, noise levels and dropout of an adapter are functions of its seed, as in its run alone.
+    """
+    first, contexts, times = runs[0], [run.context for run in runs], runs[0].times
+    assert first.turns is not None
+    seeds = {run.place: stream_seed(run.context.seed, "step", batch_number) for run in runs}
+    many = repeated(batch, len(runs))
+    with first.turns.together(seeds, first.context.device), times.counted(many) as turn_back:
+        with times.stage("forward"):
+            for context in contexts:
+                start_batch(context, batch_number, step)
+            losses_M = losses_together(contexts, batch, many, batch_number)
+            scalers = [run.optimization.scaler for run in runs]
+            parts = [loss / window_size for loss in losses_M]
+            scaled = [p if s is None else s.scale(p) for p, s in zip(parts, scalers, strict=True)]
+        turn_back()
+        with times.stage("backward"):
+            torch.autograd.backward(scaled)
+    return [loss.detach().float() for loss in losses_M]
+
+
+def losses_together(contexts: Sequence[StepContext], batch: Batch, many: Batch, batch_number: int) -> Sequence[Tensor]:
+    """The loss of each adapter, scalars with gradient; `many` is the batch once for each of them."""
+    first, count = contexts[0], len(contexts)
+    noised = of_each_seed(contexts, lambda context: noised_of(context, batch, batch_number, is_checked=False))
+    told = of_each_seed(
+        contexts,
+        lambda context: inpainting_of(context, batch, context.seed, lambda place: ("batch", batch_number, place)),
+    )
+    joined = Noised(**{f.name: torch.cat([getattr(one, f.name) for one in noised]) for f in fields(Noised)})
+    condition = partial(conditioning_together, contexts, batch, many, batch_number, told)
+    losses_MB = losses_of(first, first.arch.objective, many, joined, condition, ActingTogether(contexts))
+    weights_B = send(batch.loss_weights_B, losses_MB.device)
+    return [(losses_B * weights_B).mean() for losses_B in losses_MB.chunk(count)]
+
+
+def of_each_seed(contexts: Sequence[StepContext], make: Callable[[StepContext], T]) -> list[T]:
+    """What `make` gives for each context, made once for those of one seed."""
+    made: dict[int, T] = {}
+    for context in contexts:
+        if context.seed not in made:
+            made[context.seed] = make(context)
+    return [made[context.seed] for context in contexts]
+
+
+def conditioning_together(
+    contexts: Sequence[StepContext],
+    batch: Batch,
+    many: Batch,
+    batch_number: int,
+    told: Sequence[Conditioning],
+) -> Conditioning:
+    """Text features of all rows. Text encoders that train run once over the captions of all adapters."""
+    if contexts[0].trains_text_encoder:
+        whole = conditioning_of(contexts[0], many, joined(told))
+        parts = [vary(c, part, batch_number) for c, part in zip(contexts, apart(whole, len(contexts)), strict=True)]
+    else:
+        parts = [varied_conditioning_of(c, batch, batch_number, one) for c, one in zip(contexts, told, strict=True)]
+    return joined(parts)
+
+
+def joined(parts: Sequence[Conditioning]) -> Conditioning:
+    """Features of all rows from those of each adapter's."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def apart(whole: Conditioning, count: int) -> list[Conditioning]:
+    """The opposite, for as many adapters."""
+    chunks: Mapping[str, Sequence[Tensor]] = {name: tensor.chunk(count) for name, tensor in whole.items()}
+    return [{name: tensors[i] for name, tensors in chunks.items()} for i in range(count)]
+
+
+def repeated(batch: Batch, count: int) -> Batch:
+    """The batch so many times; pictures and latents, which are made noise of before, are left out."""
+
+    def times(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.cat([tensor] * count)
+
+    features = batch.conditioning
+    return replace(
+        batch,
+        keys=batch.keys * count,
+        captions=batch.captions * count,
+        pixels_BCHW=None,
+        latents_BCHW=None,
+        conditioning=None if features is None else {name: torch.cat([t] * count) for name, t in features.items()},
+        loss_weights_B=torch.cat([batch.loss_weights_B] * count),
+        masks_B1HW=times(batch.masks_B1HW),
+        sizes_B6=torch.cat([batch.sizes_B6] * count),
+        attributes=batch.attributes * count,
+        crops_B2=times(batch.crops_B2),
+    )

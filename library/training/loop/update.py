@@ -1,0 +1,176 @@
+"""What becomes of a step's gradients: they are clipped, the weights move, and what the step gave is told.
+
+Whether a step is good can be known only once the device has computed it. Where the optimizer can leave a step out by
+itself, by a number on the device, the host gives it the next step meanwhile and hears of this one afterwards, just
+before the next one moves the weights. Nothing else is different: a learning rate is that after all steps before it.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.memory.offload.readback import Readback
+from library.randomness import stream_seed
+from library.training.failures.nonfinite import NonFiniteGuard
+from library.training.optimization.rounding import stochastic_rounding
+from library.training.reporting.console_lines import LimitedNorms
+from library.training.reporting.step_result import Told
+from library.training.run_parts import Run
+from library.training.step.accumulation import Window
+from library.training.step.skipping import can_leave_out, left_out_if
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that was taken and is still to be told."""
+
+    window: Window
+    numbers: Readback  # its losses and the norm
+    rates: list[float]
+    limited: Readback | None
+    is_judged: bool  # whether the guard has seen it
+
+
+class Updates:
+    """Moves the weights step by step, and tells of each step once.
+
+    A step that is not finite is left out: neither weights nor optimizer nor learning rate move.
+    """
+
+    def __init__(self, run: Run, guard: NonFiniteGuard, norm_limit: float | None, tell: Callable[[Told], None]) -> None:
+        """`norm_limit` is that of --scale_weight_norms, if it is wanted."""
+        self._run, self._guard, self._norm_limit, self._tell = run, guard, norm_limit, tell
+        self._last: Taken | None = None
+        self.tells_late = skips_by_itself(run)
+
+    def take(self, window: Window, losses: Tensor) -> None:
+        """Clip, move the weights and forget the gradients of `window`, whose batches have these `losses`.
+
+        The step before must have been told. Raises NonFiniteError where the run should end.
+        """
+        assert self._last is None
+        run, optimizer, scaler = self._run, self._run.optimization.optimizer, self._run.optimization.scaler
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        rates = [float(rate) for rate in run.optimization.schedule.get_last_lr()]
+        run.norms.measure(optimizer, window.step)
+        if run.fixed is not None:
+            numbers = Readback(run.fixed.update(losses))
+        else:
+            numbers = self._update(window, losses)
+        limited = None
+        if self._norm_limit is not None:
+            limited = Readback(run.context.network.limit_norms(self._norm_limit, run.context.device))
+        if run.optimization.average is not None:
+            run.optimization.average.update()
+        self._last = Taken(window, numbers, rates, limited, is_judged=not self.tells_late)
+
+    def tell(self) -> None:
+        """Tell of the last step, if that is still to be done; the learning rate is the next one's afterwards.
+
+        Raises NonFiniteError where the run should end.
+        """
+        if self._last is None:
+            return
+        taken, self._last = self._last, None
+        if not taken.is_judged and self._allows(taken.window, taken.numbers):
+            self._run.optimization.schedule.step()
+        *losses, norm = taken.numbers.read()
+        limited = None if taken.limited is None else LimitedNorms.of(taken.limited.read())
+        self._tell(Told(taken.window, losses, norm, taken.rates, limited))
+
+    @contextmanager
+    def told_at_end(self) -> Iterator[None]:
+        """Leave no step untold when the block ends, by an error or not: what is saved then must know of it."""
+        try:
+            yield
+        except Exception:
+            try:
+                self.tell()
+            except UserError:  # that the step was damaged came first
+                raise
+            except Exception as second:
+                logger.debug("the last step could not be told either:", exc_info=second)
+            raise
+        self.tell()
+
+    def _update(self, window: Window, losses: Tensor) -> Readback:
+        """Gives the losses and the norm of the gradient."""
+        run, optimizer, scaler = self._run, self._run.optimization.optimizer, self._run.optimization.scaler
+        parameters = run.context.network.trainable_parameters()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        values = torch.cat([losses.to(norm.device), norm.float().view(1)])
+        numbers = Readback(values)
+        if self.tells_late:
+            with left_out_if(optimizer, (~values.isfinite()).any()):
+                self._move(parameters, norm, window.step)
+        elif self._allows(window, numbers):
+            run.context.network.note_gradients()
+            self._move(parameters, norm, window.step)
+            run.optimization.schedule.step()
+        if scaler is not None:
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return numbers
+
+    def _allows(self, window: Window, numbers: Readback) -> bool:
+        *losses, norm = numbers.read()
+        return self._guard.allows_step(window, losses, norm)
+
+    def _move(self, parameters: list[nn.Parameter], norm: Tensor, step: int) -> None:
+        run, scaler = self._run, self._run.optimization.scaler
+        max_norm = run.options.optimizer.max_grad_norm
+        if max_norm != 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        with rounding_of(run, step):
+            if scaler is not None:
+                scaler.step(run.optimization.optimizer)
+            else:
+                run.optimization.optimizer.step()
+
+
+def skips_by_itself(run: Run) -> bool:
+    """Whether the optimizer leaves a step out by a number on the device, and nothing else must know of the step before.
+
+    A loss scale is found by reading, and a network that looks at gradients must see good ones only.
+    """
+    return (
+        can_leave_out(run.optimization.optimizer)
+        and run.optimization.scaler is None
+        and not run.context.network.looks_at_gradients
+    )
+
+
+def rounding_of(run: Run, step: int) -> AbstractContextManager[None]:
+    """How the weights are rounded after optimizer step `step`: at random with --stochastic_rounding."""
+    if not (run.options.optimizer.stochastic_rounding and run.options.precision.full_bf16):
+        return nullcontext()
+    device = run.context.device
+    generator = torch.Generator(device).manual_seed(stream_seed(run.context.seed, "rounding", step))
+    return stochastic_rounding(run.context.network.trainable_parameters(), generator)
+
+
+def wanted_norm_limit(run: Run) -> float | None:
+    """--scale_weight_norms; None where it is not wanted, or where this network cannot do it, which is warned of.
+
+    Raises UserError for a negative limit.
+    """
+    limit = run.options.network.scale_weight_norms
+    if not limit:
+        return None
+    if limit < 0:
+        raise UserError(f"--scale_weight_norms is {limit:g}; a norm is at least 0, and 0 sets no limit")
+    if not run.context.network.can_limit_norms:
+        logger.warning(
+            "--scale_weight_norms has no effect: the network of %s has no apply_max_norm_regularization()",
+            run.options.network.network_module,
+        )
+        return None
+    return limit

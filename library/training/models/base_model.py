@@ -1,0 +1,109 @@
+"""The first stage of the set-up: the frozen models, and what is encoded once with them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+
+import torch
+from torch import Tensor, nn
+
+from library.data.caching.latents import cache_latents
+from library.data.caching.stores import NO_LATENTS, NO_TEXTS, LatentStore, TextStore
+from library.data.concepts.prompt_pairs import PromptPairs
+from library.data.plan.data_plan import DataPlan
+from library.data.training_data import TrainingData
+from library.memory.devices import place, release_memory
+from library.options.caching import CachingOptions
+from library.options.train import TrainOptions
+from library.processes import Processes
+from library.protocols import Architecture, LatentCodec, LiveText
+from library.training.models.compute import Compute
+from library.training.models.frozen_base import open_spread
+from library.training.models.frozen_models import load_frozen
+from library.training.models.text_caching import live_text, prepare_text
+from library.training.step.context import Models
+from library.types import Conditioning
+
+
+@dataclass(frozen=True)
+class LoadedModels:
+    """What the base model has become, and what it made of the data."""
+
+    models: Models
+    live_text: LiveText | None  # the text encoders in memory where the outputs of others are cached
+    prompts: Mapping[str, Conditioning] | None  # cached features of the previews' prompts; None where none are cached
+    latents: LatentStore = NO_LATENTS
+    texts: TextStore = NO_TEXTS
+    concepts: Mapping[str, Conditioning] | None = None  # features of all prompts where there are no pictures
+
+
+def load_models(
+    options: TrainOptions,
+    arch: Architecture,
+    seed: int,
+    data: TrainingData,
+    compute: Compute,
+    prompts: Sequence[str],
+    processes: Processes,
+    reader: str,
+) -> LoadedModels:
+    """Encode pictures, captions and prompts where they are to be cached, then load what trains.
+
+    One model after the other, the largest last: VAE and text encoders that have encoded everything leave memory before
+    the denoiser comes, so the peak of a cached run is the denoiser alone. `reader` is the network module that reads
+    --base_weights.
+    """
+    vae, latents = prepare_vae(options, arch, seed, data, processes)
+    release_memory(options.memory.highvram)
+    text = prepare_text(options, arch, data, compute.device, compute.autocast, prompts, processes)
+    release_memory(options.memory.highvram)
+    spread = open_spread(options, processes)
+    models = load_frozen(options, arch, text.encoders, vae, compute, reader, spread)
+    arch.fit_to_sizes(models.denoiser, [dataset.resolution for dataset in data.config.datasets])
+    return LoadedModels(models, live_text(options, arch.text_cache), text.prompts, latents, text.store, text.concepts)
+
+
+def prepare_vae(
+    options: TrainOptions, arch: Architecture, seed: int, data: TrainingData, processes: Processes
+) -> tuple[nn.Module | None, LatentStore]:
+    """The VAE on the device, or None where it has encoded every picture already and may leave memory; its latents."""
+    if isinstance(data, PromptPairs):
+        return None, NO_LATENTS
+    if not options.caching.cache_latents:
+        return place(arch.load.vae(), processes.device), NO_LATENTS
+    assert isinstance(data, DataPlan), "--dataset_class refuses --cache_latents"
+    return None, encode_pictures(arch.load.vae, arch.codec, options.caching, seed, data, processes)
+
+
+def encode_pictures(
+    load_vae: Callable[[], nn.Module],
+    codec: LatentCodec,
+    caching: CachingOptions,
+    seed: int,
+    plan: DataPlan,
+    processes: Processes,
+) -> LatentStore:
+    """Cache the latents of every picture.
+
+    The VAE is not loaded where every entry is there and is trusted (--skip_cache_check).
+    """
+
+    @cache
+    def vae() -> nn.Module:
+        return place(load_vae(), processes.device)
+
+    def encode(pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        with torch.no_grad():
+            return codec.encode(vae(), pixels_BCHW.to(processes.device), generators).float().cpu()
+
+    return cache_latents(plan, encode, cache(lambda: identity_of(vae())), caching, seed, processes, vae)
+
+
+def identity_of(module: nn.Module) -> str:
+    """A hash of a module's weights, names and dtypes."""
+    digest = blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

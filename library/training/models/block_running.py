@@ -1,0 +1,77 @@
+"""The second stage of the set-up: the adapter on the models, and how their blocks run."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from library.memory.activations import recompute_from_main_memory
+from library.memory.blocks import BlockRunner, Every, plain, recompute, run_encoder_layers_with
+from library.memory.compiled import Compiled, CompileSettings
+from library.options.machine.compiling import CompileOptions
+from library.options.machine.memory import MemoryOptions
+from library.options.train import TrainOptions
+from library.protocols import Architecture
+from library.randomness import stream_seed
+from library.training.models.compute import Compute
+from library.training.models.network import open_network
+from library.training.step.context import Models
+from networks.core.protocol import AdoptedNetwork
+
+
+def attach_adapter(options: TrainOptions, seed: int, models: Models, compute: Compute) -> AdoptedNetwork:
+    """The adapter, installed on the models' layers, with its starting weights.
+
+    After the models, since it takes the forward of their layers; before the optimizer, which needs its parameters.
+    What the adapter draws when it is made depends on the seed alone, not on what was loaded, cached or merged before.
+    Raises UserError for a module, an argument or a file that does not fit.
+    """
+    torch.manual_seed(stream_seed(seed, "adapter"))
+    return open_network(options, models, compute)
+
+
+def trains_text_encoders(options: TrainOptions) -> bool:
+    """Whether the text encoders' adapters move: they exist and their learning rate is not 0."""
+    if options.network.network_train_unet_only:
+        return False
+    rates = options.network.text_encoder_lr or [options.optimizer.learning_rate]
+    return any(rate != 0 for rate in rates if rate is not None)
+
+
+def choose_block_runner(
+    options: TrainOptions, arch: Architecture, models: Models, networks: Sequence[AdoptedNetwork]
+) -> None:
+    """Say how blocks run where gradients flow: plainly, or computed again. The base model stays in eval mode."""
+    for model in (models.denoiser, *models.text_encoders):
+        model.eval().requires_grad_(False)
+    for network in networks:
+        network.module.train()
+    runner = block_runner(options.memory)
+    if options.compiling.is_on:
+        runner = Compiled(runner, compile_settings(options.compiling))
+    arch.run_blocks_with(models.denoiser, runner)
+    for encoder in models.text_encoders if trains_text_encoders(options) else []:
+        run_encoder_layers_with(encoder, block_runner(options.memory))
+    for network in networks if options.memory.recomputes else ():
+        network.enable_gradient_checkpointing()
+
+
+def compile_settings(options: CompileOptions) -> CompileSettings:
+    """What --compile and the options beside it ask for; --torch_compile names its compiler by --dynamo_backend."""
+    backend = options.compile_backend if options.compile else options.dynamo_backend
+    settings = CompileSettings(
+        backend=backend,
+        mode=None if options.compile_mode == "default" else options.compile_mode,
+        is_dynamic=options.compile_dynamic != "false",
+        needs_full_graph=options.compile_fullgraph,
+    )
+    limit = options.compile_cache_size_limit
+    return settings if limit is None else replace(settings, most_graphs=limit)
+
+
+def block_runner(memory: MemoryOptions) -> BlockRunner:
+    """How one model's blocks run: each has its own, since every n-th block is counted."""
+    if not memory.recomputes:
+        return plain
+    runner = recompute_from_main_memory if memory.offloads_inputs else recompute
+    return Every(memory.gradient_checkpointing_every, runner) if memory.gradient_checkpointing_every > 1 else runner

@@ -1,0 +1,83 @@
+"""Before anything is read or encoded: the adapter, the optimizer and the schedule are made once without weights.
+
+A wrong network argument or a missing optimizer would otherwise show after minutes of loading and caching.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from library.checkpoints.weights import without_values
+from library.collector import importing
+from library.errors import NotThere, UserError
+from library.options.train import TrainOptions
+from library.options.training.optimizer import ScheduleOptions
+from library.protocols import Architecture
+from library.training.models.graphs import check_optimizer
+from library.training.models.network import create
+from library.training.optimization.lr_schedules import Schedule, build_schedule
+from library.training.optimization.optimizers import build_optimizer
+from library.training.step.context import Models
+from networks.core.protocol import OURS, adopt, open_network_module
+
+
+def rehearse(options: TrainOptions, arch: Architecture, max_train_steps: int) -> None:
+    """Make adapter, optimizer and schedule as the run will, on models without values, and forget them.
+
+    Raises UserError for whatever of --network_module, --network_args, --optimizer_*, --lr_scheduler* and learning
+    rates would end the run later. Modules of third parties are only imported: they may need real weights.
+    """
+    name = options.network.network_module
+    assert name is not None
+    with quiet(), torch.random.fork_rng(devices=[]):
+        module = open_network_module(name)
+        groups = [{"params": [], "lr": options.optimizer.learning_rate}]
+        if name.startswith(OURS):  # modules of others may compute with weights while they are made
+            with torch.device("meta"):
+                network = adopt(create(options.network, module, sketched_models(arch)))
+            rates = options.network.text_encoder_lr, options.network.unet_lr, options.optimizer.learning_rate
+            groups, _ = network.parameter_groups(*rates)
+        # Some optimizers look at their parameters when they are made, which those on the meta device do not survive.
+        stand_ins = [{**group, "params": [nn.Parameter(torch.zeros(2, 2))]} for group in groups]
+        built = build_optimizer(options.optimizer, stand_ins)
+        if options.graphs.cuda_graphs:
+            check_optimizer(built)
+        schedule = build_schedule(options.schedule, built, max_train_steps)
+        take_first_step(options.schedule, schedule)
+
+
+def take_first_step(options: ScheduleOptions, schedule: Schedule) -> None:
+    """Step a schedule class of others once: StepLR takes a step_size of 0 and divides by it in its first step."""
+    if not options.lr_scheduler_type:
+        return
+    try:
+        schedule.step()
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        given = " ".join(options.lr_scheduler_args or []) or "no --lr_scheduler_args"
+        raise UserError(f"--lr_scheduler_type {options.lr_scheduler_type} fails with {given}: {error}") from error
+
+
+def sketched_models(arch: Architecture) -> Models:
+    """The models that get adapters, on the meta device."""
+    loader = without_values(arch.load)
+    with importing("models"):  # nearly all of the time that this takes
+        try:
+            encoders = loader.text_encoders()
+        except NotThere:  # then captions are cached, and they get no adapter
+            encoders = []
+        denoiser = loader.denoiser()
+    return Models(denoiser, encoders, None, arch.view(encoders, denoiser))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Log nothing: the run itself will say it all."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,199 @@
+"""In which form the weights of the frozen models are stored, and where they wait."""
+
+import importlib.util
+import logging
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from library.checkpoints.weights import without_values
+from library.errors import UserError
+from library.hidden_libraries import BITSANDBYTES, show
+from library.memory.blocks import Stacks
+from library.memory.devices import place
+from library.memory.formats.format import AS_IN_FILE, AsInFile, Form
+from library.memory.formats.named import FORMS
+from library.memory.formats.plain import Plain
+from library.memory.formats.scaled import Scaled
+from library.memory.frozen import (
+    FrozenLayer,
+    FrozenLinear,
+    frozen_layers,
+    layers_in_blocks,
+    multiply_codes,
+    store_all_in,
+)
+from library.memory.offload.sharded import Spread
+from library.memory.offload.shared import place_for, shared_masters
+from library.memory.offload.streamed import bytes_of_parts, stream
+from library.memory.planner.weights import STORED_FORMS, ModelWeights
+from library.options.train import TrainOptions
+from library.processes import Processes
+from library.protocols import Architecture
+from library.training.models.compute import Compute
+from library.training.step.context import Models
+
+logger = logging.getLogger(__name__)
+
+NUM_STAYING = 2  # blocks of each kind, as sd-scripts has it
+
+
+def check_base(options: TrainOptions, arch: Architecture) -> None:
+    """Raise UserError, before anything is read, for a form or a number of waiting blocks that cannot be had."""
+    name = options.precision.denoiser_format
+    if name is not None and name.startswith("nf4"):
+        show(BITSANDBYTES)
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"--base_format {name} needs the library bitsandbytes, which is not installed; install it with "
+                "`pip install bitsandbytes`, or use --base_format int8"
+            )
+    if options.memory.blocks_to_swap:
+        denoiser = without_values(arch.load).denoiser()
+        waiting_blocks(options.memory.blocks_to_swap, arch.stacks(denoiser))
+        check_main_memory(options, denoiser)
+
+
+def check_main_memory(options: TrainOptions, denoiser: nn.Module) -> None:
+    """Raise UserError where the denoiser as it is to be stored does not fit main memory, through which it comes."""
+    form = STORED_FORMS[options.precision.denoiser_format]
+    needed = ModelWeights.of(denoiser, layers_in_blocks(denoiser).values(), []).resident_bytes(form, ())
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"--blocks_to_swap {options.memory.blocks_to_swap}: the denoiser takes {needed / 1e9:.1f} GB of main "
+            f"memory on its way to the card and {free / 1e9:.1f} GB are free; close other programs, or store it in "
+            "fewer bits with --base_format int8 or nf4"
+        )
+
+
+def waiting_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
+    """How many blocks of each stack wait for --blocks_to_swap, counted as sd-scripts counts them.
+
+    Of two kinds half of the number is of the first, and the rest stands for two of the second each. Two blocks of each
+    kind have to stay. Raises UserError where there are not so many.
+    """
+    sizes = [len(stack) for stack in stacks]
+
+    def split(n: int) -> list[int]:
+        return [n] if len(sizes) == 1 else [n // 2, 2 * (n - n // 2)]
+
+    def fits(n: int) -> bool:
+        return all(count <= size - NUM_STAYING for count, size in zip(split(n), sizes, strict=True))
+
+    if not fits(num_blocks):
+        most = max((n for n in range(num_blocks) if fits(n)), default=0)
+        has = " and ".join(str(size) for size in sizes)
+        raise UserError(
+            f"--blocks_to_swap {num_blocks}: the denoiser has {has} blocks, of which {NUM_STAYING} of each kind stay "
+            f"on the card; use at most {most}"
+        )
+    return split(num_blocks)
+
+
+def open_spread(options: TrainOptions, processes: Processes) -> Spread | None:
+    """What spreads the denoiser over processes, where --shard_base asks for it and processes are to share it."""
+    size = options.distributed.shard_group
+    if not options.distributed.shard_base or size is None or processes.count == 1:
+        return None
+    return Spread(processes.device, processes.count, size)
+
+
+def form_while_reading(options: TrainOptions) -> Form | AsInFile | None:
+    """The form that the denoiser's weights get as they are read.
+
+    None where --base_weights are merged into weights that get no other form than that of the file.
+    """
+    name = options.precision.denoiser_format
+    if name is not None:
+        return FORMS[name]
+    return None if options.network.base_weights else AS_IN_FILE
+
+
+def settle_base(
+    options: TrainOptions, arch: Architecture, models: Models, compute: Compute, processes: Processes
+) -> None:
+    """Store the frozen models as they are to stay, and bring the denoiser to the device.
+
+    After --base_weights are merged; before the adapter, which may look at the weights.
+    """
+    precision = options.precision
+    kept = sum(isinstance(layer.form, Scaled) for layer in frozen_layers(models.denoiser))
+    if kept:
+        logger.info("denoiser: %d layers in 8 bits, as the file has them", kept)
+    if precision.denoiser_format is not None:
+        count = store_all_in(FORMS[precision.denoiser_format], layers_in_blocks(models.denoiser).values())
+        logger.info("denoiser: %d layers in %s", count, precision.denoiser_format)
+    settle_arithmetic(options, models.denoiser)
+    if precision.text_encoder_format is not None and models.text_encoders:
+        form = FORMS[precision.text_encoder_format]
+        count = sum(store_all_in(form, layers_in_blocks(model).values()) for model in models.text_encoders)
+        logger.info("text encoders: %d layers in %s", count, precision.text_encoder_format)
+    if options.memory.blocks_to_swap:
+        let_blocks_wait(options.memory.blocks_to_swap, arch.stacks(models.denoiser), compute.device, processes)
+    if models.spread is not None:
+        spread_blocks(models.spread, models.denoiser, arch.stacks(models.denoiser))
+    place(models.denoiser, compute.device)
+
+
+def settle_arithmetic(options: TrainOptions, denoiser: nn.Module) -> None:
+    """Let the denoiser's layers multiply as --base_arithmetic says, and say which cannot. Before their weights wait."""
+    if not options.precision.multiplies_codes:
+        return
+    layers = list(frozen_layers(denoiser))
+    count = multiply_codes(layers)
+    left = Counter(why_not(layer) for layer in layers if not layer.multiplies_codes)
+    if not count:
+        raise UserError("--base_arithmetic 8bit: no layer of the denoiser can multiply so; leave it out")
+    why = ", ".join(f"{number} {reason}" for reason, number in left.items())
+    stay = f"; {left.total()} are decoded: {why}" if left else ""
+    logger.info("denoiser: %d layers multiply in 8 bits%s", count, stay)
+
+
+def why_not(layer: FrozenLayer) -> str:
+    """What keeps a layer from it."""
+    if not isinstance(layer, FrozenLinear):
+        return "convolutions"
+    codes = layer.form.codes(layer.handle())
+    if codes is None or codes.scales.ndim > 2:
+        return "whose form has factors within a row or no codes"
+    return "whose sizes are no multiples of 8 (int8) or 16 (fp8)"
+
+
+def spread_blocks(spread: Spread, denoiser: nn.Module, stacks: Stacks) -> None:
+    """Spread what was not taken while it was read, and bring the shares together by block."""
+    store_all_in(Plain(), layers_in_blocks(denoiser).values())
+    for layer in frozen_layers(denoiser):
+        spread.take(layer)
+    spread.settle(stacks)
+    logger.info(
+        "denoiser: %d blocks and layers (%.2f GB) spread over %d processes, %.2f GB in each; the two that are together "
+        "at a time take up to %.2f GB more",
+        spread.num_blocks,
+        spread.num_bytes / 1e9,
+        spread.group_size,
+        spread.num_bytes / spread.group_size / 1e9,
+        2 * spread.most_bytes / 1e9,
+    )
+
+
+def let_blocks_wait(num_blocks: int, stacks: Stacks, device: torch.device, processes: Processes) -> None:
+    """Stream the weights of as many blocks; those that have no form yet keep their own.
+
+    Processes of one machine wait for the first of them, which copies the weights to where all find them.
+    """
+    store_all_in(Plain(), (layer for stack in stacks for block in stack for layer in block.modules()))
+    waiting = waiting_blocks(num_blocks, stacks)
+    if processes.local_count == 1:
+        stream(stacks, waiting, device)
+        return
+    num_bytes = sum(bytes_of_parts(block) for stack in stacks for block in stack)
+    folder = Path(processes.shared_folder("weights", place_for(num_bytes)))
+    if processes.is_local_main:
+        stream(stacks, waiting, device, shared_masters(folder, is_first=True))
+    processes.wait_for_all("weights in main memory")
+    if not processes.is_local_main:
+        stream(stacks, waiting, device, shared_masters(folder, is_first=False))

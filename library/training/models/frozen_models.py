@@ -1,0 +1,103 @@
+"""The frozen models as a run computes with them: the denoiser is read last, with --base_weights merged into it."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints.weights import without_values
+from library.memory.formats.format import AsRead
+from library.memory.offload.sharded import Spread
+from library.options.train import TrainOptions
+from library.options.training.network import NetworkOptions
+from library.protocols import Architecture
+from library.training.models.compute import Compute
+from library.training.models.frozen_base import form_while_reading
+from library.training.reporting.console_lines import announce
+from library.training.step.context import Models
+from networks.core.protocol import OURS, adopt, open_network_module
+
+Change = Callable[[Tensor], Tensor]
+"""The values of a parameter to what an adapter makes of them."""
+
+
+def load_frozen(
+    options: TrainOptions,
+    arch: Architecture,
+    text_encoders: list[nn.Module],
+    vae: nn.Module | None,
+    compute: Compute,
+    reader: str,
+    spread: Spread | None = None,
+) -> Models:
+    """Read the denoiser, beside text encoders and a VAE that are there, and merge --base_weights into all of them.
+
+    Networks of our own are merged weight by weight as these are read, before they are stored in another form or spread
+    over processes: no more than one of them is ever there as numbers. Networks of others, where `reader` is such a
+    module, need all of them, which --shard_base excludes (`settled_sharding`). Raises UserError for a file that does
+    not fit.
+    """
+    merges, is_ours = bool(options.network.base_weights), reader.startswith(OURS)
+    assert is_ours or spread is None or not merges
+    changes = changes_while_reading(options.network, arch, text_encoders, compute, reader) if is_ours else {}
+    form = None if merges and not is_ours else form_while_reading(options)
+    if changes or spread is not None:
+        denoiser = arch.load.denoiser(AsRead(form, changes, None if spread is None else spread.take))
+    else:
+        denoiser = arch.load.denoiser(form)
+    models = Models(denoiser, text_encoders, vae, arch.view(text_encoders, denoiser), spread)
+    if not is_ours:
+        merge_into_whole(options.network, models, compute, reader)
+    for file, multiplier in files_of(options.network):
+        announce(f"merged {file} into the base model with multiplier {multiplier}")
+    return models
+
+
+def files_of(wanted: NetworkOptions) -> Iterator[tuple[str, float]]:
+    """The files of --base_weights and how strongly they act; a missing multiplier is 1."""
+    multipliers = wanted.base_weights_multiplier or []
+    for place, file in enumerate(wanted.base_weights or ()):
+        yield file, multipliers[place] if place < len(multipliers) else 1.0
+
+
+def changes_while_reading(
+    wanted: NetworkOptions, arch: Architecture, text_encoders: list[nn.Module], compute: Compute, reader: str
+) -> Mapping[str, Change]:
+    """What --base_weights make of the denoiser's parameters, by their names; text encoders are changed at once."""
+    if not wanted.base_weights:
+        return {}
+    sketch = without_values(arch.load).denoiser()
+    names = {layer: name for name, layer in sketch.named_modules()}
+    text_encoder, denoiser = arch.view(text_encoders, sketch)
+    found: dict[str, list[Change]] = defaultdict(list)
+    for file, multiplier in files_of(wanted):
+        network, weights = open_network_module(reader).create_network_from_weights(
+            multiplier, file, None, text_encoder, denoiser, for_inference=True
+        )
+        for part in adopt(network).merging(weights, compute.device):
+            if part.layer in names:
+                found[f"{names[part.layer]}.{part.parameter}"].append(part.merged)
+            else:
+                parameter = getattr(part.layer, part.parameter)
+                parameter.data.copy_(changed([part.merged], parameter.data))
+    return {name: partial(changed, changes) for name, changes in found.items()}
+
+
+@torch.no_grad()
+def changed(changes: Sequence[Change], value: Tensor) -> Tensor:
+    """What a parameter becomes, in its dtype and layout; each change rounds, as if it were merged alone."""
+    for change in changes:
+        value = torch.empty_like(value).copy_(change(value))
+    return value
+
+
+def merge_into_whole(wanted: NetworkOptions, models: Models, compute: Compute, reader: str) -> None:
+    """Let the networks of a module of others add --base_weights to models whose weights are all there."""
+    text_encoder, denoiser = models.network_view
+    for file, multiplier in files_of(wanted):
+        network, weights = open_network_module(reader).create_network_from_weights(
+            multiplier, file, models.vae, text_encoder, denoiser, for_inference=True
+        )
+        adopt(network).merge_to(text_encoder, denoiser, weights, compute.dtype, compute.device)

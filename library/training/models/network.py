@@ -1,0 +1,70 @@
+"""Opens the adapter that --network_module names and puts it on the models."""
+
+import logging
+from typing import Any
+
+from library.errors import UserError
+from library.options.train import TrainOptions
+from library.options.training.network import NetworkOptions
+from library.training.models.compute import Compute
+from library.training.reporting.console_lines import announce
+from library.training.step.context import Models
+from networks.core.protocol import AdoptedNetwork, NetworkModule, adopt, open_network_module, parse_network_args
+
+logger = logging.getLogger(__name__)
+
+
+def network_keywords(options: NetworkOptions) -> dict[str, Any]:
+    """--network_args as the module gets them: strings, and `dropout` from --network_dropout where they have none."""
+    return {"dropout": options.network_dropout, **parse_network_args(options.network_args)}
+
+
+def open_network(options: TrainOptions, models: Models, compute: Compute) -> AdoptedNetwork:
+    """The adapter, installed on models that are settled, with its starting weights; it is on the device afterwards.
+
+    Raises UserError where the module cannot be imported, an argument is wrong, or a file does not fit.
+    """
+    wanted = options.network
+    announce(f"import network module: {wanted.network_module}")
+    network = adopt(create(wanted, opened(wanted), models))
+    network.apply_to(
+        *models.network_view,
+        not wanted.network_train_unet_only,
+        not wanted.network_train_text_encoder_only,
+    )
+    if wanted.network_weights:
+        network.load_weights(wanted.network_weights)
+    is_full = options.precision.full_fp16 or options.precision.full_bf16
+    network.module.to(compute.device, compute.dtype if is_full else None)
+    return network
+
+
+def opened(wanted: NetworkOptions) -> NetworkModule:
+    """The module that makes the network."""
+    assert wanted.network_module is not None
+    return open_network_module(wanted.network_module)
+
+
+def create(wanted: NetworkOptions, module: NetworkModule, models: Models) -> Any:
+    """A fresh network of --network_dim and --network_alpha; with --dim_from_weights of the shapes in the file."""
+    text_encoder, denoiser = models.network_view
+    keywords = network_keywords(wanted)
+    if wanted.dim_from_weights:
+        assert wanted.network_weights is not None
+        network, _ = module.create_network_from_weights(
+            1.0, wanted.network_weights, models.vae, text_encoder, denoiser, **keywords
+        )
+    else:
+        network = module.create_network(
+            1.0,
+            wanted.network_dim,
+            wanted.network_alpha,
+            models.vae,
+            text_encoder,
+            denoiser,
+            neuron_dropout=wanted.network_dropout,
+            **keywords,
+        )
+    if network is None:
+        raise UserError(f"--network_module {wanted.network_module} made no network; see its own messages above")
+    return network

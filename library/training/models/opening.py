@@ -1,0 +1,110 @@
+"""What a run finds before any model is loaded: its processes, its seed and its pictures."""
+
+import logging
+import secrets
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from library.collector import importing
+from library.data.batches.own_dataset import open_own_dataset
+from library.data.concepts.prompt_pairs import open_prompt_pairs
+from library.data.description.schema import RunDataConfig, level_offset
+from library.data.plan.data_plan import DataPlan, build_plan
+from library.data.training_data import TrainingData
+from library.errors import UserError
+from library.hidden_libraries import hidden
+from library.launcher import restart_count
+from library.options.train import TrainOptions
+from library.processes import Processes, way_to_meet
+from library.protocols import Architecture, Objective
+from library.training.models.text_caching import cached_text, check_text_caching, files_that_change_text
+from library.training.optimization.optimizers import import_class
+from library.training.reporting.trackers import run_folder, tracker_kind
+from library.training.saving.state import StateManifest
+
+logger = logging.getLogger(__name__)
+
+
+def choose_seed(seed: int | None, processes: Processes, state: StateManifest | None) -> int:
+    """--seed, else that of the resumed state, else a random one below 2**32, which the log names, for all processes."""
+    if state is not None:
+        if seed not in (None, state.seed):
+            logger.warning(
+                "--seed was %d in the state and is %d: the run goes on, but not as the uninterrupted one would have",
+                state.seed,
+                seed,
+            )
+        return state.seed if seed is None else seed
+    if seed is not None:
+        return seed
+    seed = processes.share_seed(secrets.randbelow(2**32))
+    logger.info("no --seed given: using --seed %d", seed)
+    return seed
+
+
+def open_training_data(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> TrainingData:
+    """The prompts of --prompts_file where the script trains on these, the class of --dataset_class, else the pictures
+    that are described; logs what was found."""
+    if options.concepts is not None:
+        require_no_text_changes(options)
+        return open_prompt_pairs(options, arch, seed, num_processes)
+    name = options.dataset.dataset_class
+    if name is None:
+        return open_data_plan(options, arch, seed, num_processes)
+    own = open_own_dataset(import_class(name, "--dataset_class", name), options, arch.codec.spec, seed)
+    own.audit(logger)
+    return own
+
+
+def require_no_text_changes(options: TrainOptions) -> None:
+    """Raise UserError for --base_weights that would change what the prompts are encoded with, which comes first."""
+    for file, changed in files_that_change_text(options):
+        raise UserError(
+            f"--base_weights {file} changes the text encoder ({changed} and others), which encodes the prompts before "
+            "anything is merged; merge the file into the base model with tools/merge_lora.py first"
+        )
+
+
+def open_data_plan(options: TrainOptions, arch: Architecture, seed: int, num_processes: int) -> DataPlan:
+    """Read the dataset description and the pictures' headers, and log what was found."""
+    text, cached = arch.text, cached_text(options, arch.text_cache)
+    check_text_caching(options, arch.text_cache)
+    plan = build_plan(options, arch.codec.spec, seed, text.count_tokens, text.max_tokens, num_processes)
+    if cached is not None:
+        plan = plan.with_fixed_captions(cached.options.text_cache_variants)
+    plan.audit(logger)
+    for line in idle_offsets(plan.config, arch.objective):
+        logger.warning("%s", line)
+    return plan
+
+
+def idle_offsets(config: RunDataConfig, objective: Objective) -> Iterator[str]:
+    """A line for every subset whose timestep_sampling.offset moves nothing."""
+    if objective.takes_offset:
+        return
+    for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
+        if level_offset(subset.custom_attributes):
+            yield (
+                f"timestep_sampling.offset of {subset.source} has no effect: no normal value that it could move is "
+                "behind the noise levels; flow models have one with --timestep_sampling sigmoid and shift, and with "
+                "--weighting_scheme logit_normal"
+            )
+
+
+def open_accelerator(options: TrainOptions) -> Any:
+    """accelerate's view of the device, the processes and the trackers."""
+    with importing("accelerate"), hidden("boto3"):  # which it wants for Amazon's SageMaker
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+    minutes = options.distributed.ddp_timeout
+    limits = InitProcessGroupKwargs(
+        timeout=timedelta(minutes=minutes) if minutes else None,
+        init_method=way_to_meet() if restart_count() else None,
+    )
+    return Accelerator(
+        mixed_precision=options.precision.mixed_precision,
+        log_with=tracker_kind(options.trackers),
+        project_dir=run_folder(options.trackers),
+        kwargs_handlers=[limits],
+    )

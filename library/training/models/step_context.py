@@ -1,0 +1,66 @@
+"""The context of a training step, from the loaded models and the adapter network."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+from torch import nn
+
+from library.options.train import TrainOptions
+from library.protocols import Architecture
+from library.training.models.base_model import LoadedModels
+from library.training.models.block_running import trains_text_encoders
+from library.training.models.compute import Compute
+from library.training.step.conditioning import CaptionMemo
+from library.training.step.context import Autocast, StepContext
+from library.training.step.modes import eval_mode
+from library.types import Conditioning, Tokens
+from networks.core.protocol import AdoptedNetwork
+
+
+def step_context(
+    options: TrainOptions,
+    arch: Architecture,
+    seed: int,
+    loaded: LoadedModels,
+    network: AdoptedNetwork,
+    compute: Compute,
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> StepContext:
+    """Build what a step computes with; `alone` makes this adapter the only active one while captions are encoded."""
+    encoders, live, concepts = loaded.models.text_encoders, loaded.live_text, loaded.concepts
+    encode = arch.text.encode if live is None else live.encode
+
+    def encode_captions(captions: Sequence[str]) -> Conditioning:
+        if concepts is not None:
+            (caption,) = captions  # `CaptionMemo` asks for one at a time
+            return concepts[caption]
+        with alone():
+            return encode_frozen(encode, encoders, network, compute.autocast, arch.text.tokenize(captions))
+
+    return StepContext(
+        arch=replace(arch, objective=arch.objective.on(compute.device)),
+        models=loaded.models,
+        network=network,
+        seed=seed,
+        device=compute.device,
+        autocast=compute.autocast,
+        trains_text_encoder=trains_text_encoders(options),
+        captions=CaptionMemo(encode_captions, arch.text_cache.padding if arch.text_cache else {}),
+        live_text=live,
+        vae_batch_size=options.caching.vae_batch_size,
+        alone=alone,
+    )
+
+
+def encode_frozen(
+    encode: Callable[[Sequence[nn.Module], Tokens], Conditioning],
+    text_encoders: Sequence[nn.Module],
+    network: AdoptedNetwork,
+    autocast: Autocast,
+    tokens: Tokens,
+) -> Conditioning:
+    """What frozen text encoders make of captions, adapters that do not train included, their dropout off."""
+    assert text_encoders, "the text encoders have left memory, batches carry their cached outputs"
+    with eval_mode([network.module]), autocast():
+        return encode(text_encoders, tokens)

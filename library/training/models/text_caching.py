@@ -1,0 +1,174 @@
+"""The text encoders of a run: on the device, or gone once every caption is encoded."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library.checkpoints.recognition import keys_of_text_encoders
+from library.data.caching.captions import CachedTexts, Encode, Encoders, TextEncoding, cache_texts
+from library.data.caching.stores import NO_TEXTS, TextStore
+from library.data.caching.text_files import stack_rows
+from library.data.concepts.prompt_pairs import PromptPairs
+from library.data.plan.data_plan import DataPlan
+from library.data.training_data import TrainingData
+from library.errors import UserError, needing
+from library.options.caching import TextCachingOptions
+from library.options.train import TrainOptions
+from library.processes import Processes
+from library.protocols import Architecture, LiveText, TextCacheSpec, TextPipeline
+from library.training.step.context import Autocast
+from library.types import Conditioning
+from networks.core.protocol import is_switched_on
+
+logger = logging.getLogger(__name__)
+
+
+Encoded = Mapping[str, Conditioning]
+"""The conditioning of each text, first axis 1."""
+
+
+@dataclass(frozen=True)
+class RunText:
+    """The text encoders on the device, and what those that are cached made of captions and prompts."""
+
+    encoders: list[nn.Module]
+    store: TextStore = NO_TEXTS  # the text features of captions; none where nothing is cached
+    prompts: Encoded | None = None  # of the previews; None where nothing is cached
+    concepts: Encoded | None = None  # all that is trained on where there are no pictures
+
+    @classmethod
+    def beside(cls, cached: CachedTexts, encoders: list[nn.Module]) -> "RunText":
+        """The encoders that stay, where others have encoded everything."""
+        prompts = {text: stack_rows([row], {}) for text, row in cached.prompts.items()}
+        return cls(encoders, cached.store, prompts)
+
+
+def cached_text(options: TrainOptions, spec: TextCacheSpec | None) -> TextCacheSpec | None:
+    """The spec where outputs of text encoders are to be cached, else None: also where every encoder trains."""
+    if spec is None or not spec.options.cache_text_encoder_outputs:
+        return None
+    live = live_text(options, spec)
+    return None if live is not None and set(live.keys) == set(spec.keys) else spec
+
+
+def live_text(options: TrainOptions, spec: TextCacheSpec | None) -> LiveText | None:
+    """The text encoders that stay to be trained beside the cache; None where none does, or where nothing is cached."""
+    if spec is None or not spec.options.cache_text_encoder_outputs or options.network.network_train_unet_only:
+        return None
+    return spec.live
+
+
+def check_text_caching(options: TrainOptions, spec: TextCacheSpec | None) -> None:
+    """Raise UserError where cached outputs would not be what the run trains with; warn of options without effect."""
+    if spec is None:
+        return
+    wanted = spec.options
+    for name in ("text_cache_variants", "text_encoder_batch_size"):
+        value = getattr(wanted, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; use at least 1, or leave it out")
+        if not wanted.cache_text_encoder_outputs and value != TextCachingOptions.defaults()[name]:
+            logger.warning("--%s has no effect without --cache_text_encoder_outputs", name)
+    if not wanted.cache_text_encoder_outputs:
+        return
+    if spec.live is None and spec.can_train and not options.network.network_train_unet_only:
+        raise UserError(
+            "--cache_text_encoder_outputs encodes the captions once and frees the text encoders, so these cannot get "
+            "an adapter; add --network_train_unet_only, or leave out --cache_text_encoder_outputs"
+        )
+    live = live_text(options, spec)
+    argument = None if live is None else live.excluded_by
+    if argument is not None and is_switched_on(options.network.network_args, argument):
+        raise UserError(
+            f"--network_args {argument}=True trains a text encoder whose outputs --cache_text_encoder_outputs takes "
+            "before training; leave one of them out"
+        )
+    if cached_text(options, spec) is None:
+        logger.warning(
+            "--cache_text_encoder_outputs has no effect: every text encoder trains, so every caption is encoded in "
+            "each step; --network_train_unet_only trains the denoiser alone"
+        )
+        return
+    for file, changed in files_that_change_text(options):
+        raise UserError(
+            f"--base_weights {file} changes the text encoder ({changed} and others), whose outputs "
+            "--cache_text_encoder_outputs takes before anything is merged; merge the file into the base model with "
+            "tools/merge_lora.py first, or leave out --cache_text_encoder_outputs"
+        )
+
+
+def files_that_change_text(options: TrainOptions) -> Iterator[tuple[str, str]]:
+    """Each of --base_weights that adapts a text encoder, with one of its keys that do."""
+    for file in options.network.base_weights or ():
+        if changed := keys_of_text_encoders(Path(file)):
+            yield file, changed[0]
+
+
+def prepare_text(
+    options: TrainOptions,
+    arch: Architecture,
+    data: TrainingData,
+    device: torch.device,
+    autocast: Autocast,
+    prompts: Sequence[str],
+    processes: Processes,
+) -> RunText:
+    """Load the text encoders, or cache what they make of every caption and prompt.
+
+    Those that train stay, also beside a cache. The others are not loaded at all where everything is on disk already.
+    With --text_encoder_cpu those that get no adapter never come to the device.
+    """
+    spec = cached_text(options, arch.text_cache)
+    on_cpu = arch.text_cache is not None and arch.text_cache.options.text_encoder_cpu
+    if isinstance(data, PromptPairs):
+        return encode_concepts(arch, data.texts, prompts, torch.device("cpu") if on_cpu else device, autocast)
+    if spec is None:
+        is_adapted = not options.network.network_train_unet_only
+        if on_cpu and is_adapted:
+            logger.warning("--text_encoder_cpu has no effect: text encoders that get an adapter stay on the card")
+        place = torch.device("cpu") if on_cpu and not is_adapted else device
+        return RunText([encoder.to(place) for encoder in arch.load.text_encoders()])
+    encodes_on = torch.device("cpu") if on_cpu else device
+
+    def open_encoders() -> Encoders:
+        encoders = [encoder.to(encodes_on).eval() for encoder in arch.load.text_encoders()]
+        return Encoders(
+            frozen_encode(arch.text, encoders, autocast), frozen_encode(arch.preview.text, encoders, autocast)
+        )
+
+    encoding = TextEncoding(spec, open_encoders, options.precision.mixed_precision)
+    assert isinstance(data, DataPlan), "--dataset_class refuses --cache_text_encoder_outputs"
+    cached = cache_texts(data, encoding, prompts, options.caching.skip_cache_check, processes)
+    live = live_text(options, spec)
+    if live is None:
+        return RunText.beside(cached, [])
+    with needing("text encoders get an adapter without --network_train_unet_only; give them, or that option"):
+        return RunText.beside(cached, [encoder.to(device) for encoder in live.load()])
+
+
+def encode_concepts(
+    arch: Architecture, texts: Sequence[str], prompts: Sequence[str], device: torch.device, autocast: Autocast
+) -> RunText:
+    """What the text encoders make of all that is trained on and of the previews' prompts; then they leave memory."""
+    encoders = [encoder.to(device).eval() for encoder in arch.load.text_encoders()]
+    read, draw = (frozen_encode(pipeline, encoders, autocast) for pipeline in (arch.text, arch.preview.text))
+    return RunText([], prompts=encoded_each(draw, prompts), concepts=encoded_each(read, texts))
+
+
+def encoded_each(encode: Encode, texts: Sequence[str]) -> Encoded:
+    """The conditioning of each text, encoded by itself, on the CPU."""
+    return {text: {name: tensor.cpu() for name, tensor in encode([text]).items()} for text in texts}
+
+
+def frozen_encode(pipeline: TextPipeline, encoders: Sequence[nn.Module], autocast: Autocast) -> Encode:
+    """What the encoders make of captions, without gradient."""
+
+    def encode(captions: Sequence[str]) -> Conditioning:
+        with torch.no_grad(), autocast():
+            return pipeline.encode(encoders, pipeline.tokenize(captions))
+
+    return encode

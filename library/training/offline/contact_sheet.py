@@ -1,0 +1,144 @@
+"""Contact sheets: what adapter files draw of the same prompts with the same noise, from one load of the models."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+from library.checkpoints.recognition import keys_of_text_encoders
+from library.memory.devices import place, release_memory
+from library.options.train import TrainOptions
+from library.protocols import Architecture
+from library.training.evaluation.preview import decode, draw_latents, encode_prompts, generator_of
+from library.training.models.compute import Compute
+from library.training.models.frozen_models import load_frozen
+from library.training.offline.adapter_files import READER, Row, installed, settle_models
+from library.training.step.conditioning import CaptionMemo
+from library.training.step.context import Models, StepContext
+from library.types import Conditioning, Prompt
+from networks.core.protocol import AdoptedNetwork
+
+logger = logging.getLogger(__name__)
+
+GAP = 6  # pixels between pictures
+LABEL_WIDTH, LABEL_HEIGHT, LINE = 210, 58, 17
+INK, PAPER = (30, 30, 30), (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The base model, once for all files."""
+
+    arch: Architecture
+    models: Models
+    vae: nn.Module
+    compute: Compute
+    encoded: Mapping[str, Conditioning] | None  # by text; None where files change the text encoders
+
+
+def draw_rows(
+    options: TrainOptions, arch: Architecture, rows: Sequence[Row], prompts: Sequence[Prompt], device: torch.device
+) -> Iterator[list[Image.Image]]:
+    """The pictures of all prompts for one file after the other.
+
+    The base model is stored and computes as in a training with these options, --base_weights included. A picture is the
+    one that a run draws as preview of the same weights, prompt and seed. Raises UserError for a file that does not fit.
+    """
+    compute = Compute.build(options.precision, device)
+    loaded = load(options, arch, rows, prompts, compute)
+    for row in rows:
+        with torch.no_grad(), installed(row, loaded.models, compute) as network:
+            context = context_of(loaded, network)
+            encoded = loaded.encoded
+            if encoded is None:
+                encoded = encode_prompts(arch, loaded.models.text_encoders, compute.autocast, prompts)
+            yield [draw(context, loaded.vae, prompt, encoded) for prompt in prompts]
+
+
+def load(
+    options: TrainOptions, arch: Architecture, rows: Sequence[Row], prompts: Sequence[Prompt], compute: Compute
+) -> Loaded:
+    """The models on the device; text encoders leave before the denoiser comes where no file changes them."""
+    encoders = [encoder.to(compute.device).eval() for encoder in arch.load.text_encoders()]
+    files = [*map(Path, options.network.base_weights or ()), *(row for row in rows if row is not None)]
+    encoded = None
+    if not any(keys_of_text_encoders(file) for file in files):
+        encoded = encode_prompts(arch, encoders, compute.autocast, prompts)
+        encoders = []
+        release_memory(options.memory.highvram)
+    vae = place(arch.load.vae(), compute.device)
+    models = load_frozen(options, arch, encoders, vae, compute, READER)
+    arch.fit_to_sizes(models.denoiser, [(prompt.width, prompt.height) for prompt in prompts])
+    settle_models(options, arch, models, compute)
+    return Loaded(arch, models, vae, compute, encoded)
+
+
+def context_of(loaded: Loaded, network: AdoptedNetwork) -> StepContext:
+    """What pictures are drawn with."""
+
+    def no_captions(captions: Sequence[str]) -> Conditioning:
+        raise AssertionError(f"nothing is trained on {captions}")
+
+    return StepContext(
+        arch=loaded.arch,
+        models=loaded.models,
+        network=network,
+        seed=0,
+        device=loaded.compute.device,
+        autocast=loaded.compute.autocast,
+        trains_text_encoder=False,
+        captions=CaptionMemo(no_captions),
+    )
+
+
+def draw(context: StepContext, vae: nn.Module, prompt: Prompt, encoded: Mapping[str, Conditioning]) -> Image.Image:
+    """One picture."""
+    latents_BCHW = draw_latents(context, prompt, encoded, generator_of(prompt, context.seed, 0))
+    assert latents_BCHW is not None, "nobody breaks it off"
+    return decode(context, vae, latents_BCHW)
+
+
+def arrange(
+    rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], side: int
+) -> Image.Image:
+    """The pictures as a table, each at most `side` pixels wide and high, its labels on the left and above."""
+    small = [[fitted(image, side) for image in row] for row in rows]
+    width, height = (max(image.size[axis] for row in small for image in row) + GAP for axis in (0, 1))
+    sheet = Image.new("RGB", (LABEL_WIDTH + len(column_labels) * width, LABEL_HEIGHT + len(rows) * height), PAPER)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    for column, label in enumerate(column_labels):
+        write(pen, font, label, (LABEL_WIDTH + column * width, GAP), width - GAP, LABEL_HEIGHT // LINE)
+    for number, (label, row) in enumerate(zip(row_labels, small, strict=True)):
+        top = LABEL_HEIGHT + number * height
+        write(pen, font, label, (GAP, top), LABEL_WIDTH - 2 * GAP, max(1, height // LINE))
+        for column, image in enumerate(row):
+            sheet.paste(image, (LABEL_WIDTH + column * width, top))
+    return sheet
+
+
+def fitted(image: Image.Image, side: int) -> Image.Image:
+    """The picture, made smaller where it is larger than `side`."""
+    if max(image.size) <= side:
+        return image
+    copy = image.copy()
+    copy.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return copy
+
+
+def write(
+    pen: ImageDraw.ImageDraw, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", text: str,
+    corner: tuple[int, int], width: int, most_lines: int,
+) -> None:  # fmt: skip
+    """Write a text into lines of `width` pixels, its end left out where it is too long."""
+    lines = [""]
+    for letter in text.replace("\n", " "):
+        if lines[-1] and pen.textlength(lines[-1] + letter, font=font) > width:
+            lines.append("")
+        lines[-1] += letter
+    for number, line in enumerate(lines[:most_lines]):
+        is_cut = number == most_lines - 1 and len(lines) > most_lines
+        pen.text((corner[0], corner[1] + number * LINE), f"{line[:-2]}…" if is_cut else line, fill=INK, font=font)

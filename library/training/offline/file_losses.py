@@ -1,0 +1,126 @@
+"""The losses of adapter files, measured as validation does in a run, from one load of the base model.
+
+Letters: N pictures, L noise levels.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from library.checkpoints.recognition import keys_of_text_encoders
+from library.data.batches.planned import PlannedBatches
+from library.data.batches.validation_set import ValidationSet
+from library.data.caching.stores import NO_LATENTS, NO_TEXTS
+from library.data.plan.data_plan import DataPlan
+from library.errors import UserError
+from library.options.train import TrainOptions
+from library.processes import ALONE
+from library.protocols import Architecture
+from library.training.evaluation.measurement import Measurement
+from library.training.evaluation.validation import measurement_of
+from library.training.models.base_model import load_models
+from library.training.models.compute import Compute
+from library.training.models.step_context import step_context
+from library.training.offline.adapter_files import READER, Row, installed, settle_models
+
+logger = logging.getLogger(__name__)
+
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
+
+MOST_MIRRORED = 64  # pictures, where none is set aside
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What is measured of every file. Each is None where there is nothing of it to measure."""
+
+    held_out: Measurement | None
+    trained: Measurement | None
+    mirrored: Measurement | None  # the trained pictures, where none is set aside
+
+
+@dataclass(frozen=True)
+class FileLosses:
+    """The losses of one file, shape NL, on the sides that there are."""
+
+    row: Row
+    held_out_NL: Tensor | None
+    trained_NL: Tensor | None
+    mirrored_NL: Tensor | None
+
+
+def for_measuring(options: OptionsT) -> OptionsT:
+    """The options with outputs of text encoders in memory: trained pictures are measured with another wording of their
+    captions than the training draws, which may not take the place of what it has on disk."""
+    on_disk = "cache_text_encoder_outputs_to_disk"
+    if not options.flat().get(on_disk):
+        return options
+    return options.with_values({on_disk: False, "cache_text_encoder_outputs": True})
+
+
+def losses_of_files(
+    options: TrainOptions,
+    arch: Architecture,
+    plan: DataPlan,
+    seed: int,
+    rows: Sequence[Row],
+    device: torch.device,
+) -> tuple[Sides, Iterator[FileLosses]]:
+    """What is measured, and of one file after the other what it gives; as many trained pictures as unseen ones.
+
+    Raises UserError for a file that does not fit.
+    """
+    aside = measurement_of(options, PlannedBatches(plan, NO_LATENTS, NO_TEXTS).validation, seed)
+    has_flips = any(s.config.flip_aug for dataset in plan.datasets for s in dataset.subsets)
+    kept_aside = set(aside.pictures.samples_of(aside.places))
+    plan, numbers = plan.limited_to_measured(len(aside.rows) or MOST_MIRRORED, kept_aside)
+    if not aside.rows:  # mirrored pictures have no latents of their own in a cache
+        options = options.with_values({"cache_latents": False, "cache_latents_to_disk": False})
+    compute, processes = Compute.build(options.precision, device), replace(ALONE, device=device)
+    loaded = load_models(options, arch, seed, plan, compute, (), processes, READER)
+    if not loaded.models.text_encoders:
+        check_text_parts(rows)
+    settle_models(options, arch, loaded.models, compute)
+    batches = PlannedBatches(plan, loaded.latents, loaded.texts)
+    aside = measurement_of(options, batches.validation, seed)  # with what is cached
+    trained = all_of(batches.measured(numbers), aside)
+    if aside.rows:
+        sides = Sides(aside, replace(trained, noise=aside.rows), None)
+    elif has_flips:
+        logger.warning("trained pictures are not compared with their mirror images: --flip_aug trained these too")
+        sides = Sides(None, trained, None)
+    else:
+        sides = Sides(None, trained, all_of(batches.measured(numbers, is_mirrored=True), aside))
+    num_threads = options.dataset.max_data_loader_n_workers
+
+    def measured() -> Iterator[FileLosses]:
+        for row in rows:
+            name = "the base model" if row is None else row.name
+            with torch.no_grad(), installed(row, loaded.models, compute) as network:
+                context = step_context(options, arch, seed, loaded, network, compute)
+                found = [
+                    None if side is None else side.losses(context, processes, num_threads, f"measuring {name}")
+                    for side in (sides.held_out, sides.trained, sides.mirrored)
+                ]
+            yield FileLosses(row, *found)
+
+    return sides, measured()
+
+
+def all_of(pictures: ValidationSet, like: Measurement) -> Measurement:
+    """All of these pictures, at the levels and with the seed of another measurement."""
+    return replace(like, pictures=pictures, places=pictures.places_of(None))
+
+
+def check_text_parts(rows: Sequence[Row]) -> None:
+    """Raise UserError for a file that changes text encoders, which have left memory."""
+    for row in rows:
+        if row is not None and keys_of_text_encoders(row):
+            raise UserError(
+                f"{row} changes the text encoders, whose outputs --cache_text_encoder_outputs takes without it; leave "
+                "that option out"
+            )

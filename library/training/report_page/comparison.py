@@ -1,0 +1,101 @@
+"""Several runs on one page: what differs between them, their losses on one axis, their previews side by side."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.training.report_page.page import page_of
+from library.training.report_page.record import Record
+from library.training.report_page.writer import read_events, read_report
+
+SCRIPT = "comparison.js"
+ENDING = "-report.html"
+NAMES_ONLY = ("output_dir", "output_name", "log_events", "logging_dir", "log_prefix", "config_file", "wandb_run_name")
+"""Options that say where a run is kept and not what it is."""
+OF_PLAN = ("base_model", "network", "num_trained", "seed", "max_train_steps", "batch_sizes", "accumulation", "pictures",
+           "num_processes", "device")  # fmt: skip
+MEASURED_AS_SAID = ("validation_split", "validation_seed", "max_validation_steps", "min_timestep", "max_timestep")
+
+
+def read_run(path: Path) -> Record:
+    """The run of a report, of a file of events, or of a folder with one report.
+
+    Raises UserError where there is none, or the folder has several.
+    """
+    if path.is_dir():
+        found = sorted(path.glob(f"*{ENDING}"))
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found) or "none"
+            raise UserError(f"{path} holds {len(found)} reports of runs ({names}); name a report or a file of events")
+        path = found[0]
+    record = read_report(path) if path.suffix == ".html" else read_events(path)
+    if record.plan is None:
+        raise UserError(f"{path}: that run ended before its training began, there is nothing to compare")
+    return record
+
+
+def labels_of(records: Sequence[Record], paths: Sequence[Path]) -> list[str]:
+    """The name of each run; where two have the same, with its folder, and with a number where that is not enough."""
+    names = Counter(record.name for record in records)
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    labels: list[str] = []
+    for record, folder in zip(records, folders, strict=True):
+        label = record.name if names[record.name] == 1 else f"{folder.resolve().name}/{record.name}"
+        count = sum(other == label or other.startswith(f"{label} (") for other in labels)
+        labels.append(f"{label} ({count + 1})" if count else label)
+    return labels
+
+
+def differences(records: Sequence[Record]) -> list[list[Any]]:
+    """Rows of [what, value of each run] that are not the same in all: options, plan, data, versions.
+
+    None is an option at its default, or what a run does not tell.
+    """
+    tables = [facts_of(record) for record in records]
+    names = dict.fromkeys(name for table in tables for name in table)
+    rows = [[name, *(table.get(name) for table in tables)] for name in names]
+    return [row for row in rows if any(value != row[1] for value in row[2:])]
+
+
+def facts_of(record: Record) -> dict[str, Any]:
+    """What a run is, by name."""
+    session, plan, audit = record.sessions[-1], record.plan or {}, record.audit or {}
+    options = {f"--{name}": v for name, v in sorted(session["options"].items()) if name not in NAMES_ONLY}
+    sources = [subset for dataset in audit.get("datasets", ()) for subset in dataset["subsets"]]
+    data = {f"pictures of {one['source']}": f"{one['num_pictures']} x {one['num_repeats']}" for one in sources} | {
+        "pictures left out": audit.get("num_dropped", 0)
+    }
+    versions = {f"version of {name}": value for name, value in session["versions"].items()}
+    return {**options, **{name.replace("_", " "): plan.get(name) for name in OF_PLAN}, **data, **versions}
+
+
+def is_measured_alike(records: Sequence[Record]) -> bool:
+    """Whether validation losses compare: the same options set pictures aside, and as many."""
+    seen = []
+    for record in records:
+        options, plan = record.sessions[-1]["options"], record.plan or {}
+        seed = options.get("validation_seed", plan.get("seed"))
+        others = [options.get(name) for name in MEASURED_AS_SAID if name != "validation_seed"]
+        seen.append((plan.get("pictures", {}).get("validation"), seed, others))
+    return all(one == seen[0] for one in seen)
+
+
+def comparison_of(paths: Sequence[Path]) -> str:
+    """The page that compares runs. Raises UserError for fewer than two, or for one that cannot be read."""
+    if len(paths) < 2:
+        raise UserError("name two runs or more: folders, reports or files of --log_events")
+    records = [read_run(path) for path in paths]
+    labels = labels_of(records, paths)
+    runs = [{"label": label, **shown(record)} for label, record in zip(labels, records, strict=True)]
+    rows = differences(records)
+    data = {"runs": runs, "differences": rows, "is_measured_alike": is_measured_alike(records)}
+    return page_of(" and ".join(labels), SCRIPT, data)
+
+
+def shown(record: Record) -> Mapping[str, Any]:
+    """The part of a record that the page draws."""
+    values = record.as_json()
+    names = ("step", "loss", "smoothed", "curves", "validations", "best", "prompts", "previews", "plan")
+    return {**{name: values[name] for name in names}, "end": record.sessions[-1]["end"]}

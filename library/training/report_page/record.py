@@ -1,0 +1,246 @@
+"""What the report shows of a run, put together from its events one after the other.
+
+It is bounded, plain, and a function of the events: the report holds it, a run that goes on reads it back from
+there, and `tools/report.py` makes the same of a file of events.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import PurePath, PureWindowsPath
+from typing import Any
+
+from library.training.report_page.thinning import Curves, Kept
+
+VERSION = 1
+MOST_FINDINGS = 20
+MOST_VALIDATIONS = 300
+MOST_TIMES = 40  # of previews
+MOST_PROMPTS = 16
+MOST_GROUPS = 12  # of the optimizer
+MOST_WARNINGS = 100
+MOST_SESSIONS = 20
+MOST_FILES = 500
+SMOOTHED_OVER = 20  # the smoothed loss looks back over this part of the run ...
+FEWEST_SMOOTHED, MOST_SMOOTHED = 10, 1000  # ... in steps
+THUMBNAIL = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/]+=*")
+
+Line = Mapping[str, Any]
+
+
+@dataclass
+class Smoothed:
+    """An exponential average that begins with the first value: sum and weight of what came, the older the less."""
+
+    over: int = FEWEST_SMOOTHED  # steps after which a value counts 1/e
+    total: float = 0.0
+    weight: float = 0.0
+
+    def add(self, value: float) -> float:
+        """The average with one more value."""
+        keep = 1 - 1 / self.over
+        self.total, self.weight = self.total * keep + value, self.weight * keep + 1
+        return self.total / self.weight
+
+
+@dataclass
+class Record:
+    """All that is shown. `sessions` are the processes of the run: one, and another each time that it goes on."""
+
+    updated: float = 0.0
+    sessions: list[dict[str, Any]] = field(default_factory=list)
+    plan: dict[str, Any] | None = None
+    audit: dict[str, Any] | None = None
+    findings: list[dict[str, Any]] = field(default_factory=list)
+    stages: dict[str, list[float]] = field(default_factory=dict)  # of this session: seconds so far, how often
+    began: dict[str, float] = field(default_factory=dict)  # when those that are not did
+    step: int = 0
+    epoch: int = 0
+    loss: float | None = None  # smoothed
+    smoothed: Smoothed = field(default_factory=Smoothed)
+    curves: Curves = field(default_factory=Curves)
+    validations: Kept = field(default_factory=lambda: Kept(MOST_VALIDATIONS))
+    best: dict[str, Any] | None = None  # step, loss
+    choice: dict[str, Any] | None = None  # between the saved files
+    prompts: dict[str, dict[str, Any]] = field(default_factory=dict)  # by number
+    previews: Kept = field(default_factory=lambda: Kept(MOST_TIMES))
+    files: list[dict[str, Any]] = field(default_factory=list)
+    num_removed: int = 0
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    num_warnings_left_out: int = 0
+    sheet: str | None = None  # a contact sheet as a data: URL; the one thing that no event tells
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no event was taken in."""
+        return self.updated == 0
+
+    def add(self, line: Line) -> None:
+        """Take in the next event; what is not shown, also of later versions, is passed over."""
+        self.updated = line["time"]
+        take = {
+            "start": self._start, "audit": self._audit, "finding": self._finding, "stage": self._stage,
+            "plan": self._plan, "step": self._step, "validation": self._validation, "choice": self._choice,
+            "preview": self._preview,
+            "saved": self._saved, "removed": self._removed, "warning": self._warning, "end": self._end,
+        }.get(line["event"])  # fmt: skip
+        if take is not None:
+            take(line)
+
+    # One for each event
+
+    def _start(self, line: Line) -> None:
+        options = line["options"]
+        self.sessions.append(
+            {
+                "time": line["time"],
+                "command": line["command"],
+                "options": options,
+                "versions": line["versions"],
+                "end": None,
+                "first_step": None,
+            }
+        )
+        del self.sessions[:-MOST_SESSIONS]
+        self.audit, self.findings, self.stages, self.began = None, [], {}, {}
+
+    def _audit(self, line: Line) -> None:
+        self.audit = {name: value for name, value in line.items() if name not in ("v", "event", "time")}
+
+    def _finding(self, line: Line) -> None:
+        if len(self.findings) >= MOST_FINDINGS:
+            return
+        pictures = [
+            picture
+            if picture["thumbnail"] and THUMBNAIL.fullmatch(picture["thumbnail"])
+            else {**picture, "thumbnail": None}
+            for picture in line["pictures"]
+        ]
+        self.findings.append({"text": line["text"], "pictures": pictures, "num_pictures": line["num_pictures"]})
+
+    def _stage(self, line: Line) -> None:
+        name = line["name"]
+        if line["state"] == "begin":
+            self.began[name] = line["time"]
+        elif line["state"] == "end" and name in self.began:
+            seconds, count = self.stages.get(name, [0.0, 0])
+            self.stages[name] = [round(seconds + line["time"] - self.began.pop(name), 3), count + 1]
+
+    def _plan(self, line: Line) -> None:
+        first_step = line["first_step"]
+        if first_step == 0:
+            self._forget_earlier_sessions()
+        self.curves.cut(first_step)
+        self.validations.keep_up_to(first_step)
+        self.previews.keep_up_to(first_step)
+        self.step, self.choice = first_step, None
+        self.plan = {name: value for name, value in line.items() if name not in ("v", "event", "time")}
+        steps = line["max_train_steps"] // SMOOTHED_OVER
+        self.smoothed.over = min(max(steps, FEWEST_SMOOTHED), MOST_SMOOTHED)
+        if self.sessions:
+            self.sessions[-1]["first_step"] = first_step
+
+    def _forget_earlier_sessions(self) -> None:
+        """A run begins: what is known of others, which lie in the same file of events, goes."""
+        kept = {"updated", "audit", "findings", "stages", "began", "num_warnings_left_out"}
+        number = self.sessions[-1]["time"] if self.sessions else 0.0
+        fresh = Record(sessions=self.sessions[-1:], warnings=[one for one in self.warnings if one["session"] == number])
+        for f in fields(self):
+            if f.name not in kept:
+                setattr(self, f.name, getattr(fresh, f.name))
+
+    def _step(self, line: Line) -> None:
+        self.step, self.epoch = line["step"], line["epoch"]
+        values: dict[str, float | None] = {"loss": line["loss"], "gradient": line["gradient_norm"]}
+        if line["loss"] is not None:
+            self.loss = values["smoothed"] = self.smoothed.add(line["loss"])
+        groups = list(line["learning_rates"])[:MOST_GROUPS]
+        values |= {f"lr {name}": line["learning_rates"][name] for name in groups}
+        for name in groups if line["norms"] else ():
+            if name in line["norms"]:
+                values[f"gradient {name}"] = line["norms"][name]["gradient"]
+                values[f"weight {name}"] = line["norms"][name]["weight"]
+        values |= {name: value for name, value in (line["memory"] or {}).items()}
+        if timing := line["timing"]:
+            values |= {name: timing[name] for name in ("seconds", "pictures_per_second", "tflops", "mfu")}
+            values |= {f"part {name}": seconds for name, seconds in timing["parts"].items()}
+        self.curves.add(line["step"], values)
+
+    def _validation(self, line: Line) -> None:
+        self.validations.add({name: line[name] for name in ("step", "loss", "error", "levels", "compared")})
+        if line["best_loss"] is not None:
+            self.best = {"step": line["best_step"], "loss": line["best_loss"]}
+
+    def _choice(self, line: Line) -> None:
+        self.choice = {name: value for name, value in line.items() if name not in ("v", "event", "time")}
+
+    def _preview(self, line: Line) -> None:
+        number = str(line["index"])
+        if line["index"] >= MOST_PROMPTS or not THUMBNAIL.fullmatch(line["thumbnail"]):
+            return
+        self.prompts[number] = {name: line[name] for name in ("prompt", "seed", "width", "height")}
+        last = self.previews.items[-1] if self.previews.items else None
+        if last is None or last["step"] != line["step"]:
+            self.previews.add({"step": line["step"], "epoch": line["epoch"], "pictures": {}})
+        self.previews.items[-1]["pictures"][number] = line["thumbnail"]
+
+    def _saved(self, line: Line) -> None:
+        self._drop_file(line["file"])
+        names = ("file", "kind", "reason", "step", "epoch", "num_bytes")
+        self.files.append({name: line[name] for name in names} | {"name": name_of(line["file"])})
+        del self.files[:-MOST_FILES]
+
+    def _removed(self, line: Line) -> None:
+        self._drop_file(line["file"])
+        self.num_removed += 1
+
+    def _drop_file(self, path: str) -> None:
+        self.files = [one for one in self.files if one["file"] != path]
+
+    def _warning(self, line: Line) -> None:
+        session = self.sessions[-1]["time"] if self.sessions else 0.0
+        for one in self.warnings:
+            if (one["text"], one["session"]) == (line["text"], session):
+                one["count"] += 1
+                return
+        if len(self.warnings) >= MOST_WARNINGS:
+            self.num_warnings_left_out += 1
+            return
+        self.warnings.append({"level": line["level"], "text": line["text"], "count": 1, "session": session})
+
+    def _end(self, line: Line) -> None:
+        if self.sessions:
+            names = ("reason", "step", "seconds", "error", "summary", "file")
+            self.sessions[-1]["end"] = {name: line[name] for name in names}
+
+    # As plain values
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        options = self.sessions[-1]["options"] if self.sessions else {}
+        return str(options.get("output_name") or "last")
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, which hold everything: `from_json` of them goes on as this one does."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        parts = {"curves": self.curves.as_json(), "smoothed": vars(self.smoothed)}
+        lists = {"validations": self.validations.as_json(), "previews": self.previews.as_json()}
+        return {"version": VERSION, "name": self.name, **values, **parts, **lists}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Record":
+        """What `as_json` gave. Raises ValueError for another version, KeyError and TypeError for something else."""
+        if values["version"] != VERSION:
+            raise ValueError(f"version {values['version']} of the report, not {VERSION}")
+        given = {f.name: values[f.name] for f in fields(cls)}
+        given["curves"] = Curves.from_json(given["curves"])
+        given["smoothed"] = Smoothed(**given["smoothed"])
+        given["validations"] = Kept.from_json(MOST_VALIDATIONS, given["validations"])
+        given["previews"] = Kept.from_json(MOST_TIMES, given["previews"])
+        return cls(**given)
+
+
+def name_of(path: str) -> str:
+    """The last part of a path of any system."""
+    return PureWindowsPath(path).name if "\\" in path else PurePath(path).name

@@ -1,0 +1,131 @@
+"""Keeps the report of a run up to date, and makes it of a file of events."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from library.checkpoints.files import atomic_path
+from library.errors import UserError
+from library.training.report_page.page import data_of, page_of
+from library.training.report_page.record import Record
+
+logger = logging.getLogger(__name__)
+
+EVERY_S = 30.0  # between two writes, from the end of the one to the begin of the next
+SCRIPT = "report.js"
+
+
+class ReportWriter:
+    """Takes the events of a run and writes the report: when training begins, then at most every 30 s, and at the end.
+
+    It works in the thread that events are kept in, so training waits for none of it.
+    """
+
+    name = "the report"
+
+    def __init__(self, path: Path, record: Record | None, clock: Callable[[], float] = time.monotonic) -> None:
+        """`record` is that of the run which goes on here; None where one begins."""
+        self.path = path
+        self._record = Record() if record is None else record
+        self._goes_on = record is not None
+        self._began = False  # before, a run that goes on clears away what killed ones have left beside the report
+        self._is_told = False  # that it could not be written
+        self._clock = clock
+        self._due = 0.0
+
+    def take(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        for line in lines:
+            self._record.add(line)
+        self._began = self._began or any(line["event"] == "plan" for line in lines)
+        if self._began and self._clock() >= self._due:
+            self._write()
+
+    def close(self) -> None:
+        if self._began or self._goes_on:
+            self._write()
+
+    def _write(self) -> None:
+        """A file that cannot be written, being open in another program or the disk full, is tried again when due."""
+        try:
+            write_page(self.path, report_of(self._record))
+        except OSError as error:
+            if not self._is_told:
+                logger.warning("%s cannot be written and is tried again later: %s", self.path, error)
+            self._is_told = True
+        self._due = self._clock() + EVERY_S
+
+
+def add_sheet(path: Path, picture: str) -> None:
+    """Put a contact sheet, a data: URL, into the report of a run that is over. Raises UserError for another file."""
+    record = read_report(path)
+    record.sheet = picture
+    write_page(path, report_of(record))
+
+
+def add_event(path: Path, line: Mapping[str, Any]) -> None:
+    """Put what happens after a run into its report. Raises UserError for another file."""
+    record = read_report(path)
+    record.add(line)
+    write_page(path, report_of(record))
+
+
+def report_of(record: Record) -> str:
+    """The page of a run."""
+    return page_of(record.name, SCRIPT, record.as_json())
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
+
+
+def read_report(path: Path) -> Record:
+    """The record in a report. Raises UserError for another file."""
+    try:
+        return Record.from_json(data_of(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no report of this version: {error}") from error
+
+
+def read_events(path: Path) -> Record:
+    """What the lines of --log_events tell. A last line that was cut off is left out.
+
+    Raises UserError naming the first line that is no event.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            return record_of(file, str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no file of events: {error}") from error
+
+
+def record_of(lines: Iterable[str], source: str) -> Record:
+    """The same of lines that come from `source`."""
+    record = Record()
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            record.add(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f"{source}: line {number} is no event: {type(error).__name__}: {error}") from error
+    return record
+
+
+def earlier_record(path: Path) -> Record | None:
+    """What a run that goes on finds of itself; None, with a warning where something else lies there."""
+    if not path.exists():
+        return None
+    try:
+        return read_report(path)
+    except UserError as error:
+        logger.warning("%s; the report begins afresh", error)
+        return None

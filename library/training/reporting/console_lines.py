@@ -1,0 +1,158 @@
+"""What a run shows while it goes on, in the words that graphical front ends read.
+
+The lines on standard output and the progress bar are an interface: see tests/contracts/test_output.py.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from library.launcher import launched_rank
+from library.training.step.accumulation import Plan
+
+logger = logging.getLogger(__name__)
+
+
+def announce(text: str) -> None:
+    """Write a line to standard output at once; front ends look for these lines. Only the main process writes."""
+    if launched_rank() != 0:
+        return
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding) + "\n")
+        sys.stdout.flush()
+    except OSError as error:  # a full disk beneath it, or nobody who reads it any more
+        logger.debug("standard output takes nothing: %s", error)
+
+
+@dataclass(frozen=True)
+class PictureCounts:
+    """Pictures of a run, times their repeats."""
+
+    train: int
+    validation: int
+    reg: int
+
+
+def announce_run(plan: Plan, counts: PictureCounts, batch_sizes: Sequence[int], accumulation: int) -> None:
+    """The block that tells the size of the run."""
+    announce("running training / 学習開始")
+    announce(f"  num train images * repeats / 学習画像の数×繰り返し回数: {counts.train}")
+    announce(f"  num validation images * repeats / 学習画像の数×繰り返し回数: {counts.validation}")
+    announce(f"  num reg images / 正則化画像の数: {counts.reg}")
+    announce(f"  num batches per epoch / 1epochのバッチ数: {plan.num_batches}")
+    announce(f"  num epochs / epoch数: {plan.num_epochs}")
+    announce(f"  batch size per device / バッチサイズ: {', '.join(str(size) for size in batch_sizes)}")
+    announce(f"  gradient accumulation steps / 勾配を合計するステップ数 = {accumulation}")
+    announce(f"  total optimization steps / 学習ステップ数: {plan.max_train_steps}")
+
+
+def announce_epoch(epoch: int, num_epochs: int) -> None:
+    """The line at the start of an epoch, counted from 1."""
+    announce(f"\nepoch {epoch}/{num_epochs}\n")
+
+
+class StepBar:
+    """The bar called `steps`, on standard error, behind which stands the loss: of several adapters the lowest."""
+
+    def __init__(self, max_train_steps: int, finished_steps: int, is_shown: bool) -> None:
+        self._bar = tqdm(
+            total=max_train_steps,
+            initial=finished_steps,
+            smoothing=0,
+            desc="steps",
+            dynamic_ncols=True,
+            disable=not is_shown,
+        )
+        self._step = finished_steps
+        self._values: dict[str, dict[str, float]] = {}  # by label
+
+    def __enter__(self) -> "StepBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, step: int, values: dict[str, float], label: str = "") -> None:
+        """Show that an adapter has taken `step` steps, and its `bar_values`."""
+        self._bar.update(max(0, step - self._step))
+        self._step = max(step, self._step)
+        self._values[label] = values
+        lowest = min(self._values, key=lambda name: self._values[name]["avr_loss"])
+        self._bar.set_postfix({**self._values[lowest], **({"of": lowest} if lowest else {})})
+
+
+def finished_line(
+    trained: str, num_steps: int, seconds: float, file: Path, best: tuple[int, float] | None, best_file: Path
+) -> str:
+    """What was trained, for how long, and where it is: the last line of a complete run.
+
+    `num_steps` were taken in `seconds`, not counting those before a resume; `best` is (step, validation loss).
+    """
+    line = f"trained {trained}: {num_steps} steps in {duration(seconds)}; the adapter is {file}"
+    if best is None:
+        return line
+    line += f"; the validation loss was lowest after step {best[0]}, {best[1]:.4f}"
+    return f"{line}: {best_file}" if best_file.is_file() else f"{line} (--keep_best_checkpoint keeps those weights)"
+
+
+def duration(seconds: float) -> str:
+    """`1 h 02 min`, `3 min 20 s`, `12 s`: two units at most."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+@dataclass(frozen=True)
+class LimitedNorms:
+    """What --scale_weight_norms did after a batch."""
+
+    num_scaled: int
+    mean: float
+    maximum: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "LimitedNorms":
+        """From the three numbers, in this order."""
+        count, mean, maximum = values
+        return cls(int(count), mean, maximum)
+
+    def chart_values(self) -> dict[str, float]:
+        """By the names that charts use."""
+        return {
+            "max_norm/keys_scaled": self.num_scaled,
+            "max_norm/max_key_norm": self.maximum,
+            "norm/avg_key_norm": self.mean,
+        }
+
+
+def bar_values(average_loss: float, norms: LimitedNorms | None) -> dict[str, float]:
+    """What stands behind the progress bar, in this order."""
+    limited = {} if norms is None else {"Keys Scaled": norms.num_scaled, "Average key norm": norms.mean}
+    return {**limited, "avr_loss": average_loss}
+
+
+def rate_values(
+    rates: Sequence[float], names: Sequence[str], effective: Sequence[float] | None, first_is_text_encoder: bool
+) -> dict[str, float]:
+    """The learning rates of a step by the names that charts use.
+
+    `lr/<name>` for every group; beside it `lr/textencoder` for the first group where a text encoder may train and
+    `lr/group<i>` for the others; `lr/d*lr/<name>` and `lr/d*lr/group<i>` where the optimizer finds the rate by itself.
+    """
+    values: dict[str, float] = {}
+    for i, rate in enumerate(rates):
+        values[f"lr/{names[i]}"] = float(rate)
+        if effective is not None:
+            values[f"lr/d*lr/{names[i]}"] = effective[i]
+    for i, rate in enumerate(rates):
+        is_text_encoder = i == 0 and first_is_text_encoder
+        values.setdefault("lr/textencoder" if is_text_encoder else f"lr/group{i}", float(rate))
+        if effective is not None and not is_text_encoder:
+            values.setdefault(f"lr/d*lr/group{i}", effective[i])
+    return values

@@ -1,0 +1,105 @@
+"""What is told of a step, and the norms that are measured for it."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import fsum, isfinite, nan
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from library.memory.offload.readback import Readback
+from library.training.reporting.events import Memory, Norms, Step, Timing
+from library.training.reporting.step_result import Told
+from library.training.reporting.step_times import StepTimes
+
+EVERY = 10  # steps; norms of groups read each weight and gradient once more
+
+
+@dataclass
+class NormMeter:
+    """Norms of weights and gradients by group of the optimizer, of every tenth step from the first on.
+
+    They are measured on the device without waiting for it, and read when the step is told.
+    """
+
+    is_on: bool = False
+    _pairs: Readback | None = field(default=None, repr=False)  # of each group the weight's and the gradient's
+
+    def measure(self, optimizer: Optimizer, step: int) -> None:
+        """To be called while the gradients of the step after `step` finished ones are there, unclipped."""
+        self._pairs = None
+        if not self.is_on or step % EVERY:
+            return
+        norms = []
+        for group in optimizer.param_groups:
+            weights = [p.detach() for p in group["params"]]
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            norms += [norm_of(weights), norm_of(gradients)]
+        self._pairs = Readback(torch.stack([norm.to(norms[0].device) for norm in norms])) if norms else None
+
+    def read(self, names: Sequence[str]) -> dict[str, Norms] | None:
+        """By name of the group; None for a step that was not measured."""
+        pairs, self._pairs = self._pairs, None
+        if pairs is None:
+            return None
+        values = pairs.read()
+        return {name: Norms(*pair) for name, *pair in zip(names, values[::2], values[1::2], strict=False)}
+
+
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """One number for all of them, float32."""
+    return get_total_norm(tensors).float() if tensors else torch.zeros(())
+
+
+def told_step(told: Told, average: float, names: Sequence[str], meter: NormMeter, times: StepTimes) -> Step:
+    """The event of a step that is finished; `names` are those of the optimizer's groups."""
+    norms, step, losses = meter.read(names), told.window.step + 1, told.losses
+    return Step(
+        step=step,
+        epoch=told.window.epoch,
+        loss=fsum(losses) / len(losses) if all(map(isfinite, losses)) else nan,
+        average=average,
+        learning_rates=dict(zip(names, told.rates, strict=False)),
+        gradient_norm=told.norm,
+        timing=timing_of(times, step - 1),
+        norms=norms,
+        memory=None if norms is None else memory_of(times.device),
+    )
+
+
+def timing_of(times: StepTimes, step: int) -> Timing | None:
+    """The times of `step`, the last one that is settled; None before there is one."""
+    if (found := times.last) is None or found.seconds <= 0:
+        return None
+    speed = found.flops / found.seconds if found.flops else None
+    return Timing(
+        step=step,
+        seconds=found.seconds,
+        parts={str(name): seconds for name, seconds in found.parts.items()},
+        pictures_per_second=found.num_pictures * times.num_processes / found.seconds,
+        tflops=None if speed is None else speed / 1e12,
+        mfu=None if speed is None or times.peak is None else speed / times.peak,
+    )
+
+
+def memory_of(device: torch.device) -> Memory:
+    """What is taken by now, and at most so far."""
+    is_cuda = device.type == "cuda"
+    return Memory(
+        card=torch.cuda.memory_allocated(device) if is_cuda else None,
+        card_peak=torch.cuda.max_memory_allocated(device) if is_cuda else None,
+        main_peak=peak_of_main_memory(),
+    )
+
+
+def peak_of_main_memory() -> int | None:
+    """Bytes; None where the system does not tell, as Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,176 @@
+"""Charts of the run: tensorboard and wandb, through accelerate's trackers."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from library.errors import UserError
+from library.options.config_file import read_toml
+from library.options.output.trackers import TrackerOptions
+from library.options.train import TrainOptions
+from library.training.reporting.sample_images import Drawn
+
+logger = logging.getLogger(__name__)
+
+NOT_LOGGED = {
+    "wandb_api_key",
+    "huggingface_token",
+    "pretrained_model_name_or_path",
+    "vae",
+    "tokenizer_cache_dir",
+    "train_data_dir",
+    "conditioning_data_dir",
+    "reg_data_dir",
+    "output_dir",
+    "logging_dir",
+}
+
+
+def tracker_kind(options: TrackerOptions) -> str | None:
+    """What accelerate calls the wanted tracker; None where nothing is logged.
+
+    Raises UserError where tensorboard has no folder, or where the package is missing.
+    """
+    kind = options.log_with
+    if kind is None:
+        kind = "tensorboard" if options.logging_dir else None
+    if kind in ("tensorboard", "all") and not options.logging_dir:
+        raise UserError(f"--log_with {kind} needs --logging_dir, the folder for tensorboard's files")
+    for package in ("tensorboard", "wandb"):
+        if kind == package and find_spec(package) is None:
+            raise UserError(f"--log_with {package} needs the package: pip install {package}")
+    return kind
+
+
+def run_folder(options: TrackerOptions) -> str | None:
+    """`<logging_dir>/<log_prefix><YYYYmmddHHMMSS>`."""
+    if not options.logging_dir:
+        return None
+    return str(Path(options.logging_dir) / f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}")
+
+
+def start_trackers(accelerator: Any, options: TrainOptions) -> None:
+    """Open the trackers that `accelerator` was built with."""
+    trackers = options.trackers
+    if trackers.wandb_api_key is not None and find_spec("wandb") is not None:
+        import wandb
+
+        wandb.login(key=trackers.wandb_api_key)
+    init: dict[str, Any] = (
+        read_toml(Path(trackers.log_tracker_config), "--log_tracker_config") if trackers.log_tracker_config else {}
+    )
+    if trackers.wandb_run_name:
+        init.setdefault("wandb", {})["name"] = trackers.wandb_run_name
+    config = loggable_options(options) if trackers.log_config else None
+    silence_tensorboard_thread()
+    try:
+        accelerator.init_trackers(trackers.log_tracker_name or "network_train", config=config, init_kwargs=init)
+    except OSError as error:
+        logger.warning("--logging_dir %s: charts are off, it cannot be written: %s", trackers.logging_dir, error)
+        accelerator.trackers = []
+
+
+def loggable_options(options: TrainOptions) -> dict[str, int | float | str | bool]:
+    """Every option as charts may show it: without secrets and paths."""
+    flat: dict[str, int | float | str | bool] = {}
+    for group in fields(options):
+        values = getattr(options, group.name)
+        for f in fields(values):
+            if f.name not in NOT_LOGGED:
+                value = getattr(values, f.name)
+                flat[f.name] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat
+
+
+def silence_tensorboard_thread() -> None:
+    """Print no traceback of tensorboard's writing thread: `Charts` gets the same error and tells it."""
+    plain = threading.excepthook
+
+    def report(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            plain(failure)
+
+    threading.excepthook = report
+
+
+class Charts:
+    """Sends the values of a step to the trackers; costs nothing where there are none.
+
+    A tracker that fails, on a full disk or without a network, is given up with one warning: charts never end a run.
+    """
+
+    def __init__(self, accelerator: Any, prefix: str = "", failed: set[str] | None = None) -> None:
+        """`prefix` stands before the names of all values; `failed` are names of trackers that are given up."""
+        self._accelerator, self._prefix = accelerator, prefix
+        self._failed: set[str] = set() if failed is None else failed
+
+    def named(self, label: str) -> "Charts":
+        """The same charts for one of several adapters, whose values have its label before their names."""
+        return Charts(self._accelerator, f"{label}/", self._failed) if label else self
+
+    @property
+    def are_on(self) -> bool:
+        return any(self._trackers())
+
+    def _trackers(self) -> Iterator[Any]:
+        return (tracker for tracker in self._accelerator.trackers if tracker.name not in self._failed)
+
+    @contextmanager
+    def _given_up_on_failure(self, tracker: Any) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each tracker has errors of its own, and none of them concerns the training
+            self._failed.add(tracker.name)
+            logger.warning(
+                "charts of %s are off from here on, training goes on: %s: %s", tracker.name, type(error).__name__, error
+            )
+            logger.debug("where it failed:", exc_info=error)
+
+    def log_step(self, values: Mapping[str, float], step: int, epoch: int) -> None:
+        """Values on the axis of optimizer steps; wandb keeps its own axis and gets step and epoch as values."""
+        self._log(values, step, step, epoch)
+
+    def log_epoch(self, values: Mapping[str, float], step: int, epoch: int) -> None:
+        """Values on the axis of epochs, counted from 1."""
+        self._log(values, epoch, step, epoch)
+
+    def _log(self, values: Mapping[str, float], x: int, step: int, epoch: int) -> None:
+        values = {f"{self._prefix}{name}": value for name, value in values.items()}
+        for tracker in self._trackers():
+            with self._given_up_on_failure(tracker):
+                if tracker.name == "wandb":
+                    tracker.log({**values, "global_step": step, "epoch": epoch})
+                else:
+                    tracker.log(values, step=x)
+
+    def log_pictures(self, pictures: Sequence[Drawn], step: int, epoch: int) -> None:
+        """Pictures as `sample_<index>` on the axis of steps; wandb shows the prompt beneath."""
+        for tracker in self._trackers() if pictures else ():
+            with self._given_up_on_failure(tracker):
+                if tracker.name == "wandb":
+                    import wandb
+
+                    shown = {
+                        f"{self._prefix}sample_{one.index}": wandb.Image(one.image, caption=one.prompt.text)
+                        for one in pictures
+                    }
+                    tracker.log({**shown, "global_step": step, "epoch": epoch})
+                else:
+                    images = {f"{self._prefix}sample_{one.index}": np.asarray(one.image)[None] for one in pictures}
+                    tracker.log_images(images, step=step, dataformats="NHWC")
+
+    def close(self) -> None:
+        """Write what is still buffered, and end the processes of the run."""
+        for tracker in self._trackers():
+            with self._given_up_on_failure(tracker):
+                tracker.finish()
+        self._accelerator.trackers = []
+        self._accelerator.end_training()

@@ -1,0 +1,105 @@
+"""--dry_run: everything up to the first step, on the largest batch, and what it needs; nothing is written."""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from library.errors import UserError
+from library.formatting import format_bytes
+from library.options.train import TrainOptions
+from library.training.failures.out_of_memory import (
+    Sizes,
+    bytes_of,
+    explained,
+    memory_figures,
+    reset_peak,
+    sizes_of,
+)
+from library.training.loop.stacked_step import backward_together
+from library.training.planning.advice import ways_out
+from library.training.run_parts import Run
+from library.training.saving.checkpoints import Writer
+from library.training.step.losses import describe_shape, loss_of, noised_of, start_batch
+from library.types import Batch
+
+logger = logging.getLogger(__name__)
+
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
+
+
+def without_writing(options: OptionsT) -> OptionsT:
+    """The options of a dry run: caches stay in memory, no charts, no uploads; it begins at the first step."""
+    in_memory = {"cache_latents_to_disk": False, "cache_text_encoder_outputs_to_disk": False}
+    silent = {"logging_dir": None, "log_with": None, "huggingface_repo_id": None}
+    afresh = {"resume": None, "autoresume": False}
+    return options.with_values({**in_memory, **silent, **afresh})
+
+
+def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
+    """Train the batch at `place` of the first epoch for one step, and once more without a step; log what it needs.
+
+    `runs` are those of all adapters.
+
+    The second pass has the optimizer's memory beside it, so it shows the peak of training. Raises UserError where the
+    loss is not finite, OutOfMemoryError where memory runs out.
+    """
+    run = runs[0]
+    (batch,) = run.batches.of_epoch(1, [place], lambda place: 0, 0, False)
+    shape, sizes = describe_shape(batch), sizes_of(run)
+    logger.info("dry run: memory while loading and caching: %s", memory_figures(run.context.device))
+    doing, predicted = "training the largest batch (--dry_run)", partial(ways_out, runs, batch)
+    with explained(doing, run.options, run.context.device, shape, lambda: sizes, predicted):
+        loss = forward_and_backward(runs, batch, place)
+        for one in runs:
+            one.optimization.optimizer.step()
+            one.optimization.optimizer.zero_grad(set_to_none=True)
+        reset_peak(run.context.device)
+        started = time.perf_counter()
+        forward_and_backward(runs, batch, place)
+        seconds = time.perf_counter() - started
+    if not math.isfinite(loss):
+        noised_of(run.context, batch, place)  # which tells where the VAE gave it
+        raise UserError(f"--dry_run: the loss of the largest batch is {loss}; pictures: {', '.join(batch.keys)}")
+    report(run, writer, sizes, shape, loss, seconds)
+
+
+def forward_and_backward(runs: Sequence[Run], batch: Batch, place: int) -> float:
+    """One pass with gradients; gives the loss; of several adapters that of the first, or one that is not finite."""
+    if len(runs) > 1:
+        losses = [float(loss) for loss in backward_together(runs, batch, place, 1, 0)]
+        return next((loss for loss in losses if not math.isfinite(loss)), losses[0])
+    (run,) = runs
+    start_batch(run.context, place, 0)
+    loss = loss_of(run.context, batch, place)
+    torch.autograd.backward(loss)
+    return loss.item()
+
+
+def report(run: Run, writer: Writer, sizes: Sizes, shape: str, loss: float, seconds: float) -> None:
+    """The findings, a line each."""
+    plan, options = run.plan, run.options
+    logger.info("dry run: the largest batch has %s; its loss is %.4f", shape, loss)
+    logger.info(
+        "dry run: %d parameters are trained (%s); frozen are denoiser %s, text encoders %s, VAE %s",
+        sizes.num_trained,
+        format_bytes(bytes_of(run.context.network.module)),
+        format_bytes(sizes.denoiser),
+        format_bytes(sizes.text_encoders),
+        format_bytes(sizes.vae) if sizes.vae else "none: latents are cached",
+    )
+    logger.info("dry run: memory of a step: %s", memory_figures(run.context.device))
+    logger.info(
+        "dry run: %d steps in %d epochs of %d batches; forward and backward of the largest batch take %.2f s, so the "
+        "run takes up to %.1f min besides saving",
+        plan.max_train_steps,
+        plan.num_epochs,
+        plan.num_batches,
+        seconds,
+        seconds * plan.max_train_steps * options.run.gradient_accumulation_steps / 60,
+    )
+    logger.info("dry run: the adapter would be saved as %s; nothing was written", writer.names.of_end())

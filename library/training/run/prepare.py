@@ -1,0 +1,121 @@
+"""Puts a run together, in stages that each give a small frozen value; the order is the order of what needs what."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from library.checkpoints.weights import without_values
+from library.data.training_data import TrainingData, open_batches
+from library.errors import needing
+from library.memory.planner.gpus import peak_of
+from library.options.train import TrainOptions
+from library.processes import Processes
+from library.protocols import Architecture
+from library.training.evaluation.preview import texts_of, wanted_prompts
+from library.training.loop.prepared import Prepared
+from library.training.models.arithmetic import check_arithmetic
+from library.training.models.base_model import load_models
+from library.training.models.block_running import attach_adapter, choose_block_runner
+from library.training.models.check_batches import rehearse
+from library.training.models.compute import Compute
+from library.training.models.frozen_base import check_base, settle_base
+from library.training.models.graphs import check_graphs
+from library.training.reporting.console_lines import PictureCounts, announce_run
+from library.training.reporting.log_prefix import speaking_of
+from library.training.reporting.progress import Progress
+from library.training.reporting.step_times import StepTimes
+from library.training.reporting.trackers import Charts, start_trackers
+from library.training.run.run_events import plan_of
+from library.training.run.runs import Shared, Wanted, ready_to_start, run_of
+from library.training.saving.checkpoints import save_dtype
+from library.training.saving.resume import starting_steps
+from library.training.step.accumulation import Plan
+from library.training.sweep_record import SweepRecord
+from networks.core.protocol import side_by_side
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(
+    options: TrainOptions,
+    arch: Architecture,
+    seed: int,
+    data: TrainingData,
+    accelerator: Any,
+    processes: Processes,
+    adapters: Sequence[Wanted],
+    sweep: SweepRecord | None = None,
+) -> list[Prepared]:
+    """Load the models, attach the adapters, build what moves each of them, and put each where its state left it.
+
+    `options` and `seed` are those of what all `adapters` share: pictures, base model, plan. Raises UserError for
+    settings that only show here to be wrong, such as a network argument.
+    """
+    save_dtype(options.saving.save_precision)
+    require_same_data(data, processes)
+    compute = Compute.build(options.precision, processes.device)
+    plan = Plan.build(options.run, data.num_batches, processes.count)
+    first_steps = starting_steps([one.options for one in adapters], plan, [one.state for one in adapters])
+    check_base(options, arch)
+    check_graphs(options, arch, compute.device, processes)
+    check_arithmetic(options, arch, compute)
+    for one in adapters:
+        rehearse(one.options, arch, plan.max_train_steps)
+    prompts = wanted_prompts(options, arch) if processes.is_main else []
+    if prompts:
+        with needing("--sample_prompts draws pictures; give the VAE, or leave it out"):
+            without_values(arch.load).vae()
+    texts = texts_of(prompts, arch.preview.worded)
+    reader = options.network.network_module or ""
+    loaded = load_models(options, arch, seed, data, compute, texts, processes, reader)
+    settle_base(options, arch, loaded.models, compute, processes)
+    networks = []
+    for one in adapters:
+        with speaking_of(one.label):
+            networks.append(attach_adapter(one.options, one.seed, loaded.models, compute))
+    turns = None
+    if len(networks) > 1:
+        turns = side_by_side(networks, options.network.network_module or "")
+        logger.info("%s", told_turns(len(networks), turns.share_stacked(range(len(networks)))))
+    choose_block_runner(options, arch, loaded.models, networks)
+    times = StepTimes(compute.device, processes.count, peak_of(compute.device, compute.dtype))
+    batches = open_batches(data, loaded.latents, loaded.texts)
+    shared = Shared(arch, loaded, compute, processes, data, batches, plan, times, turns, sweep)
+    charts = Charts(accelerator)
+    prepared = []
+    for place, (one, network, first_step) in enumerate(zip(adapters, networks, first_steps, strict=True)):
+        with speaking_of(one.label):
+            run = run_of(one, network, shared, place)
+            prepared.append(ready_to_start(run, one, Progress(first_step), charts, prompts, loaded.prompts))
+    if processes.is_main:
+        start_trackers(accelerator, options)
+        counts = counts_of(prepared[0])
+        announce_run(plan, counts, data.batch_sizes, options.run.gradient_accumulation_steps)
+        for one, ready in zip(adapters, prepared, strict=True):
+            resumed_from = None if one.state is None else str(one.state.path)
+            one.events.emit(plan_of(ready.run, counts, ready.progress.step, resumed_from))
+    return prepared
+
+
+def told_turns(count: int, share: float) -> str:
+    """How `count` adapters compute, where a `share` of the layers has them in one product."""
+    if share == 1:
+        return f"{count} adapters share each pass of the base model; every layer computes them in one product"
+    return (
+        f"{count} adapters share each pass of the base model; {1 - share:.0%} of its adapted layers compute them one "
+        "after another: kinds other than LoRA, DoRA per input, LoRA-FA and DyLoRA, kernels larger than 1x1, adapters "
+        "with dropout, and layers that not all of them adapt"
+    )
+
+
+def counts_of(prepared: Prepared) -> PictureCounts:
+    data = prepared.run.data
+    return PictureCounts(data.num_train_images, prepared.validation.num_pictures, data.num_reg_images)
+
+
+def require_same_data(data: TrainingData, processes: Processes) -> None:
+    """Raise UserError where processes found different pictures: each would train its share of another epoch."""
+    if processes.count > 1:
+        found = data.identity
+        size = f"{found['num_pictures']} pictures in {found['num_batches']} batches"
+        processes.require_same("the dataset", f"{size} ({found['pictures']}, {found['captions']}, {found['settings']})")

@@ -1,0 +1,158 @@
+"""What a run tells of itself, from its first word to its last: --log_events and the report."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import torch
+
+from library.checkpoints.metadata import commit_hash
+from library.errors import UserError
+from library.launcher import launched_rank
+from library.options.train import TrainOptions
+from library.progress import listening
+from library.training.config_file import SECRETS
+from library.training.failures.interruption import Interrupted
+from library.training.report_page.writer import ReportWriter, earlier_record
+from library.training.reporting.console_lines import PictureCounts
+from library.training.reporting.event_stream import (
+    FLAG,
+    Events,
+    EventsOfAll,
+    JsonLines,
+    Sink,
+    WarningEvents,
+    open_event_file,
+    plain,
+)
+from library.training.reporting.events import Plan, Start
+from library.training.run_parts import Run
+from library.training.saving.checkpoints import Names
+from library.training.saving.resume import AlreadyComplete
+
+PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "bitsandbytes", "numpy", "pillow")
+HIDDEN = "***"
+
+
+@contextmanager
+def told(
+    adapters: Iterable[TrainOptions], command: Sequence[str] | None, warnings: WarningEvents
+) -> Iterator[EventsOfAll]:
+    """The events of a run, of each of its adapters, in its main process; the last one says how the block ended.
+
+    A run that is not stopped and not ended by an error is finished. With --log_events - standard output has events
+    alone, and what else would go there goes to standard error.
+    """
+    with ExitStack() as stack:
+        of_each = [(options, Events(open_sinks(options, stack))) for options in adapters]
+        events = EventsOfAll([one for _, one in of_each])
+        if not events.is_on:
+            warnings.tell(events)  # so that they are not kept
+            yield events
+            return
+        stack.callback(events.close)
+        stack.enter_context(listening(events.tell_progress))
+        for options, one in of_each:
+            one.emit(Start(without_secrets(command, options), given(options), versions()))
+        warnings.tell(events)
+        try:
+            yield events
+        except AlreadyComplete:
+            events.end("already complete")
+            raise
+        except Interrupted:
+            events.end("stopped")
+            raise
+        except BaseException as error:
+            events.end("error", told_error(error))
+            raise
+
+
+def open_sinks(options: TrainOptions, stack: ExitStack) -> list[Sink]:
+    """Who keeps the events; nobody in a dry run, which writes nothing, and in other processes than the main one."""
+    path, goes_on = options.reports.log_events, bool(options.state.resume or options.state.autoresume)
+    if launched_rank() != 0 or options.faults.dry_run or options.dataset.debug_dataset:
+        return []
+    sinks: list[Sink] = []
+    if path == "-":
+        if options.console.console_log_simple:
+            raise UserError(f"{FLAG} - and --console_log_simple both want standard output; leave one of them out")
+        sinks.append(JsonLines(sys.stdout, f"{FLAG} -", closes=False))
+        stack.enter_context(redirect_stdout(sys.stderr))
+    elif path:
+        sinks.append(open_event_file(Path(path), goes_on))
+    if not options.reports.no_report:
+        report = Names.build(options.saving).of_report()
+        sinks.append(ReportWriter(report, earlier_record(report) if goes_on else None))
+    return sinks
+
+
+def without_secrets(command: Sequence[str] | None, options: TrainOptions) -> list[str] | None:
+    """The words of a command line, keys and tokens hidden."""
+    if command is None:
+        return None
+    values = options.flat()
+    secrets = [str(values[name]) for name in SECRETS if values.get(name)]
+    words = []
+    for word in command:
+        name, equals, value = word.partition("=")
+        hidden = HIDDEN if word in secrets else f"{name}={HIDDEN}" if equals and value in secrets else word
+        words.append(hidden)
+    return words
+
+
+def given(options: TrainOptions) -> dict[str, Any]:
+    """Every option that is not at its default, without keys and tokens."""
+    values, defaults = options.flat(), type(options).defaults()
+    return {name: plain(v) for name, v in values.items() if v != defaults[name] and name not in SECRETS}
+
+
+def versions() -> dict[str, str]:
+    """What computes, as far as it is installed."""
+    found = {"python": python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    commit = commit_hash()
+    return found if commit is None else {"commit": commit, **found}
+
+
+def told_error(error: BaseException) -> str:
+    """An error in a line or a few, with what caused it."""
+    cause = f" ({told_error(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
+    return f"{error}{cause}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}{cause}"
+
+
+def plan_of(run: Run, counts: PictureCounts, first_step: int, resumed_from: str | None) -> Plan:
+    """What is known once everything is loaded."""
+    options, plan, context = run.options, run.plan, run.context
+    pictures: Mapping[str, int] = {"train": counts.train, "validation": counts.validation, "reg": counts.reg}
+    return Plan(
+        base_model=context.arch.name,
+        network=options.network.network_module or "",
+        num_trained=sum(p.numel() for p in context.network.trainable_parameters()),
+        seed=context.seed,
+        first_step=first_step,
+        resumed_from=resumed_from,
+        max_train_steps=plan.max_train_steps,
+        num_epochs=plan.num_epochs,
+        steps_per_epoch=plan.steps_per_epoch,
+        batch_sizes=run.data.batch_sizes,
+        accumulation=plan.accumulation,
+        pictures=pictures,
+        num_processes=run.processes.count,
+        device=name_of(context.device),
+        peak_flops=run.times.peak,
+        planned=run.events.planned,
+    )
+
+
+def name_of(device: torch.device) -> str:
+    """The card's name, else the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

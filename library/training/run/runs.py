@@ -1,0 +1,120 @@
+"""The run of one adapter, on models that all adapters share."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+from library.data.training_data import TrainingBatches, TrainingData
+from library.options.train import TrainOptions
+from library.processes import Processes
+from library.protocols import Architecture
+from library.training.evaluation.preview import Previews
+from library.training.evaluation.validation import Validation
+from library.training.loop.prepared import Prepared
+from library.training.models.base_model import LoadedModels
+from library.training.models.compute import Compute
+from library.training.models.graphs import fixed_steps
+from library.training.models.step_context import step_context
+from library.training.reporting.event_stream import Events
+from library.training.reporting.progress import Progress
+from library.training.reporting.step_events import NormMeter
+from library.training.reporting.step_times import StepTimes
+from library.training.reporting.trackers import Charts
+from library.training.run.optimization import build_optimization
+from library.training.run.shard_base_checks import preserves_in_step
+from library.training.run.writer import build_writer, go_on
+from library.training.run_parts import Run
+from library.training.saving.state import StateManifest
+from library.training.step.accumulation import Plan
+from library.training.sweep_record import SweepRecord
+from library.types import Conditioning, Prompt
+from networks.core.protocol import AdoptedNetwork, Turns
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One adapter that the run is to train; several of them share the base model and the batches (--sweep)."""
+
+    options: TrainOptions  # of its run alone
+    seed: int  # of the adapter, its noise and its dropout
+    state: StateManifest | None  # that it goes on from
+    events: Events
+    label: str = ""  # what it is called where there are others
+
+
+def wanted(options: TrainOptions, seed: int, state: StateManifest | None, events: Events, label: str = "") -> Wanted:
+    """An adapter of a run with this seed, which is its own too unless --sweep gives it another one.
+
+    All adapters are measured with the noise of the run's seed.
+    """
+    own = options.run.seed if label and options.run.seed is not None else seed
+    if own != seed and options.validation.validation_seed is None:
+        options = options.with_values({"validation_seed": seed})
+    return Wanted(options, own, state, events, label)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all adapters of a run have in common."""
+
+    arch: Architecture
+    loaded: LoadedModels
+    compute: Compute
+    processes: Processes
+    data: TrainingData
+    batches: TrainingBatches
+    plan: Plan
+    times: StepTimes
+    turns: Turns | None  # None where there is one adapter
+    sweep: SweepRecord | None
+
+
+def run_of(wanted: Wanted, network: AdoptedNetwork, shared: Shared, place: int) -> Run:
+    """The run of one adapter, the one at `place` among all."""
+    options, arch, compute = wanted.options, shared.arch, shared.compute
+    models = shared.loaded.models
+    optimization = build_optimization(options, network, models, shared.plan.max_train_steps, compute.device)
+    alone = nullcontext if shared.turns is None else partial(shared.turns.only, place)
+    context = step_context(options, arch, wanted.seed, shared.loaded, network, compute, alone)
+    context = replace(context, preserves_in_step=preserves_in_step(shared.data, models.spread))
+    return Run(
+        options=options,
+        processes=shared.processes,
+        data=shared.data,
+        batches=shared.batches,
+        plan=shared.plan,
+        context=context,
+        optimization=optimization,
+        times=shared.times,
+        events=wanted.events,
+        norms=NormMeter(wanted.events.is_on),
+        fixed=fixed_steps(options, context, optimization.optimizer),
+        label=wanted.label,
+        place=place,
+        turns=shared.turns,
+        sweep=shared.sweep,
+    )
+
+
+def ready_to_start(
+    run: Run,
+    wanted: Wanted,
+    progress: Progress,
+    charts: Charts,
+    prompts: Sequence[Prompt],
+    encoded: Mapping[str, Conditioning] | None,
+) -> Prepared:
+    """One adapter with everything that writes, draws and measures, where its state left it."""
+    state = wanted.state
+    charts = charts.named(run.label)
+    validation = Validation(run, charts)
+    writer = build_writer(run, progress, validation)
+    if not run.options.faults.dry_run:
+        writer.check_space()
+    if state is not None:  # after everything that has a memory is there, and before anything is drawn or measured
+        go_on(run, progress, validation, state)
+    is_drawing = run.processes.share(f"are there previews {run.label}", "yes" if prompts else "no") == "yes"
+    previews = Previews.build(run, charts, prompts, encoded, is_drawing)
+    resumed = state if state is not None and state.step == progress.step else None
+    return Prepared(run, progress, writer, charts, previews, validation, resumed)

@@ -1,0 +1,194 @@
+"""--selftest: whether the ways of saving memory that a run has chosen compute what the plain way computes.
+
+One batch is computed as the run will, noting what goes into each block and which gradient comes back to it. Then each
+block is computed again from that, alone and plainly: its weights copied past the ring, everything kept by autograd. So
+no more than one block is ever there twice, and a model that fits in no other way can be tested.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from library.errors import UserError
+from library.memory.blocks import BlockRunner
+from library.memory.frozen import frozen_layers
+from library.memory.offload.sharded import Shelved
+from library.memory.offload.streamed import Waiting
+from library.training.models.block_running import block_runner
+from library.training.run_parts import Run
+from library.training.step.losses import loss_of, start_batch
+from library.training.step.modes import eval_mode
+
+logger = logging.getLogger(__name__)
+
+MOST = 10.0  # times the noise floor: a wrong weight or a slot used too early is off by about as much as the gradient
+NUM_SHOWN = 3
+
+Gradients = dict[str, Tensor]
+
+
+@dataclass
+class Call:
+    """One run of one block: what went in, and the gradients of what came out, in main memory."""
+
+    block: nn.Module
+    inputs: tuple[Any, ...]
+    named: Mapping[str, Any]
+    gradients: dict[int, Tensor] = field(default_factory=dict)  # by place among the outputs
+
+    def note(self, place: int, gradient: Tensor) -> None:
+        """Keep the gradient of the output at that place."""
+        self.gradients[place] = gradient.cpu()
+
+
+@dataclass
+class Recorder:
+    """Runs blocks as another runner does, and notes the calls whose gradient is asked for."""
+
+    runner: BlockRunner
+    calls: list[Call] = field(default_factory=list)
+
+    def __call__(self, block: nn.Module, *inputs: Any, **named: Any) -> Any:
+        outputs = self.runner(block, *inputs, **named)
+        if torch.is_grad_enabled():
+            call = Call(block, *tree_map_only(Tensor, set_aside, (inputs, named)))
+            self.calls.append(call)
+            for place, output in enumerate(tree_flatten(outputs)[0]):
+                if isinstance(output, Tensor) and output.requires_grad:
+                    output.register_hook(partial(call.note, place))  # type: ignore[no-untyped-call]
+        return outputs
+
+
+def set_aside(value: Tensor) -> Tensor:
+    """A block's own input in main memory; what all blocks share, which carries no gradient, as it is."""
+    return value.detach().cpu().requires_grad_() if value.requires_grad else value
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How far a parameter's gradient is off, and how far rounding alone moves it, as shares of its size."""
+
+    name: str
+    error: float
+    floor: float
+
+    @property
+    def is_wrong(self) -> bool:
+        return not self.error <= MOST * self.floor  # NaN is wrong too
+
+
+def test_itself(run: Run) -> None:
+    """Compare the first batch's gradients in the run's mode with the plain ones. Raises UserError where they differ."""
+    context = run.context
+    network = context.network.module
+    (batch,) = run.batches.of_epoch(1, [0], lambda place: 0, 0, False)
+    recorder = Recorder(block_runner(run.options.memory))
+    context.arch.run_blocks_with(context.models.denoiser, recorder)
+    with context.alone(), eval_mode([network]):  # nothing is left to chance: the second pass is to see the same network
+        start_batch(context, 0, 0)
+        torch.autograd.backward(loss_of(context, batch, 0))
+        found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        for parameter in network.parameters():
+            parameter.grad = None
+        plain = gradients_of(run, recorder.calls, 0.0)
+        noisy = gradients_of(run, recorder.calls, torch.finfo(context_dtype(run)).eps / 2)
+    context.arch.run_blocks_with(context.models.denoiser, block_runner(run.options.memory))
+    inside = {name: found[name] for name in plain if name in found}
+    report([compare(name, gradient, plain[name], noisy[name]) for name, gradient in inside.items()], recorder.calls)
+
+
+def context_dtype(run: Run) -> torch.dtype:
+    """The number format of the arithmetic."""
+    with run.context.autocast():
+        device = run.context.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+
+
+def gradients_of(run: Run, calls: Sequence[Call], noise: float) -> Gradients:
+    """The gradients of the adapter's parameters in the blocks, each block run plainly from what it was given.
+
+    `noise` moves inputs and gradients by random shares of themselves, up to that: what rounding does to them.
+    """
+    device, generator = run.context.device, torch.Generator().manual_seed(0)
+    parameters = {name: p for name, p in run.context.network.module.named_parameters() if p.requires_grad}
+    total: Gradients = {}
+
+    def given(value: Tensor) -> Tensor:
+        if not value.requires_grad:
+            return value
+        return moved(value.detach(), noise, generator).to(device).requires_grad_()
+
+    for call in calls:
+        inputs, named = tree_map_only(Tensor, given, (call.inputs, call.named))
+        with plain_weights(call.block, device), run.context.autocast():
+            outputs = tree_flatten(call.block(*inputs, **named))[0]
+            ends = [outputs[place] for place in call.gradients]
+            starts = [moved(gradient, noise, generator).to(device) for gradient in call.gradients.values()]
+            if not ends:
+                continue
+            gradients = torch.autograd.grad(ends, list(parameters.values()), starts, allow_unused=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                total[name] = total[name] + gradient if name in total else gradient
+    return total
+
+
+def moved(value: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """A value with each number changed by a random share of itself, up to `noise`."""
+    if not noise or not value.is_floating_point():
+        return value
+    shares = 2 * torch.rand(value.shape, generator=generator) - 1
+    return (value.float() * (1 + noise * shares)).to(value.dtype)
+
+
+@contextmanager
+def plain_weights(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let the layers of a block that waits elsewhere have copies of their weights, which nothing else uses."""
+    waiting = {layer: layer.handle for layer in frozen_layers(block) if isinstance(layer.handle, Waiting | Shelved)}
+    try:
+        for layer, handle in waiting.items():
+            layer.handle = partial(dict, handle.copied(device))
+        yield
+    finally:
+        for layer, handle in waiting.items():
+            layer.handle = handle
+
+
+def compare(name: str, found: Tensor, plain: Tensor, noisy: Tensor) -> Finding:
+    """Both as shares of the size of the plain gradient."""
+    size = plain.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
+    error = float((found.float() - plain.float()).norm() / size)
+    return Finding(name, error, float((noisy.float() - plain.float()).norm() / size))
+
+
+def report(findings: Sequence[Finding], calls: Sequence[Call]) -> None:
+    """Say what was found. Raises UserError where a gradient is off by more than rounding explains."""
+    if not findings:
+        logger.warning("self-test: no adapter of the denoiser's blocks has a gradient, so there is nothing to compare")
+        return
+    worst = sorted(findings, key=lambda finding: finding.error / max(finding.floor, 1e-30), reverse=True)
+    wrong = [finding for finding in findings if finding.is_wrong]
+    lines = [f"{one.name}: off by {one.error:.1e}, rounding alone by {one.floor:.1e}" for one in worst[:NUM_SHOWN]]
+    if wrong:
+        raise UserError(
+            f"--selftest: {len(wrong)} of {len(findings)} gradients in {len(calls)} blocks are not those of the plain "
+            f"mode: {'; '.join(lines)}. Train without --blocks_to_swap, --shard_base, --base_format or "
+            "--gradient_checkpointing, and report this: it is a fault of the program or of the card's memory"
+        )
+    logger.info(
+        "self-test: %d gradients in %d blocks are those of the plain mode: off by %.1e at most, where rounding alone "
+        "is off by %.1e",
+        len(findings),
+        len(calls),
+        max(finding.error for finding in findings),
+        max(finding.floor for finding in findings),
+    )
+    for line in lines:
+        logger.debug("self-test: %s", line)

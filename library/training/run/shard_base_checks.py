@@ -1,0 +1,88 @@
+"""--shard_base: what does not go with it, and whether all processes go in step."""
+
+import logging
+from typing import TypeVar
+
+from library.data.training_data import TrainingData
+from library.errors import UserError
+from library.launcher import fsdp_version
+from library.memory.offload.sharded import Spread
+from library.options.leco import REFUSED
+from library.options.train import TrainOptions
+from library.processes import Processes
+from library.training.step.losses import PRESERVATION
+from networks.core.protocol import OURS
+
+logger = logging.getLogger(__name__)
+
+OptionsT = TypeVar("OptionsT", bound=TrainOptions)
+
+
+def as_launched(options: OptionsT) -> OptionsT:
+    """The options with --shard_base where accelerate is configured for FSDP2, which asks for the same.
+
+    Raises UserError for FSDP 1; to be called before accelerate is set up, which has errors of its own for it.
+    """
+    if fsdp_version() == 1:
+        raise UserError(
+            "accelerate is configured for FSDP 1, which spreads a model that is trained; the base model is frozen here "
+            "and the adapter is small: run `accelerate config` again with FSDP version 2, which means --shard_base, or "
+            "give --multi_gpu to accelerate launch"
+        )
+    if fsdp_version() != 2 or options.distributed.shard_base:
+        return options
+    logger.info("accelerate is configured for FSDP2: --shard_base spreads the frozen base model over the processes")
+    return options.with_values({"shard_base": True})
+
+
+def settled_sharding(options: OptionsT, processes: Processes) -> OptionsT:
+    """The options with the number of processes that share the base model in --shard_group, if it is spread at all.
+
+    Raises UserError, before anything is read, where --shard_base cannot be had; warns where it does nothing.
+    """
+    wanted = options.distributed
+    if not wanted.shard_base:
+        return options
+    if options.concepts is not None:  # that accelerate's FSDP2 asks for it is not known earlier
+        raise UserError(f"accelerate is configured for FSDP2, which means --shard_base: {REFUSED['shard_base']}")
+    if processes.count == 1:
+        logger.warning("--shard_base has no effect with one process; accelerate launch --num_processes 2 starts two")
+        return options.with_values({"shard_base": False, "shard_group": None})
+    size = wanted.shard_group or processes.local_count
+    if size == 1:
+        raise UserError(
+            "--shard_base: each machine has one process, so nothing would be spread; --shard_group "
+            f"{processes.count} spreads the weights over all of them, through the network"
+        )
+    if processes.count % size:
+        sizes = [str(n) for n in range(2, processes.count + 1) if processes.count % n == 0]
+        raise UserError(
+            f"--shard_base: {processes.count} processes cannot be divided into groups of {size} that share the "
+            f"weights; use --shard_group {' or '.join(sizes)}"
+        )
+    if options.memory.blocks_to_swap:
+        raise UserError(
+            "--shard_base and --blocks_to_swap put the same weights at two places, spread over cards and in main "
+            "memory; leave one of them out"
+        )
+    reader = options.network.network_module or ""
+    if options.network.base_weights and not reader.startswith(OURS):
+        raise UserError(
+            f"--base_weights and --shard_base with --network_module {reader}: its networks are merged into whole "
+            "weights, which no process has; merge the files into the base model with tools/merge_lora.py first, or "
+            "use one of networks.*"
+        )
+    if options.compiling.is_on:
+        raise UserError(
+            "--shard_base: blocks whose weights come from other processes while they compute cannot be compiled; leave "
+            "out --compile and --torch_compile"
+        )
+    return options.with_values({"shard_group": size})
+
+
+def preserves_in_step(data: TrainingData, spread: Spread | None) -> bool:
+    """Whether every batch has to ask the base model alone, since one of another process may."""
+    if spread is None:
+        return False
+    subsets = [subset for dataset in data.config.datasets for subset in dataset.subsets]
+    return any(bool(subset.custom_attributes.get(PRESERVATION)) for subset in subsets)

@@ -1,0 +1,125 @@
+"""What a run writes and goes on from: its checkpoints and states."""
+
+import logging
+import secrets
+import time
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from library.checkpoints.metadata import RunFacts, base_file_metadata, training_metadata
+from library.options.training.averaging import FILES
+from library.training.evaluation.validation import Validation
+from library.training.evaluation.without_side_effects import shown_weights
+from library.training.models.network import network_keywords
+from library.training.optimization.lr_schedules import base_rates, follow_rates
+from library.training.reporting.progress import Part, Progress
+from library.training.run_parts import Run
+from library.training.saving.checkpoints import Names, Schedule, Writer
+from library.training.saving.hub import Uploads
+from library.training.saving.rescue import bytes_of_tensors
+from library.training.saving.resume import recorded_options, report_differences
+from library.training.saving.state import OptimizerState, Stateful, StateManifest, restore, save_state
+from library.training.sweep_record import PART
+
+logger = logging.getLogger(__name__)
+
+
+def stateful_parts(run: Run, progress: Progress, validation: Validation) -> dict[str, Stateful]:
+    """Everything besides the adapter that has a memory, by the name it has in a state."""
+    optimization = run.optimization
+    parts: dict[str, Stateful] = {
+        "optimizer": OptimizerState(optimization.optimizer, optimization.built.name),
+        "schedule": optimization.schedule,
+        "progress": progress,
+    }
+    if optimization.average is not None:
+        parts["average"] = optimization.average
+    if validation.is_on:
+        parts["validation"] = validation
+    if run.sweep is not None:
+        parts[PART] = run.sweep
+    return parts if optimization.scaler is None else {**parts, "scaler": optimization.scaler}
+
+
+def go_on(run: Run, progress: Progress, validation: Validation, state: StateManifest) -> None:
+    """Put the run where the state left it, at the step that --initial_step or --initial_epoch may have moved."""
+    first_step = progress.step
+    data, optimization = run.data, run.optimization
+    report_differences(state, run.options, data.identity_with_contents, run.processes.count, data.picture_paths)
+    rates = base_rates(optimization.optimizer)
+    restore(state, run.context.network.module, stateful_parts(run, progress, validation))
+    follow_rates(optimization.schedule, optimization.optimizer, rates)
+    progress.step = first_step
+    if first_step == state.step:
+        progress.done = set(state.done)
+    progress.average.keep_places_below(run.plan.num_batches)  # pictures may have gone since
+    logger.info("going on from %s at step %d of %d", state.path, first_step, run.plan.max_train_steps)
+
+
+def bytes_of_state(run: Run) -> int:
+    """About what a state takes: weights, buffers and the optimizer's memory, two tensors a weight before it has any."""
+    network = run.context.network
+    memory = [value for state in run.optimization.optimizer.state.values() for value in state.values()]
+    tensors = [value for value in memory if isinstance(value, Tensor)]
+    trained = network.trainable_parameters()
+    expected = () if tensors else 2 * trained
+    averaged = () if run.optimization.average is None else run.optimization.average.values or trained
+    return bytes_of_tensors([*network.module.state_dict().values(), *tensors, *expected, *averaged])
+
+
+def build_writer(run: Run, progress: Progress, validation: Validation) -> Writer:
+    """What writes the checkpoints; the base files are hashed in the background meanwhile."""
+    options, data, plan, built = run.options, run.data, run.plan, run.optimization.built
+    facts = RunFacts(
+        session_id=secrets.randbelow(2**32),
+        started_at=time.time(),
+        seed=run.context.seed,
+        num_train_images=data.num_train_images,
+        num_validation_images=validation.num_pictures,
+        num_reg_images=data.num_reg_images,
+        num_batches_per_epoch=plan.num_batches,
+        num_epochs=plan.num_epochs,
+        max_train_steps=plan.max_train_steps,
+        optimizer=built.name,
+        has_relative_step=built.has_relative_step,
+        network_args=network_keywords(options.network),
+        datasets=data.metadata(options, run.processes.count),
+    )
+    executor = ThreadPoolExecutor(1, thread_name_prefix="hash")
+    base_files = executor.submit(base_file_metadata, options)
+    executor.shutdown(wait=False)
+
+    def write_state(folder: Path, step: int, epoch: int, done: Collection[Part]) -> None:
+        save_state(
+            folder,
+            step=step,
+            epoch=epoch,
+            seed=run.context.seed,
+            num_processes=run.processes.count,
+            options=recorded_options(options),
+            dataset=data.identity_with_contents,
+            network=run.context.network.module,
+            keepers=stateful_parts(run, progress, validation),
+            done=done,
+        )
+
+    return Writer(
+        options=options,
+        is_main=run.processes.is_main,
+        names=Names.build(options.saving),
+        schedule=Schedule.build(options.saving, plan.num_epochs),
+        network=run.context.network,
+        architecture=run.context.arch.metadata,
+        metadata=training_metadata(options, run.context.arch.metadata, facts),
+        base_files=base_files,
+        saved_weights=lambda: shown_weights(run, FILES),
+        write_state=write_state,
+        uploads=Uploads(options.hub),
+        state_bytes=partial(bytes_of_state, run),
+        specs=run.context.arch.specs,
+        events=run.events,
+    )

@@ -1,0 +1,59 @@
+"""One adapted module."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from networks.core.changes.change import Change, Forward
+from networks.core.changes.forward_patch import give_forward_back, take_forward
+from networks.core.targets.targets import Site
+
+
+class Adapter:
+    """A change and the layer it acts on, `multiplier` times as strongly as the change says.
+
+    It takes the layer's forward while installed, so the base model's module tree, keys and hooks stay as they were.
+    """
+
+    def __init__(self, site: Site, change: Change, multiplier: float) -> None:
+        self.site = site
+        self.change = change
+        self.multiplier = multiplier
+        self._base_forward: Forward | None = None
+
+    @property
+    def is_installed(self) -> bool:
+        return self._base_forward is not None
+
+    def install(self) -> None:
+        """Take the layer's forward."""
+        assert not self.is_installed
+        self._base_forward = take_forward(self.site.module, self.forward)
+
+    def remove(self) -> None:
+        """Give the layer's forward back; what was installed later must be removed first."""
+        if self._base_forward is None:
+            return
+        give_forward_back(self.site.module, self.forward, self._base_forward, self.site.path)
+        self._base_forward = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer computes with the change; shapes and dtype are those of the layer alone."""
+        assert self._base_forward is not None
+        if self.multiplier == 0:
+            return self._base_forward(x)
+        # The plain method: the hooks of a run that looks for NaN are on the layer, which calls this.
+        return self.change.forward(x, self._base_forward, self.multiplier)
+
+    def merged(self) -> Mapping[str, Tensor]:
+        """What the layer's parameters become when the adapter is merged into them, by name."""
+        found = {}
+        for name in self.change.changed_parameters:
+            base = getattr(self.site.module, name)
+            assert isinstance(base, Tensor)
+            found[name] = self.merged_into(base, name)
+        return found
+
+    def merged_into(self, base: Tensor, name: str) -> Tensor:
+        """What `base` becomes, in place of the layer's own parameter of that name."""
+        return self.change.merged(base, self.multiplier, name)

@@ -1,0 +1,260 @@
+"""Changes that turn the inputs of a layer by an orthogonal matrix instead of adding to its weight: OFT, BOFT.
+
+Letters: O output features or channels, I input features or channels, h w kernel, N = I * h * w, F factors, D blocks,
+b block size, T everything but the last axis.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from networks.core.changes.alpha import NO_DROPOUT, SCALAR, Dropout
+from networks.core.changes.blocks import row_length
+from networks.core.changes.change import Forward, Misfit, check_kernel
+from networks.core.changes.dora import scale_outputs
+
+
+class Rotation(Protocol):
+    """An orthogonal matrix R of N x N in few numbers, whose names are the names in files.
+
+    R is a product of F factors, each with D blocks of b x b on its diagonal and with its inputs in another order, see
+    `turn`. D is N / b, or 1 where one block serves for all. Implementations are modules.
+    """
+
+    block_size: int
+    exact: tuple[str, ...]  # parameters that are never rounded to 16 bits: what they multiply would move with them
+
+    def angles(self, scalar: Tensor | float) -> Tensor:
+        """(F, D, b, b), skew-symmetric: `scalar` times the angles, of which the rotations are 1 + 2 angles + ..."""
+        ...
+
+    def turns(self, angles_FDbb: Tensor) -> Tensor:
+        """(F, D, b, b): the blocks that belong to these angles, less the identity."""
+        ...
+
+    def output_scales(self) -> Tensor | None:
+        """What each output is multiplied by; None where lengths stay as they are."""
+        ...
+
+    def start_moving(self) -> None:
+        """Draw what starts at zero: a trained strength of 0 holds the rotation at none instead (use_scalar)."""
+        ...
+
+    def scale_(self, ratio: Tensor, scalar: Tensor | float) -> None:
+        """Multiply angles, and how far scales are from 1, by a number."""
+        ...
+
+    def in_files(self, scalar: Tensor | float) -> Mapping[str, Tensor]:
+        """Its tensors with a trained strength multiplied in."""
+        ...
+
+
+class Turned(nn.Module):
+    """y = base(x R): W' = W R', so that the lengths of W's rows and the angles between them stay as they are.
+
+    A Linear layer or 1x1 convolution gets x R, and no matrix of the weight's size is made. The patches that a larger
+    kernel looks at would be h * w times its input, so there R turns the weight, which is not kept for the backward
+    pass. At strength s the weight is W + s (W' - W), as in sd-scripts.
+
+    While training, dropout leaves single blocks as the identity. There is no alpha.
+    """
+
+    changed_parameters = ("weight",)
+    fast_leaf = ""
+    scalar: nn.Parameter | None
+
+    def __init__(
+        self, layer: nn.Module | None, rotation: Rotation, drops: Dropout = NO_DROPOUT, has_scalar: bool = False
+    ) -> None:
+        """`layer` None is for merging alone."""
+        super().__init__()
+        assert isinstance(rotation, nn.Module)
+        for name, child in rotation.named_children():
+            self.add_module(name, child)
+        for name, parameter in rotation.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        object.__setattr__(self, "rotation", rotation)
+        object.__setattr__(self, "layer", layer if layer is None else check_kernel(layer))
+        self.rotation: Rotation
+        self.layer: nn.Module | None
+        self.drops = drops
+        self.register_parameter(SCALAR, nn.Parameter(torch.tensor(0.0)) if has_scalar else None)
+        if has_scalar:
+            rotation.start_moving()
+
+    def forward(self, x: Tensor, base: Forward, strength: float) -> Tensor:
+        """What the layer computes with the change; shapes and dtype are those of the layer alone."""
+        if self.training and self.drops.module > 0 and float(torch.rand(())) < self.drops.module:
+            return base(x)
+        with torch.autocast(x.device.type, enabled=False):
+            turns = self._drop(self._turns())
+        scales_O = self.rotation.output_scales()
+        if scales_O is None:
+            return self._turned(x, base, turns, strength)
+        assert self.layer is not None
+        out = scale_outputs(self._turned(x, base, turns, 1.0), scales_O, self.layer)
+        return out if strength == 1 else torch.lerp(alone := base(x), out.to(alone.dtype), strength)
+
+    def merged(self, base: Tensor, strength: float = 1.0, parameter: str = "weight") -> Tensor:
+        turns = self._turns()
+        num_columns, num_turned = base[0].numel(), turns.shape[1] * turns.shape[2]
+        scales_O = self.rotation.output_scales()
+        num_rows = len(base) if scales_O is None else len(scales_O)
+        if num_columns % turns.shape[2] or (turns.shape[1] > 1 and num_columns != num_turned) or num_rows != len(base):
+            raise Misfit("", (num_rows, num_turned), tuple(base.shape))
+        base = base.to(torch.promote_types(base.dtype, turns.dtype))
+        whole = turn_rows(base, turns.to(base))
+        if scales_O is not None:
+            whole = whole * scales_O.to(base).view(-1, *(1,) * (base.dim() - 1))
+        return whole if strength == 1 else base + strength * (whole - base)
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        return (self.rotation.block_size,)
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """The Frobenius norm of R - 1, to first order, and of how far scales are from 1."""
+        angles = self.rotation.angles(self._scalar)
+        square = angles.square().sum() * 4
+        if angles.shape[1] == 1 and self.layer is not None:
+            square = square * (row_length(self.layer) // angles.shape[2])  # the one block serves for all
+        scales_O = self.rotation.output_scales()
+        return (square if scales_O is None else square + (scales_O - 1).square().sum()).sqrt()
+
+    @torch.no_grad()
+    def scale_(self, ratio: Tensor) -> None:
+        self.rotation.scale_(ratio, self._scalar)
+
+    def leaves(self) -> Mapping[str, Tensor]:
+        """As in files: a trained strength is multiplied into the angles."""
+        return self.rotation.in_files(self._scalar)
+
+    @torch.no_grad()
+    def load(self, leaves: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of a file; a trained strength becomes 1."""
+        self.load_state_dict({**({} if self.scalar is None else {SCALAR: torch.ones(())}), **leaves})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Turned":
+        """Move or cast, without rounding what has to stay exact."""
+        exact = {name: self.get_parameter(name).detach() for name in self.rotation.exact}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, kept in exact.items():
+            if (parameter := self.get_parameter(name)).dtype.itemsize == 2:
+                parameter.data = kept.to(parameter.device)
+        return self
+
+    @property
+    def _scalar(self) -> Tensor | float:
+        return 1.0 if self.scalar is None else self.scalar
+
+    def _turns(self) -> Tensor:
+        return self.rotation.turns(self.rotation.angles(self._scalar))
+
+    def _drop(self, turns: Tensor) -> Tensor:
+        """Blocks left out for this call; a block that serves for all inputs is never."""
+        if not self.training or self.drops.neuron == 0 or turns.shape[1] == 1:
+            return turns
+        keep_FD = torch.rand(turns.shape[:2], device=turns.device) > self.drops.neuron
+        return turns * keep_FD[..., None, None].to(turns.dtype)
+
+    def _turned(self, x: Tensor, base: Forward, turns: Tensor, strength: float) -> Tensor:
+        """The layer with its inputs turned."""
+        if not isinstance(self.layer, nn.Conv2d):
+            return base(x + strength * change_of_turn(x, turns))
+        if self.layer.kernel_size == (1, 1):
+            pixels = x.movedim(1, -1)
+            return base(x + strength * change_of_turn(pixels, turns).movedim(-1, 1))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        turned: Tensor = _TurnedConv.apply(x, turns, self.layer, strength)  # type: ignore[no-untyped-call]
+        return turned
+
+
+def turn(x_TN: Tensor, turns: Tensor, is_transposed: bool = False) -> Tensor:
+    """x R, or x R' with `is_transposed`.
+
+    R is the product of P_i (1 + turns_i) P_i' from the last factor to the first, as in BOFT (Liu et al. 2024,
+    arXiv:2311.06243). P_0 is the identity. P_i deals out 2^(i + 1) neighbouring half blocks: what is far apart by 2^i
+    of them comes into one block. No matrix of N x N is made: the order changes by a transposition.
+    """
+    num_factors = len(turns)
+    for i in range(num_factors) if is_transposed else reversed(range(num_factors)):
+        blocks_Dbb = turns[i].mT if is_transposed else turns[i]
+        x_TN = x_TN + _unshuffle(_through(_shuffle(x_TN, blocks_Dbb, i), blocks_Dbb), blocks_Dbb, i)
+    return x_TN
+
+
+def change_of_turn(x_TN: Tensor, turns: Tensor) -> Tensor:
+    """x R - x. R is near the identity, and 16 bits hold this difference better than R."""
+    if not torch.is_autocast_enabled(x_TN.device.type):
+        turns = turns.to(x_TN.dtype)
+    if len(turns) == 1:
+        return _through(x_TN, turns[0])
+    return turn(x_TN, turns) - x_TN
+
+
+def turn_rows(weight: Tensor, turns: Tensor) -> Tensor:
+    """W R' of a weight (O, I) or (O, I, h, w), whose rows of N numbers are turned."""
+    return turn(weight.flatten(1), turns, is_transposed=True).view_as(weight)
+
+
+def _through(x_TN: Tensor, blocks_Dbb: Tensor) -> Tensor:
+    """Every b numbers of x through their block."""
+    parts = x_TN.reshape(*x_TN.shape[:-1], -1, blocks_Dbb.shape[-1])
+    if len(blocks_Dbb) == 1:
+        return (parts @ blocks_Dbb[0]).flatten(-2)
+    through: Tensor = torch.einsum("...db,dbc->...dc", parts, blocks_Dbb)
+    return through.flatten(-2)
+
+
+def _shuffle(x_TN: Tensor, blocks_Dbb: Tensor, i: int) -> Tensor:
+    """x P_i."""
+    half = blocks_Dbb.shape[-1] // 2
+    return x_TN if i == 0 else x_TN.reshape(*x_TN.shape[:-1], -1, 2, 2**i, half).transpose(-3, -2).flatten(-4)
+
+
+def _unshuffle(x_TN: Tensor, blocks_Dbb: Tensor, i: int) -> Tensor:
+    """x P_i'."""
+    half = blocks_Dbb.shape[-1] // 2
+    return x_TN if i == 0 else x_TN.reshape(*x_TN.shape[:-1], -1, 2**i, 2, half).transpose(-3, -2).flatten(-4)
+
+
+class _TurnedConv(torch.autograd.Function):
+    """A convolution with a turned weight, of which only the rotation and the input are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turns: Tensor, layer: nn.Conv2d, strength: float) -> Tensor:
+        ctx.save_for_backward(x, turns)
+        ctx.layer, ctx.strength = layer, strength
+        weight = _weight_between(layer, turns, strength).to(x.dtype)
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        x, turns = ctx.saved_tensors
+        layer: nn.Conv2d = ctx.layer
+        geometry: Any = (layer.stride, layer.padding, layer.dilation)
+        with torch.autocast(gradient.device.type, enabled=False), torch.enable_grad():
+            turns = turns.detach().requires_grad_()
+            weight = _weight_between(layer, turns, ctx.strength)
+            x_gradient = turns_gradient = None
+            if ctx.needs_input_grad[0]:
+                x_gradient = conv2d_input(x.shape, weight.detach().to(gradient.dtype), gradient, *geometry)  # type: ignore[no-untyped-call]
+            if ctx.needs_input_grad[1]:
+                of_weight = conv2d_weight(x, weight.shape, gradient, *geometry)  # type: ignore[no-untyped-call]
+                (turns_gradient,) = torch.autograd.grad(weight, turns, of_weight.to(weight.dtype))
+        return x_gradient, turns_gradient, None, None
+
+
+def _weight_between(layer: nn.Conv2d, turns: Tensor, strength: float) -> Tensor:
+    """W + strength (W R' - W) in the dtype of the rotation."""
+    weight = layer.weight.detach().to(turns.dtype)
+    turned = turn_rows(weight, turns)
+    return turned if strength == 1 else weight + strength * (turned - weight)

@@ -1,0 +1,103 @@
+"""Separate adapters for the projections that a base model has in one layer (split_qkv).
+
+Letters: O output features, I input features, R rank of one projection, N projections.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from networks.core.changes.change import factor, in_dtype_of
+from networks.core.changes.parameter_keys import ALPHA, DOWN, UP
+
+
+class SplitRank(nn.Module):
+    """dW of projection n = up[rows n] @ down[n R : (n + 1) R]: each has R channels of its own.
+
+    In memory `lora_down.weight` is (N R, I) and `lora_up.weight` (O, R), its rows those of the layer. In files the up
+    factor is (O, N R) with zeros outside the blocks, and alpha is N times as large: a plain LoRA of rank N R that every
+    program applies at the strength it was trained with. Both start as those of `LowRank` do.
+    """
+
+    has_core = False
+    is_whole = False
+    fast_leaf = UP
+
+    def __init__(self, layer: nn.Linear, rank: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        assert sum(widths) == layer.out_features, f"{widths} of {layer.out_features}"
+        self.rank = rank
+        self.widths = tuple(widths)
+        self.lora_down = nn.Linear(layer.in_features, rank * len(widths), bias=False, dtype=torch.float32)
+        self.lora_up = nn.Linear(rank, layer.out_features, bias=False, dtype=torch.float32)
+        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_up.weight)
+
+    def start_moving(self) -> None:
+        nn.init.kaiming_uniform_(self.lora_up.weight, a=math.sqrt(5))
+
+    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        weight = factor(self.lora_down)
+        x = in_dtype_of(weight, x)
+        return linear(x, weight if columns is None else weight * columns.to(weight.dtype))
+
+    def up(self, hidden: Tensor, base: Tensor) -> Tensor:
+        parts = hidden.chunk(len(self.widths), dim=-1)
+        ups = torch.split(factor(self.lora_up), list(self.widths))
+        return base + torch.cat([linear(h, up) for h, up in zip(parts, ups, strict=True)], dim=-1).to(base.dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return expand(factor(self.lora_up), self.widths), factor(self.lora_down)
+
+    def weight(self) -> Tensor:
+        up_ON, down_NI = self.factors()
+        return up_ON @ down_NI
+
+    def as_one(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The leaves in memory as one LoRA of all projections, which is what files hold."""
+        up_ON, alpha = expand(leaves[UP], self.widths), leaves[ALPHA] * len(self.widths)
+        return {**leaves, UP: up_ON, ALPHA: alpha}
+
+    def refusal(self, name: str, rank: int, source: str) -> str:
+        """Why the module `name` of a file, whose up factor has more than our blocks, cannot be taken over."""
+        return (
+            f"{name} is one adapter for all {len(self.widths)} projections of its layer in {source}; split_qkv trains "
+            "one for each. Set --network_args split_qkv=False to train it further as it is"
+        )
+
+    def apart(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The leaves of a file as they are in memory; None where its up factor has more than one block a projection."""
+        folded = fold(leaves[UP], self.widths)
+        if folded is None:
+            return None
+        num_channels = leaves[DOWN].shape[0]
+        alpha = float(leaves[ALPHA]) if ALPHA in leaves else float(num_channels)
+        return {**leaves, UP: folded, ALPHA: torch.tensor(alpha / len(self.widths), dtype=torch.float32)}
+
+
+def are_apart(leaves: Mapping[str, Tensor], widths: Sequence[int]) -> bool:
+    """Whether the LoRA of a file is one for each projection."""
+    return fold(leaves[UP], widths) is not None
+
+
+def expand(up_OR: Tensor, widths: Sequence[int]) -> Tensor:
+    """(O, R) as (O, N R): the rows of projection n in columns n R to (n + 1) R, zeros elsewhere."""
+    columns = [torch.zeros_like(up_OR) for _ in widths]
+    first = 0
+    for column, width in zip(columns, widths, strict=True):
+        column[first : first + width] = up_OR[first : first + width]
+        first += width
+    return torch.cat(columns, dim=1)
+
+
+def fold(up_ON: Tensor, widths: Sequence[int]) -> Tensor | None:
+    """What `expand` made, back as (O, R); None where there is something outside the blocks, or no N equal ranks."""
+    if up_ON.dim() != 2 or up_ON.shape[0] != sum(widths) or up_ON.shape[1] % len(widths):
+        return None
+    rank = up_ON.shape[1] // len(widths)
+    rows = torch.split(up_ON, list(widths))
+    folded = torch.cat([part[:, n * rank : (n + 1) * rank] for n, part in enumerate(rows)])
+    return folded if torch.equal(expand(folded, widths), up_ON) else None

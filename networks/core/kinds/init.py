@@ -1,0 +1,188 @@
+"""Where the factors of a LoRA start (network argument `init`), so that the file stays a plain LoRA of the base model.
+
+PiSSA and OLoRA start at a part of the layer's weight and train that part in place of it. Nothing is taken out of the
+base model here, since other programs have it whole: what the factors started as is subtracted from what they become.
+
+Letters: O output features or channels, I input features or channels, R rank, h w kernel, N = I * h * w,
+K = min(O, N).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from networks.core.arguments.values import OLORA, ORTHOGONAL, PISSA_WITH_ITERATIONS
+from networks.core.changes.change import Delta, factor, in_dtype_of
+from networks.core.changes.parameter_keys import ALPHA, DOWN, START, UP
+from networks.core.changes.svd import OVERSAMPLED
+from networks.core.kinds.lora import LowRank, add_product, run_like
+
+START_DOWN, START_UP = f"lora_down{START}", f"lora_up{START}"
+DAMPING = 10.0  # of PEFT's orthogonal factors
+
+
+class FromStart(nn.Module):
+    """dW = (up0 + up) @ (down0 + down) - up0 @ down0: factors that start at up0 and down0, a part of the weight.
+
+    `up` and `down` are the parameters, start at zero and are how far the factors have moved, so that the change starts
+    at exactly zero in every precision, nothing large is subtracted from anything large, and weight decay pulls towards
+    the base model. It is computed, and saved, as a LoRA of rank 2 R,
+
+        dW = [up | up0] @ [down0 + down ; down]
+
+    whose alpha in files is twice as large, so that alpha / rank is what it was trained with.
+    """
+
+    has_core = False
+    is_whole = False
+    fast_leaf = UP
+
+    def __init__(self, layer: nn.Module, rank: int) -> None:
+        """With starts of zero, to be filled by `begin_at` or from a file."""
+        super().__init__()
+        self.rank = rank
+        plain = LowRank(layer, rank)
+        self.lora_down, self.lora_up = plain.lora_down, plain.lora_up
+        for module in (self.lora_down, self.lora_up):
+            nn.init.zeros_(factor(module))
+            module.register_buffer("start", torch.zeros_like(factor(module)).detach())
+
+    @torch.no_grad()
+    def begin_at(self, up_OR: Tensor, down_RN: Tensor) -> None:
+        """Let the factors start as these; if there are fewer than R, the others start as those of a plain LoRA do."""
+        up, down = _start(self.lora_up), _start(self.lora_down)
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        up.flatten(1)[:, : up_OR.shape[1]] = up_OR.to(up)
+        down.flatten(1)[: down_RN.shape[0]] = down_RN.to(down)
+
+    def start_moving(self) -> None:
+        raise AssertionError("use_scalar is refused where factors start at a part of the weight")
+
+    def down(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        x = in_dtype_of(factor(self.lora_down), x)
+        return run_like(self.lora_down, x, self._down(), columns)
+
+    def up(self, hidden: Tensor, base: Tensor) -> Tensor:
+        return add_product(base, hidden, self._up())
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self._down(), self._up()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self._up().flatten(1), self._down().flatten(1)
+
+    def weight(self) -> Tensor:
+        up_OR, down_RN = self.factors()
+        return (up_OR @ down_RN).reshape(up_OR.shape[0], *factor(self.lora_down).shape[1:])
+
+    def as_one(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The leaves in memory as the LoRA of twice the rank that files hold."""
+        up, down = leaves[UP], leaves[DOWN]
+        return {
+            DOWN: torch.cat([leaves[START_DOWN] + down, down]),
+            UP: torch.cat([up, leaves[START_UP]], 1),
+            **{leaf: t for leaf, t in leaves.items() if leaf not in (DOWN, UP, START_DOWN, START_UP)},
+            ALPHA: leaves[ALPHA] * 2,
+        }
+
+    def apart(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The leaves of a file as they are in memory, float32; None where the file has another rank than twice ours."""
+        rank = leaves[DOWN].shape[0]
+        if rank != 2 * self.rank:
+            return None
+        first, moved = leaves[DOWN].float().chunk(2)
+        up, start = leaves[UP].float().chunk(2, 1)
+        alpha = float(leaves[ALPHA]) if ALPHA in leaves else float(rank)
+        return {
+            **leaves,
+            DOWN: moved, UP: up, START_DOWN: first - moved, START_UP: start,
+            ALPHA: torch.tensor(alpha / 2, dtype=torch.float32),
+        }  # fmt: skip
+
+    def refusal(self, name: str, rank: int, source: str) -> str:
+        """Why the module `name` of a file, of another rank than twice ours, cannot be taken over."""
+        return (
+            f"{name} has rank {rank} in {source}, but with --network_args init it has {2 * self.rank} in files, twice "
+            "the rank of the settings. Leave init out to train a plain LoRA further (its own weights are the start), "
+            "or set --network_dim to half the rank if it was trained with the same init"
+        )
+
+    def _down(self) -> Tensor:
+        moved = factor(self.lora_down)
+        return torch.cat([_start(self.lora_down) + moved, moved])
+
+    def _up(self) -> Tensor:
+        return torch.cat([factor(self.lora_up), _start(self.lora_up)], 1)
+
+
+def _start(module: nn.Module) -> Tensor:
+    start = module.start
+    assert isinstance(start, Tensor)
+    return start
+
+
+def starting_delta(init: str, layer: nn.Module, rank: int, scale: float) -> Delta:
+    """The change of a layer whose factors start as `init` says; `scale` is alpha / rank, which the start undoes.
+
+    The weight that is decomposed is the one that the layer computes with: of a base in 4 or 8 bits, what these stand
+    for. Raises UserError for a rank that the start cannot have.
+    """
+    if init == ORTHOGONAL:
+        return orthogonal(layer, rank)
+    delta = FromStart(layer, rank)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if not weight.is_meta:
+        weight_ON = weight.detach().flatten(1).float()
+        delta.begin_at(*(olora(weight_ON, rank) if init == OLORA else pissa(init, weight_ON, rank, scale)))
+    return cast(Delta, delta)
+
+
+def pissa(init: str, weight_ON: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(up_OR, down_RN), of which `scale` times the product is the best approximation of rank R (arXiv:2404.02948).
+
+    Both factors are of equal size. With `pissa_niter_4` the singular vectors come from random projections and so many
+    power iterations, which is a fraction of the work for large layers.
+    """
+    if (match := PISSA_WITH_ITERATIONS.fullmatch(init)) is not None:
+        num_vectors = min(rank + OVERSAMPLED, *weight_ON.shape)
+        u_OK, s_K, v_NK = torch.svd_lowrank(weight_ON, num_vectors, niter=int(match[1]))
+        v_KN = v_NK.T
+    else:
+        u_OK, s_K, v_KN = torch.linalg.svd(weight_ON, full_matrices=False)
+    u_OR, s_R, v_RN = u_OK[:, :rank], s_K[:rank], v_KN[:rank]
+    root_R = (s_R / scale).sqrt()
+    return u_OR * root_R, root_R[:, None] * v_RN
+
+
+def olora(weight_ON: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(up_OR, down_RN), the first columns and rows of the QR decomposition of the weight (arXiv:2406.01775)."""
+    q_OK, r_KN = torch.linalg.qr(weight_ON)
+    return q_OK[:, :rank], r_KN[:rank]
+
+
+@torch.no_grad()
+def orthogonal(layer: nn.Module, rank: int) -> Delta:
+    """A LoRA whose factors are both random and meet in no direction, so that their product starts at zero.
+
+    Down is made of half the rows of an orthogonal matrix, up of the other half, as PEFT does it; the product is zero
+    up to rounding, and nothing is subtracted. Raises UserError for an odd rank.
+    """
+    if rank % 2:
+        raise UserError(
+            f"--network_args init={ORTHOGONAL} needs even ranks, half for each factor, but a module has rank {rank}; "
+            f"set --network_dim (or the rank that this module has of --network_args) to {rank + 1}"
+        )
+    delta = LowRank(layer, rank)
+    down, up = factor(delta.lora_down), factor(delta.lora_up)
+    if not down.is_meta:
+        q_RR, _ = torch.linalg.qr(torch.randn(rank, rank))
+        down_NR = torch.randn(down[0].numel(), rank // 2) @ q_RR[0::2] / DAMPING
+        up_OR = torch.randn(rank // 2, len(up)).T @ q_RR[1::2] / DAMPING
+        down.copy_(down_NR.T.reshape(down.shape))
+        up.copy_(up_OR.reshape(up.shape))
+    return delta

@@ -1,0 +1,146 @@
+"""Several networks on the layers of one model: each acts on rows of its own, and the model itself runs once."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from networks.core.changes.adapter import Adapter
+from networks.core.changes.alpha import ScaledDelta
+from networks.core.changes.change import Forward
+from networks.core.changes.forward_patch import take_forward
+from networks.core.changes.random_states import Streams
+from networks.core.changes.stacked import can_be_stacked, stacked
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The adapters of one network."""
+
+    adapters: Sequence[Adapter]
+    draws: bool  # whether they leave something out at random, or add noise, in training
+
+
+class SideBySide:
+    """Says which networks act at a time, by their places in the list that was given.
+
+    Outside of `only` and `together` a layer refuses to run: nobody has said whose rows it gets.
+    """
+
+    def __init__(self, networks: Sequence[Beside]) -> None:
+        """Takes the forward of every layer that one of the networks, which are not installed, adapts."""
+        self.acting: tuple[int, ...] = ()
+        self.streams = Streams()
+        self.device = torch.device("cpu")
+        self.has_streams = False
+        layers: dict[nn.Module, dict[int, Adapter]] = {}
+        for place, network in enumerate(networks):
+            for adapter in network.adapters:
+                layers.setdefault(adapter.site.module, {})[place] = adapter
+        self.draws = tuple(network.draws for network in networks)
+        self.layers = [SharedLayer(layer, adapters, self) for layer, adapters in layers.items()]
+
+    @contextmanager
+    def only(self, place: int) -> Iterator[None]:
+        """In the block every row belongs to one network, and the numbers are those that it computes alone."""
+        with self._acting((place,)):
+            yield
+
+    @contextmanager
+    def together(self, seeds: Mapping[int, int], device: torch.device, draws: bool = True) -> Iterator[None]:
+        """In the block the first axis of every layer's input has as many equal parts as there are `seeds`.
+
+        They belong to the networks at these places, in this order, which draw from streams of these seeds, or all from
+        one where nothing depends on what is drawn (not `draws`).
+        """
+        self.device, self.has_streams = device, draws and any(self.draws[place] for place in seeds)
+        if self.has_streams:
+            self.streams.start(seeds, device)
+        with self._acting(tuple(seeds)):
+            yield
+
+    @contextmanager
+    def _acting(self, places: tuple[int, ...]) -> Iterator[None]:
+        before, self.acting = self.acting, places
+        try:
+            yield
+        finally:
+            self.acting = before
+
+    def share_stacked(self, places: Sequence[int]) -> float:
+        """How many of the layers compute the adapters of these networks in one product, as a share."""
+        return sum(layer.stack_of(tuple(places)) is not None for layer in self.layers) / len(self.layers)
+
+
+class SharedLayer:
+    """One layer of the base model and the adapters that several networks have for it."""
+
+    def __init__(self, layer: nn.Module, adapters: Mapping[int, Adapter], turns: SideBySide) -> None:
+        self._adapters, self._turns = adapters, turns
+        self._stacked: dict[tuple[int, ...], Sequence[ScaledDelta] | None] = {}
+        self._base: Forward = take_forward(layer, self.forward)
+
+    def stack_of(self, places: tuple[int, ...]) -> Sequence[ScaledDelta] | None:
+        """The changes of these networks, where one product computes all of them."""
+        if places not in self._stacked:
+            found = [self._adapters[place].change for place in places if place in self._adapters]
+            draws = any(self._turns.draws[place] for place in places)
+            is_possible = len(found) == len(places) and not draws and can_be_stacked(found)
+            self._stacked[places] = found if is_possible else None  # type: ignore[assignment]
+        return self._stacked[places]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer computes, each part of the rows with the change of its network."""
+        places = self._turns.acting
+        if len(places) == 1:
+            return self._part(places[0], x, self._base)
+        if not places:
+            raise RuntimeError("a layer that several adapters share runs, but nobody has said which of them act")
+        if len(x) % len(places):
+            raise RuntimeError(f"a layer runs {len(x)} rows, which are not those of {len(places)} adapters")
+        strengths = [self._strength(place) for place in places]
+        if not any(strengths):
+            return self._base(x)
+        if (changes := self.stack_of(places)) is not None:
+            return stacked(changes, x, self._base, strengths)
+        return self._one_by_one(places, x)
+
+    def _one_by_one(self, places: Sequence[int], x: Tensor) -> Tensor:
+        """The parts after each other; the layer itself runs once for those that only add to what it gives."""
+        count = len(places)
+        out = self._base(x) if any(self._adds(place) for place in places) else None
+        outs = [None] * count if out is None else list(out.chunk(count))
+        draws = any(self._turns.draws[place] for place in places if place in self._adapters)
+        has_streams = draws and self._turns.has_streams
+        streams = self._turns.streams.call(places, self._turns.device) if has_streams else nullcontext()
+        parts = []
+        with streams as call:
+            for place, part, done in zip(places, x.chunk(count), outs, strict=True):
+                base = self._base if done is None or not self._adds(place) else given(done)
+                with nullcontext() if call is None else call.of(place):
+                    parts.append(self._part(place, part, base))
+        return torch.cat(parts)
+
+    def _part(self, place: int, x: Tensor, base: Forward) -> Tensor:
+        """What one network makes of its rows."""
+        adapter = self._adapters.get(place)
+        if adapter is None or adapter.multiplier == 0:
+            return base(x)
+        return adapter.change.forward(x, base, adapter.multiplier)
+
+    def _strength(self, place: int) -> float:
+        return self._adapters[place].multiplier if place in self._adapters else 0.0
+
+    def _adds(self, place: int) -> bool:
+        """Whether a network leaves the layer's input as it is and adds to its output, if it does anything."""
+        adapter = self._adapters.get(place)
+        if adapter is None:
+            return True
+        return isinstance(adapter.change, ScaledDelta) and adapter.change.dora_scale is None
+
+
+def given(out: Tensor) -> Callable[[Tensor], Tensor]:
+    """A layer that has run already."""
+    return lambda x: out

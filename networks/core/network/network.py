@@ -1,0 +1,342 @@
+"""All adapters of one run."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from networks.core.arguments.parsing import NetworkArguments
+from networks.core.changes.adapter import Adapter
+from networks.core.changes.alpha import ScaledDelta
+from networks.core.changes.change import Change
+from networks.core.files.file_spelling import FileSpelling
+from networks.core.files.foreign_names import in_own_names
+from networks.core.files.reading_writing import load_into, network_tensors, read_adapters, save_network
+from networks.core.kinds.qkv_pieces import InRows, changes_in, fast_leaves
+from networks.core.network.multiplexer import Beside, SideBySide
+from networks.core.network.summary import describe_part, describe_rates
+from networks.core.protocol import Merging
+from networks.core.targets.rules import SiteSettings
+from networks.core.targets.targets import AdapterTargets
+
+logger = logging.getLogger(__name__)
+
+DENOISER_LR_NAME = "unet"
+TEXT_ENCODER_LR_NAME = "textencoder"
+ROUNDING = 1e-6  # a norm that was scaled to the limit is not above it
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter and where it belongs."""
+
+    adapter: Adapter
+    text_encoder: int | None  # index of the text encoder, None for the denoiser
+    allotment: SiteSettings
+
+
+StartStep = Callable[["AdapterNetwork", int, int], None]
+"""(network, seed, step) -> the network as it is in that optimizer step."""
+
+
+class AdapterNetwork(nn.Module):
+    """The adapters of one base model, by the names they have in files: what `create_network` gives.
+
+    Every method is part of the network protocol (networks/core/protocol.py).
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        targets: AdapterTargets,
+        arguments: NetworkArguments,
+        start_step: StartStep | None = None,
+        file: str = "",
+        spelling: FileSpelling | None = None,
+    ) -> None:
+        """`file` is the one that it was made of, for messages; `spelling` what its modules are called in files, where
+        these are other names than kohya's."""
+        super().__init__()
+        self.spelling = spelling
+        self.file = file
+        self.members = list(members)
+        self.targets = targets
+        self.arguments = arguments
+        self.start_step = start_step
+        self._untrained: list[nn.Parameter] = []  # those of groups without a learning rate
+        for member in self.members:
+            name = member.adapter.site.name
+            if name in self._modules:
+                raise UserError(f"two modules of the base model have the name {name} in files")
+            self.add_module(name, module_of(member.adapter))
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The adapters by name, text encoders first."""
+        return {member.adapter.site.name: member.adapter for member in self.members}
+
+    def changes(self) -> Iterator[Change]:
+        """The changes of all layers; of a layer whose rows are changed apart, each."""
+        return (change for member in self.members for change in changes_in(member.adapter.change))
+
+    def apply_to(
+        self, text_encoder: Any, unet: nn.Module, train_text_encoder: bool = True, train_unet: bool = True
+    ) -> None:
+        """Install the adapters of the sides that are trained; the other side is dropped and will not be saved."""
+        kept = [m for m in self.members if (train_unet if m.text_encoder is None else train_text_encoder)]
+        if not kept:
+            raise UserError(
+                "the adapter has no module left to train: --network_train_unet_only and "
+                "--network_train_text_encoder_only leave out every side that has some"
+            )
+        for member in self.members:
+            if member not in kept:
+                del self._modules[member.adapter.site.name]
+        self.members = kept
+        for member in kept:
+            member.adapter.install()
+        for line in describe(kept, self.targets):
+            logger.info(line)
+
+    def remove(self) -> None:
+        """Give every layer its own forward back."""
+        for member in reversed(self.members):
+            member.adapter.remove()
+
+    def put_beside(self, others: Sequence["AdapterNetwork"]) -> SideBySide:
+        """This network and others, all of them installed, on the layers of one model: each acts on its own rows."""
+        networks = [self, *others]
+        for network in reversed(networks):
+            network.remove()
+        return SideBySide([Beside([m.adapter for m in n.members], n.arguments.draws) for n in networks])
+
+    def merge_to(
+        self,
+        text_encoder: Any,
+        unet: nn.Module,
+        weights_sd: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Add the changes in `weights_sd` to the base weights, in float32, and keep those in `dtype`.
+
+        The products are computed on `device`. The network itself is not installed.
+        """
+        for part in self.merging(weights_sd, device):
+            weight = getattr(part.layer, part.parameter)
+            assert isinstance(weight, nn.Parameter)
+            with torch.no_grad():
+                merged = part.merged(weight).to(weight.device, dtype or weight.dtype)
+                if merged.dtype == weight.dtype:
+                    weight.copy_(merged)  # in place: the memory format stays, and with it the order of the sums
+                else:
+                    weight.data = merged
+
+    def merging(self, weights_sd: Mapping[str, Tensor], device: torch.device | str | None = None) -> Iterator[Merging]:
+        """The same parameter by parameter, for who has the values of the base model one at a time.
+
+        The layers of this network may be on the meta device.
+        """
+        for member in self.members:
+            make_room(module_of(member.adapter))
+        for line in load_into(self.adapters, weights_sd, f"--base_weights {self.file}".rstrip()).warnings():
+            logger.warning(line)
+        for member in self.members:
+            if device is not None:
+                module_of(member.adapter).to(device)
+            for name in member.adapter.change.changed_parameters:
+                merged = partial(member.adapter.merged_into, name=name)
+                yield Merging(member.adapter.site.module, name, merged)
+
+    def load_weights(self, file: str) -> str:
+        """Load a file; modules it lacks keep their start. Gives a sentence on what was loaded.
+
+        Raises UserError when nothing in the file fits, or when a rank differs.
+        """
+        has_pieces = any(isinstance(member.adapter.change, InRows) for member in self.members)
+        weights = in_own_names(read_adapters(file), self.targets.names, file, keeps_pieces=has_pieces)
+        report = load_into(self.adapters, weights, str(file))
+        for line in report.warnings():
+            logger.warning(line)
+        return report.summary()
+
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+        """Write the adapters whole or not at all: .safetensors with metadata and hashes, else a pickled table."""
+        tensors = network_tensors(self.adapters, dtype)
+        save_network(file, tensors if self.spelling is None else self.spelling.restore(tensors), metadata)
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """How strongly the changes act: 0 is the base model."""
+        for member in self.members:
+            member.adapter.multiplier = multiplier
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Nothing to do: adapters keep only what their layer's input already is, and R channels."""
+
+    def prepare_optimizer_params_with_multiple_te_lrs(
+        self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """Parameter groups and their names for the charts; groups without a learning rate are left out and frozen."""
+        rates = self._rates(text_encoder_lr, unet_lr, default_lr)
+        groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+        trained: set[nn.Parameter] = set()
+        for member in self.members:
+            allotment = member.allotment
+            rate = (rates(member) if allotment.lr is None else allotment.lr) * allotment.lr_factor
+            block = "" if allotment.block is None else f"_block{allotment.block}"
+            block += "" if allotment.expression is None else f" reg_lr_{allotment.expression}"
+            ratio = self._loraplus_ratio(member)
+            for name, parameter in module_of(member.adapter).named_parameters():
+                is_plus = ratio is not None and name in fast_leaves(member.adapter.change)
+                lr = rate * ratio if is_plus and ratio is not None else rate
+                if lr == 0:
+                    continue
+                key = (f"{_lr_name(member)}{block}{' plus' if is_plus else ''}", lr)
+                groups.setdefault(key, []).append(parameter)
+                trained.add(parameter)
+        self._untrained = [p for p in self.parameters() if p not in trained]
+        self._freeze_untrained()
+        made = [{"params": params, "lr": lr} for (_, lr), params in groups.items()]
+        names = _distinct([name for name, _ in groups])
+        if made:
+            logger.info(describe_rates(made, names))
+        return made, names
+
+    def prepare_optimizer_params(
+        self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """As above, with one learning rate for all text encoders."""
+        return self.prepare_optimizer_params_with_multiple_te_lrs(text_encoder_lr, unet_lr, default_lr)
+
+    def prepare_grad_etc(self, text_encoder: Any, unet: nn.Module) -> None:
+        """Switch gradients on for everything that has a learning rate."""
+        self.requires_grad_(True)
+        self._freeze_untrained()
+
+    def on_epoch_start(self, text_encoder: Any, unet: nn.Module) -> None:
+        """Dropout is on from here; previews and validation switch it off with eval()."""
+        self.train()
+
+    def on_optimizer_step_start(self, seed: int, step: int) -> None:
+        """Take up optimizer step `step` (from 0) of the run with this seed; called before each of its batches."""
+        if self.start_step is not None:
+            self.start_step(self, seed, step)
+
+    def on_noise_levels(self, levels_B: Tensor | None) -> None:
+        """Take the share of noise in each sample, 0 to 1, that the denoiser runs next; None for pictures.
+
+        With T-LoRA it decides which ranks act; without a level all of them do.
+        """
+        for change in self.changes():
+            if isinstance(change, ScaledDelta) and change.noise_ranks is not None:
+                change.noise_levels_B = levels_B
+
+    def looks_at_gradients(self) -> bool:
+        """Whether a change does something in `on_gradients`."""
+        return any(isinstance(change, ScaledDelta) and change.perturbation is not None for change in self.changes())
+
+    def on_gradients(self) -> None:
+        """Look at the gradients of an optimizer step, all batches and processes together, before they are clipped."""
+        for change in self.changes():
+            if isinstance(change, ScaledDelta):
+                change.note_gradients()
+
+    def get_trainable_params(self) -> list[nn.Parameter]:
+        """What the optimizer changes: the set whose gradient norm is limited."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def apply_max_norm_regularization(self, limit: float, device: torch.device | str) -> tuple[int, float, float]:
+        """What `limit_norms` does and gives, as numbers of the host."""
+        count, mean, maximum = self.limit_norms(limit).tolist()
+        return int(count), mean, maximum
+
+    @torch.no_grad()
+    def limit_norms(self, limit: float) -> Tensor:
+        """Scale changes whose Frobenius norm is above `limit` down to it (--scale_weight_norms).
+
+        Gives how many were scaled, and mean and maximum of the norms that all have afterwards. Norms of changes are at
+        multiplier 1, before DoRA's magnitudes; trained normalisation layers have none.
+        """
+        changes = [m.adapter.change for m in self.members if m.adapter.site.kind != "norm"]
+        if not changes:
+            return torch.zeros(3)
+        norms = torch.stack([change.norm() for change in changes])
+        ratios = torch.where(norms > limit * (1 + ROUNDING), limit / norms, 1.0)
+        for change, ratio in zip(changes, ratios, strict=True):
+            change.scale_(ratio)
+        after = norms * ratios
+        return torch.stack([(ratios < 1).sum().to(after.dtype), after.mean(), after.max()])
+
+    def _freeze_untrained(self) -> None:
+        for parameter in self._untrained:
+            parameter.requires_grad_(False)
+
+    def _rates(
+        self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None
+    ) -> Callable[[Member], float]:
+        """The learning rate of a member; a list that is too short is continued with its last value."""
+        listed = [text_encoder_lr] if isinstance(text_encoder_lr, (int, float)) else list(text_encoder_lr or [])
+        num_encoders = len(self.targets.text_encoders)
+        lost = listed[num_encoders:]
+        if set(lost) - set(listed[:num_encoders][-1:]):  # front ends write one value twice for all base models
+            logger.warning(
+                "--text_encoder_lr has %d values, but the base model has %d text encoder(s); %s has no effect",
+                len(listed), num_encoders, lost,
+            )  # fmt: skip
+
+        def rate(member: Member) -> float:
+            if member.text_encoder is None:
+                return float(default_lr or 0 if unet_lr is None else unet_lr)
+            if not listed:
+                return float(default_lr or 0)
+            return float(listed[min(member.text_encoder, len(listed) - 1)])
+
+        return rate
+
+    def _loraplus_ratio(self, member: Member) -> float | None:
+        """How much faster up factors are trained; 0 and nothing both leave it to the general ratio."""
+        arguments = self.arguments
+        own = arguments.loraplus_unet_lr_ratio
+        if member.text_encoder is not None:
+            own = arguments.loraplus_text_encoder_lr_ratio
+        return own or arguments.loraplus_lr_ratio or None
+
+
+def module_of(adapter: Adapter) -> nn.Module:
+    """The change as the module that it is."""
+    assert isinstance(adapter.change, nn.Module)
+    return adapter.change
+
+
+def make_room(change: nn.Module) -> None:
+    """Give parameters that came without values memory for those of a file: magnitudes of a layer that has none."""
+    for name, parameter in change.named_parameters(recurse=False):
+        if parameter.is_meta:
+            setattr(change, name, nn.Parameter(torch.zeros_like(parameter, device="cpu")))
+
+
+def describe(members: Sequence[Member], targets: AdapterTargets) -> Iterator[str]:
+    """Lines for each part of the base model: modules, ranks, alphas and how many numbers are trained."""
+    for index in dict.fromkeys(member.text_encoder for member in members):
+        adapters = [member.adapter for member in members if member.text_encoder == index]
+        part = "denoiser" if index is None else f"text encoder {index + 1}"
+        yield from describe_part(part, adapters, targets.block_list if index is None else None)
+
+
+def _lr_name(member: Member) -> str:
+    return DENOISER_LR_NAME if member.text_encoder is None else TEXT_ENCODER_LR_NAME
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Names of which none stands twice: the second of two equal ones gets a number."""
+    seen: dict[str, int] = {}
+    distinct = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        distinct.append(name if seen[name] == 1 else f"{name} {seen[name]}")
+    return distinct

@@ -1,0 +1,229 @@
+"""Rank, alpha and learning rate of one module, from the network arguments and the place of the module."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from library.errors import UserError
+from networks.core.arguments.parsing import NetworkArguments
+from networks.core.arguments.values import LrPreset, LrWeights
+from networks.core.targets.selection import Choices, Expressions
+from networks.core.targets.targets import AdapterTargets, BlockList, Part, Site
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CONV_ALPHA = 1.0
+NO_RANKS: Expressions[int] = Expressions()
+NO_RATES: Expressions[float] = Expressions()
+
+
+@dataclass(frozen=True)
+class SiteSettings:
+    """What one module gets; rank 0 leaves it alone."""
+
+    rank: int
+    alpha: float
+    lr_factor: float = 1.0
+    block: int | None = None  # set where blocks have learning rates of their own
+    lr: float | None = None  # of network_reg_lrs: it stands for the rate of the part
+    expression: int | None = None  # which entry of network_reg_lrs gave it
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """Ranks and alphas, one entry per numbered block of a U-Net."""
+
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    conv_ranks: tuple[int, ...]
+    conv_alphas: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LrFactors:
+    """One learning rate factor per numbered block; a block with 0 is not trained."""
+
+    layout: BlockList
+    factors: tuple[float, ...]
+
+    def of(self, path: str) -> tuple[float, int | None]:
+        """The factor of a module and its block; 1 outside all blocks."""
+        block = self.layout.index_of(path)
+        return (1.0, None) if block is None else (self.factors[block], block)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How ranks, alphas and learning rates are given out in one part of the base model."""
+
+    rank: int
+    alpha: float
+    conv_rank: int
+    conv_alpha: float
+    searches_conv_blocks: bool
+    layout: BlockList | None = None
+    blocks: BlockTable | None = None
+    lr_factors: LrFactors | None = None
+    choices: Choices | None = None
+    ranks_by_expression: Expressions[int] = NO_RANKS
+    rates_by_expression: Expressions[float] = NO_RATES
+
+    def classes(self, part: Part) -> tuple[str, ...]:
+        """The class names of the blocks that are searched."""
+        return part.blocks + (part.conv_blocks if self.searches_conv_blocks else ())
+
+    def allot(self, site: Site) -> SiteSettings:
+        """What one module gets. A block whose learning rate factor is 0 gets no adapters."""
+        return self.with_rate(site, *self._rank_and_alpha(site))
+
+    def with_rate(self, site: Site, rank: int, alpha: float) -> SiteSettings:
+        """What a module of known rank and alpha gets."""
+        expression, lr = self.rates_by_expression.find(site) or (None, None)
+        factor, block = (1.0, None) if self.lr_factors is None else self.lr_factors.of(site.path)
+        return SiteSettings(rank if factor else 0, alpha, factor, block, lr, expression)
+
+    def allot_norm(self, site: Site) -> SiteSettings | None:
+        """What a normalisation layer gets: a learning rate factor, None where its block is left alone."""
+        block = self.layout.index_of(site.path) if self.layout else None
+        if self.blocks is not None and block is not None and not self.blocks.ranks[block]:
+            return None
+        allotment = self.with_rate(site, 0, 0.0)
+        return allotment if allotment.lr_factor else None
+
+    def _rank_and_alpha(self, site: Site) -> tuple[int, float]:
+        if (matched := self.ranks_by_expression.find(site)) is not None:
+            return matched[1], self.alpha
+        rank, alpha = self._by_size_and_block(site)
+        if self.choices is None:
+            return rank, alpha
+        chosen = self.choices.rank_of(site, rank)
+        return chosen, alpha if chosen == rank else self.alpha
+
+    def _by_size_and_block(self, site: Site) -> tuple[int, float]:
+        block = self.layout.index_of(site.path) if self.layout and self.blocks else None
+        if self.blocks is None or block is None:
+            return (self.rank, self.alpha) if site.kind == "plain" else (self.conv_rank, self.conv_alpha)
+        if site.kind == "plain":
+            return self.blocks.ranks[block], self.blocks.alphas[block]
+        return self.blocks.conv_ranks[block], self.blocks.conv_alphas[block]
+
+
+def make_rules(
+    rank: int, alpha: float, arguments: NetworkArguments, targets: AdapterTargets, is_denoiser: bool
+) -> Rules:
+    """The rules of the denoiser or of a text encoder; what speaks of blocks acts on the denoiser only.
+
+    Raises UserError where a list does not fit the blocks of the base model.
+    """
+    layout = targets.block_list
+    conv_alpha = DEFAULT_CONV_ALPHA if arguments.conv_alpha is None else arguments.conv_alpha
+    return Rules(
+        rank=rank,
+        alpha=alpha,
+        conv_rank=arguments.conv_dim or 0,
+        conv_alpha=conv_alpha,
+        searches_conv_blocks=arguments.conv_dim is not None or arguments.conv_block_dims is not None,
+        layout=layout if is_denoiser else None,
+        blocks=make_block_table(rank, alpha, conv_alpha, arguments, layout) if is_denoiser else None,
+        lr_factors=make_lr_factors(arguments, layout) if is_denoiser else None,
+        choices=Choices(targets, arguments) if is_denoiser else None,
+        ranks_by_expression=Expressions(arguments.network_reg_dims or (), targets),
+        rates_by_expression=Expressions(arguments.network_reg_lrs or (), targets),
+    )
+
+
+def make_block_table(
+    rank: int, alpha: float, conv_alpha: float, arguments: NetworkArguments, layout: BlockList | None
+) -> BlockTable | None:
+    """Ranks and alphas per block; None when no argument speaks of blocks."""
+    if arguments.block_dims is None and not _factor_lists(arguments):
+        return None
+    num_blocks = len(_needed(layout, arguments).patterns)
+
+    def full(name: str, values: Sequence[float] | None, otherwise: float) -> tuple[float, ...]:
+        if values is None:
+            return (otherwise,) * num_blocks
+        if len(values) != num_blocks:
+            raise UserError(
+                f"--network_args {name} has {len(values)} entries; this base model needs {num_blocks}, one per block: "
+                f"{describe_blocks(_needed(layout, arguments))}"
+            )
+        return tuple(values)
+
+    return BlockTable(
+        ranks=tuple(int(r) for r in full("block_dims", arguments.block_dims, rank)),
+        alphas=full("block_alphas", arguments.block_alphas, alpha),
+        conv_ranks=tuple(int(r) for r in full("conv_block_dims", arguments.conv_block_dims, arguments.conv_dim or 0)),
+        conv_alphas=full("conv_block_alphas", arguments.conv_block_alphas, conv_alpha),
+    )
+
+
+def make_lr_factors(arguments: NetworkArguments, layout: BlockList | None) -> LrFactors | None:
+    """The factors of down_lr_weight, mid_lr_weight and up_lr_weight; those not above block_lr_zero_threshold are 0."""
+    if not _factor_lists(arguments):
+        return None
+    layout = _needed(layout, arguments)
+    pad = (1.0,) * layout.padding
+    factors = (
+        *pad,
+        *_side("down_lr_weight", arguments.down_lr_weight, layout.down),
+        *_side("mid_lr_weight", arguments.mid_lr_weight, layout.mid),
+        *_side("up_lr_weight", arguments.up_lr_weight, layout.up),
+        *pad,
+    )
+    return LrFactors(layout, tuple(f if f > arguments.block_lr_zero_threshold else 0.0 for f in factors))
+
+
+def preset_factors(preset: LrPreset, num_blocks: int) -> tuple[float, ...]:
+    """The curve of a preset: cosine falls from 1, sine rises from 0, linear and reverse_linear are straight."""
+    last = max(num_blocks - 1, 1)
+    steps = [i / last for i in range(num_blocks)]
+    curves = {
+        "sine": [math.sin(math.pi / 2 * t) for t in steps],
+        "cosine": [math.sin(math.pi / 2 * (1 - t)) for t in steps],
+        "linear": steps,
+        "reverse_linear": [1 - t for t in steps],
+        "zeros": [0.0] * num_blocks,
+    }
+    return tuple(value + preset.offset for value in curves[preset.name])
+
+
+def describe_blocks(layout: BlockList) -> str:
+    """The numbered blocks and what lies in each."""
+    return "; ".join(f"{i}: {pattern or 'nothing'}" for i, pattern in enumerate(layout.patterns))
+
+
+def _factor_lists(arguments: NetworkArguments) -> list[str]:
+    """The names of the given lists of learning rate factors."""
+    lists = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
+    return [name for name in lists if getattr(arguments, name) is not None]
+
+
+def _needed(layout: BlockList | None, arguments: NetworkArguments) -> BlockList:
+    if layout is None:
+        names = [*(["block_dims"] if arguments.block_dims is not None else []), *_factor_lists(arguments)]
+        raise UserError(f"--network_args {', '.join(names)}: this base model has no numbered blocks; leave it out")
+    return layout
+
+
+def _side(name: str, weights: LrWeights | None, num_blocks: int) -> tuple[float, ...]:
+    """The factors of one side: a list that is too short goes on with 1.
+
+    One number stands for all blocks of down and up, where sd-scripts takes none; for the middle it is a short list.
+    """
+    if weights is None:
+        return (1.0,) * num_blocks
+    if isinstance(weights, LrPreset):
+        return preset_factors(weights, num_blocks)
+    if any(weight != 1 for weight in weights[num_blocks:]):
+        raise UserError(f"--network_args {name} has {len(weights)} entries; there are {num_blocks} such blocks here")
+    if len(weights) > num_blocks:  # front ends have one form, of twelve entries, for all base models
+        logger.warning(
+            "--network_args %s has %d entries, of which the first %d count: there are no more such blocks here",
+            name, len(weights), num_blocks,
+        )  # fmt: skip
+        weights = weights[:num_blocks]
+    if len(weights) == 1 and name != "mid_lr_weight":
+        return weights * num_blocks
+    return weights + (1.0,) * (num_blocks - len(weights))

@@ -1,0 +1,137 @@
+"""What network arguments that one base model gives a meaning to say about its modules."""
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torch import nn
+
+from library.errors import UserError
+from networks.core.arguments.parsing import NetworkArguments
+from networks.core.arguments.values import Selection
+from networks.core.targets.targets import AdapterTargets, Filters, Part, Site, count_blocks, find_embedders, find_sites
+
+logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Expressions(Generic[Value]):
+    """(regular expression, value) of network_reg_dims or network_reg_lrs; the first that fits a module decides."""
+
+    entries: tuple[tuple[str, Value], ...] = ()
+    targets: AdapterTargets | None = None  # says whether they may be parts of names too, or must be whole paths
+
+    def find(self, site: Site) -> tuple[int, Value] | None:
+        """(number of the entry, its value), None where no expression fits."""
+        for number, (expression, value) in enumerate(self.entries):
+            if self._fits(expression, site):
+                return number, value
+        return None
+
+    def _fits(self, expression: str, site: Site) -> bool:
+        if self.targets is None:
+            return re.search(expression, site.name) is not None
+        is_path = re.fullmatch(expression, site.path) is not None
+        if is_path or self.targets.expressions == "path":
+            return is_path
+        return any(re.search(expression, name) for name in self.targets.spelled(site.name))
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Ranks by type of layer, ranks of embedders, and blocks left out, in the denoiser."""
+
+    targets: AdapterTargets
+    arguments: NetworkArguments
+
+    def rank_of(self, site: Site, rank: int) -> int:
+        """The rank of a module that has `rank` where no argument says otherwise; 0 in a block that is left out."""
+        for name, pattern in self.targets.block_choices.items():
+            match = re.search(pattern, site.path)
+            selection = self.arguments.of_model.get(name)
+            if match and isinstance(selection, Selection) and not selection.has(int(match[1])):
+                return 0
+        for name, pattern in self.targets.ranks.items():
+            if name in self.arguments.of_model and re.search(pattern, site.path):
+                return int(self.arguments.of_model[name])
+        return self._embedder_rank(site, rank)
+
+    def _embedder_rank(self, site: Site, rank: int) -> int:
+        """conv_dim goes before the argument of the embedders where one is a convolution."""
+        embedders = self.targets.embedders
+        if embedders is None or embedders.argument not in self.arguments.of_model:
+            return rank
+        number = embedders.index_of(site.path)
+        if number is None or (site.kind == "conv" and self.arguments.conv_dim is not None):
+            return rank
+        return int(self.arguments.of_model[embedders.argument][number])
+
+
+def chosen_sites(
+    part: Part, root: nn.Module, targets: AdapterTargets, arguments: NetworkArguments, classes: tuple[str, ...]
+) -> list[Site]:
+    """The modules below blocks of the given classes that no argument leaves out, and the embedders that are asked for.
+
+    Some of them may be given the rank 0.
+    """
+    classes += extra_classes(part, arguments)
+    sites = find_sites(part, root, classes, filters_of(arguments))
+    if part is not targets.denoiser:
+        return sites
+    subset = targets.subsets.get(arguments.of_model.get("train_blocks", "all"))
+    kept = [site for site in sites if subset is None or re.search(subset, site.path)]
+    embedders = targets.embedders
+    if embedders is None or embedders.argument not in arguments.of_model:
+        return kept
+    return kept + find_embedders(part, root, embedders, sites)
+
+
+def filters_of(arguments: NetworkArguments) -> Filters:
+    """What the patterns of a user leave out."""
+    return Filters(arguments.exclude_patterns, arguments.include_patterns, arguments.only_patterns)
+
+
+def all_sites(part: Part, root: nn.Module, targets: AdapterTargets) -> list[Site]:
+    """Every module that any argument could adapt."""
+    classes = part.blocks + part.conv_blocks + tuple(name for names in part.extra_blocks.values() for name in names)
+    sites = find_sites(part, root, classes, Filters(include=(".*",)))
+    if part is targets.denoiser and targets.embedders is not None:
+        sites += find_embedders(part, root, targets.embedders, sites)
+    return sites
+
+
+def extra_classes(part: Part, arguments: NetworkArguments) -> tuple[str, ...]:
+    """The classes of blocks that arguments add to the search."""
+    wanted = (names for argument, names in part.extra_blocks.items() if arguments.of_model.get(argument))
+    return tuple(name for names in wanted for name in names)
+
+
+def check_choices(targets: AdapterTargets, arguments: NetworkArguments, denoiser: nn.Module) -> None:
+    """Raise UserError for a choice that the base model does not have; warn of arguments that mean nothing to it."""
+    given = arguments.of_model
+    for name, pattern in targets.block_choices.items():
+        num_blocks = count_blocks(denoiser, pattern)
+        wanted = given[name].indices if name in given else None
+        if wanted and max(wanted) >= num_blocks:
+            raise UserError(
+                f"--network_args {name} names block {max(wanted)}, but the base model has {num_blocks} of them: "
+                f"0 to {num_blocks - 1}"
+            )
+    embedders = targets.embedders
+    if embedders is not None and len(given.get(embedders.argument, embedders.patterns)) != len(embedders.patterns):
+        raise UserError(
+            f"--network_args {embedders.argument} has {len(given[embedders.argument])} entries; it needs "
+            f"{len(embedders.patterns)}: {', '.join(p.replace(chr(92), '') for p in embedders.patterns)}"
+        )
+    subset = given.get("train_blocks", "all")
+    if targets.subsets and subset not in ("all", *targets.subsets):
+        raise UserError(
+            f"--network_args train_blocks={subset}: this base model has {', '.join(('all', *targets.subsets))}"
+        )
+    foreign = sorted(given.keys() - targets.arguments.keys())
+    foreign += ["split_qkv"] if arguments.split_qkv and not targets.fused else []
+    if foreign:
+        logger.warning("--network_args %s has no effect: it belongs to other base models", ", ".join(foreign))

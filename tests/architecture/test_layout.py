@@ -1,0 +1,172 @@
+"""Folders are layers: imports point down, and no two folders import each other, however indirectly."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PATHS = [path.relative_to(ROOT) for top in ("library", "networks") for path in sorted((ROOT / top).rglob("*.py"))]
+MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
+
+# Every folder, and every module that lies beside folders, from the bottom up. What stands in one line is one layer,
+# whose parts may import each other as long as there is no cycle. A longer name wins over a shorter one.
+LAYERS = (
+    ("library.errors", "library.suggestions", "library.formatting"),
+    ("library.types", "library.randomness", "library.collector", "library.hidden_libraries", "library.launcher"),
+    ("library.heartbeat", "library.progress", "library.processes"),
+    ("library.options",),
+    ("library.checkpoints",),
+    ("library.memory.small_convolutions", "library.memory.devices"),
+    ("library.memory.formats", "library.memory.offload", "library.memory"),
+    ("library.memory.planner",),
+    ("library.diffusion",),
+    ("networks.core.protocol",),
+    ("networks.core.arguments",),
+    ("networks.core.targets",),
+    ("networks.core.changes",),
+    ("networks.core.kinds",),
+    ("networks.core.files",),
+    ("networks.core.network",),
+    ("library.protocols",),
+    ("library.models",),
+    ("library.architectures.specs", "library.architectures.scripts"),
+    ("library.architectures",),
+    ("library.data.description",),
+    ("library.data.decoding",),
+    ("library.data.sources",),
+    ("library.data.plan",),
+    ("library.data.caching",),
+    ("library.data.batches",),
+    ("library.data.concepts",),
+    ("library.data.training_data", "library.data.debug_dataset"),
+    ("library.training.config_file", "library.training.sweep_record"),
+    ("library.training.step",),
+    ("library.training.optimization",),
+    ("library.training.report_page",),
+    ("library.training.reporting",),
+    ("library.training.run_parts",),
+    ("library.training.saving",),
+    ("library.training.failures",),
+    ("library.training.evaluation",),
+    ("library.training.models",),
+    ("library.training.loop",),
+    ("library.training.planning",),
+    ("library.training.run",),
+    ("library.training.sweep",),
+    ("library.training.command_line",),
+    ("library.training.offline",),
+)
+LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
+
+# Modules by which other programs import sd-scripts, and what --network_module and front ends name: they hold nothing of
+# their own, import anything, and nothing imports them.
+ENTRY_POINTS = {"library.train_util", "library.flux_train_utils", "library.huggingface_util", "library.utils"} | {
+    module for module in MODULES if module.startswith("networks.") and not module.startswith("networks.core")
+}
+PACKAGES = ("library", "networks", "networks.core", "library.data", "library.training")  # their __init__ is empty
+
+# Beyond the order: a layer that must not know one below it, except for the modules named.
+FORBIDDEN = {
+    "library.training": ("library.architectures", "library.models", "networks.core"),
+    "library.data": ("library.architectures", "library.models", "library.diffusion", "library.memory", "networks"),
+    "library.architectures": ("networks.core",),
+    "library.models": ("networks.core",),
+    "library.protocols": ("networks.core",),
+    "networks": ("library.architectures", "library.models", "library.memory", "library.diffusion", "library.options"),
+    "library.diffusion": ("library.checkpoints",),
+    "library.memory": ("library.options", "library.checkpoints", "library.types"),
+}
+EXCEPT = ("networks.core.protocol", "networks.core.targets.targets")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return the modules of the project that a file imports, inside functions and for type checking too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write the full path instead of a relative import"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in MODULES else str(node.module) for name in whole}
+    return {name for name in names if name in MODULES}
+
+
+IMPORTS = {module: imports_of(path) for module, path in MODULES.items()}
+
+
+def layer_of(module: str) -> str:
+    """Return the entry of LAYERS that a module belongs to."""
+    found = [part for part in LAYER if module == part or module.startswith(part + ".")]
+    assert found, f"{module} is in no layer; add its folder to LAYERS"
+    return max(found, key=len)
+
+
+def folders() -> dict[str, str]:
+    """Return the folder of each module; a module that lies beside folders stands for itself."""
+    parents = {path.parent for path in PATHS}
+    with_folders = {folder for folder in parents if any(folder in other.parents for other in parents)}
+    return {
+        module: module if path.parent in with_folders else ".".join(path.parent.parts)
+        for module, path in MODULES.items()
+    }
+
+
+def inside(module: str, parts: tuple[str, ...]) -> bool:
+    return any(module == part or module.startswith(part + ".") for part in parts)
+
+
+def layered() -> Iterator[str]:
+    yield from (module for module in MODULES if module not in ENTRY_POINTS and module not in PACKAGES)
+
+
+def test_no_folders_import_each_other_in_a_cycle() -> None:
+    folder = folders()
+    graph: dict[str, set[str]] = {name: set() for name in folder.values()}
+    for module, imported in IMPORTS.items():
+        graph[folder[module]] |= {folder[other] for other in imported} - {folder[module]}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        cycle = error.args[1]
+        lines = [
+            f"{module} imports {other}"
+            for module, imported in IMPORTS.items()
+            for other in imported
+            if folder[module] != folder[other] and folder[module] in cycle and folder[other] in cycle
+        ]
+        pytest.fail("\n".join([" <- ".join(cycle), *sorted(lines)]))
+
+
+@pytest.mark.parametrize("module", layered())
+def test_imports_point_down(module: str) -> None:
+    here = layer_of(module)
+    for other in IMPORTS[module] - set(PACKAGES):
+        assert other not in ENTRY_POINTS, f"{module} imports {other}, which is for other programs"
+        there = layer_of(other)
+        assert LAYER[there] <= LAYER[here], f"{module} ({here}) imports {other} from the layer above it ({there})"
+
+
+@pytest.mark.parametrize("module", layered())
+def test_layers_know_only_what_they_may(module: str) -> None:
+    for part, forbidden in FORBIDDEN.items():
+        if inside(module, (part,)):
+            found = {
+                other for other in IMPORTS[module] if inside(other, forbidden) and not inside(other, (part, *EXCEPT))
+            }
+            assert not found, f"{module} imports {sorted(found)}; {part} must not know {forbidden}"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("library.architectures.") and m.count(".") > 2])
+def test_no_base_model_imports_another(module: str) -> None:
+    own = ".".join(module.split(".")[:3])
+    others = {other for other in IMPORTS[module] if other.startswith("library.architectures.") and other.count(".") > 2}
+    assert all(inside(other, (own,)) for other in others), f"{module} imports {others}"
+
+
+def test_every_layer_exists() -> None:
+    for part in LAYER:
+        assert any(module == part or module.startswith(part + ".") for module in MODULES), part

@@ -1,0 +1,121 @@
+"""What is true of one base model is said in its package: outside of it nobody knows a model's name.
+
+The names are those on the specs, so a base model that is added is looked for too.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from library.architectures.specs import list_specs
+from library.checkpoints.base_model_spec import BaseModelSpec
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = ROOT / "library" / "architectures"
+FILES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for room in ("library", "networks", "tools")
+    for path in sorted((ROOT / room).rglob("*.py"))
+    if ARCHITECTURES not in path.parents or path.parent == ARCHITECTURES
+}
+TOO_SHORT = {"sd"}  # of packages: half the words of this field begin with it
+
+DOORS = "programs start or import it by this name"
+OPTIONS = "an option of sd-scripts that has a model in its name or is for one alone"
+MAY_NAME_MODELS = {
+    "library/flux_train_utils.py": DOORS,
+    "networks/lora_anima.py": DOORS,
+    "networks/lora_flux.py": DOORS,
+    "networks/lora_hunyuan_image.py": DOORS,
+    "networks/lora_lumina.py": DOORS,
+    "networks/lora_sd3.py": DOORS,
+    "networks/oft_flux.py": DOORS,
+    "networks/convert_flux_lora.py": DOORS,
+    "networks/convert_anima_lora_to_comfy.py": DOORS,
+    "networks/convert_hunyuan_image_lora_to_comfy.py": DOORS,
+    "networks/flux_extract_lora.py": DOORS,
+    "networks/flux_merge_lora.py": DOORS,
+    "networks/sdxl_merge_lora.py": DOORS,
+    "tools/merge_flux_lora.py": "a command of sd-scripts for one model, whose text encoders are files of their own",
+    "tools/convert_stable_diffusion.py": "a command of sd-scripts for one family, whose layouts it writes",
+    "tools/convert_diffusers20_original_sd.py": DOORS,
+    "tools/convert_diffusers_to_flux.py": "a command of sd-scripts for one model, whose layout it writes",
+    "tools/merge_sd3_safetensors.py": "a command of sd-scripts for one model, whose parts are files of their own",
+    "tools/cache_latents.py": OPTIONS,
+    "tools/prepare_metadata.py": OPTIONS,
+    "tools/cache_text_encoder_outputs.py": OPTIONS,
+    "tools/extract_lora_from_models.py": OPTIONS,
+    "tools/plan_memory.py": "the example of its help is a command line of one model",
+    "tools/make_toy_base.py": "makes a model of this kind for the quickstart",
+    "tools/toy_sampling.py": "draws with the model of the quickstart",
+    "library/options/model.py": OPTIONS,
+    "library/options/output/preview.py": OPTIONS,
+    "library/options/training/flow.py": OPTIONS,
+    "library/diffusion/timesteps.py": "schedules are called after the model or paper that they come from",
+    "library/memory/planner/counter.py": "a measurement says what it was made on",
+    "library/memory/planner/fakes.py": "a measurement says what it was made on",
+    "library/models/vae/flux.py": "a VAE that several models share is called after the one that it came with",
+    "library/models/identify.py": "tells a user that a file is of no model of a family that two packages share",
+    "library/models/unet/unet.py": "constants of a U-Net that two packages share, by generation",
+}
+
+
+def names_of(specs: tuple[BaseModelSpec, ...]) -> set[str]:
+    """Packages, and what specs and messages call a model, without numbers of versions."""
+    packages = {path.name for path in ARCHITECTURES.iterdir() if (path / "spec.py").is_file()} - TOO_SHORT
+    called = {spec.called.partition(" ")[2] for spec in specs} | {spec.title for spec in specs}
+    return packages | {spec.name for spec in specs} | {re.sub(r"[ .]?[\d.]+(\.x)?$| XL$", "", name) for name in called}
+
+
+def pattern_of(name: str) -> str:
+    """The name as a word, with or without separators, also at the beginning of a name of a class or a function."""
+    words = "[ _-]?".join(re.findall(r"[A-Za-z]+|\d+", name))
+    return rf"(?<![a-zA-Z])(?i:{words})(?!{'[0-9]' if name[-1].isdigit() else '[a-z]'})"
+
+
+PROGRAM = "stable-diffusion.cpp"
+WORDS = names_of(list_specs()) - {"SD"}
+NAMES = re.compile("|".join(pattern_of(name) for name in sorted(WORDS, key=len, reverse=True)))
+
+
+def found_in(path: str) -> list[str]:
+    return [match[0] for match in NAMES.finditer(f"{path}\n{FILES[path]}".replace(PROGRAM, ""))]
+
+
+@pytest.mark.parametrize(
+    "word", ["FluxOptions", "sdxl_model", "HunyuanImage", "is_flux", "SD3", "Stable Diffusion 1.x"]
+)
+def test_names_are_seen_in_every_spelling(word: str) -> None:
+    assert NAMES.search(word)
+
+
+@pytest.mark.parametrize("word", ["influx", "sd_model", "animal", "sd15.safetensors"])
+def test_other_words_are_left_alone(word: str) -> None:
+    assert not NAMES.search(word)
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_no_model_is_named_outside_of_its_package(path: str) -> None:
+    if path not in MAY_NAME_MODELS:
+        assert not found_in(path), "say it on the spec of that model, or in its package"
+
+
+@pytest.mark.parametrize("path", MAY_NAME_MODELS)
+def test_every_exception_is_still_one(path: str) -> None:
+    assert path in FILES and found_in(path), f"{path} names no model; take it off the list"
+
+
+@pytest.mark.parametrize("spec", list_specs(), ids=lambda spec: spec.name)
+def test_every_spec_names_a_script_that_is_there(spec: BaseModelSpec) -> None:
+    assert (ROOT / spec.script).is_file()
+    scripts = {path.name for path in ROOT.glob("*train_network.py")}
+    assert scripts == {other.script for other in list_specs()}
+
+
+@pytest.mark.parametrize("package", sorted(p.name for p in ARCHITECTURES.iterdir() if (p / "spec.py").is_file()))
+def test_no_package_names_the_package_of_another(package: str) -> None:
+    others = {path.name for path in ARCHITECTURES.iterdir() if (path / "spec.py").is_file()} - {package}
+    for path in (ARCHITECTURES / package).rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not [other for other in others if re.search(rf"architectures[./]{other}\b", text)], path

@@ -1,0 +1,28 @@
+"""Knots as everybody outside this package knows it."""
+
+from library.architectures.knots.adapters import NAMES, TARGETS
+from library.architectures.knots.assembly import RECIPE, build
+from library.architectures.knots.merging import open_base_model, seen_by_networks
+from library.architectures.knots.options import KnotsOptions
+from library.checkpoints.base_model_spec import GENERIC, KOHYA, NONE, BaseModelSpec, Reader, Sign
+
+SPECS = (
+    BaseModelSpec(
+        name="knots",
+        title="Knots 1",
+        called="a Knots",
+        script="knots_train_network.py",
+        options=KnotsOptions,
+        build=build,
+        checkpoint=(Sign(r"\bknots\.\d+\."),),
+        adapter=(Sign(r"_(transformer_)?knots_\d+_"),),
+        version=r"knots",
+        pipelines=("Knots",),
+        readers={"ComfyUI": Reader(KOHYA | GENERIC, NONE)},
+        names=NAMES,
+        network_arguments=TARGETS.arguments,
+        open_for_merging=open_base_model,
+        seen_by_networks=seen_by_networks,
+        adapter_metadata=RECIPE.of_checkpoint,
+    ),
+)
