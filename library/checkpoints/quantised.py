@@ -30,6 +30,7 @@ TILE_ROWS, TILE_COLUMNS = 128, 4  # of scales in the order in which tensor cores
 MODEL_PREFIX = re.compile(
     r"model\.diffusion_model\.|cond_stage_model\.|first_stage_model\.|vae\.|(?:text_encoders|conditioner\.embedders)\.\w+\."
 )
+PADDED_TO = {"nvfp4": 16, "mxfp8": 32}  # both sides of a matrix are filled up to a multiple
 HALVED = ("nvfp4",)  # formats with two values to a byte
 
 Config = Mapping[str, Any]
@@ -80,7 +81,8 @@ def with_quantised(weights: Weights) -> Weights:
         if kind is not None:
             size = turned_together(config) if config.get("convrot") else None
             kept[name] = Quantised(kind, size, codes_reader(weights, layer, scales[layer]))
-    return replace(weights, shapes=shapes, read=read, quantised=kept)
+    padded = {name: PADDED_TO[kind] for name, kind in formats.items() if kind in PADDED_TO}
+    return replace(weights, shapes=shapes, read=read, quantised=kept, padded_to=padded)
 
 
 def check_scales(weights: Weights, scales: Mapping[str, str], configs: Mapping[str, Config]) -> None:

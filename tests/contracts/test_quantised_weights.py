@@ -2,6 +2,8 @@
 
 `data/quantised_weights.safetensors` was made with comfy-kitchen 0.2.40: weights with an input 20 times as large as the
 others, what its quantisers make of them, and in `expected.<layer>` what its own decoders give.
+`data/quantised_padded_weights.safetensors`: the same of `QuantizedTensor`, for a weight that has to be padded, with
+scales in float8_e8m0fnu.
 """
 
 import json
@@ -25,6 +27,7 @@ from library.models.loading import materialise
 from tests.tolerances import FLOAT32_SAME_MATH
 
 FILE = Path(__file__).parent / "data" / "quantised_weights.safetensors"
+PADDED_FILE = FILE.with_name("quantised_padded_weights.safetensors")
 TENSORS = load_file(FILE)
 LAYERS = sorted(name.removeprefix("expected.") for name in TENSORS if name.startswith("expected."))
 STORED = {name: tensor for name, tensor in TENSORS.items() if not name.startswith("expected.")}
@@ -183,3 +186,15 @@ def test_without_a_form_all_weights_are_numbers(file: Path) -> None:
     model = materialise(Model(), open_checkpoint(file), torch.bfloat16)
     assert {type(module) for module in model.blocks[0].values()} == {nn.Linear}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("layer", ["mxfp8", "nvfp4"])
+def test_padding_is_cut_to_the_shape_of_the_model(layer: str, tmp_path: Path) -> None:
+    tensors = load_file(PADDED_FILE)
+    expected = tensors[f"expected.{layer}"]
+    save_file({k: t for k, t in tensors.items() if k.startswith(layer)}, tmp_path / "m.safetensors")
+    weights = open_checkpoint(tmp_path / "m.safetensors")
+    model = materialise(nn.ModuleDict({layer: linear(expected)}), weights, torch.float32)
+    torch.testing.assert_close(model[layer].weight.data, expected, **FLOAT32_SAME_MATH)
+    with pytest.raises(UserError, match=f"1 weights do not fit ModuleDict, the first is {layer}.weight"):
+        materialise(nn.ModuleDict({layer: linear(torch.empty(35, 33))}), weights, torch.float32)
