@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from library.checkpoints.compatibility import describe, readings
-from library.checkpoints.files import is_safetensors, read_header
+from library.checkpoints.files import is_safetensors
 from library.checkpoints.folders import remove_folder
 from library.checkpoints.metadata import file_metadata, modelspec_metadata
 from library.checkpoints.model_card import ModelCard
+from library.checkpoints.weights import open_safetensors
 from library.errors import UserError
 from library.options.output.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
@@ -399,11 +400,13 @@ def readers_line(cards: Sequence[ModelCard], path: Path) -> str | None:
     if not is_safetensors(path):
         return None
     try:
-        header = read_header(path)
+        weights = open_safetensors(path)
+        limits = [f"{key.removesuffix('.oft_blocks')}.alpha" for key in weights.shapes if key.endswith(".oft_blocks")]
+        alphas = {key: float(weights.read(key)) for key in limits if weights.shapes.get(key) == ()}
     except (OSError, ValueError) as error:  # a network of a third party may write what it likes
         return f"its keys cannot be read back: {error}"
-    found = readings(cards, {key: entry.shape for key, entry in header.tensors.items()}, header.metadata)
-    return f"{len(header.tensors)} keys, {describe(found)}" if found else None
+    found = readings(cards, weights.shapes, weights.metadata, alphas)
+    return f"{len(weights.shapes)} keys, {describe(found)}" if found else None
 
 
 def bytes_in_file(module: nn.Module, dtype: torch.dtype | None) -> int:
