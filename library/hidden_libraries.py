@@ -14,11 +14,11 @@ BITSANDBYTES = "bitsandbytes"
 
 @contextmanager
 def hidden(name: str) -> Iterator[None]:
-    """Let libraries that look for `name` in the block find none, unless it is loaded already.
+    """Let libraries that look for `name` in the block find none, unless it is loaded or diffusers has found it already.
 
     `show` ends this early. What a library found out in the block it remembers.
     """
-    if name not in sys.modules:
+    if name not in sys.modules and not is_found_by_diffusers(name):
         sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to say that there is none
     try:
         yield
@@ -30,6 +30,12 @@ def show(name: str) -> None:
     """Let it be found again: an optimizer may need bitsandbytes."""
     if name in sys.modules and sys.modules[name] is None:
         del sys.modules[name]
+
+
+def is_found_by_diffusers(name: str) -> bool:
+    """Return True if diffusers is loaded and found a library then: its later imports fail where that one is hidden."""
+    module = sys.modules.get("diffusers.utils.import_utils")
+    return module is not None and bool(getattr(module, f"is_{name}_available", bool)())
 
 
 def find_neither() -> None:

@@ -96,9 +96,9 @@ def judge(
     if lone and len(modules) > len(lone):
         warnings.append(f"alphas without weights, which change nothing: {some_keys(lone)}")
     name = base.name if base else None
-    return Report(
-        origin, name, count_dtypes(tensors), facts, by_block(facts), readings(specs, shapes, metadata), found, warnings
-    )
+    alphas = {key: float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha") and tensor.numel() == 1}
+    programs = readings(specs, shapes, metadata, alphas)
+    return Report(origin, name, count_dtypes(tensors), facts, by_block(facts), programs, found, warnings)
 
 
 def oddities(

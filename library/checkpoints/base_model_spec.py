@@ -114,6 +114,7 @@ class BaseModelSpec:
     checkpoint: tuple[Sign, ...]  # in the names of a single file; of a folder's U-Net they begin with "unet." here
     adapter: tuple[Sign, ...]  # in the keys of adapter files, with underscores for dots
     version: str  # pattern of how ss_base_model_version begins
+    architecture: str  # the same of modelspec.architecture
     pipelines: tuple[str, ...]  # how the class names of diffusers' pipelines begin
     readers: Mapping[Program, Reader]  # a program that is not there takes no adapters of it
     names: BaseNames  # what all programs call its modules

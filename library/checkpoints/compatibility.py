@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Literal
 
 from library.checkpoints.adapter_keys import AdapterKey, is_of_text_encoder, tells_no_model, underscored
@@ -61,23 +62,33 @@ class Reading:
 LOW_RANK = frozenset(("lora_down.weight", "lora_up.weight", "lora_A.weight", "lora_B.weight", "alpha"))
 NORM = frozenset(("w_norm", "b_norm"))
 OFT = frozenset(("oft_blocks", "rescale"))
+GLORA = frozenset(f"{side}{n}.weight" for side in "ab" for n in (1, 2))
+FULL = frozenset(("diff", "diff_b"))  # changes of whole weights and biases
+LOKR_CORE = "lokr_t2"
 OFT_PREFIX = "oft_unet_"  # of the names in files by networks.oft
 READ = re.compile(  # endings that programs look for
     r"lora_(?:down|up|mid|A|B)\.weight|alpha|dora_scale|w_norm|b_norm|hada_(?:w[12]_[ab]|t[12])"
-    r"|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks|rescale|lora_magnitude_vector(?:\.weight)?"
+    r"|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks|rescale|[ab][12]\.weight|diff(?:_b)?|lora_magnitude_vector(?:\.weight)?"
 )
 PEFT_MAGNITUDES = frozenset(("lora_magnitude_vector", "lora_magnitude_vector.weight"))  # of DoRA per output
 DIFFUSERS_LEAVES = LOW_RANK | PEFT_MAGNITUDES | {"dora_scale"}
 
 
 def readings(
-    specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]
+    specs: Sequence[BaseModelSpec],
+    shapes: Mapping[str, Sequence[int]],
+    metadata: Mapping[str, str],
+    alphas: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Reading, ...]:
-    """What each program does with an adapter file that has these keys; empty where the base model cannot be told."""
+    """What each program does with an adapter file that has these keys; empty where the base model cannot be told.
+
+    `alphas` has the values of `alpha` keys where they are known: those of OFT are limits, and 0 is none.
+    """
     spec = recognise_adapter(specs, shapes, metadata)
     if spec is None:
         return ()
-    content = Content(spec, tuple(parse(text, tuple(shape)) for text, shape in shapes.items()))
+    keys = tuple(parse(text, tuple(shape)) for text, shape in shapes.items())
+    content = Content(spec, keys, frozenset(key.module for key in keys if alphas.get(key.text) == 0))
     return tuple(read_by(program, content) for program in PROGRAMS)
 
 
@@ -104,6 +115,7 @@ class Content:
 
     spec: BaseModelSpec
     keys: tuple[Key, ...]
+    without_limit: frozenset[str]  # modules whose alpha is 0
 
     @cached_property
     def leaves(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
@@ -112,6 +124,15 @@ class Content:
         for key in self.keys:
             found.setdefault(key.module, {})[key.leaf] = key.shape
         return found
+
+    @cached_property
+    def strangers(self) -> frozenset[str]:
+        """Modules that the base model does not have."""
+        return frozenset(module for module in self.leaves if self.spec.names.find(module) is None)
+
+    def is_lone(self, key: Key) -> bool:
+        """Return True for the alpha of a module that has no weights."""
+        return self.leaves[key.module].keys() == {"alpha"}
 
 
 def read_by(program: Program, content: Content) -> Reading:
@@ -129,6 +150,7 @@ def read_by(program: Program, content: Content) -> Reading:
     refusal = why_refused(program, content, reader, len(unused))
     if refusal is not None:
         return Reading(program, len(keys), tuple(key.text for key in keys), (), (refusal,))
+    unused |= {key.text: "alphas without weights change nothing" for key in keys if content.is_lone(key)}
     inexact = {
         key.text: why
         for key in keys
@@ -147,6 +169,8 @@ def why_unused(program: Program, content: Content, key: Key, reader: Reader) -> 
         return f"it does not read {what}the {key.naming} naming"
     if key.module.startswith(OFT_PREFIX) and program != "A1111-style":
         return f"it does not look for names that begin with {OFT_PREFIX}"
+    if key.module in content.strangers:
+        return f"{content.spec.title} has no modules with some of the file's names"
     for gap in reader.gaps:
         if key.naming in gap.namings and re.fullmatch(gap.modules, key.module):
             return gap.reason
@@ -159,6 +183,10 @@ def why_leaf_unused(program: Program, content: Content, key: Key) -> str | None:
         return "it has no norm weights and no DoRA: what is left acts as plain LoRA"
     if program in ("Forge", "stable-diffusion.cpp") and content.leaves[key.module].keys() & OFT:
         return "it has no OFT"
+    if program != "ComfyUI" and content.leaves[key.module].keys() & (GLORA | FULL):
+        return "it is not known to read GLoRA and changes of whole weights"
+    if program == "ComfyUI" and LOKR_CORE in content.leaves[key.module]:
+        return "it skips layers that have LoKr with a Tucker core"
     if key.leaf in PEFT_MAGNITUDES and (program != "diffusers" or key.naming != "diffusers"):
         return "it does not look for lora_magnitude_vector: what is left acts as plain LoRA"
     if key.leaf == "lora_magnitude_vector" and key.part == "text":
@@ -179,7 +207,8 @@ def why_inexact(program: Program, content: Content, key: Key) -> str | None:
     leaves = content.leaves[key.module]
     if program in ("ComfyUI", "Forge", "A1111-style") and is_dora_per_output(leaves):
         return "DoRA with one magnitude per output acts differently there than in training"
-    if program == "ComfyUI" and leaves.keys() & OFT and leaves.keys() & {"alpha", "rescale"}:
+    has_limit = "alpha" in leaves and key.module not in content.without_limit
+    if program == "ComfyUI" and leaves.keys() & OFT and (has_limit or "rescale" in leaves):
         return "it turns OFT within a limit of alpha, not alpha times the outputs, and leaves out rescale"
     if program == "stable-diffusion.cpp" and leaves.keys() & {"lora_mid.weight", "hada_t1", "hada_t2"}:
         return "it multiplies Tucker cores the wrong way round"
@@ -198,6 +227,8 @@ def why_refused(program: Program, content: Content, reader: Reader, num_unknown:
     """Why a program takes nothing from a file, None when it reads it."""
     if program == "Forge" and num_unknown > FORGE_MAX_UNKNOWN_KEYS:
         return f"it refuses a file with more than {FORGE_MAX_UNKNOWN_KEYS} keys that it does not know"
+    if program in ("Forge", "stable-diffusion.cpp") and any(LOKR_CORE in leaves for leaves in content.leaves.values()):
+        return "it fails on LoKr with a Tucker core"
     if program == "diffusers" and (refusal := next(filter(None, (r(content) for r in DIFFUSERS_REFUSALS)), None)):
         return refusal
     return reader.refuses({key.module: key.naming for key in content.keys})
@@ -221,10 +252,15 @@ def has_keys_without_lora(content: Content) -> str | None:
     return "it refuses .alpha beside lora_A and lora_B" if odd else None
 
 
+def has_lone_alphas(content: Content) -> str | None:
+    return "it refuses a file with alphas that have no weights" if any(map(content.is_lone, content.keys)) else None
+
+
 DIFFUSERS_REFUSALS: tuple[Callable[[Content], str | None], ...] = (
     mixes_namings,
     has_foreign_leaves,
     has_keys_without_lora,
+    has_lone_alphas,
 )
 
 

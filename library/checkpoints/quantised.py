@@ -8,6 +8,7 @@ Letters: O outputs, I inputs, G groups of inputs.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.checkpoints.weights import Quantised, Weights, open_weights
-from library.errors import UserError
+from library.checkpoints.weights import FromFiles, Quantised, Weights, open_weights
+from library.errors import UserError, few
 
 MARK = "scaled_fp8"
 SCALES = (".scale_weight", ".weight_scale")
@@ -26,6 +27,10 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what 3 bits of a 4-bit number
 NVFP4_GROUP, MXFP8_GROUP = 16, 32  # inputs that share a scale
 E8M0_BIAS = 127  # of scales that are exponents alone
 TILE_ROWS, TILE_COLUMNS = 128, 4  # of scales in the order in which tensor cores read them
+MODEL_PREFIX = re.compile(
+    r"model\.diffusion_model\.|cond_stage_model\.|first_stage_model\.|vae\.|(?:text_encoders|conditioner\.embedders)\.\w+\."
+)
+PADDED_TO = {"nvfp4": 16, "mxfp8": 32}  # both sides of a matrix are filled up to a multiple
 HALVED = ("nvfp4",)  # formats with two values to a byte
 
 Config = Mapping[str, Any]
@@ -41,14 +46,14 @@ def with_quantised(weights: Weights) -> Weights:
     """The same checkpoint with whole weights: scales and markers are hidden, `read` decodes, `quantised` tells codes.
 
     A checkpoint that has nothing of the kind is given back as it is. Raises UserError naming the file and the layer
-    for a format that is not known.
+    for a format that is not known and for scales that are missing or impossible.
     """
     scales = {
         key.removesuffix(suffix): key for suffix in SCALES for key in weights.shapes if key.endswith(suffix)
     }  # by layer; the newer name wins
-    if not any(key.endswith(DROPPED) for key in weights.shapes):
-        return weights
     configs = layer_configs(weights)
+    if not configs and not any(key.endswith(DROPPED) for key in weights.shapes):
+        return weights
     shapes = {key: shape for key, shape in weights.shapes.items() if not key.endswith(DROPPED)}
     layers = {f"{layer}.weight": layer for layer in scales if f"{layer}.weight" in shapes}
     formats = {name: configs.get(layer, {}).get("format", "") for name, layer in layers.items()}
@@ -61,6 +66,7 @@ def with_quantised(weights: Weights) -> Weights:
         if kind in HALVED:
             rows, columns = shapes[name]
             shapes[name] = (rows, 2 * columns)
+    check_scales(weights, scales, configs)
 
     def read(name: str) -> Tensor:
         layer = layers.get(name)
@@ -75,7 +81,64 @@ def with_quantised(weights: Weights) -> Weights:
         if kind is not None:
             size = turned_together(config) if config.get("convrot") else None
             kept[name] = Quantised(kind, size, codes_reader(weights, layer, scales[layer]))
-    return replace(weights, shapes=shapes, read=read, quantised=kept)
+    padded = {name: PADDED_TO[kind] for name, kind in formats.items() if kind in PADDED_TO}
+    return replace(weights, shapes=shapes, read=read, quantised=kept, padded_to=padded)
+
+
+def check_scales(weights: Weights, scales: Mapping[str, str], configs: Mapping[str, Config]) -> None:
+    """Raise UserError naming the layers that lack a scale, or have one that is negative, not finite, or 0 for codes
+    that are not 0."""
+    # Weights in plain fp8 are legitimate where only another model of the file is scaled, or only matrices are.
+    scaled_kinds = {(model_in_file(key), 2) for key in weights.shapes if key.endswith(MARK)}
+    scaled_kinds |= {
+        (model_in_file(scale), len(weights.shapes.get(f"{layer}.weight", ()))) for layer, scale in scales.items()
+    }
+    missing, impossible = [], []
+    for name, shape in weights.shapes.items():
+        layer, _, last = name.rpartition(".")
+        if last != "weight":
+            continue
+        if layer not in scales:
+            if layer in configs or ((model_in_file(name), len(shape)) in scaled_kinds and is_plain_fp8(weights, name)):
+                missing.append(layer)
+        elif configs.get(layer, {}).get("format") == "nvfp4":
+            whole = f"{layer}.weight_scale_2"
+            if whole not in weights.shapes:
+                missing.append(layer)
+            elif not 0 < float(weights.read(whole)) < torch.inf:
+                impossible.append(layer)
+        elif configs.get(layer, {}).get("format") != "mxfp8" and not are_possible(weights, layer, scales[layer]):
+            impossible.append(layer)
+    for layers, problem in ((missing, "have no scale"), (impossible, "have scales that are negative, not finite or 0")):
+        if layers:
+            raise UserError(
+                f"{weights.origin}: these quantised layers {problem} and cannot be decoded: {few(layers)}. "
+                "Download the file again, or use a bf16 file of this model"
+            )
+
+
+def model_in_file(key: str) -> str:
+    """The prefix of one of the models in a file that holds several; "" for a key of another file."""
+    found = MODEL_PREFIX.match(key)
+    return found[0] if found else ""
+
+
+def is_plain_fp8(weights: Weights, name: str) -> bool:
+    """Return True if a tensor is stored in 8-bit floating point."""
+    places = weights.read.places if isinstance(weights.read, FromFiles) else {}
+    dtype = places[name].entry.dtype if name in places else weights.read(name).dtype
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
+def are_possible(weights: Weights, layer: str, scale: str) -> bool:
+    """Return True if scales are finite and positive; rows or groups of zeros may have the scale 0."""
+    scales = weights.read(scale).float()
+    if not scales.isfinite().all() or (scales < 0).any():
+        return False
+    if (scales > 0).all():
+        return True
+    codes = weights.read(f"{layer}.weight").float()
+    return not times(codes, shaped((scales == 0).float(), len(codes))).any()
 
 
 def layer_configs(weights: Weights) -> dict[str, Config]:

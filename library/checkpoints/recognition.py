@@ -27,13 +27,15 @@ def recognise_adapter(
 ) -> BaseModelSpec | None:
     """The base model whose modules the keys of an adapter file name, None where they do not tell.
 
-    `shapes` has every key of the file. Sizes decide where base models share names, and where that leaves several, what
-    the metadata names. Text encoders are shared by several base models, so a file of these alone is of the one that
-    its metadata names.
+    `shapes` has every key of the file. The base model that the metadata names is trusted unless another one has more of
+    the modules. Without it sizes decide where base models share names. Text encoders are shared by several base models,
+    so a file of these alone is of the one that its metadata names.
     """
     shapes = _in_models(specs, shapes)
     told = base_in_metadata(specs, metadata)
-    if told is not None and all(re.match(TEXT_ENCODER, underscored(key)) for key in shapes):
+    if told is not None and (
+        all(re.match(TEXT_ENCODER, underscored(key)) for key in shapes) or _has_most_modules(told, specs, shapes)
+    ):
         return told
     products = composed_shapes(shapes)
     return recognise(
@@ -51,8 +53,16 @@ def keys_of_text_encoders(path: Path) -> list[str]:
 
 def base_in_metadata(specs: Sequence[BaseModelSpec], metadata: Mapping[str, str]) -> BaseModelSpec | None:
     """The base model that the header of an adapter file names, None where it names none that is known."""
-    version = metadata.get("ss_base_model_version", "")
-    return next((spec for spec in specs if re.match(spec.version, version)), None)
+    version, architecture = (metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture"))
+    by_version = next((spec for spec in specs if re.match(spec.version, version)), None)
+    return by_version or next((spec for spec in specs if re.match(spec.architecture, architecture)), None)
+
+
+def _has_most_modules(told: BaseModelSpec, specs: Sequence[BaseModelSpec], shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Return True if a base model has as many of a file's modules as any other, and at least one."""
+    modules = {found.module for found in map(AdapterKey.parse, shapes) if found is not None}
+    num_known = {spec.name: sum(spec.names.find(module) is not None for module in modules) for spec in specs}
+    return num_known[told.name] == max(num_known.values()) > 0
 
 
 def require_card(

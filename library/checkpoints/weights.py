@@ -46,6 +46,7 @@ class Weights:
     read: Callable[[str], Tensor]  # in memory of its own
     quantised: Mapping[str, Quantised] = field(default_factory=dict)  # those of which `read` gives decoded values
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the headers
+    padded_to: Mapping[str, int] = field(default_factory=dict)  # matrices whose sides a file fills up to a multiple
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,7 @@ def selected(weights: Weights, old_names: Mapping[str, str]) -> Weights:
         shapes={new: weights.shapes[old] for new, old in old_names.items()},
         read=given.under(old_names) if isinstance(given, FromFiles) else lambda name: given(old_names[name]),
         quantised={new: weights.quantised[old] for new, old in old_names.items() if old in weights.quantised},
+        padded_to={new: weights.padded_to[old] for new, old in old_names.items() if old in weights.padded_to},
     )
 
 

@@ -95,7 +95,7 @@ def materialise(model: nn.Module, weights: Weights, dtype: torch.dtype, form: Wa
             "%s has %d weights that %s does not know, they are not used: %s",
             weights.origin, len(unknown), type(model).__name__, few(unknown),
         )  # fmt: skip
-    wrong = [name for name, tensor in wanted.items() if not same_matrix(weights.shapes[name], tuple(tensor.shape))]
+    wrong = [name for name, tensor in wanted.items() if not fits(weights, name, tuple(tensor.shape))]
     if wrong:
         has, needs = weights.shapes[wrong[0]], tuple(wanted[wrong[0]].shape)
         raise UserError(
@@ -186,7 +186,17 @@ def read_number(weights: Weights, name: str, wanted: Tensor) -> Tensor:
             f"{weights.origin}: {name} holds whole numbers ({kind}), so this is a quantised checkpoint, whose scales "
             "are not read; give one in float32, float16, bfloat16 or float8"
         )
+    if name in weights.padded_to:
+        value = value[tuple(map(slice, wanted.shape))]
     return value.reshape(wanted.shape)
+
+
+def fits(weights: Weights, name: str, shape: tuple[int, ...]) -> bool:
+    """Return True if a weight has a shape once its padding is cut."""
+    has, multiple = weights.shapes[name], weights.padded_to.get(name)
+    if multiple is None:
+        return same_matrix(has, shape)
+    return has == shape or has == tuple(-(-side // multiple) * multiple for side in shape)
 
 
 def same_matrix(a: tuple[int, ...], b: tuple[int, ...]) -> bool:

@@ -2,10 +2,14 @@
 
 `data/quantised_weights.safetensors` was made with comfy-kitchen 0.2.40: weights with an input 20 times as large as the
 others, what its quantisers make of them, and in `expected.<layer>` what its own decoders give.
+`data/quantised_padded_weights.safetensors`: the same of `QuantizedTensor`, for a weight that has to be padded, with
+scales in float8_e8m0fnu.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -23,6 +27,7 @@ from library.models.loading import materialise
 from tests.tolerances import FLOAT32_SAME_MATH
 
 FILE = Path(__file__).parent / "data" / "quantised_weights.safetensors"
+PADDED_FILE = FILE.with_name("quantised_padded_weights.safetensors")
 TENSORS = load_file(FILE)
 LAYERS = sorted(name.removeprefix("expected.") for name in TENSORS if name.startswith("expected."))
 STORED = {name: tensor for name, tensor in TENSORS.items() if not name.startswith("expected.")}
@@ -93,6 +98,48 @@ def test_what_is_not_known_is_refused_by_name(config: Any, message: str, tmp_pat
     assert message in str(refused.value)
 
 
+def eight_bits(scale: Any = 0.5, rest: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Tensor]:
+    """Two layers in fp8, the second with `scale` if there is one."""
+    codes = torch.ones(4, 32).to(torch.float8_e4m3fn)
+    tensors = {"a.weight": codes, "a.scale_weight": torch.tensor(0.5), "b.weight": codes.clone()}
+    return {**tensors, **({} if scale is None else {"b.scale_weight": torch.as_tensor(scale)}), **rest}
+
+
+MARKER = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
+UNUSABLE = {
+    "missing beside others": eight_bits(None),
+    "missing beside the marker": {"b.weight": eight_bits()["b.weight"], **MARKER},
+    "missing in a described layer": {k: t for k, t in STORED.items() if k != "turned.weight_scale"},
+    "zero": eight_bits(0.0),
+    "negative": eight_bits([[0.5], [0.5], [-0.5], [0.5]]),
+    "not finite": eight_bits(float("nan")),
+    "second of nvfp4 missing": {k: t for k, t in STORED.items() if k != "nvfp4.weight_scale_2"},
+    "second of nvfp4 zero": {**STORED, "nvfp4.weight_scale_2": torch.tensor(0.0)},
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_missing_or_impossible_scale_is_refused_with_the_layer(case: str, tmp_path: Path) -> None:
+    save_file(UNUSABLE[case], tmp_path / "a.safetensors")
+    layer = "nvfp4" if "nvfp4" in case else "turned" if "described" in case else "b"
+    with pytest.raises(UserError, match=rf"a\.safetensors: these quantised layers have .*: {layer}\. Download"):
+        open_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_fp8_without_scales_is_read_where_nothing_calls_for_one(tmp_path: Path) -> None:
+    """Rows of zeros may have the scale 0; convolutions, vectors and other models of the file may be plain fp8."""
+    codes = eight_bits()["a.weight"]
+    blank = torch.cat([codes[:2].float(), torch.zeros(2, 32)]).to(torch.float8_e4m3fn)
+    plain = {"norm.weight": codes[0].clone(), "conv.weight": codes.reshape(4, 2, 4, 4)}
+    whole = {f"model.diffusion_model.{k}": t for k, t in {**eight_bits(), **plain, **MARKER}.items()}
+    whole["model.diffusion_model.c.weight"] = blank
+    whole["model.diffusion_model.c.scale_weight"] = torch.tensor([[0.5], [0.5], [0.0], [0.0]])
+    save_file({**whole, "text_encoders.t5xxl.x.weight": codes.clone()}, tmp_path / "a.safetensors")
+    weights = open_checkpoint(tmp_path / "a.safetensors")
+    assert torch.equal(weights.read("text_encoders.t5xxl.x.weight").float(), torch.ones(4, 32))
+    assert weights.read("model.diffusion_model.c.weight").sum(1).tolist() == [16, 16, 0, 0]
+
+
 @pytest.mark.parametrize("size", [4, 16, 256])
 def test_the_regular_matrix_is_its_own_inverse_and_its_rows_have_one_sum(size: int) -> None:
     matrix = regular_hadamard(size)
@@ -139,3 +186,15 @@ def test_without_a_form_all_weights_are_numbers(file: Path) -> None:
     model = materialise(Model(), open_checkpoint(file), torch.bfloat16)
     assert {type(module) for module in model.blocks[0].values()} == {nn.Linear}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("layer", ["mxfp8", "nvfp4"])
+def test_padding_is_cut_to_the_shape_of_the_model(layer: str, tmp_path: Path) -> None:
+    tensors = load_file(PADDED_FILE)
+    expected = tensors[f"expected.{layer}"]
+    save_file({k: t for k, t in tensors.items() if k.startswith(layer)}, tmp_path / "m.safetensors")
+    weights = open_checkpoint(tmp_path / "m.safetensors")
+    model = materialise(nn.ModuleDict({layer: linear(expected)}), weights, torch.float32)
+    torch.testing.assert_close(model[layer].weight.data, expected, **FLOAT32_SAME_MATH)
+    with pytest.raises(UserError, match=f"1 weights do not fit ModuleDict, the first is {layer}.weight"):
+        materialise(nn.ModuleDict({layer: linear(torch.empty(35, 33))}), weights, torch.float32)

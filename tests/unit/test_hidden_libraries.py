@@ -40,3 +40,15 @@ assert "scipy" not in sys.modules, "imported on the side"
 from scipy.special import stdtrit
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_what_diffusers_has_found_already_stays_visible() -> None:
+    """A program may import diffusers before it trains; its lazy imports rely on what it found then."""
+    code = """
+import diffusers
+from library.hidden_libraries import BITSANDBYTES, find_neither, hidden
+find_neither()
+with hidden(BITSANDBYTES):
+    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -26,6 +26,7 @@ SPECS = (
             Sign(r"^(transformer_transformer_blocks_\d+_attn1_|text_conditioner_)"),
         ),
         version=r"anima",
+        architecture=r"anima",
         pipelines=("Anima",),
         readers={
             "ComfyUI": Reader(KOHYA | GENERIC, KOHYA | GENERIC),

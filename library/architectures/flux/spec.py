@@ -45,6 +45,21 @@ LOST_LAYERS = Gap(
     rf"transformer_{CHROMA_ONLY}_layers_.*",
     "it does not find the layers of Chroma's approximator under diffusers' names",
 )
+NO_APPROXIMATOR = Gap(
+    DIFFUSERS,
+    rf"transformer_{CHROMA_ONLY}_.*",
+    "it does not find Chroma's approximator under diffusers' names",
+)
+
+
+def refuse_strangers(modules: Mapping[str, FileNaming | None]) -> str | None:
+    """Why diffusers refuses a whole file with modules that FLUX.1 lacks under kohya's names; None without such."""
+    if any(
+        naming == "kohya" and name.startswith("lora_unet_") and NAMES.find(name) is None
+        for name, naming in modules.items()
+    ):
+        return "it refuses a file in kohya's naming with modules that FLUX.1 does not have"
+    return None
 
 
 def refuse_approximator(modules: Mapping[str, FileNaming | None]) -> str | None:
@@ -64,15 +79,18 @@ SPECS = (
         build=build,
         checkpoint=(Sign(r"double_blocks\.|single_transformer_blocks\.", Certainty.SHARED),),
         adapter=(
-            Sign(r"^transformer_transformer_blocks_.*_attn_to_q_", width=WIDTH),
+            Sign(r"^transformer_transformer_blocks_.*_attn_to_q_", width=WIDTH, unless=CHROMA_ONLY),
             Sign(r"_((double|single)_blocks|single_transformer_blocks)_\d+_", Certainty.SHARED),
         ),
         version=r"flux",
+        architecture=r"flux-1",
         pipelines=("Flux",),
         readers={
             "ComfyUI": Reader(ALL, ALL, gaps=(T5_OF_DIFFUSERS,)),
             "Forge": Reader(ALL, KOHYA | DIFFUSERS, gaps=(T5_OF_DIFFUSERS,)),
-            "diffusers": Reader(KOHYA | DIFFUSERS, KOHYA | DIFFUSERS, gaps=(NO_T5, NO_INPUTS)),
+            "diffusers": Reader(
+                KOHYA | DIFFUSERS, KOHYA | DIFFUSERS, gaps=(NO_T5, NO_INPUTS), refuses=refuse_strangers
+            ),
             "stable-diffusion.cpp": Reader(ALL, KOHYA | GENERIC, gaps=(LOST_INPUTS,)),
         },
         names=NAMES,
@@ -97,10 +115,12 @@ SPECS = (
             Sign(r"_((double|single)_blocks|single_transformer_blocks)_\d+_", Certainty.SHARED, unless=MODULATION),
         ),
         version=r"chroma",
+        architecture=r"chroma",
         pipelines=("Chroma",),
         variants={r"\bnerf_image_embedder\.": "a Chroma Radiance model, which has no latents and is not supported"},
         readers={
-            "ComfyUI": Reader(ALL, GENERIC),
+            "ComfyUI": Reader(ALL, GENERIC, gaps=(NO_APPROXIMATOR,)),
+            "Forge": Reader(KOHYA | GENERIC, KOHYA),
             "diffusers": Reader(KOHYA | DIFFUSERS, NONE, gaps=(CHROMA_INPUTS,), refuses=refuse_approximator),
             "stable-diffusion.cpp": Reader(ALL, KOHYA | GENERIC, gaps=(LOST_PARTS, LOST_LAYERS)),
         },

@@ -28,6 +28,7 @@ SPECS = (
             Sign(r"^transformer_transformer_blocks_", width=WIDTH),
         ),
         version=r"hunyuan-image",
+        architecture=r"hunyuan-image",
         pipelines=("HunyuanImage",),
         readers={"ComfyUI": Reader(KOHYA | GENERIC, NONE, gaps=(ORIGINAL_NAMES,))},
         names=NAMES,

@@ -42,6 +42,7 @@ SPECS = (
         checkpoint=(Sign(r"cap_embedder\.|context_refiner\."),),
         adapter=(Sign(r"_(noise_refiner|context_refiner)_|(unet|diffusion_model|transformer)_layers_\d+_"),),
         version=r"lumina",
+        architecture=r"lumina-2",
         pipelines=("Lumina",),
         readers={
             "ComfyUI": Reader(KOHYA | GENERIC, KOHYA | GENERIC),

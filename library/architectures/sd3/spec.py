@@ -41,6 +41,7 @@ SPECS = (
             Sign(r"^transformer_transformer_blocks_", Certainty.SHARED, unless=r"_single_transformer_blocks_"),
         ),
         version=r"(5-)?(medium|large)|sd3",
+        architecture=r"stable-diffusion-3",
         pipelines=("StableDiffusion3",),
         readers={
             "ComfyUI": Reader(ALL, ALL, gaps=(T5_OF_DIFFUSERS,)),

@@ -49,6 +49,7 @@ SPECS = (
             Sign(r"^lora_unet_(input|middle|output)_block", Certainty.PART),
         ),
         version=r"sdxl",
+        architecture=r"stable-diffusion-xl",
         pipelines=("StableDiffusionXL",),
         folders=("unet", "text_encoder_2"),
         variants={r"conditioner\.embedders\.0\.model\.": "the SDXL refiner; only the base model is trained"},

@@ -15,9 +15,10 @@ from torch import nn
 
 from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import describe, readings
-from library.checkpoints.files import is_safetensors, read_header
+from library.checkpoints.files import is_safetensors
 from library.checkpoints.folders import remove_folder
 from library.checkpoints.metadata import file_metadata, modelspec_metadata
+from library.checkpoints.weights import open_safetensors
 from library.errors import UserError
 from library.formatting import format_bytes
 from library.options.output.saving import SavingOptions, StateOptions
@@ -399,11 +400,13 @@ def readers_line(specs: Sequence[BaseModelSpec], path: Path) -> str | None:
     if not is_safetensors(path):
         return None
     try:
-        header = read_header(path)
+        weights = open_safetensors(path)
+        limits = [f"{key.removesuffix('.oft_blocks')}.alpha" for key in weights.shapes if key.endswith(".oft_blocks")]
+        alphas = {key: float(weights.read(key)) for key in limits if weights.shapes.get(key) == ()}
     except (OSError, ValueError) as error:  # a network of a third party may write what it likes
         return f"its keys cannot be read back: {error}"
-    found = readings(specs, {key: entry.shape for key, entry in header.tensors.items()}, header.metadata)
-    return f"{len(header.tensors)} keys, {describe(found)}" if found else None
+    found = readings(specs, weights.shapes, weights.metadata, alphas)
+    return f"{len(weights.shapes)} keys, {describe(found)}" if found else None
 
 
 def bytes_in_file(module: nn.Module, dtype: torch.dtype | None) -> int:

@@ -17,6 +17,7 @@ SPECS = (
         checkpoint=(Sign(r"\bknots\.\d+\."),),
         adapter=(Sign(r"_(transformer_)?knots_\d+_"),),
         version=r"knots",
+        architecture=r"knots",
         pipelines=("Knots",),
         readers={"ComfyUI": Reader(KOHYA | GENERIC, NONE)},
         names=NAMES,

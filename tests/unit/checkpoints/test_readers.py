@@ -1,11 +1,15 @@
 """Every rule about what programs do with adapter files, one case each."""
 
+import re
 from collections.abc import Callable
 
 import pytest
 
+from library.architectures.flux.adapters import CHROMA_NAMES
 from library.architectures.specs import list_specs
+from library.checkpoints.base_model_spec import BaseModelSpec
 from library.checkpoints.compatibility import Reading, describe, problems, readings
+from library.checkpoints.recognition import base_in_metadata, recognise_adapter
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -51,6 +55,9 @@ def lumina_block(place: str, has_modulation: bool = True) -> Shapes:
     return found
 
 
+CHROMA = kohya("unet.double_blocks.0.img_attn_qkv", 3072) | kohya("unet.distilled_guidance_layer.in_proj", 64)
+CHROMA_T5: Shapes = {"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": (4, 4096),
+                     "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_up.weight": (4096, 4)}  # fmt: skip
 NAMINGS = [  # ComfyUI, Forge, A1111-style, diffusers, stable-diffusion.cpp
     ("kohya", "AAAAA", kohya(SD1_UNET) | clips(kohya, "text_encoder.")),
     ("generic", "ANNNS", ab(SD1_ORIGINAL) | clips(ab, "text_encoders.clip_l.transformer.")),
@@ -63,6 +70,9 @@ NAMINGS = [  # ComfyUI, Forge, A1111-style, diffusers, stable-diffusion.cpp
     ("flux kohya", "AANAA", kohya("unet.double_blocks.0.img_attn_qkv", 3072)),
     ("flux generic", "AANNA", ab("diffusion_model.double_blocks.0.img_attn.qkv", 3072)),
     ("flux diffusers", "AANAA", ab("transformer.single_transformer_blocks.0.attn.to_q", 3072)),
+    ("chroma kohya", "SANNS", CHROMA | CHROMA_T5),
+    ("chroma generic", "AANNA", ab("diffusion_model.distilled_guidance_layer.in_proj", 64)),
+    ("chroma diffusers", "NNNAA", ab("transformer.distilled_guidance_layer.in_proj", 64)),
     ("sd3 kohya", "AANNN", kohya("unet.joint_blocks.0.x_block_attn_qkv", 1536)),
     ("sd3 generic", "AANNA", ab("diffusion_model.joint_blocks.0.x_block.attn.qkv", 1536)),
     ("sd3 diffusers", "ANNAA", ab("transformer.transformer_blocks.0.attn.to_q", 1536)),
@@ -92,6 +102,7 @@ def test_naming(expected: str, shapes: Shapes) -> None:
 
 
 NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
 LORA = kohya(SD1_UNET)
 KINDS = [
     ("3x3 convolution", "AAAAA", {"lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight": (4, 320, 3, 3),
@@ -110,6 +121,11 @@ KINDS = [
     ("LoKr", "AAANA", {f"{NAME}.lokr_w1": (4, 4), f"{NAME}.lokr_w2_a": (4, 4), f"{NAME}.lokr_w2_b": (4, 4)}),
     ("OFT", "NNNNN", {f"{NAME}.oft_R.weight": (24, 496)}),
     ("BOFT", "NNNNN", {f"{NAME}.boft_R": (1, 192, 4, 4), f"{NAME}.boft_s": (320, 1)}),
+    ("LoKr with Tucker", "SNANN", LORA | {f"{CONV}.lokr_w1": (4, 4), f"{CONV}.lokr_t2": (2, 2, 3, 3),
+                                         f"{CONV}.lokr_w2_a": (2, 80), f"{CONV}.lokr_w2_b": (2, 80)}),
+    ("GLoRA", "ANNNN", {f"{NAME}.a1.weight": (768, 4), f"{NAME}.a2.weight": (4, 768), f"{NAME}.b1.weight": (320, 4),
+                        f"{NAME}.b2.weight": (4, 768), f"{NAME}.alpha": ()}),
+    ("full", "ANNNN", {f"{CONV}.diff": (320, 320, 3, 3), f"{CONV}.diff_b": (320,)}),
     ("OFT of LyCORIS", "ANANN", {f"{NAME}.oft_blocks": (5, 64, 64)}),
     ("OFT of LyCORIS with a limit", "NNANN", {f"{NAME}.oft_blocks": (5, 64, 64), f"{NAME}.alpha": ()}),
     ("networks.oft", "NNANN", {f"{NAME.replace('lora_', 'oft_')}.oft_blocks": (5, 64, 64)}),
@@ -122,6 +138,48 @@ KINDS = [
 @pytest.mark.parametrize(("expected", "shapes"), [case[1:] for case in KINDS], ids=[case[0] for case in KINDS])
 def test_kind_of_weights(expected: str, shapes: Shapes) -> None:
     assert amounts(shapes) == expected
+
+
+@pytest.mark.parametrize(("alpha", "amount"), [(0.0, "all"), (0.1, "none")])
+def test_comfyui_applies_oft_of_lycoris_as_trained_unless_it_has_a_limit(alpha: float, amount: str) -> None:
+    """LyCORIS writes the limit, 0 for none, as alpha."""
+    shapes: Shapes = {f"{NAME}.oft_blocks": (5, 64, 64), f"{NAME}.alpha": ()}
+    assert readings(list_specs(), shapes, {}, {f"{NAME}.alpha": alpha})[0].amount == amount
+
+
+def test_modules_that_the_base_model_lacks_are_used_by_none() -> None:
+    strangers = kohya("unet.down_blocks.7.attentions.0.proj_in")
+    for reading in readings(list_specs(), LORA | strangers, {}):
+        assert reading.unused == tuple(strangers)
+        assert reading.reasons == ("Stable Diffusion 1.x has no modules with some of the file's names",)
+
+
+def test_a_module_that_flux_lacks_makes_diffusers_refuse_kohyas_names() -> None:
+    block = kohya("unet.double_blocks.0.img_attn_qkv", 3072)
+    assert by("diffusers", block).amount == "all"
+    assert by("diffusers", block | kohya("unet.double_blocks.0.img_attn_nothing", 3072)).amount == "none"
+
+
+def test_alphas_without_weights_are_used_by_none_and_do_not_make_forge_refuse_the_file() -> None:
+    names = [f"lora_unet_mid_block_resnets_{n}_conv{i}" for n in (0, 1) for i in (1, 2)]
+    names += [f"lora_unet_down_blocks_{n}_resnets_{m}_conv{i}" for n in range(3) for m in (0, 1) for i in (1, 2)]
+    lone: Shapes = {f"{name}.alpha": () for name in names}
+    found = {reading.program: reading for reading in readings(list_specs(), LORA | lone, {})}
+    assert found["ComfyUI"].unused == found["Forge"].unused == tuple(lone) and len(lone) == 16
+    assert found["ComfyUI"].reasons == ("alphas without weights change nothing",)
+    assert found["diffusers"].reasons == ("it refuses a file with alphas that have no weights",)
+
+
+def test_comfyui_does_not_find_the_approximator_of_chroma_under_the_names_of_diffusers() -> None:
+    """All other modules of a full-size file."""
+    shapes: Shapes = {}
+    for module in CHROMA_NAMES.modules:
+        names = [module.diffusers] if isinstance(module.diffusers, str) else [p.diffusers for p in module.pieces]
+        for name in names:
+            if re.match(r"transformer\.(single_)?transformer_blocks|.*distilled_guidance_layer", name):
+                shapes |= ab(name, 3072)
+    reading = by("ComfyUI", shapes)
+    assert (reading.num_used, reading.num_keys) == (836, 860)
 
 
 def test_comfyui_loses_the_attention_layers_of_diffusers_names_and_nothing_else() -> None:
@@ -242,6 +300,38 @@ def test_files_of_text_encoders_are_of_the_base_model_that_their_metadata_names(
         r for r in readings(list_specs(), shapes, {"ss_base_model_version": version}) if r.program == "diffusers"
     )
     assert found.amount == "none" and found.reasons[0].startswith(says)
+
+
+HUNYUAN = ab("diffusion_model.double_blocks.0.img_attn.qkv", 48)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_told"),
+    [
+        ("ss_base_model_version", "hunyuan-image-2.1", True),
+        ("modelspec.architecture", "hunyuan-image-2.1/lora", True),
+        ("modelspec.architecture", "anima-preview/lora", False),  # whose names these are not
+        ("modelspec.architecture", "something-else/lora", False),
+    ],
+)
+def test_the_header_tells_base_models_with_the_same_names_apart(key: str, value: str, is_told: bool) -> None:
+    spec = recognise_adapter(list_specs(), HUNYUAN, {key: value})
+    assert spec is not None and spec.name == ("hunyuan_image" if is_told else "flux")
+
+
+HEADERS = {
+    "sd1": ("sd_v1", "stable-diffusion-v1"), "sd2": ("sd_v2_v", "stable-diffusion-v2-768-v"),
+    "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"), "sd3": ("5-medium", "stable-diffusion-3-5-medium"),
+    "flux": ("flux1", "flux-1-dev"), "chroma": ("chroma", "chroma"), "lumina": ("lumina2", "lumina-2"),
+    "hunyuan_image": ("hunyuan-image-2.1", "hunyuan-image-2.1"), "anima": ("anima", "anima-preview"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", list_specs(), ids=lambda spec: spec.name)
+def test_the_header_names_the_base_model_in_two_ways(spec: BaseModelSpec) -> None:
+    version, architecture = HEADERS[spec.name]
+    assert base_in_metadata(list_specs(), {"ss_base_model_version": version}) is spec
+    assert base_in_metadata(list_specs(), {"modelspec.architecture": f"{architecture}/lora"}) is spec
 
 
 def test_the_denoiser_says_more_than_the_metadata() -> None:

@@ -27,6 +27,13 @@ def test_a_lokr_of_a_third_party(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("limit", "says"), [(0.0, "all used by ComfyUI"), (0.1, "none by ComfyUI")])
+def test_the_limit_of_an_oft_is_read_from_the_file(tmp_path: Path, limit: float, says: str) -> None:
+    tensors = {f"{NAME}.oft_blocks": torch.ones(5, 64, 64), f"{NAME}.alpha": torch.tensor(limit)}
+    save_safetensors(tmp_path / "x.safetensors", tensors)
+    assert says in (readers_line(list_specs(), tmp_path / "x.safetensors") or "")
+
+
 def test_other_formats_and_unknown_keys_are_passed_over(tmp_path: Path) -> None:
     save_safetensors(tmp_path / "x.safetensors", {"anything": torch.ones(2)})
     assert readers_line(list_specs(), tmp_path / "x.safetensors") is None
