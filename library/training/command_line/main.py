@@ -162,9 +162,7 @@ def show_dataset(options: TrainOptions, latents: LatentSpec) -> None:
     from library.training.command_line.audit_only import audited
 
     logger.info("no base model is named, so captions are not counted in tokens: --pretrained_model_name_or_path does")
-    plan = audited(options, latents)
-    if plan is not None:
-        show_batches(plan)
+    show_batches(audited(options, latents))
 
 
 def train_network(
@@ -214,7 +212,6 @@ def train_among(
     `options` are what became of those that were `asked` for by what was found so far.
     """
     from library.data.batches.debug import show_batches
-    from library.data.description.schema import NoDataFound
     from library.hidden_libraries import BITSANDBYTES, hidden
     from library.training.faults.dry_run import try_largest_batch
     from library.training.faults.out_of_memory import explained
@@ -233,12 +230,7 @@ def train_among(
     if processes.is_main:
         check_repository(options.hub)
     seed = opening.choose_seed(options.run.seed, processes, found.of_run)
-    try:
-        data = opening.open_training_data(options, arch, seed, processes.count)
-    except NoDataFound as error:
-        logger.error("No data found: %s", error)
-        events.end("error", f"No data found: {error}")
-        return True
+    data = opening.open_training_data(options, arch, seed, processes.count)
     if options.dataset.debug_dataset:
         show_batches(data)
         return True
