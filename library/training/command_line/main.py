@@ -174,17 +174,21 @@ def train_network(
 ) -> bool:
     """Open the base model and find the other processes, then train among them; gives what `train_among` does."""
     from library.collector import importing
-    from library.hidden_libraries import find_neither
+    from library.hidden_libraries import BITSANDBYTES, find_neither, hidden
     from library.processes import of_accelerator
     from library.training.faults.dry_run import without_writing
     from library.training.run.sharding import as_launched, settled_sharding
     from library.training.setup.opening import open_accelerator
+    from networks.core.protocol import open_network_module
 
     asked, options = options, as_launched(options)
     if options.faults.dry_run:
         options = without_writing(options)
     with importing("tokenizers"):
         find_neither()
+        with hidden(BITSANDBYTES):  # a misspelt module ends the run before the base model and the images are opened
+            for module in filter(None, dict.fromkeys(own.network.network_module for own in adapters.values())):
+                open_network_module(module)
         arch = build(options)
     report_unused(options, arch.ignores)
     check_inpainting(options, arch.inpaints)
