@@ -137,10 +137,12 @@ def train_alone(
     warnings: WarningEvents,
 ) -> bool:
     """Train while no other run writes the same files, and tell of it; gives whether the run came to its end."""
+    from library.installed import NEEDED_BY_ALL, check_installed
     from library.training.faults.deterministic import deterministic
     from library.training.run.events import told
     from library.training.setup.cuda_kernels import cuda_kernels
 
+    check_installed("adapters", NEEDED_BY_ALL)
     options, adapters = shared_and_own(options)
     for label, own in adapters.items() if options.sweep.sweep else ():
         with speaking_of(label):
