@@ -23,6 +23,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(ROOT))
 
 from library.installed import find_lack, install_command, version_of  # noqa: E402
+from library.version import add_version  # noqa: E402
 from tools.start import python_problem  # noqa: E402
 
 GIB = 2**30
@@ -321,6 +322,7 @@ def all_lines(folder: Path) -> Iterator[Line]:
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_version(parser)
     where = "where trainings write (default: this folder)"
     parser.add_argument("--output_dir", type=Path, default=Path.cwd(), help=where)
     return parser
