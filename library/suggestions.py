@@ -1,7 +1,8 @@
-"""Which known name a misspelt one comes near."""
+"""Which known name, or file, a misspelt one comes near."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 USUAL = 0.6  # the share of matching letters from which on a name counts as near
 
@@ -17,3 +18,16 @@ def did_you_mean(given: str, known: Iterable[str], least: float = USUAL) -> str:
     """What stands behind a name that nothing has: " (did you mean ...?)", or nothing."""
     near = nearest_name(given, known, least)
     return f" (did you mean {near}?)" if near else ""
+
+
+def nearby(path: Path, is_folder: bool = False) -> str:
+    """A hint for a path that does not exist: the nearest name in its folder, or the part of it that exists.
+
+    With `is_folder`, only names of folders are suggested.
+    """
+    if path.parent.is_dir():
+        others = (other.name for other in path.parent.iterdir() if other.is_dir() or not is_folder)
+        near = nearest_name(path.name, others)
+        return f"; did you mean {path.parent / near}?" if near else ""
+    existing = next((parent for parent in path.parents if parent.is_dir()), None)
+    return f"; of that path only {existing} exists" if existing and existing != Path(".") else ""

@@ -9,15 +9,16 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.errors import UserError
-from tools.command import check_output, run
+from tools.command import check_output, make_parser, run
 from tools.convert_lora import convert
 
+EXAMPLES = "  python3 networks/convert_flux_lora.py --src_path from_ai_toolkit.safetensors --dst_path mine.safetensors"
 NAMINGS = {"sd-scripts": "kohya", "ai-toolkit": "diffusers"}
 
 
 def setup_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--src", choices=tuple(NAMINGS), default="ai-toolkit", help="whose names the file has")
     parser.add_argument("--dst", choices=tuple(NAMINGS), default="sd-scripts", help="whose names to write")
     parser.add_argument("--src_path", type=Path, required=True, help="the LoRA to read")

@@ -22,7 +22,6 @@ from library.architectures.flux.options import FluxOptions
 from library.architectures.sd import assembly as sd
 from library.architectures.sdxl import assembly as sdxl
 from library.architectures.sdxl.options import SdxlOptions
-from library.data.description.schema import NoDataFound
 from library.data.plan.data_plan import DataPlan, build_plan
 from library.data.sources.folders.metadata_file import MetadataEntry
 from library.errors import UserError
@@ -96,14 +95,12 @@ def cache_pictures(args: argparse.Namespace, entries: Sequence[tuple[str, Metada
 
 
 def run(action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
-    """Parse, act, and give the exit status: 0 done or no picture found, 1 ended by an error."""
+    """Parse, act, and give the exit status: 0 done, 1 ended by an error."""
     interruption = Interruption()
     interruption.install()
     args = parse(setup_parser(), argv)
     try:
         action(args)
-    except NoDataFound as error:
-        print(f"No data found: {error}", file=sys.stderr)
     except Interrupted as error:
         print(f"{error} received: the files that are complete stay", file=sys.stderr)
         return interruption.exit_status

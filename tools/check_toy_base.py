@@ -17,6 +17,7 @@ import torch
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.version import add_version
 from tools.toy_sampling import GUIDANCE_SCALE, SAMPLING_STEPS, Prompt, load_pipeline, sample
 from tools.toy_world import HELD_OUT_SHAPES, Picture, Scene, list_scenes, look_at
 
@@ -82,6 +83,7 @@ def setup_parser() -> argparse.ArgumentParser:
         epilog="example: python3 tools/check_toy_base.py --base configs/quickstart/toy_base --count 200",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     parser.add_argument("--base", type=Path, default=ROOT / "configs/quickstart/toy_base", help="diffusers folder")
     parser.add_argument(
         "--count", type=int, default=200, help="prompts of the known world, half as many of each unseen shape"

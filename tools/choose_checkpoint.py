@@ -15,7 +15,6 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from library.checkpoints.files import read_metadata, told_path  # noqa: E402
-from library.data.description.schema import NoDataFound  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
@@ -147,10 +146,7 @@ def choose_file(args: argparse.Namespace, training: Sequence[str]) -> None:
     seed = seed_of(options, files)
     warn_of_other_splits(options, files, seed)
     arch = card.build(options)
-    try:
-        plan = open_data_plan(options, arch, seed, 1)
-    except NoDataFound as error:
-        raise UserError(f"No data found: {error}") from error
+    plan = open_data_plan(options, arch, seed, 1)
     sides, losses = losses_of_files(options, arch, plan, seed, [None, *files], own_device())
     choice = choice_of(measured_files(sides, list(losses)), is_held_out=sides.held_out is not None)
     if choice is None:

@@ -13,6 +13,7 @@ from library.checkpoints.files import SAFETENSORS_SUFFIXES, is_safetensors
 from library.errors import UserError
 from library.hidden_libraries import BITSANDBYTES, hidden
 from library.training.command_line.console import setup_plain_logging
+from library.version import add_version
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +64,13 @@ def completed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argp
 
 
 def make_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
-    """A parser whose help ends with examples."""
-    return argparse.ArgumentParser(
-        description=description, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
+    """A parser with --version whose help ends with examples."""
+    return add_version(
+        argparse.ArgumentParser(
+            description=description,
+            epilog=f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from library.checkpoints.adapter_names import FileNaming
 from library.errors import UserError
+from library.version import add_version
 from tools.command import check_output, run
 from tools.convert_lora import card_for_file, convert, read_adapter
 
@@ -28,7 +29,7 @@ def command(description: str | None, base: str, to: FileNaming, back: FileNaming
 
 def setup_parser(description: str | None) -> argparse.ArgumentParser:
     """The commands' options."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = add_version(argparse.ArgumentParser(description=description))
     parser.add_argument("src_path", type=Path, help="the adapter file to read")
     parser.add_argument("dst_path", type=Path, help="the adapter file to write")
     parser.add_argument("--reverse", action="store_true", help="from ComfyUI's names to those that training writes")

@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(ROOT))
 
+from library.installed import find_lack, install_command, version_of  # noqa: E402
+from library.version import add_version  # noqa: E402
 from tools.start import python_problem  # noqa: E402
 
 GIB = 2**30
@@ -97,13 +98,10 @@ def requirement_line(text: str) -> Line | None:
     wanted = Requirement(text)
     if wanted.marker is not None and not wanted.marker.evaluate():
         return None
-    found = version_of(wanted.name)
-    way_out = f'python3 -m pip install -U "{wanted.name}{wanted.specifier}"'
-    if found is None:
-        return Line(wanted.name, "missing", way_out, True)
-    if not wanted.specifier.contains(found, prereleases=True):
-        return Line(wanted.name, f"{found}, needed is {wanted.specifier}", way_out, True)
-    return Line(wanted.name, found)
+    lack = find_lack(text)
+    if lack is not None:
+        return Line(lack.package, str(lack), install_command([lack.package + lack.needed]), True)
+    return Line(wanted.name, version_of(wanted.name) or "")
 
 
 def card_lines(torch: Any, driver: str | None) -> Iterator[Line]:
@@ -290,14 +288,6 @@ def output(command: Sequence[str]) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def version_of(name: str) -> str | None:
-    """The installed version of a package."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def at_home(path: str) -> str:
     """A path without the name of the user, since the lines are shown to others."""
     home = str(Path.home())
@@ -332,6 +322,7 @@ def all_lines(folder: Path) -> Iterator[Line]:
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_version(parser)
     where = "where trainings write (default: this folder)"
     parser.add_argument("--output_dir", type=Path, default=Path.cwd(), help=where)
     return parser

@@ -15,6 +15,7 @@ from PIL import Image
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.version import add_version
 from tools.toy_world import HELD_OUT_SHAPES, draw_scene, list_scenes
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def setup_parser() -> argparse.ArgumentParser:
         epilog="example: python3 tools/make_quickstart_dataset.py --shape heart",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     quickstart = ROOT / "configs/quickstart"
     parser.add_argument("--out", type=Path, default=quickstart / "dataset", help="folder of pictures and captions")
     parser.add_argument("--prompts", type=Path, default=quickstart / "prompts.txt", help="file of prompts to write")

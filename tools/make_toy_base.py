@@ -27,6 +27,7 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.version import add_version
 from tools.toy_world import (
     CAPTION_TEMPLATES,
     PICTURE_SIZE,
@@ -419,6 +420,7 @@ def setup_parser() -> argparse.ArgumentParser:
         epilog="example: python3 tools/make_toy_base.py --out configs/quickstart/toy_base",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     parser.add_argument("--out", type=Path, default=ROOT / "configs/quickstart/toy_base", help="folder to write")
     parser.add_argument("--seed", type=int, default=1, help="of the pictures, the weights and the training")
     parser.add_argument("--vae_steps", type=int, default=3000, help="training steps of the VAE")

@@ -17,6 +17,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
     set_openmp_wait_policy()  # before torch is imported
 
+from library.version import add_version
 from tools.toy_sampling import count_right, load_pipeline, merge_lora, read_prompts, sample
 from tools.toy_world import Picture
 
@@ -74,6 +75,7 @@ def setup_parser() -> argparse.ArgumentParser:
         epilog="example: python3 tools/quickstart_picture.py --lora mine.safetensors --out before_after.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     quickstart = ROOT / "configs/quickstart"
     parser.add_argument("--base", type=Path, default=quickstart / "toy_base", help="diffusers folder of the base model")
     parser.add_argument("--lora", type=Path, required=True, help="LoRA file (kohya's key names) trained on it")

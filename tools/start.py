@@ -20,6 +20,11 @@ from collections import deque
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, ""):  # started as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(ROOT))
+
+from library.version import add_version  # noqa: E402
+
 OLDEST_PYTHON = (3, 10)
 NEWEST_PYTHON = (3, 13)
 RUN_REQUIREMENTS = ("requirements.txt",)
@@ -354,6 +359,7 @@ def setup_parser() -> argparse.ArgumentParser:
         help="folder of the virtual environment (default: START_VENV if set, else .venv in this repository)",
     )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_version(parser)
     commands = parser.add_subparsers(dest="command", metavar="quickstart | test | setup | doctor")
     commands.required = True
     commands.add_parser("setup", parents=[common], help="only make the environment, with all that the tests need")

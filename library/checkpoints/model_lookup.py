@@ -11,7 +11,7 @@ from library.checkpoints.files import WEIGHT_SUFFIXES
 from library.checkpoints.quantised import open_checkpoint
 from library.checkpoints.weights import Weights
 from library.errors import NotThere, UserError
-from library.suggestions import nearest_name
+from library.suggestions import nearby
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +34,6 @@ def find_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:
     if path.is_absolute() or path.suffix.lower() in WEIGHT_SUFFIXES or not re.fullmatch(HUB_NAME, name):
         raise NotThere(f"{flag} {name} does not exist{nearby(path)}")
     return fetch_model(flag, name, parts)
-
-
-def nearby(path: Path) -> str:
-    """A hint for a path that does not exist: the nearest name in its folder, or the part of it that exists."""
-    if path.parent.is_dir():
-        near = nearest_name(path.name, (other.name for other in path.parent.iterdir()))
-        return f"; did you mean {path.parent / near}?" if near else ""
-    existing = next((parent for parent in path.parents if parent.is_dir()), None)
-    return f"; of that path only {existing} exists" if existing and existing != Path(".") else ""
 
 
 def fetch_model(flag: str, name: str, parts: Sequence[Sequence[str]]) -> Path:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from library.errors import UserError
+from library.installed import NEEDED_BY_ALL, check_installed
 from library.options.rules import asks
 from library.options.train import TrainOptions
 
@@ -23,9 +24,14 @@ class Recipe:
     refuses: Mapping[str, str] = field(default_factory=dict)  # option that cannot be meant here -> why
     ignores: Mapping[str, str] = field(default_factory=dict)  # option that does nothing here -> why
     records: Sequence[str] = ()  # options that files tell as ss_<option>
+    needs: Mapping[str, str] = field(
+        default_factory=dict
+    )  # package -> versions, where newer than for other base models
 
     def check(self, options: TrainOptions) -> None:
-        """Raise UserError for an option that asks for what would train something else than is meant."""
+        """Raise UserError for packages that are too old, and for an option that would train something else than is
+        meant."""
+        check_installed(self.title, {**NEEDED_BY_ALL, **self.needs})
         values = options.flat()
         for name, why in self.refuses.items():
             if asks(values[name]):

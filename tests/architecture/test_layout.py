@@ -16,6 +16,7 @@ MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path 
 LAYERS = (
     ("library.errors", "library.suggestions", "library.formatting"),
     ("library.types", "library.randomness", "library.collector", "library.hidden_libraries", "library.launcher"),
+    ("library.version", "library.installed"),
     ("library.heartbeat", "library.progress", "library.processes"),
     ("library.options",),
     ("library.checkpoints",),

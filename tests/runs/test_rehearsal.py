@@ -35,6 +35,15 @@ def test_a_typo_ends_the_run_before_caching(
     assert not list(pictures.rglob("*.npz"))
 
 
+def test_a_misspelt_network_module_is_named_before_the_base_model_and_the_images_are_opened(
+    train: Train, base_arguments: list[str], tmp_path: Path
+) -> None:
+    words = ["--pretrained_model_name_or_path", str(tmp_path / "none"), "--train_data_dir", str(tmp_path / "neither")]
+    done = train([*base_arguments, *words, "--network_module", "networks.lroa"])
+    assert done.status == 1
+    assert "--network_module networks.lroa: there is no such module; did you mean networks.lora?" in done.stderr
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_the_adapter_of_every_base_model_is_tried_without_reading_a_weight(
     train: Train, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch

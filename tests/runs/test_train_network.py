@@ -259,13 +259,18 @@ def test_debug_dataset_needs_no_model(train: Train, script: str, pictures: Path)
     assert "batch 1 of 12: pixels (1, 3, 64, 64)" in done.stdout and "captions are not counted" in done.stdout
 
 
-def test_a_folder_without_pictures_ends_quietly_with_status_0(
-    train: Train, base_arguments: list[str], tmp_path: Path
+@pytest.mark.parametrize("more", [[], ["--debug_dataset"], ["--audit_only"]], ids=" ".join)
+def test_a_dataset_without_pictures_ends_with_status_1(
+    train: Train, base_arguments: list[str], tmp_path: Path, more: list[str]
 ) -> None:
-    (tmp_path / "empty").mkdir()
-    done = train([*base_arguments, "--train_data_dir", str(tmp_path / "empty"), "--console_log_simple"])
-    assert done.status == 0
-    assert "No data found" in done.stdout + done.stderr
+    (tmp_path / "my_cats").mkdir()
+    done = train([*base_arguments, "--train_data_dir", str(tmp_path / "my_cats"), "--console_log_simple", *more])
+    assert done.status == 1
+    assert "ERROR: No data found: --train_data_dir" in done.stdout
+    done = train([*base_arguments, "--train_data_dir", str(tmp_path / "my_cat"), "--console_log_simple", *more])
+    assert done.status == 1
+    expected = f"No data found: --train_data_dir {tmp_path}/my_cat is not a folder; did you mean {tmp_path}/my_cats?"
+    assert expected in done.stdout
 
 
 @pytest.mark.parametrize(

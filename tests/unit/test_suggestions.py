@@ -1,8 +1,10 @@
-"""Which known name a misspelt one comes near."""
+"""Which known name, or file, a misspelt one comes near."""
+
+from pathlib import Path
 
 import pytest
 
-from library.suggestions import did_you_mean, nearest_name
+from library.suggestions import did_you_mean, nearby, nearest_name
 
 KNOWN = ["AdamW", "AdamW8bit", "Lion", "Prodigy"]
 
@@ -18,3 +20,12 @@ def test_the_nearest_name_is_found_whatever_its_case(given: str, near: str | Non
 def test_how_near_it_must_be_can_be_said() -> None:
     assert nearest_name("Prod", KNOWN) == "Prodigy"  # 2 x 4 of 4 + 7 letters, 0.73
     assert nearest_name("Prod", KNOWN, least=0.75) is None
+
+
+def test_the_nearest_path_is_of_a_folder_where_one_is_wanted(tmp_path: Path) -> None:
+    (tmp_path / "my_cats").mkdir()
+    (tmp_path / "my_cat.zip").touch()
+    assert nearby(tmp_path / "my_cat.zap") == f"; did you mean {tmp_path / 'my_cat.zip'}?"
+    assert nearby(tmp_path / "my_cat.zap", is_folder=True) == f"; did you mean {tmp_path / 'my_cats'}?"
+    assert nearby(tmp_path / "dogs") == ""
+    assert nearby(tmp_path / "dogs" / "10_dog") == f"; of that path only {tmp_path} exists"

@@ -51,6 +51,7 @@ RECIPE = Recipe(
         "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale",
         "discrete_flow_shift", "text_encoder_lr",
     ),
+    needs={"diffusers": ">=0.35"},  # AutoencoderKLQwenImage
 )  # fmt: skip
 CODEC = QwenImageLatents()
 LATENTS = CODEC.spec

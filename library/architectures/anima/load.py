@@ -21,6 +21,7 @@ from library.memory.devices import DTYPES
 from library.memory.formats.format import WantedForm
 from library.models.identify import refuse_other_folder, refuse_other_model
 from library.models.loading import Absent, MaybeComponent, first_side, materialise, open_if_there
+from library.suggestions import nearby
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def open_base(name: str | None) -> tuple[Path, Weights]:
         raise UserError(f"{BASE_FLAG} is missing: give the .safetensors file of Anima's transformer")
     path = Path(name).expanduser()
     if not path.exists():
-        raise UserError(f"{BASE_FLAG} {name} does not exist{model_lookup.nearby(path)}")
+        raise UserError(f"{BASE_FLAG} {name} does not exist{nearby(path)}")
     if path.is_dir():
         refuse_other_folder(list_specs(), BASE_FLAG, path, "anima")
         raise UserError(f"{BASE_FLAG} {path} is a folder; Anima is read from the file of its transformer")
@@ -125,7 +126,7 @@ def open_adapter(name: str) -> Weights:
     """The text adapter of --llm_adapter_path, names without prefix."""
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UserError(f"{ADAPTER_FLAG} {name} is no file{model_lookup.nearby(path)}")
+        raise UserError(f"{ADAPTER_FLAG} {name} is no file{nearby(path)}")
     weights = model_lookup.open_file(ADAPTER_FLAG, path)
     prefixes = (*(f"{p}{ADAPTER}" for p in PREFIXES), "")
     prefix = next((p for p in prefixes if f"{p}{ADAPTER_MARK}" in weights.shapes), None)

@@ -44,6 +44,7 @@ RECIPE = Recipe(
         "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale", "model_prediction_type",
         "discrete_flow_shift", "text_encoder_lr",
     ),
+    needs={"transformers": ">=5", "diffusers": ">=0.36"},  # rope_parameters; AutoencoderKLHunyuanImage
 )  # fmt: skip
 LATENTS = SPEC
 

@@ -79,7 +79,8 @@ def empty_gemma(config: Mapping[str, Any]) -> Any:
     from transformers import Gemma2Config, Gemma2Model
 
     with init_empty_weights(include_buffers=False):
-        return Gemma2Model(Gemma2Config.from_dict({**config, "use_cache": False}))
+        # transformers up to 5.0 defaults to sdpa, which leaves out the cap on attention logits.
+        return Gemma2Model(Gemma2Config.from_dict({**config, "use_cache": False}, attn_implementation="eager"))
 
 
 def load_gemma(component: MaybeComponent, dtype: Any) -> nn.Module:

@@ -21,6 +21,7 @@ from library.models.identify import base_of_file, refuse_other, refuse_other_fol
 from library.models.loading import Component, MaybeComponent, first_side, materialise, open_if_there
 from library.models.t5 import load_t5, t5_component
 from library.models.vae.vae import VaeNeeds, empty_vae, open_vae, vae_of_checkpoint
+from library.suggestions import nearby
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def existing(flag: str, name: str) -> Path:
     """The path of a file or folder. Raises UserError naming the nearest where there is none."""
     path = Path(name).expanduser()
     if not path.exists():
-        raise NotThere(f"{flag} {name} does not exist{model_lookup.nearby(path)}")
+        raise NotThere(f"{flag} {name} does not exist{nearby(path)}")
     return path
 
 

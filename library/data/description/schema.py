@@ -28,7 +28,7 @@ from library.options.config_file import read_toml
 from library.options.dataset import DatasetOptions
 from library.options.encodings import decoded
 from library.options.train import TrainOptions
-from library.suggestions import did_you_mean
+from library.suggestions import did_you_mean, nearby
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,10 @@ Table = Mapping[str, Any]
 
 
 class NoDataFound(UserError):
-    """There is nothing at all to train on."""
+    """There is nothing at all to train on. Front ends look for the words that its message begins with."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"No data found: {reason}")
 
 
 def without_secrets(url: str) -> str:
@@ -456,10 +459,15 @@ def num_pictures_in(folder: str) -> int:
     return sum(os.path.splitext(name)[1] in image_extensions() for name in os.listdir(folder))
 
 
+def not_a_folder(path: str) -> str:
+    """The end of a message about a folder that is missing, with the name that may be meant."""
+    return f"{path} is not a folder{nearby(Path(path), is_folder=True)}"
+
+
 def numbered_folders(flag: str, parent: str, is_reg: bool) -> list[Table]:
     """The folders `N_name` below `parent`, in the order of their names: N repeats, `name` is the class."""
     if not os.path.isdir(parent):
-        raise (ValueError if is_reg else NoDataFound)(f"{flag} {parent} is not a folder")
+        raise (UserError if is_reg else NoDataFound)(f"{flag} {not_a_folder(parent)}")
     subsets: list[Table] = []
     for name in sorted(entry.name for entry in os.scandir(parent) if os.path.isdir(entry.path)):
         number, _, class_tokens = name.partition("_")

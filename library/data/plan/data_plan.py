@@ -24,7 +24,7 @@ from library.data.plan.validation_split import Split, split_datasets, unchanging
 from library.data.sources.collect import collect
 from library.data.sources.scanned import ScannedDataset
 from library.data.sources.storage.storage import Storage
-from library.errors import UserError
+from library.errors import UserError, few
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
 
@@ -233,6 +233,7 @@ def build_plan(
     if entries is not None:
         config = config.with_entries(entries)
     check_drawing(config, options)
+    config = without_unused_face_crops(config, options)
     subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
     if options.caching.cache_dir is not None and not any(subset.patterns for subset in subsets):
         logger.warning("--cache_dir has no effect: it is for shards and parquet, caches of files lie beside them")
@@ -281,16 +282,29 @@ def bucket_rules(config: DatasetConfig, spec: LatentSpec) -> BucketRules:
 
 def check_drawing(config: RunDataConfig, options: TrainOptions) -> None:
     """Raise UserError for ways of drawing that exclude each other."""
-    is_cached = options.caching.cache_latents or options.caching.cache_latents_to_disk
-    for dataset in config.datasets:
-        for subset in dataset.subsets:
-            if subset.face_crop_aug_range is not None and dataset.enable_bucket:
+    if not (options.caching.cache_latents or options.caching.cache_latents_to_disk):
+        return
+    for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
+        for name in ("random_crop", "color_aug"):
+            if getattr(subset, name):
                 raise UserError(
-                    f"{subset.source}: face_crop_aug_range cannot be used with enable_bucket; leave one of them out"
+                    f"{subset.source}: --{name} draws another picture each time and --cache_latents keeps one; "
+                    "leave one of them out"
                 )
-            for name in ("random_crop", "color_aug", "face_crop_aug_range"):
-                if is_cached and getattr(subset, name):
-                    raise UserError(
-                        f"{subset.source}: --{name} draws another picture each time and --cache_latents keeps one; "
-                        "leave one of them out"
-                    )
+
+
+def without_unused_face_crops(config: RunDataConfig, options: TrainOptions) -> RunDataConfig:
+    """Drop face_crop_aug_range, with a warning, where buckets or cached latents decide what is cropped.
+
+    sd-scripts ignores it there, and front ends send it with every run.
+    """
+    is_cached = options.caching.cache_latents or options.caching.cache_latents_to_disk
+    datasets = []
+    for dataset in config.datasets:
+        reason = "enable_bucket" if dataset.enable_bucket else "cache_latents" if is_cached else None
+        zoomed = [subset.source for subset in dataset.subsets if subset.face_crop_aug_range is not None]
+        if reason is not None and zoomed:
+            logger.warning("face_crop_aug_range has no effect with %s: %s", reason, few(zoomed))
+            dataset = replace(dataset, subsets=tuple(replace(s, face_crop_aug_range=None) for s in dataset.subsets))
+        datasets.append(dataset)
+    return replace(config, datasets=tuple(datasets))

@@ -17,7 +17,8 @@ class ConsoleOptions(Options):
     )
     console_log_file: str | None = option(
         None,
-        help="File that takes the messages in place of the terminal; emptied at the start of each run.",
+        help="File that takes the messages in place of the terminal, which shows errors only; emptied at the start of"
+        " each run.",
     )
     console_log_simple: bool = option(
         False,

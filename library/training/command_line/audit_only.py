@@ -8,7 +8,6 @@ from pathlib import Path
 from PIL import Image
 
 from library.data.decoding.images import read_pixels
-from library.data.description.schema import NoDataFound
 from library.data.plan.audit_findings import Finding, inspect
 from library.data.plan.data_plan import DataPlan, build_plan
 from library.errors import UserError
@@ -35,8 +34,6 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
     """
     began = time.time()
     plan = audited(options, latents)
-    if plan is None:
-        return
     findings = inspect(plan.samples, len(plan.split.trained), plan.storage)
     for finding in findings:
         logger.warning("%s", finding.line)
@@ -54,16 +51,12 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
         logger.info("the same with the pictures: %s", path)
 
 
-def audited(options: TrainOptions, latents: LatentSpec) -> DataPlan | None:
-    """The pictures that are described, without a base model, what was found in them logged; None where there are none.
+def audited(options: TrainOptions, latents: LatentSpec) -> DataPlan:
+    """The images that are described, without a base model, what was found in them logged.
 
     Captions are not measured in tokens.
     """
-    try:
-        plan = build_plan(options, latents, options.run.seed or 0, None, None)
-    except NoDataFound as error:
-        logger.error("No data found: %s", error)
-        return None
+    plan = build_plan(options, latents, options.run.seed or 0, None, None)
     plan.audit(logger)
     return plan
 

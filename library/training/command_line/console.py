@@ -10,6 +10,7 @@ from library.errors import UserError
 from library.launcher import launched_rank
 from library.options.output.console import ConsoleOptions
 
+DATED = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%d %H:%M:%S")
 CONSOLE = "console of "  # how the name of the one handler begins that shows log lines
 
 
@@ -46,9 +47,10 @@ def setup_plain_logging() -> None:
 def setup_logging(options: ConsoleOptions) -> None:
     """Send log lines where the user wants them, line by line, and make standard output and error UTF-8.
 
-    --console_log_file wins and is emptied first; --console_log_simple gives plain lines on standard output; otherwise
-    lines go to standard error, coloured by rich on a terminal and one unwrapped line each in a pipe, where programs
-    read them. Messages of libraries that no user can act on go only to the file, or with --console_log_level DEBUG.
+    --console_log_file wins and is emptied first, and errors go to standard error as well; --console_log_simple gives
+    plain lines on standard output; otherwise lines go to standard error, coloured by rich on a terminal and one
+    unwrapped line each in a pipe, where programs read them. Messages of libraries that no user can act on go only to
+    the file, or with --console_log_level DEBUG.
     Calling it again with the same options changes nothing.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -60,12 +62,12 @@ def setup_logging(options: ConsoleOptions) -> None:
     for handler in [h for h in root.handlers if (h.name or "").startswith(CONSOLE)]:
         root.removeHandler(handler)
         handler.close()
-    handler = build_handler(options)
-    handler.set_name(name)
-    if not isinstance(handler, logging.FileHandler) and level_of(options) > logging.DEBUG:
-        handler.addFilter(WithoutNoise())
+    for handler in build_handlers(options):
+        handler.set_name(name)
+        if not isinstance(handler, logging.FileHandler) and level_of(options) > logging.DEBUG:
+            handler.addFilter(WithoutNoise())
+        root.addHandler(handler)
     logging.captureWarnings(True)
-    root.addHandler(handler)
     root.setLevel(level_of(options) if launched_rank() == 0 else max(level_of(options), logging.ERROR))
 
 
@@ -78,27 +80,32 @@ def level_of(options: ConsoleOptions) -> int:
     return level
 
 
-def build_handler(options: ConsoleOptions) -> logging.Handler:
-    """The handler that writes to the file, the terminal or the pipe. Raises UserError for a file that cannot be."""
-    handler: logging.Handler
-    lines = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%d %H:%M:%S")
+def build_handlers(options: ConsoleOptions) -> list[logging.Handler]:
+    """The handlers for the file, the terminal or the pipe. Raises UserError for a file that cannot be written."""
     if launched_rank() != 0:  # the main process says what all would say; of the others only errors are news
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter(f"process {launched_rank()}: %(levelname)s %(message)s"))
-        return handler
+        return [handler]
     if options.console_log_file:
         path = Path(options.console_log_file)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handler = logging.FileHandler(path, mode="w", encoding="utf-8", errors="backslashreplace")
+            file = logging.FileHandler(path, mode="w", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise UserError(f"--console_log_file {path} cannot be written: {error.strerror}") from error
-        handler.setFormatter(lines)
-        return handler
+        file.setFormatter(DATED)
+        errors = build_stderr_handler()
+        errors.setLevel(logging.ERROR)
+        return [file, errors]
     if options.console_log_simple:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(PlainFormatter())
-        return handler
+        return [handler]
+    return [build_stderr_handler()]
+
+
+def build_stderr_handler() -> logging.Handler:
+    """The handler for standard error: coloured by rich on a terminal, dated lines in a pipe."""
     if sys.stderr.isatty():
         try:
             from rich.console import Console
@@ -108,7 +115,7 @@ def build_handler(options: ConsoleOptions) -> logging.Handler:
         else:
             return RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%Y-%m-%d %H:%M:%S")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(lines)
+    handler.setFormatter(DATED)
     return handler
 
 

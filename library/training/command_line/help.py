@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from library.version import VERSION
+
 EVERYTHING = "--help_all"
 EXAMPLES = """\
 Train a LoRA-family adapter. Three commands to begin with:
@@ -25,7 +27,7 @@ Train a LoRA-family adapter. Three commands to begin with:
     python3 %(prog)s --config_file train.toml --save_every_n_epochs 1 \\
       --save_state --autoresume
 
---help shows the usual options, --help_all all of them; docs/ explains both."""
+--help shows the usual options, --help_all all of them, --version the version; docs/ explains the options."""
 
 
 EXAMPLES_OF_PROMPTS = """\
@@ -41,7 +43,7 @@ Change concepts of a model from prompts alone, without pictures (LECO). Two comm
     python3 %(prog)s --config_file train.toml --save_every_n_steps 100 \\
       --save_state --autoresume
 
---help shows the usual options, --help_all all of them; docs/train_leco.md explains both."""
+--help shows the usual options, --help_all all of them, --version the version; docs/train_leco.md explains them."""
 
 
 class FullHelp(
@@ -81,7 +83,8 @@ class UsualHelp(FullHelp):
 class TrainingParser(argparse.ArgumentParser):
     """A parser whose help is filtered while it is printed: programs that read the parser find every option whole.
 
-    --help_all is no option of it, so that --hel still means --help and programs that list the options do not show it.
+    --help_all and --version are no options of it, so that --hel still means --help and programs that list the options
+    do not show them.
     """
 
     def __init__(
@@ -104,8 +107,12 @@ class TrainingParser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse's; the word --help_all prints the help of all options and ends the process."""
-        if EVERYTHING in (sys.argv[1:] if args is None else args):
+        """As argparse's; the words --help_all and --version print what they name and end the process."""
+        words = sys.argv[1:] if args is None else args
+        if "--version" in words:
+            print(f"{self.prog} {VERSION}")
+            self.exit(0)
+        if EVERYTHING in words:
             full = copy.copy(self)
             full.formatter_class = functools.partial(FullHelp, self._left_out)
             full.print_help()

@@ -137,10 +137,12 @@ def train_alone(
     warnings: WarningEvents,
 ) -> bool:
     """Train while no other run writes the same files, and tell of it; gives whether the run came to its end."""
+    from library.installed import NEEDED_BY_ALL, check_installed
     from library.training.models.cuda_kernels import cuda_kernels
     from library.training.run.deterministic import deterministic
     from library.training.run.run_events import told
 
+    check_installed("adapters", NEEDED_BY_ALL)
     options, adapters = shared_and_own(options)
     for label, own in adapters.items() if options.sweep.sweep else ():
         with speaking_of(label):
@@ -162,9 +164,7 @@ def show_dataset(options: TrainOptions, latents: LatentSpec) -> None:
     from library.training.command_line.audit_only import audited
 
     logger.info("no base model is named, so captions are not counted in tokens: --pretrained_model_name_or_path does")
-    plan = audited(options, latents)
-    if plan is not None:
-        show_batches(plan)
+    show_batches(audited(options, latents))
 
 
 def train_network(
@@ -176,17 +176,21 @@ def train_network(
 ) -> bool:
     """Open the base model and find the other processes, then train among them; gives what `train_among` does."""
     from library.collector import importing
-    from library.hidden_libraries import find_neither
+    from library.hidden_libraries import BITSANDBYTES, find_neither, hidden
     from library.processes import of_accelerator
     from library.training.models.opening import open_accelerator
     from library.training.run.dry_run import without_writing
     from library.training.run.shard_base_checks import as_launched, settled_sharding
+    from networks.core.protocol import open_network_module
 
     asked, options = options, as_launched(options)
     if options.faults.dry_run:
         options = without_writing(options)
     with importing("tokenizers"):
         find_neither()
+        with hidden(BITSANDBYTES):  # a misspelt module ends the run before the base model and the images are opened
+            for module in filter(None, dict.fromkeys(own.network.network_module for own in adapters.values())):
+                open_network_module(module)
         arch = build(options)
     report_unused(options, arch.ignores)
     check_inpainting(options, arch.inpaints)
@@ -214,7 +218,6 @@ def train_among(
     `options` are what became of those that were `asked` for by what was found so far.
     """
     from library.data.debug_dataset import show_batches
-    from library.data.description.schema import NoDataFound
     from library.hidden_libraries import BITSANDBYTES, hidden
     from library.training.failures.out_of_memory import explained
     from library.training.models import opening
@@ -234,12 +237,7 @@ def train_among(
     if processes.is_main:
         check_repository(options.hub)
     seed = opening.choose_seed(options.run.seed, processes, found.of_run)
-    try:
-        data = opening.open_training_data(options, arch, seed, processes.count)
-    except NoDataFound as error:
-        logger.error("No data found: %s", error)
-        events.end("error", f"No data found: {error}")
-        return True
+    data = opening.open_training_data(options, arch, seed, processes.count)
     if options.dataset.debug_dataset:
         show_batches(data)
         return True

@@ -66,11 +66,12 @@ class PromptSpec:
     renorm_cfg: float | None = None
     flow_shift: float | None = None
     image_path: str | None = None
+    controlnet_image: str | None = None
 
 
 KEYS = [f.name for f in fields(PromptSpec) if f.name != "place"]
 WHOLE = {"width": (1, 1 << 16), "height": (1, 1 << 16), "sample_steps": (1, MAX_STEPS), "seed": (0, MAX_SEED)}
-WORDS = ("negative_prompt", "image_path")  # in a line they take all up to the next option
+WORDS = ("negative_prompt", "image_path", "controlnet_image")  # in a line they take all up to the next option
 REAL = {
     "scale": (-100.0, 1000.0),
     "guidance_scale": (0.0, 1000.0),
@@ -147,8 +148,8 @@ def specs_in_json(path: Path, text: str) -> Iterator[PromptSpec]:
 def parse_line(line: str, place: str) -> PromptSpec:
     """`a cat --w 768 --n blurry`: what stands before the first option is the prompt, whatever it begins with.
 
-    Words behind the value of an option belong to the prompt too, but for --n and --i, which take all up to the next
-    option.
+    Words behind the value of an option belong to the prompt too, but for --n, --i and --cn, which take all up to the
+    next option.
     """
     prompt, *options = OPTION.split(line.strip())
     words, table = [prompt.strip()], dict[str, Any]()
@@ -188,11 +189,6 @@ def spec_of(table: Mapping[str, Any], place: str) -> PromptSpec:
     """The settings of one prompt, checked."""
     values: dict[str, Any] = {}
     for key, value in table.items():
-        if key == "controlnet_image":
-            raise UserError(
-                f"{FLAG} {place}: {named(key)} is not supported, no ControlNet is loaded in adapter training; "
-                "leave it out"
-            )
         if key not in KEYS:
             raise UserError(
                 f"{FLAG} {place}: there is no {key!r}{did_you_mean(key, KEYS, NEAR)}. There are {', '.join(KEYS)}"
@@ -243,6 +239,11 @@ def settle(spec: PromptSpec, defaults: PromptDefaults, inpaints: bool = False) -
 
     Raises UserError where a model that inpaints is given no picture, or one that is not there.
     """
+    if spec.controlnet_image is not None:
+        logger.warning(
+            "%s: %s is ignored, because no ControlNet is loaded in adapter training",
+            spec.place, named("controlnet_image"),
+        )  # fmt: skip
     return Prompt(
         text=spec.prompt,
         negative=spec.negative_prompt or "",

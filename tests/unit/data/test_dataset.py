@@ -390,7 +390,7 @@ def test_a_picture_that_changed_its_size_during_the_run_is_named(tmp_path):
         batches_of(plan)
 
 
-@pytest.mark.parametrize("flag", ["--random_crop", "--color_aug", "--face_crop_aug_range 1,2"])
+@pytest.mark.parametrize("flag", ["--random_crop", "--color_aug"])
 @pytest.mark.parametrize("cache", ["--cache_latents", "--cache_latents_to_disk"])
 def test_pictures_that_change_cannot_be_cached(tmp_path, flag, cache):
     write_picture(tmp_path / "1_a/p.png")
@@ -398,10 +398,12 @@ def test_pictures_that_change_cannot_be_cached(tmp_path, flag, cache):
         folder_set(tmp_path, f"{flag} {cache}")
 
 
-def test_face_crops_and_buckets_exclude_each_other(tmp_path):
-    write_picture(tmp_path / "1_a/p.png")
-    with pytest.raises(ValueError, match="face_crop_aug_range cannot be used with enable_bucket"):
-        folder_set(tmp_path, "--face_crop_aug_range 1,2 --enable_bucket")
+@pytest.mark.parametrize("reason", ["enable_bucket", "cache_latents"])
+def test_face_crops_are_ignored_with_buckets_and_caches_as_in_sd_scripts(tmp_path, caplog, reason):
+    write_picture(tmp_path / "1_a/p_10_20_5_5.png")
+    plan = folder_set(tmp_path, f"--face_crop_aug_range 1,2 --min_bucket_reso 64 --{reason}")
+    assert [subset.face_crop_aug_range for subset in plan.subsets] == [None]
+    assert f"face_crop_aug_range has no effect with {reason}: {tmp_path / '1_a'}" in caplog.text
 
 
 def test_debugging_shows_every_picture_caption_and_shape(rich, caplog):

@@ -233,7 +233,7 @@ def test_a_parent_without_numbered_folders_holds_no_data(tmp_path, names):
 
 
 def test_a_regularisation_folder_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"--reg_data_dir .* is not a folder") as error:
+    with pytest.raises(UserError, match=r"--reg_data_dir .* is not a folder") as error:
         load_dataset_config(folder_options(tmp_path, "1_a", arguments=f"--reg_data_dir {tmp_path / 'none'}"))
     assert not isinstance(error.value, NoDataFound)
 

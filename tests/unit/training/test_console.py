@@ -58,6 +58,22 @@ def test_file_takes_the_lines_and_is_emptied_first(tmp_path: Path) -> None:
     assert len(lines) == 2 and lines[0].endswith(LONG) and "WARNING" in lines[1]
 
 
+def test_errors_go_to_the_file_and_once_to_standard_error(tmp_path: Path) -> None:
+    path = tmp_path / "run.log"
+    code = f"""
+import logging
+from library.options.output.console import ConsoleOptions
+from library.training.command_line.console import setup_logging
+setup_logging(ConsoleOptions(None, {str(path)!r}, True))
+logging.warning("careful")
+logging.error("it broke")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("ERROR    it broke") and done.stdout == ""
+    assert path.read_text(encoding="utf-8").splitlines()[1] == line
+
+
 def test_unknown_level_of_a_config_file_is_refused() -> None:
     with pytest.raises(ValueError, match="--console_log_level is LOUD"):
         level_of(ConsoleOptions(console_log_level="LOUD"))

@@ -111,7 +111,6 @@ def test_an_empty_file_holds_no_prompts(tmp_path: Path, name: str) -> None:
         ("a --fs 0", ["flow_shift (--fs)"]),
         ("a --ctr 1.5", ["cfg_trunc_ratio (--ctr)", "0 to 1"]),
         ("a --ss euler_b", ["sample_sampler (--ss)", "euler_b", "did you mean euler"]),
-        ("a --cn pose.png", ["controlnet_image (--cn)", "not supported", "leave it out"]),
         ("a --w 64 --W 64", ["--W", "twice"]),
     ],
 )
@@ -188,11 +187,21 @@ def test_a_setting_that_the_model_lacks_is_named(
     assert "p.txt, line 4" in record.message and flag in record.message and "no effect" in record.message
 
 
+def test_a_picture_for_a_controlnet_is_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    spec = parse_line("a cat --cn my poses/pose.png --w 64", "p.txt, line 4")
+    prompt = settle(spec, SD)
+    assert (prompt.text, prompt.width) == ("a cat", 64)
+    assert caplog.messages == [
+        "p.txt, line 4: controlnet_image (--cn) is ignored, because no ControlNet is loaded in adapter training"
+    ]
+
+
 def test_every_option_of_a_line_is_a_key_too(tmp_path: Path) -> None:
     values: dict[str, Any] = {
         "negative_prompt": "x", "sample_sampler": "ddim", "cfg_trunc_ratio": 0.5, "image_path": "my cat.png",
+        "controlnet_image": "my pose.png",
     }  # fmt: skip
-    keys = [key for key in LINE_OPTIONS.values() if key != "controlnet_image"]
+    keys = list(LINE_OPTIONS.values())
     path = written(tmp_path, "p.json", json.dumps([{"prompt": "a", **{key: values.get(key, 8) for key in keys}}]))
     (spec,) = read_prompts(path)
     assert all(getattr(spec, key) == values.get(key, 8) for key in keys)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from library.data.decoding.threads import in_blocks
 from library.data.description.buckets import Size
-from library.data.description.schema import SubsetConfig
+from library.data.description.schema import SubsetConfig, not_a_folder
 from library.data.sources.columns import Texts
 from library.data.sources.folders.folder_cache import CacheRow, FolderCache, fingerprint
 from library.data.sources.folders.image_index import (
@@ -50,8 +50,8 @@ def list_folder(config: SubsetConfig, num_threads: int) -> Listing:
     listing = Listing(config)
     if not os.path.isdir(folder):
         escaped = any(character < " " for character in folder)  # "C:\\train" in TOML has a tab in it
-        hint = f": {BACKSLASH_HINT}" if escaped else ""
-        logger.warning("image_dir %s is not a folder%s", repr(folder) if escaped else folder, hint)
+        told = f"{folder!r} is not a folder: {BACKSLASH_HINT}" if escaped else not_a_folder(folder)
+        logger.warning("image_dir %s", told)
         return listing
     index = FolderIndex(folder) if config.cache_info else open_index(folder)
     files: Sequence[str | None]

@@ -62,6 +62,16 @@ def test_the_denoiser_gets_what_goes_into_the_last_layer(tiny: list[str], text: 
     assert found["hidden_state"].shape == (2, 24, 32)
 
 
+def test_gemma_caps_its_attention_logits_whatever_transformers_defaults_to(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Gemma2Model
+
+    monkeypatch.setattr(Gemma2Model, "_supports_sdpa", True)  # as up to 5.0; sdpa does not cap
+    (encoder,) = opened(tiny).text_encoders()
+    assert encoder.config._attn_implementation == "eager"  # type: ignore[union-attr]
+
+
 def test_padding_does_not_change_the_states_of_a_caption(tiny: list[str], text: LuminaText) -> None:
     (encoder,) = opened(tiny).text_encoders()
     few, many = replace(text, num_tokens=8), replace(text, num_tokens=40)

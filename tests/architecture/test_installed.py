@@ -1,0 +1,59 @@
+"""`pip install` of a checkout, as front ends do with their `sd-scripts` folder."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from library.version import VERSION
+from tools.start import interpreter_of
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("finetune", "library", "networks", "tools")
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+OFFLINE = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet"]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what is installed, since building writes beside pyproject.toml, and two folders that are not."""
+    folder = tmp_path / "sd-scripts"
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(ROOT / "pyproject.toml", folder / "pyproject.toml")
+    for name in ("configs", "tests"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").touch()
+    return folder
+
+
+def test_an_editable_installation_is_imported_from_another_folder(checkout: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "fresh", with_pip=False)
+    python = interpreter_of(tmp_path / "fresh")
+    with_setuptools = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
+    install = [*PIP, "--python", str(python), "install", *OFFLINE, "--editable", str(checkout)]
+    subprocess.run(install, env=with_setuptools, cwd=tmp_path, check=True)
+    code = f"import importlib\nfor name in {PACKAGES}: print(importlib.import_module(name).__file__)\n"
+    code += "from importlib import metadata\nprint(metadata.version('library'), metadata.requires('library'))"
+    done = subprocess.run([str(python), "-I", "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
+    files = [str(checkout / name / "__init__.py") for name in PACKAGES]
+    assert done.stdout.splitlines() == [*files, f"{VERSION} None"]
+
+
+def test_a_wheel_holds_every_file_of_the_four_packages_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
+    subprocess.run([*PIP, "wheel", *OFFLINE, "--wheel-dir", str(tmp_path), str(checkout)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for name in PACKAGES
+        for path in (ROOT / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert held == expected

@@ -1,0 +1,44 @@
+"""Runs in environments of front ends, which pin other versions of packages than requirements.txt."""
+
+from collections.abc import Callable, Mapping
+
+import pytest
+
+from library import installed
+from tests.running import SCRIPTS, Finished
+
+KOHYA_SS = {"transformers": "4.54.1", "diffusers": "0.32.2"}
+LORA_SCRIPTS = {"transformers": "4.44.0", "diffusers": "0.25.0"}
+REFUSED = {"anima_train_network": "diffusers 0.32.2", "hunyuan_image_train_network": "transformers 4.54.1"}
+
+
+def error_of(
+    train: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch, versions: Mapping[str, str], script: str
+) -> str:
+    """What a run says that would next find that there is no base model."""
+    monkeypatch.setattr(installed, "version_of", versions.get)
+    done = train(
+        ["--pretrained_model_name_or_path", "none.safetensors", "--network_module", "networks.lora",
+         "--output_dir", "out", "--train_data_dir", "data", "--resolution", "64"],
+        script,
+    )  # fmt: skip
+    assert done.status == 1 and "fault of the program" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_only_base_models_that_need_newer_packages_are_refused(
+    train: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    error = error_of(train, monkeypatch, KOHYA_SS, script)
+    assert ("The installed packages cannot train" in error) is (script in REFUSED)
+    assert REFUSED.get(script, "") in error
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_packages_that_no_base_model_works_with_are_named_before_anything_is_loaded(
+    train: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    error = error_of(train, monkeypatch, LORA_SCRIPTS, script)
+    assert "cannot train adapters: transformers 4.44.0, needed is >=4.53; diffusers 0.25.0, needed is >=0.32." in error
+    assert 'Run python3 -m pip install -U "transformers>=4.53" "diffusers>=0.32"' in error

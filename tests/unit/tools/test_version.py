@@ -1,0 +1,29 @@
+"""--version of every script and command."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from library.version import VERSION
+
+ROOT = Path(__file__).parents[3]
+SCRIPTS = [
+    path.relative_to(ROOT).as_posix()
+    for folder in (".", "tools", "networks", "finetune")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_tells_its_version(
+    script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "--version"])
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    with pytest.raises(SystemExit) as ended:
+        module.setup_parser().parse_args() if hasattr(module, "setup_parser") else module.main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"{Path(script).name} {VERSION}\n"
