@@ -53,6 +53,7 @@ def train(adapters: Sequence[Prepared], interruption: Interruption, watch: StepW
     for one in trainees:
         with one.speaking():
             one.begin()
+    delete_outdated(trainees)
     num_profiled = run.options.trackers.profile if is_main else 0
     profile = adapters[0].writer.names.of_profile()
     with ExitStack() as stack:
@@ -85,6 +86,7 @@ def train(adapters: Sequence[Prepared], interruption: Interruption, watch: StepW
                 for one in going:
                     with one.ending_alone(len(going) > 1):
                         one.finish_step(window, stops)
+                delete_outdated(going)
                 going = going_on(without_worse(going, step, epoch, num_adapters), epoch)
                 if stops or not going:
                     break
@@ -94,6 +96,15 @@ def train(adapters: Sequence[Prepared], interruption: Interruption, watch: StepW
     for one in going:
         with one.speaking():
             one.end(epoch)
+
+
+def delete_outdated(trainees: Sequence[Trainee]) -> None:
+    """Delete outdated files if every adapter has saved this step, since a sweep resumes where all have a state."""
+    writers = [one.prepared.writer for one in trainees]
+    if all(w.rotation.saved_step == one.progress.step for w, one in zip(writers, trainees, strict=True)):
+        for one, writer in zip(trainees, writers, strict=True):
+            with one.speaking():
+                writer.delete_outdated()
 
 
 def without_worse(going: list[Trainee], step: int, epoch: int, num_adapters: int) -> list[Trainee]:

@@ -175,6 +175,14 @@ class Schedule:
         return gone if gone > 0 else None
 
 
+@dataclass
+class Rotation:
+    """Deletions of outdated files, which wait until every adapter of the run has saved the same step."""
+
+    saved_step: int | None = None  # the last step whose scheduled files are all in place
+    deletions: list[Callable[[], None]] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Writer:
     """Writes the adapter and the training states; only the main process does."""
@@ -195,25 +203,34 @@ class Writer:
     rescued: dict[str, Path] = field(default_factory=dict)  # the newest files that are not at their places, by kind
     events: Events = field(default_factory=Events)
     told: set[str] = field(default_factory=set)  # what was said about readers, so that it is said once
+    rotation: Rotation = field(default_factory=Rotation)
 
     def save_after_step(self, progress: Progress, epoch: int) -> None:
-        """Save if the schedule asks for it after the step and it is not done, and delete what that outdates."""
+        """Save if the schedule asks for it after the step and it is not done, and note what that outdates."""
         step = progress.step
         if (
             self.is_main
             and self.schedule.saves_step(step)
             and self._save(self.names.of_step(step), progress, epoch, "step")
         ):
-            self._rotate(self.names.of_step, self.schedule.outdated_step(step), self._states.outdated_step(step))
+            self._outdate(self.names.of_step, self.schedule.outdated_step(step), self._states.outdated_step(step))
+            self.rotation.saved_step = step
 
     def save_after_epoch(self, progress: Progress, epoch: int) -> None:
-        """Save if the schedule asks for it after `epoch` and it is not done, and delete what that outdates."""
+        """Save if the schedule asks for it after `epoch` and it is not done, and note what that outdates."""
         if (
             self.is_main
             and self.schedule.saves_epoch(epoch)
             and self._save(self.names.of_epoch(epoch), progress, epoch, "epoch")
         ):
-            self._rotate(self.names.of_epoch, self.schedule.outdated_epoch(epoch), self._states.outdated_epoch(epoch))
+            self._outdate(self.names.of_epoch, self.schedule.outdated_epoch(epoch), self._states.outdated_epoch(epoch))
+            self.rotation.saved_step = progress.step
+
+    def delete_outdated(self) -> None:
+        """Delete what newer files have outdated, after the uploads that are still to come."""
+        for deletion in self.rotation.deletions:
+            self.uploads.afterwards(deletion)
+        self.rotation.deletions.clear()
 
     def save_best(self, step: int, epoch: int) -> None:
         """Replace the file of the best weights, if --keep_best_checkpoint asks for one."""
@@ -369,11 +386,11 @@ class Writer:
         if place != path:
             self.rescued[kind] = place
 
-    def _rotate(self, name_of: Callable[[int], Path], outdated: int | None, outdated_state: int | None) -> None:
+    def _outdate(self, name_of: Callable[[int], Path], outdated: int | None, outdated_state: int | None) -> None:
         if outdated is not None:
-            self.uploads.afterwards(partial(remove, name_of(outdated), self.events))
+            self.rotation.deletions.append(partial(remove, name_of(outdated), self.events))
         if outdated_state is not None and self.options.state.save_state:
-            self.uploads.afterwards(partial(remove_state, state_of(name_of(outdated_state)), self.events))
+            self.rotation.deletions.append(partial(remove_state, state_of(name_of(outdated_state)), self.events))
 
     def _tell_readers(self, path: Path) -> None:
         """Log which programs use the keys of a file; in later files of a run only if something has changed."""
