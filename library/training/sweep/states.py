@@ -92,8 +92,8 @@ def newest_of_all(options: TrainOptions, adapters: Mapping[str, TrainOptions]) -
     steps_found = ", ".join(f"{label}: {sorted(steps) or 'none'}" for label, steps in states.items())
     raise UserError(
         "--autoresume: the adapters of --sweep have no undamaged states of a common step in --output_dir "
-        f"{options.saving.output_dir} (steps with a state: {steps_found}). Restore the missing states, or move all of them to another folder to "
-        "start from the beginning."
+        f"{options.saving.output_dir} (steps with a state: {steps_found}). Restore the missing states, or move all of "
+        "them to another folder to start from the beginning."
     )
 
 
