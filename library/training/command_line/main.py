@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from library.diffusion.flow import FlowMatching
@@ -177,7 +178,9 @@ def train_network(
     """Open the base model and find the other processes, then train among them; gives what `train_among` does."""
     from library.collector import importing
     from library.hidden_libraries import find_neither
+    from library.memory.places.shared import IN_MEMORY
     from library.processes import of_accelerator
+    from library.temporary_folders import delete_abandoned_folders
     from library.training.faults.dry_run import without_writing
     from library.training.run.sharding import as_launched, settled_sharding
     from library.training.setup.opening import open_accelerator
@@ -193,6 +196,8 @@ def train_network(
     check_vae_precision(options, arch.vae_overflows_in_fp16)
     accelerator = open_accelerator(options)
     processes = of_accelerator(accelerator)
+    if processes.is_local_main:
+        delete_abandoned_folders((IN_MEMORY, gettempdir()))
     with processes.taking_part(Interrupted):
         options = settled_sharding(options, processes)
         return train_among(processes, accelerator, asked, options, build, arch, interruption, events, adapters)
