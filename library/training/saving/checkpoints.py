@@ -240,6 +240,11 @@ class Writer:
             except NotWrittenError as error:
                 logger.error("%s; training goes on", error)
 
+    def save_weights_of_end(self, step: int, epoch: int) -> None:
+        """Write the last file before what else is due after the last step; `save_end` replaces it."""
+        if self.is_main:
+            self.write(self.names.of_end(), step, epoch)
+
     def save_end(self, progress: Progress, epoch: int) -> None:
         """Save a run that is complete; with --autoresume its state too, by which the next start knows that.
 
