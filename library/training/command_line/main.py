@@ -22,6 +22,7 @@ from library.training.command_line.checks import (
     report_unused,
 )
 from library.training.command_line.cli import from_program, parse
+from library.training.command_line.console import forgive_write_errors
 from library.training.command_line.replaced import refuse_replaced
 from library.training.command_line.run_lock import run_locks
 from library.training.command_line.show_timesteps import asked_preview, show_timesteps
@@ -58,6 +59,7 @@ def main(
     With `latents`, which decide the sizes of buckets, --debug_dataset works without a base model. A flow model also
     gives its `objective`, for --show_timesteps.
     """
+    forgive_write_errors()
     interruption = Interruption()
     interruption.install()
     args = parse(parser, argv)
