@@ -80,6 +80,24 @@ def test_a_signal_in_the_last_step_skips_neither_the_validation_nor_the_best_fil
     assert names[0] == names[1]
 
 
+@pytest.mark.parametrize("keeps_states", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_files_of_stops_between_saves_are_rotated_too(
+    train: Train, base_arguments: list[str], tmp_path: Path, stop_in_step: Any, keeps_states: bool
+) -> None:
+    """Stopped after steps 3 and 5 of 8; without --save_state the newest state of a stop is the only way to go on."""
+    words = [*base_arguments, "--max_train_steps", "8", "--save_every_n_steps", "2", "--save_last_n_steps", "1"]
+    words += ["--autoresume", *(["--save_state"] if keeps_states else [])]
+    for step in (3, 5):
+        stop_in_step(step - 1, signal.SIGTERM)
+        assert train(words).status == 0
+        assert (tmp_path / "out" / f"mine-step{step:08d}-state").is_dir()
+    done = train(words)
+    assert done.status == 0 and "at step 5 of 8" in done.stderr
+    left = {"mine.safetensors", "mine-state", "mine-step00000008.safetensors"}
+    left.add("mine-step00000008-state" if keeps_states else "mine-step00000005-state")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == left
+
+
 def test_a_terminal_that_closes_may_send_its_signal_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, ...]] = []
     monkeypatch.setattr(os, "kill", lambda *what: sent.append(what))

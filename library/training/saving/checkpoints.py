@@ -174,6 +174,16 @@ class Schedule:
         gone = epoch - self.keep_epochs * self.every_n_epochs
         return gone if gone > 0 else None
 
+    def outdates_stop(self, stop: int, step: int, epoch: int) -> bool:
+        """Return True if the files of a run that was stopped after `stop` go once those of `step` are there.
+
+        They follow --save_last_n_steps if steps are saved, else --save_last_n_epochs, and then `step` ends `epoch`.
+        """
+        if self.every_n_steps is not None:
+            return self.keep_steps is not None and stop < step - self.keep_steps
+        gone = self.outdated_epoch(epoch)
+        return gone is not None and stop <= gone * step // epoch
+
 
 @dataclass
 class Rotation:
@@ -214,6 +224,7 @@ class Writer:
             and self._save(self.names.of_step(step), progress, epoch, "step")
         ):
             self._outdate(self.names.of_step, self.schedule.outdated_step(step), self._states.outdated_step(step))
+            self._outdate_stops(progress, epoch)
             self.rotation.saved_step = step
 
     def save_after_epoch(self, progress: Progress, epoch: int) -> None:
@@ -224,6 +235,7 @@ class Writer:
             and self._save(self.names.of_epoch(epoch), progress, epoch, "epoch")
         ):
             self._outdate(self.names.of_epoch, self.schedule.outdated_epoch(epoch), self._states.outdated_epoch(epoch))
+            self._outdate_stops(progress, epoch)
             self.rotation.saved_step = progress.step
 
     def delete_outdated(self) -> None:
@@ -287,6 +299,7 @@ class Writer:
         """Write weights and state; gives the options that go on from them."""
         path = self.names.of_step(progress.step)
         self.write(path, progress.step, epoch, is_last=True)
+        progress.stops = sorted({*progress.stops, progress.step})
         folder = self._save_state(path, progress.step, epoch, progress.done, is_last=True)
         return f"--resume {folder}" + (" or --autoresume" if folder == state_of(path) else "")
 
@@ -396,6 +409,17 @@ class Writer:
             self.rotation.deletions.append(partial(remove, name_of(outdated), self.events))
         if outdated_state is not None and self.options.state.save_state:
             self.rotation.deletions.append(partial(remove_state, state_of(name_of(outdated_state)), self.events))
+
+    def _outdate_stops(self, progress: Progress, epoch: int) -> None:
+        """The same for files of stops between saves; without --save_state the state of the last stop is kept."""
+        step, stops = progress.step, progress.stops
+        kept = max(stops, default=0) if not self.options.state.save_state else None
+        weights = [stop for stop in stops if self.schedule.outdates_stop(stop, step, epoch)]
+        states = [stop for stop in stops if self._states.outdates_stop(stop, step, epoch) and stop != kept]
+        deletions = self.rotation.deletions
+        deletions += [partial(remove, self.names.of_step(stop), self.events) for stop in weights]
+        deletions += [partial(remove_state, state_of(self.names.of_step(stop)), self.events) for stop in states]
+        progress.stops = [stop for stop in stops if stop not in weights or stop not in states]
 
     def _tell_readers(self, path: Path) -> None:
         """Log which programs use the keys of a file; in later files of a run only if something has changed."""
