@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from library.diffusion.flow import FlowMatching
@@ -21,6 +22,7 @@ from library.training.command_line.checks import (
     report_unused,
 )
 from library.training.command_line.cli import from_program, parse
+from library.training.command_line.console import forgive_write_errors
 from library.training.command_line.replaced import refuse_replaced
 from library.training.command_line.run_lock import run_locks
 from library.training.command_line.show_timesteps import asked_preview, show_timesteps
@@ -57,6 +59,7 @@ def main(
     With `latents`, which decide the sizes of buckets, --debug_dataset works without a base model. A flow model also
     gives its `objective`, for --show_timesteps.
     """
+    forgive_write_errors()
     interruption = Interruption()
     interruption.install()
     args = parse(parser, argv)
@@ -177,7 +180,9 @@ def train_network(
     """Open the base model and find the other processes, then train among them; gives what `train_among` does."""
     from library.collector import importing
     from library.hidden_libraries import BITSANDBYTES, find_neither, hidden
+    from library.memory.offload.shared import IN_MEMORY
     from library.processes import of_accelerator
+    from library.temporary_folders import delete_abandoned_folders
     from library.training.models.opening import open_accelerator
     from library.training.run.dry_run import without_writing
     from library.training.run.shard_base_checks import as_launched, settled_sharding
@@ -197,6 +202,8 @@ def train_network(
     check_vae_precision(options, arch.vae_overflows_in_fp16)
     accelerator = open_accelerator(options)
     processes = of_accelerator(accelerator)
+    if processes.is_local_main:
+        delete_abandoned_folders((IN_MEMORY, gettempdir()))
     with processes.taking_part(Interrupted):
         options = settled_sharding(options, processes)
         return train_among(processes, accelerator, asked, options, build, arch, interruption, events, adapters)

@@ -12,6 +12,8 @@ import torch
 from library.errors import UserError
 from library.formatting import format_bytes
 from library.options.train import TrainOptions
+from library.options.training.averaging import FILES
+from library.training.evaluation.without_side_effects import shown_weights
 from library.training.failures.out_of_memory import (
     Sizes,
     bytes_of,
@@ -21,6 +23,7 @@ from library.training.failures.out_of_memory import (
     sizes_of,
 )
 from library.training.loop.stacked_step import backward_together
+from library.training.loop.update import rounding_of
 from library.training.planning.advice import ways_out
 from library.training.run_parts import Run
 from library.training.saving.checkpoints import Writer
@@ -56,8 +59,11 @@ def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
     with explained(doing, run.options, run.context.device, shape, lambda: sizes, predicted):
         loss = forward_and_backward(runs, batch, place)
         for one in runs:
-            one.optimization.optimizer.step()
+            with rounding_of(one, 0):
+                one.optimization.optimizer.step()
             one.optimization.optimizer.zero_grad(set_to_none=True)
+            with shown_weights(one, FILES):  # fails here if the weights to save cannot be put in place
+                pass
         reset_peak(run.context.device)
         started = time.perf_counter()
         forward_and_backward(runs, batch, place)
