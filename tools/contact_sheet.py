@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from library.checkpoints.files import atomic_path, file_in_folder, told_path  # noqa: E402
+from library.checkpoints.overwriting import PNG, check_overwrite  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.options.train import TrainOptions  # noqa: E402
 from library.training.command_line.checks import check_precision, check_values  # noqa: E402
@@ -101,6 +102,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
     target = args.sheet or Names.build(options.saving).of_sheet() if options.saving.output_dir else args.sheet
     if target is None:
         raise UserError("--sheet is not set; name the PNG to write, or give --output_dir")
+    check_overwrite("--sheet", target, PNG, [*files, Path(options.preview.sample_prompts)])
     arch = card.build(options)
     specs = read_prompts(Path(options.preview.sample_prompts))
     columns = columns_of([settle(spec, arch.preview.defaults, arch.inpaints) for spec in specs], args.seeds)

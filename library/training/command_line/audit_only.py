@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from library.checkpoints.overwriting import check_overwrite
 from library.data.batches.images import read_pixels
 from library.data.description.findings import Finding, inspect
 from library.data.description.plan import DataPlan, build_plan
@@ -15,6 +16,7 @@ from library.errors import UserError
 from library.options.train import TrainOptions
 from library.protocols import LatentSpec
 from library.training.evaluation.pictures import data_url_of
+from library.training.report.page import REPORT
 from library.training.report.record import Record
 from library.training.report.writer import report_of, write_page
 from library.training.reporting.event_stream import plain
@@ -50,6 +52,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
             End("finished", None, time.time() - began, None, None, None),
         ]
         path = Names.build(options.saving).of_audit()
+        check_overwrite("--audit_only:", path, REPORT)
         write_page(path, report_of(record_of(events)))
         logger.info("the same with the pictures: %s", path)
 

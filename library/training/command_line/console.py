@@ -3,13 +3,17 @@
 import io
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
+from library.checkpoints.overwriting import FileType, check_overwrite
 from library.errors import UserError
 from library.launcher import launched_rank
 from library.options.output.console import ConsoleOptions
 
+LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # as `build_handler` has it begin
+LOG = FileType("a log file", lambda start: LOG_LINE.match(start) is not None)
 CONSOLE = "console of "  # how the name of the one handler begins that shows log lines
 
 
@@ -89,6 +93,8 @@ def build_handler(options: ConsoleOptions) -> logging.Handler:
     if options.console_log_file:
         path = Path(options.console_log_file)
         try:
+            if path.suffix != ".log":
+                check_overwrite("--console_log_file", path, LOG)
             path.parent.mkdir(parents=True, exist_ok=True)
             handler = logging.FileHandler(path, mode="w", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
