@@ -26,7 +26,7 @@ from library.training.evaluation.pictures import data_url_of  # noqa: E402
 from library.training.evaluation.prompts import read_prompts, settle  # noqa: E402
 from library.training.report.writer import add_sheet  # noqa: E402
 from library.training.saving.checkpoints import Names  # noqa: E402
-from library.training.saving.saved_files import files_of_run  # noqa: E402
+from library.training.saving.saved_files import files_of_run, without_copies  # noqa: E402
 from library.types import Prompt  # noqa: E402
 from tools.command import make_parser, run  # noqa: E402
 from tools.plan_memory import card_of_script  # noqa: E402
@@ -98,7 +98,7 @@ def draw_sheet(args: argparse.Namespace, training: Sequence[str]) -> None:
         raise UserError(f"--side is {args.side}; use at least 1")
     if not options.preview.sample_prompts:
         raise UserError("--sample_prompts names no prompts to draw")
-    files = chosen_files(args.files, options)
+    files = without_copies(chosen_files(args.files, options))
     target = args.sheet or Names.build(options.saving).of_sheet() if options.saving.output_dir else args.sheet
     if target is None:
         raise UserError("--sheet is not set; name the PNG to write, or give --output_dir")
