@@ -121,10 +121,10 @@ class BatchMaker(Dataset[PartialBatch | str]):
     is_mirrored: bool = False  # every picture, whatever flip_aug says
 
     def __getitem__(self, order: BatchOrder) -> PartialBatch | str:
-        """The batch, or the sentence of what is wrong with a picture: exceptions lose theirs between processes."""
+        """The batch, or the message of a UserError: exceptions lose theirs between processes."""
         try:
             return self.draft(order)
-        except ValueError as error:
+        except UserError as error:
             return str(error)
 
     def draft(self, order: BatchOrder) -> PartialBatch:

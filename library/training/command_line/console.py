@@ -3,16 +3,20 @@
 import io
 import logging
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from library.checkpoints.overwriting import FileType, check_overwrite
 from library.errors import UserError
 from library.launcher import launched_rank
 from library.options.output.console import ConsoleOptions
 
 DATED = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%Y-%m-%d %H:%M:%S")
+LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # as `build_handler` has it begin
+LOG = FileType("a log file", lambda start: LOG_LINE.match(start) is not None)
 CONSOLE = "console of "  # how the name of the one handler begins that shows log lines
 
 
@@ -130,6 +134,8 @@ def build_handlers(options: ConsoleOptions) -> list[logging.Handler]:
     if options.console_log_file:
         path = Path(options.console_log_file)
         try:
+            if path.suffix != ".log":
+                check_overwrite("--console_log_file", path, LOG)
             path.parent.mkdir(parents=True, exist_ok=True)
             file = logging.FileHandler(path, mode="w", encoding="utf-8", errors="backslashreplace")
         except OSError as error:

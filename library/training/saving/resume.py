@@ -30,14 +30,15 @@ from library.training.step.accumulation import Plan
 logger = logging.getLogger(__name__)
 
 GROUPS_WITHOUT_EFFECT = (
-    "console", "config_file", "saving", "state", "metadata", "hub", "trackers", "preview", "validation", "distributed",
+    "console", "config_file", "saving", "state", "metadata", "hub", "trackers", "reports", "preview", "validation",
+    "distributed", "fit",
 )  # fmt: skip
 WITHOUT_EFFECT = (
     "seed", "max_data_loader_n_workers", "persistent_data_loader_workers", "skip_cache_check", "tokenizer_cache_dir",
     "train_data_dir", "reg_data_dir", "in_json", "dataset_config", "conditioning_data_dir", "cache_info",
     "prompts_file", "network_weights", "lowram", "highvram", "cache_latents_to_disk", "cache_dir", "remote_cache_gb",
     "trace_nonfinite",
-    "dry_run", "exit_status_on_stop", "fit", "selftest", "blocks_to_swap", "split_mode", "cpu_offload_checkpointing",
+    "dry_run", "exit_status_on_stop", "selftest", "blocks_to_swap", "split_mode", "cpu_offload_checkpointing",
     "unsloth_offload_checkpointing", "gradient_checkpointing_every",
 )  # fmt: skip
 OF_THE_STATE = ("optimizer_args",)

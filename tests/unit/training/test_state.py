@@ -396,6 +396,16 @@ def test_the_same_run_elsewhere_is_silent(caplog: pytest.LogCaptureFixture, tmp_
     assert differences(options_with(tmp_path), options_with(tmp_path / "b", resume="s"), caplog) == ""
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"log_events": "events.jsonl"}, {"no_report": True}, {"fit": "12GB", "fit_formats": ["int8"]}],
+)
+def test_options_that_leave_the_result_alone_are_silent(
+    caplog: pytest.LogCaptureFixture, changes: dict[str, Any]
+) -> None:
+    assert differences(TrainOptions(), TrainOptions().with_values(changes), caplog) == ""
+
+
 def test_changes_say_what_they_mean(caplog: pytest.LogCaptureFixture) -> None:
     base = TrainOptions()
     now = replace(
