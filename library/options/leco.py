@@ -27,7 +27,6 @@ REFUSED: Mapping[str, str] = {  # option -> why it cannot be had, and the way ou
     "sample_every_n_epochs": f"{NO_EPOCHS}; use --sample_every_n_steps",
     "sweep": f"{ONE_BATCH}; train one after the other",
     "fit": "how often a step asks the denoiser is drawn, and is not counted; leave it out",
-    "cuda_graphs": "each step asks the denoiser another number of times; leave it out",
     "debug_dataset": "there are no pictures to show; leave it out",
     "audit_only": "there are no pictures to look at; leave it out",
     "train_inpainting": "there are no pictures to mask; leave it out, and train on the plain model",

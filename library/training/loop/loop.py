@@ -217,10 +217,6 @@ def passes_of(run: Run, window: Window) -> list[int]:
 
 def backward(run: Run, batch: Batch, batch_number: int, window_size: float, step: int) -> Tensor:
     """Add the gradient of one batch; gives its loss."""
-    if run.fixed is not None:
-        with run.times.counted(batch), run.times.stage("forward"):  # and backward, which is one with it
-            start_batch(run.context, batch_number, step)
-            return run.fixed.gradients(batch, batch_number, int(window_size))
     with run.context.alone(), run.times.counted(batch) as turn_back:
         with run.times.stage("forward"):
             start_batch(run.context, batch_number, step)

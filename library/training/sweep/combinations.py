@@ -87,8 +87,6 @@ def shared_and_own(options: OptionsT) -> tuple[OptionsT, dict[str, OptionsT]]:
 
 def check_together(options: TrainOptions) -> None:
     """Raise UserError for an option that several adapters in one run cannot have."""
-    if options.graphs.cuda_graphs:
-        raise UserError("--cuda_graphs records the step of one adapter; leave it out with --sweep")
     if options.compiling.is_on:
         flag = "compile" if options.compiling.compile else "torch_compile"
         raise UserError(

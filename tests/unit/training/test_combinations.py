@@ -78,7 +78,6 @@ def test_a_rate_that_others_replace_is_refused() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"cuda_graphs": True}, "--cuda_graphs records the step of one adapter"),
         ({"compile": True}, "--compile compiles blocks for one adapter"),
         ({"log_events": "-"}, "mixes the events of all adapters"),
     ],
