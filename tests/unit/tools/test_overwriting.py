@@ -11,7 +11,7 @@ from library.data.sources.shards.parquet_index import only_one
 from library.errors import UserError
 from library.options.output.console import ConsoleOptions
 from library.training.command_line.checks import check_output
-from library.training.command_line.console import build_handler
+from library.training.command_line.console import build_handlers
 from library.training.command_line.run_lock import lock_path, run_lock
 from library.training.reporting.event_stream import Events, open_event_file
 from library.training.reporting.events import Removed, Stage
@@ -85,13 +85,13 @@ def test_events_are_written_over_events_only(tmp_path: Path, content: str) -> No
 def test_log_lines_are_written_over_log_lines_only(tmp_path: Path) -> None:
     path = tmp_path / "log.txt"
     for _ in range(2):
-        handler = build_handler(ConsoleOptions(console_log_file=str(path)))
+        handler, _errors = build_handlers(ConsoleOptions(console_log_file=str(path)))
         handler.emit(logging.makeLogRecord({"msg": "new", "levelname": "INFO"}))
         handler.close()
         assert len(path.read_text().splitlines()) == 1
     path.write_text("a caption")
     with pytest.raises(UserError, match="exists, is not a log file and would be overwritten"):
-        build_handler(ConsoleOptions(console_log_file=str(path)))
+        build_handlers(ConsoleOptions(console_log_file=str(path)))
     assert path.read_text() == "a caption"
 
 
