@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,12 +35,12 @@ logger = logging.getLogger(__name__)
 OptionsT = TypeVar("OptionsT", bound=TrainOptions)
 
 
-def without_writing(options: OptionsT) -> OptionsT:
-    """The options of a dry run: caches stay in memory, no charts, no uploads; it begins at the first step."""
+def dry_run_values() -> dict[str, Any]:
+    """Return what a dry run overrides: caches stay in memory, no trackers, no uploads, no resume."""
     in_memory = {"cache_latents_to_disk": False, "cache_text_encoder_outputs_to_disk": False}
     silent = {"logging_dir": None, "log_with": None, "huggingface_repo_id": None}
     afresh = {"resume": None, "autoresume": False}
-    return options.with_values({**in_memory, **silent, **afresh})
+    return {**in_memory, **silent, **afresh}
 
 
 def try_largest_batch(runs: Sequence[Run], writer: Writer, place: int) -> None:
