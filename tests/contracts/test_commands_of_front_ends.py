@@ -267,7 +267,7 @@ def test_training_takes_the_latents_that_coppylora_cached(
              "--network_dim", "2", "--learning_rate", "1e-3", "--max_train_steps", "1",
              "--max_data_loader_n_workers", "0"]  # fmt: skip
     done = train(words, "sdxl_train_network")
-    assert done.status == 0 and "latent cache: 2 entries are used, 0 are missing" in done.stderr
+    assert done.status == 0 and "latent cache: 2 entries reused, 0 to encode" in done.stderr
     assert caches(tmp_path / "data") == before
 
 

@@ -51,7 +51,7 @@ def test_training_takes_the_latents_that_were_prepared(
                 "--output_dir", str(tmp_path / "trained"), "--network_module", "networks.lora", "--network_dim", "2",
                 "--learning_rate", "1e-3", "--max_train_steps", "1", "--max_data_loader_n_workers", "0"]  # fmt: skip
     done = train(training, "sdxl_train_network")
-    assert done.status == 0 and "latent cache: 3 entries are used, 0 are missing" in done.stderr
+    assert done.status == 0 and "latent cache: 3 entries reused, 0 to encode" in done.stderr
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")} == files
 
 

@@ -166,7 +166,7 @@ def test_a_model_of_another_depth_and_width_trains_with_its_blocks_waiting(
     ("extra", "message"),
     [
         (["--weighted_captions"], "Qwen3 knows no weighted words"),
-        (["--blocks_to_swap", "1"], "--blocks_to_swap 1: the denoiser has 2 blocks, of which 2 of each kind stay"),
+        (["--blocks_to_swap", "1"], "--blocks_to_swap 1: the model has 2 blocks and must keep 2 of each kind"),
         (["--qwen3", "nowhere.safetensors"], "--qwen3 nowhere.safetensors does not exist"),
         (["--qwen3", ""], "--qwen3 is missing"),
         (["--vae", ""], "--vae is missing"),

@@ -144,7 +144,7 @@ def test_the_tool_measures_what_the_run_measured(
     printed = capfd.readouterr().out
     assert "mine-step00000002.safetensors" in printed and "suggested file: " in printed
     assert len(re.findall(r"^mine\S* +[24] +\d+\.\d{5} \(.*(yes|no|-)", printed, re.MULTILINE)) == 2
-    assert "learned by heart: with" in printed and "than on pictures that were set aside" in printed
+    assert "memorization gap: with" in printed and "than on pictures that were set aside" in printed
     report = read_report(out / "mine-report.html")
     assert report.choice is not None and report.choice["candidates"] == second["candidates"]
 

@@ -38,7 +38,7 @@ def test_memory_disk_and_no_cache_train_the_same_bit_for_bit(
     for name in ("memory", "disk", "again"):
         found = weights_of(tmp_path, name)
         assert found.keys() == plain.keys() and all(torch.equal(found[key], plain[key]) for key in plain)
-    assert "text cache: 7 files are used, 0 are missing, 0 are made again" in done.stderr
+    assert "text cache: 7 files reused, 0 to encode, 0 stale" in done.stderr
 
     with np.load(pictures / "2_thing" / "00_flux_te.npz") as archive:
         entries = {

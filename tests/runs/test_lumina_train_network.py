@@ -144,7 +144,7 @@ def test_text_that_was_encoded_ahead_trains_the_same_bit_for_bit(
     for name in ("memory", "disk", "again"):
         found = saved(tmp_path, name)
         assert found.keys() == plain.keys() and all(torch.equal(found[key], plain[key]) for key in plain)
-    assert "text cache: 7 files are used, 0 are missing, 0 are made again" in done.stderr
+    assert "text cache: 7 files reused, 0 to encode, 0 stale" in done.stderr
     with np.load(pictures / "2_thing" / "00_lumina_te.npz") as archive:
         entries = {n: (archive[n].dtype.name, archive[n].shape) for n in archive.files if n != "captions"}
     assert entries == {

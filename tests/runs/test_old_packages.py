@@ -22,7 +22,7 @@ def error_of(
          "--output_dir", "out", "--train_data_dir", "data", "--resolution", "64"],
         script,
     )  # fmt: skip
-    assert done.status == 1 and "fault of the program" not in done.stderr
+    assert done.status == 1 and "this is a bug" not in done.stderr
     return done.stderr
 
 

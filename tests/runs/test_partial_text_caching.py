@@ -79,11 +79,11 @@ def test_what_is_on_the_disk_serves_runs_that_train_the_denoiser_alone(run: Run,
     """The files hold the features of all encoders as they were before training."""
     assert run("flux", "both", ON_DISK).status == 0
     done = run("flux", "again", ON_DISK)
-    assert done.status == 0 and "0 are missing, 0 are made again" in done.stderr
+    assert done.status == 0 and "0 to encode, 0 stale" in done.stderr
     both, again = saved(tmp_path, "both"), saved(tmp_path, "again")
     assert all(torch.equal(both[key], again[key]) for key in both)
     done = run("flux", "alone", ON_DISK, "--network_train_unet_only")
-    assert done.status == 0 and "0 are missing, 0 are made again" in done.stderr
+    assert done.status == 0 and "0 to encode, 0 stale" in done.stderr
     assert run("flux", "fresh", CACHED, "--network_train_unet_only").status == 0
     alone, fresh = saved(tmp_path, "alone"), saved(tmp_path, "fresh")
     assert all(torch.equal(alone[key], fresh[key]) for key in fresh) and not any("lora_te" in key for key in alone)

@@ -29,6 +29,7 @@ from library.data.plan.order import epoch_batches
 from library.data.plan.samples import build_draws
 from library.data.plan.validation_split import identities_of_pictures
 from library.errors import UserError
+from library.formatting import format_count
 from library.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -106,9 +107,9 @@ class PlannedBatches:
         """Say how often damaged pictures were left out, if there were any."""
         if self._skipped:
             log.warning(
-                "%d damaged pictures were left out %d times in all, others of their size took their place",
-                len(self._skipped),
-                self._skipped.total(),
+                "skipped %s (%s); images of the same bucket were used instead",
+                format_count(len(self._skipped), "damaged image"),
+                format_count(self._skipped.total(), "draw"),
             )
 
     @cached_property

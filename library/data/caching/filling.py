@@ -128,7 +128,7 @@ def report_check(words: CacheWords, found: Sequence[Found[JobT]], skips_check: b
     reasons = "; ".join(f"{len(paths)} {reason}: {few(paths, 2)}" for reason, paths in faults.items())
     logger.log(
         logging.WARNING if num_stale else logging.INFO,
-        "%s: %d %s are used%s, %d are missing, %d are made again%s",
+        "%s: %d %s reused%s, %d to encode, %d stale%s",
         words.name,
         len(found) - len(missing) - num_stale,
         words.entries,

@@ -20,6 +20,7 @@ from library.data.plan.samples import Draws, Samples, duplicated_stems
 from library.data.sources.images import Pictures
 from library.data.sources.scanned import ScannedDataset, ScannedSubset
 from library.errors import few
+from library.formatting import format_count
 
 MOST_COUNTED_AT_START = 2000  # captions; a fifth of a second of tokenizing
 COUNTED_AT_ONCE = 16
@@ -97,12 +98,15 @@ def subset_lines(subset: ScannedSubset, num_draws: int, num_unused: int) -> Iter
         yield logging.INFO, f"{source} {what}: {few(subset.small)}"
     if subset.without_caption:
         level = logging.INFO if config.class_tokens else logging.WARNING
-        stand_in = f"'{config.class_tokens}' stands in" if config.class_tokens else "they are empty"
+        stand_in = f"using '{config.class_tokens}'" if config.class_tokens else "trained with an empty prompt"
         missing = subset.without_caption
-        yield level, f"{source} {len(missing)} captions are missing, {stand_in}: {few(missing)}"
+        yield (
+            level,
+            f"{source} {format_count(len(missing), 'image')} without a caption file, {stand_in}: {few(missing)}",
+        )
     if subset.empty_caption:
         empty = subset.empty_caption
-        yield logging.WARNING, f"{source} {len(empty)} captions are empty: {few(empty)}"
+        yield logging.WARNING, f"{source} {format_count(len(empty), 'empty caption')}: {few(empty)}"
     yield from wording_lines(subset, source)
     if config.captions.enable_wildcard:
         is_nested = np.fromiter(map(has_nested_wildcard, subset.pictures.captions), dtype=bool)
@@ -132,7 +136,7 @@ def wording_lines(subset: ScannedSubset, source: str) -> Iterator[Line]:
             yield logging.WARNING, f"{source} all {num_own} captions are the same, {effect}: {first[:80]!r}"
     is_named = np.zeros(len(pictures), dtype=bool)
     is_named[[*captions_with_names(pictures)]] = True
-    yield from told(pictures, is_named & has_own, f"{source} {{}} captions contain the name of their file")
+    yield from told(pictures, is_named & has_own, f"{source} captions that contain their own file name: {{}}")
 
 
 def captions_with_names(pictures: Pictures) -> Iterator[int]:
@@ -155,8 +159,8 @@ def enlarged_lines(samples: Samples, dataset: int) -> Iterator[Line]:
         sizes = [f"{width}x{height}" for width, height in samples.sizes()[rows[:5]].tolist()]
         keys = samples.keys_at(rows[:5])
         shown = few([f"{key} ({size})" for key, size in zip(keys, sizes, strict=True)], count=len(rows))
-        effect = f"are enlarged more than {MOST_ENLARGED} times, which teaches blur"
-        yield logging.WARNING, f"  {len(rows)} pictures {effect}: {shown}"
+        effect = f"upscaled more than {MOST_ENLARGED}x; the LoRA may learn blur"
+        yield logging.WARNING, f"  {format_count(len(rows), 'image')} {effect}: {shown}"
 
 
 def cut_lines(dataset: ScannedDataset, rule: BucketRules) -> Iterator[Line]:

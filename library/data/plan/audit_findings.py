@@ -9,6 +9,7 @@ from library.data.plan.samples import Sample
 from library.data.sources.images import Picture
 from library.data.sources.storage.storage import Storage
 from library.errors import few
+from library.formatting import format_count
 
 MOST_BITS = 6  # of 64: copies of another size or quality, or with an edge cut off, differ in so few, others in 20
 BLURRED = 15.0  # variance of the Laplacian; a blur of 2 pixels leaves 5, sharp pictures have 50 and far more
@@ -42,14 +43,12 @@ def inspect(samples: Sequence[Sample], num_trained: int, storage: Storage, num_t
 def findings_of(looks: Sequence[Look], trained: set[str]) -> Iterator[Finding]:
     """What stands out, the gravest first; a kind that no picture has gives nothing."""
     damaged = [(look.path, look.problem) for look in looks if look.problem is not None]
-    yield from told(
-        damaged, "{} pictures cannot be decoded and would be left out in mid-run; save them anew or remove them"
-    )
+    yield from told(damaged, "{} cannot be decoded and would be skipped; re-save or remove")
     whole = [look for look in looks if look.problem is None]
     empty = [look for look in whole if look.contrast < EMPTY]
     yield from told(
         [(look.path, f"contrast {look.contrast:.1f}") for look in empty],
-        "{} pictures show one colour alone; remove them",
+        "{} of a single colour; remove",
     )
     shown = [look for look in whole if look.contrast >= EMPTY]  # empty ones all look alike
     groups = groups_of(list(similar_pairs([look.hash for look in shown], MOST_BITS)))
@@ -61,16 +60,16 @@ def findings_of(looks: Sequence[Look], trained: set[str]) -> Iterator[Finding]:
         (across if len(kinds) == 2 else within).extend((path, f"group {number}") for path in paths)
     yield from told(
         [(path, f"{note}, {'trained' if path in trained else 'validation'}") for path, note in across],
-        "{} pictures of the validation are nearly the same as trained ones, so it measures what was learned by heart; "
-        "keep each motif on one side",
+        "{} near-duplicated between training and validation, which then measures memorization; keep each motif on one "
+        "side",
     )
-    yield from told(within, "{} pictures are nearly the same as others; each counts, keep the best of every group")
+    yield from told(within, "{} near-duplicated; consider keeping one per group")
     blurred = [(look.path, f"sharpness {look.sharpness:.0f}") for look in shown if look.sharpness < BLURRED]
-    yield from told(blurred, "{} pictures are blurred all over, which is learned too; remove them or find sharp ones")
+    yield from told(blurred, "{} blurred all over; the LoRA may learn blur: remove or replace")
 
 
 def told(pictures: Iterable[tuple[str, str | None]], text: str) -> Iterator[Finding]:
     """The finding, if there is a picture of it."""
     listed = tuple((path, note or "") for path, note in pictures)
     if listed:
-        yield Finding(text.format(len(listed)), listed)
+        yield Finding(text.format(format_count(len(listed), "image")), listed)

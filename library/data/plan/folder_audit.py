@@ -11,6 +11,7 @@ from library.data.sources.folders.listing import CAPTION_ENDINGS
 from library.data.sources.images import Pictures
 from library.data.sources.scanned import ScannedSubset
 from library.errors import few
+from library.formatting import format_count
 
 MOST_COMPARED = 20_000  # pictures; looking for equal ones reads their sizes from the disk
 MOST_VISITED = 2_000  # folders, where pictures are looked for deeper down
@@ -30,9 +31,12 @@ def folder_lines(subset: ScannedSubset) -> Iterator[Line]:
         yield logging.WARNING, f"{source} {len(unread)} {effect}: {few(unread)}"
     yield from caption_lines(subset, unread, source)
     if len(subset.pictures) <= MOST_COMPARED:
-        pairs = [f"{os.path.basename(b)} is {os.path.basename(a)}" for a, b in equal_pictures(subset.pictures)]
+        pairs = [f"{os.path.basename(b)} = {os.path.basename(a)}" for a, b in equal_pictures(subset.pictures)]
         if pairs:
-            yield logging.WARNING, f"{source} {len(pairs)} pictures are there twice and count twice: {few(pairs)}"
+            yield (
+                logging.WARNING,
+                f"{source} {format_count(len(pairs), 'duplicate image')}, each trained twice: {few(pairs)}",
+            )
 
 
 def caption_lines(subset: ScannedSubset, unread: Sequence[str], source: str) -> Iterator[Line]:

@@ -63,7 +63,7 @@ def parse_size(flag: str, text: str) -> int:
     """Bytes of "12GB", "12" or "11500MB"; a gigabyte is 2**30 bytes, as in the names of cards."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if found is None or found[2] not in UNITS or float(found[1]) <= 0:
-        raise UserError(f"{flag} {text!r} is no size of memory; give one such as 12GB or 11500MB")
+        raise UserError(f"{flag}: {text!r} is not a memory size; use e.g. 12GB or 11500MB")
     return round(float(found[1]) * UNITS[found[2]])
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from library.formatting import format_count
 from library.memory.planner.choice import Choice
 from library.memory.planner.gpus import GIB
 from library.memory.planner.prediction import Predicted, Way
@@ -44,11 +45,10 @@ def table_of(choice: Choice, describe: Callable[[Way], str]) -> list[str]:
     """Lines of equal columns: the candidates that fit, the chosen one marked, and how many others there are."""
     lines = columns([HEADINGS, *rows_of(choice, describe)])
     others = [found.device_bytes for found in choice.candidates if found not in shown(choice)]
-    return (
-        [*lines, f"{len(others)} other ways do not fit, the least of them is {in_gib(min(others))}"]
-        if others
-        else lines
-    )
+    if others:
+        count = format_count(len(others), "other configuration")
+        lines.append(f"too large: {count}; the smallest needs {in_gib(min(others))}")
+    return lines
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

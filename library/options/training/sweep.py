@@ -23,6 +23,6 @@ class SweepOptions(Options):
         own=True,
         at_least=1,
         needs="sweep",
-        help="End adapters of --sweep early that are worse than the best one by more than chance, at every validation "
+        help="End adapters of --sweep early that are significantly worse than the best one, at every validation "
         "from this step on. Unset trains all of them to the end.",
     )

@@ -40,7 +40,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
     for finding in findings:
         logger.warning("%s", finding.line)
     if not findings:
-        logger.info("nothing stands out in the pictures")
+        logger.info("no problems found in the images")
     if options.saving.output_dir:
         events = [
             Start(None, given(options), versions()),
@@ -51,7 +51,7 @@ def audit_only(options: TrainOptions, latents: LatentSpec) -> None:
         path = Names.build(options.saving).of_audit()
         check_overwrite("--audit_only:", path, REPORT)
         write_page(path, report_of(record_of(events)))
-        logger.info("the same with the pictures: %s", path)
+        logger.info("full report with thumbnails: %s", path)
 
 
 def audited(options: TrainOptions, latents: LatentSpec) -> DataPlan:

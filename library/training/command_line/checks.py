@@ -142,7 +142,7 @@ def check_output(options: TrainOptions) -> None:
         raise UserError(f"--output_name: {path} is a folder, but the adapter is saved under that name; use another")
     check_overwriting(options)
     if path.exists() and not (options.state.resume or options.state.autoresume):
-        logger.warning("%s is there already and will be replaced when the run ends", path)
+        logger.warning("%s already exists and will be overwritten when the run ends", path)
 
 
 def check_overwriting(options: TrainOptions) -> None:
@@ -430,6 +430,6 @@ def low_rate(options: TrainOptions) -> Iterator[str]:
     strength = f", and --network_alpha {network.network_alpha:g} of --network_dim {network.network_dim} weakens it more"
     is_weak = network.network_dim is not None and 0 < network.network_alpha < network.network_dim
     yield (
-        f"--learning_rate is {rate:g}, the default for training whole models, with which an adapter learns next to "
-        f"nothing{strength if is_weak else ''}; {usual} is usual with {name}"
+        f"--learning_rate is {rate:g}, the default for training whole models and far too low for an adapter"
+        f"{strength if is_weak else ''}; {usual} is usual with {name}"
     )

@@ -126,7 +126,7 @@ def show_dataset(options: TrainOptions, latents: LatentSpec) -> None:
 
 
 OUR_FAULT = (
-    "this is a fault of the program, not of your settings: please report it with the lines above and the command line"
+    "this is a bug, not a problem with your settings: please report it with the lines above and the command line"
 )
 
 

@@ -87,7 +87,7 @@ def reason_of(found: Choice, measured: Sequence[Measured]) -> str:
     if all(file.is_copy for file in files):
         text = "all files measure the same" if len(files) > 1 else "there is one file"
     elif found.has_winner:
-        text = "every other file is worse by more than chance"
+        text = "every other file is significantly worse"
     elif found.suggested == found.best:
         count = sum(not file.is_worse and not file.is_copy for file in files)
         text = (
@@ -101,7 +101,7 @@ def reason_of(found: Choice, measured: Sequence[Measured]) -> str:
             f"(standard error {gap.error:.3g})"
         )
     if has_base and not found.files[0].is_worse:
-        text += "; no file is better than the model before training by more than chance"
+        text += "; no file is significantly better than the model before training"
     return text
 
 
@@ -123,7 +123,7 @@ def memorised(
 
 def table_of(choice: events.Choice) -> list[str]:
     """All files, in lines of columns."""
-    rows = [("file", "step", "loss", "above the lowest", "more than chance", "learned by heart")]
+    rows = [("file", "step", "loss", "difference from best", "significant", "memorization gap")]
     for one in choice.candidates:
         rows.append(
             (
@@ -154,10 +154,10 @@ def memory_line(choice: events.Choice) -> str | None:
     assert memory is not None and one.file is not None
     unseen = "pictures that were set aside" if memory.unseen == "held-out" else "their mirror images"
     is_clear = memory.low is not None and memory.low > 0
-    doubt = "" if is_clear else ", which may be chance"
+    doubt = "" if is_clear else ", not significant"
     side = "more" if memory.more >= 0 else "less"
     told = f"{abs(memory.more):.5f}{interval(memory.low, memory.high)} {side} on trained pictures than on {unseen}"
-    return f"learned by heart: with {Path(one.file).name} the loss fell by {told}{doubt}"
+    return f"memorization gap: with {Path(one.file).name} the loss fell by {told}{doubt}"
 
 
 def interval(low: float | None, high: float | None) -> str:

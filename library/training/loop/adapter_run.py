@@ -126,7 +126,7 @@ class Trainee:
 
     def drop(self, epoch: int) -> None:
         """End the adapter because another one is clearly better (--sweep_stop_after)."""
-        self.note_end("another one was better by more than chance (--sweep_stop_after)")
+        self.note_end("another one was significantly better (--sweep_stop_after)")
         logger.info("ends after step %d: %s", self.progress.step, self.progress.ended)
         self.prepared.writer.save_end(self.progress, epoch)
 

@@ -89,8 +89,8 @@ def waiting_blocks(num_blocks: int, stacks: Stacks) -> list[int]:
         most = max((n for n in range(num_blocks) if fits(n)), default=0)
         has = " and ".join(str(size) for size in sizes)
         raise UserError(
-            f"--blocks_to_swap {num_blocks}: the denoiser has {has} blocks, of which {NUM_STAYING} of each kind stay "
-            f"on the card; use at most {most}"
+            f"--blocks_to_swap {num_blocks}: the model has {has} blocks and must keep {NUM_STAYING} of each kind on "
+            f"the GPU, so at most {most} can be swapped"
         )
     return split(num_blocks)
 

@@ -59,7 +59,11 @@ class Fit:
             yield self.shortage()
         else:
             fixed = in_words(self.values(), type(self.options).defaults())
-            yield f"-> is chosen; {fixed} fixes it" if fixed else "-> is what the options say"
+            yield (
+                f"selected: ->. To pin this choice, add: {fixed}"
+                if fixed
+                else "-> matches your options; nothing to change"
+            )
 
     def sweep_line(self, sweep: "Sweep") -> str:
         """How many adapters fit, in the way that is chosen, else in the one that takes least."""

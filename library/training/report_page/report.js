@@ -144,13 +144,13 @@ function choice() {
     one.step,
     short(one.loss) + range(one.low, one.high),
     one.difference ? short(one.difference, 3) + range(one.difference_low, one.difference_high) : "–",
-    one.is_worse ? "worse by more than chance" : "",
+    one.is_worse ? "significantly worse" : "",
     one.memorised ? short(one.memorised.more, 3) + range(one.memorised.low, one.memorised.high) : "",
     suggested !== null && one.file === suggested ? make("span", {class: "mark"}, "suggested") : "",
   ]);
   const text = suggested === null ? `No file is suggested: ${reason}.` : `${name(suggested)}, step ${step}: ${reason}.`;
-  const how = `${num_pictures} pictures; in brackets intervals of ${100 * confidence} %, those of the differences hold all together.`;
-  const heads = ["file", "step", "validation loss", "above the lowest", "", candidates.some((one) => one.memorised) ? "learned by heart" : "", ""];
+  const how = `${num_pictures} images; brackets: ${100 * confidence} % confidence intervals, simultaneous for the differences.`;
+  const heads = ["file", "step", "validation loss", "difference from best", "", candidates.some((one) => one.memorised) ? "memorization gap" : "", ""];
   section("Which file to keep", make("p", {}, text), table(heads, rows, [1]), make("p", {class: "dim"}, how));
 }
 
@@ -191,7 +191,7 @@ function data() {
 
 function findings() {
   if (!record.findings.length) return;
-  section("What stands out in the pictures");
+  section("Problems found in the images");
   for (const {text, pictures, num_pictures} of record.findings) {
     const figures = pictures.map(({file, note, thumbnail}) => {
       const picture = thumbnail ? make("img", {src: thumbnail, alt: "", loading: "lazy"}) : null;

@@ -17,7 +17,7 @@ function ranked(row, place) {
 
 document.title = title;
 page.replaceChildren(make("h1", {}, title), make("p", {}, `${verdict}.`));
-const heads = ["", "adapter", "steps", "validation loss", "above the lowest", "", "file", ""];
+const heads = ["", "adapter", "steps", "validation loss", "difference from best", "", "file", ""];
 page.append(table(heads, rows.map(ranked)));
 if (numPictures) {
   const share = `${Math.round(confidence * 100)} %`;

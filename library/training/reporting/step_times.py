@@ -219,19 +219,19 @@ class StepTimes:
         middle_waiting = median(before.parts.get("waiting for data", 0.0) for before in self._recent)
         middle_flops = median(before.flops or 0.0 for before in self._recent)
         if waiting - middle_waiting > extra / 2:
-            reason = f"{waiting:.2f} s of them were spent waiting for pictures"
+            reason = f"waited {waiting:.2f} s for images"
         elif new:
-            reason = "it had the first batch of " + ", ".join(f"{n} of {w}x{h}" for n, h, w in sorted(new))
+            reason = "first batch of " + ", ".join(f"{n} of {w}x{h}" for n, h, w in sorted(new))
         elif faults["retries"]:
-            reason = f"the card's memory was full, and was sorted out {faults['retries']} times"
+            reason = f"GPU memory was full and was defragmented {faults['retries']} times"
         elif faults["pages"] > MANY_PAGES:
-            reason = f"main memory was full: {faults['pages']} pages were read back from the disk"
+            reason = f"main memory was full: {faults['pages']} pages were swapped in from disk"
         elif (found.flops or 0.0) > SLOW * middle_flops > 0:
-            reason = "its pictures are larger or more"
+            reason = "larger or more images than usual"
         else:
-            reason = "why is not known"
+            reason = "cause unknown"
         with tqdm.external_write_mode():
-            logger.info("a step took %.2f s where %.2f s are usual: %s", found.seconds, middle, reason)
+            logger.info("slow step: %.2f s (typical: %.2f s), %s", found.seconds, middle, reason)
 
 
 def span(began: Any, ended: Any) -> float:

@@ -180,7 +180,7 @@ def report(findings: Sequence[Finding], calls: Sequence[Call]) -> None:
         raise UserError(
             f"--selftest: {len(wrong)} of {len(findings)} gradients in {len(calls)} blocks are not those of the plain "
             f"mode: {'; '.join(lines)}. Train without --blocks_to_swap, --shard_base, --base_format or "
-            "--gradient_checkpointing, and report this: it is a fault of the program or of the card's memory"
+            "--gradient_checkpointing, and report this: it is a bug or a fault of the GPU's memory"
         )
     logger.info(
         "self-test: %d gradients in %d blocks are those of the plain mode: off by %.1e at most, where rounding alone "

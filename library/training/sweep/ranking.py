@@ -61,8 +61,8 @@ class Ranking:
         best = known[0].measured.label
         rest = [row.measured.label for row in known[1:] if row.compared is not None and not row.compared.is_worse]
         if not rest:
-            return f"{best} is better than every other adapter by more than chance"
-        return f"{best} has the lowest loss, and is not better than {', '.join(rest)} by more than chance"
+            return f"{best} is significantly better than every other adapter"
+        return f"{best} has the lowest loss, not significantly lower than {', '.join(rest)}"
 
 
 def rank(adapters: Sequence[Measured]) -> Ranking:
@@ -84,7 +84,7 @@ def nan_last(mean: float) -> tuple[bool, float]:
 
 def table_of(ranking: Ranking) -> list[str]:
     """The ranking in lines of columns."""
-    rows = [("", "adapter", "step", "loss", "above the lowest", "more than chance", "")]
+    rows = [("", "adapter", "step", "loss", "difference from best", "significant", "")]
     for place, row in enumerate(ranking.rows, 1):
         one, compared = row.measured, row.compared
         if compared is None:

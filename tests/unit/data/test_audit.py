@@ -41,14 +41,14 @@ def test_missing_and_empty_captions_are_counted_with_examples(tmp_path, caplog):
     write_folder(tmp_path / "a", 7, caption=None)
     (tmp_path / "a/p0.txt").write_text("")
     text = audited(config(tmp_path, ""), caplog)
-    assert "6 captions are missing, they are empty: " in text and "p5.png and 1 more" in text
-    assert "1 captions are empty: " in text and text.count("WARNING") == 2
+    assert "6 images without a caption file, trained with an empty prompt: " in text and "p5.png and 1 more" in text
+    assert "1 empty caption: " in text and text.count("WARNING") == 2
 
 
 def test_captions_that_class_tokens_stand_in_for_are_no_warning(tmp_path, caplog):
     write_folder(tmp_path / "a", 2, caption=None)
     text = audited(config(tmp_path, "class_tokens = 'a cat'"), caplog)
-    assert "2 captions are missing, 'a cat' stands in" in text and "WARNING" not in text
+    assert "2 images without a caption file, using 'a cat'" in text and "WARNING" not in text
 
 
 def test_pictures_left_out_are_named_with_the_reason(tmp_path, caplog):
@@ -251,14 +251,14 @@ def test_equal_pictures_are_named(tmp_path, caplog):
     write_folder(tmp_path / "a", 2)
     (tmp_path / "a/q.png").write_bytes((tmp_path / "a/p1.png").read_bytes())
     (tmp_path / "a/q.txt").write_text("a tag")
-    assert "1 pictures are there twice and count twice: q.png is p1.png" in audited(config(tmp_path, ""), caplog)
+    assert "1 duplicate image, each trained twice: q.png = p1.png" in audited(config(tmp_path, ""), caplog)
 
 
 def test_pictures_that_are_enlarged_much_are_named(tmp_path, caplog):
     write_picture(tmp_path / "a/tiny.png", (8, 8)).with_suffix(".txt").write_text("a")
     write_picture(tmp_path / "a/large.png", (44, 44)).with_suffix(".txt").write_text("a")
     text = audited(config(tmp_path, "", "enable_bucket = true\nmin_bucket_reso = 64"), caplog)
-    assert "1 pictures are enlarged more than 1.5 times" in text and "tiny.png (8x8)" in text
+    assert "1 image upscaled more than 1.5x" in text and "tiny.png (8x8)" in text
 
 
 @pytest.mark.parametrize(("count", "is_told"), [(9, True), (8, False)])
@@ -277,8 +277,8 @@ def test_a_stand_in_for_missing_captions_is_no_fault(tmp_path, caplog):
 def test_captions_with_the_name_of_their_file_are_named(tmp_path, caplog):
     for stem, caption in (("IMG_0815", "img_0815, a cat"), ("IMG_0816", "a cat"), ("cats", "two cats"), ("a1", "a1")):
         write_picture(tmp_path / f"a/{stem}.png", (64, 64)).with_suffix(".txt").write_text(caption)
-    assert "1 captions contain the name of their file: " in (text := audited(config(tmp_path, ""), caplog))
-    assert "IMG_0815.png" in text.partition("contain the name of their file")[2].splitlines()[0]
+    assert "captions that contain their own file name: 1: " in (text := audited(config(tmp_path, ""), caplog))
+    assert "IMG_0815.png" in text.partition("contain their own file name")[2].splitlines()[0]
 
 
 def test_pictures_in_folders_below_are_counted_where_none_is_found(tmp_path):

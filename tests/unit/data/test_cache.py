@@ -342,7 +342,7 @@ def test_an_entry_that_is_not_true_is_made_again_alone_and_said_so(folder, caplo
     batches, num_encoded = cache(folder)
     assert num_encoded == 1
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert "latent cache: 2 entries are used, 0 are missing, 1 are made again" in line
+    assert "latent cache: 2 entries reused, 0 to encode, 1 stale" in line
     assert re.search(reason, line)
     assert "p0_0064x0064_sd.npz" in line
     found = latents_by_key(batches)
@@ -435,7 +435,7 @@ def test_skipping_the_check_demands_only_that_the_file_is_there(folder, caplog):
     file_of(folder).unlink()
     with caplog.at_level(logging.INFO):
         assert cache(folder, options=skipping, vae="another vae")[1] == 1
-    assert "2 entries are used unchecked (--skip_cache_check), 1 are missing" in caplog.text
+    assert "2 entries reused unchecked (--skip_cache_check), 1 to encode" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -398,7 +398,7 @@ def test_another_picture_of_its_size_stands_in_for_a_damaged_one_and_it_is_count
     assert found == [key.replace("p1.png", "p2.png") for key in whole], "of its own folder, in its place"
     assert caplog.text.count("p1.png is damaged") == 1
     batches.report_skipped(logging.getLogger())
-    assert "1 damaged pictures were left out 2 times in all" in caplog.text
+    assert "skipped 1 damaged image (2 draws)" in caplog.text
 
 
 def test_a_picture_that_changed_its_size_during_the_run_is_named(tmp_path):

@@ -65,7 +65,7 @@ def test_what_is_true_is_left_and_what_is_not_is_named_with_its_reason(
         found = fill(cache.codec, jobs, False, 1, ALONE)
     assert cache.made == ["b.txt", "d.txt"]
     assert sorted(Path(job.path).name for job in found) == ["a.txt", "b.txt", "c.old", "d.txt"]
-    line = "word cache: 2 words are used, 1 are missing, 1 are made again (1 of another word: "
+    line = "word cache: 2 words reused, 1 to encode, 1 stale (1 of another word: "
     assert f"{line}{jobs[1].path})" in caplog.text
     fill(cache.codec, jobs, False, 1, ALONE)
     assert len(cache.made) == 2
@@ -77,7 +77,7 @@ def test_unchecked_files_are_trusted_by_each_of_their_names(tmp_path: Path, capl
     with caplog.at_level(logging.INFO):
         fill(cache.codec, jobs, True, 1, ALONE)
     assert cache.made == ["b.txt"]
-    assert "word cache: 1 words are used unchecked (--skip_cache_check), 1 are missing" in caplog.text
+    assert "word cache: 1 words reused unchecked (--skip_cache_check), 1 to encode" in caplog.text
 
 
 @pytest.mark.parametrize("per_machine", [3, 1], ids=["one machine", "machines with disks of their own"])

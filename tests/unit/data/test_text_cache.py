@@ -271,7 +271,7 @@ def test_only_the_captions_that_changed_are_encoded_again(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         again = cache(folder)
     assert again.encoded == ["another"]
-    assert "text cache: 3 files are used, 0 are missing, 1 are made again (1 made for other captions:" in caplog.text
+    assert "text cache: 3 files reused, 0 to encode, 1 stale (1 made for other captions:" in caplog.text
     assert "p1_tiny_te.npz" in caplog.text
     for key, caption, row in draws_of(again.batches):
         assert (caption == "another") == key.endswith("p1.png")

@@ -62,7 +62,7 @@ def test_the_data_set_says_how_large_the_largest_batch_is(tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--cards", "12TB", "--resolution", "64"), "--cards '12TB' is no size of memory"),
+        (("--cards", "12TB", "--resolution", "64"), "--cards: '12TB' is not a memory size"),
         ((), "--resolution is not set"),
         (("--resolution", "64", "--script", "flux.py"), "--script flux.py is no training script; use one of train_net"),
     ],

@@ -328,7 +328,7 @@ def test_a_rate_with_which_an_adapter_learns_nothing_is_told(caplog: pytest.LogC
     assert "3e-5 is usual with Lion" in line and "--network_alpha" not in line
     caplog.clear()
     for values in ({"unet_lr": 1e-4}, {"optimizer_type": "Prodigy"}, {"network_train_text_encoder_only": True}):
-        assert not any("next to nothing" in line for line in warnings_of(caplog, learning_rate=2e-6, **values))
+        assert not any("far too low" in line for line in warnings_of(caplog, learning_rate=2e-6, **values))
 
 
 @pytest.mark.parametrize("values", [{"ddp_timeout": -1}, {"max_data_loader_n_workers": 10**9}, {"min_timestep": 1001}])
@@ -437,7 +437,7 @@ def test_names_that_clash_with_what_is_there(tmp_path: Path, caplog: pytest.LogC
     assert "is a folder" in refusal(output_dir=str(tmp_path), output_name="mine")
     (tmp_path / "old.safetensors").write_text("")
     (line,) = warnings_of(caplog, output_dir=str(tmp_path), output_name="old")
-    assert "will be replaced" in line
+    assert "will be overwritten" in line
 
 
 def test_a_name_that_no_file_system_takes_is_refused() -> None:

@@ -56,7 +56,7 @@ def test_too_little_main_memory_is_said_with_numbers(tiny_sd_folder: object, mon
 
 def test_more_blocks_than_there_are_is_said_before_anything_is_read(tiny_sd_folder: object) -> None:
     asked = options(tiny_sd_folder, blocks_to_swap=40)
-    with pytest.raises(UserError, match=r"--blocks_to_swap 40: the denoiser has 18 blocks.*use at most 16$"):
+    with pytest.raises(UserError, match=r"--blocks_to_swap 40: the model has 18 blocks.*at most 16 can be swapped$"):
         check_base(asked, build(asked))
 
 

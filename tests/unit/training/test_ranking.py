@@ -1,4 +1,4 @@
-"""Which adapters of a sweep are called worse: by more than chance, whatever was looked at before."""
+"""Which adapters of a sweep are called significantly worse, whatever was looked at before."""
 
 from math import nan
 
@@ -28,7 +28,7 @@ def test_adapters_stand_by_their_loss_and_those_not_measured_last() -> None:
     verdicts = {row.measured.label: row.compared and row.compared.is_worse for row in ranking.rows}
     assert verdicts == {"best": False, "close": False, "worse": True, "broken": True, "unmeasured": None}
     first, second = (row.measured.label for row in ranking.rows[:2])
-    assert ranking.verdict == f"{first} has the lowest loss, and is not better than {second} by more than chance"
+    assert ranking.verdict == f"{first} has the lowest loss, not significantly lower than {second}"
     lines = table_of(ranking)
     assert len(lines) == 6 and lines[3].split()[-1] == "yes" and lines[5].endswith("its losses were not finite")
 
@@ -38,7 +38,7 @@ def test_adapters_stand_by_their_loss_and_those_not_measured_last() -> None:
     [
         ([None, None], "nothing is ranked: no picture is set aside"),
         ([[1.0], [2.0]], "a single picture tells no difference from chance"),
-        ([[1.0, 2.0, 3.0], [2.0, 3.1, 4.0]], "a0 is better than every other adapter by more than chance"),
+        ([[1.0, 2.0, 3.0], [2.0, 3.1, 4.0]], "a0 is significantly better than every other adapter"),
     ],
 )
 def test_what_is_said_of_them(losses: list[list[float] | None], verdict: str) -> None:

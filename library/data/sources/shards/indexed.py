@@ -73,7 +73,7 @@ def described_files(
     key = "shards" if config.shards else "parquet"
     files = [file for pattern in config.patterns for file in storage.matching(pattern)]
     if not files:
-        raise UserError(f"{key} = {config.source!r} names no file that is there; check the path and the pattern")
+        raise UserError(f"{key} = {config.source!r} matched no files; check bucket, path and pattern")
     twice = sorted({file for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else []
     if twice:
         raise UserError(f"{key} = {config.source!r} names a file twice: {few(map(without_secrets, twice))}")

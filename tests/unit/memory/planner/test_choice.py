@@ -161,7 +161,7 @@ def test_the_table_marks_what_is_chosen_and_counts_what_does_not_fit() -> None:
     first, recomputed, last = table_of(choice, lambda way: f"every {way.recompute_every}")
     assert first.split() == ["way", "memory", "of", "it", "tensors", "main", "memory", "a", "pass"]
     assert recomputed.split() == ["->", "every", "1", "1.5", "GiB", "0.8", "GiB", "128.00", "s"]
-    assert last == "1 other ways do not fit, the least of them is 3.6 GiB"
+    assert last == "too large: 1 other configuration; the smallest needs 3.6 GiB"
     nothing = table_of(choose(counted_step(), allowed, card(GIB)), lambda way: f"every {way.recompute_every}")
     assert [line.split()[:3] for line in nothing[1:]] == [["x", "every", "None"], ["x", "every", "1"]]
 
@@ -175,7 +175,7 @@ def test_sizes_are_those_of_cards(text: str, num_bytes: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "big", "0GB", "-3GB", "12TB"])
 def test_other_words_are_no_sizes(text: str) -> None:
-    with pytest.raises(ValueError, match=r"--fit .* is no size of memory; give one such as 12GB"):
+    with pytest.raises(ValueError, match=r"--fit: .* is not a memory size; use e.g. 12GB"):
         parse_size("--fit", text)
 
 
