@@ -289,8 +289,3 @@ class End(Event):
     error: str | None
     summary: str | None  # of the steps' times, in words
     file: str | None  # the adapter, of a run that came to its end
-
-
-EVENTS: tuple[type[Event], ...] = (
-    Start, Audit, Finding, Stage, Plan, Step, Validation, Choice, Preview, Saved, Removed, Warned, End,
-)  # fmt: skip
