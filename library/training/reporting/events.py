@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
+from library.progress import State
+
 VERSION = 1
 
-StageState = Literal["begin", "progress", "end"]
 EndReason = Literal["finished", "stopped", "already complete", "error"]
 SavedKind = Literal["weights", "state"]
 SavedFor = Literal["step", "epoch", "best", "end"]
@@ -75,7 +76,7 @@ class Stage(Event):
 
     event = "stage"
     name: str
-    state: StageState
+    state: State
     done: int | None = None
     total: int | None = None
 
