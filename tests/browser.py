@@ -64,9 +64,3 @@ def ask(page: str, script: str, folder: Path) -> tuple[Any, list[str]]:
     assert answer is not None, dumped[-2000:]
     told = json.loads(unescape(answer[1]))
     return told["found"], told["told"]
-
-
-def screenshot(page: Path, picture: Path, folder: Path, size: str = "1250,1400", is_dark: bool = False) -> None:
-    """Write a PNG of the top of a page."""
-    dark = ["--blink-settings=preferredColorScheme=0"] if is_dark else []
-    run(page, folder, f"--window-size={size}", f"--screenshot={picture}", "--virtual-time-budget=3000", *dark)

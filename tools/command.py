@@ -13,12 +13,12 @@ from library.checkpoints.files import SAFETENSORS_SUFFIXES, is_safetensors
 from library.checkpoints.overwriting import check_not_input
 from library.errors import UserError
 from library.hidden_libraries import BITSANDBYTES, hidden
+from library.memory.devices import SAVE_DTYPES
 from library.training.command_line.console import setup_plain_logging
 from library.version import add_version
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FILE_PRECISIONS = {
     **dict.fromkeys(("float32", "fp32", "float"), torch.float32),
     **dict.fromkeys(("float16", "fp16", "half"), torch.float16),
@@ -77,20 +77,22 @@ def make_parser(description: str | None, examples: str) -> argparse.ArgumentPars
 
 def add_save_precision(parser: argparse.ArgumentParser, unset: str) -> None:
     """--save_precision; `unset` says what happens without it."""
-    parser.add_argument("--save_precision", choices=tuple(PRECISIONS), help=f"precision of the file; unset: {unset}")
+    parser.add_argument("--save_precision", choices=tuple(SAVE_DTYPES), help=f"precision of the file; unset: {unset}")
 
 
-def add_file_precision(parser: argparse.ArgumentParser, flag: str) -> None:
-    """The precision of a checkpoint, by any of the words of `FILE_PRECISIONS`."""
-    parser.add_argument(flag, help="precision of the file: float32, fp16, bf16, fp8 ...; unset: that of each tensor")
+def add_file_precision(parser: argparse.ArgumentParser) -> None:
+    """Add --save_precision for a checkpoint, which takes any of the words of `FILE_PRECISIONS`."""
+    parser.add_argument(
+        "--save_precision", help="precision of the file: float32, fp16, bf16, fp8 ...; unset: that of each tensor"
+    )
 
 
-def dtype_of_file(flag: str, name: str | None) -> torch.dtype | None:
-    """The dtype of a word on the command line. Raises UserError for one that is not known."""
+def dtype_of_file(name: str | None) -> torch.dtype | None:
+    """Return the dtype of a value of --save_precision. Raises UserError for one that is not known."""
     if name is None:
         return None
     if name.lower() not in FILE_PRECISIONS:
-        raise UserError(f"{flag} is {name}; known are {', '.join(FILE_PRECISIONS)}")
+        raise UserError(f"--save_precision is {name}; known are {', '.join(FILE_PRECISIONS)}")
     return FILE_PRECISIONS[name.lower()]
 
 
@@ -100,7 +102,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def dtype_of(name: str | None) -> torch.dtype | None:
     """The dtype of a precision on the command line."""
-    return None if name is None else PRECISIONS[name]
+    return None if name is None else SAVE_DTYPES[name]
 
 
 def check_output(flag: str, path: Path, inputs: Iterable[Path | None] = ()) -> None:

@@ -70,14 +70,14 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument(FLAG, type=Path, required=True, help="a diffusers folder, its transformer's folder, or a file")
     parser.add_argument("--save_to", type=Path, required=True, help="the .safetensors file to write")
     parser.add_argument("--mem_eff_load_save", action="store_true", help="has no effect: weights are read one by one")
-    add_file_precision(parser, "--save_precision")
+    add_file_precision(parser)
     return parser
 
 
 def convert(args: argparse.Namespace) -> None:
     """Read, rename and write."""
     check_safetensors_output("--save_to", args.save_to, [args.diffusers_path])
-    dtype = dtype_of_file("--save_precision", args.save_precision)
+    dtype = dtype_of_file(args.save_precision)
     weights = open_transformer(args.diffusers_path)
     keys = tqdm(weights.shapes, desc="converting", unit="tensor")
     tensors = {key: weights.read(key).to(dtype) if dtype is not None else weights.read(key) for key in keys}

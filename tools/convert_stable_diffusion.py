@@ -35,11 +35,12 @@ from library.checkpoints.files import (
 )
 from library.checkpoints.weights import Weights
 from library.errors import UserError
+from library.memory.devices import SAVE_DTYPES
 from library.models.clip.clip import clip_of_folder
 from library.models.identify import base_of_checkpoint
 from library.models.loading import Component
 from library.models.vae.vae import vae_of_checkpoint, vae_of_folder
-from tools.command import PRECISIONS, SUFFIXES, check_new_folder, check_output, make_parser, run
+from tools.command import SUFFIXES, check_new_folder, check_output, make_parser, run
 
 logger = logging.getLogger(__name__)
 
@@ -208,9 +209,9 @@ def setup_parser() -> argparse.ArgumentParser:
         help="in a folder of SD 2.x: projections of attention as matrices, as Stability has them",
     )  # fmt: skip
     precision = parser.add_mutually_exclusive_group()
-    for name in PRECISIONS:
+    for name in SAVE_DTYPES:
         precision.add_argument(f"--{name}", action="store_true", help=f"write {name}; without a precision float")
-    precision.add_argument("--save_precision_as", choices=tuple(PRECISIONS), help="the same in one word")
+    precision.add_argument("--save_precision_as", choices=tuple(SAVE_DTYPES), help="the same in one word")
     parser.add_argument("--epoch", type=int, default=0, help="epochs to note in a .ckpt, added to those in the old one")
     parser.add_argument("--global_step", type=int, default=0, help="the same for steps")
     parser.add_argument("--metadata", help="""metadata of a .safetensors file, as '{"name": "my model"}'""")
@@ -224,8 +225,8 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def dtype_asked(args: argparse.Namespace) -> torch.dtype | None:
     """The precision on the command line, None where there is none."""
-    asked = next((name for name in PRECISIONS if getattr(args, name)), args.save_precision_as)
-    return None if asked is None else PRECISIONS[asked]
+    asked = next((name for name in SAVE_DTYPES if getattr(args, name)), args.save_precision_as)
+    return None if asked is None else SAVE_DTYPES[asked]
 
 
 def is_file_name(path: Path) -> bool:

@@ -23,6 +23,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 
 from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
+from library.memory.devices import SAVE_DTYPES
 from networks.core.changes.svd import best_factors, clamped
 from networks.core.files.adapter_file import AdapterFile, save_adapter_file
 from networks.core.files.module_weights import ModuleWeights
@@ -30,7 +31,6 @@ from networks.core.kinds import lora
 from networks.core.targets.targets import Site
 from tools.base_models import adapter_sites, card_for, open_base_model
 from tools.command import (
-    PRECISIONS,
     add_device,
     add_save_precision,
     check_output,
@@ -187,7 +187,7 @@ def setup_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--load_precision",
-        choices=tuple(PRECISIONS),
+        choices=tuple(SAVE_DTYPES),
         help="has no effect: weights are compared in the precision they have",
     )
     for model in ("original", "tuned"):

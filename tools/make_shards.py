@@ -28,7 +28,7 @@ from library.checkpoints.hashes import digest_of_file  # noqa: E402
 from library.checkpoints.overwriting import FileType, check_overwrite  # noqa: E402
 from library.data.decoding.images import open_picture  # noqa: E402
 from library.data.description.image_extensions import image_extensions  # noqa: E402
-from library.data.description.keys import ALL_KEYS, SOURCES  # noqa: E402
+from library.data.description.keys import ALL_KEYS, ONLY_OF, SOURCES  # noqa: E402
 from library.data.description.schema import (  # noqa: E402
     DatasetConfig,
     NoDataFound,
@@ -310,7 +310,7 @@ def name_of(subset: SubsetConfig, taken: set[str]) -> str:
 
 def described(content: Mapping[str, Any], patterns: Sequence[Sequence[str]]) -> dict[str, Any]:
     """The dataset file with shards in place of what they were made of; subsets that are never drawn are gone."""
-    gone = (*SOURCES, "metadata_file", "caption_extension", "cache_info", "caption_column", "image_column")
+    gone = {*SOURCES, *ONLY_OF, "metadata_file"}
     datasets = []
     for dataset, wanted in zip(content["datasets"], patterns, strict=True):
         subsets = [subset for subset in dataset["subsets"] if is_drawn(subset, dataset, content)]

@@ -16,10 +16,11 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is n
 from library.architectures.flux.merging import open_clip_l, open_t5xxl
 from library.checkpoints.base_model import BaseModel
 from library.errors import UserError
+from library.memory.devices import SAVE_DTYPES
 from networks.core.files.adapter_file import AdapterFile
 from tools import merge_lora
 from tools.base_models import open_base_model
-from tools.command import PRECISIONS, check_output, device_of, dtype_of, run
+from tools.command import check_output, device_of, dtype_of, run
 from tools.convert_lora import read_adapter
 from tools.merge_adapters import Strengths, Weighted, as_given, in_kohya_names
 from tools.merge_lora import merge_into_checkpoint
@@ -94,7 +95,7 @@ def merge(args: argparse.Namespace, strengths: Strengths = as_given) -> None:
     ratios = merge_lora.check(args)
     if args.lbws:
         raise UserError("--lbws names the blocks of a U-Net, and FLUX.1 has none; leave it out")
-    device, save_dtype, dtype = device_of(args.device), dtype_of(args.save_precision), PRECISIONS[args.precision]
+    device, save_dtype, dtype = device_of(args.device), dtype_of(args.save_precision), SAVE_DTYPES[args.precision]
     parts = opened_parts(args)
     files = [in_kohya_names(read_adapter(path, "--models")) for path in args.models]
     kept = [without_text_encoders(file, [base for base, _ in parts]) for file in files]

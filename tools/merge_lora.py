@@ -38,6 +38,7 @@ from library.checkpoints.files import (
     save_safetensors,
 )
 from library.errors import UserError
+from library.memory.devices import SAVE_DTYPES
 from library.randomness import generator_for
 from networks.core.files.adapter_file import (
     COMPUTED,
@@ -51,7 +52,6 @@ from networks.core.kinds import norm
 from tools import block_weights
 from tools.base_models import card_for, open_base_model
 from tools.command import (
-    PRECISIONS,
     add_device,
     add_save_precision,
     check_new_folder,
@@ -271,7 +271,7 @@ def setup_parser(new_rank: int | None = None) -> argparse.ArgumentParser:
         "--new_rank", type=int, default=new_rank, help="without --sd_model: rank of the result; unset: the largest one"
     )
     parser.add_argument("--new_conv_rank", type=int, help="the same for kernels larger than 1x1; unset: --new_rank")
-    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="float", help="precision of the arithmetic")
+    parser.add_argument("--precision", choices=tuple(SAVE_DTYPES), default="float", help="precision of the arithmetic")
     add_save_precision(parser, "that of each tensor in a checkpoint, --precision in a LoRA")
     add_device(parser)
     parser.add_argument("--no_metadata", action="store_true", help="write no modelspec.* metadata")
@@ -358,7 +358,7 @@ def weighted(
 def merge(args: argparse.Namespace, strengths: Strengths = as_given) -> None:
     """Read, merge and write; `strengths` says what --ratios mean with --concat."""
     ratios = check(args)
-    device, save_dtype, dtype = device_of(args.device), dtype_of(args.save_precision), PRECISIONS[args.precision]
+    device, save_dtype, dtype = device_of(args.device), dtype_of(args.save_precision), SAVE_DTYPES[args.precision]
     files = [read_adapter(path, "--models") for path in args.models]
     base = None if args.sd_model is None else open_base_model("--sd_model", args.sd_model)
     adapters = weighted(files, ratios, args.lbws, base)

@@ -21,7 +21,8 @@ from library.checkpoints import model_lookup
 from library.checkpoints.files import read_metadata
 from library.checkpoints.weights import Weights
 from library.errors import UserError, few
-from tools.command import PRECISIONS, add_device, check_output, device_of, make_parser, run
+from library.memory.devices import SAVE_DTYPES
+from tools.command import add_device, check_output, device_of, make_parser, run
 from tools.merge_adapters import modelspec
 from tools.merge_lora import write
 
@@ -96,9 +97,9 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--unet_only", action="store_true", help="merge the U-Net; text encoders and VAE are the first file's"
     )
-    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="float", help="precision of the arithmetic")
+    parser.add_argument("--precision", choices=tuple(SAVE_DTYPES), default="float", help="precision of the arithmetic")
     parser.add_argument(
-        "--saving_precision", choices=tuple(PRECISIONS), default="float", help="precision of the file (default: float)"
+        "--saving_precision", choices=tuple(SAVE_DTYPES), default="float", help="precision of the file (default: float)"
     )
     parser.add_argument("--show_skipped", action="store_true", help="name the weights that the first file lacks")
     add_device(parser)
@@ -119,8 +120,8 @@ def merge(args: argparse.Namespace) -> None:
     if args.unet_only and not any(key.startswith(UNET) for key in models[0].shapes):
         raise UserError(f"--unet_only: nothing in {args.models[0]} is called {UNET}...; leave it out")
     tell_differences(models, args.show_skipped)
-    tensors = merged_tensors(models, ratios, args.unet_only, PRECISIONS[args.precision], device)
-    dtype = PRECISIONS[args.saving_precision]
+    tensors = merged_tensors(models, ratios, args.unet_only, SAVE_DTYPES[args.precision], device)
+    dtype = SAVE_DTYPES[args.saving_precision]
     saved = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     tell_broken(args.output, saved)
     kept = read_metadata(args.models[0])

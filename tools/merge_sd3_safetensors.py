@@ -130,7 +130,7 @@ def merge(args: argparse.Namespace) -> None:
     """Look at the parts, read them and write them as one."""
     parts = parts_of(args)
     check_safetensors_output("--output", args.output, [part.path for part in parts])
-    dtype = dtype_of_file("--save_precision", args.save_precision)
+    dtype = dtype_of_file(args.save_precision)
     check(parts)
     # Scales of 8-bit weights belong to the numbers beside them: both are copied, or the weights decoded.
     opened = [open_weights(p.path) if dtype is None else model_lookup.open_file(p.flag, p.path) for p in parts]
@@ -154,7 +154,7 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--t5xxl", type=Path, help="file of T5-XXL")
     parser.add_argument("--output", type=Path, default=Path("merged_model.safetensors"), help="the file to write")
     parser.add_argument("--device", help="has no effect: weights are read one by one into main memory")
-    add_file_precision(parser, "--save_precision")
+    add_file_precision(parser)
     return parser
 
 

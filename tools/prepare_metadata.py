@@ -20,6 +20,7 @@ from library.data.description.buckets import Size
 from library.data.sources.folders.metadata_file import entries_of, read_table
 from library.data.sources.folders.metadata_listing import find_picture
 from library.errors import UserError
+from library.memory.devices import DTYPES
 from library.models.identify import base_of_checkpoint
 from tools.cache_latents import cache_pictures
 from tools.captions_to_metadata import check_name, list_pictures, write_table
@@ -102,7 +103,7 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_bucket_reso", type=int, default=1024, help="longest side of a bucket")
     parser.add_argument("--bucket_reso_steps", type=int, default=64, help="sides of buckets are multiples of this")
     parser.add_argument("--bucket_no_upscale", action="store_true", help="never enlarge a picture")
-    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="format of the VAE")
+    parser.add_argument("--mixed_precision", choices=tuple(DTYPES), default="no", help="format of the VAE")
     parser.add_argument("--full_path", action="store_true", help="has no effect: keys are found either way")
     parser.add_argument("--flip_aug", action="store_true", help="encode mirrored copies too")
     parser.add_argument("--alpha_mask", action="store_true", help="keep the alpha channel as a mask")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from library.checkpoints.adapter_names import BaseNames, FileNaming
+from library.checkpoints.adapter_names import NAMINGS, BaseNames, FileNaming
 from library.checkpoints.base_model import BaseModel
 from library.options.train import TrainOptions
 
@@ -55,7 +55,7 @@ class Sign:
 Program = Literal["ComfyUI", "Forge", "A1111-style", "diffusers", "stable-diffusion.cpp"]
 PROGRAMS: tuple[Program, ...] = ("ComfyUI", "Forge", "A1111-style", "diffusers", "stable-diffusion.cpp")
 
-ALL: frozenset[FileNaming] = frozenset(("kohya", "generic", "diffusers"))
+ALL: frozenset[FileNaming] = frozenset(NAMINGS)
 KOHYA: frozenset[FileNaming] = frozenset(("kohya",))
 GENERIC: frozenset[FileNaming] = frozenset(("generic",))
 DIFFUSERS: frozenset[FileNaming] = frozenset(("diffusers",))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.options.training.loss import LossOptions
+from library.options.training.loss import HUBER_SCHEDULES, LossOptions
 
 MAX_SNR = 1000.0  # the first timesteps are nearly clean; without a cap they would rule the weights
 
@@ -54,8 +54,8 @@ def check_huber(options: LossOptions) -> None:
     for flag, value in (("--huber_c", options.huber_c), ("--huber_scale", options.huber_scale)):
         if value <= 0:
             raise UserError(f"{flag} is {value}; with --loss_type {options.loss_type} it must be above 0")
-    if options.huber_schedule not in ("constant", "exponential", "snr"):
-        raise UserError(f"--huber_schedule is {options.huber_schedule!r}; choose constant, exponential or snr")
+    if options.huber_schedule not in HUBER_SCHEDULES:
+        raise UserError(f"--huber_schedule is {options.huber_schedule!r}; use one of {', '.join(HUBER_SCHEDULES)}")
 
 
 def snr_weights(options: LossOptions, snr_T: Tensor, predicts_velocity: bool) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from library.memory.small_convolutions import quicken
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
+SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --save_precision
 
 
 def release_memory(keep_cache: bool = False) -> None:

@@ -24,6 +24,11 @@ logger = logging.getLogger(__name__)
 
 T5_XXL_NAMES = ("text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "")  # that names may carry in files
 WORDS = ("shared.weight", "encoder.embed_tokens.weight")  # two names of one tensor; files have either or both
+T5_BLOCKS = ("T5Attention", "T5DenseGatedActDense")  # classes whose linear layers adapters change
+T5_LINEAR = (
+    *(f"layer.0.SelfAttention.{name}" for name in ("q", "k", "v", "o")),
+    *(f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")),
+)
 DISTANCE = 128  # beyond which all positions count as equally far
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from library.checkpoints.model_lookup import fetch_snapshot
 from library.errors import UserError
 
+BYTE_PAIR_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+
 
 @dataclass(frozen=True)
 class TokenizerFiles:

@@ -6,6 +6,7 @@ from pathlib import Path
 from library.options.base import Options, option
 
 MAX_WORKERS = 1024  # processes that load data; more are a slip of the keyboard
+INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class DatasetOptions(Options):
     resize_interpolation: str | None = option(
         None,
         help="Method that resizes pictures. Unset uses area to shrink and lanczos to enlarge.",
-        choices=("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"),
+        choices=INTERPOLATIONS,
     )
     train_batch_size: int = option(
         1,

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from library.architectures.anima.checkpoint_keys import diffusers_key
 from library.architectures.anima.load import PREFIXES, denoiser_of
 from library.architectures.anima.model import Anima, read_config
 from library.architectures.anima.qwen3 import PREFIXES as QWEN3_PREFIXES
 from library.architectures.anima.qwen3 import empty_qwen3, qwen3_component
 from library.architectures.anima.vae import empty_vae, from_original, vae_component
 from library.checkpoints.weights import Weights
+from tests.tiny.anima import diffusers_key
 
 FACTS: Mapping[str, Any] = json.loads(gzip.decompress((Path(__file__).parent / "data" / "anima.json.gz").read_bytes()))
 COUNTS = {"dit": 685, "qwen3_0.6b": 310, "vae": 194, "vae_alternative_naming": 194}

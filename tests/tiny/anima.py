@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.architectures.anima.checkpoint_keys import diffusers_key
+from library.architectures.anima.checkpoint_keys import diffusers_path
 from library.architectures.anima.llm_adapter import AdapterConfig
 from library.architectures.anima.model import Anima, AnimaConfig
 from library.architectures.anima.vae import ENDS, MIDDLE, QUANT, RESIDUAL
@@ -136,6 +136,12 @@ def tiny_anima(seed: int, config: AnimaConfig | None = None) -> Anima:
         model = Anima(config or CONFIG)
     model.load_state_dict(fixed_init(model, seed), assign=True)
     return model.requires_grad_(False).eval()
+
+
+def diffusers_key(key: str) -> str:
+    """Return the name of a weight in diffusers."""
+    path, _, leaf = key.rpartition(".")
+    return f"{diffusers_path(path)}.{leaf}"
 
 
 def diffusers_state(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

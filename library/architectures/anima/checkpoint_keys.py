@@ -42,9 +42,3 @@ def diffusers_path(path: str) -> str:
         _, number, layer = path.split(".", 2)
         return f"transformer.transformer_blocks.{number}.{BLOCK[layer]}"
     return f"transformer.{TOP[path]}"
-
-
-def diffusers_key(key: str) -> str:
-    """The name of a weight in diffusers."""
-    path, _, leaf = key.rpartition(".")
-    return f"{diffusers_path(path)}.{leaf}"

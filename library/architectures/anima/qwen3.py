@@ -17,7 +17,7 @@ from library.errors import NotThere, UserError
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, count, shape_of
-from library.models.tokenizer_files import TokenizerFiles, check_ids, holds_byte_pairs, read_tokenizer
+from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, check_ids, holds_byte_pairs, read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,4 @@ def holds_qwen3_tokenizer(folder: Path) -> bool:
     return holds_byte_pairs(folder) and not (folder / "spiece.model").exists()
 
 
-TOKENIZER = TokenizerFiles(
-    HUB_NAME, ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"), holds_qwen3_tokenizer
-)
+TOKENIZER = TokenizerFiles(HUB_NAME, BYTE_PAIR_FILES, holds_qwen3_tokenizer)

@@ -11,8 +11,10 @@ from torch import nn
 from library.architectures.flux.checkpoint_keys import APPROXIMATOR, STACKS, SWAPPED, TOP, sources
 from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
+from library.models.clip import names as clip_names
 from library.models.clip.clip import clip_body
 from library.models.clip.view import ClipView
+from library.models.t5 import T5_BLOCKS, T5_LINEAR
 from networks.core.targets.targets import AdapterTargets, Embedders, Part, qkv_and_rest, thirds
 
 NUM_BLOCKS = {"double_blocks": 19, "single_blocks": 38}
@@ -25,11 +27,6 @@ PROCESSORS = {  # of XLabs's trainer -> the layers whose outputs they change
     "qkv_lora1": "img_attn.qkv", "proj_lora1": "img_attn.proj",
     "qkv_lora2": "txt_attn.qkv", "proj_lora2": "txt_attn.proj", "proj_lora": "linear2",
 }  # fmt: skip
-CLIP_LAYER = (*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
-T5_BLOCK = (
-    *(f"layer.0.SelfAttention.{name}" for name in ("q", "k", "v", "o")),
-    *(f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")),
-)
 
 
 def denoiser_paths() -> Iterator[str]:
@@ -65,13 +62,7 @@ def denoiser_module(path: str) -> ModuleNames:
 
 
 def clip_module(path: str) -> ModuleNames:
-    """diffusers writes and reads "text_model." in files, whether the loaded model has that level or not."""
-    return ModuleNames(
-        kohya=f"lora_te1_text_model_{path.replace('.', '_')}",
-        generic=f"text_encoders.clip_l.transformer.text_model.{path}",
-        diffusers=f"text_encoder.text_model.{path}",
-        aliases=(f"text_encoder.{path}",),
-    )
+    return clip_names.clip_module(path, "lora_te1", "clip_l", "text_encoder")
 
 
 def t5_module(path: str) -> ModuleNames:
@@ -93,24 +84,24 @@ NAMES = BaseNames(
     "flux",
     (
         *map(denoiser_module, denoiser_paths()),
-        *(clip_module(f"encoder.layers.{n}.{name}") for n in range(NUM_CLIP_LAYERS) for name in CLIP_LAYER),
-        *(t5_module(f"encoder.block.{n}.{name}") for n in range(NUM_T5_BLOCKS) for name in T5_BLOCK),
+        *(clip_module(f"encoder.layers.{n}.{name}") for n in range(NUM_CLIP_LAYERS) for name in clip_names.CLIP_LINEAR),
+        *(t5_module(f"encoder.block.{n}.{name}") for n in range(NUM_T5_BLOCKS) for name in T5_LINEAR),
     ),
 )
 CHROMA_NAMES = BaseNames(
     "chroma",
     (
         *map(denoiser_module, chroma_paths()),
-        *(chroma_t5_module(f"encoder.block.{n}.{name}") for n in range(NUM_T5_BLOCKS) for name in T5_BLOCK),
+        *(chroma_t5_module(f"encoder.block.{n}.{name}") for n in range(NUM_T5_BLOCKS) for name in T5_LINEAR),
     ),
 )
-T5 = Part("lora_te3", blocks=("T5Attention", "T5DenseGatedActDense"), needs="train_t5xxl")
+T5 = Part("lora_te3", blocks=T5_BLOCKS, needs="train_t5xxl")
 
 
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("DoubleStreamBlock", "SingleStreamBlock"), attention=("SelfAttention",)),
     text_encoders=(
-        Part("lora_te1", blocks=("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")),
+        Part("lora_te1", blocks=clip_names.CLIP_BLOCKS),
         T5,
     ),
     ranks={

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from library.architectures.flux.adapters import CLIP_LAYER, T5_BLOCK, clip_module, denoiser_module, t5_module, view
+from library.architectures.flux.adapters import clip_module, denoiser_module, t5_module, view
 from library.architectures.flux.checkpoint_keys import APPROXIMATOR, DIFFUSERS_MARK, STACKS, TOP
 from library.architectures.flux.load import CLIP_PREFIXES, DENOISER_PREFIXES, T5_MARK, empty_flux, title_of
 from library.architectures.flux.model import read_config
@@ -16,6 +16,8 @@ from library.checkpoints.adapter_names import ModuleNames
 from library.checkpoints.base_model import BaseModel, of_single_file, open_original
 from library.checkpoints.weights import configure, with_prefix
 from library.errors import UserError
+from library.models.clip.names import CLIP_LINEAR
+from library.models.t5 import T5_LINEAR
 
 LAYERS = tuple((f"{stack}.", tuple(f".{layer}" for layer in layers)) for stack, _, layers in STACKS)
 
@@ -43,9 +45,9 @@ def open_base_model(kind: str, flag: str, path: Path) -> BaseModel:
 def names_of(stem: str, prefix: str) -> ModuleNames | None:
     """The names of the layer that a weight of the file belongs to; None where adapters change none."""
     clip, t5 = f"{CLIP_PREFIXES[0]}text_model.", T5_MARK
-    if stem.startswith(clip) and stem.endswith(CLIP_LAYER):
+    if stem.startswith(clip) and stem.endswith(CLIP_LINEAR):
         return clip_module(stem.removeprefix(clip))
-    if stem.startswith(t5) and stem.endswith(T5_BLOCK):
+    if stem.startswith(t5) and stem.endswith(T5_LINEAR):
         return t5_module(stem.removeprefix(t5))
     path = stem.removeprefix(prefix)
     stacks = (*LAYERS, (APPROXIMATOR, APPROXIMATOR_LAYERS))
@@ -55,12 +57,12 @@ def names_of(stem: str, prefix: str) -> ModuleNames | None:
 
 def open_clip_l(flag: str, path: Path) -> BaseModel:
     """CLIP-L in a file of its own; only its header is read. Raises UserError naming `flag` for another file."""
-    return open_text_encoder(flag, path, "text_model.", CLIP_LAYER, clip_module)
+    return open_text_encoder(flag, path, "text_model.", CLIP_LINEAR, clip_module)
 
 
 def open_t5xxl(flag: str, path: Path) -> BaseModel:
     """T5-XXL in a file of its own; only its header is read. Raises UserError naming `flag` for another file."""
-    return open_text_encoder(flag, path, "", T5_BLOCK, t5_module)
+    return open_text_encoder(flag, path, "", T5_LINEAR, t5_module)
 
 
 def open_text_encoder(

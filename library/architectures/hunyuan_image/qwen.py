@@ -18,14 +18,12 @@ from library.errors import UserError
 from library.memory.devices import send
 from library.models.loading import Component, MaybeComponent, materialise
 from library.models.shapes import Shapes, count, shape_of
-from library.models.tokenizer_files import TokenizerFiles, holds_byte_pairs, read_tokenizer
+from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, holds_byte_pairs, read_tokenizer
 
 logger = logging.getLogger(__name__)
 
 HUB_NAME = "Qwen/Qwen2.5-VL-7B-Instruct"
-TOKENIZER = TokenizerFiles(
-    HUB_NAME, ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"), holds_byte_pairs
-)
+TOKENIZER = TokenizerFiles(HUB_NAME, BYTE_PAIR_FILES, holds_byte_pairs)
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 WORDS = "embed_tokens.weight"
 HEAD_WIDTH = 128

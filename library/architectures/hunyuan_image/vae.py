@@ -12,18 +12,17 @@ from library.checkpoints.weights import Weights, configure, renamed, with_prefix
 from library.errors import UserError
 from library.models.loading import Component
 from library.models.shapes import Shapes, count, shape_of
+from library.models.vae.checkpoint_keys import VAE_MID, VAE_PREFIXES
 
 SCALE = 0.75289
 SAMPLE_SIZE = 384  # of tiles, which are off
-PREFIXES = ("vae.", "first_stage_model.", "")
 MARK = "decoder.conv_in.weight"
-MID = {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"}
 ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "proj"}
 
 
 def vae_component(weights: Weights) -> Component:
     """The VAE from a single file. Raises UserError naming the file when it holds something else."""
-    prefix = next((p for p in PREFIXES if f"{p}{MARK}" in weights.shapes), None)
+    prefix = next((p for p in VAE_PREFIXES if f"{p}{MARK}" in weights.shapes), None)
     if prefix is None:
         first = ", ".join(list(weights.shapes)[:3]) or "none"
         raise UserError(f"{weights.origin} is no VAE: it has no {MARK} (first names: {first})")
@@ -58,7 +57,7 @@ def vae_from_original(key: str, layers_per_block: int) -> str:
     match = re.fullmatch(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2)\.(\w+)\.(.+)", key)
     if match:
         part, block, layer, leaf = match.groups()
-        return f"{part}.mid_block.{MID[block]}.{ATTENTION.get(layer, layer)}.{leaf}"
+        return f"{part}.mid_block.{VAE_MID[block]}.{ATTENTION.get(layer, layer)}.{leaf}"
     match = re.fullmatch(r"(encoder\.down|decoder\.up)\.(\d+)\.(?:block\.(\d+)|downsample|upsample)\.(.+)", key)
     if match is None:
         return key

@@ -11,6 +11,7 @@ from torch import nn
 from library.architectures.sd.load import NUM_SD2_LAYERS
 from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
+from library.models.clip import names as clip_names
 from library.models.clip.clip import clip_body
 from library.models.clip.view import ClipView
 from library.models.unet import names as unet_names
@@ -28,12 +29,12 @@ def unet_module(path: str, layout: UnetLayout = LAYOUT) -> ModuleNames:
 
 
 def clip_module(path: str, base: str = "sd1") -> ModuleNames:
-    return unet_names.clip_module(path, "lora_te", GENERIC_ENCODERS[base], "text_encoder")
+    return clip_names.clip_module(path, "lora_te", GENERIC_ENCODERS[base], "text_encoder")
 
 
 def names_of(base: str, num_layers: int) -> BaseNames:
     unet = map(unet_module, unet_names.unet_paths(LAYOUT, DEPTHS))
-    return BaseNames(base, (*unet, *map(partial(clip_module, base=base), unet_names.clip_paths(num_layers))))
+    return BaseNames(base, (*unet, *map(partial(clip_module, base=base), clip_names.clip_paths(num_layers))))
 
 
 NAMES = names_of("sd1", NUM_SD1_LAYERS)
@@ -63,9 +64,9 @@ TARGETS = AdapterTargets(
         "lora_unet",
         blocks=("Transformer2DModel",),
         attention=("Attention",),
-        conv_blocks=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
+        conv_blocks=unet_names.CONV_BLOCKS,
     ),
-    text_encoders=(Part("lora_te", blocks=("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")),),
+    text_encoders=(Part("lora_te", blocks=clip_names.CLIP_BLOCKS),),
     block_list=unet_block_list(),
     names=BaseNames("sd", (*NAMES.modules, *SD2_NAMES.modules)),  # they share the U-Net and kohya's names
     elsewhere=list_network_arguments,

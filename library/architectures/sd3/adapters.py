@@ -10,16 +10,14 @@ from torch import nn
 from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames, Piece
 from library.models.clip.clip import clip_body
+from library.models.clip.names import CLIP_BLOCKS, clip_module, clip_paths
 from library.models.clip.view import ClipView
+from library.models.t5 import T5_BLOCKS, T5_LINEAR
 from networks.core.targets.targets import AdapterTargets, Embedders, Part, thirds
 
 MAX_DEPTH = 38  # of SD3.5 large; the others have 24 blocks
 NUM_CLIP_LAYERS = {"clip_l": 12, "clip_g": 32}
 NUM_T5_LAYERS = 24
-CLIP_LAYER = (
-    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
-    *("mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2"),
-)
 EMBEDDERS = {
     "context_embedder": "context_embedder",
     "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
@@ -66,22 +64,14 @@ def block_modules(number: int) -> Iterator[ModuleNames]:
     yield denoiser_module(f"{second}.proj", f"{there}.to_out.0")
 
 
-def clip_modules(encoder: str, kohya: str, diffusers: str) -> Iterator[ModuleNames]:
-    paths = [f"encoder.layers.{n}.{name}" for n in range(NUM_CLIP_LAYERS[encoder]) for name in CLIP_LAYER]
-    for path in (*paths, "final_layer_norm"):
-        yield ModuleNames(
-            kohya=f"{kohya}_text_model_{path.replace('.', '_')}",
-            generic=f"text_encoders.{encoder}.transformer.text_model.{path}",
-            diffusers=f"{diffusers}.text_model.{path}",
-            aliases=(f"{diffusers}.{path}",),
-        )
+def clip_modules(prefix: str, generic: str, diffusers: str) -> Iterator[ModuleNames]:
+    for path in clip_paths(NUM_CLIP_LAYERS[generic]):
+        yield clip_module(path, prefix, generic, diffusers)
 
 
 def t5_modules() -> Iterator[ModuleNames]:
     for layer in range(NUM_T5_LAYERS):
-        attention = [f"layer.0.SelfAttention.{name}" for name in ("q", "k", "v", "o")]
-        dense = [f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")]
-        for path in (f"encoder.block.{layer}.{name}" for name in (*attention, *dense)):
+        for path in (f"encoder.block.{layer}.{name}" for name in T5_LINEAR):
             yield ModuleNames(
                 kohya=f"lora_te3_{path.replace('.', '_')}",
                 generic=f"text_encoders.t5xxl.transformer.{path}",
@@ -94,15 +84,12 @@ NAMES = BaseNames(
     (
         *(denoiser_module(path, name) for path, name in EMBEDDERS.items()),
         *(module for number in range(MAX_DEPTH) for module in block_modules(number)),
-        *clip_modules("clip_l", "lora_te1", "text_encoder"),
-        *clip_modules("clip_g", "lora_te2", "text_encoder_2"),
+        *clip_modules("lora_te1", "clip_l", "text_encoder"),
+        *clip_modules("lora_te2", "clip_g", "text_encoder_2"),
         *t5_modules(),
     ),
 )
 
-
-CLIP_BLOCKS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
-T5_BLOCKS = ("T5Attention", "T5DenseGatedActDense")
 
 TARGETS = AdapterTargets(
     denoiser=Part("lora_unet", blocks=("SingleDiTBlock",)),

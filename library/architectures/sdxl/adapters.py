@@ -11,6 +11,7 @@ from torch import nn
 
 from library.architectures.specs import list_network_arguments
 from library.checkpoints.adapter_names import BaseNames, ModuleNames
+from library.models.clip import names as clip_names
 from library.models.clip.clip import clip_body
 from library.models.clip.view import ClipView
 from library.models.unet import names as unet_names
@@ -30,20 +31,19 @@ def unet_module(path: str, layout: UnetLayout = LAYOUT) -> ModuleNames:
 
 def clip_module(path: str, encoder: int) -> ModuleNames:
     """One module of the first (0) or second (1) text encoder."""
-    return unet_names.clip_module(path, *ENCODERS[encoder])
+    return clip_names.clip_module(path, *ENCODERS[encoder])
 
 
 NAMES = BaseNames(
     "sdxl",
     (
         *map(unet_module, (*unet_names.unet_paths(LAYOUT, DEPTHS), *unet_names.SIZE_EMBEDDING)),
-        *(clip_module(path, 0) for path in unet_names.clip_paths(NUM_LAYERS[0])),
-        *(clip_module(path, 1) for path in unet_names.clip_paths(NUM_LAYERS[1])),
+        *(clip_module(path, 0) for path in clip_names.clip_paths(NUM_LAYERS[0])),
+        *(clip_module(path, 1) for path in clip_names.clip_paths(NUM_LAYERS[1])),
     ),
 )
 
 
-CLIP_BLOCKS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
 NUM_SIDE_BLOCKS = 9  # input blocks, and output blocks
 NUM_MIDDLE_BLOCKS = 3
 
@@ -70,9 +70,9 @@ TARGETS = AdapterTargets(
         "lora_unet",
         blocks=("Transformer2DModel",),
         attention=("Attention",),
-        conv_blocks=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
+        conv_blocks=unet_names.CONV_BLOCKS,
     ),
-    text_encoders=(Part("lora_te1", blocks=CLIP_BLOCKS), Part("lora_te2", blocks=CLIP_BLOCKS)),
+    text_encoders=tuple(Part(prefix, blocks=clip_names.CLIP_BLOCKS) for prefix, _, _ in ENCODERS),
     block_list=unet_block_list(),
     names=NAMES,
     elsewhere=list_network_arguments,
@@ -80,7 +80,7 @@ TARGETS = AdapterTargets(
 
 
 WHOLE = ("Transformer2DModel",)  # blocks that have the same names inside in both layouts
-RENAMED = ("ResnetBlock2D", "Downsample2D", "Upsample2D")  # blocks whose layers have other names in files
+RENAMED = unet_names.CONV_BLOCKS  # blocks whose layers have other names in files
 
 
 class SdxlUNet2DConditionModel(nn.Module):

@@ -168,10 +168,6 @@ def peak_of(moves: Iterator[Move] | Sequence[Move]) -> int:
     return peak
 
 
-def flops_of(moves: Iterator[Move] | Sequence[Move]) -> int:
-    return sum(move.segment.flops for move in moves)
-
-
 @dataclass(frozen=True)
 class CountedOptimizer:
     """What an optimizer needs, in bytes."""

@@ -5,16 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.models.tokenizer_files import TokenizerFiles, holds_byte_pairs, read_tokenizer
+from library.models.tokenizer_files import BYTE_PAIR_FILES, TokenizerFiles, holds_byte_pairs, read_tokenizer
 
 logger = logging.getLogger(__name__)
 
 TOKENIZER_HUB_NAME = "openai/clip-vit-large-patch14"
-TOKENIZER = TokenizerFiles(
-    TOKENIZER_HUB_NAME,
-    ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"),
-    holds_byte_pairs,
-)
+TOKENIZER = TokenizerFiles(TOKENIZER_HUB_NAME, (*BYTE_PAIR_FILES, "special_tokens_map.json"), holds_byte_pairs)
 
 
 def load_tokenizer(model: Path, cache_dir: str | None, num_words: int | None) -> Any:

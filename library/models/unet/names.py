@@ -1,4 +1,4 @@
-"""The modules of the U-Net models and their CLIP text encoders under the three names that adapter files give them."""
+"""The modules of the U-Net models under the three names that adapter files give them."""
 
 from collections.abc import Iterator
 
@@ -13,10 +13,7 @@ TRANSFORMER = (
     *("norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2"),
     *(f"{a}.{p}" for a in ("attn1", "attn2") for p in ("to_q", "to_k", "to_v", "to_out.0")),
 )
-CLIP_LAYER = (
-    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
-    *("mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2"),
-)
+CONV_BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")  # classes of blocks that are made of convolutions
 
 
 def unet_paths(layout: UnetLayout, depths: tuple[int, ...]) -> Iterator[str]:
@@ -55,22 +52,3 @@ def unet_module(path: str, layout: UnetLayout, named_after_file: bool) -> Module
     names = f"lora_unet_{original.replace('.', '_')}", f"lora_unet_{path.replace('.', '_')}"
     kohya, alias = names if named_after_file else names[::-1]
     return ModuleNames(kohya=kohya, generic=f"diffusion_model.{original}", diffusers=f"unet.{path}", aliases=(alias,))
-
-
-def clip_paths(num_layers: int) -> Iterator[str]:
-    """Path of every module with weights in a text encoder, its embeddings left out."""
-    yield from (f"encoder.layers.{layer}.{name}" for layer in range(num_layers) for name in CLIP_LAYER)
-    yield "final_layer_norm"
-
-
-def clip_module(path: str, prefix: str, generic: str, diffusers: str) -> ModuleNames:
-    """One module of the encoder that the three namings call `prefix` ("lora_te1"), `generic` ("clip_l"), `diffusers`.
-
-    diffusers writes and reads "text_model." in files, whether the loaded model has that level or not.
-    """
-    return ModuleNames(
-        kohya=f"{prefix}_text_model_{path.replace('.', '_')}",
-        generic=f"text_encoders.{generic}.transformer.text_model.{path}",
-        diffusers=f"{diffusers}.text_model.{path}",
-        aliases=(f"{diffusers}.{path}",),
-    )

@@ -8,6 +8,7 @@ import re
 from library.models.names import inverse, swap_stem
 
 VAE_PREFIX = "first_stage_model."
+VAE_PREFIXES = ("vae.", VAE_PREFIX, "")  # of VAEs in files of their own, or with other models
 VAE_MID = {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"}
 VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 VAE_ATTENTION_2022 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.12

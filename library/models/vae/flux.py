@@ -13,6 +13,7 @@ from library.checkpoints.weights import Weights, with_prefix
 from library.errors import NotThere, UserError
 from library.models.loading import Component
 from library.models.shapes import shape_of
+from library.models.vae.checkpoint_keys import VAE_PREFIXES
 from library.models.vae.latents import KlLatents
 from library.models.vae.vae import single_vae, vae_of_folder
 from library.protocols import LatentSpec
@@ -21,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 CHANNELS = 16
 SCALE, SHIFT = 0.3611, 0.1159
-VAE_PREFIXES = ("vae.", "first_stage_model.", "")
 FOLDER = "vae"  # of a diffusers folder
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from library.options.base import Options, option
 
 EIGHT_BIT_FORMS = ("fp8", "int8", "int8_rotated")  # values of --base_format that can be multiplied as they are
+ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")  # values of --attn_mode, where a script has it
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from library.options.base import Options, option
 
+HUBER_SCHEDULES = ("constant", "exponential", "snr")
+
 
 @dataclass(frozen=True)
 class LossOptions(Options):
@@ -21,7 +23,7 @@ class LossOptions(Options):
         needs="loss_type=huber|smooth_l1",
         help="How the threshold of huber and smooth_l1 depends on the timestep: constant, exponential, or snr by the "
         "share of noise.",
-        choices=("constant", "exponential", "snr"),
+        choices=HUBER_SCHEDULES,
     )
     huber_c: float = option(
         0.1,

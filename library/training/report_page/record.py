@@ -105,7 +105,7 @@ class Record:
         self.audit, self.findings, self.stages, self.began = None, [], {}, {}
 
     def _audit(self, line: Line) -> None:
-        self.audit = {name: value for name, value in line.items() if name not in ("v", "event", "time")}
+        self.audit = values_of(line)
 
     def _finding(self, line: Line) -> None:
         if len(self.findings) >= MOST_FINDINGS:
@@ -134,7 +134,7 @@ class Record:
         self.validations.keep_up_to(first_step)
         self.previews.keep_up_to(first_step)
         self.step, self.choice = first_step, None
-        self.plan = {name: value for name, value in line.items() if name not in ("v", "event", "time")}
+        self.plan = values_of(line)
         steps = line["max_train_steps"] // SMOOTHED_OVER
         self.smoothed.over = min(max(steps, FEWEST_SMOOTHED), MOST_SMOOTHED)
         if self.sessions:
@@ -172,7 +172,7 @@ class Record:
             self.best = {"step": line["best_step"], "loss": line["best_loss"]}
 
     def _choice(self, line: Line) -> None:
-        self.choice = {name: value for name, value in line.items() if name not in ("v", "event", "time")}
+        self.choice = values_of(line)
 
     def _preview(self, line: Line) -> None:
         number = str(line["index"])
@@ -239,6 +239,11 @@ class Record:
         given["validations"] = Kept.from_json(MOST_VALIDATIONS, given["validations"])
         given["previews"] = Kept.from_json(MOST_TIMES, given["previews"])
         return cls(**given)
+
+
+def values_of(line: Line) -> dict[str, Any]:
+    """Return the fields of an event's line without those that all lines have."""
+    return {name: value for name, value in line.items() if name not in ("v", "event", "time")}
 
 
 def name_of(path: str) -> str:

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
+from library.progress import State
+
 VERSION = 1
 
-StageState = Literal["begin", "progress", "end"]
 EndReason = Literal["finished", "stopped", "already complete", "error"]
 SavedKind = Literal["weights", "state"]
 SavedFor = Literal["step", "epoch", "best", "end"]
@@ -75,7 +76,7 @@ class Stage(Event):
 
     event = "stage"
     name: str
-    state: StageState
+    state: State
     done: int | None = None
     total: int | None = None
 
@@ -289,8 +290,3 @@ class End(Event):
     error: str | None
     summary: str | None  # of the steps' times, in words
     file: str | None  # the adapter, of a run that came to its end
-
-
-EVENTS: tuple[type[Event], ...] = (
-    Start, Audit, Finding, Stage, Plan, Step, Validation, Choice, Preview, Saved, Removed, Warned, End,
-)  # fmt: skip

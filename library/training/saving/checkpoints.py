@@ -21,6 +21,7 @@ from library.checkpoints.metadata import file_metadata, modelspec_metadata
 from library.checkpoints.weights import open_safetensors
 from library.errors import UserError
 from library.formatting import format_bytes
+from library.memory.devices import SAVE_DTYPES
 from library.options.output.saving import SavingOptions, StateOptions
 from library.options.train import TrainOptions
 from library.training.reporting.console_lines import announce
@@ -34,7 +35,6 @@ from networks.core.protocol import AdoptedNetwork
 logger = logging.getLogger(__name__)
 
 STEM = re.compile(r"(?P<start>.+?)(-step\d+|-\d{6,}|-best)?")
-SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class NonFiniteWeights(UserError):

@@ -1,7 +1,9 @@
 """The text of single network arguments as typed values; each `parse_` raises UserError saying what is expected."""
 
 import ast
+import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from library.errors import UserError
@@ -11,7 +13,13 @@ FALSE_WORDS = ("false", "0", "no", "n", "off")
 ORTHOGONAL, PISSA, OLORA = "orthogonal", "pissa", "olora"
 INITS = ("default", PISSA, f"{PISSA}_niter_4", OLORA, ORTHOGONAL)
 PISSA_WITH_ITERATIONS = re.compile(rf"{PISSA}_niter_(\d{{1,3}})")
-LR_PRESETS = ("cosine", "sine", "linear", "reverse_linear", "zeros")
+LR_CURVES: Mapping[str, Callable[[float], float]] = {  # factor by the place of a block in its side, 0 to 1
+    "cosine": lambda t: math.sin(math.pi / 2 * (1 - t)),
+    "sine": lambda t: math.sin(math.pi / 2 * t),
+    "linear": lambda t: t,
+    "reverse_linear": lambda t: 1 - t,
+    "zeros": lambda t: 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -115,12 +123,12 @@ def parse_numbers(text: str) -> tuple[float, ...]:
 def parse_lr_weights(text: str) -> LrWeights:
     """Learning rate factors with commas between them, or a curve such as `cosine` or `sine+0.25`."""
     name, plus, offset = text.replace(" ", "").partition("+")
-    if name in LR_PRESETS:
+    if name in LR_CURVES:
         return LrPreset(name, parse_number(offset) if plus else 0.0)
     try:
         return parse_numbers(text)
     except ValueError:
-        raise UserError(f"expected numbers with commas between them, or one of {', '.join(LR_PRESETS)}") from None
+        raise UserError(f"expected numbers with commas between them, or one of {', '.join(LR_CURVES)}") from None
 
 
 def parse_embedder_ranks(text: str) -> tuple[int, ...]:

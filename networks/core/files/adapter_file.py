@@ -27,7 +27,6 @@ from library.errors import UserError
 from networks.core.changes.parameter_keys import ALPHA
 from networks.core.files.module_weights import ModuleWeights
 from networks.core.files.reading_writing import WITHOUT_THEM, save_network
-from networks.core.kinds import norm
 from networks.core.kinds.adalora import alpha_of, as_lora
 from networks.core.kinds.kind import Kind
 from networks.core.kinds.table import KINDS, PIECES
@@ -135,7 +134,6 @@ def save_adapter_file(path: str | Path, file: AdapterFile, dtype: torch.dtype | 
 
 
 COMPUTED: tuple[Kind, ...] = (*(kind for kind in KINDS if kind.read is not None), PIECES)
-LOW_RANK: tuple[Kind, ...] = (*(kind for kind in COMPUTED if kind.is_low_rank), norm.KIND)
 
 
 def without_lone_alphas(file: AdapterFile) -> AdapterFile:

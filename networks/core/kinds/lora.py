@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
+from library.checkpoints.adapter_names import NAMINGS
 from networks.core.changes.alpha import read_with
 from networks.core.changes.change import Leaves, check_kernel, factor, in_dtype_of
 from networks.core.changes.parameter_keys import ALPHA, DOWN, UP
@@ -187,7 +188,7 @@ KIND = Kind(
     is_low_rank=True,
     ends=(DOWN, UP),
     scaled=UP,
-    namings=frozenset(("kohya", "generic", "diffusers")),
+    namings=frozenset(NAMINGS),
     together="lora_down and lora_up",
     fault=fault,
     door="networks.lora",

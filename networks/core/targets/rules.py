@@ -1,13 +1,12 @@
 """Rank, alpha and learning rate of one module, from the network arguments and the place of the module."""
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from library.errors import UserError
 from networks.core.arguments.parsing import NetworkArguments
-from networks.core.arguments.values import LrPreset, LrWeights
+from networks.core.arguments.values import LR_CURVES, LrPreset, LrWeights
 from networks.core.targets.selection import Choices, Expressions
 from networks.core.targets.targets import AdapterTargets, BlockList, Part, Site
 
@@ -178,15 +177,8 @@ def make_lr_factors(arguments: NetworkArguments, layout: BlockList | None) -> Lr
 def preset_factors(preset: LrPreset, num_blocks: int) -> tuple[float, ...]:
     """The curve of a preset: cosine falls from 1, sine rises from 0, linear and reverse_linear are straight."""
     last = max(num_blocks - 1, 1)
-    steps = [i / last for i in range(num_blocks)]
-    curves = {
-        "sine": [math.sin(math.pi / 2 * t) for t in steps],
-        "cosine": [math.sin(math.pi / 2 * (1 - t)) for t in steps],
-        "linear": steps,
-        "reverse_linear": [1 - t for t in steps],
-        "zeros": [0.0] * num_blocks,
-    }
-    return tuple(value + preset.offset for value in curves[preset.name])
+    curve = LR_CURVES[preset.name]
+    return tuple(curve(i / last) + preset.offset for i in range(num_blocks))
 
 
 def describe_blocks(layout: BlockList) -> str:

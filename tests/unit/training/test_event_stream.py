@@ -16,10 +16,11 @@ import pytest
 
 from library.options.train import TrainOptions
 from library.training.reporting.event_stream import Events, open_event_file, plain, warnings_told
-from library.training.reporting.events import EVENTS, VERSION, Removed, Stage
+from library.training.reporting.events import VERSION, Event, Removed, Stage
 from library.training.run.run_events import told, without_secrets
 from tests.running import ROOT
 
+EVENTS = Event.__subclasses__()  # in the order of their definition
 FOREVER = """
 import sys
 from pathlib import Path

@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 ANGLES = "oft_R.weight"
 DEFAULT_BLOCK_SIZE = 32
-DEFAULT_EPS = 6e-5
 
 
 class OftV2(nn.Module):

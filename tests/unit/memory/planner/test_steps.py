@@ -14,7 +14,7 @@ from library.memory.blocks import BlockRunner, plain, recompute
 from library.memory.planner.counter import OperationCounter
 from library.memory.planner.fakes import give_fakes, norms_as_on_cards
 from library.memory.planner.repeats import shortened
-from library.memory.planner.steps import Timeline, count_optimizer, count_pass, flops_of, peak_of
+from library.memory.planner.steps import Timeline, count_optimizer, count_pass, peak_of
 from library.memory.planner.weights import tensors_of
 from tests.unit.memory.planner.made_up import MadeUp, allocated_peak
 
@@ -105,7 +105,7 @@ def test_arithmetic_is_that_of_torchs_own_counter(way: str) -> None:
     forward = 2 * 2 * 2 * TOKENS**2 * WIDTH
     num_recomputed = sum(WAYS[way](place) for place in range(NUM_BLOCKS))
     attention = NUM_BLOCKS * (forward + forward * 5 // 2) + num_recomputed * forward
-    planned = flops_of(counted().moves(WAYS[way], lambda place: True))
+    planned = sum(move.segment.flops for move in counted().moves(WAYS[way], lambda place: True))
     assert planned == counter.get_total_flops() + attention
 
 

@@ -1,0 +1,28 @@
+"""The modules of CLIP text encoders under the three names that adapter files give them."""
+
+from collections.abc import Iterator
+
+from library.checkpoints.adapter_names import ModuleNames
+
+CLIP_BLOCKS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")  # classes whose linear layers adapters change
+CLIP_LINEAR = (*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
+CLIP_LAYER = (*CLIP_LINEAR, "layer_norm1", "layer_norm2")
+
+
+def clip_paths(num_layers: int) -> Iterator[str]:
+    """Yield the path of every module with weights, without the embeddings."""
+    yield from (f"encoder.layers.{layer}.{name}" for layer in range(num_layers) for name in CLIP_LAYER)
+    yield "final_layer_norm"
+
+
+def clip_module(path: str, prefix: str, generic: str, diffusers: str) -> ModuleNames:
+    """Name one module of the encoder that is `prefix` ("lora_te1"), `generic` ("clip_l") and `diffusers` in the three.
+
+    diffusers writes and reads "text_model." in files, whether the loaded model has that level or not.
+    """
+    return ModuleNames(
+        kohya=f"{prefix}_text_model_{path.replace('.', '_')}",
+        generic=f"text_encoders.{generic}.transformer.text_model.{path}",
+        diffusers=f"{diffusers}.text_model.{path}",
+        aliases=(f"{diffusers}.{path}",),
+    )
