@@ -33,6 +33,7 @@ class ModelOptions(Options):
     )
     tokenizer_cache_dir: str | None = option(
         None,
+        affects_training=False,
         help="Folder that keeps tokenizers, for machines without internet. Unset uses those of the model or of Hugging"
         " Face.",
     )
@@ -46,6 +47,7 @@ class ModelOptions(Options):
         None,
         usual=True,
         at_least=1,
+        zero_is_unset=True,
         help="Take the text features from the N-th last layer of the text encoder. Unset or 1 is the last layer; many "
         "anime models want 2.",
     )

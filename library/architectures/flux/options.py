@@ -52,7 +52,9 @@ class FluxModelOptions(Options):
     model_type: str = option(
         "flux", help="Which model the base is: flux for FLUX.1 dev and schnell.", choices=("flux", "chroma")
     )
-    split_mode: bool = option(False, unless="blocks_to_swap", help="An old name for --blocks_to_swap 18.")
+    split_mode: bool = option(
+        False, unless="blocks_to_swap", affects_training=False, help="An old name for --blocks_to_swap 18."
+    )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ class FitOptions(Options):
         own=True,
         usual=True,
         metavar="SIZE",
+        affects_training=False,
+        refused_by_leco="how often a step asks the denoiser is drawn, and is not counted; leave it out",
         help="Count before the run what it needs, and choose the fastest way of training that fits into this much of "
         "the card's memory, such as 12GB; auto is what is free. Prints the candidates; what you set yourself stays.",
     )

@@ -6,7 +6,7 @@ from library.options.base import Options, option
 
 
 @dataclass(frozen=True)
-class PreviewOptions(Options):
+class PreviewOptions(Options, affects_training=False):
     """Pictures drawn during training."""
 
     sample_every_n_steps: int | None = option(
@@ -16,7 +16,10 @@ class PreviewOptions(Options):
     )
     sample_at_first: bool = option(False, usual=True, help="Draw pictures before the first step too, to compare with.")
     sample_every_n_epochs: int | None = option(
-        None, usual=True, help="Draw pictures every N epochs. Unset or 0 draws none."
+        None,
+        usual=True,
+        refused_by_leco="a run that is trained by prompts alone has steps and no epochs; use --sample_every_n_steps",
+        help="Draw pictures every N epochs. Unset or 0 draws none.",
     )
     sample_prompts: str | None = option(
         None,

@@ -11,7 +11,7 @@ from library.architectures.sd.assembly import build
 from library.errors import UserError
 from library.memory.formats.format import AS_IN_FILE
 from library.memory.formats.named import FORMS
-from library.options.rules import unused
+from library.options.no_effect import unused
 from library.options.train import TrainOptions
 from library.training.models.frozen_base import check_base, form_while_reading
 from tests.unit.training.test_checks import NEEDED
