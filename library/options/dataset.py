@@ -5,6 +5,7 @@ from pathlib import Path
 
 from library.options.base import Options, option
 
+INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 MAX_WORKERS = 1024  # processes that load data; more are a slip of the keyboard
 
 
@@ -205,7 +206,7 @@ class DatasetOptions(Options, needs_images=True):
     resize_interpolation: str | None = option(
         None,
         help="Method that resizes pictures. Unset uses area to shrink and lanczos to enlarge.",
-        choices=("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"),
+        choices=INTERPOLATIONS,
     )
     train_batch_size: int = option(
         1,

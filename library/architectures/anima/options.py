@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from library.options.base import Options, group, option, redeclared
 from library.options.caching import TextCachingOptions
+from library.options.machine.memory import ATTENTION_MODES
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import FlowSamplingOptions, FlowWeightingOptions, TimestepPreviewOptions
 
-ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")
 FINE_TUNING_ONLY = "Has no effect: it is for training the model itself; adapters take network_reg_lrs."
 
 

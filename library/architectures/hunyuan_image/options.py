@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from library.options.base import Options, group, option, redeclared
 from library.options.caching import TextCachingOptions
-from library.options.machine.memory import PrecisionOptions
+from library.options.machine.memory import ATTENTION_MODES, PrecisionOptions
 from library.options.model import ReadingOptions
 from library.options.train import TrainOptions
 from library.options.training.flow import (
@@ -18,8 +18,6 @@ from library.options.training.flow import (
 )
 
 OptionsT = TypeVar("OptionsT", bound="HunyuanImageOptions")
-
-ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from library.options.dataset import INTERPOLATIONS
+
 Style = Literal["dreambooth", "metadata", "masked"]
 Level = Literal["general", "dataset", "subset"]
 
-INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
+FILTERS = (*INTERPOLATIONS, "box")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ SIZE = Kind(
     lambda v: (int(v[0]), int(v[1])) if isinstance(v, (list, tuple)) else (int(v), int(v)),
 )
 SHARE = Kind("a float from 0.0 to 1.0", lambda v: isinstance(v, float) and 0 <= v <= 1)
-FILTER = Kind(f"one of {', '.join(INTERPOLATIONS)}", lambda v: v in INTERPOLATIONS)
+FILTER = Kind(f"one of {', '.join(FILTERS)}", lambda v: v in FILTERS)
 
 
 @dataclass(frozen=True)

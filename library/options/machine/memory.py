@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from library.options.base import Options, option
 
+ATTENTION_MODES = ("torch", "xformers", "flash", "sageattn", "sdpa")  # of --attn_mode
 EIGHT_BIT_FORMS = ("fp8", "int8", "int8_rotated")  # values of --base_format that can be multiplied as they are
 
 

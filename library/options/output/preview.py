@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from library.options.base import Options, option
+from library.options.output.samplers import ALIASES, SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -29,22 +30,5 @@ class PreviewOptions(Options, affects_training=False):
     sample_sampler: str = option(
         "ddim",
         help="Sampler that draws the pictures, for Stable Diffusion 1, 2 and XL.",
-        choices=(
-            "ddim",
-            "pndm",
-            "lms",
-            "euler",
-            "euler_a",
-            "heun",
-            "dpm_2",
-            "dpm_2_a",
-            "dpmsolver",
-            "dpmsolver++",
-            "dpmsingle",
-            "k_lms",
-            "k_euler",
-            "k_euler_a",
-            "k_dpm_2",
-            "k_dpm_2_a",
-        ),
+        choices=(*SAMPLERS, *ALIASES),
     )
