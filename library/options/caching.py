@@ -70,6 +70,7 @@ class TextCachingOptions(Options):
         False,
         usual=True,
         needs_images=True,
+        affects_training=False,
         help="Keep the encoded captions in files beside the pictures, so that the next run need not load the text "
         "encoders. Implies --cache_text_encoder_outputs; what no longer fits captions or encoders is made anew.",
     )

@@ -57,7 +57,7 @@ class ModelOptions(Options):
 
 
 @dataclass(frozen=True)
-class ReadingOptions(Options):
+class ReadingOptions(Options, affects_training=False):
     """How model files are read."""
 
     disable_mmap_load_safetensors: bool = option(
