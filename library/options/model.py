@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from library.options.base import Options, option
 
+BASE_FLAG = "--pretrained_model_name_or_path"
+
 
 @dataclass(frozen=True)
 class ModelOptions(Options):
