@@ -29,13 +29,14 @@ class Facts:
     sweep_name: str | None = None
     zero_is_unset: bool = False
     secret: bool = False
+    logged: bool = True
     usual: bool = False
     own: bool = False
 
     @property
     def may_change_on_resume(self) -> bool:
         """Whether a resumed run goes on as the uninterrupted one would have, whatever the option is."""
-        return self.kept_in_state or not self.affects_training
+        return self.kept_in_state or self.ignored is not None or not self.affects_training
 
 
 def option(
@@ -56,6 +57,7 @@ def option(
     sweep_name: str | None = None,
     zero_is_unset: bool = False,
     secret: bool = False,
+    logged: bool = True,
     usual: bool = False,
     own: bool = False,
     **argparse_kwargs: Any,
@@ -78,7 +80,8 @@ def option(
         sweep_name: How --sweep abbreviates the option in file names, "" where the value says it all. None means that
             adapters of one run cannot differ in it.
         zero_is_unset: 0 means the same as leaving the option out.
-        secret: The value is a password, which no file may hold.
+        secret: The value is a password, which no file and no tracker may hold.
+        logged: --log_config sends the value to trackers.
         usual: --help shows the option; --help_all shows all of them.
         own: sd-scripts 0.10 does not have the option, so an abbreviation that fits one of its options means that one.
         argparse_kwargs: Keywords of `ArgumentParser.add_argument`.
@@ -98,6 +101,7 @@ def option(
         sweep_name=sweep_name,
         zero_is_unset=zero_is_unset,
         secret=secret,
+        logged=logged and not secret,
         usual=usual,
         own=own,
     )

@@ -24,6 +24,7 @@ class DatasetOptions(Options, needs_images=True):
         None,
         usual=True,
         kept_in_state=True,
+        logged=False,
         help="Folder with the training pictures, in subfolders called N_name, each shown N times per epoch. With "
         "--in_json it is the folder that the pictures lie in.",
     )
@@ -31,6 +32,7 @@ class DatasetOptions(Options, needs_images=True):
         None,
         usual=True,
         kept_in_state=True,
+        logged=False,
         help="Folder with regularisation pictures, in subfolders called N_name. They remind the model of what it "
         "already knows; see --prior_loss_weight.",
     )
@@ -157,6 +159,7 @@ class DatasetOptions(Options, needs_images=True):
     conditioning_data_dir: str | None = option(
         None,
         kept_in_state=True,
+        logged=False,
         help="Folder with mask pictures, named like the training pictures, for --masked_loss.",
     )
     masked_loss: bool = option(

@@ -34,7 +34,11 @@ class FluxModelOptions(Options):
         None, usual=True, help="File or folder of the text encoder T5-XXL. Unset takes it from the base."
     )
     ae: str | None = option(None, usual=True, help="File or folder of the VAE. Unset takes it from the base.")
-    controlnet_model_name_or_path: str | None = option(None, help="Has no effect: adapters are trained without one.")
+    controlnet_model_name_or_path: str | None = option(
+        None,
+        ignored="adapters are trained without a ControlNet",
+        help="Has no effect: adapters are trained without one.",
+    )
     t5xxl_max_token_length: int | None = option(
         None,
         at_least=2,

@@ -9,7 +9,9 @@ from library.options.base import Options, option
 class SavingOptions(Options, affects_training=False):
     """When and where weights are written."""
 
-    output_dir: str | None = option(None, usual=True, help="Folder that saved files go to; made if missing.")
+    output_dir: str | None = option(
+        None, usual=True, logged=False, help="Folder that saved files go to; made if missing."
+    )
     output_name: str | None = option(
         None,
         usual=True,

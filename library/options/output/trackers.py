@@ -12,6 +12,7 @@ class TrackerOptions(Options, affects_training=False):
     logging_dir: str | None = option(
         None,
         usual=True,
+        logged=False,
         help="Folder for charts of loss and learning rates; each run makes its own folder inside. Unset draws none.",
     )
     log_with: str | None = option(

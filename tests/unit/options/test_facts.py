@@ -17,6 +17,7 @@ from library.options.train import TrainOptions
 from library.training.command_line.cli import normalize
 from library.training.command_line.concept_checks import ignored_for_concepts
 from library.training.config_file import SECRETS
+from library.training.reporting.trackers import loggable_options
 from library.training.run.run_events import given
 from library.training.saving.resume import option_differences, recorded_options
 from library.training.saving.state import StateManifest
@@ -55,6 +56,8 @@ def test_a_resumed_run_is_told_of_every_option_that_may_not_change(kind: type[Tr
     state = StateManifest(Path("s"), 1, 0, 1, recorded_options(kind()), {}, {})
     told = names_in(line for _, line in option_differences(state, with_all_changed(kind), 1))
     assert told == {name for name, facts in kind.facts().items() if not facts.may_change_on_resume}
+    assert {"network_dim", "min_snr_gamma", "mixed_precision", "max_train_steps", "resolution"} <= told
+    assert not {"output_dir", "seed", "dataset_config", "blocks_to_swap", "save_every_n_steps", "log_events"} & told
 
 
 @by_script
@@ -105,8 +108,11 @@ def test_zero_becomes_unset_where_that_is_the_default(kind: type[TrainOptions]) 
 
 
 @by_script
-def test_no_file_holds_a_password(kind: type[TrainOptions]) -> None:
+def test_no_file_and_no_tracker_gets_a_password(kind: type[TrainOptions]) -> None:
     secrets = {name for name, facts in kind.facts().items() if facts.secret}
     assert secrets == set(SECRETS)
     options = with_all_changed(kind)
-    assert not secrets & (recorded_options(options).keys() | given(options).keys())
+    logged = loggable_options(options)
+    assert not secrets & (recorded_options(options).keys() | given(options).keys() | logged.keys())
+    assert logged.keys() == {name for name, facts in kind.facts().items() if facts.logged}
+    assert not {"output_dir", "train_data_dir", "pretrained_model_name_or_path"} & logged.keys()
