@@ -82,6 +82,7 @@ def combinations_of(options: OptionsT) -> list[Combination[OptionsT]]:
     Raises UserError for a word that cannot be swept, a value that its option cannot have, and names that clash.
     """
     words = [word_of(item, options) for item in options.sweep.sweep or ()]
+    short = sweep_names(type(options))
     names = [name for name, _ in words]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"--sweep names {twice} twice; give all of its values in one word")
@@ -89,7 +90,7 @@ def combinations_of(options: OptionsT) -> list[Combination[OptionsT]]:
     found = []
     for texts in product(*(texts for _, texts in words)):
         chosen = dict(zip(names, texts, strict=True))
-        label = "-".join(f"{short_name(name, options)}{short_value(text)}" for name, text in chosen.items())
+        label = "-".join(f"{short.get(name, key_name(name))}{short_value(text)}" for name, text in chosen.items())
         found.append(Combination(label, chosen, alone(options, chosen, label)))
     if len(found) < 2:
         raise UserError(f"--sweep {' '.join(options.sweep.sweep or ())} names a single adapter; give it two or more")
@@ -108,7 +109,7 @@ def word_of(item: str, options: TrainOptions) -> tuple[str, list[str]]:
         raise UserError(f"--sweep {item!r}: {FORM}")
     if twice := next((value for value in texts if texts.count(value) > 1), None):
         raise UserError(f"--sweep {name}: {twice} stands there twice")
-    swept = [name for name, facts in type(options).facts().items() if facts.sweep_name is not None]
+    swept = sweep_names(type(options))
     if name in swept or (name.partition(".")[0] in TABLES and "." in name):
         return name, texts
     if name in options.flat():
@@ -140,11 +141,13 @@ def warn_of_replaced(options: TrainOptions, names: Sequence[str]) -> None:
             logger.warning("--%s has no effect: --sweep gives every adapter its own", f"{table} {key}" if key else name)
 
 
-def short_name(name: str, options: TrainOptions) -> str:
-    """What names of files call a word."""
-    facts = type(options).facts().get(name)
-    if facts is not None and facts.sweep_name is not None:
-        return facts.sweep_name
+def sweep_names(kind: type[TrainOptions]) -> dict[str, str]:
+    """Return the options that can be swept, each with its short name in file names."""
+    return {name: facts.sweep_name for name, facts in kind.facts().items() if facts.sweep_name is not None}
+
+
+def key_name(name: str) -> str:
+    """Shorten a key such as `optimizer_args.weight_decay` for file names."""
     return name.rpartition(".")[2].replace("_", "")
 
 
